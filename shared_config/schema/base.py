@@ -1,0 +1,147 @@
+"""What every config section is: a frozen, hashable, strictly typed dataclass that reports all its problems at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import core_schema
+
+from shared_config.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+SectionType = TypeVar("SectionType", bound="Section")
+
+
+class FrozenDict(dict[str, Any]):
+    """A dict that can be hashed and not changed, for mapping fields of frozen sections."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("a config mapping can't be changed; build a new config with replace()")
+
+    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
+        return FrozenDict, (dict(self),)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class _Nested:
+    """Annotation for a sub-section: a mapping of its fields is accepted as well as an instance."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        def build(value: Any) -> Any:
+            return source(**value) if isinstance(value, Mapping) else value
+
+        return core_schema.no_info_before_validator_function(build, handler(source))
+
+
+NESTED = _Nested()
+
+Item = TypeVar("Item")
+Items = Annotated[tuple[Item, ...], BeforeValidator(_as_tuple)]
+Pair = Annotated[tuple[Item, Item], BeforeValidator(_as_tuple)]
+CountByName = Annotated[Mapping[str, PositiveInt], AfterValidator(FrozenDict)]
+TextByName = Annotated[Mapping[str, str], AfterValidator(FrozenDict)]
+
+
+def problems_of(error: pydantic.ValidationError, prefix: str = "") -> list[str]:
+    """One line for each problem pydantic found: dotted field, value given, what is allowed."""
+    return [line for entry in error.errors() for line in _describe(entry, prefix)]
+
+
+def _describe(entry: Any, prefix: str) -> Iterator[str]:
+    places = [prefix, *(str(place) for place in entry["loc"])]
+    path = ".".join(place for place in places if place)
+    cause = entry.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        yield from (f"{path}.{line}" if path else line for line in cause.problems)
+    elif entry["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        yield f"{path} = {entry['input']!r}: unknown key"
+    elif entry["type"] in ("missing", "missing_argument"):
+        yield f"{path}: required, but not given"
+    else:
+        message = entry["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        yield f"{path} = {entry['input']!r}: must be {message}" if message != entry["msg"] else f"{path}: {message}"
+
+
+class Section:
+    """Base of all sections.
+
+    Fields whose default None means "derive me" are listed by ``derive`` and read as the derived value after construction;
+    ``replace`` derives them anew, so that changing ``n_heads`` alone changes what depends on it.
+    """
+
+    def derive(self) -> dict[str, Any]:
+        """Values for the fields that were left None; called once, at construction."""
+        return {}
+
+    def problems(self) -> Iterator[str]:
+        """Lines "field = value: what is allowed" for what single-field types can't express."""
+        return iter(())
+
+    def __post_init__(self) -> None:
+        derived = {name: value for name, value in self.derive().items() if getattr(self, name) is None}
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "_derived", frozenset(derived))
+        found = list(self.problems())
+        if found:
+            raise ConfigError(found)
+
+    def given(self) -> dict[str, Any]:
+        """Field values as they were given: derived fields are left out."""
+        derived: frozenset[str] = getattr(self, "_derived")
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+            if field.name not in derived
+        }
+
+    def replace(self: SectionType, **changes: Any) -> SectionType:
+        """A copy with some fields changed; derived fields are derived again."""
+        return type(self)(**{**self.given(), **changes})
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def section(cls: type[SectionType]) -> type[SectionType]:
+    """Class decorator that makes a config section (keyword-only)."""
+    return _strict(cls, kw_only=True)
+
+
+@dataclass_transform(kw_only_default=False, frozen_default=True)
+def entry(cls: type[SectionType]) -> type[SectionType]:
+    """Class decorator for small config values that read well with positional arguments."""
+    return _strict(cls, kw_only=False)
+
+
+def _strict(cls: type[SectionType], kw_only: bool) -> type[SectionType]:
+    config = ConfigDict(strict=True, extra="forbid")
+    built = pydantic.dataclasses.dataclass(frozen=True, kw_only=kw_only, config=config)(cls)
+    built.__init__ = _collecting(built.__init__)
+    return built  # type: ignore[return-value]
+
+
+def _collecting(init: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except pydantic.ValidationError as error:
+            raise ConfigError(problems_of(error)) from None
+
+    __init__.__wrapped__ = init  # type: ignore[attr-defined]
+    return __init__

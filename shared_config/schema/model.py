@@ -1,0 +1,166 @@
+"""The language model: `ModelConfig` and the scaling of its rotary positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from shared_config.schema.base import NESTED, Count, NonNegativeFloat, PositiveFloat, PositiveInt, Section, section
+
+FFN_MULTIPLE = 256
+EXPERT_FFN_MULTIPLE = 16
+MIXED = ("linear", "llama3", "yarn")
+EvenInt = Annotated[int, Field(gt=0, multiple_of=2)]
+
+
+@section
+class RopeScaling(Section):
+    """How rotary frequencies are stretched beyond the trained context.
+
+    linear: positions divided by ``factor``. llama3: frequencies whose wavelength exceeds
+    ``original_max_seq_len / low_freq_factor`` divided by ``factor``, those below ``original_max_seq_len / high_freq_factor``
+    kept, between interpolated (Llama 3.1). yarn: NTK-by-parts interpolation between ``beta_fast`` and ``beta_slow`` rotations,
+    with attention factor 0.1*ln(factor)+1 unless given (Peng et al. 2023, arXiv:2309.00071).
+    """
+
+    type: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    original_max_seq_len: PositiveInt | None = None
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    attention_factor: PositiveFloat | None = None
+
+    def problems(self) -> Iterator[str]:
+        if self.type == "none" and self.factor != 1.0:
+            yield f"factor = {self.factor}: must be 1 when type is 'none'; set type to one of {', '.join(MIXED)}"
+        if self.type in ("llama3", "yarn") and self.original_max_seq_len is None:
+            yield f"original_max_seq_len = None: type {self.type!r} needs the context length the model was trained with"
+        if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            yield f"high_freq_factor = {self.high_freq_factor}: must exceed low_freq_factor = {self.low_freq_factor}"
+        if self.type == "yarn" and self.beta_fast <= self.beta_slow:
+            yield f"beta_fast = {self.beta_fast}: must exceed beta_slow = {self.beta_slow}"
+
+
+@section
+class ModelConfig(Section):
+    """One decoder-only transformer, dense or mixture of experts.
+
+    ``n_kv_heads`` None means ``n_heads``; ``head_dim`` None means ``dim // n_heads``; both read as numbers after construction.
+    """
+
+    dim: PositiveInt = 4096
+    n_layers: PositiveInt = 32
+    n_heads: PositiveInt = 32
+    n_kv_heads: PositiveInt | None = None
+    head_dim: EvenInt | None = None
+    vocab_size: PositiveInt = 32000
+    ffn_dim_multiplier: PositiveFloat = 1.0
+    ffn_hidden_dim: PositiveInt | None = None
+    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: PositiveFloat = 1e-5
+    activation: Literal["silu", "gelu", "relu"] = "silu"
+    max_seq_len: PositiveInt = 2048
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling: Annotated[RopeScaling, NESTED] = Field(default_factory=RopeScaling)
+    sliding_window: PositiveInt | None = None
+    attention_bias: bool = False
+    tie_embeddings: bool = False
+    qk_norm: bool = False
+    init_std: PositiveFloat = 0.02
+    model_type: str = "transformer"
+    sdpa_backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
+
+    num_experts: Count = 0
+    moe_top_k: PositiveInt = 2
+    moe_frequency: PositiveInt = 1
+    moe_router: str = "softmax_topk"
+    moe_shared_experts: Count = 0
+    moe_aux_loss_weight: NonNegativeFloat = 0.01
+    moe_capacity_factor: NonNegativeFloat = 0.0
+    moe_sequence_aux_loss_weight: NonNegativeFloat = 0.0
+    moe_gradient_scale: bool = False
+    moe_bias_schedule: Literal["constant", "cosine_decay", "linear_warmup"] = "constant"
+    moe_packed_experts: bool = False
+    moe_expert_ffn_multiplier: PositiveFloat = 1.0
+    moe_router_z_loss_weight: NonNegativeFloat = 0.0
+    moe_norm_topk_prob: bool = True
+    moe_routed_scaling: PositiveFloat = 1.0
+
+    def derive(self) -> dict[str, Any]:
+        return {"n_kv_heads": self.n_heads, "head_dim": self.dim // self.n_heads}
+
+    def problems(self) -> Iterator[str]:
+        yield from self._attention_problems()
+        if self.is_moe:
+            yield from self._expert_problems()
+
+    def _attention_problems(self) -> Iterator[str]:
+        derived: frozenset[str] = getattr(self, "_derived")
+        if self.n_heads % self.kv_heads != 0:
+            yield f"n_kv_heads = {self.n_kv_heads}: must divide n_heads = {self.n_heads}"
+        if "head_dim" in derived and self.dim % self.n_heads != 0:
+            yield f"n_heads = {self.n_heads}: must divide dim = {self.dim}, or head_dim must be given"
+        elif self.head_size < 2 or self.head_size % 2 != 0:
+            yield f"head_dim = {self.head_dim}: must be an even number of at least 2 (rotary positions pair channels)"
+
+    def _expert_problems(self) -> Iterator[str]:
+        if self.moe_top_k > self.num_experts:
+            yield f"moe_top_k = {self.moe_top_k}: must be at most num_experts = {self.num_experts}"
+        if self.moe_frequency > self.n_layers:
+            yield f"moe_frequency = {self.moe_frequency}: must be at most n_layers = {self.n_layers}, else no layer has experts"
+        if self.moe_router == "softmax_topk" and self.moe_sequence_aux_loss_weight > 0:
+            yield (
+                f"moe_sequence_aux_loss_weight = {self.moe_sequence_aux_loss_weight}: must be 0 with moe_router "
+                "'softmax_topk'; only 'sigmoid_topk' has a sequence loss"
+            )
+        if self.moe_router == "softmax_topk" and self.moe_bias_schedule != "constant":
+            yield (
+                f"moe_bias_schedule = {self.moe_bias_schedule!r}: must be 'constant' with moe_router 'softmax_topk', "
+                "which has no balancing bias"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads, as a plain int."""
+        assert self.n_kv_heads is not None
+        return self.n_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """Channels of a head, as a plain int."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether some layers route tokens to experts."""
+        return self.num_experts > 0
+
+    def is_moe_layer(self, layer_idx: int) -> bool:
+        """Whether layer ``layer_idx`` (from 0) is a mixture of experts."""
+        return self.is_moe and (layer_idx + 1) % self.moe_frequency == 0
+
+    @property
+    def computed_ffn_hidden_dim(self) -> int:
+        """Width of a dense feed-forward layer."""
+        if self.ffn_hidden_dim is not None:
+            return self.ffn_hidden_dim
+        width = int(4 * self.dim * 2 / 3 * self.ffn_dim_multiplier)
+        return max(1, -(-width // FFN_MULTIPLE)) * FFN_MULTIPLE
+
+    @property
+    def computed_expert_ffn_hidden_dim(self) -> int:
+        """Width of one expert."""
+        width = self.computed_ffn_hidden_dim * self.moe_expert_ffn_multiplier
+        return max(1, int(width / EXPERT_FFN_MULTIPLE + 0.5)) * EXPERT_FFN_MULTIPLE
+
+    @property
+    def num_params_estimate(self) -> int:
+        """Number of parameters of the text model, exact: counted from the parameter table."""
+        from shared_config.contract.counts import count_parameters
+
+        return count_parameters(self)
