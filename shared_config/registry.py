@@ -1,4 +1,4 @@
-"""Builders by category and name. Each backend owns an instance; the names are those of the config."""
+"""Builders by category and name. Each backend owns an instance; a config may use every name that was registered."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
+
+_declared: dict[str, set[str]] = {
+    "model": {"transformer"},
+    "router": {"softmax_topk", "sigmoid_topk"},
+    "vision_encoder": {"random", "siglip2", "clip"},
+    "adapter": {"mlp_2layer", "linear", "avgpool", "attentional_pool"},
+}
+
+
+def declared_names(category: str) -> tuple[str, ...]:
+    """Names a config may use in ``category``: the built-in ones and all that any backend registered."""
+    return tuple(sorted(_declared.get(category, ())))
 
 
 class Registry:
@@ -26,6 +38,7 @@ class Registry:
             if name in builders:
                 raise ValueError(f"{category} {name!r} is registered already, as {builders[name]!r}")
             builders[name] = builder
+            _declared.setdefault(category, set()).add(name)
             return builder
 
         return file

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetCore
 from pydantic_core import core_schema
 
 from shared_config.errors import ConfigError
+from shared_config.registry import declared_names
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -52,6 +53,18 @@ class _Nested:
 
 NESTED = _Nested()
 
+def registered(category: str) -> AfterValidator:
+    """Annotation for a string field that names a registered builder of ``category``."""
+
+    def check(name: str) -> str:
+        allowed = declared_names(category)
+        if name not in allowed:
+            raise ValueError(f"Input should be one of {', '.join(allowed)}, or registered first")
+        return name
+
+    return AfterValidator(check)
+
+
 Item = TypeVar("Item")
 Items = Annotated[tuple[Item, ...], BeforeValidator(_as_tuple)]
 Pair = Annotated[tuple[Item, Item], BeforeValidator(_as_tuple)]
@@ -75,8 +88,8 @@ def _describe(entry: Any, prefix: str) -> Iterator[str]:
     elif entry["type"] in ("missing", "missing_argument"):
         yield f"{path}: required, but not given"
     else:
-        message = entry["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        yield f"{path} = {entry['input']!r}: must be {message}" if message != entry["msg"] else f"{path}: {message}"
+        message = entry["msg"].removeprefix("Value error, ")
+        yield f"{path} = {entry['input']!r}: {message.replace('Input should', 'must')}"
 
 
 class Section:

@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from shared_config.schema.base import NESTED, Count, NonNegativeFloat, PositiveFloat, PositiveInt, Section, section
+from shared_config.schema.base import (
+    NESTED,
+    Count,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    registered,
+    section,
+)
 
 FFN_MULTIPLE = 256
 EXPERT_FFN_MULTIPLE = 16
@@ -71,13 +80,13 @@ class ModelConfig(Section):
     tie_embeddings: bool = False
     qk_norm: bool = False
     init_std: PositiveFloat = 0.02
-    model_type: str = "transformer"
+    model_type: Annotated[str, registered("model")] = "transformer"
     sdpa_backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
 
     num_experts: Count = 0
     moe_top_k: PositiveInt = 2
     moe_frequency: PositiveInt = 1
-    moe_router: str = "softmax_topk"
+    moe_router: Annotated[str, registered("router")] = "softmax_topk"
     moe_shared_experts: Count = 0
     moe_aux_loss_weight: NonNegativeFloat = 0.01
     moe_capacity_factor: NonNegativeFloat = 0.0
