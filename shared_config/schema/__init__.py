@@ -1,0 +1,49 @@
+"""One file a config section; `JobConfig` joins them."""
+
+from shared_config.schema.adapter import AdapterConfig, pooled_token_count
+from shared_config.schema.checkpoint import CheckpointConfig
+from shared_config.schema.data import DataConfig, EvalConfig
+from shared_config.schema.distributed import DistributedConfig
+from shared_config.schema.job import JobConfig
+from shared_config.schema.metrics import MetricsConfig, ProfilingConfig
+from shared_config.schema.model import ModelConfig, RopeScaling
+from shared_config.schema.optimizer import OptimizerConfig
+from shared_config.schema.scheduler import SchedulerConfig
+from shared_config.schema.training import TrainConfig
+from shared_config.schema.video import VideoConfig
+from shared_config.schema.vision import VisionEncoderConfig
+from shared_config.schema.vlm import (
+    CrossAttentionConfig,
+    FreezeSpec,
+    FreezeStage,
+    JointDecoderConfig,
+    MoMaConfig,
+    MoTConfig,
+    VLMConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "CheckpointConfig",
+    "CrossAttentionConfig",
+    "DataConfig",
+    "DistributedConfig",
+    "EvalConfig",
+    "FreezeSpec",
+    "FreezeStage",
+    "JobConfig",
+    "JointDecoderConfig",
+    "MetricsConfig",
+    "MoMaConfig",
+    "MoTConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ProfilingConfig",
+    "RopeScaling",
+    "SchedulerConfig",
+    "TrainConfig",
+    "VLMConfig",
+    "VideoConfig",
+    "VisionEncoderConfig",
+    "pooled_token_count",
+]

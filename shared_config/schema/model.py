@@ -73,7 +73,7 @@ class ModelConfig(Section):
     norm_eps: PositiveFloat = 1e-5
     activation: Literal["silu", "gelu", "relu"] = "silu"
     max_seq_len: PositiveInt = 2048
-    rope_theta: PositiveFloat = 10000.0
+    rope_theta: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10000.0
     rope_scaling: Annotated[RopeScaling, NESTED] = Field(default_factory=RopeScaling)
     sliding_window: PositiveInt | None = None
     attention_bias: bool = False

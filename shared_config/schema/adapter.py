@@ -1,0 +1,55 @@
+"""The adapter between vision features and the language model's width."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from shared_config.schema.base import Count, PositiveInt, Section, registered, section
+
+
+@section
+class AdapterConfig(Section):
+    """``hidden_dim`` 0 means the output width. The pooling types merge ``pool_window`` x ``pool_window`` cells of a square grid."""
+
+    type: Annotated[str, registered("adapter")] = "mlp_2layer"
+    hidden_dim: Count = 0
+    activation: Literal["gelu", "silu", "relu"] = "gelu"
+    pool_window: PositiveInt = 2
+    pool_heads: PositiveInt = 16
+
+    def output_num_tokens(self, num_tokens: int) -> int:
+        """Tokens that leave the adapter when ``num_tokens`` enter.
+
+        Raises:
+            ValueError: a pooling type whose tokens form no square grid, or one that its window does not divide.
+        """
+        if self.type == "avgpool":
+            return pooled_token_count(num_tokens, self.pool_window)
+        if self.type == "attentional_pool":
+            return pooled_token_count(num_tokens, self.pool_window, require_divisible=True)
+        return num_tokens
+
+    def problems_with(self, num_tokens: int, out_dim: int) -> Iterator[str]:
+        """What does not fit an encoder of ``num_tokens`` tokens and a language model of width ``out_dim``."""
+        try:
+            self.output_num_tokens(num_tokens)
+        except ValueError as error:
+            yield str(error)
+        if self.type == "attentional_pool" and out_dim % self.pool_heads != 0:
+            yield f"pool_heads = {self.pool_heads}: must divide model.dim = {out_dim}"
+
+
+def pooled_token_count(num_tokens: int, window: int, require_divisible: bool = False) -> int:
+    """Number of windows over a square grid of ``num_tokens`` cells; ragged edge windows count unless refused.
+
+    Raises:
+        ValueError: if ``num_tokens`` is no square, or ``require_divisible`` and the window does not divide the grid.
+    """
+    side = math.isqrt(num_tokens)
+    if num_tokens < 1 or side * side != num_tokens:
+        raise ValueError(f"num_tokens = {num_tokens}: must be a square number to be pooled as a grid")
+    if require_divisible and side % window != 0:
+        raise ValueError(f"pool_window = {window}: must divide the grid side {side} ({num_tokens} tokens)")
+    return (-(-side // window)) ** 2

@@ -1,0 +1,40 @@
+"""Training data, and how it is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from shared_config.schema.base import Count, PositiveInt, Section, section
+
+
+@section
+class DataConfig(Section):
+    """What the model reads.
+
+    path: "" is the embedded default: for text, the Python standard library's sources as bytes; for vision-language models,
+    captioned shapes drawn by code. Otherwise a folder or file of text, of token ids (.npy, .bin), or an image-text folder.
+    tokenizer: "bytes", or a local Hugging Face tokenizer folder.
+    pack_documents: positions see only their own document (a ``doc_ids`` mask), and no loss crosses a boundary.
+    """
+
+    path: str = ""
+    tokenizer: str = "bytes"
+    token_dtype: Literal["uint16", "uint32"] = "uint16"
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    pack_documents: bool = False
+
+
+@section
+class EvalConfig(Section):
+    """Held-out loss every ``interval`` steps and at the end, over ``steps`` batches; interval 0: at the end only, steps 0: never."""
+
+    interval: Count = 0
+    steps: Count = 8
+    batch_size: PositiveInt | None = None
+
+    def problems(self) -> Iterator[str]:
+        if self.steps == 0 and self.interval > 0:
+            yield f"steps = 0: an evaluation every {self.interval} steps needs at least one batch"

@@ -1,0 +1,124 @@
+"""`JobConfig`: all sections of a run, and the checks that span them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import Field
+
+from shared_config.errors import ConfigError
+from shared_config.schema.adapter import AdapterConfig
+from shared_config.schema.base import NESTED, Section, section
+from shared_config.schema.checkpoint import CheckpointConfig
+from shared_config.schema.data import DataConfig, EvalConfig
+from shared_config.schema.distributed import DistributedConfig
+from shared_config.schema.metrics import MetricsConfig, ProfilingConfig
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.optimizer import OptimizerConfig
+from shared_config.schema.scheduler import SchedulerConfig
+from shared_config.schema.training import TrainConfig
+from shared_config.schema.video import VideoConfig
+from shared_config.schema.vision import VisionEncoderConfig
+from shared_config.schema.vlm import AnyVLMConfig, CrossAttentionConfig, MoMaConfig, MoTConfig
+
+
+@section
+class JobConfig(Section):
+    """Everything that defines a run. Text models leave vision_encoder, adapter, vlm and video None."""
+
+    model: Annotated[ModelConfig, NESTED] = Field(default_factory=ModelConfig)
+    train: Annotated[TrainConfig, NESTED] = Field(default_factory=TrainConfig)
+    optimizer: Annotated[OptimizerConfig, NESTED] = Field(default_factory=OptimizerConfig)
+    scheduler: Annotated[SchedulerConfig, NESTED] = Field(default_factory=SchedulerConfig)
+    data: Annotated[DataConfig, NESTED] = Field(default_factory=DataConfig)
+    eval: Annotated[EvalConfig, NESTED] = Field(default_factory=EvalConfig)
+    distributed: Annotated[DistributedConfig, NESTED] = Field(default_factory=DistributedConfig)
+    checkpoint: Annotated[CheckpointConfig, NESTED] = Field(default_factory=CheckpointConfig)
+    metrics: Annotated[MetricsConfig, NESTED] = Field(default_factory=MetricsConfig)
+    profiling: Annotated[ProfilingConfig, NESTED] = Field(default_factory=ProfilingConfig)
+    vision_encoder: Annotated[VisionEncoderConfig, NESTED] | None = None
+    adapter: Annotated[AdapterConfig, NESTED] | None = None
+    vlm: AnyVLMConfig | None = None
+    video: Annotated[VideoConfig, NESTED] | None = None
+
+    def problems(self) -> Iterator[str]:
+        if self.train.seq_len > self.model.max_seq_len:
+            yield (
+                f"train.seq_len = {self.train.seq_len}: must be at most model.max_seq_len = {self.model.max_seq_len}"
+            )
+        if self.scheduler.decay_steps is not None and self.scheduler.decay_steps < self.scheduler.warmup_steps:
+            yield (
+                f"scheduler.decay_steps = {self.scheduler.decay_steps}: must be at least "
+                f"scheduler.warmup_steps = {self.scheduler.warmup_steps}"
+            )
+        yield from self._vision_problems()
+
+    def _vision_problems(self) -> Iterator[str]:
+        if self.vlm is None:
+            for name in ("vision_encoder", "adapter", "video"):
+                if getattr(self, name) is not None:
+                    yield f"{name} = {getattr(self, name)}: has no effect without a [vlm] section with an arch"
+            return
+        if self.vision_encoder is None:
+            yield "vision_encoder = None: a [vlm] section needs a [vision_encoder] section"
+            return
+        yield from self._architecture_problems()
+        if self.vision_encoder.num_tokens:
+            yield from self.image_problems(self.vision_encoder.num_tokens)
+
+    def _architecture_problems(self) -> Iterator[str]:
+        model, vlm = self.model, self.vlm
+        if isinstance(vlm, CrossAttentionConfig):
+            every = vlm.cross_attention_every_n_layers
+            if every > model.n_layers:
+                yield (
+                    f"vlm.cross_attention_every_n_layers = {every}: must be at most model.n_layers = {model.n_layers}, "
+                    "else no block sees the image"
+                )
+            heads, kv_heads = vlm.resolved_heads(model.n_heads, model.kv_heads)
+            if heads % kv_heads != 0:
+                yield f"vlm.cross_attention_n_kv_heads = {kv_heads}: must divide the {heads} cross-attention heads"
+        if isinstance(vlm, MoTConfig):
+            heads, kv_heads = vlm.resolved_image_heads(model.n_heads, model.kv_heads)
+            if heads != model.n_heads:
+                yield f"vlm.mot_image_n_heads = {heads}: must be 0 or model.n_heads = {model.n_heads}, as attention is joint"
+            if model.n_heads % kv_heads != 0:
+                yield f"vlm.mot_image_n_kv_heads = {kv_heads}: must divide model.n_heads = {model.n_heads}"
+        if isinstance(vlm, MoMaConfig) and model.is_moe:
+            yield f"model.num_experts = {model.num_experts}: must be 0 with vlm.arch 'moma', which has experts of its own"
+
+    def image_problems(self, num_tokens: int) -> Iterator[str]:
+        """What does not fit an encoder that gives ``num_tokens`` tokens an image (checked again once it is loaded)."""
+        adapter, vlm = self.adapter or AdapterConfig(), self.vlm
+        found = [f"adapter.{line}" for line in adapter.problems_with(num_tokens, self.model.dim)]
+        yield from found
+        if found or vlm is None:
+            return
+        frames = self.video.max_frames if self.video is not None else 1
+        tokens = vlm.residual_stream_image_tokens(frames * adapter.output_num_tokens(num_tokens))
+        if tokens + vlm.max_text_len > self.model.max_seq_len:
+            yield (
+                f"vlm.max_text_len = {vlm.max_text_len}: with {tokens} image tokens must fit in "
+                f"model.max_seq_len = {self.model.max_seq_len}"
+            )
+
+    def validate(self, world_size: int = 1) -> None:
+        """Check the parallel layout against the number of devices.
+
+        Raises:
+            ConfigError: listing every problem.
+        """
+        found = [f"distributed.{line}" for line in self.distributed.problems_on(world_size)]
+        model, layout = self.model, self.distributed
+        if model.n_heads % layout.tp != 0 or model.kv_heads % layout.tp != 0:
+            found.append(
+                f"distributed.tp = {layout.tp}: must divide model.n_heads = {model.n_heads} and "
+                f"model.n_kv_heads = {model.kv_heads}"
+            )
+        if layout.pp > model.n_layers:
+            found.append(f"distributed.pp = {layout.pp}: must be at most model.n_layers = {model.n_layers}")
+        if layout.ep > 1 and (not model.is_moe or model.num_experts % layout.ep != 0):
+            found.append(f"distributed.ep = {layout.ep}: must divide model.num_experts = {model.num_experts}")
+        if found:
+            raise ConfigError(found)

@@ -1,0 +1,30 @@
+"""The training run: sizes, precision, memory and compilation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from shared_config.schema.base import Count, NonNegativeFloat, PositiveInt, Section, section
+
+
+@section
+class TrainConfig(Section):
+    """``batch_size`` is sequences a micro-batch and data-parallel rank; an optimiser step sees ``grad_accum_steps`` of them.
+
+    mixed_precision: "fp32" computes in float32; "bf16" keeps float32 masters and computes in bfloat16.
+    matmul_precision: "highest" is full float32 multiplication; "high" allows TF32 (or three-pass bfloat16) on both backends.
+    grad_clip_norm: 0 does not clip.
+    scan_layers: JAX only; one compiled layer looped over the stack instead of an unrolled graph.
+    """
+
+    batch_size: PositiveInt = 8
+    seq_len: PositiveInt = 2048
+    max_steps: PositiveInt = 100_000
+    grad_accum_steps: PositiveInt = 1
+    grad_clip_norm: NonNegativeFloat = 1.0
+    seed: Count = 42
+    mixed_precision: Literal["fp32", "bf16"] = "bf16"
+    matmul_precision: Literal["highest", "high"] = "highest"
+    compile_model: bool = True
+    scan_layers: bool = False
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"

@@ -1,0 +1,26 @@
+"""How clips become frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from shared_config.schema.base import PositiveFloat, PositiveInt, Section, section
+
+
+@section
+class VideoConfig(Section):
+    """Frames sampled from a clip: ``fps`` a second, between ``min_frames`` and ``max_frames``; shorter clips are padded and masked.
+
+    uniform: equal spacing in time, first and last frame kept.
+    """
+
+    max_frames: PositiveInt = 16
+    min_frames: PositiveInt = 4
+    fps: PositiveFloat = 2.0
+    frame_size: PositiveInt = 224
+    sampling_policy: Literal["uniform"] = "uniform"
+
+    def problems(self) -> Iterator[str]:
+        if self.min_frames > self.max_frames:
+            yield f"min_frames = {self.min_frames}: must be at most max_frames = {self.max_frames}"

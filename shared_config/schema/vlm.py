@@ -1,0 +1,200 @@
+"""How images enter the language model: one config class per architecture, and what is frozen when.
+
+A new architecture is a subclass of `VLMConfig` with its own ``arch``; the field ``vlm`` of a job then accepts it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+from shared_config.errors import ConfigError
+from shared_config.schema.base import (
+    NESTED,
+    Count,
+    CountByName,
+    Fraction,
+    FrozenDict,
+    Items,
+    PositiveInt,
+    Section,
+    TextByName,
+    entry,
+    section,
+)
+
+DEFAULT_PATTERNS = {"vision_encoder": "vision_encoder.*", "adapter": "adapter.*", "transformer": "transformer.*"}
+
+
+@entry
+class FreezeSpec(Section):
+    """Freeze (or, ``frozen=False``, thaw) the parameters of a module named in ``module_patterns``."""
+
+    module: str
+    frozen: bool = True
+
+
+@entry
+class FreezeStage(Section):
+    """From optimiser step ``start_step`` on, ``specs`` replace what was frozen before."""
+
+    start_step: Count
+    specs: Items[Annotated[FreezeSpec, NESTED]] = ()
+
+
+_ARCHITECTURES: dict[str, type[VLMConfig]] = {}
+
+
+@section
+class VLMConfig(Section):
+    """What all architectures share. Build the right class with ``VLMConfig.for_arch``."""
+
+    arch: str = ""
+    max_text_len: PositiveInt = 512
+    freeze: Items[Annotated[FreezeSpec, NESTED]] = (FreezeSpec("vision_encoder"),)
+    freeze_schedule: Items[Annotated[FreezeStage, NESTED]] = ()
+    module_patterns: TextByName = FrozenDict(DEFAULT_PATTERNS)
+
+    image_tokens_in_stream: ClassVar[bool] = True
+
+    def __init_subclass__(cls, arch: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if arch:
+            _ARCHITECTURES[arch] = cls
+
+    @staticmethod
+    def architectures() -> tuple[str, ...]:
+        """Names of the architectures that exist."""
+        return tuple(sorted(_ARCHITECTURES))
+
+    @staticmethod
+    def class_for(arch: Any) -> type[VLMConfig]:
+        """The config class of an architecture.
+
+        Raises:
+            ConfigError: unknown name; lists what exists.
+        """
+        if arch not in _ARCHITECTURES:
+            raise ConfigError([f"arch = {arch!r}: must be one of {', '.join(VLMConfig.architectures())}"])
+        return _ARCHITECTURES[arch]
+
+    @staticmethod
+    def for_arch(arch: str, **fields: Any) -> VLMConfig:
+        """The config of an architecture by name."""
+        return VLMConfig.class_for(arch)(**fields)
+
+    def residual_stream_image_tokens(self, num_tokens: int) -> int:
+        """Positions of the residual stream that ``num_tokens`` image tokens take."""
+        return num_tokens if self.image_tokens_in_stream else 0
+
+    def problems(self) -> Iterator[str]:
+        stages = [stage.start_step for stage in self.freeze_schedule]
+        if stages != sorted(set(stages)):
+            yield f"freeze_schedule = start steps {stages}: must be strictly increasing"
+        specs = [*self.freeze, *(spec for stage in self.freeze_schedule for spec in stage.specs)]
+        for module in sorted({spec.module for spec in specs} - set(self.module_patterns)):
+            yield f"freeze = {module!r}: must be a key of module_patterns ({', '.join(self.module_patterns)})"
+
+
+@section
+class JointDecoderConfig(VLMConfig, arch="joint_decoder"):
+    """Image tokens stand before the text in one causal decoder."""
+
+    arch: Literal["joint_decoder"] = "joint_decoder"
+
+
+@section
+class CrossAttentionConfig(VLMConfig, arch="cross_attention"):
+    """Text attends to image features in extra blocks, one after every n-th layer."""
+
+    arch: Literal["cross_attention"] = "cross_attention"
+    cross_attention_every_n_layers: PositiveInt = 4
+    cross_attention_n_heads: Count = 0
+    cross_attention_n_kv_heads: Count = 0
+
+    image_tokens_in_stream: ClassVar[bool] = False
+
+    def resolved_heads(self, n_heads: int, n_kv_heads: int | None = None) -> tuple[int, int]:
+        """Query and key/value heads; 0 means those of the text model (all query heads where it is not told)."""
+        heads = self.cross_attention_n_heads or n_heads
+        inherited = n_kv_heads if n_kv_heads is not None and not self.cross_attention_n_heads else heads
+        return heads, self.cross_attention_n_kv_heads or inherited
+
+
+@section
+class MoTConfig(VLMConfig, arch="mot"):
+    """Mixture of transformers (Liang et al. 2024, arXiv:2411.04996): own weights per modality, one joint attention."""
+
+    arch: Literal["mot"] = "mot"
+    mot_modalities: Items[str] = ("image", "text")
+    mot_image_n_heads: Count = 0
+    mot_image_n_kv_heads: Count = 0
+    mot_warm_start_from_text: bool = False
+    mot_warm_start_path: str = ""
+
+    def resolved_image_heads(self, n_heads: int, n_kv_heads: int) -> tuple[int, int]:
+        """Query and key/value heads of the image projections; 0 means those of the text."""
+        return self.mot_image_n_heads or n_heads, self.mot_image_n_kv_heads or n_kv_heads
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from _modality_problems("mot_modalities", self.mot_modalities)
+        if self.mot_warm_start_from_text and not self.mot_warm_start_path:
+            yield "mot_warm_start_path = '': mot_warm_start_from_text needs the folder or file of the dense weights"
+
+
+@section
+class MoMaConfig(VLMConfig, arch="moma"):
+    """Mixture of modality-aware experts (Lin et al. 2024, arXiv:2407.21770): expert choice within each modality."""
+
+    arch: Literal["moma"] = "moma"
+    moma_modalities: Items[str] = ("image", "text")
+    moma_experts_per_modality: CountByName = FrozenDict(image=4, text=4)
+    moma_capacity_factor: Fraction = 0.0
+    moma_gumbel_noise: bool = True
+
+    def effective_capacity_factor(self, modality: str) -> float:
+        """Share of a modality's tokens that each of its experts takes; 0 stands for one over the number of experts."""
+        return self.moma_capacity_factor or 1.0 / self.moma_experts_per_modality[modality]
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from _modality_problems("moma_modalities", self.moma_modalities)
+        if set(self.moma_experts_per_modality) != set(self.moma_modalities):
+            yield (
+                f"moma_experts_per_modality = {dict(self.moma_experts_per_modality)}: must have a number for each of "
+                f"{', '.join(self.moma_modalities)}, and for no other"
+            )
+
+
+def _modality_problems(field: str, modalities: tuple[str, ...]) -> Iterator[str]:
+    if sorted(modalities) != ["image", "text"]:
+        yield f"{field} = {modalities}: must be 'image' and 'text', each once"
+
+
+class _AnyArchitecture:
+    """Annotation of a field that holds any registered `VLMConfig`, given as an instance or as a mapping with ``arch``."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._build)
+
+    def _build(self, value: Any) -> VLMConfig:
+        if isinstance(value, Mapping):
+            fields = dict(value)
+            if "arch" not in fields:
+                raise ConfigError([f"arch: required, one of {', '.join(VLMConfig.architectures())}"])
+            return VLMConfig.class_for(fields.pop("arch"))(**fields)
+        if isinstance(value, VLMConfig) and value.arch:
+            return value
+        raise ValueError("Input should be a table with a key arch, or a config from VLMConfig.for_arch")
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"oneOf": [TypeAdapter(_ARCHITECTURES[arch]).json_schema() for arch in VLMConfig.architectures()]}
+
+
+AnyVLMConfig = Annotated[VLMConfig, _AnyArchitecture()]
