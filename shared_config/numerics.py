@@ -26,8 +26,8 @@ class Difference:
 
     Attributes:
         relative_error: norm(value - truth) / norm(truth); 0 if both norms are 0, infinite if only the latter is.
-        rms_error: root mean square of value - truth.
-        truth_rms: root mean square of the truth's finite places.
+        rms_error: root mean square of value - truth over the finite places.
+        truth_rms: root mean square of the truth over the same places.
         max_error: largest absolute difference, at ``index``, of ``value_there`` from ``truth_there``.
         mismatched: number of places where only one side is NaN, or infinities differ.
     """
@@ -56,10 +56,11 @@ def difference(value: Any, truth: Any) -> Difference:
     mismatch = nonfinite_mismatch(value, truth)
     index = worst_position(value, truth)
     mismatched = int(mismatch.sum())
-    error = np.inf if mismatched else rms(_finite_gap(value, truth))
-    truth_rms = rms(truth[np.isfinite(truth)])
+    finite = np.isfinite(truth)
+    error = np.inf if mismatched else rms(_finite_gap(value, truth)[finite])
+    truth_rms = rms(truth[finite])
     return Difference(
-        relative_error=_ratio(error * _share(value, truth), truth_rms),
+        relative_error=_ratio(error, truth_rms),
         rms_error=error,
         truth_rms=truth_rms,
         max_error=np.inf if mismatched else (float(abs(_finite_gap(value, truth)[index])) if value.size else 0.0),
@@ -176,12 +177,6 @@ def _finite_gap(value: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """value - truth where both are finite, 0 elsewhere."""
     finite = np.isfinite(value) & np.isfinite(truth)
     return np.where(finite, value, 0.0) - np.where(finite, truth, 0.0)
-
-
-def _share(value: np.ndarray, truth: np.ndarray) -> float:
-    """Makes the mean over all places comparable to the mean over the finite places of the truth."""
-    finite = int(np.isfinite(truth).sum())
-    return float(np.sqrt(value.size / finite)) if finite else 1.0
 
 
 def _ratio(error: float, scale: float) -> float:
