@@ -58,7 +58,7 @@ class VLMConfig(Section):
     max_text_len: PositiveInt = 512
     freeze: Items[Annotated[FreezeSpec, NESTED]] = (FreezeSpec("vision_encoder"),)
     freeze_schedule: Items[Annotated[FreezeStage, NESTED]] = ()
-    module_patterns: TextByName = FrozenDict(DEFAULT_PATTERNS)
+    module_patterns: TextByName = Field(default_factory=lambda: FrozenDict(DEFAULT_PATTERNS))
 
     image_tokens_in_stream: ClassVar[bool] = True
 
@@ -154,7 +154,7 @@ class MoMaConfig(VLMConfig, arch="moma"):
 
     arch: Literal["moma"] = "moma"
     moma_modalities: Items[str] = ("image", "text")
-    moma_experts_per_modality: CountByName = FrozenDict(image=4, text=4)
+    moma_experts_per_modality: CountByName = Field(default_factory=lambda: FrozenDict(image=4, text=4))
     moma_capacity_factor: Fraction = 0.0
     moma_gumbel_noise: bool = True
 
@@ -194,7 +194,7 @@ class _AnyArchitecture:
         raise ValueError("Input should be a table with a key arch, or a config from VLMConfig.for_arch")
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"oneOf": [TypeAdapter(_ARCHITECTURES[arch]).json_schema() for arch in VLMConfig.architectures()]}
+        return {"oneOf": [handler(TypeAdapter(_ARCHITECTURES[arch]).core_schema) for arch in VLMConfig.architectures()]}
 
 
 AnyVLMConfig = Annotated[VLMConfig, _AnyArchitecture()]
