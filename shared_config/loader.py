@@ -1,0 +1,221 @@
+"""From a preset name or a TOML path, plus typed command-line overrides, to a `JobConfig`, and back to TOML.
+
+An override is ``--section.field value`` or ``--section.field=value``. The field's type decides how the text is read: fields of
+text take it as it stands, others as a TOML value; ``none`` empties an optional field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import TypeAdapter
+
+from shared_config.errors import ConfigError, UserError
+from shared_config.schema.base import Section
+from shared_config.schema.job import JobConfig
+from shared_config.schema.vlm import VLMConfig
+
+PRESETS = resources.files("shared_config") / "presets"
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> JobConfig:
+    """The config of a preset name or TOML path, with command-line overrides applied.
+
+    Raises:
+        UserError: no such preset or file, or text that is not TOML.
+        ConfigError: unknown flags, or every field that is wrong.
+    """
+    fields = read_source(source)
+    apply_overrides(fields, parse_overrides(overrides))
+    return config_from_dict(fields)
+
+
+def config_from_dict(fields: Mapping[str, Any]) -> JobConfig:
+    """A `JobConfig` from nested mappings, as TOML gives them."""
+    return JobConfig(**fields)
+
+
+def config_from_toml(text: str) -> JobConfig:
+    """A `JobConfig` from TOML text."""
+    return config_from_dict(_parse_toml(text, "config"))
+
+
+def config_to_dict(config: JobConfig) -> dict[str, Any]:
+    """Nested dicts and lists of what was given: derived fields and None are left out, so overrides derive them anew."""
+    return _plain(config)
+
+
+def config_to_toml(config: JobConfig) -> str:
+    """TOML text that loads as an equal config."""
+    return tomli_w.dumps(config_to_dict(config))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a config file, for editors."""
+    return TypeAdapter(JobConfig).json_schema()
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names of the packaged presets."""
+    return tuple(sorted(entry.name.removesuffix(".toml") for entry in PRESETS.iterdir() if entry.name.endswith(".toml")))
+
+
+def read_source(source: str) -> dict[str, Any]:
+    """Nested dicts of a preset or a TOML file.
+
+    Raises:
+        UserError: it does not exist, can't be read or is not TOML.
+    """
+    if source in preset_names():
+        return _parse_toml((PRESETS / f"{source}.toml").read_text(encoding="utf-8"), f"preset {source}")
+    if not source.endswith(".toml") and "/" not in source:
+        close = difflib.get_close_matches(source, preset_names(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"presets: {', '.join(preset_names())}"
+        raise UserError(f"config = {source!r}: no preset of that name, nor a path to a .toml file; {hint}")
+    try:
+        return _parse_toml(Path(source).read_text(encoding="utf-8"), source)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config = {source!r}: can't be read: {error}") from None
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of dotted field and value text.
+
+    Raises:
+        ConfigError: what is no ``--section.field value``.
+    """
+    pairs: list[tuple[str, str]] = []
+    remaining = list(arguments)
+    while remaining:
+        flag = remaining.pop(0)
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or "." not in name:
+            raise ConfigError([f"{flag}: unknown argument; overrides are written --section.field value"])
+        if not equals:
+            if not remaining or remaining[0].startswith("--"):
+                raise ConfigError([f"{flag}: needs a value, as in {flag} VALUE or {flag}=VALUE"])
+            value = remaining.pop(0)
+        pairs.append((name, value))
+    return pairs
+
+
+def apply_overrides(fields: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:
+    """Write overrides into nested dicts; ``vlm.arch`` first, as it decides which other fields exist.
+
+    Raises:
+        ConfigError: listing every override that names no field.
+    """
+    problems = []
+    for name, text in sorted(overrides, key=lambda pair: pair[0] != "vlm.arch"):
+        if name == "vlm.arch":
+            _switch_architecture(fields, text)
+            continue
+        try:
+            _write(fields, name, text)
+        except ConfigError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _switch_architecture(fields: dict[str, Any], arch: str) -> None:
+    """Another class for the vlm section: fields that the new class lacks are dropped."""
+    try:
+        known = {field.name for field in dataclasses.fields(VLMConfig.class_for(arch))}  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise ConfigError([f"vlm.{line}" for line in error.problems]) from None
+    kept = {name: value for name, value in fields.get("vlm", {}).items() if name in known}
+    fields["vlm"] = {**kept, "arch": arch}
+
+
+def _write(fields: dict[str, Any], name: str, text: str) -> None:
+    *sections, last = name.split(".")
+    owner: Any = JobConfig
+    for depth, part in enumerate(sections):
+        owner = _section_of(_annotation(owner, part, name), fields, sections[: depth + 1])
+        nested = fields.setdefault(part, {})
+        if not isinstance(nested, dict):
+            raise ConfigError([f"--{name}: {'.'.join(sections[: depth + 1])} has no fields"])
+        fields = nested
+    annotation = None if owner is None else _annotation(owner, last, name)
+    value = _read(text, annotation)
+    if value is None:
+        fields.pop(last, None)
+    else:
+        fields[last] = value
+
+
+def _annotation(owner: Any, field: str, flag: str) -> Any:
+    """The type of a field of a section, or None below a mapping, whose keys are free."""
+    if owner is None:
+        return None
+    hints = typing.get_type_hints(owner)
+    names = [entry.name for entry in dataclasses.fields(owner)]
+    if field not in names:
+        close = difflib.get_close_matches(field, names, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
+        raise ConfigError([f"--{flag}: unknown key; {hint}"])
+    return hints[field]
+
+
+def _section_of(annotation: Any, fields: dict[str, Any], path: list[str]) -> Any:
+    """The section class that an annotation holds; None for a mapping with free keys."""
+    members = list(_members(annotation))
+    if VLMConfig in members:
+        arch = fields.get(path[-1], {}).get("arch") if isinstance(fields.get(path[-1], {}), dict) else None
+        if arch is None:
+            raise ConfigError([f"vlm.arch: required, one of {', '.join(VLMConfig.architectures())}"])
+        return VLMConfig.class_for(arch)
+    for member in members:
+        if isinstance(member, type) and issubclass(member, Section):
+            return member
+    if any(typing.get_origin(member) in (Mapping, typing.get_origin(Mapping[str, str])) for member in members):
+        return None
+    raise ConfigError([f"--{'.'.join(path)}: is a value, not a section"])
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for member in typing.get_args(annotation):
+            yield from _members(member)
+    else:
+        yield annotation
+
+
+def _read(text: str, annotation: Any) -> Any:
+    """The value a flag's text stands for; what does not parse is left as text, for the field's type to refuse."""
+    members = list(_members(annotation))
+    if type(None) in members and text.lower() == "none":
+        return None
+    if any(member is str or typing.get_origin(member) is typing.Literal for member in members):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _parse_toml(text: str, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{where}: not valid TOML: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return {name: _plain(item) for name, item in value.given().items() if item is not None}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,22 @@
+"""Set up for every test process, before torch or jax are imported: threads, compilation cache, Hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+
+slow_is_fine = (HealthCheck.too_slow, HealthCheck.data_too_large)
+settings.register_profile("dev", max_examples=10, deadline=None, suppress_health_check=slow_is_fine)
+settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True, suppress_health_check=slow_is_fine)
+settings.register_profile(
+    "nightly", max_examples=200, deadline=None, print_blob=True, suppress_health_check=slow_is_fine
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
