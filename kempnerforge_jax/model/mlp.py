@@ -1,0 +1,77 @@
+"""Feed-forward layers.
+
+Shapes: ... any leading axes, D model dim, F hidden dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kempnerforge_jax.model.linear import Linear
+from kempnerforge_jax.model.module import Module
+from kempnerforge_jax.registry import registry
+
+
+def _widened(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """Compute in at least float32 and cast once, as torch's activations do."""
+    return lambda x: function(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": _widened(jax.nn.silu),
+    "gelu": _widened(functools.partial(jax.nn.gelu, approximate=False)),
+    "relu": jax.nn.relu,
+}
+
+
+@registry.register("mlp", "silu")
+class SwiGLUMLP(Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs):
+        self.gate_proj = Linear(dim, hidden_dim, rngs=rngs)
+        self.up_proj = Linear(dim, hidden_dim, rngs=rngs)
+        self.down_proj = Linear(hidden_dim, dim, rngs=rngs)
+
+    def forward(self, x: jax.Array) -> jax.Array:
+        """(..., D) -> (..., D)."""
+        return self.down_proj(ACTIVATIONS["silu"](self.gate_proj(x)) * self.up_proj(x))
+
+
+class StandardMLP(Module):
+    """down(activation(up(x))); gelu is the exact erf form."""
+
+    def __init__(self, dim: int, hidden_dim: int, activation: str = "gelu", *, rngs: nnx.Rngs):
+        self.activation = _known_activation(activation)
+        self.up_proj = Linear(dim, hidden_dim, rngs=rngs)
+        self.down_proj = Linear(hidden_dim, dim, rngs=rngs)
+
+    def forward(self, x: jax.Array) -> jax.Array:
+        """(..., D) -> (..., D)."""
+        return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
+
+
+registry.register("mlp", "gelu")(functools.partial(StandardMLP, activation="gelu"))
+registry.register("mlp", "relu")(functools.partial(StandardMLP, activation="relu"))
+
+
+def build_mlp(dim: int, hidden_dim: int, activation: str = "silu", *, rngs: nnx.Rngs) -> Module:
+    """The feed-forward layer registered as ``activation``: silu is SwiGLU, gelu and relu are standard.
+
+    A builder registered under another name is called with ``(dim, hidden_dim, rngs=rngs)``.
+
+    Raises:
+        KeyError: "Unknown mlp: ..." with the names that exist.
+    """
+    return registry.get("mlp", activation)(dim, hidden_dim, rngs=rngs)
+
+
+def _known_activation(activation: str) -> str:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation = {activation!r}: must be one of {', '.join(sorted(ACTIVATIONS))}")
+    return activation

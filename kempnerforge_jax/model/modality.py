@@ -1,0 +1,68 @@
+"""What a call of the transformer may carry besides tokens.
+
+Shapes: B batch, S positions of the residual stream (image and text), P prefix positions, N image tokens, D model dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+ARRAYS = ("inputs_embeds", "prefix_embeds", "image_features", "image_mask", "modality_ids", "key_padding_mask")
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModalityContext:
+    """Image inputs, masks and slices of one forward; every field None by default. A pytree: its arrays may be traced.
+
+    Attributes:
+        inputs_embeds: (B, S, D), instead of tokens.
+        prefix_embeds: (B, P, D), put before the embedded tokens.
+        output_slice: positions of the residual stream that get logits; static under jit.
+        image_features: (B, N, D), what cross-attention reads.
+        image_mask: bool (B, N), True where cross-attention may look.
+        modality_ids: int (B, S), the modality of each position, by index in the architecture's list of modalities.
+        key_padding_mask: bool (B, S), True at real positions.
+
+    Raises:
+        ValueError: for combinations that have no meaning, inside a trace too.
+    """
+
+    inputs_embeds: jax.Array | None = None
+    prefix_embeds: jax.Array | None = None
+    output_slice: slice | None = None
+    image_features: jax.Array | None = None
+    image_mask: jax.Array | None = None
+    modality_ids: jax.Array | None = None
+    key_padding_mask: jax.Array | None = None
+
+    def __post_init__(self) -> None:
+        sources = self._given("inputs_embeds", "prefix_embeds", "image_features")
+        if len(sources) > 1:
+            raise ValueError(f"{' and '.join(sources)} are given: at most one of them is allowed")
+        if self.image_mask is not None and self.image_features is None:
+            raise ValueError("image_mask is given, image_features = None: the mask needs the features that it masks")
+        for name in self._given("modality_ids", "key_padding_mask"):
+            if self.inputs_embeds is None and self.prefix_embeds is None:
+                raise ValueError(f"{name} is given: it needs prefix_embeds or inputs_embeds, and neither is given")
+
+    def _given(self, *names: str) -> list[str]:
+        return [name for name in names if getattr(self, name) is not None]
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """Arrays are leaves; the slice is static, as a tuple because slices have no hash before Python 3.12."""
+        bounds = self.output_slice
+        static = None if bounds is None else (bounds.start, bounds.stop, bounds.step)
+        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in ARRAYS], static
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, arrays: Any) -> ModalityContext:
+        """Without the checks: JAX rebuilds containers around placeholders, and what it rebuilds was checked before."""
+        context = object.__new__(cls)
+        for name, value in zip(ARRAYS, arrays, strict=True):
+            object.__setattr__(context, name, value)
+        object.__setattr__(context, "output_slice", None if static is None else slice(*static))
+        return context

@@ -1,0 +1,95 @@
+"""What every module of this backend is: an NNX module with ``forward``, whose calls can be observed.
+
+Torch's `nn.Module` has these abilities built in; here they are: named walks, observers of outputs, a change of dtype, and
+values of the last call kept beside the module (an NNX module holds parameters and buffers only, so that it can cross jit).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Observer = Callable[["Module", Any], None]
+_observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVar("observers", default=())
+_kept: weakref.WeakKeyDictionary[Module, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+class Buffer(nnx.Variable[jax.Array]):
+    """An array that is saved with the parameters and never gets a gradient."""
+
+
+class Table(nnx.Variable[jax.Array]):
+    """An array that follows from the config: neither saved nor cast with the model."""
+
+
+class Module(nnx.Module):
+    """Base of all modules: subclasses define ``forward``."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.forward(*args, **kwargs)
+        for observe in _observers.get():
+            observe(self, output)
+        return output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What calling the module computes."""
+        raise NotImplementedError(f"{type(self).__name__} defines no forward")
+
+    def to(self, dtype: Any) -> Self:
+        """Cast all floating-point parameters and buffers, in place."""
+        for _, variable in named_variables(self):
+            value = variable.get_value()
+            if not isinstance(variable, Table) and jnp.issubdtype(value.dtype, jnp.floating):
+                variable.set_value(value.astype(dtype))
+        return self
+
+    def keep(self, **values: Any) -> None:
+        """Remember values of this call for `kept`. Inside a trace there is nothing to remember, and nothing happens."""
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)):
+            _kept.setdefault(self, {}).update(values)
+
+    def kept(self, name: str, default: Any = None) -> Any:
+        """A value that the last call outside jit remembered."""
+        return _kept.get(self, {}).get(name, default)
+
+
+@contextlib.contextmanager
+def observing(observe: Observer) -> Iterator[None]:
+    """Call ``observe(module, output)`` after each module's call, also inside a trace."""
+    token = _observers.set((*_observers.get(), observe))
+    try:
+        yield
+    finally:
+        _observers.reset(token)
+
+
+def is_observed() -> bool:
+    """Whether outputs are being observed; then layers can't be hidden in a scan or behind rematerialisation."""
+    return bool(_observers.get())
+
+
+def named_modules(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, nnx.Module]]:
+    """Every module by its dotted path, the root ("") first, in order of definition."""
+    yield prefix, module
+    for name, child in _members(module):
+        if isinstance(child, nnx.Module):
+            yield from named_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def named_variables(module: nnx.Module) -> Iterator[tuple[str, nnx.Variable[jax.Array]]]:
+    """Every parameter, buffer and table by its dotted path, in order of definition."""
+    for path, owner in named_modules(module):
+        for name, variable in _members(owner):
+            if isinstance(variable, nnx.Variable):
+                yield f"{path}.{name}" if path else name, variable
+
+
+def _members(module: nnx.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, value) for name, value in vars(module).items() if not name.startswith("_pytree__"))

@@ -1,0 +1,1 @@
+"""The model, module by module."""

@@ -1,0 +1,58 @@
+"""Token embedding and output head.
+
+Shapes: B batch, S sequence, D model dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class TokenEmbedding(nn.Module):
+    """Token ids to vectors; the table is ``embedding.weight`` (V, D)."""
+
+    def __init__(self, vocab_size: int, dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Integers (B, S) -> (B, S, D).
+
+        Raises:
+            ValueError: an id outside [0, V), on the CPU. On a GPU or compiled, the device's own bounds check raises.
+        """
+        if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.embedding(tokens)
+        try:
+            return self.embedding(tokens)
+        except IndexError:
+            raise ValueError(_out_of_range(tokens, self.embedding.num_embeddings)) from None
+
+
+class OutputHead(nn.Module):
+    """Hidden states to logits; the weight is ``proj.weight`` (V, D)."""
+
+    def __init__(self, dim: int, vocab_size: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, vocab_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, V)."""
+        return self.proj(x)
+
+    def tie_weights(self, embedding: TokenEmbedding) -> None:
+        """Use the embedding's table as the weight.
+
+        Raises:
+            ValueError: if the shapes differ.
+        """
+        tied, own = embedding.embedding.weight, self.proj.weight
+        if tied.shape != own.shape:
+            raise ValueError(f"embedding.weight = {tuple(tied.shape)}: must have the head's shape {tuple(own.shape)}")
+        self.proj.weight = tied
+
+
+def _out_of_range(tokens: Tensor, vocab_size: int) -> str:
+    bad = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    return f"tokens = {int(bad[0])}: ids must be in [0, {vocab_size}); {bad.numel()} of {tokens.numel()} are not"

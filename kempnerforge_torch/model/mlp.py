@@ -1,0 +1,66 @@
+"""Feed-forward layers.
+
+Shapes: ... any leading axes, D model dim, F hidden dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kempnerforge_torch.registry import registry
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+@registry.register("mlp", "silu")
+class SwiGLUMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class StandardMLP(nn.Module):
+    """down(activation(up(x))); gelu is the exact erf form."""
+
+    def __init__(self, dim: int, hidden_dim: int, activation: str = "gelu"):
+        super().__init__()
+        self.activation = _known_activation(activation)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
+
+
+registry.register("mlp", "gelu")(functools.partial(StandardMLP, activation="gelu"))
+registry.register("mlp", "relu")(functools.partial(StandardMLP, activation="relu"))
+
+
+def build_mlp(dim: int, hidden_dim: int, activation: str = "silu") -> nn.Module:
+    """The feed-forward layer registered as ``activation``: silu is SwiGLU, gelu and relu are standard.
+
+    A builder registered under another name is called with ``(dim, hidden_dim)``.
+
+    Raises:
+        KeyError: "Unknown mlp: ..." with the names that exist.
+    """
+    return registry.get("mlp", activation)(dim, hidden_dim)
+
+
+def _known_activation(activation: str) -> str:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation = {activation!r}: must be one of {', '.join(sorted(ACTIVATIONS))}")
+    return activation

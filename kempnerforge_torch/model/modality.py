@@ -1,0 +1,49 @@
+"""What a call of the transformer may carry besides tokens.
+
+Shapes: B batch, S positions of the residual stream (image and text), P prefix positions, N image tokens, D model dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModalityContext:
+    """Image inputs, masks and slices of one forward; every field None by default.
+
+    Attributes:
+        inputs_embeds: (B, S, D), instead of tokens.
+        prefix_embeds: (B, P, D), put before the embedded tokens.
+        output_slice: positions of the residual stream that get logits.
+        image_features: (B, N, D), what cross-attention reads.
+        image_mask: bool (B, N), True where cross-attention may look.
+        modality_ids: int (B, S), the modality of each position, by index in the architecture's list of modalities.
+        key_padding_mask: bool (B, S), True at real positions.
+
+    Raises:
+        ValueError: for combinations that have no meaning.
+    """
+
+    inputs_embeds: Tensor | None = None
+    prefix_embeds: Tensor | None = None
+    output_slice: slice | None = None
+    image_features: Tensor | None = None
+    image_mask: Tensor | None = None
+    modality_ids: Tensor | None = None
+    key_padding_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        sources = self._given("inputs_embeds", "prefix_embeds", "image_features")
+        if len(sources) > 1:
+            raise ValueError(f"{' and '.join(sources)} are given: at most one of them is allowed")
+        if self.image_mask is not None and self.image_features is None:
+            raise ValueError("image_mask is given, image_features = None: the mask needs the features that it masks")
+        for name in self._given("modality_ids", "key_padding_mask"):
+            if self.inputs_embeds is None and self.prefix_embeds is None:
+                raise ValueError(f"{name} is given: it needs prefix_embeds or inputs_embeds, and neither is given")
+
+    def _given(self, *names: str) -> list[str]:
+        return [name for name in names if getattr(self, name) is not None]
