@@ -1,7 +1,7 @@
 """How far one array is from another, and how far rounding alone may move it. Pure NumPy, in float64.
 
-Every measure is norm-wise, a tensor at a time. NaN and infinity are compared by place before any arithmetic: equal places drop
-out of the norms, and a single unequal place makes every error infinite.
+Every measure is norm-wise, a tensor at a time. NaN and infinity are compared by place before any arithmetic: equal
+places drop out of the norms, and a single unequal place makes every error infinite.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ def perturbation_delta(
 def allowed_error(truth: Any, delta: float, K: float, unit_roundoff: float) -> float:
     """Largest RMS error accepted: K * delta, and never less than a few roundoffs of rms(truth).
 
-    With delta 0 (an output that does not depend on any weight) only the second term is left: such an output may carry the
-    rounding of its own storage and nothing else, and an output that is 0 throughout must be 0 exactly.
+    With delta 0 (an output that does not depend on any weight) only the second term is left: such an output may carry
+    the rounding of its own storage and nothing else, and an output that is 0 throughout must be 0 exactly.
     """
     truth = as_float64(truth)
     return max(K * delta, FLOOR_ROUNDOFFS * unit_roundoff * rms(truth[np.isfinite(truth)]))

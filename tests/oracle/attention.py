@@ -1,6 +1,7 @@
 """Causal attention (Vaswani et al. 2017, arXiv:1706.03762) with grouped heads (Ainslie et al. 2023, arXiv:2305.13245).
 
-Shapes: B batch, S new tokens, P tokens seen before, T = P + S keys, D model dim, H query heads, K key/value heads, h head_dim.
+Shapes: B batch, S new tokens, P tokens seen before, T = P + S keys, D model dim, H query heads, K key/value heads, h
+head_dim.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from tests.oracle.position import apply_rope, apply_rope_backward
 class Keys:
     """Keys and values, each with all that decides who may see it. A cache is the `Keys` of the tokens seen so far.
 
-    Where a key is stored means nothing: its position, document and validity do. ``lengths`` is the position that each row's next
-    token takes.
+    Where a key is stored means nothing: its position, document and validity do. ``lengths`` is the position that each
+    row's next token takes.
     """
 
     k_BKTh: np.ndarray
@@ -113,7 +114,9 @@ def attention(
 def may_attend(
     positions_BS: np.ndarray, documents_BS: np.ndarray, keys: Keys, sliding_window: int | None = None
 ) -> np.ndarray:
-    """(B, S, T) bool: a query at p sees a key at k if k <= p, p - window < k, both are of one document, and the key is real."""
+    """(B, S, T) bool: a query at p sees a key at k if k <= p, p - window < k, both are of one document, and the key is
+    real.
+    """
     query, key = positions_BS[:, :, None], keys.positions_BT[:, None, :]
     allowed_BST = key <= query
     if sliding_window is not None:
@@ -144,7 +147,9 @@ def attend_backward(
     v_BKTh: np.ndarray,
     probabilities_BHST: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gradients of q, k, v. Through the softmax: ds = p (dp - sum(p dp)); a row without keys has p = 0, so passes nothing."""
+    """Gradients of q, k, v. Through the softmax: ds = p (dp - sum(p dp)); a row without keys has p = 0, so passes
+    nothing.
+    """
     group = q_BHSh.shape[1] // k_BKTh.shape[1]
     k_BHTh, v_BHTh = np.repeat(k_BKTh, group, axis=1), np.repeat(v_BKTh, group, axis=1)
     p = probabilities_BHST

@@ -20,9 +20,10 @@ def sample(
 ) -> int:
     """The token that a uniform number in [0, 1) picks.
 
-    Temperature 0 is greedy. Otherwise logits / temperature; tokens sorted by falling logit, equal ones by index; the first
-    ``top_k`` kept (0: all); of their probabilities, renormalised, the shortest run from the top whose sum reaches ``top_p`` (the
-    token that crosses is kept); renormalised again, the first token whose cumulative probability exceeds ``uniform``.
+    Temperature 0 is greedy. Otherwise logits / temperature; tokens sorted by falling logit, equal ones by index; the
+    first ``top_k`` kept (0: all); of their probabilities, renormalised, the shortest run from the top whose sum reaches
+    ``top_p`` (the token that crosses is kept); renormalised again, the first token whose cumulative probability exceeds
+    ``uniform``.
     """
     _check(temperature, top_k, top_p)
     if temperature == 0:

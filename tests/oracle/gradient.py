@@ -1,9 +1,9 @@
 """Derivatives without automatic differentiation: what hand-written and backend gradients are held against.
 
-`directional_derivative` steps into the complex plane (Squire & Trapp 1998, SIAM Review 40(1)): f(w + i s d) = f(w) + i s f'(w) d
-+ O(s^2), and with s = 1e-30 neither a difference nor the s^2 is left, so it is as exact as f itself: some 1e-14 relative on the
-functions of this folder, which branch on real parts and use no abs. `central_difference` needs only real values, hence also
-takes a backend's function; its error is about 1e-10 relative.
+`directional_derivative` steps into the complex plane (Squire & Trapp 1998, SIAM Review 40(1)): f(w + i s d) = f(w) + i
+s f'(w) d + O(s^2), and with s = 1e-30 neither a difference nor the s^2 is left, so it is as exact as f itself: some
+1e-14 relative on the functions of this folder, which branch on real parts and use no abs. `central_difference` needs
+only real values, hence also takes a backend's function; its error is about 1e-10 relative.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ STENCIL = {1: 4 / 5, 2: -1 / 5, 3: 4 / 105, 4: -1 / 280}
 def directional_derivative(
     function: Callable[[dict[str, np.ndarray]], Any], weights: Weights, direction: Weights
 ) -> Any:
-    """Derivative of a scalar or array function of the oracle at ``weights``, along ``direction``; to about 1e-14 relative.
+    """Derivative of a scalar or array function of the oracle at ``weights``, along ``direction``; to about 1e-14
+    relative.
 
     Args:
         function: weights -> number or array, built from the functions of this folder.
@@ -41,8 +42,8 @@ def central_difference(
 ) -> Any:
     """The same from real values in float64, by an eighth-order stencil of +-4 steps; about 1e-10 relative.
 
-    That accuracy needs a ``direction`` of about a tenth of the weights' own size, since ``step`` times it must be small against the
-    distance over which the function bends. A change of route within the stencil spoils it.
+    That accuracy needs a ``direction`` of about a tenth of the weights' own size, since ``step`` times it must be small
+    against the distance over which the function bends. A change of route within the stencil spoils it.
     """
     total: Any = 0.0
     for n, share in STENCIL.items():
@@ -70,8 +71,8 @@ def gradient_errors(
 ) -> dict[str, float]:
     """For each gradient the error of its derivative along random directions, relative to norm(gradient).
 
-    A random direction d meets an error e of the gradient with |<e, d>| about norm(e), so this is a norm-wise relative error of
-    each tensor, estimated from ``directions`` evaluations of a scalar ``function``.
+    A random direction d meets an error e of the gradient with |<e, d>| about norm(e), so this is a norm-wise relative
+    error of each tensor, estimated from ``directions`` evaluations of a scalar ``function``.
     """
     errors = {}
     for name, gradient in gradients.items():

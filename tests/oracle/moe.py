@@ -63,7 +63,8 @@ def moe(
     """y_t = sum over the choices j that found room of w_tj expert_{i_tj}(x_t), plus shared_expert(x_t).
 
     Args:
-        weights: router.gate.weight, router.expert_bias (sigmoid), experts.{i}... or gate_w, up_w, down_w, and shared_expert...
+        weights: router.gate.weight, router.expert_bias (sigmoid), experts.{i}... or gate_w, up_w, down_w, and
+            shared_expert...
         valid_BS: False for padding, which is sent to no routed expert.
     """
     batch, length, width = x_BSD.shape
@@ -110,7 +111,9 @@ def route(
 
 
 def capacity(tokens: int, top_k: int, experts: int, factor: float) -> int | None:
-    """max(1, ceil(tokens k / E * factor)) in exact arithmetic on the factor's decimal digits; None (no limit) for factor 0."""
+    """max(1, ceil(tokens k / E * factor)) in exact arithmetic on the factor's decimal digits; None (no limit) for
+    factor 0.
+    """
     if factor == 0:
         return None
     return max(1, math.ceil(Fraction(tokens * top_k, experts) * Fraction(str(factor))))

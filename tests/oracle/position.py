@@ -68,7 +68,9 @@ def _llama3_slowed(plain: float, scaling: RopeScaling) -> float:
 
 
 def _yarn_slowed(pair: int, head_dim: int, theta: float, scaling: RopeScaling) -> float:
-    """Share of the slow frequency by channel (Peng et al. 2023, arXiv:2309.00071, section 3.2): a ramp between two channels."""
+    """Share of the slow frequency by channel (Peng et al. 2023, arXiv:2309.00071, section 3.2): a ramp between two
+    channels.
+    """
     assert scaling.original_max_seq_len is not None
 
     def channel_turning(rotations: float) -> float:

@@ -49,7 +49,8 @@ def softmax_topk(
 ) -> Routing:
     """Softmax over all experts, the k most probable, their probabilities renormalised, times ``scaling``.
 
-    aux_loss = E sum_e f_e P_e (Fedus et al. 2022, arXiv:2101.03961): f_e the share of assignments, P_e the mean probability.
+    aux_loss = E sum_e f_e P_e (Fedus et al. 2022, arXiv:2101.03961): f_e the share of assignments, P_e the mean
+    probability.
     """
     valid_T = np.ones(len(x_TD), dtype=bool) if valid_T is None else valid_T
     logits_TE = linear(x_TD, weights, "gate")
@@ -100,10 +101,11 @@ def sigmoid_topk(
     sequences_T: np.ndarray | None = None,
     sequence_aux_loss_weight: float = 0.0,
 ) -> Routing:
-    """Chosen by sigmoid(logits) + "expert_bias", weighted by the unbiased scores / (their sum + 1e-20), times ``scaling``.
+    """Chosen by sigmoid(logits) + "expert_bias", weighted by the unbiased scores / (their sum + 1e-20), times
+    ``scaling``.
 
-    aux_loss is ``sequence_aux_loss_weight`` times the balance loss within each sequence, averaged over the sequences, on scores
-    normalised to sum to 1. ``sequences_T`` is the sequence of each token; None means all are of one.
+    aux_loss is ``sequence_aux_loss_weight`` times the balance loss within each sequence, averaged over the sequences,
+    on scores normalised to sum to 1. ``sequences_T`` is the sequence of each token; None means all are of one.
     """
     valid_T = np.ones(len(x_TD), dtype=bool) if valid_T is None else valid_T
     sequences_T = np.zeros(len(x_TD), dtype=np.int64) if sequences_T is None else sequences_T
@@ -170,7 +172,8 @@ def expert_bias_update(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Once an optimiser step, from the counts of all its tokens on all ranks.
 
-    ema <- decay ema + (1 - decay) counts / sum(counts); bias <- bias + rate (1/E - ema). Without tokens nothing changes.
+    ema <- decay ema + (1 - decay) counts / sum(counts); bias <- bias + rate (1/E - ema). Without tokens nothing
+    changes.
     """
     if counts_E.sum() == 0:
         return bias_E, ema_E
@@ -179,7 +182,9 @@ def expert_bias_update(
 
 
 def expert_bias_rate(rate: float, schedule: str, step: int, max_steps: int) -> float:
-    """constant; cosine_decay: from ``rate`` to 0 over the run; linear_warmup: from 0 to ``rate`` over its first tenth."""
+    """constant; cosine_decay: from ``rate`` to 0 over the run; linear_warmup: from 0 to ``rate`` over its first
+    tenth.
+    """
     progress = min(step / max_steps, 1.0) if max_steps > 0 else 1.0
     if schedule == "constant":
         return rate
@@ -228,7 +233,9 @@ def _members(valid_T: np.ndarray, sequences_T: np.ndarray) -> list[np.ndarray]:
 def _weights_backward(
     dweights_Tk: np.ndarray, routing: Routing, normalise: bool, scaling: float, eps: float
 ) -> np.ndarray:
-    """Gradient of the scores through the combine weights: with w = s / (sum s + eps), ds = (dw - sum(dw w)) / (sum s + eps)."""
+    """Gradient of the scores through the combine weights: with w = s / (sum s + eps), ds = (dw - sum(dw w)) / (sum s +
+    eps).
+    """
     chosen_Tk = np.take_along_axis(routing.scores_TE, routing.indices_Tk, axis=-1)
     dchosen_Tk = scaling * dweights_Tk
     if normalise:

@@ -72,7 +72,8 @@ def transformer(
         doc_ids, key_padding_mask: (B, N + S), over the whole stream.
 
     Raises:
-        ValueError: a token outside the vocabulary, a position past max_seq_len, both or neither of tokens and inputs_embeds.
+        ValueError: a token outside the vocabulary, a position past max_seq_len, both or neither of tokens and
+            inputs_embeds.
     """
     activations: dict[str, np.ndarray] = {}
     x_BSD = _embed(weights, tokens, inputs_embeds, prefix_embeds, activations)
@@ -142,7 +143,9 @@ def transformer_backward(
     daux_loss: float = 0.0,
     dz_loss: float = 0.0,
 ) -> Gradients:
-    """Gradients of every weight; also of "inputs_embeds" or "prefix_embeds", under these names, where they were given."""
+    """Gradients of every weight; also of "inputs_embeds" or "prefix_embeds", under these names, where they were
+    given.
+    """
     normed_BSD = out.activations["norm"]
     part = output_slice or slice(None)
     dnormed_BSD = np.zeros_like(normed_BSD)

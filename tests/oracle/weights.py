@@ -1,4 +1,5 @@
-"""Weights to compare with: fan-in normal matrices, norm weights in (0.5, 1.5), biases that are not 0, so that nothing hides.
+"""Weights to compare with: fan-in normal matrices, norm weights in (0.5, 1.5), biases that are not 0, so that nothing
+hides.
 
 The names and shapes are written out here once more, apart from the parameter table of `shared_config`.
 """
