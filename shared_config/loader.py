@@ -1,7 +1,7 @@
 """From a preset name or a TOML path, plus typed command-line overrides, to a `JobConfig`, and back to TOML.
 
-An override is ``--section.field value`` or ``--section.field=value``. The field's type decides how the text is read: fields of
-text take it as it stands, others as a TOML value; ``none`` empties an optional field.
+An override is ``--section.field value`` or ``--section.field=value``. The field's type decides how the text is read:
+fields of text take it as it stands, others as a TOML value; ``none`` empties an optional field.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def json_schema() -> dict[str, Any]:
 
 def preset_names() -> tuple[str, ...]:
     """Names of the packaged presets."""
-    return tuple(sorted(entry.name.removesuffix(".toml") for entry in PRESETS.iterdir() if entry.name.endswith(".toml")))
+    return tuple(
+        sorted(entry.name.removesuffix(".toml") for entry in PRESETS.iterdir() if entry.name.endswith(".toml"))
+    )
 
 
 def read_source(source: str) -> dict[str, Any]:

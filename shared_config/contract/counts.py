@@ -48,8 +48,8 @@ class Flops:
 def flops_per_token(config: ModelConfig, seq_len: int) -> Flops:
     """FLOPs a token of the text model, averaged over a causal sequence of ``seq_len``.
 
-    Matrix products: twice the active matrix weights, the output head included and the embedding lookup not. Attention: scores
-    and their product with the values, 4 * head_dim * heads a visible key; masked keys do not count.
+    Matrix products: twice the active matrix weights, the output head included and the embedding lookup not.
+    Attention: scores and their product with the values, 4 * head_dim * heads a visible key; masked keys do not count.
     """
     table = parameter_table(config)
     matrices = sum(spec.size for name, spec in table.items() if len(spec.shape) > 1 and name != EMBEDDING)
@@ -92,8 +92,8 @@ class TrainingMemory:
 def training_memory(job: JobConfig, world_size: int = 1) -> TrainingMemory:
     """Bytes a device holds of float32 masters, gradients, both Adam moments and the bfloat16 copy of one layer at work.
 
-    Pipeline stages share the layers evenly, tensor parallelism the matrices, FSDP what is left; experts are divided by ``ep``
-    before FSDP shards them over the remaining data ranks, which comes to the same number of bytes.
+    Pipeline stages share the layers evenly, tensor parallelism the matrices, FSDP what is left; experts are divided
+    by ``ep`` before FSDP shards them over the remaining data ranks, which comes to the same number of bytes.
     """
     layout: DistributedConfig = job.distributed
     table = parameter_table(job.model, job.vlm)

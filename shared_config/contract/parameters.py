@@ -1,9 +1,10 @@
 """The parameter table: name -> shape, initialiser and logical axes of every weight and buffer of a model.
 
-Both backends build exactly these tensors, in this orientation; initialising, sharding, counting and loading read the table.
+Both backends build exactly these tensors, in this orientation; initialising, sharding, counting and loading read the
+table.
 
-Names of axes: vocab, embed (the residual width), heads and kv_heads (times head_dim), head_dim, mlp, experts; None for an axis
-that is never sharded. A linear weight is (out, in); packed experts are (expert, in, out).
+Names of axes: vocab, embed (the residual width), heads and kv_heads (times head_dim), head_dim, mlp, experts; None
+for an axis that is never sharded. A linear weight is (out, in); packed experts are (expert, in, out).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tables of rotary position embeddings, in float64, for both backends.
 
-Su et al. 2021, arXiv:2104.09864: channel pair i of a head turns by position * theta^(-2i/head_dim). Scalings: linear position
-interpolation (Chen et al. 2023, arXiv:2306.15595), the wavelength bands of Llama 3.1 (arXiv:2407.21783), and YaRN
-(Peng et al. 2023, arXiv:2309.00071).
+Su et al. 2021, arXiv:2104.09864: channel pair i of a head turns by position * theta^(-2i/head_dim). Scalings: linear
+position interpolation (Chen et al. 2023, arXiv:2306.15595), the wavelength bands of Llama 3.1 (arXiv:2407.21783),
+and YaRN (Peng et al. 2023, arXiv:2309.00071).
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
         return plain
     if scaling.type == "linear":
         return plain / scaling.factor
-    keep = _llama3_share_kept(plain, scaling) if scaling.type == "llama3" else _yarn_share_kept(head_dim, theta, scaling)
+    keep = (
+        _llama3_share_kept(plain, scaling) if scaling.type == "llama3" else _yarn_share_kept(head_dim, theta, scaling)
+    )
     return keep * plain + (1 - keep) * plain / scaling.factor
 
 

@@ -11,7 +11,9 @@ from shared_config.schema.base import Count, PositiveInt, Section, registered, s
 
 @section
 class AdapterConfig(Section):
-    """``hidden_dim`` 0 means the output width. The pooling types merge ``pool_window`` x ``pool_window`` cells of a square grid."""
+    """``hidden_dim`` 0 means the output width. The pooling types merge ``pool_window`` x ``pool_window`` cells of a
+    square grid.
+    """
 
     type: Annotated[str, registered("adapter")] = "mlp_2layer"
     hidden_dim: Count = 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
@@ -22,19 +23,26 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 SectionType = TypeVar("SectionType", bound="Section")
 
 
-class FrozenDict(dict[str, Any]):
-    """A dict that can be hashed and not changed, for mapping fields of frozen sections."""
+class FrozenDict(Mapping[str, Any]):
+    """A mapping that can be hashed and not changed, for mapping fields of frozen sections."""
 
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(frozenset(self.items()))
+    def __init__(self, items: Mapping[str, Any]) -> None:
+        self._items = dict(items)
 
-    def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise TypeError("a config mapping can't be changed; build a new config with replace()")
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
 
-    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
 
-    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
-        return FrozenDict, (dict(self),)
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
 
 
 def _as_tuple(value: Any) -> Any:
@@ -52,6 +60,7 @@ class _Nested:
 
 
 NESTED = _Nested()
+
 
 def registered(category: str) -> AfterValidator:
     """Annotation for a string field that names a registered builder of ``category``."""
@@ -95,9 +104,11 @@ def _describe(entry: Any, prefix: str) -> Iterator[str]:
 class Section:
     """Base of all sections.
 
-    Fields whose default None means "derive me" are listed by ``derive`` and read as the derived value after construction;
-    ``replace`` derives them anew, so that changing ``n_heads`` alone changes what depends on it.
+    Fields whose default None means "derive me" come from ``derive`` and read as the derived value after
+    construction; ``replace`` derives them anew, so that changing ``n_heads`` alone changes what depends on it.
     """
+
+    derived: ClassVar[frozenset[str]] = frozenset()  # names of the fields that were derived; set on the instance
 
     def derive(self) -> dict[str, Any]:
         """Values for the fields that were left None; called once, at construction."""
@@ -111,21 +122,17 @@ class Section:
         derived = {name: value for name, value in self.derive().items() if getattr(self, name) is None}
         for name, value in derived.items():
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "_derived", frozenset(derived))
+        object.__setattr__(self, "derived", frozenset(derived))
         found = list(self.problems())
         if found:
             raise ConfigError(found)
 
     def given(self) -> dict[str, Any]:
         """Field values as they were given: derived fields are left out."""
-        derived: frozenset[str] = getattr(self, "_derived")
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)  # type: ignore[arg-type]
-            if field.name not in derived
-        }
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in names if name not in self.derived}
 
-    def replace(self: SectionType, **changes: Any) -> SectionType:
+    def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; derived fields are derived again."""
         return type(self)(**{**self.given(), **changes})
 
@@ -150,11 +157,11 @@ def _strict(cls: type[SectionType], kw_only: bool) -> type[SectionType]:
 
 
 def _collecting(init: Callable[..., None]) -> Callable[..., None]:
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    @functools.wraps(init)
+    def collecting_init(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
             init(self, *args, **kwargs)
         except pydantic.ValidationError as error:
             raise ConfigError(problems_of(error)) from None
 
-    __init__.__wrapped__ = init  # type: ignore[attr-defined]
-    return __init__
+    return collecting_init

@@ -9,8 +9,8 @@ from shared_config.schema.base import Count, PositiveInt, Section, section
 class CheckpointConfig(Section):
     """``dir`` is the run's folder: checkpoints, metrics and the resolved config; a run started again there resumes.
 
-    interval: steps between checkpoints, 0 for the last step only. keep_last_n: older ones are removed. load_path: weights to
-    start from when the folder holds no checkpoint.
+    interval: steps between checkpoints, 0 for the last step only. keep_last_n: older ones are removed. load_path:
+    weights to start from when the folder holds no checkpoint.
     """
 
     dir: str = "runs/latest"

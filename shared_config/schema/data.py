@@ -14,8 +14,9 @@ from shared_config.schema.base import Count, PositiveInt, Section, section
 class DataConfig(Section):
     """What the model reads.
 
-    path: "" is the embedded default: for text, the Python standard library's sources as bytes; for vision-language models,
-    captioned shapes drawn by code. Otherwise a folder or file of text, of token ids (.npy, .bin), or an image-text folder.
+    path: "" is the embedded default: for text, the Python standard library's sources as bytes; for vision-language
+    models, captioned shapes drawn by code. Otherwise a folder or file of text, of token ids (.npy, .bin), or an
+    image-text folder.
     tokenizer: "bytes", or a local Hugging Face tokenizer folder.
     pack_documents: positions see only their own document (a ``doc_ids`` mask), and no loss crosses a boundary.
     """
@@ -29,7 +30,9 @@ class DataConfig(Section):
 
 @section
 class EvalConfig(Section):
-    """Held-out loss every ``interval`` steps and at the end, over ``steps`` batches; interval 0: at the end only, steps 0: never."""
+    """Held-out loss every ``interval`` steps and at the end, over ``steps`` batches; interval 0: at the end only,
+    steps 0: never.
+    """
 
     interval: Count = 0
     steps: Count = 8

@@ -15,8 +15,8 @@ from shared_config.schema.base import PositiveInt, Section, section
 class DistributedConfig(Section):
     """Sizes of the mesh axes. Their product is the number of devices; ``dp_shard`` -1 takes what the others leave.
 
-    dp_replicate: copies of the model; dp_shard: ranks that share one sharded copy (FSDP); tp: tensor parallel; pp: pipeline
-    stages; ep: expert parallel, a division of the data-parallel ranks, not an axis of its own.
+    dp_replicate: copies of the model; dp_shard: ranks that share one sharded copy (FSDP); tp: tensor parallel; pp:
+    pipeline stages; ep: expert parallel, a division of the data-parallel ranks, not an axis of its own.
     """
 
     dp_replicate: PositiveInt = 1

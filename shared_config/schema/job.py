@@ -82,11 +82,11 @@ class JobConfig(Section):
         if isinstance(vlm, MoTConfig):
             heads, kv_heads = vlm.resolved_image_heads(model.n_heads, model.kv_heads)
             if heads != model.n_heads:
-                yield f"vlm.mot_image_n_heads = {heads}: must be 0 or model.n_heads = {model.n_heads}, as attention is joint"
+                yield f"vlm.mot_image_n_heads = {heads}: must be 0 or model.n_heads = {model.n_heads} (joint attention)"
             if model.n_heads % kv_heads != 0:
                 yield f"vlm.mot_image_n_kv_heads = {kv_heads}: must divide model.n_heads = {model.n_heads}"
         if isinstance(vlm, MoMaConfig) and model.is_moe:
-            yield f"model.num_experts = {model.num_experts}: must be 0 with vlm.arch 'moma', which has experts of its own"
+            yield f"model.num_experts = {model.num_experts}: must be 0 with vlm.arch 'moma' (it has its own experts)"
 
     def image_problems(self, num_tokens: int) -> Iterator[str]:
         """What does not fit an encoder that gives ``num_tokens`` tokens an image (checked again once it is loaded)."""

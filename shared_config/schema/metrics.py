@@ -18,7 +18,9 @@ class MetricsConfig(Section):
 
 @section
 class ProfilingConfig(Section):
-    """Steps ``start_step`` to ``end_step`` (exclusive) are traced by the backend's profiler into ``dir``; equal: off."""
+    """Steps ``start_step`` to ``end_step`` (exclusive) are traced by the backend's profiler into ``dir``; equal:
+    off.
+    """
 
     start_step: Count = 0
     end_step: Count = 0

@@ -29,9 +29,10 @@ class RopeScaling(Section):
     """How rotary frequencies are stretched beyond the trained context.
 
     linear: positions divided by ``factor``. llama3: frequencies whose wavelength exceeds
-    ``original_max_seq_len / low_freq_factor`` divided by ``factor``, those below ``original_max_seq_len / high_freq_factor``
-    kept, between interpolated (Llama 3.1). yarn: NTK-by-parts interpolation between ``beta_fast`` and ``beta_slow`` rotations,
-    with attention factor 0.1*ln(factor)+1 unless given (Peng et al. 2023, arXiv:2309.00071).
+    ``original_max_seq_len / low_freq_factor`` divided by ``factor``, those below ``original_max_seq_len /
+    high_freq_factor`` kept, between interpolated (Llama 3.1). yarn: NTK-by-parts interpolation between ``beta_fast``
+    and ``beta_slow`` rotations, with attention factor 0.1*ln(factor)+1 unless given (Peng et al. 2023,
+    arXiv:2309.00071).
     """
 
     type: Literal["none", "linear", "llama3", "yarn"] = "none"
@@ -58,7 +59,8 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """One decoder-only transformer, dense or mixture of experts.
 
-    ``n_kv_heads`` None means ``n_heads``; ``head_dim`` None means ``dim // n_heads``; both read as numbers after construction.
+    ``n_kv_heads`` None means ``n_heads``; ``head_dim`` None means ``dim // n_heads``; both read as numbers after
+    construction.
     """
 
     dim: PositiveInt = 4096
@@ -108,10 +110,9 @@ class ModelConfig(Section):
             yield from self._expert_problems()
 
     def _attention_problems(self) -> Iterator[str]:
-        derived: frozenset[str] = getattr(self, "_derived")
         if self.n_heads % self.kv_heads != 0:
             yield f"n_kv_heads = {self.n_kv_heads}: must divide n_heads = {self.n_heads}"
-        if "head_dim" in derived and self.dim % self.n_heads != 0:
+        if "head_dim" in self.derived and self.dim % self.n_heads != 0:
             yield f"n_heads = {self.n_heads}: must divide dim = {self.dim}, or head_dim must be given"
         elif self.head_size < 2 or self.head_size % 2 != 0:
             yield f"head_dim = {self.head_dim}: must be an even number of at least 2 (rotary positions pair channels)"
@@ -120,7 +121,7 @@ class ModelConfig(Section):
         if self.moe_top_k > self.num_experts:
             yield f"moe_top_k = {self.moe_top_k}: must be at most num_experts = {self.num_experts}"
         if self.moe_frequency > self.n_layers:
-            yield f"moe_frequency = {self.moe_frequency}: must be at most n_layers = {self.n_layers}, else no layer has experts"
+            yield f"moe_frequency = {self.moe_frequency}: must be at most n_layers = {self.n_layers}, to have MoE layers"
         if self.moe_router == "softmax_topk" and self.moe_sequence_aux_loss_weight > 0:
             yield (
                 f"moe_sequence_aux_loss_weight = {self.moe_sequence_aux_loss_weight}: must be 0 with moe_router "

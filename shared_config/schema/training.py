@@ -9,10 +9,11 @@ from shared_config.schema.base import Count, NonNegativeFloat, PositiveInt, Sect
 
 @section
 class TrainConfig(Section):
-    """``batch_size`` is sequences a micro-batch and data-parallel rank; an optimiser step sees ``grad_accum_steps`` of them.
+    """``batch_size`` is sequences a micro-batch and data-parallel rank; an optimiser step sees ``grad_accum_steps``
+    of them.
 
     mixed_precision: "fp32" computes in float32; "bf16" keeps float32 masters and computes in bfloat16.
-    matmul_precision: "highest" is full float32 multiplication; "high" allows TF32 (or three-pass bfloat16) on both backends.
+    matmul_precision: "highest" is full float32 multiplication; "high" allows TF32 or the like on both backends.
     grad_clip_norm: 0 does not clip.
     scan_layers: JAX only; one compiled layer looped over the stack instead of an unrolled graph.
     """

@@ -5,7 +5,6 @@ A new architecture is a subclass of `VLMConfig` with its own ``arch``; the field
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -71,6 +70,11 @@ class VLMConfig(Section):
     def architectures() -> tuple[str, ...]:
         """Names of the architectures that exist."""
         return tuple(sorted(_ARCHITECTURES))
+
+    @staticmethod
+    def forget(arch: str) -> None:
+        """Take an architecture off the list."""
+        del _ARCHITECTURES[arch]
 
     @staticmethod
     def class_for(arch: Any) -> type[VLMConfig]:
@@ -154,7 +158,7 @@ class MoMaConfig(VLMConfig, arch="moma"):
 
     arch: Literal["moma"] = "moma"
     moma_modalities: Items[str] = ("image", "text")
-    moma_experts_per_modality: CountByName = Field(default_factory=lambda: FrozenDict(image=4, text=4))
+    moma_experts_per_modality: CountByName = Field(default_factory=lambda: FrozenDict({"image": 4, "text": 4}))
     moma_capacity_factor: Fraction = 0.0
     moma_gumbel_noise: bool = True
 
@@ -178,7 +182,9 @@ def _modality_problems(field: str, modalities: tuple[str, ...]) -> Iterator[str]
 
 
 class _AnyArchitecture:
-    """Annotation of a field that holds any registered `VLMConfig`, given as an instance or as a mapping with ``arch``."""
+    """Annotation of a field that holds any registered `VLMConfig`, given as an instance or as a mapping with
+    ``arch``.
+    """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._build)
