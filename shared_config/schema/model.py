@@ -121,7 +121,7 @@ class ModelConfig(Section):
         if self.moe_top_k > self.num_experts:
             yield f"moe_top_k = {self.moe_top_k}: must be at most num_experts = {self.num_experts}"
         if self.moe_frequency > self.n_layers:
-            yield f"moe_frequency = {self.moe_frequency}: must be at most n_layers = {self.n_layers}, to have MoE layers"
+            yield f"moe_frequency = {self.moe_frequency}: must be at most n_layers = {self.n_layers} (no MoE layer)"
         if self.moe_router == "softmax_topk" and self.moe_sequence_aux_loss_weight > 0:
             yield (
                 f"moe_sequence_aux_loss_weight = {self.moe_sequence_aux_loss_weight}: must be 0 with moe_router "
