@@ -22,8 +22,8 @@ def learning_rate(
                     linear    peak * (1 - (1 - m) * t)
                     constant  peak
 
-    The peak is reached by the last warm-up step (w - 1) and held by step w; ``min_ratio * peak`` is reached at step d, the
-    first after the decay, and kept. A run of d steps thus makes no update at the bare minimum, which may be 0.
+    The peak is reached by the last warm-up step (w - 1) and held by step w; ``min_ratio * peak`` is reached at step
+    d, the first after the decay, and kept. A run of d steps thus makes no update at the bare minimum, which may be 0.
 
     Raises:
         ValueError: unknown ``kind``, or a negative step.
@@ -42,7 +42,7 @@ def learning_rate(
 
 
 def scheduled_learning_rate(config: JobConfig, step: int) -> float:
-    """`learning_rate` with the settings of a job; the decay ends with the run unless ``scheduler.decay_steps`` is given."""
+    """`learning_rate` of a job; the decay ends with the run unless ``scheduler.decay_steps`` is given."""
     schedule = config.scheduler
     return learning_rate(
         step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -11,17 +12,20 @@ from hypothesis import strategies as st
 from shared_config.contract.schedule import KINDS, learning_rate, scheduled_learning_rate
 from shared_config.schema import JobConfig, ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 
+QUARTER = math.cos(math.pi / 4)
+
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("cosine", [0.5, 1.0, 1.0, 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2, 0.55, 0.1 + 0.9 * (1 - math.sqrt(0.5)) / 2, 0.1, 0.1]),
+        ("cosine", [0.5, 1.0, 1.0, 0.1 + 0.9 * (1 + QUARTER) / 2, 0.55, 0.1 + 0.9 * (1 - QUARTER) / 2, 0.1, 0.1]),
         ("linear", [0.5, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1, 0.1]),
         ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
     ],
 )
 def test_values_of_a_short_run(kind: str, expected: list[float]) -> None:
-    rates = [learning_rate(step, peak=2.0, warmup_steps=2, decay_steps=6, min_ratio=0.1, kind=kind) for step in range(8)]
+    arguments = {"peak": 2.0, "warmup_steps": 2, "decay_steps": 6, "min_ratio": 0.1, "kind": kind}
+    rates = [learning_rate(step, **arguments) for step in range(8)]
     assert rates == pytest.approx([2.0 * ratio for ratio in expected], rel=1e-15)
 
 
@@ -42,8 +46,8 @@ def test_rises_to_the_peak_then_falls_to_the_minimum_and_stays(settings: dict) -
     warmup, peak = settings["warmup_steps"], settings["peak"]
     floor = peak if settings["kind"] == "constant" else peak * settings["min_ratio"]
     assert all(0.0 <= rate <= peak * (1 + 1e-15) for rate in rates)
-    assert all(a < b for a, b in zip(rates[: warmup - 1], rates[1:warmup]))
-    assert all(b <= a * (1 + 1e-15) for a, b in zip(rates[warmup:], rates[warmup + 1 :]))
+    assert all(a < b for a, b in pairwise(rates[:warmup]))
+    assert all(b <= a * (1 + 1e-15) for a, b in pairwise(rates[warmup:]))
     if warmup:
         assert rates[warmup - 1] == peak
     assert rates[-1] == pytest.approx(floor, rel=1e-15, abs=1e-300)
@@ -63,7 +67,9 @@ def test_a_job_decays_until_its_last_step_unless_told_otherwise() -> None:
     assert scheduled_learning_rate(early, 9) == 0.0
 
 
-@pytest.mark.parametrize(("arguments", "message"), [({"kind": "poly"}, "'poly': must be one of cosine"), ({"step": -1}, "step = -1")])
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"kind": "poly"}, "'poly': must be one of cosine"), ({"step": -1}, "step = -1")]
+)
 def test_refuses_what_it_does_not_know(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         learning_rate(**{"step": 0, "peak": 1.0, "decay_steps": 10, **arguments})
