@@ -192,7 +192,7 @@ def attention_backward(
 
 def masked_softmax(scores: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     """Softmax over the allowed places of the last axis, 0 elsewhere, and 0 throughout where nothing is allowed."""
-    highest = np.where(allowed, scores.real, -np.inf).max(axis=-1, keepdims=True, initial=-np.inf)
+    highest = np.where(allowed, np.real(scores), -np.inf).max(axis=-1, keepdims=True, initial=-np.inf)
     shifted = np.where(allowed, scores - np.where(np.isfinite(highest), highest, 0), 0)
     numerators = np.where(allowed, np.exp(shifted), 0)
     total = numerators.sum(axis=-1, keepdims=True)

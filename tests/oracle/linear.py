@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 Weights = Mapping[str, np.ndarray]
 Gradients = dict[str, np.ndarray]
+Scalar = Any
+"""A float; a complex number within a complex-step derivative."""
 
 
 def linear(x: np.ndarray, weights: Weights, name: str) -> np.ndarray:

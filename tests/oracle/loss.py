@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from tests.oracle.linear import Scalar
 from tests.oracle.router import logsumexp, softmax
 
 IGNORED = -100
 
 
-def cross_entropy(logits_BSV: np.ndarray, labels_BS: np.ndarray) -> float:
+def cross_entropy(logits_BSV: np.ndarray, labels_BS: np.ndarray) -> Scalar:
     """Sum over the labels that are not -100 of logsumexp(logits) - logits[label], divided by their number; 0 without
     any.
     """

@@ -42,8 +42,8 @@ def mlp_backward(
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
     """1 / (1 + e^-x), written so that the exponential never overflows."""
-    decayed = np.exp(np.where(x.real >= 0, -x, x))
-    return np.where(x.real >= 0, 1 / (1 + decayed), decayed / (1 + decayed))
+    decayed = np.exp(np.where(np.real(x) >= 0, -x, x))
+    return np.where(np.real(x) >= 0, 1 / (1 + decayed), decayed / (1 + decayed))
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -75,11 +75,11 @@ def gelu_tanh(x: np.ndarray) -> np.ndarray:
 
 
 def relu(x: np.ndarray) -> np.ndarray:
-    return np.where(x.real > 0, x, 0)
+    return np.where(np.real(x) > 0, x, 0)
 
 
 def relu_slope(x: np.ndarray) -> np.ndarray:
-    return np.where(x.real > 0, 1.0, 0.0)
+    return np.where(np.real(x) > 0, 1.0, 0.0)
 
 
 ACTIVATIONS = {"silu": silu, "gelu": gelu, "relu": relu, "quick_gelu": quick_gelu, "gelu_pytorch_tanh": gelu_tanh}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -99,7 +100,11 @@ def moe(
 def route(
     x_TD: np.ndarray, weights: Weights, options: MoEOptions, valid_T: np.ndarray, sequences_T: np.ndarray
 ) -> Routing:
-    common = dict(top_k=options.top_k, normalise=options.norm_topk_prob, scaling=options.routed_scaling)
+    common: dict[str, Any] = {
+        "top_k": options.top_k,
+        "normalise": options.norm_topk_prob,
+        "scaling": options.routed_scaling,
+    }
     if options.router == "softmax_topk":
         return softmax_topk(x_TD, weights, valid_T=valid_T, **common)
     if options.router == "sigmoid_topk":
@@ -180,7 +185,7 @@ def moe_backward(
 def _route_backward(
     dweights_Tk: np.ndarray, daux: float, dz: float, saved: MoESaved, weights: Weights, options: MoEOptions
 ) -> tuple[np.ndarray, Gradients]:
-    common = dict(normalise=options.norm_topk_prob, scaling=options.routed_scaling)
+    common: dict[str, Any] = {"normalise": options.norm_topk_prob, "scaling": options.routed_scaling}
     if options.router == "softmax_topk":
         dx_TD, gradients = softmax_topk_backward(dweights_Tk, daux, dz, saved.routing, weights, **common)
     else:

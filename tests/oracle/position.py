@@ -71,11 +71,12 @@ def _yarn_slowed(pair: int, head_dim: int, theta: float, scaling: RopeScaling) -
     """Share of the slow frequency by channel (Peng et al. 2023, arXiv:2309.00071, section 3.2): a ramp between two
     channels.
     """
-    assert scaling.original_max_seq_len is not None
+    original_length = scaling.original_max_seq_len
+    assert original_length is not None
 
     def channel_turning(rotations: float) -> float:
         """The real-valued pair that makes so many rotations within the original length."""
-        wavelength = scaling.original_max_seq_len / rotations
+        wavelength = original_length / rotations
         return head_dim / 2 * math.log(wavelength / (2 * math.pi), theta)
 
     first = max(math.floor(channel_turning(scaling.beta_fast)), 0)

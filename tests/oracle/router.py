@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.oracle.linear import Gradients, Weights, linear, linear_backward
+from tests.oracle.linear import Gradients, Scalar, Weights, linear, linear_backward
 from tests.oracle.mlp import sigmoid
 
 SCORE_EPS = 1e-20
@@ -34,8 +34,8 @@ class Routing:
     indices_Tk: np.ndarray
     valid_T: np.ndarray
     counts_E: np.ndarray
-    aux_loss: float
-    z_loss: float
+    aux_loss: Scalar
+    z_loss: Scalar
 
 
 def softmax_topk(
@@ -153,7 +153,7 @@ def sigmoid_topk_backward(
     return linear_backward(dlogits, routing.x_TD, weights, "gate")
 
 
-def balance_loss(shares_TE: np.ndarray, indices_Tk: np.ndarray) -> float:
+def balance_loss(shares_TE: np.ndarray, indices_Tk: np.ndarray) -> Scalar:
     """E sum_e f_e P_e over some tokens, 0 without any; 1 when both are uniform."""
     if not indices_Tk.size:
         return 0.0
@@ -162,7 +162,7 @@ def balance_loss(shares_TE: np.ndarray, indices_Tk: np.ndarray) -> float:
     return experts * np.sum(f_E * shares_TE.mean(axis=0))
 
 
-def z_loss(logits_TE: np.ndarray) -> float:
+def z_loss(logits_TE: np.ndarray) -> Scalar:
     """mean(logsumexp(logits)^2) over the tokens (Zoph et al. 2022, arXiv:2202.08906), 0 without any."""
     return np.mean(logsumexp(logits_TE) ** 2) if len(logits_TE) else 0.0
 
@@ -197,7 +197,7 @@ def expert_bias_rate(rate: float, schedule: str, step: int, max_steps: int) -> f
 
 def top_k_lowest_first(scores: np.ndarray, k: int) -> np.ndarray:
     """Indices of the k largest along the last axis, largest first, equal ones by index."""
-    return np.argsort(-scores.real, axis=-1, kind="stable")[..., :k]
+    return np.argsort(-np.real(scores), axis=-1, kind="stable")[..., :k]
 
 
 def count(indices: np.ndarray, experts: int) -> np.ndarray:
@@ -206,19 +206,19 @@ def count(indices: np.ndarray, experts: int) -> np.ndarray:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    numerators = np.exp(logits - logits.real.max(axis=-1, keepdims=True))
+    numerators = np.exp(logits - np.real(logits).max(axis=-1, keepdims=True))
     return numerators / numerators.sum(axis=-1, keepdims=True)
 
 
 def logsumexp(logits: np.ndarray) -> np.ndarray:
     """log(sum(exp(logits))) over the last axis."""
-    highest = logits.real.max(axis=-1, keepdims=True)
+    highest = np.real(logits).max(axis=-1, keepdims=True)
     return highest[..., 0] + np.log(np.exp(logits - highest).sum(axis=-1))
 
 
 def _sequence_balance_loss(
     scores_TE: np.ndarray, indices_Tk: np.ndarray, valid_T: np.ndarray, sequences_T: np.ndarray
-) -> float:
+) -> Scalar:
     """Mean of the balance losses of the sequences that have a valid token."""
     shares_TE = scores_TE / scores_TE.sum(axis=-1, keepdims=True)
     losses = [balance_loss(shares_TE[member_T], indices_Tk[member_T]) for member_T in _members(valid_T, sequences_T)]

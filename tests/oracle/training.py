@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from shared_config.schema.model import ModelConfig
-from tests.oracle.linear import Gradients, Weights
+from tests.oracle.linear import Gradients, Scalar, Weights
 from tests.oracle.loss import cross_entropy, cross_entropy_backward
 from tests.oracle.optimizer import AdamWState, adamw_step, clip
 from tests.oracle.transformer import Output, transformer, transformer_backward
@@ -19,7 +19,7 @@ BUFFERS = ("expert_bias", "expert_ema")
 
 def training_loss(
     weights: Weights, config: ModelConfig, tokens: np.ndarray | None, labels: np.ndarray, **inputs: Any
-) -> tuple[float, Output]:
+) -> tuple[Scalar, Output]:
     """Cross entropy + moe_aux_loss_weight * aux loss + moe_router_z_loss_weight * z loss. ``inputs`` go to
     `transformer`.
     """
@@ -31,7 +31,7 @@ def training_loss(
 
 def loss_and_gradients(
     weights: Weights, config: ModelConfig, tokens: np.ndarray | None, labels: np.ndarray, **inputs: Any
-) -> tuple[float, Gradients]:
+) -> tuple[Scalar, Gradients]:
     """The loss and the gradient of every parameter that the loss depends on through its values."""
     loss, out = training_loss(weights, config, tokens, labels, **inputs)
     gradients = transformer_backward(

@@ -12,7 +12,7 @@ import numpy as np
 from shared_config.schema.model import ModelConfig
 from tests.oracle.attention import AttentionSaved, Keys, attention, attention_backward
 from tests.oracle.embedding import output_head, output_head_backward, token_embedding, token_embedding_backward
-from tests.oracle.linear import Gradients, Weights, below, submodule
+from tests.oracle.linear import Gradients, Scalar, Weights, below, submodule
 from tests.oracle.mlp import Activations, mlp, mlp_backward
 from tests.oracle.moe import MoEOptions, MoESaved, moe, moe_backward
 from tests.oracle.norm import norm, norm_backward
@@ -47,8 +47,8 @@ class Output:
     activations: dict[str, np.ndarray]
     caches: list[Keys]
     blocks: list[BlockSaved]
-    aux_loss: float = 0.0
-    z_loss: float = 0.0
+    aux_loss: Scalar = 0.0
+    z_loss: Scalar = 0.0
     expert_counts: dict[int, np.ndarray] = field(default_factory=dict)
 
 
