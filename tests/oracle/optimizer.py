@@ -65,11 +65,9 @@ def clip(gradients: Weights, max_norm: float) -> dict[str, np.ndarray]:
 def learning_rate(
     step: int, *, lr: float, warmup_steps: int, decay_steps: int, min_lr_ratio: float, name: str = "cosine"
 ) -> float:
-    """Step counts from 0. Warm-up: lr (step + 1) / warmup. Then from lr at the end of warm-up to min_lr_ratio lr at
-    decay_steps.
-    """
+    """Step counts from 0. Warm-up: lr (step + 1) / warmup_steps. Then a fall to min_lr_ratio lr at ``decay_steps``."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
-    progress = min((step - warmup_steps) / max(decay_steps - warmup_steps, 1), 1.0)
+    progress = min((step - warmup_steps) / (decay_steps - warmup_steps), 1.0) if decay_steps > warmup_steps else 1.0
     remaining = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[name]
     return lr * (min_lr_ratio + (1 - min_lr_ratio) * remaining)
