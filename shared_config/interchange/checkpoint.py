@@ -1,0 +1,280 @@
+"""Training checkpoints: one folder a step that both backends write and read.
+
+``<run>/step_00000050/`` is the state after 50 updates:
+
+    weights.safetensors     parameters and buffers by name
+    optimizer.safetensors   ``m.<parameter>`` and ``v.<parameter>``
+    state.json              step, place in the data, config, random state, backend, versions, checksums of all files
+
+A folder is written aside as ``.step_00000050.new``, brought to disk and renamed, so that whenever the machine stops
+there is the old checkpoint or the new one. One process may write to a run's folder at a time; any number may read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401 (lets safetensors return bfloat16)
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from shared_config.errors import UserError
+from shared_config.interchange.files import file_errors
+
+FORMAT = 1
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+STEP_NAME = re.compile(r"step_(\d{8,})")
+LIBRARIES = ("numpy", "torch", "jax", "flax")
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass
+class TrainingState:
+    """What a trainer needs to go on as if it had never stopped.
+
+    Attributes:
+        step: updates done.
+        weights: parameters and buffers by name.
+        optimizer: moments, ``m.<parameter>`` and ``v.<parameter>``.
+        extra: anything else, as JSON values: the state of random generators, for one.
+    """
+
+    step: int
+    weights: Arrays
+    optimizer: Arrays
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Checkpoint:
+    """A training state and where it came from.
+
+    Attributes:
+        rows: training rows consumed over all ranks.
+        fingerprint: of the data they came from.
+        config: nested dict, see `shared_config.loader.config_from_dict`.
+        backend: which one wrote it.
+    """
+
+    path: Path
+    state: TrainingState
+    rows: int
+    fingerprint: str
+    config: dict[str, Any]
+    backend: str
+    versions: dict[str, str]
+
+
+def save(
+    folder: str | Path,
+    state: TrainingState,
+    *,
+    rows: int = 0,
+    fingerprint: str = "",
+    config: Mapping[str, Any] | None = None,
+    backend: str = "",
+    keep: int | None = None,
+) -> Path:
+    """Write the checkpoint of ``state.step`` to a run's folder; one of the same step is replaced. Returns its path.
+
+    Args:
+        keep: how many of the newest checkpoints stay; None: all.
+
+    Raises:
+        UserError: it can't be written, say for lack of space. What was there before is still there.
+    """
+    folder = Path(folder)
+    final = folder / f"step_{state.step:08d}"
+    aside = _hidden(final, "new")
+    fields = {
+        "format": FORMAT,
+        "step": state.step,
+        "rows": rows,
+        "fingerprint": fingerprint,
+        "backend": backend,
+        "versions": installed_versions(),
+        "extra": state.extra,
+        "config": dict(config or {}),
+    }
+    with file_errors(final, "the checkpoint can't be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        clean(folder)
+        aside.mkdir()
+        try:
+            _write_files(aside, state, fields)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        _publish(aside, final)
+        if keep is not None:
+            prune(folder, keep, spare=final)
+    return final
+
+
+def load(path: str | Path, *, with_optimizer: bool = True) -> Checkpoint:
+    """Read a checkpoint, or the latest one of a run's folder. All files that are read are checked against their
+    checksums.
+
+    Raises:
+        UserError: there is none, or a file is missing, truncated, corrupt or of a newer format; it names the file.
+    """
+    folder = _resolve(Path(path))
+    fields = _read_state(folder / STATE)
+    weights = _read_arrays(folder / WEIGHTS, fields["files"])
+    optimizer = _read_arrays(folder / OPTIMIZER, fields["files"]) if with_optimizer else {}
+    return Checkpoint(
+        path=folder,
+        state=TrainingState(fields["step"], weights, optimizer, fields["extra"]),
+        **{name: fields[name] for name in ("rows", "fingerprint", "config", "backend", "versions")},
+    )
+
+
+def latest(folder: str | Path) -> Path | None:
+    """The checkpoint of the highest step in a run's folder; None if there is none."""
+    published = _published(Path(folder))
+    return published[max(published)] if published else None
+
+
+def clean(folder: str | Path) -> None:
+    """Remove what writers that were killed left behind, and finish what they had begun."""
+    for left in sorted(Path(folder).glob(".step_*.*")):
+        final = left.with_name(left.stem[1:])
+        if left.suffix == ".old" and not final.exists():
+            left.rename(final)
+        elif left.suffix in (".new", ".old", ".gone"):
+            shutil.rmtree(left)
+
+
+def prune(folder: str | Path, keep: int, spare: Path | None = None) -> None:
+    """Remove all but the ``keep`` checkpoints of the highest steps; ``spare`` stays in any case."""
+    published = _published(Path(folder))
+    for step in sorted(published)[: max(0, len(published) - keep)]:
+        if published[step] != spare:
+            gone = _hidden(published[step], "gone")
+            published[step].rename(gone)
+            shutil.rmtree(gone)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that bear on numbers, read without importing them."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _hidden(final: Path, suffix: str) -> Path:
+    return final.with_name(f".{final.name}.{suffix}")
+
+
+def _published(folder: Path) -> dict[int, Path]:
+    """Checkpoints by step. One that was being replaced when its writer died counts under its hidden name."""
+    found: dict[int, Path] = {}
+    for path in [*folder.glob(".step_*.old"), *folder.glob("step_*")]:
+        match = STEP_NAME.fullmatch(path.name if path.suffix != ".old" else path.stem[1:])
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return found
+
+
+def _resolve(path: Path) -> Path:
+    if (path / STATE).exists() or STEP_NAME.fullmatch(path.name):
+        return path
+    found = latest(path)
+    if found is None:
+        raise UserError(f"{path}: no checkpoint, nor a folder with checkpoints (step_00000050, ...)")
+    return found
+
+
+def _publish(aside: Path, final: Path) -> None:
+    old = _hidden(final, "old")
+    replaces = final.exists()
+    if replaces:
+        final.rename(old)
+    aside.rename(final)
+    _sync(final.parent)
+    if replaces:
+        shutil.rmtree(old)
+
+
+def _write_files(folder: Path, state: TrainingState, fields: dict[str, Any]) -> None:
+    _write_arrays(folder / WEIGHTS, state.weights)
+    _write_arrays(folder / OPTIMIZER, state.optimizer)
+    files = {name: _describe(folder / name) for name in (WEIGHTS, OPTIMIZER)}
+    fields = {**fields, "files": files}
+    text = json.dumps({"checksum": _checksum(fields), **fields}, indent=1, allow_nan=False)
+    (folder / STATE).write_text(text + "\n", encoding="utf-8")
+    for name in (WEIGHTS, OPTIMIZER, STATE):
+        _sync(folder / name)
+    _sync(folder)
+
+
+def _write_arrays(file: Path, arrays: Arrays) -> None:
+    """safetensors.numpy takes the bytes of an array as they lie in memory, so order C is made sure of."""
+    safetensors.numpy.save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, file)
+
+
+def _read_arrays(file: Path, files: dict[str, Any]) -> Arrays:
+    expected = files[file.name]
+    try:
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise UserError(
+                f"{file}: truncated or replaced: {size} bytes instead of {expected['bytes']}{_advice(file)}"
+            )
+        if _describe(file) != expected:
+            raise UserError(f"{file}: corrupt: its checksum does not match {STATE}{_advice(file)}")
+        with safetensors.safe_open(file, "numpy") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{file}: can't be read ({error}){_advice(file)}") from None
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: can't be read ({error}){_advice(file)}") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("format"), int):
+        raise UserError(f"{file}: not the state of a training checkpoint{_advice(file)}")
+    if fields["format"] > FORMAT:
+        raise UserError(f"{file}: format {fields['format']} is newer than this version reads ({FORMAT})")
+    if fields.pop("checksum", "") != _checksum(fields):
+        raise UserError(f"{file}: corrupt: its checksum does not match{_advice(file)}")
+    return fields
+
+
+def _advice(file: Path) -> str:
+    return f"; remove {file.parent} to go on from the checkpoint before it"
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        return {"bytes": os.fstat(opened.fileno()).st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
