@@ -1,0 +1,23 @@
+"""The commands, one module each: HELP, add_arguments(parser) and run(options, overrides) -> exit status."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from shared_config.commands import show
+
+
+class Command(Protocol):
+    """What a module of this package provides."""
+
+    @property
+    def HELP(self) -> str: ...
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, options: argparse.Namespace, overrides: Sequence[str]) -> int: ...
+
+
+COMMANDS: Mapping[str, Command] = {"show": show}

@@ -1,0 +1,193 @@
+"""``kempnerforge show``: what a config builds and costs, from the config alone; no framework is imported."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from shared_config.commands.common import add_config, console
+from shared_config.contract.counts import (
+    BFLOAT16,
+    count_active_parameters,
+    count_parameters,
+    flops_per_token,
+    kv_cache_bytes,
+    training_memory,
+)
+from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, aliases, parameter_table
+from shared_config.errors import UserError
+from shared_config.loader import config_to_toml, json_schema, load_config
+from shared_config.schema.base import Section
+from shared_config.schema.job import JobConfig
+
+HELP = "print the resolved config, its parameters, FLOPs, and memory by device"
+
+PREFIXES = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser, optional=True)
+    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of config files instead")
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        default=None,
+        metavar="N",
+        help="devices (default: as few as the layout needs)",
+    )
+
+
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    if options.schema:
+        print(json.dumps(json_schema(), indent=2))
+        return 0
+    if options.config is None:
+        raise UserError("show: CONFIG is required, unless --schema is given")
+    config = load_config(options.config, overrides)
+    world_size = smallest_world_size(config) if options.world_size is None else options.world_size
+    if world_size < 1:
+        raise UserError(f"--world-size = {world_size}: must be at least 1")
+    config.validate(world_size)
+    print(resolved_toml(config))
+    screen = console()
+    for table in tables(config, world_size):
+        screen.print(table)
+    return 0
+
+
+def tables(config: JobConfig, world_size: int) -> Iterator[RenderableType]:
+    """Parameters, counts, and memory."""
+    yield parameters_of(config)
+    yield counts_of(config)
+    yield memory_of(config, world_size)
+
+
+def resolved_toml(config: JobConfig) -> str:
+    """The config as TOML that loads as the same config; derived values stand in comments."""
+    lines = []
+    for line in config_to_toml(config).splitlines():
+        lines.append(line)
+        header = re.fullmatch(r"\[(\w+)\]", line)
+        section = getattr(config, header[1], None) if header else None
+        if isinstance(section, Section):
+            given = section.given()
+            names = [name for name in section.derive() if name not in given]
+            lines.extend(f"# {name} = {getattr(section, name)}, derived" for name in names)
+    return "\n".join(lines) + "\n"
+
+
+def smallest_world_size(config: JobConfig) -> int:
+    """Devices that the layout names, with a ``dp_shard`` that is left open taken as ``ep``, or 1."""
+    layout = config.distributed
+    shard = layout.dp_shard if layout.dp_shard > 0 else max(1, layout.ep // layout.dp_replicate)
+    return layout.dp_replicate * shard * layout.tp * layout.pp
+
+
+def parameters_of(config: JobConfig) -> Table:
+    """The parameter table, repeated layers folded."""
+    table = Table("name", "shape", "axes", "initial", "copies", "elements", title="Parameters", title_justify="left")
+    for number in (4, 5):
+        table.columns[number].justify = "right"
+    for name, spec, copies in folded(parameter_table(config.model, config.vlm)):
+        marks = " (buffer)" if spec.is_buffer else ""
+        table.add_row(
+            name + marks,
+            " x ".join(map(str, spec.shape)),
+            ", ".join(axis or "-" for axis in spec.axes),
+            _initial(spec),
+            str(copies),
+            f"{copies * spec.size:,}",
+        )
+    for alias, name in aliases(config.model).items():
+        table.add_row(alias, "", "", f"is {name}", "", "0")
+    return table
+
+
+def folded(table: ParameterTable) -> Iterator[tuple[str, ParameterSpec, int]]:
+    """Name, spec and number of copies of tensors that differ in a layer's or expert's number only."""
+    groups: dict[tuple[str, ParameterSpec], list[list[int]]] = {}
+    for name, spec in table.items():
+        pattern = re.sub(r"\b\d+\b", "*", name)
+        groups.setdefault((pattern, spec), []).append([int(number) for number in re.findall(r"\b\d+\b", name)])
+    for (pattern, spec), numbers in groups.items():
+        for column in zip(*numbers, strict=True):
+            pattern = pattern.replace("*", compact(column), 1)
+        yield pattern, spec, len(numbers)
+
+
+def compact(numbers: Iterable[int]) -> str:
+    """Numbers in brackets: ``3``, ``{0..31}``, ``{1,3..31}``, ``{0,1,4}``."""
+    values = sorted(set(numbers))
+    if len(values) == 1:
+        return str(values[0])
+    steps = {after - before for before, after in itertools.pairwise(values)}
+    if len(steps) > 1 or len(values) == 2:
+        return "{" + ",".join(map(str, values)) + "}"
+    start = f"{values[0]}" if steps == {1} else f"{values[0]},{values[1]}"
+    return f"{{{start}..{values[-1]}}}"
+
+
+def counts_of(config: JobConfig) -> Table:
+    """Parameters, floating point operations a token, key/value cache."""
+    model, length = config.model, config.train.seq_len
+    flops = flops_per_token(model, length)
+    table = _pairs("Counts")
+    table.add_row("parameters", f"{count_parameters(model, config.vlm):,}")
+    if model.is_moe:
+        table.add_row("parameters a token uses", f"{count_active_parameters(model, config.vlm):,}")
+    table.add_row(f"text FLOPs a token, forward, {length} positions", f"{flops.forward:,}")
+    table.add_row("  in matrix products", f"{flops.matmul:,}")
+    table.add_row("  in attention", f"{flops.attention:,}")
+    table.add_row("text FLOPs a token, training", f"{flops.training:,}")
+    cache = kv_cache_bytes(model, 1, model.max_seq_len, BFLOAT16)
+    table.add_row(f"key/value cache a row, bfloat16, {model.max_seq_len} positions", readable_bytes(cache))
+    return table
+
+
+def memory_of(config: JobConfig, world_size: int) -> Table:
+    """Bytes each device holds during training."""
+    layout, memory = config.distributed, training_memory(config, world_size)
+    axes = {
+        "dp_replicate": layout.dp_replicate,
+        "dp_shard": layout.resolved_dp_shard(world_size),
+        "tp": layout.tp,
+        "pp": layout.pp,
+        "ep": layout.ep,
+    }
+    sizes = ", ".join(f"{name} {size}" for name, size in axes.items())
+    table = _pairs("Training memory a device, activations not counted")
+    table.add_row("devices", str(world_size))
+    table.add_row("layout", sizes)
+    table.add_row("parameters, float32", readable_bytes(memory.parameters))
+    table.add_row("gradients, float32", readable_bytes(memory.gradients))
+    table.add_row("Adam moments, float32", readable_bytes(memory.optimizer))
+    table.add_row("bfloat16 copy at work", readable_bytes(memory.compute_copy))
+    table.add_row("total", readable_bytes(memory.total))
+    return table
+
+
+def readable_bytes(number: float) -> str:
+    """Three digits and a binary prefix."""
+    power = 0
+    while number >= 1024 and power < len(PREFIXES) - 1:
+        number, power = number / 1024, power + 1
+    return f"{number:.4g} {PREFIXES[power]}B"
+
+
+def _pairs(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    return table
+
+
+def _initial(spec: ParameterSpec) -> str:
+    if isinstance(spec.initializer, Constant):
+        return f"{spec.initializer.value:g}"
+    return f"normal, std {spec.initializer.std:.4g}"

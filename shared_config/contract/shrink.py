@@ -1,0 +1,133 @@
+"""A model of the same architecture at sizes that two CPU cores validate in seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shared_config.schema.adapter import AdapterConfig
+from shared_config.schema.base import FrozenDict
+from shared_config.schema.data import DataConfig
+from shared_config.schema.distributed import DistributedConfig
+from shared_config.schema.job import JobConfig
+from shared_config.schema.model import ModelConfig, RopeScaling
+from shared_config.schema.training import TrainConfig
+from shared_config.schema.video import VideoConfig
+from shared_config.schema.vision import VisionEncoderConfig
+from shared_config.schema.vlm import CrossAttentionConfig, MoMaConfig, MoTConfig, VLMConfig
+
+HEAD_DIM, HEADS, KV_HEADS, QUERIES_A_KV_HEAD = 16, 4, 2, 4
+VOCABULARY = 260
+SEQUENCE, WINDOW, TEXT, IMAGE_TOKENS, FEATURES, FRAMES = 256, 12, 64, 16, 48, 2
+EXPERTS, BATCH, TRAINED_SEQUENCE = 8, 8, 64
+
+
+def shrink(config: JobConfig) -> JobConfig:
+    """The same kinds of layers, with fewer and narrower ones.
+
+    Kept: multi-head, grouped or multi-query attention, a head width of its own, which layers have experts, gated or
+    plain FFNs, ties, biases, norms, scalings, windows, routers, the architecture of images. Cut: every size. The data is
+    the embedded text and the layout a single device.
+    """
+    model = _model(config)
+    return config.replace(
+        model=model,
+        train=_train(config.train),
+        data=DataConfig(),
+        distributed=DistributedConfig(),
+        vision_encoder=None if config.vision_encoder is None else _vision_encoder(config.vision_encoder),
+        adapter=None if config.adapter is None else _adapter(config.adapter),
+        vlm=None if config.vlm is None else _vlm(config.vlm, model),
+        video=None if config.video is None else _video(config.video),
+    )
+
+
+def _model(config: JobConfig) -> ModelConfig:
+    model = config.model
+    n_layers = min(model.n_layers, _layers_of_a_period(config))
+    n_heads, n_kv_heads = _heads(model)
+    dim, head_dim = _widths(model, n_heads)
+    max_seq_len = min(model.max_seq_len, SEQUENCE)
+    num_experts = min(model.num_experts, EXPERTS)
+    return model.replace(
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        vocab_size=min(model.vocab_size, VOCABULARY),
+        ffn_hidden_dim=_rounded(model.computed_ffn_hidden_dim / model.dim * dim),
+        max_seq_len=max_seq_len,
+        rope_scaling=_rope_scaling(model.rope_scaling, max_seq_len / model.max_seq_len),
+        sliding_window=None if model.sliding_window is None else min(model.sliding_window, WINDOW),
+        num_experts=num_experts,
+        moe_top_k=min(model.moe_top_k, max(1, num_experts // 2)) if model.is_moe else model.moe_top_k,
+    )
+
+
+def _layers_of_a_period(config: JobConfig) -> int:
+    """Layers that show every kind of layer at least once, and one after it."""
+    period = config.model.moe_frequency if config.model.is_moe else 1
+    if isinstance(config.vlm, CrossAttentionConfig):
+        period = max(period, config.vlm.cross_attention_every_n_layers)
+    return period + 1
+
+
+def _heads(model: ModelConfig) -> tuple[int, int]:
+    """Query and key/value heads, multi-head, grouped or multi-query as before."""
+    group = model.n_heads // model.kv_heads
+    n_kv_heads = min(model.kv_heads, HEADS if group == 1 else KV_HEADS)
+    return n_kv_heads * min(group, QUERIES_A_KV_HEAD), n_kv_heads
+
+
+def _widths(model: ModelConfig, n_heads: int) -> tuple[int, int | None]:
+    """Residual width and head width, the latter None where it follows from the former."""
+    inner = model.n_heads * model.head_size
+    if "head_dim" not in model.given() or inner == model.dim:
+        return min(model.dim, n_heads * HEAD_DIM), None
+    head_dim = min(model.head_size, HEAD_DIM)
+    return _rounded(n_heads * head_dim * model.dim / inner), head_dim
+
+
+def _rounded(width: float) -> int:
+    return max(1, round(width / 8)) * 8
+
+
+def _rope_scaling(scaling: RopeScaling, ratio: float) -> RopeScaling:
+    if scaling.original_max_seq_len is None:
+        return scaling
+    return scaling.replace(original_max_seq_len=max(1, round(scaling.original_max_seq_len * ratio)))
+
+
+def _train(train: TrainConfig) -> TrainConfig:
+    return train.replace(batch_size=min(train.batch_size, BATCH), seq_len=min(train.seq_len, TRAINED_SEQUENCE))
+
+
+def _vision_encoder(encoder: VisionEncoderConfig) -> VisionEncoderConfig:
+    """Towers with weights of their own are stood in for by the random encoder."""
+    return encoder.replace(type="random", path="", feature_dim=FEATURES, num_tokens=IMAGE_TOKENS)
+
+
+def _adapter(adapter: AdapterConfig) -> AdapterConfig:
+    return adapter.replace(
+        hidden_dim=min(adapter.hidden_dim, TEXT), pool_window=2, pool_heads=min(adapter.pool_heads, 2)
+    )
+
+
+def _video(video: VideoConfig) -> VideoConfig:
+    return video.replace(max_frames=min(video.max_frames, FRAMES), min_frames=min(video.min_frames, FRAMES))
+
+
+def _vlm(vlm: VLMConfig, model: ModelConfig) -> VLMConfig:
+    changes: dict[str, Any] = {"max_text_len": min(vlm.max_text_len, TEXT)}
+    if isinstance(vlm, CrossAttentionConfig):
+        changes["cross_attention_n_heads"] = model.n_heads if vlm.cross_attention_n_heads else 0
+        changes["cross_attention_n_kv_heads"] = model.kv_heads if vlm.cross_attention_n_kv_heads else 0
+    if isinstance(vlm, MoTConfig):
+        changes["mot_image_n_heads"] = model.n_heads if vlm.mot_image_n_heads else 0
+        changes["mot_image_n_kv_heads"] = model.kv_heads if vlm.mot_image_n_kv_heads else 0
+    if isinstance(vlm, MoMaConfig):
+        experts = vlm.moma_experts_per_modality
+        changes["moma_experts_per_modality"] = FrozenDict(
+            {name: min(number, EXPERTS) for name, number in experts.items()}
+        )
+    return vlm.replace(**changes)

@@ -1,0 +1,70 @@
+"""What a validation run feeds to a model: weights, tokens and labels that hide nothing, the same in every process.
+
+Small initial weights hide errors, so the ones drawn here have fan-in scale, norm weights away from 1 and biases away
+from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from shared_config.contract.initialise import stream
+from shared_config.contract.parameters import ParameterSpec, ParameterTable
+
+IGNORED_LABEL = -100
+BIAS_RANGE = 0.2
+CHUNK_SIZES = (1, 3, 7)
+
+
+def validation_weights(table: ParameterTable, seed: int) -> dict[str, np.ndarray]:
+    """float32 values of every tensor of the table.
+
+    Matrices are normal(0, 1/sqrt(fan-in)), also those that start silent; norm weights uniform(.5, 1.5); biases, of
+    routers too, uniform(-.2, .2).
+    """
+    return {name: _value(name, spec, seed) for name, spec in table.items()}
+
+
+def validation_tokens(vocab_size: int, batch_size: int, length: int, seed: int) -> np.ndarray:
+    """int32 (batch_size, length), uniform over the vocabulary."""
+    return stream(seed, "validation/tokens").integers(0, vocab_size, (batch_size, length), dtype=np.int32)
+
+
+def validation_labels(tokens: np.ndarray) -> np.ndarray:
+    """The next token of each position; the last position, and the first two of every other row, are ignored."""
+    labels = np.concatenate([tokens[:, 1:], np.full_like(tokens[:, :1], IGNORED_LABEL)], axis=1)
+    labels[1::2, :2] = IGNORED_LABEL
+    return labels
+
+
+def chunkings(length: int, seed: int) -> Iterator[tuple[int, ...]]:
+    """Ways to feed ``length`` tokens to a cache: a token at a time, a long prefill and then steps, and drawn chunks.
+
+    Chunk sizes are few, as every size is a shape that JAX compiles.
+    """
+    prefill = max(length - 3, 1)
+    yield (1,) * length
+    yield (prefill, *(1,) * (length - prefill))
+    draw = stream(seed, "validation/chunks")
+    drawn: list[int] = []
+    while (left := length - sum(drawn)) > 0:
+        drawn.append(int(draw.choice([size for size in CHUNK_SIZES if size <= left])))
+    yield tuple(drawn)
+
+
+def _value(name: str, spec: ParameterSpec, seed: int) -> np.ndarray:
+    if name.endswith("expert_ema"):
+        return np.full(spec.shape, 1 / spec.shape[0], np.float32)
+    draw = stream(seed, f"validation/{name}")
+    if len(spec.shape) > 1:
+        values = draw.standard_normal(spec.shape, dtype=np.float32)
+        return values * np.float32(_fan_in(spec.shape) ** -0.5)
+    low, high = (0.5, 1.5) if name.endswith("weight") else (-BIAS_RANGE, BIAS_RANGE)
+    return draw.uniform(low, high, spec.shape).astype(np.float32)
+
+
+def _fan_in(shape: tuple[int, ...]) -> int:
+    """Inputs of a linear weight (out, in), or of packed experts (expert, in, out)."""
+    return shape[-1] if len(shape) == 2 else shape[-2]
