@@ -1,0 +1,165 @@
+"""The language model with images, one function an architecture. Gradients of these come from complex steps.
+
+Shapes: B batch, S text tokens, N image tokens, D model dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.vlm import CrossAttentionConfig, MoMaConfig, MoTConfig
+from tests.oracle.attention import attention
+from tests.oracle.cross_attention import cross_attention_block, fires_after
+from tests.oracle.embedding import output_head, token_embedding
+from tests.oracle.linear import Scalar, Weights, below, submodule
+from tests.oracle.moma import moma_ffn
+from tests.oracle.mot import by_modality, mot_block, stream
+from tests.oracle.norm import norm
+from tests.oracle.position import rope_at
+from tests.oracle.transformer import head_weights, transformer, transformer_block
+
+
+@dataclass
+class VLMOutput:
+    """Logits of the text, outputs of modules by path, router losses summed, and counts by layer and modality."""
+
+    logits: np.ndarray
+    activations: dict[str, np.ndarray]
+    aux_loss: Scalar = 0.0
+    z_loss: Scalar = 0.0
+    expert_counts: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
+
+
+def joint_decoder(
+    weights: Weights,
+    config: ModelConfig,
+    tokens: np.ndarray,
+    image: np.ndarray,
+    key_padding_mask: np.ndarray | None = None,
+) -> VLMOutput:
+    """The image's embeddings (B, N, D) before the text in one causal decoder; logits of the text."""
+    text = slice(image.shape[1], None)
+    out = transformer(
+        weights, config, tokens, prefix_embeds=image, output_slice=text, key_padding_mask=key_padding_mask
+    )
+    counts = {layer: {"all": count} for layer, count in out.expert_counts.items()}
+    return VLMOutput(out.logits, out.activations, out.aux_loss, out.z_loss, counts)
+
+
+def cross_attention_decoder(
+    weights: Weights,
+    config: ModelConfig,
+    vlm: CrossAttentionConfig,
+    tokens: np.ndarray,
+    image: np.ndarray,
+    image_mask: np.ndarray | None = None,
+    doc_ids: np.ndarray | None = None,
+) -> VLMOutput:
+    """The text decoder, with a block that reads the image (B, N, D) after every n-th layer."""
+    x_BSD = token_embedding(tokens, submodule(weights, "token_embedding"))
+    out = VLMOutput(np.empty(0), {"token_embedding": x_BSD})
+    rope = _rope(config, x_BSD.shape[1])
+    for layer in range(config.n_layers):
+        path = f"layers.{layer}"
+        x_BSD, saved, named = transformer_block(x_BSD, submodule(weights, path), config, layer, rope, doc_ids)
+        out.activations |= below(path, named) | {path: x_BSD}
+        if saved.moe is not None:
+            out.aux_loss = out.aux_loss + saved.moe.routing.aux_loss
+            out.z_loss = out.z_loss + saved.moe.routing.z_loss
+            out.expert_counts[layer] = {"all": saved.moe.routing.counts_E}
+        block = fires_after(layer, vlm)
+        if block is not None:
+            path = f"cross_attention_layers.{block}"
+            own = submodule(weights, path)
+            x_BSD, named = cross_attention_block(x_BSD, image, own, config, vlm, image_mask)
+            out.activations |= below(path, named) | {path: x_BSD}
+    out.activations["norm"] = norm(x_BSD, submodule(weights, "norm"), config.norm_type, config.norm_eps)
+    return _with_logits(out, out.activations["norm"], weights)
+
+
+def mot_decoder(
+    weights: Weights,
+    config: ModelConfig,
+    vlm: MoTConfig,
+    embeds: np.ndarray,
+    modality_ids: np.ndarray,
+    *,
+    doc_ids: np.ndarray | None = None,
+    key_padding_mask: np.ndarray | None = None,
+    output_slice: slice | None = None,
+) -> VLMOutput:
+    """Mixture of transformers over embeddings (B, S, D) of both modalities in any order.
+
+    Args:
+        modality_ids: (B, S) index into ``vlm.mot_modalities``.
+    """
+    x_BSD, where = embeds, stream(modality_ids, doc_ids, key_padding_mask)
+    out = VLMOutput(np.empty(0), {})
+    for layer in range(config.n_layers):
+        x_BSD, losses = mot_block(x_BSD, submodule(weights, f"layers.{layer}"), config, vlm, layer, where)
+        out.activations[f"layers.{layer}"] = x_BSD
+        out.aux_loss, out.z_loss = out.aux_loss + losses.aux_loss, out.z_loss + losses.z_loss
+        if losses.counts:
+            out.expert_counts[layer] = losses.counts
+    normed = by_modality(x_BSD, submodule(weights, "mot_norms"), config, vlm, where)
+    return _with_logits(out, normed[:, output_slice or slice(None)], weights)
+
+
+def moma_decoder(
+    weights: Weights,
+    config: ModelConfig,
+    vlm: MoMaConfig,
+    embeds: np.ndarray,
+    modality_ids: np.ndarray,
+    *,
+    doc_ids: np.ndarray | None = None,
+    key_padding_mask: np.ndarray | None = None,
+    output_slice: slice | None = None,
+    noise: Mapping[int, Mapping[str, np.ndarray]] | None = None,
+) -> VLMOutput:
+    """One attention for all, experts of each modality that choose their tokens.
+
+    Args:
+        noise: {layer: {modality: (N, E)}} Gumbel noise of the choice; none in evaluation.
+    """
+    x_BSD = embeds
+    out = VLMOutput(np.empty(0), {})
+    for layer in range(config.n_layers):
+        own = submodule(weights, f"layers.{layer}")
+        attention_in = norm(x_BSD, submodule(own, "attention_norm"), config.norm_type, config.norm_eps)
+        attention_out, _ = attention(
+            attention_in,
+            submodule(own, "attention"),
+            _rope(config, x_BSD.shape[1]),
+            n_heads=config.n_heads,
+            n_kv_heads=config.kv_heads,
+            eps=config.norm_eps,
+            sliding_window=config.sliding_window,
+            doc_ids=doc_ids,
+            key_padding_mask=key_padding_mask,
+        )
+        middle_BSD = x_BSD + attention_out
+        mlp_in = norm(middle_BSD, submodule(own, "mlp_norm"), config.norm_type, config.norm_eps)
+        layer_noise = None if noise is None else noise[layer]
+        mlp_out, counts = moma_ffn(
+            mlp_in, submodule(own, "mlp"), vlm, config.activation, modality_ids, key_padding_mask, layer_noise
+        )
+        x_BSD = middle_BSD + mlp_out
+        named = {"attention_norm": attention_in, "attention": attention_out, "mlp_norm": mlp_in, "mlp": mlp_out}
+        out.activations |= below(f"layers.{layer}", named) | {f"layers.{layer}": x_BSD}
+        out.expert_counts[layer] = counts
+    out.activations["norm"] = norm(x_BSD, submodule(weights, "norm"), config.norm_type, config.norm_eps)
+    return _with_logits(out, out.activations["norm"][:, output_slice or slice(None)], weights)
+
+
+def _rope(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
+    return rope_at(np.arange(length), config.head_size, config.rope_theta, config.rope_scaling)
+
+
+def _with_logits(out: VLMOutput, x_BSD: np.ndarray, weights: Weights) -> VLMOutput:
+    out.logits = out.activations["output_head"] = output_head(x_BSD, head_weights(weights))
+    return out
