@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from kempnerforge_jax.model.linear import Embedding, Linear
 from kempnerforge_jax.model.module import Module
@@ -25,7 +26,7 @@ class TokenEmbedding(Module):
         Raises:
             ValueError: an id outside [0, V). Inside jit, where values can't be seen, its row is NaN.
         """
-        if not isinstance(tokens, jax.core.Tracer):
+        if not isinstance(tokens, Tracer):
             _check_range(np.asarray(tokens), self.embedding.num_embeddings)
         return self.embedding(tokens)
 

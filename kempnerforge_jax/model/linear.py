@@ -20,14 +20,9 @@ class Linear(Module):
     def __init__(self, in_features: int, out_features: int, bias: bool = False, *, rngs: nnx.Rngs):
         self.in_features = in_features
         self.out_features = out_features
-        bound = 1 / math.sqrt(in_features)
-        shape = (out_features, in_features)
-        self.weight: nnx.Param[jax.Array] | None = nnx.Param(
-            jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
-        )
-        self.bias: nnx.Param[jax.Array] | None = None
-        if bias:
-            self.bias = nnx.Param(jax.random.uniform(rngs.params(), (out_features,), jnp.float32, -bound, bound))
+        weight_OI = self._drawn((out_features, in_features), rngs)
+        self.weight: nnx.Param[jax.Array] | None = nnx.Param(weight_OI)
+        self.bias = nnx.Param(self._drawn((out_features,), rngs)) if bias else None
 
     def forward(self, x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
         """(..., I) -> (..., O).
@@ -41,6 +36,10 @@ class Linear(Module):
             weight = self.weight.get_value()
         y = contract(x, weight)
         return y if self.bias is None else y + self.bias.get_value()
+
+    def _drawn(self, shape: tuple[int, ...], rngs: nnx.Rngs) -> jax.Array:
+        bound = 1 / math.sqrt(self.in_features)
+        return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
 
 
 class Embedding(Module):
@@ -60,8 +59,8 @@ class Embedding(Module):
 def contract(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x (..., I) times weight (O, I) over I.
 
-    XLA sums bfloat16 products in float32 and rounds the result once. Asking for a float32 result and casting it would be the
-    same forward, but makes the products of the backward pass float32 ones.
+    XLA sums bfloat16 products in float32 and rounds the result once. Asking for a float32 result and casting it would
+    be the same forward, but makes the products of the backward pass float32 ones.
     """
     if x.dtype != weight.dtype:
         raise ValueError(f"x.dtype = {x.dtype}: must be the dtype of the weight, {weight.dtype}")

@@ -1,7 +1,8 @@
 """What every module of this backend is: an NNX module with ``forward``, whose calls can be observed.
 
-Torch's `nn.Module` has these abilities built in; here they are: named walks, observers of outputs, a change of dtype, and
-values of the last call kept beside the module (an NNX module holds parameters and buffers only, so that it can cross jit).
+Torch's `nn.Module` has these abilities built in; here they are: named walks, observers of outputs, a change of dtype,
+and values of the last call kept beside the module (an NNX module holds parameters and buffers only, so that it can
+cross jit).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 Observer = Callable[["Module", Any], None]
 _observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVar("observers", default=())
@@ -52,7 +54,7 @@ class Module(nnx.Module):
 
     def keep(self, **values: Any) -> None:
         """Remember values of this call for `kept`. Inside a trace there is nothing to remember, and nothing happens."""
-        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)):
+        if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values)):
             _kept.setdefault(self, {}).update(values)
 
     def kept(self, name: str, default: Any = None) -> Any:

@@ -1,1 +1,5 @@
 """The model, module by module."""
+
+from kempnerforge_torch.model.transformer import Transformer, TransformerBlock
+
+__all__ = ["Transformer", "TransformerBlock"]

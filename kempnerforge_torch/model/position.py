@@ -34,7 +34,7 @@ def precompute_rope_frequencies(
 
 
 class RotaryTables(nn.Module):
-    """The tables of a model: float64 whatever dtype the model is cast to, on the device of the model, not in its state dict."""
+    """The tables of a model: float64 whatever dtype the model is cast to, on its device, not in its state dict."""
 
     cos: Tensor
     sin: Tensor

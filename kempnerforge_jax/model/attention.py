@@ -1,0 +1,423 @@
+"""Causal self-attention with grouped heads, its key/value cache and its masks.
+
+Shapes: B batch, S new tokens, M keys (cached and new), D model dim, H query heads, K key/value heads, G = H / K query
+heads that share a key/value head, h head_dim. Query head i reads key/value head i // G.
+
+    mask (rows: new tokens at positions 2, 3, 4; columns: keys at positions 0 ... 4)
+
+        causal        window=3      documents 0 0 1 1 1
+        1 1 1 0 0     1 1 1 0 0     0 0 1 0 0
+        1 1 1 1 0     0 1 1 1 0     0 0 1 1 0
+        1 1 1 1 1     0 0 1 1 1     0 0 1 1 1
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+
+from kempnerforge_jax.model.linear import Linear
+from kempnerforge_jax.model.module import Module
+from kempnerforge_jax.model.norm import RMSNorm
+from kempnerforge_jax.model.position import apply_rope
+
+ARRAYS = ("k", "v", "lengths", "valid", "doc_ids")
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class KVCache:
+    """Keys and values of the tokens seen so far, one layer's. A value: `update` and `cut` return the new cache.
+
+    Each row fills its own slots from 0; the slot of a token is its position. Keys are stored after RoPE, before head
+    expansion. Where documents or padding were given, the cache remembers them for the tokens to come. Shapes never
+    follow the fill, so that one compiled step serves every position.
+
+    Attributes:
+        k, v: (B, K, max_seq_len, h).
+        lengths: int32 (B,), tokens seen by each row, which is the position of its next token.
+        valid: bool (B, max_seq_len), or None while every token was real.
+        doc_ids: int (B, max_seq_len), or None while no documents were given. Tokens written before are of document 0.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    lengths: jax.Array
+    valid: jax.Array | None
+    doc_ids: jax.Array | None
+
+    def __init__(
+        self,
+        batch_size: int,
+        max_seq_len: int,
+        n_kv_heads: int,
+        head_dim: int,
+        dtype: Any = None,
+        device: Any = None,
+    ):
+        shape = (batch_size, n_kv_heads, max_seq_len, head_dim)
+        self.k = jnp.zeros(shape, dtype or jnp.float32, device=device)
+        self.v = jnp.zeros(shape, dtype or jnp.float32, device=device)
+        self.lengths = jnp.zeros(batch_size, jnp.int32, device=device)
+        self.valid = None
+        self.doc_ids = None
+
+    @property
+    def max_seq_len(self) -> int:
+        """Slots of a row."""
+        return self.k.shape[2]
+
+    @property
+    def seq_len(self) -> int:
+        """Length of the longest row; outside jit only."""
+        return int(self.lengths.max())
+
+    def positions(self, length: int) -> jax.Array:
+        """Positions of the next ``length`` tokens: (B, S)."""
+        return self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
+
+    def reserve(self, length: int) -> None:
+        """Check that ``length`` more tokens fit.
+
+        Raises:
+            ValueError: if they don't. Inside jit lengths can't be seen; there the output of `Attention` is NaN for the
+                tokens past the end.
+        """
+        if isinstance(self.lengths, Tracer):
+            return
+        if self.seq_len + length > self.max_seq_len:
+            raise ValueError(
+                f"tokens = {length}: must fit in the cache, of whose max_seq_len = {self.max_seq_len} slots "
+                f"{self.seq_len} are filled"
+            )
+
+    def update(
+        self,
+        k_new: jax.Array,
+        v_new: jax.Array,
+        *,
+        doc_ids: jax.Array | None = None,
+        key_padding_mask: jax.Array | None = None,
+    ) -> tuple[KVCache, jax.Array, jax.Array]:
+        """Append ``S`` tokens to every row.
+
+        Args:
+            k_new, v_new: (B, K, S, h).
+            doc_ids: int (B, S), of the new tokens; needed once it was given.
+            key_padding_mask: bool (B, S), True where a new token is real; all are if None.
+
+        Returns:
+            the new cache; k, v: (B, K, max_seq_len, h), every slot.
+
+        Raises:
+            ValueError: past the end of the cache (see `reserve`), or documents missing.
+        """
+        length = k_new.shape[2]
+        self.reserve(length)
+        doc_ids, valid = self._noted(length, doc_ids, key_padding_mask)
+        cache = self._replace(
+            k=self._write(self.k, k_new),
+            v=self._write(self.v, v_new),
+            lengths=self.lengths + length,
+            valid=valid,
+            doc_ids=doc_ids,
+        )
+        return cache, cache.k, cache.v
+
+    def cut(self, lengths: jax.Array) -> KVCache:
+        """Forget, in each row, what lies at or beyond its new length (the padding at the end of a ragged prompt).
+
+        Args:
+            lengths: int (B,); where it exceeds the length so far, nothing is forgotten.
+        """
+        return self._replace(lengths=jnp.minimum(self.lengths, lengths.astype(jnp.int32)))
+
+    def mask(
+        self,
+        length: int,
+        *,
+        doc_ids: jax.Array | None = None,
+        key_padding_mask: jax.Array | None = None,
+        sliding_window: int | None = None,
+    ) -> jax.Array:
+        """Who the next ``length`` tokens may see of what `update` will return, as `build_mask`."""
+        doc_ids_BM, valid_BM = self._noted(length, doc_ids, key_padding_mask)
+        return build_mask(
+            self.positions(length),
+            jnp.arange(self.max_seq_len, dtype=jnp.int32),
+            query_doc_ids=doc_ids,
+            key_doc_ids=doc_ids_BM,
+            key_valid=valid_BM,
+            sliding_window=sliding_window,
+        )
+
+    def _noted(
+        self, length: int, doc_ids: jax.Array | None, key_padding_mask: jax.Array | None
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        """`doc_ids` and `valid` with the next tokens' entries."""
+        shape = (self.k.shape[0], self.max_seq_len)
+        if self.doc_ids is not None and doc_ids is None:
+            raise ValueError("doc_ids = None: the cache holds tokens of documents, so new tokens need theirs")
+        documents = valid = None
+        if doc_ids is not None:
+            documents = jnp.zeros(shape, doc_ids.dtype) if self.doc_ids is None else self.doc_ids
+            documents = self._write(documents, doc_ids)
+        if self.valid is not None or key_padding_mask is not None:
+            valid = jnp.ones(shape, jnp.bool_) if self.valid is None else self.valid
+            real = jnp.ones((shape[0], length), jnp.bool_)
+            valid = self._write(valid, real if key_padding_mask is None else key_padding_mask)
+        return documents, valid
+
+    def _write(self, slots: jax.Array, new: jax.Array) -> jax.Array:
+        """Put ``new`` (B, S) or (B, K, S, h) into the next slots of (B, max_seq_len) or (B, K, max_seq_len, h).
+
+        What lies past the end is dropped: a clamp would overwrite the last slots.
+        """
+        axis = 1 if slots.ndim == 2 else 2
+        rows_B1 = jnp.arange(slots.shape[0])[:, None]
+        place = (
+            slots.at[rows_B1, self.positions(new.shape[1])]
+            if axis == 1
+            else slots.at[rows_B1, :, self.positions(new.shape[2])]
+        )
+        return place.set(new.swapaxes(1, axis).astype(slots.dtype), mode="drop")
+
+    def _replace(self, **arrays: jax.Array | None) -> KVCache:
+        return self.tree_unflatten(None, [arrays.get(name, getattr(self, name)) for name in ARRAYS])
+
+    def tree_flatten_with_keys(self) -> tuple[Any, None]:
+        """The arrays are the leaves."""
+        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in ARRAYS], None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, arrays: Any) -> KVCache:
+        """A cache of these arrays."""
+        cache = object.__new__(cls)
+        for name, array in zip(ARRAYS, arrays, strict=True):
+            setattr(cache, name, array)
+        return cache
+
+
+class Attention(Module):
+    """Causal self-attention: softmax(q k^T / sqrt(h)) v over the keys that the masks allow.
+
+    Attributes:
+        capture_attention_weights: if True, each call outside jit also keeps its probabilities.
+        last_attention_weights: (B, H, S, M), of the last such call, on the host.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int | None = None,
+        qk_norm: bool = False,
+        sdpa_backend: str = "auto",
+        *,
+        bias: bool = False,
+        sliding_window: int | None = None,
+        norm_eps: float = 1e-5,
+        rngs: nnx.Rngs,
+    ):
+        """``sdpa_backend`` names kernels of torch; here it has no effect."""
+        head_dim = resolve_head_dim(dim, n_heads, n_kv_heads, head_dim)
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads
+        self.head_dim = head_dim
+        self.sdpa_backend = sdpa_backend
+        self.sliding_window = sliding_window
+        self.q_proj = Linear(dim, n_heads * head_dim, bias, rngs=rngs)
+        self.k_proj = Linear(dim, n_kv_heads * head_dim, bias, rngs=rngs)
+        self.v_proj = Linear(dim, n_kv_heads * head_dim, bias, rngs=rngs)
+        self.o_proj = Linear(n_heads * head_dim, dim, bias, rngs=rngs)
+        self.q_norm = RMSNorm(head_dim, norm_eps, rngs=rngs) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, norm_eps, rngs=rngs) if qk_norm else None
+        self.capture_attention_weights = False
+
+    @property
+    def last_attention_weights(self) -> np.ndarray | None:
+        """(B, H, S, M), of the last captured call."""
+        weights = self.kept("attention_weights")
+        return None if weights is None else np.asarray(weights)
+
+    def forward(
+        self,
+        x: jax.Array,
+        rope_cos: jax.Array,
+        rope_sin: jax.Array,
+        *,
+        kv_cache: KVCache | None = None,
+        mask: jax.Array | None = None,
+        doc_ids: jax.Array | None = None,
+        key_padding_mask: jax.Array | None = None,
+    ) -> Any:
+        """(B, S, D) -> (B, S, D); given a cache, -> ((B, S, D), new cache).
+
+        Args:
+            rope_cos, rope_sin: of the new tokens' positions, (S, h/2) or (B, 1, S, h/2).
+            kv_cache: the tokens before; the new ones are appended.
+            mask: from `self_attention_mask`, where a caller has built it; else it is built here.
+            doc_ids: int (B, S); a token sees its own document.
+            key_padding_mask: bool (B, S), True where a token is real; the others are not seen.
+
+        A query that may see no key contributes 0 before the output projection. A token past the end of the cache gives
+        NaN inside jit, and an error outside.
+        """
+        batch, length, _ = x.shape
+        if mask is None:
+            mask = self_attention_mask(
+                length,
+                kv_cache=kv_cache,
+                doc_ids=doc_ids,
+                key_padding_mask=key_padding_mask,
+                sliding_window=self.sliding_window,
+            )
+        q_BSHh = self.q_proj(x).reshape(batch, length, self.n_heads, self.head_dim)
+        k_BSKh = self.k_proj(x).reshape(batch, length, self.n_kv_heads, self.head_dim)
+        v_BSKh = self.v_proj(x).reshape(batch, length, self.n_kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHh, k_BSKh = self.q_norm(q_BSHh), self.k_norm(k_BSKh)
+        q_BHSh = apply_rope(q_BSHh.swapaxes(1, 2), rope_cos, rope_sin)
+        k_BKMh = apply_rope(k_BSKh.swapaxes(1, 2), rope_cos, rope_sin)
+        v_BKMh = v_BSKh.swapaxes(1, 2)
+        updated = None
+        if kv_cache is not None:
+            updated, k_BKMh, v_BKMh = kv_cache.update(
+                k_BKMh, v_BKMh, doc_ids=doc_ids, key_padding_mask=key_padding_mask
+            )
+            k_BKMh, v_BKMh = k_BKMh.astype(x.dtype), v_BKMh.astype(x.dtype)
+        if self.capture_attention_weights:
+            self.keep(attention_weights=attention_weights(q_BHSh, k_BKMh, mask))
+        out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask)
+        out_BSD = self.o_proj(out_BHSh.swapaxes(1, 2).reshape(batch, length, -1))
+        if kv_cache is None:
+            return out_BSD
+        past_end_BS = kv_cache.positions(length) >= kv_cache.max_seq_len
+        return jnp.where(past_end_BS[..., None], jnp.nan, out_BSD), updated
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """softmax(q k^T / sqrt(h)) v.
+
+    Every attention of this backend goes through here: a fused kernel of a GPU or TPU belongs in this function.
+
+    Args:
+        q: (B, H, S, h).
+        k, v: (B, K, M, h).
+        mask: bool, broadcasts to (B, H, S, M), True = attend; None is plain causal, aligned to the end.
+
+    Returns:
+        (B, H, S, h); 0, with gradient 0, in rows that may attend to nothing.
+    """
+    weights_BHSM = attention_weights(q, k, mask).astype(v.dtype)
+    weights_BKGSM = weights_BHSM.reshape(q.shape[0], k.shape[1], -1, *weights_BHSM.shape[2:])
+    out_BKGSh = jnp.einsum("bkgsm,bkmh->bkgsh", weights_BKGSM, v)
+    out_BHSh = out_BKGSh.reshape(*q.shape[:3], v.shape[-1]).astype(q.dtype)
+    return out_BHSh if mask is None else jnp.where(mask.any(axis=-1, keepdims=True), out_BHSh, 0)
+
+
+def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """The probabilities of `attend`: (B, H, S, M) in at least float32, 0 in rows that may attend to nothing."""
+    (batch, heads, length, channels), keys = q.shape, k.shape[2]
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    mask = _causal(length, keys) if mask is None else mask
+    q_BKGSh = q.reshape(batch, k.shape[1], -1, length, channels)
+    scores_BKGSM = jnp.einsum("bkgsh,bkmh->bkgsm", q_BKGSh, k, preferred_element_type=dtype)
+    scores_BHSM = scores_BKGSM.reshape(batch, heads, length, keys) / math.sqrt(channels)
+    has_key = mask.any(axis=-1, keepdims=True)
+    weights_BHSM = jax.nn.softmax(jnp.where(mask | ~has_key, scores_BHSM, -jnp.inf), axis=-1)
+    return jnp.where(has_key, weights_BHSM, 0)
+
+
+def build_mask(
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    *,
+    query_doc_ids: jax.Array | None = None,
+    key_doc_ids: jax.Array | None = None,
+    key_valid: jax.Array | None = None,
+    sliding_window: int | None = None,
+) -> jax.Array:
+    """Who may see whom: a query at p sees a key at k if k <= p, p - window < k, both are of one document, and the key
+    is real.
+
+    Args:
+        query_positions: int (S,) or (B, S).
+        key_positions: int (M,) or (B, M).
+        query_doc_ids, key_doc_ids: int (B, S) and (B, M).
+        key_valid: bool (B, M).
+
+    Returns:
+        bool (B, 1, S, M), or (1, 1, S, M) if nothing depends on the row; True = attend.
+    """
+    query, key = query_positions[..., :, None], key_positions[..., None, :]
+    mask = key <= query
+    if sliding_window is not None:
+        mask = mask & (key > query - sliding_window)
+    if query_doc_ids is not None and key_doc_ids is not None:
+        mask = mask & (query_doc_ids[:, :, None] == key_doc_ids[:, None, :])
+    if key_valid is not None:
+        mask = mask & key_valid[:, None, :]
+    return mask[:, None] if mask.ndim == 3 else mask[None, None]
+
+
+def self_attention_mask(
+    length: int,
+    *,
+    kv_cache: KVCache | None = None,
+    doc_ids: jax.Array | None = None,
+    key_padding_mask: jax.Array | None = None,
+    sliding_window: int | None = None,
+) -> jax.Array | None:
+    """The mask of ``length`` new tokens, before they are appended to the cache; None if plain causal.
+
+    Args:
+        doc_ids, key_padding_mask: (B, S), of the new tokens; those of the cached ones come from the cache.
+    """
+    _check_new(length, doc_ids, key_padding_mask)
+    if kv_cache is not None:
+        return kv_cache.mask(length, doc_ids=doc_ids, key_padding_mask=key_padding_mask, sliding_window=sliding_window)
+    windowed = sliding_window is not None and sliding_window < length
+    if doc_ids is None and key_padding_mask is None and not windowed:
+        return None
+    positions_S = jnp.arange(length, dtype=jnp.int32)
+    return build_mask(
+        positions_S,
+        positions_S,
+        query_doc_ids=doc_ids,
+        key_doc_ids=doc_ids,
+        key_valid=key_padding_mask,
+        sliding_window=sliding_window if windowed else None,
+    )
+
+
+def resolve_head_dim(dim: int, n_heads: int, n_kv_heads: int, head_dim: int | None = None) -> int:
+    """``head_dim``, or dim // n_heads.
+
+    Raises:
+        ValueError: for numbers of heads that don't divide.
+    """
+    if n_kv_heads < 1 or n_heads % n_kv_heads != 0:
+        raise ValueError(f"n_kv_heads = {n_kv_heads}: must divide n_heads = {n_heads}")
+    if head_dim is None and dim % n_heads != 0:
+        raise ValueError(f"n_heads = {n_heads}: must divide dim = {dim}, or head_dim must be given")
+    return dim // n_heads if head_dim is None else head_dim
+
+
+def _causal(length: int, keys: int) -> jax.Array:
+    """Plain causal, the queries being the last of the keys."""
+    return build_mask(jnp.arange(keys - length, keys), jnp.arange(keys))
+
+
+def _check_new(length: int, doc_ids: jax.Array | None, key_padding_mask: jax.Array | None) -> None:
+    for name, given in (("doc_ids", doc_ids), ("key_padding_mask", key_padding_mask)):
+        if given is not None and (given.ndim != 2 or given.shape[1] != length):
+            raise ValueError(f"{name}.shape = {tuple(given.shape)}: must be (batch, {length}), one for each new token")
+    if key_padding_mask is not None and key_padding_mask.dtype != jnp.bool_:
+        raise ValueError(f"key_padding_mask.dtype = {key_padding_mask.dtype}: must be bool, True = real")

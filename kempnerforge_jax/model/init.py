@@ -1,0 +1,62 @@
+"""Initial weights, from the parameter table: every parameter and buffer, also of a model built without arrays.
+
+| what | initial value |
+|---|---|
+| matrices | normal(0, init_std) |
+| o_proj, down_proj, packed down_w | normal(0, init_std / sqrt(2 n_layers)) |
+| norm weights | 1 |
+| biases, router bias | 0 |
+| cross-attention and MoT: o_proj, dense down_proj | 0 |
+| router's moving average of utilisation | 1 / num_experts |
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kempnerforge_jax.model.state import own_variables
+from shared_config.contract.initialise import initial_value
+from shared_config.contract.parameters import Constant, ParameterSpec, parameter_table
+from shared_config.schema.model import ModelConfig
+
+
+def init_weights(
+    model: nnx.Module, config: ModelConfig, seed: int | None = None, *, rngs: nnx.Rngs | None = None
+) -> None:
+    """Set every parameter and buffer of a `Transformer`, or of a pipeline stage of one.
+
+    With a seed the values are those of `shared_config.contract.initialise`, the same bits in both backends and in every
+    sharding layout; without, they come from ``rngs``, or from fresh entropy if there are none.
+
+    Raises:
+        ValueError: if the model has arrays that the table doesn't know, or of another shape.
+    """
+    table = parameter_table(config, getattr(model, "vlm_config", None))
+    own = own_variables(model)
+    problems = [
+        f"{name}.shape = {tuple(variable.shape)}: must be {table[name].shape if name in table else 'in the table'}"
+        for name, variable in own.items()
+        if name not in table or tuple(variable.shape) != table[name].shape
+    ]
+    if problems:
+        raise ValueError("the model doesn't fit its parameter table:\n" + "\n".join(problems))
+    if seed is None and rngs is None:
+        rngs = nnx.Rngs(secrets.randbits(32))
+    for name, spec in table.items():
+        if name in own:
+            dtype = own[name].get_value().dtype
+            own[name].set_value(_initial(name, spec, dtype, seed, rngs))
+
+
+def _initial(name: str, spec: ParameterSpec, dtype: Any, seed: int | None, rngs: nnx.Rngs | None) -> jax.Array:
+    if isinstance(spec.initializer, Constant):
+        return jnp.full(spec.shape, spec.initializer.value, dtype)
+    if seed is not None:
+        return jnp.asarray(initial_value(name, spec, seed), dtype)
+    assert rngs is not None
+    return (spec.initializer.std * jax.random.normal(rngs.params(), spec.shape, jnp.float32)).astype(dtype)

@@ -1,0 +1,189 @@
+"""The state of a model as a flat dict, named as in the parameter table, and arrays from and to NumPy and DLPack.
+
+Across a jit boundary goes `split(model)`: a static graph and two flat dicts of arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+
+from kempnerforge_jax.model.module import Table, named_variables
+from kempnerforge_jax.model.scan import layer_name, layer_range, stack_arrays, stacked
+from shared_config.errors import UserError
+
+State = dict[str, jax.Array]
+
+
+def get_state(model: nnx.Module) -> State:
+    """Parameters and buffers by name. A tied head has no weight of its own; stacked layers are given one by one."""
+    return unstack_layers({name: variable.get_value() for name, variable in own_variables(model).items()})
+
+
+def set_state(model: nnx.Module, state: Mapping[str, Any]) -> None:
+    """Put the values of ``state`` (JAX or NumPy arrays) into the model, in the dtypes and shardings of the model.
+
+    Raises:
+        UserError: lists every missing, unknown and misshapen name; the model is unchanged.
+    """
+    own = own_variables(model)
+    values = {name: variable.get_value() for name, variable in own.items()}
+    check_names(
+        {name: tuple(array.shape) for name, array in unstack_shapes(values).items()},
+        {name: tuple(value.shape) for name, value in state.items()},
+    )
+    whole = stack_layers(state, [layer_range(name.split(".")[1]) for name in values if name.startswith("layers.")])
+    for name, variable in own.items():
+        variable.set_value(_like(whole[name], values[name]))
+
+
+def split(model: nnx.Module, *, scan_layers: bool = False) -> tuple[Any, State, State]:
+    """Take a model apart for jit.
+
+    Args:
+        scan_layers: stack layers of one structure, so that `merge` gives a model that scans them: "layers.0-31..."
+            stands for 32 layers along a new leading axis (`stack_layers`, `unstack_layers`).
+
+    Returns:
+        graphdef (static), parameters, and all other arrays: buffers and the rotary tables.
+    """
+    if scan_layers:
+        model = stacked(model)
+    graphdef = nnx.graphdef(model)
+    variables = dict(named_variables(model))
+    params = {name: v.get_value() for name, v in variables.items() if isinstance(v, nnx.Param)}
+    buffers = {name: v.get_value() for name, v in variables.items() if not isinstance(v, nnx.Param)}
+    return graphdef, params, buffers
+
+
+def merge(graphdef: Any, params: Mapping[str, Any], buffers: Mapping[str, Any]) -> Any:
+    """The model that `split` took apart, with these arrays (or tracers, or abstract arrays)."""
+    tree: dict[str, Any] = {}
+    for name, array in (*params.items(), *buffers.items()):
+        *path, leaf = name.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[leaf] = array
+    return nnx.merge(graphdef, tree)
+
+
+def stack_layers(state: Mapping[str, Any], groups: Sequence[range]) -> dict[str, Any]:
+    """Replace the layers of each group ("layers.0.x", "layers.1.x") by one array with a leading axis ("layers.0-1.x").
+
+    Args:
+        groups: from `layer_groups(model)`; a group of one layer stays as it is.
+    """
+    name_of = {str(layer): layer_name(group) for group in groups for layer in group}
+    members: dict[str, dict[int, Any]] = {}
+    result: dict[str, Any] = {}
+    for name, array in state.items():
+        prefix, _, rest = name.partition(".")
+        layer, _, tail = rest.partition(".")
+        if prefix != "layers" or layer not in name_of or name_of[layer] == layer:
+            result[name] = array
+            continue
+        together = f"layers.{name_of[layer]}.{tail}"
+        result.setdefault(together, None)
+        members.setdefault(together, {})[int(layer)] = array
+    for name, arrays in members.items():
+        result[name] = stack_arrays([arrays[layer] for layer in sorted(arrays)])
+    return result
+
+
+def unstack_layers(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The opposite of `stack_layers`; a state without stacked layers is returned as it is. Layers come in order."""
+    return _unstacked(state, lambda array, index: array[index])
+
+
+def unstack_shapes(state: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of `unstack_layers`, without touching the arrays."""
+    single = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in state.items()}
+    return _unstacked(single, lambda array, _: jax.ShapeDtypeStruct(array.shape[1:], array.dtype))
+
+
+def own_variables(model: nnx.Module) -> dict[str, nnx.Variable[Any]]:
+    """Parameters and buffers; rotary tables follow from the config and are left out."""
+    return {name: variable for name, variable in named_variables(model) if not isinstance(variable, Table)}
+
+
+def check_names(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        UserError: one line for each problem.
+    """
+    problems = [f"{name}: missing, must have shape {shape}" for name, shape in expected.items() if name not in given]
+    problems += [f"{name}: unknown to the model" for name in given if name not in expected]
+    problems += [
+        f"{name}.shape = {given[name]}: must be {shape}"
+        for name, shape in expected.items()
+        if name in given and given[name] != shape
+    ]
+    if problems:
+        raise UserError("the state doesn't fit the model:\n" + "\n".join(problems))
+
+
+def to_numpy(array: jax.Array) -> np.ndarray:
+    """The values on the host; bfloat16 and float8 as `ml_dtypes`."""
+    return np.asarray(array)
+
+
+def from_numpy(array: np.ndarray, dtype: Any = None) -> jax.Array:
+    """An array of these values, in ``dtype`` if given. int64 becomes int32 where JAX has no 64 bits.
+
+    Raises:
+        ValueError: if values would be lost: float64 without jax_enable_x64 and without ``dtype``, integers too large.
+    """
+    kept = np.dtype(dtype or array.dtype)
+    held = jax.dtypes.canonicalize_dtype(kept)
+    if held != kept and not np.issubdtype(kept, np.integer):
+        raise ValueError(f"dtype = {kept}: JAX holds {held} unless jax_enable_x64 is set; give the dtype that is meant")
+    if held != kept and array.size and (array.max() > np.iinfo(held).max or array.min() < np.iinfo(held).min):
+        raise ValueError(f"values up to {array.max()}: must fit {held}, unless jax_enable_x64 is set")
+    return jnp.asarray(array, held)
+
+
+def share(state: Mapping[str, Any]) -> State:
+    """Arrays over the memory of another library's tensors (DLPack), on the CPU or on the same GPU, without a copy.
+
+    The other library must not write to them any more: JAX takes arrays for immutable.
+    """
+    return {name: jnp.from_dlpack(tensor) for name, tensor in state.items()}
+
+
+def _unstacked(state: Mapping[str, Any], take: Any) -> dict[str, Any]:
+    first = [name for name in state if name.startswith("layers.") and len(layer_range(name.split(".")[1])) > 1]
+    if not first:
+        return dict(state)
+    layers: dict[int, dict[str, Any]] = {}
+    for name, array in state.items():
+        if name.startswith("layers."):
+            _, group, tail = name.split(".", 2)
+            members = layer_range(group)
+            for index, layer in enumerate(members):
+                one = array if len(members) == 1 else take(array, index)
+                layers.setdefault(layer, {})[f"layers.{layer}.{tail}"] = one
+    result: dict[str, Any] = {}
+    for name, array in state.items():
+        if not name.startswith("layers."):
+            result[name] = array
+        elif layers:
+            for layer in sorted(layers):
+                result.update(layers[layer])
+            layers = {}
+    return result
+
+
+def _like(value: Any, own: Any) -> jax.Array:
+    array = jnp.asarray(value, own.dtype)
+    sharding = getattr(own, "sharding", None)
+    if sharding is None or isinstance(own, Tracer) or not getattr(own, "committed", False):
+        return array
+    return jax.device_put(array, sharding)

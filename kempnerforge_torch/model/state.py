@@ -1,0 +1,112 @@
+"""The state of a model as a flat dict, named as in the parameter table, and tensors from and to NumPy and DLPack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shared_config.errors import UserError
+
+# Types that NumPy lacks: torch's, ml_dtypes', and an integer type of the same width to carry the bits.
+EXTENSIONS = (
+    (torch.bfloat16, np.dtype(ml_dtypes.bfloat16), torch.int16, np.dtype(np.int16)),
+    (torch.float8_e4m3fn, np.dtype(ml_dtypes.float8_e4m3fn), torch.uint8, np.dtype(np.uint8)),
+    (torch.float8_e5m2, np.dtype(ml_dtypes.float8_e5m2), torch.uint8, np.dtype(np.uint8)),
+)
+
+
+def get_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, each tensor once: a tied weight goes by its first name.
+
+    The tensors are the model's own, detached.
+    """
+    return {name: tensor.detach() for name, tensor in own_tensors(model).items()}
+
+
+def set_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Copy the values of ``state`` (tensors or NumPy arrays) into the model, in the model's dtypes.
+
+    Raises:
+        UserError: lists every missing, unknown and misshapen name; the model is unchanged.
+    """
+    own = own_tensors(model)
+    check_names(
+        {name: tuple(tensor.shape) for name, tensor in own.items()},
+        {name: tuple(value.shape) for name, value in state.items()},
+    )
+    for name, tensor in own.items():
+        assign(tensor, state[name])
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers themselves, each once."""
+    first: dict[int, str] = {}
+    tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in tensors.items() if first.setdefault(id(tensor), name) == name}
+
+
+@torch.no_grad()
+def assign(target: Tensor, value: Any) -> None:
+    """Copy a whole tensor or NumPy array into ``target``, which may be sharded (a DTensor): then each rank keeps its
+    part.
+    """
+    whole = from_numpy(value) if isinstance(value, np.ndarray) else value
+    if hasattr(target, "placements") and not hasattr(whole, "placements"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(target, DTensor)
+        whole = whole.to(target.device, target.dtype)
+        whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(whole)
+
+
+def check_names(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        UserError: one line for each problem.
+    """
+    problems = [f"{name}: missing, must have shape {shape}" for name, shape in expected.items() if name not in given]
+    problems += [f"{name}: unknown to the model" for name in given if name not in expected]
+    problems += [
+        f"{name}.shape = {given[name]}: must be {shape}"
+        for name, shape in expected.items()
+        if name in given and given[name] != shape
+    ]
+    if problems:
+        raise UserError("the state doesn't fit the model:\n" + "\n".join(problems))
+
+
+def to_numpy(array: Tensor) -> np.ndarray:
+    """The values on the host; bfloat16 and float8 as `ml_dtypes`. Shares memory with a contiguous CPU tensor."""
+    tensor = array.detach().cpu().contiguous()
+    for torch_type, numpy_type, torch_bits, _ in EXTENSIONS:
+        if tensor.dtype == torch_type:
+            return tensor.view(torch_bits).numpy().view(numpy_type)
+    return tensor.numpy()
+
+
+def from_numpy(array: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of these values, in ``dtype`` if given. Shares memory with a writable, contiguous array."""
+    array = np.ascontiguousarray(array) if array.ndim else array
+    if not array.flags.writeable:
+        array = array.copy()
+    tensor = None
+    for torch_type, numpy_type, _, numpy_bits in EXTENSIONS:
+        if array.dtype == numpy_type:
+            tensor = torch.from_numpy(array.view(numpy_bits)).view(torch_type)
+    tensor = torch.from_numpy(array) if tensor is None else tensor
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def share(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors over the memory of another library's arrays (DLPack), on the CPU or on the same GPU, without a copy.
+
+    Writing to the tensors would change arrays that may be taken for immutable: read them, or copy with `set_state`.
+    """
+    return {name: torch.from_dlpack(array) for name, array in state.items()}

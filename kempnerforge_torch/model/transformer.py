@@ -1,0 +1,411 @@
+"""The decoder-only transformer: single-device math, which knows nothing of parallelism.
+
+Shapes: B batch, S positions of the residual stream, D model dim, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kempnerforge_torch.model.attention import Attention, KVCache, self_attention_mask
+from kempnerforge_torch.model.embedding import OutputHead, TokenEmbedding
+from kempnerforge_torch.model.init import init_weights
+from kempnerforge_torch.model.mlp import build_mlp
+from kempnerforge_torch.model.modality import ModalityContext
+from kempnerforge_torch.model.norm import build_norm
+from kempnerforge_torch.model.position import RotaryTables
+from kempnerforge_torch.registry import registry
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.vlm import VLMConfig
+
+BUILT_IN_ARCHITECTURES = ("cross_attention", "mot", "moma")
+NOT_WITH_CACHES = ("prefix_embeds", "output_slice", "image_features", "modality_ids")
+
+
+class TransformerOutput(NamedTuple):
+    """What a forward computes.
+
+    Attributes:
+        logits: (B, S_out, V), or the residual stream (B, S_out, D) of a model without head.
+        stats: layer -> what its routers counted and what they lose; {} if dense.
+    """
+
+    logits: Tensor
+    stats: dict[int, Any]
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(attention_norm(x)), then x + mlp(mlp_norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int):
+        super().__init__()
+        self.is_moe = config.is_moe_layer(layer_idx)
+        self.attention_norm = build_norm(config.norm_type, config.dim, config.norm_eps)
+        self.attention = build_attention(config)
+        self.mlp_norm = build_norm(config.norm_type, config.dim, config.norm_eps)
+        self.mlp = build_feed_forward(config, layer_idx)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope_cos: Tensor,
+        rope_sin: Tensor,
+        *,
+        kv_cache: KVCache | None = None,
+        mask: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """(B, S, D) -> (B, S, D) and the router's stats, None if dense. Arguments as for `Attention`."""
+        x = x + self.attention(
+            self.attention_norm(x),
+            rope_cos,
+            rope_sin,
+            kv_cache=kv_cache,
+            mask=mask,
+            doc_ids=doc_ids,
+            key_padding_mask=key_padding_mask,
+        )
+        if not self.is_moe:
+            return x + self.mlp(self.mlp_norm(x)), None
+        out, stats = self.mlp(self.mlp_norm(x), valid=key_padding_mask, return_stats=True)
+        return x + out, stats
+
+
+@registry.register("architecture", "joint_decoder")
+@dataclass(frozen=True)
+class Architecture:
+    """What a `Transformer` builds and does where architectures differ. This one is the plain decoder.
+
+    An architecture of its own is a subclass, registered in category "architecture" under the ``arch`` of its config.
+    """
+
+    config: ModelConfig
+    vlm_config: VLMConfig | None = None
+
+    def build_block(self, layer_idx: int) -> nn.Module:
+        """The block of a layer: called with x, the entries of `block_inputs` and ``kv_cache``; gives (x, stats)."""
+        return TransformerBlock(self.config, layer_idx)
+
+    def extra_modules(self) -> dict[str, nn.Module]:
+        """Modules besides embedding, layers and head, by their name in the transformer; the final norm is one."""
+        return {"norm": build_norm(self.config.norm_type, self.config.dim, self.config.norm_eps)}
+
+    def check(self, modality: ModalityContext) -> None:
+        """Refuse inputs that the architecture would ignore, and ask for those that it needs."""
+        for name in ("image_features", "modality_ids"):
+            if getattr(modality, name) is not None:
+                arch = self.vlm_config.arch if self.vlm_config else "none"
+                raise ValueError(f"{name} is given: the architecture ({arch}) has no use for it")
+
+    def block_inputs(
+        self,
+        model: Transformer,
+        inputs: dict[str, Any],
+        modality: ModalityContext,
+        kv_caches: Sequence[KVCache] | None,
+    ) -> dict[str, Any]:
+        """The keyword arguments of every block, from those of the plain one."""
+        return inputs
+
+    def after_block(self, model: Transformer, layer_idx: int, x: Tensor, modality: ModalityContext) -> Tensor:
+        """What happens to the residual stream between two layers."""
+        return x
+
+    def final_norm(self, model: Transformer, x: Tensor, modality: ModalityContext) -> Tensor:
+        """The norm before the head."""
+        return x if model.norm is None else model.norm(x)
+
+
+@registry.register("model", "transformer")
+class Transformer(nn.Module):
+    """Token embedding, blocks, final norm, output head.
+
+    A pipeline stage is a transformer of which ``token_embedding``, ``norm`` or ``output_head`` were set to None and
+    some ``layers`` deleted. Without an embedding, ``tokens`` is the residual stream (B, S, D) of the stage before.
+    """
+
+    norm: nn.Module | None
+
+    def __init__(self, config: ModelConfig, *, vlm_config: VLMConfig | None = None, num_image_tokens: int = 0):
+        super().__init__()
+        self.config = config
+        self.vlm_config = vlm_config
+        self.num_image_tokens = num_image_tokens
+        self.architecture = build_architecture(config, vlm_config)
+        self.token_embedding: TokenEmbedding | None = TokenEmbedding(config.vocab_size, config.dim)
+        self.rope = RotaryTables(config.head_size, config.max_seq_len, config.rope_theta, config.rope_scaling)
+        self.layers = nn.ModuleDict({str(i): self.architecture.build_block(i) for i in range(config.n_layers)})
+        for name, module in self.architecture.extra_modules().items():
+            self.add_module(name, module)
+        self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size)
+        self._last_stats: dict[int, Any] = {}
+        self.init_weights_and_freqs()
+
+    def init_weights_and_freqs(self, seed: int | None = None) -> None:
+        """Set every parameter, buffer and rotary table, e.g. after `to_empty`; see `init_weights`."""
+        self._tie()
+        self.rope.reset()
+        init_weights(self, self.config, seed)
+
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        modality: ModalityContext | None = None,
+        kv_caches: Sequence[KVCache] | None = None,
+        doc_ids: Tensor | None = None,
+        allow_image_inputs: bool = False,
+        return_stats: bool = False,
+    ) -> Any:
+        """Logits (B, S_out, V).
+
+        Args:
+            tokens: int (B, S); or else ``modality.inputs_embeds``.
+            kv_caches: one a layer; positions go on from their fill.
+            doc_ids: int (B, S) over the residual stream; attention stays within a document.
+            allow_image_inputs: let image inputs go together with caches, as the prefill of `generate` does.
+            return_stats: give a `TransformerOutput`, and leave the getters alone.
+
+        Raises:
+            ValueError: inputs that exclude each other, or that are longer than ``max_seq_len``.
+        """
+        modality = modality or ModalityContext()
+        _check_inputs(tokens, modality, None if allow_image_inputs else kv_caches)
+        self.architecture.check(modality)
+        x_BSD = self._embed(tokens, modality)
+        inputs = self._block_inputs(x_BSD, modality, kv_caches, doc_ids)
+        x_BSD, stats = self._run_layers(x_BSD, inputs, modality, kv_caches)
+        x_BSD = self.architecture.final_norm(self, x_BSD, modality)
+        if modality.output_slice is not None:
+            x_BSD = x_BSD[:, modality.output_slice]
+        logits = x_BSD if self.output_head is None else self.output_head(x_BSD)
+        if return_stats:
+            return TransformerOutput(logits, stats)
+        self._last_stats = stats
+        return logits
+
+    def run(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        modality: ModalityContext | None = None,
+        kv_caches: Sequence[KVCache] | None = None,
+        doc_ids: Tensor | None = None,
+        allow_image_inputs: bool = False,
+    ) -> TransformerOutput:
+        """The forward as a pure function: logits and router stats are returned, nothing is kept on the model."""
+        return self(
+            tokens,
+            modality=modality,
+            kv_caches=kv_caches,
+            doc_ids=doc_ids,
+            allow_image_inputs=allow_image_inputs,
+            return_stats=True,
+        )
+
+    def set_moe_step(self, step: int, max_steps: int) -> None:
+        """Tell the routers where training stands (their bias schedules)."""
+        for router in self._having("set_step"):
+            router.set_step(step, max_steps)
+
+    def update_moe_bias(self) -> None:
+        """Move the balancing biases by the counts of the routers' last call; once an optimiser step."""
+        for router in self._having("update_bias"):
+            router.update_bias(router.expert_counts)
+
+    def get_moe_aux_loss(self) -> Tensor:
+        """Sum of the balancing losses of the last forward, unweighted; 0 if dense."""
+        return self._summed("aux_loss")
+
+    def get_moe_router_z_loss(self) -> Tensor:
+        """Sum of the router z-losses of the last forward, unweighted; 0 if dense."""
+        return self._summed("z_loss")
+
+    def get_expert_counts(self) -> dict[int, Any]:
+        """Layer -> (E,) assignments of the last forward; {} if dense."""
+        return {layer: _counts(stats) for layer, stats in self._last_stats.items()}
+
+    def get_moma_expert_counts(self) -> dict[int, Any]:
+        """Layer -> modality -> (E_m,) tokens of the last forward; {} without modality-aware experts."""
+        return {layer: _counts(stats) for layer, stats in self._last_stats.items() if isinstance(stats, dict)}
+
+    def _embed(self, tokens: Tensor | None, modality: ModalityContext) -> Tensor:
+        """The residual stream (B, S, D) that enters the first block."""
+        if tokens is None:
+            assert modality.inputs_embeds is not None
+            return modality.inputs_embeds
+        if self.token_embedding is None:
+            if not tokens.is_floating_point():
+                raise ValueError(f"tokens.dtype = {tokens.dtype}: a stage without embedding takes the stream before it")
+            return tokens
+        x_BSD = self.token_embedding(tokens)
+        if modality.prefix_embeds is None:
+            return x_BSD
+        return torch.cat([modality.prefix_embeds.to(x_BSD.dtype), x_BSD], dim=1)
+
+    def _block_inputs(
+        self,
+        x: Tensor,
+        modality: ModalityContext,
+        kv_caches: Sequence[KVCache] | None,
+        doc_ids: Tensor | None,
+    ) -> dict[str, Any]:
+        """What all blocks share: rotary tables and the mask, built once."""
+        length, cache = x.shape[1], None
+        if kv_caches is not None:
+            cache = self._checked_cache(kv_caches, length)
+        elif length > self.config.max_seq_len:
+            raise ValueError(f"sequence length = {length}: must be at most max_seq_len = {self.config.max_seq_len}")
+        positions = torch.arange(length, device=x.device) if cache is None else cache.positions(length)
+        rope_cos, rope_sin = self.rope(positions, x.dtype)
+        mask = self_attention_mask(
+            length,
+            kv_cache=cache,
+            doc_ids=doc_ids,
+            key_padding_mask=modality.key_padding_mask,
+            sliding_window=self.config.sliding_window,
+            device=x.device,
+        )
+        inputs = {
+            "rope_cos": rope_cos,
+            "rope_sin": rope_sin,
+            "mask": mask,
+            "doc_ids": doc_ids,
+            "key_padding_mask": modality.key_padding_mask,
+        }
+        return self.architecture.block_inputs(self, inputs, modality, kv_caches)
+
+    def _checked_cache(self, kv_caches: Sequence[KVCache], length: int) -> KVCache:
+        """The first cache: all have the same fill."""
+        if len(kv_caches) != len(self.layers):
+            raise ValueError(f"kv_caches = {len(kv_caches)} caches: must be one for each of {len(self.layers)} layers")
+        cache = kv_caches[0]
+        if cache.max_seq_len > self.config.max_seq_len:
+            raise ValueError(
+                f"kv_caches max_seq_len = {cache.max_seq_len}: must be at most the model's {self.config.max_seq_len}"
+            )
+        cache.reserve(length)
+        return cache
+
+    def _run_layers(
+        self,
+        x: Tensor,
+        inputs: dict[str, Any],
+        modality: ModalityContext,
+        kv_caches: Sequence[KVCache] | None,
+    ) -> tuple[Tensor, dict[int, Any]]:
+        stats: dict[int, Any] = {}
+        for place, (name, block) in enumerate(self.layers.items()):
+            x, layer_stats = block(x, kv_cache=None if kv_caches is None else kv_caches[place], **inputs)
+            if layer_stats is not None:
+                stats[int(name)] = layer_stats
+            x = self.architecture.after_block(self, int(name), x, modality)
+        return x, stats
+
+    def _summed(self, field: str) -> Tensor:
+        total = torch.zeros((), device=self.rope.cos.device)
+        for stats in self._last_stats.values():
+            for router_stats in _routers(stats):
+                total = total + getattr(router_stats, field)
+        return total
+
+    def _having(self, method: str) -> Iterator[Any]:
+        return (module for module in self.modules() if hasattr(module, method))
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings and self.token_embedding is not None and self.output_head is not None:
+            self.output_head.tie_weights(self.token_embedding)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
+        """Leaving the meta device makes new parameters, of which the tied head would get its own."""
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the last stats behind: they belong to a graph."""
+        return {**self.__dict__, "_last_stats": {}}
+
+
+def build_attention(config: ModelConfig) -> Attention:
+    """The self-attention of one layer."""
+    return Attention(
+        config.dim,
+        config.n_heads,
+        config.kv_heads,
+        config.head_size,
+        config.qk_norm,
+        config.sdpa_backend,
+        bias=config.attention_bias,
+        sliding_window=config.sliding_window,
+        norm_eps=config.norm_eps,
+    )
+
+
+def build_feed_forward(config: ModelConfig, layer_idx: int) -> nn.Module:
+    """The feed-forward part of a layer: dense, or a mixture of experts.
+
+    A mixture is called as ``mlp(x, valid=..., return_stats=True)`` and gives (x, stats).
+    """
+    if not config.is_moe_layer(layer_idx):
+        return build_mlp(config.dim, config.computed_ffn_hidden_dim, config.activation)
+    from kempnerforge_torch.model.moe import build_moe
+
+    return build_moe(
+        config.dim,
+        config.computed_expert_ffn_hidden_dim,
+        config.num_experts,
+        config.moe_top_k,
+        config.activation,
+        config.moe_router,
+        config.moe_shared_experts,
+        config.moe_capacity_factor,
+        config.moe_gradient_scale,
+        config.moe_sequence_aux_loss_weight,
+        config.moe_bias_schedule,
+        config.moe_packed_experts,
+        norm_topk_prob=config.moe_norm_topk_prob,
+        routed_scaling=config.moe_routed_scaling,
+    )
+
+
+def build_architecture(config: ModelConfig, vlm_config: VLMConfig | None) -> Architecture:
+    """The architecture of ``vlm_config.arch``; the plain decoder if there is none, or if none is registered."""
+    if vlm_config is None:
+        return Architecture(config)
+    if vlm_config.arch in BUILT_IN_ARCHITECTURES:
+        importlib.import_module(f"kempnerforge_torch.model.{vlm_config.arch}")
+    if not registry.has("architecture", vlm_config.arch):
+        return Architecture(config, vlm_config)
+    return registry.get("architecture", vlm_config.arch)(config, vlm_config)
+
+
+def _check_inputs(tokens: Tensor | None, modality: ModalityContext, kv_caches: Sequence[KVCache] | None) -> None:
+    if (tokens is None) == (modality.inputs_embeds is None):
+        given = "neither is" if tokens is None else "both are"
+        raise ValueError(f"tokens and modality.inputs_embeds: exactly one must be given, {given}")
+    if tokens is None and modality.prefix_embeds is not None:
+        raise ValueError("modality.prefix_embeds is given: it goes before tokens, which are not")
+    if kv_caches is None:
+        return
+    for name in NOT_WITH_CACHES:
+        if getattr(modality, name) is not None:
+            raise ValueError(f"modality.{name} is given: not allowed together with kv_caches")
+
+
+def _routers(stats: Any) -> list[Any]:
+    """The stats of each router of a layer: one, or one a modality."""
+    return list(stats.values()) if isinstance(stats, dict) else [stats]
+
+
+def _counts(stats: Any) -> Any:
+    if isinstance(stats, dict):
+        return {modality: router_stats.expert_counts for modality, router_stats in stats.items()}
+    return stats.expert_counts
