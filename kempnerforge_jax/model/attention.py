@@ -302,7 +302,9 @@ class Attention(Module):
         return jnp.where(past_end_BS[..., None], jnp.nan, out_BSD), updated
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, *, causal: bool = True
+) -> jax.Array:
     """softmax(q k^T / sqrt(h)) v.
 
     Every attention of this backend goes through here: a fused kernel of a GPU or TPU belongs in this function.
@@ -311,10 +313,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
         q: (B, H, S, h).
         k, v: (B, K, M, h).
         mask: bool, broadcasts to (B, H, S, M), True = attend; None is plain causal, aligned to the end.
+        causal: False: without a mask, every query sees every key.
 
     Returns:
         (B, H, S, h); 0, with gradient 0, in rows that may attend to nothing.
     """
+    if mask is None and not causal:
+        mask = jnp.ones((1, 1, 1, k.shape[2]), bool)
     weights_BHSM = attention_weights(q, k, mask).astype(v.dtype)
     weights_BKGSM = weights_BHSM.reshape(q.shape[0], k.shape[1], -1, *weights_BHSM.shape[2:])
     out_BKGSh = jnp.einsum("bkgsm,bkmh->bkgsh", weights_BKGSM, v)

@@ -285,20 +285,23 @@ class Attention(nn.Module):
         return self.o_proj(out_BHSh.transpose(1, 2).flatten(2))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, sdpa_backend: str = "auto") -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = True, sdpa_backend: str = "auto"
+) -> Tensor:
     """softmax(q k^T / sqrt(h)) v.
 
     Args:
         q: (B, H, S, h).
         k, v: (B, K, M, h).
         mask: bool, broadcasts to (B, H, S, M), True = attend; None is plain causal, aligned to the end.
+        causal: False: without a mask, every query sees every key.
         sdpa_backend: kernel that is tried first; the math path takes what that kernel can't do.
 
     Returns:
         (B, H, S, h); 0, with gradient 0, in rows that may attend to nothing.
     """
     length, keys = q.shape[2], k.shape[2]
-    if mask is None and 1 < length != keys:
+    if mask is None and causal and 1 < length != keys:
         mask = _causal(length, keys, q.device)
     has_key = None
     if mask is not None:
@@ -306,7 +309,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, sdpa_
         mask = mask | ~has_key
     with _sdpa(sdpa_backend):
         out_BHSh = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and length > 1, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and causal and length > 1,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
     return out_BHSh if has_key is None else out_BHSh.masked_fill(~has_key, 0)
 
