@@ -1,0 +1,82 @@
+"""Noise by hashing, bit for bit that of `shared_config.contract.noise`, which defines it.
+
+Shapes: B images, P = 3 * h * w places of an image, N tokens, F features, T tokens of a router, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from shared_config.contract.noise import (
+    FEATURE_SCALE,
+    LEVELS,
+    MAX_LEVEL,
+    MULTIPLIERS,
+    SALTS,
+    UNIFORM_BITS,
+)
+
+
+def mix(x: jax.Array) -> jax.Array:
+    """A bijection of the 32-bit integers, in uint32."""
+    x = (x ^ (x >> 16)) * jnp.uint32(MULTIPLIERS[0])
+    x = (x ^ (x >> 15)) * jnp.uint32(MULTIPLIERS[1])
+    return x ^ (x >> 15)
+
+
+def pixel_levels(pixels: jax.Array) -> jax.Array:
+    """floor(127.5 * float32(pixel)), cut off at +-32767, modulo 2^32; 0 for what is not finite."""
+    values = pixels.astype(jnp.float32)
+    values = jnp.where(jnp.isfinite(values), values, 0)
+    levels = jnp.clip(jnp.floor(values * LEVELS), -MAX_LEVEL, MAX_LEVEL)
+    return levels.astype(jnp.int32).astype(jnp.uint32)
+
+
+def image_digests(pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(B, ...) -> two digests (B,)."""
+    levels_BP = pixel_levels(pixels).reshape(len(pixels), -1)
+    places_P = jnp.arange(levels_BP.shape[1], dtype=jnp.uint32)
+    first_B, second_B = (
+        mix(mix(mix(places_P ^ jnp.uint32(salt)) + levels_BP).sum(axis=1, dtype=jnp.uint32)) for salt in SALTS
+    )
+    return first_B, second_B
+
+
+def image_noise(pixels: jax.Array, num_tokens: int, feature_dim: int) -> jax.Array:
+    """(B, ...) -> (B, N, F), in the dtype of ``pixels``; no gradient."""
+    first_B, second_B = image_digests(pixels)
+    cells = jnp.arange(num_tokens * feature_dim, dtype=jnp.uint32)
+    bits = mix(mix(cells + first_B[:, None]) ^ second_B[:, None])
+    odd = 2 * (bits >> 24).astype(jnp.int32) - 255
+    finite_B = jnp.isfinite(pixels.astype(jnp.float32)).reshape(len(pixels), -1).all(axis=1)
+    noise = jnp.where(finite_B[:, None], odd.astype(jnp.float32) / FEATURE_SCALE, jnp.nan)
+    return noise.reshape(len(pixels), num_tokens, feature_dim).astype(pixels.dtype)
+
+
+def fold(state: jax.Array, index: Any) -> jax.Array:
+    """A new hash from a hash and an integer, elementwise."""
+    return mix(state ^ mix(jnp.asarray(index, jnp.uint32) + jnp.uint32(SALTS[0])))
+
+
+def uniforms(bits: jax.Array) -> jax.Array:
+    """Hashes to float32 numbers strictly between 0 and 1."""
+    return ((bits >> (32 - UNIFORM_BITS)).astype(jnp.float32) + 0.5) / 2**UNIFORM_BITS
+
+
+def routing_bits(seed: jax.Array, layer: Any, group: int, tokens: int, experts: int) -> jax.Array:
+    """A hash for every pair of token and expert of one router: (T, E).
+
+    Args:
+        seed: integer of shape ().
+    """
+    router = fold(fold(mix(seed.astype(jnp.uint32)), layer), group)
+    token_T1 = fold(router, jnp.arange(tokens, dtype=jnp.uint32))[:, None]
+    return fold(token_T1, jnp.arange(experts, dtype=jnp.uint32))
+
+
+def gumbel_noise(seed: jax.Array, layer: Any, group: int, tokens: int, experts: int, dtype: Any) -> jax.Array:
+    """-log(-log(u)): (T, E) in ``dtype``."""
+    return -jnp.log(-jnp.log(uniforms(routing_bits(seed, layer, group, tokens, experts)).astype(dtype)))

@@ -1,0 +1,83 @@
+"""Noise by hashing, bit for bit that of `shared_config.contract.noise`, which defines it.
+
+32-bit unsigned arithmetic in int64: every product is below 2^63, and is cut to 32 bits.
+
+Shapes: B images, P = 3 * h * w places of an image, N tokens, F features, T tokens of a router, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shared_config.contract.noise import (
+    FEATURE_SCALE,
+    LEVELS,
+    MASK,
+    MAX_LEVEL,
+    MULTIPLIERS,
+    SALTS,
+    UNIFORM_BITS,
+)
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of the 32-bit integers, held in int64."""
+    x = ((x ^ (x >> 16)) * MULTIPLIERS[0]) & MASK
+    x = ((x ^ (x >> 15)) * MULTIPLIERS[1]) & MASK
+    return x ^ (x >> 15)
+
+
+def pixel_levels(pixels: Tensor) -> Tensor:
+    """floor(127.5 * float32(pixel)), cut off at +-32767, modulo 2^32; 0 for what is not finite."""
+    values = pixels.to(torch.float32)
+    values = values.masked_fill(~values.isfinite(), 0)
+    return (values * LEVELS).floor().clamp(-MAX_LEVEL, MAX_LEVEL).to(torch.int64) & MASK
+
+
+def image_digests(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, ...) -> two digests (B,)."""
+    levels_BP = pixel_levels(pixels).flatten(1)
+    places_P = torch.arange(levels_BP.shape[1], device=pixels.device)
+    first_B, second_B = (
+        mix(mix((mix(places_P ^ salt) + levels_BP) & MASK).sum(dim=1) & MASK) for salt in SALTS
+    )
+    return first_B, second_B
+
+
+def image_noise(pixels: Tensor, num_tokens: int, feature_dim: int) -> Tensor:
+    """(B, ...) -> (B, N, F), in the dtype of ``pixels``; no gradient."""
+    first_B, second_B = image_digests(pixels)
+    cells = torch.arange(num_tokens * feature_dim, device=pixels.device)
+    bits = mix(mix((cells + first_B[:, None]) & MASK) ^ second_B[:, None])
+    odd = 2 * (bits >> 24) - 255
+    finite_B = pixels.to(torch.float32).isfinite().flatten(1).all(dim=1)
+    noise = (odd.to(torch.float32) / FEATURE_SCALE).masked_fill(~finite_B[:, None], torch.nan)
+    return noise.unflatten(1, (num_tokens, feature_dim)).to(pixels.dtype)
+
+
+def fold(state: Tensor, index: Tensor | int) -> Tensor:
+    """A new hash from a hash and an integer, elementwise."""
+    index = torch.as_tensor(index, device=state.device)
+    return mix(state ^ mix((index + SALTS[0]) & MASK))
+
+
+def uniforms(bits: Tensor) -> Tensor:
+    """Hashes to float32 numbers strictly between 0 and 1."""
+    return ((bits >> (32 - UNIFORM_BITS)).to(torch.float32) + 0.5) / 2**UNIFORM_BITS
+
+
+def routing_bits(seed: Tensor, layer: int, group: int, tokens: int, experts: int) -> Tensor:
+    """A hash for every pair of token and expert of one router: (T, E).
+
+    Args:
+        seed: integer of shape ().
+    """
+    router = fold(fold(mix(seed.to(torch.int64) & MASK), layer), group)
+    token_T1 = fold(router, torch.arange(tokens, device=seed.device))[:, None]
+    return fold(token_T1, torch.arange(experts, device=seed.device))
+
+
+def gumbel_noise(seed: Tensor, layer: int, group: int, tokens: int, experts: int, dtype: torch.dtype) -> Tensor:
+    """-log(-log(u)): (T, E) in ``dtype``."""
+    return -(-uniforms(routing_bits(seed, layer, group, tokens, experts)).to(dtype).log()).log()
