@@ -1,0 +1,206 @@
+"""Weights of a model on disk: one safetensors file, or shards with an index as Hugging Face lays them out.
+
+A set of files is replaced as a whole. The file that readers look for first (`model.safetensors`, or the index) gets its
+name last, and files of an older set go only after that, so an interrupted write leaves the older set intact.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from shared_config.errors import UserError
+from shared_config.interchange.files import PathLike, file_errors, written_aside
+from shared_config.interchange.tensors import TensorFile, read_tensors, write_tensors
+
+__all__ = ["WeightsError", "check_tensors", "load_weights", "read_tensors", "save_weights", "write_tensors"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"model(-[0-9a-f]{8})?-\d{5}-of-\d{5}\.safetensors")
+MAX_SHARD_BYTES = 5 * 10**9
+METADATA = {"format": "pt"}
+"""What transformers asks of a file before it loads it."""
+
+
+class WeightsError(UserError):
+    """Tensors that do not fit the model.
+
+    Attributes:
+        problems: one line for each tensor.
+    """
+
+    def __init__(self, source: str, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        super().__init__("\n  ".join([f"{source}: {len(self.problems)} tensors do not fit:", *self.problems]))
+
+
+class HasShape(Protocol):
+    """What the parameter table says of a tensor, as far as loading is concerned."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def save_weights(
+    path: PathLike,
+    state: Mapping[str, Any],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write a state dict and return the files, the one that readers look for last.
+
+    Args:
+        path: a file (ending in .safetensors), which is never sharded, or a folder, made if need be.
+        max_shard_bytes: a folder gets several files if the tensors take more than this; no tensor is split.
+        metadata: text stored in every file.
+    """
+    if max_shard_bytes <= 0:
+        raise UserError(f"max_shard_bytes = {max_shard_bytes}: must be positive")
+    path, metadata = Path(path), {**METADATA, **(metadata or {})}
+    if path.suffix == ".safetensors":
+        write_tensors(path, state, metadata)
+        return [path]
+    shards = _split(state, max_shard_bytes)
+    files = _save_single(path, state, metadata) if len(shards) == 1 else _save_shards(path, shards, metadata)
+    _remove_older(path, keep=files)
+    return files
+
+
+def load_weights(path: PathLike, table: Mapping[str, HasShape] | None = None) -> dict[str, np.ndarray]:
+    """Read a state dict, memory-mapped, from a file, an index, or a folder that holds either.
+
+    Args:
+        table: the parameters that the model has. Names and shapes must be exactly these, the order becomes theirs.
+
+    Raises:
+        WeightsError: listing every missing, extra, misshapen or non-floating tensor.
+        UserError: if a file is missing, damaged or of another format.
+    """
+    path = _entry_file(Path(path))
+    state = _load_shards(path) if path.suffix == ".json" else read_tensors(path)
+    if table is None:
+        return state
+    check_tensors(state, table, source=str(path))
+    return {name: state[name] for name in table}
+
+
+def check_tensors(state: Mapping[str, Any], table: Mapping[str, HasShape], source: str = "weights") -> None:
+    """Refuse a state dict that is not exactly what the table lists.
+
+    Raises:
+        WeightsError: listing every missing, extra, misshapen or non-floating tensor.
+    """
+    problems = list(_problems(state, table))
+    if problems:
+        raise WeightsError(source, problems)
+
+
+def _problems(state: Mapping[str, Any], table: Mapping[str, HasShape]) -> Iterator[str]:
+    for name, spec in table.items():
+        if name not in state:
+            yield f"{name}: missing, the model has it with shape {tuple(spec.shape)}"
+            continue
+        shape, dtype = tuple(state[name].shape), state[name].dtype
+        if shape != tuple(spec.shape):
+            yield f"{name}: shape {shape}, the model needs {tuple(spec.shape)}"
+        if not is_floating(dtype):
+            yield f"{name}: dtype {dtype}, the model needs floating-point values"
+    for name in state:
+        if name not in table:
+            yield f"{name}: extra, the model has no such tensor"
+
+
+def is_floating(dtype: Any) -> bool:
+    """Whether values of this dtype are real numbers that a model can hold (bfloat16 included)."""
+    dtype = np.dtype(dtype)
+    return dtype.kind == "f" or dtype == ml_dtypes.bfloat16
+
+
+def _split(state: Mapping[str, Any], max_bytes: int) -> list[dict[str, Any]]:
+    """Consecutive tensors of at most ``max_bytes`` together; at least one shard, no empty one among several."""
+    shards: list[dict[str, Any]] = [{}]
+    filled = 0
+    for name, array in state.items():
+        if shards[-1] and filled + array.nbytes > max_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = array
+        filled += array.nbytes
+    return shards
+
+
+def _save_single(folder: Path, state: Mapping[str, Any], metadata: Mapping[str, str]) -> list[Path]:
+    write_tensors(folder / SINGLE, state, metadata)
+    return [folder / SINGLE]
+
+
+def _save_shards(folder: Path, shards: list[dict[str, Any]], metadata: Mapping[str, str]) -> list[Path]:
+    names = _free_names(folder, len(shards))
+    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    total = sum(array.nbytes for shard in shards for array in shard.values())
+    index = {"metadata": {**metadata, "total_size": total}, "weight_map": weight_map}
+    with ExitStack() as renames:  # leaves in reverse order of entering: the index, entered first, is renamed last
+        aside = renames.enter_context(written_aside(folder / INDEX))
+        aside.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for file, shard in zip(names, shards, strict=True):
+            write_tensors(renames.enter_context(written_aside(folder / file)), shard, metadata)
+    return [*(folder / name for name in names), folder / INDEX]
+
+
+def _free_names(folder: Path, count: int) -> list[str]:
+    """The usual shard names, with a tag where an older set in the folder uses one of them."""
+    names = [f"-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    taken = any((folder / f"model{name}").exists() for name in names)
+    prefix = f"model-{secrets.token_hex(4)}" if taken else "model"
+    return [prefix + name for name in names]
+
+
+def _remove_older(folder: Path, keep: list[Path]) -> None:
+    """Remove every weight file of a folder but those just written, the ones that readers look for first."""
+    with file_errors(folder, "an older set of weights can't be removed"):
+        older = [folder / SINGLE, folder / INDEX, *(file for file in folder.iterdir() if SHARD.fullmatch(file.name))]
+        for file in older:
+            if file not in keep:
+                file.unlink(missing_ok=True)
+
+
+def _entry_file(path: Path) -> Path:
+    """The file to start reading from. A folder with both kinds counts as the single file, as in transformers."""
+    if not path.is_dir():
+        return path
+    for name in (SINGLE, INDEX):
+        if (path / name).exists():
+            return path / name
+    raise UserError(f"{path}: holds no weights: neither {SINGLE} nor {INDEX}")
+
+
+def _load_shards(index: Path) -> dict[str, np.ndarray]:
+    weight_map = _weight_map(index)
+    files = {file: TensorFile(index.parent / file) for file in dict.fromkeys(weight_map.values())}
+    absent = [f"{name}: not in {file}" for name, file in weight_map.items() if name not in files[file].entries]
+    if absent:
+        raise WeightsError(str(index), absent)
+    return {name: files[file].read(name) for name, file in weight_map.items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    with file_errors(index, "can't be read"):
+        text = index.read_bytes()
+    try:
+        weight_map = json.loads(text)["weight_map"]
+        plain = all(Path(file).name == file for file in weight_map.values())
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: is no index of safetensors shards: {error!r}") from error
+    if not plain:
+        raise UserError(f"{index}: must name files of its own folder only")
+    return weight_map
