@@ -10,7 +10,7 @@ Builder = TypeVar("Builder", bound=Callable[..., Any])
 _declared: dict[str, set[str]] = {
     "model": {"transformer"},
     "router": {"softmax_topk", "sigmoid_topk"},
-    "vision_encoder": {"random", "siglip2", "clip"},
+    "vision_encoder": {"random", "siglip2", "clip", "vit"},
     "adapter": {"mlp_2layer", "linear", "avgpool", "attentional_pool"},
 }
 

@@ -21,7 +21,7 @@ from flax import nnx
 
 from kempnerforge_jax.model.state import own_variables
 from shared_config.contract.initialise import initial_value
-from shared_config.contract.parameters import Constant, ParameterSpec, parameter_table
+from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, parameter_table
 from shared_config.schema.model import ModelConfig
 
 
@@ -36,7 +36,22 @@ def init_weights(
     Raises:
         ValueError: if the model has arrays that the table doesn't know, or of another shape.
     """
-    table = parameter_table(config, getattr(model, "vlm_config", None))
+    init_from_table(model, parameter_table(config, getattr(model, "vlm_config", None)), seed, rngs=rngs)
+
+
+def init_from_table(
+    model: nnx.Module,
+    table: ParameterTable,
+    seed: int | None = None,
+    *,
+    stream: str = "",
+    rngs: nnx.Rngs | None = None,
+) -> None:
+    """Set every parameter and buffer of a module from a table of its own, as `init_weights` does.
+
+    Args:
+        stream: goes before the names where seeded values are drawn, so that namesakes in other parts get others.
+    """
     own = own_variables(model)
     problems = [
         f"{name}.shape = {tuple(variable.shape)}: must be {table[name].shape if name in table else 'in the table'}"
@@ -50,7 +65,7 @@ def init_weights(
     for name, spec in table.items():
         if name in own:
             dtype = own[name].get_value().dtype
-            own[name].set_value(_initial(name, spec, dtype, seed, rngs))
+            own[name].set_value(_initial(stream + name, spec, dtype, seed, rngs))
 
 
 def _initial(name: str, spec: ParameterSpec, dtype: Any, seed: int | None, rngs: nnx.Rngs | None) -> jax.Array:

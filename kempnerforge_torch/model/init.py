@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kempnerforge_torch.model.state import assign, own_tensors
 from shared_config.contract.initialise import initial_value
-from shared_config.contract.parameters import Constant, ParameterSpec, parameter_table
+from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, parameter_table
 from shared_config.schema.model import ModelConfig
 
 
@@ -30,7 +30,15 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int | None = None)
     Raises:
         ValueError: if the model has tensors that the table doesn't know, or of another shape.
     """
-    table = parameter_table(config, getattr(model, "vlm_config", None))
+    init_from_table(model, parameter_table(config, getattr(model, "vlm_config", None)), seed)
+
+
+def init_from_table(model: nn.Module, table: ParameterTable, seed: int | None = None, *, stream: str = "") -> None:
+    """Set every parameter and buffer of a module from a table of its own, as `init_weights` does.
+
+    Args:
+        stream: goes before the names where seeded values are drawn, so that namesakes in other parts get others.
+    """
     own = own_tensors(model)
     problems = [
         f"{name}.shape = {tuple(tensor.shape)}: must be {table[name].shape if name in table else 'in the table'}"
@@ -41,7 +49,7 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int | None = None)
         raise ValueError("the model doesn't fit its parameter table:\n" + "\n".join(problems))
     for name, spec in table.items():
         if name in own and not own[name].is_meta:
-            _initialise(own[name], name, spec, seed)
+            _initialise(own[name], stream + name, spec, seed)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from shared_config.schema.base import Count, PositiveInt, Section, registered, s
 @section
 class AdapterConfig(Section):
     """``hidden_dim`` 0 means the output width. The pooling types merge ``pool_window`` x ``pool_window`` cells of a
-    square grid.
+    square grid; attentional_pool does so with ``pool_heads`` heads of the encoder's width.
     """
 
     type: Annotated[str, registered("adapter")] = "mlp_2layer"
@@ -33,14 +33,14 @@ class AdapterConfig(Section):
             return pooled_token_count(num_tokens, self.pool_window, require_divisible=True)
         return num_tokens
 
-    def problems_with(self, num_tokens: int, out_dim: int) -> Iterator[str]:
-        """What does not fit an encoder of ``num_tokens`` tokens and a language model of width ``out_dim``."""
+    def problems_with(self, num_tokens: int, feature_dim: int = 0) -> Iterator[str]:
+        """What does not fit an encoder of ``num_tokens`` tokens of width ``feature_dim`` (0: not known yet)."""
         try:
             self.output_num_tokens(num_tokens)
         except ValueError as error:
             yield str(error)
-        if self.type == "attentional_pool" and out_dim % self.pool_heads != 0:
-            yield f"pool_heads = {self.pool_heads}: must divide model.dim = {out_dim}"
+        if self.type == "attentional_pool" and feature_dim % self.pool_heads != 0:
+            yield f"pool_heads = {self.pool_heads}: must divide the encoder's feature_dim = {feature_dim}"
 
 
 def pooled_token_count(num_tokens: int, window: int, require_divisible: bool = False) -> int:

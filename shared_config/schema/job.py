@@ -64,8 +64,11 @@ class JobConfig(Section):
             yield "vision_encoder = None: a [vlm] section needs a [vision_encoder] section"
             return
         yield from self._architecture_problems()
-        if self.vision_encoder.num_tokens:
-            yield from self.image_problems(self.vision_encoder.num_tokens)
+        encoder = self.vision_encoder
+        if encoder.known_num_tokens:
+            yield from self.image_problems(encoder.known_num_tokens, encoder.feature_dim)
+        if self.video is not None and encoder.image_size not in (0, self.video.frame_size):
+            yield f"video.frame_size = {self.video.frame_size}: must be vision_encoder.image_size = {encoder.image_size}"
 
     def _architecture_problems(self) -> Iterator[str]:
         model, vlm = self.model, self.vlm
@@ -88,10 +91,12 @@ class JobConfig(Section):
         if isinstance(vlm, MoMaConfig) and model.is_moe:
             yield f"model.num_experts = {model.num_experts}: must be 0 with vlm.arch 'moma' (it has its own experts)"
 
-    def image_problems(self, num_tokens: int) -> Iterator[str]:
-        """What does not fit an encoder that gives ``num_tokens`` tokens an image (checked again once it is loaded)."""
+    def image_problems(self, num_tokens: int, feature_dim: int = 0) -> Iterator[str]:
+        """What does not fit an encoder that gives ``num_tokens`` tokens of width ``feature_dim`` (0: not known) an
+        image; checked again once it is loaded.
+        """
         adapter, vlm = self.adapter or AdapterConfig(), self.vlm
-        found = [f"adapter.{line}" for line in adapter.problems_with(num_tokens, self.model.dim)]
+        found = [f"adapter.{line}" for line in adapter.problems_with(num_tokens, feature_dim)]
         yield from found
         if found or vlm is None:
             return

@@ -32,6 +32,9 @@ from shared_config.schema import (
 from shared_config.schema.base import section
 
 RANDOM_ENCODER = {"type": "random", "feature_dim": 8, "num_tokens": 16}
+VIT: dict[str, Any] = {
+    "type": "vit", "feature_dim": 24, "image_size": 32, "patch_size": 8, "n_heads": 3, "n_layers": 1
+}
 
 
 def refused(build: Any, **fields: Any) -> str:
@@ -121,6 +124,18 @@ def test_model_values_no_backend_can_run_are_refused(fields: dict[str, Any], exp
             {"vlm": {"arch": "moma"}, "vision_encoder": RANDOM_ENCODER, "model": {"num_experts": 4}},
             "model.num_experts = 4",
         ),
+        (
+            {
+                "vlm": {"arch": "mot"},
+                "vision_encoder": RANDOM_ENCODER,
+                "adapter": {"type": "attentional_pool", "pool_heads": 7},
+            },
+            "adapter.pool_heads = 7",
+        ),
+        (
+            {"vlm": {"arch": "mot"}, "vision_encoder": {**RANDOM_ENCODER, "image_size": 32}, "video": {}},
+            "video.frame_size = 224",
+        ),
         ({"train": {"seq_len": 4096}}, "train.seq_len = 4096"),
         ({"scheduler": {"decay_steps": 10}}, "scheduler.decay_steps = 10"),
         ({"eval": {"steps": 0, "interval": 5}}, "eval.steps = 0"),
@@ -201,6 +216,29 @@ def test_registered_names_become_valid_config_values() -> None:
     assert AdapterConfig(type="perceiver").type == "perceiver"
     with pytest.raises(ValueError, match="registered already"):
         registry.register("adapter", "perceiver")(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"type": "vit"}, "feature_dim = 0"),
+        ({"type": "random", "feature_dim": 4, "num_tokens": 4, "n_layers": 1}, "n_layers = 1"),
+        ({**VIT, "patch_size": 5}, "patch_size = 5"),
+        ({**VIT, "num_tokens": 9}, "num_tokens = 9"),
+        ({**VIT, "n_heads": 5}, "n_heads = 5"),
+        ({"type": "clip"}, "path = ''"),
+    ],
+)
+def test_encoders_that_can_not_be_built_are_refused(fields: dict[str, Any], expected: str) -> None:
+    assert expected in refused(VisionEncoderConfig, **fields)
+
+
+def test_encoders_say_what_they_know() -> None:
+    vit = VisionEncoderConfig(**VIT)
+    assert (vit.known_num_tokens, vit.known_image_size) == (16, 32)
+    assert VisionEncoderConfig(**RANDOM_ENCODER).known_image_size == 32
+    folder = VisionEncoderConfig(type="clip", path="here")
+    assert (folder.known_num_tokens, folder.known_image_size) == (0, 0)
 
 
 def test_configs_are_frozen_hashable_and_copy() -> None:

@@ -1,0 +1,163 @@
+"""What surrounds the language model of a vision-language model: towers, adapters, and the names of all their tensors.
+
+A wrapper's tensors are `vision_encoder.*`, `adapter.*` and `transformer.*`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from shared_config.contract.parameters import (
+    Axes,
+    Constant,
+    Named,
+    Normal,
+    ParameterSpec,
+    ParameterTable,
+    parameter_table,
+)
+from shared_config.schema.adapter import AdapterConfig
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.vision import VisionEncoderConfig
+from shared_config.schema.vlm import VLMConfig
+
+VIT_FFN_MULTIPLE = 4
+VIT_NORM_EPS = 1e-6
+POSITION_STD = 0.02
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """A pre-norm vision transformer over square patches (Dosovitskiy et al. 2021, arXiv:2010.11929).
+
+    Attributes:
+        activation: a name that transformers uses: gelu, gelu_pytorch_tanh, quick_gelu, relu or silu.
+        class_token: a learned token stands before the patches; it is dropped at the end (CLIP).
+        patch_bias: the patch embedding has a bias (SigLIP).
+        pre_norm: a LayerNorm before the blocks (CLIP).
+        final_norm: a LayerNorm after them (SigLIP).
+    """
+
+    image_size: int
+    patch_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    ffn_hidden_dim: int
+    activation: str
+    norm_eps: float
+    class_token: bool = False
+    patch_bias: bool = True
+    pre_norm: bool = False
+    final_norm: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens an image that leave the tower: one a patch."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+def vit_tower(config: VisionEncoderConfig) -> TowerConfig:
+    """The tower that an encoder of type ``vit`` describes."""
+    return TowerConfig(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        dim=config.feature_dim,
+        n_layers=config.n_layers,
+        n_heads=config.n_heads,
+        ffn_hidden_dim=VIT_FFN_MULTIPLE * config.feature_dim,
+        activation="gelu",
+        norm_eps=VIT_NORM_EPS,
+    )
+
+
+def tower_table(tower: TowerConfig) -> ParameterTable:
+    """Every tensor of a tower, in model order. Matrices start as normal(0, 1 / sqrt(fan_in))."""
+    return dict(_tower(tower))
+
+
+def adapter_table(config: AdapterConfig, in_dim: int, out_dim: int) -> ParameterTable:
+    """Every tensor of a built-in adapter, in model order; {} for a type registered elsewhere."""
+    return dict(_adapter(config, in_dim, out_dim))
+
+
+def wrapper_table(
+    model: ModelConfig,
+    vlm: VLMConfig,
+    adapter: AdapterConfig,
+    tower: TowerConfig | None,
+    feature_dim: int,
+) -> ParameterTable:
+    """Every tensor of a `VLMWrapper`.
+
+    Args:
+        tower: the encoder's, None for one without parameters that the table knows.
+        feature_dim: width of the encoder's features.
+    """
+    parts = {
+        "vision_encoder": {} if tower is None else tower_table(tower),
+        "adapter": adapter_table(adapter, feature_dim, model.dim),
+        "transformer": parameter_table(model, vlm),
+    }
+    return {f"{part}.{name}": spec for part, table in parts.items() for name, spec in table.items()}
+
+
+def _tower(tower: TowerConfig) -> Named:
+    dim, patch = tower.dim, tower.patch_size
+    yield "patch_embedding.weight", _matrix((dim, 3 * patch * patch), ("embed", None))
+    if tower.patch_bias:
+        yield "patch_embedding.bias", _constant(dim, 0.0)
+    if tower.class_token:
+        yield "class_embedding", ParameterSpec((dim,), Normal(POSITION_STD), ("embed",))
+    positions = tower.num_tokens + tower.class_token
+    yield "position_embedding.weight", ParameterSpec((positions, dim), Normal(POSITION_STD), (None, "embed"))
+    if tower.pre_norm:
+        yield from _layer_norm("pre_norm", dim)
+    for layer in range(tower.n_layers):
+        yield from _tower_block(f"layers.{layer}", tower)
+    if tower.final_norm:
+        yield from _layer_norm("norm", dim)
+
+
+def _tower_block(path: str, tower: TowerConfig) -> Named:
+    dim, hidden = tower.dim, tower.ffn_hidden_dim
+    yield from _layer_norm(f"{path}.attention_norm", dim)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        yield from _linear(f"{path}.attention.{name}", (dim, dim), ("heads", "embed"))
+    yield from _linear(f"{path}.attention.o_proj", (dim, dim), ("embed", "heads"))
+    yield from _layer_norm(f"{path}.mlp_norm", dim)
+    yield from _linear(f"{path}.mlp.up_proj", (hidden, dim), ("mlp", "embed"))
+    yield from _linear(f"{path}.mlp.down_proj", (dim, hidden), ("embed", "mlp"))
+
+
+def _adapter(config: AdapterConfig, in_dim: int, out_dim: int) -> Named:
+    if config.type == "mlp_2layer":
+        hidden = config.hidden_dim or out_dim
+        yield from _linear("proj1", (hidden, in_dim), ("mlp", None))
+        yield from _linear("proj2", (out_dim, hidden), ("embed", "mlp"))
+    elif config.type in ("linear", "avgpool"):
+        yield "proj.weight", _matrix((out_dim, in_dim), ("embed", None))
+    elif config.type == "attentional_pool":
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield f"{name}.weight", _matrix((in_dim, in_dim), (None, None))
+        yield from _linear("out_proj", (out_dim, in_dim), ("embed", None))
+
+
+def _linear(name: str, shape: tuple[int, int], axes: Axes) -> Iterator[tuple[str, ParameterSpec]]:
+    yield f"{name}.weight", _matrix(shape, axes)
+    yield f"{name}.bias", ParameterSpec(shape[:1], Constant(0.0), axes[:1])
+
+
+def _layer_norm(name: str, dim: int) -> Iterator[tuple[str, ParameterSpec]]:
+    yield f"{name}.weight", _constant(dim, 1.0)
+    yield f"{name}.bias", _constant(dim, 0.0)
+
+
+def _matrix(shape: tuple[int, int], axes: Axes) -> ParameterSpec:
+    return ParameterSpec(shape, Normal(1 / math.sqrt(shape[1])), axes, decay=True)
+
+
+def _constant(size: int, value: float) -> ParameterSpec:
+    return ParameterSpec((size,), Constant(value), ("embed",))

@@ -1,0 +1,186 @@
+"""Vision towers in local Hugging Face folders (config.json and safetensors): SigLIP and CLIP, alone or with a text tower.
+
+Nothing is fetched: what is not in the folder is an error that says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared_config.contract.vision import TowerConfig, tower_table, vit_tower
+from shared_config.errors import ConfigError, UserError
+from shared_config.interchange.files import file_errors
+from shared_config.interchange.weights import WeightsError, check_tensors, load_weights
+from shared_config.schema.vision import VisionEncoderConfig
+
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
+MODEL_TYPES = {"siglip2": ("siglip", "siglip_vision_model"), "clip": ("clip", "clip_vision_model")}
+NAFLEX = ("siglip2", "siglip2_vision_model")
+SHARED_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "siglip2": {
+        **SHARED_DEFAULTS,
+        "image_size": 224,
+        "patch_size": 16,
+        "num_channels": 3,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+    },
+    "clip": {
+        **SHARED_DEFAULTS,
+        "image_size": 224,
+        "patch_size": 32,
+        "num_channels": 3,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+}
+"""What transformers takes where config.json leaves a field out."""
+
+NAMES = {
+    "patch_embedding": "embeddings.patch_embedding",
+    "position_embedding": "embeddings.position_embedding",
+    "class_embedding": "embeddings.class_embedding",
+    "pre_norm": "pre_layrnorm",
+    "norm": "post_layernorm",
+    "attention_norm": "layer_norm1",
+    "mlp_norm": "layer_norm2",
+    "attention": "self_attn",
+    "o_proj": "out_proj",
+    "up_proj": "fc1",
+    "down_proj": "fc2",
+    "layers": "encoder.layers",
+}
+"""Parts of names that differ: here -> there."""
+
+
+def resolve_tower(config: VisionEncoderConfig) -> TowerConfig | None:
+    """The tower of an encoder's config; None for a type that has none.
+
+    Raises:
+        UserError: a folder that can't be read, or whose model is of another kind.
+        ConfigError: the config contradicts the folder.
+    """
+    if config.type == "vit":
+        return vit_tower(config)
+    if config.type not in MODEL_TYPES:
+        return None
+    tower = read_tower(config.path, config.type)
+    known = {"feature_dim": tower.dim, "num_tokens": tower.num_tokens, "image_size": tower.image_size}
+    problems = [
+        f"vision_encoder.{name} = {getattr(config, name)}: must be 0 or what {config.path} says, {value}"
+        for name, value in known.items()
+        if getattr(config, name) not in (0, value)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return tower
+
+
+def read_tower(folder: str | Path, kind: str) -> TowerConfig:
+    """The tower that a folder's config.json describes.
+
+    Args:
+        kind: siglip2 or clip.
+
+    Raises:
+        UserError: no such file, not JSON, or a model that can't be run: the message names it.
+    """
+    file = Path(folder) / "config.json"
+    fields = _read_json(file)
+    model_type = fields.get("model_type")
+    if model_type in NAFLEX:
+        raise UserError(
+            f"{file}: model_type = {model_type!r} is NaFlex, with patches of images of any shape, which can't be run; "
+            f"must be a fixed-resolution model: {', '.join(MODEL_TYPES['siglip2'])}"
+        )
+    if model_type not in MODEL_TYPES[kind]:
+        raise UserError(f"{file}: model_type = {model_type!r}: type {kind!r} needs {' or '.join(MODEL_TYPES[kind])}")
+    given = {**DEFAULTS[kind], **(fields if "vision_config" not in fields else fields["vision_config"] or {})}
+    problems = list(_unfit(given))
+    if problems:
+        raise UserError("\n".join(f"{file}: {problem}" for problem in problems))
+    is_clip = kind == "clip"
+    return TowerConfig(
+        image_size=given["image_size"],
+        patch_size=given["patch_size"],
+        dim=given["hidden_size"],
+        n_layers=given["num_hidden_layers"],
+        n_heads=given["num_attention_heads"],
+        ffn_hidden_dim=given["intermediate_size"],
+        activation=given["hidden_act"],
+        norm_eps=given["layer_norm_eps"],
+        class_token=is_clip,
+        patch_bias=not is_clip,
+        pre_norm=is_clip,
+        final_norm=not is_clip,
+    )
+
+
+def load_tower_weights(folder: str | Path, tower: TowerConfig) -> dict[str, np.ndarray]:
+    """The tower's tensors from a folder, by our names. Text towers, pooling heads and projections are left there.
+
+    Raises:
+        WeightsError: listing every missing or misshapen tensor.
+        UserError: a file that is missing or damaged.
+    """
+    there = load_weights(folder)
+    prefix = "vision_model." if any(name.startswith("vision_model.") for name in there) else ""
+    table = tower_table(tower)
+    state = {}
+    for name in table:
+        source = prefix + hugging_face_name(name)
+        if source in there:
+            state[name] = _reshaped(name, there[source])
+    missing = [f"{prefix}{hugging_face_name(name)}: missing" for name in table if name not in state]
+    if missing:
+        raise WeightsError(str(folder), missing)
+    check_tensors(state, table, source=str(folder))
+    return state
+
+
+def hugging_face_name(name: str) -> str:
+    """The name that transformers gives a tensor of a tower."""
+    return ".".join(NAMES.get(part, part) for part in name.split("."))
+
+
+def _reshaped(name: str, value: np.ndarray) -> np.ndarray:
+    """The patch embedding is a convolution (F, 3, p, p) there and a matrix (F, 3 * p * p) here."""
+    return value.reshape(len(value), -1) if name == "patch_embedding.weight" else value
+
+
+def _unfit(fields: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for name in (*SHARED_DEFAULTS, "image_size", "patch_size", "num_channels"):
+        if not isinstance(fields[name], int) or fields[name] < 1:
+            problems.append(f"{name} = {fields[name]!r}: must be a positive whole number")
+    if problems:
+        return problems
+    if fields["num_channels"] != 3:
+        problems.append(f"num_channels = {fields['num_channels']}: must be 3")
+    if fields["hidden_act"] not in ACTIVATIONS:
+        problems.append(f"hidden_act = {fields['hidden_act']!r}: must be one of {', '.join(ACTIVATIONS)}")
+    if fields["image_size"] < fields["patch_size"]:
+        problems.append(f"patch_size = {fields['patch_size']}: must be at most image_size = {fields['image_size']}")
+    if fields["hidden_size"] % fields["num_attention_heads"] != 0:
+        problems.append(
+            f"num_attention_heads = {fields['num_attention_heads']}: must divide hidden_size = {fields['hidden_size']}"
+        )
+    return problems
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    with file_errors(file, "can't be read"):
+        text = file.read_bytes()
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{file}: must hold a JSON object")
+    return fields
