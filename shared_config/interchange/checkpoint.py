@@ -147,6 +147,11 @@ def latest(folder: str | Path) -> Path | None:
     return published[max(published)] if published else None
 
 
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether `load` has something to read there: a checkpoint, or a run's folder with one."""
+    return (Path(path) / STATE).exists() or latest(path) is not None
+
+
 def clean(folder: str | Path) -> None:
     """Remove what writers that were killed left behind, and finish what they had begun."""
     for left in sorted(Path(folder).glob(".step_*.*")):

@@ -1,0 +1,363 @@
+"""The training loop that knows no framework: steps, evaluation, metrics, checkpoints, exact resume, clean stops.
+
+A backend gives a `Trainer`, the data batches by index. A run is a folder (``checkpoint.dir``); the loop started again
+there, after a stop or a crash at any instant, ends in the same state as one that was never stopped, provided that the
+trainer is deterministic and its `TrainingState` is all there is to it. A step number counts the updates done: record,
+checkpoint and evaluation n are those after the n-th update (the loss of record n is that before it).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol, SupportsFloat
+
+import numpy as np
+from rich.console import Console
+
+from shared_config.errors import UserError
+from shared_config.interchange import checkpoint
+from shared_config.interchange.checkpoint import TrainingState
+from shared_config.interchange.files import written_aside
+from shared_config.loader import config_to_dict, config_to_toml
+from shared_config.metrics import Logger, finite_or_none, open_loggers
+from shared_config.progress import Display, say
+from shared_config.resume import Start, restore
+from shared_config.schema.job import JobConfig
+from shared_config.signals import StopRequest
+
+Batch = Mapping[str, np.ndarray]
+Numbers = Mapping[str, SupportsFloat]
+Record = dict[str, float | None]
+
+MUST_BE_FINITE = ("loss", "grad_norm")
+
+
+class Trainer(Protocol):
+    """A model and its optimiser.
+
+    Attributes:
+        backend: "torch" or "jax"; written into checkpoints.
+    """
+
+    backend: str
+
+    def step(self, micro_batches: Sequence[Batch]) -> Numbers:
+        """One update from the micro-batches of one optimiser step (this rank's share of them).
+
+        Returns:
+            "loss" (nats a token) and other numbers. They may be scalars still being computed on a device: the loop
+            reads them only after it has asked for the next step, so that the device never waits for the host.
+        """
+        ...
+
+    def evaluate(self, batches: Sequence[Batch]) -> Numbers:
+        """Numbers over held-out batches, "loss" among them, the same on every rank. Changes nothing."""
+        ...
+
+    def state(self) -> TrainingState:
+        """All that the next step depends on, as host arrays. Called on every rank; used on the first."""
+        ...
+
+    def load_state(self, state: TrainingState) -> None:
+        """Take over a state. An empty ``optimizer`` with step 0 means weights alone: the moments stay as built.
+
+        Raises:
+            UserError: names or shapes that do not fit the model.
+        """
+        ...
+
+
+class TrainingData(Protocol):
+    """What `shared_config.data.TextData` is.
+
+    Attributes:
+        rows_per_batch, tokens_per_batch: of one micro-batch, over all ranks.
+    """
+
+    rows_per_batch: int
+    tokens_per_batch: int
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def batch(self, index: int) -> Batch: ...
+
+    def heldout(self) -> Sequence[Batch]: ...
+
+
+class TrainingDivergedError(UserError):
+    """The loss or the norm of the gradient is not finite."""
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """How a run ended.
+
+    Attributes:
+        step: updates done in all; ``steps_run`` of them now, from ``resumed_from`` on.
+        loss: of the last step taken now; None if there was none.
+        metrics: the last record, held-out numbers as ``heldout_*``.
+        tokens_per_second: over all ranks, averaged over the last steps.
+        checkpoint: the latest one.
+        stopped_by: the signal that ended the run early, as "SIGINT".
+        exit_status: 0, or 130 (SIGINT), 143 (SIGTERM).
+    """
+
+    step: int
+    steps_run: int
+    resumed_from: int
+    loss: float | None
+    metrics: Record
+    tokens_per_second: float
+    seconds: float
+    checkpoint: Path | None
+    stopped_by: str | None
+    exit_status: int
+
+    @property
+    def heldout_loss(self) -> float | None:
+        """Nats a token, None if the last step had no evaluation."""
+        return self.metrics.get("heldout_loss")
+
+
+def run_training(
+    config: JobConfig,
+    trainer: Trainer,
+    data: TrainingData,
+    *,
+    console: Console | None = None,
+    is_main: bool = True,
+    agree: Callable[[int], int] | None = None,
+) -> TrainingSummary:
+    """Train until ``train.max_steps``, or until SIGINT or SIGTERM asks to stop after the step at hand.
+
+    Args:
+        console: where progress is shown; None shows nothing.
+        is_main: whether this process writes the files of the run. With several ranks one is it, and all see one folder.
+        agree: the largest of the numbers that all ranks give, on every rank (a max all-reduce); None for one process.
+
+    Raises:
+        UserError: the folder can't be written or another run is using it (before anything is trained), a checkpoint
+            does not fit or is damaged, a checkpoint can't be written.
+        TrainingDivergedError: a loss that is not finite. No checkpoint is written from then on.
+    """
+    console = console if is_main else None
+    agree = agree or (lambda number: number)
+    folder = Path(config.checkpoint.dir)
+    with ExitStack() as stack:
+        with _agreed(agree):
+            if is_main:
+                stack.enter_context(_own_folder(folder))
+                checkpoint.clean(folder)
+        start = restore(
+            config,
+            trainer.load_state,
+            backend=trainer.backend,
+            fingerprint=data.fingerprint if is_main else "",
+            say=partial(say, console),
+        )
+        with _agreed(agree):
+            loggers: list[Logger] = []
+            if is_main:
+                _write_config(config, folder)
+                loggers = stack.enter_context(open_loggers(config, folder, start.step))
+        stop = stack.enter_context(StopRequest(announce=console is not None))
+        tokens = data.tokens_per_batch * config.train.grad_accum_steps
+        display = Display(console, total=config.train.max_steps, done=start.step, tokens_per_step=tokens)
+        stack.enter_context(display)
+        return _Run(config, trainer, data, start, folder, loggers, display, stop, is_main, agree).run()
+
+
+class _Run:
+    """The loop and its few variables."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        trainer: Trainer,
+        data: TrainingData,
+        start: Start,
+        folder: Path,
+        loggers: list[Logger],
+        display: Display,
+        stop: StopRequest,
+        is_main: bool,
+        agree: Callable[[int], int],
+    ):
+        self.config, self.trainer, self.data = config, trainer, data
+        self.start, self.folder, self.loggers, self.display = start, folder, loggers, display
+        self.stop, self.is_main, self.agree = stop, is_main, agree
+        self.last_step = config.train.max_steps
+        self.tokens_per_step = data.tokens_per_batch * config.train.grad_accum_steps
+        self.first_batch = -(-start.rows // data.rows_per_batch)
+        self.step = start.step
+        self.record: Record = {}
+        self.checkpoint = start.path
+        self.heldout: Sequence[Batch] | None = None
+
+    def run(self) -> TrainingSummary:
+        began = time.monotonic()
+        stopped = 0
+        pending: Numbers | None = None
+        if self.step >= self.last_step:
+            self.display.say(f"nothing to do: {self.step} of {self.last_step} steps have been taken")
+        while self.step < self.last_step and not stopped:
+            numbers = self.trainer.step(self._micro_batches())
+            if pending is not None:
+                self._log(self._read(pending))
+            self.step, pending = self.step + 1, numbers
+            stopped = self.agree(self.stop.signal)
+            if stopped or self._evaluates() or self._saves():
+                self._settle(self._read(pending), stopped)
+                pending = None
+        return self._summary(stopped, time.monotonic() - began)
+
+    def _micro_batches(self) -> list[Batch]:
+        first = self._batches_before(self.step)
+        return [self.data.batch(index) for index in range(first, first + self.config.train.grad_accum_steps)]
+
+    def _batches_before(self, step: int) -> int:
+        return self.first_batch + (step - self.start.step) * self.config.train.grad_accum_steps
+
+    def _evaluates(self) -> bool:
+        return self.config.eval.steps > 0 and self._is_due(self.config.eval.interval)
+
+    def _saves(self) -> bool:
+        return self._is_due(self.config.checkpoint.interval)
+
+    def _is_due(self, interval: int) -> bool:
+        return self.step == self.last_step or (interval > 0 and self.step % interval == 0)
+
+    def _read(self, numbers: Numbers) -> Record:
+        """The record of the step before, once the device has its numbers.
+
+        Raises:
+            TrainingDivergedError: one that must be finite is not.
+        """
+        values = {name: float(value) for name, value in numbers.items()}
+        self.display.pace.step()
+        for name in MUST_BE_FINITE:
+            if not math.isfinite(values.get(name, 0.0)):
+                raise TrainingDivergedError(self._divergence(name, values[name]))
+        seconds = self.display.pace.seconds
+        pace = {"seconds": seconds, "tokens_per_second": self.tokens_per_step / seconds}
+        return {name: finite_or_none(value) for name, value in values.items()} | pace
+
+    def _divergence(self, name: str, value: float) -> str:
+        kept = f"the last checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint"
+        return (
+            f"step {self.step}: {name} is {value}; training stopped, {kept}. "
+            "A lower optimizer.lr, a longer scheduler.warmup_steps or a smaller train.grad_clip_norm may help"
+        )
+
+    def _settle(self, record: Record, stopped: int) -> None:
+        """All that is due after a step. The record is on disk before the checkpoint that it precedes."""
+        if self._evaluates() and not stopped:
+            record |= self._evaluate()
+        self._log(record, settled=True)
+        if stopped:
+            self.display.say(f"{signal.Signals(stopped).name}: stopped after step {self.step} of {self.last_step}")
+        if stopped or self._saves():
+            self._save()
+        self.display.pace.pause()
+
+    def _evaluate(self) -> Record:
+        if self.heldout is None:
+            self.heldout = self.data.heldout()
+        if not self.heldout:
+            return {}
+        numbers = self.trainer.evaluate(self.heldout)
+        return {f"heldout_{name}": finite_or_none(float(value)) for name, value in numbers.items()}
+
+    def _log(self, record: Record, settled: bool = False) -> None:
+        self.record = record
+        self.display.show(self.step, record, important=settled)
+        if settled or self.step % self.config.metrics.log_interval == 0:
+            for logger in self.loggers:
+                logger.write(self.step, record)
+
+    def _save(self) -> None:
+        state = self.trainer.state()
+        assert state.step == self.step, f"the trainer is at step {state.step}, the loop at step {self.step}"
+        if not self.is_main:
+            return
+        for logger in self.loggers:
+            logger.sync()
+        self.checkpoint = checkpoint.save(
+            self.folder,
+            state,
+            rows=self._batches_before(self.step) * self.data.rows_per_batch,
+            fingerprint=self.data.fingerprint,
+            config=config_to_dict(self.config),
+            backend=self.trainer.backend,
+            keep=self.config.checkpoint.keep_last_n,
+        )
+        self.display.say(f"checkpoint {self.checkpoint}")
+
+    def _summary(self, stopped: int, seconds: float) -> TrainingSummary:
+        pace = self.display.pace.seconds_per_step
+        return TrainingSummary(
+            step=self.step,
+            steps_run=self.step - self.start.step,
+            resumed_from=self.start.step,
+            loss=self.record.get("loss"),
+            metrics=self.record,
+            tokens_per_second=self.tokens_per_step / pace if pace else 0.0,
+            seconds=seconds,
+            checkpoint=self.checkpoint,
+            stopped_by=signal.Signals(stopped).name if stopped else None,
+            exit_status=128 + stopped if stopped else 0,
+        )
+
+
+@contextmanager
+def _own_folder(folder: Path) -> Iterator[None]:
+    """Make the run's folder and hold its lock, which the system lets go of however the process ends.
+
+    Raises:
+        UserError: it can't be made or written, or another process holds it.
+    """
+    field = f"checkpoint.dir = {str(folder)!r}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{field}: can't be written ({error.strerror})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{field}: another run is using this folder") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+                raise
+        yield
+
+
+@contextmanager
+def _agreed(agree: Callable[[int], int]) -> Iterator[None]:
+    """A part of the start that one rank may fail in: all ranks leave it together, or none goes on."""
+    failure: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
+    if agree(int(failure is not None)):
+        raise failure or UserError("the run can't start: the main process has failed")
+
+
+def _write_config(config: JobConfig, folder: Path) -> None:
+    """Write the resolved config; remove what writers of the run's files left when they were killed."""
+    for left in (*folder.glob(".config.toml.*.part"), *folder.glob(".metrics.jsonl.*.part")):
+        left.unlink()
+    with written_aside(folder / "config.toml") as aside:
+        aside.write_text(config_to_toml(config), encoding="utf-8")

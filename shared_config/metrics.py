@@ -1,0 +1,157 @@
+"""Where the numbers of a run go: ``metrics.jsonl`` in its folder, and optionally TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from shared_config.errors import UserError
+from shared_config.interchange.files import file_errors, written_aside
+from shared_config.loader import config_to_dict
+from shared_config.schema.job import JobConfig
+
+FILE = "metrics.jsonl"
+
+Record = Mapping[str, float | None]
+
+
+class Logger(Protocol):
+    """Takes the record of a step. A value is None where it was not finite."""
+
+    def write(self, step: int, record: Record) -> None: ...
+
+    def sync(self) -> None:
+        """Make sure that what was written outlives the process and, for files, the machine."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@contextmanager
+def open_loggers(config: JobConfig, folder: Path, resumed_step: int) -> Iterator[list[Logger]]:
+    """The loggers that ``config.metrics`` asks for, to continue after ``resumed_step``; closed at the end.
+
+    Raises:
+        UserError: a package is missing, or a file can't be written.
+    """
+    with ExitStack() as opened:
+        loggers: list[Logger] = []
+
+        def add(logger: Logger) -> None:
+            opened.callback(logger.close)
+            loggers.append(logger)
+
+        add(JsonLinesLogger(folder / FILE, resumed_step))
+        if config.metrics.tensorboard:
+            add(TensorBoardLogger(folder / "tensorboard"))
+        if config.metrics.wandb_project:
+            add(WandbLogger(config, folder))
+        yield loggers
+
+
+def read_metrics(file: str | Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``, without a last line that was cut off."""
+    with file_errors(file, "the metrics can't be read"):
+        lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
+    return [record for record in map(_parse, lines) if record is not None]
+
+
+class JsonLinesLogger:
+    """One JSON object a line, with ``step`` first; numbers are written in full, so they read back exactly.
+
+    Records of steps after ``resumed_step``, which will be taken again, are dropped, so that the file has each step
+    once.
+    """
+
+    def __init__(self, file: Path, resumed_step: int):
+        kept = [record for record in read_metrics(file) if record["step"] <= resumed_step] if file.exists() else []
+        with written_aside(file) as aside:
+            aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        self._file = file
+        with self._errors():
+            self._stream = file.open("a", encoding="utf-8")
+
+    def write(self, step: int, record: Record) -> None:
+        with self._errors():
+            self._stream.write(json.dumps({"step": step, **record}, allow_nan=False) + "\n")
+            self._stream.flush()
+
+    def sync(self) -> None:
+        with self._errors():
+            os.fsync(self._stream.fileno())
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return file_errors(self._file, "can't be written")
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class TensorBoardLogger:
+    """Scalars in event files below ``folder``."""
+
+    def __init__(self, folder: Path):
+        try:
+            from tensorboard.summary import Writer  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise _missing("metrics.tensorboard = true", "tensorboard") from None
+        self._writer = Writer(str(folder))
+
+    def write(self, step: int, record: Record) -> None:
+        for name, value in record.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbLogger:
+    """A Weights & Biases run. Its id is kept in the run's folder, so a run that is resumed goes on there, too."""
+
+    def __init__(self, config: JobConfig, folder: Path):
+        project = config.metrics.wandb_project
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise _missing(f"metrics.wandb_project = {project!r}", "wandb") from None
+        identity = folder / "wandb_id"
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(8), encoding="ascii")
+        name = identity.read_text(encoding="ascii").strip()
+        self._run = wandb.init(project=project, dir=str(folder), id=name, resume="allow", config=config_to_dict(config))
+
+    def write(self, step: int, record: Record) -> None:
+        self._run.log(dict(record), step=step)
+
+    def sync(self) -> None:
+        """Nothing: the service's own process has the records already."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _missing(field: str, package: str) -> UserError:
+    return UserError(f"{field}: the package {package} is not installed; pip install {package}")
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

@@ -1,0 +1,113 @@
+"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, nothing on ranks without a console."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+STEPS_AVERAGED = 20
+
+
+class Pace:
+    """Speed over the last steps. What is no step (an evaluation, a checkpoint) is left out by ``pause`` after it.
+
+    Attributes:
+        seconds: what the last step took.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._mark = time.perf_counter()
+        self._steps = 0
+        self._recent: deque[float] = deque(maxlen=STEPS_AVERAGED)
+
+    def pause(self) -> None:
+        """Count the next step from now."""
+        self._mark = time.perf_counter()
+
+    def step(self) -> None:
+        """A step has ended. The first of a process, which may hold a compilation, does not count in the average."""
+        now = time.perf_counter()
+        self.seconds, self._mark = now - self._mark, now
+        self._steps += 1
+        if self._steps > 1:
+            self._recent.append(self.seconds)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The average; that of the first step as long as there is no other."""
+        return sum(self._recent) / len(self._recent) if self._recent else self.seconds
+
+
+class Display:
+    """Shows how a run comes along. Use as a context manager.
+
+    Args:
+        console: where to; None shows nothing.
+        total: steps of the whole run.
+        tokens_per_step: over all ranks.
+    """
+
+    def __init__(self, console: Console | None, *, total: int, done: int, tokens_per_step: int):
+        self.pace = Pace()
+        self._console = console
+        self._total, self._tokens = total, tokens_per_step
+        self._last_line = -SECONDS_BETWEEN_LINES
+        self._bar: Progress | None = None
+        if console is not None and console.is_terminal:
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("training", total=total, completed=done, status="")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, message: str) -> None:
+        """A line that stays."""
+        say(self._console, message)
+
+    def show(self, step: int, record: Mapping[str, float | None], important: bool = False) -> None:
+        """The state after ``step``: the bar moves; without a bar there is a line now and then, and if ``important``."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, status=self._status(step, record))
+            return
+        now = time.monotonic()
+        if self._console is not None and (important or now - self._last_line >= SECONDS_BETWEEN_LINES):
+            self._last_line = now
+            self.say(f"step {step}/{self._total}  {self._status(step, record)}")
+
+    def _status(self, step: int, record: Mapping[str, float | None]) -> str:
+        parts = [f"{name} {value:.4f}" for name, value in record.items() if name.endswith("loss") and value is not None]
+        seconds = self.pace.seconds_per_step
+        if seconds > 0:
+            parts.append(f"{self._tokens / seconds:,.0f} tokens/s")
+            parts.append(f"{format_duration((self._total - step) * seconds)} left")
+        return "  ".join(parts)
+
+
+def say(console: Console | None, message: str) -> None:
+    """Print a line as it is."""
+    if console is not None:
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def format_duration(seconds: float) -> str:
+    """Such as 0:05, 12:30 or 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
