@@ -28,6 +28,7 @@ from tests.oracle.router import (
     expert_bias_rate,
     expert_bias_update,
     sigmoid_topk,
+    softmax,
     softmax_topk,
     top_k_lowest_first,
     z_loss,
@@ -92,7 +93,7 @@ SCALINGS = [
     None,
     RopeScaling(type="linear", factor=4.0),
     RopeScaling(type="llama3", factor=8.0, original_max_seq_len=64),
-    RopeScaling(type="yarn", factor=4.0, original_max_seq_len=64),
+    RopeScaling(type="yarn", factor=4.0, original_max_seq_len=1024, beta_fast=20.0),
     RopeScaling(type="yarn", factor=4.0, original_max_seq_len=64, attention_factor=1.25),
 ]
 
@@ -209,6 +210,8 @@ def test_masked_softmax_keeps_nan_and_needs_no_small_scores():
     np.testing.assert_allclose(masked_softmax(np.array([1e4, 1e4, 2e4]), allowed), [0.5, 0.5, 0.0])
     assert np.isnan(masked_softmax(np.array([np.nan, 0.0, 0.0]), allowed)[:2]).all()
     np.testing.assert_array_equal(masked_softmax(np.array([np.nan, 0.0, 0.0]), ~allowed), [0, 0, 1])
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(masked_softmax(np.array([-np.inf, -np.inf, 0.0]), allowed)[:2]).all()
 
 
 def test_documents_are_separate_sequences_up_to_a_rotation():
@@ -275,6 +278,8 @@ GATE = draw({"gate.weight": (5, 48), "expert_bias": (5,)}, seed=3)
 def test_top_k_takes_the_lowest_index_of_equals():
     scores = np.array([[1.0, 3.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
     np.testing.assert_array_equal(top_k_lowest_first(scores, 3), [[1, 2, 4], [0, 1, 2]])
+    many = np.tile([1.0, 2.0, 0.0], 40)
+    np.testing.assert_array_equal(top_k_lowest_first(many, 60), [*range(1, 120, 3), *range(0, 60, 3)])
 
 
 def test_softmax_router_by_hand():
@@ -331,7 +336,8 @@ def test_sequence_loss_is_the_mean_over_sequences_with_tokens():
 def test_balanced_routes_have_loss_one_and_a_collapsed_one_has_the_number_of_experts():
     assert balance_loss(np.full((4, 4), 0.25), np.arange(4)[:, None]) == pytest.approx(1.0)
     assert balance_loss(np.eye(4)[[2, 2, 2]], np.full((3, 1), 2)) == pytest.approx(4.0)
-    assert z_loss(np.full((2, 3), 700.0)) == pytest.approx((700 + math.log(3)) ** 2)
+    np.testing.assert_array_equal(softmax(np.array([1000.0, 1000.0])), [0.5, 0.5])
+    assert z_loss(np.full((2, 3), 800.0)) == pytest.approx((800 + math.log(3)) ** 2)
 
 
 def test_bias_update_by_hand():

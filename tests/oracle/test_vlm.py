@@ -18,6 +18,7 @@ from tests.oracle.linear import submodule
 from tests.oracle.mlp import mlp, sigmoid
 from tests.oracle.moma import expert_choice, moma_ffn, tokens_taken
 from tests.oracle.mot import mot_attention, positions_within, stream
+from tests.oracle.norm import norm
 from tests.oracle.transformer import transformer
 from tests.oracle.vision import TowerOptions, patches, vision_tower
 from tests.oracle.vlm import cross_attention_decoder, joint_decoder, moma_decoder, mot_decoder
@@ -109,7 +110,7 @@ def test_mot_with_one_modality_is_the_text_model(changes: dict[str, Any]):
     config = CONFIG.replace(**changes)
     text = draw_weights(config)
     weights = copied_from_text(config, text)
-    doc_ids = np.repeat([0, 1, 2], 3)[None].repeat(2, axis=0)
+    doc_ids = np.repeat([0, 1], [4, 5])[None].repeat(2, axis=0)
     real = np.ones((2, 9), dtype=bool)
     real[1, 2:4] = False
     expected = transformer(text, config, inputs_embeds=EMBEDS, doc_ids=doc_ids, key_padding_mask=real).logits
@@ -148,12 +149,20 @@ def test_mot_image_heads_of_their_own():
     assert np.isfinite(out.logits).all()
 
 
+def index_of(modality: str) -> int:
+    return MOT.mot_modalities.index(modality)
+
+
 def test_mot_routers_of_both_modalities_count():
     out = mot_decoder(weights_of(EXPERTS, MOT), EXPERTS, MOT, EMBEDS, MIXED)
     assert list(out.expert_counts) == [1]
     assert out.expert_counts[1]["image"].sum() == 2 * (MIXED == 0).sum()
     assert out.expert_counts[1]["text"].sum() == 2 * (MIXED == 1).sum()
     assert out.aux_loss > 1.5
+    real = np.ones((2, 9), dtype=bool)
+    real[0, :2] = False
+    padded = mot_decoder(weights_of(EXPERTS, MOT), EXPERTS, MOT, EMBEDS, MIXED, key_padding_mask=real)
+    assert padded.expert_counts[1]["image"].sum() == 2 * ((index_of("image") == MIXED) & real).sum()
 
 
 # Mixture of modality-aware experts
@@ -317,6 +326,41 @@ def test_towers_give_one_feature_a_patch(clip: bool):
     moved[0, :, 0, 0] += 1
     changed = (vision_tower(moved, weights, TOWER) != got).any(axis=-1)
     np.testing.assert_array_equal(changed, [[True] * 6, [False] * 6])
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_tower_without_attention_works_patch_by_patch(clip: bool):
+    weights = tower_weights(clip)
+    for part in ("weight", "bias"):
+        weights[f"layers.0.attention.o_proj.{part}"] *= 0
+    expected = patches(PIXELS, 4) @ weights["patch_embedding.weight"].reshape(12, 48).T
+    expected = expected + (0 if clip else weights["patch_embedding.bias"])
+    expected = expected + weights["position_embedding.weight"][1 if clip else 0 :]
+    if clip:
+        expected = norm(expected, submodule(weights, "pre_norm"), "layernorm", 1e-5)
+    block = submodule(weights, "layers.0")
+    normed = norm(expected, submodule(block, "mlp_norm"), "layernorm", 1e-5)
+    hidden = normed @ block["mlp.up_proj.weight"].T + block["mlp.up_proj.bias"]
+    hidden = hidden / (1 + np.exp(-1.702 * hidden))
+    expected = expected + hidden @ block["mlp.down_proj.weight"].T + block["mlp.down_proj.bias"]
+    if not clip:
+        expected = norm(expected, submodule(weights, "norm"), "layernorm", 1e-5)
+    assert_same_function(vision_tower(PIXELS, weights, TOWER), expected, "tower")
+
+
+def test_a_tower_of_one_patch_attends_to_itself():
+    weights = tower_weights(clip=False)
+    for name in ("mlp.down_proj.weight", "mlp.down_proj.bias"):
+        weights[f"layers.0.{name}"] *= 0
+    weights["position_embedding.weight"] = weights["position_embedding.weight"][:1]
+    block = submodule(weights, "layers.0")
+    x = PIXELS[:, :, :4, :4].reshape(2, 1, 48) @ weights["patch_embedding.weight"].reshape(12, 48).T
+    x = x + weights["patch_embedding.bias"] + weights["position_embedding.weight"]
+    value = norm(x, submodule(block, "attention_norm"), "layernorm", 1e-5)
+    for name in ("attention.v_proj", "attention.o_proj"):
+        value = value @ block[f"{name}.weight"].T + block[f"{name}.bias"]
+    expected = norm(x + value, submodule(weights, "norm"), "layernorm", 1e-5)
+    assert_same_function(vision_tower(PIXELS[:, :, :4, :4], weights, TOWER), expected, "tower")
 
 
 def test_a_tower_without_positions_does_not_know_them():
