@@ -1,0 +1,176 @@
+"""Matrix products over groups of rows, one matrix a group, without a host sync.
+
+The rows of group e are those from ends[e - 1] (0 for the first) to ends[e]; rows from ends[-1] on belong to no group.
+
+Shapes: R rows, D inputs, F outputs, E groups, N tiles, b rows of a tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE_ROWS = 128
+ALIGNED_BYTES = 16
+
+
+@torch.library.custom_op(
+    "kempnerforge::grouped_matmul", mutates_args=(), schema="(Tensor x, Tensor w, Tensor ends) -> Tensor"
+)
+def grouped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """(R, F): row r times the matrix of its group; 0 for rows of no group, whatever they hold.
+
+    One opaque operator, so that compiled code has it whole; differentiable any number of times. bfloat16 on a GPU of
+    compute capability 9 goes to `torch.nn.functional.grouped_mm`, all else on accelerators to batched products of equal
+    tiles, and the CPU, whose offsets are on the host, to one product a group.
+
+    Args:
+        x_RD, w_EDF: of one dtype; ``w_EDF`` may be a transposed view.
+        ends_E: int32, not decreasing, at most R.
+    """
+    if x_RD.device.type == "cpu":
+        return _looped_matmul(x_RD, w_EDF, ends_E)
+    if _has_kernel(x_RD, w_EDF.shape[1:]):
+        out_RF = F.grouped_mm(x_RD.contiguous(), _dense(w_EDF), offs=ends_E)
+        rows_R1 = torch.arange(len(x_RD), device=x_RD.device)[:, None]
+        return torch.where(rows_R1 < ends_E[-1], out_RF, 0)
+    return tiled_matmul(x_RD, w_EDF, ends_E)
+
+
+@torch.library.custom_op(
+    "kempnerforge::grouped_outer", mutates_args=(), schema="(Tensor x, Tensor y, Tensor ends) -> Tensor"
+)
+def grouped_outer(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
+    """(E, D, F): for each group, the sum over its rows of x_r y_r^T; 0 for a group without rows."""
+    if x_RD.device.type == "cpu":
+        return _looped_outer(x_RD, y_RF, ends_E)
+    if _has_kernel(x_RD, (x_RD.shape[1], y_RF.shape[1])):
+        return F.grouped_mm(x_RD.contiguous().t(), y_RF.contiguous(), offs=ends_E)
+    return tiled_outer(x_RD, y_RF, ends_E)
+
+
+@grouped_matmul.register_fake
+def _(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    return x_RD.new_empty(x_RD.shape[0], w_EDF.shape[2])
+
+
+@grouped_outer.register_fake
+def _(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
+    return x_RD.new_empty(ends_E.shape[0], x_RD.shape[1], y_RF.shape[1])
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _matmul_backward(ctx: Any, dy_RF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x_RD, w_EDF, ends_E = ctx.saved_tensors
+    dx_RD = grouped_matmul(dy_RF, w_EDF.transpose(1, 2), ends_E) if ctx.needs_input_grad[0] else None
+    dw_EDF = grouped_outer(x_RD, dy_RF, ends_E) if ctx.needs_input_grad[1] else None
+    return dx_RD, dw_EDF, None
+
+
+def _outer_backward(ctx: Any, dw_EDF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x_RD, y_RF, ends_E = ctx.saved_tensors
+    dx_RD = grouped_matmul(y_RF, dw_EDF.transpose(1, 2), ends_E) if ctx.needs_input_grad[0] else None
+    dy_RF = grouped_matmul(x_RD, dw_EDF, ends_E) if ctx.needs_input_grad[1] else None
+    return dx_RD, dy_RF, None
+
+
+grouped_matmul.register_autograd(_matmul_backward, setup_context=_save_inputs)
+grouped_outer.register_autograd(_outer_backward, setup_context=_save_inputs)
+
+
+def _looped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    out_RF = x_RD.new_empty(x_RD.shape[0], w_EDF.shape[2])
+    start = 0
+    for w_DF, end in zip(w_EDF, ends_E.tolist(), strict=True):
+        torch.mm(x_RD[start:end], w_DF, out=out_RF[start:end])
+        start = end
+    out_RF[start:] = 0
+    return out_RF
+
+
+def _looped_outer(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
+    out_EDF = x_RD.new_empty(ends_E.shape[0], x_RD.shape[1], y_RF.shape[1])
+    start = 0
+    for out_DF, end in zip(out_EDF, ends_E.tolist(), strict=True):
+        torch.mm(x_RD[start:end].t(), y_RF[start:end], out=out_DF)
+        start = end
+    return out_EDF
+
+
+def tiled_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor, tile_rows: int = TILE_ROWS) -> Tensor:
+    """`grouped_matmul` as batched products: every group cut into tiles of equal size, their number bounded by R and E
+    alone.
+    """
+    if x_RD.shape[0] == 0:
+        return x_RD.new_zeros(0, w_EDF.shape[2])
+    expert_N, rows_Nb, inside_Nb = _tiles(ends_E, x_RD.shape[0], tile_rows)
+    x_NbD = _take(x_RD, rows_Nb, inside_Nb)
+    out_NbF = x_RD.new_empty(*rows_Nb.shape, w_EDF.shape[2])
+    for tiles in _chunks(len(expert_N), w_EDF.shape[0]):
+        torch.bmm(x_NbD[tiles], w_EDF[expert_N[tiles]], out=out_NbF[tiles])
+    trash = x_RD.shape[0]
+    out_RF = x_RD.new_zeros(trash + 1, w_EDF.shape[2])
+    out_RF[torch.where(inside_Nb, rows_Nb, trash).flatten()] = out_NbF.flatten(0, 1)
+    return out_RF[:-1]
+
+
+def tiled_outer(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor, tile_rows: int = TILE_ROWS) -> Tensor:
+    """`grouped_outer` as batched products; the tiles of a group are added up in an order that does not vary."""
+    out_EDF = x_RD.new_zeros(ends_E.shape[0], x_RD.shape[1], y_RF.shape[1])
+    if x_RD.shape[0] == 0:
+        return out_EDF
+    expert_N, rows_Nb, inside_Nb = _tiles(ends_E, x_RD.shape[0], tile_rows)
+    x_NbD, y_NbF = _take(x_RD, rows_Nb, inside_Nb), _take(y_RF, rows_Nb, inside_Nb)
+    member_EN = (expert_N == torch.arange(len(ends_E), device=x_RD.device)[:, None]).to(x_RD.dtype)
+    for tiles in _chunks(len(expert_N), len(ends_E)):
+        parts_NDF = torch.bmm(x_NbD[tiles].transpose(1, 2), y_NbF[tiles])
+        out_EDF.flatten(1).addmm_(member_EN[:, tiles], parts_NDF.flatten(1))
+    return out_EDF
+
+
+def _tiles(ends_E: Tensor, rows: int, tile_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Group of each tile, its rows, and which of these belong to the group. Tiles beyond those needed are empty."""
+    groups = len(ends_E)
+    starts_E = F.pad(ends_E, (1, 0))[:-1]
+    tiles_E = (ends_E - starts_E + tile_rows - 1) // tile_rows
+    tile_ends_E = tiles_E.cumsum(0)
+    tile_N = torch.arange(rows // tile_rows + groups, device=ends_E.device)
+    expert_N = torch.searchsorted(tile_ends_E, tile_N, right=True)
+    needed_N = expert_N < groups
+    expert_N = expert_N.clamp(max=groups - 1)
+    first_N = starts_E[expert_N] + (tile_N - (tile_ends_E - tiles_E)[expert_N]) * tile_rows
+    rows_Nb = first_N[:, None] + torch.arange(tile_rows, device=ends_E.device)
+    inside_Nb = needed_N[:, None] & (rows_Nb < ends_E[expert_N][:, None])
+    return expert_N, rows_Nb, inside_Nb
+
+
+def _take(x_RD: Tensor, rows_Nb: Tensor, inside_Nb: Tensor) -> Tensor:
+    taken_NbD = x_RD[rows_Nb.clamp(max=x_RD.shape[0] - 1)]
+    return torch.where(inside_Nb[:, :, None], taken_NbD, 0)
+
+
+def _chunks(tiles: int, groups: int) -> list[slice]:
+    """At most as many tiles at a time as there are groups: the matrices taken for them are no more than there are."""
+    return [slice(start, min(start + groups, tiles)) for start in range(0, tiles, groups)]
+
+
+def _has_kernel(x: Tensor, sizes: Any) -> bool:
+    """Whether `torch.nn.functional.grouped_mm` has a kernel here that reads the offsets on the device.
+
+    Elsewhere it copies them to the host. The kernel wants rows that start at multiples of 16 bytes.
+    """
+    aligned = all(size * x.element_size() % ALIGNED_BYTES == 0 for size in sizes)
+    if x.device.type != "cuda" or torch.version.hip or x.dtype != torch.bfloat16 or not aligned or len(x) == 0:
+        return False
+    return torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
+def _dense(w_EDF: Tensor) -> Tensor:
+    """The same values with one of the two matrix axes contiguous."""
+    return w_EDF if w_EDF.is_contiguous() or w_EDF.transpose(1, 2).is_contiguous() else w_EDF.contiguous()

@@ -1,0 +1,331 @@
+"""Mixture-of-experts feed-forward layer (Shazeer et al. 2017, arXiv:1701.06538).
+
+A token that k experts are chosen for becomes k rows; the rows are sorted by expert, grouped products multiply each
+expert's part by its matrices, and the k results of a token are added up by the inverse of the sort.
+
+    T = 3, k = 2, E = 4     choices by slot, then token      rows, sorted by expert
+    token 0 -> 2, 0         t0:2 t1:0 t2:2                   expert    0     1     2     3
+    token 1 -> 0, 3         t0:0 t1:3 t2:1                   token   1  0 |  2 | 0  2 |  1
+    token 2 -> 2, 1
+
+Shapes: B batch, S sequence, T = B * S tokens, D model dim, F expert width, E experts, k choices of each token,
+R = k * T rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kempnerforge_torch.model.grouped import grouped_matmul
+from kempnerforge_torch.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
+from kempnerforge_torch.model.router import TopKRouter, build_router
+
+PROJECTIONS = ("gate", "up", "down")
+
+
+class MoEStats(NamedTuple):
+    """What one call of a layer counted and what it loses, over the valid tokens.
+
+    Attributes:
+        aux_loss, z_loss: the router's losses, unweighted, with the graph.
+        expert_counts: int32 (E,), choices of each expert, before capacity.
+        entropy: mean entropy of the tokens' distributions over experts, in nats, without a graph.
+        dropped: int32, choices that found no room.
+    """
+
+    aux_loss: Tensor
+    z_loss: Tensor
+    expert_counts: Tensor
+    entropy: Tensor
+    dropped: Tensor
+
+
+class Dispatch(NamedTuple):
+    """Which row holds which choice. Choice j * T + t is choice j of token t: first choices come before second ones.
+
+    Attributes:
+        choice_R: the choice that each row holds; rows of no expert (padding, no room) come last.
+        row_R: the row of each choice.
+        ends_E: int32, row after the last one of each expert.
+    """
+
+    choice_R: Tensor
+    row_R: Tensor
+    ends_E: Tensor
+
+
+class MoEMLP(nn.Module):
+    """y_t = sum over the choices j of w_tj expert_{i_tj}(x_t), plus shared_expert(x_t).
+
+    Args:
+        router: called as ``router(x_TD, valid_T, batch_size=B, return_stats=True)``, gives weights, indices and stats.
+        experts: E feed-forward layers of one kind, `SwiGLUMLP` or `StandardMLP`.
+        shared_expert: applied to every token.
+        capacity_factor: each expert takes at most max(1, ceil(T k / E * factor)) choices, first choices before second
+            ones, then in the order of tokens; what finds no room is not computed and adds nothing. 0: no limit.
+        gradient_scale: multiply what flows back through an expert by (mean choices) / (its choices).
+        packed_experts: hold the experts' weights as ``gate_w``, ``up_w`` (E, D, F) and ``down_w`` (E, F, D).
+    """
+
+    def __init__(
+        self,
+        router: TopKRouter,
+        experts: Sequence[nn.Module],
+        shared_expert: nn.Module | None = None,
+        capacity_factor: float = 0.0,
+        gradient_scale: bool = False,
+        packed_experts: bool = False,
+    ):
+        super().__init__()
+        if capacity_factor < 0:
+            raise ValueError(f"capacity_factor = {capacity_factor}: must be positive, or 0 for no limit")
+        self.activation = _common_activation(experts)
+        self.num_experts = len(experts)
+        self.capacity_factor = capacity_factor
+        self.gradient_scale = gradient_scale
+        self.packed_experts = packed_experts
+        self.router = router
+        if packed_experts:
+            for name in _projections(self.activation):
+                self.register_parameter(f"{name}_w", nn.Parameter(_stacked(experts, name).detach().contiguous()))
+        else:
+            self.experts = nn.ModuleList(experts)
+        self.shared_expert = shared_expert
+        self._last: MoEStats | None = None
+
+    def forward(self, x_BSD: Tensor, valid: Tensor | None = None, *, return_stats: bool = False) -> Any:
+        """(B, S, D) -> (B, S, D).
+
+        Args:
+            valid: bool (B, S), False for padding, which is sent to no routed expert.
+            return_stats: also give `MoEStats`.
+        """
+        x_TD = x_BSD.flatten(0, 1)
+        valid_T = None if valid is None else valid.flatten()
+        weights_Tk, indices_Tk, routed = self.router(x_TD, valid_T, batch_size=x_BSD.shape[0], return_stats=True)
+        room = capacity(x_TD.shape[0], indices_Tk.shape[1], self.num_experts, self.capacity_factor)
+        plan = plan_dispatch(indices_Tk, valid_T, self.num_experts, room)
+        out_RD = self._apply_experts(_Spread.apply(x_TD, plan.choice_R, plan.row_R), plan.ends_E)
+        factors_Tk = None
+        if self.gradient_scale:
+            factors_Tk = gradient_factors(routed.expert_counts, weights_Tk.dtype)[indices_Tk]
+        y_TD = combine(out_RD, weights_Tk, plan, factors_Tk)
+        if self.shared_expert is not None:
+            y_TD = y_TD + self.shared_expert(x_TD)
+        stats = MoEStats(*routed, dropped=routed.expert_counts.sum(dtype=torch.int32) - plan.ends_E[-1])
+        if not torch.compiler.is_compiling():
+            self._last = stats
+        y_BSD = y_TD.to(x_BSD.dtype).reshape(x_BSD.shape)
+        return (y_BSD, stats) if return_stats else y_BSD
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """Balancing loss of the last call; 0 before any. A compiled call leaves it alone."""
+        return self.router.aux_loss if self._last is None else self._last.aux_loss
+
+    @property
+    def z_loss(self) -> Tensor:
+        """Router z-loss of the last call; 0 before any. A compiled call leaves it alone."""
+        return self.router.z_loss if self._last is None else self._last.z_loss
+
+    @property
+    def expert_counts(self) -> Tensor:
+        """(E,) choices of each expert in the last call; 0 before any. A compiled call leaves it alone."""
+        return self.router.expert_counts if self._last is None else self._last.expert_counts
+
+    def expert_weights(self) -> dict[str, Tensor]:
+        """``gate`` (silu only), ``up`` (E, D, F) and ``down`` (E, F, D), from wherever they are held."""
+        names = _projections(self.activation)
+        if self.packed_experts:
+            return {name: getattr(self, f"{name}_w") for name in names}
+        return {name: _stacked(list(self.experts), name) for name in names}
+
+    def _apply_experts(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """Each row through its expert; 0 for rows of no expert."""
+        weights = self.expert_weights()
+        hidden_RF = grouped_matmul(x_RD, weights["up"], ends_E)
+        if self.activation == "silu":
+            hidden_RF = F.silu(grouped_matmul(x_RD, weights["gate"], ends_E)) * hidden_RF
+        else:
+            hidden_RF = ACTIVATIONS[self.activation](hidden_RF)
+        return grouped_matmul(hidden_RF, weights["down"], ends_E)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the last stats behind: they belong to a graph."""
+        return {**self.__dict__, "_last": None}
+
+
+def build_moe(
+    dim: int,
+    hidden_dim: int,
+    num_experts: int,
+    top_k: int,
+    activation: str = "silu",
+    router_type: str = "softmax_topk",
+    shared_experts: int = 0,
+    capacity_factor: float = 0.0,
+    gradient_scale: bool = False,
+    sequence_aux_loss_weight: float = 0.0,
+    bias_schedule: str = "constant",
+    packed_experts: bool = False,
+    *,
+    norm_topk_prob: bool = True,
+    routed_scaling: float = 1.0,
+) -> MoEMLP:
+    """A layer of ``num_experts`` experts of width ``hidden_dim`` and, if asked for, one shared expert n times as wide.
+
+    Raises:
+        KeyError: an unknown router or activation, with the names that exist.
+        ValueError: values that no layer can have.
+    """
+    options = {
+        "sequence_aux_loss_weight": (sequence_aux_loss_weight, 0.0),
+        "bias_schedule": (bias_schedule, "constant"),
+        "norm_topk_prob": (norm_topk_prob, True),
+        "routed_scaling": (routed_scaling, 1.0),
+    }
+    given = {name: value for name, (value, default) in options.items() if value != default}
+    return MoEMLP(
+        build_router(router_type, dim, num_experts, top_k, **given),
+        [build_mlp(dim, hidden_dim, activation) for _ in range(num_experts)],
+        build_mlp(dim, hidden_dim * shared_experts, activation) if shared_experts > 0 else None,
+        capacity_factor,
+        gradient_scale,
+        packed_experts,
+    )
+
+
+def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int | None:
+    """Choices that an expert takes: max(1, ceil(tokens k / E * factor)), exact on the decimal digits of the factor.
+
+    None, no limit, for factor 0.
+    """
+    if factor == 0:
+        return None
+    exact = Fraction(str(factor))
+    return max(1, -(-tokens * top_k * exact.numerator // (num_experts * exact.denominator)))
+
+
+def plan_dispatch(indices_Tk: Tensor, valid_T: Tensor | None, num_experts: int, room: int | None = None) -> Dispatch:
+    """Sort the choices by expert, those of equal expert slot by slot and then by token.
+
+    Args:
+        valid_T: tokens whose choices count; None means all.
+        room: choices that an expert takes; None means any number.
+    """
+    tokens, top_k = indices_Tk.shape
+    expert_R = indices_Tk.t().flatten()
+    if valid_T is not None:
+        expert_R = torch.where(valid_T.repeat(top_k), expert_R, num_experts)
+    expert_R, choice_R = torch.sort(expert_R, stable=True)
+    ends_E = _ends(expert_R, num_experts)
+    rows_R = torch.arange(tokens * top_k, device=indices_Tk.device)
+    if room is not None:
+        starts = F.pad(ends_E, (1, 0))
+        expert_R = torch.where(rows_R - starts[expert_R] < room, expert_R, num_experts)
+        expert_R, order_R = torch.sort(expert_R, stable=True)
+        choice_R, ends_E = choice_R[order_R], _ends(expert_R, num_experts)
+    row_R = torch.empty_like(choice_R).scatter(0, choice_R, rows_R)
+    return Dispatch(choice_R, row_R, ends_E)
+
+
+def combine(out_RD: Tensor, weights_Tk: Tensor, plan: Dispatch, gradient_factors_Tk: Tensor | None = None) -> Tensor:
+    """(T, D): for each token the weighted sum of its rows, in the dtype of the weights."""
+    tokens, top_k = weights_Tk.shape
+    out_kTD = _Permute.apply(out_RD, plan.row_R, plan.choice_R).reshape(top_k, tokens, out_RD.shape[1])
+    if gradient_factors_Tk is not None:
+        out_kTD = _ScaleGradient.apply(out_kTD, gradient_factors_Tk.t()[:, :, None])
+    return (out_kTD.to(weights_Tk.dtype) * weights_Tk.t()[:, :, None]).sum(dim=0)
+
+
+def gradient_factors(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """mean count / count of each expert; 1 for an expert without tokens, to which no gradient flows."""
+    wide_E = counts_E.to(dtype)
+    return torch.where(counts_E > 0, wide_E.sum() / (wide_E.clamp(min=1) * counts_E.shape[0]), 1.0)
+
+
+class _Spread(torch.autograd.Function):
+    """Row r is the token of choice r; backward adds up the rows of a token, in the order of its choices."""
+
+    @staticmethod
+    def forward(x_TD: Tensor, choice_R: Tensor, row_R: Tensor) -> Tensor:
+        return x_TD[choice_R % max(x_TD.shape[0], 1)]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        x_TD, choice_R, row_R = inputs
+        ctx.tokens = x_TD.shape[0]
+        ctx.save_for_backward(choice_R, row_R)
+
+    @staticmethod
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, None, None]:
+        choice_R, row_R = ctx.saved_tensors
+        top_k = row_R.shape[0] // max(ctx.tokens, 1)
+        dx_kTD = _Permute.apply(dy_RD, row_R, choice_R).reshape(top_k, ctx.tokens, dy_RD.shape[1])
+        return dx_kTD.sum(dim=0), None, None
+
+
+class _Permute(torch.autograd.Function):
+    """x[order]; backward takes by the inverse order, where autograd, not knowing that rows occur once, would add."""
+
+    @staticmethod
+    def forward(x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+        return x_RD[order_R]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, None, None]:
+        order_R, inverse_R = ctx.saved_tensors
+        return _Permute.apply(dy_RD, inverse_R, order_R), None, None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity; backward multiplies by the factors."""
+
+    @staticmethod
+    def forward(x: Tensor, factors: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (factors,) = ctx.saved_tensors
+        return (dy * factors).to(dy.dtype), None
+
+
+def _ends(expert_R: Tensor, num_experts: int) -> Tensor:
+    experts = torch.arange(num_experts, device=expert_R.device)
+    return torch.searchsorted(expert_R, experts, right=True, out_int32=True)
+
+
+def _projections(activation: str) -> tuple[str, ...]:
+    return PROJECTIONS if activation == "silu" else PROJECTIONS[1:]
+
+
+def _stacked(experts: Sequence[nn.Module], name: str) -> Tensor:
+    """(E, in, out): a view of the stacked (out, in) matrices."""
+    return torch.stack([getattr(expert, f"{name}_proj").weight for expert in experts]).transpose(1, 2)
+
+
+def _common_activation(experts: Sequence[nn.Module]) -> str:
+    found = {
+        "silu" if isinstance(expert, SwiGLUMLP) else expert.activation if isinstance(expert, StandardMLP) else None
+        for expert in experts
+    }
+    activation = found.pop() if len(found) == 1 else None
+    if activation is None:
+        kinds = ", ".join(sorted({type(expert).__name__ for expert in experts})) or "none"
+        raise ValueError(f"experts = {kinds}: must be SwiGLUMLP or StandardMLP layers, all with the same activation")
+    return activation

@@ -1,0 +1,331 @@
+"""Routers of a mixture of experts: which experts a token goes to, and with what weight.
+
+Shapes: T tokens = B sequences of S tokens, D model dim, E experts, k choices of each token.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kempnerforge_torch.registry import registry
+
+SCORE_EPS = 1e-20
+BIAS_SCHEDULES = ("constant", "cosine_decay", "linear_warmup")
+WARMUP_SHARE = 0.1
+
+
+class RouterStats(NamedTuple):
+    """What one call of a router counted and what it loses, over the valid tokens.
+
+    Attributes:
+        aux_loss: balancing loss, with the graph.
+        z_loss: mean(logsumexp(logits)^2) (Zoph et al. 2022, arXiv:2202.08906), with the graph.
+        expert_counts: int32 (E,), choices of each expert, before any capacity.
+        entropy: mean entropy of the tokens' distributions over experts, in nats, without a graph.
+    """
+
+    aux_loss: Tensor
+    z_loss: Tensor
+    expert_counts: Tensor
+    entropy: Tensor
+
+
+class Gate(nn.Linear):
+    """The linear map to logits, in at least float32 whatever the dtypes of input and weight."""
+
+    def __init__(self, dim: int, num_experts: int):
+        super().__init__(dim, num_experts, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, E)."""
+        dtype = _at_least_float32(torch.promote_types(x.dtype, self.weight.dtype))
+        return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
+class TopKRouter(nn.Module):
+    """The k experts with the best scores, ties to the lowest index. A router of its own overrides what `_score` and the
+    methods after it say.
+    """
+
+    def __init__(
+        self, dim: int, num_experts: int, top_k: int, norm_topk_prob: bool = True, routed_scaling: float = 1.0
+    ):
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k = {top_k}: must be from 1 to num_experts = {num_experts}")
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.norm_topk_prob = norm_topk_prob
+        self.routed_scaling = routed_scaling
+        self.gate = Gate(dim, num_experts)
+        self._last: RouterStats | None = None
+
+    def forward(
+        self, x_TD: Tensor, valid: Tensor | None = None, *, batch_size: int = 1, return_stats: bool = False
+    ) -> Any:
+        """Combine weights (T, k), at least float32, and expert indices int64 (T, k), best first.
+
+        Args:
+            x_TD: the tokens, sequence by sequence.
+            valid: bool (T,), False for padding, which counts nowhere.
+            batch_size: B, number of sequences; all have T / B tokens.
+            return_stats: also give `RouterStats`.
+        """
+        logits_TE = self.gate(x_TD)
+        scores_TE = self._score(logits_TE)
+        indices_Tk = top_k_lowest_first(self._preference(scores_TE.detach()), self.top_k)
+        weights_Tk = self._weigh(scores_TE.gather(1, indices_Tk))
+        stats = self._measure(logits_TE, scores_TE, indices_Tk, valid, batch_size)
+        if not torch.compiler.is_compiling():
+            self._last = stats
+        return (weights_Tk, indices_Tk, stats) if return_stats else (weights_Tk, indices_Tk)
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """Balancing loss of the last call; 0 before any. A compiled call leaves it alone."""
+        return self._zero() if self._last is None else self._last.aux_loss
+
+    @property
+    def z_loss(self) -> Tensor:
+        """Router z-loss of the last call; 0 before any. A compiled call leaves it alone."""
+        return self._zero() if self._last is None else self._last.z_loss
+
+    @property
+    def expert_counts(self) -> Tensor:
+        """(E,) choices of each expert in the last call; 0 before any. A compiled call leaves it alone."""
+        if self._last is None:
+            return torch.zeros(self.num_experts, dtype=torch.int32, device=self.gate.weight.device)
+        return self._last.expert_counts
+
+    def _score(self, logits_TE: Tensor) -> Tensor:
+        """Non-negative scores of all experts."""
+        raise NotImplementedError(f"{type(self).__name__} defines no _score")
+
+    def _preference(self, scores_TE: Tensor) -> Tensor:
+        """What is compared to choose; it has no gradient."""
+        return scores_TE
+
+    def _weigh(self, chosen_Tk: Tensor) -> Tensor:
+        """Combine weights from the scores of the chosen experts."""
+        if self.norm_topk_prob:
+            chosen_Tk = chosen_Tk / (chosen_Tk.sum(dim=-1, keepdim=True) + SCORE_EPS)
+        return chosen_Tk * self.routed_scaling
+
+    def _shares(self, scores_TE: Tensor) -> Tensor:
+        """The scores as distributions over experts."""
+        return scores_TE
+
+    def _balance(self, shares_BSE: Tensor, chosen_BSE: Tensor, valid_BS: Tensor | None) -> Tensor:
+        """The balancing loss."""
+        raise NotImplementedError(f"{type(self).__name__} defines no _balance")
+
+    def _measure(
+        self, logits_TE: Tensor, scores_TE: Tensor, indices_Tk: Tensor, valid_T: Tensor | None, batch_size: int
+    ) -> RouterStats:
+        shares_TE = self._shares(scores_TE)
+        chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, indices_Tk, True)
+        if valid_T is not None:
+            chosen_TE = chosen_TE & valid_T[:, None]
+        shape = (batch_size, logits_TE.shape[0] // max(batch_size, 1), self.num_experts)
+        valid_BS = None if valid_T is None else valid_T.reshape(shape[:2])
+        return RouterStats(
+            aux_loss=self._balance(shares_TE.reshape(shape), chosen_TE.reshape(shape), valid_BS),
+            z_loss=masked_mean(torch.logsumexp(logits_TE, dim=-1).square(), valid_T, dim=0),
+            expert_counts=chosen_TE.sum(dim=0, dtype=torch.int32),
+            entropy=masked_mean(torch.special.entr(shares_TE.detach()).sum(dim=-1), valid_T, dim=0),
+        )
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=_at_least_float32(self.gate.weight.dtype), device=self.gate.weight.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the last stats behind: they belong to a graph."""
+        return {**self.__dict__, "_last": None}
+
+
+class SoftmaxTopKRouter(TopKRouter):
+    """Softmax over all experts, the k most probable, their probabilities renormalised.
+
+    aux_loss = E sum_e f_e P_e (Fedus et al. 2022, arXiv:2101.03961): f_e the share of choices, P_e the mean
+    probability.
+    """
+
+    def _score(self, logits_TE: Tensor) -> Tensor:
+        return torch.softmax(logits_TE, dim=-1)
+
+    def _balance(self, shares_BSE: Tensor, chosen_BSE: Tensor, valid_BS: Tensor | None) -> Tensor:
+        valid_1T = None if valid_BS is None else valid_BS.reshape(1, -1)
+        shares_1TE, chosen_1TE = (array.reshape(1, -1, self.num_experts) for array in (shares_BSE, chosen_BSE))
+        return balance_losses(shares_1TE, chosen_1TE, valid_1T)[0]
+
+
+class SigmoidTopKRouter(TopKRouter):
+    """Chosen by sigmoid(logits) + expert_bias, weighted by the scores alone (DeepSeek-V3, arXiv:2412.19437, section
+    2.1.2).
+
+    The bias moves outside forward, once an optimiser step (`update_bias`), towards equal use of the experts.
+
+    Attributes:
+        expert_bias: (E,), at least float32.
+        expert_ema: (E,), at least float32, moving average of each expert's share of the choices.
+        aux_loss: ``sequence_aux_loss_weight`` times the mean over sequences of E sum_e f_e P_e within the sequence.
+    """
+
+    expert_bias: Tensor
+    expert_ema: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        bias_update_rate: float = 0.001,
+        ema_decay: float = 0.99,
+        sequence_aux_loss_weight: float = 0.0,
+        bias_schedule: str = "constant",
+        norm_topk_prob: bool = True,
+        routed_scaling: float = 1.0,
+    ):
+        super().__init__(dim, num_experts, top_k, norm_topk_prob, routed_scaling)
+        self.bias_update_rate = bias_update_rate
+        self.ema_decay = ema_decay
+        self.sequence_aux_loss_weight = sequence_aux_loss_weight
+        self.bias_schedule = bias_schedule
+        self._progress = 0.0
+        schedule_factor(bias_schedule, self._progress)
+        self.register_buffer("expert_bias", torch.zeros(num_experts))
+        self.register_buffer("expert_ema", torch.full((num_experts,), 1.0 / num_experts))
+
+    def set_step(self, step: int, max_steps: int) -> None:
+        """Where training stands, for the schedule of the bias's rate."""
+        self._progress = training_progress(step, max_steps)
+
+    def update_bias(self, counts_E: Tensor, progress: float | None = None) -> None:
+        """Move the average and the bias by the choices of one optimiser step: all its micro-batches, all ranks.
+
+        Args:
+            counts_E: choices of each expert; if there are none at all, nothing changes.
+            progress: share of training done; None means that of `set_step`.
+        """
+        factor = schedule_factor(self.bias_schedule, self._progress if progress is None else progress)
+        bias_E, ema_E = updated_bias(
+            self.expert_bias, self.expert_ema, counts_E, self.bias_update_rate * factor, self.ema_decay
+        )
+        self.expert_bias.copy_(bias_E)
+        self.expert_ema.copy_(ema_E)
+
+    def _score(self, logits_TE: Tensor) -> Tensor:
+        return torch.sigmoid(logits_TE)
+
+    def _preference(self, scores_TE: Tensor) -> Tensor:
+        return scores_TE + self.expert_bias.to(scores_TE.dtype)
+
+    def _shares(self, scores_TE: Tensor) -> Tensor:
+        return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + SCORE_EPS)
+
+    def _balance(self, shares_BSE: Tensor, chosen_BSE: Tensor, valid_BS: Tensor | None) -> Tensor:
+        if self.sequence_aux_loss_weight == 0.0:
+            return shares_BSE.new_zeros(())
+        losses_B = balance_losses(shares_BSE, chosen_BSE, valid_BS)
+        counted_B = None if valid_BS is None else valid_BS.any(dim=1)
+        return masked_mean(losses_B, counted_B, dim=0) * self.sequence_aux_loss_weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SigmoidTopKRouter:
+        """Changes of dtype leave the buffers in at least float32: a rate of 0.001 is lost in a bfloat16 bias."""
+        before = {name: self._buffers[name] for name in ("expert_bias", "expert_ema")}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            assert buffer is not None
+            assert after is not None
+            dtype = _at_least_float32(after.dtype)
+            if after.dtype != dtype:
+                self._buffers[name] = buffer.to(after.device, dtype)
+        return self
+
+
+def build_router(router_type: str, dim: int, num_experts: int, top_k: int, **options: Any) -> TopKRouter:
+    """The router registered as ``router_type``, built as ``builder(dim, num_experts, top_k, **options)``.
+
+    Args:
+        options: those that are not at their default, of sequence_aux_loss_weight, bias_schedule, norm_topk_prob and
+            routed_scaling.
+
+    Raises:
+        KeyError: "Unknown router: ..." with the names that exist.
+        ValueError: an option that the router does not have.
+    """
+    builder = registry.get("router", router_type)
+    try:
+        return builder(dim, num_experts, top_k, **options)
+    except TypeError as error:
+        raise ValueError(f"moe_router = {router_type!r}: can't be built with {options}: {error}") from error
+
+
+def top_k_lowest_first(scores_TE: Tensor, k: int) -> Tensor:
+    """Indices of the k largest of each row, largest first, equal ones by index, as `torch.topk` does not promise."""
+    return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def balance_losses(shares_BSE: Tensor, chosen_BSE: Tensor, valid_BS: Tensor | None) -> Tensor:
+    """(B,): E sum_e f_e P_e over the valid tokens of each sequence, 0 without any; 1 when both are uniform.
+
+    f_e is the share of the choices that fell on e, P_e the mean share of e.
+    """
+    counts_BE = chosen_BSE.sum(dim=1).to(shares_BSE.dtype)
+    f_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
+    return shares_BSE.shape[-1] * (f_BE * masked_mean(shares_BSE, valid_BS, dim=1)).sum(dim=1)
+
+
+def masked_mean(values: Tensor, valid: Tensor | None, dim: int) -> Tensor:
+    """Mean along ``dim`` of the places where ``valid`` (of the leading axes) is True; 0 if there is none."""
+    if valid is None:
+        return values.sum(dim=dim) / max(values.shape[dim], 1)
+    valid = valid.reshape(valid.shape + (1,) * (values.ndim - valid.ndim))
+    return torch.where(valid, values, 0.0).sum(dim=dim) / valid.sum(dim=dim).clamp(min=1)
+
+
+@torch.no_grad()
+def updated_bias(
+    bias_E: Tensor, ema_E: Tensor, counts_E: Tensor, rate: float, ema_decay: float
+) -> tuple[Tensor, Tensor]:
+    """ema <- decay ema + (1 - decay) counts / sum(counts); bias <- bias + rate (1/E - ema). No counts: no change."""
+    counts_E = counts_E.to(ema_E.dtype)
+    total = counts_E.sum(dim=-1, keepdim=True)
+    moved_E = ema_decay * ema_E + (1 - ema_decay) * (counts_E / total.clamp(min=1))
+    new_ema_E = torch.where(total > 0, moved_E, ema_E)
+    step_E = rate * (1 / ema_E.shape[-1] - new_ema_E)
+    return torch.where(total > 0, bias_E + step_E, bias_E), new_ema_E
+
+
+def training_progress(step: int, max_steps: int) -> float:
+    """Share of training done at ``step``, at most 1."""
+    return min(step / max_steps, 1.0) if max_steps > 0 else 1.0
+
+
+def schedule_factor(schedule: str, progress: float) -> float:
+    """What a schedule makes of the rate: cosine_decay goes from 1 to 0, linear_warmup from 0 to 1 over the first tenth.
+
+    Raises:
+        ValueError: unknown schedule.
+    """
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine_decay":
+        return (1.0 + math.cos(math.pi * progress)) / 2.0
+    if schedule == "linear_warmup":
+        return min(progress / WARMUP_SHARE, 1.0)
+    raise ValueError(f"bias_schedule = {schedule!r}: must be one of {', '.join(BIAS_SCHEDULES)}")
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+registry.register("router", "softmax_topk")(SoftmaxTopKRouter)
+registry.register("router", "sigmoid_topk")(SigmoidTopKRouter)
