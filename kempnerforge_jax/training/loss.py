@@ -1,0 +1,63 @@
+"""Cross entropy of next-token labels, and the losses of routers beside it.
+
+Shapes: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+IGNORED = -100
+
+
+def cross_entropy(logits_BSV: jax.Array, labels_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum of logsumexp(logits) - logits[label] over the labels that are not -100, and the number of these labels.
+
+    The arithmetic is in at least float32. Only the logits are kept for the backward pass, which computes the probabilities
+    again; the compiler fuses the widening into its reductions, so no second array of their size exists.
+
+    Returns:
+        sum: scalar, at least float32; 0 with gradient 0 if no label counts, NaN if a label is outside [0, V) and not -100.
+        count: int32 scalar.
+    """
+    return _summed(logits_BSV, labels_BS), jnp.sum(labels_BS != IGNORED, dtype=jnp.int32)
+
+
+def mean_cross_entropy(logits_BSV: jax.Array, labels_BS: jax.Array) -> jax.Array:
+    """`cross_entropy` a label that counts; 0 with gradient 0 if none does."""
+    total, count = cross_entropy(logits_BSV, labels_BS)
+    return total / jnp.maximum(count, 1)
+
+
+def router_losses(stats: Mapping[int, Any]) -> tuple[jax.Array | float, jax.Array | float]:
+    """Balancing losses and z-losses of all routers, each summed, unweighted; 0 without any.
+
+    Args:
+        stats: of a `TransformerOutput`.
+    """
+    each = router_stats(stats)
+    return sum(router.aux_loss for router in each), sum(router.z_loss for router in each)
+
+
+def router_stats(stats: Mapping[int, Any]) -> list[Any]:
+    """The stats of each router, layer by layer: one a layer, or one a modality."""
+    return list(_routers(stats))
+
+
+def _routers(stats: Mapping[int, Any]) -> Iterator[Any]:
+    for layer_stats in stats.values():
+        yield from layer_stats.values() if isinstance(layer_stats, dict) else [layer_stats]
+
+
+@jax.checkpoint
+def _summed(logits_BSV: jax.Array, labels_BS: jax.Array) -> jax.Array:
+    wide_BSV = logits_BSV.astype(jnp.promote_types(logits_BSV.dtype, jnp.float32))
+    is_label_BSV = labels_BS[..., None] == jnp.arange(logits_BSV.shape[-1], dtype=labels_BS.dtype)
+    chosen_BS = jnp.where(is_label_BSV, wide_BSV, 0).sum(axis=-1)
+    loss_BS = jax.nn.logsumexp(wide_BSV, axis=-1) - chosen_BS
+    loss_BS = jnp.where(is_label_BSV.any(axis=-1), loss_BS, jnp.nan)
+    return jnp.where(labels_BS != IGNORED, loss_BS, 0).sum()

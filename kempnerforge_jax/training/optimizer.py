@@ -1,0 +1,115 @@
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) and clipping by the global norm.
+
+    m <- b1 m + (1 - b1) g            v <- b2 v + (1 - b2) g^2
+    p <- p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p)        t = 1, 2, ...
+
+The decay acts where the parameter table says so. Checkpoints hold the moments as ``m.<parameter>`` and ``v.<parameter>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kempnerforge_jax.model.scan import layer_range
+from kempnerforge_jax.model.state import check_names, stack_layers, unstack_layers, unstack_shapes
+from shared_config.contract.parameters import ParameterSpec, ParameterTable
+from shared_config.schema.optimizer import OptimizerConfig
+
+Arrays = dict[str, jax.Array]
+OptimizerState = Any
+"""What optax keeps: `optax.ScaleByAdamState`, then the states of the transformations after it."""
+
+
+def build_optimizer(
+    parameters: Mapping[str, Any], table: ParameterTable, config: OptimizerConfig
+) -> optax.GradientTransformation:
+    """The optimiser of the named parameters (arrays, or anything else: only names matter).
+
+    What it gives is to be subtracted times the learning rate, see `update`.
+    """
+    return optax.chain(
+        optax.scale_by_adam(*config.betas, eps=config.eps, eps_root=0.0, mu_dtype=None, nesterov=False),
+        optax.add_decayed_weights(
+            config.weight_decay, mask={name: parameter_spec(table, name).decay for name in parameters}
+        ),
+    )
+
+
+def update(
+    optimizer: optax.GradientTransformation,
+    gradients: Arrays,
+    state: OptimizerState,
+    parameters: Arrays,
+    lr: jax.Array,
+) -> tuple[Arrays, OptimizerState]:
+    """One step: the new parameters and the new state."""
+    steps, state = optimizer.update(gradients, state, parameters)
+    return {name: value - lr * steps[name] for name, value in parameters.items()}, state
+
+
+def get_optimizer_state(state: OptimizerState) -> Arrays:
+    """The moments by name; stacked layers are given one by one."""
+    return {
+        f"{moment}.{name}": array
+        for moment, arrays in _moments(state).items()
+        for name, array in unstack_layers(arrays).items()
+    }
+
+
+def set_optimizer_state(state: OptimizerState, moments: Mapping[str, Any], step: int) -> OptimizerState:
+    """The state with these moments (JAX or NumPy arrays), as after ``step`` steps.
+
+    Raises:
+        UserError: lists every missing, unknown and misshapen name.
+    """
+    own = _moments(state)
+    check_names(
+        {f"{moment}.{name}": one.shape for moment in own for name, one in unstack_shapes(own[moment]).items()},
+        {name: tuple(value.shape) for name, value in moments.items()},
+    )
+    mu, nu = (_filled(arrays, moments, f"{moment}.") for moment, arrays in own.items())
+    adam = state[0]
+    count = jnp.asarray(step, adam.count.dtype, device=adam.count.sharding)
+    return (adam._replace(count=count, mu=mu, nu=nu), *state[1:])
+
+
+def clip_by_global_norm(gradients: Mapping[str, jax.Array], max_norm: float) -> tuple[Mapping[str, jax.Array], jax.Array]:
+    """All gradients times max_norm / max(norm, max_norm); ``max_norm`` 0 leaves them as they are.
+
+    Returns:
+        The gradients, and their Euclidean norm before, in at least float32.
+    """
+    squares = [
+        jnp.sum(jnp.square(gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))))
+        for gradient in gradients.values()
+    ]
+    norm = jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
+    if max_norm <= 0:
+        return gradients, norm
+    factor = max_norm / jnp.maximum(norm, max_norm)
+    return {name: gradient * factor.astype(gradient.dtype) for name, gradient in gradients.items()}, norm
+
+
+def parameter_spec(table: ParameterTable, name: str) -> ParameterSpec:
+    """The entry of a parameter, or of the first of a stack of layers ("layers.0-31.norm.weight")."""
+    if not name.startswith("layers."):
+        return table[name]
+    _, layers, tail = name.split(".", 2)
+    return table[f"layers.{layer_range(layers)[0]}.{tail}"]
+
+
+def _moments(state: OptimizerState) -> dict[str, Arrays]:
+    return {"m": state[0].mu, "v": state[0].nu}
+
+
+def _filled(own: Arrays, values: Mapping[str, Any], prefix: str) -> Arrays:
+    """The values whose names start with ``prefix``, stacked as ``own`` is, in its dtypes and shardings."""
+    groups = [layer_range(name.split(".")[1]) for name in own if name.startswith("layers.")]
+    single = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    whole = stack_layers(single, groups)
+    return {name: jnp.asarray(whole[name], array.dtype, device=array.sharding) for name, array in own.items()}

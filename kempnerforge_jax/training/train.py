@@ -1,0 +1,344 @@
+"""The trainer of one device: the gradient of a whole step's loss, the update, evaluation, and the state of it all.
+
+Shapes: N micro-batches, B batch, S sequence, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from kempnerforge_jax.model.module import named_modules
+from kempnerforge_jax.model.scan import layer_range
+from kempnerforge_jax.model.state import get_state, merge, set_state, split
+from kempnerforge_jax.registry import registry
+from kempnerforge_jax.training.loss import IGNORED, cross_entropy, router_losses, router_stats
+from kempnerforge_jax.training.optimizer import (
+    build_optimizer,
+    clip_by_global_norm,
+    get_optimizer_state,
+    parameter_spec,
+    set_optimizer_state,
+    update,
+)
+from kempnerforge_jax.training.scheduler import build_schedule
+from shared_config.contract.parameters import parameter_table
+from shared_config.data import open_text_data
+from shared_config.interchange.checkpoint import TrainingState
+from shared_config.loop import TrainingSummary, run_training
+from shared_config.schema.job import JobConfig
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.optimizer import OptimizerConfig
+from shared_config.schema.training import TrainConfig
+from shared_config.schema.vlm import VLMConfig
+
+Arrays = dict[str, Any]
+Batch = Mapping[str, np.ndarray]
+
+BALANCING_BIAS = ".expert_bias"
+REMATERIALISATION = {
+    "none": False,
+    "full": True,
+    "selective": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What of a block is computed again in the backward pass: nothing, all, or all but matrix products with weights."""
+
+
+def train(
+    config: JobConfig, *, device: jax.Device | str | None = None, console: Console | None = None
+) -> TrainingSummary:
+    """Train the job on one device, from where its folder left it, and tell how it ended.
+
+    Raises:
+        UserError: what can't be used, of data, folders and checkpoints.
+    """
+    data = open_text_data(config)
+    return run_training(config, Trainer(config, device), data, console=console)
+
+
+class Trainer:
+    """A model, its optimiser, and what `shared_config.loop` asks of them.
+
+    Masters, gradients and moments are of ``dtype``. With ``train.mixed_precision`` "bf16" a float32 trainer computes in
+    bfloat16, on a copy of the masters that is cast for each micro-batch.
+
+    Attributes:
+        parameters: the masters, by name; those of layers in a scan are stacked (see `split`).
+        buffers: all other arrays of the model.
+        updates: optimiser steps done.
+    """
+
+    backend = "jax"
+
+    def __init__(self, config: JobConfig, device: jax.Device | str | None = None, *, dtype: Any = jnp.float32):
+        self.config = config
+        self.device = jax.devices(device)[0] if device is None or isinstance(device, str) else device
+        self.table = parameter_table(config.model, config.vlm)
+        with jax.default_device(self.device):
+            model = _build_model(config, dtype)
+            graphdef, parameters, buffers = split(model, scan_layers=config.train.scan_layers)
+        self.recipe = Recipe(
+            graphdef, config.model, config.vlm, config.train, config.optimizer, compute_dtype(config, dtype)
+        )
+        self.parameters, self.buffers = jax.device_put((parameters, buffers), self.device)
+        optimizer = build_optimizer(self.parameters, self.table, config.optimizer)
+        self.optimizer_state = jax.device_put(optimizer.init(self.parameters), self.device)
+        self.learning_rate = build_schedule(config)
+        self.updates = 0
+
+    @property
+    def model(self) -> Any:
+        """The masters as a model. The next step gives their memory away: a copy outlives it, this does not."""
+        return merge(self.recipe.graphdef, self.parameters, self.buffers)
+
+    def step(self, micro_batches: Sequence[Batch]) -> dict[str, Any]:
+        """One update from the mean loss over all labels of the micro-batches.
+
+        Args:
+            micro_batches: each has ``tokens`` and ``labels``, int (B, S), and may have ``doc_ids``.
+
+        Returns:
+            loss (cross entropy), grad_norm (before clipping), lr, tokens (labels that counted). With experts also
+            aux_loss and z_loss (unweighted, averaged over the micro-batches), routing_entropy (of a token's distribution
+            over experts, in nats, averaged over the routers) and dead_experts (that no token chose, over all routers).
+            What the device computes is left there, as scalar arrays.
+        """
+        count, lr = label_count(micro_batches), self.learning_rate(self.updates)
+        with matmul_precision(self.config.train.matmul_precision):
+            self.parameters, self.buffers, self.optimizer_state, metrics = compiled_step(self.recipe)(
+                self.parameters,
+                self.buffers,
+                self.optimizer_state,
+                {name: np.stack([batch[name] for batch in micro_batches]) for name in micro_batches[0]},
+                np.asarray(max(count, 1), self._scalar),
+                np.asarray(lr, self._scalar),
+                np.asarray(self.updates, np.int32),
+            )
+        self.updates += 1
+        return {**metrics, "lr": lr, "tokens": count}
+
+    def evaluate(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """``loss``: mean cross entropy over all labels of the batches; ``tokens``: their number. Changes nothing."""
+        total, count = jnp.zeros((), self._scalar), label_count(batches)
+        with matmul_precision(self.config.train.matmul_precision):
+            for batch in batches:
+                total = total + compiled_evaluation(self.recipe)(self.parameters, self.buffers, dict(batch))
+        return {"loss": total / max(count, 1), "tokens": count}
+
+    def state(self) -> TrainingState:
+        """Copies, on the host, of weights, buffers and moments."""
+        weights, moments = get_state(self.model), get_optimizer_state(self.optimizer_state)
+        return TrainingState(self.updates, *({name: np.array(a) for name, a in s.items()} for s in (weights, moments)))
+
+    def load_state(self, state: TrainingState) -> None:
+        """Go on from a state of either backend; without moments, only the weights are taken.
+
+        Raises:
+            UserError: names or shapes that do not fit.
+        """
+        model = self.model
+        set_state(model, state.weights)
+        if state.optimizer or state.step:
+            self.optimizer_state = set_optimizer_state(self.optimizer_state, state.optimizer, state.step)
+        _, self.parameters, self.buffers = split(model)
+        self.updates = state.step
+
+    @property
+    def _scalar(self) -> Any:
+        return jnp.promote_types(self.recipe.compute_dtype, jnp.float32)
+
+
+class Terms(NamedTuple):
+    """What a micro-batch adds to a step's metrics.
+
+    Attributes:
+        loss: its share of the mean cross entropy.
+        aux_loss, z_loss, entropy: its share of their means over micro-batches; the entropy also over routers.
+        expert_counts: router -> (E,) choices; {} if dense.
+    """
+
+    loss: Any
+    aux_loss: Any
+    z_loss: Any
+    entropy: Any
+    expert_counts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is static in a step: trainers that share it share what was compiled."""
+
+    graphdef: Any
+    model: ModelConfig
+    vlm: VLMConfig | None
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    compute_dtype: Any
+
+
+@functools.lru_cache(maxsize=8)
+def compiled_step(recipe: Recipe) -> Callable[..., Any]:
+    """A jitted ``(parameters, buffers, optimizer_state, batches, count, lr, updates) -> (the first three, metrics)``.
+
+    The memory of the first three is given away. ``batches`` are arrays (N, B, S) by name, ``count`` is the number of
+    labels in all of them.
+    """
+    return jax.jit(functools.partial(_step, recipe), donate_argnums=(0, 1, 2))
+
+
+@functools.lru_cache(maxsize=8)
+def compiled_evaluation(recipe: Recipe) -> Callable[..., Any]:
+    """A jitted ``(parameters, buffers, batch) -> sum of the cross entropy``."""
+    return jax.jit(functools.partial(_evaluation, recipe))
+
+
+def _step(
+    recipe: Recipe,
+    parameters: Arrays,
+    buffers: Arrays,
+    optimizer_state: Any,
+    batches: Arrays,
+    count: jax.Array,
+    lr: jax.Array,
+    updates: jax.Array,
+) -> tuple[Arrays, Arrays, Any, dict[str, jax.Array]]:
+    gradients, total = _gradients(recipe, parameters, buffers, batches, count)
+    gradients, norm = clip_by_global_norm(gradients, recipe.train.grad_clip_norm)
+    optimizer = build_optimizer(parameters, _table(recipe), recipe.optimizer)
+    parameters, optimizer_state = update(optimizer, dict(gradients), optimizer_state, parameters, lr)
+    buffers = _balanced(recipe, parameters, buffers, total.expert_counts, updates)
+    metrics = {"loss": total.loss, "grad_norm": norm, **_routing_metrics(total)}
+    return parameters, buffers, optimizer_state, metrics
+
+
+def _evaluation(recipe: Recipe, parameters: Arrays, buffers: Arrays, batch: Arrays) -> jax.Array:
+    batch = dict(batch)
+    labels_BS = batch.pop("labels")
+    model = merge(recipe.graphdef, _compute_copy(recipe, parameters), buffers)
+    return cross_entropy(model.run(**batch).logits, labels_BS)[0]
+
+
+def _gradients(
+    recipe: Recipe, parameters: Arrays, buffers: Arrays, batches: Arrays, count: jax.Array
+) -> tuple[Arrays, Terms]:
+    """Gradients and terms, summed over the micro-batches."""
+    micro_batches = batches["labels"].shape[0]
+    objective = functools.partial(_objective, recipe, count=count, micro_batches=micro_batches)
+
+    def one(batch: Arrays) -> tuple[Arrays, Terms]:
+        return jax.grad(objective, has_aux=True)(parameters, buffers, batch)
+
+    if micro_batches == 1:
+        return one({name: array[0] for name, array in batches.items()})
+
+    def add(total: Any, batch: Arrays) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(batch)), None
+
+    shapes = jax.eval_shape(one, {name: array[0] for name, array in batches.items()})
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, zeros, batches)[0]
+
+
+def _objective(
+    recipe: Recipe, parameters: Arrays, buffers: Arrays, batch: Arrays, *, count: jax.Array, micro_batches: int
+) -> tuple[jax.Array, Terms]:
+    """A micro-batch's share of the loss, and its terms."""
+    batch = dict(batch)
+    labels_BS = batch.pop("labels")
+    model = merge(recipe.graphdef, _compute_copy(recipe, parameters), buffers)
+    output = model.run(**batch, remat=REMATERIALISATION[recipe.train.activation_checkpointing])
+    loss = cross_entropy(output.logits, labels_BS)[0] / count
+    aux_loss, z_loss = (jnp.asarray(term / micro_batches, loss.dtype) for term in router_losses(output.stats))
+    weighted = loss + recipe.model.moe_aux_loss_weight * aux_loss + recipe.model.moe_router_z_loss_weight * z_loss
+    entropies = [router.entropy / micro_batches for router in router_stats(output.stats)]
+    entropy = jnp.asarray(sum(entropies) / max(len(entropies), 1), loss.dtype)
+    return weighted, Terms(loss, aux_loss, z_loss, entropy, expert_counts(output.stats))
+
+
+def _compute_copy(recipe: Recipe, parameters: Arrays) -> Arrays:
+    """The masters cast to the compute dtype, but for what decides a route."""
+    table = _table(recipe)
+    return {
+        name: master if parameter_spec(table, name).full_precision else master.astype(recipe.compute_dtype)
+        for name, master in parameters.items()
+    }
+
+
+def _balanced(
+    recipe: Recipe, parameters: Arrays, buffers: Arrays, counts: Mapping[str, jax.Array], updates: jax.Array
+) -> Arrays:
+    """The buffers with the balancing biases moved by the choices of the whole step."""
+    routers = [name.removesuffix(BALANCING_BIAS) for name in buffers if name.endswith(BALANCING_BIAS)]
+    if not routers:
+        return buffers
+    modules = dict(named_modules(merge(recipe.graphdef, parameters, buffers)))
+    moved = dict(buffers)
+    for path in routers:
+        router: Any = modules[path]
+        router.set_step(updates, recipe.train.max_steps)
+        keys = router_keys(path)
+        router.update_bias(counts[keys[0]] if len(keys) == 1 else jnp.stack([counts[key] for key in keys]))
+        moved |= {f"{path}.{name}": getattr(router, name).get_value() for name in ("expert_bias", "expert_ema")}
+    return moved
+
+
+def matmul_precision(level: str) -> AbstractContextManager[Any]:
+    """How float32 matrices are multiplied: "highest" as float32, "high" as TF32 or as three bfloat16 products."""
+    return jax.default_matmul_precision(level)
+
+
+def compute_dtype(config: JobConfig, dtype: Any) -> np.dtype:
+    """The dtype of the arithmetic, given that of the masters."""
+    narrow = config.train.mixed_precision == "bf16" and dtype == jnp.float32
+    return jnp.dtype(jnp.bfloat16 if narrow else dtype)
+
+
+def label_count(batches: Sequence[Batch]) -> int:
+    """Labels that count in the loss, over all batches."""
+    return sum(int(np.count_nonzero(batch["labels"] != IGNORED)) for batch in batches)
+
+
+def expert_counts(stats: Mapping[int, Any]) -> dict[str, Any]:
+    """The choices of each expert by router: "3" for layer 3, "3.image" where each modality has a router."""
+    counts: dict[str, Any] = {}
+    for layer, layer_stats in stats.items():
+        routers = layer_stats if isinstance(layer_stats, dict) else {"": layer_stats}
+        counts |= {f"{layer}.{name}".rstrip("."): router.expert_counts for name, router in routers.items()}
+    return counts
+
+
+def router_keys(path: str) -> list[str]:
+    """The keys in `expert_counts` of a router by its path, "layers.3.mlp.router" or "layers.3.mlp.image.router"; for
+    stacked layers ("layers.0-3.mlp.router") of each.
+    """
+    _, layers, _, *modality, _ = path.split(".")
+    return [".".join([str(layer), *modality]) for layer in layer_range(layers)]
+
+
+def _table(recipe: Recipe) -> Any:
+    return parameter_table(recipe.model, recipe.vlm)
+
+
+def _build_model(config: JobConfig, dtype: Any) -> Any:
+    """The seeded model, in memory once: it comes into being without arrays."""
+    builder = registry.get("model", config.model.model_type)
+    model = nnx.eval_shape(lambda: builder(config.model, vlm_config=config.vlm, rngs=nnx.Rngs(0)))
+    model.init_weights_and_freqs(config.train.seed)
+    return model.to(dtype)
+
+
+def _routing_metrics(total: Terms) -> dict[str, Any]:
+    if not total.expert_counts:
+        return {}
+    dead = sum((counts_E == 0).sum() for counts_E in total.expert_counts.values())
+    losses = {"aux_loss": total.aux_loss, "z_loss": total.z_loss}
+    return {**losses, "routing_entropy": total.entropy, "dead_experts": dead}

@@ -1,0 +1,72 @@
+"""Cross entropy of next-token labels, and the losses of routers beside it.
+
+Shapes: B batch, S sequence, V vocabulary, N = B*S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100
+CHUNK_ELEMENTS = 2**26
+"""Logits that are widened at a time: 256 MiB in float32."""
+
+
+def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of logsumexp(logits) - logits[label] over the labels that are not -100, and the number of these labels.
+
+    The arithmetic is in at least float32. Where the logits are many, the backward pass computes the probabilities again,
+    some rows at a time, so that no second array of their size is kept.
+
+    Returns:
+        sum: scalar, at least float32; 0 with gradient 0 if no label counts.
+        count: int64 scalar.
+
+    Raises:
+        IndexError: a label outside [0, V) that is not -100 (on an accelerator: an assertion of the device).
+    """
+    logits_NV, labels_N = logits_BSV.flatten(0, -2), labels_BS.flatten().long()
+    count = (labels_N != IGNORED).sum()
+    rows = max(1, CHUNK_ELEMENTS // logits_NV.shape[-1])
+    if len(labels_N) <= rows:
+        return _summed(logits_NV, labels_N), count
+    chunks = zip(logits_NV.split(rows), labels_N.split(rows), strict=True)
+    sums = [checkpoint(_summed, logits, labels, use_reentrant=False) for logits, labels in chunks]
+    return torch.stack(sums).sum(), count
+
+
+def mean_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """`cross_entropy` a label that counts; 0 with gradient 0 if none does."""
+    total, count = cross_entropy(logits_BSV, labels_BS)
+    return total / count.clamp(min=1)
+
+
+def router_losses(stats: Mapping[int, Any]) -> tuple[Tensor | float, Tensor | float]:
+    """Balancing losses and z-losses of all routers, each summed, unweighted; 0 without any.
+
+    Args:
+        stats: of a `TransformerOutput`.
+    """
+    each = router_stats(stats)
+    return sum(router.aux_loss for router in each), sum(router.z_loss for router in each)
+
+
+def router_stats(stats: Mapping[int, Any]) -> list[Any]:
+    """The stats of each router, layer by layer: one a layer, or one a modality."""
+    return list(_routers(stats))
+
+
+def _routers(stats: Mapping[int, Any]) -> Iterator[Any]:
+    for layer_stats in stats.values():
+        yield from layer_stats.values() if isinstance(layer_stats, dict) else [layer_stats]
+
+
+def _summed(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    return F.cross_entropy(wide_NV, labels_N, ignore_index=IGNORED, reduction="sum")

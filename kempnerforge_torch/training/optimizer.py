@@ -1,0 +1,100 @@
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) and clipping by the global norm.
+
+    m <- b1 m + (1 - b1) g            v <- b2 v + (1 - b2) g^2
+    p <- p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p)        t = 1, 2, ...
+
+The decay acts where the parameter table says so. Checkpoints hold the moments as ``m.<parameter>`` and ``v.<parameter>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kempnerforge_torch.model.state import assign, check_names
+from shared_config.contract.parameters import ParameterTable
+from shared_config.schema.optimizer import OptimizerConfig
+
+MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
+
+
+def build_optimizer(
+    parameters: Mapping[str, Tensor], table: ParameterTable, config: OptimizerConfig
+) -> torch.optim.AdamW:
+    """The optimiser of the named parameters, its moments 0; its learning rate is to be set before each step."""
+    decayed = [tensor for name, tensor in parameters.items() if table[name].decay]
+    others = [tensor for name, tensor in parameters.items() if not table[name].decay]
+    on_cpu = all(tensor.device.type == "cpu" for tensor in parameters.values())
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        amsgrad=False,
+        maximize=False,
+        capturable=False,
+        differentiable=False,
+        foreach=on_cpu,
+        fused=not on_cpu,
+    )
+    for tensor in parameters.values():
+        optimizer.state[tensor] = _initial_state(tensor, fused=not on_cpu)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.AdamW, lr: float) -> None:
+    """The learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def get_optimizer_state(optimizer: torch.optim.AdamW, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The moments by name: the tensors of the optimiser themselves."""
+    return {
+        f"{moment}.{name}": optimizer.state[tensor][key]
+        for moment, key in MOMENTS.items()
+        for name, tensor in parameters.items()
+    }
+
+
+def set_optimizer_state(
+    optimizer: torch.optim.AdamW, parameters: Mapping[str, Tensor], state: Mapping[str, Any], step: int
+) -> None:
+    """Copy moments (tensors or NumPy arrays) into the optimiser, which has then made ``step`` steps.
+
+    Raises:
+        UserError: lists every missing, unknown and misshapen name; the optimiser is unchanged.
+    """
+    own = get_optimizer_state(optimizer, parameters)
+    check_names(
+        {name: tuple(tensor.shape) for name, tensor in own.items()},
+        {name: tuple(value.shape) for name, value in state.items()},
+    )
+    for name, tensor in own.items():
+        assign(tensor, state[name])
+    for tensor in parameters.values():
+        optimizer.state[tensor]["step"].fill_(step)
+
+
+@torch.no_grad()
+def clip_by_global_norm(gradients: Mapping[str, Tensor], max_norm: float) -> tuple[Mapping[str, Tensor], Tensor]:
+    """Scale all gradients, in place, by max_norm / max(norm, max_norm); ``max_norm`` 0 leaves them as they are.
+
+    Returns:
+        The gradients, and their Euclidean norm before, in at least float32.
+    """
+    tensors = list(gradients.values())
+    wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    norm = torch.nn.utils.get_total_norm(wide)
+    if max_norm > 0:
+        torch._foreach_mul_(tensors, max_norm / norm.clamp(min=max_norm))
+    return gradients, norm
+
+
+def _initial_state(tensor: Tensor, fused: bool) -> dict[str, Tensor]:
+    device = tensor.device if fused else torch.device("cpu")
+    moments = {key: torch.zeros_like(tensor, requires_grad=False) for key in MOMENTS.values()}
+    return {"step": torch.zeros((), dtype=torch.float32, device=device), **moments}

@@ -1,0 +1,336 @@
+"""The trainer of one device: the gradient of a whole step's loss, the update, evaluation, and the state of it all.
+
+Shapes: B batch, S sequence, E experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from kempnerforge_torch.model.state import get_state, own_tensors, set_state, to_numpy
+from kempnerforge_torch.registry import registry
+from kempnerforge_torch.training.loss import IGNORED, cross_entropy, router_losses, router_stats
+from kempnerforge_torch.training.optimizer import (
+    build_optimizer,
+    clip_by_global_norm,
+    get_optimizer_state,
+    set_learning_rate,
+    set_optimizer_state,
+)
+from kempnerforge_torch.training.scheduler import build_schedule
+from shared_config.contract.parameters import parameter_table
+from shared_config.data import open_text_data
+from shared_config.interchange.checkpoint import TrainingState
+from shared_config.loop import TrainingSummary, run_training
+from shared_config.schema.job import JobConfig
+
+Batch = Mapping[str, np.ndarray]
+
+BALANCING_BIAS = ".expert_bias"
+MATRIX_PRODUCTS = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten._grouped_mm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    config: JobConfig, *, device: torch.device | str | None = None, console: Console | None = None
+) -> TrainingSummary:
+    """Train the job on one device, from where its folder left it, and tell how it ended.
+
+    Raises:
+        UserError: what can't be used, of data, folders and checkpoints.
+    """
+    data = open_text_data(config)
+    return run_training(config, Trainer(config, device), data, console=console)
+
+
+class Trainer:
+    """A model, its optimiser, and what `shared_config.loop` asks of them.
+
+    Masters, gradients and moments are of ``dtype``. With ``train.mixed_precision`` "bf16" a float32 trainer computes in
+    bfloat16, on a copy of the masters that is cast for each micro-batch.
+
+    Attributes:
+        model: the masters.
+        parameters: those of them that are trained, by name.
+        updates: optimiser steps done.
+    """
+
+    backend = "torch"
+
+    def __init__(
+        self, config: JobConfig, device: torch.device | str | None = None, *, dtype: torch.dtype = torch.float32
+    ):
+        self.config = config
+        self.device = torch.device(default_device() if device is None else device)
+        self.table = parameter_table(config.model, config.vlm)
+        self.model = _build_model(config, self.device, dtype)
+        self.compute_dtype = compute_dtype(config, dtype)
+        self.parameters = {name: p for name, p in own_tensors(self.model).items() if isinstance(p, nn.Parameter)}
+        self.optimizer = build_optimizer(self.parameters, self.table, config.optimizer)
+        self.learning_rate = build_schedule(config)
+        self.updates = 0
+        checkpoint_activations(self.model, config.train.activation_checkpointing)
+        if config.train.compile_model:
+            compile_blocks(self.model, self.device)
+        self._objective = _Objective(self.model, config)
+
+    def step(self, micro_batches: Sequence[Batch]) -> dict[str, Any]:
+        """One update from the mean loss over all labels of the micro-batches.
+
+        Args:
+            micro_batches: each has ``tokens`` and ``labels``, int (B, S), and may have ``doc_ids``.
+
+        Returns:
+            loss (cross entropy), grad_norm (before clipping), lr, tokens (labels that counted). With experts also
+            aux_loss and z_loss (unweighted, averaged over the micro-batches), routing_entropy (of a token's distribution
+            over experts, in nats, averaged over the routers) and dead_experts (that no token chose, over all routers).
+            What the device computes is left there, as scalar tensors.
+        """
+        count, lr = label_count(micro_batches), self.learning_rate(self.updates)
+        self.model.train()
+        self.model.set_moe_step(self.updates, self.config.train.max_steps)
+        with matmul_precision(self.config.train.matmul_precision):
+            terms = [self._differentiate(batch, max(count, 1), len(micro_batches)) for batch in micro_batches]
+            total = _summed(terms)
+            norm = self._update(lr)
+            self._balance(total.expert_counts)
+        self.updates += 1
+        return {"loss": total.loss, "grad_norm": norm, "lr": lr, "tokens": count, **_routing_metrics(total)}
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """``loss``: mean cross entropy over all labels of the batches; ``tokens``: their number. Changes nothing."""
+        self.model.eval()
+        total, count = torch.zeros((), device=self.device), label_count(batches)
+        with matmul_precision(self.config.train.matmul_precision):
+            for batch in batches:
+                inputs = self._inputs(batch)
+                labels_BS = inputs.pop("labels")
+                output = self._call(self.model, "", {**inputs, "return_stats": True})
+                total = total + cross_entropy(output.logits, labels_BS)[0]
+        return {"loss": total / max(count, 1), "tokens": count}
+
+    def state(self) -> TrainingState:
+        """Copies, on the host, of weights, buffers and moments."""
+        weights = {name: _host_copy(tensor) for name, tensor in get_state(self.model).items()}
+        moments = get_optimizer_state(self.optimizer, self.parameters)
+        return TrainingState(self.updates, weights, {name: _host_copy(tensor) for name, tensor in moments.items()})
+
+    def load_state(self, state: TrainingState) -> None:
+        """Go on from a state of either backend; without moments, only the weights are taken.
+
+        Raises:
+            UserError: names or shapes that do not fit.
+        """
+        set_state(self.model, state.weights)
+        if state.optimizer or state.step:
+            set_optimizer_state(self.optimizer, self.parameters, state.optimizer, state.step)
+        self.updates = state.step
+
+    def _differentiate(self, batch: Batch, count: int, micro_batches: int) -> Terms:
+        """Add the gradient of one micro-batch's share of the loss to the masters'."""
+        inputs = {"inputs": self._inputs(batch), "count": count, "micro_batches": micro_batches}
+        return self._call(self._objective, "model.", inputs)
+
+    def _call(self, module: nn.Module, prefix: str, inputs: dict[str, Any]) -> Any:
+        """Call a module that holds the model under ``prefix``, with the masters cast to the compute dtype."""
+        if self.compute_dtype == next(iter(self.parameters.values())).dtype:
+            return module(**inputs)
+        narrow = {
+            prefix + name: master if self.table[name].full_precision else master.to(self.compute_dtype)
+            for name, master in self.parameters.items()
+        }
+        return torch.func.functional_call(module, narrow, kwargs=inputs)
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in batch.items()}
+
+    def _update(self, lr: float) -> Tensor:
+        """Clip and apply the gradients, all of them: one that autograd left out counts as 0."""
+        for master in self.parameters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        gradients = {name: master.grad for name, master in self.parameters.items() if master.grad is not None}
+        norm = clip_by_global_norm(gradients, self.config.train.grad_clip_norm)[1]
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _balance(self, counts: Mapping[str, Tensor]) -> None:
+        """Move the balancing biases by the choices of the whole step."""
+        for name in get_state(self.model):
+            if name.endswith(BALANCING_BIAS):
+                path = name.removesuffix(BALANCING_BIAS)
+                self.model.get_submodule(path).update_bias(counts[router_key(path)])  # type: ignore[operator]
+
+
+class Terms(NamedTuple):
+    """What a micro-batch adds to a step's metrics, without a graph.
+
+    Attributes:
+        loss: its share of the mean cross entropy.
+        aux_loss, z_loss, entropy: its share of their means over micro-batches; the entropy also over routers.
+        expert_counts: router -> (E,) choices; {} if dense.
+    """
+
+    loss: Any
+    aux_loss: Any
+    z_loss: Any
+    entropy: Any
+    expert_counts: dict[str, Any]
+
+
+class _Objective(nn.Module):
+    """Loss and its backward pass in one module, so that the weights that `functional_call` puts in are there when
+    checkpointed blocks run again.
+    """
+
+    def __init__(self, model: nn.Module, config: JobConfig):
+        super().__init__()
+        self.model = model
+        self.aux_weight = config.model.moe_aux_loss_weight
+        self.z_weight = config.model.moe_router_z_loss_weight
+
+    def forward(self, inputs: dict[str, Tensor], count: int, micro_batches: int) -> Terms:
+        """The terms of a micro-batch; gradients go to the leaves of the graph."""
+        inputs = dict(inputs)
+        labels_BS = inputs.pop("labels")
+        logits, stats = self.model(**inputs, return_stats=True)
+        loss = cross_entropy(logits, labels_BS)[0] / count
+        aux_loss, z_loss = (term / micro_batches for term in router_losses(stats))
+        (loss + self.aux_weight * aux_loss + self.z_weight * z_loss).backward()
+        entropies = [router.entropy / micro_batches for router in router_stats(stats)]
+        return Terms(
+            loss.detach(),
+            *(term.detach() if isinstance(term, Tensor) else term for term in (aux_loss, z_loss)),
+            sum(entropies) / max(len(entropies), 1),
+            expert_counts(stats),
+        )
+
+
+@contextlib.contextmanager
+def matmul_precision(level: str) -> Iterator[None]:
+    """How float32 matrices are multiplied: "highest" as float32, "high" as TF32 or as three bfloat16 products."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(level)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def compute_dtype(config: JobConfig, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic, given that of the masters."""
+    return torch.bfloat16 if config.train.mixed_precision == "bf16" and dtype == torch.float32 else dtype
+
+
+def default_device() -> torch.device:
+    """The accelerator, if there is one."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def label_count(batches: Sequence[Batch]) -> int:
+    """Labels that count in the loss, over all batches."""
+    return sum(int(np.count_nonzero(batch["labels"] != IGNORED)) for batch in batches)
+
+
+def expert_counts(stats: Mapping[int, Any]) -> dict[str, Any]:
+    """The choices of each expert by router: "3" for layer 3, "3.image" where each modality has a router."""
+    counts: dict[str, Any] = {}
+    for layer, layer_stats in stats.items():
+        routers = layer_stats if isinstance(layer_stats, dict) else {"": layer_stats}
+        counts |= {f"{layer}.{name}".rstrip("."): router.expert_counts for name, router in routers.items()}
+    return counts
+
+
+def router_key(path: str) -> str:
+    """The key in `expert_counts` of a router by its path, "layers.3.mlp.router" or "layers.3.mlp.image.router"."""
+    _, layer, _, *modality, _ = path.split(".")
+    return ".".join([layer, *modality])
+
+
+def checkpoint_activations(model: nn.Module, mode: str) -> None:
+    """Let each block keep less for its backward pass, and compute the rest again.
+
+    Args:
+        mode: "none"; "full" keeps the block's input; "selective" also what matrix products and attention put out.
+    """
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keeps_products)
+    for block in _blocks(model):
+        block.forward = functools.partial(checkpoint, block.forward, **options)
+
+
+def compile_blocks(model: nn.Module, device: torch.device) -> None:
+    """Compile each block as it is first called; on a CPU without a C++ compiler say so, and leave it."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        log.warning("train.compile_model: no C++ compiler (%s) on this machine; the model runs uncompiled", compiler)
+        return
+    for block in _blocks(model):
+        block.compile(fullgraph=True)
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    for stack in ("layers", "cross_attention_layers"):
+        yield from getattr(model, stack, nn.ModuleDict()).children()
+
+
+def _keeps_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in MATRIX_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _build_model(config: JobConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    """The seeded model, in memory once: it comes into being without storage."""
+    with torch.device("meta"):
+        model: Any = registry.get("model", config.model.model_type)(config.model, vlm_config=config.vlm)
+    model = model.to(dtype).to_empty(device=device)
+    model.init_weights_and_freqs(config.train.seed)
+    return model
+
+
+def _host_copy(tensor: Tensor) -> np.ndarray:
+    return to_numpy(tensor.detach().to("cpu", copy=True))
+
+
+def _summed(terms: Sequence[Terms]) -> Terms:
+    counts = {router: sum(term.expert_counts[router] for term in terms) for router in terms[0].expert_counts}
+    return Terms(*(sum(values) for values in zip(*(term[:-1] for term in terms), strict=True)), counts)
+
+
+def _routing_metrics(total: Terms) -> dict[str, Any]:
+    if not total.expert_counts:
+        return {}
+    dead = sum((counts_E == 0).sum() for counts_E in total.expert_counts.values())
+    losses = {"aux_loss": total.aux_loss, "z_loss": total.z_loss}
+    return {**losses, "routing_entropy": total.entropy, "dead_experts": dead}
