@@ -24,13 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 (lets safetensors return bfloat16)
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import file_errors
+from shared_config.interchange.tensors import read_tensors, write_tensors
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -124,8 +122,9 @@ def save(
 
 
 def load(path: str | Path, *, with_optimizer: bool = True) -> Checkpoint:
-    """Read a checkpoint, or the latest one of a run's folder. All files that are read are checked against their
-    checksums.
+    """Read a checkpoint, or the latest one of a run's folder.
+
+    Every file that is read is checked against its checksum. The arrays are mapped from the files, copied on write.
 
     Raises:
         UserError: there is none, or a file is missing, truncated, corrupt or of a newer format; it names the file.
@@ -218,36 +217,27 @@ def _publish(aside: Path, final: Path) -> None:
 
 
 def _write_files(folder: Path, state: TrainingState, fields: dict[str, Any]) -> None:
-    _write_arrays(folder / WEIGHTS, state.weights)
-    _write_arrays(folder / OPTIMIZER, state.optimizer)
+    write_tensors(folder / WEIGHTS, state.weights)
+    write_tensors(folder / OPTIMIZER, state.optimizer)
     files = {name: _describe(folder / name) for name in (WEIGHTS, OPTIMIZER)}
     fields = {**fields, "files": files}
     text = json.dumps({"checksum": _checksum(fields), **fields}, indent=1, allow_nan=False)
     (folder / STATE).write_text(text + "\n", encoding="utf-8")
-    for name in (WEIGHTS, OPTIMIZER, STATE):
-        _sync(folder / name)
+    _sync(folder / STATE)
     _sync(folder)
-
-
-def _write_arrays(file: Path, arrays: Arrays) -> None:
-    """safetensors.numpy takes the bytes of an array as they lie in memory, so order C is made sure of."""
-    safetensors.numpy.save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, file)
 
 
 def _read_arrays(file: Path, files: dict[str, Any]) -> Arrays:
     expected = files[file.name]
     try:
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            raise UserError(
-                f"{file}: truncated or replaced: {size} bytes instead of {expected['bytes']}{_advice(file)}"
-            )
-        if _describe(file) != expected:
-            raise UserError(f"{file}: corrupt: its checksum does not match {STATE}{_advice(file)}")
-        with safetensors.safe_open(file, "numpy") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{file}: can't be read ({error}){_advice(file)}") from None
+        found = _describe(file)
+    except OSError as error:
+        raise UserError(f"{file}: can't be read ({error.strerror}){_advice(file)}") from None
+    if found["bytes"] != expected["bytes"]:
+        raise UserError(f"{file}: truncated: {found['bytes']} bytes instead of {expected['bytes']}{_advice(file)}")
+    if found != expected:
+        raise UserError(f"{file}: corrupt: its checksum does not match {STATE}{_advice(file)}")
+    return read_tensors(file)
 
 
 def _read_state(file: Path) -> dict[str, Any]:
