@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import secrets
+import zlib
 from typing import Any
 
 import jax
@@ -60,18 +61,17 @@ def init_from_table(
     ]
     if problems:
         raise ValueError("the model doesn't fit its parameter table:\n" + "\n".join(problems))
-    if seed is None and rngs is None:
-        rngs = nnx.Rngs(secrets.randbits(32))
+    key = jax.random.key(secrets.randbits(32)) if rngs is None else rngs.params()
     for name, spec in table.items():
         if name in own:
             dtype = own[name].get_value().dtype
-            own[name].set_value(_initial(stream + name, spec, dtype, seed, rngs))
+            own[name].set_value(_initial(stream + name, spec, dtype, seed, key))
 
 
-def _initial(name: str, spec: ParameterSpec, dtype: Any, seed: int | None, rngs: nnx.Rngs | None) -> jax.Array:
+def _initial(name: str, spec: ParameterSpec, dtype: Any, seed: int | None, key: jax.Array) -> jax.Array:
     if isinstance(spec.initializer, Constant):
         return jnp.full(spec.shape, spec.initializer.value, dtype)
     if seed is not None:
         return jnp.asarray(initial_value(name, spec, seed), dtype)
-    assert rngs is not None
-    return (spec.initializer.std * jax.random.normal(rngs.params(), spec.shape, jnp.float32)).astype(dtype)
+    values = jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), spec.shape, jnp.float32)
+    return (spec.initializer.std * values).astype(dtype)

@@ -20,9 +20,9 @@ class Linear(Module):
     def __init__(self, in_features: int, out_features: int, bias: bool = False, *, rngs: nnx.Rngs):
         self.in_features = in_features
         self.out_features = out_features
-        weight_OI = self._drawn((out_features, in_features), rngs)
+        weight_OI = draw_uniform(rngs, (out_features, in_features), in_features)
         self.weight: nnx.Param[jax.Array] | None = nnx.Param(weight_OI)
-        self.bias = nnx.Param(self._drawn((out_features,), rngs)) if bias else None
+        self.bias = nnx.Param(draw_uniform(rngs, (out_features,), in_features)) if bias else None
 
     def forward(self, x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
         """(..., I) -> (..., O).
@@ -37,23 +37,50 @@ class Linear(Module):
         y = contract(x, weight)
         return y if self.bias is None else y + self.bias.get_value()
 
-    def _drawn(self, shape: tuple[int, ...], rngs: nnx.Rngs) -> jax.Array:
-        bound = 1 / math.sqrt(self.in_features)
-        return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
-
 
 class Embedding(Module):
     """A lookup table (V, D), drawn normal(0, 1)."""
 
     def __init__(self, num_embeddings: int, dim: int, *, rngs: nnx.Rngs):
         self.num_embeddings = num_embeddings
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (num_embeddings, dim), jnp.float32))
+        self.weight = nnx.Param(draw_normal(rngs, (num_embeddings, dim)))
 
     def forward(self, ids: jax.Array) -> jax.Array:
         """Integers (...) -> (..., D); the row of an id outside [0, V) is NaN."""
         inside = (ids >= 0) & (ids < self.num_embeddings)
         rows = jnp.take(self.weight.get_value(), jnp.where(inside, ids, 0), axis=0)
         return jnp.where(inside[..., None], rows, jnp.nan)
+
+
+class Undrawn:
+    """Stands for `nnx.Rngs` where all weights are about to be set: the layers here draw nothing and hold zeros.
+
+    Other modules find one fixed key in every stream. A real stream counts its calls, which inside a trace takes time
+    that grows with the square of their number.
+    """
+
+    def __getattr__(self, stream: str) -> Undrawn:
+        if stream.startswith("_"):
+            raise AttributeError(stream)
+        return self
+
+    def __call__(self) -> jax.Array:
+        return jax.random.key(0)
+
+
+def draw_uniform(rngs: nnx.Rngs | Undrawn, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    """float32 values, uniform(-1, 1) / sqrt(fan_in)."""
+    if isinstance(rngs, Undrawn):
+        return jnp.zeros(shape, jnp.float32)
+    bound = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+
+
+def draw_normal(rngs: nnx.Rngs | Undrawn, shape: tuple[int, ...]) -> jax.Array:
+    """float32 values, normal(0, 1)."""
+    if isinstance(rngs, Undrawn):
+        return jnp.zeros(shape, jnp.float32)
+    return jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
 def contract(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -48,8 +48,10 @@ class Module(nnx.Module):
         """Cast all floating-point parameters and buffers, in place."""
         for _, variable in named_variables(self):
             value = variable.get_value()
-            if not isinstance(variable, Table) and jnp.issubdtype(value.dtype, jnp.floating):
-                variable.set_value(value.astype(dtype))
+            if isinstance(variable, Table) or not jnp.issubdtype(value.dtype, jnp.floating):
+                continue
+            abstract = isinstance(value, jax.ShapeDtypeStruct)
+            variable.set_value(jax.ShapeDtypeStruct(value.shape, dtype) if abstract else value.astype(dtype))
         return self
 
     def keep(self, **values: Any) -> None:

@@ -9,7 +9,7 @@ import importlib
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from flax import nnx
 from kempnerforge_jax.model.attention import Attention, KVCache, self_attention_mask
 from kempnerforge_jax.model.embedding import OutputHead, TokenEmbedding
 from kempnerforge_jax.model.init import init_weights
+from kempnerforge_jax.model.linear import Undrawn
 from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module, is_observed, named_modules
@@ -162,15 +163,16 @@ class Transformer(Module):
         self.vlm_config = vlm_config
         self.num_image_tokens = num_image_tokens
         self.architecture = build_architecture(config, vlm_config)
-        self.token_embedding: TokenEmbedding | None = TokenEmbedding(config.vocab_size, config.dim, rngs=rngs)
+        undrawn = cast(nnx.Rngs, Undrawn())
+        self.token_embedding: TokenEmbedding | None = TokenEmbedding(config.vocab_size, config.dim, rngs=undrawn)
         self.rope = RotaryTables(
-            config.head_size, config.max_seq_len, config.rope_theta, config.rope_scaling, rngs=rngs
+            config.head_size, config.max_seq_len, config.rope_theta, config.rope_scaling, rngs=undrawn
         )
-        blocks = {str(i): self.architecture.build_block(i, rngs=rngs) for i in range(config.n_layers)}
+        blocks = {str(i): self.architecture.build_block(i, rngs=undrawn) for i in range(config.n_layers)}
         self.layers: nnx.Dict[Any] = nnx.Dict(blocks)
-        for name, module in self.architecture.extra_modules(rngs=rngs).items():
+        for name, module in self.architecture.extra_modules(rngs=undrawn).items():
             setattr(self, name, module)
-        self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size, rngs=rngs)
+        self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size, rngs=undrawn)
         if config.tie_embeddings:
             self.output_head.tie_weights(self.token_embedding)
         init_weights(self, config, rngs=rngs)
@@ -316,6 +318,8 @@ class Transformer(Module):
 
     def _checked_cache(self, kv_caches: Sequence[KVCache], length: int) -> KVCache:
         """The first cache: all have the same fill."""
+        if any(not name.isdigit() for name in self.layers):
+            raise ValueError("kv_caches are given: stacked layers can't use them; build the model with separate layers")
         if len(kv_caches) != len(self.layers):
             raise ValueError(f"kv_caches = {len(kv_caches)} caches: must be one for each of {len(self.layers)} layers")
         cache = kv_caches[0]
