@@ -100,9 +100,7 @@ def assert_within(
 def assert_all_same_function(
     values: Mapping[str, Any], truths: Mapping[str, Any], limit: float = SAME_FUNCTION, *, context: Any = None
 ) -> None:
-    """`assert_same_function` for every tensor, in the truth's order, so that the first to diverge is the one
-    reported.
-    """
+    """`assert_same_function` for every tensor, in the truth's order: the first to diverge is reported."""
     _check_names(values, truths)
     for name, truth in truths.items():
         assert_same_function(values[name], truth, name, limit, context=context)
@@ -180,9 +178,7 @@ def assert_ulp(value: Any, truth: Any, limit: int = MAX_ULP, name: str = "output
 
 
 def _place(value: np.ndarray) -> np.ndarray:
-    """Position of each number on the line of representable ones, 0 for both zeros: int64 (a leap apart for float64 is
-    exact).
-    """
+    """Position of each number on the line of representable ones, int64; 0 for both zeros."""
     bits = value.view(INTEGER_OF[value.dtype.name]).astype(np.int64)
     magnitude = bits & np.int64(np.iinfo(INTEGER_OF[value.dtype.name]).max)
     return np.where(bits < 0, -magnitude, magnitude)

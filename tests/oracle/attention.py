@@ -114,9 +114,7 @@ def attention(
 def may_attend(
     positions_BS: np.ndarray, documents_BS: np.ndarray, keys: Keys, sliding_window: int | None = None
 ) -> np.ndarray:
-    """(B, S, T) bool: a query at p sees a key at k if k <= p, p - window < k, both are of one document, and the key is
-    real.
-    """
+    """(B, S, T) bool: k <= p and p - window < k, query and key of one document, and the key real."""
     query, key = positions_BS[:, :, None], keys.positions_BT[:, None, :]
     allowed_BST = key <= query
     if sliding_window is not None:
@@ -147,9 +145,7 @@ def attend_backward(
     v_BKTh: np.ndarray,
     probabilities_BHST: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gradients of q, k, v. Through the softmax: ds = p (dp - sum(p dp)); a row without keys has p = 0, so passes
-    nothing.
-    """
+    """Gradients of q, k, v. Through the softmax: ds = p (dp - sum(p dp)); 0 in a row without keys."""
     group = q_BHSh.shape[1] // k_BKTh.shape[1]
     k_BHTh, v_BHTh = np.repeat(k_BKTh, group, axis=1), np.repeat(v_BKTh, group, axis=1)
     p = probabilities_BHST

@@ -52,9 +52,7 @@ def cross_attention_block(
     vlm: CrossAttentionConfig,
     image_mask: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Activations]:
-    """x + cross_attention(attention_norm(x), image), then x + mlp(mlp_norm(x)); the image features are not
-    normalised.
-    """
+    """x + attention(attention_norm(x), image), then x + mlp(mlp_norm(x)); the image is not normalised."""
     heads, kv_heads = vlm.resolved_heads(config.n_heads, config.kv_heads)
     attention_in = norm(x_BSD, submodule(weights, "attention_norm"), config.norm_type, config.norm_eps)
     attention_out, projections = cross_attention(

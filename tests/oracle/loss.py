@@ -11,9 +11,7 @@ IGNORED = -100
 
 
 def cross_entropy(logits_BSV: np.ndarray, labels_BS: np.ndarray) -> Scalar:
-    """Sum over the labels that are not -100 of logsumexp(logits) - logits[label], divided by their number; 0 without
-    any.
-    """
+    """Mean over the labels that are not -100 of logsumexp(logits) - logits[label]; 0 without any."""
     counted_BS = labels_BS != IGNORED
     if not counted_BS.any():
         return 0.0

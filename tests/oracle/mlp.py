@@ -13,9 +13,7 @@ Activations = dict[str, np.ndarray]
 
 
 def mlp(x: np.ndarray, weights: Weights, activation: str) -> tuple[np.ndarray, Activations]:
-    """silu: down(silu(gate(x)) * up(x)). gelu and relu: down(act(up(x))). Also returns the output of each linear
-    layer.
-    """
+    """silu: down(silu(gate(x)) * up(x)); gelu and relu: down(act(up(x))). Also the output of each linear layer."""
     up = linear(x, weights, "up_proj")
     if activation == "silu":
         gate = linear(x, weights, "gate_proj")

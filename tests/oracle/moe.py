@@ -90,7 +90,7 @@ def moe(
     if has(weights, "shared_expert"):
         shared_TD, shared_saved = mlp(x_TD, submodule(weights, "shared_expert"), options.activation)
         y_TD = y_TD + shared_TD
-        activations["shared_expert"] = shared_TD
+        activations |= below("shared_expert", shared_saved) | {"shared_expert": shared_TD}
     dropped = int((valid_T[:, None] & ~kept_Tk).sum())
     return y_TD.reshape(x_BSD.shape), MoESaved(
         routing, sequences_T, kept_Tk, outputs_TkD, expert_saved, shared_saved, dropped, activations
@@ -117,7 +117,7 @@ def route(
 
 def capacity(tokens: int, top_k: int, experts: int, factor: float) -> int | None:
     """max(1, ceil(tokens k / E * factor)) in exact arithmetic on the factor's decimal digits; None (no limit) for
-    factor 0.
+    factor 0. ``tokens`` counts padding too.
     """
     if factor == 0:
         return None

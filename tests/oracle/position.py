@@ -68,9 +68,7 @@ def _llama3_slowed(plain: float, scaling: RopeScaling) -> float:
 
 
 def _yarn_slowed(pair: int, head_dim: int, theta: float, scaling: RopeScaling) -> float:
-    """Share of the slow frequency by channel (Peng et al. 2023, arXiv:2309.00071, section 3.2): a ramp between two
-    channels.
-    """
+    """Share of the slow frequency by channel: a ramp (Peng et al. 2023, arXiv:2309.00071, section 3.2)."""
     original_length = scaling.original_max_seq_len
     assert original_length is not None
 

@@ -182,9 +182,7 @@ def expert_bias_update(
 
 
 def expert_bias_rate(rate: float, schedule: str, step: int, max_steps: int) -> float:
-    """constant; cosine_decay: from ``rate`` to 0 over the run; linear_warmup: from 0 to ``rate`` over its first
-    tenth.
-    """
+    """cosine_decay: from ``rate`` to 0 over the run; linear_warmup: from 0 to ``rate`` over its first tenth."""
     progress = min(step / max_steps, 1.0) if max_steps > 0 else 1.0
     if schedule == "constant":
         return rate
@@ -233,9 +231,7 @@ def _members(valid_T: np.ndarray, sequences_T: np.ndarray) -> list[np.ndarray]:
 def _weights_backward(
     dweights_Tk: np.ndarray, routing: Routing, normalise: bool, scaling: float, eps: float
 ) -> np.ndarray:
-    """Gradient of the scores through the combine weights: with w = s / (sum s + eps), ds = (dw - sum(dw w)) / (sum s +
-    eps).
-    """
+    """Through the combine weights: with w = s / (sum s + eps), ds = (dw - sum(dw w)) / (sum s + eps)."""
     chosen_Tk = np.take_along_axis(routing.scores_TE, routing.indices_Tk, axis=-1)
     dchosen_Tk = scaling * dweights_Tk
     if normalise:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 
 from shared_config.contract.parameters import parameter_table
+from shared_config.contract.vision import TowerConfig, adapter_table, tower_table
 from shared_config.schema.adapter import AdapterConfig, pooled_token_count
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import CrossAttentionConfig, MoMaConfig, MoTConfig, VLMConfig
@@ -20,7 +22,7 @@ from tests.oracle.moma import expert_choice, moma_ffn, tokens_taken
 from tests.oracle.mot import mot_attention, positions_within, stream
 from tests.oracle.norm import norm
 from tests.oracle.transformer import transformer
-from tests.oracle.vision import TowerOptions, patches, vision_tower
+from tests.oracle.vision import patches, vision_tower
 from tests.oracle.vlm import cross_attention_decoder, joint_decoder, moma_decoder, mot_decoder
 from tests.oracle.weights import draw, draw_weights
 from tests.tolerance import assert_same_function
@@ -74,6 +76,8 @@ def test_silent_cross_attention_leaves_the_text_model():
             weights[name] = np.zeros_like(weights[name])
     got = cross_attention_decoder(weights, CONFIG, CROSS, TOKENS, IMAGE).logits
     np.testing.assert_array_equal(got, transformer(weights, CONFIG, TOKENS).logits)
+    blind = cross_attention_decoder(weights_of(CONFIG, CROSS), CONFIG, CROSS, TOKENS, image=None).logits
+    np.testing.assert_array_equal(blind, got)
 
 
 def test_cross_attention_heads_of_its_own():
@@ -246,32 +250,24 @@ def test_window_means_average_the_real_cells():
     np.testing.assert_allclose(window_means(x, 2)[0, :, 0], [2.0, 3.5, 6.5, 8.0])
 
 
-def adapter_weights(config: AdapterConfig) -> dict[str, np.ndarray]:
-    sizes = {
-        "mlp_2layer": {"proj1": (40, 18), "proj2": (24, 40)},
-        "linear": {"proj": (24, 18)},
-        "avgpool": {"proj": (24, 18)},
-        "attentional_pool": {
-            **{f"{name}_proj": (24, 18) for name in "qkv"},
-            "o_proj": (24, 24),
-            "out_proj": (24, 24),
-        },
-    }[config.type]
-    shapes = {f"{name}.weight": size for name, size in sizes.items()}
-    return draw(shapes | {f"{name}.bias": size[:1] for name, size in sizes.items()}, seed=4)  # type: ignore[arg-type]
+def adapter_weights(config: AdapterConfig, biased: bool = False) -> dict[str, np.ndarray]:
+    shapes = {name: spec.shape for name, spec in adapter_table(config, 20, 24).items()}
+    if biased:
+        shapes |= {name.replace("weight", "bias"): shape[:1] for name, shape in shapes.items()}
+    return draw(shapes, seed=4)
 
 
 @pytest.mark.parametrize("kind", ["mlp_2layer", "linear", "avgpool", "attentional_pool"])
 def test_adapters_give_the_promised_number_of_tokens(kind: str):
     config = AdapterConfig(type=kind, pool_heads=4)
-    x = RNG.standard_normal((2, 16, 18))
+    x = RNG.standard_normal((2, 16, 20))
     assert adapter(x, adapter_weights(config), config).shape == (2, config.output_num_tokens(16), 24)
 
 
 def test_attentional_pool_of_equal_cells_is_their_value():
     config = AdapterConfig(type="attentional_pool", pool_heads=4)
-    weights = adapter_weights(config)
-    cell = RNG.standard_normal((2, 1, 18))
+    weights = adapter_weights(config, biased=True)
+    cell = RNG.standard_normal((2, 1, 20))
     value = cell @ weights["v_proj.weight"].T + weights["v_proj.bias"]
     value = value @ weights["o_proj.weight"].T + weights["o_proj.bias"]
     value = value @ weights["out_proj.weight"].T + weights["out_proj.bias"]
@@ -291,65 +287,65 @@ HAND_ADAPTER = {"proj1.weight": [[2.0]], "proj1.bias": [1.0], "proj2.weight": [[
 # Vision towers
 
 
-def tower_weights(clip: bool) -> dict[str, np.ndarray]:
-    shapes: dict[str, tuple[int, ...]] = {"patch_embedding.weight": (12, 3, 4, 4)}
-    norms = ["layers.0.attention_norm", "layers.0.mlp_norm", "pre_norm" if clip else "norm"]
-    shapes |= {"class_embedding": (12,)} if clip else {"patch_embedding.bias": (12,)}
-    shapes["position_embedding.weight"] = (7 if clip else 6, 12)
-    for name in norms:
-        shapes |= {f"{name}.weight": (12,), f"{name}.bias": (12,)}
-    sizes = {f"attention.{name}_proj": (12, 12) for name in "qkvo"} | {
-        "mlp.up_proj": (20, 12),
-        "mlp.down_proj": (12, 20),
-    }
-    for name, size in sizes.items():
-        shapes |= {f"layers.0.{name}.weight": size, f"layers.0.{name}.bias": size[:1]}
-    return draw(shapes, seed=6)
+SIGLIP = TowerConfig(
+    image_size=12,
+    patch_size=4,
+    dim=12,
+    n_layers=1,
+    n_heads=3,
+    ffn_hidden_dim=20,
+    activation="quick_gelu",
+    norm_eps=1e-5,
+)
+CLIP = dataclasses.replace(SIGLIP, class_token=True, patch_bias=False, pre_norm=True, final_norm=False)
 
 
-TOWER = TowerOptions(n_layers=1, n_heads=3, patch_size=4, activation="quick_gelu", eps=1e-5)
-PIXELS = RNG.standard_normal((2, 3, 8, 12))
+def tower_weights(tower: TowerConfig) -> dict[str, np.ndarray]:
+    return draw({name: spec.shape for name, spec in tower_table(tower).items()}, seed=6)
+
+
+PIXELS = RNG.standard_normal((2, 3, 12, 12))
 
 
 def test_patches_are_read_row_by_row():
     found = patches(PIXELS, 4)
-    assert found.shape == (2, 6, 48)
+    assert found.shape == (2, 9, 48)
     np.testing.assert_array_equal(found[1, 4].reshape(3, 4, 4), PIXELS[1, :, 4:8, 4:8])
 
 
-@pytest.mark.parametrize("clip", [False, True])
-def test_towers_give_one_feature_a_patch(clip: bool):
-    weights = tower_weights(clip)
-    got = vision_tower(PIXELS, weights, TOWER)
-    assert got.shape == (2, 6, 12)
+@pytest.mark.parametrize("tower", [SIGLIP, CLIP], ids=["siglip", "clip"])
+def test_towers_give_one_feature_a_patch(tower: TowerConfig):
+    weights = tower_weights(tower)
+    got = vision_tower(PIXELS, weights, tower)
+    assert got.shape == (2, 9, 12)
     moved = PIXELS.copy()
     moved[0, :, 0, 0] += 1
-    changed = (vision_tower(moved, weights, TOWER) != got).any(axis=-1)
-    np.testing.assert_array_equal(changed, [[True] * 6, [False] * 6])
+    changed = (vision_tower(moved, weights, tower) != got).any(axis=-1)
+    np.testing.assert_array_equal(changed, [[True] * 9, [False] * 9])
 
 
-@pytest.mark.parametrize("clip", [False, True])
-def test_a_tower_without_attention_works_patch_by_patch(clip: bool):
-    weights = tower_weights(clip)
+@pytest.mark.parametrize("tower", [SIGLIP, CLIP], ids=["siglip", "clip"])
+def test_a_tower_without_attention_works_patch_by_patch(tower: TowerConfig):
+    weights = tower_weights(tower)
     for part in ("weight", "bias"):
         weights[f"layers.0.attention.o_proj.{part}"] *= 0
     expected = patches(PIXELS, 4) @ weights["patch_embedding.weight"].reshape(12, 48).T
-    expected = expected + (0 if clip else weights["patch_embedding.bias"])
-    expected = expected + weights["position_embedding.weight"][1 if clip else 0 :]
-    if clip:
+    expected = expected + (0 if tower is CLIP else weights["patch_embedding.bias"])
+    expected = expected + weights["position_embedding.weight"][1 if tower is CLIP else 0 :]
+    if tower is CLIP:
         expected = norm(expected, submodule(weights, "pre_norm"), "layernorm", 1e-5)
     block = submodule(weights, "layers.0")
     normed = norm(expected, submodule(block, "mlp_norm"), "layernorm", 1e-5)
     hidden = normed @ block["mlp.up_proj.weight"].T + block["mlp.up_proj.bias"]
     hidden = hidden / (1 + np.exp(-1.702 * hidden))
     expected = expected + hidden @ block["mlp.down_proj.weight"].T + block["mlp.down_proj.bias"]
-    if not clip:
+    if tower is SIGLIP:
         expected = norm(expected, submodule(weights, "norm"), "layernorm", 1e-5)
-    assert_same_function(vision_tower(PIXELS, weights, TOWER), expected, "tower")
+    assert_same_function(vision_tower(PIXELS, weights, tower), expected, "tower")
 
 
 def test_a_tower_of_one_patch_attends_to_itself():
-    weights = tower_weights(clip=False)
+    weights = tower_weights(SIGLIP)
     for name in ("mlp.down_proj.weight", "mlp.down_proj.bias"):
         weights[f"layers.0.{name}"] *= 0
     weights["position_embedding.weight"] = weights["position_embedding.weight"][:1]
@@ -360,15 +356,15 @@ def test_a_tower_of_one_patch_attends_to_itself():
     for name in ("attention.v_proj", "attention.o_proj"):
         value = value @ block[f"{name}.weight"].T + block[f"{name}.bias"]
     expected = norm(x + value, submodule(weights, "norm"), "layernorm", 1e-5)
-    assert_same_function(vision_tower(PIXELS[:, :, :4, :4], weights, TOWER), expected, "tower")
+    assert_same_function(vision_tower(PIXELS[:, :, :4, :4], weights, SIGLIP), expected, "tower")
 
 
 def test_a_tower_without_positions_does_not_know_them():
-    weights = tower_weights(clip=False)
-    weights["position_embedding.weight"] = np.zeros((6, 12))
+    weights = tower_weights(SIGLIP)
+    weights["position_embedding.weight"] = np.zeros((9, 12))
     turned = np.concatenate([PIXELS[:, :, :, 4:], PIXELS[:, :, :, :4]], axis=3)
-    got, moved = vision_tower(PIXELS, weights, TOWER), vision_tower(turned, weights, TOWER)
-    assert_same_function(moved, got[:, [1, 2, 0, 4, 5, 3]], "turned")
+    got, moved = vision_tower(PIXELS, weights, SIGLIP), vision_tower(turned, weights, SIGLIP)
+    assert_same_function(moved, got[:, [1, 2, 0, 4, 5, 3, 7, 8, 6]], "turned")
 
 
 # Derivatives: complex steps agree with differences of real values
@@ -392,11 +388,11 @@ def test_complex_steps_pass_through_every_architecture(arch: str):
 
 def test_complex_steps_pass_through_adapters_and_towers():
     config = AdapterConfig(type="attentional_pool", pool_heads=4)
-    weights = adapter_weights(config) | {"x": RNG.standard_normal((2, 16, 18))}
+    weights = adapter_weights(config) | {"x": RNG.standard_normal((2, 16, 20))}
     direction = random_direction(weights, RNG)
     cases: list[tuple[Any, dict[str, np.ndarray]]] = [
         (lambda w: np.sum(adapter(w["x"], w, config) ** 2), weights),
-        (lambda w: np.sum(vision_tower(PIXELS, w, TOWER) ** 2), tower_weights(clip=True)),
+        (lambda w: np.sum(vision_tower(PIXELS, w, CLIP) ** 2), tower_weights(CLIP)),
     ]
     for function, values in cases:
         direction = random_direction(values, RNG)

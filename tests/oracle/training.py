@@ -20,9 +20,7 @@ BUFFERS = ("expert_bias", "expert_ema")
 def training_loss(
     weights: Weights, config: ModelConfig, tokens: np.ndarray | None, labels: np.ndarray, **inputs: Any
 ) -> tuple[Scalar, Output]:
-    """Cross entropy + moe_aux_loss_weight * aux loss + moe_router_z_loss_weight * z loss. ``inputs`` go to
-    `transformer`.
-    """
+    """Cross entropy + moe_aux_loss_weight * aux + moe_router_z_loss_weight * z; ``inputs`` go to `transformer`."""
     out = transformer(weights, config, tokens, **inputs)
     loss = cross_entropy(out.logits, labels)
     loss = loss + config.moe_aux_loss_weight * out.aux_loss + config.moe_router_z_loss_weight * out.z_loss

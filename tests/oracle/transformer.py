@@ -90,7 +90,8 @@ def transformer(
         _collect(out, layer, block)
     activations["norm"] = norm(x_BSD, submodule(weights, "norm"), config.norm_type, config.norm_eps)
     sliced_BSD = activations["norm"][:, output_slice or slice(None)]
-    out.logits = activations["output_head"] = output_head(sliced_BSD, head_weights(weights))
+    out.logits = output_head(sliced_BSD, head_weights(weights))
+    activations |= {"output_head.proj": out.logits, "output_head": out.logits}
     return out
 
 
@@ -143,9 +144,7 @@ def transformer_backward(
     daux_loss: float = 0.0,
     dz_loss: float = 0.0,
 ) -> Gradients:
-    """Gradients of every weight; also of "inputs_embeds" or "prefix_embeds", under these names, where they were
-    given.
-    """
+    """Gradients of every weight, and of "inputs_embeds" or "prefix_embeds" where they were given."""
     normed_BSD = out.activations["norm"]
     part = output_slice or slice(None)
     dnormed_BSD = np.zeros_like(normed_BSD)
@@ -226,7 +225,8 @@ def _embed(
     if tokens is None:
         assert inputs_embeds is not None
         return inputs_embeds
-    embedded = activations["token_embedding"] = token_embedding(tokens, submodule(weights, "token_embedding"))
+    embedded = token_embedding(tokens, submodule(weights, "token_embedding"))
+    activations |= {"token_embedding.embedding": embedded, "token_embedding": embedded}
     return embedded if prefix_embeds is None else np.concatenate([prefix_embeds, embedded], axis=1)
 
 

@@ -5,30 +5,20 @@ Shapes: B images, p patch side, N patches, F feature dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from shared_config.contract.vision import TowerConfig
 from tests.oracle.attention import attend, heads_first, heads_merged, split_heads
 from tests.oracle.linear import Weights, linear, submodule
 from tests.oracle.mlp import ACTIVATIONS
 from tests.oracle.norm import layer_norm
 
 
-@dataclass(frozen=True)
-class TowerOptions:
-    """What a tower needs besides its weights. CLIP has a class token and a norm before the blocks, SigLIP one after."""
-
-    n_layers: int
-    n_heads: int
-    patch_size: int
-    activation: str
-    eps: float
-
-
-def vision_tower(pixels_B3HW: np.ndarray, weights: Weights, options: TowerOptions) -> np.ndarray:
-    """(B, N, F): the patches after the last block; the class token, where there is one, is dropped."""
-    x_BNF = patches(pixels_B3HW, options.patch_size) @ _patch_matrix(weights).T
+def vision_tower(pixels_B3HW: np.ndarray, weights: Weights, tower: TowerConfig) -> np.ndarray:
+    """(B, N, F): the patches after the last block. CLIP has a class token, dropped here, and a norm before the blocks;
+    SigLIP has a norm after them. What a tower has, its weights tell.
+    """
+    x_BNF = patches(pixels_B3HW, tower.patch_size) @ _patch_matrix(weights).T
     if "patch_embedding.bias" in weights:
         x_BNF = x_BNF + weights["patch_embedding.bias"]
     has_class = "class_embedding" in weights
@@ -36,24 +26,24 @@ def vision_tower(pixels_B3HW: np.ndarray, weights: Weights, options: TowerOption
         class_B1F = np.broadcast_to(weights["class_embedding"], (len(x_BNF), 1, x_BNF.shape[-1]))
         x_BNF = np.concatenate([class_B1F, x_BNF], axis=1)
     x_BNF = x_BNF + weights["position_embedding.weight"]
-    x_BNF = _optional_norm(x_BNF, weights, "pre_norm", options.eps)
-    for layer in range(options.n_layers):
-        x_BNF = vision_block(x_BNF, submodule(weights, f"layers.{layer}"), options)
-    x_BNF = _optional_norm(x_BNF, weights, "norm", options.eps)
+    x_BNF = _optional_norm(x_BNF, weights, "pre_norm", tower.norm_eps)
+    for layer in range(tower.n_layers):
+        x_BNF = vision_block(x_BNF, submodule(weights, f"layers.{layer}"), tower)
+    x_BNF = _optional_norm(x_BNF, weights, "norm", tower.norm_eps)
     return x_BNF[:, 1:] if has_class else x_BNF
 
 
-def vision_block(x_BNF: np.ndarray, weights: Weights, options: TowerOptions) -> np.ndarray:
+def vision_block(x_BNF: np.ndarray, weights: Weights, tower: TowerConfig) -> np.ndarray:
     """x + attention(attention_norm(x)), every patch seeing every patch; then x + mlp(mlp_norm(x))."""
-    normed = _optional_norm(x_BNF, weights, "attention_norm", options.eps)
+    normed = _optional_norm(x_BNF, weights, "attention_norm", tower.norm_eps)
     q, k, v = (
-        heads_first(split_heads(linear(normed, weights, f"attention.{name}_proj"), options.n_heads)) for name in "qkv"
+        heads_first(split_heads(linear(normed, weights, f"attention.{name}_proj"), tower.n_heads)) for name in "qkv"
     )
     everything = np.ones((len(x_BNF), x_BNF.shape[1], x_BNF.shape[1]), dtype=bool)
     context, _ = attend(q, k, v, everything)
     x_BNF = x_BNF + linear(heads_merged(context), weights, "attention.o_proj")
-    normed = _optional_norm(x_BNF, weights, "mlp_norm", options.eps)
-    hidden = ACTIVATIONS[options.activation](linear(normed, weights, "mlp.up_proj"))
+    normed = _optional_norm(x_BNF, weights, "mlp_norm", tower.norm_eps)
+    hidden = ACTIVATIONS[tower.activation](linear(normed, weights, "mlp.up_proj"))
     return x_BNF + linear(hidden, weights, "mlp.down_proj")
 
 
@@ -69,7 +59,7 @@ def patches(pixels_B3HW: np.ndarray, side: int) -> np.ndarray:
 
 
 def _patch_matrix(weights: Weights) -> np.ndarray:
-    """The convolution kernel (F, 3, p, p) as a matrix (F, 3 * p * p)."""
+    """(F, 3 * p * p), also from a convolution kernel (F, 3, p, p)."""
     kernel = weights["patch_embedding.weight"]
     return kernel.reshape(len(kernel), -1)
 

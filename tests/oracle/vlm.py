@@ -55,13 +55,13 @@ def cross_attention_decoder(
     config: ModelConfig,
     vlm: CrossAttentionConfig,
     tokens: np.ndarray,
-    image: np.ndarray,
+    image: np.ndarray | None,
     image_mask: np.ndarray | None = None,
     doc_ids: np.ndarray | None = None,
 ) -> VLMOutput:
-    """The text decoder, with a block that reads the image (B, N, D) after every n-th layer."""
+    """The text decoder, with a block that reads the image (B, N, D), if there is one, after every n-th layer."""
     x_BSD = token_embedding(tokens, submodule(weights, "token_embedding"))
-    out = VLMOutput(np.empty(0), {"token_embedding": x_BSD})
+    out = VLMOutput(np.empty(0), {"token_embedding.embedding": x_BSD, "token_embedding": x_BSD})
     rope = _rope(config, x_BSD.shape[1])
     for layer in range(config.n_layers):
         path = f"layers.{layer}"
@@ -72,7 +72,7 @@ def cross_attention_decoder(
             out.z_loss = out.z_loss + saved.moe.routing.z_loss
             out.expert_counts[layer] = {"all": saved.moe.routing.counts_E}
         block = fires_after(layer, vlm)
-        if block is not None:
+        if block is not None and image is not None:
             path = f"cross_attention_layers.{block}"
             own = submodule(weights, path)
             x_BSD, named = cross_attention_block(x_BSD, image, own, config, vlm, image_mask)
@@ -161,5 +161,6 @@ def _rope(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _with_logits(out: VLMOutput, x_BSD: np.ndarray, weights: Weights) -> VLMOutput:
-    out.logits = out.activations["output_head"] = output_head(x_BSD, head_weights(weights))
+    out.logits = output_head(x_BSD, head_weights(weights))
+    out.activations |= {"output_head.proj": out.logits, "output_head": out.logits}
     return out
