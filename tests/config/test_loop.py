@@ -556,7 +556,7 @@ print(kills)
 def test_a_run_killed_at_any_instant_and_started_again_ends_in_the_same_state(tmp_path: Path) -> None:
     """SIGKILL before the n-th step or system call that changes the folder, then again in the next attempt."""
     done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(tmp_path), "3"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", KILLS, str(tmp_path), "4"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 15
@@ -602,7 +602,7 @@ def test_a_process_interrupted_from_outside_saves_and_says_so(tmp_path: Path) ->
 def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train(config_of(tmp_path, "metrics.tensorboard=true"))
-    read = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    read = events.EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})
     read.Reload()
     expected = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
     found = [event.tensor_proto.float_val[0] for event in read.Tensors("loss")]
