@@ -1,0 +1,341 @@
+"""Hugging Face folders: names and settings both ways, refusals by name, and the function that transformers computes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+from shared_config.contract.parameters import parameter_table
+from shared_config.contract.rope import attention_factor
+from shared_config.contract.validation import validation_tokens, validation_weights
+from shared_config.errors import ConfigError, UserError
+from shared_config.interchange.huggingface import (
+    config_from_huggingface,
+    config_to_huggingface,
+    from_huggingface,
+    load_huggingface,
+    name_map,
+    save_huggingface,
+    to_huggingface,
+)
+from shared_config.interchange.weights import WeightsError, save_weights
+from shared_config.schema.model import ModelConfig, RopeScaling
+from tests.oracle.transformer import transformer
+from tests.strategies import model_configs
+
+SMALL: dict[str, Any] = {"dim": 20, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "vocab_size": 37}
+SMALL |= {"ffn_hidden_dim": 48, "max_seq_len": 32}
+EXPERTS = {"num_experts": 3, "moe_top_k": 2}
+
+LAYER = {
+    "layers.0.attention_norm.weight": "model.layers.0.input_layernorm.weight",
+    "layers.0.attention.q_proj.weight": "model.layers.0.self_attn.q_proj.weight",
+    "layers.0.attention.k_proj.weight": "model.layers.0.self_attn.k_proj.weight",
+    "layers.0.attention.v_proj.weight": "model.layers.0.self_attn.v_proj.weight",
+    "layers.0.attention.o_proj.weight": "model.layers.0.self_attn.o_proj.weight",
+    "layers.0.mlp_norm.weight": "model.layers.0.post_attention_layernorm.weight",
+}
+OUTER = {
+    "token_embedding.embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output_head.proj.weight": "lm_head.weight",
+}
+
+
+def small(**fields: Any) -> ModelConfig:
+    return ModelConfig(**{**SMALL, **fields})
+
+
+def state_of(config: ModelConfig) -> dict[str, np.ndarray]:
+    return validation_weights(parameter_table(config), seed=1)
+
+
+def expressible(**fixed: Any) -> st.SearchStrategy[ModelConfig]:
+    """Drawn configs that a Hugging Face architecture expresses."""
+    fixed |= {"norm_type": "rmsnorm", "activation": "silu"}
+    dense = model_configs(**fixed).map(lambda config: config.replace(attention_bias=_may_have_bias(config)))
+    return st.one_of(dense, model_configs(experts=True, **fixed).map(_expressible_experts))
+
+
+def _may_have_bias(config: ModelConfig) -> bool:
+    return config.attention_bias and (config.qk_norm or config.sliding_window is None)
+
+
+def _expressible_experts(config: ModelConfig) -> ModelConfig:
+    changes: dict[str, Any] = {"moe_router": "softmax_topk", "moe_shared_experts": 0, "moe_capacity_factor": 0.0}
+    changes |= {"moe_routed_scaling": 1.0, "moe_sequence_aux_loss_weight": 0.0}
+    if not config.qk_norm:
+        changes |= {"moe_norm_topk_prob": True, "moe_frequency": 1, "attention_bias": False}
+    return config.replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "inner"),
+    [
+        ({}, {f"mlp.{name}_proj.weight": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}),
+        (
+            {"qk_norm": True},
+            {f"mlp.{name}_proj.weight": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+            | {f"attention.{name}_norm.weight": f"self_attn.{name}_norm.weight" for name in "qk"},
+        ),
+        (
+            EXPERTS,
+            {"mlp.router.gate.weight": "block_sparse_moe.gate.weight"}
+            | {
+                f"mlp.experts.{e}.{name}_proj.weight": f"block_sparse_moe.experts.{e}.{foreign}.weight"
+                for name, foreign in (("gate", "w1"), ("down", "w2"), ("up", "w3"))
+                for e in range(3)
+            },
+        ),
+        (
+            {**EXPERTS, "qk_norm": True},
+            {"mlp.router.gate.weight": "mlp.gate.weight"}
+            | {
+                f"mlp.experts.{e}.{name}_proj.weight": f"mlp.experts.{e}.{name}_proj.weight"
+                for name in ("gate", "up", "down")
+                for e in range(3)
+            }
+            | {f"attention.{name}_norm.weight": f"self_attn.{name}_norm.weight" for name in "qk"},
+        ),
+    ],
+    ids=["llama", "qwen3", "mixtral", "qwen3_moe"],
+)
+def test_every_tensor_has_the_name_that_hugging_face_gives_it(fields, inner):
+    below = {f"layers.0.{name}": f"model.layers.0.{foreign}" for name, foreign in inner.items()}
+    assert name_map(small(n_layers=1, **fields)) == OUTER | LAYER | below
+
+
+@given(config=expressible())
+def test_weights_go_there_and_back(config):
+    state = state_of(config)
+    foreign = to_huggingface(state, config)
+    assert set(foreign) == set(name_map(config).values())
+    back = from_huggingface(foreign, config)
+    assert list(back) == list(state)
+    assert all(np.array_equal(back[name], state[name]) for name in state)
+
+
+@given(config=expressible(moe_packed_experts=True))
+def test_packed_experts_are_the_transposes_of_the_unpacked(config):
+    state = state_of(config)
+    unpacked = from_huggingface(to_huggingface(state, config), config.replace(moe_packed_experts=False))
+    for name in (name for name in state if name.endswith("_w")):
+        module, _, packed = name.rpartition(".")
+        for expert, matrix in enumerate(state[name]):
+            projection = packed.replace("_w", "_proj")
+            assert np.array_equal(unpacked[f"{module}.experts.{expert}.{projection}.weight"], matrix.T)
+
+
+@given(config=expressible())
+def test_settings_go_there_and_back(config):
+    back = ModelConfig(**config_from_huggingface(json.loads(json.dumps(config_to_huggingface(config)))))
+    assert parameter_table(back) == parameter_table(config.replace(moe_packed_experts=False))
+    same = ["dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_seq_len", "init_std", "norm_eps"]
+    same += ["rope_theta", "rope_scaling", "sliding_window", "attention_bias", "tie_embeddings", "qk_norm"]
+    if config.is_moe:
+        same += ["num_experts", "moe_top_k", "moe_frequency", "moe_norm_topk_prob", "moe_aux_loss_weight"]
+    assert {name: getattr(back, name) for name in same} == {name: getattr(config, name) for name in same}
+
+
+@pytest.mark.parametrize("fields", [{}, {**EXPERTS, "moe_packed_experts": True}, {"tie_embeddings": True}])
+def test_a_folder_goes_there_and_back(tmp_path, fields):
+    config = small(**fields)
+    state = state_of(config)
+    files = save_huggingface(tmp_path, state, config, max_shard_bytes=4000)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in files}
+    assert len(files) > 3
+    packed = {"moe_packed_experts": config.moe_packed_experts}
+    read_config, read = load_huggingface(tmp_path, **packed)
+    assert read_config.replace(moe_aux_loss_weight=0.5) == config.replace(moe_aux_loss_weight=0.5)
+    assert all(np.array_equal(read[name], state[name]) for name in state)
+
+
+def test_misfits_are_named_as_in_the_folder():
+    config = small()
+    foreign = to_huggingface(state_of(config), config)
+    del foreign["model.layers.1.self_attn.q_proj.weight"]
+    foreign["model.norm.weight"] = np.ones(3)
+    foreign["model.layers.0.self_attn.q_proj.weight_scale"] = np.ones(3)
+    with pytest.raises(WeightsError) as caught:
+        from_huggingface(foreign, config)
+    assert caught.value.problems == (
+        "model.layers.1.self_attn.q_proj.weight: missing, the model has it with shape (24, 20)",
+        "model.norm.weight: shape (3,), the model needs (20,)",
+        "model.layers.0.self_attn.q_proj.weight_scale: extra, the model has no such tensor",
+    )
+    with pytest.raises(WeightsError, match=r"norm\.weight: missing"):
+        to_huggingface({name: array for name, array in state_of(config).items() if name != "norm.weight"}, config)
+
+
+def test_rotary_tables_and_a_tied_head_are_left_out():
+    config = small(tie_embeddings=True)
+    foreign = to_huggingface(state_of(config), config)
+    assert "lm_head.weight" not in foreign
+    extended = foreign | {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3),
+        "lm_head.weight": foreign["model.embed_tokens.weight"],
+    }
+    assert from_huggingface(extended, config).keys() == parameter_table(config).keys()
+    extended["lm_head.weight"] = extended["lm_head.weight"] + 1
+    with pytest.raises(WeightsError, match=r"lm_head\.weight: differs from model\.embed_tokens\.weight"):
+        from_huggingface(extended, config)
+
+
+def test_settings_that_no_architecture_expresses_are_all_named():
+    config = small(**EXPERTS, activation="gelu", norm_type="layernorm", moe_router="sigmoid_topk")
+    config = config.replace(moe_shared_experts=1, moe_capacity_factor=1.5, moe_routed_scaling=2.0, attention_bias=True)
+    config = config.replace(moe_norm_topk_prob=False, moe_frequency=2)
+    with pytest.raises(ConfigError) as caught:
+        config_to_huggingface(config)
+    named = {problem.split(" = ")[0].removeprefix("model.") for problem in caught.value.problems}
+    assert named == {
+        "activation",
+        "norm_type",
+        "moe_router",
+        "moe_shared_experts",
+        "moe_capacity_factor",
+        "moe_routed_scaling",
+        "moe_norm_topk_prob",
+        "moe_frequency",
+        "attention_bias",
+    }
+
+
+def foreign_config(model_type: str, **changes: Any) -> dict[str, Any]:
+    content = {"model_type": model_type, "vocab_size": 37, "hidden_size": 32, "intermediate_size": 48}
+    content |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    if model_type in ("mixtral", "qwen3_moe"):
+        content |= {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return content | changes
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("gemma3", {}, "model_type = 'gemma3': must be one of llama, mistral, mixtral, qwen3, qwen3_moe"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu': must be 'silu'"),
+        ("llama", {"mlp_bias": True}, "mlp_bias = True: must be False"),
+        ("llama", {"hidden_size": None}, "hidden_size = None: must be a number"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}: must be None"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic': must be one of"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "rope factor = None: must be a number"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: must be 1.0"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5: must be 1.0"),
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": 2, "truncate": False}}, "rope truncate = False"),
+        ("mistral", {"attention_bias": True}, "attention_bias = True: must be False"),
+        ("mixtral", {"router_jitter_noise": 0.1}, r"router_jitter_noise = 0\.1: must be 0\.0"),
+        ("mixtral", {"intermediate_size": 50}, "width of an expert = 50: must be a multiple of 16"),
+        ("mixtral", {"num_local_experts": None}, "num_experts = None: must be a number"),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}, "max_window_layers = 1: must be 0"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "must be the same for all layers"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 2}, "must be full_attention or sliding_attention"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\]: must be \[\]"),
+        ("qwen3_moe", {"moe_intermediate_size": 50}, "width of an expert = 50"),
+    ],
+)
+def test_what_a_config_can_not_express_is_refused_by_name(model_type, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config_from_huggingface(foreign_config(model_type, **changes))
+
+
+def test_both_spellings_of_rotary_settings_are_read():
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 8192}
+    old = foreign_config("llama", rope_theta=500000, rope_scaling=scaling)
+    new = foreign_config("llama", rope_parameters={"rope_theta": 500000.0, **scaling})
+    fields = config_from_huggingface(old)
+    assert fields == config_from_huggingface(new)
+    config = ModelConfig(**fields)
+    assert config.rope_theta == 500000.0
+    assert config.rope_scaling == RopeScaling(type="llama3", factor=8.0, original_max_seq_len=8192)
+
+
+@pytest.mark.parametrize(
+    ("given_factors", "expected"),
+    [
+        ({}, 0.1 * np.log(4.0) + 1),
+        ({"attention_factor": 1.25}, 1.25),
+        ({"mscale": 0.7, "mscale_all_dim": 0.7}, 1.0),
+        ({"mscale": 2.0, "mscale_all_dim": 1.0}, (0.2 * np.log(4.0) + 1) / (0.1 * np.log(4.0) + 1)),
+    ],
+)
+def test_yarn_keeps_its_attention_factor(given_factors, expected):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, **given_factors}
+    config = ModelConfig(**config_from_huggingface(foreign_config("qwen3", rope_scaling=scaling)))
+    assert attention_factor(config.rope_scaling) == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "window"),
+    [
+        ("llama", {"sliding_window": 8}, None),
+        ("mistral", {"sliding_window": 8}, 8),
+        ("mistral", {"sliding_window": None}, None),
+        ("mistral", {}, 4096),
+        ("mixtral", {}, None),
+        ("qwen3", {"sliding_window": 8}, None),
+        ("qwen3", {"sliding_window": 8, "use_sliding_window": True}, None),
+        ("qwen3", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8),
+        ("qwen3", {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, 8),
+        ("qwen3_moe", {"sliding_window": 8, "use_sliding_window": True}, 8),
+    ],
+)
+def test_a_window_is_read_where_it_acts(model_type, changes, window):
+    assert config_from_huggingface(foreign_config(model_type, **changes))["sliding_window"] == window
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '{"model_type": "llama"}'])
+def test_a_broken_config_file_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json: "):
+        load_huggingface(tmp_path)
+
+
+def test_a_folder_without_a_config_is_named(tmp_path):
+    save_weights(tmp_path, {"a": np.ones(3)})
+    with pytest.raises(UserError, match=r"config\.json: can't be read: No such file"):
+        load_huggingface(tmp_path)
+
+
+ARCHITECTURES = {
+    "llama": {"attention_bias": True},
+    "llama-linear": {"rope_scaling": RopeScaling(type="linear", factor=2.0)},
+    "llama3": {"rope_scaling": RopeScaling(type="llama3", factor=8.0, original_max_seq_len=16)},
+    "llama-yarn": {"rope_scaling": RopeScaling(type="yarn", factor=4.0, original_max_seq_len=8), "head_dim": 16},
+    "mistral": {"sliding_window": 3},
+    "qwen3": {"qk_norm": True, "tie_embeddings": True, "norm_eps": 1e-2},
+    "qwen3-window": {"qk_norm": True, "sliding_window": 3},
+    "mixtral": EXPERTS,
+    "qwen3_moe": {**EXPERTS, "qk_norm": True, "moe_norm_topk_prob": False, "moe_frequency": 2},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_transformers_computes_the_same_function(tmp_path, monkeypatch, name):
+    """Written here, run there; saved again there, read here: logits in float64 agree with the NumPy specification."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    config = small(**ARCHITECTURES[name])
+    state = {name: array.astype(np.float64) for name, array in state_of(config).items()}
+    tokens = validation_tokens(config.vocab_size, 2, 11, seed=1)
+    save_huggingface(tmp_path / "ours", state, config, max_shard_bytes=20_000)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float64, attn_implementation="eager"
+    )
+    if config.is_moe:
+        model.set_experts_implementation("eager")  # their grouped product has no float64
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens).long()).logits.numpy()
+    expected = transformer(state, config, tokens).logits
+    assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()  # their softmax and tables are float32
+    model.save_pretrained(tmp_path / "theirs")
+    back_config, back = load_huggingface(tmp_path / "theirs")
+    assert parameter_table(back_config) == parameter_table(config)
+    assert all(np.array_equal(back[name], state[name]) for name in state)
+    assert np.array_equal(transformer(back, back_config, tokens).logits, expected)
