@@ -310,7 +310,7 @@ PIXELS = RNG.standard_normal((2, 3, 12, 12))
 def test_patches_are_read_row_by_row():
     found = patches(PIXELS, 4)
     assert found.shape == (2, 9, 48)
-    np.testing.assert_array_equal(found[1, 4].reshape(3, 4, 4), PIXELS[1, :, 4:8, 4:8])
+    np.testing.assert_array_equal(found[1, 7].reshape(3, 4, 4), PIXELS[1, :, 8:12, 4:8])
 
 
 @pytest.mark.parametrize("tower", [SIGLIP, CLIP], ids=["siglip", "clip"])
