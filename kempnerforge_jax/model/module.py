@@ -24,7 +24,7 @@ _kept: weakref.WeakKeyDictionary[Module, dict[str, Any]] = weakref.WeakKeyDictio
 
 
 class Buffer(nnx.Variable[jax.Array]):
-    """An array that is saved with the parameters and never gets a gradient."""
+    """An array that is saved with the parameters, never gets a gradient, and stays in at least float32."""
 
 
 class Table(nnx.Variable[jax.Array]):
@@ -45,13 +45,14 @@ class Module(nnx.Module):
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
     def to(self, dtype: Any) -> Self:
-        """Cast all floating-point parameters and buffers, in place."""
+        """Cast all floating-point parameters, in place, and all buffers, these to at least float32."""
         for _, variable in named_variables(self):
             value = variable.get_value()
             if isinstance(variable, Table) or not jnp.issubdtype(value.dtype, jnp.floating):
                 continue
+            own = jnp.promote_types(dtype, jnp.float32) if isinstance(variable, Buffer) else dtype
             abstract = isinstance(value, jax.ShapeDtypeStruct)
-            variable.set_value(jax.ShapeDtypeStruct(value.shape, dtype) if abstract else value.astype(dtype))
+            variable.set_value(jax.ShapeDtypeStruct(value.shape, own) if abstract else value.astype(own))
         return self
 
     def keep(self, **values: Any) -> None:

@@ -104,8 +104,8 @@ def _looped_outer(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def tiled_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor, tile_rows: int = TILE_ROWS) -> Tensor:
-    """`grouped_matmul` as batched products: every group cut into tiles of equal size, their number bounded by R and E
-    alone.
+    """`grouped_matmul` as batched products: every group cut into tiles of equal size, their number bounded by R and
+    E alone.
     """
     if x_RD.shape[0] == 0:
         return x_RD.new_zeros(0, w_EDF.shape[2])

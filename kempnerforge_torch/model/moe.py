@@ -111,7 +111,8 @@ class MoEMLP(nn.Module):
         weights_Tk, indices_Tk, routed = self.router(x_TD, valid_T, batch_size=x_BSD.shape[0], return_stats=True)
         room = capacity(x_TD.shape[0], indices_Tk.shape[1], self.num_experts, self.capacity_factor)
         plan = plan_dispatch(indices_Tk, valid_T, self.num_experts, room)
-        out_RD = self._apply_experts(_Spread.apply(x_TD, plan.choice_R, plan.row_R), plan.ends_E)
+        rows_RD = _Spread.apply(x_TD, plan.choice_R, plan.row_R, indices_Tk.shape[1])
+        out_RD = self._apply_experts(rows_RD, plan.ends_E)
         factors_Tk = None
         if self.gradient_scale:
             factors_Tk = gradient_factors(routed.expert_counts, weights_Tk.dtype)[indices_Tk]
@@ -254,21 +255,19 @@ class _Spread(torch.autograd.Function):
     """Row r is the token of choice r; backward adds up the rows of a token, in the order of its choices."""
 
     @staticmethod
-    def forward(x_TD: Tensor, choice_R: Tensor, row_R: Tensor) -> Tensor:
+    def forward(x_TD: Tensor, choice_R: Tensor, row_R: Tensor, top_k: int) -> Tensor:
         return x_TD[choice_R % max(x_TD.shape[0], 1)]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        x_TD, choice_R, row_R = inputs
-        ctx.tokens = x_TD.shape[0]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+        _, choice_R, row_R, ctx.top_k = inputs
         ctx.save_for_backward(choice_R, row_R)
 
     @staticmethod
-    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, None, None, None]:
         choice_R, row_R = ctx.saved_tensors
-        top_k = row_R.shape[0] // max(ctx.tokens, 1)
-        dx_kTD = _Permute.apply(dy_RD, row_R, choice_R).reshape(top_k, ctx.tokens, dy_RD.shape[1])
-        return dx_kTD.sum(dim=0), None, None
+        dx_kTD = _Permute.apply(dy_RD, row_R, choice_R).reshape(ctx.top_k, -1, dy_RD.shape[1])
+        return dx_kTD.sum(dim=0), None, None, None
 
 
 class _Permute(torch.autograd.Function):
