@@ -93,9 +93,7 @@ def to_numpy(array: Tensor) -> np.ndarray:
 
 def from_numpy(array: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of these values, in ``dtype`` if given. Shares memory with a writable, contiguous array."""
-    array = np.ascontiguousarray(array) if array.ndim else array
-    if not array.flags.writeable:
-        array = array.copy()
+    array = np.require(array, requirements=["C", "W"])
     tensor = None
     for torch_type, numpy_type, _, numpy_bits in EXTENSIONS:
         if array.dtype == numpy_type:
