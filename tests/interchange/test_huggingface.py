@@ -59,16 +59,17 @@ def expressible(**fixed: Any) -> st.SearchStrategy[ModelConfig]:
     """Drawn configs that a Hugging Face architecture expresses."""
     fixed |= {"norm_type": "rmsnorm", "activation": "silu"}
     dense = model_configs(**fixed).map(lambda config: config.replace(attention_bias=_may_have_bias(config)))
-    return st.one_of(dense, model_configs(experts=True, **fixed).map(_expressible_experts))
+    width = st.sampled_from([0.5, 1.0, 3.0])
+    return st.one_of(dense, st.builds(_expressible_experts, model_configs(experts=True, **fixed), width))
 
 
 def _may_have_bias(config: ModelConfig) -> bool:
     return config.attention_bias and (config.qk_norm or config.sliding_window is None)
 
 
-def _expressible_experts(config: ModelConfig) -> ModelConfig:
+def _expressible_experts(config: ModelConfig, width: float) -> ModelConfig:
     changes: dict[str, Any] = {"moe_router": "softmax_topk", "moe_shared_experts": 0, "moe_capacity_factor": 0.0}
-    changes |= {"moe_routed_scaling": 1.0, "moe_sequence_aux_loss_weight": 0.0}
+    changes |= {"moe_routed_scaling": 1.0, "moe_sequence_aux_loss_weight": 0.0, "moe_expert_ffn_multiplier": width}
     if not config.qk_norm:
         changes |= {"moe_norm_topk_prob": True, "moe_frequency": 1, "attention_bias": False}
     return config.replace(**changes)
