@@ -39,9 +39,7 @@ def image_digests(pixels: Tensor) -> tuple[Tensor, Tensor]:
     """(B, ...) -> two digests (B,)."""
     levels_BP = pixel_levels(pixels).flatten(1)
     places_P = torch.arange(levels_BP.shape[1], device=pixels.device)
-    first_B, second_B = (
-        mix(mix((mix(places_P ^ salt) + levels_BP) & MASK).sum(dim=1) & MASK) for salt in SALTS
-    )
+    first_B, second_B = (mix(mix((mix(places_P ^ salt) + levels_BP) & MASK).sum(dim=1) & MASK) for salt in SALTS)
     return first_B, second_B
 
 

@@ -84,8 +84,8 @@ def image_noise(pixels: np.ndarray, num_tokens: int, feature_dim: int) -> np.nda
     cells = np.arange(num_tokens * feature_dim, dtype=np.uint32)
     bits = mix(mix(cells + first_B[:, None]) ^ second_B[:, None])
     odd = 2 * (bits >> np.uint32(24)).astype(np.int32) - 255
-    finite_B = np.isfinite(pixels.astype(np.float32)).reshape(len(pixels), -1).all(axis=1)
-    noise = np.where(finite_B[:, None], odd / np.float32(FEATURE_SCALE), np.float32(np.nan))
+    finite_B1 = np.all(np.isfinite(pixels.astype(np.float32)).reshape(len(pixels), -1), axis=1, keepdims=True)
+    noise = np.where(finite_B1, odd / np.float32(FEATURE_SCALE), np.float32(np.nan))
     return noise.reshape(len(pixels), num_tokens, feature_dim).astype(pixels.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Vision towers in local Hugging Face folders (config.json and safetensors): SigLIP and CLIP, alone or with a text tower.
+"""Vision towers in local Hugging Face folders (config.json, safetensors): SigLIP and CLIP, with or without text tower.
 
 Nothing is fetched: what is not in the folder is an error that says so.
 """

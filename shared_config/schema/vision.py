@@ -15,7 +15,7 @@ class VisionEncoderConfig(Section):
     """Which encoder turns pixels into image tokens.
 
     random: noise that depends on the image; needs ``feature_dim`` and ``num_tokens``, takes images of any size.
-    siglip2, clip: a tower from ``path``, a local Hugging Face folder (config.json and safetensors), which says the rest.
+    siglip2, clip: a tower from ``path``, a Hugging Face folder (config.json and safetensors), which says the rest.
     vit: a tower of the SigLIP kind with weights of its own, to be trained; ``image_size``, ``patch_size``,
     ``feature_dim``, ``n_heads`` and ``n_layers`` describe it.
 

@@ -1,4 +1,4 @@
-"""The hash noise that both backends share: even, sensitive to every pixel and place, and the same in every float dtype."""
+"""The hash noise that both backends share: even, sensitive to every pixel and place, the same in every float dtype."""
 
 from __future__ import annotations
 

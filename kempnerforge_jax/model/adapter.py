@@ -1,0 +1,196 @@
+"""Adapters: from the width of vision features to that of the language model, some with fewer tokens.
+
+Shapes: B batch, N image tokens in a square grid of side g, M tokens after pooling, C cells of a window, F feature dim,
+D model dim, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kempnerforge_jax.model.attention import attend
+from kempnerforge_jax.model.init import init_from_table
+from kempnerforge_jax.model.linear import Linear
+from kempnerforge_jax.model.mlp import ACTIVATIONS
+from kempnerforge_jax.model.module import Module
+from kempnerforge_jax.registry import registry
+from shared_config.contract.vision import adapter_table
+from shared_config.schema.adapter import AdapterConfig, pooled_token_count
+
+__all__ = [
+    "AttentionalPoolAdapter",
+    "AvgPoolAdapter",
+    "LinearAdapter",
+    "MLP2LayerAdapter",
+    "VisionAdapter",
+    "build_adapter",
+    "pooled_token_count",
+]
+
+
+class VisionAdapter(Module):
+    """What every adapter is: (B, N, F) -> (B, output_num_tokens(N), D)."""
+
+    def output_num_tokens(self, num_tokens: int) -> int:
+        """Tokens that leave when ``num_tokens`` enter."""
+        return num_tokens
+
+
+class MLP2LayerAdapter(VisionAdapter):
+    """proj2(act(proj1(x)))."""
+
+    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 0, activation: str = "gelu", *, rngs: nnx.Rngs):
+        """``hidden_dim`` 0 means ``out_dim``."""
+        hidden_dim = hidden_dim or out_dim
+        self.activation = activation
+        self.proj1 = Linear(in_dim, hidden_dim, True, rngs=rngs)
+        self.proj2 = Linear(hidden_dim, out_dim, True, rngs=rngs)
+
+    def forward(self, x: jax.Array) -> jax.Array:
+        """(B, N, F) -> (B, N, D)."""
+        return self.proj2(ACTIVATIONS[self.activation](self.proj1(x)))
+
+
+class LinearAdapter(VisionAdapter):
+    """proj(x)."""
+
+    def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs):
+        self.proj = Linear(in_dim, out_dim, rngs=rngs)
+
+    def forward(self, x: jax.Array) -> jax.Array:
+        """(B, N, F) -> (B, N, D)."""
+        return self.proj(x)
+
+
+class AvgPoolAdapter(VisionAdapter):
+    """proj(mean of each window); a window that reaches over the edge averages its real cells."""
+
+    def __init__(self, in_dim: int, out_dim: int, window: int = 2, *, rngs: nnx.Rngs):
+        self.window = window
+        self.proj = Linear(in_dim, out_dim, rngs=rngs)
+
+    def output_num_tokens(self, num_tokens: int) -> int:
+        """Windows over the grid; ``num_tokens`` must be a square."""
+        return pooled_token_count(num_tokens, self.window)
+
+    def forward(self, x: jax.Array) -> jax.Array:
+        """(B, N, F) -> (B, M, D)."""
+        windows_BMCF, real_MC = windows(x, self.window)
+        return self.proj(_mean_of_real(windows_BMCF, real_MC))
+
+
+class AttentionalPoolAdapter(VisionAdapter):
+    """In each window one query, its mean, attends to its cells (as in Molmo, Deitke et al. 2024, arXiv:2409.17146)."""
+
+    def __init__(self, in_dim: int, out_dim: int, window: int = 2, n_heads: int = 16, *, rngs: nnx.Rngs):
+        if in_dim % n_heads != 0:
+            raise ValueError(f"n_heads = {n_heads}: must divide in_dim = {in_dim}")
+        self.window = window
+        self.n_heads = n_heads
+        self.q_proj = Linear(in_dim, in_dim, rngs=rngs)
+        self.k_proj = Linear(in_dim, in_dim, rngs=rngs)
+        self.v_proj = Linear(in_dim, in_dim, rngs=rngs)
+        self.o_proj = Linear(in_dim, in_dim, rngs=rngs)
+        self.out_proj = Linear(in_dim, out_dim, True, rngs=rngs)
+
+    def output_num_tokens(self, num_tokens: int) -> int:
+        """Windows over the grid; ``num_tokens`` must be a square whose side the window divides."""
+        return pooled_token_count(num_tokens, self.window, require_divisible=True)
+
+    def forward(self, x: jax.Array) -> jax.Array:
+        """(B, N, F) -> (B, M, D)."""
+        self.output_num_tokens(x.shape[1])
+        windows_BMCF, real_MC = windows(x, self.window)
+        query_BM1F = jnp.expand_dims(_mean_of_real(windows_BMCF, real_MC), 2)
+        q, k, v = (
+            self._heads_first(project(source))
+            for project, source in ((self.q_proj, query_BM1F), (self.k_proj, windows_BMCF), (self.v_proj, windows_BMCF))
+        )
+        context = attend(q, k, v, causal=False).swapaxes(1, 2).reshape(len(x), -1, x.shape[-1])
+        return self.out_proj(self.o_proj(context))
+
+    def _heads_first(self, x: jax.Array) -> jax.Array:
+        """(B, M, C, F) -> (B * M, H, C, h)."""
+        batch, pooled, cells, _ = x.shape
+        return x.reshape(batch * pooled, cells, self.n_heads, -1).swapaxes(1, 2)
+
+
+registry.register("adapter", "mlp_2layer")(
+    lambda config, in_dim, out_dim, *, rngs: MLP2LayerAdapter(
+        in_dim, out_dim, config.hidden_dim, config.activation, rngs=rngs
+    )
+)
+registry.register("adapter", "linear")(
+    lambda config, in_dim, out_dim, *, rngs: LinearAdapter(in_dim, out_dim, rngs=rngs)
+)
+registry.register("adapter", "avgpool")(
+    lambda config, in_dim, out_dim, *, rngs: AvgPoolAdapter(in_dim, out_dim, config.pool_window, rngs=rngs)
+)
+registry.register("adapter", "attentional_pool")(
+    lambda config, in_dim, out_dim, *, rngs: AttentionalPoolAdapter(
+        in_dim, out_dim, config.pool_window, config.pool_heads, rngs=rngs
+    )
+)
+
+
+def build_adapter(config: AdapterConfig, in_dim: int, out_dim: int, *, rngs: nnx.Rngs) -> VisionAdapter:
+    """The adapter registered as ``config.type``; its builder is called with the config, both widths and ``rngs``.
+
+    Raises:
+        KeyError: "Unknown adapter: ..." with the names that exist.
+        ValueError: numbers that don't divide.
+    """
+    adapter = registry.get("adapter", config.type)(config, in_dim, out_dim, rngs=rngs)
+    init_adapter(adapter, config, in_dim, out_dim, rngs=rngs)
+    return adapter
+
+
+def init_adapter(
+    adapter: VisionAdapter,
+    config: AdapterConfig,
+    in_dim: int,
+    out_dim: int,
+    seed: int | None = None,
+    *,
+    rngs: nnx.Rngs | None = None,
+) -> None:
+    """Set every parameter of a built-in adapter (see `shared_config.contract.vision.adapter_table`)."""
+    table = adapter_table(config, in_dim, out_dim)
+    if table:
+        init_from_table(adapter, table, seed, stream="adapter.", rngs=rngs)
+
+
+def windows(x: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
+    """Cut the grid into windows, in reading order, those at the right and lower edge filled up with zeros.
+
+    Returns:
+        (B, M, C, F); bool (M, C), True at cells of the grid.
+
+    Raises:
+        ValueError: the tokens form no square.
+    """
+    pooled_token_count(x.shape[1], window)
+    side = math.isqrt(x.shape[1])
+    rest = -side % window
+    grid = jnp.pad(x.reshape(len(x), side, side, -1), ((0, 0), (0, rest), (0, rest), (0, 0)))
+    inside = jnp.arange(side + rest) < side
+    real = _cut((inside[:, None] & inside)[None, :, :, None], window)
+    return _cut(grid, window), real[0, :, :, 0]
+
+
+def _cut(grid: jax.Array, window: int) -> jax.Array:
+    """(B, rows * window, columns * window, F) -> (B, rows * columns, window * window, F)."""
+    batch, rows, columns, features = grid.shape
+    split = grid.reshape(batch, rows // window, window, columns // window, window, features)
+    return split.swapaxes(2, 3).reshape(batch, -1, window * window, features)
+
+
+def _mean_of_real(windows_BMCF: jax.Array, real_MC: jax.Array) -> jax.Array:
+    """(B, M, F), summed in at least float32."""
+    dtype = jnp.promote_types(windows_BMCF.dtype, jnp.float32)
+    total_BMF = windows_BMCF.astype(dtype).sum(axis=2)
+    return (total_BMF / real_MC.sum(axis=1)[:, None].astype(dtype)).astype(windows_BMCF.dtype)

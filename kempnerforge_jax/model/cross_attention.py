@@ -1,0 +1,159 @@
+"""Text that reads image features, in blocks of its own between those of the decoder.
+
+Shapes: B batch, S text positions, N image tokens, D model dim, H query heads, K key/value heads, h head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kempnerforge_jax.model.attention import attend, resolve_head_dim
+from kempnerforge_jax.model.linear import Linear
+from kempnerforge_jax.model.mlp import build_mlp
+from kempnerforge_jax.model.modality import ModalityContext
+from kempnerforge_jax.model.module import Module
+from kempnerforge_jax.model.norm import build_norm
+from kempnerforge_jax.model.transformer import Architecture, Transformer
+from kempnerforge_jax.registry import registry
+from shared_config.errors import ConfigError
+from shared_config.schema.vlm import CrossAttentionConfig
+
+
+class CrossAttention(Module):
+    """softmax(q k^T / sqrt(h)) v, queries from text, keys and values from the image; no positions, no causality."""
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int | None = None,
+        sdpa_backend: str = "auto",
+        *,
+        rngs: nnx.Rngs,
+    ):
+        """``sdpa_backend`` names kernels of torch; here it has no effect."""
+        head_dim = resolve_head_dim(dim, n_heads, n_kv_heads, head_dim)
+        self.head_dim = head_dim
+        self.sdpa_backend = sdpa_backend
+        self.q_proj = Linear(dim, n_heads * head_dim, rngs=rngs)
+        self.k_proj = Linear(dim, n_kv_heads * head_dim, rngs=rngs)
+        self.v_proj = Linear(dim, n_kv_heads * head_dim, rngs=rngs)
+        self.o_proj = Linear(n_heads * head_dim, dim, rngs=rngs)
+
+    def forward(self, x: jax.Array, image_features: jax.Array, image_mask: jax.Array | None = None) -> jax.Array:
+        """(B, S, D), (B, N, D) -> (B, S, D).
+
+        Args:
+            image_mask: bool (B, N), True = attend. A row that may attend to nothing gives 0.
+        """
+        q_BHSh = self._heads_first(self.q_proj(x))
+        k_BKNh, v_BKNh = self._heads_first(self.k_proj(image_features)), self._heads_first(self.v_proj(image_features))
+        mask = None if image_mask is None else image_mask[:, None, None, :]
+        out_BHSh = attend(q_BHSh, k_BKNh, v_BKNh, mask, causal=False)
+        return self.o_proj(out_BHSh.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+
+    def _heads_first(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], -1, self.head_dim).swapaxes(1, 2)
+
+
+class CrossAttentionBlock(Module):
+    """x + attention(attention_norm(x), image), then x + mlp(mlp_norm(x)); the image features are not normalised.
+
+    Initialised to the identity: what writes to the residual stream is 0.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int,
+        ffn_hidden_dim: int,
+        norm_type: str = "rmsnorm",
+        activation: str = "silu",
+        *,
+        head_dim: int | None = None,
+        norm_eps: float = 1e-5,
+        sdpa_backend: str = "auto",
+        rngs: nnx.Rngs,
+    ):
+        self.attention_norm = build_norm(norm_type, dim, norm_eps, rngs=rngs)
+        self.attention = CrossAttention(dim, n_heads, n_kv_heads, head_dim, sdpa_backend, rngs=rngs)
+        self.mlp_norm = build_norm(norm_type, dim, norm_eps, rngs=rngs)
+        self.mlp = build_mlp(dim, ffn_hidden_dim, activation, rngs=rngs)
+        for owner, name in ((self.attention, "o_proj"), (self.mlp, "down_proj")):
+            weight = getattr(owner, name).weight
+            weight.set_value(jnp.zeros_like(weight.get_value()))
+
+    def forward(self, x: jax.Array, image_features: jax.Array, image_mask: jax.Array | None = None) -> jax.Array:
+        """(B, S, D), (B, N, D) -> (B, S, D)."""
+        x = x + self.attention(self.attention_norm(x), image_features, image_mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+@registry.register("architecture", "cross_attention")
+@dataclass(frozen=True)
+class CrossAttentionArchitecture(Architecture):
+    """The decoder with a block that reads the image after every n-th layer. Without an image they are left out."""
+
+    def __post_init__(self) -> None:
+        if self.config.n_layers < self.every:
+            raise ConfigError(
+                [
+                    f"vlm.cross_attention_every_n_layers = {self.every}: must be at most model.n_layers = "
+                    f"{self.config.n_layers}, else no block sees the image"
+                ]
+            )
+
+    @property
+    def every(self) -> int:
+        """Layers from one block to the next."""
+        assert isinstance(self.vlm_config, CrossAttentionConfig)
+        return self.vlm_config.cross_attention_every_n_layers
+
+    def extra_modules(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+        """The cross-attention blocks stand before the final norm."""
+        assert isinstance(self.vlm_config, CrossAttentionConfig)
+        config = self.config
+        heads, kv_heads = self.vlm_config.resolved_heads(config.n_heads, config.kv_heads)
+        blocks = [
+            CrossAttentionBlock(
+                config.dim,
+                heads,
+                kv_heads,
+                config.computed_ffn_hidden_dim,
+                config.norm_type,
+                config.activation,
+                head_dim=config.head_size,
+                norm_eps=config.norm_eps,
+                sdpa_backend=config.sdpa_backend,
+                rngs=rngs,
+            )
+            for _ in range(config.n_layers // self.every)
+        ]
+        return {
+            "cross_attention_layers": nnx.Dict({str(i): block for i, block in enumerate(blocks)}),
+            **super().extra_modules(rngs=rngs),
+        }
+
+    def check(self, modality: ModalityContext) -> None:
+        """The image comes as ``image_features``."""
+        for name in ("prefix_embeds", "modality_ids"):
+            if getattr(modality, name) is not None:
+                raise ValueError(f"{name} is given: the architecture (cross_attention) takes image_features")
+
+    def breaks_after(self, layer_idx: int) -> bool:
+        """A block may fire after this layer."""
+        return (layer_idx + 1) % self.every == 0
+
+    def after_block(self, model: Transformer, layer_idx: int, x: jax.Array, modality: ModalityContext) -> jax.Array:
+        """Block k fires after layer i if (i + 1) = (k + 1) * every."""
+        if not self.breaks_after(layer_idx) or modality.image_features is None:
+            return x
+        blocks = getattr(model, "cross_attention_layers")  # noqa: B009
+        block = blocks[str((layer_idx + 1) // self.every - 1)]
+        return block(x, modality.image_features.astype(x.dtype), modality.image_mask)

@@ -1,0 +1,184 @@
+"""Adapters: from the width of vision features to that of the language model, some with fewer tokens.
+
+Shapes: B batch, N image tokens in a square grid of side g, M tokens after pooling, C cells of a window, F feature dim,
+D model dim, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kempnerforge_torch.model.attention import attend
+from kempnerforge_torch.model.init import init_from_table
+from kempnerforge_torch.model.mlp import ACTIVATIONS
+from kempnerforge_torch.registry import registry
+from shared_config.contract.vision import adapter_table
+from shared_config.schema.adapter import AdapterConfig, pooled_token_count
+
+__all__ = [
+    "AttentionalPoolAdapter",
+    "AvgPoolAdapter",
+    "LinearAdapter",
+    "MLP2LayerAdapter",
+    "VisionAdapter",
+    "build_adapter",
+    "pooled_token_count",
+]
+
+
+class VisionAdapter(nn.Module):
+    """What every adapter is: (B, N, F) -> (B, output_num_tokens(N), D)."""
+
+    def output_num_tokens(self, num_tokens: int) -> int:
+        """Tokens that leave when ``num_tokens`` enter."""
+        return num_tokens
+
+
+class MLP2LayerAdapter(VisionAdapter):
+    """proj2(act(proj1(x)))."""
+
+    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 0, activation: str = "gelu"):
+        """``hidden_dim`` 0 means ``out_dim``."""
+        super().__init__()
+        hidden_dim = hidden_dim or out_dim
+        self.activation = activation
+        self.proj1 = nn.Linear(in_dim, hidden_dim)
+        self.proj2 = nn.Linear(hidden_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, F) -> (B, N, D)."""
+        return self.proj2(ACTIVATIONS[self.activation](self.proj1(x)))
+
+
+class LinearAdapter(VisionAdapter):
+    """proj(x)."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.proj = nn.Linear(in_dim, out_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, F) -> (B, N, D)."""
+        return self.proj(x)
+
+
+class AvgPoolAdapter(VisionAdapter):
+    """proj(mean of each window); a window that reaches over the edge averages its real cells."""
+
+    def __init__(self, in_dim: int, out_dim: int, window: int = 2):
+        super().__init__()
+        self.window = window
+        self.proj = nn.Linear(in_dim, out_dim, bias=False)
+
+    def output_num_tokens(self, num_tokens: int) -> int:
+        """Windows over the grid; ``num_tokens`` must be a square."""
+        return pooled_token_count(num_tokens, self.window)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, F) -> (B, M, D)."""
+        windows_BMCF, real_MC = windows(x, self.window)
+        return self.proj(_mean_of_real(windows_BMCF, real_MC))
+
+
+class AttentionalPoolAdapter(VisionAdapter):
+    """In each window one query, its mean, attends to its cells (as in Molmo, Deitke et al. 2024, arXiv:2409.17146)."""
+
+    def __init__(self, in_dim: int, out_dim: int, window: int = 2, n_heads: int = 16):
+        super().__init__()
+        if in_dim % n_heads != 0:
+            raise ValueError(f"n_heads = {n_heads}: must divide in_dim = {in_dim}")
+        self.window = window
+        self.n_heads = n_heads
+        self.q_proj = nn.Linear(in_dim, in_dim, bias=False)
+        self.k_proj = nn.Linear(in_dim, in_dim, bias=False)
+        self.v_proj = nn.Linear(in_dim, in_dim, bias=False)
+        self.o_proj = nn.Linear(in_dim, in_dim, bias=False)
+        self.out_proj = nn.Linear(in_dim, out_dim)
+
+    def output_num_tokens(self, num_tokens: int) -> int:
+        """Windows over the grid; ``num_tokens`` must be a square whose side the window divides."""
+        return pooled_token_count(num_tokens, self.window, require_divisible=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, F) -> (B, M, D)."""
+        self.output_num_tokens(x.shape[1])
+        windows_BMCF, real_MC = windows(x, self.window)
+        query_BM1F = _mean_of_real(windows_BMCF, real_MC).unsqueeze(2)
+        q, k, v = (
+            self._heads_first(project(source))
+            for project, source in ((self.q_proj, query_BM1F), (self.k_proj, windows_BMCF), (self.v_proj, windows_BMCF))
+        )
+        context = attend(q, k, v, causal=False).transpose(1, 2).reshape(len(x), -1, x.shape[-1])
+        return self.out_proj(self.o_proj(context))
+
+    def _heads_first(self, x: Tensor) -> Tensor:
+        """(B, M, C, F) -> (B * M, H, C, h)."""
+        return x.flatten(0, 1).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+
+
+registry.register("adapter", "mlp_2layer")(
+    lambda config, in_dim, out_dim: MLP2LayerAdapter(in_dim, out_dim, config.hidden_dim, config.activation)
+)
+registry.register("adapter", "linear")(lambda config, in_dim, out_dim: LinearAdapter(in_dim, out_dim))
+registry.register("adapter", "avgpool")(
+    lambda config, in_dim, out_dim: AvgPoolAdapter(in_dim, out_dim, config.pool_window)
+)
+registry.register("adapter", "attentional_pool")(
+    lambda config, in_dim, out_dim: AttentionalPoolAdapter(in_dim, out_dim, config.pool_window, config.pool_heads)
+)
+
+
+def build_adapter(config: AdapterConfig, in_dim: int, out_dim: int) -> VisionAdapter:
+    """The adapter registered as ``config.type``; its builder is called with the config and both widths.
+
+    Raises:
+        KeyError: "Unknown adapter: ..." with the names that exist.
+        ValueError: numbers that don't divide.
+    """
+    adapter = registry.get("adapter", config.type)(config, in_dim, out_dim)
+    init_adapter(adapter, config, in_dim, out_dim)
+    return adapter
+
+
+def init_adapter(
+    adapter: VisionAdapter, config: AdapterConfig, in_dim: int, out_dim: int, seed: int | None = None
+) -> None:
+    """Set every parameter of a built-in adapter (see `shared_config.contract.vision.adapter_table`)."""
+    table = adapter_table(config, in_dim, out_dim)
+    if table:
+        init_from_table(adapter, table, seed, stream="adapter.")
+
+
+def windows(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Cut the grid into windows, in reading order, those at the right and lower edge filled up with zeros.
+
+    Returns:
+        (B, M, C, F); bool (M, C), True at cells of the grid.
+
+    Raises:
+        ValueError: the tokens form no square.
+    """
+    pooled_token_count(x.shape[1], window)
+    side = math.isqrt(x.shape[1])
+    rest = -side % window
+    grid = F.pad(x.unflatten(1, (side, side)), (0, 0, 0, rest, 0, rest))
+    inside = torch.arange(side + rest, device=x.device) < side
+    real = _cut((inside[:, None] & inside)[None, :, :, None], window)
+    return _cut(grid, window), real[0, :, :, 0]
+
+
+def _cut(grid: Tensor, window: int) -> Tensor:
+    """(B, rows * window, columns * window, F) -> (B, rows * columns, window * window, F)."""
+    split = grid.unflatten(2, (-1, window)).unflatten(1, (-1, window))
+    return split.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _mean_of_real(windows_BMCF: Tensor, real_MC: Tensor) -> Tensor:
+    """(B, M, F), summed in at least float32."""
+    dtype = torch.promote_types(windows_BMCF.dtype, torch.float32)
+    total_BMF = windows_BMCF.to(dtype).sum(dim=2)
+    return (total_BMF / real_MC.sum(dim=1)[:, None]).to(windows_BMCF.dtype)

@@ -1,0 +1,141 @@
+"""Text that reads image features, in blocks of its own between those of the decoder.
+
+Shapes: B batch, S text positions, N image tokens, D model dim, H query heads, K key/value heads, h head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from kempnerforge_torch.model.attention import attend, resolve_head_dim
+from kempnerforge_torch.model.mlp import build_mlp
+from kempnerforge_torch.model.modality import ModalityContext
+from kempnerforge_torch.model.norm import build_norm
+from kempnerforge_torch.model.transformer import Architecture, Transformer
+from kempnerforge_torch.registry import registry
+from shared_config.errors import ConfigError
+from shared_config.schema.vlm import CrossAttentionConfig
+
+
+class CrossAttention(nn.Module):
+    """softmax(q k^T / sqrt(h)) v, queries from text, keys and values from the image; no positions, no causality."""
+
+    def __init__(
+        self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int | None = None, sdpa_backend: str = "auto"
+    ):
+        super().__init__()
+        head_dim = resolve_head_dim(dim, n_heads, n_kv_heads, head_dim)
+        self.head_dim = head_dim
+        self.sdpa_backend = sdpa_backend
+        self.q_proj = nn.Linear(dim, n_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(n_heads * head_dim, dim, bias=False)
+
+    def forward(self, x: Tensor, image_features: Tensor, image_mask: Tensor | None = None) -> Tensor:
+        """(B, S, D), (B, N, D) -> (B, S, D).
+
+        Args:
+            image_mask: bool (B, N), True = attend. A row that may attend to nothing gives 0.
+        """
+        q_BHSh = self._heads_first(self.q_proj(x))
+        k_BKNh, v_BKNh = self._heads_first(self.k_proj(image_features)), self._heads_first(self.v_proj(image_features))
+        mask = None if image_mask is None else image_mask[:, None, None, :]
+        out_BHSh = attend(q_BHSh, k_BKNh, v_BKNh, mask, causal=False, sdpa_backend=self.sdpa_backend)
+        return self.o_proj(out_BHSh.transpose(1, 2).flatten(2))
+
+    def _heads_first(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class CrossAttentionBlock(nn.Module):
+    """x + attention(attention_norm(x), image), then x + mlp(mlp_norm(x)); the image features are not normalised.
+
+    Initialised to the identity: what writes to the residual stream is 0.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int,
+        ffn_hidden_dim: int,
+        norm_type: str = "rmsnorm",
+        activation: str = "silu",
+        *,
+        head_dim: int | None = None,
+        norm_eps: float = 1e-5,
+        sdpa_backend: str = "auto",
+    ):
+        super().__init__()
+        self.attention_norm = build_norm(norm_type, dim, norm_eps)
+        self.attention = CrossAttention(dim, n_heads, n_kv_heads, head_dim, sdpa_backend)
+        self.mlp_norm = build_norm(norm_type, dim, norm_eps)
+        self.mlp = build_mlp(dim, ffn_hidden_dim, activation)
+        nn.init.zeros_(self.attention.o_proj.weight)
+        nn.init.zeros_(self.mlp.get_submodule("down_proj").get_parameter("weight"))
+
+    def forward(self, x: Tensor, image_features: Tensor, image_mask: Tensor | None = None) -> Tensor:
+        """(B, S, D), (B, N, D) -> (B, S, D)."""
+        x = x + self.attention(self.attention_norm(x), image_features, image_mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+@registry.register("architecture", "cross_attention")
+@dataclass(frozen=True)
+class CrossAttentionArchitecture(Architecture):
+    """The decoder with a block that reads the image after every n-th layer. Without an image they are left out."""
+
+    def __post_init__(self) -> None:
+        if self.config.n_layers < self.every:
+            raise ConfigError(
+                [
+                    f"vlm.cross_attention_every_n_layers = {self.every}: must be at most model.n_layers = "
+                    f"{self.config.n_layers}, else no block sees the image"
+                ]
+            )
+
+    @property
+    def every(self) -> int:
+        """Layers from one block to the next."""
+        assert isinstance(self.vlm_config, CrossAttentionConfig)
+        return self.vlm_config.cross_attention_every_n_layers
+
+    def extra_modules(self) -> dict[str, nn.Module]:
+        """The cross-attention blocks stand before the final norm."""
+        assert isinstance(self.vlm_config, CrossAttentionConfig)
+        config = self.config
+        heads, kv_heads = self.vlm_config.resolved_heads(config.n_heads, config.kv_heads)
+        blocks = [
+            CrossAttentionBlock(
+                config.dim,
+                heads,
+                kv_heads,
+                config.computed_ffn_hidden_dim,
+                config.norm_type,
+                config.activation,
+                head_dim=config.head_size,
+                norm_eps=config.norm_eps,
+                sdpa_backend=config.sdpa_backend,
+            )
+            for _ in range(config.n_layers // self.every)
+        ]
+        return {
+            "cross_attention_layers": nn.ModuleDict({str(i): block for i, block in enumerate(blocks)}),
+            **super().extra_modules(),
+        }
+
+    def check(self, modality: ModalityContext) -> None:
+        """The image comes as ``image_features``."""
+        for name in ("prefix_embeds", "modality_ids"):
+            if getattr(modality, name) is not None:
+                raise ValueError(f"{name} is given: the architecture (cross_attention) takes image_features")
+
+    def after_block(self, model: Transformer, layer_idx: int, x: Tensor, modality: ModalityContext) -> Tensor:
+        """Block k fires after layer i if (i + 1) = (k + 1) * every."""
+        if (layer_idx + 1) % self.every != 0 or modality.image_features is None:
+            return x
+        block = model.get_submodule(f"cross_attention_layers.{(layer_idx + 1) // self.every - 1}")
+        return block(x, modality.image_features.to(x.dtype), modality.image_mask)
