@@ -199,6 +199,7 @@ class Transformer(Module):
             tokens, modality=modality, kv_caches=kv_caches, doc_ids=doc_ids, allow_image_inputs=allow_image_inputs
         )
         self.keep(stats=output.stats)
+        self.keep(pending=_added(self.kept("pending", {}), {i: _counts(stats) for i, stats in output.stats.items()}))
         return output.logits if kv_caches is None else (output.logits, output.kv_caches)
 
     def run(
@@ -247,13 +248,22 @@ class Transformer(Module):
 
     def set_moe_step(self, step: Any, max_steps: int) -> None:
         """Tell the routers where training stands (their bias schedules)."""
-        for router in self._having("set_step"):
+        for _, router in self._having("set_step"):
             router.set_step(step, max_steps)
 
-    def update_moe_bias(self) -> None:
-        """Move the balancing biases by the counts of the routers' last call; once an optimiser step."""
-        for router in self._having("update_bias"):
-            router.update_bias(router.expert_counts)
+    def update_moe_bias(self, counts: dict[int, Any] | None = None) -> None:
+        """Move the balancing biases, once an optimiser step.
+
+        Args:
+            counts: as `get_expert_counts` gives them, summed over all micro-batches and ranks; None means those of the
+                calls outside jit since the last update, on this process.
+        """
+        by_layer: dict[int, Any] = self.kept("pending", {}) if counts is None else counts
+        for path, router in self._having("update_bias"):
+            _, layer, _, *modality, _ = path.split(".")
+            if int(layer) in by_layer:
+                router.update_bias(by_layer[int(layer)][modality[0]] if modality else by_layer[int(layer)])
+        self.keep(pending={})
 
     def get_moe_aux_loss(self) -> jax.Array:
         """Sum of the balancing losses of the last forward, unweighted; 0 if dense."""
@@ -375,8 +385,8 @@ class Transformer(Module):
                 total = total + getattr(router_stats, field)
         return total
 
-    def _having(self, method: str) -> Iterator[Any]:
-        return (module for name, module in named_modules(self) if name and hasattr(module, method))
+    def _having(self, method: str) -> Iterator[tuple[str, Any]]:
+        return ((path, module) for path, module in named_modules(self) if hasattr(module, method))
 
 
 def build_attention(config: ModelConfig, *, rngs: nnx.Rngs) -> Attention:
@@ -465,3 +475,14 @@ def _counts(stats: Any) -> Any:
     if isinstance(stats, dict):
         return {modality: router_stats.expert_counts for modality, router_stats in stats.items()}
     return stats.expert_counts
+
+
+def _added(total: dict[Any, Any], counts: dict[Any, Any]) -> dict[Any, Any]:
+    """Two nested dicts of counts, added up; what only one of them has counts too."""
+    added = dict(total)
+    for key, value in counts.items():
+        if isinstance(value, dict):
+            added[key] = _added(total.get(key, {}), value)
+        else:
+            added[key] = total[key] + value if key in total else value
+    return added

@@ -146,6 +146,7 @@ class Transformer(nn.Module):
             self.add_module(name, module)
         self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size)
         self._last_stats: dict[int, Any] = {}
+        self._pending_counts: dict[int, Any] = {}
         self.init_weights_and_freqs()
 
     def init_weights_and_freqs(self, seed: int | None = None) -> None:
@@ -189,6 +190,8 @@ class Transformer(nn.Module):
         if return_stats:
             return TransformerOutput(logits, stats)
         self._last_stats = stats
+        if self.training:
+            self._pending_counts = _added(self._pending_counts, self.get_expert_counts())
         return logits
 
     def run(
@@ -212,13 +215,22 @@ class Transformer(nn.Module):
 
     def set_moe_step(self, step: int, max_steps: int) -> None:
         """Tell the routers where training stands (their bias schedules)."""
-        for router in self._having("set_step"):
+        for _, router in self._having("set_step"):
             router.set_step(step, max_steps)
 
-    def update_moe_bias(self) -> None:
-        """Move the balancing biases by the counts of the routers' last call; once an optimiser step."""
-        for router in self._having("update_bias"):
-            router.update_bias(router.expert_counts)
+    def update_moe_bias(self, counts: dict[int, Any] | None = None) -> None:
+        """Move the balancing biases, once an optimiser step.
+
+        Args:
+            counts: as `get_expert_counts` gives them, summed over all micro-batches and ranks; None means those of the
+                forwards in training mode since the last update, on this rank.
+        """
+        by_layer: dict[int, Any] = self._pending_counts if counts is None else counts
+        for path, router in self._having("update_bias"):
+            _, layer, _, *modality, _ = path.split(".")
+            if int(layer) in by_layer:
+                router.update_bias(by_layer[int(layer)][modality[0]] if modality else by_layer[int(layer)])
+        self._pending_counts = {}
 
     def get_moe_aux_loss(self) -> Tensor:
         """Sum of the balancing losses of the last forward, unweighted; 0 if dense."""
@@ -316,8 +328,8 @@ class Transformer(nn.Module):
                 total = total + getattr(router_stats, field)
         return total
 
-    def _having(self, method: str) -> Iterator[Any]:
-        return (module for module in self.modules() if hasattr(module, method))
+    def _having(self, method: str) -> Iterator[tuple[str, Any]]:
+        return ((path, module) for path, module in self.named_modules() if hasattr(module, method))
 
     def _tie(self) -> None:
         if self.config.tie_embeddings and self.token_embedding is not None and self.output_head is not None:
@@ -409,3 +421,14 @@ def _counts(stats: Any) -> Any:
     if isinstance(stats, dict):
         return {modality: router_stats.expert_counts for modality, router_stats in stats.items()}
     return stats.expert_counts
+
+
+def _added(total: dict[Any, Any], counts: dict[Any, Any]) -> dict[Any, Any]:
+    """Two nested dicts of counts, added up; what only one of them has counts too."""
+    added = dict(total)
+    for key, value in counts.items():
+        if isinstance(value, dict):
+            added[key] = _added(total.get(key, {}), value)
+        else:
+            added[key] = total[key] + value if key in total else value
+    return added
