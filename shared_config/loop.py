@@ -177,6 +177,15 @@ def run_training(
         return _Run(config, trainer, data, start, folder, loggers, display, stop, is_main, agree).run()
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """Numbers that may still be computed, and the time that asking for them took. Together with the time that reading
+    them takes, that is what a step costs, whether a trainer works while it is asked or while it is waited for."""
+
+    numbers: Numbers
+    seconds: float
+
+
 class _Run:
     """The loop and its few variables."""
 
@@ -207,19 +216,24 @@ class _Run:
     def run(self) -> TrainingSummary:
         began = time.monotonic()
         stopped = 0
-        pending: Numbers | None = None
+        pending: _Pending | None = None
         if self.step >= self.last_step:
             self.display.say(f"nothing to do: {self.step} of {self.last_step} steps have been taken")
         while self.step < self.last_step and not stopped:
-            numbers = self.trainer.step(self._micro_batches())
+            asked = self._ask()
             if pending is not None:
                 self._log(self._read(pending))
-            self.step, pending = self.step + 1, numbers
+            self.step, pending = self.step + 1, asked
             stopped = self.agree(self.stop.signal)
             if stopped or self._evaluates() or self._saves():
                 self._settle(self._read(pending), stopped)
                 pending = None
         return self._summary(stopped, time.monotonic() - began)
+
+    def _ask(self) -> _Pending:
+        began = time.perf_counter()
+        numbers = self.trainer.step(self._micro_batches())
+        return _Pending(numbers, time.perf_counter() - began)
 
     def _micro_batches(self) -> list[Batch]:
         first = self._batches_before(self.step)
@@ -237,18 +251,19 @@ class _Run:
     def _is_due(self, interval: int) -> bool:
         return self.step == self.last_step or (interval > 0 and self.step % interval == 0)
 
-    def _read(self, numbers: Numbers) -> Record:
+    def _read(self, pending: _Pending) -> Record:
         """The record of the step before, once the device has its numbers.
 
         Raises:
             TrainingDivergedError: one that must be finite is not.
         """
-        values = {name: float(value) for name, value in numbers.items()}
-        self.display.pace.step()
+        began = time.perf_counter()
+        values = {name: float(value) for name, value in pending.numbers.items()}
+        seconds = pending.seconds + time.perf_counter() - began
+        self.display.pace.step(seconds)
         for name in MUST_BE_FINITE:
             if not math.isfinite(values.get(name, 0.0)):
                 raise TrainingDivergedError(self._divergence(name, values[name]))
-        seconds = self.display.pace.seconds
         pace = {"seconds": seconds, "tokens_per_second": self.tokens_per_step / seconds}
         return {name: finite_or_none(value) for name, value in values.items()} | pace
 
@@ -268,7 +283,6 @@ class _Run:
             self.display.say(f"{signal.Signals(stopped).name}: stopped after step {self.step} of {self.last_step}")
         if stopped or self._saves():
             self._save()
-        self.display.pace.pause()
 
     def _evaluate(self) -> Record:
         if self.heldout is None:

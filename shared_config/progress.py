@@ -16,7 +16,7 @@ STEPS_AVERAGED = 20
 
 
 class Pace:
-    """Speed over the last steps. What is no step (an evaluation, a checkpoint) is left out by ``pause`` after it.
+    """Speed over the last steps.
 
     Attributes:
         seconds: what the last step took.
@@ -24,21 +24,15 @@ class Pace:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._mark = time.perf_counter()
         self._steps = 0
         self._recent: deque[float] = deque(maxlen=STEPS_AVERAGED)
 
-    def pause(self) -> None:
-        """Count the next step from now."""
-        self._mark = time.perf_counter()
-
-    def step(self) -> None:
+    def step(self, seconds: float) -> None:
         """A step has ended. The first of a process, which may hold a compilation, does not count in the average."""
-        now = time.perf_counter()
-        self.seconds, self._mark = now - self._mark, now
+        self.seconds = seconds
         self._steps += 1
         if self._steps > 1:
-            self._recent.append(self.seconds)
+            self._recent.append(seconds)
 
     @property
     def seconds_per_step(self) -> float:

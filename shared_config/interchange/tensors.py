@@ -44,7 +44,9 @@ def write_tensors(path: PathLike, tensors: Mapping[str, Any], metadata: Mapping[
     """
     stored = {name: _storable(name, array) for name, array in tensors.items()}
     with written_aside(path) as aside:
+        permissions = aside.stat().st_mode
         save_file(stored, aside, metadata=dict(metadata) if metadata else None)  # {} would break the header
+        aside.chmod(permissions)  # the library makes files that only their owner can read
 
 
 def read_tensors(path: PathLike, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:

@@ -609,18 +609,46 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_pace_leaves_out_the_first_step_and_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 60.0, 61.0, 100.0, 103.0])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+@pytest.mark.parametrize("works_when", ["asked", "read"])
+def test_each_step_is_timed_alone(tmp_path: Path, works_when: str) -> None:
+    """Whether the work is done in ``step`` or goes on until a number is read, and with evaluations between."""
+
+    class Slow(float):
+        def __float__(self) -> float:
+            time.sleep(0.03)
+            return float.__float__(self)
+
+    class SlowTrainer(BigramTrainer):
+        def step(self, micro_batches: Sequence) -> dict[str, float]:
+            numbers = super().step(micro_batches)
+            if works_when == "read":
+                return {"loss": Slow(numbers["loss"])}
+            time.sleep(0.03)
+            return numbers
+
+        def evaluate(self, batches: Sequence) -> dict[str, float]:
+            time.sleep(0.1)
+            return super().evaluate(batches)
+
+    config = config_of(tmp_path, "train.max_steps=6", "eval.interval=2")
+    began = time.perf_counter()
+    summary = train(config, SlowTrainer(config))
+    elapsed = time.perf_counter() - began
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert all(record["seconds"] >= 0.03 for record in records)
+    assert sum(record["seconds"] for record in records) < elapsed - 0.3
+    assert all(record["tokens_per_second"] == 32 / record["seconds"] for record in records)
+    assert summary.tokens_per_second == pytest.approx(32 / np.mean([record["seconds"] for record in records[1:]]))
+
+
+def test_the_pace_leaves_out_the_first_step() -> None:
     pace = Pace()
-    pace.step()
-    assert pace.seconds_per_step == pace.seconds == 60.0
-    pace.step()
-    assert pace.seconds_per_step == 1.0
-    pace.pause()
-    pace.step()
-    assert pace.seconds == 3.0
-    assert pace.seconds_per_step == 2.0
+    assert pace.seconds_per_step == 0.0
+    pace.step(60.0)
+    assert pace.seconds_per_step == 60.0
+    for seconds in (1.0, 3.0):
+        pace.step(seconds)
+    assert (pace.seconds, pace.seconds_per_step) == (3.0, 2.0)
 
 
 def test_durations_read_well() -> None:

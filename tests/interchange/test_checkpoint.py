@@ -88,6 +88,12 @@ def test_equal_states_give_equal_files(tmp_path: Path) -> None:
         assert file.read_bytes() == (other / file.name).read_bytes(), file.name
 
 
+def test_all_files_have_the_permissions_of_new_files(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    path = save(tmp_path / "run", state_of(1))
+    assert {file.stat().st_mode for file in path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
 # Latest, pruning, leftovers
 
 
