@@ -1,0 +1,237 @@
+"""Trace files: what one run computed, tensor by tensor, in execution order, to be compared on any machine.
+
+A trace is one safetensors file whose metadata says where it comes from. Names are paths whose first part is the group:
+
+    forward/<activation>   output of a module, in the order of execution
+    routing/<name>         decisions and counts of routers; integers are compared exactly
+    loss                   the scalar that was differentiated
+    gradient/<parameter>   its gradient
+    updated/<parameter>    parameters after one optimiser step
+    decode/<chunking>      logits of cached decoding
+    losses                 one loss a step of a short training run
+
+A tensor too large to keep can be replaced by a `Summary`: statistics, a hash, and a sketch from which distances are
+estimated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shared_config.errors import UserError
+from shared_config.interchange.files import PathLike
+from shared_config.interchange.tensors import TensorFile, write_tensors
+from shared_config.interchange.weights import is_floating
+from shared_config.numerics import as_float64, rms
+
+FORWARD, ROUTING, LOSS, GRADIENT, UPDATED, DECODE, LOSSES = GROUPS = (
+    "forward",
+    "routing",
+    "loss",
+    "gradient",
+    "updated",
+    "decode",
+    "losses",
+)
+FORMAT = "1"
+FORMAT_KEY, META_KEY = "kempnerforge_trace", "meta"
+SKETCH_SUFFIX = "#sketch"
+SKETCH_SIZE = 1024
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class TraceMeta:
+    """Where a trace comes from.
+
+    Attributes:
+        backend: "torch", "jax", or whatever computed it.
+        device: "cpu", "cuda", a card's name ...
+        dtype: of the arithmetic: "float64", "float32" or "bfloat16".
+        seed: of weights and tokens.
+        config: the whole `JobConfig` as TOML.
+        machine: platform, for people to read.
+        versions: library -> version.
+        weights: where the weights came from: "validation", "init", "given" ...
+        weights_hash, tokens_hash: of what went in; traces of different inputs are not compared. "" if unknown.
+        initial_hash: of the seeded initial weights, which both backends must draw alike. "" if unknown.
+        deltas: dtype -> tensor name -> how far rounding the weights to that dtype moves the float64 result (RMS).
+        extra: anything else worth keeping, as JSON values.
+    """
+
+    backend: str
+    device: str
+    dtype: str
+    seed: int
+    config: str
+    machine: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    weights: str = ""
+    weights_hash: str = ""
+    tokens_hash: str = ""
+    initial_hash: str = ""
+    deltas: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def config_fields(self) -> dict[str, Any]:
+        """The config as nested dicts."""
+        return tomllib.loads(self.config)
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """What is kept of a tensor in place of its values.
+
+    Attributes:
+        hash: SHA-256 of dtype, shape and bytes.
+        nonfinite_hash: SHA-256 of where NaN and the infinities stand; "" if there are none.
+        sketch: float64 (1024,), linear in the tensor: the norm of a difference of sketches estimates the norm of the
+            difference of tensors to about 3 % (count sketch: Charikar, Chen & Farach-Colton 2002). Empty for integers.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    hash: str
+    nonfinite_hash: str
+    rms: float
+    mean: float
+    minimum: float
+    maximum: float
+    sketch: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the tensor."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Tensors (or their summaries) by name, in execution order, and where they come from."""
+
+    tensors: Mapping[str, np.ndarray | Summary]
+    meta: TraceMeta
+
+    def summarized(self, above_bytes: int) -> Trace:
+        """The same trace with every tensor of more bytes than this replaced by its summary."""
+        kept = {name: _summarized(tensor, above_bytes) for name, tensor in self.tensors.items()}
+        return Trace(kept, self.meta)
+
+
+def group_of(name: str) -> str:
+    """First part of a tensor's name."""
+    return name.partition("/")[0]
+
+
+def write_trace(path: PathLike, trace: Trace) -> None:
+    """Write a trace to one file, atomically.
+
+    Raises:
+        UserError: if the file can't be written or a dtype has no place in it.
+    """
+    summaries = {name: tensor for name, tensor in trace.tensors.items() if isinstance(tensor, Summary)}
+    arrays = {name: tensor for name, tensor in trace.tensors.items() if name not in summaries}
+    sketches = {name + SKETCH_SUFFIX: summary.sketch for name, summary in summaries.items()}
+    content = {
+        "order": list(trace.tensors),
+        "summaries": {name: _summary_fields(summary) for name, summary in summaries.items()},
+        **dataclasses.asdict(trace.meta),
+    }
+    write_tensors(path, {**arrays, **sketches}, {FORMAT_KEY: FORMAT, META_KEY: json.dumps(content)})
+
+
+def read_trace(path: PathLike) -> Trace:
+    """Read a trace; tensors stay on disk until they are looked at.
+
+    Raises:
+        UserError: if the file is missing, truncated, or no trace.
+    """
+    file = TensorFile(path)
+    if FORMAT_KEY not in file.metadata:
+        raise UserError(f"{file.path}: is a safetensors file, but no trace; `kempnerforge trace` writes traces")
+    if file.metadata[FORMAT_KEY] != FORMAT:
+        raise UserError(f"{file.path}: trace format = {file.metadata[FORMAT_KEY]}: must be {FORMAT}")
+    try:
+        content = json.loads(file.metadata[META_KEY])
+        order, summaries = content.pop("order"), content.pop("summaries")
+        meta = TraceMeta(**content)
+        return Trace({name: _read(file, name, summaries) for name in order}, meta)
+    except (LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file.path}: the description of the trace is damaged: {error!r}") from error
+
+
+def summarize(tensor: Any) -> Summary:
+    """What can be kept of a tensor in a few kilobytes."""
+    array = np.asarray(tensor, order="C")
+    values = as_float64(array)
+    finite = np.isfinite(values)
+    kept = values[finite]
+    return Summary(
+        shape=array.shape,
+        dtype=array.dtype.name,
+        hash=_hash(array),
+        nonfinite_hash="" if finite.all() else _hash(_kinds_of_nonfinite(values)),
+        rms=rms(kept),
+        mean=float(kept.mean()) if kept.size else 0.0,
+        minimum=float(kept.min()) if kept.size else 0.0,
+        maximum=float(kept.max()) if kept.size else 0.0,
+        sketch=sketch(np.where(finite, values, 0.0)) if is_floating(array.dtype) else np.empty(0),
+    )
+
+
+def sketch(values: np.ndarray) -> np.ndarray:
+    """Signed sums of float64 values over 1024 buckets chosen by a hash of the position."""
+    flat = values.reshape(-1)
+    sums = np.zeros(SKETCH_SIZE)
+    for start in range(0, flat.size, BLOCK):
+        block = flat[start : start + BLOCK]
+        mixed = _mixed(np.arange(start, start + block.size, dtype=np.uint64))
+        signs = np.where(mixed >> np.uint64(63), -1.0, 1.0)
+        buckets = (mixed % np.uint64(SKETCH_SIZE)).astype(np.int64)
+        sums += np.bincount(buckets, weights=signs * block, minlength=SKETCH_SIZE)
+    return sums
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """64 well-mixed bits of each integer (the finaliser of SplitMix64, Steele, Lea & Flood 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _kinds_of_nonfinite(values: np.ndarray) -> np.ndarray:
+    """0 for finite, 1 for NaN, 2 and 3 for the infinities."""
+    return (np.isnan(values) + 2 * (values == np.inf) + 3 * (values == -np.inf)).astype(np.int8)
+
+
+def _hash(array: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{array.dtype.name} {array.shape}".encode())
+    digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _summarized(tensor: np.ndarray | Summary, above_bytes: int) -> np.ndarray | Summary:
+    return summarize(tensor) if not isinstance(tensor, Summary) and tensor.nbytes > above_bytes else tensor
+
+
+def _summary_fields(summary: Summary) -> dict[str, Any]:
+    """All but the sketch, which is stored as a tensor."""
+    fields = {name.name: getattr(summary, name.name) for name in dataclasses.fields(summary)}
+    return {name: value for name, value in fields.items() if name != "sketch"}
+
+
+def _read(file: TensorFile, name: str, summaries: Mapping[str, Any]) -> np.ndarray | Summary:
+    if name not in summaries:
+        return file.read(name)
+    fields = summaries[name] | {"shape": tuple(summaries[name]["shape"])}
+    return Summary(**fields, sketch=file.read(name + SKETCH_SUFFIX))

@@ -1,0 +1,189 @@
+"""Trace files: order, values and origin survive; what is no trace is refused; summaries estimate distances."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import hypothesis.strategies as st
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+
+from shared_config.errors import UserError
+from shared_config.interchange.tensors import TensorFile, write_tensors
+from shared_config.interchange.traces import (
+    FORMAT_KEY,
+    META_KEY,
+    SKETCH_SIZE,
+    Summary,
+    Trace,
+    TraceMeta,
+    read_trace,
+    summarize,
+    write_trace,
+)
+from shared_config.numerics import rms
+from tests.interchange.test_weights import arrays, assert_same
+
+
+def meta(**fields: Any) -> TraceMeta:
+    given: dict[str, Any] = {"backend": "torch", "device": "cpu", "dtype": "float32", "seed": 3}
+    return TraceMeta(**{**given, "config": "[model]\ndim = 20\n", **fields})
+
+
+def example() -> Trace:
+    rng = np.random.default_rng(0)
+    tensors = {
+        "forward/token_embedding": rng.standard_normal((2, 8, 20)).astype(np.float32),
+        "forward/layers.0.attention": rng.standard_normal((2, 8, 20)).astype(np.float32),
+        "routing/layers.0.mlp.router.indices": np.arange(6, dtype=np.int32).reshape(3, 2).T,
+        "loss": np.float32(3.5) * np.ones((), np.float32),
+        "gradient/norm.weight": rng.standard_normal(20).astype(np.float32),
+    }
+    return Trace(tensors, meta())
+
+
+names = st.text("abz/.", min_size=1, max_size=6)
+
+
+@given(tensors=st.dictionaries(names, arrays(), max_size=6), data=st.data())
+def test_what_is_written_is_read_in_the_same_order(tmp_path_factory, tensors, data):
+    order = data.draw(st.permutations(list(tensors)))
+    deltas = data.draw(st.dictionaries(st.sampled_from(["float32", "bfloat16"]), st.dictionaries(names, st.floats(0))))
+    origin = meta(versions={"numpy": "2.4"}, deltas=deltas, weights_hash="ab", extra={"note": [1, None]})
+    path = tmp_path_factory.mktemp("trace") / "a.trace"
+    write_trace(path, Trace({name: tensors[name] for name in order}, origin))
+    read = read_trace(path)
+    assert list(read.tensors) == order
+    assert_same(dict(read.tensors), tensors)
+    assert read.meta == origin
+    assert read.meta.config_fields == {"model": {"dim": 20}}
+
+
+def test_tensors_stay_on_disk_until_looked_at(tmp_path):
+    write_trace(tmp_path / "a.trace", example())
+    base: Any = read_trace(tmp_path / "a.trace").tensors["forward/token_embedding"]
+    while isinstance(base.base, np.ndarray):
+        base = base.base
+    assert isinstance(base, np.memmap)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 400, -1])
+def test_a_truncated_file_is_refused_by_name(tmp_path, kept):
+    path = tmp_path / "a.trace"
+    write_trace(path, example())
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"a\.trace: can't be read as a safetensors file"):
+        read_trace(path)
+
+
+def test_what_is_no_trace_is_refused_by_name(tmp_path):
+    write_tensors(tmp_path / "weights.safetensors", {"a": np.ones(3)})
+    with pytest.raises(UserError, match=r"weights\.safetensors: is a safetensors file, but no trace"):
+        read_trace(tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match=r"absent: can't be read"):
+        read_trace(tmp_path / "absent")
+
+
+def damaged(change: Any) -> dict[str, str]:
+    content = {"order": ["a"], "summaries": {}, **meta().__dict__}
+    return {FORMAT_KEY: "1", META_KEY: json.dumps(change(content))}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({FORMAT_KEY: "7"}, "trace format = 7: must be 1"),
+        ({FORMAT_KEY: "1"}, "description of the trace is damaged: KeyError"),
+        ({FORMAT_KEY: "1", META_KEY: "{"}, "description of the trace is damaged: JSONDecodeError"),
+        (damaged(lambda content: [1]), "is damaged"),
+        (damaged(lambda content: "text"), "is damaged"),
+        (damaged(lambda content: {**content, "order": None}), "is damaged"),
+        (damaged(lambda content: {**content, "unknown": 1}), "is damaged"),
+        (damaged(lambda content: {k: v for k, v in content.items() if k != "seed"}), "is damaged"),
+        (damaged(lambda content: {**content, "order": ["a", "b"]}), "has no tensor 'b'"),
+        (damaged(lambda content: {**content, "summaries": {"a": {}}}), "is damaged"),
+    ],
+)
+def test_damage_inside_is_one_error(tmp_path, metadata, message):
+    path = tmp_path / "a.trace"
+    write_tensors(path, {"a": np.ones(3)}, metadata)
+    with pytest.raises(UserError, match=message) as caught:
+        read_trace(path)
+    assert str(path) in str(caught.value)
+
+
+def test_large_tensors_can_be_summarized(tmp_path):
+    trace = example()
+    small = trace.summarized(above_bytes=100)
+    write_trace(tmp_path / "a.trace", small)
+    read = read_trace(tmp_path / "a.trace")
+    assert list(read.tensors) == list(trace.tensors)
+    summarized = {name for name, tensor in read.tensors.items() if isinstance(tensor, Summary)}
+    assert summarized == {"forward/token_embedding", "forward/layers.0.attention"}
+    for name in summarized:
+        whole, summary = trace.tensors[name], read.tensors[name]
+        assert isinstance(whole, np.ndarray)
+        assert isinstance(summary, Summary)
+        assert (summary.shape, summary.dtype, summary.size) == (whole.shape, "float32", whole.size)
+        assert (summary.minimum, summary.maximum) == (whole.min(), whole.max())
+        assert summary.rms == rms(whole)
+        assert summary.mean == pytest.approx(whole.astype(np.float64).mean(), rel=1e-12)
+        assert np.array_equal(summary.sketch, summarize(whole).sketch)
+    assert set(TensorFile(tmp_path / "a.trace").entries) >= {f"{name}#sketch" for name in summarized}
+
+
+def test_a_hash_tells_values_shapes_and_dtypes_apart():
+    array = np.arange(6, dtype=np.float32)
+    variants = [array, array.reshape(2, 3), array.astype(np.float64), array.astype(ml_dtypes.bfloat16), array + 1]
+    assert len({summarize(variant).hash for variant in variants}) == len(variants)
+    assert summarize(array.reshape(3, 2).T).hash == summarize(array.reshape(3, 2).T.copy()).hash
+
+
+def test_nan_and_infinity_are_kept_by_place():
+    plain = np.ones(5)
+    assert summarize(plain).nonfinite_hash == ""
+    places = [np.where(np.arange(5) == at, value, plain) for at, value in [(1, np.nan), (2, np.nan), (1, np.inf)]]
+    hashes = {summarize(array).nonfinite_hash for array in (*places, -places[2])}
+    assert len(hashes) == 4
+    summary = summarize(places[0])
+    assert (summary.rms, summary.mean, summary.maximum) == (1.0, 1.0, 1.0)
+    assert np.isfinite(summary.sketch).all()
+
+
+@pytest.mark.parametrize("size", [1, 100, 3000, (1 << 20) + 777])
+@pytest.mark.parametrize("error", [1e-13, 1e-3, 10.0])
+def test_sketches_estimate_the_distance_of_tensors(size, error):
+    rng = np.random.default_rng(size)
+    x = rng.standard_normal(size)
+    y = x + error * rng.standard_normal(size)
+    between = summarize(x).sketch - summarize(y).sketch
+    estimate = np.sqrt(np.sum(between**2) / size)
+    assert estimate == pytest.approx(rms(x - y), rel=4 * np.sqrt(0.5 / SKETCH_SIZE))
+
+
+def test_the_sketch_is_a_format():
+    """Traces of different machines and versions are compared: the buckets may never change."""
+    found = summarize(np.arange(1, 5, dtype=np.float32)).sketch
+    expected = np.zeros(SKETCH_SIZE)
+    for position, value in enumerate((1.0, 2.0, 3.0, 4.0)):
+        bits = split_mix_64(position)
+        expected[bits % SKETCH_SIZE] += -value if bits >> 63 else value
+    assert np.array_equal(found, expected)
+
+
+def split_mix_64(seed: int) -> int:
+    """First output of the published generator with this state, in Python integers."""
+    mask = (1 << 64) - 1
+    z = (seed + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+def test_integers_are_summarized_by_hash_alone():
+    summary = summarize(np.arange(10))
+    assert summary.sketch.size == 0
+    assert (summary.minimum, summary.maximum) == (0.0, 9.0)
