@@ -43,6 +43,7 @@ class KVCache:
         lengths: int32 (B,), tokens seen by each row, which is the position of its next token.
         valid: bool (B, max_seq_len), or None while every token was real.
         doc_ids: int (B, max_seq_len), or None while no documents were given. Tokens written before are of document 0.
+        image_tokens: how many of the first tokens were an image's, where modalities count their positions apart; static.
     """
 
     k: jax.Array
@@ -50,6 +51,7 @@ class KVCache:
     lengths: jax.Array
     valid: jax.Array | None
     doc_ids: jax.Array | None
+    image_tokens: int
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class KVCache:
         self.lengths = jnp.zeros(batch_size, jnp.int32, device=device)
         self.valid = None
         self.doc_ids = None
+        self.image_tokens = 0
 
     @property
     def max_seq_len(self) -> int:
@@ -187,19 +190,24 @@ class KVCache:
         )
         return place.set(new.swapaxes(1, axis).astype(slots.dtype), mode="drop")
 
-    def _replace(self, **arrays: jax.Array | None) -> KVCache:
-        return self.tree_unflatten(None, [arrays.get(name, getattr(self, name)) for name in ARRAYS])
+    def after_image(self, tokens: int) -> KVCache:
+        """The same cache, knowing that its first ``tokens`` were an image's."""
+        return self.tree_unflatten(tokens, [getattr(self, name) for name in ARRAYS])
 
-    def tree_flatten_with_keys(self) -> tuple[Any, None]:
+    def _replace(self, **arrays: jax.Array | None) -> KVCache:
+        return self.tree_unflatten(self.image_tokens, [arrays.get(name, getattr(self, name)) for name in ARRAYS])
+
+    def tree_flatten_with_keys(self) -> tuple[Any, int]:
         """The arrays are the leaves."""
-        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in ARRAYS], None
+        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in ARRAYS], self.image_tokens
 
     @classmethod
-    def tree_unflatten(cls, _: None, arrays: Any) -> KVCache:
+    def tree_unflatten(cls, image_tokens: int, arrays: Any) -> KVCache:
         """A cache of these arrays."""
         cache = object.__new__(cls)
         for name, array in zip(ARRAYS, arrays, strict=True):
             setattr(cache, name, array)
+        cache.image_tokens = image_tokens
         return cache
 
 

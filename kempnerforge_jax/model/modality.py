@@ -10,7 +10,15 @@ from typing import Any
 
 import jax
 
-ARRAYS = ("inputs_embeds", "prefix_embeds", "image_features", "image_mask", "modality_ids", "key_padding_mask")
+ARRAYS = (
+    "inputs_embeds",
+    "prefix_embeds",
+    "image_features",
+    "image_mask",
+    "modality_ids",
+    "key_padding_mask",
+    "noise_seed",
+)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -26,6 +34,7 @@ class ModalityContext:
         image_mask: bool (B, N), True where cross-attention may look.
         modality_ids: int (B, S), the modality of each position, by index in the architecture's list of modalities.
         key_padding_mask: bool (B, S), True at real positions.
+        noise_seed: int (), what experts that choose tokens draw the noise of this training step from.
 
     Raises:
         ValueError: for combinations that have no meaning, inside a trace too.
@@ -38,6 +47,7 @@ class ModalityContext:
     image_mask: jax.Array | None = None
     modality_ids: jax.Array | None = None
     key_padding_mask: jax.Array | None = None
+    noise_seed: jax.Array | None = None
 
     def __post_init__(self) -> None:
         sources = self._given("inputs_embeds", "prefix_embeds", "image_features")

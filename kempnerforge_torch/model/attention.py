@@ -43,6 +43,7 @@ class KVCache:
         lengths: int32 (B,), tokens seen by each row, which is the position of its next token.
         valid: bool (B, max_seq_len), or None while every token was real.
         doc_ids: int (B, max_seq_len), or None while no documents were given. Tokens written before are of document 0.
+        image_tokens: how many of the first tokens were an image's, where modalities count their positions apart.
         static: if True, shapes don't follow the fill, and no number of the fill is kept on the host: `update` returns
             all slots, so that one compiled step serves every position.
     """
@@ -64,6 +65,7 @@ class KVCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.valid: Tensor | None = None
         self.doc_ids: Tensor | None = None
+        self.image_tokens = 0
         self.static = static
         self._most = 0  # no row is longer than this; unused if static
         self._even = not static  # all rows have length _most

@@ -22,6 +22,7 @@ class ModalityContext:
         image_mask: bool (B, N), True where cross-attention may look.
         modality_ids: int (B, S), the modality of each position, by index in the architecture's list of modalities.
         key_padding_mask: bool (B, S), True at real positions.
+        noise_seed: int (), what experts that choose tokens draw the noise of this training step from.
 
     Raises:
         ValueError: for combinations that have no meaning.
@@ -34,6 +35,7 @@ class ModalityContext:
     image_mask: Tensor | None = None
     modality_ids: Tensor | None = None
     key_padding_mask: Tensor | None = None
+    noise_seed: Tensor | None = None
 
     def __post_init__(self) -> None:
         sources = self._given("inputs_embeds", "prefix_embeds", "image_features")
