@@ -137,7 +137,7 @@ def test_large_tensors_can_be_summarized(tmp_path):
 
 def test_a_hash_tells_values_shapes_and_dtypes_apart():
     array = np.arange(6, dtype=np.float32)
-    variants = [array, array.reshape(2, 3), array.astype(np.float64), array.astype(ml_dtypes.bfloat16), array + 1]
+    variants = [array, array.reshape(2, 3), array.view(np.int32), array.astype(ml_dtypes.bfloat16), array + 1]
     assert len({summarize(variant).hash for variant in variants}) == len(variants)
     assert summarize(array.reshape(3, 2).T).hash == summarize(array.reshape(3, 2).T.copy()).hash
 
@@ -172,6 +172,10 @@ def test_the_sketch_is_a_format():
         bits = split_mix_64(position)
         expected[bits % SKETCH_SIZE] += -value if bits >> 63 else value
     assert np.array_equal(found, expected)
+    late = np.zeros((1 << 20) + 5)
+    late[-1] = 1.0
+    bits = split_mix_64(late.size - 1)
+    assert np.flatnonzero(summarize(late).sketch).tolist() == [bits % SKETCH_SIZE]
 
 
 def split_mix_64(seed: int) -> int:
