@@ -1,0 +1,235 @@
+"""The backends are twins: the same files, in each the same public names in the same order, with the same members and
+arguments. What differs on purpose stands here with its reason, and nothing stands here that does not differ.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BACKENDS = ("torch", "jax")
+IMPLIED = {"self", "cls", "rngs"}
+"""Arguments that are not compared: JAX constructors are also given ``rngs``."""
+
+FILES = {
+    "model/linear.py": "jax: torch has linear maps and lookup tables built in",
+    "model/module.py": "jax: torch's modules have named walks, hooks and casts built in",
+    "model/scan.py": "jax: stacks of layers bound compile time; torch compiles block by block",
+}
+"""Files that one backend has alone."""
+
+DIFFERENCES = {
+    "model/attention.py": {
+        "SDPA_BACKENDS": "torch: its attention has kernels to choose from",
+        "ARRAYS": "jax: the leaves of a cache, which is a pytree",
+        "KVCache.after_image": "jax: caches are values; torch sets the attribute",
+        "KVCache.tree_flatten_with_keys": "jax: pytree",
+        "KVCache.tree_unflatten": "jax: pytree",
+        "KVCache(static)": "torch: eager shapes may follow the fill; in JAX all shapes are static",
+        "KVCache.static": "torch: eager shapes may follow the fill; in JAX all shapes are static",
+        "attend(sdpa_backend)": "torch: its attention has kernels to choose from",
+        "self_attention_mask(device)": "torch: arrays are made on a device",
+    },
+    "model/cross_attention.py": {"CrossAttentionArchitecture.breaks_after": "jax: where a scan over layers must end"},
+    "model/embedding.py": {"OutputHead.forward(tied_weight)": "jax: no array belongs to two modules"},
+    "model/grouped.py": {
+        "ALIGNED_BYTES": "torch: what its fused kernel needs",
+        "LOOP_ROWS": "jax: rows of a step of the looped products, whose shapes are static",
+        "ROWS_BY_ROWS": "jax: dimension numbers of a product",
+        "looped_matmul": "jax: a product group by group without host sync; torch has it under a private name",
+        "looped_outer": "jax: as looped_matmul",
+        "ragged_matmul": "jax: XLA's own operation",
+        "ragged_outer": "jax: XLA's own operation",
+    },
+    "model/modality.py": {
+        "ARRAYS": "jax: the leaves of a context, which is a pytree",
+        "ModalityContext.tree_flatten_with_keys": "jax: pytree",
+        "ModalityContext.tree_unflatten": "jax: pytree",
+    },
+    "model/router.py": {
+        "Gate.forward(weight)": "jax: overrides Linear.forward, which may be given a tied weight",
+        "masked_mean(axis)": "jax: what torch calls dim",
+        "masked_mean(dim)": "torch: what JAX calls axis",
+    },
+    "model/state.py": {
+        "EXTENSIONS": "torch: NumPy has no bfloat16 and float8, JAX's arrays convert by themselves",
+        "State": "jax: name of a type",
+        "assign": "torch: tensors are written to, sharded ones too",
+        "merge": "jax: flat dicts cross jit, modules don't",
+        "own_tensors": "torch: tensors, which are their own variables",
+        "own_variables": "jax: variables, which hold arrays",
+        "split": "jax: flat dicts cross jit, modules don't",
+        "stack_layers": "jax: layers of a scan",
+        "unstack_layers": "jax: layers of a scan",
+        "unstack_shapes": "jax: layers of a scan",
+    },
+    "model/transformer.py": {
+        "Architecture.breaks_after": "jax: where a scan over layers must end",
+        "TransformerOutput.kv_caches": "jax: caches are values",
+        "Transformer.forward(return_stats)": "torch: hooks and compilers see forward alone, so run goes through it",
+        "Transformer.run(remat)": "jax: a transformation of the trace; torch wraps the blocks",
+        "Transformer.run(scan_layers)": "jax: a transformation of the trace",
+    },
+    "model/vision.py": {"gelu_tanh": "jax: has no such function under a name that computes in float32"},
+    "trace.py": {"Recorder(device)": "torch: models live on a device"},
+    "training/loss.py": {"CHUNK_ELEMENTS": "torch: rows that are widened at a time; XLA fuses the widening"},
+    "training/optimizer.py": {
+        "Arrays": "jax: name of a type",
+        "MOMENTS": "torch: names of the moments in its AdamW",
+        "OptimizerState": "jax: name of a type",
+        "get_optimizer_state(optimizer)": "torch: the optimiser holds its state, by tensor",
+        "get_optimizer_state(parameters)": "torch: the optimiser holds its state, by tensor",
+        "get_optimizer_state(state)": "jax: the state is a value",
+        "parameter_spec": "jax: layers of a scan",
+        "set_learning_rate": "torch: the optimiser holds the learning rate",
+        "set_optimizer_state(moments)": "jax: state is what optax calls its own",
+        "set_optimizer_state(optimizer)": "torch: the optimiser holds its state, by tensor",
+        "set_optimizer_state(parameters)": "torch: the optimiser holds its state, by tensor",
+        "update": "jax: a step is a function of values; torch's is a method of the optimiser",
+    },
+    "training/train.py": {
+        "Arrays": "jax: name of a type",
+        "MATRIX_PRODUCTS": "torch: operations that selective checkpointing keeps",
+        "REMATERIALISATION": "jax: policies of checkpointing",
+        "Recipe": "jax: what is static in a compiled step",
+        "Trainer.buffers": "jax: arrays live beside the graph",
+        "Trainer.compute_dtype": "torch: in JAX part of the recipe",
+        "Trainer.optimizer": "torch: holds its state",
+        "Trainer.optimizer_state": "jax: a value",
+        "Trainer.recipe": "jax: what is static in a compiled step",
+        "checkpoint_activations": "torch: wraps the blocks",
+        "compile_blocks": "torch: compiles block by block",
+        "compiled_evaluation": "jax: the whole evaluation is one program",
+        "compiled_step": "jax: the whole step is one program",
+        "default_device": "torch: models live on a device",
+        "log": "torch: compilation may be left out, and says so",
+        "router_key": "torch: a router has one layer",
+        "router_keys": "jax: the routers of stacked layers have several",
+    },
+}
+"""By file, what one backend has alone: a name, ``Class.member``, or an argument ``function(argument)``."""
+
+
+def test_both_backends_have_the_same_files() -> None:
+    torch_files, jax_files = (files_of(backend) for backend in BACKENDS)
+    assert torch_files ^ jax_files == set(FILES)
+
+
+def test_the_comparison_sees_a_difference(tmp_path: Path) -> None:
+    source = "A = 1\nclass B:\n  def __init__(self, x):\n    self.y = x\n  def f(self, z): ...\ndef g(a, *, b): ...\n"
+    (tmp_path / "one.py").write_text(source)
+    names = described(tmp_path / "one.py")
+    assert names == ["A", "B", "B(x)", "B.y", "B.f", "B.f(z)", "g", "g(a)", "g(b)"]
+    assert without_parts({"B", "B(x)", "B.f", "B.f(z)", "g(a)", "C.f", "C.f(z)"}) == {"B", "g(a)", "C.f"}
+
+
+def test_twins_have_the_same_names_members_and_arguments() -> None:
+    unexplained, stale = [], []
+    for file in common_files():
+        torch_names, jax_names = (set(described(path_of(backend, file))) for backend in BACKENDS)
+        found, listed = without_parts(torch_names ^ jax_names), set(DIFFERENCES.get(file, {}))
+        unexplained += [f"{file}: {name}" for name in sorted(found - listed)]
+        stale += [f"{file}: {name}" for name in sorted(listed - found)]
+    assert not unexplained, f"only one backend has {unexplained}"
+    assert not stale, f"listed as different, but in both backends or in none: {stale}"
+
+
+def test_twins_define_and_take_arguments_in_the_same_order() -> None:
+    for file in common_files():
+        torch_names, jax_names = (described(path_of(backend, file)) for backend in BACKENDS)
+        ordered = {name for name in set(torch_names) & set(jax_names) if "." not in name or "(" in name}
+        assert [n for n in torch_names if n in ordered] == [n for n in jax_names if n in ordered], file
+
+
+def test_every_reason_says_whose_it_is() -> None:
+    reasons = [*FILES.values(), *(reason for named in DIFFERENCES.values() for reason in named.values())]
+    assert all(reason.partition(": ")[0] in BACKENDS and len(reason.partition(": ")[2]) > 4 for reason in reasons)
+
+
+def test_the_same_builders_are_registered() -> None:
+    categories = ("model", "architecture", "norm", "mlp", "router", "adapter", "vision_encoder")
+    registered = {backend: registered_in(backend, categories) for backend in BACKENDS}
+    assert registered["torch"] == registered["jax"]
+    assert all(registered["torch"].values())
+
+
+def files_of(backend: str) -> set[str]:
+    package = ROOT / f"kempnerforge_{backend}"
+    return {str(path.relative_to(package)) for path in package.rglob("*.py")}
+
+
+def path_of(backend: str, file: str) -> Path:
+    return ROOT / f"kempnerforge_{backend}" / file
+
+
+def common_files() -> list[str]:
+    """Files that both backends have."""
+    return sorted(files_of("torch") & files_of("jax"))
+
+
+def described(path: Path) -> list[str]:
+    """Every public name, ``Class.member``, ``function(argument)``, ``Class.method(argument)`` of a file, in order."""
+    found: list[str] = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for name in _public(_names(node)):
+            found.append(name)
+            if isinstance(node, ast.FunctionDef):
+                found += _arguments(name, node)
+            elif isinstance(node, ast.ClassDef):
+                found += _members(name, node)
+    return found
+
+
+def without_parts(names: set[str]) -> set[str]:
+    """The names but for members and arguments of what is among the names itself."""
+    owners = {name: {name.partition(".")[0], name.partition("(")[0]} - {name} for name in names}
+    return {name for name in names if not owners[name] & names}
+
+
+def registered_in(backend: str, categories: tuple[str, ...]) -> dict[str, set[str]]:
+    """Names of the builders of the package itself, all its modules loaded; tests call theirs test_..."""
+    for file in files_of(backend):
+        importlib.import_module(f"kempnerforge_{backend}.{file.removesuffix('.py').replace('/', '.')}")
+    registry = importlib.import_module(f"kempnerforge_{backend}.registry").registry
+    return {
+        category: {name for name in registry.names(category) if not name.startswith("test_")} for category in categories
+    }
+
+
+def _members(name: str, node: ast.ClassDef) -> Iterator[str]:
+    """Methods with their arguments, class attributes, and attributes that ``__init__`` sets."""
+    for statement in node.body:
+        if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
+            yield from _arguments(name, statement)
+            yield from (f"{name}.{attribute}" for attribute in _public(_set_in(statement)))
+        for member in _public(_names(statement)):
+            yield f"{name}.{member}"
+            if isinstance(statement, ast.FunctionDef):
+                yield from _arguments(f"{name}.{member}", statement)
+
+
+def _names(node: ast.stmt) -> list[str]:
+    """What a statement defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _arguments(name: str, node: ast.FunctionDef) -> list[str]:
+    listed = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    return [f"{name}({argument.arg})" for argument in listed if argument.arg not in IMPLIED]
+
+
+def _set_in(node: ast.FunctionDef) -> Iterator[str]:
+    """Attributes that a method sets."""
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store):
+            yield inner.attr
+
+
+def _public(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not name.startswith("_")]
