@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from shared_config.commands import show
+from shared_config.commands import convert, show, trace, train
 
 
 class Command(Protocol):
@@ -20,4 +20,4 @@ class Command(Protocol):
     def run(self, options: argparse.Namespace, overrides: Sequence[str]) -> int: ...
 
 
-COMMANDS: Mapping[str, Command] = {"show": show}
+COMMANDS: Mapping[str, Command] = {"train": train, "show": show, "trace": trace, "convert": convert}

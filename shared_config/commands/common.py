@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from shared_config.commands.backends import BACKENDS
+from shared_config.contract.shrink import shrink
 from shared_config.errors import UserError
+from shared_config.loader import load_config
+from shared_config.schema.job import JobConfig
 
 WIDTH_OF_FILES = 140
 
@@ -29,10 +33,44 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", required=True, choices=tuple(BACKENDS), help="framework that does the work")
 
 
+def add_shrink(parser: argparse.ArgumentParser) -> None:
+    """The --shrink option."""
+    parser.add_argument("--shrink", action="store_true", help="keep the architecture, cut every size to a few layers")
+
+
+def load_text_config(options: argparse.Namespace, overrides: Sequence[str]) -> JobConfig:
+    """The config of a command that runs a text model, shrunk if asked for.
+
+    Raises:
+        UserError: it can't be loaded, or needs images.
+    """
+    config = load_config(options.config, overrides)
+    require_text_model(config, options.command)
+    return shrink(config) if options.shrink else config
+
+
+def not_negative(text: str) -> int:
+    """Type of options that are counts."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number}: must be at least 0")
+    return number
+
+
 def console() -> Console:
     """The terminal; tables that go to a file or a pipe are not squeezed into 80 columns."""
     terminal = Console(highlight=False)
     return terminal if terminal.is_terminal else Console(highlight=False, width=WIDTH_OF_FILES)
+
+
+def require_text_model(config: JobConfig, command: str) -> None:
+    """Refuse a config whose model needs images.
+
+    Raises:
+        UserError: naming the architecture.
+    """
+    if config.vlm is not None:
+        raise UserError(f"vlm.arch = {config.vlm.arch!r}: {command} takes text models only, without a [vlm] section")
 
 
 def writable_folder(path: str | Path) -> Path:

@@ -6,8 +6,6 @@ from 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from shared_config.contract.initialise import stream
@@ -15,7 +13,7 @@ from shared_config.contract.parameters import ParameterSpec, ParameterTable
 
 IGNORED_LABEL = -100
 BIAS_RANGE = 0.2
-CHUNK_SIZES = (1, 3, 7)
+CHUNK_SIZES = (1, 7)
 
 
 def validation_weights(table: ParameterTable, seed: int) -> dict[str, np.ndarray]:
@@ -39,19 +37,17 @@ def validation_labels(tokens: np.ndarray) -> np.ndarray:
     return labels
 
 
-def chunkings(length: int, seed: int) -> Iterator[tuple[int, ...]]:
+def chunkings(length: int, seed: int) -> dict[str, tuple[int, ...]]:
     """Ways to feed ``length`` tokens to a cache: a token at a time, a long prefill and then steps, and drawn chunks.
 
     Chunk sizes are few, as every size is a shape that JAX compiles.
     """
     prefill = max(length - 3, 1)
-    yield (1,) * length
-    yield (prefill, *(1,) * (length - prefill))
     draw = stream(seed, "validation/chunks")
     drawn: list[int] = []
     while (left := length - sum(drawn)) > 0:
         drawn.append(int(draw.choice([size for size in CHUNK_SIZES if size <= left])))
-    yield tuple(drawn)
+    return {"single": (1,) * length, "prefill": (prefill, *(1,) * (length - prefill)), "drawn": tuple(drawn)}
 
 
 def _value(name: str, spec: ParameterSpec, seed: int) -> np.ndarray:

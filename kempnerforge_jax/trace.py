@@ -1,0 +1,207 @@
+"""One forward, backward and optimiser step of a config, with every named activation: a recording to be compared."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kempnerforge_jax.model.attention import KVCache
+from kempnerforge_jax.model.hooks import capture
+from kempnerforge_jax.model.module import Module, named_modules, observing
+from kempnerforge_jax.model.state import from_numpy, get_state, merge, split, to_numpy
+from kempnerforge_jax.registry import registry
+from kempnerforge_jax.training.loss import mean_cross_entropy, router_losses
+from kempnerforge_jax.training.optimizer import build_optimizer, clip_by_global_norm, update
+from kempnerforge_jax.training.train import matmul_precision
+from shared_config.contract.initialise import state_hash
+from shared_config.contract.parameters import parameter_table
+from shared_config.contract.schedule import scheduled_learning_rate
+from shared_config.contract.validation import chunkings
+from shared_config.interchange.traces import Trace
+from shared_config.interchange.weights import check_tensors
+from shared_config.recording import Arrays, Recording, Request, make_request, make_trace
+from shared_config.schema.job import JobConfig
+
+Tensors = dict[str, jax.Array]
+
+DTYPES = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def record(
+    config: JobConfig,
+    *,
+    dtype: str = "float64",
+    seed: int = 0,
+    weights: str | Mapping[str, np.ndarray] = "validation",
+    tokens: np.ndarray | None = None,
+    deltas: bool = True,
+    device: str | None = None,
+) -> Trace:
+    """Run the model of a config once and keep everything that has a name.
+
+    JAX's 64 bits are switched on for the time of a float64 recording, and off for others.
+
+    Args:
+        dtype: of the arithmetic; "bfloat16" computes on a rounded copy of float32 masters.
+        weights: "validation", "init" (the seeded initial weights), or arrays by name.
+        tokens: int (B, S); drawn from the seed if None.
+        deltas: in float64, also measure how far rounding the weights moves each result.
+        device: platform, as "cpu"; None is JAX's default.
+
+    Raises:
+        UserError: unknown dtype, tokens or weights that don't fit the config.
+    """
+    request = make_request(config, dtype=dtype, seed=seed, weights=weights, tokens=tokens)
+    table = parameter_table(config.model, config.vlm)
+    check_tensors(request.weights, table)
+    place = jax.devices(device)[0]
+    precision = matmul_precision(config.train.matmul_precision)
+    with jax.enable_x64(dtype == "float64"), jax.default_device(place), precision:
+        builder = registry.get("model", config.model.model_type)
+        model = nnx.eval_shape(lambda: builder(config.model, vlm_config=config.vlm, rngs=nnx.Rngs(0)))
+        model.init_weights_and_freqs(seed)
+        initial_hash = state_hash({name: to_numpy(array) for name, array in get_state(model).items()})
+        recorder = Recorder(model, request)
+        recording = recorder.run(request.weights)
+        if dtype != "bfloat16":
+            recording.decoded = recorder.decode(request.weights)
+        run = recorder.run if deltas and dtype == "float64" else None
+        return make_trace(request, recording, run, backend="jax", device=place.device_kind, initial_hash=initial_hash)
+
+
+class Recorder:
+    """A model that is run with weights from outside: its own values are never used."""
+
+    def __init__(self, model: nnx.Module, request: Request):
+        self.graphdef, params, buffers = split(model)
+        self.config = request.config
+        self.request = request
+        self.table = parameter_table(request.config.model, request.config.vlm)
+        self.compute_dtype = DTYPES[request.dtype]
+        self.master_dtype = jnp.float64 if request.dtype == "float64" else jnp.float32
+        self.trained = [name for name in self.table if name in params]
+        self.tables = {name: array for name, array in buffers.items() if name not in self.table}
+        self._compiled_run = jax.jit(self._run)
+        self._compiled_chunk = jax.jit(self._chunk)
+
+    def run(self, weights: Arrays) -> Recording:
+        """Forward with every activation, loss, gradients and one update, in one jit."""
+        computed = self._compiled_run(self._masters(weights), self.request.tokens, self.request.labels)
+        return Recording(**jax.tree.map(to_numpy, computed))
+
+    def decode(self, weights: Arrays) -> Arrays:
+        """Logits of the same tokens, fed to a cache in chunks."""
+        masters = self._masters(weights)
+        return {
+            name: to_numpy(self._decode(masters, self.request.tokens, chunks))
+            for name, chunks in chunkings(self.request.tokens.shape[1], self.request.seed).items()
+        }
+
+    def _run(self, masters: Tensors, tokens: jax.Array, labels: jax.Array) -> dict[str, Any]:
+        """The fields of `Recording`, in mappings whose order JAX keeps."""
+        trained = {name: masters[name] for name in self.trained}
+        buffers = {name: array for name, array in masters.items() if name not in trained}
+
+        def objective(trained: Tensors) -> tuple[jax.Array, Any]:
+            model = self._model({**trained, **buffers})
+            with capture(model) as activations, chosen_experts(model) as choices:
+                output = model.run(tokens)
+            routing = {**choices, **counted(output.stats)}
+            loss = self._loss(output.logits, output.stats, labels)
+            return loss, (OrderedDict(flatten(activations)), OrderedDict(routing))
+
+        (loss, (activations, routing)), gradients = jax.value_and_grad(objective, has_aux=True)(trained)
+        updated = self._update(trained, gradients)
+        return {
+            "loss": loss,
+            "activations": activations,
+            "routing": routing,
+            "gradients": OrderedDict((name, gradients[name]) for name in self.trained),
+            "updated": OrderedDict((name, updated[name]) for name in self.trained),
+        }
+
+    def _decode(self, masters: Tensors, tokens: np.ndarray, chunks: Sequence[int]) -> jax.Array:
+        model = self.config.model
+        caches = [
+            KVCache(len(tokens), tokens.shape[1], model.kv_heads, model.head_size, self.compute_dtype)
+            for _ in range(model.n_layers)
+        ]
+        pieces = []
+        for piece in np.split(tokens, np.cumsum(chunks)[:-1], axis=1):
+            logits, caches = self._compiled_chunk(masters, piece, caches)
+            pieces.append(logits)
+        return jnp.concatenate(pieces, axis=1)
+
+    def _chunk(self, masters: Tensors, tokens: jax.Array, caches: list[KVCache]) -> tuple[jax.Array, Any]:
+        output = self._model(masters).run(tokens, kv_caches=caches)
+        return output.logits, output.kv_caches
+
+    def _model(self, masters: Tensors) -> Any:
+        """The model with its values in the dtypes of the arithmetic."""
+        copy = {name: array.astype(self._compute_dtype_of(name)) for name, array in masters.items()}
+        params = {name: copy[name] for name in self.trained}
+        buffers = {name: array for name, array in copy.items() if name not in params}
+        return merge(self.graphdef, params, {**buffers, **self.tables})
+
+    def _loss(self, logits: jax.Array, stats: dict[int, Any], labels: jax.Array) -> jax.Array:
+        """The training objective: cross entropy and, with experts, the weighted losses of routers."""
+        aux_loss, z_loss = router_losses(stats)
+        model = self.config.model
+        return (
+            mean_cross_entropy(logits, labels)
+            + model.moe_aux_loss_weight * aux_loss
+            + model.moe_router_z_loss_weight * z_loss
+        )
+
+    def _update(self, masters: Tensors, gradients: Tensors) -> Tensors:
+        """The parameters after the first step of a run."""
+        optimizer = build_optimizer(masters, self.table, self.config.optimizer)
+        clipped, _ = clip_by_global_norm(gradients, self.config.train.grad_clip_norm)
+        lr = jnp.asarray(scheduled_learning_rate(self.config, 0), self.master_dtype)
+        return update(optimizer, dict(clipped), optimizer.init(masters), masters, lr)[0]
+
+    def _masters(self, weights: Arrays) -> Tensors:
+        return {name: from_numpy(weights[name], self.master_dtype) for name in self.table}
+
+    def _compute_dtype_of(self, name: str) -> Any:
+        spec = self.table[name]
+        return self.master_dtype if spec.full_precision or spec.is_buffer else self.compute_dtype
+
+
+def flatten(activations: Mapping[str, Any]) -> Tensors:
+    """Outputs by modality get names of their own."""
+    flat: Tensors = {}
+    for name, value in activations.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten({f"{name}.{key}": part for key, part in value.items()}))
+        elif isinstance(value, jax.Array):
+            flat[name] = value
+    return flat
+
+
+@contextlib.contextmanager
+def chosen_experts(model: nnx.Module) -> Iterator[Tensors]:
+    """Collect what each router's call gives second, the experts chosen, under "<path of the router>.indices"."""
+    name_of = {id(module): name for name, module in named_modules(model) if name.endswith(".router")}
+    choices: Tensors = {}
+
+    def keep(module: Module, output: Any) -> None:
+        if id(module) in name_of and isinstance(output, tuple):
+            choices[f"{name_of[id(module)]}.indices"] = output[1]
+
+    with observing(keep):
+        yield choices
+
+
+def counted(stats: Any, path: str = "layers") -> Tensors:
+    """The numbers of routers' stats, nested by layer and maybe modality, under dotted names."""
+    if isinstance(stats, Mapping):
+        return {name: array for key, value in stats.items() for name, array in counted(value, f"{path}.{key}").items()}
+    return {f"{path}.{name}": value for name, value in stats._asdict().items()}

@@ -1,0 +1,196 @@
+"""One forward, backward and optimiser step of a config, with every named activation: a recording to be compared."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kempnerforge_torch.model.attention import KVCache
+from kempnerforge_torch.model.hooks import capture
+from kempnerforge_torch.model.state import from_numpy, get_state, own_tensors, to_numpy
+from kempnerforge_torch.registry import registry
+from kempnerforge_torch.training.loss import mean_cross_entropy, router_losses
+from kempnerforge_torch.training.optimizer import build_optimizer, clip_by_global_norm, set_learning_rate
+from kempnerforge_torch.training.train import default_device, matmul_precision
+from shared_config.contract.initialise import state_hash
+from shared_config.contract.parameters import parameter_table
+from shared_config.contract.schedule import scheduled_learning_rate
+from shared_config.contract.validation import chunkings
+from shared_config.interchange.traces import Trace
+from shared_config.interchange.weights import check_tensors
+from shared_config.recording import Arrays, Recording, Request, make_request, make_trace
+from shared_config.schema.job import JobConfig
+
+Tensors = dict[str, Tensor]
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def record(
+    config: JobConfig,
+    *,
+    dtype: str = "float64",
+    seed: int = 0,
+    weights: str | Mapping[str, np.ndarray] = "validation",
+    tokens: np.ndarray | None = None,
+    deltas: bool = True,
+    device: str | None = None,
+) -> Trace:
+    """Run the model of a config once and keep everything that has a name.
+
+    Args:
+        dtype: of the arithmetic; "bfloat16" computes on a rounded copy of float32 masters.
+        weights: "validation", "init" (the seeded initial weights), or arrays by name.
+        tokens: int (B, S); drawn from the seed if None.
+        deltas: in float64, also measure how far rounding the weights moves each result.
+        device: as "cpu" or "cuda:1"; None is the accelerator, if there is one.
+
+    Raises:
+        UserError: unknown dtype, tokens or weights that don't fit the config.
+    """
+    request = make_request(config, dtype=dtype, seed=seed, weights=weights, tokens=tokens)
+    table = parameter_table(config.model, config.vlm)
+    check_tensors(request.weights, table)
+    with torch.random.fork_rng(devices=[]):
+        model = registry.get("model", config.model.model_type)(config.model, vlm_config=config.vlm)
+    model.init_weights_and_freqs(seed)
+    initial_hash = state_hash({name: to_numpy(tensor) for name, tensor in get_state(model).items()})
+    place = default_device() if device is None else torch.device(device)
+    recorder = Recorder(model.to(place), request, place)
+    with matmul_precision(config.train.matmul_precision):
+        recording = recorder.run(request.weights)
+        if dtype != "bfloat16":
+            recording.decoded = recorder.decode(request.weights)
+        run = recorder.run if deltas and dtype == "float64" else None
+        return make_trace(
+            request, recording, run, backend="torch", device=device_name(place), initial_hash=initial_hash
+        )
+
+
+class Recorder:
+    """A model that is run with weights from outside: its own values are never used."""
+
+    def __init__(self, model: nn.Module, request: Request, device: torch.device):
+        self.model = model
+        self.config = request.config
+        self.request = request
+        self.device = device
+        self.table = parameter_table(request.config.model, request.config.vlm)
+        self.compute_dtype = DTYPES[request.dtype]
+        self.master_dtype = torch.float64 if request.dtype == "float64" else torch.float32
+        self.trained = [name for name, tensor in own_tensors(model).items() if isinstance(tensor, nn.Parameter)]
+
+    def run(self, weights: Arrays) -> Recording:
+        """Forward with every activation, loss, gradients and one update."""
+        state = self._masters(weights)
+        masters = {name: state[name].requires_grad_() for name in self.trained}
+        tokens, labels = self._integers(self.request.tokens), self._integers(self.request.labels)
+        with capture(self.model) as activations, chosen_experts(self.model) as choices:
+            logits, stats = self._call(state, tokens)
+        loss = self._loss(logits, stats, labels)
+        gradients = dict(zip(masters, torch.autograd.grad(loss, list(masters.values())), strict=True))
+        return Recording(
+            loss=to_numpy(loss),
+            activations={name: to_numpy(tensor) for name, tensor in flatten(activations).items()},
+            routing={name: to_numpy(tensor) for name, tensor in {**choices, **counted(stats)}.items()},
+            gradients={name: to_numpy(gradient).copy() for name, gradient in gradients.items()},
+            updated={name: to_numpy(tensor) for name, tensor in self._update(masters, gradients).items()},
+        )
+
+    @torch.no_grad()
+    def decode(self, weights: Arrays) -> Arrays:
+        """Logits of the same tokens, fed to a cache in chunks."""
+        state = self._masters(weights)
+        tokens = self._integers(self.request.tokens)
+        return {
+            name: to_numpy(self._decode(state, tokens, chunks))
+            for name, chunks in chunkings(tokens.shape[1], self.request.seed).items()
+        }
+
+    def _decode(self, state: Tensors, tokens: Tensor, chunks: Sequence[int]) -> Tensor:
+        model = self.config.model
+        caches = [
+            KVCache(len(tokens), tokens.shape[1], model.kv_heads, model.head_size, self.compute_dtype, self.device)
+            for _ in range(model.n_layers)
+        ]
+        pieces = [self._call(state, piece, kv_caches=caches)[0] for piece in tokens.split(list(chunks), dim=1)]
+        return torch.cat(pieces, dim=1)
+
+    def _call(self, state: Tensors, tokens: Tensor, **arguments: Any) -> tuple[Tensor, dict[int, Any]]:
+        copy = {name: tensor.to(self._compute_dtype_of(name)) for name, tensor in state.items()}
+        return torch.func.functional_call(self.model, copy, (tokens,), {**arguments, "return_stats": True})
+
+    def _loss(self, logits: Tensor, stats: dict[int, Any], labels: Tensor) -> Tensor:
+        """The training objective: cross entropy and, with experts, the weighted losses of routers."""
+        aux_loss, z_loss = router_losses(stats)
+        model = self.config.model
+        return (
+            mean_cross_entropy(logits, labels)
+            + model.moe_aux_loss_weight * aux_loss
+            + model.moe_router_z_loss_weight * z_loss
+        )
+
+    def _update(self, masters: Tensors, gradients: Tensors) -> Tensors:
+        """The parameters after the first step of a run."""
+        optimizer = build_optimizer(masters, self.table, self.config.optimizer)
+        set_learning_rate(optimizer, scheduled_learning_rate(self.config, 0))
+        clipped, _ = clip_by_global_norm(gradients, self.config.train.grad_clip_norm)
+        for name, master in masters.items():
+            master.grad = clipped[name]
+        optimizer.step()
+        return masters
+
+    def _masters(self, weights: Arrays) -> Tensors:
+        return {name: from_numpy(weights[name]).to(self.device, self.master_dtype, copy=True) for name in self.table}
+
+    def _compute_dtype_of(self, name: str) -> torch.dtype:
+        spec = self.table[name]
+        return self.master_dtype if spec.full_precision or spec.is_buffer else self.compute_dtype
+
+    def _integers(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device, torch.long)
+
+
+def device_name(device: torch.device) -> str:
+    """The model of an accelerator, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def flatten(activations: Mapping[str, Any]) -> Tensors:
+    """Outputs by modality get names of their own."""
+    flat: Tensors = {}
+    for name, value in activations.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten({f"{name}.{key}": part for key, part in value.items()}))
+        elif isinstance(value, Tensor):
+            flat[name] = value
+    return flat
+
+
+@contextlib.contextmanager
+def chosen_experts(model: nn.Module) -> Iterator[Tensors]:
+    """Collect what each router's call gives second, the experts chosen, under "<path of the router>.indices"."""
+    choices: Tensors = {}
+
+    def keep(name: str, output: Any) -> None:
+        if isinstance(output, tuple):
+            choices[f"{name}.indices"] = output[1]
+
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name.endswith(".router"):
+                handle = module.register_forward_hook(lambda _module, _inputs, output, name=name: keep(name, output))
+                hooks.callback(handle.remove)
+        yield choices
+
+
+def counted(stats: Any, path: str = "layers") -> Tensors:
+    """The numbers of routers' stats, nested by layer and maybe modality, under dotted names."""
+    if isinstance(stats, Mapping):
+        return {name: value for key, part in stats.items() for name, value in counted(part, f"{path}.{key}").items()}
+    return {f"{path}.{name}": value for name, value in stats._asdict().items()}

@@ -1,0 +1,90 @@
+"""``kempnerforge trace``: every activation, gradient and update of one step, in a file to be compared anywhere."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from shared_config.commands.backends import backend_module, require_backend
+from shared_config.commands.common import (
+    add_backend,
+    add_config,
+    add_shrink,
+    load_text_config,
+    not_negative,
+    writable_file,
+)
+from shared_config.contract.parameters import parameter_table
+from shared_config.errors import UserError
+from shared_config.interchange.traces import write_trace
+from shared_config.interchange.weights import load_weights
+from shared_config.recording import DTYPES, WEIGHTS
+from shared_config.schema.job import JobConfig
+
+HELP = "write every activation, gradient and loss of one step to a file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    add_backend(parser)
+    parser.add_argument("--output", required=True, metavar="FILE", help="the trace, a .safetensors file")
+    parser.add_argument("--dtype", default="float64", choices=DTYPES, help="of the arithmetic (default: float64)")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of weights and tokens (default: 0)")
+    parser.add_argument(
+        "--weights",
+        default="validation",
+        metavar="WHICH",
+        help="validation (default), init (the seeded initial weights), or a file or folder of native weights",
+    )
+    parser.add_argument("--tokens", metavar="IDS", help="a .npy file of shape (batch, sequence), or ids as in 1,2,3")
+    parser.add_argument("--device", help="cpu, cuda, tpu ... (default: the backend's own)")
+    parser.add_argument("--summary", type=not_negative, metavar="BYTES", help="keep of larger tensors a summary only")
+    add_shrink(parser)
+
+
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    config = load_text_config(options, overrides)
+    output = writable_file(options.output)
+    weights = load_given_weights(options.weights, config)
+    tokens = None if options.tokens is None else read_tokens(options.tokens)
+    require_backend(options.backend)
+    trace = backend_module(options.backend, "trace").record(
+        config, dtype=options.dtype, seed=options.seed, weights=weights, tokens=tokens, device=options.device
+    )
+    if options.summary is not None:
+        trace = trace.summarized(options.summary)
+    write_trace(output, trace)
+    return 0
+
+
+def load_given_weights(which: str, config: JobConfig) -> str | Mapping[str, np.ndarray]:
+    """A kind of weights by name, or the weights of a file that fits the config.
+
+    Raises:
+        UserError: no such kind or file, or tensors that do not fit.
+    """
+    if which in WEIGHTS:
+        return which
+    if not Path(which).exists():
+        raise UserError(f"--weights = {which!r}: must be one of {', '.join(WEIGHTS)}, or an existing file or folder")
+    return load_weights(which, parameter_table(config.model, config.vlm))
+
+
+def read_tokens(text: str) -> np.ndarray:
+    """Token ids of a .npy file, or of a list, which is one row.
+
+    Raises:
+        UserError: neither.
+    """
+    if text.endswith(".npy"):
+        try:
+            return np.load(text, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"--tokens = {text!r}: can't be read as a .npy file: {error}") from None
+    try:
+        return np.array([[int(number) for number in text.split(",")]])
+    except (ValueError, OverflowError):
+        raise UserError(f"--tokens = {text!r}: must be a .npy file or integers as in 1,2,3") from None

@@ -1,0 +1,196 @@
+"""What the recorders of both backends share: the inputs of a trace, its perturbation deltas and its metadata.
+
+Shapes: B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shared_config.contract.initialise import initial_values, state_hash
+from shared_config.contract.parameters import parameter_table
+from shared_config.contract.validation import chunkings, validation_labels, validation_tokens, validation_weights
+from shared_config.errors import UserError
+from shared_config.interchange import traces
+from shared_config.interchange.checkpoint import installed_versions
+from shared_config.interchange.traces import Trace, TraceMeta
+from shared_config.loader import config_to_toml
+from shared_config.numerics import UNIT_ROUNDOFF, perturbation_delta
+from shared_config.schema.job import JobConfig
+
+DTYPES = ("float64", "float32", "bfloat16")
+WEIGHTS = ("validation", "init")
+BATCH, LENGTH, LONGEST, BEYOND_WINDOW = 2, 24, 128, 8
+LOGITS = f"{traces.FORWARD}/output_head"
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be recorded.
+
+    Attributes:
+        weights: float32, or as they were given, by name of the parameter table.
+        origin: "validation", "init" or "given".
+        tokens, labels: int32 (B, S).
+    """
+
+    config: JobConfig
+    dtype: str
+    seed: int
+    weights: Arrays
+    origin: str
+    tokens: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass
+class Recording:
+    """What one forward, backward and optimiser step computed, on the host.
+
+    Attributes:
+        activations: in execution order.
+        routing: what routers decided and counted; empty without experts.
+        gradients: of every parameter.
+        updated: parameters after the step.
+        decoded: logits of cached decoding, by chunking.
+    """
+
+    loss: np.ndarray
+    activations: Arrays
+    routing: Arrays
+    gradients: Arrays
+    updated: Arrays
+    decoded: Arrays = field(default_factory=dict)
+
+    def tensors(self) -> Arrays:
+        """Every array by its name in a trace, in execution order."""
+        groups = {
+            traces.FORWARD: self.activations,
+            traces.ROUTING: self.routing,
+            traces.LOSS: {"": self.loss},
+            traces.GRADIENT: self.gradients,
+            traces.UPDATED: self.updated,
+            traces.DECODE: self.decoded,
+        }
+        return {
+            f"{group}/{name}".rstrip("/"): array for group, arrays in groups.items() for name, array in arrays.items()
+        }
+
+
+def make_request(
+    config: JobConfig,
+    *,
+    dtype: str,
+    seed: int,
+    weights: str | Mapping[str, np.ndarray] = "validation",
+    tokens: np.ndarray | None = None,
+) -> Request:
+    """Check what was asked for and draw what was not given.
+
+    Args:
+        weights: "validation" (`validation_weights`), "init" (the seeded initial weights), or values by name.
+        tokens: int (B, S); by default drawn from the seed, long enough to cross a sliding window.
+
+    Raises:
+        UserError: unknown dtype, tokens that the model can't take, or a config that no trace covers.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
+    if tokens is None:
+        tokens = validation_tokens(config.model.vocab_size, BATCH, default_length(config), seed)
+    check_tokens(tokens, config)
+    tokens = tokens.astype(np.int32)
+    origin = weights if isinstance(weights, str) else "given"
+    return Request(config, dtype, seed, _weights(config, weights, seed), origin, tokens, validation_labels(tokens))
+
+
+def default_length(config: JobConfig) -> int:
+    """Positions of a drawn sequence: past the sliding window if that is not too far."""
+    window = config.model.sliding_window or 0
+    return min(config.model.max_seq_len, max(LENGTH, min(window + BEYOND_WINDOW, LONGEST)))
+
+
+def check_tokens(tokens: np.ndarray, config: JobConfig) -> None:
+    """Refuse what is no (B, S) array of ids that fits the model.
+
+    Raises:
+        UserError: naming the first id outside the vocabulary, or the length that is too large.
+    """
+    model = config.model
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.size == 0:
+        raise UserError(f"tokens: {tokens.dtype} of shape {tokens.shape}: must be integers of shape (batch, sequence)")
+    if tokens.shape[1] > model.max_seq_len:
+        raise UserError(f"tokens: {tokens.shape[1]} positions; must be at most model.max_seq_len = {model.max_seq_len}")
+    outside = np.argwhere((tokens < 0) | (tokens >= model.vocab_size))
+    if len(outside):
+        row, position = (int(i) for i in outside[0])
+        raise UserError(
+            f"tokens: id {tokens[row, position]} in row {row}, position {position} is outside the vocabulary; "
+            f"must be in [0, {model.vocab_size}), model.vocab_size"
+        )
+
+
+def make_trace(
+    request: Request,
+    recording: Recording,
+    run: Callable[[Arrays], Recording] | None,
+    *,
+    backend: str,
+    device: str,
+    initial_hash: str,
+) -> Trace:
+    """The trace of a recording, and where it comes from.
+
+    Args:
+        run: gives the recording of other weights, in float64; None to leave the deltas out.
+        initial_hash: of the seeded initial weights as this backend drew them.
+    """
+    meta = TraceMeta(
+        backend=backend,
+        device=device,
+        dtype=request.dtype,
+        seed=request.seed,
+        config=config_to_toml(request.config),
+        machine=platform.platform(),
+        versions=installed_versions(),
+        weights=request.origin,
+        weights_hash=state_hash(request.weights),
+        tokens_hash=state_hash({"tokens": request.tokens}),
+        initial_hash=initial_hash,
+        deltas={} if run is None else perturbation_deltas(run, request),
+    )
+    return Trace(recording.tensors(), meta)
+
+
+def perturbation_deltas(run: Callable[[Arrays], Recording], request: Request) -> dict[str, dict[str, float]]:
+    """Dtype -> name of a tensor -> how far rounding the weights to that dtype moves the float64 result.
+
+    Cached decoding is the same function as the forward, and has the delta of its logits.
+    """
+
+    def tensors(weights: Arrays) -> Arrays:
+        return {name: array for name, array in run(weights).tensors().items() if array.dtype.kind == "f"}
+
+    roundoffs = {dtype: UNIT_ROUNDOFF[dtype] for dtype in DTYPES}
+    deltas = {
+        dtype: perturbation_delta(tensors, request.weights, u, seed=request.seed) for dtype, u in roundoffs.items()
+    }
+    names = chunkings(request.tokens.shape[1], request.seed)
+    return {dtype: own | {f"{traces.DECODE}/{name}": own[LOGITS] for name in names} for dtype, own in deltas.items()}
+
+
+def _weights(config: JobConfig, weights: str | Mapping[str, np.ndarray], seed: int) -> Arrays:
+    table = parameter_table(config.model, config.vlm)
+    if weights == "validation":
+        return validation_weights(table, seed)
+    if weights == "init":
+        return dict(initial_values(table, seed))
+    if isinstance(weights, str):
+        raise UserError(f"weights = {weights!r}: must be one of {', '.join(WEIGHTS)}")
+    return {name: np.asarray(value) for name, value in weights.items()}
