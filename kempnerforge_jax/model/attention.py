@@ -43,7 +43,8 @@ class KVCache:
         lengths: int32 (B,), tokens seen by each row, which is the position of its next token.
         valid: bool (B, max_seq_len), or None while every token was real.
         doc_ids: int (B, max_seq_len), or None while no documents were given. Tokens written before are of document 0.
-        image_tokens: how many of the first tokens were an image's, where modalities count their positions apart; static.
+        image_tokens: how many of the first tokens were an image's, where modalities count their positions apart;
+            static.
     """
 
     k: jax.Array

@@ -47,7 +47,7 @@ class Module(nnx.Module):
     def to(self, dtype: Any) -> Self:
         """Cast all floating-point parameters, in place, and all buffers, these to at least float32."""
         for _, variable in named_variables(self):
-            value = variable.get_value()
+            value: Any = variable.get_value()
             if isinstance(variable, Table) or not jnp.issubdtype(value.dtype, jnp.floating):
                 continue
             own = jnp.promote_types(dtype, jnp.float32) if isinstance(variable, Buffer) else dtype
