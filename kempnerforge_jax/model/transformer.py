@@ -122,10 +122,11 @@ class Architecture:
         self,
         model: Transformer,
         inputs: dict[str, Any],
+        x: jax.Array,
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
     ) -> dict[str, Any]:
-        """The keyword arguments of every block, from those of the plain one."""
+        """The keyword arguments of every block, from those of the plain one and the stream ``x`` that enters."""
         return inputs
 
     def breaks_after(self, layer_idx: int) -> bool:
@@ -179,7 +180,8 @@ class Transformer(Module):
 
     def init_weights_and_freqs(self, seed: int | None = None, *, rngs: nnx.Rngs | None = None) -> None:
         """Set every parameter, buffer and rotary table, e.g. of a model from `nnx.eval_shape`; see `init_weights`."""
-        self.rope.reset()
+        for _, module in self._having("reset"):
+            module.reset()
         init_weights(self, self.config, seed, rngs=rngs)
 
     def forward(
@@ -324,7 +326,7 @@ class Transformer(Module):
             "doc_ids": doc_ids,
             "key_padding_mask": modality.key_padding_mask,
         }
-        return self.architecture.block_inputs(self, inputs, modality, kv_caches)
+        return self.architecture.block_inputs(self, inputs, x, modality, kv_caches)
 
     def _checked_cache(self, kv_caches: Sequence[KVCache], length: int) -> KVCache:
         """The first cache: all have the same fill."""

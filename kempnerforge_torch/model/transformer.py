@@ -108,10 +108,11 @@ class Architecture:
         self,
         model: Transformer,
         inputs: dict[str, Any],
+        x: Tensor,
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
     ) -> dict[str, Any]:
-        """The keyword arguments of every block, from those of the plain one."""
+        """The keyword arguments of every block, from those of the plain one and the stream ``x`` that enters."""
         return inputs
 
     def after_block(self, model: Transformer, layer_idx: int, x: Tensor, modality: ModalityContext) -> Tensor:
@@ -292,7 +293,7 @@ class Transformer(nn.Module):
             "doc_ids": doc_ids,
             "key_padding_mask": modality.key_padding_mask,
         }
-        return self.architecture.block_inputs(self, inputs, modality, kv_caches)
+        return self.architecture.block_inputs(self, inputs, x, modality, kv_caches)
 
     def _checked_cache(self, kv_caches: Sequence[KVCache], length: int) -> KVCache:
         """The first cache: all have the same fill."""

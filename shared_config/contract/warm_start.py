@@ -1,0 +1,49 @@
+"""Where the weights of a mixture of transformers come from when it starts from a dense text model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from shared_config.contract.parameters import ParameterTable, aliases, parameter_table
+from shared_config.errors import UserError
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.vlm import MoTConfig
+
+RENAMED = {"attn_norm": "attention_norm", "attn": "attention"}
+
+
+def text_source(name: str, modalities: tuple[str, ...]) -> str:
+    """The tensor of the text model that a tensor of the mixture starts as: the same for every modality."""
+    one_of = "|".join(re.escape(modality) for modality in modalities)
+    name = re.sub(rf"^mot_norms\.({one_of})\.", "norm.", name)
+    found = re.fullmatch(rf"(layers\.\d+)\.(\w+)\.(?:(\w+_proj|q_norm|k_norm)\.)?({one_of})\.(.+)", name)
+    if found is None:
+        return name
+    layer, part, projection, _, rest = found.groups()
+    return ".".join(filter(None, (layer, RENAMED.get(part, part), projection, rest)))
+
+
+def warm_start_state(config: ModelConfig, vlm: MoTConfig, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of the mixture, each tensor that of its source.
+
+    Args:
+        state: of the dense (or mixture-of-experts) text model, by native names.
+
+    Raises:
+        UserError: listing every source that is missing or misshapen, and every tensor that would go unused.
+    """
+    table: ParameterTable = parameter_table(config, vlm)
+    sources = {name: text_source(name, vlm.mot_modalities) for name in table}
+    problems = [f"{source}: missing" for source in dict.fromkeys(sources.values()) if source not in state]
+    problems += [
+        f"{source}.shape = {tuple(state[source].shape)}: {name} needs {table[name].shape}"
+        for name, source in sources.items()
+        if source in state and tuple(state[source].shape) != table[name].shape
+    ]
+    unused = set(state) - set(sources.values()) - set(aliases(config))
+    problems += [f"{name}: has no place in the mixture" for name in sorted(unused)]
+    if problems:
+        raise UserError("the text model doesn't fit the mixture of transformers:\n" + "\n".join(problems))
+    return {name: state[source] for name, source in sources.items()}
