@@ -78,7 +78,9 @@ def set_optimizer_state(state: OptimizerState, moments: Mapping[str, Any], step:
     return (adam._replace(count=count, mu=mu, nu=nu), *state[1:])
 
 
-def clip_by_global_norm(gradients: Mapping[str, jax.Array], max_norm: float) -> tuple[Mapping[str, jax.Array], jax.Array]:
+def clip_by_global_norm(
+    gradients: Mapping[str, jax.Array], max_norm: float
+) -> tuple[Mapping[str, jax.Array], jax.Array]:
     """All gradients times max_norm / max(norm, max_norm); ``max_norm`` 0 leaves them as they are.
 
     Returns:

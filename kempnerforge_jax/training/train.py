@@ -18,6 +18,7 @@ from flax import nnx
 from rich.console import Console
 
 from kempnerforge_jax.model.module import named_modules
+from kempnerforge_jax.model.router import training_progress
 from kempnerforge_jax.model.scan import layer_range
 from kempnerforge_jax.model.state import get_state, merge, set_state, split
 from kempnerforge_jax.registry import registry
@@ -121,7 +122,7 @@ class Trainer:
                 {name: np.stack([batch[name] for batch in micro_batches]) for name in micro_batches[0]},
                 np.asarray(max(count, 1), self._scalar),
                 np.asarray(lr, self._scalar),
-                np.asarray(self.updates, np.int32),
+                np.asarray(training_progress(self.updates, self.config.train.max_steps), self._scalar),
             )
         self.updates += 1
         return {**metrics, "lr": lr, "tokens": count}
@@ -187,10 +188,10 @@ class Recipe:
 
 @functools.lru_cache(maxsize=8)
 def compiled_step(recipe: Recipe) -> Callable[..., Any]:
-    """A jitted ``(parameters, buffers, optimizer_state, batches, count, lr, updates) -> (the first three, metrics)``.
+    """A jitted ``(parameters, buffers, optimizer_state, batches, count, lr, progress) -> (the first three, metrics)``.
 
     The memory of the first three is given away. ``batches`` are arrays (N, B, S) by name, ``count`` is the number of
-    labels in all of them.
+    labels in all of them, ``progress`` the share of the training that is done.
     """
     return jax.jit(functools.partial(_step, recipe), donate_argnums=(0, 1, 2))
 
@@ -209,13 +210,13 @@ def _step(
     batches: Arrays,
     count: jax.Array,
     lr: jax.Array,
-    updates: jax.Array,
+    progress: jax.Array,
 ) -> tuple[Arrays, Arrays, Any, dict[str, jax.Array]]:
     gradients, total = _gradients(recipe, parameters, buffers, batches, count)
     gradients, norm = clip_by_global_norm(gradients, recipe.train.grad_clip_norm)
     optimizer = build_optimizer(parameters, _table(recipe), recipe.optimizer)
     parameters, optimizer_state = update(optimizer, dict(gradients), optimizer_state, parameters, lr)
-    buffers = _balanced(recipe, parameters, buffers, total.expert_counts, updates)
+    buffers = _balanced(recipe, parameters, buffers, total.expert_counts, progress)
     metrics = {"loss": total.loss, "grad_norm": norm, **_routing_metrics(total)}
     return parameters, buffers, optimizer_state, metrics
 
@@ -274,7 +275,7 @@ def _compute_copy(recipe: Recipe, parameters: Arrays) -> Arrays:
 
 
 def _balanced(
-    recipe: Recipe, parameters: Arrays, buffers: Arrays, counts: Mapping[str, jax.Array], updates: jax.Array
+    recipe: Recipe, parameters: Arrays, buffers: Arrays, counts: Mapping[str, jax.Array], progress: jax.Array
 ) -> Arrays:
     """The buffers with the balancing biases moved by the choices of the whole step."""
     routers = [name.removesuffix(BALANCING_BIAS) for name in buffers if name.endswith(BALANCING_BIAS)]
@@ -284,9 +285,8 @@ def _balanced(
     moved = dict(buffers)
     for path in routers:
         router: Any = modules[path]
-        router.set_step(updates, recipe.train.max_steps)
         keys = router_keys(path)
-        router.update_bias(counts[keys[0]] if len(keys) == 1 else jnp.stack([counts[key] for key in keys]))
+        router.update_bias(counts[keys[0]] if len(keys) == 1 else jnp.stack([counts[key] for key in keys]), progress)
         moved |= {f"{path}.{name}": getattr(router, name).get_value() for name in ("expert_bias", "expert_ema")}
     return moved
 

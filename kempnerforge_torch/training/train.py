@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -288,22 +288,32 @@ def checkpoint_activations(model: nn.Module, mode: str) -> None:
     if mode == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keeps_products)
     for block in _blocks(model):
-        block.forward = functools.partial(checkpoint, block.forward, **options)
+        _wrap_forward(block, functools.partial(checkpoint, **options))
 
 
-def compile_blocks(model: nn.Module, device: torch.device) -> None:
+def compile_blocks(model: nn.Module, device: torch.device, backend: str = "inductor") -> None:
     """Compile each block as it is first called; on a CPU without a C++ compiler say so, and leave it."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         log.warning("train.compile_model: no C++ compiler (%s) on this machine; the model runs uncompiled", compiler)
         return
     for block in _blocks(model):
-        block.compile(fullgraph=True)
+        block.compile(fullgraph=True, backend=backend)
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
     for stack in ("layers", "cross_attention_layers"):
         yield from getattr(model, stack, nn.ModuleDict()).children()
+
+
+def _wrap_forward(block: nn.Module, wrapper: Callable[..., Any]) -> None:
+    """A plain function in the place of ``forward``, as compilation passes over others."""
+    forward = block.forward
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(forward, *args, **kwargs)
+
+    block.forward = wrapped
 
 
 def _keeps_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
