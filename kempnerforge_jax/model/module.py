@@ -47,7 +47,7 @@ class Module(nnx.Module):
     def to(self, dtype: Any) -> Self:
         """Cast all floating-point parameters, in place, and all buffers, these to at least float32."""
         for _, variable in named_variables(self):
-            value: Any = variable.get_value()
+            value = variable.get_value()
             if isinstance(variable, Table) or not jnp.issubdtype(value.dtype, jnp.floating):
                 continue
             own = jnp.promote_types(dtype, jnp.float32) if isinstance(variable, Buffer) else dtype
@@ -98,3 +98,8 @@ def named_variables(module: nnx.Module) -> Iterator[tuple[str, nnx.Variable[jax.
 
 def _members(module: nnx.Module) -> Iterator[tuple[str, Any]]:
     return ((name, value) for name, value in vars(module).items() if not name.startswith("_pytree__"))
+
+
+def _cast(value: Any, dtype: Any) -> Any:
+    """The value in another dtype; an abstract one stays abstract."""
+    return jax.ShapeDtypeStruct(value.shape, dtype) if isinstance(value, jax.ShapeDtypeStruct) else value.astype(dtype)
