@@ -51,8 +51,7 @@ class Module(nnx.Module):
             if isinstance(variable, Table) or not jnp.issubdtype(value.dtype, jnp.floating):
                 continue
             own = jnp.promote_types(dtype, jnp.float32) if isinstance(variable, Buffer) else dtype
-            abstract = isinstance(value, jax.ShapeDtypeStruct)
-            variable.set_value(jax.ShapeDtypeStruct(value.shape, own) if abstract else value.astype(own))
+            variable.set_value(_cast(value, own))
         return self
 
     def keep(self, **values: Any) -> None:
