@@ -1,7 +1,7 @@
 """Hypothesis strategies for configs and inputs, built constructively so that they shrink.
 
-Heads are drawn as (key/value heads, group, head size) and everything else follows; sizes avoid square matrices, so that a
-transposed weight has the wrong shape; sequences are at least 8 long.
+Heads are drawn as (key/value heads, group, head size) and everything else follows; sizes avoid square matrices, so
+that a transposed weight has the wrong shape; sequences are at least 8 long.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""One config, one batch, three implementations: the NumPy oracle, torch and JAX, each giving everything that is compared.
+"""One config, one batch, three implementations: the NumPy oracle, torch and JAX, each giving everything that is
+compared.
 
 Backends are reached through the modules' names at call time, so that a mutated backend can stand in for the real one.
 """
@@ -22,12 +23,13 @@ from shared_config.numerics import perturbation_delta, rms, unit_roundoff
 from shared_config.schema.model import ModelConfig
 from tests.oracle.training import loss_and_gradients, training_loss
 from tests.strategies import Inputs
-from tests.tolerance import BFLOAT16_K, FORWARD_K, GRADIENT_K, SAME_FUNCTION, assert_same_function, assert_within
+from tests.tolerance import BFLOAT16_K, FORWARD_K, GRADIENT_K, assert_same_function, assert_within
 
 Arrays = dict[str, np.ndarray]
 CANCELLED, NOISE_ROUNDOFFS = 1e-9, 16
-"""A gradient that cancels to 0 in exact arithmetic (of a query that sees one key) comes out as rounding noise of what it
-is made of. Below CANCELLED times the largest gradient of the model, this many roundoffs of the largest are allowed."""
+"""A gradient that cancels to 0 in exact arithmetic (of a query that sees one key) comes out as rounding noise of
+what it is made of. Below CANCELLED times the largest gradient of the model, this many roundoffs of the largest are
+allowed."""
 EMBEDS = ("inputs_embeds", "prefix_embeds")
 
 
@@ -49,7 +51,7 @@ class Run:
 def run_oracle(config: ModelConfig, weights: Mapping[str, np.ndarray], inputs: Inputs) -> Run:
     """The executable specification, in float64."""
     wide = {name: np.asarray(value, np.float64) for name, value in weights.items()}
-    extra = given_inputs(inputs)
+    extra: dict[str, Any] = dict(given_inputs(inputs))
     tokens, labels = extra.pop("tokens", None), extra.pop("labels")
     if inputs.output_slice is not None:
         extra["output_slice"] = slice(*inputs.output_slice)
@@ -93,11 +95,13 @@ def run_torch(config: ModelConfig, weights: Mapping[str, np.ndarray], inputs: In
     return _run(backend, dict(activations), output, loss, gradients)
 
 
-def run_jax(config: ModelConfig, weights: Mapping[str, np.ndarray], inputs: Inputs, dtype: str = "float64") -> Run:
-    """The JAX backend, under jit; 64 bits are on for float64 only."""
+def run_jax(
+    config: ModelConfig, weights: Mapping[str, np.ndarray], inputs: Inputs, dtype: str = "float64", jit: bool = True
+) -> Run:
+    """The JAX backend, under jit unless told otherwise; 64 bits are on for float64 only."""
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
         backend = _Backend("jax")
-        compiled, params, buffers = _compiled(backend.identity, config, inputs.output_slice, dtype)
+        compiled, params, buffers = _compiled(backend.identity, config, inputs.output_slice, dtype, jit)
         arrays = {name: jnp.asarray(value) for name, value in given_inputs(inputs).items()}
         trained = {name: jnp.asarray(weights[name], array.dtype) for name, array in params.items()}
         trained |= {name: arrays.pop(name).astype(dtype) for name in EMBEDS if name in arrays}
@@ -171,9 +175,9 @@ class _Backend:
 
 @lru_cache(maxsize=32)
 def _compiled(
-    identity: tuple[str, int], config: ModelConfig, output_slice: tuple[int, int] | None, dtype: str
+    identity: tuple[str, int], config: ModelConfig, output_slice: tuple[int, int] | None, dtype: str, jit: bool
 ) -> tuple[Callable[..., Any], Arrays, Arrays]:
-    """The jitted forward and backward, with a model's parameters and buffers to show shapes and dtypes."""
+    """The forward and backward, with a model's parameters and buffers to show shapes and dtypes."""
     from flax import nnx
 
     backend = _Backend("jax")
@@ -197,12 +201,11 @@ def _compiled(
         loss = _loss(backend, config, output, arrays["labels"])
         return loss, (dict(activations), output)
 
-    @jax.jit
     def run(trained: dict[str, Any], held: dict[str, Any], arrays: dict[str, Any]) -> Any:
         (loss, (activations, output)), gradients = jax.value_and_grad(forward, has_aux=True)(trained, held, arrays)
         return activations, output, loss, gradients
 
-    return run, params, buffers
+    return jax.jit(run) if jit else run, params, buffers
 
 
 def _modality(

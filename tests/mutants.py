@@ -1,0 +1,312 @@
+"""Bugs to plant, one at a time, to prove that the tests see them.
+
+A mutant is a change of source text: `planted` imports the backend anew with one module changed. Every place it names
+must occur exactly once, so a mutant that no longer fits the source is an error, not a silent survivor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+BACKENDS = ("torch", "jax")
+
+
+class StaleMutantError(Exception):
+    """A mutant's text does not occur exactly once in the source that it changes."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug, as it reads in each backend.
+
+    Attributes:
+        component: module below the backend, "model.norm".
+        name: what is wrong.
+        torch, jax: (text, replacement).
+    """
+
+    component: str
+    name: str
+    torch: tuple[str, str]
+    jax: tuple[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.component}: {self.name}"
+
+
+def both(component: str, name: str, text: str, replacement: str) -> Mutant:
+    """A bug that reads the same in both backends."""
+    return Mutant(component, name, (text, replacement), (text, replacement))
+
+
+MUTANTS = (
+    Mutant(
+        "model.norm", "RMSNorm without eps",
+        ("wide.square().mean(dim=-1, keepdim=True) + self.eps", "wide.square().mean(dim=-1, keepdim=True)"),
+        ("jnp.square(wide).mean(axis=-1, keepdims=True) + self.eps", "jnp.square(wide).mean(axis=-1, keepdims=True)"),
+    ),
+    Mutant(
+        "model.norm", "RMSNorm weight ignored",
+        ("(wide * scale * self.weight.to(dtype)).to", "(wide * scale).to"),
+        ("(wide * scale * self.weight.get_value().astype(dtype)).astype", "(wide * scale).astype"),
+    ),
+    Mutant(
+        "model.norm", "LayerNorm not centred",
+        ("centred = wide - wide.mean(dim=-1, keepdim=True)", "centred = wide"),
+        ("centred = wide - wide.mean(axis=-1, keepdims=True)", "centred = wide"),
+    ),
+    Mutant(
+        "model.norm", "LayerNorm bias ignored",
+        (" + self.bias.to(dtype)).to", ").to"),
+        ("weight + bias).astype", "weight).astype"),
+    ),
+    Mutant(
+        "model.norm", "hidden bfloat16 cast",
+        ("(wide * scale * self.weight", "(wide * scale.bfloat16() * self.weight"),
+        ("(wide * scale * self.weight", "(wide * scale.astype(jnp.bfloat16) * self.weight"),
+    ),
+    both("model.position", "rotation the other way", "x1 * cos - x2 * sin, x2 * cos + x1 * sin",
+         "x1 * cos + x2 * sin, x2 * cos - x1 * sin"),
+    both("model.position", "halves in the wrong order", "x1 * cos - x2 * sin, x2 * cos + x1 * sin",
+         "x2 * cos + x1 * sin, x1 * cos - x2 * sin"),
+    Mutant(
+        "model.position", "pairs interleaved",
+        ("x1, x2 = x.to(dtype).chunk(2, dim=-1)", "x1, x2 = x.to(dtype)[..., ::2], x.to(dtype)[..., 1::2]"),
+        ("x1, x2 = jnp.split(x.astype(dtype), 2, axis=-1)",
+         "x1, x2 = x.astype(dtype)[..., ::2], x.astype(dtype)[..., 1::2]"),
+    ),
+    both("model.position", "theta ignored", "rope_tables(head_dim, max_seq_len, theta, scaling)",
+         "rope_tables(head_dim, max_seq_len, 10000.0, scaling)"),
+    both("model.position", "scaling ignored", "rope_tables(head_dim, max_seq_len, theta, scaling)",
+         "rope_tables(head_dim, max_seq_len, theta)"),
+    Mutant(
+        "model.position", "positions off by one",
+        ("self.cos[positions].to(dtype)", "self.cos[positions - 1].to(dtype)"),
+        ("table.at[positions]", "table.at[positions - 1]"),
+    ),
+    Mutant(
+        "model.embedding", "id range not checked",
+        ("raise ValueError(_out_of_range(tokens, self.embedding.num_embeddings)) from None",
+         "return self.embedding(tokens.clamp(0, self.embedding.num_embeddings - 1))"),
+        ("_check_range(np.asarray(tokens), self.embedding.num_embeddings)", "pass"),
+    ),
+    Mutant(
+        "model.embedding", "weights not tied",
+        ("self.proj.weight = tied", "pass"),
+        ("self.proj(x, tied_weight)", "self.proj(x, None if tied_weight is None else 0.5 * tied_weight)"),
+    ),
+    Mutant(
+        "model.mlp", "gate and up swapped",
+        ("F.silu(self.gate_proj(x)) * self.up_proj(x)", "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
+        ('ACTIVATIONS["silu"](self.gate_proj(x)) * self.up_proj(x)',
+         'ACTIVATIONS["silu"](self.up_proj(x)) * self.gate_proj(x)'),
+    ),
+    Mutant(
+        "model.mlp", "gelu by tanh",
+        ('"gelu": F.gelu', '"gelu": functools.partial(F.gelu, approximate="tanh")'),
+        ("approximate=False", "approximate=True"),
+    ),
+    Mutant(
+        "model.mlp", "silu for gelu",
+        ('"gelu": F.gelu', '"gelu": F.silu'),
+        ('"gelu": _widened(functools.partial(jax.nn.gelu, approximate=False))', '"gelu": _widened(jax.nn.silu)'),
+    ),
+    both("model.attention", "causal mask off by one", "mask = key <= query", "mask = key < query"),
+    both("model.attention", "future visible", "mask = key <= query", "mask = key <= query + 1"),
+    both("model.attention", "window one too wide", "(key > query - sliding_window)", "(key >= query - sliding_window)"),
+    both("model.attention", "window ignored", "mask & (key > query - sliding_window)", "mask"),
+    both("model.attention", "documents ignored", " & (query_doc_ids[:, :, None] == key_doc_ids[:, None, :])", ""),
+    both("model.attention", "padding ignored", "mask & key_valid[:, None, :]", "mask"),
+    Mutant(
+        "model.attention", "scale forgotten",
+        ("            attn_mask=mask,\n", "            attn_mask=mask,\n            scale=1.0,\n"),
+        (" / math.sqrt(channels)", ""),
+    ),
+    Mutant(
+        "model.attention", "heads tiled instead of grouped",
+        ("            k,\n            v,\n            attn_mask",
+         "            *(t.repeat(1, q.shape[1] // t.shape[1], 1, 1) for t in (k, v)),\n            attn_mask"),
+        ("q_BKGSh = q.reshape(batch, k.shape[1], -1, length, channels)",
+         "q_BKGSh = q.reshape(batch, -1, k.shape[1], length, channels).swapaxes(1, 2)"),
+    ),
+    both("model.attention", "key norm for queries", "self.q_norm(q_BSHh), self.k_norm(k_BSKh)",
+         "self.k_norm(q_BSHh), self.k_norm(k_BSKh)"),
+    Mutant(
+        "model.attention", "row without keys not zeroed",
+        ("return out_BHSh if has_key is None else out_BHSh.masked_fill(~has_key, 0)", "return out_BHSh"),
+        ("return out_BHSh if mask is None else jnp.where(mask.any(axis=-1, keepdims=True), out_BHSh, 0)",
+         "return out_BHSh + (0 if mask is None else jnp.where(mask.any(axis=-1, keepdims=True), 0, v.mean()))"),
+    ),
+    both("model.attention", "keys not rotated",
+         "k_BKMh = apply_rope(k_BSKh.", "k_BKMh = (lambda x, *_: x)(k_BSKh."),
+    Mutant(
+        "model.attention", "cached positions start again",
+        ("return steps_S + self._most if self._even else self.lengths.long()[:, None] + steps_S", "return steps_S"),
+        ("return self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)",
+         "return 0 * self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)"),
+    ),
+    Mutant(
+        "model.transformer", "residual around attention dropped",
+        ("x = x + self.attention(\n", "x = self.attention(\n"),
+        ("        x = x + out\n", "        x = out\n"),
+    ),
+    Mutant(
+        "model.transformer", "residual around the feed-forward layer dropped",
+        ("return x + self.mlp(self.mlp_norm(x)), None", "return self.mlp(self.mlp_norm(x)), None"),
+        ("self.mlp(self.mlp_norm(x)), None\n", "self.mlp(self.mlp_norm(x)) - x, None\n"),
+    ),
+    Mutant(
+        "model.transformer", "norm before attention dropped",
+        ("            self.attention_norm(x),\n", "            x,\n"),
+        ("            self.attention_norm(x),\n", "            x,\n"),
+    ),
+    both("model.transformer", "final norm dropped", "return x if model.norm is None else model.norm(x)", "return x"),
+    both("model.transformer", "eps of the config ignored", "norm_eps=config.norm_eps", "norm_eps=1e-5"),
+    Mutant(
+        "model.transformer", "prefix after the text",
+        ("torch.cat([modality.prefix_embeds.to(x_BSD.dtype), x_BSD], dim=1)",
+         "torch.cat([x_BSD, modality.prefix_embeds.to(x_BSD.dtype)], dim=1)"),
+        ("jnp.concatenate([modality.prefix_embeds.astype(x_BSD.dtype), x_BSD], axis=1)",
+         "jnp.concatenate([x_BSD, modality.prefix_embeds.astype(x_BSD.dtype)], axis=1)"),
+    ),
+    both("model.transformer", "output slice ignored", "x_BSD = x_BSD[:, modality.output_slice]", "pass"),
+    both("model.modality", "two sources allowed", "len(sources) > 1", "len(sources) > 2"),
+    both("model.modality", "mask without features allowed", "self.image_mask is not None and self.image_features is",
+         "False and self.image_features is"),
+    Mutant(
+        "model.init", "seed ignored",
+        ("initial_value(name, spec, seed)", "initial_value(name, spec, 0)"),
+        ("initial_value(name, spec, seed)", "initial_value(name, spec, 0)"),
+    ),
+    Mutant(
+        "model.init", "constants of 0",
+        ("tensor.fill_(spec.initializer.value)", "tensor.fill_(0.0)"),
+        ("spec.initializer.value", "0.0"),
+    ),
+    Mutant(
+        "training.loss", "ignored labels count",
+        ("count = (labels_N != IGNORED).sum()", "count = (labels_N != IGNORED).sum() * 0 + len(labels_N)"),
+        ("jnp.sum(labels_BS != IGNORED, dtype=jnp.int32)", "jnp.asarray(labels_BS.size, jnp.int32)"),
+    ),
+    Mutant(
+        "training.loss", "labels shifted",
+        ("labels_BS.flatten().long()", "labels_BS.roll(1, -1).flatten().long()"),
+        ("return _summed(logits_BSV, labels_BS),", "return _summed(logits_BSV, jnp.roll(labels_BS, 1, -1)),"),
+    ),
+    Mutant(
+        "training.optimizer", "everything decays",
+        ('{"params": others, "weight_decay": 0.0}', '{"params": others, "weight_decay": config.weight_decay}'),
+        ("mask={name: parameter_spec(table, name).decay for name in parameters}", "mask=None"),
+    ),
+    Mutant(
+        "training.optimizer", "eps forgotten",
+        ("eps=config.eps,", "eps=0.0,"),
+        ("eps=config.eps, eps_root", "eps=0.0, eps_root"),
+    ),
+    Mutant(
+        "training.optimizer", "clipping scales up small gradients",
+        ("max_norm / norm.clamp(min=max_norm)", "max_norm / norm"),
+        ("max_norm / jnp.maximum(norm, max_norm)", "max_norm / norm"),
+    ),
+    Mutant(
+        "model.router", "bias in the combine weights",
+        ("self._weigh(scores_TE.gather(", "self._weigh(self._preference(scores_TE).gather("),
+        ("self._weigh(jnp.take_along_axis(scores_TE,", "self._weigh(jnp.take_along_axis(self._preference(scores_TE),"),
+    ),
+    Mutant(
+        "model.router", "balancing bias ignored",
+        ("return scores_TE + self.expert_bias.to(scores_TE.dtype)", "return scores_TE"),
+        ("return scores_TE + self.expert_bias.get_value().astype(scores_TE.dtype)", "return scores_TE"),
+    ),
+    both("model.router", "renormalisation dropped", "if self.norm_topk_prob:", "if not self.norm_topk_prob:"),
+    both("model.router", "routed scaling dropped", "return chosen_Tk * self.routed_scaling", "return chosen_Tk"),
+    both("model.moe", "capacity rounded down", "max(1, -(-tokens * top_k * exact.numerator //",
+         "max(1, (tokens * top_k * exact.numerator //"),
+    both("model.moe", "shared expert dropped", "if self.shared_expert is not None:", "if False:"),
+    Mutant(
+        "model.moe", "tokens before choices under capacity",
+        ("expert_R = indices_Tk.t().flatten()", "expert_R = indices_Tk.flatten()"),
+        ("expert_R = indices_Tk.T.ravel()", "expert_R = indices_Tk.ravel()"),
+    ),
+    Mutant(
+        "model.moe", "gradient not scaled",
+        ("return (dy * factors).to(dy.dtype), None", "return dy, None"),
+        ("return (dy * factors).astype(dy.dtype), jnp.zeros_like(factors)", "return dy, jnp.zeros_like(factors)"),
+    ),
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def planted(mutant: Mutant | None, backend: str) -> Iterator[None]:
+    """While open, the backend's modules are fresh ones, one of them mutated; None plants nothing.
+
+    Raises:
+        StaleMutantError: when the module is imported, if the text does not occur exactly once.
+    """
+    package = f"kempnerforge_{backend}"
+    real = _removed(package)
+    finder = _MutatingFinder(f"{package}.{mutant.component}", *getattr(mutant, backend)) if mutant else None
+    if finder is not None:
+        sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        if finder is not None:
+            sys.meta_path.remove(finder)
+        _removed(package)
+        sys.modules.update(real)
+        for name, module in real.items():
+            parent, _, leaf = name.rpartition(".")
+            if parent in real:
+                setattr(real[parent], leaf, module)
+
+
+class _MutatingFinder(importlib.abc.MetaPathFinder):
+    """Finds one module, and loads it with its source changed."""
+
+    def __init__(self, module: str, text: str, replacement: str) -> None:
+        self.module, self.text, self.replacement = module, text, replacement
+
+    def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        if name != self.module:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)  # type: ignore[arg-type]
+        assert spec is not None
+        assert spec.origin is not None
+        spec.loader = _MutatedLoader(name, spec.origin, self.text, self.replacement)
+        return spec
+
+
+class _MutatedLoader(importlib.machinery.SourceFileLoader):
+    def __init__(self, name: str, path: str, text: str, replacement: str) -> None:
+        super().__init__(name, path)
+        self.text, self.replacement = text, replacement
+
+    def get_code(self, fullname: str) -> object:  # type: ignore[override]
+        source = mutated_source(Path(self.path).read_text(encoding="utf-8"), self.text, self.replacement, fullname)
+        return compile(source, self.path, "exec")
+
+
+def mutated_source(source: str, text: str, replacement: str, where: str) -> str:
+    """The source with the one occurrence of ``text`` replaced.
+
+    Raises:
+        StaleMutantError: if there is none, or more than one.
+    """
+    found = source.count(text)
+    if found != 1:
+        raise StaleMutantError(f"{where}: {text!r} occurs {found} times, must occur once")
+    return source.replace(text, replacement)
+
+
+def _removed(package: str) -> dict[str, ModuleType]:
+    names = [name for name in sys.modules if name == package or name.startswith(package + ".")]
+    return {name: sys.modules.pop(name) for name in names}

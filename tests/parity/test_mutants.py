@@ -1,0 +1,276 @@
+"""Every planted bug is caught, in either backend, and the unchanged backends raise no alarm.
+
+The checks are those of the other parity tests, on the smallest set of cases in which every line that a mutant changes
+matters.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from shared_config.contract.initialise import initial_values
+from shared_config.contract.parameters import parameter_table
+from shared_config.contract.validation import validation_weights
+from shared_config.schema.model import ModelConfig, RopeScaling
+from shared_config.schema.optimizer import OptimizerConfig
+from tests.mutants import BACKENDS, MUTANTS, Mutant, StaleMutantError, mutated_source, planted
+from tests.oracle.optimizer import adamw_step, clip, initial_state
+from tests.oracle.position import apply_rope
+from tests.parity.runners import assert_same_runs, run_jax, run_oracle, run_torch
+from tests.strategies import Inputs
+from tests.tolerance import assert_all_same_function, assert_same_function
+
+pytestmark = pytest.mark.xdist_group("mutants")  # one process, whose compiled operations all mutants share
+
+SEED, BATCH, LENGTH, PREFIX = 5, 2, 8, 3
+GROUPED = ModelConfig(
+    dim=20, head_dim=6, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=37, ffn_hidden_dim=24, max_seq_len=16,
+    qk_norm=True, sliding_window=4, attention_bias=True, rope_theta=50.0, norm_eps=1e-2,
+)  # fmt: skip
+CENTRED = ModelConfig(
+    dim=24, n_layers=1, n_heads=3, vocab_size=13, ffn_hidden_dim=50, max_seq_len=16, norm_type="layernorm",
+    activation="gelu", tie_embeddings=True,
+    rope_scaling=RopeScaling(type="llama3", factor=8.0, original_max_seq_len=16),
+)  # fmt: skip
+ROUTED = ModelConfig(
+    dim=12, n_layers=1, n_heads=2, vocab_size=13, ffn_hidden_dim=20, max_seq_len=16, num_experts=5, moe_top_k=2,
+    moe_router="sigmoid_topk", moe_shared_experts=1, moe_capacity_factor=0.7, moe_gradient_scale=True,
+    moe_routed_scaling=2.5, moe_sequence_aux_loss_weight=0.1, moe_router_z_loss_weight=0.01,
+)  # fmt: skip
+
+
+def check_models(backend: str) -> None:
+    """Forward and gradients against the oracle: masks of every kind, prefix, slice, ties, experts."""
+    rng = np.random.default_rng(SEED)
+    tokens = lambda config: rng.integers(0, config.vocab_size, (BATCH, LENGTH), dtype=np.int32)  # noqa: E731
+    documents = np.cumsum(rng.random((BATCH, LENGTH)) < 0.3, axis=1).astype(np.int32)
+    padding = np.ones((BATCH, PREFIX + LENGTH), dtype=bool)
+    padding[0, :4] = False  # rows that see no key
+    padding[1, -2:] = False
+    prefix = rng.standard_normal((BATCH, PREFIX, CENTRED.dim))
+    labels = lambda config, n=LENGTH: rng.integers(-1, config.vocab_size, (BATCH, n)).astype(np.int32)  # noqa: E731
+    cases = [
+        (GROUPED, Inputs(tokens(GROUPED), ignored(labels(GROUPED)), doc_ids=documents)),
+        (
+            CENTRED,
+            Inputs(
+                tokens(CENTRED),
+                ignored(labels(CENTRED, LENGTH - 1)),
+                prefix_embeds=prefix,
+                key_padding_mask=padding,
+                output_slice=(PREFIX, PREFIX + LENGTH - 1),
+            ),
+        ),
+        (ROUTED, Inputs(tokens(ROUTED), ignored(labels(ROUTED)))),
+    ]
+    for config, inputs in cases:
+        weights = validation_weights(parameter_table(config), SEED)
+        truth = run_oracle(config, weights, inputs)
+        run = run_torch(config, weights, inputs) if backend == "torch" else run_jax(config, weights, inputs, jit=False)
+        assert_same_runs(run, truth, config)
+
+
+def ignored(labels: np.ndarray) -> np.ndarray:
+    """A third of the labels is -100."""
+    labels[:, ::3] = -100
+    return np.where(labels < 0, -100, labels).astype(np.int32)
+
+
+def check_rotation(backend: str) -> None:
+    """The rotation of a head by itself, whose halves may not trade places."""
+    rng = np.random.default_rng(SEED)
+    x, cos, sin = rng.standard_normal((2, 5, 6)), rng.standard_normal((5, 3)), rng.standard_normal((5, 3))
+    modules = load(backend)
+    give = torch.from_numpy if backend == "torch" else jax.numpy.asarray
+    turned = modules["position"].apply_rope(give(x), give(cos), give(sin))
+    assert_same_function(modules["state"].to_numpy(turned), apply_rope(x, cos, sin), "rotated")
+
+
+def check_positions(backend: str) -> None:
+    """Chunks fed to a cache give the logits of the whole."""
+    config = GROUPED.replace(sliding_window=None)
+    tokens = np.random.default_rng(SEED).integers(0, config.vocab_size, (BATCH, LENGTH), dtype=np.int32)
+    weights = validation_weights(parameter_table(config), SEED)
+    truth = run_oracle(config, weights, Inputs(tokens, np.full_like(tokens, 1))).activations["logits"]
+    modules = load(backend)
+    model = build(modules, config, weights)
+    shape = (BATCH, config.max_seq_len, config.kv_heads, config.head_size)
+    dtype = torch.float64 if backend == "torch" else "float64"
+    caches = [modules["attention"].KVCache(*shape, dtype) for _ in range(config.n_layers)]
+    parts = []
+    for chunk in (tokens[:, :5], tokens[:, 5:6], tokens[:, 6:]):
+        given = torch.from_numpy(chunk.copy()) if backend == "torch" else jax.numpy.asarray(chunk)
+        logits = model(given, kv_caches=caches)
+        if backend == "jax":
+            logits, caches = logits
+        parts.append(modules["state"].to_numpy(logits))
+    assert_same_function(np.concatenate(parts, axis=1), truth, "logits")
+
+
+def check_initial_weights(backend: str) -> None:
+    """Seeded weights are those of the contract, to the bit."""
+    modules = load(backend)
+    config = GROUPED
+    model = new_model(modules, config)
+    modules["init"].init_weights(model, config, seed=11)
+    state = modules["state"].get_state(model)
+    for name, value in initial_values(parameter_table(config), 11):
+        np.testing.assert_array_equal(modules["state"].to_numpy(state[name]), value, err_msg=name)
+
+
+def check_refusals(backend: str) -> None:
+    """Inputs without meaning are errors."""
+    modules = load(backend)
+    array = torch.zeros(1, 2, 3) if backend == "torch" else jax.numpy.zeros((1, 2, 3))
+    context = modules["modality"].ModalityContext
+    for given in ({"inputs_embeds": array, "prefix_embeds": array}, {"image_mask": array}):
+        with pytest.raises(ValueError, match="given"):
+            context(**given)
+    model = new_model(modules, GROUPED)
+    for bad in (-1, GROUPED.vocab_size):
+        tokens = np.array([[0, bad]], dtype=np.int32)
+        with pytest.raises(ValueError, match=f"tokens = {bad}"):
+            model(torch.from_numpy(tokens) if backend == "torch" else jax.numpy.asarray(tokens))
+
+
+def check_optimizer(backend: str) -> None:
+    """Clipping and two steps of AdamW against the oracle; the gradients are both larger and smaller than the limit."""
+    table = parameter_table(CENTRED)
+    rng = np.random.default_rng(SEED)
+    weights = {name: rng.standard_normal(spec.shape) for name, spec in table.items()}
+    gradients = {name: rng.standard_normal(spec.shape) * 1e-6 for name, spec in table.items()}
+    config = OptimizerConfig(eps=1e-4, weight_decay=0.3)
+    decayed = {name for name, spec in table.items() if spec.decay}
+    for limit in (1e-5, 1e6):
+        step = torch_steps if backend == "torch" else jax_steps
+        got = step(load(backend), weights, gradients, table, config, limit)
+        clipped, expected, state = clip(gradients, limit), weights, initial_state(weights)
+        for _ in range(2):
+            expected, state = adamw_step(
+                expected, clipped, state, lr=0.1, betas=config.betas, eps=config.eps,
+                weight_decay=config.weight_decay, decayed=decayed,
+            )  # fmt: skip
+        assert_all_same_function(got, expected)
+
+
+def torch_steps(modules: Any, weights: Any, gradients: Any, table: Any, config: Any, limit: float) -> Any:
+    parameters = {name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in weights.items()}
+    optimizer = modules["optimizer"].build_optimizer(parameters, table, config)
+    modules["optimizer"].set_learning_rate(optimizer, 0.1)
+    given = {name: torch.from_numpy(value.copy()) for name, value in gradients.items()}
+    clipped, _ = modules["optimizer"].clip_by_global_norm(given, limit)
+    for _ in range(2):
+        for name, parameter in parameters.items():
+            parameter.grad = clipped[name]
+        optimizer.step()
+    return {name: parameter.detach().numpy() for name, parameter in parameters.items()}
+
+
+def jax_steps(modules: Any, weights: Any, gradients: Any, table: Any, config: Any, limit: float) -> Any:
+    parameters = {name: jax.numpy.asarray(value) for name, value in weights.items()}
+    optimizer = modules["optimizer"].build_optimizer(parameters, table, config)
+    given = {name: jax.numpy.asarray(value) for name, value in gradients.items()}
+    clipped, _ = modules["optimizer"].clip_by_global_norm(given, limit)
+    state = optimizer.init(parameters)
+    for _ in range(2):
+        parameters, state = modules["optimizer"].update(optimizer, clipped, state, parameters, jax.numpy.asarray(0.1))
+    return {name: np.asarray(value) for name, value in parameters.items()}
+
+
+CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
+    "model.init": (check_initial_weights,),
+    "model.modality": (check_refusals,),
+    "model.position": (check_rotation, check_models),
+    "model.embedding": (check_refusals, check_models),
+    "model.attention": (check_models, check_positions),
+    "training.optimizer": (check_optimizer,),
+}
+
+
+def checks_of(component: str) -> tuple[Callable[[str], None], ...]:
+    return CHECKS.get(component, (check_models,))
+
+
+@pytest.fixture(autouse=True)
+def _double_precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "check",
+    [check_models, check_rotation, check_positions, check_initial_weights, check_refusals, check_optimizer],
+)
+def test_unchanged_backends_raise_no_alarm(check: Callable[[str], None], backend: str) -> None:
+    with planted(None, backend):
+        check(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_mutant_is_killed(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    survivors = [str(mutant) for mutant in MUTANTS if not is_killed(mutant, backend)]
+    with capsys.disabled():
+        print(f"\nmutants of {backend}: {len(MUTANTS) - len(survivors)}/{len(MUTANTS)} killed")
+    assert not survivors
+
+
+def is_killed(mutant: Mutant, backend: str) -> bool:
+    """Whether a check that passes without the bug fails with it: by its assertion, or because the bug makes it
+    crash.
+    """
+    with planted(mutant, backend):
+        for check in checks_of(mutant.component):
+            try:
+                check(backend)
+            except StaleMutantError:
+                raise
+            except (Exception, pytest.fail.Exception):
+                return True
+    return False
+
+
+def test_every_component_has_two_mutants() -> None:
+    components = [mutant.component for mutant in MUTANTS]
+    assert all(components.count(component) >= 2 for component in components)
+
+
+def test_a_mutant_that_no_longer_fits_is_an_error() -> None:
+    with pytest.raises(StaleMutantError, match="occurs 0 times"):
+        mutated_source("a = 1", "b", "c", "module")
+    with pytest.raises(StaleMutantError, match="occurs 2 times"):
+        mutated_source("a = a", "a", "c", "module")
+
+
+def load(backend: str) -> dict[str, Any]:
+    """The backend's modules as they are importable now."""
+    names = {name: f"model.{name}" for name in ("attention", "init", "modality", "position", "state", "transformer")}
+    names["optimizer"] = "training.optimizer"
+    return {name: importlib.import_module(f"kempnerforge_{backend}.{path}") for name, path in names.items()}
+
+
+def new_model(modules: dict[str, Any], config: ModelConfig) -> Any:
+    if "torch" in modules["transformer"].__name__:
+        return modules["transformer"].Transformer(config)
+    from flax import nnx
+
+    return modules["transformer"].Transformer(config, rngs=nnx.Rngs(0))
+
+
+def build(modules: dict[str, Any], config: ModelConfig, weights: dict[str, np.ndarray]) -> Any:
+    """A float64 model with these weights."""
+    model = new_model(modules, config)
+    if "torch" in modules["transformer"].__name__:
+        model = model.double()
+    else:
+        graphdef, params, buffers = modules["state"].split(model)
+        model = modules["state"].merge(graphdef, {n: p.astype("float64") for n, p in params.items()}, buffers)
+    modules["state"].set_state(model, weights)
+    return model
