@@ -174,6 +174,8 @@ class MoMaConfig(VLMConfig, arch="moma"):
                 f"moma_experts_per_modality = {dict(self.moma_experts_per_modality)}: must have a number for each of "
                 f"{', '.join(self.moma_modalities)}, and for no other"
             )
+        if 0 < self.moma_capacity_factor < 1e-4:
+            yield f"moma_capacity_factor = {self.moma_capacity_factor}: must be 0 or at least 0.0001"
 
 
 def _modality_problems(field: str, modalities: tuple[str, ...]) -> Iterator[str]:
