@@ -57,7 +57,7 @@ def test_what_is_written_is_read_in_the_same_order(tmp_path_factory, tensors, da
     write_trace(path, Trace({name: tensors[name] for name in order}, origin))
     read = read_trace(path)
     assert list(read.tensors) == order
-    assert_same(dict(read.tensors), tensors)
+    assert_same(read.tensors, tensors)
     assert read.meta == origin
     assert read.meta.config_fields == {"model": {"dim": 20}}
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import hypothesis.extra.numpy as numpy_strategies
 import hypothesis.strategies as st
@@ -47,7 +49,7 @@ def states(max_size: int = 5) -> st.SearchStrategy[dict[str, np.ndarray]]:
     return st.dictionaries(names.filter(lambda name: name != "__metadata__"), arrays(), max_size=max_size)
 
 
-def assert_same(read: dict[str, np.ndarray], written: dict[str, np.ndarray]) -> None:
+def assert_same(read: Mapping[str, Any], written: Mapping[str, Any]) -> None:
     assert read.keys() == written.keys()
     for name, array in written.items():
         assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape)
@@ -59,8 +61,13 @@ def example_state() -> dict[str, np.ndarray]:
     return {f"layers.{i}.weight": rng.standard_normal((3, 4)).astype(np.float32).T for i in range(5)}
 
 
-def table_of(state: dict[str, np.ndarray]) -> dict[str, SimpleNamespace]:
-    return {name: SimpleNamespace(shape=array.shape) for name, array in state.items()}
+@dataclass(frozen=True)
+class Spec:
+    shape: tuple[int, ...]
+
+
+def table_of(state: dict[str, np.ndarray]) -> dict[str, Spec]:
+    return {name: Spec(array.shape) for name, array in state.items()}
 
 
 def names_in(folder: Path) -> set[str]:
@@ -177,8 +184,8 @@ def test_a_dtype_without_a_place_is_refused_by_name(tmp_path):
 def test_all_misfits_are_in_one_error(tmp_path):
     state = {**example_state(), "more": np.zeros(3), "layers.1.weight": np.zeros((4, 3), np.int32)}
     table = table_of(example_state())
-    table["layers.0.weight"] = SimpleNamespace(shape=(3, 4))
-    table["norm.weight"] = SimpleNamespace(shape=(4,))
+    table["layers.0.weight"] = Spec((3, 4))
+    table["norm.weight"] = Spec((4,))
     save_weights(tmp_path, state)
     with pytest.raises(WeightsError) as caught:
         load_weights(tmp_path, table)

@@ -1,0 +1,124 @@
+"""Which traces can be compared, and how their tensors line up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from shared_config.compare.tolerance import TOLERANCES
+from shared_config.errors import UserError
+from shared_config.interchange.traces import (
+    DECODE,
+    FORWARD,
+    GRADIENT,
+    LOSS,
+    LOSSES,
+    ROUTING,
+    UPDATED,
+    Trace,
+    TraceMeta,
+    group_of,
+)
+
+TRUTH_DTYPE = "float64"
+INITIAL = "initial weights"
+FORWARD_GROUPS = (INITIAL, FORWARD, ROUTING, LOSS, DECODE)
+BACKWARD_GROUPS = (GRADIENT, UPDATED)
+GROUP_ORDER = (*FORWARD_GROUPS, *BACKWARD_GROUPS, LOSSES)
+
+SAME_FUNCTION_FIELDS = (
+    "distributed",
+    "checkpoint",
+    "metrics",
+    "profiling",
+    "eval",
+    "model.sdpa_backend",
+    "train.activation_checkpointing",
+    "train.compile_model",
+    "train.matmul_precision",
+    "train.mixed_precision",
+    "train.scan_layers",
+)
+"""Config sections and fields that say how a function is computed, not which: traces may differ in them."""
+
+
+def check_comparable(a: Trace, b: Trace, truth: Trace | None) -> None:
+    """Refuse traces of different configs, seeds or inputs, without tensors, or of a dtype that no tolerance is for.
+
+    Raises:
+        UserError: naming every difference.
+    """
+    for side, trace in (("a", a), ("b", b), ("truth", truth)):
+        if trace is None:
+            continue
+        if trace.meta.dtype not in TOLERANCES:
+            raise UserError(f"trace {side}: dtype = {trace.meta.dtype!r}: must be one of {', '.join(TOLERANCES)}")
+        if not trace.tensors:
+            raise UserError(f"trace {side}: has no tensors")
+        problems = list(_differences_of_origin(a.meta, trace.meta))
+        if problems:
+            raise UserError("\n  ".join([f"trace a and trace {side} are not of the same run:", *problems]))
+    if truth is not None and truth.meta.dtype != TRUTH_DTYPE:
+        raise UserError(f"the truth: dtype = {truth.meta.dtype!r}: must be {TRUTH_DTYPE!r}")
+
+
+def _differences_of_origin(a: TraceMeta, b: TraceMeta) -> Iterator[str]:
+    if a.seed != b.seed:
+        yield f"seed: {a.seed} and {b.seed}"
+    for field in ("weights_hash", "tokens_hash"):
+        hash_a, hash_b = getattr(a, field), getattr(b, field)
+        if hash_a and hash_b and hash_a != hash_b:
+            yield f"{field.removesuffix('_hash')}: other values ({hash_a[:12]}... and {hash_b[:12]}...)"
+    if a.config != b.config:
+        yield from _differences_of_config(a.config_fields, b.config_fields)
+
+
+def _differences_of_config(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in dict.fromkeys([*a, *b]):
+        path, value_a, value_b = prefix + key, a.get(key), b.get(key)
+        if path in SAME_FUNCTION_FIELDS or value_a == value_b:
+            continue
+        if isinstance(value_a, Mapping) and isinstance(value_b, Mapping):
+            yield from _differences_of_config(value_a, value_b, f"{path}.")
+        else:
+            yield f"{path}: {value_a!r} and {value_b!r}"
+
+
+def execution_order(a: Trace, b: Trace) -> list[str]:
+    """Every name of either trace, in the order of execution, whatever order they were written in.
+
+    Forward tensors stand as they were recorded. A route stands before the module that it is a part of, a gradient where
+    the backward pass reaches its module.
+    """
+    names = list(dict.fromkeys([*a.tensors, *b.tensors]))
+    modules = {name.removeprefix(f"{FORWARD}/"): i for i, name in enumerate(names) if group_of(name) == FORWARD}
+
+    def key(index: int) -> tuple[int, int, int]:
+        name = names[index]
+        group, _, path = name.partition("/")
+        if group == FORWARD:
+            return GROUP_ORDER.index(FORWARD), modules[path], 1
+        place = _place_of_module(path, modules)
+        if group == ROUTING:
+            return GROUP_ORDER.index(FORWARD), place, 0
+        rank = GROUP_ORDER.index(group) if group in GROUP_ORDER else len(GROUP_ORDER)
+        return rank, -place if group in BACKWARD_GROUPS else 0, index
+
+    return [names[index] for index in sorted(range(len(names)), key=key)]
+
+
+def _place_of_module(path: str, modules: Mapping[str, int]) -> int:
+    """Place of the innermost recorded module that a path lies in; past the end if there is none."""
+    while path and path not in modules:
+        path = path.rpartition(".")[0]
+    return modules[path] if path else len(modules) + 10**6
+
+
+def order_notes(a: Trace, b: Trace, label_a: str, label_b: str) -> Iterator[str]:
+    """Where the two first executed their modules in different order, in words."""
+    common_a = [name for name in a.tensors if group_of(name) == FORWARD and name in b.tensors]
+    common_b = [name for name in b.tensors if group_of(name) == FORWARD and name in a.tensors]
+    for name_a, name_b in zip(common_a, common_b, strict=True):
+        if name_a != name_b:
+            yield f"executed in different order: {label_a} has {name_a} where {label_b} has {name_b}"
+            return

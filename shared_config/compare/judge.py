@@ -1,0 +1,201 @@
+"""The verdict on one tensor of two traces, measured against one another or each against the float64 truth."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from shared_config.compare.result import (
+    DIFFERS,
+    EQUAL,
+    NO_DELTA,
+    ONLY_A,
+    ONLY_B,
+    OTHER_KIND,
+    OTHER_SHAPE,
+    WITHIN,
+    HeatMap,
+    Row,
+)
+from shared_config.compare.tolerance import TOLERANCES, Scales, Tensor, coarser, tolerance_of
+from shared_config.interchange.traces import DECODE, FORWARD, Summary, Trace, group_of, summarize
+from shared_config.interchange.weights import is_floating
+from shared_config.numerics import as_float64, difference
+
+DECODED_OUTPUT = "output_head"
+"""The activation that cached decoding computes again: its delta is that of decode."""
+
+HEATMAP_ROWS, HEATMAP_COLUMNS = 48, 96
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How far a tensor is from its reference."""
+
+    error: float
+    scale: float
+    mismatched: int
+    position: tuple[int, ...] | None
+    estimated: bool = False
+
+
+class Judge:
+    """Judges one tensor at a time of traces that can be compared."""
+
+    def __init__(self, a: Trace, b: Trace, truth: Trace | None):
+        self.a, self.b, self.truth = a, b, truth
+        self.dtype = coarser(a.meta.dtype, b.meta.dtype)
+        self._scales = Scales((truth or a).tensors, a.meta.config_fields)
+        self._deltas: dict[str, dict[str, float]] = {dtype: {} for dtype in TOLERANCES}
+        for trace in (b, a, truth):
+            for dtype, deltas in ({} if trace is None else trace.meta.deltas).items():
+                self._deltas.setdefault(dtype, {}).update(deltas)
+
+    @property
+    def has_deltas(self) -> bool:
+        """Whether any trace says how far rounding to the coarser dtype moves results."""
+        return bool(self._deltas[self.dtype])
+
+    def row(self, name: str) -> Row:
+        """The verdict on the tensor of this name, which either trace may lack."""
+        a, b = self.a.tensors.get(name), self.b.tensors.get(name)
+        if a is None or b is None:
+            present = b if a is None else a
+            assert present is not None
+            status = ONLY_B if a is None else ONLY_A
+            return Row(name, group_of(name), status, shape=present.shape, error=math.inf)
+        row = Row(name, group_of(name), EQUAL, a.shape, _dtype(a), _dtype(b))
+        truth = self._truth_of(name)
+        if a.shape != b.shape or (truth is not None and truth.shape != a.shape):
+            return dataclasses.replace(row, status=OTHER_SHAPE, error=math.inf)
+        if _is_floating(a) != _is_floating(b):
+            return dataclasses.replace(row, status=OTHER_KIND, error=math.inf)
+        if not _is_floating(a):
+            return self._exact(row, a, b)
+        sides = [("b", b, a, self.dtype)] if truth is None else self._sides_against(truth, a, b)
+        judged = [self._judged(row, side, value, reference, dtype) for side, value, reference, dtype in sides]
+        if truth is not None:
+            judged = [dataclasses.replace(found, against="truth") for found in judged]
+        worst = max(judged, key=lambda found: (not found.ok, found.share))
+        return self._with_values(worst, truth)
+
+    def heatmap(self, row: Row) -> HeatMap | None:
+        """Where the tensor of a row differs; None if it is not known place by place."""
+        value = {"a": self.a, "b": self.b}[row.worse].tensors.get(row.name)
+        reference = self.truth if row.against == "truth" else self.a
+        against = None if reference is None else reference.tensors.get(row.name)
+        if row.position is None or not isinstance(value, np.ndarray) or not isinstance(against, np.ndarray):
+            return None
+        return heatmap(value, against)
+
+    def _truth_of(self, name: str) -> Tensor | None:
+        found = None if self.truth is None else self.truth.tensors.get(name)
+        return found if found is None or _is_floating(found) else None
+
+    def _sides_against(self, truth: Tensor, a: Tensor, b: Tensor) -> list[tuple[str, Tensor, Tensor, str]]:
+        return [("a", a, truth, self.a.meta.dtype), ("b", b, truth, self.b.meta.dtype)]
+
+    def _exact(self, row: Row, a: Tensor, b: Tensor) -> Row:
+        if isinstance(a, Summary) or isinstance(b, Summary):
+            same = _summary(a).hash == _summary(b).hash
+            return (
+                row if same else dataclasses.replace(row, status=DIFFERS, error=math.inf, mismatched=1, estimated=True)
+            )
+        unequal = a != b
+        if not unequal.any():
+            return row
+        position = _first_true(unequal)
+        row = dataclasses.replace(row, status=DIFFERS, error=math.inf, mismatched=int(unequal.sum()), position=position)
+        return self._with_values(row, None)
+
+    def _judged(self, row: Row, side: str, value: Tensor, reference: Tensor, dtype: str) -> Row:
+        found = _measure(value, reference)
+        delta = self._delta(row.name, dtype)
+        limit = self._scales.limit(row.name, dtype, found.scale, delta)
+        if found.error == 0:
+            status = EQUAL
+        elif found.error <= limit:
+            status = WITHIN
+        else:
+            unscaled = delta is None and not tolerance_of(row.group, dtype).relative and not found.mismatched
+            status = NO_DELTA if unscaled else DIFFERS
+        measured = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+        return dataclasses.replace(row, status=status, worse=side, limit=limit, delta=delta, **measured)
+
+    def _delta(self, name: str, dtype: str) -> float | None:
+        deltas = self._deltas[dtype]
+        if name not in deltas and group_of(name) == DECODE:
+            return deltas.get(f"{FORWARD}/{DECODED_OUTPUT}")
+        return deltas.get(name)
+
+    def _with_values(self, row: Row, truth: Tensor | None) -> Row:
+        values = {
+            field: _value_at(tensor, row.position)
+            for field, tensor in (
+                ("value_a", self.a.tensors[row.name]),
+                ("value_b", self.b.tensors[row.name]),
+                ("value_truth", truth),
+            )
+        }
+        return dataclasses.replace(row, **values)
+
+
+def heatmap(value: np.ndarray, reference: np.ndarray) -> HeatMap:
+    """Largest absolute difference in each of at most 48 x 96 blocks."""
+    value, reference = as_float64(value), as_float64(reference)
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(value - reference)
+    gap = np.where((value == reference) | (np.isnan(value) & np.isnan(reference)), 0.0, gap)
+    gap = np.where(np.isnan(gap), np.inf, gap)
+    table = gap.reshape(-1, gap.shape[-1]) if gap.ndim else gap.reshape(1, 1)
+    blocks = _block_maxima(_block_maxima(table, HEATMAP_ROWS).T, HEATMAP_COLUMNS).T
+    rows, columns = table.shape
+    return HeatMap((rows, columns), tuple(tuple(float(x) for x in row) for row in blocks))
+
+
+def _block_maxima(table: np.ndarray, blocks: int) -> np.ndarray:
+    """Maxima over at most ``blocks`` runs of rows, as equal in length as can be."""
+    starts = np.unique(np.linspace(0, len(table), min(blocks, len(table)), endpoint=False).astype(int))
+    return np.maximum.reduceat(table, starts, axis=0)
+
+
+def _measure(value: Tensor, reference: Tensor) -> Measured:
+    if isinstance(value, Summary) or isinstance(reference, Summary):
+        return _estimate(_summary(value), _summary(reference))
+    found = difference(value, reference)
+    return Measured(found.rms_error, found.truth_rms, found.mismatched, found.index)
+
+
+def _estimate(value: Summary, reference: Summary) -> Measured:
+    if value.nonfinite_hash != reference.nonfinite_hash:
+        return Measured(math.inf, reference.rms, 1, None, estimated=True)
+    apart = value.sketch - reference.sketch
+    error = math.sqrt(float(apart @ apart) / reference.size) if reference.size else 0.0
+    if value.hash != reference.hash and value.dtype == reference.dtype:
+        error = max(error, np.finfo(np.float64).tiny)  # not the same bits, even where the sketch can't tell
+    return Measured(error, reference.rms, 0, None, estimated=True)
+
+
+def _summary(tensor: Tensor) -> Summary:
+    return tensor if isinstance(tensor, Summary) else summarize(tensor)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return tensor.dtype if isinstance(tensor, Summary) else tensor.dtype.name
+
+
+def _is_floating(tensor: Tensor) -> bool:
+    return bool(tensor.sketch.size) if isinstance(tensor, Summary) else is_floating(tensor.dtype)
+
+
+def _first_true(flags: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.unravel_index(int(np.argmax(flags)), flags.shape))
+
+
+def _value_at(tensor: Tensor | None, position: tuple[int, ...] | None) -> float | None:
+    if position is None or not isinstance(tensor, np.ndarray) or not tensor.size:
+        return None
+    return float(tensor[position])
