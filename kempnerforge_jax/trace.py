@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ from shared_config.schema.job import JobConfig
 Tensors = dict[str, jax.Array]
 
 DTYPES = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+EXACT = "float64"
 
 
 def record(
@@ -46,13 +48,11 @@ def record(
 ) -> Trace:
     """Run the model of a config once and keep everything that has a name.
 
-    JAX's 64 bits are switched on for the time of a float64 recording, and off for others.
-
     Args:
         dtype: of the arithmetic; "bfloat16" computes on a rounded copy of float32 masters.
         weights: "validation", "init" (the seeded initial weights), or arrays by name.
         tokens: int (B, S); drawn from the seed if None.
-        deltas: in float64, also measure how far rounding the weights moves each result.
+        deltas: also measure, in float64, how far rounding the weights moves each result.
         device: platform, as "cpu"; None is JAX's default.
 
     Raises:
@@ -62,47 +62,64 @@ def record(
     table = parameter_table(config.model, config.vlm)
     check_tensors(request.weights, table)
     place = jax.devices(device)[0]
-    precision = matmul_precision(config.train.matmul_precision)
-    with jax.enable_x64(dtype == "float64"), jax.default_device(place), precision:
-        builder = registry.get("model", config.model.model_type)
-        model = nnx.eval_shape(lambda: builder(config.model, vlm_config=config.vlm, rngs=nnx.Rngs(0)))
-        model.init_weights_and_freqs(seed)
-        initial_hash = state_hash({name: to_numpy(array) for name, array in get_state(model).items()})
-        recorder = Recorder(model, request)
+    with jax.default_device(place), matmul_precision(config.train.matmul_precision):
+        recorder = Recorder(request)
         recording = recorder.run(request.weights)
-        if dtype != "bfloat16":
-            recording.decoded = recorder.decode(request.weights)
-        run = recorder.run if deltas and dtype == "float64" else None
-        return make_trace(request, recording, run, backend="jax", device=place.device_kind, initial_hash=initial_hash)
+        recording.decoded = recorder.decode(request.weights)
+        exact = recorder if dtype == EXACT else Recorder(dataclasses.replace(request, dtype=EXACT))
+        return make_trace(
+            request,
+            recording,
+            exact.run if deltas else None,
+            backend="jax",
+            device=place.device_kind,
+            initial_hash=recorder.initial_hash,
+        )
 
 
 class Recorder:
-    """A model that is run with weights from outside: its own values are never used."""
+    """A model that is run with weights from outside. JAX's 64 bits are on while a float64 recorder works, else off.
 
-    def __init__(self, model: nnx.Module, request: Request):
-        self.graphdef, params, buffers = split(model)
-        self.config = request.config
+    Attributes:
+        initial_hash: of the seeded initial weights that the model came with.
+    """
+
+    def __init__(self, request: Request):
+        config = request.config
+        self.config = config
         self.request = request
-        self.table = parameter_table(request.config.model, request.config.vlm)
+        self.table = parameter_table(config.model, config.vlm)
         self.compute_dtype = DTYPES[request.dtype]
-        self.master_dtype = jnp.float64 if request.dtype == "float64" else jnp.float32
+        self.master_dtype = jnp.float64 if request.dtype == EXACT else jnp.float32
+        builder = registry.get("model", config.model.model_type)
+        with self._bits():
+            model = nnx.eval_shape(lambda: builder(config.model, vlm_config=config.vlm, rngs=nnx.Rngs(0)))
+            model.init_weights_and_freqs(request.seed)
+            self.initial_hash = state_hash({name: to_numpy(array) for name, array in get_state(model).items()})
+            self._graphdef, params, buffers = split(model)
         self.trained = [name for name in self.table if name in params]
-        self.tables = {name: array for name, array in buffers.items() if name not in self.table}
+        self._tables = {name: array for name, array in buffers.items() if name not in self.table}
         self._compiled_run = jax.jit(self._run)
         self._compiled_chunk = jax.jit(self._chunk)
 
     def run(self, weights: Arrays) -> Recording:
         """Forward with every activation, loss, gradients and one update, in one jit."""
-        computed = self._compiled_run(self._masters(weights), self.request.tokens, self.request.labels)
-        return Recording(**jax.tree.map(to_numpy, computed))
+        with self._bits():
+            computed = self._compiled_run(self._masters(weights), self.request.tokens, self.request.labels)
+            return Recording(**jax.tree.map(to_numpy, computed))
 
     def decode(self, weights: Arrays) -> Arrays:
         """Logits of the same tokens, fed to a cache in chunks."""
-        masters = self._masters(weights)
-        return {
-            name: to_numpy(self._decode(masters, self.request.tokens, chunks))
-            for name, chunks in chunkings(self.request.tokens.shape[1], self.request.seed).items()
-        }
+        tokens = self.request.tokens
+        with self._bits():
+            masters = self._masters(weights)
+            return {
+                name: to_numpy(self._decode(masters, tokens, chunks))
+                for name, chunks in chunkings(tokens.shape[1], self.request.seed).items()
+            }
+
+    def _bits(self) -> contextlib.AbstractContextManager[None]:
+        return jax.enable_x64(self.request.dtype == EXACT)
 
     def _run(self, masters: Tensors, tokens: jax.Array, labels: jax.Array) -> dict[str, Any]:
         """The fields of `Recording`, in mappings whose order JAX keeps."""
@@ -148,7 +165,7 @@ class Recorder:
         copy = {name: array.astype(self._compute_dtype_of(name)) for name, array in masters.items()}
         params = {name: copy[name] for name in self.trained}
         buffers = {name: array for name, array in copy.items() if name not in params}
-        return merge(self.graphdef, params, {**buffers, **self.tables})
+        return merge(self._graphdef, params, {**buffers, **self._tables})
 
     def _loss(self, logits: jax.Array, stats: dict[int, Any], labels: jax.Array) -> jax.Array:
         """The training objective: cross entropy and, with experts, the weighted losses of routers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from shared_config.schema.job import JobConfig
 Tensors = dict[str, Tensor]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+EXACT = "float64"
 
 
 def record(
@@ -47,7 +49,7 @@ def record(
         dtype: of the arithmetic; "bfloat16" computes on a rounded copy of float32 masters.
         weights: "validation", "init" (the seeded initial weights), or arrays by name.
         tokens: int (B, S); drawn from the seed if None.
-        deltas: in float64, also measure how far rounding the weights moves each result.
+        deltas: also measure, in float64, how far rounding the weights moves each result.
         device: as "cpu" or "cuda:1"; None is the accelerator, if there is one.
 
     Raises:
@@ -56,41 +58,50 @@ def record(
     request = make_request(config, dtype=dtype, seed=seed, weights=weights, tokens=tokens)
     table = parameter_table(config.model, config.vlm)
     check_tensors(request.weights, table)
-    with torch.random.fork_rng(devices=[]):
-        model = registry.get("model", config.model.model_type)(config.model, vlm_config=config.vlm)
-    model.init_weights_and_freqs(seed)
-    initial_hash = state_hash({name: to_numpy(tensor) for name, tensor in get_state(model).items()})
     place = default_device() if device is None else torch.device(device)
-    recorder = Recorder(model.to(place), request, place)
     with matmul_precision(config.train.matmul_precision):
+        recorder = Recorder(request, place)
         recording = recorder.run(request.weights)
-        if dtype != "bfloat16":
-            recording.decoded = recorder.decode(request.weights)
-        run = recorder.run if deltas and dtype == "float64" else None
+        recording.decoded = recorder.decode(request.weights)
+        exact = recorder if dtype == EXACT else Recorder(dataclasses.replace(request, dtype=EXACT), place)
         return make_trace(
-            request, recording, run, backend="torch", device=device_name(place), initial_hash=initial_hash
+            request,
+            recording,
+            exact.run if deltas else None,
+            backend="torch",
+            device=_device_name(place),
+            initial_hash=recorder.initial_hash,
         )
 
 
 class Recorder:
-    """A model that is run with weights from outside: its own values are never used."""
+    """A model that is run with weights from outside.
 
-    def __init__(self, model: nn.Module, request: Request, device: torch.device):
-        self.model = model
-        self.config = request.config
+    Attributes:
+        initial_hash: of the seeded initial weights that the model came with.
+    """
+
+    def __init__(self, request: Request, device: torch.device):
+        config = request.config
+        with torch.random.fork_rng(devices=[]):
+            model = registry.get("model", config.model.model_type)(config.model, vlm_config=config.vlm)
+        model.init_weights_and_freqs(request.seed)
+        self.initial_hash = state_hash({name: to_numpy(tensor) for name, tensor in get_state(model).items()})
+        self.config = config
         self.request = request
-        self.device = device
-        self.table = parameter_table(request.config.model, request.config.vlm)
+        self.table = parameter_table(config.model, config.vlm)
         self.compute_dtype = DTYPES[request.dtype]
-        self.master_dtype = torch.float64 if request.dtype == "float64" else torch.float32
+        self.master_dtype = torch.float64 if request.dtype == EXACT else torch.float32
         self.trained = [name for name, tensor in own_tensors(model).items() if isinstance(tensor, nn.Parameter)]
+        self._device = device
+        self._model = model.to(device)
 
     def run(self, weights: Arrays) -> Recording:
         """Forward with every activation, loss, gradients and one update."""
         state = self._masters(weights)
         masters = {name: state[name].requires_grad_() for name in self.trained}
         tokens, labels = self._integers(self.request.tokens), self._integers(self.request.labels)
-        with capture(self.model) as activations, chosen_experts(self.model) as choices:
+        with capture(self._model) as activations, chosen_experts(self._model) as choices:
             logits, stats = self._call(state, tokens)
         loss = self._loss(logits, stats, labels)
         gradients = dict(zip(masters, torch.autograd.grad(loss, list(masters.values())), strict=True))
@@ -115,7 +126,7 @@ class Recorder:
     def _decode(self, state: Tensors, tokens: Tensor, chunks: Sequence[int]) -> Tensor:
         model = self.config.model
         caches = [
-            KVCache(len(tokens), tokens.shape[1], model.kv_heads, model.head_size, self.compute_dtype, self.device)
+            KVCache(len(tokens), tokens.shape[1], model.kv_heads, model.head_size, self.compute_dtype, self._device)
             for _ in range(model.n_layers)
         ]
         pieces = [self._call(state, piece, kv_caches=caches)[0] for piece in tokens.split(list(chunks), dim=1)]
@@ -123,7 +134,7 @@ class Recorder:
 
     def _call(self, state: Tensors, tokens: Tensor, **arguments: Any) -> tuple[Tensor, dict[int, Any]]:
         copy = {name: tensor.to(self._compute_dtype_of(name)) for name, tensor in state.items()}
-        return torch.func.functional_call(self.model, copy, (tokens,), {**arguments, "return_stats": True})
+        return torch.func.functional_call(self._model, copy, (tokens,), {**arguments, "return_stats": True})
 
     def _loss(self, logits: Tensor, stats: dict[int, Any], labels: Tensor) -> Tensor:
         """The training objective: cross entropy and, with experts, the weighted losses of routers."""
@@ -146,17 +157,17 @@ class Recorder:
         return masters
 
     def _masters(self, weights: Arrays) -> Tensors:
-        return {name: from_numpy(weights[name]).to(self.device, self.master_dtype, copy=True) for name in self.table}
+        return {name: from_numpy(weights[name]).to(self._device, self.master_dtype, copy=True) for name in self.table}
 
     def _compute_dtype_of(self, name: str) -> torch.dtype:
         spec = self.table[name]
         return self.master_dtype if spec.full_precision or spec.is_buffer else self.compute_dtype
 
     def _integers(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, torch.long)
+        return torch.from_numpy(array).to(self._device, torch.long)
 
 
-def device_name(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     """The model of an accelerator, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 

@@ -148,7 +148,7 @@ def make_trace(
     """The trace of a recording, and where it comes from.
 
     Args:
-        run: gives the recording of other weights, in float64; None to leave the deltas out.
+        run: gives the float64 recording of other weights; None to leave the deltas out.
         initial_hash: of the seeded initial weights as this backend drew them.
     """
     meta = TraceMeta(
@@ -171,13 +171,15 @@ def make_trace(
 def perturbation_deltas(run: Callable[[Arrays], Recording], request: Request) -> dict[str, dict[str, float]]:
     """Dtype -> name of a tensor -> how far rounding the weights to that dtype moves the float64 result.
 
+    A float64 trace has deltas for every dtype, as it is the truth for all; another has those of its own.
     Cached decoding is the same function as the forward, and has the delta of its logits.
     """
 
     def tensors(weights: Arrays) -> Arrays:
         return {name: array for name, array in run(weights).tensors().items() if array.dtype.kind == "f"}
 
-    roundoffs = {dtype: UNIT_ROUNDOFF[dtype] for dtype in DTYPES}
+    dtypes = DTYPES if request.dtype == "float64" else (request.dtype,)
+    roundoffs = {dtype: UNIT_ROUNDOFF[dtype] for dtype in dtypes}
     deltas = {
         dtype: perturbation_delta(tensors, request.weights, u, seed=request.seed) for dtype, u in roundoffs.items()
     }

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from shared_config.commands import convert, show, trace, train
+from shared_config.commands import compare, convert, show, trace, train, validate
 
 
 class Command(Protocol):
@@ -20,4 +20,11 @@ class Command(Protocol):
     def run(self, options: argparse.Namespace, overrides: Sequence[str]) -> int: ...
 
 
-COMMANDS: Mapping[str, Command] = {"train": train, "show": show, "trace": trace, "convert": convert}
+COMMANDS: Mapping[str, Command] = {
+    "validate": validate,
+    "train": train,
+    "show": show,
+    "trace": trace,
+    "compare": compare,
+    "convert": convert,
+}

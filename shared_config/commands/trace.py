@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", metavar="IDS", help="a .npy file of shape (batch, sequence), or ids as in 1,2,3")
     parser.add_argument("--device", help="cpu, cuda, tpu ... (default: the backend's own)")
     parser.add_argument("--summary", type=not_negative, metavar="BYTES", help="keep of larger tensors a summary only")
+    parser.add_argument(
+        "--deltas",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure in float64 how far rounding moves each tensor, for comparisons without a float64 trace",
+    )
     add_shrink(parser)
 
 
@@ -52,7 +58,13 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     tokens = None if options.tokens is None else read_tokens(options.tokens)
     require_backend(options.backend)
     trace = backend_module(options.backend, "trace").record(
-        config, dtype=options.dtype, seed=options.seed, weights=weights, tokens=tokens, device=options.device
+        config,
+        dtype=options.dtype,
+        seed=options.seed,
+        weights=weights,
+        tokens=tokens,
+        deltas=options.deltas,
+        device=options.device,
     )
     if options.summary is not None:
         trace = trace.summarized(options.summary)

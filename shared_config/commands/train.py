@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     add_backend(parser)
     parser.add_argument("--output", metavar="DIR", help="folder of the run, the same as --checkpoint.dir")
+    parser.add_argument("--device", help="cpu, cuda, tpu ... (default: the backend's own)")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
@@ -26,4 +27,5 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     require_text_model(config, "train")
     require_backend(options.backend)
     trainer = backend_module(options.backend, "training.train")
-    return trainer.train(config, console=None if options.quiet else console()).exit_status
+    screen = None if options.quiet else console()
+    return trainer.train(config, device=options.device, console=screen).exit_status

@@ -1,0 +1,228 @@
+"""What `validate` checks: each check says what the backends' processes must do, and judges what they left behind.
+
+Other parts of the package add their own: ``register(Check(name, jobs, judge))``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from shared_config.compare import TOLERANCES, Comparison, Row, compare_traces
+from shared_config.compare.align import INITIAL
+from shared_config.interchange.traces import DECODE, FORWARD, LOSSES, Trace, TraceMeta, read_trace
+from shared_config.loader import config_to_toml
+from shared_config.metrics import read_metrics
+from shared_config.numerics import relative_error
+from shared_config.schema.job import JobConfig
+
+BACKENDS = ("torch", "jax")
+TRUTH = ("torch", "float64")
+"""The trace that float32 and bfloat16 are measured against, and that carries the deltas."""
+LOGITS = f"{FORWARD}/output_head"
+
+CALM_WARMUP = 100
+"""Steps of warm-up in the training check: at a peak learning rate reached too early, training amplifies rounding."""
+TRAINED_BATCH, TRAINED_LENGTH = 16, 128
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the verdict.
+
+    Attributes:
+        subject: what was compared; ``count`` tensors of it.
+        worst: the tensor nearest to its limit, or beyond.
+        error, limit: of that tensor, relative to its RMS.
+        detail: what to say if it is not ok.
+    """
+
+    check: str
+    subject: str
+    ok: bool
+    count: int = 1
+    worst: str = ""
+    error: float = 0.0
+    limit: float = 0.0
+    detail: str = ""
+
+
+@dataclass
+class Plan:
+    """What is validated, and the folder in which the processes leave their results.
+
+    Attributes:
+        dtypes: of the traces; float64 is always among them, as the truth for the others.
+        steps: optimiser steps of the training run; 0 for none.
+        comparisons: filled by the checks, by title, for the report.
+    """
+
+    config: JobConfig
+    folder: Path
+    dtypes: tuple[str, ...] = tuple(TOLERANCES)
+    seed: int = 0
+    steps: int = 30
+    device: str = "cpu"
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved config, for the processes to load."""
+        return self.folder / "config.toml"
+
+    def trace_file(self, backend: str, dtype: str) -> Path:
+        """Where a backend's process leaves its trace."""
+        return self.folder / f"{backend}-{dtype}.safetensors"
+
+    def run_folder(self, backend: str) -> Path:
+        """Where a backend's process trains."""
+        return self.folder / f"train-{backend}"
+
+    @functools.cache  # noqa: B019 (a plan lives as long as its command)
+    def trace(self, backend: str, dtype: str) -> Trace:
+        """A trace that was left behind."""
+        return read_trace(self.trace_file(backend, dtype))
+
+    __hash__ = object.__hash__
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing to prove.
+
+    Attributes:
+        jobs: command lines of ``kempnerforge`` that the process of a backend runs.
+        judge: what came of it, once all processes have ended.
+    """
+
+    name: str
+    jobs: Callable[[Plan, str], list[list[str]]]
+    judge: Callable[[Plan], Iterable[Finding]]
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def register(check: Check) -> Check:
+    """Let `validate` run a check.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+    if check.name in CHECKS:
+        raise ValueError(f"check {check.name!r} is registered already")
+    CHECKS[check.name] = check
+    return check
+
+
+def findings_of(check: str, comparison: Comparison) -> Iterator[Finding]:
+    """One finding for each group of tensors of a comparison."""
+    for group, rows in comparison.groups.items():
+        worst = max(rows, key=lambda row: (not row.ok, row.share))
+        yield Finding(
+            check=check,
+            subject=group,
+            ok=all(row.ok for row in rows),
+            count=len(rows),
+            worst="" if worst.group == INITIAL else worst.name.removeprefix(f"{group}/"),
+            error=worst.relative,
+            limit=worst.limit / worst.scale if worst.scale else worst.limit,
+            detail="" if worst.ok else describe(worst, comparison),
+        )
+
+
+def describe(row: Row, comparison: Comparison) -> str:
+    """A difference in words: which tensor, where, both values, and how far beyond rounding."""
+    parts = [f"{row.name}: {row.status}"]
+    if row.position is not None:
+        parts.append(f"at {row.position} {comparison.label_a} {row.value_a!r}, {comparison.label_b} {row.value_b!r}")
+    if row.mismatched:
+        parts.append(f"{row.mismatched} places are unequal or not finite on one side")
+    if row.multiple is not None:
+        parts.append(f"{row.multiple:.3g} times what rounding does")
+    return "; ".join(parts)
+
+
+def _trace_jobs(plan: Plan, backend: str) -> list[list[str]]:
+    shared = [str(plan.config_file), "--backend", backend, "--seed", str(plan.seed), "--device", plan.device]
+    return [
+        ["trace", *shared, "--dtype", dtype, "--output", str(plan.trace_file(backend, dtype)), deltas]
+        for dtype in plan.dtypes
+        for deltas in ["--deltas" if (backend, dtype) == TRUTH else "--no-deltas"]
+    ]
+
+
+def _compare_steps(plan: Plan) -> Iterator[Finding]:
+    """float64 against float64; float32 and bfloat16, each side against the float64 truth."""
+    truth = plan.trace(*TRUTH)
+    for dtype in plan.dtypes:
+        a, b = (plan.trace(backend, dtype) for backend in BACKENDS)
+        comparison = compare_traces(a, b, None if dtype == "float64" else truth)
+        plan.comparisons[dtype] = comparison
+        yield from findings_of(dtype, comparison)
+
+
+def _no_jobs(plan: Plan, backend: str) -> list[list[str]]:
+    return []
+
+
+def _compare_decoding(plan: Plan) -> Iterator[Finding]:
+    """Within each backend: logits of cached decoding against those of the full forward, in float64."""
+    limit = TOLERANCES["float64"][FORWARD].relative
+    for backend in BACKENDS:
+        tensors = plan.trace(backend, "float64").tensors
+        names = [name for name in tensors if name.startswith(f"{DECODE}/")]
+        errors = {name: relative_error(tensors[name], tensors[LOGITS]) for name in names}
+        worst = max(errors, key=errors.__getitem__)
+        ok = errors[worst] <= limit
+        detail = "" if ok else f"{backend}: {worst} is not the full forward, relative error {errors[worst]:.3g}"
+        yield Finding(
+            "cached decoding", f"{backend}: decode = forward", ok, len(names), worst, errors[worst], limit, detail
+        )
+
+
+def _train_jobs(plan: Plan, backend: str) -> list[list[str]]:
+    if plan.steps == 0:
+        return []
+    config = plan.config
+    overrides = {
+        "train.max_steps": plan.steps,
+        "train.batch_size": min(config.train.batch_size, TRAINED_BATCH),
+        "train.seq_len": min(config.train.seq_len, TRAINED_LENGTH),
+        "train.mixed_precision": "fp32",
+        "train.compile_model": "false",
+        "scheduler.warmup_steps": max(config.scheduler.warmup_steps, CALM_WARMUP),
+        "scheduler.decay_steps": "none",
+        "eval.interval": 0,
+        "eval.steps": 0,
+        "metrics.log_interval": 1,
+    }
+    command = ["train", str(plan.config_file), "--backend", backend, "--quiet", "--device", plan.device]
+    output = ["--output", str(plan.run_folder(backend))]
+    return [[*command, *output, *(f"--{name}={value}" for name, value in overrides.items())]]
+
+
+def _compare_training(plan: Plan) -> Iterator[Finding]:
+    """Losses of a short float32 training run on the data of the config."""
+    if plan.steps == 0:
+        return
+    a, b = (_losses(plan, backend) for backend in BACKENDS)
+    comparison = compare_traces(a, b)
+    plan.comparisons["training"] = comparison
+    yield from findings_of(f"training, {plan.steps} steps", comparison)
+
+
+def _losses(plan: Plan, backend: str) -> Trace:
+    records = read_metrics(plan.run_folder(backend) / "metrics.jsonl")
+    losses = np.array([record["loss"] for record in records], np.float64)
+    meta = TraceMeta(backend, plan.device, "float32", plan.config.train.seed, config_to_toml(plan.config))
+    return Trace({LOSSES: losses}, meta)
+
+
+register(Check("one step", _trace_jobs, _compare_steps))
+register(Check("cached decoding", _no_jobs, _compare_decoding))
+register(Check("training", _train_jobs, _compare_training))

@@ -1,0 +1,165 @@
+"""``kempnerforge validate``: both backends, each in a process of its own, are shown to be the same function."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from shared_config.checks import BACKENDS, CHECKS, Finding, Plan
+from shared_config.commands.backends import require_backend
+from shared_config.commands.common import (
+    add_config,
+    add_shrink,
+    console,
+    load_text_config,
+    not_negative,
+    writable_folder,
+)
+from shared_config.commands.show import readable_bytes
+from shared_config.commands.verdict import show_findings
+from shared_config.contract.counts import count_parameters
+from shared_config.errors import UserError
+from shared_config.loader import config_to_toml
+from shared_config.recording import DTYPES
+from shared_config.schema.job import JobConfig
+
+HELP = "prove that both backends compute the same; exit status 0 only if they do"
+
+DIFFERENT = 1
+BYTES_A_PARAMETER = 160
+"""Peak of one process: masters, gradients, updates and moments in float64, and what the deltas are measured from."""
+MEMORY_INFO = Path("/proc/meminfo")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"comma-separated (default: {','.join(DTYPES)})")
+    parser.add_argument("--steps", type=not_negative, default=30, help="of the training run; 0: none (default: 30)")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of weights and tokens (default: 0)")
+    parser.add_argument("--device", default="cpu", help="for both backends (default: cpu)")
+    parser.add_argument("--keep", metavar="DIR", help="folder that keeps the traces and the training runs")
+    add_shrink(parser)
+
+
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    config = load_text_config(options, overrides)
+    dtypes = read_dtypes(options.dtypes)
+    for backend in BACKENDS:
+        require_backend(backend)
+    refuse_too_large(config, options.config)
+    with tempfile.TemporaryDirectory(prefix="kempnerforge-") as scratch:
+        folder = writable_folder(options.keep or scratch)
+        plan = Plan(config, folder, dtypes, options.seed, options.steps, options.device)
+        began = time.monotonic()
+        screen = console()
+        with screen.status("torch and jax run side by side, each in its own process ..."):
+            failures = run_processes(plan)
+        findings = failures or judge(plan)
+        same = show(screen, findings, config, time.monotonic() - began)
+    return 0 if same else DIFFERENT
+
+
+def read_dtypes(text: str) -> tuple[str, ...]:
+    """The dtypes asked for, float64 first, as it is the truth for the others.
+
+    Raises:
+        UserError: an unknown one.
+    """
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in DTYPES:
+            raise UserError(f"--dtypes = {text!r}: {name!r} must be one of {', '.join(DTYPES)}")
+    return tuple(name for name in DTYPES if name in names or name == "float64")
+
+
+def refuse_too_large(config: JobConfig, name: str) -> None:
+    """Refuse to build a model that the memory can't hold twice, several times over.
+
+    Raises:
+        UserError: with the estimate, and the way around.
+    """
+    parameters = count_parameters(config.model, config.vlm)
+    needed, free = parameters * BYTES_A_PARAMETER * len(BACKENDS), available_memory()
+    if needed > free:
+        raise UserError(
+            f"{name}: {parameters:,} parameters in float64, gradients and updates included, in two processes need "
+            f"about {readable_bytes(needed)} of memory; {readable_bytes(free)} are free. "
+            "--shrink validates the same architecture with a few small layers"
+        )
+
+
+def available_memory() -> int:
+    """Bytes that programs can still get; all there are where the system does not say."""
+    if MEMORY_INFO.exists():
+        for line in MEMORY_INFO.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def run_processes(plan: Plan) -> list[Finding]:
+    """Run the jobs of all checks, one process a backend, side by side.
+
+    Returns:
+        a finding for each process that broke down.
+
+    Raises:
+        UserError: what a process says is the user's to mend.
+    """
+    plan.config_file.write_text(config_to_toml(plan.config), encoding="utf-8")
+    processes = {backend: _start(plan, backend) for backend in BACKENDS}
+    try:
+        said = {backend: process.communicate()[1] for backend, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.kill()
+    refused = [said[backend].strip() for backend, process in processes.items() if process.returncode == 2]
+    if refused:
+        raise UserError("\n".join(line.removeprefix("kempnerforge: ") for line in "\n".join(refused).splitlines()))
+    return [
+        Finding("processes", backend, ok=False, detail=f"ended with status {process.returncode}:\n{said[backend]}")
+        for backend, process in processes.items()
+        if process.returncode != 0
+    ]
+
+
+def _start(plan: Plan, backend: str) -> subprocess.Popen[str]:
+    jobs = [job for check in CHECKS.values() for job in check.jobs(plan, backend)]
+    file = plan.folder / f"jobs-{backend}.json"
+    file.write_text(json.dumps(jobs), encoding="utf-8")
+    command = [sys.executable, "-m", "shared_config.commands.worker", str(file)]
+    return subprocess.Popen(
+        command, env=_environment(plan), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _environment(plan: Plan) -> dict[str, str]:
+    """Half of the cores for each process, and only the devices that are asked for."""
+    threads = max(1, (os.cpu_count() or 1) // len(BACKENDS))
+    chosen = {"OMP_NUM_THREADS": str(threads)}
+    if plan.device == "cpu":
+        chosen["JAX_PLATFORMS"] = "cpu"
+    return {**chosen, **os.environ}
+
+
+def judge(plan: Plan) -> list[Finding]:
+    """What the checks say about what the processes left behind."""
+    return [finding for check in CHECKS.values() for finding in check.judge(plan)]
+
+
+def show(screen: Console, findings: Sequence[Finding], config: JobConfig, seconds: float) -> bool:
+    """Print the verdict; tell whether all is the same."""
+    same = show_findings(screen, findings)
+    failed = sum(not finding.ok for finding in findings)
+    outcome = "the backends agree" if same else f"the backends DIFFER in {failed} of {len(findings)} comparisons"
+    screen.print(f"{outcome} ({count_parameters(config.model, config.vlm):,} parameters, {seconds:.0f} s)")
+    return same
