@@ -68,7 +68,7 @@ class Judge:
             status = ONLY_B if a is None else ONLY_A
             return Row(name, group_of(name), status, shape=present.shape, error=math.inf)
         row = Row(name, group_of(name), EQUAL, a.shape, _dtype(a), _dtype(b))
-        truth = self._truth_of(name)
+        truth = None if self.truth is None else self.truth.tensors.get(name)
         if a.shape != b.shape or (truth is not None and truth.shape != a.shape):
             return dataclasses.replace(row, status=OTHER_SHAPE, error=math.inf)
         if _is_floating(a) != _is_floating(b):
@@ -90,10 +90,6 @@ class Judge:
         if row.position is None or not isinstance(value, np.ndarray) or not isinstance(against, np.ndarray):
             return None
         return heatmap(value, against)
-
-    def _truth_of(self, name: str) -> Tensor | None:
-        found = None if self.truth is None else self.truth.tensors.get(name)
-        return found if found is None or _is_floating(found) else None
 
     def _sides_against(self, truth: Tensor, a: Tensor, b: Tensor) -> list[tuple[str, Tensor, Tensor, str]]:
         return [("a", a, truth, self.a.meta.dtype), ("b", b, truth, self.b.meta.dtype)]
