@@ -276,7 +276,11 @@ def build_router(
 
 
 def top_k_lowest_first(scores_TE: jax.Array, k: int) -> jax.Array:
-    """Indices of the k largest of each row, largest first, equal ones by index, as `jax.lax.top_k` promises."""
+    """Indices of the k largest of each row, largest first, equal ones by index, as `jax.lax.top_k` promises.
+
+    It orders bits: -0 below 0, and NaN at either end by its sign. Here zeros are equal, and NaN is the largest.
+    """
+    scores_TE = jnp.where(jnp.isnan(scores_TE), jnp.nan, jnp.where(scores_TE == 0, 0, scores_TE))
     return jax.lax.top_k(scores_TE, k)[1]
 
 

@@ -32,6 +32,10 @@ SDPA_BACKENDS = {
 }
 
 
+CPU_KERNEL_KEYS = 16
+"""Of fewer keys, the fused kernel of the CPU turns scores that are all NaN into an output of 0."""
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, one layer's. `update` writes in place.
 
@@ -309,6 +313,8 @@ def attend(
     if mask is not None:
         has_key = mask.any(dim=-1, keepdim=True)
         mask = mask | ~has_key
+    if q.device.type == "cpu" and keys < CPU_KERNEL_KEYS:
+        sdpa_backend = "math"
     with _sdpa(sdpa_backend):
         out_BHSh = F.scaled_dot_product_attention(
             q,

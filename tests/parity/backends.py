@@ -1,0 +1,93 @@
+"""One way of speaking to either backend: NumPy arrays in and out, modules by name, functions jitted where there is jit.
+
+Modules are imported when a test asks for them, so that a mutated backend can stand in for the real one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from shared_config.schema.model import ModelConfig
+
+
+class Torch:
+    """The torch backend, run eagerly."""
+
+    name = "torch"
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def module(self, path: str) -> Any:
+        """The module of this backend at a path, "model.norm"."""
+        return importlib.import_module(f"kempnerforge_{self.name}.{path}")
+
+    def array(self, value: Any, dtype: str | None = None) -> Any:
+        """A tensor that shares nothing with ``value``."""
+        copied = np.array(value)
+        return self.module("model.state").from_numpy(copied, None if dtype is None else getattr(torch, dtype))
+
+    def numpy(self, value: Any) -> Any:
+        """Every tensor in a dict, list or tuple as NumPy, detached."""
+        return torch.utils._pytree.tree_map_only(torch.Tensor, self.module("model.state").to_numpy, value)
+
+    def build(self, builder: Any, *args: Any, dtype: str = "float64", **options: Any) -> Any:
+        """A module in ``dtype``."""
+        return builder(*args, **options).to(getattr(torch, dtype))
+
+    def model(self, config: ModelConfig, weights: Mapping[str, Any], dtype: str = "float64", **options: Any) -> Any:
+        """A `Transformer` with these weights."""
+        model = self.build(self.module("model.transformer").Transformer, config, dtype=dtype, **options)
+        self.module("model.state").set_state(model, weights)
+        return model
+
+    def run(self, function: Callable[..., Any], *values: Any) -> Any:
+        """What a function of arrays gives for these NumPy arrays."""
+        with torch.no_grad():
+            return self.numpy(function(*(self.array(value) for value in values)))
+
+    def gradients(self, function: Callable[..., Any], *values: Any) -> list[np.ndarray]:
+        """Of the sum of what the function gives, with respect to each array."""
+        arrays = [self.array(value).requires_grad_() for value in values]
+        return [self.numpy(gradient) for gradient in torch.autograd.grad(function(*arrays).sum(), arrays)]
+
+
+class Jax(Torch):
+    """The JAX backend, run under jit."""
+
+    name = "jax"
+
+    def array(self, value: Any, dtype: str | None = None) -> Any:
+        return self.module("model.state").from_numpy(np.asarray(value), dtype)
+
+    def numpy(self, value: Any) -> Any:
+        return jax.tree.map(self.module("model.state").to_numpy, value)
+
+    def build(self, builder: Any, *args: Any, dtype: str = "float64", **options: Any) -> Any:
+        return builder(*args, rngs=nnx.Rngs(0), **options).to(dtype)
+
+    def model(self, config: ModelConfig, weights: Mapping[str, Any], dtype: str = "float64", **options: Any) -> Any:
+        transformer = self.module("model.transformer").Transformer
+        model = nnx.eval_shape(lambda: transformer(config, rngs=nnx.Rngs(0), **options))
+        model.init_weights_and_freqs(seed=0)
+        self.module("model.state").set_state(model.to(dtype), weights)
+        return model
+
+    def run(self, function: Callable[..., Any], *values: Any) -> Any:
+        return self.numpy(jax.jit(function)(*(self.array(value) for value in values)))
+
+    def gradients(self, function: Callable[..., Any], *values: Any) -> list[np.ndarray]:
+        gradient = jax.grad(lambda *arrays: function(*arrays).sum(), argnums=tuple(range(len(values))))
+        return list(self.run(gradient, *values))
+
+
+BACKENDS = (Torch(), Jax())
+on_both = pytest.mark.parametrize("backend", BACKENDS, ids=str)
