@@ -23,7 +23,6 @@ from kempnerforge_jax.training.optimizer import build_optimizer, clip_by_global_
 from kempnerforge_jax.training.train import matmul_precision
 from shared_config.contract.initialise import state_hash
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.schedule import scheduled_learning_rate
 from shared_config.contract.validation import chunkings
 from shared_config.interchange.traces import Trace
 from shared_config.interchange.weights import check_tensors
@@ -178,10 +177,10 @@ class Recorder:
         )
 
     def _update(self, masters: Tensors, gradients: Tensors) -> Tensors:
-        """The parameters after the first step of a run."""
+        """The parameters after one step at the peak learning rate, where it shows most."""
         optimizer = build_optimizer(masters, self.table, self.config.optimizer)
         clipped, _ = clip_by_global_norm(gradients, self.config.train.grad_clip_norm)
-        lr = jnp.asarray(scheduled_learning_rate(self.config, 0), self.master_dtype)
+        lr = jnp.asarray(self.config.optimizer.lr, self.master_dtype)
         return update(optimizer, dict(clipped), optimizer.init(masters), masters, lr)[0]
 
     def _masters(self, weights: Arrays) -> Tensors:

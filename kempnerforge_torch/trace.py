@@ -20,7 +20,6 @@ from kempnerforge_torch.training.optimizer import build_optimizer, clip_by_globa
 from kempnerforge_torch.training.train import default_device, matmul_precision
 from shared_config.contract.initialise import state_hash
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.schedule import scheduled_learning_rate
 from shared_config.contract.validation import chunkings
 from shared_config.interchange.traces import Trace
 from shared_config.interchange.weights import check_tensors
@@ -147,9 +146,9 @@ class Recorder:
         )
 
     def _update(self, masters: Tensors, gradients: Tensors) -> Tensors:
-        """The parameters after the first step of a run."""
+        """The parameters after one step at the peak learning rate, where it shows most."""
         optimizer = build_optimizer(masters, self.table, self.config.optimizer)
-        set_learning_rate(optimizer, scheduled_learning_rate(self.config, 0))
+        set_learning_rate(optimizer, self.config.optimizer.lr)
         clipped, _ = clip_by_global_norm(gradients, self.config.train.grad_clip_norm)
         for name, master in masters.items():
             master.grad = clipped[name]

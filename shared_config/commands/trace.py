@@ -21,7 +21,7 @@ from shared_config.contract.parameters import parameter_table
 from shared_config.errors import UserError
 from shared_config.interchange.traces import write_trace
 from shared_config.interchange.weights import load_weights
-from shared_config.recording import DTYPES, WEIGHTS
+from shared_config.recording import DTYPES, WEIGHTS, check_tokens
 from shared_config.schema.job import JobConfig
 
 HELP = "write every activation, gradient and loss of one step to a file"
@@ -56,6 +56,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     output = writable_file(options.output)
     weights = load_given_weights(options.weights, config)
     tokens = None if options.tokens is None else read_tokens(options.tokens)
+    if tokens is not None:
+        check_tokens(tokens, config)
     require_backend(options.backend)
     trace = backend_module(options.backend, "trace").record(
         config,
