@@ -14,7 +14,7 @@ import numpy as np
 
 from shared_config.contract.parameters import parameter_table
 from shared_config.interchange import checkpoint
-from shared_config.interchange.checkpoint import Checkpoint
+from shared_config.interchange.checkpoint import Checkpoint, TrainingState
 from shared_config.loader import config_from_dict, config_to_toml
 from shared_config.schema.job import JobConfig
 from tests.oracle.optimizer import AdamWState, initial_state
@@ -107,7 +107,7 @@ def text_job(folder: Path, model: Mapping[str, Any] | None = None, **sections: A
 
 
 def run_killed(job: JobConfig, backend: str, moment: int) -> None:
-    """Start or go on with the job in a process of its own, which is killed (SIGKILL) at the start of step ``moment``."""
+    """Start or go on with the job in a process of its own, killed (SIGKILL) at the start of step ``moment``."""
     config = Path(job.checkpoint.dir).with_suffix(".toml")
     config.write_text(config_to_toml(job))
     code = KILLED_RUN.format(backend=backend)
@@ -124,6 +124,20 @@ def run_killed(job: JobConfig, backend: str, moment: int) -> None:
 
 def last_checkpoint(job: JobConfig) -> Checkpoint:
     return checkpoint.load(job.checkpoint.dir)
+
+
+def run_folder(path: Path, name: str) -> dict[str, Any]:
+    """A checkpoint section with a folder of this name."""
+    return {"dir": str(path / name), "interval": 3}
+
+
+def assert_same_bits(state: TrainingState, truth: TrainingState) -> None:
+    """Equal steps, names in equal order, equal bytes."""
+    assert state.step == truth.step
+    for values, truths in ((state.weights, truth.weights), (state.optimizer, truth.optimizer)):
+        assert list(values) == list(truths)
+        for name, value in values.items():
+            assert value.tobytes() == truths[name].tobytes(), name
 
 
 def oracle_steps(

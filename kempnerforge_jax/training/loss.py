@@ -17,11 +17,12 @@ IGNORED = -100
 def cross_entropy(logits_BSV: jax.Array, labels_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sum of logsumexp(logits) - logits[label] over the labels that are not -100, and the number of these labels.
 
-    The arithmetic is in at least float32. Only the logits are kept for the backward pass, which computes the probabilities
-    again; the compiler fuses the widening into its reductions, so no second array of their size exists.
+    The arithmetic is in at least float32. Only the logits are kept for the backward pass, which computes the
+    probabilities again; the compiler fuses the widening into its reductions, so no second array of their size exists.
 
     Returns:
-        sum: scalar, at least float32; 0 with gradient 0 if no label counts, NaN if a label is outside [0, V) and not -100.
+        sum: scalar, at least float32; 0 with gradient 0 if no label counts, NaN if a label is neither -100 nor in
+            [0, V).
         count: int32 scalar.
     """
     return _summed(logits_BSV, labels_BS), jnp.sum(labels_BS != IGNORED, dtype=jnp.int32)

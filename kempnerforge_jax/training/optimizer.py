@@ -3,7 +3,7 @@
     m <- b1 m + (1 - b1) g            v <- b2 v + (1 - b2) g^2
     p <- p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p)        t = 1, 2, ...
 
-The decay acts where the parameter table says so. Checkpoints hold the moments as ``m.<parameter>`` and ``v.<parameter>``.
+The decay acts where the parameter table says so. Checkpoints hold the moments as ``m.<parameter>``, ``v.<parameter>``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def update(
 ) -> tuple[Arrays, OptimizerState]:
     """One step: the new parameters and the new state."""
     steps, state = optimizer.update(gradients, state, parameters)
-    return {name: value - lr * steps[name] for name, value in parameters.items()}, state
+    return jax.tree.map(lambda value, step: value - lr * step, parameters, steps), state
 
 
 def get_optimizer_state(state: OptimizerState) -> Arrays:
@@ -78,9 +78,7 @@ def set_optimizer_state(state: OptimizerState, moments: Mapping[str, Any], step:
     return (adam._replace(count=count, mu=mu, nu=nu), *state[1:])
 
 
-def clip_by_global_norm(
-    gradients: Mapping[str, jax.Array], max_norm: float
-) -> tuple[Mapping[str, jax.Array], jax.Array]:
+def clip_by_global_norm(gradients: Arrays, max_norm: float) -> tuple[Arrays, jax.Array]:
     """All gradients times max_norm / max(norm, max_norm); ``max_norm`` 0 leaves them as they are.
 
     Returns:

@@ -54,9 +54,7 @@ REMATERIALISATION = {
 """What of a block is computed again in the backward pass: nothing, all, or all but matrix products with weights."""
 
 
-def train(
-    config: JobConfig, *, device: jax.Device | str | None = None, console: Console | None = None
-) -> TrainingSummary:
+def train(config: JobConfig, *, device: Any = None, console: Console | None = None) -> TrainingSummary:
     """Train the job on one device, from where its folder left it, and tell how it ended.
 
     Raises:
@@ -70,7 +68,8 @@ class Trainer:
     """A model, its optimiser, and what `shared_config.loop` asks of them.
 
     Masters, gradients and moments are of ``dtype``. With ``train.mixed_precision`` "bf16" a float32 trainer computes in
-    bfloat16, on a copy of the masters that is cast for each micro-batch.
+    bfloat16, on a copy of the masters that is cast for each micro-batch. ``device`` is a `jax.Device`, the name of a
+    platform, or None for the default.
 
     Attributes:
         parameters: the masters, by name; those of layers in a scan are stacked (see `split`).
@@ -80,7 +79,7 @@ class Trainer:
 
     backend = "jax"
 
-    def __init__(self, config: JobConfig, device: jax.Device | str | None = None, *, dtype: Any = jnp.float32):
+    def __init__(self, config: JobConfig, device: Any = None, *, dtype: Any = jnp.float32):
         self.config = config
         self.device = jax.devices(device)[0] if device is None or isinstance(device, str) else device
         self.table = parameter_table(config.model, config.vlm)
@@ -109,8 +108,9 @@ class Trainer:
 
         Returns:
             loss (cross entropy), grad_norm (before clipping), lr, tokens (labels that counted). With experts also
-            aux_loss and z_loss (unweighted, averaged over the micro-batches), routing_entropy (of a token's distribution
-            over experts, in nats, averaged over the routers) and dead_experts (that no token chose, over all routers).
+            aux_loss and z_loss (unweighted, averaged over the micro-batches), routing_entropy (of a token's
+            distribution over experts, in nats, averaged over the routers) and dead_experts (that no token chose, over
+            all routers).
             What the device computes is left there, as scalar arrays.
         """
         count, lr = label_count(micro_batches), self.learning_rate(self.updates)
@@ -138,7 +138,7 @@ class Trainer:
     def state(self) -> TrainingState:
         """Copies, on the host, of weights, buffers and moments."""
         weights, moments = get_state(self.model), get_optimizer_state(self.optimizer_state)
-        return TrainingState(self.updates, *({name: np.array(a) for name, a in s.items()} for s in (weights, moments)))
+        return TrainingState(self.updates, self._host_copies(weights, ""), self._host_copies(moments, "m.", "v."))
 
     def load_state(self, state: TrainingState) -> None:
         """Go on from a state of either backend; without moments, only the weights are taken.
@@ -152,6 +152,11 @@ class Trainer:
             self.optimizer_state = set_optimizer_state(self.optimizer_state, state.optimizer, state.step)
         _, self.parameters, self.buffers = split(model)
         self.updates = state.step
+
+    def _host_copies(self, arrays: Arrays, *prefixes: str) -> Arrays:
+        """In the order of the parameter table, which jit does not keep."""
+        names = [prefix + name for prefix in prefixes for name in self.table if prefix + name in arrays]
+        return {name: np.array(arrays[name]) for name in names}
 
     @property
     def _scalar(self) -> Any:
@@ -215,7 +220,7 @@ def _step(
     gradients, total = _gradients(recipe, parameters, buffers, batches, count)
     gradients, norm = clip_by_global_norm(gradients, recipe.train.grad_clip_norm)
     optimizer = build_optimizer(parameters, _table(recipe), recipe.optimizer)
-    parameters, optimizer_state = update(optimizer, dict(gradients), optimizer_state, parameters, lr)
+    parameters, optimizer_state = update(optimizer, gradients, optimizer_state, parameters, lr)
     buffers = _balanced(recipe, parameters, buffers, total.expert_counts, progress)
     metrics = {"loss": total.loss, "grad_norm": norm, **_routing_metrics(total)}
     return parameters, buffers, optimizer_state, metrics
@@ -329,7 +334,7 @@ def _table(recipe: Recipe) -> Any:
 
 
 def _build_model(config: JobConfig, dtype: Any) -> Any:
-    """The seeded model, in memory once: it comes into being without arrays."""
+    """The seeded model. It comes into being without arrays, and its initial values are float32 ones."""
     builder = registry.get("model", config.model.model_type)
     model = nnx.eval_shape(lambda: builder(config.model, vlm_config=config.vlm, rngs=nnx.Rngs(0)))
     model.init_weights_and_freqs(config.train.seed)

@@ -21,8 +21,8 @@ CHUNK_ELEMENTS = 2**26
 def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of logsumexp(logits) - logits[label] over the labels that are not -100, and the number of these labels.
 
-    The arithmetic is in at least float32. Where the logits are many, the backward pass computes the probabilities again,
-    some rows at a time, so that no second array of their size is kept.
+    The arithmetic is in at least float32. Where the logits are many, the backward pass computes the probabilities
+    again, some rows at a time, so that no second array of their size is kept.
 
     Returns:
         sum: scalar, at least float32; 0 with gradient 0 if no label counts.

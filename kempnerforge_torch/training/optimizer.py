@@ -3,7 +3,7 @@
     m <- b1 m + (1 - b1) g            v <- b2 v + (1 - b2) g^2
     p <- p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p)        t = 1, 2, ...
 
-The decay acts where the parameter table says so. Checkpoints hold the moments as ``m.<parameter>`` and ``v.<parameter>``.
+The decay acts where the parameter table says so. Checkpoints hold the moments as ``m.<parameter>``, ``v.<parameter>``.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def clip_by_global_norm(gradients: Mapping[str, Tensor], max_norm: float) -> tup
     wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
     norm = torch.nn.utils.get_total_norm(wide)
     if max_norm > 0:
-        torch._foreach_mul_(tensors, max_norm / norm.clamp(min=max_norm))
+        factor = max_norm / norm.clamp(min=max_norm)
+        torch._foreach_mul_(tensors, factor)  # pyright: ignore[reportPrivateImportUsage]
     return gradients, norm
 
 

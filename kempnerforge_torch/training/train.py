@@ -107,8 +107,9 @@ class Trainer:
 
         Returns:
             loss (cross entropy), grad_norm (before clipping), lr, tokens (labels that counted). With experts also
-            aux_loss and z_loss (unweighted, averaged over the micro-batches), routing_entropy (of a token's distribution
-            over experts, in nats, averaged over the routers) and dead_experts (that no token chose, over all routers).
+            aux_loss and z_loss (unweighted, averaged over the micro-batches), routing_entropy (of a token's
+            distribution over experts, in nats, averaged over the routers) and dead_experts (that no token chose, over
+            all routers).
             What the device computes is left there, as scalar tensors.
         """
         count, lr = label_count(micro_batches), self.learning_rate(self.updates)
@@ -223,15 +224,11 @@ class _Objective(nn.Module):
         labels_BS = inputs.pop("labels")
         logits, stats = self.model(**inputs, return_stats=True)
         loss = cross_entropy(logits, labels_BS)[0] / count
-        aux_loss, z_loss = (term / micro_batches for term in router_losses(stats))
+        aux_loss, z_loss = (torch.as_tensor(term) / micro_batches for term in router_losses(stats))
         (loss + self.aux_weight * aux_loss + self.z_weight * z_loss).backward()
         entropies = [router.entropy / micro_batches for router in router_stats(stats)]
-        return Terms(
-            loss.detach(),
-            *(term.detach() if isinstance(term, Tensor) else term for term in (aux_loss, z_loss)),
-            sum(entropies) / max(len(entropies), 1),
-            expert_counts(stats),
-        )
+        entropy = sum(entropies) / max(len(entropies), 1)
+        return Terms(loss.detach(), aux_loss.detach(), z_loss.detach(), entropy, expert_counts(stats))
 
 
 @contextlib.contextmanager
@@ -321,12 +318,12 @@ def _keeps_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> 
 
 
 def _build_model(config: JobConfig, device: torch.device, dtype: torch.dtype) -> Any:
-    """The seeded model, in memory once: it comes into being without storage."""
+    """The seeded model. It comes into being without storage, and its initial values are float32 ones."""
     with torch.device("meta"):
         model: Any = registry.get("model", config.model.model_type)(config.model, vlm_config=config.vlm)
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to_empty(device=device)
     model.init_weights_and_freqs(config.train.seed)
-    return model
+    return model.to(dtype)
 
 
 def _host_copy(tensor: Tensor) -> np.ndarray:
@@ -335,7 +332,8 @@ def _host_copy(tensor: Tensor) -> np.ndarray:
 
 def _summed(terms: Sequence[Terms]) -> Terms:
     counts = {router: sum(term.expert_counts[router] for term in terms) for router in terms[0].expert_counts}
-    return Terms(*(sum(values) for values in zip(*(term[:-1] for term in terms), strict=True)), counts)
+    sums = {name: sum(getattr(term, name) for term in terms) for name in ("loss", "aux_loss", "z_loss", "entropy")}
+    return Terms(**sums, expert_counts=counts)
 
 
 def _routing_metrics(total: Terms) -> dict[str, Any]:

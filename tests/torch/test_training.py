@@ -27,13 +27,29 @@ from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.schema.job import JobConfig
 from shared_config.schema.optimizer import OptimizerConfig
-from tests.jobs import EXPERTS, draw_batch, joined, last_checkpoint, oracle_steps, run_killed, text_job, tiny_job
+from tests.jobs import (
+    EXPERTS,
+    assert_same_bits,
+    draw_batch,
+    joined,
+    last_checkpoint,
+    oracle_steps,
+    run_folder,
+    run_killed,
+    text_job,
+    tiny_job,
+)
 from tests.oracle import loss as oracle_loss
 from tests.oracle import optimizer as oracle
 from tests.tolerance import assert_all_same_function, assert_same_function
 
 V = 11
 IGNORED = -100
+CONFIG = OptimizerConfig(lr=0.1, weight_decay=0.3, betas=(0.8, 0.97), eps=1e-4)
+TABLE = {
+    "matrix": ParameterSpec((3, 4), Constant(0.0), (None, None), decay=True),
+    "norm": ParameterSpec((5,), Constant(1.0), (None,)),
+}
 
 
 @pytest.fixture
@@ -129,19 +145,13 @@ class TestClipping:
 
 
 class TestOptimizer:
-    CONFIG = OptimizerConfig(lr=0.1, weight_decay=0.3, betas=(0.8, 0.97), eps=1e-4)
-    TABLE = {
-        "matrix": ParameterSpec((3, 4), Constant(0.0), (None, None), decay=True),
-        "norm": ParameterSpec((5,), Constant(1.0), (None,)),
-    }
-
     def parameters(self) -> dict[str, torch.Tensor]:
         values = draw_gradients(seed=5)
-        return {name: torch.nn.Parameter(torch.from_numpy(values[name])) for name in self.TABLE}
+        return {name: torch.nn.Parameter(torch.from_numpy(values[name])) for name in TABLE}
 
     def test_steps_are_those_of_the_specification(self):
         parameters = self.parameters()
-        optimizer = build_optimizer(parameters, self.TABLE, self.CONFIG)
+        optimizer = build_optimizer(parameters, TABLE, CONFIG)
         truth = {name: p.detach().numpy().copy() for name, p in parameters.items()}
         state = oracle.initial_state(truth)
         for step, lr in enumerate((0.1, 0.07, 0.2)):
@@ -161,7 +171,7 @@ class TestOptimizer:
     def test_a_gradient_of_0_only_decays_matrices(self):
         parameters = self.parameters()
         before = {name: p.detach().clone() for name, p in parameters.items()}
-        optimizer = build_optimizer(parameters, self.TABLE, self.CONFIG)
+        optimizer = build_optimizer(parameters, TABLE, CONFIG)
         for parameter in parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
@@ -170,7 +180,7 @@ class TestOptimizer:
 
     def test_state_that_does_not_fit_is_refused_whole(self):
         parameters = self.parameters()
-        optimizer = build_optimizer(parameters, self.TABLE, self.CONFIG)
+        optimizer = build_optimizer(parameters, TABLE, CONFIG)
         state = {"m.matrix": np.ones((3, 4)), "v.matrix": np.ones((4, 3)), "m.norm": np.ones(5), "m.other": np.ones(1)}
         with pytest.raises(UserError) as refusal:
             set_optimizer_state(optimizer, parameters, state, 7)
@@ -179,9 +189,9 @@ class TestOptimizer:
         assert not any(tensor.any() for tensor in get_optimizer_state(optimizer, parameters).values())
 
     def test_every_hyper_parameter_is_given(self):
-        group = build_optimizer(self.parameters(), self.TABLE, self.CONFIG).param_groups[0]
+        group = build_optimizer(self.parameters(), TABLE, CONFIG).param_groups[0]
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.97), 1e-4, 0.3)
-        assert not (group["amsgrad"] or group["maximize"] or group["capturable"])
+        assert not any(group[name] for name in ("amsgrad", "maximize", "capturable"))
 
 
 class TestStep:
@@ -276,7 +286,7 @@ class TestStep:
         trainer, counts = double(job), []
         router = trainer.model.layers["1"].mlp.router
         router.register_forward_hook(lambda module, *_: counts.append(module.expert_counts.double().numpy()))
-        bias, ema = np.zeros(5), np.full(5, 0.2)
+        bias, ema = np.zeros(5), np.full(5, np.float32(0.2), np.float64)
         for step in range(3):
             counts.clear()
             trainer.step([draw_batch(job, seed) for seed in range(2)])
@@ -428,15 +438,3 @@ def fix_buffers(trainer: Trainer, weights: dict[str, np.ndarray]) -> None:
     for name, buffer in trainer.model.named_buffers():
         if name in weights:
             buffer.copy_(torch.from_numpy(weights[name]))
-
-
-def run_folder(path: Path, name: str) -> dict[str, Any]:
-    return {"dir": str(path / name), "interval": 3}
-
-
-def assert_same_bits(state: TrainingState, truth: TrainingState) -> None:
-    assert state.step == truth.step
-    for values, truths in ((state.weights, truth.weights), (state.optimizer, truth.optimizer)):
-        assert list(values) == list(truths)
-        for name, value in values.items():
-            assert value.tobytes() == truths[name].tobytes(), name
