@@ -1,0 +1,119 @@
+"""`kempnerforge validate`: real processes once, and the verdict on what they could have left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared_config import checks
+from shared_config.checks import CHECKS, Check, Finding, Plan, register
+from shared_config.cli import main
+from shared_config.commands import validate
+from shared_config.interchange.traces import Trace, TraceMeta, write_trace
+from shared_config.loader import config_to_toml, load_config
+from tests.cli.processes import run_python
+
+CONFIG = load_config("debug")
+
+
+def test_validate_in_real_processes(tmp_path: Path) -> None:
+    options = ["--shrink", "--dtypes", "float64", "--steps", "2", "--keep", str(tmp_path)]
+    result = run_python("-m", "shared_config.cli", "validate", "debug", *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "the backends agree" in result.stdout
+    assert {"torch-float64.safetensors", "jax-float64.safetensors"} < {file.name for file in tmp_path.iterdir()}
+
+
+def test_differences_in_training_are_found(tmp_path: Path) -> None:
+    plan = Plan(CONFIG, tmp_path, steps=3)
+    _train(plan, "torch", [3.0, 2.0, 1.0])
+    _train(plan, "jax", [3.0, 2.0, 1.00001])
+    (finding,) = CHECKS["training"].judge(plan)
+    assert finding.ok
+    _train(plan, "jax", [3.0, 2.0, 1.0001])
+    (finding,) = CHECKS["training"].judge(plan)
+    assert not finding.ok
+    assert "(2,)" in finding.detail
+
+
+def test_a_training_run_that_stopped_early_is_a_difference(tmp_path: Path) -> None:
+    plan = Plan(CONFIG, tmp_path, steps=3)
+    _train(plan, "torch", [3.0, 2.0, 1.0])
+    _train(plan, "jax", [3.0, 2.0])
+    (finding,) = CHECKS["training"].judge(plan)
+    assert not finding.ok
+
+
+def test_decoding_unlike_the_forward_is_found(tmp_path: Path) -> None:
+    plan = Plan(CONFIG, tmp_path)
+    logits = np.linspace(1.0, 2.0, 12).reshape(1, 3, 4)
+    for backend, factor in (("torch", 1.0), ("jax", 1 + 1e-11)):
+        tensors = {"forward/output_head": logits, "decode/single": logits * factor, "decode/drawn": logits}
+        write_trace(plan.trace_file(backend, "float64"), Trace(tensors, _meta(backend, "float64")))
+    torch_finding, jax_finding = CHECKS["cached decoding"].judge(plan)
+    assert torch_finding.ok
+    assert not jax_finding.ok
+    assert "decode/single" in jax_finding.detail
+
+
+def test_other_initial_weights_are_a_difference(tmp_path: Path) -> None:
+    plan = Plan(CONFIG, tmp_path, dtypes=("float64",))
+    for backend in checks.BACKENDS:
+        trace = Trace({"loss": np.array(1.0)}, _meta(backend, "float64", initial_hash=f"hash of {backend}"))
+        write_trace(plan.trace_file(backend, "float64"), trace)
+    found = {finding.subject: finding.ok for finding in CHECKS["one step"].judge(plan)}
+    assert found == {"initial weights": False, "loss": True}
+
+
+def test_a_process_that_breaks_down_is_no_agreement(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    assert main(["validate", "debug"]) == 1
+    printed = capsys.readouterr().out
+    assert "ended with status 1" in printed
+    assert "DIFFER" in printed
+
+
+def test_what_a_process_refuses_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusing = Check("refusing", lambda plan, backend: [["show", "no_such_preset"]], lambda _: [])
+    monkeypatch.setattr(validate, "CHECKS", {"refusing": refusing})
+    assert main(["validate", "debug"]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("kempnerforge: config = 'no_such_preset'")
+    assert "Traceback" not in out + err
+
+
+def test_parts_add_checks_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "CHECKS", dict(CHECKS))
+    check = register(Check("sums", lambda plan, backend: [], lambda plan: [Finding("sums", "1 + 1", ok=True)]))
+    assert checks.CHECKS["sums"] is check
+    with pytest.raises(ValueError, match="'sums' is registered already"):
+        register(check)
+
+
+def test_dtypes_always_include_the_truth() -> None:
+    assert validate.read_dtypes("bfloat16") == ("float64", "bfloat16")
+    assert validate.read_dtypes("float32, float64") == ("float64", "float32")
+
+
+def test_free_memory_is_read() -> None:
+    assert 2**26 < validate.available_memory() < 2**50
+
+
+def _train(plan: Plan, backend: str, losses: list[float]) -> None:
+    folder = plan.run_folder(backend)
+    folder.mkdir(exist_ok=True)
+    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses, 1)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _meta(backend: str, dtype: str, initial_hash: str = "") -> TraceMeta:
+    return TraceMeta(backend, "cpu", dtype, 0, config_to_toml(CONFIG), initial_hash=initial_hash)
