@@ -112,7 +112,7 @@ class Judge:
         delta = self._delta(row.name, dtype)
         limit = self._scales.limit(row.name, dtype, found.scale, delta)
         if found.error == 0:
-            status = EQUAL
+            status, found = EQUAL, dataclasses.replace(found, position=None)
         elif found.error <= limit:
             status = WITHIN
         else:

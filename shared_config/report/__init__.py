@@ -1,0 +1,8 @@
+"""What comparisons found, for people: tables on the terminal, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+from shared_config.report.page import report_page, write_report
+from shared_config.report.terminal import print_failures
+
+__all__ = ["print_failures", "report_page", "write_report"]
