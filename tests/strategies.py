@@ -117,9 +117,15 @@ class Inputs:
 
 
 @st.composite
-def inputs(draw: st.DrawFn, config: ModelConfig, kinds: tuple[str, ...] = INPUT_KINDS) -> Inputs:
+def inputs(
+    draw: st.DrawFn,
+    config: ModelConfig,
+    kinds: tuple[str, ...] = INPUT_KINDS,
+    batches: tuple[int, ...] = BATCHES,
+    lengths: tuple[int, ...] = LENGTHS,
+) -> Inputs:
     """One batch for ``config``: structure is drawn, values come from a seed."""
-    batch, length = draw(st.sampled_from(BATCHES)), draw(st.sampled_from(LENGTHS))
+    batch, length = draw(st.sampled_from(batches)), draw(st.sampled_from(lengths))
     rng = stream(draw(st.integers(0, 10**6)), "inputs")
     kind = draw(st.sampled_from(kinds))
     if kind == "documents":

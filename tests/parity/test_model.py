@@ -24,6 +24,10 @@ from tests.strategies import MAX_SEQ_LEN, inputs, model_configs
 
 BACKENDS = {"torch": run_torch, "jax": run_jax}
 
+ONE_SHAPE: dict[str, Any] = {
+    "batches": (3,),
+    "lengths": (8,),
+}  # every shape is a compilation, and drawn configs vary it
 FIXED = {
     "grouped": ModelConfig(
         dim=20, head_dim=6, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=37, ffn_hidden_dim=24,
@@ -55,7 +59,7 @@ def test_any_config_is_the_same_function_in_both_backends_and_the_oracle(data: s
 @given(st.data())
 def test_any_input_gives_the_same_in_float64(name: str, data: st.DataObject) -> None:
     config = FIXED[name]
-    check_float64(config, data.draw(inputs(config)), data.draw(st.integers(0, 10**6)))
+    check_float64(config, data.draw(inputs(config, **ONE_SHAPE)), data.draw(st.integers(0, 10**6)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -63,7 +67,7 @@ def test_any_input_gives_the_same_in_float64(name: str, data: st.DataObject) -> 
 @given(st.data())
 def test_rounding_stays_within_what_the_weights_rounding_does(name: str, dtype: str, data: st.DataObject) -> None:
     config, seed = FIXED[name], data.draw(st.integers(0, 10**6))
-    batch, weights = data.draw(inputs(config)), weights_of(config, seed)
+    batch, weights = data.draw(inputs(config, **ONE_SHAPE)), weights_of(config, seed)
     truth, deltas = run_oracle(config, weights, batch), oracle_deltas(config, weights, batch, dtype)
     for backend, run in BACKENDS.items():
         context = f"{backend}, seed {seed}, {config}"
