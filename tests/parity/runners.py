@@ -23,7 +23,7 @@ from shared_config.numerics import perturbation_delta, rms, unit_roundoff
 from shared_config.schema.model import ModelConfig
 from tests.oracle.training import loss_and_gradients, training_loss
 from tests.strategies import Inputs
-from tests.tolerance import BFLOAT16_K, FORWARD_K, GRADIENT_K, assert_same_function, assert_within
+from tests.tolerance import BFLOAT16_GRADIENT_K, BFLOAT16_K, FORWARD_K, GRADIENT_K, assert_same_function, assert_within
 
 Arrays = dict[str, np.ndarray]
 CANCELLED, NOISE_ROUNDOFFS = 1e-9, 16
@@ -127,7 +127,7 @@ def assert_same_runs(run: Run, truth: Run, context: Any = None) -> None:
 def assert_run_within(run: Run, truth: Run, deltas: Mapping[str, float], dtype: str, context: Any = None) -> None:
     """A float32 or bfloat16 run against the float64 truth at K * delta."""
     roundoff = unit_roundoff(numpy_dtype(dtype))
-    forward_K, gradient_K = (BFLOAT16_K, BFLOAT16_K) if dtype == "bfloat16" else (FORWARD_K, GRADIENT_K)
+    forward_K, gradient_K = (BFLOAT16_K, BFLOAT16_GRADIENT_K) if dtype == "bfloat16" else (FORWARD_K, GRADIENT_K)
     for name, value in truth.activations.items():
         assert_within(run.activations[name], value, deltas[name], forward_K, name, roundoff=roundoff, context=context)
     for name, value in truth.gradients.items():
