@@ -50,8 +50,8 @@ __all__ = [
 SAME_FUNCTION = 1e-12
 FORWARD_K, GRADIENT_K = 10.0, 20.0
 BFLOAT16_K, BFLOAT16_GRADIENT_K = 4.0, 10.0
-"""Multiples of delta. 300 pairs of correct models (`tests/parity/derive_tolerances.py`, CPU, 2026-11-24), medians between
-0.9 and 1.9, were off by at most:
+"""Multiples of delta. 300 pairs of correct models (`tests/parity/derive_tolerances.py`, CPU, 2026-11-24), medians
+between 0.9 and 1.9, were off by at most:
 
     ==========  =======  ========
     dtype       forward  gradient

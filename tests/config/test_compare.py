@@ -74,8 +74,8 @@ LIMITS = [
     ("float32", "gradient", 20),
     ("float32", "updated", 20),
     ("bfloat16", "forward", 4),
-    ("bfloat16", "gradient", 4),
-    ("bfloat16", "updated", 4),
+    ("bfloat16", "gradient", 10),
+    ("bfloat16", "updated", 10),
     ("float64", "forward", 10),
     ("float64", "gradient", 20),
 ]
