@@ -75,14 +75,15 @@ class Page(HTMLParser):
 
 def test_a_page_stands_alone_and_is_well_formed(tmp_path):
     a, b, truth = pair("forward/layers.1.attention")
-    write_report(tmp_path / "report.html", {"float32": compare_traces(a, b, truth)}, title="debug <&> more")
+    write_report(tmp_path / "report.html", {"float32": compare_traces(a, b, truth)}, title="debug <&> <u>more")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert not re.search(r"https?://|url\(|@import|<link", text)
     assert all(str(attrs["src"]).startswith("data:image/png;base64,") for attrs in page.having("img", "heat"))
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert "prefers-color-scheme: dark" in text
-    assert "debug <&> more" in page.text
+    assert "debug <&> <u>more" in page.text
+    assert page.having("u") == []
     for fact in ("Linux & co", "torch 2.13, <b> 1", "jax 0.10", "tpu", "abc123", "dim = 20", "seed 3"):
         assert fact in page.text
 
