@@ -79,7 +79,7 @@ def looped_matmul(x_RD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array, loop_row
         return lax.dynamic_update_slice_in_dim(out_RF, jnp.where(mine_b1, new_bF, old_bF), at, axis=0)
 
     def group(e: jax.Array, out_RF: jax.Array) -> jax.Array:
-        w_DF = w_EDF[e]
+        w_DF = lax.dynamic_index_in_dim(w_EDF, e, keepdims=False)
         return _over_blocks(ends_E, e, rows, x_RD.shape[0], out_RF, lambda *place: block(w_DF, *place))
 
     return lax.fori_loop(0, w_EDF.shape[0], group, out_RF)
@@ -111,7 +111,8 @@ def _over_blocks(
 
     The last blocks start early enough to end within the array.
     """
-    end = ends_E[e]
+    starts_E = jnp.pad(ends_E, (1, 0))
+    start, end = (lax.dynamic_index_in_dim(starts_E, e + i, keepdims=False) for i in (0, 1))
 
     def body(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         start, carry = state
@@ -120,7 +121,6 @@ def _over_blocks(
         mine_b1 = ((rows_b >= start) & (rows_b < end))[:, None]
         return start + rows, block(mine_b1, at, carry)
 
-    start = jnp.where(e > 0, ends_E[e - 1], 0)
     return lax.while_loop(lambda state: state[0] < end, body, (start, carry))[1]
 
 
@@ -157,7 +157,7 @@ def _tiles(ends_E: jax.Array, rows: int, tile_rows: int) -> tuple[jax.Array, jax
     tiles_E = (ends_E - starts_E + tile_rows - 1) // tile_rows
     tile_ends_E = jnp.cumsum(tiles_E)
     tile_N = jnp.arange(rows // tile_rows + groups, dtype=ends_E.dtype)
-    expert_N = jnp.searchsorted(tile_ends_E, tile_N, side="right")
+    expert_N = jnp.searchsorted(tile_ends_E, tile_N, side="right", method="compare_all")
     needed_N = expert_N < groups
     expert_N = jnp.minimum(expert_N, groups - 1)
     first_N = starts_E[expert_N] + (tile_N - (tile_ends_E - tiles_E)[expert_N]) * tile_rows

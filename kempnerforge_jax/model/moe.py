@@ -307,7 +307,7 @@ _scale_gradient.defvjp(_scale_gradient_forward, _scale_gradient_backward)
 
 def _ends(expert_R: jax.Array, num_experts: int) -> jax.Array:
     experts = jnp.arange(num_experts, dtype=expert_R.dtype)
-    return jnp.searchsorted(expert_R, experts, side="right").astype(jnp.int32)
+    return jnp.searchsorted(expert_R, experts, side="right", method="compare_all").astype(jnp.int32)
 
 
 def _projections(activation: str) -> tuple[str, ...]:
