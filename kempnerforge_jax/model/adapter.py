@@ -18,6 +18,7 @@ from kempnerforge_jax.model.linear import Linear
 from kempnerforge_jax.model.mlp import ACTIVATIONS
 from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.registry import registry
+from shared_config.contract.parameters import ParameterSpec
 from shared_config.contract.vision import adapter_table
 from shared_config.schema.adapter import AdapterConfig, pooled_token_count
 
@@ -34,6 +35,13 @@ __all__ = [
 
 class VisionAdapter(Module):
     """What every adapter is: (B, N, F) -> (B, output_num_tokens(N), D)."""
+
+    table: tuple[tuple[str, ParameterSpec], ...] = ()
+
+    def init_weights(self, seed: int | None = None, *, rngs: nnx.Rngs | None = None) -> None:
+        """Set every parameter that ``table`` knows (see `shared_config.contract.vision.adapter_table`)."""
+        if self.table:
+            init_from_table(self, dict(self.table), seed, stream="adapter.", rngs=rngs)
 
     def output_num_tokens(self, num_tokens: int) -> int:
         """Tokens that leave when ``num_tokens`` enter."""
@@ -145,23 +153,9 @@ def build_adapter(config: AdapterConfig, in_dim: int, out_dim: int, *, rngs: nnx
         ValueError: numbers that don't divide.
     """
     adapter = registry.get("adapter", config.type)(config, in_dim, out_dim, rngs=rngs)
-    init_adapter(adapter, config, in_dim, out_dim, rngs=rngs)
+    adapter.table = tuple(adapter_table(config, in_dim, out_dim).items())
+    adapter.init_weights(rngs=rngs)
     return adapter
-
-
-def init_adapter(
-    adapter: VisionAdapter,
-    config: AdapterConfig,
-    in_dim: int,
-    out_dim: int,
-    seed: int | None = None,
-    *,
-    rngs: nnx.Rngs | None = None,
-) -> None:
-    """Set every parameter of a built-in adapter (see `shared_config.contract.vision.adapter_table`)."""
-    table = adapter_table(config, in_dim, out_dim)
-    if table:
-        init_from_table(adapter, table, seed, stream="adapter.", rngs=rngs)
 
 
 def windows(x: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:

@@ -20,7 +20,7 @@ from shared_config.schema.scheduler import SchedulerConfig
 from shared_config.schema.training import TrainConfig
 from shared_config.schema.video import VideoConfig
 from shared_config.schema.vision import VisionEncoderConfig
-from shared_config.schema.vlm import AnyVLMConfig, CrossAttentionConfig, MoMaConfig, MoTConfig
+from shared_config.schema.vlm import AnyVLMConfig
 
 
 @section
@@ -63,50 +63,22 @@ class JobConfig(Section):
         if self.vision_encoder is None:
             yield "vision_encoder = None: a [vlm] section needs a [vision_encoder] section"
             return
-        yield from self._architecture_problems()
+        yield from self.vlm.problems_with(self.model)
         encoder = self.vision_encoder
         if encoder.known_num_tokens:
             yield from self.image_problems(encoder.known_num_tokens, encoder.feature_dim)
-        if self.video is not None and encoder.image_size not in (0, self.video.frame_size):
-            yield f"video.frame_size = {self.video.frame_size}: must be vision_encoder.image_size = {encoder.image_size}"
-
-    def _architecture_problems(self) -> Iterator[str]:
-        model, vlm = self.model, self.vlm
-        if isinstance(vlm, CrossAttentionConfig):
-            every = vlm.cross_attention_every_n_layers
-            if every > model.n_layers:
-                yield (
-                    f"vlm.cross_attention_every_n_layers = {every}: must be at most model.n_layers = {model.n_layers}, "
-                    "else no block sees the image"
-                )
-            heads, kv_heads = vlm.resolved_heads(model.n_heads, model.kv_heads)
-            if heads % kv_heads != 0:
-                yield f"vlm.cross_attention_n_kv_heads = {kv_heads}: must divide the {heads} cross-attention heads"
-        if isinstance(vlm, MoTConfig):
-            heads, kv_heads = vlm.resolved_image_heads(model.n_heads, model.kv_heads)
-            if heads != model.n_heads:
-                yield f"vlm.mot_image_n_heads = {heads}: must be 0 or model.n_heads = {model.n_heads} (joint attention)"
-            if model.n_heads % kv_heads != 0:
-                yield f"vlm.mot_image_n_kv_heads = {kv_heads}: must divide model.n_heads = {model.n_heads}"
-        if isinstance(vlm, MoMaConfig) and model.is_moe:
-            yield f"model.num_experts = {model.num_experts}: must be 0 with vlm.arch 'moma' (it has its own experts)"
+        size = encoder.image_size
+        if self.video is not None and size not in (0, self.video.frame_size):
+            yield f"video.frame_size = {self.video.frame_size}: must be vision_encoder.image_size = {size}"
 
     def image_problems(self, num_tokens: int, feature_dim: int = 0) -> Iterator[str]:
         """What does not fit an encoder that gives ``num_tokens`` tokens of width ``feature_dim`` (0: not known) an
         image; checked again once it is loaded.
         """
-        adapter, vlm = self.adapter or AdapterConfig(), self.vlm
-        found = [f"adapter.{line}" for line in adapter.problems_with(num_tokens, feature_dim)]
-        yield from found
-        if found or vlm is None:
-            return
-        frames = self.video.max_frames if self.video is not None else 1
-        tokens = vlm.residual_stream_image_tokens(frames * adapter.output_num_tokens(num_tokens))
-        if tokens + vlm.max_text_len > self.model.max_seq_len:
-            yield (
-                f"vlm.max_text_len = {vlm.max_text_len}: with {tokens} image tokens must fit in "
-                f"model.max_seq_len = {self.model.max_seq_len}"
-            )
+        if self.vlm is not None:
+            frames = self.video.max_frames if self.video is not None else 1
+            adapter = self.adapter or AdapterConfig()
+            yield from self.vlm.image_problems(self.model, adapter, num_tokens, feature_dim, frames)
 
     def validate(self, world_size: int = 1) -> None:
         """Check the parallel layout against the number of devices.

@@ -13,6 +13,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from shared_config.errors import ConfigError
+from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.base import (
     NESTED,
     Count,
@@ -26,6 +27,7 @@ from shared_config.schema.base import (
     entry,
     section,
 )
+from shared_config.schema.model import ModelConfig
 
 DEFAULT_PATTERNS = {"vision_encoder": "vision_encoder.*", "adapter": "adapter.*", "transformer": "transformer.*"}
 
@@ -96,6 +98,31 @@ class VLMConfig(Section):
         """Positions of the residual stream that ``num_tokens`` image tokens take."""
         return num_tokens if self.image_tokens_in_stream else 0
 
+    def problems_with(self, model: ModelConfig) -> Iterator[str]:
+        """What does not fit a language model."""
+        return iter(())
+
+    def image_problems(
+        self, model: ModelConfig, adapter: AdapterConfig, num_tokens: int, feature_dim: int = 0, frames: int = 1
+    ) -> Iterator[str]:
+        """What does not fit an encoder, or the length of the sequence.
+
+        Args:
+            num_tokens: tokens that the encoder gives an image.
+            feature_dim: their width; 0: not known yet.
+            frames: images of a clip.
+        """
+        found = [f"adapter.{line}" for line in adapter.problems_with(num_tokens, feature_dim)]
+        yield from found
+        if found:
+            return
+        tokens = self.residual_stream_image_tokens(frames * adapter.output_num_tokens(num_tokens))
+        if tokens + self.max_text_len > model.max_seq_len:
+            yield (
+                f"vlm.max_text_len = {self.max_text_len}: with {tokens} image tokens must fit in "
+                f"model.max_seq_len = {model.max_seq_len}"
+            )
+
     def problems(self) -> Iterator[str]:
         stages = [stage.start_step for stage in self.freeze_schedule]
         if stages != sorted(set(stages)):
@@ -129,6 +156,17 @@ class CrossAttentionConfig(VLMConfig, arch="cross_attention"):
         inherited = n_kv_heads if n_kv_heads is not None and not self.cross_attention_n_heads else heads
         return heads, self.cross_attention_n_kv_heads or inherited
 
+    def problems_with(self, model: ModelConfig) -> Iterator[str]:
+        every = self.cross_attention_every_n_layers
+        if every > model.n_layers:
+            yield (
+                f"vlm.cross_attention_every_n_layers = {every}: must be at most model.n_layers = {model.n_layers}, "
+                "else no block sees the image"
+            )
+        heads, kv_heads = self.resolved_heads(model.n_heads, model.kv_heads)
+        if heads % kv_heads != 0:
+            yield f"vlm.cross_attention_n_kv_heads = {kv_heads}: must divide the {heads} cross-attention heads"
+
 
 @section
 class MoTConfig(VLMConfig, arch="mot"):
@@ -150,6 +188,18 @@ class MoTConfig(VLMConfig, arch="mot"):
         yield from _modality_problems("mot_modalities", self.mot_modalities)
         if self.mot_warm_start_from_text and not self.mot_warm_start_path:
             yield "mot_warm_start_path = '': mot_warm_start_from_text needs the folder or file of the dense weights"
+
+    def problems_with(self, model: ModelConfig) -> Iterator[str]:
+        heads, kv_heads = self.resolved_image_heads(model.n_heads, model.kv_heads)
+        if heads != model.n_heads:
+            yield f"vlm.mot_image_n_heads = {heads}: must be 0 or model.n_heads = {model.n_heads} (joint attention)"
+        if model.n_heads % kv_heads != 0:
+            yield f"vlm.mot_image_n_kv_heads = {kv_heads}: must divide model.n_heads = {model.n_heads}"
+        if self.mot_warm_start_from_text and kv_heads != model.kv_heads:
+            yield (
+                f"vlm.mot_image_n_kv_heads = {kv_heads}: must be 0 or model.n_kv_heads = {model.kv_heads} with "
+                "mot_warm_start_from_text, which copies the text projections"
+            )
 
 
 @section
@@ -176,6 +226,10 @@ class MoMaConfig(VLMConfig, arch="moma"):
             )
         if 0 < self.moma_capacity_factor < 1e-4:
             yield f"moma_capacity_factor = {self.moma_capacity_factor}: must be 0 or at least 0.0001"
+
+    def problems_with(self, model: ModelConfig) -> Iterator[str]:
+        if model.is_moe:
+            yield f"model.num_experts = {model.num_experts}: must be 0 with vlm.arch 'moma' (it has its own experts)"
 
 
 def _modality_problems(field: str, modalities: tuple[str, ...]) -> Iterator[str]:

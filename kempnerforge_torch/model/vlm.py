@@ -1,0 +1,285 @@
+"""Vision-language models: an encoder, an adapter and a `Transformer`, joined as the architecture wants the image.
+
+Shapes: B batch, F frames of a clip (1 for an image), h, w pixels, n tokens of a frame, N = F * n image tokens, T text
+tokens, D model dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kempnerforge_torch.model.adapter import VisionAdapter, build_adapter
+from kempnerforge_torch.model.modality import ModalityContext
+from kempnerforge_torch.model.mot import mot_warm_start_from_text_stack
+from kempnerforge_torch.model.transformer import Transformer, TransformerOutput
+from kempnerforge_torch.model.vision import VisionEncoder, build_vision_encoder
+from kempnerforge_torch.registry import registry
+from shared_config.errors import ConfigError
+from shared_config.interchange.text_weights import load_text_weights
+from shared_config.schema.adapter import AdapterConfig
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.vision import VisionEncoderConfig
+from shared_config.schema.vlm import MoTConfig, VLMConfig
+
+
+@dataclass(frozen=True)
+class ModalityStrategy:
+    """How one architecture takes the image. A strategy of its own is registered in category "modality_strategy" under
+    the ``arch`` of its config, and called with that config.
+
+    Attributes:
+        padded_frames_first: where frames that don't exist are moved to. Positions are relative, so padding at the far
+            end of what they count changes nothing.
+    """
+
+    vlm_config: VLMConfig
+    padded_frames_first: bool = True
+
+    def num_image_tokens(self, num_tokens: int) -> int:
+        """Positions of the residual stream that ``num_tokens`` image tokens take."""
+        return self.vlm_config.residual_stream_image_tokens(num_tokens)
+
+    def prepare(
+        self,
+        image_embeds: Tensor,
+        input_ids: Tensor,
+        *,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        noise_seed: Tensor | None = None,
+    ) -> ModalityContext:
+        """What the transformer is called with besides the text.
+
+        Args:
+            image_embeds: (B, N, D).
+            input_ids: int (B, T).
+            image_mask: bool (B, N), True where there is an image.
+            text_mask: bool (B, T), True at real tokens.
+            noise_seed: see `ModalityContext`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no prepare")
+
+
+@registry.register("modality_strategy", "joint_decoder")
+@registry.register("modality_strategy", "moma")
+@dataclass(frozen=True)
+class PrefixStrategy(ModalityStrategy):
+    """The image stands before the text in the residual stream; logits are those of the text."""
+
+    def prepare(
+        self,
+        image_embeds: Tensor,
+        input_ids: Tensor,
+        *,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        noise_seed: Tensor | None = None,
+    ) -> ModalityContext:
+        """As `ModalityStrategy`; both masks become one over the whole stream."""
+        image_tokens = image_embeds.shape[1]
+        padding = None
+        if image_mask is not None or text_mask is not None:
+            if image_mask is None:
+                image_mask = torch.ones(image_embeds.shape[:2], dtype=torch.bool, device=image_embeds.device)
+            if text_mask is None:
+                text_mask = torch.ones_like(input_ids, dtype=torch.bool)
+            padding = torch.cat([image_mask, text_mask], dim=1)
+        return ModalityContext(
+            prefix_embeds=image_embeds,
+            output_slice=slice(image_tokens, None),
+            key_padding_mask=padding,
+            noise_seed=noise_seed,
+        )
+
+
+@registry.register("modality_strategy", "mot")
+@dataclass(frozen=True)
+class MoTStrategy(PrefixStrategy):
+    """As `PrefixStrategy`. Image positions count from the image's start, so padded frames stand at its end."""
+
+    padded_frames_first: bool = False
+
+
+@registry.register("modality_strategy", "cross_attention")
+@dataclass(frozen=True)
+class CrossAttentionStrategy(ModalityStrategy):
+    """The image is read by blocks of its own. ``text_mask`` has no effect: text padding stands after the text."""
+
+    def prepare(
+        self,
+        image_embeds: Tensor,
+        input_ids: Tensor,
+        *,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        noise_seed: Tensor | None = None,
+    ) -> ModalityContext:
+        """As `ModalityStrategy`."""
+        return ModalityContext(image_features=image_embeds, image_mask=image_mask)
+
+
+def build_modality_strategy(vlm: VLMConfig) -> ModalityStrategy:
+    """The strategy registered under the config's ``arch``.
+
+    Raises:
+        KeyError: "Unknown modality_strategy: ..." with the names that exist.
+    """
+    return registry.get("modality_strategy", vlm.arch)(vlm)
+
+
+class VLMWrapper(nn.Module):
+    """Pixels and text to logits of the text."""
+
+    def __init__(
+        self,
+        vision_encoder: VisionEncoder,
+        adapter: VisionAdapter,
+        transformer: Transformer,
+        strategy: ModalityStrategy,
+        frames_per_clip: int = 1,
+    ):
+        super().__init__()
+        self.vision_encoder = vision_encoder
+        self.adapter = adapter
+        self.transformer = transformer
+        self.strategy = strategy
+        self.frames_per_clip = frames_per_clip
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """n."""
+        return self.adapter.output_num_tokens(self.vision_encoder.num_tokens)
+
+    def init_weights_and_freqs(self, seed: int | None = None) -> None:
+        """Set every parameter, buffer and table, e.g. after `to_empty`. Towers from a folder get its weights."""
+        self.vision_encoder.init_weights(seed)
+        self.adapter.init_weights(seed)
+        self.transformer.init_weights_and_freqs(seed)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+        *,
+        text_mask: Tensor | None = None,
+        noise_seed: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Any:
+        """Logits (B, T, V), and the labels as they were given.
+
+        Args:
+            pixel_values: (B, 3, h, w), or (B, F, 3, h, w) with at most ``frames_per_clip`` frames; None for text alone.
+            input_ids: int (B, T).
+            frame_mask: bool (B, F), False for frames that don't exist: nothing attends to them or routes them.
+            text_mask: bool (B, T), False for padding. Padding after the text needs it only where experts route.
+            noise_seed: int (), see `ModalityContext`.
+            return_stats: give a `TransformerOutput` instead, and leave the getters of the transformer alone.
+        """
+        modality = self.context(pixel_values, input_ids, frame_mask, text_mask=text_mask, noise_seed=noise_seed)
+        output = self.transformer(input_ids, modality=modality, return_stats=return_stats)
+        return output if return_stats else (output, labels)
+
+    def run(
+        self,
+        pixel_values: Tensor | None,
+        input_ids: Tensor,
+        frame_mask: Tensor | None = None,
+        *,
+        text_mask: Tensor | None = None,
+        noise_seed: Tensor | None = None,
+    ) -> TransformerOutput:
+        """The forward as a pure function: logits and router stats are returned, nothing is kept on the model."""
+        return self(
+            pixel_values, input_ids, None, frame_mask, text_mask=text_mask, noise_seed=noise_seed, return_stats=True
+        )
+
+    def context(
+        self,
+        pixel_values: Tensor | None,
+        input_ids: Tensor,
+        frame_mask: Tensor | None = None,
+        *,
+        text_mask: Tensor | None = None,
+        noise_seed: Tensor | None = None,
+    ) -> ModalityContext | None:
+        """What the transformer is called with besides ``input_ids``; None for text alone."""
+        if pixel_values is None:
+            return None
+        image_embeds, image_mask = self.encode_images(pixel_values, frame_mask)
+        return self.strategy.prepare(
+            image_embeds, input_ids, image_mask=image_mask, text_mask=text_mask, noise_seed=noise_seed
+        )
+
+    def encode_images(self, pixel_values: Tensor, frame_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Image tokens (B, N, D), those of frames that don't exist 0, and bool (B, N) that tells them; None: all exist.
+
+        Raises:
+            ValueError: shapes that don't fit.
+        """
+        frames_BF3hw = pixel_values if pixel_values.ndim == 5 else pixel_values.unsqueeze(1)
+        batch, frames = frames_BF3hw.shape[:2]
+        if not 1 <= frames <= self.frames_per_clip:
+            raise ValueError(f"pixel_values has {frames} frames: must have from 1 to {self.frames_per_clip}")
+        features = self.vision_encoder(frames_BF3hw.flatten(0, 1))
+        assert self.transformer.token_embedding is not None
+        embeds = self.adapter(features.to(self.transformer.token_embedding.embedding.weight.dtype))
+        embeds_BFnD = embeds.unflatten(0, (batch, frames))
+        if frame_mask is None:
+            return embeds_BFnD.flatten(1, 2), None
+        if frame_mask.shape != (batch, frames) or frame_mask.dtype != torch.bool:
+            raise ValueError(
+                f"frame_mask = {frame_mask.dtype} {tuple(frame_mask.shape)}: must be bool {(batch, frames)}"
+            )
+        order_BF = frame_mask.sort(dim=1, descending=not self.strategy.padded_frames_first, stable=True).indices
+        embeds_BFnD = embeds_BFnD.gather(1, order_BF[:, :, None, None].expand_as(embeds_BFnD))
+        mask_BFn = frame_mask.gather(1, order_BF)[:, :, None].expand(embeds_BFnD.shape[:3])
+        embeds_BFnD = torch.where(mask_BFn[..., None], embeds_BFnD, 0)
+        return embeds_BFnD.flatten(1, 2), mask_BFn.flatten(1)
+
+
+def build_vlm_wrapper(
+    model_config: ModelConfig,
+    vision_config: VisionEncoderConfig,
+    adapter_config: AdapterConfig | None,
+    vlm_config: VLMConfig,
+    frames_per_clip: int = 1,
+) -> VLMWrapper:
+    """The model of these configs; weights of the language model are drawn, or copied from the text model that
+    ``vlm_config`` names.
+
+    Raises:
+        ConfigError: listing all that doesn't fit, the sequence budget included, now that the encoder is known.
+        UserError: a folder that can't be read.
+    """
+    adapter_config = adapter_config or AdapterConfig()
+    encoder = build_vision_encoder(vision_config)
+    sizes = (encoder.num_tokens, encoder.feature_dim, frames_per_clip)
+    problems = list(vlm_config.problems_with(model_config))
+    problems += vlm_config.image_problems(model_config, adapter_config, *sizes)
+    if problems:
+        raise ConfigError(problems)
+    adapter = build_adapter(adapter_config, encoder.feature_dim, model_config.dim)
+    strategy = build_modality_strategy(vlm_config)
+    image_tokens = strategy.num_image_tokens(frames_per_clip * adapter.output_num_tokens(encoder.num_tokens))
+    transformer = registry.get("model", model_config.model_type)(
+        model_config, vlm_config=vlm_config, num_image_tokens=image_tokens
+    )
+    if isinstance(vlm_config, MoTConfig) and vlm_config.mot_warm_start_from_text:
+        mot_warm_start_from_text_stack(transformer, load_text_weights(vlm_config.mot_warm_start_path))
+    return VLMWrapper(encoder, adapter, transformer, strategy, frames_per_clip)
+
+
+def inner_transformer(model: Any) -> Transformer:
+    """The transformer inside a wrapper of ours, of `torch.compile` or of data parallelism; a transformer is its own."""
+    while not isinstance(model, Transformer):
+        inner = next((name for name in ("transformer", "_orig_mod", "module") if hasattr(model, name)), None)
+        if inner is None:
+            raise ValueError(f"model = {type(model).__name__}: holds no transformer")
+        model = getattr(model, inner)
+    return model
