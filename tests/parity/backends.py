@@ -82,7 +82,10 @@ class Jax(Torch):
         return model
 
     def run(self, function: Callable[..., Any], *values: Any) -> Any:
-        return self.numpy(jax.jit(function)(*(self.array(value) for value in values)))
+        def traced_anew(*arrays: Any) -> Any:  # the function may hold a model, whose weights may have changed
+            return function(*arrays)
+
+        return self.numpy(jax.jit(traced_anew)(*(self.array(value) for value in values)))
 
     def gradients(self, function: Callable[..., Any], *values: Any) -> list[np.ndarray]:
         gradient = jax.grad(lambda *arrays: function(*arrays).sum(), argnums=tuple(range(len(values))))
