@@ -18,9 +18,11 @@ ALIGNED_BYTES = 16
 
 
 @torch.library.custom_op(
-    "kempnerforge::grouped_matmul", mutates_args=(), schema="(Tensor x, Tensor w, Tensor ends) -> Tensor"
+    "kempnerforge::grouped_matmul",
+    mutates_args=(),
+    schema="(Tensor x, Tensor w, Tensor ends, bool complete=False) -> Tensor",
 )
-def grouped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+def grouped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor, complete: bool = False) -> Tensor:
     """(R, F): row r times the matrix of its group; 0 for rows of no group, whatever they hold.
 
     One opaque operator, so that compiled code has it whole; differentiable any number of times. bfloat16 on a GPU of
@@ -30,11 +32,14 @@ def grouped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
     Args:
         x_RD, w_EDF: of one dtype; ``w_EDF`` may be a transposed view.
         ends_E: int32, not decreasing, at most R.
+        complete: promises that every row is of a group, so that no row of the kernel's output has to be set to 0.
     """
     if x_RD.device.type == "cpu":
         return _looped_matmul(x_RD, w_EDF, ends_E)
     if _has_kernel(x_RD, w_EDF.shape[1:]):
         out_RF = F.grouped_mm(x_RD.contiguous(), _dense(w_EDF), offs=ends_E)
+        if complete:
+            return out_RF
         rows_R1 = torch.arange(len(x_RD), device=x_RD.device)[:, None]
         return torch.where(rows_R1 < ends_E[-1], out_RF, 0)
     return tiled_matmul(x_RD, w_EDF, ends_E)
@@ -53,7 +58,7 @@ def grouped_outer(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
 
 
 @grouped_matmul.register_fake
-def _(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+def _(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor, complete: bool = False) -> Tensor:
     return x_RD.new_empty(x_RD.shape[0], w_EDF.shape[2])
 
 
@@ -62,15 +67,20 @@ def _(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
     return x_RD.new_empty(ends_E.shape[0], x_RD.shape[1], y_RF.shape[1])
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save_matmul(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+    *tensors, ctx.complete = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _matmul_backward(ctx: Any, dy_RF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _matmul_backward(ctx: Any, dy_RF: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     x_RD, w_EDF, ends_E = ctx.saved_tensors
-    dx_RD = grouped_matmul(dy_RF, w_EDF.transpose(1, 2), ends_E) if ctx.needs_input_grad[0] else None
+    dx_RD = grouped_matmul(dy_RF, w_EDF.transpose(1, 2), ends_E, ctx.complete) if ctx.needs_input_grad[0] else None
     dw_EDF = grouped_outer(x_RD, dy_RF, ends_E) if ctx.needs_input_grad[1] else None
-    return dx_RD, dw_EDF, None
+    return dx_RD, dw_EDF, None, None
+
+
+def _save_outer(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
 def _outer_backward(ctx: Any, dw_EDF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -80,8 +90,8 @@ def _outer_backward(ctx: Any, dw_EDF: Tensor) -> tuple[Tensor | None, Tensor | N
     return dx_RD, dy_RF, None
 
 
-grouped_matmul.register_autograd(_matmul_backward, setup_context=_save_inputs)
-grouped_outer.register_autograd(_outer_backward, setup_context=_save_inputs)
+grouped_matmul.register_autograd(_matmul_backward, setup_context=_save_matmul)
+grouped_outer.register_autograd(_outer_backward, setup_context=_save_outer)
 
 
 def _looped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:

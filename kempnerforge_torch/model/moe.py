@@ -112,7 +112,7 @@ class MoEMLP(nn.Module):
         room = capacity(x_TD.shape[0], indices_Tk.shape[1], self.num_experts, self.capacity_factor)
         plan = plan_dispatch(indices_Tk, valid_T, self.num_experts, room)
         rows_RD = _Spread.apply(x_TD, plan.choice_R, plan.row_R, indices_Tk.shape[1])
-        out_RD = self._apply_experts(rows_RD, plan.ends_E)
+        out_RD = self._apply_experts(rows_RD, plan.ends_E, complete=valid is None and room is None)
         factors_Tk = None
         if self.gradient_scale:
             factors_Tk = gradient_factors(routed.expert_counts, weights_Tk.dtype)[indices_Tk]
@@ -147,15 +147,15 @@ class MoEMLP(nn.Module):
             return {name: getattr(self, f"{name}_w") for name in names}
         return {name: _stacked(list(self.experts), name) for name in names}
 
-    def _apply_experts(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """Each row through its expert; 0 for rows of no expert."""
+    def _apply_experts(self, x_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
+        """Each row through its expert; 0 for rows of no expert, of which there are none if ``complete``."""
         weights = self.expert_weights()
-        hidden_RF = grouped_matmul(x_RD, weights["up"], ends_E)
+        hidden_RF = grouped_matmul(x_RD, weights["up"], ends_E, complete)
         if self.activation == "silu":
-            hidden_RF = F.silu(grouped_matmul(x_RD, weights["gate"], ends_E)) * hidden_RF
+            hidden_RF = F.silu(grouped_matmul(x_RD, weights["gate"], ends_E, complete)) * hidden_RF
         else:
             hidden_RF = ACTIVATIONS[self.activation](hidden_RF)
-        return grouped_matmul(hidden_RF, weights["down"], ends_E)
+        return grouped_matmul(hidden_RF, weights["down"], ends_E, complete)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the last stats behind: they belong to a graph."""
