@@ -156,7 +156,7 @@ def _first_divergences(comparison: Comparison) -> Iterator[str]:
 def _divergence(kind: str, row: Row, comparison: Comparison) -> str:
     lines = {
         "status": row.status,
-        "at": "" if row.position is None else str(row.position),
+        "at": str(row.position) if row.position else "",
         comparison.label_a: _exactly(row.value_a),
         comparison.label_b: _exactly(row.value_b),
         "truth": _exactly(row.value_truth),
@@ -173,7 +173,7 @@ def _divergence(kind: str, row: Row, comparison: Comparison) -> str:
 
 def _heat(row: Row, comparison: Comparison) -> str:
     heat = comparison.heatmaps.get(row.name)
-    if heat is None:
+    if heat is None or heat.shape == (1, 1):
         return ""
     rows, columns = heat.shape
     largest = max((x for line in heat.values for x in line if math.isfinite(x)), default=0.0)

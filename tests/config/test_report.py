@@ -113,6 +113,14 @@ def test_the_verdict_counts():
     assert "5 of 13 differ" in wrong.text
 
 
+def test_a_scalar_has_no_place():
+    a, b, truth = pair("loss")
+    b = Trace({**b.tensors, **{name: truth.tensors[name] for name in NAMES if name != "loss"}}, b.meta)
+    page = Page(report_page({"float32": compare_traces(a, b, truth)}))
+    assert "First to diverge, forward loss status differs torch" in page.text
+    assert page.having("img") == []
+
+
 def test_the_overview_takes_findings_of_other_checks():
     a, b, truth = pair()
     findings = [
