@@ -30,9 +30,9 @@ VOID = ("meta", "img", "input")
 def pair(wrong: str = "", error: Any = 1.0) -> tuple[Trace, Trace, Trace]:
     """float32 traces of two backends and the truth; from the tensor ``wrong`` on, the second is off."""
     truth = {name: values(2, 6, 5, seed=i) if name != "loss" else np.asarray(2.5) for i, name in enumerate(NAMES)}
-    noise = {name: array + 0.1 * DELTA * values(*array.shape, seed=99) for name, array in truth.items()}
+    noise = {name: np.asarray(array + 0.1 * DELTA * values(*array.shape, seed=99)) for name, array in truth.items()}
     later = NAMES[NAMES.index(wrong) :] if wrong else ()
-    off = {name: array + (error if name in later else 0.0) for name, array in truth.items()}
+    off = {name: np.asarray(array + (error if name in later else 0.0)) for name, array in truth.items()}
     deltas = {"float32": dict.fromkeys(truth, DELTA)}
     versions = {"torch": "2.13", "<b>": "1"}
     a = trace(noise, dtype="float32", versions=versions, machine="Linux & co", weights_hash="abc123")
