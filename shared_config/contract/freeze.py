@@ -1,0 +1,68 @@
+"""Which parameters are frozen at a step: by name alone, for both backends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from shared_config.schema.vlm import FreezeSpec, FreezeStage
+
+
+def effective_freeze(
+    step: int,
+    base: Sequence[FreezeSpec],
+    schedule: Sequence[FreezeStage],
+    valid_modules: Iterable[str] | None = None,
+) -> tuple[FreezeSpec, ...]:
+    """The specs in force at an optimiser step (from 0): those of the last stage that has started, else ``base``.
+
+    Raises:
+        ValueError: a spec, in force or not, of a module that is not among ``valid_modules``.
+    """
+    if valid_modules is not None:
+        allowed = sorted(valid_modules)
+        for spec in (*base, *(spec for stage in schedule for spec in stage.specs)):
+            if spec.module not in allowed:
+                raise ValueError(f"freeze = {spec.module!r}: must be one of {', '.join(allowed)}")
+    started = [stage for stage in schedule if stage.start_step <= step]
+    return tuple(max(started, key=lambda stage: stage.start_step).specs if started else base)
+
+
+def canonical_freeze_meta(specs: Sequence[FreezeSpec]) -> list[dict[str, str | bool]]:
+    """What a checkpoint remembers of specs: equal for specs that freeze the same, whatever their order, and JSON.
+
+    Of several specs of a module the last counts; one that thaws says no more than none.
+    """
+    last = {spec.module: spec.frozen for spec in specs}
+    return [{"module": module, "frozen": True} for module in sorted(last) if last[module]]
+
+
+def frozen_names(names: Iterable[str], specs: Sequence[FreezeSpec], pattern_map: Mapping[str, str]) -> set[str]:
+    """The names that are frozen under ``specs``; where several match a name, the last counts.
+
+    Args:
+        pattern_map: module -> pattern of parameter names (* and ? as in file names), ``vlm.module_patterns``.
+    """
+    patterns = [(pattern_of(spec, pattern_map), spec.frozen) for spec in specs]
+    frozen = set()
+    for name in names:
+        found = [is_frozen for pattern, is_frozen in patterns if fnmatchcase(name, pattern)]
+        if found and found[-1]:
+            frozen.add(name)
+    return frozen
+
+
+def pattern_of(spec: FreezeSpec, pattern_map: Mapping[str, str]) -> str:
+    """The pattern of a spec's module.
+
+    Raises:
+        ValueError: a module without a pattern.
+    """
+    if spec.module not in pattern_map:
+        raise ValueError(f"freeze = {spec.module!r}: must be one of {', '.join(sorted(pattern_map))}")
+    return pattern_map[spec.module]
+
+
+def matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """Whether a parameter's name fits one of the patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns))

@@ -1,0 +1,108 @@
+"""Freezing: the same names, the same counts and the same marks in both backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from flax import nnx
+
+from kempnerforge_jax.model.state import split
+from kempnerforge_jax.model.vlm import build_vlm_wrapper as build_jax
+from kempnerforge_jax.training import freeze as jax_freeze
+from kempnerforge_torch.model.vlm import build_vlm_wrapper as build_torch
+from kempnerforge_torch.training import freeze as torch_freeze
+from shared_config.contract.freeze import canonical_freeze_meta, effective_freeze, frozen_names
+from shared_config.schema import FreezeSpec, FreezeStage, JointDecoderConfig, ModelConfig, VisionEncoderConfig
+from shared_config.schema.vlm import DEFAULT_PATTERNS
+
+MODEL = ModelConfig(dim=20, n_layers=2, n_heads=5, vocab_size=37, ffn_hidden_dim=26, max_seq_len=32)
+VISION = VisionEncoderConfig(type="vit", image_size=8, patch_size=4, feature_dim=12, n_heads=3, n_layers=1)
+JOINT = JointDecoderConfig(max_text_len=8)
+SPECS = (FreezeSpec("transformer"), FreezeSpec("vision_encoder"), FreezeSpec("transformer", frozen=False))
+ADAPTER_SIZE = 20 * 12 + 20 + 20 * 20 + 20
+
+
+@pytest.fixture(params=["torch", "jax"])
+def backend(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    """A model and the module that freezes it."""
+    if request.param == "torch":
+        return build_torch(MODEL, VISION, None, JOINT), torch_freeze
+    return build_jax(MODEL, VISION, None, JOINT, rngs=nnx.Rngs(0)), jax_freeze
+
+
+def test_patterns_freeze_what_they_name(backend: tuple[Any, Any]) -> None:
+    model, freeze = backend
+    assert freeze.frozen_parameters(model) == set()
+    assert freeze.freeze_params(model, "adapter.*") == ADAPTER_SIZE
+    assert freeze.frozen_parameters(model) == {
+        "adapter.proj1.weight", "adapter.proj1.bias", "adapter.proj2.weight", "adapter.proj2.bias"
+    }  # fmt: skip
+    assert freeze.freeze_params(model, "adapter.*") == 0
+    assert freeze.freeze_params(model, ["adapter.proj1.bias", "nothing.*"], frozen=False) == 20
+    assert len(freeze.frozen_parameters(model)) == 3
+
+
+def test_specs_replace_what_was_frozen(backend: tuple[Any, Any]) -> None:
+    model, freeze = backend
+    flipped = freeze.apply_freeze_specs(model, SPECS, DEFAULT_PATTERNS)
+    frozen = freeze.frozen_parameters(model)
+    assert frozen
+    assert all(name.startswith("vision_encoder.") for name in frozen)
+    assert freeze.apply_freeze_specs(model, SPECS, DEFAULT_PATTERNS) == 0
+    assert freeze.apply_freeze_specs(model, [FreezeSpec("adapter")], DEFAULT_PATTERNS) == flipped + ADAPTER_SIZE
+    assert freeze.apply_freeze_specs(model, [], DEFAULT_PATTERNS) == ADAPTER_SIZE
+    with pytest.raises(ValueError, match="freeze = 'head': must be one of adapter, transformer, vision_encoder"):
+        freeze.apply_freeze_specs(model, [FreezeSpec("head")], DEFAULT_PATTERNS)
+
+
+def test_names_alone_tell_the_same() -> None:
+    model = build_torch(MODEL, VISION, None, JOINT)
+    names = [name for name, _ in model.named_parameters()]
+    torch_freeze.apply_freeze_specs(model, SPECS, DEFAULT_PATTERNS)
+    assert frozen_names(names, SPECS, DEFAULT_PATTERNS) == torch_freeze.frozen_parameters(model)
+
+
+def test_torch_gives_frozen_parameters_no_gradient() -> None:
+    model = build_torch(MODEL, VISION, None, JOINT)
+    torch_freeze.apply_freeze_specs(model, [FreezeSpec("vision_encoder")], DEFAULT_PATTERNS)
+    logits, _ = model(torch.zeros(1, 3, 8, 8), torch.zeros(1, 4, dtype=torch.long))
+    logits.sum().backward()
+    got = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert got == {name for name, _ in model.named_parameters() if not name.startswith("vision_encoder.")}
+
+
+def test_compiled_models_keep_their_names() -> None:
+    model = build_torch(MODEL, VISION, None, JOINT)
+    model.adapter = torch.compile(model.adapter, backend="eager")  # type: ignore[assignment]
+    assert torch_freeze.freeze_params(model, "adapter.proj?.bias") == 40
+    assert torch_freeze.frozen_parameters(model) == {"adapter.proj1.bias", "adapter.proj2.bias"}
+
+
+def test_marks_survive_the_way_through_jit() -> None:
+    model = build_jax(MODEL, VISION, None, JOINT, rngs=nnx.Rngs(0))
+    jax_freeze.freeze_params(model, "adapter.*")
+    graphdef, params, _ = split(model)
+    assert hash(graphdef) == hash(split(model)[0])
+    assert jax_freeze.frozen_parameters(model) < set(params)
+
+
+def test_the_stage_in_force() -> None:
+    base = (FreezeSpec("vision_encoder"),)
+    schedule = (FreezeStage(5, (FreezeSpec("adapter"),)), FreezeStage(9))
+    assert effective_freeze(0, base, ()) == base
+    assert effective_freeze(4, base, schedule) == base
+    assert effective_freeze(5, base, schedule) == schedule[0].specs
+    assert effective_freeze(8, base, schedule) == schedule[0].specs
+    assert effective_freeze(9, base, schedule) == ()
+    with pytest.raises(ValueError, match="freeze = 'adapter'"):
+        effective_freeze(0, base, schedule, valid_modules=["vision_encoder"])
+
+
+def test_metadata_knows_no_order() -> None:
+    assert canonical_freeze_meta(SPECS) == [{"module": "vision_encoder", "frozen": True}]
+    assert canonical_freeze_meta(SPECS[1:2]) == canonical_freeze_meta(SPECS)
+    both = [FreezeSpec("b"), FreezeSpec("a")]
+    assert canonical_freeze_meta(both) == canonical_freeze_meta(both[::-1])
+    assert canonical_freeze_meta(both) != canonical_freeze_meta(both[:1])
