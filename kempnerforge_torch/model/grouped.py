@@ -93,6 +93,9 @@ def _outer_backward(ctx: Any, dw_EDF: Tensor) -> tuple[Tensor | None, Tensor | N
 grouped_matmul.register_autograd(_matmul_backward, setup_context=_save_matmul)
 grouped_outer.register_autograd(_outer_backward, setup_context=_save_outer)
 
+GROUPED_MATMUL = torch.ops.kempnerforge.grouped_matmul.default
+"""The operator by the name that a dispatcher sees."""
+
 
 def _looped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
     out_RF = x_RD.new_empty(x_RD.shape[0], w_EDF.shape[2])

@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from kempnerforge_torch.model.grouped import GROUPED_MATMUL
 from kempnerforge_torch.model.state import get_state, own_tensors, set_state, to_numpy
 from kempnerforge_torch.registry import registry
 from kempnerforge_torch.training.loss import IGNORED, cross_entropy, router_losses, router_stats
@@ -45,7 +46,7 @@ MATRIX_PRODUCTS = frozenset(
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
         torch.ops.aten.bmm.default,
-        torch.ops.aten._grouped_mm.default,
+        GROUPED_MATMUL,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,

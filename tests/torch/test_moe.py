@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kempnerforge_torch.model import Transformer
-from kempnerforge_torch.model.grouped import grouped_matmul, grouped_outer, tiled_matmul, tiled_outer
+from kempnerforge_torch.model.grouped import GROUPED_MATMUL, grouped_matmul, grouped_outer, tiled_matmul, tiled_outer
 from kempnerforge_torch.model.moe import MoEMLP, build_moe
 from kempnerforge_torch.model.router import SigmoidTopKRouter, TopKRouter
 from kempnerforge_torch.model.state import set_state
@@ -262,6 +263,26 @@ def test_activation_checkpointing_changes_nothing(case: str, mode: str) -> None:
     assert torch.equal(*losses)
     assert_close(gradients_of(checkpointed), gradients_of(plain))
     assert_close(dict(checkpointed.named_buffers()), dict(plain.named_buffers()))
+
+
+@pytest.mark.parametrize(("mode", "products"), [("none", 6), ("full", 9), ("selective", 6)])
+def test_selective_checkpointing_keeps_grouped_products(mode: str, products: int) -> None:
+    """Three forward, three for the gradients of their inputs, and three again where they are not kept."""
+    model = model_of(n_layers=2)
+    checkpoint_activations(model, mode)
+    with Counting() as seen:
+        objective(model, tokens_of()).backward()
+    assert seen.calls == products
+
+
+class Counting(TorchDispatchMode):
+    """Counts the grouped products that are carried out."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += function is GROUPED_MATMUL
+        return function(*args, **(kwargs or {}))
 
 
 def test_a_router_of_its_own_is_found_by_name() -> None:
