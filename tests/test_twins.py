@@ -35,12 +35,20 @@ DIFFERENCES = {
     },
     "model/cross_attention.py": {"CrossAttentionArchitecture.breaks_after": "jax: where a scan over layers must end"},
     "model/embedding.py": {"OutputHead.forward(tied_weight)": "jax: no array belongs to two modules"},
+    "model/generate.py": {
+        "generate(compile)": "torch: JAX always compiles",
+        "sample(generator)": "torch: the state of its random numbers",
+        "sample(key)": "jax: the state of its random numbers",
+        "stream(compile)": "torch: JAX always compiles",
+    },
     "model/grouped.py": {
         "ALIGNED_BYTES": "torch: what its fused kernel needs",
+        "GROUPED_MATMUL": "torch: an operator of its own, by the name that dispatchers see",
         "LOOP_ROWS": "jax: rows of a step of the looped products, whose shapes are static",
         "ROWS_BY_ROWS": "jax: dimension numbers of a product",
-        "looped_matmul": "jax: a product group by group without host sync; torch has it under a private name",
-        "looped_outer": "jax: as looped_matmul",
+        "grouped_matmul(complete)": "torch: its kernel leaves rows of no group undefined, which costs a pass",
+        "looped_matmul(loop_rows)": "jax: blocks of static shape",
+        "looped_outer(loop_rows)": "jax: blocks of static shape",
         "ragged_matmul": "jax: XLA's own operation",
         "ragged_outer": "jax: XLA's own operation",
     },
@@ -51,8 +59,6 @@ DIFFERENCES = {
     },
     "model/router.py": {
         "Gate.forward(weight)": "jax: overrides Linear.forward, which may be given a tied weight",
-        "masked_mean(axis)": "jax: what torch calls dim",
-        "masked_mean(dim)": "torch: what JAX calls axis",
     },
     "model/state.py": {
         "EXTENSIONS": "torch: NumPy has no bfloat16 and float8, JAX's arrays convert by themselves",

@@ -71,7 +71,7 @@ class KVCache:
         self.doc_ids: Tensor | None = None
         self.image_tokens = 0
         self.static = static
-        self._most = 0  # no row is longer than this; unused if static
+        self._most = 0  # no row is longer than this, and all layers hold the same number; unused if static
         self._even = not static  # all rows have length _most
 
     @property
@@ -98,11 +98,10 @@ class KVCache:
         """
         if self.static or self._most + length <= self.max_seq_len:
             return
-        self._most = self.seq_len
-        if self._most + length > self.max_seq_len:
+        if self.seq_len + length > self.max_seq_len:
             raise ValueError(
                 f"tokens = {length}: must fit in the cache, of whose max_seq_len = {self.max_seq_len} slots "
-                f"{self._most} are filled"
+                f"{self.seq_len} are filled"
             )
 
     def update(
@@ -133,7 +132,7 @@ class KVCache:
         self._write(self.v, v_new)
         self.lengths = self.lengths + length
         if not self.static:
-            self._most += length
+            self._most = self._keys(length)
         return self.k[:, :, : self._keys(0)], self.v[:, :, : self._keys(0)]
 
     def cut(self, lengths: Tensor) -> None:
@@ -171,7 +170,7 @@ class KVCache:
 
     def _keys(self, length: int) -> int:
         """Slots that may hold something after ``length`` more tokens."""
-        return self.max_seq_len if self.static else self._most + length
+        return self.max_seq_len if self.static else min(self._most + length, self.max_seq_len)
 
     def _noted(
         self, length: int, doc_ids: Tensor | None, key_padding_mask: Tensor | None

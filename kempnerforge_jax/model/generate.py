@@ -1,0 +1,400 @@
+"""Sampling and generation with key/value caches.
+
+A prompt goes into the caches in chunks, all but its last token and without the head; from there on every step reads
+one token of each row and draws the next, at static shapes, so that one program serves all positions.
+
+Shapes: B rows, S tokens of the longest prompt, N new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kempnerforge_jax.model.attention import KVCache
+from kempnerforge_jax.model.modality import ModalityContext
+from kempnerforge_jax.model.module import named_modules
+from kempnerforge_jax.model.moe import MoEMLP
+from kempnerforge_jax.model.state import State, merge, split
+from kempnerforge_jax.model.transformer import Transformer
+from shared_config.decoding import (
+    PREFILL_CHUNK,
+    Prompts,
+    bucket,
+    cache_length,
+    check_request,
+    check_sampling,
+    check_uniforms,
+    draw_uniforms,
+    prefill_chunks,
+    read_prompts,
+)
+
+NO_LOGITS = ModalityContext(output_slice=slice(0, 0))
+
+
+def sample(
+    logits: jax.Array,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    *,
+    uniforms: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Draw a token of each distribution.
+
+    Logits / temperature; tokens sorted by falling logit, equal ones by index; the first ``top_k`` are kept; of these
+    the shortest run from the top whose probabilities sum to ``top_p``, the token that crosses it included; of their
+    renormalised probabilities, the first token whose cumulative sum exceeds a uniform number.
+
+    Args:
+        logits: (..., V); computed with in at least float32.
+        temperature: 0 takes the most probable token, of equal ones the first.
+        top_k: 0 keeps all.
+        top_p: 1 keeps all.
+        uniforms: (...) numbers in [0, 1); drawn if None.
+        key: what they are drawn with.
+
+    Returns:
+        int32 (...).
+
+    Raises:
+        ValueError: temperature < 0, top_k < 0, top_p outside (0, 1]; neither ``uniforms`` nor ``key``.
+    """
+    check_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        return _greedy(logits)
+    if uniforms is None:
+        if key is None:
+            raise ValueError("uniforms = None, key = None: one of them must be given at a temperature above 0")
+        uniforms = jax.random.uniform(key, logits.shape[:-1], _wide(logits.dtype))
+    return _draw(logits, uniforms, temperature, top_k or logits.shape[-1], top_p)
+
+
+def generate(
+    model: Transformer,
+    prompt_tokens: Any,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_token_id: int | None = None,
+    pad_token_id: int = 0,
+    prompt_lengths: Any = None,
+    seed: int | jax.Array | None = None,
+    uniforms: np.ndarray | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> jax.Array:
+    """Continue prompts.
+
+    A row does not depend on its neighbours: attention and random numbers are its own, and mixtures of experts run
+    without capacity limits. Programs are compiled for a number of rows and a few lengths (powers of two).
+
+    Args:
+        prompt_tokens: int (B, S), or a sequence of B rows of any lengths.
+        temperature, top_k, top_p: as for `sample`.
+        eos_token_id: a row that has produced it is padding from then on.
+        pad_token_id: any number.
+        prompt_lengths: int (B,), how many tokens of each row of ``prompt_tokens`` count; all if None.
+        seed: of the random numbers, the same in both backends; or a JAX key; None: another one each time.
+        uniforms: (B, N) numbers in [0, 1), in place of a seed.
+        prefill_chunk: at most so many tokens of a prompt are read at a time.
+
+    Returns:
+        int32 (B, S + N): prompt, new tokens, and padding up to the common width.
+
+    Raises:
+        ValueError: prompts that are empty, too long or hold ids outside the vocabulary; values without meaning; a
+            model that needs images.
+    """
+    request = _request(
+        model, prompt_tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id, pad_token_id, prompt_lengths,
+        seed, uniforms, prefill_chunk,
+    )  # fmt: skip
+    new_BN = _decode_all(model, request)
+    return jnp.asarray(request.prompts.followed_by(np.asarray(new_BN), pad_token_id))
+
+
+def stream(
+    model: Transformer,
+    prompt_tokens: Any,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_token_id: int | None = None,
+    pad_token_id: int = 0,
+    prompt_lengths: Any = None,
+    seed: int | jax.Array | None = None,
+    uniforms: np.ndarray | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Iterator[np.ndarray]:
+    """The new tokens of `generate`, int (B,) at a time, as they are drawn; ends early when every row has ended.
+
+    Arguments and errors, which are raised here and not at the first token, are those of `generate`.
+    """
+    request = _request(
+        model, prompt_tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id, pad_token_id, prompt_lengths,
+        seed, uniforms, prefill_chunk,
+    )  # fmt: skip
+    return (np.asarray(tokens_B) for tokens_B in _steps(model, request))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be generated, checked.
+
+    Attributes:
+        uniforms: float64 (B, N); None: greedy.
+        cache_length: slots of the caches.
+        chunks: (start, size) of the parts in which the prompts are read.
+    """
+
+    prompts: Prompts
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    eos_token_id: int | None
+    pad_token_id: int
+    uniforms: np.ndarray | None
+    cache_length: int
+    chunks: Sequence[tuple[int, int]]
+
+
+def _request(
+    model: Transformer,
+    prompt_tokens: Any,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    eos_token_id: int | None,
+    pad_token_id: int,
+    prompt_lengths: Any,
+    seed: int | jax.Array | None,
+    uniforms: np.ndarray | None,
+    prefill_chunk: int,
+) -> Request:
+    _check_model(model)
+    check_sampling(temperature, top_k, top_p)
+    config = model.config
+    prompts = read_prompts(prompt_tokens, prompt_lengths, config.vocab_size)
+    check_request(prompts, max_new_tokens, config.max_seq_len, config.vocab_size, eos_token_id, prefill_chunk)
+    rows, slots = len(prompts.lengths), cache_length(prompts, max_new_tokens, config.max_seq_len)
+    return Request(
+        prompts,
+        max_new_tokens,
+        temperature,
+        top_k or config.vocab_size,
+        top_p,
+        eos_token_id,
+        pad_token_id,
+        None if temperature == 0 else _uniforms(seed, uniforms, rows, max_new_tokens),
+        slots,
+        prefill_chunks(prompts.tokens.shape[1] - 1, prefill_chunk, slots),
+    )
+
+
+def _check_model(model: Transformer) -> None:
+    if model.vlm_config is not None:
+        raise ValueError(f"vlm.arch = {model.vlm_config.arch!r}: generate continues text, without images, only")
+    if model.token_embedding is None or model.output_head is None:
+        raise ValueError("model is a pipeline stage: generate needs the embedding and the head in one model")
+
+
+def _uniforms(seed: int | jax.Array | None, uniforms: Any, rows: int, count: int) -> np.ndarray:
+    if uniforms is not None:
+        return check_uniforms(uniforms, rows, count)
+    if isinstance(seed, jax.Array):
+        return np.asarray(jax.random.uniform(seed, (rows, count)), np.float64)
+    return draw_uniforms(seed, rows, count)
+
+
+class _State(NamedTuple):
+    """What one step hands to the next: the tokens (B,) to read, and which rows have ended (B,)."""
+
+    tokens: jax.Array
+    done: jax.Array
+
+
+class _Options(NamedTuple):
+    """Numbers that a compiled step is given: none of them is compiled in.
+
+    Attributes:
+        sampling: temperature, top_k and top_p; None: greedy.
+        eos_token_id: -1 if there is none.
+    """
+
+    sampling: tuple[jax.Array, ...] | None
+    eos_token_id: jax.Array
+    pad_token_id: jax.Array
+
+
+def _steps(model: Transformer, request: Request) -> Iterator[jax.Array]:
+    """The new tokens (B,) as they are drawn."""
+    if request.max_new_tokens == 0:
+        return
+    parts = graphdef, params, buffers = split(model)
+    caches, state = _prefill(model, request, parts)
+    uniforms_BN, options = _numbers(model, request, request.max_new_tokens)
+    step = _compiled_step(graphdef)
+    for place in range(request.max_new_tokens):
+        shown_B, state, caches = step(params, buffers, caches, state, uniforms_BN[:, place], options)
+        yield shown_B
+        if request.eos_token_id is not None and bool(state.done.all()):
+            return
+
+
+def _decode_all(model: Transformer, request: Request) -> jax.Array:
+    """All new tokens (B, N), in one program."""
+    rows, count = len(request.prompts.lengths), request.max_new_tokens
+    if count == 0:
+        return jnp.zeros((rows, 0), jnp.int32)
+    parts = graphdef, params, buffers = split(model)
+    caches, state = _prefill(model, request, parts)
+    room = bucket(count, model.config.max_seq_len + 1)
+    uniforms_BN, options = _numbers(model, request, room)
+    new_BN, _ = _compiled_loop(graphdef)(params, buffers, caches, state, uniforms_BN, options, np.int32(count))
+    return new_BN[:, :count]
+
+
+def _numbers(model: Transformer, request: Request, room: int) -> tuple[jax.Array, _Options]:
+    """Uniform numbers (B, ``room``), zeros after the end, and the options."""
+    uniforms_BN = np.zeros((len(request.prompts.lengths), room))
+    sampling, dtype = None, _wide(_weight(model).dtype)
+    if request.uniforms is not None:
+        uniforms_BN[:, : request.max_new_tokens] = request.uniforms
+        values = (request.temperature, request.top_k, request.top_p)
+        sampling = tuple(jnp.asarray(v, d) for v, d in zip(values, (dtype, jnp.int32, dtype), strict=True))
+    eos = -1 if request.eos_token_id is None else request.eos_token_id
+    options = _Options(sampling, jnp.asarray(eos, jnp.int32), jnp.asarray(request.pad_token_id, jnp.int32))
+    return jnp.asarray(uniforms_BN.astype(dtype)), options
+
+
+def _prefill(model: Transformer, request: Request, parts: tuple[Any, State, State]) -> tuple[list[KVCache], _State]:
+    """Caches that hold every prompt but for its last token, and the state that these last tokens are."""
+    config, dtype, prompts = model.config, _weight(model).dtype, request.prompts
+    rows, width = prompts.tokens.shape
+    graphdef, params, buffers = parts
+    caches = [
+        KVCache(rows, request.cache_length, config.kv_heads, config.head_size, dtype) for _ in range(config.n_layers)
+    ]
+    for start, size in request.chunks:
+        chunk = np.pad(prompts.tokens, ((0, 0), (0, max(0, start + size - width))))[:, start : start + size]
+        caches = _compiled_prefill(graphdef)(params, buffers, caches, chunk)
+    lengths_B = jnp.asarray(prompts.lengths)
+    caches = [cache.cut(lengths_B - 1) for cache in caches]
+    tokens_B = prompts.tokens[np.arange(rows), prompts.lengths - 1]
+    return caches, _State(jnp.asarray(tokens_B), jnp.zeros(rows, jnp.bool_))
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_prefill(graphdef: Any) -> Any:
+    def prefill(params: State, buffers: State, caches: list[KVCache], tokens_BS: jax.Array) -> Any:
+        model = _inference(merge(graphdef, params, buffers))
+        return model.run(tokens_BS, modality=NO_LOGITS, kv_caches=caches, allow_image_inputs=True).kv_caches
+
+    return jax.jit(prefill, donate_argnames="caches")
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_step(graphdef: Any) -> Any:
+    return jax.jit(functools.partial(_step, graphdef), donate_argnames="caches")
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_loop(graphdef: Any) -> Any:
+    """The decode steps as one program, which stops when every row has ended. Also gives the caches, so that their
+    memory can be reused.
+    """
+
+    def loop(
+        params: State,
+        buffers: State,
+        caches: list[KVCache],
+        state: _State,
+        uniforms_BN: jax.Array,
+        options: _Options,
+        count: jax.Array,
+    ) -> tuple[jax.Array, list[KVCache]]:
+        new_BN = jnp.full(uniforms_BN.shape, options.pad_token_id, jnp.int32)
+
+        def advance(carry: Any) -> Any:
+            place, new_BN, state, caches = carry
+            uniforms_B = jax.lax.dynamic_index_in_dim(uniforms_BN, place, 1, keepdims=False)
+            shown_B, state, caches = _step(graphdef, params, buffers, caches, state, uniforms_B, options)
+            return place + 1, new_BN.at[:, place].set(shown_B), state, caches
+
+        def goes_on(carry: Any) -> jax.Array:
+            place, _, state, _ = carry
+            return (place < count) & ~state.done.all()
+
+        carry = (jnp.zeros((), jnp.int32), new_BN, state, caches)
+        _, new_BN, _, caches = jax.lax.while_loop(goes_on, advance, carry)
+        return new_BN, caches
+
+    return jax.jit(loop, donate_argnames="caches")
+
+
+def _step(
+    graphdef: Any,
+    params: State,
+    buffers: State,
+    caches: list[KVCache],
+    state: _State,
+    uniforms: jax.Array,
+    options: _Options,
+) -> tuple[jax.Array, _State, Any]:
+    """Read one token of each row; the next (B,), padding in rows that had ended; the new state and caches."""
+    output = _inference(merge(graphdef, params, buffers)).run(state.tokens[:, None], kv_caches=caches)
+    logits_BV = output.logits[:, -1]
+    drawn_B = _greedy(logits_BV) if options.sampling is None else _draw(logits_BV, uniforms, *options.sampling)
+    shown_B = jnp.where(state.done, options.pad_token_id, drawn_B)
+    return shown_B, _State(drawn_B, state.done | (drawn_B == options.eos_token_id)), output.kv_caches
+
+
+def _greedy(logits: jax.Array) -> jax.Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _draw(logits: jax.Array, uniforms: jax.Array, temperature: Any, top_k: Any, top_p: Any) -> jax.Array:
+    """`sample` at a temperature above 0: (..., V) -> (...)."""
+    dtype = _wide(logits.dtype)
+    order_V = jnp.argsort(logits, axis=-1, descending=True, stable=True).astype(jnp.int32)
+    sorted_V = jnp.take_along_axis(logits, order_V, axis=-1).astype(dtype)
+    scaled_V = (sorted_V - sorted_V[..., :1]) / jnp.maximum(temperature, jnp.finfo(dtype).tiny)
+    beyond_k = jnp.arange(logits.shape[-1]) >= top_k
+    probabilities_V = jax.nn.softmax(jnp.where(beyond_k, -jnp.inf, scaled_V), axis=-1)
+    before_V = jnp.roll(probabilities_V.cumsum(axis=-1), 1, axis=-1).at[..., 0].set(0)
+    kept_V = jnp.where(before_V < top_p, probabilities_V, 0)
+    cumulative_V = (kept_V / kept_V.sum(axis=-1, keepdims=True)).cumsum(axis=-1)
+    place = (cumulative_V <= uniforms.astype(dtype)[..., None]).sum(axis=-1)
+    last = jnp.maximum((kept_V > 0).sum(axis=-1) - 1, 0)
+    return jnp.take_along_axis(order_V, jnp.minimum(place, last)[..., None], axis=-1)[..., 0]
+
+
+def _inference(model: Transformer) -> Transformer:
+    """The model, made in this trace, without capacity limits."""
+    for _, module in named_modules(model):
+        if isinstance(module, MoEMLP):
+            module.capacity_factor = 0.0
+    return model
+
+
+def _weight(model: Transformer) -> jax.Array:
+    assert model.token_embedding is not None
+    return model.token_embedding.embedding.weight.get_value()
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)

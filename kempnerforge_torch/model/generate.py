@@ -1,0 +1,329 @@
+"""Sampling and generation with key/value caches.
+
+A prompt goes into the caches in chunks, all but its last token and without the head; from there on every step reads
+one token of each row and draws the next, at static shapes, so that one program serves all positions.
+
+Shapes: B rows, S tokens of the longest prompt, N new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kempnerforge_torch.model.attention import KVCache
+from kempnerforge_torch.model.modality import ModalityContext
+from kempnerforge_torch.model.moe import MoEMLP
+from kempnerforge_torch.model.state import to_numpy
+from kempnerforge_torch.model.transformer import Transformer
+from shared_config.decoding import (
+    PREFILL_CHUNK,
+    Prompts,
+    cache_length,
+    check_request,
+    check_sampling,
+    check_uniforms,
+    draw_uniforms,
+    prefill_chunks,
+    read_prompts,
+)
+
+NO_LOGITS = ModalityContext(output_slice=slice(0, 0))
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    *,
+    uniforms: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw a token of each distribution.
+
+    Logits / temperature; tokens sorted by falling logit, equal ones by index; the first ``top_k`` are kept; of these
+    the shortest run from the top whose probabilities sum to ``top_p``, the token that crosses it included; of their
+    renormalised probabilities, the first token whose cumulative sum exceeds a uniform number.
+
+    Args:
+        logits: (..., V); computed with in at least float32.
+        temperature: 0 takes the most probable token, of equal ones the first.
+        top_k: 0 keeps all.
+        top_p: 1 keeps all.
+        uniforms: (...) numbers in [0, 1); drawn if None.
+        generator: what they are drawn with.
+
+    Returns:
+        int64 (...).
+
+    Raises:
+        ValueError: temperature < 0, top_k < 0, top_p outside (0, 1].
+    """
+    check_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    if uniforms is None:
+        uniforms = torch.rand(logits.shape[:-1], generator=generator, dtype=_wide(logits.dtype), device=logits.device)
+    return _draw(logits, uniforms, temperature, top_k or logits.shape[-1], top_p)
+
+
+def generate(
+    model: Transformer,
+    prompt_tokens: Any,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_token_id: int | None = None,
+    pad_token_id: int = 0,
+    prompt_lengths: Any = None,
+    seed: int | torch.Generator | None = None,
+    uniforms: np.ndarray | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    compile: bool = False,
+) -> Tensor:
+    """Continue prompts.
+
+    A row does not depend on its neighbours: attention and random numbers are its own, and mixtures of experts run
+    without capacity limits. The model is in evaluation mode meanwhile.
+
+    Args:
+        prompt_tokens: int (B, S), or a sequence of B rows of any lengths.
+        temperature, top_k, top_p: as for `sample`.
+        eos_token_id: a row that has produced it is padding from then on.
+        pad_token_id: any number.
+        prompt_lengths: int (B,), how many tokens of each row of ``prompt_tokens`` count; all if None.
+        seed: of the random numbers, the same in both backends; or a generator of torch; None: another one each time.
+        uniforms: (B, N) numbers in [0, 1), in place of a seed.
+        prefill_chunk: at most so many tokens of a prompt are read at a time.
+        compile: compile the decode step; with CUDA graphs on a GPU.
+
+    Returns:
+        int64 (B, S + N), on the model's device: prompt, new tokens, and padding up to the common width.
+
+    Raises:
+        ValueError: prompts that are empty, too long or hold ids outside the vocabulary; values without meaning; a
+            model that needs images.
+    """
+    request = _request(
+        model, prompt_tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id, pad_token_id, prompt_lengths,
+        seed, uniforms, prefill_chunk,
+    )  # fmt: skip
+    steps = list(_steps(model, request, compile))
+    rows, device = len(request.prompts.lengths), _weight(model).device
+    new_BN = torch.full((rows, max_new_tokens), pad_token_id, dtype=torch.int64, device=device)
+    if steps:
+        new_BN[:, : len(steps)] = torch.stack(steps, dim=1)
+    return torch.from_numpy(request.prompts.followed_by(to_numpy(new_BN), pad_token_id)).long().to(device)
+
+
+def stream(
+    model: Transformer,
+    prompt_tokens: Any,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_token_id: int | None = None,
+    pad_token_id: int = 0,
+    prompt_lengths: Any = None,
+    seed: int | torch.Generator | None = None,
+    uniforms: np.ndarray | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    compile: bool = False,
+) -> Iterator[np.ndarray]:
+    """The new tokens of `generate`, int (B,) at a time, as they are drawn; ends early when every row has ended.
+
+    Arguments and errors, which are raised here and not at the first token, are those of `generate`.
+    """
+    request = _request(
+        model, prompt_tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id, pad_token_id, prompt_lengths,
+        seed, uniforms, prefill_chunk,
+    )  # fmt: skip
+    return (to_numpy(tokens_B) for tokens_B in _steps(model, request, compile))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be generated, checked.
+
+    Attributes:
+        uniforms: float64 (B, N); None: greedy.
+        cache_length: slots of the caches.
+        chunks: (start, size) of the parts in which the prompts are read.
+    """
+
+    prompts: Prompts
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    eos_token_id: int | None
+    pad_token_id: int
+    uniforms: np.ndarray | None
+    cache_length: int
+    chunks: Sequence[tuple[int, int]]
+
+
+def _request(
+    model: Transformer,
+    prompt_tokens: Any,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    eos_token_id: int | None,
+    pad_token_id: int,
+    prompt_lengths: Any,
+    seed: int | torch.Generator | None,
+    uniforms: np.ndarray | None,
+    prefill_chunk: int,
+) -> Request:
+    _check_model(model)
+    check_sampling(temperature, top_k, top_p)
+    config = model.config
+    prompts = read_prompts(_on_host(prompt_tokens), _on_host(prompt_lengths), config.vocab_size)
+    check_request(prompts, max_new_tokens, config.max_seq_len, config.vocab_size, eos_token_id, prefill_chunk)
+    rows, slots = len(prompts.lengths), cache_length(prompts, max_new_tokens, config.max_seq_len)
+    return Request(
+        prompts,
+        max_new_tokens,
+        temperature,
+        top_k or config.vocab_size,
+        top_p,
+        eos_token_id,
+        pad_token_id,
+        None if temperature == 0 else _uniforms(seed, uniforms, rows, max_new_tokens),
+        slots,
+        prefill_chunks(prompts.tokens.shape[1] - 1, prefill_chunk, slots),
+    )
+
+
+def _check_model(model: Transformer) -> None:
+    if model.vlm_config is not None:
+        raise ValueError(f"vlm.arch = {model.vlm_config.arch!r}: generate continues text, without images, only")
+    if model.token_embedding is None or model.output_head is None:
+        raise ValueError("model is a pipeline stage: generate needs the embedding and the head in one model")
+
+
+def _on_host(given: Any) -> Any:
+    return to_numpy(given) if isinstance(given, Tensor) else given
+
+
+def _uniforms(seed: int | torch.Generator | None, uniforms: np.ndarray | None, rows: int, count: int) -> np.ndarray:
+    if uniforms is not None:
+        return check_uniforms(_on_host(uniforms), rows, count)
+    if isinstance(seed, torch.Generator):
+        return to_numpy(torch.rand((rows, count), generator=seed, device=seed.device)).astype(np.float64)
+    return draw_uniforms(seed, rows, count)
+
+
+def _steps(model: Transformer, request: Request, compile: bool) -> Iterator[Tensor]:
+    """The new tokens (B,), on the model's device, as they are drawn."""
+    if request.max_new_tokens == 0:
+        return
+    weight = _weight(model)
+    advance = _compiled(weight.device.type) if compile else _advance
+    uniforms_BN = None
+    if request.uniforms is not None:
+        uniforms_BN = torch.from_numpy(request.uniforms).to(weight.device, _wide(weight.dtype))
+    caches, tokens_B = _prefill(model, request)
+    done_B = torch.zeros_like(tokens_B, dtype=torch.bool)
+    for step in range(request.max_new_tokens):
+        with _inference(model):
+            logits_BV = advance(model, tokens_B, caches)
+            if uniforms_BN is None:
+                drawn_B = logits_BV.argmax(dim=-1)
+            else:
+                drawn_B = _draw(logits_BV, uniforms_BN[:, step], request.temperature, request.top_k, request.top_p)
+            shown_B = drawn_B.masked_fill(done_B, request.pad_token_id)
+            tokens_B = drawn_B
+            if request.eos_token_id is not None:
+                done_B = done_B | (drawn_B == request.eos_token_id)
+        yield shown_B
+        if request.eos_token_id is not None and bool(done_B.all()):
+            return
+
+
+def _prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Tensor]:
+    """Caches that hold every prompt but for its last token, and these last tokens (B,)."""
+    config, weight, prompts = model.config, _weight(model), request.prompts
+    rows = len(prompts.lengths)
+    caches = [
+        KVCache(rows, request.cache_length, config.kv_heads, config.head_size, weight.dtype, weight.device, static=True)
+        for _ in range(config.n_layers)
+    ]
+    tokens_BS = torch.from_numpy(prompts.tokens).to(weight.device).long()
+    lengths_B = torch.from_numpy(prompts.lengths).to(weight.device).long()
+    with _inference(model):
+        for start, size in request.chunks:
+            chunk = F.pad(tokens_BS, (0, max(0, start + size - tokens_BS.shape[1])))[:, start : start + size]
+            model.run(chunk, modality=NO_LOGITS, kv_caches=caches, allow_image_inputs=True)
+        for cache in caches:
+            cache.cut(lengths_B - 1)
+    return caches, tokens_BS.gather(1, lengths_B[:, None] - 1)[:, 0]
+
+
+def _advance(model: Transformer, tokens: Tensor, caches: list[KVCache]) -> Tensor:
+    """Read one token (B,) of each row; logits (B, V) of the next."""
+    return model.run(tokens[:, None], kv_caches=caches).logits[:, -1]
+
+
+@functools.lru_cache
+def _compiled(device: str) -> Any:
+    return torch.compile(
+        _advance, fullgraph=True, dynamic=False, mode="reduce-overhead" if device == "cuda" else "default"
+    )
+
+
+def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """`sample` at a temperature above 0: (..., V) -> (...)."""
+    dtype = _wide(logits.dtype)
+    sorted_V, order_V = logits.to(dtype).sort(dim=-1, descending=True, stable=True)
+    scaled_V = (sorted_V - sorted_V[..., :1]) / max(temperature, torch.finfo(dtype).tiny)
+    beyond_k = torch.arange(logits.shape[-1], device=logits.device) >= top_k
+    probabilities_V = scaled_V.masked_fill(beyond_k, -torch.inf).softmax(dim=-1)
+    before_V = F.pad(probabilities_V.cumsum(dim=-1)[..., :-1], (1, 0))
+    kept_V = torch.where(before_V < top_p, probabilities_V, 0)
+    cumulative_V = (kept_V / kept_V.sum(dim=-1, keepdim=True)).cumsum(dim=-1)
+    place = (cumulative_V <= uniforms.to(dtype)[..., None]).sum(dim=-1)
+    last = ((kept_V > 0).sum(dim=-1) - 1).clamp(min=0)
+    return order_V.gather(-1, torch.minimum(place, last)[..., None])[..., 0]
+
+
+@contextlib.contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    """No gradients, evaluation mode, no capacity limits; all as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    limits = [(module, module.capacity_factor) for module in model.modules() if isinstance(module, MoEMLP)]
+    try:
+        model.eval()
+        for module, _ in limits:
+            module.capacity_factor = 0.0
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module, limit in limits:
+            module.capacity_factor = limit
+
+
+def _weight(model: Transformer) -> Tensor:
+    assert model.token_embedding is not None
+    return model.token_embedding.embedding.weight
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,174 @@
+"""What decoding settles before a framework is involved: prompts, sampling values, lengths and random numbers.
+
+Shapes: B rows, S tokens of the longest prompt, N new tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shared_config.contract.initialise import stream
+from shared_config.errors import UserError
+
+PREFILL_CHUNK = 512
+SMALLEST_BUCKET = 16
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of any lengths, aligned to the left.
+
+    Attributes:
+        tokens: int32 (B, S), 0 after the end of a row.
+        lengths: int32 (B,), at least 1.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+    def followed_by(self, new: np.ndarray, pad_token_id: int) -> np.ndarray:
+        """int32 (B, S + N): each row's prompt, its new tokens (B, N), and padding up to the common width."""
+        rows, width = self.tokens.shape
+        whole = np.full((rows, width + new.shape[1]), pad_token_id, np.int32)
+        for row, length in enumerate(self.lengths):
+            whole[row, :length] = self.tokens[row, :length]
+            whole[row, length : length + new.shape[1]] = new[row]
+        return whole
+
+
+def read_prompts(prompt_tokens: Any, prompt_lengths: Any, vocab_size: int) -> Prompts:
+    """Check and align prompts.
+
+    Args:
+        prompt_tokens: integers (B, S), or a sequence of B rows of any lengths.
+        prompt_lengths: integers (B,), how many tokens of each row count; None: all.
+
+    Raises:
+        UserError: no prompt, an empty one, an id outside the vocabulary, lengths that don't fit.
+    """
+    rows = [np.asarray(row) for row in prompt_tokens]
+    if not rows:
+        raise UserError("prompt_tokens is empty: at least one prompt is needed")
+    for place, row in enumerate(rows):
+        if row.ndim != 1:
+            raise UserError(
+                f"prompt_tokens[{place}] has {row.ndim} dimensions: must be (batch, length), or a sequence of rows"
+            )
+    if prompt_lengths is not None:
+        rows = [row[:length] for row, length in zip(rows, _checked_lengths(prompt_lengths, rows), strict=True)]
+    for place, row in enumerate(rows):
+        _check_row(f"prompt_tokens[{place}]", row, vocab_size)
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for place, row in enumerate(rows):
+        tokens[place, : len(row)] = row
+    return Prompts(tokens, lengths)
+
+
+def check_request(
+    prompts: Prompts,
+    max_new_tokens: int,
+    max_seq_len: int,
+    vocab_size: int,
+    eos_token_id: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> None:
+    """Check how much is to be generated, and where it ends.
+
+    Raises:
+        UserError: a number without meaning, or more tokens than the model has positions.
+    """
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens = {max_new_tokens}: must be at least 0")
+    if prefill_chunk < 1:
+        raise UserError(f"prefill_chunk = {prefill_chunk}: must be at least 1")
+    longest = prompts.tokens.shape[1]
+    if longest > max_seq_len:
+        raise UserError(f"prompt_tokens has a row of {longest} tokens: must be at most max_seq_len = {max_seq_len}")
+    if longest + max_new_tokens - 1 > max_seq_len:
+        raise UserError(
+            f"max_new_tokens = {max_new_tokens}: must be at most {max_seq_len - longest + 1}, as the longest prompt "
+            f"has {longest} tokens and max_seq_len = {max_seq_len}"
+        )
+    if eos_token_id is not None and not 0 <= eos_token_id < vocab_size:
+        raise UserError(f"eos_token_id = {eos_token_id}: must be in [0, {vocab_size}), or None")
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Check the values that shape a distribution.
+
+    Raises:
+        UserError: naming the value and what is allowed.
+    """
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature = {temperature}: must be at least 0 and finite; 0 takes the most probable token")
+    if top_k < 0 or top_k != int(top_k):
+        raise UserError(f"top_k = {top_k}: must be an integer of at least 0; 0 keeps all tokens")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p = {top_p}: must be in (0, 1]; 1 keeps all tokens")
+
+
+def bucket(length: int, limit: int) -> int:
+    """The next power of two, at least 16 and at most ``limit``: what one compiled program serves."""
+    return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), limit)
+
+
+def cache_length(prompts: Prompts, max_new_tokens: int, max_seq_len: int) -> int:
+    """Slots of the caches: every token but the last new one."""
+    return bucket(prompts.tokens.shape[1] + max_new_tokens - 1, max_seq_len)
+
+
+def prefill_chunks(length: int, chunk: int, limit: int) -> list[tuple[int, int]]:
+    """(start, size) of the chunks that cover ``length`` tokens of caches with ``limit`` slots.
+
+    All are of size ``chunk`` but the last, whose size is a bucket: it may reach past ``length``, never past ``limit``.
+    """
+    whole = [(start, chunk) for start in range(0, length - chunk + 1, chunk)]
+    start = len(whole) * chunk
+    return [*whole, (start, bucket(length - start, min(chunk, limit - start)))] if start < length else whole
+
+
+def draw_uniforms(seed: int | None, rows: int, count: int) -> np.ndarray:
+    """Numbers in [0, 1), float64 (B, N). A row's follow from the seed and its place; None draws a seed."""
+    seed = secrets.randbits(63) if seed is None else seed
+    return np.stack([stream(seed, f"sampling {row}").random(count) for row in range(rows)])
+
+
+def check_uniforms(uniforms: np.ndarray, rows: int, count: int) -> np.ndarray:
+    """The numbers given for sampling, as float64 (B, N).
+
+    Raises:
+        UserError: of another shape, or outside [0, 1).
+    """
+    uniforms = np.asarray(uniforms, np.float64)
+    if uniforms.shape != (rows, count):
+        raise UserError(f"uniforms.shape = {uniforms.shape}: must be (prompts, max_new_tokens) = {(rows, count)}")
+    if not ((uniforms >= 0) & (uniforms < 1)).all():
+        raise UserError("uniforms has numbers outside [0, 1)")
+    return uniforms
+
+
+def _checked_lengths(prompt_lengths: Any, rows: Sequence[np.ndarray]) -> list[int]:
+    lengths = [int(length) for length in np.asarray(prompt_lengths).reshape(-1)]
+    if len(lengths) != len(rows):
+        raise UserError(f"prompt_lengths has {len(lengths)} entries: must be one for each of {len(rows)} prompts")
+    for place, (length, row) in enumerate(zip(lengths, rows, strict=True)):
+        if not 0 <= length <= len(row):
+            raise UserError(f"prompt_lengths[{place}] = {length}: must be in [0, {len(row)}], the tokens of the row")
+    return lengths
+
+
+def _check_row(name: str, row: np.ndarray, vocab_size: int) -> None:
+    if row.size == 0:
+        raise UserError(f"{name} is empty: a prompt has at least one token")
+    if not np.issubdtype(row.dtype, np.integer):
+        raise UserError(f"{name} is of {row.dtype}: token ids are integers")
+    bad = row[(row < 0) | (row >= vocab_size)]
+    if bad.size:
+        raise UserError(f"{name} holds {bad[0]}: token ids must be in [0, {vocab_size})")

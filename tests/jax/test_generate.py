@@ -1,0 +1,79 @@
+"""What is JAX's own in generation: few programs, caches that are given away, dtypes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from kempnerforge_jax.model import generate as generation
+from kempnerforge_jax.model.generate import generate
+from kempnerforge_jax.model.state import split
+from kempnerforge_jax.model.transformer import Transformer
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.vlm import VLMConfig
+
+CONFIG = ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=19, ffn_hidden_dim=24, max_seq_len=64)
+PROMPTS = [[1, 2, 3], [4]]
+
+
+def new_model(**options: Any) -> Transformer:
+    return Transformer(CONFIG, rngs=nnx.Rngs(0), **options)
+
+
+def test_few_programs_serve_all_lengths_and_options() -> None:
+    model = new_model()
+    generation._compiled_loop.cache_clear()
+    generation._compiled_prefill.cache_clear()
+    for length in (1, 2, 5, 9, 11):
+        for new, temperature in ((3, 0.5), (6, 2.0)):
+            tokens = generate(model, [[2] * length], new, temperature=temperature, top_k=length, seed=1)
+            assert tokens.shape == (1, length + new)
+    graphdef = split(model)[0]
+    assert generation._compiled_loop(graphdef)._cache_size() <= 2  # caches of 16 and 32 slots
+    assert generation._compiled_prefill(graphdef)._cache_size() <= 2
+
+
+def test_a_step_takes_the_memory_of_the_caches() -> None:
+    model = new_model()
+    request = generation._request(model, PROMPTS, 3, 0.0, 0, 1.0, None, 0, None, None, None, 512)
+    graphdef, params, buffers = parts = split(model)
+    caches, state = generation._prefill(model, request, parts)
+    uniforms, options = generation._numbers(model, request, 3)
+    old = caches[0].k
+    _, _, caches = generation._compiled_step(graphdef)(params, buffers, caches, state, uniforms[:, 0], options)
+    assert old.is_deleted()
+    assert caches[0].lengths.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_models_of_any_dtype(dtype: str) -> None:
+    tokens = generate(new_model().to(dtype), PROMPTS, 4, seed=1)
+    assert tokens.dtype == jnp.int32
+    assert tokens.shape == (2, 7)
+
+
+def test_generation_works_with_a_scan_turned_off_only() -> None:
+    graphdef, params, buffers = split(Transformer(CONFIG.replace(n_layers=2), rngs=nnx.Rngs(0)), scan_layers=True)
+    from kempnerforge_jax.model.state import merge
+
+    with pytest.raises(ValueError, match="stacked layers can't use them"):
+        generate(merge(graphdef, params, buffers), PROMPTS, 2)
+
+
+def test_sample_needs_numbers() -> None:
+    with pytest.raises(ValueError, match="uniforms = None, key = None"):
+        generation.sample(jnp.zeros((1, 3)))
+    assert generation.sample(jnp.zeros((2, 3)), key=jax.random.key(0)).shape == (2,)
+
+
+def test_models_that_need_more_than_text_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"vlm\.arch = 'joint_decoder': generate continues text"):
+        generate(new_model(vlm_config=VLMConfig.for_arch("joint_decoder")), PROMPTS, 2)
+    stage = new_model()
+    stage.output_head = None
+    with pytest.raises(ValueError, match="pipeline stage"):
+        generate(stage, PROMPTS, 2)

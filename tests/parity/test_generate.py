@@ -1,0 +1,434 @@
+"""Decoding: samplers against their definition, generation against full forwards of the oracle, caches against the full
+forward whatever is appended and forgotten.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+from shared_config.contract.parameters import parameter_table
+from shared_config.contract.validation import validation_weights
+from shared_config.decoding import draw_uniforms, prefill_chunks
+from shared_config.schema.model import ModelConfig
+from tests.oracle.generate import generate as oracle_generate
+from tests.oracle.generate import kept_distribution
+from tests.oracle.generate import sample as oracle_sample
+from tests.parity.backends import BACKENDS, on_both
+from tests.strategies import MAX_SEQ_LEN, model_configs
+from tests.tolerance import assert_same_function
+
+NEW, VOCABULARY = 6, 13
+PLAIN = ModelConfig(
+    dim=20, head_dim=6, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=37, ffn_hidden_dim=24, max_seq_len=MAX_SEQ_LEN,
+    qk_norm=True, sliding_window=4, attention_bias=True,
+)  # fmt: skip
+ROUTED = ModelConfig(
+    dim=12, n_layers=2, n_heads=2, vocab_size=VOCABULARY, ffn_hidden_dim=20, max_seq_len=MAX_SEQ_LEN, num_experts=5,
+    moe_top_k=2, moe_router="sigmoid_topk", moe_shared_experts=1, moe_capacity_factor=0.3, tie_embeddings=True,
+)  # fmt: skip
+PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8], [9, 7, 9, 3, 2, 3])
+
+
+@pytest.fixture(autouse=True)
+def _double_precision() -> Iterator[None]:
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        yield
+
+
+@functools.lru_cache(maxsize=8)
+def model_of(backend: Any, config: ModelConfig, seed: int = 3) -> Any:
+    return backend.model(config, weights_of(config, seed))
+
+
+def weights_of(config: ModelConfig, seed: int = 3) -> dict[str, np.ndarray]:
+    return validation_weights(parameter_table(config), seed)
+
+
+def continued(backend: Any, model: Any, prompts: Any, count: int = NEW, **options: Any) -> np.ndarray:
+    """The new tokens (B, count); also checks that prompts come first and padding last."""
+    whole = np.asarray(generation(backend).generate(model, prompts, count, pad_token_id=-7, **options))
+    assert whole.shape == (len(prompts), max(map(len, prompts)) + count)
+    new = np.empty((len(prompts), count), whole.dtype)
+    for row, prompt in enumerate(prompts):
+        end = len(prompt) + count
+        np.testing.assert_array_equal(whole[row, : len(prompt)], prompt)
+        assert (whole[row, end:] == -7).all()
+        new[row] = whole[row, len(prompt) : end]
+    return new
+
+
+def generation(backend: Any) -> Any:
+    return backend.module("model.generate")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sample
+
+levels = st.sampled_from([-4.0, -1.0, 0.0, 0.0, 1.5, 2.0, -np.inf])
+rows_of_logits = st.lists(st.one_of(levels, st.floats(-5, 5)), min_size=VOCABULARY, max_size=VOCABULARY).filter(
+    lambda row: max(row) > -np.inf
+)
+temperatures = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.05, 5))
+tops = st.integers(0, VOCABULARY + 2)
+masses = st.one_of(st.just(1.0), st.floats(0.01, 1))
+
+
+@given(rows_of_logits, st.floats(0, 1, exclude_max=True), temperatures, tops, masses)
+def test_sample_is_its_definition(
+    logits: list[float], uniform: float, temperature: float, top_k: int, top_p: float
+) -> None:
+    row = np.array(logits)
+    truth = oracle_sample(row, uniform, temperature, top_k, top_p)
+    if temperature > 0:
+        assume(not is_close_call(row, uniform, temperature, top_k, top_p))
+    batch = np.stack([row, row[::-1]])
+    for backend in BACKENDS:
+        drawn = generation(backend).sample(
+            backend.array(batch), temperature, top_k, top_p, uniforms=backend.array(np.array([uniform, 0.5]))
+        )
+        assert drawn.shape == (2,)
+        assert int(drawn[0]) == truth, backend
+
+
+def is_close_call(row: np.ndarray, uniform: float, temperature: float, top_k: int, top_p: float) -> bool:
+    """Whether rounding decides which token is drawn or kept."""
+    _, whole = kept_distribution(row, temperature, top_k)
+    _, kept = kept_distribution(row, temperature, top_k, top_p)
+    edges = np.abs(np.cumsum(whole) - top_p).min(), np.abs(np.cumsum(kept) - uniform).min()
+    return min(edges) < 1e-9
+
+
+@on_both
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@given(rows=st.lists(rows_of_logits, min_size=4, max_size=4), top_k=tops, seed=st.integers(0, 99))
+@settings(max_examples=settings().max_examples // 2)
+def test_only_the_top_k_are_drawn_in_any_dtype(
+    backend: Any, dtype: str, rows: list[list[float]], top_k: int, seed: int
+) -> None:
+    logits = np.array(rows).astype(ml_dtypes.bfloat16)
+    random = {"generator": torch.Generator().manual_seed(seed)} if backend.name == "torch" else {"key": jax_key(seed)}
+    drawn = generation(backend).sample(backend.array(logits, dtype), 2.0, top_k, **random)
+    for row, token in zip(logits.astype(np.float64), drawn, strict=True):
+        order, probabilities = kept_distribution(row, 2.0, top_k)
+        assert int(token) in order[probabilities > 0]
+
+
+@on_both
+def test_extreme_temperatures_and_numbers_next_to_one(backend: Any) -> None:
+    logits = backend.array(np.array([[0.0, 3.0, 1.0, -np.inf]]), "float32")
+    draw = functools.partial(generation(backend).sample, logits, uniforms=backend.array(np.array([1 - 2.0**-53])))
+    assert int(draw(1e-300)[0]) == 1
+    assert int(draw(1.0)[0]) == 0, "the least probable token, not the impossible one"
+
+
+@on_both
+def test_a_number_shapes_frequencies(backend: Any) -> None:
+    """Even numbers give each token its share."""
+    logits, n = np.log([[0.5, 0.1, 0.4]]), 1000
+    uniforms = (np.arange(n) + 0.5) / n
+    drawn = generation(backend).sample(backend.array(np.repeat(logits, n, 0)), uniforms=backend.array(uniforms))
+    np.testing.assert_array_equal(np.bincount(np.asarray(drawn)), [500, 100, 400])
+
+
+@on_both
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.5}, "temperature = -0.5: must be at least 0"),
+        ({"temperature": float("nan")}, "temperature = nan: must be"),
+        ({"top_k": -1}, "top_k = -1: must be an integer of at least 0"),
+        ({"top_p": 0.0}, r"top_p = 0.0: must be in \(0, 1\]"),
+        ({"top_p": 1.5}, r"top_p = 1.5: must be in \(0, 1\]"),
+    ],
+)
+def test_values_without_meaning_are_refused(backend: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generation(backend).sample(backend.array(np.zeros((1, 3))), **options)
+    with pytest.raises(ValueError, match=message):
+        generation(backend).stream(model_of(backend, PLAIN), [[1]], 2, **options)
+
+
+def jax_key(seed: int) -> jax.Array:
+    return jax.random.key(seed)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# generate
+
+
+@given(st.data())
+@settings(max_examples=settings().max_examples if settings().max_examples > 100 else 12)
+def test_any_model_gives_the_same_tokens_in_both_backends_and_the_oracle(data: st.DataObject) -> None:
+    config = data.draw(model_configs(experts=True, moe_capacity_factor=0.0))
+    ids = st.integers(0, config.vocab_size - 1)
+    prompts = data.draw(st.lists(st.lists(ids, min_size=1, max_size=11), min_size=1, max_size=3))
+    seed, greedy = data.draw(st.integers(0, 99)), data.draw(st.booleans())
+    note(f"weights of seed {seed}")
+    weights = weights_of(config, seed)
+    options: dict[str, Any] = {"temperature": 0.0}
+    if not greedy:
+        uniforms = draw_uniforms(seed, len(prompts), NEW)
+        options = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "uniforms": uniforms}
+    truth = oracle_generate(weights, config, prompts, NEW, **options)
+    for backend in BACKENDS:
+        tokens = continued(backend, backend.model(config, weights), prompts, prefill_chunk=4, **options)
+        np.testing.assert_array_equal(tokens, truth, err_msg=str(backend))
+
+
+@on_both
+@pytest.mark.parametrize(("config", "temperature"), [(PLAIN, 0.0), (ROUTED, 1.3)], ids=["plain", "routed"])
+def test_a_row_does_not_depend_on_its_neighbours(backend: Any, config: ModelConfig, temperature: float) -> None:
+    model, options = model_of(backend, config), {"temperature": temperature, "seed": 11}
+    together = continued(backend, model, PROMPTS, **options)
+    np.testing.assert_array_equal(together[:1], continued(backend, model, PROMPTS[:1], **options))
+    others = [PROMPTS[0], [2, 2, 2, 2], [1]]
+    np.testing.assert_array_equal(together[:1], continued(backend, model, others, **options)[:1])
+
+
+def test_a_seed_gives_the_same_tokens_in_both_backends() -> None:
+    first, second = (
+        continued(backend, model_of(backend, PLAIN), PROMPTS, temperature=1.5, seed=4) for backend in BACKENDS
+    )
+    np.testing.assert_array_equal(first, second)
+    other = continued(BACKENDS[0], model_of(BACKENDS[0], PLAIN), PROMPTS, temperature=1.5, seed=5)
+    assert (first != other).any()
+
+
+@on_both
+def test_without_a_seed_every_run_is_another(backend: Any) -> None:
+    model = model_of(backend, PLAIN)
+    assert (continued(backend, model, PROMPTS) != continued(backend, model, PROMPTS)).any()
+
+
+def test_generators_and_keys_are_seeds_too() -> None:
+    for backend, new_seed in zip(BACKENDS, (torch.Generator().manual_seed, jax_key), strict=True):
+        model = model_of(backend, PLAIN)
+        once, again, other = (continued(backend, model, PROMPTS, seed=new_seed(n)) for n in (1, 1, 2))
+        np.testing.assert_array_equal(once, again)
+        assert (once != other).any()
+
+
+@on_both
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_row_that_has_ended_is_padding(backend: Any, streamed: bool) -> None:
+    model, weights = model_of(backend, PLAIN), weights_of(PLAIN)
+    free = oracle_generate(weights, PLAIN, PROMPTS, NEW)
+    eos = int(free[0, 2])  # the first row ends at its third token or before
+    truth = oracle_generate(weights, PLAIN, PROMPTS, NEW, eos_token_id=eos, pad_token_id=-7)
+    assert (truth == -7).any()
+    options = {"temperature": 0.0, "eos_token_id": eos}
+    if not streamed:
+        np.testing.assert_array_equal(continued(backend, model, PROMPTS, **options), truth)
+        return
+    steps = list(generation(backend).stream(model, PROMPTS[:1], NEW, pad_token_id=-7, **options))
+    assert [int(step[0]) for step in steps] == [token for token in truth[0] if token != -7], "ends with its last row"
+    steps = list(generation(backend).stream(model, PROMPTS, NEW, pad_token_id=-7, **options))
+    np.testing.assert_array_equal(np.stack(steps, axis=1), truth[:, : len(steps)])
+
+
+@on_both
+def test_streamed_and_whole_are_the_same(backend: Any) -> None:
+    model, options = model_of(backend, ROUTED), {"temperature": 0.9, "top_p": 0.95, "seed": 8}
+    steps = generation(backend).stream(model, PROMPTS, NEW, **options)
+    np.testing.assert_array_equal(np.stack(list(steps), axis=1), continued(backend, model, PROMPTS, **options))
+
+
+@on_both
+@pytest.mark.parametrize("chunk", [1, 3, 10, 512])
+def test_prompts_may_be_read_in_chunks_of_any_size(backend: Any, chunk: int) -> None:
+    truth = oracle_generate(weights_of(PLAIN), PLAIN, PROMPTS, NEW)
+    tokens = continued(backend, model_of(backend, PLAIN), PROMPTS, temperature=0.0, prefill_chunk=chunk)
+    np.testing.assert_array_equal(tokens, truth)
+
+
+@given(st.integers(0, 300), st.integers(1, 70), st.integers(0, 40))
+def test_chunks_cover_a_prompt_and_stay_in_the_cache(length: int, chunk: int, spare: int) -> None:
+    limit = length + spare
+    chunks = prefill_chunks(length, chunk, limit)
+    assert [start for start, _ in chunks] == list(np.cumsum([0, *(size for _, size in chunks)])[:-1])
+    end = sum(size for _, size in chunks)
+    assert length <= end <= max(limit, length)
+    assert all(1 <= size <= chunk for _, size in chunks)
+
+
+@on_both
+def test_padded_prompts_with_lengths_are_ragged_prompts(backend: Any) -> None:
+    padded = np.full((3, 11), 36)
+    for row, prompt in enumerate(PROMPTS):
+        padded[row, : len(prompt)] = prompt
+    lengths = np.array([len(prompt) for prompt in PROMPTS])
+    model = model_of(backend, PLAIN)
+    whole = generation(backend).generate(
+        model, backend.array(padded), NEW, temperature=0.0, prompt_lengths=backend.array(lengths)
+    )
+    np.testing.assert_array_equal(whole, generation(backend).generate(model, PROMPTS, NEW, temperature=0.0))
+
+
+@on_both
+def test_the_whole_context_can_be_used_and_no_more(backend: Any) -> None:
+    model, full = model_of(backend, PLAIN), [place % 7 for place in range(MAX_SEQ_LEN)]
+    truth = oracle_generate(weights_of(PLAIN), PLAIN, [full], 1)
+    np.testing.assert_array_equal(continued(backend, model, [full], 1, temperature=0.0), truth)
+    assert continued(backend, model, [full], 0).shape == (1, 0)
+    with pytest.raises(ValueError, match="max_new_tokens = 2: must be at most 1, as the longest prompt has 24 tokens"):
+        generation(backend).generate(model, [full], 2)
+
+
+@on_both
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "prompt_tokens is empty"),
+        ([[1], []], {}, r"prompt_tokens\[1\] is empty"),
+        ([1, 2], {}, r"prompt_tokens\[0\] has 0 dimensions: must be \(batch, length\)"),
+        ([[0.5]], {}, r"prompt_tokens\[0\] is of float64: token ids are integers"),
+        ([[1], [2, 37]], {}, r"prompt_tokens\[1\] holds 37: token ids must be in \[0, 37\)"),
+        ([[-1]], {}, r"prompt_tokens\[0\] holds -1"),
+        ([[1] * 25], {}, "prompt_tokens has a row of 25 tokens: must be at most max_seq_len = 24"),
+        ([[1]], {"prompt_lengths": [2]}, r"prompt_lengths\[0\] = 2: must be in \[0, 1\]"),
+        ([[1]], {"prompt_lengths": [1, 1]}, "prompt_lengths has 2 entries: must be one for each of 1 prompts"),
+        ([[1]], {"prompt_lengths": [0]}, r"prompt_tokens\[0\] is empty"),
+        ([[1]], {"max_new_tokens": -1}, "max_new_tokens = -1: must be at least 0"),
+        ([[1]], {"eos_token_id": 37}, r"eos_token_id = 37: must be in \[0, 37\)"),
+        ([[1]], {"prefill_chunk": 0}, "prefill_chunk = 0: must be at least 1"),
+        ([[1]], {"uniforms": np.zeros((2, 2))}, r"uniforms.shape = \(2, 2\): must be .* = \(1, 2\)"),
+        ([[1]], {"uniforms": np.ones((1, 2))}, r"uniforms has numbers outside \[0, 1\)"),
+    ],
+)
+def test_requests_without_meaning_are_refused(backend: Any, prompts: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generation(backend).generate(model_of(backend, PLAIN), prompts, **{"max_new_tokens": 2, **options})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Caches
+
+ROWS, SLOTS = 2, 12
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Tokens are appended and forgotten; what the caches give is the full forward of each row's own tokens."""
+
+    backend: Any
+    sizes: st.SearchStrategy[int]
+
+    @initialize(
+        window=st.sampled_from([None, 3]),
+        rich=st.booleans(),
+        static=st.booleans(),
+        seed=st.integers(0, 99),
+    )
+    def start(self, window: int | None, rich: bool, static: bool, seed: int) -> None:
+        self.config = PLAIN.replace(sliding_window=window)
+        self.rich, self.rng = rich, np.random.default_rng(seed)
+        self.rows: list[list[tuple[int, int, bool]]] = [[] for _ in range(ROWS)]
+        self.static = static and self.backend.name == "torch"
+        options: dict[str, Any] = {"static": True} if self.static else {}
+        dtype = torch.float64 if self.backend.name == "torch" else "float64"
+        shape = (ROWS, SLOTS, self.config.kv_heads, self.config.head_size)
+        cache = self.backend.module("model.attention").KVCache
+        self.caches = [cache(*shape, dtype, **options) for _ in range(self.config.n_layers)]
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.rows))
+
+    @precondition(lambda self: self.longest < SLOTS)
+    @rule(data=st.data())
+    def append(self, data: st.DataObject) -> None:
+        size = data.draw(self.sizes)
+        assume(self.longest + size <= SLOTS)
+        tokens = self.rng.integers(0, self.config.vocab_size, (ROWS, size))
+        documents, real = np.zeros((ROWS, size), np.int64), np.ones((ROWS, size), bool)
+        if self.rich:
+            documents, real = self.rng.integers(0, 2, (ROWS, size)), self.rng.random((ROWS, size)) < 0.7
+        for row in range(ROWS):
+            self.rows[row] += zip(tokens[row], documents[row], real[row], strict=True)
+        given_masks = (documents, real) if self.rich else (None, None)
+        logits, self.caches = cached_forward(self.backend, self.config, tokens, *given_masks, self.caches)
+        for row in range(ROWS):
+            truth = full_forward(self.config, self.rows[row], self.rich)[-size:]
+            assert_same_function(logits[row], truth, f"logits of row {row}, {len(self.rows[row])} tokens")
+
+    @precondition(lambda self: self.longest > 0)
+    @rule(data=st.data())
+    def cut(self, data: st.DataObject) -> None:
+        lengths = [data.draw(st.integers(0, SLOTS)) for _ in range(ROWS)]
+        self.rows = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
+        cut = [cache.cut(self.backend.array(np.array(lengths))) for cache in self.caches]
+        self.caches = self.caches if self.backend.name == "torch" else cut
+        assert self.caches[0].lengths.tolist() == [len(row) for row in self.rows]
+
+    @precondition(lambda self: not self.static)
+    @rule()
+    def too_much_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=f"slots {self.longest} are filled"):
+            self.caches[0].reserve(SLOTS - self.longest + 1)
+
+
+class TorchMachine(CacheMachine):
+    backend = BACKENDS[0]
+    sizes = st.integers(1, 6)
+
+
+class JaxMachine(CacheMachine):
+    backend = BACKENDS[1]
+    sizes = st.sampled_from([1, 4])
+
+
+@pytest.mark.parametrize("machine", [TorchMachine, JaxMachine])
+def test_caches_give_the_full_forward_whatever_is_appended_and_forgotten(machine: type[CacheMachine]) -> None:
+    few = max(5, settings().max_examples // 2)
+    run_state_machine_as_test(machine, settings=settings(max_examples=few, stateful_step_count=8))
+
+
+def cached_forward(
+    backend: Any, config: ModelConfig, tokens: Any, documents: Any, real: Any, caches: Any
+) -> tuple[np.ndarray, Any]:
+    """Logits of new tokens, and the caches."""
+    given = [None if value is None else backend.array(value) for value in (tokens, documents, real)]
+    if backend.name == "jax":
+        logits, caches = compiled_forward(config)(*given, caches)
+        return np.asarray(logits), caches
+    with torch.no_grad():
+        return embedded_forward(backend, model_of(backend, config), *given, caches).numpy(), caches
+
+
+def full_forward(config: ModelConfig, row: list[tuple[int, int, bool]], rich: bool) -> np.ndarray:
+    """Logits of all tokens of one row, in torch, without a cache."""
+    tokens, documents, real = (torch.tensor(np.array(column))[None] for column in zip(*row, strict=True))
+    given = (documents, real) if rich else (None, None)
+    with torch.no_grad():
+        return embedded_forward(BACKENDS[0], model_of(BACKENDS[0], config), tokens, *given)[0].numpy()
+
+
+def embedded_forward(
+    backend: Any, model: Any, tokens: Any, documents: Any = None, real: Any = None, caches: Any = None
+) -> Any:
+    context = backend.module("model.modality").ModalityContext
+    modality = context(inputs_embeds=model.token_embedding(tokens), key_padding_mask=real)
+    return model(modality=modality, doc_ids=documents, kv_caches=caches)
+
+
+@functools.lru_cache(maxsize=4)
+def compiled_forward(config: ModelConfig) -> Any:
+    model = model_of(BACKENDS[1], config)
+    graphdef, params, buffers = BACKENDS[1].module("model.state").split(model)
+    merge = BACKENDS[1].module("model.state").merge
+
+    @jax.jit
+    def forward(params: Any, buffers: Any, tokens: Any, documents: Any, real: Any, caches: Any) -> Any:
+        return embedded_forward(BACKENDS[1], merge(graphdef, params, buffers), tokens, documents, real, caches)
+
+    return functools.partial(forward, params, buffers)

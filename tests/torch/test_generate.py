@@ -1,0 +1,121 @@
+"""What is torch's own in generation: modes, gradients, compilation, dtypes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from kempnerforge_torch.model import generate as generation
+from kempnerforge_torch.model.generate import generate, stream
+from kempnerforge_torch.model.moe import MoEMLP
+from kempnerforge_torch.model.transformer import Transformer
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.vlm import VLMConfig
+
+CONFIG = ModelConfig(
+    dim=16, n_layers=2, n_heads=2, vocab_size=19, ffn_hidden_dim=24, max_seq_len=64, num_experts=3, moe_frequency=2,
+    moe_capacity_factor=0.5,
+)  # fmt: skip
+PROMPTS = [[1, 2, 3], [4]]
+
+
+def modes(model: Transformer) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def mixed_model() -> Transformer:
+    """In training mode, but for one layer."""
+    model = Transformer(CONFIG).train()
+    model.layers["0"].eval()
+    return model
+
+
+def mixture_of(model: Transformer) -> MoEMLP:
+    found = model.layers["1"].mlp
+    assert isinstance(found, MoEMLP)
+    return found
+
+
+def test_generation_leaves_the_model_as_it_was() -> None:
+    model = mixed_model()
+    seen: list[bool] = []
+    model.layers["1"].register_forward_hook(lambda module, *_: seen.append(module.training or torch.is_grad_enabled()))
+    before = modes(model)
+    tokens = stream(model, PROMPTS, 4)
+    next(tokens)
+    assert modes(model) == before, "between two tokens the model is the caller's"
+    assert torch.is_grad_enabled()
+    list(tokens)
+    assert modes(model) == before
+    assert mixture_of(model).capacity_factor == 0.5
+    assert model.get_expert_counts() == {}, "nothing was counted for the balancing biases"
+    assert seen
+    assert not any(seen)
+
+
+def test_the_mode_is_restored_after_an_error() -> None:
+    model = mixed_model()
+    before = modes(model)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("broken")
+
+    model.layers["1"].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        generate(model, PROMPTS, 4)
+    assert modes(model) == before
+    assert mixture_of(model).capacity_factor == 0.5
+    assert torch.is_grad_enabled()
+
+
+def test_every_token_is_read_once() -> None:
+    """Of one prompt: its tokens and the new ones but for the last, and the head runs once a new token."""
+    model = Transformer(CONFIG)
+    read: list[int] = []
+    headed: list[int] = []
+    assert model.token_embedding is not None
+    assert model.output_head is not None
+    model.token_embedding.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].shape[1]))
+    model.output_head.register_forward_hook(lambda _, inputs, __: headed.append(inputs[0].shape[1]))
+    generate(model, [[1] * 17], 3)
+    assert read == [16, 1, 1, 1]
+    assert headed == [0, 1, 1, 1]
+
+
+def test_one_compiled_step_serves_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[Any] = []
+
+    def counting(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(
+        function, backend=counting, **{**options, "mode": None}))  # fmt: skip
+    monkeypatch.setattr(generation, "_compiled", functools.lru_cache(generation._compiled.__wrapped__))
+    model = Transformer(CONFIG.replace(num_experts=0))
+    for prompts in (PROMPTS, [[1], [2]], [[3] * 9, [5] * 5]):
+        options: dict[str, Any] = {"seed": 3, "temperature": 0.7}
+        tokens = generate(model, prompts, 5, compile=True, **options)
+        assert torch.equal(tokens, generate(model, prompts, 5, **options))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_of_any_dtype(dtype: torch.dtype) -> None:
+    tokens = generate(Transformer(CONFIG).to(dtype), PROMPTS, 4, seed=1)
+    assert tokens.dtype == torch.int64
+    assert tokens.shape == (2, 7)
+
+
+def test_models_that_need_more_than_text_are_refused() -> None:
+    model = Transformer(CONFIG.replace(num_experts=0), vlm_config=VLMConfig.for_arch("joint_decoder"))
+    with pytest.raises(ValueError, match=r"vlm\.arch = 'joint_decoder': generate continues text"):
+        generate(model, PROMPTS, 2)
+    stage = Transformer(CONFIG)
+    stage.output_head = None
+    with pytest.raises(ValueError, match="pipeline stage"):
+        generate(stage, PROMPTS, 2)
