@@ -35,7 +35,7 @@ def grouped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor, complete: bool =
         complete: promises that every row is of a group, so that no row of the kernel's output has to be set to 0.
     """
     if x_RD.device.type == "cpu":
-        return _looped_matmul(x_RD, w_EDF, ends_E)
+        return looped_matmul(x_RD, w_EDF, ends_E)
     if _has_kernel(x_RD, w_EDF.shape[1:]):
         out_RF = F.grouped_mm(x_RD.contiguous(), _dense(w_EDF), offs=ends_E)
         if complete:
@@ -51,7 +51,7 @@ def grouped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor, complete: bool =
 def grouped_outer(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
     """(E, D, F): for each group, the sum over its rows of x_r y_r^T; 0 for a group without rows."""
     if x_RD.device.type == "cpu":
-        return _looped_outer(x_RD, y_RF, ends_E)
+        return looped_outer(x_RD, y_RF, ends_E)
     if _has_kernel(x_RD, (x_RD.shape[1], y_RF.shape[1])):
         return F.grouped_mm(x_RD.contiguous().t(), y_RF.contiguous(), offs=ends_E)
     return tiled_outer(x_RD, y_RF, ends_E)
@@ -97,7 +97,8 @@ GROUPED_MATMUL = torch.ops.kempnerforge.grouped_matmul.default
 """The operator by the name that a dispatcher sees."""
 
 
-def _looped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+def looped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """`grouped_matmul` as one product a group; reads the offsets."""
     out_RF = x_RD.new_empty(x_RD.shape[0], w_EDF.shape[2])
     start = 0
     for w_DF, end in zip(w_EDF, ends_E.tolist(), strict=True):
@@ -107,7 +108,8 @@ def _looped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
     return out_RF
 
 
-def _looped_outer(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
+def looped_outer(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
+    """`grouped_outer` as one product a group; reads the offsets."""
     out_EDF = x_RD.new_empty(ends_E.shape[0], x_RD.shape[1], y_RF.shape[1])
     start = 0
     for out_DF, end in zip(out_EDF, ends_E.tolist(), strict=True):

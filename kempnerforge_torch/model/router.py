@@ -135,9 +135,9 @@ class TopKRouter(nn.Module):
         valid_BS = None if valid_T is None else valid_T.reshape(shape[:2])
         return RouterStats(
             aux_loss=self._balance(shares_TE.reshape(shape), chosen_TE.reshape(shape), valid_BS),
-            z_loss=masked_mean(torch.logsumexp(logits_TE, dim=-1).square(), valid_T, dim=0),
+            z_loss=masked_mean(torch.logsumexp(logits_TE, dim=-1).square(), valid_T, axis=0),
             expert_counts=chosen_TE.sum(dim=0, dtype=torch.int32),
-            entropy=masked_mean(torch.special.entr(shares_TE.detach()).sum(dim=-1), valid_T, dim=0),
+            entropy=masked_mean(torch.special.entr(shares_TE.detach()).sum(dim=-1), valid_T, axis=0),
         )
 
     def _zero(self) -> Tensor:
@@ -233,7 +233,7 @@ class SigmoidTopKRouter(TopKRouter):
             return shares_BSE.new_zeros(())
         losses_B = balance_losses(shares_BSE, chosen_BSE, valid_BS)
         counted_B = None if valid_BS is None else valid_BS.any(dim=1)
-        return masked_mean(losses_B, counted_B, dim=0) * self.sequence_aux_loss_weight
+        return masked_mean(losses_B, counted_B, axis=0) * self.sequence_aux_loss_weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> SigmoidTopKRouter:
         """Changes of dtype leave the buffers in at least float32: a rate of 0.001 is lost in a bfloat16 bias."""
@@ -279,15 +279,15 @@ def balance_losses(shares_BSE: Tensor, chosen_BSE: Tensor, valid_BS: Tensor | No
     """
     counts_BE = chosen_BSE.sum(dim=1).to(shares_BSE.dtype)
     f_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
-    return shares_BSE.shape[-1] * (f_BE * masked_mean(shares_BSE, valid_BS, dim=1)).sum(dim=1)
+    return shares_BSE.shape[-1] * (f_BE * masked_mean(shares_BSE, valid_BS, axis=1)).sum(dim=1)
 
 
-def masked_mean(values: Tensor, valid: Tensor | None, dim: int) -> Tensor:
-    """Mean along ``dim`` of the places where ``valid`` (of the leading axes) is True; 0 if there is none."""
+def masked_mean(values: Tensor, valid: Tensor | None, axis: int) -> Tensor:
+    """Mean along ``axis`` of the places where ``valid`` (of the leading axes) is True; 0 if there is none."""
     if valid is None:
-        return values.sum(dim=dim) / max(values.shape[dim], 1)
+        return values.sum(dim=axis) / max(values.shape[axis], 1)
     valid = valid.reshape(valid.shape + (1,) * (values.ndim - valid.ndim))
-    return torch.where(valid, values, 0.0).sum(dim=dim) / valid.sum(dim=dim).clamp(min=1)
+    return torch.where(valid, values, 0.0).sum(dim=axis) / valid.sum(dim=axis).clamp(min=1)
 
 
 @torch.no_grad()

@@ -304,8 +304,8 @@ def test_a_router_of_its_own_is_found_by_name() -> None:
             return jnp.ones((), shares_BSE.dtype)
 
     with contextlib.suppress(ValueError):
-        registry.register("router", "first_k_of_jax")(FirstK)
-    model = Transformer(config_of("softmax", moe_router="first_k_of_jax"), rngs=nnx.Rngs(0))
+        registry.register("router", "test_first_k_of_jax")(FirstK)
+    model = Transformer(config_of("softmax", moe_router="test_first_k_of_jax"), rngs=nnx.Rngs(0))
     model(tokens_of())
     assert model.get_moe_aux_loss() == 2
     assert model.get_expert_counts()[1].tolist() == [18, 18, 0, 0]

@@ -294,8 +294,8 @@ def test_a_router_of_its_own_is_found_by_name() -> None:
             return shares_BSE.new_ones(())
 
     with contextlib.suppress(ValueError):
-        registry.register("router", "first_k_of_torch")(FirstK)
-    model = Transformer(config_of("softmax", moe_router="first_k_of_torch"))
+        registry.register("router", "test_first_k_of_torch")(FirstK)
+    model = Transformer(config_of("softmax", moe_router="test_first_k_of_torch"))
     model(tokens_of())
     assert model.get_moe_aux_loss() == 2
     assert model.get_expert_counts()[1].tolist() == [18, 18, 0, 0]
