@@ -25,6 +25,8 @@ from shared_config.schema.job import JobConfig
 DTYPES = ("float64", "float32", "bfloat16")
 WEIGHTS = ("validation", "init")
 BATCH, LENGTH, LONGEST, BEYOND_WINDOW = 2, 24, 128, 8
+DELTA_RUNS = 6
+"""With fewer, the delta of a scalar can come out far too small by chance."""
 LOGITS = f"{traces.FORWARD}/output_head"
 
 Arrays = dict[str, np.ndarray]
@@ -176,12 +178,13 @@ def perturbation_deltas(run: Callable[[Arrays], Recording], request: Request) ->
     """
 
     def tensors(weights: Arrays) -> Arrays:
-        return {name: array for name, array in run(weights).tensors().items() if array.dtype.kind == "f"}
+        return run(weights).tensors()
 
     dtypes = DTYPES if request.dtype == "float64" else (request.dtype,)
     roundoffs = {dtype: UNIT_ROUNDOFF[dtype] for dtype in dtypes}
     deltas = {
-        dtype: perturbation_delta(tensors, request.weights, u, seed=request.seed) for dtype, u in roundoffs.items()
+        dtype: perturbation_delta(tensors, request.weights, u, DELTA_RUNS, seed=request.seed)
+        for dtype, u in roundoffs.items()
     }
     names = chunkings(request.tokens.shape[1], request.seed)
     return {dtype: own | {f"{traces.DECODE}/{name}": own[LOGITS] for name in names} for dtype, own in deltas.items()}

@@ -7,13 +7,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from shared_config.checks import describe, findings_of
+from shared_config.checks import findings_of
 from shared_config.commands.common import console, writable_file
-from shared_config.commands.verdict import show_findings
+from shared_config.commands.verdict import show_findings, show_first_differences
 from shared_config.compare import compare_traces
 from shared_config.errors import UserError
 from shared_config.interchange.files import written_aside
 from shared_config.interchange.traces import read_trace
+from shared_config.report import write_report
 
 HELP = "compare two traces and name the first tensor that diverges; exit status 0 only if none does"
 
@@ -24,24 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help="a trace")
     parser.add_argument("b", metavar="B", help="a trace of the same config and seed")
     parser.add_argument("--truth", metavar="FILE", help="a float64 trace that both are measured against")
+    parser.add_argument("--report", metavar="FILE", help="also write an HTML page")
     parser.add_argument("--json", metavar="FILE", help="also write every number as JSON")
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if overrides:
         raise UserError(f"{overrides[0]}: compare takes no config; the traces hold theirs")
-    numbers = None if options.json is None else writable_file(options.json)
+    report, numbers = (None if path is None else writable_file(path) for path in (options.report, options.json))
     truth = None if options.truth is None else read_trace(options.truth)
     comparison = compare_traces(read_trace(options.a), read_trace(options.b), truth)
     screen = console()
     same = show_findings(screen, findings_of(comparison.dtype, comparison))
-    for label, row in (("forward", comparison.first_forward), ("backward", comparison.first_backward)):
-        if row is not None:
-            screen.print(f"first to diverge, {label}: {describe(row, comparison)}", markup=False)
-    for note in comparison.notes:
-        screen.print(f"note: {note}", markup=False)
+    show_first_differences(screen, comparison)
     if numbers is not None:
         _write(numbers, json.dumps(comparison.to_json(), indent=1))
+    if report is not None:
+        write_report(report, {comparison.dtype: comparison}, title=f"{comparison.label_a} and {comparison.label_b}")
     return 0 if same else DIFFERENT
 
 

@@ -22,14 +22,16 @@ from shared_config.commands.common import (
     console,
     load_text_config,
     not_negative,
+    writable_file,
     writable_folder,
 )
 from shared_config.commands.show import readable_bytes
-from shared_config.commands.verdict import show_findings
+from shared_config.commands.verdict import show_findings, show_first_differences
 from shared_config.contract.counts import count_parameters
 from shared_config.errors import UserError
 from shared_config.loader import config_to_toml
 from shared_config.recording import DTYPES
+from shared_config.report import write_report
 from shared_config.schema.job import JobConfig
 
 HELP = "prove that both backends compute the same; exit status 0 only if they do"
@@ -42,6 +44,7 @@ MEMORY_INFO = Path("/proc/meminfo")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
+    parser.add_argument("--report", metavar="FILE", help="also write an HTML page")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"comma-separated (default: {','.join(DTYPES)})")
     parser.add_argument("--steps", type=not_negative, default=30, help="of the training run; 0: none (default: 30)")
     parser.add_argument("--seed", type=not_negative, default=0, help="of weights and tokens (default: 0)")
@@ -53,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = load_text_config(options, overrides)
     dtypes = read_dtypes(options.dtypes)
+    report = None if options.report is None else writable_file(options.report)
     for backend in BACKENDS:
         require_backend(backend)
     refuse_too_large(config, options.config)
@@ -64,7 +68,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         with screen.status("torch and jax run side by side, each in its own process ..."):
             failures = run_processes(plan)
         findings = failures or judge(plan)
-        same = show(screen, findings, config, time.monotonic() - began)
+        same = show(screen, plan, findings, time.monotonic() - began)
+        if report is not None and plan.comparisons:
+            write_report(report, plan.comparisons, findings, title=f"{options.config}: torch and jax")
     return 0 if same else DIFFERENT
 
 
@@ -156,10 +162,15 @@ def judge(plan: Plan) -> list[Finding]:
     return [finding for check in CHECKS.values() for finding in check.judge(plan)]
 
 
-def show(screen: Console, findings: Sequence[Finding], config: JobConfig, seconds: float) -> bool:
+def show(screen: Console, plan: Plan, findings: Sequence[Finding], seconds: float) -> bool:
     """Print the verdict; tell whether all is the same."""
     same = show_findings(screen, findings)
+    for name, comparison in plan.comparisons.items():
+        if not comparison.equal:
+            screen.rule(name)
+            show_first_differences(screen, comparison)
     failed = sum(not finding.ok for finding in findings)
     outcome = "the backends agree" if same else f"the backends DIFFER in {failed} of {len(findings)} comparisons"
-    screen.print(f"{outcome} ({count_parameters(config.model, config.vlm):,} parameters, {seconds:.0f} s)")
+    parameters = count_parameters(plan.config.model, plan.config.vlm)
+    screen.print(f"{outcome} ({parameters:,} parameters, {seconds:.0f} s)")
     return same

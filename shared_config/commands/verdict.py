@@ -7,13 +7,25 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-from shared_config.checks import Finding
+from shared_config.checks import Finding, describe
+from shared_config.compare import Comparison
+from shared_config.report import print_failures
 
 COLUMNS = ("check", "compared", "tensors", "nearest to its limit", "relative error", "allowed", "verdict")
 
 
+def show_first_differences(screen: Console, comparison: Comparison) -> None:
+    """Print the tensors that differ, and which of them came first in the forward and in the backward pass."""
+    print_failures(screen, comparison)
+    for label, row in (("forward", comparison.first_forward), ("backward", comparison.first_backward)):
+        if row is not None:
+            screen.print(f"first to diverge, {label}: {describe(row, comparison)}", markup=False)
+    for note in comparison.notes:
+        screen.print(f"note: {note}", markup=False)
+
+
 def show_findings(screen: Console, findings: Iterable[Finding]) -> bool:
-    """Print a table, and each difference in words below it; tell whether all is the same."""
+    """Print the verdict as a table, and what a finding has to say that is not ok; tell whether all is the same."""
     findings = list(findings)
     table = Table(*COLUMNS)
     for name in ("tensors", "relative error", "allowed"):
@@ -24,6 +36,6 @@ def show_findings(screen: Console, findings: Iterable[Finding]) -> bool:
         table.add_row(finding.check, finding.subject, str(finding.count), finding.worst, *numbers, verdict)
     screen.print(table)
     for finding in findings:
-        if not finding.ok:
+        if not finding.ok and finding.detail:
             screen.print(f"{finding.check}: {finding.detail}", markup=False)
     return all(finding.ok for finding in findings)

@@ -1,7 +1,7 @@
 """Are two traces the same function? Tensor by tensor, with errors in multiples of what rounding alone does.
 
-NaN and infinity are compared by place before anything else, integers (routes, counts) exactly, everything else by the
-one table in `tolerance`.
+NaN and infinity are compared by place before anything else, everything else by the one table in `tolerance`; integers
+(routes, counts) must be equal where rounding the weights changes none.
 """
 
 from __future__ import annotations

@@ -95,6 +95,7 @@ class Judge:
         return [("a", a, truth, self.a.meta.dtype), ("b", b, truth, self.b.meta.dtype)]
 
     def _exact(self, row: Row, a: Tensor, b: Tensor) -> Row:
+        """Integers must be equal, but for as many as rounding the weights changes too (routes at near ties)."""
         if isinstance(a, Summary) or isinstance(b, Summary):
             same = _summary(a).hash == _summary(b).hash
             return (
@@ -103,8 +104,19 @@ class Judge:
         unequal = a != b
         if not unequal.any():
             return row
-        position = _first_true(unequal)
-        row = dataclasses.replace(row, status=DIFFERS, error=math.inf, mismatched=int(unequal.sum()), position=position)
+        delta = self._delta(row.name, self.dtype)
+        limit = tolerance_of(row.group, self.dtype).K * (delta or 0.0)
+        found = difference(b, a)
+        row = dataclasses.replace(
+            row,
+            status=WITHIN if found.rms_error <= limit else DIFFERS,
+            error=found.rms_error if limit else math.inf,
+            limit=limit,
+            delta=delta,
+            scale=found.truth_rms,
+            mismatched=int(unequal.sum()),
+            position=_first_true(unequal),
+        )
         return self._with_values(row, None)
 
     def _judged(self, row: Row, side: str, value: Tensor, reference: Tensor, dtype: str) -> Row:

@@ -113,7 +113,10 @@ def test_a_bug_in_one_layer_is_named_first(
 
 def test_compare_equal_traces(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     numbers = tmp_path / "numbers.json"
-    assert main(["compare", str(files["torch"]), str(files["jax"]), "--json", str(numbers)]) == 0
+    page = tmp_path / "page.html"
+    options = ["--json", str(numbers), "--report", str(page)]
+    assert main(["compare", str(files["torch"]), str(files["jax"]), *options]) == 0
+    assert page.read_text(encoding="utf-8").rstrip().endswith("</html>")
     assert "DIFFERENT" not in capsys.readouterr().out
     content = json.loads(numbers.read_text(encoding="utf-8"))
     assert content["equal"]

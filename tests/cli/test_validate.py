@@ -23,10 +23,13 @@ CONFIG = load_config("debug")
 
 def test_validate_in_real_processes(tmp_path: Path) -> None:
     options = ["--shrink", "--dtypes", "float64", "--steps", "2", "--keep", str(tmp_path)]
+    options += ["--report", str(tmp_path / "report.html")]
     result = run_python("-m", "shared_config.cli", "validate", "debug", *options)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "the backends agree" in result.stdout
-    assert {"torch-float64.safetensors", "jax-float64.safetensors"} < {file.name for file in tmp_path.iterdir()}
+    assert {"torch-float64.safetensors", "jax-float64.safetensors", "report.html"} < {
+        file.name for file in tmp_path.iterdir()
+    }
 
 
 def test_differences_in_training_are_found(tmp_path: Path) -> None:

@@ -195,6 +195,15 @@ def test_integers_are_exact():
     assert compared(a > 3, a > 4).status == "differs"
 
 
+def test_integers_may_differ_by_as_much_as_rounding_the_weights_changes():
+    route = np.array([[0, 2], [1, 0]])
+    flipped = np.array([[2, 0], [1, 0]])
+    row = compared(route, flipped, delta=0.2)
+    assert (row.status, row.mismatched, row.error) == ("within", 2, pytest.approx(2**0.5))
+    assert compared(route, flipped, delta=0.1).status == "differs"
+    assert compared(route, flipped, delta=0.0).status == "differs"
+
+
 def test_routes_are_held_to_one_another_and_not_to_the_truth():
     """float32 may break a tie of float64 the other way, in both alike."""
     route = np.array([[0, 2], [1, 0]])
