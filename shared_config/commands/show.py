@@ -22,11 +22,11 @@ from shared_config.contract.counts import (
 )
 from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, aliases, parameter_table
 from shared_config.errors import UserError
-from shared_config.loader import config_to_toml, json_schema, load_config
+from shared_config.loader import PRESETS, config_to_toml, json_schema, load_config, preset_names
 from shared_config.schema.base import Section
 from shared_config.schema.job import JobConfig
 
-HELP = "print the resolved config, its parameters, FLOPs, and memory by device"
+HELP = "list the presets, or print the resolved config, its parameters, FLOPs, and memory by device"
 
 PREFIXES = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
 
@@ -48,7 +48,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         print(json.dumps(json_schema(), indent=2))
         return 0
     if options.config is None:
-        raise UserError("show: CONFIG is required, unless --schema is given")
+        console().print(presets())
+        return 0
     config = load_config(options.config, overrides)
     world_size = smallest_world_size(config) if options.world_size is None else options.world_size
     if world_size < 1:
@@ -59,6 +60,17 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     for table in tables(config, world_size):
         screen.print(table)
     return 0
+
+
+def presets() -> Table:
+    """Every preset with its size and the line its file begins with."""
+    table = Table("preset", "parameters", "what it is")
+    table.columns[1].justify = "right"
+    for name in preset_names():
+        config = load_config(name)
+        description, _, _ = (PRESETS / f"{name}.toml").read_text(encoding="utf-8").partition("\n")
+        table.add_row(name, f"{count_parameters(config.model, config.vlm):,}", description.removeprefix("# "))
+    return table
 
 
 def tables(config: JobConfig, world_size: int) -> Iterator[RenderableType]:

@@ -67,6 +67,15 @@ def test_layout_without_world_size_takes_the_devices_it_needs() -> None:
     assert smallest_world_size(config) == 64
 
 
+def test_show_alone_lists_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in preset_names():
+        (line,) = (line for line in lines if f" {name} " in line)
+        assert "#" not in line
+    assert any("llama3_70b" in line and "70,553,706,496" in line for line in lines)
+
+
 def test_schema_is_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
