@@ -301,7 +301,7 @@ def _prefill(model: Transformer, request: Request, parts: tuple[Any, State, Stat
 @functools.lru_cache(maxsize=8)
 def _compiled_prefill(graphdef: Any) -> Any:
     def prefill(params: State, buffers: State, caches: list[KVCache], tokens_BS: jax.Array) -> Any:
-        model = _inference(merge(graphdef, params, buffers))
+        model = inference(merge(graphdef, params, buffers))
         return model.run(tokens_BS, modality=NO_LOGITS, kv_caches=caches, allow_image_inputs=True).kv_caches
 
     return jax.jit(prefill, donate_argnames="caches")
@@ -356,7 +356,7 @@ def _step(
     options: _Options,
 ) -> tuple[jax.Array, _State, Any]:
     """Read one token of each row; the next (B,), padding in rows that had ended; the new state and caches."""
-    output = _inference(merge(graphdef, params, buffers)).run(state.tokens[:, None], kv_caches=caches)
+    output = inference(merge(graphdef, params, buffers)).run(state.tokens[:, None], kv_caches=caches)
     logits_BV = output.logits[:, -1]
     drawn_B = _greedy(logits_BV) if options.sampling is None else _draw(logits_BV, uniforms, *options.sampling)
     shown_B = jnp.where(state.done, options.pad_token_id, drawn_B)
@@ -383,7 +383,7 @@ def _draw(logits: jax.Array, uniforms: jax.Array, temperature: Any, top_k: Any, 
     return jnp.take_along_axis(order_V, jnp.minimum(place, last)[..., None], axis=-1)[..., 0]
 
 
-def _inference(model: Transformer) -> Transformer:
+def inference(model: Transformer) -> Transformer:
     """The model, made in this trace, without capacity limits."""
     for _, module in named_modules(model):
         if isinstance(module, MoEMLP):

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
-from kempnerforge_jax.model.module import Module, named_modules, observing
+from kempnerforge_jax.model.generate import inference
+from kempnerforge_jax.model.module import Module, named_modules, observing, start_observing, stop_observing
+from kempnerforge_jax.model.state import merge, split
+from kempnerforge_jax.model.transformer import Transformer
+from shared_config.interchange.activations import ActivationWriter, flattened, token_batches, write_activations
+from shared_config.interchange.files import PathLike
 
 
 def activation_names(model: nnx.Module) -> list[str]:
@@ -48,6 +55,121 @@ def capture(model: nnx.Module, names: Iterable[str] | None = None, *, detach: bo
         yield activations
 
 
+class ActivationStore:
+    """Host copies of what chosen modules put out in their last call, for as long as the store is enabled.
+
+    Calls of this very model outside jit are recorded; `capture` is what works inside.
+
+    Attributes:
+        layer_names: the modules, by path.
+        enabled: whether calls are being recorded.
+    """
+
+    def __init__(self, model: nnx.Module, layers: Iterable[str] | None = None):
+        """``layers``: paths of modules, as `activation_names` lists them; None for all.
+
+        Raises:
+            ValueError: an unknown name; lists what exists.
+        """
+        self.layer_names = check_activation_names(activation_names(model), layers)
+        self._model = model
+        self._activations: dict[str, Any] = {}
+        self._name_of = {id(module): name for name, module in named_modules(model) if name in set(self.layer_names)}
+        self._enabled = False
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled
+
+    @property
+    def activations(self) -> dict[str, Any]:
+        """What was recorded, by name in the order of calls: NumPy arrays, or dicts of them by modality."""
+        return dict(self._activations)
+
+    def get(self, name: str) -> Any:
+        """What a module put out last; None if it has not been called.
+
+        Raises:
+            ValueError: not one of ``layer_names``.
+        """
+        check_activation_names(self.layer_names, [name])
+        return self._activations.get(name)
+
+    def enable(self) -> None:
+        """Record from now on."""
+        if not self.enabled:
+            start_observing(self._record)
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Stop recording; what was recorded stays."""
+        stop_observing(self._record)
+        self._enabled = False
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._activations = {}
+
+    def _record(self, module: Module, output: Any) -> None:
+        name = self._name_of.get(id(module))
+        if name is None:
+            return
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(output)):
+            raise ValueError(
+                f"{name} was called inside jit: ActivationStore records calls outside, capture those inside"
+            )
+        self._activations.pop(name, None)
+        self._activations[name] = _to_numpy(first_output(output))
+
+
+def extract_representations(
+    model: Transformer,
+    dataset: Iterable[Any],
+    layers: Iterable[str],
+    device: Any = None,
+    batch_size: int = 32,
+    max_samples: int | None = None,
+    *,
+    path: PathLike | None = None,
+) -> dict[str, np.ndarray] | None:
+    """Run a dataset through a model and keep what some modules put out, in evaluation mode.
+
+    Args:
+        dataset: samples of one length: token ids (S,), or mappings with "tokens" or "input_ids".
+        layers: paths of modules.
+        device: where the batches go; where the model is if None.
+        max_samples: how many samples at most; all if None.
+        path: a .npz file that gets the outputs batch by batch, so that memory holds one batch whatever the number of
+            samples. It appears when it is complete. `read_activations` of shared_config reads it.
+
+    Returns:
+        name -> outputs of all samples along the first axis ("name/modality" where there is one a modality); None if
+        they went to ``path``.
+
+    Raises:
+        ValueError: an unknown name; lists what exists. Samples that don't fit together, or none.
+    """
+    names = check_activation_names(activation_names(model), layers)
+    batches = token_batches(dataset, batch_size, max_samples)
+    run = _compiled_outputs(model, names)
+    outputs = (_to_numpy(run(jax.device_put(tokens_BS, device))) for tokens_BS in batches)
+    if path is not None:
+        with ActivationWriter(path) as writer:
+            for output in outputs:
+                writer.append(output)
+        return None
+    collected = [flattened(output) for output in outputs]
+    return {name: np.concatenate([output[name] for output in collected]) for name in collected[0]}
+
+
+def save_activations(activations: Mapping[str, Any], path: PathLike) -> None:
+    """Write activations, dicts by modality included, to a .npz file, whole or not at all.
+
+    bfloat16 is stored as integers with a note of the type; `read_activations` of shared_config gives it back.
+    """
+    write_activations(path, {name: _to_numpy(value) for name, value in activations.items()})
+
+
 def first_output(output: Any) -> Any:
     """A tuple gives its first."""
     return output[0] if isinstance(output, tuple) else output
@@ -68,3 +190,23 @@ def check_activation_names(existing: list[str], names: Iterable[str] | None) -> 
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise ValueError(f"name = {name!r}: no such module{hint} Modules: {', '.join(existing)}")
     return names
+
+
+def _to_numpy(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return {key: _to_numpy(value) for key, value in output.items()}
+    return np.asarray(output)
+
+
+def _compiled_outputs(model: Transformer, names: list[str]) -> Callable[[jax.Array], dict[str, Any]]:
+    """What the modules put out for tokens (B, S); what nobody asks for, such as the head, is not computed."""
+    graphdef, params, buffers = split(model)
+
+    @jax.jit
+    def run(params: Any, buffers: Any, tokens_BS: jax.Array) -> dict[str, Any]:
+        merged = inference(merge(graphdef, params, buffers))
+        with capture(merged, names) as activations:
+            merged.run(tokens_BS)
+        return dict(activations)
+
+    return lambda tokens_BS: run(params, buffers, tokens_BS)

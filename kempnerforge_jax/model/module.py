@@ -67,11 +67,21 @@ class Module(nnx.Module):
 @contextlib.contextmanager
 def observing(observe: Observer) -> Iterator[None]:
     """Call ``observe(module, output)`` after each module's call, also inside a trace."""
-    token = _observers.set((*_observers.get(), observe))
+    start_observing(observe)
     try:
         yield
     finally:
-        _observers.reset(token)
+        stop_observing(observe)
+
+
+def start_observing(observe: Observer) -> None:
+    """Call ``observe(module, output)`` after each module's call from now on."""
+    _observers.set((*_observers.get(), observe))
+
+
+def stop_observing(observe: Observer) -> None:
+    """The opposite of `start_observing`."""
+    _observers.set(tuple(other for other in _observers.get() if other != observe))
 
 
 def is_observed() -> bool:

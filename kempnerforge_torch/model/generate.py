@@ -241,7 +241,7 @@ def _steps(model: Transformer, request: Request, compile: bool) -> Iterator[Tens
     caches, tokens_B = _prefill(model, request)
     done_B = torch.zeros_like(tokens_B, dtype=torch.bool)
     for step in range(request.max_new_tokens):
-        with _inference(model):
+        with inference(model):
             logits_BV = advance(model, tokens_B, caches)
             if uniforms_BN is None:
                 drawn_B = logits_BV.argmax(dim=-1)
@@ -266,7 +266,7 @@ def _prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Tenso
     ]
     tokens_BS = torch.from_numpy(prompts.tokens).to(weight.device).long()
     lengths_B = torch.from_numpy(prompts.lengths).to(weight.device).long()
-    with _inference(model):
+    with inference(model):
         for start, size in request.chunks:
             chunk = F.pad(tokens_BS, (0, max(0, start + size - tokens_BS.shape[1])))[:, start : start + size]
             model.run(chunk, modality=NO_LOGITS, kv_caches=caches, allow_image_inputs=True)
@@ -303,7 +303,7 @@ def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_
 
 
 @contextlib.contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
+def inference(model: nn.Module) -> Iterator[None]:
     """No gradients, evaluation mode, no capacity limits; all as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     limits = [(module, module.capacity_factor) for module in model.modules() if isinstance(module, MoEMLP)]

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
+
+from kempnerforge_torch.model.generate import NO_LOGITS, inference
+from kempnerforge_torch.model.state import to_numpy
+from kempnerforge_torch.model.transformer import Transformer
+from shared_config.interchange.activations import ActivationWriter, flattened, token_batches, write_activations
+from shared_config.interchange.files import PathLike
 
 
 def activation_names(model: nn.Module) -> list[str]:
@@ -43,6 +51,114 @@ def capture(model: nn.Module, names: Iterable[str] | None = None, *, detach: boo
         yield activations
 
 
+class ActivationStore:
+    """Host copies of what chosen modules put out in their last call, for as long as the store is enabled.
+
+    Attributes:
+        layer_names: the modules, by path.
+        enabled: whether calls are being recorded.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[str] | None = None):
+        """``layers``: paths of modules, as `activation_names` lists them; None for all.
+
+        Raises:
+            ValueError: an unknown name; lists what exists.
+        """
+        self.layer_names = check_activation_names(activation_names(model), layers)
+        self._model = model
+        self._activations: dict[str, Any] = {}
+        self._handles: list[Any] = []
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self._handles)
+
+    @property
+    def activations(self) -> dict[str, Any]:
+        """What was recorded, by name in the order of calls: CPU tensors, or dicts of them by modality."""
+        return dict(self._activations)
+
+    def get(self, name: str) -> Any:
+        """What a module put out last; None if it has not been called.
+
+        Raises:
+            ValueError: not one of ``layer_names``.
+        """
+        check_activation_names(self.layer_names, [name])
+        return self._activations.get(name)
+
+    def enable(self) -> None:
+        """Record from now on."""
+        if self.enabled:
+            return
+        modules = dict(self._model.named_modules())
+        for name in self.layer_names:
+            hook = lambda _module, _inputs, output, name=name: self._record(name, output)  # noqa: E731
+            self._handles.append(modules[name].register_forward_hook(hook))
+
+    def disable(self) -> None:
+        """Stop recording; what was recorded stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._activations = {}
+
+    def _record(self, name: str, output: Any) -> None:
+        self._activations.pop(name, None)
+        self._activations[name] = _on_host(first_output(output))
+
+
+def extract_representations(
+    model: Transformer,
+    dataset: Iterable[Any],
+    layers: Iterable[str],
+    device: Any = None,
+    batch_size: int = 32,
+    max_samples: int | None = None,
+    *,
+    path: PathLike | None = None,
+) -> dict[str, np.ndarray] | None:
+    """Run a dataset through a model and keep what some modules put out, in evaluation mode.
+
+    Args:
+        dataset: samples of one length: token ids (S,), or mappings with "tokens" or "input_ids".
+        layers: paths of modules.
+        device: where the batches go; where the model is if None.
+        max_samples: how many samples at most; all if None.
+        path: a .npz file that gets the outputs batch by batch, so that memory holds one batch whatever the number of
+            samples. It appears when it is complete. `read_activations` of shared_config reads it.
+
+    Returns:
+        name -> outputs of all samples along the first axis ("name/modality" where there is one a modality); None if
+        they went to ``path``.
+
+    Raises:
+        ValueError: an unknown name; lists what exists. Samples that don't fit together, or none.
+    """
+    names = check_activation_names(activation_names(model), layers)
+    batches = token_batches(dataset, batch_size, max_samples)
+    outputs = (_outputs(model, names, tokens_BS, device) for tokens_BS in batches)
+    if path is not None:
+        with ActivationWriter(path) as writer:
+            for output in outputs:
+                writer.append(output)
+        return None
+    collected = [flattened(output) for output in outputs]
+    return {name: np.concatenate([output[name] for output in collected]) for name in collected[0]}
+
+
+def save_activations(activations: Mapping[str, Any], path: PathLike) -> None:
+    """Write activations, dicts by modality included, to a .npz file, whole or not at all.
+
+    bfloat16 is stored as integers with a note of the type; `read_activations` of shared_config gives it back.
+    """
+    write_activations(path, {name: _to_numpy(value) for name, value in activations.items()})
+
+
 def first_output(output: Any) -> Any:
     """A tuple gives its first."""
     return output[0] if isinstance(output, tuple) else output
@@ -69,3 +185,24 @@ def _detached(output: Any) -> Any:
     if isinstance(output, dict):
         return {key: _detached(value) for key, value in output.items()}
     return output.detach() if isinstance(output, Tensor) else output
+
+
+def _on_host(output: Any) -> Any:
+    if isinstance(output, dict):
+        return {key: _on_host(value) for key, value in output.items()}
+    return output.detach().to("cpu", copy=True) if isinstance(output, Tensor) else output
+
+
+def _to_numpy(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return {key: _to_numpy(value) for key, value in output.items()}
+    return to_numpy(output) if isinstance(output, Tensor) else np.asarray(output)
+
+
+def _outputs(model: Transformer, names: list[str], tokens: np.ndarray, device: Any) -> dict[str, Any]:
+    """What the modules put out for tokens (B, S), in NumPy; the head runs only where it is asked for."""
+    place = next(model.parameters()).device if device is None else device
+    headless = not any(name.startswith("output_head") for name in names)
+    with inference(model), capture(model, names) as activations:
+        model.run(torch.from_numpy(tokens).to(place), modality=NO_LOGITS if headless else None)
+    return {name: _to_numpy(value) for name, value in activations.items()}

@@ -1,0 +1,163 @@
+"""Activations in .npz files, written in pieces so that no more than a piece is in memory.
+
+An entry is ``name.npy``, or ``name/modality.npy`` where a module puts out one array a modality. Types that NumPy lacks
+(bfloat16) are stored as integers of the same width, and the entry ``__dtypes__`` says of which, in JSON.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+
+from shared_config.errors import UserError
+from shared_config.interchange.files import PathLike, commit, file_errors, make_aside
+
+DTYPES = "__dtypes__"
+TOKEN_FIELDS = ("tokens", "input_ids")
+COPIED_BYTES = 1 << 20
+
+
+class ActivationWriter:
+    """A .npz that appears under its name when it is complete; used as a context manager.
+
+    Raises:
+        UserError: if files can't be written, or if pieces of one name don't fit together.
+    """
+
+    def __init__(self, path: PathLike):
+        self.path = Path(path)
+        with file_errors(self.path, "can't be written"):
+            self._aside = make_aside(self.path)
+            self._folder = Path(tempfile.mkdtemp(prefix=f"{self._aside.name}.", dir=self.path.parent))
+        self._entries: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            if error is None:
+                with file_errors(self.path, "can't be written"):
+                    self._assemble()
+                    commit(self._aside, self.path)
+        finally:
+            self._aside.unlink(missing_ok=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def append(self, arrays: Mapping[str, Any]) -> None:
+        """Add to each name along the first axis; arrays, or dicts of them."""
+        for name, array in flattened(arrays).items():
+            shape, dtype = self._entries.get(name, ((0, *array.shape[1:]), array.dtype))
+            if array.ndim == 0 or array.shape[1:] != shape[1:] or array.dtype != dtype:
+                raise UserError(
+                    f"{name}: {array.dtype}{list(array.shape)} does not continue {dtype}{list(shape)}; all but the "
+                    "first axis must stay the same"
+                )
+            self._entries[name] = ((shape[0] + len(array), *shape[1:]), dtype)
+            with file_errors(self.path, "can't be written"), self._part(name).open("ab") as part:
+                part.write(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+
+    def _part(self, name: str) -> Path:
+        return self._folder / f"{list(self._entries).index(name)}.bin"
+
+    def _assemble(self) -> None:
+        with zipfile.ZipFile(self._aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for name, (shape, dtype) in self._entries.items():
+                stored = _stored(dtype)
+                header = {"descr": stored.str, "fortran_order": False, "shape": shape}
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry, self._part(name).open("rb") as part:
+                    np.lib.format.write_array_header_2_0(entry, header)
+                    shutil.copyfileobj(part, entry, COPIED_BYTES)
+            foreign = {name: dtype.name for name, (_, dtype) in self._entries.items() if _stored(dtype) != dtype}
+            with archive.open(f"{DTYPES}.npy", "w") as entry:
+                np.lib.format.write_array(entry, np.array(json.dumps(foreign)))
+
+
+def write_activations(path: PathLike, activations: Mapping[str, Any]) -> None:
+    """Arrays by name, or dicts of arrays by modality, into a .npz file, whole or not at all.
+
+    Raises:
+        UserError: if it can't be written.
+    """
+    with ActivationWriter(path) as writer:
+        writer.append({name: array[None] for name, array in flattened(activations).items()})
+        writer._entries = {name: (shape[1:], dtype) for name, (shape, dtype) in writer._entries.items()}
+
+
+def read_activations(path: PathLike) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file by the names of their entries, in the types they had.
+
+    Raises:
+        UserError: no such file, or not one of ours.
+    """
+    try:
+        with Path(path).open("rb") as file, zipfile.ZipFile(file):
+            archive = np.load(file, allow_pickle=False)
+            arrays = {name: archive[name] for name in archive.files}
+            foreign = json.loads(str(arrays.pop(DTYPES)))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: can't be read as a file of activations: {error}") from None
+    types = {name: np.dtype(getattr(ml_dtypes, dtype)) for name, dtype in foreign.items()}
+    return {name: array.view(types[name]) if name in types else array for name, array in arrays.items()}
+
+
+def flattened(activations: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays by name; an array of a modality is "name/modality"."""
+    flat: dict[str, np.ndarray] = {}
+    for name, value in activations.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}/{modality}": np.asarray(array) for modality, array in value.items()}
+        else:
+            flat[name] = np.asarray(value)
+    return flat
+
+
+def token_batches(dataset: Iterable[Any], batch_size: int, max_samples: int | None) -> Iterator[np.ndarray]:
+    """int32 (batch_size, S) of consecutive samples; the last batch may be smaller.
+
+    Args:
+        dataset: of token ids (S,), or of mappings with "tokens" or "input_ids".
+
+    Raises:
+        UserError: numbers without meaning, no samples, samples of other kinds or of different lengths.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size = {batch_size}: must be at least 1")
+    if max_samples is not None and max_samples < 1:
+        raise UserError(f"max_samples = {max_samples}: must be at least 1, or None for all")
+    samples = enumerate(itertools.islice(dataset, max_samples))
+    length = None
+    while batch := [_tokens(place, sample) for place, sample in itertools.islice(samples, batch_size)]:
+        length = len(batch[0]) if length is None else length
+        for tokens in batch:
+            if len(tokens) != length:
+                raise UserError(f"dataset has samples of {length} and of {len(tokens)} tokens: all must be as long")
+        yield np.stack(batch).astype(np.int32)
+    if length is None:
+        raise UserError("dataset is empty: at least one sample is needed")
+
+
+def _tokens(place: int, sample: Any) -> np.ndarray:
+    if isinstance(sample, Mapping):
+        field = next((name for name in TOKEN_FIELDS if name in sample), None)
+        if field is None:
+            raise UserError(f"dataset[{place}] has {sorted(sample)}: must have one of {', '.join(TOKEN_FIELDS)}")
+        sample = sample[field]
+    tokens = np.asarray(sample)
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"dataset[{place}] is {tokens.dtype}{list(tokens.shape)}: must be token ids of one sequence")
+    return tokens
+
+
+def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The type that a .npy can name: the own one, or an integer of the same width."""
+    return dtype if np.dtype(dtype.str) == dtype else np.dtype(f"u{dtype.itemsize}")
