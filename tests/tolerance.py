@@ -16,6 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from shared_config.compare import TOLERANCES
+from shared_config.interchange.traces import FORWARD, GRADIENT
 from shared_config.numerics import (
     Difference,
     allowed_error,
@@ -47,9 +49,9 @@ __all__ = [
     "unit_roundoff",
 ]
 
-SAME_FUNCTION = 1e-12
-FORWARD_K, GRADIENT_K = 10.0, 20.0
-BFLOAT16_K, BFLOAT16_GRADIENT_K = 4.0, 10.0
+SAME_FUNCTION = TOLERANCES["float64"][FORWARD].relative
+FORWARD_K, GRADIENT_K = (TOLERANCES["float32"][group].K for group in (FORWARD, GRADIENT))
+BFLOAT16_K, BFLOAT16_GRADIENT_K = (TOLERANCES["bfloat16"][group].K for group in (FORWARD, GRADIENT))
 """Multiples of delta. 300 pairs of correct models (`tests/parity/derive_tolerances.py`, CPU, 2026-11-24), medians
 between 0.9 and 1.9, were off by at most:
 
