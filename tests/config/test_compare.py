@@ -250,7 +250,8 @@ def test_misfits_of_shape_kind_and_name():
 )
 def test_gradients_that_vanish_may_be_noise(dtype, vanishing, share, equal):
     """Noise of 20 roundoffs of the largest gradient, and what Adam makes of it with lr 0.01 and eps 1e-8."""
-    large, small, w = values(6, 7), vanishing * values(8, seed=2), values(8, seed=3)
+    size = 1e-6
+    large, small, w = size * values(6, 7), vanishing * size * values(8, seed=2), values(8, seed=3)
     tensors = {"gradient/gate": small, "gradient/w": large, "updated/gate": w}
     noise = 20 * UNIT_ROUNDOFF[dtype] * rms(large)
     moved = 2 * 0.01 * noise / (noise + 1e-8)
