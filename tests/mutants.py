@@ -241,6 +241,33 @@ MUTANTS = (
         ("return (dy * factors).to(dy.dtype), None", "return dy, None"),
         ("return (dy * factors).astype(dy.dtype), jnp.zeros_like(factors)", "return dy, jnp.zeros_like(factors)"),
     ),
+    Mutant(
+        "model.generate", "temperature inverted",
+        ("/ max(temperature, torch.finfo(dtype).tiny)", "* temperature"),
+        ("/ jnp.maximum(temperature, jnp.finfo(dtype).tiny)", "* temperature"),
+    ),
+    Mutant(
+        "model.generate", "crossing token dropped",
+        ("kept_V = torch.where(before_V < top_p,", "kept_V = torch.where(before_V + probabilities_V <= top_p,"),
+        ("kept_V = jnp.where(before_V < top_p,", "kept_V = jnp.where(before_V + probabilities_V <= top_p,"),
+    ),
+    both("model.generate", "one token more than top_k", ">= top_k", "> top_k"),
+    Mutant(
+        "model.generate", "ties to the last index",
+        ("logits.to(dtype).sort(dim=-1, descending=True, stable=True)",
+         "((t := logits.to(dtype).flip(-1).sort(dim=-1, descending=True, stable=True)).values, "
+         "logits.shape[-1] - 1 - t.indices)"),
+        ("jnp.argsort(logits, axis=-1, descending=True, stable=True)",
+         "(logits.shape[-1] - 1 - jnp.argsort(logits[..., ::-1], axis=-1, descending=True, stable=True))"),
+    ),
+    Mutant(
+        "model.generate", "row goes on after its end",
+        ("shown_B = drawn_B.masked_fill(done_B, request.pad_token_id)", "shown_B = drawn_B"),
+        ("shown_B = jnp.where(state.done, options.pad_token_id, drawn_B)", "shown_B = drawn_B"),
+    ),
+    both("model.generate", "cached position off by one", "cache.cut(lengths_B - 1)", "cache.cut(lengths_B)"),
+    both("model.generate", "padding of ragged prompts seen", "cache.cut(lengths_B - 1)",
+         "cache.cut(lengths_B * 0 + lengths_B.max() - 1)"),
 )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ from shared_config.contract.validation import validation_weights
 from shared_config.schema.model import ModelConfig, RopeScaling
 from shared_config.schema.optimizer import OptimizerConfig
 from tests.mutants import BACKENDS, MUTANTS, Mutant, StaleMutantError, mutated_source, planted
+from tests.oracle.generate import generate as oracle_generate
+from tests.oracle.generate import sample as oracle_sample
 from tests.oracle.optimizer import adamw_step, clip, initial_state
 from tests.oracle.position import apply_rope
 from tests.parity.runners import assert_same_runs, run_jax, run_oracle, run_torch
@@ -140,6 +142,25 @@ def check_refusals(backend: str) -> None:
             model(torch.from_numpy(tokens) if backend == "torch" else jax.numpy.asarray(tokens))
 
 
+def check_generation(backend: str) -> None:
+    """Draws with ties, and ragged prompts of which one ends early, against the oracle."""
+    modules = load(backend)
+    logits = np.array([[1.0, 3.0, 2.0, 3.0, 0.5, 2.0]] * 4)
+    uniforms = np.array([0.05, 0.4, 0.7, 0.95])
+    give = torch.from_numpy if backend == "torch" else jax.numpy.asarray
+    for options in ({"temperature": 3.0}, {"top_k": 1}, {"top_k": 3}, {"top_p": 0.7, "temperature": 0.5}):
+        drawn = modules["generate"].sample(give(logits.copy()), uniforms=give(uniforms.copy()), **options)
+        expected = [oracle_sample(row, uniform, **options) for row, uniform in zip(logits, uniforms, strict=True)]
+        assert np.asarray(drawn).tolist() == expected, options
+    config, prompts = GROUPED.replace(sliding_window=None), [[3, 1, 4, 1, 5, 9], [2, 6]]
+    weights = validation_weights(parameter_table(config), SEED)
+    eos = int(oracle_generate(weights, config, prompts, 6)[0, 1])
+    truth = oracle_generate(weights, config, prompts, 6, eos_token_id=eos, pad_token_id=-1)
+    model = build(modules, config, weights)
+    steps = modules["generate"].stream(model, prompts, 6, temperature=0.0, eos_token_id=eos, pad_token_id=-1)
+    np.testing.assert_array_equal(np.stack(list(steps), axis=1), truth[:, (truth != -1).any(axis=0)])
+
+
 def check_optimizer(backend: str) -> None:
     """Clipping and two steps of AdamW against the oracle; the gradients are both larger and smaller than the limit."""
     table = parameter_table(CENTRED)
@@ -190,6 +211,7 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.position": (check_rotation, check_models),
     "model.embedding": (check_refusals, check_models),
     "model.attention": (check_models, check_positions),
+    "model.generate": (check_generation,),
     "training.optimizer": (check_optimizer,),
 }
 
@@ -207,7 +229,15 @@ def _double_precision(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "check",
-    [check_models, check_rotation, check_positions, check_initial_weights, check_refusals, check_optimizer],
+    [
+        check_models,
+        check_rotation,
+        check_positions,
+        check_initial_weights,
+        check_refusals,
+        check_generation,
+        check_optimizer,
+    ],
 )
 def test_unchanged_backends_raise_no_alarm(check: Callable[[str], None], backend: str) -> None:
     with planted(None, backend):
@@ -251,7 +281,8 @@ def test_a_mutant_that_no_longer_fits_is_an_error() -> None:
 
 def load(backend: str) -> dict[str, Any]:
     """The backend's modules as they are importable now."""
-    names = {name: f"model.{name}" for name in ("attention", "init", "modality", "position", "state", "transformer")}
+    loaded = ("attention", "generate", "init", "modality", "position", "state", "transformer")
+    names = {name: f"model.{name}" for name in loaded}
     names["optimizer"] = "training.optimizer"
     return {name: importlib.import_module(f"kempnerforge_{backend}.{path}") for name, path in names.items()}
 
