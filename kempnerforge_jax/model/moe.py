@@ -229,7 +229,7 @@ def plan_dispatch(
     rows_R = jnp.arange(tokens * top_k, dtype=jnp.int32)
     expert_R, choice_R = lax.sort((expert_R, rows_R), num_keys=1, is_stable=True)
     ends_E = _ends(expert_R, num_experts)
-    if room is not None:
+    if room is not None and room < tokens * top_k:
         starts = jnp.pad(ends_E, (1, 0))
         expert_R = jnp.where(rows_R - starts[expert_R] < room, expert_R, num_experts)
         expert_R, choice_R = lax.sort((expert_R, choice_R), num_keys=1, is_stable=True)

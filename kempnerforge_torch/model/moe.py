@@ -227,7 +227,7 @@ def plan_dispatch(indices_Tk: Tensor, valid_T: Tensor | None, num_experts: int, 
     expert_R, choice_R = torch.sort(expert_R, stable=True)
     ends_E = _ends(expert_R, num_experts)
     rows_R = torch.arange(tokens * top_k, device=indices_Tk.device)
-    if room is not None:
+    if room is not None and room < tokens * top_k:
         starts = F.pad(ends_E, (1, 0))
         expert_R = torch.where(rows_R - starts[expert_R] < room, expert_R, num_experts)
         expert_R, order_R = torch.sort(expert_R, stable=True)

@@ -19,11 +19,11 @@ def choice_share(experts: int, capacity_factor: float) -> Share:
     """The share of a modality's tokens that one expert takes; factor 0 stands for one over the number of experts.
 
     The factor is read as the decimal number it was written as, so 0.07 is 7/100 and not the float beside it; a third
-    written with many digits is a third.
+    written with many digits is a third. No factor is so small that an expert takes nothing.
     """
     if capacity_factor == 0:
         return 1, experts
-    share = Fraction(str(capacity_factor)).limit_denominator(MAX_DENOMINATOR)
+    share = max(Fraction(str(capacity_factor)).limit_denominator(MAX_DENOMINATOR), Fraction(1, MAX_DENOMINATOR))
     return share.numerator, share.denominator
 
 
