@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shared_config.contract.vision import TowerConfig, tower_table, vit_tower
+from shared_config.contract.parameters import ParameterTable, parameter_table
+from shared_config.contract.vision import TowerConfig, tower_table, vit_tower, wrapper_table
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.files import file_errors
 from shared_config.interchange.weights import WeightsError, check_tensors, load_weights
+from shared_config.schema.adapter import AdapterConfig
+from shared_config.schema.job import JobConfig
+from shared_config.schema.video import VideoConfig
 from shared_config.schema.vision import VisionEncoderConfig
 
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
@@ -42,6 +47,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What transformers takes where config.json leaves a field out."""
 
+PLAIN_PIXELS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+"""Mean and standard deviation of the pixels that towers were trained with."""
+
 NAMES = {
     "patch_embedding": "embeddings.patch_embedding",
     "position_embedding": "embeddings.position_embedding",
@@ -57,6 +66,55 @@ NAMES = {
     "layers": "encoder.layers",
 }
 """Parts of names that differ: here -> there."""
+
+
+@dataclass(frozen=True)
+class PixelRange:
+    """The pictures that an encoder takes: squares of ``side`` pixels, bytes turned into (byte / 255 - mean) / std."""
+
+    side: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def numbers(self, frames: np.ndarray) -> np.ndarray:
+        """uint8 (F, s, s, 3) -> float32 (F, 3, s, s)."""
+        mean, std = np.asarray(self.mean), np.asarray(self.std)
+        return ((frames / 255.0 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
+
+
+def picture_format(config: VisionEncoderConfig, video: VideoConfig | None = None) -> PixelRange:
+    """What pictures an encoder takes: from its folder's preprocessor_config.json, else the usual values of its kind.
+
+    Raises:
+        UserError: a folder that can't be read.
+        ConfigError: frames of another size than the encoder's.
+    """
+    tower = resolve_tower(config)
+    side = tower.image_size if tower is not None else config.known_image_size
+    if video is not None and (tower is not None or config.image_size):
+        if video.frame_size != side:
+            raise ConfigError([f"video.frame_size = {video.frame_size}: must be the encoder's image size, {side}"])
+    elif video is not None:
+        side = video.frame_size
+    if not side:
+        raise ConfigError([f"vision_encoder.image_size = 0: type {config.type!r} does not say the size of its images"])
+    mean, std = CLIP_PIXELS if config.type == "clip" else PLAIN_PIXELS
+    file = Path(config.path) / "preprocessor_config.json"
+    if config.path and file.is_file():
+        fields = _read_json(file)
+        mean, std = (
+            _three(file, name, fields.get(name, usual)) for name, usual in (("image_mean", mean), ("image_std", std))
+        )
+    return PixelRange(side, mean, std)
+
+
+def job_table(config: JobConfig) -> ParameterTable:
+    """Every tensor of the model of a job, text or vision-language, as far as the contract knows its parts."""
+    if config.vlm is None or config.vision_encoder is None:
+        return parameter_table(config.model, config.vlm)
+    tower = resolve_tower(config.vision_encoder)
+    feature_dim = tower.dim if tower is not None else config.vision_encoder.feature_dim
+    return wrapper_table(config.model, config.vlm, config.adapter or AdapterConfig(), tower, feature_dim)
 
 
 def resolve_tower(config: VisionEncoderConfig) -> TowerConfig | None:
@@ -172,6 +230,14 @@ def _unfit(fields: Mapping[str, Any]) -> list[str]:
             f"num_attention_heads = {fields['num_attention_heads']}: must divide hidden_size = {fields['hidden_size']}"
         )
     return problems
+
+
+def _three(file: Path, name: str, values: Any) -> tuple[float, float, float]:
+    try:
+        red, green, blue = (float(value) for value in values)
+    except (TypeError, ValueError):
+        raise UserError(f"{file}: {name} = {values!r}: must be three numbers") from None
+    return red, green, blue
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,0 +1,376 @@
+"""Batches of images, or clips, with text: from a folder, or drawn by code where none is given.
+
+A folder holds pictures and a ``metadata.jsonl`` (as Hugging Face's ImageFolder has it), one JSON object a line:
+
+    {"file_name": "cats/1.png", "text": "a cat on a chair"}
+    {"file_name": "2.jpg", "prompt": "What is this? ", "text": "a boat"}
+    {"file_name": "clips/3.mp4", "text": "a dog runs"}                        with a [video] section
+    {"file_name": ["f/1.png", "f/2.png"], "text": "frames, in order"}         with a [video] section
+    {"text": "no picture at all"}
+
+What can't be decoded is counted, told once, and masked: its row is trained as text alone.
+
+Shapes: B rows of a batch on one rank, T text positions of a row, F frames, s pixels a side.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared_config.contract.initialise import stream
+from shared_config.data.batches import IGNORED, Batch, permute
+from shared_config.data.media import UndecodableError, read_clip, read_image
+from shared_config.data.shapes import shape_clip, shape_image
+from shared_config.data.tokenizer import Tokenizer, build_tokenizer
+from shared_config.errors import UserError
+from shared_config.interchange.vision import PixelRange, picture_format
+from shared_config.schema.job import JobConfig
+from shared_config.schema.video import VideoConfig
+from shared_config.schema.vlm import MoMaConfig
+
+METADATA = "metadata.jsonl"
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
+SHAPES_VERSION = "shapes 1"
+MAX_SEED = 2**31
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row before it becomes arrays.
+
+    Attributes:
+        frames: uint8 (F, s, s, 3); an image has one frame, a row without a picture none.
+        prompt: what stands before the text and is not learned.
+    """
+
+    frames: np.ndarray
+    text: str
+    prompt: str = ""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Endless training examples and as many held-out ones, drawn by code."""
+
+    side: int
+    video: VideoConfig | None = None
+    name: str = "shapes drawn by code"
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether two runs see the same pictures."""
+        return hashlib.sha256(f"{SHAPES_VERSION} {self.side} {self.video}".encode()).hexdigest()[:32]
+
+    def example(self, index: int, split: str) -> Example:
+        """Example ``index`` of a split, from 0 and without end."""
+        if self.video is None:
+            image, caption = shape_image(index, self.side, split)
+            return Example(image[None], caption)
+        spread = self.video.max_frames - self.video.min_frames + 1
+        frames = self.video.min_frames + int(stream(index, f"frames {split}").integers(spread))
+        return Example(*shape_clip(index, self.side, frames, split))
+
+
+@dataclass
+class Folder:
+    """Examples of a folder on disk.
+
+    Attributes:
+        rows: the lines of its metadata, by split.
+        undecodable: file -> why it can't be decoded, of those met so far.
+    """
+
+    path: Path
+    side: int
+    video: VideoConfig | None
+    rows: dict[str, list[dict[str, Any]]]
+    undecodable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return str(self.path)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells whether two runs see the same rows; the pictures themselves are not read."""
+        lines = json.dumps([self.rows["train"], self.rows["heldout"]], sort_keys=True)
+        return hashlib.sha256(f"{self.side} {self.video} {lines}".encode()).hexdigest()[:32]
+
+    def example(self, index: int, split: str) -> Example:
+        """Example ``index`` of a split."""
+        row = self.rows[split][index]
+        frames = [picture for name in _files(row) for picture in self._pictures(name)]
+        limit = 1 if self.video is None else self.video.max_frames
+        empty = np.zeros((0, self.side, self.side, 3), np.uint8)
+        return Example(np.stack(frames[:limit]) if frames else empty, row["text"], row.get("prompt", ""))
+
+    def _pictures(self, name: str) -> Sequence[np.ndarray]:
+        file = self.path / name
+        try:
+            if file.suffix.lower() not in VIDEO_SUFFIXES:
+                return [read_image(file, self.side)]
+            return list(read_clip(file, self.side, self.video or VideoConfig(max_frames=1, min_frames=1)))
+        except UndecodableError as error:
+            self._report(name, str(error))
+            return []
+
+    def _report(self, name: str, reason: str) -> None:
+        if name not in self.undecodable:
+            self.undecodable[name] = reason
+            log.warning(
+                "%s can't be decoded, %d so far, and is masked: %s", self.path / name, len(self.undecodable), reason
+            )
+
+
+class ImageTextData:
+    """Training batches by index, and a fixed set of held-out batches; see `shared_config.data.batches.TextData`.
+
+    Attributes:
+        rows_per_batch: rows of a batch over all ranks.
+        tokens_per_batch: text positions of a batch over all ranks.
+    """
+
+    def __init__(
+        self,
+        source: Shapes | Folder,
+        *,
+        tokenizer: Tokenizer,
+        pixels: PixelRange,
+        batch_size: int,
+        text_len: int,
+        vocab_size: int,
+        frames: int = 0,
+        text_mask: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        heldout_batch_size: int | None = None,
+        heldout_steps: int = 8,
+    ):
+        """
+        Args:
+            pixels: how bytes become numbers.
+            frames: F of clips; 0 for images, which have no axis of frames.
+            text_mask: also give which text positions are real, for experts not to be sent padding.
+        """
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank = {rank}: must be at least 0 and below world_size = {world_size}")
+        if tokenizer.vocab_size > vocab_size:
+            raise UserError(
+                f"model.vocab_size = {vocab_size}: must be at least that of the tokenizer, {tokenizer.vocab_size}"
+            )
+        self.source, self.tokenizer, self.pixels = source, tokenizer, pixels
+        self.batch_size, self.text_len, self.frames, self.text_mask = batch_size, text_len, frames, text_mask
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.heldout_batch_size = heldout_batch_size or batch_size
+        self.heldout_steps = heldout_steps
+        self.rows_per_batch = batch_size * world_size
+        self.tokens_per_batch = self.rows_per_batch * text_len
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether two runs see the same rows."""
+        return self.source.fingerprint
+
+    def batch(self, index: int) -> Batch:
+        """Training batch ``index`` (from 0) of this rank; see `collate`."""
+        if index < 0:
+            raise ValueError(f"index = {index}: must be at least 0")
+        first = (index * self.world_size + self.rank) * self.batch_size
+        rows = range(first, first + self.batch_size)
+        if isinstance(self.source, Shapes):
+            start = self.seed << 32  # another seed, other pictures
+            return self._collated([self.source.example(start + row, "train") for row in rows])
+        count = len(self.source.rows["train"])
+        return self._collated([self.source.example(self._shuffled(row, count), "train") for row in rows])
+
+    def heldout(self) -> list[Batch]:
+        """The evaluation batches of this rank, the same at every call and for every seed; a short last one is filled up
+        with rows whose labels are all -100.
+        """
+        size, total = self.heldout_batch_size, self.heldout_steps * self.heldout_batch_size * self.world_size
+        available = total if isinstance(self.source, Shapes) else min(len(self.source.rows["heldout"]), total)
+        steps = -(-available // (size * self.world_size))
+        starts = [(index * self.world_size + self.rank) * size for index in range(steps)]
+        return [self._heldout_batch(range(start, min(start + size, available))) for start in starts]
+
+    def _heldout_batch(self, rows: range) -> Batch:
+        examples = [self.source.example(row, "heldout") for row in rows]
+        missing = self.heldout_batch_size - len(examples)
+        blank = Example(np.zeros((0, self.pixels.side, self.pixels.side, 3), np.uint8), "")
+        batch = self._collated([*examples, *[blank] * missing])
+        batch["labels"][len(examples) :] = IGNORED
+        return batch
+
+    def _shuffled(self, row: int, count: int) -> int:
+        """The example of a row: every epoch visits all of them in an order of its own."""
+        epoch, place = divmod(row, count)
+        return int(permute(np.array([place], np.uint64), count, f"images {self.seed} {epoch}")[0])
+
+    def _collated(self, examples: Sequence[Example]) -> Batch:
+        batch = collate(examples, self.tokenizer, self.pixels, self.text_len, self.frames)
+        if isinstance(self.source, Shapes) and self.frames == 0:
+            del batch["frame_mask"]  # all are there, and attention needs no mask
+        if not self.text_mask:
+            del batch["text_mask"]
+        return batch
+
+
+def collate(
+    examples: Sequence[Example], tokenizer: Tokenizer, pixels: PixelRange, text_len: int, frames: int = 0
+) -> Batch:
+    """Rows of fixed length.
+
+    Text is begin, prompt, text, end, as far as ``text_len`` + 1 tokens go; labels are the next tokens, -100 where the
+    prompt or padding comes next.
+
+    Returns:
+        input_ids, labels: int32 (B, T).
+        text_mask: bool (B, T), True at real tokens.
+        pixel_values: float32 (B, 3, s, s), or (B, F, 3, s, s) with ``frames``.
+        frame_mask: bool (B, 1) or (B, F), True where there is a picture.
+    """
+    shape = (len(examples), text_len)
+    input_ids, labels = np.zeros(shape, np.int32), np.full(shape, IGNORED, np.int32)
+    text_mask, frame_mask = np.zeros(shape, bool), np.zeros((len(examples), max(frames, 1)), bool)
+    pictures = np.zeros((len(examples), max(frames, 1), 3, pixels.side, pixels.side), np.float32)
+    for row, example in enumerate(examples):
+        ids, learned = _tokens(example, tokenizer)
+        ids, learned = ids[: text_len + 1], learned[: text_len + 1]
+        count = len(ids) - 1
+        input_ids[row, :count] = ids[:-1]
+        labels[row, :count] = np.where(learned[1:], ids[1:], IGNORED)
+        text_mask[row, :count] = True
+        shown = example.frames[: max(frames, 1)]
+        pictures[row, : len(shown)] = pixels.numbers(shown)
+        frame_mask[row, : len(shown)] = True
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "text_mask": text_mask,
+        "pixel_values": pictures if frames else pictures[:, 0],
+        "frame_mask": frame_mask,
+    }
+
+
+def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) -> ImageTextData:
+    """The data of a vision-language job, for one of ``world_size`` data-parallel ranks.
+
+    Raises:
+        UserError: a folder that can't be read, or a vocabulary that is too small.
+    """
+    assert config.vision_encoder is not None
+    pixels = picture_format(config.vision_encoder, config.video)
+    source: Shapes | Folder
+    if config.data.path:
+        source = open_folder(config.data.path, pixels.side, config.video, config.data.heldout_fraction)
+    else:
+        source = Shapes(pixels.side, config.video)
+    return ImageTextData(
+        source,
+        tokenizer=build_tokenizer(config.data.tokenizer),
+        pixels=pixels,
+        batch_size=config.train.batch_size,
+        text_len=config.train.seq_len,
+        vocab_size=config.model.vocab_size,
+        frames=config.video.max_frames if config.video is not None else 0,
+        text_mask=config.model.is_moe or isinstance(config.vlm, MoMaConfig),
+        seed=config.train.seed,
+        rank=rank,
+        world_size=world_size,
+        heldout_batch_size=config.eval.batch_size,
+        heldout_steps=config.eval.steps,
+    )
+
+
+def open_folder(path: str | Path, side: int, video: VideoConfig | None, heldout_fraction: float) -> Folder:
+    """The rows of a folder, parted by a hash of what they show, so that adding rows moves none.
+
+    Raises:
+        UserError: no such folder, no metadata, or lines that can't be used: all of them are listed.
+    """
+    root = Path(path)
+    try:
+        lines = (root / METADATA).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.path = {str(path)!r}: must be a folder with a {METADATA}: {error}") from None
+    rows, problems = [], []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            row, problem = _parsed(line, video)
+            rows.append(row)
+            problems += [f"{root / METADATA}:{number}: {problem}"] if problem else []
+    if problems:
+        raise UserError("\n".join(problems))
+    held = [_is_held_out(row, heldout_fraction) for row in rows]
+    parts = {
+        split: [row for row, is_held in zip(rows, held, strict=True) if is_held == (split == "heldout")]
+        for split in ("train", "heldout")
+    }
+    if not parts["train"]:
+        raise UserError(f"data.path = {str(path)!r}: holds {len(rows)} rows; none is left to train on")
+    return Folder(root, side, video, parts)
+
+
+def with_noise_seeds(config: JobConfig, micro_batches: Sequence[Batch], step: int) -> Sequence[Batch]:
+    """The micro-batches of a step, each with the seed of its routing noise where experts choose with noise."""
+    if not isinstance(config.vlm, MoMaConfig) or not config.vlm.moma_gumbel_noise:
+        return micro_batches
+    first = config.train.seed * 1_000_003 + step * len(micro_batches)
+    seeds = [np.asarray((first + index) % MAX_SEED, np.int32) for index in range(len(micro_batches))]
+    return [{**batch, "noise_seed": seed} for batch, seed in zip(micro_batches, seeds, strict=True)]
+
+
+def _tokens(example: Example, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a row, and which of them are learned."""
+    before = [] if tokenizer.bos is None else [tokenizer.bos]
+    after = [] if tokenizer.eos is None else [tokenizer.eos]
+    prompt, text = tokenizer.encode(example.prompt).tolist(), tokenizer.encode(example.text).tolist()
+    ids = np.array([*before, *prompt, *text, *after], np.int64)
+    learned = np.arange(len(ids)) >= len(before) + len(prompt)
+    return ids, learned
+
+
+def _parsed(line: str, video: VideoConfig | None) -> tuple[dict[str, Any], str]:
+    """A row, and what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return {}, f"not valid JSON: {error}"
+    if (
+        not isinstance(row, Mapping)
+        or not isinstance(row.get("text"), str)
+        or not isinstance(row.get("prompt", ""), str)
+    ):
+        return {}, "must be an object with a string 'text', and 'prompt' a string if there is one"
+    files = row.get("file_name", [])
+    names = [files] if isinstance(files, str) else files
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return {}, "'file_name' must be a string or a list of strings"
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+        return {}, f"file_name = {files!r}: must lie within the folder"
+    if len(names) > 1 and video is None:
+        return {}, f"file_name = {files!r}: several pictures need a [video] section"
+    return dict(row), ""
+
+
+def _files(row: Mapping[str, Any]) -> list[str]:
+    files = row.get("file_name", [])
+    return [files] if isinstance(files, str) else list(files)
+
+
+def _is_held_out(row: Mapping[str, Any], fraction: float) -> bool:
+    name = json.dumps(_files(row) or row["text"])
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < fraction * 2**64
