@@ -9,19 +9,20 @@ Shapes: B rows, S tokens of the longest prompt, N new tokens, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from kempnerforge_jax.model.attention import KVCache
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import named_modules
 from kempnerforge_jax.model.moe import MoEMLP
-from kempnerforge_jax.model.state import State, merge, split
+from kempnerforge_jax.model.state import State, merge, set_state, split
 from kempnerforge_jax.model.transformer import Transformer
 from shared_config.decoding import (
     PREFILL_CHUNK,
@@ -35,6 +36,7 @@ from shared_config.decoding import (
     prefill_chunks,
     read_prompts,
 )
+from shared_config.schema.model import ModelConfig
 
 NO_LOGITS = ModalityContext(output_slice=slice(0, 0))
 
@@ -147,6 +149,19 @@ def stream(
         seed, uniforms, prefill_chunk,
     )  # fmt: skip
     return (np.asarray(tokens_B) for tokens_B in _steps(model, request))
+
+
+def load_model(config: ModelConfig, weights: Mapping[str, Any], device: Any = None) -> Transformer:
+    """A text model with these weights, float32, for generation.
+
+    Raises:
+        ValueError: lists every missing, unknown and misshapen name.
+    """
+    with jax.default_device(None if device is None else jax.devices(device)[0]):
+        model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+        model.init_weights_and_freqs(seed=0)
+        set_state(model, weights)
+    return model
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kempnerforge_torch.model.attention import KVCache
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.moe import MoEMLP
-from kempnerforge_torch.model.state import to_numpy
+from kempnerforge_torch.model.state import set_state, to_numpy
 from kempnerforge_torch.model.transformer import Transformer
 from shared_config.decoding import (
     PREFILL_CHUNK,
@@ -35,6 +35,7 @@ from shared_config.decoding import (
     prefill_chunks,
     read_prompts,
 )
+from shared_config.schema.model import ModelConfig
 
 NO_LOGITS = ModalityContext(output_slice=slice(0, 0))
 
@@ -152,6 +153,20 @@ def stream(
         seed, uniforms, prefill_chunk,
     )  # fmt: skip
     return (to_numpy(tokens_B) for tokens_B in _steps(model, request, compile))
+
+
+def load_model(config: ModelConfig, weights: Mapping[str, Any], device: Any = None) -> Transformer:
+    """A text model with these weights, float32, for generation.
+
+    Raises:
+        ValueError: lists every missing, unknown and misshapen name.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.init_weights_and_freqs(seed=0)
+    set_state(model, weights)
+    return model.eval()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from shared_config.commands import compare, convert, show, trace, train, validate
+from shared_config.commands import compare, convert, generate, show, trace, train, validate
 
 
 class Command(Protocol):
@@ -23,6 +23,7 @@ class Command(Protocol):
 COMMANDS: Mapping[str, Command] = {
     "validate": validate,
     "train": train,
+    "generate": generate,
     "show": show,
     "trace": trace,
     "compare": compare,

@@ -1,0 +1,114 @@
+"""``kempnerforge generate``: a model continues a prompt, streamed to the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from shared_config.commands.backends import backend_module, require_backend
+from shared_config.commands.common import add_backend, add_config, not_negative, require_text_model
+from shared_config.commands.convert import read_source
+from shared_config.contract.initialise import initial_values
+from shared_config.contract.parameters import parameter_table
+from shared_config.data.tokenizer import Tokenizer, build_tokenizer
+from shared_config.errors import UserError
+from shared_config.interchange.weights import check_tensors
+from shared_config.loader import load_config
+from shared_config.schema.job import JobConfig
+
+HELP = "continue a prompt, streamed to the terminal; the speed is shown at the end"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    add_backend(parser)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
+    parser.add_argument(
+        "--weights",
+        metavar="PATH",
+        help="native weights, a training run or checkpoint, or a Hugging Face folder (default: initial weights)",
+    )
+    parser.add_argument("--max-new-tokens", type=not_negative, default=128, metavar="N", help="default: 128")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the most probable token (default: 1)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most probable (default: 0, all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep this probability (default: 1, all)")
+    parser.add_argument("--seed", type=not_negative, help="of the draws, and of initial weights (default: another)")
+    parser.add_argument("--device", help="cpu, cuda, tpu ... (default: the backend's own)")
+
+
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    config = load_config(options.config, overrides)
+    require_text_model(config, options.command)
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    prompt, eos = encode_prompt(tokenizer, options.prompt, config.model.vocab_size)
+    require_backend(options.backend)
+    backend = backend_module(options.backend, "model.generate")
+    model = backend.load_model(config.model, read_weights(options, config, overrides), options.device)
+    tokens = backend.stream(
+        model,
+        [prompt],
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        eos_token_id=eos,
+        seed=options.seed,
+    )
+    times = [time.perf_counter()]
+    sys.stdout.write(options.prompt)
+    for piece in tokenizer.decode_stream(timed(tokens, times)):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    print(speed(times), file=sys.stderr)
+    return 0
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, vocab_size: int) -> tuple[list[int], int | None]:
+    """The ids of a document that begins with ``text``, and the id that ends it, where the model has these two.
+
+    Raises:
+        UserError: nothing to begin with.
+    """
+    bos, eos = (None if token is None or token >= vocab_size else token for token in (tokenizer.bos, tokenizer.eos))
+    ids = [int(token) for token in tokenizer.encode(text)]
+    prompt = ids if bos is None else [bos, *ids]
+    if not prompt:
+        raise UserError(f"--prompt = {text!r}: must not be empty, as the vocabulary has no token that begins a text")
+    return prompt, eos
+
+
+def read_weights(options: argparse.Namespace, config: JobConfig, overrides: Sequence[str]) -> Mapping[str, np.ndarray]:
+    """The weights of ``--weights``, or the initial ones.
+
+    Raises:
+        UserError: nothing there, or tensors that don't fit the config.
+    """
+    table = parameter_table(config.model)
+    if options.weights is None:
+        print("no --weights are given: the model is untrained", file=sys.stderr)
+        return dict(initial_values(table, options.seed or 0))
+    weights = read_source(Path(options.weights), options.config, overrides).weights
+    check_tensors(weights, table, options.weights)
+    return weights
+
+
+def timed(tokens: Iterable[np.ndarray], times: list[float]) -> Iterator[int]:
+    """The ids of the one row, each noting when it came."""
+    for token_B in tokens:
+        times.append(time.perf_counter())
+        yield int(token_B[0])
+
+
+def speed(times: Sequence[float]) -> str:
+    """What the times say: the start, then when each token came."""
+    count = len(times) - 1
+    if count < 2:
+        return f"{count} tokens in {times[-1] - times[0]:.2f} s"
+    rate = (count - 1) / max(times[-1] - times[1], 1e-9)
+    return f"{count} tokens: the first after {times[1] - times[0]:.2f} s, then {rate:.1f} tokens/s"

@@ -1,0 +1,97 @@
+"""`kempnerforge generate`: the same text from both backends, from weights of any kind, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from shared_config.cli import main
+from shared_config.commands.generate import speed
+from shared_config.contract.parameters import parameter_table
+from shared_config.contract.validation import validation_weights
+from shared_config.interchange.huggingface import save_huggingface
+from shared_config.interchange.weights import save_weights
+from shared_config.loader import load_config
+
+TINY = (
+    "--model.dim=16",
+    "--model.n_layers=1",
+    "--model.n_heads=2",
+    "--model.n_kv_heads=1",
+    "--model.ffn_hidden_dim=24",
+    "--model.vocab_size=258",
+    "--model.max_seq_len=32",
+    "--train.seq_len=16",
+)
+CONFIG = load_config("debug", TINY)
+WEIGHTS = validation_weights(parameter_table(CONFIG.model), 1)
+
+
+def command(*arguments: str, backend: str = "torch", prompt: str = "né") -> list[str]:
+    return ["generate", "debug", "--backend", backend, f"--prompt={prompt}", "--device", "cpu", *TINY, *arguments]
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str, backend: str = "torch") -> str:
+    """What the command writes, which begins with the prompt and reports the speed."""
+    assert main(command("--max-new-tokens=8", *arguments, backend=backend)) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("né")
+    assert out.endswith("\n")
+    assert re.search(r"8 tokens: the first after [\d.]+ s, then [\d.]+ tokens/s", err), err
+    return out
+
+
+@pytest.mark.parametrize("options", [("--temperature=0",), ("--seed=3", "--top-k=40", "--top-p=0.9")])
+def test_both_backends_and_every_kind_of_weights_say_the_same(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    save_weights(tmp_path / "native", WEIGHTS)
+    save_huggingface(tmp_path / "foreign", WEIGHTS, CONFIG.model)
+    native, foreign = f"--weights={tmp_path / 'native'}", f"--weights={tmp_path / 'foreign'}"
+    first = said(capsys, native, *options)
+    assert said(capsys, native, *options, backend="jax") == first
+    assert said(capsys, foreign, *options) == first
+
+
+def test_without_weights_the_model_is_untrained_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command("--max-new-tokens=1")) == 0
+    assert "no --weights are given: the model is untrained\n1 tokens in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature=-1"], "temperature = -1.0: must be at least 0"),
+        (["--top-p=0"], r"top_p = 0.0: must be in \(0, 1\]"),
+        (["--top-k=-2"], "top_k = -2: must be an integer of at least 0"),
+        (["--max-new-tokens=-1"], "--max-new-tokens: -1: must be at least 0"),
+        (["--max-new-tokens=31"], "max_new_tokens = 31: must be at most 29, as the longest prompt has 4 tokens"),
+        (["--weights=/absent"], "/absent: no such file or folder"),
+        (["--model.vocab_size=150"], r"prompt_tokens\[0\] holds 195: token ids must be in \[0, 150\)"),
+    ],
+)
+def test_bad_values_are_one_message(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main(command(*arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.search(message, err), err
+    assert len(err.splitlines()) <= 2
+
+
+def test_weights_of_another_model_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    save_weights(tmp_path / "native", WEIGHTS)
+    assert main(command(f"--weights={tmp_path / 'native'}", "--model.ffn_hidden_dim=32")) == 2
+    assert "layers.0.mlp.gate_proj.weight" in capsys.readouterr().err
+
+
+def test_a_prompt_may_be_empty_only_where_something_begins_a_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command("--max-new-tokens=0", prompt="")) == 0
+    assert main(command("--model.vocab_size=256", prompt="")) == 2
+    assert "--prompt = '': must not be empty" in capsys.readouterr().err
+
+
+def test_speed_leaves_out_the_first_token() -> None:
+    assert speed([0.0, 5.0, 5.5, 6.0]) == "3 tokens: the first after 5.00 s, then 2.0 tokens/s"
+    assert speed([0.0]) == "0 tokens in 0.00 s"
