@@ -23,6 +23,7 @@ FILES = {
 
 DIFFERENCES = {
     "model/attention.py": {
+        "CPU_KERNEL_KEYS": "torch: its fused CPU kernel hides NaN where keys are few",
         "SDPA_BACKENDS": "torch: its attention has kernels to choose from",
         "ARRAYS": "jax: the leaves of a cache, which is a pytree",
         "KVCache.after_image": "jax: caches are values; torch sets the attribute",
@@ -57,6 +58,15 @@ DIFFERENCES = {
         "ModalityContext.tree_flatten_with_keys": "jax: pytree",
         "ModalityContext.tree_unflatten": "jax: pytree",
     },
+    "model/moma.py": {
+        "MAX_SEED": "torch: draws a seed of its own where none is given",
+        "MoMaFFN.layer": "jax: an array, so that stacked layers keep their number",
+        "MoMaFFN.reset": "jax: sets that array",
+    },
+    "model/mot.py": {
+        "MoTAttention.kv_heads": "torch: kept for the views of each modality",
+        "MoTAttention.sdpa_backend": "torch: its attention has kernels to choose from",
+    },
     "model/router.py": {
         "Gate.forward(weight)": "jax: overrides Linear.forward, which may be given a tied weight",
     },
@@ -80,7 +90,16 @@ DIFFERENCES = {
         "Transformer.run(scan_layers)": "jax: a transformation of the trace",
     },
     "model/vision.py": {"gelu_tanh": "jax: has no such function under a name that computes in float32"},
+    "model/vlm.py": {
+        "VLMWrapper.forward(return_stats)": "torch: hooks and compilers see forward alone, so run goes through it",
+        "VLMWrapper.run(remat)": "jax: a transformation of the trace; torch wraps the blocks",
+        "VLMWrapper.run(scan_layers)": "jax: a transformation of the trace",
+    },
     "trace.py": {"Recorder(device)": "torch: models live on a device"},
+    "training/freeze.py": {
+        "FROZEN": "jax: the metadata of a frozen variable; torch has requires_grad",
+        "WRAPPERS": "torch: what compilers and wrappers put into the names of parameters",
+    },
     "training/loss.py": {"CHUNK_ELEMENTS": "torch: rows that are widened at a time; XLA fuses the widening"},
     "training/optimizer.py": {
         "Arrays": "jax: name of a type",
