@@ -19,11 +19,11 @@ from kempnerforge_jax.model.module import Module, named_modules, observing
 from kempnerforge_jax.model.state import from_numpy, get_state, merge, split, to_numpy
 from kempnerforge_jax.registry import registry
 from kempnerforge_jax.training.loss import mean_cross_entropy, router_losses
-from kempnerforge_jax.training.optimizer import build_optimizer, clip_by_global_norm, update
+from kempnerforge_jax.training.optimizer import build_optimizer, clip_by_global_norm, set_optimizer_state, update
 from kempnerforge_jax.training.train import matmul_precision
 from shared_config.contract.initialise import state_hash
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.validation import chunkings
+from shared_config.contract.validation import MOMENT_STEPS, chunkings, validation_moments
 from shared_config.interchange.traces import Trace
 from shared_config.interchange.weights import check_tensors
 from shared_config.recording import Arrays, Recording, Request, make_request, make_trace
@@ -88,6 +88,7 @@ class Recorder:
         self.config = config
         self.request = request
         self.table = parameter_table(config.model, config.vlm)
+        self.moments = validation_moments(self.table, request.seed)
         self.compute_dtype = DTYPES[request.dtype]
         self.master_dtype = jnp.float64 if request.dtype == EXACT else jnp.float32
         builder = registry.get("model", config.model.model_type)
@@ -98,13 +99,17 @@ class Recorder:
             self._graphdef, params, buffers = split(model)
         self.trained = [name for name in self.table if name in params]
         self._tables = {name: array for name, array in buffers.items() if name not in self.table}
+        self._optimizer = build_optimizer(self.trained, self.table, config.optimizer)
         self._compiled_run = jax.jit(self._run)
         self._compiled_chunk = jax.jit(self._chunk)
 
     def run(self, weights: Arrays) -> Recording:
         """Forward with every activation, loss, gradients and one update, in one jit."""
         with self._bits():
-            computed = self._compiled_run(self._masters(weights), self.request.tokens, self.request.labels)
+            masters = self._masters(weights)
+            trained = {name: masters[name] for name in self.trained}
+            state = set_optimizer_state(self._optimizer.init(trained), self.moments, MOMENT_STEPS)
+            computed = self._compiled_run(masters, state, self.request.tokens, self.request.labels)
             return Recording(**jax.tree.map(to_numpy, computed))
 
     def decode(self, weights: Arrays) -> Arrays:
@@ -120,7 +125,7 @@ class Recorder:
     def _bits(self) -> contextlib.AbstractContextManager[None]:
         return jax.enable_x64(self.request.dtype == EXACT)
 
-    def _run(self, masters: Tensors, tokens: jax.Array, labels: jax.Array) -> dict[str, Any]:
+    def _run(self, masters: Tensors, optimizer_state: Any, tokens: jax.Array, labels: jax.Array) -> dict[str, Any]:
         """The fields of `Recording`, in mappings whose order JAX keeps."""
         trained = {name: masters[name] for name in self.trained}
         buffers = {name: array for name, array in masters.items() if name not in trained}
@@ -134,7 +139,7 @@ class Recorder:
             return loss, (OrderedDict(flatten(activations)), OrderedDict(routing))
 
         (loss, (activations, routing)), gradients = jax.value_and_grad(objective, has_aux=True)(trained)
-        updated = self._update(trained, gradients)
+        updated = self._update(trained, gradients, optimizer_state)
         return {
             "loss": loss,
             "activations": activations,
@@ -176,12 +181,11 @@ class Recorder:
             + model.moe_router_z_loss_weight * z_loss
         )
 
-    def _update(self, masters: Tensors, gradients: Tensors) -> Tensors:
-        """The parameters after one step at the peak learning rate, where it shows most."""
-        optimizer = build_optimizer(masters, self.table, self.config.optimizer)
+    def _update(self, masters: Tensors, gradients: Tensors, state: Any) -> Tensors:
+        """The parameters after one step from drawn moments, at the peak learning rate."""
         clipped, _ = clip_by_global_norm(gradients, self.config.train.grad_clip_norm)
         lr = jnp.asarray(self.config.optimizer.lr, self.master_dtype)
-        return update(optimizer, dict(clipped), optimizer.init(masters), masters, lr)[0]
+        return update(self._optimizer, dict(clipped), state, masters, lr)[0]
 
     def _masters(self, weights: Arrays) -> Tensors:
         return {name: from_numpy(weights[name], self.master_dtype) for name in self.table}

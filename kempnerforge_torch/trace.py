@@ -16,11 +16,16 @@ from kempnerforge_torch.model.hooks import capture
 from kempnerforge_torch.model.state import from_numpy, get_state, own_tensors, to_numpy
 from kempnerforge_torch.registry import registry
 from kempnerforge_torch.training.loss import mean_cross_entropy, router_losses
-from kempnerforge_torch.training.optimizer import build_optimizer, clip_by_global_norm, set_learning_rate
+from kempnerforge_torch.training.optimizer import (
+    build_optimizer,
+    clip_by_global_norm,
+    set_learning_rate,
+    set_optimizer_state,
+)
 from kempnerforge_torch.training.train import default_device, matmul_precision
 from shared_config.contract.initialise import state_hash
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.validation import chunkings
+from shared_config.contract.validation import MOMENT_STEPS, chunkings, validation_moments
 from shared_config.interchange.traces import Trace
 from shared_config.interchange.weights import check_tensors
 from shared_config.recording import Arrays, Recording, Request, make_request, make_trace
@@ -89,6 +94,7 @@ class Recorder:
         self.config = config
         self.request = request
         self.table = parameter_table(config.model, config.vlm)
+        self.moments = validation_moments(self.table, request.seed)
         self.compute_dtype = DTYPES[request.dtype]
         self.master_dtype = torch.float64 if request.dtype == EXACT else torch.float32
         self.trained = [name for name, tensor in own_tensors(model).items() if isinstance(tensor, nn.Parameter)]
@@ -146,8 +152,9 @@ class Recorder:
         )
 
     def _update(self, masters: Tensors, gradients: Tensors) -> Tensors:
-        """The parameters after one step at the peak learning rate, where it shows most."""
+        """The parameters after one step from drawn moments, at the peak learning rate."""
         optimizer = build_optimizer(masters, self.table, self.config.optimizer)
+        set_optimizer_state(optimizer, masters, self.moments, MOMENT_STEPS)
         set_learning_rate(optimizer, self.config.optimizer.lr)
         clipped, _ = clip_by_global_norm(gradients, self.config.train.grad_clip_norm)
         for name, master in masters.items():

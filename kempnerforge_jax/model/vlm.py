@@ -156,10 +156,17 @@ class VLMWrapper(Module):
         return self.adapter.output_num_tokens(self.vision_encoder.num_tokens)
 
     def init_weights_and_freqs(self, seed: int | None = None, *, rngs: nnx.Rngs | None = None) -> None:
-        """Set every parameter, buffer and table. Towers from a folder get its weights."""
+        """Set every parameter, buffer and table. What comes from a folder is loaded again."""
         self.vision_encoder.init_weights(seed, rngs=rngs)
         self.adapter.init_weights(seed, rngs=rngs)
         self.transformer.init_weights_and_freqs(seed, rngs=rngs)
+        self.warm_start()
+
+    def warm_start(self) -> None:
+        """Take over the weights of the text model that the config names, if it does."""
+        vlm = self.transformer.vlm_config
+        if isinstance(vlm, MoTConfig) and vlm.mot_warm_start_from_text:
+            mot_warm_start_from_text_stack(self.transformer, load_text_weights(vlm.mot_warm_start_path))
 
     def forward(
         self,
@@ -278,9 +285,9 @@ def build_vlm_wrapper(
     transformer = registry.get("model", model_config.model_type)(
         model_config, vlm_config=vlm_config, num_image_tokens=image_tokens, rngs=rngs
     )
-    if isinstance(vlm_config, MoTConfig) and vlm_config.mot_warm_start_from_text:
-        mot_warm_start_from_text_stack(transformer, load_text_weights(vlm_config.mot_warm_start_path))
-    return VLMWrapper(encoder, adapter, transformer, strategy, frames_per_clip)
+    wrapper = VLMWrapper(encoder, adapter, transformer, strategy, frames_per_clip)
+    wrapper.warm_start()
+    return wrapper
 
 
 def inner_transformer(model: Any) -> Transformer:

@@ -34,6 +34,7 @@ from kempnerforge_jax.training.optimizer import (
 from kempnerforge_jax.training.scheduler import build_schedule
 from shared_config.contract.parameters import parameter_table
 from shared_config.data import open_text_data
+from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.loop import TrainingSummary, run_training
 from shared_config.schema.job import JobConfig
@@ -335,8 +336,10 @@ def _table(recipe: Recipe) -> Any:
 
 def _build_model(config: JobConfig, dtype: Any) -> Any:
     """The seeded model. It comes into being without arrays, and its initial values are float32 ones."""
+    if config.vlm is not None:
+        raise UserError(f"vlm.arch = {config.vlm.arch!r}: can't be trained; the trainer takes text models")
     builder = registry.get("model", config.model.model_type)
-    model = nnx.eval_shape(lambda: builder(config.model, vlm_config=config.vlm, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: builder(config.model, rngs=nnx.Rngs(0)))
     model.init_weights_and_freqs(config.train.seed)
     return model.to(dtype)
 

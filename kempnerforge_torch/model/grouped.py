@@ -75,8 +75,15 @@ def _save_matmul(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: 
 def _matmul_backward(ctx: Any, dy_RF: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     x_RD, w_EDF, ends_E = ctx.saved_tensors
     dx_RD = grouped_matmul(dy_RF, w_EDF.transpose(1, 2), ends_E, ctx.complete) if ctx.needs_input_grad[0] else None
-    dw_EDF = grouped_outer(x_RD, dy_RF, ends_E) if ctx.needs_input_grad[1] else None
+    dw_EDF = None
+    if ctx.needs_input_grad[1]:  # laid out as the matrices are, so that adding it to their gradient needs no copy
+        transposed = w_EDF.stride(1) < w_EDF.stride(2)
+        dw_EDF = _outer_transposed(x_RD, dy_RF, ends_E) if transposed else grouped_outer(x_RD, dy_RF, ends_E)
     return dx_RD, dw_EDF, None, None
+
+
+def _outer_transposed(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
+    return grouped_outer(y_RF, x_RD, ends_E).transpose(1, 2)
 
 
 def _save_outer(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

@@ -52,6 +52,20 @@ def frozen_names(names: Iterable[str], specs: Sequence[FreezeSpec], pattern_map:
     return frozen
 
 
+def never_trained(
+    names: Iterable[str],
+    base: Sequence[FreezeSpec],
+    schedule: Sequence[FreezeStage],
+    pattern_map: Mapping[str, str],
+) -> set[str]:
+    """The names that are frozen from the first step to the last: an optimiser needs no moments of them."""
+    names = list(names)
+    first = () if schedule and schedule[0].start_step == 0 else (base,)
+    return set(names).intersection(
+        *(frozen_names(names, specs, pattern_map) for specs in (*first, *(stage.specs for stage in schedule)))
+    )
+
+
 def pattern_of(spec: FreezeSpec, pattern_map: Mapping[str, str]) -> str:
     """The pattern of a spec's module.
 

@@ -14,6 +14,8 @@ from shared_config.contract.parameters import ParameterSpec, ParameterTable
 IGNORED_LABEL = -100
 BIAS_RANGE = 0.2
 CHUNK_SIZES = (1, 7)
+MOMENT_STEPS = 7
+"""Updates that the optimiser of a validation run seems to have made."""
 
 
 def validation_weights(table: ParameterTable, seed: int) -> dict[str, np.ndarray]:
@@ -23,6 +25,24 @@ def validation_weights(table: ParameterTable, seed: int) -> dict[str, np.ndarray
     routers too, uniform(-.2, .2).
     """
     return {name: _value(name, spec, seed) for name, spec in table.items()}
+
+
+def validation_moments(table: ParameterTable, seed: int) -> dict[str, np.ndarray]:
+    """Moments of AdamW, ``m.<parameter>`` and ``v.<parameter>``, as after `MOMENT_STEPS` updates: float32.
+
+    They are as large as those of gradients whose common norm is 1. A step that starts from them shows the decay rates
+    and the bias corrections, and depends smoothly on the gradient, unlike the first of a run, which is about its sign.
+    """
+    trained = {name: spec for name, spec in table.items() if not spec.is_buffer}
+    scale = sum(spec.size for spec in trained.values()) ** -0.5
+    moments = {}
+    for name, spec in trained.items():
+        values = stream(seed, f"validation/m.{name}").standard_normal(spec.shape, dtype=np.float32)
+        moments[f"m.{name}"] = values * np.float32(scale)
+    for name, spec in trained.items():
+        values = stream(seed, f"validation/v.{name}").uniform(0.5, 1.5, spec.shape)
+        moments[f"v.{name}"] = (values * scale**2).astype(np.float32)
+    return moments
 
 
 def validation_tokens(vocab_size: int, batch_size: int, length: int, seed: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from shared_config.contract.parameters import ParameterTable, parameter_table
+from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, parameter_table
 from shared_config.contract.vision import TowerConfig, tower_table, vit_tower, wrapper_table
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.files import file_errors
@@ -108,13 +108,26 @@ def picture_format(config: VisionEncoderConfig, video: VideoConfig | None = None
     return PixelRange(side, mean, std)
 
 
-def job_table(config: JobConfig) -> ParameterTable:
-    """Every tensor of the model of a job, text or vision-language, as far as the contract knows its parts."""
+def job_table(config: JobConfig, shapes: Mapping[str, tuple[int, ...]] | None = None) -> ParameterTable:
+    """Every tensor of the model of a job, text or vision-language.
+
+    Args:
+        shapes: of the model as it was built; parts that were registered, and that the contract doesn't know, get
+        entries
+            from them, with decay where there are two axes or more.
+    """
     if config.vlm is None or config.vision_encoder is None:
-        return parameter_table(config.model, config.vlm)
-    tower = resolve_tower(config.vision_encoder)
-    feature_dim = tower.dim if tower is not None else config.vision_encoder.feature_dim
-    return wrapper_table(config.model, config.vlm, config.adapter or AdapterConfig(), tower, feature_dim)
+        table = parameter_table(config.model, config.vlm)
+    else:
+        tower = resolve_tower(config.vision_encoder)
+        feature_dim = tower.dim if tower is not None else config.vision_encoder.feature_dim
+        table = wrapper_table(config.model, config.vlm, config.adapter or AdapterConfig(), tower, feature_dim)
+    unknown = {name: shape for name, shape in (shapes or {}).items() if name not in table}
+    table |= {
+        name: ParameterSpec(shape, Constant(0.0), (None,) * len(shape), decay=len(shape) > 1)
+        for name, shape in unknown.items()
+    }
+    return table
 
 
 def resolve_tower(config: VisionEncoderConfig) -> TowerConfig | None:

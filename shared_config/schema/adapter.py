@@ -38,7 +38,7 @@ class AdapterConfig(Section):
         try:
             self.output_num_tokens(num_tokens)
         except ValueError as error:
-            yield str(error)
+            yield f"type = {self.type!r}: {error}"
         if self.type == "attentional_pool" and feature_dim % self.pool_heads != 0:
             yield f"pool_heads = {self.pool_heads}: must divide the encoder's feature_dim = {feature_dim}"
 

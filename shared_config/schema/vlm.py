@@ -85,7 +85,7 @@ class VLMConfig(Section):
         Raises:
             ConfigError: unknown name; lists what exists.
         """
-        if arch not in _ARCHITECTURES:
+        if not isinstance(arch, str) or arch not in _ARCHITECTURES:
             raise ConfigError([f"arch = {arch!r}: must be one of {', '.join(VLMConfig.architectures())}"])
         return _ARCHITECTURES[arch]
 

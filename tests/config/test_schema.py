@@ -32,9 +32,7 @@ from shared_config.schema import (
 from shared_config.schema.base import section
 
 RANDOM_ENCODER = {"type": "random", "feature_dim": 8, "num_tokens": 16}
-VIT: dict[str, Any] = {
-    "type": "vit", "feature_dim": 24, "image_size": 32, "patch_size": 8, "n_heads": 3, "n_layers": 1
-}
+VIT: dict[str, Any] = {"type": "vit", "feature_dim": 24, "image_size": 32, "patch_size": 8, "n_heads": 3, "n_layers": 1}
 
 
 def refused(build: Any, **fields: Any) -> str:
@@ -100,6 +98,7 @@ def test_model_values_no_backend_can_run_are_refused(fields: dict[str, Any], exp
         ({"vlm": {"arch": "mot"}}, "vision_encoder = None"),
         ({"video": {}}, "video ="),
         ({"vlm": {}, "vision_encoder": RANDOM_ENCODER}, "vlm.arch: required"),
+        ({"vlm": {"arch": {}}, "vision_encoder": RANDOM_ENCODER}, "vlm.arch = {}: must be one of"),
         ({"vlm": {"arch": "mot", "max_text_len": 2040}, "vision_encoder": RANDOM_ENCODER}, "16 image tokens must fit"),
         (
             {
@@ -107,7 +106,7 @@ def test_model_values_no_backend_can_run_are_refused(fields: dict[str, Any], exp
                 "vision_encoder": {**RANDOM_ENCODER, "num_tokens": 10},
                 "adapter": {"type": "avgpool"},
             },
-            "adapter.num_tokens = 10",
+            "adapter.type = 'avgpool': num_tokens = 10: must be a square number",
         ),
         (
             {"vlm": {"arch": "mot", "mot_image_n_heads": 4}, "vision_encoder": RANDOM_ENCODER},
