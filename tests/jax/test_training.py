@@ -26,7 +26,6 @@ from shared_config.contract.schedule import scheduled_learning_rate
 from shared_config.data import open_text_data
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
-from shared_config.loader import load_config
 from shared_config.schema.job import JobConfig
 from shared_config.schema.optimizer import OptimizerConfig
 from tests.jobs import (
@@ -392,11 +391,6 @@ class TestRun:
         summary = train(job)
         assert summary.heldout_loss is not None
         assert summary.heldout_loss < before - 1
-
-
-def test_vision_language_jobs_are_refused():
-    with pytest.raises(UserError, match=r"vlm\.arch = 'mot'"):
-        Trainer(load_config("debug_vlm_mot"))
 
 
 def test_schedule_is_the_shared_one():
