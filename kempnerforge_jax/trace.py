@@ -99,7 +99,7 @@ class Recorder:
             self._graphdef, params, buffers = split(model)
         self.trained = [name for name in self.table if name in params]
         self._tables = {name: array for name, array in buffers.items() if name not in self.table}
-        self._optimizer = build_optimizer(self.trained, self.table, config.optimizer)
+        self._optimizer = build_optimizer(dict.fromkeys(self.trained), self.table, config.optimizer)
         self._compiled_run = jax.jit(self._run)
         self._compiled_chunk = jax.jit(self._chunk)
 

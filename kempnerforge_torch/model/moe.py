@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.grouped import grouped_matmul
+from kempnerforge_torch.model.looped import looped_mlp, loops_over_groups
 from kempnerforge_torch.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_torch.model.router import TopKRouter, build_router
 
@@ -149,6 +150,9 @@ class MoEMLP(nn.Module):
 
     def _apply_experts(self, x_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
         """Each row through its expert; 0 for rows of no expert, of which there are none if ``complete``."""
+        if loops_over_groups(x_RD):
+            parts = (self._matrices(name) for name in PROJECTIONS)
+            return looped_mlp(x_RD, *parts, ends_E, self.activation)
         weights = self.expert_weights()
         hidden_RF = grouped_matmul(x_RD, weights["up"], ends_E, complete)
         if self.activation == "silu":
@@ -156,6 +160,14 @@ class MoEMLP(nn.Module):
         else:
             hidden_RF = ACTIVATIONS[self.activation](hidden_RF)
         return grouped_matmul(hidden_RF, weights["down"], ends_E, complete)
+
+    def _matrices(self, name: str) -> list[Tensor]:
+        """The experts' matrices as they are held: one packed tensor, or one (in, out) view an expert; [] if none."""
+        if name not in _projections(self.activation):
+            return []
+        if self.packed_experts:
+            return [getattr(self, f"{name}_w")]
+        return [getattr(expert, f"{name}_proj").weight.t() for expert in self.experts]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the last stats behind: they belong to a graph."""

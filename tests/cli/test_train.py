@@ -22,6 +22,7 @@ RUN = (
     "--train.seq_len=32",
     "--train.batch_size=2",
     "--train.max_steps=6",
+    "--scheduler.warmup_steps=2",
     "--train.compile_model=false",
     "--eval.interval=0",
     "--eval.steps=1",
