@@ -19,6 +19,7 @@ HEAD_DIM, HEADS, KV_HEADS, QUERIES_A_KV_HEAD = 16, 4, 2, 4
 VOCABULARY = 260
 SEQUENCE, WINDOW, TEXT, IMAGE_TOKENS, FEATURES, FRAMES = 256, 12, 64, 16, 48, 2
 EXPERTS, BATCH, TRAINED_SEQUENCE = 8, 8, 64
+IMAGE, PATCH, TOWER_LAYERS = 32, 8, 2
 
 
 def shrink(config: JobConfig) -> JobConfig:
@@ -103,8 +104,12 @@ def _train(train: TrainConfig) -> TrainConfig:
 
 
 def _vision_encoder(encoder: VisionEncoderConfig) -> VisionEncoderConfig:
-    """Towers with weights of their own are stood in for by the random encoder."""
-    return encoder.replace(type="random", path="", feature_dim=FEATURES, num_tokens=IMAGE_TOKENS)
+    """A small tower in place of any other; noise stays noise."""
+    if encoder.type == "random":
+        return encoder.replace(feature_dim=FEATURES, num_tokens=IMAGE_TOKENS)
+    return VisionEncoderConfig(
+        type="vit", image_size=IMAGE, patch_size=PATCH, feature_dim=FEATURES, n_heads=HEADS, n_layers=TOWER_LAYERS
+    )
 
 
 def _adapter(adapter: AdapterConfig) -> AdapterConfig:

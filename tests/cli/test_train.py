@@ -43,8 +43,8 @@ def test_backends_train_alike(tmp_path: Path) -> None:
 
 
 def test_a_run_started_again_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train("torch", tmp_path, "--scheduler.decay_steps=20") == 0
-    assert train("torch", tmp_path, "--scheduler.decay_steps=20", "--train.max_steps=8") == 0
+    assert train("torch", tmp_path, "--scheduler.decay_steps=80") == 0
+    assert train("torch", tmp_path, "--scheduler.decay_steps=80", "--train.max_steps=8") == 0
     assert "step 8/8" in capsys.readouterr().out
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 9))
 
