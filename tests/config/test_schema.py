@@ -63,7 +63,7 @@ def test_all_problems_are_reported_at_once_with_field_value_and_rule() -> None:
         "model.dmi = 3: unknown key",
         "train.seq_len = 'long': must be a valid integer",
         "optimizer.betas.1 = 1.5: must be less than 1",
-        "vlm.arch = 'nope': must be one of cross_attention, joint_decoder, moma, mot",
+        f"vlm.arch = 'nope': must be one of {', '.join(VLMConfig.architectures())}",
     ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ from shared_config.schema.job import JobConfig
 from shared_config.schema.vlm import VLMConfig
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
-EXAMPLES = 1000 if NIGHTLY else 40
+EXAMPLES = 1000 if NIGHTLY else 100
 SEED = 3
 IMAGE_SIDE = 8
 
@@ -336,8 +337,6 @@ def section_of(owner: type[Section], name: str) -> Any:
     """The section class that a field holds, or None."""
     if name == "vlm":
         return VLMConfig
-    import typing
-
     hint = typing.get_type_hints(owner).get(name)
     kinds = [hint, *typing.get_args(hint)]
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
