@@ -298,6 +298,12 @@ class TestFloat32Step:
         documents = {**batch, "doc_ids": np.repeat([[0, 1]], 5, axis=1).repeat(3, axis=0).astype(np.int32)}
         assert float(Trainer(job).step([documents])["loss"]) != float(Trainer(job).step([batch])["loss"])
 
+    def test_a_step_gives_the_memory_of_the_state_away(self):
+        trainer = Trainer(tiny_job())
+        before = jax.tree.leaves((trainer.parameters, trainer.optimizer_state))
+        trainer.step([draw_batch(trainer.config, 0)])
+        assert all(array.is_deleted() for array in before)
+
     def test_a_step_is_compiled_once(self):
         job = tiny_job()
         trainer = Trainer(job)
