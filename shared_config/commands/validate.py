@@ -39,6 +39,7 @@ HELP = "prove that both backends compute the same; exit status 0 only if they do
 DIFFERENT = 1
 BYTES_A_PARAMETER = 160
 """Peak of one process: masters, gradients, updates and moments in float64, and what the deltas are measured from."""
+PACKAGES = Path(__file__).parents[2]
 MEMORY_INFO = Path("/proc/meminfo")
 
 
@@ -142,19 +143,20 @@ def _start(plan: Plan, backend: str) -> subprocess.Popen[str]:
     jobs = [job for check in CHECKS.values() for job in check.jobs(plan, backend)]
     file = plan.folder / f"jobs-{backend}.json"
     file.write_text(json.dumps(jobs), encoding="utf-8")
-    command = [sys.executable, "-m", "shared_config.commands.worker", str(file)]
+    command = [sys.executable, "-P", "-m", "shared_config.commands.worker", str(file)]
     return subprocess.Popen(
         command, env=_environment(plan), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
 
 
 def _environment(plan: Plan) -> dict[str, str]:
-    """Half of the cores for each process, and only the devices that are asked for."""
+    """Half of the cores for each process, only the devices that are asked for, and the code that runs here."""
     threads = max(1, (os.cpu_count() or 1) // len(BACKENDS))
     chosen = {"OMP_NUM_THREADS": str(threads)}
     if plan.device == "cpu":
         chosen["JAX_PLATFORMS"] = "cpu"
-    return {**chosen, **os.environ}
+    path = os.pathsep.join([str(PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**chosen, **os.environ, "PYTHONPATH": path}
 
 
 def judge(plan: Plan) -> list[Finding]:

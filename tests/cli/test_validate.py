@@ -32,6 +32,19 @@ def test_validate_in_real_processes(tmp_path: Path) -> None:
     }
 
 
+def test_processes_run_the_code_of_this_one(tmp_path: Path) -> None:
+    """Whatever the working directory holds."""
+    (tmp_path / "shared_config").mkdir()
+    (tmp_path / "shared_config" / "__init__.py").write_text("raise RuntimeError('not this one')", encoding="utf-8")
+    code = (
+        "import sys; from shared_config.checks import Plan; from shared_config.commands import validate;"
+        "from shared_config.loader import load_config; from pathlib import Path;"
+        "validate.CHECKS.clear(); print(validate.run_processes(Plan(load_config('debug'), Path(sys.argv[1]))))"
+    )
+    result = run_python("-P", "-c", code, str(tmp_path), cwd=tmp_path)
+    assert result.stdout == "[]\n", result.stderr
+
+
 def test_differences_in_training_are_found(tmp_path: Path) -> None:
     plan = Plan(CONFIG, tmp_path, steps=3)
     _train(plan, "torch", [3.0, 2.0, 1.0])
