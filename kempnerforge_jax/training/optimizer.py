@@ -52,6 +52,19 @@ def update(
     return jax.tree.map(lambda value, step: value - lr * step, parameters, steps), state
 
 
+def states_of(state: OptimizerState, parameters: Mapping[str, Any]) -> OptimizerState:
+    """The state of some of the parameters; see `with_states`."""
+    adam = state[0]
+    mu, nu = ({name: moments[name] for name in parameters} for moments in (adam.mu, adam.nu))
+    return (adam._replace(mu=mu, nu=nu), *state[1:])
+
+
+def with_states(state: OptimizerState, some: OptimizerState) -> OptimizerState:
+    """The state with that of some parameters put in its place; the step counts for all, as bias corrections do."""
+    adam, new = state[0], some[0]
+    return (new._replace(mu={**adam.mu, **new.mu}, nu={**adam.nu, **new.nu}), *some[1:])
+
+
 def get_optimizer_state(state: OptimizerState) -> Arrays:
     """The moments by name; stacked layers are given one by one."""
     return {

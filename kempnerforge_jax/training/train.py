@@ -5,6 +5,7 @@ Shapes: N micro-batches, B batch, S sequence, E experts.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,6 +22,7 @@ from kempnerforge_jax.model.module import named_modules
 from kempnerforge_jax.model.router import training_progress
 from kempnerforge_jax.model.scan import layer_range
 from kempnerforge_jax.model.state import get_state, merge, set_state, split
+from kempnerforge_jax.model.vlm import build_vlm_wrapper
 from kempnerforge_jax.registry import registry
 from kempnerforge_jax.training.loss import IGNORED, cross_entropy, router_losses, router_stats
 from kempnerforge_jax.training.optimizer import (
@@ -29,13 +31,18 @@ from kempnerforge_jax.training.optimizer import (
     get_optimizer_state,
     parameter_spec,
     set_optimizer_state,
+    states_of,
     update,
+    with_states,
 )
 from kempnerforge_jax.training.scheduler import build_schedule
-from shared_config.contract.parameters import parameter_table
-from shared_config.data import open_text_data
+from shared_config.contract.freeze import effective_freeze, frozen_names, never_trained
+from shared_config.contract.parameters import ParameterSpec
+from shared_config.data import open_data
+from shared_config.data.images import with_noise_seeds
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
+from shared_config.interchange.vision import job_table
 from shared_config.loop import TrainingSummary, run_training
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
@@ -61,7 +68,7 @@ def train(config: JobConfig, *, device: Any = None, console: Console | None = No
     Raises:
         UserError: what can't be used, of data, folders and checkpoints.
     """
-    data = open_text_data(config)
+    data = open_data(config)
     return run_training(config, Trainer(config, device), data, console=console)
 
 
@@ -83,16 +90,23 @@ class Trainer:
     def __init__(self, config: JobConfig, device: Any = None, *, dtype: Any = jnp.float32):
         self.config = config
         self.device = jax.devices(device)[0] if device is None or isinstance(device, str) else device
-        self.table = parameter_table(config.model, config.vlm)
         with jax.default_device(self.device):
             model = _build_model(config, dtype)
-            graphdef, parameters, buffers = split(model, scan_layers=config.train.scan_layers)
+            graphdef, parameters, buffers = split(model, scan_layers=config.train.scan_layers and config.vlm is None)
+        self.table = job_table(config, {name: tuple(array.shape) for name, array in get_state(model).items()})
         self.recipe = Recipe(
-            graphdef, config.model, config.vlm, config.train, config.optimizer, compute_dtype(config, dtype)
+            graphdef,
+            config.model,
+            config.vlm,
+            config.train,
+            config.optimizer,
+            compute_dtype(config, dtype),
+            tuple(self.table.items()),
         )
         self.parameters, self.buffers = jax.device_put((parameters, buffers), self.device)
-        optimizer = build_optimizer(self.parameters, self.table, config.optimizer)
-        self.optimizer_state = jax.device_put(optimizer.init(self.parameters), self.device)
+        trained = trained_parameters(self.parameters, config)
+        optimizer = build_optimizer(trained, self.table, config.optimizer)
+        self.optimizer_state = jax.device_put(optimizer.init(trained), self.device)
         self.learning_rate = build_schedule(config)
         self.updates = 0
 
@@ -105,7 +119,8 @@ class Trainer:
         """One update from the mean loss over all labels of the micro-batches.
 
         Args:
-            micro_batches: each has ``tokens`` and ``labels``, int (B, S), and may have ``doc_ids``.
+            micro_batches: each has ``tokens`` and ``labels``, int (B, S), and may have ``doc_ids``; for images, what
+                `shared_config.data.images.collate` gives.
 
         Returns:
             loss (cross entropy), grad_norm (before clipping), lr, tokens (labels that counted). With experts also
@@ -115,6 +130,8 @@ class Trainer:
             What the device computes is left there, as scalar arrays.
         """
         count, lr = label_count(micro_batches), self.learning_rate(self.updates)
+        self._freeze()
+        micro_batches = with_noise_seeds(self.config, micro_batches, self.updates)
         with matmul_precision(self.config.train.matmul_precision):
             self.parameters, self.buffers, self.optimizer_state, metrics = compiled_step(self.recipe)(
                 self.parameters,
@@ -154,6 +171,14 @@ class Trainer:
         _, self.parameters, self.buffers = split(model)
         self.updates = state.step
 
+    def _freeze(self) -> None:
+        """Freeze what is to be frozen at this step."""
+        vlm = self.config.vlm
+        if vlm is not None:
+            specs = effective_freeze(self.updates, vlm.freeze, vlm.freeze_schedule)
+            frozen = frozenset(frozen_names(self.parameters, specs, vlm.module_patterns))
+            self.recipe = dataclasses.replace(self.recipe, frozen=frozen)
+
     def _host_copies(self, arrays: Arrays, *prefixes: str) -> Arrays:
         """In the order of the parameter table, which jit does not keep."""
         names = [prefix + name for prefix in prefixes for name in self.table if prefix + name in arrays]
@@ -182,7 +207,10 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is static in a step: trainers that share it share what was compiled."""
+    """What is static in a step: trainers that share it share what was compiled.
+
+    ``frozen`` are the parameters that get no gradient and no update.
+    """
 
     graphdef: Any
     model: ModelConfig
@@ -190,6 +218,8 @@ class Recipe:
     train: TrainConfig
     optimizer: OptimizerConfig
     compute_dtype: Any
+    table: tuple[tuple[str, ParameterSpec], ...]
+    frozen: frozenset[str] = frozenset()
 
 
 @functools.lru_cache(maxsize=8)
@@ -220,8 +250,10 @@ def _step(
 ) -> tuple[Arrays, Arrays, Any, dict[str, jax.Array]]:
     gradients, total = _gradients(recipe, parameters, buffers, batches, count)
     gradients, norm = clip_by_global_norm(gradients, recipe.train.grad_clip_norm)
-    optimizer = build_optimizer(parameters, _table(recipe), recipe.optimizer)
-    parameters, optimizer_state = update(optimizer, gradients, optimizer_state, parameters, lr)
+    optimizer = build_optimizer(gradients, dict(recipe.table), recipe.optimizer)
+    trained = {name: parameters[name] for name in gradients}
+    trained, state = update(optimizer, gradients, states_of(optimizer_state, trained), trained, lr)
+    parameters, optimizer_state = {**parameters, **trained}, with_states(optimizer_state, state)
     buffers = _balanced(recipe, parameters, buffers, total.expert_counts, progress)
     metrics = {"loss": total.loss, "grad_norm": norm, **_routing_metrics(total)}
     return parameters, buffers, optimizer_state, metrics
@@ -237,12 +269,14 @@ def _evaluation(recipe: Recipe, parameters: Arrays, buffers: Arrays, batch: Arra
 def _gradients(
     recipe: Recipe, parameters: Arrays, buffers: Arrays, batches: Arrays, count: jax.Array
 ) -> tuple[Arrays, Terms]:
-    """Gradients and terms, summed over the micro-batches."""
+    """Gradients of what is not frozen, and terms, summed over the micro-batches."""
     micro_batches = batches["labels"].shape[0]
     objective = functools.partial(_objective, recipe, count=count, micro_batches=micro_batches)
+    trained = {name: array for name, array in parameters.items() if name not in recipe.frozen}
+    frozen = {name: array for name, array in parameters.items() if name in recipe.frozen}
 
     def one(batch: Arrays) -> tuple[Arrays, Terms]:
-        return jax.grad(objective, has_aux=True)(parameters, buffers, batch)
+        return jax.grad(objective, has_aux=True)(trained, frozen, buffers, batch)
 
     if micro_batches == 1:
         return one({name: array[0] for name, array in batches.items()})
@@ -256,13 +290,21 @@ def _gradients(
 
 
 def _objective(
-    recipe: Recipe, parameters: Arrays, buffers: Arrays, batch: Arrays, *, count: jax.Array, micro_batches: int
+    recipe: Recipe,
+    trained: Arrays,
+    frozen: Arrays,
+    buffers: Arrays,
+    batch: Arrays,
+    *,
+    count: jax.Array,
+    micro_batches: int,
 ) -> tuple[jax.Array, Terms]:
     """A micro-batch's share of the loss, and its terms."""
     batch = dict(batch)
     labels_BS = batch.pop("labels")
-    model = merge(recipe.graphdef, _compute_copy(recipe, parameters), buffers)
-    output = model.run(**batch, remat=REMATERIALISATION[recipe.train.activation_checkpointing])
+    model = merge(recipe.graphdef, _compute_copy(recipe, {**trained, **frozen}), buffers)
+    options = {"scan_layers": True} if recipe.train.scan_layers and recipe.vlm is not None else {}
+    output = model.run(**batch, **options, remat=REMATERIALISATION[recipe.train.activation_checkpointing])
     loss = cross_entropy(output.logits, labels_BS)[0] / count
     aux_loss, z_loss = (jnp.asarray(term / micro_batches, loss.dtype) for term in router_losses(output.stats))
     weighted = loss + recipe.model.moe_aux_loss_weight * aux_loss + recipe.model.moe_router_z_loss_weight * z_loss
@@ -273,7 +315,7 @@ def _objective(
 
 def _compute_copy(recipe: Recipe, parameters: Arrays) -> Arrays:
     """The masters cast to the compute dtype, but for what decides a route."""
-    table = _table(recipe)
+    table = dict(recipe.table)
     return {
         name: master if parameter_spec(table, name).full_precision else master.astype(recipe.compute_dtype)
         for name, master in parameters.items()
@@ -324,22 +366,39 @@ def expert_counts(stats: Mapping[int, Any]) -> dict[str, Any]:
 
 def router_keys(path: str) -> list[str]:
     """The keys in `expert_counts` of a router by its path, "layers.3.mlp.router" or "layers.3.mlp.image.router"; for
-    stacked layers ("layers.0-3.mlp.router") of each.
+    stacked layers ("layers.0-3.mlp.router") of each. The model may lie within another.
     """
-    _, layers, _, *modality, _ = path.split(".")
+    layers, _, *modality, _ = path.partition("layers.")[2].split(".")
     return [".".join([str(layer), *modality]) for layer in layer_range(layers)]
 
 
-def _table(recipe: Recipe) -> Any:
-    return parameter_table(recipe.model, recipe.vlm)
+def build_model(config: JobConfig, *, rngs: nnx.Rngs) -> Any:
+    """The model of a job: a transformer, or one with an encoder and an adapter around it."""
+    if config.vlm is None or config.vision_encoder is None:
+        return registry.get("model", config.model.model_type)(config.model, rngs=rngs)
+    frames = config.video.max_frames if config.video is not None else 1
+    return build_vlm_wrapper(config.model, config.vision_encoder, config.adapter, config.vlm, frames, rngs=rngs)
+
+
+def trained_parameters(masters: Mapping[str, Any], config: JobConfig) -> dict[str, Any]:
+    """The parameters that are trained at one step of the job or another.
+
+    Raises:
+        UserError: there are none.
+    """
+    vlm = config.vlm
+    if vlm is None:
+        return dict(masters)
+    never = never_trained(masters, vlm.freeze, vlm.freeze_schedule, vlm.module_patterns)
+    trained = {name: master for name, master in masters.items() if name not in never}
+    if not trained:
+        raise UserError(f"vlm.freeze = {[spec.module for spec in vlm.freeze]}: freezes all there is, always")
+    return trained
 
 
 def _build_model(config: JobConfig, dtype: Any) -> Any:
     """The seeded model. It comes into being without arrays, and its initial values are float32 ones."""
-    if config.vlm is not None:
-        raise UserError(f"vlm.arch = {config.vlm.arch!r}: can't be trained; the trainer takes text models")
-    builder = registry.get("model", config.model.model_type)
-    model = nnx.eval_shape(lambda: builder(config.model, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
     model.init_weights_and_freqs(config.train.seed)
     return model.to(dtype)
 

@@ -22,7 +22,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from kempnerforge_torch.model.grouped import GROUPED_MATMUL
 from kempnerforge_torch.model.state import get_state, own_tensors, set_state, to_numpy
+from kempnerforge_torch.model.vlm import build_vlm_wrapper, inner_transformer
 from kempnerforge_torch.registry import registry
+from kempnerforge_torch.training.freeze import apply_freeze_specs
 from kempnerforge_torch.training.loss import IGNORED, cross_entropy, router_losses, router_stats
 from kempnerforge_torch.training.optimizer import (
     build_optimizer,
@@ -32,9 +34,12 @@ from kempnerforge_torch.training.optimizer import (
     set_optimizer_state,
 )
 from kempnerforge_torch.training.scheduler import build_schedule
-from shared_config.contract.parameters import parameter_table
-from shared_config.data import open_text_data
+from shared_config.contract.freeze import effective_freeze, never_trained
+from shared_config.data import open_data
+from shared_config.data.images import with_noise_seeds
+from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
+from shared_config.interchange.vision import job_table
 from shared_config.loop import TrainingSummary, run_training
 from shared_config.schema.job import JobConfig
 
@@ -65,7 +70,7 @@ def train(
     Raises:
         UserError: what can't be used, of data, folders and checkpoints.
     """
-    data = open_text_data(config)
+    data = open_data(config)
     return run_training(config, Trainer(config, device), data, console=console)
 
 
@@ -77,7 +82,8 @@ class Trainer:
 
     Attributes:
         model: the masters.
-        parameters: those of them that are trained, by name.
+        masters: all parameters, by name.
+        parameters: those of them that are trained at one step or another.
         updates: optimiser steps done.
     """
 
@@ -88,10 +94,11 @@ class Trainer:
     ):
         self.config = config
         self.device = torch.device(default_device() if device is None else device)
-        self.table = parameter_table(config.model, config.vlm)
         self.model = _build_model(config, self.device, dtype)
+        self.table = job_table(config, {name: tuple(t.shape) for name, t in own_tensors(self.model).items()})
         self.compute_dtype = compute_dtype(config, dtype)
-        self.parameters = {name: p for name, p in own_tensors(self.model).items() if isinstance(p, nn.Parameter)}
+        self.masters = {name: p for name, p in own_tensors(self.model).items() if isinstance(p, nn.Parameter)}
+        self.parameters = trained_parameters(self.masters, config)
         self.optimizer = build_optimizer(self.parameters, self.table, config.optimizer)
         self.learning_rate = build_schedule(config)
         self.updates = 0
@@ -104,7 +111,8 @@ class Trainer:
         """One update from the mean loss over all labels of the micro-batches.
 
         Args:
-            micro_batches: each has ``tokens`` and ``labels``, int (B, S), and may have ``doc_ids``.
+            micro_batches: each has ``tokens`` and ``labels``, int (B, S), and may have ``doc_ids``; for images, what
+                `shared_config.data.images.collate` gives.
 
         Returns:
             loss (cross entropy), grad_norm (before clipping), lr, tokens (labels that counted). With experts also
@@ -115,7 +123,9 @@ class Trainer:
         """
         count, lr = label_count(micro_batches), self.learning_rate(self.updates)
         self.model.train()
-        self.model.set_moe_step(self.updates, self.config.train.max_steps)
+        inner_transformer(self.model).set_moe_step(self.updates, self.config.train.max_steps)
+        self._freeze()
+        micro_batches = with_noise_seeds(self.config, micro_batches, self.updates)
         with matmul_precision(self.config.train.matmul_precision):
             terms = [self._differentiate(batch, max(count, 1), len(micro_batches)) for batch in micro_batches]
             total = _summed(terms)
@@ -161,11 +171,11 @@ class Trainer:
 
     def _call(self, module: nn.Module, prefix: str, inputs: dict[str, Any]) -> Any:
         """Call a module that holds the model under ``prefix``, with the masters cast to the compute dtype."""
-        if self.compute_dtype == next(iter(self.parameters.values())).dtype:
+        if self.compute_dtype == next(iter(self.masters.values())).dtype:
             return module(**inputs)
         narrow = {
             prefix + name: master if self.table[name].full_precision else master.to(self.compute_dtype)
-            for name, master in self.parameters.items()
+            for name, master in self.masters.items()
         }
         return torch.func.functional_call(module, narrow, kwargs=inputs)
 
@@ -173,16 +183,26 @@ class Trainer:
         return {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in batch.items()}
 
     def _update(self, lr: float) -> Tensor:
-        """Clip and apply the gradients, all of them: one that autograd left out counts as 0."""
+        """Clip and apply the gradients. One that autograd left out counts as 0; what is frozen has none, and stays."""
+        frozen = [master for master in self.parameters.values() if not master.requires_grad]
         for master in self.parameters.values():
-            if master.grad is None:
+            if master.grad is None and master.requires_grad:
                 master.grad = torch.zeros_like(master)
         gradients = {name: master.grad for name, master in self.parameters.items() if master.grad is not None}
         norm = clip_by_global_norm(gradients, self.config.train.grad_clip_norm)[1]
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
+        for master in frozen:
+            self.optimizer.state[master]["step"] += 1  # bias corrections count the steps of the run
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _freeze(self) -> None:
+        """Freeze what is to be frozen at this step."""
+        vlm = self.config.vlm
+        if vlm is not None:
+            specs = effective_freeze(self.updates, vlm.freeze, vlm.freeze_schedule)
+            apply_freeze_specs(self.model, specs, vlm.module_patterns)
 
     def _balance(self, counts: Mapping[str, Tensor]) -> None:
         """Move the balancing biases by the choices of the whole step."""
@@ -269,8 +289,10 @@ def expert_counts(stats: Mapping[int, Any]) -> dict[str, Any]:
 
 
 def router_key(path: str) -> str:
-    """The key in `expert_counts` of a router by its path, "layers.3.mlp.router" or "layers.3.mlp.image.router"."""
-    _, layer, _, *modality, _ = path.split(".")
+    """The key in `expert_counts` of a router by its path, "layers.3.mlp.router" or "layers.3.mlp.image.router", of a
+    model within another too.
+    """
+    layer, _, *modality, _ = path.partition("layers.")[2].split(".")
     return ".".join([layer, *modality])
 
 
@@ -300,8 +322,9 @@ def compile_blocks(model: nn.Module, device: torch.device, backend: str = "induc
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    for stack in ("layers", "cross_attention_layers"):
-        yield from getattr(model, stack, nn.ModuleDict()).children()
+    for owner in (inner_transformer(model), getattr(model, "vision_encoder", None)):
+        for stack in ("layers", "cross_attention_layers"):
+            yield from getattr(owner, stack, nn.ModuleDict()).children()
 
 
 def _wrap_forward(block: nn.Module, wrapper: Callable[..., Any]) -> None:
@@ -318,10 +341,34 @@ def _keeps_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> 
     return CheckpointPolicy.MUST_SAVE if operation in MATRIX_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def build_model(config: JobConfig) -> Any:
+    """The model of a job: a transformer, or one with an encoder and an adapter around it."""
+    if config.vlm is None or config.vision_encoder is None:
+        return registry.get("model", config.model.model_type)(config.model)
+    frames = config.video.max_frames if config.video is not None else 1
+    return build_vlm_wrapper(config.model, config.vision_encoder, config.adapter, config.vlm, frames)
+
+
+def trained_parameters(masters: Mapping[str, Any], config: JobConfig) -> dict[str, Any]:
+    """The parameters that are trained at one step of the job or another.
+
+    Raises:
+        UserError: there are none.
+    """
+    vlm = config.vlm
+    if vlm is None:
+        return dict(masters)
+    never = never_trained(masters, vlm.freeze, vlm.freeze_schedule, vlm.module_patterns)
+    trained = {name: master for name, master in masters.items() if name not in never}
+    if not trained:
+        raise UserError(f"vlm.freeze = {[spec.module for spec in vlm.freeze]}: freezes all there is, always")
+    return trained
+
+
 def _build_model(config: JobConfig, device: torch.device, dtype: torch.dtype) -> Any:
     """The seeded model. It comes into being without storage, and its initial values are float32 ones."""
     with torch.device("meta"):
-        model: Any = registry.get("model", config.model.model_type)(config.model, vlm_config=config.vlm)
+        model = build_model(config)
     model = model.to_empty(device=device)
     model.init_weights_and_freqs(config.train.seed)
     return model.to(dtype)

@@ -324,7 +324,9 @@ def open_folder(path: str | Path, side: int, video: VideoConfig | None, heldout_
     return Folder(root, side, video, parts)
 
 
-def with_noise_seeds(config: JobConfig, micro_batches: Sequence[Batch], step: int) -> Sequence[Batch]:
+def with_noise_seeds(
+    config: JobConfig, micro_batches: Sequence[Mapping[str, np.ndarray]], step: int
+) -> Sequence[Mapping[str, np.ndarray]]:
     """The micro-batches of a step, each with the seed of its routing noise where experts choose with noise."""
     if not isinstance(config.vlm, MoMaConfig) or not config.vlm.moma_gumbel_noise:
         return micro_batches
