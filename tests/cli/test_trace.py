@@ -63,6 +63,20 @@ def test_backends_are_the_same_function_in_float64(exact: dict[str, Trace]) -> N
     assert max(row.relative for row in comparison.rows) < 1e-13
 
 
+def test_routes_of_experts_are_recorded_alike() -> None:
+    config = load_config("debug_moe", [*TINY, "--model.num_experts=4", "--model.sliding_window=none"])
+    a, b = (record(config, dtype="float64", deltas=False, device="cpu") for record in RECORD.values())
+    comparison = compare_traces(a, b)
+    assert comparison.equal, [row.name for row in comparison.failures]
+    routing = {row.name for row in comparison.groups["routing"]}
+    assert "routing/layers.1.mlp.router.indices" in routing
+    assert "routing/layers.1.expert_counts" in routing
+    assert not any(name.startswith("routing/layers.0.") for name in routing)
+    counts = np.asarray(a.tensors["routing/layers.1.expert_counts"])
+    indices = np.asarray(a.tensors["routing/layers.1.mlp.router.indices"])
+    assert np.array_equal(counts, np.bincount(indices.ravel(), minlength=4))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_backends_are_within_rounding_in_other_dtypes(exact: dict[str, Trace], dtype: str) -> None:
     torch_trace, jax_trace = (record(CONFIG, dtype=dtype, deltas=False, device="cpu") for record in RECORD.values())
