@@ -15,6 +15,7 @@ IMPLIED = {"self", "cls", "rngs"}
 """Arguments that are not compared: JAX constructors are also given ``rngs``."""
 
 FILES = {
+    "model/looped.py": "torch: experts on the CPU, whose offsets are on the host; XLA's shapes are static",
     "model/linear.py": "jax: torch has linear maps and lookup tables built in",
     "model/module.py": "jax: torch's modules have named walks, hooks and casts built in",
     "model/scan.py": "jax: stacks of layers bound compile time; torch compiles block by block",
