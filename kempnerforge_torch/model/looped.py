@@ -1,8 +1,8 @@
 """Feed-forward networks of groups of rows on the CPU: group by group, what a group needs kept in the cache.
 
-The rows of group e are those from ends[e - 1] (0 for the first) to ends[e]; rows from ends[-1] on belong to no group. The
-offsets are on the host, so reading them waits for nothing. Results as large as all rows, which `grouped_matmul` would make
-at every step, cost the CPU more than their arithmetic: each first touch of their memory is a page fault.
+The rows of group e are those from ends[e - 1] (0 for the first) to ends[e]; rows from ends[-1] on belong to no group.
+The offsets are on the host, so reading them waits for nothing. Results for all rows at once, as `grouped_matmul` makes
+them at every step, would leave the cache, and come from memory whose first touch is a page fault.
 
 Shapes: R rows, D model dim, F hidden dim, E groups, n rows of a group.
 """
@@ -44,11 +44,12 @@ def _looped_mlp(
     for e, rows in _groups(ends_E):
         hidden_nF = torch.mm(x_RD[rows], ups[e], out=up_RF[rows])
         if gates:
-            hidden_nF = F.silu(torch.mm(x_RD[rows], gates[e], out=gate_RF[rows])) * hidden_nF
+            hidden_nF = F.silu(torch.mm(x_RD[rows], gates[e], out=gate_RF[rows])).mul_(hidden_nF)
         else:
             hidden_nF = ACTIVATIONS[activation](hidden_nF)
         torch.mm(hidden_nF, downs[e], out=out_RD[rows])
-    out_RD[rows.stop :] = 0
+    for result in (out_RD, gate_RF, up_RF):
+        result[rows.stop :] = 0
     return out_RD, gate_RF, up_RF
 
 
@@ -66,8 +67,8 @@ def looped_mlp(x_RD: Tensor, gate: Matrices, up: Matrices, down: Matrices, ends_
 @torch.library.custom_op(
     "kempnerforge::looped_mlp_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor gate_out, Tensor up_out, Tensor[] gate, Tensor[] up, Tensor[] down, Tensor ends,"
-    " str activation) -> Tensor[]",
+    schema="(Tensor dy, Tensor x, Tensor gate_out, Tensor up_out, Tensor[] gate, Tensor[] up, Tensor[] down,"
+    " Tensor ends, str activation) -> Tensor[]",
 )
 def _looped_mlp_backward(
     dy_RD: Tensor,
@@ -130,10 +131,13 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x_RD, gate, up, down, ends_E, ctx.activation = inputs
     ctx.lengths = [len(gate), len(up), len(down)]
+    ctx.set_materialize_grads(False)  # the inner results have none
     ctx.save_for_backward(x_RD, *output[1:], ends_E, *gate, *up, *down)
 
 
-def _backward(ctx: Any, dy_RD: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, dy_RD: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if dy_RD is None:
+        return (None, *([None] * length for length in ctx.lengths), None, None)
     x_RD, gate_RF, up_RF, ends_E, *matrices = ctx.saved_tensors
     gates = ctx.lengths[0]
     ups = gates + ctx.lengths[1]

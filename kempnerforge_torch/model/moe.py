@@ -151,8 +151,8 @@ class MoEMLP(nn.Module):
     def _apply_experts(self, x_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
         """Each row through its expert; 0 for rows of no expert, of which there are none if ``complete``."""
         if loops_over_groups(x_RD):
-            parts = (self._matrices(name) for name in PROJECTIONS)
-            return looped_mlp(x_RD, *parts, ends_E, self.activation)
+            gate, up, down = (self._matrices(name) for name in PROJECTIONS)
+            return looped_mlp(x_RD, gate, up, down, ends_E, self.activation)
         weights = self.expert_weights()
         hidden_RF = grouped_matmul(x_RD, weights["up"], ends_E, complete)
         if self.activation == "silu":
@@ -268,7 +268,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def forward(x_TD: Tensor, choice_R: Tensor, row_R: Tensor, top_k: int) -> Tensor:
-        return x_TD[choice_R % max(x_TD.shape[0], 1)]
+        return x_TD.index_select(0, choice_R % max(x_TD.shape[0], 1))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
@@ -287,7 +287,7 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def forward(x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-        return x_RD[order_R]
+        return x_RD.index_select(0, order_R)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

@@ -58,6 +58,8 @@ def main() -> None:
 
 # Measuring
 
+Times = dict[str, list[float]]
+
 
 def use_one_core() -> None:
     """Threads of a second core, which may be busy with something else, would blur the comparison."""
@@ -67,13 +69,13 @@ def use_one_core() -> None:
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
 
 
-def medians(
+def timed(
     runs: Mapping[str, Callable[[], Any]],
     rounds: int,
     wait: Callable[[], Any] | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, float]:
-    """Median seconds of each function, called in turn so that whatever else the machine does hits all of them.
+) -> Times:
+    """Seconds of each round of each function, called in turn so that whatever else the machine does hits all of them.
 
     Args:
         wait: called before every reading of the clock, where results come later.
@@ -81,7 +83,7 @@ def medians(
     wait = wait or (lambda: None)
     for function in runs.values():
         function()
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: Times = {name: [] for name in runs}
     for _ in range(rounds):
         for name, function in runs.items():
             wait()
@@ -89,16 +91,19 @@ def medians(
             function()
             wait()
             times[name].append(clock() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
-def report(measurement: str, seconds: Mapping[str, float], baseline: str | None = None, **more: Any) -> None:
-    """One JSON line: milliseconds, and how many times as long the baseline takes."""
+def report(measurement: str, times: Times, baseline: str | None = None, **more: Any) -> None:
+    """One JSON line: median milliseconds, and the median over rounds of how many times as long the baseline takes."""
     line: dict[str, Any] = {"measurement": measurement, **more}
-    line["milliseconds"] = {name: round(1e3 * value, 3) for name, value in seconds.items()}
+    line["milliseconds"] = {name: round(1e3 * statistics.median(values), 3) for name, values in times.items()}
     if baseline is not None:
-        others = {name: value for name, value in seconds.items() if name != baseline}
-        line["times_faster_than_baseline"] = {n: round(seconds[baseline] / value, 3) for n, value in others.items()}
+        line["times_faster_than_baseline"] = {
+            name: round(statistics.median(b / a for a, b in zip(values, times[baseline], strict=True)), 3)
+            for name, values in times.items()
+            if name != baseline
+        }
     if hasattr(os, "getloadavg"):
         line["load"] = [round(value, 2) for value in os.getloadavg()]
     print(json.dumps(line), flush=True)
@@ -140,9 +145,7 @@ def torch_layer(rounds: int) -> None:
         looped = torch_loop(layer)
         torch.testing.assert_close(looped(x), layer(x), rtol=1e-4, atol=1e-5)
         runs = {"ours": lambda layer=layer: run(layer), "loop": lambda looped=looped: run(looped)}
-        report(
-            "layer", medians(runs, rounds, clock=time.process_time), "loop", packed=packed, **CPU, **torch_versions()
-        )
+        report("layer", timed(runs, rounds, clock=time.process_time), "loop", packed=packed, **CPU, **torch_versions())
 
 
 def torch_loop(layer: Any) -> Callable[[Any], Any]:
@@ -215,7 +218,7 @@ def jax_layer(rounds: int) -> None:
         }
         value, other = (runs[name]()[0] for name in ("ours", "loop"))
         np.testing.assert_allclose(value, other, rtol=1e-4)
-        report("layer", medians(runs, rounds, clock=time.process_time), "loop", packed=packed, **CPU, **jax_versions())
+        report("layer", timed(runs, rounds, clock=time.process_time), "loop", packed=packed, **CPU, **jax_versions())
 
 
 def jax_loop(layer: Any, x: Any, indices_Tk: Any) -> Any:
@@ -287,24 +290,29 @@ def torch_step(rounds: int) -> None:
 
     from kempnerforge_torch.training.train import Trainer
 
-    batch, seconds, losses = batch_of_tokens(), {}, {}
+    batch, times, more = batch_of_tokens(), {}, {}
     for name in ("ours", "ours_eager", "padded"):
         trainer = Trainer(job(compile_model=name == "ours"), "cuda")
         if name == "padded":
             pad_to_the_largest_group(trainer.model)
-        losses[name] = [float(trainer.step([batch])["loss"]) for _ in range(3)]
-        seconds |= medians({name: lambda trainer=trainer: trainer.step([batch])}, rounds, torch.cuda.synchronize)
-        counts = trainer.model.run(torch.from_numpy(batch["tokens"]).cuda()).stats
-        largest = max(
-            float(stats.expert_counts.max() / stats.expert_counts.float().mean()) for stats in counts.values()
-        )
-        memory = torch.cuda.max_memory_allocated() / 2**30
-        report("step_alone", {name: seconds[name]}, largest_group=round(largest, 2), peak_gib=round(memory, 1))
+            more["largest_group_over_mean"] = largest_group(trainer.model, batch)
+        more[f"losses_{name}"] = [round(float(trainer.step([batch])["loss"]), 4) for _ in range(3)]
+        torch.cuda.reset_peak_memory_stats()
+        times |= timed({name: lambda trainer=trainer: trainer.step([batch])}, rounds, torch.cuda.synchronize)
+        more[f"peak_gib_{name}"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
         del trainer
         gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    report("step", seconds, "padded", losses=losses, **GPU, **torch_versions())
+    report("step", times, "padded", **more, **GPU, **torch_versions())
+
+
+def largest_group(model: Any, batch: Mapping[str, Any]) -> float:
+    """The most tokens that an expert gets over the mean, over all layers, at the initial weights."""
+    import torch
+
+    with torch.no_grad():
+        stats = model.run(torch.from_numpy(batch["tokens"]).cuda()).stats
+    return max(round(float(one.expert_counts.max() / one.expert_counts.float().mean()), 2) for one in stats.values())
 
 
 def pad_to_the_largest_group(model: Any) -> None:
@@ -410,8 +418,8 @@ def torch_products(rounds: int) -> None:
         "tiled_outer": lambda: tiled_outer(x, y, ends_E),
     }
     many = {name: lambda function=function: [function() for _ in range(10)] for name, function in runs.items()}
-    seconds = {name: value / 10 for name, value in medians(many, rounds, torch.cuda.synchronize).items()}
-    report("products", seconds, "dense", teraflops=teraflops(seconds, R, D, F), **torch_versions())
+    times = a_tenth(timed(many, rounds, torch.cuda.synchronize))
+    report("products", times, "dense", teraflops=teraflops(times, R, D, F), **torch_versions())
 
 
 def jax_products(rounds: int) -> None:
@@ -441,12 +449,16 @@ def jax_products(rounds: int) -> None:
         name: lambda function=function: jax.block_until_ready([function() for _ in range(10)])
         for name, function in runs.items()
     }
-    seconds = {name: value / 10 for name, value in medians(many, rounds).items()}
-    report("products", seconds, "dense", teraflops=teraflops(seconds, R, D, F), **jax_versions())
+    times = a_tenth(timed(many, rounds))
+    report("products", times, "dense", teraflops=teraflops(times, R, D, F), **jax_versions())
 
 
-def teraflops(seconds: Mapping[str, float], R: int, D: int, F: int) -> dict[str, float]:
-    return {name: round(2e-12 * R * D * F / value, 1) for name, value in seconds.items()}
+def a_tenth(times: Times) -> Times:
+    return {name: [value / 10 for value in values] for name, values in times.items()}
+
+
+def teraflops(times: Times, R: int, D: int, F: int) -> dict[str, float]:
+    return {name: round(2e-12 * R * D * F / statistics.median(values), 1) for name, values in times.items()}
 
 
 def jax_step(rounds: int) -> None:
@@ -457,8 +469,8 @@ def jax_step(rounds: int) -> None:
 
     batch, trainer = batch_of_tokens(), Trainer(job())
     losses = [float(trainer.step([batch])["loss"]) for _ in range(3)]
-    seconds = medians({"ours": lambda: jax.block_until_ready(trainer.step([batch]))}, rounds)
-    report("step", seconds, losses=losses, **GPU, **jax_versions())
+    times = timed({"ours": lambda: jax.block_until_ready(trainer.step([batch]))}, rounds)
+    report("step", times, losses=losses, **GPU, **jax_versions())
 
 
 if __name__ == "__main__":

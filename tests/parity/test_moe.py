@@ -90,6 +90,17 @@ def test_layers_are_the_same_function_in_float64(name: str, data: st.DataObject)
     assert_same_runs(runs["torch"], runs["jax"], "torch against JAX")
 
 
+@pytest.mark.parametrize("name", sorted(LAYERS))
+@given(st.data())
+def test_grouped_products_make_the_same_layer_as_loops(name: str, data: st.DataObject) -> None:
+    """What torch does on accelerators, here on the CPU, where it would loop over the experts."""
+    layer = LAYERS[name]
+    weights, x_BSD, valid_BS = draw_case(data, layer)
+    with mock.patch.object(module("torch", "moe"), "loops_over_groups", return_value=False):
+        found = run("torch", layer, weights, x_BSD, valid_BS)
+    assert_same_runs(found, run_oracle(layer, weights, x_BSD, valid_BS), "grouped products against the oracle")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", sorted(LAYERS))
 @given(st.data())
@@ -111,7 +122,7 @@ def test_rounding_stays_within_what_the_weights_rounding_does(name: str, dtype: 
             full = key in ("weights", "aux_loss", "z_loss", "entropy")
             narrow = dtype == "bfloat16" and not full
             K = BFLOAT16_K if narrow else GRADIENT_K if key.startswith("gradient/") else FORWARD_K
-            roundoff = 2.0**-8 if narrow else 2.0**-24
+            roundoff = 2.0**-8 if narrow else 2.0**-22 if key.endswith("_loss") else 2.0**-24  # means of many terms
             assert_within(found.named[key], value, allowed[key], K, key, roundoff=roundoff, context=backend)
 
 

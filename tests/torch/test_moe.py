@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kempnerforge_torch.model import Transformer
+from kempnerforge_torch.model import Transformer, moe
 from kempnerforge_torch.model.grouped import GROUPED_MATMUL, grouped_matmul, grouped_outer, tiled_matmul, tiled_outer
+from kempnerforge_torch.model.looped import LOOPED_MLP, looped_mlp
 from kempnerforge_torch.model.moe import MoEMLP, build_moe
 from kempnerforge_torch.model.router import SigmoidTopKRouter, TopKRouter
 from kempnerforge_torch.model.state import set_state
@@ -137,6 +138,32 @@ def test_operators_keep_torchs_rules_and_have_second_derivatives() -> None:
         function = lambda a, b, operator=operator: operator(a, b, ends_E)  # noqa: E731
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+def test_loops_keep_torchs_rules(activation: str, packed: bool) -> None:
+    torch.manual_seed(0)
+    x_RD = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    ends_E = torch.tensor([2, 2, 7], dtype=torch.int32)
+    weights = [torch.randn(3, *shape, dtype=torch.float64) for shape in ((4, 5), (4, 5), (5, 4))]
+    held = [[w] if packed else [m.t().contiguous() for m in w] for w in weights]
+    tensors = [tensor.requires_grad_() for part in held for tensor in part]
+
+    def function(x_RD: Tensor, *tensors: Tensor) -> Tensor:
+        count = len(tensors) // 3
+        parts = [tensors[i * count : (i + 1) * count] for i in range(3)]
+        gate, up, down = parts if packed else [[m.t() for m in part] for part in parts]
+        return looped_mlp(x_RD, gate if activation == "silu" else [], up, down, ends_E, activation)
+
+    used = tensors if activation == "silu" else tensors[len(tensors) // 3 :]
+    unused = [] if activation == "silu" else tensors[: len(tensors) // 3]
+    assert not function(x_RD, *tensors)[7:].any()
+    assert torch.autograd.gradcheck(lambda x, *used: function(x, *unused, *used), (x_RD, *used))
+    gates, ups, downs = (list(part) for part in held)
+    gates = gates if activation == "silu" else []
+    if packed:
+        torch.library.opcheck(LOOPED_MLP, (x_RD, gates, ups, downs, ends_E, activation))
 
 
 # State
@@ -266,22 +293,37 @@ def test_activation_checkpointing_changes_nothing(case: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("mode", "products"), [("none", 6), ("full", 9), ("selective", 6)])
-def test_selective_checkpointing_keeps_grouped_products(mode: str, products: int) -> None:
+def test_selective_checkpointing_keeps_grouped_products(
+    mode: str, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three forward, three for the gradients of their inputs, and three again where they are not kept."""
+    monkeypatch.setattr(moe, "loops_over_groups", lambda x: False)
     model = model_of(n_layers=2)
     checkpoint_activations(model, mode)
-    with Counting() as seen:
+    with Counting(GROUPED_MATMUL) as seen:
         objective(model, tokens_of()).backward()
     assert seen.calls == products
 
 
-class Counting(TorchDispatchMode):
-    """Counts the grouped products that are carried out."""
+@pytest.mark.parametrize(("mode", "calls"), [("none", 1), ("full", 2), ("selective", 1)])
+def test_selective_checkpointing_keeps_the_results_of_loops(mode: str, calls: int) -> None:
+    model = model_of(n_layers=2)
+    checkpoint_activations(model, mode)
+    with Counting(LOOPED_MLP) as seen:
+        objective(model, tokens_of()).backward()
+    assert seen.calls == calls
 
-    calls = 0
+
+class Counting(TorchDispatchMode):
+    """Counts how often an operator is carried out."""
+
+    def __init__(self, operator: Any):
+        super().__init__()
+        self.operator = operator
+        self.calls = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += function is GROUPED_MATMUL
+        self.calls += function is self.operator
         return function(*args, **(kwargs or {}))
 
 
