@@ -168,6 +168,21 @@ def test_rows_of_unequal_prompts_decode_as_each_alone(backend: Torch, name: str,
 
 
 @on_both
+def test_what_came_before_documents_and_padding_is_of_document_0_and_real(backend: Torch) -> None:
+    model, rng = decoder(backend, "scaled"), np.random.default_rng(0)
+    embeds = rng.standard_normal((ROWS, LENGTH, model.config.dim))
+    masks = {
+        "doc_ids": np.repeat([[0] * 8 + [1] * 4], ROWS, 0),
+        "key_padding_mask": np.arange(LENGTH) % 12 != [[5]] * ROWS,
+    }
+    _, caches = model.feed({"inputs_embeds": embeds[:, :PROMPT]}, model.caches())
+    rest = {"inputs_embeds": embeds, **masks}
+    decoded, _ = in_chunks(model, {key: value[:, PROMPT:] for key, value in rest.items()}, [4, 4], caches)
+    truth = oracle_transformer(weights_of(model.config), model.config, **rest).logits
+    assert_same_function(decoded, truth[:, PROMPT:], "after the prompt")
+
+
+@on_both
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 @given(data=st.data())
 def test_a_row_does_not_depend_on_its_neighbours(backend: Torch, name: str, data: st.DataObject) -> None:

@@ -18,8 +18,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from jax.extend.core import Literal
 from scipy import special
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.validation import validation_weights
@@ -401,7 +403,11 @@ def test_nan_scores_show_in_the_output_of_attention(backend: Torch, dtype: str, 
 @on_both
 @pytest.mark.parametrize("config", [DENSE, MIXED], ids=["dense", "mixed"])
 def test_float64_in_is_float64_throughout(backend: Torch, config: ModelConfig) -> None:
-    assert floats_in_forward_and_backward(backend, config, "float64") == {"float64"}
+    dtypes, constants = floats_in_forward_and_backward(backend, config, "float64")
+    assert dtypes == {"float64"}
+    assert not {value for value in constants if is_rounded(value)}
+    assert config.norm_eps in constants
+    assert is_rounded(float(np.float32(config.norm_eps)))
 
 
 @on_both
@@ -411,7 +417,7 @@ def test_the_dtype_of_the_weights_is_that_of_logits_and_gradients(
     backend: Torch, config: ModelConfig, dtype: str
 ) -> None:
     """With 64 bits on, a NumPy scalar or an array made without a dtype would make float64 of float32."""
-    assert floats_in_forward_and_backward(backend, config, dtype) == {"float32", dtype}
+    assert floats_in_forward_and_backward(backend, config, dtype)[0] == {"float32", dtype}
     out = dtypes_of_outputs(backend, config, dtype)
     assert out.pop("loss") == "float32"
     assert set(out.values()) == {dtype}, out
@@ -542,9 +548,10 @@ def loss_of(backend: Torch, model: Any, tokens: Any) -> tuple[Any, Any]:
     return losses.mean_cross_entropy(output.logits, tokens) + sum(losses.router_losses(output.stats)), output.logits
 
 
-def floats_in_forward_and_backward(backend: Torch, config: ModelConfig, dtype: str) -> set[str]:
-    """Dtypes of all floating-point values that come up, whether kept or not. Rotary tables, which are more exact than
-    the model where they can be, are rounded before.
+def floats_in_forward_and_backward(backend: Torch, config: ModelConfig, dtype: str) -> tuple[set[str], set[float]]:
+    """Dtypes of all floating-point arrays that come up, whether kept or not, and all constants.
+
+    Rotary tables, which are more exact than the model where they can be, are rounded before.
     """
     model, tokens = backend.model(config, weights_of(config), dtype), tokens_of()
     table_dtype = "float64" if dtype == "float64" else "float32"
@@ -552,14 +559,22 @@ def floats_in_forward_and_backward(backend: Torch, config: ModelConfig, dtype: s
         model.rope.cos, model.rope.sin = (
             table.to(getattr(torch, table_dtype)) for table in (model.rope.cos, model.rope.sin)
         )
-        with _Dtypes() as recorded:
+        with _Recorded() as recorded:
             loss_of(backend, model, backend.array(tokens))[0].backward()
-        return recorded.found
+        return recorded.dtypes, recorded.constants
     state = backend.module("model.state")
     graphdef, params, buffers = state.split(model)
     buffers |= {name: buffers[name].astype(table_dtype) for name in ("rope.cos", "rope.sin")}
     gradient = jax.grad(lambda p, b, t: loss_of(backend, state.merge(graphdef, p, b), t)[0])
-    return set(_floats(jax.make_jaxpr(gradient)(params, buffers, tokens).jaxpr))
+    values = list(_values(jax.make_jaxpr(gradient)(params, buffers, tokens).jaxpr))
+    scalars = [value.val for value in values if isinstance(value, Literal) and value.aval.shape == ()]
+    return {v.aval.dtype.name for v in values if not v.aval.weak_type}, {float(scalar) for scalar in scalars}
+
+
+def is_rounded(value: float) -> bool:
+    """Whether a number is one of float32 that needs most of its digits: a constant that was rounded on its way."""
+    digits = abs(math.frexp(value)[0]) * 2**24
+    return math.isfinite(value) and digits % 1 == 0 and digits % 2**12 != 0
 
 
 def dtypes_of_outputs(backend: Torch, config: ModelConfig, dtype: str) -> dict[str, str]:
@@ -577,32 +592,32 @@ def dtypes_of_outputs(backend: Torch, config: ModelConfig, dtype: str) -> dict[s
     return {name: value.dtype.name for name, value in {"loss": loss, "logits": logits, **gradients}.items()}
 
 
-class _Dtypes(TorchDispatchMode):
-    """Records the dtype of every floating-point tensor that an operation gives."""
+class _Recorded(TorchDispatchMode):
+    """The dtype of every floating-point tensor that an operation gives, and every number that one is given."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[str] = set()
+        self.dtypes: set[str] = set()
+        self.constants: set[float] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
+        self.constants |= {value for value in tree_leaves((args, kwargs)) if isinstance(value, float)}
+        for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                self.found.add(str(tensor.dtype).removeprefix("torch."))
+                self.dtypes.add(str(tensor.dtype).removeprefix("torch."))
         return out
 
 
-def _floats(jaxpr: Any) -> Iterator[str]:
-    """Dtypes of the floating-point values of a program and of all programs inside it. Python's numbers are weak."""
-    values = [*jaxpr.constvars, *jaxpr.invars, *(v for e in jaxpr.eqns for v in (*e.invars, *e.outvars))]
-    for value in values:
-        dtype = getattr(value.aval, "dtype", None)
-        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and not value.aval.weak_type:
-            yield dtype.name
+def _values(jaxpr: Any) -> Iterator[Any]:
+    """The floating-point values of a program and of all programs inside it."""
+    for value in (*jaxpr.constvars, *jaxpr.invars, *(v for e in jaxpr.eqns for v in (*e.invars, *e.outvars))):
+        if jnp.issubdtype(getattr(value.aval, "dtype", jnp.int32), jnp.floating):
+            yield value
     for equation in jaxpr.eqns:
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
             if _is_program(inner):
-                yield from _floats(getattr(inner, "jaxpr", inner))
+                yield from _values(getattr(inner, "jaxpr", inner))
 
 
 def _is_program(value: Any) -> bool:
