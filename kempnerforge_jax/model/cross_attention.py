@@ -15,7 +15,7 @@ from kempnerforge_jax.model.attention import attend, resolve_head_dim
 from kempnerforge_jax.model.linear import Linear
 from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.modality import ModalityContext
-from kempnerforge_jax.model.module import Module
+from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.norm import build_norm
 from kempnerforge_jax.model.transformer import Architecture, Transformer
 from kempnerforge_jax.registry import registry
@@ -136,7 +136,7 @@ class CrossAttentionArchitecture(Architecture):
             for _ in range(config.n_layers // self.every)
         ]
         return {
-            "cross_attention_layers": nnx.Dict({str(i): block for i, block in enumerate(blocks)}),
+            "cross_attention_layers": Numbered({str(i): block for i, block in enumerate(blocks)}),
             **super().extra_modules(rngs=rngs),
         }
 

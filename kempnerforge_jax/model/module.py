@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Self
@@ -64,6 +65,16 @@ class Module(nnx.Module):
         return _kept.get(self, {}).get(name, default)
 
 
+class Numbered(nnx.Dict[Any]):
+    """Modules under the numbers "0", "1", ... or ranges of them, always in the order of the numbers.
+
+    A model that was taken apart and merged has its attributes in the order of their names as text, "10" before "2".
+    """
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(super().__iter__(), key=lambda name: int(re.split(r"\D", name)[0])))
+
+
 @contextlib.contextmanager
 def observing(observe: Observer) -> Iterator[None]:
     """Call ``observe(module, output)`` after each module's call, also inside a trace."""
@@ -106,6 +117,8 @@ def named_variables(module: nnx.Module) -> Iterator[tuple[str, nnx.Variable[jax.
 
 
 def _members(module: nnx.Module) -> Iterator[tuple[str, Any]]:
+    if isinstance(module, Numbered):
+        return iter(module.items())
     return ((name, value) for name, value in vars(module).items() if not name.startswith("_pytree__"))
 
 

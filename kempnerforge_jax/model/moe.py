@@ -26,7 +26,7 @@ from jax import lax
 
 from kempnerforge_jax.model.grouped import grouped_matmul
 from kempnerforge_jax.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
-from kempnerforge_jax.model.module import Module
+from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.router import TopKRouter, build_router
 
 PROJECTIONS = ("gate", "up", "down")
@@ -97,7 +97,7 @@ class MoEMLP(Module):
             for name in _projections(self.activation):
                 setattr(self, f"{name}_w", nnx.Param(_stacked(experts, name)))
         else:
-            self.experts: nnx.Dict[Any] = nnx.Dict({str(i): expert for i, expert in enumerate(experts)})
+            self.experts: nnx.Dict[Any] = Numbered({str(i): expert for i, expert in enumerate(experts)})
         self.shared_expert = shared_expert
 
     def forward(self, x_BSD: jax.Array, valid: jax.Array | None = None, *, return_stats: bool = False) -> Any:

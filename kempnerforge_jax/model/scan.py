@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kempnerforge_jax.model.module import Numbered
+
 
 def layer_name(group: range) -> str:
     """The name of a group of layers: "3", "0-31", "1-31:2"."""
@@ -47,7 +49,7 @@ def layer_groups(model: Any) -> list[range]:
 def stacked(model: Any) -> Any:
     """A copy of the model with its layers stacked; arrays of other modules are shared."""
     copy = nnx.merge(*nnx.split(model))
-    copy.layers = nnx.Dict(
+    copy.layers = Numbered(
         {layer_name(group): _stack([model.layers[str(layer)] for layer in group]) for group in layer_groups(model)}
     )
     return copy

@@ -21,7 +21,7 @@ from kempnerforge_jax.model.init import init_weights
 from kempnerforge_jax.model.linear import Undrawn
 from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.modality import ModalityContext
-from kempnerforge_jax.model.module import Module, is_observed, named_modules
+from kempnerforge_jax.model.module import Module, Numbered, is_observed, named_modules
 from kempnerforge_jax.model.norm import build_norm
 from kempnerforge_jax.model.position import RotaryTables
 from kempnerforge_jax.model.scan import run_blocks, stacked, stacks
@@ -170,7 +170,7 @@ class Transformer(Module):
             config.head_size, config.max_seq_len, config.rope_theta, config.rope_scaling, rngs=undrawn
         )
         blocks = {str(i): self.architecture.build_block(i, rngs=undrawn) for i in range(config.n_layers)}
-        self.layers: nnx.Dict[Any] = nnx.Dict(blocks)
+        self.layers: nnx.Dict[Any] = Numbered(blocks)
         for name, module in self.architecture.extra_modules(rngs=undrawn).items():
             setattr(self, name, module)
         self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size, rngs=undrawn)

@@ -16,7 +16,7 @@ from kempnerforge_jax.model.attention import attend
 from kempnerforge_jax.model.init import init_from_table
 from kempnerforge_jax.model.linear import Embedding, Linear
 from kempnerforge_jax.model.mlp import ACTIVATIONS
-from kempnerforge_jax.model.module import Module
+from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.noise import image_noise
 from kempnerforge_jax.model.norm import LayerNorm
 from kempnerforge_jax.model.state import set_state
@@ -143,7 +143,7 @@ class VisionTower(VisionEncoder):
         self.class_embedding = nnx.Param(jnp.zeros(tower.dim, jnp.float32)) if tower.class_token else None
         self.position_embedding = Embedding(tower.num_tokens + tower.class_token, tower.dim, rngs=rngs)
         self.pre_norm = LayerNorm(tower.dim, tower.norm_eps, rngs=rngs) if tower.pre_norm else None
-        self.layers: nnx.Dict[Any] = nnx.Dict({str(i): VisionBlock(tower, rngs=rngs) for i in range(tower.n_layers)})
+        self.layers: nnx.Dict[Any] = Numbered({str(i): VisionBlock(tower, rngs=rngs) for i in range(tower.n_layers)})
         self.norm = LayerNorm(tower.dim, tower.norm_eps, rngs=rngs) if tower.final_norm else None
         self.init_weights(rngs=rngs)
 
