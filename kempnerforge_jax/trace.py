@@ -17,16 +17,25 @@ from kempnerforge_jax.model.attention import KVCache
 from kempnerforge_jax.model.hooks import capture
 from kempnerforge_jax.model.module import Module, named_modules, observing
 from kempnerforge_jax.model.state import from_numpy, get_state, merge, split, to_numpy
-from kempnerforge_jax.registry import registry
+from kempnerforge_jax.model.vlm import inner_transformer
 from kempnerforge_jax.training.loss import mean_cross_entropy, router_losses
 from kempnerforge_jax.training.optimizer import build_optimizer, clip_by_global_norm, set_optimizer_state, update
-from kempnerforge_jax.training.train import matmul_precision
+from kempnerforge_jax.training.train import build_model, matmul_precision
 from shared_config.contract.initialise import state_hash
-from shared_config.contract.parameters import parameter_table
 from shared_config.contract.validation import MOMENT_STEPS, chunkings, validation_moments
 from shared_config.interchange.traces import Trace
+from shared_config.interchange.vision import job_table
 from shared_config.interchange.weights import check_tensors
-from shared_config.recording import Arrays, Recording, Request, make_request, make_trace
+from shared_config.recording import (
+    Arrays,
+    Recording,
+    Request,
+    cache_size,
+    can_decode,
+    make_request,
+    make_trace,
+    transformer_path,
+)
 from shared_config.schema.job import JobConfig
 
 Tensors = dict[str, jax.Array]
@@ -58,13 +67,12 @@ def record(
         UserError: unknown dtype, tokens or weights that don't fit the config.
     """
     request = make_request(config, dtype=dtype, seed=seed, weights=weights, tokens=tokens)
-    table = parameter_table(config.model, config.vlm)
-    check_tensors(request.weights, table)
+    check_tensors(request.weights, job_table(config))
     place = jax.devices(device)[0]
     with jax.default_device(place), matmul_precision(config.train.matmul_precision):
         recorder = Recorder(request)
         recording = recorder.run(request.weights)
-        recording.decoded = recorder.decode(request.weights)
+        recording.decoded = recorder.decode(request.weights) if can_decode(config) else {}
         exact = recorder if dtype == EXACT else Recorder(dataclasses.replace(request, dtype=EXACT))
         return make_trace(
             request,
@@ -87,21 +95,21 @@ class Recorder:
         config = request.config
         self.config = config
         self.request = request
-        self.table = parameter_table(config.model, config.vlm)
+        self.table = job_table(config)
         self.moments = validation_moments(self.table, request.seed)
         self.compute_dtype = DTYPES[request.dtype]
         self.master_dtype = jnp.float64 if request.dtype == EXACT else jnp.float32
-        builder = registry.get("model", config.model.model_type)
         with self._bits():
-            model = nnx.eval_shape(lambda: builder(config.model, vlm_config=config.vlm, rngs=nnx.Rngs(0)))
+            model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
             model.init_weights_and_freqs(request.seed)
             self.initial_hash = state_hash({name: to_numpy(array) for name, array in get_state(model).items()})
             self._graphdef, params, buffers = split(model)
+            self._image_tokens = inner_transformer(model).num_image_tokens
         self.trained = [name for name in self.table if name in params]
         self._tables = {name: array for name, array in buffers.items() if name not in self.table}
         self._optimizer = build_optimizer(dict.fromkeys(self.trained), self.table, config.optimizer)
         self._compiled_run = jax.jit(self._run)
-        self._compiled_chunk = jax.jit(self._chunk)
+        self._compiled_chunk = jax.jit(self._chunk, static_argnums=3)
 
     def run(self, weights: Arrays) -> Recording:
         """Forward with every activation, loss, gradients and one update, in one jit."""
@@ -133,8 +141,9 @@ class Recorder:
         def objective(trained: Tensors) -> tuple[jax.Array, Any]:
             model = self._model({**trained, **buffers})
             with capture(model) as activations, chosen_experts(model) as choices:
-                output = model.run(tokens)
-            routing = {**choices, **counted(output.stats)}
+                output = model.run(*self._inputs(tokens))
+            counts = counted(output.stats, f"{transformer_path(self.config)}layers")
+            routing = {**choices, **counts}
             loss = self._loss(output.logits, output.stats, labels)
             return loss, (OrderedDict(flatten(activations)), OrderedDict(routing))
 
@@ -149,20 +158,26 @@ class Recorder:
         }
 
     def _decode(self, masters: Tensors, tokens: np.ndarray, chunks: Sequence[int]) -> jax.Array:
-        model = self.config.model
-        caches = [
-            KVCache(len(tokens), tokens.shape[1], model.kv_heads, model.head_size, self.compute_dtype)
-            for _ in range(model.n_layers)
-        ]
+        size = cache_size(self.request, self._image_tokens)
+        caches = [KVCache(*size, self.compute_dtype) for _ in range(self.config.model.n_layers)]
         pieces = []
-        for piece in np.split(tokens, np.cumsum(chunks)[:-1], axis=1):
-            logits, caches = self._compiled_chunk(masters, piece, caches)
+        for place, piece in enumerate(np.split(tokens, np.cumsum(chunks)[:-1], axis=1)):
+            with_image = not (self._image_tokens and place)
+            logits, caches = self._compiled_chunk(masters, piece, caches, with_image)
             pieces.append(logits)
         return jnp.concatenate(pieces, axis=1)
 
-    def _chunk(self, masters: Tensors, tokens: jax.Array, caches: list[KVCache]) -> tuple[jax.Array, Any]:
-        output = self._model(masters).run(tokens, kv_caches=caches)
+    def _chunk(
+        self, masters: Tensors, tokens: jax.Array, caches: list[KVCache], with_image: bool
+    ) -> tuple[jax.Array, Any]:
+        output = self._model(masters).run(*self._inputs(tokens, with_image), kv_caches=caches)
         return output.logits, output.kv_caches
+
+    def _inputs(self, tokens: jax.Array, with_image: bool = True) -> tuple[Any, ...]:
+        """What the model is called with. An image in the stream comes with the first tokens only."""
+        if self.request.pixels is None:
+            return (tokens,)
+        return jnp.asarray(self.request.pixels, self.compute_dtype) if with_image else None, tokens
 
     def _model(self, masters: Tensors) -> Any:
         """The model with its values in the dtypes of the arithmetic."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kempnerforge_torch.model.attention import KVCache
 from kempnerforge_torch.model.hooks import capture
 from kempnerforge_torch.model.state import from_numpy, get_state, own_tensors, to_numpy
-from kempnerforge_torch.registry import registry
+from kempnerforge_torch.model.vlm import inner_transformer
 from kempnerforge_torch.training.loss import mean_cross_entropy, router_losses
 from kempnerforge_torch.training.optimizer import (
     build_optimizer,
@@ -22,13 +22,22 @@ from kempnerforge_torch.training.optimizer import (
     set_learning_rate,
     set_optimizer_state,
 )
-from kempnerforge_torch.training.train import default_device, matmul_precision
+from kempnerforge_torch.training.train import build_model, default_device, matmul_precision
 from shared_config.contract.initialise import state_hash
-from shared_config.contract.parameters import parameter_table
 from shared_config.contract.validation import MOMENT_STEPS, chunkings, validation_moments
 from shared_config.interchange.traces import Trace
+from shared_config.interchange.vision import job_table
 from shared_config.interchange.weights import check_tensors
-from shared_config.recording import Arrays, Recording, Request, make_request, make_trace
+from shared_config.recording import (
+    Arrays,
+    Recording,
+    Request,
+    cache_size,
+    can_decode,
+    make_request,
+    make_trace,
+    transformer_path,
+)
 from shared_config.schema.job import JobConfig
 
 Tensors = dict[str, Tensor]
@@ -60,13 +69,12 @@ def record(
         UserError: unknown dtype, tokens or weights that don't fit the config.
     """
     request = make_request(config, dtype=dtype, seed=seed, weights=weights, tokens=tokens)
-    table = parameter_table(config.model, config.vlm)
-    check_tensors(request.weights, table)
+    check_tensors(request.weights, job_table(config))
     place = default_device() if device is None else torch.device(device)
     with matmul_precision(config.train.matmul_precision):
         recorder = Recorder(request, place)
         recording = recorder.run(request.weights)
-        recording.decoded = recorder.decode(request.weights)
+        recording.decoded = recorder.decode(request.weights) if can_decode(config) else {}
         exact = recorder if dtype == EXACT else Recorder(dataclasses.replace(request, dtype=EXACT), place)
         return make_trace(
             request,
@@ -88,12 +96,12 @@ class Recorder:
     def __init__(self, request: Request, device: torch.device):
         config = request.config
         with torch.random.fork_rng(devices=[]):
-            model = registry.get("model", config.model.model_type)(config.model, vlm_config=config.vlm)
+            model = build_model(config).eval()
         model.init_weights_and_freqs(request.seed)
         self.initial_hash = state_hash({name: to_numpy(tensor) for name, tensor in get_state(model).items()})
         self.config = config
         self.request = request
-        self.table = parameter_table(config.model, config.vlm)
+        self.table = job_table(config)
         self.moments = validation_moments(self.table, request.seed)
         self.compute_dtype = DTYPES[request.dtype]
         self.master_dtype = torch.float64 if request.dtype == EXACT else torch.float32
@@ -108,12 +116,15 @@ class Recorder:
         tokens, labels = self._integers(self.request.tokens), self._integers(self.request.labels)
         with capture(self._model) as activations, chosen_experts(self._model) as choices:
             logits, stats = self._call(state, tokens)
+        activations.pop("transformer", None)  # JAX calls what is within; both have it as "transformer.output_head"
         loss = self._loss(logits, stats, labels)
-        gradients = dict(zip(masters, torch.autograd.grad(loss, list(masters.values())), strict=True))
+        found = torch.autograd.grad(loss, list(masters.values()), allow_unused=True, materialize_grads=True)
+        gradients = dict(zip(masters, found, strict=True))
+        counts = counted(stats, f"{transformer_path(self.config)}layers")
         return Recording(
             loss=to_numpy(loss),
             activations={name: to_numpy(tensor) for name, tensor in flatten(activations).items()},
-            routing={name: to_numpy(tensor) for name, tensor in {**choices, **counted(stats)}.items()},
+            routing={name: to_numpy(tensor) for name, tensor in {**choices, **counts}.items()},
             gradients={name: to_numpy(gradient).copy() for name, gradient in gradients.items()},
             updated={name: to_numpy(tensor) for name, tensor in self._update(masters, gradients).items()},
         )
@@ -129,17 +140,29 @@ class Recorder:
         }
 
     def _decode(self, state: Tensors, tokens: Tensor, chunks: Sequence[int]) -> Tensor:
-        model = self.config.model
-        caches = [
-            KVCache(len(tokens), tokens.shape[1], model.kv_heads, model.head_size, self.compute_dtype, self._device)
-            for _ in range(model.n_layers)
+        transformer = inner_transformer(self._model)
+        size = cache_size(self.request, transformer.num_image_tokens)
+        caches = [KVCache(*size, self.compute_dtype, self._device) for _ in transformer.layers]
+        in_stream = transformer.num_image_tokens > 0
+        pieces = [
+            self._call(state, piece, kv_caches=caches, with_image=not (in_stream and place))[0]
+            for place, piece in enumerate(tokens.split(list(chunks), dim=1))
         ]
-        pieces = [self._call(state, piece, kv_caches=caches)[0] for piece in tokens.split(list(chunks), dim=1)]
         return torch.cat(pieces, dim=1)
 
-    def _call(self, state: Tensors, tokens: Tensor, **arguments: Any) -> tuple[Tensor, dict[int, Any]]:
+    def _call(
+        self, state: Tensors, tokens: Tensor, with_image: bool = True, **arguments: Any
+    ) -> tuple[Tensor, dict[int, Any]]:
+        """Logits and stats. An image in the stream comes with the first tokens only."""
         copy = {name: tensor.to(self._compute_dtype_of(name)) for name, tensor in state.items()}
-        return torch.func.functional_call(self._model, copy, (tokens,), {**arguments, "return_stats": True})
+        inputs: tuple[Any, ...] = (tokens,)
+        if self.request.pixels is not None:
+            inputs = (self._pixels() if with_image else None, tokens)
+        return torch.func.functional_call(self._model, copy, inputs, {**arguments, "return_stats": True})
+
+    def _pixels(self) -> Tensor:
+        assert self.request.pixels is not None
+        return from_numpy(self.request.pixels).to(self._device, self.compute_dtype)
 
     def _loss(self, logits: Tensor, stats: dict[int, Any], labels: Tensor) -> Tensor:
         """The training objective: cross entropy and, with experts, the weighted losses of routers."""

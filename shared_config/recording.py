@@ -12,22 +12,28 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shared_config.contract.initialise import initial_values, state_hash
-from shared_config.contract.parameters import parameter_table
-from shared_config.contract.validation import chunkings, validation_labels, validation_tokens, validation_weights
+from shared_config.contract.validation import (
+    chunkings,
+    validation_labels,
+    validation_pixels,
+    validation_tokens,
+    validation_weights,
+)
 from shared_config.errors import UserError
 from shared_config.interchange import traces
 from shared_config.interchange.checkpoint import installed_versions
 from shared_config.interchange.traces import Trace, TraceMeta
+from shared_config.interchange.vision import job_table, picture_format
 from shared_config.loader import config_to_toml
 from shared_config.numerics import UNIT_ROUNDOFF, perturbation_delta
 from shared_config.schema.job import JobConfig
+from shared_config.schema.vlm import MoMaConfig
 
 DTYPES = ("float64", "float32", "bfloat16")
 WEIGHTS = ("validation", "init")
 BATCH, LENGTH, LONGEST, BEYOND_WINDOW = 2, 24, 128, 8
 DELTA_RUNS = 6
 """With fewer, the delta of a scalar can come out far too small by chance."""
-LOGITS = f"{traces.FORWARD}/output_head"
 
 Arrays = dict[str, np.ndarray]
 
@@ -40,6 +46,7 @@ class Request:
         weights: float32, or as they were given, by name of the parameter table.
         origin: "validation", "init" or "given".
         tokens, labels: int32 (B, S).
+        pixels: float32 (B, 3, s, s) or (B, F, 3, s, s), of a vision-language model.
     """
 
     config: JobConfig
@@ -49,6 +56,7 @@ class Request:
     origin: str
     tokens: np.ndarray
     labels: np.ndarray
+    pixels: np.ndarray | None = None
 
 
 @dataclass
@@ -109,13 +117,46 @@ def make_request(
     check_tokens(tokens, config)
     tokens = tokens.astype(np.int32)
     origin = weights if isinstance(weights, str) else "given"
-    return Request(config, dtype, seed, _weights(config, weights, seed), origin, tokens, validation_labels(tokens))
+    return Request(
+        config,
+        dtype,
+        seed,
+        _weights(config, weights, seed),
+        origin,
+        tokens,
+        validation_labels(tokens),
+        _pixels(config, len(tokens), seed),
+    )
+
+
+def logits_name(config: JobConfig) -> str:
+    """The tensor of a trace that holds the logits."""
+    return f"{traces.FORWARD}/{transformer_path(config)}output_head"
+
+
+def transformer_path(config: JobConfig) -> str:
+    """What the names of the language model's modules start with."""
+    return "" if config.vlm is None else "transformer."
+
+
+def cache_size(request: Request, num_image_tokens: int) -> tuple[int, int, int, int]:
+    """Batch, slots, key/value heads and their size of the caches that decode a request."""
+    config = request.config
+    heads = config.model.kv_heads if config.vlm is None else config.vlm.cached_kv_heads(config.model)
+    batch, length = request.tokens.shape
+    return batch, num_image_tokens + length, heads, config.model.head_size
+
+
+def can_decode(config: JobConfig) -> bool:
+    """Whether a model can take its tokens one after the other: not if experts choose among all of them."""
+    return not isinstance(config.vlm, MoMaConfig)
 
 
 def default_length(config: JobConfig) -> int:
     """Positions of a drawn sequence: past the sliding window if that is not too far."""
     window = config.model.sliding_window or 0
-    return min(config.model.max_seq_len, max(LENGTH, min(window + BEYOND_WINDOW, LONGEST)))
+    longest = config.model.max_seq_len if config.vlm is None else config.vlm.max_text_len
+    return min(longest, max(LENGTH, min(window + BEYOND_WINDOW, LONGEST)))
 
 
 def check_tokens(tokens: np.ndarray, config: JobConfig) -> None:
@@ -129,6 +170,9 @@ def check_tokens(tokens: np.ndarray, config: JobConfig) -> None:
         raise UserError(f"tokens: {tokens.dtype} of shape {tokens.shape}: must be integers of shape (batch, sequence)")
     if tokens.shape[1] > model.max_seq_len:
         raise UserError(f"tokens: {tokens.shape[1]} positions; must be at most model.max_seq_len = {model.max_seq_len}")
+    if config.vlm is not None and tokens.shape[1] > config.vlm.max_text_len:
+        longest = config.vlm.max_text_len
+        raise UserError(f"tokens: {tokens.shape[1]} positions; must be at most vlm.max_text_len = {longest}")
     outside = np.argwhere((tokens < 0) | (tokens >= model.vocab_size))
     if len(outside):
         row, position = (int(i) for i in outside[0])
@@ -163,7 +207,9 @@ def make_trace(
         versions=installed_versions(),
         weights=request.origin,
         weights_hash=state_hash(request.weights),
-        tokens_hash=state_hash({"tokens": request.tokens}),
+        tokens_hash=state_hash(
+            {"tokens": request.tokens} | ({} if request.pixels is None else {"pixels": request.pixels})
+        ),
         initial_hash=initial_hash,
         deltas={} if run is None else perturbation_deltas(run, request),
     )
@@ -186,12 +232,21 @@ def perturbation_deltas(run: Callable[[Arrays], Recording], request: Request) ->
         dtype: perturbation_delta(tensors, request.weights, u, DELTA_RUNS, seed=request.seed)
         for dtype, u in roundoffs.items()
     }
-    names = chunkings(request.tokens.shape[1], request.seed)
-    return {dtype: own | {f"{traces.DECODE}/{name}": own[LOGITS] for name in names} for dtype, own in deltas.items()}
+    names = chunkings(request.tokens.shape[1], request.seed) if can_decode(request.config) else {}
+    logits = logits_name(request.config)
+    return {dtype: own | {f"{traces.DECODE}/{name}": own[logits] for name in names} for dtype, own in deltas.items()}
+
+
+def _pixels(config: JobConfig, batch_size: int, seed: int) -> np.ndarray | None:
+    if config.vlm is None or config.vision_encoder is None:
+        return None
+    side = picture_format(config.vision_encoder, config.video).side
+    shape = (3, side, side) if config.video is None else (config.video.max_frames, 3, side, side)
+    return validation_pixels((batch_size, *shape), seed)
 
 
 def _weights(config: JobConfig, weights: str | Mapping[str, np.ndarray], seed: int) -> Arrays:
-    table = parameter_table(config.model, config.vlm)
+    table = job_table(config)
     if weights == "validation":
         return validation_weights(table, seed)
     if weights == "init":

@@ -22,7 +22,7 @@ from flax import nnx
 from kempnerforge_jax.model.attention import KVCache
 from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.modality import ModalityContext
-from kempnerforge_jax.model.module import Module, Table
+from kempnerforge_jax.model.module import Module, Numbered, Table
 from kempnerforge_jax.model.moe import MoEStats
 from kempnerforge_jax.model.mot import Layout, stream_layout
 from kempnerforge_jax.model.noise import gumbel_noise
@@ -60,8 +60,8 @@ class ExpertChoiceSigmoidRouter(Module):
             noise: (T, E), added to the logits for the choice alone.
 
         Returns:
-            tokens: (C, E) the tokens that each expert takes, best first; beyond ``taken`` they mean nothing.
-            weights: (C, E) their scores, in at least float32, and 0 beyond ``taken``.
+            weights: (C, E) scores of the tokens that each expert takes, in at least float32, and 0 beyond ``taken``.
+            tokens: (C, E) these tokens, best first; beyond ``taken`` they mean nothing.
             scores: (T, E) of all tokens.
         """
         logits_TE = self.gate(x_TD)
@@ -72,7 +72,7 @@ class ExpertChoiceSigmoidRouter(Module):
         tokens_CE = jnp.argsort(ranked_TE, axis=0, descending=True, stable=True)[:room]
         is_taken_C1 = (jnp.arange(room) < taken)[:, None]
         weights_CE = jnp.take_along_axis(scores_TE, tokens_CE, axis=0) * is_taken_C1
-        return tokens_CE, weights_CE, scores_TE
+        return weights_CE, tokens_CE, scores_TE
 
 
 class ExpertChoiceMoE(Module):
@@ -81,7 +81,7 @@ class ExpertChoiceMoE(Module):
     def __init__(self, router: ExpertChoiceSigmoidRouter, experts: Sequence[Module], capacity_factor: float = 0.0):
         """An expert takes ceil(capacity_factor * tokens); factor 0 means 1 / experts."""
         self.router = router
-        self.experts: nnx.Dict[Any] = nnx.Dict({str(i): expert for i, expert in enumerate(experts)})
+        self.experts: nnx.Dict[Any] = Numbered({str(i): expert for i, expert in enumerate(experts)})
         self.share = choice_share(len(experts), capacity_factor)
 
     def forward(
@@ -98,7 +98,7 @@ class ExpertChoiceMoE(Module):
         count = x_TD.shape[0] if valid_T is None else valid_T.sum(dtype=jnp.int32)
         room, taken = choice_capacity(x_TD.shape[0], self.share), choice_capacity(count, self.share)
         noise_TE = None if noise is None else noise.reshape(-1, noise.shape[-1])
-        tokens_CE, weights_CE, scores_TE = self.router(x_TD, room, taken, valid_T, noise_TE)
+        weights_CE, tokens_CE, scores_TE = self.router(x_TD, room, taken, valid_T, noise_TE)
         y_TD = jnp.zeros(x_TD.shape, weights_CE.dtype)
         for index, expert in enumerate(self.experts.values()):
             tokens_C, weights_C1 = tokens_CE[:, index], weights_CE[:, index, None]

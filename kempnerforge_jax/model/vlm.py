@@ -6,6 +6,7 @@ tokens, D model dim, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kempnerforge_jax.model.adapter import VisionAdapter, build_adapter
+from kempnerforge_jax.model.attention import KVCache
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.model.mot import mot_warm_start_from_text_stack
@@ -198,15 +200,26 @@ class VLMWrapper(Module):
         *,
         text_mask: jax.Array | None = None,
         noise_seed: jax.Array | None = None,
+        kv_caches: Sequence[KVCache] | None = None,
         scan_layers: bool = False,
         remat: Any = False,
     ) -> TransformerOutput:
-        """The forward as a pure function: logits and router stats are returned, nothing is kept on the model.
+        """The forward as a pure function: logits, router stats and caches are returned, nothing is kept on the model.
 
-        ``scan_layers`` and ``remat`` as for `Transformer.run`.
+        Args:
+            kv_caches: one a layer; text goes on from their fill. An image in the stream comes with the first call, one
+                that cross-attention reads with every call.
+            scan_layers, remat: as for `Transformer.run`.
         """
         modality = self.context(pixel_values, input_ids, frame_mask, text_mask=text_mask, noise_seed=noise_seed)
-        return self.transformer.run(input_ids, modality=modality, scan_layers=scan_layers, remat=remat)
+        return self.transformer.run(
+            input_ids,
+            modality=modality,
+            kv_caches=kv_caches,
+            allow_image_inputs=modality is not None,
+            scan_layers=scan_layers,
+            remat=remat,
+        )
 
     def context(
         self,

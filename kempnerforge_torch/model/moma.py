@@ -56,8 +56,8 @@ class ExpertChoiceSigmoidRouter(nn.Module):
             noise: (T, E), added to the logits for the choice alone.
 
         Returns:
-            tokens: (C, E) the tokens that each expert takes, best first; beyond ``taken`` they mean nothing.
-            weights: (C, E) their scores, in at least float32, and 0 beyond ``taken``.
+            weights: (C, E) scores of the tokens that each expert takes, in at least float32, and 0 beyond ``taken``.
+            tokens: (C, E) these tokens, best first; beyond ``taken`` they mean nothing.
             scores: (T, E) of all tokens.
         """
         logits_TE = self.gate(x_TD)
@@ -67,7 +67,7 @@ class ExpertChoiceSigmoidRouter(nn.Module):
             ranked_TE = ranked_TE.masked_fill(~valid[:, None], -1)
         tokens_CE = ranked_TE.sort(dim=0, descending=True, stable=True).indices[:room]
         is_taken_C1 = (torch.arange(room, device=x_TD.device) < taken)[:, None]
-        return tokens_CE, scores_TE.gather(0, tokens_CE) * is_taken_C1, scores_TE
+        return scores_TE.gather(0, tokens_CE) * is_taken_C1, tokens_CE, scores_TE
 
 
 class ExpertChoiceMoE(nn.Module):
@@ -94,7 +94,7 @@ class ExpertChoiceMoE(nn.Module):
         count = x_TD.shape[0] if valid_T is None else valid_T.sum()
         room, taken = choice_capacity(x_TD.shape[0], self.share), choice_capacity(count, self.share)
         noise_TE = None if noise is None else noise.flatten(0, 1)
-        tokens_CE, weights_CE, scores_TE = self.router(x_TD, room, taken, valid_T, noise_TE)
+        weights_CE, tokens_CE, scores_TE = self.router(x_TD, room, taken, valid_T, noise_TE)
         y_TD = torch.zeros(x_TD.shape, dtype=weights_CE.dtype, device=x_TD.device)
         for index, expert in enumerate(self.experts):
             tokens_C, weights_C1 = tokens_CE[:, index], weights_CE[:, index, None]

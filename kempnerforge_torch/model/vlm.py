@@ -6,6 +6,7 @@ tokens, D model dim, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.adapter import VisionAdapter, build_adapter
+from kempnerforge_torch.model.attention import KVCache
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.mot import mot_warm_start_from_text_stack
 from kempnerforge_torch.model.transformer import Transformer, TransformerOutput
@@ -180,6 +182,7 @@ class VLMWrapper(nn.Module):
         *,
         text_mask: Tensor | None = None,
         noise_seed: Tensor | None = None,
+        kv_caches: Sequence[KVCache] | None = None,
         return_stats: bool = False,
     ) -> Any:
         """Logits (B, T, V), and the labels as they were given.
@@ -190,10 +193,18 @@ class VLMWrapper(nn.Module):
             frame_mask: bool (B, F), False for frames that don't exist: nothing attends to them or routes them.
             text_mask: bool (B, T), False for padding. Padding after the text needs it only where experts route.
             noise_seed: int (), see `ModalityContext`.
+            kv_caches: one a layer; text goes on from their fill. An image in the stream comes with the first call, one
+                that cross-attention reads with every call.
             return_stats: give a `TransformerOutput` instead, and leave the getters of the transformer alone.
         """
         modality = self.context(pixel_values, input_ids, frame_mask, text_mask=text_mask, noise_seed=noise_seed)
-        output = self.transformer(input_ids, modality=modality, return_stats=return_stats)
+        output = self.transformer(
+            input_ids,
+            modality=modality,
+            kv_caches=kv_caches,
+            allow_image_inputs=modality is not None,
+            return_stats=return_stats,
+        )
         return output if return_stats else (output, labels)
 
     def run(
@@ -204,10 +215,18 @@ class VLMWrapper(nn.Module):
         *,
         text_mask: Tensor | None = None,
         noise_seed: Tensor | None = None,
+        kv_caches: Sequence[KVCache] | None = None,
     ) -> TransformerOutput:
         """The forward as a pure function: logits and router stats are returned, nothing is kept on the model."""
         return self(
-            pixel_values, input_ids, None, frame_mask, text_mask=text_mask, noise_seed=noise_seed, return_stats=True
+            pixel_values,
+            input_ids,
+            None,
+            frame_mask,
+            text_mask=text_mask,
+            noise_seed=noise_seed,
+            kv_caches=kv_caches,
+            return_stats=True,
         )
 
     def context(

@@ -38,14 +38,13 @@ def add_shrink(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shrink", action="store_true", help="keep the architecture, cut every size to a few layers")
 
 
-def load_text_config(options: argparse.Namespace, overrides: Sequence[str]) -> JobConfig:
-    """The config of a command that runs a text model, shrunk if asked for.
+def load_job(options: argparse.Namespace, overrides: Sequence[str]) -> JobConfig:
+    """The config of a command that runs a model, shrunk if asked for.
 
     Raises:
-        UserError: it can't be loaded, or needs images.
+        UserError: it can't be loaded.
     """
     config = load_config(options.config, overrides)
-    require_text_model(config, options.command)
     return shrink(config) if options.shrink else config
 
 

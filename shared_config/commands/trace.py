@@ -13,7 +13,7 @@ from shared_config.commands.common import (
     add_backend,
     add_config,
     add_shrink,
-    load_text_config,
+    load_job,
     not_negative,
     writable_file,
 )
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    config = load_text_config(options, overrides)
+    config = load_job(options, overrides)
     output = writable_file(options.output)
     weights = load_given_weights(options.weights, config)
     tokens = None if options.tokens is None else read_tokens(options.tokens)

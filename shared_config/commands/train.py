@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from shared_config.commands.backends import backend_module, require_backend
-from shared_config.commands.common import add_backend, add_config, console, require_text_model
+from shared_config.commands.common import add_backend, add_config, console
 from shared_config.loader import load_config
 
 HELP = "train with one backend; a run started again in the same folder resumes"
@@ -24,7 +24,6 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     folder = [] if options.output is None else [f"--checkpoint.dir={options.output}"]
     config = load_config(options.config, [*overrides, *folder])
     config.validate(world_size=1)
-    require_text_model(config, "train")
     require_backend(options.backend)
     trainer = backend_module(options.backend, "training.train")
     screen = None if options.quiet else console()

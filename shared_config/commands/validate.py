@@ -20,7 +20,7 @@ from shared_config.commands.common import (
     add_config,
     add_shrink,
     console,
-    load_text_config,
+    load_job,
     not_negative,
     writable_file,
     writable_folder,
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    config = load_text_config(options, overrides)
+    config = load_job(options, overrides)
     dtypes = read_dtypes(options.dtypes)
     report = None if options.report is None else writable_file(options.report)
     for backend in BACKENDS:

@@ -25,8 +25,10 @@ from shared_config.interchange.traces import DECODE, FORWARD, Summary, Trace, gr
 from shared_config.interchange.weights import is_floating
 from shared_config.numerics import as_float64, difference
 
-DECODED_OUTPUT = "output_head"
-"""The activation that cached decoding computes again: its delta is that of decode."""
+DECODED_OUTPUTS = ("output_head", "transformer.output_head")
+"""The activation that cached decoding computes again, of a text or a vision-language model: its delta is decode's."""
+
+_DECODED = tuple(f"{FORWARD}/{output}" for output in DECODED_OUTPUTS)
 
 HEATMAP_ROWS, HEATMAP_COLUMNS = 48, 96
 
@@ -136,7 +138,7 @@ class Judge:
     def _delta(self, name: str, dtype: str) -> float | None:
         deltas = self._deltas[dtype]
         if name not in deltas and group_of(name) == DECODE:
-            return deltas.get(f"{FORWARD}/{DECODED_OUTPUT}")
+            return next((deltas[output] for output in _DECODED if output in deltas), None)
         return deltas.get(name)
 
     def _with_values(self, row: Row, truth: Tensor | None) -> Row:

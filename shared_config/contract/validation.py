@@ -50,6 +50,12 @@ def validation_tokens(vocab_size: int, batch_size: int, length: int, seed: int) 
     return stream(seed, "validation/tokens").integers(0, vocab_size, (batch_size, length), dtype=np.int32)
 
 
+def validation_pixels(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """float32 images of the shape: bytes drawn independently, as numbers from -1 to 1."""
+    drawn = stream(seed, "validation/pixels").integers(0, 256, shape, dtype=np.uint8)
+    return (drawn / 127.5 - 1).astype(np.float32)
+
+
 def validation_labels(tokens: np.ndarray) -> np.ndarray:
     """The next token of each position; the last position, and the first two of every other row, are ignored."""
     labels = np.concatenate([tokens[:, 1:], np.full_like(tokens[:, :1], IGNORED_LABEL)], axis=1)

@@ -5,6 +5,7 @@ A new architecture is a subclass of `VLMConfig` with its own ``arch``; the field
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -98,6 +99,10 @@ class VLMConfig(Section):
         """Positions of the residual stream that ``num_tokens`` image tokens take."""
         return num_tokens if self.image_tokens_in_stream else 0
 
+    def cached_kv_heads(self, model: ModelConfig) -> int:
+        """Key/value heads of a cache of the language model."""
+        return model.kv_heads
+
     def problems_with(self, model: ModelConfig) -> Iterator[str]:
         """What does not fit a language model."""
         return iter(())
@@ -182,6 +187,10 @@ class MoTConfig(VLMConfig, arch="mot"):
     def resolved_image_heads(self, n_heads: int, n_kv_heads: int) -> tuple[int, int]:
         """Query and key/value heads of the image projections; 0 means those of the text."""
         return self.mot_image_n_heads or n_heads, self.mot_image_n_kv_heads or n_kv_heads
+
+    def cached_kv_heads(self, model: ModelConfig) -> int:
+        """So many that the heads of both modalities divide them."""
+        return math.lcm(model.kv_heads, self.resolved_image_heads(model.n_heads, model.kv_heads)[1])
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -175,10 +175,10 @@ def test_experts_choose_by_rank_and_skip_what_is_not_valid() -> None:
     router.gate.weight.set_value(jnp.eye(2))
     x = jnp.asarray([[1.0, 0.0], [3.0, 1.0], [3.0, 2.0], [9.0, 9.0]])
     valid = jnp.asarray([True, True, True, False])
-    tokens, weights, scores = router(x, 2, jnp.int32(2), valid)
+    weights, tokens, scores = router(x, 2, jnp.int32(2), valid)
     assert tokens.tolist() == [[1, 2], [2, 1]]
     np.testing.assert_array_equal(weights, jnp.take_along_axis(scores, tokens, axis=0))
-    _, fewer, _ = router(x, 2, jnp.int32(1), valid)
+    fewer, _, _ = router(x, 2, jnp.int32(1), valid)
     assert fewer[1].tolist() == [0, 0]
 
 

@@ -182,10 +182,10 @@ def test_experts_choose_by_rank_and_skip_what_is_not_valid() -> None:
         router.gate.weight.copy_(torch.eye(2))
     x = torch.tensor([[1.0, 0.0], [3.0, 1.0], [3.0, 2.0], [9.0, 9.0]])
     valid = torch.tensor([True, True, True, False])
-    tokens, weights, scores = router(x, 2, torch.tensor(2), valid)
+    weights, tokens, scores = router(x, 2, torch.tensor(2), valid)
     assert tokens.tolist() == [[1, 2], [2, 1]]
     torch.testing.assert_close(weights, scores.gather(0, tokens))
-    _, fewer, _ = router(x, 2, torch.tensor(1), valid)
+    fewer, _, _ = router(x, 2, torch.tensor(1), valid)
     assert fewer[1].tolist() == [0, 0]
 
 
