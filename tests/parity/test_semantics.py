@@ -30,7 +30,7 @@ from shared_config.schema.model import ModelConfig
 from shared_config.schema.optimizer import OptimizerConfig
 from shared_config.schema.scheduler import SchedulerConfig
 from shared_config.schema.training import TrainConfig
-from shared_config.schema.vlm import CrossAttentionConfig, MoTConfig
+from shared_config.schema.vlm import CrossAttentionConfig, MoMaConfig, MoTConfig
 from tests.oracle.attention import attend as oracle_attend
 from tests.oracle.loss import cross_entropy as oracle_cross_entropy
 from tests.oracle.optimizer import adamw_step, global_norm, initial_state
@@ -48,6 +48,7 @@ MIXED = DENSE.replace(
     moe_frequency=2, moe_sequence_aux_loss_weight=0.1, moe_router_z_loss_weight=0.1, activation="gelu",
     norm_type="layernorm",
 )  # fmt: skip
+VLMS = (None, CrossAttentionConfig(cross_attention_every_n_layers=1), MoTConfig(), MoMaConfig())
 JOB = JobConfig(
     model=DENSE.replace(n_layers=1),
     train=TrainConfig(seq_len=9, batch_size=2, max_steps=10, mixed_precision="fp32", compile_model=False),
@@ -97,6 +98,17 @@ def test_a_router_that_likes_all_experts_alike_takes_the_first(backend: Torch, k
     backend.module("model.state").set_state(router, backend.numpy(zeros_like_state(backend, router)))
     _, indices = backend.run(router, normal(4, 8))
     assert indices.tolist() == [[0, 1, 2]] * 4
+
+
+@on_both
+def test_equal_logits_are_sampled_by_index(backend: Torch) -> None:
+    """Greedily the first; among the k best the first k, in their order whatever the sign of a zero."""
+    sample = backend.module("model.generate").sample
+    logits = np.array([[-1.0, 0.0, -0.0, 0.0], [2.0, 2.0, -3.0, 2.0]])
+    assert backend.run(lambda x: sample(x, temperature=0), logits).tolist() == [1, 0]
+    for uniform, chosen in ((0.2, [1, 0]), (0.8, [2, 1])):
+        drawn = backend.run(lambda x, u: sample(x, top_k=2, uniforms=u), logits, np.full(2, uniform))
+        assert drawn.tolist() == chosen
 
 
 # Attention's masks
@@ -283,7 +295,7 @@ def test_layer_norm_takes_the_variance_in_a_second_pass(backend: Torch) -> None:
 
 
 @on_both
-@pytest.mark.parametrize("vlm", [None, CrossAttentionConfig(cross_attention_every_n_layers=1), MoTConfig()], ids=str)
+@pytest.mark.parametrize("vlm", VLMS, ids=[vlm and vlm.arch for vlm in VLMS])
 def test_the_config_s_eps_reaches_every_norm(backend: Torch, vlm: Any) -> None:
     config = DENSE.replace(norm_eps=0.25)
     model = backend.build(backend.module("model.transformer").Transformer, config, vlm_config=vlm, dtype="float32")
