@@ -306,7 +306,7 @@ def assert_tells_what_is_wrong(error: ConfigError) -> None:
         found = re.fullmatch(r"(?P<field>[\w.]+)(?: = (?P<value>.*?))?: (?P<reason>.{6,})", line, re.DOTALL)
         assert found, line
         *section, field = found["field"].split(".")
-        assert is_field(section if found["reason"] == "unknown key" else [*section, field], JobConfig), line
+        assert is_field(section if line.endswith(": unknown key") else [*section, field], JobConfig), line
         assert found["value"] is not None or found["reason"].startswith("required"), line
 
 
