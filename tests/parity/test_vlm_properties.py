@@ -386,8 +386,8 @@ def registered_architecture() -> Any:
     for registry, vlm in ((torch_registry, torch_vlm), (jax_registry, jax_vlm)):
         if not registry.has("modality_strategy", LateFusion().arch):
             registry.register("modality_strategy", LateFusion().arch)(vlm.PrefixStrategy)
-    if not jax_registry.has("adapter", "of_tests"):
-        jax_registry.register("adapter", "of_tests")(
+    if not jax_registry.has("adapter", "test_adapter"):
+        jax_registry.register("adapter", "test_adapter")(
             lambda config, in_dim, out_dim, *, rngs: JaxLinearAdapter(in_dim, out_dim, rngs=rngs)
         )
     yield
@@ -405,7 +405,7 @@ def test_an_architecture_is_added_by_registration(backend: Backend) -> None:
 
 
 def test_an_adapter_is_added_by_registration() -> None:
-    model = Backend("jax").build(MODEL, ARCHS["mot"], adapter=AdapterConfig(type="of_tests"))
+    model = Backend("jax").build(MODEL, ARCHS["mot"], adapter=AdapterConfig(type="test_adapter"))
     assert Backend("jax").logits(model, CLIPS, TEXT).shape == (3, 8, 37)
 
 
