@@ -92,11 +92,6 @@ DIFFERENCES = {
     },
     "model/vision.py": {"gelu_tanh": "jax: has no such function under a name that computes in float32"},
     "model/vlm.py": {
-        "VLMWrapper.forward(return_stats)": "torch: hooks and compilers see forward alone, so run goes through it",
-        "VLMWrapper.run(remat)": "jax: a transformation of the trace; torch wraps the blocks",
-        "VLMWrapper.run(scan_layers)": "jax: a transformation of the trace",
-    },
-    "model/vlm.py": {
         "VLMWrapper.forward(kv_caches)": "torch: hooks and compilers see forward alone, so run goes through it",
         "VLMWrapper.forward(return_stats)": "torch: hooks and compilers see forward alone, so run goes through it",
         "VLMWrapper.run(remat)": "jax: a transformation of the trace; torch wraps the blocks",

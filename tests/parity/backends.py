@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from torch.utils._pytree import tree_map_only
 
 from shared_config.schema.model import ModelConfig
 
@@ -37,7 +38,7 @@ class Torch:
 
     def numpy(self, value: Any) -> Any:
         """Every tensor in a dict, list or tuple as NumPy, detached."""
-        return torch.utils._pytree.tree_map_only(torch.Tensor, self.module("model.state").to_numpy, value)
+        return tree_map_only(torch.Tensor, self.module("model.state").to_numpy, value)
 
     def build(self, builder: Any, *args: Any, dtype: str = "float64", **options: Any) -> Any:
         """A module in ``dtype``."""

@@ -44,7 +44,7 @@ CONFIGS = {
     ),
 }  # fmt: skip
 
-Fed = Mapping[str, np.ndarray]
+Fed = Mapping[str, Any]
 """``tokens`` or ``inputs_embeds``, and perhaps ``doc_ids`` and ``key_padding_mask``, each (B, S) or (B, S, D)."""
 
 
@@ -121,7 +121,7 @@ def chunkings(draw: st.DrawFn, length: int) -> list[int]:
 
 
 @st.composite
-def fed_with(draw: st.DrawFn, config: ModelConfig, length: int, kind: str | None = None) -> dict[str, np.ndarray]:
+def fed_with(draw: st.DrawFn, config: ModelConfig, length: int, kind: str | None = None) -> dict[str, Any]:
     """Tokens; or embeddings with documents and padding. A batch with all or with none is enough: masks combine."""
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     if (kind or draw(st.sampled_from(["tokens", "masked"]))) == "tokens":
@@ -161,7 +161,9 @@ def test_rows_of_unequal_prompts_decode_as_each_alone(backend: Torch, name: str,
     prefilled, caches = model.feed(prompt, model.caches(**static))
     decoded, _ = in_chunks(model, more, sizes, model.cut(caches, lengths))
     for row, length in enumerate(lengths):
-        alone = {key: np.concatenate([prompt[key][row, :length], more[key][row]])[None] for key in prompt}
+        alone: dict[str, Any] = {
+            key: np.concatenate([prompt[key][row, :length], more[key][row]])[None] for key in prompt
+        }
         truth = oracle_transformer(weights_of(model.config), model.config, **alone).logits[0]
         assert_same_function(prefilled[row, :length], truth[:length], f"prompt of row {row}")
         assert_same_function(decoded[row], truth[length:], f"row {row} after a prompt of {length}, chunks {sizes}")
@@ -176,7 +178,7 @@ def test_what_came_before_documents_and_padding_is_of_document_0_and_real(backen
         "key_padding_mask": np.arange(LENGTH) % 12 != [[5]] * ROWS,
     }
     _, caches = model.feed({"inputs_embeds": embeds[:, :PROMPT]}, model.caches())
-    rest = {"inputs_embeds": embeds, **masks}
+    rest: dict[str, Any] = {"inputs_embeds": embeds, **masks}
     decoded, _ = in_chunks(model, {key: value[:, PROMPT:] for key, value in rest.items()}, [4, 4], caches)
     truth = oracle_transformer(weights_of(model.config), model.config, **rest).logits
     assert_same_function(decoded, truth[:, PROMPT:], "after the prompt")

@@ -260,13 +260,12 @@ def run_torch(job: JobConfig, tokens: np.ndarray, pixels: np.ndarray | None) -> 
 
 def run_jax(job: JobConfig, tokens: np.ndarray, pixels: np.ndarray | None) -> np.ndarray:
     """Under jit, built inside: what is drawn then is not compiled apart, shape by shape."""
-    if job.vlm is None:
-        model = nnx.eval_shape(lambda: JaxTransformer(job.model, rngs=nnx.Rngs(0)))
+    vlm, vision = job.vlm, job.vision_encoder
+    if vlm is None or vision is None:
+        model: Any = nnx.eval_shape(lambda: JaxTransformer(job.model, rngs=nnx.Rngs(0)))
     else:
         model = nnx.eval_shape(
-            lambda: build_jax_wrapper(
-                job.model, job.vision_encoder, job.adapter, job.vlm, frames_of(job), rngs=nnx.Rngs(0)
-            )
+            lambda: build_jax_wrapper(job.model, vision, job.adapter, vlm, frames_of(job), rngs=nnx.Rngs(0))
         )
     model.init_weights_and_freqs(SEED)
     graphdef, params, buffers = jax_state.split(model)
@@ -274,7 +273,7 @@ def run_jax(job: JobConfig, tokens: np.ndarray, pixels: np.ndarray | None) -> np
     @jax.jit
     def run(params: Any, buffers: Any, tokens: Any, pixels: Any) -> Any:
         merged = jax_state.merge(graphdef, params, buffers)
-        return (merged.run(tokens) if job.vlm is None else merged.run(pixels, tokens)).logits
+        return (merged.run(tokens) if vlm is None else merged.run(pixels, tokens)).logits
 
     return np.asarray(run(params, buffers, tokens, pixels))
 

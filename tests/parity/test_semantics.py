@@ -579,7 +579,7 @@ def floats_in_forward_and_backward(backend: Torch, config: ModelConfig, dtype: s
     buffers |= {name: buffers[name].astype(table_dtype) for name in ("rope.cos", "rope.sin")}
     gradient = jax.grad(lambda p, b, t: loss_of(backend, state.merge(graphdef, p, b), t)[0])
     values = list(_values(jax.make_jaxpr(gradient)(params, buffers, tokens).jaxpr))
-    scalars = [value.val for value in values if isinstance(value, Literal) and value.aval.shape == ()]
+    scalars = [value.val for value in values if isinstance(value, Literal) and np.ndim(value.val) == 0]
     return {v.aval.dtype.name for v in values if not v.aval.weak_type}, {float(scalar) for scalar in scalars}
 
 
