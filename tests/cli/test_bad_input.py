@@ -183,11 +183,6 @@ def test_checkpoint_of_another_config(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "layers.0.mlp.up_proj.weight" in message
 
 
-def test_images_are_refused_where_only_text_is_known(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["validate", "debug_vlm_mot"], ["train", "debug_vlm_mot", "--backend", "torch"]):
-        assert "vlm.arch = 'mot'" in refused(capsys, *command)
-
-
 def test_models_too_large_to_validate_are_refused_with_an_estimate(capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, "validate", "llama3_70b")
     assert "70,553,706,496 parameters" in message

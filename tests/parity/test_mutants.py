@@ -6,7 +6,6 @@ matters.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import multiprocessing
 from collections.abc import Callable
@@ -31,8 +30,6 @@ from tests.oracle.position import apply_rope
 from tests.parity.runners import assert_same_runs, run_jax, run_oracle, run_torch
 from tests.strategies import Inputs
 from tests.tolerance import assert_all_same_function, assert_same_function
-
-pytestmark = pytest.mark.xdist_group("mutants")  # one process, whose compiled operations all mutants share
 
 SEED, BATCH, LENGTH, PREFIX = 5, 2, 8, 3
 GROUPED = ModelConfig(
@@ -227,16 +224,14 @@ CHECK_NAMES = sorted({check.__name__ for checks in CHECKS.values() for check in 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("check", CHECK_NAMES)
-def test_unchanged_backends_raise_no_alarm(check: str, backend: str) -> None:
-    assert surveyed(backend).alarms.get(check) is None
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_mutant_is_killed(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
-    survivors = surveyed(backend).survivors
+def test_every_mutant_is_killed_and_the_unchanged_backend_raises_no_alarm(
+    backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        alarms, survivors = pool.submit(survey, backend).result()
     with capsys.disabled():
         print(f"\nmutants of {backend}: {len(MUTANTS) - len(survivors)}/{len(MUTANTS)} killed")
+    assert not alarms
     assert not survivors
 
 
@@ -247,15 +242,11 @@ class Survey(NamedTuple):
     survivors: list[str]
 
 
-@functools.cache
-def surveyed(backend: str) -> Survey:
-    """`survey`, once, in a process of its own: operators that a mutated module registers replace the real ones."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(survey, backend).result()
-
-
 def survey(backend: str) -> Survey:
-    """Run all checks on the unchanged backend, then those that concern it on each mutant."""
+    """Run all checks on the unchanged backend, then those that concern it on each mutant.
+
+    To be called in a process of its own: operators that a mutated module registers replace the real ones.
+    """
     with jax.enable_x64(True):
         alarms = {}
         for name in CHECK_NAMES:
