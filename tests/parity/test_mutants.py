@@ -225,12 +225,11 @@ CHECK_NAMES = sorted({check.__name__ for checks in CHECKS.values() for check in 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_mutant_is_killed_and_the_unchanged_backend_raises_no_alarm(
-    backend: str, capsys: pytest.CaptureFixture[str]
+    backend: str, record_property: Callable[[str, object], None]
 ) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         alarms, survivors = pool.submit(survey, backend).result()
-    with capsys.disabled():
-        print(f"\nmutants of {backend}: {len(MUTANTS) - len(survivors)}/{len(MUTANTS)} killed")
+    record_property("figure", f"mutants of {backend}: {len(MUTANTS) - len(survivors)}/{len(MUTANTS)} killed")
     assert not alarms
     assert not survivors
 
