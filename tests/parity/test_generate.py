@@ -397,20 +397,22 @@ def cached_forward(
     backend: Any, config: ModelConfig, tokens: Any, documents: Any, real: Any, caches: Any
 ) -> tuple[np.ndarray, Any]:
     """Logits of new tokens, and the caches."""
-    given = [None if value is None else backend.array(value) for value in (tokens, documents, real)]
+    tokens, documents, real = (None if value is None else backend.array(value) for value in (tokens, documents, real))
     if backend.name == "jax":
-        logits, caches = compiled_forward(config)(*given, caches)
+        logits, caches = compiled_forward(config)(tokens, documents, real, caches)
         return np.asarray(logits), caches
     with torch.no_grad():
-        return embedded_forward(backend, model_of(backend, config), *given, caches).numpy(), caches
+        model = model_of(backend, config)
+        return embedded_forward(backend, model, tokens, documents, real, caches).numpy(), caches
 
 
 def full_forward(config: ModelConfig, row: list[tuple[int, int, bool]], rich: bool) -> np.ndarray:
     """Logits of all tokens of one row, in torch, without a cache."""
     tokens, documents, real = (torch.tensor(np.array(column))[None] for column in zip(*row, strict=True))
-    given = (documents, real) if rich else (None, None)
+    if not rich:
+        documents = real = None
     with torch.no_grad():
-        return embedded_forward(BACKENDS[0], model_of(BACKENDS[0], config), tokens, *given)[0].numpy()
+        return embedded_forward(BACKENDS[0], model_of(BACKENDS[0], config), tokens, documents, real)[0].numpy()
 
 
 def embedded_forward(

@@ -148,7 +148,13 @@ def check_generation(backend: str) -> None:
     logits = np.array([[1.0, 3.0, 2.0, 3.0, 0.5, 2.0]] * 4)
     uniforms = np.array([0.05, 0.4, 0.7, 0.95])
     give = torch.from_numpy if backend == "torch" else jax.numpy.asarray
-    for options in ({"temperature": 3.0}, {"top_k": 1}, {"top_k": 3}, {"top_p": 0.7, "temperature": 0.5}):
+    policies: list[dict[str, Any]] = [
+        {"temperature": 3.0},
+        {"top_k": 1},
+        {"top_k": 3},
+        {"top_p": 0.7, "temperature": 0.5},
+    ]
+    for options in policies:
         drawn = modules["generate"].sample(give(logits.copy()), uniforms=give(uniforms.copy()), **options)
         expected = [oracle_sample(row, uniform, **options) for row, uniform in zip(logits, uniforms, strict=True)]
         assert np.asarray(drawn).tolist() == expected, options
