@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling is most of what JAX does here
+quick_compilation = "--xla_backend_optimization_level=0"  # compiling is most of what JAX does here
+if version("jaxlib").startswith("0.10."):  # others abort at the sight of it
+    quick_compilation += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", quick_compilation)
 
 slow_is_fine = (HealthCheck.too_slow, HealthCheck.data_too_large)
 settings.register_profile("dev", max_examples=10, deadline=None, suppress_health_check=slow_is_fine)

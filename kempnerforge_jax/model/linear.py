@@ -6,6 +6,7 @@ Shapes: ... any leading axes, I inputs, O outputs, V rows of a table, D model di
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,9 @@ class Undrawn:
 
     def __call__(self) -> jax.Array:
         return jax.random.key(0)
+
+
+UNDRAWN = cast(nnx.Rngs, Undrawn())
 
 
 def draw_uniform(rngs: nnx.Rngs | Undrawn, shape: tuple[int, ...], fan_in: int) -> jax.Array:

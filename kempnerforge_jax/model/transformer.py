@@ -9,7 +9,7 @@ import importlib
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from flax import nnx
 from kempnerforge_jax.model.attention import Attention, KVCache, self_attention_mask
 from kempnerforge_jax.model.embedding import OutputHead, TokenEmbedding
 from kempnerforge_jax.model.init import init_weights
-from kempnerforge_jax.model.linear import Undrawn
+from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module, Numbered, is_observed, named_modules
@@ -164,16 +164,15 @@ class Transformer(Module):
         self.vlm_config = vlm_config
         self.num_image_tokens = num_image_tokens
         self.architecture = build_architecture(config, vlm_config)
-        undrawn = cast(nnx.Rngs, Undrawn())
-        self.token_embedding: TokenEmbedding | None = TokenEmbedding(config.vocab_size, config.dim, rngs=undrawn)
+        self.token_embedding: TokenEmbedding | None = TokenEmbedding(config.vocab_size, config.dim, rngs=UNDRAWN)
         self.rope = RotaryTables(
-            config.head_size, config.max_seq_len, config.rope_theta, config.rope_scaling, rngs=undrawn
+            config.head_size, config.max_seq_len, config.rope_theta, config.rope_scaling, rngs=UNDRAWN
         )
-        blocks = {str(i): self.architecture.build_block(i, rngs=undrawn) for i in range(config.n_layers)}
+        blocks = {str(i): self.architecture.build_block(i, rngs=UNDRAWN) for i in range(config.n_layers)}
         self.layers: nnx.Dict[Any] = Numbered(blocks)
-        for name, module in self.architecture.extra_modules(rngs=undrawn).items():
+        for name, module in self.architecture.extra_modules(rngs=UNDRAWN).items():
             setattr(self, name, module)
-        self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size, rngs=undrawn)
+        self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size, rngs=UNDRAWN)
         if config.tie_embeddings:
             self.output_head.tie_weights(self.token_embedding)
         init_weights(self, config, rngs=rngs)

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import torch
-from flax import nnx
 
+from kempnerforge_jax.model.linear import UNDRAWN
 from shared_config.numerics import as_float64, perturb, rms, unit_roundoff
 from tests.oracle import moe as oracle_moe
 from tests.oracle import router as oracle_router
@@ -57,7 +57,7 @@ class Layer:
     def build(self, backend: str) -> Any:
         """The module of one backend, float32."""
         options = {name: value for name, value in vars(self).items() if name not in ("dim", "hidden_dim")}
-        extra = {"rngs": nnx.Rngs(0)} if backend == "jax" else {}
+        extra = {"rngs": UNDRAWN} if backend == "jax" else {}
         return module(backend, "moe").build_moe(self.dim, self.hidden_dim, **options, **extra)
 
     @property

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from kempnerforge_jax.model.linear import UNDRAWN
 from shared_config.contract.parameters import ParameterTable, parameter_table
 from shared_config.numerics import perturbation_delta, rms, unit_roundoff
 from shared_config.schema.model import ModelConfig
@@ -178,10 +179,8 @@ def _compiled(
     identity: tuple[str, int], config: ModelConfig, output_slice: tuple[int, int] | None, dtype: str, jit: bool
 ) -> tuple[Callable[..., Any], Arrays, Arrays]:
     """The forward and backward, with a model's parameters and buffers to show shapes and dtypes."""
-    from flax import nnx
-
     backend = _Backend("jax")
-    model = backend.transformer.Transformer(config, rngs=nnx.Rngs(0))
+    model = backend.transformer.Transformer(config, rngs=UNDRAWN)
     graphdef, params, buffers = backend.state.split(model)
     table = parameter_table(config)
     params = {name: array.astype(_held_in(table, name, dtype)) for name, array in params.items()}

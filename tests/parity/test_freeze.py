@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from flax import nnx
 
+from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.state import split
 from kempnerforge_jax.model.vlm import build_vlm_wrapper as build_jax
 from kempnerforge_jax.training import freeze as jax_freeze
@@ -29,7 +29,7 @@ def backend(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """A model and the module that freezes it."""
     if request.param == "torch":
         return build_torch(MODEL, VISION, None, JOINT), torch_freeze
-    return build_jax(MODEL, VISION, None, JOINT, rngs=nnx.Rngs(0)), jax_freeze
+    return build_jax(MODEL, VISION, None, JOINT, rngs=UNDRAWN), jax_freeze
 
 
 def test_patterns_freeze_what_they_name(backend: tuple[Any, Any]) -> None:
@@ -81,7 +81,7 @@ def test_compiled_models_keep_their_names() -> None:
 
 
 def test_marks_survive_the_way_through_jit() -> None:
-    model = build_jax(MODEL, VISION, None, JOINT, rngs=nnx.Rngs(0))
+    model = build_jax(MODEL, VISION, None, JOINT, rngs=UNDRAWN)
     jax_freeze.freeze_params(model, "adapter.*")
     graphdef, params, _ = split(model)
     assert hash(graphdef) == hash(split(model)[0])

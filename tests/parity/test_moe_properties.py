@@ -148,7 +148,9 @@ def test_gradient_scale_leaves_the_forward_and_evens_the_experts(backend: str, l
     plain = run(backend, layer, weights, X_BSD, SOME)
     scaled = run(backend, with_fields(layer, gradient_scale=True), weights, X_BSD, SOME)
     for name, value in plain.values.items():
-        np.testing.assert_array_equal(scaled.values[name], value)
+        assert_same_function(scaled.values[name], value, name)  # bits differ if XLA joins other operations to a loop
+        if backend == "torch":
+            np.testing.assert_array_equal(scaled.values[name], value)
     factors_E = plain.counts_E.mean() / plain.counts_E
     assert np.ptp(factors_E) > 0.1
     for name, gradient in plain.gradients.items():

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from kempnerforge_jax.model.linear import UNDRAWN
 from shared_config.contract.initialise import initial_values
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.validation import validation_weights
@@ -301,9 +302,7 @@ def load(backend: str) -> dict[str, Any]:
 def new_model(modules: dict[str, Any], config: ModelConfig) -> Any:
     if "torch" in modules["transformer"].__name__:
         return modules["transformer"].Transformer(config)
-    from flax import nnx
-
-    return modules["transformer"].Transformer(config, rngs=nnx.Rngs(0))
+    return modules["transformer"].Transformer(config, rngs=UNDRAWN)
 
 
 def build(modules: dict[str, Any], config: ModelConfig, weights: dict[str, np.ndarray]) -> Any:

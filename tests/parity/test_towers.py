@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -26,6 +25,7 @@ from transformers import (
 
 from kempnerforge_jax.model import hooks as jax_hooks
 from kempnerforge_jax.model import state as jax_state
+from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.vision import build_vision_encoder as build_jax
 from kempnerforge_torch.model import hooks as torch_hooks
 from kempnerforge_torch.model.vision import build_vision_encoder as build_torch
@@ -92,7 +92,7 @@ def ours_in_torch(config: VisionEncoderConfig, names: list[str], dtype: str) -> 
 
 def ours_in_jax(config: VisionEncoderConfig, names: list[str], dtype: str) -> dict[str, np.ndarray]:
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
-        graphdef, params, buffers = jax_state.split(build_jax(config, rngs=nnx.Rngs(0)).to(jnp.dtype(dtype)))
+        graphdef, params, buffers = jax_state.split(build_jax(config, rngs=UNDRAWN).to(jnp.dtype(dtype)))
 
         @jax.jit
         def run(params: Any, pixels: jax.Array) -> Any:
@@ -180,7 +180,7 @@ def test_fields_left_out_mean_what_transformers_says(tmp_path: Path) -> None:
 )
 def test_what_can_not_be_run_is_refused_by_name(content: dict[str, Any], message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(content))
-    for build in (build_torch, lambda config: build_jax(config, rngs=nnx.Rngs(0))):
+    for build in (build_torch, lambda config: build_jax(config, rngs=UNDRAWN)):
         with pytest.raises(UserError, match=message):
             build(VisionEncoderConfig(type="siglip2", path=str(tmp_path)))
 

@@ -11,12 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 
 from kempnerforge_jax.model import adapter as jax_adapter
 from kempnerforge_jax.model import cross_attention as jax_cross_attention
 from kempnerforge_jax.model import noise as jax_noise
 from kempnerforge_jax.model import vision as jax_vision
+from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_torch.model import adapter as torch_adapter
 from kempnerforge_torch.model import cross_attention as torch_cross_attention
 from kempnerforge_torch.model import noise as torch_noise
@@ -146,7 +146,7 @@ def test_adapters(config: AdapterConfig) -> None:
     expected = (2, config.output_num_tokens(9), 20)
     built = component.torch()
     assert built(torch.from_numpy(x).float()).shape == expected
-    assert built.output_num_tokens(9) == component.jax(rngs=nnx.Rngs(0)).output_num_tokens(9) == expected[1]
+    assert built.output_num_tokens(9) == component.jax(rngs=UNDRAWN).output_num_tokens(9) == expected[1]
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -201,7 +201,7 @@ def test_routing_noise_has_the_same_bits_everywhere(seed: int) -> None:
 def test_random_encoders_agree_and_name_what_they_refuse() -> None:
     config = VisionEncoderConfig(feature_dim=6, num_tokens=4, image_size=12)
     torch_encoder = torch_vision.build_vision_encoder(config)
-    jax_encoder = jax_vision.build_vision_encoder(config, rngs=nnx.Rngs(0))
+    jax_encoder = jax_vision.build_vision_encoder(config, rngs=UNDRAWN)
     found = torch_encoder(torch.from_numpy(PIXELS).float()).numpy()
     assert found.shape == (3, 4, 6)
     np.testing.assert_array_equal(found, np.asarray(jax_encoder(jnp.asarray(PIXELS, jnp.float32))))

@@ -21,6 +21,7 @@ from kempnerforge_jax.model import vlm as jax_vlm
 from kempnerforge_jax.model.adapter import LinearAdapter as JaxLinearAdapter
 from kempnerforge_jax.model.attention import KVCache as JaxCache
 from kempnerforge_jax.model.cross_attention import CrossAttentionBlock as JaxCrossAttentionBlock
+from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.modality import ModalityContext as JaxContext
 from kempnerforge_jax.model.mot import mot_warm_start_from_text_stack as warm_start_jax
 from kempnerforge_jax.model.transformer import Architecture as JaxArchitecture
@@ -81,13 +82,13 @@ class Backend:
         if self.name == "torch":
             return torch_vlm.build_vlm_wrapper(*arguments).double().eval()
         with jax.enable_x64(True):
-            return jax_vlm.build_vlm_wrapper(*arguments, rngs=nnx.Rngs(0)).to(jnp.float64)
+            return jax_vlm.build_vlm_wrapper(*arguments, rngs=UNDRAWN).to(jnp.float64)
 
     def transformer(self, model: ModelConfig, vlm: VLMConfig | None = None) -> Any:
         if self.name == "torch":
             return TorchTransformer(model, vlm_config=vlm).double().eval()
         with jax.enable_x64(True):
-            return JaxTransformer(model, vlm_config=vlm, rngs=nnx.Rngs(0)).to(jnp.float64)
+            return JaxTransformer(model, vlm_config=vlm, rngs=UNDRAWN).to(jnp.float64)
 
     def load(self, model: Any, state: Arrays) -> Any:
         if self.name == "torch":
