@@ -1,10 +1,10 @@
-"""Feed-forward networks of groups of rows on the CPU: group by group, what a group needs kept in the cache.
+"""A mixture of experts on the CPU: expert by expert, what an expert needs kept in the cache.
 
-The rows of group e are those from ends[e - 1] (0 for the first) to ends[e]; rows from ends[-1] on belong to no group.
-The offsets are on the host, so reading them waits for nothing. Results for all rows at once, as `grouped_matmul` makes
-them at every step, would leave the cache, and come from memory whose first touch is a page fault.
+The rows of expert e are those from ends[e - 1] (0 for the first) to ends[e]; rows from ends[-1] on belong to no expert.
+The offsets are on the host, so reading them waits for nothing. Tensors of all rows, as `grouped_matmul` makes them at
+every step, would leave the cache, and come from memory whose first touch is a page fault.
 
-Shapes: R rows, D model dim, F hidden dim, E groups, n rows of a group.
+Shapes: T tokens, R rows, D model dim, F hidden dim, E experts, n rows of an expert.
 """
 
 from __future__ import annotations
@@ -19,136 +19,182 @@ from torch import Tensor
 from kempnerforge_torch.model.mlp import ACTIVATIONS
 
 
-def loops_over_groups(x_RD: Tensor) -> bool:
-    """Whether the networks of ``x_RD`` are to be computed here."""
-    return x_RD.device.type == "cpu"
+def loops_over_experts(x: Tensor) -> bool:
+    """Whether the experts of ``x`` are to be computed here."""
+    return x.device.type == "cpu"
 
 
 Matrices = Sequence[Tensor]
-"""One matrix a group, or a single tensor with a leading axis of groups."""
+"""One matrix an expert, or a single tensor with a leading axis of experts."""
 
 
 @torch.library.custom_op(
-    "kempnerforge::looped_mlp",
+    "kempnerforge::looped_moe",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] gate, Tensor[] up, Tensor[] down, Tensor ends, str activation)"
-    " -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor x, Tensor weight, Tensor token, Tensor[] gate, Tensor[] up, Tensor[] down, Tensor ends,"
+    " Tensor? scale, str activation) -> (Tensor, Tensor, Tensor)",
 )
-def _looped_mlp(
-    x_RD: Tensor, gate: Matrices, up: Matrices, down: Matrices, ends_E: Tensor, activation: str
+def _looped_moe(
+    x_TD: Tensor,
+    weight_R: Tensor,
+    token_R: Tensor,
+    gate: Matrices,
+    up: Matrices,
+    down: Matrices,
+    ends_E: Tensor,
+    scale_E: Tensor | None,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and what came out of ``gate`` and ``up``, which backward needs."""
-    out_RD, gate_RF, up_RF = _empty_results(x_RD, gate, up)
-    ups, downs, gates = _each(up), _each(down), _each(gate)
+    y_TD, gate_RF, up_RF = _empty_results(x_TD, weight_R, gate, up)
+    gates, ups, downs = _each(gate), _each(up), _each(down)
+    y_TD.zero_()
     rows = slice(0, 0)
     for e, rows in _groups(ends_E):
-        hidden_nF = torch.mm(x_RD[rows], ups[e], out=up_RF[rows])
+        x_nD = x_TD.index_select(0, token_R[rows])
+        hidden_nF = torch.mm(x_nD, ups[e], out=up_RF[rows])
         if gates:
-            hidden_nF = F.silu(torch.mm(x_RD[rows], gates[e], out=gate_RF[rows])).mul_(hidden_nF)
+            hidden_nF = F.silu(torch.mm(x_nD, gates[e], out=gate_RF[rows])).mul_(hidden_nF)
         else:
             hidden_nF = ACTIVATIONS[activation](hidden_nF)
-        torch.mm(hidden_nF, downs[e], out=out_RD[rows])
-    for result in (out_RD, gate_RF, up_RF):
-        result[rows.stop :] = 0
-    return out_RD, gate_RF, up_RF
+        out_nD = torch.mm(hidden_nF, downs[e]).to(y_TD.dtype)
+        y_TD.index_add_(0, token_R[rows], out_nD.mul_(weight_R[rows, None]))
+    for rest_RF in (gate_RF[rows.stop :], up_RF[rows.stop :]):
+        rest_RF.zero_()
+    return y_TD, gate_RF, up_RF
 
 
-def looped_mlp(x_RD: Tensor, gate: Matrices, up: Matrices, down: Matrices, ends_E: Tensor, activation: str) -> Tensor:
-    """(R, D): each row through the network of its group; 0 for rows of no group.
+def looped_moe(
+    x_TD: Tensor,
+    weight_R: Tensor,
+    token_R: Tensor,
+    gate: Matrices,
+    up: Matrices,
+    down: Matrices,
+    ends_E: Tensor,
+    scale_E: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """(T, D) in the dtype of the weights: for each token the weighted sum of its rows' results.
 
     Args:
+        weight_R: of each row's result.
+        token_R: the token of each row.
         gate, up: (D, F); ``gate`` empty unless the activation is silu, which gates.
         down: (F, D).
         ends_E: int32, not decreasing, at most R.
+        scale_E: factors for what flows back through each expert; None is 1.
     """
-    return _looped_mlp(x_RD, list(gate), list(up), list(down), ends_E, activation)[0]
+    matrices = [list(part) for part in (gate, up, down)]
+    return _looped_moe(x_TD, weight_R, token_R, *matrices, ends_E, scale_E, activation)[0]
 
 
 @torch.library.custom_op(
-    "kempnerforge::looped_mlp_backward",
+    "kempnerforge::looped_moe_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor gate_out, Tensor up_out, Tensor[] gate, Tensor[] up, Tensor[] down,"
-    " Tensor ends, str activation) -> Tensor[]",
+    schema="(Tensor dy, Tensor x, Tensor weight, Tensor token, Tensor gate_out, Tensor up_out, Tensor[] gate,"
+    " Tensor[] up, Tensor[] down, Tensor ends, Tensor? scale, str activation) -> Tensor[]",
 )
-def _looped_mlp_backward(
-    dy_RD: Tensor,
-    x_RD: Tensor,
+def _looped_moe_backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    weight_R: Tensor,
+    token_R: Tensor,
     gate_RF: Tensor,
     up_RF: Tensor,
     gate: Matrices,
     up: Matrices,
     down: Matrices,
     ends_E: Tensor,
+    scale_E: Tensor | None,
     activation: str,
 ) -> list[Tensor]:
-    """Gradients of x, then of gate, up and down, laid out as these are."""
-    dx_RD, *gradients = _empty_gradients(x_RD, gate, up, down)
+    """Gradients of x and of the rows' weights, then of gate, up and down, laid out as these are."""
+    gradients = _empty_like(*gate, *up, *down)
     dgates, dups, ddowns = (_each(part) for part in _split_like(gradients, gate, up, down))
     gates, ups, downs = _each(gate), _each(up), _each(down)
-    rows = slice(0, 0)
+    dx_TD = torch.zeros_like(x_TD, dtype=dy_TD.dtype)
+    dweight_R = torch.zeros_like(weight_R)
     for e, rows in _groups(ends_E):
-        x_nD, dy_nD, up_nF = x_RD[rows], dy_RD[rows], up_RF[rows]
-        dhidden_nF = torch.mm(dy_nD, downs[e].t())
+        token_n, gate_nF, up_nF = token_R[rows], gate_RF[rows], up_RF[rows]
+        x_nD = x_TD.index_select(0, token_n)
+        dy_nD = dy_TD.index_select(0, token_n)
+        act_nF = F.silu(gate_nF) if gates else ACTIVATIONS[activation](up_nF)
+        hidden_nF = act_nF * up_nF if gates else act_nF
+        dhidden_nF = torch.mm(dy_nD.to(x_TD.dtype), downs[e].t())
+        torch.sum(hidden_nF.to(dy_nD.dtype) * dhidden_nF, dim=1, out=dweight_R[rows])
+        factor_n1 = weight_R[rows, None] if scale_E is None else weight_R[rows, None] * scale_E[e]
+        torch.mm(hidden_nF.t(), dy_nD.mul_(factor_n1).to(x_TD.dtype), out=ddowns[e])
+        dhidden_nF.mul_(factor_n1)
         if gates:
-            gate_nF = gate_RF[rows]
-            act_nF = F.silu(gate_nF)
-            torch.mm((act_nF * up_nF).t(), dy_nD, out=ddowns[e])
             dgate_nF = torch.ops.aten.silu_backward(dhidden_nF * up_nF, gate_nF)
             dup_nF = dhidden_nF.mul_(act_nF)
             torch.mm(x_nD.t(), dgate_nF, out=dgates[e])
-            torch.mm(dgate_nF, gates[e].t(), out=dx_RD[rows]).addmm_(dup_nF, ups[e].t())
+            dx_nD = torch.mm(dgate_nF, gates[e].t()).addmm_(dup_nF, ups[e].t())
         else:
-            torch.mm(ACTIVATIONS[activation](up_nF).t(), dy_nD, out=ddowns[e])
             dup_nF = _slope(activation, dhidden_nF, up_nF)
-            torch.mm(dup_nF, ups[e].t(), out=dx_RD[rows])
+            dx_nD = torch.mm(dup_nF, ups[e].t())
         torch.mm(x_nD.t(), dup_nF, out=dups[e])
-    dx_RD[rows.stop :] = 0
-    return [dx_RD, *gradients]
+        dx_TD.index_add_(0, token_n, dx_nD.to(dx_TD.dtype))
+    return [dx_TD.to(x_TD.dtype), dweight_R, *gradients]
 
 
-@_looped_mlp.register_fake
+@_looped_moe.register_fake
 def _(
-    x_RD: Tensor, gate: Matrices, up: Matrices, down: Matrices, ends_E: Tensor, activation: str
+    x_TD: Tensor,
+    weight_R: Tensor,
+    token_R: Tensor,
+    gate: Matrices,
+    up: Matrices,
+    down: Matrices,
+    ends_E: Tensor,
+    scale_E: Tensor | None,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_results(x_RD, gate, up)
+    return _empty_results(x_TD, weight_R, gate, up)
 
 
-@_looped_mlp_backward.register_fake
+@_looped_moe_backward.register_fake
 def _(
-    dy_RD: Tensor,
-    x_RD: Tensor,
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    weight_R: Tensor,
+    token_R: Tensor,
     gate_RF: Tensor,
     up_RF: Tensor,
     gate: Matrices,
     up: Matrices,
     down: Matrices,
     ends_E: Tensor,
+    scale_E: Tensor | None,
     activation: str,
 ) -> list[Tensor]:
-    return _empty_gradients(x_RD, gate, up, down)
+    return _empty_like(x_TD, weight_R, *gate, *up, *down)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x_RD, gate, up, down, ends_E, ctx.activation = inputs
+    x_TD, weight_R, token_R, gate, up, down, ends_E, scale_E, ctx.activation = inputs
     ctx.lengths = [len(gate), len(up), len(down)]
     ctx.set_materialize_grads(False)  # the inner results have none
-    ctx.save_for_backward(x_RD, *output[1:], ends_E, *gate, *up, *down)
+    ctx.save_for_backward(x_TD, weight_R, token_R, *output[1:], ends_E, scale_E, *gate, *up, *down)
 
 
-def _backward(ctx: Any, dy_RD: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if dy_RD is None:
-        return (None, *([None] * length for length in ctx.lengths), None, None)
-    x_RD, gate_RF, up_RF, ends_E, *matrices = ctx.saved_tensors
+def _backward(ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if dy_TD is None:
+        return (None, None, None, *([None] * length for length in ctx.lengths), None, None, None)
+    x_TD, weight_R, token_R, gate_RF, up_RF, ends_E, scale_E, *matrices = ctx.saved_tensors
     gates = ctx.lengths[0]
     ups = gates + ctx.lengths[1]
-    gate, up, down = matrices[:gates], matrices[gates:ups], matrices[ups:]
-    dx_RD, *gradients = _looped_mlp_backward(dy_RD, x_RD, gate_RF, up_RF, gate, up, down, ends_E, ctx.activation)
-    return dx_RD, *_split_like(gradients, gate, up, down), None, None
+    parts = matrices[:gates], matrices[gates:ups], matrices[ups:]
+    dx_TD, dweight_R, *gradients = _looped_moe_backward(
+        dy_TD, x_TD, weight_R, token_R, gate_RF, up_RF, *parts, ends_E, scale_E, ctx.activation
+    )
+    return dx_TD, dweight_R, None, *_split_like(gradients, *parts), None, None, None
 
 
-_looped_mlp.register_autograd(_backward, setup_context=_save)
+_looped_moe.register_autograd(_backward, setup_context=_save)
 
-LOOPED_MLP = torch.ops.kempnerforge.looped_mlp.default
+LOOPED_MOE = torch.ops.kempnerforge.looped_moe.default
 """The operator by the name that a dispatcher sees."""
 
 
@@ -160,7 +206,7 @@ def _groups(ends_E: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _each(matrices: Matrices) -> Sequence[Tensor]:
-    """One matrix a group."""
+    """One matrix an expert."""
     return matrices[0].unbind() if len(matrices) == 1 and matrices[0].ndim == 3 else matrices
 
 
@@ -172,13 +218,14 @@ def _slope(activation: str, dhidden_nF: Tensor, up_nF: Tensor) -> Tensor:
     return torch.where(up_nF > 0, dhidden_nF, 0)
 
 
-def _empty_results(x_RD: Tensor, gate: Matrices, up: Matrices) -> tuple[Tensor, Tensor, Tensor]:
-    rows, width = x_RD.shape[0], up[0].shape[-1]
-    return torch.empty_like(x_RD), x_RD.new_empty(rows if gate else 0, width), x_RD.new_empty(rows, width)
+def _empty_results(x_TD: Tensor, weight_R: Tensor, gate: Matrices, up: Matrices) -> tuple[Tensor, Tensor, Tensor]:
+    rows, width = weight_R.shape[0], up[0].shape[-1]
+    inner = x_TD.new_empty(rows if gate else 0, width), x_TD.new_empty(rows, width)
+    return torch.empty_like(x_TD, dtype=weight_R.dtype), *inner
 
 
-def _empty_gradients(x_RD: Tensor, gate: Matrices, up: Matrices, down: Matrices) -> list[Tensor]:
-    return [torch.empty_like(x_RD), *(torch.empty_like(matrix) for matrix in (*gate, *up, *down))]
+def _empty_like(*tensors: Tensor) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in tensors]
 
 
 def _split_like(gradients: list[Tensor], gate: Matrices, up: Matrices, down: Matrices) -> tuple[list[Tensor], ...]:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.grouped import grouped_matmul
-from kempnerforge_torch.model.looped import looped_mlp, loops_over_groups
+from kempnerforge_torch.model.looped import looped_moe, loops_over_experts
 from kempnerforge_torch.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_torch.model.router import TopKRouter, build_router
 
@@ -112,12 +112,13 @@ class MoEMLP(nn.Module):
         weights_Tk, indices_Tk, routed = self.router(x_TD, valid_T, batch_size=x_BSD.shape[0], return_stats=True)
         room = capacity(x_TD.shape[0], indices_Tk.shape[1], self.num_experts, self.capacity_factor)
         plan = plan_dispatch(indices_Tk, valid_T, self.num_experts, room)
-        rows_RD = _Spread.apply(x_TD, plan.choice_R, plan.row_R, indices_Tk.shape[1])
-        out_RD = self._apply_experts(rows_RD, plan.ends_E, complete=valid is None and room is None)
-        factors_Tk = None
-        if self.gradient_scale:
-            factors_Tk = gradient_factors(routed.expert_counts, weights_Tk.dtype)[indices_Tk]
-        y_TD = combine(out_RD, weights_Tk, plan, factors_Tk)
+        factors_E = gradient_factors(routed.expert_counts, weights_Tk.dtype) if self.gradient_scale else None
+        if loops_over_experts(x_TD):
+            y_TD = self._loop(x_TD, weights_Tk, plan, factors_E)
+        else:
+            rows_RD = _Spread.apply(x_TD, plan.choice_R, plan.row_R, indices_Tk.shape[1])
+            out_RD = self._apply_experts(rows_RD, plan.ends_E, complete=valid is None and room is None)
+            y_TD = combine(out_RD, weights_Tk, plan, None if factors_E is None else factors_E[indices_Tk])
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         stats = MoEStats(*routed, dropped=routed.expert_counts.sum(dtype=torch.int32) - plan.ends_E[-1])
@@ -150,9 +151,6 @@ class MoEMLP(nn.Module):
 
     def _apply_experts(self, x_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
         """Each row through its expert; 0 for rows of no expert, of which there are none if ``complete``."""
-        if loops_over_groups(x_RD):
-            gate, up, down = (self._matrices(name) for name in PROJECTIONS)
-            return looped_mlp(x_RD, gate, up, down, ends_E, self.activation)
         weights = self.expert_weights()
         hidden_RF = grouped_matmul(x_RD, weights["up"], ends_E, complete)
         if self.activation == "silu":
@@ -160,6 +158,13 @@ class MoEMLP(nn.Module):
         else:
             hidden_RF = ACTIVATIONS[self.activation](hidden_RF)
         return grouped_matmul(hidden_RF, weights["down"], ends_E, complete)
+
+    def _loop(self, x_TD: Tensor, weights_Tk: Tensor, plan: Dispatch, factors_E: Tensor | None) -> Tensor:
+        """(T, D): the weighted sums of what the experts make of each token, expert by expert."""
+        gate, up, down = (self._matrices(name) for name in PROJECTIONS)
+        weight_R = weights_Tk.t().flatten()[plan.choice_R]
+        token_R = plan.choice_R % max(x_TD.shape[0], 1)
+        return looped_moe(x_TD, weight_R, token_R, gate, up, down, plan.ends_E, factors_E, self.activation)
 
     def _matrices(self, name: str) -> list[Tensor]:
         """The experts' matrices as they are held: one packed tensor, or one (in, out) view an expert; [] if none."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kempnerforge_torch.model.grouped import GROUPED_MATMUL
-from kempnerforge_torch.model.looped import LOOPED_MLP
+from kempnerforge_torch.model.looped import LOOPED_MOE
 from kempnerforge_torch.model.state import get_state, own_tensors, set_state, to_numpy
 from kempnerforge_torch.model.vlm import build_vlm_wrapper, inner_transformer
 from kempnerforge_torch.registry import registry
@@ -53,7 +53,7 @@ MATRIX_PRODUCTS = frozenset(
         torch.ops.aten.addmm.default,
         torch.ops.aten.bmm.default,
         GROUPED_MATMUL,
-        LOOPED_MLP,
+        LOOPED_MOE,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,

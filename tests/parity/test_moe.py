@@ -96,7 +96,7 @@ def test_grouped_products_make_the_same_layer_as_loops(name: str, data: st.DataO
     """What torch does on accelerators, here on the CPU, where it would loop over the experts."""
     layer = LAYERS[name]
     weights, x_BSD, valid_BS = draw_case(data, layer)
-    with mock.patch.object(module("torch", "moe"), "loops_over_groups", return_value=False):
+    with mock.patch.object(module("torch", "moe"), "loops_over_experts", return_value=False):
         found = run("torch", layer, weights, x_BSD, valid_BS)
     assert_same_runs(found, run_oracle(layer, weights, x_BSD, valid_BS), "grouped products against the oracle")
 

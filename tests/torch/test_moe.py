@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kempnerforge_torch.model import Transformer, moe
 from kempnerforge_torch.model.grouped import GROUPED_MATMUL, grouped_matmul, grouped_outer, tiled_matmul, tiled_outer
-from kempnerforge_torch.model.looped import LOOPED_MLP, looped_mlp
+from kempnerforge_torch.model.looped import LOOPED_MOE, looped_moe
 from kempnerforge_torch.model.moe import MoEMLP, build_moe
 from kempnerforge_torch.model.router import SigmoidTopKRouter, TopKRouter
 from kempnerforge_torch.model.state import set_state
@@ -144,26 +144,26 @@ def test_operators_keep_torchs_rules_and_have_second_derivatives() -> None:
 @pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
 def test_loops_keep_torchs_rules(activation: str, packed: bool) -> None:
     torch.manual_seed(0)
-    x_RD = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
-    ends_E = torch.tensor([2, 2, 7], dtype=torch.int32)
-    weights = [torch.randn(3, *shape, dtype=torch.float64) for shape in ((4, 5), (4, 5), (5, 4))]
-    held = [[w] if packed else [m.t().contiguous() for m in w] for w in weights]
-    tensors = [tensor.requires_grad_() for part in held for tensor in part]
+    x_TD, weight_R = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 4), (9,)))
+    token_R, ends_E = torch.tensor([3, 0, 5, 3, 2, 1, 0, 4, 4]), torch.tensor([2, 2, 7], dtype=torch.int32)
+    shapes = ((4, 5), (4, 5), (5, 4)) if activation == "silu" else ((4, 5), (5, 4))
+    held = [torch.randn(3, *shape, dtype=torch.float64) for shape in shapes]
+    parts = [[w] if packed else [m.t().contiguous() for m in w] for w in held]
+    tensors = [tensor.requires_grad_() for part in parts for tensor in part]
 
-    def function(x_RD: Tensor, *tensors: Tensor) -> Tensor:
-        count = len(tensors) // 3
-        parts = [tensors[i * count : (i + 1) * count] for i in range(3)]
-        gate, up, down = parts if packed else [[m.t() for m in part] for part in parts]
-        return looped_mlp(x_RD, gate if activation == "silu" else [], up, down, ends_E, activation)
+    def function(x_TD: Tensor, weight_R: Tensor, *tensors: Tensor) -> Tensor:
+        matrices = tensors if packed else [tensor.t() for tensor in tensors]
+        count = 1 if packed else 3
+        parts = [matrices[start : start + count] for start in range(0, len(matrices), count)]
+        gate, up, down = parts if activation == "silu" else ([], *parts)
+        return looped_moe(x_TD, weight_R, token_R, gate, up, down, ends_E, None, activation)
 
-    used = tensors if activation == "silu" else tensors[len(tensors) // 3 :]
-    unused = [] if activation == "silu" else tensors[: len(tensors) // 3]
-    assert not function(x_RD, *tensors)[7:].any()
-    assert torch.autograd.gradcheck(lambda x, *used: function(x, *unused, *used), (x_RD, *used))
-    gates, ups, downs = (list(part) for part in held)
-    gates = gates if activation == "silu" else []
+    assert torch.autograd.gradcheck(function, (x_TD, weight_R, *tensors))
+    assert not function(x_TD, weight_R, *tensors)[4].any()  # its rows are of no expert
     if packed:
-        torch.library.opcheck(LOOPED_MLP, (x_RD, gates, ups, downs, ends_E, activation))
+        gate, up, down = parts if activation == "silu" else ([], *parts)
+        scale_E = torch.ones(3, dtype=torch.float64)
+        torch.library.opcheck(LOOPED_MOE, (x_TD, weight_R, token_R, gate, up, down, ends_E, scale_E, activation))
 
 
 # State
@@ -297,7 +297,7 @@ def test_selective_checkpointing_keeps_grouped_products(
     mode: str, products: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three forward, three for the gradients of their inputs, and three again where they are not kept."""
-    monkeypatch.setattr(moe, "loops_over_groups", lambda x: False)
+    monkeypatch.setattr(moe, "loops_over_experts", lambda x: False)
     model = model_of(n_layers=2)
     checkpoint_activations(model, mode)
     with Counting(GROUPED_MATMUL) as seen:
@@ -309,7 +309,7 @@ def test_selective_checkpointing_keeps_grouped_products(
 def test_selective_checkpointing_keeps_the_results_of_loops(mode: str, calls: int) -> None:
     model = model_of(n_layers=2)
     checkpoint_activations(model, mode)
-    with Counting(LOOPED_MLP) as seen:
+    with Counting(LOOPED_MOE) as seen:
         objective(model, tokens_of()).backward()
     assert seen.calls == calls
 
