@@ -14,8 +14,9 @@ import numpy as np
 from flax import nnx
 
 from kempnerforge_jax.model.attention import KVCache
-from kempnerforge_jax.model.hooks import capture
+from kempnerforge_jax.model.hooks import activation_names, capture, replacing
 from kempnerforge_jax.model.module import Module, named_modules, observing
+from kempnerforge_jax.model.moe import MoEStats
 from kempnerforge_jax.model.state import from_numpy, get_state, merge, split, to_numpy
 from kempnerforge_jax.model.vlm import inner_transformer
 from kempnerforge_jax.training.loss import mean_cross_entropy, router_losses
@@ -23,7 +24,7 @@ from kempnerforge_jax.training.optimizer import build_optimizer, clip_by_global_
 from kempnerforge_jax.training.train import build_model, matmul_precision
 from shared_config.contract.initialise import state_hash
 from shared_config.contract.validation import MOMENT_STEPS, chunkings, validation_moments
-from shared_config.interchange.traces import Trace
+from shared_config.interchange.traces import DECODE, FORWARD, GRADIENT, ROUTING, UPDATED, Trace
 from shared_config.interchange.vision import job_table
 from shared_config.interchange.weights import check_tensors
 from shared_config.recording import (
@@ -31,11 +32,12 @@ from shared_config.recording import (
     Recording,
     Request,
     cache_size,
-    can_decode,
+    check_selection,
     make_request,
     make_trace,
     transformer_path,
 )
+from shared_config.refeed import with_losses
 from shared_config.schema.job import JobConfig
 
 Tensors = dict[str, jax.Array]
@@ -53,6 +55,9 @@ def record(
     tokens: np.ndarray | None = None,
     deltas: bool = True,
     device: str | None = None,
+    layers: Sequence[int] | None = None,
+    only: Sequence[str] = (),
+    refeed: Trace | None = None,
 ) -> Trace:
     """Run the model of a config once and keep everything that has a name.
 
@@ -62,17 +67,25 @@ def record(
         tokens: int (B, S); drawn from the seed if None.
         deltas: also measure, in float64, how far rounding the weights moves each result.
         device: platform, as "cpu"; None is JAX's default.
+        layers: keep the tensors of these layers of the language model, and no others; None for all tensors.
+        only: keep the tensors whose names match one of these glob patterns; see `Selection`. () for all.
+        refeed: a trace of the same run, of either backend. What follows a layer (or the embedding, the final norm, the
+            head) goes on with the output that is recorded there, so that a wrong layer differs from that trace alone.
+            Forward, routes and loss only.
 
     Raises:
-        UserError: unknown dtype, tokens or weights that don't fit the config.
+        UserError: unknown dtype, tokens or weights that don't fit the config, layers or names that don't exist, or a
+            trace to refeed that is of another run.
     """
-    request = make_request(config, dtype=dtype, seed=seed, weights=weights, tokens=tokens)
+    request = make_request(
+        config, dtype=dtype, seed=seed, weights=weights, tokens=tokens, layers=layers, only=only, refeed=refeed
+    )
     check_tensors(request.weights, job_table(config))
     place = jax.devices(device)[0]
     with jax.default_device(place), matmul_precision(config.train.matmul_precision):
         recorder = Recorder(request)
         recording = recorder.run(request.weights)
-        recording.decoded = recorder.decode(request.weights) if can_decode(config) else {}
+        recording.decoded = recorder.decode(request.weights) if request.decodes else {}
         exact = recorder if dtype == EXACT else Recorder(dataclasses.replace(request, dtype=EXACT))
         return make_trace(
             request,
@@ -96,7 +109,6 @@ class Recorder:
         self.config = config
         self.request = request
         self.table = job_table(config)
-        self.moments = validation_moments(self.table, request.seed)
         self.compute_dtype = DTYPES[request.dtype]
         self.master_dtype = jnp.float64 if request.dtype == EXACT else jnp.float32
         with self._bits():
@@ -105,57 +117,80 @@ class Recorder:
             self.initial_hash = state_hash({name: to_numpy(array) for name, array in get_state(model).items()})
             self._graphdef, params, buffers = split(model)
             self._image_tokens = inner_transformer(model).num_image_tokens
+            names = activation_names(model)
+        check_selection(request, names, MoEStats._fields)
+        self._modules = request.modules(names)
+        self._fed = (request.refeed.outputs, request.refeed.losses) if request.refeed else ({}, {})
         self.trained = [name for name in self.table if name in params]
+        self.moments = validation_moments(self.table, request.seed) if request.updates(self.trained) else {}
         self._tables = {name: array for name, array in buffers.items() if name not in self.table}
         self._optimizer = build_optimizer(dict.fromkeys(self.trained), self.table, config.optimizer)
         self._compiled_run = jax.jit(self._run)
         self._compiled_chunk = jax.jit(self._chunk, static_argnums=3)
 
     def run(self, weights: Arrays) -> Recording:
-        """Forward with every activation, loss, gradients and one update, in one jit."""
+        """Forward with every activation, loss, gradients and one update, in one jit: as much as the request wants."""
+        request = self.request
         with self._bits():
             masters = self._masters(weights)
-            trained = {name: masters[name] for name in self.trained}
-            state = set_optimizer_state(self._optimizer.init(trained), self.moments, MOMENT_STEPS)
-            computed = self._compiled_run(masters, state, self.request.tokens, self.request.labels)
+            state = None
+            if request.updates(self.trained):
+                trained = {name: masters[name] for name in self.trained}
+                state = set_optimizer_state(self._optimizer.init(trained), self.moments, MOMENT_STEPS)
+            computed = self._compiled_run(masters, state, request.tokens, request.labels, self._fed)
             return Recording(**jax.tree.map(to_numpy, computed))
 
     def decode(self, weights: Arrays) -> Arrays:
         """Logits of the same tokens, fed to a cache in chunks."""
         tokens = self.request.tokens
+        wanted = self.request.kept(DECODE, chunkings(tokens.shape[1], self.request.seed))
         with self._bits():
             masters = self._masters(weights)
-            return {
-                name: to_numpy(self._decode(masters, tokens, chunks))
-                for name, chunks in chunkings(tokens.shape[1], self.request.seed).items()
-            }
+            return {name: to_numpy(self._decode(masters, tokens, chunks)) for name, chunks in wanted.items()}
 
     def _bits(self) -> contextlib.AbstractContextManager[None]:
         return jax.enable_x64(self.request.dtype == EXACT)
 
-    def _run(self, masters: Tensors, optimizer_state: Any, tokens: jax.Array, labels: jax.Array) -> dict[str, Any]:
+    def _run(
+        self, masters: Tensors, optimizer_state: Any, tokens: jax.Array, labels: jax.Array, fed: tuple[Tensors, Tensors]
+    ) -> dict[str, Any]:
         """The fields of `Recording`, in mappings whose order JAX keeps."""
-        trained = {name: masters[name] for name in self.trained}
-        buffers = {name: array for name, array in masters.items() if name not in trained}
+        request = self.request
+        varied = {name: masters[name] for name in request.differentiated(self.trained)}
+        fixed = {name: array for name, array in masters.items() if name not in varied}
 
-        def objective(trained: Tensors) -> tuple[jax.Array, Any]:
-            model = self._model({**trained, **buffers})
-            with capture(model) as activations, chosen_experts(model) as choices:
-                output = model.run(*self._inputs(tokens))
-            counts = counted(output.stats, f"{transformer_path(self.config)}layers")
-            routing = {**choices, **counts}
-            loss = self._loss(output.logits, output.stats, labels)
-            return loss, (OrderedDict(flatten(activations)), OrderedDict(routing))
+        def objective(varied: Tensors) -> tuple[jax.Array, Any]:
+            return self._forward({**varied, **fixed}, tokens, labels, fed)
 
-        (loss, (activations, routing)), gradients = jax.value_and_grad(objective, has_aux=True)(trained)
-        updated = self._update(trained, gradients, optimizer_state)
+        if varied:
+            (loss, recorded), gradients = jax.value_and_grad(objective, has_aux=True)(varied)
+        else:
+            (loss, recorded), gradients = objective({}), {}
+        updated = self._update(varied, gradients, optimizer_state) if request.updates(self.trained) else {}
         return {
             "loss": loss,
-            "activations": activations,
-            "routing": routing,
-            "gradients": OrderedDict((name, gradients[name]) for name in self.trained),
-            "updated": OrderedDict((name, updated[name]) for name in self.trained),
+            "activations": recorded[0],
+            "routing": recorded[1],
+            "gradients": OrderedDict(request.kept(GRADIENT, {name: gradients[name] for name in varied})),
+            "updated": OrderedDict(request.kept(UPDATED, {name: updated[name] for name in varied if updated})),
         }
+
+    def _forward(
+        self, masters: Tensors, tokens: jax.Array, labels: jax.Array, fed: tuple[Tensors, Tensors]
+    ) -> tuple[jax.Array, tuple[Tensors, Tensors]]:
+        """The loss, and what of activations and routing is to be recorded."""
+        request, path = self.request, f"{transformer_path(self.config)}layers"
+        model, (outputs, losses) = self._model(masters), fed
+        with (
+            capture(model, self._modules) as activations,
+            chosen_experts(model) as choices,
+            replacing(model, outputs),
+        ):
+            output = model.run(*self._inputs(tokens))
+        loss = self._loss(output.logits, with_losses(output.stats, losses, path), labels)
+        routing = {**choices, **counted(output.stats, path)}
+        activations = OrderedDict(request.kept(FORWARD, flatten(activations)))
+        return loss, (activations, OrderedDict(request.kept(ROUTING, routing)))
 
     def _decode(self, masters: Tensors, tokens: np.ndarray, chunks: Sequence[int]) -> jax.Array:
         size = cache_size(self.request, self._image_tokens)

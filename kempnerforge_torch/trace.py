@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import KVCache
-from kempnerforge_torch.model.hooks import capture
+from kempnerforge_torch.model.hooks import activation_names, capture, replacing
+from kempnerforge_torch.model.moe import MoEStats
 from kempnerforge_torch.model.state import from_numpy, get_state, own_tensors, to_numpy
 from kempnerforge_torch.model.vlm import inner_transformer
 from kempnerforge_torch.training.loss import mean_cross_entropy, router_losses
@@ -25,7 +26,7 @@ from kempnerforge_torch.training.optimizer import (
 from kempnerforge_torch.training.train import build_model, default_device, matmul_precision
 from shared_config.contract.initialise import state_hash
 from shared_config.contract.validation import MOMENT_STEPS, chunkings, validation_moments
-from shared_config.interchange.traces import Trace
+from shared_config.interchange.traces import DECODE, FORWARD, GRADIENT, ROUTING, UPDATED, Trace
 from shared_config.interchange.vision import job_table
 from shared_config.interchange.weights import check_tensors
 from shared_config.recording import (
@@ -33,11 +34,12 @@ from shared_config.recording import (
     Recording,
     Request,
     cache_size,
-    can_decode,
+    check_selection,
     make_request,
     make_trace,
     transformer_path,
 )
+from shared_config.refeed import with_losses
 from shared_config.schema.job import JobConfig
 
 Tensors = dict[str, Tensor]
@@ -55,6 +57,9 @@ def record(
     tokens: np.ndarray | None = None,
     deltas: bool = True,
     device: str | None = None,
+    layers: Sequence[int] | None = None,
+    only: Sequence[str] = (),
+    refeed: Trace | None = None,
 ) -> Trace:
     """Run the model of a config once and keep everything that has a name.
 
@@ -64,17 +69,25 @@ def record(
         tokens: int (B, S); drawn from the seed if None.
         deltas: also measure, in float64, how far rounding the weights moves each result.
         device: as "cpu" or "cuda:1"; None is the accelerator, if there is one.
+        layers: keep the tensors of these layers of the language model, and no others; None for all tensors.
+        only: keep the tensors whose names match one of these glob patterns; see `Selection`. () for all.
+        refeed: a trace of the same run, of either backend. What follows a layer (or the embedding, the final norm, the
+            head) goes on with the output that is recorded there, so that a wrong layer differs from that trace alone.
+            Forward, routes and loss only.
 
     Raises:
-        UserError: unknown dtype, tokens or weights that don't fit the config.
+        UserError: unknown dtype, tokens or weights that don't fit the config, layers or names that don't exist, or a
+            trace to refeed that is of another run.
     """
-    request = make_request(config, dtype=dtype, seed=seed, weights=weights, tokens=tokens)
+    request = make_request(
+        config, dtype=dtype, seed=seed, weights=weights, tokens=tokens, layers=layers, only=only, refeed=refeed
+    )
     check_tensors(request.weights, job_table(config))
     place = default_device() if device is None else torch.device(device)
     with matmul_precision(config.train.matmul_precision):
         recorder = Recorder(request, place)
         recording = recorder.run(request.weights)
-        recording.decoded = recorder.decode(request.weights) if can_decode(config) else {}
+        recording.decoded = recorder.decode(request.weights) if request.decodes else {}
         exact = recorder if dtype == EXACT else Recorder(dataclasses.replace(request, dtype=EXACT), place)
         return make_trace(
             request,
@@ -102,31 +115,32 @@ class Recorder:
         self.config = config
         self.request = request
         self.table = job_table(config)
-        self.moments = validation_moments(self.table, request.seed)
         self.compute_dtype = DTYPES[request.dtype]
         self.master_dtype = torch.float64 if request.dtype == EXACT else torch.float32
         self.trained = [name for name, tensor in own_tensors(model).items() if isinstance(tensor, nn.Parameter)]
+        self.moments = validation_moments(self.table, request.seed) if request.updates(self.trained) else {}
+        names = activation_names(model)
+        check_selection(request, names, MoEStats._fields)
+        self._modules = request.modules(names)
+        self._fed = (request.refeed.outputs, request.refeed.losses) if request.refeed else ({}, {})
         self._device = device
         self._model = model.to(device)
 
     def run(self, weights: Arrays) -> Recording:
-        """Forward with every activation, loss, gradients and one update."""
-        state = self._masters(weights)
-        masters = {name: state[name].requires_grad_() for name in self.trained}
-        tokens, labels = self._integers(self.request.tokens), self._integers(self.request.labels)
-        with capture(self._model) as activations, chosen_experts(self._model) as choices:
-            logits, stats = self._call(state, tokens)
-        activations.pop("transformer", None)  # JAX calls what is within; both have it as "transformer.output_head"
-        loss = self._loss(logits, stats, labels)
-        found = torch.autograd.grad(loss, list(masters.values()), allow_unused=True, materialize_grads=True)
-        gradients = dict(zip(masters, found, strict=True))
-        counts = counted(stats, f"{transformer_path(self.config)}layers")
+        """Forward with every activation, loss, gradients and one update: as much of it as the request wants."""
+        request, state = self.request, self._masters(weights)
+        masters = {name: state[name].requires_grad_() for name in request.differentiated(self.trained)}
+        with torch.set_grad_enabled(bool(masters)):
+            loss, activations, routing = self._forward(state)
+        gradients = _gradients(loss, masters)
+        copies = {name: to_numpy(tensor).copy() for name, tensor in request.kept(GRADIENT, gradients).items()}
+        updated = self._update(masters, gradients) if request.updates(self.trained) else {}
         return Recording(
             loss=to_numpy(loss),
-            activations={name: to_numpy(tensor) for name, tensor in flatten(activations).items()},
-            routing={name: to_numpy(tensor) for name, tensor in {**choices, **counts}.items()},
-            gradients={name: to_numpy(gradient).copy() for name, gradient in gradients.items()},
-            updated={name: to_numpy(tensor) for name, tensor in self._update(masters, gradients).items()},
+            activations={name: to_numpy(tensor) for name, tensor in activations.items()},
+            routing={name: to_numpy(tensor) for name, tensor in routing.items()},
+            gradients=copies,
+            updated={name: to_numpy(tensor) for name, tensor in request.kept(UPDATED, updated).items()},
         )
 
     @torch.no_grad()
@@ -134,10 +148,23 @@ class Recorder:
         """Logits of the same tokens, fed to a cache in chunks."""
         state = self._masters(weights)
         tokens = self._integers(self.request.tokens)
-        return {
-            name: to_numpy(self._decode(state, tokens, chunks))
-            for name, chunks in chunkings(tokens.shape[1], self.request.seed).items()
-        }
+        wanted = self.request.kept(DECODE, chunkings(tokens.shape[1], self.request.seed))
+        return {name: to_numpy(self._decode(state, tokens, chunks)) for name, chunks in wanted.items()}
+
+    def _forward(self, state: Tensors) -> tuple[Tensor, Tensors, Tensors]:
+        """The loss, and what of activations and routing is to be recorded."""
+        request, path = self.request, f"{transformer_path(self.config)}layers"
+        outputs, losses = ({name: self._given(array) for name, array in part.items()} for part in self._fed)
+        with (
+            capture(self._model, self._modules) as activations,
+            chosen_experts(self._model) as choices,
+            replacing(self._model, outputs),
+        ):
+            logits, stats = self._call(state, self._integers(request.tokens))
+        activations.pop("transformer", None)  # JAX calls what is within; both have it as "transformer.output_head"
+        loss = self._loss(logits, with_losses(stats, losses, path), self._integers(request.labels))
+        routing = {**choices, **counted(stats, path)}
+        return loss, request.kept(FORWARD, flatten(activations)), request.kept(ROUTING, routing)
 
     def _decode(self, state: Tensors, tokens: Tensor, chunks: Sequence[int]) -> Tensor:
         transformer = inner_transformer(self._model)
@@ -192,8 +219,18 @@ class Recorder:
         spec = self.table[name]
         return self.master_dtype if spec.full_precision or spec.is_buffer else self.compute_dtype
 
+    def _given(self, array: np.ndarray) -> Tensor:
+        return from_numpy(array).to(self._device)
+
     def _integers(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device, torch.long)
+
+
+def _gradients(loss: Tensor, masters: Tensors) -> Tensors:
+    if not masters:
+        return {}
+    found = torch.autograd.grad(loss, list(masters.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(masters, found, strict=True))
 
 
 def _device_name(device: torch.device) -> str:

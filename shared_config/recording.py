@@ -5,9 +5,12 @@ Shapes: B batch, S sequence.
 
 from __future__ import annotations
 
+import dataclasses
 import platform
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -22,10 +25,12 @@ from shared_config.contract.validation import (
 from shared_config.errors import UserError
 from shared_config.interchange import traces
 from shared_config.interchange.checkpoint import installed_versions
+from shared_config.interchange.selection import Selection
 from shared_config.interchange.traces import Trace, TraceMeta
 from shared_config.interchange.vision import job_table, picture_format
 from shared_config.loader import config_to_toml
 from shared_config.numerics import UNIT_ROUNDOFF, perturbation_delta
+from shared_config.refeed import Refeed, refeed_from
 from shared_config.schema.job import JobConfig
 from shared_config.schema.vlm import MoMaConfig
 
@@ -34,6 +39,9 @@ WEIGHTS = ("validation", "init")
 BATCH, LENGTH, LONGEST, BEYOND_WINDOW = 2, 24, 128, 8
 DELTA_RUNS = 6
 """With fewer, the delta of a scalar can come out far too small by chance."""
+
+ROUTER = re.compile(r"(.*layers\.\d+)\.[^.]+(\.[^.]+)?\.router")
+"""Path of a router: its layer and, if the layer has one for each, its modality."""
 
 Arrays = dict[str, np.ndarray]
 
@@ -47,6 +55,8 @@ class Request:
         origin: "validation", "init" or "given".
         tokens, labels: int32 (B, S).
         pixels: float32 (B, 3, s, s) or (B, F, 3, s, s), of a vision-language model.
+        selection: what to record.
+        refeed: what the layers are given instead of their own inputs; None for a plain run.
     """
 
     config: JobConfig
@@ -57,6 +67,34 @@ class Request:
     tokens: np.ndarray
     labels: np.ndarray
     pixels: np.ndarray | None = None
+    selection: Selection = field(default_factory=Selection)
+    refeed: Refeed | None = None
+
+    def modules(self, names: Iterable[str]) -> list[str]:
+        """Those of all modules whose outputs are to be recorded."""
+        wanted = self.selection.wants_any
+        return [name for name in names if wanted(f"{traces.FORWARD}/{output}" for output in outputs(name, self.config))]
+
+    def kept(self, group: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of all tensors of a group that are to be recorded."""
+        return {name: array for name, array in arrays.items() if self.selection.wants(f"{group}/{name}")}
+
+    def differentiated(self, trained: Iterable[str]) -> list[str]:
+        """Those of all parameters whose gradients are needed: an update needs all of them, for their norm."""
+        if self.refeed is not None:
+            return []
+        if self.updates(trained):
+            return list(trained)
+        return list(self.kept(traces.GRADIENT, dict.fromkeys(trained)))
+
+    def updates(self, trained: Iterable[str]) -> bool:
+        """Whether an optimiser step is to be recorded."""
+        return self.refeed is None and bool(self.kept(traces.UPDATED, dict.fromkeys(trained)))
+
+    @property
+    def decodes(self) -> bool:
+        """Whether cached decoding is to be recorded."""
+        return self.refeed is None and self.selection.wants_any(decode_names(self))
 
 
 @dataclass
@@ -100,15 +138,20 @@ def make_request(
     seed: int,
     weights: str | Mapping[str, np.ndarray] = "validation",
     tokens: np.ndarray | None = None,
+    layers: Sequence[int] | None = None,
+    only: Sequence[str] = (),
+    refeed: Trace | None = None,
 ) -> Request:
     """Check what was asked for and draw what was not given.
 
     Args:
         weights: "validation" (`validation_weights`), "init" (the seeded initial weights), or values by name.
         tokens: int (B, S); by default drawn from the seed, long enough to cross a sliding window.
+        layers, only: what to record; see `Selection`. With cached decoding come the logits, whose delta it has.
+        refeed: a trace of the same run, whose recorded outputs take the place of the computed ones in what follows.
 
     Raises:
-        UserError: unknown dtype, tokens that the model can't take, or a config that no trace covers.
+        UserError: unknown dtype, tokens that the model can't take, or a trace to refeed that is of another run.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
@@ -116,22 +159,60 @@ def make_request(
         tokens = validation_tokens(config.model.vocab_size, BATCH, default_length(config), seed)
     check_tokens(tokens, config)
     tokens = tokens.astype(np.int32)
-    origin = weights if isinstance(weights, str) else "given"
-    return Request(
+    request = Request(
         config,
         dtype,
         seed,
         _weights(config, weights, seed),
-        origin,
+        weights if isinstance(weights, str) else "given",
         tokens,
         validation_labels(tokens),
         _pixels(config, len(tokens), seed),
+        Selection(None if layers is None else tuple(layers), tuple(only)),
     )
+    if only and request.decodes:
+        selection = dataclasses.replace(request.selection, only=_with_logits(only, config))
+        request = dataclasses.replace(request, selection=selection)
+    if refeed is None:
+        return request
+    return dataclasses.replace(request, refeed=refeed_from(refeed, request_meta(request), config))
 
 
 def logits_name(config: JobConfig) -> str:
     """The tensor of a trace that holds the logits."""
     return f"{traces.FORWARD}/{transformer_path(config)}output_head"
+
+
+def outputs(module: str, config: JobConfig) -> list[str]:
+    """Names that the output of a module may have: its own, or one a modality."""
+    modalities = getattr(config.vlm, f"{config.vlm.arch}_modalities", ()) if config.vlm is not None else ()
+    return [module, *(f"{module}.{modality}" for modality in modalities)]
+
+
+def decode_names(request: Request) -> list[str]:
+    """The tensors of a trace that hold logits of cached decoding."""
+    names = chunkings(request.tokens.shape[1], request.seed) if can_decode(request.config) else ()
+    return [f"{traces.DECODE}/{name}" for name in names]
+
+
+def check_selection(request: Request, modules: Sequence[str], router_fields: Sequence[str]) -> None:
+    """Refuse layers and patterns for which the model has nothing.
+
+    Args:
+        modules: paths of all modules of the model.
+        router_fields: what a router's stats hold.
+
+    Raises:
+        UserError: naming what would be right.
+    """
+    names = [f"{traces.FORWARD}/{name}" for module in modules for name in outputs(module, request.config)]
+    names += [f"{traces.ROUTING}/{name}" for name in _routing_names(modules, router_fields)]
+    names += [traces.LOSS]
+    if request.refeed is None:
+        table = job_table(request.config)
+        names += [f"{group}/{name}" for group in (traces.GRADIENT, traces.UPDATED) for name in table]
+        names += decode_names(request)
+    request.selection.check(names, request.config.model.n_layers)
 
 
 def transformer_path(config: JobConfig) -> str:
@@ -197,9 +278,23 @@ def make_trace(
         run: gives the float64 recording of other weights; None to leave the deltas out.
         initial_hash: of the seeded initial weights as this backend drew them.
     """
-    meta = TraceMeta(
+    meta = dataclasses.replace(
+        request_meta(request),
         backend=backend,
         device=device,
+        initial_hash=initial_hash,
+        deltas={} if run is None else perturbation_deltas(run, request),
+    )
+    return Trace(recording.tensors(), meta)
+
+
+def request_meta(request: Request) -> TraceMeta:
+    """What is known of where a trace will come from before anything was run."""
+    inputs = {"tokens": request.tokens} | ({} if request.pixels is None else {"pixels": request.pixels})
+    selection, refeed = request.selection, request.refeed
+    return TraceMeta(
+        backend="",
+        device="",
         dtype=request.dtype,
         seed=request.seed,
         config=config_to_toml(request.config),
@@ -207,13 +302,10 @@ def make_trace(
         versions=installed_versions(),
         weights=request.origin,
         weights_hash=state_hash(request.weights),
-        tokens_hash=state_hash(
-            {"tokens": request.tokens} | ({} if request.pixels is None else {"pixels": request.pixels})
-        ),
-        initial_hash=initial_hash,
-        deltas={} if run is None else perturbation_deltas(run, request),
+        tokens_hash=state_hash(inputs),
+        selection={} if selection == Selection() else {"layers": _listed(selection.layers), "only": [*selection.only]},
+        refed={} if refeed is None else refeed.meta,
     )
-    return Trace(recording.tensors(), meta)
 
 
 def perturbation_deltas(run: Callable[[Arrays], Recording], request: Request) -> dict[str, dict[str, float]]:
@@ -232,9 +324,27 @@ def perturbation_deltas(run: Callable[[Arrays], Recording], request: Request) ->
         dtype: perturbation_delta(tensors, request.weights, u, DELTA_RUNS, seed=request.seed)
         for dtype, u in roundoffs.items()
     }
-    names = chunkings(request.tokens.shape[1], request.seed) if can_decode(request.config) else {}
+    names = list(filter(request.selection.wants, decode_names(request))) if request.decodes else []
     logits = logits_name(request.config)
-    return {dtype: own | {f"{traces.DECODE}/{name}": own[logits] for name in names} for dtype, own in deltas.items()}
+    return {dtype: own | dict.fromkeys(names, own[logits]) for dtype, own in deltas.items()}
+
+
+def _with_logits(only: Sequence[str], config: JobConfig) -> tuple[str, ...]:
+    """Patterns that also match the logits, of which cached decoding has its delta."""
+    logits = logits_name(config)
+    return tuple(only) if Selection(only=tuple(only)).wants(logits) else (*only, logits)
+
+
+def _routing_names(modules: Iterable[str], fields: Sequence[str]) -> Iterator[str]:
+    for module in modules:
+        found = ROUTER.fullmatch(module)
+        if found:
+            yield f"{module}.indices"
+            yield from (f"{found[1]}{found[2] or ''}.{name}" for name in fields)
+
+
+def _listed(layers: tuple[int, ...] | None) -> list[int] | None:
+    return None if layers is None else list(layers)
 
 
 def _pixels(config: JobConfig, batch_size: int, seed: int) -> np.ndarray | None:

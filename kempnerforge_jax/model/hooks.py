@@ -13,7 +13,14 @@ from flax import nnx
 from jax.core import Tracer
 
 from kempnerforge_jax.model.generate import inference
-from kempnerforge_jax.model.module import Module, named_modules, observing, start_observing, stop_observing
+from kempnerforge_jax.model.module import (
+    Module,
+    named_modules,
+    observing,
+    start_observing,
+    stop_observing,
+    substituting,
+)
 from kempnerforge_jax.model.state import merge, split
 from kempnerforge_jax.model.transformer import Transformer
 from shared_config.interchange.activations import ActivationWriter, flattened, token_batches, write_activations
@@ -53,6 +60,29 @@ def capture(model: nnx.Module, names: Iterable[str] | None = None, *, detach: bo
 
     with observing(keep):
         yield activations
+
+
+@contextlib.contextmanager
+def replacing(model: nnx.Module, outputs: Mapping[str, jax.Array]) -> Iterator[None]:
+    """Let what follows a module go on with another output than its own while the context is open.
+
+    A `capture` sees what the module itself put out. No gradient flows through a replaced output. Works inside a trace.
+
+    Args:
+        outputs: path of a module -> what takes the place of its output (of a tuple, of the first), in whatever dtype.
+
+    Raises:
+        ValueError: an unknown name; lists what exists. When the module is called: an output of another shape.
+    """
+    wanted = set(check_activation_names(activation_names(model), outputs))
+    name_of = {id(module): name for name, module in named_modules(model) if name in wanted}
+
+    def replace(module: Module, output: Any) -> Any:
+        name = name_of.get(id(module))
+        return output if name is None else _replaced(name, output, outputs[name])
+
+    with substituting(replace):
+        yield
 
 
 class ActivationStore:
@@ -190,6 +220,15 @@ def check_activation_names(existing: list[str], names: Iterable[str] | None) -> 
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise ValueError(f"name = {name!r}: no such module{hint} Modules: {', '.join(existing)}")
     return names
+
+
+def _replaced(name: str, output: Any, other: jax.Array) -> Any:
+    """The other output in the dtype of the module's own."""
+    own = first_output(output)
+    if own.shape != other.shape:
+        raise ValueError(f"{name}: puts out {tuple(own.shape)}; its replacement is {tuple(other.shape)}")
+    first = jax.lax.stop_gradient(other.astype(own.dtype))
+    return (first, *output[1:]) if isinstance(output, tuple) else first
 
 
 def _to_numpy(output: Any) -> Any:

@@ -20,7 +20,9 @@ from flax import nnx
 from jax.core import Tracer
 
 Observer = Callable[["Module", Any], None]
+Substitute = Callable[["Module", Any], Any]
 _observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVar("observers", default=())
+_substitutes: contextvars.ContextVar[tuple[Substitute, ...]] = contextvars.ContextVar("substitutes", default=())
 _kept: weakref.WeakKeyDictionary[Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -39,6 +41,8 @@ class Module(nnx.Module):
         output = self.forward(*args, **kwargs)
         for observe in _observers.get():
             observe(self, output)
+        for substitute in _substitutes.get():
+            output = substitute(self, output)
         return output
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,9 +99,19 @@ def stop_observing(observe: Observer) -> None:
     _observers.set(tuple(other for other in _observers.get() if other != observe))
 
 
+@contextlib.contextmanager
+def substituting(substitute: Substitute) -> Iterator[None]:
+    """Let each module's call give ``substitute(module, output)``, also inside a trace. Observers see the output."""
+    token = _substitutes.set((*_substitutes.get(), substitute))
+    try:
+        yield
+    finally:
+        _substitutes.reset(token)
+
+
 def is_observed() -> bool:
-    """Whether outputs are being observed; then layers can't be hidden in a scan or behind rematerialisation."""
-    return bool(_observers.get())
+    """Whether outputs are being observed or replaced; then no scan and no rematerialisation may hide layers."""
+    return bool(_observers.get() or _substitutes.get())
 
 
 def named_modules(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, nnx.Module]]:

@@ -51,6 +51,28 @@ def capture(model: nn.Module, names: Iterable[str] | None = None, *, detach: boo
         yield activations
 
 
+@contextlib.contextmanager
+def replacing(model: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let what follows a module go on with another output than its own while the context is open.
+
+    A `capture` that was opened before sees what the module itself put out. No gradient flows through a replaced output.
+
+    Args:
+        outputs: path of a module -> what takes the place of its output (of a tuple, of the first), in whatever dtype.
+
+    Raises:
+        ValueError: an unknown name; lists what exists. When the module is called: an output of another shape.
+    """
+    modules = dict(model.named_modules())
+    with contextlib.ExitStack() as hooks:
+        for name in check_activation_names(activation_names(model), outputs):
+            handle = modules[name].register_forward_hook(
+                lambda _module, _inputs, output, name=name: _replaced(name, output, outputs[name])
+            )
+            hooks.callback(handle.remove)
+        yield
+
+
 class ActivationStore:
     """Host copies of what chosen modules put out in their last call, for as long as the store is enabled.
 
@@ -179,6 +201,15 @@ def check_activation_names(existing: list[str], names: Iterable[str] | None) -> 
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise ValueError(f"name = {name!r}: no such module{hint} Modules: {', '.join(existing)}")
     return names
+
+
+def _replaced(name: str, output: Any, other: Tensor) -> Any:
+    """The other output in the dtype and at the place of the module's own."""
+    own = first_output(output)
+    if own.shape != other.shape:
+        raise ValueError(f"{name}: puts out {tuple(own.shape)}; its replacement is {tuple(other.shape)}")
+    first = other.to(own).detach()
+    return (first, *output[1:]) if isinstance(output, tuple) else first
 
 
 def _detached(output: Any) -> Any:

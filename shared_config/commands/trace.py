@@ -19,7 +19,8 @@ from shared_config.commands.common import (
 )
 from shared_config.contract.parameters import parameter_table
 from shared_config.errors import UserError
-from shared_config.interchange.traces import write_trace
+from shared_config.interchange.selection import parse_layers
+from shared_config.interchange.traces import read_trace, write_trace
 from shared_config.interchange.weights import load_weights
 from shared_config.recording import DTYPES, WEIGHTS, check_tokens
 from shared_config.schema.job import JobConfig
@@ -41,6 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", metavar="IDS", help="a .npy file of shape (batch, sequence), or ids as in 1,2,3")
     parser.add_argument("--device", help="cpu, cuda, tpu ... (default: the backend's own)")
+    parser.add_argument("--layers", metavar="N,N-M", help="keep the tensors of these layers only, as in 0,3-5")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="PATTERNS",
+        help="keep only tensors whose names match a glob pattern, as in 'layers.*.attention,gradient/*'; repeatable",
+    )
+    parser.add_argument(
+        "--refeed",
+        metavar="OTHER",
+        help="a trace of the same run: give each layer what it recorded, so that a wrong layer differs alone",
+    )
     parser.add_argument("--summary", type=not_negative, metavar="BYTES", help="keep of larger tensors a summary only")
     parser.add_argument(
         "--deltas",
@@ -58,6 +71,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     tokens = None if options.tokens is None else read_tokens(options.tokens)
     if tokens is not None:
         check_tokens(tokens, config)
+    layers = None if options.layers is None else parse_layers(options.layers)
+    refeed = None if options.refeed is None else read_trace(options.refeed)
     require_backend(options.backend)
     trace = backend_module(options.backend, "trace").record(
         config,
@@ -67,6 +82,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         tokens=tokens,
         deltas=options.deltas,
         device=options.device,
+        layers=layers,
+        only=[pattern.strip() for patterns in options.only or () for pattern in patterns.split(",")],
+        refeed=refeed,
     )
     if options.summary is not None:
         trace = trace.summarized(options.summary)

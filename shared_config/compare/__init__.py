@@ -13,7 +13,8 @@ from shared_config.compare.align import (
     FORWARD_GROUPS,
     INITIAL,
     check_comparable,
-    execution_order,
+    common_names,
+    extent_notes,
     order_notes,
 )
 from shared_config.compare.judge import Judge
@@ -38,7 +39,7 @@ def compare_traces(a: Trace, b: Trace, truth: Trace | None = None, labels: tuple
     check_comparable(a, b, truth)
     label_a, label_b = labels or _labels(a.meta, b.meta)
     judge = Judge(a, b, truth)
-    rows = [*_initial_weights(a.meta, b.meta), *(judge.row(name) for name in execution_order(a, b))]
+    rows = [*_initial_weights(a.meta, b.meta), *(judge.row(name) for name in common_names(a, b))]
     if not judge.has_deltas and any(row.status == NO_DELTA for row in rows):
         raise UserError(
             f"{label_a}, {label_b}: differ, and neither carries deltas for {judge.dtype}, without which nothing says "
@@ -50,11 +51,11 @@ def compare_traces(a: Trace, b: Trace, truth: Trace | None = None, labels: tuple
         rows=tuple(rows),
         meta_a=a.meta,
         meta_b=b.meta,
-        meta_truth=None if truth is None else truth.meta,
+        meta_truth=None if judge.truth is None else judge.truth.meta,
         label_a=label_a,
         label_b=label_b,
         heatmaps=heatmaps,
-        notes=tuple(order_notes(a, b, label_a, label_b)),
+        notes=(*order_notes(a, b, label_a, label_b), *extent_notes(a, b, label_a, label_b)),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from shared_config.compare.tolerance import TOLERANCES
@@ -18,6 +18,7 @@ from shared_config.interchange.traces import (
     Trace,
     TraceMeta,
     group_of,
+    tensors_hash,
 )
 
 TRUTH_DTYPE = "float64"
@@ -55,14 +56,40 @@ def check_comparable(a: Trace, b: Trace, truth: Trace | None) -> None:
             raise UserError(f"trace {side}: dtype = {trace.meta.dtype!r}: must be one of {', '.join(TOLERANCES)}")
         if not trace.tensors:
             raise UserError(f"trace {side}: has no tensors")
-        problems = list(_differences_of_origin(a.meta, trace.meta))
+        problems = list(differences_of_origin(a.meta, trace.meta))
         if problems:
             raise UserError("\n  ".join([f"trace a and trace {side} are not of the same run:", *problems]))
+    _check_refed(a, b)
     if truth is not None and truth.meta.dtype != TRUTH_DTYPE:
         raise UserError(f"the truth: dtype = {truth.meta.dtype!r}: must be {TRUTH_DTYPE!r}")
 
 
-def _differences_of_origin(a: TraceMeta, b: TraceMeta) -> Iterator[str]:
+def _check_refed(a: Trace, b: Trace) -> None:
+    """Layers that were given recorded inputs can be held to the run that recorded them, or to one given the same.
+
+    Raises:
+        UserError: naming what was fed.
+    """
+    for side, trace, other in (("a", a, b), ("b", b, a)):
+        fed = trace.meta.refed
+        if not fed:
+            continue
+        if other.meta.refed.get("hash", fed_hash(other, fed["modules"])) != fed["hash"]:
+            source = f"{fed['backend']} {fed['device']} {fed['dtype']}"
+            raise UserError(
+                f"trace {side}: its layers were given what another trace ({source}) recorded: it can be compared with "
+                "that trace, or with one that was given the same"
+            )
+
+
+def fed_hash(trace: Trace, modules: Iterable[str]) -> str:
+    """Hash of the outputs of some modules; "" if a trace lacks one."""
+    names = [f"{FORWARD}/{module}" for module in modules]
+    return tensors_hash({name: trace.tensors[name] for name in names}) if set(names) <= set(trace.tensors) else ""
+
+
+def differences_of_origin(a: TraceMeta, b: TraceMeta) -> Iterator[str]:
+    """In what two runs differ that must be alike: seed, inputs, and what in the config decides which function it is."""
     if a.seed != b.seed:
         yield f"seed: {a.seed} and {b.seed}"
     for field in ("weights_hash", "tokens_hash"):
@@ -107,11 +134,33 @@ def execution_order(a: Trace, b: Trace) -> list[str]:
     return [names[index] for index in sorted(range(len(names)), key=key)]
 
 
+def common_names(a: Trace, b: Trace) -> list[str]:
+    """In the order of execution, every name of either trace that both were to record, whether they did or not."""
+    return [name for name in execution_order(a, b) if all(name in t.tensors or t.meta.wants(name) for t in (a, b))]
+
+
 def _place_of_module(path: str, modules: Mapping[str, int]) -> int:
     """Place of the innermost recorded module that a path lies in; past the end if there is none."""
     while path and path not in modules:
         path = path.rpartition(".")[0]
     return modules[path] if path else len(modules) + 10**6
+
+
+def extent_notes(a: Trace, b: Trace, label_a: str, label_b: str) -> Iterator[str]:
+    """What was not compared as a trace was not to record it, and what went into its layers, in words."""
+    for label, trace, other in ((label_a, a, b), (label_b, b, a)):
+        left_out = [name for name in other.tensors if name not in trace.tensors and not trace.meta.wants(name)]
+        layers, only = trace.meta.selection.get("layers"), trace.meta.selection.get("only", [])
+        asked = [f"layers {', '.join(map(str, layers))}"] if layers is not None else []
+        asked += [f"only {', '.join(only)}"] if only else []
+        fed = trace.meta.refed
+        if fed:
+            asked.append("forward, routes and loss, as its layers were given recorded inputs")
+            yield f"{label}: its layers were given what {fed['backend']} {fed['device']} {fed['dtype']} recorded"
+            if fed["own"]:
+                yield f"{label}: {', '.join(fed['own'])}: not recorded there, passed on what they put out themselves"
+        if left_out:
+            yield f"{label}: holds {'; '.join(asked)}: {len(left_out)} tensors of the other are not compared"
 
 
 def order_notes(a: Trace, b: Trace, label_a: str, label_b: str) -> Iterator[str]:

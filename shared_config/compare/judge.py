@@ -45,14 +45,20 @@ class Measured:
 
 
 class Judge:
-    """Judges one tensor at a time of traces that can be compared."""
+    """Judges one tensor at a time of traces that can be compared.
+
+    If layers were given recorded inputs, they are held to the other trace: the truth of a plain run has other inputs,
+    and gives deltas only.
+    """
 
     def __init__(self, a: Trace, b: Trace, truth: Trace | None):
-        self.a, self.b, self.truth = a, b, truth
+        self.a, self.b = a, b
+        refed = [trace for trace in (a, b) if trace.meta.refed]
+        self.truth = None if refed else truth
         self.dtype = coarser(a.meta.dtype, b.meta.dtype)
         self._scales = Scales((truth or a).tensors, a.meta.config_fields)
         self._deltas: dict[str, dict[str, float]] = {dtype: {} for dtype in TOLERANCES}
-        for trace in (b, a, truth):
+        for trace in (b, a, truth, *refed):  # with recorded inputs, rounding moves a layer by what it does there alone
             for dtype, deltas in ({} if trace is None else trace.meta.deltas).items():
                 self._deltas.setdefault(dtype, {}).update(deltas)
 

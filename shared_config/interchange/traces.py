@@ -28,6 +28,7 @@ import numpy as np
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
+from shared_config.interchange.selection import Selection
 from shared_config.interchange.tensors import TensorFile, write_tensors
 from shared_config.interchange.weights import is_floating
 from shared_config.numerics import as_float64, rms
@@ -41,6 +42,9 @@ FORWARD, ROUTING, LOSS, GRADIENT, UPDATED, DECODE, LOSSES = GROUPS = (
     "decode",
     "losses",
 )
+NOT_REFED = (GRADIENT, UPDATED, DECODE, LOSSES)
+"""Groups that a run has not if each of its layers is given a recorded input."""
+
 FORMAT = "1"
 FORMAT_KEY, META_KEY = "kempnerforge_trace", "meta"
 SKETCH_SUFFIX = "#sketch"
@@ -64,6 +68,10 @@ class TraceMeta:
         weights_hash, tokens_hash: of what went in; traces of different inputs are not compared. "" if unknown.
         initial_hash: of the seeded initial weights, which both backends must draw alike. "" if unknown.
         deltas: dtype -> tensor name -> how far rounding the weights to that dtype moves the float64 result (RMS).
+        selection: "layers" and "only" of the `Selection` of tensors that were asked for; {} for all.
+        refed: of a run whose layers were given what another had recorded as their inputs: "backend", "device" and
+            "dtype" of that other, "modules" whose recorded outputs went on, "own" layers without a record, whose own
+            outputs went on, and "hash" of what was fed. Such a run has no gradients, updates or decoding. {} if none.
         extra: anything else worth keeping, as JSON values.
     """
 
@@ -79,12 +87,20 @@ class TraceMeta:
     tokens_hash: str = ""
     initial_hash: str = ""
     deltas: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    selection: Mapping[str, Any] = field(default_factory=dict)
+    refed: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def config_fields(self) -> dict[str, Any]:
         """The config as nested dicts."""
         return tomllib.loads(self.config)
+
+    def wants(self, name: str) -> bool:
+        """Whether a run of this kind was to record a tensor of this name."""
+        layers, only = self.selection.get("layers"), self.selection.get("only", ())
+        selection = Selection(None if layers is None else tuple(layers), tuple(only))
+        return selection.wants(name) and not (self.refed and group_of(name) in NOT_REFED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +204,12 @@ def summarize(tensor: Any) -> Summary:
     )
 
 
+def tensors_hash(tensors: Mapping[str, np.ndarray | Summary]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes, whatever the order; the same of tensors and of their summaries."""
+    hashes = {name: tensor.hash if isinstance(tensor, Summary) else _hash(tensor) for name, tensor in tensors.items()}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
 def sketch(values: np.ndarray) -> np.ndarray:
     """Signed sums of float64 values over 1024 buckets chosen by a hash of the position."""
     flat = values.reshape(-1)
@@ -216,7 +238,7 @@ def _kinds_of_nonfinite(values: np.ndarray) -> np.ndarray:
 
 def _hash(array: np.ndarray) -> str:
     digest = hashlib.sha256(f"{array.dtype.name} {array.shape}".encode())
-    digest.update(array.reshape(-1).view(np.uint8).data)
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,13 @@ from kempnerforge_jax.model import mlp as jax_mlp
 from shared_config.cli import main
 from shared_config.compare import compare_traces
 from shared_config.contract.parameters import parameter_table
+from shared_config.contract.shrink import shrink
 from shared_config.contract.validation import validation_moments, validation_weights
+from shared_config.errors import UserError
 from shared_config.interchange.traces import Trace, read_trace, write_trace
 from shared_config.loader import load_config
 from shared_config.numerics import relative_error
+from shared_config.recording import Request, make_request
 from tests.oracle.optimizer import AdamWState, adamw_step, clip
 
 TINY = (
@@ -178,3 +182,201 @@ def test_trace_command_with_given_tokens_and_summaries(tmp_path: Path) -> None:
     assert trace.meta.deltas == {}
     assert trace.tensors["forward/layers.0"].shape == (2, 7, 16)
     assert not isinstance(trace.tensors["forward/layers.0"], np.ndarray)
+
+
+# Parts of a run
+
+
+@pytest.mark.parametrize("backend", RECORD)
+def test_only_what_is_asked_for_is_recorded(exact: dict[str, Trace], backend: str) -> None:
+    asked = {"layers": [1], "only": ["forward/*.attention", "gradient/*.mlp_norm.weight", "updated/*.q_proj.weight"]}
+    trace = RECORD[backend](CONFIG, deltas=False, device="cpu", **asked)
+    assert list(trace.tensors) == [
+        "forward/layers.1.attention",
+        "loss",
+        "gradient/layers.1.mlp_norm.weight",
+        "updated/layers.1.attention.q_proj.weight",
+    ]
+    comparison = compare_traces(exact["torch"], trace, labels=("whole", "part"))
+    assert comparison.equal
+    assert len(comparison.rows) == 5, "those, and the initial weights"
+    left_out = len(exact["torch"].tensors) - 4
+    assert comparison.notes == (
+        f"part: holds layers 1; only {', '.join(asked['only'])}: {left_out} tensors of the other are not compared",
+    )
+
+
+def request(**asked: Any) -> Request:
+    return make_request(CONFIG, dtype="float64", seed=0, **asked)
+
+
+def test_what_is_not_asked_for_is_not_computed() -> None:
+    """Neither outputs are held, nor is there a backward pass, an update or decoding without need."""
+    modules, trained = ["layers.0", "layers.0.attention", "layers.1"], ["layers.0.a", "layers.1.a", "norm.weight"]
+    whole = request()
+    assert whole.modules(modules) == modules
+    assert whole.differentiated(trained) == trained
+    assert whole.updates(trained)
+    assert whole.decodes
+    forward = request(only=["forward/*.attention"])
+    assert forward.modules(modules) == ["layers.0.attention"]
+    assert forward.differentiated(trained) == []
+    assert not forward.updates(trained)
+    assert not forward.decodes
+    layer = request(layers=[1], only=["gradient/*"])
+    assert layer.differentiated(trained) == ["layers.1.a"]
+    assert request(only=["updated/norm*"]).differentiated(trained) == trained, "the norm is that of all gradients"
+
+
+def test_decoding_brings_the_logits_along_that_it_is_measured_by() -> None:
+    trace = kempnerforge_torch.trace.record(CONFIG, dtype="float32", device="cpu", only=["decode/single"])
+    assert list(trace.tensors) == ["forward/output_head", "loss", "decode/single"]
+    deltas = trace.meta.deltas["float32"]
+    assert deltas["decode/single"] == deltas["forward/output_head"] > 0
+
+
+# Recorded inputs
+
+
+@pytest.mark.parametrize(
+    ("backend", "preset"),
+    [
+        ("torch", "debug_moe"),
+        ("torch", "debug_vlm_joint_decoder"),
+        ("torch", "debug_vlm_cross_attention"),
+        ("torch", "debug_vlm_moma"),
+        ("jax", "debug_moe"),
+        ("jax", "debug_vlm_mot"),
+    ],
+)
+def test_layers_that_are_given_recorded_inputs_compute_the_same(preset: str, backend: str) -> None:
+    config = shrink(load_config(preset))
+    whole = kempnerforge_torch.trace.record(config, dtype="float32", device="cpu", deltas=backend == "jax")
+    fed = RECORD[backend](config, dtype="float32", device="cpu", refeed=whole, deltas=backend == "torch")
+    assert list(fed.tensors) == [name for name in whole.tensors if name.split("/")[0] in ("forward", "routing", "loss")]
+    comparison = compare_traces(whole, fed)
+    assert comparison.equal, [row.name for row in comparison.failures]
+    assert any("were given what torch cpu float32 recorded" in note for note in comparison.notes)
+    if backend == "jax":
+        return
+    deltas = fed.meta.deltas["float32"]
+    path = "" if config.vlm is None else "transformer."
+    assert deltas[f"forward/{path}output_head"] > 0
+    assert deltas["loss"] == 0, "that of recorded logits"
+
+
+def refed(other: Trace, **asked: Any) -> Trace:
+    return kempnerforge_torch.trace.record(CONFIG, deltas=False, device="cpu", refeed=other, **asked)
+
+
+def test_a_wrong_record_is_passed_on_to_the_next_layer_and_no_further(exact: dict[str, Trace]) -> None:
+    """Layer 1 is given what stands in the file, whatever layer 0 puts out."""
+    wrong = changed(exact["torch"], "forward/layers.0")
+    comparison = compare_traces(exact["torch"], dataclasses.replace(refed(wrong), meta=exact["torch"].meta))
+    names = [row.name.removeprefix("forward/") for row in comparison.rows if row.status == "differs"]
+    assert names[0] == "layers.1.attention_norm"
+    assert all(name.startswith("layers.1") for name in names)
+
+
+def test_layers_without_record_pass_on_what_they_put_out(exact: dict[str, Trace]) -> None:
+    part = kempnerforge_torch.trace.record(CONFIG, deltas=False, device="cpu", only=["layers.0", "*q_proj"])
+    comparison = compare_traces(part, refed(part))
+    assert comparison.equal
+    assert any(note.endswith("layers.1: not recorded there, passed on what they put out themselves")
+               for note in comparison.notes)  # fmt: skip
+
+
+def test_compare_knows_what_was_fed(exact: dict[str, Trace], tmp_path: Path) -> None:
+    fed = refed(exact["jax"])
+    assert compare_traces(exact["jax"], fed).equal
+    assert compare_traces(fed, exact["jax"].summarized(0)).equal, "the hash is that of summaries too"
+    assert compare_traces(fed, refed(exact["jax"])).equal
+    with pytest.raises(UserError, match=r"trace b: its layers were given what another trace \(jax cpu float64\)"):
+        compare_traces(changed(exact["torch"], "forward/layers.0"), fed)
+    write_trace(tmp_path / "fed.safetensors", fed)
+    assert read_trace(tmp_path / "fed.safetensors").meta.refed == fed.meta.refed
+
+
+def changed(trace: Trace, name: str) -> Trace:
+    """The trace with another value in one place of a tensor."""
+    array = np.array(trace.tensors[name])
+    array.reshape(-1)[3] += 0.5
+    return dataclasses.replace(trace, tensors={**trace.tensors, name: array})
+
+
+def test_traces_that_can_not_be_fed_are_refused(exact: dict[str, Trace]) -> None:
+    other = exact["torch"]
+
+    def with_tensors(**tensors: Any) -> Trace:
+        return dataclasses.replace(other, tensors=tensors)
+
+    for given, message in (
+        (with_tensors(loss=np.ones(())), r"refeed: the other trace holds no output of a layer, as forward/layers\.0"),
+        (other.summarized(0), "refeed: forward/token_embedding: the other trace holds a summary"),
+        (refed(other), "refeed: the other trace was itself given recorded inputs"),
+        (
+            dataclasses.replace(other, meta=dataclasses.replace(other.meta, seed=3, tokens_hash="a" * 64)),
+            r"refeed: this run and the other trace are not of the same run:\n  seed: 0 and 3\n  tokens: other values",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            refed(given)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "0,9"], "layers = 9: must be in 0-1, as model.n_layers = 2"),
+        (["--layers", "x"], "layers = 'x': must be numbers and ranges of layers, as in 0,3-5"),
+        (["--only", "loss,layers.0.atention"], "only = 'layers.0.atention': matches no tensor; did you mean"),
+        (["--refeed", "{torch}", "--seed", "1"], "not of the same run:\nkempnerforge:   seed: 1 and 0"),
+        (["--refeed", "{torch}", "--model.n_layers=3"], "model.n_layers: 3 and 2"),
+        (["--refeed", "{torn}"], "torn.safetensors: can't be read as a safetensors file"),
+        (["--refeed", "{torn}.absent"], "absent: can't be read"),
+    ],
+)
+def test_trace_refuses_what_can_not_be(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    places = {**files, "torn": torn(files["torch"])}
+    output = tmp_path / "trace.safetensors"
+    command = ["trace", "debug", *TINY, "--backend", "torch", "--device", "cpu", "--no-deltas", "--output", str(output)]
+    assert main([*command, *(option.format(**places) for option in options)]) == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def torn(file: Path) -> Path:
+    """A copy without its end."""
+    path = file.with_name("torn.safetensors")
+    path.write_bytes(file.read_bytes()[:-100])
+    return path
+
+
+def test_compare_refuses_what_can_not_be_compared(
+    exact: dict[str, Trace], files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meta = dataclasses.replace(exact["jax"].meta, config=exact["jax"].meta.config.replace("dim = 16", "dim = 32"))
+    other = tmp_path / "other.safetensors"
+    write_trace(other, dataclasses.replace(exact["jax"], meta=meta))
+    for wrong, message in (
+        (other, "trace a and trace b are not of the same run:\nkempnerforge:   model.dim: 16 and 32"),
+        (torn(files["jax"]), "torn.safetensors: can't be read as a safetensors file"),
+    ):
+        assert main(["compare", str(files["torch"]), str(wrong)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_command_takes_parts_and_recorded_inputs(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "part.safetensors"
+    command = ["trace", "debug", *TINY, "--backend", "torch", "--device", "cpu", "--no-deltas", "--output", str(output)]
+    options = ["--layers", "0-1", "--only", "*.o_proj,layers.?", "--only", "*.mlp", "--refeed", str(files["jax"])]
+    assert main([*command, *options]) == 0
+    assert list(read_trace(output).tensors) == [
+        *(f"forward/layers.{i}{name}" for i in (0, 1) for name in (".attention.o_proj", ".mlp", "")),
+        "loss",
+    ]
+    assert main(["compare", str(files["jax"]), str(output)]) == 0
+    assert "torch: its layers were given what jax cpu float64 recorded" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,15 @@ import pytest
 import torch
 from flax import nnx
 
-from kempnerforge_jax.model.hooks import ActivationStore, capture, extract_representations, save_activations
+from kempnerforge_jax.model.hooks import (
+    ActivationStore,
+    capture,
+    extract_representations,
+    replacing,
+    save_activations,
+)
 from kempnerforge_jax.model.module import Module
-from kempnerforge_jax.model.state import get_state
+from kempnerforge_jax.model.state import get_state, merge, split
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_torch.model import hooks as torch_hooks
 from kempnerforge_torch.model.state import set_state
@@ -54,6 +61,36 @@ def test_a_store_records_while_it_is_enabled() -> None:
     store.clear()
     assert store.get("norm") is None
     assert list(other.activations) == ["norm"]
+
+
+def test_an_output_can_be_replaced_for_what_follows() -> None:
+    """Also inside jit, where a scan over the layers gives way."""
+    model = new_model()
+    graphdef, params, buffers = split(model)
+    given = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 16)), jnp.bfloat16)
+
+    @jax.jit
+    def run(params: Any, outputs: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        merged = merge(graphdef, params, buffers)
+        with capture(merged) as activations, replacing(merged, outputs):
+            logits = merged.run(TOKENS, scan_layers=True).logits
+        return logits, dict(activations)
+
+    logits, expected = run(params, {})
+    outputs = {"layers.0": given, "norm": expected["norm"]}
+    replaced, found = run(params, outputs)
+    np.testing.assert_array_equal(found["layers.0"], expected["layers.0"], "what it put out itself")
+    wanted = model.layers["1"].attention_norm(given.astype(jnp.float32))
+    np.testing.assert_allclose(found["layers.1.attention_norm"], wanted, atol=1e-6)
+    assert not np.allclose(found["norm"], expected["norm"], atol=1e-3)
+    np.testing.assert_array_equal(replaced, logits)
+    gradients = jax.grad(lambda params: run(params, outputs)[0].sum())(params)
+    assert not gradients["layers.1.mlp.up_proj.weight"].any(), "no gradient flows through"
+    with pytest.raises(ValueError, match=r"did you mean 'layers\.0'"), replacing(model, {"layer.0": given}):
+        pass
+    message = r"layers\.0: puts out \(2, 6, 16\); its replacement is \(2, 5, 16\)"
+    with pytest.raises(ValueError, match=message), replacing(model, {"layers.0": given[:, :5]}):
+        model(TOKENS)
 
 
 def test_a_call_inside_jit_is_refused_and_another_model_is_not_seen() -> None:

@@ -15,7 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from kempnerforge_torch.model.hooks import ActivationStore, capture, extract_representations, save_activations
+from kempnerforge_torch.model.hooks import (
+    ActivationStore,
+    capture,
+    extract_representations,
+    replacing,
+    save_activations,
+)
 from kempnerforge_torch.model.state import to_numpy
 from kempnerforge_torch.model.transformer import Transformer
 from shared_config.errors import UserError
@@ -68,6 +74,28 @@ def test_a_store_records_while_it_is_enabled() -> None:
     assert store.get("norm").shape == (2, 6, 16)
     store.clear()
     assert store.get("norm") is None
+
+
+def test_an_output_can_be_replaced_for_what_follows() -> None:
+    model = Transformer(CONFIG).double()
+    with capture(model) as expected:
+        model(TOKENS)
+    given = torch.randn(2, 6, 16)
+    with capture(model) as found, replacing(model, {"layers.0": given, "norm": expected["norm"]}):
+        logits = model(TOKENS)
+    assert torch.equal(found["layers.0"], expected["layers.0"]), "what it put out itself"
+    wanted = model.get_submodule("layers.1.attention_norm")(given.double())
+    assert torch.equal(found["layers.1.attention_norm"], wanted)
+    assert not torch.equal(found["norm"], expected["norm"])
+    assert torch.equal(logits, expected["output_head"])
+    logits.sum().backward()
+    assert model.get_parameter("layers.1.mlp.up_proj.weight").grad is None, "no gradient flows through"
+    assert torch.equal(model(TOKENS), expected["output_head"]), "nothing stays"
+    with pytest.raises(ValueError, match=r"did you mean 'layers\.0'"), replacing(model, {"layer.0": given}):
+        pass
+    message = r"layers\.0: puts out \(2, 6, 16\); its replacement is \(2, 5, 16\)"
+    with pytest.raises(ValueError, match=message), replacing(model, {"layers.0": given[:, :5]}):
+        model(TOKENS)
 
 
 def test_what_is_recorded_is_a_copy() -> None:

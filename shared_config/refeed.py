@@ -1,0 +1,96 @@
+"""What each layer of a run is given instead of its own input: what another run recorded, so that one that is wrong
+can't make others look wrong.
+
+Parts of a model in the order of execution, from the embedding and the vision encoder over the layers to the final norm
+and the head, record what they put out and pass on what the other run has recorded in their place. The loss is that of
+the recorded logits and the recorded losses of routers. There is no gradient: a recorded input is a constant.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shared_config.compare.align import differences_of_origin, fed_hash
+from shared_config.errors import UserError
+from shared_config.interchange.traces import FORWARD, ROUTING, Summary, Trace, TraceMeta
+from shared_config.schema.job import JobConfig
+
+FED = re.compile(
+    r"vision_encoder|adapter"
+    r"|(transformer\.)?(token_embedding|norm|output_head|layers\.\d+|cross_attention_layers\.\d+|mot_norms\.[^.]+)"
+)
+"""Paths of modules whose recorded outputs go on."""
+
+ROUTER_LOSSES = ("aux_loss", "z_loss")
+
+
+@dataclass(frozen=True)
+class Refeed:
+    """Recorded values that take the place of computed ones.
+
+    Attributes:
+        outputs: module -> its output.
+        losses: names of the losses of routers, without the group, -> values.
+        meta: `TraceMeta.refed`.
+    """
+
+    outputs: Mapping[str, np.ndarray] = field(default_factory=dict)
+    losses: Mapping[str, np.ndarray] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def refeed_from(other: Trace, origin: TraceMeta, config: JobConfig) -> Refeed:
+    """What a trace has to feed to a run of the same config, seed and inputs.
+
+    Args:
+        origin: of that run.
+
+    Raises:
+        UserError: naming every difference of the two runs; or if the trace lacks what is needed.
+    """
+    problems = list(differences_of_origin(origin, other.meta))
+    if problems:
+        raise UserError("\n  ".join(["refeed: this run and the other trace are not of the same run:", *problems]))
+    if other.meta.refed:
+        raise UserError("refeed: the other trace was itself given recorded inputs; one of a plain run is needed")
+    names = [name for name in other.tensors if FED.fullmatch(name.removeprefix(f"{FORWARD}/"))]
+    if not names:
+        raise UserError(f"refeed: the other trace holds no output of a layer, as {FORWARD}/layers.0")
+    for name in names:
+        if isinstance(other.tensors[name], Summary):
+            raise UserError(f"refeed: {name}: the other trace holds a summary; tensors are needed, without --summary")
+    outputs = {name.removeprefix(f"{FORWARD}/"): np.asarray(other.tensors[name]) for name in names}
+    return Refeed(outputs, _router_losses(other), _meta(other, outputs, config))
+
+
+def with_losses(stats: Any, losses: Mapping[str, Any], path: str) -> Any:
+    """Stats of routers, nested by layer and maybe modality, with recorded losses in place of the computed ones."""
+    if isinstance(stats, Mapping):
+        return {key: with_losses(part, losses, f"{path}.{key}") for key, part in stats.items()}
+    return stats._replace(**{loss: losses[f"{path}.{loss}"] for loss in ROUTER_LOSSES if f"{path}.{loss}" in losses})
+
+
+def _router_losses(other: Trace) -> dict[str, np.ndarray]:
+    found = {name: tensor for name, tensor in other.tensors.items() if name.startswith(f"{ROUTING}/")}
+    return {
+        name.removeprefix(f"{ROUTING}/"): np.asarray(tensor)
+        for name, tensor in found.items()
+        if name.endswith(ROUTER_LOSSES) and not isinstance(tensor, Summary)
+    }
+
+
+def _meta(other: Trace, outputs: Mapping[str, np.ndarray], config: JobConfig) -> dict[str, Any]:
+    path = "" if config.vlm is None else "transformer."
+    layers = [f"{path}layers.{layer}" for layer in range(config.model.n_layers)]
+    modules = list(outputs)
+    return {
+        **{name: getattr(other.meta, name) for name in ("backend", "device", "dtype")},
+        "modules": modules,
+        "own": [layer for layer in layers if layer not in outputs],
+        "hash": fed_hash(other, modules),
+    }
