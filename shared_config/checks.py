@@ -6,6 +6,7 @@ Other parts of the package add their own: ``register(Check(name, jobs, judge))``
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +143,8 @@ def describe(row: Row, comparison: Comparison) -> str:
         parts.append(f"at {row.position} {comparison.label_a} {row.value_a!r}, {comparison.label_b} {row.value_b!r}")
     if row.mismatched:
         parts.append(f"{row.mismatched} places are unequal or not finite on one side")
+    if math.isfinite(row.share):
+        parts.append(f"relative error {row.relative:.2g}, {row.share:.3g} times the limit")
     if row.multiple is not None:
         parts.append(f"{row.multiple:.3g} times what rounding does")
     return "; ".join(parts)

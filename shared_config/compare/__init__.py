@@ -18,6 +18,7 @@ from shared_config.compare.align import (
     order_notes,
 )
 from shared_config.compare.judge import Judge
+from shared_config.compare.magnitude import magnitude_note
 from shared_config.compare.result import DIFFERS, EQUAL, NO_DELTA, Comparison, HeatMap, Row, first_failure
 from shared_config.compare.tolerance import TOLERANCES, Tolerance
 from shared_config.errors import UserError
@@ -45,6 +46,7 @@ def compare_traces(a: Trace, b: Trace, truth: Trace | None = None, labels: tuple
             f"{label_a}, {label_b}: differ, and neither carries deltas for {judge.dtype}, without which nothing says "
             "how far rounding may move a result: give a float64 trace of the same config and seed as the truth"
         )
+    size = magnitude_note(first_failure(rows, FORWARD_GROUPS), judge.dtype)
     first = [first_failure(rows, FORWARD_GROUPS), first_failure(rows, BACKWARD_GROUPS)]
     heatmaps = {row.name: found for row in first if row is not None and (found := judge.heatmap(row)) is not None}
     return Comparison(
@@ -55,7 +57,7 @@ def compare_traces(a: Trace, b: Trace, truth: Trace | None = None, labels: tuple
         label_a=label_a,
         label_b=label_b,
         heatmaps=heatmaps,
-        notes=(*order_notes(a, b, label_a, label_b), *extent_notes(a, b, label_a, label_b)),
+        notes=(*filter(None, [size]), *order_notes(a, b, label_a, label_b), *extent_notes(a, b, label_a, label_b)),
     )
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 import kempnerforge_jax.trace
 import kempnerforge_torch.trace
@@ -182,6 +186,102 @@ def test_trace_command_with_given_tokens_and_summaries(tmp_path: Path) -> None:
     assert trace.meta.deltas == {}
     assert trace.tensors["forward/layers.0"].shape == (2, 7, 16)
     assert not isinstance(trace.tensors["forward/layers.0"], np.ndarray)
+
+
+def test_what_compare_says_is_on_the_terminal_in_the_numbers_and_on_the_page(
+    exact: dict[str, Trace], files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Forward and backward, with place, values and multiples of rounding; NaN; tensors that one side lacks."""
+    tensors = {name: np.array(tensor) for name, tensor in exact["jax"].tensors.items() if name != "forward/norm"}
+    tensors["forward/extra"] = np.ones(3)
+    tensors["forward/layers.0.mlp"][0, 3, 5] = np.nan
+    tensors["gradient/layers.1.mlp.up_proj.weight"][7, 2] += 0.25
+    write_trace(files["jax"], dataclasses.replace(exact["jax"], tensors=tensors))
+    numbers, page = tmp_path / "numbers.json", tmp_path / "page.html"
+    options = ["--json", str(numbers), "--report", str(page)]
+    assert main(["compare", str(files["torch"]), str(files["jax"]), *options]) == 1
+    printed, html = capsys.readouterr().out, page.read_text(encoding="utf-8")
+    right = {name: float(np.asarray(exact["torch"].tensors[name])[place]) for name, place in (
+        ("forward/layers.0.mlp", (0, 3, 5)), ("gradient/layers.1.mlp.up_proj.weight", (7, 2)))}  # fmt: skip
+    for said in (
+        f"first to diverge, forward: forward/layers.0.mlp: differs; at (0, 3, 5) torch "
+        f"{right['forward/layers.0.mlp']!r}, jax nan; 1 places are unequal or not finite on one side",
+        f"first to diverge, backward: gradient/layers.1.mlp.up_proj.weight: differs; at (7, 2) torch "
+        f"{right['gradient/layers.1.mlp.up_proj.weight']!r}, jax ",
+        "times the limit",
+        "times what rounding does",
+    ):
+        assert said in " ".join(printed.split())
+    content = json.loads(numbers.read_text(encoding="utf-8"))
+    assert not content["equal"]
+    assert content["failures"] == 4
+    assert content["first_forward"] == "forward/layers.0.mlp"
+    assert content["first_backward"] == "gradient/layers.1.mlp.up_proj.weight"
+    rows = {row["name"]: row for row in content["rows"]}
+    assert rows["forward/norm"]["status"] == "missing in b"
+    assert rows["forward/extra"]["status"] == "missing in a"
+    assert rows["gradient/layers.1.mlp.up_proj.weight"]["multiple"] > 1e6
+    for text in (printed, html):
+        assert all(status in text for status in ("missing in a", "missing in b"))
+    assert html.count('<img class="heat"') == 2, "where the first two differ"
+    assert html.count("<svg") == 3, "errors by layer: forward, gradients, updates"
+    assert 'src="http' not in html
+    assert "href=" not in html
+
+
+# Products of rounded numbers
+
+
+def as_tf32(x: torch.Tensor) -> torch.Tensor:
+    """The nearest numbers of 10 bits of mantissa, ties to even."""
+    bits = x.view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+class RoundedProducts(TorchFunctionMode):
+    """Rounds what goes into products of float32 matrices, as matrix units do."""
+
+    def __init__(self, rounded: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.rounded = rounded
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (functional.linear, functional.scaled_dot_product_attention, torch.Tensor.__matmul__):
+            args = [self.rounded(x) if x is not None and x.dtype == torch.float32 else x for x in args]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("rounded", "found"),
+    [
+        (as_tf32, "is of the size that TF32 leaves (2^-11, where float32 leaves 2^-24): train.matmul_precision"),
+        (lambda x: x.bfloat16().float(), "is of the size that bfloat16 leaves (2^-8, where float32 leaves 2^-24)"),
+        (lambda x: x, ""),
+        (lambda x: x * 1.1, ""),
+    ],
+)
+def test_coarser_products_are_named(
+    exact: dict[str, Trace],
+    files: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    rounded: Callable[[torch.Tensor], torch.Tensor],
+    found: str,
+) -> None:
+    asked: dict[str, Any] = {"dtype": "float32", "deltas": False, "device": "cpu", "only": ["forward/*"]}
+    plain = kempnerforge_torch.trace.record(CONFIG, **asked)
+    with RoundedProducts(rounded):
+        other = kempnerforge_torch.trace.record(CONFIG, **asked)
+    paths = [tmp_path / "plain.safetensors", tmp_path / "other.safetensors"]
+    for path, trace in zip(paths, (plain, other), strict=True):
+        write_trace(path, trace)
+    status = main(["compare", *map(str, paths), "--truth", str(files["torch"])])
+    printed = capsys.readouterr().out
+    assert status == (0 if rounded(torch.tensor(0.3)) == torch.tensor(0.3) else 1)
+    assert ("of the size that" in printed) == bool(found)
+    assert found in " ".join(printed.split())
+    if found:
+        assert "note: forward/layers.0.attention.q_proj: the relative error, " in printed
 
 
 # Parts of a run

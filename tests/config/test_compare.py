@@ -286,6 +286,43 @@ def test_seeded_initial_weights_must_be_drawn_alike():
     assert compare_traces(trace(tensors, initial_hash="aa"), trace(tensors)).equal
 
 
+# Sizes that have a name
+
+
+@pytest.mark.parametrize("delta", [1e-7, 0.0])
+@pytest.mark.parametrize(
+    ("roundoff", "name"),
+    [
+        (2.0**-16, ""),
+        (2.0**-12.4, "TF32"),
+        (2.0**-11, "TF32"),
+        (2.0**-9.6, "TF32"),
+        (2.0**-9.4, "bfloat16"),
+        (2.0**-8, "bfloat16"),
+        (2.0**-6, ""),
+    ],
+)
+def test_the_size_of_coarser_arithmetic_is_named(roundoff, name, delta):
+    """In multiples of what float32 rounding does, or relative to the tensor where that does nothing."""
+    a = values(40, 50)
+    b = shifted(a, roundoff / 2.0**-24 * delta if delta else roundoff * rms(a))
+    for dtype, named in (("float32", name), ("float64", ""), ("bfloat16", "")):
+        deltas = {dtype: {"forward/x": delta}}
+        both = trace({"forward/x": a}, dtype=dtype, deltas=deltas), trace({"forward/x": b}, dtype=dtype)
+        notes = compare_traces(*both).notes
+        assert [note.startswith("forward/x") and f"of the size that {named} leaves" in note for note in notes] == (
+            [True] if named else []
+        )
+
+
+def test_a_nan_has_no_size():
+    a, b = values(5), values(5) * (1 + 2**-11)
+    b[1] = np.nan
+    deltas = {"float32": {"forward/x": 1e-7}}
+    both = trace({"forward/x": a}, dtype="float32", deltas=deltas), trace({"forward/x": b}, dtype="float32")
+    assert compare_traces(*both).notes == ()
+
+
 # Order
 
 
