@@ -108,7 +108,7 @@ class Summary:
     """What is kept of a tensor in place of its values.
 
     Attributes:
-        hash: SHA-256 of dtype, shape and bytes.
+        hash: SHA-256 of dtype, shape and bytes; of integers as int64, as backends choose other widths.
         nonfinite_hash: SHA-256 of where NaN and the infinities stand; "" if there are none.
         sketch: float64 (1024,), linear in the tensor: the norm of a difference of sketches estimates the norm of the
             difference of tensors to about 3 % (count sketch: Charikar, Chen & Farach-Colton 2002). Empty for integers.
@@ -237,6 +237,7 @@ def _kinds_of_nonfinite(values: np.ndarray) -> np.ndarray:
 
 
 def _hash(array: np.ndarray) -> str:
+    array = array if is_floating(array.dtype) else array.astype(np.int64)
     digest = hashlib.sha256(f"{array.dtype.name} {array.shape}".encode())
     digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

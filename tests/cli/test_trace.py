@@ -83,6 +83,15 @@ def test_routes_of_experts_are_recorded_alike() -> None:
     counts = np.asarray(a.tensors["routing/layers.1.expert_counts"])
     indices = np.asarray(a.tensors["routing/layers.1.mlp.router.indices"])
     assert np.array_equal(counts, np.bincount(indices.ravel(), minlength=4))
+    for first, second in ((a.summarized(0), b), (a.summarized(0), b.summarized(0))):
+        summarized = compare_traces(first, second)
+        assert summarized.equal, [row.name for row in summarized.failures]
+    wrong = changed(b, "forward/layers.1.attention.v_proj").summarized(0)
+    found = compare_traces(a.summarized(0), wrong)
+    assert [row.name for row in found.failures] == ["forward/layers.1.attention.v_proj"]
+    assert found.failures[0].estimated
+    size = np.asarray(b.tensors["forward/layers.1.attention.v_proj"]).size
+    assert found.failures[0].error == pytest.approx(0.5 / size**0.5), "0.5 in one of its places"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

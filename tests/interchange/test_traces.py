@@ -187,6 +187,13 @@ def split_mix_64(seed: int) -> int:
     return z ^ (z >> 31)
 
 
+def test_integers_of_another_width_are_the_same():
+    wide = np.arange(-3, 7)
+    assert summarize(wide).hash == summarize(wide.astype(np.int32)).hash
+    assert summarize(wide > 0).hash == summarize((wide > 0).astype(np.int8)).hash
+    assert summarize(wide).hash != summarize(wide.astype(np.float64)).hash
+
+
 def test_integers_are_summarized_by_hash_alone():
     summary = summarize(np.arange(10))
     assert summary.sketch.size == 0
