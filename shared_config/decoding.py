@@ -15,6 +15,7 @@ import numpy as np
 
 from shared_config.contract.initialise import stream
 from shared_config.errors import UserError
+from shared_config.schema.vlm import MoMaConfig, VLMConfig
 
 PREFILL_CHUNK = 512
 SMALLEST_BUCKET = 16
@@ -78,8 +79,12 @@ def check_request(
     vocab_size: int,
     eos_token_id: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    image_tokens: int = 0,
 ) -> None:
     """Check how much is to be generated, and where it ends.
+
+    Args:
+        image_tokens: positions that an image takes before the prompt.
 
     Raises:
         UserError: a number without meaning, or more tokens than the model has positions.
@@ -88,16 +93,45 @@ def check_request(
         raise UserError(f"max_new_tokens = {max_new_tokens}: must be at least 0")
     if prefill_chunk < 1:
         raise UserError(f"prefill_chunk = {prefill_chunk}: must be at least 1")
-    longest = prompts.tokens.shape[1]
-    if longest > max_seq_len:
-        raise UserError(f"prompt_tokens has a row of {longest} tokens: must be at most max_seq_len = {max_seq_len}")
-    if longest + max_new_tokens - 1 > max_seq_len:
+    longest, room = prompts.tokens.shape[1], max_seq_len - image_tokens
+    image = f", of which the image takes {image_tokens}" if image_tokens else ""
+    if longest > room:
         raise UserError(
-            f"max_new_tokens = {max_new_tokens}: must be at most {max_seq_len - longest + 1}, as the longest prompt "
-            f"has {longest} tokens and max_seq_len = {max_seq_len}"
+            f"prompt_tokens has a row of {longest} tokens: must be at most max_seq_len = {max_seq_len}{image}"
+        )
+    if longest + max_new_tokens - 1 > room:
+        raise UserError(
+            f"max_new_tokens = {max_new_tokens}: must be at most {room - longest + 1}, as the longest prompt "
+            f"has {longest} tokens and max_seq_len = {max_seq_len}{image}"
         )
     if eos_token_id is not None and not 0 <= eos_token_id < vocab_size:
         raise UserError(f"eos_token_id = {eos_token_id}: must be in [0, {vocab_size}), or None")
+
+
+def check_architecture(vlm: VLMConfig | None) -> None:
+    """Check that a model can generate token by token.
+
+    Raises:
+        UserError: its routers are not causal.
+    """
+    if isinstance(vlm, MoMaConfig):
+        raise UserError(
+            "vlm.arch = 'moma': its experts choose among all tokens, later ones too, so it can't generate token by "
+            "token; it needs causal routers first"
+        )
+
+
+def check_images(shape: Sequence[int], rows: int) -> None:
+    """Check that there is an image for each prompt.
+
+    Raises:
+        UserError: if there isn't.
+    """
+    if len(shape) not in (4, 5) or shape[0] != rows:
+        raise UserError(
+            f"pixel_values.shape = {tuple(shape)}: must be (prompts, 3, height, width) or (prompts, frames, 3, height, "
+            f"width), for {rows} prompts"
+        )
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
@@ -119,9 +153,9 @@ def bucket(length: int, limit: int) -> int:
     return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), limit)
 
 
-def cache_length(prompts: Prompts, max_new_tokens: int, max_seq_len: int) -> int:
-    """Slots of the caches: every token but the last new one."""
-    return bucket(prompts.tokens.shape[1] + max_new_tokens - 1, max_seq_len)
+def cache_length(prompts: Prompts, max_new_tokens: int, max_seq_len: int, image_tokens: int = 0) -> int:
+    """Positions that the caches must serve: the image, and every token but the last new one."""
+    return bucket(image_tokens + prompts.tokens.shape[1] + max_new_tokens - 1, max_seq_len)
 
 
 def prefill_chunks(length: int, chunk: int, limit: int) -> list[tuple[int, int]]:

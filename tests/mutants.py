@@ -30,13 +30,13 @@ class Mutant:
     Attributes:
         component: module below the backend, "model.norm".
         name: what is wrong.
-        torch, jax: (text, replacement).
+        torch, jax: (text, replacement); None where one backend has no such thing.
     """
 
     component: str
     name: str
-    torch: tuple[str, str]
-    jax: tuple[str, str]
+    torch: tuple[str, str] | None
+    jax: tuple[str, str] | None
 
     def __str__(self) -> str:
         return f"{self.component}: {self.name}"
@@ -179,8 +179,8 @@ MUTANTS = (
     ),
     both("model.transformer", "output slice ignored", "x_BSD = x_BSD[:, modality.output_slice]", "pass"),
     both("model.modality", "two sources allowed", "len(sources) > 1", "len(sources) > 2"),
-    both("model.modality", "mask without features allowed", "self.image_mask is not None and self.image_features is",
-         "False and self.image_features is"),
+    both("model.modality", "mask without features allowed", "if self.image_mask is not None and not self.reads_image",
+         "if False"),
     Mutant(
         "model.init", "seed ignored",
         ("initial_value(name, spec, seed)", "initial_value(name, spec, 0)"),
@@ -265,9 +265,9 @@ MUTANTS = (
         ("shown_B = drawn_B.masked_fill(done_B, request.pad_token_id)", "shown_B = drawn_B"),
         ("shown_B = jnp.where(state.done, options.pad_token_id, drawn_B)", "shown_B = drawn_B"),
     ),
-    both("model.generate", "cached position off by one", "cache.cut(lengths_B - 1)", "cache.cut(lengths_B)"),
-    both("model.generate", "padding of ragged prompts seen", "cache.cut(lengths_B - 1)",
-         "cache.cut(lengths_B * 0 + lengths_B.max() - 1)"),
+    both("model.generate", "cached position off by one", "lengths_B - 1 + taken", "lengths_B + taken"),
+    both("model.generate", "padding of ragged prompts seen", "lengths_B - 1 + taken",
+         "lengths_B * 0 + lengths_B.max() - 1 + taken"),
 )  # fmt: skip
 
 

@@ -45,17 +45,32 @@ class CrossAttention(Module):
         self.v_proj = Linear(dim, n_kv_heads * head_dim, rngs=rngs)
         self.o_proj = Linear(n_heads * head_dim, dim, rngs=rngs)
 
-    def forward(self, x: jax.Array, image_features: jax.Array, image_mask: jax.Array | None = None) -> jax.Array:
+    def forward(
+        self,
+        x: jax.Array,
+        image_features: jax.Array | None,
+        image_mask: jax.Array | None = None,
+        *,
+        keys_values: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
         """(B, S, D), (B, N, D) -> (B, S, D).
 
         Args:
             image_mask: bool (B, N), True = attend. A row that may attend to nothing gives 0.
+            keys_values: what `keys_values` gave for the features, which are not needed then.
         """
+        if keys_values is None:
+            assert image_features is not None
+            keys_values = self.keys_values(image_features)
         q_BHSh = self._heads_first(self.q_proj(x))
-        k_BKNh, v_BKNh = self._heads_first(self.k_proj(image_features)), self._heads_first(self.v_proj(image_features))
+        k_BKNh, v_BKNh = (part.astype(x.dtype) for part in keys_values)
         mask = None if image_mask is None else image_mask[:, None, None, :]
         out_BHSh = attend(q_BHSh, k_BKNh, v_BKNh, mask, causal=False)
         return self.o_proj(out_BHSh.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+
+    def keys_values(self, image_features: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(B, N, D) -> what any text reads of the image: keys and values, (B, K, N, h) each."""
+        return self._heads_first(self.k_proj(image_features)), self._heads_first(self.v_proj(image_features))
 
     def _heads_first(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], -1, self.head_dim).swapaxes(1, 2)
@@ -89,9 +104,16 @@ class CrossAttentionBlock(Module):
             weight = getattr(owner, name).weight
             weight.set_value(jnp.zeros_like(weight.get_value()))
 
-    def forward(self, x: jax.Array, image_features: jax.Array, image_mask: jax.Array | None = None) -> jax.Array:
-        """(B, S, D), (B, N, D) -> (B, S, D)."""
-        x = x + self.attention(self.attention_norm(x), image_features, image_mask)
+    def forward(
+        self,
+        x: jax.Array,
+        image_features: jax.Array | None,
+        image_mask: jax.Array | None = None,
+        *,
+        keys_values: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        """(B, S, D), (B, N, D) -> (B, S, D). Arguments as for `CrossAttention`."""
+        x = x + self.attention(self.attention_norm(x), image_features, image_mask, keys_values=keys_values)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -152,8 +174,19 @@ class CrossAttentionArchitecture(Architecture):
 
     def after_block(self, model: Transformer, layer_idx: int, x: jax.Array, modality: ModalityContext) -> jax.Array:
         """Block k fires after layer i if (i + 1) = (k + 1) * every."""
-        if not self.breaks_after(layer_idx) or modality.image_features is None:
+        if not self.breaks_after(layer_idx) or not modality.reads_image:
             return x
         blocks = getattr(model, "cross_attention_layers")  # noqa: B009
-        block = blocks[str((layer_idx + 1) // self.every - 1)]
+        index = (layer_idx + 1) // self.every - 1
+        block = blocks[str(index)]
+        if modality.image_keys_values is not None:
+            return block(x, None, modality.image_mask, keys_values=modality.image_keys_values[index])
+        assert modality.image_features is not None
         return block(x, modality.image_features.astype(x.dtype), modality.image_mask)
+
+    def read_once(self, model: Transformer, modality: ModalityContext) -> ModalityContext:
+        """The keys and values of all blocks, in place of the features."""
+        assert modality.image_features is not None
+        blocks = getattr(model, "cross_attention_layers")  # noqa: B009
+        keys_values = tuple(block.attention.keys_values(modality.image_features) for block in blocks.values())
+        return ModalityContext(image_keys_values=keys_values, image_mask=modality.image_mask)

@@ -1,7 +1,8 @@
 """Sampling and generation with key/value caches.
 
-A prompt goes into the caches in chunks, all but its last token and without the head; from there on every step reads
-one token of each row and draws the next, at static shapes, so that one program serves all positions.
+An image goes into the caches first, or is read once where cross-attention looks at it. A prompt follows in chunks, all
+but its last token and without the head; from there on every step reads one token of each row and draws the next, at
+static shapes, so that one program serves all positions.
 
 Shapes: B rows, S tokens of the longest prompt, N new tokens, V vocabulary.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,16 +20,20 @@ import numpy as np
 from flax import nnx
 
 from kempnerforge_jax.model.attention import KVCache
+from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import named_modules
 from kempnerforge_jax.model.moe import MoEMLP
 from kempnerforge_jax.model.state import State, merge, set_state, split
 from kempnerforge_jax.model.transformer import Transformer
+from kempnerforge_jax.model.vlm import VLMWrapper, inner_transformer
 from shared_config.decoding import (
     PREFILL_CHUNK,
     Prompts,
     bucket,
     cache_length,
+    check_architecture,
+    check_images,
     check_request,
     check_sampling,
     check_uniforms,
@@ -36,6 +41,7 @@ from shared_config.decoding import (
     prefill_chunks,
     read_prompts,
 )
+from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 
 NO_LOGITS = ModalityContext(output_slice=slice(0, 0))
@@ -81,7 +87,7 @@ def sample(
 
 
 def generate(
-    model: Transformer,
+    model: Transformer | VLMWrapper,
     prompt_tokens: Any,
     max_new_tokens: int,
     *,
@@ -94,6 +100,8 @@ def generate(
     seed: int | jax.Array | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    pixel_values: Any = None,
+    frame_mask: Any = None,
 ) -> jax.Array:
     """Continue prompts.
 
@@ -109,24 +117,26 @@ def generate(
         seed: of the random numbers, the same in both backends; or a JAX key; None: another one each time.
         uniforms: (B, N) numbers in [0, 1), in place of a seed.
         prefill_chunk: at most so many tokens of a prompt are read at a time.
+        pixel_values: (B, 3, h, w) or (B, F, 3, h, w), what a `VLMWrapper` sees before each prompt; None: text alone.
+        frame_mask: bool (B, F), False for frames that don't exist.
 
     Returns:
         int32 (B, S + N): prompt, new tokens, and padding up to the common width.
 
     Raises:
-        ValueError: prompts that are empty, too long or hold ids outside the vocabulary; values without meaning; a
-            model that needs images.
+        ValueError: prompts that are empty, too long or hold ids outside the vocabulary; values without meaning;
+            images that don't fit the model or the prompts; a model whose routers are not causal.
     """
     request = _request(
         model, prompt_tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id, pad_token_id, prompt_lengths,
-        seed, uniforms, prefill_chunk,
+        seed, uniforms, prefill_chunk, pixel_values, frame_mask,
     )  # fmt: skip
-    new_BN = _decode_all(model, request)
+    new_BN = _decode_all(inner_transformer(model), request)
     return jnp.asarray(request.prompts.followed_by(np.asarray(new_BN), pad_token_id))
 
 
 def stream(
-    model: Transformer,
+    model: Transformer | VLMWrapper,
     prompt_tokens: Any,
     max_new_tokens: int,
     *,
@@ -139,6 +149,8 @@ def stream(
     seed: int | jax.Array | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    pixel_values: Any = None,
+    frame_mask: Any = None,
 ) -> Iterator[np.ndarray]:
     """The new tokens of `generate`, int (B,) at a time, as they are drawn; ends early when every row has ended.
 
@@ -146,22 +158,36 @@ def stream(
     """
     request = _request(
         model, prompt_tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id, pad_token_id, prompt_lengths,
-        seed, uniforms, prefill_chunk,
+        seed, uniforms, prefill_chunk, pixel_values, frame_mask,
     )  # fmt: skip
-    return (np.asarray(tokens_B) for tokens_B in _steps(model, request))
+    return (np.asarray(tokens_B) for tokens_B in _steps(inner_transformer(model), request))
 
 
-def load_model(config: ModelConfig, weights: Mapping[str, Any], device: Any = None) -> Transformer:
-    """A text model with these weights, float32, for generation.
+def load_model(
+    config: ModelConfig | JobConfig, weights: Mapping[str, Any] | None, device: Any = None, *, seed: int = 0
+) -> Any:
+    """A model with these weights, float32, for generation: of a job, one that sees images if the job's does.
+
+    Args:
+        weights: by name; None: the initial ones of ``seed``.
 
     Raises:
         ValueError: lists every missing, unknown and misshapen name.
     """
     with jax.default_device(None if device is None else jax.devices(device)[0]):
-        model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-        model.init_weights_and_freqs(seed=0)
-        set_state(model, weights)
+        model = nnx.eval_shape(lambda: _new_model(config))
+        model.init_weights_and_freqs(seed)
+        if weights is not None:
+            set_state(model, weights)
     return model
+
+
+def _new_model(config: ModelConfig | JobConfig) -> Any:
+    if isinstance(config, ModelConfig):
+        return Transformer(config, rngs=UNDRAWN)
+    from kempnerforge_jax.training.train import build_model
+
+    return build_model(config, rngs=UNDRAWN)
 
 
 @dataclass(frozen=True)
@@ -169,12 +195,14 @@ class Request:
     """What is to be generated, checked.
 
     Attributes:
+        image: its place in the stream, or what is read of it at every step; None: text alone.
         uniforms: float64 (B, N); None: greedy.
-        cache_length: slots of the caches.
+        cache_length: positions of the caches.
         chunks: (start, size) of the parts in which the prompts are read.
     """
 
     prompts: Prompts
+    image: ModalityContext | None
     max_new_tokens: int
     temperature: float
     top_k: int
@@ -187,7 +215,7 @@ class Request:
 
 
 def _request(
-    model: Transformer,
+    model: Transformer | VLMWrapper,
     prompt_tokens: Any,
     max_new_tokens: int,
     temperature: float,
@@ -199,15 +227,21 @@ def _request(
     seed: int | jax.Array | None,
     uniforms: np.ndarray | None,
     prefill_chunk: int,
+    pixel_values: Any,
+    frame_mask: Any,
 ) -> Request:
-    _check_model(model)
+    transformer = _checked(model)
     check_sampling(temperature, top_k, top_p)
-    config = model.config
+    config = transformer.config
     prompts = read_prompts(prompt_tokens, prompt_lengths, config.vocab_size)
-    check_request(prompts, max_new_tokens, config.max_seq_len, config.vocab_size, eos_token_id, prefill_chunk)
-    rows, slots = len(prompts.lengths), cache_length(prompts, max_new_tokens, config.max_seq_len)
+    rows = len(prompts.lengths)
+    image = _read_image(model, pixel_values, frame_mask, rows)
+    taken = _image_tokens(image)
+    check_request(prompts, max_new_tokens, config.max_seq_len, config.vocab_size, eos_token_id, prefill_chunk, taken)
+    slots = cache_length(prompts, max_new_tokens, config.max_seq_len, taken)
     return Request(
         prompts,
+        image,
         max_new_tokens,
         temperature,
         top_k or config.vocab_size,
@@ -216,15 +250,38 @@ def _request(
         pad_token_id,
         None if temperature == 0 else _uniforms(seed, uniforms, rows, max_new_tokens),
         slots,
-        prefill_chunks(prompts.tokens.shape[1] - 1, prefill_chunk, slots),
+        prefill_chunks(prompts.tokens.shape[1] - 1, prefill_chunk, slots - taken),
     )
 
 
-def _check_model(model: Transformer) -> None:
-    if model.vlm_config is not None:
-        raise ValueError(f"vlm.arch = {model.vlm_config.arch!r}: generate continues text, without images, only")
-    if model.token_embedding is None or model.output_head is None:
+def _checked(model: Transformer | VLMWrapper) -> Transformer:
+    """The transformer of a model that can generate."""
+    transformer = inner_transformer(model)
+    check_architecture(transformer.vlm_config)
+    if transformer.token_embedding is None or transformer.output_head is None:
         raise ValueError("model is a pipeline stage: generate needs the embedding and the head in one model")
+    return transformer
+
+
+def _read_image(
+    model: Transformer | VLMWrapper, pixel_values: Any, frame_mask: Any, rows: int
+) -> ModalityContext | None:
+    """What the transformer is called with for the image of each row."""
+    if pixel_values is None and frame_mask is not None:
+        raise ValueError("frame_mask is given, pixel_values = None: the mask needs the images that it masks")
+    if pixel_values is None:
+        return None
+    if not isinstance(model, VLMWrapper):
+        raise ValueError(f"pixel_values is given: model = {type(model).__name__} has no encoder for images")
+    check_images(pixel_values.shape, rows)
+    graphdef, params, buffers = split(model)
+    frames = None if frame_mask is None else jnp.asarray(frame_mask)
+    return _compiled_reading(graphdef)(params, buffers, jnp.asarray(pixel_values), frames)
+
+
+def _image_tokens(image: ModalityContext | None) -> int:
+    """Positions of the residual stream that the image takes."""
+    return 0 if image is None or image.prefix_embeds is None else image.prefix_embeds.shape[1]
 
 
 def _uniforms(seed: int | jax.Array | None, uniforms: Any, rows: int, count: int) -> np.ndarray:
@@ -262,9 +319,9 @@ def _steps(model: Transformer, request: Request) -> Iterator[jax.Array]:
     parts = graphdef, params, buffers = split(model)
     caches, state = _prefill(model, request, parts)
     uniforms_BN, options = _numbers(model, request, request.max_new_tokens)
-    step = _compiled_step(graphdef)
+    step, seen = _compiled_step(graphdef), _seen(request)
     for place in range(request.max_new_tokens):
-        shown_B, state, caches = step(params, buffers, caches, state, uniforms_BN[:, place], options)
+        shown_B, state, caches = step(params, buffers, caches, state, seen, uniforms_BN[:, place], options)
         yield shown_B
         if request.eos_token_id is not None and bool(state.done.all()):
             return
@@ -279,7 +336,8 @@ def _decode_all(model: Transformer, request: Request) -> jax.Array:
     caches, state = _prefill(model, request, parts)
     room = bucket(count, model.config.max_seq_len + 1)
     uniforms_BN, options = _numbers(model, request, room)
-    new_BN, _ = _compiled_loop(graphdef)(params, buffers, caches, state, uniforms_BN, options, np.int32(count))
+    loop = _compiled_loop(graphdef)
+    new_BN, _ = loop(params, buffers, caches, state, _seen(request), uniforms_BN, options, np.int32(count))
     return new_BN[:, :count]
 
 
@@ -298,26 +356,56 @@ def _numbers(model: Transformer, request: Request, room: int) -> tuple[jax.Array
 
 def _prefill(model: Transformer, request: Request, parts: tuple[Any, State, State]) -> tuple[list[KVCache], _State]:
     """Caches that hold every prompt but for its last token, and the state that these last tokens are."""
-    config, dtype, prompts = model.config, _weight(model).dtype, request.prompts
-    rows, width = prompts.tokens.shape
+    config, dtype, prompts, image = model.config, _weight(model).dtype, request.prompts, request.image
+    (rows, width), taken = prompts.tokens.shape, _image_tokens(image)
     graphdef, params, buffers = parts
-    caches = [
-        KVCache(rows, request.cache_length, config.kv_heads, config.head_size, dtype) for _ in range(config.n_layers)
-    ]
+    heads = config.kv_heads if model.vlm_config is None else model.vlm_config.cached_kv_heads(config)
+    caches = [KVCache(rows, request.cache_length, heads, config.head_size, dtype) for _ in range(config.n_layers)]
+    read, lengths_B = _compiled_prefill(graphdef), jnp.asarray(prompts.lengths)
+    if taken:
+        caches = read(params, buffers, caches, prompts.tokens[:, :0], image, lengths_B * 0 + taken)
     for start, size in request.chunks:
         chunk = np.pad(prompts.tokens, ((0, 0), (0, max(0, start + size - width))))[:, start : start + size]
-        caches = _compiled_prefill(graphdef)(params, buffers, caches, chunk)
-    lengths_B = jnp.asarray(prompts.lengths)
-    caches = [cache.cut(lengths_B - 1) for cache in caches]
+        caches = read(params, buffers, caches, chunk, _seen(request), lengths_B - 1 + taken)
     tokens_B = prompts.tokens[np.arange(rows), prompts.lengths - 1]
     return caches, _State(jnp.asarray(tokens_B), jnp.zeros(rows, jnp.bool_))
 
 
+def _seen(request: Request) -> ModalityContext | None:
+    """What text reads of the image at every step, where the image is not in the caches."""
+    return None if _image_tokens(request.image) else request.image
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_reading(graphdef: Any) -> Any:
+    """The context of images (B, [F,] 3, h, w)."""
+
+    def read(params: State, buffers: State, pixel_values: jax.Array, frame_mask: jax.Array | None) -> Any:
+        model: Any = inference(merge(graphdef, params, buffers))
+        context = model.context(pixel_values, jnp.zeros((len(pixel_values), 0), jnp.int32), frame_mask)
+        if context.prefix_embeds is not None:
+            return context
+        return model.transformer.architecture.read_once(model.transformer, context)
+
+    return jax.jit(read)
+
+
 @functools.lru_cache(maxsize=8)
 def _compiled_prefill(graphdef: Any) -> Any:
-    def prefill(params: State, buffers: State, caches: list[KVCache], tokens_BS: jax.Array) -> Any:
+    """The caches after more tokens (B, S), and an image if one is given; rows end at ``lengths`` (B,)."""
+
+    def prefill(
+        params: State,
+        buffers: State,
+        caches: list[KVCache],
+        tokens_BS: jax.Array,
+        image: ModalityContext | None,
+        lengths_B: jax.Array,
+    ) -> list[KVCache]:
         model = inference(merge(graphdef, params, buffers))
-        return model.run(tokens_BS, modality=NO_LOGITS, kv_caches=caches, allow_image_inputs=True).kv_caches
+        modality = NO_LOGITS if image is None else replace(image, output_slice=NO_LOGITS.output_slice)
+        output = model.run(tokens_BS, modality=modality, kv_caches=caches, allow_image_inputs=True)
+        return [cache.cut(lengths_B) for cache in output.kv_caches or ()]
 
     return jax.jit(prefill, donate_argnames="caches")
 
@@ -338,6 +426,7 @@ def _compiled_loop(graphdef: Any) -> Any:
         buffers: State,
         caches: list[KVCache],
         state: _State,
+        image: ModalityContext | None,
         uniforms_BN: jax.Array,
         options: _Options,
         count: jax.Array,
@@ -347,7 +436,7 @@ def _compiled_loop(graphdef: Any) -> Any:
         def advance(carry: Any) -> Any:
             place, new_BN, state, caches = carry
             uniforms_B = jax.lax.dynamic_index_in_dim(uniforms_BN, place, 1, keepdims=False)
-            shown_B, state, caches = _step(graphdef, params, buffers, caches, state, uniforms_B, options)
+            shown_B, state, caches = _step(graphdef, params, buffers, caches, state, image, uniforms_B, options)
             return place + 1, new_BN.at[:, place].set(shown_B), state, caches
 
         def goes_on(carry: Any) -> jax.Array:
@@ -367,11 +456,15 @@ def _step(
     buffers: State,
     caches: list[KVCache],
     state: _State,
+    image: ModalityContext | None,
     uniforms: jax.Array,
     options: _Options,
 ) -> tuple[jax.Array, _State, Any]:
-    """Read one token of each row; the next (B,), padding in rows that had ended; the new state and caches."""
-    output = inference(merge(graphdef, params, buffers)).run(state.tokens[:, None], kv_caches=caches)
+    """Read one token of each row, and the image if it is not in the caches; the next (B,), padding in rows that had
+    ended; the new state and caches.
+    """
+    model = inference(merge(graphdef, params, buffers))
+    output = model.run(state.tokens[:, None], modality=image, kv_caches=caches)
     logits_BV = output.logits[:, -1]
     drawn_B = _greedy(logits_BV) if options.sampling is None else _draw(logits_BV, uniforms, *options.sampling)
     shown_B = jnp.where(state.done, options.pad_token_id, drawn_B)

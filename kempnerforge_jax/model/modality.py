@@ -14,6 +14,7 @@ ARRAYS = (
     "inputs_embeds",
     "prefix_embeds",
     "image_features",
+    "image_keys_values",
     "image_mask",
     "modality_ids",
     "key_padding_mask",
@@ -31,6 +32,8 @@ class ModalityContext:
         prefix_embeds: (B, P, D), put before the embedded tokens.
         output_slice: positions of the residual stream that get logits; static under jit.
         image_features: (B, N, D), what cross-attention reads.
+        image_keys_values: in place of image_features, what every cross-attention block makes of them: keys and values,
+            (B, K, N, h) each.
         image_mask: bool (B, N), True where cross-attention may look.
         modality_ids: int (B, S), the modality of each position, by index in the architecture's list of modalities.
         key_padding_mask: bool (B, S), True at real positions.
@@ -44,20 +47,26 @@ class ModalityContext:
     prefix_embeds: jax.Array | None = None
     output_slice: slice | None = None
     image_features: jax.Array | None = None
+    image_keys_values: tuple[tuple[jax.Array, jax.Array], ...] | None = None
     image_mask: jax.Array | None = None
     modality_ids: jax.Array | None = None
     key_padding_mask: jax.Array | None = None
     noise_seed: jax.Array | None = None
 
     def __post_init__(self) -> None:
-        sources = self._given("inputs_embeds", "prefix_embeds", "image_features")
+        sources = self._given("inputs_embeds", "prefix_embeds", "image_features", "image_keys_values")
         if len(sources) > 1:
             raise ValueError(f"{' and '.join(sources)} are given: at most one of them is allowed")
-        if self.image_mask is not None and self.image_features is None:
+        if self.image_mask is not None and not self.reads_image:
             raise ValueError("image_mask is given, image_features = None: the mask needs the features that it masks")
         for name in self._given("modality_ids", "key_padding_mask"):
             if self.inputs_embeds is None and self.prefix_embeds is None:
                 raise ValueError(f"{name} is given: it needs prefix_embeds or inputs_embeds, and neither is given")
+
+    @property
+    def reads_image(self) -> bool:
+        """Whether there is something for cross-attention to read."""
+        return self.image_features is not None or self.image_keys_values is not None
 
     def _given(self, *names: str) -> list[str]:
         return [name for name in names if getattr(self, name) is not None]

@@ -235,7 +235,7 @@ class MoMaArchitecture(Architecture):
 
     def check(self, modality: ModalityContext) -> None:
         """The image comes as ``prefix_embeds``, or within ``inputs_embeds`` with ``modality_ids``."""
-        if modality.image_features is not None:
+        if modality.reads_image:
             raise ValueError("image_features is given: the architecture (moma) takes prefix_embeds or modality_ids")
 
     def block_inputs(

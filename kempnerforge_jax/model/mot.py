@@ -304,7 +304,7 @@ class MoTArchitecture(Architecture):
 
     def check(self, modality: ModalityContext) -> None:
         """The image comes as ``prefix_embeds``, or within ``inputs_embeds`` with ``modality_ids``."""
-        if modality.image_features is not None:
+        if modality.reads_image:
             raise ValueError("image_features is given: the architecture (mot) takes prefix_embeds or modality_ids")
 
     def block_inputs(

@@ -113,7 +113,7 @@ class Architecture:
 
     def check(self, modality: ModalityContext) -> None:
         """Refuse inputs that the architecture would ignore, and ask for those that it needs."""
-        for name in ("image_features", "modality_ids"):
+        for name in ("image_features", "image_keys_values", "modality_ids"):
             if getattr(modality, name) is not None:
                 arch = self.vlm_config.arch if self.vlm_config else "none"
                 raise ValueError(f"{name} is given: the architecture ({arch}) has no use for it")
@@ -136,6 +136,10 @@ class Architecture:
     def after_block(self, model: Transformer, layer_idx: int, x: jax.Array, modality: ModalityContext) -> jax.Array:
         """What happens to the residual stream between two layers."""
         return x
+
+    def read_once(self, model: Transformer, modality: ModalityContext) -> ModalityContext:
+        """What decoding is called with for an image that it has to read anew at every step."""
+        return modality
 
     def final_norm(self, model: Transformer, x: jax.Array, modality: ModalityContext) -> jax.Array:
         """The norm before the head."""

@@ -34,17 +34,32 @@ class CrossAttention(nn.Module):
         self.v_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(n_heads * head_dim, dim, bias=False)
 
-    def forward(self, x: Tensor, image_features: Tensor, image_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        image_features: Tensor | None,
+        image_mask: Tensor | None = None,
+        *,
+        keys_values: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """(B, S, D), (B, N, D) -> (B, S, D).
 
         Args:
             image_mask: bool (B, N), True = attend. A row that may attend to nothing gives 0.
+            keys_values: what `keys_values` gave for the features, which are not needed then.
         """
+        if keys_values is None:
+            assert image_features is not None
+            keys_values = self.keys_values(image_features)
         q_BHSh = self._heads_first(self.q_proj(x))
-        k_BKNh, v_BKNh = self._heads_first(self.k_proj(image_features)), self._heads_first(self.v_proj(image_features))
+        k_BKNh, v_BKNh = (part.to(x.dtype) for part in keys_values)
         mask = None if image_mask is None else image_mask[:, None, None, :]
         out_BHSh = attend(q_BHSh, k_BKNh, v_BKNh, mask, causal=False, sdpa_backend=self.sdpa_backend)
         return self.o_proj(out_BHSh.transpose(1, 2).flatten(2))
+
+    def keys_values(self, image_features: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, D) -> what any text reads of the image: keys and values, (B, K, N, h) each."""
+        return self._heads_first(self.k_proj(image_features)), self._heads_first(self.v_proj(image_features))
 
     def _heads_first(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -77,9 +92,16 @@ class CrossAttentionBlock(nn.Module):
         nn.init.zeros_(self.attention.o_proj.weight)
         nn.init.zeros_(self.mlp.get_submodule("down_proj").get_parameter("weight"))
 
-    def forward(self, x: Tensor, image_features: Tensor, image_mask: Tensor | None = None) -> Tensor:
-        """(B, S, D), (B, N, D) -> (B, S, D)."""
-        x = x + self.attention(self.attention_norm(x), image_features, image_mask)
+    def forward(
+        self,
+        x: Tensor,
+        image_features: Tensor | None,
+        image_mask: Tensor | None = None,
+        *,
+        keys_values: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """(B, S, D), (B, N, D) -> (B, S, D). Arguments as for `CrossAttention`."""
+        x = x + self.attention(self.attention_norm(x), image_features, image_mask, keys_values=keys_values)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -135,7 +157,22 @@ class CrossAttentionArchitecture(Architecture):
 
     def after_block(self, model: Transformer, layer_idx: int, x: Tensor, modality: ModalityContext) -> Tensor:
         """Block k fires after layer i if (i + 1) = (k + 1) * every."""
-        if (layer_idx + 1) % self.every != 0 or modality.image_features is None:
+        if (layer_idx + 1) % self.every != 0 or not modality.reads_image:
             return x
-        block = model.get_submodule(f"cross_attention_layers.{(layer_idx + 1) // self.every - 1}")
+        index = (layer_idx + 1) // self.every - 1
+        block = model.get_submodule(f"cross_attention_layers.{index}")
+        if modality.image_keys_values is not None:
+            return block(x, None, modality.image_mask, keys_values=modality.image_keys_values[index])
+        assert modality.image_features is not None
         return block(x, modality.image_features.to(x.dtype), modality.image_mask)
+
+    def read_once(self, model: Transformer, modality: ModalityContext) -> ModalityContext:
+        """The keys and values of all blocks, in place of the features."""
+        assert modality.image_features is not None
+        blocks = model.get_submodule("cross_attention_layers").children()
+        keys_values = tuple(
+            block.attention.keys_values(modality.image_features)
+            for block in blocks
+            if isinstance(block, CrossAttentionBlock)
+        )
+        return ModalityContext(image_keys_values=keys_values, image_mask=modality.image_mask)

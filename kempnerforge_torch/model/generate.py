@@ -1,7 +1,8 @@
 """Sampling and generation with key/value caches.
 
-A prompt goes into the caches in chunks, all but its last token and without the head; from there on every step reads
-one token of each row and draws the next, at static shapes, so that one program serves all positions.
+An image goes into the caches first, or is read once where cross-attention looks at it. A prompt follows in chunks, all
+but its last token and without the head; from there on every step reads one token of each row and draws the next, at
+static shapes, so that one program serves all positions.
 
 Shapes: B rows, S tokens of the longest prompt, N new tokens, V vocabulary.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,13 @@ from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.moe import MoEMLP
 from kempnerforge_torch.model.state import set_state, to_numpy
 from kempnerforge_torch.model.transformer import Transformer
+from kempnerforge_torch.model.vlm import VLMWrapper, inner_transformer
 from shared_config.decoding import (
     PREFILL_CHUNK,
     Prompts,
     cache_length,
+    check_architecture,
+    check_images,
     check_request,
     check_sampling,
     check_uniforms,
@@ -35,6 +39,7 @@ from shared_config.decoding import (
     prefill_chunks,
     read_prompts,
 )
+from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 
 NO_LOGITS = ModalityContext(output_slice=slice(0, 0))
@@ -78,7 +83,7 @@ def sample(
 
 
 def generate(
-    model: Transformer,
+    model: Transformer | VLMWrapper,
     prompt_tokens: Any,
     max_new_tokens: int,
     *,
@@ -91,6 +96,8 @@ def generate(
     seed: int | torch.Generator | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    pixel_values: Any = None,
+    frame_mask: Any = None,
     compile: bool = False,
 ) -> Tensor:
     """Continue prompts.
@@ -107,21 +114,24 @@ def generate(
         seed: of the random numbers, the same in both backends; or a generator of torch; None: another one each time.
         uniforms: (B, N) numbers in [0, 1), in place of a seed.
         prefill_chunk: at most so many tokens of a prompt are read at a time.
+        pixel_values: (B, 3, h, w) or (B, F, 3, h, w), what a `VLMWrapper` sees before each prompt; None: text alone.
+        frame_mask: bool (B, F), False for frames that don't exist.
         compile: compile the decode step; with CUDA graphs on a GPU.
 
     Returns:
         int64 (B, S + N), on the model's device: prompt, new tokens, and padding up to the common width.
 
     Raises:
-        ValueError: prompts that are empty, too long or hold ids outside the vocabulary; values without meaning; a
-            model that needs images.
+        ValueError: prompts that are empty, too long or hold ids outside the vocabulary; values without meaning;
+            images that don't fit the model or the prompts; a model whose routers are not causal.
     """
     request = _request(
         model, prompt_tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id, pad_token_id, prompt_lengths,
-        seed, uniforms, prefill_chunk,
+        seed, uniforms, prefill_chunk, pixel_values, frame_mask,
     )  # fmt: skip
-    steps = list(_steps(model, request, compile))
-    rows, device = len(request.prompts.lengths), _weight(model).device
+    transformer = inner_transformer(model)
+    steps = list(_steps(transformer, request, compile))
+    rows, device = len(request.prompts.lengths), _weight(transformer).device
     new_BN = torch.full((rows, max_new_tokens), pad_token_id, dtype=torch.int64, device=device)
     if steps:
         new_BN[:, : len(steps)] = torch.stack(steps, dim=1)
@@ -129,7 +139,7 @@ def generate(
 
 
 def stream(
-    model: Transformer,
+    model: Transformer | VLMWrapper,
     prompt_tokens: Any,
     max_new_tokens: int,
     *,
@@ -142,6 +152,8 @@ def stream(
     seed: int | torch.Generator | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    pixel_values: Any = None,
+    frame_mask: Any = None,
     compile: bool = False,
 ) -> Iterator[np.ndarray]:
     """The new tokens of `generate`, int (B,) at a time, as they are drawn; ends early when every row has ended.
@@ -150,23 +162,37 @@ def stream(
     """
     request = _request(
         model, prompt_tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id, pad_token_id, prompt_lengths,
-        seed, uniforms, prefill_chunk,
+        seed, uniforms, prefill_chunk, pixel_values, frame_mask,
     )  # fmt: skip
-    return (to_numpy(tokens_B) for tokens_B in _steps(model, request, compile))
+    return (to_numpy(tokens_B) for tokens_B in _steps(inner_transformer(model), request, compile))
 
 
-def load_model(config: ModelConfig, weights: Mapping[str, Any], device: Any = None) -> Transformer:
-    """A text model with these weights, float32, for generation.
+def load_model(
+    config: ModelConfig | JobConfig, weights: Mapping[str, Any] | None, device: Any = None, *, seed: int = 0
+) -> Any:
+    """A model with these weights, float32, for generation: of a job, one that sees images if the job's does.
+
+    Args:
+        weights: by name; None: the initial ones of ``seed``.
 
     Raises:
         ValueError: lists every missing, unknown and misshapen name.
     """
     with torch.device("meta"):
-        model = Transformer(config)
+        model = _new_model(config)
     model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model.init_weights_and_freqs(seed=0)
-    set_state(model, weights)
+    model.init_weights_and_freqs(seed)
+    if weights is not None:
+        set_state(model, weights)
     return model.eval()
+
+
+def _new_model(config: ModelConfig | JobConfig) -> Any:
+    if isinstance(config, ModelConfig):
+        return Transformer(config)
+    from kempnerforge_torch.training.train import build_model
+
+    return build_model(config)
 
 
 @dataclass(frozen=True)
@@ -174,12 +200,14 @@ class Request:
     """What is to be generated, checked.
 
     Attributes:
+        image: its place in the stream, or what is read of it at every step; None: text alone.
         uniforms: float64 (B, N); None: greedy.
-        cache_length: slots of the caches.
+        cache_length: positions of the caches.
         chunks: (start, size) of the parts in which the prompts are read.
     """
 
     prompts: Prompts
+    image: ModalityContext | None
     max_new_tokens: int
     temperature: float
     top_k: int
@@ -192,7 +220,7 @@ class Request:
 
 
 def _request(
-    model: Transformer,
+    model: Transformer | VLMWrapper,
     prompt_tokens: Any,
     max_new_tokens: int,
     temperature: float,
@@ -204,15 +232,21 @@ def _request(
     seed: int | torch.Generator | None,
     uniforms: np.ndarray | None,
     prefill_chunk: int,
+    pixel_values: Any,
+    frame_mask: Any,
 ) -> Request:
-    _check_model(model)
+    transformer = _checked(model)
     check_sampling(temperature, top_k, top_p)
-    config = model.config
+    config = transformer.config
     prompts = read_prompts(_on_host(prompt_tokens), _on_host(prompt_lengths), config.vocab_size)
-    check_request(prompts, max_new_tokens, config.max_seq_len, config.vocab_size, eos_token_id, prefill_chunk)
-    rows, slots = len(prompts.lengths), cache_length(prompts, max_new_tokens, config.max_seq_len)
+    rows = len(prompts.lengths)
+    image = _read_image(model, pixel_values, frame_mask, rows)
+    taken = _image_tokens(image)
+    check_request(prompts, max_new_tokens, config.max_seq_len, config.vocab_size, eos_token_id, prefill_chunk, taken)
+    slots = cache_length(prompts, max_new_tokens, config.max_seq_len, taken)
     return Request(
         prompts,
+        image,
         max_new_tokens,
         temperature,
         top_k or config.vocab_size,
@@ -221,15 +255,44 @@ def _request(
         pad_token_id,
         None if temperature == 0 else _uniforms(seed, uniforms, rows, max_new_tokens),
         slots,
-        prefill_chunks(prompts.tokens.shape[1] - 1, prefill_chunk, slots),
+        prefill_chunks(prompts.tokens.shape[1] - 1, prefill_chunk, slots - taken),
     )
 
 
-def _check_model(model: Transformer) -> None:
-    if model.vlm_config is not None:
-        raise ValueError(f"vlm.arch = {model.vlm_config.arch!r}: generate continues text, without images, only")
-    if model.token_embedding is None or model.output_head is None:
+def _checked(model: Transformer | VLMWrapper) -> Transformer:
+    """The transformer of a model that can generate."""
+    transformer = inner_transformer(model)
+    check_architecture(transformer.vlm_config)
+    if transformer.token_embedding is None or transformer.output_head is None:
         raise ValueError("model is a pipeline stage: generate needs the embedding and the head in one model")
+    return transformer
+
+
+def _read_image(
+    model: Transformer | VLMWrapper, pixel_values: Any, frame_mask: Any, rows: int
+) -> ModalityContext | None:
+    """What the transformer is called with for the image of each row."""
+    if pixel_values is None and frame_mask is not None:
+        raise ValueError("frame_mask is given, pixel_values = None: the mask needs the images that it masks")
+    if pixel_values is None:
+        return None
+    if not isinstance(model, VLMWrapper):
+        raise ValueError(f"pixel_values is given: model = {type(model).__name__} has no encoder for images")
+    check_images(pixel_values.shape, rows)
+    transformer, device = model.transformer, _weight(model.transformer).device
+    pixels = torch.as_tensor(pixel_values, device=device)
+    frames = None if frame_mask is None else torch.as_tensor(frame_mask, device=device)
+    with inference(model):
+        context = model.context(pixels, torch.zeros((rows, 0), dtype=torch.int64, device=device), frames)
+        assert context is not None
+        if context.prefix_embeds is not None:
+            return context
+        return transformer.architecture.read_once(transformer, context)
+
+
+def _image_tokens(image: ModalityContext | None) -> int:
+    """Positions of the residual stream that the image takes."""
+    return 0 if image is None or image.prefix_embeds is None else image.prefix_embeds.shape[1]
 
 
 def _on_host(given: Any) -> Any:
@@ -254,10 +317,11 @@ def _steps(model: Transformer, request: Request, compile: bool) -> Iterator[Tens
     if request.uniforms is not None:
         uniforms_BN = torch.from_numpy(request.uniforms).to(weight.device, _wide(weight.dtype))
     caches, tokens_B = _prefill(model, request)
+    seen = None if _image_tokens(request.image) else request.image
     done_B = torch.zeros_like(tokens_B, dtype=torch.bool)
     for step in range(request.max_new_tokens):
         with inference(model):
-            logits_BV = advance(model, tokens_B, caches)
+            logits_BV = advance(model, tokens_B, caches, seen)
             if uniforms_BN is None:
                 drawn_B = logits_BV.argmax(dim=-1)
             else:
@@ -273,26 +337,30 @@ def _steps(model: Transformer, request: Request, compile: bool) -> Iterator[Tens
 
 def _prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Tensor]:
     """Caches that hold every prompt but for its last token, and these last tokens (B,)."""
-    config, weight, prompts = model.config, _weight(model), request.prompts
-    rows = len(prompts.lengths)
+    config, weight, prompts, image = model.config, _weight(model), request.prompts, request.image
+    rows, taken = len(prompts.lengths), _image_tokens(image)
+    heads = config.kv_heads if model.vlm_config is None else model.vlm_config.cached_kv_heads(config)
     caches = [
-        KVCache(rows, request.cache_length, config.kv_heads, config.head_size, weight.dtype, weight.device, static=True)
+        KVCache(rows, request.cache_length, heads, config.head_size, weight.dtype, weight.device, static=True)
         for _ in range(config.n_layers)
     ]
     tokens_BS = torch.from_numpy(prompts.tokens).to(weight.device).long()
     lengths_B = torch.from_numpy(prompts.lengths).to(weight.device).long()
     with inference(model):
+        if taken:
+            model.run(tokens_BS[:, :0], modality=image, kv_caches=caches, allow_image_inputs=True)
+        modality = NO_LOGITS if image is None or taken else replace(image, output_slice=NO_LOGITS.output_slice)
         for start, size in request.chunks:
             chunk = F.pad(tokens_BS, (0, max(0, start + size - tokens_BS.shape[1])))[:, start : start + size]
-            model.run(chunk, modality=NO_LOGITS, kv_caches=caches, allow_image_inputs=True)
-        for cache in caches:
-            cache.cut(lengths_B - 1)
+            model.run(chunk, modality=modality, kv_caches=caches, allow_image_inputs=True)
+            for cache in caches:
+                cache.cut(lengths_B - 1 + taken)
     return caches, tokens_BS.gather(1, lengths_B[:, None] - 1)[:, 0]
 
 
-def _advance(model: Transformer, tokens: Tensor, caches: list[KVCache]) -> Tensor:
-    """Read one token (B,) of each row; logits (B, V) of the next."""
-    return model.run(tokens[:, None], kv_caches=caches).logits[:, -1]
+def _advance(model: Transformer, tokens: Tensor, caches: list[KVCache], image: ModalityContext | None) -> Tensor:
+    """Read one token (B,) of each row, and the image if it is not in the caches; logits (B, V) of the next."""
+    return model.run(tokens[:, None], modality=image, kv_caches=caches).logits[:, -1]
 
 
 @functools.lru_cache

@@ -62,16 +62,6 @@ def console() -> Console:
     return terminal if terminal.is_terminal else Console(highlight=False, width=WIDTH_OF_FILES)
 
 
-def require_text_model(config: JobConfig, command: str) -> None:
-    """Refuse a config whose model needs images.
-
-    Raises:
-        UserError: naming the architecture.
-    """
-    if config.vlm is not None:
-        raise UserError(f"vlm.arch = {config.vlm.arch!r}: {command} takes text models only, without a [vlm] section")
-
-
 def writable_folder(path: str | Path) -> Path:
     """The folder, created if need be, once it is certain that files can be written to it.
 

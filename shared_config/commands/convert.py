@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from shared_config.commands.common import writable_folder
-from shared_config.contract.parameters import parameter_table
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.files import written_aside
 from shared_config.interchange.huggingface import load_huggingface, save_huggingface
+from shared_config.interchange.vision import job_table
 from shared_config.interchange.weights import load_weights, save_weights
 from shared_config.loader import apply_overrides, config_from_dict, config_to_toml, load_config, parse_overrides
 from shared_config.schema.job import JobConfig
@@ -100,4 +100,4 @@ def _read_native(path: Path, config: str | None, overrides: Sequence[str]) -> So
     if config is None and not beside.exists():
         raise UserError(f"{path}: has no {CONFIG} beside it; give the config of these weights with --config")
     job = load_config(config or str(beside), overrides)
-    return Source("native", job, load_weights(path, parameter_table(job.model, job.vlm)))
+    return Source("native", job, load_weights(path, job_table(job)))

@@ -1,4 +1,4 @@
-"""``kempnerforge generate``: a model continues a prompt, streamed to the terminal."""
+"""``kempnerforge generate``: a model continues a prompt, after an image if it sees any, streamed to the terminal."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from shared_config.commands.backends import backend_module, require_backend
-from shared_config.commands.common import add_backend, add_config, not_negative, require_text_model
+from shared_config.commands.common import add_backend, add_config, not_negative
 from shared_config.commands.convert import read_source
-from shared_config.contract.initialise import initial_values
-from shared_config.contract.parameters import parameter_table
+from shared_config.data.images import Shapes, read_pictures
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer
+from shared_config.decoding import check_architecture
 from shared_config.errors import UserError
+from shared_config.interchange.vision import job_table, picture_format
 from shared_config.interchange.weights import check_tensors
 from shared_config.loader import load_config
 from shared_config.schema.job import JobConfig
@@ -33,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="native weights, a training run or checkpoint, or a Hugging Face folder (default: initial weights)",
     )
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="what a [vlm] config looks at: a picture; with a [video] section also a clip, or several pictures as its "
+        "frames, in order (default: one drawn by code)",
+    )
     parser.add_argument("--max-new-tokens", type=not_negative, default=128, metavar="N", help="default: 128")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the most probable token (default: 1)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most probable (default: 0, all)")
@@ -43,12 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = load_config(options.config, overrides)
-    require_text_model(config, options.command)
+    check_architecture(config.vlm)
     tokenizer = build_tokenizer(config.data.tokenizer)
     prompt, eos = encode_prompt(tokenizer, options.prompt, config.model.vocab_size)
+    pixels = read_images(options, config)
     require_backend(options.backend)
     backend = backend_module(options.backend, "model.generate")
-    model = backend.load_model(config.model, read_weights(options, config, overrides), options.device)
+    weights = read_weights(options, config, overrides)
+    model = backend.load_model(config, weights, options.device, seed=options.seed or 0)
     tokens = backend.stream(
         model,
         [prompt],
@@ -58,6 +69,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         top_p=options.top_p,
         eos_token_id=eos,
         seed=options.seed,
+        pixel_values=pixels,
     )
     times = [time.perf_counter()]
     sys.stdout.write(options.prompt)
@@ -83,18 +95,42 @@ def encode_prompt(tokenizer: Tokenizer, text: str, vocab_size: int) -> tuple[lis
     return prompt, eos
 
 
-def read_weights(options: argparse.Namespace, config: JobConfig, overrides: Sequence[str]) -> Mapping[str, np.ndarray]:
-    """The weights of ``--weights``, or the initial ones.
+def read_images(options: argparse.Namespace, config: JobConfig) -> np.ndarray | None:
+    """What the model looks at: float32 (1, 3, s, s), or (1, F, 3, s, s) with a [video] section; None for a text model.
+
+    Raises:
+        UserError: a file that can't be read, or an image for a model that sees none.
+    """
+    if config.vlm is None or config.vision_encoder is None:
+        if options.image:
+            raise UserError(
+                f"--image = {options.image[0]}: the config has no [vlm] section, so its model sees no image"
+            )
+        return None
+    pixels = picture_format(config.vision_encoder, config.video)
+    if options.image:
+        frames = read_pictures([Path(file) for file in options.image], pixels.side, config.video)
+    else:
+        example = Shapes(pixels.side, config.video).example(options.seed or 0, "heldout")
+        frames = example.frames
+        print(f"no --image is given: the model sees {example.text}, drawn by code", file=sys.stderr)
+    numbers = pixels.numbers(frames)
+    return numbers if config.video is None else numbers[None]
+
+
+def read_weights(
+    options: argparse.Namespace, config: JobConfig, overrides: Sequence[str]
+) -> Mapping[str, np.ndarray] | None:
+    """The weights of ``--weights``; None if there are none.
 
     Raises:
         UserError: nothing there, or tensors that don't fit the config.
     """
-    table = parameter_table(config.model)
     if options.weights is None:
         print("no --weights are given: the model is untrained", file=sys.stderr)
-        return dict(initial_values(table, options.seed or 0))
+        return None
     weights = read_source(Path(options.weights), options.config, overrides).weights
-    check_tensors(weights, table, options.weights)
+    check_tensors(weights, job_table(config), options.weights)
     return weights
 
 

@@ -117,11 +117,8 @@ class Folder:
         return Example(np.stack(frames[:limit]) if frames else empty, row["text"], row.get("prompt", ""))
 
     def _pictures(self, name: str) -> Sequence[np.ndarray]:
-        file = self.path / name
         try:
-            if file.suffix.lower() not in VIDEO_SUFFIXES:
-                return [read_image(file, self.side)]
-            return list(read_clip(file, self.side, self.video or VideoConfig(max_frames=1, min_frames=1)))
+            return _frames_of(self.path / name, self.side, self.video)
         except UndecodableError as error:
             self._report(name, str(error))
             return []
@@ -324,6 +321,25 @@ def open_folder(path: str | Path, side: int, video: VideoConfig | None, heldout_
     return Folder(root, side, video, parts)
 
 
+def read_pictures(files: Sequence[Path], side: int, video: VideoConfig | None) -> np.ndarray:
+    """The frames of pictures and clips, in order: uint8 (F, s, s, 3).
+
+    Raises:
+        UserError: a file that can't be decoded, or more frames than the config has.
+    """
+    frames: list[np.ndarray] = []
+    for file in files:
+        try:
+            frames += _frames_of(file, side, video)
+        except UndecodableError as error:
+            raise UserError(f"{file}: can't be decoded: {error}") from None
+    limit = 1 if video is None else video.max_frames
+    if len(frames) > limit:
+        allowed = f"video.max_frames = {limit}" if video is not None else "one, as the config has no [video] section"
+        raise UserError(f"{', '.join(map(str, files))}: {len(frames)} pictures, must be at most {allowed}")
+    return np.stack(frames)
+
+
 def with_noise_seeds(
     config: JobConfig, micro_batches: Sequence[Mapping[str, np.ndarray]], step: int
 ) -> Sequence[Mapping[str, np.ndarray]]:
@@ -333,6 +349,12 @@ def with_noise_seeds(
     first = config.train.seed * 1_000_003 + step * len(micro_batches)
     seeds = [np.asarray((first + index) % MAX_SEED, np.int32) for index in range(len(micro_batches))]
     return [{**batch, "noise_seed": seed} for batch, seed in zip(micro_batches, seeds, strict=True)]
+
+
+def _frames_of(file: Path, side: int, video: VideoConfig | None) -> list[np.ndarray]:
+    if file.suffix.lower() not in VIDEO_SUFFIXES:
+        return [read_image(file, side)]
+    return list(read_clip(file, side, video or VideoConfig(max_frames=1, min_frames=1)))
 
 
 def _tokens(example: Example, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

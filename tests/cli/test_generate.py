@@ -12,8 +12,9 @@ from shared_config.commands.generate import speed
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.validation import validation_weights
 from shared_config.interchange.huggingface import save_huggingface
+from shared_config.interchange.vision import job_table
 from shared_config.interchange.weights import save_weights
-from shared_config.loader import load_config
+from shared_config.loader import config_to_toml, load_config
 
 TINY = (
     "--model.dim=16",
@@ -58,6 +59,84 @@ def test_both_backends_and_every_kind_of_weights_say_the_same(
 def test_without_weights_the_model_is_untrained_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command("--max-new-tokens=1")) == 0
     assert "no --weights are given: the model is untrained\n1 tokens in" in capsys.readouterr().err
+
+
+SEES = (
+    "--model.dim=16",
+    "--model.n_layers=1",
+    "--model.n_heads=2",
+    "--model.n_kv_heads=1",
+    "--model.ffn_hidden_dim=24",
+    "--model.max_seq_len=64",
+    "--vlm.max_text_len=24",
+    "--vision_encoder.image_size=8",
+    "--vision_encoder.patch_size=4",
+    "--vision_encoder.feature_dim=12",
+    "--vision_encoder.n_heads=3",
+    "--vision_encoder.n_layers=1",
+    "--train.seq_len=16",
+)
+
+
+def looking(*arguments: str, arch: str = "joint_decoder", backend: str = "torch") -> list[str]:
+    options = ("--device=cpu", "--prompt=a ", "--temperature=0", "--max-new-tokens=8")
+    return ["generate", f"debug_vlm_{arch}", "--backend", backend, *options, *SEES, *arguments]
+
+
+def picture(folder: Path, colour: str) -> str:
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (9, 7), colour).save(folder / f"{colour}.png")
+    return str(folder / f"{colour}.png")
+
+
+def test_an_image_is_looked_at(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """With weights of a checkpoint's names; what is said depends on the picture and not on the backend."""
+    config = load_config("debug_vlm_joint_decoder", SEES)
+    save_weights(tmp_path / "weights", validation_weights(job_table(config), 1))
+    (tmp_path / "weights" / "config.toml").write_text(config_to_toml(config))
+    weights = f"--weights={tmp_path / 'weights'}"
+    said = {}
+    for colour, backend in (("red", "torch"), ("red", "jax"), ("blue", "torch")):
+        assert main(looking(weights, "--image", picture(tmp_path, colour), backend=backend)) == 0
+        said[colour, backend] = capsys.readouterr().out
+    assert said["red", "torch"] == said["red", "jax"] != said["blue", "torch"]
+
+
+def test_without_an_image_one_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    for arch in ("cross_attention", "mot"):
+        own = ("--vlm.cross_attention_every_n_layers=1",) if arch == "cross_attention" else ()
+        assert main(looking("--seed=3", *own, arch=arch)) == 0
+        assert "no --image is given: the model sees a small yellow square at the bottom left" in capsys.readouterr().err
+
+
+def test_several_pictures_are_the_frames_of_a_clip(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    images = [f"--image={picture(tmp_path, colour)}" for colour in ("red", "blue", "green")]
+    clips = ("--video.frame_size=8", "--video.max_frames=2", "--video.min_frames=1")
+    assert main(looking(*images[:2], *clips)) == 0
+    capsys.readouterr()
+    assert main(looking(*images, *clips)) == 2
+    assert "3 pictures, must be at most video.max_frames = 2" in capsys.readouterr().err
+    assert main(looking(*images)) == 2
+    assert "3 pictures, must be at most one, as the config has no [video] section" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (command("--image=x.png"), "--image = x.png: the config has no \\[vlm\\] section"),
+        (looking("--image=/absent.png"), "/absent.png: can't be decoded: FileNotFoundError"),
+        (looking("--max-new-tokens=60"), "max_new_tokens = 60: must be at most 58, .* of which the image takes 4"),
+        (looking(arch="moma"), "vlm.arch = 'moma': .* causal routers"),
+    ],
+)
+def test_images_that_can_not_be_seen_are_one_message(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.search(message, err), err
+    assert len(err.splitlines()) <= 3
 
 
 @pytest.mark.parametrize(

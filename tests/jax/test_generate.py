@@ -14,7 +14,6 @@ from kempnerforge_jax.model.generate import generate
 from kempnerforge_jax.model.state import split
 from kempnerforge_jax.model.transformer import Transformer
 from shared_config.schema.model import ModelConfig
-from shared_config.schema.vlm import VLMConfig
 
 CONFIG = ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=19, ffn_hidden_dim=24, max_seq_len=64)
 PROMPTS = [[1, 2, 3], [4]]
@@ -39,12 +38,13 @@ def test_few_programs_serve_all_lengths_and_options() -> None:
 
 def test_a_step_takes_the_memory_of_the_caches() -> None:
     model = new_model()
-    request = generation._request(model, PROMPTS, 3, 0.0, 0, 1.0, None, 0, None, None, None, 512)
+    request = generation._request(model, PROMPTS, 3, 0.0, 0, 1.0, None, 0, None, None, None, 512, None, None)
     graphdef, params, buffers = parts = split(model)
     caches, state = generation._prefill(model, request, parts)
     uniforms, options = generation._numbers(model, request, 3)
     old = caches[0].k
-    _, _, caches = generation._compiled_step(graphdef)(params, buffers, caches, state, uniforms[:, 0], options)
+    step = generation._compiled_step(graphdef)
+    _, _, caches = step(params, buffers, caches, state, None, uniforms[:, 0], options)
     assert old.is_deleted()
     assert caches[0].lengths.tolist() == [3, 1]
 
@@ -70,9 +70,7 @@ def test_sample_needs_numbers() -> None:
     assert generation.sample(jnp.zeros((2, 3)), key=jax.random.key(0)).shape == (2,)
 
 
-def test_models_that_need_more_than_text_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"vlm\.arch = 'joint_decoder': generate continues text"):
-        generate(new_model(vlm_config=VLMConfig.for_arch("joint_decoder")), PROMPTS, 2)
+def test_pipeline_stages_are_refused() -> None:
     stage = new_model()
     stage.output_head = None
     with pytest.raises(ValueError, match="pipeline stage"):

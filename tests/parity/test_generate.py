@@ -19,8 +19,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.validation import validation_weights
+from shared_config.contract.vision import vit_tower, wrapper_table
 from shared_config.decoding import draw_uniforms, prefill_chunks
+from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.model import ModelConfig
+from shared_config.schema.vision import VisionEncoderConfig
+from shared_config.schema.vlm import CrossAttentionConfig, JointDecoderConfig, MoMaConfig, MoTConfig, VLMConfig
 from tests.oracle.generate import generate as oracle_generate
 from tests.oracle.generate import kept_distribution
 from tests.oracle.generate import sample as oracle_sample
@@ -309,6 +313,103 @@ def test_the_whole_context_can_be_used_and_no_more(backend: Any) -> None:
 def test_requests_without_meaning_are_refused(backend: Any, prompts: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generation(backend).generate(model_of(backend, PLAIN), prompts, **{"max_new_tokens": 2, **options})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images
+
+SEEING = ModelConfig(
+    dim=20, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=4, vocab_size=37, ffn_hidden_dim=26, max_seq_len=32
+)  # fmt: skip
+VISION = VisionEncoderConfig(type="vit", image_size=8, patch_size=4, feature_dim=12, n_heads=3, n_layers=1)
+ADAPTER, FRAMES = AdapterConfig(type="linear"), 2
+ARCHITECTURES: dict[str, VLMConfig] = {
+    "joint_decoder": JointDecoderConfig(max_text_len=8),
+    "cross_attention": CrossAttentionConfig(max_text_len=8, cross_attention_every_n_layers=1),
+    "mot": MoTConfig(max_text_len=8, mot_image_n_kv_heads=2),
+}
+PIXELS = np.random.default_rng(2).standard_normal((3, FRAMES, 3, 8, 8))
+SHOWN = np.array([[True, False], [True, True], [False, False]])
+
+
+@functools.lru_cache(maxsize=8)
+def seeing_model(backend: Any, vlm: VLMConfig) -> Any:
+    model = backend.build(backend.module("model.vlm").build_vlm_wrapper, SEEING, VISION, ADAPTER, vlm, FRAMES)
+    table = wrapper_table(SEEING, vlm, ADAPTER, vit_tower(VISION), VISION.feature_dim)
+    backend.module("model.state").set_state(model, validation_weights(table, 3))
+    return model
+
+
+@functools.lru_cache(maxsize=8)
+def seen_and_continued(vlm: VLMConfig, masked: bool) -> np.ndarray:
+    """The most probable tokens (B, NEW) by full forwards of each row alone, without a cache."""
+    model, new = seeing_model(BACKENDS[0], vlm), np.zeros((len(PROMPTS), NEW), np.int64)
+    for row, prompt in enumerate(PROMPTS):
+        pixels, shown = torch.from_numpy(PIXELS[row : row + 1]), torch.from_numpy(SHOWN[row : row + 1])
+        text = list(prompt)
+        for step in range(NEW):
+            with torch.no_grad():
+                logits = model.run(pixels, torch.tensor([text]), shown if masked else None).logits
+            new[row, step] = int(logits[0, -1].argmax())
+            text.append(int(new[row, step]))
+    return new
+
+
+@on_both
+@pytest.mark.parametrize(
+    ("arch", "masked"),
+    [*((arch, True) for arch in ARCHITECTURES), ("joint_decoder", False), ("cross_attention", False)],
+)
+def test_images_are_seen_as_in_the_full_forward(backend: Any, arch: str, masked: bool) -> None:
+    """By rows of unequal prompts, one of which has no image at all, one half of a clip."""
+    vlm = ARCHITECTURES[arch]
+    model, images = seeing_model(backend, vlm), {"pixel_values": PIXELS, "frame_mask": SHOWN if masked else None}
+    tokens = continued(backend, model, PROMPTS, temperature=0.0, prefill_chunk=4, **images)
+    np.testing.assert_array_equal(tokens, seen_and_continued(vlm, masked))
+
+
+@on_both
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_single_token_may_follow_an_image_and_be_streamed(backend: Any, arch: str) -> None:
+    model = seeing_model(backend, ARCHITECTURES[arch])
+    images = {"pixel_values": PIXELS[1:2], "frame_mask": SHOWN[1:2]}
+    steps = generation(backend).stream(model, PROMPTS[1:2], NEW, temperature=0.0, **images)
+    np.testing.assert_array_equal(np.stack(list(steps), axis=1), seen_and_continued(ARCHITECTURES[arch], True)[1:2])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_model_that_sees_may_be_given_text_alone(arch: str) -> None:
+    model = seeing_model(BACKENDS[0], ARCHITECTURES[arch])
+    blind = continued(BACKENDS[0], model, PROMPTS, temperature=0.0)
+    np.testing.assert_array_equal(blind, continued(BACKENDS[0], model.transformer, PROMPTS, temperature=0.0))
+    assert (blind != seen_and_continued(ARCHITECTURES[arch], True)).any()
+
+
+@on_both
+def test_images_that_do_not_fit_are_refused(backend: Any) -> None:
+    generate, model = generation(backend).generate, seeing_model(backend, ARCHITECTURES["joint_decoder"])
+    with pytest.raises(ValueError, match=r"pixel_values.shape = \(2, 2, 3, 8, 8\): must be .* for 3 prompts"):
+        generate(model, PROMPTS, 2, pixel_values=PIXELS[:2])
+    with pytest.raises(ValueError, match=r"pixel_values.shape = \(1, 3, 9, 8\): must be \(batch, 3, 8, 8\)"):
+        generate(model, [[1]], 2, pixel_values=np.zeros((1, 3, 9, 8)))
+    with pytest.raises(ValueError, match="pixel_values has 3 frames: must have from 1 to 2"):
+        generate(model, [[1]], 2, pixel_values=np.zeros((1, 3, 3, 8, 8)))
+    with pytest.raises(ValueError, match="frame_mask is given, pixel_values = None"):
+        generate(model, PROMPTS, 2, frame_mask=SHOWN)
+    with pytest.raises(ValueError, match=r"max_new_tokens = 15: must be at most 14, .* of which the image takes 8"):
+        generate(model, PROMPTS, 15, pixel_values=PIXELS)
+    with pytest.raises(ValueError, match="a row of 25 tokens: must be at most max_seq_len = 32, of which the image"):
+        generate(model, [[1] * 25], 1, pixel_values=PIXELS[:1])
+    with pytest.raises(ValueError, match="pixel_values is given: model = Transformer has no encoder"):
+        generate(model_of(backend, PLAIN), PROMPTS, 2, pixel_values=PIXELS)
+
+
+@on_both
+@pytest.mark.parametrize("images", [{}, {"pixel_values": PIXELS}])
+def test_experts_that_look_ahead_are_refused(backend: Any, images: dict[str, Any]) -> None:
+    moma = MoMaConfig(max_text_len=8, moma_experts_per_modality={"image": 2, "text": 3})
+    with pytest.raises(ValueError, match=r"vlm\.arch = 'moma': its experts .* needs causal routers"):
+        generation(backend).stream(seeing_model(backend, moma), PROMPTS, 2, **images)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from kempnerforge_torch.model.generate import generate, stream
 from kempnerforge_torch.model.moe import MoEMLP
 from kempnerforge_torch.model.transformer import Transformer
 from shared_config.schema.model import ModelConfig
-from shared_config.schema.vlm import VLMConfig
 
 CONFIG = ModelConfig(
     dim=16, n_layers=2, n_heads=2, vocab_size=19, ffn_hidden_dim=24, max_seq_len=64, num_experts=3, moe_frequency=2,
@@ -111,10 +110,7 @@ def test_models_of_any_dtype(dtype: torch.dtype) -> None:
     assert tokens.shape == (2, 7)
 
 
-def test_models_that_need_more_than_text_are_refused() -> None:
-    model = Transformer(CONFIG.replace(num_experts=0), vlm_config=VLMConfig.for_arch("joint_decoder"))
-    with pytest.raises(ValueError, match=r"vlm\.arch = 'joint_decoder': generate continues text"):
-        generate(model, PROMPTS, 2)
+def test_pipeline_stages_are_refused() -> None:
     stage = Transformer(CONFIG)
     stage.output_head = None
     with pytest.raises(ValueError, match="pipeline stage"):
