@@ -18,7 +18,6 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from kempnerforge_jax.model.linear import UNDRAWN
 from shared_config.contract.parameters import ParameterTable, parameter_table
 from shared_config.numerics import perturbation_delta, rms, unit_roundoff
 from shared_config.schema.model import ModelConfig
@@ -180,7 +179,8 @@ def _compiled(
 ) -> tuple[Callable[..., Any], Arrays, Arrays]:
     """The forward and backward, with a model's parameters and buffers to show shapes and dtypes."""
     backend = _Backend("jax")
-    model = backend.transformer.Transformer(config, rngs=UNDRAWN)
+    undrawn = importlib.import_module("kempnerforge_jax.model.linear").UNDRAWN
+    model = backend.transformer.Transformer(config, rngs=undrawn)
     graphdef, params, buffers = backend.state.split(model)
     table = parameter_table(config)
     params = {name: array.astype(_held_in(table, name, dtype)) for name, array in params.items()}
