@@ -17,21 +17,25 @@ import numpy as np
 import pytest
 import torch
 
-from kempnerforge_jax.model.linear import UNDRAWN
 from shared_config.contract.initialise import initial_values
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.validation import validation_weights
 from shared_config.schema.model import ModelConfig, RopeScaling
 from shared_config.schema.optimizer import OptimizerConfig
 from tests.mutants import BACKENDS, MUTANTS, Mutant, StaleMutantError, mutated_source, planted
+from tests.mutants_moe import MOE_MUTANTS
+from tests.mutants_vlm import VLM_MUTANTS
 from tests.oracle.generate import generate as oracle_generate
 from tests.oracle.generate import sample as oracle_sample
 from tests.oracle.optimizer import adamw_step, clip, initial_state
 from tests.oracle.position import apply_rope
+from tests.parity.moe_checks import MOE_CHECKS
 from tests.parity.runners import assert_same_runs, run_jax, run_oracle, run_torch
+from tests.parity.vlm_checks import VLM_CHECKS
 from tests.strategies import Inputs
 from tests.tolerance import assert_all_same_function, assert_same_function
 
+ALL_MUTANTS = (*MUTANTS, *MOE_MUTANTS, *VLM_MUTANTS)
 SEED, BATCH, LENGTH, PREFIX = 5, 2, 8, 3
 GROUPED = ModelConfig(
     dim=20, head_dim=6, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=37, ffn_hidden_dim=24, max_seq_len=16,
@@ -215,19 +219,21 @@ def jax_steps(modules: Any, weights: Any, gradients: Any, table: Any, config: An
 CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.init": (check_initial_weights,),
     "model.modality": (check_refusals,),
-    "model.position": (check_rotation, check_models),
-    "model.embedding": (check_refusals, check_models),
-    "model.attention": (check_models, check_positions),
+    "model.position": (check_rotation,),
+    "model.embedding": (check_refusals,),
+    "model.attention": (check_positions,),
     "model.generate": (check_generation,),
     "training.optimizer": (check_optimizer,),
+    **MOE_CHECKS,
+    **VLM_CHECKS,
 }
 
 
 def checks_of(component: str) -> tuple[Callable[[str], None], ...]:
-    return CHECKS.get(component, (check_models,))
+    return (*CHECKS.get(component, ()), check_models)
 
 
-CHECK_NAMES = sorted({check.__name__ for checks in CHECKS.values() for check in checks})
+ALL_CHECKS = tuple(dict.fromkeys((check_models, *(check for checks in CHECKS.values() for check in checks))))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -236,9 +242,14 @@ def test_every_mutant_is_killed_and_the_unchanged_backend_raises_no_alarm(
 ) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         alarms, survivors = pool.submit(survey, backend).result()
-    record_property("figure", f"mutants of {backend}: {len(MUTANTS) - len(survivors)}/{len(MUTANTS)} killed")
+    count = len(mutants_of(backend))
+    record_property("figure", f"mutants of {backend}: {count - len(survivors)}/{count} killed")
     assert not alarms
     assert not survivors
+
+
+def mutants_of(backend: str) -> list[Mutant]:
+    return [mutant for mutant in ALL_MUTANTS if getattr(mutant, backend) is not None]
 
 
 class Survey(NamedTuple):
@@ -255,13 +266,13 @@ def survey(backend: str) -> Survey:
     """
     with jax.enable_x64(True):
         alarms = {}
-        for name in CHECK_NAMES:
+        for check in ALL_CHECKS:
             with planted(None, backend):
                 try:
-                    globals()[name](backend)
+                    check(backend)
                 except Exception as error:
-                    alarms[name] = f"{type(error).__name__}: {error}"
-        return Survey(alarms, [str(mutant) for mutant in MUTANTS if not is_killed(mutant, backend)])
+                    alarms[check.__name__] = f"{type(error).__name__}: {error}"
+        return Survey(alarms, [str(mutant) for mutant in mutants_of(backend) if not is_killed(mutant, backend)])
 
 
 def is_killed(mutant: Mutant, backend: str) -> bool:
@@ -280,7 +291,7 @@ def is_killed(mutant: Mutant, backend: str) -> bool:
 
 
 def test_every_component_has_two_mutants() -> None:
-    components = [mutant.component for mutant in MUTANTS]
+    components = [mutant.component for mutant in ALL_MUTANTS]
     assert all(components.count(component) >= 2 for component in components)
 
 
@@ -295,6 +306,7 @@ def load(backend: str) -> dict[str, Any]:
     """The backend's modules as they are importable now."""
     loaded = ("attention", "generate", "init", "modality", "position", "state", "transformer")
     names = {name: f"model.{name}" for name in loaded}
+    names |= {"linear": "model.linear"} if backend == "jax" else {}
     names["optimizer"] = "training.optimizer"
     return {name: importlib.import_module(f"kempnerforge_{backend}.{path}") for name, path in names.items()}
 
@@ -302,7 +314,7 @@ def load(backend: str) -> dict[str, Any]:
 def new_model(modules: dict[str, Any], config: ModelConfig) -> Any:
     if "torch" in modules["transformer"].__name__:
         return modules["transformer"].Transformer(config)
-    return modules["transformer"].Transformer(config, rngs=UNDRAWN)
+    return modules["transformer"].Transformer(config, rngs=modules["linear"].UNDRAWN)
 
 
 def build(modules: dict[str, Any], config: ModelConfig, weights: dict[str, np.ndarray]) -> Any:

@@ -1,0 +1,119 @@
+"""Bugs to plant in mixtures of experts: routing, losses, balancing, dispatch, grouped products, combination."""
+
+from __future__ import annotations
+
+from tests.mutants import Mutant, both
+
+MOE_MUTANTS = (
+    Mutant(
+        "model.router", "ties to the highest index",
+        ("torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[:, :k]",
+         "scores_TE.shape[1] - 1 - torch.sort(scores_TE.flip(1), dim=-1, descending=True, stable=True).indices[:, :k]"),
+        ("jax.lax.top_k(scores_TE, k)[1]", "scores_TE.shape[1] - 1 - jax.lax.top_k(scores_TE[:, ::-1], k)[1]"),
+    ),
+    Mutant(
+        "model.router", "logits in the dtype of the tokens",
+        ("dtype = _at_least_float32(torch.promote_types(x.dtype, self.weight.dtype))", "dtype = x.dtype"),
+        ("dtype = _at_least_float32(jnp.promote_types(x.dtype, weight.dtype))", "dtype = x.dtype"),
+    ),
+    Mutant(
+        "model.router", "z-loss not squared",
+        ("torch.logsumexp(logits_TE, dim=-1).square()", "torch.logsumexp(logits_TE, dim=-1)"),
+        ("jnp.square(jax.nn.logsumexp(logits_TE, axis=-1))", "jax.nn.logsumexp(logits_TE, axis=-1)"),
+    ),
+    both("model.router", "padding counted", "chosen_TE = chosen_TE & valid_T[:, None]", "pass"),
+    both("model.router", "balancing loss without the number of experts", "return shares_BSE.shape[-1] * (f_BE",
+         "return (f_BE"),
+    both("model.router", "padding in the balancing loss", "masked_mean(shares_BSE, valid_BS, axis=1)",
+         "masked_mean(shares_BSE, None, axis=1)"),
+    both("model.router", "sequence loss over the whole batch", "losses_B = balance_losses(shares_BSE, chosen_BSE, valid_BS)",
+         "losses_B = balance_losses(*(a.reshape(1, -1, a.shape[-1]) for a in (shares_BSE, chosen_BSE)),"
+         " None if valid_BS is None else valid_BS.reshape(1, -1))"),
+    both("model.router", "sequence loss not weighted", "axis=0) * self.sequence_aux_loss_weight", "axis=0)"),
+    both("model.router", "scores of the chosen not normalised over all", "return scores_TE / (scores_TE.sum(",
+         "return scores_TE / (1 + 0 * scores_TE.sum("),
+    both("model.router", "bias moves away from balance", "(1 / ema_E.shape[-1] - new_ema_E)",
+         "(new_ema_E - 1 / ema_E.shape[-1])"),
+    both("model.router", "bias moves without tokens", "where(total > 0, bias_E + step_E, bias_E)",
+         "where(total > -1, bias_E + step_E, bias_E)"),
+    both("model.router", "average forgets too fast", "ema_decay * ema_E + (1 - ema_decay) *",
+         "(1 - ema_decay) * ema_E + ema_decay *"),
+    Mutant(
+        "model.router", "schedule upside down",
+        ("return (1.0 + math.cos(", "return (1.0 - math.cos("),
+        ("return (1.0 + (jnp.cos", "return (1.0 - (jnp.cos"),
+    ),
+    both("model.router", "schedule not reached", "self.bias_update_rate * factor", "self.bias_update_rate"),
+    Mutant(
+        "model.moe", "padding routed",
+        ("torch.where(valid_T.repeat(top_k), expert_R, num_experts)", "expert_R"),
+        ("jnp.where(jnp.tile(valid_T, top_k), expert_R, num_experts)", "expert_R"),
+    ),
+    Mutant(
+        "model.moe", "validity of other tokens",
+        ("valid_T.repeat(top_k)", "valid_T.repeat_interleave(top_k)"),
+        ("jnp.tile(valid_T, top_k)", "jnp.repeat(valid_T, top_k)"),
+    ),
+    both("model.moe", "one more than the capacity", "starts[expert_R] < room", "starts[expert_R] <= room"),
+    Mutant(
+        "model.moe", "last tokens kept under capacity",
+        ("rows_R - starts[expert_R] < room", "F.pad(ends_E, (0, 1), value=len(rows_R))[expert_R] - rows_R <= room"),
+        ("rows_R - starts[expert_R] < room",
+         "jnp.pad(ends_E, (0, 1), constant_values=len(rows_R))[expert_R] - rows_R <= room"),
+    ),
+    both("model.moe", "gradient factors upside down", "wide_E.sum() / (", "1 / wide_E.sum() * ("),
+    Mutant(
+        "model.moe", "combine weights ignored",
+        ("(out_kTD.to(weights_Tk.dtype) * weights_Tk.t()[:, :, None])",
+         "(out_kTD.to(weights_Tk.dtype) + 0 * weights_Tk.t()[:, :, None])"),
+        ("(out_kTD.astype(weights_Tk.dtype) * weights_Tk.T[:, :, None])",
+         "(out_kTD.astype(weights_Tk.dtype) + 0 * weights_Tk.T[:, :, None])"),
+    ),
+    Mutant(
+        "model.moe", "gradient of one choice only",
+        ("return dx_kTD.sum(dim=0), None", "return dx_kTD[0], None"),
+        ("return dx_kTD.sum(axis=0), None", "return dx_kTD[0], None"),
+    ),
+    Mutant(
+        "model.moe", "packed matrices transposed back",
+        ("_stacked(experts, name).detach().contiguous()", "_stacked(experts, name).detach().transpose(1, 2)"),
+        ("nnx.Param(_stacked(experts, name))", "nnx.Param(_stacked(experts, name).swapaxes(1, 2))"),
+    ),
+    Mutant(
+        "model.looped", "combine weights ignored",
+        ("out_nD.mul_(weight_R[rows, None])", "out_nD"), None,
+    ),
+    Mutant(
+        "model.looped", "gate and up swapped in the backward",
+        ("dgate_nF = torch.ops.aten.silu_backward(dhidden_nF * up_nF, gate_nF)",
+         "dgate_nF = torch.ops.aten.silu_backward(dhidden_nF * gate_nF, up_nF)"), None,
+    ),
+    Mutant(
+        "model.looped", "scale of the gradient in the router's",
+        ("torch.sum(hidden_nF.to(dy_nD.dtype) * dhidden_nF, dim=1, out=dweight_R[rows])",
+         "torch.sum((1 if scale_E is None else scale_E[e]) * hidden_nF.to(dy_nD.dtype) * dhidden_nF, dim=1,"
+         " out=dweight_R[rows])"), None,
+    ),
+    Mutant(
+        "model.grouped", "rows of no group computed",
+        ("    out_RF[start:] = 0\n", "    out_RF[start:] = 1\n"),
+        ("jnp.where(mine_b1, new_bF, old_bF)", "new_bF"),
+    ),
+    Mutant(
+        "model.grouped", "groups one row late",
+        ("torch.mm(x_RD[start:end].t(), y_RF[start:end], out=out_DF)",
+         "torch.mm(x_RD[start + 1:end].t(), y_RF[start + 1:end], out=out_DF)"),
+        ("mine_b1 = ((rows_b >= start) & (rows_b < end))[:, None]",
+         "mine_b1 = ((rows_b > start) & (rows_b < end))[:, None]"),
+    ),
+    Mutant(
+        "model.transformer", "counts of the last micro-batch only",
+        ("_added(self._pending_counts, self.get_expert_counts())", "self.get_expert_counts()"),
+        ('_added(self.kept("pending", {}), {i', "_added({}, {i"),
+    ),
+    Mutant(
+        "model.transformer", "counts of earlier steps again",
+        ("        self._pending_counts = {}\n\n    def get_moe_aux", "        pass\n\n    def get_moe_aux"),
+        ("        self.keep(pending={})\n", "        pass\n"),
+    ),
+)  # fmt: skip

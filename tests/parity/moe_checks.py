@@ -1,0 +1,148 @@
+"""Checks that the bugs of `tests.mutants_moe` must not pass: one backend against the oracle, on the smallest layers in
+which every changed line matters. JAX runs without jit, since every mutant would have to be compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from kempnerforge_jax.model.linear import UNDRAWN
+from shared_config.contract.parameters import parameter_table
+from shared_config.contract.validation import validation_weights
+from shared_config.schema.model import ModelConfig
+from tests.oracle.router import expert_bias_rate, expert_bias_update
+from tests.parity.moe_layers import GATE, Layer, module, run, run_oracle
+from tests.tolerance import assert_all_same_function, assert_same_function
+
+Array = np.ndarray
+
+RNG = np.random.default_rng(3)
+X_BSD = RNG.standard_normal((2, 4, 6))
+VALID_BS = np.array([[True, True, False, True], [False, True, True, True]])
+LAYERS = (
+    Layer(dim=6, hidden_dim=4, num_experts=3, capacity_factor=0.7, gradient_scale=True),
+    Layer(dim=6, hidden_dim=4, num_experts=4, router_type="sigmoid_topk", sequence_aux_loss_weight=0.5,
+          packed_experts=True, activation="gelu", gradient_scale=True, shared_experts=1, routed_scaling=2.5),
+)  # fmt: skip
+RATE, DECAY = 0.1, 0.9
+
+
+def check_layers(backend: str) -> None:
+    """Outputs, routes, losses, counts and gradients of layers with padding and limits, by every way to compute them."""
+    for layer in LAYERS:
+        weights = layer.weights()
+        truth = run_oracle(layer, weights, X_BSD, VALID_BS)
+        for way in ways(backend):
+            with way:
+                found = run(backend, layer, weights, X_BSD, VALID_BS)
+            np.testing.assert_array_equal(found.indices_Tk, truth.indices_Tk)
+            np.testing.assert_array_equal(found.counts_E, truth.counts_E)
+            assert found.dropped == truth.dropped
+            assert_all_same_function(found.named, truth.named)
+
+
+def ways(backend: str) -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """torch on the CPU loops over experts; made to think that it does not, it takes the way of accelerators."""
+    if backend == "jax":
+        yield jax.disable_jit()
+    else:
+        yield contextlib.nullcontext()
+        yield mock.patch.object(module("torch", "moe"), "loops_over_experts", return_value=False)
+
+
+def check_ties(backend: str) -> None:
+    """Of equal scores those of the lowest index, and a tie is a tie."""
+    layer = Layer(dim=6, hidden_dim=4, num_experts=5, top_k=3)
+    weights = layer.weights()
+    weights[GATE][:] = 0
+    with ways(backend).__next__():
+        found = run(backend, layer, weights, X_BSD)
+    np.testing.assert_array_equal(found.indices_Tk, np.tile(np.arange(3), (8, 1)))
+
+
+def check_precision(backend: str) -> None:
+    """A router that gets bfloat16 decides and weighs in float32."""
+    layer = Layer(dim=6, hidden_dim=4, num_experts=3)
+    built = layer.build(backend)
+    weights_Tk = built.router(array(backend, X_BSD[0], "bfloat16"))[0]
+    assert str(weights_Tk.dtype).endswith("float32")
+
+
+def check_balancing(backend: str) -> None:
+    """The bias after steps with and without tokens, under each schedule."""
+    for schedule in ("constant", "cosine_decay", "linear_warmup"):
+        options: Any = {"bias_update_rate": RATE, "ema_decay": DECAY, "bias_schedule": schedule}
+        extra = {"rngs": UNDRAWN} if backend == "jax" else {}
+        router = module(backend, "router").SigmoidTopKRouter(6, 4, 2, **options, **extra)
+        bias_E, ema_E = np.zeros(4), np.full(4, 0.25)
+        for step, counts_E in enumerate(np.array([[8, 4, 3, 1], [0, 0, 0, 0], [0, 16, 0, 0], [1, 2, 3, 4]])):
+            router.set_step(step, 3)
+            router.update_bias(array(backend, counts_E, "int32"))
+            rate = expert_bias_rate(RATE, schedule, step, 3)
+            bias_E, ema_E = expert_bias_update(bias_E, ema_E, counts_E, rate=rate, decay=DECAY)
+            buffers = (router.expert_bias, router.expert_ema)
+            found = [np.asarray(b if backend == "torch" else b.get_value()) for b in buffers]
+            np.testing.assert_allclose(found, [bias_E, ema_E], rtol=1e-5, atol=1e-7)
+
+
+def check_steps(backend: str) -> None:
+    """Biases move by the choices of all forwards since the last update, and of none before."""
+    config = ModelConfig(
+        dim=6, n_layers=1, n_heads=1, vocab_size=7, ffn_hidden_dim=8, max_seq_len=8, num_experts=3, moe_top_k=1,
+        moe_router="sigmoid_topk",
+    )  # fmt: skip
+    extra = {"rngs": UNDRAWN} if backend == "jax" else {}
+    model = module(backend, "transformer").Transformer(config, **extra)
+    module(backend, "state").set_state(model, validation_weights(parameter_table(config), 1))
+    state = module(backend, "state").get_state(model)
+    bias_E, ema_E = (np.asarray(state[f"layers.0.mlp.router.{name}"]).copy() for name in ("expert_bias", "expert_ema"))
+    for batches in ((range(0, 4), range(4, 7)), (range(2, 5),)):
+        counts_E = np.zeros(3)
+        for tokens in batches:
+            model(array(backend, np.array([tokens]), "int32"))
+            counts_E = counts_E + np.asarray(model.get_expert_counts()[0])
+        model.update_moe_bias()
+        bias_E, ema_E = expert_bias_update(bias_E, ema_E, counts_E, rate=0.001)
+        found = module(backend, "state").get_state(model)["layers.0.mlp.router.expert_bias"]
+        np.testing.assert_allclose(np.asarray(found), bias_E, rtol=1e-6, atol=1e-9)
+
+
+def check_products(backend: str) -> None:
+    """Grouped products of rows of which some are of no group, and one group has none."""
+    x_RD, w_EDF, y_RF = (RNG.standard_normal(shape) for shape in ((7, 3), (3, 3, 2), (7, 2)))
+    ends_E = np.array([2, 2, 5], np.int32)
+    groups = [slice(0, 2), slice(2, 2), slice(2, 5)]
+    product_RF = np.zeros((7, 2))
+    for group, matrix in zip(groups, w_EDF, strict=True):
+        product_RF[group] = x_RD[group] @ matrix
+    outer_EDF = np.stack([x_RD[group].T @ y_RF[group] for group in groups])
+    grouped = module(backend, "grouped")
+    given = [array(backend, value) for value in (x_RD, w_EDF, y_RF)]
+    ends = array(backend, ends_E, "int32")
+    with ways(backend).__next__():
+        found = [np.asarray(value) for value in (
+            grouped.looped_matmul(given[0], given[1], ends), grouped.looped_outer(given[0], given[2], ends)
+        )]  # fmt: skip
+    assert_same_function(found[0], product_RF, "product")
+    assert_same_function(found[1], outer_EDF, "outer")
+
+
+def array(backend: str, value: Array, dtype: str = "float64") -> Any:
+    return torch.tensor(value).to(getattr(torch, dtype)) if backend == "torch" else jnp.asarray(value, dtype)
+
+
+MOE_CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
+    "model.router": (check_layers, check_ties, check_precision, check_balancing),
+    "model.moe": (check_layers,),
+    "model.looped": (check_layers,),
+    "model.grouped": (check_products,),
+    "model.transformer": (check_steps,),
+}
