@@ -27,6 +27,7 @@ DIFFERENCES = {
         "CPU_KERNEL_KEYS": "torch: its fused CPU kernel hides NaN where keys are few",
         "SDPA_BACKENDS": "torch: its attention has kernels to choose from",
         "ARRAYS": "jax: the leaves of a cache, which is a pytree",
+        "STATIC": "jax: what is no leaf of that pytree",
         "KVCache.after_image": "jax: caches are values; torch sets the attribute",
         "KVCache.tree_flatten_with_keys": "jax: pytree",
         "KVCache.tree_unflatten": "jax: pytree",

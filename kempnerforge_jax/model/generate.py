@@ -360,7 +360,9 @@ def _prefill(model: Transformer, request: Request, parts: tuple[Any, State, Stat
     (rows, width), taken = prompts.tokens.shape, _image_tokens(image)
     graphdef, params, buffers = parts
     heads = config.kv_heads if model.vlm_config is None else model.vlm_config.cached_kv_heads(config)
-    caches = [KVCache(rows, request.cache_length, heads, config.head_size, dtype) for _ in range(config.n_layers)]
+    shape = (rows, request.cache_length, heads, config.head_size)
+    ring = {"sliding_window": config.sliding_window, "spare": max((size for _, size in request.chunks), default=1) - 1}
+    caches = [KVCache(*shape, dtype, **ring) for _ in range(config.n_layers)]
     read, lengths_B = _compiled_prefill(graphdef), jnp.asarray(prompts.lengths)
     if taken:
         caches = read(params, buffers, caches, prompts.tokens[:, :0], image, lengths_B * 0 + taken)

@@ -340,10 +340,9 @@ def _prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Tenso
     config, weight, prompts, image = model.config, _weight(model), request.prompts, request.image
     rows, taken = len(prompts.lengths), _image_tokens(image)
     heads = config.kv_heads if model.vlm_config is None else model.vlm_config.cached_kv_heads(config)
-    caches = [
-        KVCache(rows, request.cache_length, heads, config.head_size, weight.dtype, weight.device, static=True)
-        for _ in range(config.n_layers)
-    ]
+    shape = (rows, request.cache_length, heads, config.head_size)
+    ring = {"sliding_window": config.sliding_window, "spare": max((size for _, size in request.chunks), default=1) - 1}
+    caches = [KVCache(*shape, weight.dtype, weight.device, **ring, static=True) for _ in range(config.n_layers)]
     tokens_BS = torch.from_numpy(prompts.tokens).to(weight.device).long()
     lengths_B = torch.from_numpy(prompts.lengths).to(weight.device).long()
     with inference(model):

@@ -15,7 +15,14 @@ import pytest
 import torch
 from hypothesis import assume, given, note, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.validation import validation_weights
@@ -256,6 +263,43 @@ def test_prompts_may_be_read_in_chunks_of_any_size(backend: Any, chunk: int) -> 
     np.testing.assert_array_equal(tokens, truth)
 
 
+@on_both
+@pytest.mark.parametrize(("chunk", "slots"), [(1, 4), (3, 6), (512, 19)])
+def test_memory_is_that_of_the_window_and_a_chunk(
+    backend: Any, chunk: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many tokens there are: 11 + 9, in windows of 4."""
+    made, new = [], generation(backend).KVCache
+    monkeypatch.setattr(
+        generation(backend), "KVCache", lambda *args, **options: made.append(new(*args, **options)) or made[-1]
+    )
+    truth = oracle_generate(weights_of(PLAIN), PLAIN, PROMPTS, 9)
+    tokens = continued(backend, model_of(backend, PLAIN), PROMPTS, 9, temperature=0.0, prefill_chunk=chunk)
+    np.testing.assert_array_equal(tokens, truth)
+    assert [cache.slots for cache in made] == [slots] * PLAIN.n_layers
+
+
+@on_both
+def test_a_ring_needs_a_window_that_it_holds(backend: Any) -> None:
+    cache = backend.module("model.attention").KVCache(1, 20, 2, 6, sliding_window=4)
+    for window in (None, 5):
+        with pytest.raises(ValueError, match=f"sliding_window = {window}: must be at most the cache's, 4"):
+            cache.mask(1, sliding_window=window)
+    assert cache.mask(4, sliding_window=3) is not None
+    assert backend.module("model.attention").KVCache(1, 20, 2, 6, sliding_window=30).sliding_window is None
+
+
+@on_both
+def test_rows_that_do_not_exist_are_refused(backend: Any) -> None:
+    cache = backend.module("model.attention").KVCache(2, 20, 2, 6)
+    for row in (2, -1):
+        with pytest.raises(IndexError):
+            cache.reorder(backend.array(np.array([0, row])))
+    more = cache.reorder(backend.array(np.array([1, 1, 0]))) or cache
+    assert more.k.shape == (3, 2, 20, 6)
+    assert more.lengths.tolist() == [0, 0, 0]
+
+
 @given(st.integers(0, 300), st.integers(1, 70), st.integers(0, 40))
 def test_chunks_cover_a_prompt_and_stay_in_the_cache(length: int, chunk: int, spare: int) -> None:
     limit = length + spare
@@ -333,17 +377,18 @@ SHOWN = np.array([[True, False], [True, True], [False, False]])
 
 
 @functools.lru_cache(maxsize=8)
-def seeing_model(backend: Any, vlm: VLMConfig) -> Any:
-    model = backend.build(backend.module("model.vlm").build_vlm_wrapper, SEEING, VISION, ADAPTER, vlm, FRAMES)
-    table = wrapper_table(SEEING, vlm, ADAPTER, vit_tower(VISION), VISION.feature_dim)
+def seeing_model(backend: Any, vlm: VLMConfig, window: int | None = None) -> Any:
+    config = SEEING.replace(sliding_window=window)
+    model = backend.build(backend.module("model.vlm").build_vlm_wrapper, config, VISION, ADAPTER, vlm, FRAMES)
+    table = wrapper_table(config, vlm, ADAPTER, vit_tower(VISION), VISION.feature_dim)
     backend.module("model.state").set_state(model, validation_weights(table, 3))
     return model
 
 
 @functools.lru_cache(maxsize=8)
-def seen_and_continued(vlm: VLMConfig, masked: bool) -> np.ndarray:
+def seen_and_continued(vlm: VLMConfig, masked: bool, window: int | None = None) -> np.ndarray:
     """The most probable tokens (B, NEW) by full forwards of each row alone, without a cache."""
-    model, new = seeing_model(BACKENDS[0], vlm), np.zeros((len(PROMPTS), NEW), np.int64)
+    model, new = seeing_model(BACKENDS[0], vlm, window), np.zeros((len(PROMPTS), NEW), np.int64)
     for row, prompt in enumerate(PROMPTS):
         pixels, shown = torch.from_numpy(PIXELS[row : row + 1]), torch.from_numpy(SHOWN[row : row + 1])
         text = list(prompt)
@@ -357,15 +402,18 @@ def seen_and_continued(vlm: VLMConfig, masked: bool) -> np.ndarray:
 
 @on_both
 @pytest.mark.parametrize(
-    ("arch", "masked"),
-    [*((arch, True) for arch in ARCHITECTURES), ("joint_decoder", False), ("cross_attention", False)],
+    ("arch", "masked", "window"),
+    [("joint_decoder", True, None), ("cross_attention", True, None), ("mot", True, 7), ("joint_decoder", False, 7)],
 )
-def test_images_are_seen_as_in_the_full_forward(backend: Any, arch: str, masked: bool) -> None:
+def test_images_are_seen_as_in_the_full_forward(backend: Any, arch: str, masked: bool, window: int | None) -> None:
     """By rows of unequal prompts, one of which has no image at all, one half of a clip."""
     vlm = ARCHITECTURES[arch]
-    model, images = seeing_model(backend, vlm), {"pixel_values": PIXELS, "frame_mask": SHOWN if masked else None}
+    model, images = (
+        seeing_model(backend, vlm, window),
+        {"pixel_values": PIXELS, "frame_mask": SHOWN if masked else None},
+    )
     tokens = continued(backend, model, PROMPTS, temperature=0.0, prefill_chunk=4, **images)
-    np.testing.assert_array_equal(tokens, seen_and_continued(vlm, masked))
+    np.testing.assert_array_equal(tokens, seen_and_continued(vlm, masked, window))
 
 
 @on_both
@@ -415,27 +463,35 @@ def test_experts_that_look_ahead_are_refused(backend: Any, images: dict[str, Any
 # ----------------------------------------------------------------------------------------------------------------------
 # Caches
 
-ROWS, SLOTS = 2, 12
+ROWS, SLOTS, WINDOW = 2, 12, 3
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Tokens are appended and forgotten; what the caches give is the full forward of each row's own tokens."""
+    """Tokens are appended and forgotten, rows trade places; what the caches give is the full forward of each row's own
+    tokens. Of a ring only its spare tokens can be forgotten.
+    """
 
     backend: Any
     sizes: st.SearchStrategy[int]
+    spares: tuple[int | None, ...]
 
     @initialize(
-        window=st.sampled_from([None, 3]),
+        window=st.sampled_from([None, WINDOW]),
+        ring=st.data(),
         rich=st.booleans(),
         static=st.booleans(),
         seed=st.integers(0, 99),
     )
-    def start(self, window: int | None, rich: bool, static: bool, seed: int) -> None:
+    def start(self, window: int | None, ring: st.DataObject, rich: bool, static: bool, seed: int) -> None:
         self.config = PLAIN.replace(sliding_window=window)
         self.rich, self.rng = rich, np.random.default_rng(seed)
         self.rows: list[list[tuple[int, int, bool]]] = [[] for _ in range(ROWS)]
         self.static = static and self.backend.name == "torch"
         options: dict[str, Any] = {"static": True} if self.static else {}
+        self.spare = ring.draw(st.sampled_from(self.spares)) if window is not None else None
+        if self.spare is not None:
+            options |= {"sliding_window": window, "spare": self.spare}
+        self.written = [0] * ROWS
         dtype = torch.float64 if self.backend.name == "torch" else "float64"
         shape = (ROWS, SLOTS, self.config.kv_heads, self.config.head_size)
         cache = self.backend.module("model.attention").KVCache
@@ -456,6 +512,7 @@ class CacheMachine(RuleBasedStateMachine):
             documents, real = self.rng.integers(0, 2, (ROWS, size)), self.rng.random((ROWS, size)) < 0.7
         for row in range(ROWS):
             self.rows[row] += zip(tokens[row], documents[row], real[row], strict=True)
+            self.written[row] = max(self.written[row], len(self.rows[row]))
         given_masks = (documents, real) if self.rich else (None, None)
         logits, self.caches = cached_forward(self.backend, self.config, tokens, *given_masks, self.caches)
         for row in range(ROWS):
@@ -465,11 +522,27 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.longest > 0)
     @rule(data=st.data())
     def cut(self, data: st.DataObject) -> None:
-        lengths = [data.draw(st.integers(0, SLOTS)) for _ in range(ROWS)]
+        spare = SLOTS if self.spare is None else self.spare + 1
+        least = [written - spare if written > spare + WINDOW - 1 else 0 for written in self.written]
+        lengths = [data.draw(st.integers(max(0, n), SLOTS)) for n in least]
+        if self.spare is not None and any(n > 0 for n in least) and data.draw(st.booleans()):
+            with pytest.raises(ValueError, match="what they may see has been overwritten"):
+                self.caches[0].cut(self.backend.array(np.array([n - 1 if n > 0 else SLOTS for n in least])))
         self.rows = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
         cut = [cache.cut(self.backend.array(np.array(lengths))) for cache in self.caches]
         self.caches = self.caches if self.backend.name == "torch" else cut
         assert self.caches[0].lengths.tolist() == [len(row) for row in self.rows]
+
+    @rule(rows=st.lists(st.integers(0, ROWS - 1), min_size=ROWS, max_size=ROWS))
+    def reorder(self, rows: list[int]) -> None:
+        self.rows, self.written = [list(self.rows[row]) for row in rows], [self.written[row] for row in rows]
+        taken = [cache.reorder(self.backend.array(np.array(rows))) for cache in self.caches]
+        self.caches = self.caches if self.backend.name == "torch" else taken
+
+    @invariant()
+    def a_ring_holds_no_more_than_it_must(self) -> None:
+        slots = SLOTS if self.spare is None else WINDOW + self.spare
+        assert all(cache.k.shape[2] == slots for cache in self.caches)
 
     @precondition(lambda self: not self.static)
     @rule()
@@ -481,11 +554,13 @@ class CacheMachine(RuleBasedStateMachine):
 class TorchMachine(CacheMachine):
     backend = BACKENDS[0]
     sizes = st.integers(1, 6)
+    spares = (None, 0, 2, 5)
 
 
 class JaxMachine(CacheMachine):
     backend = BACKENDS[1]
     sizes = st.sampled_from([1, 4])
+    spares = (None, 0, 4)
 
 
 @pytest.mark.parametrize("machine", [TorchMachine, JaxMachine])
