@@ -26,7 +26,8 @@ MOE_MUTANTS = (
          "return (f_BE"),
     both("model.router", "padding in the balancing loss", "masked_mean(shares_BSE, valid_BS, axis=1)",
          "masked_mean(shares_BSE, None, axis=1)"),
-    both("model.router", "sequence loss over the whole batch", "losses_B = balance_losses(shares_BSE, chosen_BSE, valid_BS)",
+    both("model.router", "sequence loss over the whole batch",
+         "losses_B = balance_losses(shares_BSE, chosen_BSE, valid_BS)",
          "losses_B = balance_losses(*(a.reshape(1, -1, a.shape[-1]) for a in (shares_BSE, chosen_BSE)),"
          " None if valid_BS is None else valid_BS.reshape(1, -1))"),
     both("model.router", "sequence loss not weighted", "axis=0) * self.sequence_aux_loss_weight", "axis=0)"),

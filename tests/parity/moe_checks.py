@@ -104,7 +104,7 @@ def check_steps(backend: str) -> None:
     module(backend, "state").set_state(model, validation_weights(parameter_table(config), 1))
     state = module(backend, "state").get_state(model)
     bias_E, ema_E = (np.asarray(state[f"layers.0.mlp.router.{name}"]).copy() for name in ("expert_bias", "expert_ema"))
-    for batches in ((range(0, 4), range(4, 7)), (range(2, 5),)):
+    for batches in ((range(4), range(4, 7)), (range(2, 5),)):
         counts_E = np.zeros(3)
         for tokens in batches:
             model(array(backend, np.array([tokens]), "int32"))
