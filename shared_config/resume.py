@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from shared_config.contract.freeze import canonical_freeze_meta
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import Checkpoint, TrainingState, is_checkpoint, latest, load
 from shared_config.interchange.weights import load_weights
@@ -106,7 +107,11 @@ def _compare(config: JobConfig, checkpoint: Checkpoint, say: Say) -> None:
 
 
 def _flatten(config: JobConfig) -> dict[str, Any]:
-    return dict(_leaves("", config))
+    """Values by field; specs that freeze the same are equal."""
+    fields = dict(_leaves("", config))
+    if config.vlm is not None:
+        fields["vlm.freeze"] = canonical_freeze_meta(config.vlm.freeze)
+    return fields
 
 
 def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -36,7 +36,7 @@ from kempnerforge_jax.training.optimizer import (
     with_states,
 )
 from kempnerforge_jax.training.scheduler import build_schedule
-from shared_config.contract.freeze import effective_freeze, frozen_names, never_trained
+from shared_config.contract.freeze import effective_freeze, frozen_names, moments_under, never_trained
 from shared_config.contract.parameters import ParameterSpec
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
@@ -159,7 +159,8 @@ class Trainer:
         return TrainingState(self.updates, self._host_copies(weights, ""), self._host_copies(moments, "m.", "v."))
 
     def load_state(self, state: TrainingState) -> None:
-        """Go on from a state of either backend; without moments, only the weights are taken.
+        """Go on from a state of either backend; without moments, only the weights are taken. What was frozen there and
+        is not here starts with moments of 0.
 
         Raises:
             UserError: names or shapes that do not fit.
@@ -167,7 +168,8 @@ class Trainer:
         model = self.model
         set_state(model, state.weights)
         if state.optimizer or state.step:
-            self.optimizer_state = set_optimizer_state(self.optimizer_state, state.optimizer, state.step)
+            moments = moments_under(self.config.vlm, self.table, state.optimizer)
+            self.optimizer_state = set_optimizer_state(self.optimizer_state, moments, state.step)
         _, self.parameters, self.buffers = split(model)
         self.updates = state.step
 

@@ -35,7 +35,7 @@ from kempnerforge_torch.training.optimizer import (
     set_optimizer_state,
 )
 from kempnerforge_torch.training.scheduler import build_schedule
-from shared_config.contract.freeze import effective_freeze, never_trained
+from shared_config.contract.freeze import effective_freeze, moments_under, never_trained
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
 from shared_config.errors import UserError
@@ -156,14 +156,16 @@ class Trainer:
         return TrainingState(self.updates, weights, {name: _host_copy(tensor) for name, tensor in moments.items()})
 
     def load_state(self, state: TrainingState) -> None:
-        """Go on from a state of either backend; without moments, only the weights are taken.
+        """Go on from a state of either backend; without moments, only the weights are taken. What was frozen there and
+        is not here starts with moments of 0.
 
         Raises:
             UserError: names or shapes that do not fit.
         """
         set_state(self.model, state.weights)
         if state.optimizer or state.step:
-            set_optimizer_state(self.optimizer, self.parameters, state.optimizer, state.step)
+            moments = moments_under(self.config.vlm, self.table, state.optimizer)
+            set_optimizer_state(self.optimizer, self.parameters, moments, state.step)
         self.updates = state.step
 
     def _differentiate(self, batch: Batch, count: int, micro_batches: int) -> Terms:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from shared_config.schema.vlm import FreezeSpec, FreezeStage
+import numpy as np
+
+from shared_config.contract.parameters import ParameterTable
+from shared_config.schema.vlm import FreezeSpec, FreezeStage, VLMConfig
+
+MOMENTS = ("m", "v")
 
 
 def effective_freeze(
@@ -64,6 +69,29 @@ def never_trained(
     return set(names).intersection(
         *(frozen_names(names, specs, pattern_map) for specs in (*first, *(stage.specs for stage in schedule)))
     )
+
+
+def moments_under(
+    vlm: VLMConfig | None, table: ParameterTable, moments: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The moments of a run that may have frozen other parts, for one that goes on under ``vlm``: without those of what
+    is never trained now, and with zeros for what was never trained before.
+
+    Args:
+        moments: by name, ``m.<parameter>`` and ``v.<parameter>``.
+    """
+    if vlm is None or not moments:
+        return dict(moments)
+    parameters = [name for name, spec in table.items() if not spec.is_buffer]
+    never = never_trained(parameters, vlm.freeze, vlm.freeze_schedule, vlm.module_patterns)
+    kept = {name: value for name, value in moments.items() if name.partition(".")[2] not in never}
+    fresh = [
+        f"{moment}.{name}"
+        for name in parameters
+        if name not in never and not any(f"{moment}.{name}" in moments for moment in MOMENTS)
+        for moment in MOMENTS
+    ]
+    return kept | {name: np.zeros(table[name.partition(".")[2]].shape, np.float32) for name in fresh}
 
 
 def pattern_of(spec: FreezeSpec, pattern_map: Mapping[str, str]) -> str:

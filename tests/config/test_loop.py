@@ -311,6 +311,15 @@ def test_fields_that_may_change_exist() -> None:
     assert known >= resume.FREE_FIELDS
 
 
+def test_specs_that_freeze_the_same_are_no_change() -> None:
+    freeze = (
+        "--vlm.freeze=[{module = 'adapter'}, {module = 'vision_encoder'}, {module = 'transformer', frozen = false}]"
+    )
+    other = "--vlm.freeze=[{module = 'vision_encoder'}, {module = 'adapter'}]"
+    one, two, three = (resume._flatten(load_config("debug_vlm_mot", options)) for options in ([freeze], [other], []))
+    assert one == two != three
+
+
 class Recording(BigramTrainer):
     """Keeps the weights from before its first step."""
 

@@ -123,6 +123,24 @@ def test_a_state_goes_on_in_the_other_backend(source: str) -> None:
     np.testing.assert_allclose(losses(other, config, 3, start=4), losses(first, config, 3, start=4), rtol=AGREED)
 
 
+def test_a_run_that_goes_on_may_freeze_other_parts() -> None:
+    """Moments of what is frozen now are dropped; what is trained for the first time starts with none."""
+    frozen = ("--vlm.max_text_len=48", "--vlm.freeze=[{module = 'vision_encoder'}, {module = 'adapter'}]")
+    before, after = job("joint_decoder", *frozen), job("joint_decoder", frozen[0])
+    first = TorchTrainer(before, "cpu")
+    losses(first, before, 2)
+    found = {}
+    for name, build in TRAINERS.items():
+        trainer = build(after, "cpu")
+        trainer.load_state(first.state())
+        found[name] = losses(trainer, after, 3, start=2)
+    np.testing.assert_allclose(found["torch"], found["jax"], rtol=AGREED)
+    again = TorchTrainer(before, "cpu")
+    again.load_state(trainer.state())
+    assert set(again.state().optimizer) == set(first.state().optimizer)
+    losses(again, before, 1, start=5)
+
+
 def test_nothing_left_to_train_is_refused() -> None:
     everything = "--vlm.freeze=[{module = 'vision_encoder'}, {module = 'adapter'}, {module = 'transformer'}]"
     for build in TRAINERS.values():
