@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ SIZES: dict[str, Any] = {
 }
 TEXT = {**SIZES, "vocab_size": 30, "bos_token_id": 1, "eos_token_id": 2, "num_hidden_layers": 1}
 PIXELS = np.random.default_rng(2).standard_normal((2, 3, 18, 18))
+HUB = ("transformers", "huggingface_hub")
 KINDS = {"siglip2": (SiglipVisionConfig, SiglipVisionModel), "clip": (CLIPVisionConfig, CLIPVisionModel)}
 
 
@@ -121,6 +124,20 @@ def test_all_hidden_states_equal_those_of_transformers(kind: str, tmp_path: Path
     for run in (ours_in_torch, ours_in_jax):
         assert_all_same_function(run(config, list(truth), "float64"), truth, context=run.__name__)
         assert_all_within(run(config, list(truth), "float32"), truth, deltas, FORWARD_K, context=run.__name__)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_towers_need_no_network_and_no_transformers(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, config = saved(tmp_path, kind)
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("asked for the network")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for name in [*(name for name in sys.modules if name.partition(".")[0] in HUB), *HUB]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert build_torch(config).num_tokens == build_jax(config, rngs=UNDRAWN).num_tokens == 16
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kempnerforge_jax.model import modality as jax_modality
 from kempnerforge_jax.model import transformer as jax_transformer
@@ -34,7 +36,8 @@ from tests.oracle.adapter import adapter as oracle_adapter
 from tests.oracle.linear import submodule
 from tests.oracle.vision import vision_tower
 from tests.oracle.vlm import cross_attention_decoder, joint_decoder, moma_decoder, mot_decoder
-from tests.parity.components import Component, assert_parity
+from tests.parity.components import Component, assert_parity, run_jax, run_torch
+from tests.tolerance import assert_all_same_function, assert_same_function
 
 Arrays = dict[str, np.ndarray]
 
@@ -258,3 +261,44 @@ STREAMS: dict[str, tuple[Component, Arrays]] = {
 def test_streams_of_any_order(name: str) -> None:
     component, inputs = STREAMS[name]
     assert_parity(component, inputs, rounded=("float32",) if name == "mot" else ())
+
+
+@pytest.mark.parametrize("name", ["joint_clips", "cross_clips", "mot_clips", "moma_clips"])
+@given(data=st.data())
+def test_drawn_clips(name: str, data: st.DataObject) -> None:
+    """Frames exist or not in any pattern, none among them."""
+    component, inputs, _ = CASES[name]
+    frames = st.lists(st.booleans(), min_size=FRAMES, max_size=FRAMES)
+    drawn = np.array(data.draw(st.lists(frames, min_size=2, max_size=2)))
+    assert_same_layout(component, {**inputs, "frames": drawn})
+
+
+@pytest.mark.parametrize("name", ["mot", "moma"])
+@given(data=st.data())
+def test_drawn_streams(name: str, data: st.DataObject) -> None:
+    """Modalities in any order, or one alone; documents that end anywhere; padding anywhere."""
+    component, inputs = STREAMS[name]
+    shape = inputs["ids"].shape
+
+    def flags(*rates: float) -> np.ndarray:
+        rate = data.draw(st.sampled_from(rates))
+        return np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))).random(shape) < rate
+
+    drawn = {
+        "ids": flags(0.0, 0.3, 0.5, 1.0).astype(int),
+        "documents": np.cumsum(flags(0.0, 0.2), axis=1),
+        "real": ~flags(0.0, 0.2, 0.6),
+    }
+    assert_same_layout(component, {**inputs, **drawn})
+
+
+def assert_same_layout(component: Component, inputs: Arrays) -> None:
+    """Both backends and the oracle in float64, the backends with all gradients."""
+    weights = component.weights()
+    truth, other = run_torch(component, weights, inputs), run_jax(component, weights, inputs)
+    for name in component.vanishing:
+        truth.pop(f"gradient/{name}")
+        other.pop(f"gradient/{name}")
+    assert component.oracle is not None
+    assert_same_function(truth["output"], component.oracle(weights, inputs), "output")
+    assert_all_same_function(other, truth)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -147,6 +148,31 @@ def test_adapters(config: AdapterConfig) -> None:
     built = component.torch()
     assert built(torch.from_numpy(x).float()).shape == expected
     assert built.output_num_tokens(9) == component.jax(rngs=UNDRAWN).output_num_tokens(9) == expected[1]
+
+
+@pytest.mark.parametrize("kind", ["mlp_2layer", "linear", "avgpool", "attentional_pool"])
+def test_counts_of_tokens_agree_with_the_forward_always(kind: str) -> None:
+    """For every grid and window: config and both backends say what comes out, or all refuse."""
+    for window in range(1, 6):
+        config = AdapterConfig(type=kind, pool_window=window, pool_heads=1)
+        in_torch = torch_adapter.build_adapter(config, 2, 3)
+        in_jax = jax_adapter.build_adapter(config, 2, 3, rngs=UNDRAWN)
+        for tokens in (*(side * side for side in range(1, 8)), 6):
+            x = torch.zeros(1, tokens, 2)
+            forwards = (
+                lambda x=x, adapter=in_torch: adapter(x),
+                lambda x=x, adapter=in_jax: jax.eval_shape(adapter, jnp.zeros(x.shape)),
+            )
+            counts = [adapter.output_num_tokens for adapter in (config, in_torch, in_jax)]
+            try:
+                expected = config.output_num_tokens(tokens)
+            except ValueError:
+                for refused in (*(functools.partial(count, tokens) for count in counts), *forwards):
+                    with pytest.raises(ValueError, match=r"num_tokens|window"):
+                        refused()
+                continue
+            assert [count(tokens) for count in counts] == [expected] * 3
+            assert [forward().shape for forward in forwards] == [(1, expected, 3)] * 2
 
 
 @pytest.mark.parametrize("masked", [False, True])
