@@ -23,19 +23,21 @@ from shared_config.contract.validation import validation_weights
 from shared_config.schema.model import ModelConfig, RopeScaling
 from shared_config.schema.optimizer import OptimizerConfig
 from tests.mutants import BACKENDS, MUTANTS, Mutant, StaleMutantError, mutated_source, planted
+from tests.mutants_decoding import DECODING_MUTANTS
 from tests.mutants_moe import MOE_MUTANTS
 from tests.mutants_vlm import VLM_MUTANTS
 from tests.oracle.generate import generate as oracle_generate
 from tests.oracle.generate import sample as oracle_sample
 from tests.oracle.optimizer import adamw_step, clip, initial_state
 from tests.oracle.position import apply_rope
+from tests.parity.decoding_checks import DECODING_CHECKS
 from tests.parity.moe_checks import MOE_CHECKS
 from tests.parity.runners import assert_same_runs, run_jax, run_oracle, run_torch
 from tests.parity.vlm_checks import VLM_CHECKS
 from tests.strategies import Inputs
 from tests.tolerance import assert_all_same_function, assert_same_function
 
-ALL_MUTANTS = (*MUTANTS, *MOE_MUTANTS, *VLM_MUTANTS)
+ALL_MUTANTS = (*MUTANTS, *DECODING_MUTANTS, *MOE_MUTANTS, *VLM_MUTANTS)
 SEED, BATCH, LENGTH, PREFIX = 5, 2, 8, 3
 GROUPED = ModelConfig(
     dim=20, head_dim=6, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=37, ffn_hidden_dim=24, max_seq_len=16,
@@ -230,10 +232,10 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
 
 
 def checks_of(component: str) -> tuple[Callable[[str], None], ...]:
-    return (*CHECKS.get(component, ()), check_models)
+    return (*CHECKS.get(component, ()), *DECODING_CHECKS.get(component, ()), check_models)
 
 
-ALL_CHECKS = tuple(dict.fromkeys((check_models, *(check for checks in CHECKS.values() for check in checks))))
+ALL_CHECKS = tuple(dict.fromkeys(check for name in (*CHECKS, *DECODING_CHECKS) for check in checks_of(name)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

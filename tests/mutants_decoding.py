@@ -1,0 +1,58 @@
+"""Bugs to plant in decoding: rings, reordered caches, images before a prompt."""
+
+from __future__ import annotations
+
+from tests.mutants import Mutant, both
+
+DECODING_MUTANTS = (
+    both("model.attention", "ring overwrites what new tokens see", "length <= self.slots - self.sliding_window + 1",
+         "length <= self.slots - self.sliding_window + 2"),
+    both("model.attention", "empty slots of a ring seen", "positions_BM >= self.oldest[:, None]",
+         "positions_BM >= -self.slots"),
+    both("model.attention", "slots of a ring in order", "last_B1 - (last_B1 - slots_M) % self.slots",
+         "last_B1 - (self.slots - 1 - slots_M)"),
+    Mutant(
+        "model.attention", "first tokens of a long chunk kept",
+        ("new.narrow(axis, length - kept, kept)", "new.narrow(axis, 0, kept)"),
+        ("jnp.take(new, jnp.arange(length - kept, length), axis=axis)", "jnp.take(new, jnp.arange(kept), axis=axis)"),
+    ),
+    Mutant(
+        "model.attention", "what a ring has lost not refused",
+        ("if bool((first_seen_B < self.oldest).any()):", "if False:"),
+        ("if not isinstance(lost_B, Tracer) and bool(lost_B.any()):", "if False:"),
+    ),
+    both("model.attention", "wider window than the ring's allowed", "0 < (sliding_window or 0) <= self.sliding_window",
+         "(sliding_window or 0)"),
+    Mutant(
+        "model.attention", "lengths not reordered",
+        ('("k", "v", "lengths", "valid", "doc_ids", "oldest")', '("k", "v", "valid", "doc_ids", "oldest")'),
+        ("jnp.where(exists_B, self.lengths[rows], self.max_seq_len)", "self.lengths"),
+    ),
+    Mutant(
+        "model.attention", "values not reordered",
+        ('("k", "v", "lengths", "valid", "doc_ids", "oldest")', '("k", "lengths", "valid", "doc_ids", "oldest")'),
+        ("None if array is None else array[rows]", 'None if array is None else array if name == "v" else array[rows]'),
+    ),
+    Mutant(
+        "model.attention", "validity not reordered",
+        ('("k", "v", "lengths", "valid", "doc_ids", "oldest")', '("k", "v", "lengths", "doc_ids", "oldest")'),
+        ("None if array is None else array[rows]",
+         'None if array is None else array if name == "valid" else array[rows]'),
+    ),
+    both("model.generate", "image not counted in the lengths", "lengths_B - 1 + taken", "lengths_B - 1"),
+    Mutant(
+        "model.generate", "image read before the prompt only",
+        ("seen = None if _image_tokens(request.image) else request.image", "seen = None"),
+        ("return None if _image_tokens(request.image) else request.image", "return None"),
+    ),
+    Mutant(
+        "model.generate", "frames that don't exist seen",
+        ("dtype=torch.int64, device=device), frames)", "dtype=torch.int64, device=device))"),
+        ("jnp.zeros((len(pixel_values), 0), jnp.int32), frame_mask)",
+         "jnp.zeros((len(pixel_values), 0), jnp.int32))"),
+    ),
+    both("model.cross_attention", "mask of the image forgotten once it was read",
+         "image_keys_values=keys_values, image_mask=modality.image_mask", "image_keys_values=keys_values"),
+    both("model.cross_attention", "first block's keys for all", "modality.image_keys_values[index]",
+         "modality.image_keys_values[0]"),
+)  # fmt: skip

@@ -1,0 +1,105 @@
+"""Checks that the bugs of `tests.mutants_decoding` must not pass. JAX runs eagerly, since every mutant would have to be
+compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from shared_config.contract.vision import wrapper_table
+from shared_config.schema import (
+    AdapterConfig,
+    CrossAttentionConfig,
+    JointDecoderConfig,
+    ModelConfig,
+    VisionEncoderConfig,
+    VLMConfig,
+)
+from tests.oracle.attention import attention as oracle_attention
+from tests.oracle.position import rope_at
+from tests.parity.vlm_checks import Side
+
+WINDOW, DIM = 3, 12
+MODEL = ModelConfig(
+    dim=DIM, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4, vocab_size=37, ffn_hidden_dim=10, max_seq_len=16
+)  # fmt: skip
+VISION = VisionEncoderConfig(type="random", feature_dim=6, num_tokens=2, image_size=2)
+ADAPTER, FRAMES = AdapterConfig(type="linear"), 2
+NEW = 3
+PIXELS = np.random.default_rng(8).uniform(-1, 1, (2, FRAMES, 3, 2, 2))
+SHOWN = np.array([[True, False], [True, True]])
+
+
+def check_rings(backend: str) -> None:
+    """A ring of three slots: chunks that fit it and that don't, ragged rows, rows that trade places, padding."""
+    side, rng = Side(backend), np.random.default_rng(7)
+    source = side.module("model.attention")
+    options = {"sliding_window": WINDOW, "bias": True}
+    attention = side.built(source.Attention, DIM, 2, 1, 4, drawn=True, **options)
+    weights = {name: side.numpy(value) for name, value in side.module("model.state").get_state(attention).items()}
+    tables = rope_at(np.arange(32), 4, 10000.0)
+    ring = {"sliding_window": WINDOW} | ({"static": True} if backend == "torch" else {})
+    cache = source.KVCache(2, 32, 1, 4, side.array(PIXELS).dtype, **ring)
+    seen: list[list[tuple[np.ndarray, bool]]] = [[], []]
+    for step, size in enumerate((1, 5, 1, 2, 1, 1)):
+        x, real = rng.standard_normal((2, size, DIM)), rng.random((2, size)) < 0.6
+        for row in range(2):
+            seen[row] += zip(x[row], real[row], strict=True)
+        places_BS = np.array([len(row) - size + np.arange(size) for row in seen])
+        rope = [side.array(table[places_BS][:, None]) for table in tables]
+        out = attention(side.array(x), *rope, kv_cache=cache, key_padding_mask=side.array(real))
+        out, cache = (out, cache) if backend == "torch" else out
+        for row in range(2):
+            whole, valid = (np.array(column)[None] for column in zip(*seen[row], strict=True))
+            masks: dict[str, Any] = {"key_padding_mask": valid, "sliding_window": WINDOW}
+            truth, _ = oracle_attention(whole, weights, tables, n_heads=2, n_kv_heads=1, **masks)
+            side.same(out[row], truth[0, -size:], f"row {row} of step {step}")
+        if step in (0, 3):
+            lengths = np.array([len(seen[0]) - 1, len(seen[1])])
+            cache = cache.cut(side.array(lengths)) or cache
+            seen = [row[:length] for row, length in zip(seen, lengths, strict=True)]
+        if step in (2, 3):
+            cache, seen = cache.reorder(side.array(np.array([1, 0]))) or cache, seen[::-1]
+    with pytest.raises(ValueError, match="has been overwritten"):
+        cache.cut(side.array(np.array([2, 99])))
+    with pytest.raises(ValueError, match="must be at most the cache's"):
+        cache.mask(1, sliding_window=WINDOW + 1)
+
+
+def check_images(backend: str) -> None:
+    """Ragged prompts after clips with a frame that doesn't exist: the tokens are the most probable by full forwards."""
+    cross = CrossAttentionConfig(max_text_len=8, cross_attention_every_n_layers=1)
+    check_continuation(Side(backend), JointDecoderConfig(max_text_len=8), [[3, 1, 4], [7]])
+    check_continuation(Side(backend), cross, [[9], [7]])
+
+
+def check_continuation(side: Side, vlm: VLMConfig, prompts: list[list[int]]) -> None:
+    table = wrapper_table(MODEL, vlm, ADAPTER, None, VISION.feature_dim)
+    builder = side.module("model.vlm").build_vlm_wrapper
+    model = side.filled(table, builder, MODEL, VISION, ADAPTER, vlm, FRAMES)
+    stream = side.module("model.generate").stream
+    with contextlib.nullcontext() if side.name == "torch" else jax.disable_jit(), torch.no_grad():
+        steps = stream(model, prompts, NEW, temperature=0.0, pixel_values=PIXELS, frame_mask=SHOWN)
+        new = np.stack(list(steps), axis=1)
+        text = np.zeros((2, 6), np.int64)
+        for row, prompt in enumerate(prompts):
+            text[row, : len(prompt) + NEW] = [*prompt, *new[row]]
+        given = side.array(PIXELS), side.array(text), side.array(SHOWN)
+        likeliest = side.numpy(model.run(*given).logits).argmax(-1)
+        for row, prompt in enumerate(prompts):
+            expected = likeliest[row, len(prompt) - 1 :][:NEW]
+            assert new[row].tolist() == expected.tolist(), f"{vlm.arch}: row {row}"
+
+
+DECODING_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
+    "model.attention": (check_rings,),
+    "model.generate": (check_images,),
+    "model.cross_attention": (check_images,),
+}
