@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 
 from shared_config.commands import COMMANDS
+from shared_config.data.images import open_folder
+from shared_config.loader import load_config
 from tests.cli.processes import ROOT, run_python
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,6 +26,23 @@ def test_python_examples_run() -> None:
 
 def test_every_command_is_described() -> None:
     assert re.findall(r"^\| `(\w+) [A-Z]", README, re.MULTILINE) == list(COMMANDS)
+
+
+def test_commands_of_training_mean_something() -> None:
+    """Options that only the command knows are left out."""
+    commands = re.findall(r"^    kempnerforge train (.*)$", README, re.MULTILINE)
+    assert len(commands) == 2
+    mentioned = re.findall(r"`(--(?:vlm|video)\.[^`]*)`", README)
+    for options in (*commands, *(f"debug_vlm_mot {option}" for option in mentioned)):
+        preset, *overrides = shlex.split(re.sub(r"--(backend|output) \w+", "", options))
+        assert load_config(preset, overrides).vlm is not None
+    assert len(mentioned) == 3
+
+
+def test_lines_of_a_folder_are_read(tmp_path: Path) -> None:
+    (lines,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "metadata.jsonl").write_text(lines)
+    assert len(open_folder(tmp_path, 8, None, 1e-12).rows["train"]) == 3
 
 
 def test_there_are_two_commands_to_start_with() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from kempnerforge_jax.training.train import Trainer as JaxTrainer
 from kempnerforge_torch.training.train import Trainer as TorchTrainer
@@ -17,6 +17,7 @@ from shared_config.data import open_data
 from shared_config.data.shapes import caption_entropy
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
+from tests.benchmarks.bench_captions import compare_steps, measure_captions, shuffled
 
 SMALL = [
     "--model.dim=32", "--model.n_layers=2", "--model.n_heads=4", "--model.n_kv_heads=2", "--model.ffn_hidden_dim=48",
@@ -180,6 +181,23 @@ def test_captions_are_learned_from_images(tmp_path: Path) -> None:
     assert float(trainer.evaluate(shuffled(heldout))["loss"]) > 1.5 * loss
 
 
-def shuffled(batches: Sequence[Any]) -> list[dict[str, np.ndarray]]:
-    """Every caption beside another's image."""
-    return [{**batch, "pixel_values": np.roll(batch["pixel_values"], 1, axis=0)} for batch in batches]
+nightly = pytest.mark.skipif(
+    settings.get_current_profile_name() != "nightly", reason="a minute a run: HYPOTHESIS_PROFILE=nightly"
+)
+
+
+@nightly
+@pytest.mark.parametrize("arch", ARCHS)
+def test_presets_take_the_same_steps_as_they_are(arch: str) -> None:
+    found = compare_steps(load_config(f"debug_vlm_{arch}"))
+    assert found["largest_difference"] <= AGREED, found
+
+
+@nightly
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_presets_learn_captions_from_images(arch: str, name: str) -> None:
+    """No model without the image gets below the entropy of a caption; one that looks is misled by another image."""
+    found = measure_captions(load_config(f"debug_vlm_{arch}"), name)
+    assert found["heldout_loss"] < 0.8 * found["entropy_without_image"], found
+    assert found["with_other_images"] > 1.5 * found["entropy_without_image"], found
