@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, note, settings
+from hypothesis import assume, event, given, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -28,6 +28,7 @@ from shared_config.contract.parameters import parameter_table
 from shared_config.contract.validation import validation_weights
 from shared_config.contract.vision import vit_tower, wrapper_table
 from shared_config.decoding import draw_uniforms, prefill_chunks
+from shared_config.numerics import allowed_error
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vision import VisionEncoderConfig
@@ -37,7 +38,7 @@ from tests.oracle.generate import kept_distribution
 from tests.oracle.generate import sample as oracle_sample
 from tests.parity.backends import BACKENDS, on_both
 from tests.strategies import MAX_SEQ_LEN, model_configs
-from tests.tolerance import assert_same_function
+from tests.tolerance import FORWARD_K, assert_same_function, perturbation_delta, unit_roundoff
 
 NEW, VOCABULARY = 6, 13
 PLAIN = ModelConfig(
@@ -195,6 +196,48 @@ def test_any_model_gives_the_same_tokens_in_both_backends_and_the_oracle(data: s
     for backend in BACKENDS:
         tokens = continued(backend, backend.model(config, weights), prompts, prefill_chunk=4, **options)
         np.testing.assert_array_equal(tokens, truth, err_msg=str(backend))
+
+
+@given(st.data())
+@settings(max_examples=settings().max_examples if settings().max_examples > 100 else 5)
+def test_float32_gives_the_most_probable_token_wherever_rounding_can_not_decide(data: st.DataObject) -> None:
+    """Every step is judged by the float64 logits after the tokens so far: where the first leads the second by more than
+    the error that their row may have, K * delta, either backend must choose it.
+    """
+    config = data.draw(model_configs(experts=True, moe_capacity_factor=0.0))
+    seed = data.draw(st.integers(0, 99))
+    prompts = [prompt[: 1 + seed % 7] for prompt in PROMPTS]
+    prompts = [[token % config.vocab_size for token in prompt] for prompt in prompts]
+    weights, judged = weights_of(config, seed), 0
+    exact = BACKENDS[0].model(config, weights)
+    for backend in BACKENDS:
+        tokens = continued(backend, backend.model(config, weights, "float32"), prompts, temperature=0.0)
+        for prompt, new in zip(prompts, tokens, strict=True):
+            logits, reach = logits_and_reach(exact, weights, [*prompt, *new])
+            leads = logits[len(prompt) - 1 : -1]
+            second, first = np.sort(leads, axis=-1)[:, -2:].T
+            clear = first - second > reach
+            judged += int(clear.sum())
+            np.testing.assert_array_equal(new[clear], leads.argmax(-1)[clear], err_msg=str(backend))
+    event("judged", judged * 10 // (len(BACKENDS) * len(prompts) * NEW))
+    assert judged > len(BACKENDS) * len(prompts) * NEW // 2
+
+
+def logits_and_reach(model: Any, weights: dict[str, np.ndarray], tokens: list[int]) -> tuple[np.ndarray, float]:
+    """Float64 logits (S, V), and by how much float32 may bring two of them closer: if their RMS error is K * delta, no
+    two errors differ by more than sqrt(2 S V) of it.
+    """
+    set_state = BACKENDS[0].module("model.state").set_state
+
+    def forward(values: dict[str, np.ndarray]) -> np.ndarray:
+        set_state(model, values)
+        with torch.no_grad():
+            return model(torch.tensor([tokens]))[0].numpy()
+
+    roundoff = unit_roundoff("float32")
+    delta = perturbation_delta(forward, weights, roundoff)["output"]
+    logits = forward(weights)
+    return logits, float(np.sqrt(2 * logits.size)) * allowed_error(logits, delta, FORWARD_K, roundoff)
 
 
 @on_both
