@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,8 @@ def test_embedded_default() -> None:
     assert not np.array_equal(heldout[0]["pixel_values"], batch["pixel_values"])
     with pytest.raises(ValueError, match="index = -1"):
         data.batch(-1)
+    with pytest.raises(ValueError, match="rank = 2: must be at least 0 and below world_size = 2"):
+        open_image_data(job(), rank=2, world_size=2)
 
 
 def test_ranks_share_the_rows_of_a_batch() -> None:
@@ -345,6 +348,25 @@ def test_readers_say_why(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"no video")
     with pytest.raises(UndecodableError):
         read_clip(tmp_path / "a.mp4", 8, VideoConfig())
+
+
+def test_missing_libraries_are_named_with_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"1\.png: reading images needs Pillow \(pip install .*\[images\]\)"):
+        read_image(tmp_path / "1.png", 8)
+    with pytest.raises(UserError, match=r"1\.mp4: reading clips needs PyAV \(pip install .*\[video\]\)"):
+        read_clip(tmp_path / "1.mp4", 8, VideoConfig())
+
+
+def test_sound_alone_is_no_clip(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        audio: Any = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux([*audio.encode(frame), *audio.encode(None)])
+    with pytest.raises(UndecodableError, match="holds no video"):
+        read_clip(tmp_path / "sound.mp4", 8, VideoConfig())
 
 
 # What the encoder takes

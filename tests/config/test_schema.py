@@ -113,6 +113,10 @@ def test_model_values_no_backend_can_run_are_refused(fields: dict[str, Any], exp
             "vlm.mot_image_n_heads = 4",
         ),
         (
+            {"vlm": {"arch": "mot", "mot_image_n_kv_heads": 5}, "vision_encoder": RANDOM_ENCODER},
+            "vlm.mot_image_n_kv_heads = 5: must divide model.n_heads = 32",
+        ),
+        (
             {
                 "vlm": {"arch": "cross_attention", "cross_attention_every_n_layers": 33},
                 "vision_encoder": RANDOM_ENCODER,
@@ -187,6 +191,9 @@ def test_vlm_sections() -> None:
     assert "path = ''" in refused(VisionEncoderConfig, type="siglip2")
     assert "num_tokens = 0" in refused(VisionEncoderConfig)
     assert "min_frames = 20" in refused(VideoConfig, min_frames=20)
+    assert "moma_capacity_factor = 1e-05: must be 0 or" in refused(MoMaConfig, moma_capacity_factor=1e-5)
+    for modalities in (("image",), ("text", "text"), ("image", "sound")):
+        assert "'image' and 'text', each once" in refused(MoTConfig, mot_modalities=modalities)
     assert "high_freq_factor" in refused(RopeScaling, type="llama3", original_max_seq_len=8, high_freq_factor=1.0)
 
 

@@ -16,6 +16,7 @@ import torch
 from flax import nnx
 from hypothesis import strategies as st
 
+from kempnerforge_jax.model import adapter as jax_adapter
 from kempnerforge_jax.model import state as jax_state
 from kempnerforge_jax.model import vlm as jax_vlm
 from kempnerforge_jax.model.adapter import LinearAdapter as JaxLinearAdapter
@@ -27,6 +28,7 @@ from kempnerforge_jax.model.mot import mot_warm_start_from_text_stack as warm_st
 from kempnerforge_jax.model.transformer import Architecture as JaxArchitecture
 from kempnerforge_jax.model.transformer import Transformer as JaxTransformer
 from kempnerforge_jax.registry import registry as jax_registry
+from kempnerforge_torch.model import adapter as torch_adapter
 from kempnerforge_torch.model import state as torch_state
 from kempnerforge_torch.model import vlm as torch_vlm
 from kempnerforge_torch.model.attention import KVCache as TorchCache
@@ -312,6 +314,24 @@ def test_contexts_that_do_not_fit_an_architecture_are_refused(backend: Backend) 
             model(tokens, modality=context(image_features=image))
         with pytest.raises(ValueError, match=r"modality_ids\.shape = \(1, 3\)"):
             model(modality=context(inputs_embeds=image, modality_ids=zeros((1, 3))))
+
+
+def test_parts_refuse_what_has_no_meaning(backend: Backend) -> None:
+    is_torch = backend.name == "torch"
+    context: Any = TorchContext if is_torch else JaxContext
+    cache: Any = TorchCache if is_torch else JaxCache
+    zeros: Any = torch.zeros if is_torch else jnp.zeros
+    mixed = context(inputs_embeds=zeros((1, 4, 20)), modality_ids=zeros((1, 4)))
+    with pytest.raises(ValueError, match=r"modality_ids .* with kv_caches"):
+        backend.transformer(MODEL, ARCHS["mot"])(modality=mixed, kv_caches=[cache(1, 32, 3, 4)] * 2)
+    with pytest.raises(ValueError, match="modality_ids is given: the architecture"):
+        backend.transformer(MODEL, ARCHS["cross_attention"])(modality=mixed)
+    pool: Any = torch_adapter.AttentionalPoolAdapter if is_torch else jax_adapter.AttentionalPoolAdapter
+    with pytest.raises(ValueError, match="n_heads = 5: must divide in_dim = 12"):
+        pool(12, 20, 2, 5, **({} if is_torch else {"rngs": UNDRAWN}))
+    vlm: Any = torch_vlm if is_torch else jax_vlm
+    with pytest.raises(NotImplementedError, match="ModalityStrategy defines no prepare"):
+        vlm.ModalityStrategy(ARCHS["mot"]).prepare(None, None)
 
 
 def test_wrappers_refuse_shapes_that_do_not_fit(backend: Backend) -> None:
