@@ -177,11 +177,10 @@ class Trainer:
         """Call a module that holds the model under ``prefix``, with the masters cast to the compute dtype."""
         if self.compute_dtype == next(iter(self.masters.values())).dtype:
             return module(**inputs)
-        narrow = {
-            prefix + name: master if self.table[name].full_precision else master.to(self.compute_dtype)
-            for name, master in self.masters.items()
-        }
-        return torch.func.functional_call(module, narrow, kwargs=inputs)
+        masters = {name: master for name, master in self.masters.items() if not self.table[name].full_precision}
+        narrow = dict(zip(masters, _Cast.apply(self.compute_dtype, *masters.values()), strict=True))
+        weights = {prefix + name: weight for name, weight in {**self.masters, **narrow}.items()}
+        return torch.func.functional_call(module, weights, kwargs=inputs)
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in batch.items()}
@@ -254,6 +253,29 @@ class _Objective(nn.Module):
         entropies = [router.entropy / micro_batches for router in router_stats(stats)]
         entropy = sum(entropies) / max(len(entropies), 1)
         return Terms(loss.detach(), aux_loss.detach(), z_loss.detach(), entropy, expert_counts(stats))
+
+
+class _Cast(torch.autograd.Function):
+    """All tensors in another dtype, and their gradients back, each way at once: one by one they keep a host busy."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        ctx.set_materialize_grads(False)
+        return tuple(_cast(tensors, [dtype] * len(tensors)))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, *tuple[Tensor | None, ...]]:
+        found = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}
+        cast = dict(zip(found, _cast(list(found.values()), [ctx.dtypes[i] for i in found]), strict=True))
+        return None, *(cast.get(i) for i in range(len(gradients)))
+
+
+def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    results = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    if results:
+        torch._foreach_copy_(results, list(tensors))  # pyright: ignore[reportPrivateImportUsage]
+    return results
 
 
 @contextlib.contextmanager
