@@ -15,8 +15,9 @@ from flax import nnx
 
 from kempnerforge_jax.model.attention import KVCache
 from kempnerforge_jax.model.hooks import activation_names, capture, replacing
-from kempnerforge_jax.model.module import Module, named_modules, observing
+from kempnerforge_jax.model.module import Module, named_modules, observing, substituting
 from kempnerforge_jax.model.moe import MoEStats
+from kempnerforge_jax.model.moma import ExpertChoiceSigmoidRouter
 from kempnerforge_jax.model.state import from_numpy, get_state, merge, split, to_numpy
 from kempnerforge_jax.model.vlm import inner_transformer
 from kempnerforge_jax.training.loss import mean_cross_entropy, router_losses
@@ -58,6 +59,7 @@ def record(
     layers: Sequence[int] | None = None,
     only: Sequence[str] = (),
     refeed: Trace | None = None,
+    routes: Trace | None = None,
 ) -> Trace:
     """Run the model of a config once and keep everything that has a name.
 
@@ -72,13 +74,23 @@ def record(
         refeed: a trace of the same run, of either backend. What follows a layer (or the embedding, the final norm, the
             head) goes on with the output that is recorded there, so that a wrong layer differs from that trace alone.
             Forward, routes and loss only.
+        routes: a trace of the same run, of either backend and any dtype. Experts that choose tokens take those that
+            they took there, so that rounding can't change a choice.
 
     Raises:
         UserError: unknown dtype, tokens or weights that don't fit the config, layers or names that don't exist, or a
-            trace to refeed that is of another run.
+            trace to take outputs or routes from that is of another run.
     """
     request = make_request(
-        config, dtype=dtype, seed=seed, weights=weights, tokens=tokens, layers=layers, only=only, refeed=refeed
+        config,
+        dtype=dtype,
+        seed=seed,
+        weights=weights,
+        tokens=tokens,
+        layers=layers,
+        only=only,
+        refeed=refeed,
+        routes=routes,
     )
     check_tensors(request.weights, job_table(config))
     place = jax.devices(device)[0]
@@ -181,14 +193,17 @@ class Recorder:
         """The loss, and what of activations and routing is to be recorded."""
         request, path = self.request, f"{transformer_path(self.config)}layers"
         model, (outputs, losses) = self._model(masters), fed
+        routes = {name: jnp.asarray(array, jnp.int32) for name, array in request.routes.items()}
         with (
             capture(model, self._modules) as activations,
             chosen_experts(model) as choices,
+            rerouting(model, routes),
             replacing(model, outputs),
         ):
             output = model.run(*self._inputs(tokens))
         loss = self._loss(output.logits, with_losses(output.stats, losses, path), labels)
-        routing = {**choices, **counted(output.stats, path)}
+        taken = {f"{name}.indices": tokens for name, tokens in routes.items()}
+        routing = {**choices, **taken, **counted(output.stats, path)}
         activations = OrderedDict(request.kept(FORWARD, flatten(activations)))
         return loss, (activations, OrderedDict(request.kept(ROUTING, routing)))
 
@@ -268,6 +283,19 @@ def chosen_experts(model: nnx.Module) -> Iterator[Tensors]:
 
     with observing(keep):
         yield choices
+
+
+@contextlib.contextmanager
+def rerouting(model: nnx.Module, routes: Mapping[str, jax.Array]) -> Iterator[None]:
+    """Let experts that choose tokens take given ones: path of their router -> tokens (C, E)."""
+    name_of = {id(module): name for name, module in named_modules(model) if name in routes}
+
+    def take(module: Module, output: Any) -> Any:
+        name = name_of.get(id(module))
+        return output if name is None else ExpertChoiceSigmoidRouter.taking(output, routes[name])
+
+    with substituting(take):
+        yield
 
 
 def counted(stats: Any, path: str = "layers") -> Tensors:

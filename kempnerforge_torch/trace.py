@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kempnerforge_torch.model.attention import KVCache
 from kempnerforge_torch.model.hooks import activation_names, capture, replacing
 from kempnerforge_torch.model.moe import MoEStats
+from kempnerforge_torch.model.moma import ExpertChoiceSigmoidRouter
 from kempnerforge_torch.model.state import from_numpy, get_state, own_tensors, to_numpy
 from kempnerforge_torch.model.vlm import inner_transformer
 from kempnerforge_torch.training.loss import mean_cross_entropy, router_losses
@@ -60,6 +61,7 @@ def record(
     layers: Sequence[int] | None = None,
     only: Sequence[str] = (),
     refeed: Trace | None = None,
+    routes: Trace | None = None,
 ) -> Trace:
     """Run the model of a config once and keep everything that has a name.
 
@@ -74,13 +76,23 @@ def record(
         refeed: a trace of the same run, of either backend. What follows a layer (or the embedding, the final norm, the
             head) goes on with the output that is recorded there, so that a wrong layer differs from that trace alone.
             Forward, routes and loss only.
+        routes: a trace of the same run, of either backend and any dtype. Experts that choose tokens take those that
+            they took there, so that rounding can't change a choice.
 
     Raises:
         UserError: unknown dtype, tokens or weights that don't fit the config, layers or names that don't exist, or a
-            trace to refeed that is of another run.
+            trace to take outputs or routes from that is of another run.
     """
     request = make_request(
-        config, dtype=dtype, seed=seed, weights=weights, tokens=tokens, layers=layers, only=only, refeed=refeed
+        config,
+        dtype=dtype,
+        seed=seed,
+        weights=weights,
+        tokens=tokens,
+        layers=layers,
+        only=only,
+        refeed=refeed,
+        routes=routes,
     )
     check_tensors(request.weights, job_table(config))
     place = default_device() if device is None else torch.device(device)
@@ -155,15 +167,18 @@ class Recorder:
         """The loss, and what of activations and routing is to be recorded."""
         request, path = self.request, f"{transformer_path(self.config)}layers"
         outputs, losses = ({name: self._given(array) for name, array in part.items()} for part in self._fed)
+        routes = {name: self._integers(array) for name, array in request.routes.items()}
         with (
             capture(self._model, self._modules) as activations,
             chosen_experts(self._model) as choices,
+            rerouting(self._model, routes),
             replacing(self._model, outputs),
         ):
             logits, stats = self._call(state, self._integers(request.tokens))
         activations.pop("transformer", None)  # JAX calls what is within; both have it as "transformer.output_head"
         loss = self._loss(logits, with_losses(stats, losses, path), self._integers(request.labels))
-        routing = {**choices, **counted(stats, path)}
+        taken = {f"{name}.indices": tokens for name, tokens in routes.items()}
+        routing = {**choices, **taken, **counted(stats, path)}
         return loss, request.kept(FORWARD, flatten(activations)), request.kept(ROUTING, routing)
 
     def _decode(self, state: Tensors, tokens: Tensor, chunks: Sequence[int]) -> Tensor:
@@ -264,6 +279,22 @@ def chosen_experts(model: nn.Module) -> Iterator[Tensors]:
                 handle = module.register_forward_hook(lambda _module, _inputs, output, name=name: keep(name, output))
                 hooks.callback(handle.remove)
         yield choices
+
+
+@contextlib.contextmanager
+def rerouting(model: nn.Module, routes: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let experts that choose tokens take given ones: path of their router -> tokens (C, E)."""
+
+    def take(output: Any, tokens_CE: Tensor) -> Any:
+        return ExpertChoiceSigmoidRouter.taking(output, tokens_CE)
+
+    with contextlib.ExitStack() as hooks:
+        for name, tokens_CE in routes.items():
+            handle = model.get_submodule(name).register_forward_hook(
+                lambda _router, _inputs, output, tokens_CE=tokens_CE: take(output, tokens_CE)
+            )
+            hooks.callback(handle.remove)
+        yield
 
 
 def counted(stats: Any, path: str = "layers") -> Tensors:

@@ -21,6 +21,7 @@ from shared_config.metrics import read_metrics
 from shared_config.numerics import relative_error
 from shared_config.recording import can_decode, logits_name
 from shared_config.schema.job import JobConfig
+from shared_config.schema.vlm import MoMaConfig
 
 BACKENDS = ("torch", "jax")
 TRUTH = ("torch", "float64")
@@ -151,12 +152,17 @@ def describe(row: Row, comparison: Comparison) -> str:
 
 
 def _trace_jobs(plan: Plan, backend: str) -> list[list[str]]:
+    """One trace a dtype, the float64 one first. In bfloat16 experts that choose tokens take those of float64: with as
+    many choices as they have, some are always so close that rounding decides.
+    """
     shared = [str(plan.config_file), "--backend", backend, "--seed", str(plan.seed), "--device", plan.device]
-    return [
-        ["trace", *shared, "--dtype", dtype, "--output", str(plan.trace_file(backend, dtype)), deltas]
-        for dtype in plan.dtypes
-        for deltas in ["--deltas" if (backend, dtype) == TRUTH else "--no-deltas"]
-    ]
+    jobs = []
+    for dtype in sorted(plan.dtypes, key=lambda dtype: dtype != "float64"):
+        own = ["--deltas" if (backend, dtype) == TRUTH else "--no-deltas"]
+        if dtype == "bfloat16" and isinstance(plan.config.vlm, MoMaConfig):
+            own += ["--routes", str(plan.trace_file(backend, "float64"))]
+        jobs.append(["trace", *shared, "--dtype", dtype, "--output", str(plan.trace_file(backend, dtype)), *own])
+    return jobs
 
 
 def _compare_steps(plan: Plan) -> Iterator[Finding]:

@@ -30,7 +30,7 @@ from shared_config.interchange.traces import Trace, TraceMeta
 from shared_config.interchange.vision import job_table, picture_format
 from shared_config.loader import config_to_toml
 from shared_config.numerics import UNIT_ROUNDOFF, perturbation_delta
-from shared_config.refeed import Refeed, refeed_from
+from shared_config.refeed import Refeed, refeed_from, routes_from
 from shared_config.schema.job import JobConfig
 from shared_config.schema.vlm import MoMaConfig
 
@@ -69,6 +69,7 @@ class Request:
     pixels: np.ndarray | None = None
     selection: Selection = field(default_factory=Selection)
     refeed: Refeed | None = None
+    routes: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def modules(self, names: Iterable[str]) -> list[str]:
         """Those of all modules whose outputs are to be recorded."""
@@ -141,6 +142,7 @@ def make_request(
     layers: Sequence[int] | None = None,
     only: Sequence[str] = (),
     refeed: Trace | None = None,
+    routes: Trace | None = None,
 ) -> Request:
     """Check what was asked for and draw what was not given.
 
@@ -149,9 +151,10 @@ def make_request(
         tokens: int (B, S); by default drawn from the seed, long enough to cross a sliding window.
         layers, only: what to record; see `Selection`. With cached decoding come the logits, whose delta it has.
         refeed: a trace of the same run, whose recorded outputs take the place of the computed ones in what follows.
+        routes: a trace of the same run, whose experts' choices of tokens are taken again.
 
     Raises:
-        UserError: unknown dtype, tokens that the model can't take, or a trace to refeed that is of another run.
+        UserError: unknown dtype, tokens that the model can't take, or a trace that is of another run.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
@@ -173,6 +176,8 @@ def make_request(
     if only and request.decodes:
         selection = dataclasses.replace(request.selection, only=_with_logits(only, config))
         request = dataclasses.replace(request, selection=selection)
+    if routes is not None:
+        request = dataclasses.replace(request, routes=routes_from(routes, request_meta(request), config))
     if refeed is None:
         return request
     return dataclasses.replace(request, refeed=refeed_from(refeed, request_meta(request), config))

@@ -19,6 +19,7 @@ from shared_config.compare.align import differences_of_origin, fed_hash
 from shared_config.errors import UserError
 from shared_config.interchange.traces import FORWARD, ROUTING, Summary, Trace, TraceMeta
 from shared_config.schema.job import JobConfig
+from shared_config.schema.vlm import MoMaConfig
 
 FED = re.compile(
     r"vision_encoder|adapter"
@@ -66,6 +67,32 @@ def refeed_from(other: Trace, origin: TraceMeta, config: JobConfig) -> Refeed:
             raise UserError(f"refeed: {name}: the other trace holds a summary; tensors are needed, without --summary")
     outputs = {name.removeprefix(f"{FORWARD}/"): np.asarray(other.tensors[name]) for name in names}
     return Refeed(outputs, _router_losses(other), _meta(other, outputs, config))
+
+
+def routes_from(other: Trace, origin: TraceMeta, config: JobConfig) -> dict[str, np.ndarray]:
+    """The tokens that experts of a trace chose: path of their router -> (C, E).
+
+    Args:
+        origin: of the run that is to take the same ones.
+
+    Raises:
+        UserError: no such experts, a trace of another run, or one without routes.
+    """
+    if not isinstance(config.vlm, MoMaConfig):
+        raise UserError("routes: only experts that choose tokens can be given some, those of vlm.arch = 'moma'")
+    problems = list(differences_of_origin(origin, other.meta))
+    if problems:
+        raise UserError("\n  ".join(["routes: this run and the other trace are not of the same run:", *problems]))
+    routers = [
+        f"transformer.layers.{layer}.mlp.{modality}.router"
+        for layer in range(config.model.n_layers)
+        for modality in config.vlm.moma_modalities
+    ]
+    tensors = {router: other.tensors.get(f"{ROUTING}/{router}.indices") for router in routers}
+    lacking = [router for router, tensor in tensors.items() if not isinstance(tensor, np.ndarray)]
+    if lacking:
+        raise UserError(f"routes: the other trace lacks {ROUTING}/{lacking[0]}.indices; one of a whole run is needed")
+    return {router: np.asarray(tensor) for router, tensor in tensors.items()}
 
 
 def with_losses(stats: Any, losses: Mapping[str, Any], path: str) -> Any:

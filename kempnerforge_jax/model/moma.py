@@ -74,6 +74,14 @@ class ExpertChoiceSigmoidRouter(Module):
         weights_CE = jnp.take_along_axis(scores_TE, tokens_CE, axis=0) * is_taken_C1
         return weights_CE, tokens_CE, scores_TE
 
+    @staticmethod
+    def taking(
+        output: tuple[jax.Array, jax.Array, jax.Array], tokens_CE: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What the call that gave ``output`` would have given, had the experts chosen ``tokens_CE``."""
+        weights_CE, _, scores_TE = output
+        return jnp.take_along_axis(scores_TE, tokens_CE, axis=0) * (weights_CE != 0), tokens_CE, scores_TE
+
 
 class ExpertChoiceMoE(Module):
     """y_t = sum over the experts that take token t of score * expert(x_t); 0 for a token that none takes."""

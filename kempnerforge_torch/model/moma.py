@@ -69,6 +69,12 @@ class ExpertChoiceSigmoidRouter(nn.Module):
         is_taken_C1 = (torch.arange(room, device=x_TD.device) < taken)[:, None]
         return scores_TE.gather(0, tokens_CE) * is_taken_C1, tokens_CE, scores_TE
 
+    @staticmethod
+    def taking(output: tuple[Tensor, Tensor, Tensor], tokens_CE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the call that gave ``output`` would have given, had the experts chosen ``tokens_CE``."""
+        weights_CE, _, scores_TE = output
+        return scores_TE.gather(0, tokens_CE) * (weights_CE != 0), tokens_CE, scores_TE
+
 
 class ExpertChoiceMoE(nn.Module):
     """y_t = sum over the experts that take token t of score * expert(x_t); 0 for a token that none takes."""

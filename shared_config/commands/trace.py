@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OTHER",
         help="a trace of the same run: give each layer what it recorded, so that a wrong layer differs alone",
     )
+    parser.add_argument(
+        "--routes",
+        metavar="OTHER",
+        help="a trace of the same run, say in float64: experts that choose tokens (moma) take those of that trace",
+    )
     parser.add_argument("--summary", type=not_negative, metavar="BYTES", help="keep of larger tensors a summary only")
     parser.add_argument(
         "--deltas",
@@ -72,7 +77,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if tokens is not None:
         check_tokens(tokens, config)
     layers = None if options.layers is None else parse_layers(options.layers)
-    refeed = None if options.refeed is None else read_trace(options.refeed)
+    refeed, routes = (None if file is None else read_trace(file) for file in (options.refeed, options.routes))
     require_backend(options.backend)
     trace = backend_module(options.backend, "trace").record(
         config,
@@ -85,6 +90,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         layers=layers,
         only=[pattern.strip() for patterns in options.only or () for pattern in patterns.split(",")],
         refeed=refeed,
+        routes=routes,
     )
     if options.summary is not None:
         trace = trace.summarized(options.summary)
