@@ -16,6 +16,7 @@ IMPLIED = {"self", "cls", "rngs"}
 
 FILES = {
     "model/looped.py": "torch: experts on the CPU, whose offsets are on the host; XLA's shapes are static",
+    "model/matvec.py": "torch: its CPU libraries are slow at one vector; XLA writes its own loop",
     "model/linear.py": "jax: torch has linear maps and lookup tables built in",
     "model/module.py": "jax: torch's modules have named walks, hooks and casts built in",
     "model/scan.py": "jax: stacks of layers bound compile time; torch compiles block by block",

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kempnerforge_torch.model.matvec import Linear
 from kempnerforge_torch.model.norm import RMSNorm
 from kempnerforge_torch.model.position import apply_rope
 
@@ -316,10 +317,10 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.sdpa_backend = sdpa_backend
         self.sliding_window = sliding_window
-        self.q_proj = nn.Linear(dim, n_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(n_heads * head_dim, dim, bias=bias)
+        self.q_proj = Linear(dim, n_heads * head_dim, bias=bias)
+        self.k_proj = Linear(dim, n_kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(dim, n_kv_heads * head_dim, bias=bias)
+        self.o_proj = Linear(n_heads * head_dim, dim, bias=bias)
         self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.capture_attention_weights = False

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import attend, resolve_head_dim
+from kempnerforge_torch.model.matvec import Linear
 from kempnerforge_torch.model.mlp import build_mlp
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import build_norm
@@ -29,10 +30,10 @@ class CrossAttention(nn.Module):
         head_dim = resolve_head_dim(dim, n_heads, n_kv_heads, head_dim)
         self.head_dim = head_dim
         self.sdpa_backend = sdpa_backend
-        self.q_proj = nn.Linear(dim, n_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(n_heads * head_dim, dim, bias=False)
+        self.q_proj = Linear(dim, n_heads * head_dim, bias=False)
+        self.k_proj = Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.v_proj = Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.o_proj = Linear(n_heads * head_dim, dim, bias=False)
 
     def forward(
         self,

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kempnerforge_torch.model.matvec import Linear
+
 
 class TokenEmbedding(nn.Module):
     """Token ids to vectors; the table is ``embedding.weight`` (V, D)."""
@@ -35,7 +37,7 @@ class OutputHead(nn.Module):
 
     def __init__(self, dim: int, vocab_size: int):
         super().__init__()
-        self.proj = nn.Linear(dim, vocab_size, bias=False)
+        self.proj = Linear(dim, vocab_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, V)."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import KVCache, attend, resolve_head_dim, self_attention_mask
+from kempnerforge_torch.model.matvec import Linear
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import RMSNorm, build_norm
 from kempnerforge_torch.model.position import apply_rope
@@ -131,7 +132,7 @@ class MoTAttention(nn.Module):
 
         def projections(inputs: int, outputs: Mapping[str, int]) -> nn.ModuleDict:
             bias = config.attention_bias
-            return nn.ModuleDict({name: nn.Linear(inputs, outputs[name], bias=bias) for name in self.modalities})
+            return nn.ModuleDict({name: Linear(inputs, outputs[name], bias=bias) for name in self.modalities})
 
         def norms() -> nn.ModuleDict | None:
             if not config.qk_norm:

@@ -10,6 +10,7 @@ import torch
 
 from kempnerforge_torch.model import generate as generation
 from kempnerforge_torch.model.generate import generate, stream
+from kempnerforge_torch.model.matvec import Linear
 from kempnerforge_torch.model.moe import MoEMLP
 from kempnerforge_torch.model.transformer import Transformer
 from shared_config.schema.model import ModelConfig
@@ -101,6 +102,24 @@ def test_one_compiled_step_serves_all_prompts(monkeypatch: pytest.MonkeyPatch) -
         tokens = generate(model, prompts, 5, compile=True, **options)
         assert torch.equal(tokens, generate(model, prompts, 5, **options))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_single_vector_is_multiplied_in_one_loop_where_there_is_a_compiler(dtype: torch.dtype) -> None:
+    layer = Linear(300, 7).to(dtype)
+    seen: list[str] = []
+
+    def keeping(graph: Any, _: Any) -> Any:
+        seen.append(graph.code)
+        return graph
+
+    for shape, product in (((1, 1, 300), "sum"), ((2, 300), "linear")):
+        x = torch.randn(shape, dtype=dtype)
+        compiled = torch.compile(layer, backend=keeping, fullgraph=True)(x)
+        torch.testing.assert_close(compiled, layer(x))
+        assert compiled.dtype == dtype
+        assert f"{product}(" in seen[-1]
+        assert ("linear(" in seen[-1]) == (product == "linear")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
