@@ -132,8 +132,8 @@ VLM_MUTANTS = (
          "(weights_C1 > 0) * expert(x_TD[tokens_C])"),
     Mutant(
         "model.moma", "noise in the weights",
-        ("scores_TE.gather(0, tokens_CE)", "ranked_TE.gather(0, tokens_CE)"),
-        ("jnp.take_along_axis(scores_TE, tokens_CE, axis=0)", "jnp.take_along_axis(ranked_TE, tokens_CE, axis=0)"),
+        ("scores_TE.gather(0, tokens_CE) * is_taken_C1", "ranked_TE.gather(0, tokens_CE) * is_taken_C1"),
+        ("weights_CE = jnp.take_along_axis(scores_TE,", "weights_CE = jnp.take_along_axis(ranked_TE,"),
     ),
     both("model.moma", "noise subtracted", "logits_TE + noise", "logits_TE - noise"),
     both("model.moma", "modalities share their noise", "group = self.modalities.index(name)", "group = 0"),
