@@ -5,36 +5,36 @@ from __future__ import annotations
 from tests.mutants import Mutant, both
 
 DECODING_MUTANTS = (
-    both("model.attention", "ring overwrites what new tokens see", "length <= self.slots - self.sliding_window + 1",
+    both("model.kv_cache", "ring overwrites what new tokens see", "length <= self.slots - self.sliding_window + 1",
          "length <= self.slots - self.sliding_window + 2"),
-    both("model.attention", "empty slots of a ring seen", "positions_BM >= self.oldest[:, None]",
+    both("model.kv_cache", "empty slots of a ring seen", "positions_BM >= self.oldest[:, None]",
          "positions_BM >= -self.slots"),
-    both("model.attention", "slots of a ring in order", "last_B1 - (last_B1 - slots_M) % self.slots",
+    both("model.kv_cache", "slots of a ring in order", "last_B1 - (last_B1 - slots_M) % self.slots",
          "last_B1 - (self.slots - 1 - slots_M)"),
     Mutant(
-        "model.attention", "first tokens of a long chunk kept",
+        "model.kv_cache", "first tokens of a long chunk kept",
         ("new.narrow(axis, length - kept, kept)", "new.narrow(axis, 0, kept)"),
         ("jnp.take(new, jnp.arange(length - kept, length), axis=axis)", "jnp.take(new, jnp.arange(kept), axis=axis)"),
     ),
     Mutant(
-        "model.attention", "what a ring has lost not refused",
+        "model.kv_cache", "what a ring has lost not refused",
         ("if bool((first_seen_B < self.oldest).any()):", "if False:"),
         ("if not isinstance(lost_B, Tracer) and bool(lost_B.any()):", "if False:"),
     ),
-    both("model.attention", "wider window than the ring's allowed", "0 < (sliding_window or 0) <= self.sliding_window",
+    both("model.kv_cache", "wider window than the ring's allowed", "0 < (sliding_window or 0) <= self.sliding_window",
          "(sliding_window or 0)"),
     Mutant(
-        "model.attention", "lengths not reordered",
+        "model.kv_cache", "lengths not reordered",
         ('("k", "v", "lengths", "valid", "doc_ids", "oldest")', '("k", "v", "valid", "doc_ids", "oldest")'),
         ("jnp.where(exists_B, self.lengths[rows], self.max_seq_len)", "self.lengths"),
     ),
     Mutant(
-        "model.attention", "values not reordered",
+        "model.kv_cache", "values not reordered",
         ('("k", "v", "lengths", "valid", "doc_ids", "oldest")', '("k", "lengths", "valid", "doc_ids", "oldest")'),
         ("None if array is None else array[rows]", 'None if array is None else array if name == "v" else array[rows]'),
     ),
     Mutant(
-        "model.attention", "validity not reordered",
+        "model.kv_cache", "validity not reordered",
         ('("k", "v", "lengths", "valid", "doc_ids", "oldest")', '("k", "v", "lengths", "doc_ids", "oldest")'),
         ("None if array is None else array[rows]",
          'None if array is None else array if name == "valid" else array[rows]'),

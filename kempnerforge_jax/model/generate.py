@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kempnerforge_jax.model.attention import KVCache
+from kempnerforge_jax.model.kv_cache import KVCache
 from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import named_modules

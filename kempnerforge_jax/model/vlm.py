@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kempnerforge_jax.model.adapter import VisionAdapter, build_adapter
-from kempnerforge_jax.model.attention import KVCache
+from kempnerforge_jax.model.kv_cache import KVCache
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.model.mot import mot_warm_start_from_text_stack

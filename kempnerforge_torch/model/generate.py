@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kempnerforge_torch.model.attention import KVCache
+from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.moe import MoEMLP
 from kempnerforge_torch.model.state import set_state, to_numpy

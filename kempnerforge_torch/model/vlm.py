@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.adapter import VisionAdapter, build_adapter
-from kempnerforge_torch.model.attention import KVCache
+from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.mot import mot_warm_start_from_text_stack
 from kempnerforge_torch.model.transformer import Transformer, TransformerOutput

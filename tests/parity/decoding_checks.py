@@ -99,7 +99,7 @@ def check_continuation(side: Side, vlm: VLMConfig, prompts: list[list[int]]) -> 
 
 
 DECODING_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
-    "model.attention": (check_rings,),
+    "model.kv_cache": (check_rings,),
     "model.generate": (check_images,),
     "model.cross_attention": (check_images,),
 }

@@ -224,6 +224,8 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.position": (check_rotation,),
     "model.embedding": (check_refusals,),
     "model.attention": (check_positions,),
+    "model.kv_cache": (check_positions,),
+    "model.mask": (check_positions,),
     "model.generate": (check_generation,),
     "training.optimizer": (check_optimizer,),
     **MOE_CHECKS,
