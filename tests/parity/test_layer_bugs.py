@@ -39,6 +39,7 @@ CONFIG = load_config(
         "--model.vocab_size=19",
         f"--model.num_experts={EXPERTS}",
         "--model.moe_router=softmax_topk",
+        "--model.moe_sequence_aux_loss_weight=0",
         "--model.moe_frequency=2",
         f"--model.sliding_window={WINDOW}",
         "--model.qk_norm=true",
