@@ -5,7 +5,8 @@
 One prompt, greedy; the tokens of all must be equal. What is compared runs in turn, round after round, in one process.
 Prints one JSON line for each: median seconds of a whole call, on the clock and of all cores together, tokens a second,
 and how many times as fast as transformers; the load of the machine stands beside them, as it decides what such numbers
-are worth. On a busy machine threads wait for each other: --threads 1 and the seconds of the cores are the ones to read.
+are worth. Threads sleep where they wait for each other (OMP_WAIT_POLICY), as on a busy machine those that spin take the
+time of those that work; with --threads 1 none waits.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--no-jax", action="store_true")
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     config = load_config(options.preset).model
     weights = dict(initial_values(parameter_table(config), 0))
     prompt = [place * 37 % config.vocab_size for place in range(options.prompt)]
