@@ -59,8 +59,11 @@ def _looped_moe(
             hidden_nF = ACTIVATIONS[activation](hidden_nF)
         out_nD = torch.mm(hidden_nF, downs[e]).to(y_TD.dtype)
         y_TD.index_add_(0, token_R[rows], out_nD.mul_(weight_R[rows, None]))
-    for rest_RF in (gate_RF[rows.stop :], up_RF[rows.stop :]):
-        rest_RF.zero_()
+    rest = slice(rows.stop, len(token_R))
+    zero_nD = (0 * weight_R[rest, None]).expand(-1, y_TD.shape[1])
+    y_TD.index_add_(0, token_R[rest], zero_nD)  # 0, unless a weight is NaN or infinite, which must not get lost
+    for inner_RF in (gate_RF, up_RF):
+        inner_RF[rest] = 0
     return y_TD, gate_RF, up_RF
 
 
