@@ -80,6 +80,8 @@ MOE_MUTANTS = (
         ("_stacked(experts, name).detach().contiguous()", "_stacked(experts, name).detach().transpose(1, 2)"),
         ("nnx.Param(_stacked(experts, name))", "nnx.Param(_stacked(experts, name).swapaxes(1, 2))"),
     ),
+    Mutant("model.moe", "last call copied", ('{**self.__dict__, "_last": None}', "self.__dict__"), None),
+    Mutant("model.router", "last call copied", ('{**self.__dict__, "_last": None}', "self.__dict__"), None),
     Mutant(
         "model.looped", "combine weights ignored",
         ("out_nD.mul_(weight_R[rows, None])", "out_nD"), None,

@@ -144,15 +144,7 @@ def _looped_moe_backward(
 
 @_looped_moe.register_fake
 def _(
-    x_TD: Tensor,
-    weight_R: Tensor,
-    token_R: Tensor,
-    gate: Matrices,
-    up: Matrices,
-    down: Matrices,
-    ends_E: Tensor,
-    scale_E: Tensor | None,
-    activation: str,
+    x_TD: Tensor, weight_R: Tensor, token_R: Tensor, gate: Matrices, up: Matrices, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_results(x_TD, weight_R, gate, up)
 
@@ -168,9 +160,7 @@ def _(
     gate: Matrices,
     up: Matrices,
     down: Matrices,
-    ends_E: Tensor,
-    scale_E: Tensor | None,
-    activation: str,
+    *_: Any,
 ) -> list[Tensor]:
     return _empty_like(x_TD, weight_R, *gate, *up, *down)
 

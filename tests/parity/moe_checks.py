@@ -5,6 +5,7 @@ which every changed line matters. JAX runs without jit, since every mutant would
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -63,7 +64,7 @@ def check_ties(backend: str) -> None:
     layer = Layer(dim=6, hidden_dim=4, num_experts=5, top_k=3)
     weights = layer.weights()
     weights[GATE][:] = 0
-    with ways(backend).__next__():
+    with next(ways(backend)):
         found = run(backend, layer, weights, X_BSD)
     np.testing.assert_array_equal(found.indices_Tk, np.tile(np.arange(3), (8, 1)))
 
@@ -115,6 +116,13 @@ def check_steps(backend: str) -> None:
         np.testing.assert_allclose(np.asarray(found), bias_E, rtol=1e-6, atol=1e-9)
 
 
+def check_copies(backend: str) -> None:
+    """A layer can be copied after a call: what it keeps of the call belongs to a graph."""
+    built = LAYERS[0].build(backend)
+    built(array(backend, X_BSD, "float32"))
+    copy.deepcopy(built)
+
+
 def check_products(backend: str) -> None:
     """Grouped products of rows of which some are of no group, and one group has none."""
     x_RD, w_EDF, y_RF = (RNG.standard_normal(shape) for shape in ((7, 3), (3, 3, 2), (7, 2)))
@@ -127,7 +135,7 @@ def check_products(backend: str) -> None:
     grouped = module(backend, "grouped")
     given = [array(backend, value) for value in (x_RD, w_EDF, y_RF)]
     ends = array(backend, ends_E, "int32")
-    with ways(backend).__next__():
+    with next(ways(backend)):
         found = [np.asarray(value) for value in (
             grouped.looped_matmul(given[0], given[1], ends), grouped.looped_outer(given[0], given[2], ends)
         )]  # fmt: skip
@@ -140,8 +148,8 @@ def array(backend: str, value: Array, dtype: str = "float64") -> Any:
 
 
 MOE_CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
-    "model.router": (check_layers, check_ties, check_precision, check_balancing),
-    "model.moe": (check_layers,),
+    "model.router": (check_layers, check_ties, check_precision, check_balancing, check_copies),
+    "model.moe": (check_layers, check_copies),
     "model.looped": (check_layers,),
     "model.grouped": (check_products,),
     "model.transformer": (check_steps,),
