@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +41,12 @@ from shared_config.decoding import (
 )
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
+
+Step = Callable[[Tensor, Tensor | None], Tensor]
+"""The tokens (B,) to read, and of a draw the uniform numbers (B,), to the next tokens."""
+
+PROGRAMS = 128
+"""Decode steps that a process may compile; torch itself would refuse the ninth."""
 
 NO_LOGITS = ModalityContext(output_slice=slice(0, 0))
 
@@ -116,7 +122,7 @@ def generate(
         prefill_chunk: at most so many tokens of a prompt are read at a time.
         pixel_values: (B, 3, h, w) or (B, F, 3, h, w), what a `VLMWrapper` sees before each prompt; None: text alone.
         frame_mask: bool (B, F), False for frames that don't exist.
-        compile: compile the decode step; with CUDA graphs on a GPU.
+        compile: compile the decode step, and replay it as a CUDA graph on an NVIDIA GPU.
 
     Returns:
         int64 (B, S + N), on the model's device: prompt, new tokens, and padding up to the common width.
@@ -312,27 +318,19 @@ def _steps(model: Transformer, request: Request, compile: bool) -> Iterator[Tens
     if request.max_new_tokens == 0:
         return
     weight = _weight(model)
-    advance = _compiled(weight.device.type) if compile else _advance
     uniforms_BN = None
     if request.uniforms is not None:
         uniforms_BN = torch.from_numpy(request.uniforms).to(weight.device, _wide(weight.dtype))
     caches, tokens_B = _prefill(model, request)
-    seen = None if _image_tokens(request.image) else request.image
+    step = _step(model, request, caches, compile)
     done_B = torch.zeros_like(tokens_B, dtype=torch.bool)
-    for step in range(request.max_new_tokens):
-        with inference(model):
-            logits_BV = advance(model, tokens_B, caches, seen)
-            if uniforms_BN is None:
-                drawn_B = logits_BV.argmax(dim=-1)
-            else:
-                drawn_B = _draw(logits_BV, uniforms_BN[:, step], request.temperature, request.top_k, request.top_p)
-            shown_B = drawn_B.masked_fill(done_B, request.pad_token_id)
-            tokens_B = drawn_B
-            if request.eos_token_id is not None:
-                done_B = done_B | (drawn_B == request.eos_token_id)
-        yield shown_B
-        if request.eos_token_id is not None and bool(done_B.all()):
-            return
+    for place in range(request.max_new_tokens):
+        tokens_B = step(tokens_B, None if uniforms_BN is None else uniforms_BN[:, place])
+        yield tokens_B.masked_fill(done_B, request.pad_token_id)
+        if request.eos_token_id is not None:
+            done_B = done_B | (tokens_B == request.eos_token_id)
+            if bool(done_B.all()):
+                return
 
 
 def _prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Tensor]:
@@ -362,11 +360,62 @@ def _advance(model: Transformer, tokens: Tensor, caches: list[KVCache], image: M
     return model.run(tokens[:, None], modality=image, kv_caches=caches).logits[:, -1]
 
 
+def _step(model: Transformer, request: Request, caches: list[KVCache], compile: bool) -> Step:
+    """What reads a token of each row and draws the next."""
+    advance = _compiled() if compile else _advance
+    seen = None if _image_tokens(request.image) else request.image
+
+    def step(tokens_B: Tensor, uniforms_B: Tensor | None) -> Tensor:
+        with inference(model):
+            logits_BV = advance(model, tokens_B, caches, seen)
+            if uniforms_B is None:
+                return logits_BV.argmax(dim=-1)
+            return _draw(logits_BV, uniforms_B, request.temperature, request.top_k, request.top_p)
+
+    return Recorded(step) if compile and _weight(model).is_cuda else step
+
+
 @functools.lru_cache
-def _compiled(device: str) -> Any:
-    return torch.compile(
-        _advance, fullgraph=True, dynamic=False, mode="reduce-overhead" if device == "cuda" else "default"
-    )
+def _compiled() -> Any:
+    """`_advance`, of which there is a program for every model, number of rows and length of caches."""
+    compiled = torch.compile(_advance, fullgraph=True, dynamic=False)
+
+    def advance(*inputs: Any) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=PROGRAMS):  # pyright: ignore[reportPrivateImportUsage]
+            return compiled(*inputs)
+
+    return advance
+
+
+class Recorded:
+    """A step as a CUDA graph, which a host launches at once instead of kernel by kernel.
+
+    The first call runs the step, and compiles it; the second records it. What the step reads and writes besides its
+    arguments must stay in its place, as the tensors of static caches do.
+    """
+
+    def __init__(self, step: Step):
+        self.step = step
+        self.calls = 0
+
+    def __call__(self, tokens: Tensor, uniforms: Tensor | None) -> Tensor:
+        self.calls += 1
+        if self.calls == 1:
+            return self.step(tokens, uniforms)
+        if self.calls == 2:
+            self._record(tokens, uniforms)
+        self.tokens.copy_(tokens)
+        if uniforms is not None:
+            self.uniforms.copy_(uniforms)
+        self.graph.replay()
+        return self.drawn.clone()
+
+    def _record(self, tokens: Tensor, uniforms: Tensor | None) -> None:
+        self.tokens = tokens.clone()
+        self.uniforms = tokens.new_zeros(()) if uniforms is None else uniforms.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.drawn = self.step(self.tokens, None if uniforms is None else self.uniforms)
 
 
 def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

@@ -32,7 +32,8 @@ class KVCache:
         sliding_window: of a ring, how many tokens each one may see; None where a slot is a position.
         oldest: int32 (B,), of a ring, the first position that has not been overwritten; else None.
         static: if True, shapes don't follow the fill, and no number of the fill is kept on the host: `update` returns
-            all slots, so that one compiled step serves every position.
+            all slots, and what it changes stays where it is in memory, so that one step, compiled or recorded, serves
+            every position.
     """
 
     def __init__(
@@ -122,11 +123,12 @@ class KVCache:
         """
         length = k_new.shape[2]
         self.reserve(length)
-        (self.doc_ids, self.valid), _ = self._noted(length, doc_ids, key_padding_mask)
+        (documents, valid), _ = self._noted(length, doc_ids, key_padding_mask)
+        self._take(doc_ids=documents, valid=valid)
         k_BKMh, v_BKMh = self._append(self.k, k_new), self._append(self.v, v_new)
-        self.lengths = self.lengths + length
+        self._take(lengths=self.lengths + length)
         if self.oldest is not None:
-            self.oldest = torch.maximum(self.oldest, self.lengths - self.slots)
+            self._take(oldest=torch.maximum(self.oldest, self.lengths - self.slots))
         if not self.static:
             self._most = min(self._most + length, self.max_seq_len)
         return k_BKMh, v_BKMh
@@ -236,6 +238,15 @@ class KVCache:
             real = torch.ones((shape[0], length), dtype=torch.bool, device=device)
             seen_valid = self._append(valid, real if key_padding_mask is None else key_padding_mask)
         return (documents, valid), (seen_documents, seen_valid)
+
+    def _take(self, **values: Tensor | None) -> None:
+        """Set attributes, those of a static cache in the memory of what they were."""
+        for name, value in values.items():
+            held = getattr(self, name)
+            if self.static and held is not None and value is not None:
+                held.copy_(value)
+            else:
+                setattr(self, name, value)
 
     def _append(self, slots: Tensor, new: Tensor) -> Tensor:
         """Put ``new`` (B, S) or (B, K, S, h) into the next slots; gives what the new tokens may see."""

@@ -77,7 +77,7 @@ class Layout:
     @property
     def image_tokens(self) -> int:
         """How many of the first positions are known to be an image's."""
-        return max((stop for name, start, stop in self.spans or () if name == "image" and start == 0), default=0)
+        return max([0, *(stop for name, start, stop in self.spans or () if name == "image" and start == 0)])
 
     def positions(self, x: Tensor) -> Tensor:
         """How many earlier positions have the same modality: (S,), or (B, S) where rows differ."""

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, V vocabulary, N = B*S positions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,11 +19,14 @@ CHUNK_ELEMENTS = 2**26
 """Logits that are widened at a time: 256 MiB in float32."""
 
 
-def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, *, fused: bool = False) -> tuple[Tensor, Tensor]:
     """Sum of logsumexp(logits) - logits[label] over the labels that are not -100, and the number of these labels.
 
     The arithmetic is in at least float32. Where the logits are many, the backward pass computes the probabilities
     again, some rows at a time, so that no second array of their size is kept.
+
+    Args:
+        fused: compile the sum, which then makes no second array of the size of the logits.
 
     Returns:
         sum: scalar, at least float32; 0 with gradient 0 if no label counts.
@@ -34,6 +38,8 @@ def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor
     logits_NV, labels_N = logits_BSV.flatten(0, -2), labels_BS.flatten().long()
     count = (labels_N != IGNORED).sum()
     rows = max(1, CHUNK_ELEMENTS // logits_NV.shape[-1])
+    if fused:
+        return _compiled_sum()(logits_NV, labels_N), count
     if len(labels_N) <= rows:
         return _summed(logits_NV, labels_N), count
     chunks = zip(logits_NV.split(rows), labels_N.split(rows), strict=True)
@@ -70,3 +76,8 @@ def _routers(stats: Mapping[int, Any]) -> Iterator[Any]:
 def _summed(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     return F.cross_entropy(wide_NV, labels_N, ignore_index=IGNORED, reduction="sum")
+
+
+@functools.cache
+def _compiled_sum() -> Any:
+    return torch.compile(_summed, fullgraph=True)

@@ -107,7 +107,7 @@ class Trainer:
         checkpoint_activations(self.model, config.train.activation_checkpointing)
         if config.train.compile_model:
             compile_blocks(self.model, self.device)
-        self._objective = _Objective(self.model, config)
+        self._objective = _Objective(self.model, config, fused=config.train.compile_model and self.device.type != "cpu")
 
     def step(self, micro_batches: Sequence[Batch]) -> dict[str, Any]:
         """One update from the mean loss over all labels of the micro-batches.
@@ -236,9 +236,10 @@ class _Objective(nn.Module):
     checkpointed blocks run again.
     """
 
-    def __init__(self, model: nn.Module, config: JobConfig):
+    def __init__(self, model: nn.Module, config: JobConfig, *, fused: bool):
         super().__init__()
         self.model = model
+        self.fused = fused
         self.aux_weight = config.model.moe_aux_loss_weight
         self.z_weight = config.model.moe_router_z_loss_weight
 
@@ -247,7 +248,7 @@ class _Objective(nn.Module):
         inputs = dict(inputs)
         labels_BS = inputs.pop("labels")
         logits, stats = self.model(**inputs, return_stats=True)
-        loss = cross_entropy(logits, labels_BS)[0] / count
+        loss = cross_entropy(logits, labels_BS, fused=self.fused)[0] / count
         aux_loss, z_loss = (torch.as_tensor(term) / micro_batches for term in router_losses(stats))
         (loss + self.aux_weight * aux_loss + self.z_weight * z_loss).backward()
         entropies = [router.entropy / micro_batches for router in router_stats(stats)]

@@ -7,19 +7,28 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from kempnerforge_torch.model import generate as generation
 from kempnerforge_torch.model.generate import generate, stream
 from kempnerforge_torch.model.matvec import Linear
 from kempnerforge_torch.model.moe import MoEMLP
 from kempnerforge_torch.model.transformer import Transformer
+from kempnerforge_torch.model.vlm import VLMWrapper, build_vlm_wrapper
+from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.model import ModelConfig
+from shared_config.schema.vision import VisionEncoderConfig
+from shared_config.schema.vlm import CrossAttentionConfig, JointDecoderConfig, MoTConfig, VLMConfig
 
 CONFIG = ModelConfig(
     dim=16, n_layers=2, n_heads=2, vocab_size=19, ffn_hidden_dim=24, max_seq_len=64, num_experts=3, moe_frequency=2,
     moe_capacity_factor=0.5,
 )  # fmt: skip
 PROMPTS = [[1, 2, 3], [4]]
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 
 
 def modes(model: Transformer) -> list[bool]:
@@ -85,7 +94,8 @@ def test_every_token_is_read_once() -> None:
     assert headed == [0, 1, 1, 1]
 
 
-def test_one_compiled_step_serves_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+@each_device
+def test_one_compiled_step_serves_all_prompts(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[Any] = []
 
     def counting(graph: Any, _: Any) -> Any:
@@ -96,12 +106,22 @@ def test_one_compiled_step_serves_all_prompts(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(
         function, backend=counting, **{**options, "mode": None}))  # fmt: skip
     monkeypatch.setattr(generation, "_compiled", functools.lru_cache(generation._compiled.__wrapped__))
-    model = Transformer(CONFIG.replace(num_experts=0))
+    model = Transformer(CONFIG.replace(num_experts=0)).to(device)
     for prompts in (PROMPTS, [[1], [2]], [[3] * 9, [5] * 5]):
         options: dict[str, Any] = {"seed": 3, "temperature": 0.7}
         tokens = generate(model, prompts, 5, compile=True, **options)
         assert torch.equal(tokens, generate(model, prompts, 5, **options))
     assert len(graphs) == 1
+
+
+def test_a_process_may_decode_for_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one function, torch compiles no more than eight programs by itself."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(function, backend="eager", **options))
+    monkeypatch.setattr(generation, "_compiled", functools.lru_cache(generation._compiled.__wrapped__))
+    model = Transformer(CONFIG.replace(num_experts=0, n_layers=1, moe_frequency=1))
+    for rows in range(1, 11):
+        assert len(generate(model, [[1, 2]] * rows, 2, compile=True)) == rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -134,3 +154,55 @@ def test_pipeline_stages_are_refused() -> None:
     stage.output_head = None
     with pytest.raises(ValueError, match="pipeline stage"):
         generate(stage, PROMPTS, 2)
+
+
+# The GPU
+
+VISION = VisionEncoderConfig(type="vit", image_size=8, patch_size=4, feature_dim=12, n_heads=3, n_layers=1)
+ARCHITECTURES: dict[str, VLMConfig] = {
+    "joint_decoder": JointDecoderConfig(max_text_len=32),
+    "cross_attention": CrossAttentionConfig(max_text_len=32, cross_attention_every_n_layers=1),
+    "mot": MoTConfig(max_text_len=32),
+}
+
+
+def seeing(arch: str, **changes: Any) -> tuple[VLMWrapper, dict[str, Any]]:
+    """A model, and two clips of which one lacks a frame."""
+    config = CONFIG.replace(num_experts=0, dim=32, **changes)
+    model = build_vlm_wrapper(config, VISION, AdapterConfig(type="linear"), ARCHITECTURES[arch], 2)
+    pixels = torch.randn(2, 2, 3, 8, 8, dtype=torch.float64)
+    return model, {"pixel_values": pixels, "frame_mask": torch.tensor([[True, False], [True, True]])}
+
+
+@cuda
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("case", ["dense", "experts", "window", *ARCHITECTURES, "joint_decoder, window"])
+def test_a_recorded_step_draws_what_the_cpu_draws(
+    case: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA graphs: one call compiles, all others replay; caches of the whole context, and rings that wrap around."""
+    arch, _, window = case.partition(", ")
+    torch.manual_seed(5)
+    changes = {"sliding_window": 5} if "window" in (arch, window) else {}
+    model, images = (
+        seeing(arch, **changes)
+        if arch in ARCHITECTURES
+        else (Transformer(CONFIG.replace(num_experts=3 if arch == "experts" else 0, **changes)), {})
+    )
+    model = model.double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    options: dict[str, Any] = {"temperature": temperature, "top_k": 7, "seed": 1, "prefill_chunk": 4}
+    prompts = [[1, 2, 3, 4, 5, 6], [4]]
+    expected = generate(model, prompts, 12, **options, **images)
+    replays: list[int] = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph)))
+    model, images = model.to("cuda"), {name: value.to("cuda") for name, value in images.items()}
+    assert torch.equal(generate(model, prompts, 12, **options, **images).cpu(), expected)
+    assert not replays
+    assert torch.equal(generate(model, prompts, 12, compile=True, **options, **images).cpu(), expected)
+    assert len(replays) == 11
+    streamed = list(stream(model, prompts, 12, compile=True, **options, **images))
+    assert [int(tokens[1]) for tokens in streamed] == expected[1, 1:13].tolist()
+    assert len(replays) == 22
