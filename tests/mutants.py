@@ -262,7 +262,7 @@ MUTANTS = (
     ),
     Mutant(
         "model.generate", "row goes on after its end",
-        ("shown_B = drawn_B.masked_fill(done_B, request.pad_token_id)", "shown_B = drawn_B"),
+        ("yield tokens_B.masked_fill(done_B, request.pad_token_id)", "yield tokens_B"),
         ("shown_B = jnp.where(state.done, options.pad_token_id, drawn_B)", "shown_B = drawn_B"),
     ),
     both("model.generate", "cached position off by one", "lengths_B - 1 + taken", "lengths_B + taken"),

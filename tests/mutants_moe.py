@@ -119,4 +119,43 @@ MOE_MUTANTS = (
         ("        self._pending_counts = {}\n\n    def get_moe_aux", "        pass\n\n    def get_moe_aux"),
         ("        self.keep(pending={})\n", "        pass\n"),
     ),
+    both("model.moe", "choices compete for room without a limit", "    if factor == 0:\n        return None\n",
+         "    if factor == 0:\n        return max(1, tokens // num_experts)\n"),
+    Mutant(
+        "model.moe", "rows hold tokens of others",
+        ("x_TD.index_select(0, choice_R % max(x_TD.shape[0], 1))", "x_TD.index_select(0, choice_R // top_k)"),
+        ("x_TD[choice_R % max(x_TD.shape[0], 1)]", "x_TD[choice_R // top_k]"),
+    ),
+    Mutant(
+        "model.init", "packed experts drawn too wide",
+        ("tensor.normal_(0.0, spec", "tensor.normal_(0.0, (1 + tensor.ndim // 3) * spec"),
+        ("(spec.initializer.std * values)", "((1 + values.ndim // 3) * spec.initializer.std * values)"),
+    ),
+    both("model.init", "packed experts of another seed", "initial_value(name, spec, seed)",
+         "initial_value(name, spec, seed + len(spec.shape) // 3)"),
+    Mutant(
+        "model.router", "average moved by every forward, and again by those of checkpointing",
+        ("            self._last = stats\n        return (weights_Tk, indices_Tk, s",
+         "            self._last = stats\n            getattr(self, 'expert_ema', torch.zeros(())).mul_(0.9)\n"
+         "        return (weights_Tk, indices_Tk, s"), None,
+    ),
+    Mutant(
+        "training.train", "no gradient through checkpointed blocks",
+        ("return wrapper(forward, *args, **kwargs)", "return wrapper(torch.no_grad()(forward), *args, **kwargs)"), None,
+    ),
+    Mutant(
+        "training.train", "losses of checkpointed blocks without a gradient",
+        ("return wrapper(forward, *args, **kwargs)",
+         "x, stats = wrapper(forward, *args, **kwargs)\n        return x, type(stats)(*(s.detach() for s in stats))"),
+        None,
+    ),
+    Mutant(
+        "model.scan", "no gradient through what is computed again", None,
+        ("jax.checkpoint(step,", "jax.checkpoint(lambda *given: jax.lax.stop_gradient(step(*given)),"),
+    ),
+    Mutant(
+        "model.scan", "losses of what is computed again without a gradient", None,
+        ("jax.checkpoint(step,",
+         "jax.checkpoint(lambda *given: (lambda x, stats: (x, jax.lax.stop_gradient(stats)))(*step(*given)),"),
+    ),
 )  # fmt: skip

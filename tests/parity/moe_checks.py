@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -14,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from flax import nnx
 
 from kempnerforge_jax.model.linear import UNDRAWN
+from shared_config.contract.initialise import initial_values
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.validation import validation_weights
 from shared_config.schema.model import ModelConfig
@@ -116,6 +120,73 @@ def check_steps(backend: str) -> None:
         np.testing.assert_allclose(np.asarray(found), bias_E, rtol=1e-6, atol=1e-9)
 
 
+def check_checkpointing(backend: str) -> None:
+    """Loss, gradients, counts and balancing are the same where the backward pass runs the blocks again."""
+    config = ModelConfig(
+        dim=6, n_layers=1, n_heads=1, vocab_size=7, ffn_hidden_dim=8, max_seq_len=8, num_experts=3, moe_top_k=2,
+        moe_router="sigmoid_topk", moe_sequence_aux_loss_weight=0.5, moe_shared_experts=1,
+    )  # fmt: skip
+    tokens_BS = array(backend, RNG.integers(0, 7, (2, 4)), "int32")
+    differentiate = _torch_gradients if backend == "torch" else _jax_gradients
+    plain, again = (differentiate(config, tokens_BS, checkpointed) for checkpointed in (False, True))
+    assert plain.keys() == again.keys()
+    assert any(np.abs(value).max() > 1e-3 for name, value in again.items() if name.endswith("_proj.weight"))
+    for name, value in plain.items():
+        np.testing.assert_allclose(again[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def _torch_gradients(config: ModelConfig, tokens_BS: Any, checkpointed: bool) -> dict[str, Array]:
+    """Loss, counts, gradients and buffers after a backward pass."""
+    model = module("torch", "transformer").Transformer(config)
+    module("torch", "state").set_state(model, validation_weights(parameter_table(config), 1))
+    if checkpointed:
+        importlib.import_module("kempnerforge_torch.training.train").checkpoint_activations(model, "full")
+    logits, stats = model.run(tokens_BS)
+    loss = logits.square().sum() + stats[0].aux_loss + stats[0].z_loss
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    found = {"loss": loss.detach(), "counts": stats[0].expert_counts, **gradients, **dict(model.named_buffers())}
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+def _jax_gradients(config: ModelConfig, tokens_BS: Any, checkpointed: bool) -> dict[str, Array]:
+    state = module("jax", "state")
+    model = module("jax", "transformer").Transformer(config, rngs=UNDRAWN)
+    state.set_state(model, validation_weights(parameter_table(config), 1))
+    graphdef, params, buffers = state.split(model)
+
+    def objective(params: Any) -> Any:
+        output = state.merge(graphdef, params, buffers).run(tokens_BS, remat=checkpointed)
+        stats = output.stats[0]
+        return jnp.square(output.logits).sum() + stats.aux_loss + stats.z_loss, stats.expert_counts
+
+    (loss, counts), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+    found = {"loss": loss, "counts": counts, **gradients, **buffers}
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+def check_initial_experts(backend: str) -> None:
+    """Experts start the same whether they are packed or not: seeded ones to the bit, others in their spread."""
+    for packed in (True, False):
+        config = ModelConfig(
+            dim=24, n_layers=1, n_heads=1, vocab_size=7, ffn_hidden_dim=32, max_seq_len=8, num_experts=3,
+            moe_packed_experts=packed,
+        )  # fmt: skip
+        state, initialise = module(backend, "state"), module(backend, "init").init_weights
+        extra = {"rngs": nnx.Rngs(0)} if backend == "jax" else {}
+        model = module(backend, "transformer").Transformer(config, **extra)
+        held = {name: np.asarray(value) for name, value in state.get_state(model).items()}
+        for name, factor in {"gate": 1.0, "up": 1.0, "down": 1 / math.sqrt(2)}.items():
+            endings = (f"{name}_w", f"{name}_proj.weight")
+            drawn = np.concatenate([value.ravel() for key, value in held.items() if key.endswith(endings)])
+            assert drawn.size == 3 * 24 * 32
+            assert abs(drawn.std() / (config.init_std * factor) - 1) < 0.1, name
+        initialise(model, config, seed=4)
+        held = state.get_state(model)
+        for name, value in initial_values(parameter_table(config), 4):
+            np.testing.assert_array_equal(np.asarray(held[name]), value, err_msg=name)
+
+
 def check_copies(backend: str) -> None:
     """A layer can be copied after a call: what it keeps of the call belongs to a graph."""
     built = LAYERS[0].build(backend)
@@ -148,9 +219,12 @@ def array(backend: str, value: Array, dtype: str = "float64") -> Any:
 
 
 MOE_CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
-    "model.router": (check_layers, check_ties, check_precision, check_balancing, check_copies),
+    "model.router": (check_layers, check_ties, check_precision, check_balancing, check_copies, check_checkpointing),
     "model.moe": (check_layers, check_copies),
     "model.looped": (check_layers,),
     "model.grouped": (check_products,),
     "model.transformer": (check_steps,),
+    "model.init": (check_initial_experts,),
+    "model.scan": (check_checkpointing,),
+    "training.train": (check_checkpointing,),
 }

@@ -11,6 +11,7 @@ from torch import nn
 
 from kempnerforge_torch.model import generate as generation
 from kempnerforge_torch.model.generate import generate, stream
+from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.matvec import Linear
 from kempnerforge_torch.model.moe import MoEMLP
 from kempnerforge_torch.model.transformer import Transformer
@@ -112,6 +113,22 @@ def test_one_compiled_step_serves_all_prompts(device: str, monkeypatch: pytest.M
         tokens = generate(model, prompts, 5, compile=True, **options)
         assert torch.equal(tokens, generate(model, prompts, 5, **options))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_step_changes_static_caches_where_they_are(window: int | None) -> None:
+    """A recorded step knows addresses, not names."""
+    cache = KVCache(2, 8, 1, 4, sliding_window=window, static=True)
+    keys, real = torch.randn(2, 1, 1, 4), torch.tensor([[True], [False]])
+    documents = torch.zeros((2, 1), dtype=torch.int64)
+    cache.update(keys, keys, doc_ids=documents, key_padding_mask=real)
+    names = ["k", "v", "lengths", "valid", "doc_ids"] + ["oldest"] * (window is not None)
+    before = {name: getattr(cache, name) for name in names}
+    cache.update(keys, keys, doc_ids=documents + 1, key_padding_mask=real)
+    assert all(getattr(cache, name) is held for name, held in before.items())
+    assert cache.lengths.tolist() == [2, 2]
+    assert cache.doc_ids is not None
+    assert cache.doc_ids[:, :2].tolist() == [[0, 1], [0, 1]]
 
 
 def test_a_process_may_decode_for_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
