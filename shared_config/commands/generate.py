@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep this probability (default: 1, all)")
     parser.add_argument("--seed", type=not_negative, help="of the draws, and of initial weights (default: another)")
     parser.add_argument("--device", help="cpu, cuda, tpu ... (default: the backend's own)")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch: compile what gives a token, and replay it as a CUDA graph on a GPU; jax always compiles",
+    )
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -60,22 +65,25 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     backend = backend_module(options.backend, "model.generate")
     weights = read_weights(options, config, overrides)
     model = backend.load_model(config, weights, options.device, seed=options.seed or 0)
-    tokens = backend.stream(
-        model,
-        [prompt],
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        eos_token_id=eos,
-        seed=options.seed,
-        pixel_values=pixels,
-    )
-    times = [time.perf_counter()]
-    sys.stdout.write(options.prompt)
-    for piece in tokenizer.decode_stream(timed(tokens, times)):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    own = {"compile": options.compile} if options.backend == "torch" else {}
+    with backend_module(options.backend, "training.train").matmul_precision(config.train.matmul_precision):
+        tokens = backend.stream(
+            model,
+            [prompt],
+            options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            eos_token_id=eos,
+            seed=options.seed,
+            pixel_values=pixels,
+            **own,
+        )
+        times = [time.perf_counter()]
+        sys.stdout.write(options.prompt)
+        for piece in tokenizer.decode_stream(timed(tokens, times)):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
     sys.stdout.write("\n")
     print(speed(times), file=sys.stderr)
     return 0

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
+import torch
 
+import kempnerforge_jax.model.generate
+import kempnerforge_torch.model.generate
 from shared_config.cli import main
 from shared_config.commands.generate import speed
 from shared_config.contract.parameters import parameter_table
@@ -54,6 +59,48 @@ def test_both_backends_and_every_kind_of_weights_say_the_same(
     first = said(capsys, native, *options)
     assert said(capsys, native, *options, backend="jax") == first
     assert said(capsys, foreign, *options) == first
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_compiled_steps_say_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    kempnerforge_torch.model.generate._compiled.cache_clear()
+    expected = said(capsys, "--seed=3")
+    assert not compiled
+    assert said(capsys, "--seed=3", "--compile", backend=backend) == expected
+    assert len(compiled) == (backend == "torch")
+    kempnerforge_torch.model.generate._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("level", ["highest", "high"])
+def test_products_are_as_precise_as_the_config_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    """By itself JAX takes bfloat16 or TF32 for float32 on accelerators."""
+    levels: list[str] = []
+
+    def watched(stream: Any) -> Any:
+        def watching(*arguments: Any, **options: Any) -> Any:
+            for token in stream(*arguments, **options):
+                levels.extend((precision_of_jax(), torch.get_float32_matmul_precision()))
+                yield token
+
+        return watching
+
+    for module in (kempnerforge_torch.model.generate, kempnerforge_jax.model.generate):
+        monkeypatch.setattr(module, "stream", watched(module.stream))
+    said(capsys, f"--train.matmul_precision={level}")
+    assert set(levels[1::2]) == {level}
+    levels.clear()
+    said(capsys, f"--train.matmul_precision={level}", backend="jax")
+    assert set(levels[::2]) == {level}
+
+
+def precision_of_jax() -> str:
+    return jax.config.jax_default_matmul_precision or ""  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_without_weights_the_model_is_untrained_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
