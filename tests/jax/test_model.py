@@ -17,7 +17,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kempnerforge_jax.model import Transformer
+from kempnerforge_jax.model import Transformer, attention
 from kempnerforge_jax.model.attention import Attention, KVCache, attend, build_mask
 from kempnerforge_jax.model.embedding import TokenEmbedding
 from kempnerforge_jax.model.hooks import activation_names, capture
@@ -614,3 +614,28 @@ def test_an_architecture_changes_what_happens_between_layers() -> None:
     for scan in (False, True):
         run = jax.jit(functools.partial(doubled.run, scan_layers=scan))
         assert close(run(tokens_of()).logits, 2 * forward(model, tokens_of()))
+
+
+# The GPU
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_kernel_of_a_gpu_is_the_same_attention(causal: bool) -> None:
+    """In bfloat16 its errors, forward and backward, are no larger than those of the products that it replaces."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU")
+    shapes = ((2, 4, 96, 64), (2, 2, 96, 64), (2, 2, 96, 64), (2, 4, 96, 64))
+    arrays = [jax.random.normal(jax.random.key(i), shape, jnp.float64) for i, shape in enumerate(shapes)]
+    arrays = [array.astype(jnp.bfloat16).astype(jnp.float64) for array in arrays]
+
+    def differentiated(function: Any, dtype: Any) -> list[np.ndarray]:
+        *inputs, cotangent = (array.astype(dtype) for array in arrays)
+        out, backward = jax.vjp(jax.jit(functools.partial(function, causal=causal)), *inputs)
+        return [np.asarray(value.astype(jnp.float64)) for value in (out, *backward(cotangent))]
+
+    narrow = [array.astype(jnp.bfloat16) for array in arrays[:3]]
+    assert "cudnn" in jax.jit(functools.partial(attend, causal=causal)).lower(*narrow).as_text()
+    truth = differentiated(attention._attention, jnp.float64)
+    fused, plain = (differentiated(function, jnp.bfloat16) for function in (attend, attention._attention))
+    for exact, found, replaced in zip(truth, fused, plain, strict=True):
+        assert np.linalg.norm(found - exact) <= 2 * np.linalg.norm(replaced - exact)
