@@ -33,6 +33,9 @@ DIFFERENCES = {
     "model/cross_attention.py": {"CrossAttentionArchitecture.breaks_after": "jax: where a scan over layers must end"},
     "model/embedding.py": {"OutputHead.forward(tied_weight)": "jax: no array belongs to two modules"},
     "model/generate.py": {
+        "PROGRAMS": "torch: refuses to compile many programs of one function",
+        "Recorded": "torch: CUDA graphs; XLA launches its own",
+        "Step": "torch: name of a type, of what is recorded",
         "generate(compile)": "torch: JAX always compiles",
         "sample(generator)": "torch: the state of its random numbers",
         "sample(key)": "jax: the state of its random numbers",
@@ -106,7 +109,10 @@ DIFFERENCES = {
         "FROZEN": "jax: the metadata of a frozen variable; torch has requires_grad",
         "WRAPPERS": "torch: what compilers and wrappers put into the names of parameters",
     },
-    "training/loss.py": {"CHUNK_ELEMENTS": "torch: rows that are widened at a time; XLA fuses the widening"},
+    "training/loss.py": {
+        "CHUNK_ELEMENTS": "torch: rows that are widened at a time; XLA fuses the widening",
+        "cross_entropy(fused)": "torch: eager or compiled; JAX always compiles",
+    },
     "training/optimizer.py": {
         "Arrays": "jax: name of a type",
         "MOMENTS": "torch: names of the moments in its AdamW",
