@@ -413,9 +413,10 @@ class Recorded:
     def _record(self, tokens: Tensor, uniforms: Tensor | None) -> None:
         self.tokens = tokens.clone()
         self.uniforms = tokens.new_zeros(()) if uniforms is None else uniforms.clone()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.drawn = self.step(self.tokens, None if uniforms is None else self.uniforms)
+        with torch.cuda.device(tokens.device):
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.drawn = self.step(self.tokens, None if uniforms is None else self.uniforms)
 
 
 def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
