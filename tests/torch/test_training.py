@@ -109,6 +109,24 @@ class TestLoss:
         for value, truth in zip(value_and_gradient(), whole, strict=True):
             assert_same_function(value, truth, "chunked", 1e-14)
 
+    @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.bfloat16, 2.0**-8)])
+    def test_the_fused_kernel_is_the_same_sum(
+        self, dtype: torch.dtype, tolerance: float, logits: np.ndarray, labels: np.ndarray
+    ):
+        found = []
+        for fused in (False, True):
+            x = torch.from_numpy(logits).to(dtype).requires_grad_()
+            total, count = cross_entropy(x, torch.from_numpy(labels), fused=fused)
+            total.backward()
+            assert x.grad is not None
+            assert int(count) == 10
+            assert total.dtype == torch.promote_types(dtype, torch.float32)
+            found.append((total.detach().double().numpy(), x.grad.double().numpy()))
+        for value, truth in zip(*found, strict=True):
+            assert_same_function(value, truth, "fused", tolerance)
+
     @pytest.mark.parametrize("label", [-1, V])
     def test_label_outside_the_vocabulary_is_an_error(self, label: int, logits: np.ndarray, labels: np.ndarray):
         labels[1, 2] = label
