@@ -330,6 +330,8 @@ def perturbation_deltas(run: Callable[[Arrays], Recording], request: Request) ->
         for dtype, u in roundoffs.items()
     }
     names = list(filter(request.selection.wants, decode_names(request))) if request.decodes else []
+    if not names:
+        return deltas
     logits = logits_name(request.config)
     return {dtype: own | dict.fromkeys(names, own[logits]) for dtype, own in deltas.items()}
 

@@ -344,6 +344,14 @@ def test_decoding_brings_the_logits_along_that_it_is_measured_by() -> None:
     assert deltas["decode/single"] == deltas["forward/output_head"] > 0
 
 
+@pytest.mark.parametrize("asked", [{"layers": [0]}, {"only": ["gradient/*"]}])
+def test_what_is_recorded_without_decoding_has_its_deltas(asked: dict[str, Any]) -> None:
+    trace = kempnerforge_torch.trace.record(CONFIG, dtype="float32", device="cpu", **asked)
+    assert any(name.startswith("gradient/") for name in trace.tensors)
+    assert not any(name.startswith("decode/") for name in trace.tensors)
+    assert set(trace.meta.deltas["float32"]) == set(trace.tensors)
+
+
 # Recorded inputs
 
 
