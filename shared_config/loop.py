@@ -258,7 +258,9 @@ class _Run:
             TrainingDivergedError: one that must be finite is not.
         """
         began = time.perf_counter()
-        values = {name: float(value) for name, value in pending.numbers.items()}
+        first = filter(pending.numbers.__contains__, MUST_BE_FINITE)  # JAX sorts the names that it gives
+        names = dict.fromkeys((*first, *pending.numbers))
+        values = {name: float(pending.numbers[name]) for name in names}
         seconds = pending.seconds + time.perf_counter() - began
         self.display.pace.step(seconds)
         for name in MUST_BE_FINITE:

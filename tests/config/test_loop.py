@@ -61,7 +61,7 @@ class BigramTrainer:
         self.v = np.float32(0.95) * self.v + np.float32(0.05) * gradient**2
         m_hat, v_hat = self.m / (1 - 0.9**self.updates), self.v / (1 - 0.95**self.updates)
         self.table = (self.table - rate * m_hat / (np.sqrt(v_hat) + 1e-8)).astype(np.float32)
-        return {"loss": loss, "grad_norm": float(np.linalg.norm(gradient)), "lr": rate}
+        return {"grad_norm": float(np.linalg.norm(gradient)), "loss": loss, "lr": rate}
 
     def evaluate(self, batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
         tokens, labels = (np.concatenate([batch[name] for batch in batches]) for name in ("tokens", "labels"))
@@ -144,6 +144,7 @@ def test_a_run_trains_and_leaves_its_files(tmp_path: Path) -> None:
     assert names == {".lock", "config.toml", "metrics.jsonl", "step_00000006", "step_00000009", "step_00000012"}
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 13))
+    assert list(records[0])[:4] == ["step", "loss", "grad_norm", "lr"], "the same order from any trainer"
     assert [record["step"] for record in records if "heldout_loss" in record] == [4, 8, 12]
     assert records[0]["loss"] == pytest.approx(math.log(VOCAB), rel=1e-5)
     assert records[11]["heldout_loss"] < records[7]["heldout_loss"] < records[3]["heldout_loss"] < records[0]["loss"]
