@@ -80,4 +80,5 @@ def _summed(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled_sum() -> Any:
-    return torch.compile(_summed, fullgraph=True)
+    """`_summed`, eager for further shapes where a process has had too many of them."""
+    return torch.compile(_summed)
