@@ -119,6 +119,7 @@ MOE_MUTANTS = (
         ("        self._pending_counts = {}\n\n    def get_moe_aux", "        pass\n\n    def get_moe_aux"),
         ("        self.keep(pending={})\n", "        pass\n"),
     ),
+    both("model.router", "means of no tokens", "max(values.shape[axis], 1)", "values.shape[axis]"),
     both("model.moe", "choices compete for room without a limit", "    if factor == 0:\n        return None\n",
          "    if factor == 0:\n        return max(1, tokens // num_experts)\n"),
     Mutant(
@@ -151,11 +152,11 @@ MOE_MUTANTS = (
     ),
     Mutant(
         "model.scan", "no gradient through what is computed again", None,
-        ("jax.checkpoint(step,", "jax.checkpoint(lambda *given: jax.lax.stop_gradient(step(*given)),"),
+        ("jax.checkpoint(step,", "jax.checkpoint(lambda *given, step=step: jax.lax.stop_gradient(step(*given)),"),
     ),
     Mutant(
         "model.scan", "losses of what is computed again without a gradient", None,
         ("jax.checkpoint(step,",
-         "jax.checkpoint(lambda *given: (lambda x, stats: (x, jax.lax.stop_gradient(stats)))(*step(*given)),"),
+         "jax.checkpoint(lambda *given, step=step: (lambda x, s: (x, jax.lax.stop_gradient(s)))(*step(*given)),"),
     ),
 )  # fmt: skip

@@ -46,7 +46,7 @@ Step = Callable[[Tensor, Tensor | None], Tensor]
 """The tokens (B,) to read, and of a draw the uniform numbers (B,), to the next tokens."""
 
 PROGRAMS = 128
-"""Decode steps that a process may compile; torch itself would refuse the ninth."""
+"""Decode steps that a process may compile; one more is an error of torch, which by itself would refuse the ninth."""
 
 NO_LOGITS = ModalityContext(output_slice=slice(0, 0))
 

@@ -37,9 +37,9 @@ def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, *, fused: bool = False)
     """
     logits_NV, labels_N = logits_BSV.flatten(0, -2), labels_BS.flatten().long()
     count = (labels_N != IGNORED).sum()
-    rows = max(1, CHUNK_ELEMENTS // logits_NV.shape[-1])
     if fused:
         return _compiled_sum()(logits_NV, labels_N), count
+    rows = max(1, CHUNK_ELEMENTS // logits_NV.shape[-1])
     if len(labels_N) <= rows:
         return _summed(logits_NV, labels_N), count
     chunks = zip(logits_NV.split(rows), labels_N.split(rows), strict=True)

@@ -63,6 +63,18 @@ def ways(backend: str) -> Iterator[contextlib.AbstractContextManager[Any]]:
         yield mock.patch.object(module("torch", "moe"), "loops_over_experts", return_value=False)
 
 
+def check_no_tokens(backend: str) -> None:
+    """Of no tokens nothing comes out, and all losses are 0."""
+    for layer in LAYERS:
+        built = layer.build(backend)
+        for shape in ((0, 4, 6), (2, 0, 6)):
+            with next(ways(backend)), torch.no_grad():
+                out, stats = built(array(backend, np.zeros(shape), "float32"), return_stats=True)
+            assert tuple(out.shape) == shape
+            losses = [float(value) for value in (stats.aux_loss, stats.z_loss, stats.entropy)]
+            assert losses == [0, 0, 0]
+
+
 def check_ties(backend: str) -> None:
     """Of equal scores those of the lowest index, and a tie is a tie."""
     layer = Layer(dim=6, hidden_dim=4, num_experts=5, top_k=3)
@@ -144,7 +156,7 @@ def _torch_gradients(config: ModelConfig, tokens_BS: Any, checkpointed: bool) ->
     logits, stats = model.run(tokens_BS)
     loss = logits.square().sum() + stats[0].aux_loss + stats[0].z_loss
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {name: 0 * p.detach() if p.grad is None else p.grad for name, p in model.named_parameters()}
     found = {"loss": loss.detach(), "counts": stats[0].expert_counts, **gradients, **dict(model.named_buffers())}
     return {name: np.asarray(value) for name, value in found.items()}
 
@@ -219,8 +231,16 @@ def array(backend: str, value: Array, dtype: str = "float64") -> Any:
 
 
 MOE_CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
-    "model.router": (check_layers, check_ties, check_precision, check_balancing, check_copies, check_checkpointing),
-    "model.moe": (check_layers, check_copies),
+    "model.router": (
+        check_layers,
+        check_ties,
+        check_no_tokens,
+        check_precision,
+        check_balancing,
+        check_copies,
+        check_checkpointing,
+    ),
+    "model.moe": (check_layers, check_no_tokens, check_copies),
     "model.looped": (check_layers,),
     "model.grouped": (check_products,),
     "model.transformer": (check_steps,),

@@ -27,8 +27,6 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 PROMPTS = [[1, 2, 3], [4]]
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
 each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 
 
@@ -104,8 +102,7 @@ def test_one_compiled_step_serves_all_prompts(device: str, monkeypatch: pytest.M
         return graph
 
     compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(
-        function, backend=counting, **{**options, "mode": None}))  # fmt: skip
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(function, backend=counting, **options))
     monkeypatch.setattr(generation, "_compiled", functools.lru_cache(generation._compiled.__wrapped__))
     model = Transformer(CONFIG.replace(num_experts=0)).to(device)
     for prompts in (PROMPTS, [[1], [2]], [[3] * 9, [5] * 5]):
