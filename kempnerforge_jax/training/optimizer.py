@@ -3,16 +3,18 @@
     m <- b1 m + (1 - b1) g            v <- b2 v + (1 - b2) g^2
     p <- p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p)        t = 1, 2, ...
 
-The decay acts where the parameter table says so. Checkpoints hold the moments as ``m.<parameter>``, ``v.<parameter>``.
+t counts the updates of each parameter: what is frozen takes none. The decay acts where the parameter table says so.
+Checkpoints hold the moments as ``m.<parameter>`` and ``v.<parameter>``, the counts as ``t.<parameter>``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from kempnerforge_jax.model.scan import layer_range
@@ -22,7 +24,7 @@ from shared_config.schema.optimizer import OptimizerConfig
 
 Arrays = dict[str, jax.Array]
 OptimizerState = Any
-"""What optax keeps: `optax.ScaleByAdamState`, then the states of the transformations after it."""
+"""What optax keeps: an `optax.ScaleByAdamState` for each parameter, then the states of the transformations after it."""
 
 
 def build_optimizer(
@@ -33,7 +35,7 @@ def build_optimizer(
     What it gives is to be subtracted times the learning rate, see `update`.
     """
     return optax.chain(
-        optax.scale_by_adam(*config.betas, eps=config.eps, eps_root=0.0, mu_dtype=None, nesterov=False),
+        _adam(config),
         optax.add_decayed_weights(
             config.weight_decay, mask={name: parameter_spec(table, name).decay for name in parameters}
         ),
@@ -54,41 +56,38 @@ def update(
 
 def states_of(state: OptimizerState, parameters: Mapping[str, Any]) -> OptimizerState:
     """The state of some of the parameters; see `with_states`."""
-    adam = state[0]
-    mu, nu = ({name: moments[name] for name in parameters} for moments in (adam.mu, adam.nu))
-    return (adam._replace(mu=mu, nu=nu), *state[1:])
+    return ({name: state[0][name] for name in parameters}, *state[1:])
 
 
 def with_states(state: OptimizerState, some: OptimizerState) -> OptimizerState:
-    """The state with that of some parameters put in its place; the step counts for all, as bias corrections do."""
-    adam, new = state[0], some[0]
-    return (new._replace(mu={**adam.mu, **new.mu}, nu={**adam.nu, **new.nu}), *some[1:])
+    """The state with that of some parameters put in its place."""
+    return ({**state[0], **some[0]}, *some[1:])
 
 
 def get_optimizer_state(state: OptimizerState) -> Arrays:
-    """The moments by name; stacked layers are given one by one."""
+    """Moments and counts of updates (int32 scalars) by name; stacked layers are given one by one."""
     return {
-        f"{moment}.{name}": array
-        for moment, arrays in _moments(state).items()
+        f"{kind}.{name}": array
+        for kind, arrays in _arrays(state).items()
         for name, array in unstack_layers(arrays).items()
     }
 
 
 def set_optimizer_state(state: OptimizerState, moments: Mapping[str, Any], step: int) -> OptimizerState:
-    """The state with these moments (JAX or NumPy arrays), as after ``step`` steps.
+    """The state with these moments and counts (JAX or NumPy arrays); counts that are not given are ``step``.
 
     Raises:
         UserError: lists every missing, unknown and misshapen name.
     """
-    own = _moments(state)
+    own = _arrays(state)
+    values = {f"t.{name}": np.asarray(step) for name in unstack_shapes(own["t"])} | dict(moments)
     check_names(
-        {f"{moment}.{name}": one.shape for moment in own for name, one in unstack_shapes(own[moment]).items()},
-        {name: tuple(value.shape) for name, value in moments.items()},
+        {f"{kind}.{name}": one.shape for kind in own for name, one in unstack_shapes(own[kind]).items()},
+        {name: tuple(value.shape) for name, value in values.items()},
     )
-    mu, nu = (_filled(arrays, moments, f"{moment}.") for moment, arrays in own.items())
-    adam = state[0]
-    count = jnp.asarray(step, adam.count.dtype, device=adam.count.sharding)
-    return (adam._replace(count=count, mu=mu, nu=nu), *state[1:])
+    m, v, t = (_filled(own[kind], values, f"{kind}.") for kind in ("m", "v", "t"))
+    adam = {name: one._replace(count=t[name], mu=m[name], nu=v[name]) for name, one in state[0].items()}
+    return (adam, *state[1:])
 
 
 def clip_by_global_norm(gradients: Arrays, max_norm: float) -> tuple[Arrays, jax.Array]:
@@ -116,8 +115,29 @@ def parameter_spec(table: ParameterTable, name: str) -> ParameterSpec:
     return table[f"layers.{layer_range(layers)[0]}.{tail}"]
 
 
-def _moments(state: OptimizerState) -> dict[str, Arrays]:
-    return {"m": state[0].mu, "v": state[0].nu}
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam that counts the updates of each parameter by itself, and of each layer of a stack."""
+    adam = optax.scale_by_adam(*config.betas, eps=config.eps, eps_root=0.0, mu_dtype=None, nesterov=False)
+
+    def init(parameters: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: _by_layer(adam.init, name)(parameter) for name, parameter in parameters.items()}
+
+    def step(gradients: Arrays, state: dict[str, Any], parameters: Any = None) -> tuple[Arrays, dict[str, Any]]:
+        both = {name: _by_layer(adam.update, name)(array, state[name]) for name, array in gradients.items()}
+        return {name: moved for name, (moved, _) in both.items()}, {name: new for name, (_, new) in both.items()}
+
+    return optax.GradientTransformation(init, step)  # type: ignore[arg-type]
+
+
+def _by_layer(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The function, applied to each layer where the parameter is a stack of layers."""
+    is_stack = name.startswith("layers.") and len(layer_range(name.split(".")[1])) > 1
+    return jax.vmap(function) if is_stack else function
+
+
+def _arrays(state: OptimizerState) -> dict[str, Arrays]:
+    fields = {"m": "mu", "v": "nu", "t": "count"}
+    return {kind: {name: getattr(adam, field) for name, adam in state[0].items()} for kind, field in fields.items()}
 
 
 def _filled(own: Arrays, values: Mapping[str, Any], prefix: str) -> Arrays:

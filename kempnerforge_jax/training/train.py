@@ -154,13 +154,13 @@ class Trainer:
         return {"loss": total / max(count, 1), "tokens": count}
 
     def state(self) -> TrainingState:
-        """Copies, on the host, of weights, buffers and moments."""
+        """Copies, on the host, of weights, buffers, moments and counts of updates."""
         weights, moments = get_state(self.model), get_optimizer_state(self.optimizer_state)
-        return TrainingState(self.updates, self._host_copies(weights, ""), self._host_copies(moments, "m.", "v."))
+        return TrainingState(self.updates, self._host_copies(weights, ""), self._host_copies(moments, "m.", "v.", "t."))
 
     def load_state(self, state: TrainingState) -> None:
         """Go on from a state of either backend; without moments, only the weights are taken. What was frozen there and
-        is not here starts with moments of 0.
+        is not here starts with moments and a count of 0.
 
         Raises:
             UserError: names or shapes that do not fit.

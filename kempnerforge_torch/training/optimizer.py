@@ -3,7 +3,8 @@
     m <- b1 m + (1 - b1) g            v <- b2 v + (1 - b2) g^2
     p <- p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p)        t = 1, 2, ...
 
-The decay acts where the parameter table says so. Checkpoints hold the moments as ``m.<parameter>``, ``v.<parameter>``.
+t counts the updates of each parameter: what is frozen takes none. The decay acts where the parameter table says so.
+Checkpoints hold the moments as ``m.<parameter>`` and ``v.<parameter>``, the counts as ``t.<parameter>``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,31 +54,35 @@ def set_learning_rate(optimizer: torch.optim.AdamW, lr: float) -> None:
 
 
 def get_optimizer_state(optimizer: torch.optim.AdamW, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The moments by name: the tensors of the optimiser themselves."""
-    return {
+    """Moments (the tensors of the optimiser themselves) and counts of updates (int32 scalars) by name."""
+    moments = {
         f"{moment}.{name}": optimizer.state[tensor][key]
         for moment, key in MOMENTS.items()
         for name, tensor in parameters.items()
     }
+    steps = {f"t.{name}": optimizer.state[tensor]["step"].to(torch.int32) for name, tensor in parameters.items()}
+    return moments | steps
 
 
 def set_optimizer_state(
     optimizer: torch.optim.AdamW, parameters: Mapping[str, Tensor], state: Mapping[str, Any], step: int
 ) -> None:
-    """Copy moments (tensors or NumPy arrays) into the optimiser, which has then made ``step`` steps.
+    """Copy moments and counts (tensors or NumPy arrays) into the optimiser; counts that are not given are ``step``.
 
     Raises:
         UserError: lists every missing, unknown and misshapen name; the optimiser is unchanged.
     """
     own = get_optimizer_state(optimizer, parameters)
+    values = {f"t.{name}": np.asarray(step) for name in parameters} | dict(state)
     check_names(
         {name: tuple(tensor.shape) for name, tensor in own.items()},
-        {name: tuple(value.shape) for name, value in state.items()},
+        {name: tuple(value.shape) for name, value in values.items()},
     )
-    for name, tensor in own.items():
-        assign(tensor, state[name])
-    for tensor in parameters.values():
-        optimizer.state[tensor]["step"].fill_(step)
+    for name, tensor in parameters.items():
+        kept = optimizer.state[tensor]
+        for moment, key in MOMENTS.items():
+            assign(kept[key], values[f"{moment}.{name}"])
+        kept["step"].fill_(int(values[f"t.{name}"]))
 
 
 @torch.no_grad()

@@ -150,14 +150,14 @@ class Trainer:
         return {"loss": total / max(count, 1), "tokens": count}
 
     def state(self) -> TrainingState:
-        """Copies, on the host, of weights, buffers and moments."""
+        """Copies, on the host, of weights, buffers, moments and counts of updates."""
         weights = {name: _host_copy(tensor) for name, tensor in get_state(self.model).items()}
         moments = get_optimizer_state(self.optimizer, self.parameters)
         return TrainingState(self.updates, weights, {name: _host_copy(tensor) for name, tensor in moments.items()})
 
     def load_state(self, state: TrainingState) -> None:
         """Go on from a state of either backend; without moments, only the weights are taken. What was frozen there and
-        is not here starts with moments of 0.
+        is not here starts with moments and a count of 0.
 
         Raises:
             UserError: names or shapes that do not fit.
@@ -187,7 +187,6 @@ class Trainer:
 
     def _update(self, lr: float) -> Tensor:
         """Clip and apply the gradients. One that autograd left out counts as 0; what is frozen has none, and stays."""
-        frozen = [master for master in self.parameters.values() if not master.requires_grad]
         for master in self.parameters.values():
             if master.grad is None and master.requires_grad:
                 master.grad = torch.zeros_like(master)
@@ -195,8 +194,6 @@ class Trainer:
         norm = clip_by_global_norm(gradients, self.config.train.grad_clip_norm)[1]
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
-        for master in frozen:
-            self.optimizer.state[master]["step"] += 1  # bias corrections count the steps of the run
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

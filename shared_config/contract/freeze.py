@@ -10,7 +10,7 @@ import numpy as np
 from shared_config.contract.parameters import ParameterTable
 from shared_config.schema.vlm import FreezeSpec, FreezeStage, VLMConfig
 
-MOMENTS = ("m", "v")
+MOMENTS, UPDATES = ("m", "v"), "t"
 
 
 def effective_freeze(
@@ -74,11 +74,11 @@ def never_trained(
 def moments_under(
     vlm: VLMConfig | None, table: ParameterTable, moments: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The moments of a run that may have frozen other parts, for one that goes on under ``vlm``: without those of what
-    is never trained now, and with zeros for what was never trained before.
+    """The moments and counts of updates of a run that may have frozen other parts, for one that goes on under ``vlm``:
+    without those of what is never trained now, and with zeros for what was never trained before.
 
     Args:
-        moments: by name, ``m.<parameter>`` and ``v.<parameter>``.
+        moments: by name, ``m.<parameter>`` and ``v.<parameter>``, and ``t.<parameter>`` if the run has counted.
     """
     if vlm is None or not moments:
         return dict(moments)
@@ -86,12 +86,12 @@ def moments_under(
     never = never_trained(parameters, vlm.freeze, vlm.freeze_schedule, vlm.module_patterns)
     kept = {name: value for name, value in moments.items() if name.partition(".")[2] not in never}
     fresh = [
-        f"{moment}.{name}"
+        name
         for name in parameters
         if name not in never and not any(f"{moment}.{name}" in moments for moment in MOMENTS)
-        for moment in MOMENTS
     ]
-    return kept | {name: np.zeros(table[name.partition(".")[2]].shape, np.float32) for name in fresh}
+    zeros = {f"{moment}.{name}": np.zeros(table[name].shape, np.float32) for name in fresh for moment in MOMENTS}
+    return kept | zeros | {f"{UPDATES}.{name}": np.zeros((), np.int32) for name in fresh}
 
 
 def pattern_of(spec: FreezeSpec, pattern_map: Mapping[str, str]) -> str:

@@ -3,7 +3,8 @@
 ``<run>/step_00000050/`` is the state after 50 updates:
 
     weights.safetensors     parameters and buffers by name
-    optimizer.safetensors   ``m.<parameter>`` and ``v.<parameter>``
+    optimizer.safetensors   moments ``m.<parameter>`` and ``v.<parameter>``; ``t.<parameter>``, updates that it took (in
+                            files written before these were counted there are none: each is the step)
     state.json              step, place in the data, config, random state, backend, versions, checksums of all files
 
 A folder is written aside as ``.step_00000050.new``, brought to disk and renamed, so that whenever the machine stops
@@ -45,7 +46,8 @@ class TrainingState:
     Attributes:
         step: updates done.
         weights: parameters and buffers by name.
-        optimizer: moments, ``m.<parameter>`` and ``v.<parameter>``.
+        optimizer: moments ``m.<parameter>`` and ``v.<parameter>``, and counts of updates ``t.<parameter>``, each the
+            step if there are none.
         extra: anything else, as JSON values: the state of random generators, for one.
     """
 

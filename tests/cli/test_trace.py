@@ -123,9 +123,8 @@ def test_a_trace_of_less_precision_carries_deltas_of_its_own(exact: dict[str, Tr
 def test_update_is_that_of_the_specification(exact: dict[str, Trace]) -> None:
     table = parameter_table(CONFIG.model)
     moments = {name: value.astype(np.float64) for name, value in validation_moments(table, seed=0).items()}
-    state = AdamWState(
-        {name: moments[f"m.{name}"] for name in table}, {name: moments[f"v.{name}"] for name in table}, 7
-    )
+    m, v = ({name: moments[f"{moment}.{name}"] for name in table} for moment in ("m", "v"))
+    state = AdamWState(m, v, dict.fromkeys(table, 7))
     weights = {name: value.astype(np.float64) for name, value in validation_weights(table, seed=0).items()}
     for trace in exact.values():
         gradients = {name: np.asarray(trace.tensors[f"gradient/{name}"]) for name in table}

@@ -157,6 +157,7 @@ class TestOptimizer:
             )
         assert_all_same_function({name: np.asarray(p) for name, p in parameters.items()}, truth)
         moments = {f"m.{n}": m for n, m in state.m.items()} | {f"v.{n}": v for n, v in state.v.items()}
+        moments |= {f"t.{n}": np.array(steps) for n, steps in state.steps.items()}
         assert_all_same_function({n: np.asarray(m) for n, m in get_optimizer_state(own).items()}, moments)
 
     def test_it_is_the_adamw_of_optax(self):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,11 +13,11 @@ from tests.oracle.linear import Weights
 
 @dataclass(frozen=True)
 class AdamWState:
-    """First and second moments of each gradient, and the number of steps taken."""
+    """First and second moments of each gradient, and the number of updates that each parameter took (0 if absent)."""
 
     m: dict[str, np.ndarray]
     v: dict[str, np.ndarray]
-    steps: int = 0
+    steps: dict[str, int] = field(default_factory=dict)
 
 
 def initial_state(parameters: Weights) -> AdamWState:
@@ -36,19 +36,24 @@ def adamw_step(
     weight_decay: float,
     decayed: Collection[str],
 ) -> tuple[dict[str, np.ndarray], AdamWState]:
-    """p <- p - lr (m_hat / (sqrt(v_hat) + eps) + weight_decay p), the decay for the names in ``decayed`` only."""
+    """p <- p - lr (m_hat / (sqrt(v_hat) + eps) + weight_decay p), the decay for the names in ``decayed`` only.
+
+    A parameter without a gradient is frozen: it stays, and so does all that is kept of it.
+    """
     beta1, beta2 = betas
-    steps = state.steps + 1
-    new, m, v = {}, {}, {}
+    new, m, v, counts = dict(parameters), dict(state.m), dict(state.v), dict(state.steps)
     for name, p in parameters.items():
+        if name not in gradients:
+            continue
         g = gradients[name]
+        steps = counts[name] = counts.get(name, 0) + 1
         m[name] = beta1 * state.m[name] + (1 - beta1) * g
         v[name] = beta2 * state.v[name] + (1 - beta2) * g * g
         m_hat = m[name] / (1 - beta1**steps)
         v_hat = v[name] / (1 - beta2**steps)
         decay = weight_decay if name in decayed else 0.0
         new[name] = p - lr * (m_hat / (np.sqrt(v_hat) + eps) + decay * p)
-    return new, AdamWState(m, v, steps)
+    return new, AdamWState(m, v, counts)
 
 
 def global_norm(gradients: Weights) -> float:

@@ -46,7 +46,7 @@ def test_adamw_by_hand():
     assert new["norm"] == pytest.approx(2 - 0.1 * (4 / (4 + 1)))
     assert new["w"] == pytest.approx(2 - 0.1 * (4 / (4 + 1) + 1))
     new, state = adamw_step(new, {name: -g for name, g in gradients.items()}, state, decayed=("w",), **options)
-    assert (state.m["norm"], state.v["norm"], state.steps) == (-1.0, 7.0, 2)
+    assert (state.m["norm"], state.v["norm"], state.steps["norm"]) == (-1.0, 7.0, 2)
     assert new["norm"] == pytest.approx(1.92 - 0.1 * (-1 / 0.75) / (math.sqrt(7 / 0.4375) + 1))
 
 

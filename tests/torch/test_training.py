@@ -183,6 +183,7 @@ class TestOptimizer:
             )
         assert_all_same_function({name: p.detach().numpy() for name, p in parameters.items()}, truth)
         moments = {f"m.{n}": m for n, m in state.m.items()} | {f"v.{n}": v for n, v in state.v.items()}
+        moments |= {f"t.{n}": np.array(steps) for n, steps in state.steps.items()}
         own = get_optimizer_state(optimizer, parameters)
         assert_all_same_function({name: tensor.numpy() for name, tensor in own.items()}, moments)
 
