@@ -1,8 +1,10 @@
 """Training data: what is read, how it becomes arrays, and which rows make up batch k."""
 
-from shared_config.data.batches import Batch, TextData, document_starts, open_text_data, permute
+from shared_config.data.batches import Batch, TextData, document_starts, permute
+from shared_config.data.conversations import ConversationData
 from shared_config.data.corpus import Corpus, TokenStream, load_corpus
 from shared_config.data.images import ImageTextData, open_image_data
+from shared_config.data.text import open_text_data
 from shared_config.data.tokenizer import (
     BOS,
     EOS,
@@ -20,6 +22,7 @@ __all__ = [
     "VOCAB_SIZE",
     "Batch",
     "ByteTokenizer",
+    "ConversationData",
     "Corpus",
     "HuggingFaceTokenizer",
     "ImageTextData",
@@ -36,7 +39,7 @@ __all__ = [
 ]
 
 
-def open_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) -> TextData | ImageTextData:
+def open_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) -> TextData | ConversationData | ImageTextData:
     """The data of a job, text or images with text, for one of ``world_size`` data-parallel ranks.
 
     Raises:

@@ -14,10 +14,9 @@ import hashlib
 
 import numpy as np
 
-from shared_config.data.corpus import Corpus, TokenStream, load_corpus
-from shared_config.data.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer
+from shared_config.data.corpus import Corpus, TokenStream
+from shared_config.data.tokenizer import ByteTokenizer, Tokenizer
 from shared_config.errors import UserError
-from shared_config.schema.job import JobConfig
 
 Batch = dict[str, np.ndarray]
 
@@ -137,35 +136,6 @@ class TextData:
                 labels_BS[row, : len(ids) - 1][starts[1:]] = IGNORED
         batch = {"tokens": tokens_BS, "labels": labels_BS}
         return {**batch, "doc_ids": doc_ids_BS} if self.pack_documents else batch
-
-
-def open_text_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) -> TextData:
-    """The text data of a job, for one of ``world_size`` data-parallel ranks.
-
-    Raises:
-        UserError: as `load_corpus`, `build_tokenizer` and `TextData` do.
-    """
-    tokenizer = build_tokenizer(config.data.tokenizer)
-    corpus = load_corpus(
-        config.data.path,
-        tokenizer=tokenizer,
-        vocab_size=config.model.vocab_size,
-        token_dtype=config.data.token_dtype,
-        heldout_fraction=config.data.heldout_fraction,
-    )
-    return TextData(
-        corpus,
-        batch_size=config.train.batch_size,
-        seq_len=config.train.seq_len,
-        seed=config.train.seed,
-        rank=rank,
-        world_size=world_size,
-        vocab_size=config.model.vocab_size,
-        tokenizer=tokenizer,
-        pack_documents=config.data.pack_documents,
-        heldout_batch_size=config.eval.batch_size,
-        heldout_steps=config.eval.steps,
-    )
 
 
 def document_starts(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Where the tokens come from: the standard library's sources, a user's text, or arrays of token ids on disk.
 
-A corpus is two streams of ids, training and held-out. In text every document (one file) is ``bos``, its tokens,
-``eos``, as far as the tokenizer has them.
+A corpus is two streams of ids, training and held-out. In text every document (one file, or one row of JSON Lines) is
+``bos``, its tokens, ``eos``, as far as the tokenizer has them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
+from shared_config.data.jsonl import CONVERSATIONS, MAX_TEXT_BYTES, Row, is_json_lines, read_rows, refuse
 from shared_config.data.tokenizer import ByteTokenizer, Tokenizer
 from shared_config.errors import UserError
+from shared_config.reading import check_regular, files_below, read_bytes
 
 TOKEN_SUFFIXES = (".npy", ".bin")
 NOT_SOURCES = frozenset(
     ["site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"]
 )
-MAX_TEXT_BYTES = 2**30
+STANDARD_LIBRARY = "the standard library's sources"
 CHECKED_AT_ONCE = 2**26
 SAMPLED_BLOCKS, BLOCK_LENGTH = 256, 2**16
 
@@ -107,6 +109,8 @@ def load_corpus(
     vocab_size: int | None = None,
     token_dtype: str = "uint16",
     heldout_fraction: float = 0.05,
+    text_field: str = "text",
+    follow_symlinks: bool = False,
 ) -> Corpus:
     """Open the data of a run.
 
@@ -116,6 +120,8 @@ def load_corpus(
             the order of their relative paths, hidden files left out.
         tokenizer: what encodes text; bytes by default. Token files are taken as they are.
         vocab_size: ids must be below it; by default that of the tokenizer.
+        text_field: the field of a JSON Lines row that holds its document.
+        follow_symlinks: whether links in the folder may lead out of it.
         heldout_fraction: a text file is held out if the hash of its relative path says so, so adding files moves
             none. Token files, and text whose files all hash to one side, give the end of the stream.
 
@@ -126,7 +132,7 @@ def load_corpus(
     if not str(path):
         corpus = _standard_library_corpus(tokenizer, heldout_fraction)
     else:
-        corpus = _user_corpus(Path(path), tokenizer, token_dtype, heldout_fraction)
+        corpus = _user_corpus(path, tokenizer, token_dtype, heldout_fraction, text_field, follow_symlinks)
     _check_vocabulary(corpus, vocab_size if vocab_size is not None else tokenizer.vocab_size)
     return corpus
 
@@ -141,12 +147,12 @@ def _check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
 def _standard_library_corpus(tokenizer: Tokenizer, heldout_fraction: float) -> Corpus:
     if isinstance(tokenizer, ByteTokenizer):
         return _standard_library_bytes(heldout_fraction)
-    return _text_corpus(*_standard_library_files(), tokenizer, heldout_fraction)
+    return _text_corpus(STANDARD_LIBRARY, *_standard_library_files(), tokenizer, heldout_fraction)
 
 
 @functools.lru_cache(maxsize=1)
 def _standard_library_bytes(heldout_fraction: float) -> Corpus:
-    return _text_corpus(*_standard_library_files(), ByteTokenizer(), heldout_fraction)
+    return _text_corpus(STANDARD_LIBRARY, *_standard_library_files(), ByteTokenizer(), heldout_fraction)
 
 
 def _standard_library_files() -> tuple[Path, list[str]]:
@@ -154,7 +160,7 @@ def _standard_library_files() -> tuple[Path, list[str]]:
     root = Path(sysconfig.get_path("stdlib"))
     names = [
         name
-        for name in _walk(root, NOT_SOURCES)
+        for name in files_below(root, NOT_SOURCES, follow_symlinks=True)[0]
         if name.endswith(".py") and not name.rpartition("/")[2].startswith(("_sysconfigdata", "sitecustomize"))
     ]
     if not names:
@@ -162,34 +168,99 @@ def _standard_library_files() -> tuple[Path, list[str]]:
     return root, names
 
 
-def _walk(root: Path, left_out: frozenset[str] = frozenset()) -> list[str]:
-    """Relative paths of files below ``root``, with slashes, sorted; hidden ones and folders ``left_out`` skipped."""
-    names = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in left_out and not name.startswith(".")]
-        names += [(Path(folder) / name).relative_to(root).as_posix() for name in files if not name.startswith(".")]
-    return sorted(names)
+def data_files(path: str | Path, follow_symlinks: bool = False) -> tuple[Path, list[str]]:
+    """The files that ``data.path`` stands for: a folder, and names in it.
 
-
-def _user_corpus(path: Path, tokenizer: Tokenizer, token_dtype: str, heldout_fraction: float) -> Corpus:
-    if not path.exists():
-        raise UserError(f"data.path = {str(path)!r}: no such file or folder")
-    root, names = (path, _walk(path)) if path.is_dir() else (path.parent, [path.name])
+    Raises:
+        UserError: none, or some that can't be read: links out of the folder, pipes, devices.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        if not os.path.lexists(root):
+            raise UserError(f"data.path = {str(path)!r}: no such file or folder")
+        check_regular(root)
+        return root.parent, [root.name]
+    names, problems = files_below(root, follow_symlinks=follow_symlinks)
+    if problems:
+        refuse([f"data.path = {str(path)!r}: {problem}" for problem in problems])
     if not names:
         raise UserError(f"data.path = {str(path)!r}: the folder holds no files")
+    return root, names
+
+
+def json_lines_files(path: str | Path, root: Path, names: Sequence[str]) -> list[Path]:
+    """The files if they are JSON Lines; none if they are not.
+
+    Raises:
+        UserError: some are and others aren't, or they are larger than what is tokenised at the start of a run.
+    """
+    rows = [name for name in names if is_json_lines(name)]
+    if rows and len(rows) < len(names):
+        other = next(name for name in names if not is_json_lines(name))
+        raise UserError(
+            f"data.path = {str(path)!r}: holds JSON Lines ({rows[0]}) and others ({other}); must be of one kind"
+        )
+    _check_size(_name(path), root, rows)
+    return [root / name for name in rows]
+
+
+def rows_corpus(
+    path: str | Path, rows: Sequence[Row], tokenizer: Tokenizer, heldout_fraction: float, vocab_size: int
+) -> Corpus:
+    """Documents of JSON Lines, each held out if the hash of its text says so.
+
+    Raises:
+        UserError: rows of another kind, nothing to train on, or ids outside the vocabulary.
+    """
+    corpus = _rows_corpus(path, rows, tokenizer, heldout_fraction)
+    _check_vocabulary(corpus, vocab_size)
+    return corpus
+
+
+def _rows_corpus(path: str | Path, rows: Sequence[Row], tokenizer: Tokenizer, heldout_fraction: float) -> Corpus:
+    if rows and rows[0].kind in CONVERSATIONS:
+        raise UserError(f"data.path = {str(path)!r}: holds conversations, which are no stream of text")
+    held = [is_held_out(row.key, heldout_fraction) for row in rows]
+    streams = [
+        TokenStream([(row.place, _document(row.text, row.place, tokenizer)) for row in chosen])
+        for chosen in (
+            [row for row, is_held in zip(rows, held, strict=True) if is_held is side] for side in (False, True)
+        )
+    ]
+    if len(streams[0]) and len(streams[1]):
+        return Corpus(_name(path), *streams)
+    return _split_end(_name(path), streams[0] if len(streams[0]) else streams[1], heldout_fraction)
+
+
+def _name(path: str | Path) -> str:
+    return f"data.path = {str(path)!r}"
+
+
+def _user_corpus(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    token_dtype: str,
+    heldout_fraction: float,
+    text_field: str,
+    follow_symlinks: bool,
+) -> Corpus:
+    root, names = data_files(path, follow_symlinks)
+    if files := json_lines_files(path, root, names):
+        return _rows_corpus(path, read_rows(files, text_field), tokenizer, heldout_fraction)
     tokenised = [name for name in names if name.endswith(TOKEN_SUFFIXES)]
     if not tokenised:
-        return _text_corpus(root, names, tokenizer, heldout_fraction)
+        return _text_corpus(_name(path), root, names, tokenizer, heldout_fraction)
     if len(tokenised) < len(names):
         other = next(name for name in names if name not in set(tokenised))
         raise UserError(
             f"data.path = {str(path)!r}: holds token files ({tokenised[0]}) and others ({other}); must be of one kind"
         )
     stream = TokenStream([(str(root / name), _map_tokens(root / name, token_dtype)) for name in names])
-    return _split_end(str(path), stream, heldout_fraction)
+    return _split_end(_name(path), stream, heldout_fraction)
 
 
 def _map_tokens(file: Path, token_dtype: str) -> np.ndarray:
+    check_regular(file)
     try:
         if file.suffix == ".npy":
             array = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -212,28 +283,29 @@ def _map_raw(file: Path, dtype: np.dtype) -> np.ndarray:
     return np.memmap(file, dtype, mode="r") if size else np.empty(0, dtype)
 
 
-def _text_corpus(root: Path, names: list[str], tokenizer: Tokenizer, heldout_fraction: float) -> Corpus:
-    _check_size(root, names)
-    held = [_is_held_out(name, heldout_fraction) for name in names]
+def _text_corpus(title: str, root: Path, names: list[str], tokenizer: Tokenizer, heldout_fraction: float) -> Corpus:
+    _check_size(title, root, names)
+    held = [is_held_out(name, heldout_fraction) for name in names]
     if all(held) or not any(held):
-        return _split_end(str(root), _encode_files(root, names, tokenizer), heldout_fraction)
+        return _split_end(title, _encode_files(root, names, tokenizer), heldout_fraction)
     train, heldout = (
         [name for name, side in zip(names, held, strict=True) if side is wanted] for wanted in (False, True)
     )
-    return Corpus(str(root), _encode_files(root, train, tokenizer), _encode_files(root, heldout, tokenizer))
+    return Corpus(title, _encode_files(root, train, tokenizer), _encode_files(root, heldout, tokenizer))
 
 
-def _check_size(root: Path, names: list[str]) -> None:
+def _check_size(title: str, root: Path, names: list[str]) -> None:
     total = sum(os.stat(root / name).st_size for name in names)
     if total > MAX_TEXT_BYTES:
         raise UserError(
-            f"data.path = {str(root)!r}: {total / 2**30:.1f} GiB of text are more than the "
+            f"{title}: {total / 2**30:.1f} GiB of text are more than the "
             f"{MAX_TEXT_BYTES / 2**30:.0f} GiB that are tokenised at the start of a run; "
             "tokenise it once into .npy or .bin files"
         )
 
 
-def _is_held_out(name: str, fraction: float) -> bool:
+def is_held_out(name: str, fraction: float) -> bool:
+    """Whether something of this name is held out, whatever else there is."""
     checksum = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(checksum[:8], "big") < fraction * 2**64
 
@@ -243,13 +315,17 @@ def _encode_files(root: Path, names: list[str], tokenizer: Tokenizer) -> TokenSt
 
 
 def _encode_document(file: Path, tokenizer: Tokenizer) -> np.ndarray:
+    data = read_bytes(file, MAX_TEXT_BYTES)
+    if b"\0" in data:
+        raise UserError(f"{file}: can't be read as text (it contains zero bytes, so it is not text)")
+    return _document(data, str(file), tokenizer)
+
+
+def _document(text: str | bytes, place: str, tokenizer: Tokenizer) -> np.ndarray:
     try:
-        data = file.read_bytes()
-        if b"\0" in data:
-            raise ValueError("it contains zero bytes, so it is not text")
-        tokens = tokenizer.encode(data)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: can't be read as text ({error})") from None
+        tokens = tokenizer.encode(text)
+    except ValueError as error:
+        raise UserError(f"{place}: can't be read as text ({error})") from None
     before = [] if tokenizer.bos is None else [tokenizer.bos]
     after = [] if tokenizer.eos is None else [tokenizer.eos]
     return np.concatenate([before, tokens, after], dtype=tokens.dtype, casting="unsafe") if len(tokens) else tokens
@@ -257,6 +333,6 @@ def _encode_document(file: Path, tokenizer: Tokenizer) -> np.ndarray:
 
 def _split_end(name: str, stream: TokenStream, heldout_fraction: float) -> Corpus:
     if len(stream) < 4:
-        raise UserError(f"data.path = {name!r}: holds {len(stream)} tokens; training needs at least 4")
+        raise UserError(f"{name}: holds {len(stream)} tokens; training needs at least 4")
     split = min(len(stream) - 2, round(len(stream) * (1 - heldout_fraction)))
     return Corpus(name, stream.cut(0, split), stream.cut(split, len(stream)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from shared_config.errors import UserError
+from shared_config.reading import check_regular, read_json
 
 BOS = 256
 EOS = 257
@@ -67,7 +67,7 @@ class HuggingFaceTokenizer:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._tokenizer = _load_tokenizer(self.folder / "tokenizer.json")
+        self._tokenizer = load_library_tokenizer(self.folder / "tokenizer.json")
         names = _special_names(self.folder / "tokenizer_config.json")
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.bos = self._id(names.get("bos_token"))
@@ -109,8 +109,13 @@ def build_tokenizer(name: str) -> Tokenizer:
     return ByteTokenizer() if name == "bytes" else HuggingFaceTokenizer(name)
 
 
-def _load_tokenizer(file: Path) -> Any:
-    if not file.is_file():
+def load_library_tokenizer(file: Path) -> Any:
+    """What the package 'tokenizers' makes of a tokenizer.json.
+
+    Raises:
+        UserError: no such file, not one that can be read, or the package is not installed.
+    """
+    if not file.exists():
         raise UserError(f"data.tokenizer = {str(file.parent)!r}: must be 'bytes' or a folder with a tokenizer.json")
     try:
         from tokenizers import Tokenizer as Library  # pyright: ignore[reportMissingImports]
@@ -118,6 +123,7 @@ def _load_tokenizer(file: Path) -> Any:
         raise UserError(
             f"data.tokenizer = {str(file.parent)!r}: reading it needs the package 'tokenizers' (pip install tokenizers)"
         ) from None
+    check_regular(file)
     try:
         return Library.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
@@ -125,10 +131,7 @@ def _load_tokenizer(file: Path) -> Any:
 
 
 def _special_names(file: Path) -> dict[str, str]:
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
+    fields = read_json(file) if file.exists() else {}
     entries = {key: fields.get(key) for key in ("bos_token", "eos_token")}
     names = {key: entry["content"] if isinstance(entry, dict) else entry for key, entry in entries.items()}
     return {key: name for key, name in names.items() if name}

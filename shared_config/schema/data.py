@@ -15,9 +15,11 @@ class DataConfig(Section):
     """What the model reads.
 
     path: "" is the embedded default: for text, the Python standard library's sources as bytes; for vision-language
-    models, captioned shapes drawn by code. Otherwise a folder or file of text, of token ids (.npy, .bin), or an
-    image-text folder.
+    models, captioned shapes drawn by code. Otherwise a folder or file of text, of JSON Lines (.jsonl), of token ids
+    (.npy, .bin), or an image-text folder.
     tokenizer: "bytes", or a local Hugging Face tokenizer folder.
+    text_field: of JSON Lines: the field that holds the document.
+    follow_symlinks: whether links in a data folder may lead out of it; they are refused otherwise.
     pack_documents: positions see only their own document (a ``doc_ids`` mask), and no loss crosses a boundary.
     """
 
@@ -26,6 +28,8 @@ class DataConfig(Section):
     token_dtype: Literal["uint16", "uint32"] = "uint16"
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     pack_documents: bool = False
+    text_field: str = "text"
+    follow_symlinks: bool = False
 
 
 @section

@@ -1,0 +1,256 @@
+"""Chat templates: conversations as token ids, and which of the ids the assistant is to learn.
+
+A template is the Jinja text that a Hugging Face tokenizer folder carries; it is rendered as transformers renders it, in
+a sandbox. Dates that a template asks for are always the same one, so that the data of a run are too.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared_config.data.tokenizer import load_library_tokenizer
+from shared_config.errors import UserError
+from shared_config.reading import MAX_JSON_BYTES, read_json, read_text
+
+FILE = "chat_template.jinja"
+TODAY = datetime.date(2024, 7, 26)
+STAND_IN = "KempnerForgeContent"
+BEGIN, END = "\ufdd0", "\ufdd1"
+"""Noncharacters around what a template marks as generated."""
+
+Spans = list[tuple[int, int]]
+
+
+class TemplateError(Exception):
+    """A conversation that the template refuses or can't render; the message says why."""
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer folder.
+
+    Raises:
+        UserError: the folder has none, it can't be read, or Jinja2 is not installed.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        config = _optional_json(self.folder / "tokenizer_config.json")
+        self._sources = _sources(self.folder, config)
+        if not self._sources:
+            raise UserError(f"{self.folder}: has no chat template, neither {FILE} nor one in tokenizer_config.json")
+        self._variables = {
+            **_special_tokens(_optional_json(self.folder / "special_tokens_map.json")),
+            **_special_tokens(config),
+        }
+        self._environment = _environment(self.folder)
+        self._tokenizer = load_library_tokenizer(self.folder / "tokenizer.json")
+        special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+
+    def encode(
+        self, messages: Sequence[Mapping[str, Any]], *, learned_from: int = 0, tools: Sequence[Any] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A conversation as the model reads it.
+
+        Special tokens come from the template alone: their text in a message stays text.
+
+        Args:
+            learned_from: the first message that may be learned; of those the turns of the assistant are.
+
+        Returns:
+            ids: uint32.
+            learned: bool, as long; True at what a turn of the assistant adds, its end included.
+
+        Raises:
+            TemplateError: the template refuses the conversation, or its turns can't be told apart.
+        """
+        if any(mark in str(message.get("content")) for message in messages for mark in (BEGIN, END)):
+            raise TemplateError("a message holds a noncharacter (U+FDD0 or U+FDD1)")
+        rendered = self._render(messages, tools)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        text, marked = _without_marks(rendered)
+        spans = marked if "generation" in self._source(tools) and marked else []
+        if spans and len(spans) != len(turns) and learned_from:
+            raise TemplateError(f"the template marks {len(spans)} turns as generated, and there are {len(turns)}")
+        if spans and len(spans) == len(turns):
+            spans = [span for turn, span in zip(turns, spans, strict=True) if turn >= learned_from]
+        if not spans:
+            spans = [self._span(text, messages, turn, tools) for turn in turns if turn >= learned_from]
+        ids, offsets = self._tokens(text, self._plain(text, messages, tools))
+        learned = np.zeros(len(ids), bool)
+        for start, stop in spans:
+            learned |= (offsets[:, 0] < stop) & (offsets[:, 1] > start)
+        return ids, learned
+
+    def _span(self, text: str, messages: Sequence[Mapping[str, Any]], turn: int, tools: Any) -> tuple[int, int]:
+        """Where a turn of the assistant stands in the text: from the end of its header to its end.
+
+        Both come from the conversation cut off before and after the turn. Templates that show a turn another way once
+        others follow (that leave out what was thought, say) are asked with a stand-in for its content.
+        """
+        head = self._part(messages[:turn], tools, add_generation_prompt=True)
+        whole = self._part(messages[: turn + 1], tools)
+        start = len(head) if head and text.startswith(head) else None
+        if start is not None and whole and text.startswith(whole) and len(whole) > start:
+            return start, len(whole)
+        replaced = {**messages[turn], "content": STAND_IN}
+        before, _, after = self._part([*messages[:turn], replaced, *messages[turn + 1 :]], tools).partition(STAND_IN)
+        tail = self._part([*messages[:turn], replaced], tools).rpartition(STAND_IN)[2]
+        if not after.startswith(tail):
+            tail = after[: _common_prefix(after, tail)]
+        if start is None:
+            start = _common_prefix(text, before)
+        stop = len(text) - len(after) + len(tail)
+        if not before or not text.endswith(after) or stop <= start:
+            raise TemplateError(f"the turn of message {turn} can't be told apart in what the template makes of it")
+        return start, stop
+
+    def _part(self, messages: Sequence[Mapping[str, Any]], tools: Any, **options: Any) -> str:
+        """Part of a conversation; "" where the template refuses it."""
+        try:
+            return _without_marks(self._render(messages, tools, **options))[0]
+        except TemplateError:
+            return ""
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any, **options: Any) -> str:
+        given = {"add_generation_prompt": False, "documents": None, **self._variables, **options}
+        try:
+            template = self._environment.from_string(self._source(tools))
+            return template.render(messages=list(messages), tools=tools, **given)
+        except Exception as error:  # templates run code of their own
+            raise TemplateError(f"the chat template of {self.folder} refuses it: {error}") from None
+
+    def _source(self, tools: Any) -> str:
+        if tools is not None and "tool_use" in self._sources:
+            return self._sources["tool_use"]
+        return self._sources["default"]
+
+    def _plain(self, text: str, messages: Sequence[Mapping[str, Any]], tools: Any) -> list[bool]:
+        """Of each special token in the text, whether a message brought it, so that it is no token."""
+        if not any(self._special.search(str(message.get("content"))) for message in messages):
+            return [False for _ in self._special.finditer(text)]
+        hidden = [
+            {**message, "content": self._special.sub(STAND_IN, message["content"])}
+            if message.get("content")
+            else message
+            for message in messages
+        ]
+        found = re.compile(f"{STAND_IN}|{self._special.pattern}").findall(self._part(hidden, tools))
+        plain = [token == STAND_IN for token in found]
+        if len(plain) != len(self._special.findall(text)):
+            raise TemplateError("holds the text of a special token that can't be told from the template's own")
+        return plain
+
+    def _tokens(self, text: str, plain: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids, and the characters (N, 2) that each stands for."""
+        if not any(plain):
+            self._tokenizer.encode_special_tokens = False
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            return np.array(encoding.ids, np.uint32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        self._tokenizer.encode_special_tokens = True
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        place = 0
+        matches = [match for match, is_plain in zip(self._special.finditer(text), plain, strict=True) if not is_plain]
+        for match in [*matches, None]:
+            stop = len(text) if match is None else match.start()
+            encoding = self._tokenizer.encode(text[place:stop], add_special_tokens=False)
+            ids += encoding.ids
+            offsets += [(place + low, place + high) for low, high in encoding.offsets]
+            if match is not None:
+                ids.append(self._tokenizer.token_to_id(match[0]))
+                offsets.append(match.span())
+                place = match.end()
+        return np.array(ids, np.uint32), np.array(offsets, np.int64).reshape(-1, 2)
+
+
+def _sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name. The file of its own counts before the config's entry."""
+    if (folder / FILE).exists():
+        return {"default": read_text(folder / FILE, MAX_JSON_BYTES)}
+    given = config.get("chat_template")
+    if isinstance(given, str):
+        return {"default": given}
+    entries = given if isinstance(given, list) else []
+    named = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)}
+    if given is not None and not isinstance(named.get("default"), str):
+        raise UserError(f"{folder / 'tokenizer_config.json'}: chat_template must be text, or a list with one 'default'")
+    return {str(name): str(source) for name, source in named.items()}
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a template knows of the tokenizer: bos_token, eos_token and their like."""
+    entries = {name: value for name, value in config.items() if name.endswith("_token")}
+    named = {name: value.get("content") if isinstance(value, dict) else value for name, value in entries.items()}
+    return {name: value for name, value in named.items() if isinstance(value, str)}
+
+
+def _optional_json(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.exists() else {}
+
+
+def _environment(folder: Path) -> Any:
+    try:
+        from jinja2 import nodes
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise UserError(
+            f"{folder}: its chat template needs the package 'jinja2' (pip install kempnerforge-twin[chat])"
+        ) from None
+
+    class Generation(Extension):
+        """``{% generation %}`` ... ``{% endgeneration %}``: what the assistant writes."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+        def _marked(self, caller: Any) -> str:
+            return BEGIN + caller() + END
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = TODAY.strftime
+    return environment
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    return json.dumps(value, **{"ensure_ascii": False, **options})
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _without_marks(rendered: str) -> tuple[str, Spans]:
+    spans: Spans = []
+    text = ""
+    for piece in re.split(f"({BEGIN}|{END})", rendered):
+        if piece == BEGIN:
+            spans.append((len(text), len(text)))
+        elif piece == END:
+            spans[-1] = (spans[-1][0], len(text))
+        else:
+            text += piece
+    return text, spans
+
+
+def _common_prefix(one: str, other: str) -> int:
+    for place, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return place
+    return min(len(one), len(other))
