@@ -13,13 +13,13 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import tomli_w
 from pydantic import TypeAdapter
 
 from shared_config.errors import ConfigError, UserError
+from shared_config.reading import MAX_TOML_BYTES, read_text
 from shared_config.schema.base import Section
 from shared_config.schema.job import JobConfig
 from shared_config.schema.vlm import VLMConfig
@@ -84,9 +84,10 @@ def read_source(source: str) -> dict[str, Any]:
         hint = f"did you mean {' or '.join(close)}?" if close else f"presets: {', '.join(preset_names())}"
         raise UserError(f"config = {source!r}: no preset of that name, nor a path to a .toml file; {hint}")
     try:
-        return _parse_toml(Path(source).read_text(encoding="utf-8"), source)
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(source, MAX_TOML_BYTES)
+    except UserError as error:
         raise UserError(f"config = {source!r}: can't be read: {error}") from None
+    return _parse_toml(text, source)
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:

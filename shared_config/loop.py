@@ -81,10 +81,14 @@ class TrainingData(Protocol):
 
     Attributes:
         rows_per_batch, tokens_per_batch: of one micro-batch, over all ranks.
+        notes: what a user should know of the data before the run, a line each.
     """
 
     rows_per_batch: int
     tokens_per_batch: int
+
+    @property
+    def notes(self) -> Sequence[str]: ...
 
     @property
     def fingerprint(self) -> str: ...
@@ -174,6 +178,8 @@ def run_training(
         tokens = data.tokens_per_batch * config.train.grad_accum_steps
         display = Display(console, total=config.train.max_steps, done=start.step, tokens_per_step=tokens)
         stack.enter_context(display)
+        for note in data.notes:
+            display.say(f"note: {note}")
         return _Run(config, trainer, data, start, folder, loggers, display, stop, is_main, agree).run()
 
 
@@ -212,6 +218,7 @@ class _Run:
         self.record: Record = {}
         self.checkpoint = start.path
         self.heldout: Sequence[Batch] | None = None
+        self.said_no_label = False
 
     def run(self) -> TrainingSummary:
         began = time.monotonic()
@@ -267,7 +274,16 @@ class _Run:
             if not math.isfinite(values.get(name, 0.0)):
                 raise TrainingDivergedError(self._divergence(name, values[name]))
         pace = {"seconds": seconds, "tokens_per_second": self.tokens_per_step / seconds}
-        return {name: finite_or_none(value) for name, value in values.items()} | pace
+        return self._without_empty_loss({name: finite_or_none(value) for name, value in values.items()}) | pace
+
+    def _without_empty_loss(self, record: Record) -> Record:
+        """A mean over no label is no loss of 0: it is left empty, which is said once."""
+        if record.get("tokens") != 0:
+            return record
+        if not self.said_no_label:
+            self.said_no_label = True
+            self.display.say(f"note: at step {self.step} no label of the whole batch counts; it has no loss")
+        return {**record, "loss": None}
 
     def _divergence(self, name: str, value: float) -> str:
         kept = f"the last checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint"
@@ -292,7 +308,8 @@ class _Run:
         if not self.heldout:
             return {}
         numbers = self.trainer.evaluate(self.heldout)
-        return {f"heldout_{name}": finite_or_none(float(value)) for name, value in numbers.items()}
+        record = self._without_empty_loss({name: finite_or_none(float(value)) for name, value in numbers.items()})
+        return {f"heldout_{name}": value for name, value in record.items()}
 
     def _log(self, record: Record, settled: bool = False) -> None:
         self.record = record

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from shared_config.errors import UserError
 from shared_config.interchange.files import file_errors, written_aside
 from shared_config.loader import config_to_dict
+from shared_config.reading import check_regular
 from shared_config.schema.job import JobConfig
 
 FILE = "metrics.jsonl"
@@ -58,7 +59,8 @@ def open_loggers(config: JobConfig, folder: Path, resumed_step: int) -> Iterator
 def read_metrics(file: str | Path) -> list[dict[str, Any]]:
     """The records of a ``metrics.jsonl``, without a last line that was cut off."""
     with file_errors(file, "the metrics can't be read"):
-        lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
+        check_regular(file)
+        lines = Path(file).read_text(encoding="utf-8", errors="replace").split("\n")
     return [record for record in map(_parse, lines) if record is not None]
 
 

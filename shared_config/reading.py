@@ -155,7 +155,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 def _link_problem(root: Path, name: str, follow_symlinks: bool) -> str:
     try:
         leads_out = not (root / name).resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError) as error:  # links in a circle
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, names that are none
         return f"is a link that leads nowhere: {error}"
     if leads_out and not follow_symlinks:
         return "is a link out of the folder; set data.follow_symlinks = true to follow it"
@@ -165,7 +165,7 @@ def _link_problem(root: Path, name: str, follow_symlinks: bool) -> str:
 def _kind_problem(path: Path) -> str:
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
-    except OSError:
+    except (OSError, ValueError):
         return ""
     return "" if kind == stat.S_IFREG else f"is {KINDS.get(kind, 'no file')}; must be a regular file"
 

@@ -22,6 +22,7 @@ from shared_config.errors import UserError
 from shared_config.interchange.selection import parse_layers
 from shared_config.interchange.traces import read_trace, write_trace
 from shared_config.interchange.weights import load_weights
+from shared_config.reading import check_regular
 from shared_config.recording import DTYPES, WEIGHTS, check_tokens
 from shared_config.schema.job import JobConfig
 
@@ -118,6 +119,7 @@ def read_tokens(text: str) -> np.ndarray:
         UserError: neither.
     """
     if text.endswith(".npy"):
+        check_regular(text)
         try:
             return np.load(text, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:

@@ -22,6 +22,7 @@ Batch = dict[str, np.ndarray]
 
 IGNORED = -100
 ROUNDS = 8
+COUNTED_AT_ONCE, COUNTED_IDS = 2**20, 2**26
 
 
 class TextData:
@@ -35,6 +36,7 @@ class TextData:
         rows_per_batch: rows of a batch over all ranks.
         tokens_per_batch: positions of a batch over all ranks.
         windows: windows of an epoch.
+        notes: what a user should know of the data, a line each.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class TextData:
         which ids part documents.
 
         Raises:
-            UserError: the training stream is shorter than one window.
+            UserError: the training stream is shorter than one window, or no window has a label.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank = {rank}: must be at least 0 and below world_size = {world_size}")
@@ -78,6 +80,25 @@ class TextData:
         self.windows = (len(corpus.train) - 1) // seq_len
         self.rows_per_batch = batch_size * world_size
         self.tokens_per_batch = self.rows_per_batch * seq_len
+        self.notes = self._check_labels() if pack_documents else ()
+
+    def _check_labels(self) -> tuple[str, ...]:
+        """Count the windows that hold nothing but documents of one id; in long streams only the first ones."""
+        empty = seen = 0
+        at_once = max(1, COUNTED_AT_ONCE // self.seq_len)
+        while seen < self.windows and (seen == empty or seen * self.seq_len < COUNTED_IDS):
+            stop = min(seen + at_once, self.windows)
+            starts = document_starts(
+                self.corpus.train.read(seen * self.seq_len, stop * self.seq_len + 1), self.tokenizer
+            )
+            empty += int(starts[1:].reshape(-1, self.seq_len).all(axis=1).sum())
+            seen = stop
+        if empty == seen:
+            raise UserError(
+                f"{self.corpus.name}: none of its {seen} rows of train.seq_len = {self.seq_len} has a label; "
+                "with data.pack_documents the first id of a document is not predicted"
+            )
+        return (f"{self.corpus.name}: {empty} of {seen} rows have no label",) if empty else ()
 
     @property
     def fingerprint(self) -> str:

@@ -28,11 +28,13 @@ import numpy as np
 
 from shared_config.contract.initialise import stream
 from shared_config.data.batches import IGNORED, Batch, permute
+from shared_config.data.jsonl import MAX_TEXT_BYTES, lines, parse_object, refuse, text_problem
 from shared_config.data.media import UndecodableError, read_clip, read_image
 from shared_config.data.shapes import shape_clip, shape_image
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer
 from shared_config.errors import UserError
 from shared_config.interchange.vision import PixelRange, picture_format
+from shared_config.reading import check_inside, read_text
 from shared_config.schema.job import JobConfig
 from shared_config.schema.video import VideoConfig
 from shared_config.schema.vlm import MoMaConfig
@@ -89,6 +91,7 @@ class Folder:
     Attributes:
         rows: the lines of its metadata, by split.
         undecodable: file -> why it can't be decoded, of those met so far.
+        follow_symlinks: whether links may lead out of the folder.
     """
 
     path: Path
@@ -96,6 +99,7 @@ class Folder:
     video: VideoConfig | None
     rows: dict[str, list[dict[str, Any]]]
     undecodable: dict[str, str] = field(default_factory=dict)
+    follow_symlinks: bool = False
 
     @property
     def name(self) -> str:
@@ -105,8 +109,8 @@ class Folder:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Tells whether two runs see the same rows; the pictures themselves are not read."""
-        lines = json.dumps([self.rows["train"], self.rows["heldout"]], sort_keys=True)
-        return hashlib.sha256(f"{self.side} {self.video} {lines}".encode()).hexdigest()[:32]
+        content = json.dumps([self.rows["train"], self.rows["heldout"]], sort_keys=True)
+        return hashlib.sha256(f"{self.side} {self.video} {content}".encode()).hexdigest()[:32]
 
     def example(self, index: int, split: str) -> Example:
         """Example ``index`` of a split."""
@@ -118,6 +122,8 @@ class Folder:
 
     def _pictures(self, name: str) -> Sequence[np.ndarray]:
         try:
+            if problem := check_inside(self.path, name, self.follow_symlinks):
+                raise UndecodableError(problem)
             return _frames_of(self.path / name, self.side, self.video)
         except UndecodableError as error:
             self._report(name, str(error))
@@ -137,6 +143,7 @@ class ImageTextData:
     Attributes:
         rows_per_batch: rows of a batch over all ranks.
         tokens_per_batch: text positions of a batch over all ranks.
+        notes: what a user should know of the data, a line each.
     """
 
     def __init__(
@@ -161,6 +168,9 @@ class ImageTextData:
             pixels: how bytes become numbers.
             frames: F of clips; 0 for images, which have no axis of frames.
             text_mask: also give which text positions are real, for experts not to be sent padding.
+
+        Raises:
+            UserError: a vocabulary that is too small, or no row to train on has a label within ``text_len``.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank = {rank}: must be at least 0 and below world_size = {world_size}")
@@ -175,6 +185,31 @@ class ImageTextData:
         self.heldout_steps = heldout_steps
         self.rows_per_batch = batch_size * world_size
         self.tokens_per_batch = self.rows_per_batch * text_len
+        self.notes: tuple[str, ...] = ()
+        self._rows = {"train": [], "heldout": []} if isinstance(source, Shapes) else self._check_labels(source)
+
+    def _check_labels(self, folder: Folder) -> dict[str, list[int]]:
+        """The rows that have a label, by split: those whose prompt fills ``text_len`` have none."""
+        kept = {
+            split: [index for index, row in enumerate(rows) if self._has_label(row)]
+            for split, rows in folder.rows.items()
+        }
+        every, left = (sum(map(len, parts.values())) for parts in (folder.rows, kept))
+        if left < every:
+            self.notes = (
+                f"data.path = {folder.name!r}: {every - left} of {every} rows have no label within "
+                f"train.seq_len = {self.text_len} and are left out",
+            )
+        if not kept["train"]:
+            raise UserError(
+                f"data.path = {folder.name!r}: none of its {len(folder.rows['train'])} rows to train on has a label "
+                f"within train.seq_len = {self.text_len}; the prompts are longer"
+            )
+        return kept
+
+    def _has_label(self, row: Mapping[str, Any]) -> bool:
+        _, learned = _tokens(row["text"], row.get("prompt", ""), self.tokenizer)
+        return bool(learned[1 : self.text_len + 1].any())
 
     @property
     def fingerprint(self) -> str:
@@ -190,21 +225,25 @@ class ImageTextData:
         if isinstance(self.source, Shapes):
             start = self.seed << 32  # another seed, other pictures
             return self._collated([self.source.example(start + row, "train") for row in rows])
-        count = len(self.source.rows["train"])
-        return self._collated([self.source.example(self._shuffled(row, count), "train") for row in rows])
+        kept = self._rows["train"]
+        chosen = [kept[self._shuffled(row, len(kept))] for row in rows]
+        return self._collated([self.source.example(row, "train") for row in chosen])
 
     def heldout(self) -> list[Batch]:
         """The evaluation batches of this rank, the same at every call and for every seed; a short last one is filled up
         with rows whose labels are all -100.
         """
         size, total = self.heldout_batch_size, self.heldout_steps * self.heldout_batch_size * self.world_size
-        available = total if isinstance(self.source, Shapes) else min(len(self.source.rows["heldout"]), total)
+        available = total if isinstance(self.source, Shapes) else min(len(self._rows["heldout"]), total)
         steps = -(-available // (size * self.world_size))
         starts = [(index * self.world_size + self.rank) * size for index in range(steps)]
         return [self._heldout_batch(range(start, min(start + size, available))) for start in starts]
 
     def _heldout_batch(self, rows: range) -> Batch:
-        examples = [self.source.example(row, "heldout") for row in rows]
+        kept = self._rows["heldout"]
+        examples = [
+            self.source.example(row if isinstance(self.source, Shapes) else kept[row], "heldout") for row in rows
+        ]
         missing = self.heldout_batch_size - len(examples)
         blank = Example(np.zeros((0, self.pixels.side, self.pixels.side, 3), np.uint8), "")
         batch = self._collated([*examples, *[blank] * missing])
@@ -244,9 +283,9 @@ def collate(
     text_mask, frame_mask = np.zeros(shape, bool), np.zeros((len(examples), max(frames, 1)), bool)
     pictures = np.zeros((len(examples), max(frames, 1), 3, pixels.side, pixels.side), np.float32)
     for row, example in enumerate(examples):
-        ids, learned = _tokens(example, tokenizer)
+        ids, learned = _tokens(example.text, example.prompt, tokenizer)
         ids, learned = ids[: text_len + 1], learned[: text_len + 1]
-        count = len(ids) - 1
+        count = max(len(ids) - 1, 0)
         input_ids[row, :count] = ids[:-1]
         labels[row, :count] = np.where(learned[1:], ids[1:], IGNORED)
         text_mask[row, :count] = True
@@ -272,7 +311,13 @@ def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) ->
     pixels = picture_format(config.vision_encoder, config.video)
     source: Shapes | Folder
     if config.data.path:
-        source = open_folder(config.data.path, pixels.side, config.video, config.data.heldout_fraction)
+        source = open_folder(
+            config.data.path,
+            pixels.side,
+            config.video,
+            config.data.heldout_fraction,
+            follow_symlinks=config.data.follow_symlinks,
+        )
     else:
         source = Shapes(pixels.side, config.video)
     return ImageTextData(
@@ -292,25 +337,36 @@ def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) ->
     )
 
 
-def open_folder(path: str | Path, side: int, video: VideoConfig | None, heldout_fraction: float) -> Folder:
+def open_folder(
+    path: str | Path,
+    side: int,
+    video: VideoConfig | None,
+    heldout_fraction: float,
+    *,
+    follow_symlinks: bool = False,
+) -> Folder:
     """The rows of a folder, parted by a hash of what they show, so that adding rows moves none.
+
+    Args:
+        follow_symlinks: whether links may lead out of the folder.
 
     Raises:
         UserError: no such folder, no metadata, or lines that can't be used: all of them are listed.
     """
     root = Path(path)
     try:
-        lines = (root / METADATA).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(root / METADATA, MAX_TEXT_BYTES)
+    except UserError as error:
         raise UserError(f"data.path = {str(path)!r}: must be a folder with a {METADATA}: {error}") from None
+    if problem := check_inside(root, METADATA, follow_symlinks):
+        raise UserError(f"{root / METADATA}: {problem}")
     rows, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            row, problem = _parsed(line, video)
-            rows.append(row)
-            problems += [f"{root / METADATA}:{number}: {problem}"] if problem else []
-    if problems:
-        raise UserError("\n".join(problems))
+    for number, line in lines(text):
+        row, problem = _parsed(line, video)
+        problem = problem or _file_problem(root, row, follow_symlinks)
+        rows.append(row)
+        problems += [f"{root / METADATA}:{number}: {problem}"] if problem else []
+    refuse(problems)
     held = [_is_held_out(row, heldout_fraction) for row in rows]
     parts = {
         split: [row for row, is_held in zip(rows, held, strict=True) if is_held == (split == "heldout")]
@@ -318,7 +374,7 @@ def open_folder(path: str | Path, side: int, video: VideoConfig | None, heldout_
     }
     if not parts["train"]:
         raise UserError(f"data.path = {str(path)!r}: holds {len(rows)} rows; none is left to train on")
-    return Folder(root, side, video, parts)
+    return Folder(root, side, video, parts, follow_symlinks=follow_symlinks)
 
 
 def read_pictures(files: Sequence[Path], side: int, video: VideoConfig | None) -> np.ndarray:
@@ -357,37 +413,36 @@ def _frames_of(file: Path, side: int, video: VideoConfig | None) -> list[np.ndar
     return list(read_clip(file, side, video or VideoConfig(max_frames=1, min_frames=1)))
 
 
-def _tokens(example: Example, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def _tokens(text: str, prompt: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """The ids of a row, and which of them are learned."""
     before = [] if tokenizer.bos is None else [tokenizer.bos]
     after = [] if tokenizer.eos is None else [tokenizer.eos]
-    prompt, text = tokenizer.encode(example.prompt).tolist(), tokenizer.encode(example.text).tolist()
-    ids = np.array([*before, *prompt, *text, *after], np.int64)
-    learned = np.arange(len(ids)) >= len(before) + len(prompt)
+    asked, told = tokenizer.encode(prompt).tolist(), tokenizer.encode(text).tolist()
+    ids = np.array([*before, *asked, *told, *after], np.int64)
+    learned = np.arange(len(ids)) >= len(before) + len(asked)
     return ids, learned
 
 
 def _parsed(line: str, video: VideoConfig | None) -> tuple[dict[str, Any], str]:
     """A row, and what is wrong with it."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        return {}, f"not valid JSON: {error}"
-    if (
-        not isinstance(row, Mapping)
-        or not isinstance(row.get("text"), str)
-        or not isinstance(row.get("prompt", ""), str)
-    ):
+    row, problem = parse_object(line)
+    if problem:
+        return {}, problem
+    if not isinstance(row.get("text"), str) or not isinstance(row.get("prompt", ""), str):
         return {}, "must be an object with a string 'text', and 'prompt' a string if there is one"
     files = row.get("file_name", [])
     names = [files] if isinstance(files, str) else files
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return {}, "'file_name' must be a string or a list of strings"
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
-        return {}, f"file_name = {files!r}: must lie within the folder"
     if len(names) > 1 and video is None:
         return {}, f"file_name = {files!r}: several pictures need a [video] section"
-    return dict(row), ""
+    problem = text_problem(row["text"]) or text_problem(row.get("prompt", ""))
+    return row, problem
+
+
+def _file_problem(root: Path, row: Mapping[str, Any], follow_symlinks: bool) -> str:
+    problems = ((name, check_inside(root, name, follow_symlinks)) for name in _files(row))
+    return next((f"file_name = {name!r}: {problem}" for name, problem in problems if problem), "")
 
 
 def _files(row: Mapping[str, Any]) -> list[str]:

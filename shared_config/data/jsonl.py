@@ -120,7 +120,7 @@ def _parse(line: str, place: str, text_field: str) -> tuple[Row, str]:
 def _document(text: Any, place: str, kind: str) -> tuple[Row, str]:
     if not isinstance(text, str):
         return Row(place, kind), f"{kind!r} must be text, not {_type_name(text)}"
-    return Row(place, kind, text), _text_problem(text)
+    return Row(place, kind, text), text_problem(text)
 
 
 def _conversation(fields: Mapping[str, Any], place: str, kind: str) -> tuple[Row, str]:
@@ -154,10 +154,11 @@ def _message_problem(index: int, message: Any) -> str:
         return ""
     if not isinstance(content, str):
         return f"message {index}: 'content' must be text, not {_type_name(content)}"
-    return _text_problem(content)
+    return text_problem(content)
 
 
-def _text_problem(text: str) -> str:
+def text_problem(text: str) -> str:
+    """What is wrong with a string from JSON; "" if nothing is."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

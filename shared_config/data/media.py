@@ -12,7 +12,12 @@ from typing import Any
 import numpy as np
 
 from shared_config.errors import UserError
+from shared_config.reading import opened
 from shared_config.schema.video import VideoConfig
+
+MAX_IMAGE_BYTES = 2**30
+CLIP_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg"
+"""What a clip may be: not a playlist, which names other files."""
 
 
 class UndecodableError(Exception):
@@ -31,8 +36,10 @@ def read_image(file: Path, side: int) -> np.ndarray:
     except ImportError:
         raise UserError(f"{file}: reading images needs Pillow (pip install kempnerforge-twin[images])") from None
     try:
-        with Image.open(file) as image:
+        with opened(file, MAX_IMAGE_BYTES) as stream, Image.open(stream) as image:
             return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
+    except UserError as error:
+        raise UndecodableError(str(error)) from None
     except Exception as error:  # Pillow's decoders raise all sorts of them
         raise UndecodableError(f"{type(error).__name__}: {error}") from error
 
@@ -66,6 +73,8 @@ def read_clip(file: Path, side: int, config: VideoConfig) -> np.ndarray:
         return np.stack([pictures[place] for place in sorted(pictures)])
     except UndecodableError:
         raise
+    except UserError as error:
+        raise UndecodableError(str(error)) from None
     except Exception as error:  # FFmpeg's errors are many
         raise UndecodableError(f"{type(error).__name__}: {error}") from error
 
@@ -96,7 +105,7 @@ def _frames(file: Path, av: Any) -> Iterator[tuple[float, Any]]:
 
     One frame is held at a time: a clip is decoded once for its times and once for the pictures that are wanted.
     """
-    with av.open(str(file)) as container:
+    with opened(file) as stream, av.open(stream, options={"format_whitelist": CLIP_FORMATS}) as container:
         if not container.streams.video:
             raise UndecodableError("holds no video")
         count = 0

@@ -20,6 +20,7 @@ import numpy as np
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike, commit, file_errors, make_aside
+from shared_config.reading import check_regular
 
 DTYPES = "__dtypes__"
 TOKEN_FIELDS = ("tokens", "input_ids")
@@ -99,6 +100,7 @@ def read_activations(path: PathLike) -> dict[str, np.ndarray]:
     Raises:
         UserError: no such file, or not one of ours.
     """
+    check_regular(path)
     try:
         with Path(path).open("rb") as file, zipfile.ZipFile(file):
             archive = np.load(file, allow_pickle=False)

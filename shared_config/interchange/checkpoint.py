@@ -30,6 +30,7 @@ import numpy as np
 from shared_config.errors import UserError
 from shared_config.interchange.files import file_errors
 from shared_config.interchange.tensors import read_tensors, write_tensors
+from shared_config.reading import MAX_JSON_BYTES, check_regular, read_text
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -244,8 +245,8 @@ def _read_arrays(file: Path, files: dict[str, Any]) -> Arrays:
 
 def _read_state(file: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        fields = json.loads(read_text(file, MAX_JSON_BYTES))
+    except (UserError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: can't be read ({error}){_advice(file)}") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("format"), int):
         raise UserError(f"{file}: not the state of a training checkpoint{_advice(file)}")
@@ -265,6 +266,8 @@ def _checksum(fields: dict[str, Any]) -> str:
 
 
 def _describe(file: Path) -> dict[str, Any]:
+    if file.exists():
+        check_regular(file)
     with file.open("rb") as opened:
         return {"bytes": os.fstat(opened.fileno()).st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 

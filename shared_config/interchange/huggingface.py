@@ -17,8 +17,9 @@ import numpy as np
 
 from shared_config.contract.parameters import EMBEDDING, ParameterTable, parameter_table
 from shared_config.errors import ConfigError, UserError
-from shared_config.interchange.files import PathLike, file_errors, written_aside
+from shared_config.interchange.files import PathLike, written_aside
 from shared_config.interchange.weights import WeightsError, check_tensors, load_weights, save_weights
+from shared_config.reading import MAX_JSON_BYTES, read_bytes
 from shared_config.schema.model import EXPERT_FFN_MULTIPLE, ModelConfig, RopeScaling
 
 CONFIG = "config.json"
@@ -72,8 +73,7 @@ def load_huggingface(folder: PathLike, **overrides: Any) -> tuple[ModelConfig, d
         overrides: fields of `ModelConfig` that config.json doesn't decide, ``moe_packed_experts`` for one.
     """
     path = Path(folder) / CONFIG
-    with file_errors(path, "can't be read"):
-        text = path.read_bytes()
+    text = read_bytes(path, MAX_JSON_BYTES)
     try:
         fields = config_from_huggingface(json.loads(text))
     except ConfigError as error:

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike, file_errors, written_aside
+from shared_config.reading import check_regular
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -81,6 +82,7 @@ class TensorFile:
         self.path = Path(path)
         if self.path.is_dir():
             raise UserError(f"{self.path}: is a folder, where a safetensors file is needed")
+        check_regular(self.path)
         with file_errors(self.path, "can't be read as a safetensors file"):
             with safe_open(self.path, framework="np"):
                 pass  # the library checks the header and that it accounts for every byte of the file

@@ -5,7 +5,6 @@ Nothing is fetched: what is not in the folder is an error that says so.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ import numpy as np
 from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, parameter_table
 from shared_config.contract.vision import TowerConfig, tower_table, vit_tower, wrapper_table
 from shared_config.errors import ConfigError, UserError
-from shared_config.interchange.files import file_errors
 from shared_config.interchange.weights import WeightsError, check_tensors, load_weights
+from shared_config.reading import read_json
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.job import JobConfig
 from shared_config.schema.video import VideoConfig
@@ -100,8 +99,8 @@ def picture_format(config: VisionEncoderConfig, video: VideoConfig | None = None
         raise ConfigError([f"vision_encoder.image_size = 0: type {config.type!r} does not say the size of its images"])
     mean, std = CLIP_PIXELS if config.type == "clip" else PLAIN_PIXELS
     file = Path(config.path) / "preprocessor_config.json"
-    if config.path and file.is_file():
-        fields = _read_json(file)
+    if config.path and file.exists():
+        fields = read_json(file)
         mean, std = (
             _three(file, name, fields.get(name, usual)) for name, usual in (("image_mean", mean), ("image_std", std))
         )
@@ -163,7 +162,7 @@ def read_tower(folder: str | Path, kind: str) -> TowerConfig:
         UserError: no such file, not JSON, or a model that can't be run: the message names it.
     """
     file = Path(folder) / "config.json"
-    fields = _read_json(file)
+    fields = read_json(file)
     model_type = fields.get("model_type")
     if model_type in NAFLEX:
         raise UserError(
@@ -251,15 +250,3 @@ def _three(file: Path, name: str, values: Any) -> tuple[float, float, float]:
     except (TypeError, ValueError):
         raise UserError(f"{file}: {name} = {values!r}: must be three numbers") from None
     return red, green, blue
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    with file_errors(file, "can't be read"):
-        text = file.read_bytes()
-    try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{file}: must hold a JSON object")
-    return fields
