@@ -117,7 +117,7 @@ def read_images(options: argparse.Namespace, config: JobConfig) -> np.ndarray | 
         return None
     pixels = picture_format(config.vision_encoder, config.video)
     if options.image:
-        frames = read_pictures([Path(file) for file in options.image], pixels.side, config.video)
+        frames = read_pictures([Path(file) for file in options.image], pixels, config.video)
     else:
         example = Shapes(pixels.side, config.video).example(options.seed or 0, "heldout")
         frames = example.frames

@@ -33,7 +33,8 @@ from shared_config.data.media import UndecodableError, read_clip, read_image
 from shared_config.data.shapes import shape_clip, shape_image
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer
 from shared_config.errors import UserError
-from shared_config.interchange.vision import PixelRange, picture_format
+from shared_config.interchange.preprocessor import PixelRange
+from shared_config.interchange.vision import picture_format
 from shared_config.reading import check_inside, read_text
 from shared_config.schema.job import JobConfig
 from shared_config.schema.video import VideoConfig
@@ -95,7 +96,7 @@ class Folder:
     """
 
     path: Path
-    side: int
+    pixels: PixelRange
     video: VideoConfig | None
     rows: dict[str, list[dict[str, Any]]]
     undecodable: dict[str, str] = field(default_factory=dict)
@@ -110,21 +111,21 @@ class Folder:
     def fingerprint(self) -> str:
         """Tells whether two runs see the same rows; the pictures themselves are not read."""
         content = json.dumps([self.rows["train"], self.rows["heldout"]], sort_keys=True)
-        return hashlib.sha256(f"{self.side} {self.video} {content}".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"{self.pixels} {self.video} {content}".encode()).hexdigest()[:32]
 
     def example(self, index: int, split: str) -> Example:
         """Example ``index`` of a split."""
         row = self.rows[split][index]
         frames = [picture for name in _files(row) for picture in self._pictures(name)]
         limit = 1 if self.video is None else self.video.max_frames
-        empty = np.zeros((0, self.side, self.side, 3), np.uint8)
+        empty = np.zeros((0, self.pixels.side, self.pixels.side, 3), np.uint8)
         return Example(np.stack(frames[:limit]) if frames else empty, row["text"], row.get("prompt", ""))
 
     def _pictures(self, name: str) -> Sequence[np.ndarray]:
         try:
             if problem := check_inside(self.path, name, self.follow_symlinks):
                 raise UndecodableError(problem)
-            return _frames_of(self.path / name, self.side, self.video)
+            return _frames_of(self.path / name, self.pixels, self.video)
         except UndecodableError as error:
             self._report(name, str(error))
             return []
@@ -313,7 +314,7 @@ def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) ->
     if config.data.path:
         source = open_folder(
             config.data.path,
-            pixels.side,
+            pixels,
             config.video,
             config.data.heldout_fraction,
             follow_symlinks=config.data.follow_symlinks,
@@ -339,7 +340,7 @@ def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) ->
 
 def open_folder(
     path: str | Path,
-    side: int,
+    pixels: PixelRange,
     video: VideoConfig | None,
     heldout_fraction: float,
     *,
@@ -374,10 +375,10 @@ def open_folder(
     }
     if not parts["train"]:
         raise UserError(f"data.path = {str(path)!r}: holds {len(rows)} rows; none is left to train on")
-    return Folder(root, side, video, parts, follow_symlinks=follow_symlinks)
+    return Folder(root, pixels, video, parts, follow_symlinks=follow_symlinks)
 
 
-def read_pictures(files: Sequence[Path], side: int, video: VideoConfig | None) -> np.ndarray:
+def read_pictures(files: Sequence[Path], pixels: PixelRange, video: VideoConfig | None) -> np.ndarray:
     """The frames of pictures and clips, in order: uint8 (F, s, s, 3).
 
     Raises:
@@ -386,7 +387,7 @@ def read_pictures(files: Sequence[Path], side: int, video: VideoConfig | None) -
     frames: list[np.ndarray] = []
     for file in files:
         try:
-            frames += _frames_of(file, side, video)
+            frames += _frames_of(file, pixels, video)
         except UndecodableError as error:
             raise UserError(f"{file}: can't be decoded: {error}") from None
     limit = 1 if video is None else video.max_frames
@@ -407,10 +408,10 @@ def with_noise_seeds(
     return [{**batch, "noise_seed": seed} for batch, seed in zip(micro_batches, seeds, strict=True)]
 
 
-def _frames_of(file: Path, side: int, video: VideoConfig | None) -> list[np.ndarray]:
+def _frames_of(file: Path, pixels: PixelRange, video: VideoConfig | None) -> list[np.ndarray]:
     if file.suffix.lower() not in VIDEO_SUFFIXES:
-        return [read_image(file, side)]
-    return list(read_clip(file, side, video or VideoConfig(max_frames=1, min_frames=1)))
+        return [read_image(file, pixels)]
+    return list(read_clip(file, pixels, video or VideoConfig(max_frames=1, min_frames=1)))
 
 
 def _tokens(text: str, prompt: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

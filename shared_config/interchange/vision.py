@@ -6,7 +6,6 @@ Nothing is fetched: what is not in the folder is an error that says so.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, parameter_table
 from shared_config.contract.vision import TowerConfig, tower_table, vit_tower, wrapper_table
 from shared_config.errors import ConfigError, UserError
+from shared_config.interchange.preprocessor import PixelRange, read_preprocessor
 from shared_config.interchange.weights import WeightsError, check_tensors, load_weights
 from shared_config.reading import read_json
 from shared_config.schema.adapter import AdapterConfig
@@ -46,10 +46,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What transformers takes where config.json leaves a field out."""
 
-PLAIN_PIXELS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-"""Mean and standard deviation of the pixels that towers were trained with."""
-
 NAMES = {
     "patch_embedding": "embeddings.patch_embedding",
     "position_embedding": "embeddings.position_embedding",
@@ -67,25 +63,11 @@ NAMES = {
 """Parts of names that differ: here -> there."""
 
 
-@dataclass(frozen=True)
-class PixelRange:
-    """The pictures that an encoder takes: squares of ``side`` pixels, bytes turned into (byte / 255 - mean) / std."""
-
-    side: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def numbers(self, frames: np.ndarray) -> np.ndarray:
-        """uint8 (F, s, s, 3) -> float32 (F, 3, s, s)."""
-        mean, std = np.asarray(self.mean), np.asarray(self.std)
-        return ((frames / 255.0 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
-
-
 def picture_format(config: VisionEncoderConfig, video: VideoConfig | None = None) -> PixelRange:
     """What pictures an encoder takes: from its folder's preprocessor_config.json, else the usual values of its kind.
 
     Raises:
-        UserError: a folder that can't be read.
+        UserError: a folder that can't be read, or settings that can't be followed.
         ConfigError: frames of another size than the encoder's.
     """
     tower = resolve_tower(config)
@@ -97,14 +79,7 @@ def picture_format(config: VisionEncoderConfig, video: VideoConfig | None = None
         side = video.frame_size
     if not side:
         raise ConfigError([f"vision_encoder.image_size = 0: type {config.type!r} does not say the size of its images"])
-    mean, std = CLIP_PIXELS if config.type == "clip" else PLAIN_PIXELS
-    file = Path(config.path) / "preprocessor_config.json"
-    if config.path and file.exists():
-        fields = read_json(file)
-        mean, std = (
-            _three(file, name, fields.get(name, usual)) for name, usual in (("image_mean", mean), ("image_std", std))
-        )
-    return PixelRange(side, mean, std)
+    return read_preprocessor(config.path, config.type, side)
 
 
 def job_table(config: JobConfig, shapes: Mapping[str, tuple[int, ...]] | None = None) -> ParameterTable:
@@ -242,11 +217,3 @@ def _unfit(fields: Mapping[str, Any]) -> list[str]:
             f"num_attention_heads = {fields['num_attention_heads']}: must divide hidden_size = {fields['hidden_size']}"
         )
     return problems
-
-
-def _three(file: Path, name: str, values: Any) -> tuple[float, float, float]:
-    try:
-        red, green, blue = (float(value) for value in values)
-    except (TypeError, ValueError):
-        raise UserError(f"{file}: {name} = {values!r}: must be three numbers") from None
-    return red, green, blue

@@ -21,7 +21,8 @@ from shared_config.data.media import UndecodableError, nearest_frames, read_clip
 from shared_config.data.shapes import COLOURS, PLACES, caption_entropy, shape_clip, shape_image
 from shared_config.data.tokenizer import BOS, EOS, ByteTokenizer
 from shared_config.errors import ConfigError, UserError
-from shared_config.interchange.vision import PixelRange, picture_format
+from shared_config.interchange.preprocessor import PixelRange
+from shared_config.interchange.vision import picture_format
 from shared_config.schema import VideoConfig, VisionEncoderConfig
 
 PLAIN = PixelRange(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -248,7 +249,7 @@ def test_folders_give_every_row_once_an_epoch(tmp_path: Path) -> None:
 def test_what_can_not_be_decoded_is_counted_told_once_and_masked(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = open_folder(image_folder(tmp_path), 8, None, 1e-12)
+    source = open_folder(image_folder(tmp_path), PLAIN, None, 1e-12)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             examples = [source.example(index, "train") for index in range(23)]
@@ -264,8 +265,8 @@ def test_what_can_not_be_decoded_is_counted_told_once_and_masked(
 
 def test_adding_rows_moves_none(tmp_path: Path) -> None:
     lines = [{"file_name": f"{index}.png", "text": "x"} for index in range(40)]
-    few = open_folder(folder_of(tmp_path, lines[:20]), 8, None, 0.3)
-    many = open_folder(folder_of(tmp_path, lines), 8, None, 0.3)
+    few = open_folder(folder_of(tmp_path, lines[:20]), PLAIN, None, 0.3)
+    many = open_folder(folder_of(tmp_path, lines), PLAIN, None, 0.3)
     for split in ("train", "heldout"):
         assert [row for row in many.rows[split] if row in lines[:20]] == few.rows[split]
     assert few.rows["heldout"]
@@ -285,14 +286,14 @@ def test_adding_rows_moves_none(tmp_path: Path) -> None:
 def test_lines_that_can_not_be_used_are_listed(line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n")
     with pytest.raises(UserError, match=rf"metadata\.jsonl:3: .*{message}"):
-        open_folder(tmp_path, 8, None, 0.1)
+        open_folder(tmp_path, PLAIN, None, 0.1)
 
 
 def test_folders_without_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"must be a folder with a metadata\.jsonl"):
-        open_folder(tmp_path, 8, None, 0.1)
+        open_folder(tmp_path, PLAIN, None, 0.1)
     with pytest.raises(UserError, match="none is left to train on"):
-        open_folder(folder_of(tmp_path, []), 8, None, 0.1)
+        open_folder(folder_of(tmp_path, []), PLAIN, None, 0.1)
 
 
 # Clips
@@ -315,11 +316,11 @@ def test_frames_closest_to_the_times_and_none_twice() -> None:
 
 def test_clips_are_sampled_uniformly_with_first_and_last_frame(tmp_path: Path) -> None:
     write_clip(tmp_path / "clip.mp4", frames=21)
-    clip = read_clip(tmp_path / "clip.mp4", 8, VideoConfig(max_frames=5, min_frames=2, fps=2.0))
+    clip = read_clip(tmp_path / "clip.mp4", PLAIN, VideoConfig(max_frames=5, min_frames=2, fps=2.0))
     assert clip.shape == (5, 8, 8, 3)
     assert clip.dtype == np.uint8
     np.testing.assert_allclose(clip.mean(axis=(1, 2, 3)), [20, 70, 120, 170, 220], atol=6)
-    short = read_clip(tmp_path / "clip.mp4", 8, VideoConfig(max_frames=64, min_frames=64))
+    short = read_clip(tmp_path / "clip.mp4", PLAIN, VideoConfig(max_frames=64, min_frames=64))
     assert len(short) == 21
 
 
@@ -337,26 +338,26 @@ def test_clips_in_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         ],
     )
     video = VideoConfig(max_frames=4, min_frames=2, frame_size=8)
-    source = open_folder(tmp_path, 8, video, 1e-12)
+    source = open_folder(tmp_path, PLAIN, video, 1e-12)
     assert [len(source.example(index, "train").frames) for index in range(3)] == [3, 2, 0]
     assert sorted(source.undecodable) == ["cut.mp4", "gone.png"]
 
 
 def test_readers_say_why(tmp_path: Path) -> None:
     with pytest.raises(UndecodableError, match="No such file"):
-        read_image(tmp_path / "a.png", 8)
+        read_image(tmp_path / "a.png", PLAIN)
     (tmp_path / "a.mp4").write_bytes(b"no video")
     with pytest.raises(UndecodableError):
-        read_clip(tmp_path / "a.mp4", 8, VideoConfig())
+        read_clip(tmp_path / "a.mp4", PLAIN, VideoConfig())
 
 
 def test_missing_libraries_are_named_with_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match=r"1\.png: reading images needs Pillow \(pip install .*\[images\]\)"):
-        read_image(tmp_path / "1.png", 8)
+        read_image(tmp_path / "1.png", PLAIN)
     with pytest.raises(UserError, match=r"1\.mp4: reading clips needs PyAV \(pip install .*\[video\]\)"):
-        read_clip(tmp_path / "1.mp4", 8, VideoConfig())
+        read_clip(tmp_path / "1.mp4", PLAIN, VideoConfig())
 
 
 def test_sound_alone_is_no_clip(tmp_path: Path) -> None:
@@ -366,7 +367,7 @@ def test_sound_alone_is_no_clip(tmp_path: Path) -> None:
         frame.sample_rate = 16000
         container.mux([*audio.encode(frame), *audio.encode(None)])
     with pytest.raises(UndecodableError, match="holds no video"):
-        read_clip(tmp_path / "sound.mp4", 8, VideoConfig())
+        read_clip(tmp_path / "sound.mp4", PLAIN, VideoConfig())
 
 
 # What the encoder takes

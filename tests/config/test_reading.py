@@ -28,8 +28,8 @@ from shared_config.loader import load_config
 from shared_config.metrics import read_metrics
 from shared_config.reading import read_bytes, read_json
 from shared_config.schema import VideoConfig
+from tests.config.test_images import PLAIN, solid
 from tests.config.test_images import job as image_job
-from tests.config.test_images import solid
 from tests.config.test_jsonl import CHATML, job, tokenizer_folder
 
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
@@ -40,9 +40,9 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "rows": ("a.jsonl", load_corpus),
     "text in a folder": ("a.txt", lambda path: load_corpus(path.parent)),
     "rows of a job": ("a.jsonl", lambda path: open_text_data(job(path))),
-    "metadata": ("metadata.jsonl", lambda path: open_folder(path.parent, 8, None, 0.1)),
-    "image": ("a.png", lambda path: read_pictures([path], 8, None)),
-    "clip": ("a.mp4", lambda path: read_pictures([path], 8, VideoConfig())),
+    "metadata": ("metadata.jsonl", lambda path: open_folder(path.parent, PLAIN, None, 0.1)),
+    "image": ("a.png", lambda path: read_pictures([path], PLAIN, None)),
+    "clip": ("a.mp4", lambda path: read_pictures([path], PLAIN, VideoConfig())),
     "tokenizer": ("tokenizer.json", lambda path: build_tokenizer(str(path.parent))),
     "template": ("chat_template.jinja", lambda path: ChatTemplate(path.parent)),
     "weights": ("model.safetensors", load_weights),
@@ -165,13 +165,13 @@ def test_links_out_of_an_image_folder_are_refused_unless_allowed(tmp_path: Path)
     (outside / "metadata.jsonl").write_text('{"text": "x"}\n')
     (folder / "metadata.jsonl").symlink_to(outside / "metadata.jsonl")
     with pytest.raises(UserError, match="link out of the folder"):
-        open_folder(folder, 8, None, 0.1)
+        open_folder(folder, PLAIN, None, 0.1)
 
 
 def test_a_link_made_later_is_masked_and_not_followed(tmp_path: Path) -> None:
     Image.fromarray(solid("red")).save(tmp_path / "1.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "x"}\n')
-    source = open_folder(tmp_path, 8, None, 1e-12)
+    source = open_folder(tmp_path, PLAIN, None, 1e-12)
     (tmp_path / "1.png").unlink()
     (tmp_path / "1.png").symlink_to("/dev/zero")
     assert not len(source.example(0, "train").frames)
@@ -187,7 +187,7 @@ def test_only_a_line_feed_ends_a_row(separator: str, tmp_path: Path) -> None:
     if separator > "\x1f":
         assert separator in raw
     (tmp_path / "metadata.jsonl").write_bytes(f"{raw}\r\n{raw}".encode())
-    source = open_folder(tmp_path, 8, None, 1e-12)
+    source = open_folder(tmp_path, PLAIN, None, 1e-12)
     assert [row["text"] for row in source.rows["train"]] == [f"one{separator}two"] * 2
     record = json.dumps({"step": 1, "note": f"a{separator}b"}, ensure_ascii=False)
     (tmp_path / "metrics.jsonl").write_bytes(f"{record}\n{record}\n".encode())
