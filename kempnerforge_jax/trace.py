@@ -29,6 +29,7 @@ from shared_config.interchange.traces import DECODE, FORWARD, GRADIENT, ROUTING,
 from shared_config.interchange.vision import job_table
 from shared_config.interchange.weights import check_tensors
 from shared_config.recording import (
+    WHOLE,
     Arrays,
     Recording,
     Request,
@@ -97,7 +98,7 @@ def record(
     with jax.default_device(place), matmul_precision(config.train.matmul_precision):
         recorder = Recorder(request)
         recording = recorder.run(request.weights)
-        recording.decoded = recorder.decode(request.weights) if request.decodes else {}
+        recording.decoded |= recorder.decode(request.weights) if request.decodes else {}
         exact = recorder if dtype == EXACT else Recorder(dataclasses.replace(request, dtype=EXACT))
         return make_trace(
             request,
@@ -185,6 +186,7 @@ class Recorder:
             "routing": recorded[1],
             "gradients": OrderedDict(request.kept(GRADIENT, {name: gradients[name] for name in varied})),
             "updated": OrderedDict(request.kept(UPDATED, {name: updated[name] for name in varied if updated})),
+            "decoded": {WHOLE: self._unlimited(masters, tokens)} if request.unlimited else {},
         }
 
     def _forward(
@@ -206,6 +208,10 @@ class Recorder:
         routing = {**choices, **taken, **counted(output.stats, path)}
         activations = OrderedDict(request.kept(FORWARD, flatten(activations)))
         return loss, (activations, OrderedDict(request.kept(ROUTING, routing)))
+
+    def _unlimited(self, masters: Tensors, tokens: jax.Array) -> jax.Array:
+        """The logits where experts take any number of choices, as in cached decoding."""
+        return self._model(masters).run(*self._inputs(tokens), limit_capacity=False).logits
 
     def _decode(self, masters: Tensors, tokens: np.ndarray, chunks: Sequence[int]) -> jax.Array:
         size = cache_size(self.request, self._image_tokens)

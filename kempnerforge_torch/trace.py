@@ -31,6 +31,7 @@ from shared_config.interchange.traces import DECODE, FORWARD, GRADIENT, ROUTING,
 from shared_config.interchange.vision import job_table
 from shared_config.interchange.weights import check_tensors
 from shared_config.recording import (
+    WHOLE,
     Arrays,
     Recording,
     Request,
@@ -99,7 +100,7 @@ def record(
     with matmul_precision(config.train.matmul_precision):
         recorder = Recorder(request, place)
         recording = recorder.run(request.weights)
-        recording.decoded = recorder.decode(request.weights) if request.decodes else {}
+        recording.decoded |= recorder.decode(request.weights) if request.decodes else {}
         exact = recorder if dtype == EXACT else Recorder(dataclasses.replace(request, dtype=EXACT), place)
         return make_trace(
             request,
@@ -146,6 +147,7 @@ class Recorder:
             loss, activations, routing = self._forward(state)
         gradients = _gradients(loss, masters)
         copies = {name: to_numpy(tensor).copy() for name, tensor in request.kept(GRADIENT, gradients).items()}
+        unlimited = {WHOLE: to_numpy(self._unlimited(state))} if request.unlimited else {}
         updated = self._update(masters, gradients) if request.updates(self.trained) else {}
         return Recording(
             loss=to_numpy(loss),
@@ -153,6 +155,7 @@ class Recorder:
             routing={name: to_numpy(tensor) for name, tensor in routing.items()},
             gradients=copies,
             updated={name: to_numpy(tensor) for name, tensor in request.kept(UPDATED, updated).items()},
+            decoded=unlimited,
         )
 
     @torch.no_grad()
@@ -180,6 +183,11 @@ class Recorder:
         taken = {f"{name}.indices": tokens for name, tokens in routes.items()}
         routing = {**choices, **taken, **counted(stats, path)}
         return loss, request.kept(FORWARD, flatten(activations)), request.kept(ROUTING, routing)
+
+    @torch.no_grad()
+    def _unlimited(self, state: Tensors) -> Tensor:
+        """The logits where experts take any number of choices, as in cached decoding."""
+        return self._call(state, self._integers(self.request.tokens), limit_capacity=False)[0]
 
     def _decode(self, state: Tensors, tokens: Tensor, chunks: Sequence[int]) -> Tensor:
         transformer = inner_transformer(self._model)

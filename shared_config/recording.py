@@ -37,6 +37,8 @@ from shared_config.schema.vlm import MoMaConfig
 DTYPES = ("float64", "float32", "bfloat16")
 WEIGHTS = ("validation", "init")
 BATCH, LENGTH, LONGEST, BEYOND_WINDOW = 2, 24, 128, 8
+WHOLE = "whole"
+"""All tokens at once, without a cache."""
 DELTA_RUNS = 6
 """With fewer, the delta of a scalar can come out far too small by chance."""
 
@@ -93,6 +95,12 @@ class Request:
         return self.refeed is None and bool(self.kept(traces.UPDATED, dict.fromkeys(trained)))
 
     @property
+    def unlimited(self) -> bool:
+        """Whether a forward without capacity limits is to be recorded: that which cached decoding must equal."""
+        name = decode_reference(self.config)
+        return self.refeed is None and name != logits_name(self.config) and self.selection.wants(name)
+
+    @property
     def decodes(self) -> bool:
         """Whether cached decoding is to be recorded."""
         return self.refeed is None and self.selection.wants_any(decode_names(self))
@@ -107,7 +115,7 @@ class Recording:
         routing: what routers decided and counted; empty without experts.
         gradients: of every parameter.
         updated: parameters after the step.
-        decoded: logits of cached decoding, by chunking.
+        decoded: logits of cached decoding, by chunking, and under `WHOLE` those of a forward that they must equal.
     """
 
     loss: np.ndarray
@@ -196,8 +204,19 @@ def outputs(module: str, config: JobConfig) -> list[str]:
 
 def decode_names(request: Request) -> list[str]:
     """The tensors of a trace that hold logits of cached decoding."""
-    names = chunkings(request.tokens.shape[1], request.seed) if can_decode(request.config) else ()
-    return [f"{traces.DECODE}/{name}" for name in names]
+    if not can_decode(request.config):
+        return []
+    reference = decode_reference(request.config)
+    names = [f"{traces.DECODE}/{name}" for name in chunkings(request.tokens.shape[1], request.seed)]
+    return names if reference == logits_name(request.config) else [reference, *names]
+
+
+def decode_reference(config: JobConfig) -> str:
+    """The tensor of a trace that cached decoding must equal: the logits, or where experts have a capacity, those
+    of a forward without it, as it depends on the tokens of a call.
+    """
+    limited = config.model.is_moe and config.model.moe_capacity_factor > 0 and can_decode(config)
+    return f"{traces.DECODE}/{WHOLE}" if limited else logits_name(config)
 
 
 def check_selection(request: Request, modules: Sequence[str], router_fields: Sequence[str]) -> None:
@@ -317,7 +336,7 @@ def perturbation_deltas(run: Callable[[Arrays], Recording], request: Request) ->
     """Dtype -> name of a tensor -> how far rounding the weights to that dtype moves the float64 result.
 
     A float64 trace has deltas for every dtype, as it is the truth for all; another has those of its own.
-    Cached decoding is the same function as the forward, and has the delta of its logits.
+    Cached decoding is the same function as the forward without capacity limits, and has the delta of its logits.
     """
 
     def tensors(weights: Arrays) -> Arrays:
@@ -332,13 +351,13 @@ def perturbation_deltas(run: Callable[[Arrays], Recording], request: Request) ->
     names = list(filter(request.selection.wants, decode_names(request))) if request.decodes else []
     if not names:
         return deltas
-    logits = logits_name(request.config)
-    return {dtype: own | dict.fromkeys(names, own[logits]) for dtype, own in deltas.items()}
+    reference = decode_reference(request.config)
+    return {dtype: own | dict.fromkeys(names, own[reference]) for dtype, own in deltas.items()}
 
 
 def _with_logits(only: Sequence[str], config: JobConfig) -> tuple[str, ...]:
-    """Patterns that also match the logits, of which cached decoding has its delta."""
-    logits = logits_name(config)
+    """Patterns that also match the logits of which cached decoding has its delta."""
+    logits = decode_reference(config)
     return tuple(only) if Selection(only=tuple(only)).wants(logits) else (*only, logits)
 
 

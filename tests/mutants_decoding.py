@@ -5,6 +5,10 @@ from __future__ import annotations
 from tests.mutants import Mutant, both
 
 DECODING_MUTANTS = (
+    both("model.transformer", "capacity in cached decoding", "kv_caches is None if limit_capacity is None else",
+         "True if limit_capacity is None else"),
+    both("model.transformer", "limited whatever the call says",
+         "valid=key_padding_mask, limit_capacity=limit_capacity", "valid=key_padding_mask"),
     both("model.kv_cache", "ring overwrites what new tokens see", "length <= self.slots - self.sliding_window + 1",
          "length <= self.slots - self.sliding_window + 2"),
     both("model.kv_cache", "empty slots of a ring seen", "positions_BM >= self.oldest[:, None]",

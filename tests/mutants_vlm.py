@@ -100,8 +100,10 @@ VLM_MUTANTS = (
         ("x_BSKh.repeat_interleave(copies, dim=2)", "x_BSKh.repeat(1, 1, copies, 1)"),
         ("jnp.repeat(x_BSKh, copies, axis=2)", "jnp.tile(x_BSKh, (1, 1, copies, 1))"),
     ),
-    both("model.mot", "padding routed", "mine_BS if key_padding_mask is None else mine_BS & key_padding_mask",
-         "mine_BS"),
+    both("model.mot", "padding routed", "x_BSD, valid, members=mine_BS", "x_BSD, None, members=mine_BS"),
+    both("model.mot", "padding of a span routed", "x_BSD[:, start:stop], own,", "x_BSD[:, start:stop], None,"),
+    both("model.mot", "room by the tokens of all modalities", "x_BSD, valid, members=mine_BS",
+         "x_BSD, mine_BS if valid is None else mine_BS & valid"),
     both("model.mot", "image counted among cached text", "kv_cache.positions(len(positions)) - kv_cache.image_tokens",
          "kv_cache.positions(len(positions))"),
     Mutant(

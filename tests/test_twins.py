@@ -36,6 +36,7 @@ DIFFERENCES = {
         "PROGRAMS": "torch: refuses to compile many programs of one function",
         "Recorded": "torch: CUDA graphs; XLA launches its own",
         "Step": "torch: name of a type, of what is recorded",
+        "inference": "torch: modules have a mode, and calls record gradients",
         "generate(compile)": "torch: JAX always compiles",
         "sample(generator)": "torch: the state of its random numbers",
         "sample(key)": "jax: the state of its random numbers",

@@ -22,8 +22,6 @@ from flax import nnx
 from kempnerforge_jax.model.kv_cache import KVCache
 from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.modality import ModalityContext
-from kempnerforge_jax.model.module import named_modules
-from kempnerforge_jax.model.moe import MoEMLP
 from kempnerforge_jax.model.state import State, merge, set_state, split
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper, inner_transformer
@@ -383,7 +381,7 @@ def _compiled_reading(graphdef: Any) -> Any:
     """The context of images (B, [F,] 3, h, w)."""
 
     def read(params: State, buffers: State, pixel_values: jax.Array, frame_mask: jax.Array | None) -> Any:
-        model: Any = inference(merge(graphdef, params, buffers))
+        model: Any = merge(graphdef, params, buffers)
         context = model.context(pixel_values, jnp.zeros((len(pixel_values), 0), jnp.int32), frame_mask)
         if context.prefix_embeds is not None:
             return context
@@ -404,7 +402,7 @@ def _compiled_prefill(graphdef: Any) -> Any:
         image: ModalityContext | None,
         lengths_B: jax.Array,
     ) -> list[KVCache]:
-        model = inference(merge(graphdef, params, buffers))
+        model = merge(graphdef, params, buffers)
         modality = NO_LOGITS if image is None else replace(image, output_slice=NO_LOGITS.output_slice)
         output = model.run(tokens_BS, modality=modality, kv_caches=caches, allow_image_inputs=True)
         return [cache.cut(lengths_B) for cache in output.kv_caches or ()]
@@ -465,7 +463,7 @@ def _step(
     """Read one token of each row, and the image if it is not in the caches; the next (B,), padding in rows that had
     ended; the new state and caches.
     """
-    model = inference(merge(graphdef, params, buffers))
+    model = merge(graphdef, params, buffers)
     output = model.run(state.tokens[:, None], modality=image, kv_caches=caches)
     logits_BV = output.logits[:, -1]
     drawn_B = _greedy(logits_BV) if options.sampling is None else _draw(logits_BV, uniforms, *options.sampling)
@@ -491,14 +489,6 @@ def _draw(logits: jax.Array, uniforms: jax.Array, temperature: Any, top_k: Any, 
     place = (cumulative_V <= uniforms.astype(dtype)[..., None]).sum(axis=-1)
     last = jnp.maximum((kept_V > 0).sum(axis=-1) - 1, 0)
     return jnp.take_along_axis(order_V, jnp.minimum(place, last)[..., None], axis=-1)[..., 0]
-
-
-def inference(model: Transformer) -> Transformer:
-    """The model, made in this trace, without capacity limits."""
-    for _, module in named_modules(model):
-        if isinstance(module, MoEMLP):
-            module.capacity_factor = 0.0
-    return model
 
 
 def _weight(model: Transformer) -> jax.Array:

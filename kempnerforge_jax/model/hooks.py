@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from kempnerforge_jax.model.generate import inference
 from kempnerforge_jax.model.module import (
     Module,
     named_modules,
@@ -162,7 +161,7 @@ def extract_representations(
     *,
     path: PathLike | None = None,
 ) -> dict[str, np.ndarray] | None:
-    """Run a dataset through a model and keep what some modules put out, in evaluation mode.
+    """Run a dataset through a model and keep what some modules put out, in evaluation mode and without capacity limits.
 
     Args:
         dataset: samples of one length: token ids (S,), or mappings with "tokens" or "input_ids".
@@ -243,9 +242,9 @@ def _compiled_outputs(model: Transformer, names: list[str]) -> Callable[[jax.Arr
 
     @jax.jit
     def run(params: Any, buffers: Any, tokens_BS: jax.Array) -> dict[str, Any]:
-        merged = inference(merge(graphdef, params, buffers))
+        merged = merge(graphdef, params, buffers)
         with capture(merged, names) as activations:
-            merged.run(tokens_BS)
+            merged.run(tokens_BS, limit_capacity=False)
         return dict(activations)
 
     return lambda tokens_BS: run(params, buffers, tokens_BS)

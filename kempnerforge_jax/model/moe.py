@@ -28,6 +28,7 @@ from kempnerforge_jax.model.grouped import grouped_matmul
 from kempnerforge_jax.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.router import TopKRouter, build_router
+from shared_config.contract.capacity import token_capacities
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -100,17 +101,31 @@ class MoEMLP(Module):
             self.experts: nnx.Dict[Any] = Numbered({str(i): expert for i, expert in enumerate(experts)})
         self.shared_expert = shared_expert
 
-    def forward(self, x_BSD: jax.Array, valid: jax.Array | None = None, *, return_stats: bool = False) -> Any:
+    def forward(
+        self,
+        x_BSD: jax.Array,
+        valid: jax.Array | None = None,
+        *,
+        members: jax.Array | None = None,
+        limit_capacity: bool = True,
+        return_stats: bool = False,
+    ) -> Any:
         """(B, S, D) -> (B, S, D).
 
         Args:
             valid: bool (B, S), False for padding, which is sent to no routed expert.
+            members: bool (B, S), False at positions that are none of this layer's tokens: they are not routed, and in
+                contrast to padding they do not count for the capacity.
+            limit_capacity: False: an expert takes any number of choices in this call.
             return_stats: also give `MoEStats`.
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        valid_T = None if valid is None else valid.ravel()
+        valid_T, members_T = (None if mask is None else mask.ravel() for mask in (valid, members))
+        if members_T is not None:
+            valid_T = members_T if valid_T is None else valid_T & members_T
         weights_Tk, indices_Tk, routed = self.router(x_TD, valid_T, batch_size=x_BSD.shape[0], return_stats=True)
-        room = capacity(x_TD.shape[0], indices_Tk.shape[1], self.num_experts, self.capacity_factor)
+        factor = self.capacity_factor if limit_capacity else 0.0
+        room = layer_capacity(x_TD.shape[0], members_T, indices_Tk.shape[1], self.num_experts, factor)
         plan = plan_dispatch(indices_Tk, valid_T, self.num_experts, room)
         rows_RD: jax.Array = _spread(x_TD, plan.choice_R, plan.row_R, indices_Tk.shape[1])
         out_RD = self._apply_experts(rows_RD, plan.ends_E)
@@ -213,14 +228,23 @@ def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int | 
     return max(1, -(-tokens * top_k * exact.numerator // (num_experts * exact.denominator)))
 
 
+def layer_capacity(
+    tokens: int, members_T: jax.Array | None, top_k: int, num_experts: int, factor: float
+) -> int | jax.Array | None:
+    """`capacity` of all tokens, or of those that are True in ``members_T``: an array, as their number is one."""
+    if members_T is None or factor == 0:
+        return capacity(tokens, top_k, num_experts, factor)
+    return jnp.asarray(token_capacities(tokens, top_k, num_experts, factor))[members_T.sum(dtype=jnp.int32)]
+
+
 def plan_dispatch(
-    indices_Tk: jax.Array, valid_T: jax.Array | None, num_experts: int, room: int | None = None
+    indices_Tk: jax.Array, valid_T: jax.Array | None, num_experts: int, room: int | jax.Array | None = None
 ) -> Dispatch:
     """Sort the choices by expert, those of equal expert slot by slot and then by token.
 
     Args:
         valid_T: tokens whose choices count; None means all.
-        room: choices that an expert takes; None means any number.
+        room: choices that an expert takes, a number or an array of one; None means any number.
     """
     tokens, top_k = indices_Tk.shape
     expert_R = indices_Tk.T.ravel()
@@ -229,7 +253,7 @@ def plan_dispatch(
     rows_R = jnp.arange(tokens * top_k, dtype=jnp.int32)
     expert_R, choice_R = lax.sort((expert_R, rows_R), num_keys=1, is_stable=True)
     ends_E = _ends(expert_R, num_experts)
-    if room is not None and room < tokens * top_k:
+    if room is not None and not (isinstance(room, int) and room >= tokens * top_k):
         starts = jnp.pad(ends_E, (1, 0))
         expert_R = jnp.where(rows_R - starts[expert_R] < room, expert_R, num_experts)
         expert_R, choice_R = lax.sort((expert_R, choice_R), num_keys=1, is_stable=True)

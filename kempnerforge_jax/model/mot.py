@@ -247,6 +247,7 @@ class MoTBlock(Module):
         mask: jax.Array | None = None,
         doc_ids: jax.Array | None = None,
         key_padding_mask: jax.Array | None = None,
+        limit_capacity: bool = True,
     ) -> Any:
         """(B, S, D) -> (B, S, D) and, with experts, the stats of each modality's router, by name; given a cache, also
         the new cache.
@@ -266,15 +267,33 @@ class MoTBlock(Module):
         normed = layout.apply(lambda name, part: self.mlp_norm[name](part), x)
         stats: dict[str, Any] | None = None
         if not self.is_moe:
-            x = x + layout.apply(lambda name, part: self.mlp[name](part), normed)
+            out = layout.apply(lambda name, part: self.mlp[name](part), normed)
         else:
-            stats = {}
-            for name in self.modalities:
-                mine_BS = layout.of(name, x)
-                valid_BS = mine_BS if key_padding_mask is None else mine_BS & key_padding_mask
-                out, stats[name] = self.mlp[name](normed, valid=valid_BS, return_stats=True)
-                x = x + jnp.where(mine_BS[..., None], out, 0)
+            out, stats = self._route(normed, layout, key_padding_mask, limit_capacity)
+        x = x + out
         return (x, stats) if kv_cache is None else (x, stats, updated)
+
+    def _route(
+        self, x_BSD: jax.Array, layout: Layout, valid: jax.Array | None, limit_capacity: bool
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """What the experts of each modality make of its tokens, and their stats, by name. Capacity is that of the
+        modality's positions in the batch, padding included.
+        """
+        outs, stats = {}, {}
+        if layout.spans is None:
+            for name in self.modalities:
+                mine_BS = layout.of(name, x_BSD)
+                out, stats[name] = self.mlp[name](
+                    x_BSD, valid, members=mine_BS, limit_capacity=limit_capacity, return_stats=True
+                )
+                outs[name] = jnp.where(mine_BS[..., None], out, 0)
+            return sum(outs.values(), jnp.zeros_like(x_BSD)), stats
+        for name, start, stop in layout.spans:
+            own = None if valid is None else valid[:, start:stop]
+            outs[name], stats[name] = self.mlp[name](
+                x_BSD[:, start:stop], own, limit_capacity=limit_capacity, return_stats=True
+            )
+        return jnp.concatenate([outs[name] for name, _, _ in layout.spans], axis=1), stats
 
 
 @registry.register("architecture", "mot")

@@ -67,10 +67,11 @@ class TransformerBlock(Module):
         mask: jax.Array | None = None,
         doc_ids: jax.Array | None = None,
         key_padding_mask: jax.Array | None = None,
+        limit_capacity: bool = True,
     ) -> Any:
         """(B, S, D) -> (B, S, D) and the router's stats, None if dense; given a cache, also the new cache.
 
-        Arguments as for `Attention`.
+        Arguments as for `Attention` and `MoEMLP`.
         """
         out = self.attention(
             self.attention_norm(x),
@@ -84,7 +85,9 @@ class TransformerBlock(Module):
         out, updated = (out, None) if kv_cache is None else out
         x = x + out
         if self.is_moe:
-            out, stats = self.mlp(self.mlp_norm(x), valid=key_padding_mask, return_stats=True)
+            out, stats = self.mlp(
+                self.mlp_norm(x), valid=key_padding_mask, limit_capacity=limit_capacity, return_stats=True
+            )
         else:
             out, stats = self.mlp(self.mlp_norm(x)), None
         return (x + out, stats) if kv_cache is None else (x + out, stats, updated)
@@ -195,13 +198,19 @@ class Transformer(Module):
         kv_caches: Sequence[KVCache] | None = None,
         doc_ids: jax.Array | None = None,
         allow_image_inputs: bool = False,
+        limit_capacity: bool | None = None,
     ) -> Any:
         """Logits (B, S_out, V); given caches, (logits, caches). Arguments as for `run`.
 
         Outside jit, the router stats are kept for the getters.
         """
         output = self.run(
-            tokens, modality=modality, kv_caches=kv_caches, doc_ids=doc_ids, allow_image_inputs=allow_image_inputs
+            tokens,
+            modality=modality,
+            kv_caches=kv_caches,
+            doc_ids=doc_ids,
+            allow_image_inputs=allow_image_inputs,
+            limit_capacity=limit_capacity,
         )
         self.keep(stats=output.stats)
         self.keep(pending=_added(self.kept("pending", {}), {i: _counts(stats) for i, stats in output.stats.items()}))
@@ -215,6 +224,7 @@ class Transformer(Module):
         kv_caches: Sequence[KVCache] | None = None,
         doc_ids: jax.Array | None = None,
         allow_image_inputs: bool = False,
+        limit_capacity: bool | None = None,
         scan_layers: bool = False,
         remat: Any = False,
     ) -> TransformerOutput:
@@ -225,6 +235,8 @@ class Transformer(Module):
             kv_caches: one a layer; positions go on from their fill.
             doc_ids: int (B, S) over the residual stream; attention stays within a document.
             allow_image_inputs: let image inputs go together with caches, as the prefill of `generate` does.
+            limit_capacity: whether experts have a capacity in this call; None: unless there are caches. A token's
+                result must not depend on how its sequence is cut into calls.
             scan_layers: stack layers of one structure here and scan them. A model from ``split(scan_layers=True)``
                 holds them stacked and needs no copy.
             remat: compute the activations of each layer again in the backward pass: True, or a `jax.checkpoint` policy.
@@ -234,12 +246,20 @@ class Transformer(Module):
                 seen. Inside jit, cached tokens past the end give NaN.
         """
         if scan_layers and not is_observed():
-            return stacked(self).run(tokens, modality=modality, kv_caches=kv_caches, doc_ids=doc_ids, remat=remat)
+            return stacked(self).run(
+                tokens,
+                modality=modality,
+                kv_caches=kv_caches,
+                doc_ids=doc_ids,
+                allow_image_inputs=allow_image_inputs,
+                limit_capacity=limit_capacity,
+                remat=remat,
+            )
         modality = modality or ModalityContext()
         _check_inputs(tokens, modality, None if allow_image_inputs else kv_caches)
         self.architecture.check(modality)
         x_BSD = self._embed(tokens, modality)
-        inputs = self._block_inputs(x_BSD, modality, kv_caches, doc_ids)
+        inputs = self._block_inputs(x_BSD, modality, kv_caches, doc_ids, limit_capacity)
         if kv_caches is None:
             x_BSD, stats = self._run_layers(x_BSD, inputs, modality, remat)
             updated = None
@@ -306,6 +326,7 @@ class Transformer(Module):
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
         doc_ids: jax.Array | None,
+        limit_capacity: bool | None,
     ) -> dict[str, Any]:
         """What all blocks share: rotary tables and the mask, built once."""
         length, cache = x.shape[1], None
@@ -328,6 +349,7 @@ class Transformer(Module):
             "mask": mask,
             "doc_ids": doc_ids,
             "key_padding_mask": modality.key_padding_mask,
+            "limit_capacity": kv_caches is None if limit_capacity is None else limit_capacity,
         }
         return self.architecture.block_inputs(self, inputs, x, modality, kv_caches)
 
@@ -413,7 +435,7 @@ def build_attention(config: ModelConfig, *, rngs: nnx.Rngs) -> Attention:
 def build_feed_forward(config: ModelConfig, layer_idx: int, *, rngs: nnx.Rngs) -> Module:
     """The feed-forward part of a layer: dense, or a mixture of experts.
 
-    A mixture is called as ``mlp(x, valid=..., return_stats=True)`` and gives (x, stats).
+    A mixture is called as ``mlp(x, valid=..., limit_capacity=..., return_stats=True)`` and gives (x, stats).
     """
     if not config.is_moe_layer(layer_idx):
         return build_mlp(config.dim, config.computed_ffn_hidden_dim, config.activation, rngs=rngs)

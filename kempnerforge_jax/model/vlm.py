@@ -179,6 +179,7 @@ class VLMWrapper(Module):
         *,
         text_mask: jax.Array | None = None,
         noise_seed: jax.Array | None = None,
+        limit_capacity: bool | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Logits (B, T, V), and the labels as they were given.
 
@@ -188,9 +189,10 @@ class VLMWrapper(Module):
             frame_mask: bool (B, F), False for frames that don't exist: nothing attends to them or routes them.
             text_mask: bool (B, T), False for padding. Padding after the text needs it only where experts route.
             noise_seed: int (), see `ModalityContext`.
+            limit_capacity: as for `Transformer.run`.
         """
         modality = self.context(pixel_values, input_ids, frame_mask, text_mask=text_mask, noise_seed=noise_seed)
-        return self.transformer(input_ids, modality=modality), labels
+        return self.transformer(input_ids, modality=modality, limit_capacity=limit_capacity), labels
 
     def run(
         self,
@@ -201,6 +203,7 @@ class VLMWrapper(Module):
         text_mask: jax.Array | None = None,
         noise_seed: jax.Array | None = None,
         kv_caches: Sequence[KVCache] | None = None,
+        limit_capacity: bool | None = None,
         scan_layers: bool = False,
         remat: Any = False,
     ) -> TransformerOutput:
@@ -209,7 +212,7 @@ class VLMWrapper(Module):
         Args:
             kv_caches: one a layer; text goes on from their fill. An image in the stream comes with the first call, one
                 that cross-attention reads with every call.
-            scan_layers, remat: as for `Transformer.run`.
+            limit_capacity, scan_layers, remat: as for `Transformer.run`.
         """
         modality = self.context(pixel_values, input_ids, frame_mask, text_mask=text_mask, noise_seed=noise_seed)
         return self.transformer.run(
@@ -217,6 +220,7 @@ class VLMWrapper(Module):
             modality=modality,
             kv_caches=kv_caches,
             allow_image_inputs=modality is not None,
+            limit_capacity=limit_capacity,
             scan_layers=scan_layers,
             remat=remat,
         )

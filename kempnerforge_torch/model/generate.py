@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.modality import ModalityContext
-from kempnerforge_torch.model.moe import MoEMLP
 from kempnerforge_torch.model.state import set_state, to_numpy
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import VLMWrapper, inner_transformer
@@ -436,20 +435,15 @@ def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """No gradients, evaluation mode, no capacity limits; all as before afterwards."""
+    """No gradients, evaluation mode; all as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    limits = [(module, module.capacity_factor) for module in model.modules() if isinstance(module, MoEMLP)]
     try:
         model.eval()
-        for module, _ in limits:
-            module.capacity_factor = 0.0
         with torch.no_grad():
             yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for module, limit in limits:
-            module.capacity_factor = limit
 
 
 def _weight(model: Transformer) -> Tensor:

@@ -144,7 +144,7 @@ def extract_representations(
     *,
     path: PathLike | None = None,
 ) -> dict[str, np.ndarray] | None:
-    """Run a dataset through a model and keep what some modules put out, in evaluation mode.
+    """Run a dataset through a model and keep what some modules put out, in evaluation mode and without capacity limits.
 
     Args:
         dataset: samples of one length: token ids (S,), or mappings with "tokens" or "input_ids".
@@ -235,5 +235,5 @@ def _outputs(model: Transformer, names: list[str], tokens: np.ndarray, device: A
     place = next(model.parameters()).device if device is None else device
     headless = not any(name.startswith("output_head") for name in names)
     with inference(model), capture(model, names) as activations:
-        model.run(torch.from_numpy(tokens).to(place), modality=NO_LOGITS if headless else None)
+        model.run(torch.from_numpy(tokens).to(place), modality=NO_LOGITS if headless else None, limit_capacity=False)
     return {name: _to_numpy(value) for name, value in activations.items()}

@@ -26,6 +26,7 @@ from kempnerforge_torch.model.grouped import grouped_matmul
 from kempnerforge_torch.model.looped import looped_moe, loops_over_experts
 from kempnerforge_torch.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_torch.model.router import TopKRouter, build_router
+from shared_config.contract.capacity import token_capacities
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -100,24 +101,38 @@ class MoEMLP(nn.Module):
         self.shared_expert = shared_expert
         self._last: MoEStats | None = None
 
-    def forward(self, x_BSD: Tensor, valid: Tensor | None = None, *, return_stats: bool = False) -> Any:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        valid: Tensor | None = None,
+        *,
+        members: Tensor | None = None,
+        limit_capacity: bool = True,
+        return_stats: bool = False,
+    ) -> Any:
         """(B, S, D) -> (B, S, D).
 
         Args:
             valid: bool (B, S), False for padding, which is sent to no routed expert.
+            members: bool (B, S), False at positions that are none of this layer's tokens: they are not routed, and in
+                contrast to padding they do not count for the capacity.
+            limit_capacity: False: an expert takes any number of choices in this call.
             return_stats: also give `MoEStats`.
         """
         x_TD = x_BSD.flatten(0, 1)
-        valid_T = None if valid is None else valid.flatten()
+        valid_T, members_T = (None if mask is None else mask.flatten() for mask in (valid, members))
+        if members_T is not None:
+            valid_T = members_T if valid_T is None else valid_T & members_T
         weights_Tk, indices_Tk, routed = self.router(x_TD, valid_T, batch_size=x_BSD.shape[0], return_stats=True)
-        room = capacity(x_TD.shape[0], indices_Tk.shape[1], self.num_experts, self.capacity_factor)
+        factor = self.capacity_factor if limit_capacity else 0.0
+        room = layer_capacity(x_TD.shape[0], members_T, indices_Tk.shape[1], self.num_experts, factor)
         plan = plan_dispatch(indices_Tk, valid_T, self.num_experts, room)
         factors_E = gradient_factors(routed.expert_counts, weights_Tk.dtype) if self.gradient_scale else None
         if loops_over_experts(x_TD):
             y_TD = self._loop(x_TD, weights_Tk, plan, factors_E)
         else:
             rows_RD = _Spread.apply(x_TD, plan.choice_R, plan.row_R, indices_Tk.shape[1])
-            out_RD = self._apply_experts(rows_RD, plan.ends_E, complete=valid is None and room is None)
+            out_RD = self._apply_experts(rows_RD, plan.ends_E, complete=valid_T is None and room is None)
             y_TD = combine(out_RD, weights_Tk, plan, None if factors_E is None else factors_E[indices_Tk])
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
@@ -230,12 +245,24 @@ def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int | 
     return max(1, -(-tokens * top_k * exact.numerator // (num_experts * exact.denominator)))
 
 
-def plan_dispatch(indices_Tk: Tensor, valid_T: Tensor | None, num_experts: int, room: int | None = None) -> Dispatch:
+def layer_capacity(
+    tokens: int, members_T: Tensor | None, top_k: int, num_experts: int, factor: float
+) -> int | Tensor | None:
+    """`capacity` of all tokens, or of those that are True in ``members_T``: an array, as their number is one."""
+    if members_T is None or factor == 0:
+        return capacity(tokens, top_k, num_experts, factor)
+    table = _capacities(tokens, top_k, num_experts, factor).to(members_T.device)
+    return table.index_select(0, members_T.sum().reshape(1))
+
+
+def plan_dispatch(
+    indices_Tk: Tensor, valid_T: Tensor | None, num_experts: int, room: int | Tensor | None = None
+) -> Dispatch:
     """Sort the choices by expert, those of equal expert slot by slot and then by token.
 
     Args:
         valid_T: tokens whose choices count; None means all.
-        room: choices that an expert takes; None means any number.
+        room: choices that an expert takes, a number or an array of one; None means any number.
     """
     tokens, top_k = indices_Tk.shape
     expert_R = indices_Tk.t().flatten()
@@ -244,7 +271,7 @@ def plan_dispatch(indices_Tk: Tensor, valid_T: Tensor | None, num_experts: int, 
     expert_R, choice_R = torch.sort(expert_R, stable=True)
     ends_E = _ends(expert_R, num_experts)
     rows_R = torch.arange(tokens * top_k, device=indices_Tk.device)
-    if room is not None and room < tokens * top_k:
+    if room is not None and not (isinstance(room, int) and room >= tokens * top_k):
         starts = F.pad(ends_E, (1, 0))
         expert_R = torch.where(rows_R - starts[expert_R] < room, expert_R, num_experts)
         expert_R, order_R = torch.sort(expert_R, stable=True)
@@ -319,6 +346,11 @@ class _ScaleGradient(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (factors,) = ctx.saved_tensors
         return (dy * factors).to(dy.dtype), None
+
+
+@torch.compiler.assume_constant_result
+def _capacities(tokens: int, top_k: int, num_experts: int, factor: float) -> Tensor:
+    return torch.from_numpy(token_capacities(tokens, top_k, num_experts, factor))
 
 
 def _ends(expert_R: Tensor, num_experts: int) -> Tensor:

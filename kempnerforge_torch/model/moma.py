@@ -203,8 +203,12 @@ class MoMaBlock(nn.Module):
         mask: Tensor | None = None,
         doc_ids: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        limit_capacity: bool = True,
     ) -> tuple[Tensor, dict[str, MoEStats]]:
-        """(B, S, D) -> (B, S, D) and the stats of each modality. Arguments as for `Attention` and `MoMaFFN`."""
+        """(B, S, D) -> (B, S, D) and the stats of each modality. Arguments as for `Attention` and `MoMaFFN`.
+
+        Experts that choose tokens have a share of them and no other capacity: ``limit_capacity`` changes nothing.
+        """
         x = x + self.attention(
             self.attention_norm(x), rope_cos, rope_sin, mask=mask, doc_ids=doc_ids, key_padding_mask=key_padding_mask
         )

@@ -227,6 +227,7 @@ class MoTBlock(nn.Module):
         mask: Tensor | None = None,
         doc_ids: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        limit_capacity: bool = True,
     ) -> tuple[Tensor, Any]:
         """(B, S, D) -> (B, S, D) and, with experts, the stats of each modality's router, by name."""
         x = x + self.attn(
@@ -242,13 +243,30 @@ class MoTBlock(nn.Module):
         normed = layout.apply(lambda name, part: self.mlp_norm[name](part), x)
         if not self.is_moe:
             return x + layout.apply(lambda name, part: self.mlp[name](part), normed), None
-        stats = {}
-        for name in self.modalities:
-            mine_BS = layout.of(name, x)
-            valid_BS = mine_BS if key_padding_mask is None else mine_BS & key_padding_mask
-            out, stats[name] = self.mlp[name](normed, valid=valid_BS, return_stats=True)
-            x = x + torch.where(mine_BS[..., None], out, 0)
-        return x, stats
+        out, stats = self._route(normed, layout, key_padding_mask, limit_capacity)
+        return x + out, stats
+
+    def _route(
+        self, x_BSD: Tensor, layout: Layout, valid: Tensor | None, limit_capacity: bool
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """What the experts of each modality make of its tokens, and their stats, by name. Capacity is that of the
+        modality's positions in the batch, padding included.
+        """
+        outs, stats = {}, {}
+        if layout.spans is None:
+            for name in self.modalities:
+                mine_BS = layout.of(name, x_BSD)
+                out, stats[name] = self.mlp[name](
+                    x_BSD, valid, members=mine_BS, limit_capacity=limit_capacity, return_stats=True
+                )
+                outs[name] = torch.where(mine_BS[..., None], out, 0)
+            return sum(outs.values(), torch.zeros_like(x_BSD)), stats
+        for name, start, stop in layout.spans:
+            own = None if valid is None else valid[:, start:stop]
+            outs[name], stats[name] = self.mlp[name](
+                x_BSD[:, start:stop], own, limit_capacity=limit_capacity, return_stats=True
+            )
+        return torch.cat([outs[name] for name, _, _ in layout.spans], dim=1), stats
 
 
 @registry.register("architecture", "mot")

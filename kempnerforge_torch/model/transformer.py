@@ -61,8 +61,9 @@ class TransformerBlock(nn.Module):
         mask: Tensor | None = None,
         doc_ids: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        limit_capacity: bool = True,
     ) -> tuple[Tensor, Any]:
-        """(B, S, D) -> (B, S, D) and the router's stats, None if dense. Arguments as for `Attention`."""
+        """(B, S, D) -> (B, S, D) and the router's stats, None if dense. Arguments as for `Attention` and `MoEMLP`."""
         x = x + self.attention(
             self.attention_norm(x),
             rope_cos,
@@ -74,7 +75,9 @@ class TransformerBlock(nn.Module):
         )
         if not self.is_moe:
             return x + self.mlp(self.mlp_norm(x)), None
-        out, stats = self.mlp(self.mlp_norm(x), valid=key_padding_mask, return_stats=True)
+        out, stats = self.mlp(
+            self.mlp_norm(x), valid=key_padding_mask, limit_capacity=limit_capacity, return_stats=True
+        )
         return x + out, stats
 
 
@@ -168,6 +171,7 @@ class Transformer(nn.Module):
         kv_caches: Sequence[KVCache] | None = None,
         doc_ids: Tensor | None = None,
         allow_image_inputs: bool = False,
+        limit_capacity: bool | None = None,
         return_stats: bool = False,
     ) -> Any:
         """Logits (B, S_out, V).
@@ -177,6 +181,8 @@ class Transformer(nn.Module):
             kv_caches: one a layer; positions go on from their fill.
             doc_ids: int (B, S) over the residual stream; attention stays within a document.
             allow_image_inputs: let image inputs go together with caches, as the prefill of `generate` does.
+            limit_capacity: whether experts have a capacity in this call; None: unless there are caches. A token's
+                result must not depend on how its sequence is cut into calls.
             return_stats: give a `TransformerOutput`, and leave the getters alone.
 
         Raises:
@@ -186,7 +192,7 @@ class Transformer(nn.Module):
         _check_inputs(tokens, modality, None if allow_image_inputs else kv_caches)
         self.architecture.check(modality)
         x_BSD = self._embed(tokens, modality)
-        inputs = self._block_inputs(x_BSD, modality, kv_caches, doc_ids)
+        inputs = self._block_inputs(x_BSD, modality, kv_caches, doc_ids, limit_capacity)
         x_BSD, stats = self._run_layers(x_BSD, inputs, modality, kv_caches)
         x_BSD = self.architecture.final_norm(self, x_BSD, modality)
         if modality.output_slice is not None:
@@ -207,6 +213,7 @@ class Transformer(nn.Module):
         kv_caches: Sequence[KVCache] | None = None,
         doc_ids: Tensor | None = None,
         allow_image_inputs: bool = False,
+        limit_capacity: bool | None = None,
     ) -> TransformerOutput:
         """The forward as a pure function: logits and router stats are returned, nothing is kept on the model."""
         return self(
@@ -215,6 +222,7 @@ class Transformer(nn.Module):
             kv_caches=kv_caches,
             doc_ids=doc_ids,
             allow_image_inputs=allow_image_inputs,
+            limit_capacity=limit_capacity,
             return_stats=True,
         )
 
@@ -273,6 +281,7 @@ class Transformer(nn.Module):
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
         doc_ids: Tensor | None,
+        limit_capacity: bool | None,
     ) -> dict[str, Any]:
         """What all blocks share: rotary tables and the mask, built once."""
         length, cache = x.shape[1], None
@@ -296,6 +305,7 @@ class Transformer(nn.Module):
             "mask": mask,
             "doc_ids": doc_ids,
             "key_padding_mask": modality.key_padding_mask,
+            "limit_capacity": kv_caches is None if limit_capacity is None else limit_capacity,
         }
         return self.architecture.block_inputs(self, inputs, x, modality, kv_caches)
 
@@ -369,7 +379,7 @@ def build_attention(config: ModelConfig) -> Attention:
 def build_feed_forward(config: ModelConfig, layer_idx: int) -> nn.Module:
     """The feed-forward part of a layer: dense, or a mixture of experts.
 
-    A mixture is called as ``mlp(x, valid=..., return_stats=True)`` and gives (x, stats).
+    A mixture is called as ``mlp(x, valid=..., limit_capacity=..., return_stats=True)`` and gives (x, stats).
     """
     if not config.is_moe_layer(layer_idx):
         return build_mlp(config.dim, config.computed_ffn_hidden_dim, config.activation)

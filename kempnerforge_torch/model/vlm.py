@@ -183,6 +183,7 @@ class VLMWrapper(nn.Module):
         text_mask: Tensor | None = None,
         noise_seed: Tensor | None = None,
         kv_caches: Sequence[KVCache] | None = None,
+        limit_capacity: bool | None = None,
         return_stats: bool = False,
     ) -> Any:
         """Logits (B, T, V), and the labels as they were given.
@@ -195,6 +196,7 @@ class VLMWrapper(nn.Module):
             noise_seed: int (), see `ModalityContext`.
             kv_caches: one a layer; text goes on from their fill. An image in the stream comes with the first call, one
                 that cross-attention reads with every call.
+            limit_capacity: as for `Transformer.forward`.
             return_stats: give a `TransformerOutput` instead, and leave the getters of the transformer alone.
         """
         modality = self.context(pixel_values, input_ids, frame_mask, text_mask=text_mask, noise_seed=noise_seed)
@@ -203,6 +205,7 @@ class VLMWrapper(nn.Module):
             modality=modality,
             kv_caches=kv_caches,
             allow_image_inputs=modality is not None,
+            limit_capacity=limit_capacity,
             return_stats=return_stats,
         )
         return output if return_stats else (output, labels)
@@ -216,6 +219,7 @@ class VLMWrapper(nn.Module):
         text_mask: Tensor | None = None,
         noise_seed: Tensor | None = None,
         kv_caches: Sequence[KVCache] | None = None,
+        limit_capacity: bool | None = None,
     ) -> TransformerOutput:
         """The forward as a pure function: logits and router stats are returned, nothing is kept on the model."""
         return self(
@@ -226,6 +230,7 @@ class VLMWrapper(nn.Module):
             text_mask=text_mask,
             noise_seed=noise_seed,
             kv_caches=kv_caches,
+            limit_capacity=limit_capacity,
             return_stats=True,
         )
 

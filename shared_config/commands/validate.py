@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shared_config.checks import BACKENDS, CHECKS, Finding, Plan
+from shared_config.checks import BACKENDS, CHECKS, Finding, Plan, outcome
 from shared_config.commands.backends import require_backend
 from shared_config.commands.common import (
     add_config,
@@ -171,8 +171,6 @@ def show(screen: Console, plan: Plan, findings: Sequence[Finding], seconds: floa
         if not comparison.equal:
             screen.rule(name)
             show_first_differences(screen, comparison)
-    failed = sum(not finding.ok for finding in findings)
-    outcome = "the backends agree" if same else f"the backends DIFFER in {failed} of {len(findings)} comparisons"
     parameters = count_parameters(plan.config.model, plan.config.vlm)
-    screen.print(f"{outcome} ({parameters:,} parameters, {seconds:.0f} s)")
+    screen.print(f"{outcome(findings)} ({parameters:,} parameters, {seconds:.0f} s)")
     return same

@@ -31,7 +31,7 @@ def show_findings(screen: Console, findings: Iterable[Finding]) -> bool:
     for name in ("tensors", "relative error", "allowed"):
         table.columns[COLUMNS.index(name)].justify = "right"
     for finding in findings:
-        verdict = "[green]same[/]" if finding.ok else "[bold red]DIFFERENT[/]"
+        verdict = f"[{'green' if finding.ok else 'bold red'}]{finding.verdict}[/]"
         numbers = [f"{finding.error:.1e}", f"{finding.limit:.1e}"] if finding.worst else ["", ""]
         table.add_row(finding.check, finding.subject, str(finding.count), finding.worst, *numbers, verdict)
     screen.print(table)

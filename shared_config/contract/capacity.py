@@ -1,12 +1,15 @@
-"""How many tokens an expert chooses, in integers: no rounding of a product may move a ceiling.
+"""How many tokens an expert takes, in integers: no rounding of a product may move a ceiling.
 
-Written with //, %, * and + alone, so that the number of tokens may be an int or an integer array of either backend.
+`choice_capacity` is written with //, %, * and + alone, so that the number of tokens may be an int or an integer array
+of either backend.
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
 from typing import Any
+
+import numpy as np
 
 MAX_DENOMINATOR = 10_000
 """Capacity factors count with four decimals; products then stay below 2^31 for any number of tokens below it."""
@@ -31,3 +34,13 @@ def choice_capacity(tokens: Any, share: Share) -> Any:
     """ceil(share * tokens): how many each expert takes."""
     n, d = share
     return n * (tokens // d) + (n * (tokens % d) + d - 1) // d
+
+
+def token_capacities(most: int, top_k: int, num_experts: int, factor: float) -> np.ndarray:
+    """What an expert takes of 0, 1, ..., ``most`` tokens that choose k experts each: int32 (most + 1,).
+
+    max(1, ceil(tokens k / E * factor)), at most ``most``; to be looked up where the number of tokens is an array.
+    """
+    share = Fraction(str(factor)) * top_k / num_experts
+    tokens = np.arange(most + 1, dtype=object)
+    return np.clip(-(-tokens * share.numerator // share.denominator), 1, max(most, 1)).astype(np.int32)

@@ -127,7 +127,7 @@ def _finding(finding: Finding) -> str:
         f"<tr{_bad(finding.ok)}><td>{escape(finding.check)}</td><td>{escape(finding.subject)}</td>"
         f'<td class="number">{finding.count}</td><td class="name">{escape(finding.worst)}</td>'
         f'<td class="number">{numbers[0]}</td><td class="number">{numbers[1]}</td><td>{numbers[2]}</td>'
-        f"<td>{_verdict(finding.ok, 'same' if finding.ok else 'different')}</td></tr>"
+        f"<td>{_verdict(finding.ok, finding.verdict)}</td></tr>"
     )
 
 

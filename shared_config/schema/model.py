@@ -21,6 +21,7 @@ from shared_config.schema.base import (
 FFN_MULTIPLE = 256
 EXPERT_FFN_MULTIPLE = 16
 MIXED = ("linear", "llama3", "yarn")
+UNIT = "Tokens are counted over one micro-batch of one data-parallel rank, so how a batch is cut changes the result."
 EvenInt = Annotated[int, Field(gt=0, multiple_of=2)]
 
 
@@ -60,7 +61,9 @@ class ModelConfig(Section):
     """One decoder-only transformer, dense or mixture of experts.
 
     ``n_kv_heads`` None means ``n_heads``; ``head_dim`` None means ``dim // n_heads``; both read as numbers after
-    construction.
+    construction. The unit of what experts count, for router losses, capacity and gradient scale, is the micro-batch of
+    one data-parallel rank, and of a modality where each has its own experts; the sequence-wise loss does not depend on
+    how a batch is cut.
     """
 
     dim: PositiveInt = 4096
@@ -90,10 +93,28 @@ class ModelConfig(Section):
     moe_frequency: PositiveInt = 1
     moe_router: Annotated[str, registered("router")] = "softmax_topk"
     moe_shared_experts: Count = 0
-    moe_aux_loss_weight: NonNegativeFloat = 0.01
-    moe_capacity_factor: NonNegativeFloat = 0.0
-    moe_sequence_aux_loss_weight: NonNegativeFloat = 0.0
-    moe_gradient_scale: bool = False
+    moe_aux_loss_weight: Annotated[NonNegativeFloat, Field(description=f"Weight of the balancing loss. {UNIT}")] = 0.01
+    moe_capacity_factor: Annotated[
+        NonNegativeFloat,
+        Field(
+            description="An expert takes at most max(1, ceil(tokens * moe_top_k / num_experts * factor)) choices; "
+            f"0: any number. Generation has no limits. {UNIT}"
+        ),
+    ] = 0.0
+    moe_sequence_aux_loss_weight: Annotated[
+        NonNegativeFloat,
+        Field(
+            description="Weight of the balancing loss within each sequence, averaged over sequences: it does not "
+            "depend on how a batch is cut into micro-batches."
+        ),
+    ] = 0.0
+    moe_gradient_scale: Annotated[
+        bool,
+        Field(
+            description="Scale what flows back through an expert by (mean choices of an expert) / (its choices). "
+            f"{UNIT}"
+        ),
+    ] = False
     moe_bias_schedule: Literal["constant", "cosine_decay", "linear_warmup"] = "constant"
     moe_packed_experts: bool = False
     moe_expert_ffn_multiplier: PositiveFloat = 1.0

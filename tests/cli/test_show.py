@@ -80,6 +80,11 @@ def test_schema_is_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     assert "model" in schema["properties"]
+    assert "micro-batch of\none data-parallel rank" in schema["$defs"]["ModelConfig"]["description"]
+    fields = schema["$defs"]["ModelConfig"]["properties"]
+    for name in ("moe_aux_loss_weight", "moe_capacity_factor", "moe_gradient_scale"):
+        assert "one micro-batch of one data-parallel rank" in fields[name]["description"]
+    assert "does not depend on how a batch is cut" in fields["moe_sequence_aux_loss_weight"]["description"]
 
 
 def test_show_needs_neither_framework_and_is_quick() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from shared_config import checks
 from shared_config.checks import CHECKS, Check, Finding, Plan, register
@@ -75,6 +76,37 @@ def test_decoding_unlike_the_forward_is_found(tmp_path: Path) -> None:
     assert torch_finding.ok
     assert not jax_finding.ok
     assert "decode/single" in jax_finding.detail
+
+
+def test_a_backend_that_disagrees_with_itself_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan(CONFIG, tmp_path)
+    logits = np.linspace(1.0, 2.0, 12).reshape(1, 3, 4)
+    for backend, factor in (("torch", 1.0), ("jax", 2.0)):
+        tensors = {"forward/output_head": logits, "decode/single": logits * factor}
+        write_trace(plan.trace_file(backend, "float64"), Trace(tensors, _meta(backend, "float64")))
+    findings = list(CHECKS["cached decoding"].judge(plan))
+    assert [finding.verdict for finding in findings] == ["same", "jax INCONSISTENT"]
+    assert not validate.show(Console(width=200), plan, findings, 1.0)
+    printed = capsys.readouterr().out
+    assert "jax disagrees with itself: decode/single" in printed
+    assert "the backends agree; jax DISAGREES WITH ITSELF in 1 of 2 comparisons" in printed
+    assert "DIFFER" not in printed
+    between = Finding("one step", "loss", ok=False)
+    said = checks.outcome([*findings, between])
+    assert said == ("the backends DIFFER in 1 of 3 comparisons; jax DISAGREES WITH ITSELF in 1 of 3 comparisons")
+
+
+def test_decoding_is_held_to_a_forward_without_capacity_limits(tmp_path: Path) -> None:
+    overrides = ["--model.num_experts", "4", "--model.moe_capacity_factor", "0.5"]
+    plan = Plan(load_config("debug", overrides), tmp_path)
+    free = np.linspace(1.0, 2.0, 12).reshape(1, 3, 4)
+    for backend, decoded in (("torch", free), ("jax", free / 2)):
+        tensors = {"forward/output_head": free / 2, "decode/whole": free, "decode/single": decoded}
+        write_trace(plan.trace_file(backend, "float64"), Trace(tensors, _meta(backend, "float64")))
+    torch_finding, jax_finding = CHECKS["cached decoding"].judge(plan)
+    assert torch_finding.ok
+    assert torch_finding.count == 1
+    assert not jax_finding.ok
 
 
 def test_other_initial_weights_are_a_difference(tmp_path: Path) -> None:

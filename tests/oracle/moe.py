@@ -59,7 +59,11 @@ class MoESaved:
 
 
 def moe(
-    x_BSD: np.ndarray, weights: Weights, options: MoEOptions, valid_BS: np.ndarray | None = None
+    x_BSD: np.ndarray,
+    weights: Weights,
+    options: MoEOptions,
+    valid_BS: np.ndarray | None = None,
+    members_BS: np.ndarray | None = None,
 ) -> tuple[np.ndarray, MoESaved]:
     """y_t = sum over the choices j that found room of w_tj expert_{i_tj}(x_t), plus shared_expert(x_t).
 
@@ -67,15 +71,17 @@ def moe(
         weights: router.gate.weight, router.expert_bias (sigmoid), experts.{i}... or gate_w, up_w, down_w, and
             shared_expert...
         valid_BS: False for padding, which is sent to no routed expert.
+        members_BS: False for what is not among the layer's tokens, and has no part in anything.
     """
     batch, length, width = x_BSD.shape
     x_TD = x_BSD.reshape(-1, width)
-    valid_T = np.ones(len(x_TD), dtype=bool) if valid_BS is None else valid_BS.reshape(-1)
+    members_T = np.ones(len(x_TD), dtype=bool) if members_BS is None else members_BS.reshape(-1)
+    valid_T = members_T if valid_BS is None else members_T & valid_BS.reshape(-1)
     sequences_T = np.repeat(np.arange(batch), length)
     routing = route(x_TD, submodule(weights, "router"), options, valid_T, sequences_T)
 
     experts = len(routing.counts_E)
-    room = capacity(len(x_TD), options.top_k, experts, options.capacity_factor)
+    room = capacity(int(members_T.sum()), options.top_k, experts, options.capacity_factor)
     kept_Tk = find_room(routing.indices_Tk, valid_T, experts, room)
     outputs_TkD = np.zeros((*kept_Tk.shape, width), dtype=np.result_type(x_TD, *weights.values()))
     expert_saved: dict[int, tuple[np.ndarray, np.ndarray, Activations]] = {}

@@ -105,7 +105,7 @@ def mot_block(
         mine_BS = where.modality_BS == index
         own = submodule(weights, f"mlp.{modality}")
         if config.is_moe_layer(layer):
-            y_BSD, saved = moe(normed, own, moe_options(config), mine_BS & where.valid_BS)
+            y_BSD, saved = moe(normed, own, moe_options(config), where.valid_BS, mine_BS)
             losses.aux_loss = losses.aux_loss + saved.routing.aux_loss
             losses.z_loss = losses.z_loss + saved.routing.z_loss
             losses.counts[modality] = saved.routing.counts_E

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from shared_config.contract.parameters import parameter_table
 from shared_config.contract.vision import wrapper_table
 from shared_config.schema import (
     AdapterConfig,
@@ -24,12 +25,14 @@ from shared_config.schema import (
 )
 from tests.oracle.attention import attention as oracle_attention
 from tests.oracle.position import rope_at
-from tests.parity.vlm_checks import Side
+from tests.oracle.transformer import transformer
+from tests.parity.vlm_checks import Side, weights_of
 
 WINDOW, DIM = 3, 12
 MODEL = ModelConfig(
     dim=DIM, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4, vocab_size=37, ffn_hidden_dim=10, max_seq_len=16
 )  # fmt: skip
+TIGHT = MODEL.replace(num_experts=3, moe_top_k=2, moe_capacity_factor=0.3)
 VISION = VisionEncoderConfig(type="random", feature_dim=6, num_tokens=2, image_size=2)
 ADAPTER, FRAMES = AdapterConfig(type="linear"), 2
 NEW = 3
@@ -98,8 +101,27 @@ def check_continuation(side: Side, vlm: VLMConfig, prompts: list[list[int]]) -> 
             assert new[row].tolist() == expected.tolist(), f"{vlm.arch}: row {row}"
 
 
+def check_capacity(backend: str) -> None:
+    """Experts have a capacity in a forward, and none if the call says so, or has caches."""
+    side, tokens = Side(backend), np.random.default_rng(5).integers(0, 37, (2, 12))
+    table = parameter_table(TIGHT)
+    weights = weights_of(table)
+    model = side.filled(table, side.module("model.transformer").Transformer, TIGHT)
+    side.same(model.run(side.array(tokens)).logits, transformer(weights, TIGHT, tokens).logits, "limited")
+    free = transformer(weights, TIGHT.replace(moe_capacity_factor=0.0), tokens).logits
+    side.same(model.run(side.array(tokens), limit_capacity=False).logits, free, "unlimited")
+    caches: Any = [
+        side.module("model.attention").KVCache(2, 16, 1, 4, side.array(PIXELS).dtype) for _ in range(TIGHT.n_layers)
+    ]
+    for part in (slice(0, 7), slice(7, 12)):
+        out = model.run(side.array(tokens[:, part]), kv_caches=caches)
+        side.same(out.logits, free[:, part], "cached")
+        caches = caches if backend == "torch" else out.kv_caches
+
+
 DECODING_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
     "model.kv_cache": (check_rings,),
     "model.generate": (check_images,),
     "model.cross_attention": (check_images,),
+    "model.transformer": (check_capacity,),
 }

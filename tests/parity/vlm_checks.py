@@ -200,25 +200,25 @@ def check_mot_block(backend: str) -> None:
 
 
 def check_mot_experts(backend: str) -> None:
-    """The experts of a modality are sent its real positions."""
-    side, mot = Side(backend), Side(backend).module("model.mot")
-    block = side.built(mot.MoTBlock, MODEL, MOT.mot_modalities, 0)
-    sent = {}
-
-    def experts(name: str) -> Callable[..., Any]:
-        def route(x: Any, *, valid: Any, return_stats: bool) -> tuple[Any, str]:
-            assert return_stats
-            sent[name] = side.numpy(valid)
-            return x, name
-
-        return route
-
-    object.__setattr__(block, "is_moe", True)
-    object.__setattr__(block, "mlp", {name: experts(name) for name in MOT.mot_modalities})
-    layout, rope = mot.Layout(MOT.mot_modalities, ids=side.array(IDS)), side.array(np.ones((11, 1)))
-    block(side.array(STREAM), rope, rope, layout=layout, key_padding_mask=side.array(REAL))
-    for index, name in enumerate(MOT.mot_modalities):
-        np.testing.assert_array_equal(sent[name], (index == IDS) & REAL)
+    """Under capacity, the experts of a modality see its own tokens: told by ids, and by spans."""
+    side, config = Side(backend), MODEL.replace(num_experts=3, moe_capacity_factor=0.6)
+    path, mot = "layers.0.", side.module("model.mot")
+    table = {name.removeprefix(path): spec for name, spec in parameter_table(config, MOT).items() if path in name}
+    block = side.filled(table, mot.MoTBlock, config, MOT.mot_modalities, 0, image_n_kv_heads=2)
+    rope = [side.array(rows) for rows in (np.ones((11, 1)), np.zeros((11, 1)))]
+    plain = dataclasses.replace(stream(IDS), valid_BS=REAL)
+    prefix = np.broadcast_to(np.arange(11) >= IMAGE_LEN, IDS.shape).astype(np.int32)
+    by_span = mot.Layout(MOT.mot_modalities, spans=(("image", 0, IMAGE_LEN), ("text", IMAGE_LEN, 11)))
+    for ids, layout in ((IDS, mot.Layout(MOT.mot_modalities, ids=side.array(IDS))), (prefix, by_span)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tests.oracle.mot.apply_rope", lambda x, *_: x)
+            truth, losses = mot_block(
+                STREAM, weights_of(table), config, MOT, 0, dataclasses.replace(plain, modality_BS=ids)
+            )
+        out, stats = block(side.array(STREAM), *rope, layout=layout, key_padding_mask=side.array(REAL))
+        side.same(out, truth, "block")
+        for name in MOT.mot_modalities:
+            np.testing.assert_array_equal(side.numpy(stats[name].expert_counts), losses.counts[name])
 
 
 def check_mot_stream(backend: str) -> None:
