@@ -14,10 +14,11 @@ from typing import Any, Protocol
 from shared_config.errors import UserError
 from shared_config.interchange.files import file_errors, written_aside
 from shared_config.loader import config_to_dict
-from shared_config.reading import check_regular
+from shared_config.reading import check_regular, read_text
 from shared_config.schema.job import JobConfig
 
 FILE = "metrics.jsonl"
+MAX_ID_BYTES = 2**10
 
 Record = Mapping[str, float | None]
 
@@ -129,7 +130,7 @@ class WandbLogger:
         identity = folder / "wandb_id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(8), encoding="ascii")
-        name = identity.read_text(encoding="ascii").strip()
+        name = read_text(identity, MAX_ID_BYTES).strip()
         self._run = wandb.init(project=project, dir=str(folder), id=name, resume="allow", config=config_to_dict(config))
 
     def write(self, step: int, record: Record) -> None:

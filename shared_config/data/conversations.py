@@ -60,10 +60,14 @@ class ConversationData:
         rank: int = 0,
         world_size: int = 1,
         pack_documents: bool = False,
+        text_mask: bool = False,
         heldout_batch_size: int | None = None,
         heldout_steps: int = 8,
     ):
-        """``name`` stands for the data in messages.
+        """
+        Args:
+            name: of the data, for messages.
+            text_mask: also give which positions are real, for experts not to be sent padding.
 
         Raises:
             UserError: no conversation has a label within ``seq_len``.
@@ -71,7 +75,8 @@ class ConversationData:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank = {rank}: must be at least 0 and below world_size = {world_size}")
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
-        self.rank, self.world_size, self.pack_documents = rank, world_size, pack_documents
+        self.rank, self.world_size = rank, world_size
+        self.pack_documents, self.text_mask = pack_documents, text_mask
         self.heldout_batch_size = heldout_batch_size or batch_size
         self.heldout_steps = heldout_steps
         self.rows_per_batch = batch_size * world_size
@@ -92,6 +97,7 @@ class ConversationData:
         Returns:
             tokens, labels: int32 (B, S); a label is the next id where the assistant wrote it, else -100. With
             ``pack_documents`` also doc_ids: int32 (B, S), which grow by 1 at each conversation and at the padding.
+            With ``text_mask`` also text_mask: bool (B, S), True at real positions.
         """
         if index < 0:
             raise ValueError(f"index = {index}: must be at least 0")
@@ -129,7 +135,7 @@ class ConversationData:
     def _rows(self, rows: Sequence[Sequence[Conversation]], batch_size: int) -> Batch:
         shape = (batch_size, self.seq_len)
         tokens_BS, labels_BS = np.zeros(shape, np.int32), np.full(shape, IGNORED, np.int32)
-        doc_ids_BS = np.zeros(shape, np.int32)
+        doc_ids_BS, text_mask_BS = np.zeros(shape, np.int32), np.zeros(shape, bool)
         for row, conversations in enumerate(rows):
             start = 0
             for document, conversation in enumerate(conversations):
@@ -140,8 +146,10 @@ class ConversationData:
                 doc_ids_BS[row, start:stop] = document
                 start = stop
             doc_ids_BS[row, start:] = len(conversations)
+            text_mask_BS[row, :start] = True
         batch = {"tokens": tokens_BS, "labels": labels_BS}
-        return {**batch, "doc_ids": doc_ids_BS} if self.pack_documents else batch
+        batch |= {"doc_ids": doc_ids_BS} if self.pack_documents else {}
+        return batch | ({"text_mask": text_mask_BS} if self.text_mask else {})
 
 
 def encode_conversations(

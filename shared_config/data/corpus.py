@@ -195,6 +195,11 @@ def json_lines_files(path: str | Path, root: Path, names: Sequence[str]) -> list
         UserError: some are and others aren't, or they are larger than what is tokenised at the start of a run.
     """
     rows = [name for name in names if is_json_lines(name)]
+    if all(name.lower().endswith(".json") for name in names):
+        raise UserError(
+            f"data.path = {str(path)!r}: {names[0]} is JSON; must be JSON Lines (.jsonl, one object a line), "
+            "or have another name to be trained on as it stands"
+        )
     if rows and len(rows) < len(names):
         other = next(name for name in names if not is_json_lines(name))
         raise UserError(

@@ -39,7 +39,7 @@ def open_text_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) -> 
             vocab_size=config.model.vocab_size,
             heldout_fraction=config.data.heldout_fraction,
         )
-        return ConversationData(*parts, name=name, **shared)
+        return ConversationData(*parts, name=name, text_mask=config.model.is_moe, **shared)
     corpus = _corpus(config, tokenizer, rows)
     return TextData(corpus, vocab_size=config.model.vocab_size, tokenizer=tokenizer, **shared)
 

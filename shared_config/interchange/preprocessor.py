@@ -46,7 +46,6 @@ WITHOUT_EFFECT = (
     "return_tensors",
     "device",
     "disable_grouping",
-    "use_square_size",
 )
 """What is read elsewhere here, or tells transformers where and in which form to compute."""
 

@@ -170,6 +170,15 @@ def test_json_lines_beside_other_files_are_refused(tmp_path: Path) -> None:
         open_text_data(job(tmp_path))
 
 
+def test_json_that_is_not_lines_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * 500}]))
+    for path in (tmp_path, tmp_path / "a.json"):
+        with pytest.raises(UserError, match=r"a\.json is JSON; must be JSON Lines"):
+            open_text_data(job(path))
+    (tmp_path / "code.py").write_text("print('of a project')" * 30)
+    assert isinstance(open_text_data(job(tmp_path)), TextData)
+
+
 @pytest.mark.parametrize("content", ["", "ab"])
 @pytest.mark.parametrize("name", ["short.txt", "short.jsonl", "short.npy", "folder/a.txt"])
 def test_messages_name_the_data_as_they_were_given(
@@ -282,6 +291,22 @@ def test_packed_conversations_are_documents_and_none_is_lost(tmp_path: Path) -> 
             answers += learned_text(folder, labels[here], labels[here] != -100)
             assert learned_text(folder, tokens[here], tokens[here] >= 0)[0].startswith("<|im_start|>user")
     assert len(set(answers)) == len(answers) == 11
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_experts_are_told_what_is_padding(pack: bool, tmp_path: Path) -> None:
+    folder = tokenizer_folder(tmp_path / "tokenizer", CHATML)
+    path = rows_file(tmp_path / "rows.jsonl", [{"messages": turns("q", "a")}] * 9)
+    dense = job(path, tokenizer=folder, seq_len=100, pack_documents=pack)
+    sparse = dense.replace(model=dense.model.replace(num_experts=4))
+    assert "text_mask" not in open_text_data(dense).batch(0)
+    for batch in (open_text_data(sparse).batch(0), *open_text_data(sparse).heldout()):
+        real = batch["text_mask"].sum(axis=1)
+        for row, count in enumerate(real):
+            assert batch["text_mask"][row, :count].all()
+            assert not batch["tokens"][row, count:].any()
+            assert (batch["labels"][row, count:] == -100).all()
+            assert count == 0 or batch["labels"][row, count - 1] != -100
 
 
 def test_special_tokens_come_from_the_template_alone(tmp_path: Path) -> None:
