@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -322,6 +323,29 @@ def test_clips_are_sampled_uniformly_with_first_and_last_frame(tmp_path: Path) -
     np.testing.assert_allclose(clip.mean(axis=(1, 2, 3)), [20, 70, 120, 170, 220], atol=6)
     short = read_clip(tmp_path / "clip.mp4", PLAIN, VideoConfig(max_frames=64, min_frames=64))
     assert len(short) == 21
+
+
+@pytest.mark.parametrize(
+    ("matrix", "bright"), [((1, 0, 0, 1), "left"), ((0, 1, -1, 0), "top"), ((-1, 0, 0, -1), "right")]
+)
+def test_clips_stand_upright_as_their_container_says(matrix: tuple[int, ...], bright: str, tmp_path: Path) -> None:
+    """The left half of the coded frames is bright; the display matrix of the track turns them clockwise."""
+    file = tmp_path / "clip.mp4"
+    with av.open(str(file), "w") as container:
+        video: Any = container.add_stream("mpeg4", rate=10)
+        video.width, video.height, video.pix_fmt, video.bit_rate = 32, 32, "yuv420p", 2_000_000
+        coded = np.full((32, 32, 3), 20, np.uint8)
+        coded[:, :16] = 220
+        for packet in [*video.encode(av.VideoFrame.from_ndarray(coded, format="rgb24")), *video.encode(None)]:
+            container.mux(packet)
+    content = bytearray(file.read_bytes())
+    start = content.index(b"tkhd") + 44
+    a, b, c, d = (value << 16 for value in matrix)
+    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    file.write_bytes(content)
+    (frame,) = read_clip(file, PLAIN, VideoConfig(max_frames=1, min_frames=1))
+    halves = {"left": frame[:, :4], "right": frame[:, 4:], "top": frame[:4], "bottom": frame[4:]}
+    assert max(halves, key=lambda side: halves[side].mean()) == bright
 
 
 def test_clips_in_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
