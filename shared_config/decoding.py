@@ -77,7 +77,7 @@ def check_request(
     max_new_tokens: int,
     max_seq_len: int,
     vocab_size: int,
-    eos_token_id: int | None = None,
+    eos_token_ids: Sequence[int] = (),
     prefill_chunk: int = PREFILL_CHUNK,
     image_tokens: int = 0,
 ) -> None:
@@ -104,8 +104,21 @@ def check_request(
             f"max_new_tokens = {max_new_tokens}: must be at most {room - longest + 1}, as the longest prompt "
             f"has {longest} tokens and max_seq_len = {max_seq_len}{image}"
         )
-    if eos_token_id is not None and not 0 <= eos_token_id < vocab_size:
-        raise UserError(f"eos_token_id = {eos_token_id}: must be in [0, {vocab_size}), or None")
+    for eos_token_id in eos_token_ids:
+        if not 0 <= eos_token_id < vocab_size:
+            raise UserError(f"eos_token_id = {eos_token_id}: must be in [0, {vocab_size}), or None")
+
+
+def read_stops(eos_token_id: Any) -> tuple[int, ...]:
+    """The ids that end a row: of an id, several of them (a sequence or an array), or None.
+
+    Raises:
+        UserError: what is no id.
+    """
+    given = np.asarray([] if eos_token_id is None else eos_token_id)
+    if given.ndim > 1 or (given.size and given.dtype.kind not in "iu"):
+        raise UserError(f"eos_token_id = {eos_token_id!r}: must be an id, a sequence of ids, or None")
+    return tuple(dict.fromkeys(given.reshape(-1).tolist()))
 
 
 def check_architecture(vlm: VLMConfig | None) -> None:

@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import tomli_w
@@ -87,7 +88,16 @@ def read_source(source: str) -> dict[str, Any]:
         text = read_text(source, MAX_TOML_BYTES)
     except UserError as error:
         raise UserError(f"config = {source!r}: can't be read: {error}") from None
-    return _parse_toml(text, source)
+    return _with_tokenizer_beside(_parse_toml(text, source), Path(source).parent)
+
+
+def _with_tokenizer_beside(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The fields, with the path of a tokenizer that lies beside the file they come from."""
+    data = fields.get("data")
+    name = data.get("tokenizer") if isinstance(data, dict) else None
+    if not isinstance(name, str) or not (folder / name / "tokenizer.json").is_file():
+        return fields
+    return {**fields, "data": {**fields["data"], "tokenizer": str(folder / name)}}
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:

@@ -27,6 +27,7 @@ from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.files import written_aside
+from shared_config.interchange.tokens import keep_tokenizer
 from shared_config.loader import config_to_dict, config_to_toml
 from shared_config.metrics import Logger, finite_or_none, open_loggers
 from shared_config.progress import Display, say
@@ -389,8 +390,9 @@ def _agreed(agree: Callable[[int], int]) -> Iterator[None]:
 
 
 def _write_config(config: JobConfig, folder: Path) -> None:
-    """Write the resolved config; remove what writers of the run's files left when they were killed."""
+    """Write the resolved config and the tokenizer; remove what writers of these files left when they were killed."""
     for left in (*folder.glob(".config.toml.*.part"), *folder.glob(".metrics.jsonl.*.part")):
         left.unlink()
+    kept = keep_tokenizer(config, folder)
     with written_aside(folder / "config.toml") as aside:
-        aside.write_text(config_to_toml(config), encoding="utf-8")
+        aside.write_text(config_to_toml(kept), encoding="utf-8")

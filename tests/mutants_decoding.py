@@ -43,6 +43,7 @@ DECODING_MUTANTS = (
         ("None if array is None else array[rows]",
          'None if array is None else array if name == "valid" else array[rows]'),
     ),
+    both("model.generate", "only one id ends a row", "read_stops(", "(lambda ids: read_stops(ids)[:1])("),
     both("model.generate", "image not counted in the lengths", "lengths_B - 1 + taken", "lengths_B - 1"),
     Mutant(
         "model.generate", "image read before the prompt only",

@@ -4,7 +4,7 @@ An image goes into the caches first, or is read once where cross-attention looks
 but its last token and without the head; from there on every step reads one token of each row and draws the next, at
 static shapes, so that one program serves all positions.
 
-Shapes: B rows, S tokens of the longest prompt, N new tokens, V vocabulary.
+Shapes: B rows, S tokens of the longest prompt, N new tokens, V vocabulary, E ids that end a row.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from shared_config.decoding import (
     draw_uniforms,
     prefill_chunks,
     read_prompts,
+    read_stops,
 )
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
@@ -92,7 +93,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
     prompt_lengths: Any = None,
     seed: int | jax.Array | None = None,
@@ -109,7 +110,7 @@ def generate(
     Args:
         prompt_tokens: int (B, S), or a sequence of B rows of any lengths.
         temperature, top_k, top_p: as for `sample`.
-        eos_token_id: a row that has produced it is padding from then on.
+        eos_token_id: one id or several; a row that has produced one of them is padding from then on.
         pad_token_id: any number.
         prompt_lengths: int (B,), how many tokens of each row of ``prompt_tokens`` count; all if None.
         seed: of the random numbers, the same in both backends; or a JAX key; None: another one each time.
@@ -141,7 +142,7 @@ def stream(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
     prompt_lengths: Any = None,
     seed: int | jax.Array | None = None,
@@ -205,7 +206,7 @@ class Request:
     temperature: float
     top_k: int
     top_p: float
-    eos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
     pad_token_id: int
     uniforms: np.ndarray | None
     cache_length: int
@@ -219,7 +220,7 @@ def _request(
     temperature: float,
     top_k: int,
     top_p: float,
-    eos_token_id: int | None,
+    eos_token_id: int | Sequence[int] | None,
     pad_token_id: int,
     prompt_lengths: Any,
     seed: int | jax.Array | None,
@@ -234,8 +235,8 @@ def _request(
     prompts = read_prompts(prompt_tokens, prompt_lengths, config.vocab_size)
     rows = len(prompts.lengths)
     image = _read_image(model, pixel_values, frame_mask, rows)
-    taken = _image_tokens(image)
-    check_request(prompts, max_new_tokens, config.max_seq_len, config.vocab_size, eos_token_id, prefill_chunk, taken)
+    taken, stops = _image_tokens(image), read_stops(eos_token_id)
+    check_request(prompts, max_new_tokens, config.max_seq_len, config.vocab_size, stops, prefill_chunk, taken)
     slots = cache_length(prompts, max_new_tokens, config.max_seq_len, taken)
     return Request(
         prompts,
@@ -244,7 +245,7 @@ def _request(
         temperature,
         top_k or config.vocab_size,
         top_p,
-        eos_token_id,
+        stops,
         pad_token_id,
         None if temperature == 0 else _uniforms(seed, uniforms, rows, max_new_tokens),
         slots,
@@ -302,11 +303,11 @@ class _Options(NamedTuple):
 
     Attributes:
         sampling: temperature, top_k and top_p; None: greedy.
-        eos_token_id: -1 if there is none.
+        eos_token_ids: int32 (E,); -1 if there is none.
     """
 
     sampling: tuple[jax.Array, ...] | None
-    eos_token_id: jax.Array
+    eos_token_ids: jax.Array
     pad_token_id: jax.Array
 
 
@@ -321,7 +322,7 @@ def _steps(model: Transformer, request: Request) -> Iterator[jax.Array]:
     for place in range(request.max_new_tokens):
         shown_B, state, caches = step(params, buffers, caches, state, seen, uniforms_BN[:, place], options)
         yield shown_B
-        if request.eos_token_id is not None and bool(state.done.all()):
+        if request.eos_token_ids and bool(state.done.all()):
             return
 
 
@@ -347,8 +348,8 @@ def _numbers(model: Transformer, request: Request, room: int) -> tuple[jax.Array
         uniforms_BN[:, : request.max_new_tokens] = request.uniforms
         values = (request.temperature, request.top_k, request.top_p)
         sampling = tuple(jnp.asarray(v, d) for v, d in zip(values, (dtype, jnp.int32, dtype), strict=True))
-    eos = -1 if request.eos_token_id is None else request.eos_token_id
-    options = _Options(sampling, jnp.asarray(eos, jnp.int32), jnp.asarray(request.pad_token_id, jnp.int32))
+    stops = jnp.asarray(request.eos_token_ids or (-1,), jnp.int32)
+    options = _Options(sampling, stops, jnp.asarray(request.pad_token_id, jnp.int32))
     return jnp.asarray(uniforms_BN.astype(dtype)), options
 
 
@@ -468,7 +469,7 @@ def _step(
     logits_BV = output.logits[:, -1]
     drawn_B = _greedy(logits_BV) if options.sampling is None else _draw(logits_BV, uniforms, *options.sampling)
     shown_B = jnp.where(state.done, options.pad_token_id, drawn_B)
-    return shown_B, _State(drawn_B, state.done | (drawn_B == options.eos_token_id)), output.kv_caches
+    return shown_B, _State(drawn_B, state.done | jnp.isin(drawn_B, options.eos_token_ids)), output.kv_caches
 
 
 def _greedy(logits: jax.Array) -> jax.Array:

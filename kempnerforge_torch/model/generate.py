@@ -4,7 +4,7 @@ An image goes into the caches first, or is read once where cross-attention looks
 but its last token and without the head; from there on every step reads one token of each row and draws the next, at
 static shapes, so that one program serves all positions.
 
-Shapes: B rows, S tokens of the longest prompt, N new tokens, V vocabulary.
+Shapes: B rows, S tokens of the longest prompt, N new tokens, V vocabulary, E ids that end a row.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from shared_config.decoding import (
     draw_uniforms,
     prefill_chunks,
     read_prompts,
+    read_stops,
 )
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
@@ -95,7 +96,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
     prompt_lengths: Any = None,
     seed: int | torch.Generator | None = None,
@@ -113,7 +114,7 @@ def generate(
     Args:
         prompt_tokens: int (B, S), or a sequence of B rows of any lengths.
         temperature, top_k, top_p: as for `sample`.
-        eos_token_id: a row that has produced it is padding from then on.
+        eos_token_id: one id or several; a row that has produced one of them is padding from then on.
         pad_token_id: any number.
         prompt_lengths: int (B,), how many tokens of each row of ``prompt_tokens`` count; all if None.
         seed: of the random numbers, the same in both backends; or a generator of torch; None: another one each time.
@@ -151,7 +152,7 @@ def stream(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
     prompt_lengths: Any = None,
     seed: int | torch.Generator | None = None,
@@ -217,7 +218,7 @@ class Request:
     temperature: float
     top_k: int
     top_p: float
-    eos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
     pad_token_id: int
     uniforms: np.ndarray | None
     cache_length: int
@@ -231,7 +232,7 @@ def _request(
     temperature: float,
     top_k: int,
     top_p: float,
-    eos_token_id: int | None,
+    eos_token_id: int | Sequence[int] | None,
     pad_token_id: int,
     prompt_lengths: Any,
     seed: int | torch.Generator | None,
@@ -246,8 +247,8 @@ def _request(
     prompts = read_prompts(_on_host(prompt_tokens), _on_host(prompt_lengths), config.vocab_size)
     rows = len(prompts.lengths)
     image = _read_image(model, pixel_values, frame_mask, rows)
-    taken = _image_tokens(image)
-    check_request(prompts, max_new_tokens, config.max_seq_len, config.vocab_size, eos_token_id, prefill_chunk, taken)
+    taken, stops = _image_tokens(image), read_stops(_on_host(eos_token_id))
+    check_request(prompts, max_new_tokens, config.max_seq_len, config.vocab_size, stops, prefill_chunk, taken)
     slots = cache_length(prompts, max_new_tokens, config.max_seq_len, taken)
     return Request(
         prompts,
@@ -256,7 +257,7 @@ def _request(
         temperature,
         top_k or config.vocab_size,
         top_p,
-        eos_token_id,
+        stops,
         pad_token_id,
         None if temperature == 0 else _uniforms(seed, uniforms, rows, max_new_tokens),
         slots,
@@ -323,11 +324,12 @@ def _steps(model: Transformer, request: Request, compile: bool) -> Iterator[Tens
     caches, tokens_B = _prefill(model, request)
     step = _step(model, request, caches, compile)
     done_B = torch.zeros_like(tokens_B, dtype=torch.bool)
+    stops_E = torch.tensor(request.eos_token_ids, dtype=torch.int64, device=weight.device)
     for place in range(request.max_new_tokens):
         tokens_B = step(tokens_B, None if uniforms_BN is None else uniforms_BN[:, place])
         yield tokens_B.masked_fill(done_B, request.pad_token_id)
-        if request.eos_token_id is not None:
-            done_B = done_B | (tokens_B == request.eos_token_id)
+        if request.eos_token_ids:
+            done_B = done_B | torch.isin(tokens_B, stops_E)
             if bool(done_B.all()):
                 return
 

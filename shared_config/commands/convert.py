@@ -14,6 +14,7 @@ from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.files import written_aside
 from shared_config.interchange.huggingface import load_huggingface, save_huggingface
+from shared_config.interchange.tokens import TOKENIZER, beside, has_tokenizer, keep_tokenizer
 from shared_config.interchange.vision import job_table
 from shared_config.interchange.weights import load_weights, save_weights
 from shared_config.loader import apply_overrides, config_from_dict, config_to_toml, load_config, parse_overrides
@@ -47,10 +48,11 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     source = read_source(Path(options.source), options.config, overrides)
     folder = writable_folder(options.output)
     target = options.to or ("native" if source.kind == "huggingface" else "huggingface")
+    tokenizer = tokens_of(Path(options.source), source.config)
     if target == "huggingface":
-        files = save_huggingface(folder, source.weights, source.config.model)
+        files = save_huggingface(folder, source.weights, source.config.model, tokenizer)
     else:
-        files = save_native(folder, source)
+        files = save_native(folder, source, tokenizer)
     for file in files:
         print(file)
     return 0
@@ -71,12 +73,18 @@ def read_source(path: Path, config: str | None, overrides: Sequence[str]) -> Sou
     return _read_native(path, config, overrides)
 
 
-def save_native(folder: Path, source: Source) -> list[Path]:
-    """Write weights and the config that they fit. Returns the files."""
+def tokens_of(path: Path, config: JobConfig) -> Path | None:
+    """The folder of a model's tokenizer, or with the special ids beside its weights; None if there is neither."""
+    return Path(config.data.tokenizer) if config.data.tokenizer != "bytes" else beside(path)
+
+
+def save_native(folder: Path, source: Source, tokenizer: Path | None = None) -> list[Path]:
+    """Write weights, the config that they fit, and what ``tokenizer`` holds. Returns the files."""
     files = save_weights(folder, source.weights)
+    kept = keep_tokenizer(source.config, folder, tokenizer)
     with written_aside(folder / CONFIG) as aside:
-        aside.write_text(config_to_toml(source.config), encoding="utf-8")
-    return [*files, folder / CONFIG]
+        aside.write_text(config_to_toml(kept), encoding="utf-8")
+    return [*files, *sorted((folder / TOKENIZER).glob("*")), folder / CONFIG]
 
 
 def _read_huggingface(path: Path, overrides: Sequence[str]) -> Source:
@@ -84,6 +92,8 @@ def _read_huggingface(path: Path, overrides: Sequence[str]) -> Source:
     fields: dict = {}
     apply_overrides(fields, parse_overrides(overrides))
     model, weights = load_huggingface(path, **fields.pop("model", {}))
+    if has_tokenizer(path):
+        fields.setdefault("data", {}).setdefault("tokenizer", str(path))
     fields.setdefault("train", {}).setdefault("seq_len", min(TrainConfig().seq_len, model.max_seq_len))
     return Source("huggingface", config_from_dict({**fields, "model": model}), weights)
 
@@ -91,6 +101,9 @@ def _read_huggingface(path: Path, overrides: Sequence[str]) -> Source:
 def _read_checkpoint(path: Path, overrides: Sequence[str]) -> Source:
     loaded = checkpoint.load(path, with_optimizer=False)
     fields = loaded.config
+    kept = beside(loaded.path)
+    if kept is not None and has_tokenizer(kept):
+        fields.setdefault("data", {})["tokenizer"] = str(kept)
     apply_overrides(fields, parse_overrides(overrides))
     return Source("checkpoint", config_from_dict(fields), loaded.state.weights)
 

@@ -17,6 +17,7 @@ from shared_config.data.images import Shapes, read_pictures
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer
 from shared_config.decoding import check_architecture
 from shared_config.errors import UserError
+from shared_config.interchange.tokens import beside, has_tokenizer, stop_ids
 from shared_config.interchange.vision import job_table, picture_format
 from shared_config.interchange.weights import check_tensors
 from shared_config.loader import load_config
@@ -58,8 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = load_config(options.config, overrides)
     check_architecture(config.vlm)
-    tokenizer = build_tokenizer(config.data.tokenizer)
-    prompt, eos = encode_prompt(tokenizer, options.prompt, config.model.vocab_size)
+    tokenizer = build_tokenizer(tokenizer_name(options, config, overrides), config.data.eos_id)
+    prompt = encode_prompt(tokenizer, options.prompt, config.model.vocab_size)
+    known = None if options.weights is None else beside(Path(options.weights))
+    stops = {*tokenizer.stops, *(() if known is None else stop_ids(known))}
     pixels = read_images(options, config)
     require_backend(options.backend)
     backend = backend_module(options.backend, "model.generate")
@@ -74,14 +77,14 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
-            eos_token_id=eos,
+            eos_token_id=sorted(token for token in stops if token < config.model.vocab_size),
             seed=options.seed,
             pixel_values=pixels,
             **own,
         )
         times = [time.perf_counter()]
         sys.stdout.write(options.prompt)
-        for piece in tokenizer.decode_stream(timed(tokens, times)):
+        for piece in tokenizer.decode_stream(timed(tokens, times), after=prompt):
             sys.stdout.write(piece)
             sys.stdout.flush()
     sys.stdout.write("\n")
@@ -89,18 +92,25 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, vocab_size: int) -> tuple[list[int], int | None]:
-    """The ids of a document that begins with ``text``, and the id that ends it, where the model has these two.
+def tokenizer_name(options: argparse.Namespace, config: JobConfig, overrides: Sequence[str]) -> str:
+    """``data.tokenizer``; where nobody has set it, the tokenizer that lies beside the weights."""
+    known = None if options.weights is None else beside(Path(options.weights))
+    chosen = config.data.tokenizer != "bytes" or any(flag.startswith("--data.tokenizer") for flag in overrides)
+    return config.data.tokenizer if chosen or known is None or not has_tokenizer(known) else str(known)
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]:
+    """The ids of a text that is to be continued, without what begins a text if the model doesn't have it.
 
     Raises:
         UserError: nothing to begin with.
     """
-    bos, eos = (None if token is None or token >= vocab_size else token for token in (tokenizer.bos, tokenizer.eos))
-    ids = [int(token) for token in tokenizer.encode(text)]
-    prompt = ids if bos is None else [bos, *ids]
+    prompt = tokenizer.encode_prompt(text)
+    if tokenizer.bos is not None and tokenizer.bos >= vocab_size:
+        prompt = [token for token in prompt if token != tokenizer.bos]
     if not prompt:
         raise UserError(f"--prompt = {text!r}: must not be empty, as the vocabulary has no token that begins a text")
-    return prompt, eos
+    return prompt
 
 
 def read_images(options: argparse.Namespace, config: JobConfig) -> np.ndarray | None:

@@ -31,7 +31,7 @@ from shared_config.data.batches import IGNORED, Batch, permute
 from shared_config.data.jsonl import MAX_TEXT_BYTES, lines, parse_object, refuse, text_problem
 from shared_config.data.media import UndecodableError, read_clip, read_image
 from shared_config.data.shapes import shape_clip, shape_image
-from shared_config.data.tokenizer import Tokenizer, build_tokenizer
+from shared_config.data.tokenizer import Tokenizer, build_tokenizer, check_vocabulary
 from shared_config.errors import UserError
 from shared_config.interchange.preprocessor import PixelRange
 from shared_config.interchange.vision import picture_format
@@ -321,9 +321,11 @@ def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) ->
         )
     else:
         source = Shapes(pixels.side, config.video)
+    tokenizer = build_tokenizer(config.data.tokenizer, config.data.eos_id)
+    check_vocabulary(tokenizer, config.data.tokenizer, config.model.vocab_size)
     return ImageTextData(
         source,
-        tokenizer=build_tokenizer(config.data.tokenizer),
+        tokenizer=tokenizer,
         pixels=pixels,
         batch_size=config.train.batch_size,
         text_len=config.train.seq_len,

@@ -6,9 +6,10 @@ from typing import Any
 
 from shared_config.data.batches import TextData
 from shared_config.data.conversations import ConversationData, encode_conversations
-from shared_config.data.corpus import Corpus, data_files, json_lines_files, load_corpus, rows_corpus
+from shared_config.data.corpus import TOKEN_SUFFIXES, Corpus, data_files, json_lines_files, load_corpus, rows_corpus
 from shared_config.data.jsonl import CONVERSATIONS, Row, read_rows
-from shared_config.data.tokenizer import Tokenizer, build_tokenizer
+from shared_config.data.tokenizer import Tokenizer, build_tokenizer, check_vocabulary
+from shared_config.errors import UserError
 from shared_config.schema.job import JobConfig
 
 
@@ -18,7 +19,8 @@ def open_text_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) -> 
     Raises:
         UserError: as `load_corpus`, `build_tokenizer`, `TextData` and `ConversationData` do.
     """
-    tokenizer = build_tokenizer(config.data.tokenizer)
+    tokenizer = build_tokenizer(config.data.tokenizer, config.data.eos_id)
+    _check_tokenizer(config, tokenizer)
     shared: dict[str, Any] = {
         "batch_size": config.train.batch_size,
         "seq_len": config.train.seq_len,
@@ -42,6 +44,29 @@ def open_text_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) -> 
         return ConversationData(*parts, name=name, text_mask=config.model.is_moe, **shared)
     corpus = _corpus(config, tokenizer, rows)
     return TextData(corpus, vocab_size=config.model.vocab_size, tokenizer=tokenizer, **shared)
+
+
+def _check_tokenizer(config: JobConfig, tokenizer: Tokenizer) -> None:
+    """Check that the model has the tokenizer's ids, and that documents can be told apart where they have to be."""
+    data, vocab_size = config.data, config.model.vocab_size
+    names = data_files(data.path, data.follow_symlinks)[1] if data.path else []
+    encoded = any(name.endswith(TOKEN_SUFFIXES) for name in names)
+    if data.eos_id is not None and data.eos_id >= vocab_size:
+        raise UserError(f"data.eos_id = {data.eos_id}: must be below model.vocab_size = {vocab_size}")
+    if not encoded:
+        check_vocabulary(tokenizer, data.tokenizer, vocab_size)
+    if encoded and not data.pack_documents:
+        return
+    if encoded and data.tokenizer == "bytes" and data.eos_id is None:
+        raise UserError(
+            f"data.path = {data.path!r}: holds token ids, and data.pack_documents needs to know which one ends a "
+            "document; set data.eos_id, or data.tokenizer to the tokenizer that made them"
+        )
+    if tokenizer.bos is None and tokenizer.eos is None:
+        raise UserError(
+            f"data.tokenizer = {data.tokenizer!r}: names no token that begins or ends a document; "
+            "tokenizer_config.json must name an eos_token that is in tokenizer.json, or data.eos_id give one"
+        )
 
 
 def _json_rows(config: JobConfig) -> list[Row] | None:

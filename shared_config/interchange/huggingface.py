@@ -18,6 +18,7 @@ import numpy as np
 from shared_config.contract.parameters import EMBEDDING, ParameterTable, parameter_table
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.files import PathLike, written_aside
+from shared_config.interchange.tokens import copy_tokenizer, special_ids
 from shared_config.interchange.weights import WeightsError, check_tensors, load_weights, save_weights
 from shared_config.reading import MAX_JSON_BYTES, read_bytes
 from shared_config.schema.model import EXPERT_FFN_MULTIPLE, ModelConfig, RopeScaling
@@ -84,10 +85,19 @@ def load_huggingface(folder: PathLike, **overrides: Any) -> tuple[ModelConfig, d
     return config, from_huggingface(load_weights(folder), config)
 
 
-def save_huggingface(folder: PathLike, state: Mapping[str, Any], config: ModelConfig, **options: Any) -> list[Path]:
-    """Write config.json and weights; ``options`` are those of `save_weights`. Returns the files."""
-    text = json.dumps(config_to_huggingface(config), indent=2) + "\n"
+def save_huggingface(
+    folder: PathLike, state: Mapping[str, Any], config: ModelConfig, tokenizer: Path | None = None, **options: Any
+) -> list[Path]:
+    """Write config.json and weights. Returns the files.
+
+    Args:
+        tokenizer: a folder whose tokenizer and special ids go along.
+        options: those of `save_weights`.
+    """
+    ids = {} if tokenizer is None else special_ids(tokenizer)
+    text = json.dumps(config_to_huggingface(config) | ids, indent=2) + "\n"
     files = save_weights(folder, to_huggingface(state, config), **options)
+    files += [] if tokenizer is None else copy_tokenizer(tokenizer, Path(folder))
     path = Path(folder) / CONFIG
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
@@ -238,6 +248,7 @@ def config_to_huggingface(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": config.attention_bias,
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": None,
     }
     if family == "llama":
         content |= {"mlp_bias": False}

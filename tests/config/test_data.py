@@ -172,13 +172,9 @@ def test_packed_documents_have_ids_and_no_label_crosses() -> None:
     assert plain["labels"].tolist() == [text[1:]]
 
 
-class EndOnly(ByteTokenizer):
-    bos: int | None = None
-
-
 def test_without_a_first_id_documents_part_after_the_last_id() -> None:
-    text = np.array([65, 66, EOS, 67, 68, EOS, 69], np.uint16)
-    batch = TextData(corpus_of(text), batch_size=1, seq_len=6, pack_documents=True, tokenizer=EndOnly()).batch(0)
+    corpus, end_only = corpus_of(np.array([65, 66, EOS, 67, 68, EOS, 69], np.uint16)), ByteTokenizer(eos=EOS)
+    batch = TextData(corpus, batch_size=1, seq_len=6, pack_documents=True, tokenizer=end_only).batch(0)
     assert batch["doc_ids"].tolist() == [[0, 0, 0, 1, 1, 1]]
     assert batch["labels"].tolist() == [[66, EOS, -100, 68, EOS, -100]]
 
@@ -389,27 +385,6 @@ def test_special_and_unknown_ids_decode() -> None:
 def test_a_tokenizer_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"must be 'bytes' or a folder with a tokenizer\.json"):
         build_tokenizer(str(tmp_path))
-
-
-def test_a_hugging_face_tokenizer_is_read_from_its_folder(tmp_path: Path) -> None:
-    library = pytest.importorskip("tokenizers")
-    vocabulary = {"<s>": 0, "[UNK]": 1, "one": 2, "two": 3, "</s>": 4}
-    built = library.Tokenizer(library.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    built.pre_tokenizer = library.pre_tokenizers.Whitespace()
-    built.add_special_tokens(["<s>", "</s>"])
-    built.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="must name a bos_token or an eos_token"):
-        build_tokenizer(str(tmp_path))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": {"content": "</s>"}}))
-    tokenizer = build_tokenizer(str(tmp_path))
-    assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab_size) == (None, 4, 5)
-    assert tokenizer.encode("two one two").tolist() == [3, 2, 3]
-    assert tokenizer.decode([2, 3, 4]) == "one two"
-    assert "".join(tokenizer.decode_stream([2, 3, 4])) == "one two"
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").write_text("one two one two")
-    corpus = load_corpus(tmp_path / "text", tokenizer=tokenizer, heldout_fraction=0.4)
-    assert corpus.train.read(0, 9).tolist() + corpus.heldout.read(0, 9).tolist() == [2, 3, 2, 3, 4]
 
 
 def test_a_job_opens_its_data() -> None:

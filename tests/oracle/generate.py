@@ -54,14 +54,15 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
 ) -> np.ndarray:
-    """The new tokens (B, max_new_tokens) of prompts of any lengths; after its EOS a row is padding.
+    """The new tokens (B, max_new_tokens) of prompts of any lengths; after an EOS a row is padding.
 
     Args:
         uniforms: (B, max_new_tokens) numbers in [0, 1), one for each draw.
     """
+    stops = set() if eos_token_id is None else {*np.atleast_1d(eos_token_id).tolist()}
     new = np.full((len(prompts), max_new_tokens), pad_token_id, dtype=np.int64)
     for row, prompt in enumerate(prompts):
         seen = list(prompt)
@@ -70,7 +71,7 @@ def generate(
             uniform = 0.0 if uniforms is None else uniforms[row, step]
             new[row, step] = token = sample(logits_V, uniform, temperature, top_k, top_p)
             seen.append(token)
-            if token == eos_token_id:
+            if token in stops:
                 break
     return new
 

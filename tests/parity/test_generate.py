@@ -292,6 +292,24 @@ def test_a_row_that_has_ended_is_padding(backend: Any, streamed: bool) -> None:
 
 
 @on_both
+@pytest.mark.parametrize("kind", [tuple, list, np.array])
+def test_a_row_ends_with_any_of_several_ids(backend: Any, kind: Any) -> None:
+    """Prompts of unequal lengths, each with an id of its own that ends it."""
+    model, weights = model_of(backend, PLAIN), weights_of(PLAIN)
+    free = oracle_generate(weights, PLAIN, PROMPTS, NEW)
+    stops = sorted({int(row[1 + place % 2]) for place, row in enumerate(free)})
+    truth = oracle_generate(weights, PLAIN, PROMPTS, NEW, eos_token_id=stops, pad_token_id=-7)
+    assert len(stops) > 1
+    assert (truth == -7).any(axis=1).all()
+    options = {"temperature": 0.0, "eos_token_id": kind(stops)}
+    np.testing.assert_array_equal(continued(backend, model, PROMPTS, **options), truth)
+    steps = list(generation(backend).stream(model, PROMPTS, NEW, pad_token_id=-7, **options))
+    np.testing.assert_array_equal(np.stack(steps, axis=1), truth[:, (truth != -7).any(axis=0)])
+    none = continued(backend, model, PROMPTS, **{**options, "eos_token_id": kind([])})
+    np.testing.assert_array_equal(none, free)
+
+
+@on_both
 def test_streamed_and_whole_are_the_same(backend: Any) -> None:
     model, options = model_of(backend, ROUTED), {"temperature": 0.9, "top_p": 0.95, "seed": 8}
     steps = generation(backend).stream(model, PROMPTS, NEW, **options)
@@ -392,6 +410,9 @@ def test_the_whole_context_can_be_used_and_no_more(backend: Any) -> None:
         ([[1]], {"prompt_lengths": [0]}, r"prompt_tokens\[0\] is empty"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens = -1: must be at least 0"),
         ([[1]], {"eos_token_id": 37}, r"eos_token_id = 37: must be in \[0, 37\)"),
+        ([[1]], {"eos_token_id": [3, 37]}, r"eos_token_id = 37: must be in \[0, 37\)"),
+        ([[1]], {"eos_token_id": True}, "eos_token_id = True: must be an id, a sequence of ids, or None"),
+        ([[1]], {"eos_token_id": [[1]]}, "must be an id, a sequence of ids, or None"),
         ([[1]], {"prefill_chunk": 0}, "prefill_chunk = 0: must be at least 1"),
         ([[1]], {"uniforms": np.zeros((2, 2))}, r"uniforms.shape = \(2, 2\): must be .* = \(1, 2\)"),
         ([[1]], {"uniforms": np.ones((1, 2))}, r"uniforms has numbers outside \[0, 1\)"),

@@ -1,0 +1,137 @@
+"""Files of a tokenizer, and the special ids that a folder names beside the weights.
+
+A Hugging Face folder holds them at its top; native weights and training runs hold them in a folder ``tokenizer``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shared_config.errors import UserError
+from shared_config.interchange.files import file_errors, written_aside
+from shared_config.schema.job import JobConfig
+
+TOKENIZER = "tokenizer"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+GENERATION = "generation_config.json"
+NAMED_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def keep_tokenizer(config: JobConfig, folder: Path, source: Path | None = None) -> JobConfig:
+    """Copy the tokenizer of a job to the ``tokenizer`` of its folder. Returns the config that the folder is to hold.
+
+    Args:
+        source: a folder whose special ids are kept where the job has no tokenizer of its own.
+    """
+    if config.data.tokenizer != "bytes":
+        copy_tokenizer(Path(config.data.tokenizer), folder / TOKENIZER)
+        return config.replace(data=config.data.replace(tokenizer=TOKENIZER))
+    if source is not None and special_ids(source):
+        copy_tokenizer(source, folder / TOKENIZER)
+    return config
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[Path]:
+    """Copy the files of a tokenizer, and what `special_ids` says, to the folder ``target``. Returns the files.
+
+    Raises:
+        UserError: a file that can't be read or written, or a special id of the wrong kind.
+    """
+    if target.is_dir() and source.resolve() == target.resolve():
+        return []
+    present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for name in present:
+        with written_aside(target / name) as aside, file_errors(source / name, "can't be read"):
+            shutil.copyfile(source / name, aside)
+    generation = _read_json(source / GENERATION) | special_ids(source)
+    if not generation:
+        return [target / name for name in present]
+    with written_aside(target / GENERATION) as aside:
+        aside.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    return [target / name for name in (*present, GENERATION)]
+
+
+def special_ids(folder: Path) -> dict[str, Any]:
+    """``bos_token_id``, ``eos_token_id`` (an id or a list) and ``pad_token_id``, as far as the folder names them.
+
+    What generation_config.json and config.json say of the end of a sequence is united; otherwise the former goes first,
+    and what neither says is read from tokenizer_config.json.
+
+    Raises:
+        UserError: a file that is no JSON, or a value that is no id.
+    """
+    sources = [_read_json(folder / name) for name in (GENERATION, "config.json")]
+    found = {key: [id for fields in sources for id in _ids(folder, fields, key)] for key in NAMED_IDS}
+    ids: dict[str, Any] = _ids_of_tokenizer(folder) | {key: values[0] for key, values in found.items() if values}
+    ends = list(dict.fromkeys(found["eos_token_id"]))
+    return ids | ({"eos_token_id": ends} if len(ends) > 1 else {})
+
+
+def stop_ids(folder: Path) -> tuple[int, ...]:
+    """All ids that end a sequence, as config.json and generation_config.json of a folder name them."""
+    ends = special_ids(folder).get("eos_token_id", [])
+    return tuple(ends) if isinstance(ends, list) else (ends,)
+
+
+def beside(path: Path) -> Path | None:
+    """The folder with a tokenizer or special ids that belongs to weights or a run at ``path``; None if none does."""
+    folder = path if path.is_dir() else path.parent
+    run = [folder.parent / TOKENIZER] if folder.name.startswith("step_") else []
+    if (folder / "config.json").is_file():
+        return folder
+    return next((found for found in (folder / TOKENIZER, *run) if has_tokenizer(found) or _has_ids(found)), None)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a tokenizer to be read."""
+    return (folder / "tokenizer.json").is_file()
+
+
+def _has_ids(folder: Path) -> bool:
+    return (folder / GENERATION).is_file()
+
+
+def _ids_of_tokenizer(folder: Path) -> dict[str, Any]:
+    """The ids of the tokens that tokenizer_config.json names."""
+    added = _read_json(folder / "tokenizer.json").get("added_tokens") or []
+    ids = {token["content"]: token["id"] for token in added}
+    names = {key: _read_json(folder / "tokenizer_config.json").get(key.removesuffix("_id")) for key in NAMED_IDS}
+    texts = {key: name.get("content") if isinstance(name, dict) else name for key, name in names.items()}
+    return {key: ids[text] for key, text in texts.items() if isinstance(text, str) and text in ids}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    with file_errors(file, "can't be read"):
+        text = file.read_bytes()
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: is no JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{file}: must hold a JSON object")
+    return fields
+
+
+def _ids(folder: Path, fields: Mapping[str, Any], key: str) -> Iterator[int]:
+    value = fields.get(key)
+    for id in value if isinstance(value, list) else [] if value is None else [value]:
+        if not isinstance(id, int) or isinstance(id, bool):
+            raise UserError(f"{folder}: {key} = {value!r}: must be an id, or a list of ids for the end of a sequence")
+        if id >= 0:
+            yield id
