@@ -251,7 +251,7 @@ def layer_capacity(
     """`capacity` of all tokens, or of those that are True in ``members_T``: an array, as their number is one."""
     if members_T is None or factor == 0:
         return capacity(tokens, top_k, num_experts, factor)
-    table = _capacities(tokens, top_k, num_experts, factor).to(members_T.device)
+    table = torch.tensor(_capacities(tokens, top_k, num_experts, factor), device=members_T.device)
     return table.index_select(0, members_T.sum().reshape(1))
 
 
@@ -349,8 +349,8 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 @torch.compiler.assume_constant_result
-def _capacities(tokens: int, top_k: int, num_experts: int, factor: float) -> Tensor:
-    return torch.from_numpy(token_capacities(tokens, top_k, num_experts, factor))
+def _capacities(tokens: int, top_k: int, num_experts: int, factor: float) -> list[int]:
+    return token_capacities(tokens, top_k, num_experts, factor).tolist()
 
 
 def _ends(expert_R: Tensor, num_experts: int) -> Tensor:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shared_config.contract.capacity import choice_capacity, choice_share
+from shared_config.contract.capacity import choice_capacity, choice_share, token_capacities
+from tests.oracle.moe import capacity
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(1, 512), st.integers(0, 10_000))
@@ -28,3 +29,14 @@ def test_capacity_is_the_exact_ceiling(tokens: int, experts: int, factor: int) -
 @pytest.mark.parametrize(("factor", "share"), [(1 / 3, (1, 3)), (0.333333333333, (1, 3)), (1e-9, (1, 10_000))])
 def test_factors_are_read_as_they_were_meant(factor: float, share: tuple[int, int]) -> None:
     assert choice_share(4, factor) == share
+
+
+@given(st.integers(0, 300), st.integers(1, 8), st.integers(1, 64), st.sampled_from([1e-30, 0.07, 0.1, 1.1, 1.25, 1e30]))
+def test_a_table_of_capacities_holds_those_of_each_number_of_tokens(
+    most: int, top_k: int, experts: int, factor: float
+) -> None:
+    """More than there are tokens is as many as there are, so that 32 bits hold it."""
+    table = token_capacities(most, top_k, experts, factor)
+    exact = [capacity(tokens, top_k, experts, factor) for tokens in range(most + 1)]
+    assert table.dtype == np.int32
+    assert table.tolist() == [min(room or 0, max(most, 1)) for room in exact]

@@ -390,3 +390,16 @@ def no_sync() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_layers_of_several_modalities_compile_into_one_graph() -> None:
+    """Two layers that count their own tokens, whose number is known on the device alone."""
+    layers = [build_moe(8, 16, 4, 2, capacity_factor=0.5) for _ in range(2)]
+    x, mine = torch.randn(2, 6, 8), torch.arange(12).reshape(2, 6) % 3 == 0
+
+    def both(x: Tensor) -> Tensor:
+        return layers[0](x, members=mine) + layers[1](x, members=~mine)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager", dynamic=False)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), both(x))
