@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -15,9 +16,16 @@ from shared_config.contract.rope import attention_factor
 from shared_config.contract.validation import validation_tokens, validation_weights
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.huggingface import (
+    KINDS,
+    NEVER_NULL,
+    NULLABLE,
+    REFUSED,
+    ROPE_KINDS,
+    WITHOUT_EFFECT,
     config_from_huggingface,
     config_to_huggingface,
     from_huggingface,
+    is_of_kind,
     load_huggingface,
     name_map,
     save_huggingface,
@@ -229,9 +237,13 @@ def foreign_config(model_type: str, **changes: Any) -> dict[str, Any]:
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5: must be 1.0"),
         ("llama", {"rope_scaling": {"type": "yarn", "factor": 2, "truncate": False}}, "rope truncate = False"),
         ("mistral", {"attention_bias": True}, "attention_bias = True: must be False"),
-        ("mixtral", {"router_jitter_noise": 0.1}, r"router_jitter_noise = 0\.1: must be 0\.0"),
+        ("llama", {"is_causal": False}, "is_causal = False: must be True"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "layer_types has 1 entries: must be num_hidden_layers = 2"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 2}, "there is no sliding_window"),
+        ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one setting for all layers"),
+        ("llama", {"per_layer_config": {"0": {}}}, "per_layer_config = .*: must be None"),
         ("mixtral", {"intermediate_size": 50}, "width of an expert = 50: must be a multiple of 16"),
-        ("mixtral", {"num_local_experts": None}, "num_experts = None: must be a number"),
+        ("mixtral", {"num_local_experts": None}, "num_local_experts = None: must be a positive integer"),
         ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}, "max_window_layers = 1: must be 0"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "must be the same for all layers"),
         ("qwen3", {"layer_types": ["chunked_attention"] * 2}, "must be full_attention or sliding_attention"),
@@ -278,6 +290,8 @@ def test_yarn_keeps_its_attention_factor(given_factors, expected):
         ("mistral", {"sliding_window": 8}, 8),
         ("mistral", {"sliding_window": None}, None),
         ("mistral", {}, 4096),
+        ("mistral", {"layer_types": ["full_attention"] * 2}, None),
+        ("mistral", {"layer_types": ["sliding_attention"] * 2}, 4096),
         ("mixtral", {}, None),
         ("qwen3", {"sliding_window": 8}, None),
         ("qwen3", {"sliding_window": 8, "use_sliding_window": True}, None),
@@ -301,6 +315,99 @@ def test_a_folder_without_a_config_is_named(tmp_path):
     save_weights(tmp_path, {"a": np.ones(3)})
     with pytest.raises(UserError, match=r"config\.json: can't be read: No such file"):
         load_huggingface(tmp_path)
+
+
+LINEAR = {"type": "linear", "factor": 2.0}
+CLASSES = ("Llama", "Mistral", "Mixtral", "Qwen3", "Qwen3Moe")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_field_of_transformers_is_decided_about(name):
+    transformers = pytest.importorskip("transformers")
+    fields = {field.name for field in dataclasses.fields(getattr(transformers, f"{name}Config"))}
+    decided = (KINDS.keys(), REFUSED, WITHOUT_EFFECT)
+    assert fields - frozenset().union(*decided) == set()
+    assert not KINDS.keys() & WITHOUT_EFFECT
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "mixtral", "qwen3", "qwen3_moe"])
+@given(key=st.sampled_from([*KINDS, "quantization_config", "attention_dropout"]), data=st.data())
+def test_values_of_any_kind_are_read_or_named(model_type, key, data):
+    """Never anything but a config or its problems, each naming a field."""
+    leaf = st.one_of(st.none(), st.booleans(), st.integers(-2, 40), st.floats(), st.text(max_size=3))
+    nested = st.dictionaries(st.sampled_from([*ROPE_KINDS, "rope_type", "type", "truncate"]), leaf, max_size=4)
+    value = data.draw(st.one_of(leaf, st.lists(leaf, max_size=3), nested))
+    problems: tuple[str, ...] = ()
+    try:
+        config = ModelConfig(**config_from_huggingface(foreign_config(model_type, **{key: value})))
+    except ConfigError as error:
+        problems = error.problems
+    else:
+        assert parameter_table(config)
+    assert all(problem.split() for problem in problems)
+
+
+@pytest.mark.parametrize("key", KINDS)
+@pytest.mark.parametrize("value", [[], {}, "7", True, 1.5, None])
+def test_a_value_of_the_wrong_type_is_one_problem(key, value):
+    if (
+        (value is None and key in NULLABLE - NEVER_NULL["qwen3_moe"])
+        or is_of_kind(KINDS[key], value)
+        or key == "hidden_act"
+    ):
+        return
+    with pytest.raises(ConfigError) as caught:
+        config_from_huggingface(foreign_config("qwen3_moe", **{key: value}))
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith(f"{key} = {value!r}: must be ")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "swish"},
+        {"attention_dropout": 0.1},
+        {"attn_implementation": "eager", "pretraining_tp": 2, "use_cache": False},
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+        },
+        {"rope_parameters": {"rope_theta": 300.0, "rope_type": "default"}, "rope_theta": 40.0},
+        {"rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 40.0},
+        {"sliding_window": 3},
+        {"sliding_window": 3, "layer_types": ["full_attention"] * 2},
+        {"sliding_window": 3, "use_sliding_window": True, "max_window_layers": 0},
+        {"use_sliding_window": True, "sliding_window": 3, "layer_types": ["sliding_attention"] * 2},
+        {"num_key_value_heads": None, "rms_norm_eps": 1e-3},
+        {"head_dim": None},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "mixtral", "qwen3", "qwen3_moe"])
+def test_settings_are_read_as_transformers_reads_them(tmp_path, monkeypatch, model_type, changes):
+    """Logits of the folder in transformers; what is refused here is not compared."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    content = foreign_config(model_type, max_position_embeddings=32, **changes)
+    try:
+        config = ModelConfig(**config_from_huggingface(content))
+    except ConfigError:
+        assert None in changes.values() or "layer_types" in changes
+        return
+    state = {name: array.astype(np.float64) for name, array in state_of(config).items()}
+    save_weights(tmp_path, to_huggingface(state, config))
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float64, attn_implementation="eager"
+    ).eval()
+    if config.is_moe:
+        model.set_experts_implementation("eager")
+    tokens = validation_tokens(config.vocab_size, 2, 11, seed=1)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
+    expected = transformer(state, config, tokens).logits
+    assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 ARCHITECTURES = {
