@@ -99,6 +99,7 @@ DIFFERENCES = {
         "Transformer.run(scan_layers)": "jax: a transformation of the trace",
     },
     "model/vision.py": {"gelu_tanh": "jax: has no such function under a name that computes in float32"},
+    "model/wrappers.py": {"uncompiled": "torch: a compiled module runs no hooks that came later; jit has no modules"},
     "model/vlm.py": {
         "VLMWrapper.forward(kv_caches)": "torch: hooks and compilers see forward alone, so run goes through it",
         "VLMWrapper.forward(return_stats)": "torch: hooks and compilers see forward alone, so run goes through it",
@@ -108,7 +109,6 @@ DIFFERENCES = {
     "trace.py": {"Recorder(device)": "torch: models live on a device"},
     "training/freeze.py": {
         "FROZEN": "jax: the metadata of a frozen variable; torch has requires_grad",
-        "WRAPPERS": "torch: what compilers and wrappers put into the names of parameters",
     },
     "training/loss.py": {
         "CHUNK_ELEMENTS": "torch: rows that are widened at a time; XLA fuses the widening",

@@ -25,6 +25,7 @@ from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.state import State, merge, set_state, split
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper, inner_transformer
+from kempnerforge_jax.model.wrappers import unwrapped
 from shared_config.decoding import (
     PREFILL_CHUNK,
     Prompts,
@@ -102,7 +103,7 @@ def generate(
     pixel_values: Any = None,
     frame_mask: Any = None,
 ) -> jax.Array:
-    """Continue prompts.
+    """Continue prompts. A wrapped model, or one with wrapped parts, generates as the plain one does.
 
     A row does not depend on its neighbours: attention and random numbers are its own, and mixtures of experts run
     without capacity limits. Programs are compiled for a number of rows and a few lengths (powers of two).
@@ -126,6 +127,7 @@ def generate(
         ValueError: prompts that are empty, too long or hold ids outside the vocabulary; values without meaning;
             images that don't fit the model or the prompts; a model whose routers are not causal.
     """
+    model = unwrapped(model)
     request = _request(
         model, prompt_tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id, pad_token_id, prompt_lengths,
         seed, uniforms, prefill_chunk, pixel_values, frame_mask,
@@ -155,6 +157,7 @@ def stream(
 
     Arguments and errors, which are raised here and not at the first token, are those of `generate`.
     """
+    model = unwrapped(model)
     request = _request(
         model, prompt_tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id, pad_token_id, prompt_lengths,
         seed, uniforms, prefill_chunk, pixel_values, frame_mask,

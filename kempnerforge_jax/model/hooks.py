@@ -14,7 +14,6 @@ from jax.core import Tracer
 
 from kempnerforge_jax.model.module import (
     Module,
-    named_modules,
     observing,
     start_observing,
     stop_observing,
@@ -22,13 +21,14 @@ from kempnerforge_jax.model.module import (
 )
 from kempnerforge_jax.model.state import merge, split
 from kempnerforge_jax.model.transformer import Transformer
+from kempnerforge_jax.model.wrappers import plain_modules, unwrapped
 from shared_config.interchange.activations import ActivationWriter, flattened, token_batches, write_activations
 from shared_config.interchange.files import PathLike
 
 
 def activation_names(model: nnx.Module) -> list[str]:
-    """Names that `capture` knows, in order of definition."""
-    return [name for name, module in named_modules(model) if name and isinstance(module, Module)]
+    """Names that `capture` knows, in order of definition; wrappers leave no trace in them."""
+    return [name for name, module in plain_modules(model).items() if name and isinstance(module, Module)]
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def capture(model: nnx.Module, names: Iterable[str] | None = None, *, detach: bo
         ValueError: an unknown name; lists what exists.
     """
     wanted = set(check_activation_names(activation_names(model), names))
-    name_of = {id(module): name for name, module in named_modules(model) if name in wanted}
+    name_of = {id(module): name for name, module in plain_modules(model).items() if name in wanted}
     activations: dict[str, Any] = {}
 
     def keep(module: Module, output: Any) -> None:
@@ -74,7 +74,7 @@ def replacing(model: nnx.Module, outputs: Mapping[str, jax.Array]) -> Iterator[N
         ValueError: an unknown name; lists what exists. When the module is called: an output of another shape.
     """
     wanted = set(check_activation_names(activation_names(model), outputs))
-    name_of = {id(module): name for name, module in named_modules(model) if name in wanted}
+    name_of = {id(module): name for name, module in plain_modules(model).items() if name in wanted}
 
     def replace(module: Module, output: Any) -> Any:
         name = name_of.get(id(module))
@@ -103,7 +103,8 @@ class ActivationStore:
         self.layer_names = check_activation_names(activation_names(model), layers)
         self._model = model
         self._activations: dict[str, Any] = {}
-        self._name_of = {id(module): name for name, module in named_modules(model) if name in set(self.layer_names)}
+        wanted = set(self.layer_names)
+        self._name_of = {id(module): name for name, module in plain_modules(model).items() if name in wanted}
         self._enabled = False
 
     @property
@@ -238,7 +239,7 @@ def _to_numpy(output: Any) -> Any:
 
 def _compiled_outputs(model: Transformer, names: list[str]) -> Callable[[jax.Array], dict[str, Any]]:
     """What the modules put out for tokens (B, S); what nobody asks for, such as the head, is not computed."""
-    graphdef, params, buffers = split(model)
+    graphdef, params, buffers = split(unwrapped(model))
 
     @jax.jit
     def run(params: Any, buffers: Any, tokens_BS: jax.Array) -> dict[str, Any]:

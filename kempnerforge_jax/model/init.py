@@ -22,6 +22,7 @@ from flax import nnx
 
 from kempnerforge_jax.model.linear import Undrawn
 from kempnerforge_jax.model.state import own_variables
+from kempnerforge_jax.model.wrappers import unwrap
 from shared_config.contract.initialise import initial_value
 from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, parameter_table
 from shared_config.schema.model import ModelConfig
@@ -38,7 +39,7 @@ def init_weights(
     Raises:
         ValueError: if the model has arrays that the table doesn't know, or of another shape.
     """
-    init_from_table(model, parameter_table(config, getattr(model, "vlm_config", None)), seed, rngs=rngs)
+    init_from_table(model, parameter_table(config, getattr(unwrap(model), "vlm_config", None)), seed, rngs=rngs)
 
 
 def init_from_table(

@@ -33,6 +33,8 @@ class Buffer(nnx.Variable[jax.Array]):
 class Table(nnx.Variable[jax.Array]):
     """An array that follows from the config: neither saved nor cast with the model."""
 
+    saved = False
+
 
 class Module(nnx.Module):
     """Base of all modules: subclasses define ``forward``."""

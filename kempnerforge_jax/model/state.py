@@ -16,23 +16,35 @@ from jax.core import Tracer
 
 from kempnerforge_jax.model.module import Table, named_variables
 from kempnerforge_jax.model.scan import layer_name, layer_range, stack_arrays, stacked
+from kempnerforge_jax.model.wrappers import plain_modules, unwrap, unwrapped
+from shared_config.contract.parameters import aliases
 from shared_config.errors import UserError
+from shared_config.interchange.states import check_tied, host_array, plain_state
+from shared_config.schema.model import ModelConfig
 
 State = dict[str, jax.Array]
 
 
 def get_state(model: nnx.Module) -> State:
-    """Parameters and buffers by name. A tied head has no weight of its own; stacked layers are given one by one."""
+    """Parameters and buffers by name. A tied head has no weight of its own; stacked layers are given one by one.
+
+    Names are plain, however the model is wrapped.
+    """
     return unstack_layers({name: variable.get_value() for name, variable in own_variables(model).items()})
 
 
 def set_state(model: nnx.Module, state: Mapping[str, Any]) -> None:
-    """Put the values of ``state`` (JAX or NumPy arrays) into the model, in the dtypes and shardings of the model.
+    """Put the values of ``state`` (arrays or tensors of any library) into the model, in its dtypes and shardings.
+
+    Args:
+        model: may be wrapped.
+        state: what `plain_state` accepts, `nnx.state(model)` for one; a tied weight may go by all its names.
 
     Raises:
         UserError: lists every missing, unknown and misshapen name; the model is unchanged.
     """
     own = own_variables(model)
+    state = _untied(model, unstack_layers(plain_state(state)))
     values = {name: variable.get_value() for name, variable in own.items()}
     check_names(
         {name: tuple(array.shape) for name, array in unstack_shapes(values).items()},
@@ -53,6 +65,7 @@ def split(model: nnx.Module, *, scan_layers: bool = False) -> tuple[Any, State, 
     Returns:
         graphdef (static), parameters, and all other arrays: buffers and the rotary tables.
     """
+    model = unwrap(model)
     if scan_layers:
         model = stacked(model)
     graphdef = nnx.graphdef(model)
@@ -109,8 +122,21 @@ def unstack_shapes(state: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def own_variables(model: nnx.Module) -> dict[str, nnx.Variable[Any]]:
-    """Parameters and buffers; rotary tables follow from the config and are left out."""
-    return {name: variable for name, variable in named_variables(model) if not isinstance(variable, Table)}
+    """Parameters and buffers by plain name; rotary tables follow from the config and are left out."""
+    return {name: v for name, v in named_variables(unwrapped(model)) if not isinstance(v, Table)}
+
+
+def _untied(model: nnx.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """The state with each tied weight once, by the name that the model has for it."""
+    tied: dict[str, str] = {}
+    for path, module in plain_modules(model).items():
+        config = getattr(module, "config", None)
+        if isinstance(config, ModelConfig) and hasattr(module, "token_embedding"):
+            prefix = f"{path}." if path else ""
+            tied |= {prefix + alias: prefix + name for alias, name in aliases(config).items()}
+    given = {alias: name for alias, name in tied.items() if alias in state}
+    check_tied(state, given)
+    return {given.get(name, name): value for name, value in reversed(state.items())}
 
 
 def check_names(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
@@ -182,7 +208,7 @@ def _unstacked(state: Mapping[str, Any], take: Any) -> dict[str, Any]:
 
 
 def _like(value: Any, own: Any) -> jax.Array:
-    array = jnp.asarray(value, own.dtype)
+    array = jnp.asarray(value if isinstance(value, jax.Array) else host_array("value", value), own.dtype)
     sharding = getattr(own, "sharding", None)
     if sharding is None or isinstance(own, Tracer) or not getattr(own, "committed", False):
         return array

@@ -21,10 +21,11 @@ from kempnerforge_jax.model.init import init_weights
 from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.modality import ModalityContext
-from kempnerforge_jax.model.module import Module, Numbered, is_observed, named_modules
+from kempnerforge_jax.model.module import Module, Numbered, is_observed
 from kempnerforge_jax.model.norm import build_norm
 from kempnerforge_jax.model.position import RotaryTables
 from kempnerforge_jax.model.scan import run_blocks, stacked, stacks
+from kempnerforge_jax.model.wrappers import plain_modules
 from kempnerforge_jax.registry import registry
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import VLMConfig
@@ -413,7 +414,7 @@ class Transformer(Module):
         return total
 
     def _having(self, method: str) -> Iterator[tuple[str, Any]]:
-        return ((path, module) for path, module in named_modules(self) if hasattr(module, method))
+        return ((path, module) for path, module in plain_modules(self).items() if hasattr(module, method))
 
 
 def build_attention(config: ModelConfig, *, rngs: nnx.Rngs) -> Attention:

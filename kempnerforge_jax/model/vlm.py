@@ -21,6 +21,7 @@ from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.model.mot import mot_warm_start_from_text_stack
 from kempnerforge_jax.model.transformer import Transformer, TransformerOutput
 from kempnerforge_jax.model.vision import VisionEncoder, build_vision_encoder
+from kempnerforge_jax.model.wrappers import unwrap
 from kempnerforge_jax.registry import registry
 from shared_config.errors import ConfigError
 from shared_config.interchange.text_weights import load_text_weights
@@ -308,8 +309,8 @@ def build_vlm_wrapper(
 
 
 def inner_transformer(model: Any) -> Transformer:
-    """The transformer inside a wrapper of ours; a transformer is its own."""
-    while not isinstance(model, Transformer):
+    """The transformer inside a wrapper of ours, of jit or of another module; a transformer is its own."""
+    while not isinstance(model := unwrap(model), Transformer):
         if not hasattr(model, "transformer"):
             raise ValueError(f"model = {type(model).__name__}: holds no transformer")
         model = model.transformer

@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 
 from kempnerforge_jax.model.module import named_variables
+from kempnerforge_jax.model.wrappers import unwrapped
 from shared_config.contract.freeze import canonical_freeze_meta, effective_freeze, matches, pattern_of
 from shared_config.schema.vlm import FreezeSpec
 
@@ -60,7 +61,7 @@ def frozen_parameters(model: nnx.Module) -> set[str]:
 
 
 def _parameters(model: nnx.Module) -> Iterator[tuple[str, nnx.Param[Any]]]:
-    return ((name, variable) for name, variable in named_variables(model) if isinstance(variable, nnx.Param))
+    return ((name, variable) for name, variable in named_variables(unwrapped(model)) if isinstance(variable, nnx.Param))
 
 
 def _is_frozen(parameter: nnx.Param[Any]) -> bool:

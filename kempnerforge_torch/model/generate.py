@@ -25,6 +25,7 @@ from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.state import set_state, to_numpy
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import VLMWrapper, inner_transformer
+from kempnerforge_torch.model.wrappers import unwrap, unwrapped
 from shared_config.decoding import (
     PREFILL_CHUNK,
     Prompts,
@@ -106,7 +107,7 @@ def generate(
     frame_mask: Any = None,
     compile: bool = False,
 ) -> Tensor:
-    """Continue prompts.
+    """Continue prompts. A wrapped model, or one with wrapped or compiled parts, generates as the plain one does.
 
     A row does not depend on its neighbours: attention and random numbers are its own, and mixtures of experts run
     without capacity limits. The model is in evaluation mode meanwhile.
@@ -241,6 +242,7 @@ def _request(
     pixel_values: Any,
     frame_mask: Any,
 ) -> Request:
+    model = unwrap(model)
     transformer = _checked(model)
     check_sampling(temperature, top_k, top_p)
     config = transformer.config
@@ -285,7 +287,8 @@ def _read_image(
     if not isinstance(model, VLMWrapper):
         raise ValueError(f"pixel_values is given: model = {type(model).__name__} has no encoder for images")
     check_images(pixel_values.shape, rows)
-    transformer, device = model.transformer, _weight(model.transformer).device
+    transformer = inner_transformer(model)
+    device = _weight(transformer).device
     pixels = torch.as_tensor(pixel_values, device=device)
     frames = None if frame_mask is None else torch.as_tensor(frame_mask, device=device)
     with inference(model):
@@ -437,11 +440,11 @@ def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """No gradients, evaluation mode; all as before afterwards."""
+    """No gradients, evaluation mode, no wrappers; all as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), unwrapped(model):
             yield
     finally:
         for module, mode in modes:
@@ -450,7 +453,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 def _weight(model: Transformer) -> Tensor:
     assert model.token_embedding is not None
-    return model.token_embedding.embedding.weight
+    return unwrap(unwrap(model.token_embedding).embedding).weight
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -14,19 +14,20 @@ from torch import Tensor, nn
 from kempnerforge_torch.model.generate import NO_LOGITS, inference
 from kempnerforge_torch.model.state import to_numpy
 from kempnerforge_torch.model.transformer import Transformer
+from kempnerforge_torch.model.wrappers import plain_modules, uncompiled, unwrapped
 from shared_config.interchange.activations import ActivationWriter, flattened, token_batches, write_activations
 from shared_config.interchange.files import PathLike
 
 
 def activation_names(model: nn.Module) -> list[str]:
-    """Names that `capture` knows, in order of definition."""
+    """Names that `capture` knows, in order of definition; wrappers leave no trace in them."""
     containers = (nn.ModuleDict, nn.ModuleList)
-    return [name for name, module in model.named_modules() if name and not isinstance(module, containers)]
+    return [name for name, module in plain_modules(model).items() if name and not isinstance(module, containers)]
 
 
 @contextlib.contextmanager
 def capture(model: nn.Module, names: Iterable[str] | None = None, *, detach: bool = False) -> Iterator[dict[str, Any]]:
-    """Collect outputs of modules while the context is open.
+    """Collect outputs of modules while the context is open. What is compiled runs uncompiled meanwhile.
 
     Args:
         names: which; None for all. Of a tuple the first is taken, a dict is kept as it is.
@@ -38,13 +39,13 @@ def capture(model: nn.Module, names: Iterable[str] | None = None, *, detach: boo
     Raises:
         ValueError: an unknown name; lists what exists.
     """
-    modules = dict(model.named_modules())
+    modules = plain_modules(model)
     activations: dict[str, Any] = {}
 
     def keep(name: str, output: Any) -> None:
         activations[name] = _detached(first_output(output)) if detach else first_output(output)
 
-    with contextlib.ExitStack() as hooks:
+    with contextlib.ExitStack() as hooks, uncompiled(model):
         for name in check_activation_names(activation_names(model), names):
             handle = modules[name].register_forward_hook(lambda _module, _inputs, output, name=name: keep(name, output))
             hooks.callback(handle.remove)
@@ -63,8 +64,8 @@ def replacing(model: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]
     Raises:
         ValueError: an unknown name; lists what exists. When the module is called: an output of another shape.
     """
-    modules = dict(model.named_modules())
-    with contextlib.ExitStack() as hooks:
+    modules = plain_modules(model)
+    with contextlib.ExitStack() as hooks, uncompiled(model):
         for name in check_activation_names(activation_names(model), outputs):
             handle = modules[name].register_forward_hook(
                 lambda _module, _inputs, output, name=name: _replaced(name, output, outputs[name])
@@ -90,11 +91,12 @@ class ActivationStore:
         self.layer_names = check_activation_names(activation_names(model), layers)
         self._model = model
         self._activations: dict[str, Any] = {}
-        self._handles: list[Any] = []
+        self._hooks = contextlib.ExitStack()
+        self._enabled = False
 
     @property
     def enabled(self) -> bool:
-        return bool(self._handles)
+        return self._enabled
 
     @property
     def activations(self) -> dict[str, Any]:
@@ -111,19 +113,20 @@ class ActivationStore:
         return self._activations.get(name)
 
     def enable(self) -> None:
-        """Record from now on."""
+        """Record from now on; what is compiled runs uncompiled until `disable`."""
         if self.enabled:
             return
-        modules = dict(self._model.named_modules())
+        modules = plain_modules(self._model)
+        self._enabled = True
+        self._hooks.enter_context(uncompiled(self._model))
         for name in self.layer_names:
             hook = lambda _module, _inputs, output, name=name: self._record(name, output)  # noqa: E731
-            self._handles.append(modules[name].register_forward_hook(hook))
+            self._hooks.callback(modules[name].register_forward_hook(hook).remove)
 
     def disable(self) -> None:
         """Stop recording; what was recorded stays."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._hooks.close()
+        self._enabled = False
 
     def clear(self) -> None:
         """Forget what was recorded."""
@@ -234,6 +237,6 @@ def _outputs(model: Transformer, names: list[str], tokens: np.ndarray, device: A
     """What the modules put out for tokens (B, S), in NumPy; the head runs only where it is asked for."""
     place = next(model.parameters()).device if device is None else device
     headless = not any(name.startswith("output_head") for name in names)
-    with inference(model), capture(model, names) as activations:
-        model.run(torch.from_numpy(tokens).to(place), modality=NO_LOGITS if headless else None, limit_capacity=False)
+    with unwrapped(model) as plain, inference(plain), capture(plain, names) as activations:
+        plain.run(torch.from_numpy(tokens).to(place), modality=NO_LOGITS if headless else None, limit_capacity=False)
     return {name: _to_numpy(value) for name, value in activations.items()}

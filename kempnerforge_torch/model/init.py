@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.state import assign, own_tensors
+from kempnerforge_torch.model.wrappers import unwrap
 from shared_config.contract.initialise import initial_value
 from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, parameter_table
 from shared_config.schema.model import ModelConfig
@@ -30,7 +31,7 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int | None = None)
     Raises:
         ValueError: if the model has tensors that the table doesn't know, or of another shape.
     """
-    init_from_table(model, parameter_table(config, getattr(model, "vlm_config", None)), seed)
+    init_from_table(model, parameter_table(config, getattr(unwrap(model), "vlm_config", None)), seed)
 
 
 def init_from_table(model: nn.Module, table: ParameterTable, seed: int | None = None, *, stream: str = "") -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_config.errors import UserError
+from shared_config.interchange.states import check_tied, host_array, plain_state
 
 # Types that NumPy lacks: torch's, ml_dtypes', and an integer type of the same width to carry the bits.
 EXTENSIONS = (
@@ -23,18 +24,26 @@ EXTENSIONS = (
 def get_state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, each tensor once: a tied weight goes by its first name.
 
-    The tensors are the model's own, detached.
+    The tensors are the model's own, detached. Names are plain, however the model or parts of it are wrapped.
     """
     return {name: tensor.detach() for name, tensor in own_tensors(model).items()}
 
 
 def set_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Copy the values of ``state`` (tensors or NumPy arrays) into the model, in the model's dtypes.
+    """Copy the values of ``state`` (arrays or tensors of any library) into the model, in the model's dtypes.
+
+    Args:
+        model: may be wrapped, as a whole or in parts.
+        state: what `plain_state` accepts, with one name or all names of a tied weight.
 
     Raises:
         UserError: lists every missing, unknown and misshapen name; the model is unchanged.
     """
-    own = own_tensors(model)
+    own, first_names = own_tensors(model), _first_names(model)
+    state = plain_state(state)
+    aliases = {alias: first for alias, first in first_names.items() if alias != first and alias in state}
+    check_tied(state, aliases)
+    state = {first_names.get(name, name): value for name, value in reversed(state.items())}
     check_names(
         {name: tuple(tensor.shape) for name, tensor in own.items()},
         {name: tuple(value.shape) for name, value in state.items()},
@@ -44,18 +53,25 @@ def set_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and persistent buffers themselves, each once."""
+    """The parameters and persistent buffers themselves, each once, by plain name."""
+    tensors = plain_state(model.state_dict(keep_vars=True))
+    first = _first_names(model)
+    return {name: tensor for name, tensor in tensors.items() if first[name] == name}
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Every plain name, and the first that the same tensor has."""
     first: dict[int, str] = {}
-    tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in tensors.items() if first.setdefault(id(tensor), name) == name}
+    tensors = plain_state(model.state_dict(keep_vars=True))
+    return {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
 def assign(target: Tensor, value: Any) -> None:
-    """Copy a whole tensor or NumPy array into ``target``, which may be sharded (a DTensor): then each rank keeps its
-    part.
+    """Copy a whole tensor, or array of any library, into ``target``, which may be sharded (a DTensor): then each rank
+    keeps its part.
     """
-    whole = from_numpy(value) if isinstance(value, np.ndarray) else value
+    whole = value if isinstance(value, Tensor) else from_numpy(host_array("value", value))
     if hasattr(target, "placements") and not hasattr(whole, "placements"):
         from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -20,6 +20,7 @@ from kempnerforge_torch.model.mlp import build_mlp
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import build_norm
 from kempnerforge_torch.model.position import RotaryTables
+from kempnerforge_torch.model.wrappers import plain_modules, unwrap
 from kempnerforge_torch.registry import registry
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import VLMConfig
@@ -344,11 +345,11 @@ class Transformer(nn.Module):
         return total
 
     def _having(self, method: str) -> Iterator[tuple[str, Any]]:
-        return ((path, module) for path, module in self.named_modules() if hasattr(module, method))
+        return ((path, module) for path, module in plain_modules(self).items() if hasattr(module, method))
 
     def _tie(self) -> None:
         if self.config.tie_embeddings and self.token_embedding is not None and self.output_head is not None:
-            self.output_head.tie_weights(self.token_embedding)
+            unwrap(self.output_head).tie_weights(unwrap(self.token_embedding))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
         """Leaving the meta device makes new parameters, of which the tied head would get its own."""

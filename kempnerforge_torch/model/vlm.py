@@ -19,6 +19,7 @@ from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.mot import mot_warm_start_from_text_stack
 from kempnerforge_torch.model.transformer import Transformer, TransformerOutput
 from kempnerforge_torch.model.vision import VisionEncoder, build_vision_encoder
+from kempnerforge_torch.model.wrappers import unwrap
 from kempnerforge_torch.registry import registry
 from shared_config.errors import ConfigError
 from shared_config.interchange.text_weights import load_text_weights
@@ -312,9 +313,8 @@ def build_vlm_wrapper(
 
 def inner_transformer(model: Any) -> Transformer:
     """The transformer inside a wrapper of ours, of `torch.compile` or of data parallelism; a transformer is its own."""
-    while not isinstance(model, Transformer):
-        inner = next((name for name in ("transformer", "_orig_mod", "module") if hasattr(model, name)), None)
-        if inner is None:
+    while not isinstance(model := unwrap(model), Transformer):
+        if not hasattr(model, "transformer"):
             raise ValueError(f"model = {type(model).__name__}: holds no transformer")
-        model = getattr(model, inner)
+        model = model.transformer
     return model

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from shared_config.contract.freeze import canonical_freeze_meta, effective_freeze, matches, pattern_of
+from shared_config.interchange.states import plain_name
 from shared_config.schema.vlm import FreezeSpec
 
 __all__ = ["apply_freeze_specs", "canonical_freeze_meta", "effective_freeze", "freeze_params", "frozen_parameters"]
-
-WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def freeze_params(model: nn.Module, patterns: str | Sequence[str], *, frozen: bool = True) -> int:
@@ -22,7 +21,7 @@ def freeze_params(model: nn.Module, patterns: str | Sequence[str], *, frozen: bo
     """
     flipped = 0
     for name, parameter in model.named_parameters():
-        if matches(_plain(name), patterns) and parameter.requires_grad == frozen:
+        if matches(plain_name(name), patterns) and parameter.requires_grad == frozen:
             parameter.requires_grad_(not frozen)
             flipped += parameter.numel()
     return flipped
@@ -46,16 +45,9 @@ def apply_freeze_specs(model: nn.Module, specs: Sequence[FreezeSpec], pattern_ma
     for pattern, frozen in chosen:
         freeze_params(model, pattern, frozen=frozen)
     changed = before ^ frozen_parameters(model)
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if _plain(name) in changed)
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if plain_name(name) in changed)
 
 
 def frozen_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters that are frozen."""
-    return {_plain(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
-
-
-def _plain(name: str) -> str:
-    """The name without what compilation and sharding put into it."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return {plain_name(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from shared_config.contract.parameters import EMBEDDING, ParameterTable, parameter_table
+from shared_config.contract.parameters import EMBEDDING, ParameterTable, aliases, parameter_table
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.files import PathLike, written_aside
+from shared_config.interchange.states import check_tied, host_array, plain_state
 from shared_config.interchange.tokens import copy_tokenizer, special_ids
 from shared_config.interchange.weights import WeightsError, check_tensors, load_weights, save_weights
 from shared_config.reading import MAX_JSON_BYTES, read_bytes
@@ -217,7 +218,7 @@ def from_huggingface(state: Mapping[str, Any], config: ModelConfig) -> dict[str,
     """
     names = name_map(config)
     specs = _unpacked_table(config)
-    state = {name: array for name, array in state.items() if not name.endswith(ROTARY_BUFFER)}
+    state = {name: array for name, array in plain_state(state).items() if not name.endswith(ROTARY_BUFFER)}
     if config.tie_embeddings and HEAD in state:
         _check_tied(state.pop(HEAD), state.get(names[EMBEDDING]))
     check_tensors(state, {names[name]: spec for name, spec in specs.items()}, source="Hugging Face weights")
@@ -226,13 +227,18 @@ def from_huggingface(state: Mapping[str, Any], config: ModelConfig) -> dict[str,
 
 
 def to_huggingface(state: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """The state under Hugging Face's names. Arrays are shared; packed experts become transposed views.
+    """The state (what `plain_state` accepts) under Hugging Face's names. Arrays are shared; packed experts become
+    transposed views.
 
     Raises:
         ConfigError: if no Hugging Face architecture expresses the config.
         WeightsError: if the state isn't exactly what the config needs.
     """
     names = name_map(config)
+    state = plain_state(state)
+    tied = {alias: name for alias, name in aliases(config).items() if alias in state}
+    check_tied(state, tied)
+    state = {name: array for name, array in state.items() if name not in tied}
     check_tensors(state, parameter_table(config), source="native weights")
     return {foreign: state[name] if name in state else _unpack(state, name) for name, foreign in names.items()}
 
@@ -268,7 +274,7 @@ def _pack(state: Mapping[str, Any], name: str) -> np.ndarray:
     module, _, packed = name.rpartition(".")
     experts = []
     while (expert := f"{module}.experts.{len(experts)}.{PACKED[packed]}.weight") in state:
-        experts.append(np.asarray(state[expert]).T)
+        experts.append(host_array(expert, state[expert]).T)
     return np.stack(experts)
 
 
@@ -281,7 +287,7 @@ def _unpack(state: Mapping[str, Any], name: str) -> Any:
 
 
 def _check_tied(head: Any, embedding: Any) -> None:
-    if embedding is not None and not np.array_equal(head, embedding):
+    if embedding is not None and not np.array_equal(host_array(HEAD, head), host_array(EMBEDDING, embedding)):
         problem = f"{HEAD}: differs from model.embed_tokens.weight, though tie_word_embeddings is true"
         raise WeightsError("Hugging Face weights", [problem])
 

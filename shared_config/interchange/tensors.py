@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike, file_errors, written_aside
+from shared_config.interchange.states import host_array
 from shared_config.reading import check_regular
 
 DTYPES = {
@@ -38,7 +39,7 @@ DTYPES = {
 
 
 def write_tensors(path: PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Write arrays of any memory layout (views and transposes included) to one file, atomically.
+    """Write arrays or tensors of any library and memory layout (views and transposes included) to one file, atomically.
 
     Raises:
         UserError: naming the file, if it can't be written, or the tensor, if its dtype has no place in the format.
@@ -118,7 +119,7 @@ class TensorFile:
 
 def _storable(name: str, array: Any) -> np.ndarray:
     """The array as safetensors must have it: C-contiguous (or it stores other values), in native byte order."""
-    array = np.asarray(array)
+    array = host_array(name, array)
     native = array.dtype.newbyteorder("=")
     if native not in DTYPES.values():
         allowed = ", ".join(dtype.name for dtype in DTYPES.values())

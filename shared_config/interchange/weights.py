@@ -19,6 +19,7 @@ import numpy as np
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike, file_errors, written_aside
+from shared_config.interchange.states import numpy_dtype, plain_state, without_repeats
 from shared_config.interchange.tensors import TensorFile, read_tensors, write_tensors
 from shared_config.reading import MAX_JSON_BYTES, read_bytes
 
@@ -61,6 +62,7 @@ def save_weights(
     """Write a state dict and return the files, the one that readers look for last.
 
     Args:
+        state: what `plain_state` accepts, with arrays or tensors of any library; a tied torch tensor is written once.
         path: a file (ending in .safetensors), which is never sharded, or a folder, made if need be.
         max_shard_bytes: a folder gets several files if the tensors take more than this; no tensor is split.
         metadata: text stored in every file.
@@ -68,6 +70,7 @@ def save_weights(
     if max_shard_bytes <= 0:
         raise UserError(f"max_shard_bytes = {max_shard_bytes}: must be positive")
     path, metadata = Path(path), {**METADATA, **(metadata or {})}
+    state = without_repeats(plain_state(state))
     if path.suffix == ".safetensors":
         write_tensors(path, state, metadata)
         return [path]
@@ -80,6 +83,8 @@ def save_weights(
 def load_weights(path: PathLike, table: Mapping[str, HasShape] | None = None) -> dict[str, np.ndarray]:
     """Read a state dict, memory-mapped, from a file, an index, or a folder that holds either.
 
+    Names are plain: what wrappers of torch put into them is left out.
+
     Args:
         table: the parameters that the model has. Names and shapes must be exactly these, the order becomes theirs.
 
@@ -88,7 +93,7 @@ def load_weights(path: PathLike, table: Mapping[str, HasShape] | None = None) ->
         UserError: if a file is missing, damaged or of another format.
     """
     path = _entry_file(Path(path))
-    state = _load_shards(path) if path.suffix == ".json" else read_tensors(path)
+    state = plain_state(_load_shards(path) if path.suffix == ".json" else read_tensors(path))
     if table is None:
         return state
     check_tensors(state, table, source=str(path))
@@ -123,7 +128,10 @@ def _problems(state: Mapping[str, Any], table: Mapping[str, HasShape]) -> Iterat
 
 def is_floating(dtype: Any) -> bool:
     """Whether values of this dtype are real numbers that a model can hold (bfloat16 included)."""
-    dtype = np.dtype(dtype)
+    try:
+        dtype = numpy_dtype(dtype)
+    except TypeError:
+        return False
     return dtype.kind == "f" or dtype == ml_dtypes.bfloat16
 
 

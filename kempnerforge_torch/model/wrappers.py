@@ -1,0 +1,68 @@
+"""Models inside wrappers (`torch.compile`, data parallelism, averaging, ...), around the whole or around parts.
+
+Paths and names are plain (`shared_config.interchange.states.plain_name`): as if nothing were wrapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from shared_config.interchange.states import WRAPPERS, plain_name
+
+
+def unwrap(model: Any) -> Any:
+    """What the outermost wrappers hold; inner parts stay wrapped."""
+    while (held := _held(model)) is not None:
+        model = held
+    return model
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its plain path, the root ("") first, in order of definition; wrappers are left out."""
+    return {plain_name(path): module for path, module in model.named_modules() if _held(module) is None}
+
+
+@contextlib.contextmanager
+def unwrapped(model: nn.Module) -> Iterator[Any]:
+    """The model as if nothing in it were wrapped or compiled, for as long as the context is open."""
+    parents = [
+        (parent, name, child)
+        for parent in model.modules()
+        if _held(parent) is None
+        for name, child in parent.named_children()
+        if _held(child) is not None
+    ]
+    with uncompiled(model):
+        try:
+            for parent, name, child in parents:
+                parent._modules[name] = unwrap(child)
+            yield unwrap(model)
+        finally:
+            for parent, name, child in parents:
+                parent._modules[name] = child
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Let compiled parts run as they are written for as long as the context is open: compiled code knows no hooks that
+    came after it.
+    """
+    with contextlib.ExitStack() as restoring:
+        for module in list(model.modules()):
+            if hasattr(module, "dynamo_ctx") and "_orig_mod" in module._modules:
+                restoring.callback(module.__dict__.__setitem__, "forward", module.forward)
+                module.__dict__["forward"] = unwrap(module).__call__
+            elif module._compiled_call_impl is not None:
+                restoring.callback(module.__dict__.__setitem__, "_compiled_call_impl", module._compiled_call_impl)
+                module.__dict__["_compiled_call_impl"] = None
+        yield
+
+
+def _held(module: Any) -> nn.Module | None:
+    """What a wrapper holds; None for other modules."""
+    children = module._modules if isinstance(module, nn.Module) else {}
+    return next((child for name, child in children.items() if name in WRAPPERS), None) if len(children) == 1 else None

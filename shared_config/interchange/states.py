@@ -1,0 +1,147 @@
+"""State dicts as they come: nested or flat, named by wrappers or plainly, with arrays of any library.
+
+A wrapper is a module that holds another and adds its own name to the paths below: `torch.compile` ("_orig_mod"), data
+parallelism and averaging ("module"), sharding and checkpointing. It may sit around any part of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from shared_config.errors import UserError
+
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names under which wrappers hold what they wrap."""
+
+COUNTER = "n_averaged"
+"""What `torch.optim.swa_utils.AveragedModel` adds to the state of the model that it wraps."""
+
+
+def plain_name(name: str) -> str:
+    """A dotted path without the names of wrappers: "module.layers.0._orig_mod.norm" is "layers.0.norm"."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def plain_state(state: Mapping[Any, Any]) -> dict[str, Any]:
+    """A state as a flat dict with plain names; the values are as they were.
+
+    Args:
+        state: flat or nested mappings, or nodes of `flax.nnx` states, whose variables give their arrays. What a
+            variable marks as not saved (rotary tables) is left out.
+
+    Raises:
+        UserError: two entries with the same plain name.
+    """
+    flat = dict(_flattened(state))
+    names: dict[str, str] = {}
+    result: dict[str, Any] = {}
+    for name, value in flat.items():
+        plain = plain_name(name)
+        if _counts_averages(name, flat):
+            continue
+        if plain in result:
+            raise UserError(f"the state holds {names[plain]!r} and {name!r}, both of which name {plain!r}")
+        names[plain], result[plain] = name, value
+    return result
+
+
+def host_array(name: str, value: Any) -> np.ndarray:
+    """The values of an array or tensor of any library in NumPy, bfloat16 and float8 as `ml_dtypes`.
+
+    Tensors may be on any device, need gradients, be sharded, and have any strides.
+
+    Raises:
+        UserError: naming the tensor, if it holds no values (meta tensors) or can't be converted.
+    """
+    if isinstance(value, np.ndarray):
+        return value
+    value = _array_of(value)
+    try:
+        return _tensor_on_host(value) if hasattr(value, "detach") else np.asarray(value)
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"tensor {name!r} ({type(value).__name__}) can't be converted to NumPy: {reason}") from error
+
+
+def numpy_dtype(dtype: Any) -> np.dtype:
+    """NumPy's (or ml_dtypes') dtype of that name, given a dtype of any library.
+
+    Raises:
+        TypeError: NumPy has none.
+    """
+    name = str(dtype).removeprefix("torch.") if type(dtype).__module__.startswith("torch") else dtype
+    return np.dtype(getattr(ml_dtypes, name) if isinstance(name, str) and hasattr(ml_dtypes, name) else name)
+
+
+def without_repeats(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state with each torch tensor once: tied weights, which share memory, go by their first name."""
+    seen: set[Any] = set()
+    result: dict[str, Any] = {}
+    for name, value in state.items():
+        place = _memory(value)
+        if place is None or place not in seen:
+            result[name] = value
+        seen.add(place)
+    return result
+
+
+def check_tied(state: Mapping[str, Any], aliases: Mapping[str, str]) -> None:
+    """Refuse a state that has different values for the names (alias -> name) of one tied weight.
+
+    Raises:
+        UserError: naming the two.
+    """
+    for alias, name in aliases.items():
+        if name not in state or state[alias] is state[name]:
+            continue
+        if not np.array_equal(host_array(alias, state[alias]), host_array(name, state[name])):
+            raise UserError(f"{alias}: differs from {name}, to which the model ties it")
+
+
+def _flattened(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in _items(state):
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{name}.")
+        elif getattr(value, "saved", True) is not False:
+            yield name, _array_of(value)
+
+
+def _items(state: Any) -> Iterable[tuple[Any, Any]]:
+    """The entries, of paths as keys those joined by dots."""
+    for key, value in state.items():
+        yield ".".join(map(str, key)) if isinstance(key, tuple) else key, value
+
+
+def _array_of(value: Any) -> Any:
+    """What a variable of Flax holds, and the whole of a sharded tensor; anything else is itself."""
+    if hasattr(value, "get_value"):
+        return value.get_value()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _counts_averages(name: str, state: Mapping[str, Any]) -> bool:
+    prefix, _, last = name.rpartition(".")
+    beside = f"{prefix}.module." if prefix else "module."
+    return last == COUNTER and any(other.startswith(beside) for other in state)
+
+
+def _tensor_on_host(tensor: Any) -> np.ndarray:
+    """Of a torch tensor, told by its methods: this package does without torch."""
+    tensor = tensor.detach().cpu().contiguous()
+    dtype = numpy_dtype(tensor.dtype)
+    if dtype.isbuiltin == 1:
+        return tensor.numpy(force=True)
+    carrier = {1: tensor.new_empty(0).byte, 2: tensor.new_empty(0).short}[dtype.itemsize]().dtype
+    return tensor.view(carrier).numpy().view(dtype)
+
+
+def _memory(value: Any) -> Any:
+    """What is equal for tensors that are the same numbers in the same memory; None where that isn't known."""
+    if not hasattr(value, "data_ptr") or not hasattr(value, "stride") or value.numel() == 0 or value.data_ptr() == 0:
+        return None
+    return (str(value.device), value.data_ptr(), tuple(value.shape), value.stride(), str(value.dtype))

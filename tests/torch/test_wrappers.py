@@ -1,0 +1,169 @@
+"""Wrapped models do what the plain ones do: `torch.compile`, data parallelism, averaging, around any parts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from kempnerforge_torch.model.generate import generate
+from kempnerforge_torch.model.hooks import ActivationStore, activation_names, capture, extract_representations
+from kempnerforge_torch.model.init import init_weights
+from kempnerforge_torch.model.state import get_state, set_state, to_numpy
+from kempnerforge_torch.model.transformer import Transformer
+from kempnerforge_torch.training.freeze import freeze_params, frozen_parameters
+from shared_config.contract.parameters import parameter_table
+from shared_config.errors import UserError
+from shared_config.interchange.huggingface import load_huggingface, save_huggingface
+from shared_config.interchange.states import plain_name
+from shared_config.interchange.weights import load_weights, save_weights
+from shared_config.schema.model import ModelConfig
+
+CONFIG = ModelConfig(
+    dim=16, n_layers=2, n_heads=2, vocab_size=32, max_seq_len=16, ffn_hidden_dim=16, num_experts=2, moe_frequency=2
+)
+TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+LAYERS = ["layers.0.attention.q_proj", "layers.1.mlp", "norm"]
+
+WRAPS = {
+    "compiled": lambda module: torch.compile(module, backend="eager"),
+    "parallel": nn.DataParallel,
+    "averaged": torch.optim.swa_utils.AveragedModel,
+}
+
+
+def wrapped_at(model: nn.Module, places: dict[str, str]) -> Any:
+    """The model with the modules of these paths wrapped, inner ones first; "" is the whole."""
+    for path in sorted(filter(None, places), key=lambda path: -path.count(".")):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, WRAPS[places[path]](model.get_submodule(path)))
+    return WRAPS[places[""]](model) if "" in places else model
+
+
+def plain_model(**changes: Any) -> Transformer:
+    config = CONFIG.replace(**changes)
+    model = Transformer(config).eval()
+    init_weights(model, config, seed=3)
+    return model
+
+
+WRAPPED_PATHS = [
+    path
+    for path, module in plain_model().named_modules()
+    if path.startswith(("layers.", "token_embedding", "norm", "output_head")) and not isinstance(module, nn.ModuleList)
+]
+inner_places = st.dictionaries(st.sampled_from(WRAPPED_PATHS), st.sampled_from(["compiled", "parallel"]), max_size=4)
+outer_places = st.sampled_from([{}, *({"": wrap} for wrap in WRAPS)])
+places = st.builds(lambda inner, outer: inner | outer, inner_places, outer_places)
+
+
+@given(places=places, tied=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_wrapped_models_do_what_plain_ones_do(places, tied, tmp_path_factory):
+    plain = plain_model(tie_embeddings=tied)
+    model = wrapped_at(copy.deepcopy(plain), places)
+    state = get_state(plain)
+    assert list(get_state(model)) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in get_state(model).items())
+
+    assert activation_names(model) == activation_names(plain)
+    samples = list(TOKENS.numpy())
+    expected = extract_representations(plain, samples, LAYERS)
+    found = extract_representations(model, samples, LAYERS)
+    assert expected is not None
+    assert found is not None
+    assert all(np.array_equal(found[name], expected[name]) for name in LAYERS)
+    assert torch.equal(generate(model, TOKENS, 3, seed=1), generate(plain, TOKENS, 3, seed=1))
+
+    init_weights(model, plain.config, seed=4)
+    assert not torch.equal(
+        get_state(model)["layers.0.attention.q_proj.weight"], state["layers.0.attention.q_proj.weight"]
+    )
+    set_state(model, state)
+    set_state(model, model.state_dict())
+    set_state(plain, model.state_dict())
+    assert all(torch.equal(value, state[name]) for name, value in get_state(model).items())
+
+    assert freeze_params(model, "layers.0.*") == freeze_params(plain, "layers.0.*") > 0
+    assert frozen_parameters(model) == frozen_parameters(plain)
+
+    folder = tmp_path_factory.mktemp("weights")
+    save_weights(folder, model.state_dict())
+    loaded = load_weights(folder, parameter_table(plain.config))
+    assert all(np.array_equal(array, to_numpy(state[name])) for name, array in loaded.items())
+
+
+@pytest.mark.parametrize("wrap", sorted(WRAPS))
+def test_hooks_see_the_parts_of_a_model_that_was_compiled_and_run_before(wrap):
+    plain = plain_model()
+    model = WRAPS[wrap](copy.deepcopy(plain)).eval()
+    model.get_submodule("module.layers.0" if wrap != "compiled" else "_orig_mod.layers.0").compile(backend="eager")
+    with torch.no_grad():
+        model(TOKENS)
+        stores = [ActivationStore(plain, LAYERS), ActivationStore(model, LAYERS)]
+        for store, which in zip(stores, (plain, model), strict=True):
+            store.enable()
+            which(TOKENS)
+            store.disable()
+        assert all(torch.equal(stores[0].get(name), stores[1].get(name)) for name in LAYERS)
+        with capture(model, LAYERS) as activations:
+            model(TOKENS)
+        assert sorted(activations) == sorted(LAYERS)
+        model(TOKENS)
+    assert plain_name("module._orig_mod.layers.0.module.attention") == "layers.0.attention"
+
+
+def test_a_wrapper_is_compiled_again_after_the_hooks_are_gone():
+    model: Any = torch.compile(plain_model(), backend="eager")
+    forward = model.forward
+    with capture(model, LAYERS):
+        assert model.forward is not forward
+    assert model.forward is forward
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_files_take_tensors_of_any_kind(dtype, tmp_path):
+    values = torch.arange(12.0).reshape(3, 4)
+    tensors = {
+        "parameter": nn.Parameter(values.to(dtype), requires_grad=dtype.itemsize > 1),
+        "transposed": values.to(dtype).T,
+        "sliced": values.to(dtype)[:, 1:3],
+        "expanded": values[:1].to(dtype).expand(5, 4),
+        "scalar": torch.tensor(2.0, dtype=dtype),
+        "empty": torch.zeros(0, 3, dtype=dtype),
+    }
+    save_weights(tmp_path, tensors, max_shard_bytes=64)
+    loaded = load_weights(tmp_path)
+    assert set(loaded) == set(tensors)
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == to_numpy(tensor).dtype
+        assert np.array_equal(loaded[name], to_numpy(tensor))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_hugging_face_folders_take_tensors_and_wrapped_names(packed, tmp_path):
+    config = CONFIG.replace(moe_frequency=1, moe_packed_experts=packed)
+    model: Any = torch.compile(Transformer(config).to(torch.bfloat16), backend="eager")
+    save_huggingface(tmp_path, model.state_dict(), config)
+    _, loaded = load_huggingface(tmp_path, moe_packed_experts=packed)
+    assert all(np.array_equal(loaded[name], to_numpy(tensor)) for name, tensor in get_state(model).items())
+
+
+def test_states_that_cannot_be_meant_are_refused(tmp_path):
+    state = get_state(plain_model())
+    name = "norm.weight"
+    with pytest.raises(UserError, match=r"both of which name 'norm\.weight'"):
+        save_weights(tmp_path, {**state, f"module.{name}": state[name]})
+    with pytest.raises(UserError, match=r"norm\.weight"):
+        save_weights(tmp_path, {name: torch.empty(3, device="meta")})
+    tied = plain_model(tie_embeddings=True)
+    both = tied.state_dict()
+    set_state(tied, both)
+    with pytest.raises(UserError, match="ties it"):
+        set_state(tied, {**both, "output_head.proj.weight": both["output_head.proj.weight"] + 1})
