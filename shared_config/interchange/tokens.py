@@ -13,6 +13,7 @@ from typing import Any
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import file_errors, written_aside
+from shared_config.reading import read_json
 from shared_config.schema.job import JobConfig
 
 TOKENIZER = "tokenizer"
@@ -115,17 +116,7 @@ def _ids_of_tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    with file_errors(file, "can't be read"):
-        text = file.read_bytes()
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is no JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{file}: must hold a JSON object")
-    return fields
+    return read_json(file) if file.exists() else {}
 
 
 def _ids(folder: Path, fields: Mapping[str, Any], key: str) -> Iterator[int]:
