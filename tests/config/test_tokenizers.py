@@ -195,7 +195,7 @@ def test_documents_need_something_that_tells_them_apart(tmp_path: Path) -> None:
     flags = [*TINY, "--model.vocab_size=600", f"--data.path={tmp_path / 'text'}", f"--data.tokenizer={folder}"]
     with pytest.raises(UserError, match="names no token that begins or ends a document"):
         open_data(load_config("debug", flags))
-    assert open_data(load_config("debug", [*flags, "--data.eos_id=2"])).windows > 1
+    assert open_data(load_config("debug", [*flags, "--data.eos_id=2"])).tokens_per_batch > 1
 
 
 @pytest.mark.parametrize("preset", ["debug", "debug_vlm_mot"])
