@@ -40,7 +40,8 @@ def plain_state(state: Mapping[Any, Any]) -> dict[str, Any]:
     names: dict[str, str] = {}
     result: dict[str, Any] = {}
     for name, value in flat.items():
-        plain = plain_name(name)
+        path, dot, own = name.rpartition(".")  # the last part names a tensor, which no wrapper is
+        plain = f"{plain_name(path)}.".removeprefix(".") + own if dot else own
         if _counts_averages(name, flat):
             continue
         if plain in result:

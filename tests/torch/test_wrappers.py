@@ -167,3 +167,8 @@ def test_states_that_cannot_be_meant_are_refused(tmp_path):
     set_state(tied, both)
     with pytest.raises(UserError, match="ties it"):
         set_state(tied, {**both, "output_head.proj.weight": both["output_head.proj.weight"] + 1})
+
+
+def test_a_tensor_may_have_the_name_of_a_wrapper(tmp_path):
+    save_weights(tmp_path, {"module": torch.ones(2), "module._orig_mod.norm.module": torch.zeros(3)})
+    assert set(load_weights(tmp_path)) == {"module", "norm.module"}
