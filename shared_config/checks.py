@@ -67,6 +67,8 @@ class Plan:
     Attributes:
         dtypes: of the traces; float64 is always among them, as the truth for the others.
         steps: optimiser steps of the training run; 0 for none.
+        weights: what one step and decoding are checked with; None: drawn values.
+        overrides: of the command line, which win over what lies beside the weights.
         comparisons: filled by the checks, by title, for the report.
     """
 
@@ -76,6 +78,8 @@ class Plan:
     seed: int = 0
     steps: int = 30
     device: str = "cpu"
+    weights: Path | None = None
+    overrides: tuple[str, ...] = ()
     comparisons: dict[str, Comparison] = field(default_factory=dict)
 
     @property
@@ -86,6 +90,17 @@ class Plan:
     def trace_file(self, backend: str, dtype: str) -> Path:
         """Where a backend's process leaves its trace."""
         return self.folder / f"{backend}-{dtype}.safetensors"
+
+    def jobs_file(self, backend: str) -> Path:
+        """What the process of a backend is to do."""
+        return self.folder / f"jobs-{backend}.json"
+
+    def files(self) -> frozenset[str]:
+        """Names of all that a validation leaves in its folder."""
+        own = [self.config_file, *(self.jobs_file(backend) for backend in BACKENDS)]
+        own += [self.run_folder(backend) for backend in BACKENDS]
+        own += [self.trace_file(backend, dtype) for backend in BACKENDS for dtype in TOLERANCES]
+        return frozenset(file.name for file in own)
 
     def run_folder(self, backend: str) -> Path:
         """Where a backend's process trains."""
@@ -177,6 +192,8 @@ def _trace_jobs(plan: Plan, backend: str) -> list[list[str]]:
     many choices as they have, some are always so close that rounding decides.
     """
     shared = [str(plan.config_file), "--backend", backend, "--seed", str(plan.seed), "--device", plan.device]
+    if plan.weights is not None:
+        shared += ["--weights", str(plan.weights), *plan.overrides]
     jobs = []
     for dtype in sorted(plan.dtypes, key=lambda dtype: dtype != "float64"):
         own = ["--deltas" if (backend, dtype) == TRUTH else "--no-deltas"]

@@ -29,13 +29,22 @@ PRESETS = resources.files("shared_config") / "presets"
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> JobConfig:
-    """The config of a preset name or TOML path, with command-line overrides applied.
+    """The config of a preset name, a TOML path, or a folder that knows its config (a training run or checkpoint,
+    native weights, a Hugging Face folder), with command-line overrides applied.
 
     Raises:
-        UserError: no such preset or file, or text that is not TOML.
+        UserError: no such preset, file or folder, text that is not TOML, or a folder without a config.
         ConfigError: unknown flags, or every field that is wrong.
     """
-    fields = read_source(source)
+    return resolve_config(read_source(source), overrides)
+
+
+def resolve_config(fields: dict[str, Any], overrides: Sequence[str] = ()) -> JobConfig:
+    """A `JobConfig` from nested mappings, with command-line overrides applied.
+
+    Raises:
+        ConfigError: unknown flags, or every field that is wrong.
+    """
     apply_overrides(fields, parse_overrides(overrides))
     return config_from_dict(fields)
 
@@ -73,17 +82,21 @@ def preset_names() -> tuple[str, ...]:
 
 
 def read_source(source: str) -> dict[str, Any]:
-    """Nested dicts of a preset or a TOML file.
+    """Nested dicts of a preset, a TOML file, or a folder that knows its config.
 
     Raises:
         UserError: it does not exist, can't be read or is not TOML.
     """
     if source in preset_names():
         return _parse_toml((PRESETS / f"{source}.toml").read_text(encoding="utf-8"), f"preset {source}")
+    if Path(source).is_dir():
+        from shared_config.interchange.source import read_config
+
+        return read_config(source)
     if not source.endswith(".toml") and "/" not in source:
         close = difflib.get_close_matches(source, preset_names(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"presets: {', '.join(preset_names())}"
-        raise UserError(f"config = {source!r}: no preset of that name, nor a path to a .toml file; {hint}")
+        raise UserError(f"config = {source!r}: no preset of that name, nor a path to a .toml file or a folder; {hint}")
     try:
         text = read_text(source, MAX_TOML_BYTES)
     except UserError as error:

@@ -13,7 +13,7 @@ import fcntl
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.files import written_aside
+from shared_config.interchange.outputs import claim_run_folder
 from shared_config.interchange.tokens import keep_tokenizer
 from shared_config.loader import config_to_dict, config_to_toml
 from shared_config.metrics import Logger, finite_or_none, open_loggers
@@ -142,6 +143,7 @@ def run_training(
     console: Console | None = None,
     is_main: bool = True,
     agree: Callable[[int], int] | None = None,
+    overridden: Collection[str] = (),
 ) -> TrainingSummary:
     """Train until ``train.max_steps``, or until SIGINT or SIGTERM asks to stop after the step at hand.
 
@@ -149,6 +151,7 @@ def run_training(
         console: where progress is shown; None shows nothing.
         is_main: whether this process writes the files of the run. With several ranks one is it, and all see one folder.
         agree: the largest of the numbers that all ranks give, on every rank (a max all-reduce); None for one process.
+        overridden: dotted fields that the command line sets: see `shared_config.resume.restore`.
 
     Raises:
         UserError: the folder can't be written or another run is using it (before anything is trained), a checkpoint
@@ -169,6 +172,7 @@ def run_training(
             backend=trainer.backend,
             fingerprint=data.fingerprint if is_main else "",
             say=partial(say, console),
+            overridden=overridden,
         )
         with _agreed(agree):
             loggers: list[Logger] = []
@@ -361,6 +365,7 @@ def _own_folder(folder: Path) -> Iterator[None]:
         UserError: it can't be made or written, or another process holds it.
     """
     field = f"checkpoint.dir = {str(folder)!r}"
+    claim_run_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")

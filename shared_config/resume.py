@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from shared_config.contract.freeze import canonical_freeze_meta
+from shared_config.contract.function import differences
 from shared_config.errors import UserError
-from shared_config.interchange.checkpoint import Checkpoint, TrainingState, is_checkpoint, latest, load
-from shared_config.interchange.weights import load_weights
+from shared_config.interchange.checkpoint import Checkpoint, TrainingState, latest, load
+from shared_config.interchange.source import read_model, to_stderr
 from shared_config.loader import config_from_dict
 from shared_config.schema.base import Section
 from shared_config.schema.job import JobConfig
 
-MODEL_SECTIONS = ("model", "vision_encoder", "adapter", "vlm")
-FREE_FIELDS = frozenset(
-    [
-        "model.max_seq_len",
-        "model.sdpa_backend",
-        "model.init_std",
-        "model.moe_aux_loss_weight",
-        "model.moe_sequence_aux_loss_weight",
-        "model.moe_router_z_loss_weight",
-        "model.moe_gradient_scale",
-        "model.moe_capacity_factor",
-        "model.moe_bias_schedule",
-        "vision_encoder.path",
-        "vlm.max_text_len",
-        "vlm.freeze",
-        "vlm.freeze_schedule",
-        "vlm.mot_warm_start_from_text",
-        "vlm.mot_warm_start_path",
-        "vlm.moma_capacity_factor",
-        "vlm.moma_gumbel_noise",
-    ]
-)
-"""Fields of the model that may change within a run: they alter how it trains or runs, not what its weights mean."""
 SILENT_SECTIONS = ("checkpoint", "metrics", "eval", "profiling", "distributed")
 
 Say = Callable[[str], None]
@@ -53,25 +31,38 @@ class Start:
 
 
 def restore(
-    config: JobConfig, load_state: Callable[[TrainingState], None], *, backend: str, fingerprint: str, say: Say
+    config: JobConfig,
+    load_state: Callable[[TrainingState], None],
+    *,
+    backend: str,
+    fingerprint: str,
+    say: Say,
+    overridden: Collection[str] = (),
 ) -> Start:
     """Give a trainer the state of the latest checkpoint of ``checkpoint.dir``, else the weights of
-    ``checkpoint.load_path`` (native weights or a training checkpoint), else nothing.
+    ``checkpoint.load_path`` (native weights, a training run or checkpoint, a Hugging Face folder), else nothing.
+
+    Args:
+        overridden: dotted fields that the command line sets; they may change the function of the weights, which is
+            said.
 
     Raises:
-        UserError: a damaged file, or a checkpoint of a model that differs, naming each field.
+        UserError: a damaged file, or weights of a model that differs, naming each field.
     """
     found = latest(config.checkpoint.dir)
     if found is not None:
         checkpoint = load(found)
-        _compare(config, checkpoint, say)
+        _compare(config, checkpoint, say, overridden)
         load_state(checkpoint.state)
         _announce(checkpoint, backend, fingerprint, say)
         return Start(checkpoint.state.step, checkpoint.rows, found)
     if config.checkpoint.load_path:
         path = config.checkpoint.load_path
-        weights = load(path, with_optimizer=False).state.weights if is_checkpoint(path) else load_weights(path)
+        notes: list[str] = []
+        weights = read_model(path, config, overridden=overridden, say=notes.append).weights
         load_state(TrainingState(step=0, weights=weights, optimizer={}))
+        for note in notes:
+            to_stderr(note)
         say(f"starting from the weights of {path}")
     return Start()
 
@@ -85,21 +76,25 @@ def _announce(checkpoint: Checkpoint, backend: str, fingerprint: str, say: Say) 
         )
 
 
-def _compare(config: JobConfig, checkpoint: Checkpoint, say: Say) -> None:
+def _compare(config: JobConfig, checkpoint: Checkpoint, say: Say, overridden: Collection[str]) -> None:
     if not checkpoint.config:
         return
-    before = _flatten(config_from_dict(checkpoint.config))
+    found = config_from_dict(checkpoint.config)
+    before = _flatten(found)
     now = _flatten(config)
     changed = {
         name: (before.get(name), now.get(name)) for name in {**before, **now} if before.get(name) != now.get(name)
     }
-    refused = [name for name in changed if name.split(".")[0] in MODEL_SECTIONS and name not in FREE_FIELDS]
+    differing = differences(config, found)
+    refused = [difference for difference in differing if difference.field not in overridden]
     if refused:
         lines = [
-            f"{name} = {changed[name][1]!r}: was {changed[name][0]!r} when {checkpoint.path} was written"
-            for name in refused
+            f"{item.field} = {item.here!r}: was {item.there!r} when {checkpoint.path} was written" for item in refused
         ]
-        raise UserError("\n".join([*lines, "set checkpoint.dir to another folder for a new run"]))
+        advice = "set checkpoint.dir to another folder for a new run, or the fields on the command line to go on"
+        raise UserError("\n".join([*lines, advice]))
+    for item in differing:
+        to_stderr(f"note: {item.overriding(str(checkpoint.path))}")
     told = [name for name in changed if name.split(".")[0] not in SILENT_SECTIONS]
     if told:
         changes = ", ".join(f"{name} {changed[name][0]!r} -> {changed[name][1]!r}" for name in told)

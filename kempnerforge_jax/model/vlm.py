@@ -169,7 +169,8 @@ class VLMWrapper(Module):
         """Take over the weights of the text model that the config names, if it does."""
         vlm = self.transformer.vlm_config
         if isinstance(vlm, MoTConfig) and vlm.mot_warm_start_from_text:
-            mot_warm_start_from_text_stack(self.transformer, load_text_weights(vlm.mot_warm_start_path))
+            weights = load_text_weights(vlm.mot_warm_start_path, self.transformer.config)
+            mot_warm_start_from_text_stack(self.transformer, weights)
 
     def forward(
         self,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -62,14 +62,23 @@ REMATERIALISATION = {
 """What of a block is computed again in the backward pass: nothing, all, or all but matrix products with weights."""
 
 
-def train(config: JobConfig, *, device: Any = None, console: Console | None = None) -> TrainingSummary:
+def train(
+    config: JobConfig,
+    *,
+    device: Any = None,
+    console: Console | None = None,
+    overridden: Collection[str] = (),
+) -> TrainingSummary:
     """Train the job on one device, from where its folder left it, and tell how it ended.
+
+    Args:
+        overridden: dotted fields that the command line sets: see `shared_config.resume.restore`.
 
     Raises:
         UserError: what can't be used, of data, folders and checkpoints.
     """
     data = open_data(config)
-    return run_training(config, Trainer(config, device), data, console=console)
+    return run_training(config, Trainer(config, device), data, console=console, overridden=overridden)
 
 
 class Trainer:

@@ -172,7 +172,8 @@ class VLMWrapper(nn.Module):
             return
         vlm = self.transformer.vlm_config
         if isinstance(vlm, MoTConfig) and vlm.mot_warm_start_from_text:
-            mot_warm_start_from_text_stack(self.transformer, load_text_weights(vlm.mot_warm_start_path))
+            weights = load_text_weights(vlm.mot_warm_start_path, self.transformer.config)
+            mot_warm_start_from_text_stack(self.transformer, weights)
 
     def forward(
         self,

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,15 +65,22 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    config: JobConfig, *, device: torch.device | str | None = None, console: Console | None = None
+    config: JobConfig,
+    *,
+    device: torch.device | str | None = None,
+    console: Console | None = None,
+    overridden: Collection[str] = (),
 ) -> TrainingSummary:
     """Train the job on one device, from where its folder left it, and tell how it ended.
+
+    Args:
+        overridden: dotted fields that the command line sets: see `shared_config.resume.restore`.
 
     Raises:
         UserError: what can't be used, of data, folders and checkpoints.
     """
     data = open_data(config)
-    return run_training(config, Trainer(config, device), data, console=console)
+    return run_training(config, Trainer(config, device), data, console=console, overridden=overridden)
 
 
 class Trainer:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from shared_config.commands.backends import BACKENDS
 from shared_config.contract.shrink import shrink
 from shared_config.errors import UserError
-from shared_config.loader import load_config
+from shared_config.interchange.outputs import writable_folder
+from shared_config.interchange.source import read_model, to_stderr
+from shared_config.interchange.vision import job_table
+from shared_config.interchange.weights import check_tensors
+from shared_config.loader import load_config, parse_overrides, preset_names
 from shared_config.schema.job import JobConfig
 
 WIDTH_OF_FILES = 140
@@ -24,7 +28,8 @@ def add_config(parser: argparse.ArgumentParser, optional: bool = False) -> None:
         "config",
         metavar="CONFIG",
         nargs="?" if optional else None,
-        help="name of a preset or path of a .toml file; fields are overridden by --section.field value",
+        help="name of a preset, path of a .toml file, or a folder that knows its config (a training run, native "
+        "weights, a Hugging Face folder); fields are overridden by --section.field value",
     )
 
 
@@ -48,6 +53,31 @@ def load_job(options: argparse.Namespace, overrides: Sequence[str]) -> JobConfig
     return shrink(config) if options.shrink else config
 
 
+def folder_of(config: str) -> Path | None:
+    """The folder that CONFIG is, whose weights are meant too; None for a preset or a .toml file."""
+    return Path(config) if config not in preset_names() and Path(config).is_dir() else None
+
+
+def overridden_fields(overrides: Sequence[str]) -> frozenset[str]:
+    """The dotted fields that a command line sets."""
+    return frozenset(name for name, _ in parse_overrides(overrides))
+
+
+def fitting_weights(path: str | Path, config: JobConfig, overrides: Sequence[str]) -> Mapping[str, np.ndarray]:
+    """The weights at a path, of any kind, for a config.
+
+    Raises:
+        UserError: nothing there, settings beside them that differ, or tensors that don't fit.
+    """
+    notes: list[str] = []
+    weights = read_model(path, config, overridden=overridden_fields(overrides), say=notes.append).weights
+    table = job_table(config)
+    check_tensors(weights, table, str(path))
+    for note in notes:
+        to_stderr(note)
+    return {name: weights[name] for name in table}
+
+
 def not_negative(text: str) -> int:
     """Type of options that are counts."""
     number = int(text)
@@ -60,22 +90,6 @@ def console() -> Console:
     """The terminal; tables that go to a file or a pipe are not squeezed into 80 columns."""
     terminal = Console(highlight=False)
     return terminal if terminal.is_terminal else Console(highlight=False, width=WIDTH_OF_FILES)
-
-
-def writable_folder(path: str | Path) -> Path:
-    """The folder, created if need be, once it is certain that files can be written to it.
-
-    Raises:
-        UserError: if they can't.
-    """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: can't be created as an output folder: {error.strerror}") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: the output folder is not writable")
-    return folder
 
 
 def writable_file(path: str | Path) -> Path:

@@ -11,15 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from shared_config.commands.backends import backend_module, require_backend
-from shared_config.commands.common import add_backend, add_config, not_negative
-from shared_config.commands.convert import read_source
+from shared_config.commands.common import add_backend, add_config, fitting_weights, folder_of, not_negative
+from shared_config.contract.warm_start import without_warm_start
 from shared_config.data.images import Shapes, read_pictures
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer
 from shared_config.decoding import check_architecture
 from shared_config.errors import UserError
 from shared_config.interchange.tokens import beside, has_tokenizer, stop_ids
-from shared_config.interchange.vision import job_table, picture_format
-from shared_config.interchange.weights import check_tensors
+from shared_config.interchange.vision import picture_format
 from shared_config.loader import load_config
 from shared_config.schema.job import JobConfig
 
@@ -33,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         metavar="PATH",
-        help="native weights, a training run or checkpoint, or a Hugging Face folder (default: initial weights)",
+        help="native weights, a training run or checkpoint, or a Hugging Face folder (default: those of CONFIG where "
+        "it is a folder, else initial weights)",
     )
     parser.add_argument(
         "--image",
@@ -61,13 +61,15 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     check_architecture(config.vlm)
     tokenizer = build_tokenizer(tokenizer_name(options, config, overrides), config.data.eos_id)
     prompt = encode_prompt(tokenizer, options.prompt, config.model.vocab_size)
-    known = None if options.weights is None else beside(Path(options.weights))
+    path = weights_of(options)
+    known = None if path is None else beside(path)
     stops = {*tokenizer.stops, *(() if known is None else stop_ids(known))}
     pixels = read_images(options, config)
     require_backend(options.backend)
     backend = backend_module(options.backend, "model.generate")
     weights = read_weights(options, config, overrides)
-    model = backend.load_model(config, weights, options.device, seed=options.seed or 0)
+    built = config if weights is None else without_warm_start(config)
+    model = backend.load_model(built, weights, options.device, seed=options.seed or 0)
     own = {"compile": options.compile} if options.backend == "torch" else {}
     with backend_module(options.backend, "training.train").matmul_precision(config.train.matmul_precision):
         tokens = backend.stream(
@@ -92,9 +94,15 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
+def weights_of(options: argparse.Namespace) -> Path | None:
+    """Where the weights lie: ``--weights``, or the folder that CONFIG is."""
+    return folder_of(options.config) if options.weights is None else Path(options.weights)
+
+
 def tokenizer_name(options: argparse.Namespace, config: JobConfig, overrides: Sequence[str]) -> str:
     """``data.tokenizer``; where nobody has set it, the tokenizer that lies beside the weights."""
-    known = None if options.weights is None else beside(Path(options.weights))
+    path = weights_of(options)
+    known = None if path is None else beside(path)
     chosen = config.data.tokenizer != "bytes" or any(flag.startswith("--data.tokenizer") for flag in overrides)
     return config.data.tokenizer if chosen or known is None or not has_tokenizer(known) else str(known)
 
@@ -139,17 +147,16 @@ def read_images(options: argparse.Namespace, config: JobConfig) -> np.ndarray | 
 def read_weights(
     options: argparse.Namespace, config: JobConfig, overrides: Sequence[str]
 ) -> Mapping[str, np.ndarray] | None:
-    """The weights of ``--weights``; None if there are none.
+    """The weights of ``--weights``, or of the folder that CONFIG is; None if there are none.
 
     Raises:
-        UserError: nothing there, or tensors that don't fit the config.
+        UserError: nothing there, settings beside them that differ, or tensors that don't fit the config.
     """
-    if options.weights is None:
+    path = weights_of(options)
+    if path is None:
         print("no --weights are given: the model is untrained", file=sys.stderr)
         return None
-    weights = read_source(Path(options.weights), options.config, overrides).weights
-    check_tensors(weights, job_table(config), options.weights)
-    return weights
+    return fitting_weights(path, config, overrides)
 
 
 def timed(tokens: Iterable[np.ndarray], times: list[float]) -> Iterator[int]:

@@ -13,15 +13,16 @@ from shared_config.commands.common import (
     add_backend,
     add_config,
     add_shrink,
+    fitting_weights,
+    folder_of,
     load_job,
     not_negative,
     writable_file,
 )
-from shared_config.contract.parameters import parameter_table
+from shared_config.contract.warm_start import without_warm_start
 from shared_config.errors import UserError
 from shared_config.interchange.selection import parse_layers
 from shared_config.interchange.traces import read_trace, write_trace
-from shared_config.interchange.weights import load_weights
 from shared_config.reading import check_regular
 from shared_config.recording import DTYPES, WEIGHTS, check_tokens
 from shared_config.schema.job import JobConfig
@@ -37,9 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=not_negative, default=0, help="of weights and tokens (default: 0)")
     parser.add_argument(
         "--weights",
-        default="validation",
         metavar="WHICH",
-        help="validation (default), init (the seeded initial weights), or a file or folder of native weights",
+        help="validation (drawn so that every part counts), init (the seeded initial weights), or native weights, a "
+        "training run or checkpoint, or a Hugging Face folder (default: those of CONFIG where it is a folder and not "
+        "shrunk, else validation)",
     )
     parser.add_argument("--tokens", metavar="IDS", help="a .npy file of shape (batch, sequence), or ids as in 1,2,3")
     parser.add_argument("--device", help="cpu, cuda, tpu ... (default: the backend's own)")
@@ -73,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = load_job(options, overrides)
     output = writable_file(options.output)
-    weights = load_given_weights(options.weights, config)
+    which = options.weights or (None if options.shrink else folder_of(options.config)) or WEIGHTS[0]
+    weights = load_given_weights(str(which), config, overrides)
     tokens = None if options.tokens is None else read_tokens(options.tokens)
     if tokens is not None:
         check_tokens(tokens, config)
@@ -81,7 +84,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     refeed, routes = (None if file is None else read_trace(file) for file in (options.refeed, options.routes))
     require_backend(options.backend)
     trace = backend_module(options.backend, "trace").record(
-        config,
+        config if isinstance(weights, str) else without_warm_start(config),
         dtype=options.dtype,
         seed=options.seed,
         weights=weights,
@@ -99,17 +102,17 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def load_given_weights(which: str, config: JobConfig) -> str | Mapping[str, np.ndarray]:
-    """A kind of weights by name, or the weights of a file that fits the config.
+def load_given_weights(which: str, config: JobConfig, overrides: Sequence[str] = ()) -> str | Mapping[str, np.ndarray]:
+    """A kind of weights by name, or the weights at a path that fit the config.
 
     Raises:
-        UserError: no such kind or file, or tensors that do not fit.
+        UserError: no such kind or file, settings beside the weights that differ, or tensors that do not fit.
     """
     if which in WEIGHTS:
         return which
     if not Path(which).exists():
         raise UserError(f"--weights = {which!r}: must be one of {', '.join(WEIGHTS)}, or an existing file or folder")
-    return load_weights(which, parameter_table(config.model, config.vlm))
+    return fitting_weights(which, config, overrides)
 
 
 def read_tokens(text: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -20,15 +21,17 @@ from shared_config.commands.common import (
     add_config,
     add_shrink,
     console,
+    fitting_weights,
+    folder_of,
     load_job,
     not_negative,
     writable_file,
-    writable_folder,
 )
 from shared_config.commands.show import readable_bytes
 from shared_config.commands.verdict import show_findings, show_first_differences
 from shared_config.contract.counts import count_parameters
 from shared_config.errors import UserError
+from shared_config.interchange.outputs import claim_record_folder
 from shared_config.loader import config_to_toml
 from shared_config.recording import DTYPES
 from shared_config.report import write_report
@@ -61,9 +64,15 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     for backend in BACKENDS:
         require_backend(backend)
     refuse_too_large(config, options.config)
+    weights = None if options.shrink else folder_of(options.config)
+    if weights is not None:
+        fitting_weights(weights, config, overrides)
     with tempfile.TemporaryDirectory(prefix="kempnerforge-") as scratch:
-        folder = writable_folder(options.keep or scratch)
-        plan = Plan(config, folder, dtypes, options.seed, options.steps, options.device)
+        plan = Plan(
+            config, Path(scratch), dtypes, options.seed, options.steps, options.device, weights, tuple(overrides)
+        )
+        if options.keep:
+            plan = dataclasses.replace(plan, folder=claim_record_folder(options.keep, plan.files()))
         began = time.monotonic()
         screen = console()
         with screen.status("torch and jax run side by side, each in its own process ..."):
@@ -141,7 +150,7 @@ def run_processes(plan: Plan) -> list[Finding]:
 
 def _start(plan: Plan, backend: str) -> subprocess.Popen[str]:
     jobs = [job for check in CHECKS.values() for job in check.jobs(plan, backend)]
-    file = plan.folder / f"jobs-{backend}.json"
+    file = plan.jobs_file(backend)
     file.write_text(json.dumps(jobs), encoding="utf-8")
     command = [sys.executable, "-P", "-m", "shared_config.commands.worker", str(file)]
     return subprocess.Popen(

@@ -8,6 +8,7 @@ from typing import Any
 
 from shared_config.contract.parameters import ParameterTable, aliases, parameter_table
 from shared_config.errors import UserError
+from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import MoTConfig
 
@@ -23,6 +24,13 @@ def text_source(name: str, modalities: tuple[str, ...]) -> str:
         return name
     layer, part, projection, _, rest = found.groups()
     return ".".join(filter(None, (layer, RENAMED.get(part, part), projection, rest)))
+
+
+def without_warm_start(config: JobConfig) -> JobConfig:
+    """The config of a model whose weights are given, so that those it may have started from are not looked for."""
+    if not isinstance(config.vlm, MoTConfig):
+        return config
+    return config.replace(vlm=config.vlm.replace(mot_warm_start_from_text=False))
 
 
 def warm_start_state(config: ModelConfig, vlm: MoTConfig, state: Mapping[str, Any]) -> dict[str, Any]:

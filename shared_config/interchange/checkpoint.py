@@ -143,6 +143,15 @@ def load(path: str | Path, *, with_optimizer: bool = True) -> Checkpoint:
     )
 
 
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The config of a checkpoint, or of the latest one of a run's folder; {} if its writer gave none.
+
+    Raises:
+        UserError: as `load`.
+    """
+    return _read_state(_resolve(Path(path)) / STATE)["config"]
+
+
 def latest(folder: str | Path) -> Path | None:
     """The checkpoint of the highest step in a run's folder; None if there is none."""
     published = _published(Path(folder))

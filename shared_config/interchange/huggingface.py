@@ -175,16 +175,25 @@ def load_huggingface(folder: PathLike, **overrides: Any) -> tuple[ModelConfig, d
     Args:
         overrides: fields of `ModelConfig` that config.json doesn't decide, ``moe_packed_experts`` for one.
     """
+    config = ModelConfig(**(read_huggingface_config(folder) | overrides))
+    return config, from_huggingface(load_weights(folder), config)
+
+
+def read_huggingface_config(folder: PathLike) -> dict[str, Any]:
+    """Fields of `ModelConfig` from a folder's config.json.
+
+    Raises:
+        UserError: no such file, or no JSON.
+        ConfigError: naming every key whose value a `ModelConfig` can't express.
+    """
     path = Path(folder) / CONFIG
     text = read_bytes(path, MAX_JSON_BYTES)
     try:
-        fields = config_from_huggingface(json.loads(text))
+        return config_from_huggingface(json.loads(text))
     except ConfigError as error:
         raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from error
     except ValueError as error:
         raise UserError(f"{path}: is no JSON: {error}") from error
-    config = ModelConfig(**(fields | overrides))
-    return config, from_huggingface(load_weights(folder), config)
 
 
 def save_huggingface(
@@ -220,7 +229,8 @@ def from_huggingface(state: Mapping[str, Any], config: ModelConfig) -> dict[str,
     specs = _unpacked_table(config)
     state = {name: array for name, array in plain_state(state).items() if not name.endswith(ROTARY_BUFFER)}
     if config.tie_embeddings and HEAD in state:
-        _check_tied(state.pop(HEAD), state.get(names[EMBEDDING]))
+        head = state.pop(HEAD)
+        _check_tied(head, state.setdefault(names[EMBEDDING], head))
     check_tensors(state, {names[name]: spec for name, spec in specs.items()}, source="Hugging Face weights")
     unpacked = {name: state[foreign] for name, foreign in names.items()}
     return {name: unpacked[name] if name in unpacked else _pack(unpacked, name) for name in parameter_table(config)}
@@ -287,7 +297,7 @@ def _unpack(state: Mapping[str, Any], name: str) -> Any:
 
 
 def _check_tied(head: Any, embedding: Any) -> None:
-    if embedding is not None and not np.array_equal(host_array(HEAD, head), host_array(EMBEDDING, embedding)):
+    if not np.array_equal(host_array(HEAD, head), host_array(EMBEDDING, embedding)):
         problem = f"{HEAD}: differs from model.embed_tokens.weight, though tie_word_embeddings is true"
         raise WeightsError("Hugging Face weights", [problem])
 

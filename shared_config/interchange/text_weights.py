@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
-from shared_config.interchange import checkpoint
 from shared_config.interchange.files import PathLike
-from shared_config.interchange.huggingface import load_huggingface
-from shared_config.interchange.weights import load_weights
+from shared_config.interchange.source import read_model
+from shared_config.schema.job import JobConfig
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.training import TrainConfig
 
 
-def load_text_weights(path: PathLike) -> dict[str, np.ndarray]:
-    """Tensors by native names, from a Hugging Face folder (one with a config.json), from a training run or one of its
-    checkpoints, or from native weights.
+def load_text_weights(path: PathLike, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Tensors by native names, from a Hugging Face folder, a training run or one of its checkpoints, or native weights.
+
+    Args:
+        config: of the language model that they are for. What is found beside them must agree with it in every field
+            that changes the function.
 
     Raises:
-        UserError: nothing there, or of a kind that can't be read.
+        UserError: nothing there, of a kind that can't be read, or written with another config, listing the fields.
     """
-    path = Path(path)
-    if (path / "config.json").is_file():
-        return load_huggingface(path)[1]
-    if checkpoint.is_checkpoint(path) or (path.is_dir() and checkpoint.latest(path) is not None):
-        return checkpoint.load(path, with_optimizer=False).state.weights
-    return load_weights(path)
+    train = TrainConfig(seq_len=min(TrainConfig().seq_len, config.max_seq_len))
+    return read_model(path, JobConfig(model=config, train=train)).weights

@@ -29,6 +29,28 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model(-[0-9a-f]{8})?-\d{5}-of-\d{5}\.safetensors")
 MAX_SHARD_BYTES = 5 * 10**9
+FOREIGN_NAMES = {
+    ".bin": "PyTorch's pickle format",
+    ".pt": "PyTorch's pickle format",
+    ".pth": "PyTorch's pickle format",
+    ".ckpt": "PyTorch's pickle format",
+    ".pkl": "the pickle format",
+    ".gguf": "the GGUF format of llama.cpp",
+    ".ggml": "the GGML format of llama.cpp",
+    ".h5": "the HDF5 format",
+    ".msgpack": "the msgpack format of Flax",
+    ".npz": "NumPy's format",
+    ".npy": "NumPy's format",
+    ".onnx": "the ONNX format",
+}
+FOREIGN_STARTS = {b"PK\3\4": "a zip archive, as torch.save writes", b"GGUF": FOREIGN_NAMES[".gguf"], b"\x89HDF": "HDF5"}
+"""Kinds of files that hold weights in other formats, by suffix and by their first bytes."""
+
+ADAPTER = re.compile(r"adapter_(model|config)\..*")
+NEEDED = (
+    f"needed are safetensors: a .safetensors file, or a folder with {SINGLE} or {INDEX} "
+    "(in transformers: model.save_pretrained(folder))"
+)
 METADATA = {"format": "pt"}
 """What transformers asks of a file before it loads it."""
 
@@ -90,9 +112,9 @@ def load_weights(path: PathLike, table: Mapping[str, HasShape] | None = None) ->
 
     Raises:
         WeightsError: listing every missing, extra, misshapen or non-floating tensor.
-        UserError: if a file is missing, damaged or of another format.
+        UserError: if a file is missing, damaged or of another format; it says what is there and what is needed.
     """
-    path = _entry_file(Path(path))
+    path = entry_file(path)
     state = plain_state(_load_shards(path) if path.suffix == ".json" else read_tensors(path))
     if table is None:
         return state
@@ -183,14 +205,46 @@ def _remove_older(folder: Path, keep: list[Path]) -> None:
                 file.unlink(missing_ok=True)
 
 
-def _entry_file(path: Path) -> Path:
-    """The file to start reading from. A folder with both kinds counts as the single file, as in transformers."""
+def entry_file(path: PathLike) -> Path:
+    """The file to start reading from. A folder with both kinds counts as the single file, as in transformers.
+
+    Raises:
+        UserError: there is none, or it is of another format; it says what is there and what is needed.
+    """
+    path = Path(path)
+    if path.is_file():
+        _refuse_foreign(path)
     if not path.is_dir():
         return path
     for name in (SINGLE, INDEX):
         if (path / name).exists():
             return path / name
-    raise UserError(f"{path}: holds no weights: neither {SINGLE} nor {INDEX}")
+    there = _what_is_there(path)
+    found = f"; there {'is' if len(there) == 1 else 'are'} {', '.join(there)}" if there else ""
+    raise UserError(f"{path}: holds no weights: neither {SINGLE} nor {INDEX}{found}; {NEEDED}")
+
+
+def _refuse_foreign(file: Path) -> None:
+    with file_errors(file, "can't be read as a safetensors file"), file.open("rb") as opened:
+        start = opened.read(4)
+    kind = FOREIGN_STARTS.get(start) or FOREIGN_NAMES.get(file.suffix.lower())
+    if kind is not None:
+        raise UserError(f"{file}: is in {kind}, which is not read; {NEEDED}")
+    if ADAPTER.fullmatch(file.name):
+        raise UserError(f"{file}: holds an adapter (LoRA), which is merged into its base model first; {NEEDED}")
+
+
+def _what_is_there(folder: Path) -> list[str]:
+    """Files of a folder without weights that look like some, each with what it is."""
+    found = []
+    for file in sorted(folder.iterdir()):
+        if ADAPTER.fullmatch(file.name):
+            found.append(f"{file.name} (an adapter, to be merged into its base model first)")
+        elif file.suffix.lower() in FOREIGN_NAMES:
+            found.append(f"{file.name} ({FOREIGN_NAMES[file.suffix.lower()]})")
+        elif file.suffix == ".safetensors":
+            found.append(f"{file.name} (by another name)")
+    return found
 
 
 def _load_shards(index: Path) -> dict[str, np.ndarray]:

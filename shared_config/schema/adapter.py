@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Annotated, Literal
 
 from shared_config.schema.base import Count, PositiveInt, Section, registered, section
@@ -20,6 +20,16 @@ class AdapterConfig(Section):
     activation: Literal["gelu", "silu", "relu"] = "gelu"
     pool_window: PositiveInt = 2
     pool_heads: PositiveInt = 16
+
+    def idle(self) -> Collection[str]:
+        used = {
+            "mlp_2layer": ("hidden_dim", "activation"),
+            "linear": (),
+            "avgpool": ("pool_window",),
+            "attentional_pool": ("pool_window", "pool_heads"),
+        }
+        names = {"hidden_dim", "activation", "pool_window", "pool_heads"}
+        return names - set(used.get(self.type, names))
 
     def output_num_tokens(self, num_tokens: int) -> int:
         """Tokens that leave the adapter when ``num_tokens`` enter.

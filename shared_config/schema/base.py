@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import pydantic
@@ -60,6 +61,13 @@ class _Nested:
 
 
 NESTED = _Nested()
+
+
+class _KeepsFunction:
+    """Annotation for a field of the model that changes how it trains or runs, not what its weights compute."""
+
+
+KEEPS_FUNCTION = _KeepsFunction()
 
 
 def registered(category: str) -> AfterValidator:
@@ -118,6 +126,29 @@ class Section:
         """Lines "field = value: what is allowed" for what single-field types can't express."""
         return iter(())
 
+    def idle(self) -> Collection[str]:
+        """Fields that have no effect beside the values of the others."""
+        return ()
+
+    def resolved(self) -> dict[str, Any]:
+        """What fields mean that can be spelled in several ways."""
+        return {}
+
+    def function_fields(self) -> dict[str, Any]:
+        """Values of the fields that change the function the weights compute, nested sections by dotted name.
+
+        All do, except those annotated with `KEEPS_FUNCTION` and those that are idle.
+        """
+        values: dict[str, Any] = {}
+        resolved = self.resolved()
+        for name in function_names(type(self)):
+            value = resolved.get(name, getattr(self, name))
+            if isinstance(value, Section):
+                values |= {f"{name}.{inner}": part for inner, part in value.function_fields().items()}
+            elif name not in self.idle():
+                values[name] = value
+        return values
+
     def __post_init__(self) -> None:
         derived = {name: value for name, value in self.derive().items() if getattr(self, name) is None}
         for name, value in derived.items():
@@ -135,6 +166,14 @@ class Section:
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; derived fields are derived again."""
         return type(self)(**{**self.given(), **changes})
+
+
+@functools.cache
+def function_names(cls: type[Section]) -> tuple[str, ...]:
+    """Fields of a section that are not annotated with `KEEPS_FUNCTION`."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    return tuple(name for name in names if KEEPS_FUNCTION not in getattr(hints[name], "__metadata__", ()))
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from shared_config.schema.base import (
+    KEEPS_FUNCTION,
     NESTED,
     Count,
     NonNegativeFloat,
@@ -45,6 +47,15 @@ class RopeScaling(Section):
     beta_slow: PositiveFloat = 1.0
     attention_factor: PositiveFloat | None = None
 
+    def idle(self) -> Collection[str]:
+        used = {
+            "none": (),
+            "linear": ("factor",),
+            "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
+            "yarn": ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
+        }[self.type]
+        return {field.name for field in dataclasses.fields(self)} - {"type", *used}
+
     def problems(self) -> Iterator[str]:
         if self.type == "none" and self.factor != 1.0:
             yield f"factor = {self.factor}: must be 1 when type is 'none'; set type to one of {', '.join(MIXED)}"
@@ -77,25 +88,28 @@ class ModelConfig(Section):
     norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: PositiveFloat = 1e-5
     activation: Literal["silu", "gelu", "relu"] = "silu"
-    max_seq_len: PositiveInt = 2048
+    max_seq_len: Annotated[PositiveInt, KEEPS_FUNCTION] = 2048
     rope_theta: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10000.0
     rope_scaling: Annotated[RopeScaling, NESTED] = Field(default_factory=RopeScaling)
     sliding_window: PositiveInt | None = None
     attention_bias: bool = False
     tie_embeddings: bool = False
     qk_norm: bool = False
-    init_std: PositiveFloat = 0.02
+    init_std: Annotated[PositiveFloat, KEEPS_FUNCTION] = 0.02
     model_type: Annotated[str, registered("model")] = "transformer"
-    sdpa_backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
+    sdpa_backend: Annotated[Literal["auto", "flash", "efficient", "cudnn", "math"], KEEPS_FUNCTION] = "auto"
 
     num_experts: Count = 0
     moe_top_k: PositiveInt = 2
     moe_frequency: PositiveInt = 1
     moe_router: Annotated[str, registered("router")] = "softmax_topk"
     moe_shared_experts: Count = 0
-    moe_aux_loss_weight: Annotated[NonNegativeFloat, Field(description=f"Weight of the balancing loss. {UNIT}")] = 0.01
+    moe_aux_loss_weight: Annotated[
+        NonNegativeFloat, KEEPS_FUNCTION, Field(description=f"Weight of the balancing loss. {UNIT}")
+    ] = 0.01
     moe_capacity_factor: Annotated[
         NonNegativeFloat,
+        KEEPS_FUNCTION,
         Field(
             description="An expert takes at most max(1, ceil(tokens * moe_top_k / num_experts * factor)) choices; "
             f"0: any number. Generation has no limits. {UNIT}"
@@ -103,6 +117,7 @@ class ModelConfig(Section):
     ] = 0.0
     moe_sequence_aux_loss_weight: Annotated[
         NonNegativeFloat,
+        KEEPS_FUNCTION,
         Field(
             description="Weight of the balancing loss within each sequence, averaged over sequences: it does not "
             "depend on how a batch is cut into micro-batches."
@@ -110,20 +125,34 @@ class ModelConfig(Section):
     ] = 0.0
     moe_gradient_scale: Annotated[
         bool,
+        KEEPS_FUNCTION,
         Field(
             description="Scale what flows back through an expert by (mean choices of an expert) / (its choices). "
             f"{UNIT}"
         ),
     ] = False
-    moe_bias_schedule: Literal["constant", "cosine_decay", "linear_warmup"] = "constant"
+    moe_bias_schedule: Annotated[Literal["constant", "cosine_decay", "linear_warmup"], KEEPS_FUNCTION] = "constant"
     moe_packed_experts: bool = False
     moe_expert_ffn_multiplier: PositiveFloat = 1.0
-    moe_router_z_loss_weight: NonNegativeFloat = 0.0
+    moe_router_z_loss_weight: Annotated[NonNegativeFloat, KEEPS_FUNCTION] = 0.0
     moe_norm_topk_prob: bool = True
     moe_routed_scaling: PositiveFloat = 1.0
 
     def derive(self) -> dict[str, Any]:
         return {"n_kv_heads": self.n_heads, "head_dim": self.dim // self.n_heads}
+
+    def idle(self) -> Collection[str]:
+        names = {field.name for field in dataclasses.fields(self)}
+        experts = set() if self.is_moe else {name for name in names if name.startswith("moe_")}
+        return experts | {"ffn_dim_multiplier"}
+
+    def resolved(self) -> dict[str, Any]:
+        """Widths as they come out."""
+        width = self.computed_ffn_hidden_dim
+        return {
+            "ffn_hidden_dim": width,
+            "moe_expert_ffn_multiplier": self.computed_expert_ffn_hidden_dim / width,
+        }
 
     def problems(self) -> Iterator[str]:
         yield from self._attention_problems()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Collection, Iterator
+from typing import Annotated, Any
 
-from shared_config.schema.base import Count, Section, registered, section
+from shared_config.schema.base import KEEPS_FUNCTION, Count, Section, registered, section
 
 DEFAULT_IMAGE_SIZE = 32
 
@@ -23,13 +23,20 @@ class VisionEncoderConfig(Section):
     """
 
     type: Annotated[str, registered("vision_encoder")] = "random"
-    path: str = ""
+    path: Annotated[str, KEEPS_FUNCTION] = ""
     feature_dim: Count = 0
     num_tokens: Count = 0
     image_size: Count = 0
     patch_size: Count = 0
     n_layers: Count = 0
     n_heads: Count = 0
+
+    def idle(self) -> Collection[str]:
+        """The folder of a tower says its sizes, or they are the same."""
+        return ("feature_dim", "num_tokens", "image_size") if self.type in ("siglip2", "clip") else ()
+
+    def resolved(self) -> dict[str, Any]:
+        return {"num_tokens": self.known_num_tokens, "image_size": self.known_image_size}
 
     def problems(self) -> Iterator[str]:
         if self.type == "random":

@@ -16,6 +16,7 @@ from pydantic_core import CoreSchema, core_schema
 from shared_config.errors import ConfigError
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.base import (
+    KEEPS_FUNCTION,
     NESTED,
     Count,
     CountByName,
@@ -57,10 +58,10 @@ class VLMConfig(Section):
     """What all architectures share. Build the right class with ``VLMConfig.for_arch``."""
 
     arch: str = ""
-    max_text_len: PositiveInt = 512
-    freeze: Items[Annotated[FreezeSpec, NESTED]] = (FreezeSpec("vision_encoder"),)
-    freeze_schedule: Items[Annotated[FreezeStage, NESTED]] = ()
-    module_patterns: TextByName = Field(default_factory=lambda: FrozenDict(DEFAULT_PATTERNS))
+    max_text_len: Annotated[PositiveInt, KEEPS_FUNCTION] = 512
+    freeze: Annotated[Items[Annotated[FreezeSpec, NESTED]], KEEPS_FUNCTION] = (FreezeSpec("vision_encoder"),)
+    freeze_schedule: Annotated[Items[Annotated[FreezeStage, NESTED]], KEEPS_FUNCTION] = ()
+    module_patterns: Annotated[TextByName, KEEPS_FUNCTION] = Field(default_factory=lambda: FrozenDict(DEFAULT_PATTERNS))
 
     image_tokens_in_stream: ClassVar[bool] = True
 
@@ -102,6 +103,10 @@ class VLMConfig(Section):
     def cached_kv_heads(self, model: ModelConfig) -> int:
         """Key/value heads of a cache of the language model."""
         return model.kv_heads
+
+    def resolved_with(self, model: ModelConfig) -> dict[str, Any]:
+        """What fields mean beside a language model, where 0 stands for one of its numbers."""
+        return {}
 
     def problems_with(self, model: ModelConfig) -> Iterator[str]:
         """What does not fit a language model."""
@@ -161,6 +166,10 @@ class CrossAttentionConfig(VLMConfig, arch="cross_attention"):
         inherited = n_kv_heads if n_kv_heads is not None and not self.cross_attention_n_heads else heads
         return heads, self.cross_attention_n_kv_heads or inherited
 
+    def resolved_with(self, model: ModelConfig) -> dict[str, Any]:
+        heads, kv_heads = self.resolved_heads(model.n_heads, model.kv_heads)
+        return {"cross_attention_n_heads": heads, "cross_attention_n_kv_heads": kv_heads}
+
     def problems_with(self, model: ModelConfig) -> Iterator[str]:
         every = self.cross_attention_every_n_layers
         if every > model.n_layers:
@@ -181,8 +190,8 @@ class MoTConfig(VLMConfig, arch="mot"):
     mot_modalities: Items[str] = ("image", "text")
     mot_image_n_heads: Count = 0
     mot_image_n_kv_heads: Count = 0
-    mot_warm_start_from_text: bool = False
-    mot_warm_start_path: str = ""
+    mot_warm_start_from_text: Annotated[bool, KEEPS_FUNCTION] = False
+    mot_warm_start_path: Annotated[str, KEEPS_FUNCTION] = ""
 
     def resolved_image_heads(self, n_heads: int, n_kv_heads: int) -> tuple[int, int]:
         """Query and key/value heads of the image projections; 0 means those of the text."""
@@ -191,6 +200,10 @@ class MoTConfig(VLMConfig, arch="mot"):
     def cached_kv_heads(self, model: ModelConfig) -> int:
         """So many that the heads of both modalities divide them."""
         return math.lcm(model.kv_heads, self.resolved_image_heads(model.n_heads, model.kv_heads)[1])
+
+    def resolved_with(self, model: ModelConfig) -> dict[str, Any]:
+        heads, kv_heads = self.resolved_image_heads(model.n_heads, model.kv_heads)
+        return {"mot_image_n_heads": heads, "mot_image_n_kv_heads": kv_heads}
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -219,7 +232,7 @@ class MoMaConfig(VLMConfig, arch="moma"):
     moma_modalities: Items[str] = ("image", "text")
     moma_experts_per_modality: CountByName = Field(default_factory=lambda: FrozenDict({"image": 4, "text": 4}))
     moma_capacity_factor: Fraction = 0.0
-    moma_gumbel_noise: bool = True
+    moma_gumbel_noise: Annotated[bool, KEEPS_FUNCTION] = True
 
     def effective_capacity_factor(self, modality: str) -> float:
         """Share of a modality's tokens that each of its experts takes; 0 stands for one over the number of experts."""

@@ -1,0 +1,225 @@
+"""A model from disk, whatever wrote it: a Hugging Face folder, a training run or checkpoint, or native weights.
+
+The config that lies beside weights says what they compute. A config that is asked for must agree with it in every field
+that changes the function.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from shared_config.contract.function import Difference, differences
+from shared_config.contract.parameters import aliases
+from shared_config.errors import ConfigError, UserError
+from shared_config.interchange import checkpoint, huggingface
+from shared_config.interchange.files import PathLike, file_errors
+from shared_config.interchange.weights import INDEX, SINGLE, WeightsError, entry_file, load_weights
+from shared_config.loader import config_from_dict
+from shared_config.schema.job import JobConfig
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.training import TrainConfig
+
+Kind = Literal["huggingface", "checkpoint", "native"]
+Say = Callable[[str], None]
+
+CONFIG = "config.toml"
+"""The config beside native weights, and of a run."""
+
+
+def to_stderr(line: str) -> None:
+    """Say something that is not what a command puts out."""
+    print(line, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model from disk.
+
+    Attributes:
+        kind: what wrote it.
+        config: the one asked for, or else the one found.
+        found: the one beside the weights; None if there is none.
+        weights: by native names.
+    """
+
+    path: Path
+    kind: Kind
+    config: JobConfig
+    found: JobConfig | None
+    weights: dict[str, np.ndarray]
+
+
+def kind_of(path: PathLike) -> Kind:
+    """What wrote a model.
+
+    Raises:
+        UserError: nothing there, or a folder that two kinds of models claim.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if path.is_dir() and (checkpoint.STEP_NAME.fullmatch(path.name) or checkpoint.is_checkpoint(path)):
+        return "checkpoint"
+    folder = _folder(path)
+    if not (folder / huggingface.CONFIG).is_file() or (path.is_file() and path.name not in (SINGLE, INDEX)):
+        return "native"
+    if (folder / CONFIG).exists():
+        raise UserError(f"{folder}: holds both {huggingface.CONFIG} and {CONFIG}: remove the one that isn't its own")
+    return "huggingface"
+
+
+def find_config(path: PathLike) -> dict[str, Any] | None:
+    """Nested fields of the config that a model on disk knows; None if there is none.
+
+    Raises:
+        UserError: nothing there, or a config that can't be read.
+        ConfigError: a config.json with values that a `ModelConfig` can't express.
+    """
+    path, kind = Path(path), kind_of(path)
+    if kind == "huggingface":
+        return _huggingface_fields(_folder(path))
+    if kind == "checkpoint":
+        return checkpoint.read_config(path) or None
+    folder = _folder(path)
+    if path.is_file() and path.name == checkpoint.WEIGHTS and (folder / checkpoint.STATE).exists():
+        return checkpoint.read_config(folder) or None
+    return _toml_fields(folder / CONFIG)
+
+
+def read_config(path: PathLike) -> dict[str, Any]:
+    """Nested fields of the config that a model on disk knows.
+
+    Raises:
+        UserError: as `find_config`, or there is none.
+    """
+    fields = find_config(path)
+    if fields is None:
+        raise UserError(
+            f"{path}: has no config: needs a {CONFIG}, a Hugging Face folder's config.json, or a training checkpoint"
+        )
+    return fields
+
+
+def read_model(
+    path: PathLike, config: JobConfig | None = None, *, overridden: Collection[str] = (), say: Say = to_stderr
+) -> ModelSource:
+    """The weights at a path, mapped from their files, once it is certain that a config means what they mean.
+
+    Tensors are checked against the config found beside them only as far as their names need it; see `check_tensors`.
+
+    Args:
+        config: the one asked for; None: the one found.
+        overridden: dotted fields that the command line sets explicitly. They win over what is found, which is said.
+
+    Raises:
+        UserError: nothing there, no config to be found, files that can't be read, or fields that change the function
+            and differ, all listed.
+    """
+    path, kind = Path(path), kind_of(path)
+    if kind == "native":
+        entry_file(path)
+    fields = find_config(path)
+    found = None if fields is None else _job(fields, path)
+    if config is None and found is None:
+        raise UserError(f"{path}: has no {CONFIG} beside it")
+    if config is not None and found is not None and kind == "huggingface":
+        packed = config.model.moe_packed_experts
+        found = found.replace(model=found.model.replace(moe_packed_experts=packed))
+    used = config or found
+    assert used is not None
+    if found is not None:
+        check_same_function(used, found, str(path), overridden=overridden, say=say)
+    weights = _read_weights(path, kind, (found or used).model)
+    if found is None:
+        say(f"note: {path} has no config beside it; its weights are taken to be those of the config that is given")
+    return ModelSource(path, kind, used, found, _without_aliases(weights, used.model, str(path)))
+
+
+def check_same_function(
+    config: JobConfig, found: JobConfig, where: str, *, overridden: Collection[str] = (), say: Say = to_stderr
+) -> None:
+    """Refuse a config that would make another function of the weights.
+
+    Args:
+        found: the config that the weights were written with.
+        overridden: as in `read_model`.
+
+    Raises:
+        UserError: lists the fields that differ and are not overridden.
+    """
+    differing = differences(config, found)
+    refused = [difference for difference in differing if difference.field not in overridden]
+    if refused:
+        raise UserError("\n".join(_refusal(refused, where)))
+    for difference in differing:
+        say(f"note: {difference.overriding(where)}")
+
+
+def _refusal(refused: list[Difference], where: str) -> list[str]:
+    lines = [f"{where}: the weights were written with another config:"]
+    lines += [f"{item.field} = {item.here!r}: is {item.there!r} beside the weights" for item in refused]
+    return [*lines, "leave the fields as they are there, or set them on the command line to go on all the same"]
+
+
+def _read_weights(path: Path, kind: Kind, model: ModelConfig) -> dict[str, np.ndarray]:
+    if kind == "huggingface":
+        return huggingface.from_huggingface(load_weights(path), model)
+    if kind == "checkpoint":
+        return checkpoint.load(path, with_optimizer=False).state.weights
+    return load_weights(path)
+
+
+def _without_aliases(state: dict[str, np.ndarray], model: ModelConfig, where: str) -> dict[str, np.ndarray]:
+    """A tied tensor under its own name, whichever of its names are on disk.
+
+    Raises:
+        WeightsError: both are, and they differ.
+    """
+    state = dict(state)
+    for alias, name in aliases(model).items():
+        if alias not in state:
+            continue
+        tensor = state.pop(alias)
+        if not np.array_equal(state.setdefault(name, tensor), tensor):
+            raise WeightsError(where, [f"{alias}: differs from {name}, though model.tie_embeddings is true"])
+    return state
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _huggingface_fields(folder: Path) -> dict[str, Any]:
+    """The model, and what follows from it for a job: the folder's tokenizer, and sequences that fit."""
+    model = huggingface.read_huggingface_config(folder)
+    fields: dict[str, Any] = {"model": model}
+    if isinstance(model.get("max_seq_len"), int):
+        fields["train"] = {"seq_len": min(TrainConfig().seq_len, model["max_seq_len"])}
+    if (folder / "tokenizer.json").is_file():
+        fields["data"] = {"tokenizer": str(folder)}
+    return fields
+
+
+def _toml_fields(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    with file_errors(file, "can't be read"):
+        text = file.read_bytes()
+    try:
+        return tomllib.loads(text.decode("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid TOML: {error}") from None
+
+
+def _job(fields: Mapping[str, Any], path: Path) -> JobConfig:
+    try:
+        return config_from_dict(fields)
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
