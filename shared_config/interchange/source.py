@@ -19,9 +19,10 @@ from shared_config.contract.function import Difference, differences
 from shared_config.contract.parameters import aliases
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange import checkpoint, huggingface
-from shared_config.interchange.files import PathLike, file_errors
+from shared_config.interchange.files import PathLike
 from shared_config.interchange.weights import INDEX, SINGLE, WeightsError, entry_file, load_weights
 from shared_config.loader import config_from_dict
+from shared_config.reading import MAX_TOML_BYTES, read_text
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.training import TrainConfig
@@ -210,10 +211,9 @@ def _huggingface_fields(folder: Path) -> dict[str, Any]:
 def _toml_fields(file: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
-    with file_errors(file, "can't be read"):
-        text = file.read_bytes()
+    text = read_text(file, MAX_TOML_BYTES)
     try:
-        return tomllib.loads(text.decode("utf-8"))
+        return tomllib.loads(text)
     except ValueError as error:
         raise UserError(f"{file}: not valid TOML: {error}") from None
 
