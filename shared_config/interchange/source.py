@@ -7,7 +7,6 @@ that changes the function.
 from __future__ import annotations
 
 import sys
-import tomllib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,9 @@ from shared_config.contract.parameters import aliases
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange import checkpoint, huggingface
 from shared_config.interchange.files import PathLike
+from shared_config.interchange.tokens import beside, has_tokenizer
 from shared_config.interchange.weights import INDEX, SINGLE, WeightsError, entry_file, load_weights
-from shared_config.loader import config_from_dict
-from shared_config.reading import MAX_TOML_BYTES, read_text
+from shared_config.loader import config_from_dict, read_source
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.training import TrainConfig
@@ -87,10 +86,10 @@ def find_config(path: PathLike) -> dict[str, Any] | None:
     if kind == "huggingface":
         return _huggingface_fields(_folder(path))
     if kind == "checkpoint":
-        return checkpoint.read_config(path) or None
+        return _checkpoint_fields(path)
     folder = _folder(path)
     if path.is_file() and path.name == checkpoint.WEIGHTS and (folder / checkpoint.STATE).exists():
-        return checkpoint.read_config(folder) or None
+        return _checkpoint_fields(folder)
     return _toml_fields(folder / CONFIG)
 
 
@@ -203,19 +202,22 @@ def _huggingface_fields(folder: Path) -> dict[str, Any]:
     fields: dict[str, Any] = {"model": model}
     if isinstance(model.get("max_seq_len"), int):
         fields["train"] = {"seq_len": min(TrainConfig().seq_len, model["max_seq_len"])}
-    if (folder / "tokenizer.json").is_file():
+    if has_tokenizer(folder):
         fields["data"] = {"tokenizer": str(folder)}
     return fields
 
 
 def _toml_fields(file: Path) -> dict[str, Any] | None:
-    if not file.exists():
-        return None
-    text = read_text(file, MAX_TOML_BYTES)
-    try:
-        return tomllib.loads(text)
-    except ValueError as error:
-        raise UserError(f"{file}: not valid TOML: {error}") from None
+    return read_source(str(file)) if file.exists() else None
+
+
+def _checkpoint_fields(path: Path) -> dict[str, Any] | None:
+    """The config of a checkpoint, with the tokenizer that its run keeps."""
+    fields = checkpoint.read_config(path)
+    kept = beside(path)
+    if fields and kept is not None and has_tokenizer(kept):
+        fields["data"] = {**fields.get("data", {}), "tokenizer": str(kept)}
+    return fields or None
 
 
 def _job(fields: Mapping[str, Any], path: Path) -> JobConfig:
