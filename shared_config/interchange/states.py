@@ -40,8 +40,8 @@ def plain_state(state: Mapping[Any, Any]) -> dict[str, Any]:
     names: dict[str, str] = {}
     result: dict[str, Any] = {}
     for name, value in flat.items():
-        path, dot, own = name.rpartition(".")  # the last part names a tensor, which no wrapper is
-        plain = f"{plain_name(path)}.".removeprefix(".") + own if dot else own
+        *path, own = name.split(".")  # the last part names a tensor, which no wrapper is
+        plain = ".".join([*(part for part in path if part not in WRAPPERS), own])
         if _counts_averages(name, flat):
             continue
         if plain in result:

@@ -219,5 +219,5 @@ def test_files_that_cannot_be_read_are_named(content: bytes | None, tmp_path: Pa
     path = tmp_path / "broken.npz"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=r"broken\.npz: can't be read as a file of activations"):
+    with pytest.raises(UserError, match=r"broken\.npz: can't be read"):
         read_activations(path)
