@@ -80,6 +80,7 @@ def check_request(
     eos_token_ids: Sequence[int] = (),
     prefill_chunk: int = PREFILL_CHUNK,
     image_tokens: int = 0,
+    pad_token_id: int = 0,
 ) -> None:
     """Check how much is to be generated, and where it ends.
 
@@ -89,10 +90,9 @@ def check_request(
     Raises:
         UserError: a number without meaning, or more tokens than the model has positions.
     """
-    if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens = {max_new_tokens}: must be at least 0")
-    if prefill_chunk < 1:
-        raise UserError(f"prefill_chunk = {prefill_chunk}: must be at least 1")
+    check_integer("max_new_tokens", max_new_tokens, 0)
+    check_integer("prefill_chunk", prefill_chunk, 1)
+    check_integer("pad_token_id", pad_token_id, -(2**31), 2**31)
     longest, room = prompts.tokens.shape[1], max_seq_len - image_tokens
     image = f", of which the image takes {image_tokens}" if image_tokens else ""
     if longest > room:
@@ -105,8 +105,7 @@ def check_request(
             f"has {longest} tokens and max_seq_len = {max_seq_len}{image}"
         )
     for eos_token_id in eos_token_ids:
-        if not 0 <= eos_token_id < vocab_size:
-            raise UserError(f"eos_token_id = {eos_token_id}: must be in [0, {vocab_size}), or None")
+        check_integer("eos_token_id", eos_token_id, 0, vocab_size, "or None")
 
 
 def read_stops(eos_token_id: Any) -> tuple[int, ...]:
@@ -119,6 +118,24 @@ def read_stops(eos_token_id: Any) -> tuple[int, ...]:
     if given.ndim > 1 or (given.size and given.dtype.kind not in "iu"):
         raise UserError(f"eos_token_id = {eos_token_id!r}: must be an id, a sequence of ids, or None")
     return tuple(dict.fromkeys(given.reshape(-1).tolist()))
+
+
+def check_integer(name: str, value: Any, low: int, high: int | None = None, others: str = "") -> None:
+    """Check an integer of Python or NumPy.
+
+    Args:
+        high: the first number that is too large.
+        others: what else is allowed.
+
+    Raises:
+        UserError: another type, or out of range.
+    """
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if is_integer and low <= value and (high is None or value < high):
+        return
+    allowed = f"at least {low}" if high is None else f"in [{low}, {high})"
+    kind = "" if is_integer else "an integer "
+    raise UserError(f"{name} = {value!r}: must be {kind}{allowed}{', ' * bool(others)}{others}")
 
 
 def check_architecture(vlm: VLMConfig | None) -> None:
@@ -202,7 +219,10 @@ def check_uniforms(uniforms: np.ndarray, rows: int, count: int) -> np.ndarray:
 
 
 def _checked_lengths(prompt_lengths: Any, rows: Sequence[np.ndarray]) -> list[int]:
-    lengths = [int(length) for length in np.asarray(prompt_lengths).reshape(-1)]
+    given = np.asarray(prompt_lengths)
+    if not np.issubdtype(given.dtype, np.integer):
+        raise UserError(f"prompt_lengths is of {given.dtype}: lengths are integers")
+    lengths = given.reshape(-1).tolist()
     if len(lengths) != len(rows):
         raise UserError(f"prompt_lengths has {len(lengths)} entries: must be one for each of {len(rows)} prompts")
     for place, (length, row) in enumerate(zip(lengths, rows, strict=True)):

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from kempnerforge_jax.model.checks import check_ids
 from kempnerforge_jax.model.kv_cache import KVCache
 from kempnerforge_jax.model.linear import Linear
 from kempnerforge_jax.model.mask import build_mask
@@ -239,5 +240,7 @@ def _check_new(length: int, doc_ids: jax.Array | None, key_padding_mask: jax.Arr
     for name, given in (("doc_ids", doc_ids), ("key_padding_mask", key_padding_mask)):
         if given is not None and (given.ndim != 2 or given.shape[1] != length):
             raise ValueError(f"{name}.shape = {tuple(given.shape)}: must be (batch, {length}), one for each new token")
+    if doc_ids is not None:
+        check_ids("doc_ids", doc_ids)
     if key_padding_mask is not None and key_padding_mask.dtype != jnp.bool_:
         raise ValueError(f"key_padding_mask.dtype = {key_padding_mask.dtype}: must be bool, True = real")

@@ -5,7 +5,7 @@ Shapes: B batch, S text positions, N image tokens, D model dim, H query heads, K
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -189,4 +189,4 @@ class CrossAttentionArchitecture(Architecture):
         assert modality.image_features is not None
         blocks = getattr(model, "cross_attention_layers")  # noqa: B009
         keys_values = tuple(block.attention.keys_values(modality.image_features) for block in blocks.values())
-        return ModalityContext(image_keys_values=keys_values, image_mask=modality.image_mask)
+        return replace(modality, image_features=None, image_keys_values=keys_values)

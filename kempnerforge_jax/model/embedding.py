@@ -6,10 +6,9 @@ Shapes: B batch, S sequence, D model dim, V vocabulary.
 from __future__ import annotations
 
 import jax
-import numpy as np
 from flax import nnx
-from jax.core import Tracer
 
+from kempnerforge_jax.model.checks import check_ids
 from kempnerforge_jax.model.linear import Embedding, Linear
 from kempnerforge_jax.model.module import Module
 
@@ -24,10 +23,9 @@ class TokenEmbedding(Module):
         """Integers (B, S) -> (B, S, D).
 
         Raises:
-            ValueError: an id outside [0, V). Inside jit, where values can't be seen, its row is NaN.
+            ValueError: not integers, an id outside [0, V). Inside jit, where values can't be seen, its row is NaN.
         """
-        if not isinstance(tokens, Tracer):
-            _check_range(np.asarray(tokens), self.embedding.num_embeddings)
+        check_ids("tokens", tokens, self.embedding.num_embeddings)
         return self.embedding(tokens)
 
 
@@ -51,9 +49,3 @@ class OutputHead(Module):
         if tuple(tied) != own:
             raise ValueError(f"embedding.weight = {tuple(tied)}: must have the head's shape {own}")
         self.proj.weight = None
-
-
-def _check_range(tokens: np.ndarray, vocab_size: int) -> None:
-    bad = tokens[(tokens < 0) | (tokens >= vocab_size)]
-    if bad.size:
-        raise ValueError(f"tokens = {bad[0]}: ids must be in [0, {vocab_size}); {bad.size} of {tokens.size} are not")

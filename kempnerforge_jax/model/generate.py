@@ -112,7 +112,7 @@ def generate(
         prompt_tokens: int (B, S), or a sequence of B rows of any lengths.
         temperature, top_k, top_p: as for `sample`.
         eos_token_id: one id or several; a row that has produced one of them is padding from then on.
-        pad_token_id: any number.
+        pad_token_id: any number of 32 bits.
         prompt_lengths: int (B,), how many tokens of each row of ``prompt_tokens`` count; all if None.
         seed: of the random numbers, the same in both backends; or a JAX key; None: another one each time.
         uniforms: (B, N) numbers in [0, 1), in place of a seed.
@@ -239,7 +239,16 @@ def _request(
     rows = len(prompts.lengths)
     image = _read_image(model, pixel_values, frame_mask, rows)
     taken, stops = _image_tokens(image), read_stops(eos_token_id)
-    check_request(prompts, max_new_tokens, config.max_seq_len, config.vocab_size, stops, prefill_chunk, taken)
+    check_request(
+        prompts,
+        max_new_tokens,
+        config.max_seq_len,
+        config.vocab_size,
+        stops,
+        prefill_chunk,
+        taken,
+        pad_token_id,
+    )
     slots = cache_length(prompts, max_new_tokens, config.max_seq_len, taken)
     return Request(
         prompts,
@@ -408,8 +417,12 @@ def _compiled_prefill(graphdef: Any) -> Any:
     ) -> list[KVCache]:
         model = merge(graphdef, params, buffers)
         modality = NO_LOGITS if image is None else replace(image, output_slice=NO_LOGITS.output_slice)
+        length, noted = tokens_BS.shape[1], caches[0].valid is not None
+        if model.config.is_moe and length:
+            modality = replace(modality, key_padding_mask=caches[0].positions(length) < lengths_B[:, None])
         output = model.run(tokens_BS, modality=modality, kv_caches=caches, allow_image_inputs=True)
-        return [cache.cut(lengths_B) for cache in output.kv_caches or ()]
+        updated = [cache.cut(lengths_B) for cache in output.kv_caches or ()]
+        return updated if noted or not length else [cache.without_padding() for cache in updated]
 
     return jax.jit(prefill, donate_argnames="caches")
 

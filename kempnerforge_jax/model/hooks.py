@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
+from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import (
     Module,
     observing,
@@ -165,7 +167,8 @@ def extract_representations(
     """Run a dataset through a model and keep what some modules put out, in evaluation mode and without capacity limits.
 
     Args:
-        dataset: samples of one length: token ids (S,), or mappings with "tokens" or "input_ids".
+        dataset: samples of one length: token ids (S,), or mappings with "tokens" or "input_ids", and perhaps
+            "text_mask" or "attention_mask" (S,), bools or 0 and 1, False at padding.
         layers: paths of modules.
         device: where the batches go; where the model is if None.
         max_samples: how many samples at most; all if None.
@@ -182,7 +185,7 @@ def extract_representations(
     names = check_activation_names(activation_names(model), layers)
     batches = token_batches(dataset, batch_size, max_samples)
     run = _compiled_outputs(model, names)
-    outputs = (_to_numpy(run(jax.device_put(tokens_BS, device))) for tokens_BS in batches)
+    outputs = (_to_numpy(run(*jax.device_put(batch, device))) for batch in batches)
     if path is not None:
         with ActivationWriter(path) as writer:
             for output in outputs:
@@ -237,15 +240,18 @@ def _to_numpy(output: Any) -> Any:
     return np.asarray(output)
 
 
-def _compiled_outputs(model: Transformer, names: list[str]) -> Callable[[jax.Array], dict[str, Any]]:
-    """What the modules put out for tokens (B, S); what nobody asks for, such as the head, is not computed."""
+def _compiled_outputs(model: Transformer, names: list[str]) -> Callable[..., dict[str, Any]]:
+    """What the modules put out for tokens (B, S), ``real`` (B, S) or padding.
+
+    What nobody asks for, such as the head, is not computed.
+    """
     graphdef, params, buffers = split(unwrapped(model))
 
     @jax.jit
-    def run(params: Any, buffers: Any, tokens_BS: jax.Array) -> dict[str, Any]:
+    def run(params: Any, buffers: Any, tokens_BS: jax.Array, real_BS: jax.Array | None) -> dict[str, Any]:
         merged = merge(graphdef, params, buffers)
         with capture(merged, names) as activations:
-            merged.run(tokens_BS, limit_capacity=False)
+            merged.run(tokens_BS, modality=ModalityContext(key_padding_mask=real_BS), limit_capacity=False)
         return dict(activations)
 
-    return lambda tokens_BS: run(params, buffers, tokens_BS)
+    return functools.partial(run, params, buffers)

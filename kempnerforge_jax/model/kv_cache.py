@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from kempnerforge_jax.model.checks import MAX_ID, check_ids
 from kempnerforge_jax.model.mask import build_mask
 
 ARRAYS = ("k", "v", "lengths", "valid", "doc_ids", "oldest")
@@ -149,9 +150,10 @@ class KVCache:
             lengths: int (B,); where it exceeds the length so far, nothing is forgotten.
 
         Raises:
-            ValueError: a ring has overwritten what the next token may see. Inside jit this can't be seen; there the row
-                is full from then on.
+            ValueError: lengths that are negative or no integers; a ring has overwritten what the next token may see.
+                Inside jit this can't be seen; there the row is full from then on.
         """
+        check_ids("lengths", lengths, MAX_ID)
         lengths = jnp.minimum(self.lengths, lengths.astype(jnp.int32))
         if self.sliding_window is not None and self.oldest is not None:
             lost_B = jnp.maximum(lengths + 1 - self.sliding_window, 0) < self.oldest
@@ -163,6 +165,10 @@ class KVCache:
             lengths = jnp.where(lost_B, self.max_seq_len, lengths)
         return self._replace(lengths=lengths)
 
+    def without_padding(self) -> KVCache:
+        """The same cache, which takes every token that is left for real, after the padding was cut."""
+        return self._replace(valid=None)
+
     def reorder(self, rows: jax.Array) -> KVCache:
         """Go on with these rows in place of those so far, as a beam search does: row i becomes what ``rows[i]`` was.
 
@@ -170,8 +176,10 @@ class KVCache:
             rows: int (B',); a row may be taken several times, or not at all.
 
         Raises:
+            ValueError: rows that are no integers.
             IndexError: rows that don't exist. Inside jit this can't be seen; there such a row is full from then on.
         """
+        check_ids("rows", rows)
         exists_B = (rows >= 0) & (rows < len(self.lengths))
         if not isinstance(exists_B, Tracer) and not bool(exists_B.all()):
             raise IndexError(f"rows = {rows.tolist()}: must be in [0, {len(self.lengths)})")

@@ -162,7 +162,7 @@ class MoMaFFN(Module):
                 mine_BS = layout.of(name, x_BSD)
                 valid_BS = mine_BS if valid is None else mine_BS & valid
                 outs[name], stats[name] = self._experts(name)(x_BSD, valid_BS, self._noise(name, x_BSD, noise_seed))
-            return sum(outs.values(), jnp.zeros_like(x_BSD)), stats
+            return layout.known(sum(outs.values(), jnp.zeros_like(x_BSD))), stats
         for name, start, stop in layout.spans:
             noise = self._noise(name, x_BSD, noise_seed)
             outs[name], stats[name] = self._experts(name)(

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kempnerforge_jax.model.attention import KVCache, attend, resolve_head_dim, self_attention_mask
+from kempnerforge_jax.model.checks import check_ids, check_shape, nan_outside
 from kempnerforge_jax.model.linear import Linear
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module
@@ -61,7 +62,11 @@ class Layout:
         for name in others:
             theirs = function(name, x)
             out = jnp.where(self.of(name, x).reshape(*x.shape[:2], *[1] * (theirs.ndim - 2)), theirs, out)
-        return out
+        return self.known(out)
+
+    def known(self, x: jax.Array) -> jax.Array:
+        """``x`` (B, S, ...), NaN where the id names no modality."""
+        return x if self.ids is None else nan_outside(x, self.ids, len(self.modalities))
 
     def of(self, modality: str, x: jax.Array) -> jax.Array:
         """bool (B, S): the positions of one modality in ``x`` (B, S, ...)."""
@@ -92,15 +97,13 @@ def stream_layout(modalities: Sequence[str], modality: ModalityContext, x: jax.A
     """The layout of ``x`` (B, S, D): by ``modality_ids`` if given, else a prefix of the image and then text.
 
     Raises:
-        ValueError: ids of another shape.
+        ValueError: ids of another shape, not integers, or outside the modalities. Where values can't be seen, such a
+            position becomes NaN.
     """
     names, length = tuple(modalities), x.shape[1]
     if modality.modality_ids is not None:
-        if modality.modality_ids.shape != x.shape[:2]:
-            raise ValueError(
-                f"modality_ids.shape = {tuple(modality.modality_ids.shape)}: must be {tuple(x.shape[:2])}, the batch "
-                "and the positions of the residual stream"
-            )
+        check_shape("modality_ids", modality.modality_ids, x.shape[:2])
+        check_ids("modality_ids", modality.modality_ids, len(names))
         return Layout(names, ids=modality.modality_ids)
     prefix = 0 if modality.prefix_embeds is None else modality.prefix_embeds.shape[1]
     return Layout(names, spans=(("image", 0, prefix), ("text", prefix, length)))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kempnerforge_jax.model.attention import Attention, KVCache, self_attention_mask
+from kempnerforge_jax.model.checks import check_ids, check_mask, check_shape
 from kempnerforge_jax.model.embedding import OutputHead, TokenEmbedding
 from kempnerforge_jax.model.init import init_weights
 from kempnerforge_jax.model.linear import UNDRAWN
@@ -243,7 +244,8 @@ class Transformer(Module):
             remat: compute the activations of each layer again in the backward pass: True, or a `jax.checkpoint` policy.
 
         Raises:
-            ValueError: inputs that exclude each other, or that are longer than ``max_seq_len`` where lengths can be
+            ValueError: inputs that exclude each other, masks and ids of another shape or dtype, or more
+                positions than ``max_seq_len`` where lengths can be
                 seen. Inside jit, cached tokens past the end give NaN.
         """
         if scan_layers and not is_observed():
@@ -260,6 +262,7 @@ class Transformer(Module):
         _check_inputs(tokens, modality, None if allow_image_inputs else kv_caches)
         self.architecture.check(modality)
         x_BSD = self._embed(tokens, modality)
+        _check_stream(x_BSD, modality, doc_ids)
         inputs = self._block_inputs(x_BSD, modality, kv_caches, doc_ids, limit_capacity)
         if kv_caches is None:
             x_BSD, stats = self._run_layers(x_BSD, inputs, modality, remat)
@@ -483,6 +486,21 @@ def _check_inputs(tokens: jax.Array | None, modality: ModalityContext, kv_caches
     for name in NOT_WITH_CACHES:
         if getattr(modality, name) is not None:
             raise ValueError(f"modality.{name} is given: not allowed together with kv_caches")
+
+
+def _check_stream(x: jax.Array, modality: ModalityContext, doc_ids: jax.Array | None) -> None:
+    """Masks and ids must fit the residual stream ``x`` (B, S, D)."""
+    batch, length, _ = x.shape
+    if modality.key_padding_mask is not None:
+        check_mask("key_padding_mask", modality.key_padding_mask, (batch, length))
+    if modality.image_mask is not None and modality.image_features is not None:
+        check_mask("image_mask", modality.image_mask, modality.image_features.shape[:2])
+    if modality.noise_seed is not None:
+        check_ids("noise_seed", modality.noise_seed)
+        check_shape("noise_seed", modality.noise_seed, ())
+    if doc_ids is not None:
+        check_ids("doc_ids", doc_ids)
+        check_shape("doc_ids", doc_ids, (batch, length))
 
 
 def _stats_by_layer(group: range, stats: Any) -> dict[int, Any]:

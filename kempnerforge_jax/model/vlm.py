@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kempnerforge_jax.model.adapter import VisionAdapter, build_adapter
+from kempnerforge_jax.model.checks import check_mask
 from kempnerforge_jax.model.kv_cache import KVCache
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module
@@ -112,7 +113,7 @@ class MoTStrategy(PrefixStrategy):
 @registry.register("modality_strategy", "cross_attention")
 @dataclass(frozen=True)
 class CrossAttentionStrategy(ModalityStrategy):
-    """The image is read by blocks of its own. ``text_mask`` has no effect: text padding stands after the text."""
+    """The image is read by blocks of its own; the residual stream is the text."""
 
     def prepare(
         self,
@@ -124,7 +125,7 @@ class CrossAttentionStrategy(ModalityStrategy):
         noise_seed: jax.Array | None = None,
     ) -> ModalityContext:
         """As `ModalityStrategy`."""
-        return ModalityContext(image_features=image_embeds, image_mask=image_mask)
+        return ModalityContext(image_features=image_embeds, image_mask=image_mask, key_padding_mask=text_mask)
 
 
 def build_modality_strategy(vlm: VLMConfig) -> ModalityStrategy:
@@ -189,7 +190,8 @@ class VLMWrapper(Module):
             pixel_values: (B, 3, h, w), or (B, F, 3, h, w) with at most ``frames_per_clip`` frames; None for text alone.
             input_ids: int (B, T).
             frame_mask: bool (B, F), False for frames that don't exist: nothing attends to them or routes them.
-            text_mask: bool (B, T), False for padding. Padding after the text needs it only where experts route.
+            text_mask: bool (B, T), False for padding, with an image or without. Padding after the text needs it only
+                where experts route.
             noise_seed: int (), see `ModalityContext`.
             limit_capacity: as for `Transformer.run`.
         """
@@ -221,7 +223,7 @@ class VLMWrapper(Module):
             input_ids,
             modality=modality,
             kv_caches=kv_caches,
-            allow_image_inputs=modality is not None,
+            allow_image_inputs=pixel_values is not None,
             limit_capacity=limit_capacity,
             scan_layers=scan_layers,
             remat=remat,
@@ -236,9 +238,19 @@ class VLMWrapper(Module):
         text_mask: jax.Array | None = None,
         noise_seed: jax.Array | None = None,
     ) -> ModalityContext | None:
-        """What the transformer is called with besides ``input_ids``; None for text alone."""
+        """What the transformer is called with besides ``input_ids``; None if that is all.
+
+        Raises:
+            ValueError: masks of another dtype or shape, a mask of frames without images.
+        """
+        if text_mask is not None:
+            check_mask("text_mask", text_mask, input_ids.shape)
         if pixel_values is None:
-            return None
+            if frame_mask is not None:
+                raise ValueError("frame_mask is given, pixel_values = None: the mask needs the images that it masks")
+            if text_mask is None and noise_seed is None:
+                return None
+            return ModalityContext(key_padding_mask=text_mask, noise_seed=noise_seed)
         image_embeds, image_mask = self.encode_images(pixel_values, frame_mask)
         return self.strategy.prepare(
             image_embeds, input_ids, image_mask=image_mask, text_mask=text_mask, noise_seed=noise_seed
@@ -256,6 +268,9 @@ class VLMWrapper(Module):
         batch, frames = frames_BF3hw.shape[:2]
         if not 1 <= frames <= self.frames_per_clip:
             raise ValueError(f"pixel_values has {frames} frames: must have from 1 to {self.frames_per_clip}")
+        if frame_mask is not None:
+            check_mask("frame_mask", frame_mask, (batch, frames))
+            frames_BF3hw = jnp.where(frame_mask[:, :, None, None, None], frames_BF3hw, 0)
         features = self.vision_encoder(frames_BF3hw.reshape(-1, *frames_BF3hw.shape[2:]))
         assert self.transformer.token_embedding is not None
         embeds = self.adapter(features.astype(self.transformer.token_embedding.embedding.weight.get_value().dtype))
@@ -263,10 +278,6 @@ class VLMWrapper(Module):
         flat = (batch, frames * embeds.shape[1])
         if frame_mask is None:
             return embeds_BFnD.reshape(*flat, -1), None
-        if frame_mask.shape != (batch, frames) or frame_mask.dtype != jnp.bool_:
-            raise ValueError(
-                f"frame_mask = {frame_mask.dtype} {tuple(frame_mask.shape)}: must be bool {(batch, frames)}"
-            )
         order_BF = jnp.argsort(frame_mask, axis=1, descending=not self.strategy.padded_frames_first, stable=True)
         embeds_BFnD = jnp.take_along_axis(embeds_BFnD, order_BF[:, :, None, None], axis=1)
         mask_BF1 = jnp.take_along_axis(frame_mask, order_BF, axis=1)[:, :, None]

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kempnerforge_jax.model.checks import check_ids
+
 IGNORED = -100
 
 
@@ -21,10 +23,14 @@ def cross_entropy(logits_BSV: jax.Array, labels_BS: jax.Array) -> tuple[jax.Arra
     probabilities again; the compiler fuses the widening into its reductions, so no second array of their size exists.
 
     Returns:
-        sum: scalar, at least float32; 0 with gradient 0 if no label counts, NaN if a label is neither -100 nor in
-            [0, V).
+        sum: scalar, at least float32; 0 with gradient 0 if no label counts; inside jit NaN if a label is neither -100
+            nor in [0, V).
         count: int32 scalar.
+
+    Raises:
+        ValueError: labels that are no integers; outside jit one that is neither -100 nor in [0, V).
     """
+    check_ids("labels", labels_BS, logits_BSV.shape[-1], IGNORED)
     return _summed(logits_BSV, labels_BS), jnp.sum(labels_BS != IGNORED, dtype=jnp.int32)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
+from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import named_modules
 from kempnerforge_jax.model.router import training_progress
 from kempnerforge_jax.model.scan import layer_range
@@ -128,7 +129,8 @@ class Trainer:
         """One update from the mean loss over all labels of the micro-batches.
 
         Args:
-            micro_batches: each has ``tokens`` and ``labels``, int (B, S), and may have ``doc_ids``; for images, what
+            micro_batches: each has ``tokens`` and ``labels``, int (B, S), and may have ``doc_ids`` and ``text_mask``,
+                bool (B, S), False at padding; for images, what
                 `shared_config.data.images.collate` gives.
 
         Returns:
@@ -271,10 +273,8 @@ def _step(
 
 
 def _evaluation(recipe: Recipe, parameters: Arrays, buffers: Arrays, batch: Arrays) -> jax.Array:
-    batch = dict(batch)
-    labels_BS = batch.pop("labels")
     model = merge(recipe.graphdef, _compute_copy(recipe, parameters), buffers)
-    return cross_entropy(model.run(**batch).logits, labels_BS)[0]
+    return cross_entropy(model.run(**model_inputs(batch)).logits, batch["labels"])[0]
 
 
 def _gradients(
@@ -311,12 +311,10 @@ def _objective(
     micro_batches: int,
 ) -> tuple[jax.Array, Terms]:
     """A micro-batch's share of the loss, and its terms."""
-    batch = dict(batch)
-    labels_BS = batch.pop("labels")
     model = merge(recipe.graphdef, _compute_copy(recipe, {**trained, **frozen}), buffers)
     options = {"scan_layers": True} if recipe.train.scan_layers and recipe.vlm is not None else {}
-    output = model.run(**batch, **options, remat=REMATERIALISATION[recipe.train.activation_checkpointing])
-    loss = cross_entropy(output.logits, labels_BS)[0] / count
+    output = model.run(**model_inputs(batch), **options, remat=REMATERIALISATION[recipe.train.activation_checkpointing])
+    loss = cross_entropy(output.logits, batch["labels"])[0] / count
     aux_loss, z_loss = (jnp.asarray(term / micro_batches, loss.dtype) for term in router_losses(output.stats))
     weighted = loss + recipe.model.moe_aux_loss_weight * aux_loss + recipe.model.moe_router_z_loss_weight * z_loss
     entropies = [router.entropy / micro_batches for router in router_stats(output.stats)]
@@ -364,6 +362,16 @@ def compute_dtype(config: JobConfig, dtype: Any) -> np.dtype:
 def label_count(batches: Sequence[Batch]) -> int:
     """Labels that count in the loss, over all batches."""
     return sum(int(np.count_nonzero(batch["labels"] != IGNORED)) for batch in batches)
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a batch, without its labels, as the arguments of a model; a text model is told of padding as
+    `ModalityContext` does.
+    """
+    inputs = {name: array for name, array in batch.items() if name != "labels"}
+    if "tokens" in inputs and "text_mask" in inputs:
+        inputs["modality"] = ModalityContext(key_padding_mask=inputs.pop("text_mask"))
+    return inputs
 
 
 def expert_counts(stats: Mapping[int, Any]) -> dict[str, Any]:

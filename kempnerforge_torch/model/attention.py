@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kempnerforge_torch.model.checks import check_ids
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.mask import build_mask
 from kempnerforge_torch.model.matvec import Linear
@@ -221,6 +222,8 @@ def _check_new(length: int, doc_ids: Tensor | None, key_padding_mask: Tensor | N
     for name, given in (("doc_ids", doc_ids), ("key_padding_mask", key_padding_mask)):
         if given is not None and (given.ndim != 2 or given.shape[1] != length):
             raise ValueError(f"{name}.shape = {tuple(given.shape)}: must be (batch, {length}), one for each new token")
+    if doc_ids is not None:
+        check_ids("doc_ids", doc_ids)
     if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
         raise ValueError(f"key_padding_mask.dtype = {key_padding_mask.dtype}: must be torch.bool, True = real")
 

@@ -5,7 +5,7 @@ Shapes: B batch, S text positions, N image tokens, D model dim, H query heads, K
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -176,4 +176,4 @@ class CrossAttentionArchitecture(Architecture):
             for block in blocks
             if isinstance(block, CrossAttentionBlock)
         )
-        return ModalityContext(image_keys_values=keys_values, image_mask=modality.image_mask)
+        return replace(modality, image_features=None, image_keys_values=keys_values)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kempnerforge_torch.model.checks import check_ids
 from kempnerforge_torch.model.matvec import Linear
 
 
@@ -22,14 +23,18 @@ class TokenEmbedding(nn.Module):
         """Integers (B, S) -> (B, S, D).
 
         Raises:
-            ValueError: an id outside [0, V), on the CPU. On a GPU or compiled, the device's own bounds check raises.
+            ValueError: not integers; an id outside [0, V), on the CPU. On a GPU or compiled, the device's own bounds
+                check raises.
         """
+        check_ids("tokens", tokens)
+        tokens = tokens if tokens.dtype in (torch.int32, torch.int64) else tokens.long()
         if tokens.device.type != "cpu" or torch.compiler.is_compiling():
             return self.embedding(tokens)
         try:
             return self.embedding(tokens)
         except IndexError:
-            raise ValueError(_out_of_range(tokens, self.embedding.num_embeddings)) from None
+            check_ids("tokens", tokens, self.embedding.num_embeddings)
+            raise
 
 
 class OutputHead(nn.Module):
@@ -53,8 +58,3 @@ class OutputHead(nn.Module):
         if tied.shape != own.shape:
             raise ValueError(f"embedding.weight = {tuple(tied.shape)}: must have the head's shape {tuple(own.shape)}")
         self.proj.weight = tied
-
-
-def _out_of_range(tokens: Tensor, vocab_size: int) -> str:
-    bad = tokens[(tokens < 0) | (tokens >= vocab_size)]
-    return f"tokens = {int(bad[0])}: ids must be in [0, {vocab_size}); {bad.numel()} of {tokens.numel()} are not"

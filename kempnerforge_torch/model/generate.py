@@ -116,7 +116,7 @@ def generate(
         prompt_tokens: int (B, S), or a sequence of B rows of any lengths.
         temperature, top_k, top_p: as for `sample`.
         eos_token_id: one id or several; a row that has produced one of them is padding from then on.
-        pad_token_id: any number.
+        pad_token_id: any number of 32 bits.
         prompt_lengths: int (B,), how many tokens of each row of ``prompt_tokens`` count; all if None.
         seed: of the random numbers, the same in both backends; or a generator of torch; None: another one each time.
         uniforms: (B, N) numbers in [0, 1), in place of a seed.
@@ -250,7 +250,16 @@ def _request(
     rows = len(prompts.lengths)
     image = _read_image(model, pixel_values, frame_mask, rows)
     taken, stops = _image_tokens(image), read_stops(_on_host(eos_token_id))
-    check_request(prompts, max_new_tokens, config.max_seq_len, config.vocab_size, stops, prefill_chunk, taken)
+    check_request(
+        prompts,
+        max_new_tokens,
+        config.max_seq_len,
+        config.vocab_size,
+        stops,
+        prefill_chunk,
+        taken,
+        pad_token_id,
+    )
     slots = cache_length(prompts, max_new_tokens, config.max_seq_len, taken)
     return Request(
         prompts,
@@ -353,9 +362,16 @@ def _prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Tenso
         modality = NO_LOGITS if image is None or taken else replace(image, output_slice=NO_LOGITS.output_slice)
         for start, size in request.chunks:
             chunk = F.pad(tokens_BS, (0, max(0, start + size - tokens_BS.shape[1])))[:, start : start + size]
+            noted = caches[0].valid is not None
+            if config.is_moe:
+                modality = replace(
+                    modality, key_padding_mask=caches[0].positions(size) < lengths_B[:, None] - 1 + taken
+                )
             model.run(chunk, modality=modality, kv_caches=caches, allow_image_inputs=True)
             for cache in caches:
                 cache.cut(lengths_B - 1 + taken)
+                if not noted:
+                    cache.without_padding()
     return caches, tokens_BS.gather(1, lengths_B[:, None] - 1)[:, 0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.generate import NO_LOGITS, inference
+from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.state import to_numpy
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.wrappers import plain_modules, uncompiled, unwrapped
@@ -150,7 +152,8 @@ def extract_representations(
     """Run a dataset through a model and keep what some modules put out, in evaluation mode and without capacity limits.
 
     Args:
-        dataset: samples of one length: token ids (S,), or mappings with "tokens" or "input_ids".
+        dataset: samples of one length: token ids (S,), or mappings with "tokens" or "input_ids", and perhaps
+            "text_mask" or "attention_mask" (S,), bools or 0 and 1, False at padding.
         layers: paths of modules.
         device: where the batches go; where the model is if None.
         max_samples: how many samples at most; all if None.
@@ -166,7 +169,7 @@ def extract_representations(
     """
     names = check_activation_names(activation_names(model), layers)
     batches = token_batches(dataset, batch_size, max_samples)
-    outputs = (_outputs(model, names, tokens_BS, device) for tokens_BS in batches)
+    outputs = (_outputs(model, names, *batch, device) for batch in batches)
     if path is not None:
         with ActivationWriter(path) as writer:
             for output in outputs:
@@ -233,10 +236,14 @@ def _to_numpy(output: Any) -> Any:
     return to_numpy(output) if isinstance(output, Tensor) else np.asarray(output)
 
 
-def _outputs(model: Transformer, names: list[str], tokens: np.ndarray, device: Any) -> dict[str, Any]:
-    """What the modules put out for tokens (B, S), in NumPy; the head runs only where it is asked for."""
+def _outputs(
+    model: Transformer, names: list[str], tokens: np.ndarray, real: np.ndarray | None, device: Any
+) -> dict[str, Any]:
+    """What the modules put out for tokens (B, S), ``real`` (B, S) or padding. The head runs only if asked for."""
     place = next(model.parameters()).device if device is None else device
     headless = not any(name.startswith("output_head") for name in names)
     with unwrapped(model) as plain, inference(plain), capture(plain, names) as activations:
-        plain.run(torch.from_numpy(tokens).to(place), modality=NO_LOGITS if headless else None, limit_capacity=False)
+        mask = None if real is None else torch.from_numpy(real).to(place)
+        modality = replace(NO_LOGITS if headless else ModalityContext(), key_padding_mask=mask)
+        plain.run(torch.from_numpy(tokens).to(place), modality=modality, limit_capacity=False)
     return {name: _to_numpy(value) for name, value in activations.items()}

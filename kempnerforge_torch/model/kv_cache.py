@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kempnerforge_torch.model.checks import MAX_ID, check_ids
 from kempnerforge_torch.model.mask import build_mask
 
 
@@ -140,8 +141,9 @@ class KVCache:
             lengths: int (B,); where it exceeds the length so far, nothing is forgotten.
 
         Raises:
-            ValueError: a ring has overwritten what the next token may see.
+            ValueError: lengths that are negative or no integers; a ring has overwritten what the next token may see.
         """
+        check_ids("lengths", lengths, MAX_ID)
         lengths = torch.minimum(self.lengths, lengths.to(self.lengths))
         if self.sliding_window is not None and self.oldest is not None:
             first_seen_B = (lengths + 1 - self.sliding_window).clamp(min=0)
@@ -152,6 +154,10 @@ class KVCache:
                 )
         self.lengths, self._even = lengths, False
 
+    def without_padding(self) -> None:
+        """Take every token that is left for real, after the padding was cut."""
+        self.valid = None
+
     def reorder(self, rows: Tensor) -> None:
         """Go on with these rows in place of those so far, as a beam search does: row i becomes what ``rows[i]`` was.
 
@@ -159,8 +165,10 @@ class KVCache:
             rows: int (B',); a row may be taken several times, or not at all.
 
         Raises:
+            ValueError: rows that are no integers.
             IndexError: rows that don't exist.
         """
+        check_ids("rows", rows)
         for name in ("k", "v", "lengths", "valid", "doc_ids", "oldest"):
             held = getattr(self, name)
             setattr(self, name, None if held is None else held.index_select(0, rows))

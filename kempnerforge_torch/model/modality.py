@@ -23,7 +23,8 @@ class ModalityContext:
             (B, K, N, h) each.
         image_mask: bool (B, N), True where cross-attention may look.
         modality_ids: int (B, S), the modality of each position, by index in the architecture's list of modalities.
-        key_padding_mask: bool (B, S), True at real positions.
+        key_padding_mask: bool (B, S), True at real positions; with any of the inputs. The others are seen by no
+            position, sent to no expert and counted nowhere.
         noise_seed: int (), what experts that choose tokens draw the noise of this training step from.
 
     Raises:
@@ -46,9 +47,8 @@ class ModalityContext:
             raise ValueError(f"{' and '.join(sources)} are given: at most one of them is allowed")
         if self.image_mask is not None and not self.reads_image:
             raise ValueError("image_mask is given, image_features = None: the mask needs the features that it masks")
-        for name in self._given("modality_ids", "key_padding_mask"):
-            if self.inputs_embeds is None and self.prefix_embeds is None:
-                raise ValueError(f"{name} is given: it needs prefix_embeds or inputs_embeds, and neither is given")
+        if self.modality_ids is not None and self.inputs_embeds is None and self.prefix_embeds is None:
+            raise ValueError("modality_ids is given: it needs prefix_embeds or inputs_embeds, and neither is given")
 
     @property
     def reads_image(self) -> bool:

@@ -146,7 +146,7 @@ class MoMaFFN(nn.Module):
                 mine_BS = layout.of(name, x_BSD)
                 valid_BS = mine_BS if valid is None else mine_BS & valid
                 outs[name], stats[name] = self._experts(name)(x_BSD, valid_BS, self._noise(name, x_BSD, noise_seed))
-            return sum(outs.values(), torch.zeros_like(x_BSD)), stats
+            return layout.known(sum(outs.values(), torch.zeros_like(x_BSD))), stats
         outs, stats = {}, {}
         for name, start, stop in layout.spans:
             noise = self._noise(name, x_BSD, noise_seed)

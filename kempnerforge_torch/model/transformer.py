@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import Attention, KVCache, self_attention_mask
+from kempnerforge_torch.model.checks import check_ids, check_mask, check_shape
 from kempnerforge_torch.model.embedding import OutputHead, TokenEmbedding
 from kempnerforge_torch.model.init import init_weights
 from kempnerforge_torch.model.mlp import build_mlp
@@ -187,12 +188,14 @@ class Transformer(nn.Module):
             return_stats: give a `TransformerOutput`, and leave the getters alone.
 
         Raises:
-            ValueError: inputs that exclude each other, or that are longer than ``max_seq_len``.
+            ValueError: inputs that exclude each other, masks and ids of another shape or dtype, or more
+                positions than ``max_seq_len``.
         """
         modality = modality or ModalityContext()
         _check_inputs(tokens, modality, None if allow_image_inputs else kv_caches)
         self.architecture.check(modality)
         x_BSD = self._embed(tokens, modality)
+        _check_stream(x_BSD, modality, doc_ids)
         inputs = self._block_inputs(x_BSD, modality, kv_caches, doc_ids, limit_capacity)
         x_BSD, stats = self._run_layers(x_BSD, inputs, modality, kv_caches)
         x_BSD = self.architecture.final_norm(self, x_BSD, modality)
@@ -426,6 +429,21 @@ def _check_inputs(tokens: Tensor | None, modality: ModalityContext, kv_caches: S
     for name in NOT_WITH_CACHES:
         if getattr(modality, name) is not None:
             raise ValueError(f"modality.{name} is given: not allowed together with kv_caches")
+
+
+def _check_stream(x: Tensor, modality: ModalityContext, doc_ids: Tensor | None) -> None:
+    """Masks and ids must fit the residual stream ``x`` (B, S, D)."""
+    batch, length, _ = x.shape
+    if modality.key_padding_mask is not None:
+        check_mask("key_padding_mask", modality.key_padding_mask, (batch, length))
+    if modality.image_mask is not None and modality.image_features is not None:
+        check_mask("image_mask", modality.image_mask, modality.image_features.shape[:2])
+    if modality.noise_seed is not None:
+        check_ids("noise_seed", modality.noise_seed)
+        check_shape("noise_seed", modality.noise_seed, ())
+    if doc_ids is not None:
+        check_ids("doc_ids", doc_ids)
+        check_shape("doc_ids", doc_ids, (batch, length))
 
 
 def _routers(stats: Any) -> list[Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.adapter import VisionAdapter, build_adapter
+from kempnerforge_torch.model.checks import check_mask
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.mot import mot_warm_start_from_text_stack
@@ -110,7 +111,7 @@ class MoTStrategy(PrefixStrategy):
 @registry.register("modality_strategy", "cross_attention")
 @dataclass(frozen=True)
 class CrossAttentionStrategy(ModalityStrategy):
-    """The image is read by blocks of its own. ``text_mask`` has no effect: text padding stands after the text."""
+    """The image is read by blocks of its own; the residual stream is the text."""
 
     def prepare(
         self,
@@ -122,7 +123,7 @@ class CrossAttentionStrategy(ModalityStrategy):
         noise_seed: Tensor | None = None,
     ) -> ModalityContext:
         """As `ModalityStrategy`."""
-        return ModalityContext(image_features=image_embeds, image_mask=image_mask)
+        return ModalityContext(image_features=image_embeds, image_mask=image_mask, key_padding_mask=text_mask)
 
 
 def build_modality_strategy(vlm: VLMConfig) -> ModalityStrategy:
@@ -194,7 +195,8 @@ class VLMWrapper(nn.Module):
             pixel_values: (B, 3, h, w), or (B, F, 3, h, w) with at most ``frames_per_clip`` frames; None for text alone.
             input_ids: int (B, T).
             frame_mask: bool (B, F), False for frames that don't exist: nothing attends to them or routes them.
-            text_mask: bool (B, T), False for padding. Padding after the text needs it only where experts route.
+            text_mask: bool (B, T), False for padding, with an image or without. Padding after the text needs it only
+                where experts route.
             noise_seed: int (), see `ModalityContext`.
             kv_caches: one a layer; text goes on from their fill. An image in the stream comes with the first call, one
                 that cross-attention reads with every call.
@@ -206,7 +208,7 @@ class VLMWrapper(nn.Module):
             input_ids,
             modality=modality,
             kv_caches=kv_caches,
-            allow_image_inputs=modality is not None,
+            allow_image_inputs=pixel_values is not None,
             limit_capacity=limit_capacity,
             return_stats=return_stats,
         )
@@ -245,9 +247,19 @@ class VLMWrapper(nn.Module):
         text_mask: Tensor | None = None,
         noise_seed: Tensor | None = None,
     ) -> ModalityContext | None:
-        """What the transformer is called with besides ``input_ids``; None for text alone."""
+        """What the transformer is called with besides ``input_ids``; None if that is all.
+
+        Raises:
+            ValueError: masks of another dtype or shape, a mask of frames without images.
+        """
+        if text_mask is not None:
+            check_mask("text_mask", text_mask, input_ids.shape)
         if pixel_values is None:
-            return None
+            if frame_mask is not None:
+                raise ValueError("frame_mask is given, pixel_values = None: the mask needs the images that it masks")
+            if text_mask is None and noise_seed is None:
+                return None
+            return ModalityContext(key_padding_mask=text_mask, noise_seed=noise_seed)
         image_embeds, image_mask = self.encode_images(pixel_values, frame_mask)
         return self.strategy.prepare(
             image_embeds, input_ids, image_mask=image_mask, text_mask=text_mask, noise_seed=noise_seed
@@ -263,16 +275,15 @@ class VLMWrapper(nn.Module):
         batch, frames = frames_BF3hw.shape[:2]
         if not 1 <= frames <= self.frames_per_clip:
             raise ValueError(f"pixel_values has {frames} frames: must have from 1 to {self.frames_per_clip}")
+        if frame_mask is not None:
+            check_mask("frame_mask", frame_mask, (batch, frames))
+            frames_BF3hw = frames_BF3hw.masked_fill(~frame_mask[:, :, None, None, None], 0)
         features = self.vision_encoder(frames_BF3hw.flatten(0, 1))
         assert self.transformer.token_embedding is not None
         embeds = self.adapter(features.to(self.transformer.token_embedding.embedding.weight.dtype))
         embeds_BFnD = embeds.unflatten(0, (batch, frames))
         if frame_mask is None:
             return embeds_BFnD.flatten(1, 2), None
-        if frame_mask.shape != (batch, frames) or frame_mask.dtype != torch.bool:
-            raise ValueError(
-                f"frame_mask = {frame_mask.dtype} {tuple(frame_mask.shape)}: must be bool {(batch, frames)}"
-            )
         order_BF = frame_mask.sort(dim=1, descending=not self.strategy.padded_frames_first, stable=True).indices
         embeds_BFnD = embeds_BFnD.gather(1, order_BF[:, :, None, None].expand_as(embeds_BFnD))
         mask_BFn = frame_mask.gather(1, order_BF)[:, :, None].expand(embeds_BFnD.shape[:3])

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from kempnerforge_torch.model.grouped import GROUPED_MATMUL
 from kempnerforge_torch.model.looped import LOOPED_MOE
+from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.state import get_state, own_tensors, set_state, to_numpy
 from kempnerforge_torch.model.vlm import build_vlm_wrapper, inner_transformer
 from kempnerforge_torch.registry import registry
@@ -120,7 +121,8 @@ class Trainer:
         """One update from the mean loss over all labels of the micro-batches.
 
         Args:
-            micro_batches: each has ``tokens`` and ``labels``, int (B, S), and may have ``doc_ids``; for images, what
+            micro_batches: each has ``tokens`` and ``labels``, int (B, S), and may have ``doc_ids`` and ``text_mask``,
+                bool (B, S), False at padding; for images, what
                 `shared_config.data.images.collate` gives.
 
         Returns:
@@ -151,9 +153,8 @@ class Trainer:
         with matmul_precision(self.config.train.matmul_precision):
             for batch in batches:
                 inputs = self._inputs(batch)
-                labels_BS = inputs.pop("labels")
-                output = self._call(self.model, "", {**inputs, "return_stats": True})
-                total = total + cross_entropy(output.logits, labels_BS)[0]
+                output = self._call(self.model, "", {**model_inputs(inputs), "return_stats": True})
+                total = total + cross_entropy(output.logits, inputs["labels"])[0]
         return {"loss": total / max(count, 1), "tokens": count}
 
     def state(self) -> TrainingState:
@@ -249,10 +250,8 @@ class _Objective(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], count: int, micro_batches: int) -> Terms:
         """The terms of a micro-batch; gradients go to the leaves of the graph."""
-        inputs = dict(inputs)
-        labels_BS = inputs.pop("labels")
-        logits, stats = self.model(**inputs, return_stats=True)
-        loss = cross_entropy(logits, labels_BS, fused=self.fused)[0] / count
+        logits, stats = self.model(**model_inputs(inputs), return_stats=True)
+        loss = cross_entropy(logits, inputs["labels"], fused=self.fused)[0] / count
         aux_loss, z_loss = (torch.as_tensor(term) / micro_batches for term in router_losses(stats))
         (loss + self.aux_weight * aux_loss + self.z_weight * z_loss).backward()
         entropies = [router.entropy / micro_batches for router in router_stats(stats)]
@@ -308,6 +307,16 @@ def default_device() -> torch.device:
 def label_count(batches: Sequence[Batch]) -> int:
     """Labels that count in the loss, over all batches."""
     return sum(int(np.count_nonzero(batch["labels"] != IGNORED)) for batch in batches)
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a batch, without its labels, as the arguments of a model; a text model is told of padding as
+    `ModalityContext` does.
+    """
+    inputs = {name: array for name, array in batch.items() if name != "labels"}
+    if "tokens" in inputs and "text_mask" in inputs:
+        inputs["modality"] = ModalityContext(key_padding_mask=inputs.pop("text_mask"))
+    return inputs
 
 
 def expert_counts(stats: Mapping[int, Any]) -> dict[str, Any]:

@@ -53,8 +53,10 @@ class TextData:
         pack_documents: bool = False,
         heldout_batch_size: int | None = None,
         heldout_steps: int = 8,
+        text_mask: bool = False,
     ):
-        """``vocab_size`` bounds the ids and is the tokenizer's by default; ``tokenizer`` (bytes by default) says
+        """``text_mask``: also give which held-out positions are real, for experts not to be sent padding.
+        ``vocab_size`` bounds the ids and is the tokenizer's by default; ``tokenizer`` (bytes by default) says
         which ids part documents.
 
         Raises:
@@ -77,6 +79,7 @@ class TextData:
         self.pack_documents = pack_documents
         self.heldout_batch_size = heldout_batch_size or batch_size
         self.heldout_steps = heldout_steps
+        self.text_mask = text_mask
         self.windows = (len(corpus.train) - 1) // seq_len
         self.rows_per_batch = batch_size * world_size
         self.tokens_per_batch = self.rows_per_batch * seq_len
@@ -131,31 +134,37 @@ class TextData:
         """The evaluation batches of this rank, at most ``heldout_steps``, the same at every call and for every seed.
 
         They are spread over the held-out stream. Where it is short there are fewer batches, and the last is filled up
-        with rows, and its last window with positions, whose labels are all -100.
+        with rows, and its last window with positions, whose labels are all -100. With ``text_mask`` they have
+        text_mask: bool (B, S), False there.
         """
         size, predictions = self.heldout_batch_size, max(0, len(self.corpus.heldout) - 1)
         windows = -(-predictions // self.seq_len)
         chosen = permute(np.arange(windows, dtype=np.uint64), windows, "heldout").tolist()
         count = min(self.heldout_steps, -(-windows // (size * self.world_size)))
         firsts = [(index * self.world_size + self.rank) * size for index in range(count)]
-        return [self._rows(self.corpus.heldout, chosen[first : first + size], size) for first in firsts]
+        chosen_rows = [chosen[first : first + size] for first in firsts]
+        return [self._rows(self.corpus.heldout, rows, size, self.text_mask) for rows in chosen_rows]
 
-    def _rows(self, stream: TokenStream, windows: list[int], batch_size: int) -> Batch:
+    def _rows(self, stream: TokenStream, windows: list[int], batch_size: int, text_mask: bool = False) -> Batch:
         tokens_BS = np.zeros((batch_size, self.seq_len), np.int32)
         labels_BS = np.full((batch_size, self.seq_len), IGNORED, np.int32)
         doc_ids_BS = np.zeros((batch_size, self.seq_len), np.int32)
+        real_BS = np.zeros((batch_size, self.seq_len), bool)
         for row, window in enumerate(windows):
             start = window * self.seq_len
             ids = stream.read(start, start + self.seq_len + 1)
             stream.check_ids(ids, start, self.vocab_size)
             tokens_BS[row, : len(ids) - 1] = ids[:-1]
             labels_BS[row, : len(ids) - 1] = ids[1:]
+            real_BS[row, : len(ids) - 1] = True
             if self.pack_documents:
                 starts = document_starts(ids, self.tokenizer)
                 starts[0] = False
                 doc_ids_BS[row, : len(ids) - 1] = np.cumsum(starts[:-1])
                 labels_BS[row, : len(ids) - 1][starts[1:]] = IGNORED
         batch = {"tokens": tokens_BS, "labels": labels_BS}
+        if text_mask:
+            batch["text_mask"] = real_BS
         return {**batch, "doc_ids": doc_ids_BS} if self.pack_documents else batch
 
 

@@ -30,6 +30,7 @@ def open_text_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) -> 
         "pack_documents": config.data.pack_documents,
         "heldout_batch_size": config.eval.batch_size,
         "heldout_steps": config.eval.steps,
+        "text_mask": config.model.is_moe,
     }
     rows = _json_rows(config)
     if rows and rows[0].kind in CONVERSATIONS:
@@ -41,7 +42,7 @@ def open_text_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) -> 
             vocab_size=config.model.vocab_size,
             heldout_fraction=config.data.heldout_fraction,
         )
-        return ConversationData(*parts, name=name, text_mask=config.model.is_moe, **shared)
+        return ConversationData(*parts, name=name, **shared)
     corpus = _corpus(config, tokenizer, rows)
     return TextData(corpus, vocab_size=config.model.vocab_size, tokenizer=tokenizer, **shared)
 

@@ -24,6 +24,7 @@ from shared_config.reading import check_regular
 
 DTYPES = "__dtypes__"
 TOKEN_FIELDS = ("tokens", "input_ids")
+MASK_FIELDS = ("text_mask", "attention_mask")
 COPIED_BYTES = 1 << 20
 
 
@@ -123,11 +124,15 @@ def flattened(activations: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return flat
 
 
-def token_batches(dataset: Iterable[Any], batch_size: int, max_samples: int | None) -> Iterator[np.ndarray]:
-    """int32 (batch_size, S) of consecutive samples; the last batch may be smaller.
+def token_batches(
+    dataset: Iterable[Any], batch_size: int, max_samples: int | None
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """int32 (batch_size, S) of consecutive samples, and bool (batch_size, S), False at padding, or None if no sample
+    has a mask; the last batch may be smaller.
 
     Args:
-        dataset: of token ids (S,), or of mappings with "tokens" or "input_ids".
+        dataset: of token ids (S,), or of mappings with "tokens" or "input_ids", and perhaps "text_mask" or
+            "attention_mask" (S,), of bools or of 0 and 1.
 
     Raises:
         UserError: numbers without meaning, no samples, samples of other kinds or of different lengths.
@@ -138,12 +143,16 @@ def token_batches(dataset: Iterable[Any], batch_size: int, max_samples: int | No
         raise UserError(f"max_samples = {max_samples}: must be at least 1, or None for all")
     samples = enumerate(itertools.islice(dataset, max_samples))
     length = None
-    while batch := [_tokens(place, sample) for place, sample in itertools.islice(samples, batch_size)]:
-        length = len(batch[0]) if length is None else length
-        for tokens in batch:
+    while batch := list(itertools.islice(samples, batch_size)):
+        rows = [_tokens(place, sample) for place, sample in batch]
+        masks = [_mask(place, sample, len(row)) for (place, sample), row in zip(batch, rows, strict=True)]
+        length = len(rows[0]) if length is None else length
+        for tokens in rows:
             if len(tokens) != length:
                 raise UserError(f"dataset has samples of {length} and of {len(tokens)} tokens: all must be as long")
-        yield np.stack(batch).astype(np.int32)
+        given = [mask is not None for mask in masks]
+        real = [np.ones(length, bool) if mask is None else mask for mask in masks]
+        yield np.stack(rows).astype(np.int32), np.stack(real) if any(given) else None
     if length is None:
         raise UserError("dataset is empty: at least one sample is needed")
 
@@ -158,6 +167,17 @@ def _tokens(place: int, sample: Any) -> np.ndarray:
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"dataset[{place}] is {tokens.dtype}{list(tokens.shape)}: must be token ids of one sequence")
     return tokens
+
+
+def _mask(place: int, sample: Any, length: int) -> np.ndarray | None:
+    """bool (S,), where the tokens of a sample are real; None if it doesn't say."""
+    field = next((name for name in MASK_FIELDS if name in sample), None) if isinstance(sample, Mapping) else None
+    if field is None:
+        return None
+    mask = np.asarray(sample[field])
+    if mask.shape != (length,) or not np.isin(mask, (0, 1)).all():
+        raise UserError(f"dataset[{place}][{field!r}] is {mask.dtype}{list(mask.shape)}: must be {length} of 0 and 1")
+    return mask.astype(bool)
 
 
 def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -511,7 +511,7 @@ def test_inputs_that_make_no_sense_are_refused() -> None:
         ("not allowed together", {"tokens": tokens, "modality": sliced, "kv_caches": caches}),
         ("kv_caches = 1 caches", {"tokens": tokens, "kv_caches": caches[:1]}),
         ("max_seq_len = 33", {"tokens": tokens, "kv_caches": caches_of(2, 33)}),
-        ("doc_ids.shape", {"tokens": tokens, "doc_ids": jnp.zeros((2, 8))}),
+        ("doc_ids.shape", {"tokens": tokens, "doc_ids": jnp.zeros((2, 8), jnp.int32)}),
         ("key_padding_mask.dtype", {"modality": ModalityContext(inputs_embeds=embedded, key_padding_mask=real)}),
     ]
     for message, arguments in refused:
@@ -526,7 +526,7 @@ def test_inputs_that_make_no_sense_are_refused() -> None:
         (("prefix_embeds", "image_features"), "prefix_embeds and image_features"),
         (("image_mask",), "image_features = None"),
         (("modality_ids",), "modality_ids is given"),
-        (("key_padding_mask", "image_features"), "key_padding_mask is given"),
+        (("modality_ids", "image_features"), "modality_ids is given"),
     ],
 )
 def test_modality_context_refuses_what_has_no_meaning(fields: tuple[str, ...], message: str) -> None:

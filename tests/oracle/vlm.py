@@ -58,6 +58,7 @@ def cross_attention_decoder(
     image: np.ndarray | None,
     image_mask: np.ndarray | None = None,
     doc_ids: np.ndarray | None = None,
+    key_padding_mask: np.ndarray | None = None,
 ) -> VLMOutput:
     """The text decoder, with a block that reads the image (B, N, D), if there is one, after every n-th layer."""
     x_BSD = token_embedding(tokens, submodule(weights, "token_embedding"))
@@ -65,7 +66,9 @@ def cross_attention_decoder(
     rope = _rope(config, x_BSD.shape[1])
     for layer in range(config.n_layers):
         path = f"layers.{layer}"
-        x_BSD, saved, named = transformer_block(x_BSD, submodule(weights, path), config, layer, rope, doc_ids)
+        x_BSD, saved, named = transformer_block(
+            x_BSD, submodule(weights, path), config, layer, rope, doc_ids, key_padding_mask
+        )
         out.activations |= below(path, named) | {path: x_BSD}
         if saved.moe is not None:
             out.aux_loss = out.aux_loss + saved.moe.routing.aux_loss

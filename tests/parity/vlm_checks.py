@@ -325,7 +325,7 @@ def wrapper_truth(arch: str) -> np.ndarray:
     own = submodule(weights, "transformer")
     padding = np.concatenate([mask, TEXT_MASK], axis=1)
     if isinstance(vlm, CrossAttentionConfig):
-        return cross_attention_decoder(own, MODEL, vlm, TOKENS, image, mask).logits
+        return cross_attention_decoder(own, MODEL, vlm, TOKENS, image, mask, key_padding_mask=TEXT_MASK).logits
     if not isinstance(vlm, MoTConfig):
         return joint_decoder(own, MODEL, TOKENS, image, padding).logits
     embeds = np.concatenate([image, own["token_embedding.embedding.weight"][TOKENS]], axis=1)

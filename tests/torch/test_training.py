@@ -130,7 +130,7 @@ class TestLoss:
     @pytest.mark.parametrize("label", [-1, V])
     def test_label_outside_the_vocabulary_is_an_error(self, label: int, logits: np.ndarray, labels: np.ndarray):
         labels[1, 2] = label
-        with pytest.raises(IndexError):
+        with pytest.raises(ValueError, match=rf"labels = {label}: ids must be in \[0, {V}\) or -100"):
             cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels))
 
 

@@ -1,0 +1,60 @@
+"""Checks of masks, and of integers that name something: tokens, labels, modalities, documents, rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+MAX_ID = 2**31
+"""What an integer that counts is below."""
+
+
+def check_shape(name: str, array: jax.Array, shape: Sequence[int]) -> None:
+    """
+    Raises:
+        ValueError: ``array`` has another shape.
+    """
+    if tuple(array.shape) != tuple(shape):
+        raise ValueError(f"{name}.shape = {tuple(array.shape)}: must be {tuple(shape)}")
+
+
+def check_mask(name: str, mask: jax.Array, shape: Sequence[int]) -> None:
+    """
+    Raises:
+        ValueError: ``mask`` is not bool, or has another shape.
+    """
+    if mask.dtype != jnp.bool_:
+        raise ValueError(f"{name}.dtype = {mask.dtype}: must be bool, True = real")
+    check_shape(name, mask, shape)
+
+
+def check_ids(name: str, ids: jax.Array, size: int | None = None, ignored: int | None = None) -> None:
+    """
+    Args:
+        size: ids are in [0, size); None: any integer is one.
+        ignored: one more that is allowed.
+
+    Raises:
+        ValueError: not of an integer type; outside jit also an id outside. Inside jit, where values can't be seen, what
+            is computed of such an id must be NaN (`nan_outside`).
+    """
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"{name}.dtype = {ids.dtype}: must be an integer type")
+    if size is None or isinstance(ids, Tracer):
+        return
+    seen = np.asarray(ids)
+    is_outside = (seen < 0) | (seen >= size)
+    bad = seen[is_outside if ignored is None else is_outside & (seen != ignored)]
+    if bad.size:
+        allowed = f"[0, {size})" + ("" if ignored is None else f" or {ignored}")
+        raise ValueError(f"{name} = {bad[0]}: ids must be in {allowed}; {bad.size} of {seen.size} are not")
+
+
+def nan_outside(x: jax.Array, ids: jax.Array, size: int) -> jax.Array:
+    """``x`` (..., D), NaN where the id (...) is outside [0, size)."""
+    is_outside = ((ids < 0) | (ids >= size)).reshape(*ids.shape, *[1] * (x.ndim - ids.ndim))
+    return jnp.where(is_outside, jnp.nan, x)

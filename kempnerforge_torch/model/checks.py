@@ -1,0 +1,56 @@
+"""Checks of masks, and of integers that name something: tokens, labels, modalities, documents, rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_ID = 2**31
+"""What an integer that counts is below."""
+
+
+def check_shape(name: str, array: Tensor, shape: Sequence[int]) -> None:
+    """
+    Raises:
+        ValueError: ``array`` has another shape.
+    """
+    if tuple(array.shape) != tuple(shape):
+        raise ValueError(f"{name}.shape = {tuple(array.shape)}: must be {tuple(shape)}")
+
+
+def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
+    """
+    Raises:
+        ValueError: ``mask`` is not bool, or has another shape.
+    """
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{name}.dtype = {mask.dtype}: must be bool, True = real")
+    check_shape(name, mask, shape)
+
+
+def check_ids(name: str, ids: Tensor, size: int | None = None, ignored: int | None = None) -> None:
+    """
+    Args:
+        size: ids are in [0, size); None: any integer is one.
+        ignored: one more that is allowed.
+
+    Raises:
+        ValueError: not of an integer type; on the CPU also an id outside. Where values can't be seen without waiting
+            for the device, or are being traced, what is computed of such an id must be NaN (`nan_outside`).
+    """
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"{name}.dtype = {ids.dtype}: must be an integer type")
+    if size is None or ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    is_outside = (ids < 0) | (ids >= size)
+    bad = ids[is_outside if ignored is None else is_outside & (ids != ignored)]
+    if bad.numel():
+        allowed = f"[0, {size})" + ("" if ignored is None else f" or {ignored}")
+        raise ValueError(f"{name} = {int(bad[0])}: ids must be in {allowed}; {bad.numel()} of {ids.numel()} are not")
+
+
+def nan_outside(x: Tensor, ids: Tensor, size: int) -> Tensor:
+    """``x`` (..., D), NaN where the id (...) is outside [0, size)."""
+    return x.masked_fill(((ids < 0) | (ids >= size)).reshape(*ids.shape, *[1] * (x.ndim - ids.ndim)), torch.nan)
