@@ -177,8 +177,10 @@ def run_training(
         with _agreed(agree):
             loggers: list[Logger] = []
             if is_main:
-                _write_config(config, folder)
-                loggers = stack.enter_context(open_loggers(config, folder, start.step))
+                keep = config.checkpoint.keep_last_n
+                checkpoint.with_room(folder, keep, partial(_write_config, config, folder))
+                logging = partial(open_loggers, config, folder, start.step)
+                loggers = checkpoint.with_room(folder, keep, lambda: stack.enter_context(logging()))
         stop = stack.enter_context(StopRequest(announce=console is not None))
         tokens = data.tokens_per_batch * config.train.grad_accum_steps
         display = Display(console, total=config.train.max_steps, done=start.step, tokens_per_step=tokens)
@@ -224,6 +226,7 @@ class _Run:
         self.checkpoint = start.path
         self.heldout: Sequence[Batch] | None = None
         self.said_no_label = False
+        self.skipped, self.skipped_in_a_row = start.skipped, start.skipped_in_a_row
 
     def run(self) -> TrainingSummary:
         began = time.monotonic()
@@ -267,7 +270,7 @@ class _Run:
         """The record of the step before, once the device has its numbers.
 
         Raises:
-            TrainingDivergedError: one that must be finite is not.
+            TrainingDivergedError: one that must be finite is not, and such updates are not skipped, or too many were.
         """
         began = time.perf_counter()
         first = filter(pending.numbers.__contains__, MUST_BE_FINITE)  # JAX sorts the names that it gives
@@ -275,9 +278,7 @@ class _Run:
         values = {name: float(pending.numbers[name]) for name in names}
         seconds = pending.seconds + time.perf_counter() - began
         self.display.pace.step(seconds)
-        for name in MUST_BE_FINITE:
-            if not math.isfinite(values.get(name, 0.0)):
-                raise TrainingDivergedError(self._divergence(name, values[name]))
+        values |= self._skips(values)
         pace = {"seconds": seconds, "tokens_per_second": self.tokens_per_step / seconds}
         return self._without_empty_loss({name: finite_or_none(value) for name, value in values.items()}) | pace
 
@@ -290,10 +291,23 @@ class _Run:
             self.display.say(f"note: at step {self.step} no label of the whole batch counts; it has no loss")
         return {**record, "loss": None}
 
-    def _divergence(self, name: str, value: float) -> str:
+    def _skips(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Count an update that was left out; {} if none may be."""
+        bad = next((name for name in MUST_BE_FINITE if not math.isfinite(values.get(name, 0.0))), None)
+        skips, limit = self.config.train.on_nonfinite == "skip", self.config.train.max_skipped_steps
+        if bad is not None and not skips:
+            raise TrainingDivergedError(self._divergence(f"{bad} is {values[bad]}"))
+        self.skipped += bad is not None
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad is not None else 0
+        if bad is not None and self.skipped_in_a_row >= limit:
+            problem = f"{bad} is {values[bad]}, train.max_skipped_steps = {limit} updates in a row were left out"
+            raise TrainingDivergedError(self._divergence(problem))
+        return {"skipped_steps": float(self.skipped)} if skips else {}
+
+    def _divergence(self, problem: str) -> str:
         kept = f"the last checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint"
         return (
-            f"step {self.step}: {name} is {value}; training stopped, {kept}. "
+            f"step {self.step}: {problem}; training stopped, {kept}. "
             "A lower optimizer.lr, a longer scheduler.warmup_steps or a smaller train.grad_clip_norm may help"
         )
 
@@ -330,15 +344,21 @@ class _Run:
             return
         for logger in self.loggers:
             logger.sync()
-        self.checkpoint = checkpoint.save(
-            self.folder,
-            state,
-            rows=self._batches_before(self.step) * self.data.rows_per_batch,
-            fingerprint=self.data.fingerprint,
-            config=config_to_dict(self.config),
-            backend=self.trainer.backend,
-            keep=self.config.checkpoint.keep_last_n,
-        )
+        if self.skipped:
+            state.extra |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        try:
+            self.checkpoint = checkpoint.save(
+                self.folder,
+                state,
+                rows=self._batches_before(self.step) * self.data.rows_per_batch,
+                fingerprint=self.data.fingerprint,
+                config=config_to_dict(self.config),
+                backend=self.trainer.backend,
+                keep=self.config.checkpoint.keep_last_n,
+            )
+        except checkpoint.NonFiniteError as error:
+            problem = f"{error.name} is not finite after the update, no checkpoint is written"
+            raise TrainingDivergedError(self._divergence(problem)) from None
         self.display.say(f"checkpoint {self.checkpoint}")
 
     def _summary(self, stopped: int, seconds: float) -> TrainingSummary:

@@ -23,11 +23,15 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The first step to take (counted from 0), the training rows consumed before it, the checkpoint they come from."""
+    """The first step to take (counted from 0), the training rows consumed before it, the checkpoint they come from, and
+    how many updates were left out: in all, and just before it.
+    """
 
     step: int = 0
     rows: int = 0
     path: Path | None = None
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
 
 def restore(
@@ -55,7 +59,8 @@ def restore(
         _compare(config, checkpoint, say, overridden)
         load_state(checkpoint.state)
         _announce(checkpoint, backend, fingerprint, say)
-        return Start(checkpoint.state.step, checkpoint.rows, found)
+        skipped = [int(checkpoint.state.extra.get(name, 0)) for name in ("skipped", "skipped_in_a_row")]
+        return Start(checkpoint.state.step, checkpoint.rows, found, *skipped)
     if config.checkpoint.load_path:
         path = config.checkpoint.load_path
         notes: list[str] = []

@@ -116,6 +116,7 @@ DIFFERENCES = {
     },
     "training/optimizer.py": {
         "Arrays": "jax: name of a type",
+        "FOUND_INF": "torch: how its AdamW is told to leave a step out; JAX selects values",
         "MOMENTS": "torch: names of the moments in its AdamW",
         "OptimizerState": "jax: name of a type",
         "get_optimizer_state(optimizer)": "torch: the optimiser holds its state, by tensor",
@@ -128,7 +129,9 @@ DIFFERENCES = {
         "set_optimizer_state(moments)": "jax: state is what optax calls its own",
         "set_optimizer_state(optimizer)": "torch: the optimiser holds its state, by tensor",
         "set_optimizer_state(parameters)": "torch: the optimiser holds its state, by tensor",
-        "update": "jax: a step is a function of values; torch's is a method of the optimiser",
+        "update(gradients)": "jax: a step is a function of values; torch's tensors hold theirs",
+        "update(state)": "jax: a step is a function of values; torch's optimiser holds it",
+        "update(parameters)": "jax: a step is a function of values; torch's optimiser holds them",
     },
     "training/train.py": {
         "Arrays": "jax: name of a type",

@@ -9,6 +9,7 @@ Checkpoints hold the moments as ``m.<parameter>`` and ``v.<parameter>``, the cou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,10 +49,14 @@ def update(
     state: OptimizerState,
     parameters: Arrays,
     lr: jax.Array,
+    finite: jax.Array | None = None,
 ) -> tuple[Arrays, OptimizerState]:
-    """One step: the new parameters and the new state."""
-    steps, state = optimizer.update(gradients, state, parameters)
-    return jax.tree.map(lambda value, step: value - lr * step, parameters, steps), state
+    """One step: the new parameters and the new state, those from before where ``finite`` (a bool scalar) is false."""
+    steps, new_state = optimizer.update(gradients, state, parameters)
+    moved = jax.tree.map(lambda value, step: value - lr * step, parameters, steps)
+    if finite is None:
+        return moved, new_state
+    return jax.tree.map(functools.partial(jnp.where, finite), (moved, new_state), (dict(parameters), state))
 
 
 def states_of(state: OptimizerState, parameters: Mapping[str, Any]) -> OptimizerState:

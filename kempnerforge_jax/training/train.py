@@ -265,11 +265,17 @@ def _step(
     gradients, norm = clip_by_global_norm(gradients, recipe.train.grad_clip_norm)
     optimizer = build_optimizer(gradients, dict(recipe.table), recipe.optimizer)
     trained = {name: parameters[name] for name in gradients}
-    trained, state = update(optimizer, gradients, states_of(optimizer_state, trained), trained, lr)
+    finite = _takes(recipe, total.loss, norm)
+    trained, state = update(optimizer, gradients, states_of(optimizer_state, trained), trained, lr, finite)
     parameters, optimizer_state = {**parameters, **trained}, with_states(optimizer_state, state)
-    buffers = _balanced(recipe, parameters, buffers, total.expert_counts, progress)
+    buffers = _balanced(recipe, parameters, buffers, total.expert_counts, progress, finite)
     metrics = {"loss": total.loss, "grad_norm": norm, **_routing_metrics(total)}
     return parameters, buffers, optimizer_state, metrics
+
+
+def _takes(recipe: Recipe, loss: jax.Array, norm: jax.Array) -> jax.Array | None:
+    """Whether the update is taken, a bool scalar; None if it always is."""
+    return jnp.isfinite(loss) & jnp.isfinite(norm) if recipe.train.on_nonfinite == "skip" else None
 
 
 def _evaluation(recipe: Recipe, parameters: Arrays, buffers: Arrays, batch: Arrays) -> jax.Array:
@@ -332,9 +338,14 @@ def _compute_copy(recipe: Recipe, parameters: Arrays) -> Arrays:
 
 
 def _balanced(
-    recipe: Recipe, parameters: Arrays, buffers: Arrays, counts: Mapping[str, jax.Array], progress: jax.Array
+    recipe: Recipe,
+    parameters: Arrays,
+    buffers: Arrays,
+    counts: Mapping[str, jax.Array],
+    progress: jax.Array,
+    finite: jax.Array | None,
 ) -> Arrays:
-    """The buffers with the balancing biases moved by the choices of the whole step."""
+    """The buffers with the balancing biases moved by the choices of the whole step, unless it is left out."""
     routers = [name.removesuffix(BALANCING_BIAS) for name in buffers if name.endswith(BALANCING_BIAS)]
     if not routers:
         return buffers
@@ -345,6 +356,8 @@ def _balanced(
         keys = router_keys(path)
         router.update_bias(counts[keys[0]] if len(keys) == 1 else jnp.stack([counts[key] for key in keys]), progress)
         moved |= {f"{path}.{name}": getattr(router, name).get_value() for name in ("expert_bias", "expert_ema")}
+    if finite is not None:
+        moved = {name: jnp.where(finite, array, buffers[name]) for name, array in moved.items()}
     return moved
 
 

@@ -21,6 +21,8 @@ from shared_config.contract.parameters import ParameterTable
 from shared_config.schema.optimizer import OptimizerConfig
 
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
+FOUND_INF = "found_inf"
+"""The attribute in which `torch.amp.GradScaler` tells fused optimisers to leave a step out."""
 
 
 def build_optimizer(
@@ -51,6 +53,20 @@ def set_learning_rate(optimizer: torch.optim.AdamW, lr: float) -> None:
     """The learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def update(optimizer: torch.optim.AdamW, lr: float, finite: Tensor | None = None) -> None:
+    """One step with the gradients of the parameters; where ``finite`` (a bool scalar) is false nothing changes.
+
+    A device decides that by itself: the host does not wait for it.
+    """
+    set_learning_rate(optimizer, lr)
+    if finite is None or (finite.device.type == "cpu" and finite):
+        optimizer.step()
+    elif finite.device.type != "cpu":
+        setattr(optimizer, FOUND_INF, (~finite).to(torch.float32))
+        optimizer.step()
+        delattr(optimizer, FOUND_INF)
 
 
 def get_optimizer_state(optimizer: torch.optim.AdamW, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

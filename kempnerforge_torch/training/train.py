@@ -32,8 +32,8 @@ from kempnerforge_torch.training.optimizer import (
     build_optimizer,
     clip_by_global_norm,
     get_optimizer_state,
-    set_learning_rate,
     set_optimizer_state,
+    update,
 )
 from kempnerforge_torch.training.scheduler import build_schedule
 from shared_config.contract.freeze import effective_freeze, moments_under, never_trained
@@ -140,8 +140,8 @@ class Trainer:
         with matmul_precision(self.config.train.matmul_precision):
             terms = [self._differentiate(batch, max(count, 1), len(micro_batches)) for batch in micro_batches]
             total = _summed(terms)
-            norm = self._update(lr)
-            self._balance(total.expert_counts)
+            norm = self._update(lr, total.loss)
+            self._balance(total.expert_counts, self._takes(total.loss, norm))
         self.updates += 1
         return {"loss": total.loss, "grad_norm": norm, "lr": lr, "tokens": count, **_routing_metrics(total)}
 
@@ -159,7 +159,8 @@ class Trainer:
 
     def state(self) -> TrainingState:
         """Copies, on the host, of weights, buffers, moments and counts of updates."""
-        weights = {name: _host_copy(tensor) for name, tensor in get_state(self.model).items()}
+        own = get_state(self.model)
+        weights = {name: _host_copy(own[name]) for name in self.table if name in own}
         moments = get_optimizer_state(self.optimizer, self.parameters)
         return TrainingState(self.updates, weights, {name: _host_copy(tensor) for name, tensor in moments.items()})
 
@@ -193,17 +194,20 @@ class Trainer:
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in batch.items()}
 
-    def _update(self, lr: float) -> Tensor:
+    def _update(self, lr: float, loss: Tensor) -> Tensor:
         """Clip and apply the gradients. One that autograd left out counts as 0; what is frozen has none, and stays."""
         for master in self.parameters.values():
             if master.grad is None and master.requires_grad:
                 master.grad = torch.zeros_like(master)
         gradients = {name: master.grad for name, master in self.parameters.items() if master.grad is not None}
         norm = clip_by_global_norm(gradients, self.config.train.grad_clip_norm)[1]
-        set_learning_rate(self.optimizer, lr)
-        self.optimizer.step()
+        update(self.optimizer, lr, self._takes(loss, norm))
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _takes(self, loss: Tensor, norm: Tensor) -> Tensor | None:
+        """Whether the update is taken, a bool scalar on the device; None if it always is."""
+        return loss.isfinite() & norm.isfinite() if self.config.train.on_nonfinite == "skip" else None
 
     def _freeze(self) -> None:
         """Freeze what is to be frozen at this step."""
@@ -212,12 +216,18 @@ class Trainer:
             specs = effective_freeze(self.updates, vlm.freeze, vlm.freeze_schedule)
             apply_freeze_specs(self.model, specs, vlm.module_patterns)
 
-    def _balance(self, counts: Mapping[str, Tensor]) -> None:
-        """Move the balancing biases by the choices of the whole step."""
+    def _balance(self, counts: Mapping[str, Tensor], finite: Tensor | None) -> None:
+        """Move the balancing biases by the choices of the whole step, unless it is left out."""
         for name in get_state(self.model):
             if name.endswith(BALANCING_BIAS):
                 path = name.removesuffix(BALANCING_BIAS)
-                self.model.get_submodule(path).update_bias(counts[router_key(path)])  # type: ignore[operator]
+                router: Any = self.model.get_submodule(path)
+                buffers = (router.expert_bias, router.expert_ema)
+                before = [buffer.clone() for buffer in buffers]
+                router.update_bias(counts[router_key(path)])
+                if finite is not None:
+                    for buffer, old in zip(buffers, before, strict=True):
+                        buffer.copy_(torch.where(finite, buffer, old))
 
 
 class Terms(NamedTuple):

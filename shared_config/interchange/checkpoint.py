@@ -13,6 +13,7 @@ there is the old checkpoint or the new one. One process may write to a run's fol
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -20,12 +21,13 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from safetensors import SafetensorError
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import file_errors
@@ -38,6 +40,7 @@ STEP_NAME = re.compile(r"step_(\d{8,})")
 LIBRARIES = ("numpy", "torch", "jax", "flax")
 
 Arrays = dict[str, np.ndarray]
+T = TypeVar("T")
 
 
 @dataclass
@@ -56,6 +59,14 @@ class TrainingState:
     weights: Arrays
     optimizer: Arrays
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+class NonFiniteError(UserError):
+    """A state that is not to be kept. ``name`` is that of the first tensor that is not finite."""
+
+    def __init__(self, path: Path, name: str):
+        super().__init__(f"{path}: not written: {name} is not finite")
+        self.name = name
 
 
 @dataclass
@@ -93,11 +104,18 @@ def save(
     Args:
         keep: how many of the newest checkpoints stay; None: all.
 
+    Where the disk is full, checkpoints that ``keep`` gives up once this one is there make room for it; the newest
+    whole one stays.
+
     Raises:
+        NonFiniteError: a weight or a moment is not finite. Nothing is written nor removed.
         UserError: it can't be written, say for lack of space. What was there before is still there.
     """
     folder = Path(folder)
     final = folder / f"step_{state.step:08d}"
+    bad = first_nonfinite(state)
+    if bad is not None:
+        raise NonFiniteError(final, bad)
     aside = _hidden(final, "new")
     fields = {
         "format": FORMAT,
@@ -109,16 +127,20 @@ def save(
         "extra": state.extra,
         "config": dict(config or {}),
     }
-    with file_errors(final, "the checkpoint can't be written"):
+
+    def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         clean(folder)
         aside.mkdir()
         try:
             _write_files(aside, state, fields)
+            _publish(aside, final)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        _publish(aside, final)
+
+    with file_errors(final, "the checkpoint can't be written"):
+        with_room(folder, keep, write)
         if keep is not None:
             prune(folder, keep, spare=final)
     return final
@@ -170,7 +192,47 @@ def clean(folder: str | Path) -> None:
         if left.suffix == ".old" and not final.exists():
             left.rename(final)
         elif left.suffix in (".new", ".old", ".gone"):
-            shutil.rmtree(left)
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+def with_room(folder: str | Path, keep: int | None, write: Callable[[], T]) -> T:
+    """What ``write`` gives; if it finds the disk full, remove leftovers and the oldest checkpoints, down to one less
+    than ``keep`` but never the newest whole one, and call it once more.
+
+    Raises:
+        UserError: the disk is still full; it says what is kept.
+    """
+    folder = Path(folder)
+    try:
+        return write()
+    except (OSError, UserError) as error:
+        if not _is_full(error):
+            raise
+    clean(folder)
+    whole = _newest_whole(folder)
+    if keep is not None and whole is not None:
+        prune(folder, max(1, keep - 1), spare=whole)
+    try:
+        return write()
+    except (OSError, UserError) as error:
+        if not _is_full(error):
+            raise
+        clean(folder)
+        kept = ", ".join(path.name for _, path in sorted(_published(folder).items())) or "no checkpoint"
+        raise UserError(
+            f"{folder}: No space left on device, also without what checkpoint.keep_last_n = {keep} gives up; "
+            f"kept: {kept}; free some space and start the run again"
+        ) from error
+
+
+def first_nonfinite(state: TrainingState) -> str | None:
+    """The first of the weights and moments with a value that is not finite, in the order of the weights, each before
+    its moments; None if there is none.
+    """
+    arrays = {**state.weights, **state.optimizer}
+    ordered = [prefix + name for name in state.weights for prefix in ("", "m.", "v.") if prefix + name in arrays]
+    names = dict.fromkeys([*ordered, *arrays])
+    return next((name for name in names if not np.isfinite(arrays[name]).all()), None)
 
 
 def prune(folder: str | Path, keep: int, spare: Path | None = None) -> None:
@@ -206,6 +268,28 @@ def _published(folder: Path) -> dict[int, Path]:
         if match and path.is_dir():
             found[int(match[1])] = path
     return found
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether the disk or the quota was at its end; safetensors says so in words only."""
+    causes = (error, error.__cause__)
+    return any(
+        (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT))
+        or (isinstance(cause, SafetensorError) and ("os error 28" in str(cause) or "os error 122" in str(cause)))
+        for cause in causes
+    )
+
+
+def _newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all there, in full length."""
+    for _, path in sorted(_published(folder).items(), reverse=True):
+        try:
+            files = _read_state(path / STATE)["files"]
+            if all((path / name).stat().st_size == described["bytes"] for name, described in files.items()):
+                return path
+        except (UserError, OSError, KeyError):
+            continue
+    return None
 
 
 def _resolve(path: Path) -> Path:

@@ -15,6 +15,10 @@ class TrainConfig(Section):
     mixed_precision: "fp32" computes in float32; "bf16" keeps float32 masters and computes in bfloat16.
     matmul_precision: "highest" is full float32 multiplication; "high" allows TF32 or the like on both backends.
     grad_clip_norm: 0 does not clip.
+    on_nonfinite: what follows a loss or a norm of the gradient that is not finite: "stop" ends the run; "skip" leaves
+    that update out (weights, moments, counts of updates and balancing biases stay; the step number, the learning rate
+    and the place in the data move on), and ends the run after ``max_skipped_steps`` in a row. Records then count
+    ``skipped_steps``.
     scan_layers: JAX only; one compiled layer looped over the stack instead of an unrolled graph.
     """
 
@@ -23,6 +27,8 @@ class TrainConfig(Section):
     max_steps: PositiveInt = 100_000
     grad_accum_steps: PositiveInt = 1
     grad_clip_norm: NonNegativeFloat = 1.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped_steps: PositiveInt = 10
     seed: Count = 42
     mixed_precision: Literal["fp32", "bf16"] = "bf16"
     matmul_precision: Literal["highest", "high"] = "highest"

@@ -1,0 +1,124 @@
+"""Updates that are not finite: none reaches a checkpoint, and one that is left out changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kempnerforge_jax.training.train
+import kempnerforge_torch.training.train
+from shared_config import load_config
+from shared_config.data import open_data
+from shared_config.interchange import checkpoint
+from shared_config.interchange.checkpoint import TrainingState
+from shared_config.loop import TrainingDivergedError
+from shared_config.schema import JobConfig
+
+BACKENDS = {"torch": kempnerforge_torch.training.train, "jax": kempnerforge_jax.training.train}
+SMALL = (
+    "--model.dim=16", "--model.n_layers=2", "--model.n_heads=2", "--model.n_kv_heads=2", "--train.batch_size=1",
+    "--train.seq_len=8", "--scheduler.warmup_steps=2", "--eval.steps=1", "--train.mixed_precision=fp32",
+)  # fmt: skip
+
+
+def job(preset: str, *overrides: str) -> JobConfig:
+    return load_config(preset, [*SMALL, *overrides])
+
+
+def poisoned(state: TrainingState) -> TrainingState:
+    """The weights with a NaN that the loss meets."""
+    weights = {name: value.copy() for name, value in state.weights.items()}
+    weights["layers.1.attention_norm.weight"][0] = np.nan
+    return TrainingState(state.step, weights, state.optimizer)
+
+
+def arrays(state: TrainingState) -> dict[str, np.ndarray]:
+    return {**state.weights, **state.optimizer}
+
+
+@pytest.mark.parametrize("scan", ["false", "true"])
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("preset", ["debug", "debug_moe"])
+def test_a_skipped_update_changes_nothing_but_the_step(preset: str, name: str, scan: str) -> None:
+    config = job(preset, "--train.on_nonfinite=skip", f"--train.scan_layers={scan}")
+    data, trainer = open_data(config), BACKENDS[name].Trainer(config, "cpu")
+    trainer.step([data.batch(0)])
+    bad = poisoned(trainer.state())
+    trainer.load_state(bad)
+    numbers = trainer.step([data.batch(1)])
+    assert not np.isfinite(float(numbers["loss"]))
+    after = trainer.state()
+    assert after.step == 2
+    assert set(arrays(after)) == set(arrays(bad))
+    for key, value in arrays(bad).items():
+        np.testing.assert_array_equal(arrays(after)[key], value, err_msg=key)
+
+
+@pytest.mark.parametrize("preset", ["debug", "debug_moe"])
+def test_both_backends_go_on_alike_after_a_skipped_update(preset: str) -> None:
+    config = job(preset, "--train.on_nonfinite=skip")
+    data, losses = open_data(config), {}
+    for name, backend in BACKENDS.items():
+        trainer = backend.Trainer(config, "cpu")
+        trainer.step([data.batch(0)])
+        good = trainer.state()
+        trainer.load_state(poisoned(good))
+        trainer.step([data.batch(1)])
+        skipped = trainer.state()
+        trainer.load_state(TrainingState(skipped.step, good.weights, skipped.optimizer))
+        losses[name] = [float(trainer.step([data.batch(index)])["loss"]) for index in (2, 3, 4)]
+        counts = {int(value) for key, value in trainer.state().optimizer.items() if key.startswith("t.")}
+        assert counts == {4}, "of five steps one was left out"
+    np.testing.assert_allclose(losses["torch"], losses["jax"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_skipping_alters_no_update_that_is_finite(name: str) -> None:
+    states = {}
+    for policy in ("stop", "skip"):
+        config = job("debug_moe", f"--train.on_nonfinite={policy}")
+        trainer, data = BACKENDS[name].Trainer(config, "cpu"), open_data(config)
+        for index in range(3):
+            trainer.step([data.batch(index)])
+        states[policy] = arrays(trainer.state())
+    for key, value in states["stop"].items():
+        np.testing.assert_allclose(states["skip"][key], value, rtol=1e-5, atol=1e-7, err_msg=key)
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_weights_that_are_not_finite_are_not_published(tmp_path: Path, name: str, policy: str) -> None:
+    """An eps that is 0 in float32 divides 0 by 0 in the first update, whose loss and gradient are finite."""
+    kept = ("--checkpoint.keep_last_n=1", f"--checkpoint.dir={tmp_path}", f"--train.on_nonfinite={policy}")
+    good = BACKENDS[name].train(job("debug", *kept, "--train.max_steps=1"), device="cpu").checkpoint
+    assert good is not None
+    before = checkpoint.load(good).state
+    bad = job("debug", *kept, "--optimizer.eps=1e-300", "--scheduler.warmup_steps=0", "--train.max_steps=2")
+    trainer: Any = BACKENDS[name]
+    with pytest.raises(TrainingDivergedError) as refusal:
+        trainer.train(bad, device="cpu")
+    assert "step 2: " in str(refusal.value)
+    assert str(good) in str(refusal.value)
+    assert "not finite" in str(refusal.value)
+    assert [path.name for path in tmp_path.glob("step_*")] == [good.name]
+    for key, value in checkpoint.load(tmp_path).state.weights.items():
+        np.testing.assert_array_equal(value, before.weights[key])
+
+
+def test_both_backends_name_the_same_tensor_first(tmp_path: Path) -> None:
+    found = {}
+    for name, backend in BACKENDS.items():
+        config = job(
+            "debug", f"--checkpoint.dir={tmp_path / name}", "--optimizer.eps=1e-300", "--scheduler.warmup_steps=0",
+            "--train.max_steps=1",
+        )  # fmt: skip
+        with pytest.raises(TrainingDivergedError) as refusal:
+            backend.train(config, device="cpu")
+        found[name] = str(refusal.value)
+        assert "there is no checkpoint" in found[name]
+        assert checkpoint.latest(tmp_path / name) is None
+    assert found["torch"] == found["jax"]
+    assert "token_embedding.embedding.weight is not finite" in found["torch"]
