@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from shared_config.commands.backends import BACKENDS
+from shared_config.commands.processes import require_one_process
 from shared_config.contract.shrink import shrink
 from shared_config.errors import UserError
 from shared_config.interchange.outputs import writable_folder
@@ -47,10 +48,13 @@ def load_job(options: argparse.Namespace, overrides: Sequence[str]) -> JobConfig
     """The config of a command that runs a model, shrunk if asked for.
 
     Raises:
-        UserError: it can't be loaded.
+        UserError: it can't be loaded, or asks for several devices or processes.
     """
+    require_one_process()
     config = load_config(options.config, overrides)
-    return shrink(config) if options.shrink else config
+    config = shrink(config) if options.shrink else config
+    config.validate(world_size=1)
+    return config
 
 
 def folder_of(config: str) -> Path | None:
