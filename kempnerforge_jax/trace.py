@@ -22,7 +22,7 @@ from kempnerforge_jax.model.state import from_numpy, get_state, merge, split, to
 from kempnerforge_jax.model.vlm import inner_transformer
 from kempnerforge_jax.training.loss import mean_cross_entropy, router_losses
 from kempnerforge_jax.training.optimizer import build_optimizer, clip_by_global_norm, set_optimizer_state, update
-from kempnerforge_jax.training.train import build_model, matmul_precision
+from kempnerforge_jax.training.train import build_model, find_device, matmul_precision
 from shared_config.contract.initialise import state_hash
 from shared_config.contract.validation import MOMENT_STEPS, chunkings, validation_moments
 from shared_config.interchange.traces import DECODE, FORWARD, GRADIENT, ROUTING, UPDATED, Trace
@@ -94,7 +94,7 @@ def record(
         routes=routes,
     )
     check_tensors(request.weights, job_table(config))
-    place = jax.devices(device)[0]
+    place = find_device(device)
     with jax.default_device(place), matmul_precision(config.train.matmul_precision):
         recorder = Recorder(request)
         recording = recorder.run(request.weights)

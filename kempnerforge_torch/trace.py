@@ -24,7 +24,7 @@ from kempnerforge_torch.training.optimizer import (
     set_learning_rate,
     set_optimizer_state,
 )
-from kempnerforge_torch.training.train import build_model, default_device, matmul_precision
+from kempnerforge_torch.training.train import build_model, find_device, matmul_precision
 from shared_config.contract.initialise import state_hash
 from shared_config.contract.validation import MOMENT_STEPS, chunkings, validation_moments
 from shared_config.interchange.traces import DECODE, FORWARD, GRADIENT, ROUTING, UPDATED, Trace
@@ -96,7 +96,7 @@ def record(
         routes=routes,
     )
     check_tensors(request.weights, job_table(config))
-    place = default_device() if device is None else torch.device(device)
+    place = find_device(device)
     with matmul_precision(config.train.matmul_precision):
         recorder = Recorder(request, place)
         recording = recorder.run(request.weights)

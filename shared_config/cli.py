@@ -1,8 +1,7 @@
 """The `kempnerforge` command: ``kempnerforge COMMAND CONFIG [--option value] [--section.field value ...]``.
 
-Options without a dot belong to the command, those with a dot override the config. What the user can mend (`UserError`,
-a file that can't be read or written) is one message on stderr and exit status 2; a traceback is always a defect of this
-package.
+Options without a dot belong to the command, those with a dot override the config. Whatever goes wrong is a short
+message on stderr and exit status 2; with ``--debug`` anywhere on the line, the traceback stands before it.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -17,6 +17,9 @@ from shared_config.commands import COMMANDS
 from shared_config.errors import UserError
 
 USER_ERROR, INTERRUPTED = 2, 130
+DEBUG = "--debug"
+LINE = 2000
+"""Characters of a line of a message; the middle of a longer one is left out."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,23 +33,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line.
 
     Returns:
-        exit status: 0 success, 1 a comparison found a difference, 2 an error of the user's, 130 interrupted.
+        exit status: 0 success, 1 a comparison found a difference, 2 something to mend, or that could not run,
+        130 interrupted.
     """
-    own, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        options = build_parser().parse_args(own)
-        return COMMANDS[options.command].run(options, overrides)
-    except UserError as error:
-        return _complain(str(error))
+        return run([argument for argument in given if argument != DEBUG])
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.filename is None:
-            raise
-        return _complain(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         return INTERRUPTED
+    except SystemExit:
+        raise
+    except BaseException as error:  # libraries in Rust raise what is no Exception
+        if DEBUG in given:
+            traceback.print_exc()
+        return _complain(message_of(error))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line; what goes wrong is raised.
+
+    Raises:
+        UserError: what the user can mend.
+    """
+    check_texts(arguments)
+    own, overrides = split_overrides(arguments)
+    options = build_parser().parse_args(own)
+    return COMMANDS[options.command].run(options, overrides)
+
+
+def check_texts(arguments: Sequence[str]) -> None:
+    """Refuse arguments that no file, path or terminal can hold.
+
+    Raises:
+        UserError: naming the argument.
+    """
+    for argument in arguments:
+        if "\0" in argument or not _is_utf8(argument):
+            raise UserError(f"argument {argument!r}: must be UTF-8 text without the NUL character")
+
+
+def message_of(error: BaseException) -> str:
+    """What a message says of an error: all of what is the user's to mend, a line of what nobody expected."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    said = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return f"could not go on: {said} ({DEBUG} shows where)"
 
 
 def build_parser() -> Parser:
@@ -54,7 +91,8 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="kempnerforge",
         description="One config, the same model in PyTorch and in JAX.",
-        epilog="CONFIG is the name of a preset or a .toml file. Any field of it can be set: --model.dim 512.",
+        epilog="CONFIG is the name of a preset or a .toml file. Any field of it can be set: --model.dim 512. "
+        "--debug shows the traceback of an error.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
@@ -82,8 +120,18 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _complain(message: str) -> int:
-    print("kempnerforge: " + message.replace("\n", "\nkempnerforge: "), file=sys.stderr)
+    for line in message.splitlines():
+        kept = line if len(line) <= LINE else f"{line[: LINE // 2]} ... {line[-LINE // 2 :]}"
+        print(f"kempnerforge: {kept}", file=sys.stderr)
     return USER_ERROR
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

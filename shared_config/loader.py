@@ -226,14 +226,14 @@ def _read(text: str, annotation: Any) -> Any:
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # integers of thousands of digits, deep nesting
         return text
 
 
 def _parse_toml(text: str, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # integers of thousands of digits, deep nesting
         raise UserError(f"{where}: not valid TOML: {error}") from None
 
 

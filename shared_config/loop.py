@@ -26,7 +26,7 @@ from rich.console import Console
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
-from shared_config.interchange.files import written_aside
+from shared_config.interchange.files import regular_target, written_aside
 from shared_config.interchange.outputs import claim_run_folder
 from shared_config.interchange.tokens import keep_tokenizer
 from shared_config.loader import config_to_dict, config_to_toml
@@ -388,7 +388,7 @@ def _own_folder(folder: Path) -> Iterator[None]:
     claim_run_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = regular_target(folder / ".lock").open("w")
     except OSError as error:
         raise UserError(f"{field}: can't be written ({error.strerror})") from None
     with lock:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shared_config.errors import UserError
-from shared_config.interchange.files import file_errors, written_aside
+from shared_config.interchange.files import file_errors, regular_target, written_aside
 from shared_config.loader import config_to_dict
 from shared_config.reading import check_regular, read_text
 from shared_config.schema.job import JobConfig
@@ -73,6 +73,7 @@ class JsonLinesLogger:
     """
 
     def __init__(self, file: Path, resumed_step: int):
+        regular_target(file)
         kept = [record for record in read_metrics(file) if record["step"] <= resumed_step] if file.exists() else []
         with written_aside(file) as aside:
             aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
@@ -127,7 +128,7 @@ class WandbLogger:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise _missing(f"metrics.wandb_project = {project!r}", "wandb") from None
-        identity = folder / "wandb_id"
+        identity = regular_target(folder / "wandb_id")
         if not identity.exists():
             identity.write_text(secrets.token_hex(8), encoding="ascii")
         name = read_text(identity, MAX_ID_BYTES).strip()

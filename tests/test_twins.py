@@ -148,7 +148,6 @@ DIFFERENCES = {
         "compile_blocks": "torch: compiles block by block",
         "compiled_evaluation": "jax: the whole evaluation is one program",
         "compiled_step": "jax: the whole step is one program",
-        "default_device": "torch: models live on a device",
         "log": "torch: compilation may be left out, and says so",
         "router_key": "torch: a router has one layer",
         "router_keys": "jax: the routers of stacked layers have several",

@@ -176,7 +176,9 @@ def load_model(
     Raises:
         ValueError: lists every missing, unknown and misshapen name.
     """
-    with jax.default_device(None if device is None else jax.devices(device)[0]):
+    from kempnerforge_jax.training.train import find_device
+
+    with jax.default_device(find_device(device)):
         model = nnx.eval_shape(lambda: _new_model(config))
         model.init_weights_and_freqs(seed)
         if weights is not None:

@@ -99,7 +99,7 @@ class Trainer:
 
     def __init__(self, config: JobConfig, device: Any = None, *, dtype: Any = jnp.float32):
         self.config = config
-        self.device = jax.devices(device)[0] if device is None or isinstance(device, str) else device
+        self.device = find_device(device)
         with jax.default_device(self.device):
             model = _build_model(config, dtype)
             graphdef, parameters, buffers = split(model, scan_layers=config.train.scan_layers and config.vlm is None)
@@ -370,6 +370,27 @@ def compute_dtype(config: JobConfig, dtype: Any) -> np.dtype:
     """The dtype of the arithmetic, given that of the masters."""
     narrow = config.train.mixed_precision == "bf16" and dtype == jnp.float32
     return jnp.dtype(jnp.bfloat16 if narrow else dtype)
+
+
+def find_device(name: jax.Device | str | None) -> jax.Device:
+    """The device of a name, as "cpu" or "cuda:1"; None is JAX's default.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    if name is not None and not isinstance(name, str):
+        return name
+    platform, colon, index = ("", "", "0") if name is None else name.partition(":")
+    try:
+        default = jax.devices()
+        devices = default if name is None else jax.devices(platform)
+        known = name is None or (platform and (not colon or (index.isdecimal() and int(index[:9]) < len(devices))))
+    except RuntimeError as error:
+        raise UserError(f"device = {name!r}: JAX finds no such device: {str(error).splitlines()[0]}") from None
+    if not known:
+        allowed = ", ".join(sorted({device.platform for device in default} | {"cpu"}))
+        raise UserError(f"device = {name!r}: must be one of {allowed}, or one with its index, as cpu:0")
+    return devices[int(index) if colon else 0]
 
 
 def label_count(batches: Sequence[Batch]) -> int:

@@ -185,9 +185,12 @@ def load_model(
     Raises:
         ValueError: lists every missing, unknown and misshapen name.
     """
+    from kempnerforge_torch.training.train import find_device
+
+    place = find_device(device)
     with torch.device("meta"):
         model = _new_model(config)
-    model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to_empty(device=place)
     model.init_weights_and_freqs(seed)
     if weights is not None:
         set_state(model, weights)

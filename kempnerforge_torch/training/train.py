@@ -103,7 +103,7 @@ class Trainer:
         self, config: JobConfig, device: torch.device | str | None = None, *, dtype: torch.dtype = torch.float32
     ):
         self.config = config
-        self.device = torch.device(default_device() if device is None else device)
+        self.device = find_device(device)
         self.model = _build_model(config, self.device, dtype)
         self.table = job_table(config, {name: tuple(t.shape) for name, t in own_tensors(self.model).items()})
         self.compute_dtype = compute_dtype(config, dtype)
@@ -308,10 +308,26 @@ def compute_dtype(config: JobConfig, dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if config.train.mixed_precision == "bf16" and dtype == torch.float32 else dtype
 
 
-def default_device() -> torch.device:
-    """The accelerator, if there is one."""
+def find_device(name: torch.device | str | None) -> torch.device:
+    """The device of a name, as "cpu" or "cuda:1"; None is the accelerator, or the CPU where there is none.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
+    if name is None:
+        return accelerator or torch.device("cpu")
+    allowed = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    try:
+        device = torch.device(name)
+        known = device.type in allowed and torch.empty(1, device=device).numel() == 1
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(
+            f"device = {str(name)!r}: {str(error).splitlines()[0]}; torch has {', '.join(allowed)}"
+        ) from None
+    if not known:
+        raise UserError(f"device = {str(name)!r}: must be one of {', '.join(allowed)}, or one with its index, as cpu:0")
+    return device
 
 
 def label_count(batches: Sequence[Batch]) -> int:

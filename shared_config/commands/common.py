@@ -13,11 +13,13 @@ from shared_config.commands.backends import BACKENDS
 from shared_config.commands.processes import require_one_process
 from shared_config.contract.shrink import shrink
 from shared_config.errors import UserError
+from shared_config.interchange.files import regular_target
 from shared_config.interchange.outputs import writable_folder
 from shared_config.interchange.source import read_model, to_stderr
 from shared_config.interchange.vision import job_table
 from shared_config.interchange.weights import check_tensors
 from shared_config.loader import load_config, parse_overrides, preset_names
+from shared_config.schema.base import LARGEST, shown
 from shared_config.schema.job import JobConfig
 
 WIDTH_OF_FILES = 140
@@ -84,9 +86,21 @@ def fitting_weights(path: str | Path, config: JobConfig, overrides: Sequence[str
 
 def not_negative(text: str) -> int:
     """Type of options that are counts."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number}: must be at least 0")
+    return _number(text, 0)
+
+
+def positive(text: str) -> int:
+    """Type of options that are counts of at least one."""
+    return _number(text, 1)
+
+
+def _number(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if not least <= number <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: must be an integer of at least {least} and below 2^63")
     return number
 
 
@@ -100,10 +114,8 @@ def writable_file(path: str | Path) -> Path:
     """The path of a file to be written, in a folder that can be written to.
 
     Raises:
-        UserError: if it can't, or if the path is a folder.
+        UserError: if it can't, or if something else than a regular file is there.
     """
-    file = Path(path)
-    if file.is_dir():
-        raise UserError(f"{file}: is a folder; the name of a file to write is needed")
+    file = regular_target(path)
     writable_folder(file.parent)
-    return file
+    return Path(path)

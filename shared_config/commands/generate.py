@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-new-tokens", type=not_negative, default=128, metavar="N", help="default: 128")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the most probable token (default: 1)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most probable (default: 0, all)")
+    parser.add_argument(
+        "--top-k", type=not_negative, default=0, metavar="K", help="keep the K most probable (default: 0, all)"
+    )
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep this probability (default: 1, all)")
     parser.add_argument("--seed", type=not_negative, help="of the draws, and of initial weights (default: another)")
     parser.add_argument("--device", help="cpu, cuda, tpu ... (default: the backend's own)")

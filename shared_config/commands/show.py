@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
 from rich.table import Table
 
-from shared_config.commands.common import add_config, console
+from shared_config.commands.common import add_config, console, positive
 from shared_config.contract.counts import (
     BFLOAT16,
     count_active_parameters,
@@ -20,8 +19,7 @@ from shared_config.contract.counts import (
     kv_cache_bytes,
     training_memory,
 )
-from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, aliases, parameter_table
-from shared_config.errors import UserError
+from shared_config.contract.parameters import Constant, ParameterSpec, aliases, parameter_groups
 from shared_config.loader import PRESETS, config_to_toml, json_schema, load_config, preset_names
 from shared_config.schema.base import Section
 from shared_config.schema.job import JobConfig
@@ -36,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schema", action="store_true", help="print the JSON Schema of config files instead")
     parser.add_argument(
         "--world-size",
-        type=int,
+        type=positive,
         default=None,
         metavar="N",
         help="devices (default: as few as the layout needs)",
@@ -52,8 +50,6 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     config = load_config(options.config, overrides)
     world_size = smallest_world_size(config) if options.world_size is None else options.world_size
-    if world_size < 1:
-        raise UserError(f"--world-size = {world_size}: must be at least 1")
     config.validate(world_size)
     print(resolved_toml(config))
     screen = console()
@@ -106,43 +102,19 @@ def parameters_of(config: JobConfig) -> Table:
     table = Table("name", "shape", "axes", "initial", "copies", "elements", title="Parameters", title_justify="left")
     for number in (4, 5):
         table.columns[number].justify = "right"
-    for name, spec, copies in folded(parameter_table(config.model, config.vlm)):
-        marks = " (buffer)" if spec.is_buffer else ""
+    for group in parameter_groups(config.model, config.vlm):
+        spec = group.spec
         table.add_row(
-            name + marks,
+            group.name + (" (buffer)" if spec.is_buffer else ""),
             " x ".join(map(str, spec.shape)),
             ", ".join(axis or "-" for axis in spec.axes),
             _initial(spec),
-            str(copies),
-            f"{copies * spec.size:,}",
+            str(group.copies),
+            f"{group.size:,}",
         )
     for alias, name in aliases(config.model).items():
         table.add_row(alias, "", "", f"is {name}", "", "0")
     return table
-
-
-def folded(table: ParameterTable) -> Iterator[tuple[str, ParameterSpec, int]]:
-    """Name, spec and number of copies of tensors that differ in a layer's or expert's number only."""
-    groups: dict[tuple[str, ParameterSpec], list[list[int]]] = {}
-    for name, spec in table.items():
-        pattern = re.sub(r"\b\d+\b", "*", name)
-        groups.setdefault((pattern, spec), []).append([int(number) for number in re.findall(r"\b\d+\b", name)])
-    for (pattern, spec), numbers in groups.items():
-        for column in zip(*numbers, strict=True):
-            pattern = pattern.replace("*", compact(column), 1)
-        yield pattern, spec, len(numbers)
-
-
-def compact(numbers: Iterable[int]) -> str:
-    """Numbers in brackets: ``3``, ``{0..31}``, ``{1,3..31}``, ``{0,1,4}``."""
-    values = sorted(set(numbers))
-    if len(values) == 1:
-        return str(values[0])
-    steps = {after - before for before, after in itertools.pairwise(values)}
-    if len(steps) > 1 or len(values) == 2:
-        return "{" + ",".join(map(str, values)) + "}"
-    start = f"{values[0]}" if steps == {1} else f"{values[0]},{values[1]}"
-    return f"{{{start}..{values[-1]}}}"
 
 
 def counts_of(config: JobConfig) -> Table:

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     tokens = None if options.tokens is None else read_tokens(options.tokens)
     if tokens is not None:
         check_tokens(tokens, config)
-    layers = None if options.layers is None else parse_layers(options.layers)
+    layers = None if options.layers is None else parse_layers(options.layers, config.model.n_layers)
     refeed, routes = (None if file is None else read_trace(file) for file in (options.refeed, options.routes))
     require_backend(options.backend)
     trace = backend_module(options.backend, "trace").record(

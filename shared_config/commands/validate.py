@@ -31,6 +31,7 @@ from shared_config.commands.show import readable_bytes
 from shared_config.commands.verdict import show_findings, show_first_differences
 from shared_config.contract.counts import count_parameters
 from shared_config.errors import UserError
+from shared_config.interchange.files import written_aside
 from shared_config.interchange.outputs import claim_record_folder
 from shared_config.loader import config_to_toml
 from shared_config.recording import DTYPES
@@ -40,6 +41,7 @@ from shared_config.schema.job import JobConfig
 HELP = "prove that both backends compute the same; exit status 0 only if they do"
 
 DIFFERENT = 1
+MESSAGE = "kempnerforge: "
 BYTES_A_PARAMETER = 160
 """Peak of one process: masters, gradients, updates and moments in float64, and what the deltas are measured from."""
 PACKAGES = Path(__file__).parents[2]
@@ -76,8 +78,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         began = time.monotonic()
         screen = console()
         with screen.status("torch and jax run side by side, each in its own process ..."):
-            failures = run_processes(plan)
-        findings = failures or judge(plan)
+            run_processes(plan)
+        findings = judge(plan)
         same = show(screen, plan, findings, time.monotonic() - began)
         if report is not None and plan.comparisons:
             write_report(report, plan.comparisons, findings, title=f"{options.config}: torch and jax")
@@ -122,39 +124,48 @@ def available_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def run_processes(plan: Plan) -> list[Finding]:
+def run_processes(plan: Plan) -> None:
     """Run the jobs of all checks, one process a backend, side by side.
 
-    Returns:
-        a finding for each process that broke down.
-
     Raises:
-        UserError: what a process says is the user's to mend.
+        UserError: a process could not do its jobs; naming its backend, and with what it said last.
     """
-    plan.config_file.write_text(config_to_toml(plan.config), encoding="utf-8")
+    with written_aside(plan.config_file) as aside:
+        aside.write_text(config_to_toml(plan.config), encoding="utf-8")
     processes = {backend: _start(plan, backend) for backend in BACKENDS}
     try:
         said = {backend: process.communicate()[1] for backend, process in processes.items()}
     finally:
         for process in processes.values():
             process.kill()
-    refused = [said[backend].strip() for backend, process in processes.items() if process.returncode == 2]
-    if refused:
-        raise UserError("\n".join(line.removeprefix("kempnerforge: ") for line in "\n".join(refused).splitlines()))
-    return [
-        Finding("processes", backend, ok=False, detail=f"ended with status {process.returncode}:\n{said[backend]}")
+    failed = [
+        f"{backend}: {line}"
         for backend, process in processes.items()
         if process.returncode != 0
+        for line in reasons(said[backend], process.returncode)
     ]
+    if failed:
+        raise UserError("\n".join(["could not compare the backends, as not both ran:", *failed]))
+
+
+def reasons(said: str, status: int) -> list[str]:
+    """Why a process failed: its messages, or else how it ended and its last line."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    messages = [line.removeprefix(MESSAGE) for line in lines if line.startswith(MESSAGE)]
+    if status == 2 and messages:
+        return messages
+    how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+    return [": ".join([f"the process {how}", *lines[-1:]])]
 
 
 def _start(plan: Plan, backend: str) -> subprocess.Popen[str]:
     jobs = [job for check in CHECKS.values() for job in check.jobs(plan, backend)]
     file = plan.jobs_file(backend)
-    file.write_text(json.dumps(jobs), encoding="utf-8")
+    with written_aside(file) as aside:
+        aside.write_text(json.dumps(jobs), encoding="utf-8")
     command = [sys.executable, "-P", "-m", "shared_config.commands.worker", str(file)]
     return subprocess.Popen(
-        command, env=_environment(plan), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, env=_environment(plan), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from shared_config.contract.parameters import EMBEDDING, HEAD, ParameterTable, parameter_table
+from shared_config.contract.parameters import EMBEDDING, HEAD, ParameterGroup, layer_groups, parameter_groups
 from shared_config.schema.distributed import DistributedConfig
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
@@ -15,16 +16,16 @@ FLOAT32, BFLOAT16 = 4, 2
 
 def count_parameters(config: ModelConfig, vlm: VLMConfig | None = None) -> int:
     """Trained parameters; a tied head counts once, buffers do not count."""
-    return _size(parameter_table(config, vlm))
+    return _size(parameter_groups(config, vlm))
 
 
 def count_active_parameters(config: ModelConfig, vlm: VLMConfig | None = None) -> int:
     """Parameters that one text token uses: of ``num_experts`` experts only ``moe_top_k``, the shared one always."""
-    table = parameter_table(config, vlm)
+    groups = list(parameter_groups(config, vlm))
     if not config.is_moe:
-        return _size(table)
-    routed = sum(spec.size for name, spec in table.items() if _is_routed_expert(name))
-    return _size(table) - routed + routed * config.moe_top_k // config.num_experts
+        return _size(groups)
+    routed = _routed(groups)
+    return _size(groups) - routed + routed * config.moe_top_k // config.num_experts
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,9 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> Flops:
     Matrix products: twice the active matrix weights, the output head included and the embedding lookup not.
     Attention: scores and their product with the values, 4 * head_dim * heads a visible key; masked keys do not count.
     """
-    table = parameter_table(config)
-    matrices = sum(spec.size for name, spec in table.items() if len(spec.shape) > 1 and name != EMBEDDING)
-    if HEAD not in table:
-        matrices += table[EMBEDDING].size
-    routed = sum(spec.size for name, spec in table.items() if _is_routed_expert(name))
+    sizes = {group.name: group.size for group in parameter_groups(config) if len(group.spec.shape) > 1}
+    matrices = sum(sizes.values()) - (sizes[EMBEDDING] if HEAD in sizes else 0)
+    routed = _routed(parameter_groups(config))
     if config.is_moe:
         matrices += routed * config.moe_top_k // config.num_experts - routed
     keys = mean_visible_keys(seq_len, config.sliding_window)
@@ -96,22 +95,22 @@ def training_memory(job: JobConfig, world_size: int = 1) -> TrainingMemory:
     by ``ep`` before FSDP shards them over the remaining data ranks, which comes to the same number of bytes.
     """
     layout: DistributedConfig = job.distributed
-    table = parameter_table(job.model, job.vlm)
+    groups = list(parameter_groups(job.model, job.vlm))
     shards = layout.pp * layout.resolved_dp_shard(world_size)
-    elements = sum(spec.size / (layout.tp if len(spec.shape) > 1 else 1) for spec in table.values()) / shards
+    elements = sum(group.size / (layout.tp if len(group.spec.shape) > 1 else 1) for group in groups) / shards
     owned = int(elements * FLOAT32)
-    layer = max(_layer_size(table, index) for index in range(job.model.n_layers))
-    gathered = layer if shards > layout.pp else _size(table) // layout.pp
+    layer = max(map(_size, layer_groups(job.model, job.vlm)))
+    gathered = layer if shards > layout.pp else _size(groups) // layout.pp
     copy = gathered * BFLOAT16 // layout.tp if job.train.mixed_precision == "bf16" else 0
     return TrainingMemory(owned, owned, 2 * owned, copy)
 
 
-def _size(table: ParameterTable) -> int:
-    return sum(spec.size for spec in table.values() if not spec.is_buffer)
+def _size(groups: Iterable[ParameterGroup]) -> int:
+    return sum(group.size for group in groups if not group.spec.is_buffer)
 
 
-def _layer_size(table: ParameterTable, layer: int) -> int:
-    return _size({name: spec for name, spec in table.items() if name.startswith(f"layers.{layer}.")})
+def _routed(groups: Iterable[ParameterGroup]) -> int:
+    return sum(group.size for group in groups if _is_routed_expert(group.name))
 
 
 def _is_routed_expert(name: str) -> bool:

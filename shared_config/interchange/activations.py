@@ -39,7 +39,7 @@ class ActivationWriter:
         self.path = Path(path)
         with file_errors(self.path, "can't be written"):
             self._aside = make_aside(self.path)
-            self._folder = Path(tempfile.mkdtemp(prefix=f"{self._aside.name}.", dir=self.path.parent))
+            self._folder = Path(tempfile.mkdtemp(prefix=f"{self._aside.name}.", dir=self._aside.parent))
         self._entries: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
 
     def __enter__(self) -> Self:

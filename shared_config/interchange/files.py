@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,17 +15,45 @@ from shared_config.errors import UserError
 
 PathLike = str | os.PathLike[str]
 
+KINDS = {
+    stat.S_IFDIR: "a folder; the name of a file to write is needed",
+    stat.S_IFCHR: "a device; only regular files are written",
+    stat.S_IFBLK: "a device; only regular files are written",
+    stat.S_IFIFO: "a named pipe; only regular files are written",
+    stat.S_IFSOCK: "a socket; only regular files are written",
+}
+"""What is never written over."""
+
+
+def regular_target(path: PathLike) -> Path:
+    """The file that is written in the name of ``path``: what a symbolic link leads to, whether it exists or not.
+
+    Raises:
+        UserError: something is there that is no regular file, or can't be looked at.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        kind = stat.S_IFMT(target.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return target
+    except (OSError, ValueError) as error:
+        raise UserError(f"{os.fspath(path)!r}: can't be written: {_reason(error)}") from error
+    if kind in KINDS:
+        raise UserError(f"{os.fspath(path)}: is {KINDS[kind]}")
+    return target
+
 
 @contextmanager
 def written_aside(path: PathLike) -> Iterator[Path]:
     """Yield an empty temporary file beside ``path``; rename it to ``path`` at the end, remove it if the body raises.
 
-    The data reaches the disk before the name does, so that a crash leaves the old file or the new one, never a part.
+    The data reaches the disk before the name does, so that a crash leaves the old file or the new one, never a part. A
+    symbolic link stays: the file that it leads to is written.
 
     Raises:
-        UserError: if the folder or the file can't be written.
+        UserError: if the folder or the file can't be written, or if ``path`` is a folder, device, pipe or socket.
     """
-    path = Path(path)
+    path = regular_target(path)
     with file_errors(path, "can't be written"):
         aside = make_aside(path)
         try:
@@ -35,7 +64,13 @@ def written_aside(path: PathLike) -> Iterator[Path]:
 
 
 def make_aside(path: Path) -> Path:
-    """A new empty file in the folder of ``path`` (made if need be), under a hidden name that no reader looks for."""
+    """A new empty file in the folder of what is written for ``path`` (made if need be), under a hidden name that no
+    reader looks for.
+
+    Raises:
+        UserError: as `regular_target`.
+    """
+    path = regular_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     aside.touch(exist_ok=False)
@@ -43,7 +78,12 @@ def make_aside(path: Path) -> Path:
 
 
 def commit(aside: Path, path: Path) -> None:
-    """Give a finished file its final name."""
+    """Give a finished file its final name.
+
+    Raises:
+        UserError: as `regular_target`.
+    """
+    path = regular_target(path)
     _sync(aside)
     os.replace(aside, path)
     _sync(path.parent)

@@ -15,6 +15,8 @@ LAYER = re.compile(r"[^/]+/(?:transformer\.)?layers\.(\d+)(?:\.|$)")
 
 LOSS = "loss"
 SUGGESTIONS = 3
+DIGITS = 18
+"""Digits of the largest number of a layer that is read."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,21 @@ class Selection:
         return found is not None and int(found[1]) in self.layers
 
 
-def parse_layers(text: str) -> tuple[int, ...]:
-    """Numbers of layers, from numbers and ranges as in "0,3-5".
+def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
+    """Numbers of layers of a model, from numbers and ranges as in "0,3-5".
 
     Raises:
-        UserError: anything else.
+        UserError: anything else, or a layer that the model hasn't.
     """
     layers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+        digits = (first, last) if dash else (first, first)
+        if not all(number.isdecimal() and len(number) <= DIGITS for number in digits) or int(digits[1]) < int(first):
             raise UserError(f"layers = {text!r}: must be numbers and ranges of layers, as in 0,3-5")
-        layers |= set(range(int(first), int(last or first) + 1))
+        if int(digits[1]) >= n_layers:
+            raise UserError(f"layers = {text}: must be in 0-{n_layers - 1}, as model.n_layers = {n_layers}")
+        layers |= set(range(int(first), int(digits[1]) + 1))
     return tuple(sorted(layers))
 
 

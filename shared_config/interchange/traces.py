@@ -31,7 +31,7 @@ from shared_config.interchange.files import PathLike
 from shared_config.interchange.selection import Selection
 from shared_config.interchange.tensors import TensorFile, write_tensors
 from shared_config.interchange.weights import is_floating
-from shared_config.numerics import as_float64, rms
+from shared_config.numerics import UNIT_ROUNDOFF, as_float64, rms
 
 FORWARD, ROUTING, LOSS, GRADIENT, UPDATED, DECODE, LOSSES = GROUPS = (
     "forward",
@@ -179,10 +179,40 @@ def read_trace(path: PathLike) -> Trace:
     try:
         content = json.loads(file.metadata[META_KEY])
         order, summaries = content.pop("order"), content.pop("summaries")
-        meta = TraceMeta(**content)
+        meta = _checked(TraceMeta(**content))
         return Trace({name: _read(file, name, summaries) for name in order}, meta)
-    except (LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise UserError(f"{file.path}: the description of the trace is damaged: {error!r}") from error
+
+
+def _checked(meta: TraceMeta) -> TraceMeta:
+    """The same, once its fields are known to be of their types.
+
+    Raises:
+        TypeError, ValueError: naming the field.
+    """
+    types = {"str": str, "int": int}
+    for field_ in dataclasses.fields(TraceMeta):
+        value, wanted = getattr(meta, field_.name), types.get(str(field_.type), Mapping)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise TypeError(f"{field_.name} = {str(value)[:100]!r}: must be of type {field_.type}")
+    if meta.dtype not in UNIT_ROUNDOFF:
+        raise ValueError(f"dtype = {meta.dtype!r}: must be one of {', '.join(UNIT_ROUNDOFF)}")
+    for dtype, deltas in meta.deltas.items():
+        if dtype not in UNIT_ROUNDOFF or not isinstance(deltas, Mapping):
+            raise TypeError(
+                f"deltas = {dtype!r}: must be numbers by the name of a tensor, for {', '.join(UNIT_ROUNDOFF)}"
+            )
+        for name, delta in deltas.items():
+            if isinstance(delta, bool) or not isinstance(delta, int | float):
+                raise TypeError(f"delta of {name} in {dtype} = {str(delta)[:100]!r}: must be a number")
+    layers, only = meta.selection.get("layers"), meta.selection.get("only", ())
+    if not isinstance(layers, list | None) or not all(isinstance(pattern, str) for pattern in only):
+        raise TypeError(f"selection = {meta.selection}: must be lists of layers and of patterns")
+    _ = meta.config_fields
+    return meta
 
 
 def summarize(tensor: Any) -> Summary:

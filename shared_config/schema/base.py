@@ -15,8 +15,13 @@ from pydantic_core import core_schema
 from shared_config.errors import ConfigError
 from shared_config.registry import declared_names
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+LARGEST = 2**63 - 1
+"""Of integers: what TOML and both backends can hold."""
+SHOWN = 120
+"""Characters of a wrong value that a message repeats."""
+
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -101,12 +106,35 @@ def _describe(entry: Any, prefix: str) -> Iterator[str]:
     if isinstance(cause, ConfigError):
         yield from (f"{path}.{line}" if path else line for line in cause.problems)
     elif entry["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        yield f"{path} = {entry['input']!r}: unknown key"
+        yield f"{path} = {shown(entry['input'])}: unknown key"
     elif entry["type"] in ("missing", "missing_argument"):
         yield f"{path}: required, but not given"
     else:
         message = entry["msg"].removeprefix("Value error, ")
-        yield f"{path} = {entry['input']!r}: {message.replace('Input should', 'must')}"
+        yield f"{path} = {shown(entry['input'])}: {message.replace('Input should', 'must')}"
+
+
+def shown(value: Any) -> str:
+    """A wrong value for a message, whatever it is: the middle of a long one is left out."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError) as error:
+        return f"({type(value).__name__}: {error})"
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}...{text[-SHOWN // 2 :]}"
+
+
+def unfit_texts(value: Any, path: str) -> Iterator[str]:
+    """Lines for texts that no file, path or terminal can hold, at whatever depth of mappings and sequences."""
+    if isinstance(value, str):
+        if "\0" in value:
+            yield f"{path} = {shown(value)}: must not contain the NUL character"
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from unfit_texts(key, path)
+            yield from unfit_texts(part, f"{path}.{key}")
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from unfit_texts(part, path)
 
 
 class Section:
@@ -154,7 +182,8 @@ class Section:
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "derived", frozenset(derived))
-        found = list(self.problems())
+        found = [line for name, value in self.given().items() for line in unfit_texts(value, name)]
+        found = found or list(self.problems())
         if found:
             raise ConfigError(found)
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from shared_config.schema.base import (
     KEEPS_FUNCTION,
+    LARGEST,
     NESTED,
     Count,
     NonNegativeFloat,
@@ -24,7 +25,7 @@ FFN_MULTIPLE = 256
 EXPERT_FFN_MULTIPLE = 16
 MIXED = ("linear", "llama3", "yarn")
 UNIT = "Tokens are counted over one micro-batch of one data-parallel rank, so how a batch is cut changes the result."
-EvenInt = Annotated[int, Field(gt=0, multiple_of=2)]
+EvenInt = Annotated[int, Field(gt=0, le=LARGEST, multiple_of=2)]
 
 
 @section
@@ -156,6 +157,7 @@ class ModelConfig(Section):
 
     def problems(self) -> Iterator[str]:
         yield from self._attention_problems()
+        yield from self._width_problems()
         if self.is_moe:
             yield from self._expert_problems()
 
@@ -166,6 +168,13 @@ class ModelConfig(Section):
             yield f"n_heads = {self.n_heads}: must divide dim = {self.dim}, or head_dim must be given"
         elif self.head_size < 2 or self.head_size % 2 != 0:
             yield f"head_dim = {self.head_dim}: must be an even number of at least 2 (rotary positions pair channels)"
+
+    def _width_problems(self) -> Iterator[str]:
+        """A product of floats may be infinite, which is no width."""
+        if self.ffn_hidden_dim is None and 4 * self.dim * self.ffn_dim_multiplier > LARGEST:
+            yield f"ffn_dim_multiplier = {self.ffn_dim_multiplier}: with dim = {self.dim} the width must be below 2^63"
+        elif self.is_moe and self.computed_ffn_hidden_dim * self.moe_expert_ffn_multiplier > LARGEST:
+            yield f"moe_expert_ffn_multiplier = {self.moe_expert_ffn_multiplier}: the width must be below 2^63"
 
     def _expert_problems(self) -> Iterator[str]:
         if self.moe_top_k > self.num_experts:

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
+import time
+from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shared_config.cli import main
-from shared_config.commands.show import compact, folded, readable_bytes, resolved_toml, smallest_world_size
+from shared_config.commands.show import readable_bytes, resolved_toml, smallest_world_size
 from shared_config.contract.counts import count_parameters
-from shared_config.contract.parameters import parameter_table
+from shared_config.contract.parameters import (
+    FOLDED,
+    ParameterSpec,
+    ParameterTable,
+    fold,
+    parameter_groups,
+    parameter_table,
+    unfold,
+)
 from shared_config.loader import config_from_toml, load_config, preset_names
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.vlm import VLMConfig
 from tests.cli.processes import run_python
 
 
@@ -25,29 +40,76 @@ def test_derived_values_stand_in_comments() -> None:
     assert "# n_kv_heads = 4, derived\n# head_dim = 32, derived\n" in text
 
 
+def folded(table: ParameterTable) -> dict[tuple[str, ParameterSpec], int]:
+    """Tensors by name without numbers, and how many they are: the plain way to count."""
+    return Counter((re.sub(r"\b\d+\b", "*", name), spec) for name, spec in table.items())
+
+
+def assert_groups_are_the_table(config: ModelConfig, vlm: VLMConfig | None) -> None:
+    groups = Counter()
+    for group in parameter_groups(config, vlm):
+        name = re.sub(r"layers\.\{[^}]*\}( but [^.]*(\.\.)?[^.]*)?\.", "layers.*.", group.name)
+        name = re.sub(r"\{[^}]*\}|\b\d+\b", "*", name)
+        groups[name, group.spec] += group.copies
+    assert groups == folded(parameter_table(config, vlm))
+    sizes = {name: spec.size for name, spec in parameter_table(config, vlm).items() if not spec.is_buffer}
+    assert count_parameters(config, vlm) == sum(sizes.values())
+
+
 @pytest.mark.parametrize("preset", preset_names())
-def test_folded_table_counts_every_parameter(preset: str) -> None:
+def test_groups_of_parameters_are_the_table_of_presets(preset: str) -> None:
     config = load_config(preset)
-    rows = folded(parameter_table(config.model, config.vlm))
-    assert sum(spec.size * copies for _, spec, copies in rows if not spec.is_buffer) == count_parameters(
-        config.model, config.vlm
-    )
+    assert_groups_are_the_table(config.model, config.vlm)
 
 
-def test_folding_joins_layers_and_experts_of_one_shape_only() -> None:
+@given(
+    layers=st.integers(1, 9),
+    experts=st.integers(0, 4),
+    frequency=st.integers(1, 9),
+    packed=st.booleans(),
+    arch=st.sampled_from(("none", "cross_attention", "mot", "moma")),
+)
+def test_groups_of_parameters_are_the_table(layers: int, experts: int, frequency: int, packed: bool, arch: str) -> None:
+    experts = 0 if arch == "moma" else experts
+    overrides = [
+        *("--model.n_layers", str(layers), "--model.num_experts", str(experts), "--model.moe_top_k=1"),
+        *("--model.moe_frequency", str(min(layers, frequency)), f"--model.moe_packed_experts={str(packed).lower()}"),
+    ]
+    if arch == "cross_attention":
+        overrides.append(f"--vlm.cross_attention_every_n_layers={min(layers, frequency)}")
+    config = load_config("debug" if arch == "none" else f"debug_vlm_{arch}", overrides)
+    assert_groups_are_the_table(config.model, config.vlm)
+
+
+def test_groups_join_layers_and_experts_of_one_shape_only() -> None:
     config = load_config("debug_moe", ["--model.moe_packed_experts", "false"])
-    names = [name for name, _, _ in folded(parameter_table(config.model))]
+    names = [group.name for group in parameter_groups(config.model)]
     assert "layers.{0..3}.attention.q_proj.weight" in names
     assert "layers.{0,2}.mlp.up_proj.weight" in names
     assert "layers.{1,3}.mlp.experts.{0..7}.up_proj.weight" in names
 
 
+@given(start=st.integers(0, 9), step=st.integers(1, 9), count=st.integers(1, 9))
+def test_folded_numbers_are_read_back(start: int, step: int, count: int) -> None:
+    numbers = range(start, start + step * count, step)
+    found = FOLDED.fullmatch(fold(numbers))
+    assert [*unfold(found)] == [*numbers] if found else fold(numbers) == str(start)
+
+
 @pytest.mark.parametrize(
-    ("numbers", "text"),
-    [([3], "3"), ([0, 1], "{0,1}"), ([0, 1, 2], "{0..2}"), ([1, 3, 5], "{1,3..5}"), ([0, 1, 4], "{0,1,4}")],
+    "sizes",
+    [
+        ("--model.n_layers=1000000",),
+        ("--model.num_experts=1000000", "--model.n_layers=1000000", "--model.moe_frequency=7"),
+        ("--model.num_experts=1000000", "--model.n_layers=4", "--model.moe_packed_experts=true"),
+        (f"--model.n_layers={2**63 - 1}", f"--model.num_experts={2**63 - 1}", f"--model.vocab_size={2**63 - 1}"),
+    ],
 )
-def test_compact_numbers(numbers: list[int], text: str) -> None:
-    assert compact(numbers) == text
+def test_sizes_beyond_any_machine_are_shown_at_once(sizes: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    began = time.perf_counter()
+    assert main(["show", "debug", *sizes]) == 0
+    assert time.perf_counter() - began < 1
+    assert len(capsys.readouterr().out) < 20_000
 
 
 def test_readable_bytes() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def test_processes_run_the_code_of_this_one(tmp_path: Path) -> None:
         "validate.CHECKS.clear(); print(validate.run_processes(Plan(load_config('debug'), Path(sys.argv[1]))))"
     )
     result = run_python("-P", "-c", code, str(tmp_path), cwd=tmp_path)
-    assert result.stdout == "[]\n", result.stderr
+    assert result.stdout == "None\n", result.stderr
 
 
 def test_differences_in_training_are_found(tmp_path: Path) -> None:
@@ -118,14 +117,34 @@ def test_other_initial_weights_are_a_difference(tmp_path: Path) -> None:
     assert found == {"initial weights": False, "loss": True}
 
 
-def test_a_process_that_breaks_down_is_no_agreement(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+KILLED = "#!/bin/sh\necho the last line >&2\nkill -9 $$\n"
+FAILED = "#!/bin/sh\necho Traceback >&2\necho 'ImportError: the last line' >&2\nexit 1\n"
+
+
+@pytest.mark.parametrize(("script", "how"), [(KILLED, "was killed by signal 9"), (FAILED, "ended with status 1")])
+def test_a_process_that_breaks_down_is_no_difference(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, script: str, how: str
 ) -> None:
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    assert main(["validate", "debug"]) == 1
-    printed = capsys.readouterr().out
-    assert "ended with status 1" in printed
-    assert "DIFFER" in printed
+    interpreter = tmp_path / "python"
+    interpreter.write_text(script, encoding="utf-8")
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    assert main(["validate", "debug"]) == 2
+    out, err = capsys.readouterr()
+    assert "DIFFER" not in out + err
+    for backend in checks.BACKENDS:
+        (line,) = (line for line in err.splitlines() if f"{backend}: the process {how}" in line)
+        assert line.endswith("the last line")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "fpga"])
+def test_a_device_that_is_not_there_is_no_difference(capsys: pytest.CaptureFixture[str], device: str) -> None:
+    assert main(["validate", "debug", "--shrink", "--dtypes=float64", "--steps=0", "--device", device]) == 2
+    out, err = capsys.readouterr()
+    assert "DIFFER" not in out + err
+    assert f"torch: device = {device!r}" in err
+    assert f"jax: device = {device!r}" in err
 
 
 def test_what_a_process_refuses_is_passed_on(
@@ -135,7 +154,7 @@ def test_what_a_process_refuses_is_passed_on(
     monkeypatch.setattr(validate, "CHECKS", {"refusing": refusing})
     assert main(["validate", "debug"]) == 2
     out, err = capsys.readouterr()
-    assert err.startswith("kempnerforge: config = 'no_such_preset'")
+    assert "torch: config = 'no_such_preset'" in err
     assert "Traceback" not in out + err
 
 

@@ -68,14 +68,14 @@ def test_both_must_agree_and_the_loss_stays() -> None:
 
 @given(layers=st.sets(st.integers(0, 40), min_size=1))
 def test_lists_of_layers_are_read_back(layers: set[int]) -> None:
-    assert parse_layers(",".join(map(str, layers))) == tuple(sorted(layers))
-    assert parse_layers(f"{min(layers)}-{max(layers)}") == tuple(range(min(layers), max(layers) + 1))
+    assert parse_layers(",".join(map(str, layers)), 41) == tuple(sorted(layers))
+    assert parse_layers(f"{min(layers)}-{max(layers)}", 41) == tuple(range(min(layers), max(layers) + 1))
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,", "-1", "3-1", "1-", "1-2-3", "0.5"])
 def test_what_is_no_list_of_layers_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"layers = .*: must be numbers and ranges of layers, as in 0,3-5"):
-        parse_layers(text)
+        parse_layers(text, 11)
 
 
 @pytest.mark.parametrize(
