@@ -372,8 +372,8 @@ def compute_dtype(config: JobConfig, dtype: Any) -> np.dtype:
     return jnp.dtype(jnp.bfloat16 if narrow else dtype)
 
 
-def find_device(name: jax.Device | str | None) -> jax.Device:
-    """The device of a name, as "cpu" or "cuda:1"; None is JAX's default.
+def find_device(name: Any) -> Any:
+    """The `jax.Device` of a name, as "cpu" or "cuda:1"; a device is its own, None is JAX's default.
 
     Raises:
         UserError: this machine has no such device.

@@ -12,7 +12,6 @@ from rich.console import Console
 from shared_config.commands.backends import BACKENDS
 from shared_config.commands.processes import require_one_process
 from shared_config.contract.shrink import shrink
-from shared_config.errors import UserError
 from shared_config.interchange.files import regular_target
 from shared_config.interchange.outputs import writable_folder
 from shared_config.interchange.source import read_model, to_stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shared_config.commands import COMMANDS
 from shared_config.data.images import open_folder
+from shared_config.interchange.preprocessor import PixelRange
 from shared_config.loader import load_config
 from tests.cli.processes import ROOT, run_python
 
@@ -42,7 +43,7 @@ def test_commands_of_training_mean_something() -> None:
 def test_lines_of_a_folder_are_read(tmp_path: Path) -> None:
     (lines,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
     (tmp_path / "metadata.jsonl").write_text(lines)
-    assert len(open_folder(tmp_path, 8, None, 1e-12).rows["train"]) == 3
+    assert len(open_folder(tmp_path, PixelRange(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), None, 1e-12).rows["train"]) == 3
 
 
 def test_there_are_two_commands_to_start_with() -> None:
