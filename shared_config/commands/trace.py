@@ -122,10 +122,10 @@ def read_tokens(text: str) -> np.ndarray:
         UserError: neither.
     """
     if text.endswith(".npy"):
-        check_regular(text)
         try:
+            check_regular(text)
             return np.load(text, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except (UserError, OSError, ValueError, EOFError) as error:
             raise UserError(f"--tokens = {text!r}: can't be read as a .npy file: {error}") from None
     try:
         return np.array([[int(number) for number in text.split(",")]])

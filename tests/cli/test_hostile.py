@@ -102,7 +102,7 @@ def test_values_in_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path, fi
         ("show", "--world-size", ("0", "-1", DIGITS, str(LARGEST + 1), "x", "1.5", "")),
         ("trace", "--seed", ("-1", DIGITS, str(2**63), "x", "")),
         ("trace", "--layers", ("0-99999999999", DIGITS, f"0-{DIGITS}", "-1", "", ",", "٣")),
-        ("trace", "--tokens", ("", ",", DIGITS, f"{2**63}", "-1", "1e3")),
+        ("trace", "--tokens", ("", ",", DIGITS, f"{2**63}", "-1", "1e3", "x.npy", ".npy")),
         ("trace", "--summary", ("-1", DIGITS, "x")),
         ("trace", "--only", ("", "[", "*" * 3)),
         ("generate", "--seed", ("-1", DIGITS, "x")),
