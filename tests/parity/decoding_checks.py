@@ -89,11 +89,14 @@ def check_continuation(side: Side, vlm: VLMConfig, prompts: list[list[int]]) -> 
     model = side.filled(table, builder, MODEL, VISION, ADAPTER, vlm, FRAMES)
     stream = side.module("model.generate").stream
     with contextlib.nullcontext() if side.name == "torch" else jax.disable_jit(), torch.no_grad():
-        steps = stream(model, prompts, NEW, temperature=0.0, pixel_values=PIXELS, frame_mask=SHOWN)
-        new = np.stack(list(steps), axis=1)
+        options: dict[str, Any] = {"temperature": 0.0, "pixel_values": PIXELS, "frame_mask": SHOWN}
+        new = np.stack(list(stream(model, prompts, NEW, **options)), axis=1)
         text = np.zeros((2, 6), np.int64)
         for row, prompt in enumerate(prompts):
             text[row, : len(prompt) + NEW] = [*prompt, *new[row]]
+        ends = [token for token in range(MODEL.vocab_size) if token not in new][:1] + new[:, 0].tolist()
+        ended = np.stack(list(stream(model, prompts, NEW, eos_token_id=ends, **options)), axis=1)
+        np.testing.assert_array_equal(ended, new[:, :1], f"{vlm.arch}: rows end with any of {ends}")
         given = side.array(PIXELS), side.array(text), side.array(SHOWN)
         likeliest = side.numpy(model.run(*given).logits).argmax(-1)
         for row, prompt in enumerate(prompts):

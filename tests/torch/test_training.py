@@ -234,6 +234,7 @@ class TestStep:
         assert done.step == 3
         assert_all_same_function(done.weights, truth)
         moments = {f"m.{n}": m for n, m in state.m.items()} | {f"v.{n}": v for n, v in state.v.items()}
+        moments |= {f"t.{n}": np.array(steps) for n, steps in state.steps.items()}
         assert_all_same_function(done.optimizer, moments)
 
     def test_micro_batches_are_one_big_batch(self):
