@@ -14,7 +14,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from shared_config.interchange.outputs import claim_run_folder
 from shared_config.interchange.tokens import keep_tokenizer
 from shared_config.loader import config_to_dict, config_to_toml
 from shared_config.metrics import Logger, finite_or_none, open_loggers
+from shared_config.profiling import Profiler
 from shared_config.progress import Display, say
 from shared_config.resume import Start, restore
 from shared_config.schema.job import JobConfig
@@ -67,6 +68,10 @@ class Trainer(Protocol):
 
     def state(self) -> TrainingState:
         """All that the next step depends on, as host arrays. Called on every rank; used on the first."""
+        ...
+
+    def profile(self, folder: Path) -> AbstractContextManager[None]:
+        """Trace the steps taken within it, to new files of a folder."""
         ...
 
     def load_state(self, state: TrainingState) -> None:
@@ -174,6 +179,9 @@ def run_training(
             say=partial(say, console),
             overridden=overridden,
         )
+        tokens = data.tokens_per_batch * config.train.grad_accum_steps
+        display = Display(console, total=config.train.max_steps, done=start.step, tokens_per_step=tokens)
+        profiler: Profiler | None = None
         with _agreed(agree):
             loggers: list[Logger] = []
             if is_main:
@@ -181,13 +189,14 @@ def run_training(
                 checkpoint.with_room(folder, keep, partial(_write_config, config, folder))
                 logging = partial(open_loggers, config, folder, start.step)
                 loggers = checkpoint.with_room(folder, keep, lambda: stack.enter_context(logging()))
+                profiler = Profiler(config, start.step, trainer.profile, display.say)
         stop = stack.enter_context(StopRequest(announce=console is not None))
-        tokens = data.tokens_per_batch * config.train.grad_accum_steps
-        display = Display(console, total=config.train.max_steps, done=start.step, tokens_per_step=tokens)
         stack.enter_context(display)
         for note in data.notes:
             display.say(f"note: {note}")
-        return _Run(config, trainer, data, start, folder, loggers, display, stop, is_main, agree).run()
+        if profiler is not None:
+            stack.enter_context(profiler)
+        return _Run(config, trainer, data, start, folder, loggers, display, profiler, stop, is_main, agree).run()
 
 
 @dataclass(frozen=True)
@@ -211,13 +220,14 @@ class _Run:
         folder: Path,
         loggers: list[Logger],
         display: Display,
+        profiler: Profiler | None,
         stop: StopRequest,
         is_main: bool,
         agree: Callable[[int], int],
     ):
         self.config, self.trainer, self.data = config, trainer, data
         self.start, self.folder, self.loggers, self.display = start, folder, loggers, display
-        self.stop, self.is_main, self.agree = stop, is_main, agree
+        self.profiler, self.stop, self.is_main, self.agree = profiler, stop, is_main, agree
         self.last_step = config.train.max_steps
         self.tokens_per_step = data.tokens_per_batch * config.train.grad_accum_steps
         self.first_batch = -(-start.rows // data.rows_per_batch)
@@ -235,6 +245,8 @@ class _Run:
         if self.step >= self.last_step:
             self.display.say(f"nothing to do: {self.step} of {self.last_step} steps have been taken")
         while self.step < self.last_step and not stopped:
+            if self.profiler is not None:
+                self.profiler.before(self.step)
             asked = self._ask()
             if pending is not None:
                 self._log(self._read(pending))

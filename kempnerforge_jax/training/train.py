@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +37,7 @@ from kempnerforge_jax.training.optimizer import (
     update,
     with_states,
 )
+from kempnerforge_jax.training.profile import profile, step_span
 from kempnerforge_jax.training.scheduler import build_schedule
 from shared_config.contract.freeze import effective_freeze, frozen_names, moments_under, never_trained
 from shared_config.contract.parameters import ParameterSpec
@@ -143,7 +145,7 @@ class Trainer:
         count, lr = label_count(micro_batches), self.learning_rate(self.updates)
         self._freeze()
         micro_batches = with_noise_seeds(self.config, micro_batches, self.updates)
-        with matmul_precision(self.config.train.matmul_precision):
+        with step_span(self.updates), matmul_precision(self.config.train.matmul_precision):
             self.parameters, self.buffers, self.optimizer_state, metrics = compiled_step(self.recipe)(
                 self.parameters,
                 self.buffers,
@@ -183,6 +185,13 @@ class Trainer:
             self.optimizer_state = set_optimizer_state(self.optimizer_state, moments, state.step)
         _, self.parameters, self.buffers = split(model)
         self.updates = state.step
+
+    def profile(self, folder: Path) -> AbstractContextManager[None]:
+        """Trace the steps taken within it, to new files of a folder."""
+        return profile(folder, self._wait)
+
+    def _wait(self) -> None:
+        jax.block_until_ready((self.parameters, self.buffers, self.optimizer_state))
 
     def _freeze(self) -> None:
         """Freeze what is to be frozen at this step."""

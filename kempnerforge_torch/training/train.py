@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ from kempnerforge_torch.training.optimizer import (
     set_optimizer_state,
     update,
 )
+from kempnerforge_torch.training.profile import profile, step_span
 from kempnerforge_torch.training.scheduler import build_schedule
 from shared_config.contract.freeze import effective_freeze, moments_under, never_trained
 from shared_config.data import open_data
@@ -137,7 +139,7 @@ class Trainer:
         inner_transformer(self.model).set_moe_step(self.updates, self.config.train.max_steps)
         self._freeze()
         micro_batches = with_noise_seeds(self.config, micro_batches, self.updates)
-        with matmul_precision(self.config.train.matmul_precision):
+        with step_span(self.updates), matmul_precision(self.config.train.matmul_precision):
             terms = [self._differentiate(batch, max(count, 1), len(micro_batches)) for batch in micro_batches]
             total = _summed(terms)
             norm = self._update(lr, total.loss)
@@ -176,6 +178,14 @@ class Trainer:
             moments = moments_under(self.config.vlm, self.table, state.optimizer)
             set_optimizer_state(self.optimizer, self.parameters, moments, state.step)
         self.updates = state.step
+
+    def profile(self, folder: Path) -> contextlib.AbstractContextManager[None]:
+        """Trace the steps taken within it, to new files of a folder."""
+        return profile(folder, self._wait)
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def _differentiate(self, batch: Batch, count: int, micro_batches: int) -> Terms:
         """Add the gradient of one micro-batch's share of the loss to the masters'."""

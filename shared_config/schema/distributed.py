@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -24,7 +24,6 @@ class DistributedConfig(Section):
     tp: PositiveInt = 1
     pp: PositiveInt = 1
     ep: PositiveInt = 1
-    pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b"] = "1f1b"
 
     def problems(self) -> Iterator[str]:
         if self.dp_shard == 0:

@@ -18,13 +18,15 @@ class MetricsConfig(Section):
 
 @section
 class ProfilingConfig(Section):
-    """Steps ``start_step`` to ``end_step`` (exclusive) are traced by the backend's profiler into ``dir``; equal:
-    off.
+    """Steps ``start_step`` to ``end_step`` (exclusive, counted from 0) are traced by the backend's profiler; none if
+    they are equal.
+
+    dir: folder of the traces, within that of the run (``checkpoint.dir``).
     """
 
     start_step: Count = 0
     end_step: Count = 0
-    dir: str = "runs/profile"
+    dir: str = "profile"
 
     def problems(self) -> Iterator[str]:
         if self.end_step < self.start_step:

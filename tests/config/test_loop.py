@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,12 @@ class BigramTrainer:
         gradient = np.zeros_like(self.table)
         np.add.at(gradient, tokens, chances / len(labels))
         return float(loss), gradient
+
+    @contextmanager
+    def profile(self, folder: Path) -> Iterator[None]:
+        first = self.updates
+        yield
+        (folder / f"trace_{first}_{self.updates}").touch()
 
     def state(self) -> TrainingState:
         counter = self.rng.bit_generator.state
@@ -657,3 +664,49 @@ def test_the_pace_leaves_out_the_first_step() -> None:
 
 def test_durations_read_well() -> None:
     assert [format_duration(seconds) for seconds in (0.4, 59.6, 750, 3723)] == ["0:00", "1:00", "12:30", "1:02:03"]
+
+
+# Profiling
+
+
+def traces(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("trace_*")}
+
+
+@pytest.mark.parametrize(("start", "end", "wanted"), [(0, 0, set()), (3, 5, {"trace_3_5"}), (0, 99, {"trace_0_12"})])
+def test_the_steps_asked_for_are_traced(tmp_path: Path, start: int, end: int, wanted: set[str]) -> None:
+    train(config_of(tmp_path / "run", f"profiling.start_step={start}", f"profiling.end_step={end}"))
+    assert traces(tmp_path / "run" / "profile") == wanted
+    assert (tmp_path / "run" / "profile").exists() == bool(wanted)
+
+
+def test_a_trace_ends_with_its_run_however_that_ends(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", "profiling.start_step=2", "profiling.end_step=9", "profiling.dir=p")
+    trainer = BigramTrainer(config)
+    step = trainer.step
+
+    def diverging(micro_batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+        return {**step(micro_batches), "loss": math.nan if trainer.updates == 5 else 1.0}
+
+    trainer.step = diverging
+    with pytest.raises(TrainingDivergedError):
+        train(config, trainer)
+    assert len(traces(tmp_path / "run" / "p")) == 1
+    train(config)
+    assert "trace_3_9" in traces(tmp_path / "run" / "p"), "what is left of the steps asked for"
+
+
+def test_profiling_without_a_step_to_trace_is_told(tmp_path: Path) -> None:
+    output = io.StringIO()
+    config = config_of(tmp_path / "run", "profiling.start_step=12", "profiling.end_step=20")
+    train(config, console=Console(file=output, width=200))
+    assert "profiling.start_step = 12: no step up to 19 is left to be profiled" in output.getvalue()
+
+
+def test_a_folder_of_profiles_that_cannot_be_written_ends_a_run_before_it_begins(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    config = config_of(tmp_path / "run", "profiling.end_step=2", f"profiling.dir={tmp_path / 'taken'}")
+    trainer = BigramTrainer(config)
+    with pytest.raises(UserError, match="taken"):
+        train(config, trainer)
+    assert trainer.updates == 0

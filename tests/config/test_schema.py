@@ -143,6 +143,7 @@ def test_model_values_no_backend_can_run_are_refused(fields: dict[str, Any], exp
         ({"scheduler": {"decay_steps": 10}}, "scheduler.decay_steps = 10"),
         ({"eval": {"steps": 0, "interval": 5}}, "eval.steps = 0"),
         ({"profiling": {"start_step": 5}}, "profiling.end_step = 0"),
+        ({"distributed": {"pp_schedule": "1f1b"}}, "distributed.pp_schedule = '1f1b': unknown key"),
     ],
 )
 def test_sections_that_do_not_fit_each_other_are_refused(fields: dict[str, Any], expected: str) -> None:
