@@ -29,7 +29,7 @@ import numpy as np
 from shared_config.contract.initialise import stream
 from shared_config.data.batches import IGNORED, Batch, permute
 from shared_config.data.jsonl import MAX_TEXT_BYTES, lines, parse_object, refuse, text_problem
-from shared_config.data.media import UndecodableError, read_clip, read_image
+from shared_config.data.media import UndecodableError, drawn_frames, nearest_frames, read_clip, read_image
 from shared_config.data.shapes import shape_clip, shape_image
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer, check_vocabulary
 from shared_config.errors import UserError
@@ -82,7 +82,7 @@ class Shapes:
             return Example(image[None], caption)
         spread = self.video.max_frames - self.video.min_frames + 1
         frames = self.video.min_frames + int(stream(index, f"frames {split}").integers(spread))
-        return Example(*shape_clip(index, self.side, frames, split))
+        return Example(*shape_clip(index, self.side, frames, split, draws_frames(self.video, split)))
 
 
 @dataclass
@@ -113,19 +113,25 @@ class Folder:
         content = json.dumps([self.rows["train"], self.rows["heldout"]], sort_keys=True)
         return hashlib.sha256(f"{self.pixels} {self.video} {content}".encode()).hexdigest()[:32]
 
-    def example(self, index: int, split: str) -> Example:
-        """Example ``index`` of a split."""
-        row = self.rows[split][index]
-        frames = [picture for name in _files(row) for picture in self._pictures(name)]
-        limit = 1 if self.video is None else self.video.max_frames
-        empty = np.zeros((0, self.pixels.side, self.pixels.side, 3), np.uint8)
-        return Example(np.stack(frames[:limit]) if frames else empty, row["text"], row.get("prompt", ""))
+    def example(self, index: int, split: str, visit: str = "") -> Example:
+        """Example ``index`` of a split.
 
-    def _pictures(self, name: str) -> Sequence[np.ndarray]:
+        Args:
+            visit: which visit of a run to the row this is; where frames are drawn, another one draws others.
+        """
+        row = self.rows[split][index]
+        rng = stream(index, f"frames {split} {visit}") if draws_frames(self.video, split) else None
+        frames = [picture for name in _files(row) for picture in self._pictures(name, rng)]
+        limit = 1 if self.video is None else self.video.max_frames
+        shown = [frames[place] for place in _places(len(frames), limit, rng)]
+        empty = np.zeros((0, self.pixels.side, self.pixels.side, 3), np.uint8)
+        return Example(np.stack(shown) if shown else empty, row["text"], row.get("prompt", ""))
+
+    def _pictures(self, name: str, rng: np.random.Generator | None) -> Sequence[np.ndarray]:
         try:
             if problem := check_inside(self.path, name, self.follow_symlinks):
                 raise UndecodableError(problem)
-            return _frames_of(self.path / name, self.pixels, self.video)
+            return _frames_of(self.path / name, self.pixels, self.video, rng)
         except UndecodableError as error:
             self._report(name, str(error))
             return []
@@ -227,8 +233,11 @@ class ImageTextData:
             start = self.seed << 32  # another seed, other pictures
             return self._collated([self.source.example(start + row, "train") for row in rows])
         kept = self._rows["train"]
+        visits = [f"{self.seed} {row // len(kept)}" for row in rows]
         chosen = [kept[self._shuffled(row, len(kept))] for row in rows]
-        return self._collated([self.source.example(row, "train") for row in chosen])
+        return self._collated(
+            [self.source.example(row, "train", visit) for row, visit in zip(chosen, visits, strict=True)]
+        )
 
     def heldout(self) -> list[Batch]:
         """The evaluation batches of this rank, the same at every call and for every seed; a short last one is filled up
@@ -410,10 +419,26 @@ def with_noise_seeds(
     return [{**batch, "noise_seed": seed} for batch, seed in zip(micro_batches, seeds, strict=True)]
 
 
-def _frames_of(file: Path, pixels: PixelRange, video: VideoConfig | None) -> list[np.ndarray]:
+def draws_frames(video: VideoConfig | None, split: str) -> bool:
+    """Whether the frames of a clip are drawn at random; held-out clips are always sampled uniformly."""
+    return video is not None and video.sampling_policy == "random_segments" and split == "train"
+
+
+def _places(available: int, limit: int, rng: np.random.Generator | None) -> list[int]:
+    """Which of the pictures of a row are shown: all, as far as the limit goes, else some from all over."""
+    if available <= limit:
+        return list(range(available))
+    if rng is not None:
+        return drawn_frames(available, limit, rng)
+    return nearest_frames(range(available), np.linspace(0, available - 1, limit))
+
+
+def _frames_of(
+    file: Path, pixels: PixelRange, video: VideoConfig | None, rng: np.random.Generator | None = None
+) -> list[np.ndarray]:
     if file.suffix.lower() not in VIDEO_SUFFIXES:
         return [read_image(file, pixels)]
-    return list(read_clip(file, pixels, video or VideoConfig(max_frames=1, min_frames=1)))
+    return list(read_clip(file, pixels, video or VideoConfig(max_frames=1, min_frames=1), rng))
 
 
 def _tokens(text: str, prompt: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

@@ -123,11 +123,15 @@ def _pillow(file: Path) -> Any:
     return Image
 
 
-def read_clip(file: Path, pixels: PixelRange, config: VideoConfig) -> np.ndarray:
-    """Frames of a video file at the times of `sample_times`, upright and in RGB, as the encoder takes
-    them: uint8 (F, s, s, 3).
+def read_clip(
+    file: Path, pixels: PixelRange, config: VideoConfig, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """Frames of a video file, upright and in RGB, as the encoder takes them: uint8 (F, s, s, 3).
 
-    Frames that can't be decoded are left out; F is what is left of the times asked for.
+    Frames that can't be decoded are left out; F is what is left of the frames asked for.
+
+    Args:
+        rng: draws the frames, one from each segment; None: those at the times of `sample_times`.
 
     Raises:
         UndecodableError: missing, damaged, or without a frame that can be read.
@@ -144,7 +148,11 @@ def read_clip(file: Path, pixels: PixelRange, config: VideoConfig) -> np.ndarray
             raise UndecodableError("holds no frame that can be decoded")
         order = np.argsort(times, kind="stable")
         ordered = [times[index] for index in order]
-        wanted = nearest_frames(ordered, sample_times(ordered[0], ordered[-1], len(ordered), config))
+        wanted_times = sample_times(ordered[0], ordered[-1], len(ordered), config)
+        if rng is None:
+            wanted = nearest_frames(ordered, wanted_times)
+        else:
+            wanted = drawn_frames(len(ordered), len(wanted_times), rng)
         places = {int(order[index]): place for place, index in enumerate(wanted)}
         pictures: dict[int, np.ndarray] = {}
         for index, (_, frame) in enumerate(_frames(file, av)):
@@ -179,6 +187,12 @@ def nearest_frames(times: Sequence[float], wanted: np.ndarray) -> list[int]:
         high = len(times) - (len(wanted) - 1 - place)
         chosen.append(low + int(np.argmin(row[low:high])))
     return chosen
+
+
+def drawn_frames(available: int, count: int, rng: np.random.Generator) -> list[int]:
+    """A frame from each of ``count`` equal segments of ``available`` frames, at least as many, in order."""
+    bounds = np.arange(count + 1) * available // count
+    return rng.integers(bounds[:-1], bounds[1:]).tolist()
 
 
 def _frames(file: Path, av: Any) -> Iterator[tuple[float, Any]]:

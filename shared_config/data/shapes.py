@@ -65,14 +65,24 @@ def shape_image(index: int, side: int, split: str = "train") -> tuple[np.ndarray
     return _draw(scene, side, rng), scene.caption()
 
 
-def shape_clip(index: int, side: int, frames: int, split: str = "train") -> tuple[np.ndarray, str]:
-    """Clip ``index`` of a split: uint8 (frames, side, side, 3), and its caption."""
+def shape_clip(
+    index: int, side: int, frames: int, split: str = "train", draw_times: bool = False
+) -> tuple[np.ndarray, str]:
+    """Clip ``index`` of a split: uint8 (frames, side, side, 3), and its caption.
+
+    Args:
+        draw_times: the moments shown are drawn, one from each of as many equal segments of the clip; otherwise they are
+            equally spaced, first and last moment kept.
+    """
     rng = stream(index, f"moving shapes {split}")
     scene = _scene(rng, moves=True)
     dx, dy = MOTIONS[scene.where]
+    times = np.arange(frames) / max(frames - 1, 1)
+    if draw_times:
+        times = (np.arange(frames) + stream(index, f"moments {split}").random(frames)) / frames
     images = []
-    for frame in range(frames):
-        way = TRAVEL * (frame / max(frames - 1, 1) - 0.5)
+    for time in times.tolist():
+        way = TRAVEL * (time - 0.5)
         moved = Scene(scene.size, scene.colour, scene.form, scene.where, scene.x + way * dx, scene.y + way * dy)
         images.append(_draw(moved, side, rng))
     return np.stack(images), scene.caption(moves=True)

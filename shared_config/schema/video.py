@@ -14,13 +14,16 @@ class VideoConfig(Section):
     padded and masked.
 
     uniform: equal spacing in time, first and last frame kept.
+    random_segments: in training, a frame drawn at random from each of as many equal segments as there are frames to be
+    sampled (Wang et al. 2016, "Temporal segment networks", arXiv:1608.00859), by ``train.seed``, row and epoch;
+    everywhere else uniform.
     """
 
     max_frames: PositiveInt = 16
     min_frames: PositiveInt = 4
     fps: PositiveFloat = 2.0
     frame_size: PositiveInt = 224
-    sampling_policy: Literal["uniform"] = "uniform"
+    sampling_policy: Literal["uniform", "random_segments"] = "uniform"
 
     def problems(self) -> Iterator[str]:
         if self.min_frames > self.max_frames:

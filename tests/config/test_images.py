@@ -8,17 +8,28 @@ import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from shared_config import JobConfig, load_config
 from shared_config.data import open_data
-from shared_config.data.images import Example, ImageTextData, collate, open_folder, open_image_data, with_noise_seeds
-from shared_config.data.media import UndecodableError, nearest_frames, read_clip, read_image, sample_times
+from shared_config.data.images import (
+    Example,
+    Folder,
+    ImageTextData,
+    Shapes,
+    collate,
+    open_folder,
+    open_image_data,
+    with_noise_seeds,
+)
+from shared_config.data.media import UndecodableError, drawn_frames, nearest_frames, read_clip, read_image, sample_times
 from shared_config.data.shapes import COLOURS, PLACES, caption_entropy, shape_clip, shape_image
 from shared_config.data.tokenizer import BOS, EOS, ByteTokenizer
 from shared_config.errors import ConfigError, UserError
@@ -323,6 +334,90 @@ def test_clips_are_sampled_uniformly_with_first_and_last_frame(tmp_path: Path) -
     np.testing.assert_allclose(clip.mean(axis=(1, 2, 3)), [20, 70, 120, 170, 220], atol=6)
     short = read_clip(tmp_path / "clip.mp4", PLAIN, VideoConfig(max_frames=64, min_frames=64))
     assert len(short) == 21
+
+
+@given(st.integers(1, 40), st.integers(0, 200), st.integers(0, 2**32))
+def test_a_frame_is_drawn_from_each_segment(count: int, more: int, seed: int) -> None:
+    available = count + more
+    frames = drawn_frames(available, count, np.random.default_rng(seed))
+    assert len(frames) == count
+    for place, frame in enumerate(frames):
+        assert place * available // count <= frame < (place + 1) * available // count
+
+
+def test_any_frame_of_a_segment_may_be_drawn() -> None:
+    rng = np.random.default_rng(0)
+    drawn = {frame for _ in range(200) for frame in drawn_frames(11, 3, rng)}
+    assert drawn == set(range(11))
+
+
+Policy = Literal["uniform", "random_segments"]
+
+
+def clips(folder: Path, policy: Policy, seed: int = 0) -> ImageTextData:
+    video = VideoConfig(max_frames=4, min_frames=2, frame_size=8, fps=3.0, sampling_policy=policy)
+    return ImageTextData(
+        open_folder(folder, PLAIN, video, 0.4), tokenizer=ByteTokenizer(), pixels=PLAIN, batch_size=1, text_len=8,
+        vocab_size=260, frames=4, seed=seed,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder_of_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    for index in range(8):
+        write_clip(folder / f"{index}.mp4", frames=21)
+    for index in range(9):
+        Image.fromarray(np.full((8, 8, 3), 25 * index, np.uint8)).save(folder / f"{index}.png")
+    rows: list[dict[str, Any]] = [{"file_name": f"{index}.mp4", "text": str(index)} for index in range(8)]
+    return folder_of(folder, [*rows, {"file_name": [f"{index}.png" for index in range(9)], "text": "many"}])
+
+
+def test_frames_are_drawn_anew_at_each_visit_and_the_same_in_each_run(folder_of_clips: Path) -> None:
+    def batches(
+        policy: Literal["uniform", "random_segments"], epochs: int, seed: int = 0
+    ) -> list[dict[str, np.ndarray]]:
+        data = clips(folder_of_clips, policy, seed)
+        rows = len(data._rows["train"])
+        assert 3 <= rows < 9
+        return [data.batch(index) for index in range(epochs * rows)]
+
+    def shown(batches: list[dict[str, np.ndarray]]) -> dict[bytes, list[bytes]]:
+        """Pictures by text, in the order of visits."""
+        found: dict[bytes, list[bytes]] = {}
+        for batch in batches:
+            found.setdefault(batch["input_ids"].tobytes(), []).append(batch["pixel_values"].tobytes())
+        return found
+
+    drawn, again = shown(batches("random_segments", 4)), shown(batches("random_segments", 4))
+    uniform = shown(batches("uniform", 4))
+    assert drawn == again
+    assert all(len(set(visits)) > 1 for visits in drawn.values()), "each visit draws"
+    assert all(len(set(visits)) == 1 for visits in uniform.values())
+    assert drawn != shown(batches("random_segments", 4, seed=1)), "another seed draws others"
+    assert all(batch["frame_mask"].sum() == 4 for batch in batches("random_segments", 1))
+
+
+def test_held_out_clips_are_sampled_uniformly_whatever_the_policy(folder_of_clips: Path) -> None:
+    drawn, uniform = clips(folder_of_clips, "random_segments").heldout(), clips(folder_of_clips, "uniform").heldout()
+    assert drawn
+    for one, other in zip(drawn, uniform, strict=True):
+        np.testing.assert_equal(one, other)
+    video = VideoConfig(max_frames=4, frame_size=8)
+    shapes = Shapes(8, video.replace(sampling_policy="random_segments")), Shapes(8, video)
+    held, trained = ([source.example(3, split).frames for source in shapes] for split in ("heldout", "train"))
+    np.testing.assert_array_equal(held[0], held[1])
+    assert trained[0].shape == trained[1].shape
+    assert (trained[0] != trained[1]).any()
+
+
+def test_more_pictures_than_a_row_may_show_are_sampled_from_all_over(folder_of_clips: Path) -> None:
+    source = clips(folder_of_clips, "uniform").source
+    assert isinstance(source, Folder)
+    (split, index) = next(
+        (split, index) for split, rows in source.rows.items() for index, row in enumerate(rows) if row["text"] == "many"
+    )
+    assert source.example(index, split).frames[:, 0, 0, 0].tolist() == [0, 75, 125, 200]
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,7 @@ VISION: Pools = {
     "video": {
         "max_frames": [2, 4],
         "min_frames": [1, 2],
+        "sampling_policy": ["uniform", "random_segments"],
         "frame_size": [IMAGE_SIDE],
     },
 }
