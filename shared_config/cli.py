@@ -7,16 +7,20 @@ message on stderr and exit status 2; with ``--debug`` anywhere on the line, the 
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
-from shared_config.commands import COMMANDS
+from shared_config import streams
 from shared_config.errors import UserError
+from shared_config.signals import INTERRUPTED, INTERRUPTS, ending_at_once
 
-USER_ERROR, INTERRUPTED = 2, 130
+if TYPE_CHECKING:
+    from shared_config.commands import Command
+
+USER_ERROR = 2
 DEBUG = "--debug"
 LINE = 2000
 """Characters of a line of a message; the middle of a longer one is left out."""
@@ -30,23 +34,38 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line.
+    """Run a command line; without arguments that of the process, which ends thereafter.
 
     Returns:
         exit status: 0 success, 1 a comparison found a difference, 2 something to mend, or that could not run,
-        130 interrupted.
+        129 hung up, 130 interrupted, 143 terminated.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is not None:
+        return status_of(arguments)
+    INTERRUPTS.take()
+    sys.stdout, sys.stderr = streams.outliving(sys.stdout), streams.outliving(sys.stderr)
+    status = status_of(sys.argv[1:])
+    INTERRUPTS.at_once = status
+    streams.flush()
+    return status
+
+
+def status_of(given: Sequence[str]) -> int:
+    """Run a command line, and say what went wrong. Returns the exit status."""
     try:
-        return run([argument for argument in given if argument != DEBUG])
+        status = run([argument for argument in given if argument != DEBUG])
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.discard(sys.stdout)
         return 0
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit:
         raise
     except BaseException as error:  # libraries in Rust raise what is no Exception
+        if INTERRUPTS.came:
+            return INTERRUPTED
         if DEBUG in given:
             traceback.print_exc()
         return _complain(message_of(error))
@@ -60,7 +79,9 @@ def run(arguments: Sequence[str]) -> int:
     """
     check_texts(arguments)
     own, overrides = split_overrides(arguments)
-    options = build_parser().parse_args(own)
+    with ending_at_once():
+        from shared_config.commands import COMMANDS
+    options = build_parser(COMMANDS).parse_args(own)
     return COMMANDS[options.command].run(options, overrides)
 
 
@@ -86,7 +107,7 @@ def message_of(error: BaseException) -> str:
     return f"could not go on: {said} ({DEBUG} shows where)"
 
 
-def build_parser() -> Parser:
+def build_parser(available: Mapping[str, Command]) -> Parser:
     """One subparser a command."""
     parser = Parser(
         prog="kempnerforge",
@@ -96,7 +117,7 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for name, command in COMMANDS.items():
+    for name, command in available.items():
         subparser = commands.add_parser(name, help=command.HELP, description=command.HELP, allow_abbrev=False)
         command.add_arguments(subparser)
     return parser
@@ -122,7 +143,8 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _complain(message: str) -> int:
     for line in message.splitlines():
         kept = line if len(line) <= LINE else f"{line[: LINE // 2]} ... {line[-LINE // 2 :]}"
-        print(f"kempnerforge: {kept}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"kempnerforge: {kept}", file=sys.stderr)
     return USER_ERROR
 
 

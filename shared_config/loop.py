@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import math
 import signal
 import time
@@ -42,6 +43,8 @@ Numbers = Mapping[str, SupportsFloat]
 Record = dict[str, float | None]
 
 MUST_BE_FINITE = ("loss", "grad_norm")
+
+log = logging.getLogger(__name__)
 
 
 class Trainer(Protocol):
@@ -120,7 +123,7 @@ class TrainingSummary:
         tokens_per_second: over all ranks, averaged over the last steps.
         checkpoint: the latest one.
         stopped_by: the signal that ended the run early, as "SIGINT".
-        exit_status: 0, or 130 (SIGINT), 143 (SIGTERM).
+        exit_status: 0, or 129 (SIGHUP), 130 (SIGINT), 143 (SIGTERM).
     """
 
     step: int
@@ -150,7 +153,11 @@ def run_training(
     agree: Callable[[int], int] | None = None,
     overridden: Collection[str] = (),
 ) -> TrainingSummary:
-    """Train until ``train.max_steps``, or until SIGINT or SIGTERM asks to stop after the step at hand.
+    """Train until ``train.max_steps``, or until SIGINT, SIGTERM or SIGHUP asks to stop after the step at hand.
+
+    Where metrics or lines for the console can't be written in mid-run, as on a full disk, the run goes on: that is said
+    once in the log, and metrics.jsonl gets its missing records once there is room. A checkpoint gets the room that
+    ``checkpoint.keep_last_n`` gives; without a checkpoint the run ends, in an error that says what is kept.
 
     Args:
         console: where progress is shown; None shows nothing.
@@ -235,7 +242,7 @@ class _Run:
         self.record: Record = {}
         self.checkpoint = start.path
         self.heldout: Sequence[Batch] | None = None
-        self.said_no_label = False
+        self.said_no_label, self.said_unwritten = False, False
         self.skipped, self.skipped_in_a_row = start.skipped, start.skipped_in_a_row
 
     def run(self) -> TrainingSummary:
@@ -347,7 +354,16 @@ class _Run:
         self.display.show(self.step, record, important=settled)
         if settled or self.step % self.config.metrics.log_interval == 0:
             for logger in self.loggers:
-                logger.write(self.step, record)
+                self._logging(partial(logger.write, self.step, record))
+
+    def _logging(self, action: Callable[[], None]) -> None:
+        """Let a logger write; a run is worth more than its metrics."""
+        try:
+            action()
+        except (OSError, UserError) as error:
+            if not self.said_unwritten:
+                self.said_unwritten = True
+                log.warning("step %d: %s; the run goes on without", self.step, error)
 
     def _save(self) -> None:
         state = self.trainer.state()
@@ -355,7 +371,7 @@ class _Run:
         if not self.is_main:
             return
         for logger in self.loggers:
-            logger.sync()
+            self._logging(logger.sync)
         if self.skipped:
             state.extra |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import secrets
@@ -22,9 +23,15 @@ MAX_ID_BYTES = 2**10
 
 Record = Mapping[str, float | None]
 
+log = logging.getLogger(__name__)
+
 
 class Logger(Protocol):
-    """Takes the record of a step. A value is None where it was not finite."""
+    """Takes the record of a step. A value is None where it was not finite.
+
+    Each method raises UserError or OSError if something can't be written, say for lack of space; it may be called again
+    all the same.
+    """
 
     def write(self, step: int, record: Record) -> None: ...
 
@@ -46,7 +53,7 @@ def open_loggers(config: JobConfig, folder: Path, resumed_step: int) -> Iterator
         loggers: list[Logger] = []
 
         def add(logger: Logger) -> None:
-            opened.callback(logger.close)
+            opened.callback(_close, logger)
             loggers.append(logger)
 
         add(JsonLinesLogger(folder / FILE, resumed_step))
@@ -69,7 +76,7 @@ class JsonLinesLogger:
     """One JSON object a line, with ``step`` first; numbers are written in full, so they read back exactly.
 
     Records of steps after ``resumed_step``, which will be taken again, are dropped, so that the file has each step
-    once.
+    once. Records that can't be written are kept, and written before the next ones once that is possible.
     """
 
     def __init__(self, file: Path, resumed_step: int):
@@ -78,23 +85,32 @@ class JsonLinesLogger:
         with written_aside(file) as aside:
             aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         self._file = file
+        self._unwritten = b""
         with self._errors():
-            self._stream = file.open("a", encoding="utf-8")
+            self._stream = file.open("ab", buffering=0)
 
     def write(self, step: int, record: Record) -> None:
-        with self._errors():
-            self._stream.write(json.dumps({"step": step, **record}, allow_nan=False) + "\n")
-            self._stream.flush()
+        self._unwritten += json.dumps({"step": step, **record}, allow_nan=False).encode() + b"\n"
+        self._write_all()
 
     def sync(self) -> None:
+        self._write_all()
         with self._errors():
             os.fsync(self._stream.fileno())
 
+    def close(self) -> None:
+        try:
+            self._write_all()
+        finally:
+            self._stream.close()
+
+    def _write_all(self) -> None:
+        with self._errors():
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._stream.write(self._unwritten) :]
+
     def _errors(self) -> AbstractContextManager[None]:
         return file_errors(self._file, "can't be written")
-
-    def close(self) -> None:
-        self._stream.close()
 
 
 class TensorBoardLogger:
@@ -147,6 +163,14 @@ class WandbLogger:
 def finite_or_none(value: float) -> float | None:
     """JSON has no NaN and no infinity."""
     return value if math.isfinite(value) else None
+
+
+def _close(logger: Logger) -> None:
+    """Close a logger of a run that is over: what it could not write does not undo that."""
+    try:
+        logger.close()
+    except (OSError, UserError) as error:
+        log.warning("%s; records of the last steps are missing", error)
 
 
 def _missing(field: str, package: str) -> UserError:

@@ -1,18 +1,27 @@
-"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, nothing on ranks without a console."""
+"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, nothing on ranks without a console.
+
+Where printing fails (a closed pipe, a full disk) that is said once in the log, and the run goes on in silence.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from shared_config import streams
+
 SECONDS_BETWEEN_LINES = 10.0
 STEPS_AVERAGED = 20
+
+log = logging.getLogger(__name__)
 
 
 class Pace:
@@ -62,14 +71,18 @@ class Display:
 
     def __enter__(self) -> Self:
         if self._bar is not None:
-            self._bar.start()
+            bar, self._bar = self._bar, None
+            with outlived(self._console):
+                bar.start()
+                self._bar = bar
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with outlived(self._console):
+                self._bar.stop()
 
     def say(self, message: str) -> None:
         """A line that stays."""
@@ -78,7 +91,8 @@ class Display:
     def show(self, step: int, record: Mapping[str, float | None], important: bool = False) -> None:
         """The state after ``step``: the bar moves; without a bar there is a line now and then, and if ``important``."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, status=self._status(step, record))
+            with outlived(self._console):
+                self._bar.update(self._task, completed=step, status=self._status(step, record))
             return
         now = time.monotonic()
         if self._console is not None and (important or now - self._last_line >= SECONDS_BETWEEN_LINES):
@@ -97,7 +111,22 @@ class Display:
 def say(console: Console | None, message: str) -> None:
     """Print a line as it is."""
     if console is not None:
-        console.print(message, markup=False, highlight=False, soft_wrap=True)
+        with outlived(console):
+            console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def outlived(console: Console | None) -> Iterator[None]:
+    """Context in which something is printed; if that fails the console is silent from then on."""
+    try:
+        yield
+    except (OSError, SystemExit) as error:  # rich exits where a pipe is closed
+        if console is None:
+            return
+        console.quiet = True
+        streams.discard(console.file)
+        reason = error.strerror if isinstance(error, OSError) else "Broken pipe"
+        log.warning("what a run prints can't be written (%s); it goes on in silence", reason)
 
 
 def format_duration(seconds: float) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
+import importlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from shared_config.commands import compare, convert, generate, show, trace, train, validate
+if TYPE_CHECKING:
+    import argparse
+
+    COMMANDS: Mapping[str, Command]
+
+NAMES = ("validate", "train", "generate", "show", "trace", "compare", "convert")
 
 
 class Command(Protocol):
@@ -20,12 +25,8 @@ class Command(Protocol):
     def run(self, options: argparse.Namespace, overrides: Sequence[str]) -> int: ...
 
 
-COMMANDS: Mapping[str, Command] = {
-    "validate": validate,
-    "train": train,
-    "generate": generate,
-    "show": show,
-    "trace": trace,
-    "compare": compare,
-    "convert": convert,
-}
+def __getattr__(name: str) -> Any:
+    """``COMMANDS``, name -> module: imported when it is asked for, as that takes a while."""
+    if name != "COMMANDS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return {name: importlib.import_module(f"{__name__}.{name}") for name in NAMES}

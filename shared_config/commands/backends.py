@@ -7,6 +7,7 @@ import importlib.util
 from types import ModuleType
 
 from shared_config.errors import UserError
+from shared_config.signals import ending_at_once
 
 BACKENDS = {"torch": ("torch",), "jax": ("jax", "flax", "optax")}
 """Backend -> the packages it needs, in the order in which they are looked for."""
@@ -32,7 +33,8 @@ def backend_module(backend: str, name: str) -> ModuleType:
         UserError: as `require_backend`.
     """
     require_backend(backend)
-    return importlib.import_module(f"kempnerforge_{backend}.{name}")
+    with ending_at_once():
+        return importlib.import_module(f"kempnerforge_{backend}.{name}")
 
 
 def _is_installed(package: str) -> bool:

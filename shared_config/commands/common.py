@@ -103,10 +103,17 @@ def _number(text: str, least: int) -> int:
     return number
 
 
+class PipedConsole(Console):
+    """A console whose closed pipe is a BrokenPipeError, as with print, and not the end of the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
 def console() -> Console:
     """The terminal; tables that go to a file or a pipe are not squeezed into 80 columns."""
-    terminal = Console(highlight=False)
-    return terminal if terminal.is_terminal else Console(highlight=False, width=WIDTH_OF_FILES)
+    terminal = PipedConsole(highlight=False)
+    return terminal if terminal.is_terminal else PipedConsole(highlight=False, width=WIDTH_OF_FILES)
 
 
 def writable_file(path: str | Path) -> Path:

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -132,12 +133,15 @@ def run_processes(plan: Plan) -> None:
     """
     with written_aside(plan.config_file) as aside:
         aside.write_text(config_to_toml(plan.config), encoding="utf-8")
-    processes = {backend: _start(plan, backend) for backend in BACKENDS}
-    try:
-        said = {backend: process.communicate()[1] for backend, process in processes.items()}
-    finally:
-        for process in processes.values():
-            process.kill()
+    processes: dict[str, subprocess.Popen[str]] = {}
+    with _living() as living:
+        try:
+            for backend in BACKENDS:
+                processes[backend] = _start(plan, backend, living)
+            said = {backend: process.communicate()[1] for backend, process in processes.items()}
+        finally:
+            for process in processes.values():
+                process.kill()
     failed = [
         f"{backend}: {line}"
         for backend, process in processes.items()
@@ -158,14 +162,31 @@ def reasons(said: str, status: int) -> list[str]:
     return [": ".join([f"the process {how}", *lines[-1:]])]
 
 
-def _start(plan: Plan, backend: str) -> subprocess.Popen[str]:
+@contextmanager
+def _living() -> Iterator[int]:
+    """The end for reading of a pipe that nothing is written to, and that ends with this context or this process."""
+    reading, writing = os.pipe()
+    try:
+        yield reading
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def _start(plan: Plan, backend: str, living: int) -> subprocess.Popen[str]:
     jobs = [job for check in CHECKS.values() for job in check.jobs(plan, backend)]
     file = plan.jobs_file(backend)
     with written_aside(file) as aside:
         aside.write_text(json.dumps(jobs), encoding="utf-8")
     command = [sys.executable, "-P", "-m", "shared_config.commands.worker", str(file)]
     return subprocess.Popen(
-        command, env=_environment(plan), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+        command,
+        env=_environment(plan),
+        stdin=living,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
     )
 
 

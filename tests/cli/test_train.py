@@ -49,7 +49,7 @@ def test_a_run_started_again_goes_on(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 9))
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_after_a_step_with_its_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, status: int
 ) -> None:

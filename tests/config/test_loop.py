@@ -458,7 +458,7 @@ class Interrupted(BigramTrainer):
         return super().step(micro_batches)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_after_the_step_and_the_run_goes_on_later(tmp_path: Path, number: int, status: int) -> None:
     def handler(*_: object) -> None:
         raise AssertionError("the handler from before the run was called")
@@ -466,10 +466,10 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_later(tmp_path: Path,
     config, text = config_of(tmp_path / "run"), io.StringIO()
     trainer = Interrupted(config)
     trainer.number = signal.Signals(number)
-    before = {each: signal.signal(each, handler) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {each: signal.signal(each, handler) for each in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
     try:
         summary = train(config, trainer, console=Console(file=text, width=200))
-        assert [signal.getsignal(each) for each in before] == [handler, handler]
+        assert [signal.getsignal(each) for each in before] == [handler, handler, handler]
     finally:
         for each, old in before.items():
             signal.signal(each, old)
@@ -482,7 +482,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_later(tmp_path: Path,
 
 
 def test_handlers_come_back_after_an_error(tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)]
 
     class Failing(BigramTrainer):
         def step(self, micro_batches: Sequence) -> dict[str, float]:
@@ -492,7 +492,7 @@ def test_handlers_come_back_after_an_error(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     with pytest.raises(RuntimeError, match="out of memory"):
         train(config, Failing(config))
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_only_a_later_second_interrupt_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
