@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -15,7 +15,6 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(Section):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). Weight decay acts on matrices, not on norms and biases."""
 
-    name: Literal["adamw"] = "adamw"
     lr: PositiveFloat = 3e-4
     weight_decay: NonNegativeFloat = 0.1
     betas: Pair[Beta] = (0.9, 0.95)
