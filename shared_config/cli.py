@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from shared_config.commands import Command
 
 USER_ERROR = 2
+HARMLESS = ("show",)
+"""Commands that several processes may run at once."""
 DEBUG = "--debug"
 LINE = 2000
 """Characters of a line of a message; the middle of a longer one is left out."""
@@ -81,7 +83,10 @@ def run(arguments: Sequence[str]) -> int:
     own, overrides = split_overrides(arguments)
     with ending_at_once():
         from shared_config.commands import COMMANDS
+        from shared_config.commands.processes import require_one_process
     options = build_parser(COMMANDS).parse_args(own)
+    if options.command not in HARMLESS:
+        require_one_process()
     return COMMANDS[options.command].run(options, overrides)
 
 

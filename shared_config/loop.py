@@ -143,6 +143,19 @@ class TrainingSummary:
         return self.metrics.get("heldout_loss")
 
 
+def refuse_other_processes(count: int) -> None:
+    """Refuse to train as one of several processes that a framework has joined.
+
+    Raises:
+        UserError: ``count`` is above 1.
+    """
+    if count > 1:
+        raise UserError(
+            f"processes = {count}: must be 1; parallel layouts are not supported, and each process would train the "
+            "same thing in the same folder"
+        )
+
+
 def run_training(
     config: JobConfig,
     trainer: Trainer,

@@ -46,7 +46,7 @@ from shared_config.data.images import with_noise_seeds
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.vision import job_table
-from shared_config.loop import TrainingSummary, run_training
+from shared_config.loop import TrainingSummary, refuse_other_processes, run_training
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.optimizer import OptimizerConfig
@@ -78,8 +78,9 @@ def train(
         overridden: dotted fields that the command line sets: see `shared_config.resume.restore`.
 
     Raises:
-        UserError: what can't be used, of data, folders and checkpoints.
+        UserError: what can't be used, of data, folders and checkpoints; or this is one of several processes.
     """
+    refuse_other_processes(process_count())
     data = open_data(config)
     return run_training(config, Trainer(config, device), data, console=console, overridden=overridden)
 
@@ -400,6 +401,11 @@ def find_device(name: Any) -> Any:
         allowed = ", ".join(sorted({device.platform for device in default} | {"cpu"}))
         raise UserError(f"device = {name!r}: must be one of {allowed}, or one with its index, as cpu:0")
     return devices[int(index) if colon else 0]
+
+
+def process_count() -> int:
+    """How many processes the framework has joined to work together; 1 without."""
+    return jax.process_count()
 
 
 def label_count(batches: Sequence[Batch]) -> int:

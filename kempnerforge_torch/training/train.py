@@ -44,7 +44,7 @@ from shared_config.data.images import with_noise_seeds
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.vision import job_table
-from shared_config.loop import TrainingSummary, run_training
+from shared_config.loop import TrainingSummary, refuse_other_processes, run_training
 from shared_config.schema.job import JobConfig
 
 Batch = Mapping[str, np.ndarray]
@@ -80,8 +80,9 @@ def train(
         overridden: dotted fields that the command line sets: see `shared_config.resume.restore`.
 
     Raises:
-        UserError: what can't be used, of data, folders and checkpoints.
+        UserError: what can't be used, of data, folders and checkpoints; or this is one of several processes.
     """
+    refuse_other_processes(process_count())
     data = open_data(config)
     return run_training(config, Trainer(config, device), data, console=console, overridden=overridden)
 
@@ -338,6 +339,12 @@ def find_device(name: torch.device | str | None) -> torch.device:
     if not known:
         raise UserError(f"device = {str(name)!r}: must be one of {', '.join(allowed)}, or one with its index, as cpu:0")
     return device
+
+
+def process_count() -> int:
+    """How many processes the framework has joined to work together; 1 without."""
+    dist = torch.distributed
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def label_count(batches: Sequence[Batch]) -> int:

@@ -10,7 +10,6 @@ import numpy as np
 from rich.console import Console
 
 from shared_config.commands.backends import BACKENDS
-from shared_config.commands.processes import require_one_process
 from shared_config.contract.shrink import shrink
 from shared_config.interchange.files import regular_target
 from shared_config.interchange.outputs import writable_folder
@@ -49,9 +48,8 @@ def load_job(options: argparse.Namespace, overrides: Sequence[str]) -> JobConfig
     """The config of a command that runs a model, shrunk if asked for.
 
     Raises:
-        UserError: it can't be loaded, or asks for several devices or processes.
+        UserError: it can't be loaded, or asks for several devices.
     """
-    require_one_process()
     config = load_config(options.config, overrides)
     config = shrink(config) if options.shrink else config
     config.validate(world_size=1)

@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = load_config(options.config, overrides)
+    config.validate(world_size=1)
     check_architecture(config.vlm)
     tokenizer = build_tokenizer(tokenizer_name(options, config, overrides), config.data.eos_id)
     prompt = encode_prompt(tokenizer, options.prompt, config.model.vocab_size)

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 
 from shared_config.errors import UserError
 
-SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "JAX_NUM_PROCESSES")
-"""Variables in which launchers (torchrun, mpirun, srun, a multi-process JAX) say how many processes there are."""
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "JAX_NUM_PROCESSES")
+"""Variables in which launchers (torchrun, mpirun, srun, a multi-process JAX) say how many processes there are. (The
+SLURM_NTASKS of a batch script is what srun would start in it.)
+"""
 
 
 def require_one_process(environment: Mapping[str, str] = os.environ) -> None:

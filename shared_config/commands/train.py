@@ -8,7 +8,6 @@ from pathlib import Path
 
 from shared_config.commands.backends import backend_module, require_backend
 from shared_config.commands.common import add_backend, add_config, console, folder_of, overridden_fields
-from shared_config.commands.processes import require_one_process
 from shared_config.interchange import checkpoint
 from shared_config.loader import load_config
 from shared_config.schema.checkpoint import CheckpointConfig
@@ -25,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    require_one_process()
     given = [*overrides, *([] if options.output is None else [f"--checkpoint.dir={options.output}"])]
     overridden = overridden_fields(given)
     folder = folder_of(options.config)
