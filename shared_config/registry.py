@@ -1,23 +1,140 @@
-"""Builders by category and name. Each backend owns an instance; a config may use every name that was registered."""
+"""Builders by category and name, and what both backends know about a name.
+
+Each backend owns a `Registry` of builders. A config may use every name that is built in, declared or registered in a
+backend. What the builder's module holds is said once for both, without a framework: `declare` takes functions that
+give its entries of the parameter table, from which it is initialised, counted, decayed, sharded, saved and loaded::
+
+    declare("norm", "scaled", parameters=lambda config: {"gain": ParameterSpec((1,), Constant(1.0), (None,))})
+    torch_registry.register("norm", "scaled")(ScaledNorm)
+    jax_registry.register("norm", "scaled")(JaxScaledNorm)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-Builder = TypeVar("Builder", bound=Callable[..., Any])
+from shared_config.errors import ConfigError
 
-_declared: dict[str, set[str]] = {
-    "model": {"transformer"},
-    "router": {"softmax_topk", "sigmoid_topk"},
-    "vision_encoder": {"random", "siglip2", "clip", "vit"},
-    "adapter": {"mlp_2layer", "linear", "avgpool", "attentional_pool"},
+Builder = TypeVar("Builder", bound=Callable[..., Any])
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What is known of a name in every backend; see `declare`."""
+
+    parameters: Function | None = None
+    layer_parameters: Function | None = None
+    equal_layers: bool = False
+    output_num_tokens: Function | None = None
+
+
+_tables: list[dict[str, Any]] = []
+
+
+def named_table(items: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A dict by name that `temporary` puts back as it was."""
+    _tables.append(dict(items or {}))
+    return _tables[-1]
+
+
+def _built_in(*names: str) -> dict[str, Any]:
+    return named_table({name: Declaration() for name in names})
+
+
+_declared: dict[str, dict[str, Declaration]] = {
+    "model": _built_in("transformer"),
+    "architecture": _built_in("joint_decoder", "cross_attention", "mot", "moma"),
+    "norm": _built_in("rmsnorm", "layernorm"),
+    "activation": _built_in("silu", "gelu", "relu"),
+    "mlp": _built_in("silu", "gelu", "relu"),
+    "router": _built_in("softmax_topk", "sigmoid_topk"),
+    "vision_encoder": _built_in("random", "siglip2", "clip", "vit"),
+    "adapter": _built_in("mlp_2layer", "linear", "avgpool", "attentional_pool"),
+    "modality_strategy": _built_in("joint_decoder", "cross_attention", "mot", "moma"),
 }
+
+PARAMETERS_OF = ("model", "architecture", "norm", "mlp", "router", "vision_encoder", "adapter")
+"""Categories whose modules may own tensors."""
+
+
+def declare(
+    category: str,
+    name: str,
+    *,
+    parameters: Function | None = None,
+    layer_parameters: Function | None = None,
+    equal_layers: bool = False,
+    output_num_tokens: Function | None = None,
+) -> None:
+    """Say once for both backends what a registered name means for the parameter table and the sizes of a model.
+
+    Args:
+        parameters: gives the tensors as {name within the module: `ParameterSpec`}. Called with the `ModelConfig` for a
+            norm (over ``config.dim``) and a router; with it and the width for an mlp; with it and the `VLMConfig` for
+            an architecture, where it stands for ``extra_modules`` (the final norm is one), and for a model, whose
+            whole table it is; with the `VisionEncoderConfig` for an encoder; with the `AdapterConfig`, the width of
+            the features and that of the model for an adapter. Where it is left out: a norm has a weight, a router a
+            gate, an mlp up_proj and down_proj, an architecture what the plain decoder has; encoders and adapters
+            initialise themselves.
+        layer_parameters: of an architecture, called with both configs and the number of the layer; stands for
+            ``build_block``.
+        equal_layers: the layers differ only in having experts or not, so that one of each kind needs to be asked.
+        output_num_tokens: of an adapter, called with its config and the number of tokens that enter.
+
+    Raises:
+        ValueError: no such category, or functions that it has no use for, or that were declared otherwise before.
+    """
+    given = Declaration(parameters, layer_parameters, equal_layers, output_num_tokens)
+    if category not in _declared:
+        raise ValueError(f"category = {category!r}: must be one of {', '.join(sorted(_declared))}")
+    allowed = {
+        "parameters": PARAMETERS_OF,
+        "layer_parameters": ("architecture",),
+        "equal_layers": ("architecture",),
+        "output_num_tokens": ("adapter",),
+    }
+    before = _declared[category].get(name, Declaration())
+    for field in fields(Declaration):
+        old, new = getattr(before, field.name), getattr(given, field.name)
+        if new and category not in allowed[field.name]:
+            raise ValueError(f"{field.name} is given for {category} {name!r}: only {allowed[field.name]} have it")
+        if old and new and old != new:
+            raise ValueError(f"{category} {name!r}: {field.name} is declared already, as {old!r}")
+    changes = {field.name: getattr(given, field.name) for field in fields(given) if getattr(given, field.name)}
+    _declared[category][name] = replace(before, **changes)
+
+
+def declaration(category: str, name: str) -> Declaration:
+    """What was declared of a name; of an unknown one nothing."""
+    return _declared[category].get(name, Declaration())
 
 
 def declared_names(category: str) -> tuple[str, ...]:
-    """Names a config may use in ``category``: the built-in ones and all that any backend registered."""
+    """Names a config may use in ``category``: the built-in ones, and all that were declared or registered."""
     return tuple(sorted(_declared.get(category, ())))
+
+
+@contextlib.contextmanager
+def temporary() -> Iterator[None]:
+    """What is registered or declared inside, in whichever registry, is forgotten on leaving."""
+    before = {id(table): dict(table) for table in _tables}
+    try:
+        yield
+    finally:
+        for table in _tables:
+            kept = before.get(id(table), {})
+            table.clear()
+            table.update(kept)
+
+
+class UnknownNameError(ConfigError, KeyError):
+    """A name that no builder is registered under."""
+
+    __str__ = ConfigError.__str__
 
 
 class Registry:
@@ -34,11 +151,13 @@ class Registry:
         """
 
         def file(builder: Builder) -> Builder:
-            builders = self._builders.setdefault(category, {})
+            builders = self.builders(category)
             if name in builders:
                 raise ValueError(f"{category} {name!r} is registered already, as {builders[name]!r}")
             builders[name] = builder
-            _declared.setdefault(category, set()).add(name)
+            if category not in _declared:
+                _declared[category] = named_table()
+            _declared[category].setdefault(name, Declaration())
             return builder
 
         return file
@@ -47,12 +166,29 @@ class Registry:
         """The builder of ``name``.
 
         Raises:
-            KeyError: "Unknown <category>: ..." with the names that exist.
+            UnknownNameError: a `ConfigError` and `KeyError`, "Unknown <category>: ..." with the names that exist.
         """
-        builders = self._builders.get(category, {})
+        builders = self.builders(category)
         if name not in builders:
-            raise KeyError(f"Unknown {category}: {name!r}; available: {', '.join(sorted(builders)) or 'none'}")
+            problem = f"Unknown {category}: {name!r}; available: {', '.join(sorted(builders)) or 'none'}"
+            known = name in declared_names(category)
+            raise UnknownNameError([problem + (" (declared, or registered in another backend only)" if known else "")])
         return builders[name]
+
+    def check(self, category: str, name: str) -> str:
+        """The name, if a builder is registered under it.
+
+        Raises:
+            UnknownNameError: as `get`.
+        """
+        self.get(category, name)
+        return name
+
+    def builders(self, category: str) -> dict[str, Callable[..., Any]]:
+        """The builders of a category by name, as they are at any time."""
+        if category not in self._builders:
+            self._builders[category] = named_table()
+        return self._builders[category]
 
     def has(self, category: str, name: str) -> bool:
         """Whether ``name`` is registered in ``category``."""

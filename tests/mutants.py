@@ -111,13 +111,13 @@ MUTANTS = (
     ),
     Mutant(
         "model.mlp", "gelu by tanh",
-        ('"gelu": F.gelu', '"gelu": functools.partial(F.gelu, approximate="tanh")'),
+        ('"gelu")(F.gelu)', '"gelu")(functools.partial(F.gelu, approximate="tanh"))'),
         ("approximate=False", "approximate=True"),
     ),
     Mutant(
         "model.mlp", "silu for gelu",
-        ('"gelu": F.gelu', '"gelu": F.silu'),
-        ('"gelu": _widened(functools.partial(jax.nn.gelu, approximate=False))', '"gelu": _widened(jax.nn.silu)'),
+        ('"gelu")(F.gelu)', '"gelu")(F.silu)'),
+        ('"gelu")(_widened(functools.partial(jax.nn.gelu, approximate=False)))', '"gelu")(_widened(jax.nn.silu))'),
     ),
     both("model.mask", "causal mask off by one", "mask = key <= query", "mask = key < query"),
     both("model.mask", "future visible", "mask = key <= query", "mask = key <= query + 1"),

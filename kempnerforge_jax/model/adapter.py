@@ -54,7 +54,7 @@ class MLP2LayerAdapter(VisionAdapter):
     def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 0, activation: str = "gelu", *, rngs: nnx.Rngs):
         """``hidden_dim`` 0 means ``out_dim``."""
         hidden_dim = hidden_dim or out_dim
-        self.activation = activation
+        self.activation = registry.check("activation", activation)
         self.proj1 = Linear(in_dim, hidden_dim, True, rngs=rngs)
         self.proj2 = Linear(hidden_dim, out_dim, True, rngs=rngs)
 

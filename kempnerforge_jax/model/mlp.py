@@ -22,11 +22,12 @@ def _widened(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array]
     return lambda x: function(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": _widened(jax.nn.silu),
-    "gelu": _widened(functools.partial(jax.nn.gelu, approximate=False)),
-    "relu": jax.nn.relu,
-}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = registry.builders("activation")
+"""What is registered in category "activation": functions of an array that work on each element."""
+
+registry.register("activation", "silu")(_widened(jax.nn.silu))
+registry.register("activation", "gelu")(_widened(functools.partial(jax.nn.gelu, approximate=False)))
+registry.register("activation", "relu")(jax.nn.relu)
 
 
 @registry.register("mlp", "silu")
@@ -47,7 +48,7 @@ class StandardMLP(Module):
     """down(activation(up(x))); gelu is the exact erf form."""
 
     def __init__(self, dim: int, hidden_dim: int, activation: str = "gelu", *, rngs: nnx.Rngs):
-        self.activation = _known_activation(activation)
+        self.activation = registry.check("activation", activation)
         self.up_proj = Linear(dim, hidden_dim, rngs=rngs)
         self.down_proj = Linear(hidden_dim, dim, rngs=rngs)
 
@@ -63,15 +64,12 @@ registry.register("mlp", "relu")(functools.partial(StandardMLP, activation="relu
 def build_mlp(dim: int, hidden_dim: int, activation: str = "silu", *, rngs: nnx.Rngs) -> Module:
     """The feed-forward layer registered as ``activation``: silu is SwiGLU, gelu and relu are standard.
 
-    A builder registered under another name is called with ``(dim, hidden_dim, rngs=rngs)``.
+    A builder registered under another name is called with ``(dim, hidden_dim, rngs=rngs)``; a name that is registered
+    as an activation alone is a standard layer with it.
 
     Raises:
         KeyError: "Unknown mlp: ..." with the names that exist.
     """
+    if activation in ACTIVATIONS and not registry.has("mlp", activation):
+        return StandardMLP(dim, hidden_dim, activation, rngs=rngs)
     return registry.get("mlp", activation)(dim, hidden_dim, rngs=rngs)
-
-
-def _known_activation(activation: str) -> str:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation = {activation!r}: must be one of {', '.join(sorted(ACTIVATIONS))}")
-    return activation

@@ -69,7 +69,8 @@ class MoEMLP(Module):
 
     Args:
         router: called as ``router(x_TD, valid_T, batch_size=B, return_stats=True)``, gives weights, indices and stats.
-        experts: E feed-forward layers of one kind, `SwiGLUMLP` or `StandardMLP`.
+        experts: E feed-forward layers of one kind. What is neither a `SwiGLUMLP` nor a `StandardMLP` computes all rows,
+            of which its own are taken.
         shared_expert: applied to every token.
         capacity_factor: each expert takes at most max(1, ceil(T k / E * factor)) choices, first choices before second
             ones, then in the order of tokens; what finds no room is not computed and adds nothing. 0: no limit.
@@ -89,6 +90,11 @@ class MoEMLP(Module):
         if capacity_factor < 0:
             raise ValueError(f"capacity_factor = {capacity_factor}: must be positive, or 0 for no limit")
         self.activation = _common_activation(experts)
+        if packed_experts and self.activation is None:
+            kind = type(experts[0]).__name__
+            raise ValueError(
+                f"packed_experts = True: must be False for experts of type {kind}, which has other weights"
+            )
         self.num_experts = len(experts)
         self.capacity_factor = capacity_factor
         self.gradient_scale = gradient_scale
@@ -159,7 +165,9 @@ class MoEMLP(Module):
         return self.router.expert_counts if stats is None else stats.expert_counts
 
     def expert_weights(self) -> dict[str, jax.Array]:
-        """``gate`` (silu only), ``up`` (E, D, F) and ``down`` (E, F, D), from wherever they are held."""
+        """``gate`` (silu only), ``up`` (E, D, F) and ``down`` (E, F, D), from wherever they are held; {} for experts of
+        another kind.
+        """
         names = _projections(self.activation)
         if self.packed_experts:
             return {name: getattr(self, f"{name}_w").get_value() for name in names}
@@ -167,6 +175,8 @@ class MoEMLP(Module):
 
     def _apply_experts(self, x_RD: jax.Array, ends_E: jax.Array) -> jax.Array:
         """Each row through its expert; 0 for rows of no expert."""
+        if self.activation is None:
+            return self._apply_modules(x_RD, ends_E)
         weights = self.expert_weights()
         hidden_RF = grouped_matmul(x_RD, weights["up"], ends_E)
         if self.activation == "silu":
@@ -174,6 +184,15 @@ class MoEMLP(Module):
         else:
             hidden_RF = ACTIVATIONS[self.activation](hidden_RF)
         return grouped_matmul(hidden_RF, weights["down"], ends_E)
+
+    def _apply_modules(self, x_RD: jax.Array, ends_E: jax.Array) -> jax.Array:
+        """As `_apply_experts`, for experts of any kind: shapes don't depend on the routes."""
+        rows_R1 = jnp.arange(x_RD.shape[0])[:, None]
+        out_RD, start = jnp.zeros_like(x_RD), 0
+        for place, expert in enumerate(self.experts.values()):
+            out_RD = jnp.where((rows_R1 >= start) & (rows_R1 < ends_E[place]), expert(x_RD), out_RD)
+            start = ends_E[place]
+        return out_RD
 
 
 def build_moe(
@@ -334,7 +353,10 @@ def _ends(expert_R: jax.Array, num_experts: int) -> jax.Array:
     return jnp.searchsorted(expert_R, experts, side="right", method="compare_all").astype(jnp.int32)
 
 
-def _projections(activation: str) -> tuple[str, ...]:
+def _projections(activation: str | None) -> tuple[str, ...]:
+    """What an expert consists of; of one that is no `SwiGLUMLP` or `StandardMLP` nothing is known."""
+    if activation is None:
+        return ()
     return PROJECTIONS if activation == "silu" else PROJECTIONS[1:]
 
 
@@ -343,13 +365,11 @@ def _stacked(experts: Sequence[Any], name: str) -> jax.Array:
     return jnp.stack([getattr(expert, f"{name}_proj").weight.get_value() for expert in experts]).swapaxes(1, 2)
 
 
-def _common_activation(experts: Sequence[Module]) -> str:
-    found = {
-        "silu" if isinstance(expert, SwiGLUMLP) else expert.activation if isinstance(expert, StandardMLP) else None
-        for expert in experts
-    }
-    activation = found.pop() if len(found) == 1 else None
-    if activation is None:
-        kinds = ", ".join(sorted({type(expert).__name__ for expert in experts})) or "none"
-        raise ValueError(f"experts = {kinds}: must be SwiGLUMLP or StandardMLP layers, all with the same activation")
-    return activation
+def _common_activation(experts: Sequence[Module]) -> str | None:
+    """The activation of experts that are alike; None for a kind that was registered."""
+    kinds = {(type(expert), getattr(expert, "activation", None)) for expert in experts}
+    if len(kinds) != 1:
+        names = ", ".join(sorted({kind.__name__ for kind, _ in kinds})) or "none"
+        raise ValueError(f"experts = {names}: must be layers of one type, all with the same activation")
+    kind, activation = kinds.pop()
+    return "silu" if kind is SwiGLUMLP else activation if kind is StandardMLP else None

@@ -21,7 +21,8 @@ from kempnerforge_jax.model.noise import image_noise
 from kempnerforge_jax.model.norm import LayerNorm
 from kempnerforge_jax.model.state import set_state
 from kempnerforge_jax.registry import registry
-from shared_config.contract.vision import TowerConfig, tower_table
+from shared_config.contract.parameters import ParameterSpec
+from shared_config.contract.vision import TowerConfig, encoder_table, tower_table
 from shared_config.interchange.vision import load_tower_weights, resolve_tower
 from shared_config.schema.vision import VisionEncoderConfig
 
@@ -59,9 +60,12 @@ class VisionEncoder(Module):
     feature_dim: int
     num_tokens: int
     image_size: int = 0
+    table: tuple[tuple[str, ParameterSpec], ...] = ()
 
     def init_weights(self, seed: int | None = None, *, rngs: nnx.Rngs | None = None) -> None:
-        """Set every parameter; by default there is none."""
+        """Set every parameter that ``table`` knows."""
+        if self.table:
+            init_from_table(self, dict(self.table), seed, stream="vision_encoder.", rngs=rngs)
 
 
 @registry.register("vision_encoder", "random")
@@ -190,7 +194,11 @@ def build_vision_encoder(config: VisionEncoderConfig, *, rngs: nnx.Rngs) -> Visi
         KeyError: "Unknown vision_encoder: ..." with the names that exist.
         UserError: a folder that can't be read, or holds another model.
     """
-    return registry.get("vision_encoder", config.type)(config, rngs=rngs)
+    encoder = registry.get("vision_encoder", config.type)(config, rngs=rngs)
+    if table := encoder_table(config):
+        encoder.table = tuple(table.items())
+        encoder.init_weights(rngs=rngs)
+    return encoder
 
 
 def patches(pixels: jax.Array, side: int) -> jax.Array:

@@ -20,7 +20,7 @@ from flax import nnx
 from rich.console import Console
 
 from kempnerforge_jax.model.modality import ModalityContext
-from kempnerforge_jax.model.module import named_modules
+from kempnerforge_jax.model.module import named_modules, named_variables
 from kempnerforge_jax.model.router import training_progress
 from kempnerforge_jax.model.scan import layer_range
 from kempnerforge_jax.model.state import get_state, merge, set_state, split
@@ -56,7 +56,6 @@ from shared_config.schema.vlm import VLMConfig
 Arrays = dict[str, Any]
 Batch = Mapping[str, np.ndarray]
 
-BALANCING_BIAS = ".expert_bias"
 REMATERIALISATION = {
     "none": False,
     "full": True,
@@ -355,17 +354,21 @@ def _balanced(
     progress: jax.Array,
     finite: jax.Array | None,
 ) -> Arrays:
-    """The buffers with the balancing biases moved by the choices of the whole step, unless it is left out."""
-    routers = [name.removesuffix(BALANCING_BIAS) for name in buffers if name.endswith(BALANCING_BIAS)]
-    if not routers:
+    """The buffers, with those of routers that balance moved by the choices of the whole step, unless it is left out."""
+    if not counts:
         return buffers
-    modules = dict(named_modules(merge(recipe.graphdef, parameters, buffers)))
+    modules = named_modules(merge(recipe.graphdef, parameters, buffers))
+    routers = {path: module for path, module in modules if hasattr(module, "update_bias")}
     moved = dict(buffers)
-    for path in routers:
-        router: Any = modules[path]
+    for path, module in routers.items():
+        router: Any = module
         keys = router_keys(path)
         router.update_bias(counts[keys[0]] if len(keys) == 1 else jnp.stack([counts[key] for key in keys]), progress)
-        moved |= {f"{path}.{name}": getattr(router, name).get_value() for name in ("expert_bias", "expert_ema")}
+        moved |= {
+            f"{path}.{name}": variable.get_value()
+            for name, variable in named_variables(router)
+            if f"{path}.{name}" in buffers
+        }
     if finite is not None:
         moved = {name: jnp.where(finite, array, buffers[name]) for name, array in moved.items()}
     return moved

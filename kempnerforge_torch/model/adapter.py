@@ -53,7 +53,7 @@ class MLP2LayerAdapter(VisionAdapter):
         """``hidden_dim`` 0 means ``out_dim``."""
         super().__init__()
         hidden_dim = hidden_dim or out_dim
-        self.activation = activation
+        self.activation = registry.check("activation", activation)
         self.proj1 = nn.Linear(in_dim, hidden_dim)
         self.proj2 = nn.Linear(hidden_dim, out_dim)
 

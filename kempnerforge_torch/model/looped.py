@@ -18,6 +18,9 @@ from torch import Tensor
 
 from kempnerforge_torch.model.mlp import ACTIVATIONS
 
+LOOPED_ACTIVATIONS = ("silu", "gelu", "relu")
+"""Those whose slopes `looped_moe` knows; silu gates."""
+
 
 def loops_over_experts(x: Tensor) -> bool:
     """Whether the experts of ``x`` are to be computed here."""

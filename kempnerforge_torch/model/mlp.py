@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from kempnerforge_torch.model.matvec import Linear
 from kempnerforge_torch.registry import registry
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = registry.builders("activation")
+"""What is registered in category "activation": functions of a tensor that work on each element."""
+
+registry.register("activation", "silu")(F.silu)
+registry.register("activation", "gelu")(F.gelu)
+registry.register("activation", "relu")(F.relu)
 
 
 @registry.register("mlp", "silu")
@@ -37,7 +42,7 @@ class StandardMLP(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, activation: str = "gelu"):
         super().__init__()
-        self.activation = _known_activation(activation)
+        self.activation = registry.check("activation", activation)
         self.up_proj = Linear(dim, hidden_dim, bias=False)
         self.down_proj = Linear(hidden_dim, dim, bias=False)
 
@@ -53,15 +58,12 @@ registry.register("mlp", "relu")(functools.partial(StandardMLP, activation="relu
 def build_mlp(dim: int, hidden_dim: int, activation: str = "silu") -> nn.Module:
     """The feed-forward layer registered as ``activation``: silu is SwiGLU, gelu and relu are standard.
 
-    A builder registered under another name is called with ``(dim, hidden_dim)``.
+    A builder registered under another name is called with ``(dim, hidden_dim)``; a name that is registered as an
+    activation alone is a standard layer with it.
 
     Raises:
         KeyError: "Unknown mlp: ..." with the names that exist.
     """
+    if activation in ACTIVATIONS and not registry.has("mlp", activation):
+        return StandardMLP(dim, hidden_dim, activation)
     return registry.get("mlp", activation)(dim, hidden_dim)
-
-
-def _known_activation(activation: str) -> str:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation = {activation!r}: must be one of {', '.join(sorted(ACTIVATIONS))}")
-    return activation

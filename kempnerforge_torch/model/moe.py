@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.grouped import grouped_matmul
-from kempnerforge_torch.model.looped import looped_moe, loops_over_experts
+from kempnerforge_torch.model.looped import LOOPED_ACTIVATIONS, looped_moe, loops_over_experts
 from kempnerforge_torch.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_torch.model.router import TopKRouter, build_router
 from shared_config.contract.capacity import token_capacities
@@ -67,7 +67,8 @@ class MoEMLP(nn.Module):
 
     Args:
         router: called as ``router(x_TD, valid_T, batch_size=B, return_stats=True)``, gives weights, indices and stats.
-        experts: E feed-forward layers of one kind, `SwiGLUMLP` or `StandardMLP`.
+        experts: E feed-forward layers of one kind. What is neither a `SwiGLUMLP` nor a `StandardMLP` computes all rows,
+            of which its own are taken.
         shared_expert: applied to every token.
         capacity_factor: each expert takes at most max(1, ceil(T k / E * factor)) choices, first choices before second
             ones, then in the order of tokens; what finds no room is not computed and adds nothing. 0: no limit.
@@ -88,6 +89,11 @@ class MoEMLP(nn.Module):
         if capacity_factor < 0:
             raise ValueError(f"capacity_factor = {capacity_factor}: must be positive, or 0 for no limit")
         self.activation = _common_activation(experts)
+        if packed_experts and self.activation is None:
+            kind = type(experts[0]).__name__
+            raise ValueError(
+                f"packed_experts = True: must be False for experts of type {kind}, which has other weights"
+            )
         self.num_experts = len(experts)
         self.capacity_factor = capacity_factor
         self.gradient_scale = gradient_scale
@@ -128,7 +134,7 @@ class MoEMLP(nn.Module):
         room = layer_capacity(x_TD.shape[0], members_T, indices_Tk.shape[1], self.num_experts, factor)
         plan = plan_dispatch(indices_Tk, valid_T, self.num_experts, room)
         factors_E = gradient_factors(routed.expert_counts, weights_Tk.dtype) if self.gradient_scale else None
-        if loops_over_experts(x_TD):
+        if self.activation in LOOPED_ACTIVATIONS and loops_over_experts(x_TD):
             y_TD = self._loop(x_TD, weights_Tk, plan, factors_E)
         else:
             rows_RD = _Spread.apply(x_TD, plan.choice_R, plan.row_R, indices_Tk.shape[1])
@@ -158,7 +164,9 @@ class MoEMLP(nn.Module):
         return self.router.expert_counts if self._last is None else self._last.expert_counts
 
     def expert_weights(self) -> dict[str, Tensor]:
-        """``gate`` (silu only), ``up`` (E, D, F) and ``down`` (E, F, D), from wherever they are held."""
+        """``gate`` (silu only), ``up`` (E, D, F) and ``down`` (E, F, D), from wherever they are held; {} for experts of
+        another kind.
+        """
         names = _projections(self.activation)
         if self.packed_experts:
             return {name: getattr(self, f"{name}_w") for name in names}
@@ -166,6 +174,8 @@ class MoEMLP(nn.Module):
 
     def _apply_experts(self, x_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
         """Each row through its expert; 0 for rows of no expert, of which there are none if ``complete``."""
+        if self.activation is None:
+            return self._apply_modules(x_RD, ends_E)
         weights = self.expert_weights()
         hidden_RF = grouped_matmul(x_RD, weights["up"], ends_E, complete)
         if self.activation == "silu":
@@ -174,11 +184,21 @@ class MoEMLP(nn.Module):
             hidden_RF = ACTIVATIONS[self.activation](hidden_RF)
         return grouped_matmul(hidden_RF, weights["down"], ends_E, complete)
 
+    def _apply_modules(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """As `_apply_experts`, for experts of any kind: shapes don't depend on the routes."""
+        rows_R1 = torch.arange(x_RD.shape[0], device=x_RD.device)[:, None]
+        out_RD, start = torch.zeros_like(x_RD), 0
+        for end, expert in zip(ends_E.unbind(), self.experts, strict=True):
+            out_RD = torch.where((rows_R1 >= start) & (rows_R1 < end), expert(x_RD), out_RD)
+            start = end
+        return out_RD
+
     def _loop(self, x_TD: Tensor, weights_Tk: Tensor, plan: Dispatch, factors_E: Tensor | None) -> Tensor:
         """(T, D): the weighted sums of what the experts make of each token, expert by expert."""
         gate, up, down = (self._matrices(name) for name in PROJECTIONS)
         weight_R = weights_Tk.t().flatten()[plan.choice_R]
         token_R = plan.choice_R % max(x_TD.shape[0], 1)
+        assert self.activation is not None
         return looped_moe(x_TD, weight_R, token_R, gate, up, down, plan.ends_E, factors_E, self.activation)
 
     def _matrices(self, name: str) -> list[Tensor]:
@@ -358,7 +378,10 @@ def _ends(expert_R: Tensor, num_experts: int) -> Tensor:
     return torch.searchsorted(expert_R, experts, right=True, out_int32=True)
 
 
-def _projections(activation: str) -> tuple[str, ...]:
+def _projections(activation: str | None) -> tuple[str, ...]:
+    """What an expert consists of; of one that is no `SwiGLUMLP` or `StandardMLP` nothing is known."""
+    if activation is None:
+        return ()
     return PROJECTIONS if activation == "silu" else PROJECTIONS[1:]
 
 
@@ -367,13 +390,11 @@ def _stacked(experts: Sequence[nn.Module], name: str) -> Tensor:
     return torch.stack([getattr(expert, f"{name}_proj").weight for expert in experts]).transpose(1, 2)
 
 
-def _common_activation(experts: Sequence[nn.Module]) -> str:
-    found = {
-        "silu" if isinstance(expert, SwiGLUMLP) else expert.activation if isinstance(expert, StandardMLP) else None
-        for expert in experts
-    }
-    activation = found.pop() if len(found) == 1 else None
-    if activation is None:
-        kinds = ", ".join(sorted({type(expert).__name__ for expert in experts})) or "none"
-        raise ValueError(f"experts = {kinds}: must be SwiGLUMLP or StandardMLP layers, all with the same activation")
-    return activation
+def _common_activation(experts: Sequence[nn.Module]) -> str | None:
+    """The activation of experts that are alike; None for a kind that was registered."""
+    kinds = {(type(expert), getattr(expert, "activation", None)) for expert in experts}
+    if len(kinds) != 1:
+        names = ", ".join(sorted({kind.__name__ for kind, _ in kinds})) or "none"
+        raise ValueError(f"experts = {names}: must be layers of one type, all with the same activation")
+    kind, activation = kinds.pop()
+    return "silu" if kind is SwiGLUMLP else activation if kind is StandardMLP else None

@@ -143,6 +143,18 @@ class TopKRouter(nn.Module):
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=_at_least_float32(self.gate.weight.dtype), device=self.gate.weight.device)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> TopKRouter:
+        """Changes of dtype leave buffers in at least float32: a rate of 0.001 is lost in a bfloat16 bias."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            assert after is not None
+            dtype = _at_least_float32(after.dtype) if after.is_floating_point() else after.dtype
+            if after.dtype != dtype:
+                self._buffers[name] = buffer.to(after.device, dtype)
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the last stats behind: they belong to a graph."""
         return {**self.__dict__, "_last": None}
@@ -234,19 +246,6 @@ class SigmoidTopKRouter(TopKRouter):
         losses_B = balance_losses(shares_BSE, chosen_BSE, valid_BS)
         counted_B = None if valid_BS is None else valid_BS.any(dim=1)
         return masked_mean(losses_B, counted_B, axis=0) * self.sequence_aux_loss_weight
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SigmoidTopKRouter:
-        """Changes of dtype leave the buffers in at least float32: a rate of 0.001 is lost in a bfloat16 bias."""
-        before = {name: self._buffers[name] for name in ("expert_bias", "expert_ema")}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            assert buffer is not None
-            assert after is not None
-            dtype = _at_least_float32(after.dtype)
-            if after.dtype != dtype:
-                self._buffers[name] = buffer.to(after.device, dtype)
-        return self
 
 
 def build_router(router_type: str, dim: int, num_experts: int, top_k: int, **options: Any) -> TopKRouter:

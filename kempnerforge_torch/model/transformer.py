@@ -23,6 +23,7 @@ from kempnerforge_torch.model.norm import build_norm
 from kempnerforge_torch.model.position import RotaryTables
 from kempnerforge_torch.model.wrappers import plain_modules, unwrap
 from kempnerforge_torch.registry import registry
+from shared_config.registry import declared_names
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import VLMConfig
 
@@ -408,12 +409,18 @@ def build_feed_forward(config: ModelConfig, layer_idx: int) -> nn.Module:
 
 
 def build_architecture(config: ModelConfig, vlm_config: VLMConfig | None) -> Architecture:
-    """The architecture of ``vlm_config.arch``; the plain decoder if there is none, or if none is registered."""
+    """The architecture of ``vlm_config.arch``; the plain decoder if there is none, or if the architecture is a modality
+    strategy alone.
+
+    Raises:
+        KeyError: "Unknown architecture: ..." with the names that exist, for one that this backend does not know.
+    """
     if vlm_config is None:
         return Architecture(config)
     if vlm_config.arch in BUILT_IN_ARCHITECTURES:
         importlib.import_module(f"kempnerforge_torch.model.{vlm_config.arch}")
-    if not registry.has("architecture", vlm_config.arch):
+    known_elsewhere = vlm_config.arch in declared_names("architecture")
+    if not known_elsewhere and registry.has("modality_strategy", vlm_config.arch):
         return Architecture(config, vlm_config)
     return registry.get("architecture", vlm_config.arch)(config, vlm_config)
 

@@ -19,7 +19,8 @@ from kempnerforge_torch.model.noise import image_noise
 from kempnerforge_torch.model.norm import LayerNorm
 from kempnerforge_torch.model.state import set_state
 from kempnerforge_torch.registry import registry
-from shared_config.contract.vision import TowerConfig, tower_table
+from shared_config.contract.parameters import ParameterSpec
+from shared_config.contract.vision import TowerConfig, encoder_table, tower_table
 from shared_config.interchange.vision import load_tower_weights, resolve_tower
 from shared_config.schema.vision import VisionEncoderConfig
 
@@ -51,9 +52,12 @@ class VisionEncoder(nn.Module):
     feature_dim: int
     num_tokens: int
     image_size: int = 0
+    table: tuple[tuple[str, ParameterSpec], ...] = ()
 
     def init_weights(self, seed: int | None = None) -> None:
-        """Set every parameter, e.g. after `to_empty`; by default there is none."""
+        """Set every parameter that ``table`` knows, e.g. after `to_empty`."""
+        if self.table:
+            init_from_table(self, dict(self.table), seed, stream="vision_encoder.")
 
 
 @registry.register("vision_encoder", "random")
@@ -188,7 +192,11 @@ def build_vision_encoder(config: VisionEncoderConfig) -> VisionEncoder:
         KeyError: "Unknown vision_encoder: ..." with the names that exist.
         UserError: a folder that can't be read, or holds another model.
     """
-    return registry.get("vision_encoder", config.type)(config)
+    encoder = registry.get("vision_encoder", config.type)(config)
+    if table := encoder_table(config):
+        encoder.table = tuple(table.items())
+        encoder.init_weights()
+    return encoder
 
 
 def patches(pixels: Tensor, side: int) -> Tensor:

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from kempnerforge_torch.model.looped import LOOPED_MOE
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.state import get_state, own_tensors, set_state, to_numpy
 from kempnerforge_torch.model.vlm import build_vlm_wrapper, inner_transformer
+from kempnerforge_torch.model.wrappers import plain_modules
 from kempnerforge_torch.registry import registry
 from kempnerforge_torch.training.freeze import apply_freeze_specs
 from kempnerforge_torch.training.loss import IGNORED, cross_entropy, router_losses, router_stats
@@ -49,7 +50,6 @@ from shared_config.schema.job import JobConfig
 
 Batch = Mapping[str, np.ndarray]
 
-BALANCING_BIAS = ".expert_bias"
 MATRIX_PRODUCTS = frozenset(
     {
         torch.ops.aten.mm.default,
@@ -228,17 +228,14 @@ class Trainer:
             apply_freeze_specs(self.model, specs, vlm.module_patterns)
 
     def _balance(self, counts: Mapping[str, Tensor], finite: Tensor | None) -> None:
-        """Move the balancing biases by the choices of the whole step, unless it is left out."""
-        for name in get_state(self.model):
-            if name.endswith(BALANCING_BIAS):
-                path = name.removesuffix(BALANCING_BIAS)
-                router: Any = self.model.get_submodule(path)
-                buffers = (router.expert_bias, router.expert_ema)
-                before = [buffer.clone() for buffer in buffers]
-                router.update_bias(counts[router_key(path)])
-                if finite is not None:
-                    for buffer, old in zip(buffers, before, strict=True):
-                        buffer.copy_(torch.where(finite, buffer, old))
+        """Let routers that balance move their buffers by the choices of the whole step, unless it is left out."""
+        routers = {path: module for path, module in plain_modules(self.model).items() if hasattr(module, "update_bias")}
+        for path, router in routers.items():
+            before = {name: buffer.clone() for name, buffer in router.named_buffers()}
+            cast(Any, router).update_bias(counts[router_key(path)])
+            if finite is not None:
+                for name, buffer in router.named_buffers():
+                    buffer.copy_(torch.where(finite, buffer, before[name]))
 
 
 class Terms(NamedTuple):

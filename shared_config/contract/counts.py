@@ -53,7 +53,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> Flops:
     Attention: scores and their product with the values, 4 * head_dim * heads a visible key; masked keys do not count.
     """
     sizes = {group.name: group.size for group in parameter_groups(config) if len(group.spec.shape) > 1}
-    matrices = sum(sizes.values()) - (sizes[EMBEDDING] if HEAD in sizes else 0)
+    matrices = sum(sizes.values()) - (sizes.get(EMBEDDING, 0) if HEAD in sizes else 0)
     routed = _routed(parameter_groups(config))
     if config.is_moe:
         matrices += routed * config.moe_top_k // config.num_experts - routed

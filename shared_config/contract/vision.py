@@ -18,6 +18,7 @@ from shared_config.contract.parameters import (
     ParameterTable,
     parameter_table,
 )
+from shared_config.registry import declaration, declare
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vision import VisionEncoderConfig
@@ -78,26 +79,35 @@ def tower_table(tower: TowerConfig) -> ParameterTable:
     return dict(_tower(tower))
 
 
+def encoder_table(encoder: TowerConfig | VisionEncoderConfig | None) -> ParameterTable:
+    """Every tensor of an encoder: of a tower, or as declared of a config's type; {} where nothing is."""
+    if isinstance(encoder, TowerConfig):
+        return tower_table(encoder)
+    own = None if encoder is None else declaration("vision_encoder", encoder.type).parameters
+    return {} if own is None else dict(own(encoder))
+
+
 def adapter_table(config: AdapterConfig, in_dim: int, out_dim: int) -> ParameterTable:
-    """Every tensor of a built-in adapter, in model order; {} for a type registered elsewhere."""
-    return dict(_adapter(config, in_dim, out_dim))
+    """Every tensor of an adapter, in model order; {} for a type that was registered without declaring any."""
+    own = declaration("adapter", config.type).parameters
+    return {} if own is None else dict(own(config, in_dim, out_dim))
 
 
 def wrapper_table(
     model: ModelConfig,
     vlm: VLMConfig,
     adapter: AdapterConfig,
-    tower: TowerConfig | None,
+    encoder: TowerConfig | VisionEncoderConfig | None,
     feature_dim: int,
 ) -> ParameterTable:
     """Every tensor of a `VLMWrapper`.
 
     Args:
-        tower: the encoder's, None for one without parameters that the table knows.
+        encoder: a tower, or the config of an encoder that is none; None for one without parameters.
         feature_dim: width of the encoder's features.
     """
     parts = {
-        "vision_encoder": {} if tower is None else tower_table(tower),
+        "vision_encoder": encoder_table(encoder),
         "adapter": adapter_table(adapter, feature_dim, model.dim),
         "transformer": parameter_table(model, vlm),
     }
@@ -132,17 +142,20 @@ def _tower_block(path: str, tower: TowerConfig) -> Named:
     yield from _linear(f"{path}.mlp.down_proj", (dim, hidden), ("embed", "mlp"))
 
 
-def _adapter(config: AdapterConfig, in_dim: int, out_dim: int) -> Named:
-    if config.type == "mlp_2layer":
-        hidden = config.hidden_dim or out_dim
-        yield from _linear("proj1", (hidden, in_dim), ("mlp", None))
-        yield from _linear("proj2", (out_dim, hidden), ("embed", "mlp"))
-    elif config.type in ("linear", "avgpool"):
-        yield "proj.weight", _matrix((out_dim, in_dim), ("embed", None))
-    elif config.type == "attentional_pool":
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield f"{name}.weight", _matrix((in_dim, in_dim), (None, None))
-        yield from _linear("out_proj", (out_dim, in_dim), ("embed", None))
+def _mlp_2layer(config: AdapterConfig, in_dim: int, out_dim: int) -> ParameterTable:
+    hidden = config.hidden_dim or out_dim
+    first = _linear("proj1", (hidden, in_dim), ("mlp", None))
+    return dict((*first, *_linear("proj2", (out_dim, hidden), ("embed", "mlp"))))
+
+
+def _projection(config: AdapterConfig, in_dim: int, out_dim: int) -> ParameterTable:
+    return {"proj.weight": _matrix((out_dim, in_dim), ("embed", None))}
+
+
+def _attentional_pool(config: AdapterConfig, in_dim: int, out_dim: int) -> ParameterTable:
+    names = [f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    inner = dict.fromkeys(names, _matrix((in_dim, in_dim), (None, None)))
+    return {**inner, **dict(_linear("out_proj", (out_dim, in_dim), ("embed", None)))}
 
 
 def _linear(name: str, shape: tuple[int, int], axes: Axes) -> Iterator[tuple[str, ParameterSpec]]:
@@ -161,3 +174,9 @@ def _matrix(shape: tuple[int, int], axes: Axes) -> ParameterSpec:
 
 def _constant(size: int, value: float) -> ParameterSpec:
     return ParameterSpec((size,), Constant(value), ("embed",))
+
+
+declare("adapter", "mlp_2layer", parameters=_mlp_2layer)
+declare("adapter", "linear", parameters=_projection)
+declare("adapter", "avgpool", parameters=_projection)
+declare("adapter", "attentional_pool", parameters=_attentional_pool)

@@ -86,16 +86,22 @@ def job_table(config: JobConfig, shapes: Mapping[str, tuple[int, ...]] | None = 
     """Every tensor of the model of a job, text or vision-language.
 
     Args:
-        shapes: of the model as it was built; parts that were registered, and that the contract doesn't know, get
-        entries
-            from them, with decay where there are two axes or more.
+        shapes: of the model as it was built; encoders and adapters that were registered without declaring their
+            parameters get entries from them, with decay where there are two axes or more.
+
+    Raises:
+        ConfigError: the width of the features is not known.
     """
     if config.vlm is None or config.vision_encoder is None:
         table = parameter_table(config.model, config.vlm)
     else:
         tower = resolve_tower(config.vision_encoder)
         feature_dim = tower.dim if tower is not None else config.vision_encoder.feature_dim
-        table = wrapper_table(config.model, config.vlm, config.adapter or AdapterConfig(), tower, feature_dim)
+        if not feature_dim:
+            kind = config.vision_encoder.type
+            raise ConfigError([f"vision_encoder.feature_dim = 0: type {kind!r} does not say its width; give it here"])
+        encoder = tower or config.vision_encoder
+        table = wrapper_table(config.model, config.vlm, config.adapter or AdapterConfig(), encoder, feature_dim)
     unknown = {name: shape for name, shape in (shapes or {}).items() if name not in table}
     table |= {
         name: ParameterSpec(shape, Constant(0.0), (None,) * len(shape), decay=len(shape) > 1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from typing import Annotated, Literal
+from typing import Annotated
 
+from shared_config.registry import declaration
 from shared_config.schema.base import Count, PositiveInt, Section, registered, section
 
 
@@ -17,7 +18,7 @@ class AdapterConfig(Section):
 
     type: Annotated[str, registered("adapter")] = "mlp_2layer"
     hidden_dim: Count = 0
-    activation: Literal["gelu", "silu", "relu"] = "gelu"
+    activation: Annotated[str, registered("activation")] = "gelu"
     pool_window: PositiveInt = 2
     pool_heads: PositiveInt = 16
 
@@ -41,7 +42,8 @@ class AdapterConfig(Section):
             return pooled_token_count(num_tokens, self.pool_window)
         if self.type == "attentional_pool":
             return pooled_token_count(num_tokens, self.pool_window, require_divisible=True)
-        return num_tokens
+        own = declaration("adapter", self.type).output_num_tokens
+        return num_tokens if own is None else own(self, num_tokens)
 
     def problems_with(self, num_tokens: int, feature_dim: int = 0) -> Iterator[str]:
         """What does not fit an encoder of ``num_tokens`` tokens of width ``feature_dim`` (0: not known yet)."""

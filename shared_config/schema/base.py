@@ -9,7 +9,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import pydantic
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+)
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import core_schema
 
 from shared_config.errors import ConfigError
@@ -75,16 +83,28 @@ class _KeepsFunction:
 KEEPS_FUNCTION = _KeepsFunction()
 
 
-def registered(category: str) -> AfterValidator:
-    """Annotation for a string field that names a registered builder of ``category``."""
+@dataclasses.dataclass(frozen=True)
+class _Registered:
+    categories: tuple[str, ...]
 
-    def check(name: str) -> str:
-        allowed = declared_names(category)
-        if name not in allowed:
-            raise ValueError(f"Input should be one of {', '.join(allowed)}, or registered first")
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {**handler(schema), "enum": self._names()}
+
+    def _names(self) -> list[str]:
+        return sorted({name for category in self.categories for name in declared_names(category)})
+
+    def _check(self, name: str) -> str:
+        if name not in self._names():
+            raise ValueError(f"Input should be one of {', '.join(self._names())}, or registered first")
         return name
 
-    return AfterValidator(check)
+
+def registered(*categories: str) -> _Registered:
+    """Annotation for a string field that names a registered builder of one of the categories."""
+    return _Registered(categories)
 
 
 Item = TypeVar("Item")

@@ -86,9 +86,9 @@ class ModelConfig(Section):
     vocab_size: PositiveInt = 32000
     ffn_dim_multiplier: PositiveFloat = 1.0
     ffn_hidden_dim: PositiveInt | None = None
-    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_type: Annotated[str, registered("norm")] = "rmsnorm"
     norm_eps: PositiveFloat = 1e-5
-    activation: Literal["silu", "gelu", "relu"] = "silu"
+    activation: Annotated[str, registered("mlp", "activation")] = "silu"
     max_seq_len: Annotated[PositiveInt, KEEPS_FUNCTION] = 2048
     rope_theta: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10000.0
     rope_scaling: Annotated[RopeScaling, NESTED] = Field(default_factory=RopeScaling)

@@ -14,6 +14,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from shared_config.errors import ConfigError
+from shared_config.registry import named_table
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.base import (
     KEEPS_FUNCTION,
@@ -50,7 +51,7 @@ class FreezeStage(Section):
     specs: Items[Annotated[FreezeSpec, NESTED]] = ()
 
 
-_ARCHITECTURES: dict[str, type[VLMConfig]] = {}
+_ARCHITECTURES: dict[str, type[VLMConfig]] = named_table()
 
 
 @section
