@@ -18,7 +18,7 @@ from shared_config.compare.align import INITIAL
 from shared_config.interchange.traces import DECODE, FORWARD, LOSSES, Trace, TraceMeta, read_trace
 from shared_config.loader import config_to_toml
 from shared_config.metrics import read_metrics
-from shared_config.numerics import relative_error
+from shared_config.numerics import as_float64, relative_error
 from shared_config.recording import can_decode, decode_reference
 from shared_config.schema.job import JobConfig
 from shared_config.schema.vlm import MoMaConfig
@@ -180,6 +180,8 @@ def describe(row: Row, comparison: Comparison) -> str:
         parts.append(f"at {row.position} {comparison.label_a} {row.value_a!r}, {comparison.label_b} {row.value_b!r}")
     if row.mismatched:
         parts.append(f"{row.mismatched} places are unequal or not finite on one side")
+    if row.nonfinite:
+        parts.append(f"{row.nonfinite} places are not finite in both")
     if math.isfinite(row.share):
         parts.append(f"relative error {row.relative:.2g}, {row.share:.3g} times the limit")
     if row.multiple is not None:
@@ -226,9 +228,13 @@ def _compare_decoding(plan: Plan) -> Iterator[Finding]:
         tensors = plan.trace(backend, "float64").tensors
         names = [name for name in tensors if name.startswith(f"{DECODE}/") and name != whole]
         errors = {name: relative_error(tensors[name], tensors[whole]) for name in names}
+        broken = {name: np.inf for name in (whole, *names) if not np.isfinite(as_float64(tensors[name])).all()}
+        errors |= broken
         worst = max(errors, key=errors.__getitem__)
         ok = errors[worst] <= limit
         said = f"{backend} disagrees with itself: {worst} is not its full forward, relative error {errors[worst]:.3g}"
+        if broken:
+            said = f"{backend}: {', '.join(broken)}: not finite, which agrees with nothing"
         yield Finding(
             "cached decoding",
             f"{backend}: decode = forward",

@@ -46,7 +46,7 @@ def compare_traces(a: Trace, b: Trace, truth: Trace | None = None, labels: tuple
             f"{label_a}, {label_b}: differ, and neither carries deltas for {judge.dtype}, without which nothing says "
             "how far rounding may move a result: give a float64 trace of the same config and seed as the truth"
         )
-    size = magnitude_note(first_failure(rows, FORWARD_GROUPS), judge.dtype)
+    size = magnitude_note(rows, a, b, judge.dtype)
     first = [first_failure(rows, FORWARD_GROUPS), first_failure(rows, BACKWARD_GROUPS)]
     heatmaps = {row.name: found for row in first if row is not None and (found := judge.heatmap(row)) is not None}
     return Comparison(

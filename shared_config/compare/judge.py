@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +15,7 @@ from shared_config.compare.result import (
     DIFFERS,
     EQUAL,
     NO_DELTA,
+    NOT_FINITE,
     ONLY_A,
     ONLY_B,
     OTHER_KIND,
@@ -20,10 +24,21 @@ from shared_config.compare.result import (
     HeatMap,
     Row,
 )
-from shared_config.compare.tolerance import TOLERANCES, Scales, Tensor, coarser, tolerance_of
+from shared_config.compare.tolerance import (
+    ROUTES,
+    TOLERANCES,
+    Scales,
+    Tensor,
+    coarser,
+    experts_choose_tokens,
+    has_experts,
+    scale_of,
+    tolerance_of,
+)
+from shared_config.errors import UserError
 from shared_config.interchange.traces import DECODE, FORWARD, Summary, Trace, group_of, summarize
 from shared_config.interchange.weights import is_floating
-from shared_config.numerics import as_float64, difference
+from shared_config.numerics import as_float64, difference, nonfinite_mismatch, rms
 
 DECODED_OUTPUTS = ("output_head", "transformer.output_head")
 """The activation that cached decoding computes again, of a text or a vision-language model: its delta is decode's."""
@@ -56,16 +71,39 @@ class Judge:
         refed = [trace for trace in (a, b) if trace.meta.refed]
         self.truth = None if refed else truth
         self.dtype = coarser(a.meta.dtype, b.meta.dtype)
-        self._scales = Scales((truth or a).tensors, a.meta.config_fields)
+        reference = {**b.tensors, **a.tensors, **({} if truth is None else truth.tensors)}
+        self._scales = Scales(reference, a.meta.config_fields)
         self._deltas: dict[str, dict[str, float]] = {dtype: {} for dtype in TOLERANCES}
         for trace in (b, a, truth, *refed):  # with recorded inputs, rounding moves a layer by what it does there alone
             for dtype, deltas in ({} if trace is None else trace.meta.deltas).items():
                 self._deltas.setdefault(dtype, {}).update(deltas)
+        self._check_deltas(reference)
 
     @property
     def has_deltas(self) -> bool:
         """Whether any trace says how far rounding to the coarser dtype moves results."""
         return bool(self._deltas[self.dtype])
+
+    def _check_deltas(self, reference: Mapping[str, Tensor]) -> None:
+        """Refuse deltas that no rounding makes: they would let anything pass.
+
+        Where a tensor is not finite itself, its delta says nothing, and is of no use to any verdict.
+
+        Raises:
+            UserError: naming the tensor.
+        """
+        for dtype, deltas in self._deltas.items():
+            for name, delta in deltas.items():
+                tensor = reference.get(name)
+                if delta == math.inf and tensor is not None and not _all_finite(tensor):
+                    continue
+                bound = math.inf if tensor is None else self._scales.largest_delta(name, dtype, tensor)
+                if not (0 <= delta <= min(bound, sys.float_info.max)):
+                    limit = f" of at most {bound:.2g}" if math.isfinite(bound) else ""
+                    raise UserError(
+                        f"delta of {name} in {dtype} = {str(delta)[:40]}: must be what rounding the weights can do, a "
+                        f"number{limit}; the trace is damaged, or its model amplifies rounding beyond all use"
+                    )
 
     def row(self, name: str) -> Row:
         """The verdict on the tensor of this name, which either trace may lack."""
@@ -88,7 +126,7 @@ class Judge:
         if truth is not None:
             judged = [dataclasses.replace(found, against="truth") for found in judged]
         worst = max(judged, key=lambda found: (not found.ok, found.share))
-        return self._with_values(worst, truth)
+        return self._with_values(_with_nonfinite(worst, a, b), truth)
 
     def heatmap(self, row: Row) -> HeatMap | None:
         """Where the tensor of a row differs; None if it is not known place by place."""
@@ -102,6 +140,12 @@ class Judge:
     def _sides_against(self, truth: Tensor, a: Tensor, b: Tensor) -> list[tuple[str, Tensor, Tensor, str]]:
         return [("a", a, truth, self.a.meta.dtype), ("b", b, truth, self.b.meta.dtype)]
 
+    @functools.cached_property
+    def _rerouted(self) -> dict[str, bool]:
+        """By side, whether routes differ from those that it is measured against; if none were recorded, they may."""
+        against = self.a if self.truth is None else self.truth
+        return {side: _routes_differ(trace, against) for side, trace in (("a", self.a), ("b", self.b))}
+
     def _exact(self, row: Row, a: Tensor, b: Tensor) -> Row:
         """Integers must be equal, but for as many as rounding the weights changes too (routes at near ties)."""
         if isinstance(a, Summary) or isinstance(b, Summary):
@@ -113,8 +157,12 @@ class Judge:
         if not unequal.any():
             return row
         delta = self._delta(row.name, self.dtype)
-        limit = tolerance_of(row.group, self.dtype).K * (delta or 0.0)
         found = difference(b, a)
+        if row.name.endswith(ROUTES):
+            ceiling = routes_ceiling(b, a, experts_choose_tokens(self.a.meta.config_fields))
+        else:
+            ceiling = integers_ceiling(b, a, _routes_differ(self.b, self.a))
+        limit = min(tolerance_of(row.group, self.dtype).K * (delta or 0.0), ceiling)
         row = dataclasses.replace(
             row,
             status=WITHIN if found.rms_error <= limit else DIFFERS,
@@ -130,7 +178,8 @@ class Judge:
     def _judged(self, row: Row, side: str, value: Tensor, reference: Tensor, dtype: str) -> Row:
         found = _measure(value, reference)
         delta = self._delta(row.name, dtype)
-        limit = self._scales.limit(row.name, dtype, found.scale, delta)
+        ceiling = self._scales.ceiling(row.name, dtype, (scale_of(value), found.scale), self._rerouted[side])
+        limit = self._scales.limit(row.name, dtype, found.scale, delta, ceiling)
         if found.error == 0:
             status, found = EQUAL, dataclasses.replace(found, position=None)
         elif found.error <= limit:
@@ -145,7 +194,8 @@ class Judge:
         deltas = self._deltas[dtype]
         if name not in deltas and group_of(name) == DECODE:
             return next((deltas[output] for output in _DECODED if output in deltas), None)
-        return deltas.get(name)
+        delta = deltas.get(name)
+        return None if delta == math.inf else delta
 
     def _with_values(self, row: Row, truth: Tensor | None) -> Row:
         values = {
@@ -157,6 +207,56 @@ class Judge:
             )
         }
         return dataclasses.replace(row, **values)
+
+
+def integers_ceiling(value: np.ndarray, reference: np.ndarray, rerouted: bool) -> float:
+    """Largest RMS difference that a delta may allow of integers that are no routes: counts, which follow from routes,
+    differ where these do, and by less than their size.
+    """
+    return max(rms(value), rms(reference)) if rerouted else 0.0
+
+
+def routes_ceiling(value: np.ndarray, reference: np.ndarray, experts_choose: bool) -> float:
+    """Largest RMS difference that a delta may allow of routes: rounding decides near ties only, half of them at most.
+
+    Args:
+        experts_choose: whether a column holds the tokens that an expert takes, the best first, so that one that comes
+            or goes moves all after it; else a row holds the experts of a token.
+    """
+    if experts_choose:
+        stay = np.concatenate([np.isin(*columns) for columns in zip(value.T, reference.T, strict=True)])
+    else:
+        stay = value == reference
+    return math.inf if 2 * np.count_nonzero(stay) >= value.size else 0.0
+
+
+def _routes_differ(trace: Trace, against: Trace) -> bool:
+    """Whether routes differ where both recorded them; true if there are experts but no routes to see."""
+    names = [name for name in trace.tensors if name.endswith(ROUTES) and name in against.tensors]
+    if not names:
+        return has_experts(trace.meta.config_fields)
+    return any(_summary(trace.tensors[name]).hash != _summary(against.tensors[name]).hash for name in names)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return not tensor.nonfinite_hash if isinstance(tensor, Summary) else bool(np.isfinite(as_float64(tensor)).all())
+
+
+def _with_nonfinite(row: Row, a: Tensor, b: Tensor) -> Row:
+    """The row with the places that are not finite in both: a finding of its own where nothing else is one."""
+    if isinstance(a, Summary) or isinstance(b, Summary):
+        summary_a, summary_b = _summary(a), _summary(b)
+        count = min(max(side.nonfinite, int(bool(side.nonfinite_hash))) for side in (summary_a, summary_b))
+        alike, position = summary_a.nonfinite_hash == summary_b.nonfinite_hash, None
+    else:
+        both = ~np.isfinite(as_float64(a)) & ~np.isfinite(as_float64(b))
+        count, alike = int(both.sum()), not nonfinite_mismatch(a, b).any()
+        position = _first_true(both) if count else None
+    if not count:
+        return row
+    if row.ok or (alike and row.mismatched):  # a truth that is finite there is no news
+        row = dataclasses.replace(row, status=NOT_FINITE, position=position, mismatched=0)
+    return dataclasses.replace(row, nonfinite=count)
 
 
 def heatmap(value: np.ndarray, reference: np.ndarray) -> HeatMap:

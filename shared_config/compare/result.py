@@ -13,6 +13,7 @@ from shared_config.compare.tolerance import coarser
 from shared_config.interchange.traces import TraceMeta
 
 EQUAL, WITHIN, DIFFERS, NO_DELTA = "equal", "within", "differs", "no delta"
+NOT_FINITE = "not finite in both"
 OTHER_SHAPE, OTHER_KIND, ONLY_A, ONLY_B = "shape", "dtype", "missing in b", "missing in a"
 
 
@@ -22,12 +23,14 @@ class Row:
 
     Attributes:
         status: "equal" (no difference at all), "within" the limit, "differs", "shape", "dtype", "missing in a",
-            "missing in b", or "no delta": unequal, and nothing says how much rounding may do.
+            "missing in b", "not finite in both" (which shows nothing; what is finite is the same), or "no delta":
+            unequal, and nothing says how much rounding may do.
         worse: side whose error is shown, "a" or "b"; the other's is a smaller share of its limit.
         against: what it was measured against: "truth", or "a".
         error, limit, delta: RMS error, RMS error allowed, RMS error that rounding the weights makes.
         scale: RMS of what it was measured against.
         mismatched: places where NaN or infinity stand on one side only, or where integers differ.
+        nonfinite: places where neither of the two is finite.
         position: of the largest difference, or of the first mismatch; None if unknown (summaries, missing tensors).
         estimated: whether the error is estimated from summaries.
     """
@@ -45,6 +48,7 @@ class Row:
     delta: float | None = None
     scale: float = 0.0
     mismatched: int = 0
+    nonfinite: int = 0
     position: tuple[int, ...] | None = None
     value_a: float | None = None
     value_b: float | None = None

@@ -112,6 +112,7 @@ class Summary:
         nonfinite_hash: SHA-256 of where NaN and the infinities stand; "" if there are none.
         sketch: float64 (1024,), linear in the tensor: the norm of a difference of sketches estimates the norm of the
             difference of tensors to about 3 % (count sketch: Charikar, Chen & Farach-Colton 2002). Empty for integers.
+        nonfinite: how many places are NaN or infinite.
     """
 
     shape: tuple[int, ...]
@@ -123,6 +124,7 @@ class Summary:
     minimum: float
     maximum: float
     sketch: np.ndarray
+    nonfinite: int = 0
 
     @property
     def size(self) -> int:
@@ -231,6 +233,7 @@ def summarize(tensor: Any) -> Summary:
         minimum=float(kept.min()) if kept.size else 0.0,
         maximum=float(kept.max()) if kept.size else 0.0,
         sketch=sketch(np.where(finite, values, 0.0)) if is_floating(array.dtype) else np.empty(0),
+        nonfinite=int(np.count_nonzero(~finite)),
     )
 
 

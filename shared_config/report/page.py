@@ -162,6 +162,7 @@ def _divergence(kind: str, row: Row, comparison: Comparison) -> str:
         "truth": _exactly(row.value_truth),
         "error": f"{number(row.error)} rms, {number(row.share)} times the limit of {number(row.limit)}",
         "rounding": "" if row.multiple is None else f"{number(row.multiple)} times what rounding does",
+        "not finite in both": f"{row.nonfinite} of {math.prod(row.shape)} places" if row.nonfinite else "",
         "not equal": f"{row.mismatched} of {math.prod(row.shape)} places" if row.mismatched else "",
     }
     pairs = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in lines.items() if text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import hypothesis.strategies as st
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from shared_config.checks import describe
 from shared_config.compare import TOLERANCES, Comparison, compare_traces
 from shared_config.compare.align import execution_order
 from shared_config.compare.judge import heatmap
@@ -22,6 +23,10 @@ from shared_config.errors import UserError
 from shared_config.interchange.traces import Trace, TraceMeta
 from shared_config.numerics import UNIT_ROUNDOFF, perturbation_delta, rms
 from shared_config.schema.model import ModelConfig
+from tests.oracle import attention as oracle_attention
+from tests.oracle import linear as oracle_linear
+from tests.oracle import mlp as oracle_mlp
+from tests.oracle import transformer as oracle_transformer
 from tests.oracle.transformer import transformer, transformer_backward
 
 DELTA = 1e-3
@@ -66,6 +71,9 @@ def test_a_trace_equals_itself():
     assert (found.first_forward, found.first_backward, found.failures) == (None, None, ())
 
 
+SMALL = {"float64": 1e-12, "float32": 1e-3, "bfloat16": 0.02}
+"""Deltas relative to a tensor that are far above all other limits, and no more than rounding can do."""
+
 LIMITS = [
     ("float32", "forward", 10),
     ("float32", "loss", 10),
@@ -85,13 +93,13 @@ LIMITS = [
 @pytest.mark.parametrize("against_truth", [False, True])
 def test_the_limit_is_k_deltas(dtype, group, K, against_truth):
     a, name = values(6, 7), group if group == "loss" else f"{group}/x"
-    delta = 1.0  # far above all other limits
+    delta = SMALL[dtype] * rms(a)
     for factor, status in ((0.99, "within"), (1.01, "differs")):
         b = shifted(a, factor * K * delta)
         row = compared(a, b, a if against_truth else None, name, dtype, delta)
         assert row.status == status
-        assert row.multiple == pytest.approx(factor * K)
-        assert row.share == pytest.approx(factor)
+        assert row.multiple == pytest.approx(factor * K, rel=1e-3)
+        assert row.share == pytest.approx(factor, rel=1e-3)
 
 
 @pytest.mark.parametrize(("name", "relative"), [("forward/x", 1e-12), ("gradient/x", 1e-12), ("losses", 1e-9)])
@@ -175,13 +183,41 @@ def test_nan_is_compared_by_place_before_anything_else():
     a = values(4, 5)
     a[1, 2] = np.nan
     a[3, 3] = -np.inf
-    assert compared(a, a.copy()).status == "equal"
-    assert compared(a, a + 1e-4).status == "within"
+    assert compared(a, a.copy()).mismatched == compared(a, a + 1e-4).mismatched == 0
     for place, value in (((0, 1), np.nan), ((1, 2), 0.0), ((3, 3), np.inf)):
         b = a.copy()
         b[place] = value
         row = compared(a, b)
         assert (row.status, row.mismatched, row.position, row.error) == ("differs", 1, place, np.inf)
+
+
+@pytest.mark.parametrize("which", ["a", "b", "both", "neither"])
+@pytest.mark.parametrize("against_truth", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_what_is_not_finite_in_both_is_a_finding(dtype, bad, against_truth, which):
+    """Whatever kind it is, however it is kept, and whatever the truth says; a part of a tensor as well as all of it."""
+    for places in (np.s_[:], np.s_[1, 2:4]):
+        a = values(4, 5).astype(DTYPES[dtype])
+        truth = a.astype(np.float64)
+        a[places] = bad
+        count = int(np.count_nonzero(~np.isfinite(a.astype(np.float64))))
+        plain = trace({"forward/x": a}, dtype=dtype)
+        side_a, side_b = (plain.summarized(0) if which in (side, "both") else plain for side in "ab")
+        against = trace({"forward/x": truth}, deltas={dtype: {"forward/x": 0.0}}) if against_truth else None
+        found = compare_traces(side_a, side_b, against)
+        (row,) = found.rows
+        assert (row.status, row.ok, row.nonfinite) == ("not finite in both", False, count)
+        assert not found.equal
+        assert f"forward/x: not finite in both; at {row.position}" in describe(row, found) or which != "neither"
+        assert f"{count} places are not finite in both" in describe(row, found)
+
+
+def test_what_is_finite_may_differ_beside_what_is_not():
+    a = values(4, 5)
+    a[1, 2] = np.nan
+    row = compared(a, a + 1.0)
+    assert (row.status, row.nonfinite, row.mismatched) == ("differs", 1, 0)
 
 
 def test_a_nan_is_a_difference_even_without_deltas():
@@ -206,10 +242,12 @@ def test_integers_are_exact():
 def test_integers_may_differ_by_as_much_as_rounding_the_weights_changes():
     route = np.array([[0, 2], [1, 0]])
     flipped = np.array([[2, 0], [1, 0]])
-    row = compared(route, flipped, delta=0.2)
+    name = "routing/layers.0.mlp.router.indices"
+    row = compared(route, flipped, name=name, delta=0.2)
     assert (row.status, row.mismatched, row.error) == ("within", 2, pytest.approx(2**0.5))
-    assert compared(route, flipped, delta=0.1).status == "differs"
-    assert compared(route, flipped, delta=0.0).status == "differs"
+    assert compared(route, flipped, name=name, delta=0.1).status == "differs"
+    assert compared(route, flipped, name=name, delta=0.0).status == "differs"
+    assert compared(route, route[:, ::-1], name=name, delta=0.2).status == "differs"  # no rounding moves them all
 
 
 def test_routes_are_held_to_one_another_and_not_to_the_truth():
@@ -286,33 +324,172 @@ def test_seeded_initial_weights_must_be_drawn_alike():
     assert compare_traces(trace(tensors, initial_hash="aa"), trace(tensors)).equal
 
 
-# Sizes that have a name
+# Deltas that no rounding makes
 
 
-@pytest.mark.parametrize("delta", [1e-7, 0.0])
-@pytest.mark.parametrize(
-    ("roundoff", "name"),
-    [
-        (2.0**-16, ""),
-        (2.0**-12.4, "TF32"),
-        (2.0**-11, "TF32"),
-        (2.0**-9.6, "TF32"),
-        (2.0**-9.4, "bfloat16"),
-        (2.0**-8, "bfloat16"),
-        (2.0**-6, ""),
-    ],
+ROUTED = "[model]\ndim = 20\nnum_experts = 4\n[optimizer]\nlr = 0.01\neps = 1e-8\n"
+INDICES = "routing/layers.0.mlp.router.indices"
+FLOATS = st.one_of(st.floats(), st.floats(0, 10), st.floats(0, 1e-2), st.integers(-(10**400), 10**400))
+
+
+def differing_or_refused(a: Trace, b: Trace, truth: Trace | None = None) -> list[str]:
+    """Names of the tensors that differ, or what is refused."""
+    try:
+        return [row.name for row in compare_traces(a, b, truth).failures]
+    except UserError as refused:
+        return [str(refused).partition(" = ")[0]]
+
+
+@given(
+    delta=FLOATS,
+    name=st.sampled_from([*NAMES, "forward/output_head", "updated/layers.0.mlp.experts.1.up_proj.weight"]),
+    dtype=st.sampled_from(sorted(TOLERANCES)),
+    factor=st.sampled_from([5.0, 0.2, 0.0, -1.5, 1e6]),
+    size=st.sampled_from([1e-9, 1e-3, 1.0, 1e6]),
+    routed=st.booleans(),
+    against_truth=st.booleans(),
 )
-def test_the_size_of_coarser_arithmetic_is_named(roundoff, name, delta):
-    """In multiples of what float32 rounding does, or relative to the tensor where that does nothing."""
-    a = values(40, 50)
-    b = shifted(a, roundoff / 2.0**-24 * delta if delta else roundoff * rms(a))
-    for dtype, named in (("float32", name), ("float64", ""), ("bfloat16", "")):
-        deltas = {dtype: {"forward/x": delta}}
-        both = trace({"forward/x": a}, dtype=dtype, deltas=deltas), trace({"forward/x": b}, dtype=dtype)
-        notes = compare_traces(*both).notes
-        assert [note.startswith("forward/x") and f"of the size that {named} leaves" in note for note in notes] == (
-            [True] if named else []
+def test_no_delta_lets_a_difference_of_five_times_pass(delta, name, dtype, factor, size, routed, against_truth):
+    """Whatever number stands in the file, and whatever tensor it stands for: the pair is refused, or it differs."""
+    right = {"forward/x": values(6, 7, seed=2), "gradient/x": values(6, 7, seed=3), name: size * values(6, 7)}
+    right |= {INDICES: np.arange(12).reshape(6, 2) % 4} if routed else {}
+    wrong = right | {name: factor * right[name]}
+    if name == "forward/output_head":  # whose delta is that of cached decoding
+        right, wrong = ({**side, "decode/1,7": side[name]} for side in (right, wrong))
+    meta: dict[str, Any] = {"dtype": dtype, **({"config": ROUTED} if routed else {})}
+    deltas = {dtype: {key: delta if key == name else 1e-30 for key in right}}
+    sides = trace(right, **meta, deltas=deltas), trace(wrong, **meta)
+    truth = trace(right, **{**meta, "dtype": "float64"}, deltas=deltas) if against_truth else None
+    failures = differing_or_refused(*sides, truth)
+    assert name in failures or failures == [f"delta of {name} in {dtype}"]
+
+
+@given(delta=FLOATS, share=st.sampled_from([0.6, 1.0]), dtype=st.sampled_from(["float32", "bfloat16"]))
+def test_no_delta_lets_most_routes_and_all_counts_differ(delta, share, dtype):
+    routes = np.random.default_rng(0).integers(0, 8, (50, 2))
+    moved = np.where(np.arange(50)[:, None] < share * 50, (routes + 1) % 8, routes)
+    for name, right, wrong in (
+        (INDICES, routes, moved),
+        ("routing/layers.0.expert_counts", np.array([7, 5, 3]), np.array([35, 25, 15])),
+    ):
+        sides = trace({name: right}, dtype=dtype, deltas={dtype: {name: delta}}), trace({name: wrong}, dtype=dtype)
+        assert differing_or_refused(*sides) in ([name], [f"delta of {name} in {dtype}"])
+
+
+@pytest.mark.parametrize("delta", [np.nan, np.inf, -np.inf, -1e-9, 1e9, 10**400])
+def test_a_delta_that_no_rounding_makes_is_refused(delta):
+    with pytest.raises(
+        UserError, match=r"delta of forward/x in float32 = .*: must be what rounding the weights can do"
+    ):
+        compared(values(6, 7), values(6, 7), delta=delta)
+
+
+def test_a_delta_is_no_number_where_the_tensor_is_none():
+    """Rounding the weights may turn more of it into NaN, or less."""
+    a = values(6, 7)
+    a[2, 3] = np.nan
+    assert compared(a, a.copy(), delta=np.inf).status == "not finite in both"
+
+
+def test_deltas_are_those_of_either_trace():
+    """A trace that lacks gradients can be compared with one that has them, and its deltas."""
+    a, b = trace({"forward/x": values(3)}), trace({"forward/x": values(3), "gradient/x": values(3)})
+    b = Trace(b.tensors, dataclasses.replace(b.meta, deltas={"float64": {"forward/x": 1e-15, "gradient/x": 1e-15}}))
+    assert {row.name: row.ok for row in compare_traces(a, b).rows} == {"forward/x": True, "gradient/x": False}
+
+
+def test_what_experts_do_may_change_with_the_routes():
+    """The gradient of an expert vanishes with its only token; with the same routes nothing explains that."""
+    gradient = "gradient/layers.0.mlp.experts.1.up_proj.weight"
+    routes = np.arange(40).reshape(20, 2) % 4
+    flipped = routes.copy()
+    flipped[3] = flipped[3, ::-1]
+    right = {INDICES: routes, gradient: values(6, 7), "gradient/x": values(6, 7)}
+    deltas = {"bfloat16": {INDICES: 0.5, gradient: 1.0, "gradient/x": 1e-2}}
+    for indices, ok in ((flipped, True), (routes, False)):
+        wrong = right | {INDICES: indices, gradient: 0 * right[gradient]}
+        sides = (
+            trace(right, dtype="bfloat16", config=ROUTED, deltas=deltas),
+            trace(wrong, dtype="bfloat16", config=ROUTED),
         )
+        assert compare_traces(*sides).equal == ok
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [1.0, 30.0, 300.0])
+def test_models_that_amplify_rounding_are_no_false_alarm(dtype, scale):
+    """Sharp attention: scores of many times the usual size."""
+    found = compared_with_oracle(CONFIG, dtype, sharper=scale)
+    assert found.failures == ()
+
+
+# Arithmetic that is named
+
+
+def rounded_to(array: np.ndarray, bits: int) -> np.ndarray:
+    """float32 without its last ``bits`` mantissa bits, rounded half up."""
+    raw = np.asarray(array, np.float32).view(np.uint32).astype(np.uint64) + (1 << (bits - 1))
+    return (raw >> bits << bits).astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+@pytest.mark.parametrize(("bits", "name"), [(16, "bfloat16"), (13, "TF32")])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_size_of_coarser_arithmetic_is_named(bits, name, seed, monkeypatch):
+    """Where it is seen: operands of every product rounded, or a result that lacks the bits."""
+    linear = oracle_linear.linear
+
+    def coarse(x: np.ndarray, weights: Mapping[str, np.ndarray], prefix: str) -> np.ndarray:
+        matrix = rounded_to(weights[f"{prefix}.weight"], bits)
+        return linear(rounded_to(x, bits), {**weights, f"{prefix}.weight": matrix}, prefix)
+
+    def patched() -> None:
+        for module in (oracle_attention, oracle_mlp, oracle_transformer):
+            if hasattr(module, "linear"):
+                monkeypatch.setattr(module, "linear", coarse)
+
+    (note,) = compared_with_oracle(CONFIG, "float32", before_other=patched, seed=seed).notes
+    assert note.startswith("forward/layers.0.attention.q_proj")
+    assert f"of the size that {name} leaves" in note
+
+
+@pytest.mark.parametrize(("bits", "name"), [(16, "bfloat16"), (13, "TF32")])
+@pytest.mark.parametrize("delta", [1e-7, 0.0])
+def test_values_that_lack_bits_name_their_format(bits, name, delta):
+    a = values(40, 50).astype(np.float32)
+    b = rounded_to(a, bits).astype(np.float32)
+    for other, noted in ((b, True), (a * (1 + 2.0**-9), False), (rounded_to(a * 1.1, bits).astype(np.float32), False)):
+        deltas = {"float32": {"forward/x": delta}}
+        both = trace({"forward/x": a}, dtype="float32", deltas=deltas), trace({"forward/x": other}, dtype="float32")
+        notes = compare_traces(*both).notes
+        assert [f"of the size that {name} leaves" in note for note in notes] == ([True] if noted else [])
+
+
+def planted(change: str, amount: float) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """A config or weights that are wrong by an amount."""
+    weights = validation_weights(parameter_table(CONFIG), seed=3)
+    q_proj = "layers.0.attention.q_proj"
+    if change == "eps":
+        return CONFIG.replace(norm_eps=CONFIG.norm_eps + amount), weights
+    if change == "theta":
+        return CONFIG.replace(rope_theta=CONFIG.rope_theta * (1 + 30 * amount)), weights
+    if change == "bias":
+        weights[f"{q_proj}.bias"] = weights[f"{q_proj}.bias"] * np.float32(1 + amount)
+    elif change == "one column":
+        weights[f"{q_proj}.weight"] = weights[f"{q_proj}.weight"].copy()
+        weights[f"{q_proj}.weight"][0] *= 1 + 4 * amount
+    else:
+        name = {"scale": f"{q_proj}.weight", "embedding": "token_embedding.embedding.weight"}[change]
+        weights[name] = weights[name] * np.float32(1 + amount)
+    return CONFIG, weights
+
+
+@pytest.mark.parametrize("change", ["eps", "theta", "scale", "embedding", "bias", "one column"])
+@pytest.mark.parametrize("exponent", [-14, -12, -11, -10, -9, -8, -7])
+def test_bugs_of_the_size_of_coarser_arithmetic_are_not_taken_for_it(change, exponent):
+    config, weights = planted(change, 2.0**exponent)
+    found = compared_with_oracle(config, "float32", other=weights)
+    assert found.failures
+    assert found.notes == ()
 
 
 def test_a_nan_has_no_size():
@@ -429,7 +606,8 @@ def test_summaries_of_integers_and_of_nan():
     assert not compare_traces(a.summarized(0), b).equal
     x = values(100)
     with_nan = np.where(np.arange(100) == 7, np.nan, x)
-    assert compare_traces(trace({"loss": with_nan}).summarized(0), trace({"loss": with_nan})).equal
+    (row,) = compare_traces(trace({"loss": with_nan}).summarized(0), trace({"loss": with_nan})).rows
+    assert (row.status, row.nonfinite) == ("not finite in both", 1)
     (row,) = compare_traces(trace({"loss": x}).summarized(0), trace({"loss": with_nan})).rows
     assert (row.status, row.error, row.position) == ("differs", np.inf, None)
 
@@ -559,33 +737,57 @@ CONFIG = ModelConfig(
 )
 
 
+def executed(modules: list[str]) -> list[str]:
+    """Modules in the order in which they end: parts before the whole."""
+    return list(
+        dict.fromkeys(m for whole in modules for m in [*(m for m in modules if m.startswith(f"{whole}.")), whole])
+    )
+
+
 def oracle_trace(weights: Mapping[str, np.ndarray], config: ModelConfig = CONFIG) -> dict[str, np.ndarray]:
     """Forward and backward of the specification; the loss is half the mean square of the logits."""
     weights = {name: np.asarray(array, np.float64) for name, array in weights.items()}
     tokens = validation_tokens(config.vocab_size, 2, 8, seed=3)
     out = transformer(weights, config, tokens)
     gradients = transformer_backward(out.logits / out.logits.size, out, weights, config, tokens)
-    named = {f"forward/{name}": array for name, array in out.activations.items()}
+    named = {f"forward/{name}": out.activations[name] for name in executed(list(out.activations))}
     named["loss"] = np.asarray(np.mean(out.logits**2) / 2)
     return named | {f"gradient/{name}": np.asarray(array) for name, array in gradients.items()}
 
 
-def compared_with_oracle(config: ModelConfig, dtype: str) -> Comparison:
-    """Weights rounded to ``dtype``, and one roundoff of noise on everything, stand for an implementation."""
-    weights = validation_weights(parameter_table(CONFIG), seed=3)
+def compared_with_oracle(
+    config: ModelConfig,
+    dtype: str,
+    *,
+    other: Mapping[str, np.ndarray] | None = None,
+    before_other: Callable[[], None] = lambda: None,
+    sharper: float = 1.0,
+    seed: int = 3,
+) -> Comparison:
+    """Weights rounded to ``dtype``, and one roundoff of noise on everything, stand for an implementation.
+
+    Args:
+        other: weights that the second one uses instead.
+        before_other: called before the second one runs.
+        sharper: factor of the weights of queries and keys.
+    """
+    weights = validation_weights(parameter_table(CONFIG), seed=seed)
+    sharp = {name: np.float32(sharper**0.5) for name in weights if ".q_proj." in name or ".k_proj." in name}
+    weights = {name: array * sharp.get(name, np.float32(1)) for name, array in weights.items()}
     roundoff, rng = UNIT_ROUNDOFF[dtype], np.random.default_rng(0)
     truth = Trace(
         oracle_trace(weights),
         origin(deltas={dtype: perturbation_delta(oracle_trace, weights, roundoff)}),
     )
-    rounded = {name: array.astype(DTYPES[dtype]) for name, array in weights.items()}
 
-    def implementation(used: ModelConfig) -> Trace:
-        tensors = oracle_trace(rounded, used)
+    def implementation(used: ModelConfig, given: Mapping[str, np.ndarray]) -> Trace:
+        tensors = oracle_trace({name: array.astype(DTYPES[dtype]) for name, array in given.items()}, used)
         noisy = {name: x * (1 + roundoff * rng.uniform(-1, 1, x.shape)) for name, x in tensors.items()}
         return trace(noisy, dtype=dtype)
 
-    return compare_traces(implementation(CONFIG), implementation(config), truth, ("right", "other"))
+    right = implementation(CONFIG, weights)
+    before_other()
+    return compare_traces(right, implementation(config, other or weights), truth, ("right", "other"))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -599,8 +801,8 @@ def test_a_correct_pair_raises_no_alarm(dtype):
 @pytest.mark.parametrize(
     ("change", "first"),
     [
-        ({"rope_theta": 500.0}, "forward/layers.0.attention"),
-        ({"sliding_window": 3}, "forward/layers.0.attention"),
+        ({"rope_theta": 500.0}, "forward/layers.0.attention.o_proj"),
+        ({"sliding_window": 3}, "forward/layers.0.attention.o_proj"),
         ({"norm_eps": 1e-1}, "forward/layers.0.attention_norm"),
     ],
 )
