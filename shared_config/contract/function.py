@@ -1,4 +1,9 @@
-"""Which settings change the function that weights compute, and how two configs differ in them."""
+"""Which settings change the function that weights compute, and how two configs differ in them.
+
+The function is that of decoding, in which experts have no capacity limits: `moe_capacity_factor` limits what training
+and whole forwards compute, as the weights of losses do, and may be another one for the same weights. What the model is
+shown belongs to the function: the frames of a clip, their number, size and sampling.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +40,14 @@ def function_of(config: JobConfig) -> dict[str, Any]:
     values["vlm.arch"] = None if config.vlm is None else config.vlm.arch
     if config.vlm is not None:
         values |= _prefixed("vlm", config.vlm.function_fields() | config.vlm.resolved_with(config.model))
+        used, resolved = config.vlm.uses_model_fields, config.model.resolved()
+        values |= _prefixed("model", {name: resolved.get(name, getattr(config.model, name)) for name in used})
         values |= _prefixed("adapter", _adapter(config.adapter or AdapterConfig(), config.model.dim))
+        values["video.max_frames"] = None
     if config.vision_encoder is not None:
         values |= _prefixed("vision_encoder", config.vision_encoder.function_fields())
+    if config.video is not None:
+        values |= _prefixed("video", config.video.function_fields())
     return values
 
 

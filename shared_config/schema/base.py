@@ -77,7 +77,9 @@ NESTED = _Nested()
 
 
 class _KeepsFunction:
-    """Annotation for a field of the model that changes how it trains or runs, not what its weights compute."""
+    """Annotation for a field of the model that changes how it trains or runs, not what its weights compute when they
+    decode, which they do without capacity limits.
+    """
 
 
 KEEPS_FUNCTION = _KeepsFunction()

@@ -113,7 +113,7 @@ class ModelConfig(Section):
         KEEPS_FUNCTION,
         Field(
             description="An expert takes at most max(1, ceil(tokens * moe_top_k / num_experts * factor)) choices; "
-            f"0: any number. Generation has no limits. {UNIT}"
+            f"0: any number. Decoding has no limits, so weights may be used with another factor. {UNIT}"
         ),
     ] = 0.0
     moe_sequence_aux_loss_weight: Annotated[

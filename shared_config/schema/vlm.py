@@ -65,6 +65,8 @@ class VLMConfig(Section):
     module_patterns: Annotated[TextByName, KEEPS_FUNCTION] = Field(default_factory=lambda: FrozenDict(DEFAULT_PATTERNS))
 
     image_tokens_in_stream: ClassVar[bool] = True
+    uses_model_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields of the language model for experts that an architecture uses where ``num_experts`` is 0."""
 
     def __init_subclass__(cls, arch: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -194,6 +196,10 @@ class MoTConfig(VLMConfig, arch="mot"):
     mot_warm_start_from_text: Annotated[bool, KEEPS_FUNCTION] = False
     mot_warm_start_path: Annotated[str, KEEPS_FUNCTION] = ""
 
+    def resolved(self) -> dict[str, Any]:
+        """Modalities are told apart by name, in whatever order."""
+        return {"mot_modalities": tuple(sorted(self.mot_modalities))}
+
     def resolved_image_heads(self, n_heads: int, n_kv_heads: int) -> tuple[int, int]:
         """Query and key/value heads of the image projections; 0 means those of the text."""
         return self.mot_image_n_heads or n_heads, self.mot_image_n_kv_heads or n_kv_heads
@@ -234,6 +240,16 @@ class MoMaConfig(VLMConfig, arch="moma"):
     moma_experts_per_modality: CountByName = Field(default_factory=lambda: FrozenDict({"image": 4, "text": 4}))
     moma_capacity_factor: Fraction = 0.0
     moma_gumbel_noise: Annotated[bool, KEEPS_FUNCTION] = True
+
+    uses_model_fields: ClassVar[tuple[str, ...]] = ("moe_expert_ffn_multiplier",)
+
+    def resolved(self) -> dict[str, Any]:
+        """Modalities are told apart by name; 0 may be spelled as the number that it stands for."""
+        factors = {self.effective_capacity_factor(modality) for modality in self.moma_modalities}
+        return {
+            "moma_modalities": tuple(sorted(self.moma_modalities)),
+            "moma_capacity_factor": factors.pop() if len(factors) == 1 else self.moma_capacity_factor,
+        }
 
     def effective_capacity_factor(self, modality: str) -> float:
         """Share of a modality's tokens that each of its experts takes; 0 stands for one over the number of experts."""
