@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from shared_config import ConfigError, JobConfig, ModelConfig, VLMConfig
 from shared_config.loader import json_schema
-from shared_config.registry import Registry
+from shared_config.registry import Registry, temporary
 from shared_config.schema import (
     AdapterConfig,
     CrossAttentionConfig,
@@ -219,10 +219,12 @@ def test_registered_names_become_valid_config_values() -> None:
     with pytest.raises(KeyError, match="Unknown adapter: 'perceiver'"):
         registry.get("adapter", "perceiver")
     assert "type = 'perceiver'" in refused(AdapterConfig, type="perceiver")
-    registry.register("adapter", "perceiver")(lambda: None)
-    assert AdapterConfig(type="perceiver").type == "perceiver"
-    with pytest.raises(ValueError, match="registered already"):
+    with temporary():
         registry.register("adapter", "perceiver")(lambda: None)
+        assert AdapterConfig(type="perceiver").type == "perceiver"
+        with pytest.raises(ValueError, match="registered already"):
+            registry.register("adapter", "perceiver")(lambda: None)
+    assert "type = 'perceiver'" in refused(AdapterConfig, type="perceiver")
 
 
 @pytest.mark.parametrize(

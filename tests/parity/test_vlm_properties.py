@@ -404,14 +404,13 @@ class LateFusion(VLMConfig, arch="late_fusion_of_tests"):
 @pytest.fixture(autouse=True, scope="module")
 def registered_architecture() -> Any:
     """One config class and one strategy per backend are all that a new architecture needs."""
-    for registry, vlm in ((torch_registry, torch_vlm), (jax_registry, jax_vlm)):
-        if not registry.has("modality_strategy", LateFusion().arch):
+    with temporary():
+        for registry, vlm in ((torch_registry, torch_vlm), (jax_registry, jax_vlm)):
             registry.register("modality_strategy", LateFusion().arch)(vlm.PrefixStrategy)
-    if not jax_registry.has("adapter", "test_adapter"):
         jax_registry.register("adapter", "test_adapter")(
             lambda config, in_dim, out_dim, *, rngs: JaxLinearAdapter(in_dim, out_dim, rngs=rngs)
         )
-    yield
+        yield
     VLMConfig.forget(LateFusion().arch)
 
 
