@@ -27,7 +27,7 @@ from rich.console import Console
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
-from shared_config.interchange.files import regular_target, written_aside
+from shared_config.interchange.files import make_folder, regular_target, written_aside
 from shared_config.interchange.outputs import claim_run_folder
 from shared_config.interchange.tokens import keep_tokenizer
 from shared_config.loader import config_to_dict, config_to_toml
@@ -428,10 +428,11 @@ def _own_folder(folder: Path) -> Iterator[None]:
     field = f"checkpoint.dir = {str(folder)!r}"
     claim_run_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = regular_target(folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"{field}: can't be written ({error.strerror})") from None
+    except (OSError, UserError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{field}: can't be written ({reason})") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shared_config.errors import UserError
-from shared_config.interchange.files import file_errors, regular_target, written_aside
+from shared_config.interchange.files import file_errors, folder_target, make_folder, regular_target, written_aside
 from shared_config.loader import config_to_dict
 from shared_config.reading import check_regular, read_text
 from shared_config.schema.job import JobConfig
@@ -121,7 +121,8 @@ class TensorBoardLogger:
             from tensorboard.summary import Writer  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise _missing("metrics.tensorboard = true", "tensorboard") from None
-        self._writer = Writer(str(folder))
+        with file_errors(folder, "can't be written"):
+            self._writer = Writer(str(make_folder(folder)))
 
     def write(self, step: int, record: Record) -> None:
         for name, value in record.items():
@@ -144,6 +145,7 @@ class WandbLogger:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise _missing(f"metrics.wandb_project = {project!r}", "wandb") from None
+        folder_target(folder / "wandb")
         identity = regular_target(folder / "wandb_id")
         if not identity.exists():
             identity.write_text(secrets.token_hex(8), encoding="ascii")

@@ -13,6 +13,7 @@ from shared_config.commands.verdict import show_findings, show_first_differences
 from shared_config.compare import compare_traces
 from shared_config.errors import UserError
 from shared_config.interchange.files import written_aside
+from shared_config.interchange.outputs import refuse_overwriting
 from shared_config.interchange.traces import read_trace
 from shared_config.report import write_report
 
@@ -33,6 +34,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if overrides:
         raise UserError(f"{overrides[0]}: compare takes no config; the traces hold theirs")
     report, numbers = (None if path is None else writable_file(path) for path in (options.report, options.json))
+    for output in filter(None, (report, numbers)):
+        refuse_overwriting(output, options.a, options.b, options.truth)
     truth = None if options.truth is None else read_trace(options.truth)
     comparison = compare_traces(read_trace(options.a), read_trace(options.b), truth)
     screen = console()

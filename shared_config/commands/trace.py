@@ -21,6 +21,7 @@ from shared_config.commands.common import (
 )
 from shared_config.contract.warm_start import without_warm_start
 from shared_config.errors import UserError
+from shared_config.interchange.outputs import refuse_overwriting
 from shared_config.interchange.selection import parse_layers
 from shared_config.interchange.traces import read_trace, write_trace
 from shared_config.reading import check_regular
@@ -76,6 +77,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = load_job(options, overrides)
     output = writable_file(options.output)
     which = options.weights or (None if options.shrink else folder_of(options.config)) or WEIGHTS[0]
+    given = None if which in WEIGHTS else which
+    refuse_overwriting(output, given, options.config, options.tokens, options.refeed, options.routes)
     weights = load_given_weights(str(which), config, overrides)
     tokens = None if options.tokens is None else read_tokens(options.tokens)
     if tokens is not None:

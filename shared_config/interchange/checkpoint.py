@@ -30,7 +30,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from shared_config.errors import UserError
-from shared_config.interchange.files import file_errors
+from shared_config.interchange.files import file_errors, folder_target, make_folder
 from shared_config.interchange.tensors import read_tensors, write_tensors
 from shared_config.reading import MAX_JSON_BYTES, check_regular, read_text
 
@@ -109,14 +109,16 @@ def save(
 
     Raises:
         NonFiniteError: a weight or a moment is not finite. Nothing is written nor removed.
-        UserError: it can't be written, say for lack of space. What was there before is still there.
+        UserError: it can't be written, say for lack of space, or its place is taken by something that is no folder.
+            What was there before is still there.
     """
     folder = Path(folder)
     final = folder / f"step_{state.step:08d}"
+    target = folder_target(final)
     bad = first_nonfinite(state)
     if bad is not None:
         raise NonFiniteError(final, bad)
-    aside = _hidden(final, "new")
+    aside = _hidden(target, "new")
     fields = {
         "format": FORMAT,
         "step": state.step,
@@ -129,12 +131,13 @@ def save(
     }
 
     def write() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        clean(folder)
+        make_folder(folder)
+        for place in {folder, make_folder(target.parent)}:
+            clean(place)
         aside.mkdir()
         try:
             _write_files(aside, state, fields)
-            _publish(aside, final)
+            _publish(aside, target)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -192,7 +195,7 @@ def clean(folder: str | Path) -> None:
         if left.suffix == ".old" and not final.exists():
             left.rename(final)
         elif left.suffix in (".new", ".old", ".gone"):
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            _remove(left)
 
 
 def with_room(folder: str | Path, keep: int | None, write: Callable[[], T]) -> T:
@@ -242,7 +245,7 @@ def prune(folder: str | Path, keep: int, spare: Path | None = None) -> None:
         if published[step] != spare:
             gone = _hidden(published[step], "gone")
             published[step].rename(gone)
-            shutil.rmtree(gone)
+            _remove(gone)
 
 
 def installed_versions() -> dict[str, str]:
@@ -254,6 +257,11 @@ def installed_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or a file; of a symbolic link, the link."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _hidden(final: Path, suffix: str) -> Path:

@@ -43,6 +43,37 @@ def regular_target(path: PathLike) -> Path:
     return target
 
 
+def folder_target(path: PathLike) -> Path:
+    """The folder that is written to in the name of ``path``: what a symbolic link leads to, whether it exists or not.
+
+    Raises:
+        UserError: something is there that is no folder, or can't be looked at.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        kind = stat.S_IFMT(target.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return target
+    except (OSError, ValueError) as error:
+        raise UserError(f"{os.fspath(path)!r}: can't be written to: {_reason(error)}") from error
+    if kind != stat.S_IFDIR:
+        said = KINDS.get(kind, "a file").partition(";")[0]
+        raise UserError(f"{os.fspath(path)}: is {said}; the name of a folder is needed")
+    return target
+
+
+def make_folder(path: PathLike) -> Path:
+    """The folder that ``path`` leads to, made if need be.
+
+    Raises:
+        OSError: it can't be made.
+        UserError: as `folder_target`.
+    """
+    target = folder_target(path)
+    target.mkdir(parents=True, exist_ok=True)
+    return target
+
+
 @contextmanager
 def written_aside(path: PathLike) -> Iterator[Path]:
     """Yield an empty temporary file beside ``path``; rename it to ``path`` at the end, remove it if the body raises.
@@ -71,7 +102,7 @@ def make_aside(path: Path) -> Path:
         UserError: as `regular_target`.
     """
     path = regular_target(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     aside.touch(exist_ok=False)
     return aside

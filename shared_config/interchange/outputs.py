@@ -13,9 +13,10 @@ from typing import Any
 
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint, huggingface
-from shared_config.interchange.files import PathLike
+from shared_config.interchange.files import PathLike, make_folder
 from shared_config.interchange.source import CONFIG
 from shared_config.interchange.tensors import TensorFile
+from shared_config.interchange.traces import is_trace
 from shared_config.interchange.weights import INDEX, SINGLE
 from shared_config.loader import config_from_toml
 from shared_config.schema.data import DataConfig
@@ -91,6 +92,25 @@ def refuse_overlap(target: PathLike, source: PathLike) -> None:
         raise UserError(f"{target}: is, is within, or holds the folder that is read, {source}; give another folder")
 
 
+def refuse_overwriting(target: PathLike, *sources: PathLike | None) -> None:
+    """Refuse an output file that is one of the files that are read, by whatever path. Of a folder that is read, a file
+    is one of them unless it is a trace; of an index of shards, every file of its folder.
+
+    Raises:
+        UserError: naming both.
+    """
+    if not os.path.exists(target):
+        return
+    for source in filter(None, sources):
+        path = Path(source)
+        read = [path] if path.is_file() else []
+        folder = path.parent if path.suffix == ".json" else path
+        if folder.is_dir() and not is_trace(target):
+            read += [file for file in folder.rglob("*") if file.is_file()]
+        if any(os.path.samefile(target, file) for file in read):
+            raise UserError(f"{target}: is read from {source}; give another file to write to")
+
+
 def writable_folder(path: PathLike) -> Path:
     """The folder, created if need be, once it is certain that files can be written to it.
 
@@ -99,7 +119,7 @@ def writable_folder(path: PathLike) -> Path:
     """
     folder = Path(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise UserError(f"{folder}: can't be created as an output folder: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):

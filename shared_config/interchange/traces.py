@@ -167,6 +167,14 @@ def write_trace(path: PathLike, trace: Trace) -> None:
     write_tensors(path, {**arrays, **sketches}, {FORMAT_KEY: FORMAT, META_KEY: json.dumps(content)})
 
 
+def is_trace(path: PathLike) -> bool:
+    """Whether a file is a trace."""
+    try:
+        return FORMAT_KEY in TensorFile(path).metadata
+    except UserError:
+        return False
+
+
 def read_trace(path: PathLike) -> Trace:
     """Read a trace; tensors stay on disk until they are looked at.
 

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from shared_config.errors import UserError
-from shared_config.interchange.files import PathLike, file_errors, written_aside
+from shared_config.interchange.files import PathLike, file_errors, make_folder, written_aside
 from shared_config.interchange.states import numpy_dtype, plain_state, without_repeats
 from shared_config.interchange.tensors import TensorFile, read_tensors, write_tensors
 from shared_config.reading import MAX_JSON_BYTES, read_bytes
@@ -96,6 +96,8 @@ def save_weights(
     if path.suffix == ".safetensors":
         write_tensors(path, state, metadata)
         return [path]
+    with file_errors(path, "the folder can't be made"):
+        path = make_folder(path)
     shards = _split(state, max_shard_bytes)
     files = _save_single(path, state, metadata) if len(shards) == 1 else _save_shards(path, shards, metadata)
     _remove_older(path, keep=files)

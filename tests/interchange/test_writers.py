@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from shared_config.cli import main
 from shared_config.errors import UserError
+from shared_config.interchange import checkpoint
 from shared_config.interchange.activations import ActivationWriter
 from shared_config.interchange.files import written_aside
+from shared_config.interchange.outputs import writable_folder
 from shared_config.interchange.tensors import write_tensors
 from shared_config.interchange.weights import save_weights
-from shared_config.metrics import JsonLinesLogger
+from shared_config.loader import load_config
+from shared_config.metrics import JsonLinesLogger, TensorBoardLogger, WandbLogger
 
 TENSORS = {"x": np.ones(3, np.float32)}
 
@@ -64,7 +69,7 @@ def test_nothing_but_regular_files_is_written_over(
         path.symlink_to(place)
     if writer == "weights" and special == "folder":
         pytest.skip("weights may be written to a folder")
-    with pytest.raises(UserError, match=rf"{path.name}.*(is a|File exists)"):
+    with pytest.raises(UserError, match=rf"{path.name}.*is a"):
         WRITERS[writer](path)
     assert stat.S_IFMT(place.stat().st_mode) == kind
     assert path.is_symlink() == linked
@@ -88,6 +93,137 @@ def test_links_stay_and_what_they_lead_to_is_written(tmp_path: Path, writer: str
     assert writer == "metrics" or target.stat().st_size > 0
 
 
+def save_step(path: Path) -> object:
+    return checkpoint.save(path.parent, checkpoint.TrainingState(int(path.name.removeprefix("step_")), TENSORS, {}))
+
+
+def log_to_tensorboard(path: Path) -> None:
+    TensorBoardLogger(path).close()
+
+
+def log_to_wandb(path: Path) -> None:
+    config = load_config("debug", ["--metrics.wandb_project=tests"])
+    WandbLogger(config, path.parent).close()
+
+
+FOLDER_WRITERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "weights": (lambda path: save_weights(path, TENSORS), "weights"),
+    "checkpoint": (save_step, "step_00000003"),
+    "tensorboard": (log_to_tensorboard, "tensorboard"),
+    "wandb": (log_to_wandb, "wandb"),
+    "output": (writable_folder, "out"),
+}
+
+
+@pytest.fixture
+def recorders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for the packages of TensorBoard and Weights & Biases: they make their folder and no more."""
+
+    def started(folder: str) -> SimpleNamespace:
+        Path(folder).mkdir(exist_ok=True)
+        return SimpleNamespace(close=lambda: None, finish=lambda: None)
+
+    summary = SimpleNamespace(Writer=started)
+    monkeypatch.setitem(sys.modules, "tensorboard", SimpleNamespace(summary=summary))
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", summary)
+    wandb = SimpleNamespace(init=lambda dir, **_: started(f"{dir}/wandb"))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+
+NO_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "pipe": (os.mkfifo, "a named pipe"),
+    "socket": (make_socket, "a socket"),
+    "file": (Path.touch, "a file"),
+}
+
+
+@pytest.mark.usefixtures("recorders")
+@pytest.mark.parametrize("linked", [False, True], ids=["itself", "link"])
+@pytest.mark.parametrize("special", NO_FOLDERS)
+@pytest.mark.parametrize("writer", FOLDER_WRITERS)
+def test_what_is_no_folder_is_not_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str, special: str, linked: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (make, said), (write, name) = NO_FOLDERS[special], FOLDER_WRITERS[writer]
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / name
+    place = tmp_path / "place" if linked else path
+    make(place)
+    kind = stat.S_IFMT(place.stat().st_mode)
+    if linked:
+        path.symlink_to(place)
+    with pytest.raises(UserError, match=rf"{path.name}: is {said}; the name of a folder is needed"):
+        write(path)
+    assert stat.S_IFMT(place.stat().st_mode) == kind
+    assert path.is_symlink() == linked
+    assert not list(tmp_path.rglob(".*.new"))
+
+
+@pytest.mark.usefixtures("recorders")
+@pytest.mark.parametrize("exists", [False, True], ids=["dangling", "existing"])
+@pytest.mark.parametrize("writer", sorted(set(FOLDER_WRITERS) - {"wandb"}))  # which makes its folder itself
+def test_folders_are_written_through_links(tmp_path: Path, writer: str, exists: bool) -> None:
+    write, name = FOLDER_WRITERS[writer]
+    elsewhere, path = tmp_path / "elsewhere" / "place", tmp_path / "run" / name
+    path.parent.mkdir()
+    if exists:
+        elsewhere.mkdir(parents=True)
+    path.symlink_to(elsewhere)
+    for _ in range(2):
+        write(path)
+        assert path.is_symlink()
+        assert elsewhere.is_dir()
+        assert [file.name for file in elsewhere.parent.iterdir()] == ["place"]
+    if writer == "checkpoint":
+        assert checkpoint.load(path.parent).state.step == 3
+        checkpoint.prune(path.parent, keep=0)
+        assert not list(path.parent.iterdir())
+        assert elsewhere.is_dir(), "the link goes, and nothing that is not in the run's folder"
+
+
+@pytest.mark.parametrize("how", ["itself", "symbolic link", "hard link", "of a folder", "shard of an index"])
+def test_a_trace_is_not_written_over_the_weights_it_is_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    (tmp_path / "read").mkdir()
+    weights = tmp_path / "read" / "model.safetensors"
+    save_weights(weights, TENSORS)
+    (tmp_path / "read" / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
+    given = {"of a folder": weights.parent, "shard of an index": weights.parent / "model.safetensors.index.json"}
+    output = weights if how == "itself" or how in given else tmp_path / "other.safetensors"
+    if how == "symbolic link":
+        output.symlink_to(weights)
+    elif how == "hard link":
+        output.hardlink_to(weights)
+    before = weights.read_bytes()
+    command = [
+        "trace",
+        "debug",
+        "--backend",
+        "torch",
+        "--weights",
+        str(given.get(how, weights)),
+        "--output",
+        str(output),
+    ]
+    assert main(command) == 2
+    assert f"{output}: is read from {given.get(how, weights)}" in capsys.readouterr().err
+    assert weights.read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["--report", "--json"])
+def test_compare_does_not_write_over_what_it_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    traces = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for path in traces:
+        path.write_text("a trace", encoding="utf-8")
+    assert main(["compare", *map(str, traces), option, str(traces[1])]) == 2
+    assert "b.safetensors: is read from" in capsys.readouterr().err
+    assert traces[1].read_text(encoding="utf-8") == "a trace"
+
+
 def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
@@ -99,6 +235,8 @@ def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
 def test_a_run_does_not_wait_for_a_pipe_in_its_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     command = ("train", "debug", "--backend", "torch", "--quiet", "--train.max_steps=1", "--output", str(tmp_path))
     assert main(command) == 2
