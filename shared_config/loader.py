@@ -108,7 +108,7 @@ def _with_tokenizer_beside(fields: dict[str, Any], folder: Path) -> dict[str, An
     """The fields, with the path of a tokenizer that lies beside the file they come from."""
     data = fields.get("data")
     name = data.get("tokenizer") if isinstance(data, dict) else None
-    if not isinstance(name, str) or not (folder / name / "tokenizer.json").is_file():
+    if not isinstance(name, str) or name in ("", "bytes") or not (folder / name).is_dir():
         return fields
     return {**fields, "data": {**fields["data"], "tokenizer": str(folder / name)}}
 

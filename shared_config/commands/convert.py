@@ -11,8 +11,8 @@ from shared_config.errors import UserError
 from shared_config.interchange.files import written_aside
 from shared_config.interchange.huggingface import config_to_huggingface, save_huggingface
 from shared_config.interchange.outputs import WRITER, claim_folder
-from shared_config.interchange.source import CONFIG, ModelSource, find_config, kind_of, read_model
-from shared_config.interchange.tokens import TOKENIZER, beside, keep_tokenizer
+from shared_config.interchange.source import CONFIG, ModelSource, find_config, kind_of, read_model, to_stderr
+from shared_config.interchange.tokens import TOKENIZER, beside, has_tokenizer, keep_tokenizer, tokenizer_problem
 from shared_config.interchange.vision import job_table
 from shared_config.interchange.weights import check_tensors, entry_file, save_weights
 from shared_config.loader import config_to_toml, load_config, resolve_config
@@ -45,6 +45,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         files = save_native(folder, source, metadata, tokenizer)
     for file in files:
         print(file)
+    if tokenizer is not None and has_tokenizer(tokenizer) and (problem := tokenizer_problem(tokenizer)):
+        to_stderr(f"note: {tokenizer}: {problem}; its files are copied as they are")
     return 0
 
 

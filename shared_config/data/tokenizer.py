@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from shared_config.errors import ConfigError, UserError
-from shared_config.interchange.tokens import stop_ids
+from shared_config.interchange.tokens import stop_ids, tokenizer_problem
 from shared_config.reading import check_regular, read_json
 
 BOS = 256
@@ -239,7 +239,7 @@ def load_library_tokenizer(file: Path) -> Any:
         UserError: no such file, not one that can be read, or the package is not installed.
     """
     if not file.exists():
-        raise UserError(f"data.tokenizer = {str(file.parent)!r}: must be 'bytes' or a folder with a tokenizer.json")
+        raise UserError(f"data.tokenizer = {str(file.parent)!r}: {tokenizer_problem(file.parent)}")
     try:
         from tokenizers import Tokenizer as Library  # pyright: ignore[reportMissingImports]
     except ImportError:

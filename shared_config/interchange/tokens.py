@@ -17,16 +17,25 @@ from shared_config.reading import read_json
 from shared_config.schema.job import JobConfig
 
 TOKENIZER = "tokenizer"
+READ = "tokenizer.json"
+NOT_READ = (
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+"""Vocabularies in formats of other libraries, which transformers makes a tokenizer.json of."""
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    READ,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
+    *NOT_READ,
 )
 GENERATION = "generation_config.json"
 NAMED_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -98,8 +107,21 @@ def beside(path: Path) -> Path | None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there is a tokenizer to be read."""
-    return (folder / "tokenizer.json").is_file()
+    """Whether there is a tokenizer, be it in a format that is not read: its ids are not those of bytes."""
+    return any((folder / name).is_file() for name in (READ, *NOT_READ))
+
+
+def tokenizer_problem(folder: Path) -> str:
+    """Why the tokenizer of a folder can't be read, and what is needed; "" if there is a tokenizer.json."""
+    if (folder / READ).is_file():
+        return ""
+    found = [name for name in NOT_READ if (folder / name).is_file()]
+    if not found:
+        return f"must be 'bytes' or a folder with a {READ}"
+    return (
+        f"holds {', '.join(found)}, which can't be read, and no {READ}; transformers makes one: "
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    )
 
 
 def _has_ids(folder: Path) -> bool:

@@ -17,6 +17,7 @@ from shared_config.contract.parameters import parameter_table
 from shared_config.data.tokenizer import HuggingFaceTokenizer
 from shared_config.interchange import checkpoint
 from shared_config.interchange.huggingface import save_huggingface
+from shared_config.interchange.tokens import NOT_READ
 from shared_config.interchange.weights import load_weights, save_weights
 from shared_config.loader import config_to_dict, config_to_toml, load_config
 from shared_config.schema.job import JobConfig
@@ -175,3 +176,18 @@ def test_generate_reads_the_tokenizer_and_stops_beside_the_weights(
         assert main([*command, "--device=cpu"]) == 0
         assert capsys.readouterr().out == "hello world\n"
     assert asked == [([tokenizer.encode_prompt("hello")], [2, 7])] * 2
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_a_tokenizer_of_another_format_is_not_taken_for_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    source = foreign_folder(tmp_path / "source", tokenizer=False)
+    (source / name).write_bytes(b"pieces")
+    assert convert(source, tmp_path / "native") == 0
+    assert f"holds {name}, which can't be read, and no tokenizer.json" in capsys.readouterr().err
+    assert load_config(str(tmp_path / "native")).data.tokenizer == str(tmp_path / "native" / "tokenizer")
+    assert (tmp_path / "native" / "tokenizer" / name).read_bytes() == b"pieces"
+    for folder in (source, tmp_path / "native"):
+        assert main(["generate", str(folder), "--prompt", "a", "--backend", "torch"]) == 2
+        assert "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)" in capsys.readouterr().err
