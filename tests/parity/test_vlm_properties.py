@@ -42,6 +42,7 @@ from shared_config.contract.parameters import parameter_table
 from shared_config.contract.vision import vit_tower, wrapper_table
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.weights import save_weights
+from shared_config.registry import temporary
 from shared_config.schema import (
     AdapterConfig,
     CrossAttentionConfig,
