@@ -222,9 +222,9 @@ def _checked_lengths(prompt_lengths: Any, rows: Sequence[np.ndarray]) -> list[in
     given = np.asarray(prompt_lengths)
     if not np.issubdtype(given.dtype, np.integer):
         raise UserError(f"prompt_lengths is of {given.dtype}: lengths are integers")
-    lengths = given.reshape(-1).tolist()
-    if len(lengths) != len(rows):
-        raise UserError(f"prompt_lengths has {len(lengths)} entries: must be one for each of {len(rows)} prompts")
+    if given.shape != (len(rows),):
+        raise UserError(f"prompt_lengths.shape = {given.shape}: must be one for each of {len(rows)} prompts")
+    lengths = given.tolist()
     for place, (length, row) in enumerate(zip(lengths, rows, strict=True)):
         if not 0 <= length <= len(row):
             raise UserError(f"prompt_lengths[{place}] = {length}: must be in [0, {len(row)}], the tokens of the row")

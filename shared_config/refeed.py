@@ -92,7 +92,11 @@ def routes_from(other: Trace, origin: TraceMeta, config: JobConfig) -> dict[str,
     lacking = [router for router, tensor in tensors.items() if not isinstance(tensor, np.ndarray)]
     if lacking:
         raise UserError(f"routes: the other trace lacks {ROUTING}/{lacking[0]}.indices; one of a whole run is needed")
-    return {router: np.asarray(tensor) for router, tensor in tensors.items()}
+    routes = {router: np.asarray(tensor) for router, tensor in tensors.items()}
+    for router, tokens_CE in routes.items():
+        if tokens_CE.dtype.kind not in "iu" or (tokens_CE.size and tokens_CE.min() < 0):
+            raise UserError(f"routes: {ROUTING}/{router}.indices is {tokens_CE.dtype}: must be indices, 0 or more")
+    return routes
 
 
 def with_losses(stats: Any, losses: Mapping[str, Any], path: str) -> Any:

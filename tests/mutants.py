@@ -94,10 +94,24 @@ MUTANTS = (
     ),
     Mutant(
         "model.embedding", "id range not checked",
-        ("raise ValueError(_out_of_range(tokens, self.embedding.num_embeddings)) from None",
+        ('check_ids("tokens", tokens, self.embedding.num_embeddings)\n            raise',
          "return self.embedding(tokens.clamp(0, self.embedding.num_embeddings - 1))"),
-        ("_check_range(np.asarray(tokens), self.embedding.num_embeddings)", "pass"),
+        ('check_ids("tokens", tokens, self.embedding.num_embeddings)', "pass"),
     ),
+    Mutant(
+        "model.checks", "masks of any type",
+        ("if mask.dtype != torch.bool:", "if False:"),
+        ("if mask.dtype != jnp.bool_:", "if False:"),
+    ),
+    both("model.checks", "negative ids pass", "is_outside = (seen < 0) | (seen >= size)",
+         "is_outside = seen >= size"),
+    Mutant(
+        "model.checks", "narrow integers wrap what they are compared with",
+        ("return ids.long()", "return ids"),
+        ("return ids.astype(jnp.promote_types(ids.dtype, jnp.int32))", "return ids"),
+    ),
+    both("model.checks", "no NaN where ids can't be seen", "((ids < 0) | (ids >= size)).reshape(",
+         "((ids < -size) | (ids < -size)).reshape("),
     Mutant(
         "model.embedding", "weights not tied",
         ("self.proj.weight = tied", "pass"),

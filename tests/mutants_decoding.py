@@ -57,7 +57,7 @@ DECODING_MUTANTS = (
          "jnp.zeros((len(pixel_values), 0), jnp.int32))"),
     ),
     both("model.cross_attention", "mask of the image forgotten once it was read",
-         "image_keys_values=keys_values, image_mask=modality.image_mask", "image_keys_values=keys_values"),
+         "image_keys_values=keys_values)", "image_keys_values=keys_values, image_mask=None)"),
     both("model.cross_attention", "first block's keys for all", "modality.image_keys_values[index]",
          "modality.image_keys_values[0]"),
 )  # fmt: skip

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from kempnerforge_jax.model.checks import check_ids
+from kempnerforge_jax.model.checks import check_positions
 from kempnerforge_jax.model.kv_cache import KVCache
 from kempnerforge_jax.model.linear import Linear
 from kempnerforge_jax.model.mask import build_mask
@@ -92,6 +92,7 @@ class Attention(Module):
         NaN inside jit, and an error outside.
         """
         batch, length, _ = x.shape
+        check_positions(x.shape[:2], doc_ids, key_padding_mask)
         if mask is None:
             mask = self_attention_mask(
                 length,
@@ -201,7 +202,6 @@ def self_attention_mask(
     Args:
         doc_ids, key_padding_mask: (B, S), of the new tokens; those of the cached ones come from the cache.
     """
-    _check_new(length, doc_ids, key_padding_mask)
     if kv_cache is not None:
         return kv_cache.mask(length, doc_ids=doc_ids, key_padding_mask=key_padding_mask, sliding_window=sliding_window)
     windowed = sliding_window is not None and sliding_window < length
@@ -234,13 +234,3 @@ def resolve_head_dim(dim: int, n_heads: int, n_kv_heads: int, head_dim: int | No
 def _causal(length: int, keys: int) -> jax.Array:
     """Plain causal, the queries being the last of the keys."""
     return build_mask(jnp.arange(keys - length, keys), jnp.arange(keys))
-
-
-def _check_new(length: int, doc_ids: jax.Array | None, key_padding_mask: jax.Array | None) -> None:
-    for name, given in (("doc_ids", doc_ids), ("key_padding_mask", key_padding_mask)):
-        if given is not None and (given.ndim != 2 or given.shape[1] != length):
-            raise ValueError(f"{name}.shape = {tuple(given.shape)}: must be (batch, {length}), one for each new token")
-    if doc_ids is not None:
-        check_ids("doc_ids", doc_ids)
-    if key_padding_mask is not None and key_padding_mask.dtype != jnp.bool_:
-        raise ValueError(f"key_padding_mask.dtype = {key_padding_mask.dtype}: must be bool, True = real")

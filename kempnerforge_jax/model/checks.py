@@ -22,6 +22,15 @@ def check_shape(name: str, array: jax.Array, shape: Sequence[int]) -> None:
         raise ValueError(f"{name}.shape = {tuple(array.shape)}: must be {tuple(shape)}")
 
 
+def check_axes(name: str, array: jax.Array, axes: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: ``array`` has another number of axes.
+    """
+    if array.ndim != len(axes):
+        raise ValueError(f"{name}.shape = {tuple(array.shape)}: must be ({', '.join(axes)})")
+
+
 def check_mask(name: str, mask: jax.Array, shape: Sequence[int]) -> None:
     """
     Raises:
@@ -54,7 +63,25 @@ def check_ids(name: str, ids: jax.Array, size: int | None = None, ignored: int |
         raise ValueError(f"{name} = {bad[0]}: ids must be in {allowed}; {bad.size} of {seen.size} are not")
 
 
+def check_positions(shape: Sequence[int], doc_ids: jax.Array | None, key_padding_mask: jax.Array | None) -> None:
+    """
+    Raises:
+        ValueError: what is said of the new tokens (B, S) is of another dtype or shape.
+    """
+    if key_padding_mask is not None:
+        check_mask("key_padding_mask", key_padding_mask, shape)
+    if doc_ids is not None:
+        check_ids("doc_ids", doc_ids)
+        check_shape("doc_ids", doc_ids, shape)
+
+
+def wide(ids: jax.Array) -> jax.Array:
+    """The same integers in at least int32: comparing narrow ones would wrap the other side to their type."""
+    return ids.astype(jnp.promote_types(ids.dtype, jnp.int32))
+
+
 def nan_outside(x: jax.Array, ids: jax.Array, size: int) -> jax.Array:
     """``x`` (..., D), NaN where the id (...) is outside [0, size)."""
+    ids = wide(ids)
     is_outside = ((ids < 0) | (ids >= size)).reshape(*ids.shape, *[1] * (x.ndim - ids.ndim))
     return jnp.where(is_outside, jnp.nan, x)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kempnerforge_jax.model.attention import attend, resolve_head_dim
+from kempnerforge_jax.model.checks import check_mask
 from kempnerforge_jax.model.linear import Linear
 from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.modality import ModalityContext
@@ -58,12 +59,17 @@ class CrossAttention(Module):
         Args:
             image_mask: bool (B, N), True = attend. A row that may attend to nothing gives 0.
             keys_values: what `keys_values` gave for the features, which are not needed then.
+
+        Raises:
+            ValueError: a mask of another dtype or shape.
         """
         if keys_values is None:
             assert image_features is not None
             keys_values = self.keys_values(image_features)
         q_BHSh = self._heads_first(self.q_proj(x))
         k_BKNh, v_BKNh = (part.astype(x.dtype) for part in keys_values)
+        if image_mask is not None:
+            check_mask("image_mask", image_mask, (len(k_BKNh), k_BKNh.shape[2]))
         mask = None if image_mask is None else image_mask[:, None, None, :]
         out_BHSh = attend(q_BHSh, k_BKNh, v_BKNh, mask, causal=False)
         return self.o_proj(out_BHSh.swapaxes(1, 2).reshape(*x.shape[:2], -1))

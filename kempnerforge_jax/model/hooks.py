@@ -180,10 +180,10 @@ def extract_representations(
         they went to ``path``.
 
     Raises:
-        ValueError: an unknown name; lists what exists. Samples that don't fit together, or none.
+        ValueError: an unknown name; lists what exists. Samples that don't fit together or the model, or none.
     """
     names = check_activation_names(activation_names(model), layers)
-    batches = token_batches(dataset, batch_size, max_samples)
+    batches = token_batches(dataset, batch_size, max_samples, unwrapped(model).config.vocab_size)
     run = _compiled_outputs(model, names)
     outputs = (_to_numpy(run(*jax.device_put(batch, device))) for batch in batches)
     if path is not None:
@@ -219,7 +219,7 @@ def check_activation_names(existing: list[str], names: Iterable[str] | None) -> 
     names = list(names)
     for name in names:
         if name not in existing:
-            close = difflib.get_close_matches(name, existing)
+            close = difflib.get_close_matches(str(name), existing)
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise ValueError(f"name = {name!r}: no such module{hint} Modules: {', '.join(existing)}")
     return names

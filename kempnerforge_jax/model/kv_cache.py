@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from kempnerforge_jax.model.checks import MAX_ID, check_ids
+from kempnerforge_jax.model.checks import MAX_ID, check_ids, check_shape, wide
 from kempnerforge_jax.model.mask import build_mask
 
 ARRAYS = ("k", "v", "lengths", "valid", "doc_ids", "oldest")
@@ -150,9 +150,10 @@ class KVCache:
             lengths: int (B,); where it exceeds the length so far, nothing is forgotten.
 
         Raises:
-            ValueError: lengths that are negative or no integers; a ring has overwritten what the next token may see.
-                Inside jit this can't be seen; there the row is full from then on.
+            ValueError: lengths that are negative, no integers, or not one a row; a ring has overwritten what the next
+                token may see. Inside jit this can't be seen; there the row is full from then on.
         """
+        check_shape("lengths", lengths, self.lengths.shape)
         check_ids("lengths", lengths, MAX_ID)
         lengths = jnp.minimum(self.lengths, lengths.astype(jnp.int32))
         if self.sliding_window is not None and self.oldest is not None:
@@ -176,13 +177,13 @@ class KVCache:
             rows: int (B',); a row may be taken several times, or not at all.
 
         Raises:
-            ValueError: rows that are no integers.
-            IndexError: rows that don't exist. Inside jit this can't be seen; there such a row is full from then on.
+            ValueError: rows that are no integers, or that don't exist. Inside jit this can't be seen; there such a row
+                is full from then on.
         """
-        check_ids("rows", rows)
+        check_shape("rows", rows, (rows.size,))
+        check_ids("rows", rows, len(self.lengths))
+        rows = wide(rows)
         exists_B = (rows >= 0) & (rows < len(self.lengths))
-        if not isinstance(exists_B, Tracer) and not bool(exists_B.all()):
-            raise IndexError(f"rows = {rows.tolist()}: must be in [0, {len(self.lengths)})")
         held = {name: getattr(self, name) for name in ARRAYS}
         taken = {name: None if array is None else array[rows] for name, array in held.items()}
         taken["lengths"] = jnp.where(exists_B, self.lengths[rows], self.max_seq_len)
@@ -246,7 +247,7 @@ class KVCache:
             raise ValueError("doc_ids = None: the cache holds tokens of documents, so new tokens need theirs")
         documents = valid = seen_documents = seen_valid = None
         if doc_ids is not None:
-            documents = jnp.zeros(shape, doc_ids.dtype) if self.doc_ids is None else self.doc_ids
+            documents = jnp.zeros(shape, wide(doc_ids).dtype) if self.doc_ids is None else self.doc_ids
             documents, seen_documents = self._appended(documents, doc_ids)
         if self.valid is not None or key_padding_mask is not None:
             valid = jnp.ones(shape, jnp.bool_) if self.valid is None else self.valid

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kempnerforge_jax.model.checks import nan_outside, wide
 from kempnerforge_jax.model.module import Module
 
 
@@ -48,9 +49,9 @@ class Embedding(Module):
 
     def forward(self, ids: jax.Array) -> jax.Array:
         """Integers (...) -> (..., D); the row of an id outside [0, V) is NaN."""
-        inside = (ids >= 0) & (ids < self.num_embeddings)
-        rows = jnp.take(self.weight.get_value(), jnp.where(inside, ids, 0), axis=0)
-        return jnp.where(inside[..., None], rows, jnp.nan)
+        ids = wide(ids)
+        rows = jnp.take(self.weight.get_value(), jnp.clip(ids, 0, self.num_embeddings - 1), axis=0)
+        return nan_outside(rows, ids, self.num_embeddings)
 
 
 class Undrawn:

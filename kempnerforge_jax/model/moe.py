@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from kempnerforge_jax.model.checks import check_ids, check_mask, check_shape, nan_outside
 from kempnerforge_jax.model.grouped import grouped_matmul
 from kempnerforge_jax.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_jax.model.module import Module, Numbered
@@ -124,12 +125,22 @@ class MoEMLP(Module):
                 contrast to padding they do not count for the capacity.
             limit_capacity: False: an expert takes any number of choices in this call.
             return_stats: also give `MoEStats`.
+
+        Raises:
+            ValueError: masks of another dtype or shape; where values can be seen, a router that names an expert that
+                doesn't exist. Elsewhere the token becomes NaN.
         """
+        for name, mask in (("valid", valid), ("members", members)):
+            if mask is not None:
+                check_mask(name, mask, x_BSD.shape[:2])
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         valid_T, members_T = (None if mask is None else mask.ravel() for mask in (valid, members))
         if members_T is not None:
             valid_T = members_T if valid_T is None else valid_T & members_T
         weights_Tk, indices_Tk, routed = self.router(x_TD, valid_T, batch_size=x_BSD.shape[0], return_stats=True)
+        check_shape("indices of the router", indices_Tk, weights_Tk.shape)
+        check_ids("indices of the router", indices_Tk, self.num_experts)
+        weights_Tk = nan_outside(weights_Tk, indices_Tk, self.num_experts)
         factor = self.capacity_factor if limit_capacity else 0.0
         room = layer_capacity(x_TD.shape[0], members_T, indices_Tk.shape[1], self.num_experts, factor)
         plan = plan_dispatch(indices_Tk, valid_T, self.num_experts, room)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kempnerforge_jax.model.attention import KVCache
+from kempnerforge_jax.model.checks import check_ids, check_mask, check_shape, nan_outside
 from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module, Numbered, Table
@@ -78,9 +79,16 @@ class ExpertChoiceSigmoidRouter(Module):
     def taking(
         output: tuple[jax.Array, jax.Array, jax.Array], tokens_CE: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What the call that gave ``output`` would have given, had the experts chosen ``tokens_CE``."""
-        weights_CE, _, scores_TE = output
-        return jnp.take_along_axis(scores_TE, tokens_CE, axis=0) * (weights_CE != 0), tokens_CE, scores_TE
+        """What the call that gave ``output`` would have given, had the experts chosen ``tokens_CE``.
+
+        Raises:
+            ValueError: choices of another shape, or of tokens that don't exist. Inside a trace these weigh NaN.
+        """
+        weights_CE, own_CE, scores_TE = output
+        check_shape("tokens_CE", tokens_CE, own_CE.shape)
+        check_ids("tokens_CE", tokens_CE, len(scores_TE))
+        taken_CE = jnp.take_along_axis(scores_TE, tokens_CE, axis=0) * (weights_CE != 0)
+        return nan_outside(taken_CE, tokens_CE, len(scores_TE)), tokens_CE, scores_TE
 
 
 class ExpertChoiceMoE(Module):
@@ -100,7 +108,12 @@ class ExpertChoiceMoE(Module):
         Args:
             valid: bool (B, S), the tokens that take part; None means all.
             noise: (B, S, E), see the router.
+
+        Raises:
+            ValueError: a mask of another dtype or shape.
         """
+        if valid is not None:
+            check_mask("valid", valid, x_BSD.shape[:2])
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         valid_T = None if valid is None else valid.ravel()
         count = x_TD.shape[0] if valid_T is None else valid_T.sum(dtype=jnp.int32)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kempnerforge_jax.model.attention import KVCache, attend, resolve_head_dim, self_attention_mask
-from kempnerforge_jax.model.checks import check_ids, check_shape, nan_outside
+from kempnerforge_jax.model.checks import check_ids, check_positions, check_shape, nan_outside
 from kempnerforge_jax.model.linear import Linear
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module
@@ -167,6 +167,7 @@ class MoTAttention(Module):
 
         Rotary tables are those of the positions within a modality; else as `Attention`.
         """
+        check_positions(x.shape[:2], doc_ids, key_padding_mask)
         if mask is None:
             mask = self_attention_mask(
                 x.shape[1],

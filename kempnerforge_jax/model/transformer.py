@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kempnerforge_jax.model.attention import Attention, KVCache, self_attention_mask
-from kempnerforge_jax.model.checks import check_ids, check_mask, check_shape
+from kempnerforge_jax.model.checks import check_axes, check_ids, check_mask, check_positions, check_shape
 from kempnerforge_jax.model.embedding import OutputHead, TokenEmbedding
 from kempnerforge_jax.model.init import init_weights
 from kempnerforge_jax.model.linear import UNDRAWN
@@ -316,6 +316,7 @@ class Transformer(Module):
         if tokens is None:
             assert modality.inputs_embeds is not None
             return modality.inputs_embeds
+        check_axes("tokens", tokens, ("batch", "length", "dim")[: 3 if self.token_embedding is None else 2])
         if self.token_embedding is None:
             if not jnp.issubdtype(tokens.dtype, jnp.floating):
                 raise ValueError(f"tokens.dtype = {tokens.dtype}: a stage without embedding takes the stream before it")
@@ -498,16 +499,15 @@ def _check_inputs(tokens: jax.Array | None, modality: ModalityContext, kv_caches
 def _check_stream(x: jax.Array, modality: ModalityContext, doc_ids: jax.Array | None) -> None:
     """Masks and ids must fit the residual stream ``x`` (B, S, D)."""
     batch, length, _ = x.shape
-    if modality.key_padding_mask is not None:
-        check_mask("key_padding_mask", modality.key_padding_mask, (batch, length))
     if modality.image_mask is not None and modality.image_features is not None:
         check_mask("image_mask", modality.image_mask, modality.image_features.shape[:2])
+    if modality.image_mask is not None and modality.image_keys_values is not None:
+        keys_BKNh, _ = modality.image_keys_values[0]
+        check_mask("image_mask", modality.image_mask, (len(keys_BKNh), keys_BKNh.shape[2]))
     if modality.noise_seed is not None:
         check_ids("noise_seed", modality.noise_seed)
         check_shape("noise_seed", modality.noise_seed, ())
-    if doc_ids is not None:
-        check_ids("doc_ids", doc_ids)
-        check_shape("doc_ids", doc_ids, (batch, length))
+    check_positions((batch, length), doc_ids, modality.key_padding_mask)
 
 
 def _stats_by_layer(group: range, stats: Any) -> dict[int, Any]:

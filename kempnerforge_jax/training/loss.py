@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kempnerforge_jax.model.checks import check_ids
+from kempnerforge_jax.model.checks import check_ids, check_shape, wide
 
 IGNORED = -100
 
@@ -28,9 +28,12 @@ def cross_entropy(logits_BSV: jax.Array, labels_BS: jax.Array) -> tuple[jax.Arra
         count: int32 scalar.
 
     Raises:
-        ValueError: labels that are no integers; outside jit one that is neither -100 nor in [0, V).
+        ValueError: labels of another shape than the logits, or that are no integers; outside jit one that is neither
+            -100 nor in [0, V).
     """
+    check_shape("labels", labels_BS, logits_BSV.shape[:-1])
     check_ids("labels", labels_BS, logits_BSV.shape[-1], IGNORED)
+    labels_BS = wide(labels_BS)
     return _summed(logits_BSV, labels_BS), jnp.sum(labels_BS != IGNORED, dtype=jnp.int32)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kempnerforge_torch.model.checks import check_ids
+from kempnerforge_torch.model.checks import check_positions
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.mask import build_mask
 from kempnerforge_torch.model.matvec import Linear
@@ -93,8 +93,12 @@ class Attention(nn.Module):
             key_padding_mask: bool (B, S), True where a token is real; the others are not seen.
 
         A query that may see no key contributes 0 before the output projection.
+
+        Raises:
+            ValueError: masks or ids of another dtype or shape.
         """
         length = x.shape[1]
+        check_positions(x.shape[:2], doc_ids, key_padding_mask)
         if mask is None:
             mask = self_attention_mask(
                 length,
@@ -183,7 +187,6 @@ def self_attention_mask(
     Args:
         doc_ids, key_padding_mask: (B, S), of the new tokens; those of the cached ones come from the cache.
     """
-    _check_new(length, doc_ids, key_padding_mask)
     if kv_cache is not None:
         return kv_cache.mask(length, doc_ids=doc_ids, key_padding_mask=key_padding_mask, sliding_window=sliding_window)
     windowed = sliding_window is not None and sliding_window < length
@@ -216,16 +219,6 @@ def resolve_head_dim(dim: int, n_heads: int, n_kv_heads: int, head_dim: int | No
 def _causal(length: int, keys: int, device: torch.device) -> Tensor:
     """Plain causal, the queries being the last of the keys."""
     return build_mask(torch.arange(keys - length, keys, device=device), torch.arange(keys, device=device))
-
-
-def _check_new(length: int, doc_ids: Tensor | None, key_padding_mask: Tensor | None) -> None:
-    for name, given in (("doc_ids", doc_ids), ("key_padding_mask", key_padding_mask)):
-        if given is not None and (given.ndim != 2 or given.shape[1] != length):
-            raise ValueError(f"{name}.shape = {tuple(given.shape)}: must be (batch, {length}), one for each new token")
-    if doc_ids is not None:
-        check_ids("doc_ids", doc_ids)
-    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
-        raise ValueError(f"key_padding_mask.dtype = {key_padding_mask.dtype}: must be torch.bool, True = real")
 
 
 def _sdpa(backend: str) -> contextlib.AbstractContextManager[object]:

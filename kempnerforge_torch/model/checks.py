@@ -20,6 +20,15 @@ def check_shape(name: str, array: Tensor, shape: Sequence[int]) -> None:
         raise ValueError(f"{name}.shape = {tuple(array.shape)}: must be {tuple(shape)}")
 
 
+def check_axes(name: str, array: Tensor, axes: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: ``array`` has another number of axes.
+    """
+    if array.ndim != len(axes):
+        raise ValueError(f"{name}.shape = {tuple(array.shape)}: must be ({', '.join(axes)})")
+
+
 def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
     """
     Raises:
@@ -44,13 +53,32 @@ def check_ids(name: str, ids: Tensor, size: int | None = None, ignored: int | No
         raise ValueError(f"{name}.dtype = {ids.dtype}: must be an integer type")
     if size is None or ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    is_outside = (ids < 0) | (ids >= size)
-    bad = ids[is_outside if ignored is None else is_outside & (ids != ignored)]
+    seen = wide(ids)
+    is_outside = (seen < 0) | (seen >= size)
+    bad = seen[is_outside if ignored is None else is_outside & (seen != ignored)]
     if bad.numel():
         allowed = f"[0, {size})" + ("" if ignored is None else f" or {ignored}")
         raise ValueError(f"{name} = {int(bad[0])}: ids must be in {allowed}; {bad.numel()} of {ids.numel()} are not")
 
 
+def check_positions(shape: Sequence[int], doc_ids: Tensor | None, key_padding_mask: Tensor | None) -> None:
+    """
+    Raises:
+        ValueError: what is said of the new tokens (B, S) is of another dtype or shape.
+    """
+    if key_padding_mask is not None:
+        check_mask("key_padding_mask", key_padding_mask, shape)
+    if doc_ids is not None:
+        check_ids("doc_ids", doc_ids)
+        check_shape("doc_ids", doc_ids, shape)
+
+
+def wide(ids: Tensor) -> Tensor:
+    """The same integers as int64: comparing narrow ones would wrap the other side to their type."""
+    return ids.long()
+
+
 def nan_outside(x: Tensor, ids: Tensor, size: int) -> Tensor:
     """``x`` (..., D), NaN where the id (...) is outside [0, size)."""
+    ids = wide(ids)
     return x.masked_fill(((ids < 0) | (ids >= size)).reshape(*ids.shape, *[1] * (x.ndim - ids.ndim)), torch.nan)

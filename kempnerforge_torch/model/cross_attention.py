@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import attend, resolve_head_dim
+from kempnerforge_torch.model.checks import check_mask
 from kempnerforge_torch.model.matvec import Linear
 from kempnerforge_torch.model.mlp import build_mlp
 from kempnerforge_torch.model.modality import ModalityContext
@@ -48,12 +49,17 @@ class CrossAttention(nn.Module):
         Args:
             image_mask: bool (B, N), True = attend. A row that may attend to nothing gives 0.
             keys_values: what `keys_values` gave for the features, which are not needed then.
+
+        Raises:
+            ValueError: a mask of another dtype or shape.
         """
         if keys_values is None:
             assert image_features is not None
             keys_values = self.keys_values(image_features)
         q_BHSh = self._heads_first(self.q_proj(x))
         k_BKNh, v_BKNh = (part.to(x.dtype) for part in keys_values)
+        if image_mask is not None:
+            check_mask("image_mask", image_mask, (len(k_BKNh), k_BKNh.shape[2]))
         mask = None if image_mask is None else image_mask[:, None, None, :]
         out_BHSh = attend(q_BHSh, k_BKNh, v_BKNh, mask, causal=False, sdpa_backend=self.sdpa_backend)
         return self.o_proj(out_BHSh.transpose(1, 2).flatten(2))

@@ -16,7 +16,7 @@ from kempnerforge_torch.model.generate import NO_LOGITS, inference
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.state import to_numpy
 from kempnerforge_torch.model.transformer import Transformer
-from kempnerforge_torch.model.wrappers import plain_modules, uncompiled, unwrapped
+from kempnerforge_torch.model.wrappers import plain_modules, uncompiled, unwrap, unwrapped
 from shared_config.interchange.activations import ActivationWriter, flattened, token_batches, write_activations
 from shared_config.interchange.files import PathLike
 
@@ -165,10 +165,10 @@ def extract_representations(
         they went to ``path``.
 
     Raises:
-        ValueError: an unknown name; lists what exists. Samples that don't fit together, or none.
+        ValueError: an unknown name; lists what exists. Samples that don't fit together or the model, or none.
     """
     names = check_activation_names(activation_names(model), layers)
-    batches = token_batches(dataset, batch_size, max_samples)
+    batches = token_batches(dataset, batch_size, max_samples, unwrap(model).config.vocab_size)
     outputs = (_outputs(model, names, *batch, device) for batch in batches)
     if path is not None:
         with ActivationWriter(path) as writer:
@@ -203,7 +203,7 @@ def check_activation_names(existing: list[str], names: Iterable[str] | None) -> 
     names = list(names)
     for name in names:
         if name not in existing:
-            close = difflib.get_close_matches(name, existing)
+            close = difflib.get_close_matches(str(name), existing)
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise ValueError(f"name = {name!r}: no such module{hint} Modules: {', '.join(existing)}")
     return names

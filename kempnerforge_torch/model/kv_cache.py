@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kempnerforge_torch.model.checks import MAX_ID, check_ids
+from kempnerforge_torch.model.checks import MAX_ID, check_ids, check_shape, wide
 from kempnerforge_torch.model.mask import build_mask
 
 
@@ -141,8 +141,10 @@ class KVCache:
             lengths: int (B,); where it exceeds the length so far, nothing is forgotten.
 
         Raises:
-            ValueError: lengths that are negative or no integers; a ring has overwritten what the next token may see.
+            ValueError: lengths that are negative, no integers, or not one a row; a ring has overwritten what the next
+                token may see.
         """
+        check_shape("lengths", lengths, self.lengths.shape)
         check_ids("lengths", lengths, MAX_ID)
         lengths = torch.minimum(self.lengths, lengths.to(self.lengths))
         if self.sliding_window is not None and self.oldest is not None:
@@ -165,10 +167,11 @@ class KVCache:
             rows: int (B',); a row may be taken several times, or not at all.
 
         Raises:
-            ValueError: rows that are no integers.
-            IndexError: rows that don't exist.
+            ValueError: rows that are no integers, or that don't exist. On an accelerator: an assertion of the device.
         """
-        check_ids("rows", rows)
+        check_shape("rows", rows, (rows.numel(),))
+        check_ids("rows", rows, len(self.lengths))
+        rows = wide(rows)
         for name in ("k", "v", "lengths", "valid", "doc_ids", "oldest"):
             held = getattr(self, name)
             setattr(self, name, None if held is None else held.index_select(0, rows))
@@ -238,7 +241,7 @@ class KVCache:
             raise ValueError("doc_ids = None: the cache holds tokens of documents, so new tokens need theirs")
         documents = valid = seen_documents = seen_valid = None
         if doc_ids is not None:
-            first = torch.zeros(shape, dtype=doc_ids.dtype, device=device)
+            first = torch.zeros(shape, dtype=torch.int64, device=device)
             documents = first if self.doc_ids is None else self.doc_ids.clone()
             seen_documents = self._append(documents, doc_ids)
         if self.valid is not None or key_padding_mask is not None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import KVCache
+from kempnerforge_torch.model.checks import check_ids, check_mask, check_shape, nan_outside
 from kempnerforge_torch.model.mlp import build_mlp
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.moe import MoEStats
@@ -71,9 +72,16 @@ class ExpertChoiceSigmoidRouter(nn.Module):
 
     @staticmethod
     def taking(output: tuple[Tensor, Tensor, Tensor], tokens_CE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the call that gave ``output`` would have given, had the experts chosen ``tokens_CE``."""
-        weights_CE, _, scores_TE = output
-        return scores_TE.gather(0, tokens_CE) * (weights_CE != 0), tokens_CE, scores_TE
+        """What the call that gave ``output`` would have given, had the experts chosen ``tokens_CE``.
+
+        Raises:
+            ValueError: choices of another shape, or of tokens that don't exist. Inside a trace these weigh NaN.
+        """
+        weights_CE, own_CE, scores_TE = output
+        check_shape("tokens_CE", tokens_CE, own_CE.shape)
+        check_ids("tokens_CE", tokens_CE, len(scores_TE))
+        taken_CE = scores_TE.gather(0, tokens_CE) * (weights_CE != 0)
+        return nan_outside(taken_CE, tokens_CE, len(scores_TE)), tokens_CE, scores_TE
 
 
 class ExpertChoiceMoE(nn.Module):
@@ -94,7 +102,12 @@ class ExpertChoiceMoE(nn.Module):
         Args:
             valid: bool (B, S), the tokens that take part; None means all.
             noise: (B, S, E), see the router.
+
+        Raises:
+            ValueError: a mask of another dtype or shape.
         """
+        if valid is not None:
+            check_mask("valid", valid, x_BSD.shape[:2])
         x_TD = x_BSD.flatten(0, 1)
         valid_T = None if valid is None else valid.flatten()
         count = x_TD.shape[0] if valid_T is None else valid_T.sum()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import KVCache, attend, resolve_head_dim, self_attention_mask
-from kempnerforge_torch.model.checks import check_ids, check_shape, nan_outside
+from kempnerforge_torch.model.checks import check_ids, check_positions, check_shape, nan_outside
 from kempnerforge_torch.model.matvec import Linear
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import RMSNorm, build_norm
@@ -163,6 +163,7 @@ class MoTAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """(B, S, D) -> (B, S, D). Rotary tables are those of the positions within a modality; else as `Attention`."""
+        check_positions(x.shape[:2], doc_ids, key_padding_mask)
         if mask is None:
             mask = self_attention_mask(
                 x.shape[1],

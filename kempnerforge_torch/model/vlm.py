@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.adapter import VisionAdapter, build_adapter
-from kempnerforge_torch.model.checks import check_mask
+from kempnerforge_torch.model.checks import check_axes, check_mask, check_shape
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.mot import mot_warm_start_from_text_stack
@@ -250,8 +250,12 @@ class VLMWrapper(nn.Module):
         """What the transformer is called with besides ``input_ids``; None if that is all.
 
         Raises:
-            ValueError: masks of another dtype or shape, a mask of frames without images.
+            ValueError: text of another number of rows than the images; masks of another dtype or shape, a mask of
+                frames without images.
         """
+        check_axes("input_ids", input_ids, ("batch", "length"))
+        if pixel_values is not None:
+            check_shape("input_ids", input_ids, (len(pixel_values), input_ids.shape[1]))
         if text_mask is not None:
             check_mask("text_mask", text_mask, input_ids.shape)
         if pixel_values is None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kempnerforge_torch.model.checks import check_ids
+from kempnerforge_torch.model.checks import check_ids, check_shape
 
 IGNORED = -100
 CHUNK_ELEMENTS = 2**26
@@ -35,9 +35,10 @@ def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, *, fused: bool = False)
         count: int64 scalar.
 
     Raises:
-        ValueError: labels that are no integers; on the CPU one outside [0, V) that is not -100 (on an accelerator: an
-            assertion of the device).
+        ValueError: labels of another shape than the logits, or that are no integers; on the CPU one outside [0, V) that
+            is not -100 (on an accelerator: an assertion of the device).
     """
+    check_shape("labels", labels_BS, logits_BSV.shape[:-1])
     check_ids("labels", labels_BS, logits_BSV.shape[-1], IGNORED)
     logits_NV, labels_N = logits_BSV.flatten(0, -2), labels_BS.flatten().long()
     count = (labels_N != IGNORED).sum()

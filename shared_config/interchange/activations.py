@@ -125,7 +125,7 @@ def flattened(activations: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def token_batches(
-    dataset: Iterable[Any], batch_size: int, max_samples: int | None
+    dataset: Iterable[Any], batch_size: int, max_samples: int | None, vocab_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """int32 (batch_size, S) of consecutive samples, and bool (batch_size, S), False at padding, or None if no sample
     has a mask; the last batch may be smaller.
@@ -135,7 +135,8 @@ def token_batches(
             "attention_mask" (S,), of bools or of 0 and 1.
 
     Raises:
-        UserError: numbers without meaning, no samples, samples of other kinds or of different lengths.
+        UserError: numbers without meaning, no samples, samples of other kinds or of different lengths, ids outside
+            the vocabulary.
     """
     if batch_size < 1:
         raise UserError(f"batch_size = {batch_size}: must be at least 1")
@@ -144,7 +145,7 @@ def token_batches(
     samples = enumerate(itertools.islice(dataset, max_samples))
     length = None
     while batch := list(itertools.islice(samples, batch_size)):
-        rows = [_tokens(place, sample) for place, sample in batch]
+        rows = [_tokens(place, sample, vocab_size) for place, sample in batch]
         masks = [_mask(place, sample, len(row)) for (place, sample), row in zip(batch, rows, strict=True)]
         length = len(rows[0]) if length is None else length
         for tokens in rows:
@@ -157,7 +158,7 @@ def token_batches(
         raise UserError("dataset is empty: at least one sample is needed")
 
 
-def _tokens(place: int, sample: Any) -> np.ndarray:
+def _tokens(place: int, sample: Any, vocab_size: int) -> np.ndarray:
     if isinstance(sample, Mapping):
         field = next((name for name in TOKEN_FIELDS if name in sample), None)
         if field is None:
@@ -166,6 +167,9 @@ def _tokens(place: int, sample: Any) -> np.ndarray:
     tokens = np.asarray(sample)
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"dataset[{place}] is {tokens.dtype}{list(tokens.shape)}: must be token ids of one sequence")
+    bad = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if bad.size:
+        raise UserError(f"dataset[{place}] holds {bad[0]}: token ids must be in [0, {vocab_size})")
     return tokens
 
 

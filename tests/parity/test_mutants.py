@@ -149,6 +149,31 @@ def check_refusals(backend: str) -> None:
             model(torch.from_numpy(tokens) if backend == "torch" else jax.numpy.asarray(tokens))
 
 
+def check_names(backend: str) -> None:
+    """Masks that are none, negative ids, labels in eight bits of more tokens than these can count, ids that are NaN
+    because they can't be seen.
+    """
+    modules = load(backend)
+    give = torch.from_numpy if backend == "torch" else jax.numpy.asarray
+    checks = importlib.import_module(f"kempnerforge_{backend}.model.checks")
+    loss = importlib.import_module(f"kempnerforge_{backend}.training.loss")
+    model, tokens = new_model(modules, GROUPED), give(np.array([[0, 1]], np.int32))
+    mask = modules["modality"].ModalityContext(key_padding_mask=give(np.ones((1, 2), np.float32)))
+    with pytest.raises(ValueError, match=r"key_padding_mask\.dtype"):
+        model(tokens, modality=mask)
+    logits, labels = np.zeros((1, 3, 300)), np.array([[1, 156, 60]])
+    for dtype, bad in ((np.int8, -1), (np.uint8, None)):
+        given = np.where(labels == 156, 156 if bad is None else bad, labels).astype(dtype)
+        if bad is None:
+            assert int(loss.cross_entropy(give(logits.copy()), give(given))[1]) == 3
+        else:
+            with pytest.raises(ValueError, match="labels = -1"):
+                loss.cross_entropy(give(logits.copy()), give(given))
+    for bad in (-1, 2):
+        unseen = checks.nan_outside(give(np.ones((2, 3))), give(np.array([0, bad])), 2)
+        assert np.isnan(modules["state"].to_numpy(unseen)).any(axis=1).tolist() == [False, True]
+
+
 def check_generation(backend: str) -> None:
     """Draws with ties, and ragged prompts of which one ends early, against the oracle."""
     modules = load(backend)
@@ -223,6 +248,7 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.init": (check_initial_weights,),
     "model.modality": (check_refusals,),
     "model.position": (check_rotation,),
+    "model.checks": (check_names,),
     "model.embedding": (check_refusals,),
     "model.attention": (check_positions,),
     "model.kv_cache": (check_positions,),
