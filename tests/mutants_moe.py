@@ -119,6 +119,18 @@ MOE_MUTANTS = (
         ("        self._pending_counts = {}\n\n    def get_moe_aux", "        pass\n\n    def get_moe_aux"),
         ("        self.keep(pending={})\n", "        pass\n"),
     ),
+    Mutant(
+        "model.generate", "padding of prompts routed",
+        ("            if config.is_moe:\n", "            if False:\n"),
+        ("if model.config.is_moe and length:", "if False:"),
+    ),
+    Mutant(
+        "training.train", "padding routed in evaluation",
+        ("**model_inputs(inputs), \"return_stats\": True}",
+         "**model_inputs({n: a for n, a in inputs.items() if n != \"text_mask\"}), \"return_stats\": True}"),
+        ("cross_entropy(model.run(**model_inputs(batch))",
+         "cross_entropy(model.run(**model_inputs({n: a for n, a in batch.items() if n != 'text_mask'}))"),
+    ),
     both("model.router", "means of no tokens", "max(values.shape[axis], 1)", "values.shape[axis]"),
     both("model.moe", "choices compete for room without a limit", "    if factor == 0:\n        return None\n",
          "    if factor == 0:\n        return max(1, tokens // num_experts)\n"),

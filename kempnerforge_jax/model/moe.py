@@ -127,8 +127,8 @@ class MoEMLP(Module):
             return_stats: also give `MoEStats`.
 
         Raises:
-            ValueError: masks of another dtype or shape; where values can be seen, a router that names an expert that
-                doesn't exist. Elsewhere the token becomes NaN.
+            ValueError: masks, or experts that the router names, of another dtype or shape. A token becomes NaN if its
+                router names an expert that doesn't exist.
         """
         for name, mask in (("valid", valid), ("members", members)):
             if mask is not None:
@@ -139,8 +139,9 @@ class MoEMLP(Module):
             valid_T = members_T if valid_T is None else valid_T & members_T
         weights_Tk, indices_Tk, routed = self.router(x_TD, valid_T, batch_size=x_BSD.shape[0], return_stats=True)
         check_shape("indices of the router", indices_Tk, weights_Tk.shape)
-        check_ids("indices of the router", indices_Tk, self.num_experts)
+        check_ids("indices of the router", indices_Tk)
         weights_Tk = nan_outside(weights_Tk, indices_Tk, self.num_experts)
+        indices_Tk = jnp.clip(indices_Tk, 0, self.num_experts - 1)
         factor = self.capacity_factor if limit_capacity else 0.0
         room = layer_capacity(x_TD.shape[0], members_T, indices_Tk.shape[1], self.num_experts, factor)
         plan = plan_dispatch(indices_Tk, valid_T, self.num_experts, room)

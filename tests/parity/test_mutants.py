@@ -32,6 +32,7 @@ from tests.oracle.optimizer import adamw_step, clip, initial_state
 from tests.oracle.position import apply_rope
 from tests.parity.decoding_checks import DECODING_CHECKS
 from tests.parity.moe_checks import MOE_CHECKS
+from tests.parity.padding_checks import PADDING_CHECKS
 from tests.parity.runners import assert_same_runs, run_jax, run_oracle, run_torch
 from tests.parity.vlm_checks import VLM_CHECKS
 from tests.strategies import Inputs
@@ -261,10 +262,15 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
 
 
 def checks_of(component: str) -> tuple[Callable[[str], None], ...]:
-    return (*CHECKS.get(component, ()), *DECODING_CHECKS.get(component, ()), check_models)
+    return (
+        *(check for checks in (CHECKS, DECODING_CHECKS, PADDING_CHECKS) for check in checks.get(component, ())),
+        check_models,
+    )
 
 
-ALL_CHECKS = tuple(dict.fromkeys(check for name in (*CHECKS, *DECODING_CHECKS) for check in checks_of(name)))
+ALL_CHECKS = tuple(
+    dict.fromkeys(check for name in (*CHECKS, *DECODING_CHECKS, *PADDING_CHECKS) for check in checks_of(name))
+)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

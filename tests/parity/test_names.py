@@ -49,7 +49,9 @@ class Argument:
     Attributes:
         field: how an error names it.
         size: ids are in [0, size); None: any integer is one, or it is a mask.
-        hidden: what the call gives where values can't be seen has NaN for a bad id; None: no such call.
+        hidden: what the call gives where values can't be seen has NaN for a bad id.
+        seen: a bad id is refused where values can be seen; False: there too it becomes NaN, for no call may wait for
+            what it computes itself.
     """
 
     field: str
@@ -58,6 +60,7 @@ class Argument:
     size: int | None = None
     ignored: int | None = None
     hidden: bool = False
+    seen: bool = True
 
     @property
     def is_mask(self) -> bool:
@@ -232,7 +235,7 @@ ARGUMENTS = {
     },
     "valid of experts": Argument("valid", run_experts("valid"), REAL),
     "members of experts": Argument("members", run_experts("members"), REAL),
-    "indices of a router": Argument("indices", run_router, np.array([[0, 1], [2, 0]] * 3), 3, hidden=True),
+    "indices of a router": Argument("indices", run_router, np.array([[0, 1], [2, 0]] * 3), 3, hidden=True, seen=False),
     "valid of experts that choose": Argument("valid", run_choice("valid"), REAL),
     "choices given to experts": Argument(
         "tokens_CE", run_choice("tokens_CE"), np.array([[0, 1, 2], [3, 4, 5]]), ROWS * LENGTH, hidden=True
@@ -266,7 +269,7 @@ def without_meaning(draw: st.DrawFn, name: str) -> tuple[np.ndarray, int | None]
     good = argument.good
     kinds = ["type"]
     kinds += [] if name in SHAPELESS else ["shape"]
-    kinds += [] if argument.size is None else ["range"] * 3
+    kinds += [] if argument.size is None or not argument.seen else ["range"] * 3
     kind = draw(st.sampled_from(kinds))
     if kind == "range":
         bad = np.array(good, np.int64)

@@ -5,17 +5,22 @@ logits of real positions, the losses, the counts and the gradients as they are.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
+import torch
 from hypothesis import strategies as st
 
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.vision import vit_tower, wrapper_table
+from shared_config.data import open_data
+from shared_config.loader import config_from_dict
 from shared_config.schema import (
     AdapterConfig,
     CrossAttentionConfig,
@@ -27,7 +32,8 @@ from shared_config.schema import (
     VLMConfig,
 )
 from tests.oracle.weights import draw
-from tests.parity.backends import Torch, on_both
+from tests.parity.backends import BACKENDS, Torch, on_both
+from tests.parity.padding_checks import PADDING_CHECKS
 
 ROWS, LENGTH, FRAMES, VOCAB = 2, 6, 2, 13
 DENSE = ModelConfig(
@@ -51,6 +57,7 @@ ARCHITECTURES: dict[str, VLMConfig | None] = {
 }
 VISION = VisionEncoderConfig(type="vit", image_size=4, patch_size=2, feature_dim=6, n_heads=2, n_layers=1)
 CASES = [(arch, experts) for arch in ARCHITECTURES for experts in EXPERTS if arch != "moma" or experts == "dense"]
+RUNS = [check for checks in PADDING_CHECKS.values() for check in checks]
 Outputs = dict[str, Any]
 
 
@@ -122,6 +129,92 @@ def masks(draw: st.DrawFn, *shape: int) -> np.ndarray:
     row = draw(st.lists(st.booleans(), min_size=size, max_size=size))
     row[draw(st.integers(0, size - 1))] = False
     return np.array(row).reshape(shape)
+
+
+@on_both
+@pytest.mark.parametrize("check", RUNS, ids=lambda check: check.__name__)
+def test_the_content_of_padding_never_matters_in_runs(backend: Torch, check: Callable[[str], None]) -> None:
+    check(backend.name)
+
+
+@on_both
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_a_row_does_not_depend_on_the_padding_of_its_neighbours(backend: Torch, experts: str) -> None:
+    """Ragged prompts, read in chunks, with what lies beyond their ends, give what each gives alone."""
+    model, generate = built(backend, DENSE.replace(**EXPERTS[experts]), None), backend.module("model.generate").generate
+
+    @hypothesis.settings(max_examples=4, deadline=None, database=None)
+    @hypothesis.given(st.lists(st.integers(1, LENGTH), min_size=3, max_size=3), st.integers(0, 2**31))
+    def holds(lengths: list[int], seed: int) -> None:
+        texts = np.random.default_rng(seed).integers(0, VOCAB, (2, 3, LENGTH))
+        beyond = np.arange(LENGTH) >= np.array(lengths)[:, None]
+        options: dict[str, Any] = {"temperature": 0, "prefill_chunk": 2}
+        together = [
+            backend.numpy(generate(model, np.where(beyond, other, texts[0]), 3, prompt_lengths=lengths, **options))
+            for other in texts
+        ]
+        np.testing.assert_array_equal(*together)
+        for row, length in enumerate(lengths):
+            alone = backend.numpy(generate(model, texts[0, row : row + 1, :length], 3, **options))
+            np.testing.assert_array_equal(together[0][row, : length + 3], alone[0])
+
+    holds()
+
+
+@on_both
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_representations_do_not_depend_on_padding(backend: Torch, experts: str) -> None:
+    model, hooks = built(backend, DENSE.replace(**EXPERTS[experts]), None), backend.module("model.hooks")
+
+    @hypothesis.settings(max_examples=4, deadline=None, database=None)
+    @hypothesis.given(masks(ROWS, LENGTH), st.integers(0, 2**31))
+    def holds(real: np.ndarray, seed: int) -> None:
+        texts = np.random.default_rng(seed).integers(0, VOCAB, (2, ROWS, LENGTH))
+        truth, other = (
+            hooks.extract_representations(
+                model,
+                [{"tokens": row, "text_mask": mask} for row, mask in zip(ids, real, strict=True)],
+                ["layers.0.mlp", "norm"],
+            )
+            for ids in (texts[0], np.where(real, *texts))
+        )
+        for name in truth:
+            np.testing.assert_allclose(truth[name][real], other[name][real], atol=1e-11)
+
+    holds()
+
+
+def test_conversations_train_experts_alike_in_both_backends(tmp_path: Path) -> None:
+    """Rows of different lengths; their padding is sent to no expert, whatever it holds."""
+    rows = [{"prompt": "a" * (5 * place % 7 + 1), "completion": f"b{place}" * (place % 4 + 1)} for place in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = {"dim": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 300, "max_seq_len": 64, "num_experts": 3}
+    config = config_from_dict(
+        {
+            "model": {**model, "ffn_hidden_dim": 16, "moe_capacity_factor": 0.5},
+            "data": {"path": str(tmp_path), "heldout_fraction": 0.3},
+            "train": {"batch_size": 4, "seq_len": 32, "compile_model": False},
+        }
+    )
+    data = open_data(config)
+    batches, heldout = [data.batch(index) for index in range(3)], data.heldout()
+    assert any(not batch["text_mask"].all() for batch in (*batches, *heldout))
+    found: dict[tuple[str, bool], list[Any]] = {}
+    for backend in BACKENDS:
+        dtype = {"torch": torch.float64, "jax": jax.numpy.float64}[backend.name]
+        for changed in (False, True):
+            trainer = backend.module("training.train").Trainer(config, "cpu", dtype=dtype)
+            steps = [trainer.step([under_padding(batch, 7 * changed)]) for batch in batches]
+            held = trainer.evaluate([under_padding(batch, 7 * changed) for batch in heldout])
+            terms = [step[name] for step in steps for name in ("loss", "aux_loss", "z_loss", "routing_entropy")]
+            found[backend.name, changed] = [float(value) for value in (*terms, held["loss"])]
+    truth = found["torch", False]
+    for values in found.values():
+        np.testing.assert_allclose(values, truth, rtol=1e-9)
+
+
+def under_padding(batch: dict[str, np.ndarray], token: int) -> dict[str, np.ndarray]:
+    return {**batch, "tokens": np.where(batch["text_mask"], batch["tokens"], token).astype(np.int32)}
 
 
 @on_both
