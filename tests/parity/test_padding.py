@@ -31,6 +31,7 @@ from shared_config.schema import (
     VisionEncoderConfig,
     VLMConfig,
 )
+from tests.config.test_jsonl import CHATML, tokenizer_folder
 from tests.oracle.weights import draw
 from tests.parity.backends import BACKENDS, Torch, on_both
 from tests.parity.padding_checks import PADDING_CHECKS
@@ -187,13 +188,15 @@ def test_representations_do_not_depend_on_padding(backend: Torch, experts: str) 
 def test_conversations_train_experts_alike_in_both_backends(tmp_path: Path) -> None:
     """Rows of different lengths; their padding is sent to no expert, whatever it holds."""
     rows = [{"prompt": "a" * (5 * place % 7 + 1), "completion": f"b{place}" * (place % 4 + 1)} for place in range(12)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = tokenizer_folder(tmp_path / "tokenizer", CHATML)
     model = {"dim": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 300, "max_seq_len": 64, "num_experts": 3}
     config = config_from_dict(
         {
             "model": {**model, "ffn_hidden_dim": 16, "moe_capacity_factor": 0.5},
-            "data": {"path": str(tmp_path), "heldout_fraction": 0.3},
-            "train": {"batch_size": 4, "seq_len": 32, "compile_model": False},
+            "data": {"path": str(tmp_path / "data"), "tokenizer": str(tokenizer), "heldout_fraction": 0.3},
+            "train": {"batch_size": 4, "seq_len": 48, "compile_model": False},
         }
     )
     data = open_data(config)
