@@ -43,6 +43,7 @@ Numbers = Mapping[str, SupportsFloat]
 Record = dict[str, float | None]
 
 MUST_BE_FINITE = ("loss", "grad_norm")
+TAKEN = "taken"
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ class Trainer(Protocol):
         """One update from the micro-batches of one optimiser step (this rank's share of them).
 
         Returns:
-            "loss" (nats a token) and other numbers. They may be scalars still being computed on a device: the loop
+            "loss" (nats a token) and other numbers; "taken" is 0 where an update was left out, which goes into no
+            record. They may be scalars still being computed on a device: the loop
             reads them only after it has asked for the next step, so that the device never waits for the host.
         """
         ...
@@ -311,6 +313,7 @@ class _Run:
         seconds = pending.seconds + time.perf_counter() - began
         self.display.pace.step(seconds)
         values |= self._skips(values)
+        values.pop(TAKEN, None)
         pace = {"seconds": seconds, "tokens_per_second": self.tokens_per_step / seconds}
         return self._without_empty_loss({name: finite_or_none(value) for name, value in values.items()}) | pace
 
@@ -325,15 +328,15 @@ class _Run:
 
     def _skips(self, values: Mapping[str, float]) -> dict[str, float]:
         """Count an update that was left out; {} if none may be."""
-        bad = next((name for name in MUST_BE_FINITE if not math.isfinite(values.get(name, 0.0))), None)
+        problem = _problem(values)
         skips, limit = self.config.train.on_nonfinite == "skip", self.config.train.max_skipped_steps
-        if bad is not None and not skips:
-            raise TrainingDivergedError(self._divergence(f"{bad} is {values[bad]}"))
-        self.skipped += bad is not None
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad is not None else 0
-        if bad is not None and self.skipped_in_a_row >= limit:
-            problem = f"{bad} is {values[bad]}, train.max_skipped_steps = {limit} updates in a row were left out"
+        if problem and not skips:
             raise TrainingDivergedError(self._divergence(problem))
+        self.skipped += problem is not None
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if problem else 0
+        if problem and self.skipped_in_a_row >= limit:
+            in_a_row = f"train.max_skipped_steps = {limit} updates in a row were left out"
+            raise TrainingDivergedError(self._divergence(f"{problem}, {in_a_row}"))
         return {"skipped_steps": float(self.skipped)} if skips else {}
 
     def _divergence(self, problem: str) -> str:
@@ -416,6 +419,14 @@ class _Run:
             stopped_by=signal.Signals(stopped).name if stopped else None,
             exit_status=128 + stopped if stopped else 0,
         )
+
+
+def _problem(values: Mapping[str, float]) -> str | None:
+    """Why an update is not to be had; None if it is."""
+    bad = next((name for name in MUST_BE_FINITE if not math.isfinite(values.get(name, 0.0))), None)
+    if bad is not None:
+        return f"{bad} is {values[bad]}"
+    return None if values.get(TAKEN, 1.0) else "the update gives weights or moments that are not finite"
 
 
 @contextmanager

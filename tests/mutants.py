@@ -226,6 +226,16 @@ MUTANTS = (
         ("eps=config.eps, eps_root", "eps=0.0, eps_root"),
     ),
     Mutant(
+        "training.optimizer", "a skipped step still moves the moments",
+        ('if finite is None or (finite.device.type == "cpu" and finite):', "if True:"),
+        ("(moved, new_state), (dict(parameters), state))", "(moved, new_state), (dict(parameters), new_state))"),
+    ),
+    Mutant(
+        "training.optimizer", "counts of updates are those of the run",
+        ('kept["step"].fill_(int(values[f"t.{name}"]))', 'kept["step"].fill_(step)'),
+        ("one._replace(count=t[name],", "one._replace(count=jnp.full_like(t[name], step),"),
+    ),
+    Mutant(
         "training.optimizer", "clipping scales up small gradients",
         ("max_norm / norm.clamp(min=max_norm)", "max_norm / norm"),
         ("max_norm / jnp.maximum(norm, max_norm)", "max_norm / norm"),

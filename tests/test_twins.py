@@ -132,6 +132,9 @@ DIFFERENCES = {
         "update(gradients)": "jax: a step is a function of values; torch's tensors hold theirs",
         "update(state)": "jax: a step is a function of values; torch's optimiser holds it",
         "update(parameters)": "jax: a step is a function of values; torch's optimiser holds them",
+        "stays_finite(gradients)": "torch: tensors hold their gradients",
+        "stays_finite(parameters)": "torch: the optimiser holds its parameters",
+        "stays_finite(state)": "jax: the state is a value",
     },
     "training/train.py": {
         "Arrays": "jax: name of a type",

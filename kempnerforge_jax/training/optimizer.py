@@ -52,11 +52,18 @@ def update(
     finite: jax.Array | None = None,
 ) -> tuple[Arrays, OptimizerState]:
     """One step: the new parameters and the new state, those from before where ``finite`` (a bool scalar) is false."""
-    steps, new_state = optimizer.update(gradients, state, parameters)
-    moved = jax.tree.map(lambda value, step: value - lr * step, parameters, steps)
+    moved, new_state = _moved(optimizer, gradients, state, parameters, lr)
     if finite is None:
         return moved, new_state
     return jax.tree.map(functools.partial(jnp.where, finite), (moved, new_state), (dict(parameters), state))
+
+
+def stays_finite(
+    optimizer: optax.GradientTransformation, gradients: Arrays, state: OptimizerState, parameters: Arrays, lr: jax.Array
+) -> jax.Array:
+    """Whether the next step leaves parameters and moments finite, a bool scalar."""
+    leaves = jax.tree.leaves(_moved(optimizer, gradients, state, parameters, lr))
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
 
 
 def states_of(state: OptimizerState, parameters: Mapping[str, Any]) -> OptimizerState:
@@ -118,6 +125,13 @@ def parameter_spec(table: ParameterTable, name: str) -> ParameterSpec:
         return table[name]
     _, layers, tail = name.split(".", 2)
     return table[f"layers.{layer_range(layers)[0]}.{tail}"]
+
+
+def _moved(
+    optimizer: optax.GradientTransformation, gradients: Arrays, state: OptimizerState, parameters: Arrays, lr: jax.Array
+) -> tuple[Arrays, OptimizerState]:
+    steps, new_state = optimizer.update(gradients, state, parameters)
+    return jax.tree.map(lambda value, step: value - lr * step, parameters, steps), new_state
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:

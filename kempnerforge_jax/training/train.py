@@ -34,6 +34,7 @@ from kempnerforge_jax.training.optimizer import (
     parameter_spec,
     set_optimizer_state,
     states_of,
+    stays_finite,
     update,
     with_states,
 )
@@ -139,7 +140,7 @@ class Trainer:
             loss (cross entropy), grad_norm (before clipping), lr, tokens (labels that counted). With experts also
             aux_loss and z_loss (unweighted, averaged over the micro-batches), routing_entropy (of a token's
             distribution over experts, in nats, averaged over the routers) and dead_experts (that no token chose, over
-            all routers).
+            all routers). Where updates may be left out, taken (whether this one was not).
             What the device computes is left there, as scalar arrays.
         """
         count, lr = label_count(micro_batches), self.learning_rate(self.updates)
@@ -274,17 +275,15 @@ def _step(
     gradients, norm = clip_by_global_norm(gradients, recipe.train.grad_clip_norm)
     optimizer = build_optimizer(gradients, dict(recipe.table), recipe.optimizer)
     trained = {name: parameters[name] for name in gradients}
-    finite = _takes(recipe, total.loss, norm)
-    trained, state = update(optimizer, gradients, states_of(optimizer_state, trained), trained, lr, finite)
+    own_state, taken = states_of(optimizer_state, trained), None
+    if recipe.train.on_nonfinite == "skip":
+        taken = jnp.isfinite(total.loss) & jnp.isfinite(norm)
+        taken &= stays_finite(optimizer, gradients, own_state, trained, lr)
+    trained, state = update(optimizer, gradients, own_state, trained, lr, taken)
     parameters, optimizer_state = {**parameters, **trained}, with_states(optimizer_state, state)
-    buffers = _balanced(recipe, parameters, buffers, total.expert_counts, progress, finite)
-    metrics = {"loss": total.loss, "grad_norm": norm, **_routing_metrics(total)}
+    buffers = _balanced(recipe, parameters, buffers, total.expert_counts, progress, taken)
+    metrics = {"loss": total.loss, "grad_norm": norm, **_routing_metrics(total), **_taken_metric(taken)}
     return parameters, buffers, optimizer_state, metrics
-
-
-def _takes(recipe: Recipe, loss: jax.Array, norm: jax.Array) -> jax.Array | None:
-    """Whether the update is taken, a bool scalar; None if it always is."""
-    return jnp.isfinite(loss) & jnp.isfinite(norm) if recipe.train.on_nonfinite == "skip" else None
 
 
 def _evaluation(recipe: Recipe, parameters: Arrays, buffers: Arrays, batch: Arrays) -> jax.Array:
@@ -352,7 +351,7 @@ def _balanced(
     buffers: Arrays,
     counts: Mapping[str, jax.Array],
     progress: jax.Array,
-    finite: jax.Array | None,
+    taken: jax.Array | None,
 ) -> Arrays:
     """The buffers, with those of routers that balance moved by the choices of the whole step, unless it is left out."""
     if not counts:
@@ -369,8 +368,8 @@ def _balanced(
             for name, variable in named_variables(router)
             if f"{path}.{name}" in buffers
         }
-    if finite is not None:
-        moved = {name: jnp.where(finite, array, buffers[name]) for name, array in moved.items()}
+    if taken is not None:
+        moved = {name: jnp.where(taken, array, buffers[name]) for name, array in moved.items()}
     return moved
 
 
@@ -472,6 +471,10 @@ def _build_model(config: JobConfig, dtype: Any) -> Any:
     model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
     model.init_weights_and_freqs(config.train.seed)
     return model.to(dtype)
+
+
+def _taken_metric(taken: Any) -> dict[str, Any]:
+    return {} if taken is None else {"taken": taken}
 
 
 def _routing_metrics(total: Terms) -> dict[str, Any]:

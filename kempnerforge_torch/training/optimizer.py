@@ -69,6 +69,24 @@ def update(optimizer: torch.optim.AdamW, lr: float, finite: Tensor | None = None
         delattr(optimizer, FOUND_INF)
 
 
+@torch.no_grad()
+def stays_finite(optimizer: torch.optim.AdamW, lr: float) -> Tensor:
+    """Whether the next step leaves parameters and moments finite, a bool scalar. One tensor is computed at a time."""
+    finite = []
+    for group in optimizer.param_groups:
+        b1, b2 = group["betas"]
+        for tensor in group["params"]:
+            if tensor.grad is None:
+                continue
+            kept = optimizer.state[tensor]
+            step = kept["step"] + 1
+            m = kept["exp_avg"].lerp(tensor.grad, 1 - b1)
+            v = torch.addcmul(kept["exp_avg_sq"] * b2, tensor.grad, tensor.grad, value=1 - b2)
+            moved = tensor - lr * (m / (1 - b1**step) / ((v / (1 - b2**step)).sqrt() + group["eps"]))
+            finite.append((moved - lr * group["weight_decay"] * tensor).isfinite().all() & v.isfinite().all())
+    return torch.stack(finite).all()
+
+
 def get_optimizer_state(optimizer: torch.optim.AdamW, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Moments (the tensors of the optimiser themselves) and counts of updates (int32 scalars) by name."""
     moments = {

@@ -35,6 +35,7 @@ from kempnerforge_torch.training.optimizer import (
     clip_by_global_norm,
     get_optimizer_state,
     set_optimizer_state,
+    stays_finite,
     update,
 )
 from kempnerforge_torch.training.profile import profile, step_span
@@ -132,7 +133,7 @@ class Trainer:
             loss (cross entropy), grad_norm (before clipping), lr, tokens (labels that counted). With experts also
             aux_loss and z_loss (unweighted, averaged over the micro-batches), routing_entropy (of a token's
             distribution over experts, in nats, averaged over the routers) and dead_experts (that no token chose, over
-            all routers).
+            all routers). Where updates may be left out, taken (whether this one was not).
             What the device computes is left there, as scalar tensors.
         """
         count, lr = label_count(micro_batches), self.learning_rate(self.updates)
@@ -143,10 +144,11 @@ class Trainer:
         with step_span(self.updates), matmul_precision(self.config.train.matmul_precision):
             terms = [self._differentiate(batch, max(count, 1), len(micro_batches)) for batch in micro_batches]
             total = _summed(terms)
-            norm = self._update(lr, total.loss)
-            self._balance(total.expert_counts, self._takes(total.loss, norm))
+            norm, taken = self._update(lr, total.loss)
+            self._balance(total.expert_counts, taken)
         self.updates += 1
-        return {"loss": total.loss, "grad_norm": norm, "lr": lr, "tokens": count, **_routing_metrics(total)}
+        metrics = {"loss": total.loss, "grad_norm": norm, **_routing_metrics(total), **_taken_metric(taken)}
+        return {**metrics, "lr": lr, "tokens": count}
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, Any]:
@@ -205,20 +207,23 @@ class Trainer:
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in batch.items()}
 
-    def _update(self, lr: float, loss: Tensor) -> Tensor:
-        """Clip and apply the gradients. One that autograd left out counts as 0; what is frozen has none, and stays."""
+    def _update(self, lr: float, loss: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Clip and apply the gradients. One that autograd left out counts as 0; what is frozen has none, and stays.
+
+        Returns:
+            The norm of the gradients, and whether the update is taken, a bool scalar; None if it always is.
+        """
         for master in self.parameters.values():
             if master.grad is None and master.requires_grad:
                 master.grad = torch.zeros_like(master)
         gradients = {name: master.grad for name, master in self.parameters.items() if master.grad is not None}
         norm = clip_by_global_norm(gradients, self.config.train.grad_clip_norm)[1]
-        update(self.optimizer, lr, self._takes(loss, norm))
+        taken = None
+        if self.config.train.on_nonfinite == "skip":
+            taken = loss.isfinite() & norm.isfinite() & stays_finite(self.optimizer, lr)
+        update(self.optimizer, lr, taken)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def _takes(self, loss: Tensor, norm: Tensor) -> Tensor | None:
-        """Whether the update is taken, a bool scalar on the device; None if it always is."""
-        return loss.isfinite() & norm.isfinite() if self.config.train.on_nonfinite == "skip" else None
+        return norm, taken
 
     def _freeze(self) -> None:
         """Freeze what is to be frozen at this step."""
@@ -227,15 +232,15 @@ class Trainer:
             specs = effective_freeze(self.updates, vlm.freeze, vlm.freeze_schedule)
             apply_freeze_specs(self.model, specs, vlm.module_patterns)
 
-    def _balance(self, counts: Mapping[str, Tensor], finite: Tensor | None) -> None:
+    def _balance(self, counts: Mapping[str, Tensor], taken: Tensor | None) -> None:
         """Let routers that balance move their buffers by the choices of the whole step, unless it is left out."""
         routers = {path: module for path, module in plain_modules(self.model).items() if hasattr(module, "update_bias")}
         for path, router in routers.items():
-            before = {name: buffer.clone() for name, buffer in router.named_buffers()}
+            before = {} if taken is None else {name: buffer.clone() for name, buffer in router.named_buffers()}
             cast(Any, router).update_bias(counts[router_key(path)])
-            if finite is not None:
+            if taken is not None:
                 for name, buffer in router.named_buffers():
-                    buffer.copy_(torch.where(finite, buffer, before[name]))
+                    buffer.copy_(torch.where(taken, buffer, before[name]))
 
 
 class Terms(NamedTuple):
@@ -462,6 +467,10 @@ def _summed(terms: Sequence[Terms]) -> Terms:
     counts = {router: sum(term.expert_counts[router] for term in terms) for router in terms[0].expert_counts}
     sums = {name: sum(getattr(term, name) for term in terms) for name in ("loss", "aux_loss", "z_loss", "entropy")}
     return Terms(**sums, expert_counts=counts)
+
+
+def _taken_metric(taken: Any) -> dict[str, Any]:
+    return {} if taken is None else {"taken": taken}
 
 
 def _routing_metrics(total: Terms) -> dict[str, Any]:

@@ -16,9 +16,9 @@ class TrainConfig(Section):
     matmul_precision: "highest" is full float32 multiplication; "high" allows TF32 or the like on both backends.
     grad_clip_norm: 0 does not clip.
     on_nonfinite: what follows a loss or a norm of the gradient that is not finite: "stop" ends the run; "skip" leaves
-    that update out (weights, moments, counts of updates and balancing biases stay; the step number, the learning rate
-    and the place in the data move on), and ends the run after ``max_skipped_steps`` in a row. Records then count
-    ``skipped_steps``.
+    that update out, and one that would give weights or moments that are not finite (weights, moments, counts of updates
+    and balancing biases stay; the step number, the learning rate and the place in the data move on), and ends the run
+    after ``max_skipped_steps`` in a row. Records then count ``skipped_steps``.
     scan_layers: JAX only; one compiled layer looped over the stack instead of an unrolled graph.
     """
 

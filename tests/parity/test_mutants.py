@@ -221,6 +221,32 @@ def check_optimizer(backend: str) -> None:
         assert_all_same_function(got, expected)
 
 
+def check_skipped_step(backend: str) -> None:
+    """Moments and counts come back as they were given, also through a step that is left out."""
+    optimizers, table = load(backend)["optimizer"], parameter_table(CENTRED)
+    rng = np.random.default_rng(SEED)
+    weights = {name: rng.standard_normal(spec.shape) for name, spec in table.items()}
+    given = {f"{kind}.{name}": rng.random(spec.shape) for kind in "mv" for name, spec in table.items()}
+    given |= {f"t.{name}": np.asarray(count, np.int32) for count, name in enumerate(table, 3)}
+    if backend == "torch":
+        parameters = {name: torch.nn.Parameter(torch.from_numpy(value)) for name, value in weights.items()}
+        optimizer = optimizers.build_optimizer(parameters, table, OptimizerConfig())
+        optimizers.set_optimizer_state(optimizer, parameters, given, 99)
+        for parameter in parameters.values():
+            parameter.grad = torch.ones_like(parameter)
+        optimizers.update(optimizer, 0.1, torch.tensor(False))
+        kept = optimizers.get_optimizer_state(optimizer, parameters)
+    else:
+        values = {name: jax.numpy.asarray(value) for name, value in weights.items()}
+        optimizer = optimizers.build_optimizer(values, table, OptimizerConfig())
+        state = optimizers.set_optimizer_state(optimizer.init(values), given, 99)
+        ones = jax.tree.map(jax.numpy.ones_like, values)
+        no, lr = jax.numpy.asarray(False), jax.numpy.asarray(0.1)
+        kept = optimizers.get_optimizer_state(optimizers.update(optimizer, ones, state, values, lr, no)[1])
+    for name, value in given.items():
+        np.testing.assert_array_equal(np.asarray(kept[name]), value, err_msg=name)
+
+
 def torch_steps(modules: Any, weights: Any, gradients: Any, table: Any, config: Any, limit: float) -> Any:
     parameters = {name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in weights.items()}
     optimizer = modules["optimizer"].build_optimizer(parameters, table, config)
@@ -255,7 +281,7 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.kv_cache": (check_positions,),
     "model.mask": (check_positions,),
     "model.generate": (check_generation,),
-    "training.optimizer": (check_optimizer,),
+    "training.optimizer": (check_optimizer, check_skipped_step),
     **MOE_CHECKS,
     **VLM_CHECKS,
 }

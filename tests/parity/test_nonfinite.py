@@ -15,6 +15,7 @@ from shared_config.data import open_data
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.loop import TrainingDivergedError
+from shared_config.metrics import read_metrics
 from shared_config.schema import JobConfig
 
 BACKENDS = {"torch": kempnerforge_torch.training.train, "jax": kempnerforge_jax.training.train}
@@ -88,15 +89,55 @@ def test_skipping_alters_no_update_that_is_finite(name: str) -> None:
         np.testing.assert_allclose(states["skip"][key], value, rtol=1e-5, atol=1e-7, err_msg=key)
 
 
-@pytest.mark.parametrize("policy", ["stop", "skip"])
+OVERFLOWING = ("--optimizer.eps=1e-300", "--scheduler.warmup_steps=0")
+"""An eps that is 0 in float32 divides 0 by 0 in the first update, whose loss and gradient are finite."""
+
+
+@pytest.mark.parametrize("preset", ["debug", "debug_moe"])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_weights_that_are_not_finite_are_not_published(tmp_path: Path, name: str, policy: str) -> None:
-    """An eps that is 0 in float32 divides 0 by 0 in the first update, whose loss and gradient are finite."""
-    kept = ("--checkpoint.keep_last_n=1", f"--checkpoint.dir={tmp_path}", f"--train.on_nonfinite={policy}")
+def test_an_update_to_weights_that_are_not_finite_is_skipped(name: str, preset: str) -> None:
+    config = job(preset, "--train.on_nonfinite=skip", *OVERFLOWING)
+    data, trainer = open_data(config), BACKENDS[name].Trainer(config, "cpu")
+    before = trainer.state()
+    numbers = trainer.step([data.batch(0)])
+    assert np.isfinite(float(numbers["loss"]))
+    assert np.isfinite(float(numbers["grad_norm"]))
+    assert not numbers["taken"]
+    for key, value in arrays(before).items():
+        np.testing.assert_array_equal(arrays(trainer.state())[key], value, err_msg=key)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_skipped_updates_are_counted_and_limited_through_a_resume(tmp_path: Path, name: str) -> None:
+    kept = (
+        f"--checkpoint.dir={tmp_path}", "--checkpoint.interval=1", "--train.on_nonfinite=skip",
+        "--train.max_skipped_steps=3", "--scheduler.warmup_steps=0",
+    )  # fmt: skip
+
+    def run(*overrides: str) -> Any:
+        backend: Any = BACKENDS[name]
+        return backend.train(job("debug", *kept, *overrides), device="cpu")
+
+    def counts() -> list[float]:
+        return [record["skipped_steps"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+
+    run("--optimizer.eps=1e-300", "--train.max_steps=2")
+    assert counts() == [1, 2]
+    with pytest.raises(TrainingDivergedError, match=r"step 3: .*train\.max_skipped_steps = 3 updates in a row"):
+        run("--optimizer.eps=1e-300", "--train.max_steps=9")
+    assert run("--train.max_steps=3").metrics["skipped_steps"] == 2, "one that is taken"
+    assert run("--optimizer.eps=1e-300", "--train.max_steps=4").step == 4
+    assert "taken" not in read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert {int(value) for key, value in checkpoint.load(tmp_path).state.optimizer.items() if key[0] == "t"} <= {1, 2}
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_weights_that_are_not_finite_are_not_published(tmp_path: Path, name: str) -> None:
+    kept = ("--checkpoint.keep_last_n=1", f"--checkpoint.dir={tmp_path}")
     good = BACKENDS[name].train(job("debug", *kept, "--train.max_steps=1"), device="cpu").checkpoint
     assert good is not None
     before = checkpoint.load(good).state
-    bad = job("debug", *kept, "--optimizer.eps=1e-300", "--scheduler.warmup_steps=0", "--train.max_steps=2")
+    bad = job("debug", *kept, *OVERFLOWING, "--train.max_steps=2")
     trainer: Any = BACKENDS[name]
     with pytest.raises(TrainingDivergedError) as refusal:
         trainer.train(bad, device="cpu")
