@@ -147,6 +147,7 @@ def attend(
     if mask is not None:
         has_key = mask.any(dim=-1, keepdim=True)
         mask = mask | ~has_key
+    causal = True if mask is None and causal and length > 1 else False  # noqa: SIM210 (of a symbolic length, a bool)
     if q.device.type == "cpu" and keys < CPU_KERNEL_KEYS:
         sdpa_backend = "math"
     with _sdpa(sdpa_backend):
@@ -155,7 +156,7 @@ def attend(
             k,
             v,
             attn_mask=mask,
-            is_causal=mask is None and causal and length > 1,
+            is_causal=causal,
             enable_gqa=q.shape[1] != k.shape[1],
         )
     return out_BHSh if has_key is None else out_BHSh.masked_fill(~has_key, 0)

@@ -117,6 +117,17 @@ def test_one_compiled_step_decodes_every_position() -> None:
                 step(tokens[:, :1])
 
 
+def test_a_compiled_block_takes_sequences_of_any_length() -> None:
+    """Its program for a second length has the length as a symbol."""
+    block: Any = model_of(torch.float32).layers["0"]
+    tables = [torch.randn(32, block.attention.head_dim // 2) for _ in range(2)]
+    compiled: Any = torch.compile(block, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for length in (4, 7, 20, 1):
+            x, rope = torch.randn(2, length, block.attention.o_proj.out_features), [table[:length] for table in tables]
+            torch.testing.assert_close(compiled(x, *rope)[0], block(x, *rope)[0])
+
+
 @compiles
 def test_compiled_embedding_refuses_ids_outside_the_vocabulary() -> None:
     embedding = torch.compile(TokenEmbedding(5, 3), fullgraph=True, dynamic=False)
