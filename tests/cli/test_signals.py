@@ -27,8 +27,8 @@ TINY = (
 LONG = ("--device=cpu", "--prompt=a", "--max-new-tokens=30000", "--model.max_seq_len=32768")
 COMMANDS = {
     "show": ("show", "debug"),
-    "train torch": ("train", "debug", "--backend=torch", "--device=cpu", *TINY),
-    "train jax": ("train", "debug", "--backend=jax", "--device=cpu", *TINY),
+    "train torch": ("train", "debug", "--backend=torch", "--device=cpu", *TINY, "--train.max_steps=100000"),
+    "train jax": ("train", "debug", "--backend=jax", "--device=cpu", *TINY, "--train.max_steps=100000"),
     "generate torch": ("generate", "debug", "--backend=torch", *LONG),
     "generate jax": ("generate", "debug", "--backend=jax", *LONG),
     "validate": ("validate", "debug", "--steps=100000", *TINY),

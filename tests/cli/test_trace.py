@@ -442,7 +442,7 @@ def test_traces_that_can_not_be_fed_are_refused(exact: dict[str, Trace]) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--layers", "0,9"], "layers = 9: must be in 0-1, as model.n_layers = 2"),
+        (["--layers", "0,9"], "layers = 0,9: must be in 0-1, as model.n_layers = 2"),
         (["--layers", "x"], "layers = 'x': must be numbers and ranges of layers, as in 0,3-5"),
         (["--only", "loss,layers.0.atention"], "only = 'layers.0.atention': matches no tensor; did you mean"),
         (["--refeed", "{torch}", "--seed", "1"], "not of the same run:\nkempnerforge:   seed: 1 and 0"),

@@ -43,6 +43,7 @@ from kempnerforge_jax.registry import registry
 from shared_config.contract.initialise import initial_values
 from shared_config.contract.parameters import EMBEDDING, HEAD, parameter_table
 from shared_config.errors import UserError
+from shared_config.registry import temporary
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import VLMConfig
 from tests.oracle.weights import draw_weights
@@ -577,13 +578,13 @@ def test_values_of_the_last_call_are_kept_outside_the_module() -> None:
 
 
 def test_builders_are_looked_up_by_name() -> None:
-    if not registry.has("mlp", "test_relu"):
+    with temporary():
 
         @registry.register("mlp", "test_relu")
         def relu_mlp(dim: int, hidden_dim: int, *, rngs: nnx.Rngs) -> StandardMLP:
             return StandardMLP(dim, hidden_dim, "relu", rngs=rngs)
 
-    assert isinstance(build_mlp(4, 8, "test_relu", rngs=nnx.Rngs(0)), StandardMLP)
+        assert isinstance(build_mlp(4, 8, "test_relu", rngs=nnx.Rngs(0)), StandardMLP)
     with pytest.raises(KeyError, match="Unknown norm: 'batchnorm'; available: layernorm, rmsnorm"):
         build_norm("batchnorm", 4, rngs=nnx.Rngs(0))
     with pytest.raises(KeyError, match="Unknown mlp"):
@@ -601,14 +602,13 @@ def test_an_architecture_changes_what_happens_between_layers() -> None:
         def final_norm(self, model: Transformer, x: jax.Array, modality: ModalityContext) -> jax.Array:
             return x
 
-    if not registry.has("architecture", "test_doubling"):
-        registry.register("architecture", "test_doubling")(Doubling)
-
     class DoublingConfig(VLMConfig):
         pass
 
     model = model_of()
-    doubled = build(model.config, vlm_config=DoublingConfig(arch="test_doubling")).to(jnp.float64)
+    with temporary():
+        registry.register("architecture", "test_doubling")(Doubling)
+        doubled = build(model.config, vlm_config=DoublingConfig(arch="test_doubling")).to(jnp.float64)
     set_state(doubled, get_state(model))
     model.norm = None
     for scan in (False, True):

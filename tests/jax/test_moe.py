@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from typing import Any
 
@@ -23,6 +22,7 @@ from kempnerforge_jax.model.state import get_state, merge, set_state, split, uns
 from kempnerforge_jax.registry import registry
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.validation import validation_weights
+from shared_config.registry import temporary
 from shared_config.schema.model import ModelConfig
 
 VOCAB, EXPERTS = 31, 4
@@ -304,9 +304,9 @@ def test_a_router_of_its_own_is_found_by_name() -> None:
         def _balance(self, shares_BSE: jax.Array, chosen_BSE: jax.Array, valid_BS: jax.Array | None) -> jax.Array:
             return jnp.ones((), shares_BSE.dtype)
 
-    with contextlib.suppress(ValueError):
+    with temporary():
         registry.register("router", "test_first_k_of_jax")(FirstK)
-    model = Transformer(config_of("softmax", moe_router="test_first_k_of_jax"), rngs=UNDRAWN)
+        model = Transformer(config_of("softmax", moe_router="test_first_k_of_jax"), rngs=UNDRAWN)
     model(tokens_of())
     assert model.get_moe_aux_loss() == 2
     assert model.get_expert_counts()[1].tolist() == [18, 18, 0, 0]

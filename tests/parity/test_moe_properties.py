@@ -406,7 +406,7 @@ def test_what_cannot_be_built_is_refused_by_name(backend: str) -> None:
         other.experts["0" if backend == "jax" else 0],
     ]
     for mixed in (experts, []):
-        with pytest.raises(ValueError, match=r"experts = .*: must be SwiGLUMLP or StandardMLP"):
+        with pytest.raises(ValueError, match=r"experts = .*: must be layers of one type, all with the same activation"):
             module(backend, "moe").MoEMLP(built.router, mixed)
 
 

@@ -30,6 +30,7 @@ from kempnerforge_torch.registry import registry
 from shared_config.contract.initialise import initial_values
 from shared_config.contract.parameters import EMBEDDING, HEAD, parameter_table
 from shared_config.errors import UserError
+from shared_config.registry import temporary
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import VLMConfig
 from tests.oracle.weights import draw_weights
@@ -490,9 +491,9 @@ def test_dense_getters() -> None:
 
 
 def test_builders_are_looked_up_by_name() -> None:
-    if not registry.has("mlp", "test_relu"):
+    with temporary():
         registry.register("mlp", "test_relu")(lambda dim, hidden_dim: StandardMLP(dim, hidden_dim, "relu"))
-    assert isinstance(build_mlp(4, 8, "test_relu"), StandardMLP)
+        assert isinstance(build_mlp(4, 8, "test_relu"), StandardMLP)
     with pytest.raises(KeyError, match="Unknown norm: 'batchnorm'; available: layernorm, rmsnorm"):
         build_norm("batchnorm", 4)
     with pytest.raises(KeyError, match="Unknown mlp"):
@@ -504,14 +505,13 @@ def test_an_architecture_changes_what_happens_between_layers() -> None:
         def after_block(self, model: Transformer, layer_idx: int, x: Tensor, modality: ModalityContext) -> Tensor:
             return 2 * x if layer_idx == LAYERS - 1 else x
 
-    if not registry.has("architecture", "test_doubling"):
-        registry.register("architecture", "test_doubling")(Doubling)
-
     class DoublingConfig(VLMConfig):
         pass
 
     model = model_of()
-    doubled = Transformer(model.config, vlm_config=DoublingConfig(arch="test_doubling")).double()
+    with temporary():
+        registry.register("architecture", "test_doubling")(Doubling)
+        doubled = Transformer(model.config, vlm_config=DoublingConfig(arch="test_doubling")).double()
     set_state(doubled, get_state(model))
     doubled.norm = model.norm = nn.Identity()
     assert close(doubled(tokens_of()), 2 * model(tokens_of()))
