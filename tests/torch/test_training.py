@@ -264,7 +264,7 @@ class TestStep:
         trainer = Trainer(job)
         name = "norm.weight"
         trainer.step([draw_batch(job, 0)])
-        moved = trainer.parameters[name].detach() - 1
+        moved = trainer.parameters[name].detach().cpu() - 1
         assert trainer.compute_dtype == torch.bfloat16
         assert all(p.dtype == torch.float32 for p in trainer.parameters.values())
         assert (moved.abs() > 2.9e-4).float().mean() > 0.9
@@ -305,7 +305,7 @@ class TestStep:
         job = tiny_job(EXPERTS | {"moe_bias_schedule": "linear_warmup"}, train={"max_steps": 100})
         trainer, counts = double(job), []
         router = trainer.model.layers["1"].mlp.router
-        router.register_forward_hook(lambda module, *_: counts.append(module.expert_counts.double().numpy()))
+        router.register_forward_hook(lambda module, *_: counts.append(module.expert_counts.double().cpu().numpy()))
         bias, ema = np.zeros(5), np.full(5, np.float32(0.2), np.float64)
         for step in range(3):
             counts.clear()
@@ -313,8 +313,8 @@ class TestStep:
             assert len(counts) == 2
             ema = 0.99 * ema + 0.01 * sum(counts) / np.sum(counts)
             bias = bias + 0.001 * (step / 100 / 0.1) * (0.2 - ema)
-            np.testing.assert_allclose(router.expert_ema, ema, rtol=1e-14)
-            np.testing.assert_allclose(router.expert_bias, bias, atol=1e-17)
+            np.testing.assert_allclose(router.expert_ema.cpu(), ema, rtol=1e-14)
+            np.testing.assert_allclose(router.expert_bias.cpu(), bias, atol=1e-17)
 
     def test_metrics_of_experts(self):
         job = tiny_job(EXPERTS)
@@ -343,9 +343,10 @@ class TestEvaluation:
         assert_same_bits(trainer.state(), before)
         assert numbers["tokens"] == sum((batch["labels"] != IGNORED).sum() for batch in batches)
         whole = trainer.evaluate([joined(*batches)])
-        assert_same_function(numbers["loss"].double().numpy(), whole["loss"].double().numpy(), "loss")
         step = trainer.step(batches)
-        assert_same_function(step["loss"].numpy(), whole["loss"].double().numpy(), "loss of the step")
+        parts, all_at_once, of_step = (part["loss"].double().cpu().numpy() for part in (numbers, whole, step))
+        assert_same_function(parts, all_at_once, "loss")
+        assert_same_function(of_step, all_at_once, "loss of the step")
 
 
 class TestState:
@@ -428,7 +429,7 @@ def test_matmul_precision_is_restored():
 
 def test_without_a_compiler_blocks_run_uncompiled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    trainer = Trainer(tiny_job(train={"compile_model": True}))
+    trainer = Trainer(tiny_job(train={"compile_model": True}), "cpu")
     assert "no-such-compiler" in caplog.text
     assert np.isfinite(float(trainer.step([draw_batch(trainer.config, 0)])["loss"]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -31,9 +32,16 @@ CONFIG = ModelConfig(
 TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 LAYERS = ["layers.0.attention.q_proj", "layers.1.mlp", "norm"]
 
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """On the CPU, whatever else there is."""
+    with mock.patch("torch.nn.parallel.data_parallel._get_available_device_type", return_value=None):
+        return nn.DataParallel(module)
+
+
 WRAPS = {
     "compiled": lambda module: torch.compile(module, backend="eager"),
-    "parallel": nn.DataParallel,
+    "parallel": data_parallel,
     "averaged": torch.optim.swa_utils.AveragedModel,
 }
 
