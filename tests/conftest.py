@@ -18,6 +18,8 @@ if os.environ["JAX_PLATFORMS"] != "cpu":  # accelerators by themselves round the
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+torn_entry_is_a_miss = "ignore:Error reading persistent compilation cache entry"  # it is compiled again
+os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), torn_entry_is_a_miss]))
 quick_compilation = "--xla_backend_optimization_level=0"  # compiling is most of what JAX does here
 if version("jaxlib").startswith("0.10."):  # others abort at the sight of it
     quick_compilation += " --xla_cpu_use_fusion_emitters=false"

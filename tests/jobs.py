@@ -106,15 +106,21 @@ def text_job(folder: Path, model: Mapping[str, Any] | None = None, **sections: A
     return tiny_job({"vocab_size": 260, "max_seq_len": 32, **(model or {})}, **sections)
 
 
+def environment_of_killed() -> dict[str, str]:
+    """Variables of a process that a test will kill: it writes nothing to the cache of compiled programs, for the kill
+    could tear an entry, and torn entries stay.
+    """
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
+
+
 def run_killed(job: JobConfig, backend: str, moment: int) -> None:
     """Start or go on with the job in a process of its own, killed (SIGKILL) at the start of step ``moment``."""
     config = Path(job.checkpoint.dir).with_suffix(".toml")
     config.write_text(config_to_toml(job))
     code = KILLED_RUN.format(backend=backend)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code, str(config), str(moment)],
-        env=environment,
+        env=environment_of_killed(),
         capture_output=True,
         text=True,
         check=False,

@@ -16,6 +16,7 @@ import pytest
 
 from shared_config.interchange import checkpoint
 from shared_config.metrics import read_metrics
+from tests.jobs import environment_of_killed
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(sys.executable).with_name("kempnerforge")
@@ -57,7 +58,7 @@ def start(folder: Path, arguments: Sequence[str], at: str = "", script: bool = F
     path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [str(SCRIPT), *arguments] if script else [sys.executable, "-m", "shared_config.cli", *arguments],
-        env={**os.environ, "PYTHONPATH": path, "ARRIVED": str(writing)},
+        env={**environment_of_killed(), "PYTHONPATH": path, "ARRIVED": str(writing)},
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -168,7 +169,7 @@ def run_on_a_terminal(folder: Path, *options: str) -> tuple[subprocess.Popen[byt
     )
     process = subprocess.Popen(
         [sys.executable, "-c", f"import sys\n{code.replace('main()', 'sys.exit(main())')}", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"},
+        env={**environment_of_killed(), "TERM": "xterm"},
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
     )  # fmt: skip
     os.close(theirs)
