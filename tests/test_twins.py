@@ -70,7 +70,8 @@ DIFFERENCES = {
     "model/moma.py": {
         "MAX_SEED": "torch: draws a seed of its own where none is given",
         "MoMaFFN.layer": "jax: an array, so that stacked layers keep their number",
-        "MoMaFFN.reset": "jax: sets that array",
+        "MoMaFFN.layer_idx": "torch: a number will do",
+        "MoMaFFN.set_layer": "jax: sets that array",
     },
     "model/mot.py": {
         "MoTAttention.kv_heads": "torch: kept for the views of each modality",

@@ -144,16 +144,15 @@ class MoMaFFN(Module):
         rngs: nnx.Rngs,
     ):
         self.modalities = tuple(experts_per_modality)
-        self.layer_idx = layer_idx
         self.layer = Table(jnp.asarray(layer_idx, jnp.int32))
         for name, number in experts_per_modality.items():
             experts = [build_mlp(dim, hidden_dim, activation, rngs=rngs) for _ in range(number)]
             router = ExpertChoiceSigmoidRouter(dim, number, rngs=rngs)
             setattr(self, name, ExpertChoiceMoE(router, experts, capacity_factor))
 
-    def reset(self) -> None:
-        """Set the number of the layer, an array so that stacked layers keep theirs."""
-        self.layer.set_value(jnp.asarray(self.layer_idx, jnp.int32))
+    def set_layer(self, layer_idx: int) -> None:
+        """Set the layer's number: an array, nothing static, so that layers have one structure and can be stacked."""
+        self.layer.set_value(jnp.asarray(layer_idx, jnp.int32))
 
     def forward(
         self,

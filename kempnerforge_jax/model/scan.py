@@ -8,6 +8,7 @@ compiles block by block, and has no use for stacks.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kempnerforge_jax.model.module import Numbered
+
+log = logging.getLogger(__name__)
 
 
 def layer_name(group: range) -> str:
@@ -40,17 +43,27 @@ def layer_groups(model: Any) -> list[range]:
     segment: list[int] = []
     for layer in layers:
         segment.append(layer)
-        if model.architecture.breaks_after(layer) or layer == layers[-1]:
-            groups += _periodic(segment, kinds)
+        if model.architecture.breaks_after(layer) or layer + 1 not in kinds:
+            groups += _periodic(segment, [kinds[layer] for layer in segment])
             segment = []
     return groups
 
 
 def stacked(model: Any) -> Any:
-    """A copy of the model with its layers stacked; arrays of other modules are shared."""
+    """A copy of the model with its layers stacked; arrays of other modules are shared.
+
+    A warning is logged where none can be stacked.
+    """
+    groups = layer_groups(model)
+    if len(groups) == len(model.layers) > 1:
+        log.warning(
+            "scan_layers = True changes nothing: of %d layers no two can share a scan (they differ, or something "
+            "happens between any two)",
+            len(groups),
+        )
     copy = nnx.merge(*nnx.split(model))
     copy.layers = Numbered(
-        {layer_name(group): _stack([model.layers[str(layer)] for layer in group]) for group in layer_groups(model)}
+        {layer_name(group): _stack([model.layers[str(layer)] for layer in group]) for group in groups}
     )
     return copy
 
@@ -95,15 +108,23 @@ def run_blocks(blocks: Sequence[Any], x: jax.Array, inputs: dict[str, Any], rema
     return jax.lax.scan(step, x, states) if scan else step(x, states)
 
 
-def _periodic(layers: list[int], kinds: dict[int, Any]) -> list[range]:
-    """Groups of consecutive layers: the smallest period that repeats; what is left over stays single."""
-    for period in range(1, len(layers) // 2 + 1):
-        whole = len(layers) // period * period
-        if all(kinds[layers[i]] == kinds[layers[i + period]] for i in range(whole - period)):
-            first = layers[0]
-            groups = [range(first + place, first + whole, period) for place in range(period)]
-            return groups + [range(layer, layer + 1) for layer in layers[whole:]]
-    return [range(layer, layer + 1) for layer in layers]
+def _periodic(layers: list[int], kinds: list[Any]) -> list[range]:
+    """Groups of consecutive layers: at each place the period whose repetitions reach furthest, the smallest of equals;
+    a layer that starts none stays single.
+    """
+    if not layers:
+        return []
+    reach, period = max(((_repeated(kinds, p), -p) for p in range(1, len(layers) // 2 + 1)), default=(0, 0))
+    first, end, period = layers[0], layers[0] + (reach or 1), -period if reach else 1
+    groups = [range(first + place, end, period) for place in range(period)]
+    return groups + _periodic(layers[end - first :], kinds[end - first :])
+
+
+def _repeated(kinds: list[Any], period: int) -> int:
+    """How many layers from the first one on are whole repetitions of the first ``period``, of which there are two."""
+    same = next((i for i in range(len(kinds) - period) if kinds[i] != kinds[i + period]), len(kinds) - period)
+    whole = (same + period) // period * period
+    return whole if whole > period else 0
 
 
 def _structure(block: Any) -> Any:

@@ -189,8 +189,9 @@ class Transformer(Module):
 
     def init_weights_and_freqs(self, seed: int | None = None, *, rngs: nnx.Rngs | None = None) -> None:
         """Set every parameter, buffer and rotary table, e.g. of a model from `nnx.eval_shape`; see `init_weights`."""
-        for _, module in self._having("reset"):
-            module.reset()
+        self.rope.reset()
+        for path, module in self._having("set_layer"):
+            module.set_layer(int(path.split(".")[1]))
         init_weights(self, self.config, seed, rngs=rngs)
 
     def forward(

@@ -1,0 +1,106 @@
+"""Scans over layers happen: one program for all layers of a structure, in every architecture, and in the training step
+of every preset that asks for it. A model that has nothing to scan says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
+
+from kempnerforge_jax.model.linear import UNDRAWN
+from kempnerforge_jax.model.scan import layer_groups
+from kempnerforge_jax.model.transformer import Transformer
+from kempnerforge_jax.training import train
+from shared_config.contract.shrink import shrink
+from shared_config.data import open_data
+from shared_config.loader import load_config, preset_names
+from shared_config.schema import CrossAttentionConfig, JointDecoderConfig, ModelConfig, MoMaConfig, MoTConfig, VLMConfig
+
+MODEL = ModelConfig(dim=8, n_layers=6, n_heads=2, vocab_size=13, ffn_hidden_dim=10, max_seq_len=16)
+EXPERTS = MODEL.replace(num_experts=3, moe_frequency=2)
+PAIRS = [range(0, 6, 2), range(1, 6, 2)]
+JOINT, MOT, MOMA = (kind(max_text_len=8) for kind in (JointDecoderConfig, MoTConfig, MoMaConfig))
+CROSS = CrossAttentionConfig(max_text_len=8, cross_attention_every_n_layers=3)
+
+CASES: dict[str, tuple[ModelConfig, VLMConfig | None, list[range], list[int]]] = {
+    "dense": (MODEL, None, [range(6)], [6]),
+    "alternating": (EXPERTS, None, PAIRS, [3]),
+    "a period of three, two dense layers left": (
+        EXPERTS.replace(moe_frequency=3, n_layers=8),
+        None,
+        [range(0, 6, 3), range(1, 6, 3), range(2, 6, 3), range(6, 8)],
+        [2, 2],
+    ),
+    "one layer of experts": (EXPERTS.replace(moe_frequency=5), None, [range(4), range(4, 5), range(5, 6)], [4]),
+    "joint_decoder": (EXPERTS, JOINT, PAIRS, [3]),
+    "cross_attention": (MODEL.replace(n_layers=7), CROSS, [range(3), range(3, 6), range(6, 7)], [3, 3]),
+    "mot": (EXPERTS, MOT, PAIRS, [3]),
+    "moma": (MODEL, MOMA, [range(6)], [6]),
+}
+"""Model, architecture, the stacks, and how many steps each scan has."""
+
+
+def abstract(config: ModelConfig, vlm: VLMConfig | None) -> Transformer:
+    return nnx.eval_shape(lambda: Transformer(config, vlm_config=vlm, rngs=UNDRAWN))
+
+
+def scans(jaxpr: Any) -> list[int]:
+    """Steps of each scan of a program, of those inside others too."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            found.append(equation.params["length"])
+        for inner in jaxprs_in_params(equation.params):
+            found += scans(inner)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layers_of_one_structure_share_a_program(name: str) -> None:
+    config, vlm, groups, steps = CASES[name]
+    assert layer_groups(abstract(config, vlm)) == groups
+    model, tokens = Transformer(config, vlm_config=vlm, rngs=UNDRAWN), jnp.zeros((2, 8), jnp.int32)
+    program = jax.make_jaxpr(lambda: model.run(tokens, scan_layers=True).logits)()
+    assert [e.params["length"] for e in program.jaxpr.eqns if e.primitive.name == "scan"] == steps
+
+
+@pytest.mark.parametrize("preset", [name for name in preset_names() if load_config(name).train.scan_layers])
+def test_presets_that_ask_for_scans_get_them(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the step that they train with: of 9 layers none is left out."""
+    config = shrink(load_config(preset))
+    config = config.replace(model=config.model.replace(n_layers=9), train=config.train.replace(batch_size=1))
+    compiled_step, programs = train.compiled_step, []
+
+    def traced_step(recipe: Any) -> Any:
+        def step(*arguments: Any) -> Any:
+            programs.append(jax.make_jaxpr(compiled_step(recipe))(*arguments))
+            return *arguments[:3], {}
+
+        return step
+
+    monkeypatch.setattr(train, "compiled_step", traced_step)
+    train.Trainer(config).step([open_data(config).batch(0)])
+    every = getattr(config.vlm, "cross_attention_every_n_layers", 9)
+    found = scans(programs[0].jaxpr)
+    assert found.count(every) == 2 * (9 // every), found  # forward and backward
+
+
+def test_stacks_hold_neighbours_only() -> None:
+    """A stage of which layers were deleted."""
+    model = abstract(MODEL, None)
+    del model.layers["2"]
+    assert layer_groups(model) == [range(2), range(3, 6)]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_model_that_has_nothing_to_scan_says_so(every: int, caplog: pytest.LogCaptureFixture) -> None:
+    model = Transformer(MODEL, vlm_config=CROSS.replace(cross_attention_every_n_layers=every), rngs=UNDRAWN)
+    with caplog.at_level(logging.WARNING):
+        jax.make_jaxpr(lambda: model.run(jnp.zeros((2, 8), jnp.int32), scan_layers=True).logits)()
+    assert ["scan_layers = True changes nothing" in message for message in caplog.messages] == [True] * (every == 1)
