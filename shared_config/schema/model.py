@@ -223,9 +223,9 @@ class ModelConfig(Section):
 
     @property
     def computed_expert_ffn_hidden_dim(self) -> int:
-        """Width of one expert."""
+        """Width of one expert: the nearest multiple of 16, of two equally near ones the even multiple; at least 16."""
         width = self.computed_ffn_hidden_dim * self.moe_expert_ffn_multiplier
-        return max(1, int(width / EXPERT_FFN_MULTIPLE + 0.5)) * EXPERT_FFN_MULTIPLE
+        return max(1, round(width / EXPERT_FFN_MULTIPLE)) * EXPERT_FFN_MULTIPLE
 
     @property
     def num_params_estimate(self) -> int:

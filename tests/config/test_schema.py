@@ -304,6 +304,10 @@ def test_ffn_widths() -> None:
     assert ModelConfig(ffn_hidden_dim=100).computed_ffn_hidden_dim == 100
     assert ModelConfig(ffn_hidden_dim=100, moe_expert_ffn_multiplier=0.5).computed_expert_ffn_hidden_dim == 48
     assert ModelConfig(ffn_hidden_dim=100, moe_expert_ffn_multiplier=0.01).computed_expert_ffn_hidden_dim == 16
+    halves = [ModelConfig(ffn_hidden_dim=width, moe_expert_ffn_multiplier=0.5) for width in (80, 81, 112, 144)]
+    assert [config.computed_expert_ffn_hidden_dim for config in halves] == [32, 48, 64, 64]
+    assert ModelConfig(dim=96, n_heads=4).computed_ffn_hidden_dim == 256
+    assert ModelConfig(dim=100, n_heads=5, ffn_dim_multiplier=1.5).computed_ffn_hidden_dim == 512
 
 
 def test_which_layers_have_experts() -> None:

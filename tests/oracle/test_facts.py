@@ -1,0 +1,86 @@
+"""Facts that both backends read from one table, stated a second time: parameters, presets, defaults, statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, parameter_table
+from shared_config.contract.vision import TowerConfig, adapter_table, tower_table, wrapper_table
+from shared_config.loader import load_config, preset_names
+from shared_config.schema.adapter import AdapterConfig
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.vlm import CrossAttentionConfig, JointDecoderConfig, MoMaConfig, MoTConfig, VLMConfig
+from tests.oracle.parameters import CONSTANT, NORMAL, Fact, adapter_facts, model_facts, tower_facts
+from tests.strategies import model_configs
+
+TOWER = TowerConfig(
+    image_size=12, patch_size=3, dim=20, n_layers=2, n_heads=4, ffn_hidden_dim=28, activation="gelu", norm_eps=1e-6
+)
+CLIP = {"class_token": True, "patch_bias": False, "pre_norm": True, "final_norm": False}
+
+
+def fact_of(spec: ParameterSpec) -> Fact:
+    constant = isinstance(spec.initializer, Constant)
+    initial = (CONSTANT, spec.initializer.value) if constant else (NORMAL, pytest.approx(spec.initializer.std, 1e-15))
+    flags = {name: getattr(spec, name) for name in ("decay", "is_buffer", "full_precision", "residual")}
+    return Fact(spec.shape, initial, spec.axes, **flags)
+
+
+def assert_stated(table: ParameterTable, facts: dict[str, Fact], where: str = "") -> None:
+    assert set(table) == set(facts), where
+    for name, spec in table.items():
+        assert fact_of(spec) == facts[name], f"{where} {name}"
+
+
+# Parameters
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_tensor_of_a_preset_is_as_stated(preset: str) -> None:
+    config = load_config(preset)
+    assert_stated(parameter_table(config.model, config.vlm), model_facts(config.model, config.vlm), preset)
+
+
+image_settings = st.one_of(
+    st.sampled_from([None, JointDecoderConfig()]),
+    st.builds(
+        CrossAttentionConfig,
+        cross_attention_every_n_layers=st.just(1),
+        cross_attention_n_heads=st.sampled_from([0, 4]),
+        cross_attention_n_kv_heads=st.sampled_from([0, 1]),
+    ),
+    st.builds(MoTConfig, mot_image_n_kv_heads=st.sampled_from([0, 1])),
+    st.builds(MoMaConfig, moma_experts_per_modality=st.just({"image": 3, "text": 2})),
+)
+
+
+@given(data=st.data(), vlm=image_settings, experts=st.booleans())
+def test_every_tensor_of_a_drawn_model_is_as_stated(data: st.DataObject, vlm: VLMConfig | None, experts: bool) -> None:
+    experts = experts and not isinstance(vlm, MoMaConfig)
+    config = data.draw(model_configs(experts=experts, init_std=0.03))
+    assert_stated(parameter_table(config, vlm), model_facts(config, vlm))
+
+
+@pytest.mark.parametrize("kind", [{}, CLIP], ids=["siglip", "clip"])
+def test_every_tensor_of_a_tower_is_as_stated(kind: dict[str, Any]) -> None:
+    tower = TowerConfig(**{**vars(TOWER), **kind})
+    assert_stated(tower_table(tower), tower_facts(tower))
+
+
+@pytest.mark.parametrize("kind", ["mlp_2layer", "linear", "avgpool", "attentional_pool"])
+@pytest.mark.parametrize("hidden", [0, 36])
+def test_every_tensor_of_an_adapter_is_as_stated(kind: str, hidden: int) -> None:
+    config = AdapterConfig(type=kind, hidden_dim=hidden)
+    assert_stated(adapter_table(config, 20, 28), adapter_facts(config, 20, 28))
+
+
+def test_a_wrapper_holds_a_tower_an_adapter_and_the_language_model() -> None:
+    model, vlm, adapter = ModelConfig(dim=28, n_layers=1, n_heads=2, vocab_size=11), MoTConfig(), AdapterConfig()
+    parts = {"vision_encoder": tower_facts(TOWER), "adapter": adapter_facts(adapter, 20, 28)}
+    parts["transformer"] = model_facts(model, vlm)
+    stated = {f"{part}.{name}": fact for part, facts in parts.items() for name, fact in facts.items()}
+    assert_stated(wrapper_table(model, vlm, adapter, TOWER, 20), stated)
