@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from shared_config.contract.vision import TowerConfig
 from shared_config.schema.adapter import AdapterConfig
@@ -22,7 +23,7 @@ from shared_config.schema.vlm import CrossAttentionConfig, MoMaConfig, MoTConfig
 from tests.oracle.weights import Shapes, attention_shapes, mlp_shapes, moe_shapes, norm_shapes, text_shapes
 
 NORMAL, CONSTANT = "normal", "constant"
-Initial = tuple[str, float]
+Initial = tuple[str, Any]
 """Kind and standard deviation or value."""
 
 TEXT_AXES = {
