@@ -24,8 +24,10 @@ CLIP = {"class_token": True, "patch_bias": False, "pre_norm": True, "final_norm"
 
 
 def fact_of(spec: ParameterSpec) -> Fact:
-    constant = isinstance(spec.initializer, Constant)
-    initial = (CONSTANT, spec.initializer.value) if constant else (NORMAL, pytest.approx(spec.initializer.std, 1e-15))
+    if isinstance(spec.initializer, Constant):
+        initial = (CONSTANT, spec.initializer.value)
+    else:
+        initial = (NORMAL, pytest.approx(spec.initializer.std, 1e-15))
     flags = {name: getattr(spec, name) for name in ("decay", "is_buffer", "full_precision", "residual")}
     return Fact(spec.shape, initial, spec.axes, **flags)
 
