@@ -5,21 +5,33 @@ Other parts of the package add their own: ``register(Check(name, jobs, judge))``
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from shared_config.compare import TOLERANCES, Comparison, Row, compare_traces
 from shared_config.compare.align import INITIAL
-from shared_config.interchange.traces import DECODE, FORWARD, LOSSES, Trace, TraceMeta, read_trace
-from shared_config.loader import config_to_toml
-from shared_config.metrics import read_metrics
+from shared_config.contract.warm_start import without_warm_start
+from shared_config.interchange import checkpoint
+from shared_config.interchange.traces import DECODE, FORWARD, LOSSES, Trace, TraceMeta, group_of, read_trace
+from shared_config.loader import config_to_toml, load_config
+from shared_config.metrics import FILE, read_metrics
 from shared_config.numerics import as_float64, relative_error
-from shared_config.recording import can_decode, decode_reference
+from shared_config.provenance import (
+    check_run,
+    check_trace,
+    expected_meta,
+    expected_names,
+    initial_hash,
+    missing_names,
+)
+from shared_config.recording import can_decode, decode_reference, logits_name
 from shared_config.schema.job import JobConfig
 from shared_config.schema.vlm import MoMaConfig
 
@@ -30,6 +42,9 @@ TRUTH = ("torch", "float64")
 CALM_WARMUP = 100
 """Steps of warm-up in the training check: at a peak learning rate reached too early, training amplifies rounding."""
 TRAINED_BATCH, TRAINED_LENGTH = 16, 128
+NUMBERS = {"grad_norm": 1e-4, "lr": 0.0, "tokens": 0.0}
+"""What records of a training run hold beside the loss, and the relative error allowed. Gradient norms of the presets
+measure up to 8e-6. The loss of a few steps does not show their size, by which Adam divides."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ class Plan:
         dtypes: of the traces; float64 is always among them, as the truth for the others.
         steps: optimiser steps of the training run; 0 for none.
         weights: what one step and decoding are checked with; None: drawn values.
+        weights_hash: of their values as they are read; "" if drawn.
         overrides: of the command line, which win over what lies beside the weights.
         comparisons: filled by the checks, by title, for the report.
     """
@@ -79,6 +95,7 @@ class Plan:
     steps: int = 30
     device: str = "cpu"
     weights: Path | None = None
+    weights_hash: str = ""
     overrides: tuple[str, ...] = ()
     comparisons: dict[str, Comparison] = field(default_factory=dict)
 
@@ -108,8 +125,19 @@ class Plan:
 
     @functools.cache  # noqa: B019 (a plan lives as long as its command)
     def trace(self, backend: str, dtype: str) -> Trace:
-        """A trace that was left behind."""
-        return read_trace(self.trace_file(backend, dtype))
+        """A trace that was left behind.
+
+        Raises:
+            UserError: it can't be read, or is another than the one that was asked for.
+        """
+        path = self.trace_file(backend, dtype)
+        asked = dataclasses.replace(self._expected, backend=backend, device=self.device, dtype=dtype)
+        return check_trace(read_trace(path), asked, path)
+
+    @functools.cached_property
+    def _expected(self) -> TraceMeta:
+        config = self.config if self.weights is None else without_warm_start(self.config)
+        return expected_meta(config, self.seed, self.weights_hash)
 
     __hash__ = object.__hash__
 
@@ -213,6 +241,28 @@ def _compare_steps(plan: Plan) -> Iterator[Finding]:
         comparison = compare_traces(a, b, None if dtype == "float64" else truth)
         plan.comparisons[dtype] = comparison
         yield from findings_of(dtype, comparison)
+        yield from _not_shown(plan, dtype, (a, b))
+
+
+def _not_shown(plan: Plan, dtype: str, traces: Sequence[Trace]) -> Iterator[Finding]:
+    """What two traces that agree may hide: initial weights that both draw wrong, tensors that neither recorded, and
+    logits of another dtype than was asked for.
+    """
+    drawn = initial_hash(plan.config, plan.seed)
+    for trace in traces:
+        backend, logits = trace.meta.backend, trace.tensors.get(logits_name(plan.config))
+        if drawn is not None and trace.meta.initial_hash != drawn:
+            said = f"{backend}: they are not those that seed {plan.seed} draws"
+            yield Finding(dtype, INITIAL, ok=False, worst=INITIAL, error=math.inf, detail=said)
+        if logits is not None and str(logits.dtype) != dtype:
+            said = f"{backend}: {logits_name(plan.config)} is {logits.dtype}; it was to be {dtype}"
+            yield Finding(dtype, FORWARD, ok=False, worst=logits_name(plan.config), error=math.inf, detail=said)
+    lacking: dict[str, list[str]] = {}
+    for name in missing_names(traces, expected_names(plan.config)):
+        lacking.setdefault(group_of(name), []).append(name)
+    for group, names in lacking.items():
+        said = f"neither backend recorded {names[0]}, so that nothing is known of it"
+        yield Finding(dtype, group, ok=False, count=len(names), worst=names[0], error=math.inf, detail=said)
 
 
 def _no_jobs(plan: Plan, backend: str) -> list[list[str]]:
@@ -251,6 +301,12 @@ def _compare_decoding(plan: Plan) -> Iterator[Finding]:
 def _train_jobs(plan: Plan, backend: str) -> list[list[str]]:
     if plan.steps == 0:
         return []
+    command = ["train", str(plan.config_file), "--backend", backend, "--quiet", "--device", plan.device]
+    return [[*command, "--output", str(plan.run_folder(backend)), *_train_overrides(plan)]]
+
+
+def _train_overrides(plan: Plan) -> list[str]:
+    """What the training run changes of the config."""
     config = plan.config
     overrides = {
         "train.max_steps": plan.steps,
@@ -264,26 +320,45 @@ def _train_jobs(plan: Plan, backend: str) -> list[list[str]]:
         "eval.steps": 0,
         "metrics.log_interval": 1,
     }
-    command = ["train", str(plan.config_file), "--backend", backend, "--quiet", "--device", plan.device]
-    output = ["--output", str(plan.run_folder(backend))]
-    return [[*command, *output, *(f"--{name}={value}" for name, value in overrides.items())]]
+    return [f"--{name}={value}" for name, value in overrides.items()]
 
 
 def _compare_training(plan: Plan) -> Iterator[Finding]:
-    """Losses of a short float32 training run on the data of the config."""
+    """Losses of a short float32 training run on the data of the config, and what else its steps say of themselves."""
     if plan.steps == 0:
         return
-    a, b = (_losses(plan, backend) for backend in BACKENDS)
-    comparison = compare_traces(a, b)
+    name, records = f"training, {plan.steps} steps", {backend: _records(plan, backend) for backend in BACKENDS}
+    torch, jax = (_losses(plan, records[backend], backend) for backend in BACKENDS)
+    comparison = compare_traces(torch, jax)
     plan.comparisons["training"] = comparison
-    yield from findings_of(f"training, {plan.steps} steps", comparison)
+    yield from findings_of(name, comparison)
+    for number, limit in NUMBERS.items():
+        a, b = (
+            np.array([record.get(number, np.nan) for record in records[backend]], np.float64) for backend in BACKENDS
+        )
+        error = relative_error(b, a) if a.shape == b.shape and np.isfinite(a).all() else math.inf
+        said = f"{number}: relative error {error:.2g}"
+        ok = error <= limit
+        yield Finding(name, number, ok, worst=number, error=error, limit=limit, detail="" if ok else said)
 
 
-def _losses(plan: Plan, backend: str) -> Trace:
-    records = read_metrics(plan.run_folder(backend) / "metrics.jsonl")
+def _losses(plan: Plan, records: Sequence[Mapping[str, Any]], backend: str) -> Trace:
     losses = np.array([record["loss"] for record in records], np.float64)
     meta = TraceMeta(backend, plan.device, "float32", plan.config.train.seed, config_to_toml(plan.config))
     return Trace({LOSSES: losses}, meta)
+
+
+def _records(plan: Plan, backend: str) -> list[dict[str, Any]]:
+    """The numbers of each step of the run that a backend's process left behind.
+
+    Raises:
+        UserError: it is another than the one that was asked for.
+    """
+    folder = plan.run_folder(backend)
+    config = load_config(str(plan.config_file), [*_train_overrides(plan), f"--checkpoint.dir={folder}"])
+    run = check_run(checkpoint.load(folder, with_optimizer=False), backend, config)
+    records = {record["step"]: record for record in read_metrics(folder / FILE)}
+    return [records[step] for step in range(1, run.state.step + 1) if step in records]
 
 
 register(Check("one step", _trace_jobs, _compare_steps))

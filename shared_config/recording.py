@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from shared_config.contract.initialise import initial_values, state_hash
+from shared_config.contract.initialise import initial_value, state_hash
 from shared_config.contract.validation import (
     chunkings,
     validation_labels,
@@ -244,6 +244,12 @@ def transformer_path(config: JobConfig) -> str:
     return "" if config.vlm is None else "transformer."
 
 
+def seeded_values(config: JobConfig, seed: int) -> Arrays:
+    """The seeded initial weights of the model of a job, whose transformer draws those of a text model."""
+    path = transformer_path(config)
+    return {name: initial_value(name.removeprefix(path), spec, seed) for name, spec in job_table(config).items()}
+
+
 def cache_size(request: Request, num_image_tokens: int) -> tuple[int, int, int, int]:
     """Batch, slots, key/value heads and their size of the caches that decode a request."""
     config = request.config
@@ -386,7 +392,7 @@ def _weights(config: JobConfig, weights: str | Mapping[str, np.ndarray], seed: i
     if weights == "validation":
         return validation_weights(table, seed)
     if weights == "init":
-        return dict(initial_values(table, seed))
+        return seeded_values(config, seed)
     if isinstance(weights, str):
         raise UserError(f"weights = {weights!r}: must be one of {', '.join(WEIGHTS)}")
     return {name: np.asarray(value) for name, value in weights.items()}

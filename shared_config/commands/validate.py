@@ -31,9 +31,10 @@ from shared_config.commands.common import (
 from shared_config.commands.show import readable_bytes
 from shared_config.commands.verdict import show_findings, show_first_differences
 from shared_config.contract.counts import count_parameters
+from shared_config.contract.initialise import state_hash
 from shared_config.errors import UserError
 from shared_config.interchange.files import written_aside
-from shared_config.interchange.outputs import claim_record_folder
+from shared_config.interchange.outputs import claim_record_folder, forget_run
 from shared_config.loader import config_to_toml
 from shared_config.recording import DTYPES
 from shared_config.report import write_report
@@ -68,14 +69,21 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         require_backend(backend)
     refuse_too_large(config, options.config)
     weights = None if options.shrink else folder_of(options.config)
-    if weights is not None:
-        fitting_weights(weights, config, overrides)
     with tempfile.TemporaryDirectory(prefix="kempnerforge-") as scratch:
         plan = Plan(
-            config, Path(scratch), dtypes, options.seed, options.steps, options.device, weights, tuple(overrides)
+            config,
+            Path(scratch),
+            dtypes,
+            options.seed,
+            options.steps,
+            options.device,
+            weights,
+            "" if weights is None else state_hash(fitting_weights(weights, config, overrides)),
+            tuple(overrides),
         )
         if options.keep:
             plan = dataclasses.replace(plan, folder=claim_record_folder(options.keep, plan.files()))
+            forget(plan)
         began = time.monotonic()
         screen = console()
         with screen.status("torch and jax run side by side, each in its own process ..."):
@@ -123,6 +131,19 @@ def available_memory() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def forget(plan: Plan) -> None:
+    """Remove what an earlier validation left in the folder of this one: a trace would be taken for one of now, a
+    training run would go on.
+
+    Raises:
+        UserError: a folder in the place of a training run is none.
+    """
+    for backend in BACKENDS:
+        forget_run(plan.run_folder(backend))
+        for dtype in DTYPES:
+            Path(os.path.realpath(plan.trace_file(backend, dtype))).unlink(missing_ok=True)
 
 
 def run_processes(plan: Plan) -> None:

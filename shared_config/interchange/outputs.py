@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from shared_config.interchange.tensors import TensorFile
 from shared_config.interchange.traces import is_trace
 from shared_config.interchange.weights import INDEX, SINGLE
 from shared_config.loader import config_from_toml
+from shared_config.metrics import FILE as METRICS
 from shared_config.schema.data import DataConfig
 from shared_config.schema.job import JobConfig
 
 WRITER = "kempnerforge"
 """Key of the metadata of weights that a command wrote: the kind of the folder that they are in."""
 
-RUN_FILES = frozenset(["config.toml", "metrics.jsonl", ".lock"])
+
 SHOWN = 3
 
 
@@ -65,6 +67,21 @@ def claim_run_folder(path: PathLike) -> None:
             f"checkpoint.dir = {str(folder)!r}: holds {_names(files)}, and is no training run; give a new or an empty "
             "folder"
         )
+
+
+def forget_run(path: PathLike) -> None:
+    """Remove the checkpoints and metrics of a training run, so that one in its folder starts anew.
+
+    Raises:
+        UserError: the folder is that of no run.
+    """
+    folder = Path(path)
+    claim_run_folder(folder)
+    for name in _contents(folder):
+        if checkpoint.STEP_NAME.fullmatch(name):
+            shutil.rmtree(folder / name)
+        elif name == METRICS:
+            (folder / name).unlink()
 
 
 def claim_record_folder(path: PathLike, files: frozenset[str]) -> Path:

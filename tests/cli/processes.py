@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,35 @@ sys.meta_path.insert(0, Blocker())
 """
 
 
+PLANTER = """
+import sys
+from importlib.machinery import PathFinder, SourceFileLoader
+
+CHANGES = {changes!r}
+
+class Loader(SourceFileLoader):
+    def get_code(self, name):
+        source = self.get_data(self.path).decode()
+        for text, replacement in CHANGES[name]:
+            if source.count(text) != 1:
+                raise RuntimeError(f"{{name}}: {{text!r}} occurs {{source.count(text)}} times, must occur once")
+            source = source.replace(text, replacement)
+        return compile(source, self.path, "exec")
+
+class Planter:
+    def find_spec(self, name, path=None, target=None):
+        if name in CHANGES:
+            spec = PathFinder.find_spec(name, path)
+            spec.loader = Loader(name, spec.origin)
+            return spec
+
+sys.meta_path.insert(0, Planter())
+"""
+
+Changes = Mapping[str, Sequence[tuple[str, str]]]
+"""Module -> (text, replacement): source text, which occurs once, is replaced wherever the module is imported."""
+
+
 @dataclass(frozen=True)
 class Result:
     """How a process ended; ``seconds`` of processor time, which do not depend on what else the machine does."""
@@ -35,10 +64,19 @@ class Result:
     seconds: float
 
 
-def run_python(*arguments: str, blocked: Sequence[str] = (), cwd: Path | None = None, timeout: float = 120) -> Result:
-    """Run this interpreter; packages in ``blocked`` look as if they were not installed."""
+def run_python(
+    *arguments: str,
+    blocked: Sequence[str] = (),
+    changes: Changes | None = None,
+    cwd: Path | None = None,
+    timeout: float = 120,
+) -> Result:
+    """Run this interpreter. There and in all processes that it starts, packages in ``blocked`` look as if they were not
+    installed, and modules have the ``changes``.
+    """
+    code = BLOCKER.format(blocked=tuple(blocked)) + (PLANTER.format(changes=dict(changes)) if changes else "")
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "sitecustomize.py").write_text(BLOCKER.format(blocked=tuple(blocked)), encoding="utf-8")
+        Path(folder, "sitecustomize.py").write_text(code, encoding="utf-8")
         path = os.pathsep.join([folder, str(ROOT), os.environ.get("PYTHONPATH", "")])
         before = _seconds_of_children()
         ended = subprocess.run(

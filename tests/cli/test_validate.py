@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +16,17 @@ from shared_config import checks
 from shared_config.checks import CHECKS, Check, Finding, Plan, register
 from shared_config.cli import main
 from shared_config.commands import validate
-from shared_config.interchange.traces import Trace, TraceMeta, write_trace
-from shared_config.loader import config_to_toml, load_config
+from shared_config.errors import UserError
+from shared_config.interchange import checkpoint
+from shared_config.interchange.checkpoint import TrainingState
+from shared_config.interchange.traces import Trace, write_trace
+from shared_config.loader import config_to_dict, config_to_toml, load_config
+from shared_config.provenance import expected_meta, expected_names, initial_hash
 from tests.cli.processes import run_python
 
-CONFIG = load_config("debug")
+CONFIG = load_config(
+    "debug", ["--model.dim=8", "--model.n_layers=1", "--model.ffn_hidden_dim=8", "--model.vocab_size=9"]
+)
 
 
 def test_validate_in_real_processes(tmp_path: Path) -> None:
@@ -49,10 +57,10 @@ def test_differences_in_training_are_found(tmp_path: Path) -> None:
     plan = Plan(CONFIG, tmp_path, steps=3)
     _train(plan, "torch", [3.0, 2.0, 1.0])
     _train(plan, "jax", [3.0, 2.0, 1.00001])
-    (finding,) = CHECKS["training"].judge(plan)
+    finding, *_ = CHECKS["training"].judge(plan)
     assert finding.ok
     _train(plan, "jax", [3.0, 2.0, 1.0001])
-    (finding,) = CHECKS["training"].judge(plan)
+    finding, *_ = CHECKS["training"].judge(plan)
     assert not finding.ok
     assert "(2,)" in finding.detail
 
@@ -61,16 +69,108 @@ def test_a_training_run_that_stopped_early_is_a_difference(tmp_path: Path) -> No
     plan = Plan(CONFIG, tmp_path, steps=3)
     _train(plan, "torch", [3.0, 2.0, 1.0])
     _train(plan, "jax", [3.0, 2.0])
-    (finding,) = CHECKS["training"].judge(plan)
+    finding, *_ = CHECKS["training"].judge(plan)
     assert not finding.ok
+
+
+@pytest.mark.parametrize("changed", ["backend", "train.seed=5", "model.norm_eps=0.5", "train.mixed_precision=bf16"])
+def test_a_training_run_that_was_not_asked_for_is_refused(tmp_path: Path, changed: str) -> None:
+    plan = Plan(CONFIG, tmp_path, steps=2)
+    _train(plan, "torch", [3.0, 2.0])
+    if changed == "backend":
+        _train(plan, "jax", [3.0, 2.0], by="torch")
+    else:
+        _train(plan, "jax", [3.0, 2.0], f"--{changed}")
+    field = changed.partition("=")[0]
+    with pytest.raises(UserError, match=rf"train-jax.*not of the run that was asked for:\n  {field} = "):
+        list(CHECKS["training"].judge(plan))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "dtype": ({"dtype": "float32"}, "dtype = 'float32': was to be 'float64'"),
+    "seed": ({"seed": 1}, "seed = 1: was to be 0"),
+    "kind of weights": ({"weights": "init"}, "weights = 'init': was to be 'validation'"),
+    "weights": ({"weights_hash": "0"}, "weights: other values"),
+    "tokens": ({"tokens_hash": "0"}, "tokens: other values"),
+    "no initial weights": ({"initial_hash": ""}, "initial weights: none are recorded"),
+    "some tensors": ({"selection": {"only": ["loss"]}}, "selection: not all tensors"),
+    "given inputs": ({"refed": {"hash": "0", "modules": []}}, "refed: its layers were given recorded inputs"),
+    "device": ({"device": "NVIDIA H100"}, "device = 'NVIDIA H100': was to be 'cpu'"),
+    "config": (
+        {"config": config_to_toml(CONFIG.replace(model=CONFIG.model.replace(rope_theta=5e5)))},
+        "model.rope_theta = 500000.0: was to be 10000.0",
+    ),
+    "how it is computed": (
+        {"config": config_to_toml(CONFIG.replace(train=CONFIG.train.replace(scan_layers=True)))},
+        "train.scan_layers = True: was to be False",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("sides", [("torch", "jax"), ("jax",)])
+def test_a_trace_that_was_not_asked_for_is_refused(tmp_path: Path, sides: tuple[str, ...], name: str) -> None:
+    """Of the same wrong kind on both sides, which would agree, or on one."""
+    changes, said = REFUSED[name]
+    plan = Plan(CONFIG, tmp_path, dtypes=("float64",))
+    for backend in checks.BACKENDS:
+        _trace(plan, backend, **(changes if backend in sides else {}))
+    with pytest.raises(UserError, match=rf"{sides[0]}-float64\.safetensors: is not the trace") as refusal:
+        list(CHECKS["one step"].judge(plan))
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(("backend", "other"), [("torch", "jax"), ("jax", "torch")])
+def test_a_backend_in_the_place_of_the_other_is_refused(tmp_path: Path, backend: str, other: str) -> None:
+    plan = Plan(CONFIG, tmp_path, dtypes=("float64",))
+    for side in checks.BACKENDS:
+        _trace(plan, side, by=other)
+    with pytest.raises(UserError, match=rf"{backend}-float64.*\n  backend = '{other}': was to be '{backend}'"):
+        list(CHECKS["one step"].judge(plan))
+
+
+@pytest.mark.parametrize("group", ["forward/output_head", "loss", "gradient/norm.weight", "updated", "decode"])
+def test_what_neither_recorded_is_not_the_same(tmp_path: Path, group: str) -> None:
+    plan = Plan(CONFIG, tmp_path, dtypes=("float64",))
+    for backend in checks.BACKENDS:
+        _trace(plan, backend, without=group)
+    failed = [finding for finding in CHECKS["one step"].judge(plan) if not finding.ok]
+    assert [finding.subject for finding in failed] == [group.partition("/")[0]]
+    assert "neither backend recorded" in failed[0].detail
+
+
+def test_logits_of_another_dtype_are_not_what_was_asked_for(tmp_path: Path) -> None:
+    """A float32 run under the name of a bfloat16 one would pass every limit of the latter."""
+    plan = Plan(CONFIG, tmp_path, dtypes=("float64",))
+    for backend in checks.BACKENDS:
+        _trace(plan, backend, tensors={"forward/output_head": np.ones((2, 24, 9), np.float32)})
+    failed = [finding for finding in CHECKS["one step"].judge(plan) if not finding.ok]
+    assert [finding.detail for finding in failed] == [
+        f"{backend}: forward/output_head is float32; it was to be float64" for backend in checks.BACKENDS
+    ]
+
+
+def test_a_validation_begins_anew_in_a_folder_that_it_kept(tmp_path: Path) -> None:
+    plan = Plan(CONFIG, tmp_path, steps=2)
+    for backend in checks.BACKENDS:
+        _trace(plan, backend)
+        _train(plan, backend, [3.0, 2.0])
+    validate.forget(plan)
+    left = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*")}
+    assert left == {"config.toml", "train-torch", "train-torch/.lock", "train-jax", "train-jax/.lock"}
+    (tmp_path / "train-jax" / ".lock").unlink()
+    (tmp_path / "train-jax" / "metrics.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="is no training run"):
+        validate.forget(plan)
+    assert (tmp_path / "train-jax" / "metrics.jsonl").read_text() == "mine"
 
 
 def test_decoding_unlike_the_forward_is_found(tmp_path: Path) -> None:
     plan = Plan(CONFIG, tmp_path)
     logits = np.linspace(1.0, 2.0, 12).reshape(1, 3, 4)
     for backend, factor in (("torch", 1.0), ("jax", 1 + 1e-11)):
-        tensors = {"forward/output_head": logits, "decode/single": logits * factor, "decode/drawn": logits}
-        write_trace(plan.trace_file(backend, "float64"), Trace(tensors, _meta(backend, "float64")))
+        tensors = {"forward/output_head": logits, "decode/drawn": logits, "decode/single": logits * factor}
+        _trace(plan, backend, tensors=tensors, without="decode/prefill")
     torch_finding, jax_finding = CHECKS["cached decoding"].judge(plan)
     assert torch_finding.ok
     assert not jax_finding.ok
@@ -82,7 +182,7 @@ def test_a_backend_that_disagrees_with_itself_is_named(tmp_path: Path, capsys: p
     logits = np.linspace(1.0, 2.0, 12).reshape(1, 3, 4)
     for backend, factor in (("torch", 1.0), ("jax", 2.0)):
         tensors = {"forward/output_head": logits, "decode/single": logits * factor}
-        write_trace(plan.trace_file(backend, "float64"), Trace(tensors, _meta(backend, "float64")))
+        _trace(plan, backend, tensors=tensors, without="decode")
     findings = list(CHECKS["cached decoding"].judge(plan))
     assert [finding.verdict for finding in findings] == ["same", "jax INCONSISTENT"]
     assert not validate.show(Console(width=200), plan, findings, 1.0)
@@ -96,12 +196,12 @@ def test_a_backend_that_disagrees_with_itself_is_named(tmp_path: Path, capsys: p
 
 
 def test_decoding_is_held_to_a_forward_without_capacity_limits(tmp_path: Path) -> None:
-    overrides = ["--model.num_experts", "4", "--model.moe_capacity_factor", "0.5"]
-    plan = Plan(load_config("debug", overrides), tmp_path)
+    experts = CONFIG.model.replace(num_experts=4, moe_capacity_factor=0.5)
+    plan = Plan(CONFIG.replace(model=experts), tmp_path)
     free = np.linspace(1.0, 2.0, 12).reshape(1, 3, 4)
     for backend, decoded in (("torch", free), ("jax", free / 2)):
         tensors = {"forward/output_head": free / 2, "decode/whole": free, "decode/single": decoded}
-        write_trace(plan.trace_file(backend, "float64"), Trace(tensors, _meta(backend, "float64")))
+        _trace(plan, backend, tensors=tensors, without="decode")
     torch_finding, jax_finding = CHECKS["cached decoding"].judge(plan)
     assert torch_finding.ok
     assert torch_finding.count == 1
@@ -109,12 +209,18 @@ def test_decoding_is_held_to_a_forward_without_capacity_limits(tmp_path: Path) -
 
 
 def test_other_initial_weights_are_a_difference(tmp_path: Path) -> None:
+    """Than the other's, and than those of the seed."""
     plan = Plan(CONFIG, tmp_path, dtypes=("float64",))
     for backend in checks.BACKENDS:
-        trace = Trace({"loss": np.array(1.0)}, _meta(backend, "float64", initial_hash=f"hash of {backend}"))
-        write_trace(plan.trace_file(backend, "float64"), trace)
-    found = {finding.subject: finding.ok for finding in CHECKS["one step"].judge(plan)}
-    assert found == {"initial weights": False, "loss": True}
+        _trace(plan, backend, initial_hash=f"hash of {backend}")
+    failed = [finding for finding in CHECKS["one step"].judge(plan) if not finding.ok]
+    assert [finding.subject for finding in failed] == ["initial weights"] * 3
+    for backend in checks.BACKENDS:
+        _trace(plan, backend, initial_hash="the same wrong ones")
+    failed = [finding for finding in CHECKS["one step"].judge(dataclasses.replace(plan)) if not finding.ok]
+    assert [finding.detail for finding in failed] == [
+        f"{backend}: they are not those that seed 0 draws" for backend in checks.BACKENDS
+    ]
 
 
 KILLED = "#!/bin/sh\necho the last line >&2\nkill -9 $$\n"
@@ -175,12 +281,36 @@ def test_free_memory_is_read() -> None:
     assert 2**26 < validate.available_memory() < 2**50
 
 
-def _train(plan: Plan, backend: str, losses: list[float]) -> None:
+def _train(plan: Plan, backend: str, losses: list[float], *overrides: str, by: str | None = None) -> None:
+    """What a process leaves behind of a run: of the backend and the config of the plan, but for changes."""
     folder = plan.run_folder(backend)
-    folder.mkdir(exist_ok=True)
-    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses, 1)]
+    plan.config_file.write_text(config_to_toml(plan.config), encoding="utf-8")
+    (job,) = CHECKS["training"].jobs(plan, backend)
+    asked = [word for word in job if word.startswith("--") and "=" in word]
+    config = load_config(str(plan.config_file), [*asked, f"--checkpoint.dir={folder}", *overrides])
+    state = TrainingState(len(losses), {}, {})
+    checkpoint.save(folder, state, config=config_to_dict(config), backend=by or backend)
+    (folder / ".lock").touch()
+    numbers = {"grad_norm": 1.0, "lr": 1.0, "tokens": 1.0}
+    lines = [json.dumps({"step": step, "loss": loss, **numbers}) for step, loss in enumerate(losses, 1)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _meta(backend: str, dtype: str, initial_hash: str = "") -> TraceMeta:
-    return TraceMeta(backend, "cpu", dtype, 0, config_to_toml(CONFIG), initial_hash=initial_hash)
+def _trace(
+    plan: Plan, backend: str, *, by: str | None = None, tensors: Any = None, without: str | None = None, **changes: Any
+) -> None:
+    """What a process leaves behind of a step in float64: all that was asked for, but for changes."""
+    plan.config_file.write_text(config_to_toml(plan.config), encoding="utf-8")
+    names = expected_names(plan.config)
+    held = {name: np.ones(3) for name in names if without is None or not f"{name}/".startswith(f"{without}/")}
+    meta = dataclasses.replace(
+        expected_meta(plan.config, plan.seed),
+        **{
+            "backend": by or backend,
+            "device": "cpu",
+            "dtype": "float64",
+            "initial_hash": initial_hash(plan.config, plan.seed),
+            **changes,
+        },
+    )
+    write_trace(plan.trace_file(backend, "float64"), Trace({**held, **(tensors or {})}, meta))

@@ -1,0 +1,122 @@
+"""Whether a trace or a training run is the one that was asked for, by what it says of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared_config.contract.initialise import state_hash
+from shared_config.errors import UserError
+from shared_config.interchange.checkpoint import Checkpoint
+from shared_config.interchange.traces import GRADIENT, LOSS, ROUTING, UPDATED, Trace, TraceMeta
+from shared_config.interchange.vision import job_table
+from shared_config.loader import config_to_dict
+from shared_config.recording import decode_names, logits_name, make_request, request_meta, seeded_values
+from shared_config.schema.job import JobConfig
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.vlm import MoMaConfig, MoTConfig
+
+DRAWN_ENCODERS = ("vit", "random")
+IN_WORDS = {
+    "weights_hash": "weights: other values",
+    "tokens_hash": "tokens: other values",
+    "initial_hash": "initial weights: none are recorded",
+    "selection": "selection: not all tensors",
+    "refed": "refed: its layers were given recorded inputs",
+}
+
+
+def expected_meta(config: JobConfig, seed: int, given_hash: str = "") -> TraceMeta:
+    """What a trace of a config and a seed says of itself, whatever its backend, device and dtype.
+
+    Args:
+        given_hash: of weights that are given; "" where they are drawn.
+    """
+    meta = request_meta(make_request(config, dtype="float64", seed=seed))
+    return dataclasses.replace(meta, weights="given", weights_hash=given_hash) if given_hash else meta
+
+
+def check_trace(trace: Trace, expected: TraceMeta, path: Path) -> Trace:
+    """The same trace, once it says that it is what was asked for.
+
+    Raises:
+        UserError: naming the file and all that is not.
+    """
+    problems = [*_differences(trace.meta, expected)]
+    if problems:
+        raise UserError("\n  ".join([f"{path}: is not the trace that was asked for:", *problems]))
+    return trace
+
+
+def check_run(run: Checkpoint, backend: str, config: JobConfig) -> Checkpoint:
+    """The last checkpoint of a training run, once it says that the run is what was asked for.
+
+    Raises:
+        UserError: naming the checkpoint and all that is not.
+    """
+    wanted = config_to_dict(config)
+    problems = [*_unequal("backend", run.backend, backend), *_differences_of_config(run.config, wanted)]
+    if problems:
+        raise UserError("\n  ".join([f"{run.path}: is not of the run that was asked for:", *problems]))
+    return run
+
+
+def initial_hash(config: JobConfig, seed: int) -> str | None:
+    """That of the seeded initial weights; None where not all come from the seed: some are read from files, or what is
+    registered may draw them its own way.
+    """
+    encoder, vlm = config.vision_encoder, config.vlm
+    read = encoder is not None and (encoder.type not in DRAWN_ENCODERS or bool(encoder.path))
+    read |= isinstance(vlm, MoTConfig) and vlm.mot_warm_start_from_text
+    if read or config.model.model_type != ModelConfig.model_type:
+        return None
+    return state_hash(seeded_values(config, seed))
+
+
+def expected_names(config: JobConfig) -> list[str]:
+    """Tensors that a trace of a config has in any case: without them nothing is known of their group."""
+    request = make_request(config, dtype="float64", seed=0)
+    trained = [name for name, spec in job_table(config).items() if not spec.is_buffer]
+    routed = config.model.is_moe or isinstance(config.vlm, MoMaConfig)
+    return [
+        logits_name(config),
+        LOSS,
+        *(f"{group}/{name}" for group in (GRADIENT, UPDATED) for name in trained),
+        *decode_names(request),
+        *([ROUTING] if routed else []),
+    ]
+
+
+def missing_names(traces: Sequence[Trace], expected: Sequence[str]) -> list[str]:
+    """Those of the expected tensors that no trace has. One that is a group alone is there where any of it is."""
+    there = {part for trace in traces for name in trace.tensors for part in (name, name.partition("/")[0])}
+    return [name for name in expected if name not in there]
+
+
+def _differences(meta: TraceMeta, expected: TraceMeta) -> Iterator[str]:
+    for field in ("backend", "dtype", "seed", "weights"):
+        yield from _unequal(field, getattr(meta, field), getattr(expected, field))
+    for field in ("weights_hash", "tokens_hash", "selection", "refed"):
+        if getattr(meta, field) != getattr(expected, field):
+            yield IN_WORDS[field]
+    if not meta.initial_hash:
+        yield IN_WORDS["initial_hash"]
+    if (meta.device == "cpu") != (expected.device == "cpu"):
+        yield from _unequal("device", meta.device, expected.device)
+    yield from _differences_of_config(meta.config_fields, expected.config_fields)
+
+
+def _differences_of_config(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in dict.fromkeys([*found, *wanted]):
+        a, b = found.get(key), wanted.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from _differences_of_config(a, b, f"{prefix}{key}.")
+        else:
+            yield from _unequal(prefix + key, a, b)
+
+
+def _unequal(name: str, found: Any, wanted: Any) -> Iterator[str]:
+    if found != wanted:
+        yield f"{name} = {found!r}: was to be {wanted!r}"
