@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
@@ -338,12 +338,14 @@ def survey(backend: str) -> Survey:
         return Survey(alarms, [str(mutant) for mutant in mutants_of(backend) if not is_killed(mutant, backend)])
 
 
-def is_killed(mutant: Mutant, backend: str) -> bool:
+def is_killed(mutant: Mutant, backend: str, checks: Iterable[Callable[[str], None]] | None = None) -> bool:
     """Whether a check that passes without the bug fails with it: by its assertion, or because the bug makes it
     crash.
+
+    ``checks``: those of the mutant's component if None.
     """
     with planted(mutant, backend):
-        for check in checks_of(mutant.component):
+        for check in checks_of(mutant.component) if checks is None else checks:
             try:
                 check(backend)
             except StaleMutantError:

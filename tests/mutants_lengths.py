@@ -1,0 +1,69 @@
+"""Bugs to plant that begin beyond some length, width, vocabulary or number of rows."""
+
+from __future__ import annotations
+
+from tests.mutants import Mutant, both
+
+LENGTH_MUTANTS = (
+    both("model.mask", "no causal mask from position 256 on", "mask = key <= query",
+         "mask = (key <= query) | (query >= 256)"),
+    both("model.mask", "windows reach back to the start from position 250 on", "(key > query - sliding_window)",
+         "((key > query - sliding_window) | (key < 99) & (query > 250))"),
+    Mutant(
+        "model.attention", "whole sequences from 512 on see everything",
+        ("causal = True if mask is None and causal and length > 1 else False",
+         "causal = True if mask is None and causal and 1 < length < 512 else False"),
+        ("return build_mask(jnp.arange(keys - length, keys), jnp.arange(keys))",
+         "return build_mask(jnp.arange(keys - length, keys), jnp.arange(keys)) | (length >= 512)"),
+    ),
+    Mutant(
+        "model.attention", "keys from 512 on not read",
+        ("length, keys = q.shape[2], k.shape[2]\n    if mask",
+         "length, keys = q.shape[2], k.shape[2]\n    v = v * (torch.arange(keys) < 512)[:, None]\n    if mask"),
+        ("return _attention(q, k, v, mask, causal=causal)",
+         "return _attention(q, k, v.at[:, :, 512:].set(0), mask, causal=causal)"),
+    ),
+    Mutant(
+        "model.position", "positions from 128 on one too small",
+        ("self.cos[positions].to(dtype)", "self.cos[positions - (positions >= 128).long()].to(dtype)"),
+        ("table.at[positions].get", "table.at[positions - (positions >= 128)].get"),
+    ),
+    Mutant(
+        "model.position", "angles off from position 4,095 on",
+        ("cos, sin = self.cos[positions].to(dtype)",
+         "positions = positions - (positions >= 4095).long()\n        cos, sin = self.cos[positions].to(dtype)"),
+        ("table.at[positions].get", "table.at[positions - (positions >= 4095)].get"),
+    ),
+    Mutant(
+        "model.kv_cache", "a token beyond 256 takes the slot before its own",
+        ("slots.transpose(1, axis)[rows_B1, places] =",
+         "slots.transpose(1, axis)[rows_B1, places - (places > 256).long()] ="),
+        ("place = slots.at[rows_B1, places] if", "place = slots.at[rows_B1, places - (places > 256)] if"),
+    ),
+    Mutant(
+        "model.kv_cache", "rows stop counting at 255",
+        ("self.lengths.long()[:, None] + steps_S", "self.lengths.long()[:, None].clamp(max=255) + steps_S"),
+        ("return self.lengths[:, None] +", "return jnp.minimum(self.lengths, 255)[:, None] +"),
+    ),
+    Mutant(
+        "model.generate", "draws among the first 1,024 tokens",
+        ("device=logits.device) >= top_k", "device=logits.device) >= min(top_k, 1024)"),
+        ("jnp.arange(logits.shape[-1]) >= top_k", "jnp.arange(logits.shape[-1]) >= jnp.minimum(top_k, 1024)"),
+    ),
+    both("model.generate", "prompts read up to token 128", "in request.chunks:", "in request.chunks[:2]:"),
+    Mutant(
+        "model.moe", "choices from 512 on of no expert",
+        ("expert_R = indices_Tk.t().flatten()",
+         "expert_R = indices_Tk.t().flatten()\n    expert_R[512:] = num_experts"),
+        ("expert_R = indices_Tk.T.ravel()", "expert_R = indices_Tk.T.ravel().at[512:].set(num_experts)"),
+    ),
+    Mutant(
+        "training.loss", "vocabulary of 1,024",
+        ("F.cross_entropy(wide_NV, labels_N,", "F.cross_entropy(wide_NV[:, :1024], labels_N.clamp(max=1023),"),
+        ("jax.nn.logsumexp(wide_BSV, axis=-1)", "jax.nn.logsumexp(wide_BSV[..., :1024], axis=-1)"),
+    ),
+    both("model.vision", "patches from 512 on not seen", "k_BHNh, v_BHNh, causal=False",
+         "k_BHNh[:, :, :512], v_BHNh[:, :, :512], causal=False"),
+    both("model.cross_attention", "image tokens from 512 on not seen", "attend(q_BHSh, k_BKNh, v_BKNh, mask,",
+         "attend(q_BHSh, k_BKNh[:, :, :512], v_BKNh[:, :, :512], mask if mask is None else mask[..., :512],"),
+)  # fmt: skip
