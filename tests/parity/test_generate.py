@@ -260,6 +260,17 @@ def test_a_seed_gives_the_same_tokens_in_both_backends() -> None:
 
 
 @on_both
+def test_rows_of_one_prompt_draw_numbers_of_their_own(backend: Any) -> None:
+    model = model_of(backend, PLAIN)
+    new_seed = torch.Generator().manual_seed if backend.name == "torch" else jax_key
+    for seed in (4, None, new_seed(4)):
+        rows = continued(backend, model, [PROMPTS[0]] * len(PROMPTS), temperature=5.0, seed=seed)
+        assert len({tuple(row) for row in rows.tolist()}) == len(PROMPTS), seed
+    random = {"generator": new_seed(4)} if backend.name == "torch" else {"key": new_seed(4)}
+    assert len(set(generation(backend).sample(backend.array(np.zeros((64, VOCABULARY))), **random).tolist())) > 5
+
+
+@on_both
 def test_without_a_seed_every_run_is_another(backend: Any) -> None:
     model = model_of(backend, PLAIN)
     assert (continued(backend, model, PROMPTS) != continued(backend, model, PROMPTS)).any()
