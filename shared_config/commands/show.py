@@ -20,6 +20,10 @@ from shared_config.contract.counts import (
     training_memory,
 )
 from shared_config.contract.parameters import Constant, ParameterSpec, aliases, parameter_groups
+from shared_config.contract.vision import TowerConfig
+from shared_config.decoding import PREFILL_CHUNK
+from shared_config.errors import UserError
+from shared_config.interchange.vision import MODEL_TYPES, resolve_tower
 from shared_config.loader import PRESETS, config_to_toml, json_schema, load_config, preset_names
 from shared_config.schema.base import Section
 from shared_config.schema.job import JobConfig
@@ -120,23 +124,25 @@ def parameters_of(config: JobConfig) -> Table:
 def counts_of(config: JobConfig) -> Table:
     """Parameters, floating point operations a token, key/value cache."""
     model, length = config.model, config.train.seq_len
-    flops = flops_per_token(model, length)
+    flops = flops_per_token(model, length, config.vlm)
     table = _pairs("Counts")
-    table.add_row("parameters", f"{count_parameters(model, config.vlm):,}")
+    name = "parameters" if config.vlm is None else "parameters of the language model"
+    table.add_row(name, f"{count_parameters(model, config.vlm):,}")
     if model.is_moe:
         table.add_row("parameters a token uses", f"{count_active_parameters(model, config.vlm):,}")
     table.add_row(f"text FLOPs a token, forward, {length} positions", f"{flops.forward:,}")
     table.add_row("  in matrix products", f"{flops.matmul:,}")
     table.add_row("  in attention", f"{flops.attention:,}")
     table.add_row("text FLOPs a token, training", f"{flops.training:,}")
-    cache = kv_cache_bytes(model, 1, model.max_seq_len, BFLOAT16)
+    cache = kv_cache_bytes(model, 1, model.max_seq_len, BFLOAT16, config.vlm, spare=PREFILL_CHUNK - 1)
     table.add_row(f"key/value cache a row, bfloat16, {model.max_seq_len} positions", readable_bytes(cache))
     return table
 
 
 def memory_of(config: JobConfig, world_size: int) -> Table:
     """Bytes each device holds during training."""
-    layout, memory = config.distributed, training_memory(config, world_size)
+    layout, tower = config.distributed, known_tower(config)
+    memory = training_memory(config, world_size, tower)
     axes = {
         "dp_replicate": layout.dp_replicate,
         "dp_shard": layout.resolved_dp_shard(world_size),
@@ -148,12 +154,22 @@ def memory_of(config: JobConfig, world_size: int) -> Table:
     table = _pairs("Training memory a device, activations not counted")
     table.add_row("devices", str(world_size))
     table.add_row("layout", sizes)
+    if config.vision_encoder is not None and config.vision_encoder.type in MODEL_TYPES and tower is None:
+        table.add_row("vision encoder", f"not counted: no model in {config.vision_encoder.path}")
     table.add_row("parameters, float32", readable_bytes(memory.parameters))
     table.add_row("gradients, float32", readable_bytes(memory.gradients))
     table.add_row("Adam moments, float32", readable_bytes(memory.optimizer))
     table.add_row("bfloat16 copy at work", readable_bytes(memory.compute_copy))
     table.add_row("total", readable_bytes(memory.total))
     return table
+
+
+def known_tower(config: JobConfig) -> TowerConfig | None:
+    """The tower of the encoder, if there is one and its folder is here."""
+    try:
+        return None if config.vision_encoder is None else resolve_tower(config.vision_encoder)
+    except UserError:
+        return None
 
 
 def readable_bytes(number: float) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
+from shared_config.contract.capacity import choice_share
+from shared_config.contract.freeze import never_trained
 from shared_config.contract.parameters import EMBEDDING, HEAD, ParameterGroup, layer_groups, parameter_groups
+from shared_config.contract.vision import TowerConfig, adapter_table, encoder_table, vit_tower
+from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.distributed import DistributedConfig
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
-from shared_config.schema.vlm import VLMConfig
+from shared_config.schema.vlm import MoMaConfig, VLMConfig
 
 FLOAT32, BFLOAT16 = 4, 2
 
@@ -20,12 +25,10 @@ def count_parameters(config: ModelConfig, vlm: VLMConfig | None = None) -> int:
 
 
 def count_active_parameters(config: ModelConfig, vlm: VLMConfig | None = None) -> int:
-    """Parameters that one text token uses: of ``num_experts`` experts only ``moe_top_k``, the shared one always."""
-    groups = list(parameter_groups(config, vlm))
-    if not config.is_moe:
-        return _size(groups)
-    routed = _routed(groups)
-    return _size(groups) - routed + routed * config.moe_top_k // config.num_experts
+    """Parameters that one text token uses where there is no image: of ``num_experts`` experts only ``moe_top_k``, of
+    experts that choose tokens their share of these; the shared one always.
+    """
+    return _active(_text_groups(config, vlm), _expert_share(config, vlm))
 
 
 @dataclass(frozen=True)
@@ -46,19 +49,18 @@ class Flops:
         return 3 * self.forward
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> Flops:
-    """FLOPs a token of the text model, averaged over a causal sequence of ``seq_len``.
+def flops_per_token(config: ModelConfig, seq_len: int, vlm: VLMConfig | None = None) -> Flops:
+    """FLOPs a text token, averaged over a causal sequence of ``seq_len`` without an image.
 
     Matrix products: twice the active matrix weights, the output head included and the embedding lookup not.
     Attention: scores and their product with the values, 4 * head_dim * heads a visible key; masked keys do not count.
     """
-    sizes = {group.name: group.size for group in parameter_groups(config) if len(group.spec.shape) > 1}
-    matrices = sum(sizes.values()) - (sizes.get(EMBEDDING, 0) if HEAD in sizes else 0)
-    routed = _routed(parameter_groups(config))
-    if config.is_moe:
-        matrices += routed * config.moe_top_k // config.num_experts - routed
+    groups = [group for group in _text_groups(config, vlm) if len(group.spec.shape) > 1]
+    if any(group.name == HEAD for group in groups):
+        groups = [group for group in groups if group.name != EMBEDDING]
     keys = mean_visible_keys(seq_len, config.sliding_window)
-    return Flops(2 * matrices, int(4 * config.n_layers * config.n_heads * config.head_size * keys))
+    attention = int(4 * config.n_layers * config.n_heads * config.head_size * keys)
+    return Flops(2 * _active(groups, _expert_share(config, vlm)), attention)
 
 
 def mean_visible_keys(seq_len: int, window: int | None = None) -> float:
@@ -67,10 +69,18 @@ def mean_visible_keys(seq_len: int, window: int | None = None) -> float:
     return (full * (full + 1) / 2 + (seq_len - full) * full) / seq_len
 
 
-def kv_cache_bytes(config: ModelConfig, batch_size: int, seq_len: int, element_bytes: int = BFLOAT16) -> int:
-    """Bytes of the key/value caches of a whole model."""
-    length = min(seq_len, config.sliding_window or seq_len)
-    return 2 * config.n_layers * batch_size * length * config.kv_heads * config.head_size * element_bytes
+def kv_cache_bytes(
+    config: ModelConfig,
+    batch_size: int,
+    seq_len: int,
+    element_bytes: int = BFLOAT16,
+    vlm: VLMConfig | None = None,
+    spare: int = 0,
+) -> int:
+    """Bytes of the key/value caches of a whole model; ``spare`` tokens are held beyond a sliding window."""
+    length = seq_len if config.sliding_window is None else min(seq_len, config.sliding_window + spare)
+    heads = config.kv_heads if vlm is None else vlm.cached_kv_heads(config)
+    return 2 * config.n_layers * batch_size * length * heads * config.head_size * element_bytes
 
 
 @dataclass(frozen=True)
@@ -88,29 +98,81 @@ class TrainingMemory:
         return self.parameters + self.gradients + self.optimizer + self.compute_copy
 
 
-def training_memory(job: JobConfig, world_size: int = 1) -> TrainingMemory:
+def training_memory(job: JobConfig, world_size: int = 1, tower: TowerConfig | None = None) -> TrainingMemory:
     """Bytes a device holds of float32 masters, gradients, both Adam moments and the bfloat16 copy of one layer at work.
 
     Pipeline stages share the layers evenly, tensor parallelism the matrices, FSDP what is left; experts are divided
-    by ``ep`` before FSDP shards them over the remaining data ranks, which comes to the same number of bytes.
+    by ``ep`` before FSDP shards them over the remaining data ranks, which comes to the same number of bytes. What is
+    frozen throughout has no gradients and no moments; patterns that freeze some of several equal layers don't count.
+
+    Args:
+        tower: of an encoder whose config does not describe it.
     """
     layout: DistributedConfig = job.distributed
-    groups = list(parameter_groups(job.model, job.vlm))
+    groups = list(_job_groups(job, tower))
+    names = {group.name for group in groups}
+    frozen = set() if job.vlm is None else _never_trained(names, job.vlm)
     shards = layout.pp * layout.resolved_dp_shard(world_size)
-    elements = sum(group.size / (layout.tp if len(group.spec.shape) > 1 else 1) for group in groups) / shards
-    owned = int(elements * FLOAT32)
-    layer = max(map(_size, layer_groups(job.model, job.vlm)))
-    gathered = layer if shards > layout.pp else _size(groups) // layout.pp
-    copy = gathered * BFLOAT16 // layout.tp if job.train.mixed_precision == "bf16" else 0
-    return TrainingMemory(owned, owned, 2 * owned, copy)
+    owned = int(_elements(groups, layout.tp) / shards) * FLOAT32
+    trained = int(_elements([group for group in groups if group.name not in frozen], layout.tp) / shards) * FLOAT32
+    layer = max(_elements(_narrowed(layer), layout.tp) for layer in layer_groups(job.model, job.vlm))
+    gathered = layer if shards > layout.pp else _elements(_narrowed(groups), layout.tp) / layout.pp
+    copy = int(gathered) * BFLOAT16 if job.train.mixed_precision == "bf16" else 0
+    return TrainingMemory(owned, trained, 2 * trained, copy)
+
+
+def _job_groups(job: JobConfig, tower: TowerConfig | None) -> Iterator[ParameterGroup]:
+    """The language model, and by the names that a wrapper gives them the adapter and the encoder, if there are any."""
+    groups = parameter_groups(job.model, job.vlm)
+    if job.vlm is None or job.vision_encoder is None:
+        yield from groups
+        return
+    config = job.vision_encoder
+    encoder = vit_tower(config) if config.type == "vit" else tower or config
+    width = encoder.dim if isinstance(encoder, TowerConfig) else config.feature_dim
+    adapter = adapter_table(job.adapter or AdapterConfig(), width, job.model.dim)
+    for part, table in (("vision_encoder", encoder_table(encoder)), ("adapter", adapter)):
+        yield from (ParameterGroup(f"{part}.{name}", spec, 1) for name, spec in table.items())
+    yield from (replace(group, name=f"transformer.{group.name}") for group in groups)
+
+
+def _never_trained(names: Iterable[str], vlm: VLMConfig) -> set[str]:
+    return never_trained(names, vlm.freeze, vlm.freeze_schedule, vlm.module_patterns)
+
+
+def _elements(groups: Iterable[ParameterGroup], tp: int) -> float:
+    """Elements of a tensor-parallel rank, which has a part of each matrix and all of the rest."""
+    return sum(group.size / (tp if len(group.spec.shape) > 1 else 1) for group in groups if not group.spec.is_buffer)
+
+
+def _narrowed(groups: Iterable[ParameterGroup]) -> list[ParameterGroup]:
+    """What bfloat16 training computes with in bfloat16."""
+    return [group for group in groups if not group.spec.full_precision]
+
+
+def _text_groups(config: ModelConfig, vlm: VLMConfig | None) -> list[ParameterGroup]:
+    """What text passes through where there is no image: the language model, with the text's own experts."""
+    if not isinstance(vlm, MoMaConfig):
+        return list(parameter_groups(config))
+    return [group for group in parameter_groups(config, vlm) if ".mlp.image." not in group.name]
+
+
+def _expert_share(config: ModelConfig, vlm: VLMConfig | None) -> Fraction:
+    """Of the routed experts, the share that a text token goes through on average."""
+    if isinstance(vlm, MoMaConfig):
+        return Fraction(*choice_share(vlm.moma_experts_per_modality["text"], vlm.moma_capacity_factor))
+    return Fraction(config.moe_top_k, config.num_experts) if config.is_moe else Fraction(1)
+
+
+def _active(groups: Iterable[ParameterGroup], share: Fraction) -> int:
+    routed, always = [], []
+    for group in groups:
+        (routed if _is_routed_expert(group.name) else always).append(group)
+    return _size(always) + int(_size(routed) * share)
 
 
 def _size(groups: Iterable[ParameterGroup]) -> int:
     return sum(group.size for group in groups if not group.spec.is_buffer)
-
-
-def _routed(groups: Iterable[ParameterGroup]) -> int:
-    return sum(group.size for group in groups if _is_routed_expert(group.name))
 
 
 def _is_routed_expert(name: str) -> bool:

@@ -6,16 +6,24 @@ import json
 import re
 import time
 from collections import Counter
+from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.table import Table
 
 from shared_config.cli import main
-from shared_config.commands.show import readable_bytes, resolved_toml, smallest_world_size
-from shared_config.contract.counts import count_parameters
+from shared_config.commands.show import counts_of, memory_of, readable_bytes, resolved_toml, smallest_world_size
+from shared_config.contract.counts import (
+    count_active_parameters,
+    count_parameters,
+    flops_per_token,
+    training_memory,
+)
 from shared_config.contract.parameters import (
     FOLDED,
+    Constant,
     ParameterSpec,
     ParameterTable,
     fold,
@@ -24,6 +32,8 @@ from shared_config.contract.parameters import (
     unfold,
 )
 from shared_config.loader import config_from_toml, load_config, preset_names
+from shared_config.registry import declare, temporary
+from shared_config.schema.base import section
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import VLMConfig
 from tests.cli.processes import run_python
@@ -63,9 +73,9 @@ def test_groups_of_parameters_are_the_table_of_presets(preset: str) -> None:
 
 
 @given(
-    layers=st.integers(1, 9),
-    experts=st.integers(0, 4),
-    frequency=st.integers(1, 9),
+    layers=st.integers(1, 25),
+    experts=st.integers(0, 12),
+    frequency=st.integers(1, 25),
     packed=st.booleans(),
     arch=st.sampled_from(("none", "cross_attention", "mot", "moma")),
 )
@@ -79,6 +89,33 @@ def test_groups_of_parameters_are_the_table(layers: int, experts: int, frequency
         overrides.append(f"--vlm.cross_attention_every_n_layers={min(layers, frequency)}")
     config = load_config("debug" if arch == "none" else f"debug_vlm_{arch}", overrides)
     assert_groups_are_the_table(config.model, config.vlm)
+
+
+@given(widths=st.lists(st.integers(1, 3), min_size=1, max_size=14))
+def test_layers_that_differ_are_grouped_by_what_they_are(widths: list[int]) -> None:
+    """An architecture whose layers have each a width of their own."""
+
+    def layer_parameters(config: ModelConfig, vlm: VLMConfig | None, layer: int) -> ParameterTable:
+        return {"up.weight": ParameterSpec((widths[layer], 4), Constant(0.0), (None, None))}
+
+    with temporary():
+
+        @section
+        class Uneven(VLMConfig, arch="uneven"):
+            arch: Literal["uneven"] = "uneven"
+
+        declare("architecture", "uneven", layer_parameters=layer_parameters)
+        config = ModelConfig(n_layers=len(widths), dim=8, n_heads=2, vocab_size=5)
+        found = {}
+        for group in parameter_groups(config, Uneven()):
+            if ".up." not in group.name:
+                continue
+            parts = group.name.removeprefix("layers.").removesuffix(".up.weight").split(" and ")
+            layers = [n for part in parts for n in (unfold(m) if (m := FOLDED.fullmatch(part)) else [int(part)])]
+            assert len(layers) == group.copies
+            found |= dict.fromkeys(layers, group.spec.shape[0])
+        assert [found[layer] for layer in range(len(widths))] == widths
+        assert len(found) == len(widths)
 
 
 def test_groups_join_layers_and_experts_of_one_shape_only() -> None:
@@ -122,6 +159,48 @@ def test_show_prints_counts_and_memory_of_the_layout(capsys: pytest.CaptureFixtu
     assert "70,553,706,496" in printed
     assert "dp_replicate 1, dp_shard 8, tp 8, pp 1, ep 1" in printed
     assert "4.107 GiB" in printed  # 70.55e9 / 64 in float32
+
+
+def rows_of(*tables: Table) -> dict[str, str]:
+    """What stands beside each label."""
+    columns = [[list(column.cells) for column in table.columns] for table in tables]
+    return {str(label): str(value) for labels, values in columns for label, value in zip(labels, values, strict=True)}
+
+
+def test_every_number_stands_beside_its_label() -> None:
+    overrides = ["--model.num_experts=4", "--train.mixed_precision=bf16", "--vlm.mot_image_n_kv_heads=1"]
+    overrides += ["--distributed.tp=2", "--distributed.pp=2", "--distributed.dp_replicate=3"]
+    overrides += ['--vlm.freeze=[{module="vision_encoder"}]']
+    config = load_config("debug_vlm_mot", overrides)
+    model, vlm = config.model, config.vlm
+    assert model.max_seq_len != config.train.seq_len
+    rows = rows_of(counts_of(config), memory_of(config, 24))
+    flops, memory = flops_per_token(model, config.train.seq_len, vlm), training_memory(config, 24)
+    numbers = (memory.parameters, memory.gradients, memory.optimizer, memory.compute_copy)
+    assert len({*numbers, sum(numbers)}) == 5
+    assert rows == {
+        "parameters of the language model": f"{count_parameters(model, vlm):,}",
+        "parameters a token uses": f"{count_active_parameters(model, vlm):,}",
+        f"text FLOPs a token, forward, {config.train.seq_len} positions": f"{flops.matmul + flops.attention:,}",
+        "  in matrix products": f"{flops.matmul:,}",
+        "  in attention": f"{flops.attention:,}",
+        "text FLOPs a token, training": f"{3 * (flops.matmul + flops.attention):,}",
+        f"key/value cache a row, bfloat16, {model.max_seq_len} positions": readable_bytes(
+            2 * model.n_layers * model.max_seq_len * 2 * model.head_size * 2
+        ),
+        "devices": "24",
+        "layout": "dp_replicate 3, dp_shard 2, tp 2, pp 2, ep 1",
+        "parameters, float32": readable_bytes(memory.parameters),
+        "gradients, float32": readable_bytes(memory.gradients),
+        "Adam moments, float32": readable_bytes(memory.optimizer),
+        "bfloat16 copy at work": readable_bytes(memory.compute_copy),
+        "total": readable_bytes(sum(numbers)),
+    }
+
+
+def test_an_encoder_that_is_not_here_is_not_counted_silently() -> None:
+    rows = rows_of(memory_of(load_config("vlm_8b_mot"), 1))
+    assert rows["vision encoder"] == "not counted: no model in models/siglip2-so400m-patch14-384"
 
 
 def test_layout_without_world_size_takes_the_devices_it_needs() -> None:
