@@ -91,6 +91,11 @@ def test_groups_of_parameters_are_the_table(layers: int, experts: int, frequency
     assert_groups_are_the_table(config.model, config.vlm)
 
 
+def numbers_of(part: str) -> list[int]:
+    found = FOLDED.fullmatch(part)
+    return [*unfold(found)] if found else [int(part)]
+
+
 @given(widths=st.lists(st.integers(1, 3), min_size=1, max_size=14))
 def test_layers_that_differ_are_grouped_by_what_they_are(widths: list[int]) -> None:
     """An architecture whose layers have each a width of their own."""
@@ -111,7 +116,7 @@ def test_layers_that_differ_are_grouped_by_what_they_are(widths: list[int]) -> N
             if ".up." not in group.name:
                 continue
             parts = group.name.removeprefix("layers.").removesuffix(".up.weight").split(" and ")
-            layers = [n for part in parts for n in (unfold(m) if (m := FOLDED.fullmatch(part)) else [int(part)])]
+            layers = [number for part in parts for number in numbers_of(part)]
             assert len(layers) == group.copies
             found |= dict.fromkeys(layers, group.spec.shape[0])
         assert [found[layer] for layer in range(len(widths))] == widths
