@@ -6,6 +6,7 @@ Shapes: ... any leading axes, I inputs, O outputs, V rows of a table, D model di
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import jax
@@ -37,7 +38,7 @@ class Linear(Module):
             assert self.weight is not None, "a tied layer needs the weight at its call"
             weight = self.weight.get_value()
         y = contract(x, weight)
-        return y if self.bias is None else y + self.bias.get_value()
+        return y if self.bias is None else y + broadcast(self.bias.get_value(), y.shape)
 
 
 class Embedding(Module):
@@ -50,7 +51,7 @@ class Embedding(Module):
     def forward(self, ids: jax.Array) -> jax.Array:
         """Integers (...) -> (..., D); the row of an id outside [0, V) is NaN."""
         ids = wide(ids)
-        rows = jnp.take(self.weight.get_value(), jnp.clip(ids, 0, self.num_embeddings - 1), axis=0)
+        rows = _look_up(self.weight.get_value(), jnp.clip(ids, 0, self.num_embeddings - 1))
         return nan_outside(rows, ids, self.num_embeddings)
 
 
@@ -97,3 +98,28 @@ def contract(x: jax.Array, weight: jax.Array) -> jax.Array:
     if x.dtype != weight.dtype:
         raise ValueError(f"x.dtype = {x.dtype}: must be the dtype of the weight, {weight.dtype}")
     return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def broadcast(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """``x`` in a larger shape; its gradient is summed in at least float32."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.broadcast_to(wide, shape).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _look_up(weight_VD: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of a table; backward adds up the gradients of a row in at least float32, as there may be thousands."""
+    return jnp.take(weight_VD, ids, axis=0)
+
+
+def _look_up_forward(weight_VD: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _look_up(weight_VD, ids), (weight_VD, ids)
+
+
+def _look_up_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, None]:
+    weight_VD, ids = saved
+    total_VD = jnp.zeros(weight_VD.shape, jnp.promote_types(dy.dtype, jnp.float32))
+    return total_VD.at[ids].add(dy.astype(total_VD.dtype)).astype(weight_VD.dtype), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)

@@ -123,7 +123,8 @@ class ExpertChoiceMoE(Module):
         y_TD = jnp.zeros(x_TD.shape, weights_CE.dtype)
         for index, expert in enumerate(self.experts.values()):
             tokens_C, weights_C1 = tokens_CE[:, index], weights_CE[:, index, None]
-            out_CD = weights_C1 * expert(x_TD[tokens_C]).astype(weights_C1.dtype)
+            rows_CD = x_TD.at[tokens_C].get(unique_indices=True)
+            out_CD = weights_C1 * expert(rows_CD).astype(weights_C1.dtype)
             y_TD = y_TD.at[tokens_C].add(out_CD, unique_indices=True)
         stats = _stats(tokens_CE, jax.lax.stop_gradient(scores_TE), taken, valid_T)
         return y_TD.astype(x_BSD.dtype).reshape(x_BSD.shape), stats

@@ -203,7 +203,7 @@ class MoTAttention(Module):
         if to != "v" and self.q_norm is not None:
             x_BSKh = getattr(self, f"{to}_norm")[name](x_BSKh)
         copies = 1 if to == "q" else self.n_kv_heads // x_BSKh.shape[2]
-        return x_BSKh if copies == 1 else jnp.repeat(x_BSKh, copies, axis=2)
+        return x_BSKh if copies == 1 else _repeated(x_BSKh, copies)
 
 
 class MoTBlock(Module):
@@ -373,6 +373,12 @@ def _positions_after(kv_cache: KVCache, modality: ModalityContext, positions: ja
     if modality.prefix_embeds is not None:
         return positions
     return kv_cache.positions(len(positions)) - kv_cache.image_tokens
+
+
+def _repeated(x_BSKh: jax.Array, copies: int) -> jax.Array:
+    """Each head several times over; gradients of its copies are summed in at least float32."""
+    wide_BSKh = x_BSKh.astype(jnp.promote_types(x_BSKh.dtype, jnp.float32))
+    return jnp.repeat(wide_BSKh, copies, axis=2).astype(x_BSKh.dtype)
 
 
 def _silence(linear: Any) -> None:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from kempnerforge_jax.model.attention import attend
 from kempnerforge_jax.model.init import init_from_table
-from kempnerforge_jax.model.linear import Embedding, Linear
+from kempnerforge_jax.model.linear import Embedding, Linear, broadcast
 from kempnerforge_jax.model.mlp import ACTIVATIONS
 from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.noise import image_noise
@@ -164,9 +164,9 @@ class VisionTower(VisionEncoder):
         positions_NF = self.position_embedding.weight.get_value()
         x_BNF = self.patch_embedding(patches(pixels.astype(positions_NF.dtype), self.tower.patch_size))
         if self.class_embedding is not None:
-            class_B1F = jnp.broadcast_to(self.class_embedding.get_value(), (len(x_BNF), 1, self.feature_dim))
+            class_B1F = broadcast(self.class_embedding.get_value(), (len(x_BNF), 1, self.feature_dim))
             x_BNF = jnp.concatenate([class_B1F, x_BNF], axis=1)
-        x_BNF = x_BNF + positions_NF
+        x_BNF = x_BNF + broadcast(positions_NF, x_BNF.shape)
         if self.pre_norm is not None:
             x_BNF = self.pre_norm(x_BNF)
         for block in self.layers.values():

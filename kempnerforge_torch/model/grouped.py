@@ -143,17 +143,27 @@ def tiled_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor, tile_rows: int = T
 
 
 def tiled_outer(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor, tile_rows: int = TILE_ROWS) -> Tensor:
-    """`grouped_outer` as batched products; the tiles of a group are added up in an order that does not vary."""
-    out_EDF = x_RD.new_zeros(ends_E.shape[0], x_RD.shape[1], y_RF.shape[1])
+    """`grouped_outer` as batched products; the tiles of a group are added up in at least float32, in an order that does
+    not vary.
+    """
+    dtype = torch.promote_types(x_RD.dtype, torch.float32)
+    out_EDF = x_RD.new_zeros(ends_E.shape[0], x_RD.shape[1], y_RF.shape[1], dtype=dtype)
     if x_RD.shape[0] == 0:
-        return out_EDF
+        return out_EDF.to(x_RD.dtype)
     expert_N, rows_Nb, inside_Nb = _tiles(ends_E, x_RD.shape[0], tile_rows)
     x_NbD, y_NbF = _take(x_RD, rows_Nb, inside_Nb), _take(y_RF, rows_Nb, inside_Nb)
-    member_EN = (expert_N == torch.arange(len(ends_E), device=x_RD.device)[:, None]).to(x_RD.dtype)
+    member_EN = (expert_N == torch.arange(len(ends_E), device=x_RD.device)[:, None]).to(dtype)
     for tiles in _chunks(len(expert_N), len(ends_E)):
-        parts_NDF = torch.bmm(x_NbD[tiles].transpose(1, 2), y_NbF[tiles])
+        parts_NDF = _wide_product(x_NbD[tiles].transpose(1, 2), y_NbF[tiles], dtype)
         out_EDF.flatten(1).addmm_(member_EN[:, tiles], parts_NDF.flatten(1))
-    return out_EDF
+    return out_EDF.to(x_RD.dtype)
+
+
+def _wide_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """x y in ``dtype``, which the factors needn't have."""
+    if x.dtype != dtype and x.is_cuda and not torch.version.hip:
+        return torch.bmm(x, y, out_dtype=dtype)
+    return torch.bmm(x.to(dtype), y.to(dtype))
 
 
 def _tiles(ends_E: Tensor, rows: int, tile_rows: int) -> tuple[Tensor, Tensor, Tensor]:
