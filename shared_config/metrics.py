@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from shared_config.errors import UserError
 from shared_config.interchange.files import file_errors, folder_target, make_folder, regular_target, written_aside
 from shared_config.loader import config_to_dict
-from shared_config.reading import check_regular, read_text
+from shared_config.reading import check_regular, parse_json, read_text
 from shared_config.schema.job import JobConfig
 
 FILE = "metrics.jsonl"
@@ -181,7 +181,7 @@ def _missing(field: str, package: str) -> UserError:
 
 def _parse(line: str) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

@@ -85,6 +85,18 @@ def read_text(path: PathLike, limit: int) -> str:
         raise UserError(f"{os.fspath(path)}: can't be read: {error}") from None
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What a text means as JSON.
+
+    Raises:
+        ValueError: no JSON, or nested too deep.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
 def read_json(path: PathLike, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -93,8 +105,8 @@ def read_json(path: PathLike, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """
     text = read_text(path, limit)
     try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(text)
+    except ValueError as error:
         raise UserError(f"{os.fspath(path)}: not valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise UserError(f"{os.fspath(path)}: must hold a JSON object")

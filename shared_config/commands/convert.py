@@ -12,7 +12,14 @@ from shared_config.interchange.files import written_aside
 from shared_config.interchange.huggingface import config_to_huggingface, save_huggingface
 from shared_config.interchange.outputs import WRITER, claim_folder
 from shared_config.interchange.source import CONFIG, ModelSource, find_config, kind_of, read_model, to_stderr
-from shared_config.interchange.tokens import TOKENIZER, beside, has_tokenizer, keep_tokenizer, tokenizer_problem
+from shared_config.interchange.tokens import (
+    TOKENIZER,
+    beside,
+    has_tokenizer,
+    keep_tokenizer,
+    special_ids,
+    tokenizer_problem,
+)
 from shared_config.interchange.vision import job_table
 from shared_config.interchange.weights import check_tensors, entry_file, save_weights
 from shared_config.loader import config_to_toml, load_config, resolve_config
@@ -35,6 +42,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     source = read_source(Path(options.source), options.config, overrides)
     target = options.to or ("native" if source.kind == "huggingface" else "huggingface")
     tokenizer = tokens_of(Path(options.source), source.config)
+    problem = "" if tokenizer is None else problem_of_tokens(tokenizer)
     if target == "huggingface":
         config_to_huggingface(source.config.model)
     folder = claim_folder(options.output, target, source.config, source=options.source)
@@ -45,7 +53,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         files = save_native(folder, source, metadata, tokenizer)
     for file in files:
         print(file)
-    if tokenizer is not None and has_tokenizer(tokenizer) and (problem := tokenizer_problem(tokenizer)):
+    if problem:
         to_stderr(f"note: {tokenizer}: {problem}; its files are copied as they are")
     return 0
 
@@ -66,6 +74,16 @@ def read_source(path: Path, config: str | None, overrides: Sequence[str]) -> Mod
 def tokens_of(path: Path, config: JobConfig) -> Path | None:
     """The folder of a model's tokenizer, or with the special ids beside its weights; None if there is neither."""
     return Path(config.data.tokenizer) if config.data.tokenizer != "bytes" else beside(path)
+
+
+def problem_of_tokens(tokenizer: Path) -> str:
+    """What keeps the tokenizer of a folder from being read, as `tokenizer_problem`.
+
+    Raises:
+        UserError: a file that is copied is damaged.
+    """
+    special_ids(tokenizer)
+    return tokenizer_problem(tokenizer) if has_tokenizer(tokenizer) else ""
 
 
 def save_native(

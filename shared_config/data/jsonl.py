@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shared_config.errors import UserError
-from shared_config.reading import read_text
+from shared_config.reading import parse_json, read_text
 
 SUFFIXES = (".jsonl", ".ndjson")
 MAX_TEXT_BYTES = 2**30
@@ -63,8 +63,8 @@ def lines(text: str) -> Iterator[tuple[int, str]]:
 def parse_object(line: str) -> tuple[dict[str, Any], str]:
     """The object on a line, and what is wrong with it."""
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(line)
+    except ValueError as error:
         return {}, f"not valid JSON: {error}"
     return (fields, "") if isinstance(fields, dict) else ({}, "must be a JSON object")
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike, commit, file_errors, make_aside
-from shared_config.reading import check_regular
+from shared_config.reading import check_regular, parse_json
 
 DTYPES = "__dtypes__"
 TOKEN_FIELDS = ("tokens", "input_ids")
@@ -106,7 +106,7 @@ def read_activations(path: PathLike) -> dict[str, np.ndarray]:
         with Path(path).open("rb") as file, zipfile.ZipFile(file):
             archive = np.load(file, allow_pickle=False)
             arrays = {name: archive[name] for name in archive.files}
-            foreign = json.loads(str(arrays.pop(DTYPES)))
+            foreign = parse_json(str(arrays.pop(DTYPES)))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: can't be read as a file of activations: {error}") from None
     types = {name: np.dtype(getattr(ml_dtypes, dtype)) for name, dtype in foreign.items()}

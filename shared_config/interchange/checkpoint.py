@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from shared_config.errors import UserError
 from shared_config.interchange.files import file_errors, folder_target, make_folder
 from shared_config.interchange.tensors import read_tensors, write_tensors
-from shared_config.reading import MAX_JSON_BYTES, check_regular, read_text
+from shared_config.reading import MAX_JSON_BYTES, check_regular, parse_json, read_text
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -346,8 +346,8 @@ def _read_arrays(file: Path, files: dict[str, Any]) -> Arrays:
 
 def _read_state(file: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(read_text(file, MAX_JSON_BYTES))
-    except (UserError, ValueError, RecursionError) as error:
+        fields = parse_json(read_text(file, MAX_JSON_BYTES))
+    except (UserError, ValueError) as error:
         raise UserError(f"{file}: can't be read ({error}){_advice(file)}") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("format"), int):
         raise UserError(f"{file}: not the state of a training checkpoint{_advice(file)}")

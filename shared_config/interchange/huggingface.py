@@ -21,7 +21,7 @@ from shared_config.interchange.files import PathLike, written_aside
 from shared_config.interchange.states import check_tied, host_array, plain_state
 from shared_config.interchange.tokens import copy_tokenizer, special_ids
 from shared_config.interchange.weights import WeightsError, check_tensors, load_weights, save_weights
-from shared_config.reading import MAX_JSON_BYTES, read_bytes
+from shared_config.reading import MAX_JSON_BYTES, parse_json, read_bytes
 from shared_config.schema.model import EXPERT_FFN_MULTIPLE, ModelConfig, RopeScaling
 
 CONFIG = "config.json"
@@ -189,7 +189,7 @@ def read_huggingface_config(folder: PathLike) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     text = read_bytes(path, MAX_JSON_BYTES)
     try:
-        return config_from_huggingface(json.loads(text))
+        return config_from_huggingface(parse_json(text))
     except ConfigError as error:
         raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from error
     except ValueError as error:

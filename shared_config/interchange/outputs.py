@@ -5,7 +5,6 @@ Whatever else is in a folder is somebody's, and stays.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from shared_config.interchange.traces import is_trace
 from shared_config.interchange.weights import INDEX, SINGLE
 from shared_config.loader import config_from_toml
 from shared_config.metrics import FILE as METRICS
+from shared_config.reading import parse_json
 from shared_config.schema.data import DataConfig
 from shared_config.schema.job import JobConfig
 
@@ -172,7 +172,7 @@ def _writer(folder: Path) -> str | None:
     try:
         if (folder / SINGLE).exists():
             return TensorFile(folder / SINGLE).metadata.get(WRITER)
-        metadata: Any = json.loads((folder / INDEX).read_bytes())["metadata"]
+        metadata: Any = parse_json((folder / INDEX).read_bytes())["metadata"]
         return metadata.get(WRITER)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
@@ -188,7 +188,7 @@ def _has_config(folder: Path, kind: str, config: JobConfig) -> bool:
     try:
         if kind == "native":
             return _elsewhere(config_from_toml(file.read_text(encoding="utf-8"))) == _elsewhere(config)
-        there = json.loads(file.read_bytes())
+        there = parse_json(file.read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(there, Mapping) and _same_model(there, huggingface.config_to_huggingface(config.model))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.numpy import save_file
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike, file_errors, written_aside
 from shared_config.interchange.states import host_array
-from shared_config.reading import check_regular
+from shared_config.reading import check_regular, parse_json
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -89,7 +88,7 @@ class TensorFile:
                 pass  # the library checks the header and that it accounts for every byte of the file
             self._bytes = np.memmap(self.path, dtype=np.uint8, mode="c")
         start = 8 + int.from_bytes(self._bytes[:8].tobytes(), "little")
-        header = json.loads(self._bytes[8:start].tobytes())
+        header = parse_json(self._bytes[8:start].tobytes())
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         entries = {name: self._entry(name, fields, start) for name, fields in header.items()}
         self.entries = dict(sorted(entries.items(), key=lambda item: item[1].start))

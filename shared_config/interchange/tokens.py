@@ -130,8 +130,11 @@ def _has_ids(folder: Path) -> bool:
 
 def _ids_of_tokenizer(folder: Path) -> dict[str, Any]:
     """The ids of the tokens that tokenizer_config.json names."""
-    added = _read_json(folder / "tokenizer.json").get("added_tokens") or []
-    ids = {token["content"]: token["id"] for token in added}
+    added = _read_json(folder / READ).get("added_tokens") or []
+    try:
+        ids = {str(token["content"]): int(token["id"]) for token in added}
+    except (LookupError, TypeError, ValueError):
+        raise UserError(f"{folder / READ}: added_tokens: must be a list of tokens with content and id") from None
     names = {key: _read_json(folder / "tokenizer_config.json").get(key.removesuffix("_id")) for key in NAMED_IDS}
     texts = {key: name.get("content") if isinstance(name, dict) else name for key, name in names.items()}
     return {key: ids[text] for key, text in texts.items() if isinstance(text, str) and text in ids}

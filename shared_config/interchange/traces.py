@@ -32,6 +32,7 @@ from shared_config.interchange.selection import Selection
 from shared_config.interchange.tensors import TensorFile, write_tensors
 from shared_config.interchange.weights import is_floating
 from shared_config.numerics import UNIT_ROUNDOFF, as_float64, rms
+from shared_config.reading import parse_json
 
 FORWARD, ROUTING, LOSS, GRADIENT, UPDATED, DECODE, LOSSES = GROUPS = (
     "forward",
@@ -187,13 +188,13 @@ def read_trace(path: PathLike) -> Trace:
     if file.metadata[FORMAT_KEY] != FORMAT:
         raise UserError(f"{file.path}: trace format = {file.metadata[FORMAT_KEY]}: must be {FORMAT}")
     try:
-        content = json.loads(file.metadata[META_KEY])
+        content = parse_json(file.metadata[META_KEY])
         order, summaries = content.pop("order"), content.pop("summaries")
         meta = _checked(TraceMeta(**content))
         return Trace({name: _read(file, name, summaries) for name in order}, meta)
     except UserError:
         raise
-    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{file.path}: the description of the trace is damaged: {error!r}") from error
 
 

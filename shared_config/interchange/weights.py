@@ -21,7 +21,7 @@ from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike, file_errors, make_folder, written_aside
 from shared_config.interchange.states import numpy_dtype, plain_state, without_repeats
 from shared_config.interchange.tensors import TensorFile, read_tensors, write_tensors
-from shared_config.reading import MAX_JSON_BYTES, read_bytes
+from shared_config.reading import MAX_JSON_BYTES, parse_json, read_bytes
 
 __all__ = ["WeightsError", "check_tensors", "load_weights", "read_tensors", "save_weights", "write_tensors"]
 
@@ -261,9 +261,9 @@ def _load_shards(index: Path) -> dict[str, np.ndarray]:
 def _weight_map(index: Path) -> dict[str, str]:
     text = read_bytes(index, MAX_JSON_BYTES)
     try:
-        weight_map = json.loads(text)["weight_map"]
+        weight_map = parse_json(text)["weight_map"]
         plain = all(Path(file).name == file for file in weight_map.values())
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: is no index of safetensors shards: {error!r}") from error
     if not plain:
         raise UserError(f"{index}: must name files of its own folder only")

@@ -30,8 +30,10 @@ SHOWN = 120
 
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LARGEST_FLOAT = 1e18
+"""What a number of a config is at most: the product of two of them is still a float32."""
+PositiveFloat = Annotated[float, Field(gt=0, le=LARGEST_FLOAT, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=LARGEST_FLOAT, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 SectionType = TypeVar("SectionType", bound="Section")

@@ -11,8 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_config.cli import LINE, main
-from shared_config.interchange.tensors import write_tensors
-from shared_config.schema.base import LARGEST
+from shared_config.contract.parameters import parameter_table
+from shared_config.contract.validation import validation_weights
+from shared_config.interchange.huggingface import save_huggingface
+from shared_config.interchange.tensors import TensorFile, write_tensors
+from shared_config.loader import load_config
+from shared_config.schema.base import LARGEST, LARGEST_FLOAT
 from tests.cli.test_bad_input import TINY
 
 DIGITS = "9" * 5000
@@ -185,6 +189,74 @@ def test_damaged_descriptions_of_traces(capsys: pytest.CaptureFixture[str], tmp_
     file = tmp_path / "trace.safetensors"
     write_tensors(file, {"loss": np.zeros(())}, {"kempnerforge_trace": "1", "meta": meta})
     outcome(capsys, "compare", str(file), str(file), "--json", str(tmp_path / "numbers.json"))
+
+
+@pytest.fixture(scope="module")
+def huggingface_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights in one shard, with an index."""
+    folder, model = tmp_path_factory.mktemp("folder"), load_config("debug", TINY).model
+    save_huggingface(folder, validation_weights(parameter_table(model), 0), model)
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    names = TensorFile(folder / "model-1.safetensors").entries
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-1.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+def converted(capsys: pytest.CaptureFixture[str], folder: Path, output: Path, name: str, text: str) -> tuple[int, str]:
+    """Status and message of converting the folder with another content of one file; nothing is left half written."""
+    kept = (folder / name).read_bytes() if (folder / name).exists() else None
+    try:
+        (folder / name).write_text(text, encoding="utf-8")
+        status, message = outcome(capsys, "convert", str(folder), "--output", str(output))
+    finally:
+        (folder / name).unlink()
+        if kept is not None:
+            (folder / name).write_bytes(kept)
+    assert output.exists() == (status == 0), message
+    return status, message
+
+
+@pytest.mark.parametrize("text", ["", "[", NESTED, "9" * 5000, "null", "[]", '{"a": ' + NESTED, "\0"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "tokenizer.json", "generation_config.json"]
+)
+def test_damaged_json_of_folders(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, huggingface_folder: Path, name: str, text: str
+) -> None:
+    status, message = converted(capsys, huggingface_folder, tmp_path / "out", name, text)
+    assert status == 2
+    assert name in message
+
+
+@pytest.mark.parametrize("value", ["null", "3", "-1.5", '"x"', "[3]", '["x"]', "[[]]", "{}", '{"a": [1]}', "true"])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        *(("tokenizer.json", key) for key in ("added_tokens", "model", "post_processor")),
+        *(("tokenizer_config.json", key) for key in ("bos_token", "eos_token", "chat_template")),
+        *(("generation_config.json", key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")),
+        ("model.safetensors.index.json", "weight_map"),
+    ],
+)
+def test_json_of_other_types(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, huggingface_folder: Path, name: str, key: str, value: str
+) -> None:
+    converted(capsys, huggingface_folder, tmp_path / "out", name, f'{{"{key}": {value}}}')
+
+
+LARGE = ("optimizer.lr", "optimizer.weight_decay", "optimizer.eps", "train.grad_clip_norm", "model.norm_eps")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_at_their_largest_are_numbers_in_both_backends(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, backend: str
+) -> None:
+    numbers = [f"--{field}={LARGEST_FLOAT}" for field in LARGE]
+    status, message = outcome(capsys, *command("train", tmp_path, backend), *numbers, "--scheduler.warmup_steps=0")
+    assert status == 0 or "not finite" in message or "is nan" in message or "is inf" in message
+    for field in LARGE:
+        assert field.rpartition(".")[2] in refused(capsys, "show", "debug", f"--{field}={10 * LARGEST_FLOAT}")
 
 
 def test_what_nobody_expected_is_a_line_and_debug_shows_the_traceback(
