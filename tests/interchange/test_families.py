@@ -1,0 +1,382 @@
+"""Settings of each Hugging Face family, key by key, as transformers' own config classes read them: left out, at other
+than their defaults, null, and in any combination.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from shared_config.contract.rope import attention_factor, inverse_frequencies
+from shared_config.contract.validation import validation_tokens
+from shared_config.errors import ConfigError
+from shared_config.interchange.huggingface import (
+    FAMILIES,
+    KINDS,
+    REFUSED,
+    config_from_huggingface,
+    config_to_huggingface,
+    load_huggingface,
+    to_huggingface,
+)
+from shared_config.interchange.preprocessor import read_preprocessor
+from shared_config.interchange.vision import read_tower
+from shared_config.interchange.weights import load_weights
+from shared_config.schema.model import ModelConfig
+from tests.oracle.transformer import transformer
+
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
+SIZES = {"vocab_size": 40, "hidden_size": 128, "intermediate_size": 48}
+SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 32}
+NEEDED: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_experts_per_tok": 2, "num_local_experts": 4},
+    "qwen3_moe": {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 32},
+}
+"""What has to be given: transformers' defaults of sizes are those of its first model, which nobody means."""
+
+OTHERS: dict[str, Any] = {
+    "num_key_value_heads": (2, 16, None),
+    "head_dim": (6, 10, None),
+    "max_position_embeddings": (64,),
+    "initializer_range": (0.5,),
+    "rms_norm_eps": (0.25,),
+    "rope_theta": (50.0, 300),
+    "rope_parameters": ({"rope_theta": 70.0}, {"rope_theta": 90.0, "rope_type": "default"}, None),
+    "rope_scaling": ({"type": "linear", "factor": 3.0}, {"rope_type": "default"}, None),
+    "tie_word_embeddings": (True,),
+    "attention_bias": (True,),
+    "sliding_window": (7, None),
+    "use_sliding_window": (True,),
+    "max_window_layers": (0, 2, 5),
+    "hidden_act": ("silu", "swish"),
+    "decoder_sparse_step": (2,),
+    "norm_topk_prob": (True,),
+    "router_aux_loss_coef": (0.3,),
+    "mlp_only_layers": ([], None),
+    "partial_rotary_factor": (1.0,),
+    "mlp_bias": (False,),
+}
+"""Values other than the defaults; of what changes the function in ways that are refused, the one that is read."""
+
+NOT_HERE = {
+    "layer_types": "read as another class where given; its logits are compared in test_huggingface",
+    "is_causal": "refused unless true",
+    "is_encoder_decoder": "refused unless false",
+    "original_max_position_embeddings": "part of a scaling, below",
+    "num_local_experts": "another name of num_experts, below",
+}
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def content_of(family: str, **changes: Any) -> dict[str, Any]:
+    return {"model_type": family, **SIZES, **NEEDED.get(family, {}), **changes}
+
+
+def theirs_of(content: dict[str, Any]) -> Any:
+    fields = {name: value for name, value in content.items() if name != "model_type"}
+    return getattr(transformers, f"{CLASSES[content['model_type']]}Config")(**json.loads(json.dumps(fields)))
+
+
+def expected_of(family: str, theirs: Any) -> dict[str, Any]:
+    """What transformers' modelling code reads from its config, by our names."""
+    expected = {
+        "vocab_size": theirs.vocab_size,
+        "dim": theirs.hidden_size,
+        "n_layers": theirs.num_hidden_layers,
+        "n_heads": theirs.num_attention_heads,
+        "n_kv_heads": theirs.num_key_value_heads,
+        "head_dim": getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
+        "ffn_hidden_dim": theirs.intermediate_size,
+        "max_seq_len": theirs.max_position_embeddings,
+        "init_std": theirs.initializer_range,
+        "norm_type": "rmsnorm",
+        "norm_eps": theirs.rms_norm_eps,
+        "activation": "silu",
+        "rope_theta": theirs.rope_parameters["rope_theta"],
+        "sliding_window": window_of(family, theirs),
+        "attention_bias": getattr(theirs, "attention_bias", False),
+        "tie_embeddings": theirs.tie_word_embeddings,
+        "qk_norm": family.startswith("qwen3"),
+        "model_type": "transformer",
+        "num_experts": 0,
+    }
+    if family in NEEDED:
+        expected |= {
+            "num_experts": getattr(theirs, "num_experts", None) or theirs.num_local_experts,
+            "moe_top_k": theirs.num_experts_per_tok,
+            "moe_frequency": getattr(theirs, "decoder_sparse_step", 1),
+            "moe_router": "softmax_topk",
+            "moe_norm_topk_prob": getattr(theirs, "norm_topk_prob", True),  # Mixtral's always add up to 1
+            "moe_aux_loss_weight": theirs.router_aux_loss_coef,
+            "moe_shared_experts": 0,
+            "moe_capacity_factor": 0.0,
+            "moe_routed_scaling": 1.0,
+            "computed_expert_ffn_hidden_dim": getattr(theirs, "moe_intermediate_size", theirs.intermediate_size),
+        }
+    return expected
+
+
+def window_of(family: str, theirs: Any) -> int | None:
+    window = getattr(theirs, "sliding_window", None) if family != "llama" else None
+    if family == "qwen3" and set(theirs.layer_types) == {"full_attention"}:
+        return None
+    return window
+
+
+def assert_read(content: dict[str, Any]) -> None:
+    config, theirs = ModelConfig(**config_from_huggingface(content)), theirs_of(content)
+    expected = expected_of(content["model_type"], theirs)
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert_same_rotation(config, theirs, content["model_type"])
+
+
+def assert_same_rotation(config: ModelConfig, theirs: Any, family: str) -> None:
+    module = getattr(transformers.models, family)
+    modelling = getattr(module, f"modeling_{family}")
+    rotary = getattr(modelling, f"{CLASSES[family]}RotaryEmbedding")(config=theirs)
+    found = inverse_frequencies(config.head_size, config.rope_theta, config.rope_scaling)
+    np.testing.assert_allclose(found, rotary.inv_freq.numpy(), rtol=1e-5)
+    assert attention_factor(config.rope_scaling) == pytest.approx(rotary.attention_scaling, rel=1e-12)
+
+
+def keys_of(family: str) -> Iterator[str]:
+    known = set(theirs_of(content_of(family)).to_dict()) | {"rope_theta", "rope_scaling"}
+    yield from (key for key in KINDS if key in known and key not in content_of(family))
+
+
+@families
+def test_a_family_s_keys_left_out_mean_what_they_mean_there(family: str) -> None:
+    assert_read(content_of(family))
+
+
+@families
+def test_every_key_is_compared_or_said_why_not(family: str) -> None:
+    assert set(keys_of(family)) <= OTHERS.keys() | NOT_HERE.keys()
+    assert not (OTHERS.keys() | NOT_HERE.keys()) & REFUSED
+
+
+@families
+def test_a_family_s_keys_are_read_one_by_one(family: str) -> None:
+    read, refused = set(), set()
+    for key in keys_of(family):
+        for value in OTHERS.get(key, ()):
+            content = content_of(family, **{key: value})
+            try:
+                theirs_of(content)
+            except Exception:  # their classes refuse some nulls
+                with pytest.raises(ConfigError, match=key):
+                    config_from_huggingface(content)
+                refused.add(key)
+                continue
+            assert_read(content)
+            read.add(key)
+    assert read | NOT_HERE.keys() >= set(keys_of(family)), refused
+
+
+@families
+@given(data=st.data())
+def test_a_family_s_keys_are_read_in_any_combination(family: str, data: st.DataObject) -> None:
+    keys = [key for key in keys_of(family) if key in OTHERS]
+    given_keys = data.draw(st.fixed_dictionaries({}, optional={key: st.sampled_from(OTHERS[key]) for key in keys}))
+    content = content_of(family, **given_keys)
+    problems = problems_of(content)
+    assert problems <= set(known_refusals(content))
+    if not problems:
+        assert_read(content)
+
+
+def problems_of(content: dict[str, Any]) -> set[str]:
+    try:
+        config_from_huggingface(content)
+    except ConfigError as error:
+        return set(error.problems)
+    return set()
+
+
+def known_refusals(content: dict[str, Any]) -> Iterator[str]:
+    """The only combinations of these values that are not read."""
+    nulls = {"num_key_value_heads": ("mistral", "mixtral", "qwen3_moe"), "head_dim": ("qwen3", "qwen3_moe")}
+    for key, of in nulls.items():
+        if content["model_type"] in of:
+            yield f"{key} = None: must be a positive integer"
+    if content["model_type"] == "qwen3" and content.get("use_sliding_window"):
+        yield "max_window_layers = 1: must be 0 (every layer has the window) or at least num_hidden_layers"
+
+
+@families
+@pytest.mark.parametrize("key", [*SIZES, "num_experts_per_tok", "moe_intermediate_size"])
+def test_sizes_have_to_be_given(family: str, key: str) -> None:
+    content = content_of(family)
+    if content.pop(key, None) is not None:
+        with pytest.raises(ConfigError, match=f"{key} = None: must be a number"):
+            config_from_huggingface(content)
+
+
+def test_the_number_of_experts_has_two_names() -> None:
+    for family, name in (("mixtral", "num_experts"), ("qwen3_moe", "num_local_experts")):
+        content = content_of(family)
+        content[name] = content.pop("num_experts", None) or content.pop("num_local_experts")
+        assert config_from_huggingface(content)["num_experts"] == 4
+        del content[name]
+        with pytest.raises(ConfigError, match="num_experts = None: must be a number"):
+            config_from_huggingface(content)
+
+
+SCALINGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "linear": ({}, {"original_max_position_embeddings": 8}),
+    "llama3": (
+        {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"low_freq_factor": 2.0, "high_freq_factor": 3.0, "original_max_position_embeddings": 16},
+    ),
+    "yarn": (
+        {},
+        {"beta_fast": 20.0, "beta_slow": 0.5},
+        {"beta_fast": None, "beta_slow": None, "attention_factor": None},
+        {"attention_factor": 1.5},
+        {"mscale": 0.7, "mscale_all_dim": 0.4},
+        {"mscale": 0.7},
+        {"original_max_position_embeddings": 16},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", SCALINGS)
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("theta", [None, 70.0])
+def test_scalings_turn_as_they_do_there(family: str, kind: str, spelling: str, theta: float | None) -> None:
+    for fields in SCALINGS[kind]:
+        scaling = {"rope_type": kind, "factor": 4.0, **fields}
+        scaling |= {"rope_theta": theta} if theta is not None and spelling == "rope_parameters" else {}
+        content = content_of(family, head_dim=16, max_position_embeddings=128, **{spelling: scaling})
+        content |= {"rope_theta": theta} if theta is not None and spelling == "rope_scaling" else {}
+        assert_read(content)
+
+
+def test_frequency_bands_have_to_be_given_as_they_have_there() -> None:
+    for left_out in ("low_freq_factor", "high_freq_factor"):
+        scaling = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        del scaling[left_out]
+        with pytest.raises(ConfigError, match=f"rope {left_out}: must be given"):
+            config_from_huggingface(content_of("llama", rope_scaling=scaling))
+
+
+# What is written
+
+
+WRITTEN: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True},
+    "mistral": {"sliding_window": 5},
+    "mixtral": {"num_experts": 3, "moe_aux_loss_weight": 0.25},
+    "qwen3": {"qk_norm": True, "sliding_window": 5, "tie_embeddings": True},
+    "qwen3_moe": {"qk_norm": True, "num_experts": 3, "moe_frequency": 2, "moe_norm_topk_prob": False},
+}
+
+
+@families
+def test_what_is_written_is_read_there_as_it_was_meant(family: str) -> None:
+    """No key is left to a default of the class: all values differ from all classes' defaults."""
+    fields = {"dim": 20, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "vocab_size": 37}
+    fields |= {"ffn_hidden_dim": 48, "max_seq_len": 77, "norm_eps": 0.125, "rope_theta": 123.0, "init_std": 0.75}
+    config = ModelConfig(**{**fields, **WRITTEN[family]})
+    content = config_to_huggingface(config)
+    assert content["architectures"] == [f"{CLASSES[family]}ForCausalLM"]
+    assert hasattr(transformers, content["architectures"][0])
+    theirs = theirs_of(content)
+    expected = expected_of(family, theirs)
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (None, None, None)
+    assert ModelConfig(**config_from_huggingface(content)).replace(moe_packed_experts=False) == config
+
+
+# Square shapes, which no mistaken transpose betrays
+
+
+@families
+def test_square_matrices_of_their_models_compute_the_same_here(
+    family: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    side = 16
+    square = {"vocab_size": side, "hidden_size": side, "intermediate_size": side, "num_key_value_heads": 2}
+    square |= {"num_attention_heads": 2, "head_dim": side // 2, "moe_intermediate_size": side, "initializer_range": 0.3}
+    square |= {"num_local_experts": side, "num_experts": side} if family in NEEDED else {}
+    known = theirs_of(content_of(family)).to_dict().keys() | {"head_dim"}
+    given_there = {name: value for name, value in square.items() if name in known}
+    theirs = theirs_of(content_of(family, **given_there, max_position_embeddings=32))
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{CLASSES[family]}ForCausalLM")(theirs).double().eval()
+    if family in NEEDED:
+        model.set_experts_implementation("eager")
+    model.save_pretrained(tmp_path)
+    tokens = validation_tokens(side, 2, 9, seed=1)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
+    for packed in {False, family in NEEDED}:
+        config, state = load_huggingface(tmp_path, moe_packed_experts=packed)
+        found = transformer(state, config, tokens).logits
+        assert np.abs(found - logits).max() < 1e-5 * np.abs(logits).max(), packed
+        back = to_huggingface(state, config)
+        files = load_weights(tmp_path)
+        assert back.keys() == files.keys()
+        assert all(np.array_equal(back[name], value) for name, value in files.items())
+
+
+# Towers and pictures
+
+
+@pytest.mark.parametrize(("kind", "name"), [("clip", "CLIP"), ("siglip2", "Siglip")])
+def test_fields_of_a_tower_are_read_as_its_class_does(kind: str, name: str, tmp_path: Any) -> None:
+    config_class = getattr(transformers, f"{name}VisionConfig")
+    others = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 6}
+    others |= {"image_size": 40, "patch_size": 5, "hidden_act": "gelu", "layer_norm_eps": 0.5}
+    without_one = ({key: value for key, value in others.items() if key != left_out} for left_out in others)
+    for fields in ({}, others, *without_one):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": config_class.model_type, **fields}))
+        tower, theirs = read_tower(tmp_path, kind), config_class(**fields)
+        sizes = (tower.dim, tower.ffn_hidden_dim, tower.n_layers, tower.n_heads, tower.image_size, tower.patch_size)
+        expected = (theirs.hidden_size, theirs.intermediate_size, theirs.num_hidden_layers, theirs.num_attention_heads)
+        assert sizes == (*expected, theirs.image_size, theirs.patch_size)
+        assert (tower.activation, tower.norm_eps) == (theirs.hidden_act, theirs.layer_norm_eps)
+        is_clip = kind == "clip"
+        assert (tower.class_token, tower.pre_norm) == (is_clip, is_clip)
+        assert (tower.patch_bias, tower.final_norm) == (not is_clip, not is_clip)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip2", "vit", "random"])
+def test_pictures_without_settings_have_those_of_transformers_processors(kind: str) -> None:
+    """Channel by channel, red first; what no processor belongs to takes SigLIP's."""
+    pixels = read_preprocessor("", kind, 20)
+    theirs = (CLIPImageProcessorPil if kind == "clip" else SiglipImageProcessorPil)()
+    assert (pixels.mean, pixels.std) == (tuple(theirs.image_mean), tuple(theirs.image_std))
+    assert (pixels.scale, pixels.resample) == (theirs.rescale_factor, int(theirs.resample))
+    assert (theirs.do_resize, theirs.do_rescale, theirs.do_normalize) == (True, True, True)
+    crops = bool(getattr(theirs, "do_center_crop", False))
+    assert (pixels.crop, pixels.shortest_edge, pixels.stretch) == (crops, 20 if crops else 0, not crops)
+    if kind == "clip":
+        assert (pixels.mean, pixels.std) == (tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
+        assert pixels.mean == (0.48145466, 0.4578275, 0.40821073)  # openai/CLIP, clip.py
+    else:
+        assert (pixels.mean, pixels.std) == (tuple(IMAGENET_STANDARD_MEAN), tuple(IMAGENET_STANDARD_STD))
+    red = np.zeros((1, 1, 1, 3), np.uint8)
+    red[..., 0] = 255
+    of_red, of_black = pixels.numbers(red).ravel(), pixels.numbers(np.zeros_like(red)).ravel()
+    mean, std = np.array(pixels.mean), np.array(pixels.std)
+    np.testing.assert_allclose(of_red, (np.array([1, 0, 0]) - mean) / std, rtol=1e-6)
+    np.testing.assert_allclose(of_black, -mean / std, rtol=1e-6)
