@@ -14,14 +14,14 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.image_utils import (
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.utils.constants import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from shared_config.contract.rope import attention_factor, inverse_frequencies
 from shared_config.contract.validation import validation_tokens
