@@ -175,14 +175,15 @@ def findings_of(check: str, comparison: Comparison) -> Iterator[Finding]:
     """One finding for each group of tensors of a comparison."""
     for group, rows in comparison.groups.items():
         worst = max(rows, key=lambda row: (not row.ok, row.share))
+        error, limit, size = worst.nearest
         yield Finding(
             check=check,
             subject=group,
             ok=all(row.ok for row in rows),
             count=len(rows),
-            worst="" if worst.group == INITIAL else worst.name.removeprefix(f"{group}/"),
-            error=worst.relative,
-            limit=worst.limit / worst.scale if worst.scale else worst.limit,
+            worst="" if worst.group == INITIAL else worst.full_label.replace(f"{group}/", "", 1),
+            error=error / size if size else worst.relative,
+            limit=limit / size if size else limit,
             detail="" if worst.ok else describe(worst, comparison),
         )
 
@@ -210,8 +211,13 @@ def describe(row: Row, comparison: Comparison) -> str:
         parts.append(f"{row.mismatched} places are unequal or not finite on one side")
     if row.nonfinite:
         parts.append(f"{row.nonfinite} places are not finite in both")
-    if math.isfinite(row.share):
-        parts.append(f"relative error {row.relative:.2g}, {row.share:.3g} times the limit")
+    if row.part is not None and row.part.share > 1:
+        part = row.part
+        parts.append(f"{row.full_label}: {part.share:.3g} times its limit")
+        if part.count > 1:
+            parts.append(f"{part.beyond} of {part.count} {part.kind}s are beyond theirs")
+    if math.isfinite(row.error) and row.limit:
+        parts.append(f"relative error {row.relative:.2g}, {row.error / row.limit:.3g} times the limit")
     if row.multiple is not None:
         parts.append(f"{row.multiple:.3g} times what rounding does")
     return "; ".join(parts)

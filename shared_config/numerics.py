@@ -57,13 +57,13 @@ def difference(value: Any, truth: Any) -> Difference:
     index = worst_position(value, truth)
     mismatched = int(mismatch.sum())
     finite = np.isfinite(truth)
-    error = np.inf if mismatched else rms(_finite_gap(value, truth)[finite])
+    error = np.inf if mismatched else rms(finite_gap(value, truth)[finite])
     truth_rms = rms(truth[finite])
     return Difference(
         relative_error=_ratio(error, truth_rms),
         rms_error=error,
         truth_rms=truth_rms,
-        max_error=np.inf if mismatched else (float(abs(_finite_gap(value, truth)[index])) if value.size else 0.0),
+        max_error=np.inf if mismatched else (float(abs(finite_gap(value, truth)[index])) if value.size else 0.0),
         index=index,
         value_there=float(value[index]) if value.size else 0.0,
         truth_there=float(truth[index]) if value.size else 0.0,
@@ -99,7 +99,7 @@ def worst_position(value: Any, truth: Any) -> tuple[int, ...]:
     if not value.size:
         return (0,) * value.ndim
     mismatch = nonfinite_mismatch(value, truth)
-    flat = np.argmax(mismatch) if mismatch.any() else np.argmax(np.abs(_finite_gap(value, truth)))
+    flat = np.argmax(mismatch) if mismatch.any() else np.argmax(np.abs(finite_gap(value, truth)))
     return tuple(int(i) for i in np.unravel_index(int(flat), value.shape))
 
 
@@ -139,13 +139,30 @@ def perturbation_delta(
     Returns:
         per output name (a single array is named "output") the largest RMS change over the runs.
     """
+    found = perturbation_maxima(
+        function, weights, unit_roundoff, lambda _, moved, truth: difference(moved, truth).rms_error, runs, seed
+    )
+    return {name: float(delta) for name, delta in found.items()}
+
+
+def perturbation_maxima(
+    function: Callable[[dict[str, np.ndarray]], Any],
+    weights: Arrays,
+    unit_roundoff: float,
+    measure: Callable[[str, np.ndarray, np.ndarray], Any],
+    runs: int = 3,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """`perturbation_delta` of any measure of (name, moved output, output): number by number the largest of the runs."""
     truth = _named(function({name: np.asarray(value) for name, value in weights.items()}))
     rng = np.random.default_rng(seed)
-    delta = dict.fromkeys(truth, 0.0)
+    largest: dict[str, np.ndarray] = {}
     for _ in range(runs):
         moved = _named(function(perturb(weights, unit_roundoff, rng)))
-        delta = {name: max(delta[name], difference(moved[name], truth[name]).rms_error) for name in truth}
-    return delta
+        for name in truth:
+            found = np.asarray(measure(name, moved[name], truth[name]), np.float64)
+            largest[name] = np.maximum(largest.get(name, 0.0), found)
+    return largest
 
 
 def allowed_error(truth: Any, delta: float, K: float, unit_roundoff: float) -> float:
@@ -173,7 +190,7 @@ def _pair(value: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
     return value, truth
 
 
-def _finite_gap(value: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def finite_gap(value: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """value - truth where both are finite, 0 elsewhere."""
     finite = np.isfinite(value) & np.isfinite(truth)
     return np.where(finite, value, 0.0) - np.where(finite, truth, 0.0)

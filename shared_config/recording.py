@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from shared_config.compare.parts import has_parts, part_errors
+from shared_config.compare.routes import is_routes, unequal_choices
+from shared_config.compare.tolerance import PARTS
 from shared_config.contract.initialise import initial_value, state_hash
 from shared_config.contract.validation import (
     chunkings,
@@ -29,7 +32,7 @@ from shared_config.interchange.selection import Selection
 from shared_config.interchange.traces import Trace, TraceMeta
 from shared_config.interchange.vision import job_table, picture_format
 from shared_config.loader import config_to_toml
-from shared_config.numerics import UNIT_ROUNDOFF, perturbation_delta
+from shared_config.numerics import UNIT_ROUNDOFF, as_float64, difference, finite_gap, perturbation_maxima
 from shared_config.refeed import Refeed, refeed_from, routes_from
 from shared_config.schema.job import JobConfig
 from shared_config.schema.vlm import MoMaConfig
@@ -308,12 +311,14 @@ def make_trace(
         run: gives the float64 recording of other weights; None to leave the deltas out.
         initial_hash: of the seeded initial weights as this backend drew them.
     """
+    deltas, parts = ({}, {}) if run is None else perturbation_deltas(run, request)
     meta = dataclasses.replace(
         request_meta(request),
         backend=backend,
         device=device,
         initial_hash=initial_hash,
-        deltas={} if run is None else perturbation_deltas(run, request),
+        deltas=deltas,
+        parts=parts,
     )
     return Trace(recording.tensors(), meta)
 
@@ -338,27 +343,60 @@ def request_meta(request: Request) -> TraceMeta:
     )
 
 
-def perturbation_deltas(run: Callable[[Arrays], Recording], request: Request) -> dict[str, dict[str, float]]:
-    """Dtype -> name of a tensor -> how far rounding the weights to that dtype moves the float64 result.
+def perturbation_deltas(
+    run: Callable[[Arrays], Recording], request: Request
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, np.ndarray]]]:
+    """Dtype -> name of a tensor -> how far rounding the weights to that dtype moves the float64 result, and its parts.
 
-    A float64 trace has deltas for every dtype, as it is the truth for all; another has those of its own.
-    Cached decoding is the same function as the forward without capacity limits, and has the delta of its logits.
+    Of updates it is the step that is moved: rounding the weights themselves would hide any step. A float64 trace has
+    deltas for every dtype, as it is the truth for all; another has those of its own. Cached decoding is the same
+    function as the forward without capacity limits, and has the delta of its logits.
     """
 
     def tensors(weights: Arrays) -> Arrays:
-        return run(weights).tensors()
+        found = run(weights).tensors()
+        steps = {name: _step(name, array, weights) for name, array in found.items() if _is_update(name)}
+        return found | steps
+
+    def measure(name: str, moved: np.ndarray, truth: np.ndarray) -> Any:
+        if is_routes(name):
+            return np.sum(unequal_choices(moved, truth, isinstance(request.config.vlm, MoMaConfig)), keepdims=True)
+        judged = traces.group_of(name) in PARTS
+        return delta_and_parts(name, moved, truth) if judged else [difference(moved, truth).rms_error]
 
     dtypes = DTYPES if request.dtype == "float64" else (request.dtype,)
-    roundoffs = {dtype: UNIT_ROUNDOFF[dtype] for dtype in dtypes}
-    deltas = {
-        dtype: perturbation_delta(tensors, request.weights, u, DELTA_RUNS, seed=request.seed)
-        for dtype, u in roundoffs.items()
+    measured = {
+        dtype: perturbation_maxima(
+            tensors, request.weights, UNIT_ROUNDOFF[dtype], measure, DELTA_RUNS, seed=request.seed
+        )
+        for dtype in dtypes
     }
     names = list(filter(request.selection.wants, decode_names(request))) if request.decodes else []
-    if not names:
-        return deltas
-    reference = decode_reference(request.config)
-    return {dtype: own | dict.fromkeys(names, own[reference]) for dtype, own in deltas.items()}
+    if names:
+        reference = decode_reference(request.config)
+        measured = {dtype: own | dict.fromkeys(names, own[reference]) for dtype, own in measured.items()}
+    deltas = {dtype: {name: float(found.flat[0]) for name, found in own.items()} for dtype, own in measured.items()}
+    parts = {
+        dtype: {name: found[1:] for name, found in own.items() if found.size > 1} for dtype, own in measured.items()
+    }
+    return deltas, parts
+
+
+def _is_update(name: str) -> bool:
+    return traces.group_of(name) == traces.UPDATED
+
+
+def _step(name: str, updated: np.ndarray, weights: Arrays) -> np.ndarray:
+    return as_float64(updated) - as_float64(weights[name.partition("/")[2]])
+
+
+def delta_and_parts(name: str, moved: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """RMS by which a tensor moved and, where it has parts, what moved them: float64, of one axis."""
+    delta = [difference(moved, truth).rms_error]
+    if not has_parts(truth.shape):
+        return np.array(delta)
+    finite = np.where(np.isfinite(truth), truth, 0.0)
+    return np.concatenate([delta, part_errors(finite_gap(moved, truth), finite).packed()])
 
 
 def _with_logits(only: Sequence[str], config: JobConfig) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shared_config.compare.align import execution_order
+from shared_config.compare.parts import Part, PartErrors, unpacked, worst_part
 from shared_config.compare.result import (
     DIFFERS,
     EQUAL,
@@ -24,8 +26,9 @@ from shared_config.compare.result import (
     HeatMap,
     Row,
 )
+from shared_config.compare.routes import COUNTS, is_routes, unequal_choices
 from shared_config.compare.tolerance import (
-    ROUTES,
+    ROUTE_SLACK,
     TOLERANCES,
     Scales,
     Tensor,
@@ -38,7 +41,7 @@ from shared_config.compare.tolerance import (
 from shared_config.errors import UserError
 from shared_config.interchange.traces import DECODE, FORWARD, Summary, Trace, group_of, summarize
 from shared_config.interchange.weights import is_floating
-from shared_config.numerics import as_float64, difference, nonfinite_mismatch, rms
+from shared_config.numerics import as_float64, difference, finite_gap, nonfinite_mismatch, rms
 
 DECODED_OUTPUTS = ("output_head", "transformer.output_head")
 """The activation that cached decoding computes again, of a text or a vision-language model: its delta is decode's."""
@@ -46,6 +49,9 @@ DECODED_OUTPUTS = ("output_head", "transformer.output_head")
 _DECODED = tuple(f"{FORWARD}/{output}" for output in DECODED_OUTPUTS)
 
 HEATMAP_ROWS, HEATMAP_COLUMNS = 48, 96
+
+SLACK = 1 + 1e-6
+"""For sums in another order."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,13 @@ class Judge:
         reference = {**b.tensors, **a.tensors, **({} if truth is None else truth.tensors)}
         self._scales = Scales(reference, a.meta.config_fields)
         self._deltas: dict[str, dict[str, float]] = {dtype: {} for dtype in TOLERANCES}
+        self._parts: dict[str, dict[str, np.ndarray]] = {dtype: {} for dtype in TOLERANCES}
         for trace in (b, a, truth, *refed):  # with recorded inputs, rounding moves a layer by what it does there alone
             for dtype, deltas in ({} if trace is None else trace.meta.deltas).items():
+                parts = {} if trace is None else trace.meta.parts.get(dtype, {})
+                known = {name: part for name, part in self._parts.get(dtype, {}).items() if name not in deltas}
                 self._deltas.setdefault(dtype, {}).update(deltas)
+                self._parts[dtype] = known | {name: part for name, part in parts.items() if name in deltas}
         self._check_deltas(reference)
 
     @property
@@ -104,6 +114,31 @@ class Judge:
                         f"delta of {name} in {dtype} = {str(delta)[:40]}: must be what rounding the weights can do, a "
                         f"number{limit}; the trace is damaged, or its model amplifies rounding beyond all use"
                     )
+
+    def _part_deltas(self, name: str, dtype: str, shape: tuple[int, ...]) -> PartErrors | None:
+        """What rounding does to the parts of a tensor; None if nothing says it.
+
+        Raises:
+            UserError: naming the tensor, if it is nothing that rounding can do, by the delta of the whole tensor.
+        """
+        source = self._source_of_delta(name, dtype)
+        numbers, delta = self._parts[dtype].get(source), self._delta(name, dtype)
+        if numbers is None or delta is None:
+            return None
+        try:
+            parts = unpacked(np.asarray(numbers, np.float64), shape)
+        except ValueError as error:
+            raise UserError(f"parts of {name} in {dtype}: {error}; the trace is damaged") from None
+        for moved, places in ((parts.rows, parts.rows.size), (parts.columns, parts.columns.size)):
+            largest = SLACK * delta * math.sqrt(places)
+            if not ((moved >= 0) & (moved <= largest)).all():
+                raise UserError(
+                    f"parts of {name} in {dtype}: must be at most {largest:.2g}, as the delta of all is {delta:.2g}; "
+                    "the trace is damaged"
+                )
+        if not 0 <= parts.scale < math.inf:
+            raise UserError(f"parts of {name} in {dtype}: scale = {parts.scale}: must be finite; the trace is damaged")
+        return parts
 
     def row(self, name: str) -> Row:
         """The verdict on the tensor of this name, which either trace may lack."""
@@ -156,24 +191,48 @@ class Judge:
         unequal = a != b
         if not unequal.any():
             return row
-        delta = self._delta(row.name, self.dtype)
-        found = difference(b, a)
-        if row.name.endswith(ROUTES):
-            ceiling = routes_ceiling(b, a, experts_choose_tokens(self.a.meta.config_fields))
+        delta, found = self._delta(row.name, self.dtype), difference(b, a)
+        allowed = tolerance_of(row.group, self.dtype).K * (delta or 0.0)
+        if is_routes(row.name):
+            unequal = unequal_choices(b, a, experts_choose_tokens(self.a.meta.config_fields))
+            error, limit = float(unequal.sum()), self._routes_limit(unequal, allowed)
         else:
-            ceiling = integers_ceiling(b, a, _routes_differ(self.b, self.a))
-        limit = min(tolerance_of(row.group, self.dtype).K * (delta or 0.0), ceiling)
+            error, limit = found.rms_error, self._counts_limit(row.name, a, b, allowed)
         row = dataclasses.replace(
             row,
-            status=WITHIN if found.rms_error <= limit else DIFFERS,
-            error=found.rms_error if limit else math.inf,
+            status=WITHIN if error <= limit else DIFFERS,
+            error=error if limit else math.inf,
             limit=limit,
             delta=delta,
-            scale=found.truth_rms,
+            scale=float(unequal.size) if is_routes(row.name) else found.truth_rms,
             mismatched=int(unequal.sum()),
             position=_first_true(unequal),
         )
         return self._with_values(row, None)
+
+    def _routes_limit(self, unequal: np.ndarray, allowed: float) -> float:
+        """How many choices may be unequal: rounding decides near ties only, half of all at most."""
+        return min(max(allowed, ROUTE_SLACK[self.dtype]), unequal.size / 2)
+
+    def _counts_limit(self, name: str, a: np.ndarray, b: np.ndarray, allowed: float) -> float:
+        """Largest RMS difference of integers that are no routes: those that count routes differ where these do, by less
+        than their size, and by as much as follows from the choices that are unequal.
+        """
+        if not _routes_differ(self.b, self.a):
+            return 0.0
+        follows = 2 * self._unequal / math.sqrt(max(1, a.size)) if name.endswith(COUNTS) else 0.0
+        return min(max(allowed, follows), max(rms(a), rms(b)))
+
+    @functools.cached_property
+    def _unequal(self) -> int:
+        """How many choices of routers are unequal, where the values of both are known."""
+        choose = experts_choose_tokens(self.a.meta.config_fields)
+        count = 0
+        for name, a in self.a.tensors.items():
+            b = self.b.tensors.get(name)
+            if is_routes(name) and isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and a.shape == b.shape:
+                count += int(unequal_choices(b, a, choose).sum())
+        return count
 
     def _judged(self, row: Row, side: str, value: Tensor, reference: Tensor, dtype: str) -> Row:
         found = _measure(value, reference)
@@ -188,13 +247,52 @@ class Judge:
             unscaled = delta is None and not tolerance_of(row.group, dtype).relative and not found.mismatched
             status = NO_DELTA if unscaled else DIFFERS
         measured = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-        return dataclasses.replace(row, status=status, worse=side, limit=limit, delta=delta, **measured)
+        row = dataclasses.replace(row, status=status, worse=side, limit=limit, delta=delta, **measured)
+        part = self._worst_part(row, side, value, reference, dtype) if status in (WITHIN, DIFFERS) else None
+        if part is None or part.share <= row.share:
+            return row
+        status, position = (DIFFERS, part.position) if part.share > 1 else (status, row.position)
+        return dataclasses.replace(row, status=status, part=part, position=position)
 
-    def _delta(self, name: str, dtype: str) -> float | None:
+    def _worst_part(self, row: Row, side: str, value: Tensor, reference: Tensor, dtype: str) -> Part | None:
+        """The part of a tensor that is nearest to its limit; None where parts say nothing, or nothing is known of them.
+
+        Where experts choose other tokens, or tokens other experts, all that follows is another row, and what is left
+        behind as well. In cached decoding they may do so unseen.
+        """
+        if isinstance(value, Summary) or isinstance(reference, Summary) or not math.isfinite(row.error):
+            return None
+        limits = self._scales.part_limits(row.name, dtype, row.scale)
+        deltas = self._part_deltas(row.name, dtype, reference.shape)
+        after_routes = row.name in self._after_other_routes[side]
+        if limits is None or deltas is None or row.delta is None or after_routes or not np.isfinite(reference).all():
+            return None
+        return worst_part(finite_gap(value, reference), as_float64(reference), deltas, row.delta, limits)
+
+    @functools.cached_property
+    def _after_other_routes(self) -> dict[str, frozenset[str]]:
+        """By side, names of all tensors that depend on a choice of experts that differs from the one it is held to."""
+        against = self.a if self.truth is None else self.truth
+        names = execution_order(self.a, self.b)
+        decoded = [name for name in names if group_of(name) == DECODE and has_experts(self.a.meta.config_fields)]
+        found = {}
+        for side, trace in (("a", self.a), ("b", self.b)):
+            places = [
+                place for place, name in enumerate(names) if is_routes(name) and _unequal_in(name, trace, against)
+            ]
+            first = min(places, default=0 if self._rerouted[side] else len(names))
+            found[side] = frozenset([*names[first:], *decoded])
+        return found
+
+    def _source_of_delta(self, name: str, dtype: str) -> str:
+        """The tensor whose delta it has: that of cached decoding is the delta of the logits."""
         deltas = self._deltas[dtype]
         if name not in deltas and group_of(name) == DECODE:
-            return next((deltas[output] for output in _DECODED if output in deltas), None)
-        delta = deltas.get(name)
+            return next((output for output in _DECODED if output in deltas), name)
+        return name
+
+    def _delta(self, name: str, dtype: str) -> float | None:
+        delta = self._deltas[dtype].get(self._source_of_delta(name, dtype))
         return None if delta == math.inf else delta
 
     def _with_values(self, row: Row, truth: Tensor | None) -> Row:
@@ -209,33 +307,19 @@ class Judge:
         return dataclasses.replace(row, **values)
 
 
-def integers_ceiling(value: np.ndarray, reference: np.ndarray, rerouted: bool) -> float:
-    """Largest RMS difference that a delta may allow of integers that are no routes: counts, which follow from routes,
-    differ where these do, and by less than their size.
-    """
-    return max(rms(value), rms(reference)) if rerouted else 0.0
-
-
-def routes_ceiling(value: np.ndarray, reference: np.ndarray, experts_choose: bool) -> float:
-    """Largest RMS difference that a delta may allow of routes: rounding decides near ties only, half of them at most.
-
-    Args:
-        experts_choose: whether a column holds the tokens that an expert takes, the best first, so that one that comes
-            or goes moves all after it; else a row holds the experts of a token.
-    """
-    if experts_choose:
-        stay = np.concatenate([np.isin(*columns) for columns in zip(value.T, reference.T, strict=True)])
-    else:
-        stay = value == reference
-    return math.inf if 2 * np.count_nonzero(stay) >= value.size else 0.0
+def _unequal_in(name: str, trace: Trace, against: Trace) -> bool:
+    """Whether both recorded a tensor, and not the same values."""
+    tensors = [side.tensors.get(name) for side in (trace, against)]
+    hashes = {_summary(tensor).hash for tensor in tensors if tensor is not None}
+    return len(hashes) > 1
 
 
 def _routes_differ(trace: Trace, against: Trace) -> bool:
     """Whether routes differ where both recorded them; true if there are experts but no routes to see."""
-    names = [name for name in trace.tensors if name.endswith(ROUTES) and name in against.tensors]
+    names = [name for name in trace.tensors if is_routes(name) and name in against.tensors]
     if not names:
         return has_experts(trace.meta.config_fields)
-    return any(_summary(trace.tensors[name]).hash != _summary(against.tensors[name]).hash for name in names)
+    return any(_unequal_in(name, trace, against) for name in names)
 
 
 def _all_finite(tensor: Tensor) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared_config.compare.align import BACKWARD_GROUPS, FORWARD_GROUPS
+from shared_config.compare.parts import Part
 from shared_config.compare.tolerance import coarser
 from shared_config.interchange.traces import TraceMeta
 
@@ -33,6 +34,8 @@ class Row:
         nonfinite: places where neither of the two is finite.
         position: of the largest difference, or of the first mismatch; None if unknown (summaries, missing tensors).
         estimated: whether the error is estimated from summaries.
+        part: the row, column, element or the scale that is a larger share of its own limit than the whole tensor is;
+            if it is beyond, ``position`` is that of the largest difference within it.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Row:
     value_b: float | None = None
     value_truth: float | None = None
     estimated: bool = False
+    part: Part | None = None
 
     @property
     def ok(self) -> bool:
@@ -62,10 +66,11 @@ class Row:
 
     @property
     def share(self) -> float:
-        """Error as a share of the limit: above 1 is a difference."""
+        """Error as a share of the limit, of the tensor or its worst part: above 1 is a difference."""
         if self.status == EQUAL:
             return 0.0
-        return self.error / self.limit if self.limit else math.inf
+        whole = self.error / self.limit if self.limit else math.inf
+        return whole if self.part is None else max(whole, self.part.share)
 
     @property
     def multiple(self) -> float | None:
@@ -78,6 +83,17 @@ class Row:
     def relative(self) -> float:
         """Error relative to the tensor's RMS."""
         return self.error / self.scale if self.scale else (0.0 if self.error == 0 else math.inf)
+
+    @property
+    def nearest(self) -> tuple[float, float, float]:
+        """Error, limit and size of what is nearest to its limit, the whole tensor or a part of it."""
+        part = self.part
+        return (self.error, self.limit, self.scale) if part is None else (part.error, part.limit, part.size)
+
+    @property
+    def full_label(self) -> str:
+        """The name, with the part that is nearest to its limit, if that is not the whole tensor."""
+        return self.name if self.part is None else f"{self.part.label} of {self.name}"
 
 
 @dataclass(frozen=True)
@@ -149,7 +165,7 @@ class Comparison:
             "failures": len(self.failures),
             **{key: None if row is None else row.name for key, row in first.items()},
             "notes": list(self.notes),
-            "rows": [{**dataclasses.asdict(row), "multiple": row.multiple, "share": row.share} for row in self.rows],
+            "rows": [_row_values(row) for row in self.rows],
         }
         return _json_values(content)
 
@@ -161,7 +177,15 @@ def first_failure(rows: Iterable[Row], groups: tuple[str, ...]) -> Row | None:
 
 def _origin(label: str, meta: TraceMeta) -> dict[str, Any]:
     fields = dataclasses.asdict(meta)
-    return {"label": label, **{name: value for name, value in fields.items() if name != "deltas"}}
+    return {"label": label, **{name: value for name, value in fields.items() if name not in ("deltas", "parts")}}
+
+
+def _row_values(row: Row) -> dict[str, Any]:
+    """The fields of a row, and what follows from them."""
+    values = {**dataclasses.asdict(row), "multiple": row.multiple, "share": row.share}
+    if row.part is not None:
+        values["part"] |= {"label": row.part.label, "share": row.part.share}
+    return values
 
 
 def _json_values(value: Any) -> Any:

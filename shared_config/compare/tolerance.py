@@ -13,14 +13,34 @@ says and, as in `numerics.allowed_error`, 4 roundoffs of rms, which is that of t
     ==========  =====================  =====================  =====================  ========================
 
 Loss and routing have means over all tokens: what rounding the weights does averages out in them, the rounding of the
-mean itself, 8 units in the last place, does not. `Scales` says what gradients may do that are 0 by mathematics.
+mean itself, 8 units in the last place, does not.
 
-Deltas are read from files and not taken on trust: `Scales.largest_delta` says what rounding can do at all, and
-`Scales.ceiling` bounds what any delta allows by the sizes of the two tensors themselves.
+An update is a parameter after a step, and its delta that of the step: what the rounding of the gradient moves. It is
+stored in at least float32, so its roundoff is at most that of float32.
+
+Rows, columns and elements of a tensor, and its size as a whole (`compare.parts`), are held to their own deltas:
+
+    ==========  ===========  ===================  ===================
+    dtype       row, column  element (gradients)  scale (gradients)
+    ==========  ===========  ===================  ===================
+    float64     20           40                   24
+    float32     20           40                   24
+    bfloat16    7            13 (16)              6 (8)
+    ==========  ===========  ===================  ===================
+
+`tests/parity/false_alarms.py` says how far from these limits correct pairs stay.
+
+Integers are exact, but for as many choices of routers as K deltas, which are numbers of choices; in bfloat16 for one
+choice and the one it displaces, too (`ROUTE_SLACK`).
+
+`Cancellation` is the one rule for gradients that cancel to 0, or nearly so. Deltas are read from files and not taken on
+trust: `Scales.largest_delta` says what rounding can do at all, and `Scales.ceiling` bounds what any delta allows by the
+sizes of the two tensors themselves.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +48,20 @@ from typing import Any
 
 import numpy as np
 
-from shared_config.interchange.traces import FORWARD, GRADIENT, LOSS, LOSSES, ROUTING, UPDATED, Summary, group_of
+from shared_config.compare.parts import PartLimits
+from shared_config.compare.routes import is_routes
+from shared_config.contract.validation import MOMENT_STEPS
+from shared_config.interchange.traces import (
+    DECODE,
+    FORWARD,
+    GRADIENT,
+    LOSS,
+    LOSSES,
+    ROUTING,
+    UPDATED,
+    Summary,
+    group_of,
+)
 from shared_config.numerics import FLOOR_ROUNDOFFS, UNIT_ROUNDOFF, as_float64, rms
 
 Tensor = np.ndarray | Summary
@@ -65,11 +98,27 @@ TOLERANCES = {
 COLUMNS = {LOSS: LOSS, ROUTING: LOSS, GRADIENT: GRADIENT, UPDATED: GRADIENT, LOSSES: LOSSES}
 """Group -> column of the table; all other groups are forward."""
 
-ROUTES = ".indices"
-"""End of the names of what routers chose."""
+PARTS = (FORWARD, DECODE, GRADIENT, UPDATED)
+"""Groups whose tensors are judged by rows, columns and elements, too."""
 
-VANISHING = 1e-12
-NOISE_ROUNDOFFS = 20
+PART_LIMITS = {
+    "float64": {FORWARD: PartLimits(20, 40, 24), GRADIENT: PartLimits(20, 40, 24)},
+    "float32": {FORWARD: PartLimits(20, 40, 24), GRADIENT: PartLimits(20, 40, 24)},
+    "bfloat16": {FORWARD: PartLimits(7, 13, 6), GRADIENT: PartLimits(7, 16, 8)},
+}
+
+ROUTE_SLACK = {"float64": 0, "float32": 0, "bfloat16": 2}
+"""Unequal choices that are allowed to a router even where none of the runs that deltas are measured by had one."""
+
+KINK = 3
+"""Factor of K for gradients and updates where an activation has a kink: in an expert with few tokens, a unit that
+rounding switches on or off is a large part of them."""
+
+STORED = "float32"
+"""The coarsest dtype that parameters and what routers compute are held in."""
+
+VANISHING, NOISE_ROUNDOFFS, NOISE_OF_ITSELF = 1e-12, 20, 1e-3
+"""What is 0 by mathematics, relative to the largest of its kind, and the noise that is left of it: `Cancellation`."""
 
 CONDITION = 2.0**16
 """Largest factor by which a model of any use amplifies a relative rounding of its weights. Those of the presets and of
@@ -97,47 +146,93 @@ def coarser(dtype_a: str, dtype_b: str) -> str:
     return max(dtype_a, dtype_b, key=UNIT_ROUNDOFF.__getitem__)
 
 
-class Scales:
-    """Limits of the tensors of one reference trace, with what depends on how large they are.
+@dataclass(frozen=True)
+class Cancellation:
+    """Gradients that are differences of large terms, and what rounding these terms leaves of them.
 
-    A gradient whose RMS is below 1e-12 of the largest of all is 0 by mathematics (that of a query that sees one key, of
-    a router whose only choice has weight p / p), and what is left of sums of large terms is noise. Its error may be 20
-    roundoffs of the largest gradient. Adam divides a gradient by its own size, so noise of size g may move the first
-    update by up to lr * g / (g + eps) either way.
+    A gradient whose RMS is at most 1e-12 of the largest of all is 0 by mathematics (that of a query that sees one key,
+    of a router whose only choice has weight p / p). What is left of it is noise, of up to 20 roundoffs of the largest.
+    In one that is larger, some terms may cancel, as in routers, which compute in at least float32: it may have as much
+    noise of float32, but no more than 1e-3 of itself.
+
+    Attributes:
+        largest: RMS of the largest gradient.
     """
 
+    largest: float
+
+    def vanishes(self, scale: float) -> bool:
+        """Whether a gradient of this RMS is 0 by mathematics."""
+        return scale <= VANISHING * self.largest
+
+    def noise(self, scale: float, roundoff: float) -> float:
+        """RMS error that cancellation allows a gradient of this RMS."""
+        if self.vanishes(scale):
+            return NOISE_ROUNDOFFS * roundoff * self.largest
+        return min(NOISE_ROUNDOFFS * min(roundoff, UNIT_ROUNDOFF[STORED]) * self.largest, NOISE_OF_ITSELF * scale)
+
+
+class Scales:
+    """Limits of the tensors of one reference trace, with what depends on how large they are."""
+
     def __init__(self, reference: Mapping[str, Tensor], config: Mapping[str, Any]):
-        self._gradients = {name: scale_of(tensor) for name, tensor in reference.items() if group_of(name) == GRADIENT}
-        self._largest = max(self._gradients.values(), default=0.0)
+        tensors = {name: tensor for name, tensor in reference.items() if group_of(name) == GRADIENT}
+        self._gradients = {name: scale_of(tensor) for name, tensor in tensors.items()}
+        self._cancellation = Cancellation(max(self._gradients.values(), default=0.0))
         forward = (scale_of(tensor) for name, tensor in reference.items() if group_of(name) == FORWARD)
         self._largest_forward = max(forward, default=0.0)
-        self._places = max((math.prod(t.shape) for name, t in reference.items() if name.endswith(ROUTES)), default=0)
+        self._places = max((math.prod(t.shape) for name, t in reference.items() if is_routes(name)), default=0)
         self._routed = bool(self._places) or has_experts(config)
-        optimizer = config.get("optimizer", {})
-        self._lr, self._eps = float(optimizer.get("lr", 0.0)), float(optimizer.get("eps", 0.0))
+        self._kinked = has_kinks(config)
+        self._lr = float(config.get("optimizer", {}).get("lr", 0.0))
+        sizes = {name: math.prod(tensor.shape) for name, tensor in tensors.items()}
+        norm = math.sqrt(sum(size * self._gradients[name] ** 2 for name, size in sizes.items()))
+        self._step_of_gradient = self._lr * step_sensitivity(config, norm, sum(sizes.values()))
 
     def limit(self, name: str, dtype: str, scale: float, delta: float | None, ceiling: float = math.inf) -> float:
         """RMS error allowed to a tensor of this RMS ``scale``; a delta allows no more than ``ceiling``."""
-        tolerance, roundoff = tolerance_of(group_of(name), dtype), UNIT_ROUNDOFF[dtype]
+        K = tolerance_of(group_of(name), dtype).K * (KINK if self._switches(name, dtype) else 1)
         return max(
-            min(tolerance.K * (delta or 0.0), ceiling),
-            max(tolerance.relative, FLOOR_ROUNDOFFS * roundoff) * scale,
-            self._noise(name, roundoff),
+            min(K * (delta or 0.0), ceiling),
+            self._relative(name, dtype) * scale,
+            self._noise(name, UNIT_ROUNDOFF[dtype]),
+        )
+
+    def part_limits(self, name: str, dtype: str, scale: float) -> PartLimits | None:
+        """What is allowed to the parts of a tensor of this RMS; None where the whole says all there is to say.
+
+        That is where it is 0 by mathematics; and gradients and steps of a model with an activation that has a kink: a
+        unit that rounding switches on or off gets another row.
+        """
+        group = group_of(name)
+        if group not in PARTS or self._vanishes(name, scale):
+            return None
+        if group in (GRADIENT, UPDATED):
+            gradient = self._gradients.get(f"{GRADIENT}/{name.partition('/')[2]}", math.inf)
+            if self._cancellation.vanishes(gradient) or self._switches(name, dtype):
+                return None
+        return dataclasses.replace(
+            PART_LIMITS[dtype][COLUMNS.get(group, FORWARD)],
+            relative=self._relative(name, dtype),
+            absolute=self._noise(name, UNIT_ROUNDOFF[dtype]),
+            of_steps=group == UPDATED,
         )
 
     def largest_delta(self, name: str, dtype: str, tensor: Tensor) -> float:
-        """RMS by which rounding the weights can move a tensor at all.
+        """RMS by which rounding the weights can move a tensor at all, or how many choices of a router.
 
         That is its size, times the condition of the model, times the roundoff, and never more than the whole tensor. A
-        gradient is measured by the largest, as it may be what is left of terms of that size; an update moves by a step
-        of Adam either way. Where routes change, a tensor becomes another one of its size, and counts of routes move by
-        as many as there are.
+        gradient is measured by the largest, as it may be what is left of terms of that size; a step by what Adam may do
+        either way. Where routes change, a tensor becomes another one of its size, and counts of routes move by as many
+        as there are.
         """
         group, scale = group_of(name), scale_of(tensor)
+        if is_routes(name):
+            return math.prod(tensor.shape)
         if group == ROUTING:
             return REROUTED * max(scale, 1.0) + (self._places or math.inf)
         if group == GRADIENT:
-            scale = self._largest
+            scale = self._cancellation.largest
         elif self._vanishes(name, scale):
             scale = self._largest_forward
         factor = REROUTED if self._routed else min(1.0, CONDITION * UNIT_ROUNDOFF[dtype])
@@ -151,26 +246,60 @@ class Scales:
                 pass through, may then vanish on one side.
         """
         group, smaller, roundoff = group_of(name), min(scales), UNIT_ROUNDOFF[dtype]
+        if group == UPDATED:
+            return min(self._lr, WHOLE[FORWARD] * smaller)
         if rerouted and (group == ROUTING or EXPERTS in name):
             return UNRELATED * max(scales)
         if self._vanishes(name, scales[1]):
             return NOISE_ROUNDOFFS * roundoff * self._largest_forward
         gradient = group == GRADIENT
         whole = WHOLE[GRADIENT if gradient else FORWARD] * smaller
-        smooth = CONDITION * roundoff * (self._largest if gradient else smaller)
+        smooth = CONDITION * roundoff * (self._cancellation.largest if gradient else smaller)
         return whole if rerouted else min(whole, tolerance_of(group, dtype).K * smooth)
 
     def _vanishes(self, name: str, scale: float) -> bool:
         """Whether an activation is 0 by mathematics."""
         return group_of(name) == FORWARD and scale <= VANISHING * self._largest_forward
 
+    def _switches(self, name: str, dtype: str) -> bool:
+        """Whether rounding may switch a unit on or off that a gradient, or a step, passes through."""
+        return self._kinked and dtype != "float64" and group_of(name) in (GRADIENT, UPDATED)
+
+    def _relative(self, name: str, dtype: str) -> float:
+        """Error relative to the tensor that is always allowed."""
+        tolerance, roundoff = tolerance_of(group_of(name), dtype), UNIT_ROUNDOFF[dtype]
+        if group_of(name) == UPDATED:
+            roundoff = min(roundoff, UNIT_ROUNDOFF[STORED])
+        return max(tolerance.relative, FLOOR_ROUNDOFFS * roundoff)
+
     def _noise(self, name: str, roundoff: float) -> float:
         group, _, path = name.partition("/")
-        if group == UPDATED:
-            noise = self._noise(f"{GRADIENT}/{path}", roundoff)
-            return 2 * self._lr * noise / (noise + self._eps) if noise else 0.0
-        vanishes = self._gradients.get(name, math.inf) <= VANISHING * self._largest
-        return NOISE_ROUNDOFFS * roundoff * self._largest if vanishes else 0.0
+        gradient = self._gradients.get(f"{GRADIENT}/{path}")
+        if group not in (GRADIENT, UPDATED) or gradient is None:
+            return 0.0
+        noise = self._cancellation.noise(gradient, roundoff)
+        return min(noise * self._step_of_gradient, self._lr / 4) if group == UPDATED else noise
+
+
+def step_sensitivity(config: Mapping[str, Any], norm: float, parameters: int) -> float:
+    """Steps of a learning rate of 1 for each unit of a gradient, of AdamW with `validation_moments`.
+
+    Args:
+        norm: of all gradients together, which are clipped.
+        parameters: how many numbers that is; the drawn second moments are 1 over this.
+    """
+    beta1, beta2 = config.get("optimizer", {}).get("betas", (0.9, 0.95))
+    clip = config.get("train", {}).get("grad_clip_norm", 1.0)
+    clipped = min(1.0, clip / norm) if clip and norm else 1.0
+    steps = MOMENT_STEPS + 1
+    first = (1 - beta1) / (1 - beta1**steps)
+    second = math.sqrt((1 - beta2**steps) / max(beta2, 1e-2))
+    return clipped * first * second * math.sqrt(parameters)
+
+
+def has_kinks(config: Mapping[str, Any]) -> bool:
+    """Whether an activation of the model of a config, as nested dicts, has a derivative that jumps."""
+    return any(config.get(section, {}).get("activation") == "relu" for section in ("model", "adapter"))
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:

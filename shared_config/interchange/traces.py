@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,9 +47,16 @@ FORWARD, ROUTING, LOSS, GRADIENT, UPDATED, DECODE, LOSSES = GROUPS = (
 NOT_REFED = (GRADIENT, UPDATED, DECODE, LOSSES)
 """Groups that a run has not if each of its layers is given a recorded input."""
 
-FORMAT = "1"
+FORMAT = "2"
+FORMER = "1"
+"""Deltas of updates were those of the parameters, weights included; those of routes RMS distances of expert numbers."""
+FORMER_STEP = 0.03
+"""Largest delta of an update of that format, relative to the learning rate."""
+ROUTES = ".indices"
+"""End of the names of what routers chose."""
 FORMAT_KEY, META_KEY = "kempnerforge_trace", "meta"
 SKETCH_SUFFIX = "#sketch"
+PARTS_SUFFIX = "#parts."
 SKETCH_SIZE = 1024
 BLOCK = 1 << 20
 
@@ -68,7 +76,9 @@ class TraceMeta:
         weights: where the weights came from: "validation", "init", "given" ...
         weights_hash, tokens_hash: of what went in; traces of different inputs are not compared. "" if unknown.
         initial_hash: of the seeded initial weights, which both backends must draw alike. "" if unknown.
-        deltas: dtype -> tensor name -> how far rounding the weights to that dtype moves the float64 result (RMS).
+        deltas: dtype -> tensor name -> how far rounding the weights to that dtype moves the float64 result: RMS; of an
+            update, that of the step; of routes, the number of choices.
+        parts: dtype -> tensor name -> the same of its rows and columns, as `compare.parts` packs it.
         selection: "layers" and "only" of the `Selection` of tensors that were asked for; {} for all.
         refed: of a run whose layers were given what another had recorded as their inputs: "backend", "device" and
             "dtype" of that other, "modules" whose recorded outputs went on, "own" layers without a record, whose own
@@ -88,6 +98,7 @@ class TraceMeta:
     tokens_hash: str = ""
     initial_hash: str = ""
     deltas: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    parts: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
     selection: Mapping[str, Any] = field(default_factory=dict)
     refed: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -160,12 +171,16 @@ def write_trace(path: PathLike, trace: Trace) -> None:
     summaries = {name: tensor for name, tensor in trace.tensors.items() if isinstance(tensor, Summary)}
     arrays = {name: tensor for name, tensor in trace.tensors.items() if name not in summaries}
     sketches = {name + SKETCH_SUFFIX: summary.sketch for name, summary in summaries.items()}
+    parts = {
+        f"{name}{PARTS_SUFFIX}{dtype}": part for dtype, own in trace.meta.parts.items() for name, part in own.items()
+    }
     content = {
         "order": list(trace.tensors),
         "summaries": {name: _summary_fields(summary) for name, summary in summaries.items()},
-        **dataclasses.asdict(trace.meta),
+        **dataclasses.asdict(dataclasses.replace(trace.meta, parts={})),
+        "parts": {dtype: list(own) for dtype, own in trace.meta.parts.items()},
     }
-    write_tensors(path, {**arrays, **sketches}, {FORMAT_KEY: FORMAT, META_KEY: json.dumps(content)})
+    write_tensors(path, {**arrays, **sketches, **parts}, {FORMAT_KEY: FORMAT, META_KEY: json.dumps(content)})
 
 
 def is_trace(path: PathLike) -> bool:
@@ -185,13 +200,15 @@ def read_trace(path: PathLike) -> Trace:
     file = TensorFile(path)
     if FORMAT_KEY not in file.metadata:
         raise UserError(f"{file.path}: is a safetensors file, but no trace; `kempnerforge trace` writes traces")
-    if file.metadata[FORMAT_KEY] != FORMAT:
-        raise UserError(f"{file.path}: trace format = {file.metadata[FORMAT_KEY]}: must be {FORMAT}")
+    found = file.metadata[FORMAT_KEY]
+    if found not in (FORMAT, FORMER):
+        raise UserError(f"{file.path}: trace format = {found}: must be {FORMER} or {FORMAT}")
     try:
         content = parse_json(file.metadata[META_KEY])
-        order, summaries = content.pop("order"), content.pop("summaries")
-        meta = _checked(TraceMeta(**content))
-        return Trace({name: _read(file, name, summaries) for name in order}, meta)
+        order, summaries, parts = content.pop("order"), content.pop("summaries"), content.pop("parts", {})
+        meta = _checked(TraceMeta(**content, parts=_read_parts(file, parts)))
+        trace = Trace({name: _read(file, name, summaries) for name in order}, meta)
+        return trace if found == FORMAT else _as_now(trace)
     except UserError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -219,6 +236,12 @@ def _checked(meta: TraceMeta) -> TraceMeta:
         for name, delta in deltas.items():
             if isinstance(delta, bool) or not isinstance(delta, int | float):
                 raise TypeError(f"delta of {name} in {dtype} = {str(delta)[:100]!r}: must be a number")
+    for dtype, parts in meta.parts.items():
+        for name, part in parts.items():
+            if dtype not in UNIT_ROUNDOFF or part.ndim != 1 or not is_floating(part.dtype):
+                raise TypeError(
+                    f"parts of {name} in {dtype}: must be a list of numbers, for {', '.join(UNIT_ROUNDOFF)}"
+                )
     layers, only = meta.selection.get("layers"), meta.selection.get("only", ())
     if not isinstance(layers, list | None) or not all(isinstance(pattern, str) for pattern in only):
         raise TypeError(f"selection = {meta.selection}: must be lists of layers and of patterns")
@@ -293,6 +316,28 @@ def _summary_fields(summary: Summary) -> dict[str, Any]:
     """All but the sketch, which is stored as a tensor."""
     fields = {name.name: getattr(summary, name.name) for name in dataclasses.fields(summary)}
     return {name: value for name, value in fields.items() if name != "sketch"}
+
+
+def _read_parts(file: TensorFile, names: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    return {dtype: {name: file.read(f"{name}{PARTS_SUFFIX}{dtype}") for name in own} for dtype, own in names.items()}
+
+
+def _as_now(trace: Trace) -> Trace:
+    """A trace of the former format with deltas as they are measured now, or bounds of them."""
+    lr = float(trace.meta.config_fields.get("optimizer", {}).get("lr", 0.0))
+
+    def converted(name: str, delta: float) -> float:
+        tensor = trace.tensors.get(name)
+        if group_of(name) == UPDATED:
+            return min(delta, FORMER_STEP * lr)
+        if name.endswith(ROUTES) and tensor is not None:  # each distance is at least 1
+            return math.prod(tensor.shape) * min(delta * delta, 1.0)
+        return delta
+
+    deltas = {
+        dtype: {name: converted(name, delta) for name, delta in own.items()} for dtype, own in trace.meta.deltas.items()
+    }
+    return Trace(trace.tensors, dataclasses.replace(trace.meta, deltas=deltas))
 
 
 def _read(file: TensorFile, name: str, summaries: Mapping[str, Any]) -> np.ndarray | Summary:

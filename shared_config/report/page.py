@@ -160,7 +160,8 @@ def _divergence(kind: str, row: Row, comparison: Comparison) -> str:
         comparison.label_a: _exactly(row.value_a),
         comparison.label_b: _exactly(row.value_b),
         "truth": _exactly(row.value_truth),
-        "error": f"{number(row.error)} rms, {number(row.share)} times the limit of {number(row.limit)}",
+        "error": f"{number(row.error)} rms, {_times(row.error, row.limit)} times the limit of {number(row.limit)}",
+        **_part(row),
         "rounding": "" if row.multiple is None else f"{number(row.multiple)} times what rounding does",
         "not finite in both": f"{row.nonfinite} of {math.prod(row.shape)} places" if row.nonfinite else "",
         "not equal": f"{row.mismatched} of {math.prod(row.shape)} places" if row.mismatched else "",
@@ -170,6 +171,20 @@ def _divergence(kind: str, row: Row, comparison: Comparison) -> str:
         f'<div class="card"><h3>First to diverge, {kind}</h3><p class="name verdict bad">{escape(row.name)}</p>'
         f"<dl>{pairs}</dl>{_heat(row, comparison)}</div>"
     )
+
+
+def _part(row: Row) -> dict[str, str]:
+    """A part that is beyond its limit, in words."""
+    part = row.part
+    if part is None or part.share <= 1:
+        return {}
+    text = f"{number(part.error)} rms, {number(part.share)} times its limit of {number(part.limit)}"
+    others = "" if part.count == 1 else f"; {part.beyond} of {part.count} {part.kind}s are beyond theirs"
+    return {part.label: text + others}
+
+
+def _times(error: float, limit: float) -> str:
+    return number(error / limit if limit else (math.inf if error else 0.0))
 
 
 def _heat(row: Row, comparison: Comparison) -> str:
@@ -238,7 +253,8 @@ def _tensor(row: Row, with_truth: bool) -> str:
         f'<tr{_bad(row.ok)}><td class="name">{escape(row.name)}</td>'
         f'<td class="number">{_shape(row)}</td>'
         f'<td class="number">{estimated}{number(row.relative)}</td><td class="number">{number(row.multiple)}</td>'
-        f'<td title="limit {number(relative_limit(row))}">{_bar(row.share)}</td><td class="number">{position}</td>'
+        f'<td title="limit {number(relative_limit(row))}">{_bar(row.share)}{_label(row)}</td>'
+        f'<td class="number">{position}</td>'
         + "".join(f'<td class="number">{number(value, 5)}</td>' for value in values)
         + f"<td>{_verdict(row.ok, row.status)}</td></tr>"
     )
@@ -256,6 +272,11 @@ def _shape(row: Row) -> str:
 def _bar(share: float) -> str:
     width, bad = 100 * min(1.0, share), " bad" if share > 1 else ""
     return f'<span class="bar{bad}" title="{number(share)}"><i style="width:{width:.0f}%"></i></span>'
+
+
+def _label(row: Row) -> str:
+    """The part that the share of the limit is of; nothing where that is the whole tensor."""
+    return "" if row.part is None else f' <span class="soft">{escape(row.part.label)}</span>'
 
 
 def _badge(ok: bool, text: str) -> str:

@@ -41,4 +41,5 @@ def _cells(row: Row, with_truth: bool, digits: int) -> list[str]:
     position = "" if row.position is None else ",".join(str(i) for i in row.position)
     values = [row.value_a, row.value_b, *([row.value_truth] if with_truth else [])]
     shown = ["" if value is None else f"{value:.{digits}g}" for value in values]
-    return [row.name, row.status, number(row.multiple), number(row.share), position, *shown]
+    name = row.full_label if row.part is not None and row.part.share > 1 else row.name
+    return [name, row.status, number(row.multiple), number(row.share), position, *shown]

@@ -18,18 +18,23 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from shared_config.compare.parts import unpacked, worst_part
+from shared_config.compare.tolerance import Cancellation, Scales
 from shared_config.contract.parameters import ParameterTable, parameter_table
-from shared_config.numerics import perturbation_delta, rms, unit_roundoff
+from shared_config.numerics import (
+    finite_gap,
+    perturbation_delta,
+    perturbation_maxima,
+    rms,
+    unit_roundoff,
+)
+from shared_config.recording import DELTA_RUNS, delta_and_parts
 from shared_config.schema.model import ModelConfig
 from tests.oracle.training import loss_and_gradients, training_loss
 from tests.strategies import Inputs
 from tests.tolerance import BFLOAT16_GRADIENT_K, BFLOAT16_K, FORWARD_K, GRADIENT_K, assert_same_function, assert_within
 
 Arrays = dict[str, np.ndarray]
-CANCELLED, NOISE_ROUNDOFFS = 1e-9, 16
-"""A gradient that cancels to 0 in exact arithmetic (of a query that sees one key) comes out as rounding noise of
-what it is made of. Below CANCELLED times the largest gradient of the model, this many roundoffs of the largest are
-allowed."""
 EMBEDS = ("inputs_embeds", "prefix_embeds")
 
 
@@ -65,12 +70,32 @@ def oracle_deltas(
     config: ModelConfig, weights: Mapping[str, np.ndarray], inputs: Inputs, dtype: str
 ) -> dict[str, float]:
     """RMS change of every activation and gradient ("gradient/...") when the weights move by a rounding of ``dtype``."""
+    return perturbation_delta(_oracle_outputs(config, inputs), weights, unit_roundoff(numpy_dtype(dtype)))
 
+
+@dataclass(frozen=True)
+class Movements:
+    """How far rounding the weights moves activations and gradients ("gradient/..."): RMS, and parts, packed."""
+
+    deltas: dict[str, float]
+    parts: Arrays
+
+
+def oracle_movements(config: ModelConfig, weights: Mapping[str, np.ndarray], inputs: Inputs, dtype: str) -> Movements:
+    """`oracle_deltas`, and the same of rows and columns, of as many runs as a trace measures."""
+    found = perturbation_maxima(
+        _oracle_outputs(config, inputs), weights, unit_roundoff(numpy_dtype(dtype)), delta_and_parts, DELTA_RUNS
+    )
+    deltas = {name: float(numbers[0]) for name, numbers in found.items()}
+    return Movements(deltas, {name: numbers[1:] for name, numbers in found.items() if numbers.size > 1})
+
+
+def _oracle_outputs(config: ModelConfig, inputs: Inputs) -> Callable[[Mapping[str, np.ndarray]], Arrays]:
     def outputs(moved: Mapping[str, np.ndarray]) -> Arrays:
         run = run_oracle(config, moved, inputs)
         return run.activations | {f"gradient/{name}": value for name, value in run.gradients.items()}
 
-    return perturbation_delta(outputs, weights, unit_roundoff(numpy_dtype(dtype)))
+    return outputs
 
 
 def run_torch(config: ModelConfig, weights: Mapping[str, np.ndarray], inputs: Inputs, dtype: str = "float64") -> Run:
@@ -136,10 +161,34 @@ def assert_run_within(run: Run, truth: Run, deltas: Mapping[str, float], dtype: 
         assert_within(run.gradients[name], value, delta, gradient_K, full, roundoff=roundoff, context=context)
 
 
+def assert_parts_within(
+    run: Run, truth: Run, moved: Movements, dtype: str, config: ModelConfig, context: Any = None
+) -> None:
+    """Rows, columns and elements of every activation and gradient, and their sizes, as in a comparison of traces."""
+    truths, values = _named(truth), _named(run)
+    scales = Scales(truths, {"model": {"activation": config.activation}})
+    for name, value in truths.items():
+        key = name.removeprefix("forward/")
+        limits = scales.part_limits(name, dtype, rms(value))
+        if key in moved.parts and limits is not None:
+            deltas = unpacked(moved.parts[key], value.shape)
+            part = worst_part(finite_gap(values[name], value), value, deltas, moved.deltas[key], limits)
+            assert part.share <= 1, f"{part.label} of {name}: {part.share:.3g} times its limit: {part}\n{context}"
+
+
+def _named(run: Run) -> Arrays:
+    """Activations and gradients by their names in a trace."""
+    return {
+        f"{group}/{name}": value
+        for group, values in (("forward", run.activations), ("gradient", run.gradients))
+        for name, value in values.items()
+    }
+
+
 def cancellation_noise(gradient: np.ndarray, truth: Run, roundoff: float) -> float:
-    """RMS of the noise that a cancelled gradient may carry; 0 for one that did not cancel."""
-    scale = max(rms(value) for value in truth.gradients.values())
-    return NOISE_ROUNDOFFS * roundoff * scale if rms(gradient) <= CANCELLED * scale else 0.0
+    """RMS of the noise that a gradient may carry that cancels, all of it or in part: the rule of the comparison."""
+    largest = max(rms(value) for value in truth.gradients.values())
+    return Cancellation(largest).noise(rms(gradient), roundoff)
 
 
 def assert_same_counts(run: Run, truth: Run, context: Any = None) -> None:

@@ -13,9 +13,10 @@ from shared_config.contract.parameters import parameter_table
 from shared_config.contract.validation import validation_weights
 from shared_config.schema.model import ModelConfig, RopeScaling
 from tests.parity.runners import (
+    assert_parts_within,
     assert_run_within,
     assert_same_runs,
-    oracle_deltas,
+    oracle_movements,
     run_jax,
     run_oracle,
     run_torch,
@@ -69,10 +70,12 @@ def test_any_input_gives_the_same_in_float64(name: str, data: st.DataObject) -> 
 def test_rounding_stays_within_what_the_weights_rounding_does(name: str, dtype: str, data: st.DataObject) -> None:
     config, seed = FIXED[name], data.draw(st.integers(0, 10**6))
     batch, weights = data.draw(inputs(config, **ONE_SHAPE)), weights_of(config, seed)
-    truth, deltas = run_oracle(config, weights, batch), oracle_deltas(config, weights, batch, dtype)
+    truth, moved = run_oracle(config, weights, batch), oracle_movements(config, weights, batch, dtype)
     for backend, run in BACKENDS.items():
         context = f"{backend}, seed {seed}, {config}"
-        assert_run_within(run(config, weights, batch, dtype), truth, deltas, dtype, context)
+        found = run(config, weights, batch, dtype)
+        assert_run_within(found, truth, moved.deltas, dtype, context)
+        assert_parts_within(found, truth, moved, dtype, config, context)
 
 
 def check_float64(config: ModelConfig, batch: Any, seed: int) -> None:
