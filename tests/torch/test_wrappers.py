@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from kempnerforge_torch.model.generate import generate
 from kempnerforge_torch.model.hooks import ActivationStore, activation_names, capture, extract_representations
@@ -30,6 +34,7 @@ CONFIG = ModelConfig(
     dim=16, n_layers=2, n_heads=2, vocab_size=32, max_seq_len=16, ffn_hidden_dim=16, num_experts=2, moe_frequency=2
 )
 TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+QUERIES = "layers.0.attention.q_proj.weight"
 LAYERS = ["layers.0.attention.q_proj", "layers.1.mlp", "norm"]
 
 
@@ -180,3 +185,39 @@ def test_states_that_cannot_be_meant_are_refused(tmp_path):
 def test_a_tensor_may_have_the_name_of_a_wrapper(tmp_path):
     save_weights(tmp_path, {"module": torch.ones(2), "module._orig_mod.norm.module": torch.zeros(3)})
     assert set(load_weights(tmp_path)) == {"module", "norm.module"}
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """One process is a group."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def sharded(model: Any) -> nn.Module:
+    for layer in model.layers.values():
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, sharded])
+@pytest.mark.usefixtures("process_group")
+def test_models_of_several_processes_are_written_and_run_as_plain_ones(wrap, tmp_path):
+    plain = plain_model()
+    state, model = get_state(plain), wrap(plain_model()).eval()
+    assert list(get_state(model)) == list(state)
+    save_weights(tmp_path, model.state_dict())
+    loaded = load_weights(tmp_path, parameter_table(plain.config))
+    assert all(np.array_equal(array, to_numpy(state[name])) for name, array in loaded.items())
+    assert torch.equal(generate(model, TOKENS, 3, seed=1), generate(plain, TOKENS, 3, seed=1))
+    assert extract_representations(model, list(TOKENS.numpy()), LAYERS) is not None
+
+    init_weights(model, plain.config, seed=4)
+    assert not torch.equal(whole(get_state(model)[QUERIES]), state[QUERIES])
+    set_state(model, state)
+    assert all(torch.equal(whole(value), state[name]) for name, value in get_state(model).items())
+
+
+def whole(value: Any) -> torch.Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
