@@ -171,4 +171,31 @@ MOE_MUTANTS = (
         ("jax.checkpoint(step,",
          "jax.checkpoint(lambda *given, step=step: (lambda x, s: (x, jax.lax.stop_gradient(s)))(*step(*given)),"),
     ),
+    both("model.grouped", "one tile too few", "rows // tile_rows + groups,", "rows // tile_rows + groups - 1,"),
+    both("model.grouped", "last row of a tile of the next group", "rows_Nb < ends_E[expert_N][:, None]",
+         "rows_Nb <= ends_E[expert_N][:, None]"),
+    Mutant(
+        "model.grouped", "blocks begin before their group", None,
+        ("rows_b >= start) &", "rows_b >= start - 1) &"),
+    ),
+    Mutant(
+        "model.grouped", "a row of no group in the last one", None,
+        ("< ends_E[-1])[:, None]", "<= ends_E[-1])[:, None]"),
+    ),
+    Mutant(
+        "model.grouped", "no gradient through the weights' gradient", None,
+        ("grouped_matmul(x_RD, dw_EDF, ends_E), None", "0 * grouped_matmul(x_RD, dw_EDF, ends_E), None"),
+    ),
+    Mutant(
+        "model.scan", "layers in reverse", None,
+        ("lax.scan(step, x, states)", "lax.scan(step, x, states, reverse=True)"),
+    ),
+    Mutant(
+        "model.scan", "layers of a period in reverse", None,
+        ("zip(graphs, states, strict=True):", "reversed(list(zip(graphs, states, strict=True))):"),
+    ),
+    Mutant(
+        "model.scan", "what is left over joins no layer", None,
+        ("for layer in layers[whole:]]", "for layer in layers[whole + 1:]]"),
+    ),
 )  # fmt: skip

@@ -24,6 +24,7 @@ from shared_config.contract.parameters import parameter_table
 from shared_config.contract.validation import validation_weights
 from shared_config.schema.model import ModelConfig
 from tests.oracle.router import expert_bias_rate, expert_bias_update
+from tests.outcomes import accepted
 from tests.parity.moe_layers import GATE, Layer, module, run, run_oracle
 from tests.tolerance import assert_all_same_function, assert_same_function
 
@@ -203,27 +204,66 @@ def check_copies(backend: str) -> None:
     """A layer can be copied after a call: what it keeps of the call belongs to a graph."""
     built = LAYERS[0].build(backend)
     built(array(backend, X_BSD, "float32"))
-    copy.deepcopy(built)
+    with accepted("a copy after a call"):
+        copy.deepcopy(built)
 
 
 def check_products(backend: str) -> None:
-    """Grouped products of rows of which some are of no group, and one group has none."""
+    """Grouped products of rows of which some are of no group: one group without rows, and every tile needed."""
     x_RD, w_EDF, y_RF = (RNG.standard_normal(shape) for shape in ((7, 3), (3, 3, 2), (7, 2)))
-    ends_E = np.array([2, 2, 5], np.int32)
-    groups = [slice(0, 2), slice(2, 2), slice(2, 5)]
-    product_RF = np.zeros((7, 2))
-    for group, matrix in zip(groups, w_EDF, strict=True):
-        product_RF[group] = x_RD[group] @ matrix
-    outer_EDF = np.stack([x_RD[group].T @ y_RF[group] for group in groups])
-    grouped = module(backend, "grouped")
+    products: Callable[..., Iterator[Any]] = _torch_products if backend == "torch" else _jax_products
     given = [array(backend, value) for value in (x_RD, w_EDF, y_RF)]
-    ends = array(backend, ends_E, "int32")
-    with next(ways(backend)):
-        found = [np.asarray(value) for value in (
-            grouped.looped_matmul(given[0], given[1], ends), grouped.looped_outer(given[0], given[2], ends)
-        )]  # fmt: skip
-    assert_same_function(found[0], product_RF, "product")
-    assert_same_function(found[1], outer_EDF, "outer")
+    for ends in ((2, 2, 5), (1, 3, 5)):
+        groups = [slice(*bounds) for bounds in zip((0, *ends), ends, strict=False)]
+        product_RF = np.zeros((7, 2))
+        for group, matrix in zip(groups, w_EDF, strict=True):
+            product_RF[group] = x_RD[group] @ matrix
+        outer_EDF = np.stack([x_RD[group].T @ y_RF[group] for group in groups])
+        with next(ways(backend)):
+            found = list(products(module(backend, "grouped"), *given, array(backend, np.array(ends), "int32")))
+        for product, outer in found:
+            assert_same_function(np.asarray(product), product_RF, "product")
+            assert_same_function(np.asarray(outer), outer_EDF, "outer")
+
+
+def _torch_products(grouped: Any, x_RD: Any, w_EDF: Any, y_RF: Any, ends_E: Any) -> Iterator[tuple[Any, Any]]:
+    """By loops and by tiles both shorter and longer than groups; and by gradients, each product's being the other."""
+    yield grouped.looped_matmul(x_RD, w_EDF, ends_E), grouped.looped_outer(x_RD, y_RF, ends_E)
+    for rows in (2, 8):
+        yield grouped.tiled_matmul(x_RD, w_EDF, ends_E, rows), grouped.tiled_outer(x_RD, y_RF, ends_E, rows)
+    w_EDF, y_RF = w_EDF.clone().requires_grad_(), y_RF.clone().requires_grad_()
+    (grouped.grouped_matmul(x_RD, w_EDF, ends_E) * y_RF.detach()).sum().backward()
+    (grouped.grouped_outer(x_RD, y_RF, ends_E) * w_EDF.detach()).sum().backward()
+    yield y_RF.grad, w_EDF.grad
+
+
+def _jax_products(grouped: Any, x_RD: Any, w_EDF: Any, y_RF: Any, ends_E: Any) -> Iterator[tuple[Any, Any]]:
+    """By every way of every platform, blocks and tiles both shorter and longer than groups; and by gradients, each
+    product's being the other.
+    """
+    for rows in (2, 8):
+        yield grouped.looped_matmul(x_RD, w_EDF, ends_E, rows), grouped.looped_outer(x_RD, y_RF, ends_E, rows)
+        yield grouped.tiled_matmul(x_RD, w_EDF, ends_E, rows), grouped.tiled_outer(x_RD, y_RF, ends_E, rows)
+    yield grouped.ragged_matmul(x_RD, w_EDF, ends_E), grouped.ragged_outer(x_RD, y_RF, ends_E)
+    outer_EDF = jax.grad(lambda w: (grouped.grouped_matmul(x_RD, w, ends_E) * y_RF).sum())(w_EDF)
+    product_RF = jax.grad(lambda y: (grouped.grouped_outer(x_RD, y, ends_E) * w_EDF).sum())(y_RF)
+    yield product_RF, outer_EDF
+
+
+def check_stacks(backend: str) -> None:
+    """Stacked layers, whose kinds alternate and of which one is left over, give what single ones do."""
+    config = ModelConfig(
+        dim=6, n_layers=5, n_heads=1, vocab_size=7, ffn_hidden_dim=8, max_seq_len=8, num_experts=3, moe_top_k=2,
+        moe_frequency=2, init_std=0.5,
+    )  # fmt: skip
+    model = module(backend, "transformer").Transformer(config, rngs=UNDRAWN)
+    module(backend, "state").set_state(model, validation_weights(parameter_table(config), 1))
+    tokens_BS = jnp.asarray(RNG.integers(0, 7, (2, 4)), jnp.int32)
+    stacked = module(backend, "scan").stacked(model)
+    assert list(stacked.layers) == ["0-2:2", "1-3:2", "4"]
+    with jax.disable_jit():
+        single, together = (np.asarray(each.run(tokens_BS).logits) for each in (model, stacked))
+    np.testing.assert_allclose(together, single, rtol=1e-5, atol=1e-6)
 
 
 def array(backend: str, value: Array, dtype: str = "float64") -> Any:
@@ -245,6 +285,6 @@ MOE_CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.grouped": (check_products,),
     "model.transformer": (check_steps,),
     "model.init": (check_initial_experts,),
-    "model.scan": (check_checkpointing,),
+    "model.scan": (check_checkpointing, check_stacks),
     "training.train": (check_checkpointing,),
 }

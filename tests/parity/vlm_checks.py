@@ -23,7 +23,6 @@ from shared_config.contract import noise
 from shared_config.contract.parameters import ParameterTable, parameter_table
 from shared_config.contract.rope import rope_tables
 from shared_config.contract.vision import TowerConfig, adapter_table, tower_table, wrapper_table
-from shared_config.errors import ConfigError
 from shared_config.schema import (
     AdapterConfig,
     CrossAttentionConfig,
@@ -42,6 +41,7 @@ from tests.oracle.mot import mot_block, stream
 from tests.oracle.vision import vision_tower
 from tests.oracle.vlm import cross_attention_decoder, joint_decoder, moma_decoder, mot_decoder
 from tests.oracle.weights import draw
+from tests.outcomes import refused
 from tests.tolerance import assert_same_function
 
 Arrays = dict[str, np.ndarray]
@@ -269,7 +269,7 @@ def check_moma(backend: str) -> None:
     masks = {"key_padding_mask": REAL, "noise": moma_noise(IDS, REAL, 4)}
     side.same(found, moma_decoder(weights_of(table), config, MOMA, STREAM, IDS, **masks).logits, "ids")
     heads = (2, 24, 3, 2, torch.float64 if backend == "torch" else jnp.float64)
-    with pytest.raises(ValueError, match="causal routers"):
+    with refused("causal routers"):
         model.run(side.array(IDS), kv_caches=[side.module("model.attention").KVCache(*heads)])
 
 
@@ -352,10 +352,10 @@ def check_seed(backend: str) -> None:
 def check_budget(backend: str) -> None:
     """What does not fit is refused, when it is built and when it is called."""
     side, build = Side(backend), Side(backend).module("model.vlm").build_vlm_wrapper
-    with pytest.raises(ConfigError, match="image tokens must fit"):
+    with refused("image tokens must fit"):
         side.built(build, MODEL, VISION, PLAIN, MOT, 9)
     model = side.built(build, MODEL, VISION, PLAIN, CROSS, 2)
-    with pytest.raises(ValueError, match="3 frames: must have from 1 to 2"):
+    with refused("3 frames: must have from 1 to 2"):
         model.run(*map(side.array, (CLIPS.astype(np.float32), TOKENS)))
 
 
