@@ -1,0 +1,157 @@
+"""Plant bugs drawn at random, one at a time, in a copy of the tree, and see whether a test fails.
+
+    python -m tests.mutation --record                                   which tests enter which functions: once, slow
+    python -m tests.mutation --folder shared_config --sample 100 --seed 7
+    python -m tests.mutation --folder torch --again results.jsonl       survivors of a sample once more
+
+Each mutant runs in a process of its own, with the tests that enter its function (``selection``), until one fails. Any
+red test kills, and a run that takes ten times as long as it should; both are told apart from failed assertions. What
+survives is either in ``equivalent.toml``, with the reason why it changes nothing that anyone may rely on, or it wants
+a test. Results go to .cache/mutation, a line a mutant; the table counts them by folder and kind of bug. The operators
+are drawn with equal chances, so that frequent kinds don't crowd out the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+import tomllib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tests.mutation.operators import Mutation, mutations_of
+from tests.mutation.runs import ROOT, Reporter, copy_tree, prepare, run_tests
+from tests.mutation.selection import Record, choose, read_record, record
+
+EQUIVALENT = Path(__file__).parent / "equivalent.toml"
+FOLDERS = {
+    "torch": ("kempnerforge_torch/model", "kempnerforge_torch/training"),
+    "jax": ("kempnerforge_jax/model", "kempnerforge_jax/training"),
+    "shared_config": (
+        *(f"shared_config/{folder}" for folder in ("contract", "compare", "interchange", "data")),
+        "shared_config/decoding.py",
+    ),
+}
+
+
+def all_mutations(folder: str) -> list[Mutation]:
+    places = [ROOT / place for place in FOLDERS[folder]]
+    files = [file for place in places for file in (sorted(place.rglob("*.py")) if place.is_dir() else [place])]
+    return [mutation for file in files for mutation in mutations_of(str(file.relative_to(ROOT)), file.read_bytes())]
+
+
+def draw(mutations: Iterable[Mutation], count: int, seed: int) -> list[Mutation]:
+    """A random sample: first the operator, then one of its mutations."""
+    rng, by_operator = random.Random(seed), defaultdict(list)
+    for mutation in mutations:
+        by_operator[mutation.operator].append(mutation)
+    drawn: dict[tuple[str, str, str, str], Mutation] = {}
+    while len(drawn) < count:
+        mutation = rng.choice(by_operator[rng.choice(sorted(by_operator))])
+        if mutation.is_change((ROOT / mutation.file).read_bytes()):
+            drawn[mutation.key] = mutation
+    return list(drawn.values())
+
+
+def equivalents() -> dict[tuple[str, str, str, str], str]:
+    """Reasons by the key of the mutation."""
+    entries = tomllib.loads(EQUIVALENT.read_text(encoding="utf-8")).get("mutation", [])
+    return {(each["file"], each["function"], each["before"], each["after"]): each["reason"] for each in entries}
+
+
+def plant(tree: Path, mutation: Mutation, recorded: Record, killers: Counter[str], seconds: float) -> dict[str, Any]:
+    """How the tests took the mutation: its status, and the failure that killed it."""
+    file = tree / mutation.file
+    source, times = file.read_bytes(), file.stat()
+    chosen = choose(recorded, mutation, killers, seconds)
+    rounds = [chosen[:12], chosen[12:]]
+    file.write_bytes(mutation.apply((ROOT / mutation.file).read_bytes()))
+    try:
+        for tests in filter(None, rounds):
+            names = [name for name, _ in tests]
+            files = list(dict.fromkeys(name.partition("::")[0] for name in names))
+            said = run_tests(tree, files, Reporter(names), 60 + 10 * sum(took for _, took in tests))
+            if said.get("hangs") or said.get("dies"):
+                return {"status": "hang" if "hangs" in said else "error", "tests": len(chosen)}
+            if said["failure"]:
+                killers[said["failure"]["test"]] += 1
+                return {"status": said["failure"]["kind"], "tests": len(chosen), **said["failure"]}
+            if said["status"]:
+                return {"status": "error", "tests": len(chosen), "said": f"pytest ended with {said['status']}"}
+    finally:
+        file.write_bytes(source)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return {"status": "survived" if chosen else "not covered", "tests": len(chosen)}
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Killed of planted, without equivalents, by operator and in all."""
+    lines = []
+    for name in [*sorted({result["operator"] for result in results}), "all"]:
+        found = Counter(result["status"] for result in results if name in (result["operator"], "all"))
+        planted = found.total() - found["equivalent"]
+        killed = planted - found["survived"] - found["not covered"]
+        lines.append(f"{name:20} {killed:4}/{planted:<4} {dict(sorted(found.items()))}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--folder", choices=FOLDERS, default="shared_config")
+    parser.add_argument("--sample", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=120, help="of recorded test time for each mutant")
+    parser.add_argument("--record", nargs="*", metavar="TEST_FILE", help="record these files, or all")
+    parser.add_argument("--again", type=Path, metavar="RESULTS", help="plant survivors of an earlier sample again")
+    arguments = parser.parse_args()
+    name = f"{arguments.folder}-{arguments.seed}.jsonl"
+    results_file = ROOT / ".cache" / "mutation" / (f"again-{name}" if arguments.again else name)
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        tree = copy_tree(Path(folder).resolve())
+        mutations = [] if arguments.record is not None else all_mutations(arguments.folder)
+        prepare(tree)
+        if arguments.record is not None:
+            every = sorted(str(file.relative_to(tree)) for file in tree.glob("tests/**/test_*.py"))
+            record(tree, arguments.record or every, 3600)
+            return 0
+        if arguments.again:
+            earlier = [json.loads(line) for line in arguments.again.read_text().splitlines()]
+            wanted = {result["after"] for result in earlier if result["status"] in ("survived", "not covered")}
+            drawn = [mutation for mutation in mutations if mutation.after in wanted]
+        else:
+            drawn = draw(mutations, arguments.sample, arguments.seed)
+        results = run_all(tree, drawn, results_file, arguments.seconds)
+    print(table(results))
+    return int(any(result["status"] in ("survived", "not covered") for result in results))
+
+
+def run_all(tree: Path, drawn: Sequence[Mutation], results_file: Path, seconds: float) -> list[dict[str, Any]]:
+    """Results of all, each written as soon as it is known."""
+    known, recorded, killers, results = equivalents(), read_record(), Counter(), []
+    results_file.parent.mkdir(parents=True, exist_ok=True)
+    with results_file.open("w", encoding="utf-8") as file:
+        for mutation in drawn:
+            start = time.monotonic()
+            said = (
+                {"status": "equivalent", "reason": known[mutation.key]}
+                if mutation.key in known
+                else plant(tree, mutation, recorded, killers, seconds)
+            )
+            took = round(time.monotonic() - start, 1)
+            results.append({**asdict(mutation), **said, "took": took})
+            file.write(json.dumps(results[-1]) + "\n")
+            file.flush()
+            print(f"{said['status']:11} {took:6} {' | '.join(mutation.key)}", flush=True)
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Which tests see which function: a record of runs of every test file by itself, and the tests chosen from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.mutation.operators import Mutation
+from tests.mutation.runs import ROOT, Recorder, run_tests
+
+Record = dict[str, dict[str, Any]]
+FILE = ROOT / ".cache" / "mutation" / "record.json"
+AT_ONCE = 2
+UNFIT = (
+    "tests.mutants",  # every change of a line is an error to lists of bugs in source text
+    "tests.mutation",
+    "send_signal",  # depends on what else the machine does
+    "benchmark",
+)
+
+
+def read_record() -> Record:
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def record(tree: Path, files: Iterable[str], seconds: float) -> Record:
+    """Run each test file in a process of its own, so that nothing is cached for it, and add to the record on disk."""
+    for file in files:
+        text = (tree / file).read_text(encoding="utf-8")
+        if any(word in text for word in UNFIT):
+            continue
+        said = run_tests(tree, [file], Recorder(tree), seconds)
+        print(file, len(said.get("tests", ())), "tests", flush=True)
+        if "tests" not in said:
+            print(said, (tree / "output.txt").read_text())
+        if "tests" in said:
+            FILE.parent.mkdir(parents=True, exist_ok=True)
+            FILE.write_text(json.dumps({**read_record(), file: {key: said[key] for key in ("tests", "functions")}}))
+    return read_record()
+
+
+def choose(recorded: Record, mutation: Mutation, killers: Mapping[str, int], seconds: float) -> list[tuple[str, float]]:
+    """(test, seconds) of tests that run the function of a mutation, the most telling first, ``seconds`` in all.
+
+    Tests that saw other bugs of the file come first, then the fastest two of every test file, and so on. A test whose
+    function may have been cached by an earlier test of its file comes after those that are known to enter it.
+    """
+    name = f"{mutation.file}:{mutation.function}"
+    enters = lambda functions: any(f == name if mutation.function else f.startswith(name) for f in functions)  # noqa: E731
+    ranked = []
+    for file, about in recorded.items():
+        if enters(about["functions"]) or any(enters(test["functions"]) for test in about["tests"].values()):
+            tests = [(not enters(test["functions"]), test["seconds"], node) for node, test in about["tests"].items()]
+            for rank, (cached, took, node) in enumerate(sorted(tests)):
+                ranked.append((-killers.get(node, 0), cached, rank // AT_ONCE, file, took, node))
+    chosen, total = [], 0.0
+    for *_, took, node in sorted(ranked):
+        if total + took <= seconds:
+            chosen.append((node, took))
+            total += took
+    return chosen
