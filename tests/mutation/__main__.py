@@ -73,7 +73,7 @@ def plant(tree: Path, mutation: Mutation, recorded: Record, killers: Counter[str
     source, times = file.read_bytes(), file.stat()
     chosen = choose(recorded, mutation, killers, seconds)
     rounds = [chosen[:12], chosen[12:]]
-    file.write_bytes(mutation.apply((ROOT / mutation.file).read_bytes()))
+    file.write_bytes(mutation.apply(source))
     try:
         for tests in filter(None, rounds):
             names = [name for name, _ in tests]
