@@ -55,6 +55,59 @@ def test_window_and_scaling_are_shrunk_along() -> None:
     assert small.rope_scaling.original_max_seq_len == small.max_seq_len // 2
 
 
+SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "ffn_hidden_dim", "max_seq_len")
+SHRUNK = {
+    "llama3_8b": (128, 2, 8, 2, 16, 260, 448, 256),
+    "llama_125m": (64, 2, 4, 4, 16, 260, 168, 256),
+    "llama_1b": (128, 2, 8, 2, 16, 260, 512, 256),
+    "qwen3_0_6b": (32, 2, 4, 2, 16, 260, 96, 256),
+    "debug_moe": (64, 3, 4, 2, 16, 260, 176, 256),
+    "moe_small": (64, 2, 4, 2, 16, 260, 176, 256),
+    "vlm_8b_cross_attention": (128, 5, 8, 2, 16, 260, 448, 256),
+}
+
+
+@pytest.mark.parametrize("preset", SHRUNK)
+def test_large_sizes_shrink_to_these(preset: str) -> None:
+    small = shrink(load_config(preset))
+    assert tuple(getattr(small.model, size) for size in SIZES) == SHRUNK[preset]
+
+
+def test_large_experts_windows_images_and_batches_shrink_to_these() -> None:
+    experts = ["--model.num_experts=64", "--model.moe_top_k=6", "--model.sliding_window=100", "--train.batch_size=99"]
+    small = shrink(load_config("debug_moe", experts))
+    assert (small.model.num_experts, small.model.moe_top_k, small.model.sliding_window) == (8, 4, 12)
+    assert (small.train.batch_size, small.train.seq_len) == (8, 64)
+    images = ["--video.max_frames=9", "--video.min_frames=5", "--vlm.max_text_len=500"]
+    images += ["--video.frame_size=32", "--adapter.type=attentional_pool"]
+    images += ["--model.max_seq_len=9000", "--train.seq_len=500"]
+    small = shrink(load_config("debug_vlm_joint_decoder", images))
+    assert small.vision_encoder is not None
+    assert small.adapter is not None
+    assert small.video is not None
+    assert small.vlm is not None
+    encoder = small.vision_encoder
+    assert (encoder.image_size, encoder.patch_size, encoder.feature_dim, encoder.n_layers) == (32, 8, 48, 2)
+    assert (small.adapter.pool_window, small.adapter.pool_heads) == (2, 2)
+    assert (small.video.max_frames, small.video.min_frames, small.vlm.max_text_len) == (2, 2, 64)
+    assert (
+        shrink(load_config("debug_vlm_moma", ["--vlm.moma_experts_per_modality.image=9"])).vlm
+        == shrink(load_config("debug_vlm_moma", ["--vlm.moma_experts_per_modality.image=8"])).vlm
+    )
+
+
+def test_what_is_small_stays() -> None:
+    overrides = [
+        "--model.dim=16", "--model.n_heads=2", "--model.n_kv_heads=1", "--model.ffn_hidden_dim=24", "--model.n_layers=2",
+        "--model.max_seq_len=20", "--model.sliding_window=3", "--model.num_experts=3", "--model.moe_top_k=1",
+        "--model.vocab_size=258", "--train.batch_size=2", "--train.seq_len=20",
+    ]  # fmt: skip
+    config = load_config("debug_moe", overrides)
+    small = shrink(config)
+    assert small.model == config.model
+    assert small.train == config.train
+
+
 def test_validation_weights_hide_nothing() -> None:
     config = load_config("debug_moe", ["--model.attention_bias", "true", "--model.norm_type", "layernorm"])
     table = parameter_table(config.model)

@@ -206,6 +206,8 @@ def test_heldout_batches_are_fixed_and_cover_a_short_stream_once() -> None:
         np.testing.assert_array_equal(one["labels"], other["labels"])
     assert [len(batches(heldout_steps=steps)) for steps in (0, 1, 3, 9)] == [0, 1, 3, 3]
     assert batches(heldout_batch_size=3)[0]["tokens"].shape == (3, 10)
+    for batch in batches(text_mask=True):
+        np.testing.assert_array_equal(batch["text_mask"], batch["labels"] != -100)
 
 
 def test_heldout_ranks_have_the_same_number_of_batches_and_share_no_row() -> None:
