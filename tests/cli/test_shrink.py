@@ -98,7 +98,8 @@ def test_large_experts_windows_images_and_batches_shrink_to_these() -> None:
 
 def test_what_is_small_stays() -> None:
     overrides = [
-        "--model.dim=16", "--model.n_heads=2", "--model.n_kv_heads=1", "--model.ffn_hidden_dim=24", "--model.n_layers=2",
+        "--model.dim=16", "--model.n_heads=2", "--model.n_kv_heads=1", "--model.n_layers=2",
+        "--model.ffn_hidden_dim=24",
         "--model.max_seq_len=20", "--model.sliding_window=3", "--model.num_experts=3", "--model.moe_top_k=1",
         "--model.vocab_size=258", "--train.batch_size=2", "--train.seq_len=20",
     ]  # fmt: skip
