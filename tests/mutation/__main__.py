@@ -5,7 +5,7 @@
     python -m tests.mutation --folder torch --again results.jsonl       survivors of a sample once more
 
 Each mutant runs in a process of its own, with the tests that enter its function (``selection``), until one fails. Any
-red test kills, and a run that takes twenty times as long as it should; both are told apart from failed assertions. What
+red test kills, and a run that takes ten times as long as it should; both are told apart from failed assertions. What
 survives is either in ``equivalent.toml``, with the reason why it changes nothing that anyone may rely on, or it wants
 a test. Results go to .cache/mutation, a line a mutant; the table counts them by folder and kind of bug. The operators
 are drawn with equal chances, so that frequent kinds don't crowd out the others.
@@ -78,7 +78,7 @@ def plant(tree: Path, mutation: Mutation, recorded: Record, killers: Counter[str
         for tests in filter(None, rounds):
             names = [name for name, _ in tests]
             files = list(dict.fromkeys(name.partition("::")[0] for name in names))
-            said = run_tests(tree, files, Reporter(names), 120 + 20 * sum(took for _, took in tests))
+            said = run_tests(tree, files, Reporter(names), 60 + 10 * sum(took for _, took in tests))
             if said.get("hangs") or said.get("dies"):
                 return {"status": "hang" if "hangs" in said else "error", "tests": len(chosen)}
             if said["failure"]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import runpy
 import shutil
 import signal
@@ -23,6 +24,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("kempnerforge_torch", "kempnerforge_jax", "shared_config")
+ASLEEP = 1800
 LIBRARIES = ("numpy", "pydantic", "rich", "hypothesis", "safetensors.numpy", "torch", "jax", "flax.nnx", "optax")
 
 
@@ -54,26 +56,31 @@ def prepare(tree: Path) -> None:
 
 
 def run_tests(tree: Path, tests: Sequence[str], plugin: Reporter, seconds: float) -> dict[str, Any]:
-    """What the plugin says of a run of these files or tests; {"hangs": True} if it takes longer than ``seconds``."""
+    """What the plugin says of a run of these files; {"hangs": True} if it takes more than ``seconds`` of a processor,
+    or `ASLEEP` by the clock.
+    """
     answer = tree / "answer.json"
     answer.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
         try:
             os.setsid()
+            resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
             _be_quiet(tree / "output.txt")
             _answer(answer, tests, plugin)
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(0)
-    end = time.monotonic() + seconds
-    while os.waitpid(child, os.WNOHANG) == (0, 0):
+    end = time.monotonic() + ASLEEP
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
         if time.monotonic() > end:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return {"hangs": True}
         time.sleep(0.05)
+    if os.waitstatus_to_exitcode(ended[1]) in (-signal.SIGXCPU, -signal.SIGKILL):
+        return {"hangs": True}
     return json.loads(answer.read_text()) if answer.exists() else {"dies": True}
 
 
