@@ -179,8 +179,8 @@ MOE_MUTANTS = (
         ("rows_b >= start) &", "rows_b >= start - 1) &"),
     ),
     Mutant(
-        "model.grouped", "a row of no group in the last one", None,
-        ("< ends_E[-1])[:, None]", "<= ends_E[-1])[:, None]"),
+        "model.grouped", "last row of the last group in none", None,
+        ("< ends_E[-1])[:, None]", "< ends_E[-1] - 1)[:, None]"),
     ),
     Mutant(
         "model.grouped", "no gradient through the weights' gradient", None,
