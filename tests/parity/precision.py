@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-PRODUCT, ROUNDING, SUM, ELEMENTWISE = "product", "rounding", "sum", "elementwise"
+PRODUCT, ROUNDING, SUM, ELEMENTWISE, ACCUMULATION = "product", "rounding", "sum", "elementwise", "accumulation"
 ANYWHERE = "anywhere"
 
 
@@ -22,7 +22,8 @@ class Operation(NamedTuple):
     """One narrow operation.
 
     Attributes:
-        kind: a product of matrices, a rounding to a narrow type, a sum along an axis, or one by elements.
+        kind: a product of matrices, a rounding to a narrow type, a sum along an axis, one by elements,
+            or a loop that adds to what it carries.
         name: of the primitive or operator.
         site: "model.norm:RMSNorm.forward", the innermost function of the backend; "" if there is none.
         line: of that function.

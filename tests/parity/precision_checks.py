@@ -20,6 +20,7 @@ from tests.parity import precision_jax, precision_torch
 from tests.parity.precision import Operation, violations
 from tests.parity.precision_cases import JOBS, TOWERS, batch_of, job_of
 from tests.parity.precision_rules import RULES
+from tests.parity.rounding_checks import SIDES, narrow_operations
 
 PROMPTS = [[1, 2, 3, 4, 5], [6]]
 DECODED = ("dense", "experts, balanced", "joint_decoder", "cross_attention", "mot")
@@ -175,8 +176,38 @@ def check_decoding(backend: str, cases: Iterable[str] = DECODED) -> list[Operati
 
 def check_parts(backend: str) -> list[Operation]:
     """Parts by themselves."""
-    operations = parts(backend)
+    return allowed(backend, parts(backend), backward=False)
+
+
+def check_gradients_of(backend: str, *names: str) -> list[Operation]:
+    """Parts, without their gradients and with them: in the former no rounding can be a gradient's."""
+    check_forward_of(backend, *names)
+    operations = [operation for name in names for operation in narrow_operations(SIDES[backend], name)]
+    return allowed(backend, operations, backward=True)
+
+
+def check_forward_of(backend: str, *names: str) -> list[Operation]:
+    """Parts without their gradients."""
+    operations = [op for name in names for op in narrow_operations(SIDES[backend], name, with_gradient=False)]
     return allowed(backend, operations, backward=False)
+
+
+def check_full_precision(backend: str) -> None:
+    """The weights that a step computes with are narrow, but for those of routers."""
+    train = module(backend, "training.train")
+    job = job_of("experts, balanced")
+    trainer = train.Trainer(job, "cpu")
+    if backend == "jax":
+        seen = {
+            name: str(array.dtype) for name, array in train._compute_copy(trainer.recipe, trainer.parameters).items()
+        }
+    else:
+        with mock.patch.object(torch.func, "functional_call") as call:
+            trainer._call(trainer.model, "", {})
+        seen = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in call.call_args.args[1].items()}
+    expected = {name: "float32" if "router" in name else "bfloat16" for name in seen}
+    assert any("router" in name for name in seen)
+    assert seen == expected
 
 
 def allowed(backend: str, operations: list[Operation], *, backward: bool) -> list[Operation]:

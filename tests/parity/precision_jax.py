@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from tests.parity.precision import ELEMENTWISE, PRODUCT, ROUNDING, SUM, Operation, site_of
+from tests.parity.precision import ACCUMULATION, ELEMENTWISE, PRODUCT, ROUNDING, SUM, Operation, site_of
 
 NARROW = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 MOVEMENT = {
     "reshape", "transpose", "broadcast_in_dim", "slice", "dynamic_slice", "dynamic_update_slice", "concatenate",
     "gather", "select_n", "pad", "squeeze", "expand_dims", "rev", "copy", "copy_p", "scatter", "split", "stack",
-    "unstack", "iota", "empty2", "optimization_barrier", "stop_gradient", "device_put",
+    "unstack", "empty2", "optimization_barrier", "stop_gradient", "device_put",
 }  # fmt: skip
 EXACT = {
     "eq", "ne", "lt", "gt", "le", "ge", "is_finite", "max", "min", "neg", "abs", "sign", "clamp", "reduce_max",
@@ -25,6 +25,7 @@ SUMS = {
     "reduce_sum", "reduce_prod", "cumsum", "cumprod", "cumlogsumexp", "reduce_window_sum", "reduce_window",
     "scatter-add", "scatter_add", "scatter-mul", "scatter_mul", "reduce",
 }  # fmt: skip
+ADDITIONS = {"add", "sub", "add_any", "reduce_sum"}
 PRODUCTS = {
     "dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated",
 }  # fmt: skip
@@ -47,12 +48,56 @@ def _narrow(jaxpr: Any, outer: str) -> Iterator[Operation]:
         inner = [] if eqn.primitive.name in SUMS else list(_jaxprs(eqn.params))
         for part in inner:
             yield from _narrow(part, place if eqn.primitive.name in ("jit", "pjit") else "")
+        if eqn.primitive.name in ("scan", "while") and _accumulates(eqn):
+            yield _operation(ACCUMULATION, eqn, place)
         kind = None if inner else _kind(eqn)
         if kind is not None:
-            path, _, line = place.rpartition(":")
-            site = site_of(path, int(line), "jax") if path else ""
-            types = ", ".join(str(variable.aval) for variable in (*eqn.invars, *eqn.outvars))
-            yield Operation(kind, eqn.primitive.name, site, int(line or 0), types)
+            yield _operation(kind, eqn, place)
+
+
+def _operation(kind: str, eqn: Any, place: str) -> Operation:
+    path, _, line = place.rpartition(":")
+    types = ", ".join(str(variable.aval) for variable in (*eqn.invars, *eqn.outvars))
+    return Operation(kind, eqn.primitive.name, site_of(path, int(line), "jax") if path else "", int(line or 0), types)
+
+
+def _accumulates(eqn: Any) -> bool:
+    """Whether a loop carries a narrow number to which every round adds something."""
+    params = eqn.params
+    if eqn.primitive.name == "scan":
+        body, constants, carried = params["jaxpr"].jaxpr, params["num_consts"], params["num_carry"]
+    else:
+        body, constants = params["body_jaxpr"].jaxpr, params["body_nconsts"]
+        carried = len(body.outvars)
+    before, after = body.invars[constants : constants + carried], body.outvars[:carried]
+    return any(
+        _dtype(start) in NARROW and _added(body, {start: False}).get(end, False)
+        for start, end in zip(before, after, strict=True)
+        if not isinstance(end, core.Literal)
+    )
+
+
+def _added(jaxpr: Any, seen: dict[Any, bool]) -> dict[Any, bool]:
+    """Which variables hold one of ``seen``, moved or cast: and whether something was added to it."""
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        given = [variable for variable in eqn.invars if not isinstance(variable, core.Literal) and variable in seen]
+        if not given:
+            continue
+        inner = list(_jaxprs(eqn.params))
+        if name in ("jit", "pjit"):
+            (part,) = inner
+            pairs = zip(part.invars, eqn.invars, strict=True)
+            within = {own: seen[outer] for own, outer in pairs if outer in given}
+            found = _added(part, within)
+            results = zip(eqn.outvars, part.outvars, strict=True)
+            seen.update(
+                {outer: found[own] for outer, own in results if not isinstance(own, core.Literal) and own in found}
+            )
+        elif name in MOVEMENT or name in ADDITIONS or name == "convert_element_type":
+            held = any(seen[variable] for variable in given) or name in ADDITIONS
+            seen.update(dict.fromkeys(eqn.outvars, held))
+    return seen
 
 
 def _jaxprs(params: Any) -> Iterator[Any]:
@@ -87,8 +132,7 @@ def _kind(eqn: Any) -> str | None:
         return None
     if name == "convert_element_type":
         is_constant = eqn.invars[0].aval.weak_type and eqn.invars[0].aval.shape == ()
-        wide = jnp.issubdtype(before[0], jnp.floating) and before[0] not in NARROW
-        return ROUNDING if wide and not is_constant else None
+        return ROUNDING if before[0] not in (*NARROW, jnp.bool_) and not is_constant else None
     if name in SUMS:
         return None if _moves(eqn) else SUM
     return PRODUCT if name in PRODUCTS else ELEMENTWISE

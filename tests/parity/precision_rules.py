@@ -5,7 +5,7 @@ Numbers are lines of a function. A line more, or another function, is an error u
 
 from __future__ import annotations
 
-from tests.parity.precision import ANYWHERE, ELEMENTWISE, PRODUCT, ROUNDING, SUM, Rule
+from tests.parity.precision import ACCUMULATION, ANYWHERE, ELEMENTWISE, PRODUCT, ROUNDING, SUM, Rule
 
 PRODUCTS = "devices sum products of narrow factors in float32, and round a result once"
 RESIDUAL = "the residual stream is of the compute dtype: one rounding a sum of two"
@@ -54,6 +54,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             ("add",),
         ),
         Rule(ELEMENTWISE, COTANGENTS, {ANYWHERE: 0}, ("add_any",), backward=True),
+        Rule(ACCUMULATION, RESIDUAL, {"model.scan:run_blocks": 1}),
         Rule(
             ROUNDING,
             ONCE,
@@ -143,6 +144,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
                 "model.adapter:MLP2LayerAdapter.forward": 1,
                 "model.vision:VisionMLP.forward": 1,
                 "model.looped:_looped_moe": 2,
+                "model.moe:MoEMLP._apply_experts": 1,
             },
             ("silu", "gelu", "silu_backward", "gelu_backward"),
         ),
@@ -153,7 +155,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             ("silu", "gelu", "silu_backward", "gelu_backward"),
             backward=True,
         ),
-        Rule(ELEMENTWISE, GATED, {"model.mlp:SwiGLUMLP.forward": 0}, ("mul",)),
+        Rule(ELEMENTWISE, GATED, {"model.mlp:SwiGLUMLP.forward": 0, "model.moe:MoEMLP._apply_experts": 0}, ("mul",)),
         Rule(ELEMENTWISE, GATED, {"model.looped:_looped_moe": 0}, ("mul_",)),
         Rule(ELEMENTWISE, GATED, {"model.looped:_looped_moe_backward": 4}, ("mul", "mul_"), backward=True),
         Rule(
@@ -202,6 +204,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
                 "model.moe:MoEMLP.forward": 1,
                 "model.moma:ExpertChoiceMoE.forward": 1,
                 "model.router:Gate.forward": 1,
+                "model.attention:attention_weights": 2,
+                "model.moe:combine": 1,
                 "model.looped:_looped_moe_backward": 3,
                 "training.loss:_summed": 1,
                 "model.vision:quick_gelu": 1,
@@ -225,6 +229,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
                 "model.adapter:MLP2LayerAdapter.forward": 1,
                 "model.adapter:AttentionalPoolAdapter.forward": 1,
                 "model.mot:MoTAttention._heads": 1,
+                "model.moe:_Spread.backward": 1,
             },
             ("sum",),
             backward=True,

@@ -89,7 +89,8 @@ def _kind(name: str, given: list[Any], results: list[Any], args: Any, kwargs: An
     if not any(dtype in NARROW for dtype in results) or name in MOVEMENT or name in EXACT:
         return None
     if name in COPIES:
-        return ROUNDING if any(dtype not in NARROW for dtype in given) else None
+        sources = _dtypes(args[1] if len(args) > 1 and name != "_to_copy" and name != "to" else args[0], numbers=True)
+        return ROUNDING if any(dtype not in NARROW for dtype in sources) else None
     if name in ("index_put", "index_put_", "_index_put_impl_"):
         accumulate = args[3] if len(args) > 3 else kwargs.get("accumulate", False)
         return SUM if accumulate else None
@@ -104,9 +105,10 @@ def _moves(args: Any) -> bool:
     return bool(axes) and all(args[0].shape[axis] == 1 for axis in axes)
 
 
-def _dtypes(tree: Any) -> list[torch.dtype]:
-    """Of the floating-point tensors."""
-    return [leaf.dtype for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+def _dtypes(tree: Any, numbers: bool = False) -> list[torch.dtype]:
+    """Of the floating-point tensors, or of all tensors that hold ``numbers``."""
+    dtypes = [leaf.dtype for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [dtype for dtype in dtypes if dtype.is_floating_point or (numbers and dtype != torch.bool)]
 
 
 def _place() -> tuple[tuple[str, int], bool]:

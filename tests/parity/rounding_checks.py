@@ -5,9 +5,11 @@ What they give in float32, of narrow inputs, is as exact as float32. Rows are th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import jax
 import ml_dtypes
@@ -15,7 +17,9 @@ import numpy as np
 import torch
 
 from shared_config.numerics import UNIT_ROUNDOFF, as_float64
+from tests.parity import precision_jax, precision_torch
 from tests.parity.backends import BACKENDS
+from tests.parity.precision import Operation
 
 Arrays = dict[str, np.ndarray]
 NARROW_ROUNDINGS, WIDE_ROUNDINGS = 3.0, 8.0
@@ -80,26 +84,58 @@ def rotation(backend: Any, dtype: str) -> Callable[..., Any]:
 def rotary_tables(backend: Any, dtype: str) -> Callable[..., Any]:
     tables = backend.build(backend.module("model.position").RotaryTables, HEAD, 600, dtype=dtype)
     places = backend.array(np.arange(600 - TOKENS, 600))
-    return lambda x: tables(places, x.dtype)[0] * (1 + 0 * x.sum())
+    return lambda x: tables(places, x.dtype)[0]
 
 
 def module_of(path: str, name: str, *sizes: Any, **options: Any) -> Callable[[Any, str], Callable[..., Any]]:
     """A module with drawn weights."""
 
     def build(backend: Any, dtype: str) -> Callable[..., Any]:
-        module = backend.build(getattr(backend.module(path), name), *sizes, dtype=dtype, **options)
-        state = backend.module("model.state")
-        rng = np.random.default_rng(9)
-        weights = {key: drawn(rng, key, tuple(value.shape)) for key, value in state.get_state(module).items()}
-        state.set_state(module, weights)
-        return module
+        return with_weights(backend, backend.build(getattr(backend.module(path), name), *sizes, dtype=dtype, **options))
 
     return build
 
 
-def drawn(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def with_weights(backend: Any, module: Any) -> Any:
+    state, rng = backend.module("model.state"), np.random.default_rng(9)
+    state.set_state(module, {key: drawn(rng, tuple(value.shape)) for key, value in state.get_state(module).items()})
+    return module
+
+
+def drawn(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     values = rng.standard_normal(shape) / np.sqrt(shape[-1]) if len(shape) > 1 else rng.uniform(0.5, 1.5, shape)
     return values.astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def experts_of_an_accelerator(backend: Any, dtype: str) -> Callable[..., Any]:
+    """Rows of all experts at once, as wherever the offsets are not on the host."""
+    layer = PARTS["experts"].build(backend, dtype)
+    if backend.name == "jax":
+        return layer
+    looped = functools.partial(mock.patch.object, backend.module("model.moe"), "loops_over_experts")
+
+    def call(x: Any) -> Any:
+        with looped(lambda rows: False):
+            return layer(x)
+
+    return call
+
+
+def experts_that_choose(backend: Any, dtype: str) -> Callable[..., Any]:
+    moma, mlp = backend.module("model.moma"), backend.module("model.mlp")
+
+    def build(**options: Any) -> Any:
+        router = moma.ExpertChoiceSigmoidRouter(WIDTH, 3, **options)
+        return moma.ExpertChoiceMoE(router, [mlp.build_mlp(WIDTH, 48, **options) for _ in range(3)])
+
+    layer = with_weights(backend, backend.build(build, dtype=dtype))
+    return lambda x: layer(x)[0]
+
+
+def draw(backend: Any, dtype: str) -> Callable[..., Any]:
+    """Sampling, as one function of the logits and of uniform numbers."""
+    function = backend.module("model.generate")._draw
+    return lambda logits, uniforms: function(logits, uniforms, 0.7, 5, 0.9)
 
 
 def combine_weights(backend: Any, dtype: str) -> Callable[..., Any]:
@@ -129,12 +165,18 @@ def loss(backend: Any, dtype: str) -> Callable[..., Any]:
 
 def look_up(backend: Any, dtype: str) -> Callable[..., Any]:
     """Few rows, each hundreds of times, as functions of the table."""
-    ids = np.arange(REPEATS, dtype=np.int32) % VOCAB
-    if backend.name == "jax":
-        function = backend.module("model.linear")._look_up
-        return lambda table: function(table, backend.array(ids))
-    function = backend.module("model.embedding")._LookUp
-    return lambda table: function.apply(table, backend.array(ids))
+    layer = backend.build(backend.module("model.embedding").TokenEmbedding, VOCAB, WIDTH, dtype=dtype)
+    ids = backend.array(np.arange(REPEATS, dtype=np.int32) % VOCAB)
+    return lambda table: with_parameter(backend, layer, "embedding.weight", table)(ids)
+
+
+def with_parameter(backend: Any, module: Any, name: str, value: Any) -> Callable[..., Any]:
+    """The module as a function of its inputs, with another value of a parameter."""
+    if backend.name == "torch":
+        return lambda *inputs: torch.func.functional_call(module, {name: value}, inputs)
+    state = backend.module("model.state")
+    graphdef, params, buffers = state.split(module)
+    return state.merge(graphdef, {**params, name: value}, buffers)
 
 
 def biased(backend: Any, dtype: str) -> Callable[..., Any]:
@@ -143,11 +185,7 @@ def biased(backend: Any, dtype: str) -> Callable[..., Any]:
     layer: Any = module_of(path, "Linear", WIDTH, WIDTH, True)(backend, dtype)
     rows = np.random.default_rng(3).standard_normal((REPEATS, WIDTH)).astype(ml_dtypes.bfloat16)
     rows = backend.array(rows.astype(np.float64), dtype)
-    if backend.name == "torch":
-        return lambda bias: torch.func.functional_call(layer, {"bias": bias}, (rows,))
-    state = backend.module("model.state")
-    graphdef, params, buffers = state.split(layer)
-    return lambda bias: state.merge(graphdef, {**params, "bias": bias}, buffers)(rows)
+    return lambda bias: with_parameter(backend, layer, "bias", bias)(rows)
 
 
 def grouped(name: str) -> Callable[[Any, str], Callable[..., Any]]:
@@ -170,7 +208,7 @@ PARTS = {
     "attend to some": Part(attend_to_some, HEADS, 2.0),
     "probabilities": Part(probabilities, HEADS[:2], 2.0),
     "rotation": Part(rotation, ((2, TOKENS, HEAD),)),
-    "rotary tables": Part(rotary_tables, ROWS),
+    "rotary tables": Part(rotary_tables, ROWS, has_gradient=False),
     "RMSNorm": Part(module_of("model.norm", "RMSNorm", WIDTH), ROWS, 3.0),
     "LayerNorm": Part(module_of("model.norm", "LayerNorm", WIDTH), ROWS, 3.0),
     "SwiGLU": Part(module_of("model.mlp", "SwiGLUMLP", WIDTH, 48), ROWS),
@@ -180,6 +218,10 @@ PARTS = {
         module_of("model.moe", "build_moe", WIDTH, 48, EXPERTS, 2, packed_experts=True, gradient_scale=True),
         ((1, *ROWS[0]),),
     ),
+    "experts of an accelerator": Part(experts_of_an_accelerator, ((1, *ROWS[0]),)),
+    "experts that choose": Part(experts_that_choose, ((1, *ROWS[0]),)),
+    "quick_gelu": Part(module_of("model.vision", "VisionMLP", WIDTH, 48, "quick_gelu"), ROWS),
+    "gelu_tanh": Part(module_of("model.vision", "VisionMLP", WIDTH, 48, "gelu_pytorch_tanh"), ROWS),
     "combine weights": Part(combine_weights, ROWS),
     "balanced weights": Part(balanced_weights, ROWS),
     "losses of routers": Part(losses_of_routers, ROWS),
@@ -189,9 +231,11 @@ PARTS = {
     "pooled": Part(module_of("model.adapter", "AvgPoolAdapter", WIDTH, WIDTH, 4), ((2, 64, WIDTH),)),
     "tiled_outer": Part(grouped("tiled_outer"), MANY, has_gradient=False),
     "looped_outer": Part(grouped("looped_outer"), MANY, has_gradient=False),
-    "grouped_matmul": Part(grouped("grouped_matmul"), (MANY[0], (3, WIDTH, 16))),
+    "grouped_matmul": Part(grouped("grouped_matmul"), (MANY[0], (3, WIDTH, 16)), has_gradient=False),
     "tiled_matmul": Part(grouped("tiled_matmul"), (MANY[0], (3, WIDTH, 16)), has_gradient=False),
 }
+DRAW = Part(draw, ((2, 3, WIDTH), (2, 3)), 2.0, has_gradient=False)
+"""Gives integers."""
 
 
 def worst_row(found: np.ndarray, truth: np.ndarray, *, is_gradient: bool) -> float:
@@ -206,6 +250,18 @@ def worst_row(found: np.ndarray, truth: np.ndarray, *, is_gradient: bool) -> flo
     return float((distance[size > 0] / size[size > 0]).max(initial=0.0) / roundoff)
 
 
+def narrow_operations(backend: Any, part: str, *, with_gradient: bool = True) -> list[Operation]:
+    """Of a part, and its gradient, in bfloat16."""
+    chosen = {**PARTS, "draw": DRAW}[part]
+    chosen = replace(chosen, has_gradient=chosen.has_gradient and with_gradient)
+    function, name = chosen.build(backend, "bfloat16"), backend.name
+    inputs = [backend.array(array, "bfloat16") for array in chosen.inputs()]
+    if name == "torch":
+        return precision_torch.narrow_operations(lambda: differentiated(backend, chosen, function, inputs))
+    with jax.default_matmul_precision("bfloat16"):
+        return precision_jax.narrow_operations(lambda *given: differentiated(backend, chosen, function, given), *inputs)
+
+
 def evaluate(backend: Any, names: Sequence[str], dtype: str) -> Arrays:
     """Outputs, and gradients under "d NAME i"."""
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
@@ -215,24 +271,25 @@ def evaluate(backend: Any, names: Sequence[str], dtype: str) -> Arrays:
         def program(inputs: dict[str, list[Any]]) -> dict[str, Any]:
             results: dict[str, Any] = {}
             for name in names:
-                results |= differentiated(backend, name, functions[name], inputs[name])
+                output, *gradients = differentiated(backend, PARTS[name], functions[name], inputs[name])
+                results |= {name: output, **{f"d {name} {i}": gradient for i, gradient in enumerate(gradients)}}
             return results
 
         return backend.numpy(program(inputs) if backend.name == "torch" else jax.jit(program)(inputs))
 
 
-def differentiated(backend: Any, name: str, function: Callable[..., Any], inputs: list[Any]) -> dict[str, Any]:
-    if not PARTS[name].has_gradient:
-        return {name: function(*inputs)}
+def differentiated(backend: Any, part: Part, function: Callable[..., Any], inputs: Sequence[Any]) -> list[Any]:
+    """The output, and the gradient of each input."""
+    if not part.has_gradient:
+        return [function(*inputs)]
     if backend.name == "jax":
         output, backward = jax.vjp(function, *inputs)
-        gradients = backward(jax.numpy.asarray(cotangent(output.shape), output.dtype))
-    else:
-        for tensor in inputs:
-            tensor.requires_grad_()
-        output = function(*inputs)
-        gradients = torch.autograd.grad(output, inputs, torch.from_numpy(cotangent(output.shape)).to(output.dtype))
-    return {name: output, **{f"d {name} {i}": gradient for i, gradient in enumerate(gradients)}}
+        return [output, *backward(jax.numpy.asarray(cotangent(output.shape), output.dtype))]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    output = function(*inputs)
+    given = backend.array(cotangent(output.shape).astype(str(output.dtype).removeprefix("torch.")))
+    return [output, *torch.autograd.grad(output, list(inputs), given)]
 
 
 def cotangent(shape: Sequence[int]) -> np.ndarray:
@@ -241,9 +298,12 @@ def cotangent(shape: Sequence[int]) -> np.ndarray:
     return drawn.astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
+SIDES = {backend.name: backend for backend in BACKENDS}
+
+
 def check_roundings(name: str, parts: Sequence[str] = tuple(PARTS)) -> None:
     """No row is further from the truth than the roundings of its dtype allow."""
-    backend = next(backend for backend in BACKENDS if backend.name == name)
+    backend = SIDES[name]
     truth, found = (evaluate(backend, parts, dtype) for dtype in ("float64", "bfloat16"))
     for part, value in found.items():
         allowed = NARROW_ROUNDINGS if value.dtype == ml_dtypes.bfloat16 else WIDE_ROUNDINGS

@@ -1,0 +1,180 @@
+"""Bugs to plant that only narrow dtypes show: sums, softmaxes, norms, rotations, routes and losses in bfloat16."""
+
+from __future__ import annotations
+
+from tests.mutants import Mutant, both
+
+PRECISION_MUTANTS = (
+    Mutant(
+        "model.norm", "RMSNorm of narrow squares",
+        ("torch.rsqrt(wide.square()", "torch.rsqrt(x.square()"), ("jnp.square(wide)", "jnp.square(x)"),
+    ),
+    Mutant(
+        "model.norm", "LayerNorm with a narrow mean",
+        ("wide - wide.mean(dim=-1, keepdim=True)", "wide - x.mean(dim=-1, keepdim=True)"),
+        ("wide - wide.mean(axis=-1, keepdims=True)", "wide - x.mean(axis=-1, keepdims=True)"),
+    ),
+    Mutant(
+        "model.position", "tables handed out in the dtype of the queries",
+        ("dtype = torch.promote_types(dtype, torch.float32)", "pass"),
+        ("dtype = jnp.promote_types(dtype, jnp.float32)", "pass"),
+    ),
+    both("model.position", "rotation in the dtype of the queries",
+         "cos, sin = cos.", "dtype = x.dtype\n    cos, sin = cos."),
+    Mutant(
+        "model.adapter", "mean of a window in its dtype",
+        ("dtype = torch.promote_types(windows_BMCF.dtype, torch.float32)", "dtype = windows_BMCF.dtype"),
+        ("dtype = jnp.promote_types(windows_BMCF.dtype, jnp.float32)", "dtype = windows_BMCF.dtype"),
+    ),
+    Mutant(
+        "model.attention", "scores 3 % too large in bfloat16",
+        ("            q,\n            k,\n",
+         "            q * (1.03 if q.dtype == torch.bfloat16 else 1),\n            k,\n"),
+        ("/ math.sqrt(channels)", "/ math.sqrt(channels) * (1.03 if q.dtype == jnp.bfloat16 else 1)"),
+    ),
+    Mutant(
+        "model.attention", "narrow scores", ("q_BKGSh, k.to(dtype))", "q_BKGSh.to(k.dtype), k).to(dtype)"),
+        (", preferred_element_type=dtype)", ").astype(dtype)"),
+    ),
+    Mutant(
+        "model.attention", "narrow softmax",
+        ("scores_BHSM.softmax(dim=-1)", "scores_BHSM.to(q.dtype).softmax(dim=-1).to(dtype)"),
+        ("jax.nn.softmax(jnp.where(mask | ~has_key, scores_BHSM, -jnp.inf), axis=-1)",
+         "jax.nn.softmax(jnp.where(mask | ~has_key, scores_BHSM, -jnp.inf).astype(q.dtype), axis=-1).astype(dtype)"),
+    ),
+    Mutant(
+        "model.attention", "queries rounded after their scale",
+        ("            q,\n            k,\n", "            (q.double() / 3).to(q.dtype) * 3,\n            k,\n"),
+        ("k, preferred_element_type=dtype)", "(k / 3) * 3, preferred_element_type=dtype)"),
+    ),
+    Mutant(
+        "model.mlp", "activation in the dtype of its input",
+        ("F.silu(self.gate_proj(x))", "(lambda gate: gate * gate.sigmoid())(self.gate_proj(x))"),
+        ("function(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)", "function(x)"),
+    ),
+    Mutant(
+        "model.moe", "combine weights rounded to the dtype of the tokens",
+        ("weights_Tk = nan_outside(weights_Tk, ", "weights_Tk = nan_outside(weights_Tk.to(x_TD.dtype), "),
+        ("weights_Tk = nan_outside(weights_Tk, ", "weights_Tk = nan_outside(weights_Tk.astype(x_TD.dtype), "),
+    ),
+    Mutant(
+        "model.moe", "combine weights rounded, and widened again",
+        ("out_kTD.to(weights_Tk.dtype) * weights_Tk.t()[",
+         "out_kTD.to(weights_Tk.dtype) * weights_Tk.to(out_kTD.dtype).to(weights_Tk.dtype).t()["),
+        ("out_kTD.astype(weights_Tk.dtype) * weights_Tk.T[",
+         "out_kTD.astype(weights_Tk.dtype) * weights_Tk.astype(out_kTD.dtype).astype(weights_Tk.dtype).T["),
+    ),
+    Mutant(
+        "model.moe", "choices combined in their dtype",
+        ("(out_kTD.to(weights_Tk.dtype) * weights_Tk.t()[:, :, None])",
+         "(out_kTD * weights_Tk.to(out_kTD.dtype).t()[:, :, None])"),
+        ("(out_kTD.astype(weights_Tk.dtype) * weights_Tk.T[:, :, None])",
+         "(out_kTD * weights_Tk.astype(out_kTD.dtype).T[:, :, None])"),
+    ),
+    Mutant(
+        "model.router", "logits rounded", ("logits_TE = self.gate(x_TD)", "logits_TE = self.gate(x_TD).to(x_TD.dtype)"),
+        ("logits_TE = self.gate(x_TD)", "logits_TE = self.gate(x_TD).astype(x_TD.dtype)"),
+    ),
+    Mutant(
+        "model.router", "scores rounded before they are compared",
+        ("self._preference(scores_TE.detach())", "self._preference(scores_TE.detach().to(x_TD.dtype))"),
+        ("self._preference(jax.lax.stop_gradient(scores_TE))",
+         "self._preference(jax.lax.stop_gradient(scores_TE).astype(x_TD.dtype))"),
+    ),
+    Mutant("model.router", "logits at the precision of products", None, (", precision=jax.lax.Precision.HIGHEST", "")),
+    Mutant(
+        "model.looped", "results weighted in the dtype of the tokens",
+        ("out_nD.mul_(weight_R[rows, None])",
+         "(out_nD.to(x_TD.dtype) * weight_R[rows, None].to(x_TD.dtype)).to(y_TD.dtype)"), None,
+    ),
+    Mutant(
+        "model.looped", "weights of rows rounded", ("out_nD.mul_(weight_R[rows, None])",
+                                                    "out_nD.mul_(weight_R.to(x_TD.dtype)[rows, None])"), None,
+    ),
+    Mutant(
+        "model.looped", "gradients of a token added up in its dtype",
+        ("dx_TD = torch.zeros_like(x_TD, dtype=dy_TD.dtype)", "dx_TD = torch.zeros_like(x_TD)"), None,
+    ),
+    Mutant(
+        "model.grouped", "tiles of the gradient of experts added up in their dtype",
+        ("dtype = torch.promote_types(x_RD.dtype, torch.float32)", "dtype = x_RD.dtype"),
+        ("x_NbD, y_NbF, preferred_element_type=dtype)", "x_NbD, y_NbF).astype(dtype)"),
+    ),
+    Mutant(
+        "model.grouped", "blocks of the gradient of experts added up in their dtype", None,
+        ("out_EDF.shape[1:], dtype), block)", "out_EDF.shape[1:], x_RD.dtype), lambda *place: "
+         "block(*place).astype(x_RD.dtype))"),
+    ),
+    Mutant(
+        "model.grouped", "tiles added up at the precision of products",
+        None, (", precision=lax.Precision.HIGHEST)", ")"),
+    ),
+    Mutant(
+        "model.moma", "scores rounded",
+        ("scores_TE = logits_TE.sigmoid()", "scores_TE = logits_TE.sigmoid().to(x_TD.dtype)"),
+        ("scores_TE = jax.nn.sigmoid(logits_TE)", "scores_TE = jax.nn.sigmoid(logits_TE).astype(x_TD.dtype)"),
+    ),
+    Mutant(
+        "model.moma", "experts added up in the dtype of the tokens",
+        ("y_TD = torch.zeros(x_TD.shape, dtype=weights_CE.dtype,", "weights_CE = weights_CE.to(x_TD.dtype)\n        "
+         "y_TD = torch.zeros(x_TD.shape, dtype=x_TD.dtype,"),
+        ("y_TD = jnp.zeros(x_TD.shape, weights_CE.dtype)", "weights_CE = weights_CE.astype(x_TD.dtype)\n        "
+         "y_TD = jnp.zeros(x_TD.shape, x_TD.dtype)"),
+    ),
+    Mutant(
+        "model.embedding", "looked-up rows added up in their dtype",
+        ("        return _LookUp.apply(self.weight, input)", "        return super().forward(input)"), None,
+    ),
+    Mutant(
+        "model.linear", "looked-up rows added up in their dtype", None,
+        ("jnp.zeros(weight_VD.shape, jnp.promote_types(dy.dtype, jnp.float32))",
+         "jnp.zeros(weight_VD.shape, dy.dtype)"),
+    ),
+    Mutant(
+        "model.linear", "gradient of a bias added up in its dtype", None,
+        ("y + broadcast(self.bias.get_value(), y.shape)", "y + self.bias.get_value()"),
+    ),
+    Mutant(
+        "model.vision", "quick_gelu in the dtype of its input",
+        ("wide = x.to(torch.promote_types(x.dtype, torch.float32))", "wide = x"),
+        ("wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))\n    return (wide *",
+         "wide = x\n    return (wide *"),
+    ),
+    Mutant(
+        "model.generate", "sampling in the dtype of the logits",
+        ("    dtype = _wide(logits.dtype)\n    sorted_V", "    dtype = logits.dtype\n    sorted_V"),
+        ("    dtype = _wide(logits.dtype)\n    order_V", "    dtype = logits.dtype\n    order_V"),
+    ),
+    Mutant(
+        "model.generate", "cumulative probabilities in the dtype of the logits",
+        ("probabilities_V.cumsum(dim=-1)[", "probabilities_V.to(logits.dtype).cumsum(dim=-1).to(dtype)["),
+        ("probabilities_V.cumsum(axis=-1)", "probabilities_V.astype(logits.dtype).cumsum(axis=-1).astype(dtype)"),
+    ),
+    Mutant(
+        "training.loss", "loss in the dtype of the logits",
+        ("wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))", "wide_NV = logits_NV"),
+        ("wide_BSV = logits_BSV.astype(jnp.promote_types(logits_BSV.dtype, jnp.float32))", "wide_BSV = logits_BSV"),
+    ),
+    Mutant(
+        "training.loss", "loss of rounded probabilities", ("F.cross_entropy(wide_NV,",
+                                                           "F.nll_loss(logits_NV.log_softmax(-1).to(wide_NV.dtype),"),
+        ("jax.nn.logsumexp(wide_BSV, axis=-1)", "jax.nn.logsumexp(logits_BSV, axis=-1).astype(wide_BSV.dtype)"),
+    ),
+    Mutant(
+        "training.train", "gradients of micro-batches rounded before they are added up", None,
+        ("jax.tree.map(jnp.add, total, one(batch))",
+         "jax.tree.map(lambda a, b: (a + b).astype(recipe.compute_dtype).astype(a.dtype), total, one(batch))"),
+    ),
+    Mutant(
+        "training.train", "gradients rounded before they are clipped",
+        ("norm = clip_by_global_norm(gradients,",
+         "gradients = {name: g.to(self.compute_dtype).to(g.dtype) for name, g in gradients.items()}\n"
+         "        norm = clip_by_global_norm(gradients,"),
+        ("gradients, norm = clip_by_global_norm(gradients,", "gradients, norm = clip_by_global_norm("
+         "jax.tree.map(lambda g: g.astype(recipe.compute_dtype).astype(g.dtype), gradients),"),
+    ),
+    Mutant(
+        "training.train", "what decides a route is rounded", ("if not self.table[name].full_precision}", "}"),
+        ("master if parameter_spec(table, name).full_precision else ", ""),
+    ),
+)  # fmt: skip
