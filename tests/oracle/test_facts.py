@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import pkgutil
+from types import ModuleType
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import shared_config.contract
+import shared_config.interchange
 from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, parameter_table
 from shared_config.contract.vision import TowerConfig, adapter_table, tower_table, wrapper_table
 from shared_config.loader import load_config, preset_names
@@ -86,3 +92,20 @@ def test_a_wrapper_holds_a_tower_an_adapter_and_the_language_model() -> None:
     parts["transformer"] = model_facts(model, vlm)
     stated = {f"{part}.{name}": fact for part, facts in parts.items() for name, fact in facts.items()}
     assert_stated(wrapper_table(model, vlm, adapter, TOWER, 20), stated)
+
+
+# What is agreed upon stays as it is
+
+
+@pytest.mark.parametrize("package", [shared_config.contract, shared_config.interchange])
+def test_values_that_are_agreed_upon_do_not_change(package: ModuleType) -> None:
+    names = [module.name for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")]
+    classes = [found for name in names for found in vars(importlib.import_module(name)).values()]
+    own = [found for found in classes if dataclasses.is_dataclass(found) and isinstance(found, type)]
+    assert len(own) > 5
+    assert [found for found in own if not found.__dataclass_params__.frozen] == []
+
+
+def test_a_parameter_spec_is_plain_unless_said_otherwise() -> None:
+    spec = ParameterSpec((2,), Constant(0.0), (None,))
+    assert (spec.decay, spec.is_buffer, spec.full_precision, spec.residual) == (False,) * 4

@@ -144,7 +144,9 @@ def test_routing_noise_is_named_by_seed_layer_router_token_and_expert(
 def test_noise_is_these_numbers() -> None:
     assert [streams.mixed(x) for x in (0, 1, 2**32 - 1)] == noise.mix([0, 1, 2**32 - 1]).tolist() == MIXED
     assert [streams.routing_uniform(3, 1, 2, 2, expert) for expert in range(3)] == pytest.approx(ROUTING, rel=1e-9)
+    np.testing.assert_allclose(noise.uniforms(noise.routing_bits(3, 1, 2, 3, 3))[2], ROUTING, rtol=1e-7)
     assert [streams.image_feature([63, 2**32 - 128, 31], cell) for cell in range(4)] == FEATURES
+    assert noise.image_noise(np.array([[0.5, -1.0, 0.25]]), 1, 4).ravel().tolist() == FEATURES
 
 
 @given(st.lists(st.integers(-128, 127), min_size=3, max_size=12), st.integers(1, 3), st.integers(1, 5))

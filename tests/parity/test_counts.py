@@ -75,11 +75,13 @@ def products(x_RD: torch.Tensor, w_EDF: torch.Tensor, ends_E: torch.Tensor, *_: 
     return torch.cat([x_RD[start:end] @ w_DF for start, end, w_DF in groups])
 
 
-@pytest.fixture(autouse=True)
-def _experts_as_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def experts_as_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts on the CPU are opaque operators, into which counters don't see."""
     monkeypatch.setattr(moe, "loops_over_experts", lambda x: False)
     monkeypatch.setattr(moe, "grouped_matmul", products)
+
+
+_experts_as_products = pytest.fixture(autouse=True)(experts_as_products)
 
 
 # FLOPs

@@ -1,0 +1,229 @@
+"""Wrong facts to plant in `shared_config`, which both backends would follow alike."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class FactMutant(NamedTuple):
+    """One wrong fact, and the test that has to see it.
+
+    Attributes:
+        module: below `shared_config`.
+        text, replacement: of its source, where ``text`` occurs once.
+        test: of `tests`, "oracle.test_facts.test_name".
+        arguments: of the test.
+    """
+
+    module: str
+    text: str
+    replacement: str
+    test: str
+    arguments: tuple[object, ...] = ()
+
+
+PRESET = "oracle.test_facts.test_every_tensor_of_a_preset_is_as_stated"
+TOWER = "oracle.test_facts.test_every_tensor_of_a_tower_is_as_stated"
+ADAPTER = "oracle.test_facts.test_every_tensor_of_an_adapter_is_as_stated"
+CLIP: dict[str, object] = {"class_token": True, "patch_bias": False, "pre_norm": True, "final_norm": False}
+STREAM = "oracle.test_streams"
+COUNTS = "parity.test_counts"
+FLOPS = f"{COUNTS}.test_flops_are_those_of_the_operators_that_run_in_torch"
+LAYOUT = f"{COUNTS}.test_memory_of_a_layout_is_that_of_its_parts"
+FAMILIES = "interchange.test_families"
+ABSENT = f"{FAMILIES}.test_a_family_s_keys_left_out_mean_what_they_mean_there"
+PICTURES = f"{FAMILIES}.test_pictures_without_settings_have_those_of_transformers_processors"
+PARAMETERS, VISION, NOISE, COUNTED = "contract.parameters", "contract.vision", "contract.noise", "contract.counts"
+FOREIGN, PIXELS = "interchange.huggingface", "interchange.preprocessor"
+
+FACT_MUTANTS = (
+    # Parameters
+    FactMutant(
+        PARAMETERS,
+        'gate = _matrix(config, (experts, config.dim), ("experts", "embed"))',
+        'gate = replace(_matrix(config, (experts, config.dim), ("experts", "embed")), initializer=Normal(1.0))',
+        PRESET,
+        ("debug_moe",),
+    ),
+    FactMutant(
+        PARAMETERS,
+        'yield name, _ones((config.head_size,), ("head_dim",))',
+        'yield name, _zeros((config.head_size,), ("head_dim",))',
+        PRESET,
+        ("qwen3_0_6b",),
+    ),
+    FactMutant(PARAMETERS, "math.sqrt(2 * config.n_layers)", "math.sqrt(config.n_layers)", PRESET, ("llama_125m",)),
+    FactMutant(
+        PARAMETERS,
+        "return ParameterSpec(shape, Normal(config.init_std), axes, decay=True)",
+        "return ParameterSpec(shape, Normal(config.init_std), axes)",
+        PRESET,
+        ("llama3_8b",),
+    ),
+    FactMutant(
+        PARAMETERS, "replace(gate, full_precision=True)", "replace(gate, full_precision=False)", PRESET, ("moe_small",)
+    ),
+    FactMutant(PARAMETERS, '("expert_ema", 1.0 / experts)', '("expert_ema", 0.0)', PRESET, ("debug_moe",)),
+    FactMutant(PARAMETERS, "ffn if config.is_moe_layer(layer) else _silent(ffn)", "ffn", PRESET, ("debug_vlm_mot",)),
+    FactMutant(
+        PARAMETERS,
+        '_prefixed("mlp", _silent(_mlp(config, config.computed_ffn_hidden_dim)))',
+        '_prefixed("mlp", _mlp(config, config.computed_ffn_hidden_dim))',
+        PRESET,
+        ("debug_vlm_cross_attention",),
+    ),
+    FactMutant(
+        PARAMETERS,
+        '"up_proj.weight": _matrix(config, (hidden_dim, config.dim), ("mlp", "embed"))',
+        '"up_proj.weight": _matrix(config, (hidden_dim, config.dim), ("embed", "mlp"))',
+        PRESET,
+        ("debug",),
+    ),
+    # Towers and adapters
+    FactMutant(VISION, "POSITION_STD = 0.02", "POSITION_STD = 0.2", TOWER, ({},)),
+    FactMutant(
+        VISION,
+        "ParameterSpec(shape, Normal(1 / math.sqrt(shape[1])), axes, decay=True)",
+        "ParameterSpec(shape, Normal(1 / math.sqrt(shape[1])), axes)",
+        TOWER,
+        ({},),
+    ),
+    FactMutant(
+        VISION,
+        "ParameterSpec(shape[:1], Constant(0.0), axes[:1])",
+        "ParameterSpec(shape[:1], Constant(0.0), axes[:1], decay=True)",
+        ADAPTER,
+        ("mlp_2layer", 0),
+    ),
+    FactMutant(VISION, "1 / math.sqrt(shape[1])", "1 / math.sqrt(shape[0])", ADAPTER, ("linear", 0)),
+    FactMutant(VISION, "tower.num_tokens + tower.class_token", "tower.num_tokens", TOWER, (CLIP,)),
+    # Streams
+    FactMutant(
+        "contract.initialise",
+        'digest[:16], "little"',
+        'digest[16:], "little"',
+        f"{STREAM}.test_initial_weights_are_these_numbers",
+    ),
+    FactMutant(
+        "contract.initialise",
+        'f"{seed}:{name}"',
+        'f"{name}"',
+        f"{STREAM}.test_initial_weights_are_these_numbers",
+    ),
+    FactMutant(
+        "contract.initialise",
+        "dtype=np.float32)\n    return values *",
+        "dtype=np.float32)\n    return -values *",
+        f"{STREAM}.test_initial_weights_are_these_numbers",
+    ),
+    FactMutant(
+        "decoding",
+        'f"sampling {row}"',
+        '"sampling"',
+        f"{STREAM}.test_sampling_draws_other_numbers_for_each_row_seed_and_step",
+    ),
+    FactMutant(NOISE, "0x735A2D97", "0x735A2D99", f"{STREAM}.test_noise_is_these_numbers"),
+    FactMutant(
+        NOISE,
+        "SALTS = (0x3C6EF372, 0x1F83D9AB)",
+        "SALTS = (0x3C6EF372, 0x5BE0CD19)",
+        f"{STREAM}.test_noise_is_these_numbers",
+    ),
+    FactMutant(
+        NOISE,
+        "fold(fold(mix(seed & MASK), layer), group)",
+        "fold(fold(mix(seed & MASK), group), layer)",
+        f"{STREAM}.test_noise_is_these_numbers",
+    ),
+    FactMutant(
+        "data.batches", "ROUNDS = 8", "ROUNDS = 6", f"{STREAM}.test_rows_of_text_come_in_the_order_of_seed_and_epoch"
+    ),
+    FactMutant(
+        "data.batches",
+        'f"train {self.seed} {epoch}"',
+        'f"train {self.seed}"',
+        f"{STREAM}.test_rows_of_text_come_in_the_order_of_seed_and_epoch",
+    ),
+    FactMutant(
+        "contract.validation", "BIAS_RANGE = 0.2", "BIAS_RANGE = 0.0", f"{STREAM}.test_validation_weights_hide_nothing"
+    ),
+    # What is printed
+    FactMutant(
+        COUNTED,
+        "Fraction(config.moe_top_k, config.num_experts)",
+        "Fraction(config.moe_top_k + 1, config.num_experts)",
+        FLOPS,
+        ("debug_moe",),
+    ),
+    FactMutant(
+        COUNTED, "4 * config.n_layers * config.n_heads", "4 * config.n_layers * config.kv_heads", FLOPS, ("debug",)
+    ),
+    FactMutant(COUNTED, "groups = [group for group in groups if group.name != EMBEDDING]", "pass", FLOPS, ("debug",)),
+    FactMutant(COUNTED, "return 3 * self.forward", "return 2 * self.forward", FLOPS, ("debug",)),
+    FactMutant(
+        COUNTED, "(full * (full + 1) / 2 + (seq_len - full) * full) / seq_len", "float(full)", FLOPS, ("window",)
+    ),
+    FactMutant(COUNTED, 'if ".mlp.image." not in group.name', "", FLOPS, ("debug_vlm_moma",)),
+    FactMutant(
+        COUNTED, "group.size / (tp if len(group.spec.shape) > 1 else 1)", "group.size", LAYOUT, ("debug", {"tp": 2})
+    ),
+    FactMutant(
+        COUNTED,
+        "layout.pp * layout.resolved_dp_shard(world_size)",
+        "layout.resolved_dp_shard(world_size)",
+        LAYOUT,
+        ("debug", {"pp": 2, "dp_shard": 1}),
+    ),
+    FactMutant(
+        COUNTED,
+        "layout.pp * layout.resolved_dp_shard(world_size)",
+        "world_size // layout.tp",
+        LAYOUT,
+        ("debug", {"dp_replicate": 2, "dp_shard": 1}),
+    ),
+    # Hugging Face
+    FactMutant(
+        FOREIGN,
+        '"mixtral": Family(\n        "MixtralForCausalLM", experts=True, norm_eps=1e-5, rope_theta=1e6',
+        '"mixtral": Family(\n        "MixtralForCausalLM", experts=True, norm_eps=1e-5, rope_theta=1e4',
+        ABSENT,
+        ("mixtral",),
+    ),
+    FactMutant(FOREIGN, "head_dim=128", "head_dim=None", ABSENT, ("qwen3",)),
+    FactMutant(FOREIGN, "norm_eps: float = 1e-6", "norm_eps: float = 1e-5", ABSENT, ("llama",)),
+    FactMutant(
+        FOREIGN,
+        'Family("MistralForCausalLM", kv_heads=8',
+        'Family("MistralForCausalLM", kv_heads=None',
+        ABSENT,
+        ("mistral",),
+    ),
+    FactMutant(
+        FOREIGN, 'content.get("norm_topk_prob", False)', 'content.get("norm_topk_prob", True)', ABSENT, ("qwen3_moe",)
+    ),
+    FactMutant(
+        FOREIGN,
+        'content.get("router_aux_loss_coef", 0.001)',
+        'content.get("router_aux_loss_coef", 0.01)',
+        ABSENT,
+        ("mixtral",),
+    ),
+    FactMutant(
+        FOREIGN,
+        'names = ("low_freq_factor", "high_freq_factor")\n        return',
+        'names = ("low_freq_factor",)\n        return',
+        f"{FAMILIES}.test_scalings_turn_as_they_do_there",
+        ("llama", "llama3", "rope_scaling", 70.0),
+    ),
+    FactMutant(
+        PIXELS, "((0.48145466, 0.4578275, 0.40821073)", "((0.40821073, 0.4578275, 0.48145466)", PICTURES, ("clip",)
+    ),
+    FactMutant(
+        PIXELS,
+        "PLAIN_PIXELS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))",
+        "PLAIN_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))",
+        PICTURES,
+        ("siglip2",),
+    ),
+    FactMutant(PIXELS, "BICUBIC = 3", "BICUBIC = 2", PICTURES, ("siglip2",)),
+)
