@@ -105,7 +105,7 @@ def record(
             recording,
             exact.run if deltas else None,
             backend="jax",
-            device=place.device_kind,
+            device=device_name(place),
             initial_hash=recorder.initial_hash,
         )
 
@@ -264,6 +264,11 @@ class Recorder:
     def _compute_dtype_of(self, name: str) -> Any:
         spec = self.table[name]
         return self.master_dtype if spec.full_precision or spec.is_buffer else self.compute_dtype
+
+
+def device_name(device: Any) -> str:
+    """The model of an accelerator, or "cpu"."""
+    return device.device_kind
 
 
 def flatten(activations: Mapping[str, Any]) -> Tensors:

@@ -107,7 +107,7 @@ def record(
             recording,
             exact.run if deltas else None,
             backend="torch",
-            device=_device_name(place),
+            device=device_name(place),
             initial_hash=recorder.initial_hash,
         )
 
@@ -256,7 +256,7 @@ def _gradients(loss: Tensor, masters: Tensors) -> Tensors:
     return dict(zip(masters, found, strict=True))
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """The model of an accelerator, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 

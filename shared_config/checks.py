@@ -32,6 +32,7 @@ from shared_config.provenance import (
     missing_names,
 )
 from shared_config.recording import can_decode, decode_reference, logits_name
+from shared_config.scenarios import PARTS, SCENARIOS, resume_folder
 from shared_config.schema.job import JobConfig
 from shared_config.schema.vlm import MoMaConfig
 
@@ -39,6 +40,7 @@ BACKENDS = ("torch", "jax")
 TRUTH = ("torch", "float64")
 """The trace that float32 and bfloat16 are measured against, and that carries the deltas."""
 
+LONG = "long"
 CALM_WARMUP = 100
 """Steps of warm-up in the training check: at a peak learning rate reached too early, training amplifies rounding."""
 TRAINED_BATCH, TRAINED_LENGTH = 16, 128
@@ -85,6 +87,7 @@ class Plan:
         weights: what one step and decoding are checked with; None: drawn values.
         weights_hash: of their values as they are read; "" if drawn.
         overrides: of the command line, which win over what lies beside the weights.
+        full: whether checks run that only a full validation has.
         comparisons: filled by the checks, by title, for the report.
     """
 
@@ -97,6 +100,7 @@ class Plan:
     weights: Path | None = None
     weights_hash: str = ""
     overrides: tuple[str, ...] = ()
+    full: bool = False
     comparisons: dict[str, Comparison] = field(default_factory=dict)
 
     @property
@@ -108,16 +112,43 @@ class Plan:
         """Where a backend's process leaves its trace."""
         return self.folder / f"{backend}-{dtype}.safetensors"
 
-    def jobs_file(self, backend: str) -> Path:
+    @property
+    def checks(self) -> list[Check]:
+        """Those that run."""
+        return [check for check in CHECKS.values() if self.full or not check.full]
+
+    @property
+    def stages(self) -> list[int]:
+        """One process a backend runs the jobs of each, once those of the one before have ended."""
+        return sorted({check.stage for check in self.checks})
+
+    def scenario_file(self, backend: str, scenario: str, dtype: str = "float64") -> Path:
+        """Where a backend's process leaves the trace of a scenario."""
+        return self.folder / f"{backend}-{scenario}-{dtype}.safetensors"
+
+    def jobs_file(self, backend: str, stage: int = 0) -> Path:
         """What the process of a backend is to do."""
-        return self.folder / f"jobs-{backend}.json"
+        return self.folder / f"jobs-{backend}{f'-{stage}' if stage else ''}.json"
 
     def files(self) -> frozenset[str]:
         """Names of all that a validation leaves in its folder."""
-        own = [self.config_file, *(self.jobs_file(backend) for backend in BACKENDS)]
+        own = [self.config_file, *self.traces()]
+        own += [self.jobs_file(backend, stage) for backend in BACKENDS for stage in range(PARTS)]
         own += [self.run_folder(backend) for backend in BACKENDS]
-        own += [self.trace_file(backend, dtype) for backend in BACKENDS for dtype in TOLERANCES]
+        own += [resume_folder(self.folder, backend, part) for backend in BACKENDS for part in range(PARTS)]
         return frozenset(file.name for file in own)
+
+    def traces(self) -> list[Path]:
+        """All that a validation of any kind leaves in its folder."""
+        return [
+            file
+            for backend in BACKENDS
+            for dtype in TOLERANCES
+            for file in (
+                self.trace_file(backend, dtype),
+                *(self.scenario_file(backend, scenario, dtype) for scenario in (LONG, *SCENARIOS)),
+            )
+        ]
 
     def run_folder(self, backend: str) -> Path:
         """Where a backend's process trains."""
@@ -131,13 +162,18 @@ class Plan:
             UserError: it can't be read, or is another than the one that was asked for.
         """
         path = self.trace_file(backend, dtype)
-        asked = dataclasses.replace(self._expected, backend=backend, device=self.device, dtype=dtype)
+        asked = dataclasses.replace(self.expected, backend=backend, device=self.device, dtype=dtype)
         return check_trace(read_trace(path), asked, path)
 
     @functools.cached_property
-    def _expected(self) -> TraceMeta:
-        config = self.config if self.weights is None else without_warm_start(self.config)
-        return expected_meta(config, self.seed, self.weights_hash)
+    def expected(self) -> TraceMeta:
+        """What the traces of one step say of themselves, whatever their backend, device and dtype."""
+        return expected_meta(self.expected_config, self.seed, self.weights_hash)
+
+    @property
+    def expected_config(self) -> JobConfig:
+        """What traces of one step say that their config is: weights that are given start from no others."""
+        return self.config if self.weights is None else without_warm_start(self.config)
 
     __hash__ = object.__hash__
 
@@ -149,11 +185,15 @@ class Check:
     Attributes:
         jobs: command lines of ``kempnerforge`` that the process of a backend runs.
         judge: what came of it, once all processes have ended.
+        stage: jobs of a later one run once those of earlier ones have ended in all backends.
+        full: whether only a full validation runs it.
     """
 
     name: str
     jobs: Callable[[Plan, str], list[list[str]]]
     judge: Callable[[Plan], Iterable[Finding]]
+    stage: int = 0
+    full: bool = False
 
 
 CHECKS: dict[str, Check] = {}
@@ -223,19 +263,24 @@ def describe(row: Row, comparison: Comparison) -> str:
     return "; ".join(parts)
 
 
+def trace_command(plan: Plan, backend: str, overrides: Sequence[str] = ()) -> list[str]:
+    """The start of the command that leaves a trace, of the plan's weights and seed."""
+    command = ["trace", str(plan.config_file), "--backend", backend, "--seed", str(plan.seed), "--device", plan.device]
+    given = [] if plan.weights is None else ["--weights", str(plan.weights), *plan.overrides]
+    return [*command, *given, *overrides]
+
+
 def _trace_jobs(plan: Plan, backend: str) -> list[list[str]]:
     """One trace a dtype, the float64 one first. In bfloat16 experts that choose tokens take those of float64: with as
     many choices as they have, some are always so close that rounding decides.
     """
-    shared = [str(plan.config_file), "--backend", backend, "--seed", str(plan.seed), "--device", plan.device]
-    if plan.weights is not None:
-        shared += ["--weights", str(plan.weights), *plan.overrides]
+    shared = trace_command(plan, backend)
     jobs = []
     for dtype in sorted(plan.dtypes, key=lambda dtype: dtype != "float64"):
         own = ["--deltas" if (backend, dtype) == TRUTH else "--no-deltas"]
         if dtype == "bfloat16" and isinstance(plan.config.vlm, MoMaConfig):
             own += ["--routes", str(plan.trace_file(backend, "float64"))]
-        jobs.append(["trace", *shared, "--dtype", dtype, "--output", str(plan.trace_file(backend, dtype)), *own])
+        jobs.append([*shared, "--dtype", dtype, "--output", str(plan.trace_file(backend, dtype)), *own])
     return jobs
 
 
@@ -263,15 +308,20 @@ def _not_shown(plan: Plan, dtype: str, traces: Sequence[Trace]) -> Iterator[Find
         if logits is not None and str(logits.dtype) != dtype:
             said = f"{backend}: {logits_name(plan.config)} is {logits.dtype}; it was to be {dtype}"
             yield Finding(dtype, FORWARD, ok=False, worst=logits_name(plan.config), error=math.inf, detail=said)
+    yield from unrecorded(dtype, traces, expected_names(plan.config))
+
+
+def unrecorded(check: str, traces: Sequence[Trace], expected: Sequence[str]) -> Iterator[Finding]:
+    """A finding for each group of which no trace has a tensor that was expected."""
     lacking: dict[str, list[str]] = {}
-    for name in missing_names(traces, expected_names(plan.config)):
+    for name in missing_names(traces, expected):
         lacking.setdefault(group_of(name), []).append(name)
     for group, names in lacking.items():
         said = f"neither backend recorded {names[0]}, so that nothing is known of it"
-        yield Finding(dtype, group, ok=False, count=len(names), worst=names[0], error=math.inf, detail=said)
+        yield Finding(check, group, ok=False, count=len(names), worst=names[0], error=math.inf, detail=said)
 
 
-def _no_jobs(plan: Plan, backend: str) -> list[list[str]]:
+def no_jobs(plan: Plan, backend: str) -> list[list[str]]:
     return []
 
 
@@ -368,5 +418,5 @@ def _records(plan: Plan, backend: str) -> list[dict[str, Any]]:
 
 
 register(Check("one step", _trace_jobs, _compare_steps))
-register(Check("cached decoding", _no_jobs, _compare_decoding))
+register(Check("cached decoding", no_jobs, _compare_decoding))
 register(Check("training", _train_jobs, _compare_training))

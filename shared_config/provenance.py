@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shared_config.contract.initialise import state_hash
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import Checkpoint
@@ -28,13 +30,16 @@ IN_WORDS = {
 }
 
 
-def expected_meta(config: JobConfig, seed: int, given_hash: str = "") -> TraceMeta:
+def expected_meta(
+    config: JobConfig, seed: int, given_hash: str = "", *, tokens: np.ndarray | None = None, only: Sequence[str] = ()
+) -> TraceMeta:
     """What a trace of a config and a seed says of itself, whatever its backend, device and dtype.
 
     Args:
         given_hash: of weights that are given; "" where they are drawn.
+        tokens, only: what else was asked for; see `make_request`.
     """
-    meta = request_meta(make_request(config, dtype="float64", seed=seed))
+    meta = request_meta(make_request(config, dtype="float64", seed=seed, tokens=tokens, only=only))
     return dataclasses.replace(meta, weights="given", weights_hash=given_hash) if given_hash else meta
 
 
@@ -101,10 +106,11 @@ def _differences(meta: TraceMeta, expected: TraceMeta) -> Iterator[str]:
     for field in ("weights_hash", "tokens_hash", "selection", "refed"):
         if getattr(meta, field) != getattr(expected, field):
             yield IN_WORDS[field]
-    if not meta.initial_hash:
+    if not meta.initial_hash and "scenario" not in expected.extra:
         yield IN_WORDS["initial_hash"]
     if (meta.device == "cpu") != (expected.device == "cpu"):
         yield from _unequal("device", meta.device, expected.device)
+    yield from _unequal("scenario", meta.extra.get("scenario"), expected.extra.get("scenario"))
     yield from _differences_of_config(meta.config_fields, expected.config_fields)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -23,9 +24,10 @@ from shared_config.contract.warm_start import without_warm_start
 from shared_config.errors import UserError
 from shared_config.interchange.outputs import refuse_overwriting
 from shared_config.interchange.selection import parse_layers
-from shared_config.interchange.traces import read_trace, write_trace
+from shared_config.interchange.traces import Trace, read_trace, write_trace
 from shared_config.reading import check_regular
 from shared_config.recording import DTYPES, WEIGHTS, check_tokens
+from shared_config.scenarios import SCENARIOS, Backend, record_scenario
 from shared_config.schema.job import JobConfig
 
 HELP = "write every activation, gradient and loss of one step to a file"
@@ -70,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="measure in float64 how far rounding moves each tensor, for comparisons without a float64 trace",
     )
+    parser.add_argument(
+        "--scenario",
+        choices=tuple(SCENARIOS),
+        help="in place of one step, do and keep what validate --full compares under this name",
+    )
+    parser.add_argument("--runs", metavar="DIR", help="folder of the checkpoints of the scenarios resume-N")
     add_shrink(parser)
 
 
@@ -86,6 +94,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     layers = None if options.layers is None else parse_layers(options.layers, config.model.n_layers)
     refeed, routes = (None if file is None else read_trace(file) for file in (options.refeed, options.routes))
     require_backend(options.backend)
+    if options.scenario is not None:
+        write_trace(output, scenario(options, config, weights))
+        return 0
     trace = backend_module(options.backend, "trace").record(
         config if isinstance(weights, str) else without_warm_start(config),
         dtype=options.dtype,
@@ -103,6 +114,30 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         trace = trace.summarized(options.summary)
     write_trace(output, trace)
     return 0
+
+
+def scenario(options: argparse.Namespace, config: JobConfig, weights: str | Mapping[str, np.ndarray]) -> Trace:
+    """What came of a scenario.
+
+    Raises:
+        UserError: an option that scenarios have not, or one that this needs and has not.
+    """
+    for name in ("tokens", "layers", "only", "refeed", "routes", "summary"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name}: a scenario has its own inputs and keeps all; leave it out")
+    if options.scenario.startswith("resume-") and options.runs is None:
+        raise UserError(f"--scenario {options.scenario}: needs --runs DIR, the folder of its checkpoints")
+    return record_scenario(
+        cast(Backend, backend_module(options.backend, "scenarios")),
+        config,
+        options.scenario,
+        dtype=options.dtype,
+        seed=options.seed,
+        weights=weights,
+        deltas=options.deltas,
+        device=options.device,
+        runs=None if options.runs is None else Path(options.runs),
+    )
 
 
 def load_given_weights(which: str, config: JobConfig, overrides: Sequence[str] = ()) -> str | Mapping[str, np.ndarray]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shared_config.checks import BACKENDS, CHECKS, Finding, Plan, outcome
+from shared_config.checks import BACKENDS, Finding, Plan, outcome
 from shared_config.commands.backends import require_backend
 from shared_config.commands.common import (
     add_config,
@@ -33,11 +33,13 @@ from shared_config.commands.verdict import show_findings, show_first_differences
 from shared_config.contract.counts import count_parameters
 from shared_config.contract.initialise import state_hash
 from shared_config.errors import UserError
+from shared_config.full_checks import LONG_SEQUENCE
 from shared_config.interchange.files import written_aside
 from shared_config.interchange.outputs import claim_record_folder, forget_run
 from shared_config.loader import config_to_toml
 from shared_config.recording import DTYPES
 from shared_config.report import write_report
+from shared_config.scenarios import PARTS, resume_folder
 from shared_config.schema.job import JobConfig
 
 HELP = "prove that both backends compute the same; exit status 0 only if they do"
@@ -57,6 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=not_negative, default=30, help="of the training run; 0: none (default: 30)")
     parser.add_argument("--seed", type=not_negative, default=0, help="of weights and tokens (default: 0)")
     parser.add_argument("--device", default="cpu", help="for both backends (default: cpu)")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help=f"beside a step, {LONG_SEQUENCE} positions and a training run, also compare generation with static caches "
+        "and rings, documents, padding, accumulation, mixed precision, evaluation, a run resumed in the other backend, "
+        "and every captured activation",
+    )
     parser.add_argument("--keep", metavar="DIR", help="folder that keeps the traces and the training runs")
     add_shrink(parser)
 
@@ -80,6 +89,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             weights,
             "" if weights is None else state_hash(fitting_weights(weights, config, overrides)),
             tuple(overrides),
+            options.full,
         )
         if options.keep:
             plan = dataclasses.replace(plan, folder=claim_record_folder(options.keep, plan.files()))
@@ -87,7 +97,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         began = time.monotonic()
         screen = console()
         with screen.status("torch and jax run side by side, each in its own process ..."):
-            run_processes(plan)
+            for stage in plan.stages:
+                run_processes(plan, stage)
         findings = judge(plan)
         same = show(screen, plan, findings, time.monotonic() - began)
         if report is not None and plan.comparisons:
@@ -141,13 +152,14 @@ def forget(plan: Plan) -> None:
         UserError: a folder in the place of a training run is none.
     """
     for backend in BACKENDS:
-        forget_run(plan.run_folder(backend))
-        for dtype in DTYPES:
-            Path(os.path.realpath(plan.trace_file(backend, dtype))).unlink(missing_ok=True)
+        for folder in (plan.run_folder(backend), *(resume_folder(plan.folder, backend, part) for part in range(PARTS))):
+            forget_run(folder)
+    for file in plan.traces():
+        Path(os.path.realpath(file)).unlink(missing_ok=True)
 
 
-def run_processes(plan: Plan) -> None:
-    """Run the jobs of all checks, one process a backend, side by side.
+def run_processes(plan: Plan, stage: int = 0) -> None:
+    """Run the jobs of all checks of a stage, one process a backend, side by side.
 
     Raises:
         UserError: a process could not do its jobs; naming its backend, and with what it said last.
@@ -158,7 +170,7 @@ def run_processes(plan: Plan) -> None:
     with _living() as living:
         try:
             for backend in BACKENDS:
-                processes[backend] = _start(plan, backend, living)
+                processes[backend] = _start(plan, stage, backend, living)
             said = {backend: process.communicate()[1] for backend, process in processes.items()}
         finally:
             for process in processes.values():
@@ -194,9 +206,9 @@ def _living() -> Iterator[int]:
         os.close(writing)
 
 
-def _start(plan: Plan, backend: str, living: int) -> subprocess.Popen[str]:
-    jobs = [job for check in CHECKS.values() for job in check.jobs(plan, backend)]
-    file = plan.jobs_file(backend)
+def _start(plan: Plan, stage: int, backend: str, living: int) -> subprocess.Popen[str]:
+    jobs = [job for check in plan.checks if check.stage == stage for job in check.jobs(plan, backend)]
+    file = plan.jobs_file(backend, stage)
     with written_aside(file) as aside:
         aside.write_text(json.dumps(jobs), encoding="utf-8")
     command = [sys.executable, "-P", "-m", "shared_config.commands.worker", str(file)]
@@ -223,7 +235,7 @@ def _environment(plan: Plan) -> dict[str, str]:
 
 def judge(plan: Plan) -> list[Finding]:
     """What the checks say about what the processes left behind."""
-    return [finding for check in CHECKS.values() for finding in check.judge(plan)]
+    return [finding for check in plan.checks for finding in check.judge(plan)]
 
 
 def show(screen: Console, plan: Plan, findings: Sequence[Finding], seconds: float) -> bool:

@@ -45,9 +45,9 @@ def test_processes_run_the_code_of_this_one(tmp_path: Path) -> None:
     (tmp_path / "shared_config").mkdir()
     (tmp_path / "shared_config" / "__init__.py").write_text("raise RuntimeError('not this one')", encoding="utf-8")
     code = (
-        "import sys; from shared_config.checks import Plan; from shared_config.commands import validate;"
+        "import sys; from shared_config.checks import CHECKS, Plan; from shared_config.commands import validate;"
         "from shared_config.loader import load_config; from pathlib import Path;"
-        "validate.CHECKS.clear(); print(validate.run_processes(Plan(load_config('debug'), Path(sys.argv[1]))))"
+        "CHECKS.clear(); print(validate.run_processes(Plan(load_config('debug'), Path(sys.argv[1]))))"
     )
     result = run_python("-P", "-c", code, str(tmp_path), cwd=tmp_path)
     assert result.stdout == "None\n", result.stderr
@@ -257,7 +257,7 @@ def test_what_a_process_refuses_is_passed_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refusing = Check("refusing", lambda plan, backend: [["show", "no_such_preset"]], lambda _: [])
-    monkeypatch.setattr(validate, "CHECKS", {"refusing": refusing})
+    monkeypatch.setattr(checks, "CHECKS", {"refusing": refusing})
     assert main(["validate", "debug"]) == 2
     out, err = capsys.readouterr()
     assert "torch: config = 'no_such_preset'" in err

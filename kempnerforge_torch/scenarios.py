@@ -1,0 +1,143 @@
+"""What `shared_config.scenarios` has this backend do.
+
+Shapes: B rows, S positions, N new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from kempnerforge_torch import trace
+from kempnerforge_torch.model import generate as generation
+from kempnerforge_torch.model.hooks import ActivationStore, activation_names, extract_representations
+from kempnerforge_torch.model.state import from_numpy, to_numpy
+from kempnerforge_torch.model.vlm import inner_transformer
+from kempnerforge_torch.training.train import Trainer, find_device
+from shared_config.interchange.checkpoint import TrainingState
+from shared_config.scenarios import Arrays, Batch, Decoding, Trained
+from shared_config.schema.job import JobConfig
+
+NAME = "torch"
+
+
+def train(
+    config: JobConfig,
+    state: TrainingState,
+    steps: Sequence[Sequence[Batch]],
+    held_out: Sequence[Batch],
+    *,
+    dtype: str,
+    device: str | None,
+) -> Trained:
+    """Steps of micro-batches from a state on. "bfloat16" is mixed precision; see `shared_config.scenarios.Backend`."""
+    precision = "bf16" if dtype == "bfloat16" else "fp32"
+    config = config.replace(train=config.train.replace(mixed_precision=precision, compile_model=False))
+    trainer = Trainer(config, device, dtype=torch.float64 if dtype == "float64" else torch.float32)
+    trainer.load_state(state)
+    evaluations = [float(trainer.evaluate([batch])["loss"]) for batch in held_out]
+    metrics, states = [], []
+    for micro_batches in steps:
+        metrics.append({name: float(value) for name, value in trainer.step(micro_batches).items()})
+        states.append(trainer.state())
+    evaluations += [float(trainer.evaluate([batch])["loss"]) for batch in held_out]
+    return Trained(metrics, states, np.array(evaluations))
+
+
+def decode(config: JobConfig, weights: Arrays, decoding: Decoding, *, device: str | None) -> Arrays:
+    """Tokens, and logits of static caches and without caches; see `shared_config.scenarios.Backend`."""
+    model = _model(config, weights, device)
+    place = find_device(device)
+    pixels = None if decoding.pixels is None else from_numpy(decoding.pixels).to(place, torch.float64)
+    options: dict[str, Any] = {
+        "seed": decoding.seed,
+        "prefill_chunk": decoding.prefill_chunk,
+        "pixel_values": pixels,
+        **decoding.sampling,
+    }
+    steps = generation.stream(model, decoding.prompts, decoding.new_tokens, **options)
+    new_BN = np.stack(list(steps), axis=1)
+    filled_BT = to_numpy(generation.generate(model, decoding.prompts, decoding.new_tokens, **options))
+    generated_BN = np.stack(
+        [row[len(prompt) :][: decoding.new_tokens] for row, prompt in zip(filled_BT, decoding.prompts, strict=True)]
+    )
+    return {
+        "streamed": new_BN,
+        "generated": generated_BN,
+        "cached": _cached(model, decoding, new_BN, pixels),
+        "whole": _whole(model, decoding, new_BN, pixels),
+    }
+
+
+def _cached(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: torch.Tensor | None) -> np.ndarray:
+    """Logits (B, N, V) that static caches give, fed with tokens that are known."""
+    transformer = inner_transformer(model)
+    request = _request(model, decoding, pixels)
+    logits, seen = [], None if generation._image_tokens(request.image) else request.image
+    with generation.inference(model):
+        caches, tokens_B = generation._prefill(transformer, request)
+        for place in range(decoding.new_tokens):
+            logits.append(to_numpy(generation._advance(transformer, tokens_B, caches, seen)))
+            tokens_B = torch.from_numpy(new_BN[:, place]).to(tokens_B)
+    return np.stack(logits, axis=1)
+
+
+def _request(model: Any, decoding: Decoding, pixels: Any) -> generation.Request:
+    temperature, top_k, top_p = (decoding.sampling[name] for name in ("temperature", "top_k", "top_p"))
+    return generation._request(
+        model, decoding.prompts, decoding.new_tokens, temperature, top_k, top_p, None, 0, None, decoding.seed, None,
+        decoding.prefill_chunk, pixels, None,
+    )  # fmt: skip
+
+
+def _whole(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: torch.Tensor | None) -> np.ndarray:
+    tokens_BS, places_BN = decoding.followed_by(new_BN)
+    inputs: tuple[Any, ...] = (torch.from_numpy(tokens_BS).long().to(next(model.parameters()).device),)
+    with generation.inference(model):
+        logits_BSV = model.run(*(inputs if pixels is None else (pixels, *inputs)), limit_capacity=False).logits
+    return np.take_along_axis(to_numpy(logits_BSV), places_BN[..., None], axis=1)
+
+
+def captured(
+    config: JobConfig, weights: Arrays, tokens: np.ndarray, pixels: np.ndarray | None, *, device: str | None
+) -> tuple[Arrays, Arrays]:
+    """What every module puts out; see `shared_config.scenarios.Backend`."""
+    model, place = _model(config, weights, device), find_device(device)
+    store = ActivationStore(model)
+    inputs: tuple[Any, ...] = (torch.from_numpy(tokens).long().to(place),)
+    if pixels is not None:
+        inputs = (from_numpy(pixels).to(place, torch.float64), *inputs)
+    store.enable()
+    with torch.no_grad():
+        model.run(*inputs)
+    store.disable()
+    stored = _flat({name: value for name, value in store.activations.items() if name != "transformer"})
+    if pixels is not None:
+        return stored, {}
+    extracted = extract_representations(model, list(tokens), activation_names(model))
+    assert extracted is not None
+    return stored, extracted
+
+
+def device_name(device: str | None) -> str:
+    """The model of an accelerator, or "cpu"."""
+    return trace.device_name(find_device(device))
+
+
+def _model(config: JobConfig, weights: Arrays, device: str | None) -> Any:
+    """In float64."""
+    return generation.load_model(config, weights, device).double()
+
+
+def _flat(outputs: Mapping[str, Any]) -> Arrays:
+    """Outputs by modality get names of their own."""
+    flat: Arrays = {}
+    for name, value in outputs.items():
+        if isinstance(value, Mapping):
+            flat |= _flat({f"{name}.{key}": part for key, part in value.items()})
+        elif value is not None:
+            flat[name] = to_numpy(value)
+    return flat

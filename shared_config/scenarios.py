@@ -1,0 +1,377 @@
+"""What `validate --full` has each backend do beyond one step: inputs that are the same in every process, and a trace of
+what came of them.
+
+Shapes: B rows, S positions, N new tokens, F frames, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from shared_config.contract.initialise import stream
+from shared_config.contract.validation import IGNORED_LABEL, validation_pixels
+from shared_config.contract.warm_start import without_warm_start
+from shared_config.errors import UserError
+from shared_config.interchange import checkpoint
+from shared_config.interchange.checkpoint import TrainingState
+from shared_config.interchange.traces import DECODE, FORWARD, GRADIENT, LOSS, ROUTING, Trace
+from shared_config.interchange.vision import picture_format
+from shared_config.numerics import UNIT_ROUNDOFF, perturbation_delta
+from shared_config.recording import (
+    DELTA_RUNS,
+    WHOLE,
+    Arrays,
+    can_decode,
+    default_length,
+    make_request,
+    request_meta,
+)
+from shared_config.schema.job import JobConfig
+
+Batch = Mapping[str, np.ndarray]
+
+ROWS = 2
+DOCUMENT_LENGTHS = ((9, 15), (3, 1, 20))
+REAL = ((0, 20), (9, 24))
+"""Lengths of documents in each row; where text starts and ends in rows that have padding after it, or before."""
+
+MICRO_BATCHES = 4
+PROMPTS, NEW_TOKENS, PREFILL_CHUNK, WINDOW = (13, 4, 9), 14, 5, 6
+"""Of decoding: lengths of the prompts, of which the longest takes three chunks; a window that they pass many times."""
+
+SAMPLING = {"temperature": 0.9, "top_k": 50, "top_p": 0.95}
+EVALUATION, STATE = "evaluation", "state"
+"""Groups of a trace: losses of evaluation, and weights after the last step."""
+
+RESUMED_STEPS = 2
+"""Of each of the three parts of a run that changes backends."""
+PARTS = 3
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a trainer did.
+
+    Attributes:
+        metrics: of each step.
+        states: after each step.
+        evaluations: losses of each held-out batch, before the first step and after the last.
+    """
+
+    metrics: Sequence[Mapping[str, float]]
+    states: Sequence[TrainingState]
+    evaluations: np.ndarray
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What is to be generated.
+
+    Attributes:
+        prompts: int32 rows of any lengths.
+        pixels: float32 (B, [F,] 3, s, s); None without images.
+    """
+
+    prompts: Sequence[np.ndarray]
+    pixels: np.ndarray | None
+    new_tokens: int = NEW_TOKENS
+    prefill_chunk: int = PREFILL_CHUNK
+    seed: int = 0
+    sampling: Mapping[str, Any] = field(default_factory=lambda: dict(SAMPLING))
+
+    def followed_by(self, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts and all but the last of the new tokens (B, N), int32 (B, S) with zeros after the end, and the places
+        (B, N) whose logits the new tokens were drawn from.
+        """
+        lengths = np.array([len(prompt) for prompt in self.prompts])
+        tokens = np.zeros((len(lengths), lengths.max() + new.shape[1] - 1), np.int32)
+        for row, prompt in enumerate(self.prompts):
+            known = np.concatenate([prompt, new[row, :-1]])
+            tokens[row, : len(known)] = known
+        return tokens, lengths[:, None] - 1 + np.arange(new.shape[1])
+
+
+class Backend(Protocol):
+    """What the module ``scenarios`` of a backend provides. All arithmetic is in float64, but for `train`."""
+
+    NAME: str
+
+    def train(
+        self,
+        config: JobConfig,
+        state: TrainingState,
+        steps: Sequence[Sequence[Batch]],
+        held_out: Sequence[Batch],
+        *,
+        dtype: str,
+        device: str | None,
+    ) -> Trained:
+        """Steps of micro-batches from a state on, by the trainer that `train` has; "bfloat16" is mixed precision."""
+        ...
+
+    def decode(self, config: JobConfig, weights: Arrays, decoding: Decoding, *, device: str | None) -> Arrays:
+        """``streamed`` and ``generated``: int (B, N), by both ways to generate; ``cached``: logits (B, N, V) of the
+        static caches fed with these tokens; ``whole``: those of a forward over all of them, without caches.
+        """
+        ...
+
+    def captured(
+        self, config: JobConfig, weights: Arrays, tokens: np.ndarray, pixels: np.ndarray | None, *, device: str | None
+    ) -> tuple[Arrays, Arrays]:
+        """What every module puts out, as an `ActivationStore` and as `extract_representations` have it; the latter is
+        empty where there are images.
+        """
+        ...
+
+    def device_name(self, device: str | None) -> str:
+        """As traces have it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """A scenario to be done.
+
+    Attributes:
+        config: as `scenario_config` makes it.
+        runs: folder of the checkpoints of a run that changes backends.
+    """
+
+    config: JobConfig
+    dtype: str
+    seed: int
+    weights: Arrays
+    deltas: bool
+    device: str | None
+    runs: Path | None
+
+    @property
+    def state(self) -> TrainingState:
+        """Where training starts."""
+        return TrainingState(0, dict(self.weights), {})
+
+
+def record_scenario(
+    backend: Backend,
+    config: JobConfig,
+    name: str,
+    *,
+    dtype: str = "float64",
+    seed: int = 0,
+    weights: str | Mapping[str, np.ndarray] = "validation",
+    deltas: bool = False,
+    device: str | None = None,
+    runs: Path | None = None,
+) -> Trace:
+    """Let a backend do a scenario, and keep what came of it.
+
+    Args:
+        name: one of `SCENARIOS` that `applicable` has.
+        dtype: "float64", or "bfloat16" where something is trained.
+        weights: as for a trace.
+        deltas: also measure how far rounding the weights to bfloat16 moves what training gives.
+        runs: folder of checkpoints, where the scenario needs one.
+
+    Raises:
+        UserError: a scenario that the config has not.
+    """
+    if name not in applicable(config):
+        raise UserError(f"scenario = {name!r}: must be one of {', '.join(applicable(config))} for this config")
+    changed = scenario_config(config, name)
+    request = make_request(changed, dtype=dtype, seed=seed, weights=weights)
+    work = Work(changed, dtype, seed, request.weights, deltas, device, runs)
+    tensors, extra = SCENARIOS[name](backend, work)
+    meta = dataclasses.replace(
+        request_meta(request),
+        backend=backend.NAME,
+        device=backend.device_name(device),
+        deltas=extra.pop("deltas", {}),
+        extra={"scenario": name, **extra},
+    )
+    return Trace(tensors, meta)
+
+
+def applicable(config: JobConfig) -> list[str]:
+    """The scenarios that make sense for a config."""
+    left_out = [] if config.vlm is None else ["documents"]
+    if not can_decode(config):
+        left_out += ["generate", "ring"]
+    elif config.model.sliding_window is not None:
+        left_out += ["generate"]
+    return [name for name in SCENARIOS if name not in left_out]
+
+
+def scenario_config(config: JobConfig, name: str) -> JobConfig:
+    """The config of a scenario: rings have a window that is passed several times."""
+    config = without_warm_start(config)
+    if name == "ring":
+        return config.replace(
+            model=config.model.replace(sliding_window=min(config.model.sliding_window or WINDOW, WINDOW))
+        )
+    return config
+
+
+Outcome = tuple[Arrays, dict[str, Any]]
+
+
+def _documents(backend: Backend, work: Work) -> Outcome:
+    return _training(backend, work, [[_batch(work, "documents", documents=True)]])
+
+
+def _padding(backend: Backend, work: Work) -> Outcome:
+    return _training(backend, work, [[_batch(work, "padding", padded=True)]])
+
+
+def _accumulation(backend: Backend, work: Work) -> Outcome:
+    """Micro-batches whose labels differ in number."""
+    steps = [[_batch(work, f"accumulation {i}", ignored=0.1 + 0.2 * i) for i in range(MICRO_BATCHES)]]
+    return _training(backend, work, steps)
+
+
+def _training(backend: Backend, work: Work, steps: Sequence[Sequence[Batch]]) -> Outcome:
+    """Loss, gradients and weights of training steps, and evaluation before and after them."""
+    held_out = [batch for micro_batches in steps for batch in micro_batches[:2]]
+
+    def run(weights: Arrays, dtype: str) -> tuple[Trained, Arrays]:
+        state = TrainingState(0, weights, {})
+        trained = backend.train(work.config, state, steps, held_out, dtype=dtype, device=work.device)
+        return trained, _trained_tensors(trained, work.config)
+
+    trained, tensors = run(work.weights, work.dtype)
+    extra: dict[str, Any] = {"lr": sum(float(metrics["lr"]) for metrics in trained.metrics)}
+    if work.deltas:
+        moved: Callable[[Arrays], Arrays] = lambda weights: run(weights, "float64")[1]  # noqa: E731
+        delta = perturbation_delta(moved, work.weights, UNIT_ROUNDOFF["bfloat16"], DELTA_RUNS, seed=work.seed)
+        kept = {name: value for name, value in delta.items() if not name.startswith(f"{STATE}/")}
+        extra["deltas"] = {"bfloat16": kept}
+    return tensors, extra
+
+
+def _trained_tensors(trained: Trained, config: JobConfig) -> Arrays:
+    """The gradient of the first step is in the first moments, which start at 0."""
+    losses = [name for name in trained.metrics[0] if name not in ("lr", "tokens", "dead_experts")]
+    tensors = {f"{LOSS}/{name}": np.array([float(metrics[name]) for metrics in trained.metrics]) for name in losses}
+    tensors[f"{EVALUATION}/losses"] = trained.evaluations
+    for name in ("tokens", "dead_experts"):
+        if name in trained.metrics[0]:
+            tensors[f"{ROUTING}/{name}"] = np.array([int(metrics[name]) for metrics in trained.metrics])
+    share = 1 - config.optimizer.betas[0]
+    for name, moment in trained.states[0].optimizer.items():
+        if name.startswith("m."):
+            tensors[f"{GRADIENT}/{name.removeprefix('m.')}"] = np.asarray(moment) / share
+    weights = trained.states[-1].weights
+    return tensors | {f"{STATE}/{name}": np.asarray(weights[name]) for name in weights}
+
+
+def _generate(backend: Backend, work: Work) -> Outcome:
+    config = work.config
+    draw = stream(work.seed, "scenario/prompts")
+    prompts = [draw.integers(0, config.model.vocab_size, length, dtype=np.int32) for length in PROMPTS]
+    decoding = Decoding(prompts, _pixels(work, len(prompts)), seed=work.seed)
+    found = backend.decode(config, work.weights, decoding, device=work.device)
+    return {f"{DECODE}/{name}": array for name, array in found.items()}, {}
+
+
+def _captures(backend: Backend, work: Work) -> Outcome:
+    request = make_request(work.config, dtype="float64", seed=work.seed)
+    stored, extracted = backend.captured(work.config, work.weights, request.tokens, request.pixels, device=work.device)
+    tensors = {f"{FORWARD}/{name}": array for name, array in stored.items()}
+    return tensors | {f"extracted/{name}": array for name, array in extracted.items()}, {}
+
+
+def _resumed(part: int) -> Callable[[Backend, Work], Outcome]:
+    """A part of a run that changes backends after each: the first also does the whole run without a change."""
+
+    def run(backend: Backend, work: Work) -> Outcome:
+        assert work.runs is not None
+        steps = [[_batch(work, f"resume {step}", padded=bool(step % 2))] for step in range(PARTS * RESUMED_STEPS)]
+        steps = [[{**batch, **_unpadded(batch)} for batch in micro_batches] for micro_batches in steps]
+        whole = None
+        if part == 0:
+            state = work.state
+            whole = backend.train(work.config, state, steps, [], dtype=work.dtype, device=work.device)
+        else:
+            other = "jax" if backend.NAME == "torch" else "torch"
+            state = checkpoint.load(resume_folder(work.runs, other, part - 1)).state
+        own = steps[part * RESUMED_STEPS : (part + 1) * RESUMED_STEPS]
+        trained = backend.train(work.config, state, own, [], dtype=work.dtype, device=work.device)
+        checkpoint.save(resume_folder(work.runs, backend.NAME, part), trained.states[-1], backend=backend.NAME)
+        final = (whole or trained).states[-1]
+        metrics = (whole or trained).metrics
+        tensors = {f"{STATE}/{name}": np.asarray(array) for name, array in final.weights.items()}
+        tensors |= {f"{LOSS}/loss": np.array([float(one["loss"]) for one in metrics[-RESUMED_STEPS:]])}
+        return tensors, {"lr": sum(float(one["lr"]) for one in metrics), "step": final.step}
+
+    return run
+
+
+SCENARIOS: dict[str, Callable[[Backend, Work], Outcome]] = {
+    "documents": _documents,
+    "padding": _padding,
+    "accumulation": _accumulation,
+    "generate": _generate,
+    "ring": _generate,
+    "captures": _captures,
+    **{f"resume-{part}": _resumed(part) for part in range(PARTS)},
+}
+
+
+def resume_folder(runs: Path, backend: str, part: int) -> Path:
+    """Where a backend leaves a part of a run."""
+    return runs / f"resume-{backend}-{part}"
+
+
+def cached_and_whole(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of static caches, and those that they must equal."""
+    cached, whole = trace.tensors[f"{DECODE}/cached"], trace.tensors[f"{DECODE}/{WHOLE}"]
+    return np.asarray(cached), np.asarray(whole)
+
+
+def _batch(
+    work: Work, name: str, *, ignored: float = 0.2, documents: bool = False, padded: bool = False
+) -> dict[str, np.ndarray]:
+    """A micro-batch: drawn ids and labels, images where the model sees them, documents or padding where asked for."""
+    config, draw = work.config, stream(work.seed, f"scenario/{name}")
+    length = default_length(config)
+    tokens, labels = (draw.integers(0, config.model.vocab_size, (ROWS, length), dtype=np.int32) for _ in range(2))
+    labels = np.where(draw.random(labels.shape) < ignored, np.int32(IGNORED_LABEL), labels)
+    batch = {"tokens" if config.vlm is None else "input_ids": tokens, "labels": labels}
+    if documents:
+        starts = [np.cumsum(lengths[:-1]) for lengths in DOCUMENT_LENGTHS]
+        batch["doc_ids"] = np.stack([np.searchsorted(row, np.arange(length), side="right") for row in starts])
+        batch["doc_ids"] = batch["doc_ids"].astype(np.int32)
+    if padded:
+        starts, ends = np.array(REAL).T[..., None]
+        real = (np.arange(length) >= starts) & (np.arange(length) < ends)
+        batch |= {"text_mask": real, "labels": np.where(real, labels, np.int32(IGNORED_LABEL))}
+    pixels = _pixels(work, ROWS)
+    if pixels is not None:
+        batch["pixel_values"] = pixels
+        if padded and pixels.ndim == 5:
+            batch["frame_mask"] = np.arange(pixels.shape[1]) < np.array([[pixels.shape[1]], [1]])
+    return batch
+
+
+def _unpadded(batch: Batch) -> dict[str, np.ndarray]:
+    """A mask of padding for a batch that has none, so that all steps are one program."""
+    tokens = batch["tokens"] if "tokens" in batch else batch["input_ids"]
+    mask = {"text_mask": batch.get("text_mask", np.ones(tokens.shape, bool))}
+    pixels = batch.get("pixel_values")
+    if pixels is not None and pixels.ndim == 5:
+        mask["frame_mask"] = batch.get("frame_mask", np.ones(pixels.shape[:2], bool))
+    return mask
+
+
+def _pixels(work: Work, rows: int) -> np.ndarray | None:
+    config = work.config
+    if config.vlm is None or config.vision_encoder is None:
+        return None
+    side = picture_format(config.vision_encoder, config.video).side
+    shape = (3, side, side) if config.video is None else (config.video.max_frames, 3, side, side)
+    return validation_pixels((rows, *shape), work.seed)

@@ -1,0 +1,83 @@
+"""`validate --full` in real processes, and bugs planted behind each of its rows, in either backend."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from shared_config.checks import BACKENDS, Plan
+from shared_config.cli import main
+from shared_config.commands import validate
+from shared_config.loader import load_config
+from shared_config.scenarios import applicable
+from tests.cli.processes import run_python
+from tests.mutants import planted
+from tests.mutants_full import REACHING, Reaching
+
+TINY = ["--model.dim=16", "--model.n_layers=1", "--model.ffn_hidden_dim=24", "--model.max_seq_len=64"]
+PARTS = {"torch": "torch, jax, torch", "jax": "jax, torch, jax"}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a validation that found no difference leaves behind."""
+    folder = tmp_path_factory.mktemp("full")
+    options = ["--full", "--dtypes=float64", "--steps=0", f"--keep={folder}", *TINY]
+    result = run_python("-m", "shared_config.cli", "validate", "debug", *options, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "the backends agree" in result.stdout
+    for name in (*applicable(plan(folder).config), "mixed precision", "601 positions"):
+        assert f"│ {name.partition('-')[0]}" in result.stdout
+    return folder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_row_names_the_bugs_that_reach_it(kept: Path, tmp_path: Path, backend: str) -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        unnamed = pool.submit(survey, kept, tmp_path, backend).result()
+    assert not unnamed
+
+
+def survey(kept: Path, scratch: Path, backend: str) -> dict[str, list[str]]:
+    """The bugs that the row they reach does not name, with the rows that do. In a process of its own: operators that
+    a changed module registers replace the real ones.
+    """
+    unnamed = {}
+    for place, bug in enumerate(REACHING):
+        folder = scratch / str(place)
+        shutil.copytree(kept, folder)
+        with planted(bug.mutant, backend):
+            repeat(bug, plan(folder), backend)
+        named = [f"{found.check}: {found.subject}" for found in validate.judge(plan(folder)) if not found.ok]
+        subject = bug.subject.format(backend=backend, way=PARTS[backend])
+        if f"{bug.check}: {subject}" not in named:
+            unnamed[str(bug.mutant)] = named
+        shutil.rmtree(folder)
+    return unnamed
+
+
+def repeat(bug: Reaching, plan: Plan, backend: str) -> None:
+    """Do the scenarios of a bug again, with the command lines that `validate` has for them."""
+    for name in bug.scenarios:
+        output = str(plan.scenario_file(backend, name, bug.dtype))
+        (job,) = (job for check in plan.checks for job in check.jobs(plan, backend) if output in job)
+        assert main(job) == 0, job
+
+
+def plan(folder: Path) -> Plan:
+    return Plan(load_config("debug", TINY), folder, dtypes=("float64",), steps=0, full=True)
+
+
+def test_scenarios_refuse_what_they_have_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["trace", "debug", *TINY, "--backend=torch", "--device=cpu", f"--output={tmp_path / 't.safetensors'}"]
+    assert main([*line, "--scenario=padding", "--tokens=1,2"]) == 2
+    assert "--tokens: a scenario has its own inputs" in capsys.readouterr().err
+    assert main([*line, "--scenario=resume-1"]) == 2
+    assert "needs --runs DIR" in capsys.readouterr().err
+    assert main([*line, "--scenario=generate", "--model.sliding_window=4"]) == 2
+    assert "scenario = 'generate': must be one of documents, padding" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

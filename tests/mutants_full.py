@@ -1,0 +1,111 @@
+"""Bugs to plant behind the rows of a full validation: each reaches one of them, which is to name it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.mutants import Mutant, both
+
+
+@dataclass(frozen=True)
+class Reaching:
+    """A bug and where it shows.
+
+    Attributes:
+        scenarios: that are done again with it, in order.
+        check, subject: of the row that names it, "{backend}" being the one that has it.
+        dtype: of the scenario.
+    """
+
+    mutant: Mutant
+    scenarios: tuple[str, ...]
+    check: str
+    subject: str
+    dtype: str = "float64"
+
+
+REACHING = (
+    Reaching(
+        both("model.mask", "documents ignored", " & (query_doc_ids[:, :, None] == key_doc_ids[:, None, :])", ""),
+        ("documents",), "documents", "gradient",
+    ),
+    Reaching(
+        both("model.mask", "padding ignored", "mask & key_valid[:, None, :]", "mask"),
+        ("padding",), "padding", "loss",
+    ),
+    Reaching(
+        Mutant(
+            "training.train", "micro-batches weigh the same",
+            ("self._differentiate(batch, max(count, 1), len",
+             "self._differentiate(batch, max(len(micro_batches) * label_count([batch]), 1), len"),
+            ("jax.tree.map(jnp.add, total, one(batch)), None", "one(batch), None"),
+        ),
+        ("accumulation",), "accumulation", "gradient",
+    ),
+    Reaching(
+        Mutant(
+            "training.train", "a step that is a little too large",
+            ("update(self.optimizer, lr, taken)", "update(self.optimizer, lr * 1.001, taken)"),
+            ("gradients, own_state, trained, lr, taken)", "gradients, own_state, trained, lr * 1.001, taken)"),
+        ),
+        ("padding",), "padding", "weights",
+    ),
+    Reaching(
+        Mutant(
+            "training.train", "gradients of narrow copies doubled",
+            ("_cast(list(found.values()), [ctx", "_cast([2 * g for g in found.values()], [ctx"),
+            ("else master.astype(recipe.compute_dtype)",
+             "else master.astype(recipe.compute_dtype) * (2 if recipe.compute_dtype == jnp.bfloat16 else 1)"),
+        ),
+        ("accumulation",), "mixed precision", "gradient", "bfloat16",
+    ),
+    Reaching(
+        both("training.train", "one label too few in evaluation", '"loss": total / max(count, 1), "tokens"',
+             '"loss": total / max(count - 1, 1), "tokens"'),
+        ("padding",), "padding", "evaluation",
+    ),
+    Reaching(
+        both("model.generate", "cached position off by one", "lengths_B - 1 + taken", "lengths_B + taken"),
+        ("generate",), "generate", "{backend}: static caches = forward",
+    ),
+    Reaching(
+        Mutant(
+            "model.generate", "numbers of another step in one way to generate",
+            ("] = torch.stack(steps, dim=1)", "] = torch.stack(steps, dim=1).roll(1, 1)"),
+            ("dynamic_index_in_dim(uniforms_BN, place, 1", "dynamic_index_in_dim(uniforms_BN, 0 * place, 1"),
+        ),
+        ("generate",), "generate", "{backend}: stream = generate",
+    ),
+    Reaching(
+        both("model.kv_cache", "slots of a ring in order", "last_B1 - (last_B1 - slots_M) % self.slots",
+             "slots_M + 0 * last_B1"),
+        ("ring",), "ring", "decode",
+    ),
+    Reaching(
+        Mutant(
+            "model.hooks", "stored activations rounded",
+            ("self._activations[name] = _on_host(first_output(output))",
+             "self._activations[name] = _on_host(first_output(output)).float().double()"),
+            ("self._activations[name] = _to_numpy(first_output(output))",
+             "self._activations[name] = _to_numpy(first_output(output)).astype(np.float32).astype(np.float64)"),
+        ),
+        ("captures",), "captures", "{backend}: store = trace",
+    ),
+    Reaching(
+        both("model.hooks", "samples of a batch in reverse",
+             "np.concatenate([output[name] for output", "np.concatenate([output[name][::-1] for output"),
+        ("captures",), "captures", "extracted",
+    ),
+    Reaching(
+        both("training.train", "a resumed run counts from 0", "self.updates = state.step", "self.updates = 0"),
+        ("resume-1", "resume-2"), "resume", "{way}: weights",
+    ),
+    Reaching(
+        Mutant(
+            "model.position", "positions from 512 on one too small",
+            ("self.cos[positions].to(dtype)", "self.cos[positions - (positions >= 512).long()].to(dtype)"),
+            ("table.at[positions].get", "table.at[positions - (positions >= 512)].get"),
+        ),
+        ("long",), "601 positions", "forward",
+    ),
+)  # fmt: skip
