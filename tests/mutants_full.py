@@ -52,8 +52,8 @@ REACHING = (
     ),
     Reaching(
         Mutant(
-            "training.train", "gradients of narrow copies doubled",
-            ("_cast(list(found.values()), [ctx", "_cast([2 * g for g in found.values()], [ctx"),
+            "training.train", "gradients of narrow vectors doubled",
+            ("_cast(list(found.values()), [ctx", "_cast([g * (1 + (g.ndim == 1)) for g in found.values()], [ctx"),
             ("else master.astype(recipe.compute_dtype)",
              "else master.astype(recipe.compute_dtype) * (2 if recipe.compute_dtype == jnp.bfloat16 else 1)"),
         ),

@@ -30,6 +30,7 @@ from shared_config.recording import DTYPES, WEIGHTS, check_tokens
 from shared_config.scenarios import SCENARIOS, Backend, record_scenario
 from shared_config.schema.job import JobConfig
 
+NPY = ".npy"
 HELP = "write every activation, gradient and loss of one step to a file"
 
 
@@ -86,7 +87,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     output = writable_file(options.output)
     which = options.weights or (None if options.shrink else folder_of(options.config)) or WEIGHTS[0]
     given = None if which in WEIGHTS else which
-    refuse_overwriting(output, given, options.config, options.tokens, options.refeed, options.routes)
+    ids = options.tokens if (options.tokens or "").endswith(NPY) else None
+    refuse_overwriting(output, given, options.config, ids, options.refeed, options.routes)
     weights = load_given_weights(str(which), config, overrides)
     tokens = None if options.tokens is None else read_tokens(options.tokens)
     if tokens is not None:
@@ -159,7 +161,7 @@ def read_tokens(text: str) -> np.ndarray:
     Raises:
         UserError: neither.
     """
-    if text.endswith(".npy"):
+    if text.endswith(NPY):
         try:
             check_regular(text)
             return np.load(text, allow_pickle=False)

@@ -18,7 +18,7 @@ from tests.cli.processes import run_python
 from tests.mutants import planted
 from tests.mutants_full import REACHING, Reaching
 
-TINY = ["--model.dim=16", "--model.n_layers=1", "--model.ffn_hidden_dim=24", "--model.max_seq_len=64"]
+TINY = ["--model.dim=16", "--model.n_layers=1", "--model.ffn_hidden_dim=24", "--train.seq_len=16"]
 PARTS = {"torch": "torch, jax, torch", "jax": "jax, torch, jax"}
 
 
@@ -26,10 +26,12 @@ PARTS = {"torch": "torch, jax, torch", "jax": "jax, torch, jax"}
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a validation that found no difference leaves behind."""
     folder = tmp_path_factory.mktemp("full")
-    options = ["--full", "--dtypes=float64", "--steps=0", f"--keep={folder}", *TINY]
+    report = folder.parent / "report.html"
+    options = ["--full", "--dtypes=float64", "--steps=2", f"--keep={folder}", f"--report={report}", *TINY]
     result = run_python("-m", "shared_config.cli", "validate", "debug", *options, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "the backends agree" in result.stdout
+    assert report.exists()
     for name in (*applicable(plan(folder).config), "mixed precision", "601 positions"):
         assert f"│ {name.partition('-')[0]}" in result.stdout
     return folder

@@ -29,17 +29,6 @@ CONFIG = load_config(
 )
 
 
-def test_validate_in_real_processes(tmp_path: Path) -> None:
-    options = ["--shrink", "--dtypes", "float64", "--steps", "2", "--keep", str(tmp_path)]
-    options += ["--report", str(tmp_path / "report.html")]
-    result = run_python("-m", "shared_config.cli", "validate", "debug", *options)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "the backends agree" in result.stdout
-    assert {"torch-float64.safetensors", "jax-float64.safetensors", "report.html"} < {
-        file.name for file in tmp_path.iterdir()
-    }
-
-
 def test_processes_run_the_code_of_this_one(tmp_path: Path) -> None:
     """Whatever the working directory holds."""
     (tmp_path / "shared_config").mkdir()
