@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ import tomli_w
 from pydantic import TypeAdapter
 
 from shared_config.errors import ConfigError, UserError
-from shared_config.reading import MAX_TOML_BYTES, read_text
+from shared_config.reading import MAX_TOML_BYTES, parse_toml, read_text
 from shared_config.schema.base import Section
 from shared_config.schema.job import JobConfig
 from shared_config.schema.vlm import VLMConfig
@@ -225,15 +224,15 @@ def _read(text: str, annotation: Any) -> Any:
     if any(member is str or typing.get_origin(member) is typing.Literal for member in members):
         return text
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):  # integers of thousands of digits, deep nesting
+        return parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return text
 
 
 def _parse_toml(text: str, where: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # integers of thousands of digits, deep nesting
+        return parse_toml(text)
+    except ValueError as error:
         raise UserError(f"{where}: not valid TOML: {error}") from None
 
 

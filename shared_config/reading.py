@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +94,18 @@ def parse_json(text: str | bytes) -> Any:
     """
     try:
         return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """What a text means as TOML.
+
+    Raises:
+        ValueError: no TOML, nested too deep, or with integers of thousands of digits.
+    """
+    try:
+        return tomllib.loads(text)
     except RecursionError as error:
         raise ValueError(str(error)) from None
 

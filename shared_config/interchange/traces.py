@@ -20,7 +20,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +32,7 @@ from shared_config.interchange.selection import Selection
 from shared_config.interchange.tensors import TensorFile, write_tensors
 from shared_config.interchange.weights import is_floating
 from shared_config.numerics import UNIT_ROUNDOFF, as_float64, rms
-from shared_config.reading import parse_json
+from shared_config.reading import parse_json, parse_toml
 
 FORWARD, ROUTING, LOSS, GRADIENT, UPDATED, DECODE, LOSSES = GROUPS = (
     "forward",
@@ -106,7 +105,7 @@ class TraceMeta:
     @property
     def config_fields(self) -> dict[str, Any]:
         """The config as nested dicts."""
-        return tomllib.loads(self.config)
+        return parse_toml(self.config)
 
     def wants(self, name: str) -> bool:
         """Whether a run of this kind was to record a tensor of this name."""

@@ -71,6 +71,7 @@ def test_arrays_of_any_type_shape_and_layout_come_back(
             if dtype == np.bool_
             else raw[..., : dtype.itemsize].copy().view(dtype)[..., 0]
         )
+        array = np.where(np.isfinite(array), array, np.ones((), dtype))  # what is not is refused
         layout = data.draw(st.sampled_from(["plain", "transposed", "reversed", "strided"]))
         if array.ndim:
             array = {"plain": array, "transposed": array.T, "reversed": array[::-1], "strided": array[..., ::2]}[layout]

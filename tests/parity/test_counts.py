@@ -244,7 +244,7 @@ def test_memory_of_a_layout_is_that_of_its_parts(preset: str, layout: dict[str, 
     sizes = [getattr(distributed, name) for name in ("dp_replicate", "dp_shard", "tp", "pp")]
     shard = max(1, distributed.dp_shard)
     world_size = int(np.prod([sizes[0], shard, *sizes[2:]]))
-    state = {name: tensor.detach().numpy() for name, tensor in Trainer(config).masters.items()}
+    state = {name: tensor.detach().cpu().numpy() for name, tensor in Trainer(config).masters.items()}
     held = sum(nbytes for array in state.values() for nbytes in parts_of(array, distributed.tp, shard))
     stated = training_memory(config.replace(distributed=distributed), world_size)
     devices = distributed.tp * shard * distributed.pp
