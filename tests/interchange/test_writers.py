@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import stat
 import sys
@@ -18,7 +19,7 @@ from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.activations import ActivationWriter
 from shared_config.interchange.files import written_aside
-from shared_config.interchange.outputs import writable_folder
+from shared_config.interchange.outputs import claim_record_folder, writable_folder
 from shared_config.interchange.tensors import write_tensors
 from shared_config.interchange.weights import save_weights
 from shared_config.loader import load_config
@@ -250,3 +251,15 @@ def test_compare_refuses_a_pipe_before_it_reads(
     os.mkfifo(tmp_path / "page")
     assert main(["compare", "absent", "absent", option, str(tmp_path / "page")]) == 2
     assert "is a named pipe" in capsys.readouterr().err
+
+
+def test_a_folder_for_records_may_hold_records_of_these_names_alone(tmp_path: Path) -> None:
+    files = frozenset({"a.npz", "b.npz"})
+    assert claim_record_folder(tmp_path / "deep" / "new", files).is_dir()
+    shutil.rmtree(tmp_path / "deep")
+    (tmp_path / "a.npz").touch()
+    assert claim_record_folder(tmp_path, files) == tmp_path
+    for name in ("c.npz", "d.npz"):
+        (tmp_path / name).touch()
+        with pytest.raises(UserError, match=r"holds c\.npz(, d\.npz)?, which validate did not write"):
+            claim_record_folder(tmp_path, files)

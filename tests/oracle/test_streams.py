@@ -231,3 +231,13 @@ def test_pictures_drawn_by_code_are_these() -> None:
         assert (found, hashlib.sha256(image.tobytes()).hexdigest()[:16]) == (caption, digest)
     clip, caption = shape_clip(7, 16, 3, draw_times=True)
     assert (caption, hashlib.sha256(clip.tobytes()).hexdigest()[:16]) == CLIP
+
+
+def test_every_size_colour_form_place_and_motion_is_drawn_like_this() -> None:
+    digest, words = hashlib.sha256(), set()
+    for index in range(80):
+        for pixels, caption in (shape_image(index, 12), shape_clip(index, 12, 2)):
+            digest.update(pixels.tobytes() + caption.encode())
+            words |= set(caption.split())
+    assert len(words) == 21
+    assert digest.hexdigest()[:16] == "c85d6cdafc22f8c0"
