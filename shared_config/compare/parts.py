@@ -27,6 +27,8 @@ OF_RMS = 0.25
 """Roundoffs are those of the part, or of this share of the tensor's RMS."""
 OF_ELEMENTS = 0.5
 """An element of a vector moves by at least this share of the tensor's delta."""
+MOSTLY = 0.9
+"""Share of an error that lies along the reference, from which on it is a factor."""
 SINGLE = 2.0
 """Roundings of one number may all be as large as they can be; in an RMS they are not."""
 
@@ -73,7 +75,7 @@ class PartLimits:
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a tensor that is nearest to its limit, or furthest beyond.
+    """The part of a tensor that is nearest to its limit, or beyond: see `worst_part`.
 
     Attributes:
         kind: "row", "column", "element" or "scale".
@@ -140,14 +142,25 @@ def has_parts(shape: tuple[int, ...]) -> bool:
 
 
 def worst_part(error: np.ndarray, reference: np.ndarray, deltas: PartErrors, delta: float, limits: PartLimits) -> Part:
-    """The part with the largest share of its limit.
+    """The part with the largest share of its limit; of those beyond, what says most.
+
+    That is a factor where the error is one, the only element beyond, and else the worst row or column.
 
     Args:
         error, reference: as for `part_errors`.
         deltas: what rounding the weights does to the parts.
         delta: what it does to the tensor.
     """
-    return max(_parts(error, reference, deltas, delta, limits), key=lambda part: part.share)
+    parts = list(_parts(error, reference, deltas, delta, limits))
+    beyond = [part for part in parts if part.share > 1]
+    along = next((part for part in beyond if part.kind == SCALE), None)
+    if along is not None and along.error * rms(reference) >= MOSTLY * rms(error):
+        return along
+    lone = next((part for part in beyond if part.kind == ELEMENT and part.beyond == 1), None)
+    if lone is not None:
+        return lone
+    lines = [part for part in beyond if part.kind in (ROW, COLUMN)]
+    return max(lines or parts, key=lambda part: part.share)
 
 
 def _parts(
