@@ -20,15 +20,16 @@ from shared_config.contract.warm_start import without_warm_start
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
-from shared_config.interchange.traces import DECODE, FORWARD, GRADIENT, LOSS, ROUTING, Trace
+from shared_config.interchange.traces import DECODE, FORWARD, GRADIENT, LOSS, ROUTING, Trace, group_of
 from shared_config.interchange.vision import picture_format
-from shared_config.numerics import UNIT_ROUNDOFF, perturbation_delta
+from shared_config.numerics import UNIT_ROUNDOFF, difference, perturbation_maxima
 from shared_config.recording import (
     DELTA_RUNS,
     WHOLE,
     Arrays,
     can_decode,
     default_length,
+    delta_and_parts,
     make_request,
     request_meta,
 )
@@ -192,6 +193,7 @@ def record_scenario(
         backend=backend.NAME,
         device=backend.device_name(device),
         deltas=extra.pop("deltas", {}),
+        parts=extra.pop("parts", {}),
         extra={"scenario": name, **extra},
     )
     return Trace(tensors, meta)
@@ -246,11 +248,24 @@ def _training(backend: Backend, work: Work, steps: Sequence[Sequence[Batch]]) ->
     trained, tensors = run(work.weights, work.dtype)
     extra: dict[str, Any] = {"lr": sum(float(metrics["lr"]) for metrics in trained.metrics)}
     if work.deltas:
-        moved: Callable[[Arrays], Arrays] = lambda weights: run(weights, "float64")[1]  # noqa: E731
-        delta = perturbation_delta(moved, work.weights, UNIT_ROUNDOFF["bfloat16"], DELTA_RUNS, seed=work.seed)
-        kept = {name: value for name, value in delta.items() if not name.startswith(f"{STATE}/")}
-        extra["deltas"] = {"bfloat16": kept}
+        moved: Callable[[Arrays], Arrays] = lambda weights: _without_state(run(weights, "float64")[1])  # noqa: E731
+        found = perturbation_maxima(
+            moved, work.weights, UNIT_ROUNDOFF["bfloat16"], _measured, DELTA_RUNS, seed=work.seed
+        )
+        extra["deltas"] = {"bfloat16": {name: float(one.flat[0]) for name, one in found.items()}}
+        extra["parts"] = {"bfloat16": {name: one[1:] for name, one in found.items() if one.size > 1}}
     return tensors, extra
+
+
+def _without_state(tensors: Arrays) -> Arrays:
+    return {name: array for name, array in tensors.items() if group_of(name) != STATE}
+
+
+def _measured(name: str, moved: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """How far rounding moved a tensor, and the rows and columns of a gradient."""
+    if group_of(name) == GRADIENT:
+        return delta_and_parts(name, moved, truth)
+    return np.array([difference(moved, truth).rms_error])
 
 
 def _trained_tensors(trained: Trained, config: JobConfig) -> Arrays:
