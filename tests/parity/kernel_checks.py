@@ -1,0 +1,390 @@
+"""Which kernel an accelerator is given, read off programs and calls on a machine that has none.
+
+The truth is written out, case by case. What the kernels compute is for the tests marked ``gpu``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.parity.precision_cases import job_of
+from tests.parity.precision_jax import _jaxprs
+
+BF16, F16, F32, F64 = "bfloat16", "float16", "float32", "float64"
+HOPPER, AMPERE, TURING = ("cuda 12080", "9.0"), ("cuda 12080", "8.0"), ("cuda 12080", "7.5")
+ROCM = ("rocm 60300", "9.0")
+FUSED: tuple[tuple[str, str, int, int, int, bool, tuple[str, str] | None, bool], ...] = (
+    # queries, keys, S, M, h, mask, GPU, whether cuDNN's kernel takes it
+    (BF16, BF16, 96, 96, 64, False, HOPPER, True),
+    (F16, F16, 96, 96, 64, False, HOPPER, True),
+    (BF16, BF16, 2, 2, 8, False, AMPERE, True),
+    (BF16, BF16, 96, 96, 128, False, HOPPER, True),
+    (BF16, BF16, 96, 96, 64, True, HOPPER, False),
+    (BF16, BF16, 96, 97, 64, False, HOPPER, False),
+    (BF16, BF16, 96, 95, 64, False, HOPPER, False),
+    (BF16, BF16, 1, 1, 64, False, HOPPER, False),
+    (BF16, BF16, 1, 96, 64, False, HOPPER, False),
+    (BF16, BF16, 96, 96, 136, False, HOPPER, False),
+    (BF16, BF16, 96, 96, 60, False, HOPPER, False),
+    (BF16, BF16, 96, 96, 68, False, HOPPER, False),
+    (F32, F32, 96, 96, 64, False, HOPPER, False),
+    (BF16, F32, 96, 96, 64, False, HOPPER, False),
+    (BF16, F16, 96, 96, 64, False, HOPPER, False),
+    (BF16, BF16, 96, 96, 64, False, TURING, False),
+    (BF16, BF16, 96, 96, 64, False, ROCM, False),
+    (BF16, BF16, 96, 96, 64, False, None, False),
+)
+"""cuDNN's fused attention: narrow, whole sequences, no mask, heads of multiples of 8 up to 128, from Ampere on."""
+GROUPED = {
+    "cpu": ("looped_matmul", "looped_outer"),
+    "cuda": ("tiled_matmul", "tiled_outer"),
+    "rocm": ("tiled_matmul", "tiled_outer"),
+    "tpu": ("ragged_matmul", "ragged_outer"),
+}
+"""What JAX lowers products over groups to, by platform."""
+OFFSETS: tuple[tuple[str, str, int, int, int, int, bool], ...] = (
+    # device, dtype, compute capability, rows, D, F, whether torch's grouped_mm takes it
+    ("cuda", BF16, 9, 40, 32, 16, True),
+    ("cuda", BF16, 10, 40, 8, 8, True),
+    ("cuda", BF16, 8, 40, 32, 16, False),
+    ("cuda", F16, 9, 40, 32, 16, False),
+    ("cuda", F32, 9, 40, 32, 16, False),
+    ("cuda", BF16, 9, 40, 32, 12, False),
+    ("cuda", BF16, 9, 40, 20, 16, False),
+    ("cuda", BF16, 9, 0, 32, 16, False),
+    ("cpu", BF16, 9, 40, 32, 16, False),
+)
+DISPATCHED: tuple[tuple[str, int, int, bool, bool, int, bool, bool], ...] = (
+    # device, S, M, mask, causal, key/value heads, whether a mask is handed on, whether the call is causal
+    ("meta", 20, 20, False, True, 4, False, True),
+    ("meta", 20, 20, False, True, 2, False, True),
+    ("meta", 20, 20, False, False, 4, False, False),
+    ("meta", 20, 24, False, True, 4, True, False),
+    ("meta", 24, 20, False, False, 4, False, False),
+    ("meta", 1, 20, False, True, 4, False, False),
+    ("meta", 20, 20, True, True, 4, True, False),
+    ("meta", 20, 20, True, False, 4, True, False),
+    ("meta", 8, 8, False, True, 4, False, True),
+    ("cpu", 20, 20, False, True, 4, False, True),
+    ("cpu", 8, 8, False, True, 4, False, True),
+)
+
+
+def module(backend: str, path: str) -> Any:
+    return importlib.import_module(f"kempnerforge_{backend}.{path}")
+
+
+# JAX
+
+
+@contextlib.contextmanager
+def gpu(kind: tuple[str, str] | None) -> Iterator[None]:
+    """JAX sees a GPU, whose cuDNN is a recent one."""
+    if kind is None:
+        yield
+        return
+    device = SimpleNamespace(client=SimpleNamespace(platform_version=kind[0]), compute_capability=kind[1])
+    cudnn = "jax._src.cudnn.fused_attention_stablehlo"
+    with (
+        mock.patch.object(jax, "default_backend", return_value="gpu"),
+        mock.patch.object(jax, "local_devices", return_value=[device]),
+        mock.patch(f"{cudnn}.check_cudnn_version", return_value=91000),
+        mock.patch(f"{cudnn}.check_compute_capability", return_value=True),
+    ):
+        yield
+
+
+def kernels_in(jaxpr: Any) -> list[Mapping[str, Any]]:
+    """The parameters of each call of cuDNN's attention."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name.startswith("dot_product_attention"):
+            found.append({**eqn.params, "shapes": [variable.aval.shape for variable in eqn.invars[:3]]})
+        for inner in _jaxprs(eqn.params):
+            found += kernels_in(inner)
+    return found
+
+
+def check_fused_attention(backend: str) -> None:
+    """The kernel is chosen where it fits, and told the scale, causality and lengths."""
+    attend = module("jax", "model.attention").attend
+    for q_dtype, k_dtype, length, keys, width, masked, kind, chosen in FUSED:
+        for causal in (True, False):
+            q = jax.ShapeDtypeStruct((2, 4, length, width), q_dtype)
+            k = jax.ShapeDtypeStruct((2, 2, keys, width), k_dtype)
+            mask = jnp.ones((2, 1, length, keys), bool) if masked else None
+            case = (q_dtype, k_dtype, length, keys, width, masked, kind, causal)
+            with gpu(kind):
+                program = jax.jit(lambda q, k, v, m=mask, c=causal: attend(q, k, v, m, causal=c))
+                try:
+                    traced = program.trace(q, k, k)
+                    lowered = traced.lower(lowering_platforms=("cpu",)).as_text()
+                except (NotImplementedError, ValueError) as error:
+                    raise AssertionError(f"{case}: the kernel refuses it: {error}") from error
+                found = kernels_in(traced.jaxpr.jaxpr)
+            assert len(found) == chosen, case
+            assert "fmha" not in lowered, case
+            for kernel in found:
+                assert kernel["mask_type"].name == ("CAUSAL" if causal else "NO_MASK"), case
+                assert abs(kernel["scale"] * width**0.5 - 1) < 1e-6, case
+                assert kernel["sliding_window_length"] is None, case
+                assert kernel["dropout_rate"] == 0, case
+                heads_last = [(2, length, 4, width), (2, keys, 2, width), (2, keys, 2, width)]
+                assert kernel["shapes"] == heads_last, case
+
+
+def check_platforms(backend: str) -> None:
+    """Products over groups, and their gradients, are those of the platform that a program is lowered for."""
+    grouped = module("jax", "model.grouped")
+    names = sorted({name for pair in GROUPED.values() for name in pair})
+    marks = {name: f"{1111 * (i + 2):e}" for i, name in enumerate(names)}
+    x, w, y, ends = (
+        jax.ShapeDtypeStruct(s, d) for s, d in (((9, 8), F32), ((3, 8, 16), F32), ((9, 16), F32), ((3,), "int32"))
+    )
+
+    def marked(name: str) -> Callable[..., Any]:
+        def product(a: Any, b: Any, ends: Any) -> Any:
+            shape = (a.shape[0], b.shape[2]) if name.endswith("matmul") else (ends.shape[0], a.shape[1], b.shape[1])
+            return jnp.full(shape, float(marks[name]))
+
+        return product
+
+    def product_gradient(x: Any, w: Any, ends: Any) -> Any:
+        return jax.grad(lambda x, w: grouped.grouped_matmul(x, w, ends).sum(), argnums=(0, 1))(x, w)
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(grouped, name, marked(name)))
+        for platform, (matmul, outer) in GROUPED.items():
+            programs = {
+                frozenset({matmul}): jax.jit(grouped.grouped_matmul).trace(x, w, ends),
+                frozenset({outer}): jax.jit(grouped.grouped_outer).trace(x, y, ends),
+                frozenset({matmul, outer}): jax.jit(product_gradient).trace(x, w, ends),
+            }
+            for expected, program in programs.items():
+                text = program.lower(lowering_platforms=(platform,)).as_text()
+                found = {name for name, mark in marks.items() if mark in text}
+                assert found == expected, (platform, found)
+
+
+# torch
+
+
+@contextlib.contextmanager
+def capability(major: int) -> Iterator[None]:
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=(major, 0)):
+        yield
+
+
+def check_offsets(backend: str) -> None:
+    """torch's product over groups reads offsets on the device for aligned bfloat16 on Hopper; else tiles, or a loop."""
+    grouped = module("torch", "model.grouped")
+    calls: list[str] = []
+
+    def marking(name: str) -> Callable[..., str]:
+        return lambda *_, **__: calls.append(name) or name
+
+    names = ("tiled_matmul", "tiled_outer", "looped_matmul", "looped_outer")
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(grouped, name, marking(name)))
+        stack.enter_context(mock.patch.object(grouped.F, "grouped_mm", marking("kernel")))
+        stack.enter_context(FakeTensorMode())
+        for device, dtype, major, rows, width, hidden, fits in OFFSETS:
+            kind = {"device": "cuda:0" if device == "cuda" else "cpu", "dtype": getattr(torch, dtype)}
+            x, w, y = (torch.empty(shape, **kind) for shape in ((rows, width), (3, width, hidden), (rows, hidden)))
+            ends = torch.empty(3, dtype=torch.int32, device=kind["device"])
+            plain = "looped" if device == "cpu" else "tiled"
+            with capability(major):
+                calls.clear()
+                grouped.grouped_matmul._init_fn(x, w, ends, True)
+                grouped.grouped_outer._init_fn(x, y, ends)
+            expected = ["kernel"] * 2 if fits else [f"{plain}_matmul", f"{plain}_outer"]
+            assert calls == expected, (device, dtype, major, rows, width, hidden)
+
+
+def check_dispatched_attention(backend: str) -> None:
+    """What torch's attention is called with: a mask only where one is needed, causality only for equal lengths."""
+    attention = module("torch", "model.attention")
+    seen: list[tuple[Any, dict[str, Any], dict[str, bool]]] = []
+
+    def noting(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        flags = {
+            "flash": torch.backends.cuda.flash_sdp_enabled(),
+            "efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+            "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
+            "math": torch.backends.cuda.math_sdp_enabled(),
+        }
+        seen.append(((q.shape, k.shape), options, flags))
+        return q.new_empty(*q.shape[:3], v.shape[3])
+
+    with mock.patch.object(attention.F, "scaled_dot_product_attention", noting):
+        for device, length, keys, masked, causal, kv_heads, handed_on, is_causal in DISPATCHED:
+            q = torch.empty(2, 4, length, 8, device=device)
+            k = torch.empty(2, kv_heads, keys, 8, device=device)
+            mask = torch.ones(2, 1, length, keys, dtype=torch.bool, device=device) if masked else None
+            for name in ("auto", "flash", "efficient", "cudnn", "math"):
+                seen.clear()
+                attention.attend(q, k, k, mask, causal=causal, sdpa_backend=name)
+                ((shapes, options, flags),) = seen
+                case = (device, length, keys, masked, causal, kv_heads, name)
+                assert shapes == ((2, 4, length, 8), (2, kv_heads, keys, 8)), case
+                assert (options["attn_mask"] is not None) == handed_on, case
+                assert options["is_causal"] is is_causal, case
+                assert options["enable_gqa"] == (kv_heads != 4), case
+                assert not options.get("dropout_p"), case
+                assert options.get("scale") is None, case
+                small = device == "cpu" and keys < 16
+                allowed = set(flags) if name == "auto" and not small else {"math"} if small else {name, "math"}
+                assert {kernel for kernel, enabled in flags.items() if enabled} == allowed, case
+
+
+def check_experts_by_device(backend: str) -> None:
+    """Expert by expert where the offsets are on the host, and nowhere else."""
+    loops = module("torch", "model.looped").loops_over_experts
+    assert loops(torch.empty(1))
+    assert not loops(torch.empty(1, device="meta"))
+    with FakeTensorMode():
+        assert not loops(torch.empty(1, device="cuda:0"))
+
+
+def check_optimizer_by_device(backend: str) -> None:
+    """One kernel a step on an accelerator, which leaves it out by itself; lists of tensors on the CPU."""
+    optimizer = module("torch", "training.optimizer")
+    config, table = job_of("relu").optimizer, {"a": SimpleNamespace(decay=True), "b": SimpleNamespace(decay=False)}
+    built: list[dict[str, Any]] = []
+
+    class Noting(torch.optim.AdamW):
+        def __init__(self, groups: Any, **options: Any):
+            built.append(options)
+            super().__init__(groups, **{**options, "fused": False, "foreach": True})
+
+    with mock.patch.object(optimizer.torch.optim, "AdamW", Noting):
+        for device, fused in (("cpu", False), ("meta", True)):
+            optimizer.build_optimizer({name: torch.empty(3, device=device) for name in table}, table, config)
+            assert (built[-1]["fused"], built[-1]["foreach"], built[-1]["capturable"]) == (fused, not fused, False)
+    steps: list[Any] = []
+    for finite in (torch.tensor(True), torch.tensor(False), torch.empty((), dtype=torch.bool, device="meta"), None):
+        fake = SimpleNamespace(param_groups=[{}])
+        fake.step = lambda fake=fake: steps.append(getattr(fake, optimizer.FOUND_INF, None))
+        optimizer.update(fake, 0.1, finite)
+        assert fake.param_groups == [{"lr": 0.1}]
+        assert not hasattr(fake, optimizer.FOUND_INF)
+    assert [None if step is None else step.dtype for step in steps] == [None, torch.float32, None]
+
+
+def check_loss_by_device(backend: str) -> None:
+    """The compiled sum where it is asked for; else some rows at a time where the logits are many: the same number."""
+    loss = module("torch", "training.loss")
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.standard_normal((2, 9, 7))).requires_grad_()
+    labels = torch.from_numpy(np.where(rng.random((2, 9)) < 0.2, -100, rng.integers(0, 7, (2, 9))))
+    truth, count = loss.cross_entropy(logits, labels)
+    (gradient,) = torch.autograd.grad(truth, logits)
+    rows: list[int] = []
+    summed = loss._summed
+
+    def noting(logits: Any, labels: Any) -> Any:
+        rows.append(len(labels))
+        return summed(logits, labels)
+
+    with mock.patch.object(loss, "_compiled_sum", return_value=noting), mock.patch.object(loss, "CHUNK_ELEMENTS", 7):
+        fused, fused_count = loss.cross_entropy(logits, labels, fused=True)
+    assert rows == [18]
+    rows.clear()
+    with mock.patch.object(loss, "CHUNK_ELEMENTS", 35), mock.patch.object(loss, "_summed", noting):
+        parts, parts_count = loss.cross_entropy(logits, labels)
+        (parts_gradient,) = torch.autograd.grad(parts, logits)
+    assert rows == [5, 5, 5, 3, 3, 5, 5, 5]  # the backward pass computes them again
+    torch.testing.assert_close(torch.stack([fused, parts]), torch.stack([truth, truth]))
+    torch.testing.assert_close(parts_gradient, gradient)
+    assert count == fused_count == parts_count == int((labels != -100).sum())
+
+
+class Graph:
+    """A CUDA graph without a GPU: what is run while it records runs again at each replay, on the same tensors."""
+
+    latest: Graph
+
+    def __init__(self) -> None:
+        self.replays = 0
+        Graph.latest = self
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.again()
+
+    again: Callable[[], None]
+
+
+def check_recorded_steps(backend: str) -> None:
+    """The first call runs, the second records, all others replay, each on its own tokens and numbers."""
+    generate = module("torch", "model.generate")
+    runs: list[int] = []
+
+    def step(tokens: Any, uniforms: Any) -> Any:
+        runs.append(len(runs))
+        return tokens * 10 + (0 if uniforms is None else (uniforms * 10).round().long())
+
+    for sampled in (True, False):
+        runs.clear()
+        recorded = generate.Recorded(step)
+        patched = {
+            "CUDAGraph": Graph,
+            "graph": lambda graph, **_: contextlib.nullcontext(),
+            "device": lambda _: contextlib.nullcontext(),
+        }
+        with contextlib.ExitStack() as stack:
+            for name, value in patched.items():
+                stack.enter_context(mock.patch.object(torch.cuda, name, value))
+            stack.enter_context(
+                mock.patch.object(
+                    Graph,
+                    "again",
+                    lambda _, r=recorded, s=sampled: r.drawn.copy_(step(r.tokens, r.uniforms if s else None)),
+                    create=True,
+                )
+            )
+            given = [(torch.tensor([i, i + 1]), torch.tensor([i / 10, 0.5]) if sampled else None) for i in range(5)]
+            results = [recorded(*inputs) for inputs in given]
+        for (tokens, uniforms), result in zip(given, results, strict=True):
+            extra = 0 if uniforms is None else (uniforms * 10).round().long()
+            assert torch.equal(result, tokens * 10 + extra)
+        assert len(runs) == 2 + 4
+        assert Graph.latest.replays == 4
+
+
+def check_decoding_by_device(backend: str) -> None:
+    """Steps are recorded where they are compiled and the weights are on a GPU."""
+    generate = module("torch", "model.generate")
+    request = SimpleNamespace(image=None)
+    for on_gpu in (True, False):
+        for compiled in (True, False):
+            weight = SimpleNamespace(is_cuda=on_gpu)
+            with mock.patch.object(generate, "_weight", lambda _, weight=weight: weight):
+                step = generate._step(None, request, [], compiled)
+            assert isinstance(step, generate.Recorded) == (on_gpu and compiled), (on_gpu, compiled)
+
+
+KERNEL_CHECKS: dict[str, dict[str, tuple[Callable[[str], None], ...]]] = {
+    "jax": {"model.attention": (check_fused_attention,), "model.grouped": (check_platforms,)},
+    "torch": {
+        "model.attention": (check_dispatched_attention,),
+        "model.grouped": (check_offsets,),
+        "model.looped": (check_experts_by_device,),
+        "model.generate": (check_recorded_steps, check_decoding_by_device),
+        "training.loss": (check_loss_by_device,),
+        "training.optimizer": (check_optimizer_by_device,),
+    },
+}

@@ -1,0 +1,220 @@
+"""What only a GPU runs: its kernels against float64 on the CPU, and the bugs that this must show. To be run there:
+
+JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false python -m pytest -n 0 -m gpu tests
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch.utils._pytree import tree_map_only
+
+from shared_config.contract.parameters import Constant, ParameterSpec
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.optimizer import OptimizerConfig
+from tests.mutants import BACKENDS, Mutant, planted
+from tests.mutants_gpu import GPU_MUTANTS
+from tests.parity.backends import Torch
+from tests.parity.kernel_checks import module
+from tests.parity.rounding_checks import PARTS, SIDES, WIDE_ROUNDINGS, Part, differentiated, worst_row
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+GPU_PARTS = tuple(name for name in PARTS if not name.startswith("looped"))
+DEVICE = "cuda"
+ROUNDINGS = 8.0
+"""Of bfloat16: fused kernels round in between, gradients of 600 keys 5 times on a CPU."""
+LONG = ((1, 4, 600, 64), (1, 2, 600, 64), (1, 2, 600, 64))
+ENDS = np.array([0, 300, 300, 421, 640], np.int32)
+VOCAB = 19
+
+
+class TorchOnGPU(Torch):
+    """The torch backend with its arrays and modules on the GPU."""
+
+    def array(self, value: Any, dtype: str | None = None) -> Any:
+        return super().array(value, dtype).to(DEVICE)
+
+    def numpy(self, value: Any) -> Any:
+        return super().numpy(tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), value))
+
+    def build(self, builder: Any, *args: Any, dtype: str = "float64", **options: Any) -> Any:
+        return super().build(builder, *args, dtype=dtype, **options).to(DEVICE)
+
+
+ON_GPU = {"torch": TorchOnGPU(), "jax": SIDES["jax"]}
+
+
+def check_parts(backend: str, parts: Sequence[str] = GPU_PARTS) -> None:
+    """Rows of narrow parts and their gradients, a few roundings from float64."""
+    for name in parts:
+        compare(backend, name, PARTS[name], PARTS[name].inputs())
+
+
+def compare(backend: str, name: str, part: Part, inputs: list[np.ndarray]) -> None:
+    """A part in bfloat16 on the GPU against itself in float64 on the CPU."""
+    truth = evaluate(SIDES[backend], part, inputs, "float64", "cpu")
+    found = evaluate(ON_GPU[backend], part, inputs, "bfloat16", DEVICE)
+    for place, (value, exact) in enumerate(zip(found, truth, strict=True)):
+        allowed = ROUNDINGS if value.dtype == ml_dtypes.bfloat16 else WIDE_ROUNDINGS
+        error = worst_row(value, exact, is_gradient=place > 0)
+        assert error <= allowed, f"{name}, {place}: {error:.2f} roundings of {value.dtype}, {allowed} allowed"
+
+
+def evaluate(side: Any, part: Part, inputs: list[np.ndarray], dtype: str, device: str) -> list[Any]:
+    """Output and gradients."""
+    if side.name == "torch":
+        given = [side.array(array, dtype) for array in inputs]
+        return side.numpy(differentiated(side, part, part.build(side, dtype), given))
+    with jax.enable_x64(dtype == "float64"), jax.default_device(jax.devices(device)[0]):
+        function = part.build(side, dtype)
+        given = [side.array(array, dtype) for array in inputs]
+        return side.numpy(jax.jit(lambda *arrays: differentiated(side, part, function, arrays))(*given))
+
+
+def check_long_attention(backend: str) -> None:
+    """600 positions, causal or not, with a mask or without."""
+    seen = np.tril(np.ones((600, 600), bool)) & (np.arange(600) % 7 != 3)
+    for causal, mask in ((True, None), (False, None), (True, seen[None, None])):
+
+        def build(side: Any, dtype: str, causal: bool = causal, mask: Any = mask) -> Callable[..., Any]:
+            attend, given = side.module("model.attention").attend, None if mask is None else side.array(mask)
+            return lambda q, k, v: attend(q, k, v, given, causal=causal)
+
+        part = Part(build, LONG, 2.0)
+        compare(backend, f"causal {causal}, mask {mask is not None}", part, part.inputs())
+
+
+def check_groups(backend: str) -> None:
+    """Products over groups: by the kernel, by tiles, of widths that no kernel takes, with rows of no group."""
+    side, grouped = ON_GPU[backend], module(backend, "model.grouped")
+    rng = np.random.default_rng(2)
+    for width in (64, 60):
+        x, w, y = (rng.standard_normal(shape) for shape in ((700, 72), (5, 72, width), (700, width)))
+        x, w, y = (array.astype(ml_dtypes.bfloat16).astype(np.float64) for array in (x, w, y))
+        product, outer = np.zeros((700, width)), np.zeros((5, 72, width))
+        for e, (start, end) in enumerate(zip([0, *ENDS[:-1]], ENDS, strict=True)):
+            product[start:end], outer[e] = x[start:end] @ w[e], x[start:end].T @ y[start:end]
+        x[ENDS[-1] :] = y[ENDS[-1] :] = np.nan
+        for dtype in ("bfloat16", "float32"):
+            narrow = [side.array(array, dtype) for array in (x, w, y)]
+            ends = side.array(ENDS)
+            for name, args, truth in (
+                ("grouped_matmul", narrow[:2], product),
+                ("grouped_outer", narrow[::2], outer),
+                ("tiled_matmul", narrow[:2], product),
+                ("tiled_outer", narrow[::2], outer),
+            ):
+                function = getattr(grouped, name)
+                found = side.numpy(function(*args, ends) if backend == "torch" else jax.jit(function)(*args, ends))
+                rows, exact = found.reshape(-1, width), truth.reshape(-1, width)
+                error = worst_row(rows, exact, is_gradient=True)
+                assert error <= (1.0 if dtype == "bfloat16" else WIDE_ROUNDINGS), (name, width, dtype, error)
+
+
+def check_decoding(backend: str) -> None:
+    """Tokens of recorded steps are those of eager ones, each step drawn with its own numbers."""
+    if backend == "jax":
+        return
+    transformer, generate = module(backend, "model.transformer"), module(backend, "model.generate")
+    config = ModelConfig(dim=16, n_layers=2, n_heads=2, vocab_size=VOCAB, ffn_hidden_dim=24, max_seq_len=64)
+    torch.manual_seed(5)
+    model = transformer.Transformer(config).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    options: dict[str, Any] = {"temperature": 0.9, "top_k": 7, "seed": 1}
+    expected = list(generate.stream(model, [[1, 2, 3], [4]], 9, **options))
+    found = list(generate.stream(model.to(DEVICE), [[1, 2, 3], [4]], 9, compile=True, **options))
+    assert [row.tolist() for row in found] == [row.tolist() for row in expected]
+
+
+def check_loss(backend: str) -> None:
+    """Of narrow logits, some labels ignored: compiled and not."""
+    side, loss = ON_GPU[backend], module(backend, "training.loss")
+    rng = np.random.default_rng(0)
+    logits = (3 * rng.standard_normal((2, 300, 1000))).astype(ml_dtypes.bfloat16).astype(np.float64)
+    labels = np.where(rng.random((2, 300)) < 0.2, -100, rng.integers(0, 1000, (2, 300)))
+    top = logits.max(axis=-1)
+    chosen = np.take_along_axis(logits, np.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    truth = ((np.log(np.exp(logits - top[..., None]).sum(axis=-1)) + top - chosen) * (labels != -100)).sum()
+    given, targets = side.array(logits, "bfloat16"), side.array(labels.astype(np.int32))
+    if backend == "torch":
+        found = [loss.cross_entropy(given, targets, fused=fused)[0].item() for fused in (False, True)]
+    else:
+        found = [float(jax.jit(loss.cross_entropy)(given, targets)[0])]
+    np.testing.assert_allclose(found, truth, rtol=1e-5)
+
+
+def check_update(backend: str) -> None:
+    """An update whose verdict is on the device is taken or left out there."""
+    if backend == "jax":
+        return
+    optimizer = module(backend, "training.optimizer")
+    table = {"a": ParameterSpec((3,), Constant(1.0), (None,))}
+    for finite in (True, False):
+        parameter = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+        built = optimizer.build_optimizer({"a": parameter}, table, OptimizerConfig())
+        parameter.grad = torch.ones(3, device=DEVICE)
+        optimizer.update(built, 0.1, torch.tensor(finite, device=DEVICE))
+        assert bool((parameter != 1).all()) == finite
+
+
+CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
+    "model.grouped": (check_groups,),
+    "model.attention": (check_long_attention, lambda backend: check_parts(backend, ["attend", "attend to some"])),
+    "model.generate": (check_decoding,),
+    "training.loss": (check_loss,),
+    "training.optimizer": (check_update,),
+    "model.embedding": (lambda backend: check_parts(backend, ["look-up"]),),
+    "model.linear": (lambda backend: check_parts(backend, ["look-up", "bias"]),),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("part", GPU_PARTS)
+def test_parts_are_a_few_roundings_from_float64(part: str, backend: str) -> None:
+    check_parts(backend, [part])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("component", CHECKS)
+def test_kernels_agree_with_the_truth(component: str, backend: str) -> None:
+    for check in CHECKS[component]:
+        if (component, backend) not in (("model.embedding", "jax"), ("model.linear", "torch")):
+            check(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_planted_is_found(backend: str, record_property: Callable[[str, object], None]) -> None:
+    mutants = [mutant for mutant in GPU_MUTANTS if getattr(mutant, backend) is not None]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        survivors = pool.submit(surviving, backend).result()
+    record_property("figure", f"GPU mutants of {backend}: {len(mutants) - len(survivors)}/{len(mutants)} killed")
+    assert not survivors
+
+
+def surviving(backend: str) -> list[str]:
+    """To be called in a process of its own: operators that a mutated module registers replace the real ones."""
+    mutants = [mutant for mutant in GPU_MUTANTS if getattr(mutant, backend) is not None]
+    return [str(mutant) for mutant in mutants if not is_found(mutant, backend)]
+
+
+def is_found(mutant: Mutant, backend: str) -> bool:
+    """Whether a check says so, by its assertion."""
+    with planted(mutant, backend):
+        for check in CHECKS[mutant.component]:
+            try:
+                check(backend)
+            except AssertionError:
+                return True
+    return False
