@@ -324,6 +324,7 @@ def test_frames_closest_to_the_times_and_none_twice() -> None:
     assert nearest_frames([0.0, 0.1, 0.2, 0.9, 1.0], np.linspace(0, 1, 3)) == [0, 2, 4]
     assert nearest_frames([0.0, 0.1, 0.2], np.linspace(0, 0.2, 3)) == [0, 1, 2]
     assert nearest_frames([0.0, 5.0, 5.1, 5.2], np.linspace(0, 5.2, 4)) == [0, 1, 2, 3]
+    assert nearest_frames([0.0, 0.1, 0.2], np.array([0.1, 0.15, 0.2])) == [0, 1, 2]
 
 
 def test_clips_are_sampled_uniformly_with_first_and_last_frame(tmp_path: Path) -> None:

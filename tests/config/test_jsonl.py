@@ -321,6 +321,25 @@ def test_special_tokens_come_from_the_template_alone(tmp_path: Path) -> None:
     assert template.encode(turns("a", "fine"))[0].tolist() == plain.tolist()
 
 
+def test_of_ends_that_differ_where_others_follow_the_common_part_is_learned(tmp_path: Path) -> None:
+    template = (
+        "{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] + '</s>' }}"
+        "{{ '!' if loop.last else '#' }}{% endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    )
+    folder = tokenizer_folder(tmp_path / "tokenizer", template)
+    ids, learned = ChatTemplate(folder).encode(turns("a", "one", "b", "two"))
+    assert learned_text(folder, ids, learned) == ["one</s>", "two</s>!"]
+
+
+def test_a_special_token_that_may_be_the_templates_own_or_the_texts_is_refused(tmp_path: Path) -> None:
+    template = (
+        "{% for message in messages %}{{ '<s>' if '<s>' in message['content'] }}{{ message['content'] }}{% endfor %}"
+    )
+    folder = tokenizer_folder(tmp_path / "tokenizer", template)
+    with pytest.raises(TemplateError, match="can't be told from the template's own"):
+        ChatTemplate(folder).encode(turns("a", "<s>"))
+
+
 @pytest.mark.parametrize("template", [None, "bytes"])
 def test_without_a_chat_template_conversations_are_refused(template: str | None, tmp_path: Path) -> None:
     tokenizer = "bytes" if template == "bytes" else tokenizer_folder(tmp_path / "tokenizer", None)
