@@ -57,11 +57,11 @@ def permutation(size: int, key: str) -> list[int]:
 def _enciphered(value: int, half: int, keys: list[int]) -> int:
     left, right = divmod(value, 2**half)
     for key in keys:
-        left, right = right, left ^ (_splitmix((right + key) % WORD) % 2**half)
+        left, right = right, left ^ (splitmix((right + key) % WORD) % 2**half)
     return left * 2**half + right
 
 
-def _splitmix(x: int) -> int:
+def splitmix(x: int) -> int:
     """The finaliser of SplitMix64 (Steele, Lea & Flood 2014)."""
     x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) % WORD
     x = ((x ^ x >> 27) * 0x94D049BB133111EB) % WORD

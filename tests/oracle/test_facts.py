@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 import shared_config.contract
 import shared_config.interchange
 from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, parameter_table
-from shared_config.contract.vision import TowerConfig, adapter_table, tower_table, wrapper_table
+from shared_config.contract.vision import TowerConfig, adapter_table, tower_table, vit_tower, wrapper_table
 from shared_config.loader import load_config, preset_names
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.model import ModelConfig
+from shared_config.schema.vision import VisionEncoderConfig
 from shared_config.schema.vlm import CrossAttentionConfig, JointDecoderConfig, MoMaConfig, MoTConfig, VLMConfig
 from tests.oracle.parameters import CONSTANT, NORMAL, Fact, adapter_facts, model_facts, tower_facts
 from tests.strategies import model_configs
@@ -77,6 +78,15 @@ def test_every_tensor_of_a_drawn_model_is_as_stated(data: st.DataObject, vlm: VL
 def test_every_tensor_of_a_tower_is_as_stated(kind: dict[str, Any]) -> None:
     tower = TowerConfig(**{**vars(TOWER), **kind})
     assert_stated(tower_table(tower), tower_facts(tower))
+
+
+def test_a_tower_to_be_trained_is_a_vit() -> None:
+    """Dosovitskiy et al. 2021, table 1: an MLP four times as wide; exact GELU, and its code's epsilon of 1e-6."""
+    encoder = VisionEncoderConfig(type="vit", image_size=32, patch_size=8, feature_dim=24, n_heads=3, n_layers=5)
+    stated = {"image_size": 32, "patch_size": 8, "dim": 24, "n_layers": 5, "n_heads": 3, "ffn_hidden_dim": 96}
+    stated |= {"activation": "gelu", "norm_eps": 1e-6, "class_token": False, "pre_norm": False}
+    assert dataclasses.asdict(vit_tower(encoder)) == {**stated, "patch_bias": True, "final_norm": True}
+    assert vit_tower(encoder).num_tokens == 16
 
 
 @pytest.mark.parametrize("kind", ["mlp_2layer", "linear", "avgpool", "attentional_pool"])
