@@ -285,6 +285,7 @@ def forward(backend: Torch, row: Row, model: Any, arrays: Mapping[str, Any], **o
         out = model.run(
             arrays["tokens"], modality=inside, doc_ids=arrays.get("documents"), limit_capacity=row["limited"], **options
         )
+    assert row["observed"] != "captured" or seen.get("layers.1") is not None, "nothing was captured"
     loss = loss_of(row, out.logits, seen.get("layers.1"), *router_sums(out.stats), backend.array)
     routers = {k: layer if isinstance(layer, dict) else {"all": layer} for k, layer in out.stats.items()}
     counts = {k: {key: stats.expert_counts for key, stats in layer.items()} for k, layer in routers.items()}
@@ -296,3 +297,22 @@ def state(**switches: Any) -> Callable[[str], None]:
     row = {name: switches.get(name, values[0]) for name, values in SWITCHES.items()}
     assert goes_together(row)
     return functools.partial(check_state, row=row)
+
+
+STATE_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
+    "model.transformer": (
+        state(arch="joint_decoder", image=True, documents=True, padding=True, scan="here"),
+        state(arch="text", experts="every second", limited=False, scan="here"),
+        state(arch="cross after 2", image=True, scan="held"),
+        state(observed="captured", scan="gives way"),
+    ),
+    "model.scan": (
+        state(arch="text", experts="every second", scan="held"),
+        state(arch="cross after 2", image=True, scan="here"),
+    ),
+    "model.moma": (state(arch="moma", noise=True, scan="here"),),
+    "model.module": (state(observed="replaced", scan="gives way"),),
+    "model.hooks": (state(observed="captured"), state(observed="replaced")),
+    "model.cross_attention": (state(arch="cross after 1", image=True),),
+}
+"""What bugs that show in a combination of switches must not pass, by the module that they are in."""

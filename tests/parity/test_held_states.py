@@ -1,0 +1,126 @@
+"""States that a model comes to by its history: caches that were cut, reordered and filled inside jit, extraction from
+experts with a capacity, evaluation between steps in a narrow dtype, experts that no token of a whole step chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from shared_config.contract.parameters import parameter_table
+from shared_config.schema.model import ModelConfig
+from tests.jobs import draw_batch, tiny_job
+from tests.oracle.transformer import transformer
+from tests.oracle.weights import draw
+from tests.parity.backends import BACKENDS, Torch, on_both
+from tests.parity.state_checks import EXPERTS, MODEL
+from tests.tolerance import assert_same_function
+
+SLOTS = 7
+
+
+@pytest.fixture
+def _double_precision() -> Iterator[None]:
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        yield
+
+
+def weights_of(config: ModelConfig) -> dict[str, np.ndarray]:
+    return draw({name: spec.shape for name, spec in parameter_table(config).items()}, 2)
+
+
+@pytest.mark.usefixtures("_double_precision")
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_jitted_cache_that_was_cut_and_reordered(window: int | None) -> None:
+    """Rows go on as what they have become; past the end, and in rows that don't exist or lost what they would see, NaN.
+    No row does anything to its neighbours.
+    """
+    backend, config = BACKENDS[1], MODEL.replace(n_layers=2, max_seq_len=SLOTS, sliding_window=window)
+    weights = weights_of(config)
+    model, kind = backend.model(config, weights), backend.module("model.attention").KVCache
+    rng = np.random.default_rng(0)
+    first, second, third = (rng.integers(0, config.vocab_size, (3, size)) for size in (5, 3, 1))
+    ring = {} if window is None else {"sliding_window": window, "spare": 2}
+
+    @jax.jit
+    def run(lengths: Any, rows: Any) -> Any:
+        caches = [kind(3, SLOTS, 1, config.head_size, "float64", **ring) for _ in range(2)]
+        logits = []
+        for step, tokens in enumerate((first, second, third)):
+            out = model.run(jax.numpy.asarray(tokens), kv_caches=caches)
+            caches = [cache.cut(lengths).reorder(rows) for cache in out.kv_caches] if step == 0 else out.kv_caches
+            logits.append(out.logits)
+        return jax.numpy.concatenate(logits[1:], axis=1)
+
+    def expected(row: int, source: int, length: int) -> np.ndarray:
+        tokens = np.concatenate([first[source, :length], second[row], third[row]])
+        logits = transformer(weights, config.replace(max_seq_len=16), tokens[None]).logits[0, length:]
+        return np.where(np.arange(length, length + 4)[:, None] < SLOTS, logits, np.nan)
+
+    for lengths, rows in (([5, 4, 3], [2, 0, 2]), ([4, 5, 3], [1, 1, 0]), ([3, 4, 9], [0, 7, -1])):
+        found = backend.numpy(run(np.array(lengths), np.array(rows)))
+        for row, source in enumerate(rows):
+            if source not in range(3):
+                assert np.isnan(found[row]).all()
+                continue
+            assert_same_function(
+                found[row], expected(row, source, min(5, lengths[source])), f"{lengths}, {rows}: {row}"
+            )
+    if window is not None:  # of tokens 0 to 4 the ring holds the last three; a new token 2 would see 0 and 1
+        lost = kind(1, 16, 1, 2, "float64", sliding_window=3, spare=0)
+        k = np.zeros((1, 1, 1, 2))
+        kept = jax.jit(lambda cache, lengths: cache.cut(lengths).lengths)
+        for _ in range(5):
+            lost = lost.update(jax.numpy.asarray(k), jax.numpy.asarray(k))[0]
+        assert backend.numpy(kept(lost, np.array([4]))).tolist() == [4]
+        assert backend.numpy(kept(lost, np.array([2]))).tolist() == [16]
+
+
+@on_both
+@pytest.mark.usefixtures("_double_precision")
+def test_extraction_has_no_capacity(backend: Torch) -> None:
+    config = MODEL.replace(**{**EXPERTS["every second"], "moe_capacity_factor": 0.2})
+    weights, rng = weights_of(config), np.random.default_rng(1)
+    tokens, real = rng.integers(0, config.vocab_size, (5, 8)), np.arange(8) >= np.arange(5)[:, None]
+    model = backend.model(config, weights)
+    samples = [{"tokens": row, "text_mask": mask} for row, mask in zip(tokens, real, strict=True)]
+    extract = backend.module("model.hooks").extract_representations
+    found = extract(model, samples, ["layers.1", "layers.3"], batch_size=2)
+    limited = transformer(weights, config, tokens, key_padding_mask=real).activations
+    free = transformer(weights, config.replace(moe_capacity_factor=0.0), tokens, key_padding_mask=real).activations
+    for name in ("layers.1", "layers.3"):
+        assert np.abs(limited[name] - free[name]).max() > 0.1
+        assert_same_function(found[name], free[name], name)
+
+
+@on_both
+def test_evaluation_computes_in_the_dtype_of_the_steps(backend: Torch) -> None:
+    """The loss of a batch before a step is the step's, and not that of float32."""
+    losses: dict[str, list[float]] = {}
+    for precision in ("bf16", "fp32"):
+        trainer = backend.module("training.train").Trainer(tiny_job(train={"mixed_precision": precision}))
+        batch = draw_batch(trainer.config, 0)
+        losses[precision] = [float(trainer.evaluate([batch])["loss"]), float(trainer.step([batch])["loss"])]
+    assert losses["fp32"][0] == pytest.approx(losses["fp32"][1], rel=1e-6)
+    apart = abs(losses["bf16"][1] - losses["fp32"][1])
+    assert abs(losses["bf16"][0] - losses["bf16"][1]) < 0.2 * apart, losses
+
+
+@on_both
+def test_dead_experts_are_counted_over_routers_and_micro_batches(backend: Torch) -> None:
+    """Of three layers of six experts, which three micro-batches of four tokens choose among."""
+    job = tiny_job(
+        {"num_experts": 6, "moe_top_k": 1, "moe_frequency": 1, "n_layers": 3}, train={"batch_size": 1, "seq_len": 4}
+    )
+    trainer = backend.module("training.train").Trainer(job)
+    weights = {name: np.asarray(value, np.float64) for name, value in trainer.state().weights.items()}
+    batches = [draw_batch(job, seed) for seed in range(3)]
+    counts = [transformer(weights, job.model, batch["tokens"]).expert_counts for batch in batches]
+    totals = [np.sum([count[layer] for count in counts], axis=0) for layer in range(3)]
+    unused = [int(np.count_nonzero(total == 0)) for total in totals]
+    assert sum(unused) > max(unused) > 0
+    assert int(trainer.step(batches)["dead_experts"]) == sum(unused)
