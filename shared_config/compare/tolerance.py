@@ -25,7 +25,7 @@ Rows, columns and elements of a tensor, and its size as a whole (`compare.parts`
     ==========  ===========  ===================  ===================
     float64     20           40                   24
     float32     20           40                   24
-    bfloat16    7            13 (16)              6 (8)
+    bfloat16    7            13 (22)              6 (8)
     ==========  ===========  ===================  ===================
 
 `tests/parity/false_alarms.py` says how far from these limits correct pairs stay.
@@ -104,7 +104,7 @@ PARTS = (FORWARD, DECODE, GRADIENT, UPDATED)
 PART_LIMITS = {
     "float64": {FORWARD: PartLimits(20, 40, 24), GRADIENT: PartLimits(20, 40, 24)},
     "float32": {FORWARD: PartLimits(20, 40, 24), GRADIENT: PartLimits(20, 40, 24)},
-    "bfloat16": {FORWARD: PartLimits(7, 13, 6), GRADIENT: PartLimits(7, 16, 8)},
+    "bfloat16": {FORWARD: PartLimits(7, 13, 6), GRADIENT: PartLimits(7, 22, 8)},
 }
 
 ROUTE_SLACK = {"float64": 0, "float32": 0, "bfloat16": 2}

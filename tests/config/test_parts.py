@@ -61,7 +61,7 @@ def compared(right: np.ndarray, wrong: np.ndarray, dtype: str, name: str = "forw
 K = {
     "row": {"float64": (20, 20), "float32": (20, 20), "bfloat16": (7, 7)},
     "column": {"float64": (20, 20), "float32": (20, 20), "bfloat16": (7, 7)},
-    "element": {"float64": (40, 40), "float32": (40, 40), "bfloat16": (13, 16)},
+    "element": {"float64": (40, 40), "float32": (40, 40), "bfloat16": (13, 22)},
 }
 PLACES = {
     ("row", 2): (np.s_[17], "row 17"),

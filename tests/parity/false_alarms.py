@@ -18,8 +18,8 @@ pair is torch against JAX in one dtype on one drawn job. ``--first`` goes on aft
     float32     loss      0.27
     float32     routing   0.31
     bfloat16    forward   0.50   0.70         0.73     0.48
-    bfloat16    gradient  0.32   0.54         0.39     0.67
-    bfloat16    updated   0.36   0.56         0.68
+    bfloat16    gradient  0.32   0.54         0.29     0.67
+    bfloat16    updated   0.36   0.56         0.50
     bfloat16    decode    0.20   0.35         0.32
     bfloat16    loss      0.15
     bfloat16    routing   0.25
