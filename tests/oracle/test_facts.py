@@ -8,6 +8,7 @@ import pkgutil
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,13 +16,15 @@ from hypothesis import strategies as st
 import shared_config.contract
 import shared_config.interchange
 from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, parameter_table
+from shared_config.contract.rope import rope_tables
 from shared_config.contract.vision import TowerConfig, adapter_table, tower_table, vit_tower, wrapper_table
 from shared_config.loader import load_config, preset_names
 from shared_config.schema.adapter import AdapterConfig
-from shared_config.schema.model import ModelConfig
+from shared_config.schema.model import ModelConfig, RopeScaling
 from shared_config.schema.vision import VisionEncoderConfig
 from shared_config.schema.vlm import CrossAttentionConfig, JointDecoderConfig, MoMaConfig, MoTConfig, VLMConfig
 from tests.oracle.parameters import CONSTANT, NORMAL, Fact, adapter_facts, model_facts, tower_facts
+from tests.oracle.position import rope_at
 from tests.strategies import model_configs
 
 TOWER = TowerConfig(
@@ -102,6 +105,33 @@ def test_a_wrapper_holds_a_tower_an_adapter_and_the_language_model() -> None:
     parts["transformer"] = model_facts(model, vlm)
     stated = {f"{part}.{name}": fact for part, facts in parts.items() for name, fact in facts.items()}
     assert_stated(wrapper_table(model, vlm, adapter, TOWER, 20), stated)
+
+
+# Rotary tables
+
+
+@given(
+    head_dim=st.sampled_from([2, 4, 10, 64]),
+    theta=st.sampled_from([1.5, 50.0, 1e4, 1e6]),
+    kind=st.sampled_from(["none", "linear", "llama3", "yarn"]),
+    length=st.sampled_from([1, 8, 100, 4096, 10**6]),
+    bands=st.sampled_from([(1.0, 4.0, 32.0, 1.0), (0.01, 300.0, 1000.0, 1e-4), (2.0, 2.5, 1.5, 1.0)]),
+)
+def test_rotary_tables_are_the_oracle_s(
+    head_dim: int, theta: float, kind: Any, length: int, bands: tuple[float, float, float, float]
+) -> None:
+    """Also where a band lies outside the channels that there are."""
+    names = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+    fields: dict[str, Any] = {"factor": 4.0, "original_max_seq_len": length, **dict(zip(names, bands, strict=True))}
+    scaling = RopeScaling(type=kind, **(fields if kind != "none" else {}))
+    cos, sin = rope_tables(head_dim, 9, theta, scaling)
+    expected_cos, expected_sin = rope_at(np.arange(9), head_dim, theta, scaling)
+    np.testing.assert_allclose(cos, expected_cos, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(sin, expected_sin, rtol=0, atol=1e-13)
+
+
+def test_rotary_tables_have_the_paper_s_base() -> None:
+    np.testing.assert_array_equal(rope_tables(8, 5)[0], rope_tables(8, 5, 10000.0)[0])
 
 
 # What is agreed upon stays as it is

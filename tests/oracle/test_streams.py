@@ -18,6 +18,7 @@ from shared_config.contract import noise
 from shared_config.contract.initialise import initial_value, initial_values, state_hash, stream
 from shared_config.contract.parameters import Constant, Normal, ParameterSpec, parameter_table
 from shared_config.contract.validation import (
+    MOMENT_STEPS,
     chunkings,
     validation_labels,
     validation_moments,
@@ -90,6 +91,16 @@ def test_validation_feeds_these_numbers() -> None:
         (validation_moments(table, 42), "7a1580bc9196e64965cb1cae01173cec225e9e40014d8024f2026ad9adf53cc0"),
     ):
         assert state_hash(state) == expected
+
+
+def test_validation_s_edges() -> None:
+    """Every other row loses its first two labels; the lowest byte is -1; the shortest sequences have a prefill."""
+    labels = validation_labels(np.arange(20).reshape(4, 5))
+    assert np.argwhere(labels == -100).tolist() == [[0, 4], [1, 0], [1, 1], [1, 4], [2, 4], [3, 0], [3, 1], [3, 4]]
+    pixels = validation_pixels((1, 3, 40, 40), 1)
+    assert (pixels.min(), pixels.max()) == (-1.0, 1.0)
+    assert [chunkings(length, 1)["prefill"] for length in (1, 2, 5)] == [(1,), (1, 1), (2, 1, 1, 1)]
+    assert MOMENT_STEPS == 7
 
 
 def test_validation_weights_hide_nothing() -> None:
