@@ -89,6 +89,7 @@ def test_groups_that_nothing_else_depends_on(one: str, other: str) -> None:
     )
     assert named(result) - {(RUN, "grad_norm")} == {
         ("float64", "loss"),
+        ("601 positions", "loss"),
         ("float64", "decode"),
         ("float64", "updated"),
         ("cached decoding", f"{one}: decode = forward"),
@@ -102,6 +103,7 @@ def test_gradients_of_torch_and_the_forward_of_jax() -> None:
     """In float32 and in float64."""
     result = validate(["--dtypes=float64,float32"], plant({"torch": [EMBEDDING_GRADIENT], "jax": [NORMED]}))
     float64 = {("float64", group) for group in REACHED_BY_FORWARD}
+    float64 |= {("601 positions", "forward"), ("601 positions", "loss")}
     assert named(result) == {*float64, ("float32", "gradient"), ("float32", "updated"), (RUN, "grad_norm")}
     assert result.returncode == 1
 
