@@ -39,7 +39,7 @@ def test_a_jitted_cache_that_was_cut_and_reordered(window: int | None) -> None:
     """Rows go on as what they have become; past the end, and in rows that don't exist or lost what they would see, NaN.
     No row does anything to its neighbours.
     """
-    backend, config = BACKENDS[1], MODEL.replace(n_layers=2, max_seq_len=SLOTS, sliding_window=window)
+    backend, config = BACKENDS[1], MODEL.replace(n_layers=2, sliding_window=window)
     weights = weights_of(config)
     model, kind = backend.model(config, weights), backend.module("model.attention").KVCache
     rng = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def test_a_jitted_cache_that_was_cut_and_reordered(window: int | None) -> None:
 
     def expected(row: int, source: int, length: int) -> np.ndarray:
         tokens = np.concatenate([first[source, :length], second[row], third[row]])
-        logits = transformer(weights, config.replace(max_seq_len=16), tokens[None]).logits[0, length:]
+        logits = transformer(weights, config, tokens[None]).logits[0, length:]
         return np.where(np.arange(length, length + 4)[:, None] < SLOTS, logits, np.nan)
 
     for lengths, rows in (([5, 4, 3], [2, 0, 2]), ([4, 5, 3], [1, 1, 0]), ([3, 4, 9], [0, 7, -1])):
