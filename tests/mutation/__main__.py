@@ -124,8 +124,9 @@ def main() -> int:
             return 0
         if arguments.again:
             earlier = [json.loads(line) for line in arguments.again.read_text().splitlines()]
-            wanted = {result["after"] for result in earlier if result["status"] in ("survived", "not covered")}
-            drawn = [mutation for mutation in mutations if mutation.after in wanted]
+            left = [result for result in earlier if result["status"] in ("survived", "not covered")]
+            wanted = {tuple(result[part] for part in ("file", "function", "before", "after")) for result in left}
+            drawn = [mutation for mutation in mutations if mutation.key in wanted]
         else:
             drawn = draw(mutations, arguments.sample, arguments.seed)
         results = run_all(tree, drawn, results_file, arguments.seconds)
