@@ -65,7 +65,7 @@ def _accumulates(eqn: Any) -> bool:
     """Whether a loop carries a narrow number to which every round adds something."""
     params = eqn.params
     if eqn.primitive.name == "scan":
-        body, constants, carried = params["jaxpr"].jaxpr, params["num_consts"], params["num_carry"]
+        body, (constants, carried) = params["jaxpr"].jaxpr, _inputs_of_scan(params)
     else:
         body, constants = params["body_jaxpr"].jaxpr, params["body_nconsts"]
         carried = len(body.outvars)
@@ -75,6 +75,14 @@ def _accumulates(eqn: Any) -> bool:
         for start, end in zip(before, after, strict=True)
         if not isinstance(end, core.Literal)
     )
+
+
+def _inputs_of_scan(params: Any) -> tuple[int, int]:
+    """How many constants and carried values come first; JAX 0.11 keeps them in a tree."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carried, _ = params["ft_in"].unpack()
+    return len(constants), len(carried)
 
 
 def _added(jaxpr: Any, seen: dict[Any, bool]) -> dict[Any, bool]:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -196,9 +197,10 @@ def process_group() -> Iterator[None]:
 
 
 def sharded(model: Any) -> nn.Module:
+    mesh = init_device_mesh("cpu", (1,))
     for layer in model.layers.values():
-        fully_shard(layer)
-    return fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 @pytest.mark.parametrize("wrap", [DistributedDataParallel, sharded])
