@@ -22,8 +22,8 @@ from tests.parity.backends import BACKENDS
 from tests.parity.precision import Operation
 
 Arrays = dict[str, np.ndarray]
-NARROW_ROUNDINGS, WIDE_ROUNDINGS = 3.0, 8.0
-"""Of what is given in bfloat16, and in float32; the most that was seen is 2.3 and 4.9."""
+NARROW_ROUNDINGS, WIDE_ROUNDINGS = 4.0, 8.0
+"""Of what is given in bfloat16, and in float32; the most that was seen is 2.3 (JAX 0.11: 3.6) and 4.9."""
 WIDTH, HEAD, TOKENS, EXPERTS, VOCAB, REPEATS = 24, 32, 40, 5, 7, 700
 
 
