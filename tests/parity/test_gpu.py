@@ -37,6 +37,8 @@ ROUNDINGS = 8.0
 LONG = ((1, 4, 600, 64), (1, 2, 600, 64), (1, 2, 600, 64))
 ENDS = np.array([0, 300, 300, 421, 640], np.int32)
 VOCAB = 19
+TRUTHS: dict[tuple[str, str], list[Any]] = {}
+"""What parts of a backend compute, kept from the first time, before a bug is planted."""
 
 
 class TorchOnGPU(Torch):
@@ -63,7 +65,9 @@ def check_parts(backend: str, parts: Sequence[str] = GPU_PARTS) -> None:
 
 def compare(backend: str, name: str, part: Part, inputs: list[np.ndarray]) -> None:
     """A part in bfloat16 on the GPU against itself in float64 on the CPU."""
-    truth = evaluate(SIDES[backend], part, inputs, "float64", "cpu")
+    if (backend, name) not in TRUTHS:
+        TRUTHS[backend, name] = evaluate(SIDES[backend], part, inputs, "float64", "cpu")
+    truth = TRUTHS[backend, name]
     found = evaluate(ON_GPU[backend], part, inputs, "bfloat16", DEVICE)
     for place, (value, exact) in enumerate(zip(found, truth, strict=True)):
         allowed = ROUNDINGS if value.dtype == ml_dtypes.bfloat16 else WIDE_ROUNDINGS
@@ -206,6 +210,8 @@ def test_what_is_planted_is_found(backend: str, record_property: Callable[[str, 
 def surviving(backend: str) -> list[str]:
     """To be called in a process of its own: operators that a mutated module registers replace the real ones."""
     mutants = [mutant for mutant in GPU_MUTANTS if getattr(mutant, backend) is not None]
+    for component in CHECKS:
+        test_kernels_agree_with_the_truth(component, backend)
     return [str(mutant) for mutant in mutants if not is_found(mutant, backend)]
 
 
