@@ -28,8 +28,6 @@ GPU_MUTANTS = (
             "(heads.swapaxes(1, 2) for heads in (q, k[:, ::-1], v[:, ::-1]))")),
     Mutant("model.generate", "replays draw with the first numbers", ("self.uniforms.copy_(uniforms)", "pass"), None),
     Mutant("model.generate", "replays read the first tokens", ("        self.tokens.copy_(tokens)\n", ""), None),
-    Mutant("training.loss", "the compiled sum forgets what is ignored",
-           ("ignore_index=IGNORED, ", ""), None),
     Mutant("training.loss", "loss in the dtype of the logits",
            ("wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))", "wide_NV = logits_NV"),
            ("wide_BSV = logits_BSV.astype(jnp.promote_types(logits_BSV.dtype, jnp.float32))", "wide_BSV = logits_BSV")),
