@@ -195,7 +195,7 @@ MOE_MUTANTS = (
         ("zip(graphs, states, strict=True):", "reversed(list(zip(graphs, states, strict=True))):"),
     ),
     Mutant(
-        "model.scan", "what is left over joins no layer", None,
-        ("for layer in layers[whole:]]", "for layer in layers[whole + 1:]]"),
+        "model.scan", "what is left over joins a stack", None,
+        ("whole = (same + period) // period * period", "whole = same + period"),
     ),
 )  # fmt: skip

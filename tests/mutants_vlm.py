@@ -14,7 +14,7 @@ VLM_MUTANTS = (
     Mutant(
         "model.vision", "positions ignored",
         ("x_BNF = x_BNF + self.position_embedding.weight", "pass"),
-        ("x_BNF = x_BNF + positions_NF", "pass"),
+        ("x_BNF = x_BNF + broadcast(positions_NF, x_BNF.shape)", "pass"),
     ),
     both("model.vision", "patches attend causally", "causal=False", "causal=True"),
     both("model.vision", "another quick gelu", "1.702 * wide", "1.7 * wide"),
@@ -98,7 +98,7 @@ VLM_MUTANTS = (
     Mutant(
         "model.mot", "heads tiled instead of grouped",
         ("x_BSKh.repeat_interleave(copies, dim=2)", "x_BSKh.repeat(1, 1, copies, 1)"),
-        ("jnp.repeat(x_BSKh, copies, axis=2)", "jnp.tile(x_BSKh, (1, 1, copies, 1))"),
+        ("jnp.repeat(wide_BSKh, copies, axis=2)", "jnp.tile(wide_BSKh, (1, 1, copies, 1))"),
     ),
     both("model.mot", "padding routed", "x_BSD, valid, members=mine_BS", "x_BSD, None, members=mine_BS"),
     both("model.mot", "padding of a span routed", "x_BSD[:, start:stop], own,", "x_BSD[:, start:stop], None,"),
@@ -130,8 +130,11 @@ VLM_MUTANTS = (
     both("model.moma", "one token too few", "choice_capacity(count, self.share)",
          "choice_capacity(count, self.share) - 1"),
     both("model.moma", "worst tokens taken", "descending=True", "descending=False"),
-    both("model.moma", "score dropped", "weights_C1 * expert(x_TD[tokens_C])",
-         "(weights_C1 > 0) * expert(x_TD[tokens_C])"),
+    Mutant(
+        "model.moma", "score dropped",
+        ("weights_C1 * expert(x_TD[tokens_C])", "(weights_C1 > 0) * expert(x_TD[tokens_C])"),
+        ("weights_C1 * expert(rows_CD)", "(weights_C1 > 0) * expert(rows_CD)"),
+    ),
     Mutant(
         "model.moma", "noise in the weights",
         ("scores_TE.gather(0, tokens_CE) * is_taken_C1", "ranked_TE.gather(0, tokens_CE) * is_taken_C1"),

@@ -139,7 +139,7 @@ def called(backend: Any, block: Any, x: np.ndarray, layout: Any, valid: np.ndarr
     padded=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_a_modality_does_not_depend_on_how_many_tokens_the_other_has(
     backend: Any, text: int, images: int, factor: float, top_k: int, router: str, packed: bool, padded: bool, seed: int
 ) -> None:

@@ -10,6 +10,7 @@ import importlib
 import multiprocessing
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -40,8 +41,11 @@ from tests.strategies import Inputs
 from tests.tolerance import assert_all_same_function, assert_same_function
 
 ALL_MUTANTS = (*MUTANTS, *DECODING_MUTANTS, *MOE_MUTANTS, *VLM_MUTANTS)
+FOLDER = Path(__file__).parents[1]
 SEED, BATCH, LENGTH, PREFIX = 5, 2, 8, 3
 KILLED, SURVIVED = "killed", "survived"
+PARTS = 3
+"""Of the list, for processes that run beside each other."""
 GROUPED = ModelConfig(
     dim=20, head_dim=6, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=37, ffn_hidden_dim=24, max_seq_len=16,
     qk_norm=True, sliding_window=4, attention_bias=True, rope_theta=50.0, norm_eps=1e-2,
@@ -325,15 +329,16 @@ ALL_CHECKS = tuple(
 )
 
 
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_mutant_is_killed_and_the_unchanged_backend_raises_no_alarm(
-    backend: str, record_property: Callable[[str, object], None]
+    backend: str, part: int, record_property: Callable[[str, object], None]
 ) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        alarms, survivors, accidents = pool.submit(survey, backend).result()
-    count = len(mutants_of(backend))
+        alarms, survivors, accidents = pool.submit(survey, backend, part).result()
+    count = len(mutants_of(backend)[part::PARTS])
     killed = count - len(survivors) - len(accidents)
-    record_property("figure", f"mutants of {backend}: {killed}/{count} killed by assertions")
+    record_property("figure", f"mutants of {backend}, {part + 1} of {PARTS}: {killed}/{count} killed by assertions")
     assert not alarms
     assert not survivors
     assert not accidents, "no check asserts what these break: they only crash"
@@ -353,20 +358,20 @@ class Survey(NamedTuple):
     accidents: dict[str, str]
 
 
-def survey(backend: str) -> Survey:
-    """Run all checks on the unchanged backend, then those that concern it on each mutant.
+def survey(backend: str, part: int) -> Survey:
+    """Run all checks on the unchanged backend, then on each mutant of a part of the list those that concern it.
 
     To be called in a process of its own: operators that a mutated module registers replace the real ones.
     """
     with jax.enable_x64(True):
         alarms = {}
-        for check in ALL_CHECKS:
+        for check in ALL_CHECKS[part::PARTS]:
             with planted(None, backend):
                 try:
                     check(backend)
                 except Exception as error:
                     alarms[check.__name__] = f"{type(error).__name__}: {error}"
-        found = {str(mutant): verdict(mutant, backend) for mutant in mutants_of(backend)}
+        found = {str(mutant): verdict(mutant, backend) for mutant in mutants_of(backend)[part::PARTS]}
     survivors = [mutant for mutant, said in found.items() if said == SURVIVED]
     return Survey(alarms, survivors, {mutant: said for mutant, said in found.items() if said not in (SURVIVED, KILLED)})
 
@@ -423,6 +428,17 @@ def test_neither_backend_has_fewer_mutants() -> None:
 def test_every_component_has_two_mutants() -> None:
     components = [mutant.component for mutant in ALL_MUTANTS]
     assert all(components.count(component) >= 2 for component in components)
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sorted(FOLDER.glob("mutants*.py"))])
+def test_every_mutant_of_every_list_fits(name: str) -> None:
+    lists = [value for value in vars(importlib.import_module(f"tests.{name}")).values() if isinstance(value, tuple)]
+    for mutant in (item for items in lists for item in items if isinstance(item, Mutant)):
+        for backend in BACKENDS:
+            if (change := getattr(mutant, backend)) is not None:
+                file = FOLDER.parent / f"kempnerforge_{backend}" / f"{mutant.component.replace('.', '/')}.py"
+                text, replacement = change
+                mutated_source(file.read_text(encoding="utf-8"), text, replacement, str(mutant))
 
 
 def test_a_mutant_that_no_longer_fits_is_an_error() -> None:
