@@ -45,6 +45,11 @@ def _programs_of_one_module_at_a_time() -> Iterator[None]:
         gc.collect()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test goes first, so that no process waits for it at the end."""
+    items.sort(key=lambda item: not item.name.startswith("test_every_mutant_is_killed_and_the_unchanged"))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what tests recorded as ``record_property("figure", ...)``, in whichever process they ran."""
     for report in (report for reports in terminalreporter.stats.values() for report in reports):

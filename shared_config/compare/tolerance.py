@@ -28,6 +28,8 @@ Rows, columns and elements of a tensor, and its size as a whole (`compare.parts`
     bfloat16    7            13 (22)              6 (8)
     ==========  ===========  ===================  ===================
 
+Elements of updates have four times as much (`ELEMENT_OF_STEP`).
+
 `tests/parity/false_alarms.py` says how far from these limits correct pairs stay.
 
 Integers are exact, but for as many choices of routers as K deltas, which are numbers of choices; in bfloat16 for one
@@ -106,6 +108,10 @@ PART_LIMITS = {
     "float32": {FORWARD: PartLimits(20, 40, 24), GRADIENT: PartLimits(20, 40, 24)},
     "bfloat16": {FORWARD: PartLimits(7, 13, 6), GRADIENT: PartLimits(7, 22, 8)},
 }
+ELEMENT_OF_STEP = 4
+"""Factor of the element's limit in updates: Adam divides a gradient by its size, so that rounding moves the step of an
+element whose gradient is nearly 0 by as much as the learning rate, which few runs see.
+"""
 
 ROUTE_SLACK = {"float64": 0, "float32": 0, "bfloat16": 2}
 """Unequal choices that are allowed to a router even where none of the runs that deltas are measured by had one."""
@@ -211,8 +217,10 @@ class Scales:
             gradient = self._gradients.get(f"{GRADIENT}/{name.partition('/')[2]}", math.inf)
             if self._cancellation.vanishes(gradient) or self._switches(name, dtype):
                 return None
+        limits = PART_LIMITS[dtype][COLUMNS.get(group, FORWARD)]
         return dataclasses.replace(
-            PART_LIMITS[dtype][COLUMNS.get(group, FORWARD)],
+            limits,
+            element=limits.element * (ELEMENT_OF_STEP if group == UPDATED else 1),
             relative=self._relative(name, dtype),
             absolute=self._noise(name, UNIT_ROUNDOFF[dtype]),
             of_steps=group == UPDATED,

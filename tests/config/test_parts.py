@@ -72,7 +72,7 @@ PLACES = {
     ("element", 2): (np.s_[17, 3], "element 17,3"),
     ("element", 3): (np.s_[1, 5, 3], "element 1,5,3"),
 }
-SHAPES = {1: (400,), 2: (60, 50), 3: (2, 40, 50)}
+SHAPES = {1: (400,), 2: (300, 200), 3: (2, 300, 200)}
 
 
 @pytest.mark.parametrize(("kind", "ndim"), PLACES)
@@ -85,6 +85,8 @@ def test_a_part_is_held_to_its_own_limit(group: str, dtype: str, kind: str, ndim
     right.flat[:] += np.sign(right.flat) * 2e-2
     delta = DELTA[dtype] * rms(right)
     limit = K[kind][dtype][group in ("gradient", "updated")] * delta
+    if (group, kind) == ("updated", "element"):
+        limit *= 4
     for share, ok in ((0.98, True), (1.02, False)):
         wrong = right.copy()
         part = wrong[place]

@@ -44,8 +44,6 @@ ALL_MUTANTS = (*MUTANTS, *DECODING_MUTANTS, *MOE_MUTANTS, *VLM_MUTANTS)
 FOLDER = Path(__file__).parents[1]
 SEED, BATCH, LENGTH, PREFIX = 5, 2, 8, 3
 KILLED, SURVIVED = "killed", "survived"
-PARTS = 3
-"""Of the list, for processes that run beside each other."""
 GROUPED = ModelConfig(
     dim=20, head_dim=6, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=37, ffn_hidden_dim=24, max_seq_len=16,
     qk_norm=True, sliding_window=4, attention_bias=True, rope_theta=50.0, norm_eps=1e-2,
@@ -329,16 +327,15 @@ ALL_CHECKS = tuple(
 )
 
 
-@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_mutant_is_killed_and_the_unchanged_backend_raises_no_alarm(
-    backend: str, part: int, record_property: Callable[[str, object], None]
+    backend: str, record_property: Callable[[str, object], None]
 ) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        alarms, survivors, accidents = pool.submit(survey, backend, part).result()
-    count = len(mutants_of(backend)[part::PARTS])
+        alarms, survivors, accidents = pool.submit(survey, backend).result()
+    count = len(mutants_of(backend))
     killed = count - len(survivors) - len(accidents)
-    record_property("figure", f"mutants of {backend}, {part + 1} of {PARTS}: {killed}/{count} killed by assertions")
+    record_property("figure", f"mutants of {backend}: {killed}/{count} killed by assertions")
     assert not alarms
     assert not survivors
     assert not accidents, "no check asserts what these break: they only crash"
@@ -358,20 +355,20 @@ class Survey(NamedTuple):
     accidents: dict[str, str]
 
 
-def survey(backend: str, part: int) -> Survey:
-    """Run all checks on the unchanged backend, then on each mutant of a part of the list those that concern it.
+def survey(backend: str) -> Survey:
+    """Run all checks on the unchanged backend, then on each mutant those that concern it.
 
     To be called in a process of its own: operators that a mutated module registers replace the real ones.
     """
     with jax.enable_x64(True):
         alarms = {}
-        for check in ALL_CHECKS[part::PARTS]:
+        for check in ALL_CHECKS:
             with planted(None, backend):
                 try:
                     check(backend)
                 except Exception as error:
                     alarms[check.__name__] = f"{type(error).__name__}: {error}"
-        found = {str(mutant): verdict(mutant, backend) for mutant in mutants_of(backend)[part::PARTS]}
+        found = {str(mutant): verdict(mutant, backend) for mutant in mutants_of(backend)}
     survivors = [mutant for mutant, said in found.items() if said == SURVIVED]
     return Survey(alarms, survivors, {mutant: said for mutant, said in found.items() if said not in (SURVIVED, KILLED)})
 
