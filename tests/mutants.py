@@ -10,13 +10,21 @@ import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
+
+import pytest
 
 BACKENDS = ("torch", "jax")
+KILLED, SURVIVED = "killed", "survived"
+Check = Callable[[str], object]
+Result = TypeVar("Result")
 
 
 class StaleMutantError(Exception):
@@ -318,6 +326,42 @@ def planted(mutant: Mutant | None, backend: str) -> Iterator[None]:
             parent, _, leaf = name.rpartition(".")
             if parent in real:
                 setattr(real[parent], leaf, module)
+
+
+def verdict(mutant: Mutant, backend: str, checks: Iterable[Check]) -> str:
+    """KILLED if one of the checks fails by its assertion; SURVIVED if all pass; else the error of the first that died,
+    which proves nothing of the property.
+    """
+    accident = SURVIVED
+    with planted(mutant, backend):
+        for check in checks:
+            try:
+                check(backend)
+            except StaleMutantError:
+                raise
+            except (AssertionError, pytest.fail.Exception):
+                return KILLED
+            except Exception as error:
+                if accident == SURVIVED:
+                    accident = f"{getattr(check, '__name__', check)}: {type(error).__name__}: {error}"
+    return accident
+
+
+def mutants_in(mutants: Iterable[Mutant], backend: str) -> list[Mutant]:
+    """Those that a backend has."""
+    return [mutant for mutant in mutants if getattr(mutant, backend) is not None]
+
+
+def not_killed(mutants: Iterable[Mutant], backend: str, checks: Mapping[str, Sequence[Check]]) -> dict[str, str]:
+    """The verdicts on those that no check of their component kills; see `in_a_process`."""
+    found = {str(mutant): verdict(mutant, backend, checks[mutant.component]) for mutant in mutants_in(mutants, backend)}
+    return {mutant: said for mutant, said in found.items() if said != KILLED}
+
+
+def in_a_process(function: Callable[..., Result], *arguments: object) -> Result:
+    """What a function returns in a fresh process: operators that a mutated module registers replace the real ones."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 class _MutatingFinder(importlib.abc.MetaPathFinder):

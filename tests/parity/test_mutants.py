@@ -7,9 +7,7 @@ matters.
 from __future__ import annotations
 
 import importlib
-import multiprocessing
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +21,20 @@ from shared_config.contract.parameters import parameter_table
 from shared_config.contract.validation import validation_weights
 from shared_config.schema.model import ModelConfig, RopeScaling
 from shared_config.schema.optimizer import OptimizerConfig
-from tests.mutants import BACKENDS, MUTANTS, Mutant, StaleMutantError, mutated_source, planted
+from tests.mutants import (
+    BACKENDS,
+    KILLED,
+    MUTANTS,
+    SURVIVED,
+    Mutant,
+    StaleMutantError,
+    in_a_process,
+    mutants_in,
+    mutated_source,
+    not_killed,
+    planted,
+    verdict,
+)
 from tests.mutants_decoding import DECODING_MUTANTS
 from tests.mutants_moe import MOE_MUTANTS
 from tests.mutants_vlm import VLM_MUTANTS
@@ -43,7 +54,6 @@ from tests.tolerance import assert_all_same_function, assert_same_function
 ALL_MUTANTS = (*MUTANTS, *DECODING_MUTANTS, *MOE_MUTANTS, *VLM_MUTANTS)
 FOLDER = Path(__file__).parents[1]
 SEED, BATCH, LENGTH, PREFIX = 5, 2, 8, 3
-KILLED, SURVIVED = "killed", "survived"
 GROUPED = ModelConfig(
     dim=20, head_dim=6, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=37, ffn_hidden_dim=24, max_seq_len=16,
     qk_norm=True, sliding_window=4, attention_bias=True, rope_theta=50.0, norm_eps=1e-2,
@@ -331,18 +341,13 @@ ALL_CHECKS = tuple(
 def test_every_mutant_is_killed_and_the_unchanged_backend_raises_no_alarm(
     backend: str, record_property: Callable[[str, object], None]
 ) -> None:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        alarms, survivors, accidents = pool.submit(survey, backend).result()
-    count = len(mutants_of(backend))
+    alarms, survivors, accidents = in_a_process(survey, backend)
+    count = len(mutants_in(ALL_MUTANTS, backend))
     killed = count - len(survivors) - len(accidents)
     record_property("figure", f"mutants of {backend}: {killed}/{count} killed by assertions")
     assert not alarms
     assert not survivors
     assert not accidents, "no check asserts what these break: they only crash"
-
-
-def mutants_of(backend: str) -> list[Mutant]:
-    return [mutant for mutant in ALL_MUTANTS if getattr(mutant, backend) is not None]
 
 
 class Survey(NamedTuple):
@@ -356,10 +361,7 @@ class Survey(NamedTuple):
 
 
 def survey(backend: str) -> Survey:
-    """Run all checks on the unchanged backend, then on each mutant those that concern it.
-
-    To be called in a process of its own: operators that a mutated module registers replace the real ones.
-    """
+    """Run all checks on the unchanged backend, then on each mutant those that concern it; see `in_a_process`."""
     with jax.enable_x64(True):
         alarms = {}
         for check in ALL_CHECKS:
@@ -368,36 +370,13 @@ def survey(backend: str) -> Survey:
                     check(backend)
                 except Exception as error:
                     alarms[check.__name__] = f"{type(error).__name__}: {error}"
-        found = {str(mutant): verdict(mutant, backend) for mutant in mutants_of(backend)}
+        checks = {mutant.component: checks_of(mutant.component) for mutant in ALL_MUTANTS}
+        found = not_killed(ALL_MUTANTS, backend, checks)
     survivors = [mutant for mutant, said in found.items() if said == SURVIVED]
-    return Survey(alarms, survivors, {mutant: said for mutant, said in found.items() if said not in (SURVIVED, KILLED)})
+    return Survey(alarms, survivors, {mutant: said for mutant, said in found.items() if said != SURVIVED})
 
 
-def is_killed(mutant: Mutant, backend: str, checks: Iterable[Callable[[str], None]] | None = None) -> bool:
-    """Whether a check that passes without the bug fails by its assertion with it."""
-    return verdict(mutant, backend, checks) == KILLED
-
-
-def verdict(mutant: Mutant, backend: str, checks: Iterable[Callable[[str], None]] | None = None) -> str:
-    """KILLED if one of the checks, by default those of the component, fails by its assertion; SURVIVED if all pass;
-    else the error of the first that died, which proves nothing of the property.
-    """
-    accident = SURVIVED
-    with planted(mutant, backend):
-        for check in checks_of(mutant.component) if checks is None else checks:
-            try:
-                check(backend)
-            except StaleMutantError:
-                raise
-            except (AssertionError, pytest.fail.Exception):
-                return KILLED
-            except Exception as error:
-                if accident == SURVIVED:
-                    accident = f"{check.__name__}: {type(error).__name__}: {error}"
-    return accident
-
-
-def test_only_an_assertion_kills(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_an_assertion_kills() -> None:
     mutant = Mutant("model.norm", "", ("eps", "eps"), None)
 
     def crashes(_: str) -> None:
@@ -414,12 +393,11 @@ def test_only_an_assertion_kills(monkeypatch: pytest.MonkeyPatch) -> None:
         ((crashes, passes), "crashes: IndexError: far"),
         ((crashes, asserts), KILLED),
     ):
-        monkeypatch.setattr(f"{__name__}.checks_of", lambda _, checks=checks: checks)
-        assert verdict(mutant, "torch") == expected
+        assert verdict(mutant, "torch", checks) == expected
 
 
 def test_neither_backend_has_fewer_mutants() -> None:
-    assert len(mutants_of("torch")) == len(mutants_of("jax"))
+    assert len(mutants_in(ALL_MUTANTS, "torch")) == len(mutants_in(ALL_MUTANTS, "jax"))
 
 
 def test_every_component_has_two_mutants() -> None:

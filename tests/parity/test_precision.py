@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from tests.mutants import BACKENDS, Mutant, planted
+from tests.mutants import BACKENDS, in_a_process, mutants_in, not_killed
 from tests.mutants_precision import PRECISION_MUTANTS
 from tests.parity.precision import idle
 from tests.parity.precision_checks import (
@@ -76,29 +74,13 @@ CHECKS: dict[str, tuple[Callable[[str], object], ...]] = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_planted_is_found(backend: str, record_property: Callable[[str, object], None]) -> None:
-    mutants = [mutant for mutant in PRECISION_MUTANTS if getattr(mutant, backend) is not None]
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        survivors = pool.submit(surviving, backend).result()
-    record_property("figure", f"narrow mutants of {backend}: {len(mutants) - len(survivors)}/{len(mutants)} killed")
-    assert not survivors
+    count, left = len(mutants_in(PRECISION_MUTANTS, backend)), in_a_process(survey, backend)
+    record_property("figure", f"narrow mutants of {backend}: {count - len(left)}/{count} killed")
+    assert not left
 
 
-def surviving(backend: str) -> list[str]:
-    """To be called in a process of its own: operators that a mutated module registers replace the real ones."""
+def survey(backend: str) -> dict[str, str]:
+    """Once all checks have passed without a bug."""
     for check in dict.fromkeys(check for checks in CHECKS.values() for check in checks):
         check(backend)
-    mutants = [mutant for mutant in PRECISION_MUTANTS if getattr(mutant, backend) is not None]
-    return [str(mutant) for mutant in mutants if not is_found(mutant, backend)]
-
-
-def is_found(mutant: Mutant, backend: str) -> bool:
-    """Whether a check says so, by its assertion."""
-    with planted(mutant, backend):
-        for check in CHECKS[mutant.component]:
-            try:
-                check(backend)
-            except AssertionError:
-                return True
-            except Exception as error:
-                raise RuntimeError(f"{mutant}: crashes, and shows nothing") from error
-    return False
+    return not_killed(PRECISION_MUTANTS, backend, CHECKS)

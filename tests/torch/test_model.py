@@ -137,6 +137,17 @@ def test_compiled_embedding_refuses_ids_outside_the_vocabulary() -> None:
             embedding(torch.tensor([[1, bad]]))
 
 
+@compiles
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_gradient_of_a_row_that_is_looked_up_often_is_summed_in_float32(compiled: bool) -> None:
+    """In bfloat16 256 + 1 is 256."""
+    embedding = TokenEmbedding(3, 2).bfloat16()
+    look_up = torch.compile(embedding, fullgraph=True, dynamic=False) if compiled else embedding
+    look_up(torch.full((1, 4163), 2)).float().sum().backward()
+    assert embedding.embedding.weight.grad is not None
+    assert embedding.embedding.weight.grad.tolist() == [[0, 0], [0, 0], [4160, 4160]]
+
+
 # Devices, dtypes, copies, ties
 
 
