@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_config.errors import UserError
-from shared_config.interchange.states import check_tied, host_array, plain_state
+from shared_config.interchange.states import check_tied, host_array, plain_state, whole
 
 # Types that NumPy lacks: torch's, ml_dtypes', and an integer type of the same width to carry the bits.
 EXTENSIONS = (
@@ -68,17 +68,17 @@ def _first_names(model: nn.Module) -> dict[str, str]:
 
 @torch.no_grad()
 def assign(target: Tensor, value: Any) -> None:
-    """Copy a whole tensor, or array of any library, into ``target``, which may be sharded (a DTensor): then each rank
-    keeps its part.
+    """Copy a tensor, or array of any library, into ``target``. Both may be sharded (a DTensor): each process keeps its
+    part of the target.
     """
-    whole = value if isinstance(value, Tensor) else from_numpy(host_array("value", value))
-    if hasattr(target, "placements") and not hasattr(whole, "placements"):
+    values = whole(value) if isinstance(value, Tensor) else from_numpy(host_array("value", value))
+    if hasattr(target, "placements"):
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         assert isinstance(target, DTensor)
-        whole = whole.to(target.device, target.dtype)
-        whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(whole)
+        values = values.to(target.device, target.dtype)
+        values = distribute_tensor(values, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(values)
 
 
 def check_names(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
@@ -99,8 +99,10 @@ def check_names(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tup
 
 
 def to_numpy(array: Tensor) -> np.ndarray:
-    """The values on the host; bfloat16 and float8 as `ml_dtypes`. Shares memory with a contiguous CPU tensor."""
-    tensor = array.detach().cpu().contiguous()
+    """The values on the host, of a sharded tensor all; bfloat16 and float8 as `ml_dtypes`. Shares memory with a
+    contiguous CPU tensor.
+    """
+    tensor = whole(array.detach()).cpu().contiguous()
     for torch_type, numpy_type, torch_bits, _ in EXTENSIONS:
         if tensor.dtype == torch_type:
             return tensor.view(torch_bits).numpy().view(numpy_type)

@@ -60,12 +60,17 @@ def host_array(name: str, value: Any) -> np.ndarray:
     """
     if isinstance(value, np.ndarray):
         return value
-    value = _array_of(value)
+    value = whole(_array_of(value))
     try:
         return _tensor_on_host(value) if hasattr(value, "detach") else np.asarray(value)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"tensor {name!r} ({type(value).__name__}) can't be converted to NumPy: {reason}") from error
+
+
+def whole(value: Any) -> Any:
+    """All of a tensor that is sharded over processes, each of which has to ask for it; anything else is itself."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def numpy_dtype(dtype: Any) -> np.dtype:
@@ -119,10 +124,8 @@ def _items(state: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _array_of(value: Any) -> Any:
-    """What a variable of Flax holds, and the whole of a sharded tensor; anything else is itself."""
-    if hasattr(value, "get_value"):
-        return value.get_value()
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    """What a variable of Flax holds; anything else is itself."""
+    return value.get_value() if hasattr(value, "get_value") else value
 
 
 def _counts_averages(name: str, state: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from kempnerforge_torch.model.generate import generate
@@ -36,6 +36,7 @@ CONFIG = ModelConfig(
 )
 TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 QUERIES = "layers.0.attention.q_proj.weight"
+PROCESSES = 2
 LAYERS = ["layers.0.attention.q_proj", "layers.1.mlp", "norm"]
 
 
@@ -188,38 +189,54 @@ def test_a_tensor_may_have_the_name_of_a_wrapper(tmp_path):
     assert set(load_weights(tmp_path)) == {"module", "norm.module"}
 
 
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    """One process is a group."""
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def sharded(model: Any) -> nn.Module:
-    mesh = init_device_mesh("cpu", (1,))
+    mesh = init_device_mesh("cpu", (PROCESSES,))
     for layer in model.layers.values():
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
-@pytest.mark.parametrize("wrap", [DistributedDataParallel, sharded])
-@pytest.mark.usefixtures("process_group")
-def test_models_of_several_processes_are_written_and_run_as_plain_ones(wrap, tmp_path):
-    plain = plain_model()
-    state, model = get_state(plain), wrap(plain_model()).eval()
-    assert list(get_state(model)) == list(state)
-    save_weights(tmp_path, model.state_dict())
-    loaded = load_weights(tmp_path, parameter_table(plain.config))
+def test_models_of_several_processes_are_written_and_run_as_plain_ones(tmp_path):
+    spawn(check_processes, (str(tmp_path),), nprocs=PROCESSES)
+
+
+def check_processes(rank: int, folder: str) -> None:
+    """In each of the processes; each writes files of its own."""
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=PROCESSES, init_method=f"file://{folder}/group")
+    try:
+        for wrap in (DistributedDataParallel, sharded):
+            check_spread(wrap, Path(folder, f"{wrap.__name__}-{rank}"))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def check_spread(wrap: Any, folder: Path) -> None:
+    plain, model = plain_model(), wrap(plain_model()).eval()
+    state = {name: tensor.clone() for name, tensor in get_state(plain).items()}
+    assert has_values(model, state)
+    save_weights(folder, model.state_dict())
+    loaded = load_weights(folder, parameter_table(plain.config))
     assert all(np.array_equal(array, to_numpy(state[name])) for name, array in loaded.items())
     assert torch.equal(generate(model, TOKENS, 3, seed=1), generate(plain, TOKENS, 3, seed=1))
-    assert extract_representations(model, list(TOKENS.numpy()), LAYERS) is not None
+    expected = extract_representations(plain, list(TOKENS.numpy()), LAYERS)
+    found = extract_representations(model, list(TOKENS.numpy()), LAYERS)
+    assert expected is not None
+    assert found is not None
+    assert all(np.array_equal(found[name], expected[name]) for name in LAYERS)
 
+    init_weights(plain, plain.config, seed=4)
     init_weights(model, plain.config, seed=4)
-    assert not torch.equal(whole(get_state(model)[QUERIES]), state[QUERIES])
+    assert has_values(model, get_state(plain))
+    assert not has_values(model, state)
     set_state(model, state)
-    assert all(torch.equal(whole(value), state[name]) for name, value in get_state(model).items())
+    assert has_values(model, state)
+    set_state(plain, get_state(model))
+    set_state(model, model.state_dict())
+    assert has_values(plain, state)
+    assert has_values(model, state)
 
 
-def whole(value: Any) -> torch.Tensor:
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+def has_values(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
+    found = get_state(model)
+    assert list(found) == list(state)
+    return all(np.array_equal(to_numpy(found[name]), to_numpy(value)) for name, value in state.items())
