@@ -132,7 +132,7 @@ def captured(
             return stored, {}
         extracted = extract_representations(model, list(tokens), activation_names(model))
         assert extracted is not None
-        return stored, extracted
+        return stored, {name: np.asarray(value) for name, value in extracted.items()}
 
 
 def device_name(device: str | None) -> str:

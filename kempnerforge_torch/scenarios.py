@@ -119,7 +119,7 @@ def captured(
         return stored, {}
     extracted = extract_representations(model, list(tokens), activation_names(model))
     assert extracted is not None
-    return stored, extracted
+    return stored, {name: to_numpy(value) for name, value in extracted.items()}
 
 
 def device_name(device: str | None) -> str:

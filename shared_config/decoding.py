@@ -33,14 +33,26 @@ class Prompts:
     tokens: np.ndarray
     lengths: np.ndarray
 
-    def followed_by(self, new: np.ndarray, pad_token_id: int) -> np.ndarray:
-        """int32 (B, S + N): each row's prompt, its new tokens (B, N), and padding up to the common width."""
-        rows, width = self.tokens.shape
-        whole = np.full((rows, width + new.shape[1]), pad_token_id, np.int32)
-        for row, length in enumerate(self.lengths):
-            whole[row, :length] = self.tokens[row, :length]
-            whole[row, length : length + new.shape[1]] = new[row]
+    def followed_by(self, new: np.ndarray, pad_token_id: int, stops: Sequence[int] = ()) -> np.ndarray:
+        """int32 (B, W): each row's prompt, its new tokens up to the first of ``stops``, and padding up to the longest.
+
+        Args:
+            new: (B, N); what follows a stop is not read.
+        """
+        rows = [
+            np.concatenate([prompt[:length], _until(made, stops)])
+            for prompt, length, made in zip(self.tokens, self.lengths, new, strict=True)
+        ]
+        whole = np.full((len(rows), max(map(len, rows))), pad_token_id, np.int32)
+        for place, row in enumerate(rows):
+            whole[place, : len(row)] = row
         return whole
+
+
+def _until(tokens: np.ndarray, stops: Sequence[int]) -> np.ndarray:
+    """The tokens up to the first stop, itself included."""
+    found = np.flatnonzero(np.isin(tokens, list(stops)))
+    return tokens[: found[0] + 1] if found.size else tokens
 
 
 def read_prompts(prompt_tokens: Any, prompt_lengths: Any, vocab_size: int) -> Prompts:

@@ -72,8 +72,8 @@ PRECISION_MUTANTS = (
          "(out_kTD * weights_Tk.astype(out_kTD.dtype).T[:, :, None])"),
     ),
     Mutant(
-        "model.router", "logits rounded", ("logits_TE = self.gate(x_TD)", "logits_TE = self.gate(x_TD).to(x_TD.dtype)"),
-        ("logits_TE = self.gate(x_TD)", "logits_TE = self.gate(x_TD).astype(x_TD.dtype)"),
+        "model.router", "logits rounded", ("logits_TE = self.gate(x)", "logits_TE = self.gate(x).to(x.dtype)"),
+        ("logits_TE = self.gate(x)", "logits_TE = self.gate(x).astype(x.dtype)"),
     ),
     Mutant(
         "model.router", "scores rounded before they are compared",

@@ -14,9 +14,9 @@ from flax import nnx
 
 from kempnerforge_jax.model.attention import attend
 from kempnerforge_jax.model.init import init_from_table
-from kempnerforge_jax.model.linear import Linear
+from kempnerforge_jax.model.linear import Linear, draw_normal
 from kempnerforge_jax.model.mlp import ACTIVATIONS
-from kempnerforge_jax.model.module import Module
+from kempnerforge_jax.model.module import Module, named_modules
 from kempnerforge_jax.registry import registry
 from shared_config.contract.parameters import ParameterSpec
 from shared_config.contract.vision import adapter_table
@@ -43,20 +43,36 @@ class VisionAdapter(Module):
         if self.table:
             init_from_table(self, dict(self.table), seed, stream="adapter.", rngs=rngs)
 
-    def output_num_tokens(self, num_tokens: int) -> int:
-        """Tokens that leave when ``num_tokens`` enter."""
-        return num_tokens
+    def reset_parameters(self, *, rngs: nnx.Rngs) -> None:
+        """Draw all projections anew: weights normal(0, 1 / sqrt(inputs)), biases 0."""
+        for _, layer in named_modules(self):
+            if isinstance(layer, Linear) and layer.weight is not None:
+                shape = layer.weight.get_value().shape
+                layer.weight.set_value(draw_normal(rngs, shape) / math.sqrt(shape[1]))
+                if layer.bias is not None:
+                    layer.bias.set_value(jnp.zeros(shape[:1], jnp.float32))
+
+    def output_num_tokens(self, num_input_tokens: int) -> int:
+        """Tokens that leave when ``num_input_tokens`` enter."""
+        return num_input_tokens
+
+    def forward(self, x: jax.Array) -> jax.Array:
+        """(B, N, F) -> (B, output_num_tokens(N), D)."""
+        raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
 
 class MLP2LayerAdapter(VisionAdapter):
     """proj2(act(proj1(x)))."""
 
-    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 0, activation: str = "gelu", *, rngs: nnx.Rngs):
-        """``hidden_dim`` 0 means ``out_dim``."""
+    def __init__(
+        self, in_dim: int, out_dim: int, hidden_dim: int | None = None, activation: str = "gelu", *, rngs: nnx.Rngs
+    ):
+        """``hidden_dim`` None or 0 means ``out_dim``."""
         hidden_dim = hidden_dim or out_dim
         self.activation = registry.check("activation", activation)
         self.proj1 = Linear(in_dim, hidden_dim, True, rngs=rngs)
         self.proj2 = Linear(hidden_dim, out_dim, True, rngs=rngs)
+        self.reset_parameters(rngs=rngs)
 
     def forward(self, x: jax.Array) -> jax.Array:
         """(B, N, F) -> (B, N, D)."""
@@ -68,6 +84,7 @@ class LinearAdapter(VisionAdapter):
 
     def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs):
         self.proj = Linear(in_dim, out_dim, rngs=rngs)
+        self.reset_parameters(rngs=rngs)
 
     def forward(self, x: jax.Array) -> jax.Array:
         """(B, N, F) -> (B, N, D)."""
@@ -77,42 +94,45 @@ class LinearAdapter(VisionAdapter):
 class AvgPoolAdapter(VisionAdapter):
     """proj(mean of each window); a window that reaches over the edge averages its real cells."""
 
-    def __init__(self, in_dim: int, out_dim: int, window: int = 2, *, rngs: nnx.Rngs):
-        self.window = window
+    def __init__(self, in_dim: int, out_dim: int, pool_window: int = 2, *, rngs: nnx.Rngs):
+        self.pool_window = pool_window
         self.proj = Linear(in_dim, out_dim, rngs=rngs)
+        self.reset_parameters(rngs=rngs)
 
-    def output_num_tokens(self, num_tokens: int) -> int:
-        """Windows over the grid; ``num_tokens`` must be a square."""
-        return pooled_token_count(num_tokens, self.window)
+    def output_num_tokens(self, num_input_tokens: int) -> int:
+        """Windows over the grid; ``num_input_tokens`` must be a square."""
+        return pooled_token_count(num_input_tokens, self.pool_window)
 
-    def forward(self, x: jax.Array) -> jax.Array:
-        """(B, N, F) -> (B, M, D)."""
-        windows_BMCF, real_MC = windows(x, self.window)
+    def forward(self, x: jax.Array, pool_window: int | None = None) -> jax.Array:
+        """(B, N, F) -> (B, M, D), by windows of ``pool_window``; None: those of the constructor."""
+        windows_BMCF, real_MC = windows(x, self.pool_window if pool_window is None else pool_window)
         return self.proj(_mean_of_real(windows_BMCF, real_MC))
 
 
 class AttentionalPoolAdapter(VisionAdapter):
     """In each window one query, its mean, attends to its cells (as in Molmo, Deitke et al. 2024, arXiv:2409.17146)."""
 
-    def __init__(self, in_dim: int, out_dim: int, window: int = 2, n_heads: int = 16, *, rngs: nnx.Rngs):
-        if in_dim % n_heads != 0:
-            raise ValueError(f"n_heads = {n_heads}: must divide in_dim = {in_dim}")
-        self.window = window
-        self.n_heads = n_heads
+    def __init__(self, in_dim: int, out_dim: int, pool_window: int = 2, pool_heads: int = 16, *, rngs: nnx.Rngs):
+        if in_dim % pool_heads != 0:
+            raise ValueError(f"pool_heads = {pool_heads}: must divide in_dim = {in_dim}")
+        self.pool_window = pool_window
+        self.pool_heads = pool_heads
         self.q_proj = Linear(in_dim, in_dim, rngs=rngs)
         self.k_proj = Linear(in_dim, in_dim, rngs=rngs)
         self.v_proj = Linear(in_dim, in_dim, rngs=rngs)
         self.o_proj = Linear(in_dim, in_dim, rngs=rngs)
         self.out_proj = Linear(in_dim, out_dim, True, rngs=rngs)
+        self.reset_parameters(rngs=rngs)
 
-    def output_num_tokens(self, num_tokens: int) -> int:
-        """Windows over the grid; ``num_tokens`` must be a square whose side the window divides."""
-        return pooled_token_count(num_tokens, self.window, require_divisible=True)
+    def output_num_tokens(self, num_input_tokens: int) -> int:
+        """Windows over the grid; ``num_input_tokens`` must be a square whose side the window divides."""
+        return pooled_token_count(num_input_tokens, self.pool_window, require_divisible=True)
 
-    def forward(self, x: jax.Array) -> jax.Array:
-        """(B, N, F) -> (B, M, D)."""
-        self.output_num_tokens(x.shape[1])
-        windows_BMCF, real_MC = windows(x, self.window)
+    def forward(self, x: jax.Array, pool_window: int | None = None) -> jax.Array:
+        """(B, N, F) -> (B, M, D), by windows of ``pool_window``; None: those of the constructor."""
+        window = self.pool_window if pool_window is None else pool_window
+        pooled_token_count(x.shape[1], window, require_divisible=True)
+        windows_BMCF, real_MC = windows(x, window)
         query_BM1F = jnp.expand_dims(_mean_of_real(windows_BMCF, real_MC), 2)
         q, k, v = (
             self._heads_first(project(source))
@@ -124,7 +144,7 @@ class AttentionalPoolAdapter(VisionAdapter):
     def _heads_first(self, x: jax.Array) -> jax.Array:
         """(B, M, C, F) -> (B * M, H, C, h)."""
         batch, pooled, cells, _ = x.shape
-        return x.reshape(batch * pooled, cells, self.n_heads, -1).swapaxes(1, 2)
+        return x.reshape(batch * pooled, cells, self.pool_heads, -1).swapaxes(1, 2)
 
 
 registry.register("adapter", "mlp_2layer")(
@@ -145,15 +165,16 @@ registry.register("adapter", "attentional_pool")(
 )
 
 
-def build_adapter(config: AdapterConfig, in_dim: int, out_dim: int, *, rngs: nnx.Rngs) -> VisionAdapter:
-    """The adapter registered as ``config.type``; its builder is called with the config, both widths and ``rngs``.
+def build_adapter(adapter_config: AdapterConfig, in_dim: int, out_dim: int, *, rngs: nnx.Rngs) -> VisionAdapter:
+    """The adapter registered as ``adapter_config.type``; its builder is called with the config, both widths and
+    ``rngs``.
 
     Raises:
         KeyError: "Unknown adapter: ..." with the names that exist.
         ValueError: numbers that don't divide.
     """
-    adapter = registry.get("adapter", config.type)(config, in_dim, out_dim, rngs=rngs)
-    adapter.table = tuple(adapter_table(config, in_dim, out_dim).items())
+    adapter = registry.get("adapter", adapter_config.type)(adapter_config, in_dim, out_dim, rngs=rngs)
+    adapter.table = tuple(adapter_table(adapter_config, in_dim, out_dim).items())
     adapter.init_weights(rngs=rngs)
     return adapter
 

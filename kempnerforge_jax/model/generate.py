@@ -121,7 +121,8 @@ def generate(
         frame_mask: bool (B, F), False for frames that don't exist.
 
     Returns:
-        int32 (B, S + N): prompt, new tokens, and padding up to the common width.
+        int32 (B, W): prompt, the tokens made, and padding up to the longest row; W is S + N, unless every row has ended
+            before.
 
     Raises:
         ValueError: prompts that are empty, too long or hold ids outside the vocabulary; values without meaning;
@@ -133,7 +134,7 @@ def generate(
         seed, uniforms, prefill_chunk, pixel_values, frame_mask,
     )  # fmt: skip
     new_BN = _decode_all(inner_transformer(model), request)
-    return jnp.asarray(request.prompts.followed_by(np.asarray(new_BN), pad_token_id))
+    return jnp.asarray(request.prompts.followed_by(np.asarray(new_BN), pad_token_id, request.eos_token_ids))
 
 
 def stream(

@@ -24,7 +24,13 @@ from kempnerforge_jax.model.module import (
 from kempnerforge_jax.model.state import merge, split
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.wrappers import plain_modules, unwrapped
-from shared_config.interchange.activations import ActivationWriter, flattened, token_batches, write_activations
+from shared_config.interchange.activations import (
+    ActivationWriter,
+    flattened,
+    token_batches,
+    with_suffix,
+    write_activations,
+)
 from shared_config.interchange.files import PathLike
 
 
@@ -163,7 +169,7 @@ def extract_representations(
     max_samples: int | None = None,
     *,
     path: PathLike | None = None,
-) -> dict[str, np.ndarray] | None:
+) -> dict[str, jax.Array] | None:
     """Run a dataset through a model and keep what some modules put out, in evaluation mode and without capacity limits.
 
     Args:
@@ -172,12 +178,12 @@ def extract_representations(
         layers: paths of modules.
         device: where the batches go; where the model is if None.
         max_samples: how many samples at most; all if None.
-        path: a .npz file that gets the outputs batch by batch, so that memory holds one batch whatever the number of
-            samples. It appears when it is complete. `read_activations` of shared_config reads it.
+        path: a .npz file (the suffix is appended if missing) that gets the outputs batch by batch, so that memory
+            holds one batch whatever the number of samples. It appears when it is complete. `read_activations` of shared_config reads it.
 
     Returns:
-        name -> outputs of all samples along the first axis ("name/modality" where there is one a modality); None if
-        they went to ``path``.
+        name -> outputs of all samples along the first axis, on the host ("name/modality" where there is one a
+        modality); None if they went to ``path``.
 
     Raises:
         ValueError: an unknown name; lists what exists. Samples that don't fit together or the model, or none.
@@ -187,16 +193,18 @@ def extract_representations(
     run = _compiled_outputs(model, names)
     outputs = (_to_numpy(run(*jax.device_put(batch, device))) for batch in batches)
     if path is not None:
-        with ActivationWriter(path) as writer:
+        with ActivationWriter(with_suffix(path)) as writer:
             for output in outputs:
                 writer.append(output)
         return None
     collected = [flattened(output) for output in outputs]
-    return {name: np.concatenate([output[name] for output in collected]) for name in collected[0]}
+    host = jax.devices("cpu")[0]
+    return {name: jax.device_put(np.concatenate([output[name] for output in collected]), host) for name in collected[0]}
 
 
 def save_activations(activations: Mapping[str, Any], path: PathLike) -> None:
-    """Write activations, dicts by modality included, to a .npz file, whole or not at all.
+    """Write activations, dicts by modality included, to a .npz file, whole or not at all; the suffix is appended if
+    ``path`` has none.
 
     bfloat16 is stored as integers with a note of the type; `read_activations` of shared_config gives it back.
     """

@@ -110,7 +110,7 @@ class MoEMLP(Module):
 
     def forward(
         self,
-        x_BSD: jax.Array,
+        x: jax.Array,
         valid: jax.Array | None = None,
         *,
         members: jax.Array | None = None,
@@ -132,12 +132,12 @@ class MoEMLP(Module):
         """
         for name, mask in (("valid", valid), ("members", members)):
             if mask is not None:
-                check_mask(name, mask, x_BSD.shape[:2])
-        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+                check_mask(name, mask, x.shape[:2])
+        x_TD = x.reshape(-1, x.shape[-1])
         valid_T, members_T = (None if mask is None else mask.ravel() for mask in (valid, members))
         if members_T is not None:
             valid_T = members_T if valid_T is None else valid_T & members_T
-        weights_Tk, indices_Tk, routed = self.router(x_TD, valid_T, batch_size=x_BSD.shape[0], return_stats=True)
+        weights_Tk, indices_Tk, routed = self.router(x_TD, valid_T, batch_size=x.shape[0], return_stats=True)
         check_shape("indices of the router", indices_Tk, weights_Tk.shape)
         check_ids("indices of the router", indices_Tk)
         weights_Tk = nan_outside(weights_Tk, indices_Tk, self.num_experts)
@@ -155,7 +155,7 @@ class MoEMLP(Module):
             y_TD = y_TD + self.shared_expert(x_TD).astype(y_TD.dtype)
         stats = MoEStats(*routed, dropped=routed.expert_counts.sum(dtype=jnp.int32) - plan.ends_E[-1])
         self.keep(stats=stats)
-        y_BSD = y_TD.astype(x_BSD.dtype).reshape(x_BSD.shape)
+        y_BSD = y_TD.astype(x.dtype).reshape(x.shape)
         return (y_BSD, stats) if return_stats else y_BSD
 
     @property

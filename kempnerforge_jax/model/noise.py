@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from shared_config.contract.noise import (
     FEATURE_SCALE,
     LEVELS,
+    MASK,
     MAX_LEVEL,
     MULTIPLIERS,
     SALTS,
@@ -45,11 +46,11 @@ def image_digests(pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
     return first_B, second_B
 
 
-def image_noise(pixels: jax.Array, num_tokens: int, feature_dim: int) -> jax.Array:
+def image_noise(pixels: jax.Array, num_tokens: int, feature_dim: int, seed: int = 0) -> jax.Array:
     """(B, ...) -> (B, N, F), in the dtype of ``pixels``; no gradient."""
     first_B, second_B = image_digests(pixels)
     cells = jnp.arange(num_tokens * feature_dim, dtype=jnp.uint32)
-    bits = mix(mix(cells + first_B[:, None]) ^ second_B[:, None])
+    bits = mix(mix(cells + first_B[:, None]) ^ second_B[:, None] ^ mix(jnp.uint32(seed & MASK)))
     odd = 2 * (bits >> 24).astype(jnp.int32) - 255
     finite_B = jnp.isfinite(pixels.astype(jnp.float32)).reshape(len(pixels), -1).all(axis=1)
     noise = jnp.where(finite_B[:, None], odd.astype(jnp.float32) / FEATURE_SCALE, jnp.nan)

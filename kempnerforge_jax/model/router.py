@@ -78,17 +78,17 @@ class TopKRouter(Module):
         self.gate = Gate(dim, num_experts, rngs=rngs)
 
     def forward(
-        self, x_TD: jax.Array, valid: jax.Array | None = None, *, batch_size: int = 1, return_stats: bool = False
+        self, x: jax.Array, valid: jax.Array | None = None, *, batch_size: int = 1, return_stats: bool = False
     ) -> Any:
         """Combine weights (T, k), at least float32, and expert indices int32 (T, k), best first.
 
         Args:
-            x_TD: the tokens, sequence by sequence.
+            x: (T, D), the tokens, sequence by sequence.
             valid: bool (T,), False for padding, which counts nowhere.
             batch_size: B, number of sequences; all have T / B tokens.
             return_stats: also give `RouterStats`.
         """
-        logits_TE = self.gate(x_TD)
+        logits_TE = self.gate(x)
         scores_TE = self._score(logits_TE)
         indices_Tk = top_k_lowest_first(self._preference(jax.lax.stop_gradient(scores_TE)), self.top_k)
         weights_Tk = self._weigh(jnp.take_along_axis(scores_TE, indices_Tk, axis=1))

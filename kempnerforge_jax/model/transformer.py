@@ -180,6 +180,8 @@ class Transformer(Module):
         )
         blocks = {str(i): self.architecture.build_block(i, rngs=UNDRAWN) for i in range(config.n_layers)}
         self.layers: nnx.Dict[Any] = Numbered(blocks)
+        self.cross_attention_layers: nnx.Dict[Any] = nnx.Dict()
+        self.mot_norms: nnx.Dict[Any] = nnx.Dict()
         for name, module in self.architecture.extra_modules(rngs=UNDRAWN).items():
             setattr(self, name, module)
         self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size, rngs=UNDRAWN)

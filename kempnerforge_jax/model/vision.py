@@ -67,20 +67,30 @@ class VisionEncoder(Module):
         if self.table:
             init_from_table(self, dict(self.table), seed, stream="vision_encoder.", rngs=rngs)
 
+    def forward(self, pixel_values: jax.Array) -> jax.Array:
+        """(B, 3, h, w) -> (B, N, F)."""
+        raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
-@registry.register("vision_encoder", "random")
+
 class RandomVisionEncoder(VisionEncoder):
-    """Noise that depends on the image: see `shared_config.contract.noise`. No parameters, no gradient."""
+    """Noise that depends on the image: see `shared_config.contract.noise`. No parameters, no gradient.
 
-    def __init__(self, config: VisionEncoderConfig, *, rngs: nnx.Rngs):
-        self.feature_dim = config.feature_dim
-        self.num_tokens = config.num_tokens
-        self.image_size = config.image_size
+    Args:
+        seed: of two seeds, an image has different noise.
+    """
 
-    def forward(self, pixels: jax.Array) -> jax.Array:
+    def __init__(
+        self, num_tokens: int = 16, feature_dim: int = 768, seed: int = 0, *, image_size: int = 0, rngs: nnx.Rngs
+    ):
+        self.num_tokens = num_tokens
+        self.feature_dim = feature_dim
+        self.seed = seed
+        self.image_size = image_size
+
+    def forward(self, pixel_values: jax.Array) -> jax.Array:
         """(B, 3, h, w) -> (B, N, F), in the dtype of the pixels."""
-        check_pixels(pixels, self.image_size)
-        return image_noise(pixels, self.num_tokens, self.feature_dim)
+        check_pixels(pixel_values, self.image_size)
+        return image_noise(pixel_values, self.num_tokens, self.feature_dim, self.seed)
 
 
 class VisionAttention(Module):
@@ -158,11 +168,11 @@ class VisionTower(VisionEncoder):
         else:
             init_from_table(self, tower_table(self.tower), seed, stream="vision_encoder.", rngs=rngs)
 
-    def forward(self, pixels: jax.Array) -> jax.Array:
+    def forward(self, pixel_values: jax.Array) -> jax.Array:
         """(B, 3, h, w) -> (B, N, F): the patches after the last block, in reading order; the class token is dropped."""
-        check_pixels(pixels, self.image_size)
+        check_pixels(pixel_values, self.image_size)
         positions_NF = self.position_embedding.weight.get_value()
-        x_BNF = self.patch_embedding(patches(pixels.astype(positions_NF.dtype), self.tower.patch_size))
+        x_BNF = self.patch_embedding(patches(pixel_values.astype(positions_NF.dtype), self.tower.patch_size))
         if self.class_embedding is not None:
             class_B1F = broadcast(self.class_embedding.get_value(), (len(x_BNF), 1, self.feature_dim))
             x_BNF = jnp.concatenate([class_B1F, x_BNF], axis=1)
@@ -183,6 +193,11 @@ def build_tower(config: VisionEncoderConfig, *, rngs: nnx.Rngs) -> VisionTower:
     return VisionTower(tower, config.path if config.type != "vit" else "", rngs=rngs)
 
 
+registry.register("vision_encoder", "random")(
+    lambda config, *, rngs: RandomVisionEncoder(
+        config.num_tokens, config.feature_dim, image_size=config.image_size, rngs=rngs
+    )
+)
 for _kind in ("siglip2", "clip", "vit"):
     registry.register("vision_encoder", _kind)(build_tower)
 

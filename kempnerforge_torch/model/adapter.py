@@ -41,21 +41,34 @@ class VisionAdapter(nn.Module):
         if self.table:
             init_from_table(self, dict(self.table), seed, stream="adapter.")
 
-    def output_num_tokens(self, num_tokens: int) -> int:
-        """Tokens that leave when ``num_tokens`` enter."""
-        return num_tokens
+    def reset_parameters(self) -> None:
+        """Draw all projections anew: weights normal(0, 1 / sqrt(inputs)), biases 0."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def output_num_tokens(self, num_input_tokens: int) -> int:
+        """Tokens that leave when ``num_input_tokens`` enter."""
+        return num_input_tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, F) -> (B, output_num_tokens(N), D)."""
+        raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
 
 class MLP2LayerAdapter(VisionAdapter):
     """proj2(act(proj1(x)))."""
 
-    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 0, activation: str = "gelu"):
-        """``hidden_dim`` 0 means ``out_dim``."""
+    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int | None = None, activation: str = "gelu"):
+        """``hidden_dim`` None or 0 means ``out_dim``."""
         super().__init__()
         hidden_dim = hidden_dim or out_dim
         self.activation = registry.check("activation", activation)
         self.proj1 = nn.Linear(in_dim, hidden_dim)
         self.proj2 = nn.Linear(hidden_dim, out_dim)
+        self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, F) -> (B, N, D)."""
@@ -68,6 +81,7 @@ class LinearAdapter(VisionAdapter):
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
         self.proj = nn.Linear(in_dim, out_dim, bias=False)
+        self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, F) -> (B, N, D)."""
@@ -77,44 +91,47 @@ class LinearAdapter(VisionAdapter):
 class AvgPoolAdapter(VisionAdapter):
     """proj(mean of each window); a window that reaches over the edge averages its real cells."""
 
-    def __init__(self, in_dim: int, out_dim: int, window: int = 2):
+    def __init__(self, in_dim: int, out_dim: int, pool_window: int = 2):
         super().__init__()
-        self.window = window
+        self.pool_window = pool_window
         self.proj = nn.Linear(in_dim, out_dim, bias=False)
+        self.reset_parameters()
 
-    def output_num_tokens(self, num_tokens: int) -> int:
-        """Windows over the grid; ``num_tokens`` must be a square."""
-        return pooled_token_count(num_tokens, self.window)
+    def output_num_tokens(self, num_input_tokens: int) -> int:
+        """Windows over the grid; ``num_input_tokens`` must be a square."""
+        return pooled_token_count(num_input_tokens, self.pool_window)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, F) -> (B, M, D)."""
-        windows_BMCF, real_MC = windows(x, self.window)
+    def forward(self, x: Tensor, pool_window: int | None = None) -> Tensor:
+        """(B, N, F) -> (B, M, D), by windows of ``pool_window``; None: those of the constructor."""
+        windows_BMCF, real_MC = windows(x, self.pool_window if pool_window is None else pool_window)
         return self.proj(_mean_of_real(windows_BMCF, real_MC))
 
 
 class AttentionalPoolAdapter(VisionAdapter):
     """In each window one query, its mean, attends to its cells (as in Molmo, Deitke et al. 2024, arXiv:2409.17146)."""
 
-    def __init__(self, in_dim: int, out_dim: int, window: int = 2, n_heads: int = 16):
+    def __init__(self, in_dim: int, out_dim: int, pool_window: int = 2, pool_heads: int = 16):
         super().__init__()
-        if in_dim % n_heads != 0:
-            raise ValueError(f"n_heads = {n_heads}: must divide in_dim = {in_dim}")
-        self.window = window
-        self.n_heads = n_heads
+        if in_dim % pool_heads != 0:
+            raise ValueError(f"pool_heads = {pool_heads}: must divide in_dim = {in_dim}")
+        self.pool_window = pool_window
+        self.pool_heads = pool_heads
         self.q_proj = nn.Linear(in_dim, in_dim, bias=False)
         self.k_proj = nn.Linear(in_dim, in_dim, bias=False)
         self.v_proj = nn.Linear(in_dim, in_dim, bias=False)
         self.o_proj = nn.Linear(in_dim, in_dim, bias=False)
         self.out_proj = nn.Linear(in_dim, out_dim)
+        self.reset_parameters()
 
-    def output_num_tokens(self, num_tokens: int) -> int:
-        """Windows over the grid; ``num_tokens`` must be a square whose side the window divides."""
-        return pooled_token_count(num_tokens, self.window, require_divisible=True)
+    def output_num_tokens(self, num_input_tokens: int) -> int:
+        """Windows over the grid; ``num_input_tokens`` must be a square whose side the window divides."""
+        return pooled_token_count(num_input_tokens, self.pool_window, require_divisible=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, F) -> (B, M, D)."""
-        self.output_num_tokens(x.shape[1])
-        windows_BMCF, real_MC = windows(x, self.window)
+    def forward(self, x: Tensor, pool_window: int | None = None) -> Tensor:
+        """(B, N, F) -> (B, M, D), by windows of ``pool_window``; None: those of the constructor."""
+        window = self.pool_window if pool_window is None else pool_window
+        pooled_token_count(x.shape[1], window, require_divisible=True)
+        windows_BMCF, real_MC = windows(x, window)
         query_BM1F = _mean_of_real(windows_BMCF, real_MC).unsqueeze(2)
         q, k, v = (
             self._heads_first(project(source))
@@ -125,7 +142,7 @@ class AttentionalPoolAdapter(VisionAdapter):
 
     def _heads_first(self, x: Tensor) -> Tensor:
         """(B, M, C, F) -> (B * M, H, C, h)."""
-        return x.flatten(0, 1).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        return x.flatten(0, 1).unflatten(-1, (self.pool_heads, -1)).transpose(1, 2)
 
 
 registry.register("adapter", "mlp_2layer")(
@@ -140,15 +157,15 @@ registry.register("adapter", "attentional_pool")(
 )
 
 
-def build_adapter(config: AdapterConfig, in_dim: int, out_dim: int) -> VisionAdapter:
-    """The adapter registered as ``config.type``; its builder is called with the config and both widths.
+def build_adapter(adapter_config: AdapterConfig, in_dim: int, out_dim: int) -> VisionAdapter:
+    """The adapter registered as ``adapter_config.type``; its builder is called with the config and both widths.
 
     Raises:
         KeyError: "Unknown adapter: ..." with the names that exist.
         ValueError: numbers that don't divide.
     """
-    adapter = registry.get("adapter", config.type)(config, in_dim, out_dim)
-    adapter.table = tuple(adapter_table(config, in_dim, out_dim).items())
+    adapter = registry.get("adapter", adapter_config.type)(adapter_config, in_dim, out_dim)
+    adapter.table = tuple(adapter_table(adapter_config, in_dim, out_dim).items())
     adapter.init_weights()
     return adapter
 

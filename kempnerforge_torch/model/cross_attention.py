@@ -29,6 +29,8 @@ class CrossAttention(nn.Module):
     ):
         super().__init__()
         head_dim = resolve_head_dim(dim, n_heads, n_kv_heads, head_dim)
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads
         self.head_dim = head_dim
         self.sdpa_backend = sdpa_backend
         self.q_proj = Linear(dim, n_heads * head_dim, bias=False)

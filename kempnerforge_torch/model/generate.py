@@ -126,7 +126,8 @@ def generate(
         compile: compile the decode step, and replay it as a CUDA graph on an NVIDIA GPU.
 
     Returns:
-        int64 (B, S + N), on the model's device: prompt, new tokens, and padding up to the common width.
+        int64 (B, W), on the model's device: prompt, the tokens made, and padding up to the longest row; W is S + N,
+            unless every row has ended before.
 
     Raises:
         ValueError: prompts that are empty, too long or hold ids outside the vocabulary; values without meaning;
@@ -139,10 +140,9 @@ def generate(
     transformer = inner_transformer(model)
     steps = list(_steps(transformer, request, compile))
     rows, device = len(request.prompts.lengths), _weight(transformer).device
-    new_BN = torch.full((rows, max_new_tokens), pad_token_id, dtype=torch.int64, device=device)
-    if steps:
-        new_BN[:, : len(steps)] = torch.stack(steps, dim=1)
-    return torch.from_numpy(request.prompts.followed_by(to_numpy(new_BN), pad_token_id)).long().to(device)
+    new_BN = torch.stack(steps, dim=1) if steps else torch.zeros((rows, 0), dtype=torch.int64)
+    whole = request.prompts.followed_by(to_numpy(new_BN), pad_token_id, request.eos_token_ids)
+    return torch.from_numpy(whole).long().to(device)
 
 
 def stream(

@@ -14,10 +14,16 @@ from torch import Tensor, nn
 
 from kempnerforge_torch.model.generate import NO_LOGITS, inference
 from kempnerforge_torch.model.modality import ModalityContext
-from kempnerforge_torch.model.state import to_numpy
+from kempnerforge_torch.model.state import from_numpy, to_numpy
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.wrappers import plain_modules, uncompiled, unwrap, unwrapped
-from shared_config.interchange.activations import ActivationWriter, flattened, token_batches, write_activations
+from shared_config.interchange.activations import (
+    ActivationWriter,
+    flattened,
+    token_batches,
+    with_suffix,
+    write_activations,
+)
 from shared_config.interchange.files import PathLike
 
 
@@ -148,7 +154,7 @@ def extract_representations(
     max_samples: int | None = None,
     *,
     path: PathLike | None = None,
-) -> dict[str, np.ndarray] | None:
+) -> dict[str, Tensor] | None:
     """Run a dataset through a model and keep what some modules put out, in evaluation mode and without capacity limits.
 
     Args:
@@ -157,12 +163,12 @@ def extract_representations(
         layers: paths of modules.
         device: where the batches go; where the model is if None.
         max_samples: how many samples at most; all if None.
-        path: a .npz file that gets the outputs batch by batch, so that memory holds one batch whatever the number of
-            samples. It appears when it is complete. `read_activations` of shared_config reads it.
+        path: a .npz file (the suffix is appended if missing) that gets the outputs batch by batch, so that memory
+            holds one batch whatever the number of samples. It appears when it is complete. `read_activations` of shared_config reads it.
 
     Returns:
-        name -> outputs of all samples along the first axis ("name/modality" where there is one a modality); None if
-        they went to ``path``.
+        name -> outputs of all samples along the first axis, on the host ("name/modality" where there is one a
+        modality); None if they went to ``path``.
 
     Raises:
         ValueError: an unknown name; lists what exists. Samples that don't fit together or the model, or none.
@@ -171,16 +177,17 @@ def extract_representations(
     batches = token_batches(dataset, batch_size, max_samples, unwrap(model).config.vocab_size)
     outputs = (_outputs(model, names, *batch, device) for batch in batches)
     if path is not None:
-        with ActivationWriter(path) as writer:
+        with ActivationWriter(with_suffix(path)) as writer:
             for output in outputs:
                 writer.append(output)
         return None
     collected = [flattened(output) for output in outputs]
-    return {name: np.concatenate([output[name] for output in collected]) for name in collected[0]}
+    return {name: from_numpy(np.concatenate([output[name] for output in collected])) for name in collected[0]}
 
 
 def save_activations(activations: Mapping[str, Any], path: PathLike) -> None:
-    """Write activations, dicts by modality included, to a .npz file, whole or not at all.
+    """Write activations, dicts by modality included, to a .npz file, whole or not at all; the suffix is appended if
+    ``path`` has none.
 
     bfloat16 is stored as integers with a note of the type; `read_activations` of shared_config gives it back.
     """

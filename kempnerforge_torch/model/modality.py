@@ -19,12 +19,12 @@ class ModalityContext:
         prefix_embeds: (B, P, D), put before the embedded tokens.
         output_slice: positions of the residual stream that get logits.
         image_features: (B, N, D), what cross-attention reads.
-        image_keys_values: in place of image_features, what every cross-attention block makes of them: keys and values,
-            (B, K, N, h) each.
         image_mask: bool (B, N), True where cross-attention may look.
         modality_ids: int (B, S), the modality of each position, by index in the architecture's list of modalities.
         key_padding_mask: bool (B, S), True at real positions; with any of the inputs. The others are seen by no
             position, sent to no expert and counted nowhere.
+        image_keys_values: in place of image_features, what every cross-attention block makes of them: keys and values,
+            (B, K, N, h) each.
         noise_seed: int (), what experts that choose tokens draw the noise of this training step from.
 
     Raises:
@@ -35,10 +35,10 @@ class ModalityContext:
     prefix_embeds: Tensor | None = None
     output_slice: slice | None = None
     image_features: Tensor | None = None
-    image_keys_values: tuple[tuple[Tensor, Tensor], ...] | None = None
     image_mask: Tensor | None = None
     modality_ids: Tensor | None = None
     key_padding_mask: Tensor | None = None
+    image_keys_values: tuple[tuple[Tensor, Tensor], ...] | None = None
     noise_seed: Tensor | None = None
 
     def __post_init__(self) -> None:

@@ -110,7 +110,7 @@ class MoEMLP(nn.Module):
 
     def forward(
         self,
-        x_BSD: Tensor,
+        x: Tensor,
         valid: Tensor | None = None,
         *,
         members: Tensor | None = None,
@@ -132,12 +132,12 @@ class MoEMLP(nn.Module):
         """
         for name, mask in (("valid", valid), ("members", members)):
             if mask is not None:
-                check_mask(name, mask, x_BSD.shape[:2])
-        x_TD = x_BSD.flatten(0, 1)
+                check_mask(name, mask, x.shape[:2])
+        x_TD = x.flatten(0, 1)
         valid_T, members_T = (None if mask is None else mask.flatten() for mask in (valid, members))
         if members_T is not None:
             valid_T = members_T if valid_T is None else valid_T & members_T
-        weights_Tk, indices_Tk, routed = self.router(x_TD, valid_T, batch_size=x_BSD.shape[0], return_stats=True)
+        weights_Tk, indices_Tk, routed = self.router(x_TD, valid_T, batch_size=x.shape[0], return_stats=True)
         check_shape("indices of the router", indices_Tk, weights_Tk.shape)
         check_ids("indices of the router", indices_Tk)
         weights_Tk = nan_outside(weights_Tk, indices_Tk, self.num_experts)
@@ -157,7 +157,7 @@ class MoEMLP(nn.Module):
         stats = MoEStats(*routed, dropped=routed.expert_counts.sum(dtype=torch.int32) - plan.ends_E[-1])
         if not torch.compiler.is_compiling():
             self._last = stats
-        y_BSD = y_TD.to(x_BSD.dtype).reshape(x_BSD.shape)
+        y_BSD = y_TD.to(x.dtype).reshape(x.shape)
         return (y_BSD, stats) if return_stats else y_BSD
 
     @property

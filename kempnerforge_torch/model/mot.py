@@ -322,17 +322,17 @@ class MoTArchitecture(Architecture):
         return layout.apply(lambda name, part: model.get_submodule(f"mot_norms.{name}")(part), x)
 
 
-def mot_warm_start_from_text_stack(transformer: Transformer, state_dict: Mapping[str, Any]) -> None:
+def mot_warm_start_from_text_stack(transformer: Transformer, source_state_dict: Mapping[str, Any]) -> None:
     """Copy the weights of a text model into every modality.
 
     Args:
-        state_dict: of a `Transformer` of the same config without images, as tensors or NumPy arrays.
+        source_state_dict: of a `Transformer` of the same config without images, as tensors or NumPy arrays.
 
     Raises:
         UserError: listing every source tensor that is missing or misshapen, and every one that would go unused.
     """
     assert isinstance(transformer.vlm_config, MoTConfig)
-    set_state(transformer, warm_start_state(transformer.config, transformer.vlm_config, state_dict))
+    set_state(transformer, warm_start_state(transformer.config, transformer.vlm_config, source_state_dict))
 
 
 def _positions_after(kv_cache: KVCache, modality: ModalityContext, positions: Tensor) -> Tensor:

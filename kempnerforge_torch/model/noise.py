@@ -7,6 +7,8 @@ Shapes: B images, P = 3 * h * w places of an image, N tokens, F features, T toke
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,8 @@ from shared_config.contract.noise import (
 )
 
 
-def mix(x: Tensor) -> Tensor:
-    """A bijection of the 32-bit integers, held in int64."""
+def mix(x: Any) -> Any:
+    """A bijection of the 32-bit integers, held in int64 or in an int of Python."""
     x = ((x ^ (x >> 16)) * MULTIPLIERS[0]) & MASK
     x = ((x ^ (x >> 15)) * MULTIPLIERS[1]) & MASK
     return x ^ (x >> 15)
@@ -43,11 +45,11 @@ def image_digests(pixels: Tensor) -> tuple[Tensor, Tensor]:
     return first_B, second_B
 
 
-def image_noise(pixels: Tensor, num_tokens: int, feature_dim: int) -> Tensor:
+def image_noise(pixels: Tensor, num_tokens: int, feature_dim: int, seed: int = 0) -> Tensor:
     """(B, ...) -> (B, N, F), in the dtype of ``pixels``; no gradient."""
     first_B, second_B = image_digests(pixels)
     cells = torch.arange(num_tokens * feature_dim, device=pixels.device)
-    bits = mix(mix((cells + first_B[:, None]) & MASK) ^ second_B[:, None])
+    bits = mix(mix((cells + first_B[:, None]) & MASK) ^ second_B[:, None] ^ mix(seed & MASK))
     odd = 2 * (bits >> 24) - 255
     finite_B = pixels.to(torch.float32).isfinite().flatten(1).all(dim=1)
     noise = (odd.to(torch.float32) / FEATURE_SCALE).masked_fill(~finite_B[:, None], torch.nan)

@@ -66,17 +66,17 @@ class TopKRouter(nn.Module):
         self._last: RouterStats | None = None
 
     def forward(
-        self, x_TD: Tensor, valid: Tensor | None = None, *, batch_size: int = 1, return_stats: bool = False
+        self, x: Tensor, valid: Tensor | None = None, *, batch_size: int = 1, return_stats: bool = False
     ) -> Any:
         """Combine weights (T, k), at least float32, and expert indices int64 (T, k), best first.
 
         Args:
-            x_TD: the tokens, sequence by sequence.
+            x: (T, D), the tokens, sequence by sequence.
             valid: bool (T,), False for padding, which counts nowhere.
             batch_size: B, number of sequences; all have T / B tokens.
             return_stats: also give `RouterStats`.
         """
-        logits_TE = self.gate(x_TD)
+        logits_TE = self.gate(x)
         scores_TE = self._score(logits_TE)
         indices_Tk = top_k_lowest_first(self._preference(scores_TE.detach()), self.top_k)
         weights_Tk = self._weigh(scores_TE.gather(1, indices_Tk))

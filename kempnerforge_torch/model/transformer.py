@@ -153,6 +153,8 @@ class Transformer(nn.Module):
         self.token_embedding: TokenEmbedding | None = TokenEmbedding(config.vocab_size, config.dim)
         self.rope = RotaryTables(config.head_size, config.max_seq_len, config.rope_theta, config.rope_scaling)
         self.layers = nn.ModuleDict({str(i): self.architecture.build_block(i) for i in range(config.n_layers)})
+        self.cross_attention_layers: nn.Module = nn.ModuleDict()
+        self.mot_norms: nn.Module = nn.ModuleDict()
         for name, module in self.architecture.extra_modules().items():
             self.add_module(name, module)
         self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size)

@@ -59,21 +59,29 @@ class VisionEncoder(nn.Module):
         if self.table:
             init_from_table(self, dict(self.table), seed, stream="vision_encoder.")
 
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, N, F)."""
+        raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
-@registry.register("vision_encoder", "random")
+
 class RandomVisionEncoder(VisionEncoder):
-    """Noise that depends on the image: see `shared_config.contract.noise`. No parameters, no gradient."""
+    """Noise that depends on the image: see `shared_config.contract.noise`. No parameters, no gradient.
 
-    def __init__(self, config: VisionEncoderConfig):
+    Args:
+        seed: of two seeds, an image has different noise.
+    """
+
+    def __init__(self, num_tokens: int = 16, feature_dim: int = 768, seed: int = 0, *, image_size: int = 0):
         super().__init__()
-        self.feature_dim = config.feature_dim
-        self.num_tokens = config.num_tokens
-        self.image_size = config.image_size
+        self.num_tokens = num_tokens
+        self.feature_dim = feature_dim
+        self.seed = seed
+        self.image_size = image_size
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, N, F), in the dtype of the pixels."""
-        check_pixels(pixels, self.image_size)
-        return image_noise(pixels, self.num_tokens, self.feature_dim)
+        check_pixels(pixel_values, self.image_size)
+        return image_noise(pixel_values, self.num_tokens, self.feature_dim, self.seed)
 
 
 class VisionAttention(nn.Module):
@@ -157,11 +165,11 @@ class VisionTower(VisionEncoder):
         else:
             init_from_table(self, tower_table(self.tower), seed, stream="vision_encoder.")
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, N, F): the patches after the last block, in reading order; the class token is dropped."""
-        check_pixels(pixels, self.image_size)
+        check_pixels(pixel_values, self.image_size)
         weight = self.patch_embedding.weight
-        x_BNF = self.patch_embedding(patches(pixels.to(weight.dtype), self.tower.patch_size))
+        x_BNF = self.patch_embedding(patches(pixel_values.to(weight.dtype), self.tower.patch_size))
         if self.class_embedding is not None:
             x_BNF = torch.cat([self.class_embedding.expand(len(x_BNF), 1, -1), x_BNF], dim=1)
         x_BNF = x_BNF + self.position_embedding.weight
@@ -181,6 +189,9 @@ def build_tower(config: VisionEncoderConfig) -> VisionTower:
     return VisionTower(tower, config.path if config.type != "vit" else "")
 
 
+registry.register("vision_encoder", "random")(
+    lambda config: RandomVisionEncoder(config.num_tokens, config.feature_dim, image_size=config.image_size)
+)
 for _kind in ("siglip2", "clip", "vit"):
     registry.register("vision_encoder", _kind)(build_tower)
 

@@ -68,7 +68,7 @@ def image_digests(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first_B, second_B
 
 
-def image_noise(pixels: np.ndarray, num_tokens: int, feature_dim: int) -> np.ndarray:
+def image_noise(pixels: np.ndarray, num_tokens: int, feature_dim: int, seed: int = 0) -> np.ndarray:
     """Features that are a function of the pixel values and their places, and look random.
 
     Odd multiples of 1/128 between -2 and 2, evenly distributed; exact in every float dtype. An image with a value that
@@ -76,13 +76,14 @@ def image_noise(pixels: np.ndarray, num_tokens: int, feature_dim: int) -> np.nda
 
     Args:
         pixels: (B, ...), floating point.
+        seed: of two seeds, an image has different noise.
 
     Returns:
         (B, N, F), in the dtype of ``pixels``.
     """
     first_B, second_B = image_digests(pixels)
     cells = np.arange(num_tokens * feature_dim, dtype=np.uint32)
-    bits = mix(mix(cells + first_B[:, None]) ^ second_B[:, None])
+    bits = mix(mix(cells + first_B[:, None]) ^ second_B[:, None] ^ mix(seed & MASK))
     odd = 2 * (bits >> np.uint32(24)).astype(np.int32) - 255
     finite_B1 = np.all(np.isfinite(pixels.astype(np.float32)).reshape(len(pixels), -1), axis=1, keepdims=True)
     noise = np.where(finite_B1, odd / np.float32(FEATURE_SCALE), np.float32(np.nan))

@@ -84,13 +84,19 @@ class ActivationWriter:
                 np.lib.format.write_array(entry, np.array(json.dumps(foreign)))
 
 
+def with_suffix(path: PathLike) -> Path:
+    """The path, ``.npz`` appended if it doesn't end so, as `numpy.savez` does."""
+    path = Path(path)
+    return path if path.name.endswith(".npz") else path.with_name(f"{path.name}.npz")
+
+
 def write_activations(path: PathLike, activations: Mapping[str, Any]) -> None:
-    """Arrays by name, or dicts of arrays by modality, into a .npz file, whole or not at all.
+    """Arrays by name, or dicts of arrays by modality, into a .npz file (see `with_suffix`), whole or not at all.
 
     Raises:
         UserError: if it can't be written.
     """
-    with ActivationWriter(path) as writer:
+    with ActivationWriter(with_suffix(path)) as writer:
         writer.append({name: array[None] for name, array in flattened(activations).items()})
         writer._entries = {name: (shape[1:], dtype) for name, (shape, dtype) in writer._entries.items()}
 

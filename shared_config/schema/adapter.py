@@ -32,18 +32,18 @@ class AdapterConfig(Section):
         names = {"hidden_dim", "activation", "pool_window", "pool_heads"}
         return names - set(used.get(self.type, names))
 
-    def output_num_tokens(self, num_tokens: int) -> int:
-        """Tokens that leave the adapter when ``num_tokens`` enter.
+    def output_num_tokens(self, num_input_tokens: int) -> int:
+        """Tokens that leave the adapter when ``num_input_tokens`` enter.
 
         Raises:
             ValueError: a pooling type whose tokens form no square grid, or one that its window does not divide.
         """
         if self.type == "avgpool":
-            return pooled_token_count(num_tokens, self.pool_window)
+            return pooled_token_count(num_input_tokens, self.pool_window)
         if self.type == "attentional_pool":
-            return pooled_token_count(num_tokens, self.pool_window, require_divisible=True)
+            return pooled_token_count(num_input_tokens, self.pool_window, require_divisible=True)
         own = declaration("adapter", self.type).output_num_tokens
-        return num_tokens if own is None else own(self, num_tokens)
+        return num_input_tokens if own is None else own(self, num_input_tokens)
 
     def problems_with(self, num_tokens: int, feature_dim: int = 0) -> Iterator[str]:
         """What does not fit an encoder of ``num_tokens`` tokens of width ``feature_dim`` (0: not known yet)."""
@@ -55,15 +55,16 @@ class AdapterConfig(Section):
             yield f"pool_heads = {self.pool_heads}: must divide the encoder's feature_dim = {feature_dim}"
 
 
-def pooled_token_count(num_tokens: int, window: int, require_divisible: bool = False) -> int:
-    """Number of windows over a square grid of ``num_tokens`` cells; ragged edge windows count unless refused.
+def pooled_token_count(num_input_tokens: int, window: int, *, require_divisible: bool = False) -> int:
+    """Number of windows over a square grid of ``num_input_tokens`` cells; ragged edge windows count unless refused.
 
     Raises:
-        ValueError: if ``num_tokens`` is no square, or ``require_divisible`` and the window does not divide the grid.
+        ValueError: if ``num_input_tokens`` is no square, or ``require_divisible`` and the window does not divide the
+            grid.
     """
-    side = math.isqrt(num_tokens)
-    if num_tokens < 1 or side * side != num_tokens:
-        raise ValueError(f"num_tokens = {num_tokens}: must be a square number to be pooled as a grid")
+    side = math.isqrt(num_input_tokens)
+    if num_input_tokens < 1 or side * side != num_input_tokens:
+        raise ValueError(f"num_input_tokens = {num_input_tokens}: must be a square number to be pooled as a grid")
     if require_divisible and side % window != 0:
-        raise ValueError(f"pool_window = {window}: must divide the grid side {side} ({num_tokens} tokens)")
+        raise ValueError(f"pool_window = {window}: must divide the grid side {side} ({num_input_tokens} tokens)")
     return (-(-side // window)) ** 2

@@ -106,7 +106,7 @@ def test_model_values_no_backend_can_run_are_refused(fields: dict[str, Any], exp
                 "vision_encoder": {**RANDOM_ENCODER, "num_tokens": 10},
                 "adapter": {"type": "avgpool"},
             },
-            "adapter.type = 'avgpool': num_tokens = 10: must be a square number",
+            "adapter.type = 'avgpool': num_input_tokens = 10: must be a square number",
         ),
         (
             {"vlm": {"arch": "mot", "mot_image_n_heads": 4}, "vision_encoder": RANDOM_ENCODER},

@@ -147,6 +147,7 @@ def test_extraction_is_that_of_torch(tmp_path: Path) -> None:
     assert expected is not None
     assert set(found) == set(expected) == set(names)
     for name in names:
+        assert isinstance(found[name], jax.Array)
         np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
     assert extract_representations(model, samples[:5], names, batch_size=3, path=tmp_path / "all.npz") is None
     for name, array in read_activations(tmp_path / "all.npz").items():

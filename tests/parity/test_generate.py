@@ -68,9 +68,12 @@ def weights_of(config: ModelConfig, seed: int = 3) -> dict[str, np.ndarray]:
 
 
 def continued(backend: Any, model: Any, prompts: Any, count: int = NEW, **options: Any) -> np.ndarray:
-    """The new tokens (B, count); also checks that prompts come first and padding last."""
+    """The new tokens (B, count). Prompts must come first, padding last, and no wider than the longest row."""
     whole = np.asarray(generation(backend).generate(model, prompts, count, pad_token_id=-7, **options))
-    assert whole.shape == (len(prompts), max(map(len, prompts)) + count)
+    missing = max(map(len, prompts)) + count - whole.shape[1]
+    assert (whole[:, -1] != -7).any()
+    assert missing == 0 or "eos_token_id" in options
+    whole = np.pad(whole, ((0, 0), (0, missing)), constant_values=-7)
     new = np.empty((len(prompts), count), whole.dtype)
     for row, prompt in enumerate(prompts):
         end = len(prompt) + count

@@ -328,7 +328,7 @@ def test_parts_refuse_what_has_no_meaning(backend: Backend) -> None:
     with pytest.raises(ValueError, match="modality_ids is given: the architecture"):
         backend.transformer(MODEL, ARCHS["cross_attention"])(modality=mixed)
     pool: Any = torch_adapter.AttentionalPoolAdapter if is_torch else jax_adapter.AttentionalPoolAdapter
-    with pytest.raises(ValueError, match="n_heads = 5: must divide in_dim = 12"):
+    with pytest.raises(ValueError, match="pool_heads = 5: must divide in_dim = 12"):
         pool(12, 20, 2, 5, **({} if is_torch else {"rngs": UNDRAWN}))
     vlm: Any = torch_vlm if is_torch else jax_vlm
     with pytest.raises(NotImplementedError, match="ModalityStrategy defines no prepare"):
