@@ -179,7 +179,8 @@ def extract_representations(
         device: where the batches go; where the model is if None.
         max_samples: how many samples at most; all if None.
         path: a .npz file (the suffix is appended if missing) that gets the outputs batch by batch, so that memory
-            holds one batch whatever the number of samples. It appears when it is complete. `read_activations` of shared_config reads it.
+            holds one batch whatever the number of samples. It appears when it is complete. `read_activations` of
+            shared_config reads it.
 
     Returns:
         name -> outputs of all samples along the first axis, on the host ("name/modality" where there is one a

@@ -68,7 +68,7 @@ def test_adapters_draw_their_weights_anew(backend: Any, kind: str) -> None:
     builder, state = getattr(backend.module("model.adapter"), kind), backend.module("model.state")
     rngs = _rngs(backend)
     adapter = builder(in_dim=256, out_dim=128, **rngs)
-    start = backend.numpy(state.get_state(adapter))
+    start = {name: np.array(value) for name, value in backend.numpy(state.get_state(adapter)).items()}
     state.set_state(adapter, {name: np.full_like(value, 7) for name, value in start.items()})
     adapter.reset_parameters(**rngs)
     again = backend.numpy(state.get_state(adapter))
