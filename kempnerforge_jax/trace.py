@@ -24,11 +24,10 @@ from kempnerforge_jax.training.loss import mean_cross_entropy, router_losses
 from kempnerforge_jax.training.optimizer import build_optimizer, clip_by_global_norm, set_optimizer_state, update
 from kempnerforge_jax.training.train import build_model, find_device, matmul_precision
 from shared_config.contract.initialise import state_hash
-from shared_config.contract.validation import MOMENT_STEPS, chunkings, validation_moments
-from shared_config.interchange.traces import DECODE, FORWARD, GRADIENT, ROUTING, UPDATED, Trace
-from shared_config.interchange.vision import job_table
+from shared_config.contract.vision import job_table
+from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import check_tensors
-from shared_config.recording import (
+from shared_config.parity.recording import (
     WHOLE,
     Arrays,
     Recording,
@@ -39,7 +38,9 @@ from shared_config.recording import (
     make_trace,
     transformer_path,
 )
-from shared_config.refeed import with_losses
+from shared_config.parity.refeed import with_losses
+from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, ROUTING, UPDATED, Trace
+from shared_config.parity.validation import MOMENT_STEPS, chunkings, validation_moments
 from shared_config.schema.job import JobConfig
 
 Tensors = dict[str, jax.Array]
@@ -93,7 +94,7 @@ def record(
         refeed=refeed,
         routes=routes,
     )
-    check_tensors(request.weights, job_table(config))
+    check_tensors(request.weights, job_table(config, tower_of(config)))
     place = find_device(device)
     with jax.default_device(place), matmul_precision(config.train.matmul_precision):
         recorder = Recorder(request)
@@ -121,7 +122,7 @@ class Recorder:
         config = request.config
         self.config = config
         self.request = request
-        self.table = job_table(config)
+        self.table = job_table(config, tower_of(config))
         self.compute_dtype = DTYPES[request.dtype]
         self.master_dtype = jnp.float64 if request.dtype == EXACT else jnp.float32
         with self._bits():

@@ -26,11 +26,10 @@ from kempnerforge_torch.training.optimizer import (
 )
 from kempnerforge_torch.training.train import build_model, find_device, matmul_precision
 from shared_config.contract.initialise import state_hash
-from shared_config.contract.validation import MOMENT_STEPS, chunkings, validation_moments
-from shared_config.interchange.traces import DECODE, FORWARD, GRADIENT, ROUTING, UPDATED, Trace
-from shared_config.interchange.vision import job_table
+from shared_config.contract.vision import job_table
+from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import check_tensors
-from shared_config.recording import (
+from shared_config.parity.recording import (
     WHOLE,
     Arrays,
     Recording,
@@ -41,7 +40,9 @@ from shared_config.recording import (
     make_trace,
     transformer_path,
 )
-from shared_config.refeed import with_losses
+from shared_config.parity.refeed import with_losses
+from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, ROUTING, UPDATED, Trace
+from shared_config.parity.validation import MOMENT_STEPS, chunkings, validation_moments
 from shared_config.schema.job import JobConfig
 
 Tensors = dict[str, Tensor]
@@ -95,7 +96,7 @@ def record(
         refeed=refeed,
         routes=routes,
     )
-    check_tensors(request.weights, job_table(config))
+    check_tensors(request.weights, job_table(config, tower_of(config)))
     place = find_device(device)
     with matmul_precision(config.train.matmul_precision):
         recorder = Recorder(request, place)
@@ -127,7 +128,7 @@ class Recorder:
         self.initial_hash = state_hash({name: to_numpy(tensor) for name, tensor in get_state(model).items()})
         self.config = config
         self.request = request
-        self.table = job_table(config)
+        self.table = job_table(config, tower_of(config))
         self.compute_dtype = DTYPES[request.dtype]
         self.master_dtype = torch.float64 if request.dtype == EXACT else torch.float32
         self.trained = [name for name, tensor in own_tensors(model).items() if isinstance(tensor, nn.Parameter)]

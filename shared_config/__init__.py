@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shared_config.errors import ConfigError, UserError
-    from shared_config.loader import config_from_toml, config_to_toml, load_config, preset_names
+    from shared_config.interchange.toml import config_from_toml, config_to_toml
+    from shared_config.loader import load_config, preset_names
     from shared_config.schema import JobConfig, ModelConfig, VLMConfig
 
 __all__ = [
@@ -26,7 +27,8 @@ __all__ = [
 
 HOMES = {
     "shared_config.errors": ("ConfigError", "UserError"),
-    "shared_config.loader": ("config_from_toml", "config_to_toml", "load_config", "preset_names"),
+    "shared_config.interchange.toml": ("config_from_toml", "config_to_toml"),
+    "shared_config.loader": ("load_config", "preset_names"),
     "shared_config.schema": ("JobConfig", "ModelConfig", "VLMConfig"),
 }
 """Module -> the names of this package that it defines."""

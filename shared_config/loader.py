@@ -15,11 +15,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-from pydantic import TypeAdapter
-
 from shared_config.errors import ConfigError, UserError
-from shared_config.reading import MAX_TOML_BYTES, parse_toml, read_text
+from shared_config.interchange.reading import MAX_TOML_BYTES, parse_toml, read_text
+from shared_config.interchange.source import read_config
+from shared_config.interchange.toml import config_from_dict, parse_fields, with_tokenizer_beside
 from shared_config.schema.base import Section
 from shared_config.schema.job import JobConfig
 from shared_config.schema.vlm import VLMConfig
@@ -48,31 +47,6 @@ def resolve_config(fields: dict[str, Any], overrides: Sequence[str] = ()) -> Job
     return config_from_dict(fields)
 
 
-def config_from_dict(fields: Mapping[str, Any]) -> JobConfig:
-    """A `JobConfig` from nested mappings, as TOML gives them."""
-    return JobConfig(**fields)
-
-
-def config_from_toml(text: str) -> JobConfig:
-    """A `JobConfig` from TOML text."""
-    return config_from_dict(_parse_toml(text, "config"))
-
-
-def config_to_dict(config: JobConfig) -> dict[str, Any]:
-    """Nested dicts and lists of what was given: derived fields and None are left out, so overrides derive them anew."""
-    return _plain(config)
-
-
-def config_to_toml(config: JobConfig) -> str:
-    """TOML text that loads as an equal config."""
-    return tomli_w.dumps(config_to_dict(config))
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of a config file, for editors."""
-    return TypeAdapter(JobConfig).json_schema()
-
-
 def preset_names() -> tuple[str, ...]:
     """Names of the packaged presets."""
     return tuple(
@@ -87,10 +61,8 @@ def read_source(source: str) -> dict[str, Any]:
         UserError: it does not exist, can't be read or is not TOML.
     """
     if source in preset_names():
-        return _parse_toml((PRESETS / f"{source}.toml").read_text(encoding="utf-8"), f"preset {source}")
+        return parse_fields((PRESETS / f"{source}.toml").read_text(encoding="utf-8"), f"preset {source}")
     if Path(source).is_dir():
-        from shared_config.interchange.source import read_config
-
         return read_config(source)
     if not source.endswith(".toml") and "/" not in source:
         close = difflib.get_close_matches(source, preset_names(), n=3)
@@ -100,16 +72,7 @@ def read_source(source: str) -> dict[str, Any]:
         text = read_text(source, MAX_TOML_BYTES)
     except UserError as error:
         raise UserError(f"config = {source!r}: can't be read: {error}") from None
-    return _with_tokenizer_beside(_parse_toml(text, source), Path(source).parent)
-
-
-def _with_tokenizer_beside(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The fields, with the path of a tokenizer that lies beside the file they come from."""
-    data = fields.get("data")
-    name = data.get("tokenizer") if isinstance(data, dict) else None
-    if not isinstance(name, str) or name in ("", "bytes") or not (folder / name).is_dir():
-        return fields
-    return {**fields, "data": {**fields["data"], "tokenizer": str(folder / name)}}
+    return with_tokenizer_beside(parse_fields(text, source), Path(source).parent)
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -227,20 +190,3 @@ def _read(text: str, annotation: Any) -> Any:
         return parse_toml(f"value = {text}")["value"]
     except ValueError:
         return text
-
-
-def _parse_toml(text: str, where: str) -> dict[str, Any]:
-    try:
-        return parse_toml(text)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid TOML: {error}") from None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Section):
-        return {name: _plain(item) for name, item in value.given().items() if item is not None}
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value

@@ -15,7 +15,7 @@ import numpy as np
 from shared_config.contract.parameters import parameter_table
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import Checkpoint, TrainingState
-from shared_config.loader import config_from_dict, config_to_toml
+from shared_config.interchange.toml import config_from_dict, config_to_toml
 from shared_config.schema.job import JobConfig
 from tests.oracle.optimizer import AdamWState, initial_state
 from tests.oracle.training import StepOptions, parameters, training_step

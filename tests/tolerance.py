@@ -16,9 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from shared_config.compare import TOLERANCES
-from shared_config.interchange.traces import FORWARD, GRADIENT
-from shared_config.numerics import (
+from shared_config.parity.compare import TOLERANCES
+from shared_config.parity.numerics import (
     Difference,
     allowed_error,
     difference,
@@ -28,6 +27,7 @@ from shared_config.numerics import (
     rms,
     unit_roundoff,
 )
+from shared_config.parity.traces import FORWARD, GRADIENT
 
 __all__ = [
     "BFLOAT16_GRADIENT_K",

@@ -26,7 +26,7 @@ from kempnerforge_jax.model.state import State, merge, set_state, split
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper, inner_transformer
 from kempnerforge_jax.model.wrappers import unwrapped
-from shared_config.decoding import (
+from shared_config.contract.decoding import (
     PREFILL_CHUNK,
     Prompts,
     bucket,

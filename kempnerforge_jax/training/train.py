@@ -42,17 +42,18 @@ from kempnerforge_jax.training.profile import profile, step_span
 from kempnerforge_jax.training.scheduler import build_schedule
 from shared_config.contract.freeze import effective_freeze, frozen_names, moments_under, never_trained
 from shared_config.contract.parameters import ParameterSpec
+from shared_config.contract.vision import job_table
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
-from shared_config.interchange.vision import job_table
-from shared_config.loop import TrainingSummary, refuse_other_processes, run_training
+from shared_config.interchange.vision import tower_of
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.optimizer import OptimizerConfig
 from shared_config.schema.training import TrainConfig
 from shared_config.schema.vlm import VLMConfig
+from shared_config.training.loop import TrainingSummary, refuse_other_processes, run_training
 
 Arrays = dict[str, Any]
 Batch = Mapping[str, np.ndarray]
@@ -75,7 +76,7 @@ def train(
     """Train the job on one device, from where its folder left it, and tell how it ended.
 
     Args:
-        overridden: dotted fields that the command line sets: see `shared_config.resume.restore`.
+        overridden: dotted fields that the command line sets: see `shared_config.training.resume.restore`.
 
     Raises:
         UserError: what can't be used, of data, folders and checkpoints; or this is one of several processes.
@@ -86,7 +87,7 @@ def train(
 
 
 class Trainer:
-    """A model, its optimiser, and what `shared_config.loop` asks of them.
+    """A model, its optimiser, and what `shared_config.training.loop` asks of them.
 
     Masters, gradients and moments are of ``dtype``. With ``train.mixed_precision`` "bf16" a float32 trainer computes in
     bfloat16, on a copy of the masters that is cast for each micro-batch. ``device`` is a `jax.Device`, the name of a
@@ -106,7 +107,8 @@ class Trainer:
         with jax.default_device(self.device):
             model = _build_model(config, dtype)
             graphdef, parameters, buffers = split(model, scan_layers=config.train.scan_layers and config.vlm is None)
-        self.table = job_table(config, {name: tuple(array.shape) for name, array in get_state(model).items()})
+        shapes = {name: tuple(array.shape) for name, array in get_state(model).items()}
+        self.table = job_table(config, tower_of(config), shapes)
         self.recipe = Recipe(
             graphdef,
             config.model,

@@ -26,7 +26,7 @@ from kempnerforge_torch.model.state import set_state, to_numpy
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import VLMWrapper, inner_transformer
 from kempnerforge_torch.model.wrappers import unwrap, unwrapped
-from shared_config.decoding import (
+from shared_config.contract.decoding import (
     PREFILL_CHUNK,
     Prompts,
     cache_length,

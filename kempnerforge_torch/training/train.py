@@ -41,13 +41,14 @@ from kempnerforge_torch.training.optimizer import (
 from kempnerforge_torch.training.profile import profile, step_span
 from kempnerforge_torch.training.scheduler import build_schedule
 from shared_config.contract.freeze import effective_freeze, moments_under, never_trained
+from shared_config.contract.vision import job_table
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
-from shared_config.interchange.vision import job_table
-from shared_config.loop import TrainingSummary, refuse_other_processes, run_training
+from shared_config.interchange.vision import tower_of
 from shared_config.schema.job import JobConfig
+from shared_config.training.loop import TrainingSummary, refuse_other_processes, run_training
 
 Batch = Mapping[str, np.ndarray]
 
@@ -78,7 +79,7 @@ def train(
     """Train the job on one device, from where its folder left it, and tell how it ended.
 
     Args:
-        overridden: dotted fields that the command line sets: see `shared_config.resume.restore`.
+        overridden: dotted fields that the command line sets: see `shared_config.training.resume.restore`.
 
     Raises:
         UserError: what can't be used, of data, folders and checkpoints; or this is one of several processes.
@@ -89,7 +90,7 @@ def train(
 
 
 class Trainer:
-    """A model, its optimiser, and what `shared_config.loop` asks of them.
+    """A model, its optimiser, and what `shared_config.training.loop` asks of them.
 
     Masters, gradients and moments are of ``dtype``. With ``train.mixed_precision`` "bf16" a float32 trainer computes in
     bfloat16, on a copy of the masters that is cast for each micro-batch.
@@ -109,7 +110,8 @@ class Trainer:
         self.config = config
         self.device = find_device(device)
         self.model = _build_model(config, self.device, dtype)
-        self.table = job_table(config, {name: tuple(t.shape) for name, t in own_tensors(self.model).items()})
+        shapes = {name: tuple(tensor.shape) for name, tensor in own_tensors(self.model).items()}
+        self.table = job_table(config, tower_of(config), shapes)
         self.compute_dtype = compute_dtype(config, dtype)
         self.masters = {name: p for name, p in own_tensors(self.model).items() if isinstance(p, nn.Parameter)}
         self.parameters = trained_parameters(self.masters, config)

@@ -7,7 +7,7 @@ import importlib.util
 from types import ModuleType
 
 from shared_config.errors import UserError
-from shared_config.signals import ending_at_once
+from shared_config.training.signals import ending_at_once
 
 BACKENDS = {"torch": ("torch",), "jax": ("jax", "flax", "optax")}
 """Backend -> the packages it needs, in the order in which they are looked for."""

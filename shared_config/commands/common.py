@@ -10,13 +10,14 @@ import numpy as np
 from rich.console import Console
 
 from shared_config.commands.backends import BACKENDS
-from shared_config.contract.shrink import shrink
+from shared_config.contract.vision import job_table
 from shared_config.interchange.files import regular_target
 from shared_config.interchange.outputs import writable_folder
 from shared_config.interchange.source import read_model, to_stderr
-from shared_config.interchange.vision import job_table
+from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import check_tensors
 from shared_config.loader import load_config, parse_overrides, preset_names
+from shared_config.parity.shrink import shrink
 from shared_config.schema.base import LARGEST, shown
 from shared_config.schema.job import JobConfig
 
@@ -74,7 +75,7 @@ def fitting_weights(path: str | Path, config: JobConfig, overrides: Sequence[str
     """
     notes: list[str] = []
     weights = read_model(path, config, overridden=overridden_fields(overrides), say=notes.append).weights
-    table = job_table(config)
+    table = job_table(config, tower_of(config))
     check_tensors(weights, table, str(path))
     for note in notes:
         to_stderr(note)

@@ -7,15 +7,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from shared_config.checks import findings_of
 from shared_config.commands.common import console, writable_file
 from shared_config.commands.verdict import show_findings, show_first_differences
-from shared_config.compare import compare_traces
 from shared_config.errors import UserError
 from shared_config.interchange.files import written_aside
 from shared_config.interchange.outputs import refuse_overwriting
-from shared_config.interchange.traces import read_trace
-from shared_config.report import write_report
+from shared_config.parity.checks import findings_of
+from shared_config.parity.compare import compare_traces
+from shared_config.parity.report import write_report
+from shared_config.parity.traces import read_trace
 
 HELP = "compare two traces and name the first tensor that diverges; exit status 0 only if none does"
 

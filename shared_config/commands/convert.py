@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared_config.commands.common import overridden_fields
+from shared_config.contract.vision import job_table
 from shared_config.errors import UserError
 from shared_config.interchange.files import written_aside
 from shared_config.interchange.huggingface import config_to_huggingface, save_huggingface
@@ -20,9 +21,10 @@ from shared_config.interchange.tokens import (
     special_ids,
     tokenizer_problem,
 )
-from shared_config.interchange.vision import job_table
+from shared_config.interchange.toml import config_to_toml
+from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import check_tensors, entry_file, save_weights
-from shared_config.loader import config_to_toml, load_config, resolve_config
+from shared_config.loader import load_config, resolve_config
 from shared_config.schema.job import JobConfig
 
 HELP = "turn a Hugging Face folder into native weights, or native weights or a checkpoint into either"
@@ -66,7 +68,7 @@ def read_source(path: Path, config: str | None, overrides: Sequence[str]) -> Mod
         UserError: nothing there, no config to be found, or weights that do not fit it.
     """
     source = read_model(path, _config_of(path, config, overrides), overridden=overridden_fields(overrides))
-    table = job_table(source.config)
+    table = job_table(source.config, tower_of(source.config))
     check_tensors(source.weights, table, str(path))
     return ModelSource(path, source.kind, source.config, source.found, {name: source.weights[name] for name in table})
 

@@ -19,12 +19,13 @@ from shared_config.contract.counts import (
     kv_cache_bytes,
     training_memory,
 )
+from shared_config.contract.decoding import PREFILL_CHUNK
 from shared_config.contract.parameters import Constant, ParameterSpec, aliases, parameter_groups
 from shared_config.contract.vision import TowerConfig
-from shared_config.decoding import PREFILL_CHUNK
 from shared_config.errors import UserError
+from shared_config.interchange.toml import config_to_toml, json_schema
 from shared_config.interchange.vision import MODEL_TYPES, resolve_tower
-from shared_config.loader import PRESETS, config_to_toml, json_schema, load_config, preset_names
+from shared_config.loader import PRESETS, load_config, preset_names
 from shared_config.schema.base import Section
 from shared_config.schema.job import JobConfig
 

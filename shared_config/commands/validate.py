@@ -16,7 +16,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shared_config.checks import BACKENDS, Finding, Plan, outcome
 from shared_config.commands.backends import require_backend
 from shared_config.commands.common import (
     add_config,
@@ -33,13 +32,14 @@ from shared_config.commands.verdict import show_findings, show_first_differences
 from shared_config.contract.counts import count_parameters
 from shared_config.contract.initialise import state_hash
 from shared_config.errors import UserError
-from shared_config.full_checks import LONG_SEQUENCE
 from shared_config.interchange.files import written_aside
 from shared_config.interchange.outputs import claim_record_folder, forget_run
-from shared_config.loader import config_to_toml
-from shared_config.recording import DTYPES
-from shared_config.report import write_report
-from shared_config.scenarios import PARTS, resume_folder
+from shared_config.interchange.toml import config_to_toml
+from shared_config.parity.checks import BACKENDS, Finding, Plan, outcome
+from shared_config.parity.full_checks import LONG_SEQUENCE
+from shared_config.parity.recording import DTYPES
+from shared_config.parity.report import write_report
+from shared_config.parity.scenarios import PARTS, resume_folder
 from shared_config.schema.job import JobConfig
 
 HELP = "prove that both backends compute the same; exit status 0 only if they do"

@@ -18,10 +18,10 @@ ORPHANED = 143
 def main(file: str) -> int:
     """Run the command lines of ``file`` in order; 0, or the first other status."""
     threading.Thread(target=end_with_input, daemon=True).start()
-    from shared_config.cli import main as run
+    from shared_config.commands.line import status_of
 
     for arguments in json.loads(Path(file).read_text(encoding="utf-8")):
-        status = run(arguments)
+        status = status_of(arguments)
         if status != 0:
             return status
     return 0

@@ -6,7 +6,7 @@ A wrapper's tensors are `vision_encoder.*`, `adapter.*` and `transformer.*`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from shared_config.contract.parameters import (
@@ -18,8 +18,10 @@ from shared_config.contract.parameters import (
     ParameterTable,
     parameter_table,
 )
+from shared_config.errors import ConfigError
 from shared_config.registry import declaration, declare
 from shared_config.schema.adapter import AdapterConfig
+from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vision import VisionEncoderConfig
 from shared_config.schema.vlm import VLMConfig
@@ -112,6 +114,35 @@ def wrapper_table(
         "transformer": parameter_table(model, vlm),
     }
     return {f"{part}.{name}": spec for part, table in parts.items() for name, spec in table.items()}
+
+
+def job_table(
+    config: JobConfig, tower: TowerConfig | None = None, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> ParameterTable:
+    """Every tensor of the model of a job, text or vision-language.
+
+    Args:
+        tower: the vision tower of the job, if it has one.
+        shapes: of the model as it was built; encoders and adapters that were registered without declaring their
+            parameters get entries from them, with decay where there are two axes or more.
+
+    Raises:
+        ConfigError: the width of the features is not known.
+    """
+    if config.vlm is None or config.vision_encoder is None:
+        table = parameter_table(config.model, config.vlm)
+    else:
+        feature_dim = tower.dim if tower is not None else config.vision_encoder.feature_dim
+        if not feature_dim:
+            kind = config.vision_encoder.type
+            raise ConfigError([f"vision_encoder.feature_dim = 0: type {kind!r} does not say its width; give it here"])
+        encoder = tower or config.vision_encoder
+        table = wrapper_table(config.model, config.vlm, config.adapter or AdapterConfig(), encoder, feature_dim)
+    unknown = {name: shape for name, shape in (shapes or {}).items() if name not in table}
+    return table | {
+        name: ParameterSpec(shape, Constant(0.0), (None,) * len(shape), decay=len(shape) > 1)
+        for name, shape in unknown.items()
+    }
 
 
 def _tower(tower: TowerConfig) -> Named:

@@ -19,7 +19,7 @@ import numpy as np
 from shared_config.data.jsonl import CONVERSATIONS, MAX_TEXT_BYTES, Row, is_json_lines, read_rows, refuse
 from shared_config.data.tokenizer import ByteTokenizer, Tokenizer
 from shared_config.errors import UserError
-from shared_config.reading import check_regular, files_below, read_bytes
+from shared_config.interchange.reading import check_regular, files_below, read_bytes
 
 TOKEN_SUFFIXES = (".npy", ".bin")
 NOT_SOURCES = frozenset(

@@ -34,8 +34,8 @@ from shared_config.data.shapes import shape_clip, shape_image
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer, check_vocabulary
 from shared_config.errors import UserError
 from shared_config.interchange.preprocessor import PixelRange
+from shared_config.interchange.reading import check_inside, read_text
 from shared_config.interchange.vision import picture_format
-from shared_config.reading import check_inside, read_text
 from shared_config.schema.job import JobConfig
 from shared_config.schema.video import VideoConfig
 from shared_config.schema.vlm import MoMaConfig

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shared_config.errors import UserError
-from shared_config.reading import parse_json, read_text
+from shared_config.interchange.reading import parse_json, read_text
 
 SUFFIXES = (".jsonl", ".ndjson")
 MAX_TEXT_BYTES = 2**30

@@ -13,7 +13,7 @@ import numpy as np
 
 from shared_config.errors import UserError
 from shared_config.interchange.preprocessor import PixelRange
-from shared_config.reading import opened
+from shared_config.interchange.reading import opened
 from shared_config.schema.video import VideoConfig
 
 MAX_IMAGE_BYTES = 2**30

@@ -17,7 +17,7 @@ import numpy as np
 
 from shared_config.data.tokenizer import load_library_tokenizer
 from shared_config.errors import UserError
-from shared_config.reading import MAX_JSON_BYTES, read_json, read_text
+from shared_config.interchange.reading import MAX_JSON_BYTES, read_json, read_text
 
 FILE = "chat_template.jinja"
 TODAY = datetime.date(2024, 7, 26)

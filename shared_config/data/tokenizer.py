@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from shared_config.errors import ConfigError, UserError
+from shared_config.interchange.reading import check_regular, read_json
 from shared_config.interchange.tokens import stop_ids, tokenizer_problem
-from shared_config.reading import check_regular, read_json
 
 BOS = 256
 EOS = 257

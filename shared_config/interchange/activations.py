@@ -20,7 +20,7 @@ import numpy as np
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike, commit, file_errors, make_aside
-from shared_config.reading import check_regular, parse_json
+from shared_config.interchange.reading import check_regular, parse_json
 
 DTYPES = "__dtypes__"
 TOKEN_FIELDS = ("tokens", "input_ids")

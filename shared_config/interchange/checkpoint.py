@@ -31,11 +31,13 @@ from safetensors import SafetensorError
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import file_errors, folder_target, make_folder
+from shared_config.interchange.reading import MAX_JSON_BYTES, check_regular, parse_json, read_text
 from shared_config.interchange.tensors import read_tensors, write_tensors
-from shared_config.reading import MAX_JSON_BYTES, check_regular, parse_json, read_text
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+METRICS = "metrics.jsonl"
+"""Beside the checkpoints of a run."""
 STEP_NAME = re.compile(r"step_(\d{8,})")
 LIBRARIES = ("numpy", "torch", "jax", "flax")
 

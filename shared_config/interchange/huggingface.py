@@ -18,10 +18,10 @@ import numpy as np
 from shared_config.contract.parameters import EMBEDDING, ParameterTable, aliases, parameter_table
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.files import PathLike, written_aside
+from shared_config.interchange.reading import MAX_JSON_BYTES, parse_json, read_bytes
 from shared_config.interchange.states import check_tied, host_array, plain_state
 from shared_config.interchange.tokens import copy_tokenizer, special_ids
 from shared_config.interchange.weights import WeightsError, check_tensors, load_weights, save_weights
-from shared_config.reading import MAX_JSON_BYTES, parse_json, read_bytes
 from shared_config.schema.model import EXPERT_FFN_MULTIPLE, ModelConfig, RopeScaling
 
 CONFIG = "config.json"

@@ -14,13 +14,11 @@ from typing import Any
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint, huggingface
 from shared_config.interchange.files import PathLike, make_folder
+from shared_config.interchange.reading import parse_json
 from shared_config.interchange.source import CONFIG
-from shared_config.interchange.tensors import TensorFile
-from shared_config.interchange.traces import is_trace
+from shared_config.interchange.tensors import TensorFile, is_trace
+from shared_config.interchange.toml import config_from_toml
 from shared_config.interchange.weights import INDEX, SINGLE
-from shared_config.loader import config_from_toml
-from shared_config.metrics import FILE as METRICS
-from shared_config.reading import parse_json
 from shared_config.schema.data import DataConfig
 from shared_config.schema.job import JobConfig
 
@@ -80,7 +78,7 @@ def forget_run(path: PathLike) -> None:
     for name in _contents(folder):
         if checkpoint.STEP_NAME.fullmatch(name):
             shutil.rmtree(folder / name)
-        elif name == METRICS:
+        elif name == checkpoint.METRICS:
             (folder / name).unlink()
 
 

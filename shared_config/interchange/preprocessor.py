@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from shared_config.errors import UserError
-from shared_config.reading import read_json
+from shared_config.interchange.reading import read_json
 
 PLAIN_PIXELS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

@@ -20,8 +20,8 @@ from shared_config.errors import ConfigError, UserError
 from shared_config.interchange import checkpoint, huggingface
 from shared_config.interchange.files import PathLike
 from shared_config.interchange.tokens import beside, has_tokenizer
+from shared_config.interchange.toml import config_from_dict, read_fields
 from shared_config.interchange.weights import INDEX, SINGLE, WeightsError, entry_file, load_weights
-from shared_config.loader import config_from_dict, read_source
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.training import TrainConfig
@@ -208,7 +208,7 @@ def _huggingface_fields(folder: Path) -> dict[str, Any]:
 
 
 def _toml_fields(file: Path) -> dict[str, Any] | None:
-    return read_source(str(file)) if file.exists() else None
+    return read_fields(file) if file.exists() else None
 
 
 def _checkpoint_fields(path: Path) -> dict[str, Any] | None:

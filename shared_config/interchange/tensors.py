@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike, file_errors, written_aside
+from shared_config.interchange.reading import check_regular, parse_json
 from shared_config.interchange.states import host_array
-from shared_config.reading import check_regular, parse_json
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -35,6 +35,9 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 """safetensors' names of the dtypes that NumPy (with ml_dtypes) can hold."""
+
+TRACE = "kempnerforge_trace"
+"""Key of the metadata of a trace: the number of its format."""
 
 
 def write_tensors(path: PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
@@ -114,6 +117,14 @@ class TensorFile:
             )
         first, last = fields["data_offsets"]
         return TensorEntry(DTYPES[fields["dtype"]], tuple(fields["shape"]), start + first, start + last)
+
+
+def is_trace(path: PathLike) -> bool:
+    """Whether a file is a trace."""
+    try:
+        return TRACE in TensorFile(path).metadata
+    except UserError:
+        return False
 
 
 def _storable(name: str, array: Any) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import file_errors, written_aside
-from shared_config.reading import read_json
+from shared_config.interchange.reading import read_json
 from shared_config.schema.job import JobConfig
 
 TOKENIZER = "tokenizer"

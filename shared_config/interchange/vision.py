@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, parameter_table
-from shared_config.contract.vision import TowerConfig, tower_table, vit_tower, wrapper_table
+from shared_config.contract.vision import TowerConfig, tower_table, vit_tower
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.preprocessor import PixelRange, read_preprocessor
+from shared_config.interchange.reading import read_json
 from shared_config.interchange.weights import WeightsError, check_tensors, load_weights
-from shared_config.reading import read_json
-from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.job import JobConfig
 from shared_config.schema.video import VideoConfig
 from shared_config.schema.vision import VisionEncoderConfig
@@ -82,32 +80,9 @@ def picture_format(config: VisionEncoderConfig, video: VideoConfig | None = None
     return read_preprocessor(config.path, config.type, side)
 
 
-def job_table(config: JobConfig, shapes: Mapping[str, tuple[int, ...]] | None = None) -> ParameterTable:
-    """Every tensor of the model of a job, text or vision-language.
-
-    Args:
-        shapes: of the model as it was built; encoders and adapters that were registered without declaring their
-            parameters get entries from them, with decay where there are two axes or more.
-
-    Raises:
-        ConfigError: the width of the features is not known.
-    """
-    if config.vlm is None or config.vision_encoder is None:
-        table = parameter_table(config.model, config.vlm)
-    else:
-        tower = resolve_tower(config.vision_encoder)
-        feature_dim = tower.dim if tower is not None else config.vision_encoder.feature_dim
-        if not feature_dim:
-            kind = config.vision_encoder.type
-            raise ConfigError([f"vision_encoder.feature_dim = 0: type {kind!r} does not say its width; give it here"])
-        encoder = tower or config.vision_encoder
-        table = wrapper_table(config.model, config.vlm, config.adapter or AdapterConfig(), encoder, feature_dim)
-    unknown = {name: shape for name, shape in (shapes or {}).items() if name not in table}
-    table |= {
-        name: ParameterSpec(shape, Constant(0.0), (None,) * len(shape), decay=len(shape) > 1)
-        for name, shape in unknown.items()
-    }
-    return table
+def tower_of(config: JobConfig) -> TowerConfig | None:
+    """The vision tower of a job, as `resolve_tower` finds it; None where it has none."""
+    return None if config.vlm is None or config.vision_encoder is None else resolve_tower(config.vision_encoder)
 
 
 def resolve_tower(config: VisionEncoderConfig) -> TowerConfig | None:

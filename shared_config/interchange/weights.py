@@ -19,9 +19,9 @@ import numpy as np
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike, file_errors, make_folder, written_aside
+from shared_config.interchange.reading import MAX_JSON_BYTES, parse_json, read_bytes
 from shared_config.interchange.states import numpy_dtype, plain_state, without_repeats
 from shared_config.interchange.tensors import TensorFile, read_tensors, write_tensors
-from shared_config.reading import MAX_JSON_BYTES, parse_json, read_bytes
 
 __all__ = ["WeightsError", "check_tensors", "load_weights", "read_tensors", "save_weights", "write_tensors"]
 

@@ -18,8 +18,9 @@ from shared_config.data.tokenizer import HuggingFaceTokenizer
 from shared_config.interchange import checkpoint
 from shared_config.interchange.huggingface import save_huggingface
 from shared_config.interchange.tokens import NOT_READ
+from shared_config.interchange.toml import config_to_dict, config_to_toml
 from shared_config.interchange.weights import load_weights, save_weights
-from shared_config.loader import config_to_dict, config_to_toml, load_config
+from shared_config.loader import load_config
 from shared_config.schema.job import JobConfig
 from tests.tokenizers import END, save, sentence_piece
 

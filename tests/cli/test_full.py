@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from shared_config.checks import BACKENDS, Plan
 from shared_config.cli import main
 from shared_config.commands import validate
 from shared_config.loader import load_config
-from shared_config.scenarios import applicable
+from shared_config.parity.checks import BACKENDS, Plan
+from shared_config.parity.scenarios import applicable
 from tests.cli.processes import run_python
 from tests.mutants import in_a_process, planted
 from tests.mutants_full import REACHING, Reaching

@@ -16,11 +16,13 @@ import kempnerforge_torch.model.generate
 from shared_config.cli import main
 from shared_config.commands.generate import speed
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.validation import validation_weights
+from shared_config.contract.vision import job_table
 from shared_config.interchange.huggingface import save_huggingface
-from shared_config.interchange.vision import job_table
+from shared_config.interchange.toml import config_to_toml
+from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import save_weights
-from shared_config.loader import config_to_toml, load_config
+from shared_config.loader import load_config
+from shared_config.parity.validation import validation_weights
 
 TINY = (
     "--model.dim=16",
@@ -140,7 +142,7 @@ def picture(folder: Path, colour: str) -> str:
 def test_an_image_is_looked_at(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """With weights of a checkpoint's names; what is said depends on the picture and not on the backend."""
     config = load_config("debug_vlm_joint_decoder", SEES)
-    save_weights(tmp_path / "weights", validation_weights(job_table(config), 1))
+    save_weights(tmp_path / "weights", validation_weights(job_table(config, tower_of(config)), 1))
     (tmp_path / "weights" / "config.toml").write_text(config_to_toml(config))
     weights = f"--weights={tmp_path / 'weights'}"
     said = {}

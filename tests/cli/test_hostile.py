@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_config.cli import LINE, main
+from shared_config.cli import main
+from shared_config.commands.line import LINE
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.validation import validation_weights
 from shared_config.interchange.huggingface import save_huggingface
 from shared_config.interchange.tensors import TensorFile, write_tensors
 from shared_config.loader import load_config
+from shared_config.parity.validation import validation_weights
 from shared_config.schema.base import LARGEST, LARGEST_FLOAT
 from tests.cli.test_bad_input import TINY
 

@@ -116,7 +116,7 @@ def test_gradients_of_jax_and_the_forward_of_torch() -> None:
 
 
 def test_one_backend_in_both_processes_is_no_agreement() -> None:
-    changes = {"shared_config.checks": [('"--backend", backend, "--seed"', '"--backend", "torch", "--seed"')]}
+    changes = {"shared_config.parity.checks": [('"--backend", backend, "--seed"', '"--backend", "torch", "--seed"')]}
     result = validate(["--dtypes=float64", "--steps=0"], changes)
     assert result.returncode == 2
     assert "agree" not in result.stdout

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from shared_config.cli import HARMLESS, main
+from shared_config.cli import main
 from shared_config.commands import COMMANDS
+from shared_config.commands.line import HARMLESS
 from shared_config.commands.processes import SIZES, require_one_process
 from shared_config.errors import UserError
 

@@ -31,7 +31,8 @@ from shared_config.contract.parameters import (
     parameter_table,
     unfold,
 )
-from shared_config.loader import config_from_toml, load_config, preset_names
+from shared_config.interchange.toml import config_from_toml
+from shared_config.loader import load_config, preset_names
 from shared_config.registry import declare, temporary
 from shared_config.schema.base import section
 from shared_config.schema.model import ModelConfig

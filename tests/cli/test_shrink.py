@@ -7,9 +7,9 @@ import pytest
 
 from shared_config.contract.counts import count_parameters
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.shrink import shrink
-from shared_config.contract.validation import chunkings, validation_labels, validation_tokens, validation_weights
 from shared_config.loader import load_config, preset_names
+from shared_config.parity.shrink import shrink
+from shared_config.parity.validation import chunkings, validation_labels, validation_tokens, validation_weights
 from shared_config.schema.job import JobConfig
 
 KEPT = ("norm_type", "activation", "attention_bias", "tie_embeddings", "qk_norm", "moe_router", "moe_packed_experts")

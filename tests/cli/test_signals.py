@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from shared_config.interchange import checkpoint
-from shared_config.metrics import read_metrics
+from shared_config.training.metrics import read_metrics
 from tests.jobs import environment_of_killed
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +95,7 @@ def is_gone(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("command", "module"),
     [
-        ("show", "shared_config.commands"),
+        ("show", "shared_config.commands.show"),
         ("show", "pydantic"),
         ("show", "rich.table"),
         ("train torch", "numpy"),
@@ -128,7 +128,7 @@ def test_an_interrupt_at_any_time_is_no_traceback(tmp_path: Path, command: str, 
 def test_an_interrupt_that_a_callback_swallows_is_raised_again(tmp_path: Path) -> None:
     code = """
 import os, signal, sys, time
-from shared_config.signals import INTERRUPTS
+from shared_config.training.signals import INTERRUPTS
 INTERRUPTS.take()
 class Swallowing:
     def __del__(self):

@@ -18,15 +18,15 @@ import kempnerforge_jax.trace
 import kempnerforge_torch.trace
 from kempnerforge_jax.model import mlp as jax_mlp
 from shared_config.cli import main
-from shared_config.compare import compare_traces
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.shrink import shrink
-from shared_config.contract.validation import validation_moments, validation_weights
 from shared_config.errors import UserError
-from shared_config.interchange.traces import Trace, read_trace, write_trace
 from shared_config.loader import load_config
-from shared_config.numerics import relative_error
-from shared_config.recording import Request, make_request
+from shared_config.parity.compare import compare_traces
+from shared_config.parity.numerics import relative_error
+from shared_config.parity.recording import Request, make_request
+from shared_config.parity.shrink import shrink
+from shared_config.parity.traces import Trace, read_trace, write_trace
+from shared_config.parity.validation import validation_moments, validation_weights
 from tests.oracle.optimizer import AdamWState, adamw_step, clip
 
 TINY = (

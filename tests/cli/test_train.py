@@ -10,7 +10,7 @@ import pytest
 
 from kempnerforge_torch.training.train import Trainer
 from shared_config.cli import main
-from shared_config.metrics import read_metrics
+from shared_config.training.metrics import read_metrics
 
 RUN = (
     "--model.dim=16",

@@ -17,7 +17,7 @@ from kempnerforge_torch.training.train import Trainer as TorchTrainer
 from shared_config.cli import main
 from shared_config.interchange import checkpoint
 from shared_config.loader import load_config
-from shared_config.metrics import read_metrics
+from shared_config.training.metrics import read_metrics
 from tests.cli.processes import run_python
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"

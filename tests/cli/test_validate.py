@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from shared_config import checks
-from shared_config.checks import CHECKS, Check, Finding, Plan, register
 from shared_config.cli import main
 from shared_config.commands import validate
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
-from shared_config.interchange.traces import Trace, write_trace
-from shared_config.loader import config_to_dict, config_to_toml, load_config
-from shared_config.provenance import expected_meta, expected_names, initial_hash
+from shared_config.interchange.toml import config_to_dict, config_to_toml
+from shared_config.loader import load_config
+from shared_config.parity import checks
+from shared_config.parity.checks import CHECKS, Check, Finding, Plan, register
+from shared_config.parity.provenance import expected_meta, expected_names, initial_hash
+from shared_config.parity.traces import Trace, write_trace
 from tests.cli.processes import run_python
 
 CONFIG = load_config(
@@ -34,7 +35,7 @@ def test_processes_run_the_code_of_this_one(tmp_path: Path) -> None:
     (tmp_path / "shared_config").mkdir()
     (tmp_path / "shared_config" / "__init__.py").write_text("raise RuntimeError('not this one')", encoding="utf-8")
     code = (
-        "import sys; from shared_config.checks import CHECKS, Plan; from shared_config.commands import validate;"
+        "import sys; from shared_config.parity.checks import CHECKS, Plan; from shared_config.commands import validate;"
         "from shared_config.loader import load_config; from pathlib import Path;"
         "CHECKS.clear(); print(validate.run_processes(Plan(load_config('debug'), Path(sys.argv[1]))))"
     )

@@ -11,13 +11,15 @@ import pytest
 
 from shared_config.cli import main
 from shared_config.contract.initialise import initial_values, state_hash
+from shared_config.contract.vision import job_table
 from shared_config.interchange import checkpoint
 from shared_config.interchange.huggingface import save_huggingface
 from shared_config.interchange.source import find_config, read_model
-from shared_config.interchange.traces import read_trace
-from shared_config.interchange.vision import job_table
+from shared_config.interchange.toml import config_to_dict, config_to_toml
+from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import load_weights, save_weights
-from shared_config.loader import config_to_dict, config_to_toml, load_config
+from shared_config.loader import load_config
+from shared_config.parity.traces import read_trace
 from shared_config.schema.job import JobConfig
 
 BACKENDS = ("torch", "jax")
@@ -34,7 +36,7 @@ CHANGED = {
 
 
 def draw(config: JobConfig = CONFIG, seed: int = 1) -> dict[str, np.ndarray]:
-    return dict(initial_values(job_table(config), seed=seed))
+    return dict(initial_values(job_table(config, tower_of(config)), seed=seed))
 
 
 def write(kind: str, folder: Path, config: JobConfig = CONFIG) -> Path:

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from shared_config.checks import describe
-from shared_config.compare import TOLERANCES, Comparison, compare_traces
-from shared_config.compare.align import execution_order
-from shared_config.compare.judge import heatmap
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.validation import validation_tokens, validation_weights
 from shared_config.errors import UserError
-from shared_config.interchange.traces import Trace, TraceMeta
-from shared_config.numerics import UNIT_ROUNDOFF, perturbation_delta, rms
+from shared_config.parity.align import execution_order
+from shared_config.parity.checks import describe
+from shared_config.parity.compare import TOLERANCES, Comparison, compare_traces
+from shared_config.parity.judge import heatmap
+from shared_config.parity.numerics import UNIT_ROUNDOFF, perturbation_delta, rms
+from shared_config.parity.traces import Trace, TraceMeta
+from shared_config.parity.validation import validation_tokens, validation_weights
 from shared_config.schema.model import ModelConfig
 from tests.oracle import attention as oracle_attention
 from tests.oracle import linear as oracle_linear

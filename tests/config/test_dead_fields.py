@@ -85,12 +85,15 @@ def test_fields_of_one_backend_are_few(backend: str) -> None:
 @pytest.mark.parametrize(
     ("module", "fields"),
     [
-        ("shared_config/profiling.py", {("ProfilingConfig", name) for name in ("start_step", "end_step", "dir")}),
+        (
+            "shared_config/training/profiling.py",
+            {("ProfilingConfig", name) for name in ("start_step", "end_step", "dir")},
+        ),
         ("shared_config/data/images.py", {("VideoConfig", "sampling_policy")}),
         ("shared_config/data/media.py", {("VideoConfig", "fps")}),
         ("shared_config/contract/schedule.py", {("SchedulerConfig", name) for name in ("name", "min_lr_ratio")}),
         ("shared_config/contract/rope.py", {("RopeScaling", name) for name in ("type", "beta_fast", "beta_slow")}),
-        ("shared_config/resume.py", {("CheckpointConfig", "load_path")}),
+        ("shared_config/training/resume.py", {("CheckpointConfig", "load_path")}),
     ],
 )
 def test_a_field_is_dead_without_the_module_that_reads_it(module: str, fields: set[FieldName]) -> None:

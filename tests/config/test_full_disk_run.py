@@ -16,7 +16,7 @@ from rich.console import Console
 
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
-from shared_config.metrics import JsonLinesLogger, Record, read_metrics
+from shared_config.training.metrics import JsonLinesLogger, Record, read_metrics
 from tests.config.test_loop import BigramTrainer, config_of, end_state, train
 
 FULL = OSError(errno.ENOSPC, "No space left on device")

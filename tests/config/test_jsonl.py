@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from shared_config.data import BOS, EOS, ConversationData, TextData, open_text_data
 from shared_config.data.template import ChatTemplate, TemplateError
 from shared_config.errors import UserError
-from shared_config.loader import config_from_dict
+from shared_config.interchange.toml import config_from_dict
 from shared_config.schema.job import JobConfig
 
 CHATML = (

@@ -14,9 +14,9 @@ from rich.console import Console
 from shared_config.data import BOS, ByteTokenizer, Corpus, TextData, TokenStream, open_data
 from shared_config.data.images import Example, collate
 from shared_config.errors import UserError
-from shared_config.loop import run_training
-from shared_config.metrics import read_metrics
 from shared_config.schema.job import JobConfig
+from shared_config.training.loop import run_training
+from shared_config.training.metrics import read_metrics
 from tests.config.test_images import PLAIN, folder_of, image_folder
 from tests.config.test_images import job as image_job
 from tests.config.test_jsonl import CHATML, job, rows_file, tokenizer_folder, turns

@@ -146,7 +146,8 @@ def test_any_config_survives_the_round_trip(fields: dict[str, dict[str, Any]]) -
 
 
 def load_config_from(config: JobConfig, overrides: list[str]) -> JobConfig:
-    from shared_config.loader import apply_overrides, config_from_dict, config_to_dict, parse_overrides
+    from shared_config.interchange.toml import config_from_dict, config_to_dict
+    from shared_config.loader import apply_overrides, parse_overrides
 
     fields = config_to_dict(config)
     apply_overrides(fields, parse_overrides(overrides))

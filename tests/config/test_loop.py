@@ -19,18 +19,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from shared_config import resume
 from shared_config.contract.schedule import scheduled_learning_rate
 from shared_config.data import Corpus, TextData, TokenStream
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
-from shared_config.loader import config_from_toml, load_config
-from shared_config.loop import TrainingDivergedError, TrainingSummary, run_training
-from shared_config.metrics import read_metrics
-from shared_config.progress import Pace, format_duration
+from shared_config.interchange.toml import config_from_toml
+from shared_config.loader import load_config
 from shared_config.schema import JobConfig
-from shared_config.signals import StopRequest
+from shared_config.training import resume
+from shared_config.training.loop import TrainingDivergedError, TrainingSummary, run_training
+from shared_config.training.metrics import read_metrics
+from shared_config.training.progress import Pace, format_duration
+from shared_config.training.signals import StopRequest
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 20

@@ -13,14 +13,15 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from shared_config.checks import describe, findings_of
-from shared_config.compare import Comparison, Row, compare_traces
-from shared_config.compare.parts import part_errors, unpacked
 from shared_config.errors import UserError
-from shared_config.interchange.traces import FORMAT_KEY, Trace, TraceMeta, read_trace, write_trace
-from shared_config.numerics import UNIT_ROUNDOFF, rms
-from shared_config.recording import delta_and_parts
-from shared_config.report.page import report_page
+from shared_config.interchange.tensors import TRACE
+from shared_config.parity.checks import describe, findings_of
+from shared_config.parity.compare import Comparison, Row, compare_traces
+from shared_config.parity.numerics import UNIT_ROUNDOFF, rms
+from shared_config.parity.parts import part_errors, unpacked
+from shared_config.parity.recording import delta_and_parts
+from shared_config.parity.report.page import report_page
+from shared_config.parity.traces import Trace, TraceMeta, read_trace, write_trace
 
 CONFIG = "[model]\ndim = 20\n[optimizer]\nlr = 0.01\n"
 ROUTED = "[model]\ndim = 20\nnum_experts = 4\n[optimizer]\nlr = 0.01\n"
@@ -214,7 +215,7 @@ def test_parts_are_kept_in_files_and_what_was_written_before_is_read(tmp_path: P
         np.testing.assert_array_equal(read.meta.parts["bfloat16"][name], part)
     former = tmp_path / "former.safetensors"
     content = {name: array for name, array in load_file(file).items() if "#" not in name}
-    save_file(content, former, metadata={**former_metadata(file), FORMAT_KEY: "1"})
+    save_file(content, former, metadata={**former_metadata(file), TRACE: "1"})
     read = read_trace(former)
     assert read.meta.parts == {}
     assert read.meta.deltas["bfloat16"] == {

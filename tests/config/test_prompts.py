@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shared_config.decoding import read_prompts
+from shared_config.contract.decoding import read_prompts
 
 
 def test_long_prompts_and_large_ids_are_kept() -> None:

@@ -21,13 +21,13 @@ from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.activations import read_activations
 from shared_config.interchange.huggingface import load_huggingface
-from shared_config.interchange.traces import read_trace
+from shared_config.interchange.reading import read_bytes, read_json
 from shared_config.interchange.vision import read_tower
 from shared_config.interchange.weights import load_weights
 from shared_config.loader import load_config
-from shared_config.metrics import read_metrics
-from shared_config.reading import read_bytes, read_json
+from shared_config.parity.traces import read_trace
 from shared_config.schema import VideoConfig
+from shared_config.training.metrics import read_metrics
 from tests.config.test_images import PLAIN, solid
 from tests.config.test_images import job as image_job
 from tests.config.test_jsonl import CHATML, job, tokenizer_folder

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from shared_config.checks import Finding
-from shared_config.compare import HeatMap, compare_traces
 from shared_config.errors import UserError
-from shared_config.interchange.traces import Trace
-from shared_config.report import print_failures, report_page, write_report
-from shared_config.report.plot import HEAT_RGB, LogAxis, error_plot, heat_picture, number, png
+from shared_config.parity.checks import Finding
+from shared_config.parity.compare import HeatMap, compare_traces
+from shared_config.parity.report import print_failures, report_page, write_report
+from shared_config.parity.report.plot import HEAT_RGB, LogAxis, error_plot, heat_picture, number, png
+from shared_config.parity.traces import Trace
 from tests.config.test_compare import DELTA, trace, values
 
 FORWARD = ("token_embedding", *(f"layers.{i}.{part}" for i in range(3) for part in ("attention", "mlp")), "output_head")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared_config.compare.tolerance import Cancellation, Scales, coarser, scale_of, step_sensitivity
+from shared_config.parity.tolerance import Cancellation, Scales, coarser, scale_of, step_sensitivity
 
 EPS32, EPS16 = 2.0**-24, 2.0**-8
 HALF, TWO, TINY = (np.full(4, value) for value in (0.5, 2.0, 1e-13))

@@ -14,7 +14,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from shared_config import ConfigError, JobConfig, ModelConfig, VLMConfig
-from shared_config.loader import json_schema
+from shared_config.interchange.toml import json_schema
 from shared_config.registry import Registry, temporary
 from shared_config.schema import (
     AdapterConfig,

@@ -15,7 +15,8 @@ from shared_config.data import build_tokenizer, document_starts, load_corpus, op
 from shared_config.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from shared_config.errors import UserError
 from shared_config.interchange.tokens import beside, copy_tokenizer, special_ids, stop_ids
-from shared_config.loader import config_from_toml, load_config
+from shared_config.interchange.toml import config_from_toml
+from shared_config.loader import load_config
 from tests.tokenizers import BEGIN, END, KINDS, byte_level, save, sentence_piece, words
 
 LETTERS = st.text(st.sampled_from("helowrd ,ïéß你😀\ufffd"), max_size=12)

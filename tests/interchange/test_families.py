@@ -24,7 +24,6 @@ from transformers.utils.constants import (
 )
 
 from shared_config.contract.rope import attention_factor, inverse_frequencies
-from shared_config.contract.validation import validation_tokens
 from shared_config.errors import ConfigError
 from shared_config.interchange.huggingface import (
     FAMILIES,
@@ -38,6 +37,7 @@ from shared_config.interchange.huggingface import (
 from shared_config.interchange.preprocessor import read_preprocessor
 from shared_config.interchange.vision import read_tower
 from shared_config.interchange.weights import load_weights
+from shared_config.parity.validation import validation_tokens
 from shared_config.schema.model import ModelConfig
 from tests.oracle.transformer import transformer
 

@@ -13,7 +13,6 @@ from hypothesis import given
 
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.rope import attention_factor
-from shared_config.contract.validation import validation_tokens, validation_weights
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.huggingface import (
     KINDS,
@@ -32,6 +31,7 @@ from shared_config.interchange.huggingface import (
     to_huggingface,
 )
 from shared_config.interchange.weights import WeightsError, save_weights
+from shared_config.parity.validation import validation_tokens, validation_weights
 from shared_config.schema.model import ModelConfig, RopeScaling
 from tests.oracle.transformer import transformer
 from tests.strategies import model_configs

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from shared_config.errors import UserError
-from shared_config.interchange.selection import Selection, parse_layers
+from shared_config.parity.selection import Selection, parse_layers
 
 NAMES = [
     "forward/token_embedding",

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 
 from shared_config.errors import UserError
-from shared_config.interchange.tensors import TensorFile, write_tensors
-from shared_config.interchange.traces import (
-    FORMAT_KEY,
+from shared_config.interchange.tensors import TRACE, TensorFile, write_tensors
+from shared_config.parity.numerics import rms
+from shared_config.parity.traces import (
     META_KEY,
     SKETCH_SIZE,
     Summary,
@@ -24,7 +24,6 @@ from shared_config.interchange.traces import (
     summarize,
     write_trace,
 )
-from shared_config.numerics import rms
 from tests.interchange.test_weights import arrays, assert_same
 
 
@@ -89,15 +88,15 @@ def test_what_is_no_trace_is_refused_by_name(tmp_path):
 
 def damaged(change: Any) -> dict[str, str]:
     content = {"order": ["a"], "summaries": {}, **meta().__dict__}
-    return {FORMAT_KEY: "1", META_KEY: json.dumps(change(content))}
+    return {TRACE: "1", META_KEY: json.dumps(change(content))}
 
 
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({FORMAT_KEY: "7"}, "trace format = 7: must be 1"),
-        ({FORMAT_KEY: "1"}, "description of the trace is damaged: KeyError"),
-        ({FORMAT_KEY: "1", META_KEY: "{"}, "description of the trace is damaged: JSONDecodeError"),
+        ({TRACE: "7"}, "trace format = 7: must be 1"),
+        ({TRACE: "1"}, "description of the trace is damaged: KeyError"),
+        ({TRACE: "1", META_KEY: "{"}, "description of the trace is damaged: JSONDecodeError"),
         (damaged(lambda content: [1]), "is damaged"),
         (damaged(lambda content: "text"), "is damaged"),
         (damaged(lambda content: {**content, "order": None}), "is damaged"),

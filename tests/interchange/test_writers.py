@@ -23,7 +23,7 @@ from shared_config.interchange.outputs import claim_record_folder, writable_fold
 from shared_config.interchange.tensors import write_tensors
 from shared_config.interchange.weights import save_weights
 from shared_config.loader import load_config
-from shared_config.metrics import JsonLinesLogger, TensorBoardLogger, WandbLogger
+from shared_config.training.metrics import JsonLinesLogger, TensorBoardLogger, WandbLogger
 
 TENSORS = {"x": np.ones(3, np.float32)}
 

@@ -21,7 +21,7 @@ from kempnerforge_jax.model.router import SigmoidTopKRouter, TopKRouter
 from kempnerforge_jax.model.state import get_state, merge, set_state, split, unstack_layers
 from kempnerforge_jax.registry import registry
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.validation import validation_weights
+from shared_config.parity.validation import validation_weights
 from shared_config.registry import temporary
 from shared_config.schema.model import ModelConfig
 

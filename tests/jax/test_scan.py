@@ -17,9 +17,9 @@ from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.scan import layer_groups
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.training import train
-from shared_config.contract.shrink import shrink
 from shared_config.data import open_data
 from shared_config.loader import load_config, preset_names
+from shared_config.parity.shrink import shrink
 from shared_config.schema import CrossAttentionConfig, JointDecoderConfig, ModelConfig, MoMaConfig, MoTConfig, VLMConfig
 
 MODEL = ModelConfig(dim=8, n_layers=6, n_heads=2, vocab_size=13, ffn_hidden_dim=10, max_seq_len=16)

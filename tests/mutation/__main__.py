@@ -37,7 +37,7 @@ FOLDERS = {
     "jax": ("kempnerforge_jax/model", "kempnerforge_jax/training"),
     "shared_config": (
         *(f"shared_config/{folder}" for folder in ("contract", "compare", "interchange", "data")),
-        "shared_config/decoding.py",
+        "shared_config/contract/decoding.py",
     ),
 }
 

@@ -15,9 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_config.contract import noise
+from shared_config.contract.decoding import draw_uniforms
 from shared_config.contract.initialise import initial_value, initial_values, state_hash, stream
 from shared_config.contract.parameters import Constant, Normal, ParameterSpec, parameter_table
-from shared_config.contract.validation import (
+from shared_config.data.batches import TextData, permute
+from shared_config.data.conversations import Conversation, ConversationData
+from shared_config.data.corpus import Corpus, TokenStream, is_held_out
+from shared_config.data.images import Folder, ImageTextData, with_noise_seeds
+from shared_config.data.shapes import shape_clip, shape_image
+from shared_config.data.tokenizer import ByteTokenizer
+from shared_config.interchange.preprocessor import PixelRange
+from shared_config.loader import load_config
+from shared_config.parity.validation import (
     MOMENT_STEPS,
     chunkings,
     validation_labels,
@@ -26,15 +35,6 @@ from shared_config.contract.validation import (
     validation_tokens,
     validation_weights,
 )
-from shared_config.data.batches import TextData, permute
-from shared_config.data.conversations import Conversation, ConversationData
-from shared_config.data.corpus import Corpus, TokenStream, is_held_out
-from shared_config.data.images import Folder, ImageTextData, with_noise_seeds
-from shared_config.data.shapes import shape_clip, shape_image
-from shared_config.data.tokenizer import ByteTokenizer
-from shared_config.decoding import draw_uniforms
-from shared_config.interchange.preprocessor import PixelRange
-from shared_config.loader import load_config
 from tests.oracle import streams
 
 SEEDS = st.integers(0, 2**63 - 1)

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from shared_config.numerics import (
+from shared_config.parity.numerics import (
     allowed_error,
     difference,
     nonfinite_mismatch,

@@ -21,7 +21,7 @@ from kempnerforge_jax.model import state as jax_state
 from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_torch.model import state as torch_state
 from shared_config.contract.parameters import ParameterTable
-from shared_config.numerics import perturbation_delta, unit_roundoff
+from shared_config.parity.numerics import perturbation_delta, unit_roundoff
 from tests.oracle.gradient import directional_derivative, random_direction
 from tests.oracle.weights import draw
 from tests.tolerance import (

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.validation import validation_weights
-from shared_config.numerics import difference, unit_roundoff
+from shared_config.parity.numerics import difference, unit_roundoff
+from shared_config.parity.validation import validation_weights
 from tests.parity.runners import (
     assert_run_within,
     cancellation_noise,

@@ -46,11 +46,11 @@ import torch
 
 from kempnerforge_jax.trace import record as record_jax
 from kempnerforge_torch.trace import record as record_torch
-from shared_config.checks import describe
-from shared_config.compare import Comparison, compare_traces
 from shared_config.errors import ConfigError
-from shared_config.interchange.traces import Trace
 from shared_config.loader import load_config
+from shared_config.parity.checks import describe
+from shared_config.parity.compare import Comparison, compare_traces
+from shared_config.parity.traces import Trace
 from shared_config.schema.job import JobConfig
 from shared_config.schema.vlm import MoMaConfig
 

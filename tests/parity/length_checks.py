@@ -17,9 +17,9 @@ import torch
 
 from shared_config.contract.noise import gumbel_noise
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.validation import validation_weights
 from shared_config.contract.vision import TowerConfig, tower_table
 from shared_config.loader import load_config, preset_names
+from shared_config.parity.validation import validation_weights
 from shared_config.schema.model import ModelConfig, RopeScaling
 from shared_config.schema.vlm import CrossAttentionConfig, JointDecoderConfig, MoMaConfig, MoTConfig, VLMConfig
 from tests.oracle.attention import attend as oracle_attend

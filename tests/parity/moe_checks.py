@@ -21,7 +21,7 @@ from flax import nnx
 from kempnerforge_jax.model.linear import UNDRAWN
 from shared_config.contract.initialise import initial_values
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.validation import validation_weights
+from shared_config.parity.validation import validation_weights
 from shared_config.schema.model import ModelConfig
 from tests.oracle.router import expert_bias_rate, expert_bias_update
 from tests.outcomes import accepted

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from kempnerforge_jax.model.linear import UNDRAWN
-from shared_config.numerics import as_float64, perturb, rms, unit_roundoff
+from shared_config.parity.numerics import as_float64, perturb, rms, unit_roundoff
 from tests.oracle import moe as oracle_moe
 from tests.oracle import router as oracle_router
 from tests.oracle.linear import below

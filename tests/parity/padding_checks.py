@@ -15,7 +15,7 @@ import torch
 
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.vision import wrapper_table
-from shared_config.loader import config_from_dict
+from shared_config.interchange.toml import config_from_dict
 from shared_config.schema import (
     AdapterConfig,
     CrossAttentionConfig,

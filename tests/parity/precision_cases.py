@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from shared_config.contract.vision import TowerConfig
-from shared_config.loader import config_from_dict
+from shared_config.interchange.toml import config_from_dict
 from shared_config.schema.job import JobConfig
 
 ROWS, LENGTH, SIDE, FRAMES = 2, 9, 8, 2

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from shared_config.numerics import UNIT_ROUNDOFF, as_float64
+from shared_config.parity.numerics import UNIT_ROUNDOFF, as_float64
 from tests.parity import precision_jax, precision_torch
 from tests.parity.backends import BACKENDS
 from tests.parity.precision import Operation

@@ -18,17 +18,17 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from shared_config.compare.parts import unpacked, worst_part
-from shared_config.compare.tolerance import Cancellation, Scales
 from shared_config.contract.parameters import ParameterTable, parameter_table
-from shared_config.numerics import (
+from shared_config.parity.numerics import (
     finite_gap,
     perturbation_delta,
     perturbation_maxima,
     rms,
     unit_roundoff,
 )
-from shared_config.recording import DELTA_RUNS, delta_and_parts
+from shared_config.parity.parts import unpacked, worst_part
+from shared_config.parity.recording import DELTA_RUNS, delta_and_parts
+from shared_config.parity.tolerance import Cancellation, Scales
 from shared_config.schema.model import ModelConfig
 from tests.oracle.training import loss_and_gradients, training_loss
 from tests.strategies import Inputs

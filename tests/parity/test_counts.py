@@ -36,12 +36,12 @@ from shared_config.contract.counts import (
     kv_cache_bytes,
     training_memory,
 )
+from shared_config.contract.decoding import PREFILL_CHUNK
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.shrink import shrink
-from shared_config.contract.validation import validation_weights
 from shared_config.data import open_data
-from shared_config.decoding import PREFILL_CHUNK
 from shared_config.loader import load_config, preset_names
+from shared_config.parity.shrink import shrink
+from shared_config.parity.validation import validation_weights
 from shared_config.schema.job import JobConfig
 from shared_config.schema.vlm import MoMaConfig
 from tests.parity.backends import on_both

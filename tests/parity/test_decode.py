@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.validation import validation_weights
+from shared_config.parity.validation import validation_weights
 from shared_config.schema.model import ModelConfig, RopeScaling
 from tests.oracle.transformer import transformer as oracle_transformer
 from tests.parity.backends import BACKENDS, Torch, on_both

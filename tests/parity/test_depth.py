@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shared_config.compare import compare_traces
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.validation import validation_weights
 from shared_config.contract.warm_start import warm_start_state
 from shared_config.interchange.huggingface import from_huggingface, name_map, to_huggingface
-from shared_config.interchange.selection import Selection
-from shared_config.interchange.traces import Trace, TraceMeta, read_trace, write_trace
+from shared_config.parity.compare import compare_traces
+from shared_config.parity.selection import Selection
+from shared_config.parity.traces import Trace, TraceMeta, read_trace, write_trace
+from shared_config.parity.validation import validation_weights
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import CrossAttentionConfig, MoMaConfig, MoTConfig, VLMConfig
 from tests.oracle.transformer import transformer

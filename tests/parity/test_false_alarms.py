@@ -14,12 +14,13 @@ import pytest
 from hypothesis import settings
 
 from kempnerforge_torch.trace import record
-from shared_config.checks import describe
-from shared_config.compare import Row, compare_traces
-from shared_config.contract.validation import validation_weights
-from shared_config.interchange.traces import Trace
-from shared_config.interchange.vision import job_table
+from shared_config.contract.vision import job_table
+from shared_config.interchange.vision import tower_of
 from shared_config.loader import load_config
+from shared_config.parity.checks import describe
+from shared_config.parity.compare import Row, compare_traces
+from shared_config.parity.traces import Trace
+from shared_config.parity.validation import validation_weights
 from tests.parity.false_alarms import DTYPES, PRESETS, Seen, compare_pairs, drawn_job
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
@@ -133,7 +134,7 @@ def test_a_bug_in_a_part_of_a_tensor_is_found(bug: str, right: Trace, truth: Tra
 @pytest.mark.parametrize("factor", [0.0, -1.0, 0.5, 2.0, 0.9])
 def test_a_wrong_step_is_found(factor: float, right: Trace, truth: Trace) -> None:
     """None at all, one backwards, half of it, twice as much, and a learning rate that is a tenth too small."""
-    weights = validation_weights(job_table(CONFIG), seed=0)
+    weights = validation_weights(job_table(CONFIG, tower_of(CONFIG)), seed=0)
     names = {f"updated/{name}": values.astype(np.float64) for name, values in weights.items()}
     steps = {name: np.asarray(right.tensors[name]) - before for name, before in names.items()}
     changed = {name: before + factor * steps[name] for name, before in names.items()}
@@ -144,7 +145,7 @@ def test_a_wrong_step_is_found(factor: float, right: Trace, truth: Trace) -> Non
 
 def test_deltas_of_updates_are_those_of_the_step(truth: Trace) -> None:
     """Rounding the weights moves the step by a share of the learning rate, whatever it does to the weights."""
-    weights = validation_weights(job_table(CONFIG), seed=0)
+    weights = validation_weights(job_table(CONFIG, tower_of(CONFIG)), seed=0)
     for name, values in weights.items():
         step = np.asarray(truth.tensors[f"updated/{name}"]) - values
         size, delta = np.sqrt(np.mean(step**2)), truth.meta.deltas["bfloat16"][f"updated/{name}"]

@@ -29,7 +29,7 @@ from kempnerforge_torch.model import state as torch_state
 from kempnerforge_torch.model.transformer import Transformer as TorchTransformer
 from kempnerforge_torch.model.vlm import build_vlm_wrapper as build_torch_wrapper
 from shared_config.errors import ConfigError
-from shared_config.loader import config_from_dict, config_from_toml, config_to_toml
+from shared_config.interchange.toml import config_from_dict, config_from_toml, config_to_toml
 from shared_config.schema.base import Section
 from shared_config.schema.job import JobConfig
 from shared_config.schema.vlm import VLMConfig

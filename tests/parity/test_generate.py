@@ -24,11 +24,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from shared_config.contract.decoding import draw_uniforms, prefill_chunks
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.validation import validation_weights
 from shared_config.contract.vision import vit_tower, wrapper_table
-from shared_config.decoding import draw_uniforms, prefill_chunks
-from shared_config.numerics import allowed_error
+from shared_config.parity.numerics import allowed_error
+from shared_config.parity.validation import validation_weights
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vision import VisionEncoderConfig

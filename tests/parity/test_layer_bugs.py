@@ -22,9 +22,9 @@ import kempnerforge_jax.trace
 import kempnerforge_torch.trace
 from kempnerforge_jax.model import transformer as jax_transformer
 from kempnerforge_torch.model import transformer as torch_transformer
-from shared_config.compare import Comparison, compare_traces
-from shared_config.interchange.traces import Trace
 from shared_config.loader import load_config
+from shared_config.parity.compare import Comparison, compare_traces
+from shared_config.parity.traces import Trace
 
 HEADS, KV_HEADS, WINDOW, EXPERTS, DENSE, MIXED = 4, 2, 5, 4, 2, 1
 CONFIG = load_config(

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from shared_config.decoding import SMALLEST_BUCKET, Prompts, cache_length, prefill_chunks
+from shared_config.contract.decoding import SMALLEST_BUCKET, Prompts, cache_length, prefill_chunks
 from tests.parity import length_checks as checks
 
 on_both = pytest.mark.parametrize("backend", ["torch", "jax"])

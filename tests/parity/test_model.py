@@ -10,7 +10,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.validation import validation_weights
+from shared_config.parity.validation import validation_weights
 from shared_config.schema.model import ModelConfig, RopeScaling
 from tests.parity.runners import (
     assert_parts_within,

@@ -18,7 +18,7 @@ import torch
 
 from shared_config.contract.initialise import initial_values
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.validation import validation_weights
+from shared_config.parity.validation import validation_weights
 from shared_config.schema.model import ModelConfig, RopeScaling
 from shared_config.schema.optimizer import OptimizerConfig
 from tests.mutants import (

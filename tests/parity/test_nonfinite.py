@@ -14,9 +14,9 @@ from shared_config import load_config
 from shared_config.data import open_data
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
-from shared_config.loop import TrainingDivergedError
-from shared_config.metrics import read_metrics
 from shared_config.schema import JobConfig
+from shared_config.training.loop import TrainingDivergedError
+from shared_config.training.metrics import read_metrics
 
 BACKENDS = {"torch": kempnerforge_torch.training.train, "jax": kempnerforge_jax.training.train}
 SMALL = (

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.vision import vit_tower, wrapper_table
 from shared_config.data import open_data
-from shared_config.loader import config_from_dict
+from shared_config.interchange.toml import config_from_dict
 from shared_config.schema import (
     AdapterConfig,
     CrossAttentionConfig,

@@ -31,11 +31,12 @@ from shared_config import JobConfig, load_config
 from shared_config.contract.counts import count_parameters, flops_per_token, training_memory
 from shared_config.contract.initialise import state_hash
 from shared_config.contract.parameters import FOLDED, Constant, ParameterSpec, parameter_groups, parameter_table
+from shared_config.contract.vision import job_table
 from shared_config.data import open_data
 from shared_config.errors import ConfigError
-from shared_config.interchange.vision import job_table
+from shared_config.interchange.toml import json_schema
+from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import load_weights, save_weights
-from shared_config.loader import json_schema
 from shared_config.registry import Registry, UnknownNameError, declare, declared_names, temporary
 from tests.parity import additions
 from tests.parity.additions import NAME
@@ -133,7 +134,7 @@ def jax_loss_and_gradients(config: JobConfig, weights: Any, batch: Any) -> tuple
 @each_addition
 def test_the_table_knows_what_was_registered_and_seeds_give_the_same_bits(kind: str) -> None:
     config = job(kind)
-    table = job_table(config)
+    table = job_table(config, tower_of(config))
     states = [weights_of(build(config)) for build in (torch_model, jax_model)]
     assert [set(state) for state in states] == [set(table)] * 2
     assert state_hash(states[0]) == state_hash(states[1])
@@ -169,7 +170,7 @@ def test_functions_and_gradients_agree(kind: str) -> None:
         run(config, weights, batch) for run in (torch_loss_and_gradients, jax_loss_and_gradients)
     )
     np.testing.assert_allclose(found, truth, rtol=0, atol=1e-11 * np.abs(truth).max())
-    trained = {name for name, spec in job_table(config).items() if not spec.is_buffer}
+    trained = {name for name, spec in job_table(config, tower_of(config)).items() if not spec.is_buffer}
     assert set(torch_gradients) == set(jax_gradients) == trained
     largest = max(np.abs(gradient).max() for gradient in torch_gradients.values())
     for name, gradient in torch_gradients.items():
@@ -201,7 +202,7 @@ def test_a_training_step_is_the_same_step(kind: str) -> None:
     for name, value in one.items():
         assert not np.array_equal(value, before[name]), name
         np.testing.assert_allclose(two[name], value, rtol=1e-3, atol=1e-3, err_msg=name)
-    assert [trainer.table for trainer in trainers] == [job_table(config)] * 2
+    assert [trainer.table for trainer in trainers] == [job_table(config, tower_of(config))] * 2
 
 
 @pytest.mark.parametrize("scan", ["true", "false"])

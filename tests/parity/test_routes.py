@@ -10,11 +10,11 @@ import pytest
 
 from kempnerforge_jax.trace import record as record_jax
 from kempnerforge_torch.trace import record as record_torch
-from shared_config.checks import CHECKS, Plan
-from shared_config.compare import compare_traces
 from shared_config.errors import UserError
-from shared_config.interchange.traces import Trace
 from shared_config.loader import load_config
+from shared_config.parity.checks import CHECKS, Plan
+from shared_config.parity.compare import compare_traces
+from shared_config.parity.traces import Trace
 
 SMALL = (
     "--model.dim=16", "--model.n_layers=1", "--model.n_heads=2", "--model.n_kv_heads=1", "--model.ffn_hidden_dim=24",

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.validation import validation_weights
+from shared_config.parity.validation import validation_weights
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.optimizer import OptimizerConfig

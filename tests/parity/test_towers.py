@@ -35,7 +35,7 @@ from shared_config.contract.vision import tower_table
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.vision import hugging_face_name, load_tower_weights, read_tower, resolve_tower
 from shared_config.interchange.weights import WeightsError
-from shared_config.numerics import perturbation_delta, unit_roundoff
+from shared_config.parity.numerics import perturbation_delta, unit_roundoff
 from shared_config.schema import VisionEncoderConfig
 from tests.tolerance import FORWARD_K, assert_all_same_function, assert_all_within
 

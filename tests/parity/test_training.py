@@ -15,8 +15,8 @@ import torch
 import kempnerforge_jax.training.train as jax_training
 import kempnerforge_torch.training.train as torch_training
 from shared_config.data import open_text_data
-from shared_config.metrics import read_metrics
 from shared_config.schema.job import JobConfig
+from shared_config.training.metrics import read_metrics
 from tests.jobs import EXPERTS, draw_batch, last_checkpoint, text_job, tiny_job
 from tests.tolerance import assert_all_same_function
 

@@ -17,11 +17,12 @@ import torch
 from kempnerforge_torch.model.state import set_state
 from kempnerforge_torch.training.train import build_model
 from shared_config.contract.function import differences
+from shared_config.contract.vision import job_table
 from shared_config.data.images import Shapes
 from shared_config.data.media import sample_times
 from shared_config.errors import ConfigError
-from shared_config.interchange.vision import job_table, picture_format
-from shared_config.loader import config_from_dict, config_to_dict
+from shared_config.interchange.toml import config_from_dict, config_to_dict
+from shared_config.interchange.vision import picture_format, tower_of
 from shared_config.schema import AdapterConfig, ModelConfig, RopeScaling, VideoConfig, VisionEncoderConfig, VLMConfig
 from shared_config.schema.base import Section
 from shared_config.schema.job import JobConfig
@@ -185,7 +186,7 @@ def test_all_fields_are_varied() -> None:
 @functools.cache
 def outcome(job: JobConfig) -> tuple[Any, ...]:
     """Shapes of all tensors, logits of one set of weights, and what the model is shown."""
-    shapes = {name: spec.shape for name, spec in job_table(job).items()}
+    shapes = {name: spec.shape for name, spec in job_table(job, tower_of(job)).items()}
     model = build_model(without_warm_start(job)).double().eval()
     state = {name: draw({name: shape}, zlib.crc32(name.encode()))[name] for name, shape in shapes.items()}
     set_state(model, state)

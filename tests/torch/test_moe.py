@@ -25,7 +25,7 @@ from kempnerforge_torch.model.state import set_state
 from kempnerforge_torch.registry import registry
 from kempnerforge_torch.training.train import checkpoint_activations
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.validation import validation_weights
+from shared_config.parity.validation import validation_weights
 from shared_config.registry import temporary
 from shared_config.schema.model import ModelConfig
 

@@ -30,13 +30,13 @@ from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.files import make_folder, regular_target, written_aside
 from shared_config.interchange.outputs import claim_run_folder
 from shared_config.interchange.tokens import keep_tokenizer
-from shared_config.loader import config_to_dict, config_to_toml
-from shared_config.metrics import Logger, finite_or_none, open_loggers
-from shared_config.profiling import Profiler
-from shared_config.progress import Display, say
-from shared_config.resume import Start, restore
+from shared_config.interchange.toml import config_to_dict, config_to_toml
 from shared_config.schema.job import JobConfig
-from shared_config.signals import StopRequest
+from shared_config.training.metrics import Logger, finite_or_none, open_loggers
+from shared_config.training.profiling import Profiler
+from shared_config.training.progress import Display, say
+from shared_config.training.resume import Start, restore
+from shared_config.training.signals import StopRequest
 
 Batch = Mapping[str, np.ndarray]
 Numbers = Mapping[str, SupportsFloat]
@@ -178,7 +178,7 @@ def run_training(
         console: where progress is shown; None shows nothing.
         is_main: whether this process writes the files of the run. With several ranks one is it, and all see one folder.
         agree: the largest of the numbers that all ranks give, on every rank (a max all-reduce); None for one process.
-        overridden: dotted fields that the command line sets: see `shared_config.resume.restore`.
+        overridden: dotted fields that the command line sets: see `shared_config.training.resume.restore`.
 
     Raises:
         UserError: the folder can't be written or another run is using it (before anything is trained), a checkpoint

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shared_config.errors import UserError
+from shared_config.interchange.checkpoint import METRICS
 from shared_config.interchange.files import file_errors, folder_target, make_folder, regular_target, written_aside
-from shared_config.loader import config_to_dict
-from shared_config.reading import check_regular, parse_json, read_text
+from shared_config.interchange.reading import check_regular, parse_json, read_text
+from shared_config.interchange.toml import config_to_dict
 from shared_config.schema.job import JobConfig
 
-FILE = "metrics.jsonl"
 MAX_ID_BYTES = 2**10
 
 Record = Mapping[str, float | None]
@@ -56,7 +56,7 @@ def open_loggers(config: JobConfig, folder: Path, resumed_step: int) -> Iterator
             opened.callback(_close, logger)
             loggers.append(logger)
 
-        add(JsonLinesLogger(folder / FILE, resumed_step))
+        add(JsonLinesLogger(folder / METRICS, resumed_step))
         if config.metrics.tensorboard:
             add(TensorBoardLogger(folder / "tensorboard"))
         if config.metrics.wandb_project:

@@ -16,7 +16,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from shared_config import streams
+from shared_config.training import streams
 
 SECONDS_BETWEEN_LINES = 10.0
 STEPS_AVERAGED = 20

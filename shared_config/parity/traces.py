@@ -28,11 +28,11 @@ import numpy as np
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
-from shared_config.interchange.selection import Selection
-from shared_config.interchange.tensors import TensorFile, write_tensors
+from shared_config.interchange.reading import parse_json, parse_toml
+from shared_config.interchange.tensors import TRACE, TensorFile, write_tensors
 from shared_config.interchange.weights import is_floating
-from shared_config.numerics import UNIT_ROUNDOFF, as_float64, rms
-from shared_config.reading import parse_json, parse_toml
+from shared_config.parity.numerics import UNIT_ROUNDOFF, as_float64, rms
+from shared_config.parity.selection import Selection
 
 FORWARD, ROUTING, LOSS, GRADIENT, UPDATED, DECODE, LOSSES = GROUPS = (
     "forward",
@@ -53,7 +53,7 @@ FORMER_STEP = 0.03
 """Largest delta of an update of that format, relative to the learning rate."""
 ROUTES = ".indices"
 """End of the names of what routers chose."""
-FORMAT_KEY, META_KEY = "kempnerforge_trace", "meta"
+META_KEY = "meta"
 SKETCH_SUFFIX = "#sketch"
 PARTS_SUFFIX = "#parts."
 SKETCH_SIZE = 1024
@@ -179,15 +179,7 @@ def write_trace(path: PathLike, trace: Trace) -> None:
         **dataclasses.asdict(dataclasses.replace(trace.meta, parts={})),
         "parts": {dtype: list(own) for dtype, own in trace.meta.parts.items()},
     }
-    write_tensors(path, {**arrays, **sketches, **parts}, {FORMAT_KEY: FORMAT, META_KEY: json.dumps(content)})
-
-
-def is_trace(path: PathLike) -> bool:
-    """Whether a file is a trace."""
-    try:
-        return FORMAT_KEY in TensorFile(path).metadata
-    except UserError:
-        return False
+    write_tensors(path, {**arrays, **sketches, **parts}, {TRACE: FORMAT, META_KEY: json.dumps(content)})
 
 
 def read_trace(path: PathLike) -> Trace:
@@ -197,9 +189,9 @@ def read_trace(path: PathLike) -> Trace:
         UserError: if the file is missing, truncated, or no trace.
     """
     file = TensorFile(path)
-    if FORMAT_KEY not in file.metadata:
+    if TRACE not in file.metadata:
         raise UserError(f"{file.path}: is a safetensors file, but no trace; `kempnerforge trace` writes traces")
-    found = file.metadata[FORMAT_KEY]
+    found = file.metadata[TRACE]
     if found not in (FORMAT, FORMER):
         raise UserError(f"{file.path}: trace format = {found}: must be {FORMER} or {FORMAT}")
     try:

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared_config.compare.align import execution_order
-from shared_config.compare.parts import Part, PartErrors, unpacked, worst_part
-from shared_config.compare.result import (
+from shared_config.errors import UserError
+from shared_config.interchange.weights import is_floating
+from shared_config.parity.align import execution_order
+from shared_config.parity.numerics import as_float64, difference, finite_gap, nonfinite_mismatch, rms
+from shared_config.parity.parts import Part, PartErrors, unpacked, worst_part
+from shared_config.parity.result import (
     DIFFERS,
     EQUAL,
     NO_DELTA,
@@ -26,8 +29,8 @@ from shared_config.compare.result import (
     HeatMap,
     Row,
 )
-from shared_config.compare.routes import COUNTS, is_routes, unequal_choices
-from shared_config.compare.tolerance import (
+from shared_config.parity.routes import COUNTS, is_routes, unequal_choices
+from shared_config.parity.tolerance import (
     ROUTE_SLACK,
     TOLERANCES,
     Scales,
@@ -38,10 +41,7 @@ from shared_config.compare.tolerance import (
     scale_of,
     tolerance_of,
 )
-from shared_config.errors import UserError
-from shared_config.interchange.traces import DECODE, FORWARD, Summary, Trace, group_of, summarize
-from shared_config.interchange.weights import is_floating
-from shared_config.numerics import as_float64, difference, finite_gap, nonfinite_mismatch, rms
+from shared_config.parity.traces import DECODE, FORWARD, Summary, Trace, group_of, summarize
 
 DECODED_OUTPUTS = ("output_head", "transformer.output_head")
 """The activation that cached decoding computes again, of a text or a vision-language model: its delta is decode's."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared_config.numerics import rms
+from shared_config.parity.numerics import rms
 
 ROW, COLUMN, ELEMENT, SCALE = "row", "column", "element", "scale"
 

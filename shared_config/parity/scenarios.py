@@ -15,15 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from shared_config.contract.initialise import stream
-from shared_config.contract.validation import IGNORED_LABEL, validation_pixels
 from shared_config.contract.warm_start import without_warm_start
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
-from shared_config.interchange.traces import DECODE, FORWARD, GRADIENT, LOSS, ROUTING, Trace, group_of
 from shared_config.interchange.vision import picture_format
-from shared_config.numerics import UNIT_ROUNDOFF, difference, perturbation_maxima
-from shared_config.recording import (
+from shared_config.parity.numerics import UNIT_ROUNDOFF, difference, perturbation_maxima
+from shared_config.parity.recording import (
     DELTA_RUNS,
     WHOLE,
     Arrays,
@@ -33,6 +31,8 @@ from shared_config.recording import (
     make_request,
     request_meta,
 )
+from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, LOSS, ROUTING, Trace, group_of
+from shared_config.parity.validation import IGNORED_LABEL, validation_pixels
 from shared_config.schema.job import JobConfig
 
 Batch = Mapping[str, np.ndarray]

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared_config.compare.result import DIFFERS, Row
-from shared_config.interchange.traces import FORWARD, Trace
-from shared_config.numerics import UNIT_ROUNDOFF, as_float64
+from shared_config.parity.numerics import UNIT_ROUNDOFF, as_float64
+from shared_config.parity.result import DIFFERS, Row
+from shared_config.parity.traces import FORWARD, Trace
 
 
 @dataclass(frozen=True)

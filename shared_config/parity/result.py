@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shared_config.compare.align import BACKWARD_GROUPS, FORWARD_GROUPS
-from shared_config.compare.parts import Part
-from shared_config.compare.tolerance import coarser
-from shared_config.interchange.traces import TraceMeta
+from shared_config.parity.align import BACKWARD_GROUPS, FORWARD_GROUPS
+from shared_config.parity.parts import Part
+from shared_config.parity.tolerance import coarser
+from shared_config.parity.traces import TraceMeta
 
 EQUAL, WITHIN, DIFFERS, NO_DELTA = "equal", "within", "differs", "no delta"
 NOT_FINITE = "not finite in both"

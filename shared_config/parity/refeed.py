@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from shared_config.compare.align import differences_of_origin, fed_hash
 from shared_config.errors import UserError
-from shared_config.interchange.traces import FORWARD, ROUTING, Summary, Trace, TraceMeta
+from shared_config.parity.align import differences_of_origin, fed_hash
+from shared_config.parity.traces import FORWARD, ROUTING, Summary, Trace, TraceMeta
 from shared_config.schema.job import JobConfig
 from shared_config.schema.vlm import MoMaConfig
 

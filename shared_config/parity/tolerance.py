@@ -50,10 +50,10 @@ from typing import Any
 
 import numpy as np
 
-from shared_config.compare.parts import PartLimits
-from shared_config.compare.routes import is_routes
-from shared_config.contract.validation import MOMENT_STEPS
-from shared_config.interchange.traces import (
+from shared_config.parity.numerics import FLOOR_ROUNDOFFS, UNIT_ROUNDOFF, as_float64, rms
+from shared_config.parity.parts import PartLimits
+from shared_config.parity.routes import is_routes
+from shared_config.parity.traces import (
     DECODE,
     FORWARD,
     GRADIENT,
@@ -64,7 +64,7 @@ from shared_config.interchange.traces import (
     Summary,
     group_of,
 )
-from shared_config.numerics import FLOOR_ROUNDOFFS, UNIT_ROUNDOFF, as_float64, rms
+from shared_config.parity.validation import MOMENT_STEPS
 
 Tensor = np.ndarray | Summary
 

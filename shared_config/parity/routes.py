@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shared_config.interchange.traces import ROUTES
+from shared_config.parity.traces import ROUTES
 
 COUNTS = ".expert_counts"
 """End of the names of how many choices each expert got."""

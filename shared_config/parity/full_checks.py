@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from shared_config.checks import (
+from shared_config.parity.checks import (
     BACKENDS,
     LONG,
     TRUTH,
@@ -20,13 +20,13 @@ from shared_config.checks import (
     trace_command,
     unrecorded,
 )
-from shared_config.compare import TOLERANCES, compare_traces
-from shared_config.contract.validation import validation_tokens
-from shared_config.interchange.traces import DECODE, FORWARD, LOSS, LOSSES, Trace, TraceMeta, group_of, read_trace
-from shared_config.numerics import as_float64, relative_error, rms
-from shared_config.provenance import check_trace, expected_meta
-from shared_config.recording import logits_name
-from shared_config.scenarios import PARTS, STATE, applicable, cached_and_whole, scenario_config
+from shared_config.parity.compare import TOLERANCES, compare_traces
+from shared_config.parity.numerics import as_float64, relative_error, rms
+from shared_config.parity.provenance import check_trace, expected_meta
+from shared_config.parity.recording import logits_name
+from shared_config.parity.scenarios import PARTS, STATE, applicable, cached_and_whole, scenario_config
+from shared_config.parity.traces import DECODE, FORWARD, LOSS, LOSSES, Trace, TraceMeta, group_of, read_trace
+from shared_config.parity.validation import validation_tokens
 from shared_config.schema.job import JobConfig
 
 LONG_SEQUENCE = 601

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shared_config.report.page import report_page, write_report
-from shared_config.report.terminal import print_failures
+from shared_config.parity.report.page import report_page, write_report
+from shared_config.parity.report.terminal import print_failures
 
 __all__ = ["print_failures", "report_page", "write_report"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from shared_config.compare.tolerance import TOLERANCES
 from shared_config.errors import UserError
-from shared_config.interchange.traces import (
+from shared_config.parity.tolerance import TOLERANCES
+from shared_config.parity.traces import (
     DECODE,
     FORWARD,
     GRADIENT,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shared_config.compare.align import (
+from shared_config.errors import UserError
+from shared_config.parity.align import (
     BACKWARD_GROUPS,
     FORWARD_GROUPS,
     INITIAL,
@@ -17,12 +18,11 @@ from shared_config.compare.align import (
     extent_notes,
     order_notes,
 )
-from shared_config.compare.judge import Judge
-from shared_config.compare.magnitude import magnitude_note
-from shared_config.compare.result import DIFFERS, EQUAL, NO_DELTA, Comparison, HeatMap, Row, first_failure
-from shared_config.compare.tolerance import TOLERANCES, Tolerance
-from shared_config.errors import UserError
-from shared_config.interchange.traces import Trace, TraceMeta
+from shared_config.parity.judge import Judge
+from shared_config.parity.magnitude import magnitude_note
+from shared_config.parity.result import DIFFERS, EQUAL, NO_DELTA, Comparison, HeatMap, Row, first_failure
+from shared_config.parity.tolerance import TOLERANCES, Tolerance
+from shared_config.parity.traces import Trace, TraceMeta
 
 __all__ = ["TOLERANCES", "Comparison", "HeatMap", "Row", "Tolerance", "compare_traces"]
 

@@ -14,26 +14,27 @@ from typing import Any
 
 import numpy as np
 
-from shared_config.compare.parts import has_parts, part_errors
-from shared_config.compare.routes import is_routes, unequal_choices
-from shared_config.compare.tolerance import PARTS
 from shared_config.contract.initialise import initial_value, state_hash
-from shared_config.contract.validation import (
+from shared_config.contract.vision import job_table
+from shared_config.errors import UserError
+from shared_config.interchange.checkpoint import installed_versions
+from shared_config.interchange.toml import config_to_toml
+from shared_config.interchange.vision import picture_format, tower_of
+from shared_config.parity import traces
+from shared_config.parity.numerics import UNIT_ROUNDOFF, as_float64, difference, finite_gap, perturbation_maxima
+from shared_config.parity.parts import has_parts, part_errors
+from shared_config.parity.refeed import Refeed, refeed_from, routes_from
+from shared_config.parity.routes import is_routes, unequal_choices
+from shared_config.parity.selection import Selection
+from shared_config.parity.tolerance import PARTS
+from shared_config.parity.traces import Trace, TraceMeta
+from shared_config.parity.validation import (
     chunkings,
     validation_labels,
     validation_pixels,
     validation_tokens,
     validation_weights,
 )
-from shared_config.errors import UserError
-from shared_config.interchange import traces
-from shared_config.interchange.checkpoint import installed_versions
-from shared_config.interchange.selection import Selection
-from shared_config.interchange.traces import Trace, TraceMeta
-from shared_config.interchange.vision import job_table, picture_format
-from shared_config.loader import config_to_toml
-from shared_config.numerics import UNIT_ROUNDOFF, as_float64, difference, finite_gap, perturbation_maxima
-from shared_config.refeed import Refeed, refeed_from, routes_from
 from shared_config.schema.job import JobConfig
 from shared_config.schema.vlm import MoMaConfig
 
@@ -236,7 +237,7 @@ def check_selection(request: Request, modules: Sequence[str], router_fields: Seq
     names += [f"{traces.ROUTING}/{name}" for name in _routing_names(modules, router_fields)]
     names += [traces.LOSS]
     if request.refeed is None:
-        table = job_table(request.config)
+        table = job_table(request.config, tower_of(request.config))
         names += [f"{group}/{name}" for group in (traces.GRADIENT, traces.UPDATED) for name in table]
         names += decode_names(request)
     request.selection.check(names, request.config.model.n_layers)
@@ -250,7 +251,8 @@ def transformer_path(config: JobConfig) -> str:
 def seeded_values(config: JobConfig, seed: int) -> Arrays:
     """The seeded initial weights of the model of a job, whose transformer draws those of a text model."""
     path = transformer_path(config)
-    return {name: initial_value(name.removeprefix(path), spec, seed) for name, spec in job_table(config).items()}
+    table = job_table(config, tower_of(config))
+    return {name: initial_value(name.removeprefix(path), spec, seed) for name, spec in table.items()}
 
 
 def cache_size(request: Request, num_image_tokens: int) -> tuple[int, int, int, int]:
@@ -426,7 +428,7 @@ def _pixels(config: JobConfig, batch_size: int, seed: int) -> np.ndarray | None:
 
 
 def _weights(config: JobConfig, weights: str | Mapping[str, np.ndarray], seed: int) -> Arrays:
-    table = job_table(config)
+    table = job_table(config, tower_of(config))
     if weights == "validation":
         return validation_weights(table, seed)
     if weights == "init":

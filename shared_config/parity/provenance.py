@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from shared_config.contract.initialise import state_hash
+from shared_config.contract.vision import job_table
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import Checkpoint
-from shared_config.interchange.traces import GRADIENT, LOSS, ROUTING, UPDATED, Trace, TraceMeta
-from shared_config.interchange.vision import job_table
-from shared_config.loader import config_to_dict
-from shared_config.recording import decode_names, logits_name, make_request, request_meta, seeded_values
+from shared_config.interchange.toml import config_to_dict
+from shared_config.interchange.vision import tower_of
+from shared_config.parity.recording import decode_names, logits_name, make_request, request_meta, seeded_values
+from shared_config.parity.traces import GRADIENT, LOSS, ROUTING, UPDATED, Trace, TraceMeta
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import MoMaConfig, MoTConfig
@@ -83,7 +84,7 @@ def initial_hash(config: JobConfig, seed: int) -> str | None:
 def expected_names(config: JobConfig) -> list[str]:
     """Tensors that a trace of a config has in any case: without them nothing is known of their group."""
     request = make_request(config, dtype="float64", seed=0)
-    trained = [name for name, spec in job_table(config).items() if not spec.is_buffer]
+    trained = [name for name, spec in job_table(config, tower_of(config)).items() if not spec.is_buffer]
     routed = config.model.is_moe or isinstance(config.vlm, MoMaConfig)
     return [
         logits_name(config),

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shared_config.compare import Comparison, Row
-from shared_config.report.plot import number
+from shared_config.parity.compare import Comparison, Row
+from shared_config.parity.report.plot import number
 
 MOST = 25
 DIGITS = {"float64": 17, "float32": 9, "bfloat16": 5}

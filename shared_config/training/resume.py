@@ -12,7 +12,7 @@ from shared_config.contract.function import differences
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import Checkpoint, TrainingState, latest, load
 from shared_config.interchange.source import read_model, to_stderr
-from shared_config.loader import config_from_dict
+from shared_config.interchange.toml import config_from_dict
 from shared_config.schema.base import Section
 from shared_config.schema.job import JobConfig
 

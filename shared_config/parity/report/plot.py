@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import groupby
 
-from shared_config.compare import HeatMap, Row
+from shared_config.parity.compare import HeatMap, Row
 
 WIDTH, HEIGHT = 1120, 280
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 16, 34

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from html import escape
 
-from shared_config.checks import Finding, findings_of
-from shared_config.compare import Comparison, Row
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike, written_aside
-from shared_config.interchange.traces import DECODE, FORWARD, GRADIENT, LOSS, ROUTING, UPDATED, TraceMeta
-from shared_config.report.plot import error_plot, heat_picture, number, relative_limit
-from shared_config.report.style import CSS, SCRIPT
+from shared_config.parity.checks import Finding, findings_of
+from shared_config.parity.compare import Comparison, Row
+from shared_config.parity.report.plot import error_plot, heat_picture, number, relative_limit
+from shared_config.parity.report.style import CSS, SCRIPT
+from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, LOSS, ROUTING, UPDATED, TraceMeta
 
 PANELS = {
     "Forward, in the order of execution": (FORWARD, ROUTING, LOSS, DECODE),

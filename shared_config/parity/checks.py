@@ -15,15 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from shared_config.compare import TOLERANCES, Comparison, Row, compare_traces
-from shared_config.compare.align import INITIAL
 from shared_config.contract.warm_start import without_warm_start
 from shared_config.interchange import checkpoint
-from shared_config.interchange.traces import DECODE, FORWARD, LOSSES, Trace, TraceMeta, group_of, read_trace
-from shared_config.loader import config_to_toml, load_config
-from shared_config.metrics import FILE, read_metrics
-from shared_config.numerics import as_float64, relative_error
-from shared_config.provenance import (
+from shared_config.interchange.toml import config_to_toml
+from shared_config.loader import load_config
+from shared_config.parity.align import INITIAL
+from shared_config.parity.compare import TOLERANCES, Comparison, Row, compare_traces
+from shared_config.parity.numerics import as_float64, relative_error
+from shared_config.parity.provenance import (
     check_run,
     check_trace,
     expected_meta,
@@ -31,10 +30,12 @@ from shared_config.provenance import (
     initial_hash,
     missing_names,
 )
-from shared_config.recording import can_decode, decode_reference, logits_name
-from shared_config.scenarios import PARTS, SCENARIOS, resume_folder
+from shared_config.parity.recording import can_decode, decode_reference, logits_name
+from shared_config.parity.scenarios import PARTS, SCENARIOS, resume_folder
+from shared_config.parity.traces import DECODE, FORWARD, LOSSES, Trace, TraceMeta, group_of, read_trace
 from shared_config.schema.job import JobConfig
 from shared_config.schema.vlm import MoMaConfig
+from shared_config.training.metrics import read_metrics
 
 BACKENDS = ("torch", "jax")
 TRUTH = ("torch", "float64")
@@ -413,7 +414,7 @@ def _records(plan: Plan, backend: str) -> list[dict[str, Any]]:
     folder = plan.run_folder(backend)
     config = load_config(str(plan.config_file), [*_train_overrides(plan), f"--checkpoint.dir={folder}"])
     run = check_run(checkpoint.load(folder, with_optimizer=False), backend, config)
-    records = {record["step"]: record for record in read_metrics(folder / FILE)}
+    records = {record["step"]: record for record in read_metrics(folder / checkpoint.METRICS)}
     return [records[step] for step in range(1, run.state.step + 1) if step in records]
 
 
