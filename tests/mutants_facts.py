@@ -163,7 +163,7 @@ FACT_MUTANTS = (
     FactMutant(
         COUNTED, "(full * (full + 1) / 2 + (seq_len - full) * full) / seq_len", "float(full)", FLOPS, ("window",)
     ),
-    FactMutant(COUNTED, 'if ".mlp.image." not in group.name', "", FLOPS, ("debug_vlm_moma",)),
+    FactMutant(COUNTED, 'if ".mlp.experts.image." not in group.name', "", FLOPS, ("debug_vlm_moma",)),
     FactMutant(
         COUNTED, "group.size / (tp if len(group.spec.shape) > 1 else 1)", "group.size", LAYOUT, ("debug", {"tp": 2})
     ),

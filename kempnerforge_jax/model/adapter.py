@@ -83,7 +83,7 @@ class LinearAdapter(VisionAdapter):
     """proj(x)."""
 
     def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs):
-        self.proj = Linear(in_dim, out_dim, rngs=rngs)
+        self.proj = Linear(in_dim, out_dim, True, rngs=rngs)
         self.reset_parameters(rngs=rngs)
 
     def forward(self, x: jax.Array) -> jax.Array:
@@ -96,7 +96,7 @@ class AvgPoolAdapter(VisionAdapter):
 
     def __init__(self, in_dim: int, out_dim: int, pool_window: int = 2, *, rngs: nnx.Rngs):
         self.pool_window = pool_window
-        self.proj = Linear(in_dim, out_dim, rngs=rngs)
+        self.proj = Linear(in_dim, out_dim, True, rngs=rngs)
         self.reset_parameters(rngs=rngs)
 
     def output_num_tokens(self, num_input_tokens: int) -> int:
@@ -117,10 +117,10 @@ class AttentionalPoolAdapter(VisionAdapter):
             raise ValueError(f"pool_heads = {pool_heads}: must divide in_dim = {in_dim}")
         self.pool_window = pool_window
         self.pool_heads = pool_heads
-        self.q_proj = Linear(in_dim, in_dim, rngs=rngs)
-        self.k_proj = Linear(in_dim, in_dim, rngs=rngs)
-        self.v_proj = Linear(in_dim, in_dim, rngs=rngs)
-        self.o_proj = Linear(in_dim, in_dim, rngs=rngs)
+        self.q_proj = Linear(in_dim, in_dim, True, rngs=rngs)
+        self.k_proj = Linear(in_dim, in_dim, True, rngs=rngs)
+        self.v_proj = Linear(in_dim, in_dim, True, rngs=rngs)
+        self.o_proj = Linear(in_dim, in_dim, True, rngs=rngs)
         self.out_proj = Linear(in_dim, out_dim, True, rngs=rngs)
         self.reset_parameters(rngs=rngs)
 

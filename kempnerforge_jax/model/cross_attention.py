@@ -85,7 +85,7 @@ class CrossAttention(Module):
 
 
 class CrossAttentionBlock(Module):
-    """x + attention(attention_norm(x), image), then x + mlp(mlp_norm(x)); the image features are not normalised.
+    """x + attn(attn_norm(x), image), then x + mlp(mlp_norm(x)); the image features are not normalised.
 
     Initialised to the identity: what writes to the residual stream is 0.
     """
@@ -104,11 +104,11 @@ class CrossAttentionBlock(Module):
         sdpa_backend: str = "auto",
         rngs: nnx.Rngs,
     ):
-        self.attention_norm = build_norm(norm_type, dim, norm_eps, rngs=rngs)
-        self.attention = CrossAttention(dim, n_heads, n_kv_heads, head_dim, sdpa_backend, rngs=rngs)
+        self.attn_norm = build_norm(norm_type, dim, norm_eps, rngs=rngs)
+        self.attn = CrossAttention(dim, n_heads, n_kv_heads, head_dim, sdpa_backend, rngs=rngs)
         self.mlp_norm = build_norm(norm_type, dim, norm_eps, rngs=rngs)
         self.mlp = build_mlp(dim, ffn_hidden_dim, activation, rngs=rngs)
-        for owner, name in ((self.attention, "o_proj"), (self.mlp, "down_proj")):
+        for owner, name in ((self.attn, "o_proj"), (self.mlp, "down_proj")):
             weight = getattr(owner, name).weight
             weight.set_value(jnp.zeros_like(weight.get_value()))
 
@@ -121,7 +121,7 @@ class CrossAttentionBlock(Module):
         keys_values: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         """(B, S, D), (B, N, D) -> (B, S, D). Arguments as for `CrossAttention`."""
-        x = x + self.attention(self.attention_norm(x), image_features, image_mask, keys_values=keys_values)
+        x = x + self.attn(self.attn_norm(x), image_features, image_mask, keys_values=keys_values)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -149,7 +149,7 @@ class CrossAttentionArchitecture(Architecture):
         """The cross-attention blocks stand before the final norm."""
         assert isinstance(self.vlm_config, CrossAttentionConfig)
         config = self.config
-        heads, kv_heads = self.vlm_config.resolved_heads(config.n_heads, config.kv_heads)
+        heads, kv_heads = self.vlm_config.resolved_heads(config.n_heads)
         blocks = [
             CrossAttentionBlock(
                 config.dim,
@@ -158,7 +158,7 @@ class CrossAttentionArchitecture(Architecture):
                 config.computed_ffn_hidden_dim,
                 config.norm_type,
                 config.activation,
-                head_dim=config.head_size,
+                head_dim=self.vlm_config.resolved_head_dim(config),
                 norm_eps=config.norm_eps,
                 sdpa_backend=config.sdpa_backend,
                 rngs=rngs,
@@ -196,5 +196,5 @@ class CrossAttentionArchitecture(Architecture):
         """The keys and values of all blocks, in place of the features."""
         assert modality.image_features is not None
         blocks = getattr(model, "cross_attention_layers")  # noqa: B009
-        keys_values = tuple(block.attention.keys_values(modality.image_features) for block in blocks.values())
+        keys_values = tuple(block.attn.keys_values(modality.image_features) for block in blocks.values())
         return replace(modality, image_features=None, image_keys_values=keys_values)

@@ -131,7 +131,7 @@ class ExpertChoiceMoE(Module):
 
 
 class MoMaFFN(Module):
-    """A mixture of experts of each modality, named as the modality. A modality with no tokens costs nothing."""
+    """A mixture of experts of each modality, ``experts`` by its name. A modality with no tokens costs nothing."""
 
     def __init__(
         self,
@@ -146,10 +146,12 @@ class MoMaFFN(Module):
     ):
         self.modalities = tuple(experts_per_modality)
         self.layer = Table(jnp.asarray(layer_idx, jnp.int32))
+        mixtures: dict[str, Module] = {}
         for name, number in experts_per_modality.items():
             experts = [build_mlp(dim, hidden_dim, activation, rngs=rngs) for _ in range(number)]
             router = ExpertChoiceSigmoidRouter(dim, number, rngs=rngs)
-            setattr(self, name, ExpertChoiceMoE(router, experts, capacity_factor))
+            mixtures[name] = ExpertChoiceMoE(router, experts, capacity_factor)
+        self.experts: nnx.Dict[Any] = nnx.Dict(mixtures)
 
     def set_layer(self, layer_idx: int) -> None:
         """Set the layer's number: an array, nothing static, so that layers have one structure and can be stacked."""
@@ -186,7 +188,7 @@ class MoMaFFN(Module):
         return jnp.concatenate([outs[name] for name, _, _ in layout.spans], axis=1), stats
 
     def _experts(self, name: str) -> ExpertChoiceMoE:
-        return getattr(self, name)
+        return self.experts[name]
 
     def _noise(self, name: str, x_BSD: jax.Array, seed: jax.Array | None) -> jax.Array | None:
         """(B, S, E): a number for each position of the whole stream, however the modalities lie in it."""

@@ -441,7 +441,7 @@ def router_keys(path: str) -> list[str]:
     stacked layers ("layers.0-3.mlp.router") of each. The model may lie within another.
     """
     layers, _, *modality, _ = path.partition("layers.")[2].split(".")
-    return [".".join([str(layer), *modality]) for layer in layer_range(layers)]
+    return [".".join([str(layer), *modality[-1:]]) for layer in layer_range(layers)]
 
 
 def build_model(config: JobConfig, *, rngs: nnx.Rngs) -> Any:

@@ -80,7 +80,7 @@ class LinearAdapter(VisionAdapter):
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
-        self.proj = nn.Linear(in_dim, out_dim, bias=False)
+        self.proj = nn.Linear(in_dim, out_dim)
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class AvgPoolAdapter(VisionAdapter):
     def __init__(self, in_dim: int, out_dim: int, pool_window: int = 2):
         super().__init__()
         self.pool_window = pool_window
-        self.proj = nn.Linear(in_dim, out_dim, bias=False)
+        self.proj = nn.Linear(in_dim, out_dim)
         self.reset_parameters()
 
     def output_num_tokens(self, num_input_tokens: int) -> int:
@@ -116,10 +116,10 @@ class AttentionalPoolAdapter(VisionAdapter):
             raise ValueError(f"pool_heads = {pool_heads}: must divide in_dim = {in_dim}")
         self.pool_window = pool_window
         self.pool_heads = pool_heads
-        self.q_proj = nn.Linear(in_dim, in_dim, bias=False)
-        self.k_proj = nn.Linear(in_dim, in_dim, bias=False)
-        self.v_proj = nn.Linear(in_dim, in_dim, bias=False)
-        self.o_proj = nn.Linear(in_dim, in_dim, bias=False)
+        self.q_proj = nn.Linear(in_dim, in_dim)
+        self.k_proj = nn.Linear(in_dim, in_dim)
+        self.v_proj = nn.Linear(in_dim, in_dim)
+        self.o_proj = nn.Linear(in_dim, in_dim)
         self.out_proj = nn.Linear(in_dim, out_dim)
         self.reset_parameters()
 

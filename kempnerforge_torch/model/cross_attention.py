@@ -75,7 +75,7 @@ class CrossAttention(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
-    """x + attention(attention_norm(x), image), then x + mlp(mlp_norm(x)); the image features are not normalised.
+    """x + attn(attn_norm(x), image), then x + mlp(mlp_norm(x)); the image features are not normalised.
 
     Initialised to the identity: what writes to the residual stream is 0.
     """
@@ -94,11 +94,11 @@ class CrossAttentionBlock(nn.Module):
         sdpa_backend: str = "auto",
     ):
         super().__init__()
-        self.attention_norm = build_norm(norm_type, dim, norm_eps)
-        self.attention = CrossAttention(dim, n_heads, n_kv_heads, head_dim, sdpa_backend)
+        self.attn_norm = build_norm(norm_type, dim, norm_eps)
+        self.attn = CrossAttention(dim, n_heads, n_kv_heads, head_dim, sdpa_backend)
         self.mlp_norm = build_norm(norm_type, dim, norm_eps)
         self.mlp = build_mlp(dim, ffn_hidden_dim, activation)
-        nn.init.zeros_(self.attention.o_proj.weight)
+        nn.init.zeros_(self.attn.o_proj.weight)
         nn.init.zeros_(self.mlp.get_submodule("down_proj").get_parameter("weight"))
 
     def forward(
@@ -110,7 +110,7 @@ class CrossAttentionBlock(nn.Module):
         keys_values: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """(B, S, D), (B, N, D) -> (B, S, D). Arguments as for `CrossAttention`."""
-        x = x + self.attention(self.attention_norm(x), image_features, image_mask, keys_values=keys_values)
+        x = x + self.attn(self.attn_norm(x), image_features, image_mask, keys_values=keys_values)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -138,7 +138,7 @@ class CrossAttentionArchitecture(Architecture):
         """The cross-attention blocks stand before the final norm."""
         assert isinstance(self.vlm_config, CrossAttentionConfig)
         config = self.config
-        heads, kv_heads = self.vlm_config.resolved_heads(config.n_heads, config.kv_heads)
+        heads, kv_heads = self.vlm_config.resolved_heads(config.n_heads)
         blocks = [
             CrossAttentionBlock(
                 config.dim,
@@ -147,7 +147,7 @@ class CrossAttentionArchitecture(Architecture):
                 config.computed_ffn_hidden_dim,
                 config.norm_type,
                 config.activation,
-                head_dim=config.head_size,
+                head_dim=self.vlm_config.resolved_head_dim(config),
                 norm_eps=config.norm_eps,
                 sdpa_backend=config.sdpa_backend,
             )
@@ -180,7 +180,7 @@ class CrossAttentionArchitecture(Architecture):
         assert modality.image_features is not None
         blocks = model.get_submodule("cross_attention_layers").children()
         keys_values = tuple(
-            block.attention.keys_values(modality.image_features)
+            block.attn.keys_values(modality.image_features)
             for block in blocks
             if isinstance(block, CrossAttentionBlock)
         )

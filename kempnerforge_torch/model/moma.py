@@ -122,7 +122,7 @@ class ExpertChoiceMoE(nn.Module):
 
 
 class MoMaFFN(nn.Module):
-    """A mixture of experts of each modality, named as the modality. A modality with no tokens costs nothing."""
+    """A mixture of experts of each modality, ``experts`` by its name. A modality with no tokens costs nothing."""
 
     def __init__(
         self,
@@ -136,9 +136,12 @@ class MoMaFFN(nn.Module):
         super().__init__()
         self.modalities = tuple(experts_per_modality)
         self.layer_idx = layer_idx
+        mixtures: dict[str, nn.Module] = {}
         for name, number in experts_per_modality.items():
             experts = [build_mlp(dim, hidden_dim, activation) for _ in range(number)]
-            self.add_module(name, ExpertChoiceMoE(ExpertChoiceSigmoidRouter(dim, number), experts, capacity_factor))
+            router = ExpertChoiceSigmoidRouter(dim, number)
+            mixtures[name] = ExpertChoiceMoE(router, experts, capacity_factor)
+        self.experts = nn.ModuleDict(mixtures)
 
     def forward(
         self,
@@ -171,7 +174,7 @@ class MoMaFFN(nn.Module):
         return torch.cat([outs[name] for name, _, _ in layout.spans], dim=1), stats
 
     def _experts(self, name: str) -> ExpertChoiceMoE:
-        experts = self.get_submodule(name)
+        experts = self.experts[name]
         assert isinstance(experts, ExpertChoiceMoE)
         return experts
 

@@ -380,7 +380,7 @@ def router_key(path: str) -> str:
     model within another too.
     """
     layer, _, *modality, _ = path.partition("layers.")[2].split(".")
-    return ".".join([layer, *modality])
+    return ".".join([layer, *modality[-1:]])
 
 
 def checkpoint_activations(model: nn.Module, mode: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -154,7 +155,7 @@ def _text_groups(config: ModelConfig, vlm: VLMConfig | None) -> list[ParameterGr
     """What text passes through where there is no image: the language model, with the text's own experts."""
     if not isinstance(vlm, MoMaConfig):
         return list(parameter_groups(config))
-    return [group for group in parameter_groups(config, vlm) if ".mlp.image." not in group.name]
+    return [group for group in parameter_groups(config, vlm) if ".mlp.experts.image." not in group.name]
 
 
 def _expert_share(config: ModelConfig, vlm: VLMConfig | None) -> Fraction:
@@ -176,4 +177,4 @@ def _size(groups: Iterable[ParameterGroup]) -> int:
 
 
 def _is_routed_expert(name: str) -> bool:
-    return ".experts." in name or name.endswith((".gate_w", ".up_w", ".down_w"))
+    return re.search(r"\.experts\.[\d{]", name) is not None or name.endswith((".gate_w", ".up_w", ".down_w"))

@@ -302,7 +302,7 @@ def _feed_forward(config: ModelConfig, layer: int) -> Named:
 
 
 def _attention(config: ModelConfig) -> Named:
-    yield from _projections(config, config.n_heads, config.kv_heads, config.attention_bias)
+    yield from _projections(config, config.n_heads, config.kv_heads, config.head_size, config.attention_bias)
     if config.qk_norm:
         yield from _head_norms(config)
 
@@ -312,9 +312,9 @@ def _head_norms(config: ModelConfig) -> Named:
         yield name, _ones((config.head_size,), ("head_dim",))
 
 
-def _projections(config: ModelConfig, heads: int, kv_heads: int, bias: bool = False) -> Named:
+def _projections(config: ModelConfig, heads: int, kv_heads: int, head_dim: int, bias: bool = False) -> Named:
     """Query, key, value and output projections, biases after all weights."""
-    h, dim = config.head_size, config.dim
+    h, dim = head_dim, config.dim
     yield "q_proj.weight", _matrix(config, (heads * h, dim), ("heads", "embed"))
     yield "k_proj.weight", _matrix(config, (kv_heads * h, dim), ("kv_heads", "embed"))
     yield "v_proj.weight", _matrix(config, (kv_heads * h, dim), ("kv_heads", "embed"))
@@ -393,16 +393,16 @@ def _cross_attention(config: ModelConfig, vlm: CrossAttentionConfig) -> Paramete
 
 def _cross_attention_block(config: ModelConfig, vlm: CrossAttentionConfig) -> Named:
     """Starts as the identity: what writes to the residual stream is 0."""
-    heads, kv_heads = vlm.resolved_heads(config.n_heads, config.kv_heads)
-    yield from _prefixed("attention_norm", _norm(config))
-    yield from _prefixed("attention", _silent(_projections(config, heads, kv_heads)))
+    heads, kv_heads = vlm.resolved_heads(config.n_heads)
+    yield from _prefixed("attn_norm", _norm(config))
+    yield from _prefixed("attn", _silent(_projections(config, heads, kv_heads, vlm.resolved_head_dim(config))))
     yield from _prefixed("mlp_norm", _norm(config))
     yield from _prefixed("mlp", _silent(_mlp(config, config.computed_ffn_hidden_dim)))
 
 
 def _moma_layer(config: ModelConfig, vlm: MoMaConfig, layer: int) -> ParameterTable:
     experts = [
-        _prefixed(modality, _expert_choice(config, vlm.moma_experts_per_modality[modality]))
+        _prefixed(f"experts.{modality}", _expert_choice(config, vlm.moma_experts_per_modality[modality]))
         for modality in vlm.moma_modalities
     ]
     return dict(_decoder_layer(config, itertools.chain.from_iterable(experts)))
@@ -443,7 +443,7 @@ def _mot_projections(config: ModelConfig, vlm: MoTConfig, modality: str) -> Name
     heads, kv_heads = config.n_heads, config.kv_heads
     if modality == "image":
         heads, kv_heads = vlm.resolved_image_heads(heads, kv_heads)
-    yield from _silent(_projections(config, heads, kv_heads, config.attention_bias))
+    yield from _silent(_projections(config, heads, kv_heads, config.head_size, config.attention_bias))
     if config.qk_norm:
         yield from _head_norms(config)
 

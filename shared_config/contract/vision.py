@@ -5,6 +5,7 @@ A wrapper's tensors are `vision_encoder.*`, `adapter.*` and `transformer.*`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -180,13 +181,12 @@ def _mlp_2layer(config: AdapterConfig, in_dim: int, out_dim: int) -> ParameterTa
 
 
 def _projection(config: AdapterConfig, in_dim: int, out_dim: int) -> ParameterTable:
-    return {"proj.weight": _matrix((out_dim, in_dim), ("embed", None))}
+    return dict(_linear("proj", (out_dim, in_dim), ("embed", None)))
 
 
 def _attentional_pool(config: AdapterConfig, in_dim: int, out_dim: int) -> ParameterTable:
-    names = [f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    inner = dict.fromkeys(names, _matrix((in_dim, in_dim), (None, None)))
-    return {**inner, **dict(_linear("out_proj", (out_dim, in_dim), ("embed", None)))}
+    inner = (_linear(name, (in_dim, in_dim), (None, None)) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    return dict((*itertools.chain.from_iterable(inner), *_linear("out_proj", (out_dim, in_dim), ("embed", None))))
 
 
 def _linear(name: str, shape: tuple[int, int], axes: Axes) -> Iterator[tuple[str, ParameterSpec]]:

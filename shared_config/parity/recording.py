@@ -46,7 +46,7 @@ WHOLE = "whole"
 DELTA_RUNS = 6
 """With fewer, the delta of a scalar can come out far too small by chance."""
 
-ROUTER = re.compile(r"(.*layers\.\d+)\.[^.]+(\.[^.]+)?\.router")
+ROUTER = re.compile(r"(.*layers\.\d+)\.[^.]+(?:\.experts)?(\.[^.]+)?\.router")
 """Path of a router: its layer and, if the layer has one for each, its modality."""
 
 Arrays = dict[str, np.ndarray]

@@ -84,7 +84,7 @@ def routes_from(other: Trace, origin: TraceMeta, config: JobConfig) -> dict[str,
     if problems:
         raise UserError("\n  ".join(["routes: this run and the other trace are not of the same run:", *problems]))
     routers = [
-        f"transformer.layers.{layer}.mlp.{modality}.router"
+        f"transformer.layers.{layer}.mlp.experts.{modality}.router"
         for layer in range(config.model.n_layers)
         for modality in config.vlm.moma_modalities
     ]

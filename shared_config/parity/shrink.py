@@ -127,6 +127,7 @@ def _vlm(vlm: VLMConfig, model: ModelConfig) -> VLMConfig:
     if isinstance(vlm, CrossAttentionConfig):
         changes["cross_attention_n_heads"] = model.n_heads if vlm.cross_attention_n_heads else 0
         changes["cross_attention_n_kv_heads"] = model.kv_heads if vlm.cross_attention_n_kv_heads else 0
+        changes["cross_attention_head_dim"] = min(vlm.cross_attention_head_dim, HEAD_DIM)
     if isinstance(vlm, MoTConfig):
         changes["mot_image_n_heads"] = model.n_heads if vlm.mot_image_n_heads else 0
         changes["mot_image_n_kv_heads"] = model.kv_heads if vlm.mot_image_n_kv_heads else 0

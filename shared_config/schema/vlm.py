@@ -160,18 +160,27 @@ class CrossAttentionConfig(VLMConfig, arch="cross_attention"):
     cross_attention_every_n_layers: PositiveInt = 4
     cross_attention_n_heads: Count = 0
     cross_attention_n_kv_heads: Count = 0
+    cross_attention_head_dim: Count = 0
 
     image_tokens_in_stream: ClassVar[bool] = False
 
-    def resolved_heads(self, n_heads: int, n_kv_heads: int | None = None) -> tuple[int, int]:
-        """Query and key/value heads; 0 means those of the text model (all query heads where it is not told)."""
+    def resolved_heads(self, n_heads: int) -> tuple[int, int]:
+        """Query and key/value heads; 0 means the query heads of the text model, and as many keys as queries."""
         heads = self.cross_attention_n_heads or n_heads
-        inherited = n_kv_heads if n_kv_heads is not None and not self.cross_attention_n_heads else heads
-        return heads, self.cross_attention_n_kv_heads or inherited
+        return heads, self.cross_attention_n_kv_heads or heads
+
+    def resolved_head_dim(self, model: ModelConfig) -> int:
+        """Width of a head; 0 means that of the text model, or ``dim // n_heads`` with another number of heads."""
+        heads, _ = self.resolved_heads(model.n_heads)
+        return self.cross_attention_head_dim or (model.head_size if heads == model.n_heads else model.dim // heads)
 
     def resolved_with(self, model: ModelConfig) -> dict[str, Any]:
-        heads, kv_heads = self.resolved_heads(model.n_heads, model.kv_heads)
-        return {"cross_attention_n_heads": heads, "cross_attention_n_kv_heads": kv_heads}
+        heads, kv_heads = self.resolved_heads(model.n_heads)
+        return {
+            "cross_attention_n_heads": heads,
+            "cross_attention_n_kv_heads": kv_heads,
+            "cross_attention_head_dim": self.resolved_head_dim(model),
+        }
 
     def problems_with(self, model: ModelConfig) -> Iterator[str]:
         every = self.cross_attention_every_n_layers
@@ -180,7 +189,12 @@ class CrossAttentionConfig(VLMConfig, arch="cross_attention"):
                 f"vlm.cross_attention_every_n_layers = {every}: must be at most model.n_layers = {model.n_layers}, "
                 "else no block sees the image"
             )
-        heads, kv_heads = self.resolved_heads(model.n_heads, model.kv_heads)
+        heads, kv_heads = self.resolved_heads(model.n_heads)
+        if not self.cross_attention_head_dim and heads != model.n_heads and model.dim % heads != 0:
+            yield (
+                f"vlm.cross_attention_n_heads = {heads}: must divide model.dim = {model.dim}, or "
+                "vlm.cross_attention_head_dim be given"
+            )
         if heads % kv_heads != 0:
             yield f"vlm.cross_attention_n_kv_heads = {kv_heads}: must divide the {heads} cross-attention heads"
 

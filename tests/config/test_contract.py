@@ -74,7 +74,7 @@ def test_vision_tables(arch: str) -> None:
     if arch == "joint_decoder":
         assert table == parameter_table(config)
     elif arch == "cross_attention":
-        assert table["cross_attention_layers.0.attention.o_proj.weight"].initializer == Constant(0.0)
+        assert table["cross_attention_layers.0.attn.o_proj.weight"].initializer == Constant(0.0)
         assert set(parameter_table(config)) < set(table)
     elif arch == "mot":
         assert table["layers.1.attn.o_proj.image.weight"].initializer == Constant(0.0)
@@ -85,8 +85,8 @@ def test_vision_tables(arch: str) -> None:
         assert narrow["layers.0.attn.k_proj.text.weight"].shape == (24, 48)
     else:
         three = parameter_table(config, MoMaConfig(moma_experts_per_modality={"image": 3, "text": 1}))
-        assert "layers.0.mlp.image.experts.2.up_proj.weight" in three
-        assert "layers.0.mlp.text.experts.1.up_proj.weight" not in three
+        assert "layers.0.mlp.experts.image.experts.2.up_proj.weight" in three
+        assert "layers.0.mlp.experts.text.experts.1.up_proj.weight" not in three
 
 
 def test_rope_tables_against_complex_rotation() -> None:

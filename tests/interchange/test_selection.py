@@ -18,7 +18,7 @@ NAMES = [
     "forward/layers.10.mlp",
     "forward/vision_encoder.layers.1.attention",
     "forward/transformer.layers.1.attention",
-    "forward/transformer.cross_attention_layers.1.attention",
+    "forward/transformer.cross_attention_layers.1.attn",
     "forward/norm",
     "routing/layers.1.mlp.router.indices",
     "loss",

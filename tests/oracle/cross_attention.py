@@ -52,13 +52,13 @@ def cross_attention_block(
     vlm: CrossAttentionConfig,
     image_mask: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Activations]:
-    """x + attention(attention_norm(x), image), then x + mlp(mlp_norm(x)); the image is not normalised."""
-    heads, kv_heads = vlm.resolved_heads(config.n_heads, config.kv_heads)
-    attention_in = norm(x_BSD, submodule(weights, "attention_norm"), config.norm_type, config.norm_eps)
+    """x + attn(attn_norm(x), image), then x + mlp(mlp_norm(x)); the image is not normalised."""
+    heads, kv_heads = vlm.resolved_heads(config.n_heads)
+    attention_in = norm(x_BSD, submodule(weights, "attn_norm"), config.norm_type, config.norm_eps)
     attention_out, projections = cross_attention(
         attention_in,
         image_BND,
-        submodule(weights, "attention"),
+        submodule(weights, "attn"),
         n_heads=heads,
         n_kv_heads=kv_heads,
         image_mask=image_mask,
@@ -66,8 +66,8 @@ def cross_attention_block(
     middle_BSD = x_BSD + attention_out
     mlp_in = norm(middle_BSD, submodule(weights, "mlp_norm"), config.norm_type, config.norm_eps)
     mlp_out, inner = mlp(mlp_in, submodule(weights, "mlp"), config.activation)
-    named = {"attention_norm": attention_in, "attention": attention_out, "mlp_norm": mlp_in, "mlp": mlp_out}
-    return middle_BSD + mlp_out, named | below("attention", projections) | below("mlp", inner)
+    named = {"attn_norm": attention_in, "attn": attention_out, "mlp_norm": mlp_in, "mlp": mlp_out}
+    return middle_BSD + mlp_out, named | below("attn", projections) | below("mlp", inner)
 
 
 def fires_after(layer: int, vlm: CrossAttentionConfig) -> int | None:

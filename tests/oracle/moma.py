@@ -74,7 +74,7 @@ def moma_ffn(
         mine_BS = (modality_BS == index) & valid_BS
         y_BSD[mine_BS], counts[modality] = expert_choice(
             x_BSD[mine_BS],
-            submodule(weights, modality),
+            submodule(weights, f"experts.{modality}"),
             experts=vlm.moma_experts_per_modality[modality],
             capacity_factor=vlm.moma_capacity_factor,
             activation=activation,

@@ -20,7 +20,7 @@ from shared_config.contract.vision import TowerConfig
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import CrossAttentionConfig, MoMaConfig, MoTConfig, VLMConfig
-from tests.oracle.weights import Shapes, attention_shapes, mlp_shapes, moe_shapes, norm_shapes, text_shapes
+from tests.oracle.weights import Shapes, mlp_shapes, moe_shapes, norm_shapes, text_shapes
 
 NORMAL, CONSTANT = "normal", "constant"
 Initial = tuple[str, Any]
@@ -104,10 +104,11 @@ def adapter_facts(config: AdapterConfig, in_dim: int, out_dim: int) -> dict[str,
             "proj2.weight": (out_dim, hidden),
             "proj2.bias": (out_dim,),
         },
-        "linear": {"proj.weight": (out_dim, in_dim)},
-        "avgpool": {"proj.weight": (out_dim, in_dim)},
+        "linear": {"proj.weight": (out_dim, in_dim), "proj.bias": (out_dim,)},
+        "avgpool": {"proj.weight": (out_dim, in_dim), "proj.bias": (out_dim,)},
         "attentional_pool": {
             **{f"{name}_proj.weight": (in_dim, in_dim) for name in "qkvo"},
+            **{f"{name}_proj.bias": (in_dim,) for name in "qkvo"},
             "out_proj.weight": (out_dim, in_dim),
             "out_proj.bias": (out_dim,),
         },
@@ -121,25 +122,32 @@ def model_shapes(config: ModelConfig, vlm: VLMConfig | None = None) -> Shapes:
     text = text_shapes(config)
     if isinstance(vlm, CrossAttentionConfig):
         heads = vlm.cross_attention_n_heads or config.n_heads
-        own = vlm.cross_attention_n_heads or config.kv_heads
-        seeing = {"n_heads": heads, "n_kv_heads": vlm.cross_attention_n_kv_heads or own, "head_dim": config.head_size}
-        block = _dense_block(config.replace(**seeing, qk_norm=False, attention_bias=False))
+        width = config.head_size if heads == config.n_heads else config.dim // heads
+        seeing = (heads, vlm.cross_attention_n_kv_heads or heads, vlm.cross_attention_head_dim or width)
+        block = _cross_attention_block(config, *seeing)
         for number in range(config.n_layers // vlm.cross_attention_every_n_layers):
             text |= {f"cross_attention_layers.{number}.{name}": shape for name, shape in block.items()}
     if isinstance(vlm, MoMaConfig):
         text = {name: shape for name, shape in text.items() if ".mlp." not in name}
         for layer in range(config.n_layers):
             for modality in ("image", "text"):
-                text |= _experts(f"layers.{layer}.mlp.{modality}", config, vlm.moma_experts_per_modality[modality])
+                text |= _experts(
+                    f"layers.{layer}.mlp.experts.{modality}", config, vlm.moma_experts_per_modality[modality]
+                )
     if isinstance(vlm, MoTConfig):
         text = _by_modality(text, config, vlm)
     return text
 
 
-def _dense_block(config: ModelConfig) -> Shapes:
+def _cross_attention_block(config: ModelConfig, heads: int, kv_heads: int, width: int) -> Shapes:
+    """No biases and no norms of heads, whatever the text has."""
+    queries, keys = (heads * width, config.dim), (kv_heads * width, config.dim)
     return {
-        **norm_shapes("attention_norm", config),
-        **attention_shapes("attention", config),
+        **norm_shapes("attn_norm", config),
+        "attn.q_proj.weight": queries,
+        "attn.k_proj.weight": keys,
+        "attn.v_proj.weight": keys,
+        "attn.o_proj.weight": queries[::-1],
         **norm_shapes("mlp_norm", config),
         **mlp_shapes("mlp", config.dim, config.computed_ffn_hidden_dim, config.activation),
     }
@@ -197,7 +205,7 @@ def _vision_fact(name: str, shape: tuple[int, ...]) -> Fact:
 
 def _adapter_fact(name: str, shape: tuple[int, ...], pools: bool) -> Fact:
     inside = pools and not name.startswith("out_proj")
-    axes = (None, None) if inside else _axes(name, VISION_AXES) or ("embed", None)
+    axes = (None,) * len(shape) if inside else _axes(name, VISION_AXES) or ("embed", None)
     return _linear_fact(name, shape, axes)
 
 

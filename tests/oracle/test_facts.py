@@ -64,6 +64,7 @@ image_settings = st.one_of(
         cross_attention_every_n_layers=st.just(1),
         cross_attention_n_heads=st.sampled_from([0, 4]),
         cross_attention_n_kv_heads=st.sampled_from([0, 1]),
+        cross_attention_head_dim=st.sampled_from([0, 5]),
     ),
     st.builds(MoTConfig, mot_image_n_kv_heads=st.sampled_from([0, 1])),
     st.builds(MoMaConfig, moma_experts_per_modality=st.just({"image": 3, "text": 2})),

@@ -298,6 +298,7 @@ VLM_DEFAULTS: dict[str, dict[str, Any]] = {
         "cross_attention_every_n_layers": 4,
         "cross_attention_n_heads": 0,
         "cross_attention_n_kv_heads": 0,
+        "cross_attention_head_dim": 0,
     },
     "mot": {
         "mot_modalities": ("image", "text"),

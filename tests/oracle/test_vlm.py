@@ -31,7 +31,7 @@ CONFIG = ModelConfig(
     dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=10, vocab_size=61, ffn_hidden_dim=32, max_seq_len=32
 )
 EXPERTS = CONFIG.replace(num_experts=4, moe_expert_ffn_multiplier=0.5, moe_frequency=2)
-CROSS = CrossAttentionConfig(cross_attention_every_n_layers=1)
+CROSS = CrossAttentionConfig(cross_attention_every_n_layers=1, cross_attention_n_kv_heads=2)
 MOT, MOMA = MoTConfig(), MoMaConfig(moma_experts_per_modality={"image": 2, "text": 3})
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 61, (2, 8))
@@ -48,7 +48,7 @@ def weights_of(config: ModelConfig, vlm: VLMConfig) -> dict[str, np.ndarray]:
 
 
 def test_cross_attention_sees_every_allowed_image_token_and_no_position():
-    weights = submodule(weights_of(CONFIG, CROSS), "cross_attention_layers.0.attention")
+    weights = submodule(weights_of(CONFIG, CROSS), "cross_attention_layers.0.attn")
     x_BSD = RNG.standard_normal((2, 8, 24))
     heads: dict[str, Any] = {"n_heads": 4, "n_kv_heads": 2}
     whole, _ = cross_attention(x_BSD, IMAGE, weights, **heads)
@@ -83,8 +83,8 @@ def test_silent_cross_attention_leaves_the_text_model():
 def test_cross_attention_heads_of_its_own():
     vlm = CROSS.replace(cross_attention_n_heads=6, cross_attention_n_kv_heads=3)
     out = cross_attention_decoder(weights_of(CONFIG, vlm), CONFIG, vlm, TOKENS, IMAGE)
-    assert out.activations["cross_attention_layers.1.attention.q_proj"].shape == (2, 8, 60)
-    assert out.activations["cross_attention_layers.1.attention.k_proj"].shape == (2, 5, 30)
+    assert out.activations["cross_attention_layers.1.attn.q_proj"].shape == (2, 8, 24)
+    assert out.activations["cross_attention_layers.1.attn.k_proj"].shape == (2, 5, 12)
 
 
 # Joint decoder
@@ -186,7 +186,7 @@ def test_expert_choice_by_hand():
 
 
 def test_expert_choice_ties_go_to_the_first_token_and_noise_only_chooses():
-    weights = submodule(weights_of(CONFIG, MOMA), "layers.0.mlp.image")
+    weights = submodule(weights_of(CONFIG, MOMA), "layers.0.mlp.experts.image")
     options: dict[str, Any] = {"experts": 2, "capacity_factor": 0.25, "activation": "silu"}
     same = np.tile(EMBEDS[0, :1], (8, 1))
     y, _ = expert_choice(same, weights, **options)
@@ -213,7 +213,11 @@ def test_moma_modalities_do_not_meet_and_padding_gets_nothing():
     for index, (modality, experts) in enumerate((("image", 2), ("text", 3))):
         mine = (index == MIXED) & real
         alone, taken = expert_choice(
-            EMBEDS[mine], submodule(weights, modality), experts=experts, capacity_factor=0.0, activation="silu"
+            EMBEDS[mine],
+            submodule(weights, f"experts.{modality}"),
+            experts=experts,
+            capacity_factor=0.0,
+            activation="silu",
         )
         np.testing.assert_array_equal(y[mine], alone)
         np.testing.assert_array_equal(counts[modality], taken)
@@ -230,7 +234,7 @@ def test_moma_of_one_expert_that_takes_all_is_a_scored_mlp():
     vlm = MoMaConfig(moma_experts_per_modality={"image": 1, "text": 1})
     weights = submodule(weights_of(CONFIG, vlm), "layers.0.mlp")
     y, _ = moma_ffn(EMBEDS, weights, vlm, "silu", np.ones((2, 9), dtype=np.int64))
-    own = submodule(weights, "text")
+    own = submodule(weights, "experts.text")
     score = sigmoid(EMBEDS @ own["router.gate.weight"].T)
     assert_same_function(y, score * mlp(EMBEDS, submodule(own, "experts.0"), "silu")[0], "text")
 

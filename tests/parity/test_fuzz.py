@@ -170,6 +170,7 @@ ARCHITECTURES: Pools = {
         "cross_attention_every_n_layers": [1, 2],
         "cross_attention_n_heads": [0, 1, 2, 3, 4],
         "cross_attention_n_kv_heads": [0, 1, 2, 3],
+        "cross_attention_head_dim": [0, 5],
     },
     "mot": {
         "mot_modalities": [["image", "text"], ["text", "image"]],

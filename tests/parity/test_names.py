@@ -169,8 +169,8 @@ def run_choice(field: str) -> Call:
     def call(backend: Torch, given: Any) -> Any:
         experts = transformer(backend, DENSE, ARCHITECTURES["moma"]).layers["0"].mlp
         if field == "valid":
-            return experts.text(backend.array(STREAM), given)[0]
-        router = experts.text.router
+            return experts.experts["text"](backend.array(STREAM), given)[0]
+        router = experts.experts["text"].router
         output = router(backend.array(STREAM.reshape(-1, DIM)), 2, 2)
         return router.taking(output, given)[0]
 

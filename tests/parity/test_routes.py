@@ -23,7 +23,7 @@ SMALL = (
     "--vision_encoder.n_layers=1",
 )  # fmt: skip
 CONFIG = load_config("debug_vlm_moma", SMALL)
-ROUTER = "routing/transformer.layers.0.mlp.text.router.indices"
+ROUTER = "routing/transformer.layers.0.mlp.experts.text.router.indices"
 RECORD: dict[str, Any] = {"torch": record_torch, "jax": record_jax}
 
 
@@ -61,7 +61,9 @@ def test_routes_of_another_run_are_refused(truth: Trace) -> None:
     for record in RECORD.values():
         with pytest.raises(UserError, match=r"routes: .* not of the same run:\n  seed: 1 and 0"):
             record(CONFIG, seed=1, routes=truth)
-        with pytest.raises(UserError, match=r"lacks routing/transformer\.layers\.0\.mlp\.image\.router\.indices"):
+        with pytest.raises(
+            UserError, match=r"lacks routing/transformer\.layers\.0\.mlp\.experts\.image\.router\.indices"
+        ):
             record(CONFIG, routes=Trace({}, truth.meta))
         with pytest.raises(UserError, match="only experts that choose tokens"):
             record(load_config("debug_vlm_mot", SMALL), routes=truth)

@@ -84,11 +84,12 @@ def adapter_component(config: AdapterConfig) -> Component:
         table=adapter_table(config, 18, 20),
         call=lambda module, given: module(given["x"]),
         oracle=lambda weights, given: oracle_adapter(given["x"], weights, config),
+        vanishing={"k_proj.bias": "v_proj.bias"} if config.type == "attentional_pool" else {},
     )
 
 
 def cross_attention_component(config: ModelConfig, vlm: CrossAttentionConfig) -> Component:
-    heads, kv_heads = vlm.resolved_heads(config.n_heads, config.kv_heads)
+    heads, kv_heads = vlm.resolved_heads(config.n_heads)
     arguments: tuple[Any, ...] = (
         config.dim,
         heads,
@@ -97,7 +98,7 @@ def cross_attention_component(config: ModelConfig, vlm: CrossAttentionConfig) ->
         config.norm_type,
         config.activation,
     )
-    options: dict[str, Any] = {"head_dim": config.head_size, "norm_eps": config.norm_eps}
+    options: dict[str, Any] = {"head_dim": vlm.resolved_head_dim(config), "norm_eps": config.norm_eps}
     path = "cross_attention_layers.0."
     table = {name.removeprefix(path): spec for name, spec in parameter_table(config, vlm).items() if path in name}
 
@@ -179,7 +180,7 @@ def test_counts_of_tokens_agree_with_the_forward_always(kind: str) -> None:
 @pytest.mark.parametrize(
     ("config", "vlm"),
     [
-        (CONFIG, CrossAttentionConfig(cross_attention_every_n_layers=2)),
+        (CONFIG, CrossAttentionConfig(cross_attention_every_n_layers=2, cross_attention_n_kv_heads=2)),
         (
             CONFIG.replace(norm_type="layernorm", activation="gelu"),
             CrossAttentionConfig(cross_attention_every_n_layers=2, cross_attention_n_heads=5),

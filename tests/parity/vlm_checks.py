@@ -53,7 +53,7 @@ MODEL = ModelConfig(
     norm_eps=1e-2, rope_theta=50.0,
 )  # fmt: skip
 NORMED = MODEL.replace(qk_norm=True, sliding_window=3)
-CROSS = CrossAttentionConfig(max_text_len=8, cross_attention_every_n_layers=1)
+CROSS = CrossAttentionConfig(max_text_len=8, cross_attention_every_n_layers=1, cross_attention_n_kv_heads=3)
 MOT = MoTConfig(max_text_len=8, mot_image_n_kv_heads=2)
 MOMA = MoMaConfig(max_text_len=8, moma_experts_per_modality={"image": 2, "text": 3})
 TOWER = TowerConfig(

@@ -128,6 +128,7 @@ VALUES: dict[str, dict[str, list[Any]]] = {
         "cross_attention_every_n_layers": [2],
         "cross_attention_n_heads": [4, 2],
         "cross_attention_n_kv_heads": [2, 1],
+        "cross_attention_head_dim": [6],
         "mot_modalities": [["text", "image"]],
         "mot_image_n_heads": [4],
         "mot_image_n_kv_heads": [2, 1],

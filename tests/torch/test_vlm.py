@@ -191,8 +191,8 @@ def test_experts_choose_by_rank_and_skip_what_is_not_valid() -> None:
 
 def test_bfloat16_models_keep_their_routers_wide() -> None:
     model = model_of("moma").to(torch.bfloat16)
-    with capture(model, ["transformer.layers.0.mlp.text.router.gate"]) as activations:
+    with capture(model, ["transformer.layers.0.mlp.experts.text.router.gate"]) as activations:
         logits, _ = model(CLIPS.bfloat16(), TEXT)
     assert logits.dtype == torch.bfloat16
-    assert activations["transformer.layers.0.mlp.text.router.gate"].dtype == torch.float32
+    assert activations["transformer.layers.0.mlp.experts.text.router.gate"].dtype == torch.float32
     assert np.isfinite(logits.detach().float().numpy()).all()
