@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,6 @@ Read = tuple[tuple[str, str], str, str]
 """The member of a section that reads, ("", "") outside the schema; the section read; the attribute."""
 CHECKS = frozenset({"problems", "problems_with", "image_problems", "idle", "resolved", "resolved_with", "derive"})
 """Methods of sections that look at values without acting on them."""
-PASSES = 4
 
 
 def section_classes() -> dict[str, type[Section]]:
@@ -66,6 +66,10 @@ class Known:
     results: dict[tuple[str, str], str] = field(default_factory=dict)
     """(class or "", function) -> type; "" where functions of one name differ."""
 
+    def snapshot(self) -> tuple[dict[str, list[str]], dict[tuple[str, str], str], dict[tuple[str, str], str]]:
+        """All that a pass can add to."""
+        return dict(self.bases), dict(self.attributes), dict(self.results)
+
     def annotated(self, annotation: ast.AST | None) -> str | None:
         """The first known class that an annotation names."""
         if annotation is None:
@@ -103,9 +107,9 @@ class Reader(ast.NodeVisitor):
         reads: what is taken from sections.
     """
 
-    def __init__(self, known: Known, tree: ast.Module):
+    def __init__(self, known: Known, parameters: Mapping[str, str]):
         self.known = known
-        self.parameters = _parameter_types(known, tree)
+        self.parameters = parameters
         self.scopes: list[dict[str, str | None]] = [{}]
         self.cls = ""
         self.function = ""
@@ -255,15 +259,10 @@ def _parameter_types(known: Known, tree: ast.Module) -> dict[str, str]:
     return {name: kind for name, kinds in found.items() for kind in kinds if len(kinds) == 1 and kind}
 
 
-def fields_read(code: Iterable[str], schema: Iterable[str]) -> set[FieldName]:
-    """Fields that some code reads.
-
-    Args:
-        code: sources of modules outside the schema.
-        schema: sources of the schema, whose properties and methods read fields for those who use them.
-    """
+def fields_read(reads: Iterable[Read]) -> set[FieldName]:
+    """Fields that code acts on, of all that code and schema take from sections."""
     sections = section_classes()
-    reads = attributes_read(code, schema)
+    reads = set(reads)
     used, found = {("", "")}, set()
     while True:
         now = {(owner, attribute) for reader, owner, attribute in reads if reader in used}
@@ -274,23 +273,34 @@ def fields_read(code: Iterable[str], schema: Iterable[str]) -> set[FieldName]:
         used |= members
 
 
-def attributes_read(code: Iterable[str], schema: Iterable[str]) -> set[Read]:
-    """All that is taken from sections, in code and schema."""
+def attributes_read(sources: Mapping[str, str]) -> dict[str, set[Read]]:
+    """All that is taken from sections, by the module that takes it.
+
+    Args:
+        sources: module -> source. Those of the schema come first: their properties and methods read fields for those
+            who use them.
+    """
     sections = section_classes()
     known = Known(sections)
     for name, cls in sections.items():
         for item in dataclasses.fields(cls):  # type: ignore[arg-type]
             if found := _section_in(sections, str(item.type)):
                 known.attributes[name, item.name] = found
-    trees = [ast.parse(source) for source in (*schema, *code)]
-    known.classes |= {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
-    reads: set[Read] = set()
-    for _ in range(PASSES):
-        readers = [Reader(known, tree) for tree in trees]
-        for reader, tree in zip(readers, trees, strict=True):
-            reader.visit(tree)
-        reads = {read for reader in readers for read in reader.reads}
-    return reads
+    trees = {module: _tree(source) for module, source in sources.items()}
+    known.classes |= {node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    parameters = {module: _parameter_types(known, tree) for module, tree in trees.items()}
+    while True:
+        before = known.snapshot()
+        readers = {module: Reader(known, parameters[module]) for module in trees}
+        for module, reader in readers.items():
+            reader.visit(trees[module])
+        if known.snapshot() == before:
+            return {module: reader.reads for module, reader in readers.items()}
+
+
+@functools.cache
+def _tree(source: str) -> ast.Module:
+    return ast.parse(source)
 
 
 def _section_in(sections: Mapping[str, type[Section]], annotation: str) -> str | None:

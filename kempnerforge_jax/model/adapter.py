@@ -148,19 +148,21 @@ class AttentionalPoolAdapter(VisionAdapter):
 
 
 registry.register("adapter", "mlp_2layer")(
-    lambda config, in_dim, out_dim, *, rngs: MLP2LayerAdapter(
-        in_dim, out_dim, config.hidden_dim, config.activation, rngs=rngs
+    lambda adapter_config, in_dim, out_dim, *, rngs: MLP2LayerAdapter(
+        in_dim, out_dim, adapter_config.hidden_dim, adapter_config.activation, rngs=rngs
     )
 )
 registry.register("adapter", "linear")(
-    lambda config, in_dim, out_dim, *, rngs: LinearAdapter(in_dim, out_dim, rngs=rngs)
+    lambda adapter_config, in_dim, out_dim, *, rngs: LinearAdapter(in_dim, out_dim, rngs=rngs)
 )
 registry.register("adapter", "avgpool")(
-    lambda config, in_dim, out_dim, *, rngs: AvgPoolAdapter(in_dim, out_dim, config.pool_window, rngs=rngs)
+    lambda adapter_config, in_dim, out_dim, *, rngs: AvgPoolAdapter(
+        in_dim, out_dim, adapter_config.pool_window, rngs=rngs
+    )
 )
 registry.register("adapter", "attentional_pool")(
-    lambda config, in_dim, out_dim, *, rngs: AttentionalPoolAdapter(
-        in_dim, out_dim, config.pool_window, config.pool_heads, rngs=rngs
+    lambda adapter_config, in_dim, out_dim, *, rngs: AttentionalPoolAdapter(
+        in_dim, out_dim, adapter_config.pool_window, adapter_config.pool_heads, rngs=rngs
     )
 )
 

@@ -146,14 +146,18 @@ class AttentionalPoolAdapter(VisionAdapter):
 
 
 registry.register("adapter", "mlp_2layer")(
-    lambda config, in_dim, out_dim: MLP2LayerAdapter(in_dim, out_dim, config.hidden_dim, config.activation)
+    lambda adapter_config, in_dim, out_dim: MLP2LayerAdapter(
+        in_dim, out_dim, adapter_config.hidden_dim, adapter_config.activation
+    )
 )
-registry.register("adapter", "linear")(lambda config, in_dim, out_dim: LinearAdapter(in_dim, out_dim))
+registry.register("adapter", "linear")(lambda adapter_config, in_dim, out_dim: LinearAdapter(in_dim, out_dim))
 registry.register("adapter", "avgpool")(
-    lambda config, in_dim, out_dim: AvgPoolAdapter(in_dim, out_dim, config.pool_window)
+    lambda adapter_config, in_dim, out_dim: AvgPoolAdapter(in_dim, out_dim, adapter_config.pool_window)
 )
 registry.register("adapter", "attentional_pool")(
-    lambda config, in_dim, out_dim: AttentionalPoolAdapter(in_dim, out_dim, config.pool_window, config.pool_heads)
+    lambda adapter_config, in_dim, out_dim: AttentionalPoolAdapter(
+        in_dim, out_dim, adapter_config.pool_window, adapter_config.pool_heads
+    )
 )
 
 

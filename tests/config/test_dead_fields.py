@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from shared_config.schema import (
 from shared_config.schema.base import Section
 from tests.field_reads import (
     FieldName,
+    Read,
     attributes_read,
     declared_fields,
     family,
@@ -49,10 +51,16 @@ CODE = {
 }
 
 
+@functools.cache
+def all_reads() -> dict[str, set[Read]]:
+    """All that schema and code take from sections, by module."""
+    return attributes_read(SCHEMA | CODE)
+
+
 def dead(without: str = "-") -> set[FieldName]:
     """Fields that nobody reads, in code without the modules whose paths begin so."""
-    code = [source for path, source in CODE.items() if not path.startswith(without)]
-    return declared_fields(section_classes()) - fields_read(code, SCHEMA.values())
+    reads = (read for path, found in all_reads().items() if not path.startswith(without) for read in found)
+    return declared_fields(section_classes()) - fields_read(reads)
 
 
 def test_every_field_is_read_outside_the_schema() -> None:
@@ -103,7 +111,7 @@ def test_a_field_is_dead_without_the_module_that_reads_it(module: str, fields: s
 def test_nothing_is_taken_for_a_section_that_is_none() -> None:
     """Every attribute that counts as one of a section exists in it: `type` or `path` of other things don't count."""
     sections = section_classes()
-    taken = {(owner, name) for _, owner, name in attributes_read(CODE.values(), SCHEMA.values())}
+    taken = {(owner, name) for found in all_reads().values() for _, owner, name in found}
     assert not {
         (owner, name)
         for owner, name in taken
@@ -131,13 +139,15 @@ def test_a_read_counts_for_the_section_that_it_is_taken_from(line: str, read: bo
 def made() -> VideoConfig: ...
 def act(job: JobConfig, video: VideoConfig | None, other: Stream): return {line}
 """
-    assert (("VideoConfig", "fps") in fields_read([code], SCHEMA.values())) == read
+    assert (("VideoConfig", "fps") in read_by(code)) == read
 
 
 def test_a_member_of_a_section_counts_once_it_is_used() -> None:
-    unused, used = (
-        fields_read([f"def act(model: ModelConfig): return model.{name}"], SCHEMA.values())
-        for name in ("problems", "head_size")
-    )
+    unused, used = (read_by(f"def act(model: ModelConfig): return model.{name}") for name in ("problems", "head_size"))
     assert ("ModelConfig", "head_dim") not in unused
     assert ("ModelConfig", "head_dim") in used
+
+
+def read_by(code: str) -> set[FieldName]:
+    """Fields that are read if this module is all there is outside the schema."""
+    return fields_read(read for found in attributes_read(SCHEMA | {"": code}).values() for read in found)
