@@ -128,7 +128,9 @@ class CrossAttentionBlock(Module):
 @registry.register("architecture", "cross_attention")
 @dataclass(frozen=True)
 class CrossAttentionArchitecture(Architecture):
-    """The decoder with a block that reads the image after every n-th layer. Without an image they are left out."""
+    """The decoder with a block that reads the image after every n-th layer. Rows without an image skip
+    it.
+    """
 
     def __post_init__(self) -> None:
         if self.config.n_layers < self.every:
@@ -181,16 +183,20 @@ class CrossAttentionArchitecture(Architecture):
         return (layer_idx + 1) % self.every == 0
 
     def after_block(self, model: Transformer, layer_idx: int, x: jax.Array, modality: ModalityContext) -> jax.Array:
-        """Block k fires after layer i if (i + 1) = (k + 1) * every."""
+        """Block k fires after layer i if (i + 1) = (k + 1) * every; rows that may look at no image token skip it."""
         if not self.breaks_after(layer_idx) or not modality.reads_image:
             return x
         blocks = getattr(model, "cross_attention_layers")  # noqa: B009
         index = (layer_idx + 1) // self.every - 1
         block = blocks[str(index)]
         if modality.image_keys_values is not None:
-            return block(x, None, modality.image_mask, keys_values=modality.image_keys_values[index])
-        assert modality.image_features is not None
-        return block(x, modality.image_features.astype(x.dtype), modality.image_mask)
+            out = block(x, None, modality.image_mask, keys_values=modality.image_keys_values[index])
+        else:
+            assert modality.image_features is not None
+            out = block(x, modality.image_features.astype(x.dtype), modality.image_mask)
+        if modality.image_mask is None:
+            return out
+        return jnp.where(modality.image_mask.any(axis=1)[:, None, None], out, x)
 
     def read_once(self, model: Transformer, modality: ModalityContext) -> ModalityContext:
         """The keys and values of all blocks, in place of the features."""

@@ -36,14 +36,9 @@ from shared_config.schema.vlm import MoTConfig, VLMConfig
 class ModalityStrategy:
     """How one architecture takes the image. A strategy of its own is registered in category "modality_strategy" under
     the ``arch`` of its config, and called with that config.
-
-    Attributes:
-        padded_frames_first: where frames that don't exist are moved to. Positions are relative, so padding at the far
-            end of what they count changes nothing.
     """
 
     vlm_config: VLMConfig
-    padded_frames_first: bool = True
 
     def num_image_tokens(self, num_tokens: int) -> int:
         """Positions of the residual stream that ``num_tokens`` image tokens take."""
@@ -71,6 +66,7 @@ class ModalityStrategy:
 
 
 @registry.register("modality_strategy", "joint_decoder")
+@registry.register("modality_strategy", "mot")
 @registry.register("modality_strategy", "moma")
 @dataclass(frozen=True)
 class PrefixStrategy(ModalityStrategy):
@@ -100,14 +96,6 @@ class PrefixStrategy(ModalityStrategy):
             key_padding_mask=padding,
             noise_seed=noise_seed,
         )
-
-
-@registry.register("modality_strategy", "mot")
-@dataclass(frozen=True)
-class MoTStrategy(PrefixStrategy):
-    """As `PrefixStrategy`. Image positions count from the image's start, so padded frames stand at its end."""
-
-    padded_frames_first: bool = False
 
 
 @registry.register("modality_strategy", "cross_attention")
@@ -189,7 +177,12 @@ class VLMWrapper(Module):
         Args:
             pixel_values: (B, 3, h, w), or (B, F, 3, h, w) with at most ``frames_per_clip`` frames; None for text alone.
             input_ids: int (B, T).
-            frame_mask: bool (B, F), False for frames that don't exist: nothing attends to them or routes them.
+            frame_mask: bool (B, F), False for frames that don't exist: nothing attends to them or routes them, and
+                their content doesn't matter. They keep their places: other frames and the text have the positions that
+                they have in a full clip. A row without any frame gives the logits of its text alone, up to rounding,
+                since attention depends on differences of positions only and cross-attention skips the row. Two things
+                still see its places: the capacity of experts, which counts all positions of the batch, and the noise
+                of MoMa, which is drawn by position.
             text_mask: bool (B, T), False for padding, with an image or without. Padding after the text needs it only
                 where experts route.
             noise_seed: int (), see `ModalityContext`.
@@ -263,7 +256,9 @@ class VLMWrapper(Module):
     def encode_images(
         self, pixel_values: jax.Array, frame_mask: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Image tokens (B, N, D), those of frames that don't exist 0, and bool (B, N) that tells them; None: all exist.
+        """Image tokens (B, N, D) in the order of the frames, and bool (B, N), False for absent frames; None: all exist.
+
+        The tokens of an absent frame are 0, and keep their places.
 
         Raises:
             ValueError: shapes that don't fit.
@@ -282,11 +277,8 @@ class VLMWrapper(Module):
         flat = (batch, frames * embeds.shape[1])
         if frame_mask is None:
             return embeds_BFnD.reshape(*flat, -1), None
-        order_BF = jnp.argsort(frame_mask, axis=1, descending=not self.strategy.padded_frames_first, stable=True)
-        embeds_BFnD = jnp.take_along_axis(embeds_BFnD, order_BF[:, :, None, None], axis=1)
-        mask_BF1 = jnp.take_along_axis(frame_mask, order_BF, axis=1)[:, :, None]
-        embeds_BFnD = jnp.where(mask_BF1[..., None], embeds_BFnD, 0)
-        mask_BFn = jnp.broadcast_to(mask_BF1, embeds_BFnD.shape[:3])
+        mask_BFn = jnp.broadcast_to(frame_mask[:, :, None], embeds_BFnD.shape[:3])
+        embeds_BFnD = jnp.where(mask_BFn[..., None], embeds_BFnD, 0)
         return embeds_BFnD.reshape(*flat, -1), mask_BFn.reshape(flat)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import attend, resolve_head_dim
@@ -117,7 +118,9 @@ class CrossAttentionBlock(nn.Module):
 @registry.register("architecture", "cross_attention")
 @dataclass(frozen=True)
 class CrossAttentionArchitecture(Architecture):
-    """The decoder with a block that reads the image after every n-th layer. Without an image they are left out."""
+    """The decoder with a block that reads the image after every n-th layer. Rows without an image skip
+    it.
+    """
 
     def __post_init__(self) -> None:
         if self.config.n_layers < self.every:
@@ -165,15 +168,19 @@ class CrossAttentionArchitecture(Architecture):
                 raise ValueError(f"{name} is given: the architecture (cross_attention) takes image_features")
 
     def after_block(self, model: Transformer, layer_idx: int, x: Tensor, modality: ModalityContext) -> Tensor:
-        """Block k fires after layer i if (i + 1) = (k + 1) * every."""
+        """Block k fires after layer i if (i + 1) = (k + 1) * every; rows that may look at no image token skip it."""
         if (layer_idx + 1) % self.every != 0 or not modality.reads_image:
             return x
         index = (layer_idx + 1) // self.every - 1
         block = model.get_submodule(f"cross_attention_layers.{index}")
         if modality.image_keys_values is not None:
-            return block(x, None, modality.image_mask, keys_values=modality.image_keys_values[index])
-        assert modality.image_features is not None
-        return block(x, modality.image_features.to(x.dtype), modality.image_mask)
+            out = block(x, None, modality.image_mask, keys_values=modality.image_keys_values[index])
+        else:
+            assert modality.image_features is not None
+            out = block(x, modality.image_features.to(x.dtype), modality.image_mask)
+        if modality.image_mask is None:
+            return out
+        return torch.where(modality.image_mask.any(dim=1)[:, None, None], out, x)
 
     def read_once(self, model: Transformer, modality: ModalityContext) -> ModalityContext:
         """The keys and values of all blocks, in place of the features."""

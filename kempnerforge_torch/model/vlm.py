@@ -34,14 +34,9 @@ from shared_config.schema.vlm import MoTConfig, VLMConfig
 class ModalityStrategy:
     """How one architecture takes the image. A strategy of its own is registered in category "modality_strategy" under
     the ``arch`` of its config, and called with that config.
-
-    Attributes:
-        padded_frames_first: where frames that don't exist are moved to. Positions are relative, so padding at the far
-            end of what they count changes nothing.
     """
 
     vlm_config: VLMConfig
-    padded_frames_first: bool = True
 
     def num_image_tokens(self, num_tokens: int) -> int:
         """Positions of the residual stream that ``num_tokens`` image tokens take."""
@@ -69,6 +64,7 @@ class ModalityStrategy:
 
 
 @registry.register("modality_strategy", "joint_decoder")
+@registry.register("modality_strategy", "mot")
 @registry.register("modality_strategy", "moma")
 @dataclass(frozen=True)
 class PrefixStrategy(ModalityStrategy):
@@ -98,14 +94,6 @@ class PrefixStrategy(ModalityStrategy):
             key_padding_mask=padding,
             noise_seed=noise_seed,
         )
-
-
-@registry.register("modality_strategy", "mot")
-@dataclass(frozen=True)
-class MoTStrategy(PrefixStrategy):
-    """As `PrefixStrategy`. Image positions count from the image's start, so padded frames stand at its end."""
-
-    padded_frames_first: bool = False
 
 
 @registry.register("modality_strategy", "cross_attention")
@@ -194,7 +182,12 @@ class VLMWrapper(nn.Module):
         Args:
             pixel_values: (B, 3, h, w), or (B, F, 3, h, w) with at most ``frames_per_clip`` frames; None for text alone.
             input_ids: int (B, T).
-            frame_mask: bool (B, F), False for frames that don't exist: nothing attends to them or routes them.
+            frame_mask: bool (B, F), False for frames that don't exist: nothing attends to them or routes them, and
+                their content doesn't matter. They keep their places: other frames and the text have the positions that
+                they have in a full clip. A row without any frame gives the logits of its text alone, up to rounding,
+                since attention depends on differences of positions only and cross-attention skips the row. Two things
+                still see its places: the capacity of experts, which counts all positions of the batch, and the noise
+                of MoMa, which is drawn by position.
             text_mask: bool (B, T), False for padding, with an image or without. Padding after the text needs it only
                 where experts route.
             noise_seed: int (), see `ModalityContext`.
@@ -270,7 +263,9 @@ class VLMWrapper(nn.Module):
         )
 
     def encode_images(self, pixel_values: Tensor, frame_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Image tokens (B, N, D), those of frames that don't exist 0, and bool (B, N) that tells them; None: all exist.
+        """Image tokens (B, N, D) in the order of the frames, and bool (B, N), False for absent frames; None: all exist.
+
+        The tokens of an absent frame are 0, and keep their places.
 
         Raises:
             ValueError: shapes that don't fit.
@@ -288,9 +283,7 @@ class VLMWrapper(nn.Module):
         embeds_BFnD = embeds.unflatten(0, (batch, frames))
         if frame_mask is None:
             return embeds_BFnD.flatten(1, 2), None
-        order_BF = frame_mask.sort(dim=1, descending=not self.strategy.padded_frames_first, stable=True).indices
-        embeds_BFnD = embeds_BFnD.gather(1, order_BF[:, :, None, None].expand_as(embeds_BFnD))
-        mask_BFn = frame_mask.gather(1, order_BF)[:, :, None].expand(embeds_BFnD.shape[:3])
+        mask_BFn = frame_mask[:, :, None].expand(embeds_BFnD.shape[:3])
         embeds_BFnD = torch.where(mask_BFn[..., None], embeds_BFnD, 0)
         return embeds_BFnD.flatten(1, 2), mask_BFn.flatten(1)
 

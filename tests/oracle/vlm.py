@@ -60,7 +60,11 @@ def cross_attention_decoder(
     doc_ids: np.ndarray | None = None,
     key_padding_mask: np.ndarray | None = None,
 ) -> VLMOutput:
-    """The text decoder, with a block that reads the image (B, N, D), if there is one, after every n-th layer."""
+    """The text decoder, with a block that reads the image (B, N, D), if there is one, after every n-th layer.
+
+    Args:
+        image_mask: bool (B, N), True where text may look; a row that may look nowhere skips the blocks.
+    """
     x_BSD = token_embedding(tokens, submodule(weights, "token_embedding"))
     out = VLMOutput(np.empty(0), {"token_embedding.embedding": x_BSD, "token_embedding": x_BSD})
     rope = _rope(config, x_BSD.shape[1])
@@ -78,8 +82,11 @@ def cross_attention_decoder(
         if block is not None and image is not None:
             path = f"cross_attention_layers.{block}"
             own = submodule(weights, path)
-            x_BSD, named = cross_attention_block(x_BSD, image, own, config, vlm, image_mask)
-            out.activations |= below(path, named) | {path: x_BSD}
+            read_BSD, named = cross_attention_block(x_BSD, image, own, config, vlm, image_mask)
+            out.activations |= below(path, named) | {path: read_BSD}
+            x_BSD = (
+                read_BSD if image_mask is None else np.where(np.any(image_mask, axis=1)[:, None, None], read_BSD, x_BSD)
+            )
     out.activations["norm"] = norm(x_BSD, submodule(weights, "norm"), config.norm_type, config.norm_eps)
     return _with_logits(out, out.activations["norm"], weights)
 

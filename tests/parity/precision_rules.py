@@ -109,9 +109,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
             {"model.linear:Embedding.forward": 1, "model.linear:broadcast": 1, "model.mot:_repeated": 1},
             backward=True,
         ),
-        Rule(
-            SUM, "frames that trade places: one term a place", {"model.vlm:VLMWrapper.encode_images": 1}, backward=True
-        ),
     ),
     "torch": (
         Rule(
@@ -237,7 +234,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             SUM,
             "places that occur once: one term each",
-            {"model.moma:ExpertChoiceMoE.forward": 1, "model.vlm:VLMWrapper.encode_images": 1},
+            {"model.moma:ExpertChoiceMoE.forward": 1},
             ("index_put", "scatter_add"),
             backward=True,
         ),

@@ -492,6 +492,9 @@ def test_images_are_seen_as_in_the_full_forward(backend: Any, arch: str, masked:
     )
     tokens = continued(backend, model, PROMPTS, temperature=0.0, prefill_chunk=4, **images)
     np.testing.assert_array_equal(tokens, seen_and_continued(vlm, masked, window))
+    if masked:
+        alone = continued(backend, model, PROMPTS[2:], temperature=0.0, prefill_chunk=4)
+        np.testing.assert_array_equal(tokens[2:], alone)
 
 
 @on_both

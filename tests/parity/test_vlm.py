@@ -94,7 +94,7 @@ def wrapper_component(
         return out.logits + aux * losses(out.stats) if aux else out.logits
 
     def oracle(weights: Arrays, given: Arrays) -> np.ndarray:
-        image, mask = oracle_images(weights, given, first=not isinstance(vlm, MoTConfig))
+        image, mask = oracle_images(weights, given)
         return reads(submodule(weights, "transformer"), image, mask, given["tokens"])
 
     arguments: tuple[Any, ...] = (model, VISION, ADAPTER, vlm, FRAMES)
@@ -110,18 +110,16 @@ def wrapper_component(
     )
 
 
-def oracle_images(weights: Arrays, given: Arrays, first: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """Image tokens with the frames that don't exist moved to the front, or to the end, and the mask of the others."""
+def oracle_images(weights: Arrays, given: Arrays) -> tuple[np.ndarray, np.ndarray | None]:
+    """Image tokens in the order of the frames, those of frames that don't exist 0, and the mask of the others."""
     pixels = given["pixels"] if given["pixels"].ndim == 5 else given["pixels"][:, None]
-    rows, masks = [], []
-    for row, clip in enumerate(pixels):
+    exists = given.get("frames", np.ones(pixels.shape[:2], bool))
+    rows = []
+    for clip, frames in zip(pixels, exists, strict=True):
         features = vision_tower(clip, submodule(weights, "vision_encoder"), vit_tower(VISION))
         tokens = oracle_adapter(features, submodule(weights, "adapter"), ADAPTER)
-        exists = given["frames"][row] if "frames" in given else np.ones(len(clip), bool)
-        real, none = [tokens[i] for i in np.flatnonzero(exists)], [tokens[0] * 0] * int((~exists).sum())
-        rows.append(np.concatenate([*none, *real] if first else [*real, *none]))
-        masks.append(np.repeat(np.sort(exists) if first else -np.sort(-exists.astype(int)), TOKENS).astype(bool))
-    return np.stack(rows), np.stack(masks) if "frames" in given else None
+        rows.append(np.concatenate([tokens[i] * int(frames[i]) for i in range(len(clip))]))
+    return np.stack(rows), np.repeat(exists, TOKENS, axis=1) if "frames" in given else None
 
 
 def padding(mask: np.ndarray | None, tokens: np.ndarray) -> np.ndarray | None:

@@ -172,14 +172,16 @@ def check_cross_attention(backend: str) -> None:
 
 
 def check_cross_attention_layers(backend: str) -> None:
-    """Each block follows its own layer."""
+    """Each block follows its own layer; a row without an image has none."""
     side, rng, config = Side(backend), np.random.default_rng(4), MODEL.replace(n_layers=2)
     tokens, image = rng.integers(0, 13, (2, TEXT_LEN)), rng.standard_normal((2, IMAGE_LEN, DIM))
     table = parameter_table(config, CROSS)
     model = side.filled(table, side.module("model.transformer").Transformer, config, vlm_config=CROSS)
-    context = side.module("model.modality").ModalityContext(image_features=side.array(image))
-    truth = cross_attention_decoder(weights_of(table), config, CROSS, tokens, image).logits
-    side.same(model.run(side.array(tokens), modality=context).logits, truth, "logits")
+    context, mask = side.module("model.modality").ModalityContext, np.array([[True] * IMAGE_LEN, [False] * IMAGE_LEN])
+    for given in (mask, None):
+        truth = cross_attention_decoder(weights_of(table), config, CROSS, tokens, image, given).logits
+        seen = context(image_features=side.array(image), image_mask=side.array(given))
+        side.same(model.run(side.array(tokens), modality=seen).logits, truth, f"mask {given is not None}")
 
 
 # Mixture of transformers
@@ -289,10 +291,10 @@ def moma_noise(ids: np.ndarray, real: np.ndarray, seed: int) -> dict[int, dict[s
 
 VISION = VisionEncoderConfig(feature_dim=6, num_tokens=2)
 PLAIN = AdapterConfig(type="linear")
-CLIPS = np.random.default_rng(8).uniform(-1, 1, (2, 3, 3, 2, 2))
-TOKENS = np.random.default_rng(9).integers(0, 13, (2, TEXT_LEN))
-FRAMES = np.array([[True, False, True], [False, True, False]])
-TEXT_MASK = np.arange(TEXT_LEN) >= np.array([[0], [2]])
+CLIPS = np.random.default_rng(8).uniform(-1, 1, (3, 3, 3, 2, 2))
+TOKENS = np.random.default_rng(9).integers(0, 13, (3, TEXT_LEN))
+FRAMES = np.array([[True, False, True], [False, True, False], [False] * 3])
+TEXT_MASK = np.arange(TEXT_LEN) >= np.array([[0], [2], [1]])
 ARCHITECTURES: dict[str, VLMConfig] = {
     "joint_decoder": JointDecoderConfig(max_text_len=8), "cross_attention": CROSS, "mot": MOT
 }  # fmt: skip
@@ -318,10 +320,9 @@ def wrapper_check(arch: str) -> Callable[[str], None]:
 def wrapper_truth(arch: str) -> np.ndarray:
     vlm = ARCHITECTURES[arch]
     weights = weights_of(wrapper_table(MODEL, vlm, PLAIN, None, 6))
-    features = noise.image_noise(CLIPS.reshape(6, 3, 2, 2), 2, 6)
-    tokens_BFnD = (features @ weights["adapter.proj.weight"].T).reshape(2, 3, 2, DIM)
-    clips = [placed(row, real, arch == "mot") for row, real in zip(tokens_BFnD, FRAMES, strict=True)]
-    image, mask = (np.stack(parts) for parts in zip(*clips, strict=True))
+    features = noise.image_noise(CLIPS.reshape(9, 3, 2, 2), 2, 6)
+    tokens_BFnD = (features @ weights["adapter.proj.weight"].T).reshape(3, 3, 2, DIM)
+    image, mask = tokens_BFnD.reshape(3, 6, DIM), np.repeat(FRAMES, 2, axis=1)
     own = submodule(weights, "transformer")
     padding = np.concatenate([mask, TEXT_MASK], axis=1)
     if isinstance(vlm, CrossAttentionConfig):
@@ -329,17 +330,9 @@ def wrapper_truth(arch: str) -> np.ndarray:
     if not isinstance(vlm, MoTConfig):
         return joint_decoder(own, MODEL, TOKENS, image, padding).logits
     embeds = np.concatenate([image, own["token_embedding.embedding.weight"][TOKENS]], axis=1)
-    ids = np.array([[0] * image.shape[1] + [1] * TEXT_LEN] * 2)
+    ids = np.array([[0] * image.shape[1] + [1] * TEXT_LEN] * 3)
     cut = slice(image.shape[1], None)
     return mot_decoder(own, MODEL, vlm, embeds, ids, key_padding_mask=padding, output_slice=cut).logits
-
-
-def placed(frames_FnD: np.ndarray, real_F: np.ndarray, real_first: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of one clip, those of frames that don't exist 0 and at one end, and which of them exist."""
-    real, padded = frames_FnD[real_F], np.zeros_like(frames_FnD[~real_F])
-    parts = [(real, True), (padded, False)] if real_first else [(padded, False), (real, True)]
-    mask = np.concatenate([np.full(part.shape[:2], exists) for part, exists in parts])
-    return np.concatenate([part for part, _ in parts]).reshape(-1, DIM), mask.ravel()
 
 
 def check_seed(backend: str) -> None:
