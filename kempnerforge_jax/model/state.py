@@ -19,7 +19,7 @@ from kempnerforge_jax.model.scan import layer_name, layer_range, stack_arrays, s
 from kempnerforge_jax.model.wrappers import plain_modules, unwrap, unwrapped
 from shared_config.contract.parameters import aliases
 from shared_config.errors import UserError
-from shared_config.interchange.states import check_tied, host_array, plain_state
+from shared_config.interchange.states import check_tied, host_array, plain_state, without_unused
 from shared_config.schema.model import ModelConfig
 
 State = dict[str, jax.Array]
@@ -38,16 +38,18 @@ def set_state(model: nnx.Module, state: Mapping[str, Any]) -> None:
 
     Args:
         model: may be wrapped.
-        state: what `plain_state` accepts, `nnx.state(model)` for one; a tied weight may go by all its names.
+        state: what `plain_state` accepts, `nnx.state(model)` for one; a tied weight may go by all its names. The
+            final norm that mixtures of transformers don't use is left out, which is logged.
 
     Raises:
         UserError: lists every missing, unknown and misshapen name; the model is unchanged.
     """
     own = own_variables(model)
-    state = _untied(model, unstack_layers(plain_state(state)))
     values = {name: variable.get_value() for name, variable in own.items()}
+    expected = {name: tuple(array.shape) for name, array in unstack_shapes(values).items()}
+    state = without_unused(_untied(model, unstack_layers(plain_state(state))), expected)
     check_names(
-        {name: tuple(array.shape) for name, array in unstack_shapes(values).items()},
+        expected,
         {name: tuple(value.shape) for name, value in state.items()},
     )
     whole = stack_layers(state, [layer_range(name.split(".")[1]) for name in values if name.startswith("layers.")])

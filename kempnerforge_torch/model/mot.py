@@ -326,7 +326,8 @@ def mot_warm_start_from_text_stack(transformer: Transformer, source_state_dict: 
     """Copy the weights of a text model into every modality.
 
     Args:
-        source_state_dict: of a `Transformer` of the same config without images, as tensors or NumPy arrays.
+        source_state_dict: of a `Transformer` of the same config without images, or of a wrapper around one, as tensors
+            or NumPy arrays.
 
     Raises:
         UserError: listing every source tensor that is missing or misshapen, and every one that would go unused.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_config.errors import UserError
-from shared_config.interchange.states import check_tied, host_array, plain_state, whole
+from shared_config.interchange.states import check_tied, host_array, plain_state, whole, without_unused
 
 # Types that NumPy lacks: torch's, ml_dtypes', and an integer type of the same width to carry the bits.
 EXTENSIONS = (
@@ -34,7 +34,8 @@ def set_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
     Args:
         model: may be wrapped, as a whole or in parts.
-        state: what `plain_state` accepts, with one name or all names of a tied weight.
+        state: what `plain_state` accepts, with one name or all names of a tied weight. The final norm that mixtures of
+            transformers don't use is left out, which is logged.
 
     Raises:
         UserError: lists every missing, unknown and misshapen name; the model is unchanged.
@@ -44,6 +45,7 @@ def set_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     aliases = {alias: first for alias, first in first_names.items() if alias != first and alias in state}
     check_tied(state, aliases)
     state = {first_names.get(name, name): value for name, value in reversed(state.items())}
+    state = without_unused(state, own)
     check_names(
         {name: tuple(tensor.shape) for name, tensor in own.items()},
         {name: tuple(value.shape) for name, value in state.items()},

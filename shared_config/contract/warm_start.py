@@ -15,6 +15,11 @@ from shared_config.schema.vlm import MoTConfig
 RENAMED = {"attn_norm": "attention_norm", "attn": "attention"}
 
 
+TRANSFORMER = "transformer."
+"""What the tensors of a text model begin with inside a vision-language model."""
+OTHER_PARTS = ("vision_encoder.", "adapter.")
+
+
 def text_source(name: str, modalities: tuple[str, ...]) -> str:
     """The tensor of the text model that a tensor of the mixture starts as: the same for every modality."""
     one_of = "|".join(re.escape(modality) for modality in modalities)
@@ -37,11 +42,14 @@ def warm_start_state(config: ModelConfig, vlm: MoTConfig, state: Mapping[str, An
     """The state of the mixture, each tensor that of its source.
 
     Args:
-        state: of the dense (or mixture-of-experts) text model, by native names.
+        state: of the dense (or mixture-of-experts) text model, by native names; or of a vision-language model, of which
+            ``transformer.*`` counts.
 
     Raises:
         UserError: listing every source that is missing or misshapen, and every tensor that would go unused.
     """
+    if any(name.startswith(TRANSFORMER) for name in state):
+        state = {name.removeprefix(TRANSFORMER): state[name] for name in state if not name.startswith(OTHER_PARTS)}
     table: ParameterTable = parameter_table(config, vlm)
     sources = {name: text_source(name, vlm.mot_modalities) for name in table}
     problems = [f"{source}: missing" for source in dict.fromkeys(sources.values()) if source not in state]

@@ -6,7 +6,9 @@ parallelism and averaging ("module"), sharding and checkpointing. It may sit aro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -14,8 +16,13 @@ import numpy as np
 
 from shared_config.errors import UserError
 
+log = logging.getLogger(__name__)
+
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Names under which wrappers hold what they wrap."""
+
+UNUSED_NORM = re.compile(r"((?:.+\.)?)norm\.(?:weight|bias)")
+"""A final norm, which models with one for each modality have in its place."""
 
 COUNTER = "n_averaged"
 """What `torch.optim.swa_utils.AveragedModel` adds to the state of the model that it wraps."""
@@ -93,6 +100,21 @@ def without_repeats(state: Mapping[str, Any]) -> dict[str, Any]:
             result[name] = value
         seen.add(place)
     return result
+
+
+def without_unused(state: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
+    """The state without a final norm of mixtures of transformers, which norm by modality and never use it.
+
+    Weights trained elsewhere hold it all the same. A line is logged for what is left out.
+
+    Args:
+        own: names of the model's tensors.
+    """
+    strange = (UNUSED_NORM.fullmatch(name) for name in state if name not in own)
+    unused = [found[0] for found in strange if found and any(name.startswith(f"{found[1]}mot_norms.") for name in own)]
+    if unused:
+        log.warning("%s: left out, as the model norms by modality (mot_norms)", ", ".join(unused))
+    return {name: value for name, value in state.items() if name not in unused}
 
 
 def check_tied(state: Mapping[str, Any], aliases: Mapping[str, str]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike, file_errors, make_folder, written_aside
 from shared_config.interchange.reading import MAX_JSON_BYTES, parse_json, read_bytes
-from shared_config.interchange.states import numpy_dtype, plain_state, without_repeats
+from shared_config.interchange.states import numpy_dtype, plain_state, without_repeats, without_unused
 from shared_config.interchange.tensors import TensorFile, read_tensors, write_tensors
 
 __all__ = ["WeightsError", "check_tensors", "load_weights", "read_tensors", "save_weights", "write_tensors"]
@@ -120,6 +120,7 @@ def load_weights(path: PathLike, table: Mapping[str, HasShape] | None = None) ->
     state = plain_state(_load_shards(path) if path.suffix == ".json" else read_tensors(path))
     if table is None:
         return state
+    state = without_unused(state, table)
     check_tensors(state, table, source=str(path))
     return {name: state[name] for name in table}
 
