@@ -159,6 +159,9 @@ DIFFERENCES = {
 }
 """By file, what one backend has alone: a name, ``Class.member``, or an argument ``function(argument)``."""
 
+VALUES = {"model/grouped.py": {"TILE_ROWS": "torch's tiles are for GPUs and CPUs, JAX's for XLA's loops"}}
+"""Constants and defaults that both backends have, with other values."""
+
 
 def test_both_backends_have_the_same_files() -> None:
     torch_files, jax_files = (files_of(backend) for backend in BACKENDS)
@@ -189,6 +192,24 @@ def test_twins_define_and_take_arguments_in_the_same_order() -> None:
         torch_names, jax_names = (described(path_of(backend, file)) for backend in BACKENDS)
         ordered = {name for name in set(torch_names) & set(jax_names) if "." not in name or "(" in name}
         assert [n for n in torch_names if n in ordered] == [n for n in jax_names if n in ordered], file
+
+
+def test_twins_have_the_same_constants_and_defaults() -> None:
+    compared = 0
+    for file in common_files():
+        torch_values, jax_values = (values(path_of(backend, file)) for backend in BACKENDS)
+        common = set(torch_values) & set(jax_values)
+        differ = {name for name in common if torch_values[name] != jax_values[name]}
+        assert differ == set(VALUES.get(file, {})), f"{file}: values differ, or are listed and do not"
+        compared += len(common)
+    assert compared > 200
+
+
+def test_the_comparison_sees_a_value(tmp_path: Path) -> None:
+    methods = "  def __init__(self, x=2): ...\n  def f(self, *, z=None): ...\n"
+    source = f"A = 1\nB = torch.float32\nclass C:\n  y: int = 3\n{methods}def g(a, b=-1): ...\n"
+    (tmp_path / "one.py").write_text(source)
+    assert values(tmp_path / "one.py") == {"A": "1", "C(x)": "2", "C.y": "3", "C.f(z)": "None", "g(b)": "-1"}
 
 
 def test_every_reason_says_whose_it_is() -> None:
@@ -230,6 +251,22 @@ def described(path: Path) -> list[str]:
     return found
 
 
+def values(path: Path) -> dict[str, str]:
+    """Constants, defaults of fields and of arguments of a file as source text, but for those that name a framework."""
+    found: dict[str, str] = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            found |= _defaults(node.name, node)
+        elif isinstance(node, ast.ClassDef):
+            for part in node.body:
+                if isinstance(part, ast.FunctionDef):
+                    found |= _defaults(node.name if part.name == "__init__" else f"{node.name}.{part.name}", part)
+                found |= {f"{node.name}.{name}": text for name, text in _assigned(part).items()}
+        found |= _assigned(node)
+    frameworks = ("torch", "jax", "jnp", "Tensor")
+    return {name: text for name, text in found.items() if not any(framework in text for framework in frameworks)}
+
+
 def without_parts(names: set[str]) -> set[str]:
     """The names but for members and arguments of what is among the names itself."""
     owners = {name: {name.partition(".")[0], name.partition("(")[0]} - {name} for name in names}
@@ -269,6 +306,22 @@ def _names(node: ast.stmt) -> list[str]:
 def _arguments(name: str, node: ast.FunctionDef) -> list[str]:
     listed = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     return [f"{name}({argument.arg})" for argument in listed if argument.arg not in IMPLIED]
+
+
+def _defaults(name: str, node: ast.FunctionDef) -> dict[str, str]:
+    positional = [*node.args.posonlyargs, *node.args.args]
+    given = node.args.defaults
+    pairs = [*zip(positional[len(positional) - len(given) :], given, strict=True)]
+    pairs += [
+        (argument, value) for argument, value in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if value
+    ]
+    return {f"{name}({argument.arg})": ast.unparse(value) for argument, value in pairs}
+
+
+def _assigned(node: ast.stmt) -> dict[str, str]:
+    if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+        return {name: ast.unparse(node.value) for name in _names(node)}
+    return {}
 
 
 def _set_in(node: ast.FunctionDef) -> Iterator[str]:

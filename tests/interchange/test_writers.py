@@ -19,7 +19,7 @@ from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.activations import ActivationWriter
 from shared_config.interchange.files import written_aside
-from shared_config.interchange.outputs import claim_record_folder, writable_folder
+from shared_config.interchange.outputs import WRITER, claim_folder, claim_record_folder, writable_folder
 from shared_config.interchange.tensors import write_tensors
 from shared_config.interchange.weights import save_weights
 from shared_config.loader import load_config
@@ -263,3 +263,18 @@ def test_a_folder_for_records_may_hold_records_of_these_names_alone(tmp_path: Pa
         (tmp_path / name).touch()
         with pytest.raises(UserError, match=r"holds c\.npz(, d\.npz)?, which validate did not write"):
             claim_record_folder(tmp_path, files)
+
+
+@pytest.mark.parametrize("shard_bytes", [2**30, 8], ids=["one file", "shards"])
+def test_a_folder_of_weights_may_be_written_again_by_the_command_that_wrote_it(
+    tmp_path: Path, shard_bytes: int
+) -> None:
+    config, folder = load_config("debug"), tmp_path / "out"
+    tensors = {"x": np.ones(3, np.float32), "y": np.ones(3, np.float32)}
+    save_weights(folder, tensors, max_shard_bytes=shard_bytes, metadata={WRITER: "native"})
+    assert claim_folder(folder, "native", config, source=tmp_path / "source") == folder
+    with pytest.raises(UserError, match="did not write for this model and config as huggingface"):
+        claim_folder(folder, "huggingface", config, source=tmp_path / "source")
+    save_weights(folder, tensors, max_shard_bytes=shard_bytes)
+    with pytest.raises(UserError, match="did not write for this model and config as native"):
+        claim_folder(folder, "native", config, source=tmp_path / "source")

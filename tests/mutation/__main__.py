@@ -35,10 +35,7 @@ EQUIVALENT = Path(__file__).parent / "equivalent.toml"
 FOLDERS = {
     "torch": ("kempnerforge_torch/model", "kempnerforge_torch/training"),
     "jax": ("kempnerforge_jax/model", "kempnerforge_jax/training"),
-    "shared_config": (
-        *(f"shared_config/{folder}" for folder in ("contract", "compare", "interchange", "data")),
-        "shared_config/contract/decoding.py",
-    ),
+    "shared_config": tuple(f"shared_config/{folder}" for folder in ("contract", "interchange", "data", "parity")),
 }
 
 

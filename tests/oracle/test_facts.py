@@ -17,7 +17,7 @@ import shared_config.contract
 import shared_config.interchange
 from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, parameter_table
 from shared_config.contract.rope import rope_tables
-from shared_config.contract.vision import TowerConfig, adapter_table, tower_table, vit_tower, wrapper_table
+from shared_config.contract.vision import TowerConfig, adapter_table, job_table, tower_table, vit_tower, wrapper_table
 from shared_config.loader import load_config, preset_names
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.model import ModelConfig, RopeScaling
@@ -106,6 +106,19 @@ def test_a_wrapper_holds_a_tower_an_adapter_and_the_language_model() -> None:
     parts["transformer"] = model_facts(model, vlm)
     stated = {f"{part}.{name}": fact for part, facts in parts.items() for name, fact in facts.items()}
     assert_stated(wrapper_table(model, vlm, adapter, TOWER, 20), stated)
+
+
+def test_what_is_registered_undeclared_is_known_by_its_shapes() -> None:
+    """Decay acts on matrices, also on those of several axes; entries of the table count before shapes."""
+    config = load_config("debug")
+    stated = parameter_table(config.model)
+    shapes = {"scalar": (), "bias": (3,), "matrix": (3, 2), "kernel": (3, 2, 1), "norm.weight": (9,)}
+    found = job_table(config, shapes=shapes)
+    assert {name: found[name] for name in stated} == stated
+    for name in set(shapes) - set(stated):
+        fact = Fact(shapes[name], (CONSTANT, 0.0), (None,) * len(shapes[name]), decay=name in ("matrix", "kernel"))
+        assert fact_of(found[name]) == fact, name
+    assert job_table(config) == stated
 
 
 # Rotary tables

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,8 @@ from kempnerforge_jax.model.vlm import build_vlm_wrapper as build_jax
 from kempnerforge_jax.training import freeze as jax_freeze
 from kempnerforge_torch.model.vlm import build_vlm_wrapper as build_torch
 from kempnerforge_torch.training import freeze as torch_freeze
-from shared_config.contract.freeze import canonical_freeze_meta, effective_freeze, frozen_names
+from shared_config.contract.freeze import canonical_freeze_meta, effective_freeze, frozen_names, moments_under
+from shared_config.contract.parameters import Constant, ParameterSpec
 from shared_config.schema import FreezeSpec, FreezeStage, JointDecoderConfig, ModelConfig, VisionEncoderConfig
 from shared_config.schema.vlm import DEFAULT_PATTERNS
 
@@ -106,3 +108,20 @@ def test_metadata_knows_no_order() -> None:
     both = [FreezeSpec("b"), FreezeSpec("a")]
     assert canonical_freeze_meta(both) == canonical_freeze_meta(both[::-1])
     assert canonical_freeze_meta(both) != canonical_freeze_meta(both[:1])
+
+
+def test_moments_follow_what_is_frozen_when_a_run_goes_on() -> None:
+    """Of what is frozen now they are left out; of what was frozen they start at 0, after no update."""
+    spec = ParameterSpec((2, 3), Constant(1.0), (None, None))
+    parts = ("adapter.w", "transformer.w", "vision_encoder.w")
+    table = dict.fromkeys(parts, spec) | {"transformer.b": ParameterSpec((1,), Constant(0.0), (None,), is_buffer=True)}
+    trained = {f"{kind}.{name}": np.full((2, 3), 0.5, np.float32) for kind in "mv" for name in parts[:2]}
+    trained |= {f"t.{name}": np.array(7, np.int32) for name in parts[:2]}
+    moved = moments_under(JOINT.replace(freeze=(FreezeSpec("transformer"),)), table, trained)
+    assert sorted(moved) == [f"{kind}.{name}" for kind in "mtv" for name in ("adapter.w", "vision_encoder.w")]
+    for kind, dtype, shape in (("m", np.float32, (2, 3)), ("v", np.float32, (2, 3)), ("t", np.int32, ())):
+        assert moved[f"{kind}.adapter.w"] is trained[f"{kind}.adapter.w"]
+        fresh = moved[f"{kind}.vision_encoder.w"]
+        assert (fresh.dtype, fresh.shape, fresh.any()) == (dtype, shape, False)
+    assert moments_under(None, table, trained) == trained
+    assert moments_under(JOINT, table, {}) == {}

@@ -116,6 +116,20 @@ def test_sample_is_its_definition(
         assert int(drawn[0]) == truth, backend
 
 
+@on_both
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (1, 2, 2)])
+def test_distributions_of_any_shape_are_drawn_from(backend: Any, shape: tuple[int, ...]) -> None:
+    logits = np.random.default_rng(5).standard_normal((*shape, VOCABULARY))
+    uniforms = np.linspace(0.05, 0.95, int(np.prod(shape))).reshape(shape)
+    drawn = generation(backend).sample(backend.array(logits), uniforms=backend.array(uniforms))
+    assert drawn.shape == shape
+    truth = [
+        oracle_sample(row, uniform, 1.0, 0, 1.0)
+        for row, uniform in zip(logits.reshape(-1, VOCABULARY), uniforms.ravel(), strict=True)
+    ]
+    assert np.asarray(drawn).ravel().tolist() == truth
+
+
 def is_close_call(row: np.ndarray, uniform: float, temperature: float, top_k: int, top_p: float) -> bool:
     """Whether rounding decides which token is drawn or kept."""
     _, whole = kept_distribution(row, temperature, top_k)
