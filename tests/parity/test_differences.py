@@ -169,7 +169,8 @@ def check_shared_experts(backend: Torch) -> None:
     shared = {
         name.removeprefix("shared_expert."): value for name, value in weights.items() if name.startswith("shared")
     }
-    assert shared["down_proj.weight"].shape == (layer.dim, 3 * layer.hidden_dim)
+    built = backend.module("model.state").get_state(layer.build(backend.name))
+    assert built["shared_expert.down_proj.weight"].shape == (layer.dim, 3 * layer.hidden_dim)
     assert_same_function(run(backend.name, layer, weights, x).output, mlp(x, shared, layer.activation)[0], "output")
 
 
