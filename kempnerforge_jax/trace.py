@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 
 from kempnerforge_jax.model.attention import KVCache
+from kempnerforge_jax.model.expert_choice import ExpertChoiceSigmoidRouter
 from kempnerforge_jax.model.hooks import activation_names, capture, replacing
 from kempnerforge_jax.model.module import Module, named_modules, observing, substituting
 from kempnerforge_jax.model.moe import MoEStats
-from kempnerforge_jax.model.moma import ExpertChoiceSigmoidRouter
 from kempnerforge_jax.model.state import from_numpy, get_state, merge, split, to_numpy
 from kempnerforge_jax.model.vlm import inner_transformer
 from kempnerforge_jax.training.loss import mean_cross_entropy, router_losses

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import KVCache
+from kempnerforge_torch.model.expert_choice import ExpertChoiceSigmoidRouter
 from kempnerforge_torch.model.hooks import activation_names, capture, replacing
 from kempnerforge_torch.model.moe import MoEStats
-from kempnerforge_torch.model.moma import ExpertChoiceSigmoidRouter
 from kempnerforge_torch.model.state import from_numpy, get_state, own_tensors, to_numpy
 from kempnerforge_torch.model.vlm import inner_transformer
 from kempnerforge_torch.training.loss import mean_cross_entropy, router_losses

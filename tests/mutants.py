@@ -182,7 +182,7 @@ MUTANTS = (
     ),
     Mutant(
         "model.transformer", "residual around the feed-forward layer dropped",
-        ("return x + self.mlp(self.mlp_norm(x)), None", "return self.mlp(self.mlp_norm(x)), None"),
+        ("self.mlp(self.mlp_norm(x)), None\n", "self.mlp(self.mlp_norm(x)) - x, None\n"),
         ("self.mlp(self.mlp_norm(x)), None\n", "self.mlp(self.mlp_norm(x)) - x, None\n"),
     ),
     Mutant(

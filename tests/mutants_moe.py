@@ -111,8 +111,8 @@ MOE_MUTANTS = (
     ),
     Mutant(
         "model.transformer", "counts of the last micro-batch only",
-        ("_added(self._pending_counts, self.get_expert_counts())", "self.get_expert_counts()"),
-        ('_added(self.kept("pending", {}), {i', "_added({}, {i"),
+        ("added(self._pending_counts, self.get_expert_counts())", "self.get_expert_counts()"),
+        ('added(self.kept("pending", {}), {i', "added({}, {i"),
     ),
     Mutant(
         "model.transformer", "counts of earlier steps again",

@@ -77,9 +77,9 @@ PRECISION_MUTANTS = (
     ),
     Mutant(
         "model.router", "scores rounded before they are compared",
-        ("self._preference(scores_TE.detach())", "self._preference(scores_TE.detach().to(x_TD.dtype))"),
+        ("self._preference(scores_TE.detach())", "self._preference(scores_TE.detach().to(x.dtype))"),
         ("self._preference(jax.lax.stop_gradient(scores_TE))",
-         "self._preference(jax.lax.stop_gradient(scores_TE).astype(x_TD.dtype))"),
+         "self._preference(jax.lax.stop_gradient(scores_TE).astype(x.dtype))"),
     ),
     Mutant("model.router", "logits at the precision of products", None, (", precision=jax.lax.Precision.HIGHEST", "")),
     Mutant(
@@ -110,12 +110,12 @@ PRECISION_MUTANTS = (
         None, (", precision=lax.Precision.HIGHEST)", ")"),
     ),
     Mutant(
-        "model.moma", "scores rounded",
-        ("scores_TE = logits_TE.sigmoid()", "scores_TE = logits_TE.sigmoid().to(x_TD.dtype)"),
-        ("scores_TE = jax.nn.sigmoid(logits_TE)", "scores_TE = jax.nn.sigmoid(logits_TE).astype(x_TD.dtype)"),
+        "model.expert_choice", "scores rounded",
+        ("scores_TE = logits_TE.sigmoid()", "scores_TE = logits_TE.sigmoid().to(x.dtype)"),
+        ("scores_TE = jax.nn.sigmoid(logits_TE)", "scores_TE = jax.nn.sigmoid(logits_TE).astype(x.dtype)"),
     ),
     Mutant(
-        "model.moma", "experts added up in the dtype of the tokens",
+        "model.expert_choice", "experts added up in the dtype of the tokens",
         ("y_TD = torch.zeros(x_TD.shape, dtype=weights_CE.dtype,", "weights_CE = weights_CE.to(x_TD.dtype)\n        "
          "y_TD = torch.zeros(x_TD.shape, dtype=x_TD.dtype,"),
         ("y_TD = jnp.zeros(x_TD.shape, weights_CE.dtype)", "weights_CE = weights_CE.astype(x_TD.dtype)\n        "

@@ -27,7 +27,7 @@ STATE_MUTANTS = (
         ("after_block(self, groups[-1][-1], x, modality)", "after_block(self, groups[0][0], x, modality)"),
     ),
     Mutant(
-        "model.transformer", "stats of a stack in reverse", None,
+        "model.stats", "stats of a stack in reverse", None,
         ("for index, layer in enumerate(group)}", "for index, layer in enumerate(reversed(group))}"),
     ),
     Mutant(

@@ -32,6 +32,7 @@ DIFFERENCES = {
     },
     "model/cross_attention.py": {"CrossAttentionArchitecture.breaks_after": "jax: where a scan over layers must end"},
     "model/embedding.py": {"OutputHead.forward(tied_weight)": "jax: no array belongs to two modules"},
+    "model/expert_choice.py": {"MAX_SEED": "torch: draws a seed of its own where none is given"},
     "model/generate.py": {
         "PROGRAMS": "torch: refuses to compile many programs of one function",
         "Recorded": "torch: CUDA graphs; XLA launches its own",
@@ -68,14 +69,12 @@ DIFFERENCES = {
         "ModalityContext.tree_unflatten": "jax: pytree",
     },
     "model/moma.py": {
-        "MAX_SEED": "torch: draws a seed of its own where none is given",
         "MoMaFFN.layer": "jax: an array, so that stacked layers keep their number",
         "MoMaFFN.layer_idx": "torch: a number will do",
         "MoMaFFN.set_layer": "jax: sets that array",
     },
     "model/mot.py": {
         "MoTAttention.kv_heads": "torch: kept for the views of each modality",
-        "MoTAttention.sdpa_backend": "torch: its attention has kernels to choose from",
     },
     "model/router.py": {
         "Gate.forward(weight)": "jax: overrides Linear.forward, which may be given a tied weight",
@@ -92,9 +91,13 @@ DIFFERENCES = {
         "unstack_layers": "jax: layers of a scan",
         "unstack_shapes": "jax: layers of a scan",
     },
+    "model/stats.py": {
+        "BlockOutput.kv_cache": "jax: caches are values",
+        "TransformerOutput.kv_caches": "jax: caches are values",
+        "stats_by_layer": "jax: layers of a scan",
+    },
     "model/transformer.py": {
         "Architecture.breaks_after": "jax: where a scan over layers must end",
-        "TransformerOutput.kv_caches": "jax: caches are values",
         "Transformer.forward(return_stats)": "torch: hooks and compilers see forward alone, so run goes through it",
         "Transformer.run(remat)": "jax: a transformation of the trace; torch wraps the blocks",
         "Transformer.run(scan_layers)": "jax: a transformation of the trace",

@@ -22,7 +22,7 @@ from kempnerforge_jax.model.module import (
     substituting,
 )
 from kempnerforge_jax.model.state import merge, split
-from kempnerforge_jax.model.transformer import Transformer
+from kempnerforge_jax.model.transformer import BlockOutput, Transformer
 from kempnerforge_jax.model.wrappers import plain_modules, unwrapped
 from shared_config.interchange.activations import (
     ActivationWriter,
@@ -240,7 +240,9 @@ def _replaced(name: str, output: Any, other: jax.Array) -> Any:
     if own.shape != other.shape:
         raise ValueError(f"{name}: puts out {tuple(own.shape)}; its replacement is {tuple(other.shape)}")
     first = jax.lax.stop_gradient(other.astype(own.dtype))
-    return (first, *output[1:]) if isinstance(output, tuple) else first
+    if not isinstance(output, tuple):
+        return first
+    return output._replace(x=first) if isinstance(output, BlockOutput) else (first, *output[1:])
 
 
 def _to_numpy(output: Any) -> Any:

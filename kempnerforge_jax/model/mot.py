@@ -10,7 +10,7 @@ Shapes: B batch, S positions of the residual stream, M keys, D model dim, H quer
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,94 +19,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kempnerforge_jax.model.attention import KVCache, attend, resolve_head_dim, self_attention_mask
-from kempnerforge_jax.model.checks import check_ids, check_positions, check_shape, nan_outside
+from kempnerforge_jax.model.checks import check_positions
+from kempnerforge_jax.model.layout import Layout, Rope, Streams, one_stream, stream_layout
 from kempnerforge_jax.model.linear import Linear
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.model.norm import RMSNorm, build_norm
 from kempnerforge_jax.model.position import apply_rope
 from kempnerforge_jax.model.state import set_state
-from kempnerforge_jax.model.transformer import Architecture, Transformer, build_feed_forward
+from kempnerforge_jax.model.transformer import Architecture, BlockOutput, Transformer, build_feed_forward
 from kempnerforge_jax.registry import registry
 from shared_config.contract.warm_start import warm_start_state
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import MoTConfig
-
-Span = tuple[str, int, int]
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Which positions of the residual stream belong to which modality: spans known beforehand, or ids by position.
-
-    Attributes:
-        modalities: names, by index.
-        spans: (modality, start, stop) in the order of the sequence; empty ones count. None where ids say it.
-        ids: int (B, S), index into the modalities.
-    """
-
-    modalities: tuple[str, ...]
-    spans: tuple[Span, ...] | None = None
-    ids: jax.Array | None = None
-
-    def apply(self, function: Callable[[str, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-        """``function(modality, x)``, each position by its own modality: (B, S, ...) -> (B, S, ...).
-
-        Spans cost what one modality costs; ids cost every modality at every position.
-        """
-        if self.spans is not None:
-            spans = [span for span in self.spans if span[1] < span[2]]
-            return jnp.concatenate([function(name, x[:, start:stop]) for name, start, stop in spans], axis=1)
-        first, *others = self.modalities
-        out = function(first, x)
-        for name in others:
-            theirs = function(name, x)
-            out = jnp.where(self.of(name, x).reshape(*x.shape[:2], *[1] * (theirs.ndim - 2)), theirs, out)
-        return self.known(out)
-
-    def known(self, x: jax.Array) -> jax.Array:
-        """``x`` (B, S, ...), NaN where the id names no modality."""
-        return x if self.ids is None else nan_outside(x, self.ids, len(self.modalities))
-
-    def of(self, modality: str, x: jax.Array) -> jax.Array:
-        """bool (B, S): the positions of one modality in ``x`` (B, S, ...)."""
-        if self.spans is None:
-            assert self.ids is not None
-            return self.ids == self.modalities.index(modality)
-        places_S = jnp.arange(x.shape[1])
-        mine_S = jnp.zeros_like(places_S, dtype=bool)
-        for name, start, stop in self.spans:
-            if name == modality:
-                mine_S = mine_S | ((places_S >= start) & (places_S < stop))
-        return jnp.broadcast_to(mine_S, x.shape[:2])
-
-    @property
-    def image_tokens(self) -> int:
-        """How many of the first positions are known to be an image's."""
-        return max((stop for name, start, stop in self.spans or () if name == "image" and start == 0), default=0)
-
-    def positions(self, x: jax.Array) -> jax.Array:
-        """How many earlier positions have the same modality: (S,), or (B, S) where rows differ."""
-        if self.spans is not None:
-            return jnp.concatenate([jnp.arange(stop - start, dtype=jnp.int32) for _, start, stop in self.spans])
-        counts = [(self.of(name, x).cumsum(axis=1, dtype=jnp.int32) - 1, self.of(name, x)) for name in self.modalities]
-        return sum((jnp.where(mine, count, 0) for count, mine in counts), jnp.zeros_like(counts[0][0]))
-
-
-def stream_layout(modalities: Sequence[str], modality: ModalityContext, x: jax.Array) -> Layout:
-    """The layout of ``x`` (B, S, D): by ``modality_ids`` if given, else a prefix of the image and then text.
-
-    Raises:
-        ValueError: ids of another shape, not integers, or outside the modalities. Where values can't be seen, such a
-            position becomes NaN.
-    """
-    names, length = tuple(modalities), x.shape[1]
-    if modality.modality_ids is not None:
-        check_shape("modality_ids", modality.modality_ids, x.shape[:2])
-        check_ids("modality_ids", modality.modality_ids, len(names))
-        return Layout(names, ids=modality.modality_ids)
-    prefix = 0 if modality.prefix_embeds is None else modality.prefix_embeds.shape[1]
-    return Layout(names, spans=(("image", 0, prefix), ("text", prefix, length)))
 
 
 class MoTAttention(Module):
@@ -117,58 +42,75 @@ class MoTAttention(Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int,
         modalities: Sequence[str],
-        image_n_kv_heads: int = 0,
+        head_dim: int | None = None,
+        qk_norm: bool = False,
+        sdpa_backend: str = "auto",
         *,
+        bias: bool = False,
+        sliding_window: int | None = None,
+        norm_eps: float = 1e-5,
+        image_n_kv_heads: int = 0,
         rngs: nnx.Rngs,
     ):
-        """``image_n_kv_heads`` 0 means those of the text."""
-        dim, heads = config.dim, config.n_heads
+        """``image_n_kv_heads`` 0 means ``n_kv_heads``."""
         self.modalities = tuple(modalities)
-        self.n_heads = heads
-        self.head_dim = config.head_size
-        self.sliding_window = config.sliding_window
-        kv_heads = {name: (name == "image" and image_n_kv_heads) or config.kv_heads for name in self.modalities}
+        self.n_heads = n_heads
+        self.sdpa_backend = sdpa_backend
+        self.sliding_window = sliding_window
+        kv_heads = {name: (name == "image" and image_n_kv_heads) or n_kv_heads for name in self.modalities}
         self.n_kv_heads = math.lcm(*kv_heads.values())
-        for number in kv_heads.values():
-            resolve_head_dim(dim, heads, number, config.head_dim)
+        (self.head_dim,) = {resolve_head_dim(dim, n_heads, number, head_dim) for number in kv_heads.values()}
 
         def projections(inputs: int, outputs: Mapping[str, int]) -> nnx.Dict[Any]:
-            bias = config.attention_bias
             return nnx.Dict({name: Linear(inputs, outputs[name], bias, rngs=rngs) for name in self.modalities})
 
         def norms() -> nnx.Dict[Any] | None:
-            if not config.qk_norm:
+            if not qk_norm:
                 return None
-            return nnx.Dict({name: RMSNorm(self.head_dim, config.norm_eps, rngs=rngs) for name in self.modalities})
+            return nnx.Dict({name: RMSNorm(self.head_dim, norm_eps, rngs=rngs) for name in self.modalities})
 
         kv_widths = {name: number * self.head_dim for name, number in kv_heads.items()}
-        self.q_proj = projections(dim, dict.fromkeys(self.modalities, heads * self.head_dim))
+        self.q_proj = projections(dim, dict.fromkeys(self.modalities, n_heads * self.head_dim))
         self.k_proj = projections(dim, kv_widths)
         self.v_proj = projections(dim, kv_widths)
-        self.o_proj = projections(heads * self.head_dim, dict.fromkeys(self.modalities, dim))
+        self.o_proj = projections(n_heads * self.head_dim, dict.fromkeys(self.modalities, dim))
         self.q_norm = norms()
         self.k_norm = norms()
 
     def forward(
         self,
-        x: jax.Array,
-        rope_cos: jax.Array,
-        rope_sin: jax.Array,
+        streams: Streams,
+        rope: Mapping[str, Rope] | Rope,
+        is_causal: bool = True,
+        key_padding_mask: jax.Array | None = None,
         *,
-        layout: Layout,
+        layout: Layout | None = None,
         kv_cache: KVCache | None = None,
         mask: jax.Array | None = None,
         doc_ids: jax.Array | None = None,
-        key_padding_mask: jax.Array | None = None,
     ) -> Any:
-        """(B, S, D) -> (B, S, D); given a cache, -> ((B, S, D), new cache).
+        """Streams (B, S_m, D) of modalities, which attend as one sequence in the order of ``modalities`` -> the same;
+        or, with ``layout``, one stream (B, S, D) -> the same; given a cache, -> (that, new cache).
 
-        Rotary tables are those of the positions within a modality; else as `Attention`.
+        Args:
+            rope: of the positions within each modality; with ``layout`` one pair for the whole stream.
+            is_causal: False: a position also sees those after it.
+            key_padding_mask: bool (B, S), of the whole sequence, True where a position is real.
+            layout: which modality each position of one stream has.
+            kv_cache, mask, doc_ids: as for `Attention`; over the whole sequence, which is causal then.
+
+        Raises:
+            ValueError: modalities that don't exist or have no rotary tables; masks of another dtype or shape.
         """
+        x, (rope_cos, rope_sin), places = one_stream(self.modalities, streams, rope, layout)
         check_positions(x.shape[:2], doc_ids, key_padding_mask)
-        if mask is None:
+        if not is_causal:
+            mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+        elif mask is None:
             mask = self_attention_mask(
                 x.shape[1],
                 kv_cache=kv_cache,
@@ -177,7 +119,7 @@ class MoTAttention(Module):
                 sliding_window=self.sliding_window,
             )
         q_BSHh, k_BSKh, v_BSKh = (
-            layout.apply(lambda name, part, to=to: self._heads(to, name, part), x) for to in ("q", "k", "v")
+            places.apply(lambda name, part, to=to: self._heads(to, name, part), x) for to in ("q", "k", "v")
         )
         q_BHSh = apply_rope(q_BSHh.swapaxes(1, 2), rope_cos, rope_sin)
         k_BKMh = apply_rope(k_BSKh.swapaxes(1, 2), rope_cos, rope_sin)
@@ -187,15 +129,16 @@ class MoTAttention(Module):
             updated, k_BKMh, v_BKMh = kv_cache.update(
                 k_BKMh, v_BKMh, doc_ids=doc_ids, key_padding_mask=key_padding_mask
             )
-            updated = updated.after_image(max(kv_cache.image_tokens, layout.image_tokens))
+            updated = updated.after_image(max(kv_cache.image_tokens, places.image_tokens))
             k_BKMh, v_BKMh = k_BKMh.astype(x.dtype), v_BKMh.astype(x.dtype)
-        out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask)
+        out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask, causal=is_causal)
         out_BSX = out_BHSh.swapaxes(1, 2).reshape(*x.shape[:2], -1)
-        out_BSD = layout.apply(lambda name, part: self.o_proj[name](part), out_BSX)
-        if kv_cache is None:
-            return out_BSD
-        past_end_BS = kv_cache.positions(x.shape[1]) >= kv_cache.max_seq_len
-        return jnp.where(past_end_BS[..., None], jnp.nan, out_BSD), updated
+        out_BSD = places.apply(lambda name, part: self.o_proj[name](part), out_BSX)
+        if kv_cache is not None:
+            past_end_BS = kv_cache.positions(x.shape[1]) >= kv_cache.max_seq_len
+            out_BSD = jnp.where(past_end_BS[..., None], jnp.nan, out_BSD)
+        out = places.split(out_BSD) if layout is None else out_BSD
+        return out if kv_cache is None else (out, updated)
 
     def _heads(self, to: str, name: str, x: jax.Array) -> jax.Array:
         """(B, S, D) -> (B, S, H or K, h), by one modality's weights; K is common to all modalities."""
@@ -230,7 +173,20 @@ class MoTBlock(Module):
             )
 
         self.attn_norm = norms()
-        self.attn = MoTAttention(config, self.modalities, image_n_kv_heads, rngs=rngs)
+        self.attn = MoTAttention(
+            config.dim,
+            config.n_heads,
+            config.kv_heads,
+            self.modalities,
+            config.head_size,
+            config.qk_norm,
+            config.sdpa_backend,
+            bias=config.attention_bias,
+            sliding_window=config.sliding_window,
+            norm_eps=config.norm_eps,
+            image_n_kv_heads=image_n_kv_heads,
+            rngs=rngs,
+        )
         self.mlp_norm = norms()
         self.mlp: nnx.Dict[Any] = nnx.Dict(
             {name: build_feed_forward(config, layer_idx, rngs=rngs) for name in self.modalities}
@@ -242,40 +198,49 @@ class MoTBlock(Module):
 
     def forward(
         self,
-        x: jax.Array,
-        rope_cos: jax.Array,
-        rope_sin: jax.Array,
+        streams: Streams,
+        rope: Mapping[str, Rope] | Rope,
+        key_padding_mask: jax.Array | None = None,
         *,
-        layout: Layout,
+        layout: Layout | None = None,
         kv_cache: KVCache | None = None,
         mask: jax.Array | None = None,
         doc_ids: jax.Array | None = None,
-        key_padding_mask: jax.Array | None = None,
         limit_capacity: bool = True,
+        return_stats: bool = False,
     ) -> Any:
-        """(B, S, D) -> (B, S, D) and, with experts, the stats of each modality's router, by name; given a cache, also
-        the new cache.
+        """Streams of modalities -> the same, or one stream -> the same; given a cache, -> (that, new cache).
+
+        Arguments as for `MoTAttention` and `MoEMLP`.
+
+        Args:
+            return_stats: give a `BlockOutput`; its stats are those of each modality's router, by name.
         """
+        x, rope, places = one_stream(self.modalities, streams, rope, layout)
         out = self.attn(
-            layout.apply(lambda name, part: self.attn_norm[name](part), x),
-            rope_cos,
-            rope_sin,
-            layout=layout,
+            places.apply(lambda name, part: self.attn_norm[name](part), x),
+            rope,
+            key_padding_mask=key_padding_mask,
+            layout=places,
             kv_cache=kv_cache,
             mask=mask,
             doc_ids=doc_ids,
-            key_padding_mask=key_padding_mask,
         )
         out, updated = (out, None) if kv_cache is None else out
         x = x + out
-        normed = layout.apply(lambda name, part: self.mlp_norm[name](part), x)
-        stats: dict[str, Any] | None = None
-        if not self.is_moe:
-            out = layout.apply(lambda name, part: self.mlp[name](part), normed)
+        normed = places.apply(lambda name, part: self.mlp_norm[name](part), x)
+        if self.is_moe:
+            out, stats = self._route(normed, places, key_padding_mask, limit_capacity)
         else:
-            out, stats = self._route(normed, layout, key_padding_mask, limit_capacity)
-        x = x + out
-        return (x, stats) if kv_cache is None else (x, stats, updated)
+            out, stats = places.apply(lambda name, part: self.mlp[name](part), normed), None
+        x = places.split(x + out) if layout is None else x + out
+        if return_stats:
+            return BlockOutput(x, stats, updated)
+        return x if kv_cache is None else (x, updated)
+
+    def run(self, streams: Streams, rope: Mapping[str, Rope] | Rope, **options: Any) -> BlockOutput:
+        """What `forward` gives, with the routers' stats."""
+        return self(streams, rope, return_stats=True, **options)
 
     def _route(
         self, x_BSD: jax.Array, layout: Layout, valid: jax.Array | None, limit_capacity: bool
@@ -312,7 +277,7 @@ class MoTArchitecture(Architecture):
         return self.vlm_config
 
     def build_block(self, layer_idx: int, *, rngs: nnx.Rngs) -> Module:
-        """A `MoTBlock`, which is also called with ``layout``."""
+        """A `MoTBlock`, which is called with ``rope`` and ``layout``."""
         _, image_kv_heads = self.mot.resolved_image_heads(self.config.n_heads, self.config.kv_heads)
         return MoTBlock(self.config, self.mot.mot_modalities, layer_idx, image_n_kv_heads=image_kv_heads, rngs=rngs)
 
@@ -343,8 +308,8 @@ class MoTArchitecture(Architecture):
         positions = layout.positions(x)
         if kv_caches is not None:
             positions = _positions_after(kv_caches[0], modality, positions)
-        rope_cos, rope_sin = model.rope(positions, x.dtype)
-        return {**inputs, "rope_cos": rope_cos, "rope_sin": rope_sin, "layout": layout}
+        shared = {name: value for name, value in inputs.items() if name not in ("rope_cos", "rope_sin")}
+        return {**shared, "rope": model.rope(positions, x.dtype), "layout": layout}
 
     def final_norm(self, model: Transformer, x: jax.Array, modality: ModalityContext) -> jax.Array:
         """Each position by its modality's norm."""

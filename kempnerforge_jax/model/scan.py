@@ -99,8 +99,9 @@ def run_blocks(blocks: Sequence[Any], x: jax.Array, inputs: dict[str, Any], rema
     def step(x: jax.Array, states: Any) -> tuple[jax.Array, list[Any]]:
         stats = []
         for graph, state in zip(graphs, states, strict=True):
-            x, block_stats = nnx.merge(graph, state)(x, **inputs)
-            stats.append(block_stats)
+            output = nnx.merge(graph, state)(x, return_stats=True, **inputs)
+            x = output.x
+            stats.append(output.stats)
         return x, stats
 
     if remat:

@@ -6,10 +6,9 @@ Shapes: B batch, S positions of the residual stream, D model dim, V vocabulary, 
 from __future__ import annotations
 
 import importlib
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from kempnerforge_jax.model.module import Module, Numbered, is_observed
 from kempnerforge_jax.model.norm import build_norm
 from kempnerforge_jax.model.position import RotaryTables
 from kempnerforge_jax.model.scan import run_blocks, stacked, stacks
+from kempnerforge_jax.model.stats import BlockOutput, TransformerOutput, added, counts_of, routers, stats_by_layer
 from kempnerforge_jax.model.wrappers import plain_modules
 from kempnerforge_jax.registry import registry
 from shared_config.registry import declared_names
@@ -34,20 +34,6 @@ from shared_config.schema.vlm import VLMConfig
 
 BUILT_IN_ARCHITECTURES = ("cross_attention", "mot", "moma")
 NOT_WITH_CACHES = ("prefix_embeds", "output_slice", "image_features", "modality_ids")
-
-
-class TransformerOutput(NamedTuple):
-    """What a forward computes.
-
-    Attributes:
-        logits: (B, S_out, V), or the residual stream (B, S_out, D) of a model without head.
-        stats: layer -> what its routers counted and what they lose; {} if dense.
-        kv_caches: those given, with the new tokens; None if none were given.
-    """
-
-    logits: jax.Array
-    stats: dict[int, Any]
-    kv_caches: list[KVCache] | None = None
 
 
 class TransformerBlock(Module):
@@ -67,14 +53,16 @@ class TransformerBlock(Module):
         rope_sin: jax.Array,
         *,
         kv_cache: KVCache | None = None,
-        mask: jax.Array | None = None,
         doc_ids: jax.Array | None = None,
         key_padding_mask: jax.Array | None = None,
+        mask: jax.Array | None = None,
         limit_capacity: bool = True,
+        return_stats: bool = False,
     ) -> Any:
-        """(B, S, D) -> (B, S, D) and the router's stats, None if dense; given a cache, also the new cache.
+        """(B, S, D) -> (B, S, D); given a cache, -> ((B, S, D), new cache). Arguments as for `Attention` and `MoEMLP`.
 
-        Arguments as for `Attention` and `MoEMLP`.
+        Args:
+            return_stats: give a `BlockOutput`.
         """
         out = self.attention(
             self.attention_norm(x),
@@ -93,7 +81,13 @@ class TransformerBlock(Module):
             )
         else:
             out, stats = self.mlp(self.mlp_norm(x)), None
-        return (x + out, stats) if kv_cache is None else (x + out, stats, updated)
+        if return_stats:
+            return BlockOutput(x + out, stats, updated)
+        return x + out if kv_cache is None else (x + out, updated)
+
+    def run(self, x: jax.Array, rope_cos: jax.Array, rope_sin: jax.Array, **options: Any) -> BlockOutput:
+        """What `forward` gives, with the router's stats."""
+        return self(x, rope_cos, rope_sin, return_stats=True, **options)
 
 
 @registry.register("architecture", "joint_decoder")
@@ -108,8 +102,8 @@ class Architecture:
     vlm_config: VLMConfig | None = None
 
     def build_block(self, layer_idx: int, *, rngs: nnx.Rngs) -> Module:
-        """The block of a layer: called with x, the entries of `block_inputs` and ``kv_cache``; gives (x, stats), and
-        the new cache if it was given one.
+        """The block of a layer: called with x, the entries of `block_inputs`, ``kv_cache`` and
+        ``return_stats=True``; gives a `BlockOutput`.
         """
         return TransformerBlock(self.config, layer_idx, rngs=rngs)
 
@@ -219,7 +213,7 @@ class Transformer(Module):
             limit_capacity=limit_capacity,
         )
         self.keep(stats=output.stats)
-        self.keep(pending=_added(self.kept("pending", {}), {i: _counts(stats) for i, stats in output.stats.items()}))
+        self.keep(pending=added(self.kept("pending", {}), {i: counts_of(stats) for i, stats in output.stats.items()}))
         return output.logits if kv_caches is None else (output.logits, output.kv_caches)
 
     def run(
@@ -308,11 +302,11 @@ class Transformer(Module):
 
     def get_expert_counts(self) -> dict[int, Any]:
         """Layer -> (E,) assignments of the last forward; {} if dense."""
-        return {layer: _counts(stats) for layer, stats in self._last_stats().items()}
+        return {layer: counts_of(stats) for layer, stats in self._last_stats().items()}
 
     def get_moma_expert_counts(self) -> dict[int, Any]:
         """Layer -> modality -> (E_m,) tokens of the last forward; {} without modality-aware experts."""
-        return {layer: _counts(stats) for layer, stats in self._last_stats().items() if isinstance(stats, dict)}
+        return {layer: counts_of(stats) for layer, stats in self._last_stats().items() if isinstance(stats, dict)}
 
     def _embed(self, tokens: jax.Array | None, modality: ModalityContext) -> jax.Array:
         """The residual stream (B, S, D) that enters the first block."""
@@ -387,9 +381,10 @@ class Transformer(Module):
             if scan or (remat and not is_observed()):
                 x, group_stats = run_blocks(blocks, x, inputs, remat, scan)
             else:
-                x, *group_stats = blocks[0](x, **inputs)
+                output = blocks[0](x, return_stats=True, **inputs)
+                x, group_stats = output.x, [output.stats]
             for group, layer_stats in zip(groups, group_stats, strict=True):
-                stats.update(_stats_by_layer(group, layer_stats))
+                stats.update(stats_by_layer(group, layer_stats))
             x = self.architecture.after_block(self, groups[-1][-1], x, modality)
         return x, dict(sorted(stats.items()))
 
@@ -399,10 +394,10 @@ class Transformer(Module):
         stats: dict[int, Any] = {}
         updated = []
         for (name, block), cache in zip(self.layers.items(), kv_caches, strict=True):
-            x, layer_stats, cache = block(x, kv_cache=cache, **inputs)
-            updated.append(cache)
-            stats.update(_stats_by_layer(range(int(name), int(name) + 1), layer_stats))
-            x = self.architecture.after_block(self, int(name), x, modality)
+            output = block(x, kv_cache=cache, return_stats=True, **inputs)
+            updated.append(output.kv_cache)
+            stats.update(stats_by_layer(range(int(name), int(name) + 1), output.stats))
+            x = self.architecture.after_block(self, int(name), output.x, modality)
         return x, stats, updated
 
     def _tied_weight(self) -> jax.Array | None:
@@ -417,7 +412,7 @@ class Transformer(Module):
     def _summed(self, field: str) -> jax.Array:
         total = jnp.zeros((), jnp.float32)
         for stats in self._last_stats().values():
-            for router_stats in _routers(stats):
+            for router_stats in routers(stats):
                 total = total + getattr(router_stats, field)
         return total
 
@@ -511,34 +506,3 @@ def _check_stream(x: jax.Array, modality: ModalityContext, doc_ids: jax.Array | 
         check_ids("noise_seed", modality.noise_seed)
         check_shape("noise_seed", modality.noise_seed, ())
     check_positions((batch, length), doc_ids, modality.key_padding_mask)
-
-
-def _stats_by_layer(group: range, stats: Any) -> dict[int, Any]:
-    """One entry a layer: a stack's stats have a leading axis."""
-    if stats is None:
-        return {}
-    if len(group) == 1:
-        return {group[0]: stats}
-    return {layer: jax.tree.map(operator.itemgetter(index), stats) for index, layer in enumerate(group)}
-
-
-def _routers(stats: Any) -> list[Any]:
-    """The stats of each router of a layer: one, or one a modality."""
-    return list(stats.values()) if isinstance(stats, dict) else [stats]
-
-
-def _counts(stats: Any) -> Any:
-    if isinstance(stats, dict):
-        return {modality: router_stats.expert_counts for modality, router_stats in stats.items()}
-    return stats.expert_counts
-
-
-def _added(total: dict[Any, Any], counts: dict[Any, Any]) -> dict[Any, Any]:
-    """Two nested dicts of counts, added up; what only one of them has counts too."""
-    added = dict(total)
-    for key, value in counts.items():
-        if isinstance(value, dict):
-            added[key] = _added(total.get(key, {}), value)
-        else:
-            added[key] = total[key] + value if key in total else value
-    return added

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kempnerforge_torch.model.generate import NO_LOGITS, inference
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.state import from_numpy, to_numpy
-from kempnerforge_torch.model.transformer import Transformer
+from kempnerforge_torch.model.transformer import BlockOutput, Transformer
 from kempnerforge_torch.model.wrappers import plain_modules, uncompiled, unwrap, unwrapped
 from shared_config.interchange.activations import (
     ActivationWriter,
@@ -223,7 +223,9 @@ def _replaced(name: str, output: Any, other: Tensor) -> Any:
     if own.shape != other.shape:
         raise ValueError(f"{name}: puts out {tuple(own.shape)}; its replacement is {tuple(other.shape)}")
     first = other.to(own).detach()
-    return (first, *output[1:]) if isinstance(output, tuple) else first
+    if not isinstance(output, tuple):
+        return first
+    return output._replace(x=first) if isinstance(output, BlockOutput) else (first, *output[1:])
 
 
 def _detached(output: Any) -> Any:

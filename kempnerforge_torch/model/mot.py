@@ -10,7 +10,7 @@ Shapes: B batch, S positions of the residual stream, M keys, D model dim, H quer
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,94 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import KVCache, attend, resolve_head_dim, self_attention_mask
-from kempnerforge_torch.model.checks import check_ids, check_positions, check_shape, nan_outside
+from kempnerforge_torch.model.checks import check_positions
+from kempnerforge_torch.model.layout import Layout, Rope, Streams, one_stream, stream_layout
 from kempnerforge_torch.model.matvec import Linear
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import RMSNorm, build_norm
 from kempnerforge_torch.model.position import apply_rope
 from kempnerforge_torch.model.state import set_state
-from kempnerforge_torch.model.transformer import Architecture, Transformer, build_feed_forward
+from kempnerforge_torch.model.transformer import Architecture, BlockOutput, Transformer, build_feed_forward
 from kempnerforge_torch.registry import registry
 from shared_config.contract.warm_start import warm_start_state
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import MoTConfig
-
-Span = tuple[str, int, int]
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Which positions of the residual stream belong to which modality: spans known beforehand, or ids by position.
-
-    Attributes:
-        modalities: names, by index.
-        spans: (modality, start, stop) in the order of the sequence; empty ones count, so that every weight has a
-            gradient. None where ids say it.
-        ids: int (B, S), index into the modalities.
-    """
-
-    modalities: tuple[str, ...]
-    spans: tuple[Span, ...] | None = None
-    ids: Tensor | None = None
-
-    def apply(self, function: Callable[[str, Tensor], Tensor], x: Tensor) -> Tensor:
-        """``function(modality, x)``, each position by its own modality: (B, S, ...) -> (B, S, ...).
-
-        Spans cost what one modality costs; ids cost every modality at every position.
-        """
-        if self.spans is not None:
-            spans = [span for span in self.spans if span[1] < span[2] or torch.is_grad_enabled()]
-            return torch.cat([function(name, x[:, start:stop]) for name, start, stop in spans], dim=1)
-        first, *others = self.modalities
-        out = function(first, x)
-        for name in others:
-            theirs = function(name, x)
-            out = torch.where(self.of(name, x).reshape(*x.shape[:2], *[1] * (theirs.ndim - 2)), theirs, out)
-        return self.known(out)
-
-    def known(self, x: Tensor) -> Tensor:
-        """``x`` (B, S, ...), NaN where the id names no modality."""
-        return x if self.ids is None else nan_outside(x, self.ids, len(self.modalities))
-
-    def of(self, modality: str, x: Tensor) -> Tensor:
-        """bool (B, S): the positions of one modality in ``x`` (B, S, ...)."""
-        if self.spans is None:
-            assert self.ids is not None
-            return self.ids == self.modalities.index(modality)
-        places_S = torch.arange(x.shape[1], device=x.device)
-        mine_S = torch.zeros_like(places_S, dtype=torch.bool)
-        for name, start, stop in self.spans:
-            if name == modality:
-                mine_S = mine_S | ((places_S >= start) & (places_S < stop))
-        return mine_S.expand(x.shape[:2])
-
-    @property
-    def image_tokens(self) -> int:
-        """How many of the first positions are known to be an image's."""
-        return max([0, *(stop for name, start, stop in self.spans or () if name == "image" and start == 0)])
-
-    def positions(self, x: Tensor) -> Tensor:
-        """How many earlier positions have the same modality: (S,), or (B, S) where rows differ."""
-        if self.spans is not None:
-            return torch.cat([torch.arange(stop - start, device=x.device) for _, start, stop in self.spans])
-        counts = [(self.of(name, x).cumsum(dim=1) - 1, self.of(name, x)) for name in self.modalities]
-        return sum((torch.where(mine, count, 0) for count, mine in counts), torch.zeros_like(counts[0][0]))
-
-
-def stream_layout(modalities: Sequence[str], modality: ModalityContext, x: Tensor) -> Layout:
-    """The layout of ``x`` (B, S, D): by ``modality_ids`` if given, else a prefix of the image and then text.
-
-    Raises:
-        ValueError: ids of another shape, not integers, or outside the modalities. Where values can't be seen, such a
-            position becomes NaN.
-    """
-    names, length = tuple(modalities), x.shape[1]
-    if modality.modality_ids is not None:
-        check_shape("modality_ids", modality.modality_ids, x.shape[:2])
-        check_ids("modality_ids", modality.modality_ids, len(names))
-        return Layout(names, ids=modality.modality_ids)
-    prefix = 0 if modality.prefix_embeds is None else modality.prefix_embeds.shape[1]
-    return Layout(names, spans=(("image", 0, prefix), ("text", prefix, length)))
 
 
 class MoTAttention(nn.Module):
@@ -116,55 +40,75 @@ class MoTAttention(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int,
         modalities: Sequence[str],
+        head_dim: int | None = None,
+        qk_norm: bool = False,
+        sdpa_backend: str = "auto",
+        *,
+        bias: bool = False,
+        sliding_window: int | None = None,
+        norm_eps: float = 1e-5,
         image_n_kv_heads: int = 0,
     ):
-        """``image_n_kv_heads`` 0 means those of the text."""
+        """``image_n_kv_heads`` 0 means ``n_kv_heads``."""
         super().__init__()
-        dim, heads = config.dim, config.n_heads
         self.modalities = tuple(modalities)
-        self.n_heads = heads
-        self.head_dim = config.head_size
-        self.sdpa_backend = config.sdpa_backend
-        self.sliding_window = config.sliding_window
-        self.kv_heads = {name: (name == "image" and image_n_kv_heads) or config.kv_heads for name in self.modalities}
+        self.n_heads = n_heads
+        self.sdpa_backend = sdpa_backend
+        self.sliding_window = sliding_window
+        self.kv_heads = {name: (name == "image" and image_n_kv_heads) or n_kv_heads for name in self.modalities}
         self.n_kv_heads = math.lcm(*self.kv_heads.values())
-        for kv_heads in self.kv_heads.values():
-            resolve_head_dim(dim, heads, kv_heads, config.head_dim)
+        (self.head_dim,) = {resolve_head_dim(dim, n_heads, number, head_dim) for number in self.kv_heads.values()}
 
         def projections(inputs: int, outputs: Mapping[str, int]) -> nn.ModuleDict:
-            bias = config.attention_bias
             return nn.ModuleDict({name: Linear(inputs, outputs[name], bias=bias) for name in self.modalities})
 
         def norms() -> nn.ModuleDict | None:
-            if not config.qk_norm:
+            if not qk_norm:
                 return None
-            return nn.ModuleDict({name: RMSNorm(self.head_dim, config.norm_eps) for name in self.modalities})
+            return nn.ModuleDict({name: RMSNorm(self.head_dim, norm_eps) for name in self.modalities})
 
         kv_widths = {name: kv_heads * self.head_dim for name, kv_heads in self.kv_heads.items()}
-        self.q_proj = projections(dim, dict.fromkeys(self.modalities, heads * self.head_dim))
+        self.q_proj = projections(dim, dict.fromkeys(self.modalities, n_heads * self.head_dim))
         self.k_proj = projections(dim, kv_widths)
         self.v_proj = projections(dim, kv_widths)
-        self.o_proj = projections(heads * self.head_dim, dict.fromkeys(self.modalities, dim))
+        self.o_proj = projections(n_heads * self.head_dim, dict.fromkeys(self.modalities, dim))
         self.q_norm = norms()
         self.k_norm = norms()
 
     def forward(
         self,
-        x: Tensor,
-        rope_cos: Tensor,
-        rope_sin: Tensor,
+        streams: Streams,
+        rope: Mapping[str, Rope] | Rope,
+        is_causal: bool = True,
+        key_padding_mask: Tensor | None = None,
         *,
-        layout: Layout,
+        layout: Layout | None = None,
         kv_cache: KVCache | None = None,
         mask: Tensor | None = None,
         doc_ids: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-    ) -> Tensor:
-        """(B, S, D) -> (B, S, D). Rotary tables are those of the positions within a modality; else as `Attention`."""
+    ) -> Streams:
+        """Streams (B, S_m, D) of modalities, which attend as one sequence in the order of ``modalities`` -> the same;
+        or, with ``layout``, one stream (B, S, D) -> the same.
+
+        Args:
+            rope: of the positions within each modality; with ``layout`` one pair for the whole stream.
+            is_causal: False: a position also sees those after it.
+            key_padding_mask: bool (B, S), of the whole sequence, True where a position is real.
+            layout: which modality each position of one stream has.
+            kv_cache, mask, doc_ids: as for `Attention`; over the whole sequence, which is causal then.
+
+        Raises:
+            ValueError: modalities that don't exist or have no rotary tables; masks of another dtype or shape.
+        """
+        x, (rope_cos, rope_sin), places = one_stream(self.modalities, streams, rope, layout)
         check_positions(x.shape[:2], doc_ids, key_padding_mask)
-        if mask is None:
+        if not is_causal:
+            mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+        elif mask is None:
             mask = self_attention_mask(
                 x.shape[1],
                 kv_cache=kv_cache,
@@ -174,17 +118,19 @@ class MoTAttention(nn.Module):
                 device=x.device,
             )
         q_BSHh, k_BSKh, v_BSKh = (
-            layout.apply(lambda name, part, to=to: self._heads(to, name, part), x) for to in ("q", "k", "v")
+            places.apply(lambda name, part, to=to: self._heads(to, name, part), x) for to in ("q", "k", "v")
         )
         q_BHSh = apply_rope(q_BSHh.transpose(1, 2), rope_cos, rope_sin)
         k_BKMh = apply_rope(k_BSKh.transpose(1, 2), rope_cos, rope_sin)
         v_BKMh = v_BSKh.transpose(1, 2)
         if kv_cache is not None:
-            kv_cache.image_tokens = max(kv_cache.image_tokens, layout.image_tokens)
+            kv_cache.image_tokens = max(kv_cache.image_tokens, places.image_tokens)
             k_BKMh, v_BKMh = kv_cache.update(k_BKMh, v_BKMh, doc_ids=doc_ids, key_padding_mask=key_padding_mask)
             k_BKMh, v_BKMh = k_BKMh.to(x.dtype), v_BKMh.to(x.dtype)
-        out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask, sdpa_backend=self.sdpa_backend)
-        return layout.apply(lambda name, part: self.o_proj[name](part), out_BHSh.transpose(1, 2).flatten(2))
+        out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask, causal=is_causal, sdpa_backend=self.sdpa_backend)
+        out_BSX = out_BHSh.transpose(1, 2).flatten(2)
+        out_BSD = places.apply(lambda name, part: self.o_proj[name](part), out_BSX)
+        return places.split(out_BSD) if layout is None else out_BSD
 
     def _heads(self, to: str, name: str, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, H or K, h), by one modality's weights; K is common to all modalities."""
@@ -212,7 +158,19 @@ class MoTBlock(nn.Module):
             )
 
         self.attn_norm = norms()
-        self.attn = MoTAttention(config, self.modalities, image_n_kv_heads)
+        self.attn = MoTAttention(
+            config.dim,
+            config.n_heads,
+            config.kv_heads,
+            self.modalities,
+            config.head_size,
+            config.qk_norm,
+            config.sdpa_backend,
+            bias=config.attention_bias,
+            sliding_window=config.sliding_window,
+            norm_eps=config.norm_eps,
+            image_n_kv_heads=image_n_kv_heads,
+        )
         self.mlp_norm = norms()
         self.mlp = nn.ModuleDict({name: build_feed_forward(config, layer_idx) for name in self.modalities})
         for name in self.modalities:
@@ -222,33 +180,43 @@ class MoTBlock(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        rope_cos: Tensor,
-        rope_sin: Tensor,
+        streams: Streams,
+        rope: Mapping[str, Rope] | Rope,
+        key_padding_mask: Tensor | None = None,
         *,
-        layout: Layout,
+        layout: Layout | None = None,
         kv_cache: KVCache | None = None,
         mask: Tensor | None = None,
         doc_ids: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
         limit_capacity: bool = True,
-    ) -> tuple[Tensor, Any]:
-        """(B, S, D) -> (B, S, D) and, with experts, the stats of each modality's router, by name."""
+        return_stats: bool = False,
+    ) -> Streams | BlockOutput:
+        """Streams of modalities -> the same, or one stream -> the same. Arguments as for `MoTAttention` and `MoEMLP`.
+
+        Args:
+            return_stats: give a `BlockOutput`; its stats are those of each modality's router, by name.
+        """
+        x, rope, places = one_stream(self.modalities, streams, rope, layout)
         x = x + self.attn(
-            layout.apply(lambda name, part: self.attn_norm[name](part), x),
-            rope_cos,
-            rope_sin,
-            layout=layout,
+            places.apply(lambda name, part: self.attn_norm[name](part), x),
+            rope,
+            key_padding_mask=key_padding_mask,
+            layout=places,
             kv_cache=kv_cache,
             mask=mask,
             doc_ids=doc_ids,
-            key_padding_mask=key_padding_mask,
         )
-        normed = layout.apply(lambda name, part: self.mlp_norm[name](part), x)
-        if not self.is_moe:
-            return x + layout.apply(lambda name, part: self.mlp[name](part), normed), None
-        out, stats = self._route(normed, layout, key_padding_mask, limit_capacity)
-        return x + out, stats
+        normed = places.apply(lambda name, part: self.mlp_norm[name](part), x)
+        if self.is_moe:
+            out, stats = self._route(normed, places, key_padding_mask, limit_capacity)
+        else:
+            out, stats = places.apply(lambda name, part: self.mlp[name](part), normed), None
+        x = places.split(x + out) if layout is None else x + out
+        return BlockOutput(x, stats) if return_stats else x
+
+    def run(self, streams: Streams, rope: Mapping[str, Rope] | Rope, **options: Any) -> BlockOutput:
+        """What `forward` gives, with the routers' stats."""
+        return self(streams, rope, return_stats=True, **options)
 
     def _route(
         self, x_BSD: Tensor, layout: Layout, valid: Tensor | None, limit_capacity: bool
@@ -285,7 +253,7 @@ class MoTArchitecture(Architecture):
         return self.vlm_config
 
     def build_block(self, layer_idx: int) -> nn.Module:
-        """A `MoTBlock`, which is also called with ``layout``."""
+        """A `MoTBlock`, which is called with ``rope`` and ``layout``."""
         _, image_kv_heads = self.mot.resolved_image_heads(self.config.n_heads, self.config.kv_heads)
         return MoTBlock(self.config, self.mot.mot_modalities, layer_idx, image_n_kv_heads=image_kv_heads)
 
@@ -313,8 +281,8 @@ class MoTArchitecture(Architecture):
         positions = layout.positions(x)
         if kv_caches is not None:
             positions = _positions_after(kv_caches[0], modality, positions)
-        rope_cos, rope_sin = model.rope(positions, x.dtype)
-        return {**inputs, "rope_cos": rope_cos, "rope_sin": rope_sin, "layout": layout}
+        shared = {name: value for name, value in inputs.items() if name not in ("rope_cos", "rope_sin")}
+        return {**shared, "rope": model.rope(positions, x.dtype), "layout": layout}
 
     def final_norm(self, model: Transformer, x: Tensor, modality: ModalityContext) -> Tensor:
         """Each position by its modality's norm."""

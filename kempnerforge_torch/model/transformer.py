@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from kempnerforge_torch.model.mlp import build_mlp
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import build_norm
 from kempnerforge_torch.model.position import RotaryTables
+from kempnerforge_torch.model.stats import BlockOutput, TransformerOutput, added, counts_of, routers
 from kempnerforge_torch.model.wrappers import plain_modules, unwrap
 from kempnerforge_torch.registry import registry
 from shared_config.registry import declared_names
@@ -29,18 +30,6 @@ from shared_config.schema.vlm import VLMConfig
 
 BUILT_IN_ARCHITECTURES = ("cross_attention", "mot", "moma")
 NOT_WITH_CACHES = ("prefix_embeds", "output_slice", "image_features", "modality_ids")
-
-
-class TransformerOutput(NamedTuple):
-    """What a forward computes.
-
-    Attributes:
-        logits: (B, S_out, V), or the residual stream (B, S_out, D) of a model without head.
-        stats: layer -> what its routers counted and what they lose; {} if dense.
-    """
-
-    logits: Tensor
-    stats: dict[int, Any]
 
 
 class TransformerBlock(nn.Module):
@@ -61,12 +50,17 @@ class TransformerBlock(nn.Module):
         rope_sin: Tensor,
         *,
         kv_cache: KVCache | None = None,
-        mask: Tensor | None = None,
         doc_ids: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        mask: Tensor | None = None,
         limit_capacity: bool = True,
-    ) -> tuple[Tensor, Any]:
-        """(B, S, D) -> (B, S, D) and the router's stats, None if dense. Arguments as for `Attention` and `MoEMLP`."""
+        return_stats: bool = False,
+    ) -> Tensor | BlockOutput:
+        """(B, S, D) -> (B, S, D). Arguments as for `Attention` and `MoEMLP`.
+
+        Args:
+            return_stats: give a `BlockOutput`.
+        """
         x = x + self.attention(
             self.attention_norm(x),
             rope_cos,
@@ -76,12 +70,17 @@ class TransformerBlock(nn.Module):
             doc_ids=doc_ids,
             key_padding_mask=key_padding_mask,
         )
-        if not self.is_moe:
-            return x + self.mlp(self.mlp_norm(x)), None
-        out, stats = self.mlp(
-            self.mlp_norm(x), valid=key_padding_mask, limit_capacity=limit_capacity, return_stats=True
-        )
-        return x + out, stats
+        if self.is_moe:
+            out, stats = self.mlp(
+                self.mlp_norm(x), valid=key_padding_mask, limit_capacity=limit_capacity, return_stats=True
+            )
+        else:
+            out, stats = self.mlp(self.mlp_norm(x)), None
+        return BlockOutput(x + out, stats) if return_stats else x + out
+
+    def run(self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, **options: Any) -> BlockOutput:
+        """What `forward` gives, with the router's stats."""
+        return self(x, rope_cos, rope_sin, return_stats=True, **options)
 
 
 @registry.register("architecture", "joint_decoder")
@@ -96,7 +95,9 @@ class Architecture:
     vlm_config: VLMConfig | None = None
 
     def build_block(self, layer_idx: int) -> nn.Module:
-        """The block of a layer: called with x, the entries of `block_inputs` and ``kv_cache``; gives (x, stats)."""
+        """The block of a layer: called with x, the entries of `block_inputs`, ``kv_cache`` and
+        ``return_stats=True``; gives a `BlockOutput`.
+        """
         return TransformerBlock(self.config, layer_idx)
 
     def extra_modules(self) -> dict[str, nn.Module]:
@@ -209,7 +210,7 @@ class Transformer(nn.Module):
             return TransformerOutput(logits, stats)
         self._last_stats = stats
         if self.training:
-            self._pending_counts = _added(self._pending_counts, self.get_expert_counts())
+            self._pending_counts = added(self._pending_counts, self.get_expert_counts())
         return logits
 
     def run(
@@ -262,11 +263,11 @@ class Transformer(nn.Module):
 
     def get_expert_counts(self) -> dict[int, Any]:
         """Layer -> (E,) assignments of the last forward; {} if dense."""
-        return {layer: _counts(stats) for layer, stats in self._last_stats.items()}
+        return {layer: counts_of(stats) for layer, stats in self._last_stats.items()}
 
     def get_moma_expert_counts(self) -> dict[int, Any]:
         """Layer -> modality -> (E_m,) tokens of the last forward; {} without modality-aware experts."""
-        return {layer: _counts(stats) for layer, stats in self._last_stats.items() if isinstance(stats, dict)}
+        return {layer: counts_of(stats) for layer, stats in self._last_stats.items() if isinstance(stats, dict)}
 
     def _embed(self, tokens: Tensor | None, modality: ModalityContext) -> Tensor:
         """The residual stream (B, S, D) that enters the first block."""
@@ -338,16 +339,17 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, dict[int, Any]]:
         stats: dict[int, Any] = {}
         for place, (name, block) in enumerate(self.layers.items()):
-            x, layer_stats = block(x, kv_cache=None if kv_caches is None else kv_caches[place], **inputs)
-            if layer_stats is not None:
-                stats[int(name)] = layer_stats
-            x = self.architecture.after_block(self, int(name), x, modality)
+            cache = None if kv_caches is None else kv_caches[place]
+            output = block(x, kv_cache=cache, return_stats=True, **inputs)
+            if output.stats is not None:
+                stats[int(name)] = output.stats
+            x = self.architecture.after_block(self, int(name), output.x, modality)
         return x, stats
 
     def _summed(self, field: str) -> Tensor:
         total = torch.zeros((), device=self.rope.cos.device)
         for stats in self._last_stats.values():
-            for router_stats in _routers(stats):
+            for router_stats in routers(stats):
                 total = total + getattr(router_stats, field)
         return total
 
@@ -453,25 +455,3 @@ def _check_stream(x: Tensor, modality: ModalityContext, doc_ids: Tensor | None) 
         check_ids("noise_seed", modality.noise_seed)
         check_shape("noise_seed", modality.noise_seed, ())
     check_positions((batch, length), doc_ids, modality.key_padding_mask)
-
-
-def _routers(stats: Any) -> list[Any]:
-    """The stats of each router of a layer: one, or one a modality."""
-    return list(stats.values()) if isinstance(stats, dict) else [stats]
-
-
-def _counts(stats: Any) -> Any:
-    if isinstance(stats, dict):
-        return {modality: router_stats.expert_counts for modality, router_stats in stats.items()}
-    return stats.expert_counts
-
-
-def _added(total: dict[Any, Any], counts: dict[Any, Any]) -> dict[Any, Any]:
-    """Two nested dicts of counts, added up; what only one of them has counts too."""
-    added = dict(total)
-    for key, value in counts.items():
-        if isinstance(value, dict):
-            added[key] = _added(total.get(key, {}), value)
-        else:
-            added[key] = total[key] + value if key in total else value
-    return added

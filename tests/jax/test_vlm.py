@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kempnerforge_jax.model.expert_choice import ExpertChoiceSigmoidRouter
 from kempnerforge_jax.model.hooks import capture
 from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.modality import ModalityContext
-from kempnerforge_jax.model.moma import ExpertChoiceSigmoidRouter
 from kempnerforge_jax.model.state import get_state, merge, set_state, split
 from kempnerforge_jax.model.vlm import VLMWrapper, build_vlm_wrapper, inner_transformer
 from shared_config.contract.vision import vit_tower, wrapper_table
@@ -176,15 +176,15 @@ def test_counts_of_the_last_forward() -> None:
 
 
 def test_experts_choose_by_rank_and_skip_what_is_not_valid() -> None:
-    router = ExpertChoiceSigmoidRouter(2, 2, rngs=UNDRAWN)
+    router = ExpertChoiceSigmoidRouter(2, 2, capacity_factor=0.5, rngs=UNDRAWN)
     assert router.gate.weight is not None
     router.gate.weight.set_value(jnp.eye(2))
     x = jnp.asarray([[1.0, 0.0], [3.0, 1.0], [3.0, 2.0], [9.0, 9.0]])
     valid = jnp.asarray([True, True, True, False])
-    weights, tokens, scores = router(x, 2, jnp.int32(2), valid)
+    weights, tokens, scores = router(x, valid, return_scores=True)
     assert tokens.tolist() == [[1, 2], [2, 1]]
     np.testing.assert_array_equal(weights, jnp.take_along_axis(scores, tokens, axis=0))
-    fewer, _, _ = router(x, 2, jnp.int32(1), valid)
+    fewer, _ = router(x, valid & (x[:, 1] > 0))
     assert fewer[1].tolist() == [0, 0]
 
 

@@ -287,9 +287,9 @@ class TorchBlock(torch_transformer.TransformerBlock):
         super().__init__(config, layer_idx)
         self.gain = nn.Parameter(torch.ones(config.dim))
 
-    def forward(self, x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Any]:
-        out, stats = super().forward(x, *args, **options)
-        return out * self.gain, stats
+    def forward(self, x: Tensor, *args: Any, return_stats: bool = False, **options: Any) -> Any:
+        output: Any = super().forward(x, *args, return_stats=True, **options)
+        return output._replace(x=output.x * self.gain) if return_stats else output.x * self.gain
 
 
 class TorchArchitecture(torch_transformer.Architecture):
@@ -308,9 +308,10 @@ class JaxBlock(jax_transformer.TransformerBlock):
         super().__init__(config, layer_idx, rngs=rngs)
         self.gain = nnx.Param(jnp.ones(config.dim))
 
-    def forward(self, x: jax.Array, *args: Any, **options: Any) -> Any:
-        out, *rest = super().forward(x, *args, **options)
-        return (out * self.gain.get_value(), *rest)
+    def forward(self, x: jax.Array, *args: Any, return_stats: bool = False, **options: Any) -> Any:
+        output: Any = super().forward(x, *args, return_stats=True, **options)
+        out = output.x * self.gain.get_value()
+        return output._replace(x=out) if return_stats else out
 
 
 class JaxArchitecture(jax_transformer.Architecture):

@@ -122,14 +122,8 @@ def experts_of_an_accelerator(backend: Any, dtype: str) -> Callable[..., Any]:
 
 
 def experts_that_choose(backend: Any, dtype: str) -> Callable[..., Any]:
-    moma, mlp = backend.module("model.moma"), backend.module("model.mlp")
-
-    def build(**options: Any) -> Any:
-        router = moma.ExpertChoiceSigmoidRouter(WIDTH, 3, **options)
-        return moma.ExpertChoiceMoE(router, [mlp.build_mlp(WIDTH, 48, **options) for _ in range(3)])
-
-    layer = with_weights(backend, backend.build(build, dtype=dtype))
-    return lambda x: layer(x)[0]
+    moe = backend.module("model.moma").ExpertChoiceMoE
+    return with_weights(backend, backend.build(moe, WIDTH, 48, 3, 0.0, gumbel_noise=False, dtype=dtype))
 
 
 def draw(backend: Any, dtype: str) -> Callable[..., Any]:

@@ -306,6 +306,7 @@ STATE_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
         state(arch="cross after 2", image=True, scan="held"),
         state(observed="captured", scan="gives way"),
     ),
+    "model.stats": (state(arch="text", experts="every second", limited=False, scan="here"),),
     "model.scan": (
         state(arch="text", experts="every second", scan="held"),
         state(arch="cross after 2", image=True, scan="here"),

@@ -9,16 +9,19 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
+from kempnerforge_torch.model import moma as torch_moma
 from shared_config.contract.noise import image_noise
 from shared_config.interchange.activations import read_activations
 from shared_config.schema.model import ModelConfig
-from tests.parity.backends import on_both
+from tests.parity.backends import BACKENDS, on_both
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.standard_normal((2, 3, 4, 4))
 FEATURES = RNG.standard_normal((2, 16, 12))
+X = RNG.standard_normal((2, 6, 16))
 CONFIG = ModelConfig(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=23, max_seq_len=32, ffn_hidden_dim=24)
 
 
@@ -101,6 +104,191 @@ def test_a_plain_transformer_has_empty_places_for_the_parts_of_others(backend: A
     assert not any("cross" in name or "mot" in name for name in backend.module("model.state").get_state(model))
     attention = backend.build(backend.module("model.cross_attention").CrossAttention, 16, 4, 2, head_dim=8)
     assert (attention.n_heads, attention.n_kv_heads, attention.head_dim) == (4, 2, 8)
+
+
+def rope_of(backend: Any, length: int) -> tuple[Any, Any]:
+    """cos and sin of positions 0 ... length - 1 for heads of 4."""
+    tables = backend.module("model.position").precompute_rope_frequencies(4, length)
+    return tuple(backend.array(backend.numpy(table), "float64") for table in tables)
+
+
+def drawn(backend: Any, module: Any, *, keep: str = "nothing") -> Any:
+    """The module with weights under which nothing hides, but for those whose names contain ``keep``."""
+    state = backend.module("model.state")
+    own = {name: np.array(value) for name, value in backend.numpy(state.get_state(module)).items()}
+    rng = np.random.default_rng(3)
+    new = {name: rng.standard_normal(value.shape) / value.shape[-1] ** 0.5 for name, value in own.items()}
+    state.set_state(module, {name: own[name] if keep in name else new[name] for name in own})
+    return module
+
+
+def moved(backend: Any, x: np.ndarray, place: int) -> Any:
+    other = x.copy()
+    other[:, place] += 1.0
+    return backend.array(other)
+
+
+@on_both
+@pytest.mark.parametrize("experts", [0, 3])
+def test_a_block_gives_a_tensor_and_run_its_stats_too(backend: Any, experts: int) -> None:
+    config = CONFIG.replace(num_experts=experts)
+    block = drawn(backend, backend.build(backend.module("model.transformer").TransformerBlock, config, layer_idx=0))
+    rope_cos, rope_sin = rope_of(backend, 6)
+    x, doc_ids = backend.array(X), backend.array(np.array([[0, 0, 0, 1, 1, 1]] * 2))
+    out = block(x, rope_cos, rope_sin, doc_ids=doc_ids)
+    assert out.shape == X.shape
+    output = block.run(x, rope_cos, rope_sin, doc_ids=doc_ids)
+    np.testing.assert_array_equal(backend.numpy(output.x), backend.numpy(out))
+    assert (output.stats is None) == (experts == 0)
+    assert experts == 0 or int(output.stats.expert_counts.sum()) == 2 * X.shape[0] * X.shape[1]
+    changed = backend.numpy(block(moved(backend, X, 2), rope_cos, rope_sin, doc_ids=doc_ids)) != backend.numpy(out)
+    np.testing.assert_array_equal(changed.any(axis=(0, 2)), [False, False, True, False, False, False])
+    cache = backend.module("model.attention").KVCache(2, 8, 2, 4, out.dtype, **_place(backend))
+    first = block(x[:, :4], rope_cos[:4], rope_sin[:4], kv_cache=cache)
+    first, cache = (first, cache) if backend.name == "torch" else first
+    rest = block(x[:, 4:], rope_cos[4:], rope_sin[4:], kv_cache=cache)
+    rest = rest if backend.name == "torch" else rest[0]
+    whole = np.concatenate([backend.numpy(first), backend.numpy(rest)], axis=1)
+    np.testing.assert_allclose(whole, backend.numpy(block(x, rope_cos, rope_sin)), rtol=1e-9, atol=1e-12)
+
+
+def _place(backend: Any) -> dict[str, Any]:
+    return {"device": "cpu"} if backend.name == "torch" else {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streams of modalities
+
+
+@on_both
+def test_streams_of_modalities_attend_as_one_sequence(backend: Any) -> None:
+    """Weights of one attention for both modalities make the plain one of the joined sequence."""
+    joint = drawn(backend, backend.build(backend.module("model.attention").Attention, 16, 4, 2, qk_norm=True))
+    weights = backend.numpy(backend.module("model.state").get_state(joint))
+    attention = backend.build(backend.module("model.mot").MoTAttention, 16, 4, 2, ("image", "text"), qk_norm=True)
+    copies = {
+        name.replace(".weight", f".{modality}.weight"): value
+        for name, value in weights.items()
+        for modality in ("image", "text")
+    }
+    backend.module("model.state").set_state(attention, copies)
+    streams = {"text": backend.array(X[:, 2:]), "image": backend.array(X[:, :2])}
+    tables = rope_of(backend, 6)
+    rope = {"image": tuple(rows[:2] for rows in tables), "text": tuple(rows[2:] for rows in tables)}
+    real = backend.array(np.array([[True] * 6, [False, True, True, True, False, True]]))
+    for mask in (None, real):
+        out = attention(streams, rope, key_padding_mask=mask)
+        assert {name: part.shape for name, part in out.items()} == {"image": (2, 2, 16), "text": (2, 4, 16)}
+        truth = backend.numpy(joint(backend.array(X), *tables, key_padding_mask=mask))
+        found = np.concatenate([backend.numpy(out[name]) for name in ("image", "text")], axis=1)
+        np.testing.assert_allclose(found, truth, rtol=1e-10, atol=1e-13)
+    alone = attention({"text": streams["text"]}, rope)
+    np.testing.assert_allclose(
+        backend.numpy(alone["text"]), backend.numpy(joint(streams["text"], *rope["text"])), rtol=1e-10, atol=1e-13
+    )
+    later = {**streams, "text": moved(backend, X[:, 2:], 3)}
+    for is_causal in (True, False):
+        before, after = (attention(given, rope, is_causal=is_causal) for given in (streams, later))
+        same = np.array_equal(backend.numpy(before["image"]), backend.numpy(after["image"]))
+        assert same == is_causal
+    hidden = backend.array(np.arange(6)[None] < np.array([[5], [5]]))
+    before, after = (attention(given, rope, False, hidden) for given in (streams, later))
+    np.testing.assert_array_equal(backend.numpy(before["image"]), backend.numpy(after["image"]))
+    for wrong in ({"sound": streams["text"]}, {}, streams["text"]):
+        with pytest.raises(ValueError, match="streams"):
+            attention(wrong, rope)
+
+
+@on_both
+def test_a_block_of_streams_starts_as_the_identity(backend: Any) -> None:
+    streams = {"image": backend.array(X[:, :2]), "text": backend.array(X[:, 2:])}
+    rope = {"image": rope_of(backend, 2), "text": rope_of(backend, 4)}
+    for layer_config in (CONFIG, CONFIG.replace(num_experts=2)):
+        block = backend.module("model.mot").MoTBlock(layer_config, ("image", "text"), 0, **_rngs(backend))
+        block.to(**{"dtype": torch.float64} if backend.name == "torch" else {"dtype": "float64"})
+        if not layer_config.is_moe:
+            for name, part in block(streams, rope).items():
+                np.testing.assert_array_equal(backend.numpy(part), backend.numpy(streams[name]))
+        drawn(backend, block)
+        out, output = block(streams, rope), block.run(streams, rope)
+        for name, part in streams.items():
+            assert out[name].shape == part.shape
+            assert np.abs(backend.numpy(out[name]) - backend.numpy(part)).max() > 0.1
+            np.testing.assert_array_equal(backend.numpy(output.x[name]), backend.numpy(out[name]))
+        assert (output.stats is None) == (not layer_config.is_moe)
+        if layer_config.is_moe:
+            counts = {name: int(stats.expert_counts.sum()) for name, stats in output.stats.items()}
+            assert counts == {"image": 2 * 2 * 2, "text": 2 * 4 * 2}
+        later = block({**streams, "text": moved(backend, X[:, 2:], 0)}, rope)
+        np.testing.assert_array_equal(backend.numpy(later["image"]), backend.numpy(out["image"]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Experts that choose
+
+
+@on_both
+def test_experts_choose_their_best_tokens(backend: Any) -> None:
+    moma, tokens = backend.module("model.moma"), X.reshape(-1, 16)
+    router = drawn(backend, backend.build(moma.ExpertChoiceSigmoidRouter, 16, 3, capacity_factor=0.25))
+    router = router.eval() if backend.name == "torch" else router
+    x = backend.array(tokens)
+    weights, chosen = (backend.numpy(part) for part in router(x=x))
+    logits = tokens @ backend.numpy(backend.module("model.state").get_state(router))["gate.weight"].T
+    best = np.argsort(-logits, axis=0, kind="stable")[:3]
+    np.testing.assert_array_equal(chosen, best)
+    np.testing.assert_allclose(weights, 1 / (1 + np.exp(-np.take_along_axis(logits, best, axis=0))), rtol=1e-12)
+
+    layer = backend.build(moma.ExpertChoiceMoE, 16, 24, num_experts=3, capacity_factor=0.25, gumbel_noise=False)
+    drawn(backend, layer)
+    assert backend.numpy(layer.expert_counts).tolist() == [0, 0, 0]
+    out = backend.numpy(layer(x))
+    assert backend.numpy(layer.expert_counts).tolist() == [3, 3, 3]
+    np.testing.assert_array_equal(backend.numpy(layer(backend.array(X))).reshape(-1, 16), out)
+    weights, chosen = (backend.numpy(part) for part in layer.router(x))
+    taken = np.isin(np.arange(len(tokens)), chosen)
+    np.testing.assert_array_equal((out != 0).any(axis=1), taken)
+    expert = next(iter(layer.experts)) if backend.name == "torch" else layer.experts["0"]
+    only = [t for t in chosen[:, 0] if (chosen == t).sum() == 1]
+    for token in only:
+        place = int(np.flatnonzero(chosen[:, 0] == token)[0])
+        np.testing.assert_allclose(out[token], weights[place, 0] * backend.numpy(expert(x))[token], rtol=1e-10)
+    assert only
+
+
+@on_both
+def test_experts_of_a_modality_see_its_tokens_alone(backend: Any) -> None:
+    moma, ids = backend.module("model.moma"), np.array([[0, 1, 1, 0, 1, 1], [1, 1, 0, 1, 1, 1]])
+    arguments = (CONFIG, ("image", "text"), {"image": 2, "text": 3}, {"image": 0.5, "text": 1 / 3})
+    layer = drawn(backend, backend.build(moma.MoMaFFN, *arguments, gumbel_noise=False))
+    modality_ids, real = backend.array(ids), np.array([[True] * 5 + [False], [True] * 6])
+    out = backend.numpy(layer(backend.array(X), modality_ids))
+    for index, name in enumerate(("image", "text")):
+        alone = backend.numpy(layer._experts(name)(backend.array(X[ids == index])))
+        np.testing.assert_allclose(out[ids == index], alone, rtol=1e-10, atol=1e-13)
+    masked = backend.numpy(layer(backend.array(X), modality_ids, key_padding_mask=backend.array(real)))
+    assert (masked[~real] == 0).all()
+    alone = backend.numpy(layer._experts("text")(backend.array(X[(ids == 1) & real])))
+    np.testing.assert_allclose(masked[(ids == 1) & real], alone, rtol=1e-10, atol=1e-13)
+    with pytest.raises(ValueError, match="modality_ids"):
+        layer(backend.array(X))
+
+    block = drawn(backend, backend.build(moma.MoMaBlock, *arguments, gumbel_noise=False, layer_idx=1))
+    rope = rope_of(backend, 6)
+    out = block(backend.array(X), *rope, modality_ids, doc_ids=backend.array(np.zeros((2, 6), np.int64)))
+    output = block.run(backend.array(X), *rope, modality_ids=modality_ids)
+    np.testing.assert_allclose(backend.numpy(output.x), backend.numpy(out), rtol=1e-12)
+    counts = {name: backend.numpy(stats.expert_counts).tolist() for name, stats in output.stats.items()}
+    assert counts == {"image": [2, 2], "text": [3, 3, 3]}
+
+
+def test_torch_draws_noise_in_training_alone() -> None:
+    router = BACKENDS[0].build(torch_moma.ExpertChoiceSigmoidRouter, 16, 3, 0.5)
+    plain = BACKENDS[0].build(torch_moma.ExpertChoiceSigmoidRouter, 16, 3, 0.5, gumbel_noise=False)
+    x = torch.from_numpy(X.reshape(-1, 16))
+    assert all(torch.equal(plain(x)[1], plain(x)[1]) for _ in range(3))
+    assert any(not torch.equal(router(x)[1], router(x)[1]) for _ in range(3))
+    assert all(torch.equal(router.eval()(x)[1], router(x)[1]) for _ in range(3))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -185,8 +185,8 @@ BUGS = (
 )  # fmt: skip
 
 
-def _less(x: Any, found: tuple[Any, Any]) -> tuple[Any, Any]:
-    return found[0] - x, found[1]
+def _less(x: Any, found: Any) -> Any:
+    return found._replace(x=found.x - x)
 
 
 def _nan_at(shape: tuple[int, ...], place: tuple[int, ...]) -> np.ndarray:

@@ -197,8 +197,8 @@ def check_mot_block(backend: str) -> None:
     rope = rope_tables(NORMED.head_size, NORMED.max_seq_len, NORMED.rope_theta)
     cos, sin = (side.array(rows[side.numpy(layout.positions(x))][:, None]) for rows in rope)
     masks = {"doc_ids": side.array(DOCUMENTS), "key_padding_mask": side.array(REAL)}
-    out, _ = block(x, cos, sin, layout=layout, **masks)
-    side.same(out, mot_block(STREAM, weights_of(table), NORMED, MOT, 0, where)[0], "block")
+    truth, _ = mot_block(STREAM, weights_of(table), NORMED, MOT, 0, where)
+    side.same(block(x, (cos, sin), layout=layout, **masks), truth, "block")
 
 
 def check_mot_experts(backend: str) -> None:
@@ -207,7 +207,7 @@ def check_mot_experts(backend: str) -> None:
     path, mot = "layers.0.", side.module("model.mot")
     table = {name.removeprefix(path): spec for name, spec in parameter_table(config, MOT).items() if path in name}
     block = side.filled(table, mot.MoTBlock, config, MOT.mot_modalities, 0, image_n_kv_heads=2)
-    rope = [side.array(rows) for rows in (np.ones((11, 1)), np.zeros((11, 1)))]
+    rope = tuple(side.array(rows) for rows in (np.ones((11, 1)), np.zeros((11, 1))))
     plain = dataclasses.replace(stream(IDS), valid_BS=REAL)
     prefix = np.broadcast_to(np.arange(11) >= IMAGE_LEN, IDS.shape).astype(np.int32)
     by_span = mot.Layout(MOT.mot_modalities, spans=(("image", 0, IMAGE_LEN), ("text", IMAGE_LEN, 11)))
@@ -217,7 +217,7 @@ def check_mot_experts(backend: str) -> None:
             truth, losses = mot_block(
                 STREAM, weights_of(table), config, MOT, 0, dataclasses.replace(plain, modality_BS=ids)
             )
-        out, stats = block(side.array(STREAM), *rope, layout=layout, key_padding_mask=side.array(REAL))
+        out, stats = block.run(side.array(STREAM), rope, layout=layout, key_padding_mask=side.array(REAL))[:2]
         side.same(out, truth, "block")
         for name in MOT.mot_modalities:
             np.testing.assert_array_equal(side.numpy(stats[name].expert_counts), losses.counts[name])
@@ -245,7 +245,7 @@ def check_mot_cache(backend: str) -> None:
     context, x = side.module("model.modality").ModalityContext(), side.array(STREAM[:, :2])
     given = side.module("model.mot").MoTArchitecture(MODEL, MOT).block_inputs(model, {}, x, context, [cache])
     cos, _ = rope_tables(MODEL.head_size, MODEL.max_seq_len, MODEL.rope_theta)
-    np.testing.assert_allclose(side.numpy(given["rope_cos"]), cos[2:4], rtol=1e-6)
+    np.testing.assert_allclose(side.numpy(given["rope"][0]), cos[2:4], rtol=1e-6)
 
 
 def check_mot_start(backend: str) -> None:
@@ -253,7 +253,7 @@ def check_mot_start(backend: str) -> None:
     side, mot = Side(backend), Side(backend).module("model.mot")
     block = side.built(mot.MoTBlock, MODEL, MOT.mot_modalities, 0, drawn=True)
     layout, rope = mot.Layout(MOT.mot_modalities, ids=side.array(IDS)), side.array(np.ones((11, 1)))
-    out, _ = block(side.array(STREAM), rope, rope, layout=layout)
+    out = block(side.array(STREAM), (rope, rope), layout=layout)
     np.testing.assert_array_equal(side.numpy(out), STREAM)
 
 
@@ -374,7 +374,9 @@ VLM_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
     "model.adapter": (check_adapters,),
     "model.noise": (check_noise,),
     "model.cross_attention": (check_cross_attention, check_cross_attention_layers),
+    "model.layout": (check_mot_stream, check_mot_cache),
     "model.mot": (check_mot_block, check_mot_stream, check_mot_start, check_mot_cache, check_mot_experts),
+    "model.expert_choice": (check_moma,),
     "model.moma": (check_moma,),
     "model.vlm": (check_budget, check_seed, *(wrapper_check(arch) for arch in ARCHITECTURES)),
     "training.freeze": (check_freeze,),

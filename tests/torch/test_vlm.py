@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from kempnerforge_torch.model.expert_choice import ExpertChoiceSigmoidRouter
 from kempnerforge_torch.model.hooks import capture
-from kempnerforge_torch.model.moma import ExpertChoiceSigmoidRouter
 from kempnerforge_torch.model.state import set_state
 from kempnerforge_torch.model.vlm import VLMWrapper, build_vlm_wrapper, inner_transformer
 from shared_config.contract.vision import vit_tower, wrapper_table
@@ -177,15 +177,15 @@ def test_activations_of_every_part_have_names() -> None:
 
 
 def test_experts_choose_by_rank_and_skip_what_is_not_valid() -> None:
-    router = ExpertChoiceSigmoidRouter(2, 2)
+    router = ExpertChoiceSigmoidRouter(2, 2, capacity_factor=0.5, gumbel_noise=False)
     with torch.no_grad():
         router.gate.weight.copy_(torch.eye(2))
     x = torch.tensor([[1.0, 0.0], [3.0, 1.0], [3.0, 2.0], [9.0, 9.0]])
     valid = torch.tensor([True, True, True, False])
-    weights, tokens, scores = router(x, 2, torch.tensor(2), valid)
+    weights, tokens, scores = router(x, valid, return_scores=True)
     assert tokens.tolist() == [[1, 2], [2, 1]]
     torch.testing.assert_close(weights, scores.gather(0, tokens))
-    fewer, _, _ = router(x, 2, torch.tensor(1), valid)
+    fewer, _ = router(x, valid & (x[:, 1] > 0))
     assert fewer[1].tolist() == [0, 0]
 
 

@@ -1,0 +1,174 @@
+"""Experts that choose tokens (Zhou et al. 2022, arXiv:2202.09368).
+
+    scores of 6 text tokens, 2 experts, each takes its ceil(6 / 2) = 3 best
+    expert 0    .9*  .2   .7*  .1   .8*  .3      a token may be taken by several experts, or by none
+    expert 1    .6*  .5*  .1   .1   .7*  .2
+
+Shapes: T tokens, D model dim, E experts, C tokens that an expert may take.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kempnerforge_jax.model.checks import check_ids, check_mask, check_shape, nan_outside
+from kempnerforge_jax.model.mlp import build_mlp
+from kempnerforge_jax.model.module import Module, Numbered
+from kempnerforge_jax.model.moe import MoEStats
+from kempnerforge_jax.model.router import SCORE_EPS, Gate
+from shared_config.contract.capacity import choice_capacity, choice_share
+
+
+class ExpertChoiceSigmoidRouter(Module):
+    """Each expert takes the tokens with its highest sigmoid(logit), the lowest index among equals."""
+
+    def __init__(
+        self, dim: int, num_experts: int, capacity_factor: float, gumbel_noise: bool = True, *, rngs: nnx.Rngs
+    ):
+        """
+        Args:
+            capacity_factor: an expert takes ceil(capacity_factor * tokens); 0 means 1 / experts.
+            gumbel_noise: choose by noisy scores where noise is given.
+        """
+        self.num_experts = num_experts
+        self.gumbel_noise = gumbel_noise
+        self.share = choice_share(num_experts, capacity_factor)
+        self.gate = Gate(dim, num_experts, rngs=rngs)
+
+    def forward(
+        self,
+        x: jax.Array,
+        valid: jax.Array | None = None,
+        noise: jax.Array | None = None,
+        *,
+        return_scores: bool = False,
+    ) -> tuple[jax.Array, ...]:
+        """
+        Args:
+            x: (T, D).
+            valid: bool (T,), False for tokens that no expert may take.
+            noise: (T, E), added to the logits for the choice alone. None is drawn: JAX has no mode of training.
+            return_scores: also give the scores.
+
+        Returns:
+            weights: (C, E) scores of the tokens that each expert takes, in at least float32; 0 where there are fewer
+                than C tokens that it may take.
+            tokens: (C, E) these tokens, best first; beyond those that it may take they mean nothing.
+            scores: (T, E) of all tokens.
+        """
+        logits_TE = self.gate(x)
+        scores_TE = jax.nn.sigmoid(logits_TE)
+        noise = noise if self.gumbel_noise else None
+        ranked_TE = jax.lax.stop_gradient(scores_TE if noise is None else jax.nn.sigmoid(logits_TE + noise))
+        if valid is not None:
+            ranked_TE = jnp.where(valid[:, None], ranked_TE, -1)
+        room, taken = self.capacity(x, valid)
+        tokens_CE = jnp.argsort(ranked_TE, axis=0, descending=True, stable=True)[:room]
+        is_taken_C1 = (jnp.arange(room) < taken)[:, None]
+        weights_CE = jnp.take_along_axis(scores_TE, tokens_CE, axis=0) * is_taken_C1
+        return (weights_CE, tokens_CE, scores_TE) if return_scores else (weights_CE, tokens_CE)
+
+    def capacity(self, x: jax.Array, valid: jax.Array | None = None) -> tuple[int, jax.Array | int]:
+        """C, and how many of the ``valid`` tokens of ``x`` (T, D) an expert takes, at most C."""
+        room = choice_capacity(x.shape[0], self.share)
+        return room, room if valid is None else choice_capacity(valid.sum(dtype=jnp.int32), self.share)
+
+    @staticmethod
+    def taking(
+        output: tuple[jax.Array, jax.Array, jax.Array], tokens_CE: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What the call that gave ``output`` would have given, had the experts chosen ``tokens_CE``.
+
+        Raises:
+            ValueError: choices of another shape, or of tokens that don't exist. Inside a trace these weigh NaN.
+        """
+        weights_CE, own_CE, scores_TE = output
+        check_shape("tokens_CE", tokens_CE, own_CE.shape)
+        check_ids("tokens_CE", tokens_CE, len(scores_TE))
+        taken_CE = jnp.take_along_axis(scores_TE, tokens_CE, axis=0) * (weights_CE != 0)
+        return nan_outside(taken_CE, tokens_CE, len(scores_TE)), tokens_CE, scores_TE
+
+
+class ExpertChoiceMoE(Module):
+    """y_t = sum over the experts that take token t of score * expert(x_t); 0 for a token that none takes."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        capacity_factor: float,
+        activation: str = "silu",
+        gumbel_noise: bool = True,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        """Arguments as for the router, and ``hidden_dim``, the width of every expert."""
+        self.router = ExpertChoiceSigmoidRouter(dim, num_experts, capacity_factor, gumbel_noise, rngs=rngs)
+        experts = {str(i): build_mlp(dim, hidden_dim, activation, rngs=rngs) for i in range(num_experts)}
+        self.experts: nnx.Dict[Any] = Numbered(experts)
+
+    def forward(
+        self,
+        x: jax.Array,
+        valid: jax.Array | None = None,
+        noise: jax.Array | None = None,
+        *,
+        return_stats: bool = False,
+    ) -> jax.Array | tuple[jax.Array, MoEStats]:
+        """(..., D) -> (..., D).
+
+        Args:
+            valid: bool (...), the tokens that take part; None means all.
+            noise: (..., E), see the router.
+            return_stats: also give what was counted: there are no losses; dropped are the tokens that none takes.
+
+        Raises:
+            ValueError: a mask of another dtype or shape.
+        """
+        if valid is not None:
+            check_mask("valid", valid, x.shape[:-1])
+        x_TD = x.reshape(-1, x.shape[-1])
+        valid_T = None if valid is None else valid.ravel()
+        noise_TE = None if noise is None else noise.reshape(-1, noise.shape[-1])
+        weights_CE, tokens_CE, scores_TE = self.router(x_TD, valid_T, noise_TE, return_scores=True)
+        y_TD = jnp.zeros(x_TD.shape, weights_CE.dtype)
+        for index, expert in enumerate(self.experts.values()):
+            tokens_C, weights_C1 = tokens_CE[:, index], weights_CE[:, index, None]
+            rows_CD = x_TD.at[tokens_C].get(unique_indices=True)
+            out_CD = weights_C1 * expert(rows_CD).astype(weights_C1.dtype)
+            y_TD = y_TD.at[tokens_C].add(out_CD, unique_indices=True)
+        taken = self.router.capacity(x_TD, valid_T)[1]
+        stats = _stats(tokens_CE, jax.lax.stop_gradient(scores_TE), taken, valid_T)
+        self.keep(stats=stats)
+        y = y_TD.astype(x.dtype).reshape(x.shape)
+        return (y, stats) if return_stats else y
+
+    @property
+    def expert_counts(self) -> jax.Array:
+        """(E,) tokens that each expert took in the last call outside jit; 0 before any."""
+        stats = self.kept("stats")
+        return jnp.zeros(self.router.num_experts, jnp.int32) if stats is None else stats.expert_counts
+
+
+def _stats(tokens_CE: jax.Array, scores_TE: jax.Array, taken: jax.Array | int, valid: jax.Array | None) -> MoEStats:
+    """What one mixture counted; entropy is that of a token's scores over the experts, as shares."""
+    tokens, experts = scores_TE.shape
+    valid_T = jnp.ones(tokens, bool) if valid is None else valid
+    zero = jnp.zeros((), scores_TE.dtype)
+    counts_E = jnp.broadcast_to(jnp.asarray(taken, jnp.int32), (experts,))
+    is_taken_CE = jnp.broadcast_to((jnp.arange(len(tokens_CE)) < taken)[:, None], tokens_CE.shape)
+    hits_T = jnp.zeros(tokens, jnp.int32).at[tokens_CE.ravel()].add(is_taken_CE.ravel().astype(jnp.int32))
+    shares_TE = scores_TE / (scores_TE.sum(axis=1, keepdims=True) + SCORE_EPS)
+    entropy_T = jnp.where(valid_T, jax.scipy.special.entr(shares_TE).sum(axis=1), 0)
+    return MoEStats(
+        aux_loss=zero,
+        z_loss=zero,
+        expert_counts=counts_E,
+        entropy=entropy_T.sum() / jnp.maximum(valid_T.sum(), 1).astype(scores_TE.dtype),
+        dropped=(valid_T & (hits_T == 0)).sum(dtype=jnp.int32),
+    )

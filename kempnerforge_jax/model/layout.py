@@ -1,0 +1,140 @@
+"""Which positions of the residual stream belong to which modality, and streams of modalities as one.
+
+Shapes: B batch, S positions of the residual stream, S_m positions of a modality, D model dim, h head_dim.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from kempnerforge_jax.model.checks import check_ids, check_shape, nan_outside
+from kempnerforge_jax.model.modality import ModalityContext
+
+Span = tuple[str, int, int]
+Streams = Mapping[str, jax.Array] | jax.Array
+"""(B, S_m, D) of each modality, or one stream (B, S, D) with a `Layout`."""
+Rope = tuple[jax.Array, jax.Array]
+"""Rows of the rotary tables: cos and sin, of a modality (S, h/2), of a whole stream also (B, 1, S, h/2)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which positions of the residual stream belong to which modality: spans known beforehand, or ids by position.
+
+    Attributes:
+        modalities: names, by index.
+        spans: (modality, start, stop) in the order of the sequence; empty ones count. None where ids say it.
+        ids: int (B, S), index into the modalities.
+    """
+
+    modalities: tuple[str, ...]
+    spans: tuple[Span, ...] | None = None
+    ids: jax.Array | None = None
+
+    def apply(self, function: Callable[[str, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        """``function(modality, x)``, each position by its own modality: (B, S, ...) -> (B, S, ...).
+
+        Spans cost what one modality costs; ids cost every modality at every position.
+        """
+        if self.spans is not None:
+            spans = [span for span in self.spans if span[1] < span[2]]
+            return jnp.concatenate([function(name, x[:, start:stop]) for name, start, stop in spans], axis=1)
+        first, *others = self.modalities
+        out = function(first, x)
+        for name in others:
+            theirs = function(name, x)
+            out = jnp.where(self.of(name, x).reshape(*x.shape[:2], *[1] * (theirs.ndim - 2)), theirs, out)
+        return self.known(out)
+
+    def known(self, x: jax.Array) -> jax.Array:
+        """``x`` (B, S, ...), NaN where the id names no modality."""
+        return x if self.ids is None else nan_outside(x, self.ids, len(self.modalities))
+
+    def of(self, modality: str, x: jax.Array) -> jax.Array:
+        """bool (B, S): the positions of one modality in ``x`` (B, S, ...)."""
+        if self.spans is None:
+            assert self.ids is not None
+            return self.ids == self.modalities.index(modality)
+        places_S = jnp.arange(x.shape[1])
+        mine_S = jnp.zeros_like(places_S, dtype=bool)
+        for name, start, stop in self.spans:
+            if name == modality:
+                mine_S = mine_S | ((places_S >= start) & (places_S < stop))
+        return jnp.broadcast_to(mine_S, x.shape[:2])
+
+    def split(self, x: jax.Array) -> dict[str, jax.Array]:
+        """The part of each modality of ``x`` (B, S, ...); of spans alone."""
+        assert self.spans is not None
+        return {name: x[:, start:stop] for name, start, stop in self.spans}
+
+    @property
+    def image_tokens(self) -> int:
+        """How many of the first positions are known to be an image's."""
+        return max((stop for name, start, stop in self.spans or () if name == "image" and start == 0), default=0)
+
+    def positions(self, x: jax.Array) -> jax.Array:
+        """How many earlier positions have the same modality: (S,), or (B, S) where rows differ."""
+        if self.spans is not None:
+            return jnp.concatenate([jnp.arange(stop - start, dtype=jnp.int32) for _, start, stop in self.spans])
+        counts = [(self.of(name, x).cumsum(axis=1, dtype=jnp.int32) - 1, self.of(name, x)) for name in self.modalities]
+        return sum((jnp.where(mine, count, 0) for count, mine in counts), jnp.zeros_like(counts[0][0]))
+
+
+def layout_of(modalities: Sequence[str], modality_ids: jax.Array | None, x: jax.Array) -> Layout:
+    """The layout of ``x`` (B, S, D) by ``modality_ids``, int (B, S).
+
+    Raises:
+        ValueError: as `stream_layout`; no ids.
+    """
+    if modality_ids is None:
+        raise ValueError("modality_ids = None: must be given, an integer for each position")
+    check_shape("modality_ids", modality_ids, x.shape[:2])
+    check_ids("modality_ids", modality_ids, len(modalities))
+    return Layout(tuple(modalities), ids=modality_ids)
+
+
+def stream_layout(modalities: Sequence[str], modality: ModalityContext, x: jax.Array) -> Layout:
+    """The layout of ``x`` (B, S, D): by ``modality_ids`` if given, else a prefix of the image and then text.
+
+    Raises:
+        ValueError: ids of another shape, not integers, or outside the modalities. Where values can't be seen, such a
+            position becomes NaN.
+    """
+    names, length = tuple(modalities), x.shape[1]
+    if modality.modality_ids is not None:
+        return layout_of(modalities, modality.modality_ids, x)
+    prefix = 0 if modality.prefix_embeds is None else modality.prefix_embeds.shape[1]
+    return Layout(names, spans=(("image", 0, prefix), ("text", prefix, length)))
+
+
+def one_stream(
+    modalities: Sequence[str], streams: Streams, rope: Mapping[str, Rope] | Rope, layout: Layout | None
+) -> tuple[jax.Array, Rope, Layout]:
+    """Streams of modalities as one, in the order of ``modalities``, with its rotary tables and its layout; what comes
+    with a layout is one already.
+
+    Raises:
+        ValueError: modalities that don't exist or have no rotary tables; one stream without a layout.
+    """
+    if layout is not None:
+        assert not isinstance(streams, Mapping)
+        assert not isinstance(rope, Mapping)
+        return streams, rope, layout
+    if not isinstance(streams, Mapping) or not isinstance(rope, Mapping):
+        raise ValueError("streams and rope: must be given by modality, or be of one stream with its layout")
+    names = [name for name in modalities if name in streams and name in rope]
+    if not names or set(names) != set(streams):
+        raise ValueError(f"streams = {sorted(streams)}: must be of {', '.join(modalities)}, with rope for each")
+    ends = list(itertools.accumulate(streams[name].shape[1] for name in names))
+    spans = tuple(zip(names, [0, *ends], ends, strict=False))
+    cos, sin = (jnp.concatenate([rope[name][part] for name in names], axis=-2) for part in (0, 1))
+    return (
+        jnp.concatenate([streams[name] for name in names], axis=1),
+        (cos, sin),
+        Layout(tuple(modalities), spans=spans),
+    )
