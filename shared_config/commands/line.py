@@ -92,7 +92,7 @@ def message_of(error: BaseException) -> str:
 
 
 def build_parser(available: Mapping[str, Command]) -> Parser:
-    """One subparser a command."""
+    """One subparser per command."""
     parser = Parser(
         prog="kempnerforge",
         description="One config, the same model in PyTorch and in JAX.",

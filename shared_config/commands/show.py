@@ -123,20 +123,20 @@ def parameters_of(config: JobConfig) -> Table:
 
 
 def counts_of(config: JobConfig) -> Table:
-    """Parameters, floating point operations a token, key/value cache."""
+    """Parameters, floating point operations per token, key/value cache."""
     model, length = config.model, config.train.seq_len
     flops = flops_per_token(model, length, config.vlm)
     table = _pairs("Counts")
     name = "parameters" if config.vlm is None else "parameters of the language model"
     table.add_row(name, f"{count_parameters(model, config.vlm):,}")
     if model.is_moe:
-        table.add_row("parameters a token uses", f"{count_active_parameters(model, config.vlm):,}")
-    table.add_row(f"text FLOPs a token, forward, {length} positions", f"{flops.forward:,}")
+        table.add_row("parameters used per token", f"{count_active_parameters(model, config.vlm):,}")
+    table.add_row(f"FLOPs per text token, forward, {length} positions", f"{flops.forward:,}")
     table.add_row("  in matrix products", f"{flops.matmul:,}")
     table.add_row("  in attention", f"{flops.attention:,}")
-    table.add_row("text FLOPs a token, training", f"{flops.training:,}")
+    table.add_row("FLOPs per text token, training", f"{flops.training:,}")
     cache = kv_cache_bytes(model, 1, model.max_seq_len, BFLOAT16, config.vlm, spare=PREFILL_CHUNK - 1)
-    table.add_row(f"key/value cache a row, bfloat16, {model.max_seq_len} positions", readable_bytes(cache))
+    table.add_row(f"key/value cache per row, bfloat16, {model.max_seq_len} positions", readable_bytes(cache))
     return table
 
 
@@ -152,7 +152,7 @@ def memory_of(config: JobConfig, world_size: int) -> Table:
         "ep": layout.ep,
     }
     sizes = ", ".join(f"{name} {size}" for name, size in axes.items())
-    table = _pairs("Training memory a device, activations not counted")
+    table = _pairs("Training memory per device, activations not counted")
     table.add_row("devices", str(world_size))
     table.add_row("layout", sizes)
     if config.vision_encoder is not None and config.vision_encoder.type in MODEL_TYPES and tower is None:

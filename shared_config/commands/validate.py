@@ -159,7 +159,7 @@ def forget(plan: Plan) -> None:
 
 
 def run_processes(plan: Plan, stage: int = 0) -> None:
-    """Run the jobs of all checks of a stage, one process a backend, side by side.
+    """Run the jobs of all checks of a stage, one process per backend, side by side.
 
     Raises:
         UserError: a process could not do its jobs; naming its backend, and with what it said last.

@@ -34,7 +34,7 @@ def count_active_parameters(config: ModelConfig, vlm: VLMConfig | None = None) -
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating point operations a token at a given sequence length; a multiply-add is two."""
+    """Floating point operations per token at a given sequence length; a multiply-add is two."""
 
     matmul: int
     attention: int
@@ -51,7 +51,7 @@ class Flops:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, vlm: VLMConfig | None = None) -> Flops:
-    """FLOPs a text token, averaged over a causal sequence of ``seq_len`` without an image.
+    """FLOPs per text token, averaged over a causal sequence of ``seq_len`` without an image.
 
     Matrix products: twice the active matrix weights, the output head included and the embedding lookup not.
     Attention: scores and their product with the values, 4 * head_dim * heads a visible key; masked keys do not count.
@@ -86,7 +86,7 @@ def kv_cache_bytes(
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes a device for a parallel layout, activations and workspace not included."""
+    """Bytes per device for a parallel layout, activations and workspace not included."""
 
     parameters: int
     gradients: int
@@ -100,7 +100,7 @@ class TrainingMemory:
 
 
 def training_memory(job: JobConfig, world_size: int = 1, tower: TowerConfig | None = None) -> TrainingMemory:
-    """Bytes a device holds of float32 masters, gradients, both Adam moments and the bfloat16 copy of one layer at work.
+    """Bytes per device of float32 masters, gradients, both Adam moments and the bfloat16 copy of one layer at work.
 
     Pipeline stages share the layers evenly, tensor parallelism the matrices, FSDP what is left; experts are divided
     by ``ep`` before FSDP shards them over the remaining data ranks, which comes to the same number of bytes. What is

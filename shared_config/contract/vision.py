@@ -59,7 +59,7 @@ class TowerConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens an image that leave the tower: one a patch."""
+        """Tokens per image that leave the tower: one per patch."""
         return (self.image_size // self.patch_size) ** 2
 
 

@@ -197,7 +197,7 @@ def json_lines_files(path: str | Path, root: Path, names: Sequence[str]) -> list
     rows = [name for name in names if is_json_lines(name)]
     if all(name.lower().endswith(".json") for name in names):
         raise UserError(
-            f"data.path = {str(path)!r}: {names[0]} is JSON; must be JSON Lines (.jsonl, one object a line), "
+            f"data.path = {str(path)!r}: {names[0]} is JSON; must be JSON Lines (.jsonl, one object per line), "
             "or have another name to be trained on as it stands"
         )
     if rows and len(rows) < len(names):

@@ -1,6 +1,6 @@
 """Batches of images, or clips, with text: from a folder, or drawn by code where none is given.
 
-A folder holds pictures and a ``metadata.jsonl`` (as Hugging Face's ImageFolder has it), one JSON object a line:
+A folder holds pictures and a ``metadata.jsonl`` (as Hugging Face's ImageFolder has it), one JSON object per line:
 
     {"file_name": "cats/1.png", "text": "a cat on a chair"}
     {"file_name": "2.jpg", "prompt": "What is this? ", "text": "a boat"}
@@ -10,7 +10,7 @@ A folder holds pictures and a ``metadata.jsonl`` (as Hugging Face's ImageFolder 
 
 What can't be decoded is counted, told once, and masked: its row is trained as text alone.
 
-Shapes: B rows of a batch on one rank, T text positions of a row, F frames, s pixels a side.
+Shapes: B rows of a batch on one rank, T text positions of a row, F frames, s pixels per side.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def refuse(problems: Sequence[str]) -> None:
     """Raise the problems found, if there are any; of many the first ones.
 
     Raises:
-        UserError: one problem a line.
+        UserError: one problem per line.
     """
     if not problems:
         return

@@ -1,6 +1,6 @@
 """Decoding images and clips into arrays of one size: Pillow and PyAV, both optional, imported when a file needs them.
 
-Shapes: F frames, s pixels a side.
+Shapes: F frames, s pixels per side.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def read_clip(
 def sample_times(first: float, last: float, available: int, config: VideoConfig) -> np.ndarray:
     """Seconds at which a clip is sampled: uniformly, first and last frame kept.
 
-    ``fps`` frames a second, at least ``min_frames`` and at most ``max_frames``, and no more than there are.
+    ``fps`` frames per second, at least ``min_frames`` and at most ``max_frames``, and no more than there are.
     """
     wanted = round((last - first) * config.fps) + 1
     count = min(max(wanted, config.min_frames), config.max_frames, available)

@@ -54,7 +54,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode_stream(self, ids: Iterable[int], after: Iterable[int] = ()) -> Iterator[str]:
-        """Pieces of text, one an id and one at the end; joined they are what ``ids`` add to the text of ``after``.
+        """Pieces of text, one per id and one at the end; joined they are what ``ids`` add to the text of ``after``.
 
         A character of several ids comes with its last id, or with the id after it.
         """

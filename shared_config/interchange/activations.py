@@ -1,6 +1,6 @@
 """Activations in .npz files, written in pieces so that no more than a piece is in memory.
 
-An entry is ``name.npy``, or ``name/modality.npy`` where a module puts out one array a modality. Types that NumPy lacks
+An entry is ``name.npy``, or ``name/modality.npy`` for a module with one output per modality. Types that NumPy lacks
 (bfloat16) are stored as integers of the same width, and the entry ``__dtypes__`` says of which, in JSON.
 """
 

@@ -1,4 +1,4 @@
-"""Training checkpoints: one folder a step that both backends write and read.
+"""Training checkpoints: one folder per step that both backends write and read.
 
 ``<run>/step_00000050/`` is the state after 50 updates:
 

@@ -1,7 +1,7 @@
 """Hugging Face folders (config.json and safetensors) of Llama, Mistral, Mixtral, Qwen3 and Qwen3-MoE models.
 
 The two sides name the same tensors differently; orientation (out, in) and the rotation of head halves are equal, so
-values are never changed. Packed experts are the one exception: Hugging Face stores one (out, in) matrix an expert.
+values are never changed. Packed experts are the one exception: Hugging Face stores one (out, in) matrix per expert.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class Plan:
 
     @property
     def stages(self) -> list[int]:
-        """One process a backend runs the jobs of each, once those of the one before have ended."""
+        """One process per backend runs the jobs of each, once those of the one before have ended."""
         return sorted({check.stage for check in self.checks})
 
     def scenario_file(self, backend: str, scenario: str, dtype: str = "float64") -> Path:
@@ -272,7 +272,7 @@ def trace_command(plan: Plan, backend: str, overrides: Sequence[str] = ()) -> li
 
 
 def _trace_jobs(plan: Plan, backend: str) -> list[list[str]]:
-    """One trace a dtype, the float64 one first. In bfloat16 experts that choose tokens take those of float64: with as
+    """One trace per dtype, the float64 one first. In bfloat16 experts that choose tokens take those of float64: with as
     many choices as they have, some are always so close that rounding decides.
     """
     shared = trace_command(plan, backend)

@@ -201,7 +201,7 @@ def logits_name(config: JobConfig) -> str:
 
 
 def outputs(module: str, config: JobConfig) -> list[str]:
-    """Names that the output of a module may have: its own, or one a modality."""
+    """Names that the output of a module may have: its own, or one per modality."""
     modalities = getattr(config.vlm, f"{config.vlm.arch}_modalities", ()) if config.vlm is not None else ()
     return [module, *(f"{module}.{modality}" for modality in modalities)]
 

@@ -8,7 +8,7 @@ A trace is one safetensors file whose metadata says where it comes from. Names a
     gradient/<parameter>   its gradient
     updated/<parameter>    parameters after one optimiser step
     decode/<chunking>      logits of cached decoding; decode/whole: of a forward without capacity limits
-    losses                 one loss a step of a short training run
+    losses                 one loss per step of a short training run
 
 A tensor too large to keep can be replaced by a `Summary`: statistics, a hash, and a sketch from which distances are
 estimated.

@@ -1,4 +1,4 @@
-"""One file a config section; `JobConfig` joins them."""
+"""One file per config section; `JobConfig` joins them."""
 
 from shared_config.schema.adapter import AdapterConfig, pooled_token_count
 from shared_config.schema.checkpoint import CheckpointConfig

@@ -9,7 +9,7 @@ from shared_config.schema.base import Count, NonNegativeFloat, PositiveInt, Sect
 
 @section
 class TrainConfig(Section):
-    """``batch_size`` is sequences a micro-batch and data-parallel rank; an optimiser step sees ``grad_accum_steps``
+    """``batch_size`` is sequences per micro-batch and data-parallel rank; an optimiser step sees ``grad_accum_steps``
     of them.
 
     mixed_precision: "fp32" computes in float32; "bf16" keeps float32 masters and computes in bfloat16.

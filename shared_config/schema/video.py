@@ -10,7 +10,7 @@ from shared_config.schema.base import PositiveFloat, PositiveInt, Section, secti
 
 @section
 class VideoConfig(Section):
-    """Frames sampled from a clip: ``fps`` a second, between ``min_frames`` and ``max_frames``; shorter clips are
+    """Frames sampled from a clip: ``fps`` per second, between ``min_frames`` and ``max_frames``; shorter clips are
     padded and masked.
 
     uniform: equal spacing in time, first and last frame kept.

@@ -69,12 +69,12 @@ class VisionEncoderConfig(Section):
 
     @property
     def known_num_tokens(self) -> int:
-        """Tokens an image as far as the config alone says; 0: ask the encoder."""
+        """Tokens per image as far as the config alone says; 0: ask the encoder."""
         if self.type == "vit":
             return (self.image_size // self.patch_size) ** 2
         return self.num_tokens
 
     @property
     def known_image_size(self) -> int:
-        """Pixels a side of the images, as far as the config alone says; 0: ask the encoder."""
+        """Pixels per side of the images, as far as the config alone says; 0: ask the encoder."""
         return self.image_size or (DEFAULT_IMAGE_SIZE if self.type == "random" else 0)

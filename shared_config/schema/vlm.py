@@ -121,7 +121,7 @@ class VLMConfig(Section):
         """What does not fit an encoder, or the length of the sequence.
 
         Args:
-            num_tokens: tokens that the encoder gives an image.
+            num_tokens: tokens that the encoder gives per image.
             feature_dim: their width; 0: not known yet.
             frames: images of a clip.
         """

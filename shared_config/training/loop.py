@@ -61,7 +61,7 @@ class Trainer(Protocol):
         """One update from the micro-batches of one optimiser step (this rank's share of them).
 
         Returns:
-            "loss" (nats a token) and other numbers; "taken" is 0 where an update was left out, which goes into no
+            "loss" (nats per token) and other numbers; "taken" is 0 where an update was left out, which goes into no
             record. They may be scalars still being computed on a device: the loop
             reads them only after it has asked for the next step, so that the device never waits for the host.
         """
@@ -141,7 +141,7 @@ class TrainingSummary:
 
     @property
     def heldout_loss(self) -> float | None:
-        """Nats a token, None if the last step had no evaluation."""
+        """Nats per token, None if the last step had no evaluation."""
         return self.metrics.get("heldout_loss")
 
 

@@ -73,7 +73,7 @@ def read_metrics(file: str | Path) -> list[dict[str, Any]]:
 
 
 class JsonLinesLogger:
-    """One JSON object a line, with ``step`` first; numbers are written in full, so they read back exactly.
+    """One JSON object per line, with ``step`` first; numbers are written in full, so they read back exactly.
 
     Records of steps after ``resumed_step``, which will be taken again, are dropped, so that the file has each step
     once. Records that can't be written are kept, and written before the next ones once that is possible.

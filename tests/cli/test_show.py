@@ -186,12 +186,12 @@ def test_every_number_stands_beside_its_label() -> None:
     assert len({*numbers, sum(numbers)}) == 5
     assert rows == {
         "parameters of the language model": f"{count_parameters(model, vlm):,}",
-        "parameters a token uses": f"{count_active_parameters(model, vlm):,}",
-        f"text FLOPs a token, forward, {config.train.seq_len} positions": f"{flops.matmul + flops.attention:,}",
+        "parameters used per token": f"{count_active_parameters(model, vlm):,}",
+        f"FLOPs per text token, forward, {config.train.seq_len} positions": f"{flops.matmul + flops.attention:,}",
         "  in matrix products": f"{flops.matmul:,}",
         "  in attention": f"{flops.attention:,}",
-        "text FLOPs a token, training": f"{3 * (flops.matmul + flops.attention):,}",
-        f"key/value cache a row, bfloat16, {model.max_seq_len} positions": readable_bytes(
+        "FLOPs per text token, training": f"{3 * (flops.matmul + flops.attention):,}",
+        f"key/value cache per row, bfloat16, {model.max_seq_len} positions": readable_bytes(
             2 * model.n_layers * model.max_seq_len * 2 * model.head_size * 2
         ),
         "devices": "24",
