@@ -1,7 +1,8 @@
 """Activations in .npz files, written in pieces so that no more than a piece is in memory.
 
 An entry is ``name.npy``, or ``name/modality.npy`` for a module with one output per modality. Types that NumPy lacks
-(bfloat16) are stored as integers of the same width, and the entry ``__dtypes__`` says of which, in JSON.
+(bfloat16) are stored as integers of the same width, and the entry ``__dtypes__`` says of which, in JSON. The comment of
+the archive is the version of the names.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike, commit, file_errors, make_aside
+from shared_config.interchange.former import VERSION, former
 from shared_config.interchange.reading import check_regular, parse_json
 
 DTYPES = "__dtypes__"
@@ -82,6 +84,7 @@ class ActivationWriter:
             foreign = {name: dtype.name for name, (_, dtype) in self._entries.items() if _stored(dtype) != dtype}
             with archive.open(f"{DTYPES}.npy", "w") as entry:
                 np.lib.format.write_array(entry, np.array(json.dumps(foreign)))
+            archive.comment = VERSION.encode()
 
 
 def with_suffix(path: PathLike) -> Path:
@@ -101,22 +104,27 @@ def write_activations(path: PathLike, activations: Mapping[str, Any]) -> None:
         writer._entries = {name: (shape[1:], dtype) for name, (shape, dtype) in writer._entries.items()}
 
 
-def read_activations(path: PathLike) -> dict[str, np.ndarray]:
+def read_activations(path: PathLike, arch: str | None = None) -> dict[str, np.ndarray]:
     """The arrays of a .npz file by the names of their entries, in the types they had.
+
+    Args:
+        arch: ``vlm.arch`` of the model, by which names of former versions are told that don't tell it themselves.
 
     Raises:
         UserError: no such file, or not one of ours.
     """
     check_regular(path)
     try:
-        with Path(path).open("rb") as file, zipfile.ZipFile(file):
+        with Path(path).open("rb") as file, zipfile.ZipFile(file) as zipped:
             archive = np.load(file, allow_pickle=False)
             arrays = {name: archive[name] for name in archive.files}
             foreign = parse_json(str(arrays.pop(DTYPES)))
+            version = zipped.comment.decode(errors="replace")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: can't be read as a file of activations: {error}") from None
     types = {name: np.dtype(getattr(ml_dtypes, dtype)) for name, dtype in foreign.items()}
-    return {name: array.view(types[name]) if name in types else array for name, array in arrays.items()}
+    arrays = {name: array.view(types[name]) if name in types else array for name, array in arrays.items()}
+    return arrays if version == VERSION else former(arrays, {"vlm": {"arch": arch}} if arch else None).named(arrays)
 
 
 def flattened(activations: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -31,10 +31,11 @@ from safetensors import SafetensorError
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import file_errors, folder_target, make_folder
+from shared_config.interchange.former import current_fields, current_state
 from shared_config.interchange.reading import MAX_JSON_BYTES, check_regular, parse_json, read_text
 from shared_config.interchange.tensors import read_tensors, write_tensors
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 METRICS = "metrics.jsonl"
 """Beside the checkpoints of a run."""
@@ -163,6 +164,8 @@ def load(path: str | Path, *, with_optimizer: bool = True) -> Checkpoint:
     fields = _read_state(folder / STATE)
     weights = _read_arrays(folder / WEIGHTS, fields["files"])
     optimizer = _read_arrays(folder / OPTIMIZER, fields["files"]) if with_optimizer else {}
+    if fields["format"] < FORMAT:
+        weights, optimizer = current_state(weights, optimizer, fields["config"])
     return Checkpoint(
         path=folder,
         state=TrainingState(fields["step"], weights, optimizer, fields["extra"]),
@@ -357,7 +360,7 @@ def _read_state(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: format {fields['format']} is newer than this version reads ({FORMAT})")
     if fields.pop("checksum", "") != _checksum(fields):
         raise UserError(f"{file}: corrupt: its checksum does not match{_advice(file)}")
-    return fields
+    return fields if fields["format"] == FORMAT else {**fields, "config": current_fields(fields["config"])}
 
 
 def _advice(file: Path) -> str:

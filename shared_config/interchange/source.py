@@ -15,13 +15,16 @@ from typing import Any, Literal
 import numpy as np
 
 from shared_config.contract.function import Difference, differences
-from shared_config.contract.parameters import aliases
+from shared_config.contract.parameters import aliases, parameter_table
+from shared_config.contract.warm_start import TRANSFORMER
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange import checkpoint, huggingface
 from shared_config.interchange.files import PathLike
+from shared_config.interchange.former import current_fields, is_former
+from shared_config.interchange.states import without_unused
 from shared_config.interchange.tokens import beside, has_tokenizer
 from shared_config.interchange.toml import config_from_dict, read_fields
-from shared_config.interchange.weights import INDEX, SINGLE, WeightsError, entry_file, load_weights
+from shared_config.interchange.weights import INDEX, SINGLE, WeightsError, entry_file, load_weights, weight_names
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.training import TrainConfig
@@ -90,7 +93,8 @@ def find_config(path: PathLike) -> dict[str, Any] | None:
     folder = _folder(path)
     if path.is_file() and path.name == checkpoint.WEIGHTS and (folder / checkpoint.STATE).exists():
         return _checkpoint_fields(folder)
-    return _toml_fields(folder / CONFIG)
+    fields = _toml_fields(folder / CONFIG)
+    return current_fields(fields) if fields is not None and _is_former(path) else fields
 
 
 def read_config(path: PathLike) -> dict[str, Any]:
@@ -136,7 +140,7 @@ def read_model(
     assert used is not None
     if found is not None:
         check_same_function(used, found, str(path), overridden=overridden, say=say)
-    weights = _read_weights(path, kind, (found or used).model)
+    weights = _read_weights(path, kind, fields, found or used)
     if found is None:
         say(f"note: {path} has no config beside it; its weights are taken to be those of the config that is given")
     return ModelSource(path, kind, used, found, _without_aliases(weights, used.model, str(path)))
@@ -168,12 +172,13 @@ def _refusal(refused: list[Difference], where: str) -> list[str]:
     return [*lines, "leave the fields as they are there, or set them on the command line to go on all the same"]
 
 
-def _read_weights(path: Path, kind: Kind, model: ModelConfig) -> dict[str, np.ndarray]:
+def _read_weights(path: Path, kind: Kind, fields: Mapping[str, Any] | None, config: JobConfig) -> dict[str, np.ndarray]:
     if kind == "huggingface":
-        return huggingface.from_huggingface(load_weights(path), model)
+        return huggingface.from_huggingface(load_weights(path), config.model)
     if kind == "checkpoint":
         return checkpoint.load(path, with_optimizer=False).state.weights
-    return load_weights(path)
+    table = parameter_table(config.model, config.vlm)
+    return without_unused(load_weights(path, config=fields), {*table, *(f"{TRANSFORMER}{name}" for name in table)})
 
 
 def _without_aliases(state: dict[str, np.ndarray], model: ModelConfig, where: str) -> dict[str, np.ndarray]:
@@ -205,6 +210,14 @@ def _huggingface_fields(folder: Path) -> dict[str, Any]:
     if has_tokenizer(folder):
         fields["data"] = {"tokenizer": str(folder)}
     return fields
+
+
+def _is_former(path: Path) -> bool:
+    """Whether a former version wrote the weights; not where there are none."""
+    try:
+        return is_former(weight_names(path))
+    except UserError:
+        return False
 
 
 def _toml_fields(file: Path) -> dict[str, Any] | None:

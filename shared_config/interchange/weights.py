@@ -19,6 +19,7 @@ import numpy as np
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike, file_errors, make_folder, written_aside
+from shared_config.interchange.former import NAMES, VERSION, former
 from shared_config.interchange.reading import MAX_JSON_BYTES, parse_json, read_bytes
 from shared_config.interchange.states import numpy_dtype, plain_state, without_repeats, without_unused
 from shared_config.interchange.tensors import TensorFile, read_tensors, write_tensors
@@ -51,8 +52,8 @@ NEEDED = (
     f"needed are safetensors: a .safetensors file, or a folder with {SINGLE} or {INDEX} "
     "(in transformers: model.save_pretrained(folder))"
 )
-METADATA = {"format": "pt"}
-"""What transformers asks of a file before it loads it."""
+METADATA = {"format": "pt", NAMES: VERSION}
+"""What transformers asks of a file before it loads it, and what `former` asks."""
 
 
 class WeightsError(UserError):
@@ -104,25 +105,40 @@ def save_weights(
     return files
 
 
-def load_weights(path: PathLike, table: Mapping[str, HasShape] | None = None) -> dict[str, np.ndarray]:
+def load_weights(
+    path: PathLike, table: Mapping[str, HasShape] | None = None, *, config: Mapping[str, Any] | None = None
+) -> dict[str, np.ndarray]:
     """Read a state dict, memory-mapped, from a file, an index, or a folder that holds either.
 
-    Names are plain: what wrappers of torch put into them is left out.
+    Names are plain: what wrappers of torch put into them is left out. Those of former versions become those of now.
 
     Args:
         table: the parameters that the model has. Names and shapes must be exactly these, the order becomes theirs.
+        config: nested fields of the model's job, where they are known, to tell what former versions wrote.
 
     Raises:
         WeightsError: listing every missing, extra, misshapen or non-floating tensor.
         UserError: if a file is missing, damaged or of another format; it says what is there and what is needed.
     """
     path = entry_file(path)
-    state = plain_state(_load_shards(path) if path.suffix == ".json" else read_tensors(path))
+    files = _files(path)
+    state = plain_state({name: file.read(name) for name, file in files.items()})
+    if any(file.metadata.get(NAMES) != VERSION for file in files.values()):
+        state = former(state, config).state(state)
     if table is None:
         return state
     state = without_unused(state, table)
     check_tensors(state, table, source=str(path))
     return {name: state[name] for name in table}
+
+
+def weight_names(path: PathLike) -> list[str]:
+    """Names of the tensors that `load_weights` would read, as they are in the files.
+
+    Raises:
+        UserError: as `load_weights`.
+    """
+    return list(_files(entry_file(path)))
 
 
 def check_tensors(state: Mapping[str, Any], table: Mapping[str, HasShape], source: str = "weights") -> None:
@@ -250,13 +266,21 @@ def _what_is_there(folder: Path) -> list[str]:
     return found
 
 
-def _load_shards(index: Path) -> dict[str, np.ndarray]:
+def _files(path: Path) -> dict[str, TensorFile]:
+    """The file of each tensor, of a single file or of an index."""
+    if path.suffix == ".json":
+        return _shards(path)
+    file = TensorFile(path)
+    return dict.fromkeys(file.entries, file)
+
+
+def _shards(index: Path) -> dict[str, TensorFile]:
     weight_map = _weight_map(index)
     files = {file: TensorFile(index.parent / file) for file in dict.fromkeys(weight_map.values())}
     absent = [f"{name}: not in {file}" for name, file in weight_map.items() if name not in files[file].entries]
     if absent:
         raise WeightsError(str(index), absent)
-    return {name: files[file].read(name) for name, file in weight_map.items()}
+    return {name: files[file] for name, file in weight_map.items()}
 
 
 def _weight_map(index: Path) -> dict[str, str]:

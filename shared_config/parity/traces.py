@@ -28,6 +28,7 @@ import numpy as np
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
+from shared_config.interchange.former import current_toml, former
 from shared_config.interchange.reading import parse_json, parse_toml
 from shared_config.interchange.tensors import TRACE, TensorFile, write_tensors
 from shared_config.interchange.weights import is_floating
@@ -46,9 +47,9 @@ FORWARD, ROUTING, LOSS, GRADIENT, UPDATED, DECODE, LOSSES = GROUPS = (
 NOT_REFED = (GRADIENT, UPDATED, DECODE, LOSSES)
 """Groups that a run has not if each of its layers is given a recorded input."""
 
-FORMAT = "2"
-FORMER = "1"
-"""Deltas of updates were those of the parameters, weights included; those of routes RMS distances of expert numbers."""
+FORMAT = "3"
+FORMER = ("1", "2")
+"""In the first, deltas of updates were those of the parameters themselves, those of routes RMS distances."""
 FORMER_STEP = 0.03
 """Largest delta of an update of that format, relative to the learning rate."""
 ROUTES = ".indices"
@@ -192,14 +193,15 @@ def read_trace(path: PathLike) -> Trace:
     if TRACE not in file.metadata:
         raise UserError(f"{file.path}: is a safetensors file, but no trace; `kempnerforge trace` writes traces")
     found = file.metadata[TRACE]
-    if found not in (FORMAT, FORMER):
-        raise UserError(f"{file.path}: trace format = {found}: must be {FORMER} or {FORMAT}")
+    if found not in (FORMAT, *FORMER):
+        raise UserError(f"{file.path}: trace format = {found}: must be {', '.join(FORMER)} or {FORMAT}")
     try:
         content = parse_json(file.metadata[META_KEY])
         order, summaries, parts = content.pop("order"), content.pop("summaries"), content.pop("parts", {})
         meta = _checked(TraceMeta(**content, parts=_read_parts(file, parts)))
         trace = Trace({name: _read(file, name, summaries) for name in order}, meta)
-        return trace if found == FORMAT else _as_now(trace)
+        trace = _with_deltas_of_now(trace) if found == FORMER[0] else trace
+        return trace if found == FORMAT else _with_names_of_now(trace)
     except UserError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -313,8 +315,17 @@ def _read_parts(file: TensorFile, names: Mapping[str, Any]) -> dict[str, dict[st
     return {dtype: {name: file.read(f"{name}{PARTS_SUFFIX}{dtype}") for name in own} for dtype, own in names.items()}
 
 
-def _as_now(trace: Trace) -> Trace:
-    """A trace of the former format with deltas as they are measured now, or bounds of them."""
+def _with_names_of_now(trace: Trace) -> Trace:
+    """A trace of a former format with the names of tensors and modules, and the config, of now."""
+    meta, then = trace.meta, former((), trace.meta.config_fields)
+    fields: dict[str, Any] = {name: then.listed(getattr(meta, name)) for name in ("selection", "refed")}
+    for name in ("deltas", "parts"):
+        fields[name] = {dtype: then.named(own) for dtype, own in getattr(meta, name).items()}
+    return Trace(then.named(trace.tensors), dataclasses.replace(meta, config=current_toml(meta.config), **fields))
+
+
+def _with_deltas_of_now(trace: Trace) -> Trace:
+    """A trace of the first format with deltas as they are measured now, or bounds of them."""
     lr = float(trace.meta.config_fields.get("optimizer", {}).get("lr", 0.0))
 
     def converted(name: str, delta: float) -> float:
@@ -325,9 +336,7 @@ def _as_now(trace: Trace) -> Trace:
             return math.prod(tensor.shape) * min(delta * delta, 1.0)
         return delta
 
-    deltas = {
-        dtype: {name: converted(name, delta) for name, delta in own.items()} for dtype, own in trace.meta.deltas.items()
-    }
+    deltas = {dtype: {name: converted(name, own[name]) for name in own} for dtype, own in trace.meta.deltas.items()}
     return Trace(trace.tensors, dataclasses.replace(trace.meta, deltas=deltas))
 
 

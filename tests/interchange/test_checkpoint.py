@@ -169,8 +169,8 @@ def test_any_damage_is_an_error_that_names_the_file(tmp_path: Path, name: str) -
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, state_of(3))
     fields = json.loads((path / checkpoint.STATE).read_text())
-    (path / checkpoint.STATE).write_text(json.dumps({**fields, "format": 2}))
-    with pytest.raises(UserError, match="format 2 is newer than this version reads"):
+    (path / checkpoint.STATE).write_text(json.dumps({**fields, "format": 3}))
+    with pytest.raises(UserError, match="format 3 is newer than this version reads"):
         load(path)
     (path / checkpoint.STATE).write_text("[]")
     with pytest.raises(UserError, match="not the state of a training checkpoint"):

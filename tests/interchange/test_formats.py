@@ -33,7 +33,7 @@ def test_a_checkpoint_has_these_files_and_keys(tmp_path: Path) -> None:
     for name in ("weights.safetensors", "optimizer.safetensors"):
         content = (path / name).read_bytes()
         files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    stated = {"format": 1, "step": 7, "rows": 5, "fingerprint": "f", "config": {"model": {"dim": 8}}, "backend": "jax"}
+    stated = {"format": 2, "step": 7, "rows": 5, "fingerprint": "f", "config": {"model": {"dim": 8}}, "backend": "jax"}
     assert fields == {**stated, "extra": {"rng": [1]}, "files": files}
 
 
