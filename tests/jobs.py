@@ -59,7 +59,7 @@ train(load_config(sys.argv[1]))
 
 
 def tiny_job(model: Mapping[str, Any] | None = None, **sections: Any) -> JobConfig:
-    """A float32 job that takes milliseconds a step; ``sections`` are merged into its own."""
+    """A float32 job that takes milliseconds per step; ``sections`` are merged into its own."""
     fields: dict[str, dict[str, Any]] = {
         "model": {**MODEL, **(model or {})},
         "train": {
@@ -149,7 +149,7 @@ def assert_same_bits(state: TrainingState, truth: TrainingState) -> None:
 def oracle_steps(
     job: JobConfig, weights: Mapping[str, np.ndarray], batches: list[dict[str, np.ndarray]], rates: list[float]
 ) -> tuple[list[float], dict[str, np.ndarray], AdamWState]:
-    """Total losses, weights and moments after one update a batch, in NumPy float64."""
+    """Total losses, weights and moments after one update per batch, in NumPy float64."""
     decayed = [name for name, spec in parameter_table(job.model).items() if spec.decay]
     values = {name: np.asarray(value, np.float64) for name, value in weights.items()}
     state = initial_state(parameters(values))

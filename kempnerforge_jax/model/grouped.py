@@ -1,4 +1,4 @@
-"""Matrix products over groups of rows, one matrix a group, with static shapes.
+"""Matrix products over groups of rows, one matrix per group, with static shapes.
 
 The rows of group e are those from ends[e - 1] (0 for the first) to ends[e]; rows from ends[-1] on belong to no group.
 

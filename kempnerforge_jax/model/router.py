@@ -23,7 +23,7 @@ WARMUP_SHARE = 0.1
 
 
 class RouterStats(NamedTuple):
-    """What one call of a router counted and what it loses, over the valid tokens.
+    """What one call of a router counted, and its losses, over the valid tokens.
 
     Attributes:
         aux_loss: balancing loss.
@@ -183,7 +183,7 @@ class SigmoidTopKRouter(TopKRouter):
     """Chosen by sigmoid(logits) + expert_bias, weighted by the scores alone (DeepSeek-V3, arXiv:2412.19437, section
     2.1.2).
 
-    The bias moves outside forward, once an optimiser step (`update_bias`), towards equal use of the experts.
+    The bias moves outside forward, once per optimiser step (`update_bias`), towards equal use of the experts.
 
     Attributes:
         expert_bias: (E,), at least float32.

@@ -51,7 +51,7 @@ def stats_by_layer(group: range, stats: Any) -> dict[int, Any]:
 
 
 def routers(stats: Any) -> list[Any]:
-    """The stats of each router of a layer: one, or one a modality."""
+    """The stats of each router of a layer: one, or one per modality."""
     return list(stats.values()) if isinstance(stats, dict) else [stats]
 
 

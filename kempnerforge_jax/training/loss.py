@@ -54,7 +54,7 @@ def router_losses(stats: Mapping[int, Any]) -> tuple[jax.Array | float, jax.Arra
 
 
 def router_stats(stats: Mapping[int, Any]) -> list[Any]:
-    """The stats of each router, layer by layer: one a layer, or one a modality."""
+    """The stats of each router, layer by layer: one per layer, or one per modality."""
     return list(_routers(stats))
 
 

@@ -1,4 +1,4 @@
-"""Matrix products over groups of rows, one matrix a group, without a host sync.
+"""Matrix products over groups of rows, one matrix per group, without a host sync.
 
 The rows of group e are those from ends[e - 1] (0 for the first) to ends[e]; rows from ends[-1] on belong to no group.
 
@@ -27,7 +27,7 @@ def grouped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor, complete: bool =
 
     One opaque operator, so that compiled code has it whole; differentiable any number of times. bfloat16 on a GPU of
     compute capability 9 goes to `torch.nn.functional.grouped_mm`, all else on accelerators to batched products of equal
-    tiles, and the CPU, whose offsets are on the host, to one product a group.
+    tiles, and the CPU, whose offsets are on the host, to one product per group.
 
     Args:
         x_RD, w_EDF: of one dtype; ``w_EDF`` may be a transposed view.
@@ -105,7 +105,7 @@ GROUPED_MATMUL = torch.ops.kempnerforge.grouped_matmul.default
 
 
 def looped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
-    """`grouped_matmul` as one product a group; reads the offsets."""
+    """`grouped_matmul` as one product per group; reads the offsets."""
     out_RF = x_RD.new_empty(x_RD.shape[0], w_EDF.shape[2])
     start = 0
     for w_DF, end in zip(w_EDF, ends_E.tolist(), strict=True):
@@ -116,7 +116,7 @@ def looped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def looped_outer(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
-    """`grouped_outer` as one product a group; reads the offsets."""
+    """`grouped_outer` as one product per group; reads the offsets."""
     out_EDF = x_RD.new_empty(ends_E.shape[0], x_RD.shape[1], y_RF.shape[1])
     start = 0
     for out_DF, end in zip(out_EDF, ends_E.tolist(), strict=True):

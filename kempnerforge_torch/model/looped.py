@@ -28,7 +28,7 @@ def loops_over_experts(x: Tensor) -> bool:
 
 
 Matrices = Sequence[Tensor]
-"""One matrix an expert, or a single tensor with a leading axis of experts."""
+"""One matrix per expert, or a single tensor with a leading axis of experts."""
 
 
 @torch.library.custom_op(
@@ -202,7 +202,7 @@ def _groups(ends_E: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _each(matrices: Matrices) -> Sequence[Tensor]:
-    """One matrix an expert."""
+    """One matrix per expert."""
     return matrices[0].unbind() if len(matrices) == 1 and matrices[0].ndim == 3 else matrices
 
 

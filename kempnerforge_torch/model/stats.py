@@ -35,7 +35,7 @@ class TransformerOutput(NamedTuple):
 
 
 def routers(stats: Any) -> list[Any]:
-    """The stats of each router of a layer: one, or one a modality."""
+    """The stats of each router of a layer: one, or one per modality."""
     return list(stats.values()) if isinstance(stats, dict) else [stats]
 
 

@@ -1,4 +1,4 @@
-"""Vision encoders: images to features, one a token.
+"""Vision encoders: images to features, one per token.
 
 Shapes: B images, h, w pixels, p patch side, N tokens, F feature dim, H heads.
 """

@@ -69,7 +69,7 @@ def router_losses(stats: Mapping[int, Any]) -> tuple[Tensor | float, Tensor | fl
 
 
 def router_stats(stats: Mapping[int, Any]) -> list[Any]:
-    """The stats of each router, layer by layer: one a layer, or one a modality."""
+    """The stats of each router, layer by layer: one per layer, or one per modality."""
     return list(_routers(stats))
 
 

@@ -4,7 +4,7 @@
     python -m tests.benchmarks.bench_decode --device cuda [--preset llama_1b] [--dtype bfloat16] [--new 128]
 
 One prompt, greedy. What is compared runs in turn, round after round, in one process. Prints one JSON line for each:
-median seconds of a whole call, on the clock and of all cores together, tokens a second, how many times as fast as
+median seconds of a whole call, on the clock and of all cores together, tokens per second, how many times as fast as
 transformers, and whether the tokens are the same, as in float32 they must be; the load of the machine stands beside
 them, as it decides what such numbers are worth. Threads sleep where they wait for each other (OMP_WAIT_POLICY), as on
 a busy machine those that spin take the time of those that work; with --threads 1 none waits. On a GPU, where

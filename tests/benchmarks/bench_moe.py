@@ -172,7 +172,7 @@ def torch_loop(layer: Any) -> Callable[[Any], Any]:
 
 
 def packed_matrices(layer: Any) -> list[Any]:
-    """Gate, up and down matrices, each a tuple with one entry an expert; so taken, their gradients are stacked once."""
+    """Gate, up and down matrices, each a tuple of one per expert; so taken, their gradients are stacked once."""
     if not layer.packed_experts:
         return [None] * 3
     return [weight.unbind() for weight in (layer.gate_w, layer.up_w, layer.down_w)]

@@ -7,7 +7,7 @@
 Each mutant runs in a process of its own, with the tests that enter its function (``selection``), until one fails. Any
 red test kills, and a run that takes ten times as long as it should; both are told apart from failed assertions. What
 survives is either in ``equivalent.toml``, with the reason why it changes nothing that anyone may rely on, or it wants
-a test. Results go to .cache/mutation, a line a mutant; the table counts them by folder and kind of bug. The operators
+a test. Results go to .cache/mutation, a line per mutant; the table counts them by folder and kind of bug. The operators
 are drawn with equal chances, so that frequent kinds don't crowd out the others.
 """
 

@@ -87,7 +87,7 @@ def gradient_errors(
 
 
 def full_gradient(function: Callable[[dict[str, np.ndarray]], Any], weights: Weights, name: str) -> np.ndarray:
-    """Every element of one weight's gradient of a scalar function, one complex step an element: for small tensors."""
+    """Every element of one weight's gradient of a scalar function, one complex step per element: for small tensors."""
     value = np.asarray(weights[name])
     gradient = np.empty(value.shape)
     for index in np.ndindex(value.shape):

@@ -38,7 +38,7 @@ class Output:
 
     Attributes:
         activations: output of every module, by its path; heads of q_norm and k_norm are (B, S, heads, h).
-        caches: one a layer, holding the tokens seen so far, to be given to the next call.
+        caches: one per layer, holding the tokens seen so far, to be given to the next call.
         aux_loss, z_loss: router losses summed over the layers, unweighted.
         expert_counts: {layer: (E,)} assignments of valid tokens.
     """

@@ -1,4 +1,4 @@
-"""The language model with images, one function an architecture. Gradients of these come from complex steps.
+"""The language model with images, one function per architecture. Gradients of these come from complex steps.
 
 Shapes: B batch, S text tokens, N image tokens, D model dim, V vocabulary.
 """

@@ -260,7 +260,7 @@ def check_experts_by_device(backend: str) -> None:
 
 
 def check_optimizer_by_device(backend: str) -> None:
-    """One kernel a step on an accelerator, which leaves it out by itself; lists of tensors on the CPU."""
+    """One kernel per step on an accelerator, which leaves it out by itself; lists of tensors on the CPU."""
     optimizer = module("torch", "training.optimizer")
     config, table = job_of("relu").optimizer, {"a": SimpleNamespace(decay=True), "b": SimpleNamespace(decay=False)}
     built: list[dict[str, Any]] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 from tests.parity.precision import ACCUMULATION, ANYWHERE, ELEMENTWISE, PRODUCT, ROUNDING, SUM, Rule
 
 PRODUCTS = "devices sum products of narrow factors in float32, and round a result once"
-RESIDUAL = "the residual stream is of the compute dtype: one rounding a sum of two"
+RESIDUAL = "the residual stream is of the compute dtype: one rounding per sum of two"
 GATED = "of two factors, which are narrow: one rounding"
 BIAS = "a bias added to a product: one rounding of a sum of two"
 ONCE = "computed in at least float32; the result, an activation, is rounded once"

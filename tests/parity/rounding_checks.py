@@ -1,4 +1,4 @@
-"""Parts of the models in bfloat16, against themselves in float64 on the same numbers: a few roundings a row, no more.
+"""Parts of the models in bfloat16, against themselves in float64 on the same numbers: a few roundings per row, no more.
 
 What they give in float32, of narrow inputs, is as exact as float32. Rows are those of the last axis.
 """

@@ -79,5 +79,5 @@ _jitted: dict[Any, Any] = {}
 
 
 def jitted(function: Any) -> Any:
-    """One compiled function an operation, for all examples."""
+    """One compiled function per operation, for all examples."""
     return _jitted.setdefault(function, jax.jit(function))

@@ -136,7 +136,7 @@ def as_held(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine_decay", "linear_warmup"])
 def test_bias_after_twenty_steps(schedule: str) -> None:
-    """Two micro-batches a step; the bias moves once a step, by the counts of both, and moves the routes of the next."""
+    """Two micro-batches per step; the bias moves once, by the counts of both, and moves the routes of the next step."""
     layer = with_fields(LAYERS["sigmoid_unpacked"], bias_schedule=schedule, sequence_aux_loss_weight=0.0)
     rng = np.random.default_rng(3)
     batches = rng.standard_normal((20, 2, BATCH, LENGTH, layer.dim)) + rng.standard_normal(layer.dim)

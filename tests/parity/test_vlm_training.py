@@ -182,7 +182,7 @@ def test_captions_are_learned_from_images(tmp_path: Path) -> None:
 
 
 nightly = pytest.mark.skipif(
-    settings.get_current_profile_name() != "nightly", reason="a minute a run: HYPOTHESIS_PROFILE=nightly"
+    settings.get_current_profile_name() != "nightly", reason="a minute per run: HYPOTHESIS_PROFILE=nightly"
 )
 
 

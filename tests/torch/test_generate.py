@@ -80,7 +80,7 @@ def test_the_mode_is_restored_after_an_error() -> None:
 
 
 def test_every_token_is_read_once() -> None:
-    """Of one prompt: its tokens and the new ones but for the last, and the head runs once a new token."""
+    """Of one prompt: its tokens and the new ones but for the last, and the head runs once per new token."""
     model = Transformer(CONFIG)
     read: list[int] = []
     headed: list[int] = []
