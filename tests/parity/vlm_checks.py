@@ -321,7 +321,7 @@ def wrapper_truth(arch: str) -> np.ndarray:
     vlm = ARCHITECTURES[arch]
     weights = weights_of(wrapper_table(MODEL, vlm, PLAIN, None, 6))
     features = noise.image_noise(CLIPS.reshape(9, 3, 2, 2), 2, 6)
-    tokens_BFnD = (features @ weights["adapter.proj.weight"].T).reshape(3, 3, 2, DIM)
+    tokens_BFnD = (features @ weights["adapter.proj.weight"].T + weights["adapter.proj.bias"]).reshape(3, 3, 2, DIM)
     image, mask = tokens_BFnD.reshape(3, 6, DIM), np.repeat(FRAMES, 2, axis=1)
     own = submodule(weights, "transformer")
     padding = np.concatenate([mask, TEXT_MASK], axis=1)
