@@ -5,6 +5,7 @@ of every preset that asks for it. A model that has nothing to scan says so.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -50,15 +51,17 @@ def abstract(config: ModelConfig, vlm: VLMConfig | None) -> Transformer:
     return nnx.eval_shape(lambda: Transformer(config, vlm_config=vlm, rngs=UNDRAWN))
 
 
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Of a program, and of those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
 def scans(jaxpr: Any) -> list[int]:
     """Steps of each scan of a program, of those inside others too."""
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "scan":
-            found.append(equation.params["length"])
-        for inner in jaxprs_in_params(equation.params):
-            found += scans(inner)
-    return found
+    return [equation.params["length"] for equation in equations(jaxpr) if equation.primitive.name == "scan"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -89,6 +92,15 @@ def test_presets_that_ask_for_scans_get_them(preset: str, monkeypatch: pytest.Mo
     every = getattr(config.vlm, "cross_attention_every_n_layers", 9)
     found = scans(programs[0].jaxpr)
     assert found.count(every) == 2 * (9 // every), found  # forward and backward
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_what_is_computed_again_is_not_merged_with_what_was(scanned: bool) -> None:
+    """Outside a scan XLA would find the first computation again, and keep its result; in a scan it can't."""
+    model, tokens = Transformer(MODEL, rngs=UNDRAWN), jnp.zeros((2, 8), jnp.int32)
+    program = jax.make_jaxpr(lambda: model.run(tokens, remat=True, scan_layers=scanned).logits)()
+    found = [e.params["prevent_cse"] for e in equations(program.jaxpr) if "prevent_cse" in e.params]
+    assert found == [not scanned] * (1 if scanned else MODEL.n_layers)
 
 
 def test_stacks_hold_neighbours_only() -> None:

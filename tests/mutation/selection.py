@@ -13,6 +13,8 @@ from tests.mutation.runs import ROOT, Recorder, run_tests
 Record = dict[str, dict[str, Any]]
 FILE = ROOT / ".cache" / "mutation" / "record.json"
 AT_ONCE = 2
+READERS = {"tests/test_twins.py": "kempnerforge_"}
+"""Test files that read sources instead of entering functions, and which paths they read."""
 UNFIT = (
     "tests.mutants",  # every change of a line is an error to lists of bugs in source text
     "tests.mutation",
@@ -51,7 +53,8 @@ def choose(recorded: Record, mutation: Mutation, killers: Mapping[str, int], sec
     enters = lambda functions: any(f == name if mutation.function else f.startswith(name) for f in functions)  # noqa: E731
     ranked = []
     for file, about in recorded.items():
-        if enters(about["functions"]) or any(enters(test["functions"]) for test in about["tests"].values()):
+        reads = mutation.file.startswith(READERS.get(file, "/"))
+        if reads or enters(about["functions"]) or any(enters(test["functions"]) for test in about["tests"].values()):
             tests = [(not enters(test["functions"]), test["seconds"], node) for node, test in about["tests"].items()]
             for rank, (cached, took, node) in enumerate(sorted(tests)):
                 ranked.append((-killers.get(node, 0), cached, rank // AT_ONCE, file, took, node))

@@ -87,11 +87,12 @@ def test_every_equivalent_mutation_still_exists() -> None:
         assert len(reason.split()) > 2
 
 
-def test_tests_that_enter_the_function_are_chosen_each_file_in_turn() -> None:
-    def recorded(*tests: tuple[str, float, list[str]], also: list[str]) -> dict:
-        named = {name: {"seconds": seconds, "functions": functions} for name, seconds, functions in tests}
-        return {"tests": named, "functions": also}
+def recorded(*tests: tuple[str, float, list[str]], also: list[str]) -> dict:
+    named = {name: {"seconds": seconds, "functions": functions} for name, seconds, functions in tests}
+    return {"tests": named, "functions": also}
 
+
+def test_tests_that_enter_the_function_are_chosen_each_file_in_turn() -> None:
     record = {
         "a": recorded(("a::1", 3.0, ["m.py:f"]), ("a::2", 2.0, ["m.py:f"]), ("a::3", 1.0, ["m.py:f"]), also=[]),
         "b": recorded(("b::1", 0.1, ["m.py:g"]), ("b::2", 9.0, ["m.py:f"]), also=["m.py:f"]),
@@ -101,6 +102,12 @@ def test_tests_that_enter_the_function_are_chosen_each_file_in_turn() -> None:
     names = [name for name, _ in choose(record, mutation, {}, 100)]
     assert names == ["a::3", "a::2", "b::2", "a::1", "b::1"]
     assert choose(record, mutation, {"a::1": 1}, 5) == [("a::1", 3.0), ("a::3", 1.0), ("b::1", 0.1)]
+
+
+def test_tests_that_read_sources_see_every_function_of_them() -> None:
+    record = {"tests/test_twins.py": recorded(("twins::1", 1.0, []), also=[])}
+    for file, chosen in (("kempnerforge_jax/model/a.py", [("twins::1", 1.0)]), ("shared_config/a.py", [])):
+        assert choose(record, Mutation(file, "f", "", 0, 0, "", "", ""), {}, 100) == chosen
 
 
 def test_the_table_leaves_equivalents_out() -> None:

@@ -33,6 +33,7 @@ from shared_config.schema.training import TrainConfig
 from shared_config.schema.vlm import CrossAttentionConfig, MoMaConfig, MoTConfig
 from tests.oracle.attention import attend as oracle_attend
 from tests.oracle.loss import cross_entropy as oracle_cross_entropy
+from tests.oracle.mlp import ACTIVATIONS as ORACLE_ACTIVATIONS
 from tests.oracle.optimizer import adamw_step, global_norm, initial_state
 from tests.oracle.training import loss_and_gradients
 from tests.oracle.transformer import transformer as oracle_transformer
@@ -219,20 +220,17 @@ def test_a_step_has_the_mean_over_the_labels_of_all_micro_batches(backend: Torch
 # Rounding
 
 
-def silu(x: np.ndarray) -> np.ndarray:
-    return x * special.expit(x)
-
-
 def gelu(x: np.ndarray) -> np.ndarray:
     return x * special.erfc(-x / math.sqrt(2)) / 2
 
 
 @on_both
-@pytest.mark.parametrize(("name", "truth"), [("silu", silu), ("gelu", gelu)])
+@pytest.mark.parametrize(("name", "truth"), ORACLE_ACTIVATIONS.items())
 def test_activations_in_bfloat16_are_rounded_once(backend: Torch, name: str, truth: Any) -> None:
     """Above -3, below which 1 + erf(x) has lost digits of float32."""
     x = rounded(np.concatenate([np.maximum(normal(4096) * 3, -3), [0.0, 40.0]]))
-    assert_rounded_once(backend.run(backend.module("model.mlp").ACTIVATIONS[name], x), truth(x.astype(np.float64)))
+    function = backend.module("model.vision").TOWER_ACTIVATIONS[name]
+    assert_rounded_once(backend.run(function, x), truth(x.astype(np.float64)))
 
 
 @on_both

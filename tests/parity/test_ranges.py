@@ -1,0 +1,77 @@
+"""The ends of ranges: numbers beyond 16 bits, scores that underflow, runs of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+
+from tests.oracle.router import SCORE_EPS
+from tests.parity.backends import Torch, on_both
+
+MANY = 40_000
+"""More than an integer of 16 bits holds."""
+
+
+@pytest.fixture(autouse=True)
+def double_precision() -> Iterator[None]:
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        yield
+
+
+@on_both
+@pytest.mark.parametrize("kind", ["SoftmaxTopKRouter", "SigmoidTopKRouter"])
+def test_routers_count_many_tokens(backend: Torch, kind: str) -> None:
+    router = backend.build(getattr(backend.module("model.router"), kind), 1, 2, 1)
+    biases = {"expert_bias": np.zeros(2), "expert_ema": np.zeros(2)} if kind.startswith("Sigmoid") else {}
+    backend.module("model.state").set_state(router, {"gate.weight": np.array([[1.0], [0.0]]), **biases})
+    counts = backend.run(lambda x: router(x, return_stats=True)[2].expert_counts, np.ones((MANY, 1)))
+    assert counts.dtype == np.int32
+    assert counts.tolist() == [MANY, 0]
+
+
+@on_both
+def test_losses_count_many_labels(backend: Torch) -> None:
+    labels = np.zeros((1, MANY), np.int32)
+    total, count = backend.run(backend.module("training.loss").cross_entropy, np.zeros((1, MANY, 2)), labels)
+    assert (int(count), float(total)) == (MANY, pytest.approx(MANY * np.log(2)))
+    assert count.dtype == ("int64" if backend.name == "torch" else "int32")
+
+
+@on_both
+def test_caches_count_many_tokens(backend: Torch) -> None:
+    cache = backend.module("model.kv_cache").KVCache(2, MANY + 8, 1, 1)
+    keys = backend.array(np.zeros((2, 1, MANY, 1), np.float32))
+    updated = cache.update(keys, keys)
+    cache = cache if backend.name == "torch" else updated[0]
+    cache = cache.cut(backend.array(np.array([MANY - 1, 3]))) or cache
+    assert backend.numpy(cache.lengths).dtype == np.int32
+    assert backend.numpy(cache.positions(2)).tolist() == [[MANY - 1, MANY], [3, 4]]
+    if backend.name == "jax":
+        assert cache.positions(2).dtype == "int32"
+
+
+@on_both
+@pytest.mark.parametrize("logit", [-45.0, -46.0, -47.0, -700.0, -2000.0])
+def test_scores_that_underflow_are_divided_by_no_less_than_an_epsilon(backend: Torch, logit: float) -> None:
+    """Weights and shares of sigmoid routers are score / (sum + 1e-20)."""
+    router = backend.build(backend.module("model.router").SigmoidTopKRouter, 1, 2, 2)
+    backend.module("model.state").set_state(
+        router, {"gate.weight": np.ones((2, 1)), "expert_bias": np.zeros(2), "expert_ema": np.zeros(2)}
+    )
+    weights, _, stats = backend.run(lambda x: router(x, return_stats=True), np.full((1, 1), logit))
+    score = float(np.exp(logit))
+    share = score / (2 * score + SCORE_EPS)
+    np.testing.assert_allclose(weights, [[share, share]], rtol=1e-12)
+    entropy = 0.0 if share == 0 else -2 * share * np.log(share)
+    np.testing.assert_allclose(stats.entropy, entropy, rtol=1e-12)
+
+
+@on_both
+def test_progress_of_training_is_a_share_of_its_steps(backend: Torch) -> None:
+    progress = backend.module("model.router").training_progress
+    assert [progress(step, 4) for step in (0, 1, 4, 5)] == [0.0, 0.25, 1.0, 1.0]
+    assert [progress(step, 1) for step in (0, 1, 2)] == [0.0, 1.0, 1.0]
+    assert progress(0, 0) == 1.0
