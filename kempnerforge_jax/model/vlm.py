@@ -7,7 +7,7 @@ tokens, D model dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -34,86 +34,87 @@ from shared_config.schema.vlm import MoTConfig, VLMConfig
 
 @dataclass(frozen=True)
 class ModalityStrategy:
-    """How one architecture takes the image. A strategy of its own is registered in category "modality_strategy" under
-    the ``arch`` of its config, and called with that config.
+    """How one architecture takes the image. A strategy of its own is a subclass that defines `prepare`, and
+    `num_image_tokens` if they are others; registered in category "modality_strategy" under the ``arch`` of its config,
+    it is called with that config.
     """
 
-    vlm_config: VLMConfig
-
-    def num_image_tokens(self, num_tokens: int) -> int:
-        """Positions of the residual stream that ``num_tokens`` image tokens take."""
-        return self.vlm_config.residual_stream_image_tokens(num_tokens)
+    vlm_config: VLMConfig | None = None
 
     def prepare(
         self,
-        image_embeds: jax.Array,
+        wrapper: VLMWrapper,
+        pixel_values: jax.Array,
         input_ids: jax.Array,
-        *,
-        image_mask: jax.Array | None = None,
-        text_mask: jax.Array | None = None,
-        noise_seed: jax.Array | None = None,
+        frame_mask: jax.Array | None = None,
     ) -> ModalityContext:
         """What the transformer is called with besides the text.
 
         Args:
-            image_embeds: (B, N, D).
-            input_ids: int (B, T).
-            image_mask: bool (B, N), True where there is an image.
-            text_mask: bool (B, T), True at real tokens.
-            noise_seed: see `ModalityContext`.
+            wrapper: whose `VLMWrapper.encode_images` gives the image tokens.
+            pixel_values, input_ids, frame_mask: as for `VLMWrapper.forward`.
+
+        Returns:
+            the image, and which positions of it are real; what is known of the text the wrapper adds.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no prepare")
 
+    def num_image_tokens(self, wrapper: VLMWrapper) -> int:
+        """Positions of the residual stream that an image or a whole clip takes."""
+        return wrapper.frames_per_clip * wrapper.tokens_per_frame
+
 
 @registry.register("modality_strategy", "joint_decoder")
-@registry.register("modality_strategy", "mot")
-@registry.register("modality_strategy", "moma")
-@dataclass(frozen=True)
-class PrefixStrategy(ModalityStrategy):
+class JointDecoderStrategy(ModalityStrategy):
     """The image stands before the text in the residual stream; logits are those of the text."""
 
     def prepare(
         self,
-        image_embeds: jax.Array,
+        wrapper: VLMWrapper,
+        pixel_values: jax.Array,
         input_ids: jax.Array,
-        *,
-        image_mask: jax.Array | None = None,
-        text_mask: jax.Array | None = None,
-        noise_seed: jax.Array | None = None,
+        frame_mask: jax.Array | None = None,
     ) -> ModalityContext:
-        """As `ModalityStrategy`; both masks become one over the whole stream."""
-        image_tokens = image_embeds.shape[1]
+        """As `ModalityStrategy`."""
+        image_embeds, image_mask = wrapper.encode_images(pixel_values, frame_mask)
         padding = None
-        if image_mask is not None or text_mask is not None:
-            if image_mask is None:
-                image_mask = jnp.ones(image_embeds.shape[:2], bool)
-            if text_mask is None:
-                text_mask = jnp.ones(input_ids.shape, bool)
-            padding = jnp.concatenate([image_mask, text_mask], axis=1)
+        if image_mask is not None:
+            padding = jnp.concatenate([image_mask, jnp.ones(input_ids.shape, bool)], axis=1)
         return ModalityContext(
             prefix_embeds=image_embeds,
-            output_slice=slice(image_tokens, None),
+            output_slice=slice(image_embeds.shape[1], None),
             key_padding_mask=padding,
-            noise_seed=noise_seed,
         )
 
 
+@registry.register("modality_strategy", "mot")
+class MoTStrategy(JointDecoderStrategy):
+    """As `JointDecoderStrategy`: by their place, positions belong to the image or to the text."""
+
+
+@registry.register("modality_strategy", "moma")
+class MoMaStrategy(JointDecoderStrategy):
+    """As `JointDecoderStrategy`: by their place, positions belong to the image or to the text."""
+
+
 @registry.register("modality_strategy", "cross_attention")
-@dataclass(frozen=True)
 class CrossAttentionStrategy(ModalityStrategy):
     """The image is read by blocks of its own; the residual stream is the text."""
 
     def prepare(
         self,
-        image_embeds: jax.Array,
+        wrapper: VLMWrapper,
+        pixel_values: jax.Array,
         input_ids: jax.Array,
-        *,
-        image_mask: jax.Array | None = None,
-        text_mask: jax.Array | None = None,
-        noise_seed: jax.Array | None = None,
+        frame_mask: jax.Array | None = None,
     ) -> ModalityContext:
         """As `ModalityStrategy`."""
-        return ModalityContext(image_features=image_embeds, image_mask=image_mask, key_padding_mask=text_mask)
+        image_embeds, image_mask = wrapper.encode_images(pixel_values, frame_mask)
+        return ModalityContext(image_features=image_embeds, image_mask=image_mask)
+
+    def num_image_tokens(self, wrapper: VLMWrapper) -> int:
+        """None."""
+        return 0
 
 
 def build_modality_strategy(vlm: VLMConfig) -> ModalityStrategy:
@@ -146,6 +147,11 @@ class VLMWrapper(Module):
     def tokens_per_frame(self) -> int:
         """n."""
         return self.adapter.output_num_tokens(self.vision_encoder.num_tokens)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Positions of the residual stream that an image or a whole clip takes."""
+        return self.strategy.num_image_tokens(self)
 
     def init_weights_and_freqs(self, seed: int | None = None, *, rngs: nnx.Rngs | None = None) -> None:
         """Set every parameter, buffer and table. What comes from a folder is loaded again."""
@@ -248,10 +254,8 @@ class VLMWrapper(Module):
             if text_mask is None and noise_seed is None:
                 return None
             return ModalityContext(key_padding_mask=text_mask, noise_seed=noise_seed)
-        image_embeds, image_mask = self.encode_images(pixel_values, frame_mask)
-        return self.strategy.prepare(
-            image_embeds, input_ids, image_mask=image_mask, text_mask=text_mask, noise_seed=noise_seed
-        )
+        image = self.strategy.prepare(self, pixel_values, input_ids, frame_mask)
+        return with_text(image, text_mask, noise_seed)
 
     def encode_images(
         self, pixel_values: jax.Array, frame_mask: jax.Array | None = None
@@ -282,6 +286,18 @@ class VLMWrapper(Module):
         return embeds_BFnD.reshape(*flat, -1), mask_BFn.reshape(flat)
 
 
+def with_text(image: ModalityContext, text_mask: jax.Array | None, noise_seed: jax.Array | None) -> ModalityContext:
+    """What a strategy has prepared, with what is known of the text, whose positions come last in the stream."""
+    real = image.key_padding_mask
+    if text_mask is not None:
+        batch, length = text_mask.shape
+        prefix = 0 if image.prefix_embeds is None else image.prefix_embeds.shape[1]
+        if real is None:
+            real = jnp.ones((batch, prefix + length), bool)
+        real = jnp.concatenate([real[:, :prefix], real[:, prefix:] & text_mask], axis=1)
+    return replace(image, key_padding_mask=real, noise_seed=image.noise_seed if noise_seed is None else noise_seed)
+
+
 def build_vlm_wrapper(
     model_config: ModelConfig,
     vision_config: VisionEncoderConfig,
@@ -307,9 +323,9 @@ def build_vlm_wrapper(
         raise ConfigError(problems)
     adapter = build_adapter(adapter_config, encoder.feature_dim, model_config.dim, rngs=rngs)
     strategy = build_modality_strategy(vlm_config)
-    image_tokens = strategy.num_image_tokens(frames_per_clip * adapter.output_num_tokens(encoder.num_tokens))
+    tokens = frames_per_clip * adapter.output_num_tokens(encoder.num_tokens)
     transformer = registry.get("model", model_config.model_type)(
-        model_config, vlm_config=vlm_config, num_image_tokens=image_tokens, rngs=rngs
+        model_config, vlm_config=vlm_config, num_image_tokens=vlm_config.residual_stream_image_tokens(tokens), rngs=rngs
     )
     wrapper = VLMWrapper(encoder, adapter, transformer, strategy, frames_per_clip)
     wrapper.warm_start()

@@ -268,9 +268,9 @@ def architecture() -> None:
 
     declare("architecture", NAME, parameters=architecture_parameters, layer_parameters=layer_parameters)
     torch_registry.register("architecture", NAME)(TorchArchitecture)
-    torch_registry.register("modality_strategy", NAME)(torch_vlm.PrefixStrategy)
+    torch_registry.register("modality_strategy", NAME)(torch_vlm.JointDecoderStrategy)
     jax_registry.register("architecture", NAME)(JaxArchitecture)
-    jax_registry.register("modality_strategy", NAME)(jax_vlm.PrefixStrategy)
+    jax_registry.register("modality_strategy", NAME)(jax_vlm.JointDecoderStrategy)
 
 
 def architecture_parameters(config: ModelConfig, vlm: VLMConfig | None) -> ParameterTable:

@@ -15,7 +15,12 @@ from flax import nnx
 from kempnerforge_torch.model import moma as torch_moma
 from shared_config.contract.noise import image_noise
 from shared_config.interchange.activations import read_activations
+from shared_config.registry import temporary
+from shared_config.schema.adapter import AdapterConfig
+from shared_config.schema.base import section
 from shared_config.schema.model import ModelConfig
+from shared_config.schema.vision import VisionEncoderConfig
+from shared_config.schema.vlm import VLMConfig
 from tests.parity.backends import BACKENDS, on_both
 
 RNG = np.random.default_rng(0)
@@ -289,6 +294,105 @@ def test_torch_draws_noise_in_training_alone() -> None:
     assert all(torch.equal(plain(x)[1], plain(x)[1]) for _ in range(3))
     assert any(not torch.equal(router(x)[1], router(x)[1]) for _ in range(3))
     assert all(torch.equal(router.eval()(x)[1], router(x)[1]) for _ in range(3))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Strategies
+
+CLIPS = RNG.uniform(-1, 1, (2, 3, 3, 4, 4))
+TEXT = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+STRATEGIES = {
+    "joint_decoder": "JointDecoderStrategy",
+    "cross_attention": "CrossAttentionStrategy",
+    "mot": "MoTStrategy",
+    "moma": "MoMaStrategy",
+}
+
+
+def wrapper_of(backend: Any, arch: str, **fields: Any) -> Any:
+    return backend.build(
+        backend.module("model.vlm").build_vlm_wrapper,
+        CONFIG,
+        VisionEncoderConfig(num_tokens=4, feature_dim=6),
+        AdapterConfig(type="avgpool"),
+        VLMConfig.for_arch(arch, max_text_len=8, **fields),
+        frames_per_clip=3,
+    )
+
+
+@on_both
+@pytest.mark.parametrize("arch", STRATEGIES)
+def test_strategies_prepare_pixels_for_the_transformer(backend: Any, arch: str) -> None:
+    every = {"cross_attention_every_n_layers": 2} if arch == "cross_attention" else {}
+    wrapper, vlm = wrapper_of(backend, arch, **every), backend.module("model.vlm")
+    strategy = getattr(vlm, STRATEGIES[arch])()
+    assert type(wrapper.strategy) is type(strategy) is type(vlm.build_modality_strategy(wrapper.transformer.vlm_config))
+    assert isinstance(strategy, vlm.ModalityStrategy)
+    in_stream = 0 if arch == "cross_attention" else 3
+    assert strategy.num_image_tokens(wrapper) == wrapper.num_image_tokens == in_stream
+    assert wrapper.transformer.num_image_tokens == in_stream
+    pixel_values, input_ids = backend.array(CLIPS), backend.array(TEXT)
+    frame_mask = backend.array(np.array([[True, False, True], [True, True, True]]))
+    image = strategy.prepare(wrapper=wrapper, pixel_values=pixel_values, input_ids=input_ids, frame_mask=frame_mask)
+    embeds, mask = (backend.numpy(part) for part in wrapper.encode_images(pixel_values, frame_mask))
+    held = image.image_features if arch == "cross_attention" else image.prefix_embeds
+    np.testing.assert_array_equal(backend.numpy(held), embeds)
+    if arch == "cross_attention":
+        np.testing.assert_array_equal(backend.numpy(image.image_mask), mask)
+        assert image.key_padding_mask is None
+    else:
+        real = np.concatenate([mask, np.ones((2, 4), bool)], axis=1)
+        np.testing.assert_array_equal(backend.numpy(image.key_padding_mask), real)
+        assert image.output_slice == slice(3, None)
+    labels = backend.array(TEXT)
+    wrapper = wrapper.eval() if backend.name == "torch" else wrapper
+    logits, given = wrapper(pixel_values, input_ids, labels, frame_mask)
+    assert given is labels
+    direct = wrapper.transformer(input_ids, modality=image)
+    np.testing.assert_array_equal(backend.numpy(logits), backend.numpy(direct))
+
+
+@pytest.fixture(scope="module")
+def last_token() -> Iterator[str]:
+    """The name of an architecture that sees one token of the image."""
+
+    @section
+    class LastTokenConfig(VLMConfig, arch="last_token_of_tests"):
+        arch: str = "last_token_of_tests"
+
+        def residual_stream_image_tokens(self, num_tokens: int) -> int:
+            return 1
+
+    yield LastTokenConfig().arch
+    VLMConfig.forget(LastTokenConfig().arch)
+
+
+@on_both
+def test_a_strategy_of_a_user_is_a_subclass_and_a_name(backend: Any, last_token: str) -> None:
+    vlm = backend.module("model.vlm")
+
+    class LastTokenStrategy(vlm.ModalityStrategy):
+        def prepare(self, wrapper: Any, pixel_values: Any, input_ids: Any, frame_mask: Any = None) -> Any:
+            embeds, _ = wrapper.encode_images(pixel_values, frame_mask)
+            context = backend.module("model.modality").ModalityContext
+            return context(prefix_embeds=embeds[:, -1:], output_slice=slice(1, None))
+
+        def num_image_tokens(self, wrapper: Any) -> int:
+            return 1
+
+    with temporary():
+        backend.module("registry").registry.register("modality_strategy", last_token)(LastTokenStrategy)
+        wrapper = wrapper_of(backend, last_token)
+    joint = wrapper_of(backend, "joint_decoder")
+    state = backend.module("model.state")
+    state.set_state(joint, {name: np.array(value) for name, value in backend.numpy(state.get_state(wrapper)).items()})
+    assert wrapper.num_image_tokens == wrapper.transformer.num_image_tokens == 1
+    assert isinstance(wrapper.strategy, LastTokenStrategy)
+    pixel_values, input_ids = backend.array(CLIPS), backend.array(TEXT)
+    for text_mask in (None, backend.array(np.array([[True] * 3 + [False], [True] * 4]))):
+        found = wrapper.run(pixel_values, input_ids, text_mask=text_mask).logits
+        last = joint.run(pixel_values[:, -1:], input_ids, text_mask=text_mask).logits
+        np.testing.assert_allclose(backend.numpy(found), backend.numpy(last), rtol=1e-9, atol=1e-12)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

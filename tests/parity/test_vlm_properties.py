@@ -335,7 +335,7 @@ def test_parts_refuse_what_has_no_meaning(backend: Backend) -> None:
         pool(12, 20, 2, 5, **({} if is_torch else {"rngs": UNDRAWN}))
     vlm: Any = torch_vlm if is_torch else jax_vlm
     with pytest.raises(NotImplementedError, match="ModalityStrategy defines no prepare"):
-        vlm.ModalityStrategy(ARCHS["mot"]).prepare(None, None)
+        vlm.ModalityStrategy(ARCHS["mot"]).prepare(None, None, None)
 
 
 def test_wrappers_refuse_shapes_that_do_not_fit(backend: Backend) -> None:
@@ -410,7 +410,7 @@ def registered_architecture() -> Any:
     """One config class and one strategy per backend are all that a new architecture needs."""
     with temporary():
         for registry, vlm in ((torch_registry, torch_vlm), (jax_registry, jax_vlm)):
-            registry.register("modality_strategy", LateFusion().arch)(vlm.PrefixStrategy)
+            registry.register("modality_strategy", LateFusion().arch)(vlm.JointDecoderStrategy)
         jax_registry.register("adapter", "test_adapter")(
             lambda config, in_dim, out_dim, *, rngs: JaxLinearAdapter(in_dim, out_dim, rngs=rngs)
         )

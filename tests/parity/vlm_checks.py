@@ -337,9 +337,9 @@ def wrapper_truth(arch: str) -> np.ndarray:
 
 def check_seed(backend: str) -> None:
     """The seed of the noise arrives."""
-    strategy = Side(backend).module("model.vlm").build_modality_strategy(MOMA)
-    image, tokens, seed = (Side(backend).array(value) for value in (STREAM, TOKENS, np.int32(3)))
-    assert strategy.prepare(image, tokens, noise_seed=seed).noise_seed is seed
+    side, seed = Side(backend), Side(backend).array(np.int32(3))
+    image = side.module("model.modality").ModalityContext(prefix_embeds=side.array(STREAM))
+    assert side.module("model.vlm").with_text(image, None, seed).noise_seed is seed
 
 
 def check_budget(backend: str) -> None:
