@@ -19,7 +19,8 @@ from kempnerforge_jax.model.state import merge, split, to_numpy
 from kempnerforge_jax.model.vlm import inner_transformer
 from kempnerforge_jax.training.train import Trainer, find_device
 from shared_config.interchange.checkpoint import TrainingState
-from shared_config.parity.scenarios import Arrays, Batch, Decoding, Trained
+from shared_config.parity.scenarios import Arrays, Batch
+from shared_config.parity.work import Decoding, Trained
 from shared_config.schema.job import JobConfig
 
 NAME = "jax"
@@ -34,7 +35,7 @@ def train(
     dtype: str,
     device: str | None,
 ) -> Trained:
-    """Steps of micro-batches from a state on. "bfloat16" is mixed precision; see `scenarios.Backend`."""
+    """Steps of micro-batches from a state on. "bfloat16" is mixed precision; see `work.Backend`."""
     precision = "bf16" if dtype == "bfloat16" else "fp32"
     config = config.replace(train=config.train.replace(mixed_precision=precision, compile_model=False))
     with jax.enable_x64(dtype == "float64"), jax.default_device(find_device(device)):
@@ -50,7 +51,7 @@ def train(
 
 
 def decode(config: JobConfig, weights: Arrays, decoding: Decoding, *, device: str | None) -> Arrays:
-    """Tokens, and logits of static caches and without caches; see `shared_config.parity.scenarios.Backend`."""
+    """Tokens, and logits of static caches and without caches; see `shared_config.parity.work.Backend`."""
     with jax.enable_x64(True), jax.default_device(find_device(device)):
         model = _model(config, weights, device)
         pixels = None if decoding.pixels is None else jnp.asarray(decoding.pixels, jnp.float64)
@@ -117,7 +118,7 @@ def _whole(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: jax.Array
 def captured(
     config: JobConfig, weights: Arrays, tokens: np.ndarray, pixels: np.ndarray | None, *, device: str | None
 ) -> tuple[Arrays, Arrays]:
-    """What every module puts out; see `shared_config.parity.scenarios.Backend`."""
+    """What every module puts out; see `shared_config.parity.work.Backend`."""
     with jax.enable_x64(True), jax.default_device(find_device(device)):
         model = _model(config, weights, device)
         store = ActivationStore(model)

@@ -18,7 +18,8 @@ from kempnerforge_torch.model.state import from_numpy, to_numpy
 from kempnerforge_torch.model.vlm import inner_transformer
 from kempnerforge_torch.training.train import Trainer, find_device
 from shared_config.interchange.checkpoint import TrainingState
-from shared_config.parity.scenarios import Arrays, Batch, Decoding, Trained
+from shared_config.parity.scenarios import Arrays, Batch
+from shared_config.parity.work import Decoding, Trained
 from shared_config.schema.job import JobConfig
 
 NAME = "torch"
@@ -33,7 +34,7 @@ def train(
     dtype: str,
     device: str | None,
 ) -> Trained:
-    """Steps of micro-batches from a state on. "bfloat16" is mixed precision; see `scenarios.Backend`."""
+    """Steps of micro-batches from a state on. "bfloat16" is mixed precision; see `work.Backend`."""
     precision = "bf16" if dtype == "bfloat16" else "fp32"
     config = config.replace(train=config.train.replace(mixed_precision=precision, compile_model=False))
     trainer = Trainer(config, device, dtype=torch.float64 if dtype == "float64" else torch.float32)
@@ -48,7 +49,7 @@ def train(
 
 
 def decode(config: JobConfig, weights: Arrays, decoding: Decoding, *, device: str | None) -> Arrays:
-    """Tokens, and logits of static caches and without caches; see `shared_config.parity.scenarios.Backend`."""
+    """Tokens, and logits of static caches and without caches; see `shared_config.parity.work.Backend`."""
     model = _model(config, weights, device)
     place = find_device(device)
     pixels = None if decoding.pixels is None else from_numpy(decoding.pixels).to(place, torch.float64)
@@ -104,7 +105,7 @@ def _whole(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: torch.Ten
 def captured(
     config: JobConfig, weights: Arrays, tokens: np.ndarray, pixels: np.ndarray | None, *, device: str | None
 ) -> tuple[Arrays, Arrays]:
-    """What every module puts out; see `shared_config.parity.scenarios.Backend`."""
+    """What every module puts out; see `shared_config.parity.work.Backend`."""
     model, place = _model(config, weights, device), find_device(device)
     store = ActivationStore(model)
     inputs: tuple[Any, ...] = (torch.from_numpy(tokens).long().to(place),)

@@ -29,18 +29,17 @@ from shared_config.contract.initialise import state_hash
 from shared_config.contract.vision import job_table
 from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import check_tensors
-from shared_config.parity.recording import (
+from shared_config.parity.recording import Recording, make_trace
+from shared_config.parity.refeed import with_losses
+from shared_config.parity.request import (
     WHOLE,
     Arrays,
-    Recording,
     Request,
     cache_size,
     check_selection,
     make_request,
-    make_trace,
     transformer_path,
 )
-from shared_config.parity.refeed import with_losses
 from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, ROUTING, UPDATED, Trace
 from shared_config.parity.validation import MOMENT_STEPS, chunkings, validation_moments
 from shared_config.schema.job import JobConfig
@@ -208,10 +207,10 @@ class Recorder:
         copy = {name: tensor.to(self._compute_dtype_of(name)) for name, tensor in state.items()}
         inputs: tuple[Any, ...] = (tokens,)
         if self.request.pixels is not None:
-            inputs = (self._pixels() if with_image else None, tokens)
+            inputs = (self.pixels() if with_image else None, tokens)
         return torch.func.functional_call(self._model, copy, inputs, {**arguments, "return_stats": True})
 
-    def _pixels(self) -> Tensor:
+    def pixels(self) -> Tensor:
         assert self.request.pixels is not None
         return from_numpy(self.request.pixels).to(self._device, self.compute_dtype)
 

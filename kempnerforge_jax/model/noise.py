@@ -10,15 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from shared_config.contract.noise import (
-    FEATURE_SCALE,
-    LEVELS,
-    MASK,
-    MAX_LEVEL,
-    MULTIPLIERS,
-    SALTS,
-    UNIFORM_BITS,
-)
+from shared_config.contract.noise import FEATURE_SCALE, LEVELS, MASK, MAX_LEVEL, MULTIPLIERS, SALTS, UNIFORM_BITS
 
 
 def mix(x: jax.Array) -> jax.Array:

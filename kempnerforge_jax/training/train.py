@@ -53,7 +53,8 @@ from shared_config.schema.model import ModelConfig
 from shared_config.schema.optimizer import OptimizerConfig
 from shared_config.schema.training import TrainConfig
 from shared_config.schema.vlm import VLMConfig
-from shared_config.training.loop import TrainingSummary, refuse_other_processes, run_training
+from shared_config.training.loop import refuse_other_processes, run_training
+from shared_config.training.trainer import TrainingSummary
 
 Arrays = dict[str, Any]
 Batch = Mapping[str, np.ndarray]

@@ -12,15 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared_config.contract.noise import (
-    FEATURE_SCALE,
-    LEVELS,
-    MASK,
-    MAX_LEVEL,
-    MULTIPLIERS,
-    SALTS,
-    UNIFORM_BITS,
-)
+from shared_config.contract.noise import FEATURE_SCALE, LEVELS, MASK, MAX_LEVEL, MULTIPLIERS, SALTS, UNIFORM_BITS
 
 
 def mix(x: Any) -> Any:

@@ -48,7 +48,8 @@ from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.vision import tower_of
 from shared_config.schema.job import JobConfig
-from shared_config.training.loop import TrainingSummary, refuse_other_processes, run_training
+from shared_config.training.loop import refuse_other_processes, run_training
+from shared_config.training.trainer import TrainingSummary
 
 Batch = Mapping[str, np.ndarray]
 

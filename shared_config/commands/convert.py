@@ -10,7 +10,8 @@ from shared_config.commands.common import overridden_fields
 from shared_config.contract.vision import job_table
 from shared_config.errors import UserError
 from shared_config.interchange.files import written_aside
-from shared_config.interchange.huggingface import config_to_huggingface, save_huggingface
+from shared_config.interchange.huggingface import save_huggingface
+from shared_config.interchange.huggingface_config import config_to_huggingface
 from shared_config.interchange.outputs import WRITER, claim_folder
 from shared_config.interchange.source import CONFIG, ModelSource, find_config, kind_of, read_model, to_stderr
 from shared_config.interchange.tokens import (

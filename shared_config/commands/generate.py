@@ -14,7 +14,7 @@ from shared_config.commands.backends import backend_module, require_backend
 from shared_config.commands.common import add_backend, add_config, fitting_weights, folder_of, not_negative
 from shared_config.contract.decoding import check_architecture
 from shared_config.contract.warm_start import without_warm_start
-from shared_config.data.images import Shapes, read_pictures
+from shared_config.data.image_sources import Shapes, read_pictures
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer
 from shared_config.errors import UserError
 from shared_config.interchange.tokens import beside, has_tokenizer, stop_ids

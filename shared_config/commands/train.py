@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shared_config.commands.backends import backend_module, require_backend
 from shared_config.commands.common import add_backend, add_config, console, folder_of, overridden_fields
-from shared_config.interchange import checkpoint
+from shared_config.interchange import run_layout
 from shared_config.loader import load_config
 from shared_config.schema.checkpoint import CheckpointConfig
 
@@ -48,4 +48,4 @@ def places(folder: Path, overridden: Collection[str]) -> list[str]:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a training run, with or without a checkpoint, and not a single checkpoint."""
-    return checkpoint.latest(folder) is not None or (folder / ".lock").exists()
+    return run_layout.latest(folder) is not None or (folder / ".lock").exists()

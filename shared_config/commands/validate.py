@@ -35,10 +35,11 @@ from shared_config.errors import UserError
 from shared_config.interchange.files import written_aside
 from shared_config.interchange.outputs import claim_record_folder, forget_run
 from shared_config.interchange.toml import config_to_toml
-from shared_config.parity.checks import BACKENDS, Finding, Plan, outcome
+from shared_config.parity.checks import outcome
 from shared_config.parity.full_checks import LONG_SEQUENCE
-from shared_config.parity.recording import DTYPES
+from shared_config.parity.plan import BACKENDS, Finding, Plan
 from shared_config.parity.report import write_report
+from shared_config.parity.request import DTYPES
 from shared_config.parity.scenarios import PARTS, resume_folder
 from shared_config.schema.job import JobConfig
 

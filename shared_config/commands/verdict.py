@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-from shared_config.parity.checks import Finding, describe
+from shared_config.parity.checks import describe
 from shared_config.parity.compare import Comparison
+from shared_config.parity.plan import Finding
 from shared_config.parity.report import print_failures
 
 COLUMNS = ("check", "compared", "tensors", "nearest to its limit", "relative error", "allowed", "verdict")

@@ -15,133 +15,21 @@ Shapes: B rows of a batch on one rank, T text positions of a row, F frames, s pi
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shared_config.contract.initialise import stream
 from shared_config.data.batches import IGNORED, Batch, permute
-from shared_config.data.jsonl import MAX_TEXT_BYTES, lines, parse_object, refuse, text_problem
-from shared_config.data.media import UndecodableError, drawn_frames, nearest_frames, read_clip, read_image
-from shared_config.data.shapes import shape_clip, shape_image
+from shared_config.data.image_sources import Example, Folder, Shapes, open_folder, prompt_and_text_tokens
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer, check_vocabulary
 from shared_config.errors import UserError
 from shared_config.interchange.preprocessor import PixelRange
-from shared_config.interchange.reading import check_inside, read_text
 from shared_config.interchange.vision import picture_format
 from shared_config.schema.job import JobConfig
-from shared_config.schema.video import VideoConfig
 from shared_config.schema.vlm import MoMaConfig
 
-METADATA = "metadata.jsonl"
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
-SHAPES_VERSION = "shapes 1"
 MAX_SEED = 2**31
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row before it becomes arrays.
-
-    Attributes:
-        frames: uint8 (F, s, s, 3); an image has one frame, a row without a picture none.
-        prompt: what stands before the text and is not learned.
-    """
-
-    frames: np.ndarray
-    text: str
-    prompt: str = ""
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Endless training examples and as many held-out ones, drawn by code."""
-
-    side: int
-    video: VideoConfig | None = None
-    name: str = "shapes drawn by code"
-
-    @property
-    def fingerprint(self) -> str:
-        """Tells whether two runs see the same pictures."""
-        return hashlib.sha256(f"{SHAPES_VERSION} {self.side} {self.video}".encode()).hexdigest()[:32]
-
-    def example(self, index: int, split: str) -> Example:
-        """Example ``index`` of a split, from 0 and without end."""
-        if self.video is None:
-            image, caption = shape_image(index, self.side, split)
-            return Example(image[None], caption)
-        spread = self.video.max_frames - self.video.min_frames + 1
-        frames = self.video.min_frames + int(stream(index, f"frames {split}").integers(spread))
-        return Example(*shape_clip(index, self.side, frames, split, draws_frames(self.video, split)))
-
-
-@dataclass
-class Folder:
-    """Examples of a folder on disk.
-
-    Attributes:
-        rows: the lines of its metadata, by split.
-        undecodable: file -> why it can't be decoded, of those met so far.
-        follow_symlinks: whether links may lead out of the folder.
-    """
-
-    path: Path
-    pixels: PixelRange
-    video: VideoConfig | None
-    rows: dict[str, list[dict[str, Any]]]
-    undecodable: dict[str, str] = field(default_factory=dict)
-    follow_symlinks: bool = False
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return str(self.path)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Tells whether two runs see the same rows; the pictures themselves are not read."""
-        content = json.dumps([self.rows["train"], self.rows["heldout"]], sort_keys=True)
-        return hashlib.sha256(f"{self.pixels} {self.video} {content}".encode()).hexdigest()[:32]
-
-    def example(self, index: int, split: str, visit: str = "") -> Example:
-        """Example ``index`` of a split.
-
-        Args:
-            visit: which visit of a run to the row this is; where frames are drawn, another one draws others.
-        """
-        row = self.rows[split][index]
-        rng = stream(index, f"frames {split} {visit}") if draws_frames(self.video, split) else None
-        frames = [picture for name in _files(row) for picture in self._pictures(name, rng)]
-        limit = 1 if self.video is None else self.video.max_frames
-        shown = [frames[place] for place in _places(len(frames), limit, rng)]
-        empty = np.zeros((0, self.pixels.side, self.pixels.side, 3), np.uint8)
-        return Example(np.stack(shown) if shown else empty, row["text"], row.get("prompt", ""))
-
-    def _pictures(self, name: str, rng: np.random.Generator | None) -> Sequence[np.ndarray]:
-        try:
-            if problem := check_inside(self.path, name, self.follow_symlinks):
-                raise UndecodableError(problem)
-            return _frames_of(self.path / name, self.pixels, self.video, rng)
-        except UndecodableError as error:
-            self._report(name, str(error))
-            return []
-
-    def _report(self, name: str, reason: str) -> None:
-        if name not in self.undecodable:
-            self.undecodable[name] = reason
-            log.warning(
-                "%s can't be decoded, %d so far, and is masked: %s", self.path / name, len(self.undecodable), reason
-            )
 
 
 class ImageTextData:
@@ -215,7 +103,7 @@ class ImageTextData:
         return kept
 
     def _has_label(self, row: Mapping[str, Any]) -> bool:
-        _, learned = _tokens(row["text"], row.get("prompt", ""), self.tokenizer)
+        _, learned = prompt_and_text_tokens(row["text"], row.get("prompt", ""), self.tokenizer)
         return bool(learned[1 : self.text_len + 1].any())
 
     @property
@@ -293,7 +181,7 @@ def collate(
     text_mask, frame_mask = np.zeros(shape, bool), np.zeros((len(examples), max(frames, 1)), bool)
     pictures = np.zeros((len(examples), max(frames, 1), 3, pixels.side, pixels.side), np.float32)
     for row, example in enumerate(examples):
-        ids, learned = _tokens(example.text, example.prompt, tokenizer)
+        ids, learned = prompt_and_text_tokens(example.text, example.prompt, tokenizer)
         ids, learned = ids[: text_len + 1], learned[: text_len + 1]
         count = max(len(ids) - 1, 0)
         input_ids[row, :count] = ids[:-1]
@@ -349,65 +237,6 @@ def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) ->
     )
 
 
-def open_folder(
-    path: str | Path,
-    pixels: PixelRange,
-    video: VideoConfig | None,
-    heldout_fraction: float,
-    *,
-    follow_symlinks: bool = False,
-) -> Folder:
-    """The rows of a folder, parted by a hash of what they show, so that adding rows moves none.
-
-    Args:
-        follow_symlinks: whether links may lead out of the folder.
-
-    Raises:
-        UserError: no such folder, no metadata, or lines that can't be used: all of them are listed.
-    """
-    root = Path(path)
-    try:
-        text = read_text(root / METADATA, MAX_TEXT_BYTES)
-    except UserError as error:
-        raise UserError(f"data.path = {str(path)!r}: must be a folder with a {METADATA}: {error}") from None
-    if problem := check_inside(root, METADATA, follow_symlinks):
-        raise UserError(f"{root / METADATA}: {problem}")
-    rows, problems = [], []
-    for number, line in lines(text):
-        row, problem = _parsed(line, video)
-        problem = problem or _file_problem(root, row, follow_symlinks)
-        rows.append(row)
-        problems += [f"{root / METADATA}:{number}: {problem}"] if problem else []
-    refuse(problems)
-    held = [_is_held_out(row, heldout_fraction) for row in rows]
-    parts = {
-        split: [row for row, is_held in zip(rows, held, strict=True) if is_held == (split == "heldout")]
-        for split in ("train", "heldout")
-    }
-    if not parts["train"]:
-        raise UserError(f"data.path = {str(path)!r}: holds {len(rows)} rows; none is left to train on")
-    return Folder(root, pixels, video, parts, follow_symlinks=follow_symlinks)
-
-
-def read_pictures(files: Sequence[Path], pixels: PixelRange, video: VideoConfig | None) -> np.ndarray:
-    """The frames of pictures and clips, in order: uint8 (F, s, s, 3).
-
-    Raises:
-        UserError: a file that can't be decoded, or more frames than the config has.
-    """
-    frames: list[np.ndarray] = []
-    for file in files:
-        try:
-            frames += _frames_of(file, pixels, video)
-        except UndecodableError as error:
-            raise UserError(f"{file}: can't be decoded: {error}") from None
-    limit = 1 if video is None else video.max_frames
-    if len(frames) > limit:
-        allowed = f"video.max_frames = {limit}" if video is not None else "one, as the config has no [video] section"
-        raise UserError(f"{', '.join(map(str, files))}: {len(frames)} pictures, must be at most {allowed}")
-    return np.stack(frames)
-
-
 def with_noise_seeds(
     config: JobConfig, micro_batches: Sequence[Mapping[str, np.ndarray]], step: int
 ) -> Sequence[Mapping[str, np.ndarray]]:
@@ -417,67 +246,3 @@ def with_noise_seeds(
     first = config.train.seed * 1_000_003 + step * len(micro_batches)
     seeds = [np.asarray((first + index) % MAX_SEED, np.int32) for index in range(len(micro_batches))]
     return [{**batch, "noise_seed": seed} for batch, seed in zip(micro_batches, seeds, strict=True)]
-
-
-def draws_frames(video: VideoConfig | None, split: str) -> bool:
-    """Whether the frames of a clip are drawn at random; held-out clips are always sampled uniformly."""
-    return video is not None and video.sampling_policy == "random_segments" and split == "train"
-
-
-def _places(available: int, limit: int, rng: np.random.Generator | None) -> list[int]:
-    """Which of the pictures of a row are shown: all, as far as the limit goes, else some from all over."""
-    if available <= limit:
-        return list(range(available))
-    if rng is not None:
-        return drawn_frames(available, limit, rng)
-    return nearest_frames(range(available), np.linspace(0, available - 1, limit))
-
-
-def _frames_of(
-    file: Path, pixels: PixelRange, video: VideoConfig | None, rng: np.random.Generator | None = None
-) -> list[np.ndarray]:
-    if file.suffix.lower() not in VIDEO_SUFFIXES:
-        return [read_image(file, pixels)]
-    return list(read_clip(file, pixels, video or VideoConfig(max_frames=1, min_frames=1), rng))
-
-
-def _tokens(text: str, prompt: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of a row, and which of them are learned."""
-    before = [] if tokenizer.bos is None else [tokenizer.bos]
-    after = [] if tokenizer.eos is None else [tokenizer.eos]
-    asked, told = tokenizer.encode(prompt).tolist(), tokenizer.encode(text).tolist()
-    ids = np.array([*before, *asked, *told, *after], np.int64)
-    learned = np.arange(len(ids)) >= len(before) + len(asked)
-    return ids, learned
-
-
-def _parsed(line: str, video: VideoConfig | None) -> tuple[dict[str, Any], str]:
-    """A row, and what is wrong with it."""
-    row, problem = parse_object(line)
-    if problem:
-        return {}, problem
-    if not isinstance(row.get("text"), str) or not isinstance(row.get("prompt", ""), str):
-        return {}, "must be an object with a string 'text', and 'prompt' a string if there is one"
-    files = row.get("file_name", [])
-    names = [files] if isinstance(files, str) else files
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return {}, "'file_name' must be a string or a list of strings"
-    if len(names) > 1 and video is None:
-        return {}, f"file_name = {files!r}: several pictures need a [video] section"
-    problem = text_problem(row["text"]) or text_problem(row.get("prompt", ""))
-    return row, problem
-
-
-def _file_problem(root: Path, row: Mapping[str, Any], follow_symlinks: bool) -> str:
-    problems = ((name, check_inside(root, name, follow_symlinks)) for name in _files(row))
-    return next((f"file_name = {name!r}: {problem}" for name, problem in problems if problem), "")
-
-
-def _files(row: Mapping[str, Any]) -> list[str]:
-    files = row.get("file_name", [])
-    return [files] if isinstance(files, str) else list(files)
-
-
-def _is_held_out(row: Mapping[str, Any], fraction: float) -> bool:
-    name = json.dumps(_files(row) or row["text"])
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < fraction * 2**64

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from shared_config.errors import UserError
-from shared_config.interchange import checkpoint, huggingface
+from shared_config.interchange import huggingface, run_layout
 from shared_config.interchange.files import PathLike, make_folder
+from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
 from shared_config.interchange.reading import parse_json
 from shared_config.interchange.source import CONFIG
 from shared_config.interchange.tensors import TensorFile, is_trace
@@ -59,7 +60,7 @@ def claim_run_folder(path: PathLike) -> None:
     """
     folder = Path(path)
     files = _contents(folder)
-    is_run = (folder / ".lock").exists() or checkpoint.latest(folder) is not None
+    is_run = (folder / ".lock").exists() or run_layout.latest(folder) is not None
     if files and not (is_run and not _weights_of_others(files)):
         raise UserError(
             f"checkpoint.dir = {str(folder)!r}: holds {_names(files)}, and is no training run; give a new or an empty "
@@ -76,9 +77,9 @@ def forget_run(path: PathLike) -> None:
     folder = Path(path)
     claim_run_folder(folder)
     for name in _contents(folder):
-        if checkpoint.STEP_NAME.fullmatch(name):
+        if run_layout.STEP_NAME.fullmatch(name):
             shutil.rmtree(folder / name)
-        elif name == checkpoint.METRICS:
+        elif name == run_layout.METRICS:
             (folder / name).unlink()
 
 
@@ -189,7 +190,7 @@ def _has_config(folder: Path, kind: str, config: JobConfig) -> bool:
         there = parse_json(file.read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(there, Mapping) and _same_model(there, huggingface.config_to_huggingface(config.model))
+    return isinstance(there, Mapping) and _same_model(there, config_to_huggingface(config.model))
 
 
 def _elsewhere(config: JobConfig) -> JobConfig:
@@ -199,7 +200,7 @@ def _elsewhere(config: JobConfig) -> JobConfig:
 
 def _same_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     try:
-        return huggingface.config_from_huggingface(there) == huggingface.config_from_huggingface(here)
+        return config_from_huggingface(there) == config_from_huggingface(here)
     except UserError:
         return False
 

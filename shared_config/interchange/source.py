@@ -18,7 +18,7 @@ from shared_config.contract.function import Difference, differences
 from shared_config.contract.parameters import aliases, parameter_table
 from shared_config.contract.warm_start import TRANSFORMER
 from shared_config.errors import ConfigError, UserError
-from shared_config.interchange import checkpoint, huggingface
+from shared_config.interchange import checkpoint, huggingface, run_layout
 from shared_config.interchange.files import PathLike
 from shared_config.interchange.former import current_fields, is_former
 from shared_config.interchange.states import without_unused
@@ -68,7 +68,7 @@ def kind_of(path: PathLike) -> Kind:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    if path.is_dir() and (checkpoint.STEP_NAME.fullmatch(path.name) or checkpoint.is_checkpoint(path)):
+    if path.is_dir() and (run_layout.STEP_NAME.fullmatch(path.name) or checkpoint.is_checkpoint(path)):
         return "checkpoint"
     folder = _folder(path)
     if not (folder / huggingface.CONFIG).is_file() or (path.is_file() and path.name not in (SINGLE, INDEX)):

@@ -5,211 +5,31 @@ Other parts of the package add their own: ``register(Check(name, jobs, judge))``
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from shared_config.contract.warm_start import without_warm_start
-from shared_config.interchange import checkpoint
+from shared_config.interchange import checkpoint, run_layout
 from shared_config.interchange.toml import config_to_toml
 from shared_config.loader import load_config
 from shared_config.parity.align import INITIAL
 from shared_config.parity.compare import TOLERANCES, Comparison, Row, compare_traces
 from shared_config.parity.numerics import as_float64, relative_error
-from shared_config.parity.provenance import (
-    check_run,
-    check_trace,
-    expected_meta,
-    expected_names,
-    initial_hash,
-    missing_names,
-)
-from shared_config.parity.recording import can_decode, decode_reference, logits_name
-from shared_config.parity.scenarios import PARTS, SCENARIOS, resume_folder
-from shared_config.parity.traces import DECODE, FORWARD, LOSSES, Trace, TraceMeta, group_of, read_trace
-from shared_config.schema.job import JobConfig
+from shared_config.parity.plan import BACKENDS, TRUTH, Check, Finding, Plan, register
+from shared_config.parity.provenance import check_run, expected_names, initial_hash, missing_names
+from shared_config.parity.request import can_decode, decode_reference, logits_name
+from shared_config.parity.traces import DECODE, FORWARD, LOSSES, Trace, TraceMeta, group_of
 from shared_config.schema.vlm import MoMaConfig
 from shared_config.training.metrics import read_metrics
 
-BACKENDS = ("torch", "jax")
-TRUTH = ("torch", "float64")
-"""The trace that float32 and bfloat16 are measured against, and that carries the deltas."""
-
-LONG = "long"
 CALM_WARMUP = 100
 """Steps of warm-up in the training check: at a peak learning rate reached too early, training amplifies rounding."""
 TRAINED_BATCH, TRAINED_LENGTH = 16, 128
 NUMBERS = {"grad_norm": 1e-4, "lr": 0.0, "tokens": 0.0}
 """What records of a training run hold beside the loss, and the relative error allowed. Gradient norms of the presets
 measure up to 8e-6. The loss of a few steps does not show their size, by which Adam divides."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the verdict.
-
-    Attributes:
-        subject: what was compared; ``count`` tensors of it.
-        worst: the tensor nearest to its limit, or beyond.
-        error, limit: of that tensor, relative to its RMS.
-        detail: what to say if it is not ok.
-        backend: the one that was compared with itself; "" where both were compared.
-    """
-
-    check: str
-    subject: str
-    ok: bool
-    count: int = 1
-    worst: str = ""
-    error: float = 0.0
-    limit: float = 0.0
-    detail: str = ""
-    backend: str = ""
-
-    @property
-    def verdict(self) -> str:
-        """In a word or two."""
-        return "same" if self.ok else f"{self.backend} INCONSISTENT" if self.backend else "DIFFERENT"
-
-
-@dataclass
-class Plan:
-    """What is validated, and the folder in which the processes leave their results.
-
-    Attributes:
-        dtypes: of the traces; float64 is always among them, as the truth for the others.
-        steps: optimiser steps of the training run; 0 for none.
-        weights: what one step and decoding are checked with; None: drawn values.
-        weights_hash: of their values as they are read; "" if drawn.
-        overrides: of the command line, which win over what lies beside the weights.
-        full: whether checks run that only a full validation has.
-        comparisons: filled by the checks, by title, for the report.
-    """
-
-    config: JobConfig
-    folder: Path
-    dtypes: tuple[str, ...] = tuple(TOLERANCES)
-    seed: int = 0
-    steps: int = 30
-    device: str = "cpu"
-    weights: Path | None = None
-    weights_hash: str = ""
-    overrides: tuple[str, ...] = ()
-    full: bool = False
-    comparisons: dict[str, Comparison] = field(default_factory=dict)
-
-    @property
-    def config_file(self) -> Path:
-        """The resolved config, for the processes to load."""
-        return self.folder / "config.toml"
-
-    def trace_file(self, backend: str, dtype: str) -> Path:
-        """Where a backend's process leaves its trace."""
-        return self.folder / f"{backend}-{dtype}.safetensors"
-
-    @property
-    def checks(self) -> list[Check]:
-        """Those that run."""
-        return [check for check in CHECKS.values() if self.full or not check.full]
-
-    @property
-    def stages(self) -> list[int]:
-        """One process per backend runs the jobs of each, once those of the one before have ended."""
-        return sorted({check.stage for check in self.checks})
-
-    def scenario_file(self, backend: str, scenario: str, dtype: str = "float64") -> Path:
-        """Where a backend's process leaves the trace of a scenario."""
-        return self.folder / f"{backend}-{scenario}-{dtype}.safetensors"
-
-    def jobs_file(self, backend: str, stage: int = 0) -> Path:
-        """What the process of a backend is to do."""
-        return self.folder / f"jobs-{backend}{f'-{stage}' if stage else ''}.json"
-
-    def files(self) -> frozenset[str]:
-        """Names of all that a validation leaves in its folder."""
-        own = [self.config_file, *self.traces()]
-        own += [self.jobs_file(backend, stage) for backend in BACKENDS for stage in range(PARTS)]
-        own += [self.run_folder(backend) for backend in BACKENDS]
-        own += [resume_folder(self.folder, backend, part) for backend in BACKENDS for part in range(PARTS)]
-        return frozenset(file.name for file in own)
-
-    def traces(self) -> list[Path]:
-        """All that a validation of any kind leaves in its folder."""
-        return [
-            file
-            for backend in BACKENDS
-            for dtype in TOLERANCES
-            for file in (
-                self.trace_file(backend, dtype),
-                *(self.scenario_file(backend, scenario, dtype) for scenario in (LONG, *SCENARIOS)),
-            )
-        ]
-
-    def run_folder(self, backend: str) -> Path:
-        """Where a backend's process trains."""
-        return self.folder / f"train-{backend}"
-
-    @functools.cache  # noqa: B019 (a plan lives as long as its command)
-    def trace(self, backend: str, dtype: str) -> Trace:
-        """A trace that was left behind.
-
-        Raises:
-            UserError: it can't be read, or is another than the one that was asked for.
-        """
-        path = self.trace_file(backend, dtype)
-        asked = dataclasses.replace(self.expected, backend=backend, device=self.device, dtype=dtype)
-        return check_trace(read_trace(path), asked, path)
-
-    @functools.cached_property
-    def expected(self) -> TraceMeta:
-        """What the traces of one step say of themselves, whatever their backend, device and dtype."""
-        return expected_meta(self.expected_config, self.seed, self.weights_hash)
-
-    @property
-    def expected_config(self) -> JobConfig:
-        """What traces of one step say that their config is: weights that are given start from no others."""
-        return self.config if self.weights is None else without_warm_start(self.config)
-
-    __hash__ = object.__hash__
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing to prove.
-
-    Attributes:
-        jobs: command lines of ``kempnerforge`` that the process of a backend runs.
-        judge: what came of it, once all processes have ended.
-        stage: jobs of a later one run once those of earlier ones have ended in all backends.
-        full: whether only a full validation runs it.
-    """
-
-    name: str
-    jobs: Callable[[Plan, str], list[list[str]]]
-    judge: Callable[[Plan], Iterable[Finding]]
-    stage: int = 0
-    full: bool = False
-
-
-CHECKS: dict[str, Check] = {}
-
-
-def register(check: Check) -> Check:
-    """Let `validate` run a check.
-
-    Raises:
-        ValueError: if the name is taken.
-    """
-    if check.name in CHECKS:
-        raise ValueError(f"check {check.name!r} is registered already")
-    CHECKS[check.name] = check
-    return check
 
 
 def findings_of(check: str, comparison: Comparison) -> Iterator[Finding]:
@@ -414,7 +234,7 @@ def _records(plan: Plan, backend: str) -> list[dict[str, Any]]:
     folder = plan.run_folder(backend)
     config = load_config(str(plan.config_file), [*_train_overrides(plan), f"--checkpoint.dir={folder}"])
     run = check_run(checkpoint.load(folder, with_optimizer=False), backend, config)
-    records = {record["step"]: record for record in read_metrics(folder / checkpoint.METRICS)}
+    records = {record["step"]: record for record in read_metrics(folder / run_layout.METRICS)}
     return [records[step] for step in range(1, run.state.step + 1) if step in records]
 
 

@@ -7,20 +7,28 @@ import functools
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from shared_config.errors import UserError
-from shared_config.interchange.weights import is_floating
 from shared_config.parity.align import execution_order
-from shared_config.parity.numerics import as_float64, difference, finite_gap, nonfinite_mismatch, rms
+from shared_config.parity.measure import (
+    all_finite,
+    dtype_of,
+    first_true,
+    floats,
+    heatmap,
+    measure,
+    summary_of,
+    value_at,
+    with_nonfinite,
+)
+from shared_config.parity.numerics import as_float64, difference, finite_gap, rms
 from shared_config.parity.parts import Part, PartErrors, unpacked, worst_part
 from shared_config.parity.result import (
     DIFFERS,
     EQUAL,
     NO_DELTA,
-    NOT_FINITE,
     ONLY_A,
     ONLY_B,
     OTHER_KIND,
@@ -41,28 +49,16 @@ from shared_config.parity.tolerance import (
     scale_of,
     tolerance_of,
 )
-from shared_config.parity.traces import DECODE, FORWARD, Summary, Trace, group_of, summarize
+from shared_config.parity.traces import DECODE, FORWARD, Summary, Trace, group_of
 
 DECODED_OUTPUTS = ("output_head", "transformer.output_head")
 """The activation that cached decoding computes again, of a text or a vision-language model: its delta is decode's."""
 
 _DECODED = tuple(f"{FORWARD}/{output}" for output in DECODED_OUTPUTS)
 
-HEATMAP_ROWS, HEATMAP_COLUMNS = 48, 96
 
 SLACK = 1 + 1e-6
 """For sums in another order."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """How far a tensor is from its reference."""
-
-    error: float
-    scale: float
-    mismatched: int
-    position: tuple[int, ...] | None
-    estimated: bool = False
 
 
 class Judge:
@@ -105,7 +101,7 @@ class Judge:
         for dtype, deltas in self._deltas.items():
             for name, delta in deltas.items():
                 tensor = reference.get(name)
-                if delta == math.inf and tensor is not None and not _all_finite(tensor):
+                if delta == math.inf and tensor is not None and not all_finite(tensor):
                     continue
                 bound = math.inf if tensor is None else self._scales.largest_delta(name, dtype, tensor)
                 if not (0 <= delta <= min(bound, sys.float_info.max)):
@@ -148,20 +144,20 @@ class Judge:
             assert present is not None
             status = ONLY_B if a is None else ONLY_A
             return Row(name, group_of(name), status, shape=present.shape, error=math.inf)
-        row = Row(name, group_of(name), EQUAL, a.shape, _dtype(a), _dtype(b))
+        row = Row(name, group_of(name), EQUAL, a.shape, dtype_of(a), dtype_of(b))
         truth = None if self.truth is None else self.truth.tensors.get(name)
         if a.shape != b.shape or (truth is not None and truth.shape != a.shape):
             return dataclasses.replace(row, status=OTHER_SHAPE, error=math.inf)
-        if _is_floating(a) != _is_floating(b):
+        if floats(a) != floats(b):
             return dataclasses.replace(row, status=OTHER_KIND, error=math.inf)
-        if not _is_floating(a):
+        if not floats(a):
             return self._exact(row, a, b)
         sides = [("b", b, a, self.dtype)] if truth is None else self._sides_against(truth, a, b)
         judged = [self._judged(row, side, value, reference, dtype) for side, value, reference, dtype in sides]
         if truth is not None:
             judged = [dataclasses.replace(found, against="truth") for found in judged]
         worst = max(judged, key=lambda found: (not found.ok, found.share))
-        return self._with_values(_with_nonfinite(worst, a, b), truth)
+        return self._with_values(with_nonfinite(worst, a, b), truth)
 
     def heatmap(self, row: Row) -> HeatMap | None:
         """Where the tensor of a row differs; None if it is not known place by place."""
@@ -184,7 +180,7 @@ class Judge:
     def _exact(self, row: Row, a: Tensor, b: Tensor) -> Row:
         """Integers must be equal, but for as many as rounding the weights changes too (routes at near ties)."""
         if isinstance(a, Summary) or isinstance(b, Summary):
-            same = _summary(a).hash == _summary(b).hash
+            same = summary_of(a).hash == summary_of(b).hash
             return (
                 row if same else dataclasses.replace(row, status=DIFFERS, error=math.inf, mismatched=1, estimated=True)
             )
@@ -206,7 +202,7 @@ class Judge:
             delta=delta,
             scale=float(unequal.size) if is_routes(row.name) else found.truth_rms,
             mismatched=int(unequal.sum()),
-            position=_first_true(unequal),
+            position=first_true(unequal),
         )
         return self._with_values(row, None)
 
@@ -235,7 +231,7 @@ class Judge:
         return count
 
     def _judged(self, row: Row, side: str, value: Tensor, reference: Tensor, dtype: str) -> Row:
-        found = _measure(value, reference)
+        found = measure(value, reference)
         delta = self._delta(row.name, dtype)
         ceiling = self._scales.ceiling(row.name, dtype, (scale_of(value), found.scale), self._rerouted[side])
         limit = self._scales.limit(row.name, dtype, found.scale, delta, ceiling)
@@ -297,7 +293,7 @@ class Judge:
 
     def _with_values(self, row: Row, truth: Tensor | None) -> Row:
         values = {
-            field: _value_at(tensor, row.position)
+            field: value_at(tensor, row.position)
             for field, tensor in (
                 ("value_a", self.a.tensors[row.name]),
                 ("value_b", self.b.tensors[row.name]),
@@ -310,7 +306,7 @@ class Judge:
 def _unequal_in(name: str, trace: Trace, against: Trace) -> bool:
     """Whether both recorded a tensor, and not the same values."""
     tensors = [side.tensors.get(name) for side in (trace, against)]
-    hashes = {_summary(tensor).hash for tensor in tensors if tensor is not None}
+    hashes = {summary_of(tensor).hash for tensor in tensors if tensor is not None}
     return len(hashes) > 1
 
 
@@ -320,82 +316,3 @@ def _routes_differ(trace: Trace, against: Trace) -> bool:
     if not names:
         return has_experts(trace.meta.config_fields)
     return any(_unequal_in(name, trace, against) for name in names)
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    return not tensor.nonfinite_hash if isinstance(tensor, Summary) else bool(np.isfinite(as_float64(tensor)).all())
-
-
-def _with_nonfinite(row: Row, a: Tensor, b: Tensor) -> Row:
-    """The row with the places that are not finite in both: a finding of its own where nothing else is one."""
-    if isinstance(a, Summary) or isinstance(b, Summary):
-        summary_a, summary_b = _summary(a), _summary(b)
-        count = min(max(side.nonfinite, int(bool(side.nonfinite_hash))) for side in (summary_a, summary_b))
-        alike, position = summary_a.nonfinite_hash == summary_b.nonfinite_hash, None
-    else:
-        both = ~np.isfinite(as_float64(a)) & ~np.isfinite(as_float64(b))
-        count, alike = int(both.sum()), not nonfinite_mismatch(a, b).any()
-        position = _first_true(both) if count else None
-    if not count:
-        return row
-    if row.ok or (alike and row.mismatched):  # a truth that is finite there is no news
-        row = dataclasses.replace(row, status=NOT_FINITE, position=position, mismatched=0)
-    return dataclasses.replace(row, nonfinite=count)
-
-
-def heatmap(value: np.ndarray, reference: np.ndarray) -> HeatMap:
-    """Largest absolute difference in each of at most 48 x 96 blocks."""
-    value, reference = as_float64(value), as_float64(reference)
-    with np.errstate(invalid="ignore"):
-        gap = np.abs(value - reference)
-    gap = np.where((value == reference) | (np.isnan(value) & np.isnan(reference)), 0.0, gap)
-    gap = np.where(np.isnan(gap), np.inf, gap)
-    table = gap.reshape(-1, gap.shape[-1]) if gap.ndim else gap.reshape(1, 1)
-    blocks = _block_maxima(_block_maxima(table, HEATMAP_ROWS).T, HEATMAP_COLUMNS).T
-    rows, columns = table.shape
-    return HeatMap((rows, columns), tuple(tuple(float(x) for x in row) for row in blocks))
-
-
-def _block_maxima(table: np.ndarray, blocks: int) -> np.ndarray:
-    """Maxima over at most ``blocks`` runs of rows, as equal in length as can be."""
-    starts = np.unique(np.linspace(0, len(table), min(blocks, len(table)), endpoint=False).astype(int))
-    return np.maximum.reduceat(table, starts, axis=0)
-
-
-def _measure(value: Tensor, reference: Tensor) -> Measured:
-    if isinstance(value, Summary) or isinstance(reference, Summary):
-        return _estimate(_summary(value), _summary(reference))
-    found = difference(value, reference)
-    return Measured(found.rms_error, found.truth_rms, found.mismatched, found.index)
-
-
-def _estimate(value: Summary, reference: Summary) -> Measured:
-    if value.nonfinite_hash != reference.nonfinite_hash:
-        return Measured(math.inf, reference.rms, 1, None, estimated=True)
-    apart = value.sketch - reference.sketch
-    error = math.sqrt(float(apart @ apart) / reference.size) if reference.size else 0.0
-    if value.hash != reference.hash and value.dtype == reference.dtype:
-        error = max(error, np.finfo(np.float64).tiny)  # not the same bits, even where the sketch can't tell
-    return Measured(error, reference.rms, 0, None, estimated=True)
-
-
-def _summary(tensor: Tensor) -> Summary:
-    return tensor if isinstance(tensor, Summary) else summarize(tensor)
-
-
-def _dtype(tensor: Tensor) -> str:
-    return tensor.dtype if isinstance(tensor, Summary) else tensor.dtype.name
-
-
-def _is_floating(tensor: Tensor) -> bool:
-    return bool(tensor.sketch.size) if isinstance(tensor, Summary) else is_floating(tensor.dtype)
-
-
-def _first_true(flags: np.ndarray) -> tuple[int, ...]:
-    return tuple(int(i) for i in np.unravel_index(int(np.argmax(flags)), flags.shape))
-
-
-def _value_at(tensor: Tensor | None, position: tuple[int, ...] | None) -> float | None:
-    if position is None or not isinstance(tensor, np.ndarray) or not tensor.size:
-        return None
-    return float(tensor[position])

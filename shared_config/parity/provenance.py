@@ -15,7 +15,7 @@ from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import Checkpoint
 from shared_config.interchange.toml import config_to_dict
 from shared_config.interchange.vision import tower_of
-from shared_config.parity.recording import decode_names, logits_name, make_request, request_meta, seeded_values
+from shared_config.parity.request import decode_names, logits_name, make_request, request_meta, seeded_values
 from shared_config.parity.traces import GRADIENT, LOSS, ROUTING, UPDATED, Trace, TraceMeta
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig

@@ -6,108 +6,23 @@ Shapes: B batch, S sequence.
 from __future__ import annotations
 
 import dataclasses
-import platform
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from shared_config.contract.initialise import initial_value, state_hash
-from shared_config.contract.vision import job_table
-from shared_config.errors import UserError
-from shared_config.interchange.checkpoint import installed_versions
-from shared_config.interchange.toml import config_to_toml
-from shared_config.interchange.vision import picture_format, tower_of
 from shared_config.parity import traces
 from shared_config.parity.numerics import UNIT_ROUNDOFF, as_float64, difference, finite_gap, perturbation_maxima
 from shared_config.parity.parts import has_parts, part_errors
-from shared_config.parity.refeed import Refeed, refeed_from, routes_from
+from shared_config.parity.request import DTYPES, Arrays, Request, decode_names, decode_reference, request_meta
 from shared_config.parity.routes import is_routes, unequal_choices
-from shared_config.parity.selection import Selection
 from shared_config.parity.tolerance import PARTS
-from shared_config.parity.traces import Trace, TraceMeta
-from shared_config.parity.validation import (
-    chunkings,
-    validation_labels,
-    validation_pixels,
-    validation_tokens,
-    validation_weights,
-)
-from shared_config.schema.job import JobConfig
+from shared_config.parity.traces import Trace
 from shared_config.schema.vlm import MoMaConfig
 
-DTYPES = ("float64", "float32", "bfloat16")
-WEIGHTS = ("validation", "init")
-BATCH, LENGTH, LONGEST, BEYOND_WINDOW = 2, 24, 128, 8
-WHOLE = "whole"
-"""All tokens at once, without a cache."""
 DELTA_RUNS = 6
 """With fewer, the delta of a scalar can come out far too small by chance."""
-
-ROUTER = re.compile(r"(.*layers\.\d+)\.[^.]+(?:\.experts)?(\.[^.]+)?\.router")
-"""Path of a router: its layer and, if the layer has one for each, its modality."""
-
-Arrays = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be recorded.
-
-    Attributes:
-        weights: float32, or as they were given, by name of the parameter table.
-        origin: "validation", "init" or "given".
-        tokens, labels: int32 (B, S).
-        pixels: float32 (B, 3, s, s) or (B, F, 3, s, s), of a vision-language model.
-        selection: what to record.
-        refeed: what the layers are given instead of their own inputs; None for a plain run.
-    """
-
-    config: JobConfig
-    dtype: str
-    seed: int
-    weights: Arrays
-    origin: str
-    tokens: np.ndarray
-    labels: np.ndarray
-    pixels: np.ndarray | None = None
-    selection: Selection = field(default_factory=Selection)
-    refeed: Refeed | None = None
-    routes: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-    def modules(self, names: Iterable[str]) -> list[str]:
-        """Those of all modules whose outputs are to be recorded."""
-        wanted = self.selection.wants_any
-        return [name for name in names if wanted(f"{traces.FORWARD}/{output}" for output in outputs(name, self.config))]
-
-    def kept(self, group: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of all tensors of a group that are to be recorded."""
-        return {name: array for name, array in arrays.items() if self.selection.wants(f"{group}/{name}")}
-
-    def differentiated(self, trained: Iterable[str]) -> list[str]:
-        """Those of all parameters whose gradients are needed: an update needs all of them, for their norm."""
-        if self.refeed is not None:
-            return []
-        if self.updates(trained):
-            return list(trained)
-        return list(self.kept(traces.GRADIENT, dict.fromkeys(trained)))
-
-    def updates(self, trained: Iterable[str]) -> bool:
-        """Whether an optimiser step is to be recorded."""
-        return self.refeed is None and bool(self.kept(traces.UPDATED, dict.fromkeys(trained)))
-
-    @property
-    def unlimited(self) -> bool:
-        """Whether a forward without capacity limits is to be recorded: that which cached decoding must equal."""
-        name = decode_reference(self.config)
-        return self.refeed is None and name != logits_name(self.config) and self.selection.wants(name)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether cached decoding is to be recorded."""
-        return self.refeed is None and self.selection.wants_any(decode_names(self))
 
 
 @dataclass
@@ -144,160 +59,6 @@ class Recording:
         }
 
 
-def make_request(
-    config: JobConfig,
-    *,
-    dtype: str,
-    seed: int,
-    weights: str | Mapping[str, np.ndarray] = "validation",
-    tokens: np.ndarray | None = None,
-    layers: Sequence[int] | None = None,
-    only: Sequence[str] = (),
-    refeed: Trace | None = None,
-    routes: Trace | None = None,
-) -> Request:
-    """Check what was asked for and draw what was not given.
-
-    Args:
-        weights: "validation" (`validation_weights`), "init" (the seeded initial weights), or values by name.
-        tokens: int (B, S); by default drawn from the seed, long enough to cross a sliding window.
-        layers, only: what to record; see `Selection`. With cached decoding come the logits, whose delta it has.
-        refeed: a trace of the same run, whose recorded outputs take the place of the computed ones in what follows.
-        routes: a trace of the same run, whose experts' choices of tokens are taken again.
-
-    Raises:
-        UserError: unknown dtype, tokens that the model can't take, or a trace that is of another run.
-    """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
-    if tokens is None:
-        tokens = validation_tokens(config.model.vocab_size, BATCH, default_length(config), seed)
-    check_tokens(tokens, config)
-    tokens = tokens.astype(np.int32)
-    request = Request(
-        config,
-        dtype,
-        seed,
-        _weights(config, weights, seed),
-        weights if isinstance(weights, str) else "given",
-        tokens,
-        validation_labels(tokens),
-        _pixels(config, len(tokens), seed),
-        Selection(None if layers is None else tuple(layers), tuple(only)),
-    )
-    if only and request.decodes:
-        selection = dataclasses.replace(request.selection, only=_with_logits(only, config))
-        request = dataclasses.replace(request, selection=selection)
-    if routes is not None:
-        request = dataclasses.replace(request, routes=routes_from(routes, request_meta(request), config))
-    if refeed is None:
-        return request
-    return dataclasses.replace(request, refeed=refeed_from(refeed, request_meta(request), config))
-
-
-def logits_name(config: JobConfig) -> str:
-    """The tensor of a trace that holds the logits."""
-    return f"{traces.FORWARD}/{transformer_path(config)}output_head"
-
-
-def outputs(module: str, config: JobConfig) -> list[str]:
-    """Names that the output of a module may have: its own, or one per modality."""
-    modalities = getattr(config.vlm, f"{config.vlm.arch}_modalities", ()) if config.vlm is not None else ()
-    return [module, *(f"{module}.{modality}" for modality in modalities)]
-
-
-def decode_names(request: Request) -> list[str]:
-    """The tensors of a trace that hold logits of cached decoding."""
-    if not can_decode(request.config):
-        return []
-    reference = decode_reference(request.config)
-    names = [f"{traces.DECODE}/{name}" for name in chunkings(request.tokens.shape[1], request.seed)]
-    return names if reference == logits_name(request.config) else [reference, *names]
-
-
-def decode_reference(config: JobConfig) -> str:
-    """The tensor of a trace that cached decoding must equal: the logits, or where experts have a capacity, those
-    of a forward without it, as it depends on the tokens of a call.
-    """
-    limited = config.model.is_moe and config.model.moe_capacity_factor > 0 and can_decode(config)
-    return f"{traces.DECODE}/{WHOLE}" if limited else logits_name(config)
-
-
-def check_selection(request: Request, modules: Sequence[str], router_fields: Sequence[str]) -> None:
-    """Refuse layers and patterns for which the model has nothing.
-
-    Args:
-        modules: paths of all modules of the model.
-        router_fields: what a router's stats hold.
-
-    Raises:
-        UserError: naming what would be right.
-    """
-    names = [f"{traces.FORWARD}/{name}" for module in modules for name in outputs(module, request.config)]
-    names += [f"{traces.ROUTING}/{name}" for name in _routing_names(modules, router_fields)]
-    names += [traces.LOSS]
-    if request.refeed is None:
-        table = job_table(request.config, tower_of(request.config))
-        names += [f"{group}/{name}" for group in (traces.GRADIENT, traces.UPDATED) for name in table]
-        names += decode_names(request)
-    request.selection.check(names, request.config.model.n_layers)
-
-
-def transformer_path(config: JobConfig) -> str:
-    """What the names of the language model's modules start with."""
-    return "" if config.vlm is None else "transformer."
-
-
-def seeded_values(config: JobConfig, seed: int) -> Arrays:
-    """The seeded initial weights of the model of a job, whose transformer draws those of a text model."""
-    path = transformer_path(config)
-    table = job_table(config, tower_of(config))
-    return {name: initial_value(name.removeprefix(path), spec, seed) for name, spec in table.items()}
-
-
-def cache_size(request: Request, num_image_tokens: int) -> tuple[int, int, int, int]:
-    """Batch, slots, key/value heads and their size of the caches that decode a request."""
-    config = request.config
-    heads = config.model.kv_heads if config.vlm is None else config.vlm.cached_kv_heads(config.model)
-    batch, length = request.tokens.shape
-    return batch, num_image_tokens + length, heads, config.model.head_size
-
-
-def can_decode(config: JobConfig) -> bool:
-    """Whether a model can take its tokens one after the other: not if experts choose among all of them."""
-    return not isinstance(config.vlm, MoMaConfig)
-
-
-def default_length(config: JobConfig) -> int:
-    """Positions of a drawn sequence: past the sliding window if that is not too far."""
-    window = config.model.sliding_window or 0
-    longest = config.model.max_seq_len if config.vlm is None else config.vlm.max_text_len
-    return min(longest, max(LENGTH, min(window + BEYOND_WINDOW, LONGEST)))
-
-
-def check_tokens(tokens: np.ndarray, config: JobConfig) -> None:
-    """Refuse what is no (B, S) array of ids that fits the model.
-
-    Raises:
-        UserError: naming the first id outside the vocabulary, or the length that is too large.
-    """
-    model = config.model
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.size == 0:
-        raise UserError(f"tokens: {tokens.dtype} of shape {tokens.shape}: must be integers of shape (batch, sequence)")
-    if tokens.shape[1] > model.max_seq_len:
-        raise UserError(f"tokens: {tokens.shape[1]} positions; must be at most model.max_seq_len = {model.max_seq_len}")
-    if config.vlm is not None and tokens.shape[1] > config.vlm.max_text_len:
-        longest = config.vlm.max_text_len
-        raise UserError(f"tokens: {tokens.shape[1]} positions; must be at most vlm.max_text_len = {longest}")
-    outside = np.argwhere((tokens < 0) | (tokens >= model.vocab_size))
-    if len(outside):
-        row, position = (int(i) for i in outside[0])
-        raise UserError(
-            f"tokens: id {tokens[row, position]} in row {row}, position {position} is outside the vocabulary; "
-            f"must be in [0, {model.vocab_size}), model.vocab_size"
-        )
-
-
 def make_trace(
     request: Request,
     recording: Recording,
@@ -323,26 +84,6 @@ def make_trace(
         parts=parts,
     )
     return Trace(recording.tensors(), meta)
-
-
-def request_meta(request: Request) -> TraceMeta:
-    """What is known of where a trace will come from before anything was run."""
-    inputs = {"tokens": request.tokens} | ({} if request.pixels is None else {"pixels": request.pixels})
-    selection, refeed = request.selection, request.refeed
-    return TraceMeta(
-        backend="",
-        device="",
-        dtype=request.dtype,
-        seed=request.seed,
-        config=config_to_toml(request.config),
-        machine=platform.platform(),
-        versions=installed_versions(),
-        weights=request.origin,
-        weights_hash=state_hash(request.weights),
-        tokens_hash=state_hash(inputs),
-        selection={} if selection == Selection() else {"layers": _listed(selection.layers), "only": [*selection.only]},
-        refed={} if refeed is None else refeed.meta,
-    )
 
 
 def perturbation_deltas(
@@ -399,40 +140,3 @@ def delta_and_parts(name: str, moved: np.ndarray, truth: np.ndarray) -> np.ndarr
         return np.array(delta)
     finite = np.where(np.isfinite(truth), truth, 0.0)
     return np.concatenate([delta, part_errors(finite_gap(moved, truth), finite).packed()])
-
-
-def _with_logits(only: Sequence[str], config: JobConfig) -> tuple[str, ...]:
-    """Patterns that also match the logits of which cached decoding has its delta."""
-    logits = decode_reference(config)
-    return tuple(only) if Selection(only=tuple(only)).wants(logits) else (*only, logits)
-
-
-def _routing_names(modules: Iterable[str], fields: Sequence[str]) -> Iterator[str]:
-    for module in modules:
-        found = ROUTER.fullmatch(module)
-        if found:
-            yield f"{module}.indices"
-            yield from (f"{found[1]}{found[2] or ''}.{name}" for name in fields)
-
-
-def _listed(layers: tuple[int, ...] | None) -> list[int] | None:
-    return None if layers is None else list(layers)
-
-
-def _pixels(config: JobConfig, batch_size: int, seed: int) -> np.ndarray | None:
-    if config.vlm is None or config.vision_encoder is None:
-        return None
-    side = picture_format(config.vision_encoder, config.video).side
-    shape = (3, side, side) if config.video is None else (config.video.max_frames, 3, side, side)
-    return validation_pixels((batch_size, *shape), seed)
-
-
-def _weights(config: JobConfig, weights: str | Mapping[str, np.ndarray], seed: int) -> Arrays:
-    table = job_table(config, tower_of(config))
-    if weights == "validation":
-        return validation_weights(table, seed)
-    if weights == "init":
-        return seeded_values(config, seed)
-    if isinstance(weights, str):
-        raise UserError(f"weights = {weights!r}: must be one of {', '.join(WEIGHTS)}")
-    return {name: np.asarray(value) for name, value in weights.items()}

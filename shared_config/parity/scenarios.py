@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -19,143 +18,24 @@ from shared_config.contract.warm_start import without_warm_start
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
-from shared_config.interchange.vision import picture_format
 from shared_config.parity.numerics import UNIT_ROUNDOFF, difference, perturbation_maxima
-from shared_config.parity.recording import (
-    DELTA_RUNS,
-    WHOLE,
-    Arrays,
-    can_decode,
-    default_length,
-    delta_and_parts,
-    make_request,
-    request_meta,
-)
+from shared_config.parity.recording import DELTA_RUNS, delta_and_parts
+from shared_config.parity.request import WHOLE, Arrays, can_decode, make_request, request_meta
 from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, LOSS, ROUTING, Trace, group_of
-from shared_config.parity.validation import IGNORED_LABEL, validation_pixels
+from shared_config.parity.work import Backend, Decoding, Trained, Work, scenario_batch, scenario_pixels, unpadded
 from shared_config.schema.job import JobConfig
-
-Batch = Mapping[str, np.ndarray]
-
-ROWS = 2
-DOCUMENT_LENGTHS = ((9, 15), (3, 1, 20))
-REAL = ((0, 20), (9, 24))
-"""Lengths of documents in each row; where text starts and ends in rows that have padding after it, or before."""
+from shared_config.training.trainer import Batch
 
 MICRO_BATCHES = 4
-PROMPTS, NEW_TOKENS, PREFILL_CHUNK, WINDOW = (13, 4, 9), 14, 5, 6
-"""Of decoding: lengths of the prompts, of which the longest takes three chunks; a window that they pass many times."""
+PROMPTS, WINDOW = (13, 4, 9), 6
+"""Of decoding: lengths of the prompts, of which the longest takes three chunks; a window that they pass often."""
 
-SAMPLING = {"temperature": 0.9, "top_k": 50, "top_p": 0.95}
 EVALUATION, STATE = "evaluation", "state"
 """Groups of a trace: losses of evaluation, and weights after the last step."""
 
 RESUMED_STEPS = 2
 """Of each of the three parts of a run that changes backends."""
 PARTS = 3
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a trainer did.
-
-    Attributes:
-        metrics: of each step.
-        states: after each step.
-        evaluations: losses of each held-out batch, before the first step and after the last.
-    """
-
-    metrics: Sequence[Mapping[str, float]]
-    states: Sequence[TrainingState]
-    evaluations: np.ndarray
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """What is to be generated.
-
-    Attributes:
-        prompts: int32 rows of any lengths.
-        pixels: float32 (B, [F,] 3, s, s); None without images.
-    """
-
-    prompts: Sequence[np.ndarray]
-    pixels: np.ndarray | None
-    new_tokens: int = NEW_TOKENS
-    prefill_chunk: int = PREFILL_CHUNK
-    seed: int = 0
-    sampling: Mapping[str, Any] = field(default_factory=lambda: dict(SAMPLING))
-
-    def followed_by(self, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts and all but the last of the new tokens (B, N), int32 (B, S) with zeros after the end, and the places
-        (B, N) whose logits the new tokens were drawn from.
-        """
-        lengths = np.array([len(prompt) for prompt in self.prompts])
-        tokens = np.zeros((len(lengths), lengths.max() + new.shape[1] - 1), np.int32)
-        for row, prompt in enumerate(self.prompts):
-            known = np.concatenate([prompt, new[row, :-1]])
-            tokens[row, : len(known)] = known
-        return tokens, lengths[:, None] - 1 + np.arange(new.shape[1])
-
-
-class Backend(Protocol):
-    """What the module ``scenarios`` of a backend provides. All arithmetic is in float64, but for `train`."""
-
-    NAME: str
-
-    def train(
-        self,
-        config: JobConfig,
-        state: TrainingState,
-        steps: Sequence[Sequence[Batch]],
-        held_out: Sequence[Batch],
-        *,
-        dtype: str,
-        device: str | None,
-    ) -> Trained:
-        """Steps of micro-batches from a state on, by the trainer that `train` has; "bfloat16" is mixed precision."""
-        ...
-
-    def decode(self, config: JobConfig, weights: Arrays, decoding: Decoding, *, device: str | None) -> Arrays:
-        """``streamed`` and ``generated``: int (B, N), by both ways to generate; ``cached``: logits (B, N, V) of the
-        static caches fed with these tokens; ``whole``: those of a forward over all of them, without caches.
-        """
-        ...
-
-    def captured(
-        self, config: JobConfig, weights: Arrays, tokens: np.ndarray, pixels: np.ndarray | None, *, device: str | None
-    ) -> tuple[Arrays, Arrays]:
-        """What every module puts out, as an `ActivationStore` and as `extract_representations` have it; the latter is
-        empty where there are images.
-        """
-        ...
-
-    def device_name(self, device: str | None) -> str:
-        """As traces have it."""
-        ...
-
-
-@dataclass(frozen=True)
-class Work:
-    """A scenario to be done.
-
-    Attributes:
-        config: as `scenario_config` makes it.
-        runs: folder of the checkpoints of a run that changes backends.
-    """
-
-    config: JobConfig
-    dtype: str
-    seed: int
-    weights: Arrays
-    deltas: bool
-    device: str | None
-    runs: Path | None
-
-    @property
-    def state(self) -> TrainingState:
-        """Where training starts."""
-        return TrainingState(0, dict(self.weights), {})
 
 
 def record_scenario(
@@ -223,16 +103,16 @@ Outcome = tuple[Arrays, dict[str, Any]]
 
 
 def _documents(backend: Backend, work: Work) -> Outcome:
-    return _training(backend, work, [[_batch(work, "documents", documents=True)]])
+    return _training(backend, work, [[scenario_batch(work, "documents", documents=True)]])
 
 
 def _padding(backend: Backend, work: Work) -> Outcome:
-    return _training(backend, work, [[_batch(work, "padding", padded=True)]])
+    return _training(backend, work, [[scenario_batch(work, "padding", padded=True)]])
 
 
 def _accumulation(backend: Backend, work: Work) -> Outcome:
     """Micro-batches whose labels differ in number."""
-    steps = [[_batch(work, f"accumulation {i}", ignored=0.1 + 0.2 * i) for i in range(MICRO_BATCHES)]]
+    steps = [[scenario_batch(work, f"accumulation {i}", ignored=0.1 + 0.2 * i) for i in range(MICRO_BATCHES)]]
     return _training(backend, work, steps)
 
 
@@ -288,7 +168,7 @@ def _generate(backend: Backend, work: Work) -> Outcome:
     config = work.config
     draw = stream(work.seed, "scenario/prompts")
     prompts = [draw.integers(0, config.model.vocab_size, length, dtype=np.int32) for length in PROMPTS]
-    decoding = Decoding(prompts, _pixels(work, len(prompts)), seed=work.seed)
+    decoding = Decoding(prompts, scenario_pixels(work, len(prompts)), seed=work.seed)
     found = backend.decode(config, work.weights, decoding, device=work.device)
     return {f"{DECODE}/{name}": array for name, array in found.items()}, {}
 
@@ -305,8 +185,10 @@ def _resumed(part: int) -> Callable[[Backend, Work], Outcome]:
 
     def run(backend: Backend, work: Work) -> Outcome:
         assert work.runs is not None
-        steps = [[_batch(work, f"resume {step}", padded=bool(step % 2))] for step in range(PARTS * RESUMED_STEPS)]
-        steps = [[{**batch, **_unpadded(batch)} for batch in micro_batches] for micro_batches in steps]
+        steps = [
+            [scenario_batch(work, f"resume {step}", padded=bool(step % 2))] for step in range(PARTS * RESUMED_STEPS)
+        ]
+        steps = [[{**batch, **unpadded(batch)} for batch in micro_batches] for micro_batches in steps]
         whole = None
         if part == 0:
             state = work.state
@@ -346,47 +228,3 @@ def cached_and_whole(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     """Logits of static caches, and those that they must equal."""
     cached, whole = trace.tensors[f"{DECODE}/cached"], trace.tensors[f"{DECODE}/{WHOLE}"]
     return np.asarray(cached), np.asarray(whole)
-
-
-def _batch(
-    work: Work, name: str, *, ignored: float = 0.2, documents: bool = False, padded: bool = False
-) -> dict[str, np.ndarray]:
-    """A micro-batch: drawn ids and labels, images where the model sees them, documents or padding where asked for."""
-    config, draw = work.config, stream(work.seed, f"scenario/{name}")
-    length = default_length(config)
-    tokens, labels = (draw.integers(0, config.model.vocab_size, (ROWS, length), dtype=np.int32) for _ in range(2))
-    labels = np.where(draw.random(labels.shape) < ignored, np.int32(IGNORED_LABEL), labels)
-    batch = {"tokens" if config.vlm is None else "input_ids": tokens, "labels": labels}
-    if documents:
-        starts = [np.cumsum(lengths[:-1]) for lengths in DOCUMENT_LENGTHS]
-        batch["doc_ids"] = np.stack([np.searchsorted(row, np.arange(length), side="right") for row in starts])
-        batch["doc_ids"] = batch["doc_ids"].astype(np.int32)
-    if padded:
-        starts, ends = np.array(REAL).T[..., None]
-        real = (np.arange(length) >= starts) & (np.arange(length) < ends)
-        batch |= {"text_mask": real, "labels": np.where(real, labels, np.int32(IGNORED_LABEL))}
-    pixels = _pixels(work, ROWS)
-    if pixels is not None:
-        batch["pixel_values"] = pixels
-        if padded and pixels.ndim == 5:
-            batch["frame_mask"] = np.arange(pixels.shape[1]) < np.array([[pixels.shape[1]], [1]])
-    return batch
-
-
-def _unpadded(batch: Batch) -> dict[str, np.ndarray]:
-    """A mask of padding for a batch that has none, so that all steps are one program."""
-    tokens = batch["tokens"] if "tokens" in batch else batch["input_ids"]
-    mask = {"text_mask": batch.get("text_mask", np.ones(tokens.shape, bool))}
-    pixels = batch.get("pixel_values")
-    if pixels is not None and pixels.ndim == 5:
-        mask["frame_mask"] = batch.get("frame_mask", np.ones(pixels.shape[:2], bool))
-    return mask
-
-
-def _pixels(work: Work, rows: int) -> np.ndarray | None:
-    config = work.config
-    if config.vlm is None or config.vision_encoder is None:
-        return None
-    side = picture_format(config.vision_encoder, config.video).side
-    shape = (3, side, side) if config.video is None else (config.video.max_frames, 3, side, side)
-    return validation_pixels((rows, *shape), work.seed)

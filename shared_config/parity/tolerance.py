@@ -53,17 +53,7 @@ import numpy as np
 from shared_config.parity.numerics import FLOOR_ROUNDOFFS, UNIT_ROUNDOFF, as_float64, rms
 from shared_config.parity.parts import PartLimits
 from shared_config.parity.routes import is_routes
-from shared_config.parity.traces import (
-    DECODE,
-    FORWARD,
-    GRADIENT,
-    LOSS,
-    LOSSES,
-    ROUTING,
-    UPDATED,
-    Summary,
-    group_of,
-)
+from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, LOSS, LOSSES, ROUTING, UPDATED, Summary, group_of
 from shared_config.parity.validation import MOMENT_STEPS
 
 Tensor = np.ndarray | Summary

@@ -8,141 +8,41 @@ checkpoint and evaluation n are those after the n-th update (the loss of record 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol, SupportsFloat
 
-import numpy as np
 from rich.console import Console
 
 from shared_config.errors import UserError
-from shared_config.interchange import checkpoint
-from shared_config.interchange.checkpoint import TrainingState
-from shared_config.interchange.files import make_folder, regular_target, written_aside
-from shared_config.interchange.outputs import claim_run_folder
-from shared_config.interchange.tokens import keep_tokenizer
-from shared_config.interchange.toml import config_to_dict, config_to_toml
+from shared_config.interchange import checkpoint, run_layout
+from shared_config.interchange.toml import config_to_dict
 from shared_config.schema.job import JobConfig
 from shared_config.training.metrics import Logger, finite_or_none, open_loggers
 from shared_config.training.profiling import Profiler
 from shared_config.training.progress import Display, say
 from shared_config.training.resume import Start, restore
+from shared_config.training.run_folder import TAKEN, agreed, own_folder, write_config
 from shared_config.training.signals import StopRequest
-
-Batch = Mapping[str, np.ndarray]
-Numbers = Mapping[str, SupportsFloat]
-Record = dict[str, float | None]
+from shared_config.training.trainer import (
+    Batch,
+    Numbers,
+    Record,
+    Trainer,
+    TrainingData,
+    TrainingDivergedError,
+    TrainingSummary,
+)
 
 MUST_BE_FINITE = ("loss", "grad_norm")
-TAKEN = "taken"
 
 log = logging.getLogger(__name__)
-
-
-class Trainer(Protocol):
-    """A model and its optimiser.
-
-    Attributes:
-        backend: "torch" or "jax"; written into checkpoints.
-    """
-
-    backend: str
-
-    def step(self, micro_batches: Sequence[Batch]) -> Numbers:
-        """One update from the micro-batches of one optimiser step (this rank's share of them).
-
-        Returns:
-            "loss" (nats per token) and other numbers; "taken" is 0 where an update was left out, which goes into no
-            record. They may be scalars still being computed on a device: the loop
-            reads them only after it has asked for the next step, so that the device never waits for the host.
-        """
-        ...
-
-    def evaluate(self, batches: Sequence[Batch]) -> Numbers:
-        """Numbers over held-out batches, "loss" among them, the same on every rank. Changes nothing."""
-        ...
-
-    def state(self) -> TrainingState:
-        """All that the next step depends on, as host arrays. Called on every rank; used on the first."""
-        ...
-
-    def profile(self, folder: Path) -> AbstractContextManager[None]:
-        """Trace the steps taken within it, to new files of a folder."""
-        ...
-
-    def load_state(self, state: TrainingState) -> None:
-        """Take over a state. An empty ``optimizer`` with step 0 means weights alone: the moments stay as built.
-
-        Raises:
-            UserError: names or shapes that do not fit the model.
-        """
-        ...
-
-
-class TrainingData(Protocol):
-    """What `shared_config.data.TextData` is.
-
-    Attributes:
-        rows_per_batch, tokens_per_batch: of one micro-batch, over all ranks.
-        notes: what a user should know of the data before the run, a line each.
-    """
-
-    rows_per_batch: int
-    tokens_per_batch: int
-
-    @property
-    def notes(self) -> Sequence[str]: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def batch(self, index: int) -> Batch: ...
-
-    def heldout(self) -> Sequence[Batch]: ...
-
-
-class TrainingDivergedError(UserError):
-    """The loss or the norm of the gradient is not finite."""
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """How a run ended.
-
-    Attributes:
-        step: updates done in all; ``steps_run`` of them now, from ``resumed_from`` on.
-        loss: of the last step taken now; None if there was none.
-        metrics: the last record, held-out numbers as ``heldout_*``.
-        tokens_per_second: over all ranks, averaged over the last steps.
-        checkpoint: the latest one.
-        stopped_by: the signal that ended the run early, as "SIGINT".
-        exit_status: 0, or 129 (SIGHUP), 130 (SIGINT), 143 (SIGTERM).
-    """
-
-    step: int
-    steps_run: int
-    resumed_from: int
-    loss: float | None
-    metrics: Record
-    tokens_per_second: float
-    seconds: float
-    checkpoint: Path | None
-    stopped_by: str | None
-    exit_status: int
-
-    @property
-    def heldout_loss(self) -> float | None:
-        """Nats per token, None if the last step had no evaluation."""
-        return self.metrics.get("heldout_loss")
 
 
 def refuse_other_processes(count: int) -> None:
@@ -189,10 +89,10 @@ def run_training(
     agree = agree or (lambda number: number)
     folder = Path(config.checkpoint.dir)
     with ExitStack() as stack:
-        with _agreed(agree):
+        with agreed(agree):
             if is_main:
-                stack.enter_context(_own_folder(folder))
-                checkpoint.clean(folder)
+                stack.enter_context(own_folder(folder))
+                run_layout.clean(folder)
         start = restore(
             config,
             trainer.load_state,
@@ -204,13 +104,13 @@ def run_training(
         tokens = data.tokens_per_batch * config.train.grad_accum_steps
         display = Display(console, total=config.train.max_steps, done=start.step, tokens_per_step=tokens)
         profiler: Profiler | None = None
-        with _agreed(agree):
+        with agreed(agree):
             loggers: list[Logger] = []
             if is_main:
                 keep = config.checkpoint.keep_last_n
-                checkpoint.with_room(folder, keep, partial(_write_config, config, folder))
+                run_layout.with_room(folder, keep, partial(write_config, config, folder))
                 logging = partial(open_loggers, config, folder, start.step)
-                loggers = checkpoint.with_room(folder, keep, lambda: stack.enter_context(logging()))
+                loggers = run_layout.with_room(folder, keep, lambda: stack.enter_context(logging()))
                 profiler = Profiler(config, start.step, trainer.profile, display.say)
         stop = stack.enter_context(StopRequest(announce=console is not None))
         stack.enter_context(display)
@@ -427,50 +327,3 @@ def _problem(values: Mapping[str, float]) -> str | None:
     if bad is not None:
         return f"{bad} is {values[bad]}"
     return None if values.get(TAKEN, 1.0) else "the update gives weights or moments that are not finite"
-
-
-@contextmanager
-def _own_folder(folder: Path) -> Iterator[None]:
-    """Make the run's folder and hold its lock, which the system lets go of however the process ends.
-
-    Raises:
-        UserError: it can't be made or written, or another process holds it.
-    """
-    field = f"checkpoint.dir = {str(folder)!r}"
-    claim_run_folder(folder)
-    try:
-        make_folder(folder)
-        lock = regular_target(folder / ".lock").open("w")
-    except (OSError, UserError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{field}: can't be written ({reason})") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{field}: another run is using this folder") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
-                raise
-        yield
-
-
-@contextmanager
-def _agreed(agree: Callable[[int], int]) -> Iterator[None]:
-    """A part of the start that one rank may fail in: all ranks leave it together, or none goes on."""
-    failure: UserError | None = None
-    try:
-        yield
-    except UserError as error:
-        failure = error
-    if agree(int(failure is not None)):
-        raise failure or UserError("the run can't start: the main process has failed")
-
-
-def _write_config(config: JobConfig, folder: Path) -> None:
-    """Write the resolved config and the tokenizer; remove what writers of these files left when they were killed."""
-    for left in (*folder.glob(".config.toml.*.part"), *folder.glob(".metrics.jsonl.*.part")):
-        left.unlink()
-    kept = keep_tokenizer(config, folder)
-    with written_aside(folder / "config.toml") as aside:
-        aside.write_text(config_to_toml(kept), encoding="utf-8")

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shared_config.errors import UserError
-from shared_config.interchange.checkpoint import METRICS
 from shared_config.interchange.files import file_errors, folder_target, make_folder, regular_target, written_aside
 from shared_config.interchange.reading import check_regular, parse_json, read_text
+from shared_config.interchange.run_layout import METRICS
 from shared_config.interchange.toml import config_to_dict
 from shared_config.schema.job import JobConfig
 

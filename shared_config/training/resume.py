@@ -10,7 +10,8 @@ from typing import Any
 from shared_config.contract.freeze import canonical_freeze_meta
 from shared_config.contract.function import differences
 from shared_config.errors import UserError
-from shared_config.interchange.checkpoint import Checkpoint, TrainingState, latest, load
+from shared_config.interchange.checkpoint import Checkpoint, TrainingState, load
+from shared_config.interchange.run_layout import latest
 from shared_config.interchange.source import read_model, to_stderr
 from shared_config.interchange.toml import config_from_dict
 from shared_config.schema.base import Section

@@ -26,7 +26,8 @@ import numpy as np
 
 from shared_config.contract.initialise import initial_values
 from shared_config.contract.parameters import parameter_table
-from shared_config.interchange.huggingface import config_to_huggingface, to_huggingface
+from shared_config.interchange.huggingface import to_huggingface
+from shared_config.interchange.huggingface_config import config_to_huggingface
 from shared_config.loader import load_config
 from shared_config.schema.model import ModelConfig
 

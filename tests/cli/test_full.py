@@ -10,7 +10,7 @@ import pytest
 from shared_config.cli import main
 from shared_config.commands import validate
 from shared_config.loader import load_config
-from shared_config.parity.checks import BACKENDS, Plan
+from shared_config.parity.plan import BACKENDS, Plan
 from shared_config.parity.scenarios import applicable
 from tests.cli.processes import run_python
 from tests.mutants import in_a_process, planted

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from shared_config.commands import COMMANDS
-from shared_config.data.images import open_folder
+from shared_config.data.image_sources import open_folder
 from shared_config.interchange.preprocessor import PixelRange
 from shared_config.loader import load_config
 from tests.cli.processes import ROOT, run_python

@@ -15,12 +15,7 @@ from rich.table import Table
 
 from shared_config.cli import main
 from shared_config.commands.show import counts_of, memory_of, readable_bytes, resolved_toml, smallest_world_size
-from shared_config.contract.counts import (
-    count_active_parameters,
-    count_parameters,
-    flops_per_token,
-    training_memory,
-)
+from shared_config.contract.counts import count_active_parameters, count_parameters, flops_per_token, training_memory
 from shared_config.contract.parameters import (
     FOLDED,
     Constant,

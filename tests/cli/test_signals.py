@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from shared_config.interchange import checkpoint
+from shared_config.interchange import checkpoint, run_layout
 from shared_config.training.metrics import read_metrics
 from tests.jobs import environment_of_killed
 
@@ -184,7 +184,7 @@ def test_a_run_whose_terminal_is_closed_saves_and_ends_with_its_status(tmp_path:
     process, terminal = run_on_a_terminal(tmp_path)
     os.close(terminal)
     assert process.wait(timeout=60) == 129
-    saved = checkpoint.latest(tmp_path)
+    saved = run_layout.latest(tmp_path)
     assert saved is not None
     assert checkpoint.load(saved).state.step == read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
 
@@ -206,7 +206,7 @@ def test_a_run_that_ignores_hanging_up_goes_on_without_its_terminal(tmp_path: Pa
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
     assert len(read_metrics(tmp_path / "metrics.jsonl")) > then + 20
-    assert checkpoint.latest(tmp_path) is not None
+    assert run_layout.latest(tmp_path) is not None
 
 
 def test_a_run_whose_output_nobody_reads_goes_on(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from shared_config.errors import UserError
 from shared_config.loader import load_config
 from shared_config.parity.compare import compare_traces
 from shared_config.parity.numerics import relative_error
-from shared_config.parity.recording import Request, make_request
+from shared_config.parity.request import Request, make_request
 from shared_config.parity.shrink import shrink
 from shared_config.parity.traces import Trace, read_trace, write_trace
 from shared_config.parity.validation import validation_moments, validation_weights

@@ -19,8 +19,8 @@ from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.toml import config_to_dict, config_to_toml
 from shared_config.loader import load_config
-from shared_config.parity import checks
-from shared_config.parity.checks import CHECKS, Check, Finding, Plan, register
+from shared_config.parity import checks, plan
+from shared_config.parity.plan import CHECKS, Check, Finding, Plan, register
 from shared_config.parity.provenance import expected_meta, expected_names, initial_hash
 from shared_config.parity.traces import Trace, write_trace
 from tests.cli.processes import run_python
@@ -257,7 +257,7 @@ def test_what_a_process_refuses_is_passed_on(
 def test_parts_add_checks_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "CHECKS", dict(CHECKS))
     check = register(Check("sums", lambda plan, backend: [], lambda plan: [Finding("sums", "1 + 1", ok=True)]))
-    assert checks.CHECKS["sums"] is check
+    assert plan.CHECKS["sums"] is check
     with pytest.raises(ValueError, match="'sums' is registered already"):
         register(check)
 

@@ -18,7 +18,7 @@ from shared_config.errors import UserError
 from shared_config.parity.align import execution_order
 from shared_config.parity.checks import describe
 from shared_config.parity.compare import TOLERANCES, Comparison, compare_traces
-from shared_config.parity.judge import heatmap
+from shared_config.parity.measure import heatmap
 from shared_config.parity.numerics import UNIT_ROUNDOFF, perturbation_delta, rms
 from shared_config.parity.traces import Trace, TraceMeta
 from shared_config.parity.validation import validation_tokens, validation_weights

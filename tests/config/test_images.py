@@ -19,16 +19,8 @@ from PIL import Image
 
 from shared_config import JobConfig, load_config
 from shared_config.data import open_data
-from shared_config.data.images import (
-    Example,
-    Folder,
-    ImageTextData,
-    Shapes,
-    collate,
-    open_folder,
-    open_image_data,
-    with_noise_seeds,
-)
+from shared_config.data.image_sources import Example, Folder, Shapes, open_folder
+from shared_config.data.images import ImageTextData, collate, open_image_data, with_noise_seeds
 from shared_config.data.media import UndecodableError, drawn_frames, nearest_frames, read_clip, read_image, sample_times
 from shared_config.data.shapes import COLOURS, PLACES, caption_entropy, shape_clip, shape_image
 from shared_config.data.tokenizer import BOS, EOS, ByteTokenizer

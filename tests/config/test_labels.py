@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from shared_config.data import BOS, ByteTokenizer, Corpus, TextData, TokenStream, open_data
-from shared_config.data.images import Example, collate
+from shared_config.data.image_sources import Example
+from shared_config.data.images import collate
 from shared_config.errors import UserError
 from shared_config.schema.job import JobConfig
 from shared_config.training.loop import run_training

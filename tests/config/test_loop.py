@@ -22,16 +22,17 @@ from rich.console import Console
 from shared_config.contract.schedule import scheduled_learning_rate
 from shared_config.data import Corpus, TextData, TokenStream
 from shared_config.errors import UserError
-from shared_config.interchange import checkpoint
+from shared_config.interchange import checkpoint, run_layout
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.toml import config_from_toml
 from shared_config.loader import load_config
 from shared_config.schema import JobConfig
 from shared_config.training import resume
-from shared_config.training.loop import TrainingDivergedError, TrainingSummary, run_training
+from shared_config.training.loop import run_training
 from shared_config.training.metrics import read_metrics
 from shared_config.training.progress import Pace, format_duration
 from shared_config.training.signals import StopRequest
+from shared_config.training.trainer import TrainingDivergedError, TrainingSummary
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 20
@@ -283,7 +284,7 @@ def test_records_after_the_resumed_step_are_taken_again(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     train(config)
     reference = end_state(tmp_path)
-    checkpoint.prune(tmp_path, 3)
+    run_layout.prune(tmp_path, 3)
     for step in (9, 12):
         (tmp_path / f"step_{step:08d}").rename(tmp_path / f"gone_{step}")
     with (tmp_path / "metrics.jsonl").open("a") as stream:
@@ -436,7 +437,7 @@ def test_all_ranks_stop_at_the_step_that_they_agree_on(tmp_path: Path) -> None:
 
     summary = train(config_of(tmp_path), agree=agree)
     assert (summary.step, summary.stopped_by, summary.exit_status) == (5, "SIGTERM", 143)
-    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000005"
+    assert run_layout.latest(tmp_path) == tmp_path / "step_00000005"
 
 
 def test_no_rank_goes_on_when_another_cannot_start(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from shared_config.data import build_tokenizer, load_corpus, open_data, open_text_data
-from shared_config.data.images import open_folder, read_pictures
+from shared_config.data.image_sources import open_folder, read_pictures
 from shared_config.data.template import ChatTemplate
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint

@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 from shared_config.errors import UserError
-from shared_config.parity.checks import Finding
 from shared_config.parity.compare import HeatMap, compare_traces
+from shared_config.parity.plan import Finding
 from shared_config.parity.report import print_failures, report_page, write_report
 from shared_config.parity.report.plot import HEAT_RGB, LogAxis, error_plot, heat_picture, number, png
 from shared_config.parity.traces import Trace

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
-from shared_config.interchange.checkpoint import TrainingState, clean, latest, load, prune, save
+from shared_config.interchange.checkpoint import TrainingState, load, save
+from shared_config.interchange.run_layout import clean, latest, prune
 
 DTYPES = (np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int32, np.int64, np.uint8, np.bool_)
 
@@ -203,7 +204,8 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(
 CRASHES = """
 import os, shutil, sys
 from pathlib import Path
-from shared_config.interchange.checkpoint import latest, load, save
+from shared_config.interchange.checkpoint import load, save
+from shared_config.interchange.run_layout import latest
 from tests.interchange.test_checkpoint import state_of
 
 def counted(function, limit):

@@ -15,20 +15,21 @@ from shared_config.contract.parameters import parameter_table
 from shared_config.contract.rope import attention_factor
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.huggingface import (
+    from_huggingface,
+    load_huggingface,
+    name_map,
+    save_huggingface,
+    to_huggingface,
+)
+from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
+from shared_config.interchange.huggingface_keys import (
     KINDS,
     NEVER_NULL,
     NULLABLE,
     REFUSED,
     ROPE_KINDS,
     WITHOUT_EFFECT,
-    config_from_huggingface,
-    config_to_huggingface,
-    from_huggingface,
     is_of_kind,
-    load_huggingface,
-    name_map,
-    save_huggingface,
-    to_huggingface,
 )
 from shared_config.interchange.weights import WeightsError, save_weights
 from shared_config.parity.validation import validation_tokens, validation_weights

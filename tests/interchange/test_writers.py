@@ -16,7 +16,7 @@ import pytest
 
 from shared_config.cli import main
 from shared_config.errors import UserError
-from shared_config.interchange import checkpoint
+from shared_config.interchange import checkpoint, run_layout
 from shared_config.interchange.activations import ActivationWriter
 from shared_config.interchange.files import written_aside
 from shared_config.interchange.outputs import WRITER, claim_folder, claim_record_folder, writable_folder
@@ -178,7 +178,7 @@ def test_folders_are_written_through_links(tmp_path: Path, writer: str, exists: 
         assert [file.name for file in elsewhere.parent.iterdir()] == ["place"]
     if writer == "checkpoint":
         assert checkpoint.load(path.parent).state.step == 3
-        checkpoint.prune(path.parent, keep=0)
+        run_layout.prune(path.parent, keep=0)
         assert not list(path.parent.iterdir())
         assert elsewhere.is_dir(), "the link goes, and nothing that is not in the run's folder"
 

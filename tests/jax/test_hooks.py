@@ -13,13 +13,7 @@ import pytest
 import torch
 from flax import nnx
 
-from kempnerforge_jax.model.hooks import (
-    ActivationStore,
-    capture,
-    extract_representations,
-    replacing,
-    save_activations,
-)
+from kempnerforge_jax.model.hooks import ActivationStore, capture, extract_representations, replacing, save_activations
 from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.model.state import get_state, merge, split
 from kempnerforge_jax.model.transformer import Transformer

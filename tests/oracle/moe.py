@@ -14,13 +14,7 @@ import numpy as np
 
 from tests.oracle.linear import Gradients, Weights, below, has, submodule
 from tests.oracle.mlp import Activations, mlp, mlp_backward
-from tests.oracle.router import (
-    Routing,
-    sigmoid_topk,
-    sigmoid_topk_backward,
-    softmax_topk,
-    softmax_topk_backward,
-)
+from tests.oracle.router import Routing, sigmoid_topk, sigmoid_topk_backward, softmax_topk, softmax_topk_backward
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from shared_config.contract.parameters import Constant, Normal, ParameterSpec, p
 from shared_config.data.batches import TextData, permute
 from shared_config.data.conversations import Conversation, ConversationData
 from shared_config.data.corpus import Corpus, TokenStream, is_held_out
-from shared_config.data.images import Folder, ImageTextData, with_noise_seeds
+from shared_config.data.image_sources import Folder
+from shared_config.data.images import ImageTextData, with_noise_seeds
 from shared_config.data.shapes import shape_clip, shape_image
 from shared_config.data.tokenizer import ByteTokenizer
 from shared_config.interchange.preprocessor import PixelRange

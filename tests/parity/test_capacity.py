@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from shared_config.contract.parameters import parameter_table
 from shared_config.loader import load_config
 from shared_config.parity.numerics import relative_error
-from shared_config.parity.recording import decode_reference, logits_name
+from shared_config.parity.request import decode_reference, logits_name
 from shared_config.parity.traces import DECODE
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import MoTConfig

@@ -12,11 +12,11 @@ import kempnerforge_jax.training.train
 import kempnerforge_torch.training.train
 from shared_config import load_config
 from shared_config.data import open_data
-from shared_config.interchange import checkpoint
+from shared_config.interchange import checkpoint, run_layout
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.schema import JobConfig
-from shared_config.training.loop import TrainingDivergedError
 from shared_config.training.metrics import read_metrics
+from shared_config.training.trainer import TrainingDivergedError
 
 BACKENDS = {"torch": kempnerforge_torch.training.train, "jax": kempnerforge_jax.training.train}
 SMALL = (
@@ -160,6 +160,6 @@ def test_both_backends_name_the_same_tensor_first(tmp_path: Path) -> None:
             backend.train(config, device="cpu")
         found[name] = str(refusal.value)
         assert "there is no checkpoint" in found[name]
-        assert checkpoint.latest(tmp_path / name) is None
+        assert run_layout.latest(tmp_path / name) is None
     assert found["torch"] == found["jax"]
     assert "token_embedding.embedding.weight is not finite" in found["torch"]

@@ -12,8 +12,8 @@ from kempnerforge_jax.trace import record as record_jax
 from kempnerforge_torch.trace import record as record_torch
 from shared_config.errors import UserError
 from shared_config.loader import load_config
-from shared_config.parity.checks import CHECKS, Plan
 from shared_config.parity.compare import compare_traces
+from shared_config.parity.plan import CHECKS, Plan
 from shared_config.parity.traces import Trace
 
 SMALL = (

@@ -18,7 +18,7 @@ from kempnerforge_torch.model.state import set_state
 from kempnerforge_torch.training.train import build_model
 from shared_config.contract.function import differences
 from shared_config.contract.vision import job_table
-from shared_config.data.images import Shapes
+from shared_config.data.image_sources import Shapes
 from shared_config.data.media import sample_times
 from shared_config.errors import ConfigError
 from shared_config.interchange.toml import config_from_dict, config_to_dict

@@ -9,8 +9,9 @@ from html import escape
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike, written_aside
-from shared_config.parity.checks import Finding, findings_of
+from shared_config.parity.checks import findings_of
 from shared_config.parity.compare import Comparison, Row
+from shared_config.parity.plan import Finding
 from shared_config.parity.report.plot import error_plot, heat_picture, number, relative_limit
 from shared_config.parity.report.style import CSS, SCRIPT
 from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, LOSS, ROUTING, UPDATED, TraceMeta

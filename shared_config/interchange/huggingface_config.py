@@ -1,0 +1,212 @@
+"""A `ModelConfig` as the content of Hugging Face's config.json, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from shared_config.errors import ConfigError
+from shared_config.interchange.huggingface_keys import (
+    FAMILIES,
+    declared_window,
+    fixed_keys,
+    layer_kinds,
+    missing_keys,
+    num_experts,
+    rope_settings,
+    rope_type,
+    uneven_layers,
+    wrong_kinds,
+)
+from shared_config.schema.model import ModelConfig, RopeScaling
+
+
+def family_of(config: ModelConfig) -> str:
+    """The ``model_type`` that expresses a config.
+
+    Raises:
+        ConfigError: naming every setting that none expresses.
+    """
+    if config.is_moe:
+        family = "qwen3_moe" if config.qk_norm else "mixtral"
+    elif config.qk_norm:
+        family = "qwen3"
+    else:
+        family = "mistral" if config.sliding_window is not None else "llama"
+    problems = list(_not_expressed(config, family))
+    if problems:
+        raise ConfigError(problems)
+    return family
+
+
+def _not_expressed(config: ModelConfig, family: str) -> Iterator[str]:
+    fixed: dict[str, Any] = {"model_type": "transformer", "activation": "silu", "norm_type": "rmsnorm"}
+    if config.is_moe:
+        fixed |= {"moe_router": "softmax_topk", "moe_shared_experts": 0, "moe_capacity_factor": 0.0}
+        fixed |= {"moe_routed_scaling": 1.0}
+    if family == "mixtral":
+        fixed |= {"moe_norm_topk_prob": True, "moe_frequency": 1}
+    if not FAMILIES[family].attention_bias:
+        fixed |= {"attention_bias": False}
+    for field, needed in fixed.items():
+        value = getattr(config, field)
+        if value != needed:
+            yield f"model.{field} = {value!r}: Hugging Face's {family} has no such setting: must be {needed!r}"
+
+
+def config_to_huggingface(config: ModelConfig) -> dict[str, Any]:
+    """The content of config.json.
+
+    Raises:
+        ConfigError: naming every setting that no Hugging Face architecture expresses.
+    """
+    family = family_of(config)
+    content: dict[str, Any] = {
+        "architectures": [FAMILIES[family].architecture],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.computed_ffn_hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_seq_len,
+        "initializer_range": config.init_std,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _scaling_to_huggingface(config.rope_scaling),
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.attention_bias,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if family == "llama":
+        content |= {"mlp_bias": False}
+    else:
+        content |= {"sliding_window": config.sliding_window}
+    if family.startswith("qwen3"):
+        content |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
+    return content | _experts_to_huggingface(config, family)
+
+
+def _experts_to_huggingface(config: ModelConfig, family: str) -> dict[str, Any]:
+    if not config.is_moe:
+        return {}
+    width = config.computed_expert_ffn_hidden_dim
+    content = {"num_experts_per_tok": config.moe_top_k, "router_aux_loss_coef": config.moe_aux_loss_weight}
+    if family == "mixtral":
+        return content | {"num_local_experts": config.num_experts, "intermediate_size": width}
+    return content | {
+        "num_experts": config.num_experts,
+        "moe_intermediate_size": width,
+        "decoder_sparse_step": config.moe_frequency,
+        "mlp_only_layers": [],
+        "norm_topk_prob": config.moe_norm_topk_prob,
+    }
+
+
+def _scaling_to_huggingface(scaling: RopeScaling) -> dict[str, Any] | None:
+    if scaling.type == "none":
+        return None
+    content: dict[str, Any] = {"rope_type": scaling.type, "factor": scaling.factor}
+    if scaling.original_max_seq_len is not None:
+        content |= {"original_max_position_embeddings": scaling.original_max_seq_len}
+    if scaling.type == "llama3":
+        content |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    if scaling.type == "yarn":
+        content |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+        content |= {} if scaling.attention_factor is None else {"attention_factor": scaling.attention_factor}
+    return content
+
+
+def config_from_huggingface(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `ModelConfig` from the content of config.json.
+
+    Raises:
+        ConfigError: naming every key whose value a `ModelConfig` can't express.
+    """
+    if not isinstance(content, Mapping) or content.get("model_type") not in tuple(FAMILIES):
+        found = content.get("model_type") if isinstance(content, Mapping) else content
+        raise ConfigError([f"model_type = {found!r}: must be one of {', '.join(FAMILIES)}"])
+    problems = list(wrong_kinds(content)) or [*missing_keys(content), *fixed_keys(content), *uneven_layers(content)]
+    if problems:
+        raise ConfigError(problems)
+    family = FAMILIES[content["model_type"]]
+    heads = content["num_attention_heads"]
+    fields = {
+        "vocab_size": content["vocab_size"],
+        "dim": content["hidden_size"],
+        "n_layers": content["num_hidden_layers"],
+        "n_heads": heads,
+        "n_kv_heads": content.get("num_key_value_heads", family.kv_heads) or heads,
+        "head_dim": content.get("head_dim", family.head_dim) or content["hidden_size"] // heads,
+        "ffn_hidden_dim": content["intermediate_size"],
+        "max_seq_len": content.get("max_position_embeddings", family.max_seq_len),
+        "init_std": content.get("initializer_range", 0.02),
+        "norm_type": "rmsnorm",
+        "norm_eps": content.get("rms_norm_eps", family.norm_eps),
+        "activation": "silu",
+        "rope_theta": float(rope_settings(content).get("rope_theta", content.get("rope_theta", family.rope_theta))),
+        "rope_scaling": _scaling_from_huggingface(content),
+        "sliding_window": _window(content),
+        "attention_bias": content.get("attention_bias", False),
+        "tie_embeddings": content.get("tie_word_embeddings", False),
+        "qk_norm": family.qk_norm,
+    }
+    return fields | (_experts_from_huggingface(content) if family.experts else {})
+
+
+def _window(content: Mapping[str, Any]) -> int | None:
+    """Mistral's layer_types are read as transformers does, which takes such a model for a Ministral."""
+    kinds = layer_kinds(content)
+    if kinds is None and content["model_type"] == "qwen3":
+        first = content.get("max_window_layers", 28)
+        kinds = ["sliding_attention" if first <= 0 else "full_attention"]
+    return None if kinds and kinds[0] == "full_attention" else declared_window(content)
+
+
+def _experts_from_huggingface(content: Mapping[str, Any]) -> dict[str, Any]:
+    mixtral = content["model_type"] == "mixtral"
+    return {
+        "num_experts": num_experts(content),
+        "moe_top_k": content["num_experts_per_tok"],
+        "moe_frequency": 1 if mixtral else content.get("decoder_sparse_step", 1),
+        "moe_router": "softmax_topk",
+        "moe_norm_topk_prob": True if mixtral else content.get("norm_topk_prob", False),
+        "moe_aux_loss_weight": float(content.get("router_aux_loss_coef", 0.001)),
+        "moe_expert_ffn_multiplier": (
+            1.0 if mixtral else content["moe_intermediate_size"] / content["intermediate_size"]
+        ),
+    }
+
+
+def _scaling_from_huggingface(content: Mapping[str, Any]) -> dict[str, Any]:
+    rope = rope_settings(content)
+    kind = rope_type(rope)
+    if kind == "default":
+        return {"type": "none"}
+    fields: dict[str, Any] = {"type": kind, "factor": float(rope["factor"])}
+    if kind == "linear":
+        return fields
+    inner = rope.get("original_max_position_embeddings", content.get("max_position_embeddings"))
+    fields |= {"original_max_seq_len": content.get("original_max_position_embeddings", inner)}
+    if kind == "llama3":
+        names = ("low_freq_factor", "high_freq_factor")
+        return fields | {name: float(rope[name]) for name in names if name in rope}
+    fields |= {name: float(rope[name]) for name in ("beta_fast", "beta_slow") if rope.get(name)}
+    return fields | {"attention_factor": _yarn_attention_factor(rope)}
+
+
+def _yarn_attention_factor(rope: Mapping[str, Any]) -> float | None:
+    """None for the factor of the paper, 0.1 ln(factor) + 1; DeepSeek's two scales give a ratio of such factors."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    numerator, denominator = rope.get("mscale"), rope.get("mscale_all_dim")
+    if not (numerator and denominator):
+        return None
+    growth = 0.1 * math.log(rope["factor"])
+    return (numerator * growth + 1.0) / (denominator * growth + 1.0)

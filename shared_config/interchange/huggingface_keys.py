@@ -1,0 +1,279 @@
+"""The keys of Hugging Face's config.json: what they may hold, what a `ModelConfig` can express, how they are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shared_config.schema.model import EXPERT_FFN_MULTIPLE
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one Hugging Face architecture can express beyond the common ground, and its defaults of absent keys."""
+
+    architecture: str
+    qk_norm: bool = False
+    attention_bias: bool = False
+    experts: bool = False
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    head_dim: int | None = None
+    kv_heads: int | None = None
+    max_seq_len: int = 32768
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", attention_bias=True, max_seq_len=2048),
+    "mistral": Family("MistralForCausalLM", kv_heads=8, max_seq_len=131072),
+    "mixtral": Family(
+        "MixtralForCausalLM", experts=True, norm_eps=1e-5, rope_theta=1e6, kv_heads=8, max_seq_len=131072
+    ),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, attention_bias=True, head_dim=128, kv_heads=32),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", qk_norm=True, attention_bias=True, experts=True, kv_heads=4),
+}
+
+POSITIVE = "a positive integer"
+
+KINDS = {
+    "vocab_size": POSITIVE,
+    "hidden_size": POSITIVE,
+    "intermediate_size": POSITIVE,
+    "num_hidden_layers": POSITIVE,
+    "num_attention_heads": POSITIVE,
+    "num_key_value_heads": POSITIVE,
+    "head_dim": POSITIVE,
+    "max_position_embeddings": POSITIVE,
+    "initializer_range": "a number",
+    "rms_norm_eps": "a number",
+    "rope_theta": "a number",
+    "rope_parameters": "an object",
+    "rope_scaling": "an object",
+    "original_max_position_embeddings": POSITIVE,
+    "partial_rotary_factor": "a number",
+    "sliding_window": POSITIVE,
+    "use_sliding_window": "true or false",
+    "max_window_layers": "an integer",
+    "layer_types": "a list",
+    "attention_bias": "true or false",
+    "mlp_bias": "true or false",
+    "tie_word_embeddings": "true or false",
+    "hidden_act": "a string",
+    "num_experts": POSITIVE,
+    "num_local_experts": POSITIVE,
+    "num_experts_per_tok": POSITIVE,
+    "moe_intermediate_size": POSITIVE,
+    "decoder_sparse_step": POSITIVE,
+    "norm_topk_prob": "true or false",
+    "router_aux_loss_coef": "a number",
+    "mlp_only_layers": "a list",
+    "is_causal": "true or false",
+    "is_encoder_decoder": "true or false",
+}
+"""Keys that bear on the function, and the JSON values that they hold."""
+
+ROPE_KINDS = {
+    "rope_theta": "a number",
+    "factor": "a number",
+    "original_max_position_embeddings": POSITIVE,
+    "low_freq_factor": "a number",
+    "high_freq_factor": "a number",
+    "beta_fast": "a number",
+    "beta_slow": "a number",
+    "attention_factor": "a number",
+    "mscale": "a number",
+    "mscale_all_dim": "a number",
+    "partial_rotary_factor": "a number",
+}
+
+ROPE_DEFAULTED = ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
+
+NULLABLE = frozenset(
+    (
+        "num_key_value_heads",
+        "head_dim",
+        "rope_parameters",
+        "rope_scaling",
+        "sliding_window",
+        "layer_types",
+        "partial_rotary_factor",
+        "original_max_position_embeddings",
+        "mlp_only_layers",
+    )
+)
+
+NEVER_NULL = {
+    "mistral": {"num_key_value_heads"},
+    "mixtral": {"num_key_value_heads"},
+    "qwen3": {"head_dim"},
+    "qwen3_moe": {"num_key_value_heads", "head_dim"},
+}
+"""Keys of one family that may not be null, though others' may."""
+
+REFUSED = frozenset(["quantization_config", "per_layer_config"])
+"""Keys that are refused unless they are null."""
+
+WITHOUT_EFFECT = frozenset(
+    (
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "label2id",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "router_jitter_noise",
+        "transformers_version",
+        "use_cache",
+    )
+)
+"""Fields of transformers' classes that change nothing in the logits of a model that is not being trained."""
+
+
+def wrong_kinds(content: Mapping[str, Any]) -> Iterator[str]:
+    """Keys whose values are not of the JSON type that they have to be."""
+    nullable = NULLABLE - NEVER_NULL.get(content["model_type"], set())
+    for key, kind in KINDS.items():
+        if key not in content or (content[key] is None and key in nullable):
+            continue
+        if not is_of_kind(kind, content[key]):
+            needed = "a number" if key in _required(content) else kind
+            yield f"{key} = {content[key]!r}: must be {needed}"
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(content.get(name), Mapping):
+            yield from _wrong_rope_kinds(name, content[name])
+    layers = content.get("layer_types")
+    if isinstance(layers, list) and not all(isinstance(kind, str) for kind in layers):
+        yield f"layer_types = {layers!r}: must be a list of strings"
+
+
+def _wrong_rope_kinds(name: str, rope: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in rope.items():
+        if isinstance(value, Mapping):
+            yield f"{name}.{key} = {value!r}: must be no object; one setting for all layers"
+        elif (
+            key in ROPE_KINDS
+            and not (value is None and key in ROPE_DEFAULTED)
+            and not is_of_kind(ROPE_KINDS[key], value)
+        ):
+            yield f"{name}.{key} = {value!r}: must be {ROPE_KINDS[key]}"
+
+
+def is_of_kind(kind: str, value: Any) -> bool:
+    """Whether a JSON value is what a description of `KINDS` says."""
+    if kind == "true or false":
+        return isinstance(value, bool)
+    if kind in ("an object", "a list", "a string"):
+        return isinstance(value, {"an object": Mapping, "a list": list, "a string": str}[kind])
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "a number":
+        return number and math.isfinite(value)
+    return number and isinstance(value, int) and (kind != POSITIVE or value > 0)
+
+
+def _required(content: Mapping[str, Any]) -> tuple[str, ...]:
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    needed = {"mixtral": ("num_experts_per_tok",), "qwen3_moe": ("num_experts_per_tok", "moe_intermediate_size")}
+    return (*sizes, *needed.get(content["model_type"], ()))
+
+
+def missing_keys(content: Mapping[str, Any]) -> Iterator[str]:
+    for key in _required(content):
+        if not isinstance(content.get(key), int):
+            yield f"{key} = {content.get(key)!r}: must be a number"
+    if FAMILIES[content["model_type"]].experts and not isinstance(num_experts(content), int):
+        yield "num_experts = None: must be a number (or num_local_experts)"
+
+
+def fixed_keys(content: Mapping[str, Any]) -> Iterator[str]:
+    """Keys that change what the model computes, with the one value that a `ModelConfig` expresses."""
+    fixed: dict[str, Any] = {
+        "mlp_bias": False,
+        "partial_rotary_factor": 1.0,
+        "mlp_only_layers": [],
+        "is_causal": True,
+        "is_encoder_decoder": False,
+    }
+    fixed |= dict.fromkeys(REFUSED)
+    if content.get("hidden_act", "silu") not in ("silu", "swish"):
+        yield f"hidden_act = {content['hidden_act']!r}: must be 'silu', or 'swish', which is the same"
+    if not FAMILIES[content["model_type"]].attention_bias:
+        fixed |= {"attention_bias": False}
+    for key, needed in fixed.items():
+        if content.get(key) is not None and content[key] != needed:
+            yield f"{key} = {content[key]!r}: must be {needed!r}"
+    width = content.get("intermediate_size" if content["model_type"] == "mixtral" else "moe_intermediate_size")
+    if FAMILIES[content["model_type"]].experts and isinstance(width, int) and width % EXPERT_FFN_MULTIPLE:
+        yield f"width of an expert = {width}: must be a multiple of {EXPERT_FFN_MULTIPLE}"
+    yield from _scaling_problems(rope_settings(content))
+
+
+def uneven_layers(content: Mapping[str, Any]) -> Iterator[str]:
+    """A `ModelConfig` has one window for all layers."""
+    kinds, window = layer_kinds(content), declared_window(content)
+    if kinds is not None and len(kinds) != content.get("num_hidden_layers"):
+        yield f"layer_types has {len(kinds)} entries: must be num_hidden_layers = {content.get('num_hidden_layers')}"
+    elif kinds is not None and len(set(kinds)) > 1:
+        yield f"layer_types = {kinds!r}: must be the same for all layers"
+    elif kinds and kinds[0] not in ("full_attention", "sliding_attention"):
+        yield f"layer_types = {kinds!r}: must be full_attention or sliding_attention"
+    elif kinds and kinds[0] == "sliding_attention" and window is None:
+        yield "layer_types: sliding_attention: must be full_attention, as there is no sliding_window"
+    elif kinds and kinds[0] == "full_attention" and window and content["model_type"] in ("mixtral", "qwen3_moe"):
+        yield f"layer_types: full_attention: must be sliding_attention, as sliding_window = {window}"
+    elif kinds is None and content["model_type"] == "qwen3" and window:
+        first = content.get("max_window_layers", 28)
+        if 0 < first < content.get("num_hidden_layers", 0):
+            yield f"max_window_layers = {first}: must be 0 (every layer has the window) or at least num_hidden_layers"
+
+
+def layer_kinds(content: Mapping[str, Any]) -> list[str] | None:
+    kinds = content.get("layer_types")
+    return None if kinds is None else ["full_attention" if kind == "attention" else kind for kind in kinds]
+
+
+def declared_window(content: Mapping[str, Any]) -> int | None:
+    """The window of the layers that have one."""
+    if content["model_type"] == "llama":
+        return None
+    if content["model_type"].startswith("qwen3") and not content.get("use_sliding_window", False):
+        return None
+    return content.get("sliding_window", 4096 if content["model_type"] != "mixtral" else None)
+
+
+def num_experts(content: Mapping[str, Any]) -> Any:
+    return content.get("num_experts", content.get("num_local_experts"))
+
+
+def rope_settings(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Rotary settings under their old name, or their new one (transformers 5); where both stand, the old one counts."""
+    return content.get("rope_scaling") or content.get("rope_parameters") or {}
+
+
+def _scaling_problems(rope: Mapping[str, Any]) -> Iterator[str]:
+    kinds = ("default", "linear", "llama3", "yarn")
+    kind = rope_type(rope)
+    if kind not in kinds:
+        yield f"rope_type = {kind!r}: must be one of {', '.join(kinds)}"
+    elif kind != "default" and not isinstance(rope.get("factor"), int | float):
+        yield f"rope factor = {rope.get('factor')!r}: must be a number"
+    for name in ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ():
+        if name not in rope:
+            yield f"rope {name}: must be given with rope_type 'llama3'"
+    if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
+        yield f"partial_rotary_factor = {rope['partial_rotary_factor']!r}: must be 1.0"
+    if kind == "yarn" and rope.get("truncate", True) is not True:
+        yield f"rope truncate = {rope['truncate']!r}: must be True"
+
+
+def rope_type(rope: Mapping[str, Any]) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))

@@ -1,0 +1,172 @@
+"""What scenarios work with: a backend, the config and weights, and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from shared_config.contract.initialise import stream
+from shared_config.interchange.checkpoint import TrainingState
+from shared_config.interchange.vision import picture_format
+from shared_config.parity.request import Arrays, default_length
+from shared_config.parity.validation import IGNORED_LABEL, validation_pixels
+from shared_config.schema.job import JobConfig
+from shared_config.training.trainer import Batch
+
+NEW_TOKENS, PREFILL_CHUNK = 14, 5
+SAMPLING = {"temperature": 0.9, "top_k": 50, "top_p": 0.95}
+ROWS = 2
+DOCUMENT_LENGTHS = ((9, 15), (3, 1, 20))
+REAL = ((0, 20), (9, 24))
+"""Lengths of documents in each row; where text starts and ends in rows that have padding after it, or before."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a trainer did.
+
+    Attributes:
+        metrics: of each step.
+        states: after each step.
+        evaluations: losses of each held-out batch, before the first step and after the last.
+    """
+
+    metrics: Sequence[Mapping[str, float]]
+    states: Sequence[TrainingState]
+    evaluations: np.ndarray
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What is to be generated.
+
+    Attributes:
+        prompts: int32 rows of any lengths.
+        pixels: float32 (B, [F,] 3, s, s); None without images.
+    """
+
+    prompts: Sequence[np.ndarray]
+    pixels: np.ndarray | None
+    new_tokens: int = NEW_TOKENS
+    prefill_chunk: int = PREFILL_CHUNK
+    seed: int = 0
+    sampling: Mapping[str, Any] = field(default_factory=lambda: dict(SAMPLING))
+
+    def followed_by(self, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts and all but the last of the new tokens (B, N), int32 (B, S) with zeros after the end, and the places
+        (B, N) whose logits the new tokens were drawn from.
+        """
+        lengths = np.array([len(prompt) for prompt in self.prompts])
+        tokens = np.zeros((len(lengths), lengths.max() + new.shape[1] - 1), np.int32)
+        for row, prompt in enumerate(self.prompts):
+            known = np.concatenate([prompt, new[row, :-1]])
+            tokens[row, : len(known)] = known
+        return tokens, lengths[:, None] - 1 + np.arange(new.shape[1])
+
+
+class Backend(Protocol):
+    """What the module ``scenarios`` of a backend provides. All arithmetic is in float64, but for `train`."""
+
+    NAME: str
+
+    def train(
+        self,
+        config: JobConfig,
+        state: TrainingState,
+        steps: Sequence[Sequence[Batch]],
+        held_out: Sequence[Batch],
+        *,
+        dtype: str,
+        device: str | None,
+    ) -> Trained:
+        """Steps of micro-batches from a state on, by the trainer that `train` has; "bfloat16" is mixed precision."""
+        ...
+
+    def decode(self, config: JobConfig, weights: Arrays, decoding: Decoding, *, device: str | None) -> Arrays:
+        """``streamed`` and ``generated``: int (B, N), by both ways to generate; ``cached``: logits (B, N, V) of the
+        static caches fed with these tokens; ``whole``: those of a forward over all of them, without caches.
+        """
+        ...
+
+    def captured(
+        self, config: JobConfig, weights: Arrays, tokens: np.ndarray, pixels: np.ndarray | None, *, device: str | None
+    ) -> tuple[Arrays, Arrays]:
+        """What every module puts out, as an `ActivationStore` and as `extract_representations` have it; the latter is
+        empty where there are images.
+        """
+        ...
+
+    def device_name(self, device: str | None) -> str:
+        """As traces have it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """A scenario to be done.
+
+    Attributes:
+        config: as `scenario_config` makes it.
+        runs: folder of the checkpoints of a run that changes backends.
+    """
+
+    config: JobConfig
+    dtype: str
+    seed: int
+    weights: Arrays
+    deltas: bool
+    device: str | None
+    runs: Path | None
+
+    @property
+    def state(self) -> TrainingState:
+        """Where training starts."""
+        return TrainingState(0, dict(self.weights), {})
+
+
+def scenario_batch(
+    work: Work, name: str, *, ignored: float = 0.2, documents: bool = False, padded: bool = False
+) -> dict[str, np.ndarray]:
+    """A micro-batch: drawn ids and labels, images where the model sees them, documents or padding where asked for."""
+    config, draw = work.config, stream(work.seed, f"scenario/{name}")
+    length = default_length(config)
+    tokens, labels = (draw.integers(0, config.model.vocab_size, (ROWS, length), dtype=np.int32) for _ in range(2))
+    labels = np.where(draw.random(labels.shape) < ignored, np.int32(IGNORED_LABEL), labels)
+    batch = {"tokens" if config.vlm is None else "input_ids": tokens, "labels": labels}
+    if documents:
+        starts = [np.cumsum(lengths[:-1]) for lengths in DOCUMENT_LENGTHS]
+        batch["doc_ids"] = np.stack([np.searchsorted(row, np.arange(length), side="right") for row in starts])
+        batch["doc_ids"] = batch["doc_ids"].astype(np.int32)
+    if padded:
+        starts, ends = np.array(REAL).T[..., None]
+        real = (np.arange(length) >= starts) & (np.arange(length) < ends)
+        batch |= {"text_mask": real, "labels": np.where(real, labels, np.int32(IGNORED_LABEL))}
+    pixels = scenario_pixels(work, ROWS)
+    if pixels is not None:
+        batch["pixel_values"] = pixels
+        if padded and pixels.ndim == 5:
+            batch["frame_mask"] = np.arange(pixels.shape[1]) < np.array([[pixels.shape[1]], [1]])
+    return batch
+
+
+def unpadded(batch: Batch) -> dict[str, np.ndarray]:
+    """A mask of padding for a batch that has none, so that all steps are one program."""
+    tokens = batch["tokens"] if "tokens" in batch else batch["input_ids"]
+    mask = {"text_mask": batch.get("text_mask", np.ones(tokens.shape, bool))}
+    pixels = batch.get("pixel_values")
+    if pixels is not None and pixels.ndim == 5:
+        mask["frame_mask"] = batch.get("frame_mask", np.ones(pixels.shape[:2], bool))
+    return mask
+
+
+def scenario_pixels(work: Work, rows: int) -> np.ndarray | None:
+    config = work.config
+    if config.vlm is None or config.vision_encoder is None:
+        return None
+    side = picture_format(config.vision_encoder, config.video).side
+    shape = (3, side, side) if config.video is None else (config.video.max_frames, 3, side, side)
+    return validation_pixels((rows, *shape), work.seed)

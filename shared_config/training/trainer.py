@@ -1,0 +1,115 @@
+"""What a training run works with, and what it ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, SupportsFloat
+
+import numpy as np
+
+from shared_config.errors import UserError
+from shared_config.interchange.checkpoint import TrainingState
+
+Batch = Mapping[str, np.ndarray]
+Numbers = Mapping[str, SupportsFloat]
+Record = dict[str, float | None]
+
+
+class Trainer(Protocol):
+    """A model and its optimiser.
+
+    Attributes:
+        backend: "torch" or "jax"; written into checkpoints.
+    """
+
+    backend: str
+
+    def step(self, micro_batches: Sequence[Batch]) -> Numbers:
+        """One update from the micro-batches of one optimiser step (this rank's share of them).
+
+        Returns:
+            "loss" (nats per token) and other numbers; "taken" is 0 where an update was left out, which goes into no
+            record. They may be scalars still being computed on a device: the loop
+            reads them only after it has asked for the next step, so that the device never waits for the host.
+        """
+        ...
+
+    def evaluate(self, batches: Sequence[Batch]) -> Numbers:
+        """Numbers over held-out batches, "loss" among them, the same on every rank. Changes nothing."""
+        ...
+
+    def state(self) -> TrainingState:
+        """All that the next step depends on, as host arrays. Called on every rank; used on the first."""
+        ...
+
+    def profile(self, folder: Path) -> AbstractContextManager[None]:
+        """Trace the steps taken within it, to new files of a folder."""
+        ...
+
+    def load_state(self, state: TrainingState) -> None:
+        """Take over a state. An empty ``optimizer`` with step 0 means weights alone: the moments stay as built.
+
+        Raises:
+            UserError: names or shapes that do not fit the model.
+        """
+        ...
+
+
+class TrainingData(Protocol):
+    """What `shared_config.data.TextData` is.
+
+    Attributes:
+        rows_per_batch, tokens_per_batch: of one micro-batch, over all ranks.
+        notes: what a user should know of the data before the run, a line each.
+    """
+
+    rows_per_batch: int
+    tokens_per_batch: int
+
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def batch(self, index: int) -> Batch: ...
+
+    def heldout(self) -> Sequence[Batch]: ...
+
+
+class TrainingDivergedError(UserError):
+    """The loss or the norm of the gradient is not finite."""
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """How a run ended.
+
+    Attributes:
+        step: updates done in all; ``steps_run`` of them now, from ``resumed_from`` on.
+        loss: of the last step taken now; None if there was none.
+        metrics: the last record, held-out numbers as ``heldout_*``.
+        tokens_per_second: over all ranks, averaged over the last steps.
+        checkpoint: the latest one.
+        stopped_by: the signal that ended the run early, as "SIGINT".
+        exit_status: 0, or 129 (SIGHUP), 130 (SIGINT), 143 (SIGTERM).
+    """
+
+    step: int
+    steps_run: int
+    resumed_from: int
+    loss: float | None
+    metrics: Record
+    tokens_per_second: float
+    seconds: float
+    checkpoint: Path | None
+    stopped_by: str | None
+    exit_status: int
+
+    @property
+    def heldout_loss(self) -> float | None:
+        """Nats per token, None if the last step had no evaluation."""
+        return self.metrics.get("heldout_loss")
