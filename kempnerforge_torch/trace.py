@@ -207,10 +207,10 @@ class Recorder:
         copy = {name: tensor.to(self._compute_dtype_of(name)) for name, tensor in state.items()}
         inputs: tuple[Any, ...] = (tokens,)
         if self.request.pixels is not None:
-            inputs = (self.pixels() if with_image else None, tokens)
+            inputs = (self._pixels() if with_image else None, tokens)
         return torch.func.functional_call(self._model, copy, inputs, {**arguments, "return_stats": True})
 
-    def pixels(self) -> Tensor:
+    def _pixels(self) -> Tensor:
         assert self.request.pixels is not None
         return from_numpy(self.request.pixels).to(self._device, self.compute_dtype)
 
