@@ -121,7 +121,7 @@ def current_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     except (ConfigError, TypeError):  # which whoever builds the config says
         return config
     own = vlm.get("cross_attention_n_heads", 0)
-    meant: dict[str, int] = {}
+    meant = {"cross_attention_head_dim": 0}
     if not own and not vlm.get("cross_attention_n_kv_heads", 0) and model.kv_heads != model.n_heads:
         meant["cross_attention_n_kv_heads"] = model.kv_heads
     if own not in (0, model.n_heads) and own * model.head_size != model.dim:

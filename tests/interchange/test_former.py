@@ -216,4 +216,5 @@ def test_heads_of_cross_attention_mean_what_they_meant(model: dict[str, Any], be
     if now is None:
         now = {**before, "cross_attention_head_dim": 8}
     text = {"model": fields, "vlm": {"arch": "cross_attention", **before}}
-    assert current_fields(text) == {"model": fields, "vlm": {"arch": "cross_attention", **now}}
+    vlm = {"arch": "cross_attention", "cross_attention_head_dim": 0, **now}
+    assert current_fields(text) == {"model": fields, "vlm": vlm}
