@@ -162,8 +162,11 @@ class Registry:
 
         return file
 
-    def get(self, category: str, name: str) -> Callable[..., Any]:
+    def get(self, category: str, name: str, field: str = "") -> Callable[..., Any]:
         """The builder of ``name``.
+
+        Args:
+            field: where the name was given, if that is not called as the category.
 
         Raises:
             UnknownNameError: a `ConfigError` and `KeyError`, "Unknown <category>: ..." with the names that exist.
@@ -171,6 +174,7 @@ class Registry:
         builders = self.builders(category)
         if name not in builders:
             problem = f"Unknown {category}: {name!r}; available: {', '.join(sorted(builders)) or 'none'}"
+            problem = f"{field}: {problem}" if field else problem
             known = name in declared_names(category)
             raise UnknownNameError([problem + (" (declared, or registered in another backend only)" if known else "")])
         return builders[name]

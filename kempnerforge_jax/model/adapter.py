@@ -20,7 +20,7 @@ from kempnerforge_jax.model.module import Module, named_modules
 from kempnerforge_jax.registry import registry
 from shared_config.contract.parameters import ParameterSpec
 from shared_config.contract.vision import adapter_table
-from shared_config.schema.adapter import AdapterConfig, pooled_token_count
+from shared_config.schema.adapter import AdapterConfig, check_sizes, pooled_token_count
 
 __all__ = [
     "AttentionalPoolAdapter",
@@ -69,6 +69,7 @@ class MLP2LayerAdapter(VisionAdapter):
     ):
         """``hidden_dim`` None or 0 means ``out_dim``."""
         hidden_dim = hidden_dim or out_dim
+        check_sizes(in_dim=in_dim, out_dim=out_dim, hidden_dim=hidden_dim)
         self.activation = registry.check("activation", activation)
         self.proj1 = Linear(in_dim, hidden_dim, True, rngs=rngs)
         self.proj2 = Linear(hidden_dim, out_dim, True, rngs=rngs)
@@ -83,6 +84,7 @@ class LinearAdapter(VisionAdapter):
     """proj(x)."""
 
     def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs):
+        check_sizes(in_dim=in_dim, out_dim=out_dim)
         self.proj = Linear(in_dim, out_dim, True, rngs=rngs)
         self.reset_parameters(rngs=rngs)
 
@@ -95,6 +97,7 @@ class AvgPoolAdapter(VisionAdapter):
     """proj(mean of each window); a window that reaches over the edge averages its real cells."""
 
     def __init__(self, in_dim: int, out_dim: int, pool_window: int = 2, *, rngs: nnx.Rngs):
+        check_sizes(in_dim=in_dim, out_dim=out_dim, pool_window=pool_window)
         self.pool_window = pool_window
         self.proj = Linear(in_dim, out_dim, True, rngs=rngs)
         self.reset_parameters(rngs=rngs)
@@ -113,6 +116,7 @@ class AttentionalPoolAdapter(VisionAdapter):
     """In each window one query, its mean, attends to its cells (as in Molmo, Deitke et al. 2024, arXiv:2409.17146)."""
 
     def __init__(self, in_dim: int, out_dim: int, pool_window: int = 2, pool_heads: int = 16, *, rngs: nnx.Rngs):
+        check_sizes(in_dim=in_dim, out_dim=out_dim, pool_window=pool_window, pool_heads=pool_heads)
         if in_dim % pool_heads != 0:
             raise ValueError(f"pool_heads = {pool_heads}: must divide in_dim = {in_dim}")
         self.pool_window = pool_window

@@ -68,8 +68,8 @@ def build_mlp(dim: int, hidden_dim: int, activation: str = "silu", *, rngs: nnx.
     as an activation alone is a standard layer with it.
 
     Raises:
-        KeyError: "Unknown mlp: ..." with the names that exist.
+        KeyError, ValueError: "activation: Unknown mlp: ..." with the names that exist.
     """
     if activation in ACTIVATIONS and not registry.has("mlp", activation):
         return StandardMLP(dim, hidden_dim, activation, rngs=rngs)
-    return registry.get("mlp", activation)(dim, hidden_dim, rngs=rngs)
+    return registry.get("mlp", activation, "activation")(dim, hidden_dim, rngs=rngs)

@@ -116,6 +116,8 @@ class VisionMLP(Module):
     """down(activation(up(x))), with biases."""
 
     def __init__(self, dim: int, hidden_dim: int, activation: str, *, rngs: nnx.Rngs):
+        if activation not in TOWER_ACTIVATIONS:
+            raise ValueError(f"activation = {activation!r}: must be one of {', '.join(sorted(TOWER_ACTIVATIONS))}")
         self.activation = activation
         self.up_proj = Linear(dim, hidden_dim, True, rngs=rngs)
         self.down_proj = Linear(hidden_dim, dim, True, rngs=rngs)

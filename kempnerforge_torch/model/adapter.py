@@ -18,7 +18,7 @@ from kempnerforge_torch.model.mlp import ACTIVATIONS
 from kempnerforge_torch.registry import registry
 from shared_config.contract.parameters import ParameterSpec
 from shared_config.contract.vision import adapter_table
-from shared_config.schema.adapter import AdapterConfig, pooled_token_count
+from shared_config.schema.adapter import AdapterConfig, check_sizes, pooled_token_count
 
 __all__ = [
     "AttentionalPoolAdapter",
@@ -65,6 +65,7 @@ class MLP2LayerAdapter(VisionAdapter):
         """``hidden_dim`` None or 0 means ``out_dim``."""
         super().__init__()
         hidden_dim = hidden_dim or out_dim
+        check_sizes(in_dim=in_dim, out_dim=out_dim, hidden_dim=hidden_dim)
         self.activation = registry.check("activation", activation)
         self.proj1 = nn.Linear(in_dim, hidden_dim)
         self.proj2 = nn.Linear(hidden_dim, out_dim)
@@ -80,6 +81,7 @@ class LinearAdapter(VisionAdapter):
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
+        check_sizes(in_dim=in_dim, out_dim=out_dim)
         self.proj = nn.Linear(in_dim, out_dim)
         self.reset_parameters()
 
@@ -93,6 +95,7 @@ class AvgPoolAdapter(VisionAdapter):
 
     def __init__(self, in_dim: int, out_dim: int, pool_window: int = 2):
         super().__init__()
+        check_sizes(in_dim=in_dim, out_dim=out_dim, pool_window=pool_window)
         self.pool_window = pool_window
         self.proj = nn.Linear(in_dim, out_dim)
         self.reset_parameters()
@@ -112,6 +115,7 @@ class AttentionalPoolAdapter(VisionAdapter):
 
     def __init__(self, in_dim: int, out_dim: int, pool_window: int = 2, pool_heads: int = 16):
         super().__init__()
+        check_sizes(in_dim=in_dim, out_dim=out_dim, pool_window=pool_window, pool_heads=pool_heads)
         if in_dim % pool_heads != 0:
             raise ValueError(f"pool_heads = {pool_heads}: must divide in_dim = {in_dim}")
         self.pool_window = pool_window

@@ -62,8 +62,8 @@ def build_mlp(dim: int, hidden_dim: int, activation: str = "silu") -> nn.Module:
     activation alone is a standard layer with it.
 
     Raises:
-        KeyError: "Unknown mlp: ..." with the names that exist.
+        KeyError, ValueError: "activation: Unknown mlp: ..." with the names that exist.
     """
     if activation in ACTIVATIONS and not registry.has("mlp", activation):
         return StandardMLP(dim, hidden_dim, activation)
-    return registry.get("mlp", activation)(dim, hidden_dim)
+    return registry.get("mlp", activation, "activation")(dim, hidden_dim)

@@ -109,6 +109,8 @@ class VisionMLP(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, activation: str):
         super().__init__()
+        if activation not in TOWER_ACTIVATIONS:
+            raise ValueError(f"activation = {activation!r}: must be one of {', '.join(sorted(TOWER_ACTIVATIONS))}")
         self.activation = activation
         self.up_proj = nn.Linear(dim, hidden_dim)
         self.down_proj = nn.Linear(hidden_dim, dim)

@@ -23,7 +23,14 @@ def choice_share(experts: int, capacity_factor: float) -> Share:
 
     The factor is read as the decimal number it was written as, so 0.07 is 7/100 and not the float beside it; a third
     written with many digits is a third. No factor is so small that an expert takes nothing.
+
+    Raises:
+        ValueError: a factor below 0 or above 1.
     """
+    if not 0 <= capacity_factor <= 1:
+        raise ValueError(
+            f"capacity_factor = {capacity_factor}: must be from 0 to 1, a share of the tokens of a modality"
+        )
     if capacity_factor == 0:
         return 1, experts
     share = max(Fraction(str(capacity_factor)).limit_denominator(MAX_DENOMINATOR), Fraction(1, MAX_DENOMINATOR))

@@ -59,12 +59,24 @@ def pooled_token_count(num_input_tokens: int, window: int, *, require_divisible:
     """Number of windows over a square grid of ``num_input_tokens`` cells; ragged edge windows count unless refused.
 
     Raises:
-        ValueError: if ``num_input_tokens`` is no square, or ``require_divisible`` and the window does not divide the
-            grid.
+        ValueError: if ``num_input_tokens`` is no square, the window has no cell, or ``require_divisible`` and it does
+            not divide the grid.
     """
+    check_sizes(window=window)
     side = math.isqrt(num_input_tokens)
     if num_input_tokens < 1 or side * side != num_input_tokens:
         raise ValueError(f"num_input_tokens = {num_input_tokens}: must be a square number to be pooled as a grid")
     if require_divisible and side % window != 0:
         raise ValueError(f"pool_window = {window}: must divide the grid side {side} ({num_input_tokens} tokens)")
     return (-(-side // window)) ** 2
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuse numbers of which an adapter needs at least 1.
+
+    Raises:
+        ValueError: naming the first that is less.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} = {size}: must be at least 1")
