@@ -118,7 +118,7 @@ def _whole(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: jax.Array
 def captured(
     config: JobConfig, weights: Arrays, tokens: np.ndarray, pixels: np.ndarray | None, *, device: str | None
 ) -> tuple[Arrays, Arrays]:
-    """What every module puts out; see `shared_config.parity.work.Backend`."""
+    """The outputs of every module; see `shared_config.parity.work.Backend`."""
     with jax.enable_x64(True), jax.default_device(find_device(device)):
         model = _model(config, weights, device)
         store = ActivationStore(model)

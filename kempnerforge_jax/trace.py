@@ -192,7 +192,7 @@ class Recorder:
     def _forward(
         self, masters: Tensors, tokens: jax.Array, labels: jax.Array, fed: tuple[Tensors, Tensors]
     ) -> tuple[jax.Array, tuple[Tensors, Tensors]]:
-        """The loss, and what of activations and routing is to be recorded."""
+        """The loss, and the activations and routing that are recorded."""
         request, path = self.request, f"{transformer_path(self.config)}layers"
         model, (outputs, losses) = self._model(masters), fed
         routes = {name: jnp.asarray(array, jnp.int32) for name, array in request.routes.items()}

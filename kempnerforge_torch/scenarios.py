@@ -105,7 +105,7 @@ def _whole(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: torch.Ten
 def captured(
     config: JobConfig, weights: Arrays, tokens: np.ndarray, pixels: np.ndarray | None, *, device: str | None
 ) -> tuple[Arrays, Arrays]:
-    """What every module puts out; see `shared_config.parity.work.Backend`."""
+    """The outputs of every module; see `shared_config.parity.work.Backend`."""
     model, place = _model(config, weights, device), find_device(device)
     store = ActivationStore(model)
     inputs: tuple[Any, ...] = (torch.from_numpy(tokens).long().to(place),)

@@ -167,7 +167,7 @@ class Recorder:
         return {name: to_numpy(self._decode(state, tokens, chunks)) for name, chunks in wanted.items()}
 
     def _forward(self, state: Tensors) -> tuple[Tensor, Tensors, Tensors]:
-        """The loss, and what of activations and routing is to be recorded."""
+        """The loss, and the activations and routing that are recorded."""
         request, path = self.request, f"{transformer_path(self.config)}layers"
         outputs, losses = ({name: self._given(array) for name, array in part.items()} for part in self._fed)
         routes = {name: self._integers(array) for name, array in request.routes.items()}

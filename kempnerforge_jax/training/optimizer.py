@@ -135,7 +135,7 @@ def _moved(
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adam that counts the updates of each parameter by itself, and of each layer of a stack."""
+    """Adam that counts updates per parameter, and per layer of a stack."""
     adam = optax.scale_by_adam(*config.betas, eps=config.eps, eps_root=0.0, mu_dtype=None, nesterov=False)
 
     def init(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -198,7 +198,7 @@ class Trainer:
         jax.block_until_ready((self.parameters, self.buffers, self.optimizer_state))
 
     def _freeze(self) -> None:
-        """Freeze what is to be frozen at this step."""
+        """Apply the freeze schedule at this step."""
         vlm = self.config.vlm
         if vlm is not None:
             specs = effective_freeze(self.updates, vlm.freeze, vlm.freeze_schedule)

@@ -1,4 +1,4 @@
-"""Cross entropy of next-token labels, and the losses of routers beside it.
+"""Cross entropy of next-token labels, and the losses of routers.
 
 Shapes: B batch, S sequence, V vocabulary, N = B*S positions.
 """

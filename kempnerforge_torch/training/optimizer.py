@@ -28,7 +28,7 @@ FOUND_INF = "found_inf"
 def build_optimizer(
     parameters: Mapping[str, Tensor], table: ParameterTable, config: OptimizerConfig
 ) -> torch.optim.AdamW:
-    """The optimiser of the named parameters, its moments 0; its learning rate is to be set before each step."""
+    """The optimiser of the named parameters, its moments 0; set its learning rate before each step."""
     decayed = [tensor for name, tensor in parameters.items() if table[name].decay]
     others = [tensor for name, tensor in parameters.items() if not table[name].decay]
     on_cpu = all(tensor.device.type == "cpu" for tensor in parameters.values())
@@ -58,7 +58,7 @@ def set_learning_rate(optimizer: torch.optim.AdamW, lr: float) -> None:
 def update(optimizer: torch.optim.AdamW, lr: float, finite: Tensor | None = None) -> None:
     """One step with the gradients of the parameters; where ``finite`` (a bool scalar) is false nothing changes.
 
-    A device decides that by itself: the host does not wait for it.
+    The device decides: the host does not wait for it.
     """
     set_learning_rate(optimizer, lr)
     if finite is None or (finite.device.type == "cpu" and finite):

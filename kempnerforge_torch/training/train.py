@@ -229,7 +229,7 @@ class Trainer:
         return norm, taken
 
     def _freeze(self) -> None:
-        """Freeze what is to be frozen at this step."""
+        """Apply the freeze schedule at this step."""
         vlm = self.config.vlm
         if vlm is not None:
             specs = effective_freeze(self.updates, vlm.freeze, vlm.freeze_schedule)

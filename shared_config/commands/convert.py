@@ -75,7 +75,7 @@ def read_source(path: Path, config: str | None, overrides: Sequence[str]) -> Mod
 
 
 def tokens_of(path: Path, config: JobConfig) -> Path | None:
-    """The folder of a model's tokenizer, or with the special ids beside its weights; None if there is neither."""
+    """The folder of a model's tokenizer, or of the special ids next to its weights; None if there is neither."""
     return Path(config.data.tokenizer) if config.data.tokenizer != "bytes" else beside(path)
 
 

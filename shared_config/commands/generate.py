@@ -103,7 +103,7 @@ def weights_of(options: argparse.Namespace) -> Path | None:
 
 
 def tokenizer_name(options: argparse.Namespace, config: JobConfig, overrides: Sequence[str]) -> str:
-    """``data.tokenizer``; where nobody has set it, the tokenizer that lies beside the weights."""
+    """``data.tokenizer``; where nobody has set it, the tokenizer next to the weights."""
     path = weights_of(options)
     known = None if path is None else beside(path)
     chosen = config.data.tokenizer != "bytes" or any(flag.startswith("--data.tokenizer") for flag in overrides)
@@ -111,7 +111,7 @@ def tokenizer_name(options: argparse.Namespace, config: JobConfig, overrides: Se
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]:
-    """The ids of a text that is to be continued, without what begins a text if the model doesn't have it.
+    """The ids of a prompt, without a start-of-text id if the model has none.
 
     Raises:
         UserError: nothing to begin with.

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def places(folder: Path, overridden: Collection[str]) -> list[str]:
-    """Overrides for a CONFIG that is a folder: a run goes on there, unless it is told to write elsewhere; weights are
+    """Overrides for a CONFIG that is a folder: a run continues there, unless it is told to write elsewhere; weights are
     what a run begins with.
     """
     if "checkpoint.dir" not in overridden and is_run(folder):

@@ -1,4 +1,4 @@
-"""``kempnerforge validate``: both backends, each in a process of its own, are shown to be the same function."""
+"""``kempnerforge validate``: both backends, each in its own process, are shown to be the same function."""
 
 from __future__ import annotations
 

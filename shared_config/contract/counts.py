@@ -54,7 +54,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, vlm: VLMConfig | None = N
     """FLOPs per text token, averaged over a causal sequence of ``seq_len`` without an image.
 
     Matrix products: twice the active matrix weights, the output head included and the embedding lookup not.
-    Attention: scores and their product with the values, 4 * head_dim * heads a visible key; masked keys do not count.
+    Attention: scores and their product with the values, 4 * head_dim * heads per visible key; masked keys do not count.
     """
     groups = [group for group in _text_groups(config, vlm) if len(group.spec.shape) > 1]
     if any(group.name == HEAD for group in groups):

@@ -94,7 +94,7 @@ def check_request(
     image_tokens: int = 0,
     pad_token_id: int = 0,
 ) -> None:
-    """Check how much is to be generated, and where it ends.
+    """Check how much to generate, and where it ends.
 
     Args:
         image_tokens: positions that an image takes before the prompt.

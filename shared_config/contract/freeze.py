@@ -74,8 +74,8 @@ def never_trained(
 def moments_under(
     vlm: VLMConfig | None, table: ParameterTable, moments: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The moments and counts of updates of a run that may have frozen other parts, for one that goes on under ``vlm``:
-    without those of what is never trained now, and with zeros for what was never trained before.
+    """Moments and update counts of a run that may have frozen other parts, for a run that continues it under ``vlm``:
+    without what is never trained now, and with zeros for what was never trained before.
 
     Args:
         moments: by name, ``m.<parameter>`` and ``v.<parameter>``, and ``t.<parameter>`` if the run has counted.

@@ -142,7 +142,7 @@ def parameter_groups(config: ModelConfig, vlm: VLMConfig | None = None) -> Itera
 
 
 def layer_groups(config: ModelConfig, vlm: VLMConfig | None = None) -> Iterator[list[ParameterGroup]]:
-    """The tensors of one layer, for each kind of layer that the model has; of a model of its own all that it has."""
+    """The tensors of one layer, for each kind of layer that the model has; of a custom model, all that it has."""
     if declaration("model", config.model_type).parameters is not None:
         yield list(parameter_groups(config, vlm))
         return
@@ -178,7 +178,7 @@ class _LayerKind:
 
 
 def _layer_kinds(config: ModelConfig, vlm: VLMConfig | None) -> list[_LayerKind]:
-    """Dense layers, then those with experts; those of an architecture of its own as they turn out to be equal."""
+    """Dense layers, then those with experts; of a custom architecture, groups of equal layers."""
     every = range(config.n_layers)
     own = _architecture(vlm)
     if own.layer_parameters is not None and not own.equal_layers:

@@ -149,7 +149,7 @@ class ImageTextData:
         return batch
 
     def _shuffled(self, row: int, count: int) -> int:
-        """The example of a row: every epoch visits all of them in an order of its own."""
+        """The example of a row: every epoch visits all of them in its own order."""
         epoch, place = divmod(row, count)
         return int(permute(np.array([place], np.uint64), count, f"images {self.seed} {epoch}")[0])
 

@@ -233,7 +233,7 @@ def _common_length(a: str, b: str) -> int:
 
 
 def load_library_tokenizer(file: Path) -> Any:
-    """What the package 'tokenizers' makes of a tokenizer.json, without padding or truncation.
+    """A tokenizer.json as the package 'tokenizers' reads it, without padding or truncation.
 
     Raises:
         UserError: no such file, not one that can be read, or the package is not installed.

@@ -55,7 +55,7 @@ class PixelRange:
     """The pictures that an encoder takes: squares of ``side`` pixels, as (byte * scale - mean) / std.
 
     Attributes:
-        shortest_edge: the shorter edge becomes so many pixels, the longer one keeps its proportion; 0: see ``stretch``.
+        shortest_edge: the shorter edge becomes this many pixels, the longer one in proportion; 0: see ``stretch``.
         stretch: both edges become ``side`` pixels.
         resample: Pillow's number of the filter.
         crop: the square of ``side`` pixels in the centre is taken, black around pictures that are smaller.

@@ -37,7 +37,7 @@ CONFIG = "config.toml"
 
 
 def to_stderr(line: str) -> None:
-    """Say something that is not what a command puts out."""
+    """Say something that is not a command's output."""
     print(line, file=sys.stderr)
 
 

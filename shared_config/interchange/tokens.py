@@ -45,7 +45,7 @@ def keep_tokenizer(config: JobConfig, folder: Path, source: Path | None = None) 
     """Copy the tokenizer of a job to the ``tokenizer`` of its folder. Returns the config that the folder is to hold.
 
     Args:
-        source: a folder whose special ids are kept where the job has no tokenizer of its own.
+        source: a folder whose special ids are kept where the job names no tokenizer.
     """
     if config.data.tokenizer != "bytes":
         copy_tokenizer(Path(config.data.tokenizer), folder / TOKENIZER)

@@ -41,7 +41,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def read_fields(file: Path) -> dict[str, Any]:
-    """Nested dicts of a TOML file, with the path of a tokenizer that lies beside it.
+    """Nested dicts of a TOML file, with the path of a tokenizer that is next to it.
 
     Raises:
         UserError: it can't be read, or is not TOML.
@@ -62,7 +62,7 @@ def parse_fields(text: str, where: str) -> dict[str, Any]:
 
 
 def with_tokenizer_beside(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The fields, with the path of a tokenizer that lies beside the file they come from."""
+    """The fields, with the path of a tokenizer that is next to their file."""
     data = fields.get("data")
     name = data.get("tokenizer") if isinstance(data, dict) else None
     if not isinstance(name, str) or name in ("", "bytes") or not (folder / name).is_dir():

@@ -118,7 +118,7 @@ def load_weights(
 
     Raises:
         WeightsError: listing every missing, extra, misshapen or non-floating tensor.
-        UserError: if a file is missing, damaged or of another format; it says what is there and what is needed.
+        UserError: if a file is missing, damaged or of another format; it says what was found and what is needed.
     """
     path = entry_file(path)
     files = _files(path)
@@ -228,7 +228,7 @@ def entry_file(path: PathLike) -> Path:
     """The file to start reading from. A folder with both kinds counts as the single file, as in transformers.
 
     Raises:
-        UserError: there is none, or it is of another format; it says what is there and what is needed.
+        UserError: there is none, or it is of another format; it says what was found and what is needed.
     """
     path = Path(path)
     if path.is_file():

@@ -33,7 +33,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def with_nonfinite(row: Row, a: Tensor, b: Tensor) -> Row:
-    """The row with the places that are not finite in both: a finding of its own where nothing else is one."""
+    """The row with the places that are not finite in both: a separate finding where there is no other."""
     if isinstance(a, Summary) or isinstance(b, Summary):
         summary_a, summary_b = summary_of(a), summary_of(b)
         count = min(max(side.nonfinite, int(bool(side.nonfinite_hash))) for side in (summary_a, summary_b))

@@ -60,7 +60,7 @@ class Plan:
         steps: optimiser steps of the training run; 0 for none.
         weights: what one step and decoding are checked with; None: drawn values.
         weights_hash: of their values as they are read; "" if drawn.
-        overrides: of the command line, which win over what lies beside the weights.
+        overrides: of the command line, which win over what is next to the weights.
         full: whether checks run that only a full validation has.
         comparisons: filled by the checks, by title, for the report.
     """

@@ -46,7 +46,7 @@ ROUTER = re.compile(r"(.*layers\.\d+)\.[^.]+(?:\.experts)?(\.[^.]+)?\.router")
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be recorded.
+    """What to record.
 
     Attributes:
         weights: float32, or as they were given, by name of the parameter table.
@@ -70,12 +70,12 @@ class Request:
     routes: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def modules(self, names: Iterable[str]) -> list[str]:
-        """Those of all modules whose outputs are to be recorded."""
+        """Those of all modules whose outputs are recorded."""
         wanted = self.selection.wants_any
         return [name for name in names if wanted(f"{traces.FORWARD}/{output}" for output in outputs(name, self.config))]
 
     def kept(self, group: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of all tensors of a group that are to be recorded."""
+        """Those of all tensors of a group that are recorded."""
         return {name: array for name, array in arrays.items() if self.selection.wants(f"{group}/{name}")}
 
     def differentiated(self, trained: Iterable[str]) -> list[str]:
@@ -87,18 +87,18 @@ class Request:
         return list(self.kept(traces.GRADIENT, dict.fromkeys(trained)))
 
     def updates(self, trained: Iterable[str]) -> bool:
-        """Whether an optimiser step is to be recorded."""
+        """Whether an optimiser step is recorded."""
         return self.refeed is None and bool(self.kept(traces.UPDATED, dict.fromkeys(trained)))
 
     @property
     def unlimited(self) -> bool:
-        """Whether a forward without capacity limits is to be recorded: that which cached decoding must equal."""
+        """Whether a forward without capacity limits is recorded, which cached decoding must equal."""
         name = decode_reference(self.config)
         return self.refeed is None and name != logits_name(self.config) and self.selection.wants(name)
 
     @property
     def decodes(self) -> bool:
-        """Whether cached decoding is to be recorded."""
+        """Whether cached decoding is recorded."""
         return self.refeed is None and self.selection.wants_any(decode_names(self))
 
 

@@ -25,7 +25,7 @@ IMAGE, PATCH, TOWER_LAYERS = 32, 8, 2
 def shrink(config: JobConfig) -> JobConfig:
     """The same kinds of layers, with fewer and narrower ones.
 
-    Kept: multi-head, grouped or multi-query attention, a head width of its own, which layers have experts, gated or
+    Kept: multi-head, grouped or multi-query attention, its own head width, which layers have experts, gated or
     plain FFNs, ties, biases, norms, scalings, windows, routers, the architecture of images. Cut: every size. The data
     is the embedded text and the layout a single device.
     """

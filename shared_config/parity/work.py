@@ -42,7 +42,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What is to be generated.
+    """What to generate.
 
     Attributes:
         prompts: int32 rows of any lengths.
@@ -95,7 +95,7 @@ class Backend(Protocol):
     def captured(
         self, config: JobConfig, weights: Arrays, tokens: np.ndarray, pixels: np.ndarray | None, *, device: str | None
     ) -> tuple[Arrays, Arrays]:
-        """What every module puts out, as an `ActivationStore` and as `extract_representations` have it; the latter is
+        """The outputs of every module, as `ActivationStore` and `extract_representations` give them; the latter is
         empty where there are images.
         """
         ...

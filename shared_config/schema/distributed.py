@@ -16,7 +16,7 @@ class DistributedConfig(Section):
     """Sizes of the mesh axes. Their product is the number of devices; ``dp_shard`` -1 takes what the others leave.
 
     dp_replicate: copies of the model; dp_shard: ranks that share one sharded copy (FSDP); tp: tensor parallel; pp:
-    pipeline stages; ep: expert parallel, a division of the data-parallel ranks, not an axis of its own.
+    pipeline stages; ep: expert parallel, a division of the data-parallel ranks, not a separate axis.
     """
 
     dp_replicate: PositiveInt = 1

@@ -16,7 +16,7 @@ class VisionEncoderConfig(Section):
 
     random: noise that depends on the image; needs ``feature_dim`` and ``num_tokens``, takes images of any size.
     siglip2, clip: a tower from ``path``, a Hugging Face folder (config.json and safetensors), which says the rest.
-    vit: a tower of the SigLIP kind with weights of its own, to be trained; ``image_size``, ``patch_size``,
+    vit: a tower of the SigLIP kind, trained from scratch; ``image_size``, ``patch_size``,
     ``feature_dim``, ``n_heads`` and ``n_layers`` describe it.
 
     0 means what the encoder says.

@@ -70,9 +70,9 @@ def run_training(
 ) -> TrainingSummary:
     """Train until ``train.max_steps``, or until SIGINT, SIGTERM or SIGHUP asks to stop after the step at hand.
 
-    Where metrics or lines for the console can't be written in mid-run, as on a full disk, the run goes on: that is said
-    once in the log, and metrics.jsonl gets its missing records once there is room. A checkpoint gets the room that
-    ``checkpoint.keep_last_n`` gives; without a checkpoint the run ends, in an error that says what is kept.
+    Where metrics or lines for the console can't be written in mid-run, as on a full disk, the run continues: the log
+    says so once, and metrics.jsonl gets its missing records when there is space. ``checkpoint.keep_last_n`` makes
+    space for checkpoints; if one can't be written, the run ends with an error that says what is kept.
 
     Args:
         console: where progress is shown; None shows nothing.
@@ -322,7 +322,7 @@ class _Run:
 
 
 def _problem(values: Mapping[str, float]) -> str | None:
-    """Why an update is not to be had; None if it is."""
+    """Why an update is unusable; None if it is usable."""
     bad = next((name for name in MUST_BE_FINITE if not math.isfinite(values.get(name, 0.0))), None)
     if bad is not None:
         return f"{bad} is {values[bad]}"

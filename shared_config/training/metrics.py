@@ -137,7 +137,7 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """A Weights & Biases run. Its id is kept in the run's folder, so a run that is resumed goes on there, too."""
+    """A Weights & Biases run. Its id is kept in the run's folder, so that a resumed run continues there, too."""
 
     def __init__(self, config: JobConfig, folder: Path):
         project = config.metrics.wandb_project

@@ -46,7 +46,7 @@ class Profiler:
         return self
 
     def before(self, step: int) -> None:
-        """Start the trace before the first step that is to be traced, end it after the last."""
+        """Start the trace before the first traced step, end it after the last."""
         if self.running is not None and step not in self.steps:
             self._end()
         elif self.running is None and step in self.steps:

@@ -50,7 +50,7 @@ class Pace:
 
 
 class Display:
-    """Shows how a run comes along. Use as a context manager.
+    """Shows a run's progress. Use as a context manager.
 
     Args:
         console: where to; None shows nothing.

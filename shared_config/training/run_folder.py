@@ -46,7 +46,7 @@ def own_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def agreed(agree: Callable[[int], int]) -> Iterator[None]:
-    """A part of the start that one rank may fail in: all ranks leave it together, or none goes on."""
+    """A part of the start that one rank may fail in: all ranks leave it together, or all continue."""
     failure: UserError | None = None
     try:
         yield
