@@ -141,6 +141,7 @@ def test_every_chunking_covers_the_sequence(length: int) -> None:
     ways = list(chunkings(length, seed=1).values())
     assert all(sum(chunks) == length and min(chunks) > 0 for chunks in ways)
     assert len({size for chunks in ways for size in chunks}) <= 4
+    assert {type(size) for chunks in ways for size in chunks} == {int}  # shapes of any library
 
 
 def _kinds(config: JobConfig) -> set[str]:

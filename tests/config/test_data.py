@@ -26,6 +26,7 @@ from shared_config.data import (
     open_text_data,
     permute,
 )
+from shared_config.data import corpus as corpora
 from shared_config.errors import UserError
 from shared_config.loader import load_config
 
@@ -192,6 +193,16 @@ def test_packing_masks_exactly_the_crossings(text: list[int], seq_len: int) -> N
         np.testing.assert_array_equal(np.diff(packed["doc_ids"], axis=1), crosses[:, :-1])
 
 
+def test_packed_documents_end_with_a_short_held_out_stream() -> None:
+    heldout = np.array([BOS, 65, EOS, BOS, 66, 67, BOS, 68, 69], np.uint16)  # 8 predictions: a window of 5, one of 3
+    data = TextData(corpus_of(np.arange(40, dtype=np.uint16), heldout), batch_size=2, seq_len=5, pack_documents=True)
+    (batch,) = data.heldout()
+    rows = {tuple(tokens): place for place, tokens in enumerate(batch["tokens"].tolist())}
+    whole, short = rows[BOS, 65, EOS, BOS, 66], rows[67, BOS, 68, 0, 0]
+    assert batch["doc_ids"][[whole, short]].tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 0, 0]]
+    assert batch["labels"][[whole, short]].tolist() == [[65, EOS, -100, 66, 67], [-100, 68, 69, -100, -100]]
+
+
 def test_heldout_batches_are_fixed_and_cover_a_short_stream_once() -> None:
     heldout = np.arange(100, 147, dtype=np.uint16)  # 46 predictions: five windows of 10, the last one short
     corpus = corpus_of(np.arange(100, dtype=np.uint16), heldout)
@@ -355,6 +366,20 @@ def test_ids_beyond_the_first_check_are_refused_when_read() -> None:
     data.vocab_size = 17
     with pytest.raises(UserError, match=r"train, token 32: id 32 is outside the vocabulary; .* model.vocab_size = 17"):
         data.batch(0)
+
+
+def test_the_first_check_reads_no_more_than_it_checks_and_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Watched(TokenStream):
+        def read(self, start: int, stop: int) -> np.ndarray:
+            read.append((start, stop))
+            return super().read(start, stop)
+
+    read: list[tuple[int, int]] = []
+    monkeypatch.setattr(corpora, "BLOCK_LENGTH", 4)
+    monkeypatch.setattr(corpora, "CHECKED_AT_ONCE", 10)
+    streams = [Watched([("ids", np.arange(length, dtype=np.uint32))]) for length in (25, 6)]
+    corpora._check_vocabulary(Corpus("here", *streams), 100)
+    assert read == [(0, 4), (4, 8), (8, 10), (0, 4), (4, 6)]
 
 
 def test_a_stream_shorter_than_a_window_is_refused() -> None:

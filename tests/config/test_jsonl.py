@@ -321,9 +321,14 @@ def test_special_tokens_come_from_the_template_alone(tmp_path: Path) -> None:
     assert template.encode(turns("a", "fine"))[0].tolist() == plain.tolist()
 
 
-def test_of_ends_that_differ_where_others_follow_the_common_part_is_learned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alternates", [False, True])
+def test_of_ends_that_differ_where_others_follow_the_common_part_is_learned(tmp_path: Path, alternates: bool) -> None:
+    """Also by a template that refuses two turns of one role in succession."""
+    role = "{% if message.role != ('user', 'assistant')[loop.index0 % 2] %}{{ raise_exception('no') }}{% endif %}"
     template = (
-        "{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] + '</s>' }}"
+        "{% for message in messages %}"
+        + role * alternates
+        + "{{ '[' + message['role'] + ']' + message['content'] + '</s>' }}"
         "{{ '!' if loop.last else '#' }}{% endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
     )
     folder = tokenizer_folder(tmp_path / "tokenizer", template)

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from shared_config.data import BOS, ByteTokenizer, Corpus, TextData, TokenStream, open_data
+from shared_config.data.conversations import Conversation, ConversationData
 from shared_config.data.image_sources import Example
 from shared_config.data.images import collate
 from shared_config.errors import UserError
@@ -98,6 +99,14 @@ def test_a_step_without_a_label_has_no_loss_and_says_so_once(tmp_path: Path) -> 
     assert stream.getvalue().count("no label of the whole batch") == 1
     assert stream.getvalue().count("note: something to know") == 1
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["heldout_loss"] is None
+
+
+def test_conversations_are_told_apart_by_their_split_too() -> None:
+    rows = [Conversation(np.array([1, 9 + row, 2]), np.array([False, True, True])) for row in range(4)]
+    splits = [(rows[:cut], rows[cut:]) for cut in (1, 2, 3)]
+    data = [ConversationData(*split, name="talk", batch_size=1, seq_len=4) for split in [*splits, splits[0]]]
+    assert len({each.fingerprint for each in data}) == 3
+    assert data[0].fingerprint == data[-1].fingerprint
 
 
 def test_a_text_without_ids_is_a_row_without_a_label() -> None:

@@ -102,11 +102,15 @@ def test_pictures_stand_upright_as_their_orientation_says(orientation: int, tmp_
     np.testing.assert_array_equal(shown, turns[orientation](stored))
 
 
+HALVES = [int((k + 0.5) * (2**31 - 1) / 255) + side for k in range(3, 255, 15) for side in (0, 1)]
+"""Integers on either side of what lies halfway between two bytes, where 2^31 - 1 becomes 255."""
+
 WIDE = {
     "16-bit PNG": (np.linspace(0, 65535, 36).reshape(6, 6).astype(np.uint16), "a.png", 65535),
     "dark 16-bit PNG": (np.linspace(0, 2560, 36).reshape(6, 6).astype(np.uint16), "a.png", 65535),
     "16-bit TIFF": (np.linspace(0, 65535, 36).reshape(6, 6).astype(np.uint16), "a.tif", 65535),
     "int32 TIFF": (np.linspace(0, 2**31 - 1, 36).reshape(6, 6).astype(np.int32), "a.tif", 2**31 - 1),
+    "int32 TIFF next to halves": (np.array([*HALVES, 0, 2**31 - 1], np.int32).reshape(6, 6), "a.tif", 2**31 - 1),
     "small int32 TIFF": (np.linspace(0, 1000, 36).reshape(6, 6).astype(np.int32), "a.tif", 1000),
     "int32 TIFF of bytes": (np.arange(36).reshape(6, 6).astype(np.int32), "a.tif", 255),
     "float TIFF to 1": (np.linspace(0, 0.8, 36).reshape(6, 6).astype(np.float32), "a.tif", 1),
@@ -158,6 +162,14 @@ def test_a_clip_folder_without_settings_has_those_of_its_kind(tmp_path: Path) ->
     )
 
 
+def test_the_type_of_the_processor_counts_before_that_of_the_encoder(tmp_path: Path) -> None:
+    kinds = {"CLIPImageProcessor": clip_folder(tmp_path, None)}
+    kinds["SiglipImageProcessor"] = read_preprocessor("", "siglip", 28)
+    assert len(set(kinds.values())) == 2
+    for name, usual in kinds.items():
+        assert clip_folder(tmp_path, {"image_processor_type": name}) == usual
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -178,6 +190,11 @@ def test_a_clip_folder_without_settings_has_those_of_its_kind(tmp_path: Path) ->
         ({"do_resize": False, "do_center_crop": False}, "do_resize = false"),
         ({"resample": 9}, "resample = 9"),
         ({"resample": None}, "resample = None"),
+        ({"resample": True}, "resample = True"),
+        ({"resample": 1.0}, r"resample = 1\.0"),
+        ({"rescale_factor": True}, "rescale_factor = True"),
+        ({"rescale_factor": -1.0}, r"rescale_factor = -1\.0"),
+        ({"image_mean": [True, 0, 0]}, "image_mean .* three numbers"),
         ({"do_pad": True}, "do_pad = True: is not supported"),
         ({"do_flip_channel_order": True}, "do_flip_channel_order = True: is not supported"),
         ({"image_processor_type": "ViTImageProcessor"}, "image_processor_type = 'ViTImageProcessor'"),

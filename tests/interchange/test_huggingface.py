@@ -173,6 +173,7 @@ def test_misfits_are_named_as_in_the_folder():
     foreign["model.layers.0.self_attn.q_proj.weight_scale"] = np.ones(3)
     with pytest.raises(WeightsError) as caught:
         from_huggingface(foreign, config)
+    assert str(caught.value).startswith("Hugging Face weights: ")
     assert caught.value.problems == (
         "model.layers.1.self_attn.q_proj.weight: missing, the model has it with shape (24, 20)",
         "model.norm.weight: shape (3,), the model needs (20,)",
