@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] != "cpu":  # accelerators by themselves round the factors of float32 products
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # to read a program takes half the time
 torn_entry_is_a_miss = "ignore:Error reading persistent compilation cache entry"  # it is compiled again
 os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), torn_entry_is_a_miss]))
 quick_compilation = "--xla_backend_optimization_level=0"  # compiling is most of what JAX does here
@@ -35,14 +35,21 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _programs_of_one_module_at_a_time() -> Iterator[None]:
-    """What JAX compiled is forgotten with the module: a process may map 65,530 pieces of memory, and dies of one
-    more.
-    """
+def _programs_of_few_modules_at_a_time() -> Iterator[None]:
     yield
-    if "jax" in sys.modules:
+    if "jax" in sys.modules and crowded():
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+def crowded() -> bool:
+    """Whether JAX has to forget what it compiled: a process may map 65,530 pieces of memory, and dies of one more."""
+    try:
+        pieces = len(Path("/proc/self/maps").read_bytes().splitlines())
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # a system that does not say
+        return True
+    return pieces > 20_000 or resident > 2 << 30
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

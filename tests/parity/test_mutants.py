@@ -7,7 +7,7 @@ matters.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from shared_config.contract.initialise import initial_values
 from shared_config.contract.parameters import parameter_table
@@ -341,8 +342,14 @@ ALL_CHECKS = tuple(
 def test_every_mutant_is_killed_and_the_unchanged_backend_raises_no_alarm(
     backend: str, record_property: Callable[[str, object], None]
 ) -> None:
-    alarms, survivors, accidents = in_a_process(survey, backend)
-    count = len(mutants_in(ALL_MUTANTS, backend))
+    """In JAX every second mutant; all of them under HYPOTHESIS_PROFILE=nightly, for each of them has operations to
+    compile.
+    """
+    mutants = mutants_in(ALL_MUTANTS, backend)
+    if backend == "jax" and settings.get_current_profile_name() != "nightly":
+        mutants = mutants[::2]
+    alarms, survivors, accidents = in_a_process(survey, backend, mutants)
+    count = len(mutants)
     killed = count - len(survivors) - len(accidents)
     record_property("figure", f"mutants of {backend}: {killed}/{count} killed by assertions")
     assert not alarms
@@ -360,7 +367,7 @@ class Survey(NamedTuple):
     accidents: dict[str, str]
 
 
-def survey(backend: str) -> Survey:
+def survey(backend: str, mutants: Sequence[Mutant]) -> Survey:
     """Run all checks on the unchanged backend, then on each mutant those that concern it; see `in_a_process`."""
     with jax.enable_x64(True):
         alarms = {}
@@ -370,8 +377,7 @@ def survey(backend: str) -> Survey:
                     check(backend)
                 except Exception as error:
                     alarms[check.__name__] = f"{type(error).__name__}: {error}"
-        checks = {mutant.component: checks_of(mutant.component) for mutant in ALL_MUTANTS}
-        found = not_killed(ALL_MUTANTS, backend, checks)
+        found = not_killed(mutants, backend, {mutant.component: checks_of(mutant.component) for mutant in mutants})
     survivors = [mutant for mutant, said in found.items() if said == SURVIVED]
     return Survey(alarms, survivors, {mutant: said for mutant, said in found.items() if said != SURVIVED})
 

@@ -1,5 +1,6 @@
 """The content of padding never matters: other ids under it, and other pixels in frames that don't exist, leave the
-logits of real positions, the losses, the counts and the gradients as they are.
+logits of real positions, the losses, the counts and the gradients as they are. `padding_checks` has the same of runs,
+which `test_mutants` checks.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from shared_config.schema import (
 from tests.config.test_jsonl import CHATML, tokenizer_folder
 from tests.oracle.weights import draw
 from tests.parity.backends import BACKENDS, Torch, on_both
-from tests.parity.padding_checks import PADDING_CHECKS
 
 ROWS, LENGTH, FRAMES, VOCAB = 2, 6, 2, 13
 DENSE = ModelConfig(
@@ -58,7 +58,6 @@ ARCHITECTURES: dict[str, VLMConfig | None] = {
 }
 VISION = VisionEncoderConfig(type="vit", image_size=4, patch_size=2, feature_dim=6, n_heads=2, n_layers=1)
 CASES = [(arch, experts) for arch in ARCHITECTURES for experts in EXPERTS if arch != "moma" or experts == "dense"]
-RUNS = [check for checks in PADDING_CHECKS.values() for check in checks]
 Outputs = dict[str, Any]
 
 
@@ -130,12 +129,6 @@ def masks(draw: st.DrawFn, *shape: int) -> np.ndarray:
     row = draw(st.lists(st.booleans(), min_size=size, max_size=size))
     row[draw(st.integers(0, size - 1))] = False
     return np.array(row).reshape(shape)
-
-
-@on_both
-@pytest.mark.parametrize("check", RUNS, ids=lambda check: check.__name__)
-def test_the_content_of_padding_never_matters_in_runs(backend: Torch, check: Callable[[str], None]) -> None:
-    check(backend.name)
 
 
 @on_both
