@@ -18,7 +18,7 @@ class BlockOutput(NamedTuple):
 
     Attributes:
         x: the residual stream (B, S, D), or that of each modality.
-        stats: what its router counted and what it loses, by modality where there are several; None if dense.
+        stats: what its router counted, and its losses, by modality where there are several; None if dense.
         kv_cache: the one given, with the new tokens; None if none was given.
     """
 
@@ -32,7 +32,7 @@ class TransformerOutput(NamedTuple):
 
     Attributes:
         logits: (B, S_out, V), or the residual stream (B, S_out, D) of a model without head.
-        stats: layer -> what its routers counted and what they lose; {} if dense.
+        stats: layer -> what its routers counted, and their losses; {} if dense.
         kv_caches: those given, with the new tokens; None if none were given.
     """
 

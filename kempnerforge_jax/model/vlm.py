@@ -213,8 +213,8 @@ class VLMWrapper(Module):
         """The forward as a pure function: logits, router stats and caches are returned, nothing is kept on the model.
 
         Args:
-            kv_caches: one a layer; text goes on from their fill. An image in the stream comes with the first call, one
-                that cross-attention reads with every call.
+            kv_caches: one per layer; text continues from their fill. An image in the stream comes with the first call,
+                one that cross-attention reads with every call.
             limit_capacity, scan_layers, remat: as for `Transformer.run`.
         """
         modality = self.context(pixel_values, input_ids, frame_mask, text_mask=text_mask, noise_seed=noise_seed)

@@ -141,7 +141,7 @@ class KVCache:
             lengths: int (B,); where it exceeds the length so far, nothing is forgotten.
 
         Raises:
-            ValueError: lengths that are negative, no integers, or not one a row; a ring has overwritten what the next
+            ValueError: lengths that are negative, no integers, or not one per row; a ring has overwritten what the next
                 token may see.
         """
         check_shape("lengths", lengths, self.lengths.shape)

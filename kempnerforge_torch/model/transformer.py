@@ -184,7 +184,7 @@ class Transformer(nn.Module):
 
         Args:
             tokens: int (B, S); or else ``modality.inputs_embeds``.
-            kv_caches: one a layer; positions go on from their fill.
+            kv_caches: one per layer; positions go on from their fill.
             doc_ids: int (B, S) over the residual stream; attention stays within a document.
             allow_image_inputs: let image inputs go together with caches, as the prefill of `generate` does.
             limit_capacity: whether experts have a capacity in this call; None: unless there are caches. A token's
@@ -240,7 +240,7 @@ class Transformer(nn.Module):
             router.set_step(step, max_steps)
 
     def update_moe_bias(self, counts: dict[int, Any] | None = None) -> None:
-        """Move the balancing biases, once an optimiser step.
+        """Move the balancing biases, once per optimiser step.
 
         Args:
             counts: as `get_expert_counts` gives them, summed over all micro-batches and ranks; None means those of the

@@ -197,8 +197,8 @@ class VLMWrapper(nn.Module):
             text_mask: bool (B, T), False for padding, with an image or without. Padding after the text needs it only
                 where experts route.
             noise_seed: int (), see `ModalityContext`.
-            kv_caches: one a layer; text goes on from their fill. An image in the stream comes with the first call, one
-                that cross-attention reads with every call.
+            kv_caches: one per layer; text continues from their fill. An image in the stream comes with the first call,
+                one that cross-attention reads with every call.
             limit_capacity: as for `Transformer.forward`.
             return_stats: give a `TransformerOutput` instead, and leave the getters of the transformer alone.
         """
