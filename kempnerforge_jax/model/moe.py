@@ -25,7 +25,9 @@ from flax import nnx
 from jax import lax
 
 from kempnerforge_jax.model.checks import check_ids, check_mask, check_shape, nan_outside
-from kempnerforge_jax.model.grouped import grouped_matmul
+from kempnerforge_jax.model.experts import apply_modules, apply_packed
+from kempnerforge_jax.model.experts import grouped_expert_forward as grouped_expert_forward
+from kempnerforge_jax.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
 from kempnerforge_jax.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.router import TopKRouter, build_router
@@ -188,23 +190,9 @@ class MoEMLP(Module):
     def _apply_experts(self, x_RD: jax.Array, ends_E: jax.Array) -> jax.Array:
         """Each row through its expert; 0 for rows of no expert."""
         if self.activation is None:
-            return self._apply_modules(x_RD, ends_E)
-        weights = self.expert_weights()
-        hidden_RF = grouped_matmul(x_RD, weights["up"], ends_E)
-        if self.activation == "silu":
-            hidden_RF = ACTIVATIONS["silu"](grouped_matmul(x_RD, weights["gate"], ends_E)) * hidden_RF
-        else:
-            hidden_RF = ACTIVATIONS[self.activation](hidden_RF)
-        return grouped_matmul(hidden_RF, weights["down"], ends_E)
-
-    def _apply_modules(self, x_RD: jax.Array, ends_E: jax.Array) -> jax.Array:
-        """As `_apply_experts`, for experts of any kind: shapes don't depend on the routes."""
-        rows_R1 = jnp.arange(x_RD.shape[0])[:, None]
-        out_RD, start = jnp.zeros_like(x_RD), 0
-        for place, expert in enumerate(self.experts.values()):
-            out_RD = jnp.where((rows_R1 >= start) & (rows_R1 < ends_E[place]), expert(x_RD), out_RD)
-            start = ends_E[place]
-        return out_RD
+            return apply_modules(x_RD, ends_E, list(self.experts.values()))
+        weights, activation = self.expert_weights(), ACTIVATIONS[self.activation]
+        return apply_packed(x_RD, ends_E, weights["up"], weights["down"], weights.get("gate"), activation)
 
 
 def build_moe(

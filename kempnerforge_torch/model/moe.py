@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.checks import check_ids, check_mask, check_shape, nan_outside
-from kempnerforge_torch.model.grouped import grouped_matmul
+from kempnerforge_torch.model.experts import apply_modules, apply_packed
+from kempnerforge_torch.model.experts import grouped_expert_forward as grouped_expert_forward
+from kempnerforge_torch.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
 from kempnerforge_torch.model.looped import LOOPED_ACTIVATIONS, looped_moe, loops_over_experts
 from kempnerforge_torch.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_torch.model.router import TopKRouter, build_router
@@ -187,23 +189,9 @@ class MoEMLP(nn.Module):
     def _apply_experts(self, x_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
         """Each row through its expert; 0 for rows of no expert, of which there are none if ``complete``."""
         if self.activation is None:
-            return self._apply_modules(x_RD, ends_E)
-        weights = self.expert_weights()
-        hidden_RF = grouped_matmul(x_RD, weights["up"], ends_E, complete)
-        if self.activation == "silu":
-            hidden_RF = F.silu(grouped_matmul(x_RD, weights["gate"], ends_E, complete)) * hidden_RF
-        else:
-            hidden_RF = ACTIVATIONS[self.activation](hidden_RF)
-        return grouped_matmul(hidden_RF, weights["down"], ends_E, complete)
-
-    def _apply_modules(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """As `_apply_experts`, for experts of any kind: shapes don't depend on the routes."""
-        rows_R1 = torch.arange(x_RD.shape[0], device=x_RD.device)[:, None]
-        out_RD, start = torch.zeros_like(x_RD), 0
-        for end, expert in zip(ends_E.unbind(), self.experts, strict=True):
-            out_RD = torch.where((rows_R1 >= start) & (rows_R1 < end), expert(x_RD), out_RD)
-            start = end
-        return out_RD
+            return apply_modules(x_RD, ends_E, list(self.experts))
+        weights, activation = self.expert_weights(), ACTIVATIONS[self.activation]
+        return apply_packed(x_RD, ends_E, weights["up"], weights["down"], weights.get("gate"), activation, complete)
 
     def _loop(self, x_TD: Tensor, weights_Tk: Tensor, plan: Dispatch, factors_E: Tensor | None) -> Tensor:
         """(T, D): the weighted sums of what the experts make of each token, expert by expert."""

@@ -233,6 +233,25 @@ def test_a_block_of_streams_starts_as_the_identity(backend: Any) -> None:
 
 
 @on_both
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_rows_that_are_sorted_by_expert_are_multiplied_in_groups(backend: Any, activation: str) -> None:
+    moe, mlp = backend.module("model.moe"), backend.module("model.mlp")
+    experts = [backend.build(mlp.build_mlp, 16, 24, activation) for _ in range(3)]
+    rows, counts = backend.array(X.reshape(-1, 16)), [5, 0, 7]
+    truth = np.concatenate([backend.numpy(experts[0](rows[:5])), backend.numpy(experts[2](rows[5:]))])
+    found = moe.grouped_expert_forward(x_sorted=rows, tokens_per_expert=counts, experts=experts)
+    np.testing.assert_allclose(backend.numpy(found), truth, rtol=1e-10, atol=1e-13)
+    held = [backend.numpy(backend.module("model.state").get_state(expert)) for expert in experts]
+    packed = {name: backend.array(np.stack([one[name].T for one in held])) for name in held[0]}
+    up_w, down_w, gate_w = (packed.get(f"{name}_proj.weight") for name in ("up", "down", "gate"))
+    found = moe.grouped_expert_forward_packed(rows, counts, up_w, down_w, gate_w, mlp.ACTIVATIONS[activation])
+    np.testing.assert_allclose(backend.numpy(found), truth, rtol=1e-10, atol=1e-13)
+    for wrong in ([5, 7], [5, 0, 6], [5, -1, 8]):
+        with pytest.raises(ValueError, match="tokens_per_expert"):
+            moe.grouped_expert_forward(rows, wrong, experts)
+
+
+@on_both
 def test_experts_choose_their_best_tokens(backend: Any) -> None:
     moma, tokens = backend.module("model.moma"), X.reshape(-1, 16)
     router = drawn(backend, backend.build(moma.ExpertChoiceSigmoidRouter, 16, 3, capacity_factor=0.25))

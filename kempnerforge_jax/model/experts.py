@@ -1,0 +1,94 @@
+"""What experts make of rows that are sorted by expert.
+
+The rows of expert e are those from ends[e - 1] (0 for the first) to ends[e]; rows from ends[-1] on belong to no expert.
+
+Shapes: R rows, D model dim, F expert width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kempnerforge_jax.model.grouped import grouped_matmul
+from kempnerforge_jax.model.module import Module
+
+
+def grouped_expert_forward(
+    x_sorted: jax.Array, tokens_per_expert: Sequence[int], experts: Sequence[Module]
+) -> jax.Array:
+    """(R, D) -> (R, D), each row through its expert.
+
+    Args:
+        tokens_per_expert: E numbers of rows, R in all.
+
+    Raises:
+        ValueError: numbers that don't fit the rows or the experts.
+    """
+    _check_counts(len(x_sorted), tokens_per_expert, len(experts))
+    outs = [
+        expert(part)
+        for expert, part in zip(experts, jnp.split(x_sorted, np.cumsum(tokens_per_expert)[:-1]), strict=True)
+    ]
+    return jnp.concatenate(outs)
+
+
+def grouped_expert_forward_packed(
+    x_sorted: jax.Array,
+    tokens_per_expert: Sequence[int],
+    up_w: jax.Array,
+    down_w: jax.Array,
+    gate_w: jax.Array | None,
+    activation: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """(R, D) -> (R, D), each row by the matrices of its expert: down(activation(gate(x)) * up(x)), without ``gate_w``
+    down(activation(up(x))).
+
+    Args:
+        tokens_per_expert: E numbers of rows, R in all.
+        up_w, gate_w: (E, D, F).
+        down_w: (E, F, D).
+
+    Raises:
+        ValueError: numbers that don't fit the rows or the experts.
+    """
+    _check_counts(len(x_sorted), tokens_per_expert, len(up_w))
+    ends_E = jnp.asarray(np.cumsum(tokens_per_expert), jnp.int32)
+    return apply_packed(x_sorted, ends_E, up_w, down_w, gate_w, activation)
+
+
+def apply_packed(
+    x_RD: jax.Array,
+    ends_E: jax.Array,
+    up_w: jax.Array,
+    down_w: jax.Array,
+    gate_w: jax.Array | None,
+    activation: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """(R, D): as `grouped_expert_forward_packed`, by ends; 0 for rows of no expert."""
+    hidden_RF = grouped_matmul(x_RD, up_w, ends_E)
+    if gate_w is None:
+        hidden_RF = activation(hidden_RF)
+    else:
+        hidden_RF = activation(grouped_matmul(x_RD, gate_w, ends_E)) * hidden_RF
+    return grouped_matmul(hidden_RF, down_w, ends_E)
+
+
+def apply_modules(x_RD: jax.Array, ends_E: jax.Array, experts: Sequence[Module]) -> jax.Array:
+    """(R, D): as `grouped_expert_forward`, by ends, whose values change no shape; 0 for rows of no expert."""
+    rows_R1 = jnp.arange(x_RD.shape[0])[:, None]
+    out_RD, start = jnp.zeros_like(x_RD), 0
+    for place, expert in enumerate(experts):
+        out_RD = jnp.where((rows_R1 >= start) & (rows_R1 < ends_E[place]), expert(x_RD), out_RD)
+        start = ends_E[place]
+    return out_RD
+
+
+def _check_counts(rows: int, tokens_per_expert: Sequence[int], num_experts: int) -> None:
+    if len(tokens_per_expert) != num_experts or min(tokens_per_expert) < 0 or sum(tokens_per_expert) != rows:
+        raise ValueError(
+            f"tokens_per_expert = {list(tokens_per_expert)}: must be {num_experts} numbers of rows, {rows} in all"
+        )

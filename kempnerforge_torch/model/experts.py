@@ -1,0 +1,92 @@
+"""What experts make of rows that are sorted by expert.
+
+The rows of expert e are those from ends[e - 1] (0 for the first) to ends[e]; rows from ends[-1] on belong to no expert.
+
+Shapes: R rows, D model dim, F expert width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kempnerforge_torch.model.grouped import grouped_matmul
+
+
+def grouped_expert_forward(
+    x_sorted: Tensor, tokens_per_expert: Sequence[int], experts: Sequence[nn.Module] | nn.ModuleList
+) -> Tensor:
+    """(R, D) -> (R, D), each row through its expert.
+
+    Args:
+        tokens_per_expert: E numbers of rows, R in all.
+
+    Raises:
+        ValueError: numbers that don't fit the rows or the experts.
+    """
+    _check_counts(len(x_sorted), tokens_per_expert, len(experts))
+    parts = x_sorted.split(list(tokens_per_expert))
+    return torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
+
+
+def grouped_expert_forward_packed(
+    x_sorted: Tensor,
+    tokens_per_expert: Sequence[int],
+    up_w: Tensor,
+    down_w: Tensor,
+    gate_w: Tensor | None,
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """(R, D) -> (R, D), each row by the matrices of its expert: down(activation(gate(x)) * up(x)), without ``gate_w``
+    down(activation(up(x))).
+
+    Args:
+        tokens_per_expert: E numbers of rows, R in all.
+        up_w, gate_w: (E, D, F).
+        down_w: (E, F, D).
+
+    Raises:
+        ValueError: numbers that don't fit the rows or the experts.
+    """
+    _check_counts(len(x_sorted), tokens_per_expert, len(up_w))
+    ends_E = torch.tensor(tokens_per_expert, device=x_sorted.device).cumsum(0, dtype=torch.int32)
+    return apply_packed(x_sorted, ends_E, up_w, down_w, gate_w, activation, complete=True)
+
+
+def apply_packed(
+    x_RD: Tensor,
+    ends_E: Tensor,
+    up_w: Tensor,
+    down_w: Tensor,
+    gate_w: Tensor | None,
+    activation: Callable[[Tensor], Tensor],
+    complete: bool = False,
+) -> Tensor:
+    """(R, D): as `grouped_expert_forward_packed`, by ends; 0 for rows of no expert, of which there are none if
+    ``complete``.
+    """
+    hidden_RF = grouped_matmul(x_RD, up_w, ends_E, complete)
+    if gate_w is None:
+        hidden_RF = activation(hidden_RF)
+    else:
+        hidden_RF = activation(grouped_matmul(x_RD, gate_w, ends_E, complete)) * hidden_RF
+    return grouped_matmul(hidden_RF, down_w, ends_E, complete)
+
+
+def apply_modules(x_RD: Tensor, ends_E: Tensor, experts: Sequence[nn.Module]) -> Tensor:
+    """(R, D): as `grouped_expert_forward`, by ends, whose values change no shape; 0 for rows of no expert."""
+    rows_R1 = torch.arange(x_RD.shape[0], device=x_RD.device)[:, None]
+    out_RD, start = torch.zeros_like(x_RD), 0
+    for place, expert in enumerate(experts):
+        out_RD = torch.where((rows_R1 >= start) & (rows_R1 < ends_E[place]), expert(x_RD), out_RD)
+        start = ends_E[place]
+    return out_RD
+
+
+def _check_counts(rows: int, tokens_per_expert: Sequence[int], num_experts: int) -> None:
+    if len(tokens_per_expert) != num_experts or min(tokens_per_expert) < 0 or sum(tokens_per_expert) != rows:
+        raise ValueError(
+            f"tokens_per_expert = {list(tokens_per_expert)}: must be {num_experts} numbers of rows, {rows} in all"
+        )
