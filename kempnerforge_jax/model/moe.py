@@ -37,7 +37,7 @@ PROJECTIONS = ("gate", "up", "down")
 
 
 class MoEStats(NamedTuple):
-    """What one call of a layer counted and what it loses, over the valid tokens.
+    """What one call of a layer counted, and its losses, over the valid tokens.
 
     Attributes:
         aux_loss, z_loss: the router's losses, unweighted.

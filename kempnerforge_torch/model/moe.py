@@ -35,7 +35,7 @@ PROJECTIONS = ("gate", "up", "down")
 
 
 class MoEStats(NamedTuple):
-    """What one call of a layer counted and what it loses, over the valid tokens.
+    """What one call of a layer counted, and its losses, over the valid tokens.
 
     Attributes:
         aux_loss, z_loss: the router's losses, unweighted, with the graph.
@@ -202,7 +202,7 @@ class MoEMLP(nn.Module):
         return looped_moe(x_TD, weight_R, token_R, gate, up, down, plan.ends_E, factors_E, self.activation)
 
     def _matrices(self, name: str) -> list[Tensor]:
-        """The experts' matrices as they are held: one packed tensor, or one (in, out) view an expert; [] if none."""
+        """The experts' matrices as they are held: one packed tensor, or one (in, out) view per expert; [] if none."""
         if name not in _projections(self.activation):
             return []
         if self.packed_experts:
