@@ -437,7 +437,7 @@ def test_an_adapter_is_added_by_registration() -> None:
 def test_a_row_without_an_image_gets_nothing_from_it(kind: Any) -> None:
     is_torch = kind is TorchCrossAttentionBlock
     rngs = {} if is_torch else {"rngs": nnx.Rngs(0)}
-    attention = kind(20, 6, 3, 26, head_dim=4, **rngs).attention
+    attention = kind(20, 6, 3, 26, head_dim=4, **rngs).attn
     if is_torch:
         torch.nn.init.normal_(attention.o_proj.weight)
     else:
