@@ -19,6 +19,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kempnerforge_jax.model.linear import UNDRAWN
 from shared_config.schema.model import ModelConfig
 from tests.oracle.linear import submodule
 from tests.oracle.mlp import mlp
@@ -421,6 +422,23 @@ def test_schedules_of_the_bias(backend: str) -> None:
         found = [router.schedule_factor(schedule, router.training_progress(step, 40)) for step in (0, 2, 20, 40)]
         np.testing.assert_allclose(found, factors, atol=1e-15)
     assert router.training_progress(50, 40) == router.training_progress(0, 0) == 1
+
+
+@each_backend
+def test_a_router_that_knows_no_step_stands_at_the_start(backend: str) -> None:
+    """Then, and at the first step, a cosine gives the whole rate; halfway half of it."""
+    counts, build = np.array([6, 2, 0, 0]), module(backend, "router").SigmoidTopKRouter
+    options = {"rngs": UNDRAWN} if backend == "jax" else {}
+    moved = []
+    for schedule, step in (("constant", None), ("cosine_decay", None), ("cosine_decay", 0), ("cosine_decay", 5)):
+        router = build(2, 4, 1, bias_schedule=schedule, **options)
+        if step is not None:
+            router.set_step(step, 10)
+        router.update_bias(jnp.asarray(counts) if backend == "jax" else torch.from_numpy(counts))
+        bias = router.expert_bias if backend == "torch" else router.expert_bias.get_value()
+        moved.append(np.asarray(bias))
+    np.testing.assert_allclose(moved, np.outer([1, 1, 1, 0.5], moved[0]), rtol=1e-6)
+    assert moved[0].any()
 
 
 def state_of(backend: str, config: ModelConfig) -> dict[str, np.ndarray]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import kempnerforge_jax.training.train
 import kempnerforge_torch.training.train
 from shared_config import load_config
+from shared_config.contract.parameters import Constant, ParameterSpec
 from shared_config.data import open_data
 from shared_config.interchange import checkpoint, run_layout
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.schema import JobConfig
+from shared_config.schema.optimizer import OptimizerConfig
 from shared_config.training.metrics import read_metrics
 from shared_config.training.trainer import TrainingDivergedError
 
@@ -129,6 +134,38 @@ def test_skipped_updates_are_counted_and_limited_through_a_resume(tmp_path: Path
     assert run("--optimizer.eps=1e-300", "--train.max_steps=4").step == 4
     assert "taken" not in read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert {int(value) for key, value in checkpoint.load(tmp_path).state.optimizer.items() if key[0] == "t"} <= {1, 2}
+
+
+def stays_finite(name: str, weight: np.ndarray, gradient: np.ndarray, m: np.ndarray, v: np.ndarray) -> bool:
+    """Of a step of two parameters, the first an ordinary one."""
+    both = {"a": [np.full(3, 0.1)] * 4, "b": [weight, gradient, m, v]}
+    narrow = {key: [array.astype(np.float32) for array in of_one] for key, of_one in both.items()}
+    table = {key: ParameterSpec((3,), Constant(0.0), (None,)) for key in both}
+    moments = {f"{kind}.{key}": narrow[key][place] for key in both for kind, place in (("m", 2), ("v", 3))}
+    optimizer = importlib.import_module(f"kempnerforge_{name}.training.optimizer")
+    if name == "torch":
+        own = {key: torch.nn.Parameter(torch.from_numpy(narrow[key][0].copy())) for key in both}
+        built = optimizer.build_optimizer(own, table, OptimizerConfig())
+        optimizer.set_optimizer_state(built, own, moments, 4)
+        for key, parameter in own.items():
+            parameter.grad = torch.from_numpy(narrow[key][1].copy())
+        return bool(optimizer.stays_finite(built, 0.01))
+    own, gradients = ({key: jnp.asarray(narrow[key][place]) for key in both} for place in (0, 1))
+    built = optimizer.build_optimizer(own, table, OptimizerConfig())
+    state = optimizer.set_optimizer_state(built.init(own), moments, 4)
+    return bool(optimizer.stays_finite(built, gradients, state, own, jnp.float32(0.01)))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_step_stays_finite_only_if_every_element_of_every_tensor_does(name: str) -> None:
+    usual, zero = np.full(3, 0.1), np.zeros(3)
+    assert stays_finite(name, usual, usual, usual, usual)
+    assert stays_finite(name, usual, zero, zero, zero)
+    one = np.array([0.0, 1.0, 0.0])
+    assert not stays_finite(name, usual, zero, 1e35 * one, zero), "the step"
+    assert not stays_finite(name, usual, 1e25 * one, usual, usual), "the second moment"
+    assert not stays_finite(name, np.where(one, np.inf, 0.1), usual, usual, usual), "the weight"
+    assert not stays_finite(name, usual, np.where(one, np.nan, 0.1), usual, usual), "the gradient"
 
 
 @pytest.mark.parametrize("name", BACKENDS)

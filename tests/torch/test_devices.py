@@ -1,19 +1,28 @@
-"""Whatever a model makes on its way is on the device of its weights: run where there are no values, nor any CPU."""
+"""Whatever a model makes on its way is on the device of its weights: run where there are no values, nor any CPU. What
+is done on devices that tests may not have.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_module
 
+from kempnerforge_torch.model import grouped
 from kempnerforge_torch.model.generate import sample
+from kempnerforge_torch.model.init import init_from_table
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import build_vlm_wrapper
 from kempnerforge_torch.training.loss import cross_entropy, router_losses
+from kempnerforge_torch.training.train import Trainer
+from shared_config.contract.parameters import Normal, ParameterSpec
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vision import VisionEncoderConfig
@@ -44,6 +53,59 @@ IMAGES = {
 VISION = VisionEncoderConfig(type="vit", image_size=8, patch_size=4, feature_dim=12, n_heads=3, n_layers=1)
 IDS = torch.zeros(2, 5, dtype=torch.long, device=META)
 REAL = torch.ones(2, 5, dtype=torch.bool, device=META)
+
+
+class OnGPU:
+    """As much of a tensor as the choice of a kernel asks for."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, rows: int = 4, kind: str = "cuda"):
+        self.dtype, self.rows, self.device = dtype, rows, torch.device(kind)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def element_size(self) -> int:
+        """Bytes."""
+        return self.dtype.itemsize
+
+
+def test_the_grouped_kernel_is_used_for_what_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def has_kernel(x: Any, sizes: tuple[int, ...] = (16, 8), capability: int = 9, hip: str | None = None) -> bool:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+        monkeypatch.setattr(torch.version, "hip", hip)
+        return grouped._has_kernel(x, sizes)
+
+    assert has_kernel(OnGPU())
+    assert not any(
+        has_kernel(x) for x in (OnGPU(torch.float32), OnGPU(torch.float16), OnGPU(rows=0), OnGPU(kind="cpu"))
+    )
+    assert not has_kernel(OnGPU(), (16, 12))
+    assert not has_kernel(OnGPU(), capability=8)
+    assert not has_kernel(OnGPU(), hip="6")
+
+
+def test_a_trainer_waits_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    for kind in ("cpu", "cuda:1"):
+        trainer = object.__new__(Trainer)
+        trainer.device = torch.device(kind)
+        trainer._wait()
+    assert waited == [torch.device("cuda:1")]
+
+
+def test_sharded_weights_are_drawn_by_the_first_process(tmp_path: Path) -> None:
+    """In a group of one; that all get the same is for those of several."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        layer = torch.nn.Linear(50, 40, bias=False)
+        distribute_module(layer, mesh)
+        init_from_table(layer, {"weight": ParameterSpec((40, 50), Normal(0.5), (None, None))})
+        assert isinstance(layer.weight, DTensor)
+        assert layer.weight.full_tensor().std().item() == pytest.approx(0.5, rel=0.1)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def on_meta(build: Any, *arguments: Any, **options: Any) -> Any:
