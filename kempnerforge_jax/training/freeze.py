@@ -34,11 +34,14 @@ def freeze_params(model: nnx.Module, patterns: str | Sequence[str], *, frozen: b
     return flipped
 
 
-def apply_freeze_specs(model: nnx.Module, specs: Sequence[FreezeSpec], pattern_map: Mapping[str, str]) -> int:
+def apply_freeze_specs(
+    model: nnx.Module, specs: Sequence[FreezeSpec], pattern_map: Mapping[str, str | Sequence[str]]
+) -> int:
     """Make ``specs`` the only ones in force: what none of them freezes is thawed; later specs override earlier ones.
 
     Args:
-        pattern_map: module -> pattern of parameter names, ``vlm.module_patterns``.
+        pattern_map: module -> pattern or patterns of parameter names, ``vlm.module_patterns``. A spec's module may be a
+            pattern itself.
 
     Returns:
         number of elements whose state changed.

@@ -8,8 +8,10 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from shared_config.contract.parameters import ParameterTable
-from shared_config.schema.vlm import FreezeSpec, FreezeStage, VLMConfig
+from shared_config.schema.vlm import FreezeSpec, FreezeStage, VLMConfig, is_pattern
 
+Patterns = str | Sequence[str]
+"""Of names: one, or several."""
 MOMENTS, UPDATES = ("m", "v"), "t"
 
 
@@ -22,12 +24,12 @@ def effective_freeze(
     """The specs in force at an optimiser step (from 0): those of the last stage that has started, else ``base``.
 
     Raises:
-        ValueError: a spec, in force or not, of a module that is not among ``valid_modules``.
+        ValueError: a spec, in force or not, of a module that is no pattern, and not among ``valid_modules``.
     """
     if valid_modules is not None:
         allowed = sorted(valid_modules)
         for spec in (*base, *(spec for stage in schedule for spec in stage.specs)):
-            if spec.module not in allowed:
+            if spec.module not in allowed and not is_pattern(spec.module):
                 raise ValueError(f"freeze = {spec.module!r}: must be one of {', '.join(allowed)}")
     started = [stage for stage in schedule if stage.start_step <= step]
     return tuple(max(started, key=lambda stage: stage.start_step).specs if started else base)
@@ -42,16 +44,17 @@ def canonical_freeze_meta(specs: Sequence[FreezeSpec]) -> list[dict[str, str | b
     return [{"module": module, "frozen": True} for module in sorted(last) if last[module]]
 
 
-def frozen_names(names: Iterable[str], specs: Sequence[FreezeSpec], pattern_map: Mapping[str, str]) -> set[str]:
+def frozen_names(names: Iterable[str], specs: Sequence[FreezeSpec], pattern_map: Mapping[str, Patterns]) -> set[str]:
     """The names that are frozen under ``specs``; where several match a name, the last counts.
 
     Args:
-        pattern_map: module -> pattern of parameter names (* and ? as in file names), ``vlm.module_patterns``.
+        pattern_map: module -> pattern or patterns of parameter names (* and ? as in file names),
+            ``vlm.module_patterns``.
     """
     patterns = [(pattern_of(spec, pattern_map), spec.frozen) for spec in specs]
     frozen = set()
     for name in names:
-        found = [is_frozen for pattern, is_frozen in patterns if fnmatchcase(name, pattern)]
+        found = [is_frozen for pattern, is_frozen in patterns if matches(name, pattern)]
         if found and found[-1]:
             frozen.add(name)
     return frozen
@@ -61,7 +64,7 @@ def never_trained(
     names: Iterable[str],
     base: Sequence[FreezeSpec],
     schedule: Sequence[FreezeStage],
-    pattern_map: Mapping[str, str],
+    pattern_map: Mapping[str, Patterns],
 ) -> set[str]:
     """The names that are frozen from the first step to the last: an optimiser needs no moments of them."""
     names = list(names)
@@ -94,17 +97,19 @@ def moments_under(
     return kept | zeros | {f"{UPDATES}.{name}": np.zeros((), np.int32) for name in fresh}
 
 
-def pattern_of(spec: FreezeSpec, pattern_map: Mapping[str, str]) -> str:
-    """The pattern of a spec's module.
+def pattern_of(spec: FreezeSpec, pattern_map: Mapping[str, Patterns]) -> Patterns:
+    """The pattern or patterns of a spec's module, which may be a pattern itself.
 
     Raises:
         ValueError: a module without a pattern.
     """
     if spec.module not in pattern_map:
+        if is_pattern(spec.module):
+            return spec.module
         raise ValueError(f"freeze = {spec.module!r}: must be one of {', '.join(sorted(pattern_map))}")
     return pattern_map[spec.module]
 
 
-def matches(name: str, patterns: str | Sequence[str]) -> bool:
+def matches(name: str, patterns: Patterns) -> bool:
     """Whether a parameter's name fits one of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns))

@@ -108,7 +108,7 @@ Item = TypeVar("Item")
 Items = Annotated[tuple[Item, ...], BeforeValidator(_as_tuple)]
 Pair = Annotated[tuple[Item, Item], BeforeValidator(_as_tuple)]
 CountByName = Annotated[Mapping[str, PositiveInt], AfterValidator(FrozenDict)]
-TextByName = Annotated[Mapping[str, str], AfterValidator(FrozenDict)]
+TextsByName = Annotated[Mapping[str, str | Items[str]], AfterValidator(FrozenDict)]
 
 
 def problems_of(error: pydantic.ValidationError, prefix: str = "") -> list[str]:

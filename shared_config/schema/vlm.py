@@ -26,18 +26,21 @@ from shared_config.schema.base import (
     Items,
     PositiveInt,
     Section,
-    TextByName,
+    TextsByName,
     entry,
     section,
 )
 from shared_config.schema.model import ModelConfig
 
 DEFAULT_PATTERNS = {"vision_encoder": "vision_encoder.*", "adapter": "adapter.*", "transformer": "transformer.*"}
+PATTERN_CHARACTERS = "*?["
 
 
 @entry
 class FreezeSpec(Section):
-    """Freeze (or, ``frozen=False``, thaw) the parameters of a module named in ``module_patterns``."""
+    """Freeze (or, ``frozen=False``, thaw) the parameters of a module named in ``module_patterns``, or those whose names
+    fit ``module``, a pattern itself (* and ? as in file names).
+    """
 
     module: str
     frozen: bool = True
@@ -51,6 +54,16 @@ class FreezeStage(Section):
     specs: Items[Annotated[FreezeSpec, NESTED]] = ()
 
 
+def is_pattern(module: str) -> bool:
+    """Whether what names a module is a pattern of parameters' names."""
+    return any(character in module for character in PATTERN_CHARACTERS)
+
+
+def default_patterns(**own: str | tuple[str, ...]) -> Any:
+    """The field ``module_patterns`` of an architecture, with the patterns of its own parts."""
+    return Field(default_factory=lambda: FrozenDict({**DEFAULT_PATTERNS, **own}))
+
+
 _ARCHITECTURES: dict[str, type[VLMConfig]] = named_table()
 
 
@@ -62,7 +75,7 @@ class VLMConfig(Section):
     max_text_len: Annotated[PositiveInt, KEEPS_FUNCTION] = 512
     freeze: Annotated[Items[Annotated[FreezeSpec, NESTED]], KEEPS_FUNCTION] = (FreezeSpec("vision_encoder"),)
     freeze_schedule: Annotated[Items[Annotated[FreezeStage, NESTED]], KEEPS_FUNCTION] = ()
-    module_patterns: Annotated[TextByName, KEEPS_FUNCTION] = Field(default_factory=lambda: FrozenDict(DEFAULT_PATTERNS))
+    module_patterns: Annotated[TextsByName, KEEPS_FUNCTION] = default_patterns()
 
     image_tokens_in_stream: ClassVar[bool] = True
     uses_model_fields: ClassVar[tuple[str, ...]] = ()
@@ -142,7 +155,9 @@ class VLMConfig(Section):
             yield f"freeze_schedule = start steps {stages}: must be strictly increasing"
         specs = [*self.freeze, *(spec for stage in self.freeze_schedule for spec in stage.specs)]
         for module in sorted({spec.module for spec in specs} - set(self.module_patterns)):
-            yield f"freeze = {module!r}: must be a key of module_patterns ({', '.join(self.module_patterns)})"
+            if not is_pattern(module):
+                known = ", ".join(self.module_patterns)
+                yield f"freeze = {module!r}: must be a key of module_patterns ({known}), or a pattern with a *"
 
 
 @section
@@ -157,6 +172,9 @@ class CrossAttentionConfig(VLMConfig, arch="cross_attention"):
     """Text attends to image features in extra blocks, one after every n-th layer."""
 
     arch: Literal["cross_attention"] = "cross_attention"
+    module_patterns: Annotated[TextsByName, KEEPS_FUNCTION] = default_patterns(
+        cross_attention="transformer.cross_attention_layers.*"
+    )
     cross_attention_every_n_layers: PositiveInt = 4
     cross_attention_n_heads: Count = 0
     cross_attention_n_kv_heads: Count = 0
@@ -204,6 +222,9 @@ class MoTConfig(VLMConfig, arch="mot"):
     """Mixture of transformers (Liang et al. 2024, arXiv:2411.04996): own weights per modality, one joint attention."""
 
     arch: Literal["mot"] = "mot"
+    module_patterns: Annotated[TextsByName, KEEPS_FUNCTION] = default_patterns(
+        mot=("transformer.layers.*", "transformer.mot_norms.*")
+    )
     mot_modalities: Items[str] = ("image", "text")
     mot_image_n_heads: Count = 0
     mot_image_n_kv_heads: Count = 0
@@ -250,6 +271,9 @@ class MoMaConfig(VLMConfig, arch="moma"):
     """Mixture of modality-aware experts (Lin et al. 2024, arXiv:2407.21770): expert choice within each modality."""
 
     arch: Literal["moma"] = "moma"
+    module_patterns: Annotated[TextsByName, KEEPS_FUNCTION] = default_patterns(
+        moma="transformer.layers.*.mlp.experts.*"
+    )
     moma_modalities: Items[str] = ("image", "text")
     moma_experts_per_modality: CountByName = Field(default_factory=lambda: FrozenDict({"image": 4, "text": 4}))
     moma_capacity_factor: Fraction = 0.0

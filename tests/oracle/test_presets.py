@@ -290,7 +290,13 @@ SHARED_VLM: dict[str, Any] = {
     "max_text_len": 512,
     "freeze": (FreezeSpec("vision_encoder"),),
     "freeze_schedule": (),
-    "module_patterns": {name: f"{name}.*" for name in ("vision_encoder", "adapter", "transformer")},
+}
+PATTERNS = {name: f"{name}.*" for name in ("vision_encoder", "adapter", "transformer")}
+OWN_PATTERNS: dict[str, dict[str, Any]] = {
+    "joint_decoder": {},
+    "cross_attention": {"cross_attention": "transformer.cross_attention_layers.*"},
+    "mot": {"mot": ("transformer.layers.*", "transformer.mot_norms.*")},
+    "moma": {"moma": "transformer.layers.*.mlp.experts.*"},
 }
 VLM_DEFAULTS: dict[str, dict[str, Any]] = {
     "joint_decoder": {},
@@ -326,5 +332,6 @@ def test_defaults_are_as_stated(section: str) -> None:
 def test_defaults_of_an_architecture_are_as_stated(arch: str) -> None:
     found = VLMConfig.for_arch(arch)
     values = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-    assert values == {"arch": arch, **SHARED_VLM, **VLM_DEFAULTS[arch]}
+    patterns = {**PATTERNS, **OWN_PATTERNS[arch]}
+    assert values == {"arch": arch, **SHARED_VLM, "module_patterns": patterns, **VLM_DEFAULTS[arch]}
     assert FreezeSpec("adapter") == FreezeSpec("adapter", frozen=True)

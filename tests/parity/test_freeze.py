@@ -16,7 +16,19 @@ from kempnerforge_torch.model.vlm import build_vlm_wrapper as build_torch
 from kempnerforge_torch.training import freeze as torch_freeze
 from shared_config.contract.freeze import canonical_freeze_meta, effective_freeze, frozen_names, moments_under
 from shared_config.contract.parameters import Constant, ParameterSpec
-from shared_config.schema import FreezeSpec, FreezeStage, JointDecoderConfig, ModelConfig, VisionEncoderConfig
+from shared_config.contract.vision import wrapper_table
+from shared_config.errors import ConfigError
+from shared_config.schema import (
+    AdapterConfig,
+    CrossAttentionConfig,
+    FreezeSpec,
+    FreezeStage,
+    JointDecoderConfig,
+    ModelConfig,
+    MoMaConfig,
+    MoTConfig,
+    VisionEncoderConfig,
+)
 from shared_config.schema.vlm import DEFAULT_PATTERNS
 
 MODEL = ModelConfig(dim=20, n_layers=2, n_heads=5, vocab_size=37, ffn_hidden_dim=26, max_seq_len=32)
@@ -125,3 +137,40 @@ def test_moments_follow_what_is_frozen_when_a_run_goes_on() -> None:
         assert (fresh.dtype, fresh.shape, fresh.any()) == (dtype, shape, False)
     assert moments_under(None, table, trained) == trained
     assert moments_under(JOINT, table, {}) == {}
+
+
+OWN_PARTS = {
+    "cross_attention": (
+        CrossAttentionConfig(max_text_len=8, cross_attention_every_n_layers=2),
+        "cross_attention_layers.",
+    ),
+    "mot": (MoTConfig(max_text_len=8), "layers.", "mot_norms."),
+    "moma": (MoMaConfig(max_text_len=8), "layers.0.mlp.experts.", "layers.1.mlp.experts."),
+}
+
+
+@pytest.mark.parametrize("arch", OWN_PARTS)
+def test_an_architecture_has_a_name_for_its_own_parts(arch: str) -> None:
+    vlm, *parts = OWN_PARTS[arch]
+    vlm = vlm.replace(freeze=[FreezeSpec(arch)])
+    names = list(wrapper_table(MODEL, vlm, AdapterConfig(), VISION, 12))
+    expected = {name for name in names if name.startswith(tuple(f"transformer.{part}" for part in parts))}
+    assert expected
+    assert frozen_names(names, vlm.freeze, vlm.module_patterns) == expected
+    with pytest.raises(ConfigError, match=f"freeze = '{arch}': must be a key of module_patterns"):
+        JointDecoderConfig(freeze=(FreezeSpec(arch),))
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_patterns_may_be_several_or_stand_for_themselves(backend: tuple[Any, Any], kind: Any) -> None:
+    model, freeze = backend
+    several = {"both": kind(["adapter.proj1.*", "adapter.proj2.bias"])}
+    vlm = JointDecoderConfig(
+        freeze=kind([FreezeSpec("both"), FreezeSpec("adapter.*.bias", False)]), module_patterns=several
+    )
+    assert freeze.effective_freeze(0, vlm.freeze, (), vlm.module_patterns) == vlm.freeze
+    for patterns in (several, vlm.module_patterns):
+        freeze.apply_freeze_specs(model, kind(vlm.freeze), patterns)
+        assert freeze.frozen_parameters(model) == {"adapter.proj1.weight"}
+    freeze.apply_freeze_specs(model, [], {})
+    assert freeze.freeze_params(model, kind(["adapter.proj1.bias", "adapter.proj2.*"])) == 20 + 20 * 20 + 20
