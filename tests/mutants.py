@@ -20,10 +20,12 @@ from types import ModuleType
 from typing import TypeVar
 
 import pytest
+from hypothesis import settings
 
 BACKENDS = ("torch", "jax")
 KILLED, SURVIVED = "killed", "survived"
 Check = Callable[[str], object]
+Bug = TypeVar("Bug")
 Result = TypeVar("Result")
 
 
@@ -350,6 +352,14 @@ def verdict(mutant: Mutant, backend: str, checks: Iterable[Check]) -> str:
 def mutants_in(mutants: Iterable[Mutant], backend: str) -> list[Mutant]:
     """Those that a backend has."""
     return [mutant for mutant in mutants if getattr(mutant, backend) is not None]
+
+
+def of_this_run(bugs: Sequence[Bug], backend: str, every: int) -> Sequence[Bug]:
+    """All that are planted in PyTorch. Of JAX, which compiles anew for each of them, every second, third, ... one; all
+    under HYPOTHESIS_PROFILE=nightly.
+    """
+    is_nightly = settings.get_current_profile_name() == "nightly"
+    return bugs if backend == "torch" or is_nightly else bugs[::every]
 
 
 def not_killed(mutants: Iterable[Mutant], backend: str, checks: Mapping[str, Sequence[Check]]) -> dict[str, str]:

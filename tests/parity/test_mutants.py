@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 
 from shared_config.contract.initialise import initial_values
 from shared_config.contract.parameters import parameter_table
@@ -33,6 +32,7 @@ from tests.mutants import (
     mutants_in,
     mutated_source,
     not_killed,
+    of_this_run,
     planted,
     verdict,
 )
@@ -342,12 +342,8 @@ ALL_CHECKS = tuple(
 def test_every_mutant_is_killed_and_the_unchanged_backend_raises_no_alarm(
     backend: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """In JAX every second mutant; all of them under HYPOTHESIS_PROFILE=nightly, for each of them has operations to
-    compile.
-    """
-    mutants = mutants_in(ALL_MUTANTS, backend)
-    if backend == "jax" and settings.get_current_profile_name() != "nightly":
-        mutants = mutants[::2]
+    """In JAX every second mutant; all of them under HYPOTHESIS_PROFILE=nightly."""
+    mutants = of_this_run(mutants_in(ALL_MUTANTS, backend), backend, every=2)
     alarms, survivors, accidents = in_a_process(survey, backend, mutants)
     count = len(mutants)
     killed = count - len(survivors) - len(accidents)
