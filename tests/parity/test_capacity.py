@@ -123,9 +123,13 @@ def mot_block(backend: Any, router: str, factor: float, top_k: int, packed: bool
 
 
 def called(backend: Any, block: Any, x: np.ndarray, layout: Any, valid: np.ndarray | None) -> tuple[Any, Any]:
-    ones, zeros = (backend.array(make((x.shape[1], 2))) for make in (np.ones, np.zeros))
     mask = None if valid is None else backend.array(valid)
-    return backend.numpy(block.run(backend.array(x), (ones, zeros), layout=layout, key_padding_mask=mask))[:2]
+
+    def run(*given: Any) -> Any:
+        x, *rotations = given
+        return tuple(block.run(x, tuple(rotations), layout=layout, key_padding_mask=mask)[:2])
+
+    return backend.run(run, x, *(make((x.shape[1], 2)) for make in (np.ones, np.zeros)))
 
 
 @on_both
