@@ -159,7 +159,9 @@ MOE_MUTANTS = (
     Mutant(
         "training.train", "losses of checkpointed blocks without a gradient",
         ("return wrapper(forward, *args, **kwargs)",
-         "x, stats = wrapper(forward, *args, **kwargs)\n        return x, type(stats)(*(s.detach() for s in stats))"),
+         "output = wrapper(forward, *args, **kwargs)\n"
+         "        stats = type(output.stats)(*(s.detach() for s in output.stats))\n"
+         "        return output._replace(stats=stats)"),
         None,
     ),
     Mutant(

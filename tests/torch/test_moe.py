@@ -22,6 +22,7 @@ from kempnerforge_torch.model.looped import LOOPED_MOE, looped_moe
 from kempnerforge_torch.model.moe import MoEMLP, build_moe
 from kempnerforge_torch.model.router import SigmoidTopKRouter, TopKRouter
 from kempnerforge_torch.model.state import set_state
+from kempnerforge_torch.model.stats import BlockOutput
 from kempnerforge_torch.registry import registry
 from kempnerforge_torch.training.train import checkpoint_activations
 from shared_config.contract.parameters import parameter_table
@@ -237,9 +238,10 @@ def test_layers_in_nested_containers_count() -> None:
     other: Any = model.layers["3"].mlp
     block.mlp = nn.ModuleDict({"image": block.mlp, "text": copy.deepcopy(other)})
 
-    def forward(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, dict[str, Any]]:
+    def forward(x: Tensor, *_: Any, **__: Any) -> BlockOutput:
         outputs = {name: mlp(x, return_stats=True) for name, mlp in block.mlp.items()}
-        return x + sum(out for out, _ in outputs.values()), {name: stats for name, (_, stats) in outputs.items()}
+        stats = {name: stats for name, (_, stats) in outputs.items()}
+        return BlockOutput(x + sum(out for out, _ in outputs.values()), stats)
 
     block.forward = forward
     model(tokens_of())
