@@ -76,6 +76,9 @@ def plant(tree: Path, mutation: Mutation, recorded: Record, killers: Counter[str
             names = [name for name, _ in tests]
             files = list(dict.fromkeys(name.partition("::")[0] for name in names))
             said = run_tests(tree, files, Reporter(names), 60 + 10 * sum(took for _, took in tests))
+            while said.get("failure") and _passes_alone(tree, said["failure"]["test"]):
+                names.remove(said["failure"]["test"])
+                said = run_tests(tree, files, Reporter(names), 60 + 10 * sum(took for _, took in tests))
             if said.get("hangs") or said.get("dies"):
                 return {"status": "hang" if "hangs" in said else "error", "tests": len(chosen)}
             if said["failure"]:
@@ -87,6 +90,12 @@ def plant(tree: Path, mutation: Mutation, recorded: Record, killers: Counter[str
         file.write_bytes(source)
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     return {"status": "survived" if chosen else "not covered", "tests": len(chosen)}
+
+
+def _passes_alone(tree: Path, test: str) -> bool:
+    """Whether a test that failed among those of other files passes without them: then it is they that made it fail."""
+    said = run_tests(tree, [test.partition("::")[0]], Reporter([test]), 600)
+    return said.get("status") == 0 and not said["failure"]
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

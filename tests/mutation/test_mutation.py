@@ -130,7 +130,7 @@ runs.LIBRARIES, runs.PACKAGES = (), ("shared_config",)
 runs.ROOT = selection.ROOT = __main__.ROOT = tree
 selection.FILE = tree / "record.json"
 runs.prepare(tree)
-recorded = selection.record(tree, ["tests/test_a.py"], 60)
+recorded = selection.record(tree, ["tests/test_a.py", "tests/test_b.py", "tests/test_c.py"], 60)
 source = (tree / "shared_config/a.py").read_bytes()
 for mutation in mutations_of("shared_config/a.py", source):
     if mutation.after not in sys.argv[2:]:
@@ -150,6 +150,9 @@ def g(x):
 
 def h(x):
     return x * 7
+
+def k(x):
+    return x * 3 # k
 """,
     "tests/__init__.py": "",
     "tests/conftest.py": "",
@@ -165,6 +168,22 @@ def test_g():
 def test_broken():
     assert a.f(1) == 3
 """,
+    "tests/test_b.py": """
+from shared_config import a
+from tests import test_a
+
+def test_alone():
+    a.h(2)
+    assert not hasattr(test_a, "spoilt")
+""",
+    "tests/test_c.py": """
+from shared_config import a
+from tests import test_a
+test_a.spoilt = True
+
+def test_beside():
+    a.h(2)
+""",
 }
 
 
@@ -176,7 +195,8 @@ def test_a_failed_assertion_and_a_crash_kill_and_are_told_apart(tmp_path: Path) 
         "return x - 1": "assertion",
         "return x # g": "error",
         "return x // 3 # g": "survived",
-        "return x * 8": "not covered",
+        "return x * 8": "survived",
+        "return x # k": "not covered",
     }
     command = [sys.executable, "-c", END_TO_END, str(tmp_path), *expected]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -80,3 +80,14 @@ def test_tokens_have_two_axes(backend: Torch, shape: tuple[int, ...]) -> None:
     model = backend.build(backend.module("model.transformer").Transformer, config, dtype="float32")
     with pytest.raises(ValueError, match=r"tokens\.shape = .*: must be \(batch, length\)"):
         model(backend.array(np.zeros(shape, np.int32)))
+
+
+@on_both
+def test_a_stage_without_embedding_takes_the_stream_and_no_tokens(backend: Torch) -> None:
+    config = ModelConfig(dim=4, n_layers=1, n_heads=1, vocab_size=5, ffn_hidden_dim=4, max_seq_len=4)
+    model = backend.build(backend.module("model.transformer").Transformer, config, dtype="float32")
+    model.token_embedding = None
+    with pytest.raises(ValueError, match=r"tokens\.dtype = .*int32: a stage without embedding takes the stream"):
+        model(backend.array(np.zeros((1, 2, 4), np.int32)))
+    with pytest.raises(ValueError, match=r"tokens\.shape = \(1, 2\): must be \(batch, length, dim\)"):
+        model(backend.array(np.zeros((1, 2), np.float32)))
