@@ -97,7 +97,7 @@ def test_fields_of_one_backend_are_few(backend: str) -> None:
             "shared_config/training/profiling.py",
             {("ProfilingConfig", name) for name in ("start_step", "end_step", "dir")},
         ),
-        ("shared_config/data/images.py", {("VideoConfig", "sampling_policy")}),
+        ("shared_config/data/image_sources.py", {("VideoConfig", "sampling_policy")}),
         ("shared_config/data/media.py", {("VideoConfig", "fps")}),
         ("shared_config/contract/schedule.py", {("SchedulerConfig", name) for name in ("name", "min_lr_ratio")}),
         ("shared_config/contract/rope.py", {("RopeScaling", name) for name in ("type", "beta_fast", "beta_slow")}),
