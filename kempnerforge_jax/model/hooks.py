@@ -111,6 +111,7 @@ class ActivationStore:
 
     @property
     def enabled(self) -> bool:
+        """Whether outputs are being captured."""
         return self._enabled
 
     @property

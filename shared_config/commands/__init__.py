@@ -18,11 +18,17 @@ class Command(Protocol):
     """What a module of this package provides."""
 
     @property
-    def HELP(self) -> str: ...
+    def HELP(self) -> str:
+        """One line, for the list of commands."""
+        ...
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's own options."""
+        ...
 
-    def run(self, options: argparse.Namespace, overrides: Sequence[str]) -> int: ...
+    def run(self, options: argparse.Namespace, overrides: Sequence[str]) -> int:
+        """Do it, under the overrides of the config. Returns the exit status."""
+        ...
 
 
 def __getattr__(name: str) -> Any:

@@ -106,6 +106,7 @@ class PipedConsole(Console):
     """A console whose closed pipe is a BrokenPipeError, as with print, and not the end of the process."""
 
     def on_broken_pipe(self) -> None:
+        """Let whoever runs the command deal with a reader that is gone."""
         raise
 
 

@@ -23,6 +23,7 @@ DIFFERENT = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own options."""
     parser.add_argument("a", metavar="A", help="a trace")
     parser.add_argument("b", metavar="B", help="a trace of the same config and seed")
     parser.add_argument("--truth", metavar="FILE", help="a float64 trace that both are measured against")
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Do it, under the overrides of the config. Returns the exit status."""
     if overrides:
         raise UserError(f"{overrides[0]}: compare takes no config; the traces hold theirs")
     report, numbers = (None if path is None else writable_file(path) for path in (options.report, options.json))

@@ -33,6 +33,7 @@ FORMATS = ("native", "huggingface")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own options."""
     parser.add_argument(
         "source", metavar="SOURCE", help="a Hugging Face folder, native weights (file or folder), or a training run"
     )
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Do it, under the overrides of the config. Returns the exit status."""
     source = read_source(Path(options.source), options.config, overrides)
     target = options.to or ("native" if source.kind == "huggingface" else "huggingface")
     tokenizer = tokens_of(Path(options.source), source.config)

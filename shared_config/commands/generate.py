@@ -26,6 +26,7 @@ HELP = "continue a prompt, streamed to the terminal; the speed is shown at the e
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own options."""
     add_config(parser)
     add_backend(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Do it, under the overrides of the config. Returns the exit status."""
     config = load_config(options.config, overrides)
     config.validate(world_size=1)
     check_architecture(config.vlm)

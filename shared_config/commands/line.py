@@ -28,6 +28,11 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are `UserError`."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print.
+
+        Raises:
+            UserError: always.
+        """
         raise UserError(f"{message}; see {self.prog} --help")
 
 

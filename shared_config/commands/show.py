@@ -35,6 +35,7 @@ PREFIXES = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own options."""
     add_config(parser, optional=True)
     parser.add_argument("--schema", action="store_true", help="print the JSON Schema of config files instead")
     parser.add_argument(
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Do it, under the overrides of the config. Returns the exit status."""
     if options.schema:
         print(json.dumps(json_schema(), indent=2))
         return 0

@@ -36,6 +36,7 @@ HELP = "write every activation, gradient and loss of one step to a file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own options."""
     add_config(parser)
     add_backend(parser)
     parser.add_argument("--output", required=True, metavar="FILE", help="the trace, a .safetensors file")
@@ -84,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Do it, under the overrides of the config. Returns the exit status."""
     config = load_job(options, overrides)
     output = writable_file(options.output)
     which = options.weights or (None if options.shrink else folder_of(options.config)) or WEIGHTS[0]

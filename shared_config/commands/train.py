@@ -16,6 +16,7 @@ HELP = "train with one backend; a run started again in the same folder resumes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own options."""
     add_config(parser)
     add_backend(parser)
     parser.add_argument("--output", metavar="DIR", help="folder of the run, the same as --checkpoint.dir")
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Do it, under the overrides of the config. Returns the exit status."""
     given = [*overrides, *([] if options.output is None else [f"--checkpoint.dir={options.output}"])]
     overridden = overridden_fields(given)
     folder = folder_of(options.config)

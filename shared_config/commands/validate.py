@@ -54,6 +54,7 @@ MEMORY_INFO = Path("/proc/meminfo")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own options."""
     add_config(parser)
     parser.add_argument("--report", metavar="FILE", help="also write an HTML page")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"comma-separated (default: {','.join(DTYPES)})")
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Do it, under the overrides of the config. Returns the exit status."""
     config = load_job(options, overrides)
     dtypes = read_dtypes(options.dtypes)
     report = None if options.report is None else writable_file(options.report)

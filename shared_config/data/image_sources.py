@@ -245,5 +245,6 @@ def _files(row: Mapping[str, Any]) -> list[str]:
 
 
 def is_held_out_row(row: Mapping[str, Any], fraction: float) -> bool:
+    """Whether a row of metadata.jsonl goes to the held-out share: by a hash of its files and texts."""
     name = json.dumps(_files(row) or row["text"])
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < fraction * 2**64

@@ -61,7 +61,7 @@ class Tokenizer(Protocol):
         ...
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """A byte is a token. Ids 256 and 257 begin and end a document; larger ones, which a model may have, give U+FFFD.
 
     With an ``eos`` of one's own, documents have no id that begins them.
@@ -99,7 +99,7 @@ class ByteTokenizer:
         return decoder.decode(b"", final=True) + ("" if token in (BOS, EOS, self.eos) else "\ufffd")
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Tokenizer):
     """The ``tokenizer.json`` of a local folder.
 
     ``tokenizer_config.json`` names ``eos`` and ``bos``; the latter begins documents and prompts if the post-processor

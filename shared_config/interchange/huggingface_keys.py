@@ -187,6 +187,7 @@ def _required(content: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def missing_keys(content: Mapping[str, Any]) -> Iterator[str]:
+    """What is said of each size that the content lacks."""
     for key in _required(content):
         if not isinstance(content.get(key), int):
             yield f"{key} = {content.get(key)!r}: must be a number"
@@ -237,6 +238,7 @@ def uneven_layers(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def layer_kinds(content: Mapping[str, Any]) -> list[str] | None:
+    """The attention of each layer; None where the content does not list it."""
     kinds = content.get("layer_types")
     return None if kinds is None else ["full_attention" if kind == "attention" else kind for kind in kinds]
 
@@ -251,6 +253,7 @@ def declared_window(content: Mapping[str, Any]) -> int | None:
 
 
 def num_experts(content: Mapping[str, Any]) -> Any:
+    """Number of experts, under whichever of its two names."""
     return content.get("num_experts", content.get("num_local_experts"))
 
 
@@ -276,4 +279,5 @@ def _scaling_problems(rope: Mapping[str, Any]) -> Iterator[str]:
 
 
 def rope_type(rope: Mapping[str, Any]) -> str:
+    """The kind of rotary scaling, under its old or new name."""
     return rope.get("rope_type", rope.get("type", "default"))

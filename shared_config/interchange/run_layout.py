@@ -88,6 +88,7 @@ def remove(path: Path) -> None:
 
 
 def hidden(final: Path, suffix: str) -> Path:
+    """Where the folder of a checkpoint stands while it is written, or before it is removed."""
     return final.with_name(f".{final.name}.{suffix}")
 
 
@@ -124,6 +125,11 @@ def _newest_whole(folder: Path) -> Path | None:
 
 
 def read_state(file: Path) -> dict[str, Any]:
+    """The content of a state file, its config in today's terms.
+
+    Raises:
+        UserError: it can't be read, is corrupt, or is of a newer format.
+    """
     try:
         fields = parse_json(read_text(file, MAX_JSON_BYTES))
     except (UserError, ValueError) as error:
@@ -138,8 +144,10 @@ def read_state(file: Path) -> dict[str, Any]:
 
 
 def advice(file: Path) -> str:
+    """How to go on without the checkpoint of a file."""
     return f"; remove {file.parent} to go on from the checkpoint before it"
 
 
 def checksum(fields: dict[str, Any]) -> str:
+    """SHA-256 of a state's fields."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -72,7 +72,9 @@ class HasShape(Protocol):
     """What the parameter table says of a tensor, as far as loading is concerned."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+        ...
 
 
 def save_weights(

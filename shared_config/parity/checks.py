@@ -143,6 +143,7 @@ def unrecorded(check: str, traces: Sequence[Trace], expected: Sequence[str]) -> 
 
 
 def no_jobs(plan: Plan, backend: str) -> list[list[str]]:
+    """The jobs of a check that reads what others recorded."""
     return []
 
 

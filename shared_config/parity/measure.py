@@ -29,6 +29,7 @@ class Measured:
 
 
 def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
     return not tensor.nonfinite_hash if isinstance(tensor, Summary) else bool(np.isfinite(as_float64(tensor)).all())
 
 
@@ -69,6 +70,7 @@ def _block_maxima(table: np.ndarray, blocks: int) -> np.ndarray:
 
 
 def measure(value: Tensor, reference: Tensor) -> Measured:
+    """The distance of a tensor from its reference: exact, or estimated where either is summarised."""
     if isinstance(value, Summary) or isinstance(reference, Summary):
         return estimate(summary_of(value), summary_of(reference))
     found = difference(value, reference)
@@ -76,6 +78,7 @@ def measure(value: Tensor, reference: Tensor) -> Measured:
 
 
 def estimate(value: Summary, reference: Summary) -> Measured:
+    """The distance of two summaries, from their sketches."""
     if value.nonfinite_hash != reference.nonfinite_hash:
         return Measured(math.inf, reference.rms, 1, None, estimated=True)
     apart = value.sketch - reference.sketch
@@ -86,22 +89,27 @@ def estimate(value: Summary, reference: Summary) -> Measured:
 
 
 def summary_of(tensor: Tensor) -> Summary:
+    """A tensor, summarised."""
     return tensor if isinstance(tensor, Summary) else summarize(tensor)
 
 
 def dtype_of(tensor: Tensor) -> str:
+    """Name of the dtype."""
     return tensor.dtype if isinstance(tensor, Summary) else tensor.dtype.name
 
 
 def floats(tensor: Tensor) -> bool:
+    """Whether the values are floating-point numbers."""
     return bool(tensor.sketch.size) if isinstance(tensor, Summary) else is_floating(tensor.dtype)
 
 
 def first_true(flags: np.ndarray) -> tuple[int, ...]:
+    """Indices of the first True."""
     return tuple(int(i) for i in np.unravel_index(int(np.argmax(flags)), flags.shape))
 
 
 def value_at(tensor: Tensor | None, position: tuple[int, ...] | None) -> float | None:
+    """A value of a tensor that is there whole; None otherwise."""
     if position is None or not isinstance(tensor, np.ndarray) or not tensor.size:
         return None
     return float(tensor[position])

@@ -263,6 +263,7 @@ def _with_logits(only: Sequence[str], config: JobConfig) -> tuple[str, ...]:
 
 
 def routing_names(modules: Iterable[str], fields: Sequence[str]) -> Iterator[str]:
+    """Names of what the routers among the modules decide, in a trace."""
     for module in modules:
         found = ROUTER.fullmatch(module)
         if found:
@@ -275,6 +276,7 @@ def _listed(layers: tuple[int, ...] | None) -> list[int] | None:
 
 
 def pixels(config: JobConfig, batch_size: int, seed: int) -> np.ndarray | None:
+    """Drawn pixels that fit the encoder of a job; None for a text model."""
     if config.vlm is None or config.vision_encoder is None:
         return None
     side = picture_format(config.vision_encoder, config.video).side

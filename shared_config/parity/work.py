@@ -164,6 +164,7 @@ def unpadded(batch: Batch) -> dict[str, np.ndarray]:
 
 
 def scenario_pixels(work: Work, rows: int) -> np.ndarray | None:
+    """Drawn pixels for some rows; None for a text model."""
     config = work.config
     if config.vlm is None or config.vision_encoder is None:
         return None

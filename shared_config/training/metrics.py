@@ -33,13 +33,17 @@ class Logger(Protocol):
     all the same.
     """
 
-    def write(self, step: int, record: Record) -> None: ...
+    def write(self, step: int, record: Record) -> None:
+        """Take the record of a step."""
+        ...
 
     def sync(self) -> None:
         """Make sure that what was written outlives the process and, for files, the machine."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End what was begun."""
+        ...
 
 
 @contextmanager
@@ -90,15 +94,18 @@ class JsonLinesLogger:
             self._stream = file.open("ab", buffering=0)
 
     def write(self, step: int, record: Record) -> None:
+        """Append a line."""
         self._unwritten += json.dumps({"step": step, **record}, allow_nan=False).encode() + b"\n"
         self._write_all()
 
     def sync(self) -> None:
+        """Make sure that the lines are on the disk."""
         self._write_all()
         with self._errors():
             os.fsync(self._stream.fileno())
 
     def close(self) -> None:
+        """Sync, and let go of the file."""
         try:
             self._write_all()
         finally:
@@ -125,14 +132,17 @@ class TensorBoardLogger:
             self._writer = Writer(str(make_folder(folder)))
 
     def write(self, step: int, record: Record) -> None:
+        """Add a scalar for each number."""
         for name, value in record.items():
             if value is not None:
                 self._writer.add_scalar(name, value, step)
 
     def sync(self) -> None:
+        """Write what is buffered."""
         self._writer.flush()
 
     def close(self) -> None:
+        """Write what is buffered, and let go of the file."""
         self._writer.close()
 
 
@@ -153,12 +163,14 @@ class WandbLogger:
         self._run = wandb.init(project=project, dir=str(folder), id=name, resume="allow", config=config_to_dict(config))
 
     def write(self, step: int, record: Record) -> None:
+        """Send the numbers."""
         self._run.log(dict(record), step=step)
 
     def sync(self) -> None:
         """Nothing: the service's own process has the records already."""
 
     def close(self) -> None:
+        """Finish the run."""
         self._run.finish()
 
 

@@ -18,6 +18,7 @@ class OutlivingFile(io.FileIO):
     """A terminal; what is written once it is gone is dropped."""
 
     def write(self, data: Buffer, /) -> int:
+        """Write, unless the reader is gone."""
         try:
             return super().write(data)
         except OSError as error:

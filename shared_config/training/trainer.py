@@ -70,14 +70,22 @@ class TrainingData(Protocol):
     tokens_per_batch: int
 
     @property
-    def notes(self) -> Sequence[str]: ...
+    def notes(self) -> Sequence[str]:
+        """What a user should know of the data, a line each."""
+        ...
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Changes whenever the batches do."""
+        ...
 
-    def batch(self, index: int) -> Batch: ...
+    def batch(self, index: int) -> Batch:
+        """The batch of an index: the same arrays whoever asks."""
+        ...
 
-    def heldout(self) -> Sequence[Batch]: ...
+    def heldout(self) -> Sequence[Batch]:
+        """The held-out batches."""
+        ...
 
 
 class TrainingDivergedError(UserError):
