@@ -46,6 +46,17 @@ def test_lines_of_a_folder_are_read(tmp_path: Path) -> None:
     assert len(open_folder(tmp_path, PixelRange(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), None, 1e-12).rows["train"]) == 3
 
 
+def test_the_map_names_every_room() -> None:
+    rows = README.partition("## What is where")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`([\w/.]+)`", rows))
+    rooms = {
+        path.name for path in (ROOT / "shared_config").iterdir() if any(path.rglob("*.py")) or path.suffix == ".py"
+    }
+    rooms |= {path.name for path in (ROOT / "tests").iterdir() if any(path.rglob("*.py"))}
+    assert rooms - {"__init__.py"} <= {path.rstrip("/").rpartition("/")[2] for path in named}
+    assert not [path for path in named if "/" in path.rstrip("/") and not (ROOT / path).exists()]
+
+
 def test_there_are_two_commands_to_start_with() -> None:
     commands = re.findall(r"^    (python3 .*)$", README, re.MULTILINE)
     assert len(commands) == 2
