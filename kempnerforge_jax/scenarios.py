@@ -17,7 +17,8 @@ from kempnerforge_jax.model import generate as generation
 from kempnerforge_jax.model.hooks import ActivationStore, activation_names, extract_representations
 from kempnerforge_jax.model.state import merge, split, to_numpy
 from kempnerforge_jax.model.vlm import inner_transformer
-from kempnerforge_jax.training.train import Trainer, find_device
+from kempnerforge_jax.training.device import find_device
+from kempnerforge_jax.training.train import Trainer
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.parity.scenarios import Arrays, Batch
 from shared_config.parity.work import Decoding, Trained

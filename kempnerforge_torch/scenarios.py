@@ -16,7 +16,8 @@ from kempnerforge_torch.model import generate as generation
 from kempnerforge_torch.model.hooks import ActivationStore, activation_names, extract_representations
 from kempnerforge_torch.model.state import from_numpy, to_numpy
 from kempnerforge_torch.model.vlm import inner_transformer
-from kempnerforge_torch.training.train import Trainer, find_device
+from kempnerforge_torch.training.device import find_device
+from kempnerforge_torch.training.train import Trainer
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.parity.scenarios import Arrays, Batch
 from shared_config.parity.work import Decoding, Trained

@@ -17,14 +17,16 @@ from kempnerforge_torch.model.hooks import activation_names, capture, replacing
 from kempnerforge_torch.model.moe import MoEStats
 from kempnerforge_torch.model.state import from_numpy, get_state, own_tensors, to_numpy
 from kempnerforge_torch.model.vlm import inner_transformer
+from kempnerforge_torch.training.device import find_device
 from kempnerforge_torch.training.loss import mean_cross_entropy, router_losses
+from kempnerforge_torch.training.mixed_precision import matmul_precision
 from kempnerforge_torch.training.optimizer import (
     build_optimizer,
     clip_by_global_norm,
     set_learning_rate,
     set_optimizer_state,
 )
-from kempnerforge_torch.training.train import build_model, find_device, matmul_precision
+from kempnerforge_torch.training.train import build_model
 from shared_config.contract.initialise import state_hash
 from shared_config.contract.vision import job_table
 from shared_config.interchange.vision import tower_of

@@ -38,6 +38,13 @@ REACHING = (
             "training.train", "micro-batches weigh the same",
             ("self._differentiate(batch, max(count, 1), len",
              "self._differentiate(batch, max(len(micro_batches) * label_count([batch]), 1), len"),
+            None,
+        ),
+        ("accumulation",), "accumulation", "gradient",
+    ),
+    Reaching(
+        Mutant(
+            "training.objective", "the last micro-batch counts alone", None,
             ("jax.tree.map(jnp.add, total, one(batch)), None", "one(batch), None"),
         ),
         ("accumulation",), "accumulation", "gradient",
@@ -52,8 +59,14 @@ REACHING = (
     ),
     Reaching(
         Mutant(
-            "training.train", "gradients of narrow vectors doubled",
-            ("_cast(list(found.values()), [ctx", "_cast([g * (1 + (g.ndim == 1)) for g in found.values()], [ctx"),
+            "training.mixed_precision", "gradients of narrow vectors doubled",
+            ("_cast(list(found.values()), [ctx", "_cast([g * (1 + (g.ndim == 1)) for g in found.values()], [ctx"), None,
+        ),
+        ("accumulation",), "mixed precision", "gradient", "bfloat16",
+    ),
+    Reaching(
+        Mutant(
+            "training.objective", "gradients of all doubled", None,
             ("else master.astype(recipe.compute_dtype)",
              "else master.astype(recipe.compute_dtype) * (2 if recipe.compute_dtype == jnp.bfloat16 else 1)"),
         ),

@@ -131,6 +131,13 @@ MOE_MUTANTS = (
         ("cross_entropy(model.run(**model_inputs(batch))",
          "cross_entropy(model.run(**model_inputs({n: a for n, a in batch.items() if n != 'text_mask'}))"),
     ),
+    Mutant(
+        "training.train", "text of evaluation taken to begin a position later",
+        ("**model_inputs(inputs), \"return_stats\": True}",
+         "**model_inputs({n: a.roll(1, -1) if n == \"text_mask\" else a for n, a in inputs.items()}), \"return_stats\": True}"),
+        ("cross_entropy(model.run(**model_inputs(batch))",
+         "cross_entropy(model.run(**model_inputs({n: jnp.roll(a, 1, -1) if n == 'text_mask' else a for n, a in batch.items()}))"),
+    ),
     both("model.router", "means of no tokens", "max(values.shape[axis], 1)", "values.shape[axis]"),
     both("model.moe", "choices compete for room without a limit", "    if factor == 0:\n        return None\n",
          "    if factor == 0:\n        return max(1, tokens // num_experts)\n"),
@@ -153,11 +160,11 @@ MOE_MUTANTS = (
          "        return (weights_Tk, indices_Tk, s"), None,
     ),
     Mutant(
-        "training.train", "no gradient through checkpointed blocks",
+        "training.blocks", "no gradient through checkpointed blocks",
         ("return wrapper(forward, *args, **kwargs)", "return wrapper(torch.no_grad()(forward), *args, **kwargs)"), None,
     ),
     Mutant(
-        "training.train", "losses of checkpointed blocks without a gradient",
+        "training.blocks", "losses of checkpointed blocks without a gradient",
         ("return wrapper(forward, *args, **kwargs)",
          "output = wrapper(forward, *args, **kwargs)\n"
          "        stats = type(output.stats)(*(s.detach() for s in output.stats))\n"

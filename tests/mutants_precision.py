@@ -161,7 +161,7 @@ PRECISION_MUTANTS = (
         ("jax.nn.logsumexp(wide_BSV, axis=-1)", "jax.nn.logsumexp(logits_BSV, axis=-1).astype(wide_BSV.dtype)"),
     ),
     Mutant(
-        "training.train", "gradients of micro-batches rounded before they are added up", None,
+        "training.objective", "gradients of micro-batches rounded before they are added up", None,
         ("jax.tree.map(jnp.add, total, one(batch))",
          "jax.tree.map(lambda a, b: (a + b).astype(recipe.compute_dtype).astype(a.dtype), total, one(batch))"),
     ),
@@ -174,7 +174,10 @@ PRECISION_MUTANTS = (
          "jax.tree.map(lambda g: g.astype(recipe.compute_dtype).astype(g.dtype), gradients),"),
     ),
     Mutant(
-        "training.train", "what decides a route is rounded", ("if not self.table[name].full_precision}", "}"),
+        "training.train", "what decides a route is rounded", ("if not self.table[name].full_precision}", "}"), None,
+    ),
+    Mutant(
+        "training.objective", "what decides a route is rounded", None,
         ("master if parameter_spec(table, name).full_precision else ", ""),
     ),
 )  # fmt: skip

@@ -143,24 +143,35 @@ DIFFERENCES = {
         "stays_finite(parameters)": "torch: the optimiser holds its parameters",
         "stays_finite(state)": "jax: the state is a value",
     },
-    "training/train.py": {
-        "Arrays": "jax: name of a type",
+    "training/blocks.py": {
         "MATRIX_PRODUCTS": "torch: operations that selective checkpointing keeps",
         "REMATERIALISATION": "jax: policies of checkpointing",
+        "checkpoint_activations": "torch: wraps the blocks",
+        "compile_blocks": "torch: compiles block by block",
+        "log": "torch: compilation may be left out, and says so",
+    },
+    "training/mixed_precision.py": {"Cast": "torch: all masters in one operation of autograd"},
+    "training/objective.py": {
+        "Arrays": "jax: name of a type",
+        "Objective": "torch: a module, so that the head and the loss are compiled as one",
         "Recipe": "jax: what is static in a compiled step",
+        "compute_copy": "jax: arrays are cast within the compiled step",
+        "gradients_of": "jax: micro-batches are scanned within the compiled step",
+    },
+    "training/terms.py": {
+        "router_key": "torch: a router has one layer",
+        "router_keys": "jax: the routers of stacked layers have several",
+        "summed": "torch: sums on the host; in JAX part of the compiled step",
+    },
+    "training/train.py": {
         "Trainer.masters": "torch: what casts to the compute dtype, frozen ones included; a model holds them in JAX",
         "Trainer.buffers": "jax: arrays live beside the graph",
         "Trainer.compute_dtype": "torch: in JAX part of the recipe",
         "Trainer.optimizer": "torch: holds its state",
         "Trainer.optimizer_state": "jax: a value",
         "Trainer.recipe": "jax: what is static in a compiled step",
-        "checkpoint_activations": "torch: wraps the blocks",
-        "compile_blocks": "torch: compiles block by block",
         "compiled_evaluation": "jax: the whole evaluation is one program",
         "compiled_step": "jax: the whole step is one program",
-        "log": "torch: compilation may be left out, and says so",
-        "router_key": "torch: a router has one layer",
-        "router_keys": "jax: the routers of stacked layers have several",
     },
 }
 """By file, what one backend has alone: a name, ``Class.member``, or an argument ``function(argument)``."""

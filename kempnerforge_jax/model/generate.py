@@ -177,7 +177,7 @@ def load_model(
     Raises:
         ValueError: lists every missing, unknown and misshapen name.
     """
-    from kempnerforge_jax.training.train import find_device
+    from kempnerforge_jax.training.device import find_device
 
     with jax.default_device(find_device(device)):
         model = nnx.eval_shape(lambda: _new_model(config))

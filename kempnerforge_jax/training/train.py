@@ -9,9 +9,8 @@ import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +18,19 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import named_modules, named_variables
 from kempnerforge_jax.model.router import training_progress
-from kempnerforge_jax.model.scan import layer_range
 from kempnerforge_jax.model.state import get_state, merge, set_state, split
 from kempnerforge_jax.model.vlm import build_vlm_wrapper
 from kempnerforge_jax.registry import registry
-from kempnerforge_jax.training.loss import IGNORED, cross_entropy, router_losses, router_stats
+from kempnerforge_jax.training.device import find_device, process_count
+from kempnerforge_jax.training.loss import cross_entropy
+from kempnerforge_jax.training.mixed_precision import compute_dtype, matmul_precision
+from kempnerforge_jax.training.objective import Arrays, Recipe, compute_copy, gradients_of
 from kempnerforge_jax.training.optimizer import (
     build_optimizer,
     clip_by_global_norm,
     get_optimizer_state,
-    parameter_spec,
     set_optimizer_state,
     states_of,
     stays_finite,
@@ -40,8 +39,8 @@ from kempnerforge_jax.training.optimizer import (
 )
 from kempnerforge_jax.training.profile import profile, step_span
 from kempnerforge_jax.training.scheduler import build_schedule
+from kempnerforge_jax.training.terms import label_count, model_inputs, router_keys, routing_metrics, taken_metric
 from shared_config.contract.freeze import effective_freeze, frozen_names, moments_under, never_trained
-from shared_config.contract.parameters import ParameterSpec
 from shared_config.contract.vision import job_table
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
@@ -49,22 +48,8 @@ from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.vision import tower_of
 from shared_config.schema.job import JobConfig
-from shared_config.schema.model import ModelConfig
-from shared_config.schema.optimizer import OptimizerConfig
-from shared_config.schema.training import TrainConfig
-from shared_config.schema.vlm import VLMConfig
 from shared_config.training.loop import refuse_other_processes, run_training
-from shared_config.training.trainer import TrainingSummary
-
-Arrays = dict[str, Any]
-Batch = Mapping[str, np.ndarray]
-
-REMATERIALISATION = {
-    "none": False,
-    "full": True,
-    "selective": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-"""What of a block is computed again in the backward pass: nothing, all, or all but matrix products with weights."""
+from shared_config.training.trainer import Batch, TrainingSummary
 
 
 def train(
@@ -215,39 +200,6 @@ class Trainer:
         return jnp.promote_types(self.recipe.compute_dtype, jnp.float32)
 
 
-class Terms(NamedTuple):
-    """What a micro-batch adds to a step's metrics.
-
-    Attributes:
-        loss: its share of the mean cross entropy.
-        aux_loss, z_loss, entropy: its share of their means over micro-batches; the entropy also over routers.
-        expert_counts: router -> (E,) choices; {} if dense.
-    """
-
-    loss: Any
-    aux_loss: Any
-    z_loss: Any
-    entropy: Any
-    expert_counts: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is static in a step: trainers that share it share what was compiled.
-
-    ``frozen`` are the parameters that get no gradient and no update.
-    """
-
-    graphdef: Any
-    model: ModelConfig
-    vlm: VLMConfig | None
-    train: TrainConfig
-    optimizer: OptimizerConfig
-    compute_dtype: Any
-    table: tuple[tuple[str, ParameterSpec], ...]
-    frozen: frozenset[str] = frozenset()
-
-
 @functools.lru_cache(maxsize=8)
 def compiled_step(recipe: Recipe) -> Callable[..., Any]:
     """A jitted ``(parameters, buffers, optimizer_state, batches, count, lr, progress) -> (the first three, metrics)``.
@@ -274,7 +226,7 @@ def _step(
     lr: jax.Array,
     progress: jax.Array,
 ) -> tuple[Arrays, Arrays, Any, dict[str, jax.Array]]:
-    gradients, total = _gradients(recipe, parameters, buffers, batches, count)
+    gradients, total = gradients_of(recipe, parameters, buffers, batches, count)
     gradients, norm = clip_by_global_norm(gradients, recipe.train.grad_clip_norm)
     optimizer = build_optimizer(gradients, dict(recipe.table), recipe.optimizer)
     trained = {name: parameters[name] for name in gradients}
@@ -285,67 +237,13 @@ def _step(
     trained, state = update(optimizer, gradients, own_state, trained, lr, taken)
     parameters, optimizer_state = {**parameters, **trained}, with_states(optimizer_state, state)
     buffers = _balanced(recipe, parameters, buffers, total.expert_counts, progress, taken)
-    metrics = {"loss": total.loss, "grad_norm": norm, **_routing_metrics(total), **_taken_metric(taken)}
+    metrics = {"loss": total.loss, "grad_norm": norm, **routing_metrics(total), **taken_metric(taken)}
     return parameters, buffers, optimizer_state, metrics
 
 
 def _evaluation(recipe: Recipe, parameters: Arrays, buffers: Arrays, batch: Arrays) -> jax.Array:
-    model = merge(recipe.graphdef, _compute_copy(recipe, parameters), buffers)
+    model = merge(recipe.graphdef, compute_copy(recipe, parameters), buffers)
     return cross_entropy(model.run(**model_inputs(batch)).logits, batch["labels"])[0]
-
-
-def _gradients(
-    recipe: Recipe, parameters: Arrays, buffers: Arrays, batches: Arrays, count: jax.Array
-) -> tuple[Arrays, Terms]:
-    """Gradients of what is not frozen, and terms, summed over the micro-batches."""
-    micro_batches = batches["labels"].shape[0]
-    objective = functools.partial(_objective, recipe, count=count, micro_batches=micro_batches)
-    trained = {name: array for name, array in parameters.items() if name not in recipe.frozen}
-    frozen = {name: array for name, array in parameters.items() if name in recipe.frozen}
-
-    def one(batch: Arrays) -> tuple[Arrays, Terms]:
-        return jax.grad(objective, has_aux=True)(trained, frozen, buffers, batch)
-
-    if micro_batches == 1:
-        return one({name: array[0] for name, array in batches.items()})
-
-    def add(total: Any, batch: Arrays) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, one(batch)), None
-
-    shapes = jax.eval_shape(one, {name: array[0] for name, array in batches.items()})
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(add, zeros, batches)[0]
-
-
-def _objective(
-    recipe: Recipe,
-    trained: Arrays,
-    frozen: Arrays,
-    buffers: Arrays,
-    batch: Arrays,
-    *,
-    count: jax.Array,
-    micro_batches: int,
-) -> tuple[jax.Array, Terms]:
-    """A micro-batch's share of the loss, and its terms."""
-    model = merge(recipe.graphdef, _compute_copy(recipe, {**trained, **frozen}), buffers)
-    options = {"scan_layers": True} if recipe.train.scan_layers and recipe.vlm is not None else {}
-    output = model.run(**model_inputs(batch), **options, remat=REMATERIALISATION[recipe.train.activation_checkpointing])
-    loss = cross_entropy(output.logits, batch["labels"])[0] / count
-    aux_loss, z_loss = (jnp.asarray(term / micro_batches, loss.dtype) for term in router_losses(output.stats))
-    weighted = loss + recipe.model.moe_aux_loss_weight * aux_loss + recipe.model.moe_router_z_loss_weight * z_loss
-    entropies = [router.entropy / micro_batches for router in router_stats(output.stats)]
-    entropy = jnp.asarray(sum(entropies) / max(len(entropies), 1), loss.dtype)
-    return weighted, Terms(loss, aux_loss, z_loss, entropy, expert_counts(output.stats))
-
-
-def _compute_copy(recipe: Recipe, parameters: Arrays) -> Arrays:
-    """The masters cast to the compute dtype, but for what decides a route."""
-    table = dict(recipe.table)
-    return {
-        name: master if parameter_spec(table, name).full_precision else master.astype(recipe.compute_dtype)
-        for name, master in parameters.items()
-    }
 
 
 def _balanced(
@@ -374,75 +272,6 @@ def _balanced(
     if taken is not None:
         moved = {name: jnp.where(taken, array, buffers[name]) for name, array in moved.items()}
     return moved
-
-
-def matmul_precision(level: str) -> AbstractContextManager[Any]:
-    """How float32 matrices are multiplied: "highest" as float32, "high" as TF32 or as three bfloat16 products."""
-    return jax.default_matmul_precision(level)
-
-
-def compute_dtype(config: JobConfig, dtype: Any) -> np.dtype:
-    """The dtype of the arithmetic, given that of the masters."""
-    narrow = config.train.mixed_precision == "bf16" and dtype == jnp.float32
-    return jnp.dtype(jnp.bfloat16 if narrow else dtype)
-
-
-def find_device(name: Any) -> Any:
-    """The `jax.Device` of a name, as "cpu" or "cuda:1"; a device is its own, None is JAX's default.
-
-    Raises:
-        UserError: this machine has no such device.
-    """
-    if name is not None and not isinstance(name, str):
-        return name
-    platform, colon, index = ("", "", "0") if name is None else name.partition(":")
-    try:
-        default = jax.devices()
-        devices = default if name is None else jax.devices(platform)
-        known = name is None or (platform and (not colon or (index.isdecimal() and int(index[:9]) < len(devices))))
-    except RuntimeError as error:
-        raise UserError(f"device = {name!r}: JAX finds no such device: {str(error).splitlines()[0]}") from None
-    if not known:
-        allowed = ", ".join(sorted({device.platform for device in default} | {"cpu"}))
-        raise UserError(f"device = {name!r}: must be one of {allowed}, or one with its index, as cpu:0")
-    return devices[int(index) if colon else 0]
-
-
-def process_count() -> int:
-    """How many processes the framework has joined to work together; 1 without."""
-    return jax.process_count()
-
-
-def label_count(batches: Sequence[Batch]) -> int:
-    """Labels that count in the loss, over all batches."""
-    return sum(int(np.count_nonzero(batch["labels"] != IGNORED)) for batch in batches)
-
-
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of a batch, without its labels, as the arguments of a model; a text model is told of padding as
-    `ModalityContext` does.
-    """
-    inputs = {name: array for name, array in batch.items() if name != "labels"}
-    if "tokens" in inputs and "text_mask" in inputs:
-        inputs["modality"] = ModalityContext(key_padding_mask=inputs.pop("text_mask"))
-    return inputs
-
-
-def expert_counts(stats: Mapping[int, Any]) -> dict[str, Any]:
-    """The choices of each expert by router: "3" for layer 3, "3.image" where each modality has a router."""
-    counts: dict[str, Any] = {}
-    for layer, layer_stats in stats.items():
-        routers = layer_stats if isinstance(layer_stats, dict) else {"": layer_stats}
-        counts |= {f"{layer}.{name}".rstrip("."): router.expert_counts for name, router in routers.items()}
-    return counts
-
-
-def router_keys(path: str) -> list[str]:
-    """The keys in `expert_counts` of a router by its path, "layers.3.mlp.router" or "layers.3.mlp.image.router"; for
-    stacked layers ("layers.0-3.mlp.router") of each. The model may lie within another.
-    """
-    layers, _, *modality, _ = path.partition("layers.")[2].split(".")
-    return [".".join([str(layer), *modality[-1:]]) for layer in layer_range(layers)]
 
 
 def build_model(config: JobConfig, *, rngs: nnx.Rngs) -> Any:
@@ -474,15 +303,3 @@ def _build_model(config: JobConfig, dtype: Any) -> Any:
     model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
     model.init_weights_and_freqs(config.train.seed)
     return model.to(dtype)
-
-
-def _taken_metric(taken: Any) -> dict[str, Any]:
-    return {} if taken is None else {"taken": taken}
-
-
-def _routing_metrics(total: Terms) -> dict[str, Any]:
-    if not total.expert_counts:
-        return {}
-    dead = sum((counts_E == 0).sum() for counts_E in total.expert_counts.values())
-    losses = {"aux_loss": total.aux_loss, "z_loss": total.z_loss}
-    return {**losses, "routing_entropy": total.entropy, "dead_experts": dead}

@@ -185,7 +185,7 @@ def load_model(
     Raises:
         ValueError: lists every missing, unknown and misshapen name.
     """
-    from kempnerforge_torch.training.train import find_device
+    from kempnerforge_torch.training.device import find_device
 
     place = find_device(device)
     with torch.device("meta"):

@@ -6,30 +6,25 @@ Shapes: B batch, S sequence, E experts.
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
-import os
-import shutil
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from kempnerforge_torch.model.grouped import GROUPED_MATMUL
-from kempnerforge_torch.model.looped import LOOPED_MOE
-from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.state import get_state, own_tensors, set_state, to_numpy
 from kempnerforge_torch.model.vlm import build_vlm_wrapper, inner_transformer
 from kempnerforge_torch.model.wrappers import plain_modules
 from kempnerforge_torch.registry import registry
+from kempnerforge_torch.training.blocks import checkpoint_activations, compile_blocks
+from kempnerforge_torch.training.device import find_device, process_count
 from kempnerforge_torch.training.freeze import apply_freeze_specs
-from kempnerforge_torch.training.loss import IGNORED, cross_entropy, router_losses, router_stats
+from kempnerforge_torch.training.loss import cross_entropy
+from kempnerforge_torch.training.mixed_precision import Cast, compute_dtype, matmul_precision
+from kempnerforge_torch.training.objective import Objective
 from kempnerforge_torch.training.optimizer import (
     build_optimizer,
     clip_by_global_norm,
@@ -40,6 +35,15 @@ from kempnerforge_torch.training.optimizer import (
 )
 from kempnerforge_torch.training.profile import profile, step_span
 from kempnerforge_torch.training.scheduler import build_schedule
+from kempnerforge_torch.training.terms import (
+    Terms,
+    label_count,
+    model_inputs,
+    router_key,
+    routing_metrics,
+    summed,
+    taken_metric,
+)
 from shared_config.contract.freeze import effective_freeze, moments_under, never_trained
 from shared_config.contract.vision import job_table
 from shared_config.data import open_data
@@ -49,25 +53,7 @@ from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.vision import tower_of
 from shared_config.schema.job import JobConfig
 from shared_config.training.loop import refuse_other_processes, run_training
-from shared_config.training.trainer import TrainingSummary
-
-Batch = Mapping[str, np.ndarray]
-
-MATRIX_PRODUCTS = frozenset(
-    {
-        torch.ops.aten.mm.default,
-        torch.ops.aten.addmm.default,
-        torch.ops.aten.bmm.default,
-        GROUPED_MATMUL,
-        LOOPED_MOE,
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    }
-)
-
-log = logging.getLogger(__name__)
+from shared_config.training.trainer import Batch, TrainingSummary
 
 
 def train(
@@ -122,7 +108,7 @@ class Trainer:
         checkpoint_activations(self.model, config.train.activation_checkpointing)
         if config.train.compile_model:
             compile_blocks(self.model, self.device)
-        self._objective = _Objective(self.model, config, fused=config.train.compile_model and self.device.type != "cpu")
+        self._objective = Objective(self.model, config, fused=config.train.compile_model and self.device.type != "cpu")
 
     def step(self, micro_batches: Sequence[Batch]) -> dict[str, Any]:
         """One update from the mean loss over all labels of the micro-batches.
@@ -146,11 +132,11 @@ class Trainer:
         micro_batches = with_noise_seeds(self.config, micro_batches, self.updates)
         with step_span(self.updates), matmul_precision(self.config.train.matmul_precision):
             terms = [self._differentiate(batch, max(count, 1), len(micro_batches)) for batch in micro_batches]
-            total = _summed(terms)
+            total = summed(terms)
             norm, taken = self._update(lr, total.loss)
             self._balance(total.expert_counts, taken)
         self.updates += 1
-        metrics = {"loss": total.loss, "grad_norm": norm, **_routing_metrics(total), **_taken_metric(taken)}
+        metrics = {"loss": total.loss, "grad_norm": norm, **routing_metrics(total), **taken_metric(taken)}
         return {**metrics, "lr": lr, "tokens": count}
 
     @torch.no_grad()
@@ -203,7 +189,7 @@ class Trainer:
         if self.compute_dtype == next(iter(self.masters.values())).dtype:
             return module(**inputs)
         masters = {name: master for name, master in self.masters.items() if not self.table[name].full_precision}
-        narrow = dict(zip(masters, _Cast.apply(self.compute_dtype, *masters.values()), strict=True))
+        narrow = dict(zip(masters, Cast.apply(self.compute_dtype, *masters.values()), strict=True))
         weights = {prefix + name: weight for name, weight in {**self.masters, **narrow}.items()}
         return torch.func.functional_call(module, weights, kwargs=inputs)
 
@@ -246,189 +232,6 @@ class Trainer:
                     buffer.copy_(torch.where(taken, buffer, before[name]))
 
 
-class Terms(NamedTuple):
-    """What a micro-batch adds to a step's metrics, without a graph.
-
-    Attributes:
-        loss: its share of the mean cross entropy.
-        aux_loss, z_loss, entropy: its share of their means over micro-batches; the entropy also over routers.
-        expert_counts: router -> (E,) choices; {} if dense.
-    """
-
-    loss: Any
-    aux_loss: Any
-    z_loss: Any
-    entropy: Any
-    expert_counts: dict[str, Any]
-
-
-class _Objective(nn.Module):
-    """Loss and its backward pass in one module, so that the weights that `functional_call` puts in are there when
-    checkpointed blocks run again.
-    """
-
-    def __init__(self, model: nn.Module, config: JobConfig, *, fused: bool):
-        super().__init__()
-        self.model = model
-        self.fused = fused
-        self.aux_weight = config.model.moe_aux_loss_weight
-        self.z_weight = config.model.moe_router_z_loss_weight
-
-    def forward(self, inputs: dict[str, Tensor], count: int, micro_batches: int) -> Terms:
-        """The terms of a micro-batch; gradients go to the leaves of the graph."""
-        logits, stats = self.model(**model_inputs(inputs), return_stats=True)
-        loss = cross_entropy(logits, inputs["labels"], fused=self.fused)[0] / count
-        aux_loss, z_loss = (torch.as_tensor(term) / micro_batches for term in router_losses(stats))
-        (loss + self.aux_weight * aux_loss + self.z_weight * z_loss).backward()
-        entropies = [router.entropy / micro_batches for router in router_stats(stats)]
-        entropy = sum(entropies) / max(len(entropies), 1)
-        return Terms(loss.detach(), aux_loss.detach(), z_loss.detach(), entropy, expert_counts(stats))
-
-
-class _Cast(torch.autograd.Function):
-    """All tensors in another dtype, and their gradients back, each way at once: one by one they keep a host busy."""
-
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.dtypes = [tensor.dtype for tensor in tensors]
-        ctx.set_materialize_grads(False)
-        return tuple(_cast(tensors, [dtype] * len(tensors)))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, *tuple[Tensor | None, ...]]:
-        found = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}
-        cast = dict(zip(found, _cast(list(found.values()), [ctx.dtypes[i] for i in found]), strict=True))
-        return None, *(cast.get(i) for i in range(len(gradients)))
-
-
-def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    results = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-    if results:
-        torch._foreach_copy_(results, list(tensors))  # pyright: ignore[reportPrivateImportUsage]
-    return results
-
-
-@contextlib.contextmanager
-def matmul_precision(level: str) -> Iterator[None]:
-    """How float32 matrices are multiplied: "highest" as float32, "high" as TF32 or as three bfloat16 products."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(level)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def compute_dtype(config: JobConfig, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic, given that of the masters."""
-    return torch.bfloat16 if config.train.mixed_precision == "bf16" and dtype == torch.float32 else dtype
-
-
-def find_device(name: torch.device | str | None) -> torch.device:
-    """The device of a name, as "cpu" or "cuda:1"; None is the accelerator, or the CPU where there is none.
-
-    Raises:
-        UserError: this machine has no such device.
-    """
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name is None:
-        return accelerator or torch.device("cpu")
-    allowed = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
-    try:
-        device = torch.device(name)
-        known = device.type in allowed and torch.empty(1, device=device).numel() == 1
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(
-            f"device = {str(name)!r}: {str(error).splitlines()[0]}; torch has {', '.join(allowed)}"
-        ) from None
-    if not known:
-        raise UserError(f"device = {str(name)!r}: must be one of {', '.join(allowed)}, or one with its index, as cpu:0")
-    return device
-
-
-def process_count() -> int:
-    """How many processes the framework has joined to work together; 1 without."""
-    dist = torch.distributed
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def label_count(batches: Sequence[Batch]) -> int:
-    """Labels that count in the loss, over all batches."""
-    return sum(int(np.count_nonzero(batch["labels"] != IGNORED)) for batch in batches)
-
-
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of a batch, without its labels, as the arguments of a model; a text model is told of padding as
-    `ModalityContext` does.
-    """
-    inputs = {name: array for name, array in batch.items() if name != "labels"}
-    if "tokens" in inputs and "text_mask" in inputs:
-        inputs["modality"] = ModalityContext(key_padding_mask=inputs.pop("text_mask"))
-    return inputs
-
-
-def expert_counts(stats: Mapping[int, Any]) -> dict[str, Any]:
-    """The choices of each expert by router: "3" for layer 3, "3.image" where each modality has a router."""
-    counts: dict[str, Any] = {}
-    for layer, layer_stats in stats.items():
-        routers = layer_stats if isinstance(layer_stats, dict) else {"": layer_stats}
-        counts |= {f"{layer}.{name}".rstrip("."): router.expert_counts for name, router in routers.items()}
-    return counts
-
-
-def router_key(path: str) -> str:
-    """The key in `expert_counts` of a router by its path, "layers.3.mlp.router" or "layers.3.mlp.image.router", of a
-    model within another too.
-    """
-    layer, _, *modality, _ = path.partition("layers.")[2].split(".")
-    return ".".join([layer, *modality[-1:]])
-
-
-def checkpoint_activations(model: nn.Module, mode: str) -> None:
-    """Let each block keep less for its backward pass, and compute the rest again.
-
-    Args:
-        mode: "none"; "full" keeps the block's input; "selective" also what matrix products and attention put out.
-    """
-    if mode == "none":
-        return
-    options: dict[str, Any] = {"use_reentrant": False}
-    if mode == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keeps_products)
-    for block in _blocks(model):
-        _wrap_forward(block, functools.partial(checkpoint, **options))
-
-
-def compile_blocks(model: nn.Module, device: torch.device, backend: str = "inductor") -> None:
-    """Compile each block as it is first called; on a CPU without a C++ compiler say so, and leave it."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        log.warning("train.compile_model: no C++ compiler (%s) on this machine; the model runs uncompiled", compiler)
-        return
-    for block in _blocks(model):
-        block.compile(fullgraph=True, backend=backend)
-
-
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    for owner in (inner_transformer(model), getattr(model, "vision_encoder", None)):
-        for stack in ("layers", "cross_attention_layers"):
-            yield from getattr(owner, stack, nn.ModuleDict()).children()
-
-
-def _wrap_forward(block: nn.Module, wrapper: Callable[..., Any]) -> None:
-    """A plain function in the place of ``forward``, as compilation passes over others."""
-    forward = block.forward
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(forward, *args, **kwargs)
-
-    block.forward = wrapped
-
-
-def _keeps_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in MATRIX_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 def build_model(config: JobConfig) -> Any:
     """The model of a job: a transformer, or one with an encoder and an adapter around it."""
     if config.vlm is None or config.vision_encoder is None:
@@ -464,21 +267,3 @@ def _build_model(config: JobConfig, device: torch.device, dtype: torch.dtype) ->
 
 def _host_copy(tensor: Tensor) -> np.ndarray:
     return to_numpy(tensor.detach().to("cpu", copy=True))
-
-
-def _summed(terms: Sequence[Terms]) -> Terms:
-    counts = {router: sum(term.expert_counts[router] for term in terms) for router in terms[0].expert_counts}
-    sums = {name: sum(getattr(term, name) for term in terms) for name in ("loss", "aux_loss", "z_loss", "entropy")}
-    return Terms(**sums, expert_counts=counts)
-
-
-def _taken_metric(taken: Any) -> dict[str, Any]:
-    return {} if taken is None else {"taken": taken}
-
-
-def _routing_metrics(total: Terms) -> dict[str, Any]:
-    if not total.expert_counts:
-        return {}
-    dead = sum((counts_E == 0).sum() for counts_E in total.expert_counts.values())
-    losses = {"aux_loss": total.aux_loss, "z_loss": total.z_loss}
-    return {**losses, "routing_entropy": total.entropy, "dead_experts": dead}

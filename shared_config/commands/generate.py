@@ -76,7 +76,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     built = config if weights is None else without_warm_start(config)
     model = backend.load_model(built, weights, options.device, seed=options.seed or 0)
     own = {"compile": options.compile} if options.backend == "torch" else {}
-    with backend_module(options.backend, "training.train").matmul_precision(config.train.matmul_precision):
+    with backend_module(options.backend, "training.mixed_precision").matmul_precision(config.train.matmul_precision):
         tokens = backend.stream(
             model,
             [prompt],

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from kempnerforge_jax.training.loss import cross_entropy, mean_cross_entropy
+from kempnerforge_jax.training.mixed_precision import matmul_precision
 from kempnerforge_jax.training.optimizer import (
     build_optimizer,
     clip_by_global_norm,
@@ -20,7 +21,7 @@ from kempnerforge_jax.training.optimizer import (
     update,
 )
 from kempnerforge_jax.training.scheduler import build_schedule
-from kempnerforge_jax.training.train import Trainer, compiled_step, matmul_precision, train
+from kempnerforge_jax.training.train import Trainer, compiled_step, train
 from shared_config.contract.parameters import Constant, ParameterSpec
 from shared_config.contract.schedule import scheduled_learning_rate
 from shared_config.data import open_text_data

@@ -288,5 +288,5 @@ MOE_CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.transformer": (check_steps,),
     "model.init": (check_initial_experts,),
     "model.scan": (check_checkpointing, check_stacks),
-    "training.train": (check_checkpointing,),
+    "training.blocks": (check_checkpointing,),
 }

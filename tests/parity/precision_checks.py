@@ -199,7 +199,10 @@ def check_full_precision(backend: str) -> None:
     trainer = train.Trainer(job, "cpu")
     if backend == "jax":
         seen = {
-            name: str(array.dtype) for name, array in train._compute_copy(trainer.recipe, trainer.parameters).items()
+            name: str(array.dtype)
+            for name, array in module(backend, "training.objective")
+            .compute_copy(trainer.recipe, trainer.parameters)
+            .items()
         }
     else:
         with mock.patch.object(torch.func, "functional_call") as call:

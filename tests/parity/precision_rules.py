@@ -79,7 +79,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             {
                 "model.vision:VisionTower.forward": 1,
                 "model.vlm:VLMWrapper.encode_images": 1,
-                "training.train:_compute_copy": 1,
+                "training.objective:compute_copy": 1,
             },
         ),
         Rule(ROUNDING, LOSSLESS, {"model.linear:broadcast": 1, "model.mot:_repeated": 1}),
@@ -188,7 +188,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             ROUNDING,
             INPUT,
-            {"model.vision:VisionTower.forward": 1, "model.vlm:VLMWrapper.encode_images": 1, "training.train:_cast": 1},
+            {
+                "model.vision:VisionTower.forward": 1,
+                "model.vlm:VLMWrapper.encode_images": 1,
+                "training.mixed_precision:_cast": 1,
+            },
         ),
         Rule(
             ROUNDING,

@@ -49,7 +49,7 @@ PRODUCTS = {
 COPIES = ("_to_copy", "to", "copy_", "_foreach_copy_")
 OPAQUE = "kempnerforge"
 """Operators of the backend itself, whose insides are looked at."""
-STARTS_BACKWARD = "training/train.py"
+STARTS_BACKWARD = "training/objective.py"
 
 
 def narrow_operations(function: Callable[[], Any]) -> list[Operation]:

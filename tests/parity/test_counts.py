@@ -22,6 +22,7 @@ from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.transformer import Transformer as JaxTransformer
 from kempnerforge_jax.training import optimizer as jax_optimizer
 from kempnerforge_jax.training import train as jax_training
+from kempnerforge_jax.training.objective import compute_copy, gradients_of
 from kempnerforge_torch.model import moe
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.state import set_state
@@ -214,9 +215,9 @@ def test_memory_is_that_of_a_trainer_in_jax(variant: str, precision: str) -> Non
     frozen = frozenset(names) - trained
     recipe = dataclasses.replace(trainer.recipe, frozen=frozen)
     batches = {name: np.asarray(value)[None] for name, value in batch_of(config).items()}
-    gradients = functools.partial(jax_training._gradients, recipe)
+    gradients = functools.partial(gradients_of, recipe)
     shapes = jax.eval_shape(gradients, trainer.parameters, trainer.buffers, batches, np.float32(1))[0]
-    copies = jax.eval_shape(functools.partial(jax_training._compute_copy, recipe), trainer.parameters)
+    copies = jax.eval_shape(functools.partial(compute_copy, recipe), trainer.parameters)
     stated = training_memory(config)
     assert stated.parameters == sum_of_bytes(trainer.parameters)
     assert stated.gradients == sum(4 * gradient.size for gradient in shapes.values())

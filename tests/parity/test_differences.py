@@ -13,14 +13,7 @@ import numpy as np
 import pytest
 
 from shared_config.contract.parameters import parameter_table
-from shared_config.schema import (
-    CrossAttentionConfig,
-    JointDecoderConfig,
-    ModelConfig,
-    MoMaConfig,
-    MoTConfig,
-    VLMConfig,
-)
+from shared_config.schema import CrossAttentionConfig, JointDecoderConfig, ModelConfig, MoMaConfig, MoTConfig, VLMConfig
 from tests.oracle.mlp import mlp
 from tests.oracle.vlm import mot_decoder
 from tests.oracle.weights import draw

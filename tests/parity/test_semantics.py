@@ -454,7 +454,7 @@ def test_matrices_are_multiplied_as_the_config_says(backend: Torch) -> None:
 
     before = current()
     for level in ("highest", "high"):
-        with backend.module("training.train").matmul_precision(level):
+        with backend.module("training.mixed_precision").matmul_precision(level):
             assert current() == level
     assert current() == before
 

@@ -24,7 +24,7 @@ from kempnerforge_torch.model.router import SigmoidTopKRouter, TopKRouter
 from kempnerforge_torch.model.state import set_state
 from kempnerforge_torch.model.stats import BlockOutput
 from kempnerforge_torch.registry import registry
-from kempnerforge_torch.training.train import checkpoint_activations
+from kempnerforge_torch.training.blocks import checkpoint_activations
 from shared_config.contract.parameters import parameter_table
 from shared_config.parity.validation import validation_weights
 from shared_config.registry import temporary

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from kempnerforge_torch.training import loss as loss_module
+from kempnerforge_torch.training.blocks import compile_blocks
 from kempnerforge_torch.training.loss import cross_entropy, mean_cross_entropy
+from kempnerforge_torch.training.mixed_precision import matmul_precision
 from kempnerforge_torch.training.optimizer import (
     build_optimizer,
     clip_by_global_norm,
@@ -19,7 +21,7 @@ from kempnerforge_torch.training.optimizer import (
     set_optimizer_state,
 )
 from kempnerforge_torch.training.scheduler import build_schedule
-from kempnerforge_torch.training.train import Trainer, compile_blocks, matmul_precision, train
+from kempnerforge_torch.training.train import Trainer, train
 from shared_config.contract.parameters import Constant, ParameterSpec
 from shared_config.contract.schedule import scheduled_learning_rate
 from shared_config.data import open_text_data

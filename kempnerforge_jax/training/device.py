@@ -1,0 +1,35 @@
+"""Where training runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from shared_config.errors import UserError
+
+
+def find_device(name: Any) -> Any:
+    """The `jax.Device` of a name, as "cpu" or "cuda:1"; a device is its own, None is JAX's default.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    if name is not None and not isinstance(name, str):
+        return name
+    platform, colon, index = ("", "", "0") if name is None else name.partition(":")
+    try:
+        default = jax.devices()
+        devices = default if name is None else jax.devices(platform)
+        known = name is None or (platform and (not colon or (index.isdecimal() and int(index[:9]) < len(devices))))
+    except RuntimeError as error:
+        raise UserError(f"device = {name!r}: JAX finds no such device: {str(error).splitlines()[0]}") from None
+    if not known:
+        allowed = ", ".join(sorted({device.platform for device in default} | {"cpu"}))
+        raise UserError(f"device = {name!r}: must be one of {allowed}, or one with its index, as cpu:0")
+    return devices[int(index) if colon else 0]
+
+
+def process_count() -> int:
+    """How many processes the framework has joined to work together; 1 without."""
+    return jax.process_count()

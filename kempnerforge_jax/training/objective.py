@@ -1,0 +1,94 @@
+"""What is differentiated: the loss of a micro-batch, with the terms of the routers."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kempnerforge_jax.model.state import merge
+from kempnerforge_jax.training.blocks import REMATERIALISATION
+from kempnerforge_jax.training.loss import cross_entropy, router_losses, router_stats
+from kempnerforge_jax.training.optimizer import parameter_spec
+from kempnerforge_jax.training.terms import Terms, expert_counts, model_inputs
+from shared_config.contract.parameters import ParameterSpec
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.optimizer import OptimizerConfig
+from shared_config.schema.training import TrainConfig
+from shared_config.schema.vlm import VLMConfig
+
+Arrays = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is static in a step: trainers that share it share what was compiled.
+
+    ``frozen`` are the parameters that get no gradient and no update.
+    """
+
+    graphdef: Any
+    model: ModelConfig
+    vlm: VLMConfig | None
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    compute_dtype: Any
+    table: tuple[tuple[str, ParameterSpec], ...]
+    frozen: frozenset[str] = frozenset()
+
+
+def gradients_of(
+    recipe: Recipe, parameters: Arrays, buffers: Arrays, batches: Arrays, count: jax.Array
+) -> tuple[Arrays, Terms]:
+    """Gradients of what is not frozen, and terms, summed over the micro-batches."""
+    micro_batches = batches["labels"].shape[0]
+    differentiated = functools.partial(_objective, recipe, count=count, micro_batches=micro_batches)
+    trained = {name: array for name, array in parameters.items() if name not in recipe.frozen}
+    frozen = {name: array for name, array in parameters.items() if name in recipe.frozen}
+
+    def one(batch: Arrays) -> tuple[Arrays, Terms]:
+        return jax.grad(differentiated, has_aux=True)(trained, frozen, buffers, batch)
+
+    if micro_batches == 1:
+        return one({name: array[0] for name, array in batches.items()})
+
+    def add(total: Any, batch: Arrays) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(batch)), None
+
+    shapes = jax.eval_shape(one, {name: array[0] for name, array in batches.items()})
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, zeros, batches)[0]
+
+
+def _objective(
+    recipe: Recipe,
+    trained: Arrays,
+    frozen: Arrays,
+    buffers: Arrays,
+    batch: Arrays,
+    *,
+    count: jax.Array,
+    micro_batches: int,
+) -> tuple[jax.Array, Terms]:
+    """A micro-batch's share of the loss, and its terms."""
+    model = merge(recipe.graphdef, compute_copy(recipe, {**trained, **frozen}), buffers)
+    options = {"scan_layers": True} if recipe.train.scan_layers and recipe.vlm is not None else {}
+    output = model.run(**model_inputs(batch), **options, remat=REMATERIALISATION[recipe.train.activation_checkpointing])
+    loss = cross_entropy(output.logits, batch["labels"])[0] / count
+    aux_loss, z_loss = (jnp.asarray(term / micro_batches, loss.dtype) for term in router_losses(output.stats))
+    weighted = loss + recipe.model.moe_aux_loss_weight * aux_loss + recipe.model.moe_router_z_loss_weight * z_loss
+    entropies = [router.entropy / micro_batches for router in router_stats(output.stats)]
+    entropy = jnp.asarray(sum(entropies) / max(len(entropies), 1), loss.dtype)
+    return weighted, Terms(loss, aux_loss, z_loss, entropy, expert_counts(output.stats))
+
+
+def compute_copy(recipe: Recipe, parameters: Arrays) -> Arrays:
+    """The masters cast to the compute dtype, but for what decides a route."""
+    table = dict(recipe.table)
+    return {
+        name: master if parameter_spec(table, name).full_precision else master.astype(recipe.compute_dtype)
+        for name, master in parameters.items()
+    }

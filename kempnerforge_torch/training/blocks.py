@@ -1,0 +1,80 @@
+"""Blocks of a model made ready for training: recomputed in the backward pass, compiled."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from kempnerforge_torch.model.grouped import GROUPED_MATMUL
+from kempnerforge_torch.model.looped import LOOPED_MOE
+from kempnerforge_torch.model.vlm import inner_transformer
+
+log = logging.getLogger(__name__)
+
+MATRIX_PRODUCTS = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+        GROUPED_MATMUL,
+        LOOPED_MOE,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+
+
+def checkpoint_activations(model: nn.Module, mode: str) -> None:
+    """Let each block keep less for its backward pass, and compute the rest again.
+
+    Args:
+        mode: "none"; "full" keeps the block's input; "selective" also what matrix products and attention put out.
+    """
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keeps_products)
+    for block in _blocks(model):
+        _wrap_forward(block, functools.partial(checkpoint, **options))
+
+
+def compile_blocks(model: nn.Module, device: torch.device, backend: str = "inductor") -> None:
+    """Compile each block as it is first called; on a CPU without a C++ compiler say so, and leave it."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        log.warning("train.compile_model: no C++ compiler (%s) on this machine; the model runs uncompiled", compiler)
+        return
+    for block in _blocks(model):
+        block.compile(fullgraph=True, backend=backend)
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    for owner in (inner_transformer(model), getattr(model, "vision_encoder", None)):
+        for stack in ("layers", "cross_attention_layers"):
+            yield from getattr(owner, stack, nn.ModuleDict()).children()
+
+
+def _wrap_forward(block: nn.Module, wrapper: Callable[..., Any]) -> None:
+    """A plain function in the place of ``forward``, as compilation passes over others."""
+    forward = block.forward
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(forward, *args, **kwargs)
+
+    block.forward = wrapped
+
+
+def _keeps_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in MATRIX_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE

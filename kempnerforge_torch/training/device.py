@@ -1,0 +1,35 @@
+"""Where training runs."""
+
+from __future__ import annotations
+
+import torch
+
+from shared_config.errors import UserError
+
+
+def find_device(name: torch.device | str | None) -> torch.device:
+    """The device of a name, as "cpu" or "cuda:1"; None is the accelerator, or the CPU where there is none.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name is None:
+        return accelerator or torch.device("cpu")
+    allowed = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    try:
+        device = torch.device(name)
+        known = device.type in allowed and torch.empty(1, device=device).numel() == 1
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(
+            f"device = {str(name)!r}: {str(error).splitlines()[0]}; torch has {', '.join(allowed)}"
+        ) from None
+    if not known:
+        raise UserError(f"device = {str(name)!r}: must be one of {', '.join(allowed)}, or one with its index, as cpu:0")
+    return device
+
+
+def process_count() -> int:
+    """How many processes the framework has joined to work together; 1 without."""
+    dist = torch.distributed
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,0 +1,53 @@
+"""What training computes in: the compute dtype, casts of the masters to it, and the precision of float32 products."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared_config.schema.job import JobConfig
+
+
+class Cast(torch.autograd.Function):
+    """All tensors in another dtype, and their gradients back, each way at once: one by one they keep a host busy."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors in ``dtype``."""
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        ctx.set_materialize_grads(False)
+        return tuple(_cast(tensors, [dtype] * len(tensors)))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, *tuple[Tensor | None, ...]]:
+        """The gradients in the dtypes of the tensors."""
+        found = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}
+        cast = dict(zip(found, _cast(list(found.values()), [ctx.dtypes[i] for i in found]), strict=True))
+        return None, *(cast.get(i) for i in range(len(gradients)))
+
+
+def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    results = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    if results:
+        torch._foreach_copy_(results, list(tensors))  # pyright: ignore[reportPrivateImportUsage]
+    return results
+
+
+@contextlib.contextmanager
+def matmul_precision(level: str) -> Iterator[None]:
+    """How float32 matrices are multiplied: "highest" as float32, "high" as TF32 or as three bfloat16 products."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(level)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def compute_dtype(config: JobConfig, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic, given that of the masters."""
+    return torch.bfloat16 if config.train.mixed_precision == "bf16" and dtype == torch.float32 else dtype

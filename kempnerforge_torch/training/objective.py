@@ -1,0 +1,33 @@
+"""What is differentiated: the loss of a micro-batch, with the terms of the routers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kempnerforge_torch.training.loss import cross_entropy, router_losses, router_stats
+from kempnerforge_torch.training.terms import Terms, expert_counts, model_inputs
+from shared_config.schema.job import JobConfig
+
+
+class Objective(nn.Module):
+    """Loss and its backward pass in one module, so that the weights that `functional_call` puts in are there when
+    checkpointed blocks run again.
+    """
+
+    def __init__(self, model: nn.Module, config: JobConfig, *, fused: bool):
+        super().__init__()
+        self.model = model
+        self.fused = fused
+        self.aux_weight = config.model.moe_aux_loss_weight
+        self.z_weight = config.model.moe_router_z_loss_weight
+
+    def forward(self, inputs: dict[str, Tensor], count: int, micro_batches: int) -> Terms:
+        """The terms of a micro-batch; gradients go to the leaves of the graph."""
+        logits, stats = self.model(**model_inputs(inputs), return_stats=True)
+        loss = cross_entropy(logits, inputs["labels"], fused=self.fused)[0] / count
+        aux_loss, z_loss = (torch.as_tensor(term) / micro_batches for term in router_losses(stats))
+        (loss + self.aux_weight * aux_loss + self.z_weight * z_loss).backward()
+        entropies = [router.entropy / micro_batches for router in router_stats(stats)]
+        entropy = sum(entropies) / max(len(entropies), 1)
+        return Terms(loss.detach(), aux_loss.detach(), z_loss.detach(), entropy, expert_counts(stats))
