@@ -131,13 +131,6 @@ MOE_MUTANTS = (
         ("cross_entropy(model.run(**model_inputs(batch))",
          "cross_entropy(model.run(**model_inputs({n: a for n, a in batch.items() if n != 'text_mask'}))"),
     ),
-    Mutant(
-        "training.train", "text of evaluation taken to begin a position later",
-        ("**model_inputs(inputs), \"return_stats\": True}",
-         "**model_inputs({n: a.roll(1, -1) if n == \"text_mask\" else a for n, a in inputs.items()}), \"return_stats\": True}"),
-        ("cross_entropy(model.run(**model_inputs(batch))",
-         "cross_entropy(model.run(**model_inputs({n: jnp.roll(a, 1, -1) if n == 'text_mask' else a for n, a in batch.items()}))"),
-    ),
     both("model.router", "means of no tokens", "max(values.shape[axis], 1)", "values.shape[axis]"),
     both("model.moe", "choices compete for room without a limit", "    if factor == 0:\n        return None\n",
          "    if factor == 0:\n        return max(1, tokens // num_experts)\n"),

@@ -54,6 +54,7 @@ from tests.tolerance import assert_all_same_function, assert_same_function
 
 ALL_MUTANTS = (*MUTANTS, *DECODING_MUTANTS, *MOE_MUTANTS, *VLM_MUTANTS)
 FOLDER = Path(__file__).parents[1]
+LISTS = [file.stem for file in sorted(FOLDER.glob("mutants*.py"))]
 SEED, BATCH, LENGTH, PREFIX = 5, 2, 8, 3
 GROUPED = ModelConfig(
     dim=20, head_dim=6, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=37, ffn_hidden_dim=24, max_seq_len=16,
@@ -403,19 +404,24 @@ def test_neither_backend_has_fewer_mutants() -> None:
 
 
 def test_every_component_has_two_mutants() -> None:
-    components = [mutant.component for mutant in ALL_MUTANTS]
-    assert all(components.count(component) >= 2 for component in components)
+    components = [mutant.component for name in LISTS for mutant in listed(name)]
+    assert all(components.count(mutant.component) >= 2 for mutant in ALL_MUTANTS)
 
 
-@pytest.mark.parametrize("name", [file.stem for file in sorted(FOLDER.glob("mutants*.py"))])
+@pytest.mark.parametrize("name", LISTS)
 def test_every_mutant_of_every_list_fits(name: str) -> None:
-    lists = [value for value in vars(importlib.import_module(f"tests.{name}")).values() if isinstance(value, tuple)]
-    for mutant in (item for items in lists for item in items if isinstance(item, Mutant)):
+    for mutant in listed(name):
         for backend in BACKENDS:
             if (change := getattr(mutant, backend)) is not None:
                 file = FOLDER.parent / f"kempnerforge_{backend}" / f"{mutant.component.replace('.', '/')}.py"
                 text, replacement = change
                 mutated_source(file.read_text(encoding="utf-8"), text, replacement, str(mutant))
+
+
+def listed(name: str) -> list[Mutant]:
+    """The mutants of all lists of a module."""
+    lists = [value for value in vars(importlib.import_module(f"tests.{name}")).values() if isinstance(value, tuple)]
+    return [item for items in lists for item in items if isinstance(item, Mutant)]
 
 
 def test_a_mutant_that_no_longer_fits_is_an_error() -> None:
