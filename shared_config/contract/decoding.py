@@ -60,7 +60,7 @@ def read_prompts(prompt_tokens: Any, prompt_lengths: Any, vocab_size: int) -> Pr
 
     Args:
         prompt_tokens: integers (B, S), or a sequence of B rows of any lengths.
-        prompt_lengths: integers (B,), how many tokens of each row count; None: all.
+        prompt_lengths: integers (B,), how many tokens of each row count; one integer for one row; None: all.
 
     Raises:
         UserError: no prompt, an empty one, an id outside the vocabulary, lengths that don't fit.
@@ -231,7 +231,7 @@ def check_uniforms(uniforms: np.ndarray, rows: int, count: int) -> np.ndarray:
 
 
 def _checked_lengths(prompt_lengths: Any, rows: Sequence[np.ndarray]) -> list[int]:
-    given = np.asarray(prompt_lengths)
+    given = np.atleast_1d(np.asarray(prompt_lengths))
     if not np.issubdtype(given.dtype, np.integer):
         raise UserError(f"prompt_lengths is of {given.dtype}: lengths are integers")
     if given.shape != (len(rows),):

@@ -415,6 +415,25 @@ def test_a_strategy_of_a_user_is_a_subclass_and_a_name(backend: Any, last_token:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+@on_both
+def test_one_integer_stands_for_a_list_of_one(backend: Any) -> None:
+    model = drawn(backend, backend.build(backend.module("model.transformer").Transformer, CONFIG))
+    generate, options = backend.module("model.generate").generate, {"temperature": 0.0, "pad_token_id": -1}
+    free = backend.numpy(generate(model, [[1, 2, 3]], 4, prompt_lengths=2, **options))
+    np.testing.assert_array_equal(free, backend.numpy(generate(model, [[1, 2]], 4, **options)))
+    stop = int(free[0, 3])
+    made = 1 + free[0, 2:].tolist().index(stop)
+    for eos_token_id in (stop, [stop]):
+        ended = backend.numpy(generate(model, [[1, 2]], 4, eos_token_id=eos_token_id, **options))
+        np.testing.assert_array_equal(ended, free[:, : 2 + made])
+    with pytest.raises(ValueError, match="must be one for each of 2 prompts"):
+        generate(model, [[1, 2], [3, 4]], 4, prompt_lengths=2, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Files
 
 
