@@ -178,22 +178,23 @@ MUTANTS = (
          "return 0 * self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)"),
     ),
     Mutant(
-        "model.transformer", "residual around attention dropped",
+        "model.block", "residual around attention dropped",
         ("x = x + self.attention(\n", "x = self.attention(\n"),
         ("        x = x + out\n", "        x = out\n"),
     ),
     Mutant(
-        "model.transformer", "residual around the feed-forward layer dropped",
+        "model.block", "residual around the feed-forward layer dropped",
         ("self.mlp(self.mlp_norm(x)), None\n", "self.mlp(self.mlp_norm(x)) - x, None\n"),
         ("self.mlp(self.mlp_norm(x)), None\n", "self.mlp(self.mlp_norm(x)) - x, None\n"),
     ),
     Mutant(
-        "model.transformer", "norm before attention dropped",
+        "model.block", "norm before attention dropped",
         ("            self.attention_norm(x),\n", "            x,\n"),
         ("            self.attention_norm(x),\n", "            x,\n"),
     ),
-    both("model.transformer", "final norm dropped", "return x if model.norm is None else model.norm(x)", "return x"),
-    both("model.transformer", "eps of the config ignored", "norm_eps=config.norm_eps", "norm_eps=1e-5"),
+    both("model.architecture", "eps of the final norm", "self.config.norm_eps", "self.config.norm_eps * 2"),
+    both("model.architecture", "final norm dropped", "return x if model.norm is None else model.norm(x)", "return x"),
+    both("model.block", "eps of the config ignored", "norm_eps=config.norm_eps", "norm_eps=1e-5"),
     Mutant(
         "model.transformer", "prefix after the text",
         ("torch.cat([modality.prefix_embeds.to(x_BSD.dtype), x_BSD], dim=1)",

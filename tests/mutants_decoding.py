@@ -7,7 +7,7 @@ from tests.mutants import Mutant, both
 DECODING_MUTANTS = (
     both("model.transformer", "capacity in cached decoding", "kv_caches is None if limit_capacity is None else",
          "True if limit_capacity is None else"),
-    both("model.transformer", "limited whatever the call says",
+    both("model.block", "limited whatever the call says",
          "valid=key_padding_mask, limit_capacity=limit_capacity", "valid=key_padding_mask"),
     both("model.kv_cache", "ring overwrites what new tokens see", "length <= self.slots - self.sliding_window + 1",
          "length <= self.slots - self.sliding_window + 2"),

@@ -24,6 +24,7 @@ FILES = {
 """Files that one backend has alone."""
 
 DIFFERENCES = {
+    "model/architecture.py": {"Architecture.breaks_after": "jax: where a scan over layers must end"},
     "model/attention.py": {
         "CPU_KERNEL_KEYS": "torch: its fused CPU kernel hides NaN where keys are few",
         "SDPA_BACKENDS": "torch: its attention has kernels to choose from",
@@ -100,7 +101,6 @@ DIFFERENCES = {
         "stats_by_layer": "jax: layers of a scan",
     },
     "model/transformer.py": {
-        "Architecture.breaks_after": "jax: where a scan over layers must end",
         "Transformer.forward(return_stats)": "torch: hooks and compilers see forward alone, so run goes through it",
         "Transformer.run(remat)": "jax: a transformation of the trace; torch wraps the blocks",
         "Transformer.run(scan_layers)": "jax: a transformation of the trace",

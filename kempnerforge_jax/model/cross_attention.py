@@ -6,11 +6,13 @@ Shapes: B batch, S text positions, N image tokens, D model dim, H query heads, K
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kempnerforge_jax.model.architecture import Architecture
 from kempnerforge_jax.model.attention import attend, resolve_head_dim
 from kempnerforge_jax.model.checks import check_mask
 from kempnerforge_jax.model.linear import Linear
@@ -18,10 +20,12 @@ from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.norm import build_norm
-from kempnerforge_jax.model.transformer import Architecture, Transformer
 from kempnerforge_jax.registry import registry
 from shared_config.errors import ConfigError
 from shared_config.schema.vlm import CrossAttentionConfig
+
+if TYPE_CHECKING:
+    from kempnerforge_jax.model.transformer import Transformer
 
 
 class CrossAttention(Module):

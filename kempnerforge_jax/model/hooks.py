@@ -16,7 +16,8 @@ from jax.core import Tracer
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module, observing, start_observing, stop_observing, substituting
 from kempnerforge_jax.model.state import merge, split
-from kempnerforge_jax.model.transformer import BlockOutput, Transformer
+from kempnerforge_jax.model.stats import BlockOutput
+from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.wrappers import plain_modules, unwrapped
 from shared_config.interchange.activations import (
     ActivationWriter,

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kempnerforge_jax.model.architecture import Architecture
 from kempnerforge_jax.model.attention import KVCache
+from kempnerforge_jax.model.block import build_attention
 from kempnerforge_jax.model.expert_choice import ExpertChoiceMoE, ExpertChoiceSigmoidRouter
 from kempnerforge_jax.model.layout import Layout, layout_of, stream_layout
 from kempnerforge_jax.model.modality import ModalityContext
@@ -23,10 +25,13 @@ from kempnerforge_jax.model.module import Module, Table
 from kempnerforge_jax.model.moe import MoEStats
 from kempnerforge_jax.model.noise import gumbel_noise
 from kempnerforge_jax.model.norm import build_norm
-from kempnerforge_jax.model.transformer import Architecture, BlockOutput, Transformer, build_attention
+from kempnerforge_jax.model.stats import BlockOutput
 from kempnerforge_jax.registry import registry
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import MoMaConfig
+
+if TYPE_CHECKING:
+    from kempnerforge_jax.model.transformer import Transformer
 
 __all__ = ["ExpertChoiceMoE", "ExpertChoiceSigmoidRouter", "MoMaArchitecture", "MoMaBlock", "MoMaFFN"]
 

@@ -12,13 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kempnerforge_jax.model.architecture import Architecture
 from kempnerforge_jax.model.attention import KVCache, attend, resolve_head_dim, self_attention_mask
+from kempnerforge_jax.model.block import build_feed_forward
 from kempnerforge_jax.model.checks import check_positions
 from kempnerforge_jax.model.layout import Layout, Rope, Streams, one_stream, stream_layout
 from kempnerforge_jax.model.linear import Linear
@@ -27,11 +29,14 @@ from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.model.norm import RMSNorm, build_norm
 from kempnerforge_jax.model.position import apply_rope
 from kempnerforge_jax.model.state import set_state
-from kempnerforge_jax.model.transformer import Architecture, BlockOutput, Transformer, build_feed_forward
+from kempnerforge_jax.model.stats import BlockOutput
 from kempnerforge_jax.registry import registry
 from shared_config.contract.warm_start import warm_start_state
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import MoTConfig
+
+if TYPE_CHECKING:
+    from kempnerforge_jax.model.transformer import Transformer
 
 
 class MoTAttention(Module):

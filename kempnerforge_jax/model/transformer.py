@@ -5,145 +5,35 @@ Shapes: B batch, S positions of the residual stream, D model dim, V vocabulary, 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kempnerforge_jax.model.attention import Attention, KVCache, self_attention_mask
+from kempnerforge_jax.model import cross_attention, moma, mot
+from kempnerforge_jax.model.architecture import Architecture
+from kempnerforge_jax.model.attention import KVCache, self_attention_mask
+from kempnerforge_jax.model.block import TransformerBlock as TransformerBlock
 from kempnerforge_jax.model.checks import check_axes, check_ids, check_mask, check_positions, check_shape
 from kempnerforge_jax.model.embedding import OutputHead, TokenEmbedding
 from kempnerforge_jax.model.init import init_weights
 from kempnerforge_jax.model.linear import UNDRAWN
-from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module, Numbered, is_observed
-from kempnerforge_jax.model.norm import build_norm
 from kempnerforge_jax.model.position import RotaryTables
 from kempnerforge_jax.model.scan import run_blocks, stacked, stacks
-from kempnerforge_jax.model.stats import BlockOutput, TransformerOutput, added, counts_of, routers, stats_by_layer
+from kempnerforge_jax.model.stats import TransformerOutput, added, counts_of, routers, stats_by_layer
 from kempnerforge_jax.model.wrappers import plain_modules
 from kempnerforge_jax.registry import registry
 from shared_config.registry import declared_names
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import VLMConfig
 
-BUILT_IN_ARCHITECTURES = ("cross_attention", "mot", "moma")
+ARCHITECTURES = (cross_attention, moma, mot)
+"""Modules that register theirs when they are imported."""
 NOT_WITH_CACHES = ("prefix_embeds", "output_slice", "image_features", "modality_ids")
-
-
-class TransformerBlock(Module):
-    """x + attention(attention_norm(x)), then x + mlp(mlp_norm(x))."""
-
-    def __init__(self, config: ModelConfig, layer_idx: int, *, rngs: nnx.Rngs):
-        self.is_moe = config.is_moe_layer(layer_idx)
-        self.attention_norm = build_norm(config.norm_type, config.dim, config.norm_eps, rngs=rngs)
-        self.attention = build_attention(config, rngs=rngs)
-        self.mlp_norm = build_norm(config.norm_type, config.dim, config.norm_eps, rngs=rngs)
-        self.mlp = build_feed_forward(config, layer_idx, rngs=rngs)
-
-    def forward(
-        self,
-        x: jax.Array,
-        rope_cos: jax.Array,
-        rope_sin: jax.Array,
-        *,
-        kv_cache: KVCache | None = None,
-        doc_ids: jax.Array | None = None,
-        key_padding_mask: jax.Array | None = None,
-        mask: jax.Array | None = None,
-        limit_capacity: bool = True,
-        return_stats: bool = False,
-    ) -> Any:
-        """(B, S, D) -> (B, S, D); given a cache, -> ((B, S, D), new cache). Arguments as for `Attention` and `MoEMLP`.
-
-        Args:
-            return_stats: give a `BlockOutput`.
-        """
-        out = self.attention(
-            self.attention_norm(x),
-            rope_cos,
-            rope_sin,
-            kv_cache=kv_cache,
-            mask=mask,
-            doc_ids=doc_ids,
-            key_padding_mask=key_padding_mask,
-        )
-        out, updated = (out, None) if kv_cache is None else out
-        x = x + out
-        if self.is_moe:
-            out, stats = self.mlp(
-                self.mlp_norm(x), valid=key_padding_mask, limit_capacity=limit_capacity, return_stats=True
-            )
-        else:
-            out, stats = self.mlp(self.mlp_norm(x)), None
-        if return_stats:
-            return BlockOutput(x + out, stats, updated)
-        return x + out if kv_cache is None else (x + out, updated)
-
-    def run(self, x: jax.Array, rope_cos: jax.Array, rope_sin: jax.Array, **options: Any) -> BlockOutput:
-        """What `forward` gives, with the router's stats."""
-        return self(x, rope_cos, rope_sin, return_stats=True, **options)
-
-
-@registry.register("architecture", "joint_decoder")
-@dataclass(frozen=True)
-class Architecture:
-    """What a `Transformer` builds and does where architectures differ. This one is the plain decoder.
-
-    An architecture of its own is a subclass, registered in category "architecture" under the ``arch`` of its config.
-    """
-
-    config: ModelConfig
-    vlm_config: VLMConfig | None = None
-
-    def build_block(self, layer_idx: int, *, rngs: nnx.Rngs) -> Module:
-        """The block of a layer: called with x, the entries of `block_inputs`, ``kv_cache`` and
-        ``return_stats=True``; gives a `BlockOutput`.
-        """
-        return TransformerBlock(self.config, layer_idx, rngs=rngs)
-
-    def extra_modules(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        """Modules besides embedding, layers and head, by their name in the transformer; the final norm is one."""
-        return {"norm": build_norm(self.config.norm_type, self.config.dim, self.config.norm_eps, rngs=rngs)}
-
-    def check(self, modality: ModalityContext) -> None:
-        """Refuse inputs that the architecture would ignore, and ask for those that it needs."""
-        for name in ("image_features", "image_keys_values", "modality_ids"):
-            if getattr(modality, name) is not None:
-                arch = self.vlm_config.arch if self.vlm_config else "none"
-                raise ValueError(f"{name} is given: the architecture ({arch}) has no use for it")
-
-    def block_inputs(
-        self,
-        model: Transformer,
-        inputs: dict[str, Any],
-        x: jax.Array,
-        modality: ModalityContext,
-        kv_caches: Sequence[KVCache] | None,
-    ) -> dict[str, Any]:
-        """The keyword arguments of every block, from those of the plain one and the stream ``x`` that enters."""
-        return inputs
-
-    def breaks_after(self, layer_idx: int) -> bool:
-        """Whether `after_block` does something after this layer, so that no scan may run across it."""
-        return False
-
-    def after_block(self, model: Transformer, layer_idx: int, x: jax.Array, modality: ModalityContext) -> jax.Array:
-        """What happens to the residual stream between two layers."""
-        return x
-
-    def read_once(self, model: Transformer, modality: ModalityContext) -> ModalityContext:
-        """What decoding is called with for an image that it has to read anew at every step."""
-        return modality
-
-    def final_norm(self, model: Transformer, x: jax.Array, modality: ModalityContext) -> jax.Array:
-        """The norm before the head."""
-        return x if model.norm is None else model.norm(x)
 
 
 @registry.register("model", "transformer")
@@ -420,50 +310,6 @@ class Transformer(Module):
         return ((path, module) for path, module in plain_modules(self).items() if hasattr(module, method))
 
 
-def build_attention(config: ModelConfig, *, rngs: nnx.Rngs) -> Attention:
-    """The self-attention of one layer."""
-    return Attention(
-        config.dim,
-        config.n_heads,
-        config.kv_heads,
-        config.head_size,
-        config.qk_norm,
-        config.sdpa_backend,
-        bias=config.attention_bias,
-        sliding_window=config.sliding_window,
-        norm_eps=config.norm_eps,
-        rngs=rngs,
-    )
-
-
-def build_feed_forward(config: ModelConfig, layer_idx: int, *, rngs: nnx.Rngs) -> Module:
-    """The feed-forward part of a layer: dense, or a mixture of experts.
-
-    A mixture is called as ``mlp(x, valid=..., limit_capacity=..., return_stats=True)`` and gives (x, stats).
-    """
-    if not config.is_moe_layer(layer_idx):
-        return build_mlp(config.dim, config.computed_ffn_hidden_dim, config.activation, rngs=rngs)
-    from kempnerforge_jax.model.moe import build_moe
-
-    return build_moe(
-        config.dim,
-        config.computed_expert_ffn_hidden_dim,
-        config.num_experts,
-        config.moe_top_k,
-        config.activation,
-        config.moe_router,
-        config.moe_shared_experts,
-        config.moe_capacity_factor,
-        config.moe_gradient_scale,
-        config.moe_sequence_aux_loss_weight,
-        config.moe_bias_schedule,
-        config.moe_packed_experts,
-        norm_topk_prob=config.moe_norm_topk_prob,
-        routed_scaling=config.moe_routed_scaling,
-        rngs=rngs,
-    )
-
-
 def build_architecture(config: ModelConfig, vlm_config: VLMConfig | None) -> Architecture:
     """The architecture of ``vlm_config.arch``; the plain decoder if there is none, or if the architecture is a modality
     strategy alone.
@@ -473,8 +319,6 @@ def build_architecture(config: ModelConfig, vlm_config: VLMConfig | None) -> Arc
     """
     if vlm_config is None:
         return Architecture(config)
-    if vlm_config.arch in BUILT_IN_ARCHITECTURES:
-        importlib.import_module(f"kempnerforge_jax.model.{vlm_config.arch}")
     known_elsewhere = vlm_config.arch in declared_names("architecture")
     if not known_elsewhere and registry.has("modality_strategy", vlm_config.arch):
         return Architecture(config, vlm_config)

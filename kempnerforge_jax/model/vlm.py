@@ -20,7 +20,8 @@ from kempnerforge_jax.model.kv_cache import KVCache
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.model.mot import mot_warm_start_from_text_stack
-from kempnerforge_jax.model.transformer import Transformer, TransformerOutput
+from kempnerforge_jax.model.stats import TransformerOutput
+from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vision import VisionEncoder, build_vision_encoder
 from kempnerforge_jax.model.wrappers import unwrap
 from kempnerforge_jax.registry import registry

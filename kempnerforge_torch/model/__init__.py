@@ -12,6 +12,7 @@ Where the two differ, they do so on purpose:
 - ``shared_experts`` = n is one expert n times as wide, which every token passes.
 """
 
-from kempnerforge_torch.model.transformer import Transformer, TransformerBlock
+from kempnerforge_torch.model.block import TransformerBlock
+from kempnerforge_torch.model.transformer import Transformer
 
 __all__ = ["Transformer", "TransformerBlock"]

@@ -6,20 +6,24 @@ Shapes: B batch, S text positions, N image tokens, D model dim, H query heads, K
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from kempnerforge_torch.model.architecture import Architecture
 from kempnerforge_torch.model.attention import attend, resolve_head_dim
 from kempnerforge_torch.model.checks import check_mask
 from kempnerforge_torch.model.matvec import Linear
 from kempnerforge_torch.model.mlp import build_mlp
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import build_norm
-from kempnerforge_torch.model.transformer import Architecture, Transformer
 from kempnerforge_torch.registry import registry
 from shared_config.errors import ConfigError
 from shared_config.schema.vlm import CrossAttentionConfig
+
+if TYPE_CHECKING:
+    from kempnerforge_torch.model.transformer import Transformer
 
 
 class CrossAttention(nn.Module):

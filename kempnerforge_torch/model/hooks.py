@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from kempnerforge_torch.model.generate import NO_LOGITS, inference
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.state import from_numpy, to_numpy
-from kempnerforge_torch.model.transformer import BlockOutput, Transformer
+from kempnerforge_torch.model.stats import BlockOutput
+from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.wrappers import plain_modules, uncompiled, unwrap, unwrapped
 from shared_config.interchange.activations import (
     ActivationWriter,

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from kempnerforge_torch.model.architecture import Architecture
 from kempnerforge_torch.model.attention import KVCache
+from kempnerforge_torch.model.block import build_attention
 from kempnerforge_torch.model.expert_choice import MAX_SEED, ExpertChoiceMoE, ExpertChoiceSigmoidRouter
 from kempnerforge_torch.model.layout import Layout, layout_of, stream_layout
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.moe import MoEStats
 from kempnerforge_torch.model.noise import gumbel_noise
 from kempnerforge_torch.model.norm import build_norm
-from kempnerforge_torch.model.transformer import Architecture, BlockOutput, Transformer, build_attention
+from kempnerforge_torch.model.stats import BlockOutput
 from kempnerforge_torch.registry import registry
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import MoMaConfig
+
+if TYPE_CHECKING:
+    from kempnerforge_torch.model.transformer import Transformer
 
 __all__ = ["ExpertChoiceMoE", "ExpertChoiceSigmoidRouter", "MoMaArchitecture", "MoMaBlock", "MoMaFFN"]
 

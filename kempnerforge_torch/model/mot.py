@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from kempnerforge_torch.model.architecture import Architecture
 from kempnerforge_torch.model.attention import KVCache, attend, resolve_head_dim, self_attention_mask
+from kempnerforge_torch.model.block import build_feed_forward
 from kempnerforge_torch.model.checks import check_positions
 from kempnerforge_torch.model.layout import Layout, Rope, Streams, one_stream, stream_layout
 from kempnerforge_torch.model.matvec import Linear
@@ -25,11 +27,14 @@ from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import RMSNorm, build_norm
 from kempnerforge_torch.model.position import apply_rope
 from kempnerforge_torch.model.state import set_state
-from kempnerforge_torch.model.transformer import Architecture, BlockOutput, Transformer, build_feed_forward
+from kempnerforge_torch.model.stats import BlockOutput
 from kempnerforge_torch.registry import registry
 from shared_config.contract.warm_start import warm_start_state
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import MoTConfig
+
+if TYPE_CHECKING:
+    from kempnerforge_torch.model.transformer import Transformer
 
 
 class MoTAttention(nn.Module):

@@ -18,7 +18,8 @@ from kempnerforge_torch.model.checks import check_axes, check_mask, check_shape
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.mot import mot_warm_start_from_text_stack
-from kempnerforge_torch.model.transformer import Transformer, TransformerOutput
+from kempnerforge_torch.model.stats import TransformerOutput
+from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vision import VisionEncoder, build_vision_encoder
 from kempnerforge_torch.model.wrappers import unwrap
 from kempnerforge_torch.registry import registry

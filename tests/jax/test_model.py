@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kempnerforge_jax.model import Transformer, attention
+from kempnerforge_jax.model.architecture import Architecture
 from kempnerforge_jax.model.attention import Attention, KVCache, attend, build_mask
 from kempnerforge_jax.model.embedding import TokenEmbedding
 from kempnerforge_jax.model.hooks import activation_names, capture
@@ -38,7 +39,6 @@ from kempnerforge_jax.model.state import (
     to_numpy,
     unstack_layers,
 )
-from kempnerforge_jax.model.transformer import Architecture
 from kempnerforge_jax.registry import registry
 from shared_config.contract.initialise import initial_values
 from shared_config.contract.parameters import EMBEDDING, HEAD, parameter_table

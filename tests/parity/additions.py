@@ -11,6 +11,7 @@ from flax import nnx
 from torch import Tensor, nn
 
 from kempnerforge_jax.model import adapter as jax_adapter
+from kempnerforge_jax.model import architecture as jax_architecture
 from kempnerforge_jax.model import norm as jax_norm
 from kempnerforge_jax.model import router as jax_router
 from kempnerforge_jax.model import transformer as jax_transformer
@@ -21,6 +22,7 @@ from kempnerforge_jax.model.module import Buffer
 from kempnerforge_jax.model.module import Module as JaxModule
 from kempnerforge_jax.registry import registry as jax_registry
 from kempnerforge_torch.model import adapter as torch_adapter
+from kempnerforge_torch.model import architecture as torch_architecture
 from kempnerforge_torch.model import norm as torch_norm
 from kempnerforge_torch.model import router as torch_router
 from kempnerforge_torch.model import transformer as torch_transformer
@@ -292,7 +294,7 @@ class TorchBlock(torch_transformer.TransformerBlock):
         return output._replace(x=output.x * self.gain) if return_stats else output.x * self.gain
 
 
-class TorchArchitecture(torch_transformer.Architecture):
+class TorchArchitecture(torch_architecture.Architecture):
     def build_block(self, layer_idx: int) -> nn.Module:
         return TorchBlock(self.config, layer_idx) if layer_idx % 2 else super().build_block(layer_idx)
 
@@ -314,7 +316,7 @@ class JaxBlock(jax_transformer.TransformerBlock):
         return output._replace(x=out) if return_stats else out
 
 
-class JaxArchitecture(jax_transformer.Architecture):
+class JaxArchitecture(jax_architecture.Architecture):
     def build_block(self, layer_idx: int, *, rngs: nnx.Rngs) -> JaxModule:
         if layer_idx % 2:
             return JaxBlock(self.config, layer_idx, rngs=rngs)

@@ -127,4 +127,6 @@ DECODING_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
     "model.generate": (check_images,),
     "model.cross_attention": (check_images,),
     "model.transformer": (check_capacity,),
+    "model.block": (check_capacity,),
+    "model.architecture": (check_capacity,),
 }

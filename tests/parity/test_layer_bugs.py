@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 import kempnerforge_jax.trace
 import kempnerforge_torch.trace
-from kempnerforge_jax.model import transformer as jax_transformer
-from kempnerforge_torch.model import transformer as torch_transformer
+from kempnerforge_jax.model import architecture as jax_architecture
+from kempnerforge_torch.model import architecture as torch_architecture
 from shared_config.loader import load_config
 from shared_config.parity.compare import Comparison, compare_traces
 from shared_config.parity.traces import Trace
@@ -48,7 +48,7 @@ CONFIG = load_config(
 )
 FORWARD = ("forward/*", "routing/*")
 RECORD = {"torch": kempnerforge_torch.trace.record, "jax": kempnerforge_jax.trace.record}
-ARCHITECTURE = {"torch": torch_transformer.Architecture, "jax": jax_transformer.Architecture}
+ARCHITECTURE = {"torch": torch_architecture.Architecture, "jax": jax_architecture.Architecture}
 
 
 class Torch:

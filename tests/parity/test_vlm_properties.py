@@ -20,12 +20,12 @@ from kempnerforge_jax.model import adapter as jax_adapter
 from kempnerforge_jax.model import state as jax_state
 from kempnerforge_jax.model import vlm as jax_vlm
 from kempnerforge_jax.model.adapter import LinearAdapter as JaxLinearAdapter
+from kempnerforge_jax.model.architecture import Architecture as JaxArchitecture
 from kempnerforge_jax.model.attention import KVCache as JaxCache
 from kempnerforge_jax.model.cross_attention import CrossAttentionBlock as JaxCrossAttentionBlock
 from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.modality import ModalityContext as JaxContext
 from kempnerforge_jax.model.mot import mot_warm_start_from_text_stack as warm_start_jax
-from kempnerforge_jax.model.transformer import Architecture as JaxArchitecture
 from kempnerforge_jax.model.transformer import Transformer as JaxTransformer
 from kempnerforge_jax.registry import registry as jax_registry
 from kempnerforge_torch.model import adapter as torch_adapter

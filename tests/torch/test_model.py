@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kempnerforge_torch.model import Transformer
+from kempnerforge_torch.model.architecture import Architecture
 from kempnerforge_torch.model.attention import SDPA_BACKENDS, Attention, KVCache, build_mask
 from kempnerforge_torch.model.embedding import TokenEmbedding
 from kempnerforge_torch.model.hooks import activation_names, capture
@@ -25,7 +26,6 @@ from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import build_norm
 from kempnerforge_torch.model.position import RotaryTables, precompute_rope_frequencies
 from kempnerforge_torch.model.state import from_numpy, get_state, set_state, share, to_numpy
-from kempnerforge_torch.model.transformer import Architecture
 from kempnerforge_torch.registry import registry
 from shared_config.contract.initialise import initial_values
 from shared_config.contract.parameters import EMBEDDING, HEAD, parameter_table

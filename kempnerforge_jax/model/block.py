@@ -1,0 +1,112 @@
+"""A layer of the plain decoder: attention, then a feed-forward part, dense or a mixture of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from kempnerforge_jax.model.attention import Attention, KVCache
+from kempnerforge_jax.model.mlp import build_mlp
+from kempnerforge_jax.model.module import Module
+from kempnerforge_jax.model.moe import build_moe
+from kempnerforge_jax.model.norm import build_norm
+from kempnerforge_jax.model.stats import BlockOutput
+from shared_config.schema.model import ModelConfig
+
+
+class TransformerBlock(Module):
+    """x + attention(attention_norm(x)), then x + mlp(mlp_norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int, *, rngs: nnx.Rngs):
+        self.is_moe = config.is_moe_layer(layer_idx)
+        self.attention_norm = build_norm(config.norm_type, config.dim, config.norm_eps, rngs=rngs)
+        self.attention = build_attention(config, rngs=rngs)
+        self.mlp_norm = build_norm(config.norm_type, config.dim, config.norm_eps, rngs=rngs)
+        self.mlp = build_feed_forward(config, layer_idx, rngs=rngs)
+
+    def forward(
+        self,
+        x: jax.Array,
+        rope_cos: jax.Array,
+        rope_sin: jax.Array,
+        *,
+        kv_cache: KVCache | None = None,
+        doc_ids: jax.Array | None = None,
+        key_padding_mask: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        limit_capacity: bool = True,
+        return_stats: bool = False,
+    ) -> Any:
+        """(B, S, D) -> (B, S, D); given a cache, -> ((B, S, D), new cache). Arguments as for `Attention` and `MoEMLP`.
+
+        Args:
+            return_stats: give a `BlockOutput`.
+        """
+        out = self.attention(
+            self.attention_norm(x),
+            rope_cos,
+            rope_sin,
+            kv_cache=kv_cache,
+            mask=mask,
+            doc_ids=doc_ids,
+            key_padding_mask=key_padding_mask,
+        )
+        out, updated = (out, None) if kv_cache is None else out
+        x = x + out
+        if self.is_moe:
+            out, stats = self.mlp(
+                self.mlp_norm(x), valid=key_padding_mask, limit_capacity=limit_capacity, return_stats=True
+            )
+        else:
+            out, stats = self.mlp(self.mlp_norm(x)), None
+        if return_stats:
+            return BlockOutput(x + out, stats, updated)
+        return x + out if kv_cache is None else (x + out, updated)
+
+    def run(self, x: jax.Array, rope_cos: jax.Array, rope_sin: jax.Array, **options: Any) -> BlockOutput:
+        """What `forward` gives, with the router's stats."""
+        return self(x, rope_cos, rope_sin, return_stats=True, **options)
+
+
+def build_attention(config: ModelConfig, *, rngs: nnx.Rngs) -> Attention:
+    """The self-attention of one layer."""
+    return Attention(
+        config.dim,
+        config.n_heads,
+        config.kv_heads,
+        config.head_size,
+        config.qk_norm,
+        config.sdpa_backend,
+        bias=config.attention_bias,
+        sliding_window=config.sliding_window,
+        norm_eps=config.norm_eps,
+        rngs=rngs,
+    )
+
+
+def build_feed_forward(config: ModelConfig, layer_idx: int, *, rngs: nnx.Rngs) -> Module:
+    """The feed-forward part of a layer: dense, or a mixture of experts.
+
+    A mixture is called as ``mlp(x, valid=..., limit_capacity=..., return_stats=True)`` and gives (x, stats).
+    """
+    if not config.is_moe_layer(layer_idx):
+        return build_mlp(config.dim, config.computed_ffn_hidden_dim, config.activation, rngs=rngs)
+    return build_moe(
+        config.dim,
+        config.computed_expert_ffn_hidden_dim,
+        config.num_experts,
+        config.moe_top_k,
+        config.activation,
+        config.moe_router,
+        config.moe_shared_experts,
+        config.moe_capacity_factor,
+        config.moe_gradient_scale,
+        config.moe_sequence_aux_loss_weight,
+        config.moe_bias_schedule,
+        config.moe_packed_experts,
+        norm_topk_prob=config.moe_norm_topk_prob,
+        routed_scaling=config.moe_routed_scaling,
+        rngs=rngs,
+    )

@@ -1,0 +1,105 @@
+"""A layer of the plain decoder: attention, then a feed-forward part, dense or a mixture of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from kempnerforge_torch.model.attention import Attention, KVCache
+from kempnerforge_torch.model.mlp import build_mlp
+from kempnerforge_torch.model.moe import build_moe
+from kempnerforge_torch.model.norm import build_norm
+from kempnerforge_torch.model.stats import BlockOutput
+from shared_config.schema.model import ModelConfig
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(attention_norm(x)), then x + mlp(mlp_norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int):
+        super().__init__()
+        self.is_moe = config.is_moe_layer(layer_idx)
+        self.attention_norm = build_norm(config.norm_type, config.dim, config.norm_eps)
+        self.attention = build_attention(config)
+        self.mlp_norm = build_norm(config.norm_type, config.dim, config.norm_eps)
+        self.mlp = build_feed_forward(config, layer_idx)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope_cos: Tensor,
+        rope_sin: Tensor,
+        *,
+        kv_cache: KVCache | None = None,
+        doc_ids: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        limit_capacity: bool = True,
+        return_stats: bool = False,
+    ) -> Tensor | BlockOutput:
+        """(B, S, D) -> (B, S, D). Arguments as for `Attention` and `MoEMLP`.
+
+        Args:
+            return_stats: give a `BlockOutput`.
+        """
+        x = x + self.attention(
+            self.attention_norm(x),
+            rope_cos,
+            rope_sin,
+            kv_cache=kv_cache,
+            mask=mask,
+            doc_ids=doc_ids,
+            key_padding_mask=key_padding_mask,
+        )
+        if self.is_moe:
+            out, stats = self.mlp(
+                self.mlp_norm(x), valid=key_padding_mask, limit_capacity=limit_capacity, return_stats=True
+            )
+        else:
+            out, stats = self.mlp(self.mlp_norm(x)), None
+        return BlockOutput(x + out, stats) if return_stats else x + out
+
+    def run(self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, **options: Any) -> BlockOutput:
+        """What `forward` gives, with the router's stats."""
+        return self(x, rope_cos, rope_sin, return_stats=True, **options)
+
+
+def build_attention(config: ModelConfig) -> Attention:
+    """The self-attention of one layer."""
+    return Attention(
+        config.dim,
+        config.n_heads,
+        config.kv_heads,
+        config.head_size,
+        config.qk_norm,
+        config.sdpa_backend,
+        bias=config.attention_bias,
+        sliding_window=config.sliding_window,
+        norm_eps=config.norm_eps,
+    )
+
+
+def build_feed_forward(config: ModelConfig, layer_idx: int) -> nn.Module:
+    """The feed-forward part of a layer: dense, or a mixture of experts.
+
+    A mixture is called as ``mlp(x, valid=..., limit_capacity=..., return_stats=True)`` and gives (x, stats).
+    """
+    if not config.is_moe_layer(layer_idx):
+        return build_mlp(config.dim, config.computed_ffn_hidden_dim, config.activation)
+    return build_moe(
+        config.dim,
+        config.computed_expert_ffn_hidden_dim,
+        config.num_experts,
+        config.moe_top_k,
+        config.activation,
+        config.moe_router,
+        config.moe_shared_experts,
+        config.moe_capacity_factor,
+        config.moe_gradient_scale,
+        config.moe_sequence_aux_loss_weight,
+        config.moe_bias_schedule,
+        config.moe_packed_experts,
+        norm_topk_prob=config.moe_norm_topk_prob,
+        routed_scaling=config.moe_routed_scaling,
+    )
