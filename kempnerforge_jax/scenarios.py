@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kempnerforge_jax import trace
+from kempnerforge_jax.device import find_device
 from kempnerforge_jax.model import generate as generation
+from kempnerforge_jax.model.build import load_model
 from kempnerforge_jax.model.hooks import ActivationStore, activation_names, extract_representations
+from kempnerforge_jax.model.request import Request, make_request
 from kempnerforge_jax.model.state import merge, split, to_numpy
 from kempnerforge_jax.model.vlm import inner_transformer
-from kempnerforge_jax.training.device import find_device
 from kempnerforge_jax.training.train import Trainer
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.parity.scenarios import Arrays, Batch
@@ -96,9 +98,9 @@ def _cached(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: jax.Arra
     return np.stack(logits, axis=1)
 
 
-def _request(model: Any, decoding: Decoding, pixels: Any) -> generation.Request:
+def _request(model: Any, decoding: Decoding, pixels: Any) -> Request:
     temperature, top_k, top_p = (decoding.sampling[name] for name in ("temperature", "top_k", "top_p"))
-    return generation._request(
+    return make_request(
         model, decoding.prompts, decoding.new_tokens, temperature, top_k, top_p, None, 0, None, decoding.seed, None,
         decoding.prefill_chunk, pixels, None,
     )  # fmt: skip
@@ -144,7 +146,7 @@ def device_name(device: str | None) -> str:
 
 def _model(config: JobConfig, weights: Arrays, device: str | None) -> Any:
     """In float64."""
-    return generation.load_model(config, weights, device).to(jnp.float64)
+    return load_model(config, weights, device).to(jnp.float64)
 
 
 def _flat(outputs: Mapping[str, Any]) -> Arrays:

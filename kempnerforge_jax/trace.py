@@ -13,18 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kempnerforge_jax.device import find_device
 from kempnerforge_jax.model.attention import KVCache
+from kempnerforge_jax.model.build import build_model
 from kempnerforge_jax.model.expert_choice import ExpertChoiceSigmoidRouter
 from kempnerforge_jax.model.hooks import activation_names, capture, replacing
 from kempnerforge_jax.model.module import Module, named_modules, observing, substituting
 from kempnerforge_jax.model.moe import MoEStats
 from kempnerforge_jax.model.state import from_numpy, get_state, merge, split, to_numpy
 from kempnerforge_jax.model.vlm import inner_transformer
-from kempnerforge_jax.training.device import find_device
 from kempnerforge_jax.training.loss import mean_cross_entropy, router_losses
 from kempnerforge_jax.training.mixed_precision import matmul_precision
 from kempnerforge_jax.training.optimizer import build_optimizer, clip_by_global_norm, set_optimizer_state, update
-from kempnerforge_jax.training.train import build_model
 from shared_config.contract.initialise import state_hash
 from shared_config.contract.vision import job_table
 from shared_config.interchange.vision import tower_of

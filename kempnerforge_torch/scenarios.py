@@ -12,11 +12,13 @@ import numpy as np
 import torch
 
 from kempnerforge_torch import trace
+from kempnerforge_torch.device import find_device
 from kempnerforge_torch.model import generate as generation
+from kempnerforge_torch.model.build import load_model
 from kempnerforge_torch.model.hooks import ActivationStore, activation_names, extract_representations
+from kempnerforge_torch.model.request import Request, image_tokens, inference, make_request
 from kempnerforge_torch.model.state import from_numpy, to_numpy
 from kempnerforge_torch.model.vlm import inner_transformer
-from kempnerforge_torch.training.device import find_device
 from kempnerforge_torch.training.train import Trainer
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.parity.scenarios import Arrays, Batch
@@ -78,8 +80,8 @@ def _cached(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: torch.Te
     """Logits (B, N, V) that static caches give, fed with tokens that are known."""
     transformer = inner_transformer(model)
     request = _request(model, decoding, pixels)
-    logits, seen = [], None if generation._image_tokens(request.image) else request.image
-    with generation.inference(model):
+    logits, seen = [], None if image_tokens(request.image) else request.image
+    with inference(model):
         caches, tokens_B = generation._prefill(transformer, request)
         for place in range(decoding.new_tokens):
             logits.append(to_numpy(generation._advance(transformer, tokens_B, caches, seen)))
@@ -87,9 +89,9 @@ def _cached(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: torch.Te
     return np.stack(logits, axis=1)
 
 
-def _request(model: Any, decoding: Decoding, pixels: Any) -> generation.Request:
+def _request(model: Any, decoding: Decoding, pixels: Any) -> Request:
     temperature, top_k, top_p = (decoding.sampling[name] for name in ("temperature", "top_k", "top_p"))
-    return generation._request(
+    return make_request(
         model, decoding.prompts, decoding.new_tokens, temperature, top_k, top_p, None, 0, None, decoding.seed, None,
         decoding.prefill_chunk, pixels, None,
     )  # fmt: skip
@@ -98,7 +100,7 @@ def _request(model: Any, decoding: Decoding, pixels: Any) -> generation.Request:
 def _whole(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: torch.Tensor | None) -> np.ndarray:
     tokens_BS, places_BN = decoding.followed_by(new_BN)
     inputs: tuple[Any, ...] = (torch.from_numpy(tokens_BS).long().to(next(model.parameters()).device),)
-    with generation.inference(model):
+    with inference(model):
         logits_BSV = model.run(*(inputs if pixels is None else (pixels, *inputs)), limit_capacity=False).logits
     return np.take_along_axis(to_numpy(logits_BSV), places_BN[..., None], axis=1)
 
@@ -131,7 +133,7 @@ def device_name(device: str | None) -> str:
 
 def _model(config: JobConfig, weights: Arrays, device: str | None) -> Any:
     """In float64."""
-    return generation.load_model(config, weights, device).double()
+    return load_model(config, weights, device).double()
 
 
 def _flat(outputs: Mapping[str, Any]) -> Arrays:

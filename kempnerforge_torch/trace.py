@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kempnerforge_torch.device import find_device
 from kempnerforge_torch.model.attention import KVCache
+from kempnerforge_torch.model.build import build_model
 from kempnerforge_torch.model.expert_choice import ExpertChoiceSigmoidRouter
 from kempnerforge_torch.model.hooks import activation_names, capture, replacing
 from kempnerforge_torch.model.moe import MoEStats
 from kempnerforge_torch.model.state import from_numpy, get_state, own_tensors, to_numpy
 from kempnerforge_torch.model.vlm import inner_transformer
-from kempnerforge_torch.training.device import find_device
 from kempnerforge_torch.training.loss import mean_cross_entropy, router_losses
 from kempnerforge_torch.training.mixed_precision import matmul_precision
 from kempnerforge_torch.training.optimizer import (
@@ -26,7 +27,6 @@ from kempnerforge_torch.training.optimizer import (
     set_learning_rate,
     set_optimizer_state,
 )
-from kempnerforge_torch.training.train import build_model
 from shared_config.contract.initialise import state_hash
 from shared_config.contract.vision import job_table
 from shared_config.interchange.vision import tower_of

@@ -277,18 +277,18 @@ MUTANTS = (
         ("return (dy * factors).astype(dy.dtype), jnp.zeros_like(factors)", "return dy, jnp.zeros_like(factors)"),
     ),
     Mutant(
-        "model.generate", "temperature inverted",
+        "model.sampling", "temperature inverted",
         ("/ max(temperature, torch.finfo(dtype).tiny)", "* temperature"),
         ("/ jnp.maximum(temperature, jnp.finfo(dtype).tiny)", "* temperature"),
     ),
     Mutant(
-        "model.generate", "crossing token dropped",
+        "model.sampling", "crossing token dropped",
         ("kept_V = torch.where(before_V < top_p,", "kept_V = torch.where(before_V + probabilities_V <= top_p,"),
         ("kept_V = jnp.where(before_V < top_p,", "kept_V = jnp.where(before_V + probabilities_V <= top_p,"),
     ),
-    both("model.generate", "one token more than top_k", ">= top_k", "> top_k"),
+    both("model.sampling", "one token more than top_k", ">= top_k", "> top_k"),
     Mutant(
-        "model.generate", "ties to the last index",
+        "model.sampling", "ties to the last index",
         ("logits.to(dtype).sort(dim=-1, descending=True, stable=True)",
          "((t := logits.to(dtype).flip(-1).sort(dim=-1, descending=True, stable=True)).values, "
          "logits.shape[-1] - 1 - t.indices)"),

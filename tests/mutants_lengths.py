@@ -46,7 +46,7 @@ LENGTH_MUTANTS = (
         ("return self.lengths[:, None] +", "return jnp.minimum(self.lengths, 255)[:, None] +"),
     ),
     Mutant(
-        "model.generate", "draws among the first 1,024 tokens",
+        "model.sampling", "draws among the first 1,024 tokens",
         ("device=logits.device) >= top_k", "device=logits.device) >= min(top_k, 1024)"),
         ("jnp.arange(logits.shape[-1]) >= top_k", "jnp.arange(logits.shape[-1]) >= jnp.minimum(top_k, 1024)"),
     ),

@@ -141,12 +141,12 @@ PRECISION_MUTANTS = (
          "wide = x\n    return (wide *"),
     ),
     Mutant(
-        "model.generate", "sampling in the dtype of the logits",
-        ("    dtype = _wide(logits.dtype)\n    sorted_V", "    dtype = logits.dtype\n    sorted_V"),
-        ("    dtype = _wide(logits.dtype)\n    order_V", "    dtype = logits.dtype\n    order_V"),
+        "model.sampling", "sampling in the dtype of the logits",
+        ("    dtype = wide(logits.dtype)\n    sorted_V", "    dtype = logits.dtype\n    sorted_V"),
+        ("    dtype = wide(logits.dtype)\n    order_V", "    dtype = logits.dtype\n    order_V"),
     ),
     Mutant(
-        "model.generate", "cumulative probabilities in the dtype of the logits",
+        "model.sampling", "cumulative probabilities in the dtype of the logits",
         ("probabilities_V.cumsum(dim=-1)[", "probabilities_V.to(logits.dtype).cumsum(dim=-1).to(dtype)["),
         ("probabilities_V.cumsum(axis=-1)", "probabilities_V.astype(logits.dtype).cumsum(axis=-1).astype(dtype)"),
     ),

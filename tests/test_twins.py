@@ -41,10 +41,7 @@ DIFFERENCES = {
         "PROGRAMS": "torch: refuses to compile many programs of one function",
         "Recorded": "torch: CUDA graphs; XLA launches its own",
         "Step": "torch: name of a type, of what is recorded",
-        "inference": "torch: modules have a mode, and calls record gradients",
         "generate(compile)": "torch: JAX always compiles",
-        "sample(generator)": "torch: the state of its random numbers",
-        "sample(key)": "jax: the state of its random numbers",
         "stream(compile)": "torch: JAX always compiles",
     },
     "model/grouped.py": {
@@ -82,6 +79,12 @@ DIFFERENCES = {
     },
     "model/router.py": {
         "Gate.forward(weight)": "jax: overrides Linear.forward, which may be given a tied weight",
+    },
+    "model/request.py": {"inference": "torch: modules have a mode, and calls record gradients"},
+    "model/sampling.py": {
+        "greedy": "jax: a branch of the compiled step",
+        "sample(generator)": "torch: the state of its random numbers",
+        "sample(key)": "jax: the state of its random numbers",
     },
     "model/state.py": {
         "EXTENSIONS": "torch: NumPy has no bfloat16 and float8, JAX's arrays convert by themselves",

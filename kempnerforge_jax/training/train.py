@@ -18,12 +18,11 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
+from kempnerforge_jax.device import find_device, process_count
+from kempnerforge_jax.model.build import build_model
 from kempnerforge_jax.model.module import named_modules, named_variables
 from kempnerforge_jax.model.router import training_progress
 from kempnerforge_jax.model.state import get_state, merge, set_state, split
-from kempnerforge_jax.model.vlm import build_vlm_wrapper
-from kempnerforge_jax.registry import registry
-from kempnerforge_jax.training.device import find_device, process_count
 from kempnerforge_jax.training.loss import cross_entropy
 from kempnerforge_jax.training.mixed_precision import compute_dtype, matmul_precision
 from kempnerforge_jax.training.objective import Arrays, Recipe, compute_copy, gradients_of
@@ -272,14 +271,6 @@ def _balanced(
     if taken is not None:
         moved = {name: jnp.where(taken, array, buffers[name]) for name, array in moved.items()}
     return moved
-
-
-def build_model(config: JobConfig, *, rngs: nnx.Rngs) -> Any:
-    """The model of a job: a transformer, or one with an encoder and an adapter around it."""
-    if config.vlm is None or config.vision_encoder is None:
-        return registry.get("model", config.model.model_type)(config.model, rngs=rngs)
-    frames = config.video.max_frames if config.video is not None else 1
-    return build_vlm_wrapper(config.model, config.vision_encoder, config.adapter, config.vlm, frames, rngs=rngs)
 
 
 def trained_parameters(masters: Mapping[str, Any], config: JobConfig) -> dict[str, Any]:

@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from kempnerforge_torch.device import find_device, process_count
+from kempnerforge_torch.model.build import build_model
 from kempnerforge_torch.model.state import get_state, own_tensors, set_state, to_numpy
-from kempnerforge_torch.model.vlm import build_vlm_wrapper, inner_transformer
+from kempnerforge_torch.model.vlm import inner_transformer
 from kempnerforge_torch.model.wrappers import plain_modules
-from kempnerforge_torch.registry import registry
 from kempnerforge_torch.training.blocks import checkpoint_activations, compile_blocks
-from kempnerforge_torch.training.device import find_device, process_count
 from kempnerforge_torch.training.freeze import apply_freeze_specs
 from kempnerforge_torch.training.loss import cross_entropy
 from kempnerforge_torch.training.mixed_precision import Cast, compute_dtype, matmul_precision
@@ -230,14 +230,6 @@ class Trainer:
             if taken is not None:
                 for name, buffer in router.named_buffers():
                     buffer.copy_(torch.where(taken, buffer, before[name]))
-
-
-def build_model(config: JobConfig) -> Any:
-    """The model of a job: a transformer, or one with an encoder and an adapter around it."""
-    if config.vlm is None or config.vision_encoder is None:
-        return registry.get("model", config.model.model_type)(config.model)
-    frames = config.video.max_frames if config.video is not None else 1
-    return build_vlm_wrapper(config.model, config.vision_encoder, config.adapter, config.vlm, frames)
 
 
 def trained_parameters(masters: Mapping[str, Any], config: JobConfig) -> dict[str, Any]:

@@ -74,7 +74,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     backend = backend_module(options.backend, "model.generate")
     weights = read_weights(options, config, overrides)
     built = config if weights is None else without_warm_start(config)
-    model = backend.load_model(built, weights, options.device, seed=options.seed or 0)
+    model = backend_module(options.backend, "model.build").load_model(
+        built, weights, options.device, seed=options.seed or 0
+    )
     own = {"compile": options.compile} if options.backend == "torch" else {}
     with backend_module(options.backend, "training.mixed_precision").matmul_precision(config.train.matmul_precision):
         tokens = backend.stream(

@@ -143,7 +143,8 @@ def torch_decoders(case: Case, with_compiled: bool, threads: int) -> dict[str, D
     """Ours, eager and compiled."""
     import torch
 
-    from kempnerforge_torch.model.generate import generate, load_model
+    from kempnerforge_torch.model.build import load_model
+    from kempnerforge_torch.model.generate import generate
 
     torch.set_num_threads(threads)
     model = load_model(case.config, case.weights, case.device).to(getattr(torch, case.dtype))
@@ -159,7 +160,8 @@ def jax_decoder(case: Case) -> Decoder:
     """Ours, the whole loop as one program; float32 products in float32, as those of torch."""
     import jax
 
-    from kempnerforge_jax.model.generate import generate, load_model
+    from kempnerforge_jax.model.build import load_model
+    from kempnerforge_jax.model.generate import generate
     from kempnerforge_jax.model.state import merge, split
 
     jax.config.update("jax_default_matmul_precision", "highest" if case.dtype == "float32" else None)

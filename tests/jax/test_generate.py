@@ -11,6 +11,8 @@ from flax import nnx
 
 from kempnerforge_jax.model import generate as generation
 from kempnerforge_jax.model.generate import generate
+from kempnerforge_jax.model.request import make_request
+from kempnerforge_jax.model.sampling import sample
 from kempnerforge_jax.model.state import split
 from kempnerforge_jax.model.transformer import Transformer
 from shared_config.schema.model import ModelConfig
@@ -38,7 +40,7 @@ def test_few_programs_serve_all_lengths_and_options() -> None:
 
 def test_a_step_takes_the_memory_of_the_caches() -> None:
     model = new_model()
-    request = generation._request(model, PROMPTS, 3, 0.0, 0, 1.0, None, 0, None, None, None, 512, None, None)
+    request = make_request(model, PROMPTS, 3, 0.0, 0, 1.0, None, 0, None, None, None, 512, None, None)
     graphdef, params, buffers = parts = split(model)
     caches, state = generation._prefill(model, request, parts)
     uniforms, options = generation._numbers(model, request, 3)
@@ -66,8 +68,8 @@ def test_generation_works_with_a_scan_turned_off_only() -> None:
 
 def test_sample_needs_numbers() -> None:
     with pytest.raises(ValueError, match="uniforms = None, key = None"):
-        generation.sample(jnp.zeros((1, 3)))
-    assert generation.sample(jnp.zeros((2, 3)), key=jax.random.key(0)).shape == (2,)
+        sample(jnp.zeros((1, 3)))
+    assert sample(jnp.zeros((2, 3)), key=jax.random.key(0)).shape == (2,)
 
 
 def test_pipeline_stages_are_refused() -> None:

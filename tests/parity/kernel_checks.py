@@ -372,7 +372,7 @@ def check_decoding_by_device(backend: str) -> None:
     for on_gpu in (True, False):
         for compiled in (True, False):
             weight = SimpleNamespace(is_cuda=on_gpu)
-            with mock.patch.object(generate, "_weight", lambda _, weight=weight: weight):
+            with mock.patch.object(generate, "weight_of", lambda _, weight=weight: weight):
                 step = generate._step(None, request, [], compiled)
             assert isinstance(step, generate.Recorded) == (on_gpu and compiled), (on_gpu, compiled)
 

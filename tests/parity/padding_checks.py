@@ -117,5 +117,6 @@ def unjitted(backend: str) -> contextlib.AbstractContextManager[Any]:
 PADDING_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
     "model.vlm": (check_wrappers,),
     "model.generate": (check_prompts,),
+    "model.request": (check_prompts,),
     "training.train": (check_evaluation,),
 }

@@ -70,15 +70,15 @@ def decoding(backend: str, case: str) -> list[Operation]:
     options = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 1, "prefill_chunk": 2, **given}
     config = job if job.vlm is not None else job.model
     if backend == "torch":
-        model = generate.load_model(config, None, "cpu").to(torch.bfloat16)
+        model = module(backend, "model.build").load_model(config, None, "cpu").to(torch.bfloat16)
         return precision_torch.narrow_operations(lambda: generate.generate(model, PROMPTS, 3, **options))
-    model = generate.load_model(config, None, "cpu").to(jnp.bfloat16)
+    model = module(backend, "model.build").load_model(config, None, "cpu").to(jnp.bfloat16)
     operations: list[Operation] = []
-    names = ("_compiled_reading", "_compiled_prefill", "_compiled_loop")
-    patched = {name: abstract(getattr(generate, name), operations) for name in names}
+    request = module(backend, "model.request")
+    names = {"_compiled_reading": request, "_compiled_prefill": generate, "_compiled_loop": generate}
     with contextlib.ExitStack() as stack:
-        for name, program in patched.items():
-            stack.enter_context(mock.patch.object(generate, name, program))
+        for name, home in names.items():
+            stack.enter_context(mock.patch.object(home, name, abstract(getattr(home, name), operations)))
         generate.generate(model, PROMPTS, 3, **options)
     return operations
 

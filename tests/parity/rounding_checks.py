@@ -128,7 +128,7 @@ def experts_that_choose(backend: Any, dtype: str) -> Callable[..., Any]:
 
 def draw(backend: Any, dtype: str) -> Callable[..., Any]:
     """Sampling, as one function of the logits and of uniform numbers."""
-    function = backend.module("model.generate")._draw
+    function = backend.module("model.sampling").draw
     return lambda logits, uniforms: function(logits, uniforms, 0.7, 5, 0.9)
 
 

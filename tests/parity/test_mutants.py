@@ -320,6 +320,8 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.kv_cache": (check_positions,),
     "model.mask": (check_positions,),
     "model.generate": (check_generation,),
+    "model.request": (check_generation,),
+    "model.sampling": (check_generation,),
     "training.optimizer": (check_optimizer, check_skipped_step),
     "model.transformer": (check_slice,),
     "model.moe": (check_table,),

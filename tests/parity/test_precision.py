@@ -66,7 +66,7 @@ CHECKS: dict[str, tuple[Callable[[str], object], ...]] = {
     "model.embedding": (gradients_of("look-up"),),
     "model.linear": (gradients_of("look-up", "bias"),),
     "model.vision": (gradients_of("quick_gelu"),),
-    "model.generate": (gradients_of("draw"),),
+    "model.sampling": (gradients_of("draw"),),
     "training.loss": (gradients_of("loss"),),
     "training.objective": (check_full_precision, lambda backend: check_steps(backend, ["relu"])),
     "training.train": (check_full_precision, lambda backend: check_steps(backend, ["relu"])),

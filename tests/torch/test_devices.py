@@ -14,10 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_module
 
 from kempnerforge_torch.model import grouped
-from kempnerforge_torch.model.generate import sample
 from kempnerforge_torch.model.init import init_from_table
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.modality import ModalityContext
+from kempnerforge_torch.model.sampling import sample
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import build_vlm_wrapper
 from kempnerforge_torch.training.loss import cross_entropy, router_losses

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from kempnerforge_torch.model.build import build_model
 from kempnerforge_torch.model.state import set_state
-from kempnerforge_torch.training.train import build_model
 from shared_config.contract.function import differences
 from shared_config.contract.vision import job_table
 from shared_config.data.image_sources import Shapes

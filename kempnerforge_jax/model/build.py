@@ -1,0 +1,51 @@
+"""The model of a config: as built, and with weights for generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from kempnerforge_jax.device import find_device
+from kempnerforge_jax.model.linear import UNDRAWN
+from kempnerforge_jax.model.state import set_state
+from kempnerforge_jax.model.transformer import Transformer
+from kempnerforge_jax.model.vlm import build_vlm_wrapper
+from kempnerforge_jax.registry import registry
+from shared_config.schema.job import JobConfig
+from shared_config.schema.model import ModelConfig
+
+
+def build_model(config: JobConfig, *, rngs: nnx.Rngs) -> Any:
+    """The model of a job: a transformer, or one with an encoder and an adapter around it."""
+    if config.vlm is None or config.vision_encoder is None:
+        return registry.get("model", config.model.model_type)(config.model, rngs=rngs)
+    frames = config.video.max_frames if config.video is not None else 1
+    return build_vlm_wrapper(config.model, config.vision_encoder, config.adapter, config.vlm, frames, rngs=rngs)
+
+
+def load_model(
+    config: ModelConfig | JobConfig, weights: Mapping[str, Any] | None, device: Any = None, *, seed: int = 0
+) -> Any:
+    """A model with these weights, float32, for generation: of a job, one that sees images if the job's does.
+
+    Args:
+        weights: by name; None: the initial ones of ``seed``.
+
+    Raises:
+        ValueError: lists every missing, unknown and misshapen name.
+    """
+    with jax.default_device(find_device(device)):
+        model = nnx.eval_shape(lambda: _new_model(config))
+        model.init_weights_and_freqs(seed)
+        if weights is not None:
+            set_state(model, weights)
+    return model
+
+
+def _new_model(config: ModelConfig | JobConfig) -> Any:
+    if isinstance(config, ModelConfig):
+        return Transformer(config, rngs=UNDRAWN)
+    return build_model(config, rngs=UNDRAWN)

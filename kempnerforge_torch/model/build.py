@@ -1,0 +1,51 @@
+"""The model of a config: as built, and with weights for generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kempnerforge_torch.device import find_device
+from kempnerforge_torch.model.state import set_state
+from kempnerforge_torch.model.transformer import Transformer
+from kempnerforge_torch.model.vlm import build_vlm_wrapper
+from kempnerforge_torch.registry import registry
+from shared_config.schema.job import JobConfig
+from shared_config.schema.model import ModelConfig
+
+
+def build_model(config: JobConfig) -> Any:
+    """The model of a job: a transformer, or one with an encoder and an adapter around it."""
+    if config.vlm is None or config.vision_encoder is None:
+        return registry.get("model", config.model.model_type)(config.model)
+    frames = config.video.max_frames if config.video is not None else 1
+    return build_vlm_wrapper(config.model, config.vision_encoder, config.adapter, config.vlm, frames)
+
+
+def load_model(
+    config: ModelConfig | JobConfig, weights: Mapping[str, Any] | None, device: Any = None, *, seed: int = 0
+) -> Any:
+    """A model with these weights, float32, for generation: of a job, one that sees images if the job's does.
+
+    Args:
+        weights: by name; None: the initial ones of ``seed``.
+
+    Raises:
+        ValueError: lists every missing, unknown and misshapen name.
+    """
+    place = find_device(device)
+    with torch.device("meta"):
+        model = _new_model(config)
+    model.to_empty(device=place)
+    model.init_weights_and_freqs(seed)
+    if weights is not None:
+        set_state(model, weights)
+    return model.eval()
+
+
+def _new_model(config: ModelConfig | JobConfig) -> Any:
+    if isinstance(config, ModelConfig):
+        return Transformer(config)
+    return build_model(config)

@@ -1,0 +1,180 @@
+"""What is to be generated, checked before the first token is drawn.
+
+Shapes: B rows, S tokens of the longest prompt, N new tokens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kempnerforge_torch.model.modality import ModalityContext
+from kempnerforge_torch.model.state import to_numpy
+from kempnerforge_torch.model.transformer import Transformer
+from kempnerforge_torch.model.vlm import VLMWrapper, inner_transformer
+from kempnerforge_torch.model.wrappers import unwrap, unwrapped
+from shared_config.contract.decoding import (
+    Prompts,
+    cache_length,
+    check_architecture,
+    check_images,
+    check_request,
+    check_sampling,
+    check_uniforms,
+    draw_uniforms,
+    prefill_chunks,
+    read_prompts,
+    read_stops,
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be generated, checked.
+
+    Attributes:
+        image: its place in the stream, or what is read of it at every step; None: text alone.
+        uniforms: float64 (B, N); None: greedy.
+        cache_length: positions of the caches.
+        chunks: (start, size) of the parts in which the prompts are read.
+    """
+
+    prompts: Prompts
+    image: ModalityContext | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    uniforms: np.ndarray | None
+    cache_length: int
+    chunks: Sequence[tuple[int, int]]
+
+
+def make_request(
+    model: Transformer | VLMWrapper,
+    prompt_tokens: Any,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int,
+    prompt_lengths: Any,
+    seed: int | torch.Generator | None,
+    uniforms: np.ndarray | None,
+    prefill_chunk: int,
+    pixel_values: Any,
+    frame_mask: Any,
+) -> Request:
+    """What `generate` and `stream` are asked for, checked; their arguments.
+
+    Raises:
+        ValueError: naming what can't be generated.
+    """
+    model = unwrap(model)
+    transformer = _checked(model)
+    check_sampling(temperature, top_k, top_p)
+    config = transformer.config
+    prompts = read_prompts(_on_host(prompt_tokens), _on_host(prompt_lengths), config.vocab_size)
+    rows = len(prompts.lengths)
+    image = _read_image(model, pixel_values, frame_mask, rows)
+    taken, stops = image_tokens(image), read_stops(_on_host(eos_token_id))
+    check_request(
+        prompts,
+        max_new_tokens,
+        config.max_seq_len,
+        config.vocab_size,
+        stops,
+        prefill_chunk,
+        taken,
+        pad_token_id,
+    )
+    slots = cache_length(prompts, max_new_tokens, config.max_seq_len, taken)
+    return Request(
+        prompts,
+        image,
+        max_new_tokens,
+        temperature,
+        top_k or config.vocab_size,
+        top_p,
+        stops,
+        pad_token_id,
+        None if temperature == 0 else _uniforms(seed, uniforms, rows, max_new_tokens),
+        slots,
+        prefill_chunks(prompts.tokens.shape[1] - 1, prefill_chunk, slots - taken),
+    )
+
+
+def _checked(model: Transformer | VLMWrapper) -> Transformer:
+    """The transformer of a model that can generate."""
+    transformer = inner_transformer(model)
+    check_architecture(transformer.vlm_config)
+    if transformer.token_embedding is None or transformer.output_head is None:
+        raise ValueError("model is a pipeline stage: generate needs the embedding and the head in one model")
+    return transformer
+
+
+def _read_image(
+    model: Transformer | VLMWrapper, pixel_values: Any, frame_mask: Any, rows: int
+) -> ModalityContext | None:
+    """What the transformer is called with for the image of each row."""
+    if pixel_values is None and frame_mask is not None:
+        raise ValueError("frame_mask is given, pixel_values = None: the mask needs the images that it masks")
+    if pixel_values is None:
+        return None
+    if not isinstance(model, VLMWrapper):
+        raise ValueError(f"pixel_values is given: model = {type(model).__name__} has no encoder for images")
+    check_images(pixel_values.shape, rows)
+    transformer = inner_transformer(model)
+    device = weight_of(transformer).device
+    pixels = torch.as_tensor(pixel_values, device=device)
+    frames = None if frame_mask is None else torch.as_tensor(frame_mask, device=device)
+    with inference(model):
+        context = model.context(pixels, torch.zeros((rows, 0), dtype=torch.int64, device=device), frames)
+        assert context is not None
+        if context.prefix_embeds is not None:
+            return context
+        return transformer.architecture.read_once(transformer, context)
+
+
+def image_tokens(image: ModalityContext | None) -> int:
+    """Positions of the residual stream that the image takes."""
+    return 0 if image is None or image.prefix_embeds is None else image.prefix_embeds.shape[1]
+
+
+def _on_host(given: Any) -> Any:
+    return to_numpy(given) if isinstance(given, Tensor) else given
+
+
+def _uniforms(seed: int | torch.Generator | None, uniforms: np.ndarray | None, rows: int, count: int) -> np.ndarray:
+    if uniforms is not None:
+        return check_uniforms(_on_host(uniforms), rows, count)
+    if isinstance(seed, torch.Generator):
+        return to_numpy(torch.rand((rows, count), generator=seed, device=seed.device)).astype(np.float64)
+    return draw_uniforms(seed, rows, count)
+
+
+def weight_of(model: Transformer) -> Tensor:
+    """The embedding, whose dtype and device are those of the model."""
+    assert model.token_embedding is not None
+    return unwrap(unwrap(model.token_embedding).embedding).weight
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """No gradients, evaluation mode, no wrappers; all as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad(), unwrapped(model):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
