@@ -52,7 +52,7 @@ LENGTH_MUTANTS = (
     ),
     both("model.generate", "prompts read up to token 128", "in request.chunks:", "in request.chunks[:2]:"),
     Mutant(
-        "model.moe", "choices from 512 on of no expert",
+        "model.dispatch", "choices from 512 on of no expert",
         ("expert_R = indices_Tk.t().flatten()",
          "expert_R = indices_Tk.t().flatten()\n    expert_R[512:] = num_experts"),
         ("expert_R = indices_Tk.T.ravel()", "expert_R = indices_Tk.T.ravel().at[512:].set(num_experts)"),

@@ -58,14 +58,14 @@ PRECISION_MUTANTS = (
         ("weights_Tk = nan_outside(weights_Tk, ", "weights_Tk = nan_outside(weights_Tk.astype(x_TD.dtype), "),
     ),
     Mutant(
-        "model.moe", "combine weights rounded, and widened again",
+        "model.dispatch", "combine weights rounded, and widened again",
         ("out_kTD.to(weights_Tk.dtype) * weights_Tk.t()[",
          "out_kTD.to(weights_Tk.dtype) * weights_Tk.to(out_kTD.dtype).to(weights_Tk.dtype).t()["),
         ("out_kTD.astype(weights_Tk.dtype) * weights_Tk.T[",
          "out_kTD.astype(weights_Tk.dtype) * weights_Tk.astype(out_kTD.dtype).astype(weights_Tk.dtype).T["),
     ),
     Mutant(
-        "model.moe", "choices combined in their dtype",
+        "model.dispatch", "choices combined in their dtype",
         ("(out_kTD.to(weights_Tk.dtype) * weights_Tk.t()[:, :, None])",
          "(out_kTD * weights_Tk.to(out_kTD.dtype).t()[:, :, None])"),
         ("(out_kTD.astype(weights_Tk.dtype) * weights_Tk.T[:, :, None])",

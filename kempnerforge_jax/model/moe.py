@@ -14,24 +14,21 @@ R = k * T rows.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from kempnerforge_jax.model.checks import check_ids, check_mask, check_shape, nan_outside
+from kempnerforge_jax.model.dispatch import combine, gradient_factors, layer_capacity, plan_dispatch, spread
 from kempnerforge_jax.model.experts import apply_modules, apply_packed
 from kempnerforge_jax.model.experts import grouped_expert_forward as grouped_expert_forward
 from kempnerforge_jax.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
 from kempnerforge_jax.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.router import TopKRouter, build_router
-from shared_config.contract.capacity import token_capacities
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -51,20 +48,6 @@ class MoEStats(NamedTuple):
     expert_counts: jax.Array
     entropy: jax.Array
     dropped: jax.Array
-
-
-class Dispatch(NamedTuple):
-    """Which row holds which choice. Choice j * T + t is choice j of token t: first choices come before second ones.
-
-    Attributes:
-        choice_R: the choice that each row holds; rows of no expert (padding, no room) come last.
-        row_R: the row of each choice.
-        ends_E: int32, row after the last one of each expert.
-    """
-
-    choice_R: jax.Array
-    row_R: jax.Array
-    ends_E: jax.Array
 
 
 class MoEMLP(Module):
@@ -147,7 +130,7 @@ class MoEMLP(Module):
         factor = self.capacity_factor if limit_capacity else 0.0
         room = layer_capacity(x_TD.shape[0], members_T, indices_Tk.shape[1], self.num_experts, factor)
         plan = plan_dispatch(indices_Tk, valid_T, self.num_experts, room)
-        rows_RD: jax.Array = _spread(x_TD, plan.choice_R, plan.row_R, indices_Tk.shape[1])
+        rows_RD: jax.Array = spread(x_TD, plan.choice_R, plan.row_R, indices_Tk.shape[1])
         out_RD = self._apply_experts(rows_RD, plan.ends_E)
         factors_Tk = None
         if self.gradient_scale:
@@ -234,123 +217,6 @@ def build_moe(
         gradient_scale,
         packed_experts,
     )
-
-
-def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int | None:
-    """Choices that an expert takes: max(1, ceil(tokens k / E * factor)), exact on the decimal digits of the factor.
-
-    None, no limit, for factor 0.
-    """
-    if factor == 0:
-        return None
-    exact = Fraction(str(factor))
-    return max(1, -(-tokens * top_k * exact.numerator // (num_experts * exact.denominator)))
-
-
-def layer_capacity(
-    tokens: int, members_T: jax.Array | None, top_k: int, num_experts: int, factor: float
-) -> int | jax.Array | None:
-    """`capacity` of all tokens, or of those that are True in ``members_T``: an array, as their number is one."""
-    if members_T is None or factor == 0:
-        return capacity(tokens, top_k, num_experts, factor)
-    return jnp.asarray(token_capacities(tokens, top_k, num_experts, factor))[members_T.sum(dtype=jnp.int32)]
-
-
-def plan_dispatch(
-    indices_Tk: jax.Array, valid_T: jax.Array | None, num_experts: int, room: int | jax.Array | None = None
-) -> Dispatch:
-    """Sort the choices by expert, those of equal expert slot by slot and then by token.
-
-    Args:
-        valid_T: tokens whose choices count; None means all.
-        room: choices that an expert takes, a number or an array of one; None means any number.
-    """
-    tokens, top_k = indices_Tk.shape
-    expert_R = indices_Tk.T.ravel()
-    if valid_T is not None:
-        expert_R = jnp.where(jnp.tile(valid_T, top_k), expert_R, num_experts)
-    rows_R = jnp.arange(tokens * top_k, dtype=jnp.int32)
-    expert_R, choice_R = lax.sort((expert_R, rows_R), num_keys=1, is_stable=True)
-    ends_E = _ends(expert_R, num_experts)
-    if room is not None and not (isinstance(room, int) and room >= tokens * top_k):
-        starts = jnp.pad(ends_E, (1, 0))
-        expert_R = jnp.where(rows_R - starts[expert_R] < room, expert_R, num_experts)
-        expert_R, choice_R = lax.sort((expert_R, choice_R), num_keys=1, is_stable=True)
-        ends_E = _ends(expert_R, num_experts)
-    row_R = jnp.zeros_like(choice_R).at[choice_R].set(rows_R, unique_indices=True)
-    return Dispatch(choice_R, row_R, ends_E)
-
-
-def combine(
-    out_RD: jax.Array, weights_Tk: jax.Array, plan: Dispatch, gradient_factors_Tk: jax.Array | None = None
-) -> jax.Array:
-    """(T, D): for each token the weighted sum of its rows, in the dtype of the weights."""
-    tokens, top_k = weights_Tk.shape
-    out_kTD = _permute(out_RD, plan.row_R, plan.choice_R).reshape(top_k, tokens, out_RD.shape[1])
-    if gradient_factors_Tk is not None:
-        out_kTD = _scale_gradient(out_kTD, gradient_factors_Tk.T[:, :, None])
-    return (out_kTD.astype(weights_Tk.dtype) * weights_Tk.T[:, :, None]).sum(axis=0)
-
-
-def gradient_factors(counts_E: jax.Array, dtype: Any) -> jax.Array:
-    """mean count / count of each expert; 1 for an expert without tokens, to which no gradient flows."""
-    wide_E = counts_E.astype(dtype)
-    return jnp.where(counts_E > 0, wide_E.sum() / (jnp.maximum(wide_E, 1) * counts_E.shape[0]), 1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _spread(x_TD: jax.Array, choice_R: jax.Array, row_R: jax.Array, top_k: int) -> jax.Array:
-    """Row r is the token of choice r; backward adds up the rows of a token, in the order of its choices."""
-    return x_TD[choice_R % max(x_TD.shape[0], 1)]
-
-
-def _spread_forward(x_TD: jax.Array, choice_R: jax.Array, row_R: jax.Array, top_k: int) -> tuple[jax.Array, Any]:
-    return _spread(x_TD, choice_R, row_R, top_k), (choice_R, row_R)
-
-
-def _spread_backward(top_k: int, saved: Any, dy_RD: jax.Array) -> tuple[jax.Array, None, None]:
-    choice_R, row_R = saved
-    dx_kTD = _permute(dy_RD, row_R, choice_R).reshape(top_k, -1, dy_RD.shape[1])
-    return dx_kTD.sum(axis=0), None, None
-
-
-@jax.custom_vjp
-def _permute(x_RD: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> jax.Array:
-    """x[order]; backward takes by the inverse order, where JAX, not knowing that rows occur once, would add."""
-    return x_RD[order_R]
-
-
-def _permute_forward(x_RD: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> tuple[jax.Array, Any]:
-    return x_RD[order_R], (order_R, inverse_R)
-
-
-def _permute_backward(saved: Any, dy_RD: jax.Array) -> tuple[jax.Array, None, None]:
-    order_R, inverse_R = saved
-    return _permute(dy_RD, inverse_R, order_R), None, None
-
-
-@jax.custom_vjp
-def _scale_gradient(x: jax.Array, factors: jax.Array) -> jax.Array:
-    """The identity; backward multiplies by the factors."""
-    return x
-
-
-def _scale_gradient_forward(x: jax.Array, factors: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return x, factors
-
-
-def _scale_gradient_backward(factors: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return (dy * factors).astype(dy.dtype), jnp.zeros_like(factors)
-
-
-_spread.defvjp(_spread_forward, _spread_backward)
-_permute.defvjp(_permute_forward, _permute_backward)
-_scale_gradient.defvjp(_scale_gradient_forward, _scale_gradient_backward)
-
-
-def _ends(expert_R: jax.Array, num_experts: int) -> jax.Array:
-    experts = jnp.arange(num_experts, dtype=expert_R.dtype)
-    return jnp.searchsorted(expert_R, experts, side="right", method="compare_all").astype(jnp.int32)
 
 
 def _projections(activation: str | None) -> tuple[str, ...]:

@@ -416,6 +416,7 @@ LENGTH_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
     "model.moma": (check_long_modalities,),
     "model.transformer": (check_long_causal, check_long_prefix),
     "model.moe": (edges(5),),
+    "model.dispatch": (edges(5),),
     "model.router": (edges(11),),
     "model.grouped": (edges(5),),
     "model.embedding": (edges(2),),

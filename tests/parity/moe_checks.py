@@ -283,6 +283,7 @@ MOE_CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
         check_checkpointing,
     ),
     "model.moe": (check_layers, check_no_tokens, check_copies),
+    "model.dispatch": (check_layers, check_no_tokens),
     "model.looped": (check_layers,),
     "model.grouped": (check_products,),
     "model.transformer": (check_steps,),

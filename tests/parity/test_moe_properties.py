@@ -282,7 +282,7 @@ def test_dispatch_keeps_what_the_specification_keeps(
 ) -> None:
     indices_Tk, valid_T, experts, factor = case
     tokens, top_k = indices_Tk.shape
-    room = module(backend, "moe").capacity(tokens, top_k, experts, factor)
+    room = module(backend, "dispatch").capacity(tokens, top_k, experts, factor)
     assert room == capacity(tokens, top_k, experts, factor)
     choice_R, row_R, ends_E = planned(backend, indices_Tk, valid_T, experts, room)
     np.testing.assert_array_equal(choice_R[row_R], np.arange(tokens * top_k))
@@ -300,7 +300,7 @@ def test_dispatch_keeps_what_the_specification_keeps(
 @each_backend
 @given(tokens=st.integers(0, 10**6), top_k=st.integers(1, 8), experts=st.integers(1, 256))
 def test_capacity_is_exact(backend: str, tokens: int, top_k: int, experts: int) -> None:
-    room = module(backend, "moe").capacity
+    room = module(backend, "dispatch").capacity
     assert room(tokens, top_k, experts, 0.0) is None
     for factor in (0.1, 0.7, 1.0, 1.1, 1.25, 1e-9):
         assert room(tokens, top_k, experts, factor) == capacity(tokens, top_k, experts, factor)
@@ -368,7 +368,7 @@ def jitted(function: Any, **static: int) -> Any:
 def planned(
     backend: str, indices_Tk: np.ndarray, valid_T: np.ndarray, experts: int, room: int | None
 ) -> list[np.ndarray]:
-    plan = module(backend, "moe").plan_dispatch
+    plan = module(backend, "dispatch").plan_dispatch
     if backend == "torch":
         parts = plan(torch.from_numpy(indices_Tk.astype(np.int64)), torch.from_numpy(valid_T), experts, room)
     else:

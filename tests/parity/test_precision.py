@@ -59,6 +59,7 @@ CHECKS: dict[str, tuple[Callable[[str], object], ...]] = {
     ),
     "model.mlp": (gradients_of("SwiGLU"),),
     "model.moe": (gradients_of("experts", "experts of an accelerator"),),
+    "model.dispatch": (gradients_of("experts", "experts of an accelerator"),),
     "model.router": (gradients_of("combine weights", "losses of routers"),),
     "model.looped": (gradients_of("experts"),),
     "model.grouped": (gradients_of("tiled_outer", "looped_outer"),),

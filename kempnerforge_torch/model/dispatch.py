@@ -1,0 +1,159 @@
+"""How tokens get to their experts and back: room, the order of rows, and what is added up.
+
+Shapes: T tokens, D model dim, E experts, k choices of each token, R = k * T rows."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kempnerforge_torch.model.experts import grouped_expert_forward as grouped_expert_forward
+from kempnerforge_torch.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
+from shared_config.contract.capacity import token_capacities
+
+
+class Dispatch(NamedTuple):
+    """Which row holds which choice. Choice j * T + t is choice j of token t: first choices come before second ones.
+
+    Attributes:
+        choice_R: the choice that each row holds; rows of no expert (padding, no room) come last.
+        row_R: the row of each choice.
+        ends_E: int32, row after the last one of each expert.
+    """
+
+    choice_R: Tensor
+    row_R: Tensor
+    ends_E: Tensor
+
+
+def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int | None:
+    """Choices that an expert takes: max(1, ceil(tokens k / E * factor)), exact on the decimal digits of the factor.
+
+    None, no limit, for factor 0.
+    """
+    if factor == 0:
+        return None
+    exact = Fraction(str(factor))
+    return max(1, -(-tokens * top_k * exact.numerator // (num_experts * exact.denominator)))
+
+
+def layer_capacity(
+    tokens: int, members_T: Tensor | None, top_k: int, num_experts: int, factor: float
+) -> int | Tensor | None:
+    """`capacity` of all tokens, or of those that are True in ``members_T``: an array, as their number is one."""
+    if members_T is None or factor == 0:
+        return capacity(tokens, top_k, num_experts, factor)
+    table = torch.tensor(_capacities(tokens, top_k, num_experts, factor), device=members_T.device)
+    return table.index_select(0, members_T.sum().reshape(1))
+
+
+def plan_dispatch(
+    indices_Tk: Tensor, valid_T: Tensor | None, num_experts: int, room: int | Tensor | None = None
+) -> Dispatch:
+    """Sort the choices by expert, those of equal expert slot by slot and then by token.
+
+    Args:
+        valid_T: tokens whose choices count; None means all.
+        room: choices that an expert takes, a number or an array of one; None means any number.
+    """
+    tokens, top_k = indices_Tk.shape
+    expert_R = indices_Tk.t().flatten()
+    if valid_T is not None:
+        expert_R = torch.where(valid_T.repeat(top_k), expert_R, num_experts)
+    expert_R, choice_R = torch.sort(expert_R, stable=True)
+    ends_E = _ends(expert_R, num_experts)
+    rows_R = torch.arange(tokens * top_k, device=indices_Tk.device)
+    if room is not None and not (isinstance(room, int) and room >= tokens * top_k):
+        starts = F.pad(ends_E, (1, 0))
+        expert_R = torch.where(rows_R - starts[expert_R] < room, expert_R, num_experts)
+        expert_R, order_R = torch.sort(expert_R, stable=True)
+        choice_R, ends_E = choice_R[order_R], _ends(expert_R, num_experts)
+    row_R = torch.empty_like(choice_R).scatter(0, choice_R, rows_R)
+    return Dispatch(choice_R, row_R, ends_E)
+
+
+def combine(out_RD: Tensor, weights_Tk: Tensor, plan: Dispatch, gradient_factors_Tk: Tensor | None = None) -> Tensor:
+    """(T, D): for each token the weighted sum of its rows, in the dtype of the weights."""
+    tokens, top_k = weights_Tk.shape
+    out_kTD = _Permute.apply(out_RD, plan.row_R, plan.choice_R).reshape(top_k, tokens, out_RD.shape[1])
+    if gradient_factors_Tk is not None:
+        out_kTD = _ScaleGradient.apply(out_kTD, gradient_factors_Tk.t()[:, :, None])
+    return (out_kTD.to(weights_Tk.dtype) * weights_Tk.t()[:, :, None]).sum(dim=0)
+
+
+def gradient_factors(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """mean count / count of each expert; 1 for an expert without tokens, to which no gradient flows."""
+    wide_E = counts_E.to(dtype)
+    return torch.where(counts_E > 0, wide_E.sum() / (wide_E.clamp(min=1) * counts_E.shape[0]), 1.0)
+
+
+def spread(x_TD: Tensor, choice_R: Tensor, row_R: Tensor, top_k: int) -> Tensor:
+    """Row r is the token of choice r; backward adds up the rows of a token, in the order of its choices."""
+    return _Spread.apply(x_TD, choice_R, row_R, top_k)
+
+
+class _Spread(torch.autograd.Function):
+    """Row r is the token of choice r; backward adds up the rows of a token, in the order of its choices."""
+
+    @staticmethod
+    def forward(x_TD: Tensor, choice_R: Tensor, row_R: Tensor, top_k: int) -> Tensor:
+        return x_TD.index_select(0, choice_R % max(x_TD.shape[0], 1))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+        _, choice_R, row_R, ctx.top_k = inputs
+        ctx.save_for_backward(choice_R, row_R)
+
+    @staticmethod
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, None, None, None]:
+        choice_R, row_R = ctx.saved_tensors
+        dx_kTD = _Permute.apply(dy_RD, row_R, choice_R).reshape(ctx.top_k, -1, dy_RD.shape[1])
+        return dx_kTD.sum(dim=0), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """x[order]; backward takes by the inverse order, where autograd, not knowing that rows occur once, would add."""
+
+    @staticmethod
+    def forward(x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+        return x_RD.index_select(0, order_R)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, None, None]:
+        order_R, inverse_R = ctx.saved_tensors
+        return _Permute.apply(dy_RD, inverse_R, order_R), None, None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity; backward multiplies by the factors."""
+
+    @staticmethod
+    def forward(x: Tensor, factors: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (factors,) = ctx.saved_tensors
+        return (dy * factors).to(dy.dtype), None
+
+
+@torch.compiler.assume_constant_result
+def _capacities(tokens: int, top_k: int, num_experts: int, factor: float) -> list[int]:
+    return token_capacities(tokens, top_k, num_experts, factor).tolist()
+
+
+def _ends(expert_R: Tensor, num_experts: int) -> Tensor:
+    experts = torch.arange(num_experts, device=expert_R.device)
+    return torch.searchsorted(expert_R, experts, right=True, out_int32=True)
