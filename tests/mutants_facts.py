@@ -33,49 +33,50 @@ LAYOUT = f"{COUNTS}.test_memory_of_a_layout_is_that_of_its_parts"
 FAMILIES = "interchange.test_families"
 ABSENT = f"{FAMILIES}.test_a_family_s_keys_left_out_mean_what_they_mean_there"
 PICTURES = f"{FAMILIES}.test_pictures_without_settings_have_those_of_transformers_processors"
-PARAMETERS, VISION, NOISE, COUNTED = "contract.parameters", "contract.vision", "contract.noise", "contract.counts"
-FOREIGN, PIXELS = "interchange.huggingface", "interchange.preprocessor"
+LAYERS, VISION, NOISE, COUNTED = "contract.layers", "contract.vision", "contract.noise", "contract.counts"
+FOREIGN, KEYS = "interchange.huggingface_config", "interchange.huggingface_keys"
+PIXELS = "interchange.preprocessor"
 
 FACT_MUTANTS = (
     # Parameters
     FactMutant(
-        PARAMETERS,
-        'gate = _matrix(config, (experts, config.dim), ("experts", "embed"))',
-        'gate = replace(_matrix(config, (experts, config.dim), ("experts", "embed")), initializer=Normal(1.0))',
+        LAYERS,
+        'gate = matrix(config, (experts, config.dim), ("experts", "embed"))',
+        'gate = replace(matrix(config, (experts, config.dim), ("experts", "embed")), initializer=Normal(1.0))',
         PRESET,
         ("debug_moe",),
     ),
     FactMutant(
-        PARAMETERS,
+        LAYERS,
         'yield name, _ones((config.head_size,), ("head_dim",))',
         'yield name, _zeros((config.head_size,), ("head_dim",))',
         PRESET,
         ("qwen3_0_6b",),
     ),
-    FactMutant(PARAMETERS, "math.sqrt(2 * config.n_layers)", "math.sqrt(config.n_layers)", PRESET, ("llama_125m",)),
+    FactMutant(LAYERS, "math.sqrt(2 * config.n_layers)", "math.sqrt(config.n_layers)", PRESET, ("llama_125m",)),
     FactMutant(
-        PARAMETERS,
+        LAYERS,
         "return ParameterSpec(shape, Normal(config.init_std), axes, decay=True)",
         "return ParameterSpec(shape, Normal(config.init_std), axes)",
         PRESET,
         ("llama3_8b",),
     ),
     FactMutant(
-        PARAMETERS, "replace(gate, full_precision=True)", "replace(gate, full_precision=False)", PRESET, ("moe_small",)
+        LAYERS, "replace(gate, full_precision=True)", "replace(gate, full_precision=False)", PRESET, ("moe_small",)
     ),
-    FactMutant(PARAMETERS, '("expert_ema", 1.0 / experts)', '("expert_ema", 0.0)', PRESET, ("debug_moe",)),
-    FactMutant(PARAMETERS, "ffn if config.is_moe_layer(layer) else _silent(ffn)", "ffn", PRESET, ("debug_vlm_mot",)),
+    FactMutant(LAYERS, '("expert_ema", 1.0 / experts)', '("expert_ema", 0.0)', PRESET, ("debug_moe",)),
+    FactMutant(LAYERS, "ffn if config.is_moe_layer(layer) else _silent(ffn)", "ffn", PRESET, ("debug_vlm_mot",)),
     FactMutant(
-        PARAMETERS,
-        '_prefixed("mlp", _silent(_mlp(config, config.computed_ffn_hidden_dim)))',
-        '_prefixed("mlp", _mlp(config, config.computed_ffn_hidden_dim))',
+        LAYERS,
+        'prefixed("mlp", _silent(_mlp(config, config.computed_ffn_hidden_dim)))',
+        'prefixed("mlp", _mlp(config, config.computed_ffn_hidden_dim))',
         PRESET,
         ("debug_vlm_cross_attention",),
     ),
     FactMutant(
-        PARAMETERS,
-        '"up_proj.weight": _matrix(config, (hidden_dim, config.dim), ("mlp", "embed"))',
-        '"up_proj.weight": _matrix(config, (hidden_dim, config.dim), ("embed", "mlp"))',
+        LAYERS,
+        '"up_proj.weight": matrix(config, (hidden_dim, config.dim), ("mlp", "embed"))',
+        '"up_proj.weight": matrix(config, (hidden_dim, config.dim), ("embed", "mlp"))',
         PRESET,
         ("debug",),
     ),
@@ -117,7 +118,7 @@ FACT_MUTANTS = (
         f"{STREAM}.test_initial_weights_are_these_numbers",
     ),
     FactMutant(
-        "decoding",
+        "contract.decoding",
         'f"sampling {row}"',
         '"sampling"',
         f"{STREAM}.test_sampling_draws_other_numbers_for_each_row_seed_and_step",
@@ -145,7 +146,7 @@ FACT_MUTANTS = (
         f"{STREAM}.test_rows_of_text_come_in_the_order_of_seed_and_epoch",
     ),
     FactMutant(
-        "contract.validation", "BIAS_RANGE = 0.2", "BIAS_RANGE = 0.0", f"{STREAM}.test_validation_weights_hide_nothing"
+        "parity.validation", "BIAS_RANGE = 0.2", "BIAS_RANGE = 0.0", f"{STREAM}.test_validation_weights_hide_nothing"
     ),
     # What is printed
     FactMutant(
@@ -183,16 +184,16 @@ FACT_MUTANTS = (
     ),
     # Hugging Face
     FactMutant(
-        FOREIGN,
+        KEYS,
         '"mixtral": Family(\n        "MixtralForCausalLM", experts=True, norm_eps=1e-5, rope_theta=1e6',
         '"mixtral": Family(\n        "MixtralForCausalLM", experts=True, norm_eps=1e-5, rope_theta=1e4',
         ABSENT,
         ("mixtral",),
     ),
-    FactMutant(FOREIGN, "head_dim=128", "head_dim=None", ABSENT, ("qwen3",)),
-    FactMutant(FOREIGN, "norm_eps: float = 1e-6", "norm_eps: float = 1e-5", ABSENT, ("llama",)),
+    FactMutant(KEYS, "head_dim=128", "head_dim=None", ABSENT, ("qwen3",)),
+    FactMutant(KEYS, "norm_eps: float = 1e-6", "norm_eps: float = 1e-5", ABSENT, ("llama",)),
     FactMutant(
-        FOREIGN,
+        KEYS,
         'Family("MistralForCausalLM", kv_heads=8',
         'Family("MistralForCausalLM", kv_heads=None',
         ABSENT,

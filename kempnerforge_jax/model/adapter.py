@@ -18,7 +18,7 @@ from kempnerforge_jax.model.linear import Linear, draw_normal
 from kempnerforge_jax.model.mlp import ACTIVATIONS
 from kempnerforge_jax.model.module import Module, named_modules
 from kempnerforge_jax.registry import registry
-from shared_config.contract.parameters import ParameterSpec
+from shared_config.contract.specs import ParameterSpec
 from shared_config.contract.vision import adapter_table
 from shared_config.schema.adapter import AdapterConfig, check_sizes, pooled_token_count
 

@@ -24,7 +24,8 @@ from kempnerforge_jax.model.linear import Undrawn
 from kempnerforge_jax.model.state import own_variables
 from kempnerforge_jax.model.wrappers import unwrap
 from shared_config.contract.initialise import initial_value
-from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, parameter_table
+from shared_config.contract.parameters import parameter_table
+from shared_config.contract.specs import Constant, ParameterSpec, ParameterTable
 from shared_config.schema.model import ModelConfig
 
 

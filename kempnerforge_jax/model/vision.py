@@ -21,7 +21,7 @@ from kempnerforge_jax.model.noise import image_noise
 from kempnerforge_jax.model.norm import LayerNorm
 from kempnerforge_jax.model.state import set_state
 from kempnerforge_jax.registry import registry
-from shared_config.contract.parameters import ParameterSpec
+from shared_config.contract.specs import ParameterSpec
 from shared_config.contract.vision import TowerConfig, encoder_table, tower_table
 from shared_config.interchange.vision import load_tower_weights, resolve_tower
 from shared_config.schema.vision import VisionEncoderConfig

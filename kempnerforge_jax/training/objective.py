@@ -14,7 +14,7 @@ from kempnerforge_jax.training.blocks import REMATERIALISATION
 from kempnerforge_jax.training.loss import cross_entropy, router_losses, router_stats
 from kempnerforge_jax.training.optimizer import parameter_spec
 from kempnerforge_jax.training.terms import Terms, expert_counts, model_inputs
-from shared_config.contract.parameters import ParameterSpec
+from shared_config.contract.specs import ParameterSpec
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.optimizer import OptimizerConfig
 from shared_config.schema.training import TrainConfig

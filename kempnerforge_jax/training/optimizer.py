@@ -20,7 +20,7 @@ import optax
 
 from kempnerforge_jax.model.scan import layer_range
 from kempnerforge_jax.model.state import check_names, stack_layers, unstack_layers, unstack_shapes
-from shared_config.contract.parameters import ParameterSpec, ParameterTable
+from shared_config.contract.specs import ParameterSpec, ParameterTable
 from shared_config.schema.optimizer import OptimizerConfig
 
 Arrays = dict[str, jax.Array]

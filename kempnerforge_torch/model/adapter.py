@@ -16,7 +16,7 @@ from kempnerforge_torch.model.attention import attend
 from kempnerforge_torch.model.init import init_from_table
 from kempnerforge_torch.model.mlp import ACTIVATIONS
 from kempnerforge_torch.registry import registry
-from shared_config.contract.parameters import ParameterSpec
+from shared_config.contract.specs import ParameterSpec
 from shared_config.contract.vision import adapter_table
 from shared_config.schema.adapter import AdapterConfig, check_sizes, pooled_token_count
 

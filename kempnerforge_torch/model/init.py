@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from kempnerforge_torch.model.state import assign, own_tensors
 from kempnerforge_torch.model.wrappers import unwrap
 from shared_config.contract.initialise import initial_value
-from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, parameter_table
+from shared_config.contract.parameters import parameter_table
+from shared_config.contract.specs import Constant, ParameterSpec, ParameterTable
 from shared_config.schema.model import ModelConfig
 
 

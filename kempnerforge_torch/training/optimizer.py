@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kempnerforge_torch.model.state import assign, check_names
-from shared_config.contract.parameters import ParameterTable
+from shared_config.contract.specs import ParameterTable
 from shared_config.schema.optimizer import OptimizerConfig
 
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}

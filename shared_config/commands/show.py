@@ -20,7 +20,8 @@ from shared_config.contract.counts import (
     training_memory,
 )
 from shared_config.contract.decoding import PREFILL_CHUNK
-from shared_config.contract.parameters import Constant, ParameterSpec, aliases, parameter_groups
+from shared_config.contract.parameters import aliases, parameter_groups
+from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.contract.vision import TowerConfig
 from shared_config.errors import UserError
 from shared_config.interchange.toml import config_to_toml, json_schema

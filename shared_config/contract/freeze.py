@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from shared_config.contract.parameters import ParameterTable
+from shared_config.contract.specs import ParameterTable
 from shared_config.schema.vlm import FreezeSpec, FreezeStage, VLMConfig, is_pattern
 
 Patterns = str | Sequence[str]

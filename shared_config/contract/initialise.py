@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable
+from shared_config.contract.specs import Constant, ParameterSpec, ParameterTable
 
 
 def initial_value(name: str, spec: ParameterSpec, seed: int) -> np.ndarray:

@@ -11,78 +11,18 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from shared_config.errors import ConfigError
-from shared_config.registry import Declaration, declaration, declare
+from shared_config.contract.layers import decoder_layer_parameters, decoder_parameters, matrix
+from shared_config.contract.specs import FOLDED, Named, ParameterSpec, ParameterTable, fold, given, prefixed, unfold
+from shared_config.registry import Declaration, declaration
 from shared_config.schema.model import ModelConfig
-from shared_config.schema.vlm import CrossAttentionConfig, MoMaConfig, MoTConfig, VLMConfig
-
-Axes = tuple[str | None, ...]
-Named = Iterator[tuple[str, "ParameterSpec"]]
+from shared_config.schema.vlm import VLMConfig
 
 EMBEDDING = "token_embedding.embedding.weight"
 HEAD = "output_head.proj.weight"
-PACKED = {f"{name}_proj.weight": f"{name}_w" for name in ("gate", "up", "down")}
-"""Weights of an expert, and what they are called where those of all experts are one tensor."""
-
-
-@dataclass(frozen=True)
-class Normal:
-    """Independent normal values of mean 0."""
-
-    std: float
-
-
-@dataclass(frozen=True)
-class Constant:
-    """One value everywhere."""
-
-    value: float
-
-
-Initializer = Normal | Constant
-
-
-@dataclass(frozen=True)
-class ParameterSpec:
-    """One tensor of the model.
-
-    Attributes:
-        shape: sizes.
-        initializer: distribution of the initial values.
-        axes: logical name of each axis, as long as ``shape``.
-        is_buffer: not trained by gradient, float32 whatever the compute dtype.
-        full_precision: stays float32 in mixed precision (what decides a route).
-        decay: whether weight decay acts on it.
-        residual: it writes to the residual stream, and is 0 where a block starts as the identity.
-    """
-
-    shape: tuple[int, ...]
-    initializer: Initializer
-    axes: Axes
-    is_buffer: bool = False
-    full_precision: bool = False
-    decay: bool = False
-    residual: bool = False
-
-    def __post_init__(self) -> None:
-        if len(self.axes) != len(self.shape):
-            raise ValueError(f"axes = {self.axes}: must name each axis of shape = {self.shape}")
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-
-ParameterTable = dict[str, ParameterSpec]
-
-FOLDED = re.compile(r"\{(\d+)(?:,(\d+))?(?:\.\.(\d+))?\}")
-"""Where a name stands for several: ``{0..31}``, ``{1,3..31}`` or ``{0,1}``."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +51,10 @@ def parameter_table(config: ModelConfig, vlm: VLMConfig | None = None) -> Parame
     """
     whole = declaration("model", config.model_type).parameters
     if whole is not None:
-        return dict(_unfolded(_given(whole(config, vlm))))
+        return dict(_unfolded(given(whole(config, vlm))))
     table: ParameterTable = dict(_before_layers(config))
     for layer in range(config.n_layers):
-        table.update(_unfolded(_prefixed(f"layers.{layer}", _layer(config, vlm, layer))))
+        table.update(_unfolded(prefixed(f"layers.{layer}", _layer(config, vlm, layer))))
     table.update(_unfolded(_after_layers(config, vlm)))
     return table
 
@@ -123,7 +63,7 @@ def parameter_groups(config: ModelConfig, vlm: VLMConfig | None = None) -> Itera
     """The parameter table with equal layers, blocks and experts folded; as fast for a million of them as for one."""
     whole = declaration("model", config.model_type).parameters
     if whole is not None:
-        yield from (ParameterGroup(name, spec, _copies(name)) for name, spec in _given(whole(config, vlm)))
+        yield from (ParameterGroup(name, spec, _copies(name)) for name, spec in given(whole(config, vlm)))
         return
     for name, spec in _before_layers(config):
         yield ParameterGroup(name, spec, 1)
@@ -148,24 +88,6 @@ def layer_groups(config: ModelConfig, vlm: VLMConfig | None = None) -> Iterator[
         return
     for kind in _layer_kinds(config, vlm):
         yield [ParameterGroup(name, spec, _copies(name)) for name, spec in _layer(config, vlm, kind.first)]
-
-
-def fold(numbers: range) -> str:
-    """Numbers in braces, as `FOLDED` reads them; a single one stands alone."""
-    first, last = numbers[0], numbers[-1]
-    if first == last:
-        return str(first)
-    if first + numbers.step == last:
-        return f"{{{first},{last}}}"
-    return f"{{{first}..{last}}}" if numbers.step == 1 else f"{{{first},{first + numbers.step}..{last}}}"
-
-
-def unfold(numbers: re.Match[str]) -> range:
-    """The numbers that a match of `FOLDED` stands for."""
-    first, second, last = (None if text is None else int(text) for text in numbers.groups())
-    assert first is not None
-    step = 1 if second is None else second - first
-    return range(first, (last or second or first) + 1, step)
 
 
 @dataclass(frozen=True)
@@ -243,18 +165,18 @@ def aliases(config: ModelConfig) -> dict[str, str]:
 
 
 def _before_layers(config: ModelConfig) -> Named:
-    yield EMBEDDING, _matrix(config, (config.vocab_size, config.dim), ("vocab", "embed"))
+    yield EMBEDDING, matrix(config, (config.vocab_size, config.dim), ("vocab", "embed"))
 
 
 def _after_layers(config: ModelConfig, vlm: VLMConfig | None) -> Named:
-    yield from _given((_architecture(vlm).parameters or decoder_parameters)(config, vlm))
+    yield from given((_architecture(vlm).parameters or decoder_parameters)(config, vlm))
     if not config.tie_embeddings:
-        yield HEAD, _matrix(config, (config.vocab_size, config.dim), ("vocab", "embed"))
+        yield HEAD, matrix(config, (config.vocab_size, config.dim), ("vocab", "embed"))
 
 
 def _layer(config: ModelConfig, vlm: VLMConfig | None, layer: int) -> Named:
     """The tensors of one layer; names of experts are folded."""
-    return _given((_architecture(vlm).layer_parameters or decoder_layer_parameters)(config, vlm, layer))
+    return given((_architecture(vlm).layer_parameters or decoder_layer_parameters)(config, vlm, layer))
 
 
 def _architecture(vlm: VLMConfig | None) -> Declaration:
@@ -265,238 +187,3 @@ def _architecture(vlm: VLMConfig | None) -> Declaration:
             if found != Declaration():
                 return found
     return Declaration()
-
-
-def _given(specs: Mapping[str, ParameterSpec]) -> Named:
-    """What a declared function gives, item by item.
-
-    Raises:
-        ConfigError: it gives something else.
-    """
-    if not isinstance(specs, Mapping) or not all(isinstance(spec, ParameterSpec) for spec in specs.values()):
-        raise ConfigError([f"declared parameters = {specs!r}: must be a mapping from names to ParameterSpec"])
-    return iter(specs.items())
-
-
-def decoder_parameters(config: ModelConfig, vlm: VLMConfig | None = None) -> ParameterTable:
-    """What the plain decoder has besides embedding, layers and head: its final norm."""
-    return dict(_prefixed("norm", _norm(config)))
-
-
-def decoder_layer_parameters(config: ModelConfig, vlm: VLMConfig | None, layer: int) -> ParameterTable:
-    """The tensors of a layer of the plain decoder."""
-    return dict(_decoder_layer(config, _feed_forward(config, layer)))
-
-
-def _decoder_layer(config: ModelConfig, feed_forward: Named) -> Named:
-    yield from _prefixed("attention_norm", _norm(config))
-    yield from _prefixed("attention", _attention(config))
-    yield from _prefixed("mlp_norm", _norm(config))
-    yield from _prefixed("mlp", feed_forward)
-
-
-def _feed_forward(config: ModelConfig, layer: int) -> Named:
-    if config.is_moe_layer(layer):
-        return _moe(config)
-    return _mlp(config, config.computed_ffn_hidden_dim)
-
-
-def _attention(config: ModelConfig) -> Named:
-    yield from _projections(config, config.n_heads, config.kv_heads, config.head_size, config.attention_bias)
-    if config.qk_norm:
-        yield from _head_norms(config)
-
-
-def _head_norms(config: ModelConfig) -> Named:
-    for name in ("q_norm.weight", "k_norm.weight"):
-        yield name, _ones((config.head_size,), ("head_dim",))
-
-
-def _projections(config: ModelConfig, heads: int, kv_heads: int, head_dim: int, bias: bool = False) -> Named:
-    """Query, key, value and output projections, biases after all weights."""
-    h, dim = head_dim, config.dim
-    yield "q_proj.weight", _matrix(config, (heads * h, dim), ("heads", "embed"))
-    yield "k_proj.weight", _matrix(config, (kv_heads * h, dim), ("kv_heads", "embed"))
-    yield "v_proj.weight", _matrix(config, (kv_heads * h, dim), ("kv_heads", "embed"))
-    yield "o_proj.weight", _residual(config, (dim, heads * h), ("embed", "heads"))
-    if bias:
-        yield "q_proj.bias", _zeros((heads * h,), ("heads",))
-        yield "k_proj.bias", _zeros((kv_heads * h,), ("kv_heads",))
-        yield "v_proj.bias", _zeros((kv_heads * h,), ("kv_heads",))
-        yield "o_proj.bias", _zeros((dim,), ("embed",))
-
-
-def _mlp(config: ModelConfig, hidden_dim: int) -> Named:
-    """A feed-forward network."""
-    return _given((declaration("mlp", config.activation).parameters or _standard_mlp)(config, hidden_dim))
-
-
-def _standard_mlp(config: ModelConfig, hidden_dim: int) -> ParameterTable:
-    return {
-        "up_proj.weight": _matrix(config, (hidden_dim, config.dim), ("mlp", "embed")),
-        "down_proj.weight": _residual(config, (config.dim, hidden_dim), ("embed", "mlp")),
-    }
-
-
-def _gated_mlp(config: ModelConfig, hidden_dim: int) -> ParameterTable:
-    gate = _matrix(config, (hidden_dim, config.dim), ("mlp", "embed"))
-    return {"gate_proj.weight": gate, **_standard_mlp(config, hidden_dim)}
-
-
-def _moe(config: ModelConfig) -> Named:
-    experts, hidden_dim = config.num_experts, config.computed_expert_ffn_hidden_dim
-    router = declaration("router", config.moe_router).parameters or router_parameters
-    yield from _prefixed("router", _given(router(config)))
-    yield from _experts(config, experts, hidden_dim, config.moe_packed_experts)
-    if config.moe_shared_experts > 0:
-        yield from _prefixed("shared_expert", _mlp(config, hidden_dim * config.moe_shared_experts))
-
-
-def router_parameters(config: ModelConfig) -> ParameterTable:
-    """What every router has: its gate."""
-    return _gate(config, config.num_experts)
-
-
-def _balanced_router(config: ModelConfig) -> ParameterTable:
-    experts = config.num_experts
-    buffers = {
-        name: ParameterSpec((experts,), Constant(value), ("experts",), is_buffer=True)
-        for name, value in (("expert_bias", 0.0), ("expert_ema", 1.0 / experts))
-    }
-    return {**router_parameters(config), **buffers}
-
-
-def _gate(config: ModelConfig, experts: int) -> ParameterTable:
-    gate = _matrix(config, (experts, config.dim), ("experts", "embed"))
-    return {"gate.weight": replace(gate, full_precision=True)}
-
-
-def _experts(config: ModelConfig, experts: int, hidden_dim: int, packed: bool) -> Named:
-    if not packed:
-        yield from _prefixed(f"experts.{fold(range(experts))}", _mlp(config, hidden_dim))
-        return
-    for name, spec in _mlp(config, hidden_dim):
-        if name not in PACKED or len(spec.shape) != 2:
-            allowed = f"must be False, as only {', '.join(PACKED)} can be packed"
-            given = f"with activation = {config.activation!r}, whose experts have {name}"
-            raise ConfigError([f"model.moe_packed_experts = True: {allowed}; {given}"])
-        shape, axes = (experts, *spec.shape[::-1]), ("experts", *spec.axes[::-1])
-        yield PACKED[name], replace(spec, shape=shape, axes=axes)
-
-
-def _cross_attention(config: ModelConfig, vlm: CrossAttentionConfig) -> ParameterTable:
-    blocks = config.n_layers // vlm.cross_attention_every_n_layers
-    prefix = f"cross_attention_layers.{fold(range(blocks))}" if blocks else ""
-    added = dict(_prefixed(prefix, _cross_attention_block(config, vlm))) if blocks else {}
-    return {**added, **decoder_parameters(config)}
-
-
-def _cross_attention_block(config: ModelConfig, vlm: CrossAttentionConfig) -> Named:
-    """Starts as the identity: what writes to the residual stream is 0."""
-    heads, kv_heads = vlm.resolved_heads(config.n_heads)
-    yield from _prefixed("attn_norm", _norm(config))
-    yield from _prefixed("attn", _silent(_projections(config, heads, kv_heads, vlm.resolved_head_dim(config))))
-    yield from _prefixed("mlp_norm", _norm(config))
-    yield from _prefixed("mlp", _silent(_mlp(config, config.computed_ffn_hidden_dim)))
-
-
-def _moma_layer(config: ModelConfig, vlm: MoMaConfig, layer: int) -> ParameterTable:
-    experts = [
-        _prefixed(f"experts.{modality}", _expert_choice(config, vlm.moma_experts_per_modality[modality]))
-        for modality in vlm.moma_modalities
-    ]
-    return dict(_decoder_layer(config, itertools.chain.from_iterable(experts)))
-
-
-def _expert_choice(config: ModelConfig, experts: int) -> Named:
-    yield from _prefixed("router", _given(_gate(config, experts)))
-    yield from _experts(config, experts, config.computed_expert_ffn_hidden_dim, packed=False)
-
-
-def _mot(config: ModelConfig, vlm: MoTConfig) -> ParameterTable:
-    norms = (_prefixed(f"mot_norms.{modality}", _norm(config)) for modality in vlm.mot_modalities)
-    return dict(itertools.chain.from_iterable(norms))
-
-
-def _mot_layer(config: ModelConfig, vlm: MoTConfig, layer: int) -> ParameterTable:
-    return dict(_mot_block(config, vlm, layer))
-
-
-def _mot_block(config: ModelConfig, vlm: MoTConfig, layer: int) -> Named:
-    """Own norms, projections and FFN for each modality; attention and dense FFN start silent."""
-    for modality in vlm.mot_modalities:
-        yield from _prefixed(f"attn_norm.{modality}", _norm(config))
-    per_modality = {modality: dict(_mot_projections(config, vlm, modality)) for modality in vlm.mot_modalities}
-    for projection in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
-        for modality, specs in per_modality.items():
-            for part in ("weight", "bias"):
-                if f"{projection}.{part}" in specs:
-                    yield f"attn.{projection}.{modality}.{part}", specs[f"{projection}.{part}"]
-    for modality in vlm.mot_modalities:
-        yield from _prefixed(f"mlp_norm.{modality}", _norm(config))
-    for modality in vlm.mot_modalities:
-        ffn = _feed_forward(config, layer)
-        yield from _prefixed(f"mlp.{modality}", ffn if config.is_moe_layer(layer) else _silent(ffn))
-
-
-def _mot_projections(config: ModelConfig, vlm: MoTConfig, modality: str) -> Named:
-    heads, kv_heads = config.n_heads, config.kv_heads
-    if modality == "image":
-        heads, kv_heads = vlm.resolved_image_heads(heads, kv_heads)
-    yield from _silent(_projections(config, heads, kv_heads, config.head_size, config.attention_bias))
-    if config.qk_norm:
-        yield from _head_norms(config)
-
-
-def _silent(specs: Named) -> Named:
-    """The same tensors with those that write to the residual stream set to 0."""
-    for name, spec in specs:
-        yield name, replace(spec, initializer=Constant(0.0)) if spec.residual else spec
-
-
-def _norm(config: ModelConfig) -> Named:
-    return _given((declaration("norm", config.norm_type).parameters or _scale)(config))
-
-
-def _scale(config: ModelConfig) -> ParameterTable:
-    return {"weight": _ones((config.dim,), ("embed",))}
-
-
-def _scale_and_shift(config: ModelConfig) -> ParameterTable:
-    return {**_scale(config), "bias": _zeros((config.dim,), ("embed",))}
-
-
-def _matrix(config: ModelConfig, shape: tuple[int, ...], axes: Axes) -> ParameterSpec:
-    return ParameterSpec(shape, Normal(config.init_std), axes, decay=True)
-
-
-def _residual(config: ModelConfig, shape: tuple[int, ...], axes: Axes) -> ParameterSpec:
-    """A matrix that writes to the residual stream: scaled by 1/sqrt(2 * n_layers) (GPT-2, Radford et al. 2019)."""
-    std = config.init_std / math.sqrt(2 * config.n_layers)
-    return ParameterSpec(shape, Normal(std), axes, decay=True, residual=True)
-
-
-def _ones(shape: tuple[int, ...], axes: Axes) -> ParameterSpec:
-    return ParameterSpec(shape, Constant(1.0), axes)
-
-
-def _zeros(shape: tuple[int, ...], axes: Axes) -> ParameterSpec:
-    return ParameterSpec(shape, Constant(0.0), axes)
-
-
-def _prefixed(prefix: str, specs: Named) -> Named:
-    for name, spec in specs:
-        yield f"{prefix}.{name}", spec
-
-
-declare("norm", "rmsnorm", parameters=_scale)
-declare("norm", "layernorm", parameters=_scale_and_shift)
-declare("mlp", "silu", parameters=_gated_mlp)
-declare("mlp", "gelu", parameters=_standard_mlp)
-declare("mlp", "relu", parameters=_standard_mlp)
-declare("router", "softmax_topk", parameters=router_parameters)
-declare("router", "sigmoid_topk", parameters=_balanced_router)
-declare("architecture", "joint_decoder", parameters=decoder_parameters)
-declare("architecture", "cross_attention", parameters=_cross_attention)
-declare("architecture", "mot", parameters=_mot, layer_parameters=_mot_layer, equal_layers=True)
-declare("architecture", "moma", layer_parameters=_moma_layer, equal_layers=True)

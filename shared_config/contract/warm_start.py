@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from shared_config.contract.parameters import ParameterTable, aliases, parameter_table
+from shared_config.contract.parameters import aliases, parameter_table
+from shared_config.contract.specs import ParameterTable
 from shared_config.errors import UserError
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from shared_config.contract.parameters import EMBEDDING, ParameterTable, aliases, parameter_table
+from shared_config.contract.parameters import EMBEDDING, aliases, parameter_table
+from shared_config.contract.specs import ParameterTable
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.files import PathLike, written_aside
 from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface, family_of

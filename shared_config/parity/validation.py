@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from shared_config.contract.initialise import stream
-from shared_config.contract.parameters import ParameterSpec, ParameterTable
+from shared_config.contract.specs import ParameterSpec, ParameterTable
 
 IGNORED_LABEL = -100
 BIAS_RANGE = 0.2

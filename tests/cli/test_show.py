@@ -16,16 +16,8 @@ from rich.table import Table
 from shared_config.cli import main
 from shared_config.commands.show import counts_of, memory_of, readable_bytes, resolved_toml, smallest_world_size
 from shared_config.contract.counts import count_active_parameters, count_parameters, flops_per_token, training_memory
-from shared_config.contract.parameters import (
-    FOLDED,
-    Constant,
-    ParameterSpec,
-    ParameterTable,
-    fold,
-    parameter_groups,
-    parameter_table,
-    unfold,
-)
+from shared_config.contract.parameters import FOLDED, fold, parameter_groups, parameter_table, unfold
+from shared_config.contract.specs import Constant, ParameterSpec, ParameterTable
 from shared_config.interchange.toml import config_from_toml
 from shared_config.loader import load_config, preset_names
 from shared_config.registry import declare, temporary

@@ -19,8 +19,9 @@ from shared_config.contract.counts import (
     training_memory,
 )
 from shared_config.contract.initialise import initial_value, initial_values, state_hash
-from shared_config.contract.parameters import Constant, Normal, ParameterSpec, aliases, parameter_table
+from shared_config.contract.parameters import aliases, parameter_table
 from shared_config.contract.rope import inverse_frequencies, rope_tables
+from shared_config.contract.specs import Constant, Normal, ParameterSpec
 from shared_config.schema import DistributedConfig, MoMaConfig, MoTConfig, RopeScaling
 
 SMALL = ModelConfig(dim=48, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=31, ffn_hidden_dim=80)

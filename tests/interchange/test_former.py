@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from shared_config.contract.parameters import ParameterTable
+from shared_config.contract.specs import ParameterTable
 from shared_config.contract.vision import job_table
 from shared_config.interchange import checkpoint
 from shared_config.interchange.activations import read_activations, write_activations

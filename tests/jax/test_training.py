@@ -22,8 +22,8 @@ from kempnerforge_jax.training.optimizer import (
 )
 from kempnerforge_jax.training.scheduler import build_schedule
 from kempnerforge_jax.training.train import Trainer, compiled_step, train
-from shared_config.contract.parameters import Constant, ParameterSpec
 from shared_config.contract.schedule import scheduled_learning_rate
+from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.data import open_text_data
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState

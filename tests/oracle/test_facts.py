@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 import shared_config.contract
 import shared_config.interchange
-from shared_config.contract.parameters import Constant, ParameterSpec, ParameterTable, parameter_table
+from shared_config.contract.parameters import parameter_table
 from shared_config.contract.rope import rope_tables
+from shared_config.contract.specs import Constant, ParameterSpec, ParameterTable
 from shared_config.contract.vision import TowerConfig, adapter_table, job_table, tower_table, vit_tower, wrapper_table
 from shared_config.loader import load_config, preset_names
 from shared_config.schema.adapter import AdapterConfig

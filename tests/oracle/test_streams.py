@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from shared_config.contract import noise
 from shared_config.contract.decoding import draw_uniforms
 from shared_config.contract.initialise import initial_value, initial_values, state_hash, stream
-from shared_config.contract.parameters import Constant, Normal, ParameterSpec, parameter_table
+from shared_config.contract.parameters import parameter_table
+from shared_config.contract.specs import Constant, Normal, ParameterSpec
 from shared_config.data.batches import TextData, permute
 from shared_config.data.conversations import Conversation, ConversationData
 from shared_config.data.corpus import Corpus, TokenStream, is_held_out

@@ -29,15 +29,8 @@ from kempnerforge_torch.model import transformer as torch_transformer
 from kempnerforge_torch.model import vision as torch_vision
 from kempnerforge_torch.model import vlm as torch_vlm
 from kempnerforge_torch.registry import registry as torch_registry
-from shared_config.contract.parameters import (
-    Constant,
-    Normal,
-    ParameterSpec,
-    ParameterTable,
-    decoder_layer_parameters,
-    decoder_parameters,
-    router_parameters,
-)
+from shared_config.contract.layers import decoder_layer_parameters, decoder_parameters, router_parameters
+from shared_config.contract.specs import Constant, Normal, ParameterSpec, ParameterTable
 from shared_config.registry import declare
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.base import section

@@ -20,7 +20,7 @@ import torch
 from kempnerforge_jax.model import state as jax_state
 from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_torch.model import state as torch_state
-from shared_config.contract.parameters import ParameterTable
+from shared_config.contract.specs import ParameterTable
 from shared_config.parity.numerics import perturbation_delta, unit_roundoff
 from tests.oracle.gradient import directional_derivative, random_direction
 from tests.oracle.weights import draw

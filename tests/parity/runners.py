@@ -18,7 +18,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from shared_config.contract.parameters import ParameterTable, parameter_table
+from shared_config.contract.parameters import parameter_table
+from shared_config.contract.specs import ParameterTable
 from shared_config.parity.numerics import finite_gap, perturbation_delta, perturbation_maxima, rms, unit_roundoff
 from shared_config.parity.parts import unpacked, worst_part
 from shared_config.parity.recording import DELTA_RUNS, delta_and_parts

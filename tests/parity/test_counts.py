@@ -23,7 +23,7 @@ from kempnerforge_jax.model.transformer import Transformer as JaxTransformer
 from kempnerforge_jax.training import optimizer as jax_optimizer
 from kempnerforge_jax.training import train as jax_training
 from kempnerforge_jax.training.objective import compute_copy, gradients_of
-from kempnerforge_torch.model import moe
+from kempnerforge_torch.model import experts, moe
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.state import set_state
 from kempnerforge_torch.model.transformer import Transformer
@@ -79,7 +79,7 @@ def products(x_RD: torch.Tensor, w_EDF: torch.Tensor, ends_E: torch.Tensor, *_: 
 def experts_as_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts on the CPU are opaque operators, into which counters don't see."""
     monkeypatch.setattr(moe, "loops_over_experts", lambda x: False)
-    monkeypatch.setattr(moe, "grouped_matmul", products)
+    monkeypatch.setattr(experts, "grouped_matmul", products)
 
 
 _experts_as_products = pytest.fixture(autouse=True)(experts_as_products)

@@ -21,7 +21,7 @@ from tests.mutants_facts import FACT_MUTANTS, FactMutant
 
 @contextmanager
 def planted(mutant: FactMutant, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The test, in whose module all that came from the mutated one comes from a wrong copy of it."""
+    """The test, where all that it and `shared_config` took from the mutated module comes from a wrong copy of it."""
     module, _, test = mutant.test.rpartition(".")
     tests = importlib.import_module(f"tests.{module}")
     real = importlib.import_module(f"shared_config.{mutant.module}")
@@ -34,14 +34,25 @@ def planted(mutant: FactMutant, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any
         patch.setitem(sys.modules, real.__name__, wrong)
         forget_declarations(real.__name__)
         exec(compile(source, real.__file__, "exec"), wrong.__dict__)
-        for name, value in vars(tests).items():
-            if value is real:
-                patch.setattr(tests, name, wrong)
-            elif getattr(real, name, None) is value and not isinstance(value, types.ModuleType):
-                patch.setattr(tests, name, getattr(wrong, name))
+        for reader in (tests, *loaded("shared_config", but=real)):
+            for name, value in list(vars(reader).items()):
+                if value is real:
+                    patch.setattr(reader, name, wrong)
+                elif getattr(real, name, None) is value and is_part(value, real):
+                    patch.setattr(reader, name, getattr(wrong, name))
         if hasattr(tests, "experts_as_products"):
             tests.experts_as_products(patch)
         yield getattr(tests, test)
+
+
+def loaded(package: str, but: types.ModuleType) -> list[types.ModuleType]:
+    """The modules of a package that are there."""
+    return [module for name, module in sys.modules.items() if name.startswith(f"{package}.") and module is not but]
+
+
+def is_part(value: object, module: types.ModuleType) -> bool:
+    """Whether a value is one of the module's own: a function or class of it, or a constant."""
+    return not isinstance(value, types.ModuleType) and getattr(value, "__module__", module.__name__) == module.__name__
 
 
 def forget_declarations(module: str) -> None:

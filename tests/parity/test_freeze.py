@@ -15,7 +15,7 @@ from kempnerforge_jax.training import freeze as jax_freeze
 from kempnerforge_torch.model.vlm import build_vlm_wrapper as build_torch
 from kempnerforge_torch.training import freeze as torch_freeze
 from shared_config.contract.freeze import canonical_freeze_meta, effective_freeze, frozen_names, moments_under
-from shared_config.contract.parameters import Constant, ParameterSpec
+from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.contract.vision import wrapper_table
 from shared_config.errors import ConfigError
 from shared_config.schema import (

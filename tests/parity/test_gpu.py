@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from shared_config.contract.parameters import Constant, ParameterSpec
+from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.optimizer import OptimizerConfig
 from tests.mutants import BACKENDS, in_a_process, mutants_in, not_killed

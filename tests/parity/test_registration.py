@@ -30,7 +30,8 @@ from kempnerforge_torch.training import train as torch_train
 from shared_config import JobConfig, load_config
 from shared_config.contract.counts import count_parameters, flops_per_token, training_memory
 from shared_config.contract.initialise import state_hash
-from shared_config.contract.parameters import FOLDED, Constant, ParameterSpec, parameter_groups, parameter_table
+from shared_config.contract.parameters import FOLDED, parameter_groups, parameter_table
+from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.contract.vision import job_table
 from shared_config.data import open_data
 from shared_config.errors import ConfigError

@@ -20,8 +20,9 @@ import torch
 from flax import nnx
 
 from shared_config.contract import noise
-from shared_config.contract.parameters import ParameterTable, parameter_table
+from shared_config.contract.parameters import parameter_table
 from shared_config.contract.rope import rope_tables
+from shared_config.contract.specs import ParameterTable
 from shared_config.contract.vision import TowerConfig, adapter_table, tower_table, wrapper_table
 from shared_config.schema import (
     AdapterConfig,

@@ -22,7 +22,7 @@ from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import build_vlm_wrapper
 from kempnerforge_torch.training.loss import cross_entropy, router_losses
 from kempnerforge_torch.training.train import Trainer
-from shared_config.contract.parameters import Normal, ParameterSpec
+from shared_config.contract.specs import Normal, ParameterSpec
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vision import VisionEncoderConfig

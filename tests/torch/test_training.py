@@ -22,8 +22,8 @@ from kempnerforge_torch.training.optimizer import (
 )
 from kempnerforge_torch.training.scheduler import build_schedule
 from kempnerforge_torch.training.train import Trainer, train
-from shared_config.contract.parameters import Constant, ParameterSpec
 from shared_config.contract.schedule import scheduled_learning_rate
+from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.data import open_text_data
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
