@@ -106,8 +106,8 @@ VLM_MUTANTS = (
     both("model.mot", "padding of a span routed", "x_BSD[:, start:stop], own,", "x_BSD[:, start:stop], None,"),
     both("model.mot", "room by the tokens of all modalities", "x_BSD, valid, members=mine_BS",
          "x_BSD, mine_BS if valid is None else mine_BS & valid"),
-    both("model.mot", "image counted among cached text", "kv_cache.positions(len(positions)) - kv_cache.image_tokens",
-         "kv_cache.positions(len(positions))"),
+    both("model.layout", "image counted among cached text",
+         "kv_cache.positions(len(positions)) - kv_cache.image_tokens", "kv_cache.positions(len(positions))"),
     Mutant(
         "model.mot", "attention not silent at the start",
         ('nn.init.zeros_(self.attn.get_parameter(f"o_proj.{name}.weight"))', "pass"),

@@ -23,6 +23,7 @@ FLOORS = (
 HEIGHT = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms)}
 LATE = {("schema", "contract")}
 """`ModelConfig.num_params_estimate`, which is counted where the table of parameters is."""
+MOST_LINES = 350
 FRAMEWORKS = ("torch", "jax", "flax", "optax", "kempnerforge_torch", "kempnerforge_jax")
 
 MODULES = sorted((ROOT / "shared_config").rglob("*.py"))
@@ -69,6 +70,27 @@ def test_every_room_has_its_floor() -> None:
 def test_imports_point_down(file: Path) -> None:
     assert not upward(file)
     assert not [module for module, _ in imports(file) if module.split(".")[0] in FRAMEWORKS]
+
+
+def test_files_are_short_enough_to_be_read() -> None:
+    packages = ("shared_config", "kempnerforge_torch", "kempnerforge_jax")
+    files = [file for package in packages for file in (ROOT / package).rglob("*.py")]
+    lines = {str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert not {file: count for file, count in lines.items() if count > MOST_LINES}
+
+
+BACKEND_FILES = sorted(
+    file for backend in ("torch", "jax") for file in (ROOT / f"kempnerforge_{backend}").rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("file", BACKEND_FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_backend_imports_its_own_files_at_once_and_no_other_backend(file: Path) -> None:
+    """So that whatever one file registers is there once another is imported."""
+    own = file.relative_to(ROOT).parts[0]
+    found = [(module, late) for module, late in imports(file) if module.split(".")[0].startswith("kempnerforge_")]
+    assert not [module for module, late in found if late or module.split(".")[0] != own]
+    assert "importlib" not in [module.split(".")[0] for module, _ in imports(file)]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kempnerforge_jax.model.checks import check_ids, check_shape, nan_outside
+from kempnerforge_jax.model.kv_cache import KVCache
 from kempnerforge_jax.model.modality import ModalityContext
 
 Span = tuple[str, int, int]
@@ -138,3 +139,12 @@ def one_stream(
         (cos, sin),
         Layout(tuple(modalities), spans=spans),
     )
+
+
+def positions_after(kv_cache: KVCache, modality: ModalityContext, positions: jax.Array) -> jax.Array:
+    """An image comes first, into empty caches; text goes on where the cached text ended."""
+    if modality.modality_ids is not None:
+        raise ValueError("modality_ids is given: with kv_caches the image must come as prefix_embeds")
+    if modality.prefix_embeds is not None:
+        return positions
+    return kv_cache.positions(len(positions)) - kv_cache.image_tokens

@@ -22,7 +22,7 @@ from kempnerforge_jax.model.architecture import Architecture
 from kempnerforge_jax.model.attention import KVCache, attend, resolve_head_dim, self_attention_mask
 from kempnerforge_jax.model.block import build_feed_forward
 from kempnerforge_jax.model.checks import check_positions
-from kempnerforge_jax.model.layout import Layout, Rope, Streams, one_stream, stream_layout
+from kempnerforge_jax.model.layout import Layout, Rope, Streams, one_stream, positions_after, stream_layout
 from kempnerforge_jax.model.linear import Linear
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module
@@ -312,7 +312,7 @@ class MoTArchitecture(Architecture):
         layout = stream_layout(self.mot.mot_modalities, modality, x)
         positions = layout.positions(x)
         if kv_caches is not None:
-            positions = _positions_after(kv_caches[0], modality, positions)
+            positions = positions_after(kv_caches[0], modality, positions)
         shared = {name: value for name, value in inputs.items() if name not in ("rope_cos", "rope_sin")}
         return {**shared, "rope": model.rope(positions, x.dtype), "layout": layout}
 
@@ -335,15 +335,6 @@ def mot_warm_start_from_text_stack(transformer: Transformer, source_state_dict: 
     """
     assert isinstance(transformer.vlm_config, MoTConfig)
     set_state(transformer, warm_start_state(transformer.config, transformer.vlm_config, source_state_dict))
-
-
-def _positions_after(kv_cache: KVCache, modality: ModalityContext, positions: jax.Array) -> jax.Array:
-    """An image comes first, into empty caches; text goes on where the cached text ended."""
-    if modality.modality_ids is not None:
-        raise ValueError("modality_ids is given: with kv_caches the image must come as prefix_embeds")
-    if modality.prefix_embeds is not None:
-        return positions
-    return kv_cache.positions(len(positions)) - kv_cache.image_tokens
 
 
 def _repeated(x_BSKh: jax.Array, copies: int) -> jax.Array:

@@ -1,6 +1,7 @@
 """What is to be generated, checked before the first token is drawn.
 
-Shapes: B rows, S tokens of the longest prompt, N new tokens."""
+Shapes: B rows, S tokens of the longest prompt, N new tokens.
+"""
 
 from __future__ import annotations
 

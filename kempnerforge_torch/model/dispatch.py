@@ -1,6 +1,7 @@
 """How tokens get to their experts and back: room, the order of rows, and what is added up.
 
-Shapes: T tokens, D model dim, E experts, k choices of each token, R = k * T rows."""
+Shapes: T tokens, D model dim, E experts, k choices of each token, R = k * T rows.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kempnerforge_torch.model.experts import grouped_expert_forward as grouped_expert_forward
-from kempnerforge_torch.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
 from shared_config.contract.capacity import token_capacities
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kempnerforge_torch.model.checks import check_ids, check_shape, nan_outside
+from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.modality import ModalityContext
 
 Span = tuple[str, int, int]
@@ -135,3 +136,12 @@ def one_stream(
     spans = tuple(zip(names, [0, *ends], ends, strict=False))
     cos, sin = (torch.cat([rope[name][part] for name in names], dim=-2) for part in (0, 1))
     return torch.cat([streams[name] for name in names], dim=1), (cos, sin), Layout(tuple(modalities), spans=spans)
+
+
+def positions_after(kv_cache: KVCache, modality: ModalityContext, positions: Tensor) -> Tensor:
+    """An image comes first, into empty caches; text goes on where the cached text ended."""
+    if modality.modality_ids is not None:
+        raise ValueError("modality_ids is given: with kv_caches the image must come as prefix_embeds")
+    if modality.prefix_embeds is not None:
+        return positions
+    return kv_cache.positions(len(positions)) - kv_cache.image_tokens

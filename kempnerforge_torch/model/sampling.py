@@ -1,6 +1,7 @@
 """Drawing a token of each distribution.
 
-Shapes: B rows, V vocabulary."""
+Shapes: B rows, V vocabulary.
+"""
 
 from __future__ import annotations
 

@@ -15,12 +15,13 @@ from kempnerforge_torch.model import cross_attention, moma, mot
 from kempnerforge_torch.model.architecture import Architecture
 from kempnerforge_torch.model.attention import KVCache, self_attention_mask
 from kempnerforge_torch.model.block import TransformerBlock as TransformerBlock
-from kempnerforge_torch.model.checks import check_axes, check_ids, check_mask, check_positions, check_shape
+from kempnerforge_torch.model.checks import check_axes
 from kempnerforge_torch.model.embedding import OutputHead, TokenEmbedding
 from kempnerforge_torch.model.init import init_weights
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.position import RotaryTables
 from kempnerforge_torch.model.stats import TransformerOutput, added, counts_of, routers
+from kempnerforge_torch.model.stream import check_inputs, check_stream
 from kempnerforge_torch.model.wrappers import plain_modules, unwrap
 from kempnerforge_torch.registry import registry
 from shared_config.registry import declared_names
@@ -29,7 +30,6 @@ from shared_config.schema.vlm import VLMConfig
 
 ARCHITECTURES = (cross_attention, moma, mot)
 """Modules that register theirs when they are imported."""
-NOT_WITH_CACHES = ("prefix_embeds", "output_slice", "image_features", "modality_ids")
 
 
 @registry.register("model", "transformer")
@@ -93,10 +93,10 @@ class Transformer(nn.Module):
                 positions than ``max_seq_len``.
         """
         modality = modality or ModalityContext()
-        _check_inputs(tokens, modality, None if allow_image_inputs else kv_caches)
+        check_inputs(tokens, modality, None if allow_image_inputs else kv_caches)
         self.architecture.check(modality)
         x_BSD = self._embed(tokens, modality)
-        _check_stream(x_BSD, modality, doc_ids)
+        check_stream(x_BSD, modality, doc_ids)
         inputs = self._block_inputs(x_BSD, modality, kv_caches, doc_ids, limit_capacity)
         x_BSD, stats = self._run_layers(x_BSD, inputs, modality, kv_caches)
         x_BSD = self.architecture.final_norm(self, x_BSD, modality)
@@ -281,30 +281,3 @@ def build_architecture(config: ModelConfig, vlm_config: VLMConfig | None) -> Arc
     if not known_elsewhere and registry.has("modality_strategy", vlm_config.arch):
         return Architecture(config, vlm_config)
     return registry.get("architecture", vlm_config.arch)(config, vlm_config)
-
-
-def _check_inputs(tokens: Tensor | None, modality: ModalityContext, kv_caches: Sequence[KVCache] | None) -> None:
-    if (tokens is None) == (modality.inputs_embeds is None):
-        given = "neither is" if tokens is None else "both are"
-        raise ValueError(f"tokens and modality.inputs_embeds: exactly one must be given, {given}")
-    if tokens is None and modality.prefix_embeds is not None:
-        raise ValueError("modality.prefix_embeds is given: it goes before tokens, which are not")
-    if kv_caches is None:
-        return
-    for name in NOT_WITH_CACHES:
-        if getattr(modality, name) is not None:
-            raise ValueError(f"modality.{name} is given: not allowed together with kv_caches")
-
-
-def _check_stream(x: Tensor, modality: ModalityContext, doc_ids: Tensor | None) -> None:
-    """Masks and ids must fit the residual stream ``x`` (B, S, D)."""
-    batch, length, _ = x.shape
-    if modality.image_mask is not None and modality.image_features is not None:
-        check_mask("image_mask", modality.image_mask, modality.image_features.shape[:2])
-    if modality.image_mask is not None and modality.image_keys_values is not None:
-        keys_BKNh, _ = modality.image_keys_values[0]
-        check_mask("image_mask", modality.image_mask, (len(keys_BKNh), keys_BKNh.shape[2]))
-    if modality.noise_seed is not None:
-        check_ids("noise_seed", modality.noise_seed)
-        check_shape("noise_seed", modality.noise_seed, ())
-    check_positions((batch, length), doc_ids, modality.key_padding_mask)

@@ -213,6 +213,7 @@ def _scale_and_shift(config: ModelConfig) -> ParameterTable:
 
 
 def matrix(config: ModelConfig, shape: tuple[int, ...], axes: Axes) -> ParameterSpec:
+    """A weight matrix: normal with the config's standard deviation, decayed."""
     return ParameterSpec(shape, Normal(config.init_std), axes, decay=True)
 
 

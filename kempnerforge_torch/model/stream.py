@@ -1,0 +1,48 @@
+"""What a forward is given must fit together.
+
+Shapes: B batch, S positions of the residual stream, D model dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from kempnerforge_torch.model.attention import KVCache
+from kempnerforge_torch.model.checks import check_ids, check_mask, check_positions, check_shape
+from kempnerforge_torch.model.modality import ModalityContext
+
+NOT_WITH_CACHES = ("prefix_embeds", "output_slice", "image_features", "modality_ids")
+
+
+def check_inputs(tokens: Tensor | None, modality: ModalityContext, kv_caches: Sequence[KVCache] | None) -> None:
+    """Refuse inputs that exclude each other.
+
+    Raises:
+        ValueError: naming the one that can\'t be taken.
+    """
+    if (tokens is None) == (modality.inputs_embeds is None):
+        given = "neither is" if tokens is None else "both are"
+        raise ValueError(f"tokens and modality.inputs_embeds: exactly one must be given, {given}")
+    if tokens is None and modality.prefix_embeds is not None:
+        raise ValueError("modality.prefix_embeds is given: it goes before tokens, which are not")
+    if kv_caches is None:
+        return
+    for name in NOT_WITH_CACHES:
+        if getattr(modality, name) is not None:
+            raise ValueError(f"modality.{name} is given: not allowed together with kv_caches")
+
+
+def check_stream(x: Tensor, modality: ModalityContext, doc_ids: Tensor | None) -> None:
+    """Masks and ids must fit the residual stream ``x`` (B, S, D)."""
+    batch, length, _ = x.shape
+    if modality.image_mask is not None and modality.image_features is not None:
+        check_mask("image_mask", modality.image_mask, modality.image_features.shape[:2])
+    if modality.image_mask is not None and modality.image_keys_values is not None:
+        keys_BKNh, _ = modality.image_keys_values[0]
+        check_mask("image_mask", modality.image_mask, (len(keys_BKNh), keys_BKNh.shape[2]))
+    if modality.noise_seed is not None:
+        check_ids("noise_seed", modality.noise_seed)
+        check_shape("noise_seed", modality.noise_seed, ())
+    check_positions((batch, length), doc_ids, modality.key_padding_mask)
