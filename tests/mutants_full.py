@@ -84,7 +84,7 @@ REACHING = (
     Reaching(
         Mutant(
             "model.generate", "numbers of another step in one way to generate",
-            ("] = torch.stack(steps, dim=1)", "] = torch.stack(steps, dim=1).roll(1, 1)"),
+            ("= torch.stack(steps, dim=1) if", "= torch.stack(steps, dim=1).roll(1, 1) if"),
             ("dynamic_index_in_dim(uniforms_BN, place, 1", "dynamic_index_in_dim(uniforms_BN, 0 * place, 1"),
         ),
         ("generate",), "generate", "{backend}: stream = generate",

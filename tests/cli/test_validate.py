@@ -35,7 +35,7 @@ def test_processes_run_the_code_of_this_one(tmp_path: Path) -> None:
     (tmp_path / "shared_config").mkdir()
     (tmp_path / "shared_config" / "__init__.py").write_text("raise RuntimeError('not this one')", encoding="utf-8")
     code = (
-        "import sys; from shared_config.parity.checks import CHECKS, Plan; from shared_config.commands import validate;"
+        "import sys; from shared_config.parity.plan import CHECKS, Plan; from shared_config.commands import validate;"
         "from shared_config.loader import load_config; from pathlib import Path;"
         "CHECKS.clear(); print(validate.run_processes(Plan(load_config('debug'), Path(sys.argv[1]))))"
     )
@@ -247,7 +247,7 @@ def test_what_a_process_refuses_is_passed_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refusing = Check("refusing", lambda plan, backend: [["show", "no_such_preset"]], lambda _: [])
-    monkeypatch.setattr(checks, "CHECKS", {"refusing": refusing})
+    monkeypatch.setattr(plan, "CHECKS", {"refusing": refusing})
     assert main(["validate", "debug"]) == 2
     out, err = capsys.readouterr()
     assert "torch: config = 'no_such_preset'" in err
@@ -255,7 +255,7 @@ def test_what_a_process_refuses_is_passed_on(
 
 
 def test_parts_add_checks_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "CHECKS", dict(CHECKS))
+    monkeypatch.setattr(plan, "CHECKS", dict(CHECKS))
     check = register(Check("sums", lambda plan, backend: [], lambda plan: [Finding("sums", "1 + 1", ok=True)]))
     assert plan.CHECKS["sums"] is check
     with pytest.raises(ValueError, match="'sums' is registered already"):

@@ -19,6 +19,7 @@ from kempnerforge_jax.model.module import named_modules
 from kempnerforge_jax.model.moe import MoEMLP, build_moe
 from kempnerforge_jax.model.router import SigmoidTopKRouter, TopKRouter
 from kempnerforge_jax.model.state import get_state, merge, set_state, split, unstack_layers
+from kempnerforge_jax.model.stats import BlockOutput
 from kempnerforge_jax.registry import registry
 from shared_config.contract.parameters import parameter_table
 from shared_config.parity.validation import validation_weights
@@ -236,9 +237,10 @@ def test_layers_in_nested_containers_count(monkeypatch: pytest.MonkeyPatch) -> N
     block: Any = model.layers["1"]
     block.mlp = nnx.Dict({"image": block.mlp, "text": copy.deepcopy(model.layers["3"].mlp)})
 
-    def forward(x: jax.Array, *_: Any, **__: Any) -> tuple[jax.Array, dict[str, Any]]:
+    def forward(x: jax.Array, *_: Any, **__: Any) -> BlockOutput:
         outputs = {name: mlp(x, return_stats=True) for name, mlp in block.mlp.items()}
-        return x + sum(out for out, _ in outputs.values()), {name: stats for name, (_, stats) in outputs.items()}
+        counted = {name: stats for name, (_, stats) in outputs.items()}
+        return BlockOutput(x + sum(out for out, _ in outputs.values()), counted, None)
 
     whole = type(block).forward
     monkeypatch.setattr(

@@ -171,7 +171,7 @@ def run_choice(field: str) -> Call:
         if field == "valid":
             return experts.experts["text"](backend.array(STREAM), given)[0]
         router = experts.experts["text"].router
-        output = router(backend.array(STREAM.reshape(-1, DIM)), 2, 2)
+        output = router(backend.array(STREAM.reshape(-1, DIM)), return_scores=True)
         return router.taking(output, given)[0]
 
     return call

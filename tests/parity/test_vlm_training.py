@@ -161,7 +161,7 @@ def test_bfloat16_and_less_memory(name: str) -> None:
 LEARNING = [
     "--model.dim=64", "--model.n_layers=2", "--model.ffn_hidden_dim=128", "--model.n_heads=2", "--model.n_kv_heads=2",
     "--vision_encoder.image_size=16", "--vision_encoder.patch_size=4", "--vision_encoder.feature_dim=48",
-    "--vision_encoder.n_layers=1", "--optimizer.lr=5e-3", "--scheduler.warmup_steps=20", "--train.max_steps=160",
+    "--vision_encoder.n_layers=1", "--optimizer.lr=5e-3", "--scheduler.warmup_steps=20", "--train.max_steps=200",
     "--eval.steps=4",
 ]  # fmt: skip
 
