@@ -44,7 +44,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             ELEMENTWISE,
             RESIDUAL,
             {
-                "model.transformer:TransformerBlock.forward": 2,
+                "model.block:TransformerBlock.forward": 2,
                 "model.cross_attention:CrossAttentionBlock.forward": 2,
                 "model.mot:MoTBlock.forward": 2,
                 "model.moma:MoMaBlock.forward": 2,
@@ -159,7 +159,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             ELEMENTWISE,
             RESIDUAL,
             {
-                "model.transformer:TransformerBlock.forward": 3,
+                "model.block:TransformerBlock.forward": 3,
                 "model.cross_attention:CrossAttentionBlock.forward": 2,
                 "model.mot:MoTBlock.forward": 3,
                 "model.moma:MoMaBlock.forward": 2,
