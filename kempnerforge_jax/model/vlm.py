@@ -114,7 +114,7 @@ class CrossAttentionStrategy(ModalityStrategy):
         return ModalityContext(image_features=image_embeds, image_mask=image_mask)
 
     def num_image_tokens(self, wrapper: VLMWrapper) -> int:
-        """None."""
+        """0: the image stands beside the residual stream."""
         return 0
 
 

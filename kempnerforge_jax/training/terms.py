@@ -54,8 +54,9 @@ def expert_counts(stats: Mapping[int, Any]) -> dict[str, Any]:
 
 
 def router_keys(path: str) -> list[str]:
-    """The keys in `expert_counts` of a router by its path, "layers.3.mlp.router" or "layers.3.mlp.image.router"; for
-    stacked layers ("layers.0-3.mlp.router") of each. The model may lie within another.
+    """The keys in `expert_counts` of a router by its path, "layers.3.mlp.router" or
+    "layers.3.mlp.experts.image.router"; for stacked layers ("layers.0-3.mlp.router") of each. The model may lie within
+    another.
     """
     layers, _, *modality, _ = path.partition("layers.")[2].split(".")
     return [".".join([str(layer), *modality[-1:]]) for layer in layer_range(layers)]

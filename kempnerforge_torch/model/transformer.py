@@ -147,7 +147,7 @@ class Transformer(nn.Module):
         for path, router in self._having("update_bias"):
             _, layer, _, *modality, _ = path.split(".")
             if int(layer) in by_layer:
-                router.update_bias(by_layer[int(layer)][modality[0]] if modality else by_layer[int(layer)])
+                router.update_bias(by_layer[int(layer)][modality[-1]] if modality else by_layer[int(layer)])
         self._pending_counts = {}
 
     def get_moe_aux_loss(self) -> Tensor:

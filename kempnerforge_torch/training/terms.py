@@ -53,8 +53,8 @@ def expert_counts(stats: Mapping[int, Any]) -> dict[str, Any]:
 
 
 def router_key(path: str) -> str:
-    """The key in `expert_counts` of a router by its path, "layers.3.mlp.router" or "layers.3.mlp.image.router", of a
-    model within another too.
+    """The key in `expert_counts` of a router by its path, "layers.3.mlp.router" or
+    "layers.3.mlp.experts.image.router". The model may lie within another.
     """
     layer, _, *modality, _ = path.partition("layers.")[2].split(".")
     return ".".join([layer, *modality[-1:]])

@@ -37,7 +37,6 @@ BATCH, LENGTH, LONGEST, BEYOND_WINDOW = 2, 24, 128, 8
 WHOLE = "whole"
 """All tokens at once, without a cache."""
 DTYPES = ("float64", "float32", "bfloat16")
-
 WEIGHTS = ("validation", "init")
 
 ROUTER = re.compile(r"(.*layers\.\d+)\.[^.]+(?:\.experts)?(\.[^.]+)?\.router")

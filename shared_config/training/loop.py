@@ -28,7 +28,7 @@ from shared_config.training.metrics import Logger, finite_or_none, open_loggers
 from shared_config.training.profiling import Profiler
 from shared_config.training.progress import Display, say
 from shared_config.training.resume import Start, restore
-from shared_config.training.run_folder import TAKEN, agreed, own_folder, write_config
+from shared_config.training.run_folder import agreed, own_folder, write_config
 from shared_config.training.signals import StopRequest
 from shared_config.training.trainer import (
     Batch,
@@ -41,6 +41,7 @@ from shared_config.training.trainer import (
 )
 
 MUST_BE_FINITE = ("loss", "grad_norm")
+TAKEN = "taken"
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,6 @@ from shared_config.interchange.tokens import keep_tokenizer
 from shared_config.interchange.toml import config_to_toml
 from shared_config.schema.job import JobConfig
 
-TAKEN = "taken"
-
 
 @contextmanager
 def own_folder(folder: Path) -> Iterator[None]:

@@ -20,7 +20,7 @@ from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.base import section
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vision import VisionEncoderConfig
-from shared_config.schema.vlm import VLMConfig
+from shared_config.schema.vlm import MoMaConfig, VLMConfig
 from tests.parity.backends import BACKENDS, on_both
 
 RNG = np.random.default_rng(0)
@@ -278,6 +278,25 @@ def test_experts_choose_their_best_tokens(backend: Any) -> None:
         place = int(np.flatnonzero(chosen[:, 0] == token)[0])
         np.testing.assert_allclose(out[token], weights[place, 0] * backend.numpy(expert(x))[token], rtol=1e-10)
     assert only
+
+
+@on_both
+def test_the_router_of_each_modality_is_balanced_by_its_own_counts(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever in a layer it stands; those built in have no bias."""
+    moved: dict[int, Any] = {}
+    router = backend.module("model.expert_choice").ExpertChoiceSigmoidRouter
+    update = lambda self, counts: moved.update({self.num_experts: counts})  # noqa: E731
+    monkeypatch.setattr(router, "update_bias", update, raising=False)
+    vlm = MoMaConfig(max_text_len=8, moma_experts_per_modality={"image": 2, "text": 3})
+    model = backend.build(backend.module("model.transformer").Transformer, CONFIG, vlm_config=vlm)
+    model.update_moe_bias({1: {"image": "counts of 2", "text": "counts of 3"}})
+    assert moved == {2: "counts of 2", 3: "counts of 3"}
+    keys = backend.module("training.terms")
+    key = keys.router_key if backend.name == "torch" else lambda path: keys.router_keys(path)[0]
+    paths = ("layers.1.mlp.router", "layers.1.mlp.image.router", "transformer.layers.1.mlp.experts.image.router")
+    assert [key(path) for path in paths] == ["1", "1.image", "1.image"]
 
 
 @on_both
