@@ -1,6 +1,4 @@
-"""Checks that the bugs of `tests.mutants_decoding` must not pass. JAX runs eagerly, since every mutant would have to be
-compiled.
-"""
+"""Checks that the bugs of `tests.mutants_decoding` must not pass."""
 
 from __future__ import annotations
 
@@ -109,15 +107,15 @@ def check_capacity(backend: str) -> None:
     side, tokens = Side(backend), np.random.default_rng(5).integers(0, 37, (2, 12))
     table = parameter_table(TIGHT)
     weights = weights_of(table)
-    model = side.filled(table, side.module("model.transformer").Transformer, TIGHT)
-    side.same(model.run(side.array(tokens)).logits, transformer(weights, TIGHT, tokens).logits, "limited")
+    run = side.compiled(side.filled(table, side.module("model.transformer").Transformer, TIGHT))
+    side.same(run(side.array(tokens)).logits, transformer(weights, TIGHT, tokens).logits, "limited")
     free = transformer(weights, TIGHT.replace(moe_capacity_factor=0.0), tokens).logits
-    side.same(model.run(side.array(tokens), limit_capacity=False).logits, free, "unlimited")
+    side.same(run(side.array(tokens), limit_capacity=False).logits, free, "unlimited")
     caches: Any = [
         side.module("model.attention").KVCache(2, 16, 1, 4, side.array(PIXELS).dtype) for _ in range(TIGHT.n_layers)
     ]
     for part in (slice(0, 7), slice(7, 12)):
-        out = model.run(side.array(tokens[:, part]), kv_caches=caches)
+        out = run(side.array(tokens[:, part]), kv_caches=caches)
         side.same(out.logits, free[:, part], "cached")
         caches = caches if backend == "torch" else out.kv_caches
 

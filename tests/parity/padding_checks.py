@@ -1,5 +1,5 @@
 """Checks that the content of padding never matters where a run meets it: wrappers with an image and without, reading of
-prompts, evaluation. JAX runs without jit, since every mutant would have to be compiled.
+prompts, evaluation.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def check_wrappers(backend: str) -> None:
     side = Side(backend)
     for vlm in ARCHITECTURES:
         table = wrapper_table(TIGHT, vlm, ADAPTER, None, VISION.feature_dim)
-        model = side.filled(table, side.module("model.vlm").build_vlm_wrapper, TIGHT, VISION, ADAPTER, vlm)
+        run = side.compiled(side.filled(table, side.module("model.vlm").build_vlm_wrapper, TIGHT, VISION, ADAPTER, vlm))
         for image in (PIXELS, None):
             truth, other = (
-                outputs(side, model.run(side.array(image), side.array(ids), text_mask=side.array(REAL)))
+                outputs(side, run(side.array(image), side.array(ids), text_mask=side.array(REAL)))
                 for ids in (TEXTS[0], np.where(REAL, *TEXTS))
             )
             for a, b in zip(truth, other, strict=True):
@@ -92,15 +92,14 @@ def check_evaluation(backend: str) -> None:
     side, config = Side(backend), job()
     train = side.module("training.train")
     dtype = torch.float64 if backend == "torch" else jax.numpy.float64
-    with unjitted(backend):
-        trainer = train.Trainer(config, "cpu", dtype=dtype)
-        real = np.array([[True] * 3 + [False] * 5, [False] * 8])
-        texts = np.random.default_rng(1).integers(0, VOCAB, (2, *real.shape), np.int32)
-        labels = np.where(real, 1, -100).astype(np.int32)
-        losses = [
-            float(trainer.evaluate([{"tokens": ids, "labels": labels, "text_mask": real}])["loss"])
-            for ids in (texts[0], np.where(real, *texts))
-        ]
+    trainer = train.Trainer(config, "cpu", dtype=dtype)
+    real = np.array([[True] * 3 + [False] * 5, [False] * 8])
+    texts = np.random.default_rng(1).integers(0, VOCAB, (2, *real.shape), np.int32)
+    labels = np.where(real, 1, -100).astype(np.int32)
+    losses = [
+        float(trainer.evaluate([{"tokens": ids, "labels": labels, "text_mask": real}])["loss"])
+        for ids in (texts[0], np.where(real, *texts))
+    ]
     np.testing.assert_allclose(*losses, rtol=1e-12)
 
 

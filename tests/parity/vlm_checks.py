@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -87,6 +88,23 @@ class Side:
         module = self.built(builder, *args, **options)
         self.module("model.state").set_state(module, weights_of(table))
         return module
+
+    def compiled(self, model: Any) -> Callable[..., Any]:
+        """``model.run``, in JAX as one program for the shapes that it is called with."""
+        if self.name == "torch":
+            return model.run
+        state = self.module("model.state")
+        graphdef, params, buffers = state.split(model)
+
+        @functools.partial(jax.jit, static_argnames="limit_capacity")
+        def run(params: Any, buffers: Any, args: Any, given: Any, limit_capacity: bool | None) -> Any:
+            return state.merge(graphdef, params, buffers).run(*args, **given, limit_capacity=limit_capacity)
+
+        return lambda *args, limit_capacity=None, **given: run(params, buffers, args, given, limit_capacity)
+
+    def once(self, call: Callable[[], Any]) -> Any:
+        """What a call gives, in JAX as one program."""
+        return call() if self.name == "torch" else jax.jit(call)()
 
     def array(self, value: Any) -> Any:
         return (
@@ -218,7 +236,8 @@ def check_mot_experts(backend: str) -> None:
             truth, losses = mot_block(
                 STREAM, weights_of(table), config, MOT, 0, dataclasses.replace(plain, modality_BS=ids)
             )
-        out, stats = block.run(side.array(STREAM), rope, layout=layout, key_padding_mask=side.array(REAL))[:2]
+        given = {"layout": layout, "key_padding_mask": side.array(REAL)}
+        out, stats = side.once(functools.partial(block.run, side.array(STREAM), rope, **given))[:2]
         side.same(out, truth, "block")
         for name in MOT.mot_modalities:
             np.testing.assert_array_equal(side.numpy(stats[name].expert_counts), losses.counts[name])
@@ -230,7 +249,8 @@ def check_mot_stream(backend: str) -> None:
     table, context = parameter_table(MODEL, MOT), Side(backend).module("model.modality").ModalityContext
     weights = weights_of(table)
     model = side.filled(table, side.module("model.transformer").Transformer, MODEL, vlm_config=MOT)
-    mixed = model.run(modality=context(inputs_embeds=side.array(STREAM), modality_ids=side.array(IDS))).logits
+    given = context(inputs_embeds=side.array(STREAM), modality_ids=side.array(IDS))
+    mixed = side.once(functools.partial(model.run, modality=given)).logits
     side.same(mixed, mot_decoder(weights, MODEL, MOT, STREAM, IDS).logits, "ids")
     image = STREAM[:, :IMAGE_LEN]
     embeds = np.concatenate([image, weights["token_embedding.embedding.weight"][tokens]], axis=1)
