@@ -18,7 +18,7 @@ from kempnerforge_jax.model.module import Table, named_variables
 from kempnerforge_jax.model.scan import layer_name, layer_range, stack_arrays, stacked
 from kempnerforge_jax.model.wrappers import plain_modules, unwrap, unwrapped
 from shared_config.contract.parameters import aliases
-from shared_config.errors import UserError
+from shared_config.contract.specs import check_names
 from shared_config.interchange.states import check_tied, host_array, plain_state, without_unused
 from shared_config.schema.model import ModelConfig
 
@@ -139,23 +139,6 @@ def _untied(model: nnx.Module, state: dict[str, Any]) -> dict[str, Any]:
     given = {alias: name for alias, name in tied.items() if alias in state}
     check_tied(state, given)
     return {given.get(name, name): value for name, value in reversed(state.items())}
-
-
-def check_names(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare names and shapes.
-
-    Raises:
-        UserError: one line for each problem.
-    """
-    problems = [f"{name}: missing, must have shape {shape}" for name, shape in expected.items() if name not in given]
-    problems += [f"{name}: unknown to the model" for name in given if name not in expected]
-    problems += [
-        f"{name}.shape = {given[name]}: must be {shape}"
-        for name, shape in expected.items()
-        if name in given and given[name] != shape
-    ]
-    if problems:
-        raise UserError("the state doesn't fit the model:\n" + "\n".join(problems))
 
 
 def to_numpy(array: jax.Array) -> np.ndarray:

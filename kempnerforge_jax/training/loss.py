@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kempnerforge_jax.model.checks import check_ids, check_shape, wide
-
-IGNORED = -100
+from shared_config.contract.labels import IGNORED
 
 
 def cross_entropy(logits_BSV: jax.Array, labels_BS: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -19,8 +19,8 @@ import numpy as np
 import optax
 
 from kempnerforge_jax.model.scan import layer_range
-from kempnerforge_jax.model.state import check_names, stack_layers, unstack_layers, unstack_shapes
-from shared_config.contract.specs import ParameterSpec, ParameterTable
+from kempnerforge_jax.model.state import stack_layers, unstack_layers, unstack_shapes
+from shared_config.contract.specs import ParameterSpec, ParameterTable, check_names
 from shared_config.schema.optimizer import OptimizerConfig
 
 Arrays = dict[str, jax.Array]

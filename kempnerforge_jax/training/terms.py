@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.scan import layer_range
-from kempnerforge_jax.training.loss import IGNORED
-from shared_config.training.trainer import Batch
 
 
 class Terms(NamedTuple):
@@ -27,11 +23,6 @@ class Terms(NamedTuple):
     z_loss: Any
     entropy: Any
     expert_counts: dict[str, Any]
-
-
-def label_count(batches: Sequence[Batch]) -> int:
-    """Labels that count in the loss, over all batches."""
-    return sum(int(np.count_nonzero(batch["labels"] != IGNORED)) for batch in batches)
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,8 +38,9 @@ from kempnerforge_jax.training.optimizer import (
 )
 from kempnerforge_jax.training.profile import profile, step_span
 from kempnerforge_jax.training.scheduler import build_schedule
-from kempnerforge_jax.training.terms import label_count, model_inputs, router_keys, routing_metrics, taken_metric
+from kempnerforge_jax.training.terms import model_inputs, router_keys, routing_metrics, taken_metric
 from shared_config.contract.freeze import effective_freeze, frozen_names, moments_under, never_trained
+from shared_config.contract.labels import label_count
 from shared_config.contract.vision import job_table
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds

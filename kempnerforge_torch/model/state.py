@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared_config.errors import UserError
+from shared_config.contract.specs import check_names
 from shared_config.interchange.states import check_tied, host_array, plain_state, whole, without_unused
 
 # Types that NumPy lacks: torch's, ml_dtypes', and an integer type of the same width to carry the bits.
@@ -81,23 +81,6 @@ def assign(target: Tensor, value: Any) -> None:
         values = values.to(target.device, target.dtype)
         values = distribute_tensor(values, target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(values)
-
-
-def check_names(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare names and shapes.
-
-    Raises:
-        UserError: one line for each problem.
-    """
-    problems = [f"{name}: missing, must have shape {shape}" for name, shape in expected.items() if name not in given]
-    problems += [f"{name}: unknown to the model" for name in given if name not in expected]
-    problems += [
-        f"{name}.shape = {given[name]}: must be {shape}"
-        for name, shape in expected.items()
-        if name in given and given[name] != shape
-    ]
-    if problems:
-        raise UserError("the state doesn't fit the model:\n" + "\n".join(problems))
 
 
 def to_numpy(array: Tensor) -> np.ndarray:

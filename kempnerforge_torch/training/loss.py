@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kempnerforge_torch.model.checks import check_ids, check_shape
+from shared_config.contract.labels import IGNORED
 
-IGNORED = -100
 CHUNK_ELEMENTS = 2**26
 """Logits that are widened at a time: 256 MiB in float32."""
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kempnerforge_torch.model.state import assign, check_names
-from shared_config.contract.specs import ParameterTable
+from kempnerforge_torch.model.state import assign
+from shared_config.contract.specs import ParameterTable, check_names
 from shared_config.schema.optimizer import OptimizerConfig
 
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from kempnerforge_torch.model.modality import ModalityContext
-from kempnerforge_torch.training.loss import IGNORED
-from shared_config.training.trainer import Batch
 
 
 class Terms(NamedTuple):
@@ -26,11 +22,6 @@ class Terms(NamedTuple):
     z_loss: Any
     entropy: Any
     expert_counts: dict[str, Any]
-
-
-def label_count(batches: Sequence[Batch]) -> int:
-    """Labels that count in the loss, over all batches."""
-    return sum(int(np.count_nonzero(batch["labels"] != IGNORED)) for batch in batches)
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

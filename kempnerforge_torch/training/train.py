@@ -37,7 +37,6 @@ from kempnerforge_torch.training.profile import profile, step_span
 from kempnerforge_torch.training.scheduler import build_schedule
 from kempnerforge_torch.training.terms import (
     Terms,
-    label_count,
     model_inputs,
     router_key,
     routing_metrics,
@@ -45,6 +44,7 @@ from kempnerforge_torch.training.terms import (
     taken_metric,
 )
 from shared_config.contract.freeze import effective_freeze, moments_under, never_trained
+from shared_config.contract.labels import label_count
 from shared_config.contract.vision import job_table
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds

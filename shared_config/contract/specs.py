@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from shared_config.errors import ConfigError
+from shared_config.errors import ConfigError, UserError
 
 Axes = tuple[str | None, ...]
 
@@ -106,3 +106,20 @@ def unfold(numbers: re.Match[str]) -> range:
     assert first is not None
     step = 1 if second is None else second - first
     return range(first, (last or second or first) + 1, step)
+
+
+def check_names(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        UserError: one line for each problem.
+    """
+    problems = [f"{name}: missing, must have shape {shape}" for name, shape in expected.items() if name not in given]
+    problems += [f"{name}: unknown to the model" for name in given if name not in expected]
+    problems += [
+        f"{name}.shape = {given[name]}: must be {shape}"
+        for name, shape in expected.items()
+        if name in given and given[name] != shape
+    ]
+    if problems:
+        raise UserError("the state doesn't fit the model:\n" + "\n".join(problems))

@@ -14,13 +14,14 @@ import hashlib
 
 import numpy as np
 
+from shared_config.contract.labels import IGNORED
+from shared_config.contract.mixing import splitmix
 from shared_config.data.corpus import Corpus, TokenStream
 from shared_config.data.tokenizer import ByteTokenizer, Tokenizer
 from shared_config.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
-IGNORED = -100
 ROUNDS = 8
 COUNTED_AT_ONCE, COUNTED_IDS = 2**20, 2**26
 
@@ -192,12 +193,5 @@ def _encipher(values: np.ndarray, half_bits: np.uint64, round_keys: np.ndarray) 
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = values >> half_bits, values & mask
     for round_key in round_keys:
-        left, right = right, left ^ (_mix(right + round_key) & mask)
+        left, right = right, left ^ (splitmix(right + round_key) & mask)
     return (left << half_bits) | right
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): every output bit depends on every input bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

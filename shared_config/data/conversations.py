@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared_config.data.batches import IGNORED, Batch, permute
+from shared_config.contract.labels import IGNORED
+from shared_config.data.batches import Batch, permute
 from shared_config.data.corpus import is_held_out
 from shared_config.data.jsonl import Row, refuse
 from shared_config.data.template import ChatTemplate, TemplateError

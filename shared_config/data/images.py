@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from shared_config.data.batches import IGNORED, Batch, permute
+from shared_config.contract.labels import IGNORED
+from shared_config.data.batches import Batch, permute
 from shared_config.data.image_sources import Example, Folder, Shapes, open_folder, prompt_and_text_tokens
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer, check_vocabulary
 from shared_config.errors import UserError

@@ -20,27 +20,14 @@ from shared_config.parity.traces import (
     group_of,
     tensors_hash,
 )
+from shared_config.schema.base import execution_names
+from shared_config.schema.job import JobConfig
 
 TRUTH_DTYPE = "float64"
 INITIAL = "initial weights"
 FORWARD_GROUPS = (INITIAL, FORWARD, ROUTING, LOSS, DECODE)
 BACKWARD_GROUPS = (GRADIENT, UPDATED)
 GROUP_ORDER = (*FORWARD_GROUPS, *BACKWARD_GROUPS, LOSSES)
-
-SAME_FUNCTION_FIELDS = (
-    "distributed",
-    "checkpoint",
-    "metrics",
-    "profiling",
-    "eval",
-    "model.sdpa_backend",
-    "train.activation_checkpointing",
-    "train.compile_model",
-    "train.matmul_precision",
-    "train.mixed_precision",
-    "train.scan_layers",
-)
-"""Config sections and fields that say how a function is computed, not which: traces may differ in them."""
 
 
 def check_comparable(a: Trace, b: Trace, truth: Trace | None) -> None:
@@ -103,7 +90,7 @@ def differences_of_origin(a: TraceMeta, b: TraceMeta) -> Iterator[str]:
 def _differences_of_config(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key in dict.fromkeys([*a, *b]):
         path, value_a, value_b = prefix + key, a.get(key), b.get(key)
-        if path in SAME_FUNCTION_FIELDS or value_a == value_b:
+        if path in execution_names(JobConfig) or value_a == value_b:
             continue
         if isinstance(value_a, Mapping) and isinstance(value_b, Mapping):
             yield from _differences_of_config(value_a, value_b, f"{path}.")

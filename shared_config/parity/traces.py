@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from shared_config.contract.mixing import WEYL, splitmix
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
 from shared_config.interchange.former import current_toml, former
@@ -274,19 +275,11 @@ def sketch(values: np.ndarray) -> np.ndarray:
     sums = np.zeros(SKETCH_SIZE)
     for start in range(0, flat.size, BLOCK):
         block = flat[start : start + BLOCK]
-        mixed = _mixed(np.arange(start, start + block.size, dtype=np.uint64))
+        mixed = splitmix(np.arange(start, start + block.size, dtype=np.uint64) + WEYL)
         signs = np.where(mixed >> np.uint64(63), -1.0, 1.0)
         buckets = (mixed % np.uint64(SKETCH_SIZE)).astype(np.int64)
         sums += np.bincount(buckets, weights=signs * block, minlength=SKETCH_SIZE)
     return sums
-
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """64 well-mixed bits of each integer (the finaliser of SplitMix64, Steele, Lea & Flood 2014)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _kinds_of_nonfinite(values: np.ndarray) -> np.ndarray:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from shared_config.contract.initialise import stream
+from shared_config.contract.labels import IGNORED
 from shared_config.contract.specs import ParameterSpec, ParameterTable
 
-IGNORED_LABEL = -100
 BIAS_RANGE = 0.2
 CHUNK_SIZES = (1, 7)
 MOMENT_STEPS = 7
@@ -58,8 +58,8 @@ def validation_pixels(shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 def validation_labels(tokens: np.ndarray) -> np.ndarray:
     """The next token of each position; the last position, and the first two of every other row, are ignored."""
-    labels = np.concatenate([tokens[:, 1:], np.full_like(tokens[:, :1], IGNORED_LABEL)], axis=1)
-    labels[1::2, :2] = IGNORED_LABEL
+    labels = np.concatenate([tokens[:, 1:], np.full_like(tokens[:, :1], IGNORED)], axis=1)
+    labels[1::2, :2] = IGNORED
     return labels
 
 

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from shared_config.contract.initialise import stream
+from shared_config.contract.labels import IGNORED
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.vision import picture_format
 from shared_config.parity.request import Arrays, default_length
-from shared_config.parity.validation import IGNORED_LABEL, validation_pixels
+from shared_config.parity.validation import validation_pixels
 from shared_config.schema.job import JobConfig
 from shared_config.training.trainer import Batch
 
@@ -135,7 +136,7 @@ def scenario_batch(
     config, draw = work.config, stream(work.seed, f"scenario/{name}")
     length = default_length(config)
     tokens, labels = (draw.integers(0, config.model.vocab_size, (ROWS, length), dtype=np.int32) for _ in range(2))
-    labels = np.where(draw.random(labels.shape) < ignored, np.int32(IGNORED_LABEL), labels)
+    labels = np.where(draw.random(labels.shape) < ignored, np.int32(IGNORED), labels)
     batch = {"tokens" if config.vlm is None else "input_ids": tokens, "labels": labels}
     if documents:
         starts = [np.cumsum(lengths[:-1]) for lengths in DOCUMENT_LENGTHS]
@@ -144,7 +145,7 @@ def scenario_batch(
     if padded:
         starts, ends = np.array(REAL).T[..., None]
         real = (np.arange(length) >= starts) & (np.arange(length) < ends)
-        batch |= {"text_mask": real, "labels": np.where(real, labels, np.int32(IGNORED_LABEL))}
+        batch |= {"text_mask": real, "labels": np.where(real, labels, np.int32(IGNORED))}
     pixels = scenario_pixels(work, ROWS)
     if pixels is not None:
         batch["pixel_values"] = pixels

@@ -80,6 +80,15 @@ class _KeepsFunction:
 KEEPS_FUNCTION = _KeepsFunction()
 
 
+class _Execution:
+    """Annotation for a field, or a whole section, that says how a run is computed, not what: traces of one function may
+    differ in it.
+    """
+
+
+EXECUTION = _Execution()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Registered:
     categories: tuple[str, ...]
@@ -182,7 +191,7 @@ class Section:
     def function_fields(self) -> dict[str, Any]:
         """Values of the fields that change the function the weights compute, nested sections by dotted name.
 
-        All do, except those annotated with `KEEPS_FUNCTION` and those that are idle.
+        All do, except those annotated with `KEEPS_FUNCTION` or `EXECUTION` and those that are idle.
         """
         values: dict[str, Any] = {}
         resolved = self.resolved()
@@ -216,10 +225,29 @@ class Section:
 
 @functools.cache
 def function_names(cls: type[Section]) -> tuple[str, ...]:
-    """Fields of a section that are not annotated with `KEEPS_FUNCTION`."""
+    """Fields of a section that are annotated with neither `KEEPS_FUNCTION` nor `EXECUTION`."""
+    marks = _annotations(cls)
+    return tuple(name for name, marked in marks.items() if KEEPS_FUNCTION not in marked and EXECUTION not in marked)
+
+
+@functools.cache
+def execution_names(cls: type[Section]) -> frozenset[str]:
+    """Fields of a section that are annotated with `EXECUTION`, those of nested sections by dotted name."""
+    names = set()
+    for name, marked in _annotations(cls).items():
+        kind = typing.get_type_hints(cls).get(name)
+        if EXECUTION in marked:
+            names.add(name)
+        elif isinstance(kind, type) and issubclass(kind, Section):
+            names |= {f"{name}.{inner}" for inner in execution_names(kind)}
+    return frozenset(names)
+
+
+def _annotations(cls: type[Section]) -> dict[str, tuple[Any, ...]]:
+    """What each field of a section is annotated with, besides its type."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    return tuple(name for name in names if KEEPS_FUNCTION not in getattr(hints[name], "__metadata__", ()))
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return {field.name: getattr(hints[field.name], "__metadata__", ()) for field in fields}
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from shared_config.errors import ConfigError
 from shared_config.schema.adapter import AdapterConfig
-from shared_config.schema.base import NESTED, Section, section
+from shared_config.schema.base import EXECUTION, NESTED, Section, section
 from shared_config.schema.checkpoint import CheckpointConfig
 from shared_config.schema.data import DataConfig, EvalConfig
 from shared_config.schema.distributed import DistributedConfig
@@ -32,11 +32,11 @@ class JobConfig(Section):
     optimizer: Annotated[OptimizerConfig, NESTED] = Field(default_factory=OptimizerConfig)
     scheduler: Annotated[SchedulerConfig, NESTED] = Field(default_factory=SchedulerConfig)
     data: Annotated[DataConfig, NESTED] = Field(default_factory=DataConfig)
-    eval: Annotated[EvalConfig, NESTED] = Field(default_factory=EvalConfig)
-    distributed: Annotated[DistributedConfig, NESTED] = Field(default_factory=DistributedConfig)
-    checkpoint: Annotated[CheckpointConfig, NESTED] = Field(default_factory=CheckpointConfig)
-    metrics: Annotated[MetricsConfig, NESTED] = Field(default_factory=MetricsConfig)
-    profiling: Annotated[ProfilingConfig, NESTED] = Field(default_factory=ProfilingConfig)
+    eval: Annotated[EvalConfig, NESTED, EXECUTION] = Field(default_factory=EvalConfig)
+    distributed: Annotated[DistributedConfig, NESTED, EXECUTION] = Field(default_factory=DistributedConfig)
+    checkpoint: Annotated[CheckpointConfig, NESTED, EXECUTION] = Field(default_factory=CheckpointConfig)
+    metrics: Annotated[MetricsConfig, NESTED, EXECUTION] = Field(default_factory=MetricsConfig)
+    profiling: Annotated[ProfilingConfig, NESTED, EXECUTION] = Field(default_factory=ProfilingConfig)
     vision_encoder: Annotated[VisionEncoderConfig, NESTED] | None = None
     adapter: Annotated[AdapterConfig, NESTED] | None = None
     vlm: AnyVLMConfig | None = None

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from shared_config.schema.base import (
+    EXECUTION,
     KEEPS_FUNCTION,
     LARGEST,
     NESTED,
@@ -98,7 +99,7 @@ class ModelConfig(Section):
     qk_norm: bool = False
     init_std: Annotated[PositiveFloat, KEEPS_FUNCTION] = 0.02
     model_type: Annotated[str, registered("model")] = "transformer"
-    sdpa_backend: Annotated[Literal["auto", "flash", "efficient", "cudnn", "math"], KEEPS_FUNCTION] = "auto"
+    sdpa_backend: Annotated[Literal["auto", "flash", "efficient", "cudnn", "math"], EXECUTION] = "auto"
 
     num_experts: Count = 0
     moe_top_k: PositiveInt = 2

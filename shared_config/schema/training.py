@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from shared_config.schema.base import Count, NonNegativeFloat, PositiveInt, Section, section
+from shared_config.schema.base import EXECUTION, Count, NonNegativeFloat, PositiveInt, Section, section
 
 
 @section
@@ -30,8 +30,8 @@ class TrainConfig(Section):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped_steps: PositiveInt = 10
     seed: Count = 42
-    mixed_precision: Literal["fp32", "bf16"] = "bf16"
-    matmul_precision: Literal["highest", "high"] = "highest"
-    compile_model: bool = True
-    scan_layers: bool = False
-    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    mixed_precision: Annotated[Literal["fp32", "bf16"], EXECUTION] = "bf16"
+    matmul_precision: Annotated[Literal["highest", "high"], EXECUTION] = "highest"
+    compile_model: Annotated[bool, EXECUTION] = True
+    scan_layers: Annotated[bool, EXECUTION] = False
+    activation_checkpointing: Annotated[Literal["none", "full", "selective"], EXECUTION] = "none"

@@ -22,6 +22,8 @@ from shared_config.parity.measure import heatmap
 from shared_config.parity.numerics import UNIT_ROUNDOFF, perturbation_delta, rms
 from shared_config.parity.traces import Trace, TraceMeta
 from shared_config.parity.validation import validation_tokens, validation_weights
+from shared_config.schema.base import execution_names
+from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 from tests.oracle import attention as oracle_attention
 from tests.oracle import linear as oracle_linear
@@ -647,6 +649,13 @@ def test_how_a_function_is_computed_may_differ():
     assert compare_traces(a, trace(tensors, config=text.format("math", "false", 8, 4))).equal
     with pytest.raises(UserError, match=r"train\.seq_len: 8 and 9"):
         compare_traces(a, trace(tensors, config=text.format("auto", "true", 9, 1)))
+
+
+def test_only_these_say_how_a_function_is_computed():
+    sections = {"distributed", "checkpoint", "metrics", "profiling", "eval"}
+    train = {"mixed_precision", "matmul_precision", "compile_model", "scan_layers", "activation_checkpointing"}
+    fields = {"model.sdpa_backend", *(f"train.{name}" for name in train)}
+    assert execution_names(JobConfig) == sections | fields
 
 
 def test_a_truth_must_be_float64():
