@@ -60,6 +60,16 @@ def test_rows_without_a_label_are_counted_and_never_drawn(source: Any, tmp_path:
     assert not source(tmp_path, [3, 4]).notes
 
 
+def test_conversations_that_are_cut_are_counted(tmp_path: Path) -> None:
+    data = chat_data(tmp_path, [3, 20, 3])
+    assert not data.notes
+    rows = [{"messages": turns("p", "t" * length)} for length in (3, 80, 100, 4)]
+    path = rows_file(tmp_path / "long.jsonl", rows)
+    folder = tokenizer_folder(tmp_path / "tokenizer", CHATML)
+    opened = open_data(job(path, tokenizer=folder, seq_len=64, heldout_fraction=1e-9))
+    assert opened.notes == (f"data.path = {str(path)!r}: 2 of 4 rows are longer than train.seq_len = 64 and are cut",)
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_data_of_which_no_row_has_a_label_are_refused(source: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.path = .*none of its \d+ rows to train on has a label"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import struct
 import zlib
 from html.parser import HTMLParser
 from typing import Any
@@ -208,12 +209,14 @@ def test_pictures_hold_the_pixels_they_were_given():
     alphas = [[0, 128, 255], [1, 2, 3]]
     data = png(alphas)
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    header = struct.pack(">II", 3, 2) + bytes((8, 6, 0, 0, 0))  # eight bits of RGBA, deflated, rows from the top
     kinds, at, pixels = [], 8, b""
     while at < len(data):
         length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         body = data[at + 8 : at + 8 + length]
         assert zlib.crc32(kind + body) == int.from_bytes(data[at + 8 + length : at + 12 + length], "big")
         kinds.append(kind)
+        assert kind != b"IHDR" or body == header
         pixels += zlib.decompress(body) if kind == b"IDAT" else b""
         at += length + 12
     assert kinds == [b"IHDR", b"IDAT", b"IEND"]

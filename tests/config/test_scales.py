@@ -100,3 +100,11 @@ def test_scales_are_of_what_is_finite_and_the_coarser_dtype_counts() -> None:
     assert scale_of(np.array([3.0, np.nan, -3.0, np.inf])) == 3.0
     assert coarser("bfloat16", "float32") == coarser("float32", "bfloat16") == "bfloat16"
     assert coarser("float64", "float32") == "float32"
+
+
+def test_parts_are_judged_but_for_those_of_what_is_zero_by_mathematics() -> None:
+    assert DENSE.part_limits("updated/w", "float32", 0.5) is not None
+    assert DENSE.part_limits("gradient/w", "float32", 3.0) is not None
+    assert DENSE.part_limits("updated/zero", "float32", 0.5) is None
+    assert DENSE.part_limits("gradient/zero", "float32", 1e-13) is None
+    assert DENSE.part_limits("loss/total", "float32", 2.0) is None

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shared_config.errors import UserError
 from shared_config.interchange.activations import ActivationWriter, read_activations
 
 CHILD = """
@@ -50,3 +51,14 @@ def test_a_killed_process_leaves_no_part_under_the_final_name(where: str, tmp_pa
     left = [file for file in tmp_path.iterdir() if file != path]
     assert left, "something had been written"
     assert all(file.name.startswith(".") and ".npz." in file.name for file in left), "hidden, by the name of the file"
+
+
+@pytest.mark.parametrize("other", [np.zeros((1, 4)), np.zeros((1, 3), np.float32), np.zeros(()), np.zeros((1, 3, 1))])
+def test_pieces_of_another_shape_or_dtype_do_not_go_on(other: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "pieces.npz"
+    with ActivationWriter(path) as writer:
+        writer.append({"norm": np.zeros((2, 3))})
+        with pytest.raises(UserError, match=r"norm: .* does not continue float64"):
+            writer.append({"norm": other})
+        writer.append({"norm": np.ones((1, 3))})
+    assert read_activations(path)["norm"].tolist() == [[0] * 3, [0] * 3, [1] * 3]
