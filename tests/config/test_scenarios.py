@@ -12,7 +12,7 @@ import pytest
 
 from shared_config.contract.labels import IGNORED
 from shared_config.loader import load_config
-from shared_config.parity import checks
+from shared_config.parity import checks, full_checks
 from shared_config.parity.plan import Plan
 from shared_config.parity.scenarios import SCENARIOS, record_scenario, resume_folder
 from shared_config.parity.work import Decoding, Work, scenario_batch
@@ -94,3 +94,20 @@ def test_narrow_steps_are_judged_by_the_truth_and_float64_by_itself() -> None:
     assert plan.comparisons == {
         dtype: (("torch", dtype), ("jax", dtype), None if dtype == "float64" else truth) for dtype in plan.dtypes
     }
+
+
+def test_a_full_validation_does_what_applies_to_the_config(tmp_path: Path) -> None:
+    moma = load_config("debug_vlm_moma")
+    ring = CONFIG.replace(model=CONFIG.model.replace(sliding_window=8))
+    text = {"documents", "padding", "accumulation", "captures", *(f"resume-{part}" for part in range(3))}
+    for config, expected in (
+        (CONFIG, text | {"generate", "ring"}),
+        (ring, text | {"ring"}),
+        (moma, text - {"documents"}),
+    ):
+        plan = Plan(config, tmp_path, full=True)
+        jobs = [job for check in plan.checks for job in check.jobs(plan, "torch") if "--scenario" in job]
+        done = [(job[job.index("--scenario") + 1], job[job.index("--dtype") + 1]) for job in jobs]
+        assert {name for name, dtype in done if dtype == "float64"} >= expected
+        assert {name for name, _ in done} - expected <= {"long"}
+        assert [name for name, dtype in done if dtype == "bfloat16"] == [full_checks.ACCUMULATION]

@@ -124,3 +124,33 @@ def test_dead_experts_are_counted_over_routers_and_micro_batches(backend: Torch)
     unused = [int(np.count_nonzero(total == 0)) for total in totals]
     assert sum(unused) > max(unused) > 0
     assert int(trainer.step(batches)["dead_experts"]) == sum(unused)
+
+
+@on_both
+@pytest.mark.usefixtures("_double_precision")
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_before_any_call_counts_and_losses_are_of_the_types_they_will_have(backend: Torch, dtype: str) -> None:
+    layer = backend.build(backend.module("model.moe").build_moe, 4, 6, 3, 2, dtype=dtype)
+    wide = "float64" if dtype == "float64" else "float32"
+
+    def types() -> list[str]:
+        held = [layer, layer.router]
+        return [str(value.dtype).removeprefix("torch.") for each in held for value in (
+            each.aux_loss, each.z_loss, each.expert_counts)]  # fmt: skip
+
+    before = types()
+    layer(backend.array(np.zeros((1, 3, 4)), dtype))
+    assert before == types() == [wide, wide, "int32"] * 2
+
+
+@on_both
+@pytest.mark.usefixtures("_double_precision")
+def test_noise_does_not_let_experts_take_what_is_no_token(backend: Torch) -> None:
+    """Scores of tokens that may be taken, noise included, are far below those of any that may not, and all negative."""
+    router = backend.build(backend.module("model.moma").ExpertChoiceSigmoidRouter, 2, 2, 0.5)
+    backend.module("model.state").set_state(router, {"gate.weight": np.eye(2)})
+    x, valid = np.array([[5.0, 5.0], [-9.0, -7.0], [-8.0, -9.0], [6.0, 6.0]]), np.array([False, True, True, False])
+    given = (backend.array(x), backend.array(valid), backend.array(np.full((4, 2), -3.0)))
+    weights, tokens = (backend.numpy(part) for part in router(*given))
+    assert tokens[0].tolist() == [2, 1]
+    np.testing.assert_allclose(weights[0], 1 / (1 + np.exp([8.0, 7.0])))
