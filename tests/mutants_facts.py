@@ -28,6 +28,7 @@ ADAPTER = "oracle.test_facts.test_every_tensor_of_an_adapter_is_as_stated"
 CLIP: dict[str, object] = {"class_token": True, "patch_bias": False, "pre_norm": True, "final_norm": False}
 STREAM = "oracle.test_streams"
 COUNTS = "parity.test_counts"
+SHARDED = "contract.sharding"
 FLOPS = f"{COUNTS}.test_flops_are_those_of_the_operators_that_run_in_torch"
 LAYOUT = f"{COUNTS}.test_memory_of_a_layout_is_that_of_its_parts"
 FAMILIES = "interchange.test_families"
@@ -41,8 +42,8 @@ FACT_MUTANTS = (
     # Parameters
     FactMutant(
         LAYERS,
-        'gate = matrix(config, (experts, config.dim), ("experts", "embed"))',
-        'gate = replace(matrix(config, (experts, config.dim), ("experts", "embed")), initializer=Normal(1.0))',
+        'gate = matrix(config, (experts, config.dim), ("routes", "embed"))',
+        'gate = replace(matrix(config, (experts, config.dim), ("routes", "embed")), initializer=Normal(1.0))',
         PRESET,
         ("debug_moe",),
     ),
@@ -165,20 +166,25 @@ FACT_MUTANTS = (
         COUNTED, "(full * (full + 1) / 2 + (seq_len - full) * full) / seq_len", "float(full)", FLOPS, ("window",)
     ),
     FactMutant(COUNTED, 'if ".mlp.experts.image." not in group.name', "", FLOPS, ("debug_vlm_moma",)),
+    FactMutant(SHARDED, '"mlp": "tp", "experts": "ep"', '"mlp": "ep", "experts": "ep"', LAYOUT, ("debug", {"tp": 2})),
     FactMutant(
-        COUNTED, "group.size / (tp if len(group.spec.shape) > 1 else 1)", "group.size", LAYOUT, ("debug", {"tp": 2})
+        SHARDED,
+        '("dp_shard",) if "ep" in ruled',
+        '("dp_shard", "ep") if "ep" in ruled',
+        LAYOUT,
+        ("debug_moe", {"dp_shard": 4, "ep": 2}),
     ),
     FactMutant(
         COUNTED,
-        "layout.pp * layout.resolved_dp_shard(world_size)",
-        "layout.resolved_dp_shard(world_size)",
+        "0 if name == EMBEDDING else -1",
+        "-1 if name == EMBEDDING else -1",
         LAYOUT,
         ("debug", {"pp": 2, "dp_shard": 1}),
     ),
     FactMutant(
-        COUNTED,
-        "layout.pp * layout.resolved_dp_shard(world_size)",
-        "world_size // layout.tp",
+        SHARDED,
+        "shard // config.ep, config.ep",
+        "world_size // config.ep, config.ep",
         LAYOUT,
         ("debug", {"dp_replicate": 2, "dp_shard": 1}),
     ),

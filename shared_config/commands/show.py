@@ -21,9 +21,10 @@ from shared_config.contract.counts import (
 )
 from shared_config.contract.decoding import PREFILL_CHUNK
 from shared_config.contract.parameters import aliases, parameter_groups
+from shared_config.contract.sharding import refusals
 from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.contract.vision import TowerConfig
-from shared_config.errors import UserError
+from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.toml import config_to_toml, json_schema
 from shared_config.interchange.vision import MODEL_TYPES, resolve_tower
 from shared_config.loader import PRESETS, load_config, preset_names
@@ -59,6 +60,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = load_config(options.config, overrides)
     world_size = smallest_world_size(config) if options.world_size is None else options.world_size
     config.validate(world_size)
+    if problems := refusals(config):
+        raise ConfigError(problems)
     print(resolved_toml(config))
     screen = console()
     for table in tables(config, world_size):
@@ -101,7 +104,7 @@ def resolved_toml(config: JobConfig) -> str:
 def smallest_world_size(config: JobConfig) -> int:
     """Devices that the layout names, with a ``dp_shard`` that is left open taken as ``ep``, or 1."""
     layout = config.distributed
-    shard = layout.dp_shard if layout.dp_shard > 0 else max(1, layout.ep // layout.dp_replicate)
+    shard = layout.dp_shard if layout.dp_shard > 0 else layout.ep
     return layout.dp_replicate * shard * layout.tp * layout.pp
 
 

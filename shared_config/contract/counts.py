@@ -9,10 +9,17 @@ from fractions import Fraction
 
 from shared_config.contract.capacity import choice_share
 from shared_config.contract.freeze import never_trained
-from shared_config.contract.parameters import EMBEDDING, HEAD, ParameterGroup, layer_groups, parameter_groups
+from shared_config.contract.parameters import (
+    EMBEDDING,
+    HEAD,
+    ParameterGroup,
+    layer_groups,
+    parameter_groups,
+    parameter_table,
+)
+from shared_config.contract.sharding import Layout, elements_held, layout_of, stage_layers
 from shared_config.contract.vision import TowerConfig, adapter_table, encoder_table, vit_tower
 from shared_config.schema.adapter import AdapterConfig
-from shared_config.schema.distributed import DistributedConfig
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import MoMaConfig, VLMConfig
@@ -100,26 +107,48 @@ class TrainingMemory:
 
 
 def training_memory(job: JobConfig, world_size: int = 1, tower: TowerConfig | None = None) -> TrainingMemory:
-    """Bytes per device of float32 masters, gradients, both Adam moments and the bfloat16 copy of one layer at work.
+    """Bytes per device of float32 masters, gradients, both Adam moments, and the bfloat16 copy of one layer at work or,
+    where nothing is sharded, of all; each of them on the device that holds most.
 
-    Pipeline stages share the layers evenly, tensor parallelism the matrices, FSDP what is left; experts are divided
-    by ``ep`` before FSDP shards them over the remaining data ranks, which comes to the same number of bytes. What is
-    frozen throughout has no gradients and no moments; patterns that freeze some of several equal layers don't count.
+    Tensors lie as `placement` says. Pipeline stages share the layers evenly; the first has the embedding, the last what
+    comes after the layers. What is frozen throughout has no gradients and no moments; patterns that freeze some of
+    several equal layers don't count.
 
     Args:
         tower: of an encoder whose config does not describe it.
+
+    Raises:
+        ConfigError: a layout for another number of devices.
     """
-    layout: DistributedConfig = job.distributed
-    groups = list(_job_groups(job, tower))
-    names = {group.name for group in groups}
+    layout = layout_of(job.distributed, world_size)
+    stages = _stages(job, tower)
+    names = {group.name for stage in stages for group in stage}
     frozen = set() if job.vlm is None else _never_trained(names, job.vlm)
-    shards = layout.pp * layout.resolved_dp_shard(world_size)
-    owned = int(_elements(groups, layout.tp) / shards) * FLOAT32
-    trained = int(_elements([group for group in groups if group.name not in frozen], layout.tp) / shards) * FLOAT32
-    layer = max(_elements(_narrowed(layer), layout.tp) for layer in layer_groups(job.model, job.vlm))
-    gathered = layer if shards > layout.pp else _elements(_narrowed(groups), layout.tp) / layout.pp
-    copy = int(gathered) * BFLOAT16 if job.train.mixed_precision == "bf16" else 0
-    return TrainingMemory(owned, trained, 2 * trained, copy)
+    trained = [[group for group in stage if group.name not in frozen] for stage in stages]
+    layer = max(_held(_narrowed(layer), layout, gathered=True) for layer in layer_groups(job.model, job.vlm))
+    is_sharded = layout.size("dp_shard", "ep") > 1
+    copied = layer if is_sharded else max(_held(_narrowed(stage), layout, gathered=True) for stage in stages)
+    gradients = max(_held(stage, layout) for stage in trained) * FLOAT32
+    return TrainingMemory(
+        parameters=max(_held(stage, layout) for stage in stages) * FLOAT32,
+        gradients=gradients,
+        optimizer=2 * gradients,
+        compute_copy=copied * BFLOAT16 if job.train.mixed_precision == "bf16" else 0,
+    )
+
+
+def _stages(job: JobConfig, tower: TowerConfig | None) -> list[list[ParameterGroup]]:
+    """The tensors of each pipeline stage."""
+    stages = job.distributed.pp
+    if stages == 1:
+        return [list(_job_groups(job, tower))]
+    owner = [stage for stage, layers in enumerate(stage_layers(job.model.n_layers, stages)) for _ in layers]
+    found: list[list[ParameterGroup]] = [[] for _ in range(stages)]
+    for name, spec in parameter_table(job.model, job.vlm).items():
+        part, _, rest = name.partition(".")
+        stage = owner[int(rest.partition(".")[0])] if part == "layers" else 0 if name == EMBEDDING else -1
+        found[stage].append(ParameterGroup(name, spec, 1))
+    return found
 
 
 def _job_groups(job: JobConfig, tower: TowerConfig | None) -> Iterator[ParameterGroup]:
@@ -141,9 +170,10 @@ def _never_trained(names: Iterable[str], vlm: VLMConfig) -> set[str]:
     return never_trained(names, vlm.freeze, vlm.freeze_schedule, vlm.module_patterns)
 
 
-def _elements(groups: Iterable[ParameterGroup], tp: int) -> float:
-    """Elements of a tensor-parallel rank, which has a part of each matrix and all of the rest."""
-    return sum(group.size / (tp if len(group.spec.shape) > 1 else 1) for group in groups if not group.spec.is_buffer)
+def _held(groups: Iterable[ParameterGroup], layout: Layout, *, gathered: bool = False) -> int:
+    """Elements of a device; buffers do not count."""
+    tensors = [(group.spec, group.copies) for group in groups if not group.spec.is_buffer]
+    return elements_held(tensors, layout, gathered=gathered)
 
 
 def _narrowed(groups: Iterable[ParameterGroup]) -> list[ParameterGroup]:

@@ -106,14 +106,14 @@ def router_parameters(config: ModelConfig) -> ParameterTable:
 def _balanced_router(config: ModelConfig) -> ParameterTable:
     experts = config.num_experts
     buffers = {
-        name: ParameterSpec((experts,), Constant(value), ("experts",), is_buffer=True)
+        name: ParameterSpec((experts,), Constant(value), ("routes",), is_buffer=True)
         for name, value in (("expert_bias", 0.0), ("expert_ema", 1.0 / experts))
     }
     return {**router_parameters(config), **buffers}
 
 
 def _gate(config: ModelConfig, experts: int) -> ParameterTable:
-    gate = matrix(config, (experts, config.dim), ("experts", "embed"))
+    gate = matrix(config, (experts, config.dim), ("routes", "embed"))
     return {"gate.weight": replace(gate, full_precision=True)}
 
 

@@ -3,8 +3,9 @@
 Both backends build exactly these tensors, in this orientation; initialising, sharding, counting and loading read the
 table.
 
-Names of axes: vocab, embed (the residual width), heads and kv_heads (times head_dim), head_dim, mlp, experts; None
-for an axis that is never sharded. A linear weight is (out, in); packed experts are (expert, in, out).
+Names of axes: vocab, embed (the residual width), heads and kv_heads (times head_dim), head_dim, mlp, experts, routes
+(what a router chooses among); None for an axis without a rule. A linear weight is (out, in); packed experts are
+(expert, in, out).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ class DistributedConfig(Section):
     """Sizes of the mesh axes. Their product is the number of devices; ``dp_shard`` -1 takes what the others leave.
 
     dp_replicate: copies of the model; dp_shard: ranks that share one sharded copy (FSDP); tp: tensor parallel; pp:
-    pipeline stages; ep: expert parallel, a division of the data-parallel ranks, not a separate axis.
+    pipeline stages; ep: expert parallel, a division of the ranks of ``dp_shard``, not a separate axis.
     """
 
     dp_replicate: PositiveInt = 1
@@ -41,5 +41,5 @@ class DistributedConfig(Section):
         if product != world_size:
             sizes = " * ".join(f"{name} {size}" for name, size in axes.items())
             yield f"dp_shard = {self.dp_shard}: {sizes} = {product} must equal the world size {world_size}"
-        if (self.dp_replicate * shard) % self.ep != 0:
-            yield f"ep = {self.ep}: must divide the {self.dp_replicate * shard} data-parallel ranks"
+        if shard % self.ep != 0:
+            yield f"ep = {self.ep}: must divide dp_shard = {shard}"

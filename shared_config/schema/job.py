@@ -87,15 +87,19 @@ class JobConfig(Section):
             ConfigError: listing every problem.
         """
         found = [f"distributed.{line}" for line in self.distributed.problems_on(world_size)]
+        found += self.layout_problems()
+        if found:
+            raise ConfigError(found)
+
+    def layout_problems(self) -> Iterator[str]:
+        """What of the parallel layout does not fit the model, on any number of devices."""
         model, layout = self.model, self.distributed
         if model.n_heads % layout.tp != 0 or model.kv_heads % layout.tp != 0:
-            found.append(
+            yield (
                 f"distributed.tp = {layout.tp}: must divide model.n_heads = {model.n_heads} and "
                 f"model.n_kv_heads = {model.kv_heads}"
             )
         if layout.pp > model.n_layers:
-            found.append(f"distributed.pp = {layout.pp}: must be at most model.n_layers = {model.n_layers}")
+            yield f"distributed.pp = {layout.pp}: must be at most model.n_layers = {model.n_layers}"
         if layout.ep > 1 and (not model.is_moe or model.num_experts % layout.ep != 0):
-            found.append(f"distributed.ep = {layout.ep}: must divide model.num_experts = {model.num_experts}")
-        if found:
-            raise ConfigError(found)
+            yield f"distributed.ep = {layout.ep}: must divide model.num_experts = {model.num_experts}"

@@ -162,7 +162,7 @@ def rows_of(*tables: Table) -> dict[str, str]:
 
 def test_every_number_stands_beside_its_label() -> None:
     overrides = ["--model.num_experts=4", "--train.mixed_precision=bf16", "--vlm.mot_image_n_kv_heads=1"]
-    overrides += ["--distributed.tp=2", "--distributed.pp=2", "--distributed.dp_replicate=3"]
+    overrides += ["--distributed.tp=2", "--distributed.dp_replicate=3"]
     overrides += ['--vlm.freeze=[{module="vision_encoder"}]']
     config = load_config("debug_vlm_mot", overrides)
     model, vlm = config.model, config.vlm
@@ -182,7 +182,7 @@ def test_every_number_stands_beside_its_label() -> None:
             2 * model.n_layers * model.max_seq_len * 2 * model.head_size * 2
         ),
         "devices": "24",
-        "layout": "dp_replicate 3, dp_shard 2, tp 2, pp 2, ep 1",
+        "layout": "dp_replicate 3, dp_shard 4, tp 2, pp 1, ep 1",
         "parameters, float32": readable_bytes(memory.parameters),
         "gradients, float32": readable_bytes(memory.gradients),
         "Adam moments, float32": readable_bytes(memory.optimizer),
@@ -233,3 +233,17 @@ def test_bare_import_loads_no_framework() -> None:
         "import shared_config, shared_config.cli, sys; print([m for m in ('torch', 'jax', 'flax') if m in sys.modules])"
     )
     assert run_python("-c", code).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("layout", "devices", "said"),
+    [
+        (["--distributed.pp=2"], 2, "train.grad_accum_steps = 1: must be at least distributed.pp = 2"),
+        (["--distributed.tp=2", "--model.ffn_hidden_dim=131"], 2, "must divide model.ffn_hidden_dim = 131"),
+    ],
+)
+def test_layouts_that_can_not_be_are_refused(
+    layout: list[str], devices: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", "debug", *layout, "--world-size", str(devices)]) != 0
+    assert said in capsys.readouterr().err

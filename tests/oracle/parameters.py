@@ -7,7 +7,7 @@ normal(0, 1/sqrt(fan-in)), with positions and class token of ViT (Dosovitskiy et
 normal(0, 0.02). Norms start at 1, biases at 0. AdamW decays matrices only (Loshchilov & Hutter 2019; nanoGPT's rule of
 two axes or more, without positions); what decides a route stays in float32 (Switch, arXiv:2101.03961, section 2.4).
 
-Names of axes: vocab, embed, heads, kv_heads, head_dim, mlp, experts; None where an axis is never sharded.
+Names of axes: vocab, embed, heads, kv_heads, head_dim, mlp, experts, routes; None where an axis has no rule.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ TEXT_AXES = {
     r"down_proj\.weight": ("embed", "mlp"),
     r"(gate|up)_w": ("experts", "embed", "mlp"),
     r"down_w": ("experts", "mlp", "embed"),
-    r"router\.gate\.weight": ("experts", "embed"),
-    r"router\.expert_(bias|ema)": ("experts",),
+    r"router\.gate\.weight": ("routes", "embed"),
+    r"router\.expert_(bias|ema)": ("routes",),
     r"[qk]_norm\.weight": ("head_dim",),
     r"q_proj\.bias": ("heads",),
     r"[kv]_proj\.bias": ("kv_heads",),

@@ -135,8 +135,8 @@ def own_router_parameters(config: ModelConfig) -> ParameterTable:
     experts = (config.num_experts,)
     return {
         **router_parameters(config),
-        "sharpness": ParameterSpec(experts, Constant(2.0), ("experts",), full_precision=True),
-        "handicap": ParameterSpec(experts, Constant(0.125), ("experts",), is_buffer=True),
+        "sharpness": ParameterSpec(experts, Constant(2.0), ("routes",), full_precision=True),
+        "handicap": ParameterSpec(experts, Constant(0.125), ("routes",), is_buffer=True),
     }
 
 

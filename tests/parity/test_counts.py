@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ from shared_config.contract.counts import (
 )
 from shared_config.contract.decoding import PREFILL_CHUNK
 from shared_config.contract.parameters import parameter_table
+from shared_config.contract.sharding import refusals
 from shared_config.data import open_data
 from shared_config.loader import load_config, preset_names
 from shared_config.parity.shrink import shrink
@@ -239,28 +241,64 @@ LAYOUTS: tuple[dict[str, int], ...] = (
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("preset", ["debug", "debug_moe", "llama3_8b", "debug_vlm_mot"])
 def test_memory_of_a_layout_is_that_of_its_parts(preset: str, layout: dict[str, int]) -> None:
-    """A model's tensors, cut up: matrices by tensor parallelism, layers into stages, what is left into shards."""
+    """A model's tensors, cut up: layers into stages, matrices by tensor parallelism, experts and what is left into
+    shards; the fullest device counts.
+    """
     config = small(preset)
+    if config.vlm is not None and layout.get("pp", 1) > 1:
+        assert refusals(config.replace(distributed=config.distributed.replace(**layout)))
+        return
     distributed = config.distributed.replace(**layout)
-    sizes = [getattr(distributed, name) for name in ("dp_replicate", "dp_shard", "tp", "pp")]
-    shard = max(1, distributed.dp_shard)
-    world_size = int(np.prod([sizes[0], shard, *sizes[2:]]))
-    state = {name: tensor.detach().cpu().numpy() for name, tensor in Trainer(config).masters.items()}
-    held = sum(nbytes for array in state.values() for nbytes in parts_of(array, distributed.tp, shard))
-    stated = training_memory(config.replace(distributed=distributed), world_size)
-    devices = distributed.tp * shard * distributed.pp
-    assert stated.parameters == pytest.approx(held / devices, abs=4)
+    shard, ep, tp, pp = (max(1, getattr(distributed, name)) for name in ("dp_shard", "ep", "tp", "pp"))
+    config = config.replace(distributed=distributed)
+    state = {name: tensor.detach().cpu().numpy() for name, tensor in Trainer(config.replace(
+        distributed=distributed.replace(**dict.fromkeys(layout, 1)))).masters.items()}  # fmt: skip
+    stated = training_memory(config, distributed.dp_replicate * shard * tp * pp)
+    stages = [dict[str, np.ndarray]() for _ in range(pp)]
+    for name, array in state.items():
+        layer = re.search(r"layers\.(\d+)\.", name)
+        first = "token_embedding" in name or pp == 1
+        stages[int(layer[1]) * pp // config.model.n_layers if layer else 0 if first else -1][name] = array
+    held = max(sum(part_of(name, array, tp, ep, shard) for name, array in stage.items()) for stage in stages)
+    assert stated.parameters == held
     assert (stated.gradients, stated.optimizer) == (stated.parameters, 2 * stated.parameters)
     if config.train.mixed_precision == "bf16":
-        whole = {name: array for name, array in state.items() if shard == 1 or ".0." in name}
-        copied = sum(sum(parts_of(array, distributed.tp, 1)) for array in whole.values()) / distributed.tp / 2
-        assert stated.compute_copy == pytest.approx(copied / (distributed.pp if shard == 1 else 1), abs=2)
+        at_work = [
+            sum(
+                part_of(name, array, tp, ep, 1) // 2
+                for name, array in stage.items()
+                if "router" not in name and (shard == 1 or f"layers.{layer}." in name)
+            )
+            for stage in stages
+            for layer in range(config.model.n_layers if shard > 1 else 1)
+        ]
+        assert stated.compute_copy == max(at_work)
 
 
-def parts_of(array: np.ndarray, tp: int, shards: int) -> list[int]:
-    """Bytes of the parts of a tensor on the devices that share it."""
-    parts = np.array_split(array, tp, axis=int(np.argmax(array.shape))) if array.ndim > 1 else [array] * tp
-    return [piece.nbytes for part in parts for piece in np.array_split(part.ravel(), shards)]
+def part_of(name: str, array: np.ndarray, tp: int, ep: int, shard: int) -> int:
+    """Bytes of a tensor on the device that holds most of it; sizes are such that FSDP divides an axis of each, but for
+    biases that tensor parallelism cuts.
+    """
+    expert = name.endswith("_w")
+    part = array[: array.shape[0] // ep] if expert else array
+    axis = next((axis for pattern, axis in TP_AXES.items() if re.search(pattern, name)), None)
+    if axis is not None:
+        part = np.array_split(part, tp, axis=axis)[0]
+    if axis is not None and tp > 1 and array.ndim == 1:
+        return part.nbytes
+    return part.nbytes // (1 if shard == 1 else shard // ep if expert else shard)
+
+
+TP_AXES = {
+    r"(gate|up)_w$": 2,
+    r"down_w$": 1,
+    r"([qkv]_proj(\.\w+)?|gate_proj|up_proj)\.(weight|bias)$": 0,
+    r"(o_proj(\.\w+)?|down_proj)\.weight$": 1,
+    r"(token_embedding\.embedding|output_head\.proj)\.weight$": 0,
+    r"proj1\.(weight|bias)$": 0,
+    r"proj2\.weight$": 1,
+}
+"""The axis of a tensor that tensor parallelism cuts, by its name."""
 
 
 @on_both
