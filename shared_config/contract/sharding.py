@@ -99,7 +99,7 @@ def placement(spec: ParameterSpec, layout: Layout, *, gathered: bool = False) ->
         gathered: as the tensor is computed with, without what FSDP splits.
     """
     ruled = [RULES.get(axis or "") for axis in spec.axes]
-    splits = [
+    splits: list[tuple[str, ...]] = [
         (axis,) if axis is not None and layout.size(axis) > 1 and axis not in ruled[:place] else ()
         for place, axis in enumerate(ruled)
     ]

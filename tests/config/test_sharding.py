@@ -48,7 +48,7 @@ def pieces(spec: ParameterSpec, layout: Layout) -> dict[tuple[int, ...], np.ndar
     places = placement(spec, layout)
     found = {}
     for device in itertools.product(*(range(layout.size(axis)) for axis in MESH_AXES)):
-        at, part = dict(zip(MESH_AXES, device, strict=True)), numbers
+        at, part = dict[str, int](zip(MESH_AXES, device, strict=True)), numbers
         for axis, over in enumerate(places.splits):
             index = 0
             for name in over:
@@ -121,6 +121,13 @@ def test_a_model_of_experts_on_sixteen_devices(name: str, splits: Any) -> None:
     assert layout == Layout(dp_replicate=2, dp_shard=2, ep=2, tp=2)
     assert (layout.devices, layout.data_ranks) == (16, 8)
     assert placement(parameter_table(config)[name], layout).splits == splits
+
+
+def test_the_residual_width_is_what_fsdp_splits_first() -> None:
+    wide = ParameterSpec((64, 8), Constant(0.0), ("mlp", "embed"))
+    assert placement(wide, Layout(dp_shard=4)).splits == ((), ("dp_shard",))
+    assert placement(wide, Layout(dp_shard=16)).splits == (("dp_shard",), ())
+    assert placement(wide, Layout(dp_shard=128)).splits == ((), ())
 
 
 def test_mesh_axes_of_one_device_split_nothing() -> None:
