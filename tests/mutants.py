@@ -193,7 +193,7 @@ MUTANTS = (
         ("            self.attention_norm(x),\n", "            x,\n"),
     ),
     both("model.architecture", "eps of the final norm", "self.config.norm_eps", "self.config.norm_eps * 2"),
-    both("model.architecture", "final norm dropped", "return x if model.norm is None else model.norm(x)", "return x"),
+    both("model.architecture", "final norm dropped", "return x if norm is None else norm(x)", "return x"),
     both("model.block", "eps of the config ignored", "norm_eps=config.norm_eps", "norm_eps=1e-5"),
     Mutant(
         "model.transformer", "prefix after the text",

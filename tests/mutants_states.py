@@ -24,7 +24,7 @@ STATE_MUTANTS = (
     ),
     Mutant(
         "model.transformer", "what happens after a stack is that of its first layer", None,
-        ("after_block(self, groups[-1][-1], x, modality)", "after_block(self, groups[0][0], x, modality)"),
+        ("self._extra_modules(), groups[-1][-1], x,", "self._extra_modules(), groups[0][0], x,"),
     ),
     Mutant(
         "model.stats", "stats of a stack in reverse", None,

@@ -89,7 +89,7 @@ VLM_MUTANTS = (
          "self.attn_norm[self.modalities[0]](part)"),
     Mutant(
         "model.mot", "final norm of one modality for all",
-        ('f"mot_norms.{name}"', '"mot_norms.text"'),
+        ("norms[name](part), x)\n\n\ndef", 'norms["text"](part), x)\n\n\ndef'),
         ("norms[name](part), x)\n\n\ndef", 'norms["text"](part), x)\n\n\ndef'),
     ),
     Mutant(

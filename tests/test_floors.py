@@ -91,6 +91,7 @@ def test_a_backend_imports_its_own_files_at_once_and_no_other_backend(file: Path
     found = [(module, late) for module, late in imports(file) if module.split(".")[0].startswith("kempnerforge_")]
     assert not [module for module, late in found if late or module.split(".")[0] != own]
     assert "importlib" not in [module.split(".")[0] for module, _ in imports(file)]
+    assert "TYPE_CHECKING" not in file.read_text(encoding="utf-8"), "a circle of imports, hidden"
 
 
 @pytest.mark.parametrize(

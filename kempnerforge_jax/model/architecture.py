@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from flax import nnx
@@ -18,8 +18,10 @@ from kempnerforge_jax.registry import registry
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import VLMConfig
 
-if TYPE_CHECKING:
-    from kempnerforge_jax.model.transformer import Transformer
+Modules = Mapping[str, Any]
+"""What `Architecture.extra_modules` gave, by name, as the model has it now: maybe wrapped; None if it was taken out."""
+RotaryTable = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
+"""Positions and a dtype to cos and sin."""
 
 
 @registry.register("architecture", "joint_decoder")
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
 class Architecture:
     """What a `Transformer` builds and does where architectures differ. This one is the plain decoder.
 
-    An architecture of its own is a subclass, registered in category "architecture" under the ``arch`` of its config.
+    An architecture of its own is a subclass, registered in category "architecture" under the ``arch`` of its config. It
+    defines what it does otherwise: the modules it adds, their names in the state dict being those of `extra_modules`,
+    and the methods below, which depend on their arguments alone. The model owns the modules and hands them over.
     """
 
     config: ModelConfig
@@ -52,27 +56,35 @@ class Architecture:
 
     def block_inputs(
         self,
-        model: Transformer,
         inputs: dict[str, Any],
         x: jax.Array,
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
+        rope: RotaryTable,
     ) -> dict[str, Any]:
-        """The keyword arguments of every block, from those of the plain one and the stream ``x`` that enters."""
+        """The keyword arguments of every block, built once a forward.
+
+        Args:
+            inputs: those of the plain block: ``rope_cos``, ``rope_sin``, ``mask``, ``doc_ids``, ``key_padding_mask``
+                and ``limit_capacity``.
+            x: the stream (B, S, D) that enters the first block.
+            rope: for positions other than those in ``inputs``.
+        """
         return inputs
 
     def breaks_after(self, layer_idx: int) -> bool:
         """Whether `after_block` does something after this layer, so that no scan may run across it."""
         return False
 
-    def after_block(self, model: Transformer, layer_idx: int, x: jax.Array, modality: ModalityContext) -> jax.Array:
+    def after_block(self, modules: Modules, layer_idx: int, x: jax.Array, modality: ModalityContext) -> jax.Array:
         """What happens to the residual stream between two layers."""
         return x
 
-    def read_once(self, model: Transformer, modality: ModalityContext) -> ModalityContext:
-        """What decoding is called with for an image that it has to read anew at every step."""
+    def precompute_image_kv(self, modules: Modules, modality: ModalityContext) -> ModalityContext:
+        """What decoding is called with in place of an image that every step would have to read anew."""
         return modality
 
-    def final_norm(self, model: Transformer, x: jax.Array, modality: ModalityContext) -> jax.Array:
-        """The norm before the head."""
-        return x if model.norm is None else model.norm(x)
+    def final_norm(self, modules: Modules, x: jax.Array, modality: ModalityContext) -> jax.Array:
+        """The norm before the head; the stream itself in a pipeline stage without it."""
+        norm = modules["norm"]
+        return x if norm is None else norm(x)

@@ -5,14 +5,13 @@ Shapes: B batch, S text positions, N image tokens, D model dim, H query heads, K
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kempnerforge_jax.model.architecture import Architecture
+from kempnerforge_jax.model.architecture import Architecture, Modules
 from kempnerforge_jax.model.attention import attend, resolve_head_dim
 from kempnerforge_jax.model.checks import check_mask
 from kempnerforge_jax.model.linear import Linear
@@ -20,12 +19,10 @@ from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.norm import build_norm
+from kempnerforge_jax.model.wrappers import unwrap
 from kempnerforge_jax.registry import registry
 from shared_config.errors import ConfigError
 from shared_config.schema.vlm import CrossAttentionConfig
-
-if TYPE_CHECKING:
-    from kempnerforge_jax.model.transformer import Transformer
 
 
 class CrossAttention(Module):
@@ -136,6 +133,8 @@ class CrossAttentionArchitecture(Architecture):
     it.
     """
 
+    vlm_config: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
+
     def __post_init__(self) -> None:
         if self.config.n_layers < self.every:
             raise ConfigError(
@@ -148,12 +147,10 @@ class CrossAttentionArchitecture(Architecture):
     @property
     def every(self) -> int:
         """Layers from one block to the next."""
-        assert isinstance(self.vlm_config, CrossAttentionConfig)
         return self.vlm_config.cross_attention_every_n_layers
 
     def extra_modules(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         """The cross-attention blocks stand before the final norm."""
-        assert isinstance(self.vlm_config, CrossAttentionConfig)
         config = self.config
         heads, kv_heads = self.vlm_config.resolved_heads(config.n_heads)
         blocks = [
@@ -186,13 +183,12 @@ class CrossAttentionArchitecture(Architecture):
         """A block may fire after this layer."""
         return (layer_idx + 1) % self.every == 0
 
-    def after_block(self, model: Transformer, layer_idx: int, x: jax.Array, modality: ModalityContext) -> jax.Array:
+    def after_block(self, modules: Modules, layer_idx: int, x: jax.Array, modality: ModalityContext) -> jax.Array:
         """Block k fires after layer i if (i + 1) = (k + 1) * every; rows that may look at no image token skip it."""
         if not self.breaks_after(layer_idx) or not modality.reads_image:
             return x
-        blocks = getattr(model, "cross_attention_layers")  # noqa: B009
         index = (layer_idx + 1) // self.every - 1
-        block = blocks[str(index)]
+        block = modules["cross_attention_layers"][str(index)]
         if modality.image_keys_values is not None:
             out = block(x, None, modality.image_mask, keys_values=modality.image_keys_values[index])
         else:
@@ -202,9 +198,9 @@ class CrossAttentionArchitecture(Architecture):
             return out
         return jnp.where(modality.image_mask.any(axis=1)[:, None, None], out, x)
 
-    def read_once(self, model: Transformer, modality: ModalityContext) -> ModalityContext:
+    def precompute_image_kv(self, modules: Modules, modality: ModalityContext) -> ModalityContext:
         """The keys and values of all blocks, in place of the features."""
         assert modality.image_features is not None
-        blocks = getattr(model, "cross_attention_layers")  # noqa: B009
-        keys_values = tuple(block.attn.keys_values(modality.image_features) for block in blocks.values())
+        blocks = modules["cross_attention_layers"].values()
+        keys_values = tuple(unwrap(block).attn.keys_values(modality.image_features) for block in blocks)
         return replace(modality, image_features=None, image_keys_values=keys_values)

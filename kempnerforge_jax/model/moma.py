@@ -8,14 +8,14 @@ Shapes: B batch, S sequence, T = B * S tokens, D model dim, E experts of a modal
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kempnerforge_jax.model.architecture import Architecture
+from kempnerforge_jax.model.architecture import Architecture, RotaryTable
 from kempnerforge_jax.model.attention import KVCache
 from kempnerforge_jax.model.block import build_attention
 from kempnerforge_jax.model.expert_choice import ExpertChoiceMoE, ExpertChoiceSigmoidRouter
@@ -29,9 +29,6 @@ from kempnerforge_jax.model.stats import BlockOutput
 from kempnerforge_jax.registry import registry
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import MoMaConfig
-
-if TYPE_CHECKING:
-    from kempnerforge_jax.model.transformer import Transformer
 
 __all__ = ["ExpertChoiceMoE", "ExpertChoiceSigmoidRouter", "MoMaArchitecture", "MoMaBlock", "MoMaFFN"]
 
@@ -214,20 +211,16 @@ class MoMaBlock(Module):
 class MoMaArchitecture(Architecture):
     """Blocks with experts of each modality. Without ``modality_ids`` a prefix is the image, and the rest is text."""
 
-    @property
-    def moma(self) -> MoMaConfig:
-        """The config."""
-        assert isinstance(self.vlm_config, MoMaConfig)
-        return self.vlm_config
+    vlm_config: MoMaConfig = field(default_factory=MoMaConfig)
 
     def build_block(self, layer_idx: int, *, rngs: nnx.Rngs) -> Module:
         """A `MoMaBlock`, which is also called with ``layout`` and ``noise_seed``."""
         return MoMaBlock(
             self.config,
-            self.moma.moma_modalities,
-            self.moma.moma_experts_per_modality,
-            {name: self.moma.effective_capacity_factor(name) for name in self.moma.moma_modalities},
-            self.moma.moma_gumbel_noise,
+            self.vlm_config.moma_modalities,
+            self.vlm_config.moma_experts_per_modality,
+            {name: self.vlm_config.effective_capacity_factor(name) for name in self.vlm_config.moma_modalities},
+            self.vlm_config.moma_gumbel_noise,
             layer_idx,
             rngs=rngs,
         )
@@ -239,17 +232,17 @@ class MoMaArchitecture(Architecture):
 
     def block_inputs(
         self,
-        model: Transformer,
         inputs: dict[str, Any],
         x: jax.Array,
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
+        rope: RotaryTable,
     ) -> dict[str, Any]:
-        """The layout, and the seed of the noise. Without a seed there is no noise: JAX has no mode to draw one in."""
+        """The layout, and the seed of the noise. Without a seed there is no noise."""
         if kv_caches is not None:
             raise ValueError(
                 "kv_caches is given: the experts of moma choose among all tokens of the batch, later ones too, so it "
                 "can't generate token by token; it needs causal routers first"
             )
-        seed = modality.noise_seed if self.moma.moma_gumbel_noise else None
-        return {**inputs, "layout": stream_layout(self.moma.moma_modalities, modality, x), "noise_seed": seed}
+        seed = modality.noise_seed if self.vlm_config.moma_gumbel_noise else None
+        return {**inputs, "layout": stream_layout(self.vlm_config.moma_modalities, modality, x), "noise_seed": seed}

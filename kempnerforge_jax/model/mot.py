@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kempnerforge_jax.model.architecture import Architecture
+from kempnerforge_jax.model.architecture import Architecture, Modules, RotaryTable
 from kempnerforge_jax.model.attention import KVCache, attend, resolve_head_dim, self_attention_mask
 from kempnerforge_jax.model.block import build_feed_forward
 from kempnerforge_jax.model.checks import check_positions
@@ -34,9 +34,6 @@ from kempnerforge_jax.registry import registry
 from shared_config.contract.warm_start import warm_start_state
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import MoTConfig
-
-if TYPE_CHECKING:
-    from kempnerforge_jax.model.transformer import Transformer
 
 
 class MoTAttention(Module):
@@ -275,23 +272,21 @@ class MoTBlock(Module):
 class MoTArchitecture(Architecture):
     """Blocks and a final norm of each modality. Without ``modality_ids`` a prefix is the image, the rest is text."""
 
-    @property
-    def mot(self) -> MoTConfig:
-        """The config."""
-        assert isinstance(self.vlm_config, MoTConfig)
-        return self.vlm_config
+    vlm_config: MoTConfig = field(default_factory=MoTConfig)
 
     def build_block(self, layer_idx: int, *, rngs: nnx.Rngs) -> Module:
         """A `MoTBlock`, which is called with ``rope`` and ``layout``."""
-        _, image_kv_heads = self.mot.resolved_image_heads(self.config.n_heads, self.config.kv_heads)
-        return MoTBlock(self.config, self.mot.mot_modalities, layer_idx, image_n_kv_heads=image_kv_heads, rngs=rngs)
+        _, image_kv_heads = self.vlm_config.resolved_image_heads(self.config.n_heads, self.config.kv_heads)
+        return MoTBlock(
+            self.config, self.vlm_config.mot_modalities, layer_idx, image_n_kv_heads=image_kv_heads, rngs=rngs
+        )
 
     def extra_modules(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         """The final norms."""
         config = self.config
         norms = {
             name: build_norm(config.norm_type, config.dim, config.norm_eps, rngs=rngs)
-            for name in self.mot.mot_modalities
+            for name in self.vlm_config.mot_modalities
         }
         return {"mot_norms": nnx.Dict(norms)}
 
@@ -302,28 +297,30 @@ class MoTArchitecture(Architecture):
 
     def block_inputs(
         self,
-        model: Transformer,
         inputs: dict[str, Any],
         x: jax.Array,
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
+        rope: RotaryTable,
     ) -> dict[str, Any]:
         """Rotary tables of the positions within a modality, and the layout."""
-        layout = stream_layout(self.mot.mot_modalities, modality, x)
+        layout = stream_layout(self.vlm_config.mot_modalities, modality, x)
         positions = layout.positions(x)
         if kv_caches is not None:
             positions = positions_after(kv_caches[0], modality, positions)
         shared = {name: value for name, value in inputs.items() if name not in ("rope_cos", "rope_sin")}
-        return {**shared, "rope": model.rope(positions, x.dtype), "layout": layout}
+        return {**shared, "rope": rope(positions, x.dtype), "layout": layout}
 
-    def final_norm(self, model: Transformer, x: jax.Array, modality: ModalityContext) -> jax.Array:
+    def final_norm(self, modules: Modules, x: jax.Array, modality: ModalityContext) -> jax.Array:
         """Each position by its modality's norm."""
-        layout = stream_layout(self.mot.mot_modalities, modality, x)
-        norms: Any = getattr(model, "mot_norms")  # noqa: B009
+        norms = modules["mot_norms"]
+        if norms is None:
+            return x
+        layout = stream_layout(self.vlm_config.mot_modalities, modality, x)
         return layout.apply(lambda name, part: norms[name](part), x)
 
 
-def mot_warm_start_from_text_stack(transformer: Transformer, source_state_dict: Mapping[str, Any]) -> None:
+def mot_warm_start_from_text_stack(transformer: nnx.Module, source_state_dict: Mapping[str, Any]) -> None:
     """Copy the weights of a text model into every modality.
 
     Args:
@@ -331,10 +328,13 @@ def mot_warm_start_from_text_stack(transformer: Transformer, source_state_dict: 
             NumPy arrays.
 
     Raises:
+        ValueError: a model without an architecture for images.
         UserError: listing every source tensor that is missing or misshapen, and every one that would go unused.
     """
-    assert isinstance(transformer.vlm_config, MoTConfig)
-    set_state(transformer, warm_start_state(transformer.config, transformer.vlm_config, source_state_dict))
+    config, vlm = (getattr(transformer, name, None) for name in ("config", "vlm_config"))
+    if config is None or vlm is None:
+        raise ValueError(f"transformer.vlm_config = {vlm!r}: must be the config of a mixture of transformers")
+    set_state(transformer, warm_start_state(config, vlm, source_state_dict))
 
 
 def _repeated(x_BSKh: jax.Array, copies: int) -> jax.Array:

@@ -164,6 +164,6 @@ def _compiled_reading(graphdef: Any) -> Any:
         context = model.context(pixel_values, jnp.zeros((len(pixel_values), 0), jnp.int32), frame_mask)
         if context.prefix_embeds is not None:
             return context
-        return model.transformer.architecture.read_once(model.transformer, context)
+        return model.transformer.precompute_image_kv(context)
 
     return jax.jit(read)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kempnerforge_jax.model import cross_attention, moma, mot
-from kempnerforge_jax.model.architecture import Architecture
+from kempnerforge_jax.model.architecture import Architecture, Modules
 from kempnerforge_jax.model.attention import KVCache, self_attention_mask
 from kempnerforge_jax.model.block import TransformerBlock as TransformerBlock
 from kempnerforge_jax.model.checks import check_axes
@@ -66,8 +66,10 @@ class Transformer(Module):
         self.layers: nnx.Dict[Any] = Numbered(blocks)
         self.cross_attention_layers: nnx.Dict[Any] = nnx.Dict()
         self.mot_norms: nnx.Dict[Any] = nnx.Dict()
-        for name, module in self.architecture.extra_modules(rngs=UNDRAWN).items():
+        extra = self.architecture.extra_modules(rngs=UNDRAWN)
+        for name, module in extra.items():
             setattr(self, name, module)
+        self._extra = tuple(extra)
         self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size, rngs=UNDRAWN)
         if config.tie_embeddings:
             self.output_head.tie_weights(self.token_embedding)
@@ -157,11 +159,15 @@ class Transformer(Module):
             updated = None
         else:
             x_BSD, stats, updated = self._run_cached_layers(x_BSD, inputs, modality, kv_caches)
-        x_BSD = self.architecture.final_norm(self, x_BSD, modality)
+        x_BSD = self.architecture.final_norm(self._extra_modules(), x_BSD, modality)
         if modality.output_slice is not None:
             x_BSD = x_BSD[:, modality.output_slice]
         logits = x_BSD if self.output_head is None else self.output_head(x_BSD, self._tied_weight())
         return TransformerOutput(logits, stats, updated)
+
+    def precompute_image_kv(self, modality: ModalityContext) -> ModalityContext:
+        """What decoding is called with in place of an image that every step would have to read anew."""
+        return self.architecture.precompute_image_kv(self._extra_modules(), modality)
 
     def set_moe_step(self, step: Any, max_steps: int) -> None:
         """Tell the routers where training stands (their bias schedules)."""
@@ -244,7 +250,7 @@ class Transformer(Module):
             "key_padding_mask": modality.key_padding_mask,
             "limit_capacity": kv_caches is None if limit_capacity is None else limit_capacity,
         }
-        return self.architecture.block_inputs(self, inputs, x, modality, kv_caches)
+        return self.architecture.block_inputs(inputs, x, modality, kv_caches, self.rope)
 
     def _checked_cache(self, kv_caches: Sequence[KVCache], length: int) -> KVCache:
         """The first cache: all have the same fill."""
@@ -275,7 +281,7 @@ class Transformer(Module):
                 x, group_stats = output.x, [output.stats]
             for group, layer_stats in zip(groups, group_stats, strict=True):
                 stats.update(stats_by_layer(group, layer_stats))
-            x = self.architecture.after_block(self, groups[-1][-1], x, modality)
+            x = self.architecture.after_block(self._extra_modules(), groups[-1][-1], x, modality)
         return x, dict(sorted(stats.items()))
 
     def _run_cached_layers(
@@ -287,7 +293,7 @@ class Transformer(Module):
             output = block(x, kv_cache=cache, return_stats=True, **inputs)
             updated.append(output.kv_cache)
             stats.update(stats_by_layer(range(int(name), int(name) + 1), output.stats))
-            x = self.architecture.after_block(self, int(name), output.x, modality)
+            x = self.architecture.after_block(self._extra_modules(), int(name), output.x, modality)
         return x, stats, updated
 
     def _tied_weight(self) -> jax.Array | None:
@@ -305,6 +311,10 @@ class Transformer(Module):
             for router_stats in routers(stats):
                 total = total + getattr(router_stats, field)
         return total
+
+    def _extra_modules(self) -> Modules:
+        """Those that the architecture added, as they are now."""
+        return {name: getattr(self, name) for name in self._extra}
 
     def _having(self, method: str) -> Iterator[tuple[str, Any]]:
         return ((path, module) for path, module in plain_modules(self).items() if hasattr(module, method))

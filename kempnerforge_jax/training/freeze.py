@@ -10,7 +10,7 @@ from flax import nnx
 from kempnerforge_jax.model.module import named_variables
 from kempnerforge_jax.model.wrappers import unwrapped
 from shared_config.contract.freeze import canonical_freeze_meta, effective_freeze, matches, pattern_of
-from shared_config.schema.vlm import FreezeSpec
+from shared_config.schema.freeze import FreezeSpec
 
 __all__ = ["apply_freeze_specs", "canonical_freeze_meta", "effective_freeze", "freeze_params", "frozen_parameters"]
 

@@ -5,25 +5,22 @@ Shapes: B batch, S text positions, N image tokens, D model dim, H query heads, K
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from kempnerforge_torch.model.architecture import Architecture
+from kempnerforge_torch.model.architecture import Architecture, Modules
 from kempnerforge_torch.model.attention import attend, resolve_head_dim
 from kempnerforge_torch.model.checks import check_mask
 from kempnerforge_torch.model.matvec import Linear
 from kempnerforge_torch.model.mlp import build_mlp
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import build_norm
+from kempnerforge_torch.model.wrappers import unwrap
 from kempnerforge_torch.registry import registry
 from shared_config.errors import ConfigError
 from shared_config.schema.vlm import CrossAttentionConfig
-
-if TYPE_CHECKING:
-    from kempnerforge_torch.model.transformer import Transformer
 
 
 class CrossAttention(nn.Module):
@@ -126,6 +123,8 @@ class CrossAttentionArchitecture(Architecture):
     it.
     """
 
+    vlm_config: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
+
     def __post_init__(self) -> None:
         if self.config.n_layers < self.every:
             raise ConfigError(
@@ -138,12 +137,10 @@ class CrossAttentionArchitecture(Architecture):
     @property
     def every(self) -> int:
         """Layers from one block to the next."""
-        assert isinstance(self.vlm_config, CrossAttentionConfig)
         return self.vlm_config.cross_attention_every_n_layers
 
     def extra_modules(self) -> dict[str, nn.Module]:
         """The cross-attention blocks stand before the final norm."""
-        assert isinstance(self.vlm_config, CrossAttentionConfig)
         config = self.config
         heads, kv_heads = self.vlm_config.resolved_heads(config.n_heads)
         blocks = [
@@ -171,12 +168,12 @@ class CrossAttentionArchitecture(Architecture):
             if getattr(modality, name) is not None:
                 raise ValueError(f"{name} is given: the architecture (cross_attention) takes image_features")
 
-    def after_block(self, model: Transformer, layer_idx: int, x: Tensor, modality: ModalityContext) -> Tensor:
+    def after_block(self, modules: Modules, layer_idx: int, x: Tensor, modality: ModalityContext) -> Tensor:
         """Block k fires after layer i if (i + 1) = (k + 1) * every; rows that may look at no image token skip it."""
         if (layer_idx + 1) % self.every != 0 or not modality.reads_image:
             return x
         index = (layer_idx + 1) // self.every - 1
-        block = model.get_submodule(f"cross_attention_layers.{index}")
+        block = modules["cross_attention_layers"][str(index)]
         if modality.image_keys_values is not None:
             out = block(x, None, modality.image_mask, keys_values=modality.image_keys_values[index])
         else:
@@ -186,13 +183,9 @@ class CrossAttentionArchitecture(Architecture):
             return out
         return torch.where(modality.image_mask.any(dim=1)[:, None, None], out, x)
 
-    def read_once(self, model: Transformer, modality: ModalityContext) -> ModalityContext:
+    def precompute_image_kv(self, modules: Modules, modality: ModalityContext) -> ModalityContext:
         """The keys and values of all blocks, in place of the features."""
         assert modality.image_features is not None
-        blocks = model.get_submodule("cross_attention_layers").children()
-        keys_values = tuple(
-            block.attn.keys_values(modality.image_features)
-            for block in blocks
-            if isinstance(block, CrossAttentionBlock)
-        )
+        blocks = modules["cross_attention_layers"].values()
+        keys_values = tuple(unwrap(block).attn.keys_values(modality.image_features) for block in blocks)
         return replace(modality, image_features=None, image_keys_values=keys_values)

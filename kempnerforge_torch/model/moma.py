@@ -8,16 +8,16 @@ Shapes: B batch, S sequence, T = B * S tokens, D model dim, E experts of a modal
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kempnerforge_torch.model.architecture import Architecture
+from kempnerforge_torch.model.architecture import Architecture, RotaryTable
 from kempnerforge_torch.model.attention import KVCache
 from kempnerforge_torch.model.block import build_attention
-from kempnerforge_torch.model.expert_choice import MAX_SEED, ExpertChoiceMoE, ExpertChoiceSigmoidRouter
+from kempnerforge_torch.model.expert_choice import ExpertChoiceMoE, ExpertChoiceSigmoidRouter
 from kempnerforge_torch.model.layout import Layout, layout_of, stream_layout
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.moe import MoEStats
@@ -27,9 +27,6 @@ from kempnerforge_torch.model.stats import BlockOutput
 from kempnerforge_torch.registry import registry
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import MoMaConfig
-
-if TYPE_CHECKING:
-    from kempnerforge_torch.model.transformer import Transformer
 
 __all__ = ["ExpertChoiceMoE", "ExpertChoiceSigmoidRouter", "MoMaArchitecture", "MoMaBlock", "MoMaFFN"]
 
@@ -206,20 +203,16 @@ class MoMaBlock(nn.Module):
 class MoMaArchitecture(Architecture):
     """Blocks with experts of each modality. Without ``modality_ids`` a prefix is the image, and the rest is text."""
 
-    @property
-    def moma(self) -> MoMaConfig:
-        """The config."""
-        assert isinstance(self.vlm_config, MoMaConfig)
-        return self.vlm_config
+    vlm_config: MoMaConfig = field(default_factory=MoMaConfig)
 
     def build_block(self, layer_idx: int) -> nn.Module:
         """A `MoMaBlock`, which is also called with ``layout`` and ``noise_seed``."""
         return MoMaBlock(
             self.config,
-            self.moma.moma_modalities,
-            self.moma.moma_experts_per_modality,
-            {name: self.moma.effective_capacity_factor(name) for name in self.moma.moma_modalities},
-            self.moma.moma_gumbel_noise,
+            self.vlm_config.moma_modalities,
+            self.vlm_config.moma_experts_per_modality,
+            {name: self.vlm_config.effective_capacity_factor(name) for name in self.vlm_config.moma_modalities},
+            self.vlm_config.moma_gumbel_noise,
             layer_idx,
         )
 
@@ -230,21 +223,17 @@ class MoMaArchitecture(Architecture):
 
     def block_inputs(
         self,
-        model: Transformer,
         inputs: dict[str, Any],
         x: Tensor,
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
+        rope: RotaryTable,
     ) -> dict[str, Any]:
-        """The layout, and in training mode the seed of the noise, drawn where none is given."""
+        """The layout, and the seed of the noise. Without a seed there is no noise."""
         if kv_caches is not None:
             raise ValueError(
                 "kv_caches is given: the experts of moma choose among all tokens of the batch, later ones too, so it "
                 "can't generate token by token; it needs causal routers first"
             )
-        seed = modality.noise_seed
-        if not self.moma.moma_gumbel_noise:
-            seed = None
-        elif seed is None and model.training:
-            seed = torch.randint(MAX_SEED, (), device=x.device)
-        return {**inputs, "layout": stream_layout(self.moma.moma_modalities, modality, x), "noise_seed": seed}
+        seed = modality.noise_seed if self.vlm_config.moma_gumbel_noise else None
+        return {**inputs, "layout": stream_layout(self.vlm_config.moma_modalities, modality, x), "noise_seed": seed}

@@ -142,7 +142,7 @@ def _read_image(
         assert context is not None
         if context.prefix_embeds is not None:
             return context
-        return transformer.architecture.read_once(transformer, context)
+        return transformer.precompute_image_kv(context)
 
 
 def image_tokens(image: ModalityContext | None) -> int:

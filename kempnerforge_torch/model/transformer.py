@@ -6,17 +6,19 @@ Shapes: B batch, S positions of the residual stream, D model dim, V vocabulary, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model import cross_attention, moma, mot
-from kempnerforge_torch.model.architecture import Architecture
+from kempnerforge_torch.model.architecture import Architecture, Modules
 from kempnerforge_torch.model.attention import KVCache, self_attention_mask
 from kempnerforge_torch.model.block import TransformerBlock as TransformerBlock
 from kempnerforge_torch.model.checks import check_axes
 from kempnerforge_torch.model.embedding import OutputHead, TokenEmbedding
+from kempnerforge_torch.model.expert_choice import MAX_SEED
 from kempnerforge_torch.model.init import init_weights
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.position import RotaryTables
@@ -53,8 +55,10 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleDict({str(i): self.architecture.build_block(i) for i in range(config.n_layers)})
         self.cross_attention_layers: nn.Module = nn.ModuleDict()
         self.mot_norms: nn.Module = nn.ModuleDict()
-        for name, module in self.architecture.extra_modules().items():
+        extra = self.architecture.extra_modules()
+        for name, module in extra.items():
             self.add_module(name, module)
+        self._extra = tuple(extra)
         self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size)
         self._last_stats: dict[int, Any] = {}
         self._pending_counts: dict[int, Any] = {}
@@ -92,14 +96,14 @@ class Transformer(nn.Module):
             ValueError: inputs that exclude each other, masks and ids of another shape or dtype, or more
                 positions than ``max_seq_len``.
         """
-        modality = modality or ModalityContext()
+        modality = self._with_noise(modality or ModalityContext())
         check_inputs(tokens, modality, None if allow_image_inputs else kv_caches)
         self.architecture.check(modality)
         x_BSD = self._embed(tokens, modality)
         check_stream(x_BSD, modality, doc_ids)
         inputs = self._block_inputs(x_BSD, modality, kv_caches, doc_ids, limit_capacity)
         x_BSD, stats = self._run_layers(x_BSD, inputs, modality, kv_caches)
-        x_BSD = self.architecture.final_norm(self, x_BSD, modality)
+        x_BSD = self.architecture.final_norm(self._extra_modules(), x_BSD, modality)
         if modality.output_slice is not None:
             x_BSD = x_BSD[:, modality.output_slice]
         logits = x_BSD if self.output_head is None else self.output_head(x_BSD)
@@ -130,6 +134,10 @@ class Transformer(nn.Module):
             limit_capacity=limit_capacity,
             return_stats=True,
         )
+
+    def precompute_image_kv(self, modality: ModalityContext) -> ModalityContext:
+        """What decoding is called with in place of an image that every step would have to read anew."""
+        return self.architecture.precompute_image_kv(self._extra_modules(), modality)
 
     def set_moe_step(self, step: int, max_steps: int) -> None:
         """Tell the routers where training stands (their bias schedules)."""
@@ -165,6 +173,13 @@ class Transformer(nn.Module):
     def get_moma_expert_counts(self) -> dict[int, Any]:
         """Layer -> modality -> (E_m,) tokens of the last forward; {} without modality-aware experts."""
         return {layer: counts_of(stats) for layer, stats in self._last_stats.items() if isinstance(stats, dict)}
+
+    def _with_noise(self, modality: ModalityContext) -> ModalityContext:
+        """In training mode with a seed of the routing noise, drawn where none is given. (JAX has no such mode.)"""
+        noisy = self.vlm_config is not None and self.vlm_config.routing_noise
+        if not self.training or modality.noise_seed is not None or not noisy:
+            return modality
+        return replace(modality, noise_seed=torch.randint(MAX_SEED, (), device=self.rope.cos.device))
 
     def _embed(self, tokens: Tensor | None, modality: ModalityContext) -> Tensor:
         """The residual stream (B, S, D) that enters the first block."""
@@ -213,7 +228,7 @@ class Transformer(nn.Module):
             "key_padding_mask": modality.key_padding_mask,
             "limit_capacity": kv_caches is None if limit_capacity is None else limit_capacity,
         }
-        return self.architecture.block_inputs(self, inputs, x, modality, kv_caches)
+        return self.architecture.block_inputs(inputs, x, modality, kv_caches, self.rope)
 
     def _checked_cache(self, kv_caches: Sequence[KVCache], length: int) -> KVCache:
         """The first cache: all have the same fill."""
@@ -240,7 +255,7 @@ class Transformer(nn.Module):
             output = block(x, kv_cache=cache, return_stats=True, **inputs)
             if output.stats is not None:
                 stats[int(name)] = output.stats
-            x = self.architecture.after_block(self, int(name), output.x, modality)
+            x = self.architecture.after_block(self._extra_modules(), int(name), output.x, modality)
         return x, stats
 
     def _summed(self, field: str) -> Tensor:
@@ -249,6 +264,10 @@ class Transformer(nn.Module):
             for router_stats in routers(stats):
                 total = total + getattr(router_stats, field)
         return total
+
+    def _extra_modules(self) -> Modules:
+        """Those that the architecture added, as they are now."""
+        return {name: getattr(self, name) for name in self._extra}
 
     def _having(self, method: str) -> Iterator[tuple[str, Any]]:
         return ((path, module) for path, module in plain_modules(self).items() if hasattr(module, method))

@@ -28,7 +28,7 @@ from shared_config.interchange.text_weights import load_text_weights
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vision import VisionEncoderConfig
-from shared_config.schema.vlm import MoTConfig, VLMConfig
+from shared_config.schema.vlm import VLMConfig
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,8 @@ class VLMWrapper(nn.Module):
         if next(self.transformer.parameters()).is_meta:
             return
         vlm = self.transformer.vlm_config
-        if isinstance(vlm, MoTConfig) and vlm.mot_warm_start_from_text:
-            weights = load_text_weights(vlm.mot_warm_start_path, self.transformer.config)
+        if vlm is not None and vlm.warm_start_path:
+            weights = load_text_weights(vlm.warm_start_path, self.transformer.config)
             mot_warm_start_from_text_stack(self.transformer, weights)
 
     def forward(

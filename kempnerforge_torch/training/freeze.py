@@ -8,7 +8,7 @@ from torch import nn
 
 from shared_config.contract.freeze import canonical_freeze_meta, effective_freeze, matches, pattern_of
 from shared_config.interchange.states import plain_name
-from shared_config.schema.vlm import FreezeSpec
+from shared_config.schema.freeze import FreezeSpec
 
 __all__ = ["apply_freeze_specs", "canonical_freeze_meta", "effective_freeze", "freeze_params", "frozen_parameters"]
 

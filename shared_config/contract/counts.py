@@ -22,7 +22,7 @@ from shared_config.contract.vision import TowerConfig, adapter_table, encoder_ta
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
-from shared_config.schema.vlm import MoMaConfig, VLMConfig
+from shared_config.schema.vlm import VLMConfig
 
 FLOAT32, BFLOAT16 = 4, 2
 
@@ -183,15 +183,17 @@ def _narrowed(groups: Iterable[ParameterGroup]) -> list[ParameterGroup]:
 
 def _text_groups(config: ModelConfig, vlm: VLMConfig | None) -> list[ParameterGroup]:
     """What text passes through where there is no image: the language model, with the text's own experts."""
-    if not isinstance(vlm, MoMaConfig):
+    if vlm is None or vlm.text_experts() is None:
         return list(parameter_groups(config))
-    return [group for group in parameter_groups(config, vlm) if ".mlp.experts.image." not in group.name]
+    others = [f".mlp.experts.{modality}." for modality in vlm.modalities if modality != "text"]
+    return [group for group in parameter_groups(config, vlm) if not any(part in group.name for part in others)]
 
 
 def _expert_share(config: ModelConfig, vlm: VLMConfig | None) -> Fraction:
     """Of the routed experts, the share that a text token goes through on average."""
-    if isinstance(vlm, MoMaConfig):
-        return Fraction(*choice_share(vlm.moma_experts_per_modality["text"], vlm.moma_capacity_factor))
+    choosing = None if vlm is None else vlm.text_experts()
+    if choosing is not None:
+        return Fraction(*choice_share(*choosing))
     return Fraction(config.moe_top_k, config.num_experts) if config.is_moe else Fraction(1)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from shared_config.contract.initialise import stream
 from shared_config.errors import UserError
-from shared_config.schema.vlm import MoMaConfig, VLMConfig
+from shared_config.schema.vlm import VLMConfig
 
 PREFILL_CHUNK = 512
 SMALLEST_BUCKET = 16
@@ -156,10 +156,10 @@ def check_architecture(vlm: VLMConfig | None) -> None:
     Raises:
         UserError: its routers are not causal.
     """
-    if isinstance(vlm, MoMaConfig):
+    if vlm is not None and not vlm.can_generate:
         raise UserError(
-            "vlm.arch = 'moma': its experts choose among all tokens, later ones too, so it can't generate token by "
-            "token; it needs causal routers first"
+            f"vlm.arch = {vlm.arch!r}: its experts choose among all tokens, later ones too, so it can't generate token "
+            "by token; it needs causal routers first"
         )
 
 

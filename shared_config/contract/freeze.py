@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from shared_config.contract.specs import ParameterTable
-from shared_config.schema.vlm import FreezeSpec, FreezeStage, VLMConfig, is_pattern
+from shared_config.schema.freeze import FreezeSpec, FreezeStage, is_pattern
+from shared_config.schema.vlm import VLMConfig
 
 Patterns = str | Sequence[str]
 """Of names: one, or several."""

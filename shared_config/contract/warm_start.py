@@ -11,7 +11,7 @@ from shared_config.contract.specs import ParameterTable
 from shared_config.errors import UserError
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
-from shared_config.schema.vlm import MoTConfig
+from shared_config.schema.vlm import VLMConfig
 
 RENAMED = {"attn_norm": "attention_norm", "attn": "attention"}
 
@@ -34,12 +34,10 @@ def text_source(name: str, modalities: tuple[str, ...]) -> str:
 
 def without_warm_start(config: JobConfig) -> JobConfig:
     """The config of a model whose weights are given, so that those it may have started from are not looked for."""
-    if not isinstance(config.vlm, MoTConfig):
-        return config
-    return config.replace(vlm=config.vlm.replace(mot_warm_start_from_text=False))
+    return config if config.vlm is None else config.replace(vlm=config.vlm.without_warm_start())
 
 
-def warm_start_state(config: ModelConfig, vlm: MoTConfig, state: Mapping[str, Any]) -> dict[str, Any]:
+def warm_start_state(config: ModelConfig, vlm: VLMConfig, state: Mapping[str, Any]) -> dict[str, Any]:
     """The state of the mixture, each tensor that of its source.
 
     Args:
@@ -52,7 +50,7 @@ def warm_start_state(config: ModelConfig, vlm: MoTConfig, state: Mapping[str, An
     if any(name.startswith(TRANSFORMER) for name in state):
         state = {name.removeprefix(TRANSFORMER): state[name] for name in state if not name.startswith(OTHER_PARTS)}
     table: ParameterTable = parameter_table(config, vlm)
-    sources = {name: text_source(name, vlm.mot_modalities) for name in table}
+    sources = {name: text_source(name, vlm.modalities) for name in table}
     problems = [f"{source}: missing" for source in dict.fromkeys(sources.values()) if source not in state]
     problems += [
         f"{source}.shape = {tuple(state[source].shape)}: {name} needs {table[name].shape}"

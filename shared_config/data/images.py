@@ -28,7 +28,6 @@ from shared_config.errors import UserError
 from shared_config.interchange.preprocessor import PixelRange
 from shared_config.interchange.vision import picture_format
 from shared_config.schema.job import JobConfig
-from shared_config.schema.vlm import MoMaConfig
 
 MAX_SEED = 2**31
 
@@ -229,7 +228,7 @@ def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) ->
         text_len=config.train.seq_len,
         vocab_size=config.model.vocab_size,
         frames=config.video.max_frames if config.video is not None else 0,
-        text_mask=config.model.is_moe or isinstance(config.vlm, MoMaConfig),
+        text_mask=config.has_routers,
         seed=config.train.seed,
         rank=rank,
         world_size=world_size,
@@ -242,7 +241,7 @@ def with_noise_seeds(
     config: JobConfig, micro_batches: Sequence[Mapping[str, np.ndarray]], step: int
 ) -> Sequence[Mapping[str, np.ndarray]]:
     """The micro-batches of a step, each with the seed of its routing noise where experts choose with noise."""
-    if not isinstance(config.vlm, MoMaConfig) or not config.vlm.moma_gumbel_noise:
+    if config.vlm is None or not config.vlm.routing_noise:
         return micro_batches
     first = config.train.seed * 1_000_003 + step * len(micro_batches)
     seeds = [np.asarray((first + index) % MAX_SEED, np.int32) for index in range(len(micro_batches))]

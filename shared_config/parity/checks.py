@@ -21,7 +21,6 @@ from shared_config.parity.plan import BACKENDS, TRUTH, Check, Finding, Plan, reg
 from shared_config.parity.provenance import check_run, expected_names, initial_hash, missing_names
 from shared_config.parity.request import can_decode, decode_reference, logits_name
 from shared_config.parity.traces import DECODE, FORWARD, LOSSES, Trace, TraceMeta, group_of
-from shared_config.schema.vlm import MoMaConfig
 from shared_config.training.metrics import read_metrics
 
 CALM_WARMUP = 100
@@ -99,7 +98,7 @@ def _trace_jobs(plan: Plan, backend: str) -> list[list[str]]:
     jobs = []
     for dtype in sorted(plan.dtypes, key=lambda dtype: dtype != "float64"):
         own = ["--deltas" if (backend, dtype) == TRUTH else "--no-deltas"]
-        if dtype == "bfloat16" and isinstance(plan.config.vlm, MoMaConfig):
+        if dtype == "bfloat16" and plan.config.experts_choose:
             own += ["--routes", str(plan.trace_file(backend, "float64"))]
         jobs.append([*shared, "--dtype", dtype, "--output", str(plan.trace_file(backend, dtype)), *own])
     return jobs

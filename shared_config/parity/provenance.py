@@ -19,7 +19,6 @@ from shared_config.parity.request import decode_names, logits_name, make_request
 from shared_config.parity.traces import GRADIENT, LOSS, ROUTING, UPDATED, Trace, TraceMeta
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
-from shared_config.schema.vlm import MoMaConfig, MoTConfig
 
 DRAWN_ENCODERS = ("vit", "random")
 IN_WORDS = {
@@ -75,7 +74,7 @@ def initial_hash(config: JobConfig, seed: int) -> str | None:
     """
     encoder, vlm = config.vision_encoder, config.vlm
     read = encoder is not None and (encoder.type not in DRAWN_ENCODERS or bool(encoder.path))
-    read |= isinstance(vlm, MoTConfig) and vlm.mot_warm_start_from_text
+    read |= vlm is not None and vlm.warm_start_path != ""
     if read or config.model.model_type != ModelConfig.model_type:
         return None
     return state_hash(seeded_values(config, seed))
@@ -85,13 +84,12 @@ def expected_names(config: JobConfig) -> list[str]:
     """Tensors that a trace of a config has in any case: without them nothing is known of their group."""
     request = make_request(config, dtype="float64", seed=0)
     trained = [name for name, spec in job_table(config, tower_of(config)).items() if not spec.is_buffer]
-    routed = config.model.is_moe or isinstance(config.vlm, MoMaConfig)
     return [
         logits_name(config),
         LOSS,
         *(f"{group}/{name}" for group in (GRADIENT, UPDATED) for name in trained),
         *decode_names(request),
-        *([ROUTING] if routed else []),
+        *([ROUTING] if config.has_routers else []),
     ]
 
 

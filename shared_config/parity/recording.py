@@ -19,7 +19,6 @@ from shared_config.parity.request import DTYPES, Arrays, Request, decode_names, 
 from shared_config.parity.routes import is_routes, unequal_choices
 from shared_config.parity.tolerance import PARTS
 from shared_config.parity.traces import Trace
-from shared_config.schema.vlm import MoMaConfig
 
 DELTA_RUNS = 6
 """With fewer, the delta of a scalar can come out far too small by chance."""
@@ -103,7 +102,7 @@ def perturbation_deltas(
 
     def measure(name: str, moved: np.ndarray, truth: np.ndarray) -> Any:
         if is_routes(name):
-            return np.sum(unequal_choices(moved, truth, isinstance(request.config.vlm, MoMaConfig)), keepdims=True)
+            return np.sum(unequal_choices(moved, truth, request.config.experts_choose), keepdims=True)
         judged = traces.group_of(name) in PARTS
         return delta_and_parts(name, moved, truth) if judged else [difference(moved, truth).rms_error]
 

@@ -19,7 +19,6 @@ from shared_config.errors import UserError
 from shared_config.parity.align import differences_of_origin, fed_hash
 from shared_config.parity.traces import FORWARD, ROUTING, Summary, Trace, TraceMeta
 from shared_config.schema.job import JobConfig
-from shared_config.schema.vlm import MoMaConfig
 
 FED = re.compile(
     r"vision_encoder|adapter"
@@ -78,7 +77,7 @@ def routes_from(other: Trace, origin: TraceMeta, config: JobConfig) -> dict[str,
     Raises:
         UserError: no such experts, a trace of another run, or one without routes.
     """
-    if not isinstance(config.vlm, MoMaConfig):
+    if config.vlm is None or not config.experts_choose:
         raise UserError("routes: only experts that choose tokens can be given some, those of vlm.arch = 'moma'")
     problems = list(differences_of_origin(origin, other.meta))
     if problems:
@@ -86,7 +85,7 @@ def routes_from(other: Trace, origin: TraceMeta, config: JobConfig) -> dict[str,
     routers = [
         f"transformer.layers.{layer}.mlp.experts.{modality}.router"
         for layer in range(config.model.n_layers)
-        for modality in config.vlm.moma_modalities
+        for modality in config.vlm.modalities
     ]
     tensors = {router: other.tensors.get(f"{ROUTING}/{router}.indices") for router in routers}
     lacking = [router for router, tensor in tensors.items() if not isinstance(tensor, np.ndarray)]

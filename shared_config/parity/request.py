@@ -29,7 +29,6 @@ from shared_config.parity.validation import (
     validation_weights,
 )
 from shared_config.schema.job import JobConfig
-from shared_config.schema.vlm import MoMaConfig
 
 Arrays = dict[str, np.ndarray]
 
@@ -159,7 +158,7 @@ def logits_name(config: JobConfig) -> str:
 
 def outputs(module: str, config: JobConfig) -> list[str]:
     """Names that the output of a module may have: its own, or one per modality."""
-    modalities = getattr(config.vlm, f"{config.vlm.arch}_modalities", ()) if config.vlm is not None else ()
+    modalities = () if config.vlm is None else config.vlm.modalities
     return [module, *(f"{module}.{modality}" for modality in modalities)]
 
 
@@ -222,7 +221,7 @@ def cache_size(request: Request, num_image_tokens: int) -> tuple[int, int, int, 
 
 def can_decode(config: JobConfig) -> bool:
     """Whether a model can take its tokens one after the other: not if experts choose among all of them."""
-    return not isinstance(config.vlm, MoMaConfig)
+    return config.vlm is None or config.vlm.can_generate
 
 
 def default_length(config: JobConfig) -> int:

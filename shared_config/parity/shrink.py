@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from shared_config.schema.adapter import AdapterConfig
-from shared_config.schema.base import FrozenDict
 from shared_config.schema.data import DataConfig
 from shared_config.schema.distributed import DistributedConfig
 from shared_config.schema.job import JobConfig
@@ -13,7 +10,7 @@ from shared_config.schema.model import ModelConfig, RopeScaling
 from shared_config.schema.training import TrainConfig
 from shared_config.schema.video import VideoConfig
 from shared_config.schema.vision import VisionEncoderConfig
-from shared_config.schema.vlm import CrossAttentionConfig, MoMaConfig, MoTConfig, VLMConfig
+from shared_config.schema.vlm import VLMConfig
 
 HEAD_DIM, HEADS, KV_HEADS, QUERIES_A_KV_HEAD = 16, 4, 2, 4
 VOCABULARY = 260
@@ -68,9 +65,8 @@ def _model(config: JobConfig) -> ModelConfig:
 def _layers_of_a_period(config: JobConfig) -> int:
     """Layers that show every kind of layer at least once, and one after it."""
     period = config.model.moe_frequency if config.model.is_moe else 1
-    if isinstance(config.vlm, CrossAttentionConfig):
-        period = max(period, config.vlm.cross_attention_every_n_layers)
-    return period + 1
+    between = 1 if config.vlm is None else config.vlm.layer_period(config.model)
+    return max(period, between) + 1
 
 
 def _heads(model: ModelConfig) -> tuple[int, int]:
@@ -123,17 +119,5 @@ def _video(video: VideoConfig) -> VideoConfig:
 
 
 def _vlm(vlm: VLMConfig, model: ModelConfig) -> VLMConfig:
-    changes: dict[str, Any] = {"max_text_len": min(vlm.max_text_len, TEXT)}
-    if isinstance(vlm, CrossAttentionConfig):
-        changes["cross_attention_n_heads"] = model.n_heads if vlm.cross_attention_n_heads else 0
-        changes["cross_attention_n_kv_heads"] = model.kv_heads if vlm.cross_attention_n_kv_heads else 0
-        changes["cross_attention_head_dim"] = min(vlm.cross_attention_head_dim, HEAD_DIM)
-    if isinstance(vlm, MoTConfig):
-        changes["mot_image_n_heads"] = model.n_heads if vlm.mot_image_n_heads else 0
-        changes["mot_image_n_kv_heads"] = model.kv_heads if vlm.mot_image_n_kv_heads else 0
-    if isinstance(vlm, MoMaConfig):
-        experts = vlm.moma_experts_per_modality
-        changes["moma_experts_per_modality"] = FrozenDict(
-            {name: min(number, EXPERTS) for name, number in experts.items()}
-        )
-    return vlm.replace(**changes)
+    own = vlm.shrunk(model, head_dim=HEAD_DIM, experts=EXPERTS)
+    return vlm.replace(max_text_len=min(vlm.max_text_len, TEXT), **own)

@@ -4,6 +4,7 @@ from shared_config.schema.adapter import AdapterConfig, pooled_token_count
 from shared_config.schema.checkpoint import CheckpointConfig
 from shared_config.schema.data import DataConfig, EvalConfig
 from shared_config.schema.distributed import DistributedConfig
+from shared_config.schema.freeze import FreezeSpec, FreezeStage
 from shared_config.schema.job import JobConfig
 from shared_config.schema.metrics import MetricsConfig, ProfilingConfig
 from shared_config.schema.model import ModelConfig, RopeScaling
@@ -14,8 +15,6 @@ from shared_config.schema.video import VideoConfig
 from shared_config.schema.vision import VisionEncoderConfig
 from shared_config.schema.vlm import (
     CrossAttentionConfig,
-    FreezeSpec,
-    FreezeStage,
     JointDecoderConfig,
     MoMaConfig,
     MoTConfig,

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from shared_config.errors import ConfigError
 from shared_config.schema.adapter import AdapterConfig
+from shared_config.schema.architecture import AnyVLMConfig
 from shared_config.schema.base import EXECUTION, NESTED, Section, section
 from shared_config.schema.checkpoint import CheckpointConfig
 from shared_config.schema.data import DataConfig, EvalConfig
@@ -20,7 +21,6 @@ from shared_config.schema.scheduler import SchedulerConfig
 from shared_config.schema.training import TrainConfig
 from shared_config.schema.video import VideoConfig
 from shared_config.schema.vision import VisionEncoderConfig
-from shared_config.schema.vlm import AnyVLMConfig
 
 
 @section
@@ -41,6 +41,16 @@ class JobConfig(Section):
     adapter: Annotated[AdapterConfig, NESTED] | None = None
     vlm: AnyVLMConfig | None = None
     video: Annotated[VideoConfig, NESTED] | None = None
+
+    @property
+    def experts_choose(self) -> bool:
+        """Whether experts choose their tokens, rather than tokens their experts."""
+        return self.vlm is not None and self.vlm.experts_choose
+
+    @property
+    def has_routers(self) -> bool:
+        """Whether there are experts of either kind."""
+        return self.model.is_moe or self.experts_choose
 
     def problems(self) -> Iterator[str]:
         if self.train.seq_len > self.model.max_seq_len:

@@ -1,163 +1,27 @@
-"""How images enter the language model: one config class per architecture, and what is frozen when.
-
-A new architecture is a subclass of `VLMConfig` with its own ``arch``; the field ``vlm`` of a job then accepts it.
-"""
+"""The architectures: one config class for each way in which images enter the language model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, core_schema
+from pydantic import Field
 
-from shared_config.errors import ConfigError
-from shared_config.registry import named_table
-from shared_config.schema.adapter import AdapterConfig
+from shared_config.schema.architecture import VLMConfig
 from shared_config.schema.base import (
     KEEPS_FUNCTION,
-    NESTED,
     Count,
     CountByName,
     Fraction,
     FrozenDict,
     Items,
     PositiveInt,
-    Section,
     TextsByName,
-    entry,
     section,
 )
+from shared_config.schema.freeze import default_patterns
 from shared_config.schema.model import ModelConfig
-
-DEFAULT_PATTERNS = {"vision_encoder": "vision_encoder.*", "adapter": "adapter.*", "transformer": "transformer.*"}
-PATTERN_CHARACTERS = "*?["
-
-
-@entry
-class FreezeSpec(Section):
-    """Freeze (or, ``frozen=False``, thaw) the parameters of a module named in ``module_patterns``, or those whose names
-    fit ``module``, a pattern itself (* and ? as in file names).
-    """
-
-    module: str
-    frozen: bool = True
-
-
-@entry
-class FreezeStage(Section):
-    """From optimiser step ``start_step`` on, ``specs`` replace what was frozen before."""
-
-    start_step: Count
-    specs: Items[Annotated[FreezeSpec, NESTED]] = ()
-
-
-def is_pattern(module: str) -> bool:
-    """Whether what names a module is a pattern of parameters' names."""
-    return any(character in module for character in PATTERN_CHARACTERS)
-
-
-def default_patterns(**own: str | tuple[str, ...]) -> Any:
-    """The field ``module_patterns`` of an architecture, with the patterns of its own parts."""
-    return Field(default_factory=lambda: FrozenDict({**DEFAULT_PATTERNS, **own}))
-
-
-_ARCHITECTURES: dict[str, type[VLMConfig]] = named_table()
-
-
-@section
-class VLMConfig(Section):
-    """What all architectures share. Build the right class with ``VLMConfig.for_arch``."""
-
-    arch: str = ""
-    max_text_len: Annotated[PositiveInt, KEEPS_FUNCTION] = 512
-    freeze: Annotated[Items[Annotated[FreezeSpec, NESTED]], KEEPS_FUNCTION] = (FreezeSpec("vision_encoder"),)
-    freeze_schedule: Annotated[Items[Annotated[FreezeStage, NESTED]], KEEPS_FUNCTION] = ()
-    module_patterns: Annotated[TextsByName, KEEPS_FUNCTION] = default_patterns()
-
-    image_tokens_in_stream: ClassVar[bool] = True
-    uses_model_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields of the language model for experts that an architecture uses where ``num_experts`` is 0."""
-
-    def __init_subclass__(cls, arch: str = "", **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if arch:
-            _ARCHITECTURES[arch] = cls
-
-    @staticmethod
-    def architectures() -> tuple[str, ...]:
-        """Names of the architectures that exist."""
-        return tuple(sorted(_ARCHITECTURES))
-
-    @staticmethod
-    def forget(arch: str) -> None:
-        """Take an architecture off the list."""
-        del _ARCHITECTURES[arch]
-
-    @staticmethod
-    def class_for(arch: Any) -> type[VLMConfig]:
-        """The config class of an architecture.
-
-        Raises:
-            ConfigError: unknown name; lists what exists.
-        """
-        if not isinstance(arch, str) or arch not in _ARCHITECTURES:
-            raise ConfigError([f"arch = {arch!r}: must be one of {', '.join(VLMConfig.architectures())}"])
-        return _ARCHITECTURES[arch]
-
-    @staticmethod
-    def for_arch(arch: str, **fields: Any) -> VLMConfig:
-        """The config of an architecture by name."""
-        return VLMConfig.class_for(arch)(**fields)
-
-    def residual_stream_image_tokens(self, num_tokens: int) -> int:
-        """Positions of the residual stream that ``num_tokens`` image tokens take."""
-        return num_tokens if self.image_tokens_in_stream else 0
-
-    def cached_kv_heads(self, model: ModelConfig) -> int:
-        """Key/value heads of a cache of the language model."""
-        return model.kv_heads
-
-    def resolved_with(self, model: ModelConfig) -> dict[str, Any]:
-        """What fields mean beside a language model, where 0 stands for one of its numbers."""
-        return {}
-
-    def problems_with(self, model: ModelConfig) -> Iterator[str]:
-        """What does not fit a language model."""
-        return iter(())
-
-    def image_problems(
-        self, model: ModelConfig, adapter: AdapterConfig, num_tokens: int, feature_dim: int = 0, frames: int = 1
-    ) -> Iterator[str]:
-        """What does not fit an encoder, or the length of the sequence.
-
-        Args:
-            num_tokens: tokens that the encoder gives per image.
-            feature_dim: their width; 0: not known yet.
-            frames: images of a clip.
-        """
-        found = [f"adapter.{line}" for line in adapter.problems_with(num_tokens, feature_dim)]
-        yield from found
-        if found:
-            return
-        tokens = self.residual_stream_image_tokens(frames * adapter.output_num_tokens(num_tokens))
-        if tokens + self.max_text_len > model.max_seq_len:
-            yield (
-                f"vlm.max_text_len = {self.max_text_len}: with {tokens} image tokens must fit in "
-                f"model.max_seq_len = {model.max_seq_len}"
-            )
-
-    def problems(self) -> Iterator[str]:
-        stages = [stage.start_step for stage in self.freeze_schedule]
-        if stages != sorted(set(stages)):
-            yield f"freeze_schedule = start steps {stages}: must be strictly increasing"
-        specs = [*self.freeze, *(spec for stage in self.freeze_schedule for spec in stage.specs)]
-        for module in sorted({spec.module for spec in specs} - set(self.module_patterns)):
-            if not is_pattern(module):
-                known = ", ".join(self.module_patterns)
-                yield f"freeze = {module!r}: must be a key of module_patterns ({known}), or a pattern with a *"
 
 
 @section
@@ -200,6 +64,16 @@ class CrossAttentionConfig(VLMConfig, arch="cross_attention"):
             "cross_attention_head_dim": self.resolved_head_dim(model),
         }
 
+    def layer_period(self, model: ModelConfig) -> int:
+        return self.cross_attention_every_n_layers
+
+    def shrunk(self, model: ModelConfig, *, head_dim: int, experts: int) -> dict[str, Any]:
+        return {
+            "cross_attention_n_heads": model.n_heads if self.cross_attention_n_heads else 0,
+            "cross_attention_n_kv_heads": model.kv_heads if self.cross_attention_n_kv_heads else 0,
+            "cross_attention_head_dim": min(self.cross_attention_head_dim, head_dim),
+        }
+
     def problems_with(self, model: ModelConfig) -> Iterator[str]:
         every = self.cross_attention_every_n_layers
         if every > model.n_layers:
@@ -235,6 +109,17 @@ class MoTConfig(VLMConfig, arch="mot"):
         """Modalities are told apart by name, in whatever order."""
         return {"mot_modalities": tuple(sorted(self.mot_modalities))}
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return self.mot_modalities
+
+    @property
+    def warm_start_path(self) -> str:
+        return self.mot_warm_start_path if self.mot_warm_start_from_text else ""
+
+    def without_warm_start(self) -> VLMConfig:
+        return self.replace(mot_warm_start_from_text=False)
+
     def resolved_image_heads(self, n_heads: int, n_kv_heads: int) -> tuple[int, int]:
         """Query and key/value heads of the image projections; 0 means those of the text."""
         return self.mot_image_n_heads or n_heads, self.mot_image_n_kv_heads or n_kv_heads
@@ -246,6 +131,12 @@ class MoTConfig(VLMConfig, arch="mot"):
     def resolved_with(self, model: ModelConfig) -> dict[str, Any]:
         heads, kv_heads = self.resolved_image_heads(model.n_heads, model.kv_heads)
         return {"mot_image_n_heads": heads, "mot_image_n_kv_heads": kv_heads}
+
+    def shrunk(self, model: ModelConfig, *, head_dim: int, experts: int) -> dict[str, Any]:
+        return {
+            "mot_image_n_heads": model.n_heads if self.mot_image_n_heads else 0,
+            "mot_image_n_kv_heads": model.kv_heads if self.mot_image_n_kv_heads else 0,
+        }
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -279,7 +170,23 @@ class MoMaConfig(VLMConfig, arch="moma"):
     moma_capacity_factor: Fraction = 0.0
     moma_gumbel_noise: Annotated[bool, KEEPS_FUNCTION] = True
 
+    experts_choose: ClassVar[bool] = True
     uses_model_fields: ClassVar[tuple[str, ...]] = ("moe_expert_ffn_multiplier",)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return self.moma_modalities
+
+    @property
+    def routing_noise(self) -> bool:
+        return self.moma_gumbel_noise
+
+    def text_experts(self) -> tuple[int, float] | None:
+        return self.moma_experts_per_modality["text"], self.moma_capacity_factor
+
+    def shrunk(self, model: ModelConfig, *, head_dim: int, experts: int) -> dict[str, Any]:
+        fewer = {name: min(number, experts) for name, number in self.moma_experts_per_modality.items()}
+        return {"moma_experts_per_modality": FrozenDict(fewer)}
 
     def resolved(self) -> dict[str, Any]:
         """Modalities are told apart by name; 0 may be spelled as the number that it stands for."""
@@ -312,28 +219,3 @@ class MoMaConfig(VLMConfig, arch="moma"):
 def _modality_problems(field: str, modalities: tuple[str, ...]) -> Iterator[str]:
     if sorted(modalities) != ["image", "text"]:
         yield f"{field} = {modalities}: must be 'image' and 'text', each once"
-
-
-class _AnyArchitecture:
-    """Annotation of a field that holds any registered `VLMConfig`, given as an instance or as a mapping with
-    ``arch``.
-    """
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._build)
-
-    def _build(self, value: Any) -> VLMConfig:
-        if isinstance(value, Mapping):
-            fields = dict(value)
-            if "arch" not in fields:
-                raise ConfigError([f"arch: required, one of {', '.join(VLMConfig.architectures())}"])
-            return VLMConfig.class_for(fields.pop("arch"))(**fields)
-        if isinstance(value, VLMConfig) and value.arch:
-            return value
-        raise ValueError("Input should be a table with a key arch, or a config from VLMConfig.for_arch")
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"oneOf": [handler(TypeAdapter(_ARCHITECTURES[arch]).core_schema) for arch in VLMConfig.architectures()]}
-
-
-AnyVLMConfig = Annotated[VLMConfig, _AnyArchitecture()]

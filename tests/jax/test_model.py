@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kempnerforge_jax.model import Transformer, attention
-from kempnerforge_jax.model.architecture import Architecture
+from kempnerforge_jax.model.architecture import Architecture, Modules
 from kempnerforge_jax.model.attention import Attention, KVCache, attend, build_mask
 from kempnerforge_jax.model.embedding import TokenEmbedding
 from kempnerforge_jax.model.hooks import activation_names, capture
@@ -596,10 +596,10 @@ def test_an_architecture_changes_what_happens_between_layers() -> None:
         def breaks_after(self, layer_idx: int) -> bool:
             return layer_idx == LAYERS - 1
 
-        def after_block(self, model: Transformer, layer_idx: int, x: jax.Array, modality: ModalityContext) -> jax.Array:
+        def after_block(self, modules: Modules, layer_idx: int, x: jax.Array, modality: ModalityContext) -> jax.Array:
             return 2 * x if self.breaks_after(layer_idx) else x
 
-        def final_norm(self, model: Transformer, x: jax.Array, modality: ModalityContext) -> jax.Array:
+        def final_norm(self, modules: Modules, x: jax.Array, modality: ModalityContext) -> jax.Array:
             return x
 
     class DoublingConfig(VLMConfig):

@@ -9,9 +9,10 @@ import pytest
 
 from shared_config.contract.counts import count_active_parameters, count_parameters
 from shared_config.loader import load_config, preset_names
+from shared_config.schema.freeze import FreezeSpec
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
-from shared_config.schema.vlm import FreezeSpec, VLMConfig
+from shared_config.schema.vlm import VLMConfig
 
 LLAMA3: dict[str, Any] = {"vocab_size": 128256, "n_kv_heads": 8, "rope_theta": 500000.0}
 """arXiv:2407.21783, section 3.2: 128K tokens, 8 key/value heads, theta 500,000, contexts of 8,192 at first."""

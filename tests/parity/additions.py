@@ -294,8 +294,8 @@ class TorchArchitecture(torch_architecture.Architecture):
     def extra_modules(self) -> dict[str, nn.Module]:
         return {**super().extra_modules(), "echo": nn.Linear(self.config.dim, self.config.dim, bias=False)}
 
-    def after_block(self, model: Any, layer_idx: int, x: Tensor, modality: Any) -> Tensor:
-        return x + model.echo(x) if layer_idx == 0 else x
+    def after_block(self, modules: Any, layer_idx: int, x: Tensor, modality: Any) -> Tensor:
+        return x + modules["echo"](x) if layer_idx == 0 else x
 
 
 class JaxBlock(jax_transformer.TransformerBlock):
@@ -321,5 +321,5 @@ class JaxArchitecture(jax_architecture.Architecture):
     def breaks_after(self, layer_idx: int) -> bool:
         return layer_idx == 0
 
-    def after_block(self, model: Any, layer_idx: int, x: jax.Array, modality: Any) -> jax.Array:
-        return x + model.echo(x) if layer_idx == 0 else x
+    def after_block(self, modules: Any, layer_idx: int, x: jax.Array, modality: Any) -> jax.Array:
+        return x + modules["echo"](x) if layer_idx == 0 else x

@@ -29,7 +29,7 @@ from shared_config.schema import (
     MoTConfig,
     VisionEncoderConfig,
 )
-from shared_config.schema.vlm import DEFAULT_PATTERNS
+from shared_config.schema.freeze import DEFAULT_PATTERNS
 
 MODEL = ModelConfig(dim=20, n_layers=2, n_heads=5, vocab_size=37, ffn_hidden_dim=26, max_seq_len=32)
 VISION = VisionEncoderConfig(type="vit", image_size=8, patch_size=4, feature_dim=12, n_heads=3, n_layers=1)

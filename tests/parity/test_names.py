@@ -122,7 +122,7 @@ def run_image_mask(read_once: bool) -> Call:
     def call(backend: Torch, mask: Any) -> Any:
         model = transformer(backend, DENSE, ARCHITECTURES["cross_attention"])
         given = context(backend, image_features=FEATURES)
-        given = model.architecture.read_once(model, given) if read_once else given
+        given = model.precompute_image_kv(given) if read_once else given
         parts = {"image_features": given.image_features, "image_keys_values": given.image_keys_values}
         return model.run(backend.array(TOKENS), modality=context(backend, **parts, image_mask=mask)).logits
 

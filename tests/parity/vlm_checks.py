@@ -264,7 +264,7 @@ def check_mot_cache(backend: str) -> None:
     model = side.built(side.module("model.transformer").Transformer, MODEL, vlm_config=MOT)
     cache: Any = SimpleNamespace(positions=lambda length: side.array(np.arange(8, 8 + length)), image_tokens=6)
     context, x = side.module("model.modality").ModalityContext(), side.array(STREAM[:, :2])
-    given = side.module("model.mot").MoTArchitecture(MODEL, MOT).block_inputs(model, {}, x, context, [cache])
+    given = side.module("model.mot").MoTArchitecture(MODEL, MOT).block_inputs({}, x, context, [cache], model.rope)
     cos, _ = rope_tables(MODEL.head_size, MODEL.max_seq_len, MODEL.rope_theta)
     np.testing.assert_allclose(side.numpy(given["rope"][0]), cos[2:4], rtol=1e-6)
 

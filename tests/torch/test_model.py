@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kempnerforge_torch.model import Transformer
-from kempnerforge_torch.model.architecture import Architecture
+from kempnerforge_torch.model.architecture import Architecture, Modules
 from kempnerforge_torch.model.attention import SDPA_BACKENDS, Attention, KVCache, build_mask
 from kempnerforge_torch.model.embedding import TokenEmbedding
 from kempnerforge_torch.model.hooks import activation_names, capture
@@ -513,7 +513,7 @@ def test_builders_are_looked_up_by_name() -> None:
 
 def test_an_architecture_changes_what_happens_between_layers() -> None:
     class Doubling(Architecture):
-        def after_block(self, model: Transformer, layer_idx: int, x: Tensor, modality: ModalityContext) -> Tensor:
+        def after_block(self, modules: Modules, layer_idx: int, x: Tensor, modality: ModalityContext) -> Tensor:
             return 2 * x if layer_idx == LAYERS - 1 else x
 
     class DoublingConfig(VLMConfig):
