@@ -273,8 +273,8 @@ MUTANTS = (
     ),
     Mutant(
         "model.dispatch", "gradient not scaled",
-        ("return (dy * factors).to(dy.dtype), None", "return dy, None"),
-        ("return (dy * factors).astype(dy.dtype), jnp.zeros_like(factors)", "return dy, jnp.zeros_like(factors)"),
+        ("return dy * factors, None", "return dy, None"),
+        ("return dy * factors, jnp.zeros_like(factors)", "return dy, jnp.zeros_like(factors)"),
     ),
     Mutant(
         "model.sampling", "temperature inverted",

@@ -65,10 +65,8 @@ MOE_MUTANTS = (
     both("model.dispatch", "gradient factors upside down", "wide_E.sum() / (", "1 / wide_E.sum() * ("),
     Mutant(
         "model.dispatch", "combine weights ignored",
-        ("(out_kTD.to(weights_Tk.dtype) * weights_Tk.t()[:, :, None])",
-         "(out_kTD.to(weights_Tk.dtype) + 0 * weights_Tk.t()[:, :, None])"),
-        ("(out_kTD.astype(weights_Tk.dtype) * weights_Tk.T[:, :, None])",
-         "(out_kTD.astype(weights_Tk.dtype) + 0 * weights_Tk.T[:, :, None])"),
+        ("(out_kTD * weights_Tk.t()[:, :, None])", "(out_kTD + 0 * weights_Tk.t()[:, :, None])"),
+        ("(out_kTD * weights_Tk.T[:, :, None])", "(out_kTD + 0 * weights_Tk.T[:, :, None])"),
     ),
     Mutant(
         "model.dispatch", "gradient of one choice only",
@@ -82,21 +80,6 @@ MOE_MUTANTS = (
     ),
     Mutant("model.moe", "last call copied", ('{**self.__dict__, "_last": None}', "self.__dict__"), None),
     Mutant("model.router", "last call copied", ('{**self.__dict__, "_last": None}', "self.__dict__"), None),
-    Mutant(
-        "model.looped", "combine weights ignored",
-        ("out_nD.mul_(weight_R[rows, None])", "out_nD"), None,
-    ),
-    Mutant(
-        "model.looped", "gate and up swapped in the backward",
-        ("dgate_nF = torch.ops.aten.silu_backward(dhidden_nF * up_nF, gate_nF)",
-         "dgate_nF = torch.ops.aten.silu_backward(dhidden_nF * gate_nF, up_nF)"), None,
-    ),
-    Mutant(
-        "model.looped", "scale of the gradient in the router's",
-        ("torch.sum(hidden_nF.to(dy_nD.dtype) * dhidden_nF, dim=1, out=dweight_R[rows])",
-         "torch.sum((1 if scale_E is None else scale_E[e]) * hidden_nF.to(dy_nD.dtype) * dhidden_nF, dim=1,"
-         " out=dweight_R[rows])"), None,
-    ),
     Mutant(
         "model.grouped", "rows of no group computed",
         ("    out_RF[start:] = 0\n", "    out_RF[start:] = 1\n"),

@@ -59,17 +59,13 @@ PRECISION_MUTANTS = (
     ),
     Mutant(
         "model.dispatch", "combine weights rounded, and widened again",
-        ("out_kTD.to(weights_Tk.dtype) * weights_Tk.t()[",
-         "out_kTD.to(weights_Tk.dtype) * weights_Tk.to(out_kTD.dtype).to(weights_Tk.dtype).t()["),
-        ("out_kTD.astype(weights_Tk.dtype) * weights_Tk.T[",
-         "out_kTD.astype(weights_Tk.dtype) * weights_Tk.astype(out_kTD.dtype).astype(weights_Tk.dtype).T["),
+        ("out_kTD * weights_Tk.t()[", "out_kTD * weights_Tk.to(out_RD.dtype).to(weights_Tk.dtype).t()["),
+        ("out_kTD * weights_Tk.T[", "out_kTD * weights_Tk.astype(out_RD.dtype).astype(weights_Tk.dtype).T["),
     ),
     Mutant(
         "model.dispatch", "choices combined in their dtype",
-        ("(out_kTD.to(weights_Tk.dtype) * weights_Tk.t()[:, :, None])",
-         "(out_kTD * weights_Tk.to(out_kTD.dtype).t()[:, :, None])"),
-        ("(out_kTD.astype(weights_Tk.dtype) * weights_Tk.T[:, :, None])",
-         "(out_kTD * weights_Tk.astype(out_kTD.dtype).T[:, :, None])"),
+        ("    out_kTD = out_kTD.to(weights_Tk.dtype)\n", "    weights_Tk = weights_Tk.to(out_RD.dtype)\n"),
+        ("    out_kTD = out_kTD.astype(weights_Tk.dtype)\n", "    weights_Tk = weights_Tk.astype(out_RD.dtype)\n"),
     ),
     Mutant(
         "model.router", "logits rounded", ("logits_TE = self.gate(x)", "logits_TE = self.gate(x).to(x.dtype)"),
@@ -82,19 +78,6 @@ PRECISION_MUTANTS = (
          "self._preference(jax.lax.stop_gradient(scores_TE).astype(x.dtype))"),
     ),
     Mutant("model.router", "logits at the precision of products", None, (", precision=jax.lax.Precision.HIGHEST", "")),
-    Mutant(
-        "model.looped", "results weighted in the dtype of the tokens",
-        ("out_nD.mul_(weight_R[rows, None])",
-         "(out_nD.to(x_TD.dtype) * weight_R[rows, None].to(x_TD.dtype)).to(y_TD.dtype)"), None,
-    ),
-    Mutant(
-        "model.looped", "weights of rows rounded", ("out_nD.mul_(weight_R[rows, None])",
-                                                    "out_nD.mul_(weight_R.to(x_TD.dtype)[rows, None])"), None,
-    ),
-    Mutant(
-        "model.looped", "gradients of a token added up in its dtype",
-        ("dx_TD = torch.zeros_like(x_TD, dtype=dy_TD.dtype)", "dx_TD = torch.zeros_like(x_TD)"), None,
-    ),
     Mutant(
         "model.grouped", "tiles of the gradient of experts added up in their dtype",
         ("dtype = torch.promote_types(x_RD.dtype, torch.float32)", "dtype = x_RD.dtype"),

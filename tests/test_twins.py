@@ -15,7 +15,6 @@ IMPLIED = {"self", "cls", "rngs"}
 """Arguments that are not compared: JAX constructors are also given ``rngs``."""
 
 FILES = {
-    "model/looped.py": "torch: experts on the CPU, whose offsets are on the host; XLA's shapes are static",
     "model/matvec.py": "torch: its CPU libraries are slow at one vector; XLA writes its own loop",
     "model/linear.py": "jax: torch has linear maps and lookup tables built in",
     "model/module.py": "jax: torch's modules have named walks, hooks and casts built in",

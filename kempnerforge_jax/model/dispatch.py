@@ -81,9 +81,10 @@ def combine(
     """(T, D): for each token the weighted sum of its rows, in the dtype of the weights."""
     tokens, top_k = weights_Tk.shape
     out_kTD = _permute(out_RD, plan.row_R, plan.choice_R).reshape(top_k, tokens, out_RD.shape[1])
+    out_kTD = out_kTD.astype(weights_Tk.dtype)
     if gradient_factors_Tk is not None:
         out_kTD = _scale_gradient(out_kTD, gradient_factors_Tk.T[:, :, None])
-    return (out_kTD.astype(weights_Tk.dtype) * weights_Tk.T[:, :, None]).sum(axis=0)
+    return (out_kTD * weights_Tk.T[:, :, None]).sum(axis=0)
 
 
 def gradient_factors(counts_E: jax.Array, dtype: Any) -> jax.Array:
@@ -134,7 +135,7 @@ def _scale_gradient_forward(x: jax.Array, factors: jax.Array) -> tuple[jax.Array
 
 
 def _scale_gradient_backward(factors: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return (dy * factors).astype(dy.dtype), jnp.zeros_like(factors)
+    return dy * factors, jnp.zeros_like(factors)
 
 
 def _ends(expert_R: jax.Array, num_experts: int) -> jax.Array:

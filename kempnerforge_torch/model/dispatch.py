@@ -79,9 +79,10 @@ def combine(out_RD: Tensor, weights_Tk: Tensor, plan: Dispatch, gradient_factors
     """(T, D): for each token the weighted sum of its rows, in the dtype of the weights."""
     tokens, top_k = weights_Tk.shape
     out_kTD = _Permute.apply(out_RD, plan.row_R, plan.choice_R).reshape(top_k, tokens, out_RD.shape[1])
+    out_kTD = out_kTD.to(weights_Tk.dtype)
     if gradient_factors_Tk is not None:
         out_kTD = _ScaleGradient.apply(out_kTD, gradient_factors_Tk.t()[:, :, None])
-    return (out_kTD.to(weights_Tk.dtype) * weights_Tk.t()[:, :, None]).sum(dim=0)
+    return (out_kTD * weights_Tk.t()[:, :, None]).sum(dim=0)
 
 
 def gradient_factors(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,7 +146,7 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (factors,) = ctx.saved_tensors
-        return (dy * factors).to(dy.dtype), None
+        return dy * factors, None
 
 
 @torch.compiler.assume_constant_result

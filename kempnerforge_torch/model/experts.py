@@ -58,14 +58,14 @@ def grouped_expert_forward_packed(
 def apply_packed(
     x_RD: Tensor,
     ends_E: Tensor,
-    up_w: Tensor,
-    down_w: Tensor,
-    gate_w: Tensor | None,
+    up_w: Tensor | Sequence[Tensor],
+    down_w: Tensor | Sequence[Tensor],
+    gate_w: Tensor | Sequence[Tensor] | None,
     activation: Callable[[Tensor], Tensor],
     complete: bool = False,
 ) -> Tensor:
     """(R, D): as `grouped_expert_forward_packed`, by ends; 0 for rows of no expert, of which there are none if
-    ``complete``.
+    ``complete``. The weights may be given as one matrix per expert.
     """
     hidden_RF = grouped_matmul(x_RD, up_w, ends_E, complete)
     if gate_w is None:

@@ -7,6 +7,7 @@ Shapes: R rows, D inputs, F outputs, E groups, N tiles, b rows of a tile.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,12 +18,7 @@ TILE_ROWS = 128
 ALIGNED_BYTES = 16
 
 
-@torch.library.custom_op(
-    "kempnerforge::grouped_matmul",
-    mutates_args=(),
-    schema="(Tensor x, Tensor w, Tensor ends, bool complete=False) -> Tensor",
-)
-def grouped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor, complete: bool = False) -> Tensor:
+def grouped_matmul(x_RD: Tensor, w_EDF: Tensor | Sequence[Tensor], ends_E: Tensor, complete: bool = False) -> Tensor:
     """(R, F): row r times the matrix of its group; 0 for rows of no group, whatever they hold.
 
     One opaque operator, so that compiled code has it whole; differentiable any number of times. bfloat16 on a GPU of
@@ -30,12 +26,31 @@ def grouped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor, complete: bool =
     tiles, and the CPU, whose offsets are on the host, to one product per group.
 
     Args:
-        x_RD, w_EDF: of one dtype; ``w_EDF`` may be a transposed view.
+        x_RD, w_EDF: of one dtype; ``w_EDF`` may be a transposed view, or E matrices (D, F), which the CPU multiplies
+            where they are, while accelerators stack them.
         ends_E: int32, not decreasing, at most R.
         complete: promises that every row is of a group, so that no row of the kernel's output has to be set to 0.
     """
+    if isinstance(w_EDF, Tensor):
+        w_EDF = [w_EDF]
+    elif x_RD.device.type != "cpu":
+        w_EDF = [_stacked(w_EDF)]
+    return _grouped_matmul(x_RD, list(w_EDF), ends_E, complete)
+
+
+@torch.library.custom_op(
+    "kempnerforge::grouped_matmul",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] w, Tensor ends, bool complete) -> Tensor",
+)
+def _grouped_matmul(x_RD: Tensor, w: Sequence[Tensor], ends_E: Tensor, complete: bool) -> Tensor:
+    """
+    Args:
+        w: one packed tensor (E, D, F), or on the CPU one matrix per group.
+    """
     if x_RD.device.type == "cpu":
-        return looped_matmul(x_RD, w_EDF, ends_E)
+        return looped_matmul(x_RD, w if w[0].ndim == 2 else w[0], ends_E)
+    (w_EDF,) = w
     if _has_kernel(x_RD, w_EDF.shape[1:]):
         out_RF = F.grouped_mm(x_RD.contiguous(), _dense(w_EDF), offs=ends_E)
         if complete:
@@ -57,9 +72,9 @@ def grouped_outer(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
     return tiled_outer(x_RD, y_RF, ends_E)
 
 
-@grouped_matmul.register_fake
-def _(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor, complete: bool = False) -> Tensor:
-    return x_RD.new_empty(x_RD.shape[0], w_EDF.shape[2])
+@_grouped_matmul.register_fake
+def _(x_RD: Tensor, w: Sequence[Tensor], ends_E: Tensor, complete: bool) -> Tensor:
+    return x_RD.new_empty(x_RD.shape[0], w[0].shape[-1])
 
 
 @grouped_outer.register_fake
@@ -67,19 +82,20 @@ def _(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
     return x_RD.new_empty(ends_E.shape[0], x_RD.shape[1], y_RF.shape[1])
 
 
-def _save_matmul(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
-    *tensors, ctx.complete = inputs
-    ctx.save_for_backward(*tensors)
+def _save_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_RD, w, ends_E, ctx.complete = inputs
+    ctx.save_for_backward(x_RD, ends_E, *w)
 
 
-def _matmul_backward(ctx: Any, dy_RF: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-    x_RD, w_EDF, ends_E = ctx.saved_tensors
-    dx_RD = grouped_matmul(dy_RF, w_EDF.transpose(1, 2), ends_E, ctx.complete) if ctx.needs_input_grad[0] else None
-    dw_EDF = None
-    if ctx.needs_input_grad[1]:  # laid out as the matrices are, so that adding it to their gradient needs no copy
-        transposed = w_EDF.stride(1) < w_EDF.stride(2)
+def _matmul_backward(ctx: Any, dy_RF: Tensor) -> tuple[Tensor | None, list[Tensor | None], None, None]:
+    x_RD, ends_E, *w = ctx.saved_tensors
+    dx_RD = _grouped_matmul(dy_RF, [part.mT for part in w], ends_E, ctx.complete) if ctx.needs_input_grad[0] else None
+    dw: list[Tensor | None] = [None] * len(w)
+    if any(ctx.needs_input_grad[1]):  # laid out as the matrices are, so that adding it to their gradient needs no copy
+        transposed = w[0].stride(-2) < w[0].stride(-1)
         dw_EDF = _outer_transposed(x_RD, dy_RF, ends_E) if transposed else grouped_outer(x_RD, dy_RF, ends_E)
-    return dx_RD, dw_EDF, None, None
+        dw = [dw_EDF] if w[0].ndim == 3 else [*dw_EDF.unbind()]
+    return dx_RD, dw, None, None
 
 
 def _outer_transposed(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
@@ -97,16 +113,16 @@ def _outer_backward(ctx: Any, dw_EDF: Tensor) -> tuple[Tensor | None, Tensor | N
     return dx_RD, dy_RF, None
 
 
-grouped_matmul.register_autograd(_matmul_backward, setup_context=_save_matmul)
+_grouped_matmul.register_autograd(_matmul_backward, setup_context=_save_matmul)
 grouped_outer.register_autograd(_outer_backward, setup_context=_save_outer)
 
 GROUPED_MATMUL = torch.ops.kempnerforge.grouped_matmul.default
 """The operator by the name that a dispatcher sees."""
 
 
-def looped_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+def looped_matmul(x_RD: Tensor, w_EDF: Tensor | Sequence[Tensor], ends_E: Tensor) -> Tensor:
     """`grouped_matmul` as one product per group; reads the offsets."""
-    out_RF = x_RD.new_empty(x_RD.shape[0], w_EDF.shape[2])
+    out_RF = x_RD.new_empty(x_RD.shape[0], w_EDF[0].shape[-1])
     start = 0
     for w_DF, end in zip(w_EDF, ends_E.tolist(), strict=True):
         torch.mm(x_RD[start:end], w_DF, out=out_RF[start:end])
@@ -164,6 +180,11 @@ def _wide_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype != dtype and x.is_cuda and not torch.version.hip:
         return torch.bmm(x, y, out_dtype=dtype)
     return torch.bmm(x.to(dtype), y.to(dtype))
+
+
+def _stacked(matrices: Sequence[Tensor]) -> Tensor:
+    """(E, D, F): the matrices (D, F), which are views of transposed ones, as a view of their stack."""
+    return torch.stack([w_DF.t() for w_DF in matrices]).transpose(1, 2)
 
 
 def _tiles(ends_E: Tensor, rows: int, tile_rows: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,18 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.checks import check_ids, check_mask, check_shape, nan_outside
-from kempnerforge_torch.model.dispatch import (
-    Dispatch,
-    combine,
-    gradient_factors,
-    layer_capacity,
-    plan_dispatch,
-    spread,
-)
+from kempnerforge_torch.model.dispatch import combine, gradient_factors, layer_capacity, plan_dispatch, spread
 from kempnerforge_torch.model.experts import apply_modules, apply_packed
 from kempnerforge_torch.model.experts import grouped_expert_forward as grouped_expert_forward
 from kempnerforge_torch.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
-from kempnerforge_torch.model.looped import LOOPED_ACTIVATIONS, looped_moe, loops_over_experts
 from kempnerforge_torch.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_torch.model.router import TopKRouter, build_router
 
@@ -138,13 +130,12 @@ class MoEMLP(nn.Module):
         factor = self.capacity_factor if limit_capacity else 0.0
         room = layer_capacity(x_TD.shape[0], members_T, indices_Tk.shape[1], self.num_experts, factor)
         plan = plan_dispatch(indices_Tk, valid_T, self.num_experts, room)
-        factors_E = gradient_factors(routed.expert_counts, weights_Tk.dtype) if self.gradient_scale else None
-        if self.activation in LOOPED_ACTIVATIONS and loops_over_experts(x_TD):
-            y_TD = self._loop(x_TD, weights_Tk, plan, factors_E)
-        else:
-            rows_RD = spread(x_TD, plan.choice_R, plan.row_R, indices_Tk.shape[1])
-            out_RD = self._apply_experts(rows_RD, plan.ends_E, complete=valid_T is None and room is None)
-            y_TD = combine(out_RD, weights_Tk, plan, None if factors_E is None else factors_E[indices_Tk])
+        rows_RD = spread(x_TD, plan.choice_R, plan.row_R, indices_Tk.shape[1])
+        out_RD = self._apply_experts(rows_RD, plan.ends_E, complete=valid_T is None and room is None)
+        factors_Tk = None
+        if self.gradient_scale:
+            factors_Tk = gradient_factors(routed.expert_counts, weights_Tk.dtype)[indices_Tk]
+        y_TD = combine(out_RD, weights_Tk, plan, factors_Tk)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         stats = MoEStats(*routed, dropped=routed.expert_counts.sum(dtype=torch.int32) - plan.ends_E[-1])
@@ -181,23 +172,14 @@ class MoEMLP(nn.Module):
         """Each row through its expert; 0 for rows of no expert, of which there are none if ``complete``."""
         if self.activation is None:
             return apply_modules(x_RD, ends_E, list(self.experts))
-        weights, activation = self.expert_weights(), ACTIVATIONS[self.activation]
-        return apply_packed(x_RD, ends_E, weights["up"], weights["down"], weights.get("gate"), activation, complete)
+        weights = {name: self._matrices(name) for name in _projections(self.activation)}
+        up_w, down_w, gate_w = weights["up"], weights["down"], weights.get("gate")
+        return apply_packed(x_RD, ends_E, up_w, down_w, gate_w, ACTIVATIONS[self.activation], complete)
 
-    def _loop(self, x_TD: Tensor, weights_Tk: Tensor, plan: Dispatch, factors_E: Tensor | None) -> Tensor:
-        """(T, D): the weighted sums of what the experts make of each token, expert by expert."""
-        gate, up, down = (self._matrices(name) for name in PROJECTIONS)
-        weight_R = weights_Tk.t().flatten()[plan.choice_R]
-        token_R = plan.choice_R % max(x_TD.shape[0], 1)
-        assert self.activation is not None
-        return looped_moe(x_TD, weight_R, token_R, gate, up, down, plan.ends_E, factors_E, self.activation)
-
-    def _matrices(self, name: str) -> list[Tensor]:
-        """The experts' matrices as they are held: one packed tensor, or one (in, out) view per expert; [] if none."""
-        if name not in _projections(self.activation):
-            return []
+    def _matrices(self, name: str) -> Tensor | list[Tensor]:
+        """The experts' matrices as they are held: packed (E, in, out), or one (in, out) view per expert."""
         if self.packed_experts:
-            return [getattr(self, f"{name}_w")]
+            return getattr(self, f"{name}_w")
         return [getattr(expert, f"{name}_proj").weight.t() for expert in self.experts]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kempnerforge_torch.model.grouped import GROUPED_MATMUL
-from kempnerforge_torch.model.looped import LOOPED_MOE
 from kempnerforge_torch.model.vlm import inner_transformer
 
 log = logging.getLogger(__name__)
@@ -26,7 +25,6 @@ MATRIX_PRODUCTS = frozenset(
         torch.ops.aten.addmm.default,
         torch.ops.aten.bmm.default,
         GROUPED_MATMUL,
-        LOOPED_MOE,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,

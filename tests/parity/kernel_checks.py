@@ -188,7 +188,10 @@ def capability(major: int) -> Iterator[None]:
 
 
 def check_offsets(backend: str) -> None:
-    """torch's product over groups reads offsets on the device for aligned bfloat16 on Hopper; else tiles, or a loop."""
+    """torch's product over groups reads offsets on the device for aligned bfloat16 on Hopper; else tiles, or a loop.
+
+    A loop takes the matrices of groups where they are; the others need them in one tensor.
+    """
     grouped = module("torch", "model.grouped")
     calls: list[str] = []
 
@@ -208,10 +211,14 @@ def check_offsets(backend: str) -> None:
             plain = "looped" if device == "cpu" else "tiled"
             with capability(major):
                 calls.clear()
-                grouped.grouped_matmul._init_fn(x, w, ends, True)
+                grouped._grouped_matmul._init_fn(x, [w], ends, True)
                 grouped.grouped_outer._init_fn(x, y, ends)
             expected = ["kernel"] * 2 if fits else [f"{plain}_matmul", f"{plain}_outer"]
             assert calls == expected, (device, dtype, major, rows, width, hidden)
+            with mock.patch.object(grouped, "_grouped_matmul") as operator:
+                grouped.grouped_matmul(x, w.unbind(), ends)
+            given = [tuple(part.shape) for part in operator.call_args.args[1]]
+            assert given == ([(width, hidden)] * 3 if device == "cpu" else [(3, width, hidden)])
 
 
 def check_dispatched_attention(backend: str) -> None:
@@ -248,15 +255,6 @@ def check_dispatched_attention(backend: str) -> None:
                 small = device == "cpu" and keys < 16
                 allowed = set(flags) if name == "auto" and not small else {"math"} if small else {name, "math"}
                 assert {kernel for kernel, enabled in flags.items() if enabled} == allowed, case
-
-
-def check_experts_by_device(backend: str) -> None:
-    """Expert by expert where the offsets are on the host, and nowhere else."""
-    loops = module("torch", "model.looped").loops_over_experts
-    assert loops(torch.empty(1))
-    assert not loops(torch.empty(1, device="meta"))
-    with FakeTensorMode():
-        assert not loops(torch.empty(1, device="cuda:0"))
 
 
 def check_optimizer_by_device(backend: str) -> None:
@@ -382,7 +380,6 @@ KERNEL_CHECKS: dict[str, dict[str, tuple[Callable[[str], None], ...]]] = {
     "torch": {
         "model.attention": (check_dispatched_attention,),
         "model.grouped": (check_offsets,),
-        "model.looped": (check_experts_by_device,),
         "model.generate": (check_recorded_steps, check_decoding_by_device),
         "training.loss": (check_loss_by_device,),
         "training.optimizer": (check_optimizer_by_device,),

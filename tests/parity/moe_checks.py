@@ -4,13 +4,11 @@ which every changed line matters.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -41,24 +39,15 @@ RATE, DECAY = 0.1, 0.9
 
 
 def check_layers(backend: str) -> None:
-    """Outputs, routes, losses, counts and gradients of layers with padding and limits, by every way to compute them."""
+    """Outputs, routes, losses, counts and gradients of layers with padding and limits."""
     for layer in LAYERS:
         weights = layer.weights()
         truth = run_oracle(layer, weights, X_BSD, VALID_BS)
-        for way in ways(backend):
-            with way:
-                found = run(backend, layer, weights, X_BSD, VALID_BS)
-            np.testing.assert_array_equal(found.indices_Tk, truth.indices_Tk)
-            np.testing.assert_array_equal(found.counts_E, truth.counts_E)
-            assert found.dropped == truth.dropped
-            assert_all_same_function(found.named, truth.named)
-
-
-def ways(backend: str) -> Iterator[contextlib.AbstractContextManager[Any]]:
-    """torch on the CPU loops over experts; made to think that it does not, it takes the way of accelerators."""
-    yield contextlib.nullcontext()
-    if backend == "torch":
-        yield mock.patch.object(module("torch", "moe"), "loops_over_experts", return_value=False)
+        found = run(backend, layer, weights, X_BSD, VALID_BS)
+        np.testing.assert_array_equal(found.indices_Tk, truth.indices_Tk)
+        np.testing.assert_array_equal(found.counts_E, truth.counts_E)
+        assert found.dropped == truth.dropped
+        assert_all_same_function(found.named, truth.named)
 
 
 def check_no_tokens(backend: str) -> None:
@@ -224,8 +213,16 @@ def check_products(backend: str) -> None:
 
 
 def _torch_products(grouped: Any, x_RD: Any, w_EDF: Any, y_RF: Any, ends_E: Any) -> Iterator[tuple[Any, Any]]:
-    """By loops and by tiles both shorter and longer than groups; and by gradients, each product's being the other."""
+    """By loops and by tiles both shorter and longer than groups; and by gradients, each product's being the other, of
+    matrices in one tensor or apart.
+    """
     yield grouped.looped_matmul(x_RD, w_EDF, ends_E), grouped.looped_outer(x_RD, y_RF, ends_E)
+    together = grouped._stacked(w_EDF.unbind())
+    yield grouped.tiled_matmul(x_RD, together, ends_E), grouped.tiled_outer(x_RD, y_RF, ends_E)
+    apart = [w_DF.t().clone().requires_grad_() for w_DF in w_EDF]
+    product_RF = grouped.grouped_matmul(x_RD, [w_FD.t() for w_FD in apart], ends_E)
+    gradients = torch.autograd.grad(product_RF, apart, y_RF)
+    yield product_RF.detach(), torch.stack(gradients).transpose(1, 2)
     for rows in (2, 8):
         yield grouped.tiled_matmul(x_RD, w_EDF, ends_E, rows), grouped.tiled_outer(x_RD, y_RF, ends_E, rows)
     w_EDF, y_RF = w_EDF.clone().requires_grad_(), y_RF.clone().requires_grad_()
@@ -281,7 +278,6 @@ MOE_CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     ),
     "model.moe": (check_layers, check_no_tokens, check_copies),
     "model.dispatch": (check_layers, check_no_tokens),
-    "model.looped": (check_layers,),
     "model.grouped": (check_products,),
     "model.transformer": (check_steps,),
     "model.init": (check_initial_experts,),

@@ -5,11 +5,9 @@ What they give in float32, of narrow inputs, is as exact as float32. Rows are th
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import jax
 import ml_dtypes
@@ -107,20 +105,6 @@ def drawn(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return values.astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
-def experts_of_an_accelerator(backend: Any, dtype: str) -> Callable[..., Any]:
-    """Rows of all experts at once, as wherever the offsets are not on the host."""
-    layer = PARTS["experts"].build(backend, dtype)
-    if backend.name == "jax":
-        return layer
-    looped = functools.partial(mock.patch.object, backend.module("model.moe"), "loops_over_experts")
-
-    def call(x: Any) -> Any:
-        with looped(lambda rows: False):
-            return layer(x)
-
-    return call
-
-
 def experts_that_choose(backend: Any, dtype: str) -> Callable[..., Any]:
     moe = backend.module("model.moma").ExpertChoiceMoE
     return with_weights(backend, backend.build(moe, WIDTH, 48, 3, 0.0, gumbel_noise=False, dtype=dtype))
@@ -212,7 +196,6 @@ PARTS = {
         module_of("model.moe", "build_moe", WIDTH, 48, EXPERTS, 2, packed_experts=True, gradient_scale=True),
         ((1, *ROWS[0]),),
     ),
-    "experts of an accelerator": Part(experts_of_an_accelerator, ((1, *ROWS[0]),)),
     "experts that choose": Part(experts_that_choose, ((1, *ROWS[0]),)),
     "quick_gelu": Part(module_of("model.vision", "VisionMLP", WIDTH, 48, "quick_gelu"), ROWS),
     "gelu_tanh": Part(module_of("model.vision", "VisionMLP", WIDTH, 48, "gelu_pytorch_tanh"), ROWS),

@@ -92,17 +92,6 @@ def test_layers_are_the_same_function_in_float64(name: str, data: st.DataObject)
     assert_same_runs(runs["torch"], runs["jax"], "torch against JAX")
 
 
-@pytest.mark.parametrize("name", sorted(LAYERS))
-@given(st.data())
-def test_grouped_products_make_the_same_layer_as_loops(name: str, data: st.DataObject) -> None:
-    """What torch does on accelerators, here on the CPU, where it would loop over the experts."""
-    layer = LAYERS[name]
-    weights, x_BSD, valid_BS = draw_case(data, layer)
-    with mock.patch.object(module("torch", "moe"), "loops_over_experts", return_value=False):
-        found = run("torch", layer, weights, x_BSD, valid_BS)
-    assert_same_runs(found, run_oracle(layer, weights, x_BSD, valid_BS), "grouped products against the oracle")
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", sorted(LAYERS))
 @given(st.data())

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kempnerforge_torch.model import Transformer, moe
+from kempnerforge_torch.model import Transformer
 from kempnerforge_torch.model.grouped import GROUPED_MATMUL, grouped_matmul, grouped_outer, tiled_matmul, tiled_outer
-from kempnerforge_torch.model.looped import LOOPED_MOE, looped_moe
 from kempnerforge_torch.model.moe import MoEMLP, build_moe
 from kempnerforge_torch.model.router import SigmoidTopKRouter, TopKRouter
 from kempnerforge_torch.model.state import set_state
@@ -138,36 +137,16 @@ def test_operators_keep_torchs_rules_and_have_second_derivatives() -> None:
     )
     ends_E = torch.tensor([2, 2, 7], dtype=torch.int32)
     for operator, inputs in ((grouped_matmul, (x_RD, w_EDF)), (grouped_outer, (x_RD, y_RF))):
-        torch.library.opcheck(operator, (*inputs, ends_E))
         function = lambda a, b, operator=operator: operator(a, b, ends_E)  # noqa: E731
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)
-
-
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
-def test_loops_keep_torchs_rules(activation: str, packed: bool) -> None:
-    torch.manual_seed(0)
-    x_TD, weight_R = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 4), (9,)))
-    token_R, ends_E = torch.tensor([3, 0, 5, 3, 2, 1, 0, 4, 4]), torch.tensor([2, 2, 7], dtype=torch.int32)
-    shapes = ((4, 5), (4, 5), (5, 4)) if activation == "silu" else ((4, 5), (5, 4))
-    held = [torch.randn(3, *shape, dtype=torch.float64) for shape in shapes]
-    parts = [[w] if packed else [m.t().contiguous() for m in w] for w in held]
-    tensors = [tensor.requires_grad_() for part in parts for tensor in part]
-
-    def function(x_TD: Tensor, weight_R: Tensor, *tensors: Tensor) -> Tensor:
-        matrices = tensors if packed else [tensor.t() for tensor in tensors]
-        count = 1 if packed else 3
-        parts = [matrices[start : start + count] for start in range(0, len(matrices), count)]
-        gate, up, down = parts if activation == "silu" else ([], *parts)
-        return looped_moe(x_TD, weight_R, token_R, gate, up, down, ends_E, None, activation)
-
-    assert torch.autograd.gradcheck(function, (x_TD, weight_R, *tensors))
-    assert not function(x_TD, weight_R, *tensors)[4].any()  # its rows are of no expert
-    if packed:
-        gate, up, down = parts if activation == "silu" else ([], *parts)
-        scale_E = torch.ones(3, dtype=torch.float64)
-        torch.library.opcheck(LOOPED_MOE, (x_TD, weight_R, token_R, gate, up, down, ends_E, scale_E, activation))
+    torch.library.opcheck(grouped_outer, (x_RD, y_RF, ends_E))
+    apart = [w_DF.detach().t().clone().t().requires_grad_() for w_DF in w_EDF]
+    for matrices in ([w_EDF], apart):
+        torch.library.opcheck(GROUPED_MATMUL, (x_RD, matrices, ends_E, False))
+    product = lambda x, *matrices: grouped_matmul(x, matrices, ends_E)  # noqa: E731
+    assert torch.autograd.gradcheck(product, (x_RD, *apart))
+    assert torch.autograd.gradgradcheck(product, (x_RD, *apart))
 
 
 # State
@@ -298,25 +277,13 @@ def test_activation_checkpointing_changes_nothing(case: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("mode", "products"), [("none", 6), ("full", 9), ("selective", 6)])
-def test_selective_checkpointing_keeps_grouped_products(
-    mode: str, products: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_selective_checkpointing_keeps_grouped_products(mode: str, products: int) -> None:
     """Three forward, three for the gradients of their inputs, and three again where they are not kept."""
-    monkeypatch.setattr(moe, "loops_over_experts", lambda x: False)
     model = model_of(n_layers=2)
     checkpoint_activations(model, mode)
     with Counting(GROUPED_MATMUL) as seen:
         objective(model, tokens_of()).backward()
     assert seen.calls == products
-
-
-@pytest.mark.parametrize(("mode", "calls"), [("none", 1), ("full", 2), ("selective", 1)])
-def test_selective_checkpointing_keeps_the_results_of_loops(mode: str, calls: int) -> None:
-    model = model_of(n_layers=2)
-    checkpoint_activations(model, mode)
-    with Counting(LOOPED_MOE) as seen:
-        objective(model, tokens_of()).backward()
-    assert seen.calls == calls
 
 
 class Counting(TorchDispatchMode):
