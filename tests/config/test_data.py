@@ -168,6 +168,7 @@ def test_packed_documents_have_ids_and_no_label_crosses() -> None:
     data = TextData(corpus_of(np.array(text, np.uint16)), batch_size=1, seq_len=12, pack_documents=True)
     batch = data.batch(0)
     assert batch["doc_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2]]
+    assert batch["doc_ids"].dtype == np.int32
     assert batch["labels"].tolist() == [[65, 66, EOS, -100, 67, EOS, -100, 68, 69, 70, EOS, -100]]
     plain = TextData(corpus_of(np.array(text, np.uint16)), batch_size=1, seq_len=12).batch(0)
     assert plain["labels"].tolist() == [text[1:]]

@@ -345,6 +345,17 @@ def test_a_special_token_that_may_be_the_templates_own_or_the_texts_is_refused(t
         ChatTemplate(folder).encode(turns("a", "<s>"))
 
 
+def test_turns_of_which_the_template_shows_nothing_are_refused(tmp_path: Path) -> None:
+    """It takes no conversation that ends with a question, so that no turn's header is known either."""
+    template = (
+        "{% if messages[-1]['role'] != 'assistant' %}{{ raise_exception('no answer') }}{% endif %}"
+        "{% for message in messages %}{{ message['role'] }};{% endfor %}"
+    )
+    folder = tokenizer_folder(tmp_path / "tokenizer", template)
+    with pytest.raises(TemplateError, match="the turn of message 1 can't be told apart"):
+        ChatTemplate(folder).encode(turns("a", "one"))
+
+
 @pytest.mark.parametrize("template", [None, "bytes"])
 def test_without_a_chat_template_conversations_are_refused(template: str | None, tmp_path: Path) -> None:
     tokenizer = "bytes" if template == "bytes" else tokenizer_folder(tmp_path / "tokenizer", None)

@@ -18,7 +18,7 @@ from shared_config.errors import UserError
 from shared_config.parity.compare import HeatMap, compare_traces
 from shared_config.parity.plan import Finding
 from shared_config.parity.report import print_failures, report_page, write_report
-from shared_config.parity.report.plot import HEAT_RGB, LogAxis, error_plot, heat_picture, number, png
+from shared_config.parity.report.plot import HEAT_RGB, MAX_TICKS, LogAxis, error_plot, heat_picture, number, png
 from shared_config.parity.traces import Trace
 from tests.config.test_compare import DELTA, trace, values
 
@@ -195,6 +195,17 @@ def test_the_axis_is_logarithmic():
     assert equal_steps[0] < 0
     assert axis.y(0.0) > axis.y(1e-15)
     assert axis.y(np.inf) < axis.y(1e-12)
+
+
+@pytest.mark.parametrize("decades", [1, 5, 8, 9, 12, 17, 33, 300])
+def test_an_axis_has_a_handful_of_ticks_from_its_foot_on(decades: int):
+    axis = LogAxis([1.0, 10.0**-decades])
+    ticks = list(axis.ticks())
+    assert ticks[0] == axis.low
+    assert ticks[-1] <= axis.high < ticks[-1] + (ticks[1] - ticks[0])
+    assert len(ticks) <= MAX_TICKS + 1
+    finer = max(1, ticks[1] - ticks[0] - 1)
+    assert finer == ticks[1] - ticks[0] or (axis.high - axis.low) / finer > MAX_TICKS
 
 
 @pytest.mark.parametrize(

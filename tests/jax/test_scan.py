@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 from kempnerforge_jax.model.linear import UNDRAWN
-from kempnerforge_jax.model.scan import layer_groups
+from kempnerforge_jax.model.scan import _periodic, layer_groups
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.training import train
 from shared_config.data import open_data
@@ -101,6 +103,27 @@ def test_what_is_computed_again_is_not_merged_with_what_was(scanned: bool) -> No
     program = jax.make_jaxpr(lambda: model.run(tokens, remat=True, scan_layers=scanned).logits)()
     found = [e.params["prevent_cse"] for e in equations(program.jaxpr) if "prevent_cse" in e.params]
     assert found == [not scanned] * (1 if scanned else MODEL.n_layers)
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=14))
+def test_stacks_are_the_longest_repetitions(kinds: list[int]) -> None:
+    """By trial of every period at every place; layers of a stack are alike, and each layer is in one."""
+    first, expected = 0, []
+    while first < len(kinds):
+        reach = {}
+        for period in range(1, (len(kinds) - first) // 2 + 1):
+            times = 1
+            while kinds[first : first + period] == kinds[first + times * period : first + (times + 1) * period]:
+                times += 1
+            reach[period] = times * period if times > 1 else 0
+        longest = max(reach.values(), default=0)
+        period = min(p for p, length in reach.items() if length == longest) if longest else 1
+        expected += [range(first + place, first + (longest or 1), period) for place in range(period)]
+        first += longest or 1
+    groups = _periodic(list(range(len(kinds))), kinds)
+    assert groups == expected
+    assert sorted(layer for group in groups for layer in group) == list(range(len(kinds)))
+    assert all(len({kinds[layer] for layer in group}) == 1 for group in groups)
 
 
 def test_stacks_hold_neighbours_only() -> None:
