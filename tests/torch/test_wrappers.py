@@ -23,13 +23,17 @@ from kempnerforge_torch.model.hooks import ActivationStore, activation_names, ca
 from kempnerforge_torch.model.init import init_weights
 from kempnerforge_torch.model.state import get_state, set_state, to_numpy
 from kempnerforge_torch.model.transformer import Transformer
+from kempnerforge_torch.model.vlm import build_vlm_wrapper
 from kempnerforge_torch.training.freeze import freeze_params, frozen_parameters
 from shared_config.contract.parameters import parameter_table
 from shared_config.errors import UserError
 from shared_config.interchange.huggingface import load_huggingface, save_huggingface
 from shared_config.interchange.states import plain_name
 from shared_config.interchange.weights import load_weights, save_weights
+from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.model import ModelConfig
+from shared_config.schema.vision import VisionEncoderConfig
+from shared_config.schema.vlm import JointDecoderConfig
 
 CONFIG = ModelConfig(
     dim=16, n_layers=2, n_heads=2, vocab_size=32, max_seq_len=16, ffn_hidden_dim=16, num_experts=2, moe_frequency=2
@@ -132,6 +136,19 @@ def test_hooks_see_the_parts_of_a_model_that_was_compiled_and_run_before(wrap):
         assert sorted(activations) == sorted(LAYERS)
         model(TOKENS)
     assert plain_name("module._orig_mod.layers.0.module.attention") == "layers.0.attention"
+
+
+@pytest.mark.parametrize("wrap", sorted(WRAPS))
+def test_a_wrapped_model_continues_pictures(wrap):
+    vision = VisionEncoderConfig(type="random", feature_dim=6, num_tokens=2, image_size=2)
+    config = CONFIG.replace(num_experts=0, moe_frequency=1)
+    plain = build_vlm_wrapper(config, vision, AdapterConfig(type="linear"), JointDecoderConfig(max_text_len=8)).eval()
+    pixels = np.random.default_rng(0).uniform(-1, 1, (2, 3, 2, 2)).astype(np.float32)
+    model = WRAPS[wrap](copy.deepcopy(plain)).eval()
+    expected = generate(plain, TOKENS, 3, seed=1, pixel_values=pixels)
+    assert torch.equal(generate(model, TOKENS, 3, seed=1, pixel_values=pixels), expected)
+    with pytest.raises(ValueError, match="pixel_values is given: model = Transformer has no encoder"):
+        generate(WRAPS[wrap](plain_model()), TOKENS, 3, pixel_values=pixels)
 
 
 def test_a_wrapper_is_compiled_again_after_the_hooks_are_gone():
