@@ -95,7 +95,7 @@ MOE_MUTANTS = (
     Mutant(
         "model.transformer", "counts of the last micro-batch only",
         ("added(self._pending_counts, self.get_expert_counts())", "self.get_expert_counts()"),
-        ('added(self.kept("pending", {}), {i', "added({}, {i"),
+        ('added(self.kept("pending", {}), counts)', "added({}, counts)"),
     ),
     Mutant(
         "model.transformer", "counts of earlier steps again",

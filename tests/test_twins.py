@@ -161,8 +161,6 @@ DIFFERENCES = {
         "gradients_of": "jax: micro-batches are scanned within the compiled step",
     },
     "training/terms.py": {
-        "router_key": "torch: a router has one layer",
-        "router_keys": "jax: the routers of stacked layers have several",
         "summed": "torch: sums on the host; in JAX part of the compiled step",
     },
     "training/train.py": {

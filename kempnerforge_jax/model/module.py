@@ -39,6 +39,9 @@ class Table(nnx.Variable[jax.Array]):
 class Module(nnx.Module):
     """Base of all modules: subclasses define ``forward``."""
 
+    deterministic = False
+    """Whether `eval` was called last, rather than `train`."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.forward(*args, **kwargs)
         for observe in _observers.get():

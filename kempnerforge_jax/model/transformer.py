@@ -15,6 +15,7 @@ from flax import nnx
 from kempnerforge_jax.model import cross_attention, moma, mot
 from kempnerforge_jax.model.architecture import Architecture, Modules
 from kempnerforge_jax.model.attention import KVCache, self_attention_mask
+from kempnerforge_jax.model.balancing import balance
 from kempnerforge_jax.model.block import TransformerBlock as TransformerBlock
 from kempnerforge_jax.model.checks import check_axes
 from kempnerforge_jax.model.embedding import OutputHead, TokenEmbedding
@@ -28,6 +29,7 @@ from kempnerforge_jax.model.stats import TransformerOutput, added, counts_of, ro
 from kempnerforge_jax.model.stream import check_inputs, check_stream
 from kempnerforge_jax.model.wrappers import plain_modules
 from kempnerforge_jax.registry import registry
+from shared_config.contract.routing import by_router
 from shared_config.registry import declared_names
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import VLMConfig
@@ -105,7 +107,9 @@ class Transformer(Module):
             limit_capacity=limit_capacity,
         )
         self.keep(stats=output.stats)
-        self.keep(pending=added(self.kept("pending", {}), {i: counts_of(stats) for i, stats in output.stats.items()}))
+        if not self.deterministic:
+            counts = {layer: counts_of(stats) for layer, stats in output.stats.items()}
+            self.keep(pending=added(self.kept("pending", {}), counts))
         return output.logits if kv_caches is None else (output.logits, output.kv_caches)
 
     def run(
@@ -179,13 +183,9 @@ class Transformer(Module):
 
         Args:
             counts: as `get_expert_counts` gives them, summed over all micro-batches and ranks; None means those of the
-                calls outside jit since the last update, on this process.
+                calls outside jit since the last update, on this process, but for those after `eval`.
         """
-        by_layer: dict[int, Any] = self.kept("pending", {}) if counts is None else counts
-        for path, router in self._having("update_bias"):
-            _, layer, _, *modality, _ = path.split(".")
-            if int(layer) in by_layer:
-                router.update_bias(by_layer[int(layer)][modality[-1]] if modality else by_layer[int(layer)])
+        balance(self, by_router(self.kept("pending", {}) if counts is None else counts))
         self.keep(pending={})
 
     def get_moe_aux_loss(self) -> jax.Array:

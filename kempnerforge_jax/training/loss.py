@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from kempnerforge_jax.model.checks import check_ids, check_shape, wide
 from shared_config.contract.labels import IGNORED
+from shared_config.contract.routing import by_router
 
 
 def cross_entropy(logits_BSV: jax.Array, labels_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -54,12 +55,7 @@ def router_losses(stats: Mapping[int, Any]) -> tuple[jax.Array | float, jax.Arra
 
 def router_stats(stats: Mapping[int, Any]) -> list[Any]:
     """The stats of each router, layer by layer: one per layer, or one per modality."""
-    return list(_routers(stats))
-
-
-def _routers(stats: Mapping[int, Any]) -> Iterator[Any]:
-    for layer_stats in stats.values():
-        yield from layer_stats.values() if isinstance(layer_stats, dict) else [layer_stats]
+    return list(by_router(stats).values())
 
 
 @jax.checkpoint

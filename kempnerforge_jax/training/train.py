@@ -19,8 +19,9 @@ from flax import nnx
 from rich.console import Console
 
 from kempnerforge_jax.device import find_device, process_count
+from kempnerforge_jax.model.balancing import balance
 from kempnerforge_jax.model.build import build_model
-from kempnerforge_jax.model.module import named_modules, named_variables
+from kempnerforge_jax.model.module import named_variables
 from kempnerforge_jax.model.router import training_progress
 from kempnerforge_jax.model.state import get_state, merge, set_state, split
 from kempnerforge_jax.training.loss import cross_entropy
@@ -38,9 +39,10 @@ from kempnerforge_jax.training.optimizer import (
 )
 from kempnerforge_jax.training.profile import profile, step_span
 from kempnerforge_jax.training.scheduler import build_schedule
-from kempnerforge_jax.training.terms import model_inputs, router_keys, routing_metrics, taken_metric
+from kempnerforge_jax.training.terms import model_inputs, routing_metrics, taken_metric
 from shared_config.contract.freeze import effective_freeze, frozen_names, moments_under, never_trained
 from shared_config.contract.labels import label_count
+from shared_config.contract.routing import RouterId
 from shared_config.contract.vision import job_table
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
@@ -250,28 +252,16 @@ def _balanced(
     recipe: Recipe,
     parameters: Arrays,
     buffers: Arrays,
-    counts: Mapping[str, jax.Array],
+    counts: Mapping[RouterId, jax.Array],
     progress: jax.Array,
     taken: jax.Array | None,
 ) -> Arrays:
     """The buffers, with those of routers that balance moved by the choices of the whole step, unless it is left out."""
     if not counts:
         return buffers
-    modules = named_modules(merge(recipe.graphdef, parameters, buffers))
-    routers = {path: module for path, module in modules if hasattr(module, "update_bias")}
-    moved = dict(buffers)
-    for path, module in routers.items():
-        router: Any = module
-        keys = router_keys(path)
-        router.update_bias(counts[keys[0]] if len(keys) == 1 else jnp.stack([counts[key] for key in keys]), progress)
-        moved |= {
-            f"{path}.{name}": variable.get_value()
-            for name, variable in named_variables(router)
-            if f"{path}.{name}" in buffers
-        }
-    if taken is not None:
-        moved = {name: jnp.where(taken, array, buffers[name]) for name, array in moved.items()}
-    return moved
+    model = merge(recipe.graphdef, parameters, buffers)
+    balance(model, counts, progress, taken)
+    return {name: variable.get_value() for name, variable in named_variables(model) if name in buffers}
 
 
 def trained_parameters(masters: Mapping[str, Any], config: JobConfig) -> dict[str, Any]:

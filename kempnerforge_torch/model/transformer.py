@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kempnerforge_torch.model import cross_attention, moma, mot
 from kempnerforge_torch.model.architecture import Architecture, Modules
 from kempnerforge_torch.model.attention import KVCache, self_attention_mask
+from kempnerforge_torch.model.balancing import balance
 from kempnerforge_torch.model.block import TransformerBlock as TransformerBlock
 from kempnerforge_torch.model.checks import check_axes
 from kempnerforge_torch.model.embedding import OutputHead, TokenEmbedding
@@ -26,6 +27,7 @@ from kempnerforge_torch.model.stats import TransformerOutput, added, counts_of, 
 from kempnerforge_torch.model.stream import check_inputs, check_stream
 from kempnerforge_torch.model.wrappers import plain_modules, unwrap
 from kempnerforge_torch.registry import registry
+from shared_config.contract.routing import by_router
 from shared_config.registry import declared_names
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import VLMConfig
@@ -151,11 +153,7 @@ class Transformer(nn.Module):
             counts: as `get_expert_counts` gives them, summed over all micro-batches and ranks; None means those of the
                 forwards in training mode since the last update, on this rank.
         """
-        by_layer: dict[int, Any] = self._pending_counts if counts is None else counts
-        for path, router in self._having("update_bias"):
-            _, layer, _, *modality, _ = path.split(".")
-            if int(layer) in by_layer:
-                router.update_bias(by_layer[int(layer)][modality[-1]] if modality else by_layer[int(layer)])
+        balance(self, by_router(self._pending_counts if counts is None else counts))
         self._pending_counts = {}
 
     def get_moe_aux_loss(self) -> Tensor:

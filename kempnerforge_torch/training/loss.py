@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, V vocabulary, N = B*S positions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kempnerforge_torch.model.checks import check_ids, check_shape
 from shared_config.contract.labels import IGNORED
+from shared_config.contract.routing import by_router
 
 CHUNK_ELEMENTS = 2**26
 """Logits that are widened at a time: 256 MiB in float32."""
@@ -70,12 +71,7 @@ def router_losses(stats: Mapping[int, Any]) -> tuple[Tensor | float, Tensor | fl
 
 def router_stats(stats: Mapping[int, Any]) -> list[Any]:
     """The stats of each router, layer by layer: one per layer, or one per modality."""
-    return list(_routers(stats))
-
-
-def _routers(stats: Mapping[int, Any]) -> Iterator[Any]:
-    for layer_stats in stats.values():
-        yield from layer_stats.values() if isinstance(layer_stats, dict) else [layer_stats]
+    return list(by_router(stats).values())
 
 
 def _summed(logits_NV: Tensor, labels_N: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kempnerforge_torch.model.modality import ModalityContext
+from shared_config.contract.routing import RouterId, by_router
 
 
 class Terms(NamedTuple):
@@ -21,7 +22,7 @@ class Terms(NamedTuple):
     aux_loss: Any
     z_loss: Any
     entropy: Any
-    expert_counts: dict[str, Any]
+    expert_counts: dict[RouterId, Any]
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,21 +35,9 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-def expert_counts(stats: Mapping[int, Any]) -> dict[str, Any]:
-    """The choices of each expert by router: "3" for layer 3, "3.image" where each modality has a router."""
-    counts: dict[str, Any] = {}
-    for layer, layer_stats in stats.items():
-        routers = layer_stats if isinstance(layer_stats, dict) else {"": layer_stats}
-        counts |= {f"{layer}.{name}".rstrip("."): router.expert_counts for name, router in routers.items()}
-    return counts
-
-
-def router_key(path: str) -> str:
-    """The key in `expert_counts` of a router by its path, "layers.3.mlp.router" or
-    "layers.3.mlp.experts.image.router". The model may lie within another.
-    """
-    layer, _, *modality, _ = path.partition("layers.")[2].split(".")
-    return ".".join([layer, *modality[-1:]])
+def expert_counts(stats: Mapping[int, Any]) -> dict[RouterId, Any]:
+    """The choices of each expert, by router."""
+    return {router_id: router.expert_counts for router_id, router in by_router(stats).items()}
 
 
 def summed(terms: Sequence[Terms]) -> Terms:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from kempnerforge_torch.device import find_device, process_count
+from kempnerforge_torch.model.balancing import balance
 from kempnerforge_torch.model.build import build_model
 from kempnerforge_torch.model.state import get_state, own_tensors, set_state, to_numpy
 from kempnerforge_torch.model.vlm import inner_transformer
-from kempnerforge_torch.model.wrappers import plain_modules
 from kempnerforge_torch.training.blocks import checkpoint_activations, compile_blocks
 from kempnerforge_torch.training.freeze import apply_freeze_specs
 from kempnerforge_torch.training.loss import cross_entropy
@@ -38,7 +38,6 @@ from kempnerforge_torch.training.scheduler import build_schedule
 from kempnerforge_torch.training.terms import (
     Terms,
     model_inputs,
-    router_key,
     routing_metrics,
     summed,
     taken_metric,
@@ -134,7 +133,7 @@ class Trainer:
             terms = [self._differentiate(batch, max(count, 1), len(micro_batches)) for batch in micro_batches]
             total = summed(terms)
             norm, taken = self._update(lr, total.loss)
-            self._balance(total.expert_counts, taken)
+            balance(self.model, total.expert_counts, taken=taken)
         self.updates += 1
         metrics = {"loss": total.loss, "grad_norm": norm, **routing_metrics(total), **taken_metric(taken)}
         return {**metrics, "lr": lr, "tokens": count}
@@ -220,16 +219,6 @@ class Trainer:
         if vlm is not None:
             specs = effective_freeze(self.updates, vlm.freeze, vlm.freeze_schedule)
             apply_freeze_specs(self.model, specs, vlm.module_patterns)
-
-    def _balance(self, counts: Mapping[str, Tensor], taken: Tensor | None) -> None:
-        """Let routers that balance move their buffers by the choices of the whole step, unless it is left out."""
-        routers = {path: module for path, module in plain_modules(self.model).items() if hasattr(module, "update_bias")}
-        for path, router in routers.items():
-            before = {} if taken is None else {name: buffer.clone() for name, buffer in router.named_buffers()}
-            cast(Any, router).update_bias(counts[router_key(path)])
-            if taken is not None:
-                for name, buffer in router.named_buffers():
-                    buffer.copy_(torch.where(taken, buffer, before[name]))
 
 
 def trained_parameters(masters: Mapping[str, Any], config: JobConfig) -> dict[str, Any]:

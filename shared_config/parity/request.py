@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from shared_config.contract.initialise import initial_value, state_hash
+from shared_config.contract.routing import router_ids
 from shared_config.contract.vision import job_table
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import installed_versions
@@ -37,9 +37,6 @@ WHOLE = "whole"
 """All tokens at once, without a cache."""
 DTYPES = ("float64", "float32", "bfloat16")
 WEIGHTS = ("validation", "init")
-
-ROUTER = re.compile(r"(.*layers\.\d+)\.[^.]+(?:\.experts)?(\.[^.]+)?\.router")
-"""Path of a router: its layer and, if the layer has one for each, its modality."""
 
 
 @dataclass(frozen=True)
@@ -263,10 +260,9 @@ def _with_logits(only: Sequence[str], config: JobConfig) -> tuple[str, ...]:
 def routing_names(modules: Iterable[str], fields: Sequence[str]) -> Iterator[str]:
     """Names of what the routers among the modules decide, in a trace."""
     for module in modules:
-        found = ROUTER.fullmatch(module)
-        if found:
+        for router_id in router_ids(module):
             yield f"{module}.indices"
-            yield from (f"{found[1]}{found[2] or ''}.{name}" for name in fields)
+            yield from (f"{module.partition('layers.')[0]}layers.{router_id}.{name}" for name in fields)
 
 
 def _listed(layers: tuple[int, ...] | None) -> list[int] | None:

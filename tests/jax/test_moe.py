@@ -267,6 +267,8 @@ def test_bias_moves_once_by_the_counts_of_all_micro_batches() -> None:
     tokens, run = tokens_of(shape=(4, 9)), jax.jit(told.run)
     for part in jnp.split(tokens, 2):
         parts(part)
+    parts.eval()
+    parts(tokens_of())
     parts.update_moe_bias()
     told.update_moe_bias({layer: stats.expert_counts for layer, stats in run(tokens).stats.items()})
     for router, expected in zip(routers_of(parts), routers_of(told), strict=True):

@@ -14,6 +14,7 @@ from flax import nnx
 
 from kempnerforge_torch.model import moma as torch_moma
 from shared_config.contract.noise import image_noise
+from shared_config.contract.routing import RouterId, router_ids
 from shared_config.interchange.activations import read_activations
 from shared_config.registry import temporary
 from shared_config.schema.adapter import AdapterConfig
@@ -293,10 +294,10 @@ def test_the_router_of_each_modality_is_balanced_by_its_own_counts(
     model = backend.build(backend.module("model.transformer").Transformer, CONFIG, vlm_config=vlm)
     model.update_moe_bias({1: {"image": "counts of 2", "text": "counts of 3"}})
     assert moved == {2: "counts of 2", 3: "counts of 3"}
-    keys = backend.module("training.terms")
-    key = keys.router_key if backend.name == "torch" else lambda path: keys.router_keys(path)[0]
     paths = ("layers.1.mlp.router", "layers.1.mlp.image.router", "transformer.layers.1.mlp.experts.image.router")
-    assert [key(path) for path in paths] == ["1", "1.image", "1.image"]
+    assert [router_ids(path) for path in paths] == [[(1, "")], [(1, "image")], [(1, "image")]]
+    assert [router_ids(path) for path in ("layers.1.mlp", "layers.1.mlp.router.gate", "router")] == [[], [], []]
+    assert [str(router) for router in (RouterId(1), RouterId(1, "image"))] == ["1", "1.image"]
 
 
 @on_both

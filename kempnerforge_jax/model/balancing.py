@@ -1,0 +1,45 @@
+"""The balance of experts outside the forward: biases of routers move by the counts of whole steps.
+
+Shapes: E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kempnerforge_jax.model.module import named_variables
+from kempnerforge_jax.model.scan import layer_range
+from kempnerforge_jax.model.wrappers import plain_modules
+from shared_config.contract.routing import RouterId, router_ids, router_place
+
+
+def balance(
+    model: nnx.Module, counts: Mapping[RouterId, jax.Array], progress: Any = None, taken: jax.Array | None = None
+) -> None:
+    """Let the routers that balance move their buffers by the choices of one optimiser step.
+
+    Args:
+        counts: (E,) of each router, summed over all micro-batches and ranks; a router without counts stays.
+        progress: the share of the training that is done; None: as `set_moe_step` told.
+        taken: bool (), False where the step was left out: nothing moves then.
+    """
+    told = () if progress is None else (progress,)
+    for path, module in plain_modules(model).items():
+        router: Any = module
+        place = router_place(path)
+        if place is None or not hasattr(router, "update_bias"):
+            continue
+        ids = router_ids(path, layer_range(place[0]))
+        if not all(router_id in counts for router_id in ids):
+            continue
+        own = [counts[router_id] for router_id in ids]
+        before = [(variable, variable.get_value()) for _, variable in named_variables(router)]
+        router.update_bias(own[0] if len(own) == 1 else jnp.stack(own), *told)
+        if taken is not None:
+            for variable, value in before:
+                variable.set_value(jnp.where(taken, variable.get_value(), value))

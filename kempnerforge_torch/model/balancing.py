@@ -1,0 +1,41 @@
+"""The balance of experts outside the forward: biases of routers move by the counts of whole steps.
+
+Shapes: E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kempnerforge_torch.model.wrappers import plain_modules
+from shared_config.contract.routing import RouterId, router_ids
+
+
+@torch.no_grad()
+def balance(
+    model: nn.Module, counts: Mapping[RouterId, Tensor], progress: Any = None, taken: Tensor | None = None
+) -> None:
+    """Let the routers that balance move their buffers by the choices of one optimiser step.
+
+    Args:
+        counts: (E,) of each router, summed over all micro-batches and ranks; a router without counts stays.
+        progress: the share of the training that is done; None: as `set_moe_step` told.
+        taken: bool (), False where the step was left out: nothing moves then.
+    """
+    told = () if progress is None else (progress,)
+    for path, module in plain_modules(model).items():
+        router: Any = module
+        if not hasattr(router, "update_bias"):
+            continue
+        for router_id in router_ids(path):
+            if router_id not in counts:
+                continue
+            before = {} if taken is None else {name: buffer.clone() for name, buffer in router.named_buffers()}
+            router.update_bias(counts[router_id], *told)
+            if taken is not None:
+                for name, buffer in router.named_buffers():
+                    buffer.copy_(torch.where(taken, buffer, before[name]))
