@@ -91,3 +91,12 @@ def test_a_stage_without_embedding_takes_the_stream_and_no_tokens(backend: Torch
         model(backend.array(np.zeros((1, 2, 4), np.int32)))
     with pytest.raises(ValueError, match=r"tokens\.shape = \(1, 2\): must be \(batch, length, dim\)"):
         model(backend.array(np.zeros((1, 2), np.float32)))
+
+
+@on_both
+def test_a_model_takes_no_more_positions_than_it_has(backend: Torch) -> None:
+    config = ModelConfig(dim=4, n_layers=1, n_heads=1, vocab_size=5, ffn_hidden_dim=4, max_seq_len=4)
+    model = backend.build(backend.module("model.transformer").Transformer, config, dtype="float32")
+    assert model(backend.array(np.zeros((1, 4), np.int32))).shape == (1, 4, 5)
+    with pytest.raises(ValueError, match=r"sequence length = 5: must be at most max_seq_len = 4"):
+        model(backend.array(np.zeros((1, 5), np.int32)))

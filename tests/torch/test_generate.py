@@ -112,6 +112,14 @@ def test_one_compiled_step_serves_all_prompts(device: str, monkeypatch: pytest.M
     assert len(graphs) == 1
 
 
+def test_the_last_chunk_of_a_prompt_is_filled_up() -> None:
+    """What fills it up, beyond all prompts, is sent to no expert."""
+    torch.manual_seed(0)
+    model, prompts = Transformer(CONFIG), [list(range(1, 19)) + [3, 4], [5]]
+    whole = generate(model, prompts, 3, temperature=0.0)
+    assert torch.equal(generate(model, prompts, 3, temperature=0.0, prefill_chunk=16), whole)
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_step_changes_static_caches_where_they_are(window: int | None) -> None:
     """A recorded step knows addresses, not names."""
