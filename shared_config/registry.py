@@ -7,11 +7,15 @@ give its entries of the parameter table, from which it is initialised, counted, 
     declare("norm", "scaled", parameters=lambda config: {"gain": ParameterSpec((1,), Constant(1.0), (None,))})
     torch_registry.register("norm", "scaled")(ScaledNorm)
     jax_registry.register("norm", "scaled")(JaxScaledNorm)
+
+What an optimizer is: `kempnerforge_torch.training.optimizer` and its twin.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -33,6 +37,8 @@ class Declaration:
 
 
 _tables: list[dict[str, Any]] = []
+_before: list[dict[int, dict[str, Any]]] = []
+"""Of each `temporary` that is open, the outermost first, what it puts back: by the id of a table."""
 
 
 def named_table(items: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -55,6 +61,7 @@ _declared: dict[str, dict[str, Declaration]] = {
     "vision_encoder": _built_in("random", "siglip2", "clip", "vit"),
     "adapter": _built_in("mlp_2layer", "linear", "avgpool", "attentional_pool"),
     "modality_strategy": _built_in("joint_decoder", "cross_attention", "mot", "moma"),
+    "optimizer": _built_in("adamw"),
 }
 
 PARAMETERS_OF = ("model", "architecture", "norm", "mlp", "router", "vision_encoder", "adapter")
@@ -118,17 +125,37 @@ def declared_names(category: str) -> tuple[str, ...]:
     return tuple(sorted(_declared.get(category, ())))
 
 
+def import_declared(category: str, package: str) -> None:
+    """Import the modules of a package that are called as what is declared in a category, so that they register it."""
+    for name in declared_names(category):
+        if name.isidentifier() and importlib.util.find_spec(f"{package}.{name}") is not None:
+            importlib.import_module(f"{package}.{name}")
+
+
+def import_backends() -> None:
+    """Import the backends that are installed, so that what they register is declared, for good."""
+    known = {id(table): set(table) for table in _tables}
+    for framework in ("torch", "jax"):
+        package = f"kempnerforge_{framework}"
+        if all(importlib.util.find_spec(needed) is not None for needed in (framework, package)):
+            importlib.import_module(f"{package}.training.train")
+    for kept in _before:
+        for table in _tables:
+            new = {name: item for name, item in table.items() if name not in known.get(id(table), ())}
+            kept.setdefault(id(table), {}).update(new)
+
+
 @contextlib.contextmanager
 def temporary() -> Iterator[None]:
     """What is registered or declared inside, in whichever registry, is forgotten on leaving."""
-    before = {id(table): dict(table) for table in _tables}
+    _before.append({id(table): dict(table) for table in _tables})
     try:
         yield
     finally:
+        kept = _before.pop()
         for table in _tables:
-            kept = before.get(id(table), {})
             table.clear()
-            table.update(kept)
+            table.update(kept.get(id(table), {}))
 
 
 class UnknownNameError(ConfigError, KeyError):

@@ -127,6 +127,7 @@ DIFFERENCES = {
         "Arrays": "jax: name of a type",
         "FOUND_INF": "torch: how its AdamW is told to leave a step out; JAX selects values",
         "MOMENTS": "torch: names of the moments in its AdamW",
+        "adamw(groups)": "torch: an optimiser holds its parameters",
         "OptimizerState": "jax: name of a type",
         "get_optimizer_state(optimizer)": "torch: the optimiser holds its state, by tensor",
         "get_optimizer_state(parameters)": "torch: the optimiser holds its state, by tensor",
@@ -235,7 +236,7 @@ def test_every_reason_says_whose_it_is() -> None:
 
 
 def test_the_same_builders_are_registered() -> None:
-    categories = ("model", "architecture", "norm", "mlp", "router", "adapter", "vision_encoder")
+    categories = ("model", "architecture", "norm", "mlp", "router", "adapter", "vision_encoder", "optimizer")
     registered = {backend: registered_in(backend, categories) for backend in BACKENDS}
     assert registered["torch"] == registered["jax"]
     assert all(registered["torch"].values())

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kempnerforge_jax.model import cross_attention, moma, mot
 from kempnerforge_jax.model.architecture import Architecture, Modules
 from kempnerforge_jax.model.attention import KVCache, self_attention_mask
 from kempnerforge_jax.model.balancing import balance
@@ -30,12 +29,11 @@ from kempnerforge_jax.model.stream import check_inputs, check_stream
 from kempnerforge_jax.model.wrappers import plain_modules
 from kempnerforge_jax.registry import registry
 from shared_config.contract.routing import by_router
-from shared_config.registry import declared_names
+from shared_config.registry import declared_names, import_declared
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import VLMConfig
 
-ARCHITECTURES = (cross_attention, moma, mot)
-"""Modules that register theirs when they are imported."""
+import_declared("architecture", "kempnerforge_jax.model")
 
 
 @registry.register("model", "transformer")

@@ -119,11 +119,14 @@ class CrossAttentionStrategy(ModalityStrategy):
 
 
 def build_modality_strategy(vlm: VLMConfig) -> ModalityStrategy:
-    """The strategy registered under the config's ``arch``.
+    """The strategy registered under the config's ``arch``; of an architecture without one, that of the joint decoder or
+    of cross-attention, by ``image_tokens_in_stream`` of the config.
 
     Raises:
         KeyError: "Unknown modality_strategy: ..." with the names that exist.
     """
+    if registry.has("architecture", vlm.arch) and not registry.has("modality_strategy", vlm.arch):
+        return JointDecoderStrategy(vlm) if vlm.image_tokens_in_stream else CrossAttentionStrategy(vlm)
     return registry.get("modality_strategy", vlm.arch)(vlm)
 
 

@@ -5,6 +5,10 @@
 
 t counts the updates of each parameter: what is frozen takes none. The decay acts where the parameter table says so.
 Checkpoints hold the moments as ``m.<parameter>`` and ``v.<parameter>``, the counts as ``t.<parameter>``.
+
+Another optimiser is registered in category "optimizer" under the name that ``optimizer.name`` gives. It is called with
+the config and gives an `optax.GradientTransformation` of one array, to whose steps the decay is added before they are
+subtracted times the learning rate; its state is an `optax.ScaleByAdamState`, of which it may use a part.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import optax
 
 from kempnerforge_jax.model.scan import layer_range
 from kempnerforge_jax.model.state import stack_layers, unstack_layers, unstack_shapes
+from kempnerforge_jax.registry import registry
 from shared_config.contract.specs import ParameterSpec, ParameterTable, check_names
 from shared_config.schema.optimizer import OptimizerConfig
 
@@ -36,11 +41,17 @@ def build_optimizer(
     What it gives is to be subtracted times the learning rate, see `update`.
     """
     return optax.chain(
-        _adam(config),
+        _by_parameter(registry.get("optimizer", config.name)(config)),
         optax.add_decayed_weights(
             config.weight_decay, mask={name: parameter_spec(table, name).decay for name in parameters}
         ),
     )
+
+
+@registry.register("optimizer", "adamw")
+def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW, but for the decay."""
+    return optax.scale_by_adam(*config.betas, eps=config.eps, eps_root=0.0, mu_dtype=None, nesterov=False)
 
 
 def update(
@@ -134,15 +145,14 @@ def _moved(
     return jax.tree.map(lambda value, step: value - lr * step, parameters, steps), new_state
 
 
-def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adam that counts updates per parameter, and per layer of a stack."""
-    adam = optax.scale_by_adam(*config.betas, eps=config.eps, eps_root=0.0, mu_dtype=None, nesterov=False)
+def _by_parameter(own: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The transformation of each parameter by itself, and of each layer of a stack."""
 
     def init(parameters: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: _by_layer(adam.init, name)(parameter) for name, parameter in parameters.items()}
+        return {name: _by_layer(own.init, name)(parameter) for name, parameter in parameters.items()}
 
     def step(gradients: Arrays, state: dict[str, Any], parameters: Any = None) -> tuple[Arrays, dict[str, Any]]:
-        both = {name: _by_layer(adam.update, name)(array, state[name]) for name, array in gradients.items()}
+        both = {name: _by_layer(own.update, name)(array, state[name]) for name, array in gradients.items()}
         return {name: moved for name, (moved, _) in both.items()}, {name: new for name, (_, new) in both.items()}
 
     return optax.GradientTransformation(init, step)  # type: ignore[arg-type]

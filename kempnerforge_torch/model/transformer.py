@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kempnerforge_torch.model import cross_attention, moma, mot
 from kempnerforge_torch.model.architecture import Architecture, Modules
 from kempnerforge_torch.model.attention import KVCache, self_attention_mask
 from kempnerforge_torch.model.balancing import balance
@@ -28,12 +27,11 @@ from kempnerforge_torch.model.stream import check_inputs, check_stream
 from kempnerforge_torch.model.wrappers import plain_modules, unwrap
 from kempnerforge_torch.registry import registry
 from shared_config.contract.routing import by_router
-from shared_config.registry import declared_names
+from shared_config.registry import declared_names, import_declared
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import VLMConfig
 
-ARCHITECTURES = (cross_attention, moma, mot)
-"""Modules that register theirs when they are imported."""
+import_declared("architecture", "kempnerforge_torch.model")
 
 
 @registry.register("model", "transformer")

@@ -5,6 +5,10 @@
 
 t counts the updates of each parameter: what is frozen takes none. The decay acts where the parameter table says so.
 Checkpoints hold the moments as ``m.<parameter>`` and ``v.<parameter>``, the counts as ``t.<parameter>``.
+
+Another optimiser is registered in category "optimizer" under the name that ``optimizer.name`` gives. It is called with
+groups of parameters, each with its ``weight_decay``, and the config; its state of a parameter is that of AdamW
+(``exp_avg``, ``exp_avg_sq`` and ``step``, which are there and 0 at the start), of which it may use a part.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kempnerforge_torch.model.state import assign
+from kempnerforge_torch.registry import registry
 from shared_config.contract.specs import ParameterTable, check_names
 from shared_config.schema.optimizer import OptimizerConfig
 
@@ -27,13 +32,23 @@ FOUND_INF = "found_inf"
 
 def build_optimizer(
     parameters: Mapping[str, Tensor], table: ParameterTable, config: OptimizerConfig
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """The optimiser of the named parameters, its moments 0; set its learning rate before each step."""
     decayed = [tensor for name, tensor in parameters.items() if table[name].decay]
     others = [tensor for name, tensor in parameters.items() if not table[name].decay]
-    on_cpu = all(tensor.device.type == "cpu" for tensor in parameters.values())
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = registry.get("optimizer", config.name)(groups, config)
+    for tensor in parameters.values():
+        optimizer.state[tensor] = _initial_state(tensor, fused=bool(optimizer.defaults.get("fused")))
+    return optimizer
+
+
+@registry.register("optimizer", "adamw")
+def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW of groups of parameters, fused unless all are on the CPU."""
+    on_cpu = all(tensor.device.type == "cpu" for group in groups for tensor in group["params"])
+    return torch.optim.AdamW(
+        groups,
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -44,18 +59,15 @@ def build_optimizer(
         foreach=on_cpu,
         fused=not on_cpu,
     )
-    for tensor in parameters.values():
-        optimizer.state[tensor] = _initial_state(tensor, fused=not on_cpu)
-    return optimizer
 
 
-def set_learning_rate(optimizer: torch.optim.AdamW, lr: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
-def update(optimizer: torch.optim.AdamW, lr: float, finite: Tensor | None = None) -> None:
+def update(optimizer: torch.optim.Optimizer, lr: float, finite: Tensor | None = None) -> None:
     """One step with the gradients of the parameters; where ``finite`` (a bool scalar) is false nothing changes.
 
     The device decides: the host does not wait for it.
@@ -63,6 +75,10 @@ def update(optimizer: torch.optim.AdamW, lr: float, finite: Tensor | None = None
     set_learning_rate(optimizer, lr)
     if finite is None or (finite.device.type == "cpu" and finite):
         optimizer.step()
+    elif finite.device.type != "cpu" and not isinstance(optimizer, torch.optim.AdamW):
+        before = _copies(optimizer)
+        optimizer.step()
+        _put(before, finite)
     elif finite.device.type != "cpu":
         setattr(optimizer, FOUND_INF, (~finite).to(torch.float32))
         optimizer.step()
@@ -70,8 +86,17 @@ def update(optimizer: torch.optim.AdamW, lr: float, finite: Tensor | None = None
 
 
 @torch.no_grad()
-def stays_finite(optimizer: torch.optim.AdamW, lr: float) -> Tensor:
-    """Whether the next step leaves parameters and moments finite, a bool scalar. One tensor is computed at a time."""
+def stays_finite(optimizer: torch.optim.Optimizer, lr: float) -> Tensor:
+    """Whether the next step leaves parameters and moments finite, a bool scalar. Of AdamW one tensor is computed at a
+    time; another optimiser takes the step, and what it changed is put back.
+    """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        before = _copies(optimizer)
+        set_learning_rate(optimizer, lr)
+        optimizer.step()
+        taken = torch.stack([tensor.isfinite().all().to(before[0][1].device) for tensor, _ in before]).all()
+        _put(before, torch.zeros_like(taken))
+        return taken
     finite = []
     for group in optimizer.param_groups:
         b1, b2 = group["betas"]
@@ -87,7 +112,7 @@ def stays_finite(optimizer: torch.optim.AdamW, lr: float) -> Tensor:
     return torch.stack(finite).all()
 
 
-def get_optimizer_state(optimizer: torch.optim.AdamW, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def get_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Moments (the tensors of the optimiser themselves) and counts of updates (int32 scalars) by name."""
     moments = {
         f"{moment}.{name}": optimizer.state[tensor][key]
@@ -99,7 +124,7 @@ def get_optimizer_state(optimizer: torch.optim.AdamW, parameters: Mapping[str, T
 
 
 def set_optimizer_state(
-    optimizer: torch.optim.AdamW, parameters: Mapping[str, Tensor], state: Mapping[str, Any], step: int
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], state: Mapping[str, Any], step: int
 ) -> None:
     """Copy moments and counts (tensors or NumPy arrays) into the optimiser; counts that are not given are ``step``.
 
@@ -139,3 +164,17 @@ def _initial_state(tensor: Tensor, fused: bool) -> dict[str, Tensor]:
     device = tensor.device if fused else torch.device("cpu")
     moments = {key: torch.zeros_like(tensor, requires_grad=False) for key in MOMENTS.values()}
     return {"step": torch.zeros((), dtype=torch.float32, device=device), **moments}
+
+
+def _copies(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
+    """What a step changes, parameters first, each with a copy of it."""
+    parameters = [tensor for group in optimizer.param_groups for tensor in group["params"] if tensor.grad is not None]
+    kept = [value for tensor in parameters for value in optimizer.state[tensor].values() if isinstance(value, Tensor)]
+    return [(tensor, tensor.detach().clone()) for tensor in (*parameters, *kept)]
+
+
+@torch.no_grad()
+def _put(before: list[tuple[Tensor, Tensor]], unless: Tensor) -> None:
+    """Give each tensor its former value, unless the bool scalar is true."""
+    for tensor, former in before:
+        tensor.copy_(torch.where(unless.to(tensor.device), tensor, former))
