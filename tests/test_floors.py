@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +78,14 @@ def test_files_are_short_enough_to_be_read() -> None:
     files = [file for package in packages for file in (ROOT / package).rglob("*.py")]
     lines = {str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
     assert not {file: count for file, count in lines.items() if count > MOST_LINES}
+
+
+@pytest.mark.parametrize("package", ["shared_config", "kempnerforge_torch", "kempnerforge_jax"])
+def test_what_is_asked_of_an_architecture_its_config_answers(package: str) -> None:
+    """So that a new one needs no branch of its own elsewhere."""
+    asked = re.compile(r"isinstance\([^()]*, \(?(MoT|MoMa|CrossAttention|JointDecoder)Config")
+    files = (ROOT / package).rglob("*.py")
+    assert not [str(file) for file in files if asked.search(file.read_text(encoding="utf-8"))]
 
 
 BACKEND_FILES = sorted(

@@ -20,7 +20,6 @@ from shared_config.contract.specs import ParameterSpec
 from shared_config.errors import ConfigError
 from shared_config.schema.distributed import DistributedConfig
 from shared_config.schema.job import JobConfig
-from shared_config.schema.vlm import CrossAttentionConfig, MoMaConfig, MoTConfig
 
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "ep", "tp")
 """From the outermost, whose devices are farthest apart, to the innermost."""
@@ -147,15 +146,12 @@ def _tensor_parallel(config: JobConfig, tp: int) -> Iterator[str]:
     """Widths and heads of modalities; a vocabulary may be cut unevenly."""
     model, vlm = config.model, config.vlm
     sizes: dict[str, int] = {}
-    if not isinstance(vlm, MoMaConfig):
+    if not config.experts_choose:
         sizes["model.ffn_hidden_dim"] = model.computed_ffn_hidden_dim
-    if model.is_moe or isinstance(vlm, MoMaConfig):
+    if config.has_routers:
         sizes["width of an expert"] = model.computed_expert_ffn_hidden_dim
-    if isinstance(vlm, MoTConfig):
-        _, sizes["vlm.mot_image_n_kv_heads"] = vlm.resolved_image_heads(model.n_heads, model.kv_heads)
-    if isinstance(vlm, CrossAttentionConfig):
-        heads, kv_heads = vlm.resolved_heads(model.n_heads)
-        sizes |= {"vlm.cross_attention_n_heads": heads, "vlm.cross_attention_n_kv_heads": kv_heads}
+    if vlm is not None:
+        sizes |= {f"vlm.{name}": heads for name, heads in vlm.own_heads(model).items()}
     yield from (f"distributed.tp = {tp}: must divide {name} = {size}" for name, size in sizes.items() if size % tp)
 
 

@@ -103,6 +103,10 @@ class VLMConfig(Section):
         """Key/value heads of a cache of the language model."""
         return model.kv_heads
 
+    def own_heads(self, model: ModelConfig) -> dict[str, int]:
+        """Numbers of heads that are not those of the language model, by field."""
+        return {}
+
     def layer_period(self, model: ModelConfig) -> int:
         """Layers after which what stands between them repeats itself."""
         return 1

@@ -64,6 +64,10 @@ class CrossAttentionConfig(VLMConfig, arch="cross_attention"):
             "cross_attention_head_dim": self.resolved_head_dim(model),
         }
 
+    def own_heads(self, model: ModelConfig) -> dict[str, int]:
+        heads, kv_heads = self.resolved_heads(model.n_heads)
+        return {"cross_attention_n_heads": heads, "cross_attention_n_kv_heads": kv_heads}
+
     def layer_period(self, model: ModelConfig) -> int:
         return self.cross_attention_every_n_layers
 
@@ -131,6 +135,9 @@ class MoTConfig(VLMConfig, arch="mot"):
     def resolved_with(self, model: ModelConfig) -> dict[str, Any]:
         heads, kv_heads = self.resolved_image_heads(model.n_heads, model.kv_heads)
         return {"mot_image_n_heads": heads, "mot_image_n_kv_heads": kv_heads}
+
+    def own_heads(self, model: ModelConfig) -> dict[str, int]:
+        return {"mot_image_n_kv_heads": self.resolved_image_heads(model.n_heads, model.kv_heads)[1]}
 
     def shrunk(self, model: ModelConfig, *, head_dim: int, experts: int) -> dict[str, Any]:
         return {

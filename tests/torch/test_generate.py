@@ -115,7 +115,7 @@ def test_one_compiled_step_serves_all_prompts(device: str, monkeypatch: pytest.M
 def test_the_last_chunk_of_a_prompt_is_filled_up() -> None:
     """What fills it up, beyond all prompts, is sent to no expert."""
     torch.manual_seed(0)
-    model, prompts = Transformer(CONFIG), [list(range(1, 19)) + [3, 4], [5]]
+    model, prompts = Transformer(CONFIG), [[*range(1, 19), 3, 4], [5]]
     whole = generate(model, prompts, 3, temperature=0.0)
     assert torch.equal(generate(model, prompts, 3, temperature=0.0, prefill_chunk=16), whole)
 
