@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import re
 import struct
@@ -260,3 +261,26 @@ def test_failures_are_printed_in_full_up_to_a_number():
     text = printed("loss", most=2)
     assert [name for name in NAMES if name in text] == list(NAMES[NAMES.index("loss") :][:2])
     assert "and 3 more" in text
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_few_tensors_need_no_plot(count):
+    tensors = {f"forward/x{place}": values(4, seed=place) for place in range(count)}
+    page = Page(report_page({"float64": compare_traces(trace(tensors), trace(tensors))}))
+    assert len(page.having("svg")) == (count >= 3)
+
+
+def test_limits_are_one_line_broken_where_there_is_none_and_failures_are_larger():
+    tensors = {f"forward/x{place}": values(4, seed=place) for place in range(5)}
+    wrong = {**tensors, "forward/x1": tensors["forward/x1"] + 1, "forward/x3": tensors["forward/x3"] * (1 + 1e-7)}
+    deltas = {"float32": dict.fromkeys(tensors, 1e-7)}
+    a, b = (trace(given, dtype="float32", deltas=deltas) for given in (tensors, wrong))
+    rows = compare_traces(a, b).rows
+    assert [row.ok for row in rows] == [True, False, True, True, True]
+    page = Page(error_plot(rows, "x"))
+    (path,) = page.having("path", "limit")
+    assert re.sub("[^MLH]", "", str(path["d"])) == "MH" + "LH" * 4
+    assert [float(str(dot["r"])) for dot in page.having("circle", "dot")] == [3, 4.5, 3, 3, 3]
+    unlimited = [rows[0], dataclasses.replace(rows[1], limit=0.0), *rows[2:4]]
+    (path,) = Page(error_plot(unlimited, "x")).having("path", "limit")
+    assert re.sub("[^MLH]", "", str(path["d"])) == "MHMHLH"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from shared_config.parity.tolerance import Cancellation, Scales, coarser, scale_of, step_sensitivity
+from shared_config.parity.validation import MOMENT_STEPS
 
 EPS32, EPS16 = 2.0**-24, 2.0**-8
 HALF, TWO, TINY = (np.full(4, value) for value in (0.5, 2.0, 1e-13))
@@ -94,6 +95,16 @@ def test_a_unit_of_a_gradient_moves_a_step_by_so_much() -> None:
     assert step_sensitivity(config, 1.0, 400) == pytest.approx(2 * step_sensitivity(config, 1.0, 100))
     assert step_sensitivity({**config, "train": {"grad_clip_norm": 0.0}}, 8.0, 1) == step_sensitivity(config, 1.0, 1)
     assert step_sensitivity(config, 0.0, 1) == step_sensitivity(config, 1.0, 1)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.5, 0.999), (0.0, 0.3)])
+def test_a_step_grows_with_a_gradient_as_adams_does(betas: tuple[float, float]) -> None:
+    """The moments after `MOMENT_STEPS` updates, and one more update with a gradient far smaller than they are."""
+    parameters, gradient, updates = 400, 1e-6, MOMENT_STEPS + 1
+    first, second = (1 - betas[0]) * gradient, betas[1] / parameters + (1 - betas[1]) * gradient**2
+    step = first / (1 - betas[0] ** updates) / math.sqrt(second / (1 - betas[1] ** updates))
+    found = step_sensitivity({"optimizer": {"betas": betas}, "train": {"grad_clip_norm": 0.0}}, 1.0, parameters)
+    assert found == pytest.approx(step / gradient, rel=1e-6)
 
 
 def test_scales_are_of_what_is_finite_and_the_coarser_dtype_counts() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from shared_config.errors import UserError
-from shared_config.interchange.activations import ActivationWriter, read_activations
+from shared_config.interchange.activations import ActivationWriter, read_activations, token_batches
 
 CHILD = """
 import sys, time
@@ -62,3 +62,13 @@ def test_pieces_of_another_shape_or_dtype_do_not_go_on(other: np.ndarray, tmp_pa
             writer.append({"norm": other})
         writer.append({"norm": np.ones((1, 3))})
     assert read_activations(path)["norm"].tolist() == [[0] * 3, [0] * 3, [1] * 3]
+
+
+def test_batches_of_samples_hold_large_ids() -> None:
+    samples = [np.array([1, 70_000]), {"input_ids": [3, 4], "attention_mask": [1, 0]}, [5, 6]]
+    (tokens, real), (last, nothing) = token_batches(samples, 2, None, 100_000)
+    assert tokens.dtype == last.dtype == np.int32
+    assert tokens.tolist() == [[1, 70_000], [3, 4]]
+    assert real is not None
+    assert real.tolist() == [[True, True], [True, False]]
+    assert (last.tolist(), nothing) == ([[5, 6]], None)
