@@ -154,3 +154,12 @@ def test_noise_does_not_let_experts_take_what_is_no_token(backend: Torch) -> Non
     weights, tokens = (backend.numpy(part) for part in router(*given))
     assert tokens[0].tolist() == [2, 1]
     np.testing.assert_allclose(weights[0], 1 / (1 + np.exp([8.0, 7.0])))
+
+
+@on_both
+def test_counts_are_added_in_new_dicts(backend: Torch) -> None:
+    add = backend.module("model.stats").added
+    total, counts = {0: 1, 1: {"image": 2}}, {0: 10, 1: {"image": 20, "text": 30}, 2: 40}
+    assert add(total, counts) == {0: 11, 1: {"image": 22, "text": 30}, 2: 40}
+    assert total == {0: 1, 1: {"image": 2}}
+    assert counts == {0: 10, 1: {"image": 20, "text": 30}, 2: 40}
