@@ -127,7 +127,7 @@ class Recorder:
         self.compute_dtype = DTYPES[request.dtype]
         self.master_dtype = jnp.float64 if request.dtype == EXACT else jnp.float32
         with self._bits():
-            model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
+            model = nnx.eval_shape(lambda: build_model(config, rngs=None))
             model.init_weights_and_freqs(request.seed)
             self.initial_hash = state_hash({name: to_numpy(array) for name, array in get_state(model).items()})
             self._graphdef, params, buffers = split(model)

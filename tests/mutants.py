@@ -125,7 +125,7 @@ MUTANTS = (
     Mutant(
         "model.embedding", "weights not tied",
         ("self.proj.weight = tied", "pass"),
-        ("self.proj(x, tied_weight)", "self.proj(x, None if tied_weight is None else 0.5 * tied_weight)"),
+        ("linear(x, tied_weight)", "linear(x, 0.5 * tied_weight)"),
     ),
     Mutant(
         "model.mlp", "gate and up swapped",

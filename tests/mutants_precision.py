@@ -105,17 +105,14 @@ PRECISION_MUTANTS = (
          "y_TD = jnp.zeros(x_TD.shape, x_TD.dtype)"),
     ),
     Mutant(
-        "model.embedding", "looked-up rows added up in their dtype",
-        ("        return _LookUp.apply(self.weight, input)", "        return super().forward(input)"), None,
-    ),
-    Mutant(
-        "model.linear", "looked-up rows added up in their dtype", None,
+        "model.linear", "looked-up rows added up in their dtype",
+        ("        return _LookUp.apply(self.weight, ids)", "        return super().forward(ids)"),
         ("jnp.zeros(weight_VD.shape, jnp.promote_types(dy.dtype, jnp.float32))",
          "jnp.zeros(weight_VD.shape, dy.dtype)"),
     ),
     Mutant(
         "model.linear", "gradient of a bias added up in its dtype", None,
-        ("y + broadcast(self.bias.get_value(), y.shape)", "y + self.bias.get_value()"),
+        ("y + broadcast(bias, y.shape)", "y + bias"),
     ),
     Mutant(
         "model.vision", "quick_gelu in the dtype of its input",

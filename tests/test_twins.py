@@ -15,8 +15,6 @@ IMPLIED = {"self", "cls", "rngs"}
 """Arguments that are not compared: JAX constructors are also given ``rngs``."""
 
 FILES = {
-    "model/matvec.py": "torch: its CPU libraries are slow at one vector; XLA writes its own loop",
-    "model/linear.py": "jax: torch has linear maps and lookup tables built in",
     "model/module.py": "jax: torch's modules have named walks, hooks and casts built in",
     "model/scan.py": "jax: stacks of layers bound compile time; torch compiles block by block",
 }
@@ -63,6 +61,7 @@ DIFFERENCES = {
         "KVCache(static)": "torch: eager shapes may follow the fill; in JAX all shapes are static",
         "KVCache.static": "torch: eager shapes may follow the fill; in JAX all shapes are static",
     },
+    "model/linear.py": {"broadcast": "jax: sums its gradient in float32; torch's sums do"},
     "model/modality.py": {
         "ARRAYS": "jax: the leaves of a context, which is a pytree",
         "ModalityContext.tree_flatten_with_keys": "jax: pytree",
@@ -75,9 +74,6 @@ DIFFERENCES = {
     },
     "model/mot.py": {
         "MoTAttention.kv_heads": "torch: kept for the views of each modality",
-    },
-    "model/router.py": {
-        "Gate.forward(weight)": "jax: overrides Linear.forward, which may be given a tied weight",
     },
     "model/request.py": {"inference": "torch: modules have a mode, and calls record gradients"},
     "model/sampling.py": {

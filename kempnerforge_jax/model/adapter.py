@@ -14,7 +14,7 @@ from flax import nnx
 
 from kempnerforge_jax.model.attention import attend
 from kempnerforge_jax.model.init import init_from_table
-from kempnerforge_jax.model.linear import Linear, draw_normal
+from kempnerforge_jax.model.linear import Linear
 from kempnerforge_jax.model.mlp import ACTIVATIONS
 from kempnerforge_jax.model.module import Module, named_modules
 from kempnerforge_jax.registry import registry
@@ -48,7 +48,7 @@ class VisionAdapter(Module):
         for _, layer in named_modules(self):
             if isinstance(layer, Linear) and layer.weight is not None:
                 shape = layer.weight.get_value().shape
-                layer.weight.set_value(draw_normal(rngs, shape) / math.sqrt(shape[1]))
+                layer.weight.set_value(jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(shape[1]))
                 if layer.bias is not None:
                     layer.bias.set_value(jnp.zeros(shape[:1], jnp.float32))
 
@@ -73,7 +73,8 @@ class MLP2LayerAdapter(VisionAdapter):
         self.activation = registry.check("activation", activation)
         self.proj1 = Linear(in_dim, hidden_dim, True, rngs=rngs)
         self.proj2 = Linear(hidden_dim, out_dim, True, rngs=rngs)
-        self.reset_parameters(rngs=rngs)
+        if rngs is not None:
+            self.reset_parameters(rngs=rngs)
 
     def forward(self, x: jax.Array) -> jax.Array:
         """(B, N, F) -> (B, N, D)."""
@@ -83,10 +84,11 @@ class MLP2LayerAdapter(VisionAdapter):
 class LinearAdapter(VisionAdapter):
     """proj(x)."""
 
-    def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs):
+    def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs | None):
         check_sizes(in_dim=in_dim, out_dim=out_dim)
         self.proj = Linear(in_dim, out_dim, True, rngs=rngs)
-        self.reset_parameters(rngs=rngs)
+        if rngs is not None:
+            self.reset_parameters(rngs=rngs)
 
     def forward(self, x: jax.Array) -> jax.Array:
         """(B, N, F) -> (B, N, D)."""
@@ -96,11 +98,12 @@ class LinearAdapter(VisionAdapter):
 class AvgPoolAdapter(VisionAdapter):
     """proj(mean of each window); a window that reaches over the edge averages its real cells."""
 
-    def __init__(self, in_dim: int, out_dim: int, pool_window: int = 2, *, rngs: nnx.Rngs):
+    def __init__(self, in_dim: int, out_dim: int, pool_window: int = 2, *, rngs: nnx.Rngs | None):
         check_sizes(in_dim=in_dim, out_dim=out_dim, pool_window=pool_window)
         self.pool_window = pool_window
         self.proj = Linear(in_dim, out_dim, True, rngs=rngs)
-        self.reset_parameters(rngs=rngs)
+        if rngs is not None:
+            self.reset_parameters(rngs=rngs)
 
     def output_num_tokens(self, num_input_tokens: int) -> int:
         """Windows over the grid; ``num_input_tokens`` must be a square."""
@@ -115,7 +118,7 @@ class AvgPoolAdapter(VisionAdapter):
 class AttentionalPoolAdapter(VisionAdapter):
     """In each window one query, its mean, attends to its cells (as in Molmo, Deitke et al. 2024, arXiv:2409.17146)."""
 
-    def __init__(self, in_dim: int, out_dim: int, pool_window: int = 2, pool_heads: int = 16, *, rngs: nnx.Rngs):
+    def __init__(self, in_dim: int, out_dim: int, pool_window: int = 2, pool_heads: int = 16, *, rngs: nnx.Rngs | None):
         check_sizes(in_dim=in_dim, out_dim=out_dim, pool_window=pool_window, pool_heads=pool_heads)
         if in_dim % pool_heads != 0:
             raise ValueError(f"pool_heads = {pool_heads}: must divide in_dim = {in_dim}")
@@ -126,7 +129,8 @@ class AttentionalPoolAdapter(VisionAdapter):
         self.v_proj = Linear(in_dim, in_dim, True, rngs=rngs)
         self.o_proj = Linear(in_dim, in_dim, True, rngs=rngs)
         self.out_proj = Linear(in_dim, out_dim, True, rngs=rngs)
-        self.reset_parameters(rngs=rngs)
+        if rngs is not None:
+            self.reset_parameters(rngs=rngs)
 
     def output_num_tokens(self, num_input_tokens: int) -> int:
         """Windows over the grid; ``num_input_tokens`` must be a square whose side the window divides."""
@@ -171,7 +175,7 @@ registry.register("adapter", "attentional_pool")(
 )
 
 
-def build_adapter(adapter_config: AdapterConfig, in_dim: int, out_dim: int, *, rngs: nnx.Rngs) -> VisionAdapter:
+def build_adapter(adapter_config: AdapterConfig, in_dim: int, out_dim: int, *, rngs: nnx.Rngs | None) -> VisionAdapter:
     """The adapter registered as ``adapter_config.type``; its builder is called with the config, both widths and
     ``rngs``.
 
@@ -181,7 +185,8 @@ def build_adapter(adapter_config: AdapterConfig, in_dim: int, out_dim: int, *, r
     """
     adapter = registry.get("adapter", adapter_config.type)(adapter_config, in_dim, out_dim, rngs=rngs)
     adapter.table = tuple(adapter_table(adapter_config, in_dim, out_dim).items())
-    adapter.init_weights(rngs=rngs)
+    if rngs is not None:
+        adapter.init_weights(rngs=rngs)
     return adapter
 
 

@@ -37,13 +37,13 @@ class Architecture:
     config: ModelConfig
     vlm_config: VLMConfig | None = None
 
-    def build_block(self, layer_idx: int, *, rngs: nnx.Rngs) -> Module:
+    def build_block(self, layer_idx: int, *, rngs: nnx.Rngs | None) -> Module:
         """The block of a layer: called with x, the entries of `block_inputs`, ``kv_cache`` and
         ``return_stats=True``; gives a `BlockOutput`.
         """
         return TransformerBlock(self.config, layer_idx, rngs=rngs)
 
-    def extra_modules(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+    def extra_modules(self, *, rngs: nnx.Rngs | None) -> dict[str, nnx.Module]:
         """Modules besides embedding, layers and head, by their name in the transformer; the final norm is one."""
         return {"norm": build_norm(self.config.norm_type, self.config.dim, self.config.norm_eps, rngs=rngs)}
 

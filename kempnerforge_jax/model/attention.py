@@ -45,7 +45,7 @@ class Attention(Module):
         bias: bool = False,
         sliding_window: int | None = None,
         norm_eps: float = 1e-5,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         """``sdpa_backend`` names kernels of torch; here it has no effect."""
         head_dim = resolve_head_dim(dim, n_heads, n_kv_heads, head_dim)

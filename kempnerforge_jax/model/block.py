@@ -19,7 +19,7 @@ from shared_config.schema.model import ModelConfig
 class TransformerBlock(Module):
     """x + attention(attention_norm(x)), then x + mlp(mlp_norm(x))."""
 
-    def __init__(self, config: ModelConfig, layer_idx: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer_idx: int, *, rngs: nnx.Rngs | None):
         self.is_moe = config.is_moe_layer(layer_idx)
         self.attention_norm = build_norm(config.norm_type, config.dim, config.norm_eps, rngs=rngs)
         self.attention = build_attention(config, rngs=rngs)
@@ -70,7 +70,7 @@ class TransformerBlock(Module):
         return self(x, rope_cos, rope_sin, return_stats=True, **options)
 
 
-def build_attention(config: ModelConfig, *, rngs: nnx.Rngs) -> Attention:
+def build_attention(config: ModelConfig, *, rngs: nnx.Rngs | None) -> Attention:
     """The self-attention of one layer."""
     return Attention(
         config.dim,
@@ -86,7 +86,7 @@ def build_attention(config: ModelConfig, *, rngs: nnx.Rngs) -> Attention:
     )
 
 
-def build_feed_forward(config: ModelConfig, layer_idx: int, *, rngs: nnx.Rngs) -> Module:
+def build_feed_forward(config: ModelConfig, layer_idx: int, *, rngs: nnx.Rngs | None) -> Module:
     """The feed-forward part of a layer: dense, or a mixture of experts.
 
     A mixture is called as ``mlp(x, valid=..., limit_capacity=..., return_stats=True)`` and gives (x, stats).

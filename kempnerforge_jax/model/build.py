@@ -9,7 +9,6 @@ import jax
 from flax import nnx
 
 from kempnerforge_jax.device import find_device
-from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.state import set_state
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import build_vlm_wrapper
@@ -18,7 +17,7 @@ from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 
 
-def build_model(config: JobConfig, *, rngs: nnx.Rngs) -> Any:
+def build_model(config: JobConfig, *, rngs: nnx.Rngs | None) -> Any:
     """The model of a job: a transformer, or one with an encoder and an adapter around it."""
     if config.vlm is None or config.vision_encoder is None:
         return registry.get("model", config.model.model_type)(config.model, rngs=rngs)
@@ -47,5 +46,5 @@ def load_model(
 
 def _new_model(config: ModelConfig | JobConfig) -> Any:
     if isinstance(config, ModelConfig):
-        return Transformer(config, rngs=UNDRAWN)
-    return build_model(config, rngs=UNDRAWN)
+        return Transformer(config, rngs=None)
+    return build_model(config, rngs=None)

@@ -36,7 +36,7 @@ class CrossAttention(Module):
         head_dim: int | None = None,
         sdpa_backend: str = "auto",
         *,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         """``sdpa_backend`` names kernels of torch; here it has no effect."""
         head_dim = resolve_head_dim(dim, n_heads, n_kv_heads, head_dim)
@@ -103,7 +103,7 @@ class CrossAttentionBlock(Module):
         head_dim: int | None = None,
         norm_eps: float = 1e-5,
         sdpa_backend: str = "auto",
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         self.attn_norm = build_norm(norm_type, dim, norm_eps, rngs=rngs)
         self.attn = CrossAttention(dim, n_heads, n_kv_heads, head_dim, sdpa_backend, rngs=rngs)
@@ -149,7 +149,7 @@ class CrossAttentionArchitecture(Architecture):
         """Layers from one block to the next."""
         return self.vlm_config.cross_attention_every_n_layers
 
-    def extra_modules(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+    def extra_modules(self, *, rngs: nnx.Rngs | None) -> dict[str, nnx.Module]:
         """The cross-attention blocks stand before the final norm."""
         config = self.config
         heads, kv_heads = self.vlm_config.resolved_heads(config.n_heads)

@@ -9,14 +9,14 @@ import jax
 from flax import nnx
 
 from kempnerforge_jax.model.checks import check_ids
-from kempnerforge_jax.model.linear import Embedding, Linear
+from kempnerforge_jax.model.linear import Embedding, Linear, linear
 from kempnerforge_jax.model.module import Module
 
 
 class TokenEmbedding(Module):
     """Token ids to vectors; the table is ``embedding.weight`` (V, D)."""
 
-    def __init__(self, vocab_size: int, dim: int, *, rngs: nnx.Rngs):
+    def __init__(self, vocab_size: int, dim: int, *, rngs: nnx.Rngs | None):
         self.embedding = Embedding(vocab_size, dim, rngs=rngs)
 
     def forward(self, tokens: jax.Array) -> jax.Array:
@@ -32,12 +32,12 @@ class TokenEmbedding(Module):
 class OutputHead(Module):
     """Hidden states to logits; the weight is ``proj.weight`` (V, D)."""
 
-    def __init__(self, dim: int, vocab_size: int, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, vocab_size: int, *, rngs: nnx.Rngs | None):
         self.proj = Linear(dim, vocab_size, rngs=rngs)
 
     def forward(self, x: jax.Array, tied_weight: jax.Array | None = None) -> jax.Array:
         """(B, S, D) -> (B, S, V); a tied head is given the embedding's table (V, D) at each call."""
-        return self.proj(x, tied_weight)
+        return self.proj(x) if tied_weight is None else linear(x, tied_weight)
 
     def tie_weights(self, embedding: TokenEmbedding) -> None:
         """Give up the own weight for the embedding's table, which each call passes: no array belongs to two modules.

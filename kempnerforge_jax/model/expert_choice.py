@@ -27,7 +27,7 @@ class ExpertChoiceSigmoidRouter(Module):
     """Each expert takes the tokens with its highest sigmoid(logit), the lowest index among equals."""
 
     def __init__(
-        self, dim: int, num_experts: int, capacity_factor: float, gumbel_noise: bool = True, *, rngs: nnx.Rngs
+        self, dim: int, num_experts: int, capacity_factor: float, gumbel_noise: bool = True, *, rngs: nnx.Rngs | None
     ):
         """
         Args:
@@ -105,7 +105,7 @@ class ExpertChoiceMoE(Module):
         activation: str = "silu",
         gumbel_noise: bool = True,
         *,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         """Arguments as for the router, and ``hidden_dim``, the width of every expert."""
         self.router = ExpertChoiceSigmoidRouter(dim, num_experts, capacity_factor, gumbel_noise, rngs=rngs)

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kempnerforge_jax.model.linear import Undrawn
 from kempnerforge_jax.model.state import own_variables
 from kempnerforge_jax.model.wrappers import unwrap
 from shared_config.contract.initialise import initial_value
@@ -71,18 +70,14 @@ def init_from_table(
             own[name].set_value(_initial(stream + name, spec, dtype, seed, key))
 
 
-def _key(rngs: nnx.Rngs | Undrawn | None) -> jax.Array | None:
-    if isinstance(rngs, Undrawn):
-        return None
+def _key(rngs: nnx.Rngs | None) -> jax.Array:
     return jax.random.key(secrets.randbits(32)) if rngs is None else rngs.params()
 
 
-def _initial(name: str, spec: ParameterSpec, dtype: Any, seed: int | None, key: jax.Array | None) -> jax.Array:
+def _initial(name: str, spec: ParameterSpec, dtype: Any, seed: int | None, key: jax.Array) -> jax.Array:
     if isinstance(spec.initializer, Constant):
         return jnp.full(spec.shape, spec.initializer.value, dtype)
     if seed is not None:
         return jnp.asarray(initial_value(name, spec, seed), dtype)
-    if key is None:
-        return jnp.zeros(spec.shape, dtype)
     values = jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), spec.shape, jnp.float32)
     return (spec.initializer.std * values).astype(dtype)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -20,33 +19,27 @@ from kempnerforge_jax.model.module import Module
 class Linear(Module):
     """x @ weight.T + bias, the weight (O, I) as in torch; drawn uniform(-1, 1) / sqrt(I)."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, *, rngs: nnx.Rngs):
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, *, rngs: nnx.Rngs | None):
+        """``rngs``: None for zeros, where the values are set afterwards."""
         self.in_features = in_features
         self.out_features = out_features
-        weight_OI = draw_uniform(rngs, (out_features, in_features), in_features)
+        weight_OI = _uniform(rngs, (out_features, in_features), in_features)
         self.weight: nnx.Param[jax.Array] | None = nnx.Param(weight_OI)
-        self.bias = nnx.Param(draw_uniform(rngs, (out_features,), in_features)) if bias else None
+        self.bias = nnx.Param(_uniform(rngs, (out_features,), in_features)) if bias else None
 
-    def forward(self, x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
-        """(..., I) -> (..., O).
-
-        Args:
-            x: the input; its dtype must be that of the weight.
-            weight: (O, I), used instead of the layer's own, which a tied layer has not.
-        """
-        if weight is None:
-            assert self.weight is not None, "a tied layer needs the weight at its call"
-            weight = self.weight.get_value()
-        y = contract(x, weight)
-        return y if self.bias is None else y + broadcast(self.bias.get_value(), y.shape)
+    def forward(self, x: jax.Array) -> jax.Array:
+        """(..., I) -> (..., O); the dtype of ``x`` must be that of the weight."""
+        assert self.weight is not None, "a tied layer has no weight"
+        return linear(x, self.weight.get_value(), None if self.bias is None else self.bias.get_value())
 
 
 class Embedding(Module):
     """A lookup table (V, D), drawn normal(0, 1)."""
 
-    def __init__(self, num_embeddings: int, dim: int, *, rngs: nnx.Rngs):
+    def __init__(self, num_embeddings: int, dim: int, *, rngs: nnx.Rngs | None):
+        """``rngs``: None for zeros, where the values are set afterwards."""
         self.num_embeddings = num_embeddings
-        self.weight = nnx.Param(draw_normal(rngs, (num_embeddings, dim)))
+        self.weight = nnx.Param(_normal(rngs, (num_embeddings, dim)))
 
     def forward(self, ids: jax.Array) -> jax.Array:
         """Integers (...) -> (..., D); the row of an id outside [0, V) is NaN."""
@@ -55,55 +48,40 @@ class Embedding(Module):
         return nan_outside(rows, ids, self.num_embeddings)
 
 
-class Undrawn:
-    """Stands for `nnx.Rngs` where all weights are about to be set: the layers here draw nothing and hold zeros.
-
-    Other modules find one fixed key in every stream. A real stream counts its calls, which inside a trace takes time
-    that grows with the square of their number.
-    """
-
-    def __getattr__(self, stream: str) -> Undrawn:
-        if stream.startswith("_"):
-            raise AttributeError(stream)
-        return self
-
-    def __call__(self) -> jax.Array:
-        return jax.random.key(0)
-
-
-UNDRAWN = cast(nnx.Rngs, Undrawn())
-
-
-def draw_uniform(rngs: nnx.Rngs | Undrawn, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """float32 values, uniform(-1, 1) / sqrt(fan_in)."""
-    if isinstance(rngs, Undrawn):
-        return jnp.zeros(shape, jnp.float32)
-    bound = 1 / math.sqrt(fan_in)
-    return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
-
-
-def draw_normal(rngs: nnx.Rngs | Undrawn, shape: tuple[int, ...]) -> jax.Array:
-    """float32 values, normal(0, 1)."""
-    if isinstance(rngs, Undrawn):
-        return jnp.zeros(shape, jnp.float32)
-    return jax.random.normal(rngs.params(), shape, jnp.float32)
-
-
-def contract(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x (..., I) times weight (O, I) over I.
+def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """x (..., I) times weight (O, I) over I, plus bias (O,).
 
     XLA sums bfloat16 products in float32 and rounds the result once. Asking for a float32 result and casting it would
     be the same forward, but makes the products of the backward pass float32 ones.
+
+    Raises:
+        ValueError: dtypes that differ.
     """
     if x.dtype != weight.dtype:
         raise ValueError(f"x.dtype = {x.dtype}: must be the dtype of the weight, {weight.dtype}")
-    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+    y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+    return y if bias is None else y + broadcast(bias, y.shape)
 
 
 def broadcast(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     """``x`` in a larger shape; its gradient is summed in at least float32."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return jnp.broadcast_to(wide, shape).astype(x.dtype)
+
+
+def _uniform(rngs: nnx.Rngs | None, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    """float32 values, uniform(-1, 1) / sqrt(fan_in)."""
+    if rngs is None:
+        return jnp.zeros(shape, jnp.float32)
+    bound = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+
+
+def _normal(rngs: nnx.Rngs | None, shape: tuple[int, ...]) -> jax.Array:
+    """float32 values, normal(0, 1)."""
+    if rngs is None:
+        return jnp.zeros(shape, jnp.float32)
+    return jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
 @jax.custom_vjp

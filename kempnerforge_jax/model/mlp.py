@@ -34,7 +34,7 @@ registry.register("activation", "relu")(jax.nn.relu)
 class SwiGLUMLP(Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs | None):
         self.gate_proj = Linear(dim, hidden_dim, rngs=rngs)
         self.up_proj = Linear(dim, hidden_dim, rngs=rngs)
         self.down_proj = Linear(hidden_dim, dim, rngs=rngs)
@@ -47,7 +47,7 @@ class SwiGLUMLP(Module):
 class StandardMLP(Module):
     """down(activation(up(x))); gelu is the exact erf form."""
 
-    def __init__(self, dim: int, hidden_dim: int, activation: str = "gelu", *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, hidden_dim: int, activation: str = "gelu", *, rngs: nnx.Rngs | None):
         self.activation = registry.check("activation", activation)
         self.up_proj = Linear(dim, hidden_dim, rngs=rngs)
         self.down_proj = Linear(hidden_dim, dim, rngs=rngs)
@@ -61,7 +61,7 @@ registry.register("mlp", "gelu")(functools.partial(StandardMLP, activation="gelu
 registry.register("mlp", "relu")(functools.partial(StandardMLP, activation="relu"))
 
 
-def build_mlp(dim: int, hidden_dim: int, activation: str = "silu", *, rngs: nnx.Rngs) -> Module:
+def build_mlp(dim: int, hidden_dim: int, activation: str = "silu", *, rngs: nnx.Rngs | None) -> Module:
     """The feed-forward layer registered as ``activation``: silu is SwiGLU, gelu and relu are standard.
 
     A builder registered under another name is called with ``(dim, hidden_dim, rngs=rngs)``; a name that is registered

@@ -194,7 +194,7 @@ def build_moe(
     *,
     norm_topk_prob: bool = True,
     routed_scaling: float = 1.0,
-    rngs: nnx.Rngs,
+    rngs: nnx.Rngs | None,
 ) -> MoEMLP:
     """A layer of ``num_experts`` experts of width ``hidden_dim`` and, if asked for, one shared expert n times as wide.
 

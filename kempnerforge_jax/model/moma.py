@@ -45,7 +45,7 @@ class MoMaFFN(Module):
         gumbel_noise: bool = True,
         *,
         layer_idx: int = 0,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         """
         Args:
@@ -155,7 +155,7 @@ class MoMaBlock(Module):
         gumbel_noise: bool,
         layer_idx: int,
         *,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         self.attention_norm = build_norm(config.norm_type, config.dim, config.norm_eps, rngs=rngs)
         self.attention = build_attention(config, rngs=rngs)
@@ -213,7 +213,7 @@ class MoMaArchitecture(Architecture):
 
     vlm_config: MoMaConfig = field(default_factory=MoMaConfig)
 
-    def build_block(self, layer_idx: int, *, rngs: nnx.Rngs) -> Module:
+    def build_block(self, layer_idx: int, *, rngs: nnx.Rngs | None) -> Module:
         """A `MoMaBlock`, which is also called with ``layout`` and ``noise_seed``."""
         return MoMaBlock(
             self.config,

@@ -56,7 +56,7 @@ class MoTAttention(Module):
         sliding_window: int | None = None,
         norm_eps: float = 1e-5,
         image_n_kv_heads: int = 0,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         """``image_n_kv_heads`` 0 means ``n_kv_heads``."""
         self.modalities = tuple(modalities)
@@ -164,7 +164,7 @@ class MoTBlock(Module):
         layer_idx: int,
         *,
         image_n_kv_heads: int = 0,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         self.modalities = tuple(modalities)
         self.is_moe = config.is_moe_layer(layer_idx)
@@ -274,14 +274,14 @@ class MoTArchitecture(Architecture):
 
     vlm_config: MoTConfig = field(default_factory=MoTConfig)
 
-    def build_block(self, layer_idx: int, *, rngs: nnx.Rngs) -> Module:
+    def build_block(self, layer_idx: int, *, rngs: nnx.Rngs | None) -> Module:
         """A `MoTBlock`, which is called with ``rope`` and ``layout``."""
         _, image_kv_heads = self.vlm_config.resolved_image_heads(self.config.n_heads, self.config.kv_heads)
         return MoTBlock(
             self.config, self.vlm_config.mot_modalities, layer_idx, image_n_kv_heads=image_kv_heads, rngs=rngs
         )
 
-    def extra_modules(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+    def extra_modules(self, *, rngs: nnx.Rngs | None) -> dict[str, nnx.Module]:
         """The final norms."""
         config = self.config
         norms = {

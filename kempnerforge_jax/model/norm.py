@@ -17,7 +17,7 @@ from kempnerforge_jax.registry import registry
 class RMSNorm(Module):
     """x * rsqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, dim: int, eps: float = 1e-5, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, eps: float = 1e-5, *, rngs: nnx.Rngs | None):
         self.dim = dim
         self.eps = eps
         self.weight = nnx.Param(jnp.ones(dim, jnp.float32))
@@ -34,7 +34,7 @@ class RMSNorm(Module):
 class LayerNorm(Module):
     """(x - mean) * rsqrt(var + eps) * weight + bias over the last axis, variance biased and taken in a second pass."""
 
-    def __init__(self, dim: int, eps: float = 1e-5, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, eps: float = 1e-5, *, rngs: nnx.Rngs | None):
         self.dim = dim
         self.eps = eps
         self.weight = nnx.Param(jnp.ones(dim, jnp.float32))
@@ -50,7 +50,7 @@ class LayerNorm(Module):
         return (centred * scale * weight + bias).astype(x.dtype)
 
 
-def build_norm(norm_type: str, dim: int, eps: float = 1e-5, *, rngs: nnx.Rngs) -> Module:
+def build_norm(norm_type: str, dim: int, eps: float = 1e-5, *, rngs: nnx.Rngs | None) -> Module:
     """The norm registered as ``norm_type``.
 
     Raises:

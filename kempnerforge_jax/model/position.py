@@ -46,7 +46,7 @@ class RotaryTables(Module):
         theta: float = 10000.0,
         scaling: RopeScaling | None = None,
         *,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         self.head_dim = head_dim
         self.max_seq_len = max_seq_len

@@ -43,13 +43,13 @@ class Gate(Linear):
     decides a route does not follow `jax.default_matmul_precision`.
     """
 
-    def __init__(self, dim: int, num_experts: int, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, num_experts: int, *, rngs: nnx.Rngs | None):
         super().__init__(dim, num_experts, rngs=rngs)
 
-    def forward(self, x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+    def forward(self, x: jax.Array) -> jax.Array:
         """(T, D) -> (T, E)."""
         assert self.weight is not None
-        weight = self.weight.get_value() if weight is None else weight
+        weight = self.weight.get_value()
         dtype = _at_least_float32(jnp.promote_types(x.dtype, weight.dtype))
         return jnp.matmul(x.astype(dtype), weight.astype(dtype).T, precision=jax.lax.Precision.HIGHEST)
 
@@ -67,7 +67,7 @@ class TopKRouter(Module):
         norm_topk_prob: bool = True,
         routed_scaling: float = 1.0,
         *,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k = {top_k}: must be from 1 to num_experts = {num_experts}")
@@ -203,7 +203,7 @@ class SigmoidTopKRouter(TopKRouter):
         norm_topk_prob: bool = True,
         routed_scaling: float = 1.0,
         *,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         super().__init__(dim, num_experts, top_k, norm_topk_prob, routed_scaling, rngs=rngs)
         self.bias_update_rate = bias_update_rate
@@ -256,7 +256,7 @@ class SigmoidTopKRouter(TopKRouter):
 
 
 def build_router(
-    router_type: str, dim: int, num_experts: int, top_k: int, *, rngs: nnx.Rngs, **options: Any
+    router_type: str, dim: int, num_experts: int, top_k: int, *, rngs: nnx.Rngs | None, **options: Any
 ) -> TopKRouter:
     """The router registered as ``router_type``, built as ``builder(dim, num_experts, top_k, rngs=rngs, **options)``.
 

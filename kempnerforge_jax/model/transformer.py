@@ -19,7 +19,6 @@ from kempnerforge_jax.model.block import TransformerBlock as TransformerBlock
 from kempnerforge_jax.model.checks import check_axes
 from kempnerforge_jax.model.embedding import OutputHead, TokenEmbedding
 from kempnerforge_jax.model.init import init_weights
-from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module, Numbered, is_observed
 from kempnerforge_jax.model.position import RotaryTables
@@ -52,28 +51,29 @@ class Transformer(Module):
         *,
         vlm_config: VLMConfig | None = None,
         num_image_tokens: int = 0,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         self.config = config
         self.vlm_config = vlm_config
         self.num_image_tokens = num_image_tokens
         self.architecture = build_architecture(config, vlm_config)
-        self.token_embedding: TokenEmbedding | None = TokenEmbedding(config.vocab_size, config.dim, rngs=UNDRAWN)
+        self.token_embedding: TokenEmbedding | None = TokenEmbedding(config.vocab_size, config.dim, rngs=None)
         self.rope = RotaryTables(
-            config.head_size, config.max_seq_len, config.rope_theta, config.rope_scaling, rngs=UNDRAWN
+            config.head_size, config.max_seq_len, config.rope_theta, config.rope_scaling, rngs=None
         )
-        blocks = {str(i): self.architecture.build_block(i, rngs=UNDRAWN) for i in range(config.n_layers)}
+        blocks = {str(i): self.architecture.build_block(i, rngs=None) for i in range(config.n_layers)}
         self.layers: nnx.Dict[Any] = Numbered(blocks)
         self.cross_attention_layers: nnx.Dict[Any] = nnx.Dict()
         self.mot_norms: nnx.Dict[Any] = nnx.Dict()
-        extra = self.architecture.extra_modules(rngs=UNDRAWN)
+        extra = self.architecture.extra_modules(rngs=None)
         for name, module in extra.items():
             setattr(self, name, module)
         self._extra = tuple(extra)
-        self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size, rngs=UNDRAWN)
+        self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size, rngs=None)
         if config.tie_embeddings:
             self.output_head.tie_weights(self.token_embedding)
-        init_weights(self, config, rngs=rngs)
+        if rngs is not None:
+            init_weights(self, config, rngs=rngs)
 
     def init_weights_and_freqs(self, seed: int | None = None, *, rngs: nnx.Rngs | None = None) -> None:
         """Set every parameter, buffer and rotary table, e.g. of a model from `nnx.eval_shape`; see `init_weights`."""

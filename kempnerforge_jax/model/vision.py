@@ -80,7 +80,7 @@ class RandomVisionEncoder(VisionEncoder):
     """
 
     def __init__(
-        self, num_tokens: int = 16, feature_dim: int = 768, seed: int = 0, *, image_size: int = 0, rngs: nnx.Rngs
+        self, num_tokens: int = 16, feature_dim: int = 768, seed: int = 0, *, image_size: int = 0, rngs: nnx.Rngs | None
     ):
         self.num_tokens = num_tokens
         self.feature_dim = feature_dim
@@ -96,7 +96,7 @@ class RandomVisionEncoder(VisionEncoder):
 class VisionAttention(Module):
     """Every patch attends to every patch; all projections have a bias."""
 
-    def __init__(self, dim: int, n_heads: int, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, n_heads: int, *, rngs: nnx.Rngs | None):
         self.n_heads = n_heads
         self.q_proj = Linear(dim, dim, True, rngs=rngs)
         self.k_proj = Linear(dim, dim, True, rngs=rngs)
@@ -115,7 +115,7 @@ class VisionAttention(Module):
 class VisionMLP(Module):
     """down(activation(up(x))), with biases."""
 
-    def __init__(self, dim: int, hidden_dim: int, activation: str, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, hidden_dim: int, activation: str, *, rngs: nnx.Rngs | None):
         if activation not in TOWER_ACTIVATIONS:
             raise ValueError(f"activation = {activation!r}: must be one of {', '.join(sorted(TOWER_ACTIVATIONS))}")
         self.activation = activation
@@ -130,7 +130,7 @@ class VisionMLP(Module):
 class VisionBlock(Module):
     """x + attention(attention_norm(x)), then x + mlp(mlp_norm(x))."""
 
-    def __init__(self, tower: TowerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, tower: TowerConfig, *, rngs: nnx.Rngs | None):
         self.attention_norm = LayerNorm(tower.dim, tower.norm_eps, rngs=rngs)
         self.attention = VisionAttention(tower.dim, tower.n_heads, rngs=rngs)
         self.mlp_norm = LayerNorm(tower.dim, tower.norm_eps, rngs=rngs)
@@ -148,7 +148,7 @@ class VisionTower(VisionEncoder):
     The blocks' outputs are the activations "layers.{i}".
     """
 
-    def __init__(self, tower: TowerConfig, folder: str = "", *, rngs: nnx.Rngs):
+    def __init__(self, tower: TowerConfig, folder: str = "", *, rngs: nnx.Rngs | None):
         """``folder``: where `init_weights` finds the weights; without one they are drawn."""
         self.tower = tower
         self.folder = folder
@@ -161,7 +161,8 @@ class VisionTower(VisionEncoder):
         self.pre_norm = LayerNorm(tower.dim, tower.norm_eps, rngs=rngs) if tower.pre_norm else None
         self.layers: nnx.Dict[Any] = Numbered({str(i): VisionBlock(tower, rngs=rngs) for i in range(tower.n_layers)})
         self.norm = LayerNorm(tower.dim, tower.norm_eps, rngs=rngs) if tower.final_norm else None
-        self.init_weights(rngs=rngs)
+        if folder or rngs is not None:
+            self.init_weights(rngs=rngs)
 
     def init_weights(self, seed: int | None = None, *, rngs: nnx.Rngs | None = None) -> None:
         """Set every parameter: those of the folder, else drawn (see `shared_config.contract.vision.tower_table`)."""
@@ -188,7 +189,7 @@ class VisionTower(VisionEncoder):
         return x_BNF if self.class_embedding is None else x_BNF[:, 1:]
 
 
-def build_tower(config: VisionEncoderConfig, *, rngs: nnx.Rngs) -> VisionTower:
+def build_tower(config: VisionEncoderConfig, *, rngs: nnx.Rngs | None) -> VisionTower:
     """The tower of a config, with the weights of its folder if it has one."""
     tower = resolve_tower(config)
     assert tower is not None
@@ -204,7 +205,7 @@ for _kind in ("siglip2", "clip", "vit"):
     registry.register("vision_encoder", _kind)(build_tower)
 
 
-def build_vision_encoder(config: VisionEncoderConfig, *, rngs: nnx.Rngs) -> VisionEncoder:
+def build_vision_encoder(config: VisionEncoderConfig, *, rngs: nnx.Rngs | None) -> VisionEncoder:
     """The encoder registered as ``config.type``; its builder is called with the config and ``rngs``.
 
     Raises:
@@ -214,7 +215,8 @@ def build_vision_encoder(config: VisionEncoderConfig, *, rngs: nnx.Rngs) -> Visi
     encoder = registry.get("vision_encoder", config.type)(config, rngs=rngs)
     if table := encoder_table(config):
         encoder.table = tuple(table.items())
-        encoder.init_weights(rngs=rngs)
+        if rngs is not None:
+            encoder.init_weights(rngs=rngs)
     return encoder
 
 

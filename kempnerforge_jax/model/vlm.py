@@ -309,7 +309,7 @@ def build_vlm_wrapper(
     vlm_config: VLMConfig,
     frames_per_clip: int = 1,
     *,
-    rngs: nnx.Rngs,
+    rngs: nnx.Rngs | None,
 ) -> VLMWrapper:
     """The model of these configs; weights of the language model are drawn, or copied from the text model that
     ``vlm_config`` names.

@@ -282,6 +282,6 @@ def trained_parameters(masters: Mapping[str, Any], config: JobConfig) -> dict[st
 
 def _build_model(config: JobConfig, dtype: Any) -> Any:
     """The seeded model. It comes into being without arrays, and its initial values are float32 ones."""
-    model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: build_model(config, rngs=None))
     model.init_weights_and_freqs(config.train.seed)
     return model.to(dtype)

@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kempnerforge_torch.model.checks import check_positions
 from kempnerforge_torch.model.kv_cache import KVCache
+from kempnerforge_torch.model.linear import Linear
 from kempnerforge_torch.model.mask import build_mask
-from kempnerforge_torch.model.matvec import Linear
 from kempnerforge_torch.model.norm import RMSNorm
 from kempnerforge_torch.model.position import apply_rope
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kempnerforge_torch.model.architecture import Architecture, Modules
 from kempnerforge_torch.model.attention import attend, resolve_head_dim
 from kempnerforge_torch.model.checks import check_mask
-from kempnerforge_torch.model.matvec import Linear
+from kempnerforge_torch.model.linear import Linear
 from kempnerforge_torch.model.mlp import build_mlp
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import build_norm

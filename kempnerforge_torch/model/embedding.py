@@ -5,14 +5,11 @@ Shapes: B batch, S sequence, D model dim, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.checks import check_ids
-from kempnerforge_torch.model.matvec import Linear
+from kempnerforge_torch.model.linear import Embedding, Linear
 
 
 class TokenEmbedding(nn.Module):
@@ -20,7 +17,7 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, dim: int):
         super().__init__()
-        self.embedding = _Embedding(vocab_size, dim)
+        self.embedding = Embedding(vocab_size, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Integers (B, S) -> (B, S, D).
@@ -61,33 +58,3 @@ class OutputHead(nn.Module):
         if tied.shape != own.shape:
             raise ValueError(f"embedding.weight = {tuple(tied.shape)}: must have the head's shape {tuple(own.shape)}")
         self.proj.weight = tied
-
-
-class _Embedding(nn.Embedding):
-    """`nn.Embedding` whose gradient is summed in at least float32: a row may be looked up thousands of times."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Integers (...) -> (..., D)."""
-        if torch.compiler.is_compiling():  # inductor's sum is a wide one
-            return super().forward(input)
-        return _LookUp.apply(self.weight, input)
-
-
-class _LookUp(torch.autograd.Function):
-    """Rows of a table; backward adds up the gradients of a row in at least float32."""
-
-    @staticmethod
-    def forward(weight_VD: Tensor, ids: Tensor) -> Tensor:
-        return F.embedding(ids, weight_VD)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        weight_VD, ids = inputs
-        ctx.save_for_backward(ids)
-        ctx.rows, ctx.dtype = weight_VD.shape[0], weight_VD.dtype
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        (ids,) = ctx.saved_tensors
-        wide = dy.to(torch.promote_types(dy.dtype, torch.float32))
-        return torch.ops.aten.embedding_dense_backward(wide, ids, ctx.rows, -1, False).to(ctx.dtype), None

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kempnerforge_torch.model.matvec import Linear
+from kempnerforge_torch.model.linear import Linear
 from kempnerforge_torch.registry import registry
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = registry.builders("activation")

@@ -22,7 +22,7 @@ from kempnerforge_torch.model.attention import KVCache, attend, resolve_head_dim
 from kempnerforge_torch.model.block import build_feed_forward
 from kempnerforge_torch.model.checks import check_positions
 from kempnerforge_torch.model.layout import Layout, Rope, Streams, one_stream, positions_after, stream_layout
-from kempnerforge_torch.model.matvec import Linear
+from kempnerforge_torch.model.linear import Linear
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import RMSNorm, build_norm
 from kempnerforge_torch.model.position import apply_rope

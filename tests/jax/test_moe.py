@@ -14,7 +14,6 @@ from jax.test_util import check_grads
 
 from kempnerforge_jax.model import Transformer
 from kempnerforge_jax.model.grouped import grouped_matmul, grouped_outer
-from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.module import named_modules
 from kempnerforge_jax.model.moe import MoEMLP, build_moe
 from kempnerforge_jax.model.router import SigmoidTopKRouter, TopKRouter
@@ -47,7 +46,7 @@ def config_of(case: str = "sigmoid", **fields: Any) -> ModelConfig:
 
 def model_of(case: str = "sigmoid", **fields: Any) -> Transformer:
     config = config_of(case, **fields)
-    model = Transformer(config, rngs=UNDRAWN)
+    model = Transformer(config, rngs=None)
     set_state(model, validation_weights(parameter_table(config), 1))
     return model
 
@@ -196,7 +195,7 @@ def test_buffers_stay_in_at_least_float32() -> None:
 
 def test_routes_are_chosen_in_float32() -> None:
     """Scores that bfloat16 can't tell apart, also where products of float32 are allowed to be narrow."""
-    router = build_moe(2, 4, 3, 1, rngs=UNDRAWN).router
+    router = build_moe(2, 4, 3, 1, rngs=None).router
     assert router.gate.weight is not None
     router.gate.weight.set_value(jnp.array([[1.0, 0.0], [1.001, 0.0], [1.0005, 0.0]]))
     weights, indices = router(jnp.ones((5, 2), jnp.bfloat16))
@@ -310,7 +309,7 @@ def test_a_router_of_its_own_is_found_by_name() -> None:
 
     with temporary():
         registry.register("router", "test_first_k_of_jax")(FirstK)
-        model = Transformer(config_of("softmax", moe_router="test_first_k_of_jax"), rngs=UNDRAWN)
+        model = Transformer(config_of("softmax", moe_router="test_first_k_of_jax"), rngs=None)
     model(tokens_of())
     assert model.get_moe_aux_loss() == 2
     assert model.get_expert_counts()[1].tolist() == [18, 18, 0, 0]

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
-from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.scan import _periodic, layer_groups
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.training import train
@@ -50,7 +49,7 @@ CASES: dict[str, tuple[ModelConfig, VLMConfig | None, list[range], list[int]]] =
 
 
 def abstract(config: ModelConfig, vlm: VLMConfig | None) -> Transformer:
-    return nnx.eval_shape(lambda: Transformer(config, vlm_config=vlm, rngs=UNDRAWN))
+    return nnx.eval_shape(lambda: Transformer(config, vlm_config=vlm, rngs=None))
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
@@ -70,7 +69,7 @@ def scans(jaxpr: Any) -> list[int]:
 def test_layers_of_one_structure_share_a_program(name: str) -> None:
     config, vlm, groups, steps = CASES[name]
     assert layer_groups(abstract(config, vlm)) == groups
-    model, tokens = Transformer(config, vlm_config=vlm, rngs=UNDRAWN), jnp.zeros((2, 8), jnp.int32)
+    model, tokens = Transformer(config, vlm_config=vlm, rngs=None), jnp.zeros((2, 8), jnp.int32)
     program = jax.make_jaxpr(lambda: model.run(tokens, scan_layers=True).logits)()
     assert [e.params["length"] for e in program.jaxpr.eqns if e.primitive.name == "scan"] == steps
 
@@ -99,7 +98,7 @@ def test_presets_that_ask_for_scans_get_them(preset: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("scanned", [False, True])
 def test_what_is_computed_again_is_not_merged_with_what_was(scanned: bool) -> None:
     """Outside a scan XLA would find the first computation again, and keep its result; in a scan it can't."""
-    model, tokens = Transformer(MODEL, rngs=UNDRAWN), jnp.zeros((2, 8), jnp.int32)
+    model, tokens = Transformer(MODEL, rngs=None), jnp.zeros((2, 8), jnp.int32)
     program = jax.make_jaxpr(lambda: model.run(tokens, remat=True, scan_layers=scanned).logits)()
     found = [e.params["prevent_cse"] for e in equations(program.jaxpr) if "prevent_cse" in e.params]
     assert found == [not scanned] * (1 if scanned else MODEL.n_layers)
@@ -135,7 +134,7 @@ def test_stacks_hold_neighbours_only() -> None:
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_model_that_has_nothing_to_scan_says_so(every: int, caplog: pytest.LogCaptureFixture) -> None:
-    model = Transformer(MODEL, vlm_config=CROSS.replace(cross_attention_every_n_layers=every), rngs=UNDRAWN)
+    model = Transformer(MODEL, vlm_config=CROSS.replace(cross_attention_every_n_layers=every), rngs=None)
     with caplog.at_level(logging.WARNING):
         jax.make_jaxpr(lambda: model.run(jnp.zeros((2, 8), jnp.int32), scan_layers=True).logits)()
     assert ["scan_layers = True changes nothing" in message for message in caplog.messages] == [True] * (every == 1)

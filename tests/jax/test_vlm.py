@@ -12,7 +12,6 @@ from flax import nnx
 
 from kempnerforge_jax.model.expert_choice import ExpertChoiceSigmoidRouter
 from kempnerforge_jax.model.hooks import capture
-from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.state import get_state, merge, set_state, split
 from kempnerforge_jax.model.vlm import VLMWrapper, build_vlm_wrapper, inner_transformer
@@ -53,7 +52,7 @@ TEXT_MASK = np.arange(8) < np.array([[8], [5]])
 
 def model_of(name: str) -> VLMWrapper:
     model, vlm, adapter = CASES[name]
-    built = build_vlm_wrapper(model, VISION, adapter, vlm, frames_per_clip=2, rngs=UNDRAWN)
+    built = build_vlm_wrapper(model, VISION, adapter, vlm, frames_per_clip=2, rngs=None)
     tower = vit_tower(VISION)
     table = wrapper_table(model, vlm, adapter, tower, tower.dim)
     set_state(built, draw({key: spec.shape for key, spec in table.items()}, 3))
@@ -127,7 +126,7 @@ def test_scan_and_remat_are_the_same_function(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_abstract_models_are_initialised_throughout(name: str) -> None:
     model_config, vlm, adapter = CASES[name]
-    build = lambda: build_vlm_wrapper(model_config, VISION, adapter, vlm, 2, rngs=UNDRAWN)  # noqa: E731
+    build = lambda: build_vlm_wrapper(model_config, VISION, adapter, vlm, 2, rngs=None)  # noqa: E731
     model = nnx.eval_shape(build)
     model.init_weights_and_freqs(seed=2)
     expected = build()
@@ -176,7 +175,7 @@ def test_counts_of_the_last_forward() -> None:
 
 
 def test_experts_choose_by_rank_and_skip_what_is_not_valid() -> None:
-    router = ExpertChoiceSigmoidRouter(2, 2, capacity_factor=0.5, rngs=UNDRAWN)
+    router = ExpertChoiceSigmoidRouter(2, 2, capacity_factor=0.5, rngs=None)
     assert router.gate.weight is not None
     router.gate.weight.set_value(jnp.eye(2))
     x = jnp.asarray([[1.0, 0.0], [3.0, 1.0], [3.0, 2.0], [9.0, 9.0]])

@@ -16,7 +16,6 @@ import torch
 from flax import nnx
 from torch.utils._pytree import tree_map_only
 
-from kempnerforge_jax.model.linear import UNDRAWN
 from shared_config.schema.model import ModelConfig
 
 
@@ -74,11 +73,11 @@ class Jax(Torch):
         return jax.tree.map(self.module("model.state").to_numpy, value)
 
     def build(self, builder: Any, *args: Any, dtype: str = "float64", **options: Any) -> Any:
-        return builder(*args, rngs=UNDRAWN, **options).to(dtype)
+        return builder(*args, rngs=None, **options).to(dtype)
 
     def model(self, config: ModelConfig, weights: Mapping[str, Any], dtype: str = "float64", **options: Any) -> Any:
         transformer = self.module("model.transformer").Transformer
-        model = nnx.eval_shape(lambda: transformer(config, rngs=UNDRAWN, **options))
+        model = nnx.eval_shape(lambda: transformer(config, rngs=None, **options))
         model.init_weights_and_freqs(seed=0)
         self.module("model.state").set_state(model.to(dtype), weights)
         return model

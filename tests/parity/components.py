@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from kempnerforge_jax.model import state as jax_state
-from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_torch.model import state as torch_state
 from shared_config.contract.specs import ParameterTable
 from shared_config.parity.numerics import perturbation_delta, unit_roundoff
@@ -183,7 +182,7 @@ def _assert_oracle(component: Component, weights: Arrays, inputs: Arrays, truth:
 
 @lru_cache(maxsize=64)
 def _compiled(component: Component, dtype: str) -> tuple[Callable[..., Any], Any, Any]:
-    module = component.jax(rngs=UNDRAWN)
+    module = component.jax(rngs=None)
     graphdef, params, buffers = jax_state.split(module)
     own = {
         name: jax.ShapeDtypeStruct(array.shape, _held_in(component, name, jnp.dtype(dtype), jnp.dtype("float32")))

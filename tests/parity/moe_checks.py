@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from flax import nnx
 
-from kempnerforge_jax.model.linear import UNDRAWN
 from shared_config.contract.initialise import initial_values
 from shared_config.contract.parameters import parameter_table
 from shared_config.parity.validation import validation_weights
@@ -83,7 +82,7 @@ def check_balancing(backend: str) -> None:
     """The bias after steps with and without tokens, under each schedule."""
     for schedule in ("constant", "cosine_decay", "linear_warmup"):
         options: Any = {"bias_update_rate": RATE, "ema_decay": DECAY, "bias_schedule": schedule}
-        extra = {"rngs": UNDRAWN} if backend == "jax" else {}
+        extra = {"rngs": None} if backend == "jax" else {}
         router = module(backend, "router").SigmoidTopKRouter(6, 4, 2, **options, **extra)
         bias_E, ema_E = np.zeros(4), np.full(4, 0.25)
         for step, counts_E in enumerate(np.array([[8, 4, 3, 1], [0, 0, 0, 0], [0, 16, 0, 0], [1, 2, 3, 4]])):
@@ -102,7 +101,7 @@ def check_steps(backend: str) -> None:
         dim=6, n_layers=1, n_heads=1, vocab_size=7, ffn_hidden_dim=8, max_seq_len=8, num_experts=3, moe_top_k=1,
         moe_router="sigmoid_topk",
     )  # fmt: skip
-    extra = {"rngs": UNDRAWN} if backend == "jax" else {}
+    extra = {"rngs": None} if backend == "jax" else {}
     model = module(backend, "transformer").Transformer(config, **extra)
     module(backend, "state").set_state(model, validation_weights(parameter_table(config), 1))
     state = module(backend, "state").get_state(model)
@@ -149,7 +148,7 @@ def _torch_gradients(config: ModelConfig, tokens_BS: Any, checkpointed: bool) ->
 
 def _jax_gradients(config: ModelConfig, tokens_BS: Any, checkpointed: bool) -> dict[str, Array]:
     state = module("jax", "state")
-    model = module("jax", "transformer").Transformer(config, rngs=UNDRAWN)
+    model = module("jax", "transformer").Transformer(config, rngs=None)
     state.set_state(model, validation_weights(parameter_table(config), 1))
     graphdef, params, buffers = state.split(model)
 
@@ -252,7 +251,7 @@ def check_stacks(backend: str) -> None:
         dim=6, n_layers=5, n_heads=1, vocab_size=7, ffn_hidden_dim=8, max_seq_len=8, num_experts=3, moe_top_k=2,
         moe_frequency=2, init_std=0.5,
     )  # fmt: skip
-    model = module(backend, "transformer").Transformer(config, rngs=UNDRAWN)
+    model = module(backend, "transformer").Transformer(config, rngs=None)
     module(backend, "state").set_state(model, validation_weights(parameter_table(config), 1))
     tokens_BS = jnp.asarray(np.random.default_rng(6).integers(0, 7, (2, 4)), jnp.int32)
     stacked = module(backend, "scan").stacked(model)

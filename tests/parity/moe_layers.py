@@ -22,7 +22,6 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from kempnerforge_jax.model.linear import UNDRAWN
 from shared_config.parity.numerics import as_float64, perturb, rms, unit_roundoff
 from tests.oracle import moe as oracle_moe
 from tests.oracle import router as oracle_router
@@ -57,7 +56,7 @@ class Layer:
     def build(self, backend: str) -> Any:
         """The module of one backend, float32."""
         options = {name: value for name, value in vars(self).items() if name not in ("dim", "hidden_dim")}
-        extra = {"rngs": UNDRAWN} if backend == "jax" else {}
+        extra = {"rngs": None} if backend == "jax" else {}
         return module(backend, "moe").build_moe(self.dim, self.hidden_dim, **options, **extra)
 
     @property

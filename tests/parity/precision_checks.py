@@ -117,7 +117,7 @@ def parts(backend: str) -> list[Operation]:
         for kind in ("tiled", "looped"):
             getattr(grouped, f"{kind}_matmul")(x_RD, w_EDF, ends_E)
             getattr(grouped, f"{kind}_outer")(x_RD, y_RF, ends_E)
-        module(backend, "model.matvec").matrix_times_vector(w_EDF[0], y_RF[0], x_RD[0])
+        module(backend, "model.linear")._matrix_times_vector(w_EDF[0], y_RF[0], x_RD[0])
 
     return found + precision_torch.narrow_operations(run)
 
@@ -136,7 +136,7 @@ def encoding(backend: str, tower: TowerConfig, gradients: bool = False) -> list[
                 features.backward(features.detach())
 
         return precision_torch.narrow_operations(run)
-    encoder = build(tower, rngs=module(backend, "model.linear").UNDRAWN).to(jnp.bfloat16)
+    encoder = build(tower, rngs=None).to(jnp.bfloat16)
     graphdef, params, buffers = state.split(encoder)
 
     def encode(params: Any) -> Any:

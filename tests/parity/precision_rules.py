@@ -24,7 +24,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             PRODUCT,
             PRODUCTS,
             {
-                "model.linear:contract": 1,
+                "model.linear:linear": 1,
                 "model.attention:_attention": 1,
                 "model.grouped:looped_matmul.block": 1,
                 "model.grouped:tiled_matmul": 1,
@@ -33,7 +33,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             },
         ),
         Rule(PRODUCT, PRODUCTS, {"model.experts:apply_packed": 3}, backward=True),
-        Rule(ELEMENTWISE, BIAS, {"model.linear:Linear.forward": 1}, ("add",)),
+        Rule(ELEMENTWISE, BIAS, {"model.linear:linear": 1}, ("add",)),
         Rule(
             ELEMENTWISE,
             GATED,
@@ -115,7 +115,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             PRODUCT,
             PRODUCTS,
             {
-                "model.matvec:Linear.forward": 1,
+                "model.linear:linear": 1,
                 "model.attention:attend": 1,
                 "model.grouped:looped_matmul": 1,
                 "model.grouped:looped_outer": 1,
@@ -129,7 +129,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
                 "model.adapter:AttentionalPoolAdapter.forward": 3,
             },
         ),
-        Rule(ELEMENTWISE, BIAS, {"model.matvec:Linear.forward": 1}, ("add",)),
+        Rule(ELEMENTWISE, BIAS, {"model.linear:linear": 1}, ("add",)),
         Rule(
             ELEMENTWISE,
             WIDE_INSIDE,
@@ -170,7 +170,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
                 "model.expert_choice:ExpertChoiceMoE.forward": 1,
                 "model.vision:quick_gelu": 1,
                 "model.grouped:tiled_outer": 1,
-                "model.matvec:matrix_times_vector": 1,
+                "model.linear:_matrix_times_vector": 1,
             },
         ),
         Rule(
@@ -203,14 +203,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             ROUNDING,
             "summed in float32 over all uses of a row, and rounded once",
-            {"model.embedding:_LookUp.backward": 1},
+            {"model.linear:_LookUp.backward": 1},
             backward=True,
         ),
         Rule(
             SUM,
             "gradients of what is used at many places: torch sums them in float32 inside, and rounds once",
             {
-                "model.matvec:Linear.forward": 1,
+                "model.linear:linear": 1,
                 "model.vision:VisionAttention.forward": 2,
                 "model.vision:VisionMLP.forward": 1,
                 "model.vision:VisionTower.forward": 3,

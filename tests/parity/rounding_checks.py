@@ -159,8 +159,7 @@ def with_parameter(backend: Any, module: Any, name: str, value: Any) -> Callable
 
 def biased(backend: Any, dtype: str) -> Callable[..., Any]:
     """Hundreds of rows with one bias, as functions of it."""
-    path = "model.linear" if backend.name == "jax" else "model.matvec"
-    layer: Any = module_of(path, "Linear", WIDTH, WIDTH, True)(backend, dtype)
+    layer: Any = module_of("model.linear", "Linear", WIDTH, WIDTH, True)(backend, dtype)
     rows = np.random.default_rng(3).standard_normal((REPEATS, WIDTH)).astype(ml_dtypes.bfloat16)
     rows = backend.array(rows.astype(np.float64), dtype)
     return lambda bias: with_parameter(backend, layer, "bias", bias)(rows)

@@ -223,8 +223,7 @@ def _compiled(
 ) -> tuple[Callable[..., Any], Arrays, Arrays]:
     """The forward and backward, with a model's parameters and buffers to show shapes and dtypes."""
     backend = _Backend("jax")
-    undrawn = importlib.import_module("kempnerforge_jax.model.linear").UNDRAWN
-    model = backend.transformer.Transformer(config, rngs=undrawn)
+    model = backend.transformer.Transformer(config, rngs=None)
     graphdef, params, buffers = backend.state.split(model)
     table = parameter_table(config)
     params = {name: array.astype(_held_in(table, name, dtype)) for name, array in params.items()}

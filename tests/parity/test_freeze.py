@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.state import split
 from kempnerforge_jax.model.vlm import build_vlm_wrapper as build_jax
 from kempnerforge_jax.training import freeze as jax_freeze
@@ -43,7 +42,7 @@ def backend(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """A model and the module that freezes it."""
     if request.param == "torch":
         return build_torch(MODEL, VISION, None, JOINT), torch_freeze
-    return build_jax(MODEL, VISION, None, JOINT, rngs=UNDRAWN), jax_freeze
+    return build_jax(MODEL, VISION, None, JOINT, rngs=None), jax_freeze
 
 
 def test_patterns_freeze_what_they_name(backend: tuple[Any, Any]) -> None:
@@ -95,7 +94,7 @@ def test_compiled_models_keep_their_names() -> None:
 
 
 def test_marks_survive_the_way_through_jit() -> None:
-    model = build_jax(MODEL, VISION, None, JOINT, rngs=UNDRAWN)
+    model = build_jax(MODEL, VISION, None, JOINT, rngs=None)
     jax_freeze.freeze_params(model, "adapter.*")
     graphdef, params, _ = split(model)
     assert hash(graphdef) == hash(split(model)[0])

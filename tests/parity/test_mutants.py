@@ -463,7 +463,6 @@ def load(backend: str) -> dict[str, Any]:
     """The backend's modules as they are importable now."""
     loaded = ("attention", "generate", "init", "modality", "position", "state", "transformer")
     names = {name: f"model.{name}" for name in loaded}
-    names |= {"linear": "model.linear"} if backend == "jax" else {}
     names["optimizer"] = "training.optimizer"
     return {name: importlib.import_module(f"kempnerforge_{backend}.{path}") for name, path in names.items()}
 
@@ -471,7 +470,7 @@ def load(backend: str) -> dict[str, Any]:
 def new_model(modules: dict[str, Any], config: ModelConfig) -> Any:
     if "torch" in modules["transformer"].__name__:
         return modules["transformer"].Transformer(config)
-    return modules["transformer"].Transformer(config, rngs=modules["linear"].UNDRAWN)
+    return modules["transformer"].Transformer(config, rngs=None)
 
 
 def build(modules: dict[str, Any], config: ModelConfig, weights: dict[str, np.ndarray]) -> Any:

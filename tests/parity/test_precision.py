@@ -63,7 +63,6 @@ CHECKS: dict[str, tuple[Callable[[str], object], ...]] = {
     "model.router": (gradients_of("combine weights", "losses of routers"),),
     "model.grouped": (gradients_of("tiled_outer", "looped_outer"),),
     "model.expert_choice": (gradients_of("experts that choose"),),
-    "model.embedding": (gradients_of("look-up"),),
     "model.linear": (gradients_of("look-up", "bias"),),
     "model.vision": (gradients_of("quick_gelu"),),
     "model.sampling": (gradients_of("draw"),),

@@ -17,7 +17,6 @@ import pytest
 import torch
 from flax import nnx
 
-from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.moe import build_moe as build_jax_moe
 from kempnerforge_jax.model.state import get_state as jax_state
 from kempnerforge_jax.model.state import merge, set_state, split
@@ -89,7 +88,7 @@ def torch_model(config: JobConfig) -> Any:
 
 
 def jax_model(config: JobConfig) -> Any:
-    model = nnx.eval_shape(lambda: jax_train.build_model(config, rngs=UNDRAWN))
+    model = nnx.eval_shape(lambda: jax_train.build_model(config, rngs=None))
     model.init_weights_and_freqs(SEED)
     return model
 
@@ -238,7 +237,7 @@ def test_experts_of_their_own_kind_are_not_packed() -> None:
     packed = config.model.replace(moe_packed_experts=True)
     with pytest.raises(ConfigError, match=f"moe_packed_experts = True: must be False.*{NAME}.*left.weight"):
         parameter_table(packed)
-    for build in (build_torch_moe, functools.partial(build_jax_moe, rngs=UNDRAWN)):
+    for build in (build_torch_moe, functools.partial(build_jax_moe, rngs=None)):
         with pytest.raises(ValueError, match="packed_experts = True: must be False"):
             build(8, 16, 2, 1, activation=NAME, packed_experts=True)
 

@@ -27,7 +27,6 @@ from transformers import (
 
 from kempnerforge_jax.model import hooks as jax_hooks
 from kempnerforge_jax.model import state as jax_state
-from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.vision import build_vision_encoder as build_jax
 from kempnerforge_torch.model import hooks as torch_hooks
 from kempnerforge_torch.model.vision import build_vision_encoder as build_torch
@@ -95,7 +94,7 @@ def ours_in_torch(config: VisionEncoderConfig, names: list[str], dtype: str) -> 
 
 def ours_in_jax(config: VisionEncoderConfig, names: list[str], dtype: str) -> dict[str, np.ndarray]:
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
-        graphdef, params, buffers = jax_state.split(build_jax(config, rngs=UNDRAWN).to(jnp.dtype(dtype)))
+        graphdef, params, buffers = jax_state.split(build_jax(config, rngs=None).to(jnp.dtype(dtype)))
 
         @jax.jit
         def run(params: Any, pixels: jax.Array) -> Any:
@@ -137,7 +136,7 @@ def test_towers_need_no_network_and_no_transformers(kind: str, tmp_path: Path, m
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     for name in [*(name for name in sys.modules if name.partition(".")[0] in HUB), *HUB]:
         monkeypatch.setitem(sys.modules, name, None)
-    assert build_torch(config).num_tokens == build_jax(config, rngs=UNDRAWN).num_tokens == 16
+    assert build_torch(config).num_tokens == build_jax(config, rngs=None).num_tokens == 16
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -197,7 +196,7 @@ def test_fields_left_out_mean_what_transformers_says(tmp_path: Path) -> None:
 )
 def test_what_can_not_be_run_is_refused_by_name(content: dict[str, Any], message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(content))
-    for build in (build_torch, lambda config: build_jax(config, rngs=UNDRAWN)):
+    for build in (build_torch, lambda config: build_jax(config, rngs=None)):
         with pytest.raises(UserError, match=message):
             build(VisionEncoderConfig(type="siglip2", path=str(tmp_path)))
 

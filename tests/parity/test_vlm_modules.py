@@ -17,7 +17,6 @@ from kempnerforge_jax.model import adapter as jax_adapter
 from kempnerforge_jax.model import cross_attention as jax_cross_attention
 from kempnerforge_jax.model import noise as jax_noise
 from kempnerforge_jax.model import vision as jax_vision
-from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_torch.model import adapter as torch_adapter
 from kempnerforge_torch.model import cross_attention as torch_cross_attention
 from kempnerforge_torch.model import noise as torch_noise
@@ -148,7 +147,7 @@ def test_adapters(config: AdapterConfig) -> None:
     expected = (2, config.output_num_tokens(9), 20)
     built = component.torch()
     assert built(torch.from_numpy(x).float()).shape == expected
-    assert built.output_num_tokens(9) == component.jax(rngs=UNDRAWN).output_num_tokens(9) == expected[1]
+    assert built.output_num_tokens(9) == component.jax(rngs=None).output_num_tokens(9) == expected[1]
 
 
 @pytest.mark.parametrize("kind", ["mlp_2layer", "linear", "avgpool", "attentional_pool"])
@@ -157,7 +156,7 @@ def test_counts_of_tokens_agree_with_the_forward_always(kind: str) -> None:
     for window in range(1, 6):
         config = AdapterConfig(type=kind, pool_window=window, pool_heads=1)
         in_torch = torch_adapter.build_adapter(config, 2, 3)
-        in_jax = jax_adapter.build_adapter(config, 2, 3, rngs=UNDRAWN)
+        in_jax = jax_adapter.build_adapter(config, 2, 3, rngs=None)
         for tokens in (*(side * side for side in range(1, 8)), 6):
             x = torch.zeros(1, tokens, 2)
             forwards = (
@@ -228,7 +227,7 @@ def test_routing_noise_has_the_same_bits_everywhere(seed: int) -> None:
 def test_random_encoders_agree_and_name_what_they_refuse() -> None:
     config = VisionEncoderConfig(feature_dim=6, num_tokens=4, image_size=12)
     torch_encoder = torch_vision.build_vision_encoder(config)
-    jax_encoder = jax_vision.build_vision_encoder(config, rngs=UNDRAWN)
+    jax_encoder = jax_vision.build_vision_encoder(config, rngs=None)
     found = torch_encoder(torch.from_numpy(PIXELS).float()).numpy()
     assert found.shape == (3, 4, 6)
     np.testing.assert_array_equal(found, np.asarray(jax_encoder(jnp.asarray(PIXELS, jnp.float32))))

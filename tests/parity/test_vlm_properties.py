@@ -23,7 +23,6 @@ from kempnerforge_jax.model.adapter import LinearAdapter as JaxLinearAdapter
 from kempnerforge_jax.model.architecture import Architecture as JaxArchitecture
 from kempnerforge_jax.model.attention import KVCache as JaxCache
 from kempnerforge_jax.model.cross_attention import CrossAttentionBlock as JaxCrossAttentionBlock
-from kempnerforge_jax.model.linear import UNDRAWN
 from kempnerforge_jax.model.modality import ModalityContext as JaxContext
 from kempnerforge_jax.model.mot import mot_warm_start_from_text_stack as warm_start_jax
 from kempnerforge_jax.model.transformer import Transformer as JaxTransformer
@@ -85,13 +84,13 @@ class Backend:
         if self.name == "torch":
             return torch_vlm.build_vlm_wrapper(*arguments).double().eval()
         with jax.enable_x64(True):
-            return jax_vlm.build_vlm_wrapper(*arguments, rngs=UNDRAWN).to(jnp.float64)
+            return jax_vlm.build_vlm_wrapper(*arguments, rngs=None).to(jnp.float64)
 
     def transformer(self, model: ModelConfig, vlm: VLMConfig | None = None) -> Any:
         if self.name == "torch":
             return TorchTransformer(model, vlm_config=vlm).double().eval()
         with jax.enable_x64(True):
-            return JaxTransformer(model, vlm_config=vlm, rngs=UNDRAWN).to(jnp.float64)
+            return JaxTransformer(model, vlm_config=vlm, rngs=None).to(jnp.float64)
 
     def load(self, model: Any, state: Arrays) -> Any:
         if self.name == "torch":
@@ -332,7 +331,7 @@ def test_parts_refuse_what_has_no_meaning(backend: Backend) -> None:
         backend.transformer(MODEL, ARCHS["cross_attention"])(modality=mixed)
     pool: Any = torch_adapter.AttentionalPoolAdapter if is_torch else jax_adapter.AttentionalPoolAdapter
     with pytest.raises(ValueError, match="pool_heads = 5: must divide in_dim = 12"):
-        pool(12, 20, 2, 5, **({} if is_torch else {"rngs": UNDRAWN}))
+        pool(12, 20, 2, 5, **({} if is_torch else {"rngs": None}))
     vlm: Any = torch_vlm if is_torch else jax_vlm
     with pytest.raises(NotImplementedError, match="ModalityStrategy defines no prepare"):
         vlm.ModalityStrategy(ARCHS["mot"]).prepare(None, None, None)

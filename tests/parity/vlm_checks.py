@@ -80,7 +80,7 @@ class Side:
     def built(self, builder: Callable[..., Any], *args: Any, drawn: bool = False, **options: Any) -> Any:
         if self.name == "torch":
             return builder(*args, **options).double()
-        rngs = nnx.Rngs(0) if drawn else self.module("model.linear").UNDRAWN
+        rngs = nnx.Rngs(0) if drawn else None
         return builder(*args, **options, rngs=rngs).to(jnp.float64)
 
     def filled(self, table: ParameterTable, builder: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from kempnerforge_torch.model import generate as generation
 from kempnerforge_torch.model.generate import generate, stream
 from kempnerforge_torch.model.kv_cache import KVCache
-from kempnerforge_torch.model.matvec import Linear
+from kempnerforge_torch.model.linear import Linear
 from kempnerforge_torch.model.moe import MoEMLP
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import VLMWrapper, build_vlm_wrapper
@@ -148,7 +148,7 @@ def test_a_process_may_decode_for_any_number_of_rows(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_single_vector_is_multiplied_in_one_loop_where_there_is_a_compiler(dtype: torch.dtype) -> None:
-    layer = Linear(300, 7).to(dtype)
+    layer = Linear(300, 7, bias=True).to(dtype)
     seen: list[str] = []
 
     def keeping(graph: Any, _: Any) -> Any:
