@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 from kempnerforge_jax.model.scan import _periodic, layer_groups
+from kempnerforge_jax.model.state import get_state, stack_layers, unstack_layers
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.training import train
 from shared_config.data import open_data
@@ -138,3 +140,14 @@ def test_a_model_that_has_nothing_to_scan_says_so(every: int, caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         jax.make_jaxpr(lambda: model.run(jnp.zeros((2, 8), jnp.int32), scan_layers=True).logits)()
     assert ["scan_layers = True changes nothing" in message for message in caplog.messages] == [True] * (every == 1)
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 3])
+def test_stacks_of_any_size_are_taken_apart(n_layers: int) -> None:
+    model = Transformer(MODEL.replace(n_layers=n_layers), rngs=nnx.Rngs(0))
+    state = get_state(model)
+    together = stack_layers(state, layer_groups(model))
+    assert (together.keys() == state.keys()) == (n_layers == 1)
+    apart = unstack_layers(together)
+    assert list(apart) == list(state)
+    assert all(np.array_equal(apart[name], value) for name, value in state.items())

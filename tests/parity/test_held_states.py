@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from shared_config.contract.noise import image_noise
 from shared_config.contract.parameters import parameter_table
 from shared_config.schema.model import ModelConfig
 from tests.jobs import draw_batch, tiny_job
@@ -163,3 +164,24 @@ def test_counts_are_added_in_new_dicts(backend: Torch) -> None:
     assert add(total, counts) == {0: 11, 1: {"image": 22, "text": 30}, 2: 40}
     assert total == {0: 1, 1: {"image": 2}}
     assert counts == {0: 10, 1: {"image": 20, "text": 30}, 2: 40}
+
+
+@on_both
+@pytest.mark.usefixtures("_double_precision")
+def test_without_a_mask_of_its_own_an_image_is_real_and_text_is_as_told(backend: Torch) -> None:
+    modality, vlm = backend.module("model.modality"), backend.module("model.vlm")
+    text = np.array([[True, False], [True, True]])
+    for prefix in (None, np.zeros((2, 3, 4))):
+        context = modality.ModalityContext() if prefix is None else modality.ModalityContext(
+            prefix_embeds=backend.array(prefix))  # fmt: skip
+        found = vlm.with_text(context, backend.array(text), None).key_padding_mask
+        before = np.ones((2, 0 if prefix is None else 3), bool)
+        np.testing.assert_array_equal(backend.numpy(found), np.concatenate([before, text], axis=1))
+
+
+@on_both
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, 2**32 + 7, 2**63 + 1])
+def test_noise_of_images_has_seeds_of_any_size(backend: Torch, seed: int) -> None:
+    pixels = np.random.default_rng(0).uniform(-1, 1, (2, 3, 2, 2)).astype(np.float32)
+    found = backend.module("model.noise").image_noise(backend.array(pixels), 2, 3, seed)
+    np.testing.assert_array_equal(backend.numpy(found), image_noise(pixels, 2, 3, seed))
