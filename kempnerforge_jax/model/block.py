@@ -93,20 +93,4 @@ def build_feed_forward(config: ModelConfig, layer_idx: int, *, rngs: nnx.Rngs | 
     """
     if not config.is_moe_layer(layer_idx):
         return build_mlp(config.dim, config.computed_ffn_hidden_dim, config.activation, rngs=rngs)
-    return build_moe(
-        config.dim,
-        config.computed_expert_ffn_hidden_dim,
-        config.num_experts,
-        config.moe_top_k,
-        config.activation,
-        config.moe_router,
-        config.moe_shared_experts,
-        config.moe_capacity_factor,
-        config.moe_gradient_scale,
-        config.moe_sequence_aux_loss_weight,
-        config.moe_bias_schedule,
-        config.moe_packed_experts,
-        norm_topk_prob=config.moe_norm_topk_prob,
-        routed_scaling=config.moe_routed_scaling,
-        rngs=rngs,
-    )
+    return build_moe(**config.expert_layer_options, rngs=rngs)
