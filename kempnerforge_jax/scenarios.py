@@ -14,13 +14,15 @@ import numpy as np
 
 from kempnerforge_jax import trace
 from kempnerforge_jax.device import find_device
-from kempnerforge_jax.model import generate as generation
 from kempnerforge_jax.model.build import load_model
+from kempnerforge_jax.model.decode import advance, prefill
+from kempnerforge_jax.model.generate import generate, stream
 from kempnerforge_jax.model.hooks import ActivationStore, activation_names, extract_representations
 from kempnerforge_jax.model.request import Request, make_request
 from kempnerforge_jax.model.state import merge, split, to_numpy
 from kempnerforge_jax.model.vlm import inner_transformer
 from kempnerforge_jax.training.train import Trainer
+from shared_config.contract.decoding import SamplingConfig
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.parity.scenarios import Arrays, Batch
 from shared_config.parity.work import Decoding, Trained
@@ -64,9 +66,9 @@ def decode(config: JobConfig, weights: Arrays, decoding: Decoding, *, device: st
             "pixel_values": pixels,
             **decoding.sampling,
         }
-        steps = generation.stream(model, decoding.prompts, decoding.new_tokens, **options)
+        steps = stream(model, decoding.prompts, decoding.new_tokens, **options)
         new_BN = np.stack(list(steps), axis=1)
-        filled_BT = to_numpy(generation.generate(model, decoding.prompts, decoding.new_tokens, **options))
+        filled_BT = to_numpy(generate(model, decoding.prompts, decoding.new_tokens, **options))
         generated_BN = np.stack(
             [row[len(prompt) :][: decoding.new_tokens] for row, prompt in zip(filled_BT, decoding.prompts, strict=True)]
         )
@@ -81,29 +83,32 @@ def decode(config: JobConfig, weights: Arrays, decoding: Decoding, *, device: st
 def _cached(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: jax.Array | None) -> np.ndarray:
     """Logits (B, N, V) that static caches give, fed with tokens that are known."""
     transformer = inner_transformer(model)
-    parts = graphdef, params, buffers = split(transformer)
+    graphdef, params, buffers = split(transformer)
     request = _request(model, decoding, pixels)
-    caches, state = generation._prefill(transformer, request, parts)
-    logits, tokens_B = [], state.tokens
+    caches, tokens_B = prefill(transformer, request)
+    logits = []
 
     @jax.jit
-    def advance(params: Any, buffers: Any, caches: Any, tokens_B: jax.Array, seen: Any) -> tuple[jax.Array, Any]:
-        output = merge(graphdef, params, buffers).run(tokens_B[:, None], modality=seen, kv_caches=caches)
-        return output.logits[:, -1], output.kv_caches
+    def read(params: Any, buffers: Any, caches: Any, tokens_B: jax.Array, image: Any) -> tuple[jax.Array, Any]:
+        return advance(merge(graphdef, params, buffers), tokens_B, caches, image)
 
     for place in range(decoding.new_tokens):
-        logits_BV, caches = advance(params, buffers, caches, tokens_B, generation._seen(request))
+        logits_BV, caches = read(params, buffers, caches, tokens_B, request.image_in_every_step)
         logits.append(to_numpy(logits_BV))
         tokens_B = jnp.asarray(new_BN[:, place], tokens_B.dtype)
     return np.stack(logits, axis=1)
 
 
 def _request(model: Any, decoding: Decoding, pixels: Any) -> Request:
-    temperature, top_k, top_p = (decoding.sampling[name] for name in ("temperature", "top_k", "top_p"))
+    sampling = SamplingConfig(seed=decoding.seed, **decoding.sampling)
     return make_request(
-        model, decoding.prompts, decoding.new_tokens, temperature, top_k, top_p, None, 0, None, decoding.seed, None,
-        decoding.prefill_chunk, pixels, None,
-    )  # fmt: skip
+        model,
+        decoding.prompts,
+        decoding.new_tokens,
+        sampling,
+        prefill_chunk=decoding.prefill_chunk,
+        pixel_values=pixels,
+    )
 
 
 def _whole(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: jax.Array | None) -> np.ndarray:

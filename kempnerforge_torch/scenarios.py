@@ -13,13 +13,15 @@ import torch
 
 from kempnerforge_torch import trace
 from kempnerforge_torch.device import find_device
-from kempnerforge_torch.model import generate as generation
 from kempnerforge_torch.model.build import load_model
+from kempnerforge_torch.model.decode import advance, prefill
+from kempnerforge_torch.model.generate import generate, stream
 from kempnerforge_torch.model.hooks import ActivationStore, activation_names, extract_representations
-from kempnerforge_torch.model.request import Request, image_tokens, inference, make_request
+from kempnerforge_torch.model.request import Request, inference, make_request
 from kempnerforge_torch.model.state import from_numpy, to_numpy
 from kempnerforge_torch.model.vlm import inner_transformer
 from kempnerforge_torch.training.train import Trainer
+from shared_config.contract.decoding import SamplingConfig
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.parity.scenarios import Arrays, Batch
 from shared_config.parity.work import Decoding, Trained
@@ -62,9 +64,9 @@ def decode(config: JobConfig, weights: Arrays, decoding: Decoding, *, device: st
         "pixel_values": pixels,
         **decoding.sampling,
     }
-    steps = generation.stream(model, decoding.prompts, decoding.new_tokens, **options)
+    steps = stream(model, decoding.prompts, decoding.new_tokens, **options)
     new_BN = np.stack(list(steps), axis=1)
-    filled_BT = to_numpy(generation.generate(model, decoding.prompts, decoding.new_tokens, **options))
+    filled_BT = to_numpy(generate(model, decoding.prompts, decoding.new_tokens, **options))
     generated_BN = np.stack(
         [row[len(prompt) :][: decoding.new_tokens] for row, prompt in zip(filled_BT, decoding.prompts, strict=True)]
     )
@@ -80,21 +82,25 @@ def _cached(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: torch.Te
     """Logits (B, N, V) that static caches give, fed with tokens that are known."""
     transformer = inner_transformer(model)
     request = _request(model, decoding, pixels)
-    logits, seen = [], None if image_tokens(request.image) else request.image
+    logits, image = [], request.image_in_every_step
     with inference(model):
-        caches, tokens_B = generation._prefill(transformer, request)
+        caches, tokens_B = prefill(transformer, request)
         for place in range(decoding.new_tokens):
-            logits.append(to_numpy(generation._advance(transformer, tokens_B, caches, seen)))
+            logits.append(to_numpy(advance(transformer, tokens_B, caches, image)))
             tokens_B = torch.from_numpy(new_BN[:, place]).to(tokens_B)
     return np.stack(logits, axis=1)
 
 
 def _request(model: Any, decoding: Decoding, pixels: Any) -> Request:
-    temperature, top_k, top_p = (decoding.sampling[name] for name in ("temperature", "top_k", "top_p"))
+    sampling = SamplingConfig(seed=decoding.seed, **decoding.sampling)
     return make_request(
-        model, decoding.prompts, decoding.new_tokens, temperature, top_k, top_p, None, 0, None, decoding.seed, None,
-        decoding.prefill_chunk, pixels, None,
-    )  # fmt: skip
+        model,
+        decoding.prompts,
+        decoding.new_tokens,
+        sampling,
+        prefill_chunk=decoding.prefill_chunk,
+        pixel_values=pixels,
+    )
 
 
 def _whole(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: torch.Tensor | None) -> np.ndarray:

@@ -296,12 +296,12 @@ MUTANTS = (
          "(logits.shape[-1] - 1 - jnp.argsort(logits[..., ::-1], axis=-1, descending=True, stable=True))"),
     ),
     Mutant(
-        "model.generate", "row goes on after its end",
-        ("yield tokens_B.masked_fill(done_B, request.pad_token_id)", "yield tokens_B"),
+        "model.decode", "row goes on after its end",
+        ("yield tokens_B.masked_fill(done_B, request.sampling.pad_token_id)", "yield tokens_B"),
         ("shown_B = jnp.where(state.done, options.pad_token_id, drawn_B)", "shown_B = drawn_B"),
     ),
-    both("model.generate", "cached position off by one", "lengths_B - 1 + taken", "lengths_B + taken"),
-    both("model.generate", "padding of ragged prompts seen", "lengths_B - 1 + taken",
+    both("model.decode", "cached position off by one", "lengths_B - 1 + taken", "lengths_B + taken"),
+    both("model.decode", "padding of ragged prompts seen", "lengths_B - 1 + taken",
          "lengths_B * 0 + lengths_B.max() - 1 + taken"),
 )  # fmt: skip
 

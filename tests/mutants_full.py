@@ -78,13 +78,13 @@ REACHING = (
         ("padding",), "padding", "evaluation",
     ),
     Reaching(
-        both("model.generate", "cached position off by one", "lengths_B - 1 + taken", "lengths_B + taken"),
+        both("model.decode", "cached position off by one", "lengths_B - 1 + taken", "lengths_B + taken"),
         ("generate",), "generate", "{backend}: static caches = forward",
     ),
     Reaching(
         Mutant(
-            "model.generate", "numbers of another step in one way to generate",
-            ("= torch.stack(steps, dim=1) if", "= torch.stack(steps, dim=1).roll(1, 1) if"),
+            "model.decode", "numbers of another step in one way to generate",
+            ("return torch.stack(new, dim=1) if", "return torch.stack(new, dim=1).roll(1, 1) if"),
             ("dynamic_index_in_dim(uniforms_BN, place, 1", "dynamic_index_in_dim(uniforms_BN, 0 * place, 1"),
         ),
         ("generate",), "generate", "{backend}: stream = generate",

@@ -50,7 +50,7 @@ LENGTH_MUTANTS = (
         ("device=logits.device) >= top_k", "device=logits.device) >= min(top_k, 1024)"),
         ("jnp.arange(logits.shape[-1]) >= top_k", "jnp.arange(logits.shape[-1]) >= jnp.minimum(top_k, 1024)"),
     ),
-    both("model.generate", "prompts read up to token 128", "in request.chunks:", "in request.chunks[:2]:"),
+    both("model.decode", "prompts read up to token 128", "in request.chunks:", "in request.chunks[:2]:"),
     Mutant(
         "model.dispatch", "choices from 512 on of no expert",
         ("expert_R = indices_Tk.t().flatten()",

@@ -103,7 +103,7 @@ MOE_MUTANTS = (
         ("        self.keep(pending={})\n", "        pass\n"),
     ),
     Mutant(
-        "model.generate", "padding of prompts routed",
+        "model.decode", "padding of prompts routed",
         ("            if config.is_moe:\n", "            if False:\n"),
         ("if model.config.is_moe and length:", "if False:"),
     ),

@@ -15,6 +15,7 @@ IMPLIED = {"self", "cls", "rngs"}
 """Arguments that are not compared: JAX constructors are also given ``rngs``."""
 
 FILES = {
+    "model/cuda_graph.py": "torch: XLA compiles and launches its own programs",
     "model/module.py": "jax: torch's modules have named walks, hooks and casts built in",
     "model/scan.py": "jax: stacks of layers bound compile time; torch compiles block by block",
 }
@@ -34,10 +35,11 @@ DIFFERENCES = {
     "model/experts.py": {
         "apply_packed(complete)": "torch: its kernel leaves rows of no group undefined, which costs a pass"
     },
+    "model/decode.py": {
+        "decode_all(compile)": "torch: JAX always compiles",
+        "steps(compile)": "torch: JAX always compiles",
+    },
     "model/generate.py": {
-        "PROGRAMS": "torch: refuses to compile many programs of one function",
-        "Recorded": "torch: CUDA graphs; XLA launches its own",
-        "Step": "torch: name of a type, of what is recorded",
         "generate(compile)": "torch: JAX always compiles",
         "stream(compile)": "torch: JAX always compiles",
     },
@@ -77,7 +79,6 @@ DIFFERENCES = {
     },
     "model/request.py": {"inference": "torch: modules have a mode, and calls record gradients"},
     "model/sampling.py": {
-        "greedy": "jax: a branch of the compiled step",
         "sample(generator)": "torch: the state of its random numbers",
         "sample(key)": "jax: the state of its random numbers",
     },

@@ -1,38 +1,24 @@
-"""Sampling and generation with key/value caches.
+"""Generation: prompts, and images, continued token by token.
 
-An image goes into the caches first, or is read once where cross-attention looks at it. A prompt follows in chunks, all
-but its last token and without the head; from there on every step reads one token of each row and draws the next, at
-static shapes, so that one program serves all positions.
-
-Shapes: B rows, S tokens of the longest prompt, N new tokens, V vocabulary, E ids that end a row.
+Shapes: B rows, S tokens of the longest prompt, N new tokens.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kempnerforge_jax.model.kv_cache import KVCache
-from kempnerforge_jax.model.modality import ModalityContext
-from kempnerforge_jax.model.request import Request, image_tokens, make_request, weight_of
-from kempnerforge_jax.model.sampling import draw, greedy, wide
+from kempnerforge_jax.model.decode import decode_all, steps
+from kempnerforge_jax.model.request import make_request
 from kempnerforge_jax.model.sampling import sample as sample
-from kempnerforge_jax.model.state import State, merge, split
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper, inner_transformer
 from kempnerforge_jax.model.wrappers import unwrapped
-from shared_config.contract.decoding import (
-    PREFILL_CHUNK,
-    bucket,
-)
-
-NO_LOGITS = ModalityContext(output_slice=slice(0, 0))
+from shared_config.contract.decoding import PREFILL_CHUNK, SamplingConfig
 
 
 def generate(
@@ -78,12 +64,14 @@ def generate(
             images that don't fit the model or the prompts; a model whose routers are not causal.
     """
     model = unwrapped(model)
+    sampling = SamplingConfig(temperature, top_k, top_p, eos_token_id, pad_token_id, seed)
     request = make_request(
-        model, prompt_tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id, pad_token_id, prompt_lengths,
-        seed, uniforms, prefill_chunk, pixel_values, frame_mask,
+        model, prompt_tokens, max_new_tokens, sampling,
+        prompt_lengths=prompt_lengths, uniforms=uniforms, prefill_chunk=prefill_chunk, pixel_values=pixel_values,
+        frame_mask=frame_mask,
     )  # fmt: skip
-    new_BN = _decode_all(inner_transformer(model), request)
-    return jnp.asarray(request.prompts.followed_by(np.asarray(new_BN), pad_token_id, request.eos_token_ids))
+    new_BN = decode_all(inner_transformer(model), request)
+    return jnp.asarray(request.prompts.followed_by(np.asarray(new_BN), pad_token_id, sampling.eos_token_ids))
 
 
 def stream(
@@ -108,179 +96,10 @@ def stream(
     Arguments and errors, which are raised here and not at the first token, are those of `generate`.
     """
     model = unwrapped(model)
+    sampling = SamplingConfig(temperature, top_k, top_p, eos_token_id, pad_token_id, seed)
     request = make_request(
-        model, prompt_tokens, max_new_tokens, temperature, top_k, top_p, eos_token_id, pad_token_id, prompt_lengths,
-        seed, uniforms, prefill_chunk, pixel_values, frame_mask,
+        model, prompt_tokens, max_new_tokens, sampling,
+        prompt_lengths=prompt_lengths, uniforms=uniforms, prefill_chunk=prefill_chunk, pixel_values=pixel_values,
+        frame_mask=frame_mask,
     )  # fmt: skip
-    return (np.asarray(tokens_B) for tokens_B in _steps(inner_transformer(model), request))
-
-
-class _State(NamedTuple):
-    """What one step hands to the next: the tokens (B,) to read, and which rows have ended (B,)."""
-
-    tokens: jax.Array
-    done: jax.Array
-
-
-class _Options(NamedTuple):
-    """Numbers that a compiled step is given: none of them is compiled in.
-
-    Attributes:
-        sampling: temperature, top_k and top_p; None: greedy.
-        eos_token_ids: int32 (E,); -1 if there is none.
-    """
-
-    sampling: tuple[jax.Array, ...] | None
-    eos_token_ids: jax.Array
-    pad_token_id: jax.Array
-
-
-def _steps(model: Transformer, request: Request) -> Iterator[jax.Array]:
-    """The new tokens (B,) as they are drawn."""
-    if request.max_new_tokens == 0:
-        return
-    parts = graphdef, params, buffers = split(model)
-    caches, state = _prefill(model, request, parts)
-    uniforms_BN, options = _numbers(model, request, request.max_new_tokens)
-    step, seen = _compiled_step(graphdef), _seen(request)
-    for place in range(request.max_new_tokens):
-        shown_B, state, caches = step(params, buffers, caches, state, seen, uniforms_BN[:, place], options)
-        yield shown_B
-        if request.eos_token_ids and bool(state.done.all()):
-            return
-
-
-def _decode_all(model: Transformer, request: Request) -> jax.Array:
-    """All new tokens (B, N), in one program."""
-    rows, count = len(request.prompts.lengths), request.max_new_tokens
-    if count == 0:
-        return jnp.zeros((rows, 0), jnp.int32)
-    parts = graphdef, params, buffers = split(model)
-    caches, state = _prefill(model, request, parts)
-    room = bucket(count, model.config.max_seq_len + 1)
-    uniforms_BN, options = _numbers(model, request, room)
-    loop = _compiled_loop(graphdef)
-    new_BN, _ = loop(params, buffers, caches, state, _seen(request), uniforms_BN, options, np.int32(count))
-    return new_BN[:, :count]
-
-
-def _numbers(model: Transformer, request: Request, room: int) -> tuple[jax.Array, _Options]:
-    """Uniform numbers (B, ``room``), zeros after the end, and the options."""
-    uniforms_BN = np.zeros((len(request.prompts.lengths), room))
-    sampling, dtype = None, wide(weight_of(model).dtype)
-    if request.uniforms is not None:
-        uniforms_BN[:, : request.max_new_tokens] = request.uniforms
-        values = (request.temperature, request.top_k, request.top_p)
-        sampling = tuple(jnp.asarray(v, d) for v, d in zip(values, (dtype, jnp.int32, dtype), strict=True))
-    stops = jnp.asarray(request.eos_token_ids or (-1,), jnp.int32)
-    options = _Options(sampling, stops, jnp.asarray(request.pad_token_id, jnp.int32))
-    return jnp.asarray(uniforms_BN.astype(dtype)), options
-
-
-def _prefill(model: Transformer, request: Request, parts: tuple[Any, State, State]) -> tuple[list[KVCache], _State]:
-    """Caches that hold every prompt but for its last token, and the state that these last tokens are."""
-    config, dtype, prompts, image = model.config, weight_of(model).dtype, request.prompts, request.image
-    (rows, width), taken = prompts.tokens.shape, image_tokens(image)
-    graphdef, params, buffers = parts
-    heads = config.kv_heads if model.vlm_config is None else model.vlm_config.cached_kv_heads(config)
-    shape = (rows, request.cache_length, heads, config.head_size)
-    ring = {"sliding_window": config.sliding_window, "spare": max((size for _, size in request.chunks), default=1) - 1}
-    caches = [KVCache(*shape, dtype, **ring) for _ in range(config.n_layers)]
-    read, lengths_B = _compiled_prefill(graphdef), jnp.asarray(prompts.lengths)
-    if taken:
-        caches = read(params, buffers, caches, prompts.tokens[:, :0], image, lengths_B * 0 + taken)
-    for start, size in request.chunks:
-        chunk = np.pad(prompts.tokens, ((0, 0), (0, max(0, start + size - width))))[:, start : start + size]
-        caches = read(params, buffers, caches, chunk, _seen(request), lengths_B - 1 + taken)
-    tokens_B = prompts.tokens[np.arange(rows), prompts.lengths - 1]
-    return caches, _State(jnp.asarray(tokens_B), jnp.zeros(rows, jnp.bool_))
-
-
-def _seen(request: Request) -> ModalityContext | None:
-    """What text reads of the image at every step, where the image is not in the caches."""
-    return None if image_tokens(request.image) else request.image
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled_prefill(graphdef: Any) -> Any:
-    """The caches after more tokens (B, S), and an image if one is given; rows end at ``lengths`` (B,)."""
-
-    def prefill(
-        params: State,
-        buffers: State,
-        caches: list[KVCache],
-        tokens_BS: jax.Array,
-        image: ModalityContext | None,
-        lengths_B: jax.Array,
-    ) -> list[KVCache]:
-        model = merge(graphdef, params, buffers)
-        modality = NO_LOGITS if image is None else replace(image, output_slice=NO_LOGITS.output_slice)
-        length, noted = tokens_BS.shape[1], caches[0].valid is not None
-        if model.config.is_moe and length:
-            modality = replace(modality, key_padding_mask=caches[0].positions(length) < lengths_B[:, None])
-        output = model.run(tokens_BS, modality=modality, kv_caches=caches, allow_image_inputs=True)
-        updated = [cache.cut(lengths_B) for cache in output.kv_caches or ()]
-        return updated if noted or not length else [cache.without_padding() for cache in updated]
-
-    return jax.jit(prefill, donate_argnames="caches")
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled_step(graphdef: Any) -> Any:
-    return jax.jit(functools.partial(_step, graphdef), donate_argnames="caches")
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled_loop(graphdef: Any) -> Any:
-    """The decode steps as one program, which stops when every row has ended. Also gives the caches, so that their
-    memory can be reused.
-    """
-
-    def loop(
-        params: State,
-        buffers: State,
-        caches: list[KVCache],
-        state: _State,
-        image: ModalityContext | None,
-        uniforms_BN: jax.Array,
-        options: _Options,
-        count: jax.Array,
-    ) -> tuple[jax.Array, list[KVCache]]:
-        new_BN = jnp.full(uniforms_BN.shape, options.pad_token_id, jnp.int32)
-
-        def advance(carry: Any) -> Any:
-            place, new_BN, state, caches = carry
-            uniforms_B = jax.lax.dynamic_index_in_dim(uniforms_BN, place, 1, keepdims=False)
-            shown_B, state, caches = _step(graphdef, params, buffers, caches, state, image, uniforms_B, options)
-            return place + 1, new_BN.at[:, place].set(shown_B), state, caches
-
-        def goes_on(carry: Any) -> jax.Array:
-            place, _, state, _ = carry
-            return (place < count) & ~state.done.all()
-
-        carry = (jnp.zeros((), jnp.int32), new_BN, state, caches)
-        _, new_BN, _, caches = jax.lax.while_loop(goes_on, advance, carry)
-        return new_BN, caches
-
-    return jax.jit(loop, donate_argnames="caches")
-
-
-def _step(
-    graphdef: Any,
-    params: State,
-    buffers: State,
-    caches: list[KVCache],
-    state: _State,
-    image: ModalityContext | None,
-    uniforms: jax.Array,
-    options: _Options,
-) -> tuple[jax.Array, _State, Any]:
-    """Read one token of each row, and the image if it is not in the caches; the next (B,), padding in rows that had
-    ended; the new state and caches.
-    """
-    model = merge(graphdef, params, buffers)
-    output = model.run(state.tokens[:, None], modality=image, kv_caches=caches)
-    logits_BV = output.logits[:, -1]
-    drawn_B = greedy(logits_BV) if options.sampling is None else draw(logits_BV, uniforms, *options.sampling)
-    shown_B = jnp.where(state.done, options.pad_token_id, drawn_B)
-    return shown_B, _State(drawn_B, state.done | jnp.isin(drawn_B, options.eos_token_ids)), output.kv_caches
+    return (np.asarray(tokens_B) for tokens_B in steps(inner_transformer(model), request))

@@ -19,17 +19,17 @@ from kempnerforge_jax.model.state import State, merge, split
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper, inner_transformer
 from shared_config.contract.decoding import (
+    PREFILL_CHUNK,
     Prompts,
+    SamplingConfig,
     cache_length,
     check_architecture,
     check_images,
     check_request,
-    check_sampling,
     check_uniforms,
     draw_uniforms,
     prefill_chunks,
     read_prompts,
-    read_stops,
 )
 
 
@@ -47,31 +47,28 @@ class Request:
     prompts: Prompts
     image: ModalityContext | None
     max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
+    sampling: SamplingConfig
     uniforms: np.ndarray | None
     cache_length: int
     chunks: Sequence[tuple[int, int]]
+
+    @property
+    def image_in_every_step(self) -> ModalityContext | None:
+        """What text reads of the image at every step; None where there is none, or the caches hold it."""
+        return None if image_tokens(self.image) else self.image
 
 
 def make_request(
     model: Transformer | VLMWrapper,
     prompt_tokens: Any,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    eos_token_id: int | Sequence[int] | None,
-    pad_token_id: int,
-    prompt_lengths: Any,
-    seed: int | jax.Array | None,
-    uniforms: np.ndarray | None,
-    prefill_chunk: int,
-    pixel_values: Any,
-    frame_mask: Any,
+    sampling: SamplingConfig,
+    *,
+    prompt_lengths: Any = None,
+    uniforms: np.ndarray | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    pixel_values: Any = None,
+    frame_mask: Any = None,
 ) -> Request:
     """What `generate` and `stream` are asked for, checked; their arguments.
 
@@ -79,33 +76,27 @@ def make_request(
         ValueError: naming what can't be generated.
     """
     transformer = _checked(model)
-    check_sampling(temperature, top_k, top_p)
     config = transformer.config
     prompts = read_prompts(prompt_tokens, prompt_lengths, config.vocab_size)
     rows = len(prompts.lengths)
     image = _read_image(model, pixel_values, frame_mask, rows)
-    taken, stops = image_tokens(image), read_stops(eos_token_id)
+    taken = image_tokens(image)
     check_request(
         prompts,
         max_new_tokens,
         config.max_seq_len,
         config.vocab_size,
-        stops,
+        sampling.eos_token_ids,
         prefill_chunk,
         taken,
-        pad_token_id,
     )
     slots = cache_length(prompts, max_new_tokens, config.max_seq_len, taken)
     return Request(
         prompts,
         image,
         max_new_tokens,
-        temperature,
-        top_k or config.vocab_size,
-        top_p,
-        stops,
-        pad_token_id,
-        None if temperature == 0 else _uniforms(seed, uniforms, rows, max_new_tokens),
+        sampling,
+        None if sampling.temperature == 0 else _uniforms(sampling.seed, uniforms, rows, max_new_tokens),
         slots,
         prefill_chunks(prompts.tokens.shape[1] - 1, prefill_chunk, slots - taken),
     )

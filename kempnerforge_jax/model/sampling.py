@@ -10,9 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from shared_config.contract.decoding import (
-    check_sampling,
-)
+from shared_config.contract.decoding import SamplingConfig
 
 
 def sample(
@@ -44,7 +42,7 @@ def sample(
     Raises:
         ValueError: temperature < 0, top_k < 0, top_p outside (0, 1]; neither ``uniforms`` nor ``key``.
     """
-    check_sampling(temperature, top_k, top_p)
+    SamplingConfig(temperature, top_k, top_p)  # which refuses other values
     if temperature == 0:
         return greedy(logits)
     if uniforms is None:
@@ -55,7 +53,7 @@ def sample(
 
 
 def greedy(logits: jax.Array) -> jax.Array:
-    """The most probable token of each row, of equal ones the first."""
+    """The most probable token of each row, of equal ones the first: (..., V) -> int32 (...)."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 

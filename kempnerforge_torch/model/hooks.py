@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kempnerforge_torch.model.generate import NO_LOGITS, inference
+from kempnerforge_torch.model.decode import NO_LOGITS
 from kempnerforge_torch.model.modality import ModalityContext
+from kempnerforge_torch.model.request import inference
 from kempnerforge_torch.model.state import from_numpy, to_numpy
 from kempnerforge_torch.model.stats import BlockOutput
 from kempnerforge_torch.model.transformer import Transformer

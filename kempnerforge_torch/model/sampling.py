@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared_config.contract.decoding import (
-    check_sampling,
-)
+from shared_config.contract.decoding import SamplingConfig
 
 
 def sample(
@@ -43,12 +41,17 @@ def sample(
     Raises:
         ValueError: temperature < 0, top_k < 0, top_p outside (0, 1].
     """
-    check_sampling(temperature, top_k, top_p)
+    SamplingConfig(temperature, top_k, top_p)  # which refuses other values
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        return greedy(logits)
     if uniforms is None:
         uniforms = torch.rand(logits.shape[:-1], generator=generator, dtype=wide(logits.dtype), device=logits.device)
     return draw(logits, uniforms, temperature, top_k or logits.shape[-1], top_p)
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The most probable token of each row, of equal ones the first: (..., V) -> int64 (...)."""
+    return logits.argmax(dim=-1)
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

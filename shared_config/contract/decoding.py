@@ -49,6 +49,47 @@ class Prompts:
         return whole
 
 
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the tokens of a row are chosen, and where it ends.
+
+    Attributes:
+        temperature: 0 takes the most probable token.
+        top_k: tokens that are kept, the most probable ones; 0 keeps all.
+        top_p: probability of the tokens that are kept; 1 keeps all.
+        eos_token_id: one id that ends a row, or several (a sequence or an array); None: no row ends early.
+        pad_token_id: what follows the end of a row; any number of 32 bits.
+        seed: an integer, or what draws random numbers in the backend; None: another one each time.
+
+    Raises:
+        UserError: naming the value and what is allowed.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    eos_token_id: Any = None
+    pad_token_id: int = 0
+    seed: Any = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(
+                f"temperature = {self.temperature}: must be at least 0 and finite; 0 takes the most probable token"
+            )
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise UserError(f"top_k = {self.top_k}: must be an integer of at least 0; 0 keeps all tokens")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p = {self.top_p}: must be in (0, 1]; 1 keeps all tokens")
+        check_integer("pad_token_id", self.pad_token_id, -(2**31), 2**31)
+        read_stops(self.eos_token_id)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All ids that end a row."""
+        return read_stops(self.eos_token_id)
+
+
 def _until(tokens: np.ndarray, stops: Sequence[int]) -> np.ndarray:
     """The tokens up to the first stop, itself included."""
     found = np.flatnonzero(np.isin(tokens, list(stops)))
@@ -92,7 +133,6 @@ def check_request(
     eos_token_ids: Sequence[int] = (),
     prefill_chunk: int = PREFILL_CHUNK,
     image_tokens: int = 0,
-    pad_token_id: int = 0,
 ) -> None:
     """Check how much to generate, and where it ends.
 
@@ -104,7 +144,6 @@ def check_request(
     """
     check_integer("max_new_tokens", max_new_tokens, 0)
     check_integer("prefill_chunk", prefill_chunk, 1)
-    check_integer("pad_token_id", pad_token_id, -(2**31), 2**31)
     longest, room = prompts.tokens.shape[1], max_seq_len - image_tokens
     image = f", of which the image takes {image_tokens}" if image_tokens else ""
     if longest > room:
@@ -126,7 +165,8 @@ def read_stops(eos_token_id: Any) -> tuple[int, ...]:
     Raises:
         UserError: what is no id.
     """
-    given = np.asarray([] if eos_token_id is None else eos_token_id)
+    on_host = eos_token_id.tolist() if hasattr(eos_token_id, "tolist") else eos_token_id
+    given = np.asarray([] if on_host is None else on_host)
     if given.ndim > 1 or (given.size and given.dtype.kind not in "iu"):
         raise UserError(f"eos_token_id = {eos_token_id!r}: must be an id, a sequence of ids, or None")
     return tuple(dict.fromkeys(given.reshape(-1).tolist()))
@@ -174,20 +214,6 @@ def check_images(shape: Sequence[int], rows: int) -> None:
             f"pixel_values.shape = {tuple(shape)}: must be (prompts, 3, height, width) or (prompts, frames, 3, height, "
             f"width), for {rows} prompts"
         )
-
-
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Check the values that shape a distribution.
-
-    Raises:
-        UserError: naming the value and what is allowed.
-    """
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"temperature = {temperature}: must be at least 0 and finite; 0 takes the most probable token")
-    if top_k < 0 or top_k != int(top_k):
-        raise UserError(f"top_k = {top_k}: must be an integer of at least 0; 0 keeps all tokens")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p = {top_p}: must be in (0, 1]; 1 keeps all tokens")
 
 
 def bucket(length: int, limit: int) -> int:

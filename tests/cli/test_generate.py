@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import kempnerforge_jax.model.generate
+import kempnerforge_torch.model.decode
 import kempnerforge_torch.model.generate
 from shared_config.cli import main
 from shared_config.commands.generate import speed
@@ -69,9 +70,9 @@ def test_compiled_steps_say_the_same(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     compiled: list[Any] = []
-    generation = kempnerforge_torch.model.generate
+    decode = kempnerforge_torch.model.decode
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
-    monkeypatch.setattr(generation, "_compiled", functools.lru_cache(generation._compiled.__wrapped__))
+    monkeypatch.setattr(decode, "compiled", functools.lru_cache(decode.compiled.__wrapped__))
     expected = said(capsys, "--seed=3")
     assert not compiled
     assert said(capsys, "--seed=3", "--compile", backend=backend) == expected

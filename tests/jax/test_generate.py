@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from kempnerforge_jax.model import generate as generation
+from kempnerforge_jax.model import decode
 from kempnerforge_jax.model.generate import generate
 from kempnerforge_jax.model.request import make_request
 from kempnerforge_jax.model.sampling import sample
 from kempnerforge_jax.model.state import split
 from kempnerforge_jax.model.transformer import Transformer
+from shared_config.contract.decoding import SamplingConfig
 from shared_config.schema.model import ModelConfig
 
 CONFIG = ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=19, ffn_hidden_dim=24, max_seq_len=64)
@@ -27,26 +28,26 @@ def new_model(**options: Any) -> Transformer:
 
 def test_few_programs_serve_all_lengths_and_options() -> None:
     model = new_model()
-    generation._compiled_loop.cache_clear()
-    generation._compiled_prefill.cache_clear()
+    decode._compiled_loop.cache_clear()
+    decode._compiled_prefill.cache_clear()
     for length in (1, 2, 5, 9, 11):
         for new, temperature in ((3, 0.5), (6, 2.0)):
             tokens = generate(model, [[2] * length], new, temperature=temperature, top_k=length, seed=1)
             assert tokens.shape == (1, length + new)
     graphdef = split(model)[0]
-    assert generation._compiled_loop(graphdef)._cache_size() <= 2  # caches of 16 and 32 slots
-    assert generation._compiled_prefill(graphdef)._cache_size() <= 2
+    assert decode._compiled_loop(graphdef)._cache_size() <= 2  # caches of 16 and 32 slots
+    assert decode._compiled_prefill(graphdef)._cache_size() <= 2
 
 
 def test_a_step_takes_the_memory_of_the_caches() -> None:
     model = new_model()
-    request = make_request(model, PROMPTS, 3, 0.0, 0, 1.0, None, 0, None, None, None, 512, None, None)
-    graphdef, params, buffers = parts = split(model)
-    caches, state = generation._prefill(model, request, parts)
-    uniforms, options = generation._numbers(model, request, 3)
+    request = make_request(model, PROMPTS, 3, SamplingConfig(temperature=0.0))
+    graphdef, params, buffers = split(model)
+    caches, tokens = decode.prefill(model, request)
+    uniforms, options = decode._numbers(model, request, 3)
     old = caches[0].k
-    step = generation._compiled_step(graphdef)
-    _, _, caches = step(params, buffers, caches, state, None, uniforms[:, 0], options)
+    step = decode._compiled_step(graphdef)
+    _, _, caches = step(params, buffers, caches, decode._start(tokens), None, uniforms[:, 0], options)
     assert old.is_deleted()
     assert caches[0].lengths.tolist() == [3, 1]
 

@@ -122,7 +122,7 @@ def check_capacity(backend: str) -> None:
 
 DECODING_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
     "model.kv_cache": (check_rings,),
-    "model.generate": (check_images,),
+    "model.decode": (check_images,),
     "model.request": (check_images,),
     "model.cross_attention": (check_images,),
     "model.transformer": (check_capacity,),

@@ -328,7 +328,7 @@ class Graph:
 
 def check_recorded_steps(backend: str) -> None:
     """The first call runs, the second records, all others replay, each on its own tokens and numbers."""
-    generate = module("torch", "model.generate")
+    graphs = module("torch", "model.cuda_graph")
     runs: list[int] = []
 
     def step(tokens: Any, uniforms: Any) -> Any:
@@ -337,7 +337,7 @@ def check_recorded_steps(backend: str) -> None:
 
     for sampled in (True, False):
         runs.clear()
-        recorded = generate.Recorded(step)
+        recorded = graphs.CudaGraphStep(step)
         patched = {
             "CUDAGraph": Graph,
             "graph": lambda graph, **_: contextlib.nullcontext(),
@@ -365,14 +365,14 @@ def check_recorded_steps(backend: str) -> None:
 
 def check_decoding_by_device(backend: str) -> None:
     """Steps are recorded where they are compiled and the weights are on a GPU."""
-    generate = module("torch", "model.generate")
-    request = SimpleNamespace(image=None)
+    decode = module("torch", "model.decode")
+    request = SimpleNamespace(image_in_every_step=None, sampling=None)
     for on_gpu in (True, False):
         for compiled in (True, False):
             weight = SimpleNamespace(is_cuda=on_gpu)
-            with mock.patch.object(generate, "weight_of", lambda _, weight=weight: weight):
-                step = generate._step(None, request, [], compiled)
-            assert isinstance(step, generate.Recorded) == (on_gpu and compiled), (on_gpu, compiled)
+            with mock.patch.object(decode, "weight_of", lambda _, weight=weight: weight):
+                step = decode._step(None, request, [], compiled)
+            assert isinstance(step, decode.CudaGraphStep) == (on_gpu and compiled), (on_gpu, compiled)
 
 
 KERNEL_CHECKS: dict[str, dict[str, tuple[Callable[[str], None], ...]]] = {
@@ -380,7 +380,8 @@ KERNEL_CHECKS: dict[str, dict[str, tuple[Callable[[str], None], ...]]] = {
     "torch": {
         "model.attention": (check_dispatched_attention,),
         "model.grouped": (check_offsets,),
-        "model.generate": (check_recorded_steps, check_decoding_by_device),
+        "model.decode": (check_decoding_by_device,),
+        "model.cuda_graph": (check_recorded_steps,),
         "training.loss": (check_loss_by_device,),
         "training.optimizer": (check_optimizer_by_device,),
     },

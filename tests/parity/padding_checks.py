@@ -115,7 +115,7 @@ def unjitted(backend: str) -> contextlib.AbstractContextManager[Any]:
 
 PADDING_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
     "model.vlm": (check_wrappers,),
-    "model.generate": (check_prompts,),
+    "model.decode": (check_prompts,),
     "model.request": (check_prompts,),
     "training.train": (check_evaluation,),
 }

@@ -74,8 +74,8 @@ def decoding(backend: str, case: str) -> list[Operation]:
         return precision_torch.narrow_operations(lambda: generate.generate(model, PROMPTS, 3, **options))
     model = module(backend, "model.build").load_model(config, None, "cpu").to(jnp.bfloat16)
     operations: list[Operation] = []
-    request = module(backend, "model.request")
-    names = {"_compiled_reading": request, "_compiled_prefill": generate, "_compiled_loop": generate}
+    request, decode = module(backend, "model.request"), module(backend, "model.decode")
+    names = {"_compiled_reading": request, "_compiled_prefill": decode, "_compiled_loop": decode}
     with contextlib.ExitStack() as stack:
         for name, home in names.items():
             stack.enter_context(mock.patch.object(home, name, abstract(getattr(home, name), operations)))

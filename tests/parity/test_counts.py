@@ -307,19 +307,19 @@ def test_bytes_of_caches_are_those_that_generation_makes(
     preset, overrides = VARIANTS[variant]
     config = small(preset, *overrides)
     model = config.model.replace(max_seq_len=1024)
-    generation, made = backend.module("model.generate"), []
+    decode, made = backend.module("model.decode"), []
 
-    cache_class = generation.KVCache
+    cache_class = decode.KVCache
 
     def noted(*args: Any, **options: Any) -> Any:
         cache = cache_class(*args, **options)
         made.append(cache.k.nbytes + cache.v.nbytes)
         return cache
 
-    monkeypatch.setattr(generation, "KVCache", noted)
+    monkeypatch.setattr(decode, "KVCache", noted)
     weights = validation_weights(parameter_table(model, config.vlm), 1)
     built = backend.model(model, weights, "bfloat16", vlm_config=config.vlm)
-    generation.generate(built, [[1] * 1000], 1, temperature=0.0)
+    backend.module("model.generate").generate(built, [[1] * 1000], 1, temperature=0.0)
     assert len(made) == model.n_layers
     assert sum(made) == kv_cache_bytes(model, 1, 1024, BFLOAT16, config.vlm, spare=PREFILL_CHUNK - 1)
 

@@ -174,7 +174,7 @@ def check_update(backend: str) -> None:
 CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.grouped": (check_groups,),
     "model.attention": (check_long_attention, lambda backend: check_parts(backend, ["attend", "attend to some"])),
-    "model.generate": (check_decoding,),
+    "model.cuda_graph": (check_decoding,),
     "training.loss": (check_loss,),
     "training.optimizer": (check_update,),
     "model.linear": (lambda backend: check_parts(backend, ["look-up", "bias"]),),

@@ -320,7 +320,7 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.attention": (check_positions,),
     "model.kv_cache": (check_positions,),
     "model.mask": (check_positions,),
-    "model.generate": (check_generation,),
+    "model.decode": (check_generation,),
     "model.request": (check_generation,),
     "model.sampling": (check_generation,),
     "training.optimizer": (check_optimizer, check_skipped_step),

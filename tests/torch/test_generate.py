@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kempnerforge_torch.model import generate as generation
+from kempnerforge_torch.model import cuda_graph, decode
 from kempnerforge_torch.model.generate import generate, stream
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.linear import Linear
@@ -103,7 +103,7 @@ def test_one_compiled_step_serves_all_prompts(device: str, monkeypatch: pytest.M
 
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(function, backend=counting, **options))
-    monkeypatch.setattr(generation, "_compiled", functools.lru_cache(generation._compiled.__wrapped__))
+    monkeypatch.setattr(decode, "compiled", functools.lru_cache(cuda_graph.compiled.__wrapped__))
     model = Transformer(CONFIG.replace(num_experts=0)).to(device)
     for prompts in (PROMPTS, [[1], [2]], [[3] * 9, [5] * 5]):
         options: dict[str, Any] = {"seed": 3, "temperature": 0.7}
@@ -140,7 +140,7 @@ def test_a_process_may_decode_for_any_number_of_rows(monkeypatch: pytest.MonkeyP
     """Of one function, torch compiles no more than eight programs by itself."""
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(function, backend="eager", **options))
-    monkeypatch.setattr(generation, "_compiled", functools.lru_cache(generation._compiled.__wrapped__))
+    monkeypatch.setattr(decode, "compiled", functools.lru_cache(cuda_graph.compiled.__wrapped__))
     model = Transformer(CONFIG.replace(num_experts=0, n_layers=1, moe_frequency=1))
     for rows in range(1, 11):
         assert len(generate(model, [[1, 2]] * rows, 2, compile=True)) == rows

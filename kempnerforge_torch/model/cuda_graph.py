@@ -1,0 +1,63 @@
+"""Decode steps on accelerators: compiled once, and replayed as a CUDA graph.
+
+Shapes: B rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Step = Callable[[Tensor, Tensor | None], Tensor]
+"""The tokens (B,) to read, and of a draw the uniform numbers (B,), to the next tokens."""
+
+PROGRAMS = 128
+"""Decode steps that a process may compile; one more is an error of torch, which by itself would refuse the ninth."""
+
+
+@functools.lru_cache
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of which there is a program for every model, number of rows and length of caches."""
+    program = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def call(*inputs: Any) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=PROGRAMS):  # pyright: ignore[reportPrivateImportUsage]
+            return program(*inputs)
+
+    return call
+
+
+class CudaGraphStep:
+    """A step as a CUDA graph, which a host launches at once instead of kernel by kernel.
+
+    The first call runs the step, and compiles it; the second records it. What the step reads and writes besides its
+    arguments must stay in its place, as the tensors of static caches do.
+    """
+
+    def __init__(self, step: Step):
+        self.step = step
+        self.calls = 0
+
+    def __call__(self, tokens: Tensor, uniforms: Tensor | None) -> Tensor:
+        self.calls += 1
+        if self.calls == 1:
+            return self.step(tokens, uniforms)
+        if self.calls == 2:
+            self._record(tokens, uniforms)
+        self.tokens.copy_(tokens)
+        if uniforms is not None:
+            self.uniforms.copy_(uniforms)
+        self.graph.replay()
+        return self.drawn.clone()
+
+    def _record(self, tokens: Tensor, uniforms: Tensor | None) -> None:
+        self.tokens = tokens.clone()
+        self.uniforms = tokens.new_zeros(()) if uniforms is None else uniforms.clone()
+        with torch.cuda.device(tokens.device):
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.drawn = self.step(self.tokens, None if uniforms is None else self.uniforms)

@@ -1,0 +1,104 @@
+"""Decoding with key/value caches.
+
+An image goes into the caches first, or is read once where cross-attention looks at it. A prompt follows in chunks, all
+but its last token and without the head; from there on every step reads one token of each row and draws the next, at
+static shapes, so that one program serves all positions.
+
+Shapes: B rows, S tokens of the longest prompt, N new tokens, V vocabulary, E ids that end a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kempnerforge_torch.model.cuda_graph import CudaGraphStep, Step, compiled
+from kempnerforge_torch.model.kv_cache import KVCache
+from kempnerforge_torch.model.modality import ModalityContext
+from kempnerforge_torch.model.request import Request, image_tokens, inference, weight_of
+from kempnerforge_torch.model.sampling import draw, greedy, wide
+from kempnerforge_torch.model.transformer import Transformer
+
+NO_LOGITS = ModalityContext(output_slice=slice(0, 0))
+
+
+def decode_all(model: Transformer, request: Request, compile: bool) -> Tensor:
+    """The new tokens: int64 (B, up to N), on the model's device but where none are asked for."""
+    new = list(steps(model, request, compile))
+    return torch.stack(new, dim=1) if new else torch.zeros((len(request.prompts.lengths), 0), dtype=torch.int64)
+
+
+def steps(model: Transformer, request: Request, compile: bool) -> Iterator[Tensor]:
+    """The new tokens (B,), on the model's device, as they are drawn."""
+    if request.max_new_tokens == 0:
+        return
+    weight = weight_of(model)
+    uniforms_BN = None
+    if request.uniforms is not None:
+        uniforms_BN = torch.from_numpy(request.uniforms).to(weight.device, wide(weight.dtype))
+    caches, tokens_B = prefill(model, request)
+    step = _step(model, request, caches, compile)
+    done_B = torch.zeros_like(tokens_B, dtype=torch.bool)
+    stops = request.sampling.eos_token_ids
+    stops_E = torch.tensor(stops, dtype=torch.int64, device=weight.device)
+    for place in range(request.max_new_tokens):
+        tokens_B = step(tokens_B, None if uniforms_BN is None else uniforms_BN[:, place])
+        yield tokens_B.masked_fill(done_B, request.sampling.pad_token_id)
+        if stops:
+            done_B = done_B | torch.isin(tokens_B, stops_E)
+            if bool(done_B.all()):
+                return
+
+
+def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Tensor]:
+    """Caches that hold every prompt but for its last token, and these last tokens (B,)."""
+    config, weight, prompts, image = model.config, weight_of(model), request.prompts, request.image
+    rows, taken = len(prompts.lengths), image_tokens(image)
+    heads = config.kv_heads if model.vlm_config is None else model.vlm_config.cached_kv_heads(config)
+    shape = (rows, request.cache_length, heads, config.head_size)
+    ring = {"sliding_window": config.sliding_window, "spare": max((size for _, size in request.chunks), default=1) - 1}
+    caches = [KVCache(*shape, weight.dtype, weight.device, **ring, static=True) for _ in range(config.n_layers)]
+    tokens_BS = torch.from_numpy(prompts.tokens).to(weight.device).long()
+    lengths_B = torch.from_numpy(prompts.lengths).to(weight.device).long()
+    with inference(model):
+        if taken:
+            model.run(tokens_BS[:, :0], modality=image, kv_caches=caches, allow_image_inputs=True)
+        modality = NO_LOGITS if image is None or taken else replace(image, output_slice=NO_LOGITS.output_slice)
+        for start, size in request.chunks:
+            chunk = F.pad(tokens_BS, (0, max(0, start + size - tokens_BS.shape[1])))[:, start : start + size]
+            noted = caches[0].valid is not None
+            if config.is_moe:
+                modality = replace(
+                    modality, key_padding_mask=caches[0].positions(size) < lengths_B[:, None] - 1 + taken
+                )
+            model.run(chunk, modality=modality, kv_caches=caches, allow_image_inputs=True)
+            for cache in caches:
+                cache.cut(lengths_B - 1 + taken)
+                if not noted:
+                    cache.without_padding()
+    return caches, tokens_BS.gather(1, lengths_B[:, None] - 1)[:, 0]
+
+
+def advance(model: Transformer, tokens: Tensor, caches: list[KVCache], image: ModalityContext | None) -> Tensor:
+    """Read one token (B,) of each row, and the image if it is not in the caches; logits (B, V) of the next."""
+    return model.run(tokens[:, None], modality=image, kv_caches=caches).logits[:, -1]
+
+
+def _step(model: Transformer, request: Request, caches: list[KVCache], compile: bool) -> Step:
+    """What reads a token of each row and draws the next."""
+    read = compiled(advance) if compile else advance
+    image, sampling = request.image_in_every_step, request.sampling
+
+    def step(tokens_B: Tensor, uniforms_B: Tensor | None) -> Tensor:
+        with inference(model):
+            logits_BV = read(model, tokens_B, caches, image)
+            if uniforms_B is None:
+                return greedy(logits_BV)
+            top_k = sampling.top_k or logits_BV.shape[-1]
+            return draw(logits_BV, uniforms_B, sampling.temperature, top_k, sampling.top_p)
+
+    return CudaGraphStep(step) if compile and weight_of(model).is_cuda else step
