@@ -151,7 +151,7 @@ MUTANTS = (
     both("model.mask", "padding ignored", "mask & key_valid[:, None, :]", "mask"),
     Mutant(
         "model.attention", "scale forgotten",
-        ("            attn_mask=mask,\n", "            attn_mask=mask,\n            scale=1.0,\n"),
+        ("            attn_mask=allowed,\n", "            attn_mask=allowed,\n            scale=1.0,\n"),
         (" / math.sqrt(channels)", ""),
     ),
     Mutant(
@@ -166,8 +166,8 @@ MUTANTS = (
     Mutant(
         "model.attention", "row without keys not zeroed",
         ("return out_BHSh if has_key is None else out_BHSh.masked_fill(~has_key, 0)", "return out_BHSh"),
-        ("return out_BHSh if mask is None else jnp.where(mask.any(axis=-1, keepdims=True), out_BHSh, 0)",
-         "return out_BHSh + (0 if mask is None else jnp.where(mask.any(axis=-1, keepdims=True), 0, v.mean()))"),
+        ("jnp.where(mask.allowed.any(axis=-1, keepdims=True), out_BHSh, 0)",
+         "out_BHSh + jnp.where(mask.allowed.any(axis=-1, keepdims=True), 0, v.mean())"),
     ),
     both("model.attention", "keys not rotated",
          "k_BKMh = apply_rope(k_BSKh.", "k_BKMh = (lambda x, *_: x)(k_BSKh."),

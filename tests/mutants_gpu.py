@@ -15,7 +15,7 @@ GPU_MUTANTS = (
            ("rows_Nb < ends_E[expert_N][:, None]", "rows_Nb < ends_E[expert_N][:, None] - 1"),
            ("rows_Nb < ends_E[expert_N][:, None]", "rows_Nb < ends_E[expert_N][:, None] - 1")),
     Mutant("model.grouped", "loops on a GPU", None, ("cuda=tiled_outer", "cuda=lambda *a: 2 * tiled_outer(*a)")),
-    Mutant("model.attention", "the mask is dropped", ("attn_mask=mask,", "attn_mask=None,"), None),
+    Mutant("model.attention", "the mask is dropped", ("attn_mask=allowed,", "attn_mask=None,"), None),
     Mutant("model.attention", "never causal", ("is_causal=causal,", "is_causal=False,"),
            ("is_causal=causal, ", "is_causal=False, ")),
     Mutant("model.attention", "scores 3 % too large in bfloat16",

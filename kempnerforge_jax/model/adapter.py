@@ -15,6 +15,7 @@ from flax import nnx
 from kempnerforge_jax.model.attention import attend
 from kempnerforge_jax.model.init import init_from_table
 from kempnerforge_jax.model.linear import Linear
+from kempnerforge_jax.model.mask import FULL
 from kempnerforge_jax.model.mlp import ACTIVATIONS
 from kempnerforge_jax.model.module import Module, named_modules
 from kempnerforge_jax.registry import registry
@@ -146,7 +147,7 @@ class AttentionalPoolAdapter(VisionAdapter):
             self._heads_first(project(source))
             for project, source in ((self.q_proj, query_BM1F), (self.k_proj, windows_BMCF), (self.v_proj, windows_BMCF))
         )
-        context = attend(q, k, v, causal=False).swapaxes(1, 2).reshape(len(x), -1, x.shape[-1])
+        context = attend(q, k, v, FULL).swapaxes(1, 2).reshape(len(x), -1, x.shape[-1])
         return self.out_proj(self.o_proj(context))
 
     def _heads_first(self, x: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from jax import lax
 from kempnerforge_jax.model.checks import check_positions
 from kempnerforge_jax.model.kv_cache import KVCache
 from kempnerforge_jax.model.linear import Linear
-from kempnerforge_jax.model.mask import build_mask
+from kempnerforge_jax.model.mask import CAUSAL, Mask, as_mask, build_mask
 from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.model.norm import RMSNorm
 from kempnerforge_jax.model.position import apply_rope
@@ -75,7 +75,7 @@ class Attention(Module):
         rope_sin: jax.Array,
         *,
         kv_cache: KVCache | None = None,
-        mask: jax.Array | None = None,
+        mask: Mask | jax.Array | None = None,
         doc_ids: jax.Array | None = None,
         key_padding_mask: jax.Array | None = None,
     ) -> Any:
@@ -84,7 +84,7 @@ class Attention(Module):
         Args:
             rope_cos, rope_sin: of the new tokens' positions, (S, h/2) or (B, 1, S, h/2).
             kv_cache: the tokens before; the new ones are appended.
-            mask: from `self_attention_mask`, where a caller has built it; else it is built here.
+            mask: from `self_attention_mask`, or bool that broadcasts to (B, H, S, M); None: it is built here.
             doc_ids: int (B, S); a token sees its own document.
             key_padding_mask: bool (B, S), True where a token is real; the others are not seen.
 
@@ -125,27 +125,25 @@ class Attention(Module):
         return jnp.where(past_end_BS[..., None], jnp.nan, out_BSD), updated
 
 
-def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, *, causal: bool = True
-) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask | jax.Array = CAUSAL) -> jax.Array:
     """softmax(q k^T / sqrt(h)) v.
 
-    Every attention of this backend goes through here: a fused kernel of a platform belongs in this function. NVIDIA
-    GPUs have one, for whole sequences in bfloat16 or float16 without a mask.
+    Every attention of this backend goes through here, and here the kernel is chosen. NVIDIA GPUs have one, for whole
+    sequences in bfloat16 or float16 whose mask is not dense.
 
     Args:
         q: (B, H, S, h).
         k, v: (B, K, M, h).
-        mask: bool, broadcasts to (B, H, S, M), True = attend; None is plain causal, aligned to the end.
-        causal: False: without a mask, every query sees every key.
+        mask: who may see whom; an array is bool, broadcasts to (B, H, S, M), True = attend.
 
     Returns:
         (B, H, S, h); 0, with gradient 0, in rows that may attend to nothing.
     """
-    if mask is None and _has_kernel(q, k, v):
-        kernel, plain = (functools.partial(function, causal=causal) for function in (_cudnn_attention, _attention))
+    mask = as_mask(mask)
+    if mask.kind != "dense" and _has_kernel(q, k, v):
+        kernel, plain = (functools.partial(function, mask=mask) for function in (_cudnn_attention, _attention))
         return lax.platform_dependent(q, k, v, cuda=kernel, default=plain)
-    return _attention(q, k, v, mask, causal=causal)
+    return _attention(q, k, v, mask)
 
 
 def _has_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
@@ -158,34 +156,31 @@ def _has_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
     return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
 
 
-def _cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Array:
+def _cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+    causal = mask.kind == "causal"
     q_BSHh, k_BMKh, v_BMKh = (heads.swapaxes(1, 2) for heads in (q, k, v))
     out_BSHh = jax.nn.dot_product_attention(q_BSHh, k_BMKh, v_BMKh, is_causal=causal, implementation="cudnn")
     return out_BSHh.swapaxes(1, 2)
 
 
-def _attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, *, causal: bool = True
-) -> jax.Array:
-    if mask is None and not causal:
-        mask = jnp.ones((1, 1, 1, k.shape[2]), bool)
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     weights_BHSM = attention_weights(q, k, mask).astype(v.dtype)
     weights_BKGSM = weights_BHSM.reshape(q.shape[0], k.shape[1], -1, *weights_BHSM.shape[2:])
     out_BKGSh = jnp.einsum("bkgsm,bkmh->bkgsh", weights_BKGSM, v)
     out_BHSh = out_BKGSh.reshape(*q.shape[:3], v.shape[-1]).astype(q.dtype)
-    return out_BHSh if mask is None else jnp.where(mask.any(axis=-1, keepdims=True), out_BHSh, 0)
+    return out_BHSh if mask.allowed is None else jnp.where(mask.allowed.any(axis=-1, keepdims=True), out_BHSh, 0)
 
 
-def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def attention_weights(q: jax.Array, k: jax.Array, mask: Mask | jax.Array = CAUSAL) -> jax.Array:
     """The probabilities of `attend`: (B, H, S, M) in at least float32, 0 in rows that may attend to nothing."""
     (batch, heads, length, channels), keys = q.shape, k.shape[2]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    mask = _causal(length, keys) if mask is None else mask
+    allowed = _allowed(as_mask(mask), length, keys)
     q_BKGSh = q.reshape(batch, k.shape[1], -1, length, channels)
     scores_BKGSM = jnp.einsum("bkgsh,bkmh->bkgsm", q_BKGSh, k, preferred_element_type=dtype)
     scores_BHSM = scores_BKGSM.reshape(batch, heads, length, keys) / math.sqrt(channels)
-    has_key = mask.any(axis=-1, keepdims=True)
-    weights_BHSM = jax.nn.softmax(jnp.where(mask | ~has_key, scores_BHSM, -jnp.inf), axis=-1)
+    has_key = allowed.any(axis=-1, keepdims=True)
+    weights_BHSM = jax.nn.softmax(jnp.where(allowed | ~has_key, scores_BHSM, -jnp.inf), axis=-1)
     return jnp.where(has_key, weights_BHSM, 0)
 
 
@@ -196,8 +191,8 @@ def self_attention_mask(
     doc_ids: jax.Array | None = None,
     key_padding_mask: jax.Array | None = None,
     sliding_window: int | None = None,
-) -> jax.Array | None:
-    """The mask of ``length`` new tokens, before they are appended to the cache; None if plain causal.
+) -> Mask:
+    """The mask of ``length`` new tokens, before they are appended to the cache.
 
     Args:
         doc_ids, key_padding_mask: (B, S), of the new tokens; those of the cached ones come from the cache.
@@ -206,9 +201,9 @@ def self_attention_mask(
         return kv_cache.mask(length, doc_ids=doc_ids, key_padding_mask=key_padding_mask, sliding_window=sliding_window)
     windowed = sliding_window is not None and sliding_window < length
     if doc_ids is None and key_padding_mask is None and not windowed:
-        return None
+        return CAUSAL
     positions_S = jnp.arange(length, dtype=jnp.int32)
-    return build_mask(
+    allowed = build_mask(
         positions_S,
         positions_S,
         query_doc_ids=doc_ids,
@@ -216,6 +211,7 @@ def self_attention_mask(
         key_valid=key_padding_mask,
         sliding_window=sliding_window if windowed else None,
     )
+    return Mask("dense", allowed)
 
 
 def resolve_head_dim(dim: int, n_heads: int, n_kv_heads: int, head_dim: int | None = None) -> int:
@@ -231,6 +227,10 @@ def resolve_head_dim(dim: int, n_heads: int, n_kv_heads: int, head_dim: int | No
     return dim // n_heads if head_dim is None else head_dim
 
 
-def _causal(length: int, keys: int) -> jax.Array:
-    """Plain causal, the queries being the last of the keys."""
+def _allowed(mask: Mask, length: int, keys: int) -> jax.Array:
+    """Who may see whom, as bool that broadcasts to (B, H, S, M)."""
+    if mask.allowed is not None:
+        return mask.allowed
+    if mask.kind == "full":
+        return jnp.ones((1, 1, 1, keys), bool)
     return build_mask(jnp.arange(keys - length, keys), jnp.arange(keys))

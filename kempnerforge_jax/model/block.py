@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from kempnerforge_jax.model.attention import Attention, KVCache
+from kempnerforge_jax.model.mask import Mask
 from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.model.moe import build_moe
@@ -35,7 +36,7 @@ class TransformerBlock(Module):
         kv_cache: KVCache | None = None,
         doc_ids: jax.Array | None = None,
         key_padding_mask: jax.Array | None = None,
-        mask: jax.Array | None = None,
+        mask: Mask | jax.Array | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,
     ) -> Any:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from kempnerforge_jax.model.checks import MAX_ID, check_ids, check_shape, wide
-from kempnerforge_jax.model.mask import build_mask
+from kempnerforge_jax.model.mask import Mask, build_mask
 
 ARRAYS = ("k", "v", "lengths", "valid", "doc_ids", "oldest")
 STATIC = ("image_tokens", "max_seq_len", "sliding_window")
@@ -196,8 +196,8 @@ class KVCache:
         doc_ids: jax.Array | None = None,
         key_padding_mask: jax.Array | None = None,
         sliding_window: int | None = None,
-    ) -> jax.Array:
-        """Who the next ``length`` tokens may see of what `update` will return, as `build_mask`.
+    ) -> Mask:
+        """Who the next ``length`` tokens may see of what `update` will return.
 
         Raises:
             ValueError: a window that a ring does not hold.
@@ -208,7 +208,7 @@ class KVCache:
         key_positions, held = self._key_positions(length)
         if held is not None:
             valid_BM = held if valid_BM is None else valid_BM & held
-        return build_mask(
+        allowed = build_mask(
             self.positions(length),
             key_positions,
             query_doc_ids=doc_ids,
@@ -216,6 +216,7 @@ class KVCache:
             key_valid=valid_BM,
             sliding_window=sliding_window,
         )
+        return Mask("dense", allowed)
 
     def _key_positions(self, length: int) -> tuple[jax.Array, jax.Array | None]:
         """Positions of what `update` will return: (M,), or of a ring (B, M), and bool (B, M) which of them it holds."""

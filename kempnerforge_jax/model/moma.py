@@ -20,6 +20,7 @@ from kempnerforge_jax.model.attention import KVCache
 from kempnerforge_jax.model.block import build_attention
 from kempnerforge_jax.model.expert_choice import ExpertChoiceMoE, ExpertChoiceSigmoidRouter
 from kempnerforge_jax.model.layout import Layout, layout_of, stream_layout
+from kempnerforge_jax.model.mask import Mask
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module, Table
 from kempnerforge_jax.model.moe import MoEStats
@@ -182,7 +183,7 @@ class MoMaBlock(Module):
         layout: Layout | None = None,
         noise_seed: jax.Array | None = None,
         kv_cache: None = None,
-        mask: jax.Array | None = None,
+        mask: Mask | jax.Array | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,
     ) -> jax.Array | BlockOutput:

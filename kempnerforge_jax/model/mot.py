@@ -24,6 +24,7 @@ from kempnerforge_jax.model.block import build_feed_forward
 from kempnerforge_jax.model.checks import check_positions
 from kempnerforge_jax.model.layout import Layout, Rope, Streams, one_stream, positions_after, stream_layout
 from kempnerforge_jax.model.linear import Linear
+from kempnerforge_jax.model.mask import FULL, Mask
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.model.norm import RMSNorm, build_norm
@@ -92,7 +93,7 @@ class MoTAttention(Module):
         *,
         layout: Layout | None = None,
         kv_cache: KVCache | None = None,
-        mask: jax.Array | None = None,
+        mask: Mask | jax.Array | None = None,
         doc_ids: jax.Array | None = None,
     ) -> Any:
         """Streams (B, S_m, D) of modalities, which attend as one sequence in the order of ``modalities`` -> the same;
@@ -111,7 +112,7 @@ class MoTAttention(Module):
         x, (rope_cos, rope_sin), places = one_stream(self.modalities, streams, rope, layout)
         check_positions(x.shape[:2], doc_ids, key_padding_mask)
         if not is_causal:
-            mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+            mask = FULL if key_padding_mask is None else key_padding_mask[:, None, None, :]
         elif mask is None:
             mask = self_attention_mask(
                 x.shape[1],
@@ -133,7 +134,7 @@ class MoTAttention(Module):
             )
             updated = updated.after_image(max(kv_cache.image_tokens, places.image_tokens))
             k_BKMh, v_BKMh = k_BKMh.astype(x.dtype), v_BKMh.astype(x.dtype)
-        out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask, causal=is_causal)
+        out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask)
         out_BSX = out_BHSh.swapaxes(1, 2).reshape(*x.shape[:2], -1)
         out_BSD = places.apply(lambda name, part: self.o_proj[name](part), out_BSX)
         if kv_cache is not None:
@@ -206,7 +207,7 @@ class MoTBlock(Module):
         *,
         layout: Layout | None = None,
         kv_cache: KVCache | None = None,
-        mask: jax.Array | None = None,
+        mask: Mask | jax.Array | None = None,
         doc_ids: jax.Array | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,

@@ -15,6 +15,7 @@ from flax import nnx
 from kempnerforge_jax.model.attention import attend
 from kempnerforge_jax.model.init import init_from_table
 from kempnerforge_jax.model.linear import Embedding, Linear, broadcast
+from kempnerforge_jax.model.mask import FULL
 from kempnerforge_jax.model.mlp import ACTIVATIONS
 from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.noise import image_noise
@@ -109,7 +110,7 @@ class VisionAttention(Module):
             project(x).reshape(*x.shape[:2], self.n_heads, -1).swapaxes(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.o_proj(attend(q_BHNh, k_BHNh, v_BHNh, causal=False).swapaxes(1, 2).reshape(x.shape))
+        return self.o_proj(attend(q_BHNh, k_BHNh, v_BHNh, FULL).swapaxes(1, 2).reshape(x.shape))
 
 
 class VisionMLP(Module):

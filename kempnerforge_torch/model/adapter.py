@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import attend
 from kempnerforge_torch.model.init import init_from_table
+from kempnerforge_torch.model.mask import FULL
 from kempnerforge_torch.model.mlp import ACTIVATIONS
 from kempnerforge_torch.registry import registry
 from shared_config.contract.specs import ParameterSpec
@@ -141,7 +142,7 @@ class AttentionalPoolAdapter(VisionAdapter):
             self._heads_first(project(source))
             for project, source in ((self.q_proj, query_BM1F), (self.k_proj, windows_BMCF), (self.v_proj, windows_BMCF))
         )
-        context = attend(q, k, v, causal=False).transpose(1, 2).reshape(len(x), -1, x.shape[-1])
+        context = attend(q, k, v, FULL).transpose(1, 2).reshape(len(x), -1, x.shape[-1])
         return self.out_proj(self.o_proj(context))
 
     def _heads_first(self, x: Tensor) -> Tensor:

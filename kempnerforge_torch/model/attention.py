@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kempnerforge_torch.model.checks import check_positions
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.linear import Linear
-from kempnerforge_torch.model.mask import build_mask
+from kempnerforge_torch.model.mask import CAUSAL, Mask, as_mask, build_mask
 from kempnerforge_torch.model.norm import RMSNorm
 from kempnerforge_torch.model.position import apply_rope
 
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         rope_sin: Tensor,
         *,
         kv_cache: KVCache | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | Tensor | None = None,
         doc_ids: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         Args:
             rope_cos, rope_sin: of the new tokens' positions, (S, h/2) or (B, 1, S, h/2).
             kv_cache: the tokens before; the new ones are appended.
-            mask: from `self_attention_mask`, where a caller has built it; else it is built here.
+            mask: from `self_attention_mask`, or bool that broadcasts to (B, H, S, M); None: it is built here.
             doc_ids: int (B, S); a token sees its own document.
             key_padding_mask: bool (B, S), True where a token is real; the others are not seen.
 
@@ -125,29 +125,29 @@ class Attention(nn.Module):
         return self.o_proj(out_BHSh.transpose(1, 2).flatten(2))
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = True, sdpa_backend: str = "auto"
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor = CAUSAL, *, sdpa_backend: str = "auto") -> Tensor:
     """softmax(q k^T / sqrt(h)) v.
+
+    Every attention of this backend goes through here, and here the kernel is chosen.
 
     Args:
         q: (B, H, S, h).
         k, v: (B, K, M, h).
-        mask: bool, broadcasts to (B, H, S, M), True = attend; None is plain causal, aligned to the end.
-        causal: False: without a mask, every query sees every key.
+        mask: who may see whom; a tensor is bool, broadcasts to (B, H, S, M), True = attend.
         sdpa_backend: kernel that is tried first; the math path takes what that kernel can't do.
 
     Returns:
         (B, H, S, h); 0, with gradient 0, in rows that may attend to nothing.
     """
     length, keys = q.shape[2], k.shape[2]
-    if mask is None and causal and 1 < length != keys:
-        mask = _causal(length, keys, q.device)
-    has_key = None
-    if mask is not None:
-        has_key = mask.any(dim=-1, keepdim=True)
-        mask = mask | ~has_key
-    causal = True if mask is None and causal and length > 1 else False  # noqa: SIM210 (of a symbolic length, a bool)
+    mask, has_key = as_mask(mask), None
+    if mask.kind == "causal" and 1 < length != keys:
+        mask = as_mask(_allowed(mask, length, keys, q.device))
+    allowed = mask.allowed
+    if allowed is not None:
+        has_key = allowed.any(dim=-1, keepdim=True)
+        allowed = allowed | ~has_key
+    causal = True if mask.kind == "causal" and length > 1 else False  # noqa: SIM210 (of a symbolic length, a bool)
     if q.device.type == "cpu" and keys < CPU_KERNEL_KEYS:
         sdpa_backend = "math"
     with _sdpa(sdpa_backend):
@@ -155,22 +155,22 @@ def attend(
             q,
             k,
             v,
-            attn_mask=mask,
+            attn_mask=allowed,
             is_causal=causal,
             enable_gqa=q.shape[1] != k.shape[1],
         )
     return out_BHSh if has_key is None else out_BHSh.masked_fill(~has_key, 0)
 
 
-def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention_weights(q: Tensor, k: Tensor, mask: Mask | Tensor = CAUSAL) -> Tensor:
     """The probabilities of `attend`: (B, H, S, M) in at least float32, 0 in rows that may attend to nothing."""
     (batch, heads, length, channels), keys = q.shape, k.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    mask = _causal(length, keys, q.device) if mask is None else mask
+    allowed = _allowed(as_mask(mask), length, keys, q.device)
     q_BKGSh = q.to(dtype).unflatten(1, (k.shape[1], -1))
     scores_BHSM = torch.einsum("bkgsh,bkmh->bkgsm", q_BKGSh, k.to(dtype)).reshape(batch, heads, length, keys)
-    has_key = mask.any(dim=-1, keepdim=True)
-    scores_BHSM = (scores_BHSM / math.sqrt(channels)).masked_fill(~(mask | ~has_key), -torch.inf)
+    has_key = allowed.any(dim=-1, keepdim=True)
+    scores_BHSM = (scores_BHSM / math.sqrt(channels)).masked_fill(~(allowed | ~has_key), -torch.inf)
     return scores_BHSM.softmax(dim=-1).masked_fill(~has_key, 0)
 
 
@@ -182,8 +182,8 @@ def self_attention_mask(
     key_padding_mask: Tensor | None = None,
     sliding_window: int | None = None,
     device: torch.device | None = None,
-) -> Tensor | None:
-    """The mask of ``length`` new tokens, before they are appended to the cache; None if plain causal.
+) -> Mask:
+    """The mask of ``length`` new tokens, before they are appended to the cache.
 
     Args:
         doc_ids, key_padding_mask: (B, S), of the new tokens; those of the cached ones come from the cache.
@@ -192,9 +192,9 @@ def self_attention_mask(
         return kv_cache.mask(length, doc_ids=doc_ids, key_padding_mask=key_padding_mask, sliding_window=sliding_window)
     windowed = sliding_window is not None and sliding_window < length
     if doc_ids is None and key_padding_mask is None and not windowed:
-        return None
+        return CAUSAL
     positions_S = torch.arange(length, device=device)
-    return build_mask(
+    allowed = build_mask(
         positions_S,
         positions_S,
         query_doc_ids=doc_ids,
@@ -202,6 +202,7 @@ def self_attention_mask(
         key_valid=key_padding_mask,
         sliding_window=sliding_window if windowed else None,
     )
+    return Mask("dense", allowed)
 
 
 def resolve_head_dim(dim: int, n_heads: int, n_kv_heads: int, head_dim: int | None = None) -> int:
@@ -217,8 +218,12 @@ def resolve_head_dim(dim: int, n_heads: int, n_kv_heads: int, head_dim: int | No
     return dim // n_heads if head_dim is None else head_dim
 
 
-def _causal(length: int, keys: int, device: torch.device) -> Tensor:
-    """Plain causal, the queries being the last of the keys."""
+def _allowed(mask: Mask, length: int, keys: int, device: torch.device) -> Tensor:
+    """Who may see whom, as bool that broadcasts to (B, H, S, M)."""
+    if mask.allowed is not None:
+        return mask.allowed
+    if mask.kind == "full":
+        return torch.ones((1, 1, 1, keys), dtype=torch.bool, device=device)
     return build_mask(torch.arange(keys - length, keys, device=device), torch.arange(keys, device=device))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import Attention, KVCache
+from kempnerforge_torch.model.mask import Mask
 from kempnerforge_torch.model.mlp import build_mlp
 from kempnerforge_torch.model.moe import build_moe
 from kempnerforge_torch.model.norm import build_norm
@@ -34,7 +35,7 @@ class TransformerBlock(nn.Module):
         kv_cache: KVCache | None = None,
         doc_ids: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | Tensor | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,
     ) -> Tensor | BlockOutput:

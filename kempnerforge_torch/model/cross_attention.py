@@ -14,6 +14,7 @@ from kempnerforge_torch.model.architecture import Architecture, Modules
 from kempnerforge_torch.model.attention import attend, resolve_head_dim
 from kempnerforge_torch.model.checks import check_mask
 from kempnerforge_torch.model.linear import Linear
+from kempnerforge_torch.model.mask import FULL
 from kempnerforge_torch.model.mlp import build_mlp
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import build_norm
@@ -64,8 +65,8 @@ class CrossAttention(nn.Module):
         k_BKNh, v_BKNh = (part.to(x.dtype) for part in keys_values)
         if image_mask is not None:
             check_mask("image_mask", image_mask, (len(k_BKNh), k_BKNh.shape[2]))
-        mask = None if image_mask is None else image_mask[:, None, None, :]
-        out_BHSh = attend(q_BHSh, k_BKNh, v_BKNh, mask, causal=False, sdpa_backend=self.sdpa_backend)
+        mask = FULL if image_mask is None else image_mask[:, None, None, :]
+        out_BHSh = attend(q_BHSh, k_BKNh, v_BKNh, mask, sdpa_backend=self.sdpa_backend)
         return self.o_proj(out_BHSh.transpose(1, 2).flatten(2))
 
     def keys_values(self, image_features: Tensor) -> tuple[Tensor, Tensor]:

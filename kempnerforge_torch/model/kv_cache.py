@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kempnerforge_torch.model.checks import MAX_ID, check_ids, check_shape, wide
-from kempnerforge_torch.model.mask import build_mask
+from kempnerforge_torch.model.mask import CAUSAL, Mask, build_mask
 
 
 class KVCache:
@@ -183,8 +183,8 @@ class KVCache:
         doc_ids: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         sliding_window: int | None = None,
-    ) -> Tensor | None:
-        """Who the next ``length`` tokens may see of what `update` will return, as `build_mask`; None: plain causal.
+    ) -> Mask:
+        """Who the next ``length`` tokens may see of what `update` will return.
 
         Raises:
             ValueError: a window that a ring does not hold.
@@ -196,11 +196,11 @@ class KVCache:
         windowed = sliding_window is not None and sliding_window < keys
         aligned = self._even and (self._most == 0 or length == 1)
         if aligned and doc_ids_BM is None and valid_BM is None and not windowed:
-            return None
+            return CAUSAL
         key_positions, held = self._key_positions(length)
         if held is not None:
             valid_BM = held if valid_BM is None else valid_BM & held
-        return build_mask(
+        allowed = build_mask(
             self.positions(length),
             key_positions,
             query_doc_ids=doc_ids,
@@ -208,6 +208,7 @@ class KVCache:
             key_valid=valid_BM,
             sliding_window=sliding_window if windowed else None,
         )
+        return Mask("dense", allowed)
 
     def _key_positions(self, length: int) -> tuple[Tensor, Tensor | None]:
         """Positions of what `update` will return: (M,), or of a ring (B, M), and bool (B, M) which of them it holds."""

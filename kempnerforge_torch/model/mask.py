@@ -1,4 +1,4 @@
-"""Who may see whom in self-attention.
+"""Who may see whom in attention.
 
 Shapes: B batch, S queries, M keys.
 
@@ -12,7 +12,42 @@ Shapes: B batch, S queries, M keys.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from torch import Tensor
+
+Kind = Literal["causal", "full", "dense"]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Who may see whom in attention, as data: what a kernel knows by name, and a tensor for all else.
+
+    Attributes:
+        kind: "causal": the queries are the last of the keys, and see themselves and all before; "full": every query
+            sees every key; "dense": what ``allowed`` says.
+        allowed: of "dense" alone: bool, broadcasts to (B, H, S, M), True = attend.
+
+    Raises:
+        ValueError: a dense mask without a tensor, or another one with it.
+    """
+
+    kind: Kind
+    allowed: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind == "dense") != (self.allowed is not None):
+            raise ValueError(f"kind = {self.kind!r}: a dense mask, and no other, has a tensor of who is allowed")
+
+
+CAUSAL = Mask("causal")
+FULL = Mask("full")
+
+
+def as_mask(mask: Mask | Tensor) -> Mask:
+    """A mask, as it is; a tensor as a dense one."""
+    return mask if isinstance(mask, Mask) else Mask("dense", mask)
 
 
 def build_mask(

@@ -19,6 +19,7 @@ from kempnerforge_torch.model.attention import KVCache
 from kempnerforge_torch.model.block import build_attention
 from kempnerforge_torch.model.expert_choice import ExpertChoiceMoE, ExpertChoiceSigmoidRouter
 from kempnerforge_torch.model.layout import Layout, layout_of, stream_layout
+from kempnerforge_torch.model.mask import Mask
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.moe import MoEStats
 from kempnerforge_torch.model.noise import gumbel_noise
@@ -174,7 +175,7 @@ class MoMaBlock(nn.Module):
         layout: Layout | None = None,
         noise_seed: Tensor | None = None,
         kv_cache: None = None,
-        mask: Tensor | None = None,
+        mask: Mask | Tensor | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,
     ) -> Tensor | BlockOutput:

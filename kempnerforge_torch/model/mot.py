@@ -23,6 +23,7 @@ from kempnerforge_torch.model.block import build_feed_forward
 from kempnerforge_torch.model.checks import check_positions
 from kempnerforge_torch.model.layout import Layout, Rope, Streams, one_stream, positions_after, stream_layout
 from kempnerforge_torch.model.linear import Linear
+from kempnerforge_torch.model.mask import FULL, Mask
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import RMSNorm, build_norm
 from kempnerforge_torch.model.position import apply_rope
@@ -90,7 +91,7 @@ class MoTAttention(nn.Module):
         *,
         layout: Layout | None = None,
         kv_cache: KVCache | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | Tensor | None = None,
         doc_ids: Tensor | None = None,
     ) -> Streams:
         """Streams (B, S_m, D) of modalities, which attend as one sequence in the order of ``modalities`` -> the same;
@@ -109,7 +110,7 @@ class MoTAttention(nn.Module):
         x, (rope_cos, rope_sin), places = one_stream(self.modalities, streams, rope, layout)
         check_positions(x.shape[:2], doc_ids, key_padding_mask)
         if not is_causal:
-            mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+            mask = FULL if key_padding_mask is None else key_padding_mask[:, None, None, :]
         elif mask is None:
             mask = self_attention_mask(
                 x.shape[1],
@@ -129,7 +130,7 @@ class MoTAttention(nn.Module):
             kv_cache.image_tokens = max(kv_cache.image_tokens, places.image_tokens)
             k_BKMh, v_BKMh = kv_cache.update(k_BKMh, v_BKMh, doc_ids=doc_ids, key_padding_mask=key_padding_mask)
             k_BKMh, v_BKMh = k_BKMh.to(x.dtype), v_BKMh.to(x.dtype)
-        out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask, causal=is_causal, sdpa_backend=self.sdpa_backend)
+        out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask, sdpa_backend=self.sdpa_backend)
         out_BSX = out_BHSh.transpose(1, 2).flatten(2)
         out_BSD = places.apply(lambda name, part: self.o_proj[name](part), out_BSX)
         return places.split(out_BSD) if layout is None else out_BSD
@@ -188,7 +189,7 @@ class MoTBlock(nn.Module):
         *,
         layout: Layout | None = None,
         kv_cache: KVCache | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | Tensor | None = None,
         doc_ids: Tensor | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,

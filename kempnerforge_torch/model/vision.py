@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import attend
 from kempnerforge_torch.model.init import init_from_table
+from kempnerforge_torch.model.mask import FULL
 from kempnerforge_torch.model.mlp import ACTIVATIONS
 from kempnerforge_torch.model.noise import image_noise
 from kempnerforge_torch.model.norm import LayerNorm
@@ -101,7 +102,7 @@ class VisionAttention(nn.Module):
             project(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.o_proj(attend(q_BHNh, k_BHNh, v_BHNh, causal=False).transpose(1, 2).flatten(2))
+        return self.o_proj(attend(q_BHNh, k_BHNh, v_BHNh, FULL).transpose(1, 2).flatten(2))
 
 
 class VisionMLP(nn.Module):

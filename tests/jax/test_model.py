@@ -23,6 +23,7 @@ from kempnerforge_jax.model.attention import Attention, KVCache, attend, build_m
 from kempnerforge_jax.model.embedding import TokenEmbedding
 from kempnerforge_jax.model.hooks import activation_names, capture
 from kempnerforge_jax.model.init import init_weights
+from kempnerforge_jax.model.mask import CAUSAL, FULL, Mask
 from kempnerforge_jax.model.mlp import StandardMLP, build_mlp
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.norm import build_norm
@@ -619,8 +620,8 @@ def test_an_architecture_changes_what_happens_between_layers() -> None:
 # The GPU
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_kernel_of_a_gpu_is_the_same_attention(causal: bool) -> None:
+@pytest.mark.parametrize("mask", [CAUSAL, FULL])
+def test_the_kernel_of_a_gpu_is_the_same_attention(mask: Mask) -> None:
     """In bfloat16 its errors, forward and backward, are no larger than those of the products that it replaces."""
     if jax.default_backend() != "gpu":
         pytest.skip("needs a GPU")
@@ -630,11 +631,11 @@ def test_the_kernel_of_a_gpu_is_the_same_attention(causal: bool) -> None:
 
     def differentiated(function: Any, dtype: Any) -> list[np.ndarray]:
         *inputs, cotangent = (array.astype(dtype) for array in arrays)
-        out, backward = jax.vjp(jax.jit(functools.partial(function, causal=causal)), *inputs)
+        out, backward = jax.vjp(jax.jit(functools.partial(function, mask=mask)), *inputs)
         return [np.asarray(value.astype(jnp.float64)) for value in (out, *backward(cotangent))]
 
     narrow = [array.astype(jnp.bfloat16) for array in arrays[:3]]
-    assert "cudnn" in jax.jit(functools.partial(attend, causal=causal)).lower(*narrow).as_text()
+    assert "cudnn" in jax.jit(functools.partial(attend, mask=mask)).lower(*narrow).as_text()
     truth = differentiated(attention._attention, jnp.float64)
     fused, plain = (differentiated(function, jnp.bfloat16) for function in (attend, attention._attention))
     for exact, found, replaced in zip(truth, fused, plain, strict=True):

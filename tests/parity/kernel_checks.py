@@ -123,10 +123,12 @@ def check_fused_attention(backend: str) -> None:
         for causal in (True, False):
             q = jax.ShapeDtypeStruct((2, 4, length, width), q_dtype)
             k = jax.ShapeDtypeStruct((2, 2, keys, width), k_dtype)
-            mask = jnp.ones((2, 1, length, keys), bool) if masked else None
+            masks = module("jax", "model.mask")
+            plain = masks.CAUSAL if causal else masks.FULL
+            mask = jnp.ones((2, 1, length, keys), bool) if masked else plain
             case = (q_dtype, k_dtype, length, keys, width, masked, kind, causal)
             with gpu(kind):
-                program = jax.jit(lambda q, k, v, m=mask, c=causal: attend(q, k, v, m, causal=c))
+                program = jax.jit(lambda q, k, v, m=mask: attend(q, k, v, m))
                 try:
                     traced = program.trace(q, k, k)
                     lowered = traced.lower(lowering_platforms=("cpu",)).as_text()
@@ -223,7 +225,7 @@ def check_offsets(backend: str) -> None:
 
 def check_dispatched_attention(backend: str) -> None:
     """What torch's attention is called with: a mask only where one is needed, causality only for equal lengths."""
-    attention = module("torch", "model.attention")
+    attention, masks = module("torch", "model.attention"), module("torch", "model.mask")
     seen: list[tuple[Any, dict[str, Any], dict[str, bool]]] = []
 
     def noting(q: Any, k: Any, v: Any, **options: Any) -> Any:
@@ -240,10 +242,11 @@ def check_dispatched_attention(backend: str) -> None:
         for device, length, keys, masked, causal, kv_heads, handed_on, is_causal in DISPATCHED:
             q = torch.empty(2, 4, length, 8, device=device)
             k = torch.empty(2, kv_heads, keys, 8, device=device)
-            mask = torch.ones(2, 1, length, keys, dtype=torch.bool, device=device) if masked else None
+            plain = masks.CAUSAL if causal else masks.FULL
+            mask = torch.ones(2, 1, length, keys, dtype=torch.bool, device=device) if masked else plain
             for name in ("auto", "flash", "efficient", "cudnn", "math"):
                 seen.clear()
-                attention.attend(q, k, k, mask, causal=causal, sdpa_backend=name)
+                attention.attend(q, k, k, mask, sdpa_backend=name)
                 ((shapes, options, flags),) = seen
                 case = (device, length, keys, masked, causal, kv_heads, name)
                 assert shapes == ((2, 4, length, 8), (2, kv_heads, keys, 8)), case
@@ -255,6 +258,34 @@ def check_dispatched_attention(backend: str) -> None:
                 small = device == "cpu" and keys < 16
                 allowed = set(flags) if name == "auto" and not small else {"math"} if small else {name, "math"}
                 assert {kernel for kernel, enabled in flags.items() if enabled} == allowed, case
+
+
+def check_masks_of_caches(backend: str) -> None:
+    """A dense mask is built only where no kernel knows the pattern: a whole prompt and a single token have none."""
+    attention, masks = module("torch", "model.attention"), module("torch", "model.mask")
+    one, real = torch.zeros((2, 1), dtype=torch.int64), torch.ones((2, 1), dtype=torch.bool)
+
+    def filled(length: int, **options: Any) -> Any:
+        cache, new = attention.KVCache(2, 8, 1, 4, **options), torch.zeros(2, 1, length, 4)
+        cache.update(new, new)
+        return cache
+
+    ragged = filled(3)
+    ragged.cut(torch.tensor([3, 2]))
+    for cache, length, options, kind in (
+        (filled(0), 4, {}, "causal"),
+        (filled(3), 1, {}, "causal"),
+        (filled(3), 2, {}, "dense"),
+        (filled(3), 1, {"sliding_window": 4}, "causal"),
+        (filled(3), 1, {"sliding_window": 3}, "dense"),
+        (filled(3), 1, {"doc_ids": one}, "dense"),
+        (filled(3), 1, {"key_padding_mask": real}, "dense"),
+        (ragged, 1, {}, "dense"),
+        (filled(3, static=True), 1, {}, "dense"),
+    ):
+        found = cache.mask(length, **options)
+        assert found.kind == kind, (length, options, kind)
+        assert (found is masks.CAUSAL) == (kind == "causal"), (length, options, kind)
 
 
 def check_optimizer_by_device(backend: str) -> None:
@@ -379,6 +410,7 @@ KERNEL_CHECKS: dict[str, dict[str, tuple[Callable[[str], None], ...]]] = {
     "jax": {"model.attention": (check_fused_attention,), "model.grouped": (check_platforms,)},
     "torch": {
         "model.attention": (check_dispatched_attention,),
+        "model.kv_cache": (check_masks_of_caches,),
         "model.grouped": (check_offsets,),
         "model.decode": (check_decoding_by_device,),
         "model.cuda_graph": (check_recorded_steps,),

@@ -176,14 +176,14 @@ def mot_logits(names: tuple[str, ...], embeds: bytes) -> np.ndarray:
 def check_long_attention(name: str) -> None:
     """The function by itself, and its probabilities: causal, aligned to the end, and everyone sees everyone."""
     backend, rng = backend_of(name), np.random.default_rng(12)
-    attention = backend.module("model.attention")
+    attention, full = backend.module("model.attention"), backend.module("model.mask").FULL
     whole, few = (rng.standard_normal((1, 2, length, 6)) for length in (LONG, 3))
     k, v = (rng.standard_normal((1, 1, LONG, 6)) for _ in range(2))
     place = np.arange(LONG)
     causal = (place[:, None] >= place[None, :])[None]
 
     def run(whole: Any, few: Any, k: Any, v: Any) -> Any:
-        outs = [attention.attend(whole, k, v), attention.attend(few, k, v), attention.attend(whole, k, v, causal=False)]
+        outs = [attention.attend(whole, k, v), attention.attend(few, k, v), attention.attend(whole, k, v, full)]
         return *outs, attention.attention_weights(whole, k), attention.attention_weights(few, k)
 
     found = backend.run(run, whole, few, k, v)
@@ -303,7 +303,8 @@ def check_masks(name: str, length: int = 257) -> None:
     def masks(documents: Any, real: Any) -> Any:
         whole = {"doc_ids": documents, "key_padding_mask": real}
         of = attention.self_attention_mask
-        return of(length, **whole), of(length, sliding_window=WINDOW, **whole), of(length, sliding_window=WINDOW)
+        windowed = of(length, sliding_window=WINDOW, **whole), of(length, sliding_window=WINDOW)
+        return tuple(mask.allowed for mask in (of(length, **whole), *windowed))
 
     allowed = (causal & same & real[:, None, :], causal & near & same & real[:, None, :], causal & near)
     for mask, truth in zip(backend.run(masks, documents, real), allowed, strict=True):
@@ -325,7 +326,7 @@ def check_cache_masks(
         for part in (keys[:, :, :100], keys[:, :, 100:]):
             cache = appended(cache, part)[0]
         cache = cache.cut(lengths) or cache
-        positions, mask = cache.positions(3), cache.mask(3, sliding_window=window)
+        positions, mask = cache.positions(3), cache.mask(3, sliding_window=window).allowed
         return positions, mask, appended(cache, new)[1]
 
     positions, mask, held = backend.run(fill, keys, new, lengths)

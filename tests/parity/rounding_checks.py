@@ -53,8 +53,8 @@ def attend(backend: Any, dtype: str) -> Callable[..., Any]:
 
 
 def attend_to_all(backend: Any, dtype: str) -> Callable[..., Any]:
-    function = backend.module("model.attention").attend
-    return lambda q, k, v: function(q, k, v, causal=False)
+    function, full = backend.module("model.attention").attend, backend.module("model.mask").FULL
+    return lambda q, k, v: function(q, k, v, full)
 
 
 def attend_to_some(backend: Any, dtype: str) -> Callable[..., Any]:

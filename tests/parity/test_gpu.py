@@ -90,8 +90,10 @@ def check_long_attention(backend: str) -> None:
     for causal, mask in ((True, None), (False, None), (True, seen[None, None])):
 
         def build(side: Any, dtype: str, causal: bool = causal, mask: Any = mask) -> Callable[..., Any]:
-            attend, given = side.module("model.attention").attend, None if mask is None else side.array(mask)
-            return lambda q, k, v: attend(q, k, v, given, causal=causal)
+            attend, masks = side.module("model.attention").attend, side.module("model.mask")
+            plain = masks.CAUSAL if causal else masks.FULL
+            given = plain if mask is None else side.array(mask)
+            return lambda q, k, v: attend(q, k, v, given)
 
         part = Part(build, LONG, 2.0)
         compare(backend, f"causal {causal}, mask {mask is not None}", part, part.inputs())
