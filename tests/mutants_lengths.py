@@ -63,6 +63,6 @@ LENGTH_MUTANTS = (
     ),
     both("model.vision", "patches from 512 on not seen", "k_BHNh, v_BHNh, FULL",
          "k_BHNh[:, :, :512], v_BHNh[:, :, :512], FULL"),
-    both("model.cross_attention", "image tokens from 512 on not seen", "attend(q_BHSh, k_BKNh, v_BKNh, mask,",
-         "attend(q_BHSh, k_BKNh[:, :, :512], v_BKNh[:, :, :512], mask if mask is FULL else mask[..., :512],"),
+    both("model.cross_attention", "image tokens from 512 on not seen", "attend(q_BHSh, k_BKNh, v_BKNh, mask",
+         "attend(q_BHSh, k_BKNh[:, :, :512], v_BKNh[:, :, :512], mask if mask is FULL else mask[..., :512]"),
 )  # fmt: skip
