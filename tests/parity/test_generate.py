@@ -358,10 +358,9 @@ def test_memory_is_that_of_the_window_and_a_chunk(
     backend: Any, chunk: int, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many tokens there are: 11 + 9, in windows of 4."""
-    made, new = [], generation(backend).KVCache
-    monkeypatch.setattr(
-        generation(backend), "KVCache", lambda *args, **options: made.append(new(*args, **options)) or made[-1]
-    )
+    decode, made = backend.module("model.decode"), []
+    new = decode.KVCache
+    monkeypatch.setattr(decode, "KVCache", lambda *args, **options: made.append(new(*args, **options)) or made[-1])
     truth = oracle_generate(weights_of(PLAIN), PLAIN, PROMPTS, 9)
     tokens = continued(backend, model_of(backend, PLAIN), PROMPTS, 9, temperature=0.0, prefill_chunk=chunk)
     np.testing.assert_array_equal(tokens, truth)
