@@ -172,7 +172,7 @@ MUTANTS = (
     both("model.attention", "keys not rotated",
          "k_BKMh = apply_rope(k_BSKh.", "k_BKMh = (lambda x, *_: x)(k_BSKh."),
     Mutant(
-        "model.kv_cache", "cached positions start again",
+        "model.decode_state", "cached positions start again",
         ("return steps_S + self._most if self._even else self.lengths.long()[:, None] + steps_S", "return steps_S"),
         ("return self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)",
          "return 0 * self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)"),

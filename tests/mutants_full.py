@@ -90,8 +90,8 @@ REACHING = (
         ("generate",), "generate", "{backend}: stream = generate",
     ),
     Reaching(
-        both("model.kv_cache", "slots of a ring in order", "last_B1 - (last_B1 - slots_M) % self.slots",
-             "slots_M + 0 * last_B1"),
+        both("model.slots", "slots of a ring in order", "last_B1 - (last_B1 - slots) % self.count",
+             "slots + 0 * last_B1"),
         ("ring",), "ring", "decode",
     ),
     Reaching(

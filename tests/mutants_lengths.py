@@ -34,13 +34,13 @@ LENGTH_MUTANTS = (
         ("table.at[positions].get", "table.at[positions - (positions >= 4095)].get"),
     ),
     Mutant(
-        "model.kv_cache", "a token beyond 256 takes the slot before its own",
+        "model.decode_state", "a token beyond 256 takes the slot before its own",
         ("slots.transpose(1, axis)[rows_B1, places] =",
          "slots.transpose(1, axis)[rows_B1, places - (places > 256).long()] ="),
         ("place = slots.at[rows_B1, places] if", "place = slots.at[rows_B1, places - (places > 256)] if"),
     ),
     Mutant(
-        "model.kv_cache", "rows stop counting at 255",
+        "model.decode_state", "rows stop counting at 255",
         ("self.lengths.long()[:, None] + steps_S", "self.lengths.long()[:, None].clamp(max=255) + steps_S"),
         ("return self.lengths[:, None] +", "return jnp.minimum(self.lengths, 255)[:, None] +"),
     ),

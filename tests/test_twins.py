@@ -30,6 +30,10 @@ DIFFERENCES = {
         "self_attention_mask(device)": "torch: arrays are made on a device",
     },
     "model/cross_attention.py": {"CrossAttentionArchitecture.breaks_after": "jax: where a scan over layers must end"},
+    "model/decode_state.py": {
+        "DecodeState.static": "torch: eager shapes may follow the fill; in JAX all shapes are static",
+        "new_state(static)": "torch: eager shapes may follow the fill; in JAX all shapes are static",
+    },
     "model/embedding.py": {"OutputHead.forward(tied_weight)": "jax: no array belongs to two modules"},
     "model/expert_choice.py": {"MAX_SEED": "torch: draws a seed of its own where none is given"},
     "model/experts.py": {
@@ -55,13 +59,11 @@ DIFFERENCES = {
         "ragged_outer": "jax: XLA's own operation",
     },
     "model/kv_cache.py": {
-        "ARRAYS": "jax: the leaves of a cache, which is a pytree",
-        "STATIC": "jax: what is no leaf of that pytree",
-        "KVCache.after_image": "jax: caches are values; torch sets the attribute",
-        "KVCache.tree_flatten_with_keys": "jax: pytree",
-        "KVCache.tree_unflatten": "jax: pytree",
         "KVCache(static)": "torch: eager shapes may follow the fill; in JAX all shapes are static",
+        "KVCache.owns_state": "torch: who writes to what is shared; in JAX states are values",
         "KVCache.static": "torch: eager shapes may follow the fill; in JAX all shapes are static",
+        "SharedCaches": "jax: a buffer is given to a program once",
+        "share": "jax: makes these",
     },
     "model/linear.py": {"broadcast": "jax: sums its gradient in float32; torch's sums do"},
     "model/modality.py": {

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kempnerforge_jax.model.kv_cache import KVCache
+from kempnerforge_jax.model.kv_cache import KVCache, SharedCaches, share
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.request import Request, image_tokens, weight_of
 from kempnerforge_jax.model.sampling import draw, greedy, wide
@@ -60,12 +60,12 @@ def decode_all(model: Transformer, request: Request) -> jax.Array:
     if count == 0:
         return jnp.zeros((rows, 0), jnp.int32)
     parts = graphdef, params, buffers = split(model)
-    caches, tokens_B = _read(model, request, parts)
+    each, tokens_B = _read(model, request, parts)
     room = bucket(count, model.config.max_seq_len + 1)
     uniforms_BN, options = _numbers(model, request, room)
     loop = _compiled_loop(graphdef)
     image, state = request.image_in_every_step, _start(tokens_B)
-    new_BN, _ = loop(params, buffers, caches, state, image, uniforms_BN, options, np.int32(count))
+    new_BN, _ = loop(params, buffers, share(each), state, image, uniforms_BN, options, np.int32(count))
     return new_BN[:, :count]
 
 
@@ -74,8 +74,8 @@ def steps(model: Transformer, request: Request) -> Iterator[jax.Array]:
     if request.max_new_tokens == 0:
         return
     parts = graphdef, params, buffers = split(model)
-    caches, tokens_B = _read(model, request, parts)
-    state = _start(tokens_B)
+    each, tokens_B = _read(model, request, parts)
+    caches, state = share(each), _start(tokens_B)
     uniforms_BN, options = _numbers(model, request, request.max_new_tokens)
     step, image = _compiled_step(graphdef), request.image_in_every_step
     for place in range(request.max_new_tokens):
@@ -98,14 +98,16 @@ def _read(model: Transformer, request: Request, parts: tuple[Any, State, State])
     heads = config.kv_heads if model.vlm_config is None else model.vlm_config.cached_kv_heads(config)
     shape = (rows, request.cache_length, heads, config.head_size)
     ring = {"sliding_window": config.sliding_window, "spare": max((size for _, size in request.chunks), default=1) - 1}
-    caches = [KVCache(*shape, dtype, **ring) for _ in range(config.n_layers)]
+    first = KVCache(*shape, dtype, **ring)
+    others = [KVCache(*shape, dtype, state=first.state) for _ in range(config.n_layers - 1)]
+    caches = share([first, *others])
     read, lengths_B = _compiled_prefill(graphdef), jnp.asarray(prompts.lengths)
     if taken:
         caches = read(params, buffers, caches, prompts.tokens[:, :0], image, lengths_B * 0 + taken)
     for start, size in request.chunks:
         chunk = np.pad(prompts.tokens, ((0, 0), (0, max(0, start + size - width))))[:, start : start + size]
         caches = read(params, buffers, caches, chunk, request.image_in_every_step, lengths_B - 1 + taken)
-    return caches, jnp.asarray(prompts.tokens[np.arange(rows), prompts.lengths - 1])
+    return caches.each(), jnp.asarray(prompts.tokens[np.arange(rows), prompts.lengths - 1])
 
 
 def advance(
@@ -142,19 +144,21 @@ def _compiled_prefill(graphdef: Any) -> Any:
     def prefill(
         params: State,
         buffers: State,
-        caches: list[KVCache],
+        caches: SharedCaches,
         tokens_BS: jax.Array,
         image: ModalityContext | None,
         lengths_B: jax.Array,
-    ) -> list[KVCache]:
-        model = merge(graphdef, params, buffers)
+    ) -> SharedCaches:
+        model, state = merge(graphdef, params, buffers), caches.state
         modality = NO_LOGITS if image is None else replace(image, output_slice=NO_LOGITS.output_slice)
-        length, noted = tokens_BS.shape[1], caches[0].valid is not None
+        length, noted = tokens_BS.shape[1], state.valid is not None
         if model.config.is_moe and length:
-            modality = replace(modality, key_padding_mask=caches[0].positions(length) < lengths_B[:, None])
-        output = model.run(tokens_BS, modality=modality, kv_caches=caches, allow_image_inputs=True)
-        updated = [cache.cut(lengths_B) for cache in output.kv_caches or ()]
-        return updated if noted or not length else [cache.without_padding() for cache in updated]
+            modality = replace(modality, key_padding_mask=state.positions(length) < lengths_B[:, None])
+        output = model.run(tokens_BS, modality=modality, kv_caches=caches.each(), allow_image_inputs=True)
+        assert output.kv_caches is not None
+        state, layers = share(output.kv_caches)
+        state = state.cut(lengths_B)
+        return SharedCaches(state if noted or not length else state.without_padding(), layers)
 
     return jax.jit(prefill, donate_argnames="caches")
 
@@ -173,13 +177,13 @@ def _compiled_loop(graphdef: Any) -> Any:
     def loop(
         params: State,
         buffers: State,
-        caches: list[KVCache],
+        caches: SharedCaches,
         state: _State,
         image: ModalityContext | None,
         uniforms_BN: jax.Array,
         options: _Options,
         count: jax.Array,
-    ) -> tuple[jax.Array, list[KVCache]]:
+    ) -> tuple[jax.Array, SharedCaches]:
         new_BN = jnp.full(uniforms_BN.shape, options.pad_token_id, jnp.int32)
 
         def advance(carry: Any) -> Any:
@@ -203,14 +207,14 @@ def _step(
     graphdef: Any,
     params: State,
     buffers: State,
-    caches: list[KVCache],
+    caches: SharedCaches,
     state: _State,
     image: ModalityContext | None,
     uniforms: jax.Array,
     options: _Options,
-) -> tuple[jax.Array, _State, Any]:
+) -> tuple[jax.Array, _State, SharedCaches]:
     """The next tokens (B,), padding in rows that had ended; the new state and caches."""
-    logits_BV, caches = advance(merge(graphdef, params, buffers), state.tokens, caches, image)
+    logits_BV, updated = advance(merge(graphdef, params, buffers), state.tokens, caches.each(), image)
     drawn_B = greedy(logits_BV) if options.sampling is None else draw(logits_BV, uniforms, *options.sampling)
     shown_B = jnp.where(state.done, options.pad_token_id, drawn_B)
-    return shown_B, _State(drawn_B, state.done | jnp.isin(drawn_B, options.eos_token_ids)), caches
+    return shown_B, _State(drawn_B, state.done | jnp.isin(drawn_B, options.eos_token_ids)), share(updated)

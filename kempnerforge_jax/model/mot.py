@@ -132,7 +132,7 @@ class MoTAttention(Module):
             updated, k_BKMh, v_BKMh = kv_cache.update(
                 k_BKMh, v_BKMh, doc_ids=doc_ids, key_padding_mask=key_padding_mask
             )
-            updated = updated.after_image(max(kv_cache.image_tokens, places.image_tokens))
+            updated = updated.after_image(places.image_tokens)
             k_BKMh, v_BKMh = k_BKMh.astype(x.dtype), v_BKMh.astype(x.dtype)
         out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask)
         out_BSX = out_BHSh.swapaxes(1, 2).reshape(*x.shape[:2], -1)

@@ -61,7 +61,9 @@ def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Tensor
     heads = config.kv_heads if model.vlm_config is None else model.vlm_config.cached_kv_heads(config)
     shape = (rows, request.cache_length, heads, config.head_size)
     ring = {"sliding_window": config.sliding_window, "spare": max((size for _, size in request.chunks), default=1) - 1}
-    caches = [KVCache(*shape, weight.dtype, weight.device, **ring, static=True) for _ in range(config.n_layers)]
+    last = KVCache(*shape, weight.dtype, weight.device, **ring, static=True)
+    others = [KVCache(*shape, weight.dtype, weight.device, state=last.state) for _ in range(config.n_layers - 1)]
+    caches, state = [*others, last], last.state
     tokens_BS = torch.from_numpy(prompts.tokens).to(weight.device).long()
     lengths_B = torch.from_numpy(prompts.lengths).to(weight.device).long()
     with inference(model):
@@ -70,16 +72,13 @@ def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Tensor
         modality = NO_LOGITS if image is None or taken else replace(image, output_slice=NO_LOGITS.output_slice)
         for start, size in request.chunks:
             chunk = F.pad(tokens_BS, (0, max(0, start + size - tokens_BS.shape[1])))[:, start : start + size]
-            noted = caches[0].valid is not None
+            noted = state.valid is not None
             if config.is_moe:
-                modality = replace(
-                    modality, key_padding_mask=caches[0].positions(size) < lengths_B[:, None] - 1 + taken
-                )
+                modality = replace(modality, key_padding_mask=state.positions(size) < lengths_B[:, None] - 1 + taken)
             model.run(chunk, modality=modality, kv_caches=caches, allow_image_inputs=True)
-            for cache in caches:
-                cache.cut(lengths_B - 1 + taken)
-                if not noted:
-                    cache.without_padding()
+            state.cut(lengths_B - 1 + taken)
+            if not noted:
+                state.without_padding()
     return caches, tokens_BS.gather(1, lengths_B[:, None] - 1)[:, 0]
 
 

@@ -127,7 +127,7 @@ class MoTAttention(nn.Module):
         k_BKMh = apply_rope(k_BSKh.transpose(1, 2), rope_cos, rope_sin)
         v_BKMh = v_BSKh.transpose(1, 2)
         if kv_cache is not None:
-            kv_cache.image_tokens = max(kv_cache.image_tokens, places.image_tokens)
+            kv_cache.after_image(places.image_tokens)
             k_BKMh, v_BKMh = kv_cache.update(k_BKMh, v_BKMh, doc_ids=doc_ids, key_padding_mask=key_padding_mask)
             k_BKMh, v_BKMh = k_BKMh.to(x.dtype), v_BKMh.to(x.dtype)
         out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask, sdpa_backend=self.sdpa_backend)

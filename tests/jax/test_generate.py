@@ -11,6 +11,7 @@ from flax import nnx
 
 from kempnerforge_jax.model import decode
 from kempnerforge_jax.model.generate import generate
+from kempnerforge_jax.model.kv_cache import share
 from kempnerforge_jax.model.request import make_request
 from kempnerforge_jax.model.sampling import sample
 from kempnerforge_jax.model.state import split
@@ -43,13 +44,14 @@ def test_a_step_takes_the_memory_of_the_caches() -> None:
     model = new_model()
     request = make_request(model, PROMPTS, 3, SamplingConfig(temperature=0.0))
     graphdef, params, buffers = split(model)
-    caches, tokens = decode.prefill(model, request)
+    each, tokens = decode.prefill(model, request)
+    caches = share(each)
     uniforms, options = decode._numbers(model, request, 3)
-    old = caches[0].k
+    old = caches.layers[0][0]
     step = decode._compiled_step(graphdef)
     _, _, caches = step(params, buffers, caches, decode._start(tokens), None, uniforms[:, 0], options)
     assert old.is_deleted()
-    assert caches[0].lengths.tolist() == [3, 1]
+    assert caches.state.lengths.tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -122,6 +122,8 @@ def check_capacity(backend: str) -> None:
 
 DECODING_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
     "model.kv_cache": (check_rings,),
+    "model.decode_state": (check_rings,),
+    "model.slots": (check_rings,),
     "model.decode": (check_images,),
     "model.request": (check_images,),
     "model.cross_attention": (check_images,),

@@ -288,6 +288,27 @@ def check_masks_of_caches(backend: str) -> None:
         assert (found is masks.CAUSAL) == (kind == "causal"), (length, options, kind)
 
 
+def check_shared_states(backend: str) -> None:
+    """Of caches that share a state the owner, the last one, advances and reorders it; each keeps its own keys."""
+    cache = module("torch", "model.attention").KVCache
+    last = cache(2, 8, 1, 4)
+    first = cache(2, 8, 1, 4, state=last.state)
+    for step in range(2):
+        for factor, one in ((1.0, first), (10.0, last)):
+            new = torch.full((2, 1, 2, 4), factor * (step + 1))
+            new[1] += 0.5
+            assert one.lengths.tolist() == [2 * step] * 2, "all write at the places of the same tokens"
+            one.update(new, new + 0.25)
+    last.cut(torch.tensor([4, 3]))
+    for one in (first, last):
+        one.reorder(torch.tensor([1, 0]))
+    assert first.lengths.tolist() == last.lengths.tolist() == [3, 4]
+    for factor, one in ((1.0, first), (10.0, last)):
+        expected = [factor, factor, 2 * factor, 2 * factor]
+        assert one.k[1, 0, :4, 0].tolist() == expected, "keys of a layer"
+        assert one.v[0, 0, :3, 0].tolist() == [place + 0.75 for place in expected[:3]], "values of a layer"
+
+
 def check_optimizer_by_device(backend: str) -> None:
     """One kernel per step on an accelerator, which leaves it out by itself; lists of tensors on the CPU."""
     optimizer = module("torch", "training.optimizer")
@@ -410,7 +431,8 @@ KERNEL_CHECKS: dict[str, dict[str, tuple[Callable[[str], None], ...]]] = {
     "jax": {"model.attention": (check_fused_attention,), "model.grouped": (check_platforms,)},
     "torch": {
         "model.attention": (check_dispatched_attention,),
-        "model.kv_cache": (check_masks_of_caches,),
+        "model.decode_state": (check_masks_of_caches,),
+        "model.kv_cache": (check_shared_states,),
         "model.grouped": (check_offsets,),
         "model.decode": (check_decoding_by_device,),
         "model.cuda_graph": (check_recorded_steps,),

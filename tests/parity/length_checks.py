@@ -408,7 +408,7 @@ LENGTH_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
     "model.mask": (check_masks,),
     "model.attention": (check_long_attention, check_long_causal, check_masks),
     "model.position": (check_tables,),
-    "model.kv_cache": (check_masks, check_chunks),
+    "model.decode_state": (check_masks, check_chunks),
     "model.decode": (check_generation,),
     "model.sampling": (check_sampling,),
     "model.cross_attention": (check_long_cross_attention,),

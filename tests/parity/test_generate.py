@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from shared_config.contract.decoding import draw_uniforms, prefill_chunks
+from shared_config.contract.decoding import SamplingConfig, draw_uniforms, prefill_chunks
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.vision import vit_tower, wrapper_table
 from shared_config.parity.numerics import allowed_error
@@ -365,6 +365,16 @@ def test_memory_is_that_of_the_window_and_a_chunk(
     tokens = continued(backend, model_of(backend, PLAIN), PROMPTS, 9, temperature=0.0, prefill_chunk=chunk)
     np.testing.assert_array_equal(tokens, truth)
     assert [cache.slots for cache in made] == [slots] * PLAIN.n_layers
+
+
+@on_both
+def test_all_layers_share_one_state(backend: Any) -> None:
+    """How far rows are is held once, and the caches of layers by themselves go on alike."""
+    request = backend.module("model.request").make_request(model_of(backend, PLAIN), PROMPTS, 4, SamplingConfig())
+    caches, _ = backend.module("model.decode").prefill(model_of(backend, PLAIN), request)
+    assert len(caches) == PLAIN.n_layers
+    assert all(cache.state is caches[0].state for cache in caches)
+    assert caches[0].lengths.tolist() == [len(prompt) - 1 for prompt in PROMPTS]
 
 
 @on_both

@@ -319,6 +319,7 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.embedding": (check_refusals, check_table),
     "model.attention": (check_positions,),
     "model.kv_cache": (check_positions,),
+    "model.decode_state": (check_positions,),
     "model.mask": (check_positions,),
     "model.decode": (check_generation,),
     "model.request": (check_generation,),

@@ -1,0 +1,115 @@
+"""Where a cache keeps the tokens of a row: each in the slot of its position, or in a ring.
+
+Shapes: B batch, M slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class LinearSlots:
+    """The slot of a token is its position, and none is overwritten.
+
+    Attributes:
+        count: slots of a row.
+    """
+
+    count: int
+
+    @property
+    def window(self) -> None:
+        """Tokens that each one may see, at most; None: all."""
+
+    @property
+    def spare(self) -> int:
+        """Tokens of a row that are held beyond what the next one may see."""
+        return self.count
+
+    def check_window(self, sliding_window: int | None) -> None:
+        """Check that a window is held: any is."""
+
+    def fits(self, length: int) -> bool:
+        """Whether so many more tokens overwrite nothing that one of them may see."""
+        return True
+
+    def kept(self, length: int) -> int:
+        """Of so many new tokens those that are held, the last ones."""
+        return length
+
+    def places(self, positions: jax.Array) -> jax.Array:
+        """The slots of tokens at these positions."""
+        return positions
+
+    def positions(self, slots: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Positions of what the slots (M,) hold after so many tokens (B,): (M,)."""
+        return slots
+
+    def first_seen(self, lengths: jax.Array) -> jax.Array:
+        """The first position (B,) that the next token may see, after so many tokens (B,)."""
+        return jnp.zeros_like(lengths)
+
+
+@dataclass(frozen=True)
+class RingSlots:
+    """A token takes the place of one that none of the later may see:
+
+        window 3, 4 slots, 6 tokens seen        slot     0 1 2 3
+                                                holds    4 5 2 3
+
+    Attributes:
+        count: slots of a row.
+        window: tokens that each one may see, at most.
+    """
+
+    count: int
+    window: int
+
+    @property
+    def spare(self) -> int:
+        """Tokens of a row that are held beyond what the next one may see."""
+        return self.count - self.window
+
+    def check_window(self, sliding_window: int | None) -> None:
+        """Check that a window is held.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        if not 0 < (sliding_window or 0) <= self.window:
+            raise ValueError(f"sliding_window = {sliding_window}: must be at most the cache's, {self.window}")
+
+    def fits(self, length: int) -> bool:
+        """Whether so many more tokens overwrite nothing that one of them may see."""
+        return length <= self.spare + 1
+
+    def kept(self, length: int) -> int:
+        """Of so many new tokens those that are held, the last ones."""
+        return min(length, self.count)
+
+    def places(self, positions: jax.Array) -> jax.Array:
+        """The slots of tokens at these positions."""
+        return positions % self.count
+
+    def positions(self, slots: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Positions of what the slots (M,) hold after so many tokens (B,): (B, M); negative where that is nothing."""
+        last_B1 = lengths[:, None] - 1
+        return last_B1 - (last_B1 - slots) % self.count
+
+    def first_seen(self, lengths: jax.Array) -> jax.Array:
+        """The first position (B,) that the next token may see, after so many tokens (B,)."""
+        return jnp.maximum(lengths + 1 - self.window, 0)
+
+
+Slots = LinearSlots | RingSlots
+
+
+def slots_for(max_seq_len: int, sliding_window: int | None, spare: int) -> Slots:
+    """A ring of ``sliding_window + spare`` slots, if that is less than ``max_seq_len``; else one slot per position."""
+    if sliding_window is None or sliding_window + spare >= max_seq_len:
+        return LinearSlots(max_seq_len)
+    return RingSlots(sliding_window + spare, sliding_window)

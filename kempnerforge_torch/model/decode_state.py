@@ -1,0 +1,240 @@
+"""What the caches of all layers have in common: how far each row is, and what its tokens are.
+
+Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kempnerforge_torch.model.checks import MAX_ID, check_ids, check_shape, wide
+from kempnerforge_torch.model.mask import CAUSAL, Mask, build_mask
+from kempnerforge_torch.model.slots import Slots, slots_for
+
+
+@dataclass(eq=False)
+class DecodeState:
+    """How far decoding is: one for all layers, or one per cache.
+
+    Attributes:
+        lengths: int32 (B,), tokens seen by each row, which is the position of its next token.
+        valid: bool (B, slots), or None while every token was real.
+        doc_ids: int (B, slots), or None while no documents were given. Tokens written before are of document 0.
+        oldest: int32 (B,), of a ring, the first position that has not been overwritten; else None.
+        image_tokens: how many of the first tokens were an image's, where modalities count their positions apart.
+        max_seq_len: tokens of a row, at most.
+        policy: which slot a token takes.
+        static: if True, shapes don't follow the fill, and no number of the fill is kept on the host: keys are all
+            slots, and what changes stays where it is in memory, so that one step, compiled or recorded, serves every
+            position.
+    """
+
+    lengths: Tensor
+    valid: Tensor | None
+    doc_ids: Tensor | None
+    oldest: Tensor | None
+    image_tokens: int
+    max_seq_len: int
+    policy: Slots
+    static: bool
+
+    def __post_init__(self) -> None:
+        self._most = 0  # no row is longer than this; unused if static
+        self._even = not self.static  # all rows have length _most
+
+    @property
+    def seq_len(self) -> int:
+        """Length of the longest row, read from the device."""
+        return self._most if self._even else int(self.lengths.max())
+
+    def positions(self, length: int) -> Tensor:
+        """Positions of the next ``length`` tokens: (S,) where all rows are known to be equal, else (B, S)."""
+        steps_S = torch.arange(length, device=self.lengths.device)
+        return steps_S + self._most if self._even else self.lengths.long()[:, None] + steps_S
+
+    def reserve(self, length: int) -> None:
+        """Check that ``length`` more tokens fit.
+
+        Raises:
+            ValueError: if they don't. A static state can't be asked without waiting for the device, whose bounds check
+                is that of the slots, or for a ring that of the rotary tables.
+        """
+        if self.static or self._most + length <= self.max_seq_len:
+            return
+        if self.seq_len + length > self.max_seq_len:
+            raise ValueError(
+                f"tokens = {length}: must fit in the cache, of whose max_seq_len = {self.max_seq_len} slots "
+                f"{self.seq_len} are filled"
+            )
+
+    def check_documents(self, doc_ids: Tensor | None) -> None:
+        """Check that new tokens (B, S) have documents if those before had some.
+
+        Raises:
+            ValueError: if they don't.
+        """
+        if self.doc_ids is not None and doc_ids is None:
+            raise ValueError("doc_ids = None: the cache holds tokens of documents, so new tokens need theirs")
+
+    def advance(self, length: int, doc_ids: Tensor | None, key_padding_mask: Tensor | None) -> None:
+        """Count ``length`` more tokens in every row, whose keys and values all layers have; their (B, S) documents, and
+        which of them are real.
+        """
+        (documents, valid), _ = self._noted(length, doc_ids, key_padding_mask)
+        self._take(doc_ids=documents, valid=valid, lengths=self.lengths + length)
+        if self.oldest is not None:
+            self._take(oldest=torch.maximum(self.oldest, self.lengths - self.policy.count))
+        if not self.static:
+            self._most = min(self._most + length, self.max_seq_len)
+
+    def cut(self, lengths: Tensor) -> None:
+        """Forget what lies at or beyond new lengths (B,); see `KVCache.cut`."""
+        check_shape("lengths", lengths, self.lengths.shape)
+        check_ids("lengths", lengths, MAX_ID)
+        lengths = torch.minimum(self.lengths, lengths.to(self.lengths))
+        if self.oldest is not None and bool((self.policy.first_seen(lengths) < self.oldest).any()):
+            raise ValueError(
+                f"lengths = {lengths.tolist()}: what they may see has been overwritten; of tokens seen since, at "
+                f"most spare + 1 = {self.policy.spare + 1} can be forgotten"
+            )
+        self.lengths, self._even = lengths, False
+
+    def without_padding(self) -> None:
+        """Take every token that is left for real, after the padding was cut."""
+        self.valid = None
+
+    def checked_rows(self, rows: Tensor) -> Tensor:
+        """Rows (B',) to go on with, as int64.
+
+        Raises:
+            ValueError: rows that are no integers, or that don't exist. On an accelerator: an assertion of the device.
+        """
+        check_shape("rows", rows, (rows.numel(),))
+        check_ids("rows", rows, len(self.lengths))
+        return wide(rows)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Go on with these rows (B',) in place of those so far; see `KVCache.reorder`."""
+        rows = self.checked_rows(rows)
+        for name in ("lengths", "valid", "doc_ids", "oldest"):
+            held = getattr(self, name)
+            setattr(self, name, None if held is None else held.index_select(0, rows))
+
+    def mask(
+        self,
+        length: int,
+        *,
+        doc_ids: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        sliding_window: int | None = None,
+    ) -> Mask:
+        """Who the next ``length`` tokens may see of the keys that `append` gives them.
+
+        Raises:
+            ValueError: a window that a ring does not hold.
+        """
+        self.policy.check_window(sliding_window)
+        _, (doc_ids_BM, valid_BM) = self._noted(length, doc_ids, key_padding_mask)
+        keys = self._filled(length) if self.policy.fits(length) else self._filled(0) + length
+        windowed = sliding_window is not None and sliding_window < keys
+        aligned = self._even and (self._most == 0 or length == 1)
+        if aligned and doc_ids_BM is None and valid_BM is None and not windowed:
+            return CAUSAL
+        key_positions, held = self._key_positions(length)
+        if held is not None:
+            valid_BM = held if valid_BM is None else valid_BM & held
+        allowed = build_mask(
+            self.positions(length),
+            key_positions,
+            query_doc_ids=doc_ids,
+            key_doc_ids=doc_ids_BM,
+            key_valid=valid_BM,
+            sliding_window=sliding_window if windowed else None,
+        )
+        return Mask("dense", allowed)
+
+    def append(self, slots: Tensor, new: Tensor) -> Tensor:
+        """Put ``new`` (B, S) or (B, K, S, h) into the next slots, in place; gives what the new tokens may see."""
+        axis = 1 if slots.ndim == 2 else 2
+        length = new.shape[axis]
+        if self.policy.fits(length):
+            self._write(slots, new, axis)
+            return slots.narrow(axis, 0, self._filled(length))
+        seen = torch.cat([slots.narrow(axis, 0, self._filled(0)), new.to(slots.dtype)], dim=axis)
+        self._write(slots, new, axis)
+        return seen
+
+    def _key_positions(self, length: int) -> tuple[Tensor, Tensor | None]:
+        """Positions of what `append` gives: (M,), or of a ring (B, M), and bool (B, M) which of them it holds."""
+        fits = self.policy.fits(length)
+        written = length if fits else 0
+        slots_M = torch.arange(self._filled(written), device=self.lengths.device)
+        positions_BM = self.policy.positions(slots_M, self.lengths + written)
+        if self.oldest is None:
+            return positions_BM, None
+        held_BM = positions_BM >= self.oldest[:, None]
+        if fits:
+            return positions_BM, held_BM
+        new_BS = self.positions(length).expand(len(self.lengths), length)
+        return torch.cat([positions_BM, new_BS], dim=1), torch.cat([held_BM, torch.ones_like(new_BS).bool()], dim=1)
+
+    def _filled(self, length: int) -> int:
+        """Slots that may hold something after ``length`` more tokens."""
+        return self.policy.count if self.static else min(self._most + length, self.policy.count)
+
+    def _noted(
+        self, length: int, doc_ids: Tensor | None, key_padding_mask: Tensor | None
+    ) -> tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]:
+        """`doc_ids` and `valid` with the next tokens' entries, in new tensors; and of what these tokens may see."""
+        shape = (len(self.lengths), self.policy.count)
+        device = self.lengths.device
+        self.check_documents(doc_ids)
+        documents = valid = seen_documents = seen_valid = None
+        if doc_ids is not None:
+            first = torch.zeros(shape, dtype=torch.int64, device=device)
+            documents = first if self.doc_ids is None else self.doc_ids.clone()
+            seen_documents = self.append(documents, doc_ids)
+        if self.valid is not None or key_padding_mask is not None:
+            valid = torch.ones(shape, dtype=torch.bool, device=device) if self.valid is None else self.valid.clone()
+            real = torch.ones((shape[0], length), dtype=torch.bool, device=device)
+            seen_valid = self.append(valid, real if key_padding_mask is None else key_padding_mask)
+        return (documents, valid), (seen_documents, seen_valid)
+
+    def _take(self, **values: Tensor | None) -> None:
+        """Set attributes, those of a static state in the memory of what they were."""
+        for name, value in values.items():
+            held = getattr(self, name)
+            if self.static and held is not None and value is not None:
+                held.copy_(value)
+            else:
+                setattr(self, name, value)
+
+    def _write(self, slots: Tensor, new: Tensor, axis: int) -> None:
+        length = new.shape[axis]
+        if self._even and self._most + length <= self.policy.count:
+            slots.narrow(axis, self._most, length).copy_(new)
+            return
+        kept = self.policy.kept(length)
+        places, new = self.positions(length)[..., length - kept :], new.narrow(axis, length - kept, kept)
+        places = self.policy.places(places)
+        rows_B1 = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        slots.transpose(1, axis)[rows_B1, places] = new.transpose(1, axis).to(slots.dtype)
+
+
+def new_state(
+    batch_size: int,
+    max_seq_len: int,
+    device: torch.device | str | None = None,
+    *,
+    sliding_window: int | None = None,
+    spare: int = 0,
+    static: bool = False,
+) -> DecodeState:
+    """The state before the first token; arguments as for `KVCache`."""
+    lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
+    policy = slots_for(max_seq_len, sliding_window, spare)
+    oldest = None if policy.window is None else torch.zeros_like(lengths)
+    return DecodeState(lengths, None, None, oldest, 0, max_seq_len, policy, static)
