@@ -60,10 +60,8 @@ DIFFERENCES = {
     },
     "model/kv_cache.py": {
         "KVCache(static)": "torch: eager shapes may follow the fill; in JAX all shapes are static",
-        "KVCache.owns_state": "torch: who writes to what is shared; in JAX states are values",
         "KVCache.static": "torch: eager shapes may follow the fill; in JAX all shapes are static",
         "SharedCaches": "jax: a buffer is given to a program once",
-        "share": "jax: makes these",
     },
     "model/linear.py": {"broadcast": "jax: sums its gradient in float32; torch's sums do"},
     "model/modality.py": {

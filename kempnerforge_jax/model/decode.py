@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kempnerforge_jax.model.kv_cache import KVCache, SharedCaches, share
+from kempnerforge_jax.model.kv_cache import KVCache, SharedCaches
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.request import Request, image_tokens, weight_of
 from kempnerforge_jax.model.sampling import draw, greedy, wide
@@ -65,7 +65,7 @@ def decode_all(model: Transformer, request: Request) -> jax.Array:
     uniforms_BN, options = _numbers(model, request, room)
     loop = _compiled_loop(graphdef)
     image, state = request.image_in_every_step, _start(tokens_B)
-    new_BN, _ = loop(params, buffers, share(each), state, image, uniforms_BN, options, np.int32(count))
+    new_BN, _ = loop(params, buffers, SharedCaches.of(each), state, image, uniforms_BN, options, np.int32(count))
     return new_BN[:, :count]
 
 
@@ -75,7 +75,7 @@ def steps(model: Transformer, request: Request) -> Iterator[jax.Array]:
         return
     parts = graphdef, params, buffers = split(model)
     each, tokens_B = _read(model, request, parts)
-    caches, state = share(each), _start(tokens_B)
+    caches, state = SharedCaches.of(each), _start(tokens_B)
     uniforms_BN, options = _numbers(model, request, request.max_new_tokens)
     step, image = _compiled_step(graphdef), request.image_in_every_step
     for place in range(request.max_new_tokens):
@@ -100,7 +100,7 @@ def _read(model: Transformer, request: Request, parts: tuple[Any, State, State])
     ring = {"sliding_window": config.sliding_window, "spare": max((size for _, size in request.chunks), default=1) - 1}
     first = KVCache(*shape, dtype, **ring)
     others = [KVCache(*shape, dtype, state=first.state) for _ in range(config.n_layers - 1)]
-    caches = share([first, *others])
+    caches = SharedCaches.of([first, *others])
     read, lengths_B = _compiled_prefill(graphdef), jnp.asarray(prompts.lengths)
     if taken:
         caches = read(params, buffers, caches, prompts.tokens[:, :0], image, lengths_B * 0 + taken)
@@ -156,7 +156,7 @@ def _compiled_prefill(graphdef: Any) -> Any:
             modality = replace(modality, key_padding_mask=state.positions(length) < lengths_B[:, None])
         output = model.run(tokens_BS, modality=modality, kv_caches=caches.each(), allow_image_inputs=True)
         assert output.kv_caches is not None
-        state, layers = share(output.kv_caches)
+        state, layers = SharedCaches.of(output.kv_caches)
         state = state.cut(lengths_B)
         return SharedCaches(state if noted or not length else state.without_padding(), layers)
 
@@ -217,4 +217,4 @@ def _step(
     logits_BV, updated = advance(merge(graphdef, params, buffers), state.tokens, caches.each(), image)
     drawn_B = greedy(logits_BV) if options.sampling is None else draw(logits_BV, uniforms, *options.sampling)
     shown_B = jnp.where(state.done, options.pad_token_id, drawn_B)
-    return shown_B, _State(drawn_B, state.done | jnp.isin(drawn_B, options.eos_token_ids)), share(updated)
+    return shown_B, _State(drawn_B, state.done | jnp.isin(drawn_B, options.eos_token_ids)), SharedCaches.of(updated)

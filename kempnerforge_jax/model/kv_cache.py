@@ -209,14 +209,14 @@ class SharedCaches(NamedTuple):
     state: DecodeState
     layers: list[tuple[jax.Array, jax.Array]]
 
+    @classmethod
+    def of(cls, caches: Sequence[KVCache]) -> SharedCaches:
+        """Caches of the same tokens, one per layer, with one state."""
+        return cls(caches[-1].state, [(cache.k, cache.v) for cache in caches])
+
     def each(self) -> list[KVCache]:
         """The cache of each layer."""
         return [_cache_of(k, v, self.state) for k, v in self.layers]
-
-
-def share(caches: Sequence[KVCache]) -> SharedCaches:
-    """Caches of the same tokens, one per layer, with one state."""
-    return SharedCaches(caches[-1].state, [(cache.k, cache.v) for cache in caches])
 
 
 def _cache_of(k: Any, v: Any, state: Any) -> KVCache:

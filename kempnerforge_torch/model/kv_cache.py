@@ -20,13 +20,13 @@ class KVCache:
 
     With a sliding window the slots are a ring, in which a token takes the place of one that none of the later may see.
 
-    Several layers may share a state: the last of them to be updated owns it, the others are made with ``state``.
+    Several layers may share a state: the last of them to be updated owns it, and advances it; the others are made with
+    ``state``.
 
     Attributes:
         k, v: (B, K, slots, h).
         state: how far decoding is: the `DecodeState` whose ``lengths``, ``valid``, ``doc_ids``, ``oldest``,
             ``image_tokens``, ``max_seq_len`` and ``static`` are those of the cache.
-        owns_state: whether `update` advances the state.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class KVCache:
             static: see `DecodeState`.
             state: of another cache of the same sizes, which owns it and is updated after this one.
         """
-        self.owns_state = state is None
+        self._owns_state = state is None
         if state is None:
             state = new_state(
                 batch_size, max_seq_len, device, sliding_window=sliding_window, spare=spare, static=static
@@ -148,7 +148,7 @@ class KVCache:
         self.state.reserve(length)
         self.state.check_documents(doc_ids)
         k_BKMh, v_BKMh = self.state.append(self.k, k_new), self.state.append(self.v, v_new)
-        if self.owns_state:
+        if self._owns_state:
             self.state.advance(length, doc_ids, key_padding_mask)
         return k_BKMh, v_BKMh
 
@@ -184,7 +184,7 @@ class KVCache:
         """
         rows = self.state.checked_rows(rows)
         self.k, self.v = self.k.index_select(0, rows), self.v.index_select(0, rows)
-        if self.owns_state:
+        if self._owns_state:
             self.state.reorder(rows)
 
     def mask(

@@ -11,7 +11,7 @@ from flax import nnx
 
 from kempnerforge_jax.model import decode
 from kempnerforge_jax.model.generate import generate
-from kempnerforge_jax.model.kv_cache import share
+from kempnerforge_jax.model.kv_cache import SharedCaches
 from kempnerforge_jax.model.request import make_request
 from kempnerforge_jax.model.sampling import sample
 from kempnerforge_jax.model.state import split
@@ -45,7 +45,7 @@ def test_a_step_takes_the_memory_of_the_caches() -> None:
     request = make_request(model, PROMPTS, 3, SamplingConfig(temperature=0.0))
     graphdef, params, buffers = split(model)
     each, tokens = decode.prefill(model, request)
-    caches = share(each)
+    caches = SharedCaches.of(each)
     uniforms, options = decode._numbers(model, request, 3)
     old = caches.layers[0][0]
     step = decode._compiled_step(graphdef)
