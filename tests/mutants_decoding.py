@@ -11,7 +11,7 @@ DECODING_MUTANTS = (
          "valid=key_padding_mask, limit_capacity=limit_capacity", "valid=key_padding_mask"),
     both("model.slots", "ring overwrites what new tokens see", "length <= self.spare + 1", "length <= self.spare + 2"),
     both("model.decode_state", "empty slots of a ring seen", "positions_BM >= self.oldest[:, None]",
-         "positions_BM >= -self.slots"),
+         "positions_BM >= -self.policy.count"),
     both("model.slots", "slots of a ring in order", "last_B1 - (last_B1 - slots) % self.count",
          "last_B1 - (self.count - 1 - slots)"),
     Mutant(
