@@ -44,6 +44,16 @@ def test_largest_deltas(name: str, dtype: str, tensor: np.ndarray, dense: float,
     assert ROUTED.largest_delta(name, dtype, tensor) == pytest.approx(routed)
 
 
+def test_units_that_rounding_switches_move_gradients_further() -> None:
+    kinked = Scales(TRACE, {**CONFIG, "model": {"activation": "relu"}})
+    smooth = DENSE.largest_delta("gradient/w", "float32", HALF)
+    assert kinked.largest_delta("gradient/w", "float32", HALF) == pytest.approx(16 * smooth)
+    assert kinked.largest_delta("updated/w", "float32", HALF) > DENSE.largest_delta("updated/w", "float32", HALF)
+    assert kinked.largest_delta("gradient/w", "bfloat16", HALF) == 3
+    for name, dtype in (("forward/x", "float32"), ("gradient/w", "float64")):
+        assert kinked.largest_delta(name, dtype, HALF) == DENSE.largest_delta(name, dtype, HALF)
+
+
 def test_models_with_experts_are_routed_whatever_the_trace_holds() -> None:
     for config in ({"model": {"num_experts": 1}}, {"vlm": {"moma_experts_per_modality": {"text": 2}}}):
         assert Scales(TRACE, config).largest_delta("forward/x", "float32", HALF) == 2
