@@ -121,8 +121,8 @@ CONDITION = 2.0**16
 drawn configs measure up to 36 in float32 and 76 in bfloat16, gradients of 1 % of the largest included."""
 
 SWITCHED = 16
-"""Factor of `CONDITION` in gradients where an activation has a kink: of a small layer, one unit that rounding switches on
-or off is as much as this. One of 150 drawn jobs measured 68,000 of its largest gradient's roundoffs, a relu's.
+"""Factor of `CONDITION` in gradients where an activation has a kink: of a small layer, one unit that rounding switches
+on or off is as much as this. One of 150 drawn jobs measured 68,000 of its largest gradient's roundoffs, a relu's.
 """
 
 WHOLE = {FORWARD: 1.0, GRADIENT: 3.0}
