@@ -6,6 +6,7 @@ The same text in the files that `PLACES` names is an addition to the package its
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -408,3 +409,15 @@ for backend in ("torch", "jax"):
     known[backend] = {category: registry.check(category, name) for category, name in said.items()}
 print(json.dumps(known))
 """
+
+
+def test_the_page_shows_what_is_tested() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8").partition("### Extending")[2].partition("\n## ")[0]
+    shown = [block.strip() for block in re.findall(r"```py\n(.*?)```", page, re.DOTALL)]
+    kinds = {text.strip(): kind for kind, parts in EXAMPLES.items() for text in parts.values()}
+    assert {kinds.get(block) for block in shown} == set(EXAMPLES)
+    files = {file for parts in PLACES.values() for file in parts.values() if file.startswith("shared_config/")}
+    assert files <= set(re.findall(r"`([\w/.]+)`", page))
+    assert [int(number) for number in re.findall(r"\((\d) files\)", page)] == [
+        len(PLACES[kind]) for kind in ("norm", "router", "optimizer", "architecture", "adapter")
+    ]
