@@ -29,15 +29,22 @@ class TokenEmbedding(Module):
         return self.embedding(tokens)
 
 
+class _Projection(Linear):
+    """The map of a head, by its own weight or by one that it is given."""
+
+    def forward(self, x: jax.Array, tied_weight: jax.Array | None = None) -> jax.Array:
+        return super().forward(x) if tied_weight is None else linear(x, tied_weight)
+
+
 class OutputHead(Module):
     """Hidden states to logits; the weight is ``proj.weight`` (V, D)."""
 
     def __init__(self, dim: int, vocab_size: int, *, rngs: nnx.Rngs | None):
-        self.proj = Linear(dim, vocab_size, rngs=rngs)
+        self.proj = _Projection(dim, vocab_size, rngs=rngs)
 
     def forward(self, x: jax.Array, tied_weight: jax.Array | None = None) -> jax.Array:
         """(B, S, D) -> (B, S, V); a tied head is given the embedding's table (V, D) at each call."""
-        return self.proj(x) if tied_weight is None else linear(x, tied_weight)
+        return self.proj(x, tied_weight)
 
     def tie_weights(self, embedding: TokenEmbedding) -> None:
         """Give up the own weight for the embedding's table, which each call passes: no array belongs to two modules.

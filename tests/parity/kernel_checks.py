@@ -326,10 +326,11 @@ def check_optimizer_by_device(backend: str) -> None:
             assert (built[-1]["fused"], built[-1]["foreach"], built[-1]["capturable"]) == (fused, not fused, False)
     steps: list[Any] = []
     for finite in (torch.tensor(True), torch.tensor(False), torch.empty((), dtype=torch.bool, device="meta"), None):
-        fake = SimpleNamespace(param_groups=[{}])
+        fake = optimizer.torch.optim.AdamW([torch.zeros(1)])
+        fake.param_groups[0]["params"] = []
         fake.step = lambda fake=fake: steps.append(getattr(fake, optimizer.FOUND_INF, None))
         optimizer.update(fake, 0.1, finite)
-        assert fake.param_groups == [{"lr": 0.1}]
+        assert [group["lr"] for group in fake.param_groups] == [0.1]
         assert not hasattr(fake, optimizer.FOUND_INF)
     assert [None if step is None else step.dtype for step in steps] == [None, torch.float32, None]
 

@@ -185,3 +185,15 @@ def test_noise_of_images_has_seeds_of_any_size(backend: Torch, seed: int) -> Non
     pixels = np.random.default_rng(0).uniform(-1, 1, (2, 3, 2, 2)).astype(np.float32)
     found = backend.module("model.noise").image_noise(backend.array(pixels), 2, 3, seed)
     np.testing.assert_array_equal(backend.numpy(found), image_noise(pixels, 2, 3, seed))
+
+
+@on_both
+@pytest.mark.usefixtures("_double_precision")
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_seen_whether_its_weight_is_its_own_or_not(backend: Torch, tied: bool) -> None:
+    config = MODEL.replace(n_layers=1, tie_embeddings=tied)
+    model, hooks = backend.model(config, weights_of(config)), backend.module("model.hooks")
+    with hooks.capture(model) as seen:
+        logits = model.run(backend.array(np.array([[1, 2, 3]]))).logits
+    for name in ("output_head", "output_head.proj"):
+        np.testing.assert_array_equal(backend.numpy(seen[name]), backend.numpy(logits))
