@@ -156,6 +156,19 @@ MOE_MUTANTS = (
         ("jax.checkpoint(step,",
          "jax.checkpoint(lambda *given, step=step: (lambda x, s: (x, jax.lax.stop_gradient(s)))(*step(*given)),"),
     ),
+    Mutant(
+        "model.grouped", "gradients of experts apart in reverse",
+        ("[*dw_EDF.unbind()]", "[*dw_EDF.unbind()][::-1]"), None,
+    ),
+    Mutant(
+        "model.grouped", "experts apart by the first one's weights",
+        ("_grouped_matmul(x_RD, list(w_EDF), ends_E, complete)",
+         "_grouped_matmul(x_RD, [w_EDF[0]] * len(w_EDF), ends_E, complete)"), None,
+    ),
+    Mutant(
+        "model.grouped", "no gradient through experts apart",
+        ("[part.mT for part in w]", "[part.mT * (part.ndim - 2) for part in w]"), None,
+    ),
     both("model.grouped", "one tile too few", "rows // tile_rows + groups,", "rows // tile_rows + groups - 1,"),
     both("model.grouped", "last row of a tile of the next group", "rows_Nb < ends_E[expert_N][:, None]",
          "rows_Nb <= ends_E[expert_N][:, None]"),
