@@ -252,6 +252,14 @@ def test_integers_may_differ_by_as_much_as_rounding_the_weights_changes():
     assert compared(route, route[:, ::-1], name=name, delta=0.2).status == "differs"  # no rounding moves them all
 
 
+def test_a_tensor_is_measured_by_what_it_is_held_to():
+    x = values(50)
+    assert compared(3 * x, 3 * x, x).scale == pytest.approx(rms(x))
+    row = compared(x, 3 * x)
+    assert row.scale == pytest.approx(rms(x))
+    assert row.relative == pytest.approx(2)
+
+
 def test_routes_are_held_to_one_another_and_not_to_the_truth():
     """float32 may break a tie of float64 the other way, in both alike."""
     route = np.array([[0, 2], [1, 0]])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from shared_config.data import BOS, EOS, ConversationData, TextData, open_text_data
 from shared_config.data.template import ChatTemplate, TemplateError
+from shared_config.data.tokenizer import build_tokenizer
 from shared_config.errors import UserError
 from shared_config.interchange.toml import config_from_dict
 from shared_config.schema.job import JobConfig
@@ -343,6 +344,14 @@ def test_a_special_token_that_may_be_the_templates_own_or_the_texts_is_refused(t
     folder = tokenizer_folder(tmp_path / "tokenizer", template)
     with pytest.raises(TemplateError, match="can't be told from the template's own"):
         ChatTemplate(folder).encode(turns("a", "<s>"))
+
+
+def test_the_date_of_a_template_is_the_same_every_day(tmp_path: Path) -> None:
+    """That of Llama 3's own template where it is given none, so that the ids of a file never change."""
+    template = "{{ strftime_now('%d %b %Y') }}|{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    folder = tokenizer_folder(tmp_path / "tokenizer", template)
+    ids, _ = ChatTemplate(folder).encode(turns("a", "b"))
+    assert build_tokenizer(str(folder)).decode(ids.tolist()) == "26 Jul 2024|ab"
 
 
 def test_turns_of_which_the_template_shows_nothing_are_refused(tmp_path: Path) -> None:

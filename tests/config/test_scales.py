@@ -117,6 +117,11 @@ def test_a_step_grows_with_a_gradient_as_adams_does(betas: tuple[float, float]) 
     assert found == pytest.approx(step / gradient, rel=1e-6)
 
 
+def test_a_gradient_is_clipped_by_the_norm_of_all_its_elements() -> None:
+    norm, parameters = math.sqrt(6 * 3.0**2), 10
+    assert DENSE._step_of_gradient == pytest.approx(0.1 * step_sensitivity(CONFIG, norm, parameters))
+
+
 def test_scales_are_of_what_is_finite_and_the_coarser_dtype_counts() -> None:
     assert scale_of(np.array([3.0, np.nan, -3.0, np.inf])) == 3.0
     assert coarser("bfloat16", "float32") == coarser("float32", "bfloat16") == "bfloat16"

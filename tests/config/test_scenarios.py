@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 
 from shared_config.contract.labels import IGNORED
 from shared_config.loader import load_config
-from shared_config.parity import checks, full_checks
+from shared_config.parity import checks, full_checks, recording
 from shared_config.parity.plan import Plan
+from shared_config.parity.request import make_request
 from shared_config.parity.scenarios import SCENARIOS, record_scenario, resume_folder
 from shared_config.parity.work import Decoding, Work, scenario_batch
 
@@ -111,3 +113,11 @@ def test_a_full_validation_does_what_applies_to_the_config(tmp_path: Path) -> No
         assert {name for name, dtype in done if dtype == "float64"} >= expected
         assert {name for name, _ in done} - expected <= {"long"}
         assert [name for name, dtype in done if dtype == "bfloat16"] == [full_checks.ACCUMULATION]
+
+
+def test_weights_are_rounded_by_the_seed_of_the_request() -> None:
+    request = make_request(CONFIG, dtype="float32", seed=5)
+    found = collections.defaultdict(lambda: np.zeros(1))
+    with mock.patch.object(recording, "perturbation_maxima", return_value=found) as measured:
+        recording.perturbation_deltas(lambda weights: pytest.fail("not run"), request)
+    assert [call.kwargs["seed"] for call in measured.call_args_list] == [5]

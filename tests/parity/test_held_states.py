@@ -197,3 +197,15 @@ def test_the_head_is_seen_whether_its_weight_is_its_own_or_not(backend: Torch, t
         logits = model.run(backend.array(np.array([[1, 2, 3]]))).logits
     for name in ("output_head", "output_head.proj"):
         np.testing.assert_array_equal(backend.numpy(seen[name]), backend.numpy(logits))
+
+
+@on_both
+@pytest.mark.usefixtures("_double_precision")
+@pytest.mark.parametrize("padded", [False, True])
+def test_tokens_that_experts_took_are_counted_in_integers(backend: Torch, padded: bool) -> None:
+    layer = backend.build(backend.module("model.moma").ExpertChoiceMoE, 4, 6, 3, 0.5)
+    valid = backend.array(np.array([[True, True, False, True]])) if padded else None
+    _, stats = layer(backend.array(np.ones((1, 4, 4))), valid, return_stats=True)
+    assert str(stats.expert_counts.dtype).removeprefix("torch.") == "int32"
+    assert backend.numpy(stats.expert_counts).tolist() == [2, 2, 2]
+    assert str(stats.dropped.dtype).removeprefix("torch.") == "int32"
