@@ -24,7 +24,6 @@ FILES = {
 DIFFERENCES = {
     "model/architecture.py": {"Architecture.breaks_after": "jax: where a scan over layers must end"},
     "model/attention.py": {
-        "CPU_KERNEL_KEYS": "torch: its fused CPU kernel hides NaN where keys are few",
         "SDPA_BACKENDS": "torch: its attention has kernels to choose from",
         "attend(sdpa_backend)": "torch: its attention has kernels to choose from",
         "self_attention_mask(device)": "torch: arrays are made on a device",
@@ -48,10 +47,7 @@ DIFFERENCES = {
         "stream(compile)": "torch: JAX always compiles",
     },
     "model/grouped.py": {
-        "ALIGNED_BYTES": "torch: what its fused kernel needs",
         "GROUPED_MATMUL": "torch: an operator of its own, by the name that dispatchers see",
-        "LOOP_ROWS": "jax: rows of a step of the looped products, whose shapes are static",
-        "ROWS_BY_ROWS": "jax: dimension numbers of a product",
         "grouped_matmul(complete)": "torch: its kernel leaves rows of no group undefined, which costs a pass",
         "looped_matmul(loop_rows)": "jax: blocks of static shape",
         "looped_outer(loop_rows)": "jax: blocks of static shape",
@@ -83,7 +79,6 @@ DIFFERENCES = {
         "sample(key)": "jax: the state of its random numbers",
     },
     "model/state.py": {
-        "EXTENSIONS": "torch: NumPy has no bfloat16 and float8, JAX's arrays convert by themselves",
         "State": "jax: name of a type",
         "assign": "torch: tensors are written to, sharded ones too",
         "merge": "jax: flat dicts cross jit, modules don't",
@@ -123,7 +118,6 @@ DIFFERENCES = {
     "training/optimizer.py": {
         "Arrays": "jax: name of a type",
         "FOUND_INF": "torch: how its AdamW is told to leave a step out; JAX selects values",
-        "MOMENTS": "torch: names of the moments in its AdamW",
         "adamw(groups)": "torch: an optimiser holds its parameters",
         "OptimizerState": "jax: name of a type",
         "get_optimizer_state(optimizer)": "torch: the optimiser holds its state, by tensor",
@@ -144,7 +138,6 @@ DIFFERENCES = {
         "stays_finite(state)": "jax: the state is a value",
     },
     "training/blocks.py": {
-        "MATRIX_PRODUCTS": "torch: operations that selective checkpointing keeps",
         "REMATERIALISATION": "jax: policies of checkpointing",
         "checkpoint_activations": "torch: wraps the blocks",
         "compile_blocks": "torch: compiles block by block",

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-LOOP_ROWS = 128
+_LOOP_ROWS = 128
 TILE_ROWS = 256
-ROWS_BY_ROWS = (((0,), (0,)), ((), ()))
+_ROWS_BY_ROWS = (((0,), (0,)), ((), ()))
 
 
 @jax.custom_vjp
@@ -66,7 +66,7 @@ grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
 grouped_outer.defvjp(_outer_forward, _outer_backward)
 
 
-def looped_matmul(x_RD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array, loop_rows: int = LOOP_ROWS) -> jax.Array:
+def looped_matmul(x_RD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array, loop_rows: int = _LOOP_ROWS) -> jax.Array:
     """`grouped_matmul` as loops over groups and, as long as they have rows, over blocks of these."""
     rows = min(loop_rows, x_RD.shape[0])
     out_RF = jnp.zeros((x_RD.shape[0], w_EDF.shape[2]), x_RD.dtype)
@@ -85,7 +85,7 @@ def looped_matmul(x_RD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array, loop_row
     return lax.fori_loop(0, w_EDF.shape[0], group, out_RF)
 
 
-def looped_outer(x_RD: jax.Array, y_RF: jax.Array, ends_E: jax.Array, loop_rows: int = LOOP_ROWS) -> jax.Array:
+def looped_outer(x_RD: jax.Array, y_RF: jax.Array, ends_E: jax.Array, loop_rows: int = _LOOP_ROWS) -> jax.Array:
     """`grouped_outer` as loops over groups and blocks of their rows; sums in at least float32."""
     rows = min(loop_rows, x_RD.shape[0])
     out_EDF = jnp.zeros((ends_E.shape[0], x_RD.shape[1], y_RF.shape[1]), x_RD.dtype)
@@ -95,7 +95,7 @@ def looped_outer(x_RD: jax.Array, y_RF: jax.Array, ends_E: jax.Array, loop_rows:
 
     def block(mine_b1: jax.Array, at: jax.Array, sum_DF: jax.Array) -> jax.Array:
         x_bD, y_bF = (jnp.where(mine_b1, lax.dynamic_slice_in_dim(array, at, rows), 0) for array in (x_RD, y_RF))
-        return sum_DF + lax.dot_general(x_bD, y_bF, ROWS_BY_ROWS, preferred_element_type=dtype)
+        return sum_DF + lax.dot_general(x_bD, y_bF, _ROWS_BY_ROWS, preferred_element_type=dtype)
 
     def group(e: jax.Array, out_EDF: jax.Array) -> jax.Array:
         sum_DF = _over_blocks(ends_E, e, rows, x_RD.shape[0], jnp.zeros(out_EDF.shape[1:], dtype), block)
@@ -178,7 +178,7 @@ def ragged_matmul(x_RD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array) -> jax.A
 
 def ragged_outer(x_RD: jax.Array, y_RF: jax.Array, ends_E: jax.Array) -> jax.Array:
     """`grouped_outer` by `jax.lax.ragged_dot_general`, contracting the ragged axis."""
-    numbers = lax.RaggedDotDimensionNumbers(ROWS_BY_ROWS, lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+    numbers = lax.RaggedDotDimensionNumbers(_ROWS_BY_ROWS, lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
     x_RD, y_RF = _owned(x_RD, ends_E), _owned(y_RF, ends_E)
     return lax.ragged_dot_general(x_RD, y_RF, _sizes(ends_E), numbers).astype(x_RD.dtype)
 

@@ -29,7 +29,7 @@ SDPA_BACKENDS = {
 }
 
 
-CPU_KERNEL_KEYS = 16
+_CPU_KERNEL_KEYS = 16
 """Of fewer keys, the fused kernel of the CPU turns scores that are all NaN into an output of 0."""
 
 
@@ -148,7 +148,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor = CAUSAL, *, sdp
         has_key = allowed.any(dim=-1, keepdim=True)
         allowed = allowed | ~has_key
     causal = True if mask.kind == "causal" and length > 1 else False  # noqa: SIM210 (of a symbolic length, a bool)
-    if q.device.type == "cpu" and keys < CPU_KERNEL_KEYS:
+    if q.device.type == "cpu" and keys < _CPU_KERNEL_KEYS:
         sdpa_backend = "math"
     with _sdpa(sdpa_backend):
         out_BHSh = F.scaled_dot_product_attention(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE_ROWS = 128
-ALIGNED_BYTES = 16
+_ALIGNED_BYTES = 16
 
 
 def grouped_matmul(x_RD: Tensor, w_EDF: Tensor | Sequence[Tensor], ends_E: Tensor, complete: bool = False) -> Tensor:
@@ -218,7 +218,7 @@ def _has_kernel(x: Tensor, sizes: Any) -> bool:
 
     Elsewhere it copies them to the host. The kernel wants rows that start at multiples of 16 bytes.
     """
-    aligned = all(size * x.element_size() % ALIGNED_BYTES == 0 for size in sizes)
+    aligned = all(size * x.element_size() % _ALIGNED_BYTES == 0 for size in sizes)
     if x.device.type != "cuda" or torch.version.hip or x.dtype != torch.bfloat16 or not aligned or len(x) == 0:
         return False
     return torch.cuda.get_device_capability(x.device)[0] >= 9

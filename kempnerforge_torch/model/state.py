@@ -14,7 +14,7 @@ from shared_config.contract.specs import check_names
 from shared_config.interchange.states import check_tied, host_array, plain_state, whole, without_unused
 
 # Types that NumPy lacks: torch's, ml_dtypes', and an integer type of the same width to carry the bits.
-EXTENSIONS = (
+_EXTENSIONS = (
     (torch.bfloat16, np.dtype(ml_dtypes.bfloat16), torch.int16, np.dtype(np.int16)),
     (torch.float8_e4m3fn, np.dtype(ml_dtypes.float8_e4m3fn), torch.uint8, np.dtype(np.uint8)),
     (torch.float8_e5m2, np.dtype(ml_dtypes.float8_e5m2), torch.uint8, np.dtype(np.uint8)),
@@ -88,7 +88,7 @@ def to_numpy(array: Tensor) -> np.ndarray:
     contiguous CPU tensor.
     """
     tensor = whole(array.detach()).cpu().contiguous()
-    for torch_type, numpy_type, torch_bits, _ in EXTENSIONS:
+    for torch_type, numpy_type, torch_bits, _ in _EXTENSIONS:
         if tensor.dtype == torch_type:
             return tensor.view(torch_bits).numpy().view(numpy_type)
     return tensor.numpy()
@@ -98,7 +98,7 @@ def from_numpy(array: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of these values, in ``dtype`` if given. Shares memory with a writable, contiguous array."""
     array = np.require(array, requirements=["C", "W"])
     tensor = None
-    for torch_type, numpy_type, _, numpy_bits in EXTENSIONS:
+    for torch_type, numpy_type, _, numpy_bits in _EXTENSIONS:
         if array.dtype == numpy_type:
             tensor = torch.from_numpy(array.view(numpy_bits)).view(torch_type)
     tensor = torch.from_numpy(array) if tensor is None else tensor

@@ -19,7 +19,7 @@ from kempnerforge_torch.model.vlm import inner_transformer
 
 log = logging.getLogger(__name__)
 
-MATRIX_PRODUCTS = frozenset(
+_MATRIX_PRODUCTS = frozenset(
     {
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
@@ -75,4 +75,4 @@ def _wrap_forward(block: nn.Module, wrapper: Callable[..., Any]) -> None:
 
 
 def _keeps_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in MATRIX_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operation in _MATRIX_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE

@@ -25,7 +25,7 @@ from kempnerforge_torch.registry import registry
 from shared_config.contract.specs import ParameterTable, check_names
 from shared_config.schema.optimizer import OptimizerConfig
 
-MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
+_MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
 FOUND_INF = "found_inf"
 """The attribute in which `torch.amp.GradScaler` tells fused optimisers to leave a step out."""
 
@@ -116,7 +116,7 @@ def get_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[st
     """Moments (the tensors of the optimiser themselves) and counts of updates (int32 scalars) by name."""
     moments = {
         f"{moment}.{name}": optimizer.state[tensor][key]
-        for moment, key in MOMENTS.items()
+        for moment, key in _MOMENTS.items()
         for name, tensor in parameters.items()
     }
     steps = {f"t.{name}": optimizer.state[tensor]["step"].to(torch.int32) for name, tensor in parameters.items()}
@@ -139,7 +139,7 @@ def set_optimizer_state(
     )
     for name, tensor in parameters.items():
         kept = optimizer.state[tensor]
-        for moment, key in MOMENTS.items():
+        for moment, key in _MOMENTS.items():
             assign(kept[key], values[f"{moment}.{name}"])
         kept["step"].fill_(int(values[f"t.{name}"]))
 
@@ -162,7 +162,7 @@ def clip_by_global_norm(gradients: Mapping[str, Tensor], max_norm: float) -> tup
 
 def _initial_state(tensor: Tensor, fused: bool) -> dict[str, Tensor]:
     device = tensor.device if fused else torch.device("cpu")
-    moments = {key: torch.zeros_like(tensor, requires_grad=False) for key in MOMENTS.values()}
+    moments = {key: torch.zeros_like(tensor, requires_grad=False) for key in _MOMENTS.values()}
     return {"step": torch.zeros((), dtype=torch.float32, device=device), **moments}
 
 
