@@ -122,3 +122,13 @@ def image_tokens(case: str) -> np.ndarray:
     features = image_noise(PIXELS.reshape(-1, *PIXELS.shape[2:]), VISION.num_tokens, VISION.feature_dim)
     tokens = linear(features, weights_of(case), "adapter.proj")
     return tokens.reshape(len(PIXELS), -1, DENSE.dim)
+
+
+@on_both
+def test_tokens_of_absent_frames_are_zero(backend: Torch) -> None:
+    model = model_of(backend, "joint_decoder")
+    model.eval()
+    tokens, real = model.encode_images(backend.array(PIXELS), backend.array(FRAMES))
+    tokens, real = backend.numpy(tokens), backend.numpy(real)
+    np.testing.assert_array_equal(real, np.repeat(FRAMES, VISION.num_tokens, axis=1))
+    np.testing.assert_array_equal((tokens != 0).any(axis=-1), real)
