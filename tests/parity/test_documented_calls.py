@@ -118,11 +118,11 @@ def rope_of(backend: Any, length: int) -> tuple[Any, Any]:
     return tuple(backend.array(backend.numpy(table), "float64") for table in tables)
 
 
-def drawn(backend: Any, module: Any, *, keep: str = "nothing") -> Any:
+def drawn(backend: Any, module: Any, *, keep: str = "nothing", seed: int = 3) -> Any:
     """The module with weights under which nothing hides, but for those whose names contain ``keep``."""
     state = backend.module("model.state")
     own = {name: np.array(value) for name, value in backend.numpy(state.get_state(module)).items()}
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
     new = {name: rng.standard_normal(value.shape) / value.shape[-1] ** 0.5 for name, value in own.items()}
     state.set_state(module, {name: own[name] if keep in name else new[name] for name in own})
     return module
@@ -239,10 +239,11 @@ def test_rows_that_are_sorted_by_expert_are_multiplied_in_groups(
     backend: Any, activation: str, counts: list[int]
 ) -> None:
     moe, mlp = backend.module("model.moe"), backend.module("model.mlp")
-    experts = [backend.build(mlp.build_mlp, 16, 24, activation) for _ in range(3)]
+    experts = [drawn(backend, backend.build(mlp.build_mlp, 16, 24, activation), seed=i) for i in range(3)]
     rows, ends = backend.array(X.reshape(-1, 16)), [0, *np.cumsum(counts)]
     parts = [expert(rows[ends[place] : ends[place + 1]]) for place, expert in enumerate(experts) if counts[place]]
     truth = np.concatenate([backend.numpy(part) for part in parts])
+    assert (truth != 0).any(axis=1).all()
     found = moe.grouped_expert_forward(x_sorted=rows, tokens_per_expert=counts, experts=experts)
     np.testing.assert_allclose(backend.numpy(found), truth, rtol=1e-10, atol=1e-13)
     held = [backend.numpy(backend.module("model.state").get_state(expert)) for expert in experts]
