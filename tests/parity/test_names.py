@@ -393,7 +393,8 @@ def test_layers_that_do_not_exist_are_refused(backend: Torch, layer: Any) -> Non
 def test_a_padding_id_that_no_row_can_hold_is_refused(backend: Torch, pad: Any) -> None:
     with pytest.raises(ValueError, match=r"pad_token_id = .* must be"):
         run_generate("pad_token_id")(backend, pad)
-    run_generate("pad_token_id")(backend, -1)
+    for allowed in (-1, 2**31 - 1, -(2**31)):
+        run_generate("pad_token_id")(backend, allowed)
 
 
 def test_ids_of_wide_arrays_are_not_cut_to_int32() -> None:
