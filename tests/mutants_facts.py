@@ -165,7 +165,7 @@ FACT_MUTANTS = (
     FactMutant(
         COUNTED, "(full * (full + 1) / 2 + (seq_len - full) * full) / seq_len", "float(full)", FLOPS, ("window",)
     ),
-    FactMutant(COUNTED, 'if ".mlp.experts.image." not in group.name', "", FLOPS, ("debug_vlm_moma",)),
+    FactMutant(COUNTED, "if not any(part in group.name for part in others)", "", FLOPS, ("debug_vlm_moma",)),
     FactMutant(SHARDED, '"mlp": "tp", "experts": "ep"', '"mlp": "ep", "experts": "ep"', LAYOUT, ("debug", {"tp": 2})),
     FactMutant(
         SHARDED,

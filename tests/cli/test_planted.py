@@ -34,12 +34,12 @@ LOSS = {
 }
 CHUNKS_OF_SEVEN = {
     "torch": Bug(
-        "model.kv_cache",
+        "model.decode_state",
         "steps_S = torch.arange(length, device=self.lengths.device)",
         "steps_S = torch.arange(length, device=self.lengths.device) + (length == 7)",
     ),
     "jax": Bug(
-        "model.kv_cache",
+        "model.decode_state",
         "+ jnp.arange(length, dtype=jnp.int32)\n",
         "+ jnp.arange(length, dtype=jnp.int32) + (length == 7)\n",
     ),

@@ -440,7 +440,7 @@ def test_caches_are_values() -> None:
     with pytest.raises(ValueError, match="doc_ids = None"):
         updated.update(new, new)
     leaves = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(updated)]
-    assert leaves == [".k", ".v", ".lengths", ".doc_ids"]
+    assert leaves == [".k", ".v", ".state.lengths", ".state.doc_ids"]
 
 
 def test_mask_drawing() -> None:

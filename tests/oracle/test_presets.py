@@ -263,7 +263,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "scan_layers": False,
         "activation_checkpointing": "none",
     },
-    "optimizer": {"lr": 3e-4, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8},
+    "optimizer": {"name": "adamw", "lr": 3e-4, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8},
     "scheduler": {"name": "cosine", "warmup_steps": 2000, "decay_steps": None, "min_lr_ratio": 0.1},
     "data": {
         "path": "",

@@ -105,7 +105,9 @@ def masked(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Wrong:
 
     def call(be: Any, module: Any, before: Wrong, x: Any, *args: Any, mask: Any, **kwargs: Any) -> Any:
         place = np.arange(x.shape[1])
-        return before(x, *args, mask=mask | be.array(change(place[:, None], place[None, :])), **kwargs)
+        causal = place[:, None] >= place[None, :]
+        seen = be.array(causal) if mask.allowed is None else mask.allowed
+        return before(x, *args, mask=seen | be.array(change(place[:, None], place[None, :])), **kwargs)
 
     return call
 
