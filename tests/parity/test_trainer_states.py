@@ -93,7 +93,7 @@ def batch_of(job: JobConfig, row: Row, seed: int) -> dict[str, np.ndarray]:
     shape = (2, 8)
     ids, labels = (rng.integers(0, job.model.vocab_size, shape, dtype=np.int32) for _ in range(2))
     labels[rng.random(shape) < 0.1 + 0.2 * (seed % 3)] = IGNORED
-    batch = {"tokens" if job.vlm is None else "input_ids": ids, "labels": labels}
+    batch: dict[str, np.ndarray] = {"tokens" if job.vlm is None else "input_ids": ids, "labels": labels}
     if row["documents"]:
         batch["doc_ids"] = np.cumsum(rng.random(shape) < 0.3, axis=1).astype(np.int32)
     if row["padding"]:
