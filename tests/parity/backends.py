@@ -41,7 +41,7 @@ class Torch:
         return tree_map_only(torch.Tensor, self.module("model.state").to_numpy, value)
 
     def build(self, builder: Any, *args: Any, dtype: str = "float64", **options: Any) -> Any:
-        """A module in ``dtype``."""
+        """A module in ``dtype``, with weights as it draws them: zeros would hide what is done with them."""
         return builder(*args, **options).to(getattr(torch, dtype))
 
     def model(self, config: ModelConfig, weights: Mapping[str, Any], dtype: str = "float64", **options: Any) -> Any:
@@ -73,7 +73,7 @@ class Jax(Torch):
         return jax.tree.map(self.module("model.state").to_numpy, value)
 
     def build(self, builder: Any, *args: Any, dtype: str = "float64", **options: Any) -> Any:
-        return builder(*args, rngs=None, **options).to(dtype)
+        return builder(*args, rngs=nnx.Rngs(0), **options).to(dtype)
 
     def model(self, config: ModelConfig, weights: Mapping[str, Any], dtype: str = "float64", **options: Any) -> Any:
         transformer = self.module("model.transformer").Transformer
