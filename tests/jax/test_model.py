@@ -640,3 +640,12 @@ def test_the_kernel_of_a_gpu_is_the_same_attention(mask: Mask) -> None:
     fused, plain = (differentiated(function, jnp.bfloat16) for function in (attend, attention._attention))
     for exact, found, replaced in zip(truth, fused, plain, strict=True):
         assert np.linalg.norm(found - exact) <= 2 * np.linalg.norm(replaced - exact)
+
+
+def test_the_kernel_of_gpus_is_given_queries_keys_and_values_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (jnp.asarray(part) for part in np.random.default_rng(0).standard_normal((3, 1, 2, 4, 8)))
+    expected = attention.attend(q, k, v)
+    monkeypatch.setattr(attention, "_has_kernel", lambda *_: True)
+    monkeypatch.setattr(attention, "_cudnn_attention", attention._attention)
+    monkeypatch.setattr(attention.lax, "platform_dependent", lambda *given, cuda, default: cuda(*given))
+    np.testing.assert_array_equal(attention.attend(q, k, v), expected)

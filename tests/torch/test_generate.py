@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from kempnerforge_torch.model import cuda_graph, decode
+from kempnerforge_torch.model.cuda_graph import CudaGraphStep
 from kempnerforge_torch.model.generate import generate, stream
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.linear import Linear
@@ -179,6 +182,43 @@ def test_pipeline_stages_are_refused() -> None:
 
 
 # The GPU
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_step_is_run_then_recorded_and_replayed_from_there_on(drawn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph reads the places that it was recorded with; what it gave is not overwritten by the next replay."""
+    done: list[str] = []
+
+    def body(tokens: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
+        return 2 * tokens + (0 if uniforms is None else (10 * uniforms).long())
+
+    def step(tokens: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
+        done.append("record" if capturing else "run")
+        return body(tokens, uniforms)
+
+    class Graph:
+        def replay(self) -> None:
+            done.append("replay")
+            recorded.drawn.copy_(body(recorded.tokens, recorded.uniforms if drawn else None))
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, **_: Any) -> Iterator[None]:
+        capturing.append(graph)
+        yield
+        capturing.clear()
+
+    capturing: list[Graph] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    recorded, given, found = CudaGraphStep(step), [], []
+    for place in range(4):
+        given.append((torch.tensor([place, 5]), torch.tensor([0.1 * place, 0.5]) if drawn else None))
+        found.append(recorded(*given[-1]))
+    assert done == ["run", "record", "replay", "replay", "replay"]
+    for tokens, inputs in zip(found, given, strict=True):
+        assert torch.equal(tokens, body(*inputs))
+
 
 VISION = VisionEncoderConfig(type="vit", image_size=8, patch_size=4, feature_dim=12, n_heads=3, n_layers=1)
 ARCHITECTURES: dict[str, VLMConfig] = {

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kempnerforge_torch.model.generate import generate
 from kempnerforge_torch.model.hooks import ActivationStore, activation_names, capture, extract_representations
 from kempnerforge_torch.model.init import init_weights
+from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.state import get_state, set_state, to_numpy
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import build_vlm_wrapper
@@ -33,7 +34,7 @@ from shared_config.interchange.weights import load_weights, save_weights
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vision import VisionEncoderConfig
-from shared_config.schema.vlm import JointDecoderConfig
+from shared_config.schema.vlm import CrossAttentionConfig, JointDecoderConfig
 
 CONFIG = ModelConfig(
     dim=16, n_layers=2, n_heads=2, vocab_size=32, max_seq_len=16, ffn_hidden_dim=16, num_experts=2, moe_frequency=2
@@ -139,7 +140,7 @@ def test_hooks_see_the_parts_of_a_model_that_was_compiled_and_run_before(wrap):
 
 
 @pytest.mark.parametrize("wrap", sorted(WRAPS))
-def test_a_wrapped_model_continues_pictures(wrap):
+def test_a_wrapped_model_continues_pictures(wrap: str) -> None:
     vision = VisionEncoderConfig(type="random", feature_dim=6, num_tokens=2, image_size=2)
     config = CONFIG.replace(num_experts=0, moe_frequency=1)
     plain = build_vlm_wrapper(config, vision, AdapterConfig(type="linear"), JointDecoderConfig(max_text_len=8)).eval()
@@ -149,6 +150,29 @@ def test_a_wrapped_model_continues_pictures(wrap):
     assert torch.equal(generate(model, TOKENS, 3, seed=1, pixel_values=pixels), expected)
     with pytest.raises(ValueError, match="pixel_values is given: model = Transformer has no encoder"):
         generate(WRAPS[wrap](plain_model()), TOKENS, 3, pixel_values=pixels)
+
+
+@pytest.mark.parametrize("wrap", sorted(WRAPS))
+def test_wrapped_blocks_read_the_image_once(wrap: str) -> None:
+    vision = VisionEncoderConfig(type="random", feature_dim=6, num_tokens=2, image_size=2)
+    vlm = CrossAttentionConfig(max_text_len=8, cross_attention_every_n_layers=1)
+    config = CONFIG.replace(num_experts=0, moe_frequency=1)
+    plain = build_vlm_wrapper(config, vision, AdapterConfig(type="linear"), vlm).eval()
+    for parameter in plain.transformer.cross_attention_layers.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    pixels = torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    model = copy.deepcopy(plain)
+    blocks = model.transformer.cross_attention_layers
+    blocks.add_module("0", WRAPS[wrap](blocks.get_submodule("0")))
+    features = torch.rand(2, 2, CONFIG.dim, generator=torch.Generator().manual_seed(1))
+    found, expected = (
+        each.transformer.precompute_image_kv(ModalityContext(image_features=features)).image_keys_values or ()
+        for each in (model, plain)
+    )
+    assert len(found) == len(expected) == config.n_layers
+    assert all(torch.equal(a, b) for pair in zip(found, expected, strict=True) for a, b in zip(*pair, strict=True))
+    tokens = generate(plain, TOKENS, 3, temperature=0.0, pixel_values=pixels)
+    assert torch.equal(generate(model, TOKENS, 3, temperature=0.0, pixel_values=pixels), tokens)
 
 
 def test_a_wrapper_is_compiled_again_after_the_hooks_are_gone():
