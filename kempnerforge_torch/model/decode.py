@@ -28,30 +28,20 @@ NO_LOGITS = ModalityContext(output_slice=slice(0, 0))
 
 def decode_all(model: Transformer, request: Request, compile: bool) -> Tensor:
     """The new tokens: int64 (B, up to N), on the model's device but where none are asked for."""
-    new = list(steps(model, request, compile))
+    with inference(model):
+        new = list(_drawn(model, request, compile))
     return torch.stack(new, dim=1) if new else torch.zeros((len(request.prompts.lengths), 0), dtype=torch.int64)
 
 
 def steps(model: Transformer, request: Request, compile: bool) -> Iterator[Tensor]:
-    """The new tokens (B,), on the model's device, as they are drawn."""
-    if request.max_new_tokens == 0:
-        return
-    weight = weight_of(model)
-    uniforms_BN = None
-    if request.uniforms is not None:
-        uniforms_BN = torch.from_numpy(request.uniforms).to(weight.device, wide(weight.dtype))
-    caches, tokens_B = prefill(model, request)
-    step = _step(model, request, caches, compile)
-    done_B = torch.zeros_like(tokens_B, dtype=torch.bool)
-    stops = request.sampling.eos_token_ids
-    stops_E = torch.tensor(stops, dtype=torch.int64, device=weight.device)
-    for place in range(request.max_new_tokens):
-        tokens_B = step(tokens_B, None if uniforms_BN is None else uniforms_BN[:, place])
-        yield tokens_B.masked_fill(done_B, request.sampling.pad_token_id)
-        if stops:
-            done_B = done_B | torch.isin(tokens_B, stops_E)
-            if bool(done_B.all()):
-                return
+    """The new tokens (B,), on the model's device, as they are drawn. Between them the model is as it was before."""
+    drawn = _drawn(model, request, compile)
+    while True:
+        with inference(model):
+            tokens_B = next(drawn, None)
+        if tokens_B is None:
+            return
+        yield tokens_B
 
 
 def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Tensor]:
@@ -87,17 +77,38 @@ def advance(model: Transformer, tokens: Tensor, caches: list[KVCache], image: Mo
     return model.run(tokens[:, None], modality=image, kv_caches=caches).logits[:, -1]
 
 
+def _drawn(model: Transformer, request: Request, compile: bool) -> Iterator[Tensor]:
+    """The new tokens (B,) of a model that is in evaluation mode whenever the next are asked for."""
+    if request.max_new_tokens == 0:
+        return
+    weight = weight_of(model)
+    uniforms_BN = None
+    if request.uniforms is not None:
+        uniforms_BN = torch.from_numpy(request.uniforms).to(weight.device, wide(weight.dtype))
+    caches, tokens_B = prefill(model, request)
+    step = _step(model, request, caches, compile)
+    done_B = torch.zeros_like(tokens_B, dtype=torch.bool)
+    stops = request.sampling.eos_token_ids
+    stops_E = torch.tensor(stops, dtype=torch.int64, device=weight.device)
+    for place in range(request.max_new_tokens):
+        tokens_B = step(tokens_B, None if uniforms_BN is None else uniforms_BN[:, place])
+        yield tokens_B.masked_fill(done_B, request.sampling.pad_token_id)
+        if stops:
+            done_B = done_B | torch.isin(tokens_B, stops_E)
+            if bool(done_B.all()):
+                return
+
+
 def _step(model: Transformer, request: Request, caches: list[KVCache], compile: bool) -> Step:
     """What reads a token of each row and draws the next."""
     read = compiled(advance) if compile else advance
     image, sampling = request.image_in_every_step, request.sampling
 
     def step(tokens_B: Tensor, uniforms_B: Tensor | None) -> Tensor:
-        with inference(model):
-            logits_BV = read(model, tokens_B, caches, image)
-            if uniforms_B is None:
-                return greedy(logits_BV)
-            top_k = sampling.top_k or logits_BV.shape[-1]
-            return draw(logits_BV, uniforms_B, sampling.temperature, top_k, sampling.top_p)
+        logits_BV = read(model, tokens_B, caches, image)
+        if uniforms_B is None:
+            return greedy(logits_BV)
+        top_k = sampling.top_k or logits_BV.shape[-1]
+        return draw(logits_BV, uniforms_B, sampling.temperature, top_k, sampling.top_p)
 
     return CudaGraphStep(step) if compile and weight_of(model).is_cuda else step

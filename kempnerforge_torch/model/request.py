@@ -164,9 +164,11 @@ def inference(model: nn.Module) -> Iterator[None]:
     """No gradients, evaluation mode, no wrappers; all as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
+        if any(training for _, training in modes):
+            model.eval()
         with torch.no_grad(), unwrapped(model):
             yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training != mode:
+                module.training = mode

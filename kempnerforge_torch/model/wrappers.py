@@ -32,9 +32,8 @@ def unwrapped(model: nn.Module) -> Iterator[Any]:
     parents = [
         (parent, name, child)
         for parent in model.modules()
-        if _held(parent) is None
-        for name, child in parent.named_children()
-        if _held(child) is not None
+        for name, child in parent._modules.items()
+        if _held(child) is not None and _held(parent) is None
     ]
     with uncompiled(model):
         try:

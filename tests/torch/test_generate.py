@@ -67,6 +67,19 @@ def test_generation_leaves_the_model_as_it_was() -> None:
     assert not any(seen)
 
 
+def test_the_modes_of_modules_are_changed_once_for_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[nn.Module] = []
+    inference = decode.inference
+    monkeypatch.setattr(decode, "inference", lambda model: (entered.append(model), inference(model))[1])
+    model = Transformer(CONFIG)
+    counts = []
+    for tokens in (2, 9):
+        entered.clear()
+        generate(model, PROMPTS, tokens)
+        counts.append(len(entered))
+    assert counts[0] == counts[1]
+
+
 def test_the_mode_is_restored_after_an_error() -> None:
     model = mixed_model()
     before = modes(model)
