@@ -229,7 +229,7 @@ MUTANTS = (
     Mutant(
         "training.optimizer", "everything decays",
         ('{"params": others, "weight_decay": 0.0}', '{"params": others, "weight_decay": config.weight_decay}'),
-        ("mask={name: parameter_spec(table, name).decay for name in parameters}", "mask=None"),
+        ("mask={name: table[in_first_layer(name)].decay for name in parameters}", "mask=None"),
     ),
     Mutant(
         "training.optimizer", "eps forgotten",

@@ -158,6 +158,6 @@ PRECISION_MUTANTS = (
     ),
     Mutant(
         "training.objective", "what decides a route is rounded", None,
-        ("master if parameter_spec(table, name).full_precision else ", ""),
+        ("master if table[in_first_layer(name)].full_precision else ", ""),
     ),
 )  # fmt: skip

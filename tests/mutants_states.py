@@ -24,11 +24,11 @@ STATE_MUTANTS = (
     ),
     Mutant(
         "model.transformer", "what happens after a stack is that of its first layer", None,
-        ("self._extra_modules(), groups[-1][-1], x,", "self._extra_modules(), groups[0][0], x,"),
+        ("self._extra_modules(), stacks[-1].layers[-1], x,", "self._extra_modules(), stacks[0].layers[0], x,"),
     ),
     Mutant(
-        "model.stats", "stats of a stack in reverse", None,
-        ("for index, layer in enumerate(group)}", "for index, layer in enumerate(reversed(group))}"),
+        "model.stack", "stats of a stack in reverse", None,
+        ("for i, layer in enumerate(self.layers)}", "for i, layer in enumerate(reversed(self.layers))}"),
     ),
     Mutant(
         "model.transformer", "recomputed layers where outputs are observed", None,
@@ -45,8 +45,8 @@ STATE_MUTANTS = (
     ),
     Mutant(
         "model.scan", "stacks in reverse", None,
-        ("states = [nnx.to_pure_dict(nnx.split(block)[1]) for block in blocks]",
-         "states = [nnx.to_pure_dict(nnx.split(block)[1]) for block in reversed(blocks)]"),
+        ("nnx.to_pure_dict(nnx.split(block)[1]) for block in blocks]",
+         "nnx.to_pure_dict(nnx.split(block)[1]) for block in reversed(blocks)]"),
     ),
     Mutant(
         "model.moma", "every layer the first for the noise",

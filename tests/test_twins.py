@@ -18,6 +18,7 @@ FILES = {
     "model/cuda_graph.py": "torch: XLA compiles and launches its own programs",
     "model/module.py": "jax: torch's modules have named walks, hooks and casts built in",
     "model/scan.py": "jax: stacks of layers bound compile time; torch compiles block by block",
+    "model/stack.py": "jax: stacks of layers",
 }
 """Files that one backend has alone."""
 
@@ -85,14 +86,10 @@ DIFFERENCES = {
         "own_tensors": "torch: tensors, which are their own variables",
         "own_variables": "jax: variables, which hold arrays",
         "split": "jax: flat dicts cross jit, modules don't",
-        "stack_layers": "jax: layers of a scan",
-        "unstack_layers": "jax: layers of a scan",
-        "unstack_shapes": "jax: layers of a scan",
     },
     "model/stats.py": {
         "BlockOutput.kv_cache": "jax: caches are values",
         "TransformerOutput.kv_caches": "jax: caches are values",
-        "stats_by_layer": "jax: layers of a scan",
     },
     "model/transformer.py": {
         "Transformer.forward(return_stats)": "torch: hooks and compilers see forward alone, so run goes through it",
@@ -123,7 +120,6 @@ DIFFERENCES = {
         "get_optimizer_state(optimizer)": "torch: the optimiser holds its state, by tensor",
         "get_optimizer_state(parameters)": "torch: the optimiser holds its state, by tensor",
         "get_optimizer_state(state)": "jax: the state is a value",
-        "parameter_spec": "jax: layers of a scan",
         "states_of": "jax: the state is a value, of which frozen parameters need none",
         "with_states": "jax: the state is a value, of which frozen parameters need none",
         "set_learning_rate": "torch: the optimiser holds the learning rate",

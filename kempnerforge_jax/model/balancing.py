@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kempnerforge_jax.model.module import named_variables
-from kempnerforge_jax.model.scan import layer_range
+from kempnerforge_jax.model.stack import Stack
 from kempnerforge_jax.model.wrappers import plain_modules
 from shared_config.contract.routing import RouterId, router_ids, router_place
 
@@ -34,7 +34,7 @@ def balance(
         place = router_place(path)
         if place is None or not hasattr(router, "update_bias"):
             continue
-        ids = router_ids(path, layer_range(place[0]))
+        ids = router_ids(path, Stack.named(place[0]).layers)
         if not all(router_id in counts for router_id in ids):
             continue
         own = [counts[router_id] for router_id in ids]

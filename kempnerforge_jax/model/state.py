@@ -5,7 +5,7 @@ Across a jit boundary goes `split(model)`: a static graph and two flat dicts of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,8 @@ from flax import nnx
 from jax.core import Tracer
 
 from kempnerforge_jax.model.module import Table, named_variables
-from kempnerforge_jax.model.scan import layer_name, layer_range, stack_arrays, stacked
+from kempnerforge_jax.model.scan import stacked
+from kempnerforge_jax.model.stack import stack_layers, stacks_of, unstack_layers, unstack_shapes
 from kempnerforge_jax.model.wrappers import plain_modules, unwrap, unwrapped
 from shared_config.contract.parameters import aliases
 from shared_config.contract.specs import check_names
@@ -52,7 +53,7 @@ def set_state(model: nnx.Module, state: Mapping[str, Any]) -> None:
         expected,
         {name: tuple(value.shape) for name, value in state.items()},
     )
-    whole = stack_layers(state, [layer_range(name.split(".")[1]) for name in values if name.startswith("layers.")])
+    whole = stack_layers(state, stacks_of(values))
     for name, variable in own.items():
         variable.set_value(_like(whole[name], values[name]))
 
@@ -87,40 +88,6 @@ def merge(graphdef: Any, params: Mapping[str, Any], buffers: Mapping[str, Any]) 
             node = node.setdefault(part, {})
         node[leaf] = array
     return nnx.merge(graphdef, tree)
-
-
-def stack_layers(state: Mapping[str, Any], groups: Sequence[range]) -> dict[str, Any]:
-    """Replace the layers of each group ("layers.0.x", "layers.1.x") by one array with a leading axis ("layers.0-1.x").
-
-    Args:
-        groups: from `layer_groups(model)`; a group of one layer stays as it is.
-    """
-    name_of = {str(layer): layer_name(group) for group in groups for layer in group}
-    members: dict[str, dict[int, Any]] = {}
-    result: dict[str, Any] = {}
-    for name, array in state.items():
-        prefix, _, rest = name.partition(".")
-        layer, _, tail = rest.partition(".")
-        if prefix != "layers" or layer not in name_of or name_of[layer] == layer:
-            result[name] = array
-            continue
-        together = f"layers.{name_of[layer]}.{tail}"
-        result.setdefault(together, None)
-        members.setdefault(together, {})[int(layer)] = array
-    for name, arrays in members.items():
-        result[name] = stack_arrays([arrays[layer] for layer in sorted(arrays)])
-    return result
-
-
-def unstack_layers(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The opposite of `stack_layers`; a state without stacked layers is returned as it is. Layers come in order."""
-    return _unstacked(state, lambda array, index: array[index])
-
-
-def unstack_shapes(state: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of `unstack_layers`, without touching the arrays."""
-    single = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in state.items()}
-    return _unstacked(single, lambda array, _: jax.ShapeDtypeStruct(array.shape[1:], array.dtype))
 
 
 def own_variables(model: nnx.Module) -> dict[str, nnx.Variable[Any]]:
@@ -167,29 +134,6 @@ def share(state: Mapping[str, Any]) -> State:
     The other library must not write to them any more: JAX takes arrays for immutable.
     """
     return {name: jnp.from_dlpack(tensor) for name, tensor in state.items()}
-
-
-def _unstacked(state: Mapping[str, Any], take: Any) -> dict[str, Any]:
-    first = [name for name in state if name.startswith("layers.") and len(layer_range(name.split(".")[1])) > 1]
-    if not first:
-        return dict(state)
-    layers: dict[int, dict[str, Any]] = {}
-    for name, array in state.items():
-        if name.startswith("layers."):
-            _, group, tail = name.split(".", 2)
-            members = layer_range(group)
-            for index, layer in enumerate(members):
-                one = array if len(members) == 1 else take(array, index)
-                layers.setdefault(layer, {})[f"layers.{layer}.{tail}"] = one
-    result: dict[str, Any] = {}
-    for name, array in state.items():
-        if not name.startswith("layers."):
-            result[name] = array
-        elif layers:
-            for layer in sorted(layers):
-                result.update(layers[layer])
-            layers = {}
-    return result
 
 
 def _like(value: Any, own: Any) -> jax.Array:

@@ -5,7 +5,6 @@ Shapes: B batch, S positions of the residual stream, D model dim, V vocabulary.
 
 from __future__ import annotations
 
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -39,15 +38,6 @@ class TransformerOutput(NamedTuple):
     logits: jax.Array
     stats: dict[int, Any]
     kv_caches: list[KVCache] | None = None
-
-
-def stats_by_layer(group: range, stats: Any) -> dict[int, Any]:
-    """One entry a layer: a stack's stats have a leading axis."""
-    if stats is None:
-        return {}
-    if len(group) == 1:
-        return {group[0]: stats}
-    return {layer: jax.tree.map(operator.itemgetter(index), stats) for index, layer in enumerate(group)}
 
 
 def routers(stats: Any) -> list[Any]:

@@ -22,8 +22,9 @@ from kempnerforge_jax.model.init import init_weights
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module, Numbered, is_observed
 from kempnerforge_jax.model.position import RotaryTables
-from kempnerforge_jax.model.scan import run_blocks, stacked, stacks
-from kempnerforge_jax.model.stats import TransformerOutput, added, counts_of, routers, stats_by_layer
+from kempnerforge_jax.model.scan import periods, run_blocks, stacked
+from kempnerforge_jax.model.stack import Stack
+from kempnerforge_jax.model.stats import TransformerOutput, added, counts_of, routers
 from kempnerforge_jax.model.stream import check_inputs, check_stream
 from kempnerforge_jax.model.wrappers import plain_modules
 from kempnerforge_jax.registry import registry
@@ -252,7 +253,7 @@ class Transformer(Module):
 
     def _checked_cache(self, kv_caches: Sequence[KVCache], length: int) -> KVCache:
         """The first cache: all have the same fill."""
-        if any(not name.isdigit() for name in self.layers):
+        if any(Stack.named(name).is_stacked for name in self.layers):
             raise ValueError("kv_caches are given: stacked layers can't use them; build the model with separate layers")
         if len(kv_caches) != len(self.layers):
             raise ValueError(f"kv_caches = {len(kv_caches)} caches: must be one for each of {len(self.layers)} layers")
@@ -268,18 +269,18 @@ class Transformer(Module):
         self, x: jax.Array, inputs: dict[str, Any], modality: ModalityContext, remat: Any
     ) -> tuple[jax.Array, dict[int, Any]]:
         stats: dict[int, Any] = {}
-        for groups, blocks in stacks(self.layers):
-            scan = len(groups[0]) > 1
+        for stacks, blocks in periods(self.layers):
+            scan = stacks[0].is_stacked
             if is_observed() and scan:
                 raise ValueError("the layers are stacked: activations can be captured in a model with separate layers")
             if scan or (remat and not is_observed()):
-                x, group_stats = run_blocks(blocks, x, inputs, remat, scan)
+                x, stats_of_blocks = run_blocks(blocks, x, inputs, remat, scan)
             else:
                 output = blocks[0](x, return_stats=True, **inputs)
-                x, group_stats = output.x, [output.stats]
-            for group, layer_stats in zip(groups, group_stats, strict=True):
-                stats.update(stats_by_layer(group, layer_stats))
-            x = self.architecture.after_block(self._extra_modules(), groups[-1][-1], x, modality)
+                x, stats_of_blocks = output.x, [output.stats]
+            for stack, own in zip(stacks, stats_of_blocks, strict=True):
+                stats |= {} if own is None else stack.take(own)
+            x = self.architecture.after_block(self._extra_modules(), stacks[-1].layers[-1], x, modality)
         return x, dict(sorted(stats.items()))
 
     def _run_cached_layers(
@@ -290,7 +291,7 @@ class Transformer(Module):
         for (name, block), cache in zip(self.layers.items(), kv_caches, strict=True):
             output = block(x, kv_cache=cache, return_stats=True, **inputs)
             updated.append(output.kv_cache)
-            stats.update(stats_by_layer(range(int(name), int(name) + 1), output.stats))
+            stats |= {} if output.stats is None else {int(name): output.stats}
             x = self.architecture.after_block(self._extra_modules(), int(name), output.x, modality)
         return x, stats, updated
 

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kempnerforge_jax.model.stack import in_first_layer
 from kempnerforge_jax.model.state import merge
 from kempnerforge_jax.training.blocks import REMATERIALISATION
 from kempnerforge_jax.training.loss import cross_entropy, router_losses, router_stats
-from kempnerforge_jax.training.optimizer import parameter_spec
 from kempnerforge_jax.training.terms import Terms, expert_counts, model_inputs
 from shared_config.contract.specs import ParameterSpec
 from shared_config.schema.model import ModelConfig
@@ -89,6 +89,6 @@ def compute_copy(recipe: Recipe, parameters: Arrays) -> Arrays:
     """The masters cast to the compute dtype, but for what decides a route."""
     table = dict(recipe.table)
     return {
-        name: master if parameter_spec(table, name).full_precision else master.astype(recipe.compute_dtype)
+        name: master if table[in_first_layer(name)].full_precision else master.astype(recipe.compute_dtype)
         for name, master in parameters.items()
     }

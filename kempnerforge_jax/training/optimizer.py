@@ -22,10 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kempnerforge_jax.model.scan import layer_range
-from kempnerforge_jax.model.state import stack_layers, unstack_layers, unstack_shapes
+from kempnerforge_jax.model.stack import Stack, in_first_layer, stack_layers, stacks_of, unstack_layers, unstack_shapes
 from kempnerforge_jax.registry import registry
-from shared_config.contract.specs import ParameterSpec, ParameterTable, check_names
+from shared_config.contract.specs import ParameterTable, check_names
 from shared_config.schema.optimizer import OptimizerConfig
 
 Arrays = dict[str, jax.Array]
@@ -43,7 +42,7 @@ def build_optimizer(
     return optax.chain(
         _by_parameter(registry.get("optimizer", config.name)(config)),
         optax.add_decayed_weights(
-            config.weight_decay, mask={name: parameter_spec(table, name).decay for name in parameters}
+            config.weight_decay, mask={name: table[in_first_layer(name)].decay for name in parameters}
         ),
     )
 
@@ -130,14 +129,6 @@ def clip_by_global_norm(gradients: Arrays, max_norm: float) -> tuple[Arrays, jax
     return {name: gradient * factor.astype(gradient.dtype) for name, gradient in gradients.items()}, norm
 
 
-def parameter_spec(table: ParameterTable, name: str) -> ParameterSpec:
-    """The entry of a parameter, or of the first of a stack of layers ("layers.0-31.norm.weight")."""
-    if not name.startswith("layers."):
-        return table[name]
-    _, layers, tail = name.split(".", 2)
-    return table[f"layers.{layer_range(layers)[0]}.{tail}"]
-
-
 def _moved(
     optimizer: optax.GradientTransformation, gradients: Arrays, state: OptimizerState, parameters: Arrays, lr: jax.Array
 ) -> tuple[Arrays, OptimizerState]:
@@ -160,8 +151,8 @@ def _by_parameter(own: optax.GradientTransformation) -> optax.GradientTransforma
 
 def _by_layer(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The function, applied to each layer where the parameter is a stack of layers."""
-    is_stack = name.startswith("layers.") and len(layer_range(name.split(".")[1])) > 1
-    return jax.vmap(function) if is_stack else function
+    stack = Stack.of(name)
+    return function if stack is None else stack.map(function)
 
 
 def _arrays(state: OptimizerState) -> dict[str, Arrays]:
@@ -171,7 +162,6 @@ def _arrays(state: OptimizerState) -> dict[str, Arrays]:
 
 def _filled(own: Arrays, values: Mapping[str, Any], prefix: str) -> Arrays:
     """The values whose names start with ``prefix``, stacked as ``own`` is, in its dtypes and shardings."""
-    groups = [layer_range(name.split(".")[1]) for name in own if name.startswith("layers.")]
     single = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-    whole = stack_layers(single, groups)
+    whole = stack_layers(single, stacks_of(own))
     return {name: jnp.asarray(whole[name], array.dtype, device=array.sharding) for name, array in own.items()}

@@ -28,7 +28,8 @@ from kempnerforge_jax.model.mlp import StandardMLP, build_mlp
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.norm import build_norm
 from kempnerforge_jax.model.position import precompute_rope_frequencies
-from kempnerforge_jax.model.scan import layer_groups, layer_name, layer_range
+from kempnerforge_jax.model.scan import layer_stacks
+from kempnerforge_jax.model.stack import Stack, stack_layers, unstack_layers
 from kempnerforge_jax.model.state import (
     from_numpy,
     get_state,
@@ -36,9 +37,7 @@ from kempnerforge_jax.model.state import (
     set_state,
     share,
     split,
-    stack_layers,
     to_numpy,
-    unstack_layers,
 )
 from kempnerforge_jax.registry import registry
 from shared_config.contract.initialise import initial_values
@@ -136,7 +135,7 @@ def test_stacked_model_scans_its_own_parameters() -> None:
     assert sum(equation.primitive.name == "scan" for equation in program.jaxpr.eqns) == 1
     assert close(forward(stacked, tokens), forward(model, tokens))
     assert same(unstack_layers(params), split(model)[1])
-    assert same(stack_layers(get_state(model), layer_groups(model)), params)
+    assert same(stack_layers(get_state(model), layer_stacks(model)), params)
     set_state(stacked, {name: 2 * array for name, array in get_state(model).items()})
     assert same(get_state(stacked), {name: 2 * array for name, array in get_state(model).items()})
     with pytest.raises(ValueError, match="kv_caches are given"):
@@ -159,7 +158,7 @@ def test_layers_are_stacked_by_structure() -> None:
         model = build(config)
         model.architecture = kind(config)
         model.layers = nnx.Dict({str(i): model.architecture.build_block(i, rngs=nnx.Rngs(0)) for i in range(n_layers)})
-        return layer_groups(model)
+        return [stack.layers for stack in layer_stacks(model)]
 
     assert grouped(Architecture, 5) == [range(5)]
     assert grouped(Alternating, 7) == [range(1), range(1, 6, 2), range(2, 7, 2)]
@@ -168,8 +167,28 @@ def test_layers_are_stacked_by_structure() -> None:
 
 @pytest.mark.parametrize(("name", "group"), [("3", range(3, 4)), ("0-31", range(32)), ("1-5:2", range(1, 6, 2))])
 def test_names_of_stacks(name: str, group: range) -> None:
-    assert layer_range(name) == group
-    assert layer_name(group) == name
+    assert Stack.named(name).layers == group
+    assert Stack(group).name == name
+    assert Stack.of(f"layers.{name}.norm.weight") == Stack(group)
+    assert Stack(group).parameter(group[-1], f"layers.{name}.norm.weight") == f"layers.{group[-1]}.norm.weight"
+
+
+def test_names_of_no_layer_are_unknown_and_left_alone() -> None:
+    names = ("norm.weight", "layers.x.norm.weight", "layers.3", "layers.1-.weight", "mot_norms.0.weight")
+    assert [Stack.of(name) for name in names] == [None] * len(names)
+    model = model_of(n_layers=1)
+    with pytest.raises(UserError, match=r"layers\.x\.norm\.weight"):
+        set_state(model, get_state(model) | {"layers.x.norm.weight": np.ones(3)})
+
+
+def test_layers_are_put_together_and_taken_apart_in_order() -> None:
+    stack, trees = Stack(range(1, 6, 2)), [{"a": jnp.full(2, i), "b": jnp.full((), -i)} for i in range(3)]
+    whole = stack.put(trees)
+    assert {name: array.shape for name, array in whole.items()} == {"a": (3, 2), "b": (3,)}
+    taken = stack.take(whole)
+    assert list(taken) == [1, 3, 5]
+    assert all(same(taken[layer], tree) for layer, tree in zip((1, 3, 5), trees, strict=True))
+    assert {layer: shape.shape for layer, shape in stack.shapes(whole["a"]).items()} == dict.fromkeys((1, 3, 5), (2,))
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -17,7 +17,8 @@ from kempnerforge_jax.model.grouped import grouped_matmul, grouped_outer
 from kempnerforge_jax.model.module import named_modules
 from kempnerforge_jax.model.moe import MoEMLP, build_moe
 from kempnerforge_jax.model.router import SigmoidTopKRouter, TopKRouter
-from kempnerforge_jax.model.state import get_state, merge, set_state, split, unstack_layers
+from kempnerforge_jax.model.stack import unstack_layers
+from kempnerforge_jax.model.state import get_state, merge, set_state, split
 from kempnerforge_jax.model.stats import BlockOutput
 from kempnerforge_jax.registry import registry
 from shared_config.contract.parameters import parameter_table

@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
-from kempnerforge_jax.model.scan import _periodic, layer_groups
-from kempnerforge_jax.model.state import get_state, stack_layers, unstack_layers
+from kempnerforge_jax.model.scan import _periodic, layer_stacks
+from kempnerforge_jax.model.stack import Stack, stack_layers, unstack_layers
+from kempnerforge_jax.model.state import get_state
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.training import train
 from shared_config.data import open_data
@@ -70,7 +71,7 @@ def scans(jaxpr: Any) -> list[int]:
 @pytest.mark.parametrize("name", CASES)
 def test_layers_of_one_structure_share_a_program(name: str) -> None:
     config, vlm, groups, steps = CASES[name]
-    assert layer_groups(abstract(config, vlm)) == groups
+    assert layer_stacks(abstract(config, vlm)) == [Stack(group) for group in groups]
     model, tokens = Transformer(config, vlm_config=vlm, rngs=None), jnp.zeros((2, 8), jnp.int32)
     program = jax.make_jaxpr(lambda: model.run(tokens, scan_layers=True).logits)()
     assert [e.params["length"] for e in program.jaxpr.eqns if e.primitive.name == "scan"] == steps
@@ -121,7 +122,7 @@ def test_stacks_are_the_longest_repetitions(kinds: list[int]) -> None:
         period = min(p for p, length in reach.items() if length == longest) if longest else 1
         expected += [range(first + place, first + (longest or 1), period) for place in range(period)]
         first += longest or 1
-    groups = _periodic(list(range(len(kinds))), kinds)
+    groups = [stack.layers for stack in _periodic(list(range(len(kinds))), kinds)]
     assert groups == expected
     assert sorted(layer for group in groups for layer in group) == list(range(len(kinds)))
     assert all(len({kinds[layer] for layer in group}) == 1 for group in groups)
@@ -131,7 +132,7 @@ def test_stacks_hold_neighbours_only() -> None:
     """A stage of which layers were deleted."""
     model = abstract(MODEL, None)
     del model.layers["2"]
-    assert layer_groups(model) == [range(2), range(3, 6)]
+    assert layer_stacks(model) == [Stack(range(2)), Stack(range(3, 6))]
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -146,7 +147,7 @@ def test_a_model_that_has_nothing_to_scan_says_so(every: int, caplog: pytest.Log
 def test_stacks_of_any_size_are_taken_apart(n_layers: int) -> None:
     model = Transformer(MODEL.replace(n_layers=n_layers), rngs=nnx.Rngs(0))
     state = get_state(model)
-    together = stack_layers(state, layer_groups(model))
+    together = stack_layers(state, layer_stacks(model))
     assert (together.keys() == state.keys()) == (n_layers == 1)
     apart = unstack_layers(together)
     assert list(apart) == list(state)

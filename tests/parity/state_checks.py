@@ -237,7 +237,7 @@ def run_torch(backend: Torch, row: Row, weights: Arrays, given: Arrays) -> tuple
 
 
 def run_jax(backend: Torch, row: Row, weights: Arrays, given: Arrays) -> tuple[np.ndarray, Arrays, Counts]:
-    state, trained = backend.module("model.state"), trained_names(row)
+    state, stack, trained = backend.module("model.state"), backend.module("model.stack"), trained_names(row)
     model = backend.model(config_of(row), weights, vlm_config=ARCHITECTURES[row["arch"]])
     graphdef, params, buffers = state.split(model, scan_layers=row["scan"] == "held")
     products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -246,7 +246,7 @@ def run_jax(backend: Torch, row: Row, weights: Arrays, given: Arrays) -> tuple[n
         "remat": products if row["remat"] == "products" else bool(row["remat"] or row["scan"] == "gives way"),
     }
     kept = {
-        key: params.pop(key) for key in list(params) if not trained & state.unstack_layers({key: params[key]}).keys()
+        key: params.pop(key) for key in list(params) if not trained & stack.unstack_layers({key: params[key]}).keys()
     }
 
     @jax.jit
@@ -260,7 +260,7 @@ def run_jax(backend: Torch, row: Row, weights: Arrays, given: Arrays) -> tuple[n
         return logits, gradients, counts
 
     logits, gradients, counts = run(params, kept, buffers, {key: backend.array(value) for key, value in given.items()})
-    found = backend.numpy(state.unstack_layers(gradients))
+    found = backend.numpy(stack.unstack_layers(gradients))
     if row["scan"] == "held":  # a stack is trained as a whole
         found = {key: value for key, value in found.items() if key in trained}
     return backend.numpy(logits), found, backend.numpy(counts)
@@ -306,7 +306,7 @@ STATE_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
         state(arch="cross after 2", image=True, scan="held"),
         state(observed="captured", scan="gives way"),
     ),
-    "model.stats": (state(arch="text", experts="every second", limited=False, scan="here"),),
+    "model.stack": (state(arch="text", experts="every second", limited=False, scan="here"),),
     "model.scan": (
         state(arch="text", experts="every second", scan="held"),
         state(arch="cross after 2", image=True, scan="here"),
