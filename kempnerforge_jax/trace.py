@@ -38,9 +38,10 @@ from shared_config.parity.request import (
     cache_size,
     check_selection,
     make_request,
+    routing_values,
     transformer_path,
 )
-from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, ROUTING, UPDATED, Trace
+from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, ROUTES, ROUTING, UPDATED, Trace
 from shared_config.parity.validation import MOMENT_STEPS, chunkings, validation_moments
 from shared_config.schema.job import JobConfig
 
@@ -195,7 +196,7 @@ class Recorder:
         self, masters: Tensors, tokens: jax.Array, labels: jax.Array, fed: tuple[Tensors, Tensors]
     ) -> tuple[jax.Array, tuple[Tensors, Tensors]]:
         """The loss, and the activations and routing that are recorded."""
-        request, path = self.request, f"{transformer_path(self.config)}layers"
+        request, prefix = self.request, transformer_path(self.config)
         model, (outputs, losses) = self._model(masters), fed
         routes = {name: jnp.asarray(array, jnp.int32) for name, array in request.routes.items()}
         with (
@@ -205,9 +206,9 @@ class Recorder:
             replacing(model, outputs),
         ):
             output = model.run(*self._inputs(tokens))
-        loss = self._loss(output.logits, with_losses(output.stats, losses, path), labels)
-        taken = {f"{name}.indices": tokens for name, tokens in routes.items()}
-        routing = {**choices, **taken, **counted(output.stats, path)}
+        loss = self._loss(output.logits, with_losses(output.stats, losses, prefix), labels)
+        taken = {f"{name}{ROUTES}": tokens for name, tokens in routes.items()}
+        routing = {**choices, **taken, **routing_values(output.stats, self.config)}
         activations = OrderedDict(request.kept(FORWARD, flatten(activations)))
         return loss, (activations, OrderedDict(request.kept(ROUTING, routing)))
 
@@ -292,7 +293,7 @@ def chosen_experts(model: nnx.Module) -> Iterator[Tensors]:
 
     def keep(module: Module, output: Any) -> None:
         if id(module) in name_of and isinstance(output, tuple):
-            choices[f"{name_of[id(module)]}.indices"] = output[1]
+            choices[f"{name_of[id(module)]}{ROUTES}"] = output[1]
 
     with observing(keep):
         yield choices
@@ -309,10 +310,3 @@ def rerouting(model: nnx.Module, routes: Mapping[str, jax.Array]) -> Iterator[No
 
     with substituting(take):
         yield
-
-
-def counted(stats: Any, path: str = "layers") -> Tensors:
-    """The numbers of routers' stats, nested by layer and maybe modality, under dotted names."""
-    if isinstance(stats, Mapping):
-        return {name: array for key, value in stats.items() for name, array in counted(value, f"{path}.{key}").items()}
-    return {f"{path}.{name}": value for name, value in stats._asdict().items()}

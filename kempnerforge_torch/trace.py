@@ -40,9 +40,10 @@ from shared_config.parity.request import (
     cache_size,
     check_selection,
     make_request,
+    routing_values,
     transformer_path,
 )
-from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, ROUTING, UPDATED, Trace
+from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, ROUTES, ROUTING, UPDATED, Trace
 from shared_config.parity.validation import MOMENT_STEPS, chunkings, validation_moments
 from shared_config.schema.job import JobConfig
 
@@ -170,7 +171,7 @@ class Recorder:
 
     def _forward(self, state: Tensors) -> tuple[Tensor, Tensors, Tensors]:
         """The loss, and the activations and routing that are recorded."""
-        request, path = self.request, f"{transformer_path(self.config)}layers"
+        request, prefix = self.request, transformer_path(self.config)
         outputs, losses = ({name: self._given(array) for name, array in part.items()} for part in self._fed)
         routes = {name: self._integers(array) for name, array in request.routes.items()}
         with (
@@ -181,9 +182,9 @@ class Recorder:
         ):
             logits, stats = self._call(state, self._integers(request.tokens))
         activations.pop("transformer", None)  # JAX calls what is within; both have it as "transformer.output_head"
-        loss = self._loss(logits, with_losses(stats, losses, path), self._integers(request.labels))
-        taken = {f"{name}.indices": tokens for name, tokens in routes.items()}
-        routing = {**choices, **taken, **counted(stats, path)}
+        loss = self._loss(logits, with_losses(stats, losses, prefix), self._integers(request.labels))
+        taken = {f"{name}{ROUTES}": tokens for name, tokens in routes.items()}
+        routing = {**choices, **taken, **routing_values(stats, self.config)}
         return loss, request.kept(FORWARD, flatten(activations)), request.kept(ROUTING, routing)
 
     @torch.no_grad()
@@ -281,7 +282,7 @@ def chosen_experts(model: nn.Module) -> Iterator[Tensors]:
 
     def keep(name: str, output: Any) -> None:
         if isinstance(output, tuple):
-            choices[f"{name}.indices"] = output[1]
+            choices[f"{name}{ROUTES}"] = output[1]
 
     with contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
@@ -305,10 +306,3 @@ def rerouting(model: nn.Module, routes: Mapping[str, Tensor]) -> Iterator[None]:
             )
             hooks.callback(handle.remove)
         yield
-
-
-def counted(stats: Any, path: str = "layers") -> Tensors:
-    """The numbers of routers' stats, nested by layer and maybe modality, under dotted names."""
-    if isinstance(stats, Mapping):
-        return {name: value for key, part in stats.items() for name, value in counted(part, f"{path}.{key}").items()}
-    return {f"{path}.{name}": value for name, value in stats._asdict().items()}

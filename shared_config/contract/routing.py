@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 _PATH = re.compile(
@@ -23,6 +23,14 @@ class RouterId(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.modality}" if self.modality else str(self.layer)
+
+    def named(self, field: str, prefix: str = "") -> str:
+        """What a number of its stats is called in a trace: "layers.3.image.aux_loss".
+
+        Args:
+            prefix: what the names of the transformer's modules start with.
+        """
+        return f"{prefix}layers.{self}.{field}"
 
 
 def router_place(path: str) -> tuple[str, str] | None:
@@ -48,4 +56,14 @@ def by_router(nested: Mapping[int, Any]) -> dict[RouterId, Any]:
         RouterId(layer, modality): value
         for layer, own in nested.items()
         for modality, value in (own.items() if isinstance(own, Mapping) else [("", own)])
+    }
+
+
+def map_routers(function: Callable[[RouterId, Any], Any], nested: Mapping[int, Any]) -> dict[int, Any]:
+    """``function`` of each router and what is known of it, nested as that is; see `by_router`."""
+    return {
+        layer: {modality: function(RouterId(layer, modality), value) for modality, value in own.items()}
+        if isinstance(own, Mapping)
+        else function(RouterId(layer), own)
+        for layer, own in nested.items()
     }

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from shared_config.contract.routing import RouterId, map_routers, router_ids
 from shared_config.errors import UserError
 from shared_config.parity.align import differences_of_origin, fed_hash
-from shared_config.parity.traces import FORWARD, ROUTING, Summary, Trace, TraceMeta
+from shared_config.parity.traces import FORWARD, ROUTES, ROUTING, Summary, Trace, TraceMeta
 from shared_config.schema.job import JobConfig
 
 FED = re.compile(
@@ -82,27 +83,38 @@ def routes_from(other: Trace, origin: TraceMeta, config: JobConfig) -> dict[str,
     problems = list(differences_of_origin(origin, other.meta))
     if problems:
         raise UserError("\n  ".join(["routes: this run and the other trace are not of the same run:", *problems]))
-    routers = [
-        f"transformer.layers.{layer}.mlp.experts.{modality}.router"
-        for layer in range(config.model.n_layers)
-        for modality in config.vlm.modalities
-    ]
-    tensors = {router: other.tensors.get(f"{ROUTING}/{router}.indices") for router in routers}
-    lacking = [router for router, tensor in tensors.items() if not isinstance(tensor, np.ndarray)]
-    if lacking:
-        raise UserError(f"routes: the other trace lacks {ROUTING}/{lacking[0]}.indices; one of a whole run is needed")
-    routes = {router: np.asarray(tensor) for router, tensor in tensors.items()}
+    routes: dict[str, np.ndarray] = {}
+    found: set[RouterId] = set()
+    for name, tensor in other.tensors.items():
+        path = name.removeprefix(f"{ROUTING}/").removesuffix(ROUTES)
+        if name == f"{ROUTING}/{path}{ROUTES}" and isinstance(tensor, np.ndarray):
+            routes[path] = tensor
+            found.update(router_ids(path))
+    for layer in range(config.model.n_layers):
+        for router in (RouterId(layer, modality) for modality in config.vlm.modalities):
+            if router not in found:
+                raise UserError(
+                    f"routes: the other trace lacks what router {router} chose, {ROUTING}/...{ROUTES}; "
+                    "one of a whole run is needed"
+                )
     for router, tokens_CE in routes.items():
         if tokens_CE.dtype.kind not in "iu" or (tokens_CE.size and tokens_CE.min() < 0):
-            raise UserError(f"routes: {ROUTING}/{router}.indices is {tokens_CE.dtype}: must be indices, 0 or more")
+            raise UserError(f"routes: {ROUTING}/{router}{ROUTES} is {tokens_CE.dtype}: must be indices, 0 or more")
     return routes
 
 
-def with_losses(stats: Any, losses: Mapping[str, Any], path: str) -> Any:
-    """Stats of routers, nested by layer and maybe modality, with recorded losses in place of the computed ones."""
-    if isinstance(stats, Mapping):
-        return {key: with_losses(part, losses, f"{path}.{key}") for key, part in stats.items()}
-    return stats._replace(**{loss: losses[f"{path}.{loss}"] for loss in ROUTER_LOSSES if f"{path}.{loss}" in losses})
+def with_losses(stats: Mapping[int, Any], losses: Mapping[str, Any], prefix: str) -> dict[int, Any]:
+    """Stats of routers, nested by layer and maybe modality, with recorded losses in place of the computed ones.
+
+    Args:
+        prefix: what the names of the transformer's modules start with.
+    """
+
+    def recorded(router: RouterId, own: Any) -> Any:
+        names = {loss: router.named(loss, prefix) for loss in ROUTER_LOSSES}
+        return own._replace(**{loss: losses[name] for loss, name in names.items() if name in losses})
+
+    return map_routers(recorded, stats)
 
 
 def _router_losses(other: Trace) -> dict[str, np.ndarray]:

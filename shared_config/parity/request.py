@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from shared_config.contract.initialise import initial_value, state_hash
-from shared_config.contract.routing import router_ids
+from shared_config.contract.routing import by_router, router_ids
 from shared_config.contract.vision import job_table
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import installed_versions
@@ -261,8 +261,18 @@ def routing_names(modules: Iterable[str], fields: Sequence[str]) -> Iterator[str
     """Names of what the routers among the modules decide, in a trace."""
     for module in modules:
         for router_id in router_ids(module):
-            yield f"{module}.indices"
-            yield from (f"{module.partition('layers.')[0]}layers.{router_id}.{name}" for name in fields)
+            yield f"{module}{traces.ROUTES}"
+            yield from (router_id.named(name, module.partition("layers.")[0]) for name in fields)
+
+
+def routing_values(stats: Mapping[int, Any], config: JobConfig) -> dict[str, Any]:
+    """The numbers of routers' stats, nested by layer and maybe modality, by their names in a trace."""
+    prefix = transformer_path(config)
+    return {
+        router_id.named(field, prefix): value
+        for router_id, own in by_router(stats).items()
+        for field, value in own._asdict().items()
+    }
 
 
 def _listed(layers: tuple[int, ...] | None) -> list[int] | None:

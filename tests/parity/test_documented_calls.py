@@ -14,7 +14,7 @@ from flax import nnx
 
 from kempnerforge_torch.model import moma as torch_moma
 from shared_config.contract.noise import image_noise
-from shared_config.contract.routing import RouterId, router_ids
+from shared_config.contract.routing import RouterId, by_router, map_routers, router_ids
 from shared_config.interchange.activations import read_activations
 from shared_config.registry import temporary
 from shared_config.schema.adapter import AdapterConfig
@@ -302,6 +302,13 @@ def test_the_router_of_each_modality_is_balanced_by_its_own_counts(
     assert [router_ids(path) for path in paths] == [[(1, "")], [(1, "image")], [(1, "image")]]
     assert [router_ids(path) for path in ("layers.1.mlp", "layers.1.mlp.router.gate", "router")] == [[], [], []]
     assert [str(router) for router in (RouterId(1), RouterId(1, "image"))] == ["1", "1.image"]
+    assert RouterId(1, "image").named("z_loss", "transformer.") == "transformer.layers.1.image.z_loss"
+    nested = {0: 5, 2: {"image": 6, "text": 7}}
+    assert map_routers(lambda router, value: by_router(nested)[router] - value, nested) == {
+        0: 0,
+        2: {"image": 0, "text": 0},
+    }
+    assert list(by_router(nested)) == [(0, ""), (2, "image"), (2, "text")]
 
 
 @on_both

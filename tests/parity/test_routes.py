@@ -12,8 +12,9 @@ from kempnerforge_jax.trace import record as record_jax
 from kempnerforge_torch.trace import record as record_torch
 from shared_config.errors import UserError
 from shared_config.loader import load_config
+from shared_config.parity import checks
 from shared_config.parity.compare import compare_traces
-from shared_config.parity.plan import CHECKS, Plan
+from shared_config.parity.plan import Plan
 from shared_config.parity.traces import Trace
 
 SMALL = (
@@ -61,17 +62,17 @@ def test_routes_of_another_run_are_refused(truth: Trace) -> None:
     for record in RECORD.values():
         with pytest.raises(UserError, match=r"routes: .* not of the same run:\n  seed: 1 and 0"):
             record(CONFIG, seed=1, routes=truth)
-        with pytest.raises(
-            UserError, match=r"lacks routing/transformer\.layers\.0\.mlp\.experts\.image\.router\.indices"
-        ):
-            record(CONFIG, routes=Trace({}, truth.meta))
+        without_text = {name: tensor for name, tensor in truth.tensors.items() if name != ROUTER}
+        for kept, router in (({}, "0.image"), (without_text, "0.text")):
+            with pytest.raises(UserError, match=rf"lacks what router {router} chose, routing/\.\.\.\.indices"):
+                record(CONFIG, routes=Trace(kept, truth.meta))
         with pytest.raises(UserError, match="only experts that choose tokens"):
             record(load_config("debug_vlm_mot", SMALL), routes=truth)
 
 
 def test_validate_takes_the_routes_of_float64_in_bfloat16_where_experts_choose_tokens(tmp_path: Path) -> None:
     for config, takes_routes in ((CONFIG, True), (load_config("debug_vlm_mot", SMALL), False)):
-        jobs = CHECKS["one step"].jobs(Plan(config, tmp_path, dtypes=("bfloat16", "float64")), "jax")
+        jobs = checks._trace_jobs(Plan(config, tmp_path, dtypes=("bfloat16", "float64")), "jax")
         assert [job[job.index("--dtype") + 1] for job in jobs] == ["float64", "bfloat16"]
         assert ["--routes" in job for job in jobs] == [False, takes_routes]
         assert not takes_routes or jobs[1][-2:] == ["--routes", str(tmp_path / "jax-float64.safetensors")]
