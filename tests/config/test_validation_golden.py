@@ -364,7 +364,7 @@ def test_routes_that_are_taken_again() -> None:
     assert routes_from(Trace({name: array[:0] for name, array in right.items()}, origin), origin, config)
     last = f"routing/{routers[-1]}.indices"
     other = dataclasses.replace(origin, seed=9)
-    refusals: list[tuple[str, TraceMeta, Any]] = [
+    refusals: list[tuple[str, Any, Any]] = [
         ("routes: this run and the other trace are not of the same run:\n  seed: 9 and 3", other, right)
     ]
     for wrong, dtype in ((np.array([[0, -1]]), "int64"), (np.ones((2, 2)), "float64"), (np.array([[True]]), "bool")):
