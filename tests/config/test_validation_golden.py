@@ -370,7 +370,13 @@ def test_routes_that_are_taken_again() -> None:
     for wrong, dtype in ((np.array([[0, -1]]), "int64"), (np.ones((2, 2)), "float64"), (np.array([[True]]), "bool")):
         refusals.append((f"routes: {last} is {dtype}: must be indices, 0 or more", origin, {**right, last: wrong}))
     lacking = Trace({**right, last: Trace(right, origin).summarized(0).tensors[last]}, origin).tensors
-    refusals.append((f"routes: the other trace lacks {last}; one of a whole run is needed", origin, dict(lacking)))
+    refusals.append(
+        (
+            "routes: the other trace lacks what router 0.text chose, routing/....indices; one of a whole run is needed",
+            origin,
+            dict(lacking),
+        )
+    )
     for message, meta, tensors in refusals:
         with pytest.raises(UserError) as caught:
             routes_from(Trace(tensors, origin), meta, config)
