@@ -75,3 +75,50 @@ def test_progress_of_training_is_a_share_of_its_steps(backend: Torch) -> None:
     assert [progress(step, 4) for step in (0, 1, 4, 5)] == [0.0, 0.25, 1.0, 1.0]
     assert [progress(step, 1) for step in (0, 1, 2)] == [0.0, 1.0, 1.0]
     assert progress(0, 0) == 1.0
+
+
+@on_both
+def test_experts_take_many_tokens(backend: Torch) -> None:
+    moe = backend.build(backend.module("model.moe").build_moe, 1, 1, 2, 1, "relu", capacity_factor=1.0)
+    weights = {"router.gate.weight": np.array([[1.0], [-1.0]])}
+    for expert, slope in enumerate((2.0, -3.0)):
+        weights |= {f"experts.{expert}.up_proj.weight": np.array([[np.sign(slope)]])}
+        weights |= {f"experts.{expert}.down_proj.weight": np.array([[slope]])}
+    backend.module("model.state").set_state(moe, weights)
+    x = np.where(np.arange(MANY) < MANY - 10, 1.0, -1.0).reshape(1, MANY, 1)
+    members = np.arange(MANY).reshape(1, MANY) >= 2_000
+    free, stats = backend.run(lambda x: moe(x, limit_capacity=False, return_stats=True), x)
+    np.testing.assert_array_equal(free, np.where(x > 0, 2.0, -3.0))
+    assert (stats.expert_counts.tolist(), int(stats.dropped)) == ([MANY - 10, 10], 0)
+    found, stats = backend.run(lambda x: moe(x, return_stats=True), x)
+    assert (found != 0).sum() == MANY // 2 + 10
+    assert int(stats.dropped) == MANY - 10 - MANY // 2
+    _, stats = backend.run(lambda x, members: moe(x, members=members, return_stats=True), x, members)
+    assert int(stats.dropped) == MANY - 2_010 - (MANY - 2_000) // 2
+
+
+@on_both
+def test_experts_choose_among_many_tokens(backend: Torch) -> None:
+    choice = backend.module("model.expert_choice").ExpertChoiceMoE
+    x, valid = np.ones((MANY, 1)), np.arange(MANY) < MANY - 1
+    for factor, taken in ((1.0, MANY - 1), (0.125, MANY // 8)):
+        moe = backend.build(choice, 1, 1, 2, factor, gumbel_noise=False)
+        stats = backend.run(lambda x, valid, moe=moe: moe(x, valid, return_stats=True)[1], x, valid)
+        assert (stats.expert_counts.tolist(), int(stats.dropped)) == ([taken] * 2, MANY - 1 - taken)
+        assert stats.expert_counts.dtype == stats.dropped.dtype == np.int32
+
+
+@on_both
+def test_a_token_is_drawn_from_a_large_vocabulary(backend: Torch) -> None:
+    sample, logits = backend.module("model.sampling").sample, np.zeros((1, MANY))
+    logits[0, -1] = 50.0
+    for temperature in (0.0, 1.0):
+        token = backend.run(lambda x, u, t=temperature: sample(x, t, uniforms=u), logits, np.array([0.5]))
+        assert (token.tolist(), token.dtype) == ([MANY - 1], "int64" if backend.name == "torch" else "int32")
+
+
+@on_both
+def test_narrow_ids_name_rows_of_a_large_table(backend: Torch) -> None:
+    embedding = backend.build(backend.module("model.embedding").TokenEmbedding, MANY, 1)
+    ids = np.array([[0, 2**15 - 1]], np.int16)
+    assert np.isfinite(backend.run(embedding, ids)).all()
