@@ -36,8 +36,8 @@ REACHING = (
     Reaching(
         Mutant(
             "training.train", "micro-batches weigh the same",
-            ("self._differentiate(batch, max(count, 1), len",
-             "self._differentiate(batch, max(len(micro_batches) * label_count([batch]), 1), len"),
+            ("self._differentiate(batch, max(count, 1), shares",
+             "self._differentiate(batch, max(shares * label_count([batch]), 1), shares"),
             None,
         ),
         ("accumulation",), "accumulation", "gradient",

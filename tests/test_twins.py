@@ -15,6 +15,12 @@ IMPLIED = {"self", "cls", "rngs"}
 """Arguments that are not compared: JAX constructors are also given ``rngs``."""
 
 FILES = {
+    "distributed/fsdp.py": "torch: parameters are gathered by hooks; XLA places gathers itself",
+    "distributed/mesh.py": "torch: layouts over processes",
+    "distributed/parallelize.py": "torch: layouts over processes",
+    "distributed/processes.py": "torch: layouts over processes",
+    "distributed/ranks.py": "torch: layouts over processes",
+    "distributed/states.py": "torch: layouts over processes",
     "model/cuda_graph.py": "torch: XLA compiles and launches its own programs",
     "model/module.py": "jax: torch's modules have named walks, hooks and casts built in",
     "model/scan.py": "jax: stacks of layers bound compile time; torch compiles block by block",
@@ -135,6 +141,7 @@ DIFFERENCES = {
     },
     "training/blocks.py": {
         "REMATERIALISATION": "jax: policies of checkpointing",
+        "blocks": "torch: what is wrapped, compiled and sharded one by one",
         "checkpoint_activations": "torch: wraps the blocks",
         "compile_blocks": "torch: compiles block by block",
         "log": "torch: compilation may be left out, and says so",
@@ -151,6 +158,8 @@ DIFFERENCES = {
         "summed": "torch: sums on the host; in JAX part of the compiled step",
     },
     "training/train.py": {
+        "Trainer.mesh": "torch: layouts over processes",
+        "Trainer.ranks": "torch: layouts over processes",
         "Trainer.masters": "torch: what casts to the compute dtype, frozen ones included; a model holds them in JAX",
         "Trainer.buffers": "jax: arrays live beside the graph",
         "Trainer.compute_dtype": "torch: in JAX part of the recipe",

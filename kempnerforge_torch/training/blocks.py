@@ -44,7 +44,7 @@ def checkpoint_activations(model: nn.Module, mode: str) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keeps_products)
-    for block in _blocks(model):
+    for block in blocks(model):
         _wrap_forward(block, functools.partial(checkpoint, **options))
 
 
@@ -54,11 +54,12 @@ def compile_blocks(model: nn.Module, device: torch.device, backend: str = "induc
     if device.type == "cpu" and shutil.which(compiler) is None:
         log.warning("train.compile_model: no C++ compiler (%s) on this machine; the model runs uncompiled", compiler)
         return
-    for block in _blocks(model):
+    for block in blocks(model):
         block.compile(fullgraph=True, backend=backend)
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of a model and of its encoder."""
     for owner in (inner_transformer(model), getattr(model, "vision_encoder", None)):
         for stack in ("layers", "cross_attention_layers"):
             yield from getattr(owner, stack, nn.ModuleDict()).children()

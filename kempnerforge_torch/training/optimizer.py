@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kempnerforge_torch.distributed.ranks import global_norm, local
 from kempnerforge_torch.model.state import assign
 from kempnerforge_torch.registry import registry
 from shared_config.contract.specs import ParameterTable, check_names
@@ -47,7 +48,7 @@ def build_optimizer(
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW of groups of parameters, fused unless all are on the CPU."""
     on_cpu = all(tensor.device.type == "cpu" for group in groups for tensor in group["params"])
-    return torch.optim.AdamW(
+    return _AdamW(
         groups,
         lr=config.lr,
         betas=config.betas,
@@ -59,6 +60,17 @@ def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.
         foreach=on_cpu,
         fused=not on_cpu,
     )
+
+
+class _AdamW(torch.optim.AdamW):
+    """Of sharded tensors each rank updates its parts as what they are, plain tensors: element by element."""
+
+    def _init_group(self, *args: Any, **kwargs: Any) -> bool:
+        is_complex = super()._init_group(*args, **kwargs)
+        for tensors in args:
+            if isinstance(tensors, list):
+                tensors[:] = map(local, tensors)
+        return is_complex
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -87,8 +99,8 @@ def update(optimizer: torch.optim.Optimizer, lr: float, finite: Tensor | None = 
 
 @torch.no_grad()
 def stays_finite(optimizer: torch.optim.Optimizer, lr: float) -> Tensor:
-    """Whether the next step leaves parameters and moments finite, a bool scalar. Of AdamW one tensor is computed at a
-    time; another optimiser takes the step, and what it changed is put back.
+    """Whether the next step leaves parameters and moments finite, a bool scalar; of sharded ones, this rank's parts. Of
+    AdamW one tensor is computed at a time; another optimiser takes the step, and what it changed is put back.
     """
     if not isinstance(optimizer, torch.optim.AdamW):
         before = _copies(optimizer)
@@ -103,12 +115,12 @@ def stays_finite(optimizer: torch.optim.Optimizer, lr: float) -> Tensor:
         for tensor in group["params"]:
             if tensor.grad is None:
                 continue
-            kept = optimizer.state[tensor]
-            step = kept["step"] + 1
-            m = kept["exp_avg"].lerp(tensor.grad, 1 - b1)
-            v = torch.addcmul(kept["exp_avg_sq"] * b2, tensor.grad, tensor.grad, value=1 - b2)
-            moved = tensor - lr * (m / (1 - b1**step) / ((v / (1 - b2**step)).sqrt() + group["eps"]))
-            finite.append((moved - lr * group["weight_decay"] * tensor).isfinite().all() & v.isfinite().all())
+            kept = {name: local(value) for name, value in optimizer.state[tensor].items()}
+            own, gradient, step = local(tensor), local(tensor.grad), kept["step"] + 1
+            m = kept["exp_avg"].lerp(gradient, 1 - b1)
+            v = torch.addcmul(kept["exp_avg_sq"] * b2, gradient, gradient, value=1 - b2)
+            moved = own - lr * (m / (1 - b1**step) / ((v / (1 - b2**step)).sqrt() + group["eps"]))
+            finite.append((moved - lr * group["weight_decay"] * own).isfinite().all() & v.isfinite().all())
     return torch.stack(finite).all()
 
 
@@ -152,11 +164,10 @@ def clip_by_global_norm(gradients: Mapping[str, Tensor], max_norm: float) -> tup
         The gradients, and their Euclidean norm before, in at least float32.
     """
     tensors = list(gradients.values())
-    wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
-    norm = torch.nn.utils.get_total_norm(wide)
+    norm = global_norm(tensors)
     if max_norm > 0:
         factor = max_norm / norm.clamp(min=max_norm)
-        torch._foreach_mul_(tensors, factor)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_([local(tensor) for tensor in tensors], factor)  # pyright: ignore[reportPrivateImportUsage]
     return gradients, norm
 
 
@@ -167,10 +178,10 @@ def _initial_state(tensor: Tensor, fused: bool) -> dict[str, Tensor]:
 
 
 def _copies(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
-    """What a step changes, parameters first, each with a copy of it."""
+    """What a step changes on this rank, parameters first, each with a copy of it."""
     parameters = [tensor for group in optimizer.param_groups for tensor in group["params"] if tensor.grad is not None]
     kept = [value for tensor in parameters for value in optimizer.state[tensor].values() if isinstance(value, Tensor)]
-    return [(tensor, tensor.detach().clone()) for tensor in (*parameters, *kept)]
+    return [(local(tensor.detach()), local(tensor.detach()).clone()) for tensor in (*parameters, *kept)]
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""The trainer of one device: the gradient of a whole step's loss, the update, evaluation, and the state of it all.
+"""The trainer of one device, or of one of several: the gradient of a whole step's loss, the update, evaluation, and the
+state of it all.
 
 Shapes: B batch, S sequence, E experts.
 """
@@ -10,17 +11,20 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from kempnerforge_torch.device import find_device, process_count
+from kempnerforge_torch.device import find_device
+from kempnerforge_torch.distributed.mesh import Mesh, open_mesh
+from kempnerforge_torch.distributed.parallelize import parallelize
+from kempnerforge_torch.distributed.processes import is_main, joined, largest
+from kempnerforge_torch.distributed.ranks import Ranks
+from kempnerforge_torch.distributed.states import host_copies
 from kempnerforge_torch.model.balancing import balance
 from kempnerforge_torch.model.build import build_model
-from kempnerforge_torch.model.state import get_state, own_tensors, set_state, to_numpy
+from kempnerforge_torch.model.state import get_state, own_tensors, set_state
 from kempnerforge_torch.model.vlm import inner_transformer
-from kempnerforge_torch.training.blocks import checkpoint_activations, compile_blocks
 from kempnerforge_torch.training.freeze import apply_freeze_specs
 from kempnerforge_torch.training.loss import cross_entropy
 from kempnerforge_torch.training.mixed_precision import Cast, compute_dtype, matmul_precision
@@ -44,6 +48,7 @@ from kempnerforge_torch.training.terms import (
 )
 from shared_config.contract.freeze import effective_freeze, moments_under, never_trained
 from shared_config.contract.labels import label_count
+from shared_config.contract.specs import ParameterTable
 from shared_config.contract.vision import job_table
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
@@ -51,7 +56,7 @@ from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.vision import tower_of
 from shared_config.schema.job import JobConfig
-from shared_config.training.loop import refuse_other_processes, run_training
+from shared_config.training.loop import run_training
 from shared_config.training.trainer import Batch, TrainingSummary
 
 
@@ -62,17 +67,23 @@ def train(
     console: Console | None = None,
     overridden: Collection[str] = (),
 ) -> TrainingSummary:
-    """Train the job on one device, from where its folder left it, and tell how it ended.
+    """Train the job, from where its folder left it, and tell how it ended.
+
+    Where a launcher started several processes, or a library has joined some, they train together in the layout of
+    ``[distributed]``; the first writes the files and speaks.
 
     Args:
         overridden: dotted fields that the command line sets: see `shared_config.training.resume.restore`.
 
     Raises:
-        UserError: what can't be used, of data, folders and checkpoints; or this is one of several processes.
+        UserError: what can't be used, of data, folders, checkpoints and layouts.
     """
-    refuse_other_processes(process_count())
-    data = open_data(config)
-    return run_training(config, Trainer(config, device), data, console=console, overridden=overridden)
+    with joined(device) as place:
+        trainer = Trainer(config, place)
+        data = open_data(config, rank=trainer.ranks.rank, world_size=trainer.ranks.count)
+        return run_training(
+            config, trainer, data, console=console, is_main=is_main(), agree=largest, overridden=overridden
+        )
 
 
 class Trainer:
@@ -81,7 +92,12 @@ class Trainer:
     Masters, gradients and moments are of ``dtype``. With ``train.mixed_precision`` "bf16" a float32 trainer computes in
     bfloat16, on a copy of the masters that is cast for each micro-batch.
 
+    Of several processes each has a trainer, which is given its own share of the micro-batches, and all take each step
+    together: with N micro-batches each, R ranks that see different ones do what one device does with the N * R, taken
+    rank by rank for each of the N.
+
     Attributes:
+        ranks: those that see different micro-batches.
         model: the masters.
         masters: all parameters, by name.
         parameters: those of them that are trained at one step or another.
@@ -95,18 +111,15 @@ class Trainer:
     ):
         self.config = config
         self.device = find_device(device)
-        self.model = _build_model(config, self.device, dtype)
-        shapes = {name: tuple(tensor.shape) for name, tensor in own_tensors(self.model).items()}
-        self.table = job_table(config, tower_of(config), shapes)
+        self.mesh = open_mesh(config, self.device)
+        self.ranks = Ranks(self.mesh)
+        self.model, self.table = _build_model(config, self.device, dtype, self.mesh)
         self.compute_dtype = compute_dtype(config, dtype)
         self.masters = {name: p for name, p in own_tensors(self.model).items() if isinstance(p, nn.Parameter)}
         self.parameters = trained_parameters(self.masters, config)
         self.optimizer = build_optimizer(self.parameters, self.table, config.optimizer)
         self.learning_rate = build_schedule(config)
         self.updates = 0
-        checkpoint_activations(self.model, config.train.activation_checkpointing)
-        if config.train.compile_model:
-            compile_blocks(self.model, self.device)
         self._objective = Objective(self.model, config, fused=config.train.compile_model and self.device.type != "cpu")
 
     def step(self, micro_batches: Sequence[Batch]) -> dict[str, Any]:
@@ -124,14 +137,15 @@ class Trainer:
             all routers). Where updates may be left out, taken (whether this one was not).
             What the device computes is left there, as scalar tensors.
         """
-        count, lr = label_count(micro_batches), self.learning_rate(self.updates)
+        count, lr = self.ranks.number(label_count(micro_batches)), self.learning_rate(self.updates)
         self.model.train()
         inner_transformer(self.model).set_moe_step(self.updates, self.config.train.max_steps)
         self._freeze()
-        micro_batches = with_noise_seeds(self.config, micro_batches, self.updates)
+        micro_batches = with_noise_seeds(self.config, micro_batches, self.updates, self.ranks.rank, self.ranks.count)
         with step_span(self.updates), matmul_precision(self.config.train.matmul_precision):
-            terms = [self._differentiate(batch, max(count, 1), len(micro_batches)) for batch in micro_batches]
-            total = summed(terms)
+            shares = len(micro_batches) * self.ranks.count
+            terms = [self._differentiate(batch, max(count, 1), shares) for batch in micro_batches]
+            total = self.ranks.sums(summed(terms))
             norm, taken = self._update(lr, total.loss)
             balance(self.model, total.expert_counts, taken=taken)
         self.updates += 1
@@ -140,22 +154,25 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, Any]:
-        """``loss``: mean cross entropy over all labels of the batches; ``tokens``: their number. Changes nothing."""
+        """``loss``: mean cross entropy over all labels of the batches, of all ranks; ``tokens``: their number. Changes
+        nothing.
+        """
         self.model.eval()
-        total, count = torch.zeros((), device=self.device), label_count(batches)
+        total, count = torch.zeros((), device=self.device), self.ranks.number(label_count(batches))
         with matmul_precision(self.config.train.matmul_precision):
             for batch in batches:
                 inputs = self._inputs(batch)
                 output = self._call(self.model, "", {**model_inputs(inputs), "return_stats": True})
                 total = total + cross_entropy(output.logits, inputs["labels"])[0]
-        return {"loss": total / max(count, 1), "tokens": count}
+        return {"loss": self.ranks.sums(total) / max(count, 1), "tokens": count}
 
     def state(self) -> TrainingState:
-        """Copies, on the host, of weights, buffers, moments and counts of updates."""
+        """Copies, on the host, of weights, buffers, moments and counts of updates. Of several ranks each has to ask for
+        it, and the first gets the tensors.
+        """
         own = get_state(self.model)
-        weights = {name: _host_copy(own[name]) for name in self.table if name in own}
-        moments = get_optimizer_state(self.optimizer, self.parameters)
-        return TrainingState(self.updates, weights, {name: _host_copy(tensor) for name, tensor in moments.items()})
+        weights = host_copies({name: own[name] for name in self.table if name in own})
+        return TrainingState(self.updates, weights, host_copies(get_optimizer_state(self.optimizer, self.parameters)))
 
     def load_state(self, state: TrainingState) -> None:
         """Go on from a state of either backend; without moments, only the weights are taken. What was frozen there and
@@ -185,7 +202,7 @@ class Trainer:
 
     def _call(self, module: nn.Module, prefix: str, inputs: dict[str, Any]) -> Any:
         """Call a module that holds the model under ``prefix``, with the masters cast to the compute dtype."""
-        if self.compute_dtype == next(iter(self.masters.values())).dtype:
+        if self.mesh is not None or self.compute_dtype == next(iter(self.masters.values())).dtype:
             return module(**inputs)
         masters = {name: master for name, master in self.masters.items() if not self.table[name].full_precision}
         narrow = dict(zip(masters, Cast.apply(self.compute_dtype, *masters.values()), strict=True))
@@ -208,7 +225,7 @@ class Trainer:
         norm = clip_by_global_norm(gradients, self.config.train.grad_clip_norm)[1]
         taken = None
         if self.config.train.on_nonfinite == "skip":
-            taken = loss.isfinite() & norm.isfinite() & stays_finite(self.optimizer, lr)
+            taken = self.ranks.all_agree(loss.isfinite() & norm.isfinite() & stays_finite(self.optimizer, lr))
         update(self.optimizer, lr, taken)
         self.optimizer.zero_grad(set_to_none=True)
         return norm, taken
@@ -237,14 +254,14 @@ def trained_parameters(masters: Mapping[str, Any], config: JobConfig) -> dict[st
     return trained
 
 
-def _build_model(config: JobConfig, device: torch.device, dtype: torch.dtype) -> Any:
-    """The seeded model. It comes into being without storage, and its initial values are float32 ones."""
+def _build_model(
+    config: JobConfig, device: torch.device, dtype: torch.dtype, mesh: Mesh | None
+) -> tuple[Any, ParameterTable]:
+    """The seeded model and its table. It comes into being without storage, and its initial values are float32 ones."""
     with torch.device("meta"):
         model = build_model(config)
-    model = model.to_empty(device=device)
+    shapes = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
+    table = job_table(config, tower_of(config), shapes)
+    model = parallelize(model, config, mesh, table, device, dtype).to_empty(device=device)
     model.init_weights_and_freqs(config.train.seed)
-    return model.to(dtype)
-
-
-def _host_copy(tensor: Tensor) -> np.ndarray:
-    return to_numpy(tensor.detach().to("cpu", copy=True))
+    return model.to(dtype), table

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from shared_config.errors import UserError
 from shared_config.training import streams
+from shared_config.training.launch import rank_of
 from shared_config.training.signals import INTERRUPTED, INTERRUPTS, ending_at_once
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 USER_ERROR = 2
 HARMLESS = ("show",)
 """Commands that several processes may run at once."""
+PARALLEL = ("train",)
+"""Commands that say themselves how several processes do their work together."""
 DEBUG = "--debug"
 LINE = 2000
 """Characters of a line of a message; the middle of a longer one is left out."""
@@ -69,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
         from shared_config.commands import COMMANDS
         from shared_config.commands.processes import require_one_process
     options = build_parser(COMMANDS).parse_args(own)
-    if options.command not in HARMLESS:
+    if options.command not in (*HARMLESS, *PARALLEL):
         require_one_process()
     return COMMANDS[options.command].run(options, overrides)
 
@@ -130,7 +133,8 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _complain(message: str) -> int:
-    for line in message.splitlines():
+    rank = rank_of()
+    for line in message.splitlines() if rank == 0 else (f"rank {rank}: {line}" for line in message.splitlines()):
         kept = line if len(line) <= LINE else f"{line[: LINE // 2]} ... {line[-LINE // 2 :]}"
         with contextlib.suppress(OSError):
             print(f"kempnerforge: {kept}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``kempnerforge train``: a training run of one backend."""
+"""``kempnerforge train``: a training run of one backend, in one process or, under torchrun or srun, in several."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shared_config.commands.backends import backend_module, require_backend
 from shared_config.commands.common import add_backend, add_config, console, folder_of, overridden_fields
+from shared_config.commands.processes import world_size
 from shared_config.interchange import run_layout
 from shared_config.loader import load_config
 from shared_config.schema.checkpoint import CheckpointConfig
@@ -25,12 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Do it, under the overrides of the config. Returns the exit status."""
+    """Do it, under the overrides of the config, with the other processes that a launcher started. Returns the exit
+    status.
+    """
+    processes = world_size(options.backend)
     given = [*overrides, *([] if options.output is None else [f"--checkpoint.dir={options.output}"])]
     overridden = overridden_fields(given)
     folder = folder_of(options.config)
     config = load_config(options.config, [*given, *([] if folder is None else places(folder, overridden))])
-    config.validate(world_size=1)
+    config.validate(processes)
     require_backend(options.backend)
     trainer = backend_module(options.backend, "training.train")
     screen = None if options.quiet else console()

@@ -238,11 +238,13 @@ def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) ->
 
 
 def with_noise_seeds(
-    config: JobConfig, micro_batches: Sequence[Mapping[str, np.ndarray]], step: int
+    config: JobConfig, micro_batches: Sequence[Mapping[str, np.ndarray]], step: int, rank: int = 0, world_size: int = 1
 ) -> Sequence[Mapping[str, np.ndarray]]:
-    """The micro-batches of a step, each with the seed of its routing noise where experts choose with noise."""
+    """The micro-batches of a step, each with the seed of its routing noise where experts choose with noise. Those of
+    ``world_size`` ranks have the seeds that one rank's would have, dealt out in turn.
+    """
     if config.vlm is None or not config.vlm.routing_noise:
         return micro_batches
-    first = config.train.seed * 1_000_003 + step * len(micro_batches)
-    seeds = [np.asarray((first + index) % MAX_SEED, np.int32) for index in range(len(micro_batches))]
+    first = config.train.seed * 1_000_003 + step * len(micro_batches) * world_size + rank
+    seeds = [np.asarray((first + index * world_size) % MAX_SEED, np.int32) for index in range(len(micro_batches))]
     return [{**batch, "noise_seed": seed} for batch, seed in zip(micro_batches, seeds, strict=True)]

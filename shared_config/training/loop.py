@@ -22,6 +22,7 @@ from rich.console import Console
 
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint, run_layout
+from shared_config.interchange.source import to_stderr
 from shared_config.interchange.toml import config_to_dict
 from shared_config.schema.job import JobConfig
 from shared_config.training.metrics import Logger, finite_or_none, open_loggers
@@ -100,6 +101,7 @@ def run_training(
             backend=trainer.backend,
             fingerprint=data.fingerprint if is_main else "",
             say=partial(say, console),
+            note=to_stderr if is_main else lambda _: None,
             overridden=overridden,
         )
         tokens = data.tokens_per_batch * config.train.grad_accum_steps

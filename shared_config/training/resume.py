@@ -42,12 +42,14 @@ def restore(
     backend: str,
     fingerprint: str,
     say: Say,
+    note: Say = to_stderr,
     overridden: Collection[str] = (),
 ) -> Start:
     """Give a trainer the state of the latest checkpoint of ``checkpoint.dir``, else the weights of
     ``checkpoint.load_path`` (native weights, a training run or checkpoint, a Hugging Face folder), else nothing.
 
     Args:
+        say, note: tell the user what happens, and what they should know in any case.
         overridden: dotted fields that the command line sets; they may change the function of the weights, which is
             said.
 
@@ -57,7 +59,7 @@ def restore(
     found = latest(config.checkpoint.dir)
     if found is not None:
         checkpoint = load(found)
-        _compare(config, checkpoint, say, overridden)
+        _compare(config, checkpoint, say, note, overridden)
         load_state(checkpoint.state)
         _announce(checkpoint, backend, fingerprint, say)
         skipped = [int(checkpoint.state.extra.get(name, 0)) for name in ("skipped", "skipped_in_a_row")]
@@ -67,8 +69,8 @@ def restore(
         notes: list[str] = []
         weights = read_model(path, config, overridden=overridden, say=notes.append).weights
         load_state(TrainingState(step=0, weights=weights, optimizer={}))
-        for note in notes:
-            to_stderr(note)
+        for line in notes:
+            note(line)
         say(f"starting from the weights of {path}")
     return Start()
 
@@ -82,7 +84,7 @@ def _announce(checkpoint: Checkpoint, backend: str, fingerprint: str, say: Say) 
         )
 
 
-def _compare(config: JobConfig, checkpoint: Checkpoint, say: Say, overridden: Collection[str]) -> None:
+def _compare(config: JobConfig, checkpoint: Checkpoint, say: Say, note: Say, overridden: Collection[str]) -> None:
     if not checkpoint.config:
         return
     found = config_from_dict(checkpoint.config)
@@ -100,7 +102,7 @@ def _compare(config: JobConfig, checkpoint: Checkpoint, say: Say, overridden: Co
         advice = "set checkpoint.dir to another folder for a new run, or the fields on the command line to go on"
         raise UserError("\n".join([*lines, advice]))
     for item in differing:
-        to_stderr(f"note: {item.overriding(str(checkpoint.path))}")
+        note(f"note: {item.overriding(str(checkpoint.path))}")
     told = [name for name in changed if name.split(".")[0] not in SILENT_SECTIONS]
     if told:
         changes = ", ".join(f"{name} {changed[name][0]!r} -> {changed[name][1]!r}" for name in told)

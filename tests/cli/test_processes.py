@@ -1,7 +1,8 @@
-"""Commands that write are one process on one device."""
+"""Commands that write are one process, but for training in PyTorch."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from shared_config.cli import main
 from shared_config.commands import COMMANDS
 from shared_config.commands.line import HARMLESS
-from shared_config.commands.processes import SIZES, require_one_process
+from shared_config.commands.processes import SIZES, TOGETHER, require_one_process
 from shared_config.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -36,10 +37,13 @@ def test_one_of_several_processes_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(name, "2")
-    status = main([command, *LINES[command]])
-    assert status == (0 if command in HARMLESS else 2)
-    assert (f"{name} = 2: must be 1" in capsys.readouterr().err) == (status == 2)
-    assert list(tmp_path.iterdir()) == []
+    for backend in ("torch", "jax"):
+        status = main([command, *(part.replace("torch", backend) for part in LINES[command])])
+        assert status == (0 if command in HARMLESS else 2)
+        together = command == "train" and name in TOGETHER.get(backend, ())
+        said = f"{name} = 2: {'of several processes each needs' if together else 'must be 1'}"
+        assert (said in capsys.readouterr().err) == (status == 2)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_batch_script_that_could_start_several_processes_is_one() -> None:
@@ -72,7 +76,7 @@ except ValueError as error:
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_a_library_that_joined_several_processes_trains_in_none(tmp_path: Path, backend: str) -> None:
+def test_processes_that_a_library_joined_train_once_or_not_at_all(tmp_path: Path, backend: str) -> None:
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     processes = [
@@ -87,8 +91,16 @@ def test_a_library_that_joined_several_processes_trains_in_none(tmp_path: Path, 
     ]
     for process in processes:
         said, errors = process.communicate(timeout=120)
-        assert said.startswith("processes = 2: must be 1"), errors
-    assert not (tmp_path / "run").exists()
+        assert said.startswith("processes = 2: must be 1" if backend == "jax" else ""), errors
+        assert process.returncode == 0, errors
+    if backend == "torch":
+        assert [line["tokens"] for line in run_metrics(tmp_path / "run")] == [2 * 3 * 10]
+    else:
+        assert not (tmp_path / "run").exists()
+
+
+def run_metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("value", ["", "1", "0", "01", "no number"])

@@ -137,7 +137,7 @@ def _torch_gradients(config: ModelConfig, tokens_BS: Any, checkpointed: bool) ->
     model = module("torch", "transformer").Transformer(config).double()
     module("torch", "state").set_state(model, validation_weights(parameter_table(config), 1))
     if checkpointed:
-        importlib.import_module("kempnerforge_torch.training.train").checkpoint_activations(model, "full")
+        importlib.import_module("kempnerforge_torch.training.blocks").checkpoint_activations(model, "full")
     logits, stats = model.run(tokens_BS)
     loss = logits.square().sum() + stats[0].aux_loss + stats[0].z_loss
     loss.backward()

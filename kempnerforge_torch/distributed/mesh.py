@@ -1,0 +1,72 @@
+"""The mesh of devices that a layout names, and the groups of ranks in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from kempnerforge_torch.device import process_count
+from shared_config.contract.sharding import MESH_AXES, Layout, layout_of, refusals
+from shared_config.errors import ConfigError
+from shared_config.schema.job import JobConfig
+
+DATA_AXES = ("dp_replicate", "dp_shard", "ep")
+"""Ranks along these see different micro-batches."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The devices of all processes, by the axes of `Layout`.
+
+    Attributes:
+        axes: the mesh with every axis.
+        data: this rank's row of ranks that see different micro-batches.
+        fsdp: this rank's row of ranks among which a tensor that is no expert's is split.
+    """
+
+    layout: Layout
+    axes: DeviceMesh
+    data: DeviceMesh
+    fsdp: DeviceMesh
+
+    @property
+    def data_rank(self) -> int:
+        """The place of this rank's micro-batches among those of all."""
+        return self.data.get_local_rank()
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The ranks along an axis, this one among them."""
+        return self.axes[axis].get_group()
+
+
+def open_mesh(config: JobConfig, device: torch.device) -> Mesh | None:
+    """The mesh of a job; None for one process.
+
+    Raises:
+        ConfigError: a layout that does not fit the processes or the model, with each reason.
+    """
+    processes = process_count()
+    layout = layout_of(config.distributed, processes)
+    if processes == 1:
+        return None
+    if problems := [*refusals(config), *_unsupported(config)]:
+        raise ConfigError(problems)
+    axes = init_device_mesh(device.type, tuple(getattr(layout, axis) for axis in MESH_AXES), mesh_dim_names=MESH_AXES)
+    data = axes[DATA_AXES]._flatten("data")
+    fsdp = axes["dp_shard", "ep"]._flatten("fsdp")
+    return Mesh(layout, axes, data, fsdp)
+
+
+def _unsupported(config: JobConfig) -> list[str]:
+    """Layouts that a model can be trained in, but not by this backend."""
+    layout, problems = config.distributed, []
+    if layout.pp > 1:
+        problems.append(f"distributed.pp = {layout.pp}: must be 1 for backend torch")
+    if layout.tp > 1:
+        problems.append(f"distributed.tp = {layout.tp}: must be 1 for backend torch")
+    if layout.ep > 1:
+        problems.append(f"distributed.ep = {layout.ep}: must be 1 for backend torch")
+    return problems

@@ -1,0 +1,39 @@
+"""A layout applied to a model that knows nothing of it. The order is that in which each step finds what it works on:
+tensors that an axis splits, blocks that are computed again, blocks that are compiled, blocks that are gathered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from kempnerforge_torch.distributed.fsdp import shard_parameters
+from kempnerforge_torch.distributed.mesh import Mesh
+from kempnerforge_torch.training.blocks import blocks, checkpoint_activations, compile_blocks
+from kempnerforge_torch.training.mixed_precision import compute_dtype
+from shared_config.contract.specs import ParameterTable
+from shared_config.schema.job import JobConfig
+
+
+def parallelize(
+    model: nn.Module,
+    config: JobConfig,
+    mesh: Mesh | None,
+    table: ParameterTable,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Any:
+    """The model, in place, as a layout trains it; without a mesh on one device.
+
+    Args:
+        model: on the meta device.
+        dtype: of its parameters, once they have values.
+    """
+    checkpoint_activations(model, config.train.activation_checkpointing)
+    if config.train.compile_model:
+        compile_blocks(model, device)
+    if mesh is not None:
+        shard_parameters(model, list(blocks(model)), mesh, table, compute_dtype(config, dtype), dtype)
+    return model

@@ -1,0 +1,65 @@
+"""The processes of a run: joined as a launcher says, one device each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from kempnerforge_torch.device import find_device
+from shared_config.training.launch import Launch, launch_of
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others in a collective before it gives up with an error."""
+BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
+"""Type of device -> what carries its tensors, and those of the host; gloo alone for others."""
+
+
+@contextlib.contextmanager
+def joined(device: torch.device | str | None, timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
+    """Join the other processes that a launcher started, for as long as the context is open, and give this one's device.
+
+    The processes of a machine take its accelerators in turn. Where there is one process, or a library has joined them
+    already, nothing is joined.
+
+    Raises:
+        UserError: this machine has no such device; a launcher's variables are incomplete.
+    """
+    launch = None if dist.is_initialized() else launch_of()
+    place = _own_device(find_device(device), launch)
+    if launch is None:
+        yield place
+        return
+    url = "env://" if launch.launcher == "torchrun" else f"tcp://{launch.address}:{launch.port}"
+    dist.init_process_group(
+        BACKENDS.get(place.type, "gloo"), url, timeout, rank=launch.rank, world_size=launch.world_size
+    )
+    try:
+        yield place
+    finally:
+        dist.destroy_process_group()
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers that all processes give."""
+    given = torch.tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(given, dist.ReduceOp.MAX)
+    return int(given)
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and speaks for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _own_device(device: torch.device, launch: Launch | None) -> torch.device:
+    if launch is None or device.type == "cpu":
+        return device
+    if device.index is None:
+        device = torch.device(device.type, launch.local_rank)
+    torch.accelerator.set_device_index(device)
+    return find_device(device)

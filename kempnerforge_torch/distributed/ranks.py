@@ -1,0 +1,88 @@
+"""What a step needs of the other ranks: sums over all that see different micro-batches, and the norm of a gradient
+whose parts lie on many ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Replicate
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from kempnerforge_torch.distributed.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that see different micro-batches; without a mesh there is one."""
+
+    mesh: Mesh | None
+
+    @property
+    def rank(self) -> int:
+        """The number of this one."""
+        return 0 if self.mesh is None else self.mesh.data_rank
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return 1 if self.mesh is None else self.mesh.data.size()
+
+    def number(self, number: int) -> int:
+        """The sum of a number of the host."""
+        return int(self.sums(torch.tensor(number)))
+
+    def sums(self, tree: Any) -> Any:
+        """The sum of each tensor of a tree; the same bits on every rank."""
+        if self.mesh is None:
+            return tree
+        leaves, structure = tree_flatten(tree)
+        found = [torch.as_tensor(leaf).clone() for leaf in leaves]
+        for tensor in found:
+            dist.all_reduce(tensor, group=self.mesh.data.get_group())
+        return tree_unflatten(found, structure)
+
+    def all_agree(self, taken: Tensor) -> Tensor:
+        """Whether a bool scalar is true on every rank of the run."""
+        if self.mesh is None:
+            return taken
+        votes = taken.to(torch.int32)
+        dist.all_reduce(votes, dist.ReduceOp.MIN)
+        return votes.bool()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all tensors together, in at least float32; of sharded ones with the parts of all ranks, and
+    the same bits on each.
+    """
+    wide = [local(tensor).to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    if not any(isinstance(tensor, DTensor) for tensor in tensors):
+        return torch.nn.utils.get_total_norm(wide)
+    squares = [part.square().sum() / _holders(tensor) for part, tensor in zip(wide, tensors, strict=True)]
+    total = torch.stack(squares).sum()
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
+def _holders(tensor: Tensor) -> int:
+    """How many ranks hold the same part of a tensor."""
+    ranks = dist.get_world_size()
+    if not isinstance(tensor, DTensor):
+        return ranks
+    parts = [
+        tensor.device_mesh.size(axis)
+        for axis, placed in enumerate(tensor.placements)
+        if not isinstance(placed, Replicate)
+    ]
+    return ranks // torch.Size(parts).numel()

@@ -1,0 +1,205 @@
+"""Jobs in parallel layouts, and what each of several processes finds that differs from one device.
+
+The processes run all cases one after another, as starting them costs more than the cases do.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import multiprocessing
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
+
+from shared_config.data import open_data
+from shared_config.interchange.checkpoint import TrainingState
+from shared_config.loader import load_config
+from shared_config.schema.job import JobConfig
+from tests.jobs import EXPERTS, draw_batch, tiny_job
+from tests.mutants import Mutant, planted
+
+STEPS, MICRO_BATCHES = 3, 2
+AGREED = 1e-10
+"""Of the largest value of a tensor, or of `FLOORS`."""
+FLOORS = {"weights": 1e-3, "optimizer": 1e-6}
+"""What a tensor's largest value is taken to be at least. The gradient of a key's bias is truly 0, and AdamW makes steps
+of its rounding: the floor of weights is about how far a step moves one.
+"""
+DENSE = {"tie_embeddings": True, "attention_bias": True, "n_heads": 4, "n_kv_heads": 4}
+SIGMOID = {**EXPERTS, "moe_shared_experts": 1, "num_experts": 4, "moe_frequency": 1, "n_heads": 4, "n_kv_heads": 4}
+SOFTMAX = {**SIGMOID, "moe_router": "softmax_topk", "moe_sequence_aux_loss_weight": 0.0, "moe_aux_loss_weight": 0.1}
+LIMITED = {**SOFTMAX, "moe_capacity_factor": 0.6, "moe_gradient_scale": True, "moe_shared_experts": 0}
+APART = {**SIGMOID, "moe_packed_experts": False}
+MODELS = {"dense": DENSE, "sigmoid": SIGMOID, "softmax": SOFTMAX, "limited": LIMITED, "apart": APART}
+VLM = [
+    "--model.dim=32", "--model.n_layers=2", "--model.n_heads=4", "--model.n_kv_heads=4", "--model.ffn_hidden_dim=48",
+    "--model.max_seq_len=64", "--vision_encoder.image_size=16", "--vision_encoder.feature_dim=24",
+    "--vision_encoder.n_heads=4", "--vision_encoder.n_layers=1", "--train.batch_size=2", "--vlm.max_text_len=24",
+    "--train.mixed_precision=fp32", "--train.compile_model=false", "--train.grad_clip_norm=0.5",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model in a layout.
+
+    Attributes:
+        model: a key of `MODELS`, or the arch of an image job.
+        ranks: how many processes.
+        layout: fields of ``[distributed]``.
+        options: further fields of the job, by section.
+    """
+
+    model: str
+    ranks: int
+    layout: Mapping[str, int]
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name} {size}" for name, size in self.layout.items())
+        return f"{self.model} on {self.ranks}: {sizes or 'fsdp'}"
+
+    @property
+    def key(self) -> str:
+        """Names what one device does, whatever the layout."""
+        return f"{self.model}-{self.shares}-{sorted(self.options)}"
+
+    @property
+    def shares(self) -> int:
+        """How many ranks see different micro-batches."""
+        return self.ranks // self.layout.get("tp", 1)
+
+    def job(self, layout: Mapping[str, int]) -> JobConfig:
+        if self.model in MODELS:
+            return tiny_job(MODELS[self.model], distributed=layout, **self.options)
+        sizes = [f"--distributed.{name}={size}" for name, size in layout.items()]
+        more = [f"--{part}.{name}={value}" for part, fields in self.options.items() for name, value in fields.items()]
+        return load_config(f"debug_vlm_{self.model}", [*VLM, *sizes, *more])
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a trainer did: numbers of each step, and its states after the first and the last."""
+
+    metrics: list[dict[str, float]]
+    states: list[TrainingState]
+
+
+def run_processes(
+    folder: Path, ranks: int, cases: Sequence[Case], mutants: Sequence[tuple[Mutant, Case]] = ()
+) -> dict[str, list[str]]:
+    """What differs in each case, and in the first step under each mutant, as any of the processes sees it."""
+    multiprocessing.set_forkserver_preload(["kempnerforge_torch.training.train", "tests.distributed.layouts"])
+    start_processes(
+        _one_of_them, (ranks, str(folder), list(cases), list(mutants)), nprocs=ranks, start_method="forkserver"
+    )
+    return pickle.loads((folder / "found").read_bytes())
+
+
+def _one_of_them(rank: int, ranks: int, folder: str, cases: list[Case], mutants: list[tuple[Mutant, Case]]) -> None:
+    torch.set_num_threads(1)
+    every = list({case.key: case for case in (*cases, *(case for _, case in mutants))}.values())
+    for case in every[rank::ranks]:
+        Path(folder, case.key).write_bytes(pickle.dumps(on_one_device(case)))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks)
+    dist.barrier()
+    truths = {case.key: pickle.loads(Path(folder, case.key).read_bytes()) for case in every}
+    try:
+        found = {str(case): _together(differences(case, truths[case.key])) for case in cases}
+        for mutant, case in mutants:
+            with planted(mutant, "torch"):
+                found[str(mutant)] = _together(differences(case, truths[case.key], count=1))
+        if rank == 0:
+            Path(folder, "found").write_bytes(pickle.dumps(found))
+    finally:
+        dist.destroy_process_group()
+
+
+def on_one_device(case: Case) -> Found:
+    """What the layout has to do, with the micro-batches of all ranks."""
+    job = case.job({})
+    data = _batches(job)
+    count = MICRO_BATCHES * case.shares
+    return steps(_trainer(job), [[data(step * count + index) for index in range(count)] for step in range(STEPS)])
+
+
+def differences(case: Case, truth: Found, count: int = STEPS) -> list[str]:
+    """What this rank finds to differ from one device, or between ranks, in the first steps."""
+    job = case.job(case.layout)
+    trainer, data = _trainer(job), _batches(job)
+    rank, every = trainer.ranks.rank, MICRO_BATCHES * case.shares
+    own = [[data(step * every + index) for index in range(rank, every, case.shares)] for step in range(count)]
+    found = steps(trainer, own)
+    return [*_compare(found, truth), *_replicas(found.states[-1])]
+
+
+def steps(trainer: Any, micro_batches: Sequence[Sequence[Any]]) -> Found:
+    metrics, states = [], []
+    for step, batches in enumerate(micro_batches):
+        metrics.append({name: float(value) for name, value in trainer.step(batches).items()})
+        if step in (0, len(micro_batches) - 1):
+            states.append(whole_state(trainer))
+    return Found(metrics, states)
+
+
+def whole_state(trainer: Any) -> TrainingState:
+    """The state, put together on every rank from the parts that it sees."""
+    state = importlib.import_module("kempnerforge_torch.model.state")
+    optimizer = importlib.import_module("kempnerforge_torch.training.optimizer")
+    moments = optimizer.get_optimizer_state(trainer.optimizer, trainer.parameters)
+    weights, kept = (
+        {name: state.to_numpy(tensor).copy() for name, tensor in tensors.items()}
+        for tensors in (state.get_state(trainer.model), moments)
+    )
+    return TrainingState(trainer.updates, weights, kept)
+
+
+def _trainer(job: JobConfig) -> Any:
+    return importlib.import_module("kempnerforge_torch.training.train").Trainer(job, "cpu", dtype=torch.float64)
+
+
+def _batches(job: JobConfig) -> Any:
+    return open_data(job).batch if job.vlm is not None else functools.partial(draw_batch, job)
+
+
+def _compare(found: Found, truth: Found) -> list[str]:
+    lines = []
+    for step, (own, true) in enumerate(zip(found.metrics, truth.metrics, strict=False)):
+        assert own.keys() == true.keys()
+        lines += [
+            f"step {step}: {name} = {own[name]}, not {value}"
+            for name, value in true.items()
+            if not np.isclose(own[name], value, rtol=AGREED, atol=AGREED)
+        ]
+    for step, (own, true) in enumerate(zip(found.states, truth.states, strict=False)):
+        for kind in ("weights", "optimizer"):
+            values, truths = getattr(own, kind), getattr(true, kind)
+            assert values.keys() == truths.keys()
+            for name, value in values.items():
+                limit = AGREED * max(np.abs(truths[name]).max(initial=0.0), FLOORS[kind])
+                if not np.abs(value - truths[name]).max(initial=0.0) <= limit:
+                    lines.append(f"state {step}: {name} differs by {np.abs(value - truths[name]).max()}")
+    return lines
+
+
+def _replicas(state: TrainingState) -> list[str]:
+    """Which tensors have other bits on this rank than on the first."""
+    own = {name: value.tobytes() for name, value in {**state.weights, **state.optimizer}.items()}
+    first: list[Any] = [own]
+    dist.broadcast_object_list(first, src=0)
+    return [f"{name}: other bits than on rank 0" for name, value in own.items() if value != first[0][name]]
+
+
+def _together(lines: list[str]) -> list[str]:
+    """What all processes found."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, lines)
+    return [f"rank {rank}: {line}" for rank, found in enumerate(every) for line in found]

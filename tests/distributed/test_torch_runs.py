@@ -1,0 +1,64 @@
+"""Runs of several processes: started by torchrun they are one run, the same as that of one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from shared_config.cli import main
+from shared_config.interchange import checkpoint
+from shared_config.interchange.toml import config_to_toml
+from tests.cli.processes import Result, run_python
+from tests.jobs import text_job
+
+STEPS = 4
+
+
+def torchrun(folder: Path, *arguments: str) -> Result:
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "shared_config.cli")
+    return run_python(*launcher, *arguments, cwd=folder)
+
+
+def metrics(folder: Path, name: str) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record[name] for record in map(json.loads, lines) if name in record]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes, and what they said."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    (folder / "job.toml").write_text(config_to_toml(text_job(folder, train={"max_steps": STEPS})))
+    done = torchrun(folder, "train", "job.toml", "--backend=torch", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    (folder / "said").write_text(done.stdout + done.stderr)
+    return folder
+
+
+def test_they_train_once_and_one_of_them_speaks(folder: Path) -> None:
+    said = (folder / "said").read_text()
+    assert said.count("checkpoint ") == len(list((folder / "run").glob("step_*"))) == 2
+    assert said.count(f"step {STEPS}/{STEPS}") == 1
+    assert metrics(folder / "run", "tokens") == [2 * 3 * 10] * STEPS
+
+
+def test_they_do_what_one_process_does_with_twice_the_micro_batches(folder: Path) -> None:
+    alone = ["--train.grad_accum_steps=2", "--eval.steps=4", f"--checkpoint.dir={folder / 'alone'}"]
+    assert main(["train", str(folder / "job.toml"), "--backend=torch", "--device=cpu", "--quiet", *alone]) == 0
+    for name in ("loss", "grad_norm", "heldout_loss"):
+        found, truth = (metrics(folder / run, name) for run in ("run", "alone"))
+        assert len(found) >= 1
+        assert found == pytest.approx(truth, rel=1e-6), name
+    states = [checkpoint.load(folder / run) for run in ("run", "alone")]
+    assert states[0].rows == states[1].rows == STEPS * 6
+    assert states[0].state.optimizer.keys() == states[1].state.optimizer.keys()
+
+
+def test_a_layout_that_does_not_fit_is_refused_by_every_rank(folder: Path) -> None:
+    done = torchrun(folder, "train", "job.toml", "--backend=torch", "--output=bad", "--distributed.pp=2")
+    assert done.returncode != 0
+    assert done.stderr.count("kempnerforge: distributed.pp = 2: must be 1") == 1
+    assert done.stderr.count("kempnerforge: rank 1: distributed.pp = 2: must be 1") == 1
+    assert not (folder / "bad").exists()
