@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared_config.schema.adapter import AdapterConfig
+from shared_config.schema.architecture import VLMConfig
+from shared_config.schema.base import Section, function_names
 from shared_config.schema.job import JobConfig
 
 
@@ -36,18 +38,15 @@ def function_of(config: JobConfig) -> dict[str, Any]:
 
     Spellings of the same function give the same values: derived fields are derived, and what has no effect is left out.
     """
-    values = _prefixed("model", config.model.function_fields())
-    values["vlm.arch"] = None if config.vlm is None else config.vlm.arch
+    values: dict[str, Any] = {}
+    for name in function_names(type(config)):
+        values |= _prefixed(name, _section_fields(config, getattr(config, name)))
     if config.vlm is not None:
-        values |= _prefixed("vlm", config.vlm.function_fields() | config.vlm.resolved_with(config.model))
         used, resolved = config.vlm.uses_model_fields, config.model.resolved()
         values |= _prefixed("model", {name: resolved.get(name, getattr(config.model, name)) for name in used})
-        values |= _prefixed("adapter", _adapter(config.adapter or AdapterConfig(), config.model.dim))
-        values["video.max_frames"] = None
-    if config.vision_encoder is not None:
-        values |= _prefixed("vision_encoder", config.vision_encoder.function_fields())
-    if config.video is not None:
-        values |= _prefixed("video", config.video.function_fields())
+        values |= {} if config.adapter else _prefixed("adapter", _section_fields(config, AdapterConfig()))
+        values.setdefault("video.max_frames", None)
+    values.setdefault("vlm.arch", None)
     return values
 
 
@@ -63,9 +62,16 @@ def differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[Differe
     ]
 
 
-def _adapter(adapter: AdapterConfig, dim: int) -> dict[str, Any]:
-    values = adapter.function_fields()
-    return values | {"hidden_dim": adapter.hidden_dim or dim} if "hidden_dim" in values else values
+def _section_fields(config: JobConfig, section: Section | None) -> dict[str, Any]:
+    """The fields of one section, those derived from the model as they come out."""
+    if section is None:
+        return {}
+    values = section.function_fields()
+    if isinstance(section, VLMConfig):
+        values |= section.resolved_with(config.model)
+    if isinstance(section, AdapterConfig) and "hidden_dim" in values:
+        values["hidden_dim"] = section.hidden_dim or config.model.dim
+    return values
 
 
 def _prefixed(section: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,8 +72,8 @@ NESTED = _Nested()
 
 
 class _KeepsFunction:
-    """Annotation for a field of the model that changes how it trains or runs, not what its weights compute when they
-    decode, which they do without capacity limits.
+    """Annotation for a field, or a whole section, that changes how a model trains or runs, not what its weights compute
+    when they decode, which they do without capacity limits.
     """
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from shared_config.errors import ConfigError
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.architecture import AnyVLMConfig
-from shared_config.schema.base import EXECUTION, NESTED, Section, section
+from shared_config.schema.base import EXECUTION, KEEPS_FUNCTION, NESTED, Section, section
 from shared_config.schema.checkpoint import CheckpointConfig
 from shared_config.schema.data import DataConfig, EvalConfig
 from shared_config.schema.distributed import DistributedConfig
@@ -25,13 +25,16 @@ from shared_config.schema.vision import VisionEncoderConfig
 
 @section
 class JobConfig(Section):
-    """Everything that defines a run. Text models leave vision_encoder, adapter, vlm and video None."""
+    """Everything that defines a run. Text models leave vision_encoder, adapter, vlm and video None.
+
+    Sections without an annotation say what the model computes, or what it is shown.
+    """
 
     model: Annotated[ModelConfig, NESTED] = Field(default_factory=ModelConfig)
-    train: Annotated[TrainConfig, NESTED] = Field(default_factory=TrainConfig)
-    optimizer: Annotated[OptimizerConfig, NESTED] = Field(default_factory=OptimizerConfig)
-    scheduler: Annotated[SchedulerConfig, NESTED] = Field(default_factory=SchedulerConfig)
-    data: Annotated[DataConfig, NESTED] = Field(default_factory=DataConfig)
+    train: Annotated[TrainConfig, NESTED, KEEPS_FUNCTION] = Field(default_factory=TrainConfig)
+    optimizer: Annotated[OptimizerConfig, NESTED, KEEPS_FUNCTION] = Field(default_factory=OptimizerConfig)
+    scheduler: Annotated[SchedulerConfig, NESTED, KEEPS_FUNCTION] = Field(default_factory=SchedulerConfig)
+    data: Annotated[DataConfig, NESTED, KEEPS_FUNCTION] = Field(default_factory=DataConfig)
     eval: Annotated[EvalConfig, NESTED, EXECUTION] = Field(default_factory=EvalConfig)
     distributed: Annotated[DistributedConfig, NESTED, EXECUTION] = Field(default_factory=DistributedConfig)
     checkpoint: Annotated[CheckpointConfig, NESTED, EXECUTION] = Field(default_factory=CheckpointConfig)

@@ -14,10 +14,8 @@ from shared_config.interchange.checkpoint import Checkpoint, TrainingState, load
 from shared_config.interchange.run_layout import latest
 from shared_config.interchange.source import read_model, to_stderr
 from shared_config.interchange.toml import config_from_dict
-from shared_config.schema.base import Section
+from shared_config.schema.base import Section, execution_names
 from shared_config.schema.job import JobConfig
-
-SILENT_SECTIONS = ("checkpoint", "metrics", "eval", "profiling", "distributed")
 
 Say = Callable[[str], None]
 
@@ -103,9 +101,9 @@ def _compare(config: JobConfig, checkpoint: Checkpoint, say: Say, note: Say, ove
         raise UserError("\n".join([*lines, advice]))
     for item in differing:
         note(f"note: {item.overriding(str(checkpoint.path))}")
-    told = [name for name in changed if name.split(".")[0] not in SILENT_SECTIONS]
-    if told:
-        changes = ", ".join(f"{name} {changed[name][0]!r} -> {changed[name][1]!r}" for name in told)
+    noted = [name for name in changed if name.partition(".")[0] not in execution_names(JobConfig)]
+    if noted:
+        changes = ", ".join(f"{name} {changed[name][0]!r} -> {changed[name][1]!r}" for name in noted)
         say(f"note: changed since the checkpoint: {changes}")
 
 

@@ -260,7 +260,7 @@ def test_resuming_continues_exactly(tmp_path: Path) -> None:
     summary = train(config_of(tmp_path / "parts", *constant), console=Console(file=text, width=300))
     assert (summary.resumed_from, summary.steps_run) == (5, 7)
     assert f"resuming at step 5 from {tmp_path / 'parts' / 'step_00000005'}\n" in text.getvalue()
-    assert "note: changed since the checkpoint: train.max_steps 5 -> 12" in text.getvalue()
+    assert "note: changed since the checkpoint: train.max_steps 5 -> 12\n" in text.getvalue()
     state, records = end_state(tmp_path / "parts")
     whole_state, whole_records = end_state(tmp_path / "whole")
     assert state == whole_state

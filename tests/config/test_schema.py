@@ -8,12 +8,13 @@ import json
 import pickle
 import subprocess
 import sys
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from pydantic import TypeAdapter
 
 from shared_config import ConfigError, JobConfig, ModelConfig, VLMConfig
+from shared_config.contract.function import differences, function_of
 from shared_config.interchange.toml import json_schema
 from shared_config.registry import Registry, temporary
 from shared_config.schema import (
@@ -29,10 +30,22 @@ from shared_config.schema import (
     VisionEncoderConfig,
     pooled_token_count,
 )
-from shared_config.schema.base import section
+from shared_config.schema.base import EXECUTION, NESTED, Section, function_names, section
 
 RANDOM_ENCODER = {"type": "random", "feature_dim": 8, "num_tokens": 16}
 VIT: dict[str, Any] = {"type": "vit", "feature_dim": 24, "image_size": 32, "patch_size": 8, "n_heads": 3, "n_layers": 1}
+
+
+@section
+class Added(Section):
+    scale: float = 1.0
+    workers: Annotated[int, EXECUTION] = 1
+
+
+@section
+class AddedJob(JobConfig):
+    added: Annotated[Added, NESTED] = Added()
+    tuning: Annotated[Added, NESTED, EXECUTION] = Added()
 
 
 def refused(build: Any, **fields: Any) -> str:
@@ -314,3 +327,25 @@ def test_which_layers_have_experts() -> None:
     config = ModelConfig(num_experts=4, moe_frequency=3, n_layers=8)
     assert [layer for layer in range(8) if config.is_moe_layer(layer)] == [2, 5]
     assert not ModelConfig().is_moe_layer(0)
+
+
+def test_a_new_section_or_field_belongs_to_the_function_unless_it_is_marked() -> None:
+    assert set(function_names(AddedJob)) - set(function_names(JobConfig)) == {"added"}
+    one = AddedJob()
+    for other, found in (
+        (one.replace(added=Added(scale=2.0)), ["added.scale"]),
+        (one.replace(added=Added(workers=2)), []),
+        (one.replace(tuning=Added(scale=2.0)), []),
+    ):
+        assert [difference.field for difference in differences(one, other)] == found
+
+
+def test_sections_of_a_model_and_of_what_it_is_shown_belong_to_the_function() -> None:
+    job = JobConfig(
+        vlm=VLMConfig.for_arch("joint_decoder"),
+        vision_encoder=VisionEncoderConfig(**RANDOM_ENCODER),
+        video=VideoConfig(),
+    )
+    assert function_names(JobConfig) == ("model", "vision_encoder", "adapter", "vlm", "video")
+    assert {name.partition(".")[0] for name in function_of(job)} == set(function_names(JobConfig))
+    assert function_of(JobConfig())["vlm.arch"] is None
