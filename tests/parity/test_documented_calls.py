@@ -393,6 +393,8 @@ def test_strategies_prepare_pixels_for_the_transformer(backend: Any, arch: str) 
     embeds, mask = (backend.numpy(part) for part in wrapper.encode_images(pixel_values, frame_mask))
     held = image.image_features if arch == "cross_attention" else image.prefix_embeds
     np.testing.assert_array_equal(backend.numpy(held), embeds)
+    np.testing.assert_array_equal(mask, [[True, False, True], [True] * 3])
+    np.testing.assert_array_equal((embeds == 0).all(axis=-1), ~mask)
     if arch == "cross_attention":
         np.testing.assert_array_equal(backend.numpy(image.image_mask), mask)
         assert image.key_padding_mask is None

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 import pytest
+import torch
 
+from shared_config.contract.specs import Constant, ParameterSpec
+from shared_config.schema.optimizer import OptimizerConfig
 from tests.oracle.router import SCORE_EPS
 from tests.parity.backends import Torch, on_both
 
@@ -122,3 +125,28 @@ def test_narrow_ids_name_rows_of_a_large_table(backend: Torch) -> None:
     embedding = backend.build(backend.module("model.embedding").TokenEmbedding, MANY, 1)
     ids = np.array([[0, 2**15 - 1]], np.int16)
     assert np.isfinite(backend.run(embedding, ids)).all()
+
+
+@on_both
+def test_updates_are_counted_beyond_any_narrow_number(backend: Torch) -> None:
+    optimizer, config = backend.module("training.optimizer"), OptimizerConfig()
+    table = {"norm": ParameterSpec((2,), Constant(1.0), (None,))}
+    moments = {f"{moment}.norm": np.full(2, 0.5, np.float32) for moment in ("m", "v")}
+    given = backend.array(np.ones(2, np.float32))
+    if backend.name == "torch":
+        norm = torch.nn.Parameter(given)
+        norm.grad = torch.ones_like(norm)
+        built = optimizer.build_optimizer({"norm": norm}, table, config)
+        optimizer.set_optimizer_state(built, {"norm": norm}, moments, MANY)
+        optimizer.update(built, 0.25)
+        state, moved = optimizer.get_optimizer_state(built, {"norm": norm}), norm
+    else:
+        built = optimizer.build_optimizer({"norm": given}, table, config)
+        held = optimizer.set_optimizer_state(built.init({"norm": given}), moments, MANY)
+        values, held = optimizer.update(built, {"norm": given}, held, {"norm": given}, 0.25)
+        state, moved = optimizer.get_optimizer_state(held), values["norm"]
+    count = backend.numpy(state["t.norm"])
+    assert (int(count), count.dtype) == (MANY + 1, np.int32)
+    m, v = (beta * 0.5 + (1 - beta) for beta in config.betas)
+    np.testing.assert_allclose(backend.numpy(moved), 1 - 0.25 * m / (np.sqrt(v) + config.eps), rtol=1e-5)
+    assert {backend.numpy(state[name]).dtype for name in ("m.norm", "v.norm")} == {np.dtype(np.float32)}

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from shared_config.contract.vision import TowerConfig
-from shared_config.schema import AdapterConfig, ModelConfig, MoMaConfig, pooled_token_count
+from shared_config.errors import ConfigError
+from shared_config.schema import AdapterConfig, CrossAttentionConfig, ModelConfig, MoMaConfig, pooled_token_count
 from tests.parity.backends import Torch, on_both
 
 Build = Callable[[Torch], Any]
@@ -72,9 +74,29 @@ CAPACITIES: dict[str, tuple[Build, str]] = {
     "layer": (layer("moma.MoMaFFN", MODEL, ("image", "text"), EXPERTS, FACTORS), SHARE),
     "block": (layer("moma.MoMaBlock", MODEL, ("image", "text"), EXPERTS, FACTORS, False, 0), SHARE),
 }
+HEADS: dict[str, tuple[Build, str]] = {
+    f"{kind} {name}": (layer(kind, *sizes, *rest), f"^{message}$")
+    for kind, rest in (
+        ("attention.Attention", ()),
+        ("cross_attention.CrossAttention", ()),
+        ("mot.MoTAttention", (("image", "text"),)),
+    )
+    for name, sizes, message in (
+        ("uneven", (8, 4, 3), "n_kv_heads = 3: must divide n_heads = 4"),
+        ("none", (8, 4, 0), "n_kv_heads = 0: must divide n_heads = 4"),
+        ("wide", (8, 3, 1), "n_heads = 3: must divide dim = 8, or head_dim must be given"),
+    )
+}
+IMAGE_HEADS = "n_kv_heads = 3: must divide n_heads = 4"
+HEADS["of images"] = (layer("mot.MoTAttention", 8, 4, 2, ("image", "text"), image_n_kv_heads=3), f"^{IMAGE_HEADS}$")
 CASES = {
     f"{kind}, {name}": case
-    for kind, cases in (("width", WIDTHS | SIZES), ("activation", ACTIVATIONS), ("capacity", CAPACITIES))
+    for kind, cases in (
+        ("width", WIDTHS | SIZES),
+        ("activation", ACTIVATIONS),
+        ("capacity", CAPACITIES),
+        ("heads", HEADS),
+    )
     for name, case in cases.items()
 }
 
@@ -93,3 +115,59 @@ def test_whole_shares_and_room_for_more_choices_than_an_even_split_are_fine(back
     assert layer("moma.ExpertChoiceSigmoidRouter", 8, 2, 1.0)(backend).share == (1, 1)
     options: dict[str, Any] = {"capacity_factor": 1.25}
     assert layer("moe.build_moe", 8, 8, 2, 1, **options)(backend).capacity_factor == 1.25
+
+
+@on_both
+def test_heads_need_not_divide_the_width_if_theirs_is_given(backend: Torch) -> None:
+    attention = layer("attention.Attention", 8, 3, 3, 4)(backend)
+    assert (attention.n_heads, attention.n_kv_heads, attention.head_dim) == (3, 3, 4)
+    mixed = layer("mot.MoTAttention", 8, 4, 2, ("image", "text"), image_n_kv_heads=4)(backend)
+    assert (mixed.n_heads, mixed.n_kv_heads, mixed.head_dim) == (4, 4, 2)
+
+
+@on_both
+def test_a_head_is_tied_to_a_table_of_its_shape_alone(backend: Torch) -> None:
+    head = layer("embedding.OutputHead", 8, 5)(backend)
+    with pytest.raises(ValueError, match=r"^embedding\.weight = \(6, 8\): must have the head's shape \(5, 8\)$"):
+        head.tie_weights(layer("embedding.TokenEmbedding", 6, 8)(backend))
+    head.tie_weights(layer("embedding.TokenEmbedding", 5, 8)(backend))
+
+
+@on_both
+def test_a_text_model_can_not_be_warmed_up(backend: Torch) -> None:
+    warm_start = backend.module("model.mot").mot_warm_start_from_text_stack
+    for model in (layer("transformer.Transformer", MODEL), layer("linear.Linear", 8, 8)):
+        with pytest.raises(ValueError, match=r"^transformer\.vlm_config = None: must be the config of a mixture"):
+            warm_start(model(backend), {})
+
+
+@on_both
+def test_a_block_that_reads_the_image_after_the_last_layer_is_enough(backend: Torch) -> None:
+    two = MODEL.replace(n_layers=2)
+    for every, blocks in ((1, 2), (2, 1)):
+        vlm = CrossAttentionConfig(max_text_len=8, cross_attention_every_n_layers=every)
+        architecture = backend.module("model.cross_attention").CrossAttentionArchitecture(two, vlm)
+        extra = architecture.extra_modules(**({} if backend.name == "torch" else {"rngs": None}))
+        assert list(extra) == ["cross_attention_layers", "norm"]
+        assert list(extra["cross_attention_layers"].keys()) == [str(i) for i in range(blocks)]
+    with pytest.raises(ConfigError, match=r"every_n_layers = 3: must be at most model\.n_layers = 2"):
+        backend.module("model.cross_attention").CrossAttentionArchitecture(
+            two, CrossAttentionConfig(max_text_len=8, cross_attention_every_n_layers=3)
+        )
+
+
+@on_both
+def test_a_stage_of_a_tied_model_does_without_the_other_end(backend: Torch) -> None:
+    """It is cast, and the first one set anew."""
+    whole, first, last = (layer("transformer.Transformer", MODEL.replace(tie_embeddings=True))(backend) for _ in "123")
+    first.output_head = last.token_embedding = None
+    state = backend.module("model.state")
+    for model in (whole, first):
+        model.init_weights_and_freqs(0)
+    expected, held = (backend.numpy(state.get_state(model)) for model in (whole, first))
+    assert expected.keys() == held.keys()
+    assert all(np.array_equal(held[name], expected[name]) for name in expected)
+    kind = torch.float64 if backend.name == "torch" else "bfloat16"
+    assert {str(value.dtype).rpartition(".")[2] for value in state.get_state(last.to(kind)).values()} == {
+        str(kind).rpartition(".")[2]
+    }

@@ -197,3 +197,25 @@ def test_a_name_that_is_almost_right_gets_a_hint(backend: Torch) -> None:
     assert list(store.layer_names) == ["mlp_norm", "mlp"]
     assert hooks.ActivationStore(layer).layer_names == names
     assert message_of(store.get, "attention").endswith("Modules: mlp_norm, mlp")
+
+
+@on_both
+def test_what_is_known_of_the_text_joins_what_is_known_of_the_image(backend: Torch) -> None:
+    vlm, context = backend.module("model.vlm"), backend.module("model.modality").ModalityContext
+    prefix, mask = backend.array(X[:, :2]), backend.array(REAL[:, :3])
+    seeds = [backend.array(np.array(seed, np.int32)) for seed in (5, 6)]
+    partly = backend.array(np.array([[True, False, True, True, False], [True] * 5]))
+    for real, expected in (
+        (None, np.concatenate([np.ones((2, 2), bool), REAL[:, :3]], axis=1)),
+        (partly, backend.numpy(partly) & np.concatenate([np.ones((2, 2), bool), REAL[:, :3]], axis=1)),
+    ):
+        joined = vlm.with_text(context(prefix_embeds=prefix, key_padding_mask=real), mask, None)
+        np.testing.assert_array_equal(backend.numpy(joined.key_padding_mask), expected)
+        assert joined.prefix_embeds is prefix
+        assert joined.noise_seed is None
+    beside = vlm.with_text(context(image_features=prefix, noise_seed=seeds[0]), mask, None)
+    np.testing.assert_array_equal(backend.numpy(beside.key_padding_mask), REAL[:, :3])
+    assert beside.noise_seed is seeds[0]
+    assert vlm.with_text(beside, None, seeds[1]).noise_seed is seeds[1]
+    assert vlm.with_text(beside, None, None).key_padding_mask is beside.key_padding_mask
+    assert vlm.with_text(context(image_features=prefix), None, None).key_padding_mask is None
