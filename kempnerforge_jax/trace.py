@@ -19,8 +19,8 @@ from kempnerforge_jax.model.build import build_model
 from kempnerforge_jax.model.expert_choice import ExpertChoiceSigmoidRouter
 from kempnerforge_jax.model.hooks import activation_names, capture, replacing
 from kempnerforge_jax.model.module import Module, named_modules, observing, substituting
-from kempnerforge_jax.model.moe import MoEStats
 from kempnerforge_jax.model.state import from_numpy, get_state, merge, split, to_numpy
+from kempnerforge_jax.model.stats import MoEStats
 from kempnerforge_jax.model.vlm import inner_transformer
 from kempnerforge_jax.training.loss import mean_cross_entropy, router_losses
 from kempnerforge_jax.training.mixed_precision import matmul_precision

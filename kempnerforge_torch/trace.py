@@ -16,8 +16,8 @@ from kempnerforge_torch.model.attention import KVCache
 from kempnerforge_torch.model.build import build_model
 from kempnerforge_torch.model.expert_choice import ExpertChoiceSigmoidRouter
 from kempnerforge_torch.model.hooks import activation_names, capture, replacing
-from kempnerforge_torch.model.moe import MoEStats
 from kempnerforge_torch.model.state import from_numpy, get_state, own_tensors, to_numpy
+from kempnerforge_torch.model.stats import MoEStats
 from kempnerforge_torch.model.vlm import inner_transformer
 from kempnerforge_torch.training.loss import mean_cross_entropy, router_losses
 from kempnerforge_torch.training.mixed_precision import matmul_precision

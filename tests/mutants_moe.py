@@ -78,8 +78,10 @@ MOE_MUTANTS = (
         ("_stacked(experts, name).detach().contiguous()", "_stacked(experts, name).detach().transpose(1, 2)"),
         ("nnx.Param(_stacked(experts, name))", "nnx.Param(_stacked(experts, name).swapaxes(1, 2))"),
     ),
-    Mutant("model.moe", "last call copied", ('{**self.__dict__, "_last": None}', "self.__dict__"), None),
-    Mutant("model.router", "last call copied", ('{**self.__dict__, "_last": None}', "self.__dict__"), None),
+    Mutant(
+        "model.stats", "last call copied",
+        ('self.__dict__.items() if name != "_last"', "self.__dict__.items()"), None,
+    ),
     Mutant(
         "model.grouped", "rows of no group computed",
         ("    out_RF[start:] = 0\n", "    out_RF[start:] = 1\n"),
@@ -93,13 +95,13 @@ MOE_MUTANTS = (
          "mine_b1 = ((rows_b > start) & (rows_b < end))[:, None]"),
     ),
     Mutant(
-        "model.transformer", "counts of the last micro-batch only",
-        ("added(self._pending_counts, self.get_expert_counts())", "self.get_expert_counts()"),
+        "model.stats", "counts of the last micro-batch only",
+        ("added(self._pending_counts, counts)", "counts"),
         ('added(self.kept("pending", {}), counts)', "added({}, counts)"),
     ),
     Mutant(
         "model.transformer", "counts of earlier steps again",
-        ("        self._pending_counts = {}\n\n    def get_moe_aux", "        pass\n\n    def get_moe_aux"),
+        ("        self._pending_counts = {}\n", "        pass\n"),
         ("        self.keep(pending={})\n", "        pass\n"),
     ),
     Mutant(
@@ -131,9 +133,9 @@ MOE_MUTANTS = (
          "initial_value(name, spec, seed + len(spec.shape) // 3)"),
     Mutant(
         "model.router", "average moved by every forward, and again by those of checkpointing",
-        ("            self._last = stats\n        return (weights_Tk, indices_Tk, s",
-         "            self._last = stats\n            getattr(self, 'expert_ema', torch.zeros(())).mul_(0.9)\n"
-         "        return (weights_Tk, indices_Tk, s"), None,
+        ("        if return_stats:\n            return RouterOutput",
+         "        getattr(self, 'expert_ema', torch.zeros(())).mul_(0.9)\n        if return_stats:\n"
+         "            return RouterOutput"), None,
     ),
     Mutant(
         "training.blocks", "no gradient through checkpointed blocks",

@@ -66,7 +66,10 @@ DIFFERENCES = {
         "KVCache.static": "torch: eager shapes may follow the fill; in JAX all shapes are static",
         "SharedCaches": "jax: a buffer is given to a program once",
     },
-    "model/linear.py": {"broadcast": "jax: sums its gradient in float32; torch's sums do"},
+    "model/linear.py": {
+        "broadcast": "jax: sums its gradient in float32; torch's sums do",
+        "silence": "jax: torch has nn.init.zeros_",
+    },
     "model/modality.py": {
         "ARRAYS": "jax: the leaves of a context, which is a pytree",
         "ModalityContext.tree_flatten_with_keys": "jax: pytree",

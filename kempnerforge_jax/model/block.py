@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict, Unpack
 
 import jax
 from flax import nnx
@@ -13,8 +13,17 @@ from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.model.moe import build_moe
 from kempnerforge_jax.model.norm import build_norm
-from kempnerforge_jax.model.stats import BlockOutput
+from kempnerforge_jax.model.stats import BlockOutput, keep_stats
 from shared_config.schema.model import ModelConfig
+
+
+class BlockOptions(TypedDict, total=False):
+    """Keyword arguments of every block: those of `Attention`, and ``limit_capacity`` of `MoEMLP`."""
+
+    kv_cache: KVCache | None
+    doc_ids: jax.Array | None
+    mask: Mask | jax.Array | None
+    limit_capacity: bool
 
 
 class TransformerBlock(Module):
@@ -39,11 +48,11 @@ class TransformerBlock(Module):
         mask: Mask | jax.Array | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,
-    ) -> Any:
+    ) -> jax.Array | tuple[jax.Array, KVCache] | BlockOutput:
         """(B, S, D) -> (B, S, D); given a cache, -> ((B, S, D), new cache). Arguments as for `Attention` and `MoEMLP`.
 
         Args:
-            return_stats: give a `BlockOutput`.
+            return_stats: give a `BlockOutput`, and leave the getters of the mixture alone.
         """
         out = self.attention(
             self.attention_norm(x),
@@ -64,11 +73,20 @@ class TransformerBlock(Module):
             out, stats = self.mlp(self.mlp_norm(x)), None
         if return_stats:
             return BlockOutput(x + out, stats, updated)
-        return x + out if kv_cache is None else (x + out, updated)
+        keep_stats(self.mlp, stats)
+        return x + out if updated is None else (x + out, updated)
 
-    def run(self, x: jax.Array, rope_cos: jax.Array, rope_sin: jax.Array, **options: Any) -> BlockOutput:
-        """What `forward` gives, with the router's stats."""
-        return self(x, rope_cos, rope_sin, return_stats=True, **options)
+    def run(
+        self,
+        x: jax.Array,
+        rope_cos: jax.Array,
+        rope_sin: jax.Array,
+        *,
+        key_padding_mask: jax.Array | None = None,
+        **options: Unpack[BlockOptions],
+    ) -> BlockOutput:
+        """What a call gives, with what its router counted. Arguments as for `forward`; nothing is kept."""
+        return self(x, rope_cos, rope_sin, key_padding_mask=key_padding_mask, return_stats=True, **options)
 
 
 def build_attention(config: ModelConfig, *, rngs: nnx.Rngs | None) -> Attention:
@@ -90,7 +108,7 @@ def build_attention(config: ModelConfig, *, rngs: nnx.Rngs | None) -> Attention:
 def build_feed_forward(config: ModelConfig, layer_idx: int, *, rngs: nnx.Rngs | None) -> Module:
     """The feed-forward part of a layer: dense, or a mixture of experts.
 
-    A mixture is called as ``mlp(x, valid=..., limit_capacity=..., return_stats=True)`` and gives (x, stats).
+    A mixture is called as ``mlp(x, valid=..., limit_capacity=..., return_stats=True)`` and gives a `MoEOutput`.
     """
     if not config.is_moe_layer(layer_idx):
         return build_mlp(config.dim, config.computed_ffn_hidden_dim, config.activation, rngs=rngs)

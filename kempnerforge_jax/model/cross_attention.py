@@ -14,7 +14,7 @@ from flax import nnx
 from kempnerforge_jax.model.architecture import Architecture, Modules
 from kempnerforge_jax.model.attention import attend, resolve_head_dim
 from kempnerforge_jax.model.checks import check_mask
-from kempnerforge_jax.model.linear import Linear
+from kempnerforge_jax.model.linear import Linear, silence
 from kempnerforge_jax.model.mask import FULL
 from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.modality import ModalityContext
@@ -111,8 +111,7 @@ class CrossAttentionBlock(Module):
         self.mlp_norm = build_norm(norm_type, dim, norm_eps, rngs=rngs)
         self.mlp = build_mlp(dim, ffn_hidden_dim, activation, rngs=rngs)
         for owner, name in ((self.attn, "o_proj"), (self.mlp, "down_proj")):
-            weight = getattr(owner, name).weight
-            weight.set_value(jnp.zeros_like(weight.get_value()))
+            silence(getattr(owner, name))
 
     def forward(
         self,

@@ -18,8 +18,8 @@ from flax import nnx
 from kempnerforge_jax.model.checks import check_ids, check_mask, check_shape, nan_outside
 from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.module import Module, Numbered
-from kempnerforge_jax.model.moe import MoEStats
 from kempnerforge_jax.model.router import SCORE_EPS, Gate
+from kempnerforge_jax.model.stats import ExpertChoiceOutput, MoEOutput, MoEStats, StatsGetters
 from shared_config.contract.capacity import choice_capacity, choice_share
 
 
@@ -46,19 +46,18 @@ class ExpertChoiceSigmoidRouter(Module):
         noise: jax.Array | None = None,
         *,
         return_scores: bool = False,
-    ) -> tuple[jax.Array, ...]:
+    ) -> tuple[jax.Array, jax.Array] | ExpertChoiceOutput:
         """
         Args:
             x: (T, D).
             valid: bool (T,), False for tokens that no expert may take.
             noise: (T, E), added to the logits for the choice alone. None is drawn: JAX has no mode of training.
-            return_scores: also give the scores.
+            return_scores: give an `ExpertChoiceOutput`.
 
         Returns:
             weights: (C, E) scores of the tokens that each expert takes, in at least float32; 0 where there are fewer
                 than C tokens that it may take.
-            tokens: (C, E) these tokens, best first; beyond those that it may take they mean nothing.
-            scores: (T, E) of all tokens.
+            tokens: int32 (C, E), these tokens, best first; beyond those that it may take they mean nothing.
         """
         logits_TE = self.gate(x)
         scores_TE = jax.nn.sigmoid(logits_TE)
@@ -70,7 +69,11 @@ class ExpertChoiceSigmoidRouter(Module):
         tokens_CE = jnp.argsort(ranked_TE, axis=0, descending=True, stable=True)[:room]
         is_taken_C1 = (jnp.arange(room) < taken)[:, None]
         weights_CE = jnp.take_along_axis(scores_TE, tokens_CE, axis=0) * is_taken_C1
-        return (weights_CE, tokens_CE, scores_TE) if return_scores else (weights_CE, tokens_CE)
+        return ExpertChoiceOutput(weights_CE, tokens_CE, scores_TE) if return_scores else (weights_CE, tokens_CE)
+
+    def run(self, x: jax.Array, valid: jax.Array | None = None, noise: jax.Array | None = None) -> ExpertChoiceOutput:
+        """What a call gives, with the scores of all tokens. Arguments as for `forward`."""
+        return self(x, valid, noise, return_scores=True)
 
     def capacity(self, x: jax.Array, valid: jax.Array | None = None) -> tuple[int, jax.Array | int]:
         """C, and how many of the ``valid`` tokens of ``x`` (T, D) an expert takes, at most C."""
@@ -78,9 +81,7 @@ class ExpertChoiceSigmoidRouter(Module):
         return room, room if valid is None else choice_capacity(valid.sum(dtype=jnp.int32), self.share)
 
     @staticmethod
-    def taking(
-        output: tuple[jax.Array, jax.Array, jax.Array], tokens_CE: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def taking(output: ExpertChoiceOutput, tokens_CE: jax.Array) -> ExpertChoiceOutput:
         """What the call that gave ``output`` would have given, had the experts chosen ``tokens_CE``.
 
         Raises:
@@ -90,10 +91,10 @@ class ExpertChoiceSigmoidRouter(Module):
         check_shape("tokens_CE", tokens_CE, own_CE.shape)
         check_ids("tokens_CE", tokens_CE, len(scores_TE))
         taken_CE = jnp.take_along_axis(scores_TE, tokens_CE, axis=0) * (weights_CE != 0)
-        return nan_outside(taken_CE, tokens_CE, len(scores_TE)), tokens_CE, scores_TE
+        return ExpertChoiceOutput(nan_outside(taken_CE, tokens_CE, len(scores_TE)), tokens_CE, scores_TE)
 
 
-class ExpertChoiceMoE(Module):
+class ExpertChoiceMoE(StatsGetters):
     """y_t = sum over the experts that take token t of score * expert(x_t); 0 for a token that none takes."""
 
     def __init__(
@@ -108,6 +109,7 @@ class ExpertChoiceMoE(Module):
         rngs: nnx.Rngs | None,
     ):
         """Arguments as for the router, and ``hidden_dim``, the width of every expert."""
+        self.num_experts = num_experts
         self.router = ExpertChoiceSigmoidRouter(dim, num_experts, capacity_factor, gumbel_noise, rngs=rngs)
         experts = {str(i): build_mlp(dim, hidden_dim, activation, rngs=rngs) for i in range(num_experts)}
         self.experts: nnx.Dict[Any] = Numbered(experts)
@@ -119,13 +121,14 @@ class ExpertChoiceMoE(Module):
         noise: jax.Array | None = None,
         *,
         return_stats: bool = False,
-    ) -> jax.Array | tuple[jax.Array, MoEStats]:
+    ) -> jax.Array | MoEOutput:
         """(..., D) -> (..., D).
 
         Args:
             valid: bool (...), the tokens that take part; None means all.
             noise: (..., E), see the router.
-            return_stats: also give what was counted: there are no losses; dropped are the tokens that none takes.
+            return_stats: give a `MoEOutput`, and leave the getters alone. There are no losses; dropped are the tokens
+                that none takes.
 
         Raises:
             ValueError: a mask of another dtype or shape.
@@ -144,15 +147,15 @@ class ExpertChoiceMoE(Module):
             y_TD = y_TD.at[tokens_C].add(out_CD, unique_indices=True)
         taken = self.router.capacity(x_TD, valid_T)[1]
         stats = _stats(tokens_CE, jax.lax.stop_gradient(scores_TE), taken, valid_T)
-        self.keep(stats=stats)
         y = y_TD.astype(x.dtype).reshape(x.shape)
-        return (y, stats) if return_stats else y
+        if return_stats:
+            return MoEOutput(y, stats)
+        self.keep_stats(stats)
+        return y
 
-    @property
-    def expert_counts(self) -> jax.Array:
-        """(E,) tokens that each expert took in the last call outside jit; 0 before any."""
-        stats = self.kept("stats")
-        return jnp.zeros(self.router.num_experts, jnp.int32) if stats is None else stats.expert_counts
+    def run(self, x: jax.Array, valid: jax.Array | None = None, noise: jax.Array | None = None) -> MoEOutput:
+        """What a call gives, with what was counted. Arguments as for `forward`; nothing is kept."""
+        return self(x, valid, noise, return_stats=True)
 
 
 def _stats(tokens_CE: jax.Array, scores_TE: jax.Array, taken: jax.Array | int, valid: jax.Array | None) -> MoEStats:

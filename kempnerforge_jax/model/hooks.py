@@ -16,7 +16,6 @@ from jax.core import Tracer
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module, observing, start_observing, stop_observing, substituting
 from kempnerforge_jax.model.state import merge, split
-from kempnerforge_jax.model.stats import BlockOutput
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.wrappers import plain_modules, unwrapped
 from shared_config.interchange.activations import (
@@ -238,7 +237,8 @@ def _replaced(name: str, output: Any, other: jax.Array) -> Any:
     first = jax.lax.stop_gradient(other.astype(own.dtype))
     if not isinstance(output, tuple):
         return first
-    return output._replace(x=first) if isinstance(output, BlockOutput) else (first, *output[1:])
+    rest = output[1:]
+    return type(output)(first, *rest) if hasattr(output, "_fields") else (first, *rest)
 
 
 def _to_numpy(output: Any) -> Any:

@@ -48,6 +48,12 @@ class Embedding(Module):
         return nan_outside(rows, ids, self.num_embeddings)
 
 
+def silence(layer: Linear) -> None:
+    """Set the weight to zero."""
+    assert layer.weight is not None, "a tied layer has no weight"
+    layer.weight.set_value(jnp.zeros_like(layer.weight.get_value()))
+
+
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """x (..., I) times weight (O, I) over I, plus bias (O,).
 

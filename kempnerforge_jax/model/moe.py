@@ -15,7 +15,7 @@ R = k * T rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,32 +29,17 @@ from kempnerforge_jax.model.experts import grouped_expert_forward_packed as grou
 from kempnerforge_jax.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.router import TopKRouter, build_router
+from kempnerforge_jax.model.stats import MoEOutput, MoEStats, RouterStats, StatsGetters, keep_stats
 
 PROJECTIONS = ("gate", "up", "down")
 
 
-class MoEStats(NamedTuple):
-    """What one call of a layer counted, and its losses, over the valid tokens.
-
-    Attributes:
-        aux_loss, z_loss: the router's losses, unweighted.
-        expert_counts: int32 (E,), choices of each expert, before capacity.
-        entropy: mean entropy of the tokens' distributions over experts, in nats, without a gradient.
-        dropped: int32, choices that found no room.
-    """
-
-    aux_loss: jax.Array
-    z_loss: jax.Array
-    expert_counts: jax.Array
-    entropy: jax.Array
-    dropped: jax.Array
-
-
-class MoEMLP(Module):
+class MoEMLP(StatsGetters):
     """y_t = sum over the choices j of w_tj expert_{i_tj}(x_t), plus shared_expert(x_t).
 
     Args:
-        router: called as ``router(x_TD, valid_T, batch_size=B, return_stats=True)``, gives weights, indices and stats.
+        router: called as ``router(x_TD, valid_T, batch_size=B, return_stats=True)``, gives a
+            `RouterOutput`.
         experts: E feed-forward layers of one kind. What is neither a `SwiGLUMLP` nor a `StandardMLP` computes all rows,
             of which its own are taken.
         shared_expert: applied to every token.
@@ -101,7 +86,7 @@ class MoEMLP(Module):
         members: jax.Array | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,
-    ) -> Any:
+    ) -> jax.Array | MoEOutput:
         """(B, S, D) -> (B, S, D).
 
         Args:
@@ -109,7 +94,7 @@ class MoEMLP(Module):
             members: bool (B, S), False at positions that are none of this layer's tokens: they are not routed, and in
                 contrast to padding they do not count for the capacity.
             limit_capacity: False: an expert takes any number of choices in this call.
-            return_stats: also give `MoEStats`.
+            return_stats: give a `MoEOutput`, and leave the getters alone.
 
         Raises:
             ValueError: masks, or experts that the router names, of another dtype or shape. A token becomes NaN if its
@@ -139,27 +124,27 @@ class MoEMLP(Module):
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD).astype(y_TD.dtype)
         stats = MoEStats(*routed, dropped=routed.expert_counts.sum(dtype=jnp.int32) - plan.ends_E[-1])
-        self.keep(stats=stats)
         y_BSD = y_TD.astype(x.dtype).reshape(x.shape)
-        return (y_BSD, stats) if return_stats else y_BSD
+        if return_stats:
+            return MoEOutput(y_BSD, stats)
+        self.keep_stats(stats)
+        return y_BSD
 
-    @property
-    def aux_loss(self) -> jax.Array:
-        """Balancing loss of the last call outside jit; 0 before any."""
-        stats = self.kept("stats")
-        return self.router.aux_loss if stats is None else stats.aux_loss
+    def run(
+        self,
+        x: jax.Array,
+        valid: jax.Array | None = None,
+        *,
+        members: jax.Array | None = None,
+        limit_capacity: bool = True,
+    ) -> MoEOutput:
+        """What a call gives, with what was counted. Arguments as for `forward`; nothing is kept."""
+        return self(x, valid, members=members, limit_capacity=limit_capacity, return_stats=True)
 
-    @property
-    def z_loss(self) -> jax.Array:
-        """Router z-loss of the last call outside jit; 0 before any."""
-        stats = self.kept("stats")
-        return self.router.z_loss if stats is None else stats.z_loss
-
-    @property
-    def expert_counts(self) -> jax.Array:
-        """(E,) choices of each expert in the last call outside jit; 0 before any."""
-        stats = self.kept("stats")
-        return self.router.expert_counts if stats is None else stats.expert_counts
+    def keep_stats(self, stats: RouterStats | MoEStats) -> None:
+        """Let the getters speak of a call, those of the router too. Inside jit nothing happens."""
+        super().keep_stats(stats)
+        keep_stats(self.router, stats)
 
     def expert_weights(self) -> dict[str, jax.Array]:
         """``gate`` (silu only), ``up`` (E, D, F) and ``down`` (E, F, D), from wherever they are held; {} for experts of

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,15 @@ from flax import nnx
 
 from kempnerforge_jax.model.architecture import Architecture, RotaryTable
 from kempnerforge_jax.model.attention import KVCache
-from kempnerforge_jax.model.block import build_attention
+from kempnerforge_jax.model.block import BlockOptions, build_attention
 from kempnerforge_jax.model.expert_choice import ExpertChoiceMoE, ExpertChoiceSigmoidRouter
 from kempnerforge_jax.model.layout import Layout, layout_of, stream_layout
 from kempnerforge_jax.model.mask import Mask
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module, Table
-from kempnerforge_jax.model.moe import MoEStats
 from kempnerforge_jax.model.noise import gumbel_noise
 from kempnerforge_jax.model.norm import build_norm
-from kempnerforge_jax.model.stats import BlockOutput
+from kempnerforge_jax.model.stats import BlockOutput, MoEStats, MoMaOutput, keep_stats
 from kempnerforge_jax.registry import registry
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import MoMaConfig
@@ -84,7 +83,7 @@ class MoMaFFN(Module):
         layout: Layout | None = None,
         noise_seed: jax.Array | None = None,
         return_stats: bool = False,
-    ) -> jax.Array | tuple[jax.Array, dict[str, MoEStats]]:
+    ) -> jax.Array | MoMaOutput:
         """(B, S, D) -> (B, S, D).
 
         Args:
@@ -92,7 +91,7 @@ class MoMaFFN(Module):
             key_padding_mask: bool (B, S), False for padding, which no expert takes.
             layout: in place of ids, where it is known beforehand.
             noise_seed: int (); given, Gumbel noise moves the choices.
-            return_stats: also give the stats of each modality.
+            return_stats: give a `MoMaOutput`, and leave the getters alone.
 
         Raises:
             ValueError: ids and masks of another dtype or shape. A position is NaN if its id names no modality.
@@ -103,7 +102,22 @@ class MoMaFFN(Module):
             out = layout.known(sum(outs.values(), jnp.zeros_like(x)))
         else:
             out = jnp.concatenate([outs[name] for name, _, _ in layout.spans], axis=1)
-        return (out, stats) if return_stats else out
+        if return_stats:
+            return MoMaOutput(out, stats)
+        keep_stats(self.experts, stats)
+        return out
+
+    def run(
+        self,
+        x: jax.Array,
+        modality_ids: jax.Array | None = None,
+        key_padding_mask: jax.Array | None = None,
+        *,
+        layout: Layout | None = None,
+        noise_seed: jax.Array | None = None,
+    ) -> MoMaOutput:
+        """What a call gives, with the stats of each modality. Arguments as for `forward`; nothing is kept."""
+        return self(x, modality_ids, key_padding_mask, layout=layout, noise_seed=noise_seed, return_stats=True)
 
     def _by_span(
         self, x: jax.Array, layout: Layout, valid: jax.Array | None, noise_seed: jax.Array | None
@@ -192,7 +206,7 @@ class MoMaBlock(Module):
         Experts that choose tokens have a share of them and no other capacity: ``limit_capacity`` changes nothing.
 
         Args:
-            return_stats: give a `BlockOutput`; its stats are those of each modality, by name.
+            return_stats: give a `BlockOutput`, and leave the getters alone.
         """
         x = x + self.attention(
             self.attention_norm(x), rope_cos, rope_sin, mask=mask, doc_ids=doc_ids, key_padding_mask=key_padding_mask
@@ -200,11 +214,26 @@ class MoMaBlock(Module):
         out, stats = self.mlp(
             self.mlp_norm(x), modality_ids, key_padding_mask, layout=layout, noise_seed=noise_seed, return_stats=True
         )
-        return BlockOutput(x + out, stats) if return_stats else x + out
+        if return_stats:
+            return BlockOutput(x + out, stats)
+        keep_stats(self.mlp, stats)
+        return x + out
 
-    def run(self, x: jax.Array, rope_cos: jax.Array, rope_sin: jax.Array, **options: Any) -> BlockOutput:
-        """What `forward` gives, with the stats of each modality."""
-        return self(x, rope_cos, rope_sin, return_stats=True, **options)
+    def run(
+        self,
+        x: jax.Array,
+        rope_cos: jax.Array,
+        rope_sin: jax.Array,
+        modality_ids: jax.Array | None = None,
+        *,
+        key_padding_mask: jax.Array | None = None,
+        layout: Layout | None = None,
+        noise_seed: jax.Array | None = None,
+        **options: Unpack[BlockOptions],
+    ) -> BlockOutput:
+        """What a call gives, with the stats of each modality. Arguments as for `forward`; nothing is kept."""
+        own = {"key_padding_mask": key_padding_mask, "layout": layout, "noise_seed": noise_seed}
+        return self(x, rope_cos, rope_sin, modality_ids, **own, return_stats=True, **options)
 
 
 @registry.register("architecture", "moma")

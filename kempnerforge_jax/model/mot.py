@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,17 @@ from flax import nnx
 
 from kempnerforge_jax.model.architecture import Architecture, Modules, RotaryTable
 from kempnerforge_jax.model.attention import KVCache, attend, resolve_head_dim, self_attention_mask
-from kempnerforge_jax.model.block import build_feed_forward
+from kempnerforge_jax.model.block import BlockOptions, build_feed_forward
 from kempnerforge_jax.model.checks import check_positions
 from kempnerforge_jax.model.layout import Layout, Rope, Streams, one_stream, positions_after, stream_layout
-from kempnerforge_jax.model.linear import Linear
+from kempnerforge_jax.model.linear import Linear, silence
 from kempnerforge_jax.model.mask import FULL, Mask
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.model.norm import RMSNorm, build_norm
 from kempnerforge_jax.model.position import apply_rope
 from kempnerforge_jax.model.state import set_state
-from kempnerforge_jax.model.stats import BlockOutput
+from kempnerforge_jax.model.stats import BlockOutput, MoEStats, keep_stats
 from kempnerforge_jax.registry import registry
 from shared_config.contract.warm_start import warm_start_state
 from shared_config.schema.model import ModelConfig
@@ -169,13 +169,7 @@ class MoTBlock(Module):
     ):
         self.modalities = tuple(modalities)
         self.is_moe = config.is_moe_layer(layer_idx)
-
-        def norms() -> nnx.Dict[Any]:
-            return nnx.Dict(
-                {name: build_norm(config.norm_type, config.dim, config.norm_eps, rngs=rngs) for name in self.modalities}
-            )
-
-        self.attn_norm = norms()
+        self.attn_norm = _norms(config, self.modalities, rngs=rngs)
         self.attn = MoTAttention(
             config.dim,
             config.n_heads,
@@ -190,14 +184,14 @@ class MoTBlock(Module):
             image_n_kv_heads=image_n_kv_heads,
             rngs=rngs,
         )
-        self.mlp_norm = norms()
+        self.mlp_norm = _norms(config, self.modalities, rngs=rngs)
         self.mlp: nnx.Dict[Any] = nnx.Dict(
             {name: build_feed_forward(config, layer_idx, rngs=rngs) for name in self.modalities}
         )
         for name in self.modalities:
-            _silence(self.attn.o_proj[name])
+            silence(self.attn.o_proj[name])
             if not self.is_moe:
-                _silence(self.mlp[name].down_proj)
+                silence(self.mlp[name].down_proj)
 
     def forward(
         self,
@@ -211,13 +205,13 @@ class MoTBlock(Module):
         doc_ids: jax.Array | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,
-    ) -> Any:
+    ) -> Streams | tuple[Streams, KVCache] | BlockOutput:
         """Streams of modalities -> the same, or one stream -> the same; given a cache, -> (that, new cache).
 
         Arguments as for `MoTAttention` and `MoEMLP`.
 
         Args:
-            return_stats: give a `BlockOutput`; its stats are those of each modality's router, by name.
+            return_stats: give a `BlockOutput`, and leave the getters alone.
         """
         x, rope, places = one_stream(self.modalities, streams, rope, layout)
         out = self.attn(
@@ -239,15 +233,24 @@ class MoTBlock(Module):
         x = places.split(x + out) if layout is None else x + out
         if return_stats:
             return BlockOutput(x, stats, updated)
-        return x if kv_cache is None else (x, updated)
+        keep_stats(self.mlp, stats)
+        return x if updated is None else (x, updated)
 
-    def run(self, streams: Streams, rope: Mapping[str, Rope] | Rope, **options: Any) -> BlockOutput:
-        """What `forward` gives, with the routers' stats."""
-        return self(streams, rope, return_stats=True, **options)
+    def run(
+        self,
+        streams: Streams,
+        rope: Mapping[str, Rope] | Rope,
+        key_padding_mask: jax.Array | None = None,
+        *,
+        layout: Layout | None = None,
+        **options: Unpack[BlockOptions],
+    ) -> BlockOutput:
+        """What a call gives, with what the routers counted. Arguments as for `forward`; nothing is kept."""
+        return self(streams, rope, key_padding_mask, layout=layout, return_stats=True, **options)
 
     def _route(
         self, x_BSD: jax.Array, layout: Layout, valid: jax.Array | None, limit_capacity: bool
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    ) -> tuple[jax.Array, dict[str, MoEStats]]:
         """What the experts of each modality make of its tokens, and their stats, by name. Capacity is that of the
         modality's positions in the batch, padding included.
         """
@@ -284,12 +287,7 @@ class MoTArchitecture(Architecture):
 
     def extra_modules(self, *, rngs: nnx.Rngs | None) -> dict[str, nnx.Module]:
         """The final norms."""
-        config = self.config
-        norms = {
-            name: build_norm(config.norm_type, config.dim, config.norm_eps, rngs=rngs)
-            for name in self.vlm_config.mot_modalities
-        }
-        return {"mot_norms": nnx.Dict(norms)}
+        return {"mot_norms": _norms(self.config, self.vlm_config.mot_modalities, rngs=rngs)}
 
     def check(self, modality: ModalityContext) -> None:
         """The image comes as ``prefix_embeds``, or within ``inputs_embeds`` with ``modality_ids``."""
@@ -344,5 +342,6 @@ def _repeated(x_BSKh: jax.Array, copies: int) -> jax.Array:
     return jnp.repeat(wide_BSKh, copies, axis=2).astype(x_BSKh.dtype)
 
 
-def _silence(linear: Any) -> None:
-    linear.weight.set_value(jnp.zeros_like(linear.weight.get_value()))
+def _norms(config: ModelConfig, modalities: Sequence[str], *, rngs: nnx.Rngs | None) -> nnx.Dict[Module]:
+    """One of each modality."""
+    return nnx.Dict({name: build_norm(config.norm_type, config.dim, config.norm_eps, rngs=rngs) for name in modalities})

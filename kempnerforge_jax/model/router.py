@@ -6,7 +6,7 @@ Shapes: T tokens = B sequences of S tokens, D model dim, E experts, k choices of
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,28 +14,13 @@ from flax import nnx
 from jax.core import Tracer
 
 from kempnerforge_jax.model.linear import Linear
-from kempnerforge_jax.model.module import Buffer, Module
+from kempnerforge_jax.model.module import Buffer
+from kempnerforge_jax.model.stats import RouterOutput, RouterStats, StatsGetters
 from kempnerforge_jax.registry import registry
 
 SCORE_EPS = 1e-20
 BIAS_SCHEDULES = ("constant", "cosine_decay", "linear_warmup")
 WARMUP_SHARE = 0.1
-
-
-class RouterStats(NamedTuple):
-    """What one call of a router counted, and its losses, over the valid tokens.
-
-    Attributes:
-        aux_loss: balancing loss.
-        z_loss: mean(logsumexp(logits)^2) (Zoph et al. 2022, arXiv:2202.08906).
-        expert_counts: int32 (E,), choices of each expert, before any capacity.
-        entropy: mean entropy of the tokens' distributions over experts, in nats, without a gradient.
-    """
-
-    aux_loss: jax.Array
-    z_loss: jax.Array
-    expert_counts: jax.Array
-    entropy: jax.Array
 
 
 class Gate(Linear):
@@ -54,7 +39,7 @@ class Gate(Linear):
         return jnp.matmul(x.astype(dtype), weight.astype(dtype).T, precision=jax.lax.Precision.HIGHEST)
 
 
-class TopKRouter(Module):
+class TopKRouter(StatsGetters):
     """The k experts with the best scores, ties to the lowest index. A router of its own overrides what `_score` and the
     methods after it say.
     """
@@ -79,40 +64,28 @@ class TopKRouter(Module):
 
     def forward(
         self, x: jax.Array, valid: jax.Array | None = None, *, batch_size: int = 1, return_stats: bool = False
-    ) -> Any:
+    ) -> tuple[jax.Array, jax.Array] | RouterOutput:
         """Combine weights (T, k), at least float32, and expert indices int32 (T, k), best first.
 
         Args:
             x: (T, D), the tokens, sequence by sequence.
             valid: bool (T,), False for padding, which counts nowhere.
             batch_size: B, number of sequences; all have T / B tokens.
-            return_stats: also give `RouterStats`.
+            return_stats: give a `RouterOutput`, and leave the getters alone.
         """
         logits_TE = self.gate(x)
         scores_TE = self._score(logits_TE)
         indices_Tk = top_k_lowest_first(self._preference(jax.lax.stop_gradient(scores_TE)), self.top_k)
         weights_Tk = self._weigh(jnp.take_along_axis(scores_TE, indices_Tk, axis=1))
         stats = self._measure(logits_TE, scores_TE, indices_Tk, valid, batch_size)
-        self.keep(stats=stats)
-        return (weights_Tk, indices_Tk, stats) if return_stats else (weights_Tk, indices_Tk)
+        if return_stats:
+            return RouterOutput(weights_Tk, indices_Tk, stats)
+        self.keep_stats(stats)
+        return weights_Tk, indices_Tk
 
-    @property
-    def aux_loss(self) -> jax.Array:
-        """Balancing loss of the last call outside jit; 0 before any."""
-        stats = self.kept("stats")
-        return self._zero() if stats is None else stats.aux_loss
-
-    @property
-    def z_loss(self) -> jax.Array:
-        """Router z-loss of the last call outside jit; 0 before any."""
-        stats = self.kept("stats")
-        return self._zero() if stats is None else stats.z_loss
-
-    @property
-    def expert_counts(self) -> jax.Array:
-        """(E,) choices of each expert in the last call outside jit; 0 before any."""
-        stats = self.kept("stats")
-        return jnp.zeros(self.num_experts, jnp.int32) if stats is None else stats.expert_counts
+    def run(self, x: jax.Array, valid: jax.Array | None = None, *, batch_size: int = 1) -> RouterOutput:
+        """What a call gives, with what was counted. Arguments as for `forward`; nothing is kept."""
+        return self(x, valid, batch_size=batch_size, return_stats=True)
 
     def _score(self, logits_TE: jax.Array) -> jax.Array:
         """Non-negative scores of all experts."""
@@ -157,10 +130,6 @@ class TopKRouter(Module):
             expert_counts=chosen_TE.sum(axis=0, dtype=jnp.int32),
             entropy=masked_mean(entropy_T, valid_T, axis=0),
         )
-
-    def _zero(self) -> jax.Array:
-        assert self.gate.weight is not None
-        return jnp.zeros((), _at_least_float32(self.gate.weight.get_value().dtype))
 
 
 class SoftmaxTopKRouter(TopKRouter):

@@ -5,7 +5,7 @@ Shapes: B batch, S positions of the residual stream, D model dim, V vocabulary, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from kempnerforge_jax.model.module import Module, Numbered, is_observed
 from kempnerforge_jax.model.position import RotaryTables
 from kempnerforge_jax.model.scan import periods, run_blocks, stacked
 from kempnerforge_jax.model.stack import Stack
-from kempnerforge_jax.model.stats import TransformerOutput, added, counts_of, routers
+from kempnerforge_jax.model.stats import LayerCounts, LayerStats, ModelGetters, TransformerOutput
 from kempnerforge_jax.model.stream import check_inputs, check_stream
 from kempnerforge_jax.model.wrappers import plain_modules
 from kempnerforge_jax.registry import registry
@@ -37,7 +37,7 @@ import_declared("architecture", "kempnerforge_jax.model")
 
 
 @registry.register("model", "transformer")
-class Transformer(Module):
+class Transformer(ModelGetters):
     """Token embedding, blocks, final norm, output head.
 
     A pipeline stage is a transformer of which ``token_embedding``, ``norm`` or ``output_head`` were set to None and
@@ -92,7 +92,7 @@ class Transformer(Module):
         doc_ids: jax.Array | None = None,
         allow_image_inputs: bool = False,
         limit_capacity: bool | None = None,
-    ) -> Any:
+    ) -> jax.Array | tuple[jax.Array, list[KVCache]]:
         """Logits (B, S_out, V); given caches, (logits, caches). Arguments as for `run`.
 
         Outside jit, the router stats are kept for the getters.
@@ -105,11 +105,8 @@ class Transformer(Module):
             allow_image_inputs=allow_image_inputs,
             limit_capacity=limit_capacity,
         )
-        self.keep(stats=output.stats)
-        if not self.deterministic:
-            counts = {layer: counts_of(stats) for layer, stats in output.stats.items()}
-            self.keep(pending=added(self.kept("pending", {}), counts))
-        return output.logits if kv_caches is None else (output.logits, output.kv_caches)
+        self.keep_stats(output.stats)
+        return output.logits if output.kv_caches is None else (output.logits, output.kv_caches)
 
     def run(
         self,
@@ -177,31 +174,15 @@ class Transformer(Module):
         for _, router in self._having("set_step"):
             router.set_step(step, max_steps)
 
-    def update_moe_bias(self, counts: dict[int, Any] | None = None) -> None:
+    def update_moe_bias(self, counts: Mapping[int, LayerCounts] | None = None) -> None:
         """Move the balancing biases, once per optimiser step.
 
         Args:
             counts: as `get_expert_counts` gives them, summed over all micro-batches and ranks; None means those of the
-                calls outside jit since the last update, on this process, but for those after `eval`.
+                documented calls outside jit since the last update, on this process, but for those after `eval`.
         """
-        balance(self, by_router(self.kept("pending", {}) if counts is None else counts))
+        balance(self, self.kept("pending", {}) if counts is None else by_router(counts))
         self.keep(pending={})
-
-    def get_moe_aux_loss(self) -> jax.Array:
-        """Sum of the balancing losses of the last forward, unweighted; 0 if dense."""
-        return self._summed("aux_loss")
-
-    def get_moe_router_z_loss(self) -> jax.Array:
-        """Sum of the router z-losses of the last forward, unweighted; 0 if dense."""
-        return self._summed("z_loss")
-
-    def get_expert_counts(self) -> dict[int, Any]:
-        """Layer -> (E,) assignments of the last forward; {} if dense."""
-        return {layer: counts_of(stats) for layer, stats in self._last_stats().items()}
-
-    def get_moma_expert_counts(self) -> dict[int, Any]:
-        """Layer -> modality -> (E_m,) tokens of the last forward; {} without modality-aware experts."""
-        return {layer: counts_of(stats) for layer, stats in self._last_stats().items() if isinstance(stats, dict)}
 
     def _embed(self, tokens: jax.Array | None, modality: ModalityContext) -> jax.Array:
         """The residual stream (B, S, D) that enters the first block."""
@@ -267,8 +248,8 @@ class Transformer(Module):
 
     def _run_layers(
         self, x: jax.Array, inputs: dict[str, Any], modality: ModalityContext, remat: Any
-    ) -> tuple[jax.Array, dict[int, Any]]:
-        stats: dict[int, Any] = {}
+    ) -> tuple[jax.Array, dict[int, LayerStats]]:
+        stats: dict[int, LayerStats] = {}
         for stacks, blocks in periods(self.layers):
             scan = stacks[0].is_stacked
             if is_observed() and scan:
@@ -285,8 +266,8 @@ class Transformer(Module):
 
     def _run_cached_layers(
         self, x: jax.Array, inputs: dict[str, Any], modality: ModalityContext, kv_caches: Sequence[KVCache]
-    ) -> tuple[jax.Array, dict[int, Any], list[KVCache]]:
-        stats: dict[int, Any] = {}
+    ) -> tuple[jax.Array, dict[int, LayerStats], list[KVCache]]:
+        stats: dict[int, LayerStats] = {}
         updated = []
         for (name, block), cache in zip(self.layers.items(), kv_caches, strict=True):
             output = block(x, kv_cache=cache, return_stats=True, **inputs)
@@ -300,16 +281,6 @@ class Transformer(Module):
             return None
         assert self.token_embedding is not None, "a tied head needs the embedding in the same stage"
         return self.token_embedding.embedding.weight.get_value()
-
-    def _last_stats(self) -> dict[int, Any]:
-        return self.kept("stats", {})
-
-    def _summed(self, field: str) -> jax.Array:
-        total = jnp.zeros((), jnp.float32)
-        for stats in self._last_stats().values():
-            for router_stats in routers(stats):
-                total = total + getattr(router_stats, field)
-        return total
 
     def _extra_modules(self) -> Modules:
         """Those that the architecture added, as they are now."""

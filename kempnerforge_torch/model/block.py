@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict, Unpack
 
 from torch import Tensor, nn
 
@@ -11,8 +11,17 @@ from kempnerforge_torch.model.mask import Mask
 from kempnerforge_torch.model.mlp import build_mlp
 from kempnerforge_torch.model.moe import build_moe
 from kempnerforge_torch.model.norm import build_norm
-from kempnerforge_torch.model.stats import BlockOutput
+from kempnerforge_torch.model.stats import BlockOutput, keep_stats
 from shared_config.schema.model import ModelConfig
+
+
+class BlockOptions(TypedDict, total=False):
+    """Keyword arguments of every block: those of `Attention`, and ``limit_capacity`` of `MoEMLP`."""
+
+    kv_cache: KVCache | None
+    doc_ids: Tensor | None
+    mask: Mask | Tensor | None
+    limit_capacity: bool
 
 
 class TransformerBlock(nn.Module):
@@ -42,7 +51,7 @@ class TransformerBlock(nn.Module):
         """(B, S, D) -> (B, S, D). Arguments as for `Attention` and `MoEMLP`.
 
         Args:
-            return_stats: give a `BlockOutput`.
+            return_stats: give a `BlockOutput`, and leave the getters of the mixture alone.
         """
         x = x + self.attention(
             self.attention_norm(x),
@@ -59,11 +68,22 @@ class TransformerBlock(nn.Module):
             )
         else:
             out, stats = self.mlp(self.mlp_norm(x)), None
-        return BlockOutput(x + out, stats) if return_stats else x + out
+        if return_stats:
+            return BlockOutput(x + out, stats)
+        keep_stats(self.mlp, stats)
+        return x + out
 
-    def run(self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, **options: Any) -> BlockOutput:
-        """What `forward` gives, with the router's stats."""
-        return self(x, rope_cos, rope_sin, return_stats=True, **options)
+    def run(
+        self,
+        x: Tensor,
+        rope_cos: Tensor,
+        rope_sin: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        **options: Unpack[BlockOptions],
+    ) -> BlockOutput:
+        """What a call gives, with what its router counted. Arguments as for `forward`; nothing is kept."""
+        return self(x, rope_cos, rope_sin, key_padding_mask=key_padding_mask, return_stats=True, **options)
 
 
 def build_attention(config: ModelConfig) -> Attention:
@@ -84,7 +104,7 @@ def build_attention(config: ModelConfig) -> Attention:
 def build_feed_forward(config: ModelConfig, layer_idx: int) -> nn.Module:
     """The feed-forward part of a layer: dense, or a mixture of experts.
 
-    A mixture is called as ``mlp(x, valid=..., limit_capacity=..., return_stats=True)`` and gives (x, stats).
+    A mixture is called as ``mlp(x, valid=..., limit_capacity=..., return_stats=True)`` and gives a `MoEOutput`.
     """
     if not config.is_moe_layer(layer_idx):
         return build_mlp(config.dim, config.computed_ffn_hidden_dim, config.activation)

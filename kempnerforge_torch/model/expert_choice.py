@@ -9,16 +9,14 @@ Shapes: T tokens, D model dim, E experts, C tokens that an expert may take.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.checks import check_ids, check_mask, check_shape, nan_outside
 from kempnerforge_torch.model.mlp import build_mlp
-from kempnerforge_torch.model.moe import MoEStats
 from kempnerforge_torch.model.noise import gumbel_noise
 from kempnerforge_torch.model.router import SCORE_EPS, Gate
+from kempnerforge_torch.model.stats import ExpertChoiceOutput, MoEOutput, MoEStats, StatsGetters
 from shared_config.contract.capacity import choice_capacity, choice_share
 
 MAX_SEED = 2**31 - 1
@@ -41,19 +39,18 @@ class ExpertChoiceSigmoidRouter(nn.Module):
 
     def forward(
         self, x: Tensor, valid: Tensor | None = None, noise: Tensor | None = None, *, return_scores: bool = False
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor] | ExpertChoiceOutput:
         """
         Args:
             x: (T, D).
             valid: bool (T,), False for tokens that no expert may take.
             noise: (T, E), added to the logits for the choice alone; drawn in training mode where none is given.
-            return_scores: also give the scores.
+            return_scores: give an `ExpertChoiceOutput`.
 
         Returns:
             weights: (C, E) scores of the tokens that each expert takes, in at least float32; 0 where there are fewer
                 than C tokens that it may take.
-            tokens: (C, E) these tokens, best first; beyond those that it may take they mean nothing.
-            scores: (T, E) of all tokens.
+            tokens: int64 (C, E), these tokens, best first; beyond those that it may take they mean nothing.
         """
         logits_TE = self.gate(x)
         scores_TE = logits_TE.sigmoid()
@@ -65,7 +62,11 @@ class ExpertChoiceSigmoidRouter(nn.Module):
         tokens_CE = ranked_TE.sort(dim=0, descending=True, stable=True).indices[:room]
         is_taken_C1 = (torch.arange(room, device=x.device) < taken)[:, None]
         weights_CE = scores_TE.gather(0, tokens_CE) * is_taken_C1
-        return (weights_CE, tokens_CE, scores_TE) if return_scores else (weights_CE, tokens_CE)
+        return ExpertChoiceOutput(weights_CE, tokens_CE, scores_TE) if return_scores else (weights_CE, tokens_CE)
+
+    def run(self, x: Tensor, valid: Tensor | None = None, noise: Tensor | None = None) -> ExpertChoiceOutput:
+        """What a call gives, with the scores of all tokens. Arguments as for `forward`."""
+        return self(x, valid, noise, return_scores=True)
 
     def capacity(self, x: Tensor, valid: Tensor | None = None) -> tuple[int, Tensor | int]:
         """C, and how many of the ``valid`` tokens of ``x`` (T, D) an expert takes, at most C."""
@@ -81,7 +82,7 @@ class ExpertChoiceSigmoidRouter(nn.Module):
         return gumbel_noise(seed, 0, 0, x.shape[0], self.num_experts, torch.promote_types(x.dtype, torch.float32))
 
     @staticmethod
-    def taking(output: tuple[Tensor, Tensor, Tensor], tokens_CE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def taking(output: ExpertChoiceOutput, tokens_CE: Tensor) -> ExpertChoiceOutput:
         """What the call that gave ``output`` would have given, had the experts chosen ``tokens_CE``.
 
         Raises:
@@ -91,10 +92,10 @@ class ExpertChoiceSigmoidRouter(nn.Module):
         check_shape("tokens_CE", tokens_CE, own_CE.shape)
         check_ids("tokens_CE", tokens_CE, len(scores_TE))
         taken_CE = scores_TE.gather(0, tokens_CE) * (weights_CE != 0)
-        return nan_outside(taken_CE, tokens_CE, len(scores_TE)), tokens_CE, scores_TE
+        return ExpertChoiceOutput(nan_outside(taken_CE, tokens_CE, len(scores_TE)), tokens_CE, scores_TE)
 
 
-class ExpertChoiceMoE(nn.Module):
+class ExpertChoiceMoE(StatsGetters):
     """y_t = sum over the experts that take token t of score * expert(x_t); 0 for a token that none takes."""
 
     def __init__(
@@ -108,9 +109,9 @@ class ExpertChoiceMoE(nn.Module):
     ):
         """Arguments as for the router, and ``hidden_dim``, the width of every expert."""
         super().__init__()
+        self.num_experts = num_experts
         self.router = ExpertChoiceSigmoidRouter(dim, num_experts, capacity_factor, gumbel_noise)
         self.experts = nn.ModuleList(build_mlp(dim, hidden_dim, activation) for _ in range(num_experts))
-        self._last: MoEStats | None = None
 
     def forward(
         self,
@@ -119,13 +120,14 @@ class ExpertChoiceMoE(nn.Module):
         noise: Tensor | None = None,
         *,
         return_stats: bool = False,
-    ) -> Tensor | tuple[Tensor, MoEStats]:
+    ) -> Tensor | MoEOutput:
         """(..., D) -> (..., D).
 
         Args:
             valid: bool (...), the tokens that take part; None means all.
             noise: (..., E), see the router.
-            return_stats: also give what was counted: there are no losses; dropped are the tokens that none takes.
+            return_stats: give a `MoEOutput`, and leave the getters alone. There are no losses; dropped are the tokens
+                that none takes.
 
         Raises:
             ValueError: a mask of another dtype or shape.
@@ -141,21 +143,15 @@ class ExpertChoiceMoE(nn.Module):
             tokens_C, weights_C1 = tokens_CE[:, index], weights_CE[:, index, None]
             y_TD = y_TD.index_add(0, tokens_C, weights_C1 * expert(x_TD[tokens_C]).to(weights_C1.dtype))
         stats = _stats(tokens_CE, scores_TE.detach(), self.router.capacity(x_TD, valid_T)[1], valid_T)
-        if not torch.compiler.is_compiling():
-            self._last = stats
         y = y_TD.to(x.dtype).reshape(x.shape)
-        return (y, stats) if return_stats else y
+        if return_stats:
+            return MoEOutput(y, stats)
+        self.keep_stats(stats)
+        return y
 
-    @property
-    def expert_counts(self) -> Tensor:
-        """(E,) tokens that each expert took in the last call; 0 before any. A compiled call leaves it alone."""
-        if self._last is None:
-            return torch.zeros(self.router.num_experts, dtype=torch.int32, device=self.router.gate.weight.device)
-        return self._last.expert_counts
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the last stats behind: they belong to a graph."""
-        return {**self.__dict__, "_last": None}
+    def run(self, x: Tensor, valid: Tensor | None = None, noise: Tensor | None = None) -> MoEOutput:
+        """What a call gives, with what was counted. Arguments as for `forward`; nothing is kept."""
+        return self(x, valid, noise, return_stats=True)
 
 
 def _stats(tokens_CE: Tensor, scores_TE: Tensor, taken: Tensor | int, valid: Tensor | None) -> MoEStats:

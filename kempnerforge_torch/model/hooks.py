@@ -16,7 +16,6 @@ from kempnerforge_torch.model.decode import NO_LOGITS
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.request import inference
 from kempnerforge_torch.model.state import from_numpy, to_numpy
-from kempnerforge_torch.model.stats import BlockOutput
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.wrappers import plain_modules, uncompiled, unwrap, unwrapped
 from shared_config.interchange.activations import (
@@ -228,7 +227,8 @@ def _replaced(name: str, output: Any, other: Tensor) -> Any:
     first = other.to(own).detach()
     if not isinstance(output, tuple):
         return first
-    return output._replace(x=first) if isinstance(output, BlockOutput) else (first, *output[1:])
+    rest = output[1:]
+    return type(output)(first, *rest) if hasattr(output, "_fields") else (first, *rest)
 
 
 def _detached(output: Any) -> Any:

@@ -15,7 +15,6 @@ R = k * T rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,32 +26,17 @@ from kempnerforge_torch.model.experts import grouped_expert_forward as grouped_e
 from kempnerforge_torch.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
 from kempnerforge_torch.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_torch.model.router import TopKRouter, build_router
+from kempnerforge_torch.model.stats import MoEOutput, MoEStats, RouterStats, StatsGetters, keep_stats
 
 PROJECTIONS = ("gate", "up", "down")
 
 
-class MoEStats(NamedTuple):
-    """What one call of a layer counted, and its losses, over the valid tokens.
-
-    Attributes:
-        aux_loss, z_loss: the router's losses, unweighted, with the graph.
-        expert_counts: int32 (E,), choices of each expert, before capacity.
-        entropy: mean entropy of the tokens' distributions over experts, in nats, without a graph.
-        dropped: int32, choices that found no room.
-    """
-
-    aux_loss: Tensor
-    z_loss: Tensor
-    expert_counts: Tensor
-    entropy: Tensor
-    dropped: Tensor
-
-
-class MoEMLP(nn.Module):
+class MoEMLP(StatsGetters):
     """y_t = sum over the choices j of w_tj expert_{i_tj}(x_t), plus shared_expert(x_t).
 
     Args:
-        router: called as ``router(x_TD, valid_T, batch_size=B, return_stats=True)``, gives weights, indices and stats.
+        router: called as ``router(x_TD, valid_T, batch_size=B, return_stats=True)``, gives a
+            `RouterOutput`.
         experts: E feed-forward layers of one kind. What is neither a `SwiGLUMLP` nor a `StandardMLP` computes all rows,
             of which its own are taken.
         shared_expert: applied to every token.
@@ -91,7 +75,6 @@ class MoEMLP(nn.Module):
         else:
             self.experts = nn.ModuleList(experts)
         self.shared_expert = shared_expert
-        self._last: MoEStats | None = None
 
     def forward(
         self,
@@ -101,7 +84,7 @@ class MoEMLP(nn.Module):
         members: Tensor | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,
-    ) -> Any:
+    ) -> Tensor | MoEOutput:
         """(B, S, D) -> (B, S, D).
 
         Args:
@@ -109,7 +92,7 @@ class MoEMLP(nn.Module):
             members: bool (B, S), False at positions that are none of this layer's tokens: they are not routed, and in
                 contrast to padding they do not count for the capacity.
             limit_capacity: False: an expert takes any number of choices in this call.
-            return_stats: also give `MoEStats`.
+            return_stats: give a `MoEOutput`, and leave the getters alone.
 
         Raises:
             ValueError: masks, or experts that the router names, of another dtype or shape. A token becomes NaN if its
@@ -139,25 +122,27 @@ class MoEMLP(nn.Module):
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         stats = MoEStats(*routed, dropped=routed.expert_counts.sum(dtype=torch.int32) - plan.ends_E[-1])
-        if not torch.compiler.is_compiling():
-            self._last = stats
         y_BSD = y_TD.to(x.dtype).reshape(x.shape)
-        return (y_BSD, stats) if return_stats else y_BSD
+        if return_stats:
+            return MoEOutput(y_BSD, stats)
+        self.keep_stats(stats)
+        return y_BSD
 
-    @property
-    def aux_loss(self) -> Tensor:
-        """Balancing loss of the last call; 0 before any. A compiled call leaves it alone."""
-        return self.router.aux_loss if self._last is None else self._last.aux_loss
+    def run(
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        *,
+        members: Tensor | None = None,
+        limit_capacity: bool = True,
+    ) -> MoEOutput:
+        """What a call gives, with what was counted. Arguments as for `forward`; nothing is kept."""
+        return self(x, valid, members=members, limit_capacity=limit_capacity, return_stats=True)
 
-    @property
-    def z_loss(self) -> Tensor:
-        """Router z-loss of the last call; 0 before any. A compiled call leaves it alone."""
-        return self.router.z_loss if self._last is None else self._last.z_loss
-
-    @property
-    def expert_counts(self) -> Tensor:
-        """(E,) choices of each expert in the last call; 0 before any. A compiled call leaves it alone."""
-        return self.router.expert_counts if self._last is None else self._last.expert_counts
+    def keep_stats(self, stats: RouterStats | MoEStats) -> None:
+        """Let the getters speak of a call, those of the router too. Inside compiled code nothing happens."""
+        super().keep_stats(stats)
+        keep_stats(self.router, stats)
 
     def expert_weights(self) -> dict[str, Tensor]:
         """``gate`` (silu only), ``up`` (E, D, F) and ``down`` (E, F, D), from wherever they are held; {} for experts of
@@ -181,10 +166,6 @@ class MoEMLP(nn.Module):
         if self.packed_experts:
             return getattr(self, f"{name}_w")
         return [getattr(expert, f"{name}_proj").weight.t() for expert in self.experts]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the last stats behind: they belong to a graph."""
-        return {**self.__dict__, "_last": None}
 
 
 def build_moe(

@@ -9,22 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.architecture import Architecture, RotaryTable
 from kempnerforge_torch.model.attention import KVCache
-from kempnerforge_torch.model.block import build_attention
+from kempnerforge_torch.model.block import BlockOptions, build_attention
 from kempnerforge_torch.model.expert_choice import ExpertChoiceMoE, ExpertChoiceSigmoidRouter
 from kempnerforge_torch.model.layout import Layout, layout_of, stream_layout
 from kempnerforge_torch.model.mask import Mask
 from kempnerforge_torch.model.modality import ModalityContext
-from kempnerforge_torch.model.moe import MoEStats
 from kempnerforge_torch.model.noise import gumbel_noise
 from kempnerforge_torch.model.norm import build_norm
-from kempnerforge_torch.model.stats import BlockOutput
+from kempnerforge_torch.model.stats import BlockOutput, MoEStats, MoMaOutput, keep_stats
 from kempnerforge_torch.registry import registry
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import MoMaConfig
@@ -77,7 +76,7 @@ class MoMaFFN(nn.Module):
         layout: Layout | None = None,
         noise_seed: Tensor | None = None,
         return_stats: bool = False,
-    ) -> Tensor | tuple[Tensor, dict[str, MoEStats]]:
+    ) -> Tensor | MoMaOutput:
         """(B, S, D) -> (B, S, D).
 
         Args:
@@ -85,7 +84,7 @@ class MoMaFFN(nn.Module):
             key_padding_mask: bool (B, S), False for padding, which no expert takes.
             layout: in place of ids, where it is known beforehand.
             noise_seed: int (); given, Gumbel noise moves the choices.
-            return_stats: also give the stats of each modality.
+            return_stats: give a `MoMaOutput`, and leave the getters alone.
 
         Raises:
             ValueError: ids and masks of another dtype or shape. A position is NaN if its id names no modality.
@@ -96,7 +95,22 @@ class MoMaFFN(nn.Module):
             out = layout.known(sum(outs.values(), torch.zeros_like(x)))
         else:
             out = torch.cat([outs[name] for name, _, _ in layout.spans], dim=1)
-        return (out, stats) if return_stats else out
+        if return_stats:
+            return MoMaOutput(out, stats)
+        keep_stats(self.experts, stats)
+        return out
+
+    def run(
+        self,
+        x: Tensor,
+        modality_ids: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        *,
+        layout: Layout | None = None,
+        noise_seed: Tensor | None = None,
+    ) -> MoMaOutput:
+        """What a call gives, with the stats of each modality. Arguments as for `forward`; nothing is kept."""
+        return self(x, modality_ids, key_padding_mask, layout=layout, noise_seed=noise_seed, return_stats=True)
 
     def _by_span(
         self, x: Tensor, layout: Layout, valid: Tensor | None, noise_seed: Tensor | None
@@ -184,7 +198,7 @@ class MoMaBlock(nn.Module):
         Experts that choose tokens have a share of them and no other capacity: ``limit_capacity`` changes nothing.
 
         Args:
-            return_stats: give a `BlockOutput`; its stats are those of each modality, by name.
+            return_stats: give a `BlockOutput`, and leave the getters alone.
         """
         x = x + self.attention(
             self.attention_norm(x), rope_cos, rope_sin, mask=mask, doc_ids=doc_ids, key_padding_mask=key_padding_mask
@@ -192,11 +206,26 @@ class MoMaBlock(nn.Module):
         out, stats = self.mlp(
             self.mlp_norm(x), modality_ids, key_padding_mask, layout=layout, noise_seed=noise_seed, return_stats=True
         )
-        return BlockOutput(x + out, stats) if return_stats else x + out
+        if return_stats:
+            return BlockOutput(x + out, stats)
+        keep_stats(self.mlp, stats)
+        return x + out
 
-    def run(self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, **options: Any) -> BlockOutput:
-        """What `forward` gives, with the stats of each modality."""
-        return self(x, rope_cos, rope_sin, return_stats=True, **options)
+    def run(
+        self,
+        x: Tensor,
+        rope_cos: Tensor,
+        rope_sin: Tensor,
+        modality_ids: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        layout: Layout | None = None,
+        noise_seed: Tensor | None = None,
+        **options: Unpack[BlockOptions],
+    ) -> BlockOutput:
+        """What a call gives, with the stats of each modality. Arguments as for `forward`; nothing is kept."""
+        own = {"key_padding_mask": key_padding_mask, "layout": layout, "noise_seed": noise_seed}
+        return self(x, rope_cos, rope_sin, modality_ids, **own, return_stats=True, **options)
 
 
 @registry.register("architecture", "moma")

@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.architecture import Architecture, Modules, RotaryTable
 from kempnerforge_torch.model.attention import KVCache, attend, resolve_head_dim, self_attention_mask
-from kempnerforge_torch.model.block import build_feed_forward
+from kempnerforge_torch.model.block import BlockOptions, build_feed_forward
 from kempnerforge_torch.model.checks import check_positions
 from kempnerforge_torch.model.layout import Layout, Rope, Streams, one_stream, positions_after, stream_layout
 from kempnerforge_torch.model.linear import Linear
@@ -28,7 +28,7 @@ from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import RMSNorm, build_norm
 from kempnerforge_torch.model.position import apply_rope
 from kempnerforge_torch.model.state import set_state
-from kempnerforge_torch.model.stats import BlockOutput
+from kempnerforge_torch.model.stats import BlockOutput, MoEStats, keep_stats
 from kempnerforge_torch.registry import registry
 from shared_config.contract.warm_start import warm_start_state
 from shared_config.schema.model import ModelConfig
@@ -154,13 +154,7 @@ class MoTBlock(nn.Module):
         super().__init__()
         self.modalities = tuple(modalities)
         self.is_moe = config.is_moe_layer(layer_idx)
-
-        def norms() -> nn.ModuleDict:
-            return nn.ModuleDict(
-                {name: build_norm(config.norm_type, config.dim, config.norm_eps) for name in self.modalities}
-            )
-
-        self.attn_norm = norms()
+        self.attn_norm = _norms(config, self.modalities)
         self.attn = MoTAttention(
             config.dim,
             config.n_heads,
@@ -174,7 +168,7 @@ class MoTBlock(nn.Module):
             norm_eps=config.norm_eps,
             image_n_kv_heads=image_n_kv_heads,
         )
-        self.mlp_norm = norms()
+        self.mlp_norm = _norms(config, self.modalities)
         self.mlp = nn.ModuleDict({name: build_feed_forward(config, layer_idx) for name in self.modalities})
         for name in self.modalities:
             nn.init.zeros_(self.attn.get_parameter(f"o_proj.{name}.weight"))
@@ -197,7 +191,7 @@ class MoTBlock(nn.Module):
         """Streams of modalities -> the same, or one stream -> the same. Arguments as for `MoTAttention` and `MoEMLP`.
 
         Args:
-            return_stats: give a `BlockOutput`; its stats are those of each modality's router, by name.
+            return_stats: give a `BlockOutput`, and leave the getters alone.
         """
         x, rope, places = one_stream(self.modalities, streams, rope, layout)
         x = x + self.attn(
@@ -215,15 +209,26 @@ class MoTBlock(nn.Module):
         else:
             out, stats = places.apply(lambda name, part: self.mlp[name](part), normed), None
         x = places.split(x + out) if layout is None else x + out
-        return BlockOutput(x, stats) if return_stats else x
+        if return_stats:
+            return BlockOutput(x, stats)
+        keep_stats(self.mlp, stats)
+        return x
 
-    def run(self, streams: Streams, rope: Mapping[str, Rope] | Rope, **options: Any) -> BlockOutput:
-        """What `forward` gives, with the routers' stats."""
-        return self(streams, rope, return_stats=True, **options)
+    def run(
+        self,
+        streams: Streams,
+        rope: Mapping[str, Rope] | Rope,
+        key_padding_mask: Tensor | None = None,
+        *,
+        layout: Layout | None = None,
+        **options: Unpack[BlockOptions],
+    ) -> BlockOutput:
+        """What a call gives, with what the routers counted. Arguments as for `forward`; nothing is kept."""
+        return self(streams, rope, key_padding_mask, layout=layout, return_stats=True, **options)
 
     def _route(
         self, x_BSD: Tensor, layout: Layout, valid: Tensor | None, limit_capacity: bool
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[Tensor, dict[str, MoEStats]]:
         """What the experts of each modality make of its tokens, and their stats, by name. Capacity is that of the
         modality's positions in the batch, padding included.
         """
@@ -258,11 +263,7 @@ class MoTArchitecture(Architecture):
 
     def extra_modules(self) -> dict[str, nn.Module]:
         """The final norms."""
-        config = self.config
-        norms = {
-            name: build_norm(config.norm_type, config.dim, config.norm_eps) for name in self.vlm_config.mot_modalities
-        }
-        return {"mot_norms": nn.ModuleDict(norms)}
+        return {"mot_norms": _norms(self.config, self.vlm_config.mot_modalities)}
 
     def check(self, modality: ModalityContext) -> None:
         """The image comes as ``prefix_embeds``, or within ``inputs_embeds`` with ``modality_ids``."""
@@ -309,3 +310,8 @@ def mot_warm_start_from_text_stack(transformer: nn.Module, source_state_dict: Ma
     if config is None or vlm is None:
         raise ValueError(f"transformer.vlm_config = {vlm!r}: must be the config of a mixture of transformers")
     set_state(transformer, warm_start_state(config, vlm, source_state_dict))
+
+
+def _norms(config: ModelConfig, modalities: Sequence[str]) -> nn.ModuleDict:
+    """One of each modality."""
+    return nn.ModuleDict({name: build_norm(config.norm_type, config.dim, config.norm_eps) for name in modalities})

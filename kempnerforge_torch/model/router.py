@@ -6,33 +6,18 @@ Shapes: T tokens = B sequences of S tokens, D model dim, E experts, k choices of
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kempnerforge_torch.model.stats import RouterOutput, RouterStats, StatsGetters
 from kempnerforge_torch.registry import registry
 
 SCORE_EPS = 1e-20
 BIAS_SCHEDULES = ("constant", "cosine_decay", "linear_warmup")
 WARMUP_SHARE = 0.1
-
-
-class RouterStats(NamedTuple):
-    """What one call of a router counted, and its losses, over the valid tokens.
-
-    Attributes:
-        aux_loss: balancing loss, with the graph.
-        z_loss: mean(logsumexp(logits)^2) (Zoph et al. 2022, arXiv:2202.08906), with the graph.
-        expert_counts: int32 (E,), choices of each expert, before any capacity.
-        entropy: mean entropy of the tokens' distributions over experts, in nats, without a graph.
-    """
-
-    aux_loss: Tensor
-    z_loss: Tensor
-    expert_counts: Tensor
-    entropy: Tensor
 
 
 class Gate(nn.Linear):
@@ -47,7 +32,7 @@ class Gate(nn.Linear):
         return F.linear(x.to(dtype), self.weight.to(dtype))
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(StatsGetters):
     """The k experts with the best scores, ties to the lowest index. A router of its own overrides what `_score` and the
     methods after it say.
     """
@@ -63,44 +48,31 @@ class TopKRouter(nn.Module):
         self.norm_topk_prob = norm_topk_prob
         self.routed_scaling = routed_scaling
         self.gate = Gate(dim, num_experts)
-        self._last: RouterStats | None = None
 
     def forward(
         self, x: Tensor, valid: Tensor | None = None, *, batch_size: int = 1, return_stats: bool = False
-    ) -> Any:
+    ) -> tuple[Tensor, Tensor] | RouterOutput:
         """Combine weights (T, k), at least float32, and expert indices int64 (T, k), best first.
 
         Args:
             x: (T, D), the tokens, sequence by sequence.
             valid: bool (T,), False for padding, which counts nowhere.
             batch_size: B, number of sequences; all have T / B tokens.
-            return_stats: also give `RouterStats`.
+            return_stats: give a `RouterOutput`, and leave the getters alone.
         """
         logits_TE = self.gate(x)
         scores_TE = self._score(logits_TE)
         indices_Tk = top_k_lowest_first(self._preference(scores_TE.detach()), self.top_k)
         weights_Tk = self._weigh(scores_TE.gather(1, indices_Tk))
         stats = self._measure(logits_TE, scores_TE, indices_Tk, valid, batch_size)
-        if not torch.compiler.is_compiling():
-            self._last = stats
-        return (weights_Tk, indices_Tk, stats) if return_stats else (weights_Tk, indices_Tk)
+        if return_stats:
+            return RouterOutput(weights_Tk, indices_Tk, stats)
+        self.keep_stats(stats)
+        return weights_Tk, indices_Tk
 
-    @property
-    def aux_loss(self) -> Tensor:
-        """Balancing loss of the last call; 0 before any. A compiled call leaves it alone."""
-        return self._zero() if self._last is None else self._last.aux_loss
-
-    @property
-    def z_loss(self) -> Tensor:
-        """Router z-loss of the last call; 0 before any. A compiled call leaves it alone."""
-        return self._zero() if self._last is None else self._last.z_loss
-
-    @property
-    def expert_counts(self) -> Tensor:
-        """(E,) choices of each expert in the last call; 0 before any. A compiled call leaves it alone."""
-        if self._last is None:
-            return torch.zeros(self.num_experts, dtype=torch.int32, device=self.gate.weight.device)
-        return self._last.expert_counts
+    def run(self, x: Tensor, valid: Tensor | None = None, *, batch_size: int = 1) -> RouterOutput:
+        """What a call gives, with what was counted. Arguments as for `forward`; nothing is kept."""
+        return self(x, valid, batch_size=batch_size, return_stats=True)
 
     def _score(self, logits_TE: Tensor) -> Tensor:
         """Non-negative scores of all experts."""
@@ -140,9 +112,6 @@ class TopKRouter(nn.Module):
             entropy=masked_mean(torch.special.entr(shares_TE.detach()).sum(dim=-1), valid_T, axis=0),
         )
 
-    def _zero(self) -> Tensor:
-        return torch.zeros((), dtype=_at_least_float32(self.gate.weight.dtype), device=self.gate.weight.device)
-
     def _apply(self, fn: Any, recurse: bool = True) -> TopKRouter:
         """Changes of dtype leave buffers in at least float32: a rate of 0.001 is lost in a bfloat16 bias."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
@@ -154,10 +123,6 @@ class TopKRouter(nn.Module):
             if after.dtype != dtype:
                 self._buffers[name] = buffer.to(after.device, dtype)
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the last stats behind: they belong to a graph."""
-        return {**self.__dict__, "_last": None}
 
 
 class SoftmaxTopKRouter(TopKRouter):

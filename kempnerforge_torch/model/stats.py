@@ -1,57 +1,261 @@
-"""What blocks and transformers give, and what their routers counted.
+"""What the levels of a model give: routers, mixtures of experts, blocks, transformers; and the getters of their stats.
 
-Shapes: B batch, S positions of the residual stream, D model dim, V vocabulary.
+A documented call (``router(x)``, ``model(tokens)``) gives what the level computes, and keeps the stats of its routers
+for the getters, in this module and in those within it. ``run`` gives a struct, always the same, with the stats in it,
+and keeps nothing. Levels call each other with ``return_stats=True``, which is the same through a module's ``__call__``,
+where hooks and compilers are.
+
+Shapes: B batch, S positions of the residual stream, T = B * S tokens, D model dim, V vocabulary, E experts, k choices
+of each token, C tokens that an expert may take.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from kempnerforge_torch.model.wrappers import unwrap
+from shared_config.contract.routing import RouterId, by_router
+
+
+class RouterStats(NamedTuple):
+    """What one call of a router counted, and its losses, over the valid tokens.
+
+    Attributes:
+        aux_loss: scalar, at least float32: the balancing loss, unweighted, with the graph.
+        z_loss: scalar, at least float32: mean(logsumexp(logits)^2) (Zoph et al. 2022, arXiv:2202.08906), unweighted,
+            with the graph.
+        expert_counts: int32 (E,), choices of each expert, before any capacity.
+        entropy: scalar, at least float32: mean entropy of the tokens' distributions over experts, in nats, without a
+            graph.
+    """
+
+    aux_loss: Tensor
+    z_loss: Tensor
+    expert_counts: Tensor
+    entropy: Tensor
+
+
+class MoEStats(NamedTuple):
+    """What one call of a mixture of experts counted, and its losses, over the valid tokens.
+
+    Attributes:
+        aux_loss, z_loss, expert_counts, entropy: as in `RouterStats`.
+        dropped: int32 scalar, choices that found no room.
+    """
+
+    aux_loss: Tensor
+    z_loss: Tensor
+    expert_counts: Tensor
+    entropy: Tensor
+    dropped: Tensor
+
+
+LayerStats = MoEStats | dict[str, MoEStats]
+"""The stats of a layer's mixture, or modality -> those of its mixture."""
+LayerCounts = Tensor | dict[str, Tensor]
+"""int32 (E,) of a layer's experts, or modality -> (E_m,) of its experts."""
+
+
+class RouterOutput(NamedTuple):
+    """What a router of tokens computes.
+
+    Attributes:
+        weights: (T, k), at least float32: how much each choice counts.
+        indices: int64 (T, k), the experts chosen, best first.
+        stats: what it counted, and its losses.
+    """
+
+    weights: Tensor
+    indices: Tensor
+    stats: RouterStats
+
+
+class ExpertChoiceOutput(NamedTuple):
+    """What a router computes whose experts choose tokens.
+
+    Attributes:
+        weights: (C, E), at least float32: scores of the tokens taken; 0 where an expert takes fewer than C.
+        tokens: int64 (C, E), the tokens that each expert takes, best first.
+        scores: (T, E), at least float32, of all tokens.
+    """
+
+    weights: Tensor
+    tokens: Tensor
+    scores: Tensor
+
+
+class MoEOutput(NamedTuple):
+    """What a mixture of experts computes.
+
+    Attributes:
+        x: (B, S, D), in the dtype of its input.
+        stats: what it counted, and the losses of its router.
+    """
+
+    x: Tensor
+    stats: MoEStats
+
+
+class MoMaOutput(NamedTuple):
+    """What mixtures of modality-aware experts compute.
+
+    Attributes:
+        x: (B, S, D), in the dtype of the input.
+        stats: modality -> what its mixture counted.
+    """
+
+    x: Tensor
+    stats: dict[str, MoEStats]
 
 
 class BlockOutput(NamedTuple):
     """What a block computes.
 
     Attributes:
-        x: the residual stream (B, S, D), or that of each modality.
-        stats: what its router counted, and its losses, by modality where there are several; None if dense.
+        x: the residual stream (B, S, D), or that of each modality, in the dtype of the input.
+        stats: what its mixture of experts counted, by modality where there are several; None if dense.
     """
 
     x: Tensor | dict[str, Tensor]
-    stats: Any
+    stats: LayerStats | None
 
 
 class TransformerOutput(NamedTuple):
-    """What a forward computes.
+    """What a transformer computes.
 
     Attributes:
-        logits: (B, S_out, V), or the residual stream (B, S_out, D) of a model without head.
-        stats: layer -> what its routers counted, and their losses; {} if dense.
+        logits: (B, S_out, V), or the residual stream (B, S_out, D) of a model without head; in the dtype of the
+            weights.
+        stats: layer -> what its mixtures of experts counted, and their losses; {} if dense.
     """
 
     logits: Tensor
-    stats: dict[int, Any]
+    stats: dict[int, LayerStats]
 
 
-def routers(stats: Any) -> list[Any]:
+class StatsGetters(nn.Module):
+    """Base of routers and mixtures: the getters of the stats that a documented call kept.
+
+    They speak of the last plain call of this module, or of one that holds it: ``model(tokens)`` sets those of all its
+    routers. `run`, and what runs inside compiled code, leaves them alone.
+    """
+
+    num_experts: int
+    _last: RouterStats | MoEStats | None = None
+
+    def keep_stats(self, stats: RouterStats | MoEStats) -> None:
+        """Let the getters speak of a call. Inside compiled code nothing happens."""
+        if not torch.compiler.is_compiling():
+            self._last = stats
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """Scalar: the balancing loss of the last documented call, with the graph; 0 before any."""
+        return self._zeros() if self._last is None else self._last.aux_loss
+
+    @property
+    def z_loss(self) -> Tensor:
+        """Scalar: the router z-loss of the last documented call, with the graph; 0 before any."""
+        return self._zeros() if self._last is None else self._last.z_loss
+
+    @property
+    def expert_counts(self) -> Tensor:
+        """int32 (E,): the choices of each expert in the last documented call; 0 before any."""
+        if self._last is None:
+            return self._zeros(self.num_experts, dtype=torch.int32)
+        return self._last.expert_counts
+
+    def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Where the weights are; at least float32 if no dtype is given."""
+        weight = next(self.parameters(), torch.zeros(()))
+        dtype = torch.promote_types(weight.dtype, torch.float32) if dtype is None else dtype
+        return torch.zeros(shape, dtype=dtype, device=weight.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the last stats behind: they belong to a graph."""
+        return {name: value for name, value in self.__dict__.items() if name != "_last"}
+
+
+class ModelGetters(nn.Module):
+    """Base of transformers: the getters of the stats that a documented call kept. `run` leaves them alone."""
+
+    layers: nn.ModuleDict
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last_stats: dict[int, LayerStats] = {}
+        self._pending_counts: dict[RouterId, Tensor] = {}
+
+    def keep_stats(self, stats: dict[int, LayerStats]) -> None:
+        """Let the getters speak of a call, those of its layers too; in training mode count it for `update_moe_bias`."""
+        self._last_stats = stats
+        for layer, own in stats.items():
+            keep_stats(self.layers[str(layer)], own)
+        if self.training:
+            counts = by_router({layer: counts_of(own) for layer, own in stats.items()})
+            self._pending_counts = added(self._pending_counts, counts)
+
+    def get_moe_aux_loss(self) -> Tensor:
+        """Sum of the balancing losses of the last documented call, unweighted, with the graph; 0 if dense."""
+        return self._summed("aux_loss")
+
+    def get_moe_router_z_loss(self) -> Tensor:
+        """Sum of the router z-losses of the last documented call, unweighted, with the graph; 0 if dense."""
+        return self._summed("z_loss")
+
+    def get_expert_counts(self) -> dict[int, LayerCounts]:
+        """Layer -> (E,) assignments of the last documented call, by modality where there are several; {} if dense."""
+        return {layer: counts_of(stats) for layer, stats in self._last_stats.items()}
+
+    def get_moma_expert_counts(self) -> dict[int, dict[str, Tensor]]:
+        """Layer -> modality -> (E_m,) tokens of the last documented call; {} without modality-aware experts."""
+        counts = self.get_expert_counts()
+        return {layer: own for layer, own in counts.items() if isinstance(own, dict)}
+
+    def _summed(self, field: str) -> Tensor:
+        total = torch.zeros((), device=next(self.buffers()).device)
+        for stats in self._last_stats.values():
+            for router_stats in routers(stats):
+                total = total + getattr(router_stats, field)
+        return total
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the last stats behind: they belong to a graph."""
+        return {**self.__dict__, "_last_stats": {}}
+
+
+def keep_stats(module: nn.Module, stats: RouterStats | LayerStats | None) -> None:
+    """Let the getters of a module speak of a call: of a router, a mixture, mixtures by modality, or the ``mlp`` of a
+    block. Other modules have none.
+    """
+    if stats is None or torch.compiler.is_compiling():
+        return
+    own: Any = unwrap(module)
+    if isinstance(own, StatsGetters) and not isinstance(stats, dict):
+        own.keep_stats(stats)
+    elif isinstance(own, nn.ModuleDict) and isinstance(stats, dict):
+        for modality, part in stats.items():
+            keep_stats(own[modality], part)
+    elif (inner := getattr(own, "mlp", getattr(own, "experts", None))) is not None:
+        keep_stats(inner, stats)
+
+
+def routers(stats: LayerStats) -> list[MoEStats]:
     """The stats of each router of a layer: one, or one per modality."""
     return list(stats.values()) if isinstance(stats, dict) else [stats]
 
 
-def counts_of(stats: Any) -> Any:
+def counts_of(stats: LayerStats) -> LayerCounts:
     """The choices of each expert of a layer, by modality where there are several routers."""
     if isinstance(stats, dict):
         return {modality: router_stats.expert_counts for modality, router_stats in stats.items()}
     return stats.expert_counts
 
 
-def added(total: dict[Any, Any], counts: dict[Any, Any]) -> dict[Any, Any]:
-    """Two nested dicts of counts, added up; what only one of them has counts too."""
-    total = dict(total)
-    for key, value in counts.items():
-        if isinstance(value, dict):
-            total[key] = added(total.get(key, {}), value)
-        else:
-            total[key] = total[key] + value if key in total else value
-    return total
+def added(total: Mapping[RouterId, Tensor], counts: Mapping[RouterId, Tensor]) -> dict[RouterId, Tensor]:
+    """Counts by router, added up; what only one of them has counts too."""
+    return {**total, **{router: total[router] + own if router in total else own for router, own in counts.items()}}

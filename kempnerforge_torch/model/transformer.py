@@ -5,7 +5,7 @@ Shapes: B batch, S positions of the residual stream, D model dim, V vocabulary, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from kempnerforge_torch.model.expert_choice import MAX_SEED
 from kempnerforge_torch.model.init import init_weights
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.position import RotaryTables
-from kempnerforge_torch.model.stats import TransformerOutput, added, counts_of, routers
+from kempnerforge_torch.model.stats import LayerCounts, LayerStats, ModelGetters, TransformerOutput
 from kempnerforge_torch.model.stream import check_inputs, check_stream
 from kempnerforge_torch.model.wrappers import plain_modules, unwrap
 from kempnerforge_torch.registry import registry
@@ -35,7 +35,7 @@ import_declared("architecture", "kempnerforge_torch.model")
 
 
 @registry.register("model", "transformer")
-class Transformer(nn.Module):
+class Transformer(ModelGetters):
     """Token embedding, blocks, final norm, output head.
 
     A pipeline stage is a transformer of which ``token_embedding``, ``norm`` or ``output_head`` were set to None and
@@ -60,8 +60,6 @@ class Transformer(nn.Module):
             self.add_module(name, module)
         self._extra = tuple(extra)
         self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size)
-        self._last_stats: dict[int, Any] = {}
-        self._pending_counts: dict[int, Any] = {}
         self.init_weights_and_freqs()
 
     def init_weights_and_freqs(self, seed: int | None = None) -> None:
@@ -80,7 +78,7 @@ class Transformer(nn.Module):
         allow_image_inputs: bool = False,
         limit_capacity: bool | None = None,
         return_stats: bool = False,
-    ) -> Any:
+    ) -> Tensor | TransformerOutput:
         """Logits (B, S_out, V).
 
         Args:
@@ -109,9 +107,7 @@ class Transformer(nn.Module):
         logits = x_BSD if self.output_head is None else self.output_head(x_BSD)
         if return_stats:
             return TransformerOutput(logits, stats)
-        self._last_stats = stats
-        if self.training:
-            self._pending_counts = added(self._pending_counts, self.get_expert_counts())
+        self.keep_stats(stats)
         return logits
 
     def run(
@@ -144,31 +140,15 @@ class Transformer(nn.Module):
         for _, router in self._having("set_step"):
             router.set_step(step, max_steps)
 
-    def update_moe_bias(self, counts: dict[int, Any] | None = None) -> None:
+    def update_moe_bias(self, counts: Mapping[int, LayerCounts] | None = None) -> None:
         """Move the balancing biases, once per optimiser step.
 
         Args:
             counts: as `get_expert_counts` gives them, summed over all micro-batches and ranks; None means those of the
-                forwards in training mode since the last update, on this rank.
+                documented calls in training mode since the last update, on this rank.
         """
-        balance(self, by_router(self._pending_counts if counts is None else counts))
+        balance(self, self._pending_counts if counts is None else by_router(counts))
         self._pending_counts = {}
-
-    def get_moe_aux_loss(self) -> Tensor:
-        """Sum of the balancing losses of the last forward, unweighted; 0 if dense."""
-        return self._summed("aux_loss")
-
-    def get_moe_router_z_loss(self) -> Tensor:
-        """Sum of the router z-losses of the last forward, unweighted; 0 if dense."""
-        return self._summed("z_loss")
-
-    def get_expert_counts(self) -> dict[int, Any]:
-        """Layer -> (E,) assignments of the last forward; {} if dense."""
-        return {layer: counts_of(stats) for layer, stats in self._last_stats.items()}
-
-    def get_moma_expert_counts(self) -> dict[int, Any]:
-        """Layer -> modality -> (E_m,) tokens of the last forward; {} without modality-aware experts."""
-        return {layer: counts_of(stats) for layer, stats in self._last_stats.items() if isinstance(stats, dict)}
 
     def _with_noise(self, modality: ModalityContext) -> ModalityContext:
         """In training mode with a seed of the routing noise, drawn where none is given. (JAX has no such mode.)"""
@@ -244,8 +224,8 @@ class Transformer(nn.Module):
         inputs: dict[str, Any],
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
-    ) -> tuple[Tensor, dict[int, Any]]:
-        stats: dict[int, Any] = {}
+    ) -> tuple[Tensor, dict[int, LayerStats]]:
+        stats: dict[int, LayerStats] = {}
         for place, (name, block) in enumerate(self.layers.items()):
             cache = None if kv_caches is None else kv_caches[place]
             output = block(x, kv_cache=cache, return_stats=True, **inputs)
@@ -253,13 +233,6 @@ class Transformer(nn.Module):
                 stats[int(name)] = output.stats
             x = self.architecture.after_block(self._extra_modules(), int(name), output.x, modality)
         return x, stats
-
-    def _summed(self, field: str) -> Tensor:
-        total = torch.zeros((), device=self.rope.cos.device)
-        for stats in self._last_stats.values():
-            for router_stats in routers(stats):
-                total = total + getattr(router_stats, field)
-        return total
 
     def _extra_modules(self) -> Modules:
         """Those that the architecture added, as they are now."""
@@ -277,10 +250,6 @@ class Transformer(nn.Module):
         super()._apply(fn, recurse)
         self._tie()
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the last stats behind: they belong to a graph."""
-        return {**self.__dict__, "_last_stats": {}}
 
 
 def build_architecture(config: ModelConfig, vlm_config: VLMConfig | None) -> Architecture:

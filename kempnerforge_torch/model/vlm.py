@@ -186,7 +186,7 @@ class VLMWrapper(nn.Module):
         kv_caches: Sequence[KVCache] | None = None,
         limit_capacity: bool | None = None,
         return_stats: bool = False,
-    ) -> Any:
+    ) -> tuple[Tensor, Tensor | None] | TransformerOutput:
         """Logits (B, T, V), and the labels as they were given.
 
         Args:

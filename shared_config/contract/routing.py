@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
+Value = TypeVar("Value")
+Result = TypeVar("Result")
 _PATH = re.compile(
     r"(?:.*\.)?layers\.(?P<layers>[^.]+)\.[^.]+(?:\.experts)?(?:\.(?:.+\.)?(?P<modality>[^.]+))?\.router"
 )
@@ -50,20 +52,25 @@ def router_ids(path: str, layers: Iterable[int] | None = None) -> list[RouterId]
     return [RouterId(layer, place[1]) for layer in ([int(place[0])] if layers is None else layers)]
 
 
-def by_router(nested: Mapping[int, Any]) -> dict[RouterId, Any]:
+def by_router(nested: Mapping[int, Value | dict[str, Value]]) -> dict[RouterId, Value]:
     """What is known of each router, from layer -> that of its router, or layer -> modality -> that of its router."""
-    return {
-        RouterId(layer, modality): value
-        for layer, own in nested.items()
-        for modality, value in (own.items() if isinstance(own, Mapping) else [("", own)])
-    }
+    found: dict[RouterId, Value] = {}
+    for layer, own in nested.items():
+        if isinstance(own, dict):
+            found |= {RouterId(layer, modality): value for modality, value in own.items()}
+        else:
+            found[RouterId(layer)] = own
+    return found
 
 
-def map_routers(function: Callable[[RouterId, Any], Any], nested: Mapping[int, Any]) -> dict[int, Any]:
+def map_routers(
+    function: Callable[[RouterId, Value], Result], nested: Mapping[int, Value | dict[str, Value]]
+) -> dict[int, Result | dict[str, Result]]:
     """``function`` of each router and what is known of it, nested as that is; see `by_router`."""
-    return {
-        layer: {modality: function(RouterId(layer, modality), value) for modality, value in own.items()}
-        if isinstance(own, Mapping)
-        else function(RouterId(layer), own)
-        for layer, own in nested.items()
-    }
+    found: dict[int, Result | dict[str, Result]] = {}
+    for layer, own in nested.items():
+        if isinstance(own, dict):
+            found[layer] = {modality: function(RouterId(layer, modality), value) for modality, value in own.items()}
+        else:
+            found[layer] = function(RouterId(layer), own)
+    return found

@@ -327,7 +327,7 @@ def padded_forward(layer: Any) -> Callable[..., Any]:
     import torch
     import torch.nn.functional as F
 
-    from kempnerforge_torch.model.moe import MoEStats
+    from kempnerforge_torch.model.stats import MoEOutput, MoEStats
 
     def forward(x: Any, valid: Any = None, *, return_stats: bool = False) -> Any:
         x_TD = x.flatten(0, 1)
@@ -345,7 +345,7 @@ def padded_forward(layer: Any) -> Callable[..., Any]:
             y_TD.index_add_(0, token, out[expert, : len(token)] * share)
         y = y_TD.reshape(x.shape)
         stats = MoEStats(*routed, dropped=torch.zeros((), dtype=torch.int32, device=x.device))
-        return (y, stats) if return_stats else y
+        return MoEOutput(y, stats) if return_stats else y
 
     return forward
 

@@ -307,7 +307,7 @@ class TestStep:
         job = tiny_job(EXPERTS | {"moe_bias_schedule": "linear_warmup"}, train={"max_steps": 100})
         trainer, counts = double(job), []
         router = trainer.model.layers["1"].mlp.router
-        router.register_forward_hook(lambda module, *_: counts.append(module.expert_counts.double().cpu().numpy()))
+        router.register_forward_hook(lambda *call: counts.append(call[2].stats.expert_counts.double().cpu().numpy()))
         bias, ema = np.zeros(5), np.full(5, np.float32(0.2), np.float64)
         for step in range(3):
             counts.clear()
