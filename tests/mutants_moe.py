@@ -83,6 +83,10 @@ MOE_MUTANTS = (
         ('self.__dict__.items() if name != "_last"', "self.__dict__.items()"), None,
     ),
     Mutant(
+        "model.stats", "last call of a model copied",
+        ('{**self.__dict__, "_last_stats": {}}', "self.__dict__"), None,
+    ),
+    Mutant(
         "model.grouped", "rows of no group computed",
         ("    out_RF[start:] = 0\n", "    out_RF[start:] = 1\n"),
         ("jnp.where(mine_b1, new_bF, old_bF)", "new_bF"),

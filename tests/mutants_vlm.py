@@ -111,12 +111,12 @@ VLM_MUTANTS = (
     Mutant(
         "model.mot", "attention not silent at the start",
         ('nn.init.zeros_(self.attn.get_parameter(f"o_proj.{name}.weight"))', "pass"),
-        ("_silence(self.attn.o_proj[name])", "pass"),
+        ("silence(self.attn.o_proj[name])", "pass"),
     ),
     Mutant(
         "model.mot", "feed-forward layer not silent at the start",
         ('nn.init.zeros_(self.mlp.get_parameter(f"{name}.down_proj.weight"))', "pass"),
-        ("_silence(self.mlp[name].down_proj)", "pass"),
+        ("silence(self.mlp[name].down_proj)", "pass"),
     ),
     Mutant(
         "model.expert_choice", "padding gives room",

@@ -186,11 +186,17 @@ def check_initial_experts(backend: str) -> None:
 
 
 def check_copies(backend: str) -> None:
-    """A layer can be copied after a call: what it keeps of the call belongs to a graph."""
-    built = LAYERS[0].build(backend)
-    built(array(backend, X_BSD, "float32"))
-    with accepted("a copy after a call"):
-        copy.deepcopy(built)
+    """A layer can be copied after a call, and a model of torch: what they keep of the call belongs to a graph."""
+    layer = LAYERS[0].build(backend)
+    layer(array(backend, X_BSD, "float32"))
+    called = [layer]
+    if backend == "torch":
+        config = ModelConfig(dim=4, n_layers=1, n_heads=1, vocab_size=3, ffn_hidden_dim=4, max_seq_len=4, num_experts=2)
+        called.append(module(backend, "transformer").Transformer(config))
+        called[-1](array(backend, np.array([[1, 2]]), "int64"))
+    for built in called:
+        with accepted("a copy after a call"):
+            copy.deepcopy(built)
 
 
 def check_products(backend: str) -> None:
@@ -278,6 +284,7 @@ MOE_CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.moe": (check_layers, check_no_tokens, check_copies),
     "model.dispatch": (check_layers, check_no_tokens),
     "model.grouped": (check_products,),
+    "model.stats": (check_copies, check_steps),
     "model.transformer": (check_steps,),
     "model.init": (check_initial_experts,),
     "model.scan": (check_checkpointing, check_stacks),
