@@ -12,8 +12,13 @@ DECODING_MUTANTS = (
     both("model.slots", "ring overwrites what new tokens see", "length <= self.spare + 1", "length <= self.spare + 2"),
     both("model.decode_state", "empty slots of a ring seen", "positions_BM >= self.oldest[:, None]",
          "positions_BM >= -self.policy.count"),
-    both("model.slots", "slots of a ring in order", "last_B1 - (last_B1 - slots) % self.count",
-         "last_B1 - (self.count - 1 - slots)"),
+    Mutant(
+        "model.decode_state", "a ring taken for a line",
+        ("or self._most + length <= self.policy.count", "or True"),
+        ("key_positions=key_positions,", "key_positions=None,"),
+    ),
+    both("model.slots", "slots of a ring in order", "last_B1 - (last_B1 - slots_M) % self.count",
+         "last_B1 - (self.count - 1 - slots_M)"),
     Mutant(
         "model.decode_state", "first tokens of a long chunk kept",
         ("new.narrow(axis, length - kept, kept)", "new.narrow(axis, 0, kept)"),

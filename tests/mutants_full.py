@@ -26,11 +26,11 @@ class Reaching:
 
 REACHING = (
     Reaching(
-        both("model.mask", "documents ignored", " & (query_doc_ids[:, :, None] == key_doc_ids[:, None, :])", ""),
+        both("model.mask", "documents ignored", "    if mask.query_doc_ids is not None and", "    if False and"),
         ("documents",), "documents", "gradient",
     ),
     Reaching(
-        both("model.mask", "padding ignored", "mask & key_valid[:, None, :]", "mask"),
+        both("model.mask", "padding ignored", "    if mask.key_valid is not None:", "    if False:"),
         ("padding",), "padding", "loss",
     ),
     Reaching(
@@ -90,8 +90,8 @@ REACHING = (
         ("generate",), "generate", "{backend}: stream = generate",
     ),
     Reaching(
-        both("model.slots", "slots of a ring in order", "last_B1 - (last_B1 - slots) % self.count",
-             "slots + 0 * last_B1"),
+        both("model.slots", "slots of a ring in order", "last_B1 - (last_B1 - slots_M) % self.count",
+             "slots_M + 0 * last_B1"),
         ("ring",), "ring", "decode",
     ),
     Reaching(

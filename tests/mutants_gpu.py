@@ -17,7 +17,7 @@ GPU_MUTANTS = (
     Mutant("model.grouped", "loops on a GPU", None, ("cuda=tiled_outer", "cuda=lambda *a: 2 * tiled_outer(*a)")),
     Mutant("model.attention", "the mask is dropped", ("attn_mask=allowed,", "attn_mask=None,"), None),
     Mutant("model.attention", "never causal", ("is_causal=causal,", "is_causal=False,"),
-           ("is_causal=causal, ", "is_causal=False, ")),
+           ("is_causal=mask.causal, ", "is_causal=False, ")),
     Mutant("model.attention", "scores 3 % too large in bfloat16",
            ("            q,\n            k,\n",
             "            q * (1.03 if q.dtype == torch.bfloat16 else 1),\n            k,\n"),

@@ -5,16 +5,14 @@ from __future__ import annotations
 from tests.mutants import Mutant, both
 
 LENGTH_MUTANTS = (
-    both("model.mask", "no causal mask from position 256 on", "mask = key <= query",
-         "mask = (key <= query) | (query >= 256)"),
-    both("model.mask", "windows reach back to the start from position 250 on", "(key > query - sliding_window)",
-         "((key > query - sliding_window) | (key < 99) & (query > 250))"),
+    both("model.mask", "no causal mask from position 256 on", "seen.append(key <= query)",
+         "seen.append((key <= query) | (query >= 256))"),
+    both("model.mask", "windows reach back to the start from position 250 on", "(key > query - mask.window)",
+         "((key > query - mask.window) | (key < 99) & (query > 250))"),
     Mutant(
         "model.attention", "whole sequences from 512 on see everything",
-        ('causal = True if mask.kind == "causal" and length > 1 else False',
-         'causal = True if mask.kind == "causal" and 1 < length < 512 else False'),
-        ("return build_mask(jnp.arange(keys - length, keys), jnp.arange(keys))",
-         "return build_mask(jnp.arange(keys - length, keys), jnp.arange(keys)) | (length >= 512)"),
+        ("allowed is None and length > 1 else False", "allowed is None and 1 < length < 512 else False"),
+        ("jnp.where(dense.allowed, scores_BHSM", "jnp.where(dense.allowed | (length >= 512), scores_BHSM"),
     ),
     Mutant(
         "model.attention", "keys from 512 on not read",
@@ -64,5 +62,6 @@ LENGTH_MUTANTS = (
     both("model.vision", "patches from 512 on not seen", "k_BHNh, v_BHNh, FULL",
          "k_BHNh[:, :, :512], v_BHNh[:, :, :512], FULL"),
     both("model.cross_attention", "image tokens from 512 on not seen", "attend(q_BHSh, k_BKNh, v_BKNh, mask",
-         "attend(q_BHSh, k_BKNh[:, :, :512], v_BKNh[:, :, :512], mask if mask is FULL else mask[..., :512]"),
+         "attend(q_BHSh, k_BKNh[:, :, :512], v_BKNh[:, :, :512], "
+         "Mask(key_valid=None if image_mask is None else image_mask[:, :512])"),
 )  # fmt: skip

@@ -33,7 +33,9 @@ DIFFERENCES = {
     "model/attention.py": {
         "SDPA_BACKENDS": "torch: its attention has kernels to choose from",
         "attend(sdpa_backend)": "torch: its attention has kernels to choose from",
-        "self_attention_mask(device)": "torch: arrays are made on a device",
+        "prepare_mask(device)": "torch: arrays are made on a device",
+        "prepare_mask(dtype)": "jax: its kernel is for narrow dtypes; torch's choose by themselves",
+        "prepare_mask(head_dim)": "jax: its kernel is for some widths; torch's choose by themselves",
     },
     "model/cross_attention.py": {"CrossAttentionArchitecture.breaks_after": "jax: where a scan over layers must end"},
     "model/decode_state.py": {
@@ -60,6 +62,10 @@ DIFFERENCES = {
         "looped_outer(loop_rows)": "jax: blocks of static shape",
         "ragged_matmul": "jax: XLA's own operation",
         "ragged_outer": "jax: XLA's own operation",
+    },
+    "model/mask.py": {
+        "dense_mask(device)": "torch: arrays are made on a device",
+        "with_dense(device)": "torch: arrays are made on a device",
     },
     "model/kv_cache.py": {
         "KVCache(static)": "torch: eager shapes may follow the fill; in JAX all shapes are static",

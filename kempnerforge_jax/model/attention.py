@@ -19,10 +19,12 @@ from jax import lax
 from kempnerforge_jax.model.checks import check_positions
 from kempnerforge_jax.model.kv_cache import KVCache
 from kempnerforge_jax.model.linear import Linear
-from kempnerforge_jax.model.mask import CAUSAL, Mask, as_mask, build_mask
+from kempnerforge_jax.model.mask import CAUSAL, Mask, as_mask, with_dense
 from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.model.norm import RMSNorm
 from kempnerforge_jax.model.position import apply_rope
+
+_Shaped = jax.Array | jax.ShapeDtypeStruct
 
 
 class Attention(Module):
@@ -140,13 +142,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask | jax.Array = CA
         (B, H, S, h); 0, with gradient 0, in rows that may attend to nothing.
     """
     mask = as_mask(mask)
-    if mask.kind != "dense" and _has_kernel(q, k, v):
+    if mask.plain and _has_kernel(q, k, v):
         kernel, plain = (functools.partial(function, mask=mask) for function in (_cudnn_attention, _attention))
         return lax.platform_dependent(q, k, v, cuda=kernel, default=plain)
     return _attention(q, k, v, mask)
 
 
-def _has_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
+def _has_kernel(q: _Shaped, k: _Shaped, v: _Shaped) -> bool:
     """Whether this process has a GPU with cuDNN's fused attention, and the arrays suit it."""
     length, channels = q.shape[2:]
     narrow = q.dtype == k.dtype == v.dtype and q.dtype in (jnp.bfloat16, jnp.float16)
@@ -157,31 +159,40 @@ def _has_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
 
 
 def _cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-    causal = mask.kind == "causal"
     q_BSHh, k_BMKh, v_BMKh = (heads.swapaxes(1, 2) for heads in (q, k, v))
-    out_BSHh = jax.nn.dot_product_attention(q_BSHh, k_BMKh, v_BMKh, is_causal=causal, implementation="cudnn")
+    out_BSHh = jax.nn.dot_product_attention(q_BSHh, k_BMKh, v_BMKh, is_causal=mask.causal, implementation="cudnn")
     return out_BSHh.swapaxes(1, 2)
 
 
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+    mask = with_dense(mask, q.shape[2], k.shape[2])
     weights_BHSM = attention_weights(q, k, mask).astype(v.dtype)
     weights_BKGSM = weights_BHSM.reshape(q.shape[0], k.shape[1], -1, *weights_BHSM.shape[2:])
     out_BKGSh = jnp.einsum("bkgsm,bkmh->bkgsh", weights_BKGSM, v)
     out_BHSh = out_BKGSh.reshape(*q.shape[:3], v.shape[-1]).astype(q.dtype)
-    return out_BHSh if mask.allowed is None else jnp.where(mask.allowed.any(axis=-1, keepdims=True), out_BHSh, 0)
+    assert mask.dense is not None
+    return out_BHSh if mask.dense.empty is None else jnp.where(mask.dense.empty, 0, out_BHSh)
 
 
 def attention_weights(q: jax.Array, k: jax.Array, mask: Mask | jax.Array = CAUSAL) -> jax.Array:
     """The probabilities of `attend`: (B, H, S, M) in at least float32, 0 in rows that may attend to nothing."""
     (batch, heads, length, channels), keys = q.shape, k.shape[2]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    allowed = _allowed(as_mask(mask), length, keys)
+    dense = with_dense(as_mask(mask), length, keys).dense
+    assert dense is not None
     q_BKGSh = q.reshape(batch, k.shape[1], -1, length, channels)
     scores_BKGSM = jnp.einsum("bkgsh,bkmh->bkgsm", q_BKGSh, k, preferred_element_type=dtype)
     scores_BHSM = scores_BKGSM.reshape(batch, heads, length, keys) / math.sqrt(channels)
-    has_key = allowed.any(axis=-1, keepdims=True)
-    weights_BHSM = jax.nn.softmax(jnp.where(allowed | ~has_key, scores_BHSM, -jnp.inf), axis=-1)
-    return jnp.where(has_key, weights_BHSM, 0)
+    weights_BHSM = jax.nn.softmax(jnp.where(dense.allowed, scores_BHSM, -jnp.inf), axis=-1)
+    return weights_BHSM if dense.empty is None else jnp.where(dense.empty, 0, weights_BHSM)
+
+
+def prepare_mask(mask: Mask, queries: int, keys: int, head_dim: int, dtype: Any) -> Mask:
+    """The mask as `attend` needs it: with its dense form, unless a kernel takes the facts. What all layers share is
+    prepared once, before the first.
+    """
+    q, k = (jax.ShapeDtypeStruct((1, 1, length, head_dim), dtype) for length in (queries, keys))
+    return mask if mask.plain and _has_kernel(q, k, k) else with_dense(mask, queries, keys)
 
 
 def self_attention_mask(
@@ -199,19 +210,13 @@ def self_attention_mask(
     """
     if kv_cache is not None:
         return kv_cache.mask(length, doc_ids=doc_ids, key_padding_mask=key_padding_mask, sliding_window=sliding_window)
-    windowed = sliding_window is not None and sliding_window < length
-    if doc_ids is None and key_padding_mask is None and not windowed:
-        return CAUSAL
-    positions_S = jnp.arange(length, dtype=jnp.int32)
-    allowed = build_mask(
-        positions_S,
-        positions_S,
+    return Mask(
+        causal=True,
+        window=sliding_window if sliding_window is not None and sliding_window < length else None,
         query_doc_ids=doc_ids,
         key_doc_ids=doc_ids,
         key_valid=key_padding_mask,
-        sliding_window=sliding_window if windowed else None,
     )
-    return Mask("dense", allowed)
 
 
 def resolve_head_dim(dim: int, n_heads: int, n_kv_heads: int, head_dim: int | None = None) -> int:
@@ -225,12 +230,3 @@ def resolve_head_dim(dim: int, n_heads: int, n_kv_heads: int, head_dim: int | No
     if head_dim is None and dim % n_heads != 0:
         raise ValueError(f"n_heads = {n_heads}: must divide dim = {dim}, or head_dim must be given")
     return dim // n_heads if head_dim is None else head_dim
-
-
-def _allowed(mask: Mask, length: int, keys: int) -> jax.Array:
-    """Who may see whom, as bool that broadcasts to (B, H, S, M)."""
-    if mask.allowed is not None:
-        return mask.allowed
-    if mask.kind == "full":
-        return jnp.ones((1, 1, 1, keys), bool)
-    return build_mask(jnp.arange(keys - length, keys), jnp.arange(keys))

@@ -15,7 +15,7 @@ from kempnerforge_jax.model.architecture import Architecture, Modules
 from kempnerforge_jax.model.attention import attend, resolve_head_dim
 from kempnerforge_jax.model.checks import check_mask
 from kempnerforge_jax.model.linear import Linear, silence
-from kempnerforge_jax.model.mask import FULL
+from kempnerforge_jax.model.mask import Mask
 from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module, Numbered
@@ -74,7 +74,7 @@ class CrossAttention(Module):
         k_BKNh, v_BKNh = (part.astype(x.dtype) for part in keys_values)
         if image_mask is not None:
             check_mask("image_mask", image_mask, (len(k_BKNh), k_BKNh.shape[2]))
-        mask = FULL if image_mask is None else image_mask[:, None, None, :]
+        mask = Mask(key_valid=image_mask)
         out_BHSh = attend(q_BHSh, k_BKNh, v_BKNh, mask)
         return self.o_proj(out_BHSh.swapaxes(1, 2).reshape(*x.shape[:2], -1))
 

@@ -15,7 +15,7 @@ from jax import lax
 from jax.core import Tracer
 
 from kempnerforge_jax.model.checks import MAX_ID, check_ids, check_shape, wide
-from kempnerforge_jax.model.mask import Mask, build_mask
+from kempnerforge_jax.model.mask import Mask
 from kempnerforge_jax.model.slots import Slots, slots_for
 
 
@@ -140,18 +140,22 @@ class DecodeState:
         """
         self.policy.check_window(sliding_window)
         _, (doc_ids_BM, valid_BM) = self._noted(length, doc_ids, key_padding_mask)
-        key_positions, held = self._key_positions(length)
-        if held is not None:
-            valid_BM = held if valid_BM is None else valid_BM & held
-        allowed = build_mask(
-            self.positions(length),
-            key_positions,
+        key_positions, held_BM = self._key_positions(length)
+        if held_BM is not None:
+            valid_BM = held_BM if valid_BM is None else valid_BM & held_BM
+        return Mask(
+            causal=True,
+            window=sliding_window if sliding_window is not None and sliding_window < self.keys(length) else None,
+            query_positions=self.positions(length),
+            key_positions=key_positions,
             query_doc_ids=doc_ids,
             key_doc_ids=doc_ids_BM,
             key_valid=valid_BM,
-            sliding_window=sliding_window,
         )
-        return Mask("dense", allowed)
+
+    def keys(self, length: int) -> int:
+        """How many keys `append` gives ``length`` more tokens."""
+        return self.policy.count if self.policy.fits(length) else self.policy.count + length
 
     def append(self, slots: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Slots with ``new`` (B, S) or (B, K, S, h) in the next ones, and what the new tokens may see."""
@@ -161,13 +165,12 @@ class DecodeState:
             return written, written
         return written, jnp.concatenate([slots, new.astype(slots.dtype)], axis=axis)
 
-    def _key_positions(self, length: int) -> tuple[jax.Array, jax.Array | None]:
-        """Positions of what `append` gives: (M,), or of a ring (B, M), and bool (B, M) which of them it holds."""
+    def _key_positions(self, length: int) -> tuple[jax.Array | None, jax.Array | None]:
+        """Of a ring the positions (B, M) of what `append` gives, and bool (B, M) which of them it holds; else None."""
         fits = self.policy.fits(length)
-        slots_M = jnp.arange(self.policy.count, dtype=jnp.int32)
-        positions_BM = self.policy.positions(slots_M, self.lengths + (length if fits else 0))
-        if self.oldest is None:
-            return positions_BM, None
+        positions_BM = self.policy.positions(self.policy.count, self.lengths + (length if fits else 0))
+        if positions_BM is None or self.oldest is None:
+            return None, None
         held_BM = positions_BM >= self.oldest[:, None]
         if fits:
             return positions_BM, held_BM

@@ -108,6 +108,10 @@ class KVCache:
         """Positions of the next ``length`` tokens: (B, S)."""
         return self.state.positions(length)
 
+    def keys(self, length: int) -> int:
+        """How many keys `update` gives ``length`` more tokens."""
+        return self.state.keys(length)
+
     def reserve(self, length: int) -> None:
         """Check that ``length`` more tokens fit.
 

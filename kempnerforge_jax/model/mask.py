@@ -1,6 +1,6 @@
 """Who may see whom in attention.
 
-Shapes: B batch, S queries, M keys.
+Shapes: B batch, H heads, S queries, M keys.
 
     mask (rows: new tokens at positions 2, 3, 4; columns: keys at positions 0 ... 4)
 
@@ -13,72 +13,137 @@ Shapes: B batch, S queries, M keys.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Literal
+import operator
+from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 
-Kind = Literal["causal", "full", "dense"]
 
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["allowed"], meta_fields=["kind"])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Mask:
-    """Who may see whom in attention, as data: what a kernel knows by name, and a tensor for all else.
+class Dense:
+    """A mask in one tensor, as products of all queries with all keys need it.
 
     Attributes:
-        kind: "causal": the queries are the last of the keys, and see themselves and all before; "full": every query
-            sees every key; "dense": what ``allowed`` says.
-        allowed: of "dense" alone: bool, broadcasts to (B, H, S, M), True = attend.
-
-    Raises:
-        ValueError: a dense mask without a tensor, or another one with it.
+        allowed: bool, broadcasts to (B, H, S, M), True = attend. Rows of ``empty`` are True throughout: a softmax
+            needs a key.
+        empty: bool, broadcasts to (B, H, S, 1), the queries that see no key; None: there are none.
     """
 
-    kind: Kind
+    allowed: jax.Array
+    empty: jax.Array | None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "query_positions",
+        "key_positions",
+        "query_doc_ids",
+        "key_doc_ids",
+        "key_valid",
+        "allowed",
+        "dense",
+    ],
+    meta_fields=["causal", "window"],
+)
+@dataclass(frozen=True)
+class Mask:
+    """Who may see whom in attention, as facts, from which a kernel is chosen. A key is seen if no fact forbids it.
+
+    Attributes:
+        causal: a query at position p sees no key after p.
+        window: it sees no key at p - window or before; None: no limit.
+        query_positions: int (S,) or (B, S); None: M - S ... M - 1, the queries are the last of the keys.
+        key_positions: int (M,) or (B, M), in any order; None: 0 ... M - 1.
+        query_doc_ids, key_doc_ids: int (B, S) and (B, M): a query sees the keys of its own document; None: of all.
+        key_valid: bool (B, M), False where there is nothing to see, as in padding or in unfilled slots; None: all real.
+        allowed: bool, broadcasts to (B, H, S, M), True = attend: what no other fact can say; None: nothing to add.
+        dense: all these facts in one tensor, shared by the layers of a forward; None until `with_dense` has made it.
+
+    Raises:
+        ValueError: documents of queries without those of keys, or the reverse.
+    """
+
+    causal: bool = False
+    window: int | None = None
+    query_positions: jax.Array | None = None
+    key_positions: jax.Array | None = None
+    query_doc_ids: jax.Array | None = None
+    key_doc_ids: jax.Array | None = None
+    key_valid: jax.Array | None = None
     allowed: jax.Array | None = None
+    dense: Dense | None = None
 
     def __post_init__(self) -> None:
-        if (self.kind == "dense") != (self.allowed is not None):
-            raise ValueError(f"kind = {self.kind!r}: a dense mask, and no other, has a tensor of who is allowed")
+        if (self.query_doc_ids is None) != (self.key_doc_ids is None):
+            missing, given = ("query", "key") if self.query_doc_ids is None else ("key", "query")
+            raise ValueError(f"{missing}_doc_ids = None: must be given, as {given}_doc_ids are")
+
+    @property
+    def plain(self) -> bool:
+        """Whether ``causal`` is the only fact."""
+        return (
+            self.window is None
+            and self.query_positions is None
+            and self.key_positions is None
+            and self.query_doc_ids is None
+            and self.key_valid is None
+            and self.allowed is None
+        )
 
 
-CAUSAL = Mask("causal")
-FULL = Mask("full")
+CAUSAL = Mask(causal=True)
+FULL = Mask()
 
 
 def as_mask(mask: Mask | jax.Array) -> Mask:
-    """A mask, as it is; a tensor as a dense one."""
-    return mask if isinstance(mask, Mask) else Mask("dense", mask)
+    """A mask, as it is; a tensor as what it allows."""
+    return mask if isinstance(mask, Mask) else Mask(allowed=mask)
 
 
-def build_mask(
-    query_positions: jax.Array,
-    key_positions: jax.Array,
-    *,
-    query_doc_ids: jax.Array | None = None,
-    key_doc_ids: jax.Array | None = None,
-    key_valid: jax.Array | None = None,
-    sliding_window: int | None = None,
-) -> jax.Array:
-    """Who may see whom: a query at p sees a key at k if k <= p, p - window < k, both are of one document, and the key
-    is real.
+def dense_mask(mask: Mask, queries: int, keys: int) -> jax.Array:
+    """The facts of a mask for so many queries and keys, in one tensor: bool, broadcasts to (B, H, S, M), True = attend.
 
-    Args:
-        query_positions: int (S,) or (B, S).
-        key_positions: int (M,) or (B, M).
-        query_doc_ids, key_doc_ids: int (B, S) and (B, M).
-        key_valid: bool (B, M).
-
-    Returns:
-        bool (B, 1, S, M), or (1, 1, S, M) if nothing depends on the row; True = attend.
+    Only the reference path of attention needs it.
     """
-    query, key = query_positions[..., :, None], key_positions[..., None, :]
-    mask = key <= query
-    if sliding_window is not None:
-        mask = mask & (key > query - sliding_window)
-    if query_doc_ids is not None and key_doc_ids is not None:
-        mask = mask & (query_doc_ids[:, :, None] == key_doc_ids[:, None, :])
-    if key_valid is not None:
-        mask = mask & key_valid[:, None, :]
-    return mask[:, None] if mask.ndim == 3 else mask[None, None]
+    seen = []
+    if mask.causal or mask.window is not None:
+        query_positions, key_positions = mask.query_positions, mask.key_positions
+        if query_positions is None:
+            query_positions = jnp.arange(keys - queries, keys, dtype=jnp.int32)
+        if key_positions is None:
+            key_positions = jnp.arange(keys, dtype=jnp.int32)
+        query, key = query_positions[..., :, None], key_positions[..., None, :]
+        if mask.causal:
+            seen.append(key <= query)
+        if mask.window is not None:
+            seen.append(key > query - mask.window)
+    if mask.query_doc_ids is not None and mask.key_doc_ids is not None:
+        seen.append(mask.query_doc_ids[:, :, None] == mask.key_doc_ids[:, None, :])
+    if mask.key_valid is not None:
+        seen.append(mask.key_valid[:, None, :])
+    seen = [part[:, None] if part.ndim == 3 else part[None, None] for part in seen]
+    if mask.allowed is not None:
+        seen.append(mask.allowed)
+    return functools.reduce(operator.and_, seen) if seen else jnp.ones((1, 1, 1, keys), jnp.bool_)
+
+
+def with_dense(mask: Mask, queries: int, keys: int) -> Mask:
+    """The mask with its dense form for so many queries and keys."""
+    if mask.dense is not None:
+        return mask
+    allowed = dense_mask(mask, queries, keys)
+    if _each_sees_its_own_key(mask, queries, keys):
+        return replace(mask, dense=Dense(allowed, None))
+    empty = ~allowed.any(axis=-1, keepdims=True)
+    return replace(mask, dense=Dense(allowed | empty, empty))
+
+
+def _each_sees_its_own_key(mask: Mask, queries: int, keys: int) -> bool:
+    """Whether every query is known to be among the keys and to see itself, whatever the tensors hold."""
+    among = mask.query_positions is None and mask.key_positions is None and queries <= keys
+    same_documents = mask.query_doc_ids is None or (mask.query_doc_ids is mask.key_doc_ids and queries == keys)
+    near = mask.window is None or mask.window > 0
+    return among and same_documents and near and mask.key_valid is None and mask.allowed is None

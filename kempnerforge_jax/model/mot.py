@@ -24,7 +24,7 @@ from kempnerforge_jax.model.block import BlockOptions, build_feed_forward
 from kempnerforge_jax.model.checks import check_positions
 from kempnerforge_jax.model.layout import Layout, Rope, Streams, one_stream, positions_after, stream_layout
 from kempnerforge_jax.model.linear import Linear, silence
-from kempnerforge_jax.model.mask import FULL, Mask
+from kempnerforge_jax.model.mask import Mask
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.model.norm import RMSNorm, build_norm
@@ -112,7 +112,7 @@ class MoTAttention(Module):
         x, (rope_cos, rope_sin), places = one_stream(self.modalities, streams, rope, layout)
         check_positions(x.shape[:2], doc_ids, key_padding_mask)
         if not is_causal:
-            mask = FULL if key_padding_mask is None else key_padding_mask[:, None, None, :]
+            mask = Mask(key_valid=key_padding_mask)
         elif mask is None:
             mask = self_attention_mask(
                 x.shape[1],

@@ -45,9 +45,8 @@ class LinearSlots:
         """The slots of tokens at these positions."""
         return positions
 
-    def positions(self, slots: jax.Array, lengths: jax.Array) -> jax.Array:
-        """Positions of what the slots (M,) hold after so many tokens (B,): (M,)."""
-        return slots
+    def positions(self, slots: int, lengths: jax.Array) -> None:
+        """Positions of what the first slots hold after so many tokens (B,); None: 0, 1, ..."""
 
     def first_seen(self, lengths: jax.Array) -> jax.Array:
         """The first position (B,) that the next token may see, after so many tokens (B,)."""
@@ -95,10 +94,11 @@ class RingSlots:
         """The slots of tokens at these positions."""
         return positions % self.count
 
-    def positions(self, slots: jax.Array, lengths: jax.Array) -> jax.Array:
-        """Positions of what the slots (M,) hold after so many tokens (B,): (B, M); negative where that is nothing."""
+    def positions(self, slots: int, lengths: jax.Array) -> jax.Array:
+        """Positions (B, M) of what the first slots hold after so many tokens (B,); negative where that is nothing."""
+        slots_M = jnp.arange(slots, dtype=jnp.int32)
         last_B1 = lengths[:, None] - 1
-        return last_B1 - (last_B1 - slots) % self.count
+        return last_B1 - (last_B1 - slots_M) % self.count
 
     def first_seen(self, lengths: jax.Array) -> jax.Array:
         """The first position (B,) that the next token may see, after so many tokens (B,)."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kempnerforge_jax.model.architecture import Architecture, Modules
-from kempnerforge_jax.model.attention import KVCache, self_attention_mask
+from kempnerforge_jax.model.attention import KVCache, prepare_mask, self_attention_mask
 from kempnerforge_jax.model.balancing import balance
 from kempnerforge_jax.model.block import TransformerBlock as TransformerBlock
 from kempnerforge_jax.model.checks import check_axes
@@ -222,10 +222,11 @@ class Transformer(ModelGetters):
             key_padding_mask=modality.key_padding_mask,
             sliding_window=self.config.sliding_window,
         )
+        keys = length if cache is None else cache.keys(length)
         inputs = {
             "rope_cos": rope_cos,
             "rope_sin": rope_sin,
-            "mask": mask,
+            "mask": prepare_mask(mask, length, keys, self.config.head_size, x.dtype),
             "doc_ids": doc_ids,
             "key_padding_mask": modality.key_padding_mask,
             "limit_capacity": kv_caches is None if limit_capacity is None else limit_capacity,

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kempnerforge_torch.model.checks import check_positions
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.linear import Linear
-from kempnerforge_torch.model.mask import CAUSAL, Mask, as_mask, build_mask
+from kempnerforge_torch.model.mask import CAUSAL, Mask, as_mask, with_dense
 from kempnerforge_torch.model.norm import RMSNorm
 from kempnerforge_torch.model.position import apply_rope
 
@@ -106,7 +106,6 @@ class Attention(nn.Module):
                 doc_ids=doc_ids,
                 key_padding_mask=key_padding_mask,
                 sliding_window=self.sliding_window,
-                device=x.device,
             )
         q_BSHh = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
         k_BSKh = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
@@ -140,14 +139,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor = CAUSAL, *, sdp
         (B, H, S, h); 0, with gradient 0, in rows that may attend to nothing.
     """
     length, keys = q.shape[2], k.shape[2]
-    mask, has_key = as_mask(mask), None
-    if mask.kind == "causal" and 1 < length != keys:
-        mask = as_mask(_allowed(mask, length, keys, q.device))
-    allowed = mask.allowed
-    if allowed is not None:
-        has_key = allowed.any(dim=-1, keepdim=True)
-        allowed = allowed | ~has_key
-    causal = True if mask.kind == "causal" and length > 1 else False  # noqa: SIM210 (of a symbolic length, a bool)
+    mask = prepare_mask(as_mask(mask), length, keys, q.device)
+    allowed, empty = (None, None) if mask.dense is None else (mask.dense.allowed, mask.dense.empty)
+    causal = True if mask.causal and allowed is None and length > 1 else False  # noqa: SIM210 (a symbolic length)
     if q.device.type == "cpu" and keys < _CPU_KERNEL_KEYS:
         sdpa_backend = "math"
     with _sdpa(sdpa_backend):
@@ -159,19 +153,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor = CAUSAL, *, sdp
             is_causal=causal,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-    return out_BHSh if has_key is None else out_BHSh.masked_fill(~has_key, 0)
+    return out_BHSh if empty is None else out_BHSh.masked_fill(empty, 0)
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Mask | Tensor = CAUSAL) -> Tensor:
     """The probabilities of `attend`: (B, H, S, M) in at least float32, 0 in rows that may attend to nothing."""
     (batch, heads, length, channels), keys = q.shape, k.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    allowed = _allowed(as_mask(mask), length, keys, q.device)
+    dense = with_dense(as_mask(mask), length, keys, q.device).dense
+    assert dense is not None
     q_BKGSh = q.to(dtype).unflatten(1, (k.shape[1], -1))
     scores_BHSM = torch.einsum("bkgsh,bkmh->bkgsm", q_BKGSh, k.to(dtype)).reshape(batch, heads, length, keys)
-    has_key = allowed.any(dim=-1, keepdim=True)
-    scores_BHSM = (scores_BHSM / math.sqrt(channels)).masked_fill(~(allowed | ~has_key), -torch.inf)
-    return scores_BHSM.softmax(dim=-1).masked_fill(~has_key, 0)
+    scores_BHSM = (scores_BHSM / math.sqrt(channels)).masked_fill(~dense.allowed, -torch.inf)
+    weights_BHSM = scores_BHSM.softmax(dim=-1)
+    return weights_BHSM if dense.empty is None else weights_BHSM.masked_fill(dense.empty, 0)
+
+
+def prepare_mask(mask: Mask, queries: int, keys: int, device: torch.device | None = None) -> Mask:
+    """The mask as `attend` needs it: with its dense form, unless a kernel takes the facts. What all layers share is
+    prepared once, before the first.
+    """
+    if mask.dense is not None or (mask.plain and (not mask.causal or queries == 1 or queries == keys)):
+        return mask
+    return with_dense(mask, queries, keys, device)
 
 
 def self_attention_mask(
@@ -181,7 +185,6 @@ def self_attention_mask(
     doc_ids: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     sliding_window: int | None = None,
-    device: torch.device | None = None,
 ) -> Mask:
     """The mask of ``length`` new tokens, before they are appended to the cache.
 
@@ -190,19 +193,13 @@ def self_attention_mask(
     """
     if kv_cache is not None:
         return kv_cache.mask(length, doc_ids=doc_ids, key_padding_mask=key_padding_mask, sliding_window=sliding_window)
-    windowed = sliding_window is not None and sliding_window < length
-    if doc_ids is None and key_padding_mask is None and not windowed:
-        return CAUSAL
-    positions_S = torch.arange(length, device=device)
-    allowed = build_mask(
-        positions_S,
-        positions_S,
+    return Mask(
+        causal=True,
+        window=sliding_window if sliding_window is not None and sliding_window < length else None,
         query_doc_ids=doc_ids,
         key_doc_ids=doc_ids,
         key_valid=key_padding_mask,
-        sliding_window=sliding_window if windowed else None,
     )
-    return Mask("dense", allowed)
 
 
 def resolve_head_dim(dim: int, n_heads: int, n_kv_heads: int, head_dim: int | None = None) -> int:
@@ -216,15 +213,6 @@ def resolve_head_dim(dim: int, n_heads: int, n_kv_heads: int, head_dim: int | No
     if head_dim is None and dim % n_heads != 0:
         raise ValueError(f"n_heads = {n_heads}: must divide dim = {dim}, or head_dim must be given")
     return dim // n_heads if head_dim is None else head_dim
-
-
-def _allowed(mask: Mask, length: int, keys: int, device: torch.device) -> Tensor:
-    """Who may see whom, as bool that broadcasts to (B, H, S, M)."""
-    if mask.allowed is not None:
-        return mask.allowed
-    if mask.kind == "full":
-        return torch.ones((1, 1, 1, keys), dtype=torch.bool, device=device)
-    return build_mask(torch.arange(keys - length, keys, device=device), torch.arange(keys, device=device))
 
 
 def _sdpa(backend: str) -> contextlib.AbstractContextManager[object]:

@@ -14,7 +14,7 @@ from kempnerforge_torch.model.architecture import Architecture, Modules
 from kempnerforge_torch.model.attention import attend, resolve_head_dim
 from kempnerforge_torch.model.checks import check_mask
 from kempnerforge_torch.model.linear import Linear
-from kempnerforge_torch.model.mask import FULL
+from kempnerforge_torch.model.mask import Mask
 from kempnerforge_torch.model.mlp import build_mlp
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import build_norm
@@ -65,7 +65,7 @@ class CrossAttention(nn.Module):
         k_BKNh, v_BKNh = (part.to(x.dtype) for part in keys_values)
         if image_mask is not None:
             check_mask("image_mask", image_mask, (len(k_BKNh), k_BKNh.shape[2]))
-        mask = FULL if image_mask is None else image_mask[:, None, None, :]
+        mask = Mask(key_valid=image_mask)
         out_BHSh = attend(q_BHSh, k_BKNh, v_BKNh, mask, sdpa_backend=self.sdpa_backend)
         return self.o_proj(out_BHSh.transpose(1, 2).flatten(2))
 

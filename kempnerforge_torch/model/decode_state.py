@@ -5,13 +5,13 @@ Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h hea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kempnerforge_torch.model.checks import MAX_ID, check_ids, check_shape, wide
-from kempnerforge_torch.model.mask import CAUSAL, Mask, build_mask
+from kempnerforge_torch.model.mask import Mask
 from kempnerforge_torch.model.slots import Slots, slots_for
 
 
@@ -138,23 +138,23 @@ class DecodeState:
         """
         self.policy.check_window(sliding_window)
         _, (doc_ids_BM, valid_BM) = self._noted(length, doc_ids, key_padding_mask)
-        keys = self._filled(length) if self.policy.fits(length) else self._filled(0) + length
-        windowed = sliding_window is not None and sliding_window < keys
-        aligned = self._even and (self._most == 0 or length == 1)
-        if aligned and doc_ids_BM is None and valid_BM is None and not windowed:
-            return CAUSAL
-        key_positions, held = self._key_positions(length)
-        if held is not None:
-            valid_BM = held if valid_BM is None else valid_BM & held
-        allowed = build_mask(
-            self.positions(length),
-            key_positions,
+        facts = Mask(
+            causal=True,
+            window=sliding_window if sliding_window is not None and sliding_window < self.keys(length) else None,
             query_doc_ids=doc_ids,
             key_doc_ids=doc_ids_BM,
             key_valid=valid_BM,
-            sliding_window=sliding_window if windowed else None,
         )
-        return Mask("dense", allowed)
+        if self._even and (self._in_order(length) or (facts.plain and length == 1)):
+            return facts
+        key_positions, held_BM = self._key_positions(length)
+        if held_BM is not None:
+            valid_BM = held_BM if valid_BM is None else valid_BM & held_BM
+        return replace(facts, query_positions=self.positions(length), key_positions=key_positions, key_valid=valid_BM)
+
+    def keys(self, length: int) -> int:
+        """How many keys `append` gives ``length`` more tokens."""
+        return self._filled(length) if self.policy.fits(length) else self._filled(0) + length
 
     def append(self, slots: Tensor, new: Tensor) -> Tensor:
         """Put ``new`` (B, S) or (B, K, S, h) into the next slots, in place; gives what the new tokens may see."""
@@ -167,14 +167,17 @@ class DecodeState:
         self._write(slots, new, axis)
         return seen
 
-    def _key_positions(self, length: int) -> tuple[Tensor, Tensor | None]:
-        """Positions of what `append` gives: (M,), or of a ring (B, M), and bool (B, M) which of them it holds."""
+    def _in_order(self, length: int) -> bool:
+        """Whether what `append` gives is at positions 0, 1, ... and ends with the new tokens, if rows are equal."""
+        return self.oldest is None or self._most == 0 or self._most + length <= self.policy.count
+
+    def _key_positions(self, length: int) -> tuple[Tensor | None, Tensor | None]:
+        """Of a ring the positions (B, M) of what `append` gives, and bool (B, M) which of them it holds; else None."""
         fits = self.policy.fits(length)
         written = length if fits else 0
-        slots_M = torch.arange(self._filled(written), device=self.lengths.device)
-        positions_BM = self.policy.positions(slots_M, self.lengths + written)
-        if self.oldest is None:
-            return positions_BM, None
+        positions_BM = self.policy.positions(self._filled(written), self.lengths + written)
+        if positions_BM is None or self.oldest is None:
+            return None, None
         held_BM = positions_BM >= self.oldest[:, None]
         if fits:
             return positions_BM, held_BM

@@ -114,6 +114,10 @@ class KVCache:
         """Positions of the next ``length`` tokens: (S,) where all rows are known to be equal, else (B, S)."""
         return self.state.positions(length)
 
+    def keys(self, length: int) -> int:
+        """How many keys `update` gives ``length`` more tokens."""
+        return self.state.keys(length)
+
     def reserve(self, length: int) -> None:
         """Check that ``length`` more tokens fit.
 

@@ -23,7 +23,7 @@ from kempnerforge_torch.model.block import BlockOptions, build_feed_forward
 from kempnerforge_torch.model.checks import check_positions
 from kempnerforge_torch.model.layout import Layout, Rope, Streams, one_stream, positions_after, stream_layout
 from kempnerforge_torch.model.linear import Linear
-from kempnerforge_torch.model.mask import FULL, Mask
+from kempnerforge_torch.model.mask import Mask
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import RMSNorm, build_norm
 from kempnerforge_torch.model.position import apply_rope
@@ -110,7 +110,7 @@ class MoTAttention(nn.Module):
         x, (rope_cos, rope_sin), places = one_stream(self.modalities, streams, rope, layout)
         check_positions(x.shape[:2], doc_ids, key_padding_mask)
         if not is_causal:
-            mask = FULL if key_padding_mask is None else key_padding_mask[:, None, None, :]
+            mask = Mask(key_valid=key_padding_mask)
         elif mask is None:
             mask = self_attention_mask(
                 x.shape[1],
@@ -118,7 +118,6 @@ class MoTAttention(nn.Module):
                 doc_ids=doc_ids,
                 key_padding_mask=key_padding_mask,
                 sliding_window=self.sliding_window,
-                device=x.device,
             )
         q_BSHh, k_BSKh, v_BSKh = (
             places.apply(lambda name, part, to=to: self._heads(to, name, part), x) for to in ("q", "k", "v")

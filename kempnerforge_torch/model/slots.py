@@ -45,9 +45,8 @@ class LinearSlots:
         """The slots of tokens at these positions."""
         return positions
 
-    def positions(self, slots: Tensor, lengths: Tensor) -> Tensor:
-        """Positions of what the slots (M,) hold after so many tokens (B,): (M,)."""
-        return slots
+    def positions(self, slots: int, lengths: Tensor) -> None:
+        """Positions of what the first slots hold after so many tokens (B,); None: 0, 1, ..."""
 
     def first_seen(self, lengths: Tensor) -> Tensor:
         """The first position (B,) that the next token may see, after so many tokens (B,)."""
@@ -95,10 +94,11 @@ class RingSlots:
         """The slots of tokens at these positions."""
         return positions % self.count
 
-    def positions(self, slots: Tensor, lengths: Tensor) -> Tensor:
-        """Positions of what the slots (M,) hold after so many tokens (B,): (B, M); negative where that is nothing."""
+    def positions(self, slots: int, lengths: Tensor) -> Tensor:
+        """Positions (B, M) of what the first slots hold after so many tokens (B,); negative where that is nothing."""
+        slots_M = torch.arange(slots, device=lengths.device)
         last_B1 = lengths.long()[:, None] - 1
-        return last_B1 - (last_B1 - slots) % self.count
+        return last_B1 - (last_B1 - slots_M) % self.count
 
     def first_seen(self, lengths: Tensor) -> Tensor:
         """The first position (B,) that the next token may see, after so many tokens (B,)."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.architecture import Architecture, Modules
-from kempnerforge_torch.model.attention import KVCache, self_attention_mask
+from kempnerforge_torch.model.attention import KVCache, prepare_mask, self_attention_mask
 from kempnerforge_torch.model.balancing import balance
 from kempnerforge_torch.model.block import TransformerBlock as TransformerBlock
 from kempnerforge_torch.model.checks import check_axes
@@ -194,12 +194,12 @@ class Transformer(ModelGetters):
             doc_ids=doc_ids,
             key_padding_mask=modality.key_padding_mask,
             sliding_window=self.config.sliding_window,
-            device=x.device,
         )
+        keys = length if cache is None else cache.keys(length)
         inputs = {
             "rope_cos": rope_cos,
             "rope_sin": rope_sin,
-            "mask": mask,
+            "mask": prepare_mask(mask, length, keys, x.device),
             "doc_ids": doc_ids,
             "key_padding_mask": modality.key_padding_mask,
             "limit_capacity": kv_caches is None if limit_capacity is None else limit_capacity,

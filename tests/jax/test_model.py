@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from kempnerforge_jax.model import Transformer, attention
 from kempnerforge_jax.model.architecture import Architecture, Modules
-from kempnerforge_jax.model.attention import Attention, KVCache, attend, build_mask
+from kempnerforge_jax.model.attention import Attention, KVCache, attend
 from kempnerforge_jax.model.embedding import TokenEmbedding
 from kempnerforge_jax.model.hooks import activation_names, capture
 from kempnerforge_jax.model.init import init_weights
-from kempnerforge_jax.model.mask import CAUSAL, FULL, Mask
+from kempnerforge_jax.model.mask import CAUSAL, FULL, Mask, dense_mask
 from kempnerforge_jax.model.mlp import StandardMLP, build_mlp
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.norm import build_norm
@@ -463,11 +463,11 @@ def test_caches_are_values() -> None:
 
 
 def test_mask_drawing() -> None:
-    mask = build_mask(jnp.array([2, 3, 4]), jnp.arange(5), sliding_window=3)
-    assert mask.astype(int).tolist() == [[[[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]]]
+    mask = Mask(causal=True, window=3)
+    assert dense_mask(mask, 3, 5).astype(int).tolist() == [[[[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]]]
     documents = jnp.array([[0, 0, 1, 1, 1]])
-    mask = build_mask(jnp.array([2, 3, 4]), jnp.arange(5), query_doc_ids=documents[:, 2:], key_doc_ids=documents)
-    assert mask.astype(int).tolist() == [[[[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]]]
+    mask = Mask(causal=True, query_doc_ids=documents[:, 2:], key_doc_ids=documents)
+    assert dense_mask(mask, 3, 5).astype(int).tolist() == [[[[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]]]
 
 
 def test_a_query_without_keys_gives_zero_and_no_gradient() -> None:

@@ -262,7 +262,7 @@ def check_dispatched_attention(backend: str) -> None:
 
 def check_masks_of_caches(backend: str) -> None:
     """A dense mask is built only where no kernel knows the pattern: a whole prompt and a single token have none."""
-    attention, masks = module("torch", "model.attention"), module("torch", "model.mask")
+    attention = module("torch", "model.attention")
     one, real = torch.zeros((2, 1), dtype=torch.int64), torch.ones((2, 1), dtype=torch.bool)
 
     def filled(length: int, **options: Any) -> Any:
@@ -272,20 +272,24 @@ def check_masks_of_caches(backend: str) -> None:
 
     ragged = filled(3)
     ragged.cut(torch.tensor([3, 2]))
-    for cache, length, options, kind in (
-        (filled(0), 4, {}, "causal"),
-        (filled(3), 1, {}, "causal"),
-        (filled(3), 2, {}, "dense"),
-        (filled(3), 1, {"sliding_window": 4}, "causal"),
-        (filled(3), 1, {"sliding_window": 3}, "dense"),
-        (filled(3), 1, {"doc_ids": one}, "dense"),
-        (filled(3), 1, {"key_padding_mask": real}, "dense"),
-        (ragged, 1, {}, "dense"),
-        (filled(3, static=True), 1, {}, "dense"),
+    for cache, length, options, dense in (
+        (filled(0), 4, {}, False),
+        (filled(3), 1, {}, False),
+        (filled(3), 2, {}, True),
+        (filled(3), 1, {"sliding_window": 4}, False),
+        (filled(3), 1, {"sliding_window": 3}, True),
+        (filled(3), 1, {"doc_ids": one}, True),
+        (filled(3), 1, {"key_padding_mask": real}, True),
+        (ragged, 1, {}, True),
+        (filled(3, static=True), 1, {}, True),
+        (filled(5, sliding_window=4), 1, {"sliding_window": 4}, False),
+        (filled(5, sliding_window=4), 1, {"sliding_window": 3}, True),
+        (filled(5, sliding_window=4, spare=1), 2, {"sliding_window": 4}, True),
     ):
-        found = cache.mask(length, **options)
-        assert found.kind == kind, (length, options, kind)
-        assert (found is masks.CAUSAL) == (kind == "causal"), (length, options, kind)
+        facts = cache.mask(length, **options)
+        assert facts.causal
+        found = attention.prepare_mask(facts, length, cache.keys(length))
+        assert (found.dense is not None) == dense, (length, options, dense)
 
 
 def check_shared_states(backend: str) -> None:

@@ -304,7 +304,8 @@ def check_masks(name: str, length: int = 257) -> None:
         whole = {"doc_ids": documents, "key_padding_mask": real}
         of = attention.self_attention_mask
         windowed = of(length, sliding_window=WINDOW, **whole), of(length, sliding_window=WINDOW)
-        return tuple(mask.allowed for mask in (of(length, **whole), *windowed))
+        dense = backend.module("model.mask").dense_mask
+        return tuple(dense(mask, length, length) for mask in (of(length, **whole), *windowed))
 
     allowed = (causal & same & real[:, None, :], causal & near & same & real[:, None, :], causal & near)
     for mask, truth in zip(backend.run(masks, documents, real), allowed, strict=True):
@@ -326,8 +327,9 @@ def check_cache_masks(
         for part in (keys[:, :, :100], keys[:, :, 100:]):
             cache = appended(cache, part)[0]
         cache = cache.cut(lengths) or cache
-        positions, mask = cache.positions(3), cache.mask(3, sliding_window=window).allowed
-        return positions, mask, appended(cache, new)[1]
+        dense = backend.module("model.mask").dense_mask
+        mask = dense(cache.mask(3, sliding_window=window), 3, cache.keys(3))
+        return cache.positions(3), mask, appended(cache, new)[1]
 
     positions, mask, held = backend.run(fill, keys, new, lengths)
     np.testing.assert_array_equal(positions, lengths[:, None] + np.arange(3))

@@ -335,8 +335,8 @@ def test_experts_of_a_modality_see_its_tokens_alone(backend: Any) -> None:
     np.testing.assert_allclose(backend.numpy(output.x), backend.numpy(out), rtol=1e-12)
     counts = {name: backend.numpy(stats.expert_counts).tolist() for name, stats in output.stats.items()}
     assert counts == {"image": [2, 2], "text": [3, 3, 3]}
-    documents, places = backend.array(np.array([[0, 0, 1, 1, 1, 2]] * 2)), backend.array(np.arange(6))
-    mask = backend.module("model.mask").build_mask(places, places, query_doc_ids=documents, key_doc_ids=documents)
+    documents = backend.array(np.array([[0, 0, 1, 1, 1, 2]] * 2))
+    mask = backend.module("model.mask").Mask(causal=True, query_doc_ids=documents, key_doc_ids=documents)
     apart = backend.numpy(block(backend.array(X), *rope, modality_ids, doc_ids=documents))
     masked = backend.numpy(block(backend.array(X), *rope, modality_ids, mask=mask))
     np.testing.assert_allclose(apart, masked, rtol=1e-10, atol=1e-13)

@@ -383,7 +383,7 @@ def test_a_ring_needs_a_window_that_it_holds(backend: Any) -> None:
     for window in (None, 5):
         with pytest.raises(ValueError, match=f"sliding_window = {window}: must be at most the cache's, 4"):
             cache.mask(1, sliding_window=window)
-    assert cache.mask(4, sliding_window=3).kind == "dense"
+    assert cache.mask(4, sliding_window=3).window == 3
     assert backend.module("model.attention").KVCache(1, 20, 2, 6, sliding_window=30).sliding_window is None
 
 

@@ -105,8 +105,7 @@ def masked(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Wrong:
 
     def call(be: Any, module: Any, before: Wrong, x: Any, *args: Any, mask: Any, **kwargs: Any) -> Any:
         place = np.arange(x.shape[1])
-        causal = place[:, None] >= place[None, :]
-        seen = be.array(causal) if mask.allowed is None else mask.allowed
+        seen = be.module("model.mask").dense_mask(mask, len(place), len(place))
         return before(x, *args, mask=seen | be.array(change(place[:, None], place[None, :])), **kwargs)
 
     return call

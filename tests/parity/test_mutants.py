@@ -46,6 +46,7 @@ from tests.oracle.optimizer import adamw_step, clip, initial_state
 from tests.oracle.position import apply_rope
 from tests.outcomes import accepted, refused
 from tests.parity.decoding_checks import DECODING_CHECKS
+from tests.parity.mask_checks import MASK_CHECKS
 from tests.parity.moe_checks import MOE_CHECKS
 from tests.parity.padding_checks import PADDING_CHECKS
 from tests.parity.runners import assert_same_runs, run_jax, run_oracle, run_torch
@@ -328,7 +329,7 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.transformer": (check_slice,),
     "model.moe": (check_table,),
 }
-CHECK_LISTS = (CHECKS, MOE_CHECKS, VLM_CHECKS, DECODING_CHECKS, PADDING_CHECKS)
+CHECK_LISTS = (CHECKS, MASK_CHECKS, MOE_CHECKS, VLM_CHECKS, DECODING_CHECKS, PADDING_CHECKS)
 
 
 def checks_of(component: str) -> tuple[Callable[[str], None], ...]:

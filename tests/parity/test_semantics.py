@@ -137,7 +137,7 @@ def test_a_query_that_may_see_no_key_gives_zero_and_no_gradient(backend: Torch, 
 @on_both
 @pytest.mark.parametrize("queries", [1, 3, 5])
 def test_what_a_mask_is_called_and_what_it_allows_are_the_same(backend: Torch, queries: int) -> None:
-    """A kind, its dense mask, and a plain array: the same output and the same probabilities."""
+    """Facts, their dense form, what they allow, and a plain array: the same output and the same probabilities."""
     attention, masks = backend.module("model.attention"), backend.module("model.mask")
     q, k, v = normal(2, 4, queries, 6), normal(2, 2, 5, 6, seed=1), normal(2, 2, 5, 6, seed=2)
     causal = np.tril(np.ones((queries, 5), bool), 5 - queries)
@@ -145,7 +145,7 @@ def test_what_a_mask_is_called_and_what_it_allows_are_the_same(backend: Torch, q
 
         def outputs(q: Any, k: Any, v: Any, kind: Any = kind, allowed: Any = allowed) -> Any:
             array = backend.array(allowed)[None, None]
-            forms = (kind, masks.Mask("dense", array), array)
+            forms = (kind, masks.with_dense(kind, queries, 5), masks.Mask(allowed=array), array)
             return [(attention.attend(q, k, v, form), attention.attention_weights(q, k, form)) for form in forms]
 
         named, *dense = backend.run(outputs, q, k, v)
@@ -153,34 +153,6 @@ def test_what_a_mask_is_called_and_what_it_allows_are_the_same(backend: Torch, q
             assert_same_function(found[0], named[0], "attend")
             assert_same_function(found[1], named[1], "probabilities")
         assert (np.asarray(named[1]) > 0).all(axis=(0, 1)).tolist() == allowed.tolist()
-
-
-@on_both
-def test_a_dense_mask_and_no_other_has_a_tensor(backend: Torch) -> None:
-    masks = backend.module("model.mask")
-    for kind, allowed in (("dense", None), ("causal", backend.array(np.ones((1, 1), bool)))):
-        with pytest.raises(ValueError, match=f"kind = '{kind}': a dense mask, and no other, has a tensor"):
-            masks.Mask(kind, allowed)
-
-
-@on_both
-@pytest.mark.parametrize("window", [None, 3])
-def test_a_forward_builds_one_mask_for_all_layers(
-    backend: Torch, window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    attention, built = backend.module("model.attention"), []
-    build = attention.build_mask
-    monkeypatch.setattr(
-        attention, "build_mask", lambda *given, **options: (built.append(1), build(*given, **options))[1]
-    )
-    monkeypatch.setattr(attention, "self_attention_mask", None)  # the transformer's is another name
-    config = ModelConfig(dim=8, n_layers=2, n_heads=2, vocab_size=11, ffn_hidden_dim=8, sliding_window=window)
-    model = backend.model(config, validation_weights(parameter_table(config), 0))
-    backend.run(lambda tokens: model(tokens), np.arange(8)[None])
-    reference = (
-        backend.name == "jax" and window is None
-    )  # JAX has no causal kernel on a CPU, and XLA makes one of equals
-    assert len(built) == (config.n_layers if reference else int(window is not None))
 
 
 @on_both

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from kempnerforge_torch.model import Transformer
 from kempnerforge_torch.model.architecture import Architecture, Modules
-from kempnerforge_torch.model.attention import SDPA_BACKENDS, Attention, KVCache, build_mask
+from kempnerforge_torch.model.attention import SDPA_BACKENDS, Attention, KVCache
 from kempnerforge_torch.model.embedding import TokenEmbedding
 from kempnerforge_torch.model.hooks import activation_names, capture
 from kempnerforge_torch.model.init import init_weights
+from kempnerforge_torch.model.mask import Mask, dense_mask
 from kempnerforge_torch.model.mlp import StandardMLP, build_mlp
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.norm import build_norm
@@ -379,11 +380,11 @@ def test_cache_returns_what_was_seen_and_remembers_documents() -> None:
 
 
 def test_mask_drawing() -> None:
-    mask = build_mask(torch.tensor([2, 3, 4]), torch.arange(5), sliding_window=3)
-    assert mask.int().tolist() == [[[[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]]]
+    mask = Mask(causal=True, window=3)
+    assert dense_mask(mask, 3, 5).int().tolist() == [[[[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]]]
     documents = torch.tensor([[0, 0, 1, 1, 1]])
-    mask = build_mask(torch.tensor([2, 3, 4]), torch.arange(5), query_doc_ids=documents[:, 2:], key_doc_ids=documents)
-    assert mask.int().tolist() == [[[[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]]]
+    mask = Mask(causal=True, query_doc_ids=documents[:, 2:], key_doc_ids=documents)
+    assert dense_mask(mask, 3, 5).int().tolist() == [[[[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]]]
 
 
 def test_a_query_without_keys_gives_zero_and_no_gradient() -> None:
