@@ -134,9 +134,9 @@ def check_facts(name: str) -> None:
 def check_caches(name: str) -> None:
     """Ragged and padded prompts of several documents in chunks, single tokens, more than a ring has to spare."""
     rng = np.random.default_rng(6)
-    forgotten = ((0, 0), (1, 3), (0, 0), (0, 0), (0, 0))
+    none, ragged = [(0, 0)] * 5, [(0, 0), (1, 3), (0, 0), (0, 0), (0, 0)]
     for options in CACHES[name]:
-        for documents, real, window in ((1, 2.0, None), (2, 0.7, 3)):
+        for documents, real, window, forgotten in ((1, 2.0, None, none), (2, 0.7, 3, ragged)):
             chunks = [
                 Chunk(rng.integers(0, documents, (2, size)), rng.random((2, size)) < real, lost)
                 for size, lost in zip((3, 3, 1, 2, 4), forgotten, strict=True)
