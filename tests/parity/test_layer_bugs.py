@@ -21,7 +21,9 @@ from torch.nn import functional as F
 import kempnerforge_jax.trace
 import kempnerforge_torch.trace
 from kempnerforge_jax.model import architecture as jax_architecture
+from kempnerforge_jax.model import mask as jax_mask
 from kempnerforge_torch.model import architecture as torch_architecture
+from kempnerforge_torch.model import mask as torch_mask
 from shared_config.loader import load_config
 from shared_config.parity.compare import Comparison, compare_traces
 from shared_config.parity.traces import Trace
@@ -59,6 +61,7 @@ class Torch:
     bfloat16, float32 = torch.bfloat16, torch.float32
     cast = staticmethod(lambda x, dtype: x.to(dtype))
     array = staticmethod(torch.from_numpy)
+    dense_mask = staticmethod(torch_mask.dense_mask)
     value = staticmethod(lambda parameter: parameter)
 
 
@@ -70,6 +73,7 @@ class Jax:
     bfloat16, float32 = jnp.bfloat16, jnp.float32
     cast = staticmethod(lambda x, dtype: x.astype(dtype))
     array = staticmethod(jnp.asarray)
+    dense_mask = staticmethod(jax_mask.dense_mask)
     value = staticmethod(lambda parameter: parameter.get_value())
 
 
@@ -105,7 +109,7 @@ def masked(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Wrong:
 
     def call(be: Any, module: Any, before: Wrong, x: Any, *args: Any, mask: Any, **kwargs: Any) -> Any:
         place = np.arange(x.shape[1])
-        seen = be.module("model.mask").dense_mask(mask, len(place), len(place))
+        seen = be.dense_mask(mask, len(place), len(place))
         return before(x, *args, mask=seen | be.array(change(place[:, None], place[None, :])), **kwargs)
 
     return call
