@@ -26,6 +26,7 @@ from kempnerforge_jax.training.loss import mean_cross_entropy, router_losses
 from kempnerforge_jax.training.mixed_precision import matmul_precision
 from kempnerforge_jax.training.optimizer import build_optimizer, clip_by_global_norm, set_optimizer_state, update
 from shared_config.contract.initialise import state_hash
+from shared_config.contract.moments import moments_of
 from shared_config.contract.vision import job_table
 from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import check_tensors
@@ -138,7 +139,8 @@ class Recorder:
         self._modules = request.modules(names)
         self._fed = (request.refeed.outputs, request.refeed.losses) if request.refeed else ({}, {})
         self.trained = [name for name in self.table if name in params]
-        self.moments = validation_moments(self.table, request.seed) if request.updates(self.trained) else {}
+        kinds = moments_of(config.optimizer.name)
+        self.moments = validation_moments(self.table, request.seed, kinds) if request.updates(self.trained) else {}
         self._tables = {name: array for name, array in buffers.items() if name not in self.table}
         self._optimizer = build_optimizer(dict.fromkeys(self.trained), self.table, config.optimizer)
         self._compiled_run = jax.jit(self._run)

@@ -28,6 +28,7 @@ from kempnerforge_torch.training.optimizer import (
     set_optimizer_state,
 )
 from shared_config.contract.initialise import state_hash
+from shared_config.contract.moments import moments_of
 from shared_config.contract.vision import job_table
 from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import check_tensors
@@ -134,7 +135,8 @@ class Recorder:
         self.compute_dtype = DTYPES[request.dtype]
         self.master_dtype = torch.float64 if request.dtype == EXACT else torch.float32
         self.trained = [name for name, tensor in own_tensors(model).items() if isinstance(tensor, nn.Parameter)]
-        self.moments = validation_moments(self.table, request.seed) if request.updates(self.trained) else {}
+        kinds = moments_of(config.optimizer.name)
+        self.moments = validation_moments(self.table, request.seed, kinds) if request.updates(self.trained) else {}
         names = activation_names(model)
         check_selection(request, names, MoEStats._fields)
         self._modules = request.modules(names)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ class Declaration:
     layer_parameters: Function | None = None
     equal_layers: bool = False
     output_num_tokens: Function | None = None
+    moments: tuple[str, ...] = ()
 
 
 _tables: list[dict[str, Any]] = []
@@ -76,6 +77,7 @@ def declare(
     layer_parameters: Function | None = None,
     equal_layers: bool = False,
     output_num_tokens: Function | None = None,
+    moments: Sequence[str] = (),
 ) -> None:
     """Say once for both backends what a registered name means for the parameter table and the sizes of a model.
 
@@ -91,11 +93,16 @@ def declare(
             ``build_block``.
         equal_layers: the layers differ only in having experts or not, so that one of each kind needs to be asked.
         output_num_tokens: of an adapter, called with its config and the number of tokens that enter.
+        moments: of an optimizer, names of what it keeps of each parameter, in the parameter's shape and 0 at the start;
+            left out: "m" and "v", as AdamW.
 
     Raises:
-        ValueError: no such category, or functions that it has no use for, or that were declared otherwise before.
+        ValueError: no such category, or what it has no use for, or what was declared otherwise before, or names of
+            moments that are none.
     """
-    given = Declaration(parameters, layer_parameters, equal_layers, output_num_tokens)
+    given = Declaration(parameters, layer_parameters, equal_layers, output_num_tokens, tuple(moments))
+    if len({*given.moments, "t"}) <= len(given.moments) or not all(name.isidentifier() for name in given.moments):
+        raise ValueError(f"moments = {given.moments}: must be names, all different, none of them 't'")
     if category not in _declared:
         raise ValueError(f"category = {category!r}: must be one of {', '.join(sorted(_declared))}")
     allowed = {
@@ -103,6 +110,7 @@ def declare(
         "layer_parameters": ("architecture",),
         "equal_layers": ("architecture",),
         "output_num_tokens": ("adapter",),
+        "moments": ("optimizer",),
     }
     before = _declared[category].get(name, Declaration())
     for field in fields(Declaration):

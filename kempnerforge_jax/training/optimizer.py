@@ -8,7 +8,9 @@ Checkpoints hold the moments as ``m.<parameter>`` and ``v.<parameter>``, the cou
 
 Another optimiser is registered in category "optimizer" under the name that ``optimizer.name`` gives. It is called with
 the config and gives an `optax.GradientTransformation` of one array, to whose steps the decay is added before they are
-subtracted times the learning rate; its state is an `optax.ScaleByAdamState`, of which it may use a part.
+subtracted times the learning rate. Its state is a named tuple of ``count``, updates taken, and the moments that
+`shared_config.registry.declare` was told: "m" as ``mu``, "v" as ``nu``, others under their names; without a declaration
+these two, as in `optax.ScaleByAdamState`.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ import optax
 
 from kempnerforge_jax.model.stack import Stack, in_first_layer, stack_layers, stacks_of, unstack_layers, unstack_shapes
 from kempnerforge_jax.registry import registry
+from shared_config.contract.moments import UPDATES, moments_of
 from shared_config.contract.specs import ParameterTable, check_names
 from shared_config.schema.optimizer import OptimizerConfig
 
 Arrays = dict[str, jax.Array]
 OptimizerState = Any
-"""What optax keeps: an `optax.ScaleByAdamState` for each parameter, then the states of the transformations after it."""
+"""What optax keeps: a named tuple for each parameter, then the states of the transformations after it."""
 
 
 def build_optimizer(
@@ -39,8 +42,10 @@ def build_optimizer(
 
     What it gives is to be subtracted times the learning rate, see `update`.
     """
+    own = registry.get("optimizer", config.name)(config)
+    _check_state(own, config.name)
     return optax.chain(
-        _by_parameter(registry.get("optimizer", config.name)(config)),
+        _by_parameter(own),
         optax.add_decayed_weights(
             config.weight_decay, mask={name: table[in_first_layer(name)].decay for name in parameters}
         ),
@@ -102,14 +107,17 @@ def set_optimizer_state(state: OptimizerState, moments: Mapping[str, Any], step:
         UserError: lists every missing, unknown and misshapen name.
     """
     own = _arrays(state)
-    values = {f"t.{name}": np.asarray(step) for name in unstack_shapes(own["t"])} | dict(moments)
+    values = {f"t.{name}": np.asarray(step) for name in unstack_shapes(own.get(UPDATES, {}))} | dict(moments)
     check_names(
         {f"{kind}.{name}": one.shape for kind in own for name, one in unstack_shapes(own[kind]).items()},
         {name: tuple(value.shape) for name, value in values.items()},
     )
-    m, v, t = (_filled(own[kind], values, f"{kind}.") for kind in ("m", "v", "t"))
-    adam = {name: one._replace(count=t[name], mu=m[name], nu=v[name]) for name, one in state[0].items()}
-    return (adam, *state[1:])
+    filled = {kind: _filled(arrays, values, f"{kind}.") for kind, arrays in own.items()}
+    states = {
+        name: one._replace(**{field: filled[_kind(field)][name] for field in one._fields})
+        for name, one in state[0].items()
+    }
+    return (states, *state[1:])
 
 
 def clip_by_global_norm(gradients: Arrays, max_norm: float) -> tuple[Arrays, jax.Array]:
@@ -156,8 +164,26 @@ def _by_layer(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def _arrays(state: OptimizerState) -> dict[str, Arrays]:
-    fields = {"m": "mu", "v": "nu", "t": "count"}
-    return {kind: {name: getattr(adam, field) for name, adam in state[0].items()} for kind, field in fields.items()}
+    """Kind -> parameter -> array: the moments, then the counts."""
+    kinds: dict[str, Arrays] = {}
+    for name, one in state[0].items():
+        for field in sorted(one._fields, key="count".__eq__):
+            kinds.setdefault(_kind(field), {})[name] = getattr(one, field)
+    return kinds
+
+
+def _kind(field: str) -> str:
+    """What a field of a state is called in checkpoints."""
+    return {"mu": "m", "nu": "v", "count": UPDATES}.get(field, field)
+
+
+def _check_state(own: optax.GradientTransformation, name: str) -> None:
+    """Refuse an optimiser whose state is not what was declared."""
+    state = jax.eval_shape(own.init, jax.ShapeDtypeStruct((1,), jnp.float32))
+    kinds = [_kind(field) for field in getattr(state, "_fields", ())]
+    wanted = [UPDATES, *moments_of(name)]
+    if sorted(kinds) != sorted(wanted):
+        raise ValueError(f"optimizer {name!r}: its state holds {kinds}: must be a named tuple of {wanted}, as declared")
 
 
 def _filled(own: Arrays, values: Mapping[str, Any], prefix: str) -> Arrays:

@@ -42,6 +42,7 @@ from kempnerforge_jax.training.scheduler import build_schedule
 from kempnerforge_jax.training.terms import model_inputs, routing_metrics, taken_metric
 from shared_config.contract.freeze import effective_freeze, frozen_names, moments_under, never_trained
 from shared_config.contract.labels import label_count
+from shared_config.contract.moments import UPDATES, moments_of
 from shared_config.contract.routing import RouterId
 from shared_config.contract.vision import job_table
 from shared_config.data import open_data
@@ -160,7 +161,9 @@ class Trainer:
     def state(self) -> TrainingState:
         """Copies, on the host, of weights, buffers, moments and counts of updates."""
         weights, moments = get_state(self.model), get_optimizer_state(self.optimizer_state)
-        return TrainingState(self.updates, self._host_copies(weights, ""), self._host_copies(moments, "m.", "v.", "t."))
+        kinds = (*moments_of(self.config.optimizer.name), UPDATES)
+        kept = self._host_copies(moments, *(f"{kind}." for kind in kinds))
+        return TrainingState(self.updates, self._host_copies(weights, ""), kept)
 
     def load_state(self, state: TrainingState) -> None:
         """Go on from a state of either backend; without moments, only the weights are taken. What was frozen there and
@@ -172,7 +175,8 @@ class Trainer:
         model = self.model
         set_state(model, state.weights)
         if state.optimizer or state.step:
-            moments = moments_under(self.config.vlm, self.table, state.optimizer)
+            kinds = moments_of(self.config.optimizer.name)
+            moments = moments_under(self.config.vlm, self.table, state.optimizer, kinds)
             self.optimizer_state = set_optimizer_state(self.optimizer_state, moments, state.step)
         _, self.parameters, self.buffers = split(model)
         self.updates = state.step

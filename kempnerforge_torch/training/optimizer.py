@@ -7,8 +7,9 @@ t counts the updates of each parameter: what is frozen takes none. The decay act
 Checkpoints hold the moments as ``m.<parameter>`` and ``v.<parameter>``, the counts as ``t.<parameter>``.
 
 Another optimiser is registered in category "optimizer" under the name that ``optimizer.name`` gives. It is called with
-groups of parameters, each with its ``weight_decay``, and the config; its state of a parameter is that of AdamW
-(``exp_avg``, ``exp_avg_sq`` and ``step``, which are there and 0 at the start), of which it may use a part.
+groups of parameters, each with its ``weight_decay``, and the config. Its state of a parameter, which is there and 0 at
+the start, is a ``step`` and the moments that `shared_config.registry.declare` was told: "m" as ``exp_avg``, "v" as
+``exp_avg_sq``, others under their names; without a declaration these two.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from torch import Tensor
 from kempnerforge_torch.distributed.ranks import global_norm, local
 from kempnerforge_torch.model.state import assign
 from kempnerforge_torch.registry import registry
+from shared_config.contract.moments import moments_of
 from shared_config.contract.specs import ParameterTable, check_names
 from shared_config.schema.optimizer import OptimizerConfig
 
-_MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
+_MOMENTS = "moments"
 FOUND_INF = "found_inf"
 """The attribute in which `torch.amp.GradScaler` tells fused optimisers to leave a step out."""
 
@@ -39,8 +41,9 @@ def build_optimizer(
     others = [tensor for name, tensor in parameters.items() if not table[name].decay]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = registry.get("optimizer", config.name)(groups, config)
+    optimizer.defaults[_MOMENTS] = moments_of(config.name)
     for tensor in parameters.values():
-        optimizer.state[tensor] = _initial_state(tensor, fused=bool(optimizer.defaults.get("fused")))
+        optimizer.state[tensor] = _initial_state(tensor, optimizer)
     return optimizer
 
 
@@ -128,7 +131,7 @@ def get_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[st
     """Moments (the tensors of the optimiser themselves) and counts of updates (int32 scalars) by name."""
     moments = {
         f"{moment}.{name}": optimizer.state[tensor][key]
-        for moment, key in _MOMENTS.items()
+        for moment, key in _moment_keys(optimizer).items()
         for name, tensor in parameters.items()
     }
     steps = {f"t.{name}": optimizer.state[tensor]["step"].to(torch.int32) for name, tensor in parameters.items()}
@@ -151,7 +154,7 @@ def set_optimizer_state(
     )
     for name, tensor in parameters.items():
         kept = optimizer.state[tensor]
-        for moment, key in _MOMENTS.items():
+        for moment, key in _moment_keys(optimizer).items():
             assign(kept[key], values[f"{moment}.{name}"])
         kept["step"].fill_(int(values[f"t.{name}"]))
 
@@ -171,9 +174,16 @@ def clip_by_global_norm(gradients: Mapping[str, Tensor], max_norm: float) -> tup
     return gradients, norm
 
 
-def _initial_state(tensor: Tensor, fused: bool) -> dict[str, Tensor]:
-    device = tensor.device if fused else torch.device("cpu")
-    moments = {key: torch.zeros_like(tensor, requires_grad=False) for key in _MOMENTS.values()}
+def _moment_keys(optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """Moment -> its key in the state of a tensor."""
+    keys = {"m": "exp_avg", "v": "exp_avg_sq"}
+    moments: tuple[str, ...] = optimizer.defaults[_MOMENTS]
+    return {moment: keys.get(moment, moment) for moment in moments}
+
+
+def _initial_state(tensor: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    device = tensor.device if optimizer.defaults.get("fused") else torch.device("cpu")
+    moments = {key: torch.zeros_like(tensor, requires_grad=False) for key in _moment_keys(optimizer).values()}
     return {"step": torch.zeros((), dtype=torch.float32, device=device), **moments}
 
 

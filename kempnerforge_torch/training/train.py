@@ -48,6 +48,7 @@ from kempnerforge_torch.training.terms import (
 )
 from shared_config.contract.freeze import effective_freeze, moments_under, never_trained
 from shared_config.contract.labels import label_count
+from shared_config.contract.moments import moments_of
 from shared_config.contract.specs import ParameterTable
 from shared_config.contract.vision import job_table
 from shared_config.data import open_data
@@ -183,7 +184,8 @@ class Trainer:
         """
         set_state(self.model, state.weights)
         if state.optimizer or state.step:
-            moments = moments_under(self.config.vlm, self.table, state.optimizer)
+            kinds = moments_of(self.config.optimizer.name)
+            moments = moments_under(self.config.vlm, self.table, state.optimizer, kinds)
             set_optimizer_state(self.optimizer, self.parameters, moments, state.step)
         self.updates = state.step
 

@@ -165,7 +165,7 @@ def memory_of(config: JobConfig, world_size: int) -> Table:
         table.add_row("vision encoder", f"not counted: no model in {config.vision_encoder.path}")
     table.add_row("parameters, float32", readable_bytes(memory.parameters))
     table.add_row("gradients, float32", readable_bytes(memory.gradients))
-    table.add_row("Adam moments, float32", readable_bytes(memory.optimizer))
+    table.add_row("moments, float32", readable_bytes(memory.optimizer))
     table.add_row("bfloat16 copy at work", readable_bytes(memory.compute_copy))
     table.add_row("total", readable_bytes(memory.total))
     return table

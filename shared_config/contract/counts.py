@@ -9,6 +9,7 @@ from fractions import Fraction
 
 from shared_config.contract.capacity import choice_share
 from shared_config.contract.freeze import never_trained
+from shared_config.contract.moments import moments_of
 from shared_config.contract.parameters import (
     EMBEDDING,
     HEAD,
@@ -107,8 +108,8 @@ class TrainingMemory:
 
 
 def training_memory(job: JobConfig, world_size: int = 1, tower: TowerConfig | None = None) -> TrainingMemory:
-    """Bytes per device of float32 masters, gradients, both Adam moments, and the bfloat16 copy of one layer at work or,
-    where nothing is sharded, of all; each of them on the device that holds most.
+    """Bytes per device of float32 masters, gradients, the optimiser's moments, and the bfloat16 copy of one layer at
+    work or, where nothing is sharded, of all; each of them on the device that holds most.
 
     Tensors lie as `placement` says. Pipeline stages share the layers evenly; the first has the embedding, the last what
     comes after the layers. What is frozen throughout has no gradients and no moments; patterns that freeze some of
@@ -132,7 +133,7 @@ def training_memory(job: JobConfig, world_size: int = 1, tower: TowerConfig | No
     return TrainingMemory(
         parameters=max(_held(stage, layout) for stage in stages) * FLOAT32,
         gradients=gradients,
-        optimizer=2 * gradients,
+        optimizer=len(moments_of(job.optimizer.name)) * gradients,
         compute_copy=copied * BFLOAT16 if job.train.mixed_precision == "bf16" else 0,
     )
 

@@ -7,13 +7,13 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
+from shared_config.contract.moments import MOMENTS, UPDATES
 from shared_config.contract.specs import ParameterTable
 from shared_config.schema.freeze import FreezeSpec, FreezeStage, is_pattern
 from shared_config.schema.vlm import VLMConfig
 
 Patterns = str | Sequence[str]
 """Of names: one, or several."""
-MOMENTS, UPDATES = ("m", "v"), "t"
 
 
 def effective_freeze(
@@ -76,13 +76,17 @@ def never_trained(
 
 
 def moments_under(
-    vlm: VLMConfig | None, table: ParameterTable, moments: Mapping[str, np.ndarray]
+    vlm: VLMConfig | None,
+    table: ParameterTable,
+    moments: Mapping[str, np.ndarray],
+    kinds: Sequence[str] = MOMENTS,
 ) -> dict[str, np.ndarray]:
     """Moments and update counts of a run that may have frozen other parts, for a run that continues it under ``vlm``:
     without what is never trained now, and with zeros for what was never trained before.
 
     Args:
-        moments: by name, ``m.<parameter>`` and ``v.<parameter>``, and ``t.<parameter>`` if the run has counted.
+        moments: by name, and ``t.<parameter>`` if the run has counted.
+        kinds: the moments that the optimiser keeps.
     """
     if vlm is None or not moments:
         return dict(moments)
@@ -90,11 +94,9 @@ def moments_under(
     never = never_trained(parameters, vlm.freeze, vlm.freeze_schedule, vlm.module_patterns)
     kept = {name: value for name, value in moments.items() if name.partition(".")[2] not in never}
     fresh = [
-        name
-        for name in parameters
-        if name not in never and not any(f"{moment}.{name}" in moments for moment in MOMENTS)
+        name for name in parameters if name not in never and not any(f"{moment}.{name}" in moments for moment in kinds)
     ]
-    zeros = {f"{moment}.{name}": np.zeros(table[name].shape, np.float32) for name in fresh for moment in MOMENTS}
+    zeros = {f"{moment}.{name}": np.zeros(table[name].shape, np.float32) for name in fresh for moment in kinds}
     return kept | zeros | {f"{UPDATES}.{name}": np.zeros((), np.int32) for name in fresh}
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from shared_config.contract.moments import UPDATES
 from shared_config.errors import UserError
 from shared_config.interchange.files import file_errors, folder_target, make_folder
 from shared_config.interchange.former import current_state
@@ -198,7 +199,9 @@ def first_nonfinite(state: TrainingState) -> str | None:
     its moments; None if there is none.
     """
     arrays = {**state.weights, **state.optimizer}
-    ordered = [prefix + name for name in state.weights for prefix in ("", "m.", "v.") if prefix + name in arrays]
+    kinds = dict.fromkeys(name.partition(".")[0] for name in state.optimizer)
+    prefixes = ("", *(f"{kind}." for kind in kinds if kind != UPDATES))
+    ordered = [prefix + name for name in state.weights for prefix in prefixes if prefix + name in arrays]
     names = dict.fromkeys([*ordered, *arrays])
     return next((name for name in names if not np.isfinite(arrays[name]).all()), None)
 

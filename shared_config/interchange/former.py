@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import tomli_w
 
-from shared_config.contract.freeze import MOMENTS, UPDATES
+from shared_config.contract.moments import MOMENTS, UPDATES
 from shared_config.errors import ConfigError
 from shared_config.interchange.reading import parse_toml
 from shared_config.schema.model import ModelConfig

@@ -6,10 +6,13 @@ from 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from shared_config.contract.initialise import stream
 from shared_config.contract.labels import IGNORED
+from shared_config.contract.moments import MOMENTS
 from shared_config.contract.specs import ParameterSpec, ParameterTable
 
 BIAS_RANGE = 0.2
@@ -27,8 +30,8 @@ def validation_weights(table: ParameterTable, seed: int) -> dict[str, np.ndarray
     return {name: _value(name, spec, seed) for name, spec in table.items()}
 
 
-def validation_moments(table: ParameterTable, seed: int) -> dict[str, np.ndarray]:
-    """Moments of AdamW, ``m.<parameter>`` and ``v.<parameter>``, as after `MOMENT_STEPS` updates: float32.
+def validation_moments(table: ParameterTable, seed: int, kinds: Sequence[str] = MOMENTS) -> dict[str, np.ndarray]:
+    """Moments of these kinds, ``m.<parameter>`` for one, as after `MOMENT_STEPS` updates: float32.
 
     They are as large as those of gradients whose common norm is 1. A step that starts from them shows the decay rates
     and the bias corrections, and depends smoothly on the gradient, unlike the first of a run, which is about its sign.
@@ -36,12 +39,13 @@ def validation_moments(table: ParameterTable, seed: int) -> dict[str, np.ndarray
     trained = {name: spec for name, spec in table.items() if not spec.is_buffer}
     scale = sum(spec.size for spec in trained.values()) ** -0.5
     moments = {}
-    for name, spec in trained.items():
-        values = stream(seed, f"validation/m.{name}").standard_normal(spec.shape, dtype=np.float32)
-        moments[f"m.{name}"] = values * np.float32(scale)
-    for name, spec in trained.items():
-        values = stream(seed, f"validation/v.{name}").uniform(0.5, 1.5, spec.shape)
-        moments[f"v.{name}"] = (values * scale**2).astype(np.float32)
+    for moment in (f"{kind}.{name}" for kind in kinds for name in trained):
+        kind, _, name = moment.partition(".")
+        draw, shape = stream(seed, f"validation/{moment}"), trained[name].shape
+        if kind == "v":
+            moments[moment] = (draw.uniform(0.5, 1.5, shape) * scale**2).astype(np.float32)
+        else:
+            moments[moment] = draw.standard_normal(shape, dtype=np.float32) * np.float32(scale)
     return moments
 
 

@@ -185,7 +185,7 @@ def test_every_number_stands_beside_its_label() -> None:
         "layout": "dp_replicate 3, dp_shard 4, tp 2, pp 1, ep 1",
         "parameters, float32": readable_bytes(memory.parameters),
         "gradients, float32": readable_bytes(memory.gradients),
-        "Adam moments, float32": readable_bytes(memory.optimizer),
+        "moments, float32": readable_bytes(memory.optimizer),
         "bfloat16 copy at work": readable_bytes(memory.compute_copy),
         "total": readable_bytes(sum(numbers)),
     }
