@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from kempnerforge_jax.model.linear import Linear
 from kempnerforge_jax.model.module import Module
@@ -39,7 +40,7 @@ class SwiGLUMLP(Module):
         self.up_proj = Linear(dim, hidden_dim, rngs=rngs)
         self.down_proj = Linear(hidden_dim, dim, rngs=rngs)
 
-    def forward(self, x: jax.Array) -> jax.Array:
+    def forward(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """(..., D) -> (..., D)."""
         return self.down_proj(ACTIVATIONS["silu"](self.gate_proj(x)) * self.up_proj(x))
 
@@ -52,7 +53,7 @@ class StandardMLP(Module):
         self.up_proj = Linear(dim, hidden_dim, rngs=rngs)
         self.down_proj = Linear(hidden_dim, dim, rngs=rngs)
 
-    def forward(self, x: jax.Array) -> jax.Array:
+    def forward(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """(..., D) -> (..., D)."""
         return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.registry import registry
@@ -22,7 +23,7 @@ class RMSNorm(Module):
         self.eps = eps
         self.weight = nnx.Param(jnp.ones(dim, jnp.float32))
 
-    def forward(self, x: jax.Array) -> jax.Array:
+    def forward(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """(..., D) -> (..., D), same dtype."""
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         wide = x.astype(dtype)
@@ -40,7 +41,7 @@ class LayerNorm(Module):
         self.weight = nnx.Param(jnp.ones(dim, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(dim, jnp.float32))
 
-    def forward(self, x: jax.Array) -> jax.Array:
+    def forward(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """(..., D) -> (..., D), same dtype."""
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         wide = x.astype(dtype)

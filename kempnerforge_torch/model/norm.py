@@ -6,6 +6,7 @@ Shapes: ... any leading axes, D model dim.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from kempnerforge_torch.registry import registry
@@ -21,7 +22,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """(..., D) -> (..., D), same dtype."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         wide = x.to(dtype)
@@ -40,7 +41,7 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """(..., D) -> (..., D), same dtype."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         wide = x.to(dtype)
