@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float
 
 from kempnerforge_jax.model.attention import attend
 from kempnerforge_jax.model.init import init_from_table
@@ -57,7 +58,7 @@ class VisionAdapter(Module):
         """Tokens that leave when ``num_input_tokens`` enter."""
         return num_input_tokens
 
-    def forward(self, x: jax.Array) -> jax.Array:
+    def forward(self, x: Float[Array, "B N F"]) -> Float[Array, "B M D"]:
         """(B, N, F) -> (B, output_num_tokens(N), D)."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
@@ -77,7 +78,7 @@ class MLP2LayerAdapter(VisionAdapter):
         if rngs is not None:
             self.reset_parameters(rngs=rngs)
 
-    def forward(self, x: jax.Array) -> jax.Array:
+    def forward(self, x: Float[Array, "B N F"]) -> Float[Array, "B N D"]:
         """(B, N, F) -> (B, N, D)."""
         return self.proj2(ACTIVATIONS[self.activation](self.proj1(x)))
 
@@ -91,7 +92,7 @@ class LinearAdapter(VisionAdapter):
         if rngs is not None:
             self.reset_parameters(rngs=rngs)
 
-    def forward(self, x: jax.Array) -> jax.Array:
+    def forward(self, x: Float[Array, "B N F"]) -> Float[Array, "B N D"]:
         """(B, N, F) -> (B, N, D)."""
         return self.proj(x)
 
@@ -110,7 +111,7 @@ class AvgPoolAdapter(VisionAdapter):
         """Windows over the grid; ``num_input_tokens`` must be a square."""
         return pooled_token_count(num_input_tokens, self.pool_window)
 
-    def forward(self, x: jax.Array, pool_window: int | None = None) -> jax.Array:
+    def forward(self, x: Float[Array, "B N F"], pool_window: int | None = None) -> Float[Array, "B M D"]:
         """(B, N, F) -> (B, M, D), by windows of ``pool_window``; None: those of the constructor."""
         windows_BMCF, real_MC = windows(x, self.pool_window if pool_window is None else pool_window)
         return self.proj(_mean_of_real(windows_BMCF, real_MC))
@@ -137,7 +138,7 @@ class AttentionalPoolAdapter(VisionAdapter):
         """Windows over the grid; ``num_input_tokens`` must be a square whose side the window divides."""
         return pooled_token_count(num_input_tokens, self.pool_window, require_divisible=True)
 
-    def forward(self, x: jax.Array, pool_window: int | None = None) -> jax.Array:
+    def forward(self, x: Float[Array, "B N F"], pool_window: int | None = None) -> Float[Array, "B M D"]:
         """(B, N, F) -> (B, M, D), by windows of ``pool_window``; None: those of the constructor."""
         window = self.pool_window if pool_window is None else pool_window
         pooled_token_count(x.shape[1], window, require_divisible=True)
@@ -191,7 +192,7 @@ def build_adapter(adapter_config: AdapterConfig, in_dim: int, out_dim: int, *, r
     return adapter
 
 
-def windows(x: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
+def windows(x: Float[Array, "B N F"], window: int) -> tuple[Float[Array, "B M C F"], Bool[Array, "M C"]]:
     """Cut the grid into windows, in reading order, those at the right and lower edge filled up with zeros.
 
     Returns:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from flax import nnx
+from jaxtyping import Array, Float, Integer
 
 from kempnerforge_jax.model.attention import KVCache
 from kempnerforge_jax.model.block import TransformerBlock
@@ -20,7 +20,7 @@ from shared_config.schema.vlm import VLMConfig
 
 Modules = Mapping[str, Any]
 """What `Architecture.extra_modules` gave, by name, as the model has it now: maybe wrapped; None if it was taken out."""
-RotaryTable = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
+RotaryTable = Callable[[Integer[Array, "... S"], Any], tuple[Float[Array, "... S A"], Float[Array, "... S A"]]]
 """Positions and a dtype to cos and sin."""
 
 
@@ -57,7 +57,7 @@ class Architecture:
     def block_inputs(
         self,
         inputs: dict[str, Any],
-        x: jax.Array,
+        x: Float[Array, "B S D"],
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
         rope: RotaryTable,
@@ -76,7 +76,9 @@ class Architecture:
         """Whether `after_block` does something after this layer, so that no scan may run across it."""
         return False
 
-    def after_block(self, modules: Modules, layer_idx: int, x: jax.Array, modality: ModalityContext) -> jax.Array:
+    def after_block(
+        self, modules: Modules, layer_idx: int, x: Float[Array, "B S D"], modality: ModalityContext
+    ) -> Float[Array, "B S D"]:
         """What happens to the residual stream between two layers."""
         return x
 
@@ -84,7 +86,9 @@ class Architecture:
         """What decoding is called with in place of an image that every step would have to read anew."""
         return modality
 
-    def final_norm(self, modules: Modules, x: jax.Array, modality: ModalityContext) -> jax.Array:
+    def final_norm(
+        self, modules: Modules, x: Float[Array, "B S D"], modality: ModalityContext
+    ) -> Float[Array, "B S D"]:
         """The norm before the head; the stream itself in a pipeline stage without it."""
         norm = modules["norm"]
         return x if norm is None else norm(x)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Num
 
 from kempnerforge_jax.model.module import named_variables
 from kempnerforge_jax.model.stack import Stack
@@ -19,7 +19,10 @@ from shared_config.contract.routing import RouterId, router_ids, router_place
 
 
 def balance(
-    model: nnx.Module, counts: Mapping[RouterId, jax.Array], progress: Any = None, taken: jax.Array | None = None
+    model: nnx.Module,
+    counts: Mapping[RouterId, Num[Array, "E"]],
+    progress: Any = None,
+    taken: Bool[Array, ""] | None = None,
 ) -> None:
     """Let the routers that balance move their buffers by the choices of one optimiser step.
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Array, Float, Int, Integer, Shaped
 
 MAX_ID = 2**31
 """What an integer that counts is below."""
 
 
-def check_shape(name: str, array: jax.Array, shape: Sequence[int]) -> None:
+def check_shape(name: str, array: Shaped[Array, "..."], shape: Sequence[int]) -> None:
     """
     Raises:
         ValueError: ``array`` has another shape.
@@ -22,7 +22,7 @@ def check_shape(name: str, array: jax.Array, shape: Sequence[int]) -> None:
         raise ValueError(f"{name}.shape = {tuple(array.shape)}: must be {tuple(shape)}")
 
 
-def check_axes(name: str, array: jax.Array, axes: Sequence[str]) -> None:
+def check_axes(name: str, array: Shaped[Array, "..."], axes: Sequence[str]) -> None:
     """
     Raises:
         ValueError: ``array`` has another number of axes.
@@ -31,7 +31,7 @@ def check_axes(name: str, array: jax.Array, axes: Sequence[str]) -> None:
         raise ValueError(f"{name}.shape = {tuple(array.shape)}: must be ({', '.join(axes)})")
 
 
-def check_mask(name: str, mask: jax.Array, shape: Sequence[int]) -> None:
+def check_mask(name: str, mask: Shaped[Array, "..."], shape: Sequence[int]) -> None:
     """
     Raises:
         ValueError: ``mask`` is not bool, or has another shape.
@@ -41,7 +41,7 @@ def check_mask(name: str, mask: jax.Array, shape: Sequence[int]) -> None:
     check_shape(name, mask, shape)
 
 
-def check_ids(name: str, ids: jax.Array, size: int | None = None, ignored: int | None = None) -> None:
+def check_ids(name: str, ids: Shaped[Array, "..."], size: int | None = None, ignored: int | None = None) -> None:
     """
     Args:
         size: ids are in [0, size); None: any integer is one.
@@ -63,7 +63,9 @@ def check_ids(name: str, ids: jax.Array, size: int | None = None, ignored: int |
         raise ValueError(f"{name} = {bad[0]}: ids must be in {allowed}; {bad.size} of {seen.size} are not")
 
 
-def check_positions(shape: Sequence[int], doc_ids: jax.Array | None, key_padding_mask: jax.Array | None) -> None:
+def check_positions(
+    shape: Sequence[int], doc_ids: Shaped[Array, "..."] | None, key_padding_mask: Shaped[Array, "..."] | None
+) -> None:
     """
     Raises:
         ValueError: what is said of the new tokens (B, S) is of another dtype or shape.
@@ -75,12 +77,12 @@ def check_positions(shape: Sequence[int], doc_ids: jax.Array | None, key_padding
         check_shape("doc_ids", doc_ids, shape)
 
 
-def wide(ids: jax.Array) -> jax.Array:
+def wide(ids: Integer[Array, "..."]) -> Int[Array, "..."]:
     """The same integers in at least int32: comparing narrow ones would wrap the other side to their type."""
     return ids.astype(jnp.promote_types(ids.dtype, jnp.int32))
 
 
-def nan_outside(x: jax.Array, ids: jax.Array, size: int) -> jax.Array:
+def nan_outside(x: Float[Array, "..."], ids: Integer[Array, "..."], size: int) -> Float[Array, "..."]:
     """``x`` (..., D), NaN where the id (...) is outside [0, size)."""
     ids = wide(ids)
     is_outside = ((ids < 0) | (ids >= size)).reshape(*ids.shape, *[1] * (x.ndim - ids.ndim))

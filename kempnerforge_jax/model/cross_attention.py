@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float
 
 from kempnerforge_jax.model.architecture import Architecture, Modules
 from kempnerforge_jax.model.attention import attend, resolve_head_dim
@@ -52,12 +53,12 @@ class CrossAttention(Module):
 
     def forward(
         self,
-        x: jax.Array,
-        image_features: jax.Array | None,
-        image_mask: jax.Array | None = None,
+        x: Float[Array, "B S D"],
+        image_features: Float[Array, "B N D"] | None,
+        image_mask: Bool[Array, "B N"] | None = None,
         *,
-        keys_values: tuple[jax.Array, jax.Array] | None = None,
-    ) -> jax.Array:
+        keys_values: tuple[Float[Array, "B K N h"], Float[Array, "B K N h"]] | None = None,
+    ) -> Float[Array, "B S D"]:
         """(B, S, D), (B, N, D) -> (B, S, D).
 
         Args:
@@ -78,7 +79,9 @@ class CrossAttention(Module):
         out_BHSh = attend(q_BHSh, k_BKNh, v_BKNh, mask)
         return self.o_proj(out_BHSh.swapaxes(1, 2).reshape(*x.shape[:2], -1))
 
-    def keys_values(self, image_features: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def keys_values(
+        self, image_features: Float[Array, "B N D"]
+    ) -> tuple[Float[Array, "B K N h"], Float[Array, "B K N h"]]:
         """(B, N, D) -> what any text reads of the image: keys and values, (B, K, N, h) each."""
         return self._heads_first(self.k_proj(image_features)), self._heads_first(self.v_proj(image_features))
 
@@ -115,12 +118,12 @@ class CrossAttentionBlock(Module):
 
     def forward(
         self,
-        x: jax.Array,
-        image_features: jax.Array | None,
-        image_mask: jax.Array | None = None,
+        x: Float[Array, "B S D"],
+        image_features: Float[Array, "B N D"] | None,
+        image_mask: Bool[Array, "B N"] | None = None,
         *,
-        keys_values: tuple[jax.Array, jax.Array] | None = None,
-    ) -> jax.Array:
+        keys_values: tuple[Float[Array, "B K N h"], Float[Array, "B K N h"]] | None = None,
+    ) -> Float[Array, "B S D"]:
         """(B, S, D), (B, N, D) -> (B, S, D). Arguments as for `CrossAttention`."""
         x = x + self.attn(self.attn_norm(x), image_features, image_mask, keys_values=keys_values)
         return x + self.mlp(self.mlp_norm(x))
@@ -183,7 +186,9 @@ class CrossAttentionArchitecture(Architecture):
         """A block may fire after this layer."""
         return (layer_idx + 1) % self.every == 0
 
-    def after_block(self, modules: Modules, layer_idx: int, x: jax.Array, modality: ModalityContext) -> jax.Array:
+    def after_block(
+        self, modules: Modules, layer_idx: int, x: Float[Array, "B S D"], modality: ModalityContext
+    ) -> Float[Array, "B S D"]:
         """Block k fires after layer i if (i + 1) = (k + 1) * every; rows that may look at no image token skip it."""
         if not self.breaks_after(layer_idx) or not modality.reads_image:
             return x

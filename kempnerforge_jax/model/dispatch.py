@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from shared_config.contract.capacity import token_capacities
 
@@ -25,9 +26,9 @@ class Dispatch(NamedTuple):
         ends_E: int32, row after the last one of each expert.
     """
 
-    choice_R: jax.Array
-    row_R: jax.Array
-    ends_E: jax.Array
+    choice_R: Int[Array, "R"]
+    row_R: Int[Array, "R"]
+    ends_E: Int[Array, "E"]
 
 
 def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int | None:
@@ -42,8 +43,8 @@ def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int | 
 
 
 def layer_capacity(
-    tokens: int, members_T: jax.Array | None, top_k: int, num_experts: int, factor: float
-) -> int | jax.Array | None:
+    tokens: int, members_T: Bool[Array, "T"] | None, top_k: int, num_experts: int, factor: float
+) -> int | Int[Array, "..."] | None:
     """`capacity` of all tokens, or of those that are True in ``members_T``: an array, as their number is one."""
     if members_T is None or factor == 0:
         return capacity(tokens, top_k, num_experts, factor)
@@ -51,7 +52,10 @@ def layer_capacity(
 
 
 def plan_dispatch(
-    indices_Tk: jax.Array, valid_T: jax.Array | None, num_experts: int, room: int | jax.Array | None = None
+    indices_Tk: Int[Array, "T k"],
+    valid_T: Bool[Array, "T"] | None,
+    num_experts: int,
+    room: int | Int[Array, "..."] | None = None,
 ) -> Dispatch:
     """Sort the choices by expert, those of equal expert slot by slot and then by token.
 
@@ -76,8 +80,11 @@ def plan_dispatch(
 
 
 def combine(
-    out_RD: jax.Array, weights_Tk: jax.Array, plan: Dispatch, gradient_factors_Tk: jax.Array | None = None
-) -> jax.Array:
+    out_RD: Float[Array, "R D"],
+    weights_Tk: Float[Array, "T k"],
+    plan: Dispatch,
+    gradient_factors_Tk: Float[Array, "T k"] | None = None,
+) -> Float[Array, "T D"]:
     """(T, D): for each token the weighted sum of its rows, in the dtype of the weights."""
     tokens, top_k = weights_Tk.shape
     out_kTD = _permute(out_RD, plan.row_R, plan.choice_R).reshape(top_k, tokens, out_RD.shape[1])
@@ -87,14 +94,16 @@ def combine(
     return (out_kTD * weights_Tk.T[:, :, None]).sum(axis=0)
 
 
-def gradient_factors(counts_E: jax.Array, dtype: Any) -> jax.Array:
+def gradient_factors(counts_E: Num[Array, "E"], dtype: Any) -> Float[Array, "E"]:
     """mean count / count of each expert; 1 for an expert without tokens, to which no gradient flows."""
     wide_E = counts_E.astype(dtype)
     return jnp.where(counts_E > 0, wide_E.sum() / (jnp.maximum(wide_E, 1) * counts_E.shape[0]), 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def spread(x_TD: jax.Array, choice_R: jax.Array, row_R: jax.Array, top_k: int) -> jax.Array:
+def spread(
+    x_TD: Float[Array, "T D"], choice_R: Int[Array, "R"], row_R: Int[Array, "R"], top_k: int
+) -> Float[Array, "R D"]:
     """Row r is the token of choice r; backward adds up the rows of a token, in the order of its choices."""
     return x_TD[choice_R % max(x_TD.shape[0], 1)]
 

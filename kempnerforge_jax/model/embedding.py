@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float, Integer
 
 from kempnerforge_jax.model.checks import check_ids
 from kempnerforge_jax.model.linear import Embedding, Linear, linear
@@ -19,7 +20,7 @@ class TokenEmbedding(Module):
     def __init__(self, vocab_size: int, dim: int, *, rngs: nnx.Rngs | None):
         self.embedding = Embedding(vocab_size, dim, rngs=rngs)
 
-    def forward(self, tokens: jax.Array) -> jax.Array:
+    def forward(self, tokens: Integer[Array, "B S"]) -> Float[Array, "B S D"]:
         """Integers (B, S) -> (B, S, D).
 
         Raises:
@@ -42,7 +43,9 @@ class OutputHead(Module):
     def __init__(self, dim: int, vocab_size: int, *, rngs: nnx.Rngs | None):
         self.proj = _Projection(dim, vocab_size, rngs=rngs)
 
-    def forward(self, x: jax.Array, tied_weight: jax.Array | None = None) -> jax.Array:
+    def forward(
+        self, x: Float[Array, "B S D"], tied_weight: Float[Array, "V D"] | None = None
+    ) -> Float[Array, "B S V"]:
         """(B, S, D) -> (B, S, V); a tied head is given the embedding's table (V, D) at each call."""
         return self.proj(x, tied_weight)
 

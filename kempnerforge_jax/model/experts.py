@@ -7,19 +7,20 @@ Shapes: R rows, D model dim, F expert width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from kempnerforge_jax.model.grouped import grouped_matmul
+from kempnerforge_jax.model.mlp import Activation
 from kempnerforge_jax.model.module import Module
 
 
 def grouped_expert_forward(
-    x_sorted: jax.Array, tokens_per_expert: Sequence[int], experts: Sequence[Module]
-) -> jax.Array:
+    x_sorted: Float[Array, "R D"], tokens_per_expert: Sequence[int], experts: Sequence[Module]
+) -> Float[Array, "R D"]:
     """(R, D) -> (R, D), each row through its expert.
 
     Args:
@@ -37,13 +38,13 @@ def grouped_expert_forward(
 
 
 def grouped_expert_forward_packed(
-    x_sorted: jax.Array,
+    x_sorted: Float[Array, "R D"],
     tokens_per_expert: Sequence[int],
-    up_w: jax.Array,
-    down_w: jax.Array,
-    gate_w: jax.Array | None,
-    activation: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
+    up_w: Float[Array, "E D F"],
+    down_w: Float[Array, "E F D"],
+    gate_w: Float[Array, "E D F"] | None,
+    activation: Activation,
+) -> Float[Array, "R D"]:
     """(R, D) -> (R, D), each row by the matrices of its expert: down(activation(gate(x)) * up(x)), without ``gate_w``
     down(activation(up(x))).
 
@@ -61,13 +62,13 @@ def grouped_expert_forward_packed(
 
 
 def apply_packed(
-    x_RD: jax.Array,
-    ends_E: jax.Array,
-    up_w: jax.Array,
-    down_w: jax.Array,
-    gate_w: jax.Array | None,
-    activation: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
+    x_RD: Float[Array, "R D"],
+    ends_E: Int[Array, "E"],
+    up_w: Float[Array, "E D F"],
+    down_w: Float[Array, "E F D"],
+    gate_w: Float[Array, "E D F"] | None,
+    activation: Activation,
+) -> Float[Array, "R D"]:
     """(R, D): as `grouped_expert_forward_packed`, by ends; 0 for rows of no expert."""
     hidden_RF = grouped_matmul(x_RD, up_w, ends_E)
     if gate_w is None:
@@ -77,7 +78,7 @@ def apply_packed(
     return grouped_matmul(hidden_RF, down_w, ends_E)
 
 
-def apply_modules(x_RD: jax.Array, ends_E: jax.Array, experts: Sequence[Module]) -> jax.Array:
+def apply_modules(x_RD: Float[Array, "R D"], ends_E: Int[Array, "E"], experts: Sequence[Module]) -> Float[Array, "R D"]:
     """(R, D): as `grouped_expert_forward`, by ends, whose values change no shape; 0 for rows of no expert."""
     rows_R1 = jnp.arange(x_RD.shape[0])[:, None]
     out_RD, start = jnp.zeros_like(x_RD), 0

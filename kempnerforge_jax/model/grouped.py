@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 _LOOP_ROWS = 128
 TILE_ROWS = 256
@@ -20,7 +21,9 @@ _ROWS_BY_ROWS = (((0,), (0,)), ((), ()))
 
 
 @jax.custom_vjp
-def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array) -> jax.Array:
+def grouped_matmul(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], ends_E: Int[Array, "E"]
+) -> Float[Array, "R F"]:
     """(R, F): row r times the matrix of its group; 0 for rows of no group, whatever they hold.
 
     The implementation is that of the platform for which the program is lowered. A kernel for a platform goes into
@@ -36,7 +39,9 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array) -> jax.
 
 
 @jax.custom_vjp
-def grouped_outer(x_RD: jax.Array, y_RF: jax.Array, ends_E: jax.Array) -> jax.Array:
+def grouped_outer(
+    x_RD: Float[Array, "R D"], y_RF: Float[Array, "R F"], ends_E: Int[Array, "E"]
+) -> Float[Array, "E D F"]:
     """(E, D, F): for each group, the sum over its rows of x_r y_r^T; 0 for a group without rows."""
     return lax.platform_dependent(
         x_RD, y_RF, ends_E, cpu=looped_outer, cuda=tiled_outer, rocm=tiled_outer, default=ragged_outer
@@ -66,7 +71,9 @@ grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
 grouped_outer.defvjp(_outer_forward, _outer_backward)
 
 
-def looped_matmul(x_RD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array, loop_rows: int = _LOOP_ROWS) -> jax.Array:
+def looped_matmul(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], ends_E: Int[Array, "E"], loop_rows: int = _LOOP_ROWS
+) -> Float[Array, "R F"]:
     """`grouped_matmul` as loops over groups and, as long as they have rows, over blocks of these."""
     rows = min(loop_rows, x_RD.shape[0])
     out_RF = jnp.zeros((x_RD.shape[0], w_EDF.shape[2]), x_RD.dtype)
@@ -85,7 +92,9 @@ def looped_matmul(x_RD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array, loop_row
     return lax.fori_loop(0, w_EDF.shape[0], group, out_RF)
 
 
-def looped_outer(x_RD: jax.Array, y_RF: jax.Array, ends_E: jax.Array, loop_rows: int = _LOOP_ROWS) -> jax.Array:
+def looped_outer(
+    x_RD: Float[Array, "R D"], y_RF: Float[Array, "R F"], ends_E: Int[Array, "E"], loop_rows: int = _LOOP_ROWS
+) -> Float[Array, "E D F"]:
     """`grouped_outer` as loops over groups and blocks of their rows; sums in at least float32."""
     rows = min(loop_rows, x_RD.shape[0])
     out_EDF = jnp.zeros((ends_E.shape[0], x_RD.shape[1], y_RF.shape[1]), x_RD.dtype)
@@ -124,7 +133,9 @@ def _over_blocks(
     return lax.while_loop(lambda state: state[0] < end, body, (start, carry))[1]
 
 
-def tiled_matmul(x_RD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array, tile_rows: int = TILE_ROWS) -> jax.Array:
+def tiled_matmul(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], ends_E: Int[Array, "E"], tile_rows: int = TILE_ROWS
+) -> Float[Array, "R F"]:
     """`grouped_matmul` as one batched product: every group cut into tiles of equal size, their number bounded by R and
     E alone.
     """
@@ -137,7 +148,9 @@ def tiled_matmul(x_RD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array, tile_rows
     return out_RF.at[jnp.where(inside_Nb, rows_Nb, trash).ravel()].set(out_NbF.reshape(-1, w_EDF.shape[2]))[:-1]
 
 
-def tiled_outer(x_RD: jax.Array, y_RF: jax.Array, ends_E: jax.Array, tile_rows: int = TILE_ROWS) -> jax.Array:
+def tiled_outer(
+    x_RD: Float[Array, "R D"], y_RF: Float[Array, "R F"], ends_E: Int[Array, "E"], tile_rows: int = TILE_ROWS
+) -> Float[Array, "E D F"]:
     """`grouped_outer` as one batched product; the tiles of a group are added up in an order that does not vary."""
     shape = (ends_E.shape[0], x_RD.shape[1], y_RF.shape[1])
     if x_RD.shape[0] == 0:
@@ -171,12 +184,16 @@ def _take(x_RD: jax.Array, rows_Nb: jax.Array, inside_Nb: jax.Array) -> jax.Arra
     return jnp.where(inside_Nb[:, :, None], taken_NbD, 0)
 
 
-def ragged_matmul(x_RD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array) -> jax.Array:
+def ragged_matmul(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], ends_E: Int[Array, "E"]
+) -> Float[Array, "R F"]:
     """`grouped_matmul` by `jax.lax.ragged_dot`, which has a kernel on TPU."""
     return _owned(lax.ragged_dot(x_RD, w_EDF, _sizes(ends_E)), ends_E)
 
 
-def ragged_outer(x_RD: jax.Array, y_RF: jax.Array, ends_E: jax.Array) -> jax.Array:
+def ragged_outer(
+    x_RD: Float[Array, "R D"], y_RF: Float[Array, "R F"], ends_E: Int[Array, "E"]
+) -> Float[Array, "E D F"]:
     """`grouped_outer` by `jax.lax.ragged_dot_general`, contracting the ragged axis."""
     numbers = lax.RaggedDotDimensionNumbers(_ROWS_BY_ROWS, lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
     x_RD, y_RF = _owned(x_RD, ends_E), _owned(y_RF, ends_E)

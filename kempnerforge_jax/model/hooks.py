@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jaxtyping import Array, Shaped
 
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module, observing, start_observing, stop_observing, substituting
@@ -64,7 +65,7 @@ def capture(model: nnx.Module, names: Iterable[str] | None = None, *, detach: bo
 
 
 @contextlib.contextmanager
-def replacing(model: nnx.Module, outputs: Mapping[str, jax.Array]) -> Iterator[None]:
+def replacing(model: nnx.Module, outputs: Mapping[str, Shaped[Array, "..."]]) -> Iterator[None]:
     """Let what follows a module go on with another output than its own while the context is open.
 
     A `capture` sees what the module itself put out. No gradient flows through a replaced output. Works inside a trace.
@@ -164,7 +165,7 @@ def extract_representations(
     max_samples: int | None = None,
     *,
     path: PathLike | None = None,
-) -> dict[str, jax.Array] | None:
+) -> dict[str, Shaped[Array, "..."]] | None:
     """Run a dataset through a model and keep what some modules put out, in evaluation mode and without capacity limits.
 
     Args:

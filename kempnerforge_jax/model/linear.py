@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Integer
 
 from kempnerforge_jax.model.checks import nan_outside, wide
 from kempnerforge_jax.model.module import Module
@@ -27,7 +28,7 @@ class Linear(Module):
         self.weight: nnx.Param[jax.Array] | None = nnx.Param(weight_OI)
         self.bias = nnx.Param(_uniform(rngs, (out_features,), in_features)) if bias else None
 
-    def forward(self, x: jax.Array) -> jax.Array:
+    def forward(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """(..., I) -> (..., O); the dtype of ``x`` must be that of the weight."""
         assert self.weight is not None, "a tied layer has no weight"
         return linear(x, self.weight.get_value(), None if self.bias is None else self.bias.get_value())
@@ -41,7 +42,7 @@ class Embedding(Module):
         self.num_embeddings = num_embeddings
         self.weight = nnx.Param(_normal(rngs, (num_embeddings, dim)))
 
-    def forward(self, ids: jax.Array) -> jax.Array:
+    def forward(self, ids: Integer[Array, "..."]) -> Float[Array, "... D"]:
         """Integers (...) -> (..., D); the row of an id outside [0, V) is NaN."""
         ids = wide(ids)
         rows = _look_up(self.weight.get_value(), jnp.clip(ids, 0, self.num_embeddings - 1))
@@ -54,7 +55,9 @@ def silence(layer: Linear) -> None:
     layer.weight.set_value(jnp.zeros_like(layer.weight.get_value()))
 
 
-def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def linear(
+    x: Float[Array, "... I"], weight: Float[Array, "O I"], bias: Float[Array, "O"] | None = None
+) -> Float[Array, "... O"]:
     """x (..., I) times weight (O, I) over I, plus bias (O,).
 
     XLA sums bfloat16 products in float32 and rounds the result once. Asking for a float32 result and casting it would
@@ -69,7 +72,7 @@ def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> ja
     return y if bias is None else y + broadcast(bias, y.shape)
 
 
-def broadcast(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+def broadcast(x: Float[Array, "..."], shape: Sequence[int]) -> Float[Array, "..."]:
     """``x`` in a larger shape; its gradient is summed in at least float32."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return jnp.broadcast_to(wide, shape).astype(x.dtype)

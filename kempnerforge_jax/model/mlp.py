@@ -23,7 +23,9 @@ def _widened(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array]
     return lambda x: function(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = registry.builders("activation")
+Activation = Callable[[Float[Array, "..."]], Float[Array, "..."]]
+
+ACTIVATIONS: dict[str, Activation] = registry.builders("activation")
 """What is registered in category "activation": functions of an array that work on each element."""
 
 registry.register("activation", "silu")(_widened(jax.nn.silu))

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jaxtyping import Array, Bool, Float, Integer
 
 ARRAYS = (
     "inputs_embeds",
@@ -44,15 +45,15 @@ class ModalityContext:
         ValueError: for combinations that have no meaning, inside a trace too.
     """
 
-    inputs_embeds: jax.Array | None = None
-    prefix_embeds: jax.Array | None = None
+    inputs_embeds: Float[Array, "B S D"] | None = None
+    prefix_embeds: Float[Array, "B P D"] | None = None
     output_slice: slice | None = None
-    image_features: jax.Array | None = None
-    image_mask: jax.Array | None = None
-    modality_ids: jax.Array | None = None
-    key_padding_mask: jax.Array | None = None
-    image_keys_values: tuple[tuple[jax.Array, jax.Array], ...] | None = None
-    noise_seed: jax.Array | None = None
+    image_features: Float[Array, "B N D"] | None = None
+    image_mask: Bool[Array, "B N"] | None = None
+    modality_ids: Integer[Array, "B S"] | None = None
+    key_padding_mask: Bool[Array, "B S"] | None = None
+    image_keys_values: tuple[tuple[Float[Array, "B K N h"], Float[Array, "B K N h"]], ...] | None = None
+    noise_seed: Integer[Array, ""] | None = None
 
     def __post_init__(self) -> None:
         sources = self._given("inputs_embeds", "prefix_embeds", "image_features", "image_keys_values")

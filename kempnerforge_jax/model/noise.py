@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
 
 from shared_config.contract.noise import FEATURE_SCALE, LEVELS, MASK, MAX_LEVEL, MULTIPLIERS, SALTS, UNIFORM_BITS
 
 
-def mix(x: jax.Array) -> jax.Array:
+def mix(x: Integer[Array, "..."]) -> Integer[Array, "..."]:
     """A bijection of the 32-bit integers, in uint32."""
     x = (x ^ (x >> 16)) * jnp.uint32(MULTIPLIERS[0])
     x = (x ^ (x >> 15)) * jnp.uint32(MULTIPLIERS[1])
     return x ^ (x >> 15)
 
 
-def pixel_levels(pixels: jax.Array) -> jax.Array:
+def pixel_levels(pixels: Float[Array, "..."]) -> Integer[Array, "..."]:
     """floor(127.5 * float32(pixel)), cut off at +-32767, modulo 2^32; 0 for what is not finite."""
     values = pixels.astype(jnp.float32)
     values = jnp.where(jnp.isfinite(values), values, 0)
@@ -28,7 +28,7 @@ def pixel_levels(pixels: jax.Array) -> jax.Array:
     return levels.astype(jnp.int32).astype(jnp.uint32)
 
 
-def image_digests(pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+def image_digests(pixels: Float[Array, "B ..."]) -> tuple[Integer[Array, "B"], Integer[Array, "B"]]:
     """(B, ...) -> two digests (B,)."""
     levels_BP = pixel_levels(pixels).reshape(len(pixels), -1)
     places_P = jnp.arange(levels_BP.shape[1], dtype=jnp.uint32)
@@ -38,7 +38,9 @@ def image_digests(pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
     return first_B, second_B
 
 
-def image_noise(pixels: jax.Array, num_tokens: int, feature_dim: int, seed: int = 0) -> jax.Array:
+def image_noise(
+    pixels: Float[Array, "B ..."], num_tokens: int, feature_dim: int, seed: int = 0
+) -> Float[Array, "B N F"]:
     """(B, ...) -> (B, N, F), in the dtype of ``pixels``; no gradient."""
     first_B, second_B = image_digests(pixels)
     cells = jnp.arange(num_tokens * feature_dim, dtype=jnp.uint32)
@@ -49,17 +51,17 @@ def image_noise(pixels: jax.Array, num_tokens: int, feature_dim: int, seed: int 
     return noise.reshape(len(pixels), num_tokens, feature_dim).astype(pixels.dtype)
 
 
-def fold(state: jax.Array, index: Any) -> jax.Array:
+def fold(state: Integer[Array, "..."], index: Any) -> Integer[Array, "..."]:
     """A new hash from a hash and an integer, elementwise."""
     return mix(state ^ mix(jnp.asarray(index, jnp.uint32) + jnp.uint32(SALTS[0])))
 
 
-def uniforms(bits: jax.Array) -> jax.Array:
+def uniforms(bits: Integer[Array, "..."]) -> Float[Array, "..."]:
     """Hashes to float32 numbers strictly between 0 and 1."""
     return ((bits >> (32 - UNIFORM_BITS)).astype(jnp.float32) + 0.5) / 2**UNIFORM_BITS
 
 
-def routing_bits(seed: jax.Array, layer: Any, group: int, tokens: int, experts: int) -> jax.Array:
+def routing_bits(seed: Integer[Array, ""], layer: Any, group: int, tokens: int, experts: int) -> Integer[Array, "T E"]:
     """A hash for every pair of token and expert of one router: (T, E).
 
     Args:
@@ -70,6 +72,8 @@ def routing_bits(seed: jax.Array, layer: Any, group: int, tokens: int, experts: 
     return fold(token_T1, jnp.arange(experts, dtype=jnp.uint32))
 
 
-def gumbel_noise(seed: jax.Array, layer: Any, group: int, tokens: int, experts: int, dtype: Any) -> jax.Array:
+def gumbel_noise(
+    seed: Integer[Array, ""], layer: Any, group: int, tokens: int, experts: int, dtype: Any
+) -> Float[Array, "T E"]:
     """-log(-log(u)): (T, E) in ``dtype``."""
     return -jnp.log(-jnp.log(uniforms(routing_bits(seed, layer, group, tokens, experts)).astype(dtype)))

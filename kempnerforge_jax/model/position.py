@@ -1,6 +1,6 @@
 """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864); angles are formed in float64 by `shared_config`.
 
-Shapes: B batch, S sequence, h head_dim, P positions in the table.
+Shapes: B batch, S sequence, h head_dim, A = h/2 angles, P positions in the table.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Integer
 
 from kempnerforge_jax.model.module import Module, Table
 from shared_config.contract.rope import rope_tables
@@ -22,7 +23,7 @@ def precompute_rope_frequencies(
     theta: float = 10000.0,
     device: Any = None,
     scaling: RopeScaling | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "P A"], Float[Array, "P A"]]:
     """Cosines and sines of every position.
 
     Returns:
@@ -62,7 +63,9 @@ class RotaryTables(Module):
         self.cos.set_value(cos_Ph)
         self.sin.set_value(sin_Ph)
 
-    def forward(self, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    def forward(
+        self, positions: Integer[Array, "... S"], dtype: Any
+    ) -> tuple[Float[Array, "... S A"], Float[Array, "... S A"]]:
         """Rows of the tables for `apply_rope`, in at least float32; rows past the table are NaN.
 
         Args:
@@ -81,7 +84,9 @@ class RotaryTables(Module):
         return precompute_rope_frequencies(self.head_dim, self.max_seq_len, self.theta, scaling=self.scaling)
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def apply_rope(
+    x: Float[Array, "... S h"], cos: Float[Array, "... h//2"], sin: Float[Array, "... h//2"]
+) -> Float[Array, "... S h"]:
     """Turn the halves of each head: [x1 cos - x2 sin, x2 cos + x1 sin], in at least float32.
 
     Args:

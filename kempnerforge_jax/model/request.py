@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.state import State, merge, split
@@ -140,7 +141,7 @@ def _uniforms(seed: int | jax.Array | None, uniforms: Any, rows: int, count: int
     return draw_uniforms(seed, rows, count)
 
 
-def weight_of(model: Transformer) -> jax.Array:
+def weight_of(model: Transformer) -> Float[Array, "V D"]:
     """The embedding, whose dtype and device are those of the model."""
     assert model.token_embedding is not None
     return model.token_embedding.embedding.weight.get_value()

@@ -9,19 +9,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
 
 from shared_config.contract.decoding import SamplingConfig
 
 
 def sample(
-    logits: jax.Array,
+    logits: Float[Array, "... V"],
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     *,
-    uniforms: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> jax.Array:
+    uniforms: Float[Array, "..."] | None = None,
+    key: Shaped[Array, "..."] | None = None,
+) -> Int[Array, "..."]:
     """Draw a token of each distribution.
 
     Logits / temperature; tokens sorted by falling logit, equal ones by index; the first ``top_k`` are kept; of these
@@ -52,12 +53,14 @@ def sample(
     return draw(logits, uniforms, temperature, top_k or logits.shape[-1], top_p)
 
 
-def greedy(logits: jax.Array) -> jax.Array:
+def greedy(logits: Float[Array, "... V"]) -> Int[Array, "..."]:
     """The most probable token of each row, of equal ones the first: (..., V) -> int32 (...)."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def draw(logits: jax.Array, uniforms: jax.Array, temperature: Any, top_k: Any, top_p: Any) -> jax.Array:
+def draw(
+    logits: Float[Array, "... V"], uniforms: Float[Array, "..."], temperature: Any, top_k: Any, top_p: Any
+) -> Int[Array, "..."]:
     """`sample` at a temperature above 0: (..., V) -> (...)."""
     dtype = wide(logits.dtype)
     order_V = jnp.argsort(logits, axis=-1, descending=True, stable=True).astype(jnp.int32)

@@ -1,22 +1,22 @@
 """Vision encoders: images to features, one per token.
 
-Shapes: B images, h, w pixels, p patch side, N tokens, F feature dim, H heads.
+Shapes: B images, h, w pixels, p patch side, P = 3 p p numbers of a patch, N tokens, F feature dim, H heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Shaped
 
 from kempnerforge_jax.model.attention import attend
 from kempnerforge_jax.model.init import init_from_table
 from kempnerforge_jax.model.linear import Embedding, Linear, broadcast
 from kempnerforge_jax.model.mask import FULL
-from kempnerforge_jax.model.mlp import ACTIVATIONS
+from kempnerforge_jax.model.mlp import ACTIVATIONS, Activation
 from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.noise import image_noise
 from kempnerforge_jax.model.norm import LayerNorm
@@ -30,19 +30,19 @@ from shared_config.schema.vision import VisionEncoderConfig
 CHANNELS = 3
 
 
-def quick_gelu(x: jax.Array) -> jax.Array:
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """x sigmoid(1.702 x), in at least float32."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (wide * jax.nn.sigmoid(1.702 * wide)).astype(x.dtype)
 
 
-def gelu_tanh(x: jax.Array) -> jax.Array:
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The tanh approximation of gelu, in at least float32."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return jax.nn.gelu(wide, approximate=True).astype(x.dtype)
 
 
-TOWER_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+TOWER_ACTIVATIONS: dict[str, Activation] = {
     **ACTIVATIONS,
     "gelu_pytorch_tanh": gelu_tanh,
     "quick_gelu": quick_gelu,
@@ -68,7 +68,7 @@ class VisionEncoder(Module):
         if self.table:
             init_from_table(self, dict(self.table), seed, stream="vision_encoder.", rngs=rngs)
 
-    def forward(self, pixel_values: jax.Array) -> jax.Array:
+    def forward(self, pixel_values: Float[Array, "B 3 h w"]) -> Float[Array, "B N F"]:
         """(B, 3, h, w) -> (B, N, F)."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
@@ -88,7 +88,7 @@ class RandomVisionEncoder(VisionEncoder):
         self.seed = seed
         self.image_size = image_size
 
-    def forward(self, pixel_values: jax.Array) -> jax.Array:
+    def forward(self, pixel_values: Float[Array, "B 3 h w"]) -> Float[Array, "B N F"]:
         """(B, 3, h, w) -> (B, N, F), in the dtype of the pixels."""
         check_pixels(pixel_values, self.image_size)
         return image_noise(pixel_values, self.num_tokens, self.feature_dim, self.seed)
@@ -104,7 +104,7 @@ class VisionAttention(Module):
         self.v_proj = Linear(dim, dim, True, rngs=rngs)
         self.o_proj = Linear(dim, dim, True, rngs=rngs)
 
-    def forward(self, x: jax.Array) -> jax.Array:
+    def forward(self, x: Float[Array, "B N F"]) -> Float[Array, "B N F"]:
         """(B, N, F) -> (B, N, F)."""
         q_BHNh, k_BHNh, v_BHNh = (
             project(x).reshape(*x.shape[:2], self.n_heads, -1).swapaxes(1, 2)
@@ -123,7 +123,7 @@ class VisionMLP(Module):
         self.up_proj = Linear(dim, hidden_dim, True, rngs=rngs)
         self.down_proj = Linear(hidden_dim, dim, True, rngs=rngs)
 
-    def forward(self, x: jax.Array) -> jax.Array:
+    def forward(self, x: Float[Array, "B N F"]) -> Float[Array, "B N F"]:
         """(B, N, F) -> (B, N, F)."""
         return self.down_proj(TOWER_ACTIVATIONS[self.activation](self.up_proj(x)))
 
@@ -137,7 +137,7 @@ class VisionBlock(Module):
         self.mlp_norm = LayerNorm(tower.dim, tower.norm_eps, rngs=rngs)
         self.mlp = VisionMLP(tower.dim, tower.ffn_hidden_dim, tower.activation, rngs=rngs)
 
-    def forward(self, x: jax.Array) -> jax.Array:
+    def forward(self, x: Float[Array, "B N F"]) -> Float[Array, "B N F"]:
         """(B, N, F) -> (B, N, F)."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
@@ -172,7 +172,7 @@ class VisionTower(VisionEncoder):
         else:
             init_from_table(self, tower_table(self.tower), seed, stream="vision_encoder.", rngs=rngs)
 
-    def forward(self, pixel_values: jax.Array) -> jax.Array:
+    def forward(self, pixel_values: Float[Array, "B 3 h w"]) -> Float[Array, "B N F"]:
         """(B, 3, h, w) -> (B, N, F): the patches after the last block, in reading order; the class token is dropped."""
         check_pixels(pixel_values, self.image_size)
         positions_NF = self.position_embedding.weight.get_value()
@@ -221,7 +221,7 @@ def build_vision_encoder(config: VisionEncoderConfig, *, rngs: nnx.Rngs | None) 
     return encoder
 
 
-def patches(pixels: jax.Array, side: int) -> jax.Array:
+def patches(pixels: Float[Array, "B 3 h w"], side: int) -> Float[Array, "B N P"]:
     """(B, 3, h, w) -> (B, N, 3 p p): squares in reading order, each as (channel, row, column); rests at the right and
     lower edge are cut off.
     """
@@ -232,7 +232,7 @@ def patches(pixels: jax.Array, side: int) -> jax.Array:
     return squares.transpose(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
 
 
-def check_pixels(pixels: jax.Array, image_size: int) -> None:
+def check_pixels(pixels: Shaped[Array, "..."], image_size: int) -> None:
     """Refuse what is no batch of RGB images of the encoder's size."""
     size = f"{image_size}, {image_size}" if image_size else "height, width"
     fits = pixels.ndim == 4 and pixels.shape[1] == CHANNELS

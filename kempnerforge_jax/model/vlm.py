@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Integer
 
 from kempnerforge_jax.model.adapter import VisionAdapter, build_adapter
 from kempnerforge_jax.model.checks import check_axes, check_mask, check_shape
@@ -45,9 +45,9 @@ class ModalityStrategy:
     def prepare(
         self,
         wrapper: VLMWrapper,
-        pixel_values: jax.Array,
-        input_ids: jax.Array,
-        frame_mask: jax.Array | None = None,
+        pixel_values: Float[Array, "B ... 3 h w"],
+        input_ids: Integer[Array, "B T"],
+        frame_mask: Bool[Array, "B F"] | None = None,
     ) -> ModalityContext:
         """What the transformer is called with besides the text.
 
@@ -72,20 +72,17 @@ class JointDecoderStrategy(ModalityStrategy):
     def prepare(
         self,
         wrapper: VLMWrapper,
-        pixel_values: jax.Array,
-        input_ids: jax.Array,
-        frame_mask: jax.Array | None = None,
+        pixel_values: Float[Array, "B ... 3 h w"],
+        input_ids: Integer[Array, "B T"],
+        frame_mask: Bool[Array, "B F"] | None = None,
     ) -> ModalityContext:
         """As `ModalityStrategy`."""
         image_embeds, image_mask = wrapper.encode_images(pixel_values, frame_mask)
         padding = None
         if image_mask is not None:
             padding = jnp.concatenate([image_mask, jnp.ones(input_ids.shape, bool)], axis=1)
-        return ModalityContext(
-            prefix_embeds=image_embeds,
-            output_slice=slice(image_embeds.shape[1], None),
-            key_padding_mask=padding,
-        )
+        text = slice(image_embeds.shape[1], None)
+        return ModalityContext(prefix_embeds=image_embeds, output_slice=text, key_padding_mask=padding)
 
 
 @registry.register("modality_strategy", "mot")
@@ -105,9 +102,9 @@ class CrossAttentionStrategy(ModalityStrategy):
     def prepare(
         self,
         wrapper: VLMWrapper,
-        pixel_values: jax.Array,
-        input_ids: jax.Array,
-        frame_mask: jax.Array | None = None,
+        pixel_values: Float[Array, "B ... 3 h w"],
+        input_ids: Integer[Array, "B T"],
+        frame_mask: Bool[Array, "B F"] | None = None,
     ) -> ModalityContext:
         """As `ModalityStrategy`."""
         image_embeds, image_mask = wrapper.encode_images(pixel_values, frame_mask)
@@ -173,15 +170,15 @@ class VLMWrapper(Module):
 
     def forward(
         self,
-        pixel_values: jax.Array | None,
-        input_ids: jax.Array,
-        labels: jax.Array | None = None,
-        frame_mask: jax.Array | None = None,
+        pixel_values: Float[Array, "B ... 3 h w"] | None,
+        input_ids: Integer[Array, "B T"],
+        labels: Integer[Array, "B T"] | None = None,
+        frame_mask: Bool[Array, "B F"] | None = None,
         *,
-        text_mask: jax.Array | None = None,
-        noise_seed: jax.Array | None = None,
+        text_mask: Bool[Array, "B T"] | None = None,
+        noise_seed: Integer[Array, ""] | None = None,
         limit_capacity: bool | None = None,
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[Float[Array, "B T V"], Integer[Array, "B T"] | None]:
         """Logits (B, T, V), and the labels as they were given.
 
         Args:
@@ -203,12 +200,12 @@ class VLMWrapper(Module):
 
     def run(
         self,
-        pixel_values: jax.Array | None,
-        input_ids: jax.Array,
-        frame_mask: jax.Array | None = None,
+        pixel_values: Float[Array, "B ... 3 h w"] | None,
+        input_ids: Integer[Array, "B T"],
+        frame_mask: Bool[Array, "B F"] | None = None,
         *,
-        text_mask: jax.Array | None = None,
-        noise_seed: jax.Array | None = None,
+        text_mask: Bool[Array, "B T"] | None = None,
+        noise_seed: Integer[Array, ""] | None = None,
         kv_caches: Sequence[KVCache] | None = None,
         limit_capacity: bool | None = None,
         scan_layers: bool = False,
@@ -234,12 +231,12 @@ class VLMWrapper(Module):
 
     def context(
         self,
-        pixel_values: jax.Array | None,
-        input_ids: jax.Array,
-        frame_mask: jax.Array | None = None,
+        pixel_values: Float[Array, "B ... 3 h w"] | None,
+        input_ids: Integer[Array, "B T"],
+        frame_mask: Bool[Array, "B F"] | None = None,
         *,
-        text_mask: jax.Array | None = None,
-        noise_seed: jax.Array | None = None,
+        text_mask: Bool[Array, "B T"] | None = None,
+        noise_seed: Integer[Array, ""] | None = None,
     ) -> ModalityContext | None:
         """What the transformer is called with besides ``input_ids``; None if that is all.
 
@@ -258,12 +255,11 @@ class VLMWrapper(Module):
             if text_mask is None and noise_seed is None:
                 return None
             return ModalityContext(key_padding_mask=text_mask, noise_seed=noise_seed)
-        image = self.strategy.prepare(self, pixel_values, input_ids, frame_mask)
-        return with_text(image, text_mask, noise_seed)
+        return with_text(self.strategy.prepare(self, pixel_values, input_ids, frame_mask), text_mask, noise_seed)
 
     def encode_images(
-        self, pixel_values: jax.Array, frame_mask: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, pixel_values: Float[Array, "B ... 3 h w"], frame_mask: Bool[Array, "B F"] | None = None
+    ) -> tuple[Float[Array, "B N D"], Bool[Array, "B N"] | None]:
         """Image tokens (B, N, D) in the order of the frames, and bool (B, N), False for absent frames; None: all exist.
 
         The tokens of an absent frame are 0, and keep their places.
@@ -290,7 +286,9 @@ class VLMWrapper(Module):
         return embeds_BFnD.reshape(*flat, -1), mask_BFn.reshape(flat)
 
 
-def with_text(image: ModalityContext, text_mask: jax.Array | None, noise_seed: jax.Array | None) -> ModalityContext:
+def with_text(
+    image: ModalityContext, text_mask: Bool[Array, "B T"] | None, noise_seed: Integer[Array, ""] | None
+) -> ModalityContext:
     """What a strategy has prepared, with what is known of the text, whose positions come last in the stream."""
     real = image.key_padding_mask
     if text_mask is not None:

@@ -10,13 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Integer
 
 from kempnerforge_jax.model.checks import check_ids, check_shape, wide
 from shared_config.contract.labels import IGNORED
 from shared_config.contract.routing import by_router
 
 
-def cross_entropy(logits_BSV: jax.Array, labels_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+def cross_entropy(
+    logits_BSV: Float[Array, "B S V"], labels_BS: Integer[Array, "B S"]
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Sum of logsumexp(logits) - logits[label] over the labels that are not -100, and the number of these labels.
 
     The arithmetic is in at least float32. Only the logits are kept for the backward pass, which computes the
@@ -37,13 +40,13 @@ def cross_entropy(logits_BSV: jax.Array, labels_BS: jax.Array) -> tuple[jax.Arra
     return _summed(logits_BSV, labels_BS), jnp.sum(labels_BS != IGNORED, dtype=jnp.int32)
 
 
-def mean_cross_entropy(logits_BSV: jax.Array, labels_BS: jax.Array) -> jax.Array:
+def mean_cross_entropy(logits_BSV: Float[Array, "B S V"], labels_BS: Integer[Array, "B S"]) -> Float[Array, ""]:
     """`cross_entropy` a label that counts; 0 with gradient 0 if none does."""
     total, count = cross_entropy(logits_BSV, labels_BS)
     return total / jnp.maximum(count, 1)
 
 
-def router_losses(stats: Mapping[int, Any]) -> tuple[jax.Array | float, jax.Array | float]:
+def router_losses(stats: Mapping[int, Any]) -> tuple[Float[Array, ""] | float, Float[Array, ""] | float]:
     """Balancing losses and z-losses of all routers, each summed, unweighted; 0 without any.
 
     Args:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Num
 
 from kempnerforge_jax.model.stack import in_first_layer
 from kempnerforge_jax.model.state import merge
@@ -41,7 +42,7 @@ class Recipe:
 
 
 def gradients_of(
-    recipe: Recipe, parameters: Arrays, buffers: Arrays, batches: Arrays, count: jax.Array
+    recipe: Recipe, parameters: Arrays, buffers: Arrays, batches: Arrays, count: Num[Array, ""]
 ) -> tuple[Arrays, Terms]:
     """Gradients of what is not frozen, and terms, summed over the micro-batches."""
     micro_batches = batches["labels"].shape[0]

@@ -10,6 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import attend
@@ -54,7 +55,7 @@ class VisionAdapter(nn.Module):
         """Tokens that leave when ``num_input_tokens`` enter."""
         return num_input_tokens
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "B N F"]) -> Float[Tensor, "B M D"]:
         """(B, N, F) -> (B, output_num_tokens(N), D)."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
@@ -72,7 +73,7 @@ class MLP2LayerAdapter(VisionAdapter):
         self.proj2 = nn.Linear(hidden_dim, out_dim)
         self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "B N F"]) -> Float[Tensor, "B N D"]:
         """(B, N, F) -> (B, N, D)."""
         return self.proj2(ACTIVATIONS[self.activation](self.proj1(x)))
 
@@ -86,7 +87,7 @@ class LinearAdapter(VisionAdapter):
         self.proj = nn.Linear(in_dim, out_dim)
         self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "B N F"]) -> Float[Tensor, "B N D"]:
         """(B, N, F) -> (B, N, D)."""
         return self.proj(x)
 
@@ -105,7 +106,7 @@ class AvgPoolAdapter(VisionAdapter):
         """Windows over the grid; ``num_input_tokens`` must be a square."""
         return pooled_token_count(num_input_tokens, self.pool_window)
 
-    def forward(self, x: Tensor, pool_window: int | None = None) -> Tensor:
+    def forward(self, x: Float[Tensor, "B N F"], pool_window: int | None = None) -> Float[Tensor, "B M D"]:
         """(B, N, F) -> (B, M, D), by windows of ``pool_window``; None: those of the constructor."""
         windows_BMCF, real_MC = windows(x, self.pool_window if pool_window is None else pool_window)
         return self.proj(_mean_of_real(windows_BMCF, real_MC))
@@ -132,7 +133,7 @@ class AttentionalPoolAdapter(VisionAdapter):
         """Windows over the grid; ``num_input_tokens`` must be a square whose side the window divides."""
         return pooled_token_count(num_input_tokens, self.pool_window, require_divisible=True)
 
-    def forward(self, x: Tensor, pool_window: int | None = None) -> Tensor:
+    def forward(self, x: Float[Tensor, "B N F"], pool_window: int | None = None) -> Float[Tensor, "B M D"]:
         """(B, N, F) -> (B, M, D), by windows of ``pool_window``; None: those of the constructor."""
         window = self.pool_window if pool_window is None else pool_window
         pooled_token_count(x.shape[1], window, require_divisible=True)
@@ -179,7 +180,7 @@ def build_adapter(adapter_config: AdapterConfig, in_dim: int, out_dim: int) -> V
     return adapter
 
 
-def windows(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
+def windows(x: Float[Tensor, "B N F"], window: int) -> tuple[Float[Tensor, "B M C F"], Bool[Tensor, "M C"]]:
     """Cut the grid into windows, in reading order, those at the right and lower edge filled up with zeros.
 
     Returns:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import KVCache
@@ -18,7 +19,7 @@ from shared_config.schema.vlm import VLMConfig
 
 Modules = Mapping[str, Any]
 """What `Architecture.extra_modules` gave, by name, as the model has it now: maybe wrapped; None if it was taken out."""
-RotaryTable = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
+RotaryTable = Callable[[Integer[Tensor, "... S"], Any], tuple[Float[Tensor, "... S A"], Float[Tensor, "... S A"]]]
 """Positions and a dtype to cos and sin."""
 
 
@@ -55,7 +56,7 @@ class Architecture:
     def block_inputs(
         self,
         inputs: dict[str, Any],
-        x: Tensor,
+        x: Float[Tensor, "B S D"],
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
         rope: RotaryTable,
@@ -70,7 +71,9 @@ class Architecture:
         """
         return inputs
 
-    def after_block(self, modules: Modules, layer_idx: int, x: Tensor, modality: ModalityContext) -> Tensor:
+    def after_block(
+        self, modules: Modules, layer_idx: int, x: Float[Tensor, "B S D"], modality: ModalityContext
+    ) -> Float[Tensor, "B S D"]:
         """What happens to the residual stream between two layers."""
         return x
 
@@ -78,7 +81,9 @@ class Architecture:
         """What decoding is called with in place of an image that every step would have to read anew."""
         return modality
 
-    def final_norm(self, modules: Modules, x: Tensor, modality: ModalityContext) -> Tensor:
+    def final_norm(
+        self, modules: Modules, x: Float[Tensor, "B S D"], modality: ModalityContext
+    ) -> Float[Tensor, "B S D"]:
         """The norm before the head; the stream itself in a pipeline stage without it."""
         norm = modules["norm"]
         return x if norm is None else norm(x)

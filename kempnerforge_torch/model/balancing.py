@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Num
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.wrappers import plain_modules
@@ -17,7 +18,10 @@ from shared_config.contract.routing import RouterId, router_ids
 
 @torch.no_grad()
 def balance(
-    model: nn.Module, counts: Mapping[RouterId, Tensor], progress: Any = None, taken: Tensor | None = None
+    model: nn.Module,
+    counts: Mapping[RouterId, Num[Tensor, "E"]],
+    progress: Any = None,
+    taken: Bool[Tensor, ""] | None = None,
 ) -> None:
     """Let the routers that balance move their buffers by the choices of one optimiser step.
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float, Int, Integer, Shaped
 from torch import Tensor
 
 MAX_ID = 2**31
 """What an integer that counts is below."""
 
 
-def check_shape(name: str, array: Tensor, shape: Sequence[int]) -> None:
+def check_shape(name: str, array: Shaped[Tensor, "..."], shape: Sequence[int]) -> None:
     """
     Raises:
         ValueError: ``array`` has another shape.
@@ -20,7 +21,7 @@ def check_shape(name: str, array: Tensor, shape: Sequence[int]) -> None:
         raise ValueError(f"{name}.shape = {tuple(array.shape)}: must be {tuple(shape)}")
 
 
-def check_axes(name: str, array: Tensor, axes: Sequence[str]) -> None:
+def check_axes(name: str, array: Shaped[Tensor, "..."], axes: Sequence[str]) -> None:
     """
     Raises:
         ValueError: ``array`` has another number of axes.
@@ -29,7 +30,7 @@ def check_axes(name: str, array: Tensor, axes: Sequence[str]) -> None:
         raise ValueError(f"{name}.shape = {tuple(array.shape)}: must be ({', '.join(axes)})")
 
 
-def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
+def check_mask(name: str, mask: Shaped[Tensor, "..."], shape: Sequence[int]) -> None:
     """
     Raises:
         ValueError: ``mask`` is not bool, or has another shape.
@@ -39,7 +40,7 @@ def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
     check_shape(name, mask, shape)
 
 
-def check_ids(name: str, ids: Tensor, size: int | None = None, ignored: int | None = None) -> None:
+def check_ids(name: str, ids: Shaped[Tensor, "..."], size: int | None = None, ignored: int | None = None) -> None:
     """
     Args:
         size: ids are in [0, size); None: any integer is one.
@@ -61,7 +62,9 @@ def check_ids(name: str, ids: Tensor, size: int | None = None, ignored: int | No
         raise ValueError(f"{name} = {int(bad[0])}: ids must be in {allowed}; {bad.numel()} of {ids.numel()} are not")
 
 
-def check_positions(shape: Sequence[int], doc_ids: Tensor | None, key_padding_mask: Tensor | None) -> None:
+def check_positions(
+    shape: Sequence[int], doc_ids: Shaped[Tensor, "..."] | None, key_padding_mask: Shaped[Tensor, "..."] | None
+) -> None:
     """
     Raises:
         ValueError: what is said of the new tokens (B, S) is of another dtype or shape.
@@ -73,12 +76,12 @@ def check_positions(shape: Sequence[int], doc_ids: Tensor | None, key_padding_ma
         check_shape("doc_ids", doc_ids, shape)
 
 
-def wide(ids: Tensor) -> Tensor:
+def wide(ids: Integer[Tensor, "..."]) -> Int[Tensor, "..."]:
     """The same integers as int64: comparing narrow ones would wrap the other side to their type."""
     return ids.long()
 
 
-def nan_outside(x: Tensor, ids: Tensor, size: int) -> Tensor:
+def nan_outside(x: Float[Tensor, "..."], ids: Integer[Tensor, "..."], size: int) -> Float[Tensor, "..."]:
     """``x`` (..., D), NaN where the id (...) is outside [0, size)."""
     ids = wide(ids)
     return x.masked_fill(((ids < 0) | (ids >= size)).reshape(*ids.shape, *[1] * (x.ndim - ids.ndim)), torch.nan)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.architecture import Architecture, Modules
@@ -43,12 +44,12 @@ class CrossAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        image_features: Tensor | None,
-        image_mask: Tensor | None = None,
+        x: Float[Tensor, "B S D"],
+        image_features: Float[Tensor, "B N D"] | None,
+        image_mask: Bool[Tensor, "B N"] | None = None,
         *,
-        keys_values: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+        keys_values: tuple[Float[Tensor, "B K N h"], Float[Tensor, "B K N h"]] | None = None,
+    ) -> Float[Tensor, "B S D"]:
         """(B, S, D), (B, N, D) -> (B, S, D).
 
         Args:
@@ -69,7 +70,9 @@ class CrossAttention(nn.Module):
         out_BHSh = attend(q_BHSh, k_BKNh, v_BKNh, mask, sdpa_backend=self.sdpa_backend)
         return self.o_proj(out_BHSh.transpose(1, 2).flatten(2))
 
-    def keys_values(self, image_features: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(
+        self, image_features: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B K N h"], Float[Tensor, "B K N h"]]:
         """(B, N, D) -> what any text reads of the image: keys and values, (B, K, N, h) each."""
         return self._heads_first(self.k_proj(image_features)), self._heads_first(self.v_proj(image_features))
 
@@ -106,12 +109,12 @@ class CrossAttentionBlock(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        image_features: Tensor | None,
-        image_mask: Tensor | None = None,
+        x: Float[Tensor, "B S D"],
+        image_features: Float[Tensor, "B N D"] | None,
+        image_mask: Bool[Tensor, "B N"] | None = None,
         *,
-        keys_values: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+        keys_values: tuple[Float[Tensor, "B K N h"], Float[Tensor, "B K N h"]] | None = None,
+    ) -> Float[Tensor, "B S D"]:
         """(B, S, D), (B, N, D) -> (B, S, D). Arguments as for `CrossAttention`."""
         x = x + self.attn(self.attn_norm(x), image_features, image_mask, keys_values=keys_values)
         return x + self.mlp(self.mlp_norm(x))
@@ -169,7 +172,9 @@ class CrossAttentionArchitecture(Architecture):
             if getattr(modality, name) is not None:
                 raise ValueError(f"{name} is given: the architecture (cross_attention) takes image_features")
 
-    def after_block(self, modules: Modules, layer_idx: int, x: Tensor, modality: ModalityContext) -> Tensor:
+    def after_block(
+        self, modules: Modules, layer_idx: int, x: Float[Tensor, "B S D"], modality: ModalityContext
+    ) -> Float[Tensor, "B S D"]:
         """Block k fires after layer i if (i + 1) = (k + 1) * every; rows that may look at no image token skip it."""
         if (layer_idx + 1) % self.every != 0 or not modality.reads_image:
             return x

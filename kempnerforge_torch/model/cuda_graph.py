@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-Step = Callable[[Tensor, Tensor | None], Tensor]
+Step = Callable[[Int[Tensor, "B"], Float[Tensor, "B"] | None], Int[Tensor, "B"]]
 """The tokens (B,) to read, and of a draw the uniform numbers (B,), to the next tokens."""
 
 PROGRAMS = 128
@@ -20,7 +21,7 @@ PROGRAMS = 128
 
 
 @functools.lru_cache
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Shaped[Tensor, "..."]]) -> Callable[..., Shaped[Tensor, "..."]]:
     """A function of which there is a program for every model, number of rows and length of caches."""
     program = torch.compile(function, fullgraph=True, dynamic=False)
 
@@ -42,7 +43,7 @@ class CudaGraphStep:
         self.step = step
         self.calls = 0
 
-    def __call__(self, tokens: Tensor, uniforms: Tensor | None) -> Tensor:
+    def __call__(self, tokens: Int[Tensor, "B"], uniforms: Float[Tensor, "B"] | None) -> Int[Tensor, "B"]:
         self.calls += 1
         if self.calls == 1:
             return self.step(tokens, uniforms)

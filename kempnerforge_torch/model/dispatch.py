@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from shared_config.contract.capacity import token_capacities
@@ -24,9 +25,9 @@ class Dispatch(NamedTuple):
         ends_E: int32, row after the last one of each expert.
     """
 
-    choice_R: Tensor
-    row_R: Tensor
-    ends_E: Tensor
+    choice_R: Int[Tensor, "R"]
+    row_R: Int[Tensor, "R"]
+    ends_E: Int[Tensor, "E"]
 
 
 def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int | None:
@@ -41,8 +42,8 @@ def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int | 
 
 
 def layer_capacity(
-    tokens: int, members_T: Tensor | None, top_k: int, num_experts: int, factor: float
-) -> int | Tensor | None:
+    tokens: int, members_T: Bool[Tensor, "T"] | None, top_k: int, num_experts: int, factor: float
+) -> int | Int[Tensor, "..."] | None:
     """`capacity` of all tokens, or of those that are True in ``members_T``: an array, as their number is one."""
     if members_T is None or factor == 0:
         return capacity(tokens, top_k, num_experts, factor)
@@ -51,7 +52,10 @@ def layer_capacity(
 
 
 def plan_dispatch(
-    indices_Tk: Tensor, valid_T: Tensor | None, num_experts: int, room: int | Tensor | None = None
+    indices_Tk: Int[Tensor, "T k"],
+    valid_T: Bool[Tensor, "T"] | None,
+    num_experts: int,
+    room: int | Int[Tensor, "..."] | None = None,
 ) -> Dispatch:
     """Sort the choices by expert, those of equal expert slot by slot and then by token.
 
@@ -75,7 +79,12 @@ def plan_dispatch(
     return Dispatch(choice_R, row_R, ends_E)
 
 
-def combine(out_RD: Tensor, weights_Tk: Tensor, plan: Dispatch, gradient_factors_Tk: Tensor | None = None) -> Tensor:
+def combine(
+    out_RD: Float[Tensor, "R D"],
+    weights_Tk: Float[Tensor, "T k"],
+    plan: Dispatch,
+    gradient_factors_Tk: Float[Tensor, "T k"] | None = None,
+) -> Float[Tensor, "T D"]:
     """(T, D): for each token the weighted sum of its rows, in the dtype of the weights."""
     tokens, top_k = weights_Tk.shape
     out_kTD = _Permute.apply(out_RD, plan.row_R, plan.choice_R).reshape(top_k, tokens, out_RD.shape[1])
@@ -85,13 +94,15 @@ def combine(out_RD: Tensor, weights_Tk: Tensor, plan: Dispatch, gradient_factors
     return (out_kTD * weights_Tk.t()[:, :, None]).sum(dim=0)
 
 
-def gradient_factors(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
+def gradient_factors(counts_E: Num[Tensor, "E"], dtype: torch.dtype) -> Float[Tensor, "E"]:
     """mean count / count of each expert; 1 for an expert without tokens, to which no gradient flows."""
     wide_E = counts_E.to(dtype)
     return torch.where(counts_E > 0, wide_E.sum() / (wide_E.clamp(min=1) * counts_E.shape[0]), 1.0)
 
 
-def spread(x_TD: Tensor, choice_R: Tensor, row_R: Tensor, top_k: int) -> Tensor:
+def spread(
+    x_TD: Float[Tensor, "T D"], choice_R: Int[Tensor, "R"], row_R: Int[Tensor, "R"], top_k: int
+) -> Float[Tensor, "R D"]:
     """Row r is the token of choice r; backward adds up the rows of a token, in the order of its choices."""
     return _Spread.apply(x_TD, choice_R, row_R, top_k)
 

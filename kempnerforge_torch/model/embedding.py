@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, D model dim, V vocabulary.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.checks import check_ids
@@ -19,7 +20,7 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.embedding = Embedding(vocab_size, dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Integer[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
         """Integers (B, S) -> (B, S, D).
 
         Raises:
@@ -44,7 +45,7 @@ class OutputHead(nn.Module):
         super().__init__()
         self.proj = Linear(dim, vocab_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S V"]:
         """(B, S, D) -> (B, S, V)."""
         return self.proj(x)
 

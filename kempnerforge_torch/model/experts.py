@@ -7,17 +7,19 @@ Shapes: R rows, D model dim, F expert width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.grouped import grouped_matmul
+from kempnerforge_torch.model.mlp import Activation
 
 
 def grouped_expert_forward(
-    x_sorted: Tensor, tokens_per_expert: Sequence[int], experts: Sequence[nn.Module] | nn.ModuleList
-) -> Tensor:
+    x_sorted: Float[Tensor, "R D"], tokens_per_expert: Sequence[int], experts: Sequence[nn.Module] | nn.ModuleList
+) -> Float[Tensor, "R D"]:
     """(R, D) -> (R, D), each row through its expert.
 
     Args:
@@ -32,13 +34,13 @@ def grouped_expert_forward(
 
 
 def grouped_expert_forward_packed(
-    x_sorted: Tensor,
+    x_sorted: Float[Tensor, "R D"],
     tokens_per_expert: Sequence[int],
-    up_w: Tensor,
-    down_w: Tensor,
-    gate_w: Tensor | None,
-    activation: Callable[[Tensor], Tensor],
-) -> Tensor:
+    up_w: Float[Tensor, "E D F"],
+    down_w: Float[Tensor, "E F D"],
+    gate_w: Float[Tensor, "E D F"] | None,
+    activation: Activation,
+) -> Float[Tensor, "R D"]:
     """(R, D) -> (R, D), each row by the matrices of its expert: down(activation(gate(x)) * up(x)), without ``gate_w``
     down(activation(up(x))).
 
@@ -56,14 +58,14 @@ def grouped_expert_forward_packed(
 
 
 def apply_packed(
-    x_RD: Tensor,
-    ends_E: Tensor,
-    up_w: Tensor | Sequence[Tensor],
-    down_w: Tensor | Sequence[Tensor],
-    gate_w: Tensor | Sequence[Tensor] | None,
-    activation: Callable[[Tensor], Tensor],
+    x_RD: Float[Tensor, "R D"],
+    ends_E: Int[Tensor, "E"],
+    up_w: Float[Tensor, "E D F"] | Sequence[Float[Tensor, "D F"]],
+    down_w: Float[Tensor, "E F D"] | Sequence[Float[Tensor, "F D"]],
+    gate_w: Float[Tensor, "E D F"] | Sequence[Float[Tensor, "D F"]] | None,
+    activation: Activation,
     complete: bool = False,
-) -> Tensor:
+) -> Float[Tensor, "R D"]:
     """(R, D): as `grouped_expert_forward_packed`, by ends; 0 for rows of no expert, of which there are none if
     ``complete``. The weights may be given as one matrix per expert.
     """
@@ -75,7 +77,9 @@ def apply_packed(
     return grouped_matmul(hidden_RF, down_w, ends_E, complete)
 
 
-def apply_modules(x_RD: Tensor, ends_E: Tensor, experts: Sequence[nn.Module]) -> Tensor:
+def apply_modules(
+    x_RD: Float[Tensor, "R D"], ends_E: Int[Tensor, "E"], experts: Sequence[nn.Module]
+) -> Float[Tensor, "R D"]:
     """(R, D): as `grouped_expert_forward`, by ends, whose values change no shape; 0 for rows of no expert."""
     rows_R1 = torch.arange(x_RD.shape[0], device=x_RD.device)[:, None]
     out_RD, start = torch.zeros_like(x_RD), 0

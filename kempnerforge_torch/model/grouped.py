@@ -12,13 +12,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 TILE_ROWS = 128
 _ALIGNED_BYTES = 16
 
 
-def grouped_matmul(x_RD: Tensor, w_EDF: Tensor | Sequence[Tensor], ends_E: Tensor, complete: bool = False) -> Tensor:
+def grouped_matmul(
+    x_RD: Float[Tensor, "R D"],
+    w_EDF: Float[Tensor, "E D F"] | Sequence[Float[Tensor, "D F"]],
+    ends_E: Int[Tensor, "E"],
+    complete: bool = False,
+) -> Float[Tensor, "R F"]:
     """(R, F): row r times the matrix of its group; 0 for rows of no group, whatever they hold.
 
     One opaque operator, so that compiled code has it whole; differentiable any number of times. bfloat16 on a GPU of
@@ -63,7 +69,9 @@ def _grouped_matmul(x_RD: Tensor, w: Sequence[Tensor], ends_E: Tensor, complete:
 @torch.library.custom_op(
     "kempnerforge::grouped_outer", mutates_args=(), schema="(Tensor x, Tensor y, Tensor ends) -> Tensor"
 )
-def grouped_outer(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
+def grouped_outer(
+    x_RD: Float[Tensor, "R D"], y_RF: Float[Tensor, "R F"], ends_E: Int[Tensor, "E"]
+) -> Float[Tensor, "E D F"]:
     """(E, D, F): for each group, the sum over its rows of x_r y_r^T; 0 for a group without rows."""
     if x_RD.device.type == "cpu":
         return looped_outer(x_RD, y_RF, ends_E)
@@ -120,7 +128,9 @@ GROUPED_MATMUL = torch.ops.kempnerforge.grouped_matmul.default
 """The operator by the name that a dispatcher sees."""
 
 
-def looped_matmul(x_RD: Tensor, w_EDF: Tensor | Sequence[Tensor], ends_E: Tensor) -> Tensor:
+def looped_matmul(
+    x_RD: Float[Tensor, "R D"], w_EDF: Float[Tensor, "E D F"] | Sequence[Float[Tensor, "D F"]], ends_E: Int[Tensor, "E"]
+) -> Float[Tensor, "R F"]:
     """`grouped_matmul` as one product per group; reads the offsets."""
     out_RF = x_RD.new_empty(x_RD.shape[0], w_EDF[0].shape[-1])
     start = 0
@@ -131,7 +141,9 @@ def looped_matmul(x_RD: Tensor, w_EDF: Tensor | Sequence[Tensor], ends_E: Tensor
     return out_RF
 
 
-def looped_outer(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
+def looped_outer(
+    x_RD: Float[Tensor, "R D"], y_RF: Float[Tensor, "R F"], ends_E: Int[Tensor, "E"]
+) -> Float[Tensor, "E D F"]:
     """`grouped_outer` as one product per group; reads the offsets."""
     out_EDF = x_RD.new_empty(ends_E.shape[0], x_RD.shape[1], y_RF.shape[1])
     start = 0
@@ -141,7 +153,9 @@ def looped_outer(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
     return out_EDF
 
 
-def tiled_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor, tile_rows: int = TILE_ROWS) -> Tensor:
+def tiled_matmul(
+    x_RD: Float[Tensor, "R D"], w_EDF: Float[Tensor, "E D F"], ends_E: Int[Tensor, "E"], tile_rows: int = TILE_ROWS
+) -> Float[Tensor, "R F"]:
     """`grouped_matmul` as batched products: every group cut into tiles of equal size, their number bounded by R and
     E alone.
     """
@@ -158,7 +172,9 @@ def tiled_matmul(x_RD: Tensor, w_EDF: Tensor, ends_E: Tensor, tile_rows: int = T
     return out_RF[:-1]
 
 
-def tiled_outer(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor, tile_rows: int = TILE_ROWS) -> Tensor:
+def tiled_outer(
+    x_RD: Float[Tensor, "R D"], y_RF: Float[Tensor, "R F"], ends_E: Int[Tensor, "E"], tile_rows: int = TILE_ROWS
+) -> Float[Tensor, "E D F"]:
     """`grouped_outer` as batched products; the tiles of a group are added up in at least float32, in an order that does
     not vary.
     """

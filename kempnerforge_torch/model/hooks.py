@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.decode import NO_LOGITS
@@ -62,7 +63,7 @@ def capture(model: nn.Module, names: Iterable[str] | None = None, *, detach: boo
 
 
 @contextlib.contextmanager
-def replacing(model: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]:
+def replacing(model: nn.Module, outputs: Mapping[str, Shaped[Tensor, "..."]]) -> Iterator[None]:
     """Let what follows a module go on with another output than its own while the context is open.
 
     A `capture` that was opened before sees what the module itself put out. No gradient flows through a replaced output.
@@ -156,7 +157,7 @@ def extract_representations(
     max_samples: int | None = None,
     *,
     path: PathLike | None = None,
-) -> dict[str, Tensor] | None:
+) -> dict[str, Shaped[Tensor, "..."]] | None:
     """Run a dataset through a model and keep what some modules put out, in evaluation mode and without capacity limits.
 
     Args:

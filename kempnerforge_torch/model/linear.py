@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 
@@ -24,7 +25,7 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
         """(..., I) -> (..., O); the dtype of ``x`` must be that of the weight."""
         return linear(x, self.weight, self.bias)
 
@@ -38,14 +39,16 @@ class Embedding(nn.Embedding):
     def __init__(self, num_embeddings: int, dim: int):
         super().__init__(num_embeddings, dim)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Integer[Tensor, "..."]) -> Float[Tensor, "... D"]:
         """Integers (...) -> (..., D)."""
         if torch.compiler.is_compiling():  # inductor's sum is a wide one
             return super().forward(ids)
         return _LookUp.apply(self.weight, ids)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Float[Tensor, "... I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None = None
+) -> Float[Tensor, "... O"]:
     """x (..., I) times weight (O, I) over I, plus bias (O,).
 
     Compiled on a CPU, a single vector is multiplied in products and their sum, of which a compiler makes one loop. That

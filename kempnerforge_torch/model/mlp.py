@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from kempnerforge_torch.model.linear import Linear
 from kempnerforge_torch.registry import registry
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = registry.builders("activation")
+Activation = Callable[[Float[Tensor, "..."]], Float[Tensor, "..."]]
+
+ACTIVATIONS: dict[str, Activation] = registry.builders("activation")
 """What is registered in category "activation": functions of a tensor that work on each element."""
 
 registry.register("activation", "silu")(F.silu)

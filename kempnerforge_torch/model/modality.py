@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 
@@ -31,15 +32,15 @@ class ModalityContext:
         ValueError: for combinations that have no meaning.
     """
 
-    inputs_embeds: Tensor | None = None
-    prefix_embeds: Tensor | None = None
+    inputs_embeds: Float[Tensor, "B S D"] | None = None
+    prefix_embeds: Float[Tensor, "B P D"] | None = None
     output_slice: slice | None = None
-    image_features: Tensor | None = None
-    image_mask: Tensor | None = None
-    modality_ids: Tensor | None = None
-    key_padding_mask: Tensor | None = None
-    image_keys_values: tuple[tuple[Tensor, Tensor], ...] | None = None
-    noise_seed: Tensor | None = None
+    image_features: Float[Tensor, "B N D"] | None = None
+    image_mask: Bool[Tensor, "B N"] | None = None
+    modality_ids: Integer[Tensor, "B S"] | None = None
+    key_padding_mask: Bool[Tensor, "B S"] | None = None
+    image_keys_values: tuple[tuple[Float[Tensor, "B K N h"], Float[Tensor, "B K N h"]], ...] | None = None
+    noise_seed: Integer[Tensor, ""] | None = None
 
     def __post_init__(self) -> None:
         sources = self._given("inputs_embeds", "prefix_embeds", "image_features", "image_keys_values")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from shared_config.contract.noise import FEATURE_SCALE, LEVELS, MASK, MAX_LEVEL, MULTIPLIERS, SALTS, UNIFORM_BITS
@@ -22,14 +23,14 @@ def mix(x: Any) -> Any:
     return x ^ (x >> 15)
 
 
-def pixel_levels(pixels: Tensor) -> Tensor:
+def pixel_levels(pixels: Float[Tensor, "..."]) -> Integer[Tensor, "..."]:
     """floor(127.5 * float32(pixel)), cut off at +-32767, modulo 2^32; 0 for what is not finite."""
     values = pixels.to(torch.float32)
     values = values.masked_fill(~values.isfinite(), 0)
     return (values * LEVELS).floor().clamp(-MAX_LEVEL, MAX_LEVEL).to(torch.int64) & MASK
 
 
-def image_digests(pixels: Tensor) -> tuple[Tensor, Tensor]:
+def image_digests(pixels: Float[Tensor, "B ..."]) -> tuple[Integer[Tensor, "B"], Integer[Tensor, "B"]]:
     """(B, ...) -> two digests (B,)."""
     levels_BP = pixel_levels(pixels).flatten(1)
     places_P = torch.arange(levels_BP.shape[1], device=pixels.device)
@@ -37,7 +38,9 @@ def image_digests(pixels: Tensor) -> tuple[Tensor, Tensor]:
     return first_B, second_B
 
 
-def image_noise(pixels: Tensor, num_tokens: int, feature_dim: int, seed: int = 0) -> Tensor:
+def image_noise(
+    pixels: Float[Tensor, "B ..."], num_tokens: int, feature_dim: int, seed: int = 0
+) -> Float[Tensor, "B N F"]:
     """(B, ...) -> (B, N, F), in the dtype of ``pixels``; no gradient."""
     first_B, second_B = image_digests(pixels)
     cells = torch.arange(num_tokens * feature_dim, device=pixels.device)
@@ -48,18 +51,20 @@ def image_noise(pixels: Tensor, num_tokens: int, feature_dim: int, seed: int = 0
     return noise.unflatten(1, (num_tokens, feature_dim)).to(pixels.dtype)
 
 
-def fold(state: Tensor, index: Tensor | int) -> Tensor:
+def fold(state: Integer[Tensor, "..."], index: Integer[Tensor, "..."] | int) -> Integer[Tensor, "..."]:
     """A new hash from a hash and an integer, elementwise."""
     index = torch.as_tensor(index, device=state.device)
     return mix(state ^ mix((index + SALTS[0]) & MASK))
 
 
-def uniforms(bits: Tensor) -> Tensor:
+def uniforms(bits: Integer[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Hashes to float32 numbers strictly between 0 and 1."""
     return ((bits >> (32 - UNIFORM_BITS)).to(torch.float32) + 0.5) / 2**UNIFORM_BITS
 
 
-def routing_bits(seed: Tensor, layer: int, group: int, tokens: int, experts: int) -> Tensor:
+def routing_bits(
+    seed: Integer[Tensor, ""], layer: int, group: int, tokens: int, experts: int
+) -> Integer[Tensor, "T E"]:
     """A hash for every pair of token and expert of one router: (T, E).
 
     Args:
@@ -70,6 +75,8 @@ def routing_bits(seed: Tensor, layer: int, group: int, tokens: int, experts: int
     return fold(token_T1, torch.arange(experts, device=seed.device))
 
 
-def gumbel_noise(seed: Tensor, layer: int, group: int, tokens: int, experts: int, dtype: torch.dtype) -> Tensor:
+def gumbel_noise(
+    seed: Integer[Tensor, ""], layer: int, group: int, tokens: int, experts: int, dtype: torch.dtype
+) -> Float[Tensor, "T E"]:
     """-log(-log(u)): (T, E) in ``dtype``."""
     return -(-uniforms(routing_bits(seed, layer, group, tokens, experts)).to(dtype).log()).log()

@@ -1,6 +1,6 @@
 """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864); angles are formed in float64 by `shared_config`.
 
-Shapes: B batch, S sequence, h head_dim, P positions in the table.
+Shapes: B batch, S sequence, h head_dim, A = h/2 angles, P positions in the table.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from shared_config.contract.rope import rope_tables
@@ -20,7 +21,7 @@ def precompute_rope_frequencies(
     theta: float = 10000.0,
     device: torch.device | str | None = None,
     scaling: RopeScaling | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Float[Tensor, "P A"], Float[Tensor, "P A"]]:
     """Cosines and sines of every position.
 
     Returns:
@@ -36,8 +37,8 @@ def precompute_rope_frequencies(
 class RotaryTables(nn.Module):
     """The tables of a model: float64 whatever dtype the model is cast to, on its device, not in its state dict."""
 
-    cos: Tensor
-    sin: Tensor
+    cos: Float[Tensor, "P A"]
+    sin: Float[Tensor, "P A"]
 
     def __init__(self, head_dim: int, max_seq_len: int, theta: float = 10000.0, scaling: RopeScaling | None = None):
         super().__init__()
@@ -53,7 +54,9 @@ class RotaryTables(nn.Module):
         """Compute the tables again, where they are now (after `to_empty`)."""
         self.cos, self.sin = self._precompute(self.cos.device)
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, positions: Integer[Tensor, "... S"], dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "... S A"], Float[Tensor, "... S A"]]:
         """Rows of the tables for `apply_rope`, in at least float32.
 
         Args:
@@ -81,7 +84,9 @@ class RotaryTables(nn.Module):
         return self
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(
+    x: Float[Tensor, "... S h"], cos: Float[Tensor, "... h//2"], sin: Float[Tensor, "... h//2"]
+) -> Float[Tensor, "... S h"]:
     """Turn the halves of each head: [x1 cos - x2 sin, x2 cos + x1 sin], in at least float32.
 
     Args:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.modality import ModalityContext
@@ -153,7 +154,7 @@ def _uniforms(seed: int | torch.Generator | None, uniforms: np.ndarray | None, r
     return draw_uniforms(seed, rows, count)
 
 
-def weight_of(model: Transformer) -> Tensor:
+def weight_of(model: Transformer) -> Float[Tensor, "V D"]:
     """The embedding, whose dtype and device are those of the model."""
     assert model.token_embedding is not None
     return unwrap(unwrap(model.token_embedding).embedding).weight

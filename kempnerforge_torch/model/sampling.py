@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from shared_config.contract.decoding import SamplingConfig
 
 
 def sample(
-    logits: Tensor,
+    logits: Float[Tensor, "... V"],
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     *,
-    uniforms: Tensor | None = None,
+    uniforms: Float[Tensor, "..."] | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> Int[Tensor, "..."]:
     """Draw a token of each distribution.
 
     Logits / temperature; tokens sorted by falling logit, equal ones by index; the first ``top_k`` are kept; of these
@@ -49,12 +50,14 @@ def sample(
     return draw(logits, uniforms, temperature, top_k or logits.shape[-1], top_p)
 
 
-def greedy(logits: Tensor) -> Tensor:
+def greedy(logits: Float[Tensor, "... V"]) -> Int[Tensor, "..."]:
     """The most probable token of each row, of equal ones the first: (..., V) -> int64 (...)."""
     return logits.argmax(dim=-1)
 
 
-def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+def draw(
+    logits: Float[Tensor, "... V"], uniforms: Float[Tensor, "..."], temperature: float, top_k: int, top_p: float
+) -> Int[Tensor, "..."]:
     """`sample` at a temperature above 0: (..., V) -> (...)."""
     dtype = wide(logits.dtype)
     sorted_V, order_V = logits.to(dtype).sort(dim=-1, descending=True, stable=True)

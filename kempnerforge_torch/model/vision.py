@@ -1,21 +1,21 @@
 """Vision encoders: images to features, one per token.
 
-Shapes: B images, h, w pixels, p patch side, N tokens, F feature dim, H heads.
+Shapes: B images, h, w pixels, p patch side, P = 3 p p numbers of a patch, N tokens, F feature dim, H heads.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import attend
 from kempnerforge_torch.model.init import init_from_table
 from kempnerforge_torch.model.mask import FULL
-from kempnerforge_torch.model.mlp import ACTIVATIONS
+from kempnerforge_torch.model.mlp import ACTIVATIONS, Activation
 from kempnerforge_torch.model.noise import image_noise
 from kempnerforge_torch.model.norm import LayerNorm
 from kempnerforge_torch.model.state import set_state
@@ -28,13 +28,13 @@ from shared_config.schema.vision import VisionEncoderConfig
 CHANNELS = 3
 
 
-def quick_gelu(x: Tensor) -> Tensor:
+def quick_gelu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """x sigmoid(1.702 x), in at least float32."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.sigmoid(1.702 * wide)).to(x.dtype)
 
 
-TOWER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+TOWER_ACTIVATIONS: dict[str, Activation] = {
     **ACTIVATIONS,
     "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
     "quick_gelu": quick_gelu,
@@ -60,7 +60,7 @@ class VisionEncoder(nn.Module):
         if self.table:
             init_from_table(self, dict(self.table), seed, stream="vision_encoder.")
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B N F"]:
         """(B, 3, h, w) -> (B, N, F)."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
@@ -79,7 +79,7 @@ class RandomVisionEncoder(VisionEncoder):
         self.seed = seed
         self.image_size = image_size
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B N F"]:
         """(B, 3, h, w) -> (B, N, F), in the dtype of the pixels."""
         check_pixels(pixel_values, self.image_size)
         return image_noise(pixel_values, self.num_tokens, self.feature_dim, self.seed)
@@ -96,7 +96,7 @@ class VisionAttention(nn.Module):
         self.v_proj = nn.Linear(dim, dim)
         self.o_proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "B N F"]) -> Float[Tensor, "B N F"]:
         """(B, N, F) -> (B, N, F)."""
         q_BHNh, k_BHNh, v_BHNh = (
             project(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
@@ -116,7 +116,7 @@ class VisionMLP(nn.Module):
         self.up_proj = nn.Linear(dim, hidden_dim)
         self.down_proj = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "B N F"]) -> Float[Tensor, "B N F"]:
         """(B, N, F) -> (B, N, F)."""
         return self.down_proj(TOWER_ACTIVATIONS[self.activation](self.up_proj(x)))
 
@@ -131,7 +131,7 @@ class VisionBlock(nn.Module):
         self.mlp_norm = LayerNorm(tower.dim, tower.norm_eps)
         self.mlp = VisionMLP(tower.dim, tower.ffn_hidden_dim, tower.activation)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "B N F"]) -> Float[Tensor, "B N F"]:
         """(B, N, F) -> (B, N, F)."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
@@ -168,7 +168,7 @@ class VisionTower(VisionEncoder):
         else:
             init_from_table(self, tower_table(self.tower), seed, stream="vision_encoder.")
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B N F"]:
         """(B, 3, h, w) -> (B, N, F): the patches after the last block, in reading order; the class token is dropped."""
         check_pixels(pixel_values, self.image_size)
         weight = self.patch_embedding.weight
@@ -213,7 +213,7 @@ def build_vision_encoder(config: VisionEncoderConfig) -> VisionEncoder:
     return encoder
 
 
-def patches(pixels: Tensor, side: int) -> Tensor:
+def patches(pixels: Float[Tensor, "B 3 h w"], side: int) -> Float[Tensor, "B N P"]:
     """(B, 3, h, w) -> (B, N, 3 p p): squares in reading order, each as (channel, row, column); rests at the right and
     lower edge are cut off.
     """
@@ -223,7 +223,7 @@ def patches(pixels: Tensor, side: int) -> Tensor:
     return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def check_pixels(pixels: Tensor, image_size: int) -> None:
+def check_pixels(pixels: Shaped[Tensor, "..."], image_size: int) -> None:
     """Refuse what is no batch of RGB images of the encoder's size."""
     size = f"{image_size}, {image_size}" if image_size else "height, width"
     fits = pixels.ndim == 4 and pixels.shape[1] == CHANNELS

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.adapter import VisionAdapter, build_adapter
@@ -43,9 +44,9 @@ class ModalityStrategy:
     def prepare(
         self,
         wrapper: VLMWrapper,
-        pixel_values: Tensor,
-        input_ids: Tensor,
-        frame_mask: Tensor | None = None,
+        pixel_values: Float[Tensor, "B ... 3 h w"],
+        input_ids: Integer[Tensor, "B T"],
+        frame_mask: Bool[Tensor, "B F"] | None = None,
     ) -> ModalityContext:
         """What the transformer is called with besides the text.
 
@@ -70,20 +71,17 @@ class JointDecoderStrategy(ModalityStrategy):
     def prepare(
         self,
         wrapper: VLMWrapper,
-        pixel_values: Tensor,
-        input_ids: Tensor,
-        frame_mask: Tensor | None = None,
+        pixel_values: Float[Tensor, "B ... 3 h w"],
+        input_ids: Integer[Tensor, "B T"],
+        frame_mask: Bool[Tensor, "B F"] | None = None,
     ) -> ModalityContext:
         """As `ModalityStrategy`."""
         image_embeds, image_mask = wrapper.encode_images(pixel_values, frame_mask)
         padding = None
         if image_mask is not None:
             padding = torch.cat([image_mask, torch.ones_like(input_ids, dtype=torch.bool)], dim=1)
-        return ModalityContext(
-            prefix_embeds=image_embeds,
-            output_slice=slice(image_embeds.shape[1], None),
-            key_padding_mask=padding,
-        )
+        text = slice(image_embeds.shape[1], None)
+        return ModalityContext(prefix_embeds=image_embeds, output_slice=text, key_padding_mask=padding)
 
 
 @registry.register("modality_strategy", "mot")
@@ -103,9 +101,9 @@ class CrossAttentionStrategy(ModalityStrategy):
     def prepare(
         self,
         wrapper: VLMWrapper,
-        pixel_values: Tensor,
-        input_ids: Tensor,
-        frame_mask: Tensor | None = None,
+        pixel_values: Float[Tensor, "B ... 3 h w"],
+        input_ids: Integer[Tensor, "B T"],
+        frame_mask: Bool[Tensor, "B F"] | None = None,
     ) -> ModalityContext:
         """As `ModalityStrategy`."""
         image_embeds, image_mask = wrapper.encode_images(pixel_values, frame_mask)
@@ -176,13 +174,13 @@ class VLMWrapper(nn.Module):
 
     def forward(
         self,
-        pixel_values: Tensor | None,
-        input_ids: Tensor,
-        labels: Tensor | None = None,
-        frame_mask: Tensor | None = None,
+        pixel_values: Float[Tensor, "B ... 3 h w"] | None,
+        input_ids: Integer[Tensor, "B T"],
+        labels: Integer[Tensor, "B T"] | None = None,
+        frame_mask: Bool[Tensor, "B F"] | None = None,
         *,
-        text_mask: Tensor | None = None,
-        noise_seed: Tensor | None = None,
+        text_mask: Bool[Tensor, "B T"] | None = None,
+        noise_seed: Integer[Tensor, ""] | None = None,
         kv_caches: Sequence[KVCache] | None = None,
         limit_capacity: bool | None = None,
         return_stats: bool = False,
@@ -219,12 +217,12 @@ class VLMWrapper(nn.Module):
 
     def run(
         self,
-        pixel_values: Tensor | None,
-        input_ids: Tensor,
-        frame_mask: Tensor | None = None,
+        pixel_values: Float[Tensor, "B ... 3 h w"] | None,
+        input_ids: Integer[Tensor, "B T"],
+        frame_mask: Bool[Tensor, "B F"] | None = None,
         *,
-        text_mask: Tensor | None = None,
-        noise_seed: Tensor | None = None,
+        text_mask: Bool[Tensor, "B T"] | None = None,
+        noise_seed: Integer[Tensor, ""] | None = None,
         kv_caches: Sequence[KVCache] | None = None,
         limit_capacity: bool | None = None,
     ) -> TransformerOutput:
@@ -243,12 +241,12 @@ class VLMWrapper(nn.Module):
 
     def context(
         self,
-        pixel_values: Tensor | None,
-        input_ids: Tensor,
-        frame_mask: Tensor | None = None,
+        pixel_values: Float[Tensor, "B ... 3 h w"] | None,
+        input_ids: Integer[Tensor, "B T"],
+        frame_mask: Bool[Tensor, "B F"] | None = None,
         *,
-        text_mask: Tensor | None = None,
-        noise_seed: Tensor | None = None,
+        text_mask: Bool[Tensor, "B T"] | None = None,
+        noise_seed: Integer[Tensor, ""] | None = None,
     ) -> ModalityContext | None:
         """What the transformer is called with besides ``input_ids``; None if that is all.
 
@@ -267,10 +265,11 @@ class VLMWrapper(nn.Module):
             if text_mask is None and noise_seed is None:
                 return None
             return ModalityContext(key_padding_mask=text_mask, noise_seed=noise_seed)
-        image = self.strategy.prepare(self, pixel_values, input_ids, frame_mask)
-        return with_text(image, text_mask, noise_seed)
+        return with_text(self.strategy.prepare(self, pixel_values, input_ids, frame_mask), text_mask, noise_seed)
 
-    def encode_images(self, pixel_values: Tensor, frame_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def encode_images(
+        self, pixel_values: Float[Tensor, "B ... 3 h w"], frame_mask: Bool[Tensor, "B F"] | None = None
+    ) -> tuple[Float[Tensor, "B N D"], Bool[Tensor, "B N"] | None]:
         """Image tokens (B, N, D) in the order of the frames, and bool (B, N), False for absent frames; None: all exist.
 
         The tokens of an absent frame are 0, and keep their places.
@@ -296,7 +295,9 @@ class VLMWrapper(nn.Module):
         return embeds_BFnD.flatten(1, 2), mask_BFn.flatten(1)
 
 
-def with_text(image: ModalityContext, text_mask: Tensor | None, noise_seed: Tensor | None) -> ModalityContext:
+def with_text(
+    image: ModalityContext, text_mask: Bool[Tensor, "B T"] | None, noise_seed: Integer[Tensor, ""] | None
+) -> ModalityContext:
     """What a strategy has prepared, with what is known of the text, whose positions come last in the stream."""
     real = image.key_padding_mask
     if text_mask is not None:

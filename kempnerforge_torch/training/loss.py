@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +23,9 @@ CHUNK_ELEMENTS = 2**26
 """Logits that are widened at a time: 256 MiB in float32."""
 
 
-def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, *, fused: bool = False) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    logits_BSV: Float[Tensor, "B S V"], labels_BS: Integer[Tensor, "B S"], *, fused: bool = False
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """Sum of logsumexp(logits) - logits[label] over the labels that are not -100, and the number of these labels.
 
     The arithmetic is in at least float32. Where the logits are many, the backward pass computes the probabilities
@@ -53,13 +56,13 @@ def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, *, fused: bool = False)
     return torch.stack(sums).sum(), count
 
 
-def mean_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+def mean_cross_entropy(logits_BSV: Float[Tensor, "B S V"], labels_BS: Integer[Tensor, "B S"]) -> Float[Tensor, ""]:
     """`cross_entropy` a label that counts; 0 with gradient 0 if none does."""
     total, count = cross_entropy(logits_BSV, labels_BS)
     return total / count.clamp(min=1)
 
 
-def router_losses(stats: Mapping[int, Any]) -> tuple[Tensor | float, Tensor | float]:
+def router_losses(stats: Mapping[int, Any]) -> tuple[Float[Tensor, ""] | float, Float[Tensor, ""] | float]:
     """Balancing losses and z-losses of all routers, each summed, unweighted; 0 without any.
 
     Args:

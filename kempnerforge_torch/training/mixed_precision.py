@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from shared_config.schema.job import JobConfig
@@ -16,14 +17,16 @@ class Cast(torch.autograd.Function):
     """All tensors in another dtype, and their gradients back, each way at once: one by one they keep a host busy."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], ...]:
         """The tensors in ``dtype``."""
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         ctx.set_materialize_grads(False)
         return tuple(_cast(tensors, [dtype] * len(tensors)))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, *tuple[Tensor | None, ...]]:
+    def backward(
+        ctx: Any, *gradients: Float[Tensor, "..."] | None
+    ) -> tuple[None, *tuple[Float[Tensor, "..."] | None, ...]]:
         """The gradients in the dtypes of the tensors."""
         found = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}
         cast = dict(zip(found, _cast(list(found.values()), [ctx.dtypes[i] for i in found]), strict=True))

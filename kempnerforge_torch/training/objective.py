@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from kempnerforge_torch.training.loss import cross_entropy, router_losses, router_stats
@@ -22,7 +23,7 @@ class Objective(nn.Module):
         self.aux_weight = config.model.moe_aux_loss_weight
         self.z_weight = config.model.moe_router_z_loss_weight
 
-    def forward(self, inputs: dict[str, Tensor], count: int, micro_batches: int) -> Terms:
+    def forward(self, inputs: dict[str, Shaped[Tensor, "..."]], count: int, micro_batches: int) -> Terms:
         """The terms of a micro-batch; gradients go to the leaves of the graph."""
         logits, stats = self.model(**model_inputs(inputs), return_stats=True)
         loss = cross_entropy(logits, inputs["labels"], fused=self.fused)[0] / count
