@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from shared_config.contract.parameters import parameter_table
 from shared_config.contract.specs import Constant, ParameterSpec
+from shared_config.schema.model import ModelConfig
 from shared_config.schema.optimizer import OptimizerConfig
 from tests.oracle.router import SCORE_EPS
 from tests.parity.backends import Torch, on_both
@@ -150,3 +152,38 @@ def test_updates_are_counted_beyond_any_narrow_number(backend: Torch) -> None:
     m, v = (beta * 0.5 + (1 - beta) for beta in config.betas)
     np.testing.assert_allclose(backend.numpy(moved), 1 - 0.25 * m / (np.sqrt(v) + config.eps), rtol=1e-5)
     assert {backend.numpy(state[name]).dtype for name in ("m.norm", "v.norm")} == {np.dtype(np.float32)}
+
+
+@on_both
+def test_ids_of_a_large_vocabulary_are_generated_end_rows_and_pad_them(backend: Torch) -> None:
+    """A model whose blocks add nothing: token 1 is followed by the last one of the vocabulary, token 2 by token 5."""
+    config = ModelConfig(dim=2, n_layers=1, n_heads=1, vocab_size=MANY, ffn_hidden_dim=1, max_seq_len=8)
+    weights = {name: np.zeros(spec.shape, np.float32) for name, spec in parameter_table(config).items()}
+    weights["norm.weight"] += 1
+    weights["token_embedding.embedding.weight"][[1, 2]] = [[1, 1], [-1, -1]]
+    weights["output_head.proj.weight"][[MANY - 1, 5]] = [[30, 30], [-30, -30]]
+    model = backend.model(config, weights, "float32")
+    found = backend.module("model.generate").generate(
+        model,
+        [[1], [2]],
+        2,
+        top_k=MANY - 1,
+        eos_token_id=MANY - 1,
+        pad_token_id=2**31 - 1,
+        uniforms=np.full((2, 2), 0.5),
+    )
+    tokens = backend.numpy(found)
+    assert tokens[0].tolist() == [1, MANY - 1, 2**31 - 1]
+    assert tokens[1, :2].tolist() == [2, 5]
+    assert abs(tokens[1, 2] - MANY // 2) < 16, "of equal tokens, the one in the middle"
+
+
+@on_both
+def test_caches_begin_empty_in_float32(backend: Torch) -> None:
+    cache = backend.module("model.kv_cache").KVCache(2, 5, 1, 3)
+    for held in (cache.k, cache.v):
+        assert (backend.numpy(held).dtype, tuple(held.shape)) == (np.float32, (2, 1, 5, 3))
+        assert not backend.numpy(held).any()
+    assert (backend.numpy(cache.lengths).tolist(), backend.numpy(cache.lengths).dtype) == ([0, 0], np.int32)
+    assert (cache.slots, cache.max_seq_len, cache.seq_len, cache.image_tokens) == (5, 5, 0, 0)
+    assert cache.sliding_window is cache.valid is cache.doc_ids is cache.oldest is None
