@@ -13,11 +13,14 @@ What an optimizer is: `kempnerforge_torch.training.optimizer` and its twin.
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from shared_config.errors import ConfigError
@@ -38,8 +41,6 @@ class Declaration:
 
 
 _tables: list[dict[str, Any]] = []
-_before: list[dict[int, dict[str, Any]]] = []
-"""Of each `temporary` that is open, the outermost first, what it puts back: by the id of a table."""
 
 
 def named_table(items: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -140,30 +141,45 @@ def import_declared(category: str, package: str) -> None:
             importlib.import_module(f"{package}.{name}")
 
 
-def import_backends() -> None:
-    """Import the backends that are installed, so that what they register is declared, for good."""
-    known = {id(table): set(table) for table in _tables}
-    for framework in ("torch", "jax"):
-        package = f"kempnerforge_{framework}"
-        if all(importlib.util.find_spec(needed) is not None for needed in (framework, package)):
-            importlib.import_module(f"{package}.training.train")
-    for kept in _before:
-        for table in _tables:
-            new = {name: item for name, item in table.items() if name not in known.get(id(table), ())}
-            kept.setdefault(id(table), {}).update(new)
+@functools.cache
+def names_in_backends() -> frozenset[tuple[str, str]]:
+    """(category, name) of all that the files of the backends register by ``registry.register("category", "name")``.
+
+    They are read, not imported: that would take seconds, and the frameworks.
+    """
+    found: set[tuple[str, str]] = set()
+    for package in ("kempnerforge_torch", "kempnerforge_jax"):
+        spec = importlib.util.find_spec(package)
+        for folder in () if spec is None else spec.submodule_search_locations or ():
+            for file in Path(folder).rglob("*.py"):
+                found |= _registered_in(file.read_text(encoding="utf-8"))
+    return frozenset(found)
+
+
+def _registered_in(source: str) -> set[tuple[str, str]]:
+    if "registry.register(" not in source:
+        return set()
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="registry"), attr="register"),
+                args=[ast.Constant(value=str(category)), ast.Constant(value=str(name))],
+            ):
+                found.add((category, name))
+    return found
 
 
 @contextlib.contextmanager
 def temporary() -> Iterator[None]:
     """What is registered or declared inside, in whichever registry, is forgotten on leaving."""
-    _before.append({id(table): dict(table) for table in _tables})
+    before = {id(table): dict(table) for table in _tables}
     try:
         yield
     finally:
-        kept = _before.pop()
         for table in _tables:
             table.clear()
-            table.update(kept.get(id(table), {}))
+            table.update(before.get(id(table), {}))
 
 
 class UnknownNameError(ConfigError, KeyError):

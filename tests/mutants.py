@@ -255,7 +255,8 @@ MUTANTS = (
     Mutant(
         "training.optimizer", "counts of updates are those of the run",
         ('kept["step"].fill_(int(values[f"t.{name}"]))', 'kept["step"].fill_(step)'),
-        ("one._replace(count=t[name],", "one._replace(count=jnp.full_like(t[name], step),"),
+        ("own.get(UPDATES, {}))} | dict(moments)",
+         "own.get(UPDATES, {}))} | {name: one for name, one in moments.items() if not name.startswith(UPDATES)}"),
     ),
     Mutant(
         "training.optimizer", "clipping scales up small gradients",

@@ -14,7 +14,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import core_schema
 
 from shared_config.errors import ConfigError
-from shared_config.registry import declared_names, import_backends
+from shared_config.registry import declared_names, names_in_backends
 
 LARGEST = 2**63 - 1
 """Of integers: what TOML and both backends can hold."""
@@ -103,10 +103,12 @@ class _Registered:
         return sorted({name for category in self.categories for name in declared_names(category)})
 
     def _check(self, name: str) -> str:
-        if name not in self._names():
-            import_backends()  # one of them may register it
-        if name not in self._names():
-            raise ValueError(f"Input should be one of {', '.join(self._names())}, or registered first")
+        if name in self._names():
+            return name
+        in_backends = {known for category, known in names_in_backends() if category in self.categories}
+        if name not in in_backends:
+            known = sorted(in_backends.union(self._names()))
+            raise ValueError(f"Input should be one of {', '.join(known)}, or registered first")
         return name
 
 

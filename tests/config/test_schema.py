@@ -349,3 +349,19 @@ def test_sections_of_a_model_and_of_what_it_is_shown_belong_to_the_function() ->
     assert function_names(JobConfig) == ("model", "vision_encoder", "adapter", "vlm", "video")
     assert {name.partition(".")[0] for name in function_of(job)} == set(function_names(JobConfig))
     assert function_of(JobConfig())["vlm.arch"] is None
+
+
+def test_a_name_that_no_backend_knows_is_refused_without_importing_one() -> None:
+    code = (
+        "import sys\n"
+        "from shared_config import ModelConfig\n"
+        "from shared_config.registry import names_in_backends\n"
+        "try: ModelConfig(moe_router='sofmax_topk')\n"
+        "except ValueError as error: print(error)\n"
+        "print([name for name in ('torch', 'jax', 'kempnerforge_torch', 'kempnerforge_jax') if name in sys.modules])\n"
+        "print(('router', 'softmax_topk') in names_in_backends(), ('optimizer', 'adamw') in names_in_backends())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    message, imported, known = done.stdout.splitlines()
+    assert message == ("moe_router = 'sofmax_topk': must be one of sigmoid_topk, softmax_topk, or registered first")
+    assert (imported, known) == ("[]", "True True")
