@@ -1,8 +1,9 @@
-"""Layers of JAX as they begin, and sums of their gradients."""
+"""Layers of JAX as they begin, sums of their gradients, and the numbers that a compiled step is told."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,10 @@ from kempnerforge_jax.model.moe import build_moe
 from kempnerforge_jax.model.mot import MoTAttention
 from kempnerforge_jax.model.norm import LayerNorm
 from kempnerforge_jax.model.vision import VisionTower
+from kempnerforge_jax.training import train
 from shared_config.contract.vision import vit_tower
 from shared_config.schema.vision import VisionEncoderConfig
+from tests.jobs import tiny_job
 
 TOWER = vit_tower(VisionEncoderConfig(type="vit", feature_dim=16, n_layers=1, n_heads=2, image_size=4, patch_size=2))
 LAYERS = {
@@ -58,3 +61,29 @@ def test_shared_heads_sum_their_gradients_in_float32() -> None:
     weight.set_value(jnp.ones_like(weight.get_value()))
     gradient = jax.grad(loss)(jnp.ones((1, 1, 4), jnp.bfloat16))
     np.testing.assert_array_equal(np.asarray(gradient, np.float32), np.full((1, 1, 4), 260))
+
+
+def test_a_step_in_bfloat16_is_told_its_numbers_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, 257 labels would be 256, and a learning rate would have three digits."""
+    job = tiny_job(
+        train={"mixed_precision": "bf16", "max_steps": 300}, optimizer={"lr": 0.1}, scheduler={"warmup_steps": 0}
+    )
+    trainer = train.Trainer(job)
+    told: list[tuple[Any, ...]] = []
+
+    def step(*arguments: Any) -> tuple[Any, ...]:
+        told.append(arguments[4:])
+        return *arguments[:3], {}
+
+    monkeypatch.setattr(train, "compiled_step", lambda _recipe: step)
+    batch = {"tokens": np.zeros((1, 300), np.int32), "labels": np.where(np.arange(300) < 257, 1, -100)[None]}
+    rates = [trainer.learning_rate(place) for place in range(3)]
+    found = [trainer.step([batch]) for _ in rates]
+    assert [metrics["tokens"] for metrics in found] == [257] * 3
+    assert [metrics["lr"] for metrics in found] == rates
+    expected = np.array([[257, rate, place / 300] for place, rate in enumerate(rates)], np.float32)
+    np.testing.assert_array_equal(told, expected)
+    assert {number.dtype for numbers in told for number in numbers} == {np.dtype(np.float32)}
+    nothing = {**batch, "labels": np.full((1, 300), -100)}
+    assert trainer.step([nothing])["tokens"] == 0
+    assert told[-1][0] == 1, "what a sum over no labels is divided by"
