@@ -9,6 +9,7 @@ from typing import Any
 from shared_config.errors import ConfigError
 from shared_config.interchange.huggingface_keys import (
     FAMILIES,
+    Family,
     declared_window,
     fixed_keys,
     layer_kinds,
@@ -23,21 +24,22 @@ from shared_config.schema.model import ModelConfig, RopeScaling
 
 
 def family_of(config: ModelConfig) -> str:
-    """The ``model_type`` that expresses a config.
+    """The ``model_type`` that expresses a config: the one family whose models all have its experts, norms of queries
+    and keys, and window, or can have it.
 
     Raises:
-        ConfigError: naming every setting that none expresses.
+        ConfigError: naming every setting that it does not express.
     """
-    if config.is_moe:
-        family = "qwen3_moe" if config.qk_norm else "mixtral"
-    elif config.qk_norm:
-        family = "qwen3"
-    else:
-        family = "mistral" if config.sliding_window is not None else "llama"
-    problems = list(_not_expressed(config, family))
+    name = next(name for name, family in FAMILIES.items() if _is_of(config, family))
+    problems = list(_not_expressed(config, name))
     if problems:
         raise ConfigError(problems)
-    return family
+    return name
+
+
+def _is_of(config: ModelConfig, family: Family) -> bool:
+    window = family.sliding_window in (None, config.sliding_window is not None)
+    return (family.experts, family.qk_norm) == (config.is_moe, config.qk_norm) and window
 
 
 def _not_expressed(config: ModelConfig, family: str) -> Iterator[str]:
@@ -45,8 +47,7 @@ def _not_expressed(config: ModelConfig, family: str) -> Iterator[str]:
     if config.is_moe:
         fixed |= {"moe_router": "softmax_topk", "moe_shared_experts": 0, "moe_capacity_factor": 0.0}
         fixed |= {"moe_routed_scaling": 1.0}
-    if family == "mixtral":
-        fixed |= {"moe_norm_topk_prob": True, "moe_frequency": 1}
+    fixed |= FAMILIES[family].fixed
     if not FAMILIES[family].attention_bias:
         fixed |= {"attention_bias": False}
     for field, needed in fixed.items():

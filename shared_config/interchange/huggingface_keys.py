@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from shared_config.schema.model import EXPERT_FFN_MULTIPLE
@@ -12,12 +12,21 @@ from shared_config.schema.model import EXPERT_FFN_MULTIPLE
 
 @dataclass(frozen=True)
 class Family:
-    """What one Hugging Face architecture can express beyond the common ground, and its defaults of absent keys."""
+    """What one Hugging Face architecture computes and can express, and its defaults of absent keys.
+
+    Attributes:
+        qk_norm, experts: whether all of its models have them.
+        sliding_window: whether all of its models have one; None: a setting.
+        attention_bias: whether there is such a setting.
+        fixed: other fields of a `ModelConfig` that it has no setting for, with the values that it means.
+    """
 
     architecture: str
     qk_norm: bool = False
     attention_bias: bool = False
     experts: bool = False
+    sliding_window: bool | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     head_dim: int | None = None
@@ -26,10 +35,16 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", attention_bias=True, max_seq_len=2048),
-    "mistral": Family("MistralForCausalLM", kv_heads=8, max_seq_len=131072),
+    "llama": Family("LlamaForCausalLM", attention_bias=True, sliding_window=False, max_seq_len=2048),
+    "mistral": Family("MistralForCausalLM", sliding_window=True, kv_heads=8, max_seq_len=131072),
     "mixtral": Family(
-        "MixtralForCausalLM", experts=True, norm_eps=1e-5, rope_theta=1e6, kv_heads=8, max_seq_len=131072
+        "MixtralForCausalLM",
+        experts=True,
+        fixed={"moe_norm_topk_prob": True, "moe_frequency": 1},
+        norm_eps=1e-5,
+        rope_theta=1e6,
+        kv_heads=8,
+        max_seq_len=131072,
     ),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, attention_bias=True, head_dim=128, kv_heads=32),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", qk_norm=True, attention_bias=True, experts=True, kv_heads=4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from typing import Any
 
@@ -21,8 +22,9 @@ from shared_config.interchange.huggingface import (
     save_huggingface,
     to_huggingface,
 )
-from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
+from shared_config.interchange.huggingface_config import _is_of, config_from_huggingface, config_to_huggingface
 from shared_config.interchange.huggingface_keys import (
+    FAMILIES,
     KINDS,
     NEVER_NULL,
     NULLABLE,
@@ -195,6 +197,24 @@ def test_rotary_tables_and_a_tied_head_are_left_out():
     extended["lm_head.weight"] = extended["lm_head.weight"] + 1
     with pytest.raises(WeightsError, match=r"lm_head\.weight: differs from model\.embed_tokens\.weight"):
         from_huggingface(extended, config)
+
+
+def test_each_config_is_of_one_family():
+    families = {
+        (num_experts, qk_norm, window): [name for name, family in FAMILIES.items() if _is_of(config, family)]
+        for num_experts, qk_norm, window in itertools.product((0, 4), (False, True), (None, 8))
+        for config in [ModelConfig(num_experts=num_experts, qk_norm=qk_norm, sliding_window=window)]
+    }
+    assert families == {
+        (0, False, None): ["llama"],
+        (0, False, 8): ["mistral"],
+        (0, True, None): ["qwen3"],
+        (0, True, 8): ["qwen3"],
+        (4, False, None): ["mixtral"],
+        (4, False, 8): ["mixtral"],
+        (4, True, None): ["qwen3_moe"],
+        (4, True, 8): ["qwen3_moe"],
+    }
 
 
 def test_settings_that_no_architecture_expresses_are_all_named():
