@@ -8,6 +8,7 @@ from tests.distributed.layouts import Case
 from tests.mutants import Mutant
 
 DENSE, COPIES, SIGMOID = Case("dense", 2, {}), Case("dense", 2, {"dp_replicate": 2}), Case("sigmoid", 2, {})
+SPLIT, SPREAD = Case("dense", 2, {"tp": 2}), Case("sigmoid", 2, {"ep": 2})
 
 
 class LayoutMutant(NamedTuple):
@@ -61,5 +62,51 @@ DISTRIBUTED_MUTANTS = (
         "training.train", "the same noise on all ranks",
         "self.updates, self.ranks.rank, self.ranks.count)", "self.updates)",
         Case("moma", 2, {}, {"vlm": {"moma_gumbel_noise": "true"}}),
+    ),
+    torch_bug(
+        "distributed.collectives", "gradients of what ranks share not summed",
+        "return _sum(dy, ctx.group), None", "return dy, None", SPLIT,
+    ),
+    torch_bug(
+        "distributed.collectives", "parts of an output not summed", "return _sum(x, group)", "return x.clone()", SPLIT,
+    ),
+    torch_bug(
+        "distributed.tensor_parallel", "gradients of norms of heads not summed",
+        'if "head_dim" in table[name].axes', "if False", SPLIT,
+    ),
+    torch_bug(
+        "distributed.tensor_parallel", "rows of the vocabulary in reverse",
+        "torch.where(mine, ids - start,", "torch.where(mine, stop - 1 - ids,", SPLIT,
+    ),
+    torch_bug(
+        "distributed.tensor_parallel", "a bias added by every rank",
+        "out = summed_over(linear(x, local(module.weight).to(x.dtype)), group)",
+        "out = summed_over(linear(x, local(module.weight).to(x.dtype), module.bias), group)",
+        Case("mot", 2, {"tp": 2}),
+    ),
+    torch_bug(
+        "distributed.tensor_parallel", "whole tensors have the gradient of one data rank",
+        "if fsdp_place(name, mesh, table) is None", "if False", Case("dense", 4, {"tp": 2, "dp_replicate": 2}),
+    ),
+    torch_bug(
+        "distributed.vocabulary", "each rank subtracts its own highest logit",
+        "    dist.all_reduce(highest_BS, dist.ReduceOp.MAX, group)\n", "", SPLIT,
+    ),
+    torch_bug(
+        "distributed.vocabulary", "the label's logit of one rank",
+        "torch.where(mine_BS, found_BS, 0)", "found_BS", SPLIT,
+    ),
+    torch_bug(
+        "distributed.expert_parallel", "rows lie by rank, not by expert",
+        ".argsort(stable=True)", "", SPREAD,
+    ),
+    torch_bug(
+        "distributed.expert_parallel", "rows come back in another order",
+        "[order_R.argsort()]", "", SPREAD,
+    ),
+    torch_bug(
+        "distributed.collectives", "gradients of rows stay where they are",
+        "return _exchange(dy, ctx.received, ctx.sent, ctx.group), None, None, None",
+        "return dy.new_zeros(sum(ctx.sent), dy.shape[1]), None, None, None", SPREAD,
     ),
 )  # fmt: skip

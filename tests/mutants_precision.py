@@ -106,7 +106,7 @@ PRECISION_MUTANTS = (
     ),
     Mutant(
         "model.linear", "looked-up rows added up in their dtype",
-        ("        return _LookUp.apply(self.weight, ids)", "        return super().forward(ids)"),
+        ("        return look_up(self.weight, ids)", "        return super().forward(ids)"),
         ("jnp.zeros(weight_VD.shape, jnp.promote_types(dy.dtype, jnp.float32))",
          "jnp.zeros(weight_VD.shape, dy.dtype)"),
     ),

@@ -15,6 +15,10 @@ IMPLIED = {"self", "cls", "rngs"}
 """Arguments that are not compared: JAX constructors are also given ``rngs``."""
 
 FILES = {
+    "distributed/collectives.py": "torch: layouts over processes",
+    "distributed/expert_parallel.py": "torch: layouts over processes",
+    "distributed/tensor_parallel.py": "torch: layouts over processes",
+    "distributed/vocabulary.py": "torch: layouts over processes",
     "distributed/fsdp.py": "torch: parameters are gathered by hooks; XLA places gathers itself",
     "distributed/mesh.py": "torch: layouts over processes",
     "distributed/parallelize.py": "torch: layouts over processes",
@@ -75,6 +79,7 @@ DIFFERENCES = {
     "model/linear.py": {
         "broadcast": "jax: sums its gradient in float32; torch's sums do",
         "silence": "jax: torch has nn.init.zeros_",
+        "look_up": "torch: ranks look up in their parts of a table",
     },
     "model/modality.py": {
         "ARRAYS": "jax: the leaves of a context, which is a pytree",
@@ -111,7 +116,10 @@ DIFFERENCES = {
         "Transformer.run(remat)": "jax: a transformation of the trace; torch wraps the blocks",
         "Transformer.run(scan_layers)": "jax: a transformation of the trace",
     },
-    "model/vision.py": {"gelu_tanh": "jax: has no such function under a name that computes in float32"},
+    "model/vision.py": {
+        "gelu_tanh": "jax: has no such function under a name that computes in float32",
+        "VisionAttention.head_dim": "torch: ranks may have some of the heads",
+    },
     "model/wrappers.py": {"uncompiled": "torch: a compiled module runs no hooks that came later; jit has no modules"},
     "model/vlm.py": {
         "VLMWrapper.forward(kv_caches)": "torch: hooks and compilers see forward alone, so run goes through it",

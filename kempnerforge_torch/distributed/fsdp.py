@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from kempnerforge_torch.distributed.mesh import Mesh
+from kempnerforge_torch.model.moe import MoEMLP
 from kempnerforge_torch.model.state import own_tensors
 from kempnerforge_torch.model.wrappers import plain_modules
 from shared_config.contract.sharding import placement
 from shared_config.contract.specs import ParameterTable
+from shared_config.errors import ConfigError
 
 
 def shard_parameters(
@@ -27,37 +33,85 @@ def shard_parameters(
     """Split the parameters over the data ranks: gathered block by block to compute with, their gradients summed (not
     averaged) over all data ranks.
 
-    Tensors are split along the axis that `placement` says, those for which it has none unevenly along the first. What
-    the table wants in full precision is a unit of its own, so that it isn't cast.
+    Tensors are split along the axis that `placement` says, those for which it has none unevenly along the first, unless
+    "tp" splits them: these stay as they are, and their gradients are this rank's alone. What the table wants in full
+    precision is a unit of its own, so that it isn't cast.
 
     Args:
         blocks: what is gathered at a time; the rest is gathered with the model.
         compute_dtype: of the arithmetic.
         dtype: of the parameters, once they have values, and of the sums of gradients.
     """
-    places = {id(tensor): _axis(name, mesh, table) for name, tensor in own_tensors(model).items()}
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # nobody writes to them
+    own, layout = own_tensors(model), mesh.layout
+    places = {id(tensor): fsdp_place(name, mesh, table) for name, tensor in own.items()}
+    ignored = {tensor for tensor in own.values() if places[id(tensor)] is None}
+    devices = mesh.fsdp if layout.dp_replicate == 1 else mesh.axes["dp_replicate", "fsdp"]
     policy = MixedPrecisionPolicy(compute_dtype, dtype, cast_forward_inputs=False)
+    unit = functools.partial(_unit, places=places, devices=devices, policy=policy, ignored=ignored)
     for path, module in plain_modules(model).items():
         names = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
         if names and any(name in table and table[name].full_precision for name in names):
-            _unit(module, mesh, places, MixedPrecisionPolicy(cast_forward_inputs=False))
+            unit(module, policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    for layer in model.modules() if layout.ep > 1 else ():
+        if isinstance(layer, MoEMLP):
+            for part in layer.children():
+                unit(part)
+            few = mesh.axes["dp_shard"] if layout.dp_replicate == 1 else mesh.axes["dp_replicate", "dp_shard"]
+            unit(layer, devices=few)
     for module in (*blocks, model):
-        _unit(module, mesh, places, policy)
+        unit(module)
 
 
-def _unit(module: nn.Module, mesh: Mesh, places: dict[int, int], policy: MixedPrecisionPolicy) -> None:
-    devices = mesh.fsdp if mesh.layout.dp_replicate == 1 else mesh.axes["dp_replicate", "dp_shard"]
+def ruled_axes(name: str, mesh: Mesh, table: ParameterTable) -> dict[str, int]:
+    """Axis of the mesh -> axis of the tensor that it splits, for "ep" and "tp"."""
+    if name not in table:
+        return {}
+    spec = table[name]
+    splits = placement(spec, mesh.layout, gathered=True).splits
+    return {axes[0]: place for place, axes in enumerate(splits) if axes}
+
+
+def fsdp_place(name: str, mesh: Mesh, table: ParameterTable) -> int | None:
+    """The axis of a tensor that FSDP is told to split; None for what it has to leave alone. What nothing splits may be
+    split unevenly, but along the first axis alone, and not where "tp" or "ep" does.
+
+    Raises:
+        ConfigError: experts' tensors that no axis of can be split.
+    """
+    axis, ruled = _axis(name, mesh, table), ruled_axes(name, mesh, table)
+    if axis is not None or not ruled:
+        return axis or 0
+    free = [place for place in range(len(table[name].shape)) if place not in ruled.values()]
+    ranks = mesh.layout.dp_shard if "ep" in ruled else mesh.fsdp.size()
+    if "ep" in ruled and ranks > 1:
+        raise ConfigError([f"distributed.dp_shard: its {ranks} ranks beside ep must divide an axis of {name}"])
+    return free[0] if free and ranks == 1 else None
+
+
+def _axis(name: str, mesh: Mesh, table: ParameterTable) -> int | None:
+    """The axis of a tensor that is split over the data ranks; None where the table leaves it whole."""
+    if name not in table:
+        return None
+    ruled = ruled_axes(name, mesh, table).values()
+    splits = placement(table[name], mesh.layout).splits
+    return next((place for place, axes in enumerate(splits) if axes and place not in ruled), None)
+
+
+def _unit(
+    module: nn.Module,
+    places: dict[int, int | None],
+    devices: DeviceMesh,
+    policy: MixedPrecisionPolicy,
+    ignored: set[Any],
+) -> None:
     unit = fully_shard(
-        module, mesh=devices, mp_policy=policy, shard_placement_fn=lambda tensor: Shard(places[id(tensor)])
+        module,
+        mesh=devices,
+        mp_policy=policy,
+        shard_placement_fn=lambda tensor: Shard(places[id(tensor)] or 0),
+        ignored_params=ignored,
     )
     assert isinstance(unit, FSDPModule)
     unit.set_gradient_divide_factor(1.0)
     unit.set_force_sum_reduction_for_comms(True)
-
-
-def _axis(name: str, mesh: Mesh, table: ParameterTable) -> int:
-    """The axis of a tensor that is split over the data ranks; 0 where the table leaves it whole."""
-    if name not in table:
-        return 0
-    splits = placement(table[name], mesh.layout).splits
-    return next((place for place, axes in enumerate(splits) if "dp_shard" in axes or axes == ("ep",)), 0)

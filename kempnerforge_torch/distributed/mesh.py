@@ -65,8 +65,4 @@ def _unsupported(config: JobConfig) -> list[str]:
     layout, problems = config.distributed, []
     if layout.pp > 1:
         problems.append(f"distributed.pp = {layout.pp}: must be 1 for backend torch")
-    if layout.tp > 1:
-        problems.append(f"distributed.tp = {layout.tp}: must be 1 for backend torch")
-    if layout.ep > 1:
-        problems.append(f"distributed.ep = {layout.ep}: must be 1 for backend torch")
     return problems

@@ -11,6 +11,7 @@ from torch import nn
 
 from kempnerforge_torch.distributed.fsdp import shard_parameters
 from kempnerforge_torch.distributed.mesh import Mesh
+from kempnerforge_torch.distributed.tensor_parallel import split_tensors
 from kempnerforge_torch.training.blocks import blocks, checkpoint_activations, compile_blocks
 from kempnerforge_torch.training.mixed_precision import compute_dtype
 from shared_config.contract.specs import ParameterTable
@@ -31,6 +32,8 @@ def parallelize(
         model: on the meta device.
         dtype: of its parameters, once they have values.
     """
+    if mesh is not None and mesh.layout.size("ep", "tp") > 1:
+        split_tensors(model, mesh, table)
     checkpoint_activations(model, config.train.activation_checkpointing)
     if config.train.compile_model:
         compile_blocks(model, device)

@@ -43,7 +43,7 @@ class Embedding(nn.Embedding):
         """Integers (...) -> (..., D)."""
         if torch.compiler.is_compiling():  # inductor's sum is a wide one
             return super().forward(ids)
-        return _LookUp.apply(self.weight, ids)
+        return look_up(self.weight, ids)
 
 
 def linear(
@@ -58,6 +58,11 @@ def linear(
     if not torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() != weight.shape[1]:
         return F.linear(x, weight, bias)
     return _matrix_times_vector(weight, x.reshape(-1), bias).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def look_up(weight: Tensor, ids: Tensor) -> Tensor:
+    """Rows of a table (V, D), by integers (...): (..., D)."""
+    return _LookUp.apply(weight, ids)
 
 
 def _matrix_times_vector(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:

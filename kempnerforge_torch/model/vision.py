@@ -91,6 +91,7 @@ class VisionAttention(nn.Module):
     def __init__(self, dim: int, n_heads: int):
         super().__init__()
         self.n_heads = n_heads
+        self.head_dim = dim // n_heads
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)
@@ -99,7 +100,7 @@ class VisionAttention(nn.Module):
     def forward(self, x: Float[Tensor, "B N F"]) -> Float[Tensor, "B N F"]:
         """(B, N, F) -> (B, N, F)."""
         q_BHNh, k_BHNh, v_BHNh = (
-            project(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         return self.o_proj(attend(q_BHNh, k_BHNh, v_BHNh, FULL).transpose(1, 2).flatten(2))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from kempnerforge_torch.training.loss import cross_entropy, router_losses, router_stats
+from kempnerforge_torch.training.loss import router_losses, router_stats
 from kempnerforge_torch.training.terms import Terms, expert_counts, model_inputs
 from shared_config.schema.job import JobConfig
 
@@ -16,17 +18,17 @@ class Objective(nn.Module):
     checkpointed blocks run again.
     """
 
-    def __init__(self, model: nn.Module, config: JobConfig, *, fused: bool):
+    def __init__(self, model: nn.Module, config: JobConfig, cross_entropy: Callable[..., tuple[Tensor, Tensor]]):
         super().__init__()
         self.model = model
-        self.fused = fused
+        self.cross_entropy = cross_entropy
         self.aux_weight = config.model.moe_aux_loss_weight
         self.z_weight = config.model.moe_router_z_loss_weight
 
     def forward(self, inputs: dict[str, Shaped[Tensor, "..."]], count: int, micro_batches: int) -> Terms:
         """The terms of a micro-batch; gradients go to the leaves of the graph."""
         logits, stats = self.model(**model_inputs(inputs), return_stats=True)
-        loss = cross_entropy(logits, inputs["labels"], fused=self.fused)[0] / count
+        loss = self.cross_entropy(logits, inputs["labels"])[0] / count
         aux_loss, z_loss = (torch.as_tensor(term) / micro_batches for term in router_losses(stats))
         (loss + self.aux_weight * aux_loss + self.z_weight * z_loss).backward()
         entropies = [router.entropy / micro_batches for router in router_stats(stats)]

@@ -7,6 +7,7 @@ Shapes: B batch, S sequence, E experts.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from kempnerforge_torch.distributed.parallelize import parallelize
 from kempnerforge_torch.distributed.processes import is_main, joined, largest
 from kempnerforge_torch.distributed.ranks import Ranks
 from kempnerforge_torch.distributed.states import host_copies
+from kempnerforge_torch.distributed.tensor_parallel import complete_gradients
+from kempnerforge_torch.distributed.vocabulary import cross_entropy_of
 from kempnerforge_torch.model.balancing import balance
 from kempnerforge_torch.model.build import build_model
 from kempnerforge_torch.model.state import get_state, own_tensors, set_state
 from kempnerforge_torch.model.vlm import inner_transformer
 from kempnerforge_torch.training.freeze import apply_freeze_specs
-from kempnerforge_torch.training.loss import cross_entropy
 from kempnerforge_torch.training.mixed_precision import Cast, compute_dtype, matmul_precision
 from kempnerforge_torch.training.objective import Objective
 from kempnerforge_torch.training.optimizer import (
@@ -121,7 +123,9 @@ class Trainer:
         self.optimizer = build_optimizer(self.parameters, self.table, config.optimizer)
         self.learning_rate = build_schedule(config)
         self.updates = 0
-        self._objective = Objective(self.model, config, fused=config.train.compile_model and self.device.type != "cpu")
+        self._cross_entropy = cross_entropy_of(self.mesh, config.model.vocab_size)
+        fused = config.train.compile_model and self.device.type != "cpu"
+        self._objective = Objective(self.model, config, functools.partial(self._cross_entropy, fused=fused))
 
     def step(self, micro_batches: Sequence[Batch]) -> dict[str, Any]:
         """One update from the mean loss over all labels of the micro-batches.
@@ -164,8 +168,9 @@ class Trainer:
             for batch in batches:
                 inputs = self._inputs(batch)
                 output = self._call(self.model, "", {**model_inputs(inputs), "return_stats": True})
-                total = total + cross_entropy(output.logits, inputs["labels"])[0]
-        return {"loss": self.ranks.sums(total) / max(count, 1), "tokens": count}
+                total = total + self._cross_entropy(output.logits, inputs["labels"])[0]
+        total = self.ranks.sums(total)
+        return {"loss": total / max(count, 1), "tokens": count}
 
     def state(self) -> TrainingState:
         """Copies, on the host, of weights, buffers, moments and counts of updates. Of several ranks each has to ask for
@@ -224,6 +229,7 @@ class Trainer:
             if master.grad is None and master.requires_grad:
                 master.grad = torch.zeros_like(master)
         gradients = {name: master.grad for name, master in self.parameters.items() if master.grad is not None}
+        complete_gradients(gradients, self.mesh, self.table)
         norm = clip_by_global_norm(gradients, self.config.train.grad_clip_norm)[1]
         taken = None
         if self.config.train.on_nonfinite == "skip":

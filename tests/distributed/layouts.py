@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from shared_config.data import open_data
+from shared_config.errors import ConfigError
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.loader import load_config
 from shared_config.schema.job import JobConfig
@@ -65,7 +66,8 @@ class Case:
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {size}" for name, size in self.layout.items())
-        return f"{self.model} on {self.ranks}: {sizes or 'fsdp'}"
+        options = "".join(f", {name} {value}" for part in self.options.values() for name, value in part.items())
+        return f"{self.model} on {self.ranks}: {sizes or 'fsdp'}{options}"
 
     @property
     def key(self) -> str:
@@ -79,7 +81,10 @@ class Case:
 
     def job(self, layout: Mapping[str, int]) -> JobConfig:
         if self.model in MODELS:
-            return tiny_job(MODELS[self.model], distributed=layout, **self.options)
+            sections = {"train": {"grad_accum_steps": MICRO_BATCHES}, "distributed": layout}
+            for name, fields in self.options.items():
+                sections[name] = {**sections.get(name, {}), **fields}
+            return tiny_job({**MODELS[self.model], **sections.pop("model", {})}, **sections)
         sizes = [f"--distributed.{name}={size}" for name, size in layout.items()]
         more = [f"--{part}.{name}={value}" for part, fields in self.options.items() for name, value in fields.items()]
         return load_config(f"debug_vlm_{self.model}", [*VLM, *sizes, *more])
@@ -94,17 +99,33 @@ class Found:
 
 
 def run_processes(
-    folder: Path, ranks: int, cases: Sequence[Case], mutants: Sequence[tuple[Mutant, Case]] = ()
+    folder: Path,
+    ranks: int,
+    cases: Sequence[Case],
+    mutants: Sequence[tuple[Mutant, Case]] = (),
+    refused: Sequence[Case] = (),
 ) -> dict[str, list[str]]:
-    """What differs in each case, and in the first step under each mutant, as any of the processes sees it."""
+    """What differs in each case, and in the first steps under each mutant, as any of the processes sees it; and why the
+    others can't be.
+    """
     multiprocessing.set_forkserver_preload(["kempnerforge_torch.training.train", "tests.distributed.layouts"])
     start_processes(
-        _one_of_them, (ranks, str(folder), list(cases), list(mutants)), nprocs=ranks, start_method="forkserver"
+        _one_of_them,
+        (ranks, str(folder), list(cases), list(mutants), list(refused)),
+        nprocs=ranks,
+        start_method="forkserver",
     )
     return pickle.loads((folder / "found").read_bytes())
 
 
-def _one_of_them(rank: int, ranks: int, folder: str, cases: list[Case], mutants: list[tuple[Mutant, Case]]) -> None:
+def _one_of_them(
+    rank: int,
+    ranks: int,
+    folder: str,
+    cases: list[Case],
+    mutants: list[tuple[Mutant, Case]],
+    refused: list[Case],
+) -> None:
     torch.set_num_threads(1)
     every = list({case.key: case for case in (*cases, *(case for _, case in mutants))}.values())
     for case in every[rank::ranks]:
@@ -114,9 +135,11 @@ def _one_of_them(rank: int, ranks: int, folder: str, cases: list[Case], mutants:
     truths = {case.key: pickle.loads(Path(folder, case.key).read_bytes()) for case in every}
     try:
         found = {str(case): _together(differences(case, truths[case.key])) for case in cases}
+        found |= {str(case): _together(refusals(case)) for case in refused}
         for mutant, case in mutants:
             with planted(mutant, "torch"):
-                found[str(mutant)] = _together(differences(case, truths[case.key], count=1))
+                count = 1 if case.model in MODELS else STEPS
+                found[str(mutant)] = _together(differences(case, truths[case.key], count))
         if rank == 0:
             Path(folder, "found").write_bytes(pickle.dumps(found))
     finally:
@@ -139,6 +162,15 @@ def differences(case: Case, truth: Found, count: int = STEPS) -> list[str]:
     own = [[data(step * every + index) for index in range(rank, every, case.shares)] for step in range(count)]
     found = steps(trainer, own)
     return [*_compare(found, truth), *_replicas(found.states[-1])]
+
+
+def refusals(case: Case) -> list[str]:
+    """Why a layout can't be."""
+    try:
+        _trainer(case.job(case.layout))
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
 
 
 def steps(trainer: Any, micro_batches: Sequence[Sequence[Any]]) -> Found:

@@ -14,16 +14,45 @@ CASES = {
     2: (
         *(Case(model, 2, {}) for model in ("dense", "sigmoid", "softmax", "limited", "apart")),
         Case("moma", 2, {}, NOISE),
+        *(Case(model, 2, {"tp": 2}) for model in ("dense", "sigmoid", "limited", "apart", "mot", "cross_attention")),
+        Case("sigmoid", 2, {"ep": 2}),
+        Case("limited", 2, {"ep": 2}),
+        Case("moma", 2, {"tp": 2}, NOISE),
     ),
-    4: (Case("dense", 4, {}), Case("sigmoid", 4, {"dp_replicate": 2})),
+    4: (
+        Case("dense", 4, {}),
+        Case("sigmoid", 4, {"dp_replicate": 2}),
+        Case("dense", 4, {"tp": 2}),
+        Case("sigmoid", 4, {"ep": 2, "tp": 2}),
+        Case("limited", 4, {"ep": 2, "dp_replicate": 2}),
+        Case("sigmoid", 4, {"ep": 2}),
+        Case("dense", 4, {"tp": 2, "dp_replicate": 2}),
+    ),
 }
+
+REFUSED = (
+    (Case("dense", 2, {"tp": 2}, {"model": {"n_heads": 3, "n_kv_heads": 3}}),
+     "distributed.tp = 2: must divide model.n_heads = 3 and model.n_kv_heads = 3"),
+    (Case("dense", 2, {"ep": 2}), "distributed.ep = 2: must divide model.num_experts = 0"),
+    (Case("apart", 2, {"ep": 2}), "model.moe_packed_experts = False: must be True for distributed.ep = 2"),
+    (Case("dense", 2, {"pp": 2}, {"train": {"grad_accum_steps": 2}}),
+     "distributed.pp = 2: must be 1 for backend torch"),
+    (Case("mot", 2, {"tp": 2}, {"vision_encoder": {"n_heads": 3}}),
+     "distributed.tp = 2: must divide vision_encoder.layers.0.attention.n_heads = 3"),
+    (Case("dense", 2, {"dp_shard": 4}),
+     "distributed.dp_shard = 4: dp_replicate 1 * dp_shard 4 * tp 1 * pp 1 = 4 must equal the world size 2"),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """What differs in every case and under every mutant."""
-    two = run_processes(tmp_path_factory.mktemp("two"), 2, CASES[2], DISTRIBUTED_MUTANTS)
-    return two | run_processes(tmp_path_factory.mktemp("four"), 4, CASES[4])
+    every: dict[str, list[str]] = {}
+    for ranks, cases in CASES.items():
+        mutants = [bug for bug in DISTRIBUTED_MUTANTS if bug.case.ranks == ranks]
+        refused = [case for case, _ in REFUSED if case.ranks == ranks]
+        every |= run_processes(tmp_path_factory.mktemp(f"of_{ranks}"), ranks, cases, mutants, refused)
+    return every
 
 
 @pytest.mark.parametrize("case", [*CASES[2], *CASES[4]], ids=str)
@@ -34,3 +63,9 @@ def test_a_layout_is_one_device(case: Case, found: dict[str, list[str]]) -> None
 @pytest.mark.parametrize("mutant", [str(mutant) for mutant, _ in DISTRIBUTED_MUTANTS])
 def test_a_bug_of_a_layout_is_seen(mutant: str, found: dict[str, list[str]]) -> None:
     assert found[mutant] != []
+
+
+@pytest.mark.parametrize(("case", "said"), REFUSED, ids=[str(case) for case, _ in REFUSED])
+def test_a_layout_that_can_not_be_is_refused(case: Case, said: str, found: dict[str, list[str]]) -> None:
+    assert found[str(case)]
+    assert [line.partition(": ")[2] for line in found[str(case)] if said in line] == [said] * case.ranks

@@ -1,0 +1,147 @@
+"""Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): heads, widths of feed-forward layers and the vocabulary
+are split over ranks that see the same tokens. The table says along which axis; the model's modules stay as they are.
+
+    first axis of a linear map     y_r = x W_r^T           each rank has some outputs; gradients of x are summed
+    second axis                    y = sum_r x_r W_r^T     each rank has some inputs; outputs are summed
+    vocabulary of an embedding     x = sum_r E_r[id]       each rank has some rows, and gives 0 for others
+
+Shapes: ... any leading axes, I inputs, O outputs, V vocabulary, D model dim, R rows of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from kempnerforge_torch.distributed.collectives import copied, summed_over
+from kempnerforge_torch.distributed.expert_parallel import send_rows
+from kempnerforge_torch.distributed.fsdp import fsdp_place, ruled_axes
+from kempnerforge_torch.distributed.mesh import Mesh
+from kempnerforge_torch.distributed.ranks import local
+from kempnerforge_torch.model.linear import linear, look_up
+from kempnerforge_torch.model.moe import MoEMLP
+from kempnerforge_torch.model.state import own_tensors
+from kempnerforge_torch.model.wrappers import plain_modules
+from shared_config.contract.specs import ParameterTable
+from shared_config.errors import ConfigError
+
+
+def split_tensors(model: nn.Module, mesh: Mesh, table: ParameterTable) -> None:
+    """Leave each rank along "tp" and "ep" its part of every tensor that the table splits there, and let modules compute
+    with it.
+
+    Raises:
+        ConfigError: a tensor of a module that has no such form, or heads that can't be shared out.
+    """
+    places = {id(tensor): ruled_axes(name, mesh, table) for name, tensor in own_tensors(model).items()}
+    parts: dict[int, nn.Parameter] = {}
+    for path, module in plain_modules(model).items():
+        _check_heads(path, module, mesh.layout.tp)
+        if isinstance(module, MoEMLP):
+            _spread_experts(module, mesh)
+        for name, tensor in list(module.named_parameters(recurse=False)):
+            by = places.get(id(tensor), {})
+            if not by:
+                continue
+            if id(tensor) not in parts:
+                placements = [Shard(place) for place in by.values()]
+                split = distribute_tensor(tensor.detach(), mesh.axes[tuple(by)], placements, src_data_rank=None)
+                parts[id(tensor)] = nn.Parameter(split, requires_grad=tensor.requires_grad)
+            module.register_parameter(name, parts[id(tensor)])
+            if name != "bias" and not isinstance(module, MoEMLP):
+                _compute_with_parts(path, module, name, by["tp"], mesh.group("tp"))
+
+
+def complete_gradients(gradients: Mapping[str, Tensor], mesh: Mesh | None, table: ParameterTable) -> None:
+    """Add up, in place, the gradients of tensors that all heads share, of which each rank has those of its own heads,
+    and of those that FSDP leaves whole.
+    """
+    if mesh is None or mesh.layout.tp == 1:
+        return
+    for name, gradient in gradients.items():
+        if "head_dim" in table[name].axes:
+            dist.all_reduce(local(gradient), group=mesh.group("tp"))
+        if fsdp_place(name, mesh, table) is None:
+            dist.all_reduce(local(gradient), group=mesh.data.get_group())
+
+
+def _check_heads(path: str, module: nn.Module, tp: int) -> None:
+    for name in ("n_heads", "n_kv_heads"):
+        heads = getattr(module, name, tp)
+        if isinstance(heads, int) and heads % tp:
+            raise ConfigError([f"distributed.tp = {tp}: must divide {path}.{name} = {heads}"])
+
+
+def _compute_with_parts(path: str, module: nn.Module, name: str, place: int, group: dist.ProcessGroup) -> None:
+    changed: Any = module
+    if isinstance(module, nn.Linear):
+        changed.forward = (_some_outputs if place == 0 else _some_inputs)(module, group)
+    elif isinstance(module, nn.Embedding):
+        changed.forward = _some_rows(module, group)
+    else:
+        kind = type(module).__name__
+        raise ConfigError([f"distributed.tp = {group.size()}: must be 1 with {path}.{name}, a tensor of {kind}"])
+
+
+def _some_outputs(module: nn.Linear, group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
+    """(..., I) -> (..., O / ranks)."""
+
+    def forward(x: Tensor) -> Tensor:
+        bias = None if module.bias is None else local(module.bias).to(x.dtype)
+        return linear(copied(x, group), local(module.weight).to(x.dtype), bias)
+
+    return forward
+
+
+def _some_inputs(module: nn.Linear, group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
+    """(..., I / ranks) -> (..., O)."""
+
+    def forward(x: Tensor) -> Tensor:
+        out = summed_over(linear(x, local(module.weight).to(x.dtype)), group)
+        return out if module.bias is None else out + module.bias
+
+    return forward
+
+
+def _some_rows(module: nn.Embedding, group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
+    """Integers (...) -> (..., D). An id outside the vocabulary is looked up outside the part, which is an error."""
+
+    def forward(ids: Tensor) -> Tensor:
+        weight = local(module.weight)
+        start, stop = part_of(module.num_embeddings, group)
+        mine = (ids >= start) & (ids < stop)
+        known = (ids >= 0) & (ids < module.num_embeddings)
+        rows = torch.where(mine, ids - start, torch.where(known, 0, weight.shape[0]))
+        return summed_over(torch.where(mine[..., None], look_up(weight, rows), 0), group)
+
+    return forward
+
+
+def _spread_experts(layer: MoEMLP, mesh: Mesh) -> None:
+    """Experts (R, D) -> (R, D), of which each rank has some, and of these a part of their width."""
+    matrices, apply, group = layer._matrices, layer._apply_experts, mesh.group("tp")
+
+    def own_matrices(name: str) -> Any:
+        found = matrices(name)
+        return local(found) if isinstance(found, Tensor) else [local(matrix) for matrix in found]
+
+    def applied(x_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
+        return summed_over(apply(copied(x_RD, group), ends_E, complete), group)
+
+    layer._matrices = own_matrices
+    if mesh.layout.tp > 1 and layer.activation is not None:
+        layer._apply_experts = applied
+    if mesh.layout.ep > 1:
+        send_rows(layer, mesh.group("ep"))
+
+
+def part_of(size: int, group: dist.ProcessGroup) -> tuple[int, int]:
+    """Start and end of this rank's part of an axis that is cut as `torch.chunk` cuts it."""
+    part = -(-size // group.size())
+    start = min(group.rank() * part, size)
+    return start, min(start + part, size)

@@ -1,0 +1,56 @@
+"""Cross entropy over a vocabulary that is split over ranks: no rank has all logits of a token.
+
+Shapes: B batch, S sequence, V this rank's part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kempnerforge_torch.distributed.collectives import summed_over
+from kempnerforge_torch.distributed.mesh import Mesh
+from kempnerforge_torch.distributed.tensor_parallel import part_of
+from kempnerforge_torch.model.checks import check_ids, check_shape
+from kempnerforge_torch.training.loss import cross_entropy
+from shared_config.contract.labels import IGNORED
+
+CrossEntropy = Callable[..., tuple[Tensor, Tensor]]
+
+
+def cross_entropy_of(mesh: Mesh | None, vocab_size: int) -> CrossEntropy:
+    """The cross entropy of what a model of a layout gives, called as `cross_entropy` is."""
+    if mesh is None or mesh.layout.tp == 1:
+        return cross_entropy
+    return functools.partial(split_cross_entropy, vocab_size=vocab_size, group=mesh.group("tp"))
+
+
+def split_cross_entropy(
+    logits_BSV: Tensor, labels_BS: Tensor, *, vocab_size: int, group: dist.ProcessGroup, fused: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` of logits of which each rank has those of its part of the vocabulary; the same on every rank.
+
+    Args:
+        labels_BS: of the whole vocabulary.
+        fused: has no effect.
+
+    Raises:
+        ValueError: as `cross_entropy` does.
+    """
+    check_shape("labels", labels_BS, logits_BSV.shape[:-1])
+    check_ids("labels", labels_BS, vocab_size, IGNORED)
+    labels_BS, (start, stop) = labels_BS.long(), part_of(vocab_size, group)
+    wide_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
+    highest_BS = wide_BSV.detach().amax(dim=-1)
+    dist.all_reduce(highest_BS, dist.ReduceOp.MAX, group)
+    sums_BS = summed_over((wide_BSV - highest_BS[..., None]).exp().sum(dim=-1), group)
+    mine_BS = (labels_BS >= start) & (labels_BS < stop)
+    found_BS = wide_BSV.gather(-1, torch.where(mine_BS, labels_BS - start, 0)[..., None])[..., 0]
+    chosen_BS = summed_over(torch.where(mine_BS, found_BS, 0), group)
+    counts_BS = labels_BS != IGNORED
+    losses_BS = torch.where(counts_BS, sums_BS.log() + highest_BS - chosen_BS, 0)
+    return losses_BS.sum(), counts_BS.sum()
