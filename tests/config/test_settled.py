@@ -26,7 +26,9 @@ def plain(value: Any) -> bool:
         return all(plain(part) for item in value.items() for part in item)
     if isinstance(value, tuple | list):
         return all(map(plain, value))
-    return isinstance(value, PLAIN) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return all(plain(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return isinstance(value, PLAIN)
 
 
 def said(value: Any) -> str:
