@@ -44,6 +44,7 @@ class DecodeState:
     def __post_init__(self) -> None:
         self._most = 0  # no row is longer than this; unused if static
         self._even = not self.static  # all rows have length _most
+        self._next: tuple[int, Tensor] | None = None  # the slots of so many next tokens, which all layers share
 
     @property
     def seq_len(self) -> int:
@@ -84,6 +85,7 @@ class DecodeState:
         which of them are real.
         """
         (documents, valid), _ = self._noted(length, doc_ids, key_padding_mask)
+        self._next = None
         self._take(doc_ids=documents, valid=valid, lengths=self.lengths + length)
         if self.oldest is not None:
             self._take(oldest=torch.maximum(self.oldest, self.lengths - self.policy.count))
@@ -100,7 +102,7 @@ class DecodeState:
                 f"lengths = {lengths.tolist()}: what they may see has been overwritten; of tokens seen since, at "
                 f"most spare + 1 = {self.policy.spare + 1} can be forgotten"
             )
-        self.lengths, self._even = lengths, False
+        self.lengths, self._even, self._next = lengths, False, None
 
     def without_padding(self) -> None:
         """Take every token that is left for real, after the padding was cut."""
@@ -119,6 +121,7 @@ class DecodeState:
     def reorder(self, rows: Tensor) -> None:
         """Go on with these rows (B',) in place of those so far; see `KVCache.reorder`."""
         rows = self.checked_rows(rows)
+        self._next = None
         for name in ("lengths", "valid", "doc_ids", "oldest"):
             held = getattr(self, name)
             setattr(self, name, None if held is None else held.index_select(0, rows))
@@ -221,10 +224,15 @@ class DecodeState:
             slots.narrow(axis, self._most, length).copy_(new)
             return
         kept = self.policy.kept(length)
-        places, new = self.positions(length)[..., length - kept :], new.narrow(axis, length - kept, kept)
-        places = self.policy.places(places)
+        places, new = self._places(length, kept), new.narrow(axis, length - kept, kept)
         rows_B1 = torch.arange(slots.shape[0], device=slots.device)[:, None]
         slots.transpose(1, axis)[rows_B1, places] = new.transpose(1, axis).to(slots.dtype)
+
+    def _places(self, length: int, kept: int) -> Tensor:
+        """Slots of those of the next ``length`` tokens that are kept, (S,) or (B, S)."""
+        if self._next is None or self._next[0] != length:
+            self._next = length, self.policy.places(self.positions(length)[..., length - kept :])
+        return self._next[1]
 
 
 def new_state(

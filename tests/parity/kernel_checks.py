@@ -313,6 +313,20 @@ def check_shared_states(backend: str) -> None:
         assert one.v[0, 0, :3, 0].tolist() == [place + 0.75 for place in expected[:3]], "values of a layer"
 
 
+def check_slots_of_tokens(backend: str) -> None:
+    """Each token takes the slot after those before it, also where the next ones were looked at before some went."""
+    cache, real = module("torch", "model.attention").KVCache(2, 8, 1, 4, static=True), torch.ones(2, 1).bool()
+    for number in range(1, 6):
+        cache.mask(1, key_padding_mask=real)
+        if number == 3:
+            cache.cut(torch.tensor([2, 1]))
+        if number == 4:
+            cache.reorder(torch.tensor([1, 0]))
+        new = torch.full((2, 1, 1, 4), float(number))
+        cache.update(new, new, key_padding_mask=real)
+    assert cache.k[:, 0, :6, 0].tolist() == [[1, 3, 4, 5, 0, 0], [1, 2, 3, 4, 5, 0]]
+
+
 def check_optimizer_by_device(backend: str) -> None:
     """One kernel per step on an accelerator, which leaves it out by itself; lists of tensors on the CPU."""
     optimizer = module("torch", "training.optimizer")
@@ -436,7 +450,7 @@ KERNEL_CHECKS: dict[str, dict[str, tuple[Callable[[str], None], ...]]] = {
     "jax": {"model.attention": (check_fused_attention,), "model.grouped": (check_platforms,)},
     "torch": {
         "model.attention": (check_dispatched_attention,),
-        "model.decode_state": (check_masks_of_caches,),
+        "model.decode_state": (check_masks_of_caches, check_slots_of_tokens),
         "model.kv_cache": (check_shared_states,),
         "model.grouped": (check_offsets,),
         "model.decode": (check_decoding_by_device,),
