@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Shaped
 
 from kempnerforge_jax.device import find_device
 from kempnerforge_jax.model.attention import KVCache
@@ -46,7 +47,7 @@ from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, ROUTES, ROUTI
 from shared_config.parity.validation import MOMENT_STEPS, chunkings, validation_moments
 from shared_config.schema.job import JobConfig
 
-Tensors = dict[str, jax.Array]
+Tensors = dict[str, Shaped[Array, "..."]]
 
 DTYPES = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
 EXACT = "float64"
@@ -302,7 +303,7 @@ def chosen_experts(model: nnx.Module) -> Iterator[Tensors]:
 
 
 @contextlib.contextmanager
-def rerouting(model: nnx.Module, routes: Mapping[str, jax.Array]) -> Iterator[None]:
+def rerouting(model: nnx.Module, routes: Mapping[str, Shaped[Array, "..."]]) -> Iterator[None]:
     """Let experts that choose tokens take given ones: path of their router -> tokens (C, E)."""
     name_of = {id(module): name for name, module in named_modules(model) if name in routes}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from kempnerforge_torch.device import find_device
@@ -48,7 +49,7 @@ from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, ROUTES, ROUTI
 from shared_config.parity.validation import MOMENT_STEPS, chunkings, validation_moments
 from shared_config.schema.job import JobConfig
 
-Tensors = dict[str, Tensor]
+Tensors = dict[str, Shaped[Tensor, "..."]]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 EXACT = "float64"
@@ -295,7 +296,7 @@ def chosen_experts(model: nn.Module) -> Iterator[Tensors]:
 
 
 @contextlib.contextmanager
-def rerouting(model: nn.Module, routes: Mapping[str, Tensor]) -> Iterator[None]:
+def rerouting(model: nn.Module, routes: Mapping[str, Shaped[Tensor, "..."]]) -> Iterator[None]:
     """Let experts that choose tokens take given ones: path of their router -> tokens (C, E)."""
 
     def take(output: Any, tokens_CE: Tensor) -> Any:

@@ -49,9 +49,12 @@ def check_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
     annotated.add(name)
     is_compiling = sys.modules["torch"].compiler.is_compiling if name.startswith("kempnerforge_torch") else bool
 
-    @functools.cache
-    def checked() -> Callable[..., Any]:  # at the first call, when the module has defined what annotations name
-        return jaxtyped(beartype(_with_annotations(function, _hints(function))), typechecker=None)
+    made: list[Callable[..., Any]] = []
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if not made:  # at the first call, when the module has defined what annotations name
+            made.append(jaxtyped(beartype(_with_annotations(function, _hints(function))), typechecker=None))
+        return made[0](*args, **kwargs)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -59,7 +62,7 @@ def check_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         entered.add(name)
         try:
-            result = checked()(*args, **kwargs)
+            result = checked(*args, **kwargs)
         except BeartypeCallHintParamViolation as violation:
             function(*args, **kwargs)
             raise ArrayArgumentError(str(violation)) from violation

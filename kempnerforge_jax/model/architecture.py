@@ -1,4 +1,7 @@
-"""What a `Transformer` builds and does where architectures differ."""
+"""What a `Transformer` builds and does where architectures differ.
+
+Shapes: B batch, S positions of the residual stream, D model dim, A = head_dim / 2 angles.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Causal self-attention with grouped heads.
 
 Shapes: B batch, S new tokens, M keys (cached and new), D model dim, H query heads, K key/value heads, G = H / K query
-heads that share a key/value head, h head_dim. Query head i reads key/value head i // G.
+heads that share a key/value head, h head_dim, A = h/2 angles. Query head i reads key/value head i // G.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Bool, Float, Integer
 
 from kempnerforge_jax.model.checks import check_positions
 from kempnerforge_jax.model.kv_cache import KVCache
@@ -72,14 +73,14 @@ class Attention(Module):
 
     def forward(
         self,
-        x: jax.Array,
-        rope_cos: jax.Array,
-        rope_sin: jax.Array,
+        x: Float[Array, "B S D"],
+        rope_cos: Float[Array, "... S A"],
+        rope_sin: Float[Array, "... S A"],
         *,
         kv_cache: KVCache | None = None,
-        mask: Mask | jax.Array | None = None,
-        doc_ids: jax.Array | None = None,
-        key_padding_mask: jax.Array | None = None,
+        mask: Mask | Bool[Array, "..."] | None = None,
+        doc_ids: Integer[Array, "B S"] | None = None,
+        key_padding_mask: Bool[Array, "B S"] | None = None,
     ) -> Any:
         """(B, S, D) -> (B, S, D); given a cache, -> ((B, S, D), new cache).
 
@@ -127,7 +128,12 @@ class Attention(Module):
         return jnp.where(past_end_BS[..., None], jnp.nan, out_BSD), updated
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask | jax.Array = CAUSAL) -> jax.Array:
+def attend(
+    q: Float[Array, "B H S h"],
+    k: Float[Array, "B K M h"],
+    v: Float[Array, "B K M h"],
+    mask: Mask | Bool[Array, "..."] = CAUSAL,
+) -> Float[Array, "B H S h"]:
     """softmax(q k^T / sqrt(h)) v.
 
     Every attention of this backend goes through here, and here the kernel is chosen. NVIDIA GPUs have one, for whole
@@ -174,7 +180,9 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Arra
     return out_BHSh if mask.dense.empty is None else jnp.where(mask.dense.empty, 0, out_BHSh)
 
 
-def attention_weights(q: jax.Array, k: jax.Array, mask: Mask | jax.Array = CAUSAL) -> jax.Array:
+def attention_weights(
+    q: Float[Array, "B H S h"], k: Float[Array, "B K M h"], mask: Mask | Bool[Array, "..."] = CAUSAL
+) -> Float[Array, "B H S M"]:
     """The probabilities of `attend`: (B, H, S, M) in at least float32, 0 in rows that may attend to nothing."""
     (batch, heads, length, channels), keys = q.shape, k.shape[2]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -199,8 +207,8 @@ def self_attention_mask(
     length: int,
     *,
     kv_cache: KVCache | None = None,
-    doc_ids: jax.Array | None = None,
-    key_padding_mask: jax.Array | None = None,
+    doc_ids: Integer[Array, "B S"] | None = None,
+    key_padding_mask: Bool[Array, "B S"] | None = None,
     sliding_window: int | None = None,
 ) -> Mask:
     """The mask of ``length`` new tokens, before they are appended to the cache.

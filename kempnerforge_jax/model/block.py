@@ -1,11 +1,14 @@
-"""A layer of the plain decoder: attention, then a feed-forward part, dense or a mixture of experts."""
+"""A layer of the plain decoder: attention, then a feed-forward part, dense or a mixture of experts.
+
+Shapes: B batch, S new tokens, D model dim, A = head_dim / 2 angles.
+"""
 
 from __future__ import annotations
 
 from typing import TypedDict, Unpack
 
-import jax
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Integer
 
 from kempnerforge_jax.model.attention import Attention, KVCache
 from kempnerforge_jax.model.mask import Mask
@@ -21,8 +24,8 @@ class BlockOptions(TypedDict, total=False):
     """Keyword arguments of every block: those of `Attention`, and ``limit_capacity`` of `MoEMLP`."""
 
     kv_cache: KVCache | None
-    doc_ids: jax.Array | None
-    mask: Mask | jax.Array | None
+    doc_ids: Integer[Array, "B S"] | None
+    mask: Mask | Bool[Array, "..."] | None
     limit_capacity: bool
 
 
@@ -38,17 +41,17 @@ class TransformerBlock(Module):
 
     def forward(
         self,
-        x: jax.Array,
-        rope_cos: jax.Array,
-        rope_sin: jax.Array,
+        x: Float[Array, "B S D"],
+        rope_cos: Float[Array, "... S A"],
+        rope_sin: Float[Array, "... S A"],
         *,
         kv_cache: KVCache | None = None,
-        doc_ids: jax.Array | None = None,
-        key_padding_mask: jax.Array | None = None,
-        mask: Mask | jax.Array | None = None,
+        doc_ids: Integer[Array, "B S"] | None = None,
+        key_padding_mask: Bool[Array, "B S"] | None = None,
+        mask: Mask | Bool[Array, "..."] | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,
-    ) -> jax.Array | tuple[jax.Array, KVCache] | BlockOutput:
+    ) -> Float[Array, "B S D"] | tuple[Float[Array, "B S D"], KVCache] | BlockOutput:
         """(B, S, D) -> (B, S, D); given a cache, -> ((B, S, D), new cache). Arguments as for `Attention` and `MoEMLP`.
 
         Args:
@@ -78,11 +81,11 @@ class TransformerBlock(Module):
 
     def run(
         self,
-        x: jax.Array,
-        rope_cos: jax.Array,
-        rope_sin: jax.Array,
+        x: Float[Array, "B S D"],
+        rope_cos: Float[Array, "... S A"],
+        rope_sin: Float[Array, "... S A"],
         *,
-        key_padding_mask: jax.Array | None = None,
+        key_padding_mask: Bool[Array, "B S"] | None = None,
         **options: Unpack[BlockOptions],
     ) -> BlockOutput:
         """What a call gives, with what its router counted. Arguments as for `forward`; nothing is kept."""

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from kempnerforge_jax.model.kv_cache import KVCache, SharedCaches
 from kempnerforge_jax.model.modality import ModalityContext
@@ -54,7 +55,7 @@ def _start(tokens: jax.Array) -> _State:
     return _State(tokens, jnp.zeros(tokens.shape, jnp.bool_))
 
 
-def decode_all(model: Transformer, request: Request) -> jax.Array:
+def decode_all(model: Transformer, request: Request) -> Int[Array, "B N"]:
     """All new tokens (B, N), in one program."""
     rows, count = len(request.prompts.lengths), request.max_new_tokens
     if count == 0:
@@ -69,7 +70,7 @@ def decode_all(model: Transformer, request: Request) -> jax.Array:
     return new_BN[:, :count]
 
 
-def steps(model: Transformer, request: Request) -> Iterator[jax.Array]:
+def steps(model: Transformer, request: Request) -> Iterator[Int[Array, "B"]]:
     """The new tokens (B,) as they are drawn."""
     if request.max_new_tokens == 0:
         return
@@ -85,7 +86,7 @@ def steps(model: Transformer, request: Request) -> Iterator[jax.Array]:
             return
 
 
-def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], jax.Array]:
+def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Int[Array, "B"]]:
     """Caches that hold every prompt but for its last token, and these last tokens (B,)."""
     return _read(model, request, split(model))
 
@@ -111,8 +112,8 @@ def _read(model: Transformer, request: Request, parts: tuple[Any, State, State])
 
 
 def advance(
-    model: Transformer, tokens: jax.Array, caches: list[KVCache], image: ModalityContext | None
-) -> tuple[jax.Array, Any]:
+    model: Transformer, tokens: Int[Array, "B"], caches: list[KVCache], image: ModalityContext | None
+) -> tuple[Float[Array, "B V"], Any]:
     """Read one token (B,) of each row, and the image if it is not in the caches.
 
     Returns:

@@ -1,6 +1,7 @@
 """What the caches of all layers have in common: how far each row is, and what its tokens are.
 
-Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h head_dim.
+Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h head_dim, R rows to
+go on with.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jaxtyping import Array, Bool, Int, Integer, Shaped
 
 from kempnerforge_jax.model.checks import MAX_ID, check_ids, check_shape, wide
 from kempnerforge_jax.model.mask import Mask
@@ -38,10 +40,10 @@ class DecodeState:
         policy: which slot a token takes.
     """
 
-    lengths: jax.Array
-    valid: jax.Array | None
-    doc_ids: jax.Array | None
-    oldest: jax.Array | None
+    lengths: Int[Array, "B"]
+    valid: Bool[Array, "B slots"] | None
+    doc_ids: Integer[Array, "B slots"] | None
+    oldest: Int[Array, "B"] | None
     image_tokens: int
     max_seq_len: int
     policy: Slots
@@ -51,7 +53,7 @@ class DecodeState:
         """Length of the longest row; outside jit only."""
         return int(self.lengths.max())
 
-    def positions(self, length: int) -> jax.Array:
+    def positions(self, length: int) -> Int[Array, "... S"]:
         """Positions of the next ``length`` tokens: (B, S)."""
         return self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
 
@@ -70,7 +72,7 @@ class DecodeState:
                 f"{self.seq_len} are filled"
             )
 
-    def check_documents(self, doc_ids: jax.Array | None) -> None:
+    def check_documents(self, doc_ids: Integer[Array, "B S"] | None) -> None:
         """Check that new tokens (B, S) have documents if those before had some.
 
         Raises:
@@ -79,7 +81,9 @@ class DecodeState:
         if self.doc_ids is not None and doc_ids is None:
             raise ValueError("doc_ids = None: the cache holds tokens of documents, so new tokens need theirs")
 
-    def advance(self, length: int, doc_ids: jax.Array | None, key_padding_mask: jax.Array | None) -> DecodeState:
+    def advance(
+        self, length: int, doc_ids: Integer[Array, "B S"] | None, key_padding_mask: Bool[Array, "B S"] | None
+    ) -> DecodeState:
         """Count ``length`` more tokens in every row, whose keys and values all layers have; their (B, S) documents, and
         which of them are real.
         """
@@ -88,7 +92,7 @@ class DecodeState:
         oldest = None if self.oldest is None else jnp.maximum(self.oldest, lengths - self.policy.count)
         return replace(self, lengths=lengths, valid=valid, doc_ids=documents, oldest=oldest)
 
-    def cut(self, lengths: jax.Array) -> DecodeState:
+    def cut(self, lengths: Integer[Array, "B"]) -> DecodeState:
         """Forget what lies at or beyond new lengths (B,); see `KVCache.cut`."""
         check_shape("lengths", lengths, self.lengths.shape)
         check_ids("lengths", lengths, MAX_ID)
@@ -107,8 +111,8 @@ class DecodeState:
         """Take every token that is left for real, after the padding was cut."""
         return replace(self, valid=None)
 
-    def checked_rows(self, rows: jax.Array) -> jax.Array:
-        """Rows (B',) to go on with, as int64 where there is one.
+    def checked_rows(self, rows: Integer[Array, "R"]) -> Int[Array, "R"]:
+        """Rows (R,) to go on with, as int64 where there is one.
 
         Raises:
             ValueError: rows that are no integers, or that don't exist. Inside jit the latter can't be seen.
@@ -117,8 +121,8 @@ class DecodeState:
         check_ids("rows", rows, len(self.lengths))
         return wide(rows)
 
-    def reorder(self, rows: jax.Array) -> DecodeState:
-        """Go on with these rows (B',) in place of those so far; see `KVCache.reorder`."""
+    def reorder(self, rows: Integer[Array, "R"]) -> DecodeState:
+        """Go on with these rows (R,) in place of those so far; see `KVCache.reorder`."""
         rows = self.checked_rows(rows)
         exists_B = (rows >= 0) & (rows < len(self.lengths))
         held = {name: getattr(self, name) for name in ("valid", "doc_ids", "oldest")}
@@ -129,8 +133,8 @@ class DecodeState:
         self,
         length: int,
         *,
-        doc_ids: jax.Array | None = None,
-        key_padding_mask: jax.Array | None = None,
+        doc_ids: Integer[Array, "B S"] | None = None,
+        key_padding_mask: Bool[Array, "B S"] | None = None,
         sliding_window: int | None = None,
     ) -> Mask:
         """Who the next ``length`` tokens may see of the keys that `append` gives them.
@@ -157,7 +161,9 @@ class DecodeState:
         """How many keys `append` gives ``length`` more tokens."""
         return self.policy.count if self.policy.fits(length) else self.policy.count + length
 
-    def append(self, slots: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def append(
+        self, slots: Shaped[Array, "B ..."], new: Shaped[Array, "B ..."]
+    ) -> tuple[Shaped[Array, "B ..."], Shaped[Array, "B ..."]]:
         """Slots with ``new`` (B, S) or (B, K, S, h) in the next ones, and what the new tokens may see."""
         axis = 1 if slots.ndim == 2 else 2
         written = self._write(slots, new, axis)

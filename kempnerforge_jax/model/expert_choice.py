@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from kempnerforge_jax.model.checks import check_ids, check_mask, check_shape, nan_outside
 from kempnerforge_jax.model.mlp import build_mlp
@@ -41,12 +42,12 @@ class ExpertChoiceSigmoidRouter(Module):
 
     def forward(
         self,
-        x: jax.Array,
-        valid: jax.Array | None = None,
-        noise: jax.Array | None = None,
+        x: Float[Array, "T D"],
+        valid: Bool[Array, "T"] | None = None,
+        noise: Float[Array, "T E"] | None = None,
         *,
         return_scores: bool = False,
-    ) -> tuple[jax.Array, jax.Array] | ExpertChoiceOutput:
+    ) -> tuple[Float[Array, "C E"], Int[Array, "C E"]] | ExpertChoiceOutput:
         """
         Args:
             x: (T, D).
@@ -71,17 +72,21 @@ class ExpertChoiceSigmoidRouter(Module):
         weights_CE = jnp.take_along_axis(scores_TE, tokens_CE, axis=0) * is_taken_C1
         return ExpertChoiceOutput(weights_CE, tokens_CE, scores_TE) if return_scores else (weights_CE, tokens_CE)
 
-    def run(self, x: jax.Array, valid: jax.Array | None = None, noise: jax.Array | None = None) -> ExpertChoiceOutput:
+    def run(
+        self, x: Float[Array, "T D"], valid: Bool[Array, "T"] | None = None, noise: Float[Array, "T E"] | None = None
+    ) -> ExpertChoiceOutput:
         """What a call gives, with the scores of all tokens. Arguments as for `forward`."""
         return self(x, valid, noise, return_scores=True)
 
-    def capacity(self, x: jax.Array, valid: jax.Array | None = None) -> tuple[int, jax.Array | int]:
+    def capacity(
+        self, x: Float[Array, "T D"], valid: Bool[Array, "T"] | None = None
+    ) -> tuple[int, Int[Array, ""] | int]:
         """C, and how many of the ``valid`` tokens of ``x`` (T, D) an expert takes, at most C."""
         room = choice_capacity(x.shape[0], self.share)
         return room, room if valid is None else choice_capacity(valid.sum(dtype=jnp.int32), self.share)
 
     @staticmethod
-    def taking(output: ExpertChoiceOutput, tokens_CE: jax.Array) -> ExpertChoiceOutput:
+    def taking(output: ExpertChoiceOutput, tokens_CE: Integer[Array, "C E"]) -> ExpertChoiceOutput:
         """What the call that gave ``output`` would have given, had the experts chosen ``tokens_CE``.
 
         Raises:
@@ -116,12 +121,12 @@ class ExpertChoiceMoE(StatsGetters):
 
     def forward(
         self,
-        x: jax.Array,
-        valid: jax.Array | None = None,
-        noise: jax.Array | None = None,
+        x: Float[Array, "... D"],
+        valid: Bool[Array, "..."] | None = None,
+        noise: Float[Array, "... E"] | None = None,
         *,
         return_stats: bool = False,
-    ) -> jax.Array | MoEOutput:
+    ) -> Float[Array, "... D"] | MoEOutput:
         """(..., D) -> (..., D).
 
         Args:
@@ -153,7 +158,12 @@ class ExpertChoiceMoE(StatsGetters):
         self.keep_stats(stats)
         return y
 
-    def run(self, x: jax.Array, valid: jax.Array | None = None, noise: jax.Array | None = None) -> MoEOutput:
+    def run(
+        self,
+        x: Float[Array, "... D"],
+        valid: Bool[Array, "..."] | None = None,
+        noise: Float[Array, "... E"] | None = None,
+    ) -> MoEOutput:
         """What a call gives, with what was counted. Arguments as for `forward`; nothing is kept."""
         return self(x, valid, noise, return_stats=True)
 

@@ -1,6 +1,6 @@
 """Generation: prompts, and images, continued token by token.
 
-Shapes: B rows, S tokens of the longest prompt, N new tokens.
+Shapes: B rows, S tokens of the longest prompt, N new tokens, L tokens of the longest row with them.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int, Shaped
 
 from kempnerforge_jax.model.decode import decode_all, steps
 from kempnerforge_jax.model.request import make_request
@@ -32,12 +32,12 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
     prompt_lengths: Any = None,
-    seed: int | jax.Array | None = None,
+    seed: int | Shaped[Array, "..."] | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     pixel_values: Any = None,
     frame_mask: Any = None,
-) -> jax.Array:
+) -> Int[Array, "B L"]:
     """Continue prompts. A wrapped model, or one with wrapped parts, generates as the plain one does.
 
     A row does not depend on its neighbours: attention and random numbers are its own, and mixtures of experts run
@@ -85,7 +85,7 @@ def stream(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
     prompt_lengths: Any = None,
-    seed: int | jax.Array | None = None,
+    seed: int | Shaped[Array, "..."] | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     pixel_values: Any = None,

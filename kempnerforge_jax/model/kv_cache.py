@@ -1,6 +1,7 @@
 """Keys and values of the tokens seen so far: the memory of decoding.
 
-Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h head_dim.
+Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h head_dim, R rows to
+go on with.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from kempnerforge_jax.model.decode_state import DecodeState, new_state
 from kempnerforge_jax.model.mask import Mask
@@ -60,22 +62,22 @@ class KVCache:
         self.v = jnp.zeros(shape, dtype or jnp.float32, device=device)
 
     @property
-    def lengths(self) -> jax.Array:
+    def lengths(self) -> Int[Array, "B"]:
         """int32 (B,), tokens seen by each row."""
         return self.state.lengths
 
     @property
-    def valid(self) -> jax.Array | None:
+    def valid(self) -> Bool[Array, "B slots"] | None:
         """bool (B, slots), or None while every token was real."""
         return self.state.valid
 
     @property
-    def doc_ids(self) -> jax.Array | None:
+    def doc_ids(self) -> Integer[Array, "B slots"] | None:
         """int (B, slots), or None while no documents were given."""
         return self.state.doc_ids
 
     @property
-    def oldest(self) -> jax.Array | None:
+    def oldest(self) -> Int[Array, "B"] | None:
         """int32 (B,), of a ring, the first position that has not been overwritten; else None."""
         return self.state.oldest
 
@@ -104,7 +106,7 @@ class KVCache:
         """Length of the longest row; outside jit only."""
         return self.state.seq_len
 
-    def positions(self, length: int) -> jax.Array:
+    def positions(self, length: int) -> Int[Array, "... S"]:
         """Positions of the next ``length`` tokens: (B, S)."""
         return self.state.positions(length)
 
@@ -123,12 +125,12 @@ class KVCache:
 
     def update(
         self,
-        k_new: jax.Array,
-        v_new: jax.Array,
+        k_new: Float[Array, "B K S h"],
+        v_new: Float[Array, "B K S h"],
         *,
-        doc_ids: jax.Array | None = None,
-        key_padding_mask: jax.Array | None = None,
-    ) -> tuple[KVCache, jax.Array, jax.Array]:
+        doc_ids: Integer[Array, "B S"] | None = None,
+        key_padding_mask: Bool[Array, "B S"] | None = None,
+    ) -> tuple[KVCache, Float[Array, "B K M h"], Float[Array, "B K M h"]]:
         """Append ``S`` tokens to every row.
 
         Args:
@@ -149,7 +151,7 @@ class KVCache:
         v, v_BKMh = self.state.append(self.v, v_new)
         return self._replace(k=k, v=v, state=self.state.advance(length, doc_ids, key_padding_mask)), k_BKMh, v_BKMh
 
-    def cut(self, lengths: jax.Array) -> KVCache:
+    def cut(self, lengths: Integer[Array, "B"]) -> KVCache:
         """Forget, in each row, what lies at or beyond its new length (the padding at the end of a ragged prompt).
 
         Args:
@@ -169,11 +171,11 @@ class KVCache:
         """The same cache, knowing that its first ``tokens`` were an image's."""
         return self._replace(state=replace(self.state, image_tokens=max(self.state.image_tokens, tokens)))
 
-    def reorder(self, rows: jax.Array) -> KVCache:
+    def reorder(self, rows: Integer[Array, "R"]) -> KVCache:
         """Go on with these rows in place of those so far, as a beam search does: row i becomes what ``rows[i]`` was.
 
         Args:
-            rows: int (B',); a row may be taken several times, or not at all.
+            rows: int (R,); a row may be taken several times, or not at all.
 
         Raises:
             ValueError: rows that are no integers, or that don't exist. Inside jit this can't be seen; there such a row
@@ -186,8 +188,8 @@ class KVCache:
         self,
         length: int,
         *,
-        doc_ids: jax.Array | None = None,
-        key_padding_mask: jax.Array | None = None,
+        doc_ids: Integer[Array, "B S"] | None = None,
+        key_padding_mask: Bool[Array, "B S"] | None = None,
         sliding_window: int | None = None,
     ) -> Mask:
         """Who the next ``length`` tokens may see of what `update` will return.
@@ -211,7 +213,7 @@ class SharedCaches(NamedTuple):
     """
 
     state: DecodeState
-    layers: list[tuple[jax.Array, jax.Array]]
+    layers: list[tuple[Float[Array, "B K slots h"], Float[Array, "B K slots h"]]]
 
     @classmethod
     def of(cls, caches: Sequence[KVCache]) -> SharedCaches:

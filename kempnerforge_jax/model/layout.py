@@ -1,6 +1,7 @@
 """Which positions of the residual stream belong to which modality, and streams of modalities as one.
 
-Shapes: B batch, S positions of the residual stream, S_m positions of a modality, D model dim, h head_dim.
+Shapes: B batch, S positions of the residual stream, _S positions of a modality, each its own number, D model
+dim, h head_dim, A = h/2 angles.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from kempnerforge_jax.model.checks import check_ids, check_shape, nan_outside
 from kempnerforge_jax.model.kv_cache import KVCache
 from kempnerforge_jax.model.modality import ModalityContext
 
 Span = tuple[str, int, int]
-Streams = Mapping[str, jax.Array] | jax.Array
-"""(B, S_m, D) of each modality, or one stream (B, S, D) with a `Layout`."""
-Rope = tuple[jax.Array, jax.Array]
+Streams = Mapping[str, Float[Array, "B _S D"]] | Float[Array, "B S D"]
+"""(B, _S, D) of each modality, or one stream (B, S, D) with a `Layout`."""
+Rope = tuple[Float[Array, "... _S A"], Float[Array, "... _S A"]]
 """Rows of the rotary tables: cos and sin, of a modality (S, h/2), of a whole stream also (B, 1, S, h/2)."""
 
 
@@ -35,9 +36,13 @@ class Layout:
 
     modalities: tuple[str, ...]
     spans: tuple[Span, ...] | None = None
-    ids: jax.Array | None = None
+    ids: Integer[Array, "B S"] | None = None
 
-    def apply(self, function: Callable[[str, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    def apply(
+        self,
+        function: Callable[[str, Shaped[Array, "B _S ..."]], Shaped[Array, "B _S ..."]],
+        x: Shaped[Array, "B S ..."],
+    ) -> Shaped[Array, "B S ..."]:
         """``function(modality, x)``, each position by its own modality: (B, S, ...) -> (B, S, ...).
 
         Spans cost what one modality costs; ids cost every modality at every position.
@@ -52,11 +57,11 @@ class Layout:
             out = jnp.where(self.of(name, x).reshape(*x.shape[:2], *[1] * (theirs.ndim - 2)), theirs, out)
         return self.known(out)
 
-    def known(self, x: jax.Array) -> jax.Array:
+    def known(self, x: Float[Array, "B S ..."]) -> Float[Array, "B S ..."]:
         """``x`` (B, S, ...), NaN where the id names no modality."""
         return x if self.ids is None else nan_outside(x, self.ids, len(self.modalities))
 
-    def of(self, modality: str, x: jax.Array) -> jax.Array:
+    def of(self, modality: str, x: Shaped[Array, "B S ..."]) -> Bool[Array, "B S"]:
         """bool (B, S): the positions of one modality in ``x`` (B, S, ...)."""
         if self.spans is None:
             assert self.ids is not None
@@ -68,7 +73,7 @@ class Layout:
                 mine_S = mine_S | ((places_S >= start) & (places_S < stop))
         return jnp.broadcast_to(mine_S, x.shape[:2])
 
-    def split(self, x: jax.Array) -> dict[str, jax.Array]:
+    def split(self, x: Shaped[Array, "B S ..."]) -> dict[str, Shaped[Array, "B _S ..."]]:
         """The part of each modality of ``x`` (B, S, ...); of spans alone."""
         assert self.spans is not None
         return {name: x[:, start:stop] for name, start, stop in self.spans}
@@ -78,7 +83,7 @@ class Layout:
         """How many of the first positions are known to be an image's."""
         return max((stop for name, start, stop in self.spans or () if name == "image" and start == 0), default=0)
 
-    def positions(self, x: jax.Array) -> jax.Array:
+    def positions(self, x: Shaped[Array, "B S ..."]) -> Int[Array, "... S"]:
         """How many earlier positions have the same modality: (S,), or (B, S) where rows differ."""
         if self.spans is not None:
             return jnp.concatenate([jnp.arange(stop - start, dtype=jnp.int32) for _, start, stop in self.spans])
@@ -86,7 +91,9 @@ class Layout:
         return sum((jnp.where(mine, count, 0) for count, mine in counts), jnp.zeros_like(counts[0][0]))
 
 
-def layout_of(modalities: Sequence[str], modality_ids: jax.Array | None, x: jax.Array) -> Layout:
+def layout_of(
+    modalities: Sequence[str], modality_ids: Integer[Array, "B S"] | None, x: Float[Array, "B S D"]
+) -> Layout:
     """The layout of ``x`` (B, S, D) by ``modality_ids``, int (B, S).
 
     Raises:
@@ -99,7 +106,7 @@ def layout_of(modalities: Sequence[str], modality_ids: jax.Array | None, x: jax.
     return Layout(tuple(modalities), ids=modality_ids)
 
 
-def stream_layout(modalities: Sequence[str], modality: ModalityContext, x: jax.Array) -> Layout:
+def stream_layout(modalities: Sequence[str], modality: ModalityContext, x: Float[Array, "B S D"]) -> Layout:
     """The layout of ``x`` (B, S, D): by ``modality_ids`` if given, else a prefix of the image and then text.
 
     Raises:
@@ -115,7 +122,7 @@ def stream_layout(modalities: Sequence[str], modality: ModalityContext, x: jax.A
 
 def one_stream(
     modalities: Sequence[str], streams: Streams, rope: Mapping[str, Rope] | Rope, layout: Layout | None
-) -> tuple[jax.Array, Rope, Layout]:
+) -> tuple[Float[Array, "B S D"], Rope, Layout]:
     """Streams of modalities as one, in the order of ``modalities``, with its rotary tables and its layout; what comes
     with a layout is one already.
 
@@ -141,7 +148,9 @@ def one_stream(
     )
 
 
-def positions_after(kv_cache: KVCache, modality: ModalityContext, positions: jax.Array) -> jax.Array:
+def positions_after(
+    kv_cache: KVCache, modality: ModalityContext, positions: Int[Array, "... S"]
+) -> Int[Array, "... S"]:
     """An image comes first, into empty caches; text goes on where the cached text ended."""
     if modality.modality_ids is not None:
         raise ValueError("modality_ids is given: with kv_caches the image must come as prefix_embeds")

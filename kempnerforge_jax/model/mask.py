@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Integer
 
 
 @jax.tree_util.register_dataclass
@@ -31,8 +32,8 @@ class Dense:
         empty: bool, broadcasts to (B, H, S, 1), the queries that see no key; None: there are none.
     """
 
-    allowed: jax.Array
-    empty: jax.Array | None
+    allowed: Bool[Array, "..."]
+    empty: Bool[Array, "..."] | None
 
 
 @functools.partial(
@@ -68,12 +69,12 @@ class Mask:
 
     causal: bool = False
     window: int | None = None
-    query_positions: jax.Array | None = None
-    key_positions: jax.Array | None = None
-    query_doc_ids: jax.Array | None = None
-    key_doc_ids: jax.Array | None = None
-    key_valid: jax.Array | None = None
-    allowed: jax.Array | None = None
+    query_positions: Int[Array, "... S"] | None = None
+    key_positions: Int[Array, "... M"] | None = None
+    query_doc_ids: Integer[Array, "B S"] | None = None
+    key_doc_ids: Integer[Array, "B M"] | None = None
+    key_valid: Bool[Array, "B M"] | None = None
+    allowed: Bool[Array, "..."] | None = None
     dense: Dense | None = None
 
     def __post_init__(self) -> None:
@@ -98,12 +99,12 @@ CAUSAL = Mask(causal=True)
 FULL = Mask()
 
 
-def as_mask(mask: Mask | jax.Array) -> Mask:
+def as_mask(mask: Mask | Bool[Array, "..."]) -> Mask:
     """A mask, as it is; a tensor as what it allows."""
     return mask if isinstance(mask, Mask) else Mask(allowed=mask)
 
 
-def dense_mask(mask: Mask, queries: int, keys: int) -> jax.Array:
+def dense_mask(mask: Mask, queries: int, keys: int) -> Bool[Array, "..."]:
     """The facts of a mask for so many queries and keys, in one tensor: bool, broadcasts to (B, H, S, M), True = attend.
 
     Only the reference path of attention needs it.

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float
 
 from kempnerforge_jax.model.checks import check_ids, check_mask, check_shape, nan_outside
 from kempnerforge_jax.model.dispatch import combine, gradient_factors, layer_capacity, plan_dispatch, spread
@@ -80,13 +81,13 @@ class MoEMLP(StatsGetters):
 
     def forward(
         self,
-        x: jax.Array,
-        valid: jax.Array | None = None,
+        x: Float[Array, "B S D"],
+        valid: Bool[Array, "B S"] | None = None,
         *,
-        members: jax.Array | None = None,
+        members: Bool[Array, "B S"] | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,
-    ) -> jax.Array | MoEOutput:
+    ) -> Float[Array, "B S D"] | MoEOutput:
         """(B, S, D) -> (B, S, D).
 
         Args:
@@ -132,10 +133,10 @@ class MoEMLP(StatsGetters):
 
     def run(
         self,
-        x: jax.Array,
-        valid: jax.Array | None = None,
+        x: Float[Array, "B S D"],
+        valid: Bool[Array, "B S"] | None = None,
         *,
-        members: jax.Array | None = None,
+        members: Bool[Array, "B S"] | None = None,
         limit_capacity: bool = True,
     ) -> MoEOutput:
         """What a call gives, with what was counted. Arguments as for `forward`; nothing is kept."""
@@ -146,7 +147,7 @@ class MoEMLP(StatsGetters):
         super().keep_stats(stats)
         keep_stats(self.router, stats)
 
-    def expert_weights(self) -> dict[str, jax.Array]:
+    def expert_weights(self) -> dict[str, Float[Array, "E _ _"]]:
         """``gate`` (silu only), ``up`` (E, D, F) and ``down`` (E, F, D), from wherever they are held; {} for experts of
         another kind.
         """

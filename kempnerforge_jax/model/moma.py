@@ -2,7 +2,8 @@
 
 A choice depends on all tokens of the batch, later ones too: such a model can't generate token by token.
 
-Shapes: B batch, S sequence, T = B * S tokens, D model dim, E experts of a modality.
+Shapes: B batch, S sequence, T = B * S tokens, D model dim, E experts of a modality, A = head_dim / 2
+angles.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Integer
 
 from kempnerforge_jax.model.architecture import Architecture, RotaryTable
 from kempnerforge_jax.model.attention import KVCache
@@ -76,14 +78,14 @@ class MoMaFFN(Module):
 
     def forward(
         self,
-        x: jax.Array,
-        modality_ids: jax.Array | None = None,
-        key_padding_mask: jax.Array | None = None,
+        x: Float[Array, "B S D"],
+        modality_ids: Integer[Array, "B S"] | None = None,
+        key_padding_mask: Bool[Array, "B S"] | None = None,
         *,
         layout: Layout | None = None,
-        noise_seed: jax.Array | None = None,
+        noise_seed: Integer[Array, ""] | None = None,
         return_stats: bool = False,
-    ) -> jax.Array | MoMaOutput:
+    ) -> Float[Array, "B S D"] | MoMaOutput:
         """(B, S, D) -> (B, S, D).
 
         Args:
@@ -109,12 +111,12 @@ class MoMaFFN(Module):
 
     def run(
         self,
-        x: jax.Array,
-        modality_ids: jax.Array | None = None,
-        key_padding_mask: jax.Array | None = None,
+        x: Float[Array, "B S D"],
+        modality_ids: Integer[Array, "B S"] | None = None,
+        key_padding_mask: Bool[Array, "B S"] | None = None,
         *,
         layout: Layout | None = None,
-        noise_seed: jax.Array | None = None,
+        noise_seed: Integer[Array, ""] | None = None,
     ) -> MoMaOutput:
         """What a call gives, with the stats of each modality. Arguments as for `forward`; nothing is kept."""
         return self(x, modality_ids, key_padding_mask, layout=layout, noise_seed=noise_seed, return_stats=True)
@@ -187,20 +189,20 @@ class MoMaBlock(Module):
 
     def forward(
         self,
-        x: jax.Array,
-        rope_cos: jax.Array,
-        rope_sin: jax.Array,
-        modality_ids: jax.Array | None = None,
+        x: Float[Array, "B S D"],
+        rope_cos: Float[Array, "... S A"],
+        rope_sin: Float[Array, "... S A"],
+        modality_ids: Integer[Array, "B S"] | None = None,
         *,
-        doc_ids: jax.Array | None = None,
-        key_padding_mask: jax.Array | None = None,
+        doc_ids: Integer[Array, "B S"] | None = None,
+        key_padding_mask: Bool[Array, "B S"] | None = None,
         layout: Layout | None = None,
-        noise_seed: jax.Array | None = None,
+        noise_seed: Integer[Array, ""] | None = None,
         kv_cache: None = None,
-        mask: Mask | jax.Array | None = None,
+        mask: Mask | Bool[Array, "..."] | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,
-    ) -> jax.Array | BlockOutput:
+    ) -> Float[Array, "B S D"] | BlockOutput:
         """(B, S, D) -> (B, S, D). Arguments as for `Attention` and `MoMaFFN`.
 
         Experts that choose tokens have a share of them and no other capacity: ``limit_capacity`` changes nothing.
@@ -221,14 +223,14 @@ class MoMaBlock(Module):
 
     def run(
         self,
-        x: jax.Array,
-        rope_cos: jax.Array,
-        rope_sin: jax.Array,
-        modality_ids: jax.Array | None = None,
+        x: Float[Array, "B S D"],
+        rope_cos: Float[Array, "... S A"],
+        rope_sin: Float[Array, "... S A"],
+        modality_ids: Integer[Array, "B S"] | None = None,
         *,
-        key_padding_mask: jax.Array | None = None,
+        key_padding_mask: Bool[Array, "B S"] | None = None,
         layout: Layout | None = None,
-        noise_seed: jax.Array | None = None,
+        noise_seed: Integer[Array, ""] | None = None,
         **options: Unpack[BlockOptions],
     ) -> BlockOutput:
         """What a call gives, with the stats of each modality. Arguments as for `forward`; nothing is kept."""
@@ -263,7 +265,7 @@ class MoMaArchitecture(Architecture):
     def block_inputs(
         self,
         inputs: dict[str, Any],
-        x: jax.Array,
+        x: Float[Array, "B S D"],
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
         rope: RotaryTable,

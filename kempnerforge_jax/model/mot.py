@@ -17,6 +17,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Integer
 
 from kempnerforge_jax.model.architecture import Architecture, Modules, RotaryTable
 from kempnerforge_jax.model.attention import KVCache, attend, resolve_head_dim, self_attention_mask
@@ -89,14 +90,14 @@ class MoTAttention(Module):
         streams: Streams,
         rope: Mapping[str, Rope] | Rope,
         is_causal: bool = True,
-        key_padding_mask: jax.Array | None = None,
+        key_padding_mask: Bool[Array, "B S"] | None = None,
         *,
         layout: Layout | None = None,
         kv_cache: KVCache | None = None,
-        mask: Mask | jax.Array | None = None,
-        doc_ids: jax.Array | None = None,
+        mask: Mask | Bool[Array, "..."] | None = None,
+        doc_ids: Integer[Array, "B S"] | None = None,
     ) -> Any:
-        """Streams (B, S_m, D) of modalities, which attend as one sequence in the order of ``modalities`` -> the same;
+        """Streams (B, _S, D) of modalities, which attend as one sequence in the order of ``modalities`` -> the same;
         or, with ``layout``, one stream (B, S, D) -> the same; given a cache, -> (that, new cache).
 
         Args:
@@ -197,12 +198,12 @@ class MoTBlock(Module):
         self,
         streams: Streams,
         rope: Mapping[str, Rope] | Rope,
-        key_padding_mask: jax.Array | None = None,
+        key_padding_mask: Bool[Array, "B S"] | None = None,
         *,
         layout: Layout | None = None,
         kv_cache: KVCache | None = None,
-        mask: Mask | jax.Array | None = None,
-        doc_ids: jax.Array | None = None,
+        mask: Mask | Bool[Array, "..."] | None = None,
+        doc_ids: Integer[Array, "B S"] | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,
     ) -> Streams | tuple[Streams, KVCache] | BlockOutput:
@@ -240,7 +241,7 @@ class MoTBlock(Module):
         self,
         streams: Streams,
         rope: Mapping[str, Rope] | Rope,
-        key_padding_mask: jax.Array | None = None,
+        key_padding_mask: Bool[Array, "B S"] | None = None,
         *,
         layout: Layout | None = None,
         **options: Unpack[BlockOptions],
@@ -297,7 +298,7 @@ class MoTArchitecture(Architecture):
     def block_inputs(
         self,
         inputs: dict[str, Any],
-        x: jax.Array,
+        x: Float[Array, "B S D"],
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
         rope: RotaryTable,
@@ -310,7 +311,9 @@ class MoTArchitecture(Architecture):
         shared = {name: value for name, value in inputs.items() if name not in ("rope_cos", "rope_sin")}
         return {**shared, "rope": rope(positions, x.dtype), "layout": layout}
 
-    def final_norm(self, modules: Modules, x: jax.Array, modality: ModalityContext) -> jax.Array:
+    def final_norm(
+        self, modules: Modules, x: Float[Array, "B S D"], modality: ModalityContext
+    ) -> Float[Array, "B S D"]:
         """Each position by its modality's norm."""
         norms = modules["mot_norms"]
         if norms is None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from kempnerforge_jax.model.linear import Linear
 from kempnerforge_jax.model.module import Buffer
@@ -31,7 +32,7 @@ class Gate(Linear):
     def __init__(self, dim: int, num_experts: int, *, rngs: nnx.Rngs | None):
         super().__init__(dim, num_experts, rngs=rngs)
 
-    def forward(self, x: jax.Array) -> jax.Array:
+    def forward(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
         """(T, D) -> (T, E)."""
         assert self.weight is not None
         weight = self.weight.get_value()
@@ -63,8 +64,13 @@ class TopKRouter(StatsGetters):
         self.gate = Gate(dim, num_experts, rngs=rngs)
 
     def forward(
-        self, x: jax.Array, valid: jax.Array | None = None, *, batch_size: int = 1, return_stats: bool = False
-    ) -> tuple[jax.Array, jax.Array] | RouterOutput:
+        self,
+        x: Float[Array, "T D"],
+        valid: Bool[Array, "T"] | None = None,
+        *,
+        batch_size: int = 1,
+        return_stats: bool = False,
+    ) -> tuple[Float[Array, "T k"], Int[Array, "T k"]] | RouterOutput:
         """Combine weights (T, k), at least float32, and expert indices int32 (T, k), best first.
 
         Args:
@@ -83,7 +89,9 @@ class TopKRouter(StatsGetters):
         self.keep_stats(stats)
         return weights_Tk, indices_Tk
 
-    def run(self, x: jax.Array, valid: jax.Array | None = None, *, batch_size: int = 1) -> RouterOutput:
+    def run(
+        self, x: Float[Array, "T D"], valid: Bool[Array, "T"] | None = None, *, batch_size: int = 1
+    ) -> RouterOutput:
         """What a call gives, with what was counted. Arguments as for `forward`; nothing is kept."""
         return self(x, valid, batch_size=batch_size, return_stats=True)
 
@@ -189,7 +197,7 @@ class SigmoidTopKRouter(TopKRouter):
         """
         self.keep(progress=training_progress(step, max_steps))
 
-    def update_bias(self, counts_E: jax.Array, progress: Any = None) -> None:
+    def update_bias(self, counts_E: Num[Array, "... E"], progress: Any = None) -> None:
         """Move the average and the bias by the choices of one optimiser step: all its micro-batches, all ranks.
 
         Args:
@@ -244,7 +252,7 @@ def build_router(
         raise ValueError(f"moe_router = {router_type!r}: can't be built with {options}: {error}") from error
 
 
-def top_k_lowest_first(scores_TE: jax.Array, k: int) -> jax.Array:
+def top_k_lowest_first(scores_TE: Float[Array, "T E"], k: int) -> Int[Array, "T k"]:
     """Indices of the k largest of each row, largest first, equal ones by index, as `jax.lax.top_k` promises.
 
     It orders bits: -0 below 0, and NaN at either end by its sign. Here zeros are equal, and NaN is the largest.
@@ -253,7 +261,9 @@ def top_k_lowest_first(scores_TE: jax.Array, k: int) -> jax.Array:
     return jax.lax.top_k(scores_TE, k)[1]
 
 
-def balance_losses(shares_BSE: jax.Array, chosen_BSE: jax.Array, valid_BS: jax.Array | None) -> jax.Array:
+def balance_losses(
+    shares_BSE: Float[Array, "B S E"], chosen_BSE: Shaped[Array, "B S E"], valid_BS: Bool[Array, "B S"] | None
+) -> Float[Array, "B"]:
     """(B,): E sum_e f_e P_e over the valid tokens of each sequence, 0 without any; 1 when both are uniform.
 
     f_e is the share of the choices that fell on e, P_e the mean share of e.
@@ -263,7 +273,7 @@ def balance_losses(shares_BSE: jax.Array, chosen_BSE: jax.Array, valid_BS: jax.A
     return shares_BSE.shape[-1] * (f_BE * masked_mean(shares_BSE, valid_BS, axis=1)).sum(axis=1)
 
 
-def masked_mean(values: jax.Array, valid: jax.Array | None, axis: int) -> jax.Array:
+def masked_mean(values: Float[Array, "..."], valid: Bool[Array, "..."] | None, axis: int) -> Float[Array, "..."]:
     """Mean along ``axis`` of the places where ``valid`` (of the leading axes) is True; 0 if there is none."""
     if valid is None:
         return values.sum(axis=axis) / max(values.shape[axis], 1)
@@ -273,8 +283,12 @@ def masked_mean(values: jax.Array, valid: jax.Array | None, axis: int) -> jax.Ar
 
 
 def updated_bias(
-    bias_E: jax.Array, ema_E: jax.Array, counts_E: jax.Array, rate: Any, ema_decay: float
-) -> tuple[jax.Array, jax.Array]:
+    bias_E: Float[Array, "... E"],
+    ema_E: Float[Array, "... E"],
+    counts_E: Num[Array, "... E"],
+    rate: Any,
+    ema_decay: float,
+) -> tuple[Float[Array, "... E"], Float[Array, "... E"]]:
     """ema <- decay ema + (1 - decay) counts / sum(counts); bias <- bias + rate (1/E - ema). No counts: no change."""
     counts_E = counts_E.astype(ema_E.dtype)
     total = counts_E.sum(axis=-1, keepdims=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from kempnerforge_jax.model.module import Numbered
 from kempnerforge_jax.model.stack import Stack
@@ -61,7 +62,7 @@ def periods(layers: nnx.Dict[Any]) -> Iterator[tuple[list[Stack], list[Any]]]:
         yield [stack for stack, _ in together], [block for _, block in together]
 
 
-def run_blocks(blocks: Sequence[Any], x: jax.Array, inputs: dict[str, Any], remat: Any, scan: bool) -> Any:
+def run_blocks(blocks: Sequence[Any], x: Float[Array, "B S D"], inputs: dict[str, Any], remat: Any, scan: bool) -> Any:
     """Apply blocks one after the other; if ``scan``, once for each place of their leading axis.
 
     Args:

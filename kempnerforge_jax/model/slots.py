@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class LinearSlots:
         """Of so many new tokens those that are held, the last ones."""
         return length
 
-    def places(self, positions: jax.Array) -> jax.Array:
+    def places(self, positions: Int[Array, "..."]) -> Int[Array, "..."]:
         """The slots of tokens at these positions."""
         return positions
 
-    def positions(self, slots: int, lengths: jax.Array) -> None:
+    def positions(self, slots: int, lengths: Int[Array, "B"]) -> None:
         """Positions of what the first slots hold after so many tokens (B,); None: 0, 1, ..."""
 
-    def first_seen(self, lengths: jax.Array) -> jax.Array:
+    def first_seen(self, lengths: Int[Array, "B"]) -> Int[Array, "B"]:
         """The first position (B,) that the next token may see, after so many tokens (B,)."""
         return jnp.zeros_like(lengths)
 
@@ -90,17 +90,17 @@ class RingSlots:
         """Of so many new tokens those that are held, the last ones."""
         return min(length, self.count)
 
-    def places(self, positions: jax.Array) -> jax.Array:
+    def places(self, positions: Int[Array, "..."]) -> Int[Array, "..."]:
         """The slots of tokens at these positions."""
         return positions % self.count
 
-    def positions(self, slots: int, lengths: jax.Array) -> jax.Array:
+    def positions(self, slots: int, lengths: Int[Array, "B"]) -> Int[Array, "B M"]:
         """Positions (B, M) of what the first slots hold after so many tokens (B,); negative where that is nothing."""
         slots_M = jnp.arange(slots, dtype=jnp.int32)
         last_B1 = lengths[:, None] - 1
         return last_B1 - (last_B1 - slots_M) % self.count
 
-    def first_seen(self, lengths: jax.Array) -> jax.Array:
+    def first_seen(self, lengths: Int[Array, "B"]) -> Int[Array, "B"]:
         """The first position (B,) that the next token may see, after so many tokens (B,)."""
         return jnp.maximum(lengths + 1 - self.window, 0)
 

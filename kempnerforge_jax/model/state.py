@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jaxtyping import Array, Shaped
 
 from kempnerforge_jax.model.module import Table, named_variables
 from kempnerforge_jax.model.scan import stacked
@@ -23,7 +24,7 @@ from shared_config.contract.specs import check_names
 from shared_config.interchange.states import check_tied, host_array, plain_state, without_unused
 from shared_config.schema.model import ModelConfig
 
-State = dict[str, jax.Array]
+State = dict[str, Shaped[Array, "..."]]
 
 
 def get_state(model: nnx.Module) -> State:
@@ -108,12 +109,12 @@ def _untied(model: nnx.Module, state: dict[str, Any]) -> dict[str, Any]:
     return {given.get(name, name): value for name, value in reversed(state.items())}
 
 
-def to_numpy(array: jax.Array) -> np.ndarray:
+def to_numpy(array: Shaped[Array, "..."]) -> np.ndarray:
     """The values on the host; bfloat16 and float8 as `ml_dtypes`."""
     return np.asarray(array)
 
 
-def from_numpy(array: np.ndarray, dtype: Any = None) -> jax.Array:
+def from_numpy(array: np.ndarray, dtype: Any = None) -> Shaped[Array, "..."]:
     """An array of these values, in ``dtype`` if given. int64 becomes int32 where JAX has no 64 bits.
 
     Raises:

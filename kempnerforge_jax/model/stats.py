@@ -5,8 +5,8 @@ for the getters, in this module and in those within it. ``run`` gives a struct, 
 and keeps nothing. Levels call each other with ``return_stats=True``, which is the same through a module's ``__call__``,
 where hooks and compilers are.
 
-Shapes: B batch, S positions of the residual stream, T = B * S tokens, D model dim, V vocabulary, E experts, k choices
-of each token, C tokens that an expert may take.
+Shapes: B batch, S positions of the residual stream, T = B * S tokens, D model dim, V vocabulary, E experts (_E of a
+modality, each its own number), k choices of each token, C tokens that an expert may take, S_out positions with logits.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int, Num
 
 from kempnerforge_jax.model.kv_cache import KVCache
 from kempnerforge_jax.model.module import Module, named_variables
@@ -35,10 +36,10 @@ class RouterStats(NamedTuple):
             without a gradient.
     """
 
-    aux_loss: jax.Array
-    z_loss: jax.Array
-    expert_counts: jax.Array
-    entropy: jax.Array
+    aux_loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
+    expert_counts: Int[Array, "E"]
+    entropy: Float[Array, ""]
 
 
 class MoEStats(NamedTuple):
@@ -49,17 +50,17 @@ class MoEStats(NamedTuple):
         dropped: int32 scalar, choices that found no room.
     """
 
-    aux_loss: jax.Array
-    z_loss: jax.Array
-    expert_counts: jax.Array
-    entropy: jax.Array
-    dropped: jax.Array
+    aux_loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
+    expert_counts: Int[Array, "E"]
+    entropy: Float[Array, ""]
+    dropped: Int[Array, ""]
 
 
 LayerStats = MoEStats | dict[str, MoEStats]
 """The stats of a layer's mixture, or modality -> those of its mixture."""
-LayerCounts = jax.Array | dict[str, jax.Array]
-"""int32 (E,) of a layer's experts, or modality -> (E_m,) of its experts."""
+LayerCounts = Int[Array, "E"] | dict[str, Int[Array, "_E"]]
+"""int32 (E,) of a layer's experts, or modality -> (_E,) of its experts."""
 
 
 class RouterOutput(NamedTuple):
@@ -71,8 +72,8 @@ class RouterOutput(NamedTuple):
         stats: what it counted, and its losses.
     """
 
-    weights: jax.Array
-    indices: jax.Array
+    weights: Float[Array, "T k"]
+    indices: Int[Array, "T k"]
     stats: RouterStats
 
 
@@ -85,9 +86,9 @@ class ExpertChoiceOutput(NamedTuple):
         scores: (T, E), at least float32, of all tokens.
     """
 
-    weights: jax.Array
-    tokens: jax.Array
-    scores: jax.Array
+    weights: Float[Array, "C E"]
+    tokens: Int[Array, "C E"]
+    scores: Float[Array, "T E"]
 
 
 class MoEOutput(NamedTuple):
@@ -98,7 +99,7 @@ class MoEOutput(NamedTuple):
         stats: what it counted, and the losses of its router.
     """
 
-    x: jax.Array
+    x: Float[Array, "... D"]
     stats: MoEStats
 
 
@@ -110,7 +111,7 @@ class MoMaOutput(NamedTuple):
         stats: modality -> what its mixture counted.
     """
 
-    x: jax.Array
+    x: Float[Array, "B S D"]
     stats: dict[str, MoEStats]
 
 
@@ -123,7 +124,7 @@ class BlockOutput(NamedTuple):
         kv_cache: the one given, with the new tokens; None if none was given.
     """
 
-    x: jax.Array | dict[str, jax.Array]
+    x: Float[Array, "B S D"] | dict[str, Float[Array, "B _S D"]]
     stats: LayerStats | None
     kv_cache: KVCache | None = None
 
@@ -138,7 +139,7 @@ class TransformerOutput(NamedTuple):
         kv_caches: those given, with the new tokens; None if none were given.
     """
 
-    logits: jax.Array
+    logits: Float[Array, "B S_out V"]
     stats: dict[int, LayerStats]
     kv_caches: list[KVCache] | None = None
 
@@ -157,19 +158,19 @@ class StatsGetters(Module):
         self.keep(stats=stats)
 
     @property
-    def aux_loss(self) -> jax.Array:
+    def aux_loss(self) -> Float[Array, ""]:
         """Scalar: the balancing loss of the last documented call; 0 before any."""
         stats = self._last_stats()
         return self._zero() if stats is None else stats.aux_loss
 
     @property
-    def z_loss(self) -> jax.Array:
+    def z_loss(self) -> Float[Array, ""]:
         """Scalar: the router z-loss of the last documented call; 0 before any."""
         stats = self._last_stats()
         return self._zero() if stats is None else stats.z_loss
 
     @property
-    def expert_counts(self) -> jax.Array:
+    def expert_counts(self) -> Int[Array, "E"]:
         """int32 (E,): the choices of each expert in the last documented call; 0 before any."""
         stats = self._last_stats()
         return jnp.zeros(self.num_experts, jnp.int32) if stats is None else stats.expert_counts
@@ -199,11 +200,11 @@ class ModelGetters(Module):
             counts = by_router({layer: counts_of(own) for layer, own in stats.items()})
             self.keep(pending=added(self.kept("pending", {}), counts))
 
-    def get_moe_aux_loss(self) -> jax.Array:
+    def get_moe_aux_loss(self) -> Float[Array, ""]:
         """Sum of the balancing losses of the last documented call outside jit, unweighted; 0 if dense."""
         return self._summed("aux_loss")
 
-    def get_moe_router_z_loss(self) -> jax.Array:
+    def get_moe_router_z_loss(self) -> Float[Array, ""]:
         """Sum of the router z-losses of the last documented call outside jit, unweighted; 0 if dense."""
         return self._summed("z_loss")
 
@@ -213,8 +214,8 @@ class ModelGetters(Module):
         """
         return {layer: counts_of(stats) for layer, stats in self._last_stats().items()}
 
-    def get_moma_expert_counts(self) -> dict[int, dict[str, jax.Array]]:
-        """Layer -> modality -> (E_m,) tokens of the last documented call outside jit; {} without modality-aware
+    def get_moma_expert_counts(self) -> dict[int, dict[str, Int[Array, "_E"]]]:
+        """Layer -> modality -> (_E,) tokens of the last documented call outside jit; {} without modality-aware
         experts.
         """
         counts = self.get_expert_counts()
@@ -259,6 +260,8 @@ def counts_of(stats: LayerStats) -> LayerCounts:
     return stats.expert_counts
 
 
-def added(total: Mapping[RouterId, jax.Array], counts: Mapping[RouterId, jax.Array]) -> dict[RouterId, jax.Array]:
+def added(
+    total: Mapping[RouterId, Num[Array, "_E"]], counts: Mapping[RouterId, Num[Array, "_E"]]
+) -> dict[RouterId, Num[Array, "_E"]]:
     """Counts by router, added up; what only one of them has counts too."""
     return {**total, **{router: total[router] + own if router in total else own for router, own in counts.items()}}

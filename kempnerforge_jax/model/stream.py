@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
+from jaxtyping import Array, Float, Shaped
 
 from kempnerforge_jax.model.attention import KVCache
 from kempnerforge_jax.model.checks import check_ids, check_mask, check_positions, check_shape
@@ -16,7 +16,9 @@ from kempnerforge_jax.model.modality import ModalityContext
 NOT_WITH_CACHES = ("prefix_embeds", "output_slice", "image_features", "modality_ids")
 
 
-def check_inputs(tokens: jax.Array | None, modality: ModalityContext, kv_caches: Sequence[KVCache] | None) -> None:
+def check_inputs(
+    tokens: Shaped[Array, "..."] | None, modality: ModalityContext, kv_caches: Sequence[KVCache] | None
+) -> None:
     """Refuse inputs that exclude each other.
 
     Raises:
@@ -34,7 +36,7 @@ def check_inputs(tokens: jax.Array | None, modality: ModalityContext, kv_caches:
             raise ValueError(f"modality.{name} is given: not allowed together with kv_caches")
 
 
-def check_stream(x: jax.Array, modality: ModalityContext, doc_ids: jax.Array | None) -> None:
+def check_stream(x: Float[Array, "B S D"], modality: ModalityContext, doc_ids: Shaped[Array, "..."] | None) -> None:
     """Masks and ids must fit the residual stream ``x`` (B, S, D)."""
     batch, length, _ = x.shape
     if modality.image_mask is not None and modality.image_features is not None:

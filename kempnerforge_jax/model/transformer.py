@@ -1,6 +1,7 @@
 """The decoder-only transformer: single-device math, which knows nothing of parallelism.
 
-Shapes: B batch, S positions of the residual stream, D model dim, V vocabulary, E experts.
+Shapes: B batch, T text tokens, S positions of the residual stream, S_out of them with logits, D model dim, V
+vocabulary, E experts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Integer
 
 from kempnerforge_jax.model.architecture import Architecture, Modules
 from kempnerforge_jax.model.attention import KVCache, prepare_mask, self_attention_mask
@@ -85,14 +87,14 @@ class Transformer(ModelGetters):
 
     def forward(
         self,
-        tokens: jax.Array | None = None,
+        tokens: Integer[Array, "B T"] | Float[Array, "B T D"] | None = None,
         *,
         modality: ModalityContext | None = None,
         kv_caches: Sequence[KVCache] | None = None,
-        doc_ids: jax.Array | None = None,
+        doc_ids: Integer[Array, "B S"] | None = None,
         allow_image_inputs: bool = False,
         limit_capacity: bool | None = None,
-    ) -> jax.Array | tuple[jax.Array, list[KVCache]]:
+    ) -> Float[Array, "B S_out V"] | tuple[Float[Array, "B S_out V"], list[KVCache]]:
         """Logits (B, S_out, V); given caches, (logits, caches). Arguments as for `run`.
 
         Outside jit, the router stats are kept for the getters.
@@ -110,11 +112,11 @@ class Transformer(ModelGetters):
 
     def run(
         self,
-        tokens: jax.Array | None = None,
+        tokens: Integer[Array, "B T"] | Float[Array, "B T D"] | None = None,
         *,
         modality: ModalityContext | None = None,
         kv_caches: Sequence[KVCache] | None = None,
-        doc_ids: jax.Array | None = None,
+        doc_ids: Integer[Array, "B S"] | None = None,
         allow_image_inputs: bool = False,
         limit_capacity: bool | None = None,
         scan_layers: bool = False,

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Bool, Float, Shaped
 
 from kempnerforge_jax.model.stack import Stack, in_first_layer, stack_layers, stacks_of, unstack_layers, unstack_shapes
 from kempnerforge_jax.registry import registry
@@ -30,7 +31,7 @@ from shared_config.contract.moments import UPDATES, moments_of
 from shared_config.contract.specs import ParameterTable, check_names
 from shared_config.schema.optimizer import OptimizerConfig
 
-Arrays = dict[str, jax.Array]
+Arrays = dict[str, Shaped[Array, "..."]]
 OptimizerState = Any
 """What optax keeps: a named tuple for each parameter, then the states of the transformations after it."""
 
@@ -63,8 +64,8 @@ def update(
     gradients: Arrays,
     state: OptimizerState,
     parameters: Arrays,
-    lr: jax.Array,
-    finite: jax.Array | None = None,
+    lr: Float[Array, ""],
+    finite: Bool[Array, ""] | None = None,
 ) -> tuple[Arrays, OptimizerState]:
     """One step: the new parameters and the new state, those from before where ``finite`` (a bool scalar) is false."""
     moved, new_state = _moved(optimizer, gradients, state, parameters, lr)
@@ -74,8 +75,12 @@ def update(
 
 
 def stays_finite(
-    optimizer: optax.GradientTransformation, gradients: Arrays, state: OptimizerState, parameters: Arrays, lr: jax.Array
-) -> jax.Array:
+    optimizer: optax.GradientTransformation,
+    gradients: Arrays,
+    state: OptimizerState,
+    parameters: Arrays,
+    lr: Float[Array, ""],
+) -> Bool[Array, ""]:
     """Whether the next step leaves parameters and moments finite, a bool scalar."""
     leaves = jax.tree.leaves(_moved(optimizer, gradients, state, parameters, lr))
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
@@ -120,7 +125,7 @@ def set_optimizer_state(state: OptimizerState, moments: Mapping[str, Any], step:
     return (states, *state[1:])
 
 
-def clip_by_global_norm(gradients: Arrays, max_norm: float) -> tuple[Arrays, jax.Array]:
+def clip_by_global_norm(gradients: Arrays, max_norm: float) -> tuple[Arrays, Float[Array, ""]]:
     """All gradients times max_norm / max(norm, max_norm); ``max_norm`` 0 leaves them as they are.
 
     Returns:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate
@@ -48,7 +49,7 @@ class Ranks:
             dist.all_reduce(tensor, group=self.mesh.data.get_group())
         return tree_unflatten(found, structure)
 
-    def all_agree(self, taken: Tensor) -> Tensor:
+    def all_agree(self, taken: Bool[Tensor, ""]) -> Bool[Tensor, ""]:
         """Whether a bool scalar is true on every rank of the run."""
         if self.mesh is None:
             return taken
@@ -57,12 +58,12 @@ class Ranks:
         return votes.bool()
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     """The part of a tensor that this rank holds, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+def global_norm(tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, ""]:
     """The Euclidean norm of all tensors together, in at least float32; of sharded ones with the parts of all ranks, and
     the same bits on each.
     """

@@ -1,7 +1,7 @@
 """Causal self-attention with grouped heads.
 
 Shapes: B batch, S new tokens, M keys (cached and new), D model dim, H query heads, K key/value heads, G = H / K query
-heads that share a key/value head, h head_dim. Query head i reads key/value head i // G.
+heads that share a key/value head, h head_dim, A = h/2 angles. Query head i reads key/value head i // G.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -74,15 +75,15 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        rope_cos: Tensor,
-        rope_sin: Tensor,
+        x: Float[Tensor, "B S D"],
+        rope_cos: Float[Tensor, "... S A"],
+        rope_sin: Float[Tensor, "... S A"],
         *,
         kv_cache: KVCache | None = None,
-        mask: Mask | Tensor | None = None,
-        doc_ids: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-    ) -> Tensor:
+        mask: Mask | Bool[Tensor, "..."] | None = None,
+        doc_ids: Integer[Tensor, "B S"] | None = None,
+        key_padding_mask: Bool[Tensor, "B S"] | None = None,
+    ) -> Float[Tensor, "B S D"]:
         """(B, S, D) -> (B, S, D).
 
         Args:
@@ -124,7 +125,14 @@ class Attention(nn.Module):
         return self.o_proj(out_BHSh.transpose(1, 2).flatten(2))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor = CAUSAL, *, sdpa_backend: str = "auto") -> Tensor:
+def attend(
+    q: Float[Tensor, "B H S h"],
+    k: Float[Tensor, "B K M h"],
+    v: Float[Tensor, "B K M h"],
+    mask: Mask | Bool[Tensor, "..."] = CAUSAL,
+    *,
+    sdpa_backend: str = "auto",
+) -> Float[Tensor, "B H S h"]:
     """softmax(q k^T / sqrt(h)) v.
 
     Every attention of this backend goes through here, and here the kernel is chosen.
@@ -156,7 +164,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor = CAUSAL, *, sdp
     return out_BHSh if empty is None else out_BHSh.masked_fill(empty, 0)
 
 
-def attention_weights(q: Tensor, k: Tensor, mask: Mask | Tensor = CAUSAL) -> Tensor:
+def attention_weights(
+    q: Float[Tensor, "B H S h"], k: Float[Tensor, "B K M h"], mask: Mask | Bool[Tensor, "..."] = CAUSAL
+) -> Float[Tensor, "B H S M"]:
     """The probabilities of `attend`: (B, H, S, M) in at least float32, 0 in rows that may attend to nothing."""
     (batch, heads, length, channels), keys = q.shape, k.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -182,8 +192,8 @@ def self_attention_mask(
     length: int,
     *,
     kv_cache: KVCache | None = None,
-    doc_ids: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
+    doc_ids: Integer[Tensor, "B S"] | None = None,
+    key_padding_mask: Bool[Tensor, "B S"] | None = None,
     sliding_window: int | None = None,
 ) -> Mask:
     """The mask of ``length`` new tokens, before they are appended to the cache.

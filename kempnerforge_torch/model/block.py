@@ -1,9 +1,13 @@
-"""A layer of the plain decoder: attention, then a feed-forward part, dense or a mixture of experts."""
+"""A layer of the plain decoder: attention, then a feed-forward part, dense or a mixture of experts.
+
+Shapes: B batch, S new tokens, D model dim, A = head_dim / 2 angles.
+"""
 
 from __future__ import annotations
 
 from typing import TypedDict, Unpack
 
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import Attention, KVCache
@@ -19,8 +23,8 @@ class BlockOptions(TypedDict, total=False):
     """Keyword arguments of every block: those of `Attention`, and ``limit_capacity`` of `MoEMLP`."""
 
     kv_cache: KVCache | None
-    doc_ids: Tensor | None
-    mask: Mask | Tensor | None
+    doc_ids: Integer[Tensor, "B S"] | None
+    mask: Mask | Bool[Tensor, "..."] | None
     limit_capacity: bool
 
 
@@ -37,17 +41,17 @@ class TransformerBlock(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        rope_cos: Tensor,
-        rope_sin: Tensor,
+        x: Float[Tensor, "B S D"],
+        rope_cos: Float[Tensor, "... S A"],
+        rope_sin: Float[Tensor, "... S A"],
         *,
         kv_cache: KVCache | None = None,
-        doc_ids: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        mask: Mask | Tensor | None = None,
+        doc_ids: Integer[Tensor, "B S"] | None = None,
+        key_padding_mask: Bool[Tensor, "B S"] | None = None,
+        mask: Mask | Bool[Tensor, "..."] | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,
-    ) -> Tensor | BlockOutput:
+    ) -> Float[Tensor, "B S D"] | BlockOutput:
         """(B, S, D) -> (B, S, D). Arguments as for `Attention` and `MoEMLP`.
 
         Args:
@@ -75,11 +79,11 @@ class TransformerBlock(nn.Module):
 
     def run(
         self,
-        x: Tensor,
-        rope_cos: Tensor,
-        rope_sin: Tensor,
+        x: Float[Tensor, "B S D"],
+        rope_cos: Float[Tensor, "... S A"],
+        rope_sin: Float[Tensor, "... S A"],
         *,
-        key_padding_mask: Tensor | None = None,
+        key_padding_mask: Bool[Tensor, "B S"] | None = None,
         **options: Unpack[BlockOptions],
     ) -> BlockOutput:
         """What a call gives, with what its router counted. Arguments as for `forward`; nothing is kept."""

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kempnerforge_torch.model.cuda_graph import CudaGraphStep, Step, compiled
@@ -26,14 +27,14 @@ from kempnerforge_torch.model.transformer import Transformer
 NO_LOGITS = ModalityContext(output_slice=slice(0, 0))
 
 
-def decode_all(model: Transformer, request: Request, compile: bool) -> Tensor:
+def decode_all(model: Transformer, request: Request, compile: bool) -> Int[Tensor, "B N"]:
     """The new tokens: int64 (B, up to N), on the model's device but where none are asked for."""
     with inference(model):
         new = list(_drawn(model, request, compile))
     return torch.stack(new, dim=1) if new else torch.zeros((len(request.prompts.lengths), 0), dtype=torch.int64)
 
 
-def steps(model: Transformer, request: Request, compile: bool) -> Iterator[Tensor]:
+def steps(model: Transformer, request: Request, compile: bool) -> Iterator[Int[Tensor, "B"]]:
     """The new tokens (B,), on the model's device, as they are drawn. Between them the model is as it was before."""
     drawn = _drawn(model, request, compile)
     while True:
@@ -44,7 +45,7 @@ def steps(model: Transformer, request: Request, compile: bool) -> Iterator[Tenso
         yield tokens_B
 
 
-def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Tensor]:
+def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Int[Tensor, "B"]]:
     """Caches that hold every prompt but for its last token, and these last tokens (B,)."""
     config, weight, prompts, image = model.config, weight_of(model), request.prompts, request.image
     rows, taken = len(prompts.lengths), image_tokens(image)
@@ -72,7 +73,9 @@ def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Tensor
     return caches, tokens_BS.gather(1, lengths_B[:, None] - 1)[:, 0]
 
 
-def advance(model: Transformer, tokens: Tensor, caches: list[KVCache], image: ModalityContext | None) -> Tensor:
+def advance(
+    model: Transformer, tokens: Int[Tensor, "B"], caches: list[KVCache], image: ModalityContext | None
+) -> Float[Tensor, "B V"]:
     """Read one token (B,) of each row, and the image if it is not in the caches; logits (B, V) of the next."""
     return model.run(tokens[:, None], modality=image, kv_caches=caches).logits[:, -1]
 

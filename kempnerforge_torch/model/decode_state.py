@@ -1,6 +1,7 @@
 """What the caches of all layers have in common: how far each row is, and what its tokens are.
 
-Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h head_dim.
+Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h head_dim, R rows to
+go on with.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Bool, Int, Integer, Shaped
 from torch import Tensor
 
 from kempnerforge_torch.model.checks import MAX_ID, check_ids, check_shape, wide
@@ -32,10 +34,10 @@ class DecodeState:
             position.
     """
 
-    lengths: Tensor
-    valid: Tensor | None
-    doc_ids: Tensor | None
-    oldest: Tensor | None
+    lengths: Int[Tensor, "B"]
+    valid: Bool[Tensor, "B slots"] | None
+    doc_ids: Integer[Tensor, "B slots"] | None
+    oldest: Int[Tensor, "B"] | None
     image_tokens: int
     max_seq_len: int
     policy: Slots
@@ -51,7 +53,7 @@ class DecodeState:
         """Length of the longest row, read from the device."""
         return self._most if self._even else int(self.lengths.max())
 
-    def positions(self, length: int) -> Tensor:
+    def positions(self, length: int) -> Int[Tensor, "... S"]:
         """Positions of the next ``length`` tokens: (S,) where all rows are known to be equal, else (B, S)."""
         steps_S = torch.arange(length, device=self.lengths.device)
         return steps_S + self._most if self._even else self.lengths.long()[:, None] + steps_S
@@ -71,7 +73,7 @@ class DecodeState:
                 f"{self.seq_len} are filled"
             )
 
-    def check_documents(self, doc_ids: Tensor | None) -> None:
+    def check_documents(self, doc_ids: Integer[Tensor, "B S"] | None) -> None:
         """Check that new tokens (B, S) have documents if those before had some.
 
         Raises:
@@ -80,7 +82,9 @@ class DecodeState:
         if self.doc_ids is not None and doc_ids is None:
             raise ValueError("doc_ids = None: the cache holds tokens of documents, so new tokens need theirs")
 
-    def advance(self, length: int, doc_ids: Tensor | None, key_padding_mask: Tensor | None) -> None:
+    def advance(
+        self, length: int, doc_ids: Integer[Tensor, "B S"] | None, key_padding_mask: Bool[Tensor, "B S"] | None
+    ) -> None:
         """Count ``length`` more tokens in every row, whose keys and values all layers have; their (B, S) documents, and
         which of them are real.
         """
@@ -92,7 +96,7 @@ class DecodeState:
         if not self.static:
             self._most = min(self._most + length, self.max_seq_len)
 
-    def cut(self, lengths: Tensor) -> None:
+    def cut(self, lengths: Integer[Tensor, "B"]) -> None:
         """Forget what lies at or beyond new lengths (B,); see `KVCache.cut`."""
         check_shape("lengths", lengths, self.lengths.shape)
         check_ids("lengths", lengths, MAX_ID)
@@ -108,8 +112,8 @@ class DecodeState:
         """Take every token that is left for real, after the padding was cut."""
         self.valid = None
 
-    def checked_rows(self, rows: Tensor) -> Tensor:
-        """Rows (B',) to go on with, as int64.
+    def checked_rows(self, rows: Integer[Tensor, "R"]) -> Int[Tensor, "R"]:
+        """Rows (R,) to go on with, as int64.
 
         Raises:
             ValueError: rows that are no integers, or that don't exist. On an accelerator: an assertion of the device.
@@ -118,8 +122,8 @@ class DecodeState:
         check_ids("rows", rows, len(self.lengths))
         return wide(rows)
 
-    def reorder(self, rows: Tensor) -> None:
-        """Go on with these rows (B',) in place of those so far; see `KVCache.reorder`."""
+    def reorder(self, rows: Integer[Tensor, "R"]) -> None:
+        """Go on with these rows (R,) in place of those so far; see `KVCache.reorder`."""
         rows = self.checked_rows(rows)
         self._next = None
         for name in ("lengths", "valid", "doc_ids", "oldest"):
@@ -130,8 +134,8 @@ class DecodeState:
         self,
         length: int,
         *,
-        doc_ids: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
+        doc_ids: Integer[Tensor, "B S"] | None = None,
+        key_padding_mask: Bool[Tensor, "B S"] | None = None,
         sliding_window: int | None = None,
     ) -> Mask:
         """Who the next ``length`` tokens may see of the keys that `append` gives them.
@@ -159,7 +163,7 @@ class DecodeState:
         """How many keys `append` gives ``length`` more tokens."""
         return self._filled(length) if self.policy.fits(length) else self._filled(0) + length
 
-    def append(self, slots: Tensor, new: Tensor) -> Tensor:
+    def append(self, slots: Shaped[Tensor, "B ..."], new: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "B ..."]:
         """Put ``new`` (B, S) or (B, K, S, h) into the next slots, in place; gives what the new tokens may see."""
         axis = 1 if slots.ndim == 2 else 2
         length = new.shape[axis]

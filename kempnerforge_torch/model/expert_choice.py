@@ -10,6 +10,7 @@ Shapes: T tokens, D model dim, E experts, C tokens that an expert may take.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.checks import check_ids, check_mask, check_shape, nan_outside
@@ -38,8 +39,13 @@ class ExpertChoiceSigmoidRouter(nn.Module):
         self.gate = Gate(dim, num_experts)
 
     def forward(
-        self, x: Tensor, valid: Tensor | None = None, noise: Tensor | None = None, *, return_scores: bool = False
-    ) -> tuple[Tensor, Tensor] | ExpertChoiceOutput:
+        self,
+        x: Float[Tensor, "T D"],
+        valid: Bool[Tensor, "T"] | None = None,
+        noise: Float[Tensor, "T E"] | None = None,
+        *,
+        return_scores: bool = False,
+    ) -> tuple[Float[Tensor, "C E"], Int[Tensor, "C E"]] | ExpertChoiceOutput:
         """
         Args:
             x: (T, D).
@@ -64,11 +70,15 @@ class ExpertChoiceSigmoidRouter(nn.Module):
         weights_CE = scores_TE.gather(0, tokens_CE) * is_taken_C1
         return ExpertChoiceOutput(weights_CE, tokens_CE, scores_TE) if return_scores else (weights_CE, tokens_CE)
 
-    def run(self, x: Tensor, valid: Tensor | None = None, noise: Tensor | None = None) -> ExpertChoiceOutput:
+    def run(
+        self, x: Float[Tensor, "T D"], valid: Bool[Tensor, "T"] | None = None, noise: Float[Tensor, "T E"] | None = None
+    ) -> ExpertChoiceOutput:
         """What a call gives, with the scores of all tokens. Arguments as for `forward`."""
         return self(x, valid, noise, return_scores=True)
 
-    def capacity(self, x: Tensor, valid: Tensor | None = None) -> tuple[int, Tensor | int]:
+    def capacity(
+        self, x: Float[Tensor, "T D"], valid: Bool[Tensor, "T"] | None = None
+    ) -> tuple[int, Int[Tensor, ""] | int]:
         """C, and how many of the ``valid`` tokens of ``x`` (T, D) an expert takes, at most C."""
         room = choice_capacity(x.shape[0], self.share)
         return room, room if valid is None else choice_capacity(valid.sum(), self.share)
@@ -82,7 +92,7 @@ class ExpertChoiceSigmoidRouter(nn.Module):
         return gumbel_noise(seed, 0, 0, x.shape[0], self.num_experts, torch.promote_types(x.dtype, torch.float32))
 
     @staticmethod
-    def taking(output: ExpertChoiceOutput, tokens_CE: Tensor) -> ExpertChoiceOutput:
+    def taking(output: ExpertChoiceOutput, tokens_CE: Integer[Tensor, "C E"]) -> ExpertChoiceOutput:
         """What the call that gave ``output`` would have given, had the experts chosen ``tokens_CE``.
 
         Raises:
@@ -115,12 +125,12 @@ class ExpertChoiceMoE(StatsGetters):
 
     def forward(
         self,
-        x: Tensor,
-        valid: Tensor | None = None,
-        noise: Tensor | None = None,
+        x: Float[Tensor, "... D"],
+        valid: Bool[Tensor, "..."] | None = None,
+        noise: Float[Tensor, "... E"] | None = None,
         *,
         return_stats: bool = False,
-    ) -> Tensor | MoEOutput:
+    ) -> Float[Tensor, "... D"] | MoEOutput:
         """(..., D) -> (..., D).
 
         Args:
@@ -149,7 +159,12 @@ class ExpertChoiceMoE(StatsGetters):
         self.keep_stats(stats)
         return y
 
-    def run(self, x: Tensor, valid: Tensor | None = None, noise: Tensor | None = None) -> MoEOutput:
+    def run(
+        self,
+        x: Float[Tensor, "... D"],
+        valid: Bool[Tensor, "..."] | None = None,
+        noise: Float[Tensor, "... E"] | None = None,
+    ) -> MoEOutput:
         """What a call gives, with what was counted. Arguments as for `forward`; nothing is kept."""
         return self(x, valid, noise, return_stats=True)
 

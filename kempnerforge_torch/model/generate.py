@@ -1,6 +1,6 @@
 """Generation: prompts, and images, continued token by token.
 
-Shapes: B rows, S tokens of the longest prompt, N new tokens.
+Shapes: B rows, S tokens of the longest prompt, N new tokens, L tokens of the longest row with them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from kempnerforge_torch.model.decode import decode_all, steps
@@ -38,7 +39,7 @@ def generate(
     pixel_values: Any = None,
     frame_mask: Any = None,
     compile: bool = False,
-) -> Tensor:
+) -> Int[Tensor, "B L"]:
     """Continue prompts. A wrapped model, or one with wrapped or compiled parts, generates as the plain one does.
 
     A row does not depend on its neighbours: attention and random numbers are its own, and mixtures of experts run

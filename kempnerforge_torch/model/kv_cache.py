@@ -1,11 +1,13 @@
 """Keys and values of the tokens seen so far: the memory of decoding.
 
-Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h head_dim.
+Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h head_dim, R rows to
+go on with.
 """
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from kempnerforge_torch.model.decode_state import DecodeState, new_state
@@ -61,22 +63,22 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
-    def lengths(self) -> Tensor:
+    def lengths(self) -> Int[Tensor, "B"]:
         """int32 (B,), tokens seen by each row."""
         return self.state.lengths
 
     @property
-    def valid(self) -> Tensor | None:
+    def valid(self) -> Bool[Tensor, "B slots"] | None:
         """bool (B, slots), or None while every token was real."""
         return self.state.valid
 
     @property
-    def doc_ids(self) -> Tensor | None:
+    def doc_ids(self) -> Integer[Tensor, "B slots"] | None:
         """int (B, slots), or None while no documents were given."""
         return self.state.doc_ids
 
     @property
-    def oldest(self) -> Tensor | None:
+    def oldest(self) -> Int[Tensor, "B"] | None:
         """int32 (B,), of a ring, the first position that has not been overwritten; else None."""
         return self.state.oldest
 
@@ -110,7 +112,7 @@ class KVCache:
         """Length of the longest row, read from the device."""
         return self.state.seq_len
 
-    def positions(self, length: int) -> Tensor:
+    def positions(self, length: int) -> Int[Tensor, "... S"]:
         """Positions of the next ``length`` tokens: (S,) where all rows are known to be equal, else (B, S)."""
         return self.state.positions(length)
 
@@ -128,12 +130,12 @@ class KVCache:
 
     def update(
         self,
-        k_new: Tensor,
-        v_new: Tensor,
+        k_new: Float[Tensor, "B K S h"],
+        v_new: Float[Tensor, "B K S h"],
         *,
-        doc_ids: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        doc_ids: Integer[Tensor, "B S"] | None = None,
+        key_padding_mask: Bool[Tensor, "B S"] | None = None,
+    ) -> tuple[Float[Tensor, "B K M h"], Float[Tensor, "B K M h"]]:
         """Append ``S`` tokens to every row.
 
         Args:
@@ -156,7 +158,7 @@ class KVCache:
             self.state.advance(length, doc_ids, key_padding_mask)
         return k_BKMh, v_BKMh
 
-    def cut(self, lengths: Tensor) -> None:
+    def cut(self, lengths: Integer[Tensor, "B"]) -> None:
         """Forget, in each row, what lies at or beyond its new length (the padding at the end of a ragged prompt).
 
         Args:
@@ -176,12 +178,12 @@ class KVCache:
         """Note that the first ``tokens`` were an image's."""
         self.state.image_tokens = max(self.state.image_tokens, tokens)
 
-    def reorder(self, rows: Tensor) -> None:
+    def reorder(self, rows: Integer[Tensor, "R"]) -> None:
         """Go on with these rows in place of those so far, as a beam search does: row i becomes what ``rows[i]`` was. A
         shared state is reordered with the cache that owns it, the last one.
 
         Args:
-            rows: int (B',); a row may be taken several times, or not at all.
+            rows: int (R,); a row may be taken several times, or not at all.
 
         Raises:
             ValueError: rows that are no integers, or that don't exist. On an accelerator: an assertion of the device.
@@ -195,8 +197,8 @@ class KVCache:
         self,
         length: int,
         *,
-        doc_ids: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
+        doc_ids: Integer[Tensor, "B S"] | None = None,
+        key_padding_mask: Bool[Tensor, "B S"] | None = None,
         sliding_window: int | None = None,
     ) -> Mask:
         """Who the next ``length`` tokens may see of what `update` will return.

@@ -1,6 +1,7 @@
 """Which positions of the residual stream belong to which modality, and streams of modalities as one.
 
-Shapes: B batch, S positions of the residual stream, S_m positions of a modality, D model dim, h head_dim.
+Shapes: B batch, S positions of the residual stream, _S positions of a modality, each its own number, D model
+dim, h head_dim, A = h/2 angles.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 from torch import Tensor
 
 from kempnerforge_torch.model.checks import check_ids, check_shape, nan_outside
@@ -17,9 +19,9 @@ from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.modality import ModalityContext
 
 Span = tuple[str, int, int]
-Streams = Mapping[str, Tensor] | Tensor
-"""(B, S_m, D) of each modality, or one stream (B, S, D) with a `Layout`."""
-Rope = tuple[Tensor, Tensor]
+Streams = Mapping[str, Float[Tensor, "B _S D"]] | Float[Tensor, "B S D"]
+"""(B, _S, D) of each modality, or one stream (B, S, D) with a `Layout`."""
+Rope = tuple[Float[Tensor, "... _S A"], Float[Tensor, "... _S A"]]
 """Rows of the rotary tables: cos and sin, of a modality (S, h/2), of a whole stream also (B, 1, S, h/2)."""
 
 
@@ -36,9 +38,13 @@ class Layout:
 
     modalities: tuple[str, ...]
     spans: tuple[Span, ...] | None = None
-    ids: Tensor | None = None
+    ids: Integer[Tensor, "B S"] | None = None
 
-    def apply(self, function: Callable[[str, Tensor], Tensor], x: Tensor) -> Tensor:
+    def apply(
+        self,
+        function: Callable[[str, Shaped[Tensor, "B _S ..."]], Shaped[Tensor, "B _S ..."]],
+        x: Shaped[Tensor, "B S ..."],
+    ) -> Shaped[Tensor, "B S ..."]:
         """``function(modality, x)``, each position by its own modality: (B, S, ...) -> (B, S, ...).
 
         Spans cost what one modality costs; ids cost every modality at every position.
@@ -53,11 +59,11 @@ class Layout:
             out = torch.where(self.of(name, x).reshape(*x.shape[:2], *[1] * (theirs.ndim - 2)), theirs, out)
         return self.known(out)
 
-    def known(self, x: Tensor) -> Tensor:
+    def known(self, x: Float[Tensor, "B S ..."]) -> Float[Tensor, "B S ..."]:
         """``x`` (B, S, ...), NaN where the id names no modality."""
         return x if self.ids is None else nan_outside(x, self.ids, len(self.modalities))
 
-    def of(self, modality: str, x: Tensor) -> Tensor:
+    def of(self, modality: str, x: Shaped[Tensor, "B S ..."]) -> Bool[Tensor, "B S"]:
         """bool (B, S): the positions of one modality in ``x`` (B, S, ...)."""
         if self.spans is None:
             assert self.ids is not None
@@ -69,7 +75,7 @@ class Layout:
                 mine_S = mine_S | ((places_S >= start) & (places_S < stop))
         return mine_S.expand(x.shape[:2])
 
-    def split(self, x: Tensor) -> dict[str, Tensor]:
+    def split(self, x: Shaped[Tensor, "B S ..."]) -> dict[str, Shaped[Tensor, "B _S ..."]]:
         """The part of each modality of ``x`` (B, S, ...); of spans alone."""
         assert self.spans is not None
         return {name: x[:, start:stop] for name, start, stop in self.spans}
@@ -79,7 +85,7 @@ class Layout:
         """How many of the first positions are known to be an image's."""
         return max([0, *(stop for name, start, stop in self.spans or () if name == "image" and start == 0)])
 
-    def positions(self, x: Tensor) -> Tensor:
+    def positions(self, x: Shaped[Tensor, "B S ..."]) -> Int[Tensor, "... S"]:
         """How many earlier positions have the same modality: (S,), or (B, S) where rows differ."""
         if self.spans is not None:
             return torch.cat([torch.arange(stop - start, device=x.device) for _, start, stop in self.spans])
@@ -87,7 +93,9 @@ class Layout:
         return sum((torch.where(mine, count, 0) for count, mine in counts), torch.zeros_like(counts[0][0]))
 
 
-def layout_of(modalities: Sequence[str], modality_ids: Tensor | None, x: Tensor) -> Layout:
+def layout_of(
+    modalities: Sequence[str], modality_ids: Integer[Tensor, "B S"] | None, x: Float[Tensor, "B S D"]
+) -> Layout:
     """The layout of ``x`` (B, S, D) by ``modality_ids``, int (B, S).
 
     Raises:
@@ -100,7 +108,7 @@ def layout_of(modalities: Sequence[str], modality_ids: Tensor | None, x: Tensor)
     return Layout(tuple(modalities), ids=modality_ids)
 
 
-def stream_layout(modalities: Sequence[str], modality: ModalityContext, x: Tensor) -> Layout:
+def stream_layout(modalities: Sequence[str], modality: ModalityContext, x: Float[Tensor, "B S D"]) -> Layout:
     """The layout of ``x`` (B, S, D): by ``modality_ids`` if given, else a prefix of the image and then text.
 
     Raises:
@@ -116,7 +124,7 @@ def stream_layout(modalities: Sequence[str], modality: ModalityContext, x: Tenso
 
 def one_stream(
     modalities: Sequence[str], streams: Streams, rope: Mapping[str, Rope] | Rope, layout: Layout | None
-) -> tuple[Tensor, Rope, Layout]:
+) -> tuple[Float[Tensor, "B S D"], Rope, Layout]:
     """Streams of modalities as one, in the order of ``modalities``, with its rotary tables and its layout; what comes
     with a layout is one already.
 
@@ -138,7 +146,9 @@ def one_stream(
     return torch.cat([streams[name] for name in names], dim=1), (cos, sin), Layout(tuple(modalities), spans=spans)
 
 
-def positions_after(kv_cache: KVCache, modality: ModalityContext, positions: Tensor) -> Tensor:
+def positions_after(
+    kv_cache: KVCache, modality: ModalityContext, positions: Int[Tensor, "... S"]
+) -> Int[Tensor, "... S"]:
     """An image comes first, into empty caches; text goes on where the cached text ended."""
     if modality.modality_ids is not None:
         raise ValueError("modality_ids is given: with kv_caches the image must come as prefix_embeds")

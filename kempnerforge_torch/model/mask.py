@@ -17,6 +17,7 @@ import operator
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
 
@@ -30,8 +31,8 @@ class Dense:
         empty: bool, broadcasts to (B, H, S, 1), the queries that see no key; None: there are none.
     """
 
-    allowed: Tensor
-    empty: Tensor | None
+    allowed: Bool[Tensor, "..."]
+    empty: Bool[Tensor, "..."] | None
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ class Mask:
 
     causal: bool = False
     window: int | None = None
-    query_positions: Tensor | None = None
-    key_positions: Tensor | None = None
-    query_doc_ids: Tensor | None = None
-    key_doc_ids: Tensor | None = None
-    key_valid: Tensor | None = None
-    allowed: Tensor | None = None
+    query_positions: Int[Tensor, "... S"] | None = None
+    key_positions: Int[Tensor, "... M"] | None = None
+    query_doc_ids: Integer[Tensor, "B S"] | None = None
+    key_doc_ids: Integer[Tensor, "B M"] | None = None
+    key_valid: Bool[Tensor, "B M"] | None = None
+    allowed: Bool[Tensor, "..."] | None = None
     dense: Dense | None = None
 
     def __post_init__(self) -> None:
@@ -84,12 +85,12 @@ CAUSAL = Mask(causal=True)
 FULL = Mask()
 
 
-def as_mask(mask: Mask | Tensor) -> Mask:
+def as_mask(mask: Mask | Bool[Tensor, "..."]) -> Mask:
     """A mask, as it is; a tensor as what it allows."""
     return mask if isinstance(mask, Mask) else Mask(allowed=mask)
 
 
-def dense_mask(mask: Mask, queries: int, keys: int, device: torch.device | None = None) -> Tensor:
+def dense_mask(mask: Mask, queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, "..."]:
     """The facts of a mask for so many queries and keys, in one tensor: bool, broadcasts to (B, H, S, M), True = attend.
 
     Only the reference path of attention needs it.

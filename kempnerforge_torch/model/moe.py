@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.checks import check_ids, check_mask, check_shape, nan_outside
@@ -78,13 +79,13 @@ class MoEMLP(StatsGetters):
 
     def forward(
         self,
-        x: Tensor,
-        valid: Tensor | None = None,
+        x: Float[Tensor, "B S D"],
+        valid: Bool[Tensor, "B S"] | None = None,
         *,
-        members: Tensor | None = None,
+        members: Bool[Tensor, "B S"] | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,
-    ) -> Tensor | MoEOutput:
+    ) -> Float[Tensor, "B S D"] | MoEOutput:
         """(B, S, D) -> (B, S, D).
 
         Args:
@@ -130,10 +131,10 @@ class MoEMLP(StatsGetters):
 
     def run(
         self,
-        x: Tensor,
-        valid: Tensor | None = None,
+        x: Float[Tensor, "B S D"],
+        valid: Bool[Tensor, "B S"] | None = None,
         *,
-        members: Tensor | None = None,
+        members: Bool[Tensor, "B S"] | None = None,
         limit_capacity: bool = True,
     ) -> MoEOutput:
         """What a call gives, with what was counted. Arguments as for `forward`; nothing is kept."""
@@ -144,7 +145,7 @@ class MoEMLP(StatsGetters):
         super().keep_stats(stats)
         keep_stats(self.router, stats)
 
-    def expert_weights(self) -> dict[str, Tensor]:
+    def expert_weights(self) -> dict[str, Float[Tensor, "E _ _"]]:
         """``gate`` (silu only), ``up`` (E, D, F) and ``down`` (E, F, D), from wherever they are held; {} for experts of
         another kind.
         """

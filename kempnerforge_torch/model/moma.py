@@ -2,7 +2,8 @@
 
 A choice depends on all tokens of the batch, later ones too: such a model can't generate token by token.
 
-Shapes: B batch, S sequence, T = B * S tokens, D model dim, E experts of a modality.
+Shapes: B batch, S sequence, T = B * S tokens, D model dim, E experts of a modality, A = head_dim / 2
+angles.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 import torch
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.architecture import Architecture, RotaryTable
@@ -69,14 +71,14 @@ class MoMaFFN(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        modality_ids: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
+        x: Float[Tensor, "B S D"],
+        modality_ids: Integer[Tensor, "B S"] | None = None,
+        key_padding_mask: Bool[Tensor, "B S"] | None = None,
         *,
         layout: Layout | None = None,
-        noise_seed: Tensor | None = None,
+        noise_seed: Integer[Tensor, ""] | None = None,
         return_stats: bool = False,
-    ) -> Tensor | MoMaOutput:
+    ) -> Float[Tensor, "B S D"] | MoMaOutput:
         """(B, S, D) -> (B, S, D).
 
         Args:
@@ -102,12 +104,12 @@ class MoMaFFN(nn.Module):
 
     def run(
         self,
-        x: Tensor,
-        modality_ids: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
+        x: Float[Tensor, "B S D"],
+        modality_ids: Integer[Tensor, "B S"] | None = None,
+        key_padding_mask: Bool[Tensor, "B S"] | None = None,
         *,
         layout: Layout | None = None,
-        noise_seed: Tensor | None = None,
+        noise_seed: Integer[Tensor, ""] | None = None,
     ) -> MoMaOutput:
         """What a call gives, with the stats of each modality. Arguments as for `forward`; nothing is kept."""
         return self(x, modality_ids, key_padding_mask, layout=layout, noise_seed=noise_seed, return_stats=True)
@@ -179,20 +181,20 @@ class MoMaBlock(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        rope_cos: Tensor,
-        rope_sin: Tensor,
-        modality_ids: Tensor | None = None,
+        x: Float[Tensor, "B S D"],
+        rope_cos: Float[Tensor, "... S A"],
+        rope_sin: Float[Tensor, "... S A"],
+        modality_ids: Integer[Tensor, "B S"] | None = None,
         *,
-        doc_ids: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
+        doc_ids: Integer[Tensor, "B S"] | None = None,
+        key_padding_mask: Bool[Tensor, "B S"] | None = None,
         layout: Layout | None = None,
-        noise_seed: Tensor | None = None,
+        noise_seed: Integer[Tensor, ""] | None = None,
         kv_cache: None = None,
-        mask: Mask | Tensor | None = None,
+        mask: Mask | Bool[Tensor, "..."] | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,
-    ) -> Tensor | BlockOutput:
+    ) -> Float[Tensor, "B S D"] | BlockOutput:
         """(B, S, D) -> (B, S, D). Arguments as for `Attention` and `MoMaFFN`.
 
         Experts that choose tokens have a share of them and no other capacity: ``limit_capacity`` changes nothing.
@@ -213,14 +215,14 @@ class MoMaBlock(nn.Module):
 
     def run(
         self,
-        x: Tensor,
-        rope_cos: Tensor,
-        rope_sin: Tensor,
-        modality_ids: Tensor | None = None,
+        x: Float[Tensor, "B S D"],
+        rope_cos: Float[Tensor, "... S A"],
+        rope_sin: Float[Tensor, "... S A"],
+        modality_ids: Integer[Tensor, "B S"] | None = None,
         *,
-        key_padding_mask: Tensor | None = None,
+        key_padding_mask: Bool[Tensor, "B S"] | None = None,
         layout: Layout | None = None,
-        noise_seed: Tensor | None = None,
+        noise_seed: Integer[Tensor, ""] | None = None,
         **options: Unpack[BlockOptions],
     ) -> BlockOutput:
         """What a call gives, with the stats of each modality. Arguments as for `forward`; nothing is kept."""
@@ -254,7 +256,7 @@ class MoMaArchitecture(Architecture):
     def block_inputs(
         self,
         inputs: dict[str, Any],
-        x: Tensor,
+        x: Float[Tensor, "B S D"],
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
         rope: RotaryTable,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 import torch
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.architecture import Architecture, Modules, RotaryTable
@@ -87,14 +88,14 @@ class MoTAttention(nn.Module):
         streams: Streams,
         rope: Mapping[str, Rope] | Rope,
         is_causal: bool = True,
-        key_padding_mask: Tensor | None = None,
+        key_padding_mask: Bool[Tensor, "B S"] | None = None,
         *,
         layout: Layout | None = None,
         kv_cache: KVCache | None = None,
-        mask: Mask | Tensor | None = None,
-        doc_ids: Tensor | None = None,
+        mask: Mask | Bool[Tensor, "..."] | None = None,
+        doc_ids: Integer[Tensor, "B S"] | None = None,
     ) -> Streams:
-        """Streams (B, S_m, D) of modalities, which attend as one sequence in the order of ``modalities`` -> the same;
+        """Streams (B, _S, D) of modalities, which attend as one sequence in the order of ``modalities`` -> the same;
         or, with ``layout``, one stream (B, S, D) -> the same.
 
         Args:
@@ -178,12 +179,12 @@ class MoTBlock(nn.Module):
         self,
         streams: Streams,
         rope: Mapping[str, Rope] | Rope,
-        key_padding_mask: Tensor | None = None,
+        key_padding_mask: Bool[Tensor, "B S"] | None = None,
         *,
         layout: Layout | None = None,
         kv_cache: KVCache | None = None,
-        mask: Mask | Tensor | None = None,
-        doc_ids: Tensor | None = None,
+        mask: Mask | Bool[Tensor, "..."] | None = None,
+        doc_ids: Integer[Tensor, "B S"] | None = None,
         limit_capacity: bool = True,
         return_stats: bool = False,
     ) -> Streams | BlockOutput:
@@ -217,7 +218,7 @@ class MoTBlock(nn.Module):
         self,
         streams: Streams,
         rope: Mapping[str, Rope] | Rope,
-        key_padding_mask: Tensor | None = None,
+        key_padding_mask: Bool[Tensor, "B S"] | None = None,
         *,
         layout: Layout | None = None,
         **options: Unpack[BlockOptions],
@@ -272,7 +273,7 @@ class MoTArchitecture(Architecture):
     def block_inputs(
         self,
         inputs: dict[str, Any],
-        x: Tensor,
+        x: Float[Tensor, "B S D"],
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
         rope: RotaryTable,
@@ -285,7 +286,9 @@ class MoTArchitecture(Architecture):
         shared = {name: value for name, value in inputs.items() if name not in ("rope_cos", "rope_sin")}
         return {**shared, "rope": rope(positions, x.dtype), "layout": layout}
 
-    def final_norm(self, modules: Modules, x: Tensor, modality: ModalityContext) -> Tensor:
+    def final_norm(
+        self, modules: Modules, x: Float[Tensor, "B S D"], modality: ModalityContext
+    ) -> Float[Tensor, "B S D"]:
         """Each position by its modality's norm."""
         norms = modules["mot_norms"]
         if norms is None:

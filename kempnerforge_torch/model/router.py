@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Num, Shaped
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.stats import RouterOutput, RouterStats, StatsGetters
@@ -26,7 +27,7 @@ class Gate(nn.Linear):
     def __init__(self, dim: int, num_experts: int):
         super().__init__(dim, num_experts, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         """(T, D) -> (T, E)."""
         dtype = _at_least_float32(torch.promote_types(x.dtype, self.weight.dtype))
         return F.linear(x.to(dtype), self.weight.to(dtype))
@@ -50,8 +51,13 @@ class TopKRouter(StatsGetters):
         self.gate = Gate(dim, num_experts)
 
     def forward(
-        self, x: Tensor, valid: Tensor | None = None, *, batch_size: int = 1, return_stats: bool = False
-    ) -> tuple[Tensor, Tensor] | RouterOutput:
+        self,
+        x: Float[Tensor, "T D"],
+        valid: Bool[Tensor, "T"] | None = None,
+        *,
+        batch_size: int = 1,
+        return_stats: bool = False,
+    ) -> tuple[Float[Tensor, "T k"], Int[Tensor, "T k"]] | RouterOutput:
         """Combine weights (T, k), at least float32, and expert indices int64 (T, k), best first.
 
         Args:
@@ -70,7 +76,9 @@ class TopKRouter(StatsGetters):
         self.keep_stats(stats)
         return weights_Tk, indices_Tk
 
-    def run(self, x: Tensor, valid: Tensor | None = None, *, batch_size: int = 1) -> RouterOutput:
+    def run(
+        self, x: Float[Tensor, "T D"], valid: Bool[Tensor, "T"] | None = None, *, batch_size: int = 1
+    ) -> RouterOutput:
         """What a call gives, with what was counted. Arguments as for `forward`; nothing is kept."""
         return self(x, valid, batch_size=batch_size, return_stats=True)
 
@@ -153,8 +161,8 @@ class SigmoidTopKRouter(TopKRouter):
         aux_loss: ``sequence_aux_loss_weight`` times the mean over sequences of E sum_e f_e P_e within the sequence.
     """
 
-    expert_bias: Tensor
-    expert_ema: Tensor
+    expert_bias: Float[Tensor, "E"]
+    expert_ema: Float[Tensor, "E"]
 
     def __init__(
         self,
@@ -182,7 +190,7 @@ class SigmoidTopKRouter(TopKRouter):
         """Where training stands, for the schedule of the bias's rate."""
         self._progress = training_progress(step, max_steps)
 
-    def update_bias(self, counts_E: Tensor, progress: float | None = None) -> None:
+    def update_bias(self, counts_E: Num[Tensor, "... E"], progress: float | None = None) -> None:
         """Move the average and the bias by the choices of one optimiser step: all its micro-batches, all ranks.
 
         Args:
@@ -231,12 +239,14 @@ def build_router(router_type: str, dim: int, num_experts: int, top_k: int, **opt
         raise ValueError(f"moe_router = {router_type!r}: can't be built with {options}: {error}") from error
 
 
-def top_k_lowest_first(scores_TE: Tensor, k: int) -> Tensor:
+def top_k_lowest_first(scores_TE: Float[Tensor, "T E"], k: int) -> Int[Tensor, "T k"]:
     """Indices of the k largest of each row, largest first, equal ones by index, as `torch.topk` does not promise."""
     return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[:, :k]
 
 
-def balance_losses(shares_BSE: Tensor, chosen_BSE: Tensor, valid_BS: Tensor | None) -> Tensor:
+def balance_losses(
+    shares_BSE: Float[Tensor, "B S E"], chosen_BSE: Shaped[Tensor, "B S E"], valid_BS: Bool[Tensor, "B S"] | None
+) -> Float[Tensor, "B"]:
     """(B,): E sum_e f_e P_e over the valid tokens of each sequence, 0 without any; 1 when both are uniform.
 
     f_e is the share of the choices that fell on e, P_e the mean share of e.
@@ -246,7 +256,7 @@ def balance_losses(shares_BSE: Tensor, chosen_BSE: Tensor, valid_BS: Tensor | No
     return shares_BSE.shape[-1] * (f_BE * masked_mean(shares_BSE, valid_BS, axis=1)).sum(dim=1)
 
 
-def masked_mean(values: Tensor, valid: Tensor | None, axis: int) -> Tensor:
+def masked_mean(values: Float[Tensor, "..."], valid: Bool[Tensor, "..."] | None, axis: int) -> Float[Tensor, "..."]:
     """Mean along ``axis`` of the places where ``valid`` (of the leading axes) is True; 0 if there is none."""
     if valid is None:
         return values.sum(dim=axis) / max(values.shape[axis], 1)
@@ -256,8 +266,12 @@ def masked_mean(values: Tensor, valid: Tensor | None, axis: int) -> Tensor:
 
 @torch.no_grad()
 def updated_bias(
-    bias_E: Tensor, ema_E: Tensor, counts_E: Tensor, rate: float, ema_decay: float
-) -> tuple[Tensor, Tensor]:
+    bias_E: Float[Tensor, "... E"],
+    ema_E: Float[Tensor, "... E"],
+    counts_E: Num[Tensor, "... E"],
+    rate: float,
+    ema_decay: float,
+) -> tuple[Float[Tensor, "... E"], Float[Tensor, "... E"]]:
     """ema <- decay ema + (1 - decay) counts / sum(counts); bias <- bias + rate (1/E - ema). No counts: no change."""
     counts_E = counts_E.to(ema_E.dtype)
     total = counts_E.sum(dim=-1, keepdim=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -41,14 +42,14 @@ class LinearSlots:
         """Of so many new tokens those that are held, the last ones."""
         return length
 
-    def places(self, positions: Tensor) -> Tensor:
+    def places(self, positions: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         """The slots of tokens at these positions."""
         return positions
 
-    def positions(self, slots: int, lengths: Tensor) -> None:
+    def positions(self, slots: int, lengths: Int[Tensor, "B"]) -> None:
         """Positions of what the first slots hold after so many tokens (B,); None: 0, 1, ..."""
 
-    def first_seen(self, lengths: Tensor) -> Tensor:
+    def first_seen(self, lengths: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
         """The first position (B,) that the next token may see, after so many tokens (B,)."""
         return torch.zeros_like(lengths)
 
@@ -90,17 +91,17 @@ class RingSlots:
         """Of so many new tokens those that are held, the last ones."""
         return min(length, self.count)
 
-    def places(self, positions: Tensor) -> Tensor:
+    def places(self, positions: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         """The slots of tokens at these positions."""
         return positions % self.count
 
-    def positions(self, slots: int, lengths: Tensor) -> Tensor:
+    def positions(self, slots: int, lengths: Int[Tensor, "B"]) -> Int[Tensor, "B M"]:
         """Positions (B, M) of what the first slots hold after so many tokens (B,); negative where that is nothing."""
         slots_M = torch.arange(slots, device=lengths.device)
         last_B1 = lengths.long()[:, None] - 1
         return last_B1 - (last_B1 - slots_M) % self.count
 
-    def first_seen(self, lengths: Tensor) -> Tensor:
+    def first_seen(self, lengths: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
         """The first position (B,) that the next token may see, after so many tokens (B,)."""
         return (lengths + 1 - self.window).clamp(min=0)
 

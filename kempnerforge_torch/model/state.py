@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from shared_config.contract.specs import check_names
@@ -21,7 +22,7 @@ _EXTENSIONS = (
 )
 
 
-def get_state(model: nn.Module) -> dict[str, Tensor]:
+def get_state(model: nn.Module) -> dict[str, Shaped[Tensor, "..."]]:
     """Parameters and persistent buffers by name, each tensor once: a tied weight goes by its first name.
 
     The tensors are the model's own, detached. Names are plain, however the model or parts of it are wrapped.
@@ -54,7 +55,7 @@ def set_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         assign(tensor, state[name])
 
 
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+def own_tensors(model: nn.Module) -> dict[str, Shaped[Tensor, "..."]]:
     """The parameters and persistent buffers themselves, each once, by plain name."""
     tensors = plain_state(model.state_dict(keep_vars=True))
     first = _first_names(model)
@@ -69,7 +70,7 @@ def _first_names(model: nn.Module) -> dict[str, str]:
 
 
 @torch.no_grad()
-def assign(target: Tensor, value: Any) -> None:
+def assign(target: Shaped[Tensor, "..."], value: Any) -> None:
     """Copy a tensor, or array of any library, into ``target``. Both may be sharded (a DTensor): each process keeps its
     part of the target.
     """
@@ -83,7 +84,7 @@ def assign(target: Tensor, value: Any) -> None:
     target.copy_(values)
 
 
-def to_numpy(array: Tensor) -> np.ndarray:
+def to_numpy(array: Shaped[Tensor, "..."]) -> np.ndarray:
     """The values on the host, of a sharded tensor all; bfloat16 and float8 as `ml_dtypes`. Shares memory with a
     contiguous CPU tensor.
     """
@@ -94,7 +95,7 @@ def to_numpy(array: Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def from_numpy(array: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
+def from_numpy(array: np.ndarray, dtype: torch.dtype | None = None) -> Shaped[Tensor, "..."]:
     """A tensor of these values, in ``dtype`` if given. Shares memory with a writable, contiguous array."""
     array = np.require(array, requirements=["C", "W"])
     tensor = None
@@ -105,7 +106,7 @@ def from_numpy(array: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
     return tensor if dtype is None else tensor.to(dtype)
 
 
-def share(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def share(state: Mapping[str, Any]) -> dict[str, Shaped[Tensor, "..."]]:
     """Tensors over the memory of another library's arrays (DLPack), on the CPU or on the same GPU, without a copy.
 
     Writing to the tensors would change arrays that may be taken for immutable: read them, or copy with `set_state`.

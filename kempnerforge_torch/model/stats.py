@@ -5,8 +5,8 @@ for the getters, in this module and in those within it. ``run`` gives a struct, 
 and keeps nothing. Levels call each other with ``return_stats=True``, which is the same through a module's ``__call__``,
 where hooks and compilers are.
 
-Shapes: B batch, S positions of the residual stream, T = B * S tokens, D model dim, V vocabulary, E experts, k choices
-of each token, C tokens that an expert may take.
+Shapes: B batch, S positions of the residual stream, T = B * S tokens, D model dim, V vocabulary, E experts (_E of a
+modality, each its own number), k choices of each token, C tokens that an expert may take, S_out positions with logits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.wrappers import unwrap
@@ -33,10 +34,10 @@ class RouterStats(NamedTuple):
             graph.
     """
 
-    aux_loss: Tensor
-    z_loss: Tensor
-    expert_counts: Tensor
-    entropy: Tensor
+    aux_loss: Float[Tensor, ""]
+    z_loss: Float[Tensor, ""]
+    expert_counts: Int[Tensor, "E"]
+    entropy: Float[Tensor, ""]
 
 
 class MoEStats(NamedTuple):
@@ -47,17 +48,17 @@ class MoEStats(NamedTuple):
         dropped: int32 scalar, choices that found no room.
     """
 
-    aux_loss: Tensor
-    z_loss: Tensor
-    expert_counts: Tensor
-    entropy: Tensor
-    dropped: Tensor
+    aux_loss: Float[Tensor, ""]
+    z_loss: Float[Tensor, ""]
+    expert_counts: Int[Tensor, "E"]
+    entropy: Float[Tensor, ""]
+    dropped: Int[Tensor, ""]
 
 
 LayerStats = MoEStats | dict[str, MoEStats]
 """The stats of a layer's mixture, or modality -> those of its mixture."""
-LayerCounts = Tensor | dict[str, Tensor]
-"""int32 (E,) of a layer's experts, or modality -> (E_m,) of its experts."""
+LayerCounts = Int[Tensor, "E"] | dict[str, Int[Tensor, "_E"]]
+"""int32 (E,) of a layer's experts, or modality -> (_E,) of its experts."""
 
 
 class RouterOutput(NamedTuple):
@@ -69,8 +70,8 @@ class RouterOutput(NamedTuple):
         stats: what it counted, and its losses.
     """
 
-    weights: Tensor
-    indices: Tensor
+    weights: Float[Tensor, "T k"]
+    indices: Int[Tensor, "T k"]
     stats: RouterStats
 
 
@@ -83,9 +84,9 @@ class ExpertChoiceOutput(NamedTuple):
         scores: (T, E), at least float32, of all tokens.
     """
 
-    weights: Tensor
-    tokens: Tensor
-    scores: Tensor
+    weights: Float[Tensor, "C E"]
+    tokens: Int[Tensor, "C E"]
+    scores: Float[Tensor, "T E"]
 
 
 class MoEOutput(NamedTuple):
@@ -96,7 +97,7 @@ class MoEOutput(NamedTuple):
         stats: what it counted, and the losses of its router.
     """
 
-    x: Tensor
+    x: Float[Tensor, "... D"]
     stats: MoEStats
 
 
@@ -108,7 +109,7 @@ class MoMaOutput(NamedTuple):
         stats: modality -> what its mixture counted.
     """
 
-    x: Tensor
+    x: Float[Tensor, "B S D"]
     stats: dict[str, MoEStats]
 
 
@@ -120,7 +121,7 @@ class BlockOutput(NamedTuple):
         stats: what its mixture of experts counted, by modality where there are several; None if dense.
     """
 
-    x: Tensor | dict[str, Tensor]
+    x: Float[Tensor, "B S D"] | dict[str, Float[Tensor, "B _S D"]]
     stats: LayerStats | None
 
 
@@ -133,7 +134,7 @@ class TransformerOutput(NamedTuple):
         stats: layer -> what its mixtures of experts counted, and their losses; {} if dense.
     """
 
-    logits: Tensor
+    logits: Float[Tensor, "B S_out V"]
     stats: dict[int, LayerStats]
 
 
@@ -153,17 +154,17 @@ class StatsGetters(nn.Module):
             self._last = stats
 
     @property
-    def aux_loss(self) -> Tensor:
+    def aux_loss(self) -> Float[Tensor, ""]:
         """Scalar: the balancing loss of the last documented call, with the graph; 0 before any."""
         return self._zeros() if self._last is None else self._last.aux_loss
 
     @property
-    def z_loss(self) -> Tensor:
+    def z_loss(self) -> Float[Tensor, ""]:
         """Scalar: the router z-loss of the last documented call, with the graph; 0 before any."""
         return self._zeros() if self._last is None else self._last.z_loss
 
     @property
-    def expert_counts(self) -> Tensor:
+    def expert_counts(self) -> Int[Tensor, "E"]:
         """int32 (E,): the choices of each expert in the last documented call; 0 before any."""
         if self._last is None:
             return self._zeros(self.num_experts, dtype=torch.int32)
@@ -199,11 +200,11 @@ class ModelGetters(nn.Module):
             counts = by_router({layer: counts_of(own) for layer, own in stats.items()})
             self._pending_counts = added(self._pending_counts, counts)
 
-    def get_moe_aux_loss(self) -> Tensor:
+    def get_moe_aux_loss(self) -> Float[Tensor, ""]:
         """Sum of the balancing losses of the last documented call, unweighted, with the graph; 0 if dense."""
         return self._summed("aux_loss")
 
-    def get_moe_router_z_loss(self) -> Tensor:
+    def get_moe_router_z_loss(self) -> Float[Tensor, ""]:
         """Sum of the router z-losses of the last documented call, unweighted, with the graph; 0 if dense."""
         return self._summed("z_loss")
 
@@ -211,8 +212,8 @@ class ModelGetters(nn.Module):
         """Layer -> (E,) assignments of the last documented call, by modality where there are several; {} if dense."""
         return {layer: counts_of(stats) for layer, stats in self._last_stats.items()}
 
-    def get_moma_expert_counts(self) -> dict[int, dict[str, Tensor]]:
-        """Layer -> modality -> (E_m,) tokens of the last documented call; {} without modality-aware experts."""
+    def get_moma_expert_counts(self) -> dict[int, dict[str, Int[Tensor, "_E"]]]:
+        """Layer -> modality -> (_E,) tokens of the last documented call; {} without modality-aware experts."""
         counts = self.get_expert_counts()
         return {layer: own for layer, own in counts.items() if isinstance(own, dict)}
 
@@ -256,6 +257,8 @@ def counts_of(stats: LayerStats) -> LayerCounts:
     return stats.expert_counts
 
 
-def added(total: Mapping[RouterId, Tensor], counts: Mapping[RouterId, Tensor]) -> dict[RouterId, Tensor]:
+def added(
+    total: Mapping[RouterId, Num[Tensor, "_E"]], counts: Mapping[RouterId, Num[Tensor, "_E"]]
+) -> dict[RouterId, Num[Tensor, "_E"]]:
     """Counts by router, added up; what only one of them has counts too."""
     return {**total, **{router: total[router] + own if router in total else own for router, own in counts.items()}}

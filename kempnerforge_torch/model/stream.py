@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from kempnerforge_torch.model.attention import KVCache
@@ -16,7 +17,9 @@ from kempnerforge_torch.model.modality import ModalityContext
 NOT_WITH_CACHES = ("prefix_embeds", "output_slice", "image_features", "modality_ids")
 
 
-def check_inputs(tokens: Tensor | None, modality: ModalityContext, kv_caches: Sequence[KVCache] | None) -> None:
+def check_inputs(
+    tokens: Shaped[Tensor, "..."] | None, modality: ModalityContext, kv_caches: Sequence[KVCache] | None
+) -> None:
     """Refuse inputs that exclude each other.
 
     Raises:
@@ -34,7 +37,7 @@ def check_inputs(tokens: Tensor | None, modality: ModalityContext, kv_caches: Se
             raise ValueError(f"modality.{name} is given: not allowed together with kv_caches")
 
 
-def check_stream(x: Tensor, modality: ModalityContext, doc_ids: Tensor | None) -> None:
+def check_stream(x: Float[Tensor, "B S D"], modality: ModalityContext, doc_ids: Shaped[Tensor, "..."] | None) -> None:
     """Masks and ids must fit the residual stream ``x`` (B, S, D)."""
     batch, length, _ = x.shape
     if modality.image_mask is not None and modality.image_features is not None:

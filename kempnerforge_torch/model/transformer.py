@@ -1,6 +1,7 @@
 """The decoder-only transformer: single-device math, which knows nothing of parallelism.
 
-Shapes: B batch, S positions of the residual stream, D model dim, V vocabulary, E experts.
+Shapes: B batch, T text tokens, S positions of the residual stream, S_out of them with logits, D model dim, V
+vocabulary, E experts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.architecture import Architecture, Modules
@@ -70,15 +72,15 @@ class Transformer(ModelGetters):
 
     def forward(
         self,
-        tokens: Tensor | None = None,
+        tokens: Integer[Tensor, "B T"] | Float[Tensor, "B T D"] | None = None,
         *,
         modality: ModalityContext | None = None,
         kv_caches: Sequence[KVCache] | None = None,
-        doc_ids: Tensor | None = None,
+        doc_ids: Integer[Tensor, "B S"] | None = None,
         allow_image_inputs: bool = False,
         limit_capacity: bool | None = None,
         return_stats: bool = False,
-    ) -> Tensor | TransformerOutput:
+    ) -> Float[Tensor, "B S_out V"] | TransformerOutput:
         """Logits (B, S_out, V).
 
         Args:
@@ -112,11 +114,11 @@ class Transformer(ModelGetters):
 
     def run(
         self,
-        tokens: Tensor | None = None,
+        tokens: Integer[Tensor, "B T"] | Float[Tensor, "B T D"] | None = None,
         *,
         modality: ModalityContext | None = None,
         kv_caches: Sequence[KVCache] | None = None,
-        doc_ids: Tensor | None = None,
+        doc_ids: Integer[Tensor, "B S"] | None = None,
         allow_image_inputs: bool = False,
         limit_capacity: bool | None = None,
     ) -> TransformerOutput:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from kempnerforge_torch.distributed.ranks import global_norm, local
@@ -34,7 +35,7 @@ FOUND_INF = "found_inf"
 
 
 def build_optimizer(
-    parameters: Mapping[str, Tensor], table: ParameterTable, config: OptimizerConfig
+    parameters: Mapping[str, Float[Tensor, "..."]], table: ParameterTable, config: OptimizerConfig
 ) -> torch.optim.Optimizer:
     """The optimiser of the named parameters, its moments 0; set its learning rate before each step."""
     decayed = [tensor for name, tensor in parameters.items() if table[name].decay]
@@ -82,7 +83,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def update(optimizer: torch.optim.Optimizer, lr: float, finite: Tensor | None = None) -> None:
+def update(optimizer: torch.optim.Optimizer, lr: float, finite: Bool[Tensor, ""] | None = None) -> None:
     """One step with the gradients of the parameters; where ``finite`` (a bool scalar) is false nothing changes.
 
     The device decides: the host does not wait for it.
@@ -101,7 +102,7 @@ def update(optimizer: torch.optim.Optimizer, lr: float, finite: Tensor | None = 
 
 
 @torch.no_grad()
-def stays_finite(optimizer: torch.optim.Optimizer, lr: float) -> Tensor:
+def stays_finite(optimizer: torch.optim.Optimizer, lr: float) -> Bool[Tensor, ""]:
     """Whether the next step leaves parameters and moments finite, a bool scalar; of sharded ones, this rank's parts. Of
     AdamW one tensor is computed at a time; another optimiser takes the step, and what it changed is put back.
     """
@@ -127,7 +128,9 @@ def stays_finite(optimizer: torch.optim.Optimizer, lr: float) -> Tensor:
     return torch.stack(finite).all()
 
 
-def get_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def get_optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Float[Tensor, "..."]]
+) -> dict[str, Shaped[Tensor, "..."]]:
     """Moments (the tensors of the optimiser themselves) and counts of updates (int32 scalars) by name."""
     moments = {
         f"{moment}.{name}": optimizer.state[tensor][key]
@@ -139,7 +142,10 @@ def get_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[st
 
 
 def set_optimizer_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], state: Mapping[str, Any], step: int
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, Float[Tensor, "..."]],
+    state: Mapping[str, Any],
+    step: int,
 ) -> None:
     """Copy moments and counts (tensors or NumPy arrays) into the optimiser; counts that are not given are ``step``.
 
@@ -160,7 +166,9 @@ def set_optimizer_state(
 
 
 @torch.no_grad()
-def clip_by_global_norm(gradients: Mapping[str, Tensor], max_norm: float) -> tuple[Mapping[str, Tensor], Tensor]:
+def clip_by_global_norm(
+    gradients: Mapping[str, Float[Tensor, "..."]], max_norm: float
+) -> tuple[Mapping[str, Float[Tensor, "..."]], Float[Tensor, ""]]:
     """Scale all gradients, in place, by max_norm / max(norm, max_norm); ``max_norm`` 0 leaves them as they are.
 
     Returns:
