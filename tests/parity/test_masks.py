@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -82,6 +84,14 @@ def test_documents_are_those_of_queries_and_of_keys(backend: Torch) -> None:
     for missing, other in (("query", "key"), ("key", "query")):
         with pytest.raises(ValueError, match=f"{missing}_doc_ids = None: must be given, as {other}_doc_ids are"):
             masks.Mask(**{f"{other}_doc_ids": ids})
+
+
+@on_both
+def test_attention_alone_looks_at_dense_masks(backend: Torch) -> None:
+    names = r"\.dense\b|\.allowed\b|\bdense_mask\b|\bwith_dense\b"
+    folder = Path(backend.module("model.mask").__file__).parents[1]
+    files = {file.name for file in folder.rglob("*.py") if re.search(names, file.read_text(encoding="utf-8"))}
+    assert files == {"mask.py", "attention.py"}
 
 
 # How often the dense form is built
