@@ -73,6 +73,7 @@ def settled(module: Any) -> Iterator[str]:
 def test_constants_and_defaults_are_what_they_were(folder: str) -> None:
     package = importlib.import_module(f"{shared_config.__name__}.{folder}")
     names = sorted(found.name for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."))
+    names = [name for name in names if ".huggingface" not in name]  # held to transformers' own classes
     lines = [line for name in names for line in settled(importlib.import_module(name))]
     first = {line.split(".", 2)[2]: line for line in reversed(lines)}  # where it is defined, or imported first
     check_golden(f"settled_{folder}.txt", "\n".join(sorted(first.values())) + "\n")
