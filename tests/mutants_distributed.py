@@ -110,3 +110,42 @@ DISTRIBUTED_MUTANTS = (
         "return dy.new_zeros(sum(ctx.sent), dy.shape[1]), None, None, None", SPREAD,
     ),
 )  # fmt: skip
+
+
+def jax_bug(component: str, name: str, text: str, replacement: str, case: Case) -> LayoutMutant:
+    return LayoutMutant(Mutant(component, f"{name}, jax", None, (text, replacement)), case)
+
+
+HELD, PLACED = Case("sigmoid", 4, {"ep": 2}), Case("limited", 2, {"dp_replicate": 2})
+JAX_MUTANTS = (
+    jax_bug(
+        "distributed.fsdp", "gradients of copies not summed",
+        "(lax.psum(gradient, part.copies).astype(like.dtype),)", "(gradient.astype(like.dtype),)", PLACED,
+    ),
+    jax_bug(
+        "distributed.fsdp", "gradient divided by the ranks",
+        "gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))",
+        "gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32)) / lax.psum(1, DATA_AXES)", PLACED,
+    ),
+    jax_bug(
+        "distributed.fsdp", "terms of one rank",
+        "return arrays, lax.psum(sums, DATA_AXES)", "return arrays, sums", PLACED,
+    ),
+    jax_bug(
+        "training.objective", "router losses of one rank's share",
+        "micro_batches=micro_batches * ranks)", "micro_batches=micro_batches)", PLACED,
+    ),
+    jax_bug(
+        "distributed.expert_parallel", "rows come back in the order in which they were computed",
+        "computed[jnp.argsort(order)]", "computed[order]", HELD,
+    ),
+    jax_bug(
+        "distributed.expert_parallel", "rows of the second device are those of the first",
+        "starts_P = jnp.concatenate([jnp.zeros(1, ends_P.dtype), ends_P[:-1]])", "starts_P = jnp.zeros_like(ends_P)",
+        HELD,
+    ),
+    jax_bug(
+        "training.train", "rows of ranks trade places",
+        "for part in parts for rank in range(ranks)]", "for rank in range(ranks) for part in parts]", PLACED,
+    ),
+)  # fmt: skip

@@ -15,22 +15,17 @@ IMPLIED = {"self", "cls", "rngs"}
 """Arguments that are not compared: JAX constructors are also given ``rngs``."""
 
 FILES = {
-    "distributed/collectives.py": "torch: layouts over processes",
-    "distributed/expert_parallel.py": "torch: layouts over processes",
-    "distributed/tensor_parallel.py": "torch: layouts over processes",
-    "distributed/vocabulary.py": "torch: layouts over processes",
-    "distributed/fsdp.py": "torch: parameters are gathered by hooks; XLA places gathers itself",
-    "distributed/mesh.py": "torch: layouts over processes",
-    "distributed/parallelize.py": "torch: layouts over processes",
-    "distributed/processes.py": "torch: layouts over processes",
-    "distributed/ranks.py": "torch: layouts over processes",
-    "distributed/states.py": "torch: layouts over processes",
     "model/cuda_graph.py": "torch: XLA compiles and launches its own programs",
     "model/module.py": "jax: torch's modules have named walks, hooks and casts built in",
     "model/scan.py": "jax: stacks of layers bound compile time; torch compiles block by block",
     "model/stack.py": "jax: stacks of layers",
 }
 """Files that one backend has alone."""
+
+ENGINES = "distributed"
+"""The folder of what is built on each framework's own engine, of processes in torch and of a program for all devices in
+JAX. tests/distributed holds both to one device.
+"""
 
 DIFFERENCES = {
     "model/architecture.py": {"Architecture.breaks_after": "jax: where a scan over layers must end"},
@@ -175,7 +170,6 @@ DIFFERENCES = {
         "summed": "torch: sums on the host; in JAX part of the compiled step",
     },
     "training/train.py": {
-        "Trainer.mesh": "torch: layouts over processes",
         "Trainer.ranks": "torch: layouts over processes",
         "Trainer.masters": "torch: what casts to the compute dtype, frozen ones included; a model holds them in JAX",
         "Trainer.buffers": "jax: arrays live beside the graph",
@@ -256,7 +250,8 @@ def test_the_same_builders_are_registered() -> None:
 
 def files_of(backend: str) -> set[str]:
     package = ROOT / f"kempnerforge_{backend}"
-    return {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    files = (path.relative_to(package) for path in package.rglob("*.py"))
+    return {str(file) for file in files if file.parts[0] != ENGINES}
 
 
 def path_of(backend: str, file: str) -> Path:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from kempnerforge_jax.model.checks import check_ids, check_mask, check_shape, nan_outside
 from kempnerforge_jax.model.dispatch import combine, gradient_factors, layer_capacity, plan_dispatch, spread
-from kempnerforge_jax.model.experts import apply_modules, apply_packed
+from kempnerforge_jax.model.experts import apply_held, apply_modules, apply_packed
 from kempnerforge_jax.model.experts import grouped_expert_forward as grouped_expert_forward
 from kempnerforge_jax.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
 from kempnerforge_jax.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
@@ -161,7 +161,12 @@ class MoEMLP(StatsGetters):
         if self.activation is None:
             return apply_modules(x_RD, ends_E, list(self.experts.values()))
         weights, activation = self.expert_weights(), ACTIVATIONS[self.activation]
-        return apply_packed(x_RD, ends_E, weights["up"], weights["down"], weights.get("gate"), activation)
+        gate_w = weights.get("gate")
+
+        def apply(x_RD: jax.Array, ends_E: jax.Array) -> jax.Array:
+            return apply_packed(x_RD, ends_E, weights["up"], weights["down"], gate_w, activation)
+
+        return apply_held(apply, x_RD, ends_E, held=len(weights["up"]))
 
 
 def build_moe(

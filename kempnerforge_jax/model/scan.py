@@ -7,8 +7,10 @@ This file has no twin: torch compiles block by block, and has no use for scans.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -18,7 +20,26 @@ from jaxtyping import Array, Float
 from kempnerforge_jax.model.module import Numbered
 from kempnerforge_jax.model.stack import Stack
 
+PREPARED = "prepared"
+"""The `checkpoint_name` of arrays that `preparing` made: not kept for the backward pass, which makes them again."""
+
 log = logging.getLogger(__name__)
+_preparation: ContextVar[Callable[[Any], Any] | None] = ContextVar("_preparation", default=None)
+
+
+@contextlib.contextmanager
+def preparing(prepare: Callable[[Any], Any]) -> Iterator[None]:
+    """Within it, layers run as the blocks that ``prepare(block)`` gives when their turn comes."""
+    token = _preparation.set(prepare)
+    try:
+        yield
+    finally:
+        _preparation.reset(token)
+
+
+def prepares() -> bool:
+    """Whether blocks are `preparing`."""
+    return _preparation.get() is not None
 
 
 def layer_stacks(model: Any) -> list[Stack]:
@@ -73,14 +94,19 @@ def run_blocks(blocks: Sequence[Any], x: Float[Array, "B S D"], inputs: dict[str
     """
     graphs, states = zip(*(nnx.split(block) for block in blocks), strict=True)
 
+    prepare = _preparation.get()
+
     def step(x: jax.Array, states: Any) -> tuple[jax.Array, list[Any]]:
         stats = []
         for graph, state in zip(graphs, states, strict=True):
-            output = nnx.merge(graph, state)(x, return_stats=True, **inputs)
+            block = nnx.merge(graph, state)
+            output = (block if prepare is None else prepare(block))(x, return_stats=True, **inputs)
             x = output.x
             stats.append(output.stats)
         return x, stats
 
+    if prepare is not None and not remat:
+        remat = jax.checkpoint_policies.save_anything_except_these_names(PREPARED)
     if remat:
         step = jax.checkpoint(step, policy=None if remat is True else remat, prevent_cse=not scan)
     return jax.lax.scan(step, x, states) if scan else step(x, states)

@@ -24,7 +24,7 @@ from kempnerforge_jax.model.init import init_weights
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module, Numbered, is_observed
 from kempnerforge_jax.model.position import RotaryTables
-from kempnerforge_jax.model.scan import periods, run_blocks, stacked
+from kempnerforge_jax.model.scan import periods, prepares, run_blocks, stacked
 from kempnerforge_jax.model.stack import Stack
 from kempnerforge_jax.model.stats import LayerCounts, LayerStats, ModelGetters, TransformerOutput
 from kempnerforge_jax.model.stream import check_inputs, check_stream
@@ -257,7 +257,7 @@ class Transformer(ModelGetters):
             scan = stacks[0].is_stacked
             if is_observed() and scan:
                 raise ValueError("the layers are stacked: activations can be captured in a model with separate layers")
-            if scan or (remat and not is_observed()):
+            if scan or prepares() or (remat and not is_observed()):
                 x, stats_of_blocks = run_blocks(blocks, x, inputs, remat, scan)
             else:
                 output = blocks[0](x, return_stats=True, **inputs)

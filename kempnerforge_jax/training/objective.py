@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Num
 
+from kempnerforge_jax.distributed.expert_parallel import exchanged
+from kempnerforge_jax.distributed.fsdp import Shards, gather_outside_blocks, over_ranks, whole_block
+from kempnerforge_jax.model.experts import exchanging
+from kempnerforge_jax.model.scan import preparing
 from kempnerforge_jax.model.stack import in_first_layer
 from kempnerforge_jax.model.state import merge
 from kempnerforge_jax.training.blocks import REMATERIALISATION
@@ -28,7 +34,7 @@ Arrays = dict[str, Any]
 class Recipe:
     """What is static in a step: trainers that share it share what was compiled.
 
-    ``frozen`` are the parameters that get no gradient and no update.
+    ``frozen`` are the parameters that get no gradient and no update; ``shards`` are those of a mesh.
     """
 
     graphdef: Any
@@ -39,14 +45,47 @@ class Recipe:
     compute_dtype: Any
     table: tuple[tuple[str, ParameterSpec], ...]
     frozen: frozenset[str] = frozenset()
+    shards: Shards | None = None
 
 
 def gradients_of(
     recipe: Recipe, parameters: Arrays, buffers: Arrays, batches: Arrays, count: Num[Array, ""]
 ) -> tuple[Arrays, Terms]:
-    """Gradients of what is not frozen, and terms, summed over the micro-batches."""
+    """Gradients of what is not frozen, and terms, summed over the micro-batches: arrays (N, B, ...), on a mesh
+    (N, R, B, ...) for R data ranks.
+    """
+    trained = [name for name in parameters if name not in recipe.frozen]
+    return _of_all_ranks(recipe, _own_gradients, trained)(parameters, buffers, batches, count)
+
+
+def summed_loss(recipe: Recipe, parameters: Arrays, buffers: Arrays, batches: Arrays) -> jax.Array:
+    """The sum of the cross entropy over the labels of one micro-batch (1, B, ...), on a mesh (1, R, B, ...)."""
+    return _of_all_ranks(recipe, _own_loss, [])(parameters, buffers, batches, jnp.ones(()))[1]
+
+
+def _of_all_ranks(recipe: Recipe, own: Callable[..., Any], given: Collection[str]) -> Callable[..., Any]:
+    """``own(recipe, parameters, buffers, batches, count) -> (arrays of these names, sums)``, which speaks of one data
+    rank, for all of them.
+    """
+    of_rank = functools.partial(own, recipe)
+    return of_rank if recipe.shards is None else over_ranks(of_rank, recipe.shards, given)
+
+
+def _own_loss(
+    recipe: Recipe, parameters: Arrays, buffers: Arrays, batches: Arrays, count: jax.Array
+) -> tuple[Arrays, jax.Array]:
+    batch = {name: array[0] for name, array in batches.items()}
+    with _computing_model(recipe, parameters, buffers) as model:
+        return {}, cross_entropy(model.run(**model_inputs(batch)).logits, batch["labels"])[0] / count
+
+
+def _own_gradients(
+    recipe: Recipe, parameters: Arrays, buffers: Arrays, batches: Arrays, count: jax.Array
+) -> tuple[Arrays, Terms]:
+    """Of the micro-batches (N, B, ...) of one data rank."""
     micro_batches = batches["labels"].shape[0]
-    differentiated = functools.partial(_objective, recipe, count=count, micro_batches=micro_batches)
+    ranks = 1 if recipe.shards is None else recipe.shards.ranks
+    differentiated = functools.partial(_objective, recipe, count=count, micro_batches=micro_batches * ranks)
     trained = {name: array for name, array in parameters.items() if name not in recipe.frozen}
     frozen = {name: array for name, array in parameters.items() if name in recipe.frozen}
 
@@ -75,15 +114,29 @@ def _objective(
     micro_batches: int,
 ) -> tuple[jax.Array, Terms]:
     """A micro-batch's share of the loss, and its terms."""
-    model = merge(recipe.graphdef, compute_copy(recipe, {**trained, **frozen}), buffers)
     options = {"scan_layers": True} if recipe.train.scan_layers and recipe.vlm is not None else {}
-    output = model.run(**model_inputs(batch), **options, remat=REMATERIALISATION[recipe.train.activation_checkpointing])
+    with _computing_model(recipe, {**trained, **frozen}, buffers) as model:
+        output = model.run(
+            **model_inputs(batch), **options, remat=REMATERIALISATION[recipe.train.activation_checkpointing]
+        )
     loss = cross_entropy(output.logits, batch["labels"])[0] / count
     aux_loss, z_loss = (jnp.asarray(term / micro_batches, loss.dtype) for term in router_losses(output.stats))
     weighted = loss + recipe.model.moe_aux_loss_weight * aux_loss + recipe.model.moe_router_z_loss_weight * z_loss
     entropies = [router.entropy / micro_batches for router in router_stats(output.stats)]
     entropy = jnp.asarray(sum(entropies) / max(len(entropies), 1), loss.dtype)
     return weighted, Terms(loss, aux_loss, z_loss, entropy, expert_counts(output.stats))
+
+
+@contextlib.contextmanager
+def _computing_model(recipe: Recipe, parameters: Arrays, buffers: Arrays) -> Iterator[Any]:
+    """The model in the compute dtype; on a mesh, of parts of which its blocks are put together in their turn."""
+    if recipe.shards is None:
+        yield merge(recipe.graphdef, compute_copy(recipe, parameters), buffers)
+        return
+    model = merge(recipe.graphdef, parameters, buffers)
+    gather_outside_blocks(model, dict(recipe.shards.parts))
+    with preparing(whole_block), exchanging(exchanged):
+        yield model
 
 
 def compute_copy(recipe: Recipe, parameters: Arrays) -> Arrays:

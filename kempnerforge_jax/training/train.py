@@ -1,6 +1,7 @@
-"""The trainer of one device: the gradient of a whole step's loss, the update, evaluation, and the state of it all.
+"""The trainer of one device, or of a mesh of them: the gradient of a whole step's loss, the update, evaluation, and the
+state of it all.
 
-Shapes: N micro-batches, B batch, S sequence, E experts.
+Shapes: N micro-batches of each data rank, R data ranks, B batch, S sequence, E experts.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from kempnerforge_jax.device import find_device, process_count
+from kempnerforge_jax.device import process_count
+from kempnerforge_jax.distributed.fsdp import mark_blocks, shards_of
+from kempnerforge_jax.distributed.mesh import devices_of, open_mesh
+from kempnerforge_jax.distributed.sharding import initial_state, keep_sharded, place, place_batches
 from kempnerforge_jax.model.balancing import balance
 from kempnerforge_jax.model.build import build_model
 from kempnerforge_jax.model.module import named_variables
 from kempnerforge_jax.model.router import training_progress
 from kempnerforge_jax.model.state import get_state, merge, set_state, split
-from kempnerforge_jax.training.loss import cross_entropy
 from kempnerforge_jax.training.mixed_precision import compute_dtype, matmul_precision
-from kempnerforge_jax.training.objective import Arrays, Recipe, compute_copy, gradients_of
+from kempnerforge_jax.training.objective import Arrays, Recipe, gradients_of, summed_loss
 from kempnerforge_jax.training.optimizer import (
     build_optimizer,
     clip_by_global_norm,
@@ -39,7 +42,7 @@ from kempnerforge_jax.training.optimizer import (
 )
 from kempnerforge_jax.training.profile import profile, step_span
 from kempnerforge_jax.training.scheduler import build_schedule
-from kempnerforge_jax.training.terms import model_inputs, routing_metrics, taken_metric
+from kempnerforge_jax.training.terms import routing_metrics, taken_metric
 from shared_config.contract.freeze import effective_freeze, frozen_names, moments_under, never_trained
 from shared_config.contract.labels import label_count
 from shared_config.contract.moments import UPDATES, moments_of
@@ -62,17 +65,20 @@ def train(
     console: Console | None = None,
     overridden: Collection[str] = (),
 ) -> TrainingSummary:
-    """Train the job on one device, from where its folder left it, and tell how it ended.
+    """Train the job, from where its folder left it, and tell how it ended: on all devices of this process, in the layout
+    of ``[distributed]``.
 
     Args:
         overridden: dotted fields that the command line sets: see `shared_config.training.resume.restore`.
 
     Raises:
-        UserError: what can't be used, of data, folders and checkpoints; or this is one of several processes.
+        UserError: what can't be used, of data, folders, checkpoints and layouts; or this is one of several processes.
     """
     refuse_other_processes(process_count())
-    data = open_data(config)
-    return run_training(config, Trainer(config, device), data, console=console, overridden=overridden)
+    trainer = Trainer(config, device)
+    ranks = 1 if trainer.mesh is None else trainer.mesh.layout.data_ranks
+    data = open_data(config, world_size=ranks, together=ranks)
+    return run_training(config, trainer, data, console=console, overridden=overridden)
 
 
 class Trainer:
@@ -80,7 +86,7 @@ class Trainer:
 
     Masters, gradients and moments are of ``dtype``. With ``train.mixed_precision`` "bf16" a float32 trainer computes in
     bfloat16, on a copy of the masters that is cast for each micro-batch. ``device`` is a `jax.Device`, the name of a
-    platform, or None for the default.
+    platform, a sequence of devices in the order of the mesh, or None for all that there are.
 
     Attributes:
         parameters: the masters, by name; those of layers in a scan are stacked (see `split`).
@@ -92,12 +98,14 @@ class Trainer:
 
     def __init__(self, config: JobConfig, device: Any = None, *, dtype: Any = jnp.float32):
         self.config = config
-        self.device = find_device(device)
+        devices = devices_of(device)
+        self.device, self.mesh = devices[0], open_mesh(config, devices)
         with jax.default_device(self.device):
             model = _build_model(config, dtype)
+            shapes = {name: tuple(array.shape) for name, array in get_state(model).items()}
+            self.table = job_table(config, tower_of(config), shapes)
+            mark_blocks(model, self.mesh, self.table, compute_dtype(config, dtype))
             graphdef, parameters, buffers = split(model, scan_layers=config.train.scan_layers and config.vlm is None)
-        shapes = {name: tuple(array.shape) for name, array in get_state(model).items()}
-        self.table = job_table(config, tower_of(config), shapes)
         self.recipe = Recipe(
             graphdef,
             config.model,
@@ -106,11 +114,14 @@ class Trainer:
             config.optimizer,
             compute_dtype(config, dtype),
             tuple(self.table.items()),
+            shards=shards_of(self.mesh, self.table, parameters, compute_dtype(config, dtype)),
         )
-        self.parameters, self.buffers = jax.device_put((parameters, buffers), self.device)
+        self.parameters, self.buffers = (
+            place(self.mesh, self.device, self.table, arrays) for arrays in (parameters, buffers)
+        )
         trained = trained_parameters(self.parameters, config)
         optimizer = build_optimizer(trained, self.table, config.optimizer)
-        self.optimizer_state = jax.device_put(optimizer.init(trained), self.device)
+        self.optimizer_state = initial_state(self.mesh, self.device, self.table, optimizer.init, trained)
         self.learning_rate = build_schedule(config)
         self.updates = 0
 
@@ -125,7 +136,7 @@ class Trainer:
         Args:
             micro_batches: each has ``tokens`` and ``labels``, int (B, S), and may have ``doc_ids`` and ``text_mask``,
                 bool (B, S), False at padding; for images, what
-                `shared_config.data.images.collate` gives.
+                `shared_config.data.images.collate` gives. On a mesh, with the rows of all data ranks, rank by rank.
 
         Returns:
             loss (cross entropy), grad_norm (before clipping), lr, tokens (labels that counted). With experts also
@@ -136,13 +147,14 @@ class Trainer:
         """
         count, lr = label_count(micro_batches), self.learning_rate(self.updates)
         self._freeze()
+        micro_batches = self._by_rank(micro_batches)
         micro_batches = with_noise_seeds(self.config, micro_batches, self.updates)
         with step_span(self.updates), matmul_precision(self.config.train.matmul_precision):
             self.parameters, self.buffers, self.optimizer_state, metrics = compiled_step(self.recipe)(
                 self.parameters,
                 self.buffers,
                 self.optimizer_state,
-                {name: np.stack([batch[name] for batch in micro_batches]) for name in micro_batches[0]},
+                self._stacked(micro_batches),
                 np.asarray(max(count, 1), self._scalar),
                 np.asarray(lr, self._scalar),
                 np.asarray(training_progress(self.updates, self.config.train.max_steps), self._scalar),
@@ -155,7 +167,9 @@ class Trainer:
         total, count = jnp.zeros((), self._scalar), label_count(batches)
         with matmul_precision(self.config.train.matmul_precision):
             for batch in batches:
-                total = total + compiled_evaluation(self.recipe)(self.parameters, self.buffers, dict(batch))
+                total = total + compiled_evaluation(self.recipe)(
+                    self.parameters, self.buffers, self._stacked(self._by_rank([batch]))
+                )
         return {"loss": total / max(count, 1), "tokens": count}
 
     def state(self) -> TrainingState:
@@ -188,6 +202,19 @@ class Trainer:
     def _wait(self) -> None:
         jax.block_until_ready((self.parameters, self.buffers, self.optimizer_state))
 
+    def _by_rank(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The batches of all data ranks, cut into those of each."""
+        if self.mesh is None:
+            return batches
+        ranks = self.mesh.layout.data_ranks
+        parts = [{name: np.split(array, ranks) for name, array in batch.items()} for batch in batches]
+        return [{name: part[name][rank] for name in part} for part in parts for rank in range(ranks)]
+
+    def _stacked(self, batches: Sequence[Batch]) -> Arrays:
+        """Arrays (N, B, ...), on a mesh (N, R, B, ...)."""
+        stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+        return stacked if self.mesh is None else place_batches(self.mesh, stacked)
+
     def _freeze(self) -> None:
         """Apply the freeze schedule at this step."""
         vlm = self.config.vlm
@@ -218,8 +245,8 @@ def compiled_step(recipe: Recipe) -> Callable[..., Any]:
 
 @functools.lru_cache(maxsize=8)
 def compiled_evaluation(recipe: Recipe) -> Callable[..., Any]:
-    """A jitted ``(parameters, buffers, batch) -> sum of the cross entropy``."""
-    return jax.jit(functools.partial(_evaluation, recipe))
+    """A jitted ``(parameters, buffers, batches) -> sum of the cross entropy`` of one micro-batch; see `summed_loss`."""
+    return jax.jit(functools.partial(summed_loss, recipe))
 
 
 def _step(
@@ -243,13 +270,11 @@ def _step(
     trained, state = update(optimizer, gradients, own_state, trained, lr, taken)
     parameters, optimizer_state = {**parameters, **trained}, with_states(optimizer_state, state)
     buffers = _balanced(recipe, parameters, buffers, total.expert_counts, progress, taken)
+    parameters, buffers = (
+        keep_sharded(recipe.shards and recipe.shards.mesh, dict(recipe.table), each) for each in (parameters, buffers)
+    )
     metrics = {"loss": total.loss, "grad_norm": norm, **routing_metrics(total), **taken_metric(taken)}
     return parameters, buffers, optimizer_state, metrics
-
-
-def _evaluation(recipe: Recipe, parameters: Arrays, buffers: Arrays, batch: Arrays) -> jax.Array:
-    model = merge(recipe.graphdef, compute_copy(recipe, parameters), buffers)
-    return cross_entropy(model.run(**model_inputs(batch)).logits, batch["labels"])[0]
 
 
 def _balanced(

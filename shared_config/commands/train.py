@@ -34,7 +34,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     overridden = overridden_fields(given)
     folder = folder_of(options.config)
     config = load_config(options.config, [*given, *([] if folder is None else places(folder, overridden))])
-    config.validate(processes)
+    if options.backend != "jax":  # whose trainer counts the devices that one process has
+        config.validate(processes)
     require_backend(options.backend)
     trainer = backend_module(options.backend, "training.train")
     screen = None if options.quiet else console()

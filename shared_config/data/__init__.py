@@ -39,11 +39,19 @@ __all__ = [
 ]
 
 
-def open_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) -> TextData | ConversationData | ImageTextData:
+def open_data(
+    config: JobConfig, *, rank: int = 0, world_size: int = 1, together: int = 1
+) -> TextData | ConversationData | ImageTextData:
     """The data of a job, text or images with text, for one of ``world_size`` data-parallel ranks.
+
+    Args:
+        together: of how many ranks, this one first, each batch has the rows, one rank's after another's; it divides
+            ``rank`` and ``world_size``.
 
     Raises:
         UserError: data that can't be used.
     """
     opened = open_text_data if config.vlm is None else open_image_data
-    return opened(config, rank=rank, world_size=world_size)
+    sizes = {"train": config.train.batch_size, "eval": config.eval.batch_size}
+    wide = {name: getattr(config, name).replace(batch_size=size and size * together) for name, size in sizes.items()}
+    return opened(config.replace(**wide), rank=rank // together, world_size=world_size // together)

@@ -9,7 +9,7 @@ import functools
 import importlib
 import multiprocessing
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,12 +173,14 @@ def refusals(case: Case) -> list[str]:
     return []
 
 
-def steps(trainer: Any, micro_batches: Sequence[Sequence[Any]]) -> Found:
+def steps(
+    trainer: Any, micro_batches: Sequence[Sequence[Any]], state: Callable[[Any], TrainingState] | None = None
+) -> Found:
     metrics, states = [], []
     for step, batches in enumerate(micro_batches):
         metrics.append({name: float(value) for name, value in trainer.step(batches).items()})
         if step in (0, len(micro_batches) - 1):
-            states.append(whole_state(trainer))
+            states.append((state or whole_state)(trainer))
     return Found(metrics, states)
 
 

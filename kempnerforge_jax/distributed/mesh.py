@@ -1,0 +1,64 @@
+"""The mesh of devices that a layout names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh as DeviceMesh
+
+from kempnerforge_jax.device import find_device
+from shared_config.contract.sharding import MESH_AXES, Layout, layout_of, refusals
+from shared_config.errors import ConfigError
+from shared_config.schema.job import JobConfig
+
+DATA_AXES = ("dp_replicate", "dp_shard", "ep")
+"""Devices along these see different micro-batches."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices by the axes of `Layout`, of all processes.
+
+    Attributes:
+        axes: the mesh with every axis.
+    """
+
+    layout: Layout
+    axes: DeviceMesh
+
+
+def open_mesh(config: JobConfig, devices: Sequence[Any]) -> Mesh | None:
+    """The mesh of a job; None for one device.
+
+    Raises:
+        ConfigError: a layout that does not fit the devices or the model, with each reason.
+    """
+    layout = layout_of(config.distributed, len(devices))
+    if len(devices) == 1:
+        return None
+    if problems := [*refusals(config), *_unsupported(config)]:
+        raise ConfigError(problems)
+    sizes = tuple(getattr(layout, axis) for axis in MESH_AXES)
+    return Mesh(layout, DeviceMesh(np.asarray(devices).reshape(sizes), MESH_AXES))
+
+
+def devices_of(device: Any) -> list[Any]:
+    """The devices of a run: all that there are for None, one for its name, or those that are given.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    if device is None:
+        find_device(None)
+        return jax.devices()
+    return list(device) if isinstance(device, Sequence) and not isinstance(device, str) else [find_device(device)]
+
+
+def _unsupported(config: JobConfig) -> list[str]:
+    """Layouts that a model can be trained in, but not by this backend."""
+    layout = config.distributed
+    return [f"distributed.pp = {layout.pp}: must be 1 for backend jax"] if layout.pp > 1 else []

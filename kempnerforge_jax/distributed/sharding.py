@@ -1,0 +1,86 @@
+"""How the arrays of a trainer lie on a mesh.
+
+Shapes: N micro-batches of each data rank, R data ranks, B batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kempnerforge_jax.distributed.mesh import DATA_AXES, Mesh
+from kempnerforge_jax.model.stack import Stack, in_first_layer
+from shared_config.contract.sharding import MESH_AXES, placement
+from shared_config.contract.specs import ParameterTable
+
+Arrays = dict[str, Any]
+
+
+def partitions(
+    mesh: Mesh, table: ParameterTable, arrays: Mapping[str, Any], axes: Collection[str] = MESH_AXES
+) -> dict[str, P]:
+    """How each array of a model is split by some of the mesh axes: what the table speaks of as `placement` says, the
+    rest not at all.
+    """
+    return {name: _partition(mesh, table, name, tuple(array.shape), axes) for name, array in arrays.items()}
+
+
+def place(mesh: Mesh | None, device: Any, table: ParameterTable, arrays: Arrays) -> Arrays:
+    """The arrays, on their devices."""
+    return jax.device_put(arrays, device if mesh is None else _shardings(mesh, partitions(mesh, table, arrays)))
+
+
+def place_batches(mesh: Mesh, batches: Mapping[str, np.ndarray]) -> Arrays:
+    """Arrays (N * R, B, ...), in the order of ranks within each place of the accumulation, as (N, R, B, ...): those of
+    each rank on the devices that compute them.
+    """
+    ranks = mesh.layout.data_ranks
+    shaped = {name: array.reshape(-1, ranks, *array.shape[1:]) for name, array in batches.items()}
+    return jax.device_put(shaped, NamedSharding(mesh.axes, P(None, DATA_AXES)))
+
+
+def initial_state(
+    mesh: Mesh | None, device: Any, table: ParameterTable, init: Callable[[Arrays], Any], parameters: Arrays
+) -> Any:
+    """The state that an optimiser of optax starts with, made where it lies: what has the shape of its parameter as that
+    does, counts whole on each device.
+    """
+    if mesh is None:
+        return jax.device_put(init(parameters), device)
+    by_name, *rest = jax.eval_shape(init, parameters)
+
+    def own(name: str, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh.axes, _partition(mesh, table, name, leaf.shape, MESH_AXES))
+
+    where = {name: jax.tree.map(functools.partial(own, name), each) for name, each in by_name.items()}
+    whole = jax.tree.map(lambda _: NamedSharding(mesh.axes, P()), rest)
+    return jax.jit(init, out_shardings=(where, *whole))(parameters)
+
+
+def keep_sharded(mesh: Mesh | None, table: ParameterTable, arrays: Arrays) -> Arrays:
+    """Within jit: the arrays, which lie as those of the model of these names do."""
+    if mesh is None:
+        return arrays
+    return jax.lax.with_sharding_constraint(arrays, _shardings(mesh, partitions(mesh, table, arrays)))
+
+
+def _shardings(mesh: Mesh, parts: Mapping[str, P]) -> dict[str, NamedSharding]:
+    return {name: NamedSharding(mesh.axes, part) for name, part in parts.items()}
+
+
+def _partition(mesh: Mesh, table: ParameterTable, name: str, shape: tuple[int, ...], wanted: Collection[str]) -> P:
+    """Axes that are not divided evenly stay whole, as do arrays that the table does not know in this shape."""
+    first, stack = in_first_layer(name), Stack.of(name)
+    leading = 0 if stack is None or not stack.is_stacked else 1
+    if first not in table or len(shape) != leading + len(table[first].shape):
+        return P()
+    placed = placement(table[first], mesh.layout)
+    sizes = zip(placed.splits, placed.shards(mesh.layout), shape[leading:], strict=True)
+    even = (axes if size % parts == 0 else () for axes, parts, size in sizes)
+    return P(*[None] * leading, *(tuple(axis for axis in axes if axis in wanted) or None for axes in even))

@@ -1,0 +1,49 @@
+"""JAX in each layout does what it does on one device: the same losses, gradients, steps, counts of experts and biases,
+in float64 to rounding.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+
+from tests.distributed.jax_layouts import run_devices
+from tests.distributed.layouts import Case
+from tests.mutants_distributed import JAX_MUTANTS
+
+NIGHTLY = settings.get_current_profile_name() == "nightly"
+NOISE = {"vlm": {"moma_gumbel_noise": "true"}}
+SCANNED = {"train": {"scan_layers": True}}
+BY_DAY = (
+    Case("dense", 4, {"dp_replicate": 2}, SCANNED),
+    Case("dense", 4, {"tp": 2}),
+    Case("sigmoid", 4, {"ep": 2}),
+    Case("limited", 2, {"dp_replicate": 2}),
+    Case("moma", 2, {}, NOISE),
+)
+BY_NIGHT = (
+    *(Case(model, 2, {}) for model in ("dense", "sigmoid", "softmax", "limited", "apart")),
+    *(Case(model, 4, {"ep": 4}, SCANNED) for model in ("sigmoid", "softmax")),
+    *(Case(model, 2, {}) for model in ("joint_decoder", "cross_attention", "mot")),
+    Case("limited", 4, {"ep": 2, "dp_replicate": 2}),
+    Case("dense", 8, {"dp_replicate": 2, "tp": 2}, SCANNED),
+)
+CASES = (*BY_DAY, *BY_NIGHT) if NIGHTLY else BY_DAY
+MUTANTS = JAX_MUTANTS if NIGHTLY else JAX_MUTANTS[::2]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What differs in every case and under every mutant."""
+    return run_devices(tmp_path_factory.mktemp("devices"), 8 if NIGHTLY else 4, CASES, MUTANTS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_layout_is_one_device(case: Case, found: dict[str, list[str]]) -> None:
+    assert found[str(case)] == []
+
+
+@pytest.mark.parametrize("mutant", [str(mutant) for mutant, _ in MUTANTS])
+def test_a_bug_of_a_layout_is_seen(mutant: str, found: dict[str, list[str]]) -> None:
+    """Half of them, all under HYPOTHESIS_PROFILE=nightly."""
+    assert found[mutant] != []
