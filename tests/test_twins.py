@@ -44,7 +44,9 @@ DIFFERENCES = {
     "model/embedding.py": {"OutputHead.forward(tied_weight)": "jax: no array belongs to two modules"},
     "model/expert_choice.py": {"MAX_SEED": "torch: draws a seed of its own where none is given"},
     "model/experts.py": {
-        "apply_packed(complete)": "torch: its kernel leaves rows of no group undefined, which costs a pass"
+        "apply_held": "jax: within a map over devices; torch puts another method in its place",
+        "apply_packed(complete)": "torch: its kernel leaves rows of no group undefined, which costs a pass",
+        "exchanging": "jax: within a map over devices; torch puts another method in its place",
     },
     "model/decode.py": {
         "decode_all(compile)": "torch: JAX always compiles",
@@ -165,6 +167,7 @@ DIFFERENCES = {
         "Recipe": "jax: what is static in a compiled step",
         "compute_copy": "jax: arrays are cast within the compiled step",
         "gradients_of": "jax: micro-batches are scanned within the compiled step",
+        "summed_loss": "jax: mapped over the data ranks within the compiled evaluation",
     },
     "training/terms.py": {
         "summed": "torch: sums on the host; in JAX part of the compiled step",

@@ -19,8 +19,8 @@ from kempnerforge_jax.model.grouped import grouped_matmul
 from kempnerforge_jax.model.mlp import Activation
 from kempnerforge_jax.model.module import Module
 
-Apply = Callable[[Array, Array], Array]
-_exchange: ContextVar[Callable[[Apply, Array, Array], Array] | None] = ContextVar("_exchange", default=None)
+_Apply = Callable[[Array, Array], Array]
+_exchange: ContextVar[Callable[[_Apply, Array, Array], Array] | None] = ContextVar("_exchange", default=None)
 
 
 def grouped_expert_forward(
@@ -83,9 +83,7 @@ def apply_packed(
     return grouped_matmul(hidden_RF, down_w, ends_E)
 
 
-def apply_held(
-    apply: Apply, x_RD: Float[Array, "R D"], ends_E: Int[Array, "E"], held: int
-) -> Float[Array, "R D"]:
+def apply_held(apply: _Apply, x_RD: Float[Array, "R D"], ends_E: Int[Array, "E"], held: int) -> Float[Array, "R D"]:
     """(R, D): rows through their experts by ``apply(x_RD, ends_E)``, which has ``held`` of them; rows of others are
     taken there as `exchanging` says.
     """
@@ -94,7 +92,7 @@ def apply_held(
 
 
 @contextlib.contextmanager
-def exchanging(exchange: Callable[[Apply, Array, Array], Array]) -> Iterator[None]:
+def exchanging(exchange: Callable[[_Apply, Array, Array], Array]) -> Iterator[None]:
     """Within it, layers hold a part of their experts, and ``exchange(apply, x_RD, ends_E)`` brings rows to theirs."""
     token = _exchange.set(exchange)
     try:

@@ -65,8 +65,8 @@ def train(
     console: Console | None = None,
     overridden: Collection[str] = (),
 ) -> TrainingSummary:
-    """Train the job, from where its folder left it, and tell how it ended: on all devices of this process, in the layout
-    of ``[distributed]``.
+    """Train the job on all devices of this process, in the layout of ``[distributed]``, from where its folder left it,
+    and tell how it ended.
 
     Args:
         overridden: dotted fields that the command line sets: see `shared_config.training.resume.restore`.
