@@ -117,6 +117,10 @@ MOE_MUTANTS = (
         "training.train", "padding routed in evaluation",
         ("**model_inputs(inputs), \"return_stats\": True}",
          "**model_inputs({n: a for n, a in inputs.items() if n != \"text_mask\"}), \"return_stats\": True}"),
+        None,
+    ),
+    Mutant(
+        "training.objective", "padding routed in evaluation", None,
         ("cross_entropy(model.run(**model_inputs(batch))",
          "cross_entropy(model.run(**model_inputs({n: a for n, a in batch.items() if n != 'text_mask'}))"),
     ),
