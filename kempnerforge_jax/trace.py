@@ -216,7 +216,7 @@ class Recorder:
         return loss, (activations, OrderedDict(request.kept(ROUTING, routing)))
 
     def _unlimited(self, masters: Tensors, tokens: jax.Array) -> jax.Array:
-        """The logits where experts take any number of choices, as in cached decoding."""
+        """The logits where experts take any number of assignments, as in cached decoding."""
         return self._model(masters).run(*self._inputs(tokens), limit_capacity=False).logits
 
     def _decode(self, masters: Tensors, tokens: np.ndarray, chunks: Sequence[int]) -> jax.Array:

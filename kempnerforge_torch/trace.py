@@ -192,7 +192,7 @@ class Recorder:
 
     @torch.no_grad()
     def _unlimited(self, state: Tensors) -> Tensor:
-        """The logits where experts take any number of choices, as in cached decoding."""
+        """The logits where experts take any number of assignments, as in cached decoding."""
         return self._call(state, self._integers(self.request.tokens), limit_capacity=False)[0]
 
     def _decode(self, state: Tensors, tokens: Tensor, chunks: Sequence[int]) -> Tensor:

@@ -55,12 +55,13 @@ MOE_MUTANTS = (
         ("valid_T.repeat(top_k)", "valid_T.repeat_interleave(top_k)"),
         ("jnp.tile(valid_T, top_k)", "jnp.repeat(valid_T, top_k)"),
     ),
-    both("model.dispatch", "one more than the capacity", "starts[expert_R] < room", "starts[expert_R] <= room"),
+    both("model.dispatch", "one more than the capacity", "starts[expert_R] < capacity", "starts[expert_R] <= capacity"),
     Mutant(
         "model.dispatch", "last tokens kept under capacity",
-        ("rows_R - starts[expert_R] < room", "F.pad(ends_E, (0, 1), value=len(rows_R))[expert_R] - rows_R <= room"),
-        ("rows_R - starts[expert_R] < room",
-         "jnp.pad(ends_E, (0, 1), constant_values=len(rows_R))[expert_R] - rows_R <= room"),
+        ("rows_R - starts[expert_R] < capacity",
+         "F.pad(ends_E, (0, 1), value=len(rows_R))[expert_R] - rows_R <= capacity"),
+        ("rows_R - starts[expert_R] < capacity",
+         "jnp.pad(ends_E, (0, 1), constant_values=len(rows_R))[expert_R] - rows_R <= capacity"),
     ),
     both("model.dispatch", "gradient factors upside down", "wide_E.sum() / (", "1 / wide_E.sum() * ("),
     Mutant(
@@ -125,12 +126,12 @@ MOE_MUTANTS = (
          "cross_entropy(model.run(**model_inputs({n: a for n, a in batch.items() if n != 'text_mask'}))"),
     ),
     both("model.router", "means of no tokens", "max(values.shape[axis], 1)", "values.shape[axis]"),
-    both("model.dispatch", "choices compete for room without a limit", "    if factor == 0:\n        return None\n",
+    both("model.dispatch", "assignments compete without a limit", "    if factor == 0:\n        return None\n",
          "    if factor == 0:\n        return max(1, tokens // num_experts)\n"),
     Mutant(
         "model.dispatch", "rows hold tokens of others",
-        ("x_TD.index_select(0, choice_R % max(x_TD.shape[0], 1))", "x_TD.index_select(0, choice_R // top_k)"),
-        ("x_TD[choice_R % max(x_TD.shape[0], 1)]", "x_TD[choice_R // top_k]"),
+        ("x_TD.index_select(0, assignment_R % max(x_TD.shape[0], 1))", "x_TD.index_select(0, assignment_R // top_k)"),
+        ("x_TD[assignment_R % max(x_TD.shape[0], 1)]", "x_TD[assignment_R // top_k]"),
     ),
     Mutant(
         "model.init", "packed experts drawn too wide",

@@ -104,7 +104,7 @@ VLM_MUTANTS = (
     ),
     both("model.mot", "padding routed", "x_BSD, valid, members=mine_BS", "x_BSD, None, members=mine_BS"),
     both("model.mot", "padding of a span routed", "x_BSD[:, start:stop], own,", "x_BSD[:, start:stop], None,"),
-    both("model.mot", "room by the tokens of all modalities", "x_BSD, valid, members=mine_BS",
+    both("model.mot", "capacity by the tokens of all modalities", "x_BSD, valid, members=mine_BS",
          "x_BSD, mine_BS if valid is None else mine_BS & valid"),
     both("model.layout", "image counted among cached text",
          "kv_cache.positions(len(positions)) - kv_cache.image_tokens", "kv_cache.positions(len(positions))"),
@@ -119,9 +119,9 @@ VLM_MUTANTS = (
         ("silence(self.mlp[name].down_proj)", "pass"),
     ),
     Mutant(
-        "model.expert_choice", "padding gives room",
-        ("choice_capacity(valid.sum(), self.share)", "room"),
-        ("choice_capacity(valid.sum(dtype=jnp.int32), self.share)", "room"),
+        "model.expert_choice", "padding gives capacity",
+        ("choice_capacity(valid.sum(), self.share)", "capacity"),
+        ("choice_capacity(valid.sum(dtype=jnp.int32), self.share)", "capacity"),
     ),
     Mutant(
         "model.expert_choice", "padding chosen",

@@ -24,7 +24,7 @@ def balance(
     progress: Any = None,
     taken: Bool[Array, ""] | None = None,
 ) -> None:
-    """Let the routers that balance move their buffers by the choices of one optimiser step.
+    """Let the routers that balance move their buffers by the assignments of one optimiser step.
 
     Args:
         counts: (E,) of each router, summed over all micro-batches and ranks; a router without counts stays.

@@ -1,6 +1,6 @@
-"""How tokens get to their experts and back: room, the order of rows, and what is added up.
+"""How tokens get to their experts and back: capacity, the order of rows, and what is added up.
 
-Shapes: T tokens, D model dim, E experts, k choices of each token, R = k * T rows.
+Shapes: T tokens, D model dim, E experts, k assignments of each token, R = k * T rows.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from shared_config.contract.capacity import token_capacities
 
 
 class Dispatch(NamedTuple):
-    """Which row holds which choice. Choice j * T + t is choice j of token t: first choices come before second ones.
+    """Which row holds which assignment. Number j * T + t is the j-th of token t: all first ones come before all second
+    ones.
 
     Attributes:
-        choice_R: the choice that each row holds; rows of no expert (padding, no room) come last.
-        row_R: the row of each choice.
+        assignment_R: the assignment that each row holds; rows of no expert (padding, over capacity) come last.
+        row_R: the row of each assignment.
         ends_E: int32, row after the last one of each expert.
     """
 
-    choice_R: Int[Array, "R"]
+    assignment_R: Int[Array, "R"]
     row_R: Int[Array, "R"]
     ends_E: Int[Array, "E"]
 
 
 def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int | None:
-    """Choices that an expert takes: max(1, ceil(tokens k / E * factor)), exact on the decimal digits of the factor.
+    """Assignments that an expert takes: max(1, ceil(tokens k / E * factor)), exact on the decimal digits of the factor.
 
     None, no limit, for factor 0.
     """
@@ -55,28 +56,28 @@ def plan_dispatch(
     indices_Tk: Int[Array, "T k"],
     valid_T: Bool[Array, "T"] | None,
     num_experts: int,
-    room: int | Int[Array, "..."] | None = None,
+    capacity: int | Int[Array, "..."] | None = None,
 ) -> Dispatch:
-    """Sort the choices by expert, those of equal expert slot by slot and then by token.
+    """Sort the assignments by expert, those of equal expert slot by slot and then by token.
 
     Args:
-        valid_T: tokens whose choices count; None means all.
-        room: choices that an expert takes, a number or an array of one; None means any number.
+        valid_T: tokens whose assignments count; None means all.
+        capacity: assignments that an expert takes, a number or an array of one; None means any number.
     """
     tokens, top_k = indices_Tk.shape
     expert_R = indices_Tk.T.ravel()
     if valid_T is not None:
         expert_R = jnp.where(jnp.tile(valid_T, top_k), expert_R, num_experts)
     rows_R = jnp.arange(tokens * top_k, dtype=jnp.int32)
-    expert_R, choice_R = lax.sort((expert_R, rows_R), num_keys=1, is_stable=True)
+    expert_R, assignment_R = lax.sort((expert_R, rows_R), num_keys=1, is_stable=True)
     ends_E = _ends(expert_R, num_experts)
-    if room is not None and not (isinstance(room, int) and room >= tokens * top_k):
+    if capacity is not None and not (isinstance(capacity, int) and capacity >= tokens * top_k):
         starts = jnp.pad(ends_E, (1, 0))
-        expert_R = jnp.where(rows_R - starts[expert_R] < room, expert_R, num_experts)
-        expert_R, choice_R = lax.sort((expert_R, choice_R), num_keys=1, is_stable=True)
+        expert_R = jnp.where(rows_R - starts[expert_R] < capacity, expert_R, num_experts)
+        expert_R, assignment_R = lax.sort((expert_R, assignment_R), num_keys=1, is_stable=True)
         ends_E = _ends(expert_R, num_experts)
-    row_R = jnp.zeros_like(choice_R).at[choice_R].set(rows_R, unique_indices=True)
-    return Dispatch(choice_R, row_R, ends_E)
+    row_R = jnp.zeros_like(assignment_R).at[assignment_R].set(rows_R, unique_indices=True)
+    return Dispatch(assignment_R, row_R, ends_E)
 
 
 def combine(
@@ -87,7 +88,7 @@ def combine(
 ) -> Float[Array, "T D"]:
     """(T, D): for each token the weighted sum of its rows, in the dtype of the weights."""
     tokens, top_k = weights_Tk.shape
-    out_kTD = _permute(out_RD, plan.row_R, plan.choice_R).reshape(top_k, tokens, out_RD.shape[1])
+    out_kTD = _permute(out_RD, plan.row_R, plan.assignment_R).reshape(top_k, tokens, out_RD.shape[1])
     out_kTD = out_kTD.astype(weights_Tk.dtype)
     if gradient_factors_Tk is not None:
         out_kTD = _scale_gradient(out_kTD, gradient_factors_Tk.T[:, :, None])
@@ -101,20 +102,20 @@ def gradient_factors(counts_E: Num[Array, "E"], dtype: Any) -> Float[Array, "E"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def spread(
-    x_TD: Float[Array, "T D"], choice_R: Int[Array, "R"], row_R: Int[Array, "R"], top_k: int
+def dispatch(
+    x_TD: Float[Array, "T D"], assignment_R: Int[Array, "R"], row_R: Int[Array, "R"], top_k: int
 ) -> Float[Array, "R D"]:
-    """Row r is the token of choice r; backward adds up the rows of a token, in the order of its choices."""
-    return x_TD[choice_R % max(x_TD.shape[0], 1)]
+    """Row r is the token of assignment r; backward adds up the rows of a token, in the order of its assignments."""
+    return x_TD[assignment_R % max(x_TD.shape[0], 1)]
 
 
-def _spread_forward(x_TD: jax.Array, choice_R: jax.Array, row_R: jax.Array, top_k: int) -> tuple[jax.Array, Any]:
-    return spread(x_TD, choice_R, row_R, top_k), (choice_R, row_R)
+def _dispatch_forward(x_TD: jax.Array, assignment_R: jax.Array, row_R: jax.Array, top_k: int) -> tuple[jax.Array, Any]:
+    return dispatch(x_TD, assignment_R, row_R, top_k), (assignment_R, row_R)
 
 
-def _spread_backward(top_k: int, saved: Any, dy_RD: jax.Array) -> tuple[jax.Array, None, None]:
-    choice_R, row_R = saved
-    dx_kTD = _permute(dy_RD, row_R, choice_R).reshape(top_k, -1, dy_RD.shape[1])
+def _dispatch_backward(top_k: int, saved: Any, dy_RD: jax.Array) -> tuple[jax.Array, None, None]:
+    assignment_R, row_R = saved
+    dx_kTD = _permute(dy_RD, row_R, assignment_R).reshape(top_k, -1, dy_RD.shape[1])
     return dx_kTD.sum(axis=0), None, None
 
 
@@ -152,6 +153,6 @@ def _ends(expert_R: jax.Array, num_experts: int) -> jax.Array:
     return jnp.searchsorted(expert_R, experts, side="right", method="compare_all").astype(jnp.int32)
 
 
-spread.defvjp(_spread_forward, _spread_backward)
+dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 _permute.defvjp(_permute_forward, _permute_backward)
 _scale_gradient.defvjp(_scale_gradient_forward, _scale_gradient_backward)

@@ -66,9 +66,9 @@ class ExpertChoiceSigmoidRouter(Module):
         ranked_TE = jax.lax.stop_gradient(scores_TE if noise is None else jax.nn.sigmoid(logits_TE + noise))
         if valid is not None:
             ranked_TE = jnp.where(valid[:, None], ranked_TE, -1)
-        room, taken = self.capacity(x, valid)
-        tokens_CE = jnp.argsort(ranked_TE, axis=0, descending=True, stable=True)[:room]
-        is_taken_C1 = (jnp.arange(room) < taken)[:, None]
+        capacity, taken = self.capacity(x, valid)
+        tokens_CE = jnp.argsort(ranked_TE, axis=0, descending=True, stable=True)[:capacity]
+        is_taken_C1 = (jnp.arange(capacity) < taken)[:, None]
         weights_CE = jnp.take_along_axis(scores_TE, tokens_CE, axis=0) * is_taken_C1
         return ExpertChoiceOutput(weights_CE, tokens_CE, scores_TE) if return_scores else (weights_CE, tokens_CE)
 
@@ -82,8 +82,8 @@ class ExpertChoiceSigmoidRouter(Module):
         self, x: Float[Array, "T D"], valid: Bool[Array, "T"] | None = None
     ) -> tuple[int, Int[Array, ""] | int]:
         """C, and how many of the ``valid`` tokens of ``x`` (T, D) an expert takes, at most C."""
-        room = choice_capacity(x.shape[0], self.share)
-        return room, room if valid is None else choice_capacity(valid.sum(dtype=jnp.int32), self.share)
+        capacity = choice_capacity(x.shape[0], self.share)
+        return capacity, capacity if valid is None else choice_capacity(valid.sum(dtype=jnp.int32), self.share)
 
     @staticmethod
     def taking(output: ExpertChoiceOutput, tokens_CE: Integer[Array, "C E"]) -> ExpertChoiceOutput:

@@ -6,7 +6,8 @@ and keeps nothing. Levels call each other with ``return_stats=True``, which is t
 where hooks and compilers are.
 
 Shapes: B batch, S positions of the residual stream, T = B * S tokens, D model dim, V vocabulary, E experts (_E of a
-modality, each its own number), k choices of each token, C tokens that an expert may take, S_out positions with logits.
+modality, each its own number), k assignments of each token, C tokens that an expert may take, S_out positions with
+logits.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class RouterStats(NamedTuple):
     Attributes:
         aux_loss: scalar, at least float32: the balancing loss, unweighted.
         z_loss: scalar, at least float32: mean(logsumexp(logits)^2) (Zoph et al. 2022, arXiv:2202.08906), unweighted.
-        expert_counts: int32 (E,), choices of each expert, before any capacity.
+        expert_counts: int32 (E,), assignments to each expert, before any capacity.
         entropy: scalar, at least float32: mean entropy of the tokens' distributions over experts, in nats,
             without a gradient.
     """
@@ -47,7 +48,7 @@ class MoEStats(NamedTuple):
 
     Attributes:
         aux_loss, z_loss, expert_counts, entropy: as in `RouterStats`.
-        dropped: int32 scalar, choices that found no room.
+        dropped: int32 scalar, assignments beyond the capacity.
     """
 
     aux_loss: Float[Array, ""]
@@ -67,7 +68,7 @@ class RouterOutput(NamedTuple):
     """What a router of tokens computes.
 
     Attributes:
-        weights: (T, k), at least float32: how much each choice counts.
+        weights: (T, k), at least float32: how much each assignment counts.
         indices: int32 (T, k), the experts chosen, best first.
         stats: what it counted, and its losses.
     """
@@ -171,7 +172,7 @@ class StatsGetters(Module):
 
     @property
     def expert_counts(self) -> Int[Array, "E"]:
-        """int32 (E,): the choices of each expert in the last documented call; 0 before any."""
+        """int32 (E,): the assignments to each expert in the last documented call; 0 before any."""
         stats = self._last_stats()
         return jnp.zeros(self.num_experts, jnp.int32) if stats is None else stats.expert_counts
 
@@ -254,7 +255,7 @@ def routers(stats: LayerStats) -> list[MoEStats]:
 
 
 def counts_of(stats: LayerStats) -> LayerCounts:
-    """The choices of each expert of a layer, by modality where there are several routers."""
+    """The assignments to each expert of a layer, by modality where there are several routers."""
     if isinstance(stats, dict):
         return {modality: router_stats.expert_counts for modality, router_stats in stats.items()}
     return stats.expert_counts

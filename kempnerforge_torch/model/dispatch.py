@@ -1,6 +1,6 @@
-"""How tokens get to their experts and back: room, the order of rows, and what is added up.
+"""How tokens get to their experts and back: capacity, the order of rows, and what is added up.
 
-Shapes: T tokens, D model dim, E experts, k choices of each token, R = k * T rows.
+Shapes: T tokens, D model dim, E experts, k assignments of each token, R = k * T rows.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from shared_config.contract.capacity import token_capacities
 
 
 class Dispatch(NamedTuple):
-    """Which row holds which choice. Choice j * T + t is choice j of token t: first choices come before second ones.
+    """Which row holds which assignment. Number j * T + t is the j-th of token t: all first ones come before all second
+    ones.
 
     Attributes:
-        choice_R: the choice that each row holds; rows of no expert (padding, no room) come last.
-        row_R: the row of each choice.
+        assignment_R: the assignment that each row holds; rows of no expert (padding, over capacity) come last.
+        row_R: the row of each assignment.
         ends_E: int32, row after the last one of each expert.
     """
 
-    choice_R: Int[Tensor, "R"]
+    assignment_R: Int[Tensor, "R"]
     row_R: Int[Tensor, "R"]
     ends_E: Int[Tensor, "E"]
 
 
 def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int | None:
-    """Choices that an expert takes: max(1, ceil(tokens k / E * factor)), exact on the decimal digits of the factor.
+    """Assignments that an expert takes: max(1, ceil(tokens k / E * factor)), exact on the decimal digits of the factor.
 
     None, no limit, for factor 0.
     """
@@ -55,28 +56,28 @@ def plan_dispatch(
     indices_Tk: Int[Tensor, "T k"],
     valid_T: Bool[Tensor, "T"] | None,
     num_experts: int,
-    room: int | Int[Tensor, "..."] | None = None,
+    capacity: int | Int[Tensor, "..."] | None = None,
 ) -> Dispatch:
-    """Sort the choices by expert, those of equal expert slot by slot and then by token.
+    """Sort the assignments by expert, those of equal expert slot by slot and then by token.
 
     Args:
-        valid_T: tokens whose choices count; None means all.
-        room: choices that an expert takes, a number or an array of one; None means any number.
+        valid_T: tokens whose assignments count; None means all.
+        capacity: assignments that an expert takes, a number or an array of one; None means any number.
     """
     tokens, top_k = indices_Tk.shape
     expert_R = indices_Tk.t().flatten()
     if valid_T is not None:
         expert_R = torch.where(valid_T.repeat(top_k), expert_R, num_experts)
-    expert_R, choice_R = torch.sort(expert_R, stable=True)
+    expert_R, assignment_R = torch.sort(expert_R, stable=True)
     ends_E = _ends(expert_R, num_experts)
     rows_R = torch.arange(tokens * top_k, device=indices_Tk.device)
-    if room is not None and not (isinstance(room, int) and room >= tokens * top_k):
+    if capacity is not None and not (isinstance(capacity, int) and capacity >= tokens * top_k):
         starts = F.pad(ends_E, (1, 0))
-        expert_R = torch.where(rows_R - starts[expert_R] < room, expert_R, num_experts)
+        expert_R = torch.where(rows_R - starts[expert_R] < capacity, expert_R, num_experts)
         expert_R, order_R = torch.sort(expert_R, stable=True)
-        choice_R, ends_E = choice_R[order_R], _ends(expert_R, num_experts)
-    row_R = torch.empty_like(choice_R).scatter(0, choice_R, rows_R)
-    return Dispatch(choice_R, row_R, ends_E)
+        assignment_R, ends_E = assignment_R[order_R], _ends(expert_R, num_experts)
+    row_R = torch.empty_like(assignment_R).scatter(0, assignment_R, rows_R)
+    return Dispatch(assignment_R, row_R, ends_E)
 
 
 def combine(
@@ -87,7 +88,7 @@ def combine(
 ) -> Float[Tensor, "T D"]:
     """(T, D): for each token the weighted sum of its rows, in the dtype of the weights."""
     tokens, top_k = weights_Tk.shape
-    out_kTD = _Permute.apply(out_RD, plan.row_R, plan.choice_R).reshape(top_k, tokens, out_RD.shape[1])
+    out_kTD = _Permute.apply(out_RD, plan.row_R, plan.assignment_R).reshape(top_k, tokens, out_RD.shape[1])
     out_kTD = out_kTD.to(weights_Tk.dtype)
     if gradient_factors_Tk is not None:
         out_kTD = _ScaleGradient.apply(out_kTD, gradient_factors_Tk.t()[:, :, None])
@@ -100,29 +101,29 @@ def gradient_factors(counts_E: Num[Tensor, "E"], dtype: torch.dtype) -> Float[Te
     return torch.where(counts_E > 0, wide_E.sum() / (wide_E.clamp(min=1) * counts_E.shape[0]), 1.0)
 
 
-def spread(
-    x_TD: Float[Tensor, "T D"], choice_R: Int[Tensor, "R"], row_R: Int[Tensor, "R"], top_k: int
+def dispatch(
+    x_TD: Float[Tensor, "T D"], assignment_R: Int[Tensor, "R"], row_R: Int[Tensor, "R"], top_k: int
 ) -> Float[Tensor, "R D"]:
-    """Row r is the token of choice r; backward adds up the rows of a token, in the order of its choices."""
-    return _Spread.apply(x_TD, choice_R, row_R, top_k)
+    """Row r is the token of assignment r; backward adds up the rows of a token, in the order of its assignments."""
+    return _DispatchTokens.apply(x_TD, assignment_R, row_R, top_k)
 
 
-class _Spread(torch.autograd.Function):
-    """Row r is the token of choice r; backward adds up the rows of a token, in the order of its choices."""
+class _DispatchTokens(torch.autograd.Function):
+    """Row r is the token of assignment r; backward adds up the rows of a token, in the order of its assignments."""
 
     @staticmethod
-    def forward(x_TD: Tensor, choice_R: Tensor, row_R: Tensor, top_k: int) -> Tensor:
-        return x_TD.index_select(0, choice_R % max(x_TD.shape[0], 1))
+    def forward(x_TD: Tensor, assignment_R: Tensor, row_R: Tensor, top_k: int) -> Tensor:
+        return x_TD.index_select(0, assignment_R % max(x_TD.shape[0], 1))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
-        _, choice_R, row_R, ctx.top_k = inputs
-        ctx.save_for_backward(choice_R, row_R)
+        _, assignment_R, row_R, ctx.top_k = inputs
+        ctx.save_for_backward(assignment_R, row_R)
 
     @staticmethod
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, None, None, None]:
-        choice_R, row_R = ctx.saved_tensors
-        dx_kTD = _Permute.apply(dy_RD, row_R, choice_R).reshape(ctx.top_k, -1, dy_RD.shape[1])
+        assignment_R, row_R = ctx.saved_tensors
+        dx_kTD = _Permute.apply(dy_RD, row_R, assignment_R).reshape(ctx.top_k, -1, dy_RD.shape[1])
         return dx_kTD.sum(dim=0), None, None, None
 
 

@@ -64,9 +64,9 @@ class ExpertChoiceSigmoidRouter(nn.Module):
         ranked_TE = (scores_TE if noise is None else (logits_TE + noise).sigmoid()).detach()
         if valid is not None:
             ranked_TE = ranked_TE.masked_fill(~valid[:, None], -1)
-        room, taken = self.capacity(x, valid)
-        tokens_CE = ranked_TE.sort(dim=0, descending=True, stable=True).indices[:room]
-        is_taken_C1 = (torch.arange(room, device=x.device) < taken)[:, None]
+        capacity, taken = self.capacity(x, valid)
+        tokens_CE = ranked_TE.sort(dim=0, descending=True, stable=True).indices[:capacity]
+        is_taken_C1 = (torch.arange(capacity, device=x.device) < taken)[:, None]
         weights_CE = scores_TE.gather(0, tokens_CE) * is_taken_C1
         return ExpertChoiceOutput(weights_CE, tokens_CE, scores_TE) if return_scores else (weights_CE, tokens_CE)
 
@@ -80,8 +80,8 @@ class ExpertChoiceSigmoidRouter(nn.Module):
         self, x: Float[Tensor, "T D"], valid: Bool[Tensor, "T"] | None = None
     ) -> tuple[int, Int[Tensor, ""] | int]:
         """C, and how many of the ``valid`` tokens of ``x`` (T, D) an expert takes, at most C."""
-        room = choice_capacity(x.shape[0], self.share)
-        return room, room if valid is None else choice_capacity(valid.sum(), self.share)
+        capacity = choice_capacity(x.shape[0], self.share)
+        return capacity, capacity if valid is None else choice_capacity(valid.sum(), self.share)
 
     def _noise(self, x: Tensor, noise: Tensor | None) -> Tensor | None:
         if not self.gumbel_noise:

@@ -3,12 +3,12 @@
 A token that k experts are chosen for becomes k rows; the rows are sorted by expert, grouped products multiply each
 expert's part by its matrices, and the k results of a token are added up by the inverse of the sort.
 
-    T = 3, k = 2, E = 4     choices by slot, then token      rows, sorted by expert
+    T = 3, k = 2, E = 4     assignments by slot, then token  rows, sorted by expert
     token 0 -> 2, 0         t0:2 t1:0 t2:2                   expert    0     1     2     3
     token 1 -> 0, 3         t0:0 t1:3 t2:1                   token   1  0 |  2 | 0  2 |  1
     token 2 -> 2, 1
 
-Shapes: B batch, S sequence, T = B * S tokens, D model dim, F expert width, E experts, k choices of each token,
+Shapes: B batch, S sequence, T = B * S tokens, D model dim, F expert width, E experts, k assignments of each token,
 R = k * T rows.
 """
 
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.checks import check_ids, check_mask, check_shape, nan_outside
-from kempnerforge_torch.model.dispatch import combine, gradient_factors, layer_capacity, plan_dispatch, spread
+from kempnerforge_torch.model.dispatch import combine, dispatch, gradient_factors, layer_capacity, plan_dispatch
 from kempnerforge_torch.model.experts import apply_modules, apply_packed
 from kempnerforge_torch.model.experts import grouped_expert_forward as grouped_expert_forward
 from kempnerforge_torch.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
@@ -33,7 +33,7 @@ PROJECTIONS = ("gate", "up", "down")
 
 
 class MoEMLP(StatsGetters):
-    """y_t = sum over the choices j of w_tj expert_{i_tj}(x_t), plus shared_expert(x_t).
+    """y_t = sum over the assignments j of w_tj expert_{i_tj}(x_t), plus shared_expert(x_t).
 
     Args:
         router: called as ``router(x_TD, valid_T, batch_size=B, return_stats=True)``, gives a
@@ -41,9 +41,9 @@ class MoEMLP(StatsGetters):
         experts: E feed-forward layers of one kind. What is neither a `SwiGLUMLP` nor a `StandardMLP` computes all rows,
             of which its own are taken.
         shared_expert: applied to every token.
-        capacity_factor: each expert takes at most max(1, ceil(T k / E * factor)) choices, first choices before second
-            ones, then in the order of tokens; what finds no room is not computed and adds nothing. 0: no limit.
-        gradient_scale: multiply what flows back through an expert by (mean choices) / (its choices).
+        capacity_factor: each expert takes at most max(1, ceil(T k / E * factor)) assignments, first ones before second
+            ones, then in the order of tokens; what is beyond that is not computed and adds nothing. 0: no limit.
+        gradient_scale: multiply what flows back through an expert by (mean assignments) / (its assignments).
         packed_experts: hold the experts' weights as ``gate_w``, ``up_w`` (E, D, F) and ``down_w`` (E, F, D).
     """
 
@@ -92,7 +92,7 @@ class MoEMLP(StatsGetters):
             valid: bool (B, S), False for padding, which is sent to no routed expert.
             members: bool (B, S), False at positions that are none of this layer's tokens: they are not routed, and in
                 contrast to padding they do not count for the capacity.
-            limit_capacity: False: an expert takes any number of choices in this call.
+            limit_capacity: False: an expert takes any number of assignments in this call.
             return_stats: give a `MoEOutput`, and leave the getters alone.
 
         Raises:
@@ -112,10 +112,10 @@ class MoEMLP(StatsGetters):
         weights_Tk = nan_outside(weights_Tk, indices_Tk, self.num_experts)
         indices_Tk = indices_Tk.clamp(0, self.num_experts - 1)
         factor = self.capacity_factor if limit_capacity else 0.0
-        room = layer_capacity(x_TD.shape[0], members_T, indices_Tk.shape[1], self.num_experts, factor)
-        plan = plan_dispatch(indices_Tk, valid_T, self.num_experts, room)
-        rows_RD = spread(x_TD, plan.choice_R, plan.row_R, indices_Tk.shape[1])
-        out_RD = self._apply_experts(rows_RD, plan.ends_E, complete=valid_T is None and room is None)
+        capacity = layer_capacity(x_TD.shape[0], members_T, indices_Tk.shape[1], self.num_experts, factor)
+        plan = plan_dispatch(indices_Tk, valid_T, self.num_experts, capacity)
+        rows_RD = dispatch(x_TD, plan.assignment_R, plan.row_R, indices_Tk.shape[1])
+        out_RD = self._apply_experts(rows_RD, plan.ends_E, complete=valid_T is None and capacity is None)
         factors_Tk = None
         if self.gradient_scale:
             factors_Tk = gradient_factors(routed.expert_counts, weights_Tk.dtype)[indices_Tk]

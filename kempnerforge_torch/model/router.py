@@ -1,6 +1,6 @@
 """Routers of a mixture of experts: which experts a token goes to, and with what weight.
 
-Shapes: T tokens = B sequences of S tokens, D model dim, E experts, k choices of each token.
+Shapes: T tokens = B sequences of S tokens, D model dim, E experts, k assignments of each token.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class TopKRouter(StatsGetters):
 class SoftmaxTopKRouter(TopKRouter):
     """Softmax over all experts, the k most probable, their probabilities renormalised.
 
-    aux_loss = E sum_e f_e P_e (Fedus et al. 2022, arXiv:2101.03961): f_e the share of choices, P_e the mean
+    aux_loss = E sum_e f_e P_e (Fedus et al. 2022, arXiv:2101.03961): f_e the share of assignments, P_e the mean
     probability.
     """
 
@@ -157,7 +157,7 @@ class SigmoidTopKRouter(TopKRouter):
 
     Attributes:
         expert_bias: (E,), at least float32.
-        expert_ema: (E,), at least float32, moving average of each expert's share of the choices.
+        expert_ema: (E,), at least float32, moving average of each expert's share of the assignments.
         aux_loss: ``sequence_aux_loss_weight`` times the mean over sequences of E sum_e f_e P_e within the sequence.
     """
 
@@ -191,10 +191,10 @@ class SigmoidTopKRouter(TopKRouter):
         self._progress = training_progress(step, max_steps)
 
     def update_bias(self, counts_E: Num[Tensor, "... E"], progress: float | None = None) -> None:
-        """Move the average and the bias by the choices of one optimiser step: all its micro-batches, all ranks.
+        """Move the average and the bias by the assignments of one optimiser step: all its micro-batches, all ranks.
 
         Args:
-            counts_E: choices of each expert; if there are none at all, nothing changes.
+            counts_E: assignments to each expert; if there are none at all, nothing changes.
             progress: share of training done; None means that of `set_step`.
         """
         factor = schedule_factor(self.bias_schedule, self._progress if progress is None else progress)
@@ -249,7 +249,7 @@ def balance_losses(
 ) -> Float[Tensor, "B"]:
     """(B,): E sum_e f_e P_e over the valid tokens of each sequence, 0 without any; 1 when both are uniform.
 
-    f_e is the share of the choices that fell on e, P_e the mean share of e.
+    f_e is the share of the assignments that fell on e, P_e the mean share of e.
     """
     counts_BE = chosen_BSE.sum(dim=1).to(shares_BSE.dtype)
     f_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)

@@ -15,7 +15,7 @@ class Terms(NamedTuple):
     Attributes:
         loss: its share of the mean cross entropy.
         aux_loss, z_loss, entropy: its share of their means over micro-batches; the entropy also over routers.
-        expert_counts: router -> (E,) choices; {} if dense.
+        expert_counts: router -> (E,) assignments; {} if dense.
     """
 
     loss: Any
@@ -36,7 +36,7 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def expert_counts(stats: Mapping[int, Any]) -> dict[RouterId, Any]:
-    """The choices of each expert, by router."""
+    """The assignments to each expert, by router."""
     return {router_id: router.expert_counts for router_id, router in by_router(stats).items()}
 
 

@@ -113,7 +113,7 @@ class ModelConfig(Section):
         NonNegativeFloat,
         KEEPS_FUNCTION,
         Field(
-            description="An expert takes at most max(1, ceil(tokens * moe_top_k / num_experts * factor)) choices; "
+            description="An expert takes at most max(1, ceil(tokens * moe_top_k / num_experts * factor)) assignments; "
             f"0: any number. Decoding has no limits, so weights may be used with another factor. {UNIT}"
         ),
     ] = 0.0
@@ -129,7 +129,7 @@ class ModelConfig(Section):
         bool,
         KEEPS_FUNCTION,
         Field(
-            description="Scale what flows back through an expert by (mean choices of an expert) / (its choices). "
+            description="Scale what flows back through an expert by (mean assignments to an expert) / (its own). "
             f"{UNIT}"
         ),
     ] = False

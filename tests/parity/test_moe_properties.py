@@ -283,12 +283,12 @@ def test_dispatch_keeps_what_the_specification_keeps(
     tokens, top_k = indices_Tk.shape
     room = module(backend, "dispatch").capacity(tokens, top_k, experts, factor)
     assert room == capacity(tokens, top_k, experts, factor)
-    choice_R, row_R, ends_E = planned(backend, indices_Tk, valid_T, experts, room)
-    np.testing.assert_array_equal(choice_R[row_R], np.arange(tokens * top_k))
+    assignment_R, row_R, ends_E = planned(backend, indices_Tk, valid_T, experts, room)
+    np.testing.assert_array_equal(assignment_R[row_R], np.arange(tokens * top_k))
     kept_Tk, start = find_room(indices_Tk, valid_T, experts, room), 0
     for expert, end in enumerate(ends_E):
-        slots, found = np.divmod(choice_R[start:end], tokens)
-        assert (np.diff(choice_R[start:end]) > 0).all()
+        slots, found = np.divmod(assignment_R[start:end], tokens)
+        assert (np.diff(assignment_R[start:end]) > 0).all()
         assert (indices_Tk[found, slots] == expert).all()
         assert kept_Tk[found, slots].all()
         assert room is None or end - start <= room
