@@ -18,7 +18,7 @@ from kempnerforge_torch.model.build import build_model
 from kempnerforge_torch.model.expert_choice import ExpertChoiceSigmoidRouter
 from kempnerforge_torch.model.hooks import activation_names, capture, replacing
 from kempnerforge_torch.model.state import from_numpy, get_state, own_tensors, to_numpy
-from kempnerforge_torch.model.stats import MoEStats
+from kempnerforge_torch.model.stats import LayerStats, MoEStats, TransformerOutput
 from kempnerforge_torch.model.vlm import inner_transformer
 from kempnerforge_torch.training.loss import mean_cross_entropy, router_losses
 from kempnerforge_torch.training.mixed_precision import matmul_precision
@@ -206,9 +206,7 @@ class Recorder:
         ]
         return torch.cat(pieces, dim=1)
 
-    def _call(
-        self, state: Tensors, tokens: Tensor, with_image: bool = True, **arguments: Any
-    ) -> tuple[Tensor, dict[int, Any]]:
+    def _call(self, state: Tensors, tokens: Tensor, with_image: bool = True, **arguments: Any) -> TransformerOutput:
         """Logits and stats. An image in the stream comes with the first tokens only."""
         copy = {name: tensor.to(self._compute_dtype_of(name)) for name, tensor in state.items()}
         inputs: tuple[Any, ...] = (tokens,)
@@ -220,7 +218,7 @@ class Recorder:
         assert self.request.pixels is not None
         return from_numpy(self.request.pixels).to(self._device, self.compute_dtype)
 
-    def _loss(self, logits: Tensor, stats: dict[int, Any], labels: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, stats: dict[int, LayerStats], labels: Tensor) -> Tensor:
         """The training objective: cross entropy and, with experts, the weighted losses of routers."""
         aux_loss, z_loss = router_losses(stats)
         model = self.config.model
@@ -267,7 +265,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def flatten(activations: Mapping[str, Any]) -> Tensors:
+def flatten(activations: Mapping[str, object]) -> Tensors:
     """Outputs by modality get names of their own."""
     flat: Tensors = {}
     for name, value in activations.items():

@@ -73,8 +73,8 @@ REACHING = (
         ("accumulation",), "mixed precision", "gradient", "bfloat16",
     ),
     Reaching(
-        both("training.train", "one label too few in evaluation", '"loss": total / max(count, 1), "tokens"',
-             '"loss": total / max(count - 1, 1), "tokens"'),
+        both("training.train", "one label too few in evaluation", 'max(count, 1), "tokens"',
+             'max(count - 1, 1), "tokens"'),
         ("padding",), "padding", "evaluation",
     ),
     Reaching(

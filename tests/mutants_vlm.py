@@ -89,7 +89,7 @@ VLM_MUTANTS = (
          "self.attn_norm[self.modalities[0]](part)"),
     Mutant(
         "model.mot", "final norm of one modality for all",
-        ("norms[name](part), x)\n\n\ndef", 'norms["text"](part), x)\n\n\ndef'),
+        ("norms.get_submodule(name)(part), x)", 'norms.get_submodule("text")(part), x)'),
         ("norms[name](part), x)\n\n\ndef", 'norms["text"](part), x)\n\n\ndef'),
     ),
     Mutant(

@@ -134,6 +134,7 @@ DIFFERENCES = {
     },
     "training/optimizer.py": {
         "Arrays": "jax: name of a type",
+        "Group": "torch: an optimiser holds its parameters",
         "FOUND_INF": "torch: how its AdamW is told to leave a step out; JAX selects values",
         "adamw(groups)": "torch: an optimiser holds its parameters",
         "OptimizerState": "jax: name of a type",
@@ -160,7 +161,10 @@ DIFFERENCES = {
         "compile_blocks": "torch: compiles block by block",
         "log": "torch: compilation may be left out, and says so",
     },
-    "training/mixed_precision.py": {"Cast": "torch: all masters in one operation of autograd"},
+    "training/mixed_precision.py": {
+        "Cast": "torch: all masters in one operation of autograd",
+        "CastContext": "torch: what that operation remembers",
+    },
     "training/objective.py": {
         "Arrays": "jax: name of a type",
         "Objective": "torch: a module, so that the head and the loss are compiled as one",
@@ -186,7 +190,10 @@ DIFFERENCES = {
 }
 """By file, what one backend has alone: a name, ``Class.member``, or an argument ``function(argument)``."""
 
-VALUES = {"model/grouped.py": {"TILE_ROWS": "torch's tiles are for GPUs and CPUs, JAX's for XLA's loops"}}
+VALUES = {
+    "model/architecture.py": {"Modules": "JAX's containers of modules are no modules of this package"},
+    "model/grouped.py": {"TILE_ROWS": "torch's tiles are for GPUs and CPUs, JAX's for XLA's loops"},
+}
 """Constants and defaults that both backends have, with other values."""
 
 

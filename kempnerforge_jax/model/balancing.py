@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Num
+from jaxtyping import Array, Bool, Float, Num
 
 from kempnerforge_jax.model.module import named_variables
 from kempnerforge_jax.model.stack import Stack
@@ -21,7 +21,7 @@ from shared_config.contract.routing import RouterId, router_ids, router_place
 def balance(
     model: nnx.Module,
     counts: Mapping[RouterId, Num[Array, "E"]],
-    progress: Any = None,
+    progress: Float[Array, ""] | float | None = None,
     taken: Bool[Array, ""] | None = None,
 ) -> None:
     """Let the routers that balance move their buffers by the assignments of one optimiser step.

@@ -6,14 +6,13 @@ Shapes: B rows, S tokens of the longest prompt, N new tokens, L tokens of the lo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 from kempnerforge_jax.model.decode import decode_all, steps
-from kempnerforge_jax.model.request import make_request
+from kempnerforge_jax.model.request import Prompted, make_request
 from kempnerforge_jax.model.sampling import sample as sample
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper, inner_transformer
@@ -23,7 +22,7 @@ from shared_config.contract.decoding import PREFILL_CHUNK, SamplingConfig
 
 def generate(
     model: Transformer | VLMWrapper,
-    prompt_tokens: Any,
+    prompt_tokens: Prompted,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -31,12 +30,12 @@ def generate(
     top_p: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
-    prompt_lengths: Any = None,
+    prompt_lengths: Array | np.ndarray | Sequence[int] | int | None = None,
     seed: int | Shaped[Array, "..."] | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
-    pixel_values: Any = None,
-    frame_mask: Any = None,
+    pixel_values: Array | np.ndarray | None = None,
+    frame_mask: Array | np.ndarray | None = None,
 ) -> Int[Array, "B L"]:
     """Continue prompts. A wrapped model, or one with wrapped parts, generates as the plain one does.
 
@@ -76,7 +75,7 @@ def generate(
 
 def stream(
     model: Transformer | VLMWrapper,
-    prompt_tokens: Any,
+    prompt_tokens: Prompted,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -84,12 +83,12 @@ def stream(
     top_p: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
-    prompt_lengths: Any = None,
+    prompt_lengths: Array | np.ndarray | Sequence[int] | int | None = None,
     seed: int | Shaped[Array, "..."] | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
-    pixel_values: Any = None,
-    frame_mask: Any = None,
+    pixel_values: Array | np.ndarray | None = None,
+    frame_mask: Array | np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """The new tokens of `generate`, int (B,) at a time, as they are drawn; ends early when every row has ended.
 

@@ -59,17 +59,21 @@ class Request:
         return None if image_tokens(self.image) else self.image
 
 
+Prompted = jax.Array | np.ndarray | Sequence[Sequence[int] | np.ndarray | jax.Array]
+"""Token ids: int (B, S), or B rows of any lengths."""
+
+
 def make_request(
     model: Transformer | VLMWrapper,
-    prompt_tokens: Any,
+    prompt_tokens: Prompted,
     max_new_tokens: int,
     sampling: SamplingConfig,
     *,
-    prompt_lengths: Any = None,
+    prompt_lengths: jax.Array | np.ndarray | Sequence[int] | int | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
-    pixel_values: Any = None,
-    frame_mask: Any = None,
+    pixel_values: jax.Array | np.ndarray | None = None,
+    frame_mask: jax.Array | np.ndarray | None = None,
 ) -> Request:
     """What `generate` and `stream` are asked for, checked; their arguments.
 

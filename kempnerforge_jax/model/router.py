@@ -233,7 +233,7 @@ class SigmoidTopKRouter(TopKRouter):
 
 
 def build_router(
-    router_type: str, dim: int, num_experts: int, top_k: int, *, rngs: nnx.Rngs | None, **options: Any
+    router_type: str, dim: int, num_experts: int, top_k: int, *, rngs: nnx.Rngs | None, **options: float | str | bool
 ) -> TopKRouter:
     """The router registered as ``router_type``, built as ``builder(dim, num_experts, top_k, rngs=rngs, **options)``.
 

@@ -6,13 +6,13 @@ Shapes: B batch, S sequence, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer
 
 from kempnerforge_jax.model.checks import check_ids, check_shape, wide
+from kempnerforge_jax.model.stats import LayerStats, MoEStats
 from shared_config.contract.labels import IGNORED
 from shared_config.contract.routing import by_router
 
@@ -46,7 +46,7 @@ def mean_cross_entropy(logits_BSV: Float[Array, "B S V"], labels_BS: Integer[Arr
     return total / jnp.maximum(count, 1)
 
 
-def router_losses(stats: Mapping[int, Any]) -> tuple[Float[Array, ""] | float, Float[Array, ""] | float]:
+def router_losses(stats: Mapping[int, LayerStats]) -> tuple[Float[Array, ""] | float, Float[Array, ""] | float]:
     """Balancing losses and z-losses of all routers, each summed, unweighted; 0 without any.
 
     Args:
@@ -56,7 +56,7 @@ def router_losses(stats: Mapping[int, Any]) -> tuple[Float[Array, ""] | float, F
     return sum(router.aux_loss for router in each), sum(router.z_loss for router in each)
 
 
-def router_stats(stats: Mapping[int, Any]) -> list[Any]:
+def router_stats(stats: Mapping[int, LayerStats]) -> list[MoEStats]:
     """The stats of each router, layer by layer: one per layer, or one per modality."""
     return list(by_router(stats).values())
 

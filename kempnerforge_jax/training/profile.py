@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 
 
 @contextmanager
-def profile(folder: Path, wait: Callable[[], Any]) -> Iterator[None]:
+def profile(folder: Path, wait: Callable[[], object]) -> Iterator[None]:
     """Trace what the host and the device do meanwhile, into ``plugins/profile/TIME`` of the folder: ``*.xplane.pb`` for
     TensorBoard (XProf), ``*.trace.json.gz`` for Perfetto.
 
@@ -26,6 +25,6 @@ def profile(folder: Path, wait: Callable[[], Any]) -> Iterator[None]:
         wait()
 
 
-def step_span(step: int) -> AbstractContextManager[Any]:
+def step_span(step: int) -> AbstractContextManager[object]:
     """Mark what runs meanwhile as a training step, as XProf looks for it."""
     return jax.profiler.StepTraceAnnotation("step", step_num=step)

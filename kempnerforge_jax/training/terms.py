@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from kempnerforge_jax.model.modality import ModalityContext
+from kempnerforge_jax.model.stats import LayerStats
 from shared_config.contract.routing import RouterId, by_router
 
 
@@ -18,11 +21,11 @@ class Terms(NamedTuple):
         expert_counts: router -> (E,) assignments; {} if dense.
     """
 
-    loss: Any
-    aux_loss: Any
-    z_loss: Any
-    entropy: Any
-    expert_counts: dict[RouterId, Any]
+    loss: jax.Array
+    aux_loss: jax.Array
+    z_loss: jax.Array
+    entropy: jax.Array
+    expert_counts: dict[RouterId, jax.Array]
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,12 +38,12 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-def expert_counts(stats: Mapping[int, Any]) -> dict[RouterId, Any]:
+def expert_counts(stats: Mapping[int, LayerStats]) -> dict[RouterId, jax.Array]:
     """The assignments to each expert, by router."""
     return {router_id: router.expert_counts for router_id, router in by_router(stats).items()}
 
 
-def taken_metric(taken: Any) -> dict[str, Any]:
+def taken_metric(taken: jax.Array | None) -> dict[str, jax.Array]:
     """For the loop: whether the update was taken."""
     return {} if taken is None else {"taken": taken}
 

@@ -4,7 +4,7 @@ tensors that an axis splits, blocks that are computed again, blocks that are com
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,15 +17,17 @@ from kempnerforge_torch.training.mixed_precision import compute_dtype
 from shared_config.contract.specs import ParameterTable
 from shared_config.schema.job import JobConfig
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
 
 def parallelize(
-    model: nn.Module,
+    model: AnyModule,
     config: JobConfig,
     mesh: Mesh | None,
     table: ParameterTable,
     device: torch.device,
     dtype: torch.dtype,
-) -> Any:
+) -> AnyModule:
     """The model, in place, as a layout trains it; without a mesh on one device.
 
     Args:

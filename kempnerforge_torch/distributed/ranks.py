@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch.distributed.tensor.placement_types import Replicate
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kempnerforge_torch.distributed.mesh import Mesh
+
+Tree = TypeVar("Tree")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Ranks:
         """The sum of a number of the host."""
         return int(self.sums(torch.tensor(number)))
 
-    def sums(self, tree: Any) -> Any:
+    def sums(self, tree: Tree) -> Tree:
         """The sum of each tensor of a tree; the same bits on every rank."""
         if self.mesh is None:
             return tree

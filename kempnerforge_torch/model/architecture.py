@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
@@ -20,9 +20,11 @@ from kempnerforge_torch.registry import registry
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import VLMConfig
 
-Modules = Mapping[str, Any]
+Modules = Mapping[str, nn.Module | None]
 """What `Architecture.extra_modules` gave, by name, as the model has it now: maybe wrapped; None if it was taken out."""
-RotaryTable = Callable[[Integer[Tensor, "... S"], Any], tuple[Float[Tensor, "... S A"], Float[Tensor, "... S A"]]]
+RotaryTable = Callable[
+    [Integer[Tensor, "... S"], torch.dtype], tuple[Float[Tensor, "... S A"], Float[Tensor, "... S A"]]
+]
 """Positions and a dtype to cos and sin."""
 
 
@@ -58,12 +60,12 @@ class Architecture:
 
     def block_inputs(
         self,
-        inputs: dict[str, Any],
+        inputs: dict[str, object],
         x: Float[Tensor, "B S D"],
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
         rope: RotaryTable,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """The keyword arguments of every block, built once a forward.
 
         Args:

@@ -20,7 +20,7 @@ from shared_config.contract.routing import RouterId, router_ids
 def balance(
     model: nn.Module,
     counts: Mapping[RouterId, Num[Tensor, "E"]],
-    progress: Any = None,
+    progress: float | None = None,
     taken: Bool[Tensor, ""] | None = None,
 ) -> None:
     """Let the routers that balance move their buffers by the assignments of one optimiser step.

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from kempnerforge_torch.device import find_device
 from kempnerforge_torch.model.state import set_state
 from kempnerforge_torch.model.transformer import Transformer
-from kempnerforge_torch.model.vlm import build_vlm_wrapper
+from kempnerforge_torch.model.vlm import VLMWrapper, build_vlm_wrapper
 from kempnerforge_torch.registry import registry
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 
 
-def build_model(config: JobConfig) -> Any:
+def build_model(config: JobConfig) -> Transformer | VLMWrapper:
     """The model of a job: a transformer, or one with an encoder and an adapter around it."""
     if config.vlm is None or config.vision_encoder is None:
         return registry.get("model", config.model.model_type)(config.model)
@@ -25,8 +24,12 @@ def build_model(config: JobConfig) -> Any:
 
 
 def load_model(
-    config: ModelConfig | JobConfig, weights: Mapping[str, Any] | None, device: Any = None, *, seed: int = 0
-) -> Any:
+    config: ModelConfig | JobConfig,
+    weights: Mapping[str, object] | None,
+    device: torch.device | str | None = None,
+    *,
+    seed: int = 0,
+) -> Transformer | VLMWrapper:
     """A model with these weights, float32, for generation: of a job, one that sees images if the job's does.
 
     Args:
@@ -45,7 +48,7 @@ def load_model(
     return model.eval()
 
 
-def _new_model(config: ModelConfig | JobConfig) -> Any:
+def _new_model(config: ModelConfig | JobConfig) -> Transformer | VLMWrapper:
     if isinstance(config, ModelConfig):
         return Transformer(config)
     return build_model(config)

@@ -179,7 +179,7 @@ class CrossAttentionArchitecture(Architecture):
         if (layer_idx + 1) % self.every != 0 or not modality.reads_image:
             return x
         index = (layer_idx + 1) // self.every - 1
-        block = modules["cross_attention_layers"][str(index)]
+        block = self._blocks(modules).get_submodule(str(index))
         if modality.image_keys_values is not None:
             out = block(x, None, modality.image_mask, keys_values=modality.image_keys_values[index])
         else:
@@ -189,9 +189,19 @@ class CrossAttentionArchitecture(Architecture):
             return out
         return torch.where(modality.image_mask.any(dim=1)[:, None, None], out, x)
 
+    @staticmethod
+    def _blocks(modules: Modules) -> nn.Module:
+        """The blocks by number."""
+        blocks = modules["cross_attention_layers"]
+        assert blocks is not None, "a stage that reads an image has cross-attention blocks"
+        return blocks
+
     def precompute_image_kv(self, modules: Modules, modality: ModalityContext) -> ModalityContext:
         """The keys and values of all blocks, in place of the features."""
         assert modality.image_features is not None
-        blocks = modules["cross_attention_layers"].values()
-        keys_values = tuple(unwrap(block).attn.keys_values(modality.image_features) for block in blocks)
+        keys_values: tuple[tuple[Tensor, Tensor], ...] = ()
+        for block in self._blocks(modules).children():
+            attention = unwrap(unwrap(block).get_submodule("attn"))
+            assert isinstance(attention, CrossAttention)
+            keys_values += (attention.keys_values(modality.image_features),)
         return replace(modality, image_features=None, image_keys_values=keys_values)

@@ -6,7 +6,6 @@ Shapes: B rows, S tokens of the longest prompt, N new tokens, L tokens of the lo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kempnerforge_torch.model.decode import decode_all, steps
-from kempnerforge_torch.model.request import make_request, weight_of
+from kempnerforge_torch.model.request import Prompted, make_request, weight_of
 from kempnerforge_torch.model.sampling import sample as sample
 from kempnerforge_torch.model.state import to_numpy
 from kempnerforge_torch.model.transformer import Transformer
@@ -24,7 +23,7 @@ from shared_config.contract.decoding import PREFILL_CHUNK, SamplingConfig
 
 def generate(
     model: Transformer | VLMWrapper,
-    prompt_tokens: Any,
+    prompt_tokens: Prompted,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -32,12 +31,12 @@ def generate(
     top_p: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
-    prompt_lengths: Any = None,
+    prompt_lengths: Tensor | np.ndarray | Sequence[int] | int | None = None,
     seed: int | torch.Generator | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
-    pixel_values: Any = None,
-    frame_mask: Any = None,
+    pixel_values: Tensor | np.ndarray | None = None,
+    frame_mask: Tensor | np.ndarray | None = None,
     compile: bool = False,
 ) -> Int[Tensor, "B L"]:
     """Continue prompts. A wrapped model, or one with wrapped or compiled parts, generates as the plain one does.
@@ -80,7 +79,7 @@ def generate(
 
 def stream(
     model: Transformer | VLMWrapper,
-    prompt_tokens: Any,
+    prompt_tokens: Prompted,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -88,12 +87,12 @@ def stream(
     top_p: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
-    prompt_lengths: Any = None,
+    prompt_lengths: Tensor | np.ndarray | Sequence[int] | int | None = None,
     seed: int | torch.Generator | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
-    pixel_values: Any = None,
-    frame_mask: Any = None,
+    pixel_values: Tensor | np.ndarray | None = None,
+    frame_mask: Tensor | np.ndarray | None = None,
     compile: bool = False,
 ) -> Iterator[np.ndarray]:
     """The new tokens of `generate`, int (B,) at a time, as they are drawn; ends early when every row has ended.

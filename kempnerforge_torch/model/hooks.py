@@ -150,9 +150,9 @@ class ActivationStore:
 
 def extract_representations(
     model: Transformer,
-    dataset: Iterable[Any],
+    dataset: Iterable[object],
     layers: Iterable[str],
-    device: Any = None,
+    device: torch.device | str | None = None,
     batch_size: int = 32,
     max_samples: int | None = None,
     *,
@@ -189,7 +189,7 @@ def extract_representations(
     return {name: from_numpy(np.concatenate([output[name] for output in collected])) for name in collected[0]}
 
 
-def save_activations(activations: Mapping[str, Any], path: PathLike) -> None:
+def save_activations(activations: Mapping[str, object], path: PathLike) -> None:
     """Write activations, dicts by modality included, to a .npz file, whole or not at all; the suffix is appended if
     ``path`` has none.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -255,12 +255,12 @@ class MoMaArchitecture(Architecture):
 
     def block_inputs(
         self,
-        inputs: dict[str, Any],
+        inputs: dict[str, object],
         x: Float[Tensor, "B S D"],
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
         rope: RotaryTable,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """The layout, and the seed of the noise. Without a seed there is no noise."""
         if kv_caches is not None:
             raise ValueError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -272,12 +272,12 @@ class MoTArchitecture(Architecture):
 
     def block_inputs(
         self,
-        inputs: dict[str, Any],
+        inputs: dict[str, object],
         x: Float[Tensor, "B S D"],
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
         rope: RotaryTable,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Rotary tables of the positions within a modality, and the layout."""
         layout = stream_layout(self.vlm_config.mot_modalities, modality, x)
         positions = layout.positions(x)
@@ -294,10 +294,10 @@ class MoTArchitecture(Architecture):
         if norms is None:
             return x
         layout = stream_layout(self.vlm_config.mot_modalities, modality, x)
-        return layout.apply(lambda name, part: norms[name](part), x)
+        return layout.apply(lambda name, part: norms.get_submodule(name)(part), x)
 
 
-def mot_warm_start_from_text_stack(transformer: nn.Module, source_state_dict: Mapping[str, Any]) -> None:
+def mot_warm_start_from_text_stack(transformer: nn.Module, source_state_dict: Mapping[str, object]) -> None:
     """Copy the weights of a text model into every modality.
 
     Args:

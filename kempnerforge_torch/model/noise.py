@@ -7,7 +7,7 @@ Shapes: B images, P = 3 * h * w places of an image, N tokens, F features, T toke
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Integer
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from shared_config.contract.noise import FEATURE_SCALE, LEVELS, MASK, MAX_LEVEL, MULTIPLIERS, SALTS, UNIFORM_BITS
 
+_Integers = TypeVar("_Integers", int, Tensor)
 
-def mix(x: Any) -> Any:
+
+def mix(x: _Integers) -> _Integers:
     """A bijection of the 32-bit integers, held in int64 or in an int of Python."""
     x = ((x ^ (x >> 16)) * MULTIPLIERS[0]) & MASK
     x = ((x ^ (x >> 15)) * MULTIPLIERS[1]) & MASK

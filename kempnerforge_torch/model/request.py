@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -60,17 +60,21 @@ class Request:
         return None if image_tokens(self.image) else self.image
 
 
+Prompted = Tensor | np.ndarray | Sequence[Sequence[int] | np.ndarray | Tensor]
+"""Token ids: int (B, S), or B rows of any lengths."""
+
+
 def make_request(
     model: Transformer | VLMWrapper,
-    prompt_tokens: Any,
+    prompt_tokens: Prompted,
     max_new_tokens: int,
     sampling: SamplingConfig,
     *,
-    prompt_lengths: Any = None,
+    prompt_lengths: Tensor | np.ndarray | Sequence[int] | int | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
-    pixel_values: Any = None,
-    frame_mask: Any = None,
+    pixel_values: Tensor | np.ndarray | None = None,
+    frame_mask: Tensor | np.ndarray | None = None,
 ) -> Request:
     """What `generate` and `stream` are asked for, checked; their arguments.
 
@@ -115,7 +119,10 @@ def _checked(model: Transformer | VLMWrapper) -> Transformer:
 
 
 def _read_image(
-    model: Transformer | VLMWrapper, pixel_values: Any, frame_mask: Any, rows: int
+    model: Transformer | VLMWrapper,
+    pixel_values: Tensor | np.ndarray | None,
+    frame_mask: Tensor | np.ndarray | None,
+    rows: int,
 ) -> ModalityContext | None:
     """What the transformer is called with for the image of each row."""
     if pixel_values is None and frame_mask is not None:
@@ -142,7 +149,10 @@ def image_tokens(image: ModalityContext | None) -> int:
     return 0 if image is None or image.prefix_embeds is None else image.prefix_embeds.shape[1]
 
 
-def _on_host(given: Any) -> Any:
+_Given = TypeVar("_Given")
+
+
+def _on_host(given: _Given | Tensor) -> _Given | np.ndarray:
     return to_numpy(given) if isinstance(given, Tensor) else given
 
 

@@ -221,7 +221,7 @@ class SigmoidTopKRouter(TopKRouter):
         return masked_mean(losses_B, counted_B, axis=0) * self.sequence_aux_loss_weight
 
 
-def build_router(router_type: str, dim: int, num_experts: int, top_k: int, **options: Any) -> TopKRouter:
+def build_router(router_type: str, dim: int, num_experts: int, top_k: int, **options: float | str | bool) -> TopKRouter:
     """The router registered as ``router_type``, built as ``builder(dim, num_experts, top_k, **options)``.
 
     Args:

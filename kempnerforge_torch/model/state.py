@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -30,7 +29,7 @@ def get_state(model: nn.Module) -> dict[str, Shaped[Tensor, "..."]]:
     return {name: tensor.detach() for name, tensor in own_tensors(model).items()}
 
 
-def set_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+def set_state(model: nn.Module, state: Mapping[str, object]) -> None:
     """Copy the values of ``state`` (arrays or tensors of any library) into the model, in the model's dtypes.
 
     Args:
@@ -70,7 +69,7 @@ def _first_names(model: nn.Module) -> dict[str, str]:
 
 
 @torch.no_grad()
-def assign(target: Shaped[Tensor, "..."], value: Any) -> None:
+def assign(target: Shaped[Tensor, "..."], value: object) -> None:
     """Copy a tensor, or array of any library, into ``target``. Both may be sharded (a DTensor): each process keeps its
     part of the target.
     """
@@ -106,7 +105,7 @@ def from_numpy(array: np.ndarray, dtype: torch.dtype | None = None) -> Shaped[Te
     return tensor if dtype is None else tensor.to(dtype)
 
 
-def share(state: Mapping[str, Any]) -> dict[str, Shaped[Tensor, "..."]]:
+def share(state: Mapping[str, object]) -> dict[str, Shaped[Tensor, "..."]]:
     """Tensors over the memory of another library's arrays (DLPack), on the CPU or on the same GPU, without a copy.
 
     Writing to the tensors would change arrays that may be taken for immutable: read them, or copy with `set_state`.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -341,10 +340,11 @@ def build_vlm_wrapper(
     return wrapper
 
 
-def inner_transformer(model: Any) -> Transformer:
+def inner_transformer(model: nn.Module) -> Transformer:
     """The transformer inside a wrapper of ours, of `torch.compile` or of data parallelism; a transformer is its own."""
     while not isinstance(model := unwrap(model), Transformer):
-        if not hasattr(model, "transformer"):
+        inner = getattr(model, "transformer", None)
+        if not isinstance(inner, nn.Module):
             raise ValueError(f"model = {type(model).__name__}: holds no transformer")
-        model = model.transformer
+        model = inner
     return model

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeVar, cast
 
 from torch import nn
 
 from shared_config.interchange.states import WRAPPERS, plain_name
 
+_Module = TypeVar("_Module", bound=nn.Module)
 
-def unwrap(model: Any) -> Any:
+
+def unwrap(model: _Module) -> _Module:
     """What the outermost wrappers hold; inner parts stay wrapped."""
     while (held := _held(model)) is not None:
-        model = held
+        model = cast("_Module", held)
     return model
 
 
@@ -27,13 +29,13 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def unwrapped(model: nn.Module) -> Iterator[Any]:
+def unwrapped(model: _Module) -> Iterator[_Module]:
     """The model as if nothing in it were wrapped or compiled, for as long as the context is open."""
     parents = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent._modules.items()
-        if _held(child) is not None and _held(parent) is None
+        if child is not None and _held(child) is not None and _held(parent) is None
     ]
     with uncompiled(model):
         try:
@@ -61,7 +63,7 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _held(module: Any) -> nn.Module | None:
+def _held(module: object) -> nn.Module | None:
     """What a wrapper holds; None for other modules."""
     children = module._modules if isinstance(module, nn.Module) else {}
     return next((child for name, child in children.items() if name in WRAPPERS), None) if len(children) == 1 else None

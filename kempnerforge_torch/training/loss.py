@@ -6,8 +6,7 @@ Shapes: B batch, S sequence, V vocabulary, N = B*S positions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kempnerforge_torch.model.checks import check_ids, check_shape
+from kempnerforge_torch.model.stats import LayerStats, MoEStats
 from shared_config.contract.labels import IGNORED
 from shared_config.contract.routing import by_router
 
@@ -62,7 +62,7 @@ def mean_cross_entropy(logits_BSV: Float[Tensor, "B S V"], labels_BS: Integer[Te
     return total / count.clamp(min=1)
 
 
-def router_losses(stats: Mapping[int, Any]) -> tuple[Float[Tensor, ""] | float, Float[Tensor, ""] | float]:
+def router_losses(stats: Mapping[int, LayerStats]) -> tuple[Float[Tensor, ""] | float, Float[Tensor, ""] | float]:
     """Balancing losses and z-losses of all routers, each summed, unweighted; 0 without any.
 
     Args:
@@ -72,7 +72,7 @@ def router_losses(stats: Mapping[int, Any]) -> tuple[Float[Tensor, ""] | float, 
     return sum(router.aux_loss for router in each), sum(router.z_loss for router in each)
 
 
-def router_stats(stats: Mapping[int, Any]) -> list[Any]:
+def router_stats(stats: Mapping[int, LayerStats]) -> list[MoEStats]:
     """The stats of each router, layer by layer: one per layer, or one per modality."""
     return list(by_router(stats).values())
 
@@ -83,6 +83,6 @@ def _summed(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 
 
 @functools.cache
-def _compiled_sum() -> Any:
+def _compiled_sum() -> Callable[[Tensor, Tensor], Tensor]:
     """`_summed`, eager for further shapes where a process has had too many of them."""
     return torch.compile(_summed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,11 +12,19 @@ from torch import Tensor
 from shared_config.schema.job import JobConfig
 
 
+class CastContext(torch.autograd.function.FunctionCtx):
+    """What `Cast` remembers: the dtypes of the tensors."""
+
+    dtypes: list[torch.dtype]
+
+
 class Cast(torch.autograd.Function):
     """All tensors in another dtype, and their gradients back, each way at once: one by one they keep a host busy."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], ...]:
+    def forward(
+        ctx: CastContext, dtype: torch.dtype, *tensors: Float[Tensor, "..."]
+    ) -> tuple[Float[Tensor, "..."], ...]:
         """The tensors in ``dtype``."""
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         ctx.set_materialize_grads(False)
@@ -25,7 +32,7 @@ class Cast(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, *gradients: Float[Tensor, "..."] | None
+        ctx: CastContext, *gradients: Float[Tensor, "..."] | None
     ) -> tuple[None, *tuple[Float[Tensor, "..."] | None, ...]]:
         """The gradients in the dtypes of the tensors."""
         found = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}

@@ -34,13 +34,20 @@ FOUND_INF = "found_inf"
 """The attribute in which `torch.amp.GradScaler` tells fused optimisers to leave a step out."""
 
 
+Group = dict[str, list[Tensor] | float]
+"""Parameters under "params", and the settings that are theirs."""
+
+
 def build_optimizer(
     parameters: Mapping[str, Float[Tensor, "..."]], table: ParameterTable, config: OptimizerConfig
 ) -> torch.optim.Optimizer:
     """The optimiser of the named parameters, its moments 0; set its learning rate before each step."""
     decayed = [tensor for name, tensor in parameters.items() if table[name].decay]
     others = [tensor for name, tensor in parameters.items() if not table[name].decay]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups: list[Group] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = registry.get("optimizer", config.name)(groups, config)
     optimizer.defaults[_MOMENTS] = moments_of(config.name)
     for tensor in parameters.values():
@@ -49,9 +56,9 @@ def build_optimizer(
 
 
 @registry.register("optimizer", "adamw")
-def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
+def adamw(groups: list[Group], config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW of groups of parameters, fused unless all are on the CPU."""
-    on_cpu = all(tensor.device.type == "cpu" for group in groups for tensor in group["params"])
+    on_cpu = all(tensor.device.type == "cpu" for group in groups for tensor in _parameters(group))
     return _AdamW(
         groups,
         lr=config.lr,
@@ -144,7 +151,7 @@ def get_optimizer_state(
 def set_optimizer_state(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, Float[Tensor, "..."]],
-    state: Mapping[str, Any],
+    state: Mapping[str, Tensor | np.ndarray],
     step: int,
 ) -> None:
     """Copy moments and counts (tensors or NumPy arrays) into the optimiser; counts that are not given are ``step``.
@@ -207,3 +214,9 @@ def _put(before: list[tuple[Tensor, Tensor]], unless: Tensor) -> None:
     """Give each tensor its former value, unless the bool scalar is true."""
     for tensor, former in before:
         tensor.copy_(torch.where(unless.to(tensor.device), tensor, former))
+
+
+def _parameters(group: Group) -> list[Tensor]:
+    tensors = group["params"]
+    assert isinstance(tensors, list)
+    return tensors

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
 
 @contextmanager
-def profile(folder: Path, wait: Callable[[], Any]) -> Iterator[None]:
+def profile(folder: Path, wait: Callable[[], object]) -> Iterator[None]:
     """Trace what the host and the device do meanwhile, into a new file of the folder, ``*.pt.trace.json.gz``, for
     Perfetto and for TensorBoard's plugin for PyTorch.
 
@@ -26,6 +25,6 @@ def profile(folder: Path, wait: Callable[[], Any]) -> Iterator[None]:
         wait()
 
 
-def step_span(step: int) -> AbstractContextManager[Any]:
+def step_span(step: int) -> AbstractContextManager[object]:
     """Mark what runs meanwhile as a training step, as TensorBoard's plugin looks for it."""
     return torch.profiler.record_function(f"ProfilerStep#{step}")

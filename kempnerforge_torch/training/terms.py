@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from torch import Tensor
 
 from kempnerforge_torch.model.modality import ModalityContext
+from kempnerforge_torch.model.stats import LayerStats
 from shared_config.contract.routing import RouterId, by_router
 
 
@@ -18,44 +22,48 @@ class Terms(NamedTuple):
         expert_counts: router -> (E,) assignments; {} if dense.
     """
 
-    loss: Any
-    aux_loss: Any
-    z_loss: Any
-    entropy: Any
-    expert_counts: dict[RouterId, Any]
+    loss: Tensor
+    aux_loss: Tensor
+    z_loss: Tensor
+    entropy: Tensor | float
+    expert_counts: dict[RouterId, Tensor]
 
 
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor | ModalityContext]:
     """The arrays of a batch, without its labels, as the arguments of a model; a text model is told of padding as
     `ModalityContext` does.
     """
-    inputs = {name: array for name, array in batch.items() if name != "labels"}
-    if "tokens" in inputs and "text_mask" in inputs:
-        inputs["modality"] = ModalityContext(key_padding_mask=inputs.pop("text_mask"))
+    inputs: dict[str, Tensor | ModalityContext] = {name: array for name, array in batch.items() if name != "labels"}
+    if "tokens" in batch and "text_mask" in batch:
+        del inputs["text_mask"]
+        inputs["modality"] = ModalityContext(key_padding_mask=batch["text_mask"])
     return inputs
 
 
-def expert_counts(stats: Mapping[int, Any]) -> dict[RouterId, Any]:
+def expert_counts(stats: Mapping[int, LayerStats]) -> dict[RouterId, Tensor]:
     """The assignments to each expert, by router."""
     return {router_id: router.expert_counts for router_id, router in by_router(stats).items()}
 
 
 def summed(terms: Sequence[Terms]) -> Terms:
     """The terms of all micro-batches."""
-    counts = {router: sum(term.expert_counts[router] for term in terms) for router in terms[0].expert_counts}
-    sums = {name: sum(getattr(term, name) for term in terms) for name in ("loss", "aux_loss", "z_loss", "entropy")}
-    return Terms(**sums, expert_counts=counts)
+    return functools.reduce(_added, terms)
 
 
-def taken_metric(taken: Any) -> dict[str, Any]:
+def taken_metric(taken: Tensor | None) -> dict[str, Tensor]:
     """For the loop: whether the update was taken."""
     return {} if taken is None else {"taken": taken}
 
 
-def routing_metrics(total: Terms) -> dict[str, Any]:
+def routing_metrics(total: Terms) -> dict[str, Tensor | float]:
     """For the record: losses of the routers and how evenly tokens went to experts; {} if dense."""
     if not total.expert_counts:
         return {}
     dead = sum((counts_E == 0).sum() for counts_E in total.expert_counts.values())
     losses = {"aux_loss": total.aux_loss, "z_loss": total.z_loss}
     return {**losses, "routing_entropy": total.entropy, "dead_experts": dead}
+
+
+def _added(a: Terms, b: Terms) -> Terms:
+    counts = {router: counts_E + b.expert_counts[router] for router, counts_E in a.expert_counts.items()}
+    return Terms(a.loss + b.loss, a.aux_loss + b.aux_loss, a.z_loss + b.z_loss, a.entropy + b.entropy, counts)

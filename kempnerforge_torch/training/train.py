@@ -27,7 +27,8 @@ from kempnerforge_torch.distributed.vocabulary import cross_entropy_of
 from kempnerforge_torch.model.balancing import balance
 from kempnerforge_torch.model.build import build_model
 from kempnerforge_torch.model.state import get_state, own_tensors, set_state
-from kempnerforge_torch.model.vlm import inner_transformer
+from kempnerforge_torch.model.transformer import Transformer
+from kempnerforge_torch.model.vlm import VLMWrapper, inner_transformer
 from kempnerforge_torch.training.freeze import apply_freeze_specs
 from kempnerforge_torch.training.mixed_precision import Cast, compute_dtype, matmul_precision
 from kempnerforge_torch.training.objective import Objective
@@ -127,7 +128,7 @@ class Trainer:
         fused = config.train.compile_model and self.device.type != "cpu"
         self._objective = Objective(self.model, config, functools.partial(self._cross_entropy, fused=fused))
 
-    def step(self, micro_batches: Sequence[Batch]) -> dict[str, Any]:
+    def step(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor | float]:
         """One update from the mean loss over all labels of the micro-batches.
 
         Args:
@@ -158,7 +159,7 @@ class Trainer:
         return {**metrics, "lr": lr, "tokens": count}
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> dict[str, Any]:
+    def evaluate(self, batches: Sequence[Batch]) -> dict[str, Tensor | float]:
         """``loss``: mean cross entropy over all labels of the batches, of all ranks; ``tokens``: their number. Changes
         nothing.
         """
@@ -207,7 +208,7 @@ class Trainer:
         inputs = {"inputs": self._inputs(batch), "count": count, "micro_batches": micro_batches}
         return self._call(self._objective, "model.", inputs)
 
-    def _call(self, module: nn.Module, prefix: str, inputs: dict[str, Any]) -> Any:
+    def _call(self, module: nn.Module, prefix: str, inputs: dict[str, object]) -> Any:
         """Call a module that holds the model under ``prefix``, with the masters cast to the compute dtype."""
         if self.mesh is not None or self.compute_dtype == next(iter(self.masters.values())).dtype:
             return module(**inputs)
@@ -246,7 +247,7 @@ class Trainer:
             apply_freeze_specs(self.model, specs, vlm.module_patterns)
 
 
-def trained_parameters(masters: Mapping[str, Any], config: JobConfig) -> dict[str, Any]:
+def trained_parameters(masters: Mapping[str, Tensor], config: JobConfig) -> dict[str, Tensor]:
     """The parameters that are trained at one step of the job or another.
 
     Raises:
@@ -264,7 +265,7 @@ def trained_parameters(masters: Mapping[str, Any], config: JobConfig) -> dict[st
 
 def _build_model(
     config: JobConfig, device: torch.device, dtype: torch.dtype, mesh: Mesh | None
-) -> tuple[Any, ParameterTable]:
+) -> tuple[Transformer | VLMWrapper, ParameterTable]:
     """The seeded model and its table. It comes into being without storage, and its initial values are float32 ones."""
     with torch.device("meta"):
         model = build_model(config)

@@ -45,7 +45,7 @@ def config_of(case: str = "sigmoid", **fields: Any) -> ModelConfig:
     return ModelConfig(**{**sizes, **experts, **fields})
 
 
-def model_of(case: str = "sigmoid", **fields: Any) -> Transformer:
+def model_of(case: str = "sigmoid", **fields: Any) -> Any:
     config = config_of(case, **fields)
     model = Transformer(config, rngs=None)
     set_state(model, validation_weights(parameter_table(config), 1))
@@ -310,7 +310,7 @@ def test_a_router_of_its_own_is_found_by_name() -> None:
 
     with temporary():
         registry.register("router", "test_first_k_of_jax")(FirstK)
-        model = Transformer(config_of("softmax", moe_router="test_first_k_of_jax"), rngs=None)
+        model: Any = Transformer(config_of("softmax", moe_router="test_first_k_of_jax"), rngs=None)
     model(tokens_of())
     assert model.get_moe_aux_loss() == 2
     assert model.get_expert_counts()[1].tolist() == [18, 18, 0, 0]

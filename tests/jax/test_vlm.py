@@ -169,7 +169,7 @@ def test_counts_of_the_last_forward() -> None:
     assert float(model.transformer.get_moe_aux_loss()) == 0.0
     experts = model_of("mot_experts")
     experts(CLIPS, TEXT, frame_mask=FRAMES)
-    counted = experts.transformer.get_expert_counts()
+    counted = experts.transformer.get_moma_expert_counts()
     assert {name: int(number.sum()) for name, number in counted[1].items()} == {"image": 2 * 12, "text": 2 * 16}
     assert float(experts.transformer.get_moe_aux_loss()) > 3.5
 

@@ -188,7 +188,7 @@ def test_all_fields_are_varied() -> None:
 def outcome(job: JobConfig) -> tuple[Any, ...]:
     """Shapes of all tensors, logits of one set of weights, and what the model is shown."""
     shapes = {name: spec.shape for name, spec in job_table(job, tower_of(job)).items()}
-    model = build_model(without_warm_start(job)).double().eval()
+    model: Any = build_model(without_warm_start(job)).double().eval()
     state = {name: draw({name: shape}, zlib.crc32(name.encode()))[name] for name, shape in shapes.items()}
     set_state(model, state)
     rng = np.random.default_rng(5)

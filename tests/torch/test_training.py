@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from kempnerforge_torch.model.vlm import inner_transformer
 from kempnerforge_torch.training import loss as loss_module
 from kempnerforge_torch.training.blocks import compile_blocks
 from kempnerforge_torch.training.loss import cross_entropy, mean_cross_entropy
@@ -299,14 +300,16 @@ class TestStep:
     def test_checkpointing_runs_blocks_again(self):
         calls = []
         trainer = Trainer(tiny_job(train={"activation_checkpointing": "full"}))
-        trainer.model.layers["0"].attention.register_forward_hook(lambda *_: calls.append(1))
+        inner_transformer(trainer.model).layers["0"].get_submodule("attention").register_forward_hook(
+            lambda *_: calls.append(1)
+        )
         trainer.step([draw_batch(trainer.config, 0)])
         assert len(calls) == 2
 
     def test_biases_move_once_a_step_by_the_counts_of_all_micro_batches(self):
         job = tiny_job(EXPERTS | {"moe_bias_schedule": "linear_warmup"}, train={"max_steps": 100})
         trainer, counts = double(job), []
-        router = trainer.model.layers["1"].mlp.router
+        router: Any = inner_transformer(trainer.model).layers["1"].get_submodule("mlp.router")
         router.register_forward_hook(lambda *call: counts.append(call[2].stats.expert_counts.double().cpu().numpy()))
         bias, ema = np.zeros(5), np.full(5, np.float32(0.2), np.float64)
         for step in range(3):
@@ -346,7 +349,9 @@ class TestEvaluation:
         assert numbers["tokens"] == sum((batch["labels"] != IGNORED).sum() for batch in batches)
         whole = trainer.evaluate([joined(*batches)])
         step = trainer.step(batches)
-        parts, all_at_once, of_step = (part["loss"].double().cpu().numpy() for part in (numbers, whole, step))
+        parts, all_at_once, of_step = (
+            torch.as_tensor(part["loss"]).double().cpu().numpy() for part in (numbers, whole, step)
+        )
         assert_same_function(parts, all_at_once, "loss")
         assert_same_function(of_step, all_at_once, "loss of the step")
 

@@ -1,0 +1,85 @@
+"""Public signatures say what they take and give: no `Any` in annotations of public functions, methods and fields."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("kempnerforge_torch",)
+OUTPUT = "what a module puts out, an array or arrays by modality: its reader knows which"
+EXCEPTIONS = {
+    f"{package}/model/hooks.py: {name}": OUTPUT
+    for package in PACKAGES
+    for name in ("capture", "ActivationStore.activations", "ActivationStore.get", "first_output")
+}
+"""``file: name`` of what takes or gives anything at all, with the reason."""
+
+
+def untyped(tree: ast.Module) -> Iterator[str]:
+    """Public functions, ``Class.method``, ``Class.field`` and names of types whose annotations say `Any`."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            for member in node.body:
+                yield from (f"{node.name}.{name}" for name in _untyped(member))
+                if isinstance(member, ast.FunctionDef) and member.name == "__init__":
+                    attributes = (each for each in ast.walk(member) if isinstance(each, ast.AnnAssign))
+                    yield from (f"{node.name}.{name}" for each in attributes for name in _untyped(each))
+        else:
+            yield from _untyped(node)
+
+
+def _untyped(node: ast.stmt) -> Iterator[str]:
+    """The name that a statement defines, if it is public and its annotation, or the type that it names, says `Any`."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        args = node.args
+        listed = [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]
+        said, name = [*(each.annotation for each in listed if each), node.returns], node.name
+    elif isinstance(node, ast.AnnAssign):
+        said, name = [node.annotation], getattr(node.target, "id", getattr(node.target, "attr", ""))
+    elif isinstance(node, ast.Assign) and isinstance(node.value, (ast.Subscript, ast.BinOp, ast.Name)):
+        said, name = [node.value], getattr(node.targets[0], "id", "_")
+    else:
+        return
+    if (not name.startswith("_") or name == "__init__" or name == "__call__") and any(map(_says_any, said)):
+        yield name
+
+
+def _says_any(annotation: ast.expr | None) -> bool:
+    return annotation is not None and any(
+        (isinstance(part, ast.Name) and part.id == "Any")
+        or (isinstance(part, ast.Constant) and "Any" in str(part.value))
+        for part in ast.walk(annotation)
+    )
+
+
+def test_no_public_signature_says_any() -> None:
+    found = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for package in PACKAGES
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for name in untyped(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    assert found == set(EXCEPTIONS)
+
+
+def test_an_any_is_seen() -> None:
+    source = """
+Alias = dict[str, Any]
+_Own = Any
+def f(x: int, *rest: Any) -> int: ...
+def g(x: "list[Any]") -> int: ...
+def fine(x: int) -> None: ...
+def _private(x: Any) -> Any: ...
+class C(NamedTuple):
+    field: Any
+    other: int
+    def __init__(self, x: Any):
+        self.attribute: list[Any] = []
+        self._attribute: Any = 0
+    def method(self) -> Any: ...
+    def _method(self) -> Any: ...
+"""
+    expected = ["Alias", "f", "g", "C.field", "C.__init__", "C.attribute", "C.method"]
+    assert list(untyped(ast.parse(source))) == expected
