@@ -158,7 +158,7 @@ def _compiled_prefill(graphdef: Any) -> Any:
         output = model.run(tokens_BS, modality=modality, kv_caches=caches.each(), allow_image_inputs=True)
         assert output.kv_caches is not None
         state, layers = SharedCaches.of(output.kv_caches)
-        state = state.cut(lengths_B)
+        state = state.truncate(lengths_B)
         return SharedCaches(state if noted or not length else state.without_padding(), layers)
 
     return jax.jit(prefill, donate_argnames="caches")

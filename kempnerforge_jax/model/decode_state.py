@@ -92,8 +92,8 @@ class DecodeState:
         oldest = None if self.oldest is None else jnp.maximum(self.oldest, lengths - self.policy.count)
         return replace(self, lengths=lengths, valid=valid, doc_ids=documents, oldest=oldest)
 
-    def cut(self, lengths: Integer[Array, "B"]) -> DecodeState:
-        """Forget what lies at or beyond new lengths (B,); see `KVCache.cut`."""
+    def truncate(self, lengths: Integer[Array, "B"]) -> DecodeState:
+        """Forget what lies at or beyond new lengths (B,); see `KVCache.truncate`."""
         check_shape("lengths", lengths, self.lengths.shape)
         check_ids("lengths", lengths, MAX_ID)
         lengths = jnp.minimum(self.lengths, lengths.astype(jnp.int32))
@@ -108,7 +108,7 @@ class DecodeState:
         return replace(self, lengths=lengths)
 
     def without_padding(self) -> DecodeState:
-        """Take every token that is left for real, after the padding was cut."""
+        """Take every token that is left for real, after the padding was truncated."""
         return replace(self, valid=None)
 
     def checked_rows(self, rows: Integer[Array, "R"]) -> Int[Array, "R"]:

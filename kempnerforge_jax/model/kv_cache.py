@@ -151,7 +151,7 @@ class KVCache:
         v, v_BKMh = self.state.append(self.v, v_new)
         return self._replace(k=k, v=v, state=self.state.advance(length, doc_ids, key_padding_mask)), k_BKMh, v_BKMh
 
-    def cut(self, lengths: Integer[Array, "B"]) -> KVCache:
+    def truncate(self, lengths: Integer[Array, "B"]) -> KVCache:
         """Forget, in each row, what lies at or beyond its new length (the padding at the end of a ragged prompt).
 
         Args:
@@ -161,10 +161,10 @@ class KVCache:
             ValueError: lengths that are negative, no integers, or not one per row; a ring has overwritten what the next
                 token may see. Inside jit this can't be seen; there the row is full from then on.
         """
-        return self._replace(state=self.state.cut(lengths))
+        return self._replace(state=self.state.truncate(lengths))
 
     def without_padding(self) -> KVCache:
-        """The same cache, which takes every token that is left for real, after the padding was cut."""
+        """The same cache, which takes every token that is left for real, after the padding was truncated."""
         return self._replace(state=self.state.without_padding())
 
     def after_image(self, tokens: int) -> KVCache:

@@ -67,7 +67,7 @@ def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Int[Te
             if config.is_moe:
                 modality = replace(modality, key_padding_mask=state.positions(size) < lengths_B[:, None] - 1 + taken)
             model.run(chunk, modality=modality, kv_caches=caches, allow_image_inputs=True)
-            state.cut(lengths_B - 1 + taken)
+            state.truncate(lengths_B - 1 + taken)
             if not noted:
                 state.without_padding()
     return caches, tokens_BS.gather(1, lengths_B[:, None] - 1)[:, 0]

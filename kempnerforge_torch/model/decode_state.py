@@ -96,8 +96,8 @@ class DecodeState:
         if not self.static:
             self._most = min(self._most + length, self.max_seq_len)
 
-    def cut(self, lengths: Integer[Tensor, "B"]) -> None:
-        """Forget what lies at or beyond new lengths (B,); see `KVCache.cut`."""
+    def truncate(self, lengths: Integer[Tensor, "B"]) -> None:
+        """Forget what lies at or beyond new lengths (B,); see `KVCache.truncate`."""
         check_shape("lengths", lengths, self.lengths.shape)
         check_ids("lengths", lengths, MAX_ID)
         lengths = torch.minimum(self.lengths, lengths.to(self.lengths))
@@ -109,7 +109,7 @@ class DecodeState:
         self.lengths, self._even, self._next = lengths, False, None
 
     def without_padding(self) -> None:
-        """Take every token that is left for real, after the padding was cut."""
+        """Take every token that is left for real, after the padding was truncated."""
         self.valid = None
 
     def checked_rows(self, rows: Integer[Tensor, "R"]) -> Int[Tensor, "R"]:

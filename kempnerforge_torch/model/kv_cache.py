@@ -158,7 +158,7 @@ class KVCache:
             self.state.advance(length, doc_ids, key_padding_mask)
         return k_BKMh, v_BKMh
 
-    def cut(self, lengths: Integer[Tensor, "B"]) -> None:
+    def truncate(self, lengths: Integer[Tensor, "B"]) -> None:
         """Forget, in each row, what lies at or beyond its new length (the padding at the end of a ragged prompt).
 
         Args:
@@ -168,10 +168,10 @@ class KVCache:
             ValueError: lengths that are negative, no integers, or not one per row; a ring has overwritten what the next
                 token may see.
         """
-        self.state.cut(lengths)
+        self.state.truncate(lengths)
 
     def without_padding(self) -> None:
-        """Take every token that is left for real, after the padding was cut."""
+        """Take every token that is left for real, after the padding was truncated."""
         self.state.without_padding()
 
     def after_image(self, tokens: int) -> None:

@@ -1,7 +1,7 @@
 """Batches of conversations: the assistant's turns are learned, what prompts them is not.
 
 A row of a batch is one conversation, or with packing as many as fit, in the order of the files. What is longer than
-a row is cut at its end. Rows that are left without a label are left out.
+a row is truncated at its end. Rows that are left without a label are left out.
 
 Shapes: B rows of a batch on one rank, S positions of a row.
 """
@@ -30,7 +30,7 @@ class Conversation:
     ids: np.ndarray
     learned: np.ndarray
 
-    def cut(self, seq_len: int) -> Conversation:
+    def truncate(self, seq_len: int) -> Conversation:
         """What of it a row holds."""
         return Conversation(self.ids[: seq_len + 1], self.learned[: seq_len + 1])
 
@@ -83,7 +83,7 @@ class ConversationData:
         self.rows_per_batch = batch_size * world_size
         self.tokens_per_batch = self.rows_per_batch * seq_len
         self.fingerprint = _fingerprint([train, heldout])
-        kept, kept_heldout = ([c for c in part if c.cut(seq_len).has_label] for part in (train, heldout))
+        kept, kept_heldout = ([c for c in part if c.truncate(seq_len).has_label] for part in (train, heldout))
         self.notes = _notes(name, [*train, *heldout], [*kept, *kept_heldout], seq_len)
         if not kept:
             raise UserError(
@@ -140,7 +140,7 @@ class ConversationData:
         for row, conversations in enumerate(rows):
             start = 0
             for document, conversation in enumerate(conversations):
-                cut = conversation.cut(self.seq_len)
+                cut = conversation.truncate(self.seq_len)
                 stop = start + len(cut.ids) - 1
                 tokens_BS[row, start:stop] = cut.ids[:-1]
                 labels_BS[row, start:stop] = np.where(cut.learned[1:], cut.ids[1:].astype(np.int64), IGNORED)
@@ -196,7 +196,9 @@ def _notes(name: str, every: Sequence[Conversation], kept: Sequence[Conversation
         )
     longer = sum(len(one.ids) > seq_len + 1 for one in kept)
     if longer:
-        notes.append(f"{name}: {longer} of {len(every)} rows are longer than train.seq_len = {seq_len} and are cut")
+        notes.append(
+            f"{name}: {longer} of {len(every)} rows are longer than train.seq_len = {seq_len} and are truncated"
+        )
     return tuple(notes)
 
 

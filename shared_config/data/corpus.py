@@ -43,19 +43,19 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Ids ``start`` to ``stop`` (exclusive), fewer at the end of the stream; int64."""
-        pieces = [part[low:high] for _, part, low, high in self._cut(start, stop)]
+        pieces = [part[low:high] for _, part, low, high in self._slices(start, stop)]
         return np.concatenate([np.empty(0, np.int64), *pieces], dtype=np.int64, casting="unsafe")
 
-    def cut(self, start: int, stop: int) -> TokenStream:
+    def slice(self, start: int, stop: int) -> TokenStream:
         """The stream of ids ``start`` to ``stop``, sharing memory with this one."""
-        return TokenStream([(name, part[low:high]) for name, part, low, high in self._cut(start, stop)])
+        return TokenStream([(name, part[low:high]) for name, part, low, high in self._slices(start, stop)])
 
     def source(self, index: int) -> str:
         """Name of the file, and the index in it, that id ``index`` of the stream came from."""
-        (name, _, low, _), *_ = self._cut(index, index + 1)
+        (name, _, low, _), *_ = self._slices(index, index + 1)
         return f"{name}, token {low}"
 
-    def _cut(self, start: int, stop: int) -> Iterator[tuple[str, np.ndarray, int, int]]:
+    def _slices(self, start: int, stop: int) -> Iterator[tuple[str, np.ndarray, int, int]]:
         first = int(np.searchsorted(self._ends, start, side="right")) - 1
         for index in range(max(first, 0), len(self._parts)):
             base = int(self._ends[index])
@@ -340,4 +340,4 @@ def _split_end(name: str, stream: TokenStream, heldout_fraction: float) -> Corpu
     if len(stream) < 4:
         raise UserError(f"{name}: holds {len(stream)} tokens; training needs at least 4")
     split = min(len(stream) - 2, round(len(stream) * (1 - heldout_fraction)))
-    return Corpus(name, stream.cut(0, split), stream.cut(split, len(stream)))
+    return Corpus(name, stream.slice(0, split), stream.slice(split, len(stream)))

@@ -323,7 +323,7 @@ def test_a_stream_reads_like_one_array(cuts: list[int], start: int, length: int)
     stream = TokenStream([(str(i), part) for i, part in enumerate(parts)])
     assert len(stream) == 30
     np.testing.assert_array_equal(stream.read(start, start + length), whole[start : start + length])
-    np.testing.assert_array_equal(stream.cut(start, start + length).read(0, 99), whole[start : start + length])
+    np.testing.assert_array_equal(stream.slice(start, start + length).read(0, 99), whole[start : start + length])
 
 
 def test_each_unusable_path_says_why(tmp_path: Path) -> None:

@@ -119,13 +119,14 @@ def test_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = TokenStream([("a", np.arange(3, dtype=np.uint16)), ("none", np.empty(0, np.uint16)),
                           ("b", np.arange(10, 14, dtype=np.uint32)),
                           ("c", np.array([2**32 - 1], np.uint32))])  # fmt: skip
-    lines = [f"{len(stream)} {stream.digest()[:12]} {stream.cut(0, 6).digest()[:12]} {stream.cut(0, 7).digest()[:12]}"]
+    digests = [part.digest()[:12] for part in (stream, stream.slice(0, 6), stream.slice(0, 7))]
+    lines = [f"{len(stream)} {' '.join(digests)}"]
     for start in range(9):
         for stop in range(start, 10):
-            read, cut = stream.read(start, stop), stream.cut(start, stop)
+            read, part = stream.read(start, stop), stream.slice(start, stop)
             assert read.dtype == np.int64
-            assert cut.read(0, 99).tolist() == read.tolist()
-            lines.append(f"{start} {stop} {read.tolist()} {len(cut)}")
+            assert part.read(0, 99).tolist() == read.tolist()
+            lines.append(f"{start} {stop} {read.tolist()} {len(part)}")
     lines += [stream.source(index) for index in range(len(stream))]
     ids = stream.read(2, 7)
     stream.check_ids(ids, 2, 14)
@@ -134,7 +135,7 @@ def test_streams(monkeypatch: pytest.MonkeyPatch) -> None:
         refusal(lambda: stream.check_ids(stream.read(7, 8), 7, 99)),
     ]
     stream.check_ids(ids[:0], 0, 1)
-    lines.append(Corpus("x", stream.cut(0, 4), stream.cut(4, 8)).fingerprint)
+    lines.append(Corpus("x", stream.slice(0, 4), stream.slice(4, 8)).fingerprint)
     written("streams.txt", lines)
 
 

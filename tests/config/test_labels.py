@@ -67,7 +67,9 @@ def test_conversations_that_are_cut_are_counted(tmp_path: Path) -> None:
     path = rows_file(tmp_path / "long.jsonl", rows)
     folder = tokenizer_folder(tmp_path / "tokenizer", CHATML)
     opened = open_data(job(path, tokenizer=folder, seq_len=64, heldout_fraction=1e-9))
-    assert opened.notes == (f"data.path = {str(path)!r}: 2 of 4 rows are longer than train.seq_len = 64 and are cut",)
+    assert opened.notes == (
+        f"data.path = {str(path)!r}: 2 of 4 rows are longer than train.seq_len = 64 and are truncated",
+    )
 
 
 @pytest.mark.parametrize("source", SOURCES)

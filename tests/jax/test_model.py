@@ -424,7 +424,7 @@ def test_ragged_prompts_decode_as_each_row_alone() -> None:
     assert model.token_embedding is not None
     padded = ModalityContext(inputs_embeds=model.token_embedding(prompts), key_padding_mask=real)
     prefill, caches = forward(model, modality=padded, kv_caches=caches_of(3, 10))
-    caches, decoded = [cache.cut(jnp.asarray(lengths)) for cache in caches], []
+    caches, decoded = [cache.truncate(jnp.asarray(lengths)) for cache in caches], []
     for step in range(4):
         logits, caches = forward(model, continued[:, step : step + 1], kv_caches=caches)
         decoded.append(logits[:, 0])
@@ -438,7 +438,7 @@ def test_ragged_prompts_decode_as_each_row_alone() -> None:
 def test_past_the_end_of_a_cache() -> None:
     model, tokens = model_of(), tokens_of(2, 6)
     _, caches = forward(model, tokens, kv_caches=caches_of(2, 8))
-    caches = [cache.cut(jnp.array([6, 5])) for cache in caches]
+    caches = [cache.truncate(jnp.array([6, 5])) for cache in caches]
     with pytest.raises(ValueError, match="tokens = 3: must fit in the cache, of whose max_seq_len = 8 slots 6 are"):
         model(tokens[:, :3], kv_caches=caches)
     logits, after = forward(model, tokens[:, :3], kv_caches=caches)

@@ -30,7 +30,7 @@ class Keys:
     valid_BT: np.ndarray
     lengths_B: np.ndarray
 
-    def cut(self, lengths_B: np.ndarray) -> Keys:
+    def truncate(self, lengths_B: np.ndarray) -> Keys:
         """Forget what lies at or beyond each row's new length."""
         kept_BT = self.valid_BT & (self.positions_BT < lengths_B[:, None])
         return replace(self, valid_BT=kept_BT, lengths_B=lengths_B)

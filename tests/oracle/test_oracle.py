@@ -239,7 +239,7 @@ def test_rows_of_different_lengths_continue_where_each_ends():
     lengths = np.array([3, 6])
     _, saved = attention(X_BSD[:, :6], weights, ROPE, **HEADS)
     new_BSD = X_BSD[:, 6:]
-    together, after = attention(new_BSD, weights, ROPE, **HEADS, cache=saved.keys.cut(lengths))
+    together, after = attention(new_BSD, weights, ROPE, **HEADS, cache=saved.keys.truncate(lengths))
     for row, length in enumerate(lengths):
         alone = np.concatenate([X_BSD[row : row + 1, :length], new_BSD[row : row + 1]], axis=1)
         expected, _ = attention(alone, weights, ROPE, **HEADS)

@@ -64,12 +64,12 @@ def check_rings(backend: str) -> None:
             side.same(out[row], truth[0, -size:], f"row {row} of step {step}")
         if step in (0, 3):
             lengths = np.array([len(seen[0]) - 1, len(seen[1])])
-            cache = cache.cut(side.array(lengths)) or cache
+            cache = cache.truncate(side.array(lengths)) or cache
             seen = [row[:length] for row, length in zip(seen, lengths, strict=True)]
         if step in (2, 3):
             cache, seen = cache.reorder(side.array(np.array([1, 0]))) or cache, seen[::-1]
     with refused("has been overwritten"):
-        cache.cut(side.array(np.array([2, 99])))
+        cache.truncate(side.array(np.array([2, 99])))
     with refused("must be at most the cache's"):
         cache.mask(1, sliding_window=WINDOW + 1)
 

@@ -271,7 +271,7 @@ def check_masks_of_caches(backend: str) -> None:
         return cache
 
     ragged = filled(3)
-    ragged.cut(torch.tensor([3, 2]))
+    ragged.truncate(torch.tensor([3, 2]))
     for cache, length, options, dense in (
         (filled(0), 4, {}, False),
         (filled(3), 1, {}, False),
@@ -303,7 +303,7 @@ def check_shared_states(backend: str) -> None:
             new[1] += 0.5
             assert one.lengths.tolist() == [2 * step] * 2, "all write at the places of the same tokens"
             one.update(new, new + 0.25)
-    last.cut(torch.tensor([4, 3]))
+    last.truncate(torch.tensor([4, 3]))
     for one in (first, last):
         one.reorder(torch.tensor([1, 0]))
     assert first.lengths.tolist() == last.lengths.tolist() == [3, 4]
@@ -319,7 +319,7 @@ def check_slots_of_tokens(backend: str) -> None:
     for number in range(1, 6):
         cache.mask(1, key_padding_mask=real)
         if number == 3:
-            cache.cut(torch.tensor([2, 1]))
+            cache.truncate(torch.tensor([2, 1]))
         if number == 4:
             cache.reorder(torch.tensor([1, 0]))
         new = torch.full((2, 1, 1, 4), float(number))

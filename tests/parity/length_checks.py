@@ -326,7 +326,7 @@ def check_cache_masks(
         cache = kind(2, length + 3, 1, 2, keys.dtype, **options)
         for part in (keys[:, :, :100], keys[:, :, 100:]):
             cache = appended(cache, part)[0]
-        cache = cache.cut(lengths) or cache
+        cache = cache.truncate(lengths) or cache
         dense = backend.module("model.mask").dense_mask
         mask = dense(cache.mask(3, sliding_window=window), 3, cache.keys(3))
         return cache.positions(3), mask, appended(cache, new)[1]

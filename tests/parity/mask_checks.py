@@ -101,7 +101,7 @@ def compare_cache(backend: Torch, options: Mapping[str, Any], chunks: Sequence[C
                 assert sorted(held[row][allowed].tolist()) == expected, (options, window, row, token)
         if any(chunk.forgotten):
             lengths = [len(known) - lost for known, lost in zip(rows, chunk.forgotten, strict=True)]
-            cache = cache.cut(backend.array(np.array(lengths))) or cache
+            cache = cache.truncate(backend.array(np.array(lengths))) or cache
             rows = [dict(list(known.items())[:length]) for known, length in zip(rows, lengths, strict=True)]
 
 

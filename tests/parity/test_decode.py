@@ -74,8 +74,8 @@ class Decoder:
         logits, caches = self._step({name: self.backend.array(value) for name, value in fed.items()}, caches)
         return self.backend.numpy(logits), caches
 
-    def cut(self, caches: Sequence[Any], lengths: np.ndarray) -> list[Any]:
-        return [cache.cut(self.backend.array(lengths)) or cache for cache in caches]
+    def truncate(self, caches: Sequence[Any], lengths: np.ndarray) -> list[Any]:
+        return [cache.truncate(self.backend.array(lengths)) or cache for cache in caches]
 
     @functools.cached_property
     def model(self) -> Any:
@@ -159,7 +159,7 @@ def test_rows_of_unequal_prompts_decode_as_each_alone(backend: Torch, name: str,
     sizes = data.draw(chunkings(LENGTH - PROMPT))
     static = {"static": data.draw(st.booleans())} if backend.name == "torch" else {}
     prefilled, caches = model.feed(prompt, model.caches(**static))
-    decoded, _ = in_chunks(model, more, sizes, model.cut(caches, lengths))
+    decoded, _ = in_chunks(model, more, sizes, model.truncate(caches, lengths))
     for row, length in enumerate(lengths):
         alone: dict[str, Any] = {
             key: np.concatenate([prompt[key][row, :length], more[key][row]])[None] for key in prompt
@@ -227,7 +227,7 @@ def test_overflow_inside_jit_is_nan_and_overwrites_nothing() -> None:
     """In the row that is full: the others go on."""
     model, tokens = decoder(BACKENDS[1], "window"), np.arange(ROWS * LENGTH, dtype=np.int32).reshape(ROWS, LENGTH) % 13
     _, caches = model.feed({"tokens": tokens[:, :4]}, model.caches(6))
-    caches = model.cut(caches, np.array([4, 1, 4]))
+    caches = model.truncate(caches, np.array([4, 1, 4]))
     logits, after = model.feed({"tokens": tokens[:, 4:8]}, caches)
     past_end = np.array([[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 1, 1]], bool)
     np.testing.assert_array_equal(np.isnan(logits).all(-1), past_end)

@@ -625,15 +625,15 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.longest > 0)
     @rule(data=st.data())
-    def cut(self, data: st.DataObject) -> None:
+    def truncate(self, data: st.DataObject) -> None:
         spare = SLOTS if self.spare is None else self.spare + 1
         least = [written - spare if written > spare + WINDOW - 1 else 0 for written in self.written]
         lengths = [data.draw(st.integers(max(0, n), SLOTS)) for n in least]
         if self.spare is not None and any(n > 0 for n in least) and data.draw(st.booleans()):
             with pytest.raises(ValueError, match="what they may see has been overwritten"):
-                self.caches[0].cut(self.backend.array(np.array([n - 1 if n > 0 else SLOTS for n in least])))
+                self.caches[0].truncate(self.backend.array(np.array([n - 1 if n > 0 else SLOTS for n in least])))
         self.rows = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
-        cut = [cache.cut(self.backend.array(np.array(lengths))) for cache in self.caches]
+        cut = [cache.truncate(self.backend.array(np.array(lengths))) for cache in self.caches]
         self.caches = self.caches if self.backend.name == "torch" else cut
         assert self.caches[0].lengths.tolist() == [len(row) for row in self.rows]
 

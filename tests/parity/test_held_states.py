@@ -53,7 +53,7 @@ def test_a_jitted_cache_that_was_cut_and_reordered(window: int | None) -> None:
         logits = []
         for step, tokens in enumerate((first, second, third)):
             out = model.run(jax.numpy.asarray(tokens), kv_caches=caches)
-            caches = [cache.cut(lengths).reorder(rows) for cache in out.kv_caches] if step == 0 else out.kv_caches
+            caches = [cache.truncate(lengths).reorder(rows) for cache in out.kv_caches] if step == 0 else out.kv_caches
             logits.append(out.logits)
         return jax.numpy.concatenate(logits[1:], axis=1)
 
@@ -74,7 +74,7 @@ def test_a_jitted_cache_that_was_cut_and_reordered(window: int | None) -> None:
     if window is not None:  # of tokens 0 to 4 the ring holds the last three; a new token 2 would see 0 and 1
         lost = kind(1, 16, 1, 2, "float64", sliding_window=3, spare=0)
         k = np.zeros((1, 1, 1, 2))
-        kept = jax.jit(lambda cache, lengths: cache.cut(lengths).lengths)
+        kept = jax.jit(lambda cache, lengths: cache.truncate(lengths).lengths)
         for _ in range(5):
             lost = lost.update(jax.numpy.asarray(k), jax.numpy.asarray(k))[0]
         assert backend.numpy(kept(lost, np.array([4]))).tolist() == [4]

@@ -137,7 +137,7 @@ def test_a_decode_step_builds_one_dense_mask_for_all_layers(backend: Torch, buil
         tokens = backend.array(TOKENS[:, :size])
         caches = model.run(tokens, kv_caches=caches).kv_caches if backend.name == "jax" else run(model, tokens, caches)
         if step == 1:
-            caches = [one.cut(backend.array(np.array([5, 3]))) or one for one in caches]
+            caches = [one.truncate(backend.array(np.array([5, 3]))) or one for one in caches]
         counts.append(len(built))
     assert counts == ([0, 0, 1, 2] if backend.name == "torch" else [1, 2, 3, 4])
 

@@ -241,7 +241,7 @@ ARGUMENTS = {
         "tokens_CE", run_choice("tokens_CE"), np.array([[0, 1, 2], [3, 4, 5]]), ROWS * LENGTH, hidden=True
     ),
     "rows of a cache": Argument("rows", run_cache("reorder"), np.array([1, 0]), ROWS),
-    "lengths of a cache": Argument("lengths", run_cache("cut"), np.array([1, 2]), 2**31),
+    "lengths of a cache": Argument("lengths", run_cache("truncate"), np.array([1, 2]), 2**31),
     "prompt_tokens": Argument("prompt_tokens", run_generate("prompt_tokens"), TOKENS, VOCAB),
     "prompt_lengths": Argument("prompt_lengths", run_generate("prompt_lengths"), np.array([1, 2]), LENGTH + 1),
     "frame_mask of generate": Argument("frame_mask", run_generate("frame_mask"), np.ones((ROWS, FRAMES), bool)),

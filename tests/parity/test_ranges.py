@@ -51,7 +51,7 @@ def test_caches_count_many_tokens(backend: Torch) -> None:
     keys = backend.array(np.zeros((2, 1, MANY, 1), np.float32))
     updated = cache.update(keys, keys)
     cache = cache if backend.name == "torch" else updated[0]
-    cache = cache.cut(backend.array(np.array([MANY - 1, 3]))) or cache
+    cache = cache.truncate(backend.array(np.array([MANY - 1, 3]))) or cache
     assert backend.numpy(cache.lengths).dtype == np.int32
     assert backend.numpy(cache.positions(2)).tolist() == [[MANY - 1, MANY], [3, 4]]
     if backend.name == "jax":

@@ -349,7 +349,7 @@ def test_ragged_prompts_decode_as_each_row_alone(static: bool) -> None:
         padded = ModalityContext(inputs_embeds=model.token_embedding(prompts), key_padding_mask=real)
         prefill = model(modality=padded, kv_caches=caches)
         for cache in caches:
-            cache.cut(torch.tensor(lengths))
+            cache.truncate(torch.tensor(lengths))
         decoded = torch.cat([model(continued[:, i : i + 1], kv_caches=caches) for i in range(4)], dim=1)
         for row, length in enumerate(lengths):
             alone = model(torch.cat([prompts[row, :length], continued[row]])[None])[0]
@@ -364,7 +364,7 @@ def test_cut_makes_room_again() -> None:
     cache.update(new, new)
     with pytest.raises(ValueError, match="tokens = 2: must fit in the cache, of whose max_seq_len = 6 slots 5 are"):
         cache.update(new[:, :, :2], new[:, :, :2])
-    cache.cut(torch.tensor([1, 3]))
+    cache.truncate(torch.tensor([1, 3]))
     keys, _ = cache.update(new[:, :, :3], new[:, :, :3])
     assert keys.shape == (2, 2, 6, 8)
     assert cache.seq_len == 6
