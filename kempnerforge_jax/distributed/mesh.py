@@ -47,15 +47,13 @@ def open_mesh(config: JobConfig, devices: Sequence[Any]) -> Mesh | None:
 
 
 def devices_of(device: Any) -> list[Any]:
-    """The devices of a run: all that there are for None, one for its name, or those that are given.
+    """The devices of a run: all that there are for None, or the one of a name.
 
     Raises:
         UserError: this machine has no such device.
     """
-    if device is None:
-        find_device(None)
-        return jax.devices()
-    return list(device) if isinstance(device, Sequence) and not isinstance(device, str) else [find_device(device)]
+    found = find_device(device)
+    return jax.devices(found.platform) if device is None else [found]
 
 
 def _unsupported(config: JobConfig) -> list[str]:

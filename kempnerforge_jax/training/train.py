@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from kempnerforge_jax.device import process_count
+from kempnerforge_jax.device import find_device, process_count
 from kempnerforge_jax.distributed.fsdp import mark_blocks, shards_of
 from kempnerforge_jax.distributed.mesh import devices_of, open_mesh
 from kempnerforge_jax.distributed.sharding import initial_state, keep_sharded, place, place_batches
@@ -75,7 +75,7 @@ def train(
         UserError: what can't be used, of data, folders, checkpoints and layouts; or this is one of several processes.
     """
     refuse_other_processes(process_count())
-    trainer = Trainer(config, device)
+    trainer = Trainer(config, devices_of(device))
     ranks = 1 if trainer.mesh is None else trainer.mesh.layout.data_ranks
     data = open_data(config, world_size=ranks, together=ranks)
     return run_training(config, trainer, data, console=console, overridden=overridden)
@@ -86,7 +86,7 @@ class Trainer:
 
     Masters, gradients and moments are of ``dtype``. With ``train.mixed_precision`` "bf16" a float32 trainer computes in
     bfloat16, on a copy of the masters that is cast for each micro-batch. ``device`` is a `jax.Device`, the name of a
-    platform, a sequence of devices in the order of the mesh, or None for all that there are.
+    platform, None for the default one, or a list of devices in the order of the mesh.
 
     Attributes:
         parameters: the masters, by name; those of layers in a scan are stacked (see `split`).
@@ -98,7 +98,7 @@ class Trainer:
 
     def __init__(self, config: JobConfig, device: Any = None, *, dtype: Any = jnp.float32):
         self.config = config
-        devices = devices_of(device)
+        devices = list(device) if isinstance(device, list) else [find_device(device)]
         self.device, self.mesh = devices[0], open_mesh(config, devices)
         with jax.default_device(self.device):
             model = _build_model(config, dtype)

@@ -1,0 +1,50 @@
+"""Runs of ``kempnerforge train --backend jax`` on several devices: the losses of one device, whichever layout a run was
+started in and goes on with, and torch goes on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+JOB = ("--train.max_steps=6", "--eval.steps=2", "--eval.interval=1", "--scheduler.name=constant", "--model.dim=32",
+       "--model.n_layers=2", "--model.n_heads=4", "--model.n_kv_heads=4", "--train.seq_len=24")  # fmt: skip
+
+
+def train(folder: Path, backend: str, devices: int, rows: int, *flags: str) -> "subprocess.CompletedProcess[str]":
+    """A run with so many rows for each data rank."""
+    given = os.environ.get("XLA_FLAGS", "")
+    environment = {**os.environ, "XLA_FLAGS": f"{given} --xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "-m", "shared_config.cli", "train", "debug", "--backend", backend, "--quiet"]
+    options = [f"--checkpoint.dir={folder}", f"--train.batch_size={rows}", *JOB, *flags]
+    return subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def losses(folder: Path) -> list[float]:
+    """Those of all records, held-out ones too."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record[name] for record in records for name in ("loss", "heldout_loss") if name in record]
+
+
+def test_any_layout_and_backend_goes_on_with_the_same_losses(tmp_path: Path) -> None:
+    alone, spread = tmp_path / "alone", tmp_path / "spread"
+    assert train(alone, "jax", 1, 4).returncode == 0
+    assert train(spread, "jax", 4, 2, "--distributed.tp=2", "--train.max_steps=3").returncode == 0
+    assert train(spread, "jax", 2, 2, "--train.max_steps=5").returncode == 0
+    assert train(spread, "torch", 1, 4).returncode == 0
+    assert losses(spread) == pytest.approx(losses(alone), abs=1e-5)
+
+
+def test_a_layout_that_does_not_fit_the_devices_is_refused(tmp_path: Path) -> None:
+    done = train(tmp_path / "run", "jax", 4, 2, "--distributed.tp=3")
+    assert done.returncode == 2
+    assert "distributed.dp_shard = -1: dp_replicate 1 * dp_shard 1 * tp 3 * pp 1 = 3 must equal the world size 4" in (
+        " ".join(done.stderr.split())
+    )
+    assert not (tmp_path / "run").exists()
