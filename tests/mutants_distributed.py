@@ -72,7 +72,7 @@ DISTRIBUTED_MUTANTS = (
     ),
     torch_bug(
         "distributed.tensor_parallel", "gradients of norms of heads not summed",
-        'if "head_dim" in table[name].axes', "if False", SPLIT,
+        'add_up(shared, mesh.group("tp"))', "pass", SPLIT,
     ),
     torch_bug(
         "distributed.tensor_parallel", "rows of the vocabulary in reverse",
@@ -86,7 +86,7 @@ DISTRIBUTED_MUTANTS = (
     ),
     torch_bug(
         "distributed.tensor_parallel", "whole tensors have the gradient of one data rank",
-        "if fsdp_place(name, mesh, table) is None", "if False", Case("dense", 4, {"tp": 2, "dp_replicate": 2}),
+        "add_up(whole, mesh.data.get_group())", "pass", Case("dense", 4, {"tp": 2, "dp_replicate": 2}),
     ),
     torch_bug(
         "distributed.vocabulary", "each rank subtracts its own highest logit",

@@ -1,4 +1,4 @@
-"""Sums and exchanges over ranks that gradients flow through."""
+"""Sums and exchanges over ranks, most of which gradients flow through."""
 
 from __future__ import annotations
 
@@ -28,6 +28,17 @@ def exchanged(rows: Tensor, sent: Sequence[int], received: Sequence[int], group:
         received: how many come from each.
     """
     return _Exchanged.apply(rows, sent, received, group)
+
+
+@torch.no_grad()
+def add_up(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Give each tensor, in place, the sum of what the ranks have; all in one exchange."""
+    if not tensors or group.size() == 1:
+        return
+    total = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(total, group=group)
+    for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 class _Copied(torch.autograd.Function):

@@ -16,7 +16,6 @@ from torch.distributed.tensor import Shard
 from kempnerforge_torch.distributed.mesh import Mesh
 from kempnerforge_torch.model.moe import MoEMLP
 from kempnerforge_torch.model.state import own_tensors
-from kempnerforge_torch.model.wrappers import plain_modules
 from shared_config.contract.sharding import placement
 from shared_config.contract.specs import ParameterTable
 from shared_config.errors import ConfigError
@@ -34,8 +33,8 @@ def shard_parameters(
     averaged) over all data ranks.
 
     Tensors are split along the axis that `placement` says, those for which it has none unevenly along the first, unless
-    "tp" splits them: these stay as they are, and their gradients are this rank's alone. What the table wants in full
-    precision is a unit of its own, so that it isn't cast.
+    "tp" splits them or the table wants them in full precision: these stay as they are, and their gradients are this
+    rank's alone.
 
     Args:
         blocks: what is gathered at a time; the rest is gathered with the model.
@@ -49,10 +48,6 @@ def shard_parameters(
     devices = mesh.fsdp if layout.dp_replicate == 1 else mesh.axes["dp_replicate", "fsdp"]
     policy = MixedPrecisionPolicy(compute_dtype, dtype, cast_forward_inputs=False)
     unit = functools.partial(_unit, places=places, devices=devices, policy=policy, ignored=ignored)
-    for path, module in plain_modules(model).items():
-        names = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
-        if names and any(name in table and table[name].full_precision for name in names):
-            unit(module, policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     for layer in model.modules() if layout.ep > 1 else ():
         if isinstance(layer, MoEMLP):
             for part in layer.children():
@@ -79,6 +74,8 @@ def fsdp_place(name: str, mesh: Mesh, table: ParameterTable) -> int | None:
     Raises:
         ConfigError: experts' tensors that no axis of can be split.
     """
+    if name in table and table[name].full_precision:
+        return None
     axis, ruled = _axis(name, mesh, table), ruled_axes(name, mesh, table)
     if axis is not None or not ruled:
         return axis or 0

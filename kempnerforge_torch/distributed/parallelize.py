@@ -38,7 +38,7 @@ def parallelize(
         split_tensors(model, mesh, table)
     checkpoint_activations(model, config.train.activation_checkpointing)
     if config.train.compile_model:
-        compile_blocks(model, device)
+        compile_blocks(model, device, fullgraph=mesh is None or mesh.layout.ep == 1)
     if mesh is not None:
         shard_parameters(model, list(blocks(model)), mesh, table, compute_dtype(config, dtype), dtype)
     return model

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from kempnerforge_torch.distributed.collectives import copied, summed_over
+from kempnerforge_torch.distributed.collectives import add_up, copied, summed_over
 from kempnerforge_torch.distributed.expert_parallel import send_rows
 from kempnerforge_torch.distributed.fsdp import fsdp_place, ruled_axes
 from kempnerforge_torch.distributed.mesh import Mesh
@@ -61,13 +61,12 @@ def complete_gradients(gradients: Mapping[str, Tensor], mesh: Mesh | None, table
     """Add up, in place, the gradients of tensors that all heads share, of which each rank has those of its own heads,
     and of those that FSDP leaves whole.
     """
-    if mesh is None or mesh.layout.tp == 1:
+    if mesh is None:
         return
-    for name, gradient in gradients.items():
-        if "head_dim" in table[name].axes:
-            dist.all_reduce(local(gradient), group=mesh.group("tp"))
-        if fsdp_place(name, mesh, table) is None:
-            dist.all_reduce(local(gradient), group=mesh.data.get_group())
+    shared = [local(gradient) for name, gradient in gradients.items() if "head_dim" in table[name].axes]
+    whole = [local(gradient) for name, gradient in gradients.items() if fsdp_place(name, mesh, table) is None]
+    add_up(shared, mesh.group("tp"))
+    add_up(whole, mesh.data.get_group())
 
 
 def _check_heads(path: str, module: nn.Module, tp: int) -> None:

@@ -48,14 +48,20 @@ def checkpoint_activations(model: nn.Module, mode: str) -> None:
         _wrap_forward(block, functools.partial(checkpoint, **options))
 
 
-def compile_blocks(model: nn.Module, device: torch.device, backend: str = "inductor") -> None:
-    """Compile each block as it is first called; on a CPU without a C++ compiler say so, and leave it."""
+def compile_blocks(
+    model: nn.Module, device: torch.device, backend: str = "inductor", *, fullgraph: bool = True
+) -> None:
+    """Compile each block as it is first called; on a CPU without a C++ compiler say so, and leave it.
+
+    Args:
+        fullgraph: as one program each, or else it is an error.
+    """
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         log.warning("train.compile_model: no C++ compiler (%s) on this machine; the model runs uncompiled", compiler)
         return
     for block in blocks(model):
-        block.compile(fullgraph=True, backend=backend)
+        block.compile(fullgraph=fullgraph, backend=backend)
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

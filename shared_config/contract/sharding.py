@@ -92,7 +92,8 @@ def placement(spec: ParameterSpec, layout: Layout, *, gathered: bool = False) ->
 
     What `RULES` name is split by tp and ep, of two axes with one rule the first. FSDP then splits one of the other axes
     over dp_shard, and over ep where the tensor is no expert's: "embed" if its size is divided, else the largest axis
-    whose size is; where none is divided, and for buffers, each of these devices holds all that tp and ep leave.
+    whose size is; where none is divided, and of buffers and of what stays in full precision, each of these devices
+    holds all that tp and ep leave.
 
     Args:
         gathered: as the tensor is computed with, without what FSDP splits.
@@ -104,7 +105,7 @@ def placement(spec: ParameterSpec, layout: Layout, *, gathered: bool = False) ->
     ]
     shared_by = ("dp_shard",) if "ep" in ruled else ("dp_shard", "ep")
     over = tuple(axis for axis in shared_by if layout.size(axis) > 1)
-    place = None if spec.is_buffer or gathered else _fsdp_axis(spec, splits, layout.size(*over))
+    place = None if spec.is_buffer or spec.full_precision or gathered else _fsdp_axis(spec, splits, layout.size(*over))
     if over and place is not None:
         splits[place] = over
     return Placement(tuple(splits))
