@@ -69,7 +69,7 @@ def router_losses(stats: Mapping[int, LayerStats]) -> tuple[Float[Tensor, ""] | 
         stats: of a `TransformerOutput`.
     """
     each = router_stats(stats)
-    return sum(router.aux_loss for router in each), sum(router.z_loss for router in each)
+    return sum((router.aux_loss for router in each), 0.0), sum((router.z_loss for router in each), 0.0)
 
 
 def router_stats(stats: Mapping[int, LayerStats]) -> list[MoEStats]:
