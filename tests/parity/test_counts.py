@@ -275,14 +275,14 @@ def test_memory_of_a_layout_is_that_of_its_parts(preset: str, layout: dict[str, 
 
 def part_of(name: str, array: np.ndarray, tp: int, ep: int, shard: int) -> int:
     """Bytes of a tensor on the device that holds most of it; sizes are such that FSDP divides an axis of each, but for
-    biases that tensor parallelism cuts.
+    biases that tensor parallelism cuts; routers are whole.
     """
     expert = name.endswith("_w")
     part = array[: array.shape[0] // ep] if expert else array
     axis = next((axis for pattern, axis in TP_AXES.items() if re.search(pattern, name)), None)
     if axis is not None:
         part = np.array_split(part, tp, axis=axis)[0]
-    if axis is not None and tp > 1 and array.ndim == 1:
+    if "router" in name or (axis is not None and tp > 1 and array.ndim == 1):
         return part.nbytes
     return part.nbytes // (1 if shard == 1 else shard // ep if expert else shard)
 
