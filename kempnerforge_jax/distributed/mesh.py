@@ -56,6 +56,18 @@ def devices_of(device: Any) -> list[Any]:
     return jax.devices(found.platform) if device is None else [found]
 
 
+def drawing_device(mesh: Mesh | None, device: Any) -> Any:
+    """Where initial values are made: on a mesh by the host, if JAX is allowed to use it, as one device may not hold them
+    all.
+    """
+    if mesh is None:
+        return device
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return device
+
+
 def _unsupported(config: JobConfig) -> list[str]:
     """Layouts that a model can be trained in, but not by this backend."""
     layout = config.distributed

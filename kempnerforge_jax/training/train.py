@@ -21,7 +21,7 @@ from rich.console import Console
 
 from kempnerforge_jax.device import find_device, process_count
 from kempnerforge_jax.distributed.fsdp import mark_blocks, shards_of
-from kempnerforge_jax.distributed.mesh import devices_of, open_mesh
+from kempnerforge_jax.distributed.mesh import devices_of, drawing_device, open_mesh
 from kempnerforge_jax.distributed.sharding import initial_state, keep_sharded, place, place_batches
 from kempnerforge_jax.model.balancing import balance
 from kempnerforge_jax.model.build import build_model
@@ -100,7 +100,7 @@ class Trainer:
         self.config = config
         devices = list(device) if isinstance(device, list) else [find_device(device)]
         self.device, self.mesh = devices[0], open_mesh(config, devices)
-        with jax.default_device(self.device):
+        with jax.default_device(drawing_device(self.mesh, self.device)):
             model = _build_model(config, dtype)
             shapes = {name: tuple(array.shape) for name, array in get_state(model).items()}
             self.table = job_table(config, tower_of(config), shapes)
