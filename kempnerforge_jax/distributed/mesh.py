@@ -57,9 +57,7 @@ def devices_of(device: Any) -> list[Any]:
 
 
 def drawing_device(mesh: Mesh | None, device: Any) -> Any:
-    """Where initial values are made: on a mesh by the host, if JAX is allowed to use it, as one device may not hold them
-    all.
-    """
+    """Where initial values are made: on a mesh by the host, where JAX may use it, as one device may not hold them."""
     if mesh is None:
         return device
     try:
