@@ -65,7 +65,7 @@ class Architecture:
         kv_caches: Sequence[KVCache] | None,
         rope: RotaryTable,
     ) -> dict[str, Any]:
-        """The keyword arguments of every block, built once a forward.
+        """The keyword arguments of every block, built once per forward.
 
         Args:
             inputs: those of the plain block: ``rope_cos``, ``rope_sin``, ``mask``, ``doc_ids``, ``key_padding_mask``

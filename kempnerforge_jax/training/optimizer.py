@@ -9,7 +9,7 @@ Checkpoints hold the moments as ``m.<parameter>`` and ``v.<parameter>``, the cou
 Another optimiser is registered in category "optimizer" under the name that ``optimizer.name`` gives. It is called with
 the config and gives an `optax.GradientTransformation` of one array, to whose steps the decay is added before they are
 subtracted times the learning rate. Its state is a named tuple of ``count``, updates taken, and the moments that
-`shared_config.registry.declare` was told: "m" as ``mu``, "v" as ``nu``, others under their names; without a declaration
+`shared_config.registry.declare` names: "m" as ``mu``, "v" as ``nu``, others under their names; without a declaration
 these two, as in `optax.ScaleByAdamState`.
 """
 

@@ -8,7 +8,7 @@ Checkpoints hold the moments as ``m.<parameter>`` and ``v.<parameter>``, the cou
 
 Another optimiser is registered in category "optimizer" under the name that ``optimizer.name`` gives. It is called with
 groups of parameters, each with its ``weight_decay``, and the config. Its state of a parameter, which is there and 0 at
-the start, is a ``step`` and the moments that `shared_config.registry.declare` was told: "m" as ``exp_avg``, "v" as
+the start, is a ``step`` and the moments that `shared_config.registry.declare` names: "m" as ``exp_avg``, "v" as
 ``exp_avg_sq``, others under their names; without a declaration these two.
 """
 

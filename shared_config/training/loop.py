@@ -160,7 +160,7 @@ class _Run:
         self.record: Record = {}
         self.checkpoint = start.path
         self.heldout: Sequence[Batch] | None = None
-        self.said_no_label, self.said_unwritten = False, False
+        self.warned_no_label, self.warned_unwritten = False, False
         self.skipped, self.skipped_in_a_row = start.skipped, start.skipped_in_a_row
 
     def run(self) -> TrainingSummary:
@@ -224,8 +224,8 @@ class _Run:
         """A mean over no label is no loss of 0: it is left empty, which is said once."""
         if record.get("tokens") != 0:
             return record
-        if not self.said_no_label:
-            self.said_no_label = True
+        if not self.warned_no_label:
+            self.warned_no_label = True
             self.display.say(f"note: at step {self.step} no label of the whole batch counts; it has no loss")
         return {**record, "loss": None}
 
@@ -280,8 +280,8 @@ class _Run:
         try:
             action()
         except (OSError, UserError) as error:
-            if not self.said_unwritten:
-                self.said_unwritten = True
+            if not self.warned_unwritten:
+                self.warned_unwritten = True
                 log.warning("step %d: %s; the run goes on without", self.step, error)
 
     def _save(self) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from shared_config.contract.noise import image_noise
 from shared_config.contract.parameters import parameter_table
+from shared_config.contract.routing import RouterId
 from shared_config.schema.model import ModelConfig
 from tests.jobs import draw_batch, tiny_job
 from tests.oracle.transformer import transformer
@@ -160,10 +161,11 @@ def test_noise_does_not_let_experts_take_what_is_no_token(backend: Torch) -> Non
 @on_both
 def test_counts_are_added_in_new_dicts(backend: Torch) -> None:
     add = backend.module("model.stats").added
-    total, counts = {0: 1, 1: {"image": 2}}, {0: 10, 1: {"image": 20, "text": 30}, 2: 40}
-    assert add(total, counts) == {0: 11, 1: {"image": 22, "text": 30}, 2: 40}
-    assert total == {0: 1, 1: {"image": 2}}
-    assert counts == {0: 10, 1: {"image": 20, "text": 30}, 2: 40}
+    image, text = RouterId(1, "image"), RouterId(1, "text")
+    total, counts = {RouterId(0): 1, image: 2}, {RouterId(0): 10, image: 20, text: 30, RouterId(2): 40}
+    assert add(total, counts) == {RouterId(0): 11, image: 22, text: 30, RouterId(2): 40}
+    assert total == {RouterId(0): 1, image: 2}
+    assert counts == {RouterId(0): 10, image: 20, text: 30, RouterId(2): 40}
 
 
 @on_both
