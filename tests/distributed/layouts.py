@@ -161,7 +161,7 @@ def differences(case: Case, truth: Found, count: int = STEPS) -> list[str]:
     rank, every = trainer.ranks.rank, MICRO_BATCHES * case.shares
     own = [[data(step * every + index) for index in range(rank, every, case.shares)] for step in range(count)]
     found = steps(trainer, own)
-    return [*_compare(found, truth), *_replicas(found.states[-1])]
+    return [*_compare(found, truth), *_replicas(found.states[-1]), *_taken_over(trainer, truth.states[0])]
 
 
 def refusals(case: Case) -> list[str]:
@@ -230,6 +230,19 @@ def _replicas(state: TrainingState) -> list[str]:
     first: list[Any] = [own]
     dist.broadcast_object_list(first, src=0)
     return [f"{name}: other bits than on rank 0" for name, value in own.items() if value != first[0][name]]
+
+
+def _taken_over(trainer: Any, state: TrainingState) -> list[str]:
+    """Which tensors of another's state a trainer does not have the bits of, after it has loaded it."""
+    trainer.load_state(state)
+    now = whole_state(trainer)
+    pairs = [(now.weights, state.weights), (now.optimizer, state.optimizer)]
+    return [
+        f"{name}: other bits than those loaded"
+        for own, given in pairs
+        for name, value in given.items()
+        if own[name].tobytes() != value.tobytes()
+    ]
 
 
 def _together(lines: list[str]) -> list[str]:

@@ -10,11 +10,16 @@ from tests.distributed.layouts import Case, run_processes
 from tests.mutants_distributed import DISTRIBUTED_MUTANTS
 
 NOISE = {"vlm": {"moma_gumbel_noise": "true"}}
+FROZEN = "[{module = 'vision_encoder'}]"
+LATER = "[{start_step = 1, specs = [{module = 'adapter'}]}]"
 CASES = {
     2: (
         *(Case(model, 2, {}) for model in ("dense", "sigmoid", "softmax", "limited", "apart")),
         Case("moma", 2, {}, NOISE),
         *(Case(model, 2, {"tp": 2}) for model in ("dense", "sigmoid", "limited", "apart", "mot", "cross_attention")),
+        Case("dense", 2, {}, {"train": {"on_nonfinite": "skip"}}),
+        Case("sigmoid", 2, {"tp": 2}, {"train": {"activation_checkpointing": "full"}}),
+        Case("joint_decoder", 2, {}, {"vlm": {"freeze": FROZEN, "freeze_schedule": LATER}}),
         Case("sigmoid", 2, {"ep": 2}),
         Case("limited", 2, {"ep": 2}),
         Case("moma", 2, {"tp": 2}, NOISE),

@@ -56,6 +56,16 @@ def test_they_do_what_one_process_does_with_twice_the_micro_batches(folder: Path
     assert states[0].state.optimizer.keys() == states[1].state.optimizer.keys()
 
 
+def test_one_process_goes_on_where_they_stopped(folder: Path) -> None:
+    more = ["--backend=torch", "--device=cpu", "--quiet", f"--train.max_steps={STEPS + 2}", "--eval.steps=4"]
+    for run in ("run", "alone"):
+        place = f"--checkpoint.dir={folder / run}"
+        assert main(["train", str(folder / "job.toml"), *more, place, "--train.grad_accum_steps=2"]) == 0
+    found, truth = (metrics(folder / run, "loss") for run in ("run", "alone"))
+    assert len(found) == STEPS + 2
+    assert found == pytest.approx(truth, rel=1e-6)
+
+
 def test_a_layout_that_does_not_fit_is_refused_by_every_rank(folder: Path) -> None:
     done = torchrun(folder, "train", "job.toml", "--backend=torch", "--output=bad", "--distributed.pp=2")
     assert done.returncode != 0
