@@ -81,7 +81,7 @@ class Attention(Module):
         mask: Mask | Bool[Array, "..."] | None = None,
         doc_ids: Integer[Array, "B S"] | None = None,
         key_padding_mask: Bool[Array, "B S"] | None = None,
-    ) -> Any:
+    ) -> Float[Array, "B S D"] | tuple[Float[Array, "B S D"], KVCache]:
         """(B, S, D) -> (B, S, D); given a cache, -> ((B, S, D), new cache).
 
         Args:
@@ -122,7 +122,7 @@ class Attention(Module):
             self.keep(attention_weights=attention_weights(q_BHSh, k_BKMh, mask))
         out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask)
         out_BSD = self.o_proj(out_BHSh.swapaxes(1, 2).reshape(batch, length, -1))
-        if kv_cache is None:
+        if kv_cache is None or updated is None:
             return out_BSD
         past_end_BS = kv_cache.positions(length) >= kv_cache.max_seq_len
         return jnp.where(past_end_BS[..., None], jnp.nan, out_BSD), updated

@@ -19,8 +19,9 @@ from kempnerforge_jax.model.grouped import grouped_matmul
 from kempnerforge_jax.model.mlp import Activation
 from kempnerforge_jax.model.module import Module
 
-_Apply = Callable[[Array, Array], Array]
-_exchange: ContextVar[Callable[[_Apply, Array, Array], Array] | None] = ContextVar("_exchange", default=None)
+_Apply = Callable[[Float[Array, "R D"], Int[Array, "E"]], Float[Array, "R D"]]
+_Exchange = Callable[[_Apply, Float[Array, "R D"], Int[Array, "E"]], Float[Array, "R D"]]
+_exchange: ContextVar[_Exchange | None] = ContextVar("_exchange", default=None)
 
 
 def grouped_expert_forward(
@@ -92,7 +93,7 @@ def apply_held(apply: _Apply, x_RD: Float[Array, "R D"], ends_E: Int[Array, "E"]
 
 
 @contextlib.contextmanager
-def exchanging(exchange: Callable[[_Apply, Array, Array], Array]) -> Iterator[None]:
+def exchanging(exchange: _Exchange) -> Iterator[None]:
     """Within it, layers hold a part of their experts, and ``exchange(apply, x_RD, ends_E)`` brings rows to theirs."""
     token = _exchange.set(exchange)
     try:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from kempnerforge_jax.model.decode import decode_all, steps
 from kempnerforge_jax.model.request import Prompted, make_request
@@ -30,12 +30,12 @@ def generate(
     top_p: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
-    prompt_lengths: Array | np.ndarray | Sequence[int] | int | None = None,
+    prompt_lengths: Integer[Array, "B"] | np.ndarray | Sequence[int] | int | None = None,
     seed: int | Shaped[Array, "..."] | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
-    pixel_values: Array | np.ndarray | None = None,
-    frame_mask: Array | np.ndarray | None = None,
+    pixel_values: Float[Array, "B ... 3 h w"] | np.ndarray | None = None,
+    frame_mask: Bool[Array, "B F"] | np.ndarray | None = None,
 ) -> Int[Array, "B L"]:
     """Continue prompts. A wrapped model, or one with wrapped parts, generates as the plain one does.
 
@@ -83,12 +83,12 @@ def stream(
     top_p: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
-    prompt_lengths: Array | np.ndarray | Sequence[int] | int | None = None,
+    prompt_lengths: Integer[Array, "B"] | np.ndarray | Sequence[int] | int | None = None,
     seed: int | Shaped[Array, "..."] | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
-    pixel_values: Array | np.ndarray | None = None,
-    frame_mask: Array | np.ndarray | None = None,
+    pixel_values: Float[Array, "B ... 3 h w"] | np.ndarray | None = None,
+    frame_mask: Bool[Array, "B F"] | np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """The new tokens of `generate`, int (B,) at a time, as they are drawn; ends early when every row has ended.
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Integer
 
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.state import State, merge, split
@@ -59,7 +59,7 @@ class Request:
         return None if image_tokens(self.image) else self.image
 
 
-Prompted = jax.Array | np.ndarray | Sequence[Sequence[int] | np.ndarray | jax.Array]
+Prompted = Integer[Array, "B S"] | np.ndarray | Sequence[Sequence[int] | np.ndarray | Integer[Array, "_S"]]
 """Token ids: int (B, S), or B rows of any lengths."""
 
 
@@ -69,11 +69,11 @@ def make_request(
     max_new_tokens: int,
     sampling: SamplingConfig,
     *,
-    prompt_lengths: jax.Array | np.ndarray | Sequence[int] | int | None = None,
+    prompt_lengths: Integer[Array, "B"] | np.ndarray | Sequence[int] | int | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
-    pixel_values: jax.Array | np.ndarray | None = None,
-    frame_mask: jax.Array | np.ndarray | None = None,
+    pixel_values: Float[Array, "B ... 3 h w"] | np.ndarray | None = None,
+    frame_mask: Bool[Array, "B F"] | np.ndarray | None = None,
 ) -> Request:
     """What `generate` and `stream` are asked for, checked; their arguments.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Num
+from jaxtyping import Array, Float, Num
 
 from kempnerforge_jax.distributed.expert_parallel import exchanged
 from kempnerforge_jax.distributed.fsdp import Shards, gather_outside_blocks, over_ranks, whole_block
@@ -58,7 +58,7 @@ def gradients_of(
     return _of_all_ranks(recipe, _own_gradients, trained)(parameters, buffers, batches, count)
 
 
-def summed_loss(recipe: Recipe, parameters: Arrays, buffers: Arrays, batches: Arrays) -> jax.Array:
+def summed_loss(recipe: Recipe, parameters: Arrays, buffers: Arrays, batches: Arrays) -> Float[Array, ""]:
     """The sum of the cross entropy over the labels of one micro-batch (1, B, ...), on a mesh (1, R, B, ...)."""
     return _of_all_ranks(recipe, _own_loss, [])(parameters, buffers, batches, jnp.ones(()))[1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
+from jaxtyping import Array, Bool, Float, Num
 
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.stats import LayerStats
@@ -21,11 +21,11 @@ class Terms(NamedTuple):
         expert_counts: router -> (E,) assignments; {} if dense.
     """
 
-    loss: jax.Array
-    aux_loss: jax.Array
-    z_loss: jax.Array
-    entropy: jax.Array
-    expert_counts: dict[RouterId, jax.Array]
+    loss: Float[Array, ""]
+    aux_loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
+    entropy: Float[Array, ""]
+    expert_counts: dict[RouterId, Num[Array, "_E"]]
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,12 +38,12 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-def expert_counts(stats: Mapping[int, LayerStats]) -> dict[RouterId, jax.Array]:
+def expert_counts(stats: Mapping[int, LayerStats]) -> dict[RouterId, Num[Array, "_E"]]:
     """The assignments to each expert, by router."""
     return {router_id: router.expert_counts for router_id, router in by_router(stats).items()}
 
 
-def taken_metric(taken: jax.Array | None) -> dict[str, jax.Array]:
+def taken_metric(taken: Bool[Array, ""] | None) -> dict[str, Bool[Array, ""]]:
     """For the loop: whether the update was taken."""
     return {} if taken is None else {"taken": taken}
 

@@ -1,4 +1,7 @@
-"""Sums and exchanges over ranks, most of which gradients flow through."""
+"""Sums and exchanges over ranks, most of which gradients flow through.
+
+Shapes: R rows of this rank.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Shaped
 from torch import Tensor
 
 
-def copied(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def copied(x: Shaped[Tensor, "..."], group: dist.ProcessGroup) -> Shaped[Tensor, "..."]:
     """The same tensor, which ranks go on with in different ways: its gradient is the sum of theirs."""
     return _Copied.apply(x, group)
 
 
-def summed_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def summed_over(x: Shaped[Tensor, "..."], group: dist.ProcessGroup) -> Shaped[Tensor, "..."]:
     """The sum of what the ranks have, which all go on with in the same way: each has its whole gradient."""
     return _Summed.apply(x, group)
 
 
-def exchanged(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def exchanged(
+    rows: Shaped[Tensor, "R ..."], sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup
+) -> Shaped[Tensor, "_ ..."]:
     """The rows that the ranks have sent to this one, in the order of the ranks.
 
     Args:
@@ -31,7 +37,7 @@ def exchanged(rows: Tensor, sent: Sequence[int], received: Sequence[int], group:
 
 
 @torch.no_grad()
-def add_up(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+def add_up(tensors: Sequence[Shaped[Tensor, "..."]], group: dist.ProcessGroup) -> None:
     """Give each tensor, in place, the sum of what the ranks have; all in one exchange."""
     if not tensors or group.size() == 1:
         return

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -57,7 +58,7 @@ def split_tensors(model: nn.Module, mesh: Mesh, table: ParameterTable) -> None:
                 _compute_with_parts(path, module, name, by["tp"], mesh.group("tp"))
 
 
-def complete_gradients(gradients: Mapping[str, Tensor], mesh: Mesh | None, table: ParameterTable) -> None:
+def complete_gradients(gradients: Mapping[str, Float[Tensor, "..."]], mesh: Mesh | None, table: ParameterTable) -> None:
     """Add up, in place, the gradients of tensors that all heads share, of which each rank has those of its own heads,
     and of those that FSDP leaves whole.
     """

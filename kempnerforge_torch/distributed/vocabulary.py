@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from kempnerforge_torch.distributed.collectives import summed_over
@@ -19,7 +20,7 @@ from kempnerforge_torch.model.checks import check_ids, check_shape
 from kempnerforge_torch.training.loss import cross_entropy
 from shared_config.contract.labels import IGNORED
 
-CrossEntropy = Callable[..., tuple[Tensor, Tensor]]
+CrossEntropy = Callable[..., tuple[Float[Tensor, ""], Int[Tensor, ""]]]
 
 
 def cross_entropy_of(mesh: Mesh | None, vocab_size: int) -> CrossEntropy:
@@ -30,8 +31,13 @@ def cross_entropy_of(mesh: Mesh | None, vocab_size: int) -> CrossEntropy:
 
 
 def split_cross_entropy(
-    logits_BSV: Tensor, labels_BS: Tensor, *, vocab_size: int, group: dist.ProcessGroup, fused: bool = False
-) -> tuple[Tensor, Tensor]:
+    logits_BSV: Float[Tensor, "B S V"],
+    labels_BS: Integer[Tensor, "B S"],
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    fused: bool = False,
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """`cross_entropy` of logits of which each rank has those of its part of the vocabulary; the same on every rank.
 
     Args:

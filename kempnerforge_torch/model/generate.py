@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from kempnerforge_torch.model.decode import decode_all, steps
@@ -31,12 +31,12 @@ def generate(
     top_p: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
-    prompt_lengths: Tensor | np.ndarray | Sequence[int] | int | None = None,
+    prompt_lengths: Integer[Tensor, "B"] | np.ndarray | Sequence[int] | int | None = None,
     seed: int | torch.Generator | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
-    pixel_values: Tensor | np.ndarray | None = None,
-    frame_mask: Tensor | np.ndarray | None = None,
+    pixel_values: Float[Tensor, "B ... 3 h w"] | np.ndarray | None = None,
+    frame_mask: Bool[Tensor, "B F"] | np.ndarray | None = None,
     compile: bool = False,
 ) -> Int[Tensor, "B L"]:
     """Continue prompts. A wrapped model, or one with wrapped or compiled parts, generates as the plain one does.
@@ -87,12 +87,12 @@ def stream(
     top_p: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
-    prompt_lengths: Tensor | np.ndarray | Sequence[int] | int | None = None,
+    prompt_lengths: Integer[Tensor, "B"] | np.ndarray | Sequence[int] | int | None = None,
     seed: int | torch.Generator | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
-    pixel_values: Tensor | np.ndarray | None = None,
-    frame_mask: Tensor | np.ndarray | None = None,
+    pixel_values: Float[Tensor, "B ... 3 h w"] | np.ndarray | None = None,
+    frame_mask: Bool[Tensor, "B F"] | np.ndarray | None = None,
     compile: bool = False,
 ) -> Iterator[np.ndarray]:
     """The new tokens of `generate`, int (B,) at a time, as they are drawn; ends early when every row has ended.

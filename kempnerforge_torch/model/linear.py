@@ -60,7 +60,7 @@ def linear(
     return _matrix_times_vector(weight, x.reshape(-1), bias).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def look_up(weight: Tensor, ids: Tensor) -> Tensor:
+def look_up(weight: Float[Tensor, "V D"], ids: Integer[Tensor, "..."]) -> Float[Tensor, "... D"]:
     """Rows of a table (V, D), by integers (...): (..., D)."""
     return _LookUp.apply(weight, ids)
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.modality import ModalityContext
@@ -60,7 +60,7 @@ class Request:
         return None if image_tokens(self.image) else self.image
 
 
-Prompted = Tensor | np.ndarray | Sequence[Sequence[int] | np.ndarray | Tensor]
+Prompted = Integer[Tensor, "B S"] | np.ndarray | Sequence[Sequence[int] | np.ndarray | Integer[Tensor, "_S"]]
 """Token ids: int (B, S), or B rows of any lengths."""
 
 
@@ -70,11 +70,11 @@ def make_request(
     max_new_tokens: int,
     sampling: SamplingConfig,
     *,
-    prompt_lengths: Tensor | np.ndarray | Sequence[int] | int | None = None,
+    prompt_lengths: Integer[Tensor, "B"] | np.ndarray | Sequence[int] | int | None = None,
     uniforms: np.ndarray | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
-    pixel_values: Tensor | np.ndarray | None = None,
-    frame_mask: Tensor | np.ndarray | None = None,
+    pixel_values: Float[Tensor, "B ... 3 h w"] | np.ndarray | None = None,
+    frame_mask: Bool[Tensor, "B F"] | np.ndarray | None = None,
 ) -> Request:
     """What `generate` and `stream` are asked for, checked; their arguments.
 

@@ -183,7 +183,7 @@ class VLMWrapper(nn.Module):
         kv_caches: Sequence[KVCache] | None = None,
         limit_capacity: bool | None = None,
         return_stats: bool = False,
-    ) -> tuple[Tensor, Tensor | None] | TransformerOutput:
+    ) -> tuple[Float[Tensor, "B T V"], Integer[Tensor, "B T"] | None] | TransformerOutput:
         """Logits (B, T, V), and the labels as they were given.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from kempnerforge_torch.training.loss import router_losses, router_stats
@@ -18,7 +18,12 @@ class Objective(nn.Module):
     checkpointed blocks run again.
     """
 
-    def __init__(self, model: nn.Module, config: JobConfig, cross_entropy: Callable[..., tuple[Tensor, Tensor]]):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: JobConfig,
+        cross_entropy: Callable[..., tuple[Float[Tensor, ""], Int[Tensor, ""]]],
+    ):
         super().__init__()
         self.model = model
         self.cross_entropy = cross_entropy

@@ -34,7 +34,7 @@ FOUND_INF = "found_inf"
 """The attribute in which `torch.amp.GradScaler` tells fused optimisers to leave a step out."""
 
 
-Group = dict[str, list[Tensor] | float]
+Group = dict[str, list[Float[Tensor, "..."]] | float]
 """Parameters under "params", and the settings that are theirs."""
 
 
@@ -151,7 +151,7 @@ def get_optimizer_state(
 def set_optimizer_state(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, Float[Tensor, "..."]],
-    state: Mapping[str, Tensor | np.ndarray],
+    state: Mapping[str, Shaped[Tensor, "..."] | np.ndarray],
     step: int,
 ) -> None:
     """Copy moments and counts (tensors or NumPy arrays) into the optimiser; counts that are not given are ``step``.

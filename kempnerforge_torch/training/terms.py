@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from jaxtyping import Bool, Float, Num, Shaped
 from torch import Tensor
 
 from kempnerforge_torch.model.modality import ModalityContext
@@ -22,14 +23,14 @@ class Terms(NamedTuple):
         expert_counts: router -> (E,) assignments; {} if dense.
     """
 
-    loss: Tensor
-    aux_loss: Tensor
-    z_loss: Tensor
-    entropy: Tensor | float
-    expert_counts: dict[RouterId, Tensor]
+    loss: Float[Tensor, ""]
+    aux_loss: Float[Tensor, ""]
+    z_loss: Float[Tensor, ""]
+    entropy: Float[Tensor, ""] | float
+    expert_counts: dict[RouterId, Num[Tensor, "_E"]]
 
 
-def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor | ModalityContext]:
+def model_inputs(batch: Mapping[str, Shaped[Tensor, "..."]]) -> dict[str, Shaped[Tensor, "..."] | ModalityContext]:
     """The arrays of a batch, without its labels, as the arguments of a model; a text model is told of padding as
     `ModalityContext` does.
     """
@@ -40,7 +41,7 @@ def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor | ModalityCont
     return inputs
 
 
-def expert_counts(stats: Mapping[int, LayerStats]) -> dict[RouterId, Tensor]:
+def expert_counts(stats: Mapping[int, LayerStats]) -> dict[RouterId, Num[Tensor, "_E"]]:
     """The assignments to each expert, by router."""
     return {router_id: router.expert_counts for router_id, router in by_router(stats).items()}
 
@@ -50,12 +51,12 @@ def summed(terms: Sequence[Terms]) -> Terms:
     return functools.reduce(_added, terms)
 
 
-def taken_metric(taken: Tensor | None) -> dict[str, Tensor]:
+def taken_metric(taken: Bool[Tensor, ""] | None) -> dict[str, Bool[Tensor, ""]]:
     """For the loop: whether the update was taken."""
     return {} if taken is None else {"taken": taken}
 
 
-def routing_metrics(total: Terms) -> dict[str, Tensor | float]:
+def routing_metrics(total: Terms) -> dict[str, Num[Tensor, ""] | float]:
     """For the record: losses of the routers and how evenly tokens went to experts; {} if dense."""
     if not total.expert_counts:
         return {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Shaped
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -128,7 +129,7 @@ class Trainer:
         fused = config.train.compile_model and self.device.type != "cpu"
         self._objective = Objective(self.model, config, functools.partial(self._cross_entropy, fused=fused))
 
-    def step(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor | float]:
+    def step(self, micro_batches: Sequence[Batch]) -> dict[str, Shaped[Tensor, "..."] | float]:
         """One update from the mean loss over all labels of the micro-batches.
 
         Args:
@@ -159,7 +160,7 @@ class Trainer:
         return {**metrics, "lr": lr, "tokens": count}
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> dict[str, Tensor | float]:
+    def evaluate(self, batches: Sequence[Batch]) -> dict[str, Shaped[Tensor, "..."] | float]:
         """``loss``: mean cross entropy over all labels of the batches, of all ranks; ``tokens``: their number. Changes
         nothing.
         """
@@ -247,7 +248,9 @@ class Trainer:
             apply_freeze_specs(self.model, specs, vlm.module_patterns)
 
 
-def trained_parameters(masters: Mapping[str, Tensor], config: JobConfig) -> dict[str, Tensor]:
+def trained_parameters(
+    masters: Mapping[str, Float[Tensor, "..."]], config: JobConfig
+) -> dict[str, Float[Tensor, "..."]]:
     """The parameters that are trained at one step of the job or another.
 
     Raises:

@@ -1,0 +1,210 @@
+"""Annotations of arrays: every public signature of the backends has them, twins have the same, and they are true of
+what functions take and give when they are called (see `tests.array_types`).
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from beartype.roar import BeartypeCallHintViolation
+from hypothesis import settings
+
+from tests import array_types
+from tests.test_twins import BACKENDS, common_files, files_of, path_of
+
+KINDS = {"Float", "Int", "Integer", "Bool", "Num", "Shaped"}
+ARRAYS = {"Tensor", "torch.Tensor", "Array", "jax.Array"}
+
+WITHOUT_SHAPE = {
+    "jax: model/module.py: named_variables()": "variables, which hold arrays",
+}
+"""Public signatures that name arrays without shape and dtype, with the reason."""
+
+DIFFERENCES = {
+    "model/balancing.py": {"balance(progress)": "jax: an argument of a compiled step"},
+    "model/experts.py": dict.fromkeys(
+        ("apply_packed(up_w)", "apply_packed(down_w)", "apply_packed(gate_w)"),
+        "torch: on a CPU one matrix per expert, where it is",
+    ),
+    "model/generate.py": dict.fromkeys(("generate(seed)", "stream(seed)"), "jax: a key is an array"),
+    "model/grouped.py": dict.fromkeys(
+        ("grouped_matmul(w_EDF)", "looped_matmul(w_EDF)"), "torch: on a CPU one matrix per group, where it is"
+    ),
+    "model/noise.py": {
+        "mix(x)": "torch: of integers of Python too, whose hash is one",
+        "mix()": "torch: of integers of Python too, whose hash is one",
+        "fold(index)": "jax: whatever becomes an array",
+    },
+    "model/state.py": dict.fromkeys(("get_state()", "share()"), "jax: name of a type"),
+    "training/optimizer.py": {
+        "build_optimizer(parameters)": "jax: shapes will do",
+        "set_optimizer_state(state)": "jax: what is filled, torch: what it is filled with",
+        "update(lr)": "jax: an argument of a compiled step",
+        "stays_finite(lr)": "jax: an argument of a compiled step",
+        **dict.fromkeys(("clip_by_global_norm(gradients)", "get_optimizer_state()"), "jax: name of a type"),
+        "clip_by_global_norm()": "jax: name of a type",
+    },
+}
+"""By file, whose arrays twins describe in another way, with the reason."""
+
+NIGHTLY = settings.get_current_profile_name() == "nightly"
+
+
+def test_public_arrays_say_their_shapes() -> None:
+    found = {
+        f"{backend}: {file}: {name}"
+        for backend in BACKENDS
+        for file in files_of(backend)
+        for name, annotation in annotations_of(path_of(backend, file)).items()
+        if is_bare(annotation)
+    }
+    assert found == set(WITHOUT_SHAPE)
+
+
+def test_twins_say_the_same_of_their_arrays() -> None:
+    compared = 0
+    for file in common_files():
+        torch_own, jax_own = (annotations_of(path_of(backend, file)) for backend in BACKENDS)
+        pairs = {name: (arrays_of(torch_own[name]), arrays_of(jax_own[name])) for name in torch_own if name in jax_own}
+        differ = {name for name, (in_torch, in_jax) in pairs.items() if in_torch != in_jax}
+        assert differ == set(DIFFERENCES.get(file, {})), f"{file}: arrays differ, or are listed and do not"
+        compared += sum(bool(in_torch) for in_torch, _ in pairs.values())
+    assert compared > 300
+
+
+def arrays_of(annotation: str) -> set[str]:
+    """The arrays of an annotation, in either backend's words."""
+    nodes = ast.walk(ast.parse(annotation, mode="eval"))
+    return {ast.unparse(node).replace("Tensor", "Array") for node in nodes if _has_shape(node)}
+
+
+def is_bare(annotation: str) -> bool:
+    """Whether an annotation names arrays without shape and dtype."""
+    return any(ast.unparse(node) in ARRAYS for node in _outside_shapes(ast.parse(annotation, mode="eval")))
+
+
+def _outside_shapes(node: ast.AST) -> Iterator[ast.AST]:
+    if not _has_shape(node):
+        yield node
+        for child in ast.iter_child_nodes(node):
+            yield from _outside_shapes(child)
+
+
+def _has_shape(node: ast.AST) -> bool:
+    return isinstance(node, ast.Subscript) and ast.unparse(node.value) in KINDS
+
+
+def annotations_of(path: Path) -> dict[str, str]:
+    """Annotations of public arguments, results and fields of a file, and its aliases of types, as source text."""
+    return dict(_annotations(ast.parse(path.read_text(encoding="utf-8")), ""))
+
+
+def _is_public(name: str) -> bool:
+    return not name.startswith("_") or name in {"__init__", "__call__"}
+
+
+def _annotations(owner: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, str]]:
+    for node in owner.body:
+        if isinstance(node, ast.ClassDef) and _is_public(node.name):
+            yield from _annotations(node, f"{prefix}{node.name}.")
+        elif isinstance(node, ast.FunctionDef) and _is_public(node.name):
+            yield from _signature(node, prefix + node.name)
+        elif isinstance(node, ast.AnnAssign) and _is_public(ast.unparse(node.target)):
+            yield prefix + ast.unparse(node.target), ast.unparse(node.annotation)
+        elif isinstance(node, ast.Assign) and _is_public(ast.unparse(node.targets[0])):
+            yield prefix + ast.unparse(node.targets[0]), ast.unparse(node.value)
+
+
+def _signature(node: ast.FunctionDef, name: str) -> Iterator[tuple[str, str]]:
+    every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+    for argument in every:
+        if argument is not None and argument.annotation is not None:
+            yield f"{name}({argument.arg})", ast.unparse(argument.annotation)
+    if node.returns is not None:
+        yield f"{name}()", ast.unparse(node.returns)
+
+
+def test_an_array_without_shape_is_seen(tmp_path: Path) -> None:
+    source = """
+def f(x: Tensor, y: dict[str, Float[Tensor, "S D"]], *rest: jax.Array | None) -> tuple[Int[Array, ""], Array]: ...
+def _g(x: Tensor): ...
+class A:
+    z: torch.Tensor | None
+    def h(self, k: Callable[[Bool[Tensor, "B"]], Tensor], n: int) -> Shaped[Tensor, "..."]: ...
+"""
+    (tmp_path / "one.py").write_text(source)
+    found = annotations_of(tmp_path / "one.py")
+    assert {name for name, text in found.items() if is_bare(text)} == {"f(x)", "f(rest)", "f()", "A.z", "A.h(k)"}
+    assert {name for name, text in found.items() if arrays_of(text)} == {"f(y)", "f()", "A.h(k)", "A.h()"}
+    assert arrays_of('dict[str, Float[Tensor, "S"]]') == arrays_of('list[Float[Array, "S"]]') != arrays_of("int")
+
+
+def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> Any:
+    """A module of this source in the package of PyTorch, loaded as ``-p tests.array_types`` loads all of them."""
+    (tmp_path / "planted.py").write_text(source, encoding="utf-8")
+    name = "kempnerforge_torch.planted"
+    loader = array_types.CheckingLoader(name, str(tmp_path / "planted.py"))
+    spec = importlib.util.spec_from_file_location(name, tmp_path / "planted.py", loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    loader.exec_module(module)
+    return module
+
+
+PLANTED = """
+from __future__ import annotations
+from typing import NamedTuple
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+class Pair(NamedTuple):
+    x: Float[Tensor, "B D"]
+    y: Float[Tensor, "B"]
+
+def product(x: Float[Tensor, "B D"], y: Float[Tensor, "D F"]) -> Float[Tensor, "B F"]:
+    return x @ y if len(x) > 1 else (x @ y)[0]
+
+def rows(x: Float[Tensor, "B D"], ids: Integer[Tensor, "R"]) -> dict[str, Float[Tensor, "R D"]]:
+    if ids.ndim != 1:
+        raise ValueError(f"ids.shape = {tuple(ids.shape)}: must be (rows,)")
+    return {"rows": x[ids.long()]}
+
+def pair(x: Float[Tensor, "B D"], size: int) -> Pair:
+    return Pair(x, x.new_zeros(size))
+"""
+
+
+def test_what_is_not_as_annotated_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = checked(tmp_path, monkeypatch, PLANTED)
+    x, y = torch.ones(2, 3), torch.ones(3, 4)
+    assert module.product(x, y).shape == (2, 4)
+    assert module.pair(x, 2).y.shape == (2,)
+    with pytest.raises(array_types.ArrayArgumentError, match=r"product.* parameter y"):
+        module.product(x, torch.ones(3))
+    with pytest.raises(array_types.ArrayArgumentError, match=r"rows.* parameter ids"):
+        module.rows(x, torch.ones(2))
+    with pytest.raises(ValueError, match=re.escape("ids.shape = (1, 2): must be (rows,)")):
+        module.rows(x, torch.zeros(1, 2, dtype=torch.int64))
+    for wrong in (lambda: module.product(torch.ones(1, 3), y), lambda: module.pair(x, 3)):
+        with pytest.raises(BeartypeCallHintViolation):
+            wrong()
+    assert {"product", "rows", "pair"} <= {name.rpartition(".")[2] for name in array_types.entered}
+
+
+def test_a_wrong_annotation_of_a_backend_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = path_of("torch", "model/position.py").read_text(encoding="utf-8")
+    x, angles = torch.ones(2, 3, 5, 8), torch.ones(5, 4)
+    assert checked(tmp_path, monkeypatch, source).apply_rope(x, angles, angles).shape == x.shape
+    wrong = source.replace('sin: Float[Tensor, "... h//2"]', 'sin: Float[Tensor, "... h"]')
+    assert wrong != source
+    with pytest.raises(array_types.ArrayArgumentError, match=r"apply_rope.* parameter sin"):
+        checked(tmp_path, monkeypatch, wrong).apply_rope(x, angles, angles)
