@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float, Num, Shaped
 
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.stats import LayerStats
@@ -28,13 +28,14 @@ class Terms(NamedTuple):
     expert_counts: dict[RouterId, Num[Array, "_E"]]
 
 
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+def model_inputs(batch: Mapping[str, Shaped[Array, "..."]]) -> dict[str, Shaped[Array, "..."] | ModalityContext]:
     """The arrays of a batch, without its labels, as the arguments of a model; a text model is told of padding as
     `ModalityContext` does.
     """
-    inputs = {name: array for name, array in batch.items() if name != "labels"}
-    if "tokens" in inputs and "text_mask" in inputs:
-        inputs["modality"] = ModalityContext(key_padding_mask=inputs.pop("text_mask"))
+    inputs: dict[str, Array | ModalityContext] = {name: array for name, array in batch.items() if name != "labels"}
+    if "tokens" in batch and "text_mask" in batch:
+        del inputs["text_mask"]
+        inputs["modality"] = ModalityContext(key_padding_mask=batch["text_mask"])
     return inputs
 
 
@@ -48,7 +49,7 @@ def taken_metric(taken: Bool[Array, ""] | None) -> dict[str, Bool[Array, ""]]:
     return {} if taken is None else {"taken": taken}
 
 
-def routing_metrics(total: Terms) -> dict[str, Any]:
+def routing_metrics(total: Terms) -> dict[str, Num[Array, ""] | float]:
     """For the record: losses of the routers and how evenly tokens went to experts; {} if dense."""
     if not total.expert_counts:
         return {}

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Shaped
 from rich.console import Console
 
 from kempnerforge_jax.device import find_device, process_count
@@ -130,7 +131,7 @@ class Trainer:
         """The masters as a model. The next step gives their memory away: a copy outlives it, this does not."""
         return merge(self.recipe.graphdef, self.parameters, self.buffers)
 
-    def step(self, micro_batches: Sequence[Batch]) -> dict[str, Any]:
+    def step(self, micro_batches: Sequence[Batch]) -> dict[str, Shaped[Array, "..."] | float]:
         """One update from the mean loss over all labels of the micro-batches.
 
         Args:
@@ -162,7 +163,7 @@ class Trainer:
         self.updates += 1
         return {**metrics, "lr": lr, "tokens": count}
 
-    def evaluate(self, batches: Sequence[Batch]) -> dict[str, Any]:
+    def evaluate(self, batches: Sequence[Batch]) -> dict[str, Shaped[Array, "..."] | float]:
         """``loss``: mean cross entropy over all labels of the batches; ``tokens``: their number. Changes nothing."""
         total, count = jnp.zeros((), self._scalar), label_count(batches)
         with matmul_precision(self.config.train.matmul_precision):
