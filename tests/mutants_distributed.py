@@ -146,6 +146,7 @@ JAX_MUTANTS = (
     ),
     jax_bug(
         "training.train", "rows of ranks trade places",
-        "for part in parts for rank in range(ranks)]", "for rank in range(ranks) for part in parts]", PLACED,
+        "for part in parts for rank in range(ranks)]", "for rank in range(ranks) for part in parts]",
+        Case("moma", 2, {}, {"vlm": {"moma_gumbel_noise": "true"}}),
     ),
 )  # fmt: skip
