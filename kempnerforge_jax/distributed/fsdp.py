@@ -22,6 +22,7 @@ from kempnerforge_jax.model.module import named_variables
 from kempnerforge_jax.model.scan import PREPARED
 from kempnerforge_jax.model.stack import in_first_layer
 from kempnerforge_jax.model.vlm import inner_transformer
+from shared_config.contract.sharding import MESH_AXES
 from shared_config.contract.specs import ParameterTable
 
 
@@ -58,6 +59,13 @@ class Shards:
     def ranks(self) -> int:
         """How many of them there are."""
         return self.mesh.layout.data_ranks
+
+    @property
+    def is_by_data_alone(self) -> bool:
+        """Whether no other axis has more than one device. Then nothing is left to the compiler, which can't divide some
+        kernels, as those of attention on GPUs, where it has a part of the axes.
+        """
+        return self.mesh.layout.devices == self.ranks
 
 
 def shards_of(mesh: Mesh | None, table: ParameterTable, parameters: Mapping[str, Any], dtype: Any) -> Shards | None:
@@ -159,7 +167,7 @@ def over_ranks(
         mesh=shards.mesh.axes,
         in_specs=(held, P(), P(None, DATA_AXES), P()),
         out_specs=({name: held[name] for name in given}, P()),
-        axis_names=set(DATA_AXES),
+        axis_names=set(MESH_AXES if shards.is_by_data_alone else DATA_AXES),
         check_vma=False,
     )
 
