@@ -18,7 +18,6 @@ from shared_config.contract.specs import ParameterTable
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.files import PathLike, written_aside
 from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface, family_of
-from shared_config.interchange.huggingface_keys import ROPE_DEFAULTED
 from shared_config.interchange.reading import MAX_JSON_BYTES, parse_json, read_bytes
 from shared_config.interchange.states import check_tied, host_array, plain_state
 from shared_config.interchange.tokens import copy_tokenizer, special_ids
@@ -41,9 +40,6 @@ LAYER_MODULES = {
 }
 MIXTRAL_MODULES = LAYER_MODULES | {"mlp.router.gate.": "block_sparse_moe.gate.", "mlp.": "block_sparse_moe."}
 MIXTRAL_PROJECTIONS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-
-
-ROPE_DEFAULTED += ("mscale", "mscale_all_dim", "partial_rotary_factor", "factor")
 
 
 def load_huggingface(folder: PathLike, **overrides: Any) -> tuple[ModelConfig, dict[str, np.ndarray]]:

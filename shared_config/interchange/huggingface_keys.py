@@ -104,6 +104,8 @@ ROPE_KINDS = {
 }
 
 ROPE_DEFAULTED = ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
+ROPE_DEFAULTED += ("mscale", "mscale_all_dim", "partial_rotary_factor", "factor")
+"""Rotary keys for which null means what leaving them out means."""
 
 NULLABLE = frozenset(
     (
@@ -219,7 +221,7 @@ def fixed_keys(content: Mapping[str, Any]) -> Iterator[str]:
         "is_causal": True,
         "is_encoder_decoder": False,
     }
-    fixed |= dict.fromkeys(REFUSED)
+    fixed |= dict.fromkeys(sorted(REFUSED))
     if content.get("hidden_act", "silu") not in ("silu", "swish"):
         yield f"hidden_act = {content['hidden_act']!r}: must be 'silu', or 'swish', which is the same"
     if not FAMILIES[content["model_type"]].attention_bias:
