@@ -40,7 +40,7 @@ def open_mesh(config: JobConfig, devices: Sequence[Any]) -> Mesh | None:
     layout = layout_of(config.distributed, len(devices))
     if len(devices) == 1:
         return None
-    if problems := [*refusals(config), *_unsupported(config)]:
+    if problems := [*refusals(config), *_unsupported(config, devices[0].platform)]:
         raise ConfigError(problems)
     sizes = tuple(getattr(layout, axis) for axis in MESH_AXES)
     return Mesh(layout, DeviceMesh(np.asarray(devices).reshape(sizes), MESH_AXES))
@@ -66,7 +66,13 @@ def drawing_device(mesh: Mesh | None, device: Any) -> Any:
         return device
 
 
-def _unsupported(config: JobConfig) -> list[str]:
-    """Layouts that a model can be trained in, but not by this backend."""
-    layout = config.distributed
-    return [f"distributed.pp = {layout.pp}: must be 1 for backend jax"] if layout.pp > 1 else []
+def _unsupported(config: JobConfig, platform: str) -> list[str]:
+    """Layouts that a model can be trained in, but not by this backend. (XLA can't divide cuDNN's attention where it has
+    a part of the mesh.)
+    """
+    layout, problems = config.distributed, []
+    if layout.pp > 1:
+        problems.append(f"distributed.pp = {layout.pp}: must be 1 for backend jax")
+    if layout.tp > 1 and platform == "gpu":
+        problems.append(f"distributed.tp = {layout.tp}: must be 1 for backend jax on GPUs")
+    return problems

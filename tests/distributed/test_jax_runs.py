@@ -6,11 +6,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from kempnerforge_jax.distributed.mesh import open_mesh
+from shared_config.errors import ConfigError
+from tests.jobs import tiny_job
 
 ROOT = Path(__file__).parents[2]
 JOB = ("--train.max_steps=6", "--eval.steps=2", "--eval.interval=1", "--scheduler.name=constant", "--model.dim=32",
@@ -48,3 +54,21 @@ def test_a_layout_that_does_not_fit_the_devices_is_refused(tmp_path: Path) -> No
         " ".join(done.stderr.split())
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("platform", "layout", "problem"),
+    [
+        ("cpu", {"pp": 2}, "distributed.pp = 2: must be 1 for backend jax"),
+        ("gpu", {"tp": 2}, "distributed.tp = 2: must be 1 for backend jax on GPUs"),
+        ("cpu", {"tp": 2, "dp_shard": 2}, "dp_shard = 2: dp_replicate 1 * dp_shard 2 * tp 2 * pp 1 = 4 must equal"),
+    ],
+)
+def test_layouts_that_jax_has_not_are_refused(platform: str, layout: dict[str, int], problem: str) -> None:
+    job = tiny_job({"n_heads": 4, "n_kv_heads": 4}, distributed=layout, train={"grad_accum_steps": 2})
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        open_mesh(job, [SimpleNamespace(platform=platform)] * 2)
+
+
+def test_one_device_needs_no_mesh() -> None:
+    assert open_mesh(tiny_job(), [SimpleNamespace(platform="cpu")]) is None
