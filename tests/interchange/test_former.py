@@ -14,7 +14,14 @@ from shared_config.contract.specs import ParameterTable
 from shared_config.contract.vision import job_table
 from shared_config.interchange import checkpoint
 from shared_config.interchange.activations import read_activations, write_activations
-from shared_config.interchange.former import current_fields
+from shared_config.interchange.former import (
+    Former,
+    current_fields,
+    current_toml,
+    former,
+    has_mixtures,
+    is_former,
+)
 from shared_config.interchange.source import read_config, read_model
 from shared_config.interchange.tensors import TRACE, TensorFile, write_tensors
 from shared_config.interchange.toml import config_from_dict, config_to_dict, config_to_toml
@@ -208,6 +215,9 @@ def test_what_is_written_now_is_read_as_it_is(tmp_path: Path) -> None:
         ({}, {"cross_attention_n_heads": 4}, {"cross_attention_n_heads": 4, "cross_attention_head_dim": 4}),
         ({"dim": 16, "n_heads": 2, "n_kv_heads": 1}, {"cross_attention_n_heads": 4}, None),
         ({"head_dim": 6}, {"cross_attention_n_heads": 4}, {"cross_attention_n_heads": 4}),
+        ({"head_dim": 6}, {"cross_attention_n_heads": 6}, {"cross_attention_n_heads": 6}),
+        ({"head_dim": 6, "n_kv_heads": 6}, {"cross_attention_n_heads": 0}, {"cross_attention_n_heads": 0}),
+        ({}, {"cross_attention_n_heads": 6}, {"cross_attention_n_heads": 6}),
     ],
 )
 def test_heads_of_cross_attention_mean_what_they_meant(model: dict[str, Any], before: Any, now: Any) -> None:
@@ -218,3 +228,90 @@ def test_heads_of_cross_attention_mean_what_they_meant(model: dict[str, Any], be
     text = {"model": fields, "vlm": {"arch": "cross_attention", **before}}
     vlm = {"arch": "cross_attention", "cross_attention_head_dim": 0, **now}
     assert current_fields(text) == {"model": fields, "vlm": vlm}
+
+
+def test_configs_that_meant_the_same_stay_as_they_are() -> None:
+    text = {"dim": 24, "n_layers": 2, "n_heads": 6, "n_kv_heads": 3}
+    for fields in (
+        {},
+        {"model": text},
+        {"model": text, "vlm": {"arch": "mot"}},
+        {"model": {"dim": -1}, "vlm": {"arch": "cross_attention"}},
+        {"model": {"unknown": 1}, "vlm": {"arch": "cross_attention"}},
+        {"vlm": 3, "model": text},
+    ):
+        assert current_fields(fields) == fields
+    given = {"model": text, "vlm": {"arch": "cross_attention"}, "train": {"seq_len": 8}}
+    now = current_fields(given)
+    assert now == {**given, "vlm": {"arch": "cross_attention", "cross_attention_head_dim": 0} | MEANT_HEADS}
+    assert given["vlm"] == {"arch": "cross_attention"}
+    unchanged = "# mine\nmodel.dim   = 24\n"
+    assert current_toml(unchanged) == unchanged
+    changed = current_toml('[model]\ndim = 24\nn_heads = 6\nn_kv_heads = 3\n[vlm]\narch = "cross_attention"\n')
+    assert "cross_attention_n_kv_heads = 3" in changed
+    assert "dim = 24" in changed
+
+
+MEANT_HEADS = {"cross_attention_n_kv_heads": 3}
+
+
+def test_names_tell_what_a_model_was() -> None:
+    mixture, shared = "layers.0.mlp.image.gate", "layers.0.attention.q"
+    assert has_mixtures([mixture, shared, "norm.weight"])
+    for names in ([mixture], [shared], [mixture, "layers.0.attn.q"], [mixture, f"vision_encoder.{shared}"],
+                  ["layers.0.mlp.images", shared], ["layers.0.mlp.experts.image.gate", shared]):  # fmt: skip
+        assert not has_mixtures(names)
+    assert has_mixtures(["transformer.layers.0.mlp.text", "transformer.layers.0.attention_norm.weight"])
+    assert is_former(["x", "cross_attention_layers.0.attention.q", "cross_attention_layers.0.attention_norm"])
+    assert not is_former(
+        ["cross_attention_layers.0.attn.q", "layers.0.attention.q", "cross_attention_layers.0.attention_x"]
+    )
+    assert former([mixture, shared]).mixtures
+    assert not former([mixture, shared], {"vlm": {"arch": "mot"}}).mixtures
+    assert former([], {"vlm": {"arch": "moma"}}).mixtures
+    assert former([mixture, shared], {"model": {}}).mixtures
+
+
+def test_adapters_without_biases_are_those_of_our_types() -> None:
+    pooling = [f"{name}_proj.weight" for name in ("v", "q", "out", "k", "o")]
+    within = [f"adapter.{name}" for name in (*pooling, "out_proj.bias")]
+    biases = {f"adapter.{name}_proj.weight": f"adapter.{name}_proj.bias" for name in "koqv"}
+    assert list(former([*within, "norm.weight"]).biases.items()) == list(biases.items())
+    alone = [name.removeprefix("adapter.") for name in within]
+    assert dict(former(alone).biases) == {f"{name}_proj.weight": f"{name}_proj.bias" for name in "koqv"}
+    assert dict(former(["adapter.proj.weight", "x"]).biases) == {"adapter.proj.weight": "adapter.proj.bias"}
+    assert dict(former(["proj.weight"]).biases) == {"proj.weight": "proj.bias"}
+    for names in (["adapter.proj.weight", "adapter.proj.bias"], ["proj.weight", "x"], within[:-1], []):
+        assert dict(former(names).biases) == {}
+    for kind in ("linear", "avgpool", "attentional_pool"):
+        assert former(["proj.weight"], {"adapter": {"type": kind}}).biases
+    for config in ({"adapter": {"type": "mlp_2layer"}}, {"adapter": {}}, {"adapter": 3}, {"model": {}}):
+        assert not former(["proj.weight"], config).biases
+    for config in (None, {}):
+        assert former(["proj.weight"], config).biases
+
+
+def test_biases_are_of_their_weight_s_rows_and_dtype() -> None:
+    weight = np.ones((2, 3), np.float16)
+    then = Former(False, {"a": "b", "c": "d"})
+    state = then.state({"a": weight, "x": weight})
+    assert list(state) == ["a", "b", "x"]
+    assert (state["b"].dtype, state["b"].tolist()) == (np.float16, [0, 0])
+    moments = then.moments({"m.a": weight, "v.a": weight.astype(np.float32), "m.x": weight})
+    assert list(moments) == ["m.a", "v.a", "m.x", "m.b", "v.b", "t.b"]
+    assert (moments["m.b"].dtype, moments["m.b"].tolist()) == (np.float16, [0, 0])
+    assert (moments["v.b"].dtype, moments["v.b"].tolist()) == (np.float32, [0, 0])
+    assert (moments["t.b"].dtype, moments["t.b"].tolist()) == (np.int32, 0)
+
+
+def test_lists_of_names_are_renamed_and_nothing_else() -> None:
+    old, now = "cross_attention_layers.1.attention.q", "cross_attention_layers.1.attn.q"
+    then = Former(True)
+    assert then.listed({"a": [old, 3, None], "b": old, "c": 3}) == {"a": [now, 3, None], "b": old, "c": 3}
+    assert then.name("forward/layers.3.mlp.text") == "forward/layers.3.mlp.experts.text"
+    assert Former(False).name("layers.3.mlp.text") == "layers.3.mlp.text"
+    assert then.name("cross_attention_layers.12.attention") == "cross_attention_layers.12.attn"
+    assert then.name("cross_attention_layers.1.attention_norm.weight") == "cross_attention_layers.1.attn_norm.weight"
+    for name in ("cross_attention_layers.1.attention_map", "layers.1.attention", "layers.3.mlp.textual"):
+        assert then.name(name) == name
+    assert then.named({old: 1, "x": 2}) == {now: 1, "x": 2}

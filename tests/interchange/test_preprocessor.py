@@ -163,14 +163,18 @@ def test_without_a_folder_no_file_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     assert read_preprocessor(str(tmp_path), "clip", 28).resample == 1
 
 
-def test_numbers_are_scaled_then_normalised_channel_by_channel() -> None:
-    frames = np.arange(2 * 2 * 2 * 3, dtype=np.uint8).reshape(2, 2, 2, 3) * 10
-    pixels = PixelRange(2, (1.0, 2.0, 3.0), (0.5, 0.25, 2.0), scale=0.1)
+@pytest.mark.parametrize("scale", [1 / 255, 0.1, 1.0])
+def test_numbers_are_scaled_then_normalised_channel_by_channel(scale: float) -> None:
+    """Every byte times the scale in float64, rounded once; then two operations in float32, as transformers does."""
+    frames = np.random.default_rng(1).permutation(np.arange(768) % 256).astype(np.uint8).reshape(1, 16, 16, 3)
+    frames = np.concatenate([frames, frames[:, ::-1]])
+    pixels = PixelRange(16, (1.0, 2.0, 3.0), (0.5, 0.25, 2.0), scale=scale)
     found = pixels.numbers(frames)
-    assert (found.dtype, found.shape, found.flags.c_contiguous) == (np.float32, (2, 3, 2, 2), True)
+    assert (found.dtype, found.shape, found.flags.c_contiguous) == (np.float32, (2, 3, 16, 16), True)
     for channel, (mean, std) in enumerate(zip(pixels.mean, pixels.std, strict=True)):
-        expected = ((frames[..., channel] * np.float64(0.1)).astype(np.float32) - np.float32(mean)) / np.float32(std)
-        assert np.array_equal(found[:, channel], expected)
+        expected = [np.float32(int(byte) * scale) for byte in frames[..., channel].ravel()]
+        expected = [(value - np.float32(mean)) / np.float32(std) for value in expected]
+        assert found[:, channel].ravel().tolist() == expected
 
 
 # Towers

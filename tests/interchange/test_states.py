@@ -80,7 +80,8 @@ def test_tensors_of_torch_keep_every_bit_whatever_their_layout() -> None:
         assert (found.dtype, found.shape) == (np.dtype(ours), (4, 3))
         assert np.array_equal(found.astype(np.float64), tensor.double().numpy())
         assert numpy_dtype(theirs) == np.dtype(ours)
-    assert host_array("a", values.clone().requires_grad_()).tolist() == values.tolist()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert host_array("a", values.to(dtype).requires_grad_()).tolist() == values.tolist()
     assert host_array("a", [1, 2]).tolist() == [1, 2]
     assert host_array("a", ONE) is ONE
     conjugate = torch.tensor([1 + 2j]).conj()
@@ -113,10 +114,12 @@ def test_tensors_of_the_same_memory_are_kept_once() -> None:
     state = {
         "a": base, "tied": base.view(3, 4), "flat": base.view(12), "turned": base.T, "square": base[:3, :3],
         "turned square": base[:3, :3].T, "copy": base.clone(), "bits": base.view(torch.int32), "later": base[1:],
+        "no rows": base[:0], "no rows too": base[:0], "one": base[:1, :1], "one again": base[:1, :1],
+        "pointer": SimpleNamespace(data_ptr=lambda: 5), "pointer too": SimpleNamespace(data_ptr=lambda: 5),
         "empty": torch.empty(0), "empty too": torch.empty(0), "array": ONE, "same array": ONE, "again": base,
         "meta": torch.empty(3, 4, device="meta"), "meta too": torch.empty(3, 4, device="meta"),
     }  # fmt: skip
-    assert list(without_repeats(state)) == [name for name in state if name not in ("tied", "again")]
+    assert list(without_repeats(state)) == [name for name in state if name not in ("tied", "again", "one again")]
 
 
 def test_a_norm_without_use_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -372,3 +375,6 @@ def test_new_shards_never_take_the_names_of_those_they_replace(tmp_path: Path) -
     assert len({file.name.partition("-0000")[0] for file in second[:-1]}) == 1
     assert len(second[0].name) == len(first[0].name) + 9
     assert {file.name for file in tmp_path.iterdir()} == {file.name for file in third}
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"of a set that is torn")
+    fourth = save_weights(tmp_path, state, max_shard_bytes=8)
+    assert not {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"} & {file.name for file in fourth}
