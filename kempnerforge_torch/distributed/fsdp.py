@@ -45,7 +45,7 @@ def shard_parameters(
     own, layout = own_tensors(model), mesh.layout
     places = {id(tensor): fsdp_place(name, mesh, table) for name, tensor in own.items()}
     ignored = {tensor for tensor in own.values() if places[id(tensor)] is None}
-    devices = mesh.fsdp if layout.dp_replicate == 1 else mesh.axes["dp_replicate", "fsdp"]
+    devices = mesh.copies_and_parts
     policy = MixedPrecisionPolicy(compute_dtype, dtype, cast_forward_inputs=False)
     unit = functools.partial(_unit, places=places, devices=devices, policy=policy, ignored=ignored)
     for layer in model.modules() if layout.ep > 1 else ():

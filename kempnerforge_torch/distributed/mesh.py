@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +26,14 @@ class Mesh:
         axes: the mesh with every axis.
         data: this rank's row of ranks that see different micro-batches.
         fsdp: this rank's row of ranks among which a tensor that is no expert's is split.
+        copies_and_parts: the same; where the model has copies, with a first axis over these.
     """
 
     layout: Layout
     axes: DeviceMesh
     data: DeviceMesh
     fsdp: DeviceMesh
+    copies_and_parts: DeviceMesh
 
     @property
     def data_rank(self) -> int:
@@ -57,7 +60,15 @@ def open_mesh(config: JobConfig, device: torch.device) -> Mesh | None:
     axes = init_device_mesh(device.type, tuple(getattr(layout, axis) for axis in MESH_AXES), mesh_dim_names=MESH_AXES)
     data = axes[DATA_AXES]._flatten("data")
     fsdp = axes["dp_shard", "ep"]._flatten("fsdp")
-    return Mesh(layout, axes, data, fsdp)
+    return Mesh(layout, axes, data, fsdp, fsdp if layout.dp_replicate == 1 else _with_copies(axes, layout))
+
+
+def _with_copies(axes: DeviceMesh, layout: Layout) -> DeviceMesh:
+    if layout.ep == 1:
+        return axes["dp_replicate", "dp_shard"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Slicing a flattened dim")  # torch 2.11, of its later self
+        return axes["dp_replicate", "fsdp"]
 
 
 def _unsupported(config: JobConfig) -> list[str]:
