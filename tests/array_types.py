@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import re
 import sys
 import types
@@ -18,6 +19,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 from beartype import BeartypeConf, beartype
@@ -55,8 +57,9 @@ def check_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         if not made:  # at the first call, when the module has defined what annotations name
-            made.append(jaxtyped(compare(_with_annotations(function, _hints(function))), typechecker=None))
-        return made[0](*args, **kwargs)
+            made.append(compare(_with_annotations(function, _hints(function))))
+        with jaxtyped("context"):  # in which a letter means one number
+            return made[0](*args, **kwargs)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if is_compiling():
@@ -75,10 +78,8 @@ def check_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _hints(owner: Any) -> dict[str, Any]:
-    """The annotations that speak of arrays. JAX takes host arrays wherever it takes its own, and so may give one."""
+    """The annotations that speak of arrays."""
     names = vars(sys.modules[owner.__module__])
-    if "Array" in names:
-        names = {**names, "Array": names["Array"] | np.ndarray}
     hints = {name: eval(getattr(hint, "__forward_arg__", hint), names) for name, hint in owner.__annotations__.items()}
     return {name: hint for name, hint in hints.items() if ARRAY.search(str(hint))}
 
@@ -118,7 +119,12 @@ class CheckingLoader(SourceFileLoader):
         return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """With the decorator among its globals."""
+        """With the decorator among its globals. Where JAX takes an array of its own it takes one of the host, and of a
+        model without arrays their shapes.
+        """
+        if module.__name__.startswith("kempnerforge_jax"):
+            jax = importlib.import_module("jax")
+            vars(jaxtyping)["Array"] = jax.Array | np.ndarray | jax.ShapeDtypeStruct
         vars(module)["__check_arrays__"] = check_arrays
         super().exec_module(module)
 

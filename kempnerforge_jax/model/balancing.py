@@ -1,6 +1,6 @@
 """The balance of experts outside the forward: biases of routers move by the counts of whole steps.
 
-Shapes: E experts.
+Shapes: _E experts of a router, each its own number.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from shared_config.contract.routing import RouterId, router_ids, router_place
 
 def balance(
     model: nnx.Module,
-    counts: Mapping[RouterId, Num[Array, "E"]],
+    counts: Mapping[RouterId, Num[Array, "_E"]],
     progress: Float[Array, ""] | float | None = None,
     taken: Bool[Array, ""] | None = None,
 ) -> None:
     """Let the routers that balance move their buffers by the assignments of one optimiser step.
 
     Args:
-        counts: (E,) of each router, summed over all micro-batches and ranks; a router without counts stays.
+        counts: (_E,) of each router, summed over all micro-batches and ranks; a router without counts stays.
         progress: the share of the training that is done; None: as `set_moe_step` told.
         taken: bool (), False where the step was left out: nothing moves then.
     """
