@@ -19,7 +19,6 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 from beartype import BeartypeConf, beartype
@@ -124,7 +123,7 @@ class CheckingLoader(SourceFileLoader):
         """
         if module.__name__.startswith("kempnerforge_jax"):
             jax = importlib.import_module("jax")
-            vars(jaxtyping)["Array"] = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+            vars(sys.modules["jaxtyping"])["Array"] = jax.Array | np.ndarray | jax.ShapeDtypeStruct
         vars(module)["__check_arrays__"] = check_arrays
         super().exec_module(module)
 

@@ -18,6 +18,7 @@ from beartype.roar import BeartypeCallHintViolation
 from hypothesis import settings
 
 from tests import array_types
+from tests.cli.processes import ROOT, run_python
 from tests.test_twins import BACKENDS, common_files, files_of, path_of
 
 KINDS = {"Float", "Int", "Integer", "Bool", "Num", "Shaped"}
@@ -55,6 +56,82 @@ DIFFERENCES = {
     "training/train.py": dict.fromkeys(("trained_parameters(masters)", "trained_parameters()"), "jax: shapes will do"),
 }
 """By file, whose arrays twins describe in another way, with the reason."""
+
+CALLS = {
+    "torch/test_devices.py": ["test_caches_make_everything_on_their_device"],
+    "torch/test_generate.py": [
+        "test_the_mode_is_restored_after_an_error",
+        "test_a_step_changes_static_caches_where_they_are",
+        "test_a_step_is_run_then_recorded_and_replayed_from_there_on",
+        "test_generation_leaves_the_model_as_it_was",
+    ],
+    "torch/test_hooks.py": ["test_an_output_can_be_replaced_for_what_follows"],
+    "torch/test_model.py": [
+        "test_attention_weights_are_captured_on_the_host",
+        "test_cut_makes_room_again",
+        "test_share_is_the_same_memory",
+    ],
+    "torch/test_moe.py": ["test_getters_show_the_last_forward"],
+    "torch/test_training.py": [
+        "TestLoss::test_without_labels_it_is_0_with_gradient_0",
+        "TestOptimizer::test_state_that_does_not_fit_is_refused_whole",
+        "TestStep::test_without_labels_nothing_moves_but_by_decay",
+        "TestStep::test_gates_stay_in_float32_under_bfloat16",
+    ],
+    "torch/test_vlm.py": [
+        "test_activations_of_every_part_have_names",
+        "test_an_absent_modality_still_gets_gradients",
+        "test_counts_of_the_last_forward",
+    ],
+    "jax/test_generate.py": ["test_models_of_any_dtype[float32]", "test_a_step_takes_the_memory_of_the_caches"],
+    "jax/test_hooks.py": ["test_an_output_can_be_replaced_for_what_follows"],
+    "jax/test_model.py": [
+        "test_dense_getters",
+        "test_numpy_round_trip_keeps_every_bit",
+        "test_share_is_the_same_memory",
+    ],
+    "jax/test_moe.py": [
+        "test_a_fresh_layer_has_no_losses",
+        "test_products_are_those_of_the_platform",
+        "test_progress_may_be_traced",
+    ],
+    "jax/test_scan.py": [
+        "test_layers_of_one_structure_share_a_program[joint_decoder]",
+        "test_what_is_computed_again_is_not_merged_with_what_was",
+    ],
+    "jax/test_training.py": [
+        "TestLoss::test_label_outside_the_vocabulary_gives_nan",
+        "TestState::test_optimizer_state_must_be_whole",
+        "TestState::test_state_is_a_copy",
+    ],
+    "jax/test_vlm.py": [
+        "test_abstract_models_are_initialised_throughout[cross_attention]",
+        "test_abstract_models_are_initialised_throughout[moma]",
+        "test_abstract_models_are_initialised_throughout[mot_experts]",
+        "test_capture_inside_jit_names_every_part",
+        "test_one_jit_serves_every_order_of_modalities[mot]",
+    ],
+    "parity/test_documented_calls.py": [
+        "test_a_block_gives_a_tensor_and_run_its_stats_too[3-torch]",
+        "test_a_block_of_streams_starts_as_the_identity[torch]",
+        "test_a_strategy_of_a_user_is_a_subclass_and_a_name[torch]",
+        "test_a_window_may_be_given_with_a_call[AttentionalPoolAdapter-torch]",
+        "test_experts_of_a_modality_see_its_tokens_alone[torch]",
+        "test_one_integer_stands_for_a_list_of_one[torch]",
+        "test_rows_that_are_sorted_by_expert_are_multiplied_in_groups[relu-counts1-torch]",
+        "test_rows_that_are_sorted_by_expert_are_multiplied_in_groups[relu-counts1-jax]",
+        "test_strategies_prepare_pixels_for_the_transformer[cross_attention-torch]",
+    ],
+}
+"""By file, tests that are cheap and call nearly all functions with arrays."""
+
+LEFT_OUT = {
+    "tests/parity/test_documented_calls.py": "test_the_router_of_each_modality_is_balanced_by_its_own_counts",
+}
+"""By file, a test that gives something else in place of arrays."""
+
+PLANTED = ("additions", "bugs", "false_alarms", "mutants", "kernels", "extending", "precision", "registration")
+"""Parts of the names of files whose tests load changed source text of the backends, or add to it."""
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 
@@ -133,6 +210,25 @@ def _signature(node: ast.FunctionDef, name: str) -> Iterator[tuple[str, str]]:
         yield f"{name}()", ast.unparse(node.returns)
 
 
+def test_calls_take_and_give_what_signatures_say(tmp_path: Path) -> None:
+    """Of a sample of tests; HYPOTHESIS_PROFILE=nightly: of all that call the backends in their own process."""
+    tests = [f"tests/{file}::{name}" for file, names in CALLS.items() for name in names]
+    if NIGHTLY:
+        parity = sorted(map(str, (ROOT / "tests/parity").glob("test_*.py")))
+        tests = [
+            "tests/torch",
+            "tests/jax",
+            *(path for path in parity if not any(part in Path(path).name for part in PLANTED)),
+        ]
+        tests += [f"--deselect={file}::{name}" for file, name in LEFT_OUT.items()]
+    options = ("-p", "tests.array_types", "-n", "0", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'child'}")
+    ended = run_python("-m", "pytest", *options, *tests, timeout=7200)
+    assert ended.returncode == 0, ended.stdout[-4000:]
+    found = re.search(r"annotated functions entered: (\d+) of (\d+)", ended.stdout)
+    assert found is not None, ended.stdout[-4000:]
+    assert int(found[1]) > 0.75 * int(found[2]), ended.stdout[-8000:]
+
+
 def test_an_array_without_shape_is_seen(tmp_path: Path) -> None:
     source = """
 def f(x: Tensor, y: dict[str, Float[Tensor, "S D"]], *rest: jax.Array | None) -> tuple[Int[Array, ""], Array]: ...
@@ -161,7 +257,7 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> Any
     return module
 
 
-PLANTED = """
+MODULE = """
 from __future__ import annotations
 from typing import NamedTuple
 from jaxtyping import Float, Integer
@@ -185,7 +281,7 @@ def pair(x: Float[Tensor, "B D"], size: int) -> Pair:
 
 
 def test_what_is_not_as_annotated_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = checked(tmp_path, monkeypatch, PLANTED)
+    module = checked(tmp_path, monkeypatch, MODULE)
     x, y = torch.ones(2, 3), torch.ones(3, 4)
     assert module.product(x, y).shape == (2, 4)
     assert module.pair(x, 2).y.shape == (2,)
