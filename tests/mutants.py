@@ -275,8 +275,6 @@ MUTANTS = (
     ),
     both("model.router", "renormalisation dropped", "if self.norm_topk_prob:", "if not self.norm_topk_prob:"),
     both("model.router", "routed scaling dropped", "return chosen_Tk * self.routed_scaling", "return chosen_Tk"),
-    both("model.dispatch", "capacity rounded down", "max(1, -(-tokens * top_k * exact.numerator //",
-         "max(1, (tokens * top_k * exact.numerator //"),
     both("model.moe", "shared expert dropped", "if self.shared_expert is not None:", "if False:"),
     Mutant(
         "model.dispatch", "tokens before choices under capacity",

@@ -37,6 +37,8 @@ PICTURES = f"{FAMILIES}.test_pictures_without_settings_have_those_of_transformer
 LAYERS, VISION, NOISE, COUNTED = "contract.layers", "contract.vision", "contract.noise", "contract.counts"
 FOREIGN, KEYS = "interchange.huggingface_config", "interchange.huggingface_keys"
 PIXELS = "interchange.preprocessor"
+SCHEDULES = "config.test_bias_schedule.test_schedules_of_the_bias"
+CAPACITY = "config.test_capacity.test_the_capacity_of_a_layer_is_exact"
 
 FACT_MUTANTS = (
     # Parameters
@@ -233,4 +235,12 @@ FACT_MUTANTS = (
         ("siglip2",),
     ),
     FactMutant(PIXELS, "BICUBIC = 3", "BICUBIC = 2", PICTURES, ("siglip2",)),
+    # Rates and capacities of experts
+    FactMutant("contract.bias_schedule", "(1.0 + xp.cos(", "(1.0 - xp.cos(", SCHEDULES),
+    FactMutant("contract.bias_schedule", "WARMUP_SHARE = 0.1", "WARMUP_SHARE = 0.2", SCHEDULES),
+    FactMutant("contract.bias_schedule", "if max_steps > 0 else 1.0", "if max_steps > 0 else 0.0", SCHEDULES),
+    FactMutant("contract.capacity", "max(1, -(-tokens * top_k * exact", "max(1, (tokens * top_k * exact", CAPACITY),
+    FactMutant(
+        "contract.capacity", "        return None\n", "        return max(1, tokens // num_experts)\n", CAPACITY
+    ),
 )

@@ -39,11 +39,6 @@ MOE_MUTANTS = (
          "where(total > -1, bias_E + step_E, bias_E)"),
     both("model.router", "average forgets too fast", "ema_decay * ema_E + (1 - ema_decay) *",
          "(1 - ema_decay) * ema_E + ema_decay *"),
-    Mutant(
-        "model.router", "schedule upside down",
-        ("return (1.0 + math.cos(", "return (1.0 - math.cos("),
-        ("return (1.0 + (jnp.cos", "return (1.0 - (jnp.cos"),
-    ),
     both("model.router", "schedule not reached", "self.bias_update_rate * factor", "self.bias_update_rate"),
     Mutant(
         "model.dispatch", "padding routed",
@@ -126,8 +121,6 @@ MOE_MUTANTS = (
          "cross_entropy(model.run(**model_inputs({n: a for n, a in batch.items() if n != 'text_mask'}))"),
     ),
     both("model.router", "means of no tokens", "max(values.shape[axis], 1)", "values.shape[axis]"),
-    both("model.dispatch", "assignments compete without a limit", "    if factor == 0:\n        return None\n",
-         "    if factor == 0:\n        return max(1, tokens // num_experts)\n"),
     Mutant(
         "model.dispatch", "rows hold tokens of others",
         ("x_TD.index_select(0, assignment_R % max(x_TD.shape[0], 1))", "x_TD.index_select(0, assignment_R // top_k)"),

@@ -6,7 +6,6 @@ Shapes: T tokens, D model dim, E experts, k assignments of each token, R = k * T
 from __future__ import annotations
 
 import functools
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from shared_config.contract.capacity import token_capacities
+from shared_config.contract.capacity import capacity, token_capacities
 
 
 class Dispatch(NamedTuple):
@@ -30,17 +29,6 @@ class Dispatch(NamedTuple):
     assignment_R: Int[Array, "R"]
     row_R: Int[Array, "R"]
     ends_E: Int[Array, "E"]
-
-
-def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int | None:
-    """Assignments that an expert takes: max(1, ceil(tokens k / E * factor)), exact on the decimal digits of the factor.
-
-    None, no limit, for factor 0.
-    """
-    if factor == 0:
-        return None
-    exact = Fraction(str(factor))
-    return max(1, -(-tokens * top_k * exact.numerator // (num_experts * exact.denominator)))
 
 
 def layer_capacity(

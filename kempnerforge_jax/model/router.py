@@ -5,11 +5,12 @@ Shapes: T tokens = B sequences of S tokens, D model dim, E experts, k assignment
 
 from __future__ import annotations
 
-import math
+import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Num, Shaped
@@ -18,10 +19,9 @@ from kempnerforge_jax.model.linear import Linear
 from kempnerforge_jax.model.module import Buffer
 from kempnerforge_jax.model.stats import RouterOutput, RouterStats, StatsGetters
 from kempnerforge_jax.registry import registry
+from shared_config.contract.bias_schedule import schedule_factor, training_progress
 
 SCORE_EPS = 1e-20
-BIAS_SCHEDULES = ("constant", "cosine_decay", "linear_warmup")
-WARMUP_SHARE = 0.1
 
 
 class Gate(Linear):
@@ -195,7 +195,7 @@ class SigmoidTopKRouter(TopKRouter):
         """Where training stands, for the schedule of the bias's rate. Kept beside the module, whose graph is static:
         inside jit, give ``progress`` to `update_bias`.
         """
-        self.keep(progress=training_progress(step, max_steps))
+        self.keep(progress=training_progress(step, max_steps, _namespace(step)))
 
     def update_bias(self, counts_E: Num[Array, "... E"], progress: Any = None) -> None:
         """Move the average and the bias by the assignments of one optimiser step: all its micro-batches, all ranks.
@@ -204,7 +204,8 @@ class SigmoidTopKRouter(TopKRouter):
             counts_E: assignments to each expert; if there are none at all, nothing changes.
             progress: share of training done; None means that of `set_step`.
         """
-        factor = schedule_factor(self.bias_schedule, self.kept("progress", 0.0) if progress is None else progress)
+        progress = self.kept("progress", 0.0) if progress is None else progress
+        factor = schedule_factor(self.bias_schedule, progress, _namespace(progress))
         bias_E, ema_E = updated_bias(
             self.expert_bias.get_value(),
             self.expert_ema.get_value(),
@@ -298,27 +299,9 @@ def updated_bias(
     return jnp.where(total > 0, bias_E + step_E, bias_E), new_ema_E
 
 
-def training_progress(step: Any, max_steps: int) -> Any:
-    """Share of training done at ``step``, at most 1; traced if the step is."""
-    if max_steps <= 0:
-        return 1.0
-    return jnp.minimum(step / max_steps, 1.0) if isinstance(step, Tracer) else min(step / max_steps, 1.0)
-
-
-def schedule_factor(schedule: str, progress: Any) -> Any:
-    """What a schedule makes of the rate: cosine_decay goes from 1 to 0, linear_warmup from 0 to 1 over the first tenth.
-
-    Raises:
-        ValueError: unknown schedule.
-    """
-    traced = isinstance(progress, Tracer)
-    if schedule == "constant":
-        return 1.0
-    if schedule == "cosine_decay":
-        return (1.0 + (jnp.cos if traced else math.cos)(math.pi * progress)) / 2.0
-    if schedule == "linear_warmup":
-        return (jnp.minimum if traced else min)(progress / WARMUP_SHARE, 1.0)
-    raise ValueError(f"bias_schedule = {schedule!r}: must be one of {', '.join(BIAS_SCHEDULES)}")
+def _namespace(value: object) -> types.ModuleType:
+    """What computes with a value: JAX within a trace."""
+    return jnp if isinstance(value, Tracer) else np
 
 
 def _at_least_float32(dtype: Any) -> Any:

@@ -27,7 +27,6 @@ from kempnerforge_jax.distributed.sharding import initial_state, keep_sharded, p
 from kempnerforge_jax.model.balancing import balance
 from kempnerforge_jax.model.build import build_model
 from kempnerforge_jax.model.module import named_variables
-from kempnerforge_jax.model.router import training_progress
 from kempnerforge_jax.model.state import get_state, merge, set_state, split
 from kempnerforge_jax.training.mixed_precision import compute_dtype, matmul_precision
 from kempnerforge_jax.training.objective import Arrays, Recipe, gradients_of, summed_loss
@@ -44,6 +43,7 @@ from kempnerforge_jax.training.optimizer import (
 from kempnerforge_jax.training.profile import profile, step_span
 from kempnerforge_jax.training.scheduler import build_schedule
 from kempnerforge_jax.training.terms import routing_metrics, taken_metric
+from shared_config.contract.bias_schedule import training_progress
 from shared_config.contract.freeze import effective_freeze, frozen_names, moments_under, never_trained
 from shared_config.contract.labels import label_count
 from shared_config.contract.moments import UPDATES, moments_of

@@ -5,7 +5,6 @@ Shapes: T tokens, D model dim, E experts, k assignments of each token, R = k * T
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
-from shared_config.contract.capacity import token_capacities
+from shared_config.contract.capacity import capacity, token_capacities
 
 
 class Dispatch(NamedTuple):
@@ -29,17 +28,6 @@ class Dispatch(NamedTuple):
     assignment_R: Int[Tensor, "R"]
     row_R: Int[Tensor, "R"]
     ends_E: Int[Tensor, "E"]
-
-
-def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int | None:
-    """Assignments that an expert takes: max(1, ceil(tokens k / E * factor)), exact on the decimal digits of the factor.
-
-    None, no limit, for factor 0.
-    """
-    if factor == 0:
-        return None
-    exact = Fraction(str(factor))
-    return max(1, -(-tokens * top_k * exact.numerator // (num_experts * exact.denominator)))
 
 
 def layer_capacity(

@@ -5,7 +5,6 @@ Shapes: T tokens = B sequences of S tokens, D model dim, E experts, k assignment
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,10 +14,9 @@ from torch import Tensor, nn
 
 from kempnerforge_torch.model.stats import RouterOutput, RouterStats, StatsGetters
 from kempnerforge_torch.registry import registry
+from shared_config.contract.bias_schedule import schedule_factor, training_progress
 
 SCORE_EPS = 1e-20
-BIAS_SCHEDULES = ("constant", "cosine_decay", "linear_warmup")
-WARMUP_SHARE = 0.1
 
 
 class Gate(nn.Linear):
@@ -279,26 +277,6 @@ def updated_bias(
     new_ema_E = torch.where(total > 0, moved_E, ema_E)
     step_E = rate * (1 / ema_E.shape[-1] - new_ema_E)
     return torch.where(total > 0, bias_E + step_E, bias_E), new_ema_E
-
-
-def training_progress(step: int, max_steps: int) -> float:
-    """Share of training done at ``step``, at most 1."""
-    return min(step / max_steps, 1.0) if max_steps > 0 else 1.0
-
-
-def schedule_factor(schedule: str, progress: float) -> float:
-    """What a schedule makes of the rate: cosine_decay goes from 1 to 0, linear_warmup from 0 to 1 over the first tenth.
-
-    Raises:
-        ValueError: unknown schedule.
-    """
-    if schedule == "constant":
-        return 1.0
-    if schedule == "cosine_decay":
-        return (1.0 + math.cos(math.pi * progress)) / 2.0
-    if schedule == "linear_warmup":
-        return min(progress / WARMUP_SHARE, 1.0)
-    raise ValueError(f"bias_schedule = {schedule!r}: must be one of {', '.join(BIAS_SCHEDULES)}")
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

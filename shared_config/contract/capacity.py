@@ -43,6 +43,17 @@ def choice_capacity(tokens: Any, share: Share) -> Any:
     return n * (tokens // d) + (n * (tokens % d) + d - 1) // d
 
 
+def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int | None:
+    """Assignments that an expert takes: max(1, ceil(tokens k / E * factor)), exact on the decimal digits of the factor.
+
+    None, no limit, for factor 0.
+    """
+    if factor == 0:
+        return None
+    exact = Fraction(str(factor))
+    return max(1, -(-tokens * top_k * exact.numerator // (num_experts * exact.denominator)))
+
+
 def token_capacities(most: int, top_k: int, num_experts: int, factor: float) -> np.ndarray:
     """What an expert takes of 0, 1, ..., ``most`` tokens that choose k experts each: int32 (most + 1,).
 

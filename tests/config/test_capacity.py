@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from shared_config.contract import capacity as contract
 from shared_config.contract.capacity import choice_capacity, choice_share, token_capacities
 from tests.oracle.moe import capacity
 
@@ -40,3 +41,11 @@ def test_a_table_of_capacities_holds_those_of_each_number_of_tokens(
     exact = [capacity(tokens, top_k, experts, factor) for tokens in range(most + 1)]
     assert table.dtype == np.int32
     assert table.tolist() == [min(room or 0, max(most, 1)) for room in exact]
+
+
+@given(tokens=st.integers(0, 10**6), top_k=st.integers(1, 8), experts=st.integers(1, 256))
+@example(tokens=3, top_k=1, experts=2)
+def test_the_capacity_of_a_layer_is_exact(tokens: int, top_k: int, experts: int) -> None:
+    assert contract.capacity(tokens, top_k, experts, 0.0) is None
+    for factor in (0.1, 0.7, 1.0, 1.1, 1.25, 1e-9):
+        assert contract.capacity(tokens, top_k, experts, factor) == capacity(tokens, top_k, experts, factor)
