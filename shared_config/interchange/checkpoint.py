@@ -141,7 +141,6 @@ def save(
     }
 
     def write() -> None:
-        make_folder(folder)
         for place in {folder, make_folder(target.parent)}:
             clean(place)
         aside.mkdir()

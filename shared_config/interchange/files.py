@@ -84,7 +84,6 @@ def written_aside(path: PathLike) -> Iterator[Path]:
     Raises:
         UserError: if the folder or the file can't be written, or if ``path`` is a folder, device, pipe or socket.
     """
-    path = regular_target(path)
     with file_errors(path, "can't be written"):
         aside = make_aside(path)
         try:
@@ -94,30 +93,30 @@ def written_aside(path: PathLike) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
-def make_aside(path: Path) -> Path:
+def make_aside(path: PathLike) -> Path:
     """A new empty file in the folder of what is written for ``path`` (made if need be), under a hidden name that no
     reader looks for.
 
     Raises:
         UserError: as `regular_target`.
     """
-    path = regular_target(path)
-    make_folder(path.parent)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    target = regular_target(path)
+    make_folder(target.parent)
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     aside.touch(exist_ok=False)
     return aside
 
 
-def commit(aside: Path, path: Path) -> None:
+def commit(aside: Path, path: PathLike) -> None:
     """Give a finished file its final name.
 
     Raises:
         UserError: as `regular_target`.
     """
-    path = regular_target(path)
+    target = regular_target(path)
     _sync(aside)
-    os.replace(aside, path)
-    _sync(path.parent)
+    os.replace(aside, target)
+    _sync(target.parent)
 
 
 @contextmanager

@@ -157,11 +157,11 @@ def check_tensors(state: Mapping[str, Any], table: Mapping[str, HasShape], sourc
 def _problems(state: Mapping[str, Any], table: Mapping[str, HasShape]) -> Iterator[str]:
     for name, spec in table.items():
         if name not in state:
-            yield f"{name}: missing, the model has it with shape {tuple(spec.shape)}"
+            yield f"{name}: missing, the model has it with shape {spec.shape}"
             continue
         shape, dtype = tuple(state[name].shape), state[name].dtype
-        if shape != tuple(spec.shape):
-            yield f"{name}: shape {shape}, the model needs {tuple(spec.shape)}"
+        if shape != spec.shape:
+            yield f"{name}: shape {shape}, the model needs {spec.shape}"
         if not is_floating(dtype):
             yield f"{name}: dtype {dtype}, the model needs floating-point values"
     for name in state:

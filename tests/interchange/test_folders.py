@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 
 from shared_config.contract.parameters import parameter_table
 from shared_config.errors import ConfigError, UserError
-from shared_config.interchange import checkpoint, outputs, source
+from shared_config.interchange import checkpoint, outputs, run_layout, source
 from shared_config.interchange.checkpoint import TrainingState, first_nonfinite, installed_versions, is_checkpoint, save
 from shared_config.interchange.huggingface import save_huggingface
 from shared_config.interchange.outputs import (
@@ -168,7 +169,7 @@ def test_room_is_made_by_what_is_given_up(keep: int | None, left: list[int], tmp
 
 @pytest.mark.parametrize("damage", ["no state", "short", "no file", "not JSON"])
 def test_the_newest_whole_checkpoint_is_spared(damage: str, tmp_path: Path) -> None:
-    run_of(tmp_path, 1, 2, 3)
+    run_of(tmp_path, 2, 1, 3)
     newest = tmp_path / "step_00000003"
     if damage == "short":
         (newest / "weights.safetensors").write_bytes(b"x")
@@ -182,6 +183,52 @@ def test_the_newest_whole_checkpoint_is_spared(damage: str, tmp_path: Path) -> N
         f"{tmp_path}: No space left on device, also without what checkpoint.keep_last_n = 1 gives up; "
         "kept: step_00000002, step_00000003; free some space and start the run again"
     )
+
+
+def test_what_a_failed_write_leaves_goes_with_it(tmp_path: Path) -> None:
+    run_of(tmp_path, 1)
+
+    def write() -> None:
+        (tmp_path / ".step_00000002.new").mkdir()
+        raise OSError(errno.ENOSPC, "x")
+
+    with pytest.raises(UserError, match="kept: step_00000001;"):
+        with_room(tmp_path, None, write)
+    assert names(tmp_path) == ["step_00000001"]
+
+
+def test_a_checkpoint_is_hidden_before_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a process that is killed meanwhile leaves no part under the name of a whole one."""
+    run_of(tmp_path, 1, 2)
+    removed: list[Path] = []
+    monkeypatch.setattr(run_layout, "remove", removed.append)
+    prune(tmp_path, 1)
+    assert removed == [tmp_path / ".step_00000001.gone"]
+    assert names(tmp_path) == [".step_00000001.gone", "step_00000002"]
+
+
+def test_what_was_wrong_first_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(path: Path, *_: object) -> None:
+        shutil.rmtree(path.parent)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", gone)
+    with pytest.raises(UserError) as caught:
+        save(tmp_path, state(1))
+    assert str(caught.value) == f"{tmp_path}/step_00000001: the checkpoint can't be written: Input/output error"
+
+
+def test_the_state_of_a_checkpoint_is_plain_json(tmp_path: Path) -> None:
+    open_before = len(os.listdir("/proc/self/fd"))
+    path = save(tmp_path, state(1), config=MappingProxyType({"model": {"dim": 8}}))
+    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert (checkpoint.load(path).rows, checkpoint.load(path).fingerprint, checkpoint.load(path).backend) == (0, "", "")
+    assert checkpoint.read_config(path) == {"model": {"dim": 8}}
+    text = (path / "state.json").read_text()
+    assert text == json.dumps(json.loads(text), indent=1) + "\n"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save(tmp_path, TrainingState(2, {}, {}, {"x": float("nan")}))
+    assert names(tmp_path) == ["step_00000001"]
 
 
 def test_without_a_whole_checkpoint_nothing_goes(tmp_path: Path) -> None:

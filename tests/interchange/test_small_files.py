@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from shared_config.errors import UserError
 from shared_config.interchange import files, reading
@@ -257,6 +258,33 @@ def test_kinds_of_files_are_named(tmp_path: Path) -> None:
     assert check_regular(tmp_path / "five") == 5
 
 
+def test_a_pipe_is_neither_opened_nor_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    flags: list[int] = []
+    real = os.open
+
+    def recorded(path: Any, flag: int) -> int:
+        flags.append(flag)
+        return real(path, flag)
+
+    monkeypatch.setattr(os, "open", recorded)
+    with pytest.raises(UserError, match="is a named pipe"):
+        read_bytes(tmp_path / "pipe", 5)
+    assert flags == []
+    read_bytes(tmp_path / "file", 5)
+    assert flags == [os.O_RDONLY | os.O_NONBLOCK]
+
+
+def test_an_error_without_words_of_the_system_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(*_: object) -> None:
+        raise OSError("odd")
+
+    monkeypatch.setattr(os, "stat", odd)
+    with pytest.raises(UserError, match=r"^there: can't be read: odd$"):
+        check_regular("there")
+
+
 def test_limits_of_sizes_are_reached_and_not_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "five"
     file.write_bytes(b"12345")
@@ -319,16 +347,22 @@ def test_files_below_a_folder(tmp_path: Path) -> None:
     (root / "out").symlink_to(elsewhere)
     (root / "round").symlink_to("round")
     os.mkfifo(root / "pipe")
+    os.mkfifo(root / "b" / "pipe")
     names, problems = files_below(root, frozenset({"skip", "a.txt"}))
     assert names == ["a.txt", "b/c.txt", "b0", "near"]
     circle = f"{root}/round: is a link that leads nowhere: "
     assert [problem for problem in problems if not problem.startswith(circle)] == [
-        f"{root}/out: {OUT}", f"{root}/pipe: is a named pipe; must be a regular file"
+        f"{root}/b/pipe: is a named pipe; must be a regular file", f"{root}/out: {OUT}",
+        f"{root}/pipe: is a named pipe; must be a regular file",
     ]  # fmt: skip
-    assert len(problems) == 3
-    names, problems = files_below(root, frozenset({"skip"}), follow_symlinks=True)
-    assert names == ["a.txt", "b/c.txt", "b0", "near", "out/far.txt"]
-    assert len(problems) == 2
+    assert len(problems) == 4
+    (root / "second way out").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(root)
+    (tmp_path / "link").symlink_to(root)
+    for name in (root, tmp_path / "link"):
+        names, problems = files_below(name, frozenset({"skip"}), follow_symlinks=True)
+        assert names == ["a.txt", "b/c.txt", "b0", "near", "out/far.txt"], "each folder once, by whatever way"
+        assert len(problems) == 3
     with pytest.raises(UserError, match="absent: can't be read: No such file or directory"):
         files_below(root / "absent")
 
@@ -353,7 +387,7 @@ def test_names_within_a_folder_are_told_from_others(tmp_path: Path) -> None:
 
 
 def test_a_file_is_written_aside_in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced = []
+    synced, open_before = [], len(os.listdir("/proc/self/fd"))
     real = os.fsync
     monkeypatch.setattr(
         os, "fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), real(handle))
@@ -370,6 +404,7 @@ def test_a_file_is_written_aside_in_its_own_folder(tmp_path: Path, monkeypatch: 
     assert synced == [str(aside), str(target.parent)], "what is in the file, then the name"
     assert target.read_text() == "new"
     assert [file.name for file in target.parent.iterdir()] == ["file.txt"]
+    assert len(os.listdir("/proc/self/fd")) == open_before
 
     def fail() -> None:
         with written_aside(target) as aside:
@@ -424,7 +459,8 @@ def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
 
 
 def test_errors_of_the_system_name_the_file() -> None:
-    for error, said in ((OSError(28, "No space"), "No space"), (OSError("odd"), "odd")):
+    errors = [(OSError(28, "No space"), "No space"), (OSError("odd"), "odd"), (SafetensorError("header"), "header")]
+    for error, said in errors:
         with pytest.raises(UserError) as caught, file_errors("here", "can't be done"):
             raise error
         assert str(caught.value) == f"here: can't be done: {said}"

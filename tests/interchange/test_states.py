@@ -224,6 +224,10 @@ def test_a_dtype_that_is_not_read_is_named(tmp_path: Path) -> None:
 def test_all_that_is_said_of_tensors_that_do_not_fit() -> None:
     table: dict[str, Any] = {name: SimpleNamespace(shape=(2,)) for name in ("a", "b", "c")}
     check_tensors({"c": ONE, "b": ONE.astype(ml_dtypes.bfloat16), "a": torch.ones(2)}, table)
+    for other in (torch.ones(1, 2), np.ones((1, 2))):
+        with pytest.raises(WeightsError) as caught:
+            check_tensors({"a": ONE, "b": ONE, "c": other}, table)
+        assert caught.value.problems == ("c: shape (1, 2), the model needs (2,)",)
     with pytest.raises(WeightsError) as caught:
         check_tensors({"x": ONE, "b": np.ones((1, 2), np.int8), "c": ONE}, table)
     assert caught.value.problems == (
@@ -256,7 +260,13 @@ def test_shards_are_filled_to_their_limit(limit: int, shards: list[list[str]], t
         "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
     }
     assert written[-1].read_text().startswith('{\n  "metadata": {\n')
+    assert written[-1].read_text().endswith("}\n")
     assert weight_names(tmp_path) == weight_names(written[-1]) == ["a", "b", "c"]
+
+
+def test_every_shard_is_filled_to_the_limit(tmp_path: Path) -> None:
+    files = save_weights(tmp_path, dict.fromkeys("abcd", ONE), max_shard_bytes=16)[:-1]
+    assert [list(TensorFile(file).entries) for file in files] == [["a", "b"], ["c", "d"]]
 
 
 def test_an_empty_state_is_one_file(tmp_path: Path) -> None:
