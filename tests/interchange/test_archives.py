@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,29 @@ def test_pieces_go_on_along_the_first_axis(tmp_path: Path) -> None:
     assert found["b/text"].astype(int).tolist() == [[2]] * 2 + [[3]] * 3
     assert found["late"].tolist() == [1]
     assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_pieces_are_kept_beside_the_file_until_it_is_whole(tmp_path: Path) -> None:
+    with ActivationWriter(tmp_path / "a.npz") as writer:
+        writer.append({"a": [1.0, 2.0]})
+        aside, folder = sorted(tmp_path.iterdir())
+        assert (aside.is_file(), folder.is_dir()) == (True, True)
+        assert folder.name.startswith(f"{aside.name}.")
+    assert read_activations(tmp_path / "a.npz")["a"].tolist() == [1, 2]
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        assert archive.infolist()[0].extract_version == 45, "an array may have more than 4 GiB"
+        archive.comment = b"\xff"
+    assert read_activations(tmp_path / "a.npz")["a"].tolist() == [1, 2]
+
+
+def test_what_was_wrong_first_is_said(tmp_path: Path) -> None:
+    def fail() -> None:
+        with ActivationWriter(tmp_path / "a.npz") as writer:
+            shutil.rmtree(writer._folder)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
 
 
 def test_all_that_is_said_of_pieces_that_do_not_go_on(tmp_path: Path) -> None:

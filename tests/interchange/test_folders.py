@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tomllib
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,6 +38,7 @@ from shared_config.interchange.toml import config_to_dict, config_to_toml
 from shared_config.interchange.weights import WeightsError, save_weights
 from shared_config.loader import load_config
 from shared_config.schema.job import JobConfig
+from shared_config.schema.training import TrainConfig
 from tests.oracle.weights import draw
 
 TINY = ("--model.dim=16", "--model.n_layers=1", "--model.ffn_hidden_dim=24", "--model.vocab_size=19")
@@ -386,6 +388,7 @@ def test_an_output_file_is_none_of_those_that_are_read(tmp_path: Path) -> None:
                          (folder / "w.safetensors", folder / "deep" / "x")):  # fmt: skip
         refuse_overwriting(target, read, None)
     refuse_overwriting(tmp_path / "other")
+    refuse_overwriting(tmp_path / "other", tmp_path / "absent", tmp_path / "none" / "a.json")
 
 
 @pytest.mark.parametrize(
@@ -395,7 +398,7 @@ def test_an_output_file_is_none_of_those_that_are_read(tmp_path: Path) -> None:
 def test_a_folder_in_use_is_refused_with_what_it_holds(count: int, listed: str, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
-    for place in reversed(range(count)):
+    for place in [1, 0, *range(2, count)] if count > 1 else [0]:
         (folder / f"a{place}").touch()
     with pytest.raises(UserError) as caught:
         claim_folder(folder, "native", CONFIG, source=tmp_path / "source")
@@ -570,6 +573,16 @@ def test_the_config_of_a_model_is_found(tmp_path: Path) -> None:
         assert read_config(path)["data"] == {"path": "p", "tokenizer": tokenizer}
     bare = run_of(tmp_path / "bare", 1)
     assert find_config(bare) is None
+    for length in (16, 100_000):
+        short = CONFIG.replace(model=CONFIG.model.replace(max_seq_len=length), train=CONFIG.train.replace(seq_len=16))
+        fields = find_config(written(tmp_path / f"of {length}", "huggingface", short))
+        assert fields is not None
+        assert fields["train"] == {"seq_len": min(length, TrainConfig().seq_len)}
+        assert load_text_weights(tmp_path / f"of {length}", short.model).keys() == state_of().keys()
+    (tmp_path / "config alone").mkdir()
+    text = '[model]\ndim = 24\nn_heads = 6\nn_kv_heads = 3\n[vlm]\narch = "cross_attention"\n'
+    (tmp_path / "config alone" / "config.toml").write_text(text)
+    assert find_config(tmp_path / "config alone") == tomllib.loads(text), "no weights, of no former version"
     save_weights(tmp_path / "alone.safetensors", {"a": ONE})
     assert find_config(tmp_path / "alone.safetensors") is None
     with pytest.raises(UserError) as caught:

@@ -368,6 +368,18 @@ def test_a_tied_head_alone_is_the_embedding() -> None:
         from_huggingface(there, untied)
 
 
+def test_names_of_wrappers_are_left_out_on_either_side() -> None:
+    config = ModelConfig(**FIELDS)
+    state = state_of(config)
+    there = to_huggingface({f"module.{name}": value for name, value in state.items()}, config)
+    assert there.keys() == to_huggingface(state, config).keys()
+    assert (
+        from_huggingface({f"_orig_mod.{name}": value for name, value in there.items()}, config).keys() == state.keys()
+    )
+    with pytest.raises(WeightsError, match=r"^Hugging Face weights: 1 tensors do not fit:\n  extra: extra, the model"):
+        from_huggingface({**there, "extra": np.ones(1)}, config)
+
+
 def test_experts_are_packed_in_their_order_also_beyond_ten() -> None:
     config = ModelConfig(**{**FIELDS, **EXPERTS, "num_experts": 12}, moe_packed_experts=True)
     state = state_of(config)

@@ -11,7 +11,7 @@ import pytest
 from safetensors import SafetensorError
 
 from shared_config.errors import UserError
-from shared_config.interchange import files, reading
+from shared_config.interchange import files, reading, toml
 from shared_config.interchange.files import commit, file_errors, make_aside, make_folder, written_aside
 from shared_config.interchange.reading import (
     check_inside,
@@ -232,6 +232,7 @@ def test_a_config_as_plain_values_leaves_out_what_is_none() -> None:
             check(inner)
 
     check(plain)
+    assert toml._plain({"a": (1, (2, {"b": ()})), "c": {"d": (3,)}}) == {"a": [1, [2, {"b": []}]], "c": {"d": [3]}}
     assert plain["vlm"]["arch"] == "moma"
     schema = json_schema()
     assert schema["type"] == "object"

@@ -6,7 +6,7 @@ import json
 import logging
 import stat
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -156,7 +156,7 @@ def test_tied_names_with_different_values_are_refused() -> None:
 
 def test_metadata_and_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
-    for metadata in ({"a": "b"}, {}, None):
+    for metadata in ({"a": "b"}, MappingProxyType({"a": "b"}), {}, None):
         write_tensors(tmp_path / "a.safetensors", {"x": ONE}, metadata)
         assert TensorFile(tmp_path / "a.safetensors").metadata == (metadata or {})
         assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == stat.S_IMODE(
@@ -181,18 +181,19 @@ def test_entries_are_in_the_order_of_the_values_and_end_where_they_say(tmp_path:
     header = {
         "second": {"dtype": "I16", "shape": [2, 1], "data_offsets": [4, 8]},
         "__metadata__": {"k": "v"},
-        "first": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
+        "zeroth": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
         "third": {"dtype": "U8", "shape": [0, 3], "data_offsets": [8, 8]},
     }
     write_by_hand(path, header, np.float32(1.5).tobytes() + np.array([3, -4], np.int16).tobytes())
     file = TensorFile(path)
-    assert list(file.entries) == ["first", "second", "third"]
+    assert list(file.entries) == ["zeroth", "second", "third"]
+    assert [entry.shape for entry in file.entries.values()] == [(), (2, 1), (0, 3)]
     assert file.metadata == {"k": "v"}
     read = read_tensors(path)
-    assert (read["first"].tolist(), read["second"].tolist(), read["third"].shape) == (1.5, [[3], [-4]], (0, 3))
-    assert list(read_tensors(path, ["third", "first"])) == ["third", "first"]
+    assert (read["zeroth"].tolist(), read["second"].tolist(), read["third"].shape) == (1.5, [[3], [-4]], (0, 3))
+    assert list(read_tensors(path, ["third", "zeroth"])) == ["third", "zeroth"]
     with pytest.raises(UserError) as caught:
-        read_tensors(path, ["first", "fourth"])
+        read_tensors(path, ["zeroth", "fourth"])
     assert str(caught.value) == f"{path}: has no tensor 'fourth'"
     with pytest.raises(UserError, match=f"{tmp_path}: is a folder, where a safetensors file is needed"):
         TensorFile(tmp_path)
@@ -201,12 +202,19 @@ def test_entries_are_in_the_order_of_the_values_and_end_where_they_say(tmp_path:
 def test_aligned_values_are_mapped_and_others_copied(tmp_path: Path) -> None:
     write_tensors(tmp_path / "a.safetensors", {"x": ONE})
     array = read_tensors(tmp_path / "a.safetensors")["x"]
+    assert type(array) is np.ndarray
     base: Any = array
     while isinstance(base.base, np.ndarray):
         base = base.base
     assert isinstance(base, np.memmap)
     array[0] = 5
     assert read_tensors(tmp_path / "a.safetensors")["x"].tolist() == [1, 1]
+
+
+def test_a_file_that_is_not_there_is_no_damaged_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        TensorFile(tmp_path / "absent")
+    assert str(caught.value) == f"{tmp_path}/absent: can't be read: No such file or directory"
 
 
 def test_a_dtype_that_is_not_read_is_named(tmp_path: Path) -> None:
