@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 
+from kempnerforge_jax.distributed.devices import Device
 from shared_config.errors import UserError
 
 
-def find_device(name: Any) -> Any:
+def find_device(name: Device | str | None) -> Device:
     """The `jax.Device` of a name, as "cpu" or "cuda:1"; a device is its own, None is JAX's default.
 
     Raises:

@@ -15,13 +15,14 @@ from flax import nnx
 from jaxtyping import Array, Shaped
 
 from kempnerforge_jax.device import find_device
+from kempnerforge_jax.distributed.devices import Device
 from kempnerforge_jax.model.attention import KVCache
 from kempnerforge_jax.model.build import build_model
 from kempnerforge_jax.model.expert_choice import ExpertChoiceSigmoidRouter
 from kempnerforge_jax.model.hooks import activation_names, capture, replacing
 from kempnerforge_jax.model.module import Module, named_modules, observing, substituting
 from kempnerforge_jax.model.state import from_numpy, get_state, merge, split, to_numpy
-from kempnerforge_jax.model.stats import MoEStats
+from kempnerforge_jax.model.stats import LayerStats, MoEStats
 from kempnerforge_jax.model.vlm import inner_transformer
 from kempnerforge_jax.training.loss import mean_cross_entropy, router_losses
 from kempnerforge_jax.training.mixed_precision import matmul_precision
@@ -248,7 +249,7 @@ class Recorder:
         buffers = {name: array for name, array in copy.items() if name not in params}
         return merge(self._graphdef, params, {**buffers, **self._tables})
 
-    def _loss(self, logits: jax.Array, stats: dict[int, Any], labels: jax.Array) -> jax.Array:
+    def _loss(self, logits: jax.Array, stats: dict[int, LayerStats], labels: jax.Array) -> jax.Array:
         """The training objective: cross entropy and, with experts, the weighted losses of routers."""
         aux_loss, z_loss = router_losses(stats)
         model = self.config.model
@@ -272,12 +273,12 @@ class Recorder:
         return self.master_dtype if spec.full_precision or spec.is_buffer else self.compute_dtype
 
 
-def device_name(device: Any) -> str:
+def device_name(device: Device) -> str:
     """The model of an accelerator, or "cpu"."""
     return device.device_kind
 
 
-def flatten(activations: Mapping[str, Any]) -> Tensors:
+def flatten(activations: Mapping[str, object]) -> Tensors:
     """Outputs by modality get names of their own."""
     flat: Tensors = {}
     for name, value in activations.items():

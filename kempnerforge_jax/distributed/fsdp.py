@@ -7,23 +7,27 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from kempnerforge_jax.distributed.mesh import DATA_AXES, Mesh
-from kempnerforge_jax.distributed.sharding import Arrays, partitions
-from kempnerforge_jax.model.module import named_variables
+from kempnerforge_jax.distributed.sharding import Arrays, Laid, partitions
+from kempnerforge_jax.model.module import Module, named_variables
 from kempnerforge_jax.model.scan import PREPARED
 from kempnerforge_jax.model.stack import in_first_layer
 from kempnerforge_jax.model.vlm import inner_transformer
 from shared_config.contract.sharding import MESH_AXES
 from shared_config.contract.specs import ParameterTable
+
+_Sums = TypeVar("_Sums")
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Part:
 
     splits: tuple[tuple[int, tuple[str, ...]], ...]
     copies: tuple[str, ...]
-    dtype: Any
+    dtype: np.dtype
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,9 @@ class Shards:
         return self.mesh.layout.devices == self.ranks
 
 
-def shards_of(mesh: Mesh | None, table: ParameterTable, parameters: Mapping[str, Any], dtype: Any) -> Shards | None:
+def shards_of(
+    mesh: Mesh | None, table: ParameterTable, parameters: Mapping[str, Laid], dtype: DTypeLike
+) -> Shards | None:
     """What data ranks hold of the parameters, which are computed with in ``dtype``; None without a mesh."""
     if mesh is None:
         return None
@@ -76,7 +82,7 @@ def shards_of(mesh: Mesh | None, table: ParameterTable, parameters: Mapping[str,
     return Shards(mesh, tuple(parts_of(mesh, table, parameters, dtype).items()), tuple(split.items()))
 
 
-def parts_of(mesh: Mesh, table: ParameterTable, arrays: Mapping[str, Any], dtype: Any) -> dict[str, Part]:
+def parts_of(mesh: Mesh, table: ParameterTable, arrays: Mapping[str, Laid], dtype: DTypeLike) -> dict[str, Part]:
     """What a data rank holds of each parameter; what the table wants in full precision keeps its dtype."""
     found = {}
     for name, partition in partitions(mesh, table, arrays, DATA_AXES).items():
@@ -90,7 +96,7 @@ def parts_of(mesh: Mesh, table: ParameterTable, arrays: Mapping[str, Any], dtype
     return found
 
 
-def mark_blocks(model: nnx.Module, mesh: Mesh | None, table: ParameterTable, dtype: Any) -> None:
+def mark_blocks(model: nnx.Module, mesh: Mesh | None, table: ParameterTable, dtype: DTypeLike) -> None:
     """Tell the blocks which part of them is held, for `whole_block`."""
     if mesh is None:
         return
@@ -102,7 +108,7 @@ def mark_blocks(model: nnx.Module, mesh: Mesh | None, table: ParameterTable, dty
             variable.set_metadata(part=parts[name])
 
 
-def whole_block(block: Any) -> Any:
+def whole_block(block: Module) -> Module:
     """A copy of a block of which parts are held, whole."""
     copy = nnx.merge(*nnx.split(block))
     for _, variable in named_variables(copy):
@@ -118,7 +124,7 @@ def gather_outside_blocks(model: nnx.Module, parts: Mapping[str, Part]) -> None:
             variable.set_value(whole(parts[name], variable.get_value()))
 
 
-def _marked(variable: nnx.Variable[Any]) -> Part | None:
+def _marked(variable: nnx.Variable[jax.Array]) -> Part | None:
     return variable.get_metadata().get("part")
 
 
@@ -145,8 +151,10 @@ def _whole_backward(part: Part, like: jax.Array, gradient: jax.Array) -> tuple[j
 
 
 def over_ranks(
-    function: Callable[[Arrays, Arrays, Arrays, jax.Array], tuple[Arrays, Any]], shards: Shards, given: Collection[str]
-) -> Callable[[Arrays, Arrays, Arrays, jax.Array], tuple[Arrays, Any]]:
+    function: Callable[[Arrays, Arrays, Arrays, jax.Array], tuple[Arrays, _Sums]],
+    shards: Shards,
+    given: Collection[str],
+) -> Callable[[Arrays, Arrays, Arrays, jax.Array], tuple[Arrays, _Sums]]:
     """``function(parameters, buffers, batches, count) -> (arrays by name, sums)`` of one data rank, for all of them.
 
     A rank gets its parts of the parameters, and of batches (N, R, B, ...) its own (N, B, ...). What it gives by a
@@ -158,7 +166,7 @@ def over_ranks(
     """
     held = dict(shards.partitions)
 
-    def own(parameters: Arrays, buffers: Arrays, batches: Arrays, count: jax.Array) -> tuple[Arrays, Any]:
+    def own(parameters: Arrays, buffers: Arrays, batches: Arrays, count: jax.Array) -> tuple[Arrays, _Sums]:
         arrays, sums = function(parameters, buffers, {name: array[:, 0] for name, array in batches.items()}, count)
         return arrays, lax.psum(sums, DATA_AXES)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh as DeviceMesh
 
 from kempnerforge_jax.device import find_device
+from kempnerforge_jax.distributed.devices import Device
 from shared_config.contract.sharding import MESH_AXES, Layout, layout_of, refusals
 from shared_config.errors import ConfigError
 from shared_config.schema.job import JobConfig
@@ -31,7 +31,7 @@ class Mesh:
     axes: DeviceMesh
 
 
-def open_mesh(config: JobConfig, devices: Sequence[Any]) -> Mesh | None:
+def open_mesh(config: JobConfig, devices: Sequence[Device]) -> Mesh | None:
     """The mesh of a job; None for one device.
 
     Raises:
@@ -46,7 +46,7 @@ def open_mesh(config: JobConfig, devices: Sequence[Any]) -> Mesh | None:
     return Mesh(layout, DeviceMesh(np.asarray(devices).reshape(sizes), MESH_AXES))
 
 
-def devices_of(device: Any) -> list[Any]:
+def devices_of(device: Device | str | None) -> list[Device]:
     """The devices of a run: all that there are for None, or the one of a name.
 
     Raises:
@@ -56,7 +56,7 @@ def devices_of(device: Any) -> list[Any]:
     return jax.devices(found.platform) if device is None else [found]
 
 
-def drawing_device(mesh: Mesh | None, device: Any) -> Any:
+def drawing_device(mesh: Mesh | None, device: Device) -> Device:
     """Where initial values are made: on a mesh by the host, where JAX may use it, as one device may not hold them."""
     if mesh is None:
         return device

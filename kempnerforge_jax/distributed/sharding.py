@@ -7,23 +7,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
 
+from kempnerforge_jax.distributed.devices import Device
 from kempnerforge_jax.distributed.mesh import DATA_AXES, Mesh
 from kempnerforge_jax.model.stack import Stack, in_first_layer
 from shared_config.contract.sharding import MESH_AXES, placement
 from shared_config.contract.specs import ParameterTable
 
-Arrays = dict[str, Any]
+Arrays = dict[str, Shaped[Array, "..."]]
+
+Laid = Shaped[Array, "..."] | jax.ShapeDtypeStruct
+"""What has a place on a mesh: an array, or one that is not there yet."""
+
+_State = TypeVar("_State")
 
 
 def partitions(
-    mesh: Mesh, table: ParameterTable, arrays: Mapping[str, Any], axes: Collection[str] = MESH_AXES
+    mesh: Mesh, table: ParameterTable, arrays: Mapping[str, Laid], axes: Collection[str] = MESH_AXES
 ) -> dict[str, P]:
     """How each array of a model is split by some of the mesh axes: what the table speaks of as `placement` says, the
     rest not at all.
@@ -31,7 +38,7 @@ def partitions(
     return {name: _partition(mesh, table, name, tuple(array.shape), axes) for name, array in arrays.items()}
 
 
-def place(mesh: Mesh | None, device: Any, table: ParameterTable, arrays: Arrays) -> Arrays:
+def place(mesh: Mesh | None, device: Device, table: ParameterTable, arrays: Arrays) -> Arrays:
     """The arrays, on their devices."""
     return jax.device_put(arrays, device if mesh is None else _shardings(mesh, partitions(mesh, table, arrays)))
 
@@ -46,8 +53,8 @@ def place_batches(mesh: Mesh, batches: Mapping[str, np.ndarray]) -> Arrays:
 
 
 def initial_state(
-    mesh: Mesh | None, device: Any, table: ParameterTable, init: Callable[[Arrays], Any], parameters: Arrays
-) -> Any:
+    mesh: Mesh | None, device: Device, table: ParameterTable, init: Callable[[Arrays], _State], parameters: Arrays
+) -> _State:
     """The state that an optimiser of optax starts with, made where it lies: what has the shape of its parameter as that
     does, counts whole on each device.
     """
@@ -55,7 +62,7 @@ def initial_state(
         return jax.device_put(init(parameters), device)
     by_name, *rest = jax.eval_shape(init, parameters)
 
-    def own(name: str, leaf: Any) -> NamedSharding:
+    def own(name: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         return NamedSharding(mesh.axes, _partition(mesh, table, name, leaf.shape, MESH_AXES))
 
     where = {name: jax.tree.map(functools.partial(own, name), each) for name, each in by_name.items()}

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
 from kempnerforge_jax.model.attention import KVCache
@@ -21,9 +21,9 @@ from kempnerforge_jax.registry import registry
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import VLMConfig
 
-Modules = Mapping[str, Any]
+Modules = Mapping[str, nnx.Module | None]
 """What `Architecture.extra_modules` gave, by name, as the model has it now: maybe wrapped; None if it was taken out."""
-RotaryTable = Callable[[Integer[Array, "... S"], Any], tuple[Float[Array, "... S A"], Float[Array, "... S A"]]]
+RotaryTable = Callable[[Integer[Array, "... S"], DTypeLike], tuple[Float[Array, "... S A"], Float[Array, "... S A"]]]
 """Positions and a dtype to cos and sin."""
 
 
@@ -59,12 +59,12 @@ class Architecture:
 
     def block_inputs(
         self,
-        inputs: dict[str, Any],
+        inputs: dict[str, object],
         x: Float[Array, "B S D"],
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
         rope: RotaryTable,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """The keyword arguments of every block, built once per forward.
 
         Args:

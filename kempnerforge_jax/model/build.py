@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 from flax import nnx
 
 from kempnerforge_jax.device import find_device
+from kempnerforge_jax.distributed.devices import Device
 from kempnerforge_jax.model.state import set_state
 from kempnerforge_jax.model.transformer import Transformer
-from kempnerforge_jax.model.vlm import build_vlm_wrapper
+from kempnerforge_jax.model.vlm import VLMWrapper, build_vlm_wrapper
 from kempnerforge_jax.registry import registry
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 
 
-def build_model(config: JobConfig, *, rngs: nnx.Rngs | None) -> Any:
+def build_model(config: JobConfig, *, rngs: nnx.Rngs | None) -> Transformer | VLMWrapper:
     """The model of a job: a transformer, or one with an encoder and an adapter around it."""
     if config.vlm is None or config.vision_encoder is None:
         return registry.get("model", config.model.model_type)(config.model, rngs=rngs)
@@ -26,8 +26,12 @@ def build_model(config: JobConfig, *, rngs: nnx.Rngs | None) -> Any:
 
 
 def load_model(
-    config: ModelConfig | JobConfig, weights: Mapping[str, Any] | None, device: Any = None, *, seed: int = 0
-) -> Any:
+    config: ModelConfig | JobConfig,
+    weights: Mapping[str, object] | None,
+    device: Device | str | None = None,
+    *,
+    seed: int = 0,
+) -> Transformer | VLMWrapper:
     """A model with these weights, float32, for generation: of a job, one that sees images if the job's does.
 
     Args:
@@ -44,7 +48,7 @@ def load_model(
     return model
 
 
-def _new_model(config: ModelConfig | JobConfig) -> Any:
+def _new_model(config: ModelConfig | JobConfig) -> Transformer | VLMWrapper:
     if isinstance(config, ModelConfig):
         return Transformer(config, rngs=None)
     return build_model(config, rngs=None)

@@ -193,7 +193,7 @@ class CrossAttentionArchitecture(Architecture):
         if not self.breaks_after(layer_idx) or not modality.reads_image:
             return x
         index = (layer_idx + 1) // self.every - 1
-        block = modules["cross_attention_layers"][str(index)]
+        block = self._blocks(modules)[str(index)]
         if modality.image_keys_values is not None:
             out = block(x, None, modality.image_mask, keys_values=modality.image_keys_values[index])
         else:
@@ -203,9 +203,16 @@ class CrossAttentionArchitecture(Architecture):
             return out
         return jnp.where(modality.image_mask.any(axis=1)[:, None, None], out, x)
 
+    @staticmethod
+    def _blocks(modules: Modules) -> nnx.Dict[CrossAttentionBlock]:
+        """The blocks by number."""
+        blocks = modules["cross_attention_layers"]
+        assert isinstance(blocks, nnx.Dict), "a stage that reads an image has cross-attention blocks"
+        return blocks
+
     def precompute_image_kv(self, modules: Modules, modality: ModalityContext) -> ModalityContext:
         """The keys and values of all blocks, in place of the features."""
         assert modality.image_features is not None
-        blocks = modules["cross_attention_layers"].values()
+        blocks = self._blocks(modules).values()
         keys_values = tuple(unwrap(block).attn.keys_values(modality.image_features) for block in blocks)
         return replace(modality, image_features=None, image_keys_values=keys_values)

@@ -113,13 +113,14 @@ def _read(model: Transformer, request: Request, parts: tuple[Any, State, State])
 
 def advance(
     model: Transformer, tokens: Int[Array, "B"], caches: list[KVCache], image: ModalityContext | None
-) -> tuple[Float[Array, "B V"], Any]:
+) -> tuple[Float[Array, "B V"], list[KVCache]]:
     """Read one token (B,) of each row, and the image if it is not in the caches.
 
     Returns:
         logits (B, V) of the next token; the new caches.
     """
     output = model.run(tokens[:, None], modality=image, kv_caches=caches)
+    assert output.kv_caches is not None
     return output.logits[:, -1], output.kv_caches
 
 

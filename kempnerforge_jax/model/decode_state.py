@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, Integer, Shaped
 
+from kempnerforge_jax.distributed.devices import Device
 from kempnerforge_jax.model.checks import MAX_ID, check_ids, check_shape, wide
 from kempnerforge_jax.model.mask import Mask
 from kempnerforge_jax.model.slots import Slots, slots_for
@@ -217,7 +217,7 @@ class DecodeState:
 def new_state(
     batch_size: int,
     max_seq_len: int,
-    device: Any = None,
+    device: Device | None = None,
     *,
     sliding_window: int | None = None,
     spare: int = 0,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from shared_config.contract.capacity import capacity, token_capacities
@@ -83,7 +84,7 @@ def combine(
     return (out_kTD * weights_Tk.T[:, :, None]).sum(axis=0)
 
 
-def gradient_factors(counts_E: Num[Array, "E"], dtype: Any) -> Float[Array, "E"]:
+def gradient_factors(counts_E: Num[Array, "E"], dtype: DTypeLike) -> Float[Array, "E"]:
     """mean count / count of each expert; 1 for an expert without tokens, to which no gradient flows."""
     wide_E = counts_E.astype(dtype)
     return jnp.where(counts_E > 0, wide_E.sum() / (jnp.maximum(wide_E, 1) * counts_E.shape[0]), 1)

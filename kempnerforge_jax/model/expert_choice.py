@@ -9,8 +9,6 @@ Shapes: T tokens, D model dim, E experts, C tokens that an expert may take.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -117,7 +115,7 @@ class ExpertChoiceMoE(StatsGetters):
         self.num_experts = num_experts
         self.router = ExpertChoiceSigmoidRouter(dim, num_experts, capacity_factor, gumbel_noise, rngs=rngs)
         experts = {str(i): build_mlp(dim, hidden_dim, activation, rngs=rngs) for i in range(num_experts)}
-        self.experts: nnx.Dict[Any] = Numbered(experts)
+        self.experts = Numbered(experts)
 
     def forward(
         self,

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Shaped
 
+from kempnerforge_jax.distributed.devices import Device
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module, observing, start_observing, stop_observing, substituting
 from kempnerforge_jax.model.state import merge, split
@@ -158,9 +159,9 @@ class ActivationStore:
 
 def extract_representations(
     model: Transformer,
-    dataset: Iterable[Any],
+    dataset: Iterable[object],
     layers: Iterable[str],
-    device: Any = None,
+    device: Device | None = None,
     batch_size: int = 32,
     max_samples: int | None = None,
     *,
@@ -199,7 +200,7 @@ def extract_representations(
     return {name: jax.device_put(np.concatenate([output[name] for output in collected]), host) for name in collected[0]}
 
 
-def save_activations(activations: Mapping[str, Any], path: PathLike) -> None:
+def save_activations(activations: Mapping[str, object], path: PathLike) -> None:
     """Write activations, dicts by modality included, to a .npz file, whole or not at all; the suffix is appended if
     ``path`` has none.
 

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from kempnerforge_jax.distributed.devices import Device
 from kempnerforge_jax.model.decode_state import DecodeState, new_state
 from kempnerforge_jax.model.mask import Mask
 
@@ -41,8 +43,8 @@ class KVCache:
         max_seq_len: int,
         n_kv_heads: int,
         head_dim: int,
-        dtype: Any = None,
-        device: Any = None,
+        dtype: DTypeLike | None = None,
+        device: Device | None = None,
         *,
         sliding_window: int | None = None,
         spare: int = 0,

@@ -6,7 +6,7 @@ Shapes: B batch, S positions of the residual stream (image and text), P prefix p
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 from jaxtyping import Array, Bool, Float, Integer
@@ -21,6 +21,9 @@ ARRAYS = (
     "image_keys_values",
     "noise_seed",
 )
+
+_Bounds = tuple[int | None, int | None, int | None]
+"""Start, stop and step of a slice."""
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -72,14 +75,14 @@ class ModalityContext:
     def _given(self, *names: str) -> list[str]:
         return [name for name in names if getattr(self, name) is not None]
 
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[object, object]], _Bounds | None]:
         """Arrays are leaves; the slice is static, as a tuple because slices have no hash before Python 3.12."""
         bounds = self.output_slice
         static = None if bounds is None else (bounds.start, bounds.stop, bounds.step)
         return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in ARRAYS], static
 
     @classmethod
-    def tree_unflatten(cls, static: Any, arrays: Any) -> ModalityContext:
+    def tree_unflatten(cls, static: _Bounds | None, arrays: Iterable[object]) -> ModalityContext:
         """Without the checks: JAX rebuilds containers around placeholders, and what it rebuilds was checked before."""
         context = object.__new__(cls)
         for name, value in zip(ARRAYS, arrays, strict=True):

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
-Observer = Callable[["Module", Any], None]
-Substitute = Callable[["Module", Any], Any]
+Observer = Callable[["Module", object], None]
+Substitute = Callable[["Module", object], object]
 _observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVar("observers", default=())
 _substitutes: contextvars.ContextVar[tuple[Substitute, ...]] = contextvars.ContextVar("substitutes", default=())
 _kept: weakref.WeakKeyDictionary[Module, dict[str, Any]] = weakref.WeakKeyDictionary()
@@ -54,7 +55,7 @@ class Module(nnx.Module):
         """What calling the module computes."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
-    def to(self, dtype: Any) -> Self:
+    def to(self, dtype: DTypeLike) -> Self:
         """Cast all floating-point parameters, in place, and all buffers, these to at least float32."""
         for _, variable in named_variables(self):
             value = variable.get_value()
@@ -64,12 +65,12 @@ class Module(nnx.Module):
             variable.set_value(_cast(value, own))
         return self
 
-    def keep(self, **values: Any) -> None:
+    def keep(self, **values: object) -> None:
         """Remember values of this call for `kept`. Inside a trace there is nothing to remember, and nothing happens."""
         if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values)):
             _kept.setdefault(self, {}).update(values)
 
-    def kept(self, name: str, default: Any = None) -> Any:
+    def kept(self, name: str, default: object = None) -> Any:
         """A value that the last call outside jit remembered."""
         return _kept.get(self, {}).get(name, default)
 

@@ -76,7 +76,7 @@ class MoEMLP(StatsGetters):
             for name in _projections(self.activation):
                 setattr(self, f"{name}_w", nnx.Param(_stacked(experts, name)))
         else:
-            self.experts: nnx.Dict[Any] = Numbered({str(i): expert for i, expert in enumerate(experts)})
+            self.experts = Numbered({str(i): expert for i, expert in enumerate(experts)})
         self.shared_expert = shared_expert
 
     def forward(

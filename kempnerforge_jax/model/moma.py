@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class MoMaFFN(Module):
         self.modalities = tuple(modalities)
         self.gumbel_noise = gumbel_noise
         self.layer = Table(jnp.asarray(layer_idx, jnp.int32))
-        mixtures: dict[str, Module] = {
+        mixtures: dict[str, ExpertChoiceMoE] = {
             name: ExpertChoiceMoE(
                 config.dim,
                 config.computed_expert_ffn_hidden_dim,
@@ -70,7 +70,7 @@ class MoMaFFN(Module):
             )
             for name in self.modalities
         }
-        self.experts: nnx.Dict[Any] = nnx.Dict(mixtures)
+        self.experts: nnx.Dict[ExpertChoiceMoE] = nnx.Dict(mixtures)
 
     def set_layer(self, layer_idx: int) -> None:
         """Set the layer's number: an array, nothing static, so that layers have one structure and can be stacked."""
@@ -264,12 +264,12 @@ class MoMaArchitecture(Architecture):
 
     def block_inputs(
         self,
-        inputs: dict[str, Any],
+        inputs: dict[str, object],
         x: Float[Array, "B S D"],
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
         rope: RotaryTable,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """The layout, and the seed of the noise. Without a seed there is no noise."""
         if kv_caches is not None:
             raise ValueError(

@@ -69,10 +69,10 @@ class MoTAttention(Module):
         self.n_kv_heads = math.lcm(*kv_heads.values())
         (self.head_dim,) = {resolve_head_dim(dim, n_heads, number, head_dim) for number in kv_heads.values()}
 
-        def projections(inputs: int, outputs: Mapping[str, int]) -> nnx.Dict[Any]:
+        def projections(inputs: int, outputs: Mapping[str, int]) -> nnx.Dict[Linear]:
             return nnx.Dict({name: Linear(inputs, outputs[name], bias, rngs=rngs) for name in self.modalities})
 
-        def norms() -> nnx.Dict[Any] | None:
+        def norms() -> nnx.Dict[RMSNorm] | None:
             if not qk_norm:
                 return None
             return nnx.Dict({name: RMSNorm(self.head_dim, norm_eps, rngs=rngs) for name in self.modalities})
@@ -186,13 +186,12 @@ class MoTBlock(Module):
             rngs=rngs,
         )
         self.mlp_norm = _norms(config, self.modalities, rngs=rngs)
-        self.mlp: nnx.Dict[Any] = nnx.Dict(
-            {name: build_feed_forward(config, layer_idx, rngs=rngs) for name in self.modalities}
-        )
+        feed_forwards = {name: build_feed_forward(config, layer_idx, rngs=rngs) for name in self.modalities}
+        self.mlp: nnx.Dict[Module] = nnx.Dict(feed_forwards)
         for name in self.modalities:
             silence(self.attn.o_proj[name])
             if not self.is_moe:
-                silence(self.mlp[name].down_proj)
+                silence(feed_forwards[name].down_proj)
 
     def forward(
         self,
@@ -297,12 +296,12 @@ class MoTArchitecture(Architecture):
 
     def block_inputs(
         self,
-        inputs: dict[str, Any],
+        inputs: dict[str, object],
         x: Float[Array, "B S D"],
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
         rope: RotaryTable,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Rotary tables of the positions within a modality, and the layout."""
         layout = stream_layout(self.vlm_config.mot_modalities, modality, x)
         positions = layout.positions(x)
@@ -318,11 +317,12 @@ class MoTArchitecture(Architecture):
         norms = modules["mot_norms"]
         if norms is None:
             return x
+        assert isinstance(norms, nnx.Dict)
         layout = stream_layout(self.vlm_config.mot_modalities, modality, x)
         return layout.apply(lambda name, part: norms[name](part), x)
 
 
-def mot_warm_start_from_text_stack(transformer: nnx.Module, source_state_dict: Mapping[str, Any]) -> None:
+def mot_warm_start_from_text_stack(transformer: nnx.Module, source_state_dict: Mapping[str, object]) -> None:
     """Copy the weights of a text model into every modality.
 
     Args:

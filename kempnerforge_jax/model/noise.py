@@ -5,9 +5,8 @@ Shapes: B images, P = 3 * h * w places of an image, N tokens, F features, T toke
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Integer
 
 from shared_config.contract.noise import FEATURE_SCALE, LEVELS, MASK, MAX_LEVEL, MULTIPLIERS, SALTS, UNIFORM_BITS
@@ -51,7 +50,7 @@ def image_noise(
     return noise.reshape(len(pixels), num_tokens, feature_dim).astype(pixels.dtype)
 
 
-def fold(state: Integer[Array, "..."], index: Any) -> Integer[Array, "..."]:
+def fold(state: Integer[Array, "..."], index: ArrayLike) -> Integer[Array, "..."]:
     """A new hash from a hash and an integer, elementwise."""
     return mix(state ^ mix(jnp.asarray(index, jnp.uint32) + jnp.uint32(SALTS[0])))
 
@@ -61,7 +60,9 @@ def uniforms(bits: Integer[Array, "..."]) -> Float[Array, "..."]:
     return ((bits >> (32 - UNIFORM_BITS)).astype(jnp.float32) + 0.5) / 2**UNIFORM_BITS
 
 
-def routing_bits(seed: Integer[Array, ""], layer: Any, group: int, tokens: int, experts: int) -> Integer[Array, "T E"]:
+def routing_bits(
+    seed: Integer[Array, ""], layer: ArrayLike, group: int, tokens: int, experts: int
+) -> Integer[Array, "T E"]:
     """A hash for every pair of token and expert of one router: (T, E).
 
     Args:
@@ -73,7 +74,7 @@ def routing_bits(seed: Integer[Array, ""], layer: Any, group: int, tokens: int, 
 
 
 def gumbel_noise(
-    seed: Integer[Array, ""], layer: Any, group: int, tokens: int, experts: int, dtype: Any
+    seed: Integer[Array, ""], layer: ArrayLike, group: int, tokens: int, experts: int, dtype: DTypeLike
 ) -> Float[Array, "T E"]:
     """-log(-log(u)): (T, E) in ``dtype``."""
     return -jnp.log(-jnp.log(uniforms(routing_bits(seed, layer, group, tokens, experts)).astype(dtype)))

@@ -5,13 +5,13 @@ Shapes: B batch, S sequence, h head_dim, A = h/2 angles, P positions in the tabl
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
+from kempnerforge_jax.distributed.devices import Device
 from kempnerforge_jax.model.module import Module, Table
 from shared_config.contract.rope import rope_tables
 from shared_config.schema.model import RopeScaling
@@ -21,7 +21,7 @@ def precompute_rope_frequencies(
     head_dim: int,
     max_seq_len: int,
     theta: float = 10000.0,
-    device: Any = None,
+    device: Device | None = None,
     scaling: RopeScaling | None = None,
 ) -> tuple[Float[Array, "P A"], Float[Array, "P A"]]:
     """Cosines and sines of every position.
@@ -64,7 +64,7 @@ class RotaryTables(Module):
         self.sin.set_value(sin_Ph)
 
     def forward(
-        self, positions: Integer[Array, "... S"], dtype: Any
+        self, positions: Integer[Array, "... S"], dtype: DTypeLike
     ) -> tuple[Float[Array, "... S A"], Float[Array, "... S A"]]:
         """Rows of the tables for `apply_rope`, in at least float32; rows past the table are NaN.
 

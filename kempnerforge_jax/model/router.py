@@ -6,13 +6,13 @@ Shapes: T tokens = B sequences of S tokens, D model dim, E experts, k assignment
 from __future__ import annotations
 
 import types
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from kempnerforge_jax.model.linear import Linear
@@ -197,7 +197,7 @@ class SigmoidTopKRouter(TopKRouter):
         """
         self.keep(progress=training_progress(step, max_steps, _namespace(step)))
 
-    def update_bias(self, counts_E: Num[Array, "... E"], progress: Any = None) -> None:
+    def update_bias(self, counts_E: Num[Array, "... E"], progress: Float[Array, ""] | float | None = None) -> None:
         """Move the average and the bias by the assignments of one optimiser step: all its micro-batches, all ranks.
 
         Args:
@@ -287,7 +287,7 @@ def updated_bias(
     bias_E: Float[Array, "... E"],
     ema_E: Float[Array, "... E"],
     counts_E: Num[Array, "... E"],
-    rate: Any,
+    rate: Float[Array, ""] | float,
     ema_decay: float,
 ) -> tuple[Float[Array, "... E"], Float[Array, "... E"]]:
     """ema <- decay ema + (1 - decay) counts / sum(counts); bias <- bias + rate (1/E - ema). No counts: no change."""
@@ -304,7 +304,7 @@ def _namespace(value: object) -> types.ModuleType:
     return jnp if isinstance(value, Tracer) else np
 
 
-def _at_least_float32(dtype: Any) -> Any:
+def _at_least_float32(dtype: DTypeLike) -> np.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 

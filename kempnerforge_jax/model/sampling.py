@@ -5,10 +5,10 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from shared_config.contract.decoding import SamplingConfig
@@ -59,7 +59,11 @@ def greedy(logits: Float[Array, "... V"]) -> Int[Array, "..."]:
 
 
 def draw(
-    logits: Float[Array, "... V"], uniforms: Float[Array, "..."], temperature: Any, top_k: Any, top_p: Any
+    logits: Float[Array, "... V"],
+    uniforms: Float[Array, "..."],
+    temperature: Float[Array, ""] | float,
+    top_k: Int[Array, ""] | int,
+    top_p: Float[Array, ""] | float,
 ) -> Int[Array, "..."]:
     """`sample` at a temperature above 0: (..., V) -> (...)."""
     dtype = wide(logits.dtype)
@@ -76,6 +80,6 @@ def draw(
     return jnp.take_along_axis(order_V, jnp.minimum(place, last)[..., None], axis=-1)[..., 0]
 
 
-def wide(dtype: Any) -> Any:
+def wide(dtype: DTypeLike) -> np.dtype:
     """The dtype that probabilities are computed in: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -11,24 +11,43 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kempnerforge_jax.model.module import Numbered
+from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.stack import Stack
+from kempnerforge_jax.model.stats import LayerStats
 
 PREPARED = "prepared"
 """The `checkpoint_name` of arrays that `preparing` made: not kept for the backward pass, which makes them again."""
 
 log = logging.getLogger(__name__)
-_preparation: ContextVar[Callable[[Any], Any] | None] = ContextVar("_preparation", default=None)
+_preparation: ContextVar[Callable[[Module], Module] | None] = ContextVar("_preparation", default=None)
+
+
+class _Breaking(Protocol):
+    def breaks_after(self, layer_idx: int) -> bool: ...
+
+
+class Layered(Protocol):
+    """A model of layers by number, or by stack."""
+
+    layers: Numbered
+
+    @property
+    def architecture(self) -> _Breaking:
+        """Says where a stack must end."""
+        ...
+
+
+_Model = TypeVar("_Model", bound=Layered)
 
 
 @contextlib.contextmanager
-def preparing(prepare: Callable[[Any], Any]) -> Iterator[None]:
+def preparing(prepare: Callable[[Module], Module]) -> Iterator[None]:
     """Within it, layers run as the blocks that ``prepare(block)`` gives when their turn comes."""
     token = _preparation.set(prepare)
     try:
@@ -42,7 +61,7 @@ def prepares() -> bool:
     return _preparation.get() is not None
 
 
-def layer_stacks(model: Any) -> list[Stack]:
+def layer_stacks(model: Layered) -> list[Stack]:
     """The layers of a model in stacks as long as possible, in order of the first layer of each."""
     layers = [int(name) for name in model.layers]
     kinds = {layer: _structure(model.layers[str(layer)]) for layer in layers}
@@ -56,7 +75,7 @@ def layer_stacks(model: Any) -> list[Stack]:
     return stacks
 
 
-def stacked(model: Any) -> Any:
+def stacked(model: _Model) -> _Model:
     """A copy of the model with its layers stacked; arrays of other modules are shared.
 
     A warning is logged where none can be stacked.
@@ -73,7 +92,7 @@ def stacked(model: Any) -> Any:
     return copy
 
 
-def periods(layers: nnx.Dict[Any]) -> Iterator[tuple[list[Stack], list[Any]]]:
+def periods(layers: nnx.Dict[Module]) -> Iterator[tuple[list[Stack], list[Module]]]:
     """What runs together: the stacks of one period with their blocks, or a single layer."""
     entries = [(Stack.named(name), block) for name, block in layers.items()]
     while entries:
@@ -83,7 +102,13 @@ def periods(layers: nnx.Dict[Any]) -> Iterator[tuple[list[Stack], list[Any]]]:
         yield [stack for stack, _ in together], [block for _, block in together]
 
 
-def run_blocks(blocks: Sequence[Any], x: Float[Array, "B S D"], inputs: dict[str, Any], remat: Any, scan: bool) -> Any:
+def run_blocks(
+    blocks: Sequence[Module],
+    x: Float[Array, "B S D"],
+    inputs: dict[str, object],
+    remat: bool | Callable[..., bool],
+    scan: bool,
+) -> tuple[Float[Array, "B S D"], list[LayerStats | None]]:
     """Apply blocks one after the other; if ``scan``, once for each place of their leading axis.
 
     Args:
@@ -96,7 +121,7 @@ def run_blocks(blocks: Sequence[Any], x: Float[Array, "B S D"], inputs: dict[str
 
     prepare = _preparation.get()
 
-    def step(x: jax.Array, states: Any) -> tuple[jax.Array, list[Any]]:
+    def step(x: jax.Array, states: tuple[nnx.State, ...]) -> tuple[jax.Array, list[LayerStats | None]]:
         stats = []
         for graph, state in zip(graphs, states, strict=True):
             block = nnx.merge(graph, state)
@@ -137,7 +162,7 @@ def _structure(block: Any) -> Any:
     return graph, [(path, array.shape, array.dtype) for path, array in jax.tree_util.tree_leaves_with_path(state)]
 
 
-def _block(stack: Stack, model: Any) -> Any:
+def _block(stack: Stack, model: Layered) -> Module:
     """The block of a stack, from those of a model with separate layers."""
     blocks = [model.layers[str(layer)] for layer in stack.layers]
     if not stack.is_stacked:

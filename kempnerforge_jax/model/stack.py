@@ -9,12 +9,18 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Shaped
 
 _PARAMETER = re.compile(r"layers\.(?P<stack>\d+(?:-\d+(?::\d+)?)?)\.(?P<within>.+)")
+
+
+Tree = TypeVar("Tree")
+Leaf = TypeVar("Leaf")
+Arguments = ParamSpec("Arguments")
 
 
 @dataclass(frozen=True)
@@ -53,17 +59,17 @@ class Stack:
         """Whether arrays have a leading axis."""
         return len(self.layers) > 1
 
-    def put(self, trees: Sequence[Any]) -> Any:
+    def put(self, trees: Sequence[Tree]) -> Tree:
         """One tree of arrays, or abstract ones, from those of its layers, which are given in their order."""
         return jax.tree.map(lambda *arrays: _stacked(arrays), *trees) if self.is_stacked else trees[0]
 
-    def take(self, tree: Any) -> dict[int, Any]:
+    def take(self, tree: Tree) -> dict[int, Tree]:
         """What each layer has of a tree of arrays."""
         if not self.is_stacked:
             return {self.layers[0]: tree}
         return {layer: jax.tree.map(operator.itemgetter(i), tree) for i, layer in enumerate(self.layers)}
 
-    def shapes(self, array: Any) -> dict[int, jax.ShapeDtypeStruct]:
+    def shapes(self, array: Shaped[Array, "..."] | jax.ShapeDtypeStruct) -> dict[int, jax.ShapeDtypeStruct]:
         """Shape and dtype of what `take` gives for an array, without touching it."""
         shape = array.shape[1:] if self.is_stacked else array.shape
         return dict.fromkeys(self.layers, jax.ShapeDtypeStruct(shape, array.dtype))
@@ -72,7 +78,7 @@ class Stack:
         """A parameter of the stack, as it is called in one of its layers."""
         return f"layers.{layer}.{_within(parameter)}"
 
-    def map(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def map(self, function: Callable[Arguments, Tree]) -> Callable[Arguments, Tree]:
         """The function of a layer's arrays, applied to those of each layer."""
         return jax.vmap(function) if self.is_stacked else function
 
@@ -89,14 +95,14 @@ def in_first_layer(parameter: str) -> str:
     return parameter if stack is None else stack.parameter(stack.layers[0], parameter)
 
 
-def stack_layers(state: Mapping[str, Any], stacks: Sequence[Stack]) -> dict[str, Any]:
+def stack_layers(state: Mapping[str, Leaf], stacks: Sequence[Stack]) -> dict[str, Leaf | Shaped[Array, "..."]]:
     """Replace the layers of each stack ("layers.0.x", "layers.1.x") by one array with a leading axis ("layers.0-1.x").
 
     Args:
         stacks: of `layer_stacks(model)`; one of a single layer stays as it is.
     """
     home = {layer: stack for stack in stacks for layer in stack.layers}
-    result: dict[str, Any] = {}
+    result: dict[str, Leaf | Shaped[Array, "..."]] = {}
     for name, array in state.items():
         one = Stack.of(name)
         stack = None if one is None else home.get(one.layers[0])
@@ -109,12 +115,14 @@ def stack_layers(state: Mapping[str, Any], stacks: Sequence[Stack]) -> dict[str,
     return result
 
 
-def unstack_layers(state: Mapping[str, Any]) -> dict[str, Any]:
+def unstack_layers(state: Mapping[str, Leaf]) -> dict[str, Leaf]:
     """The opposite of `stack_layers`; a state without stacked layers is returned as it is. Layers come in order."""
     return _unstacked(state, Stack.take)
 
 
-def unstack_shapes(state: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+def unstack_shapes(
+    state: Mapping[str, Shaped[Array, "..."] | jax.ShapeDtypeStruct],
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of `unstack_layers`, without touching the arrays."""
     single = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in state.items()}
     return _unstacked(single, Stack.shapes)

@@ -6,13 +6,14 @@ Across a jit boundary goes `split(model)`: a static graph and two flat dicts of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
 from kempnerforge_jax.model.module import Table, named_variables
@@ -26,6 +27,8 @@ from shared_config.schema.model import ModelConfig
 
 State = dict[str, Shaped[Array, "..."]]
 
+_Model = TypeVar("_Model", bound=nnx.Module)
+
 
 def get_state(model: nnx.Module) -> State:
     """Parameters and buffers by name. A tied head has no weight of its own; stacked layers are given one by one.
@@ -35,7 +38,7 @@ def get_state(model: nnx.Module) -> State:
     return unstack_layers({name: variable.get_value() for name, variable in own_variables(model).items()})
 
 
-def set_state(model: nnx.Module, state: Mapping[str, Any]) -> None:
+def set_state(model: nnx.Module, state: Mapping[str, object]) -> None:
     """Put the values of ``state`` (arrays or tensors of any library) into the model, in its dtypes and shardings.
 
     Args:
@@ -59,7 +62,7 @@ def set_state(model: nnx.Module, state: Mapping[str, Any]) -> None:
         variable.set_value(_like(whole[name], values[name]))
 
 
-def split(model: nnx.Module, *, scan_layers: bool = False) -> tuple[Any, State, State]:
+def split(model: _Model, *, scan_layers: bool = False) -> tuple[nnx.GraphDef[_Model], State, State]:
     """Take a model apart for jit.
 
     Args:
@@ -69,17 +72,17 @@ def split(model: nnx.Module, *, scan_layers: bool = False) -> tuple[Any, State, 
     Returns:
         graphdef (static), parameters, and all other arrays: buffers and the rotary tables.
     """
-    model = unwrap(model)
+    own: Any = unwrap(model)
     if scan_layers:
-        model = stacked(model)
-    graphdef = nnx.graphdef(model)
-    variables = dict(named_variables(model))
+        own = stacked(own)
+    graphdef = nnx.graphdef(own)
+    variables = dict(named_variables(own))
     params = {name: v.get_value() for name, v in variables.items() if isinstance(v, nnx.Param)}
     buffers = {name: v.get_value() for name, v in variables.items() if not isinstance(v, nnx.Param)}
     return graphdef, params, buffers
 
 
-def merge(graphdef: Any, params: Mapping[str, Any], buffers: Mapping[str, Any]) -> Any:
+def merge(graphdef: nnx.GraphDef[_Model], params: Mapping[str, object], buffers: Mapping[str, object]) -> _Model:
     """The model that `split` took apart, with these arrays (or tracers, or abstract arrays)."""
     tree: dict[str, Any] = {}
     for name, array in (*params.items(), *buffers.items()):
@@ -91,7 +94,7 @@ def merge(graphdef: Any, params: Mapping[str, Any], buffers: Mapping[str, Any]) 
     return nnx.merge(graphdef, tree)
 
 
-def own_variables(model: nnx.Module) -> dict[str, nnx.Variable[Any]]:
+def own_variables(model: nnx.Module) -> dict[str, nnx.Variable[Shaped[Array, "..."]]]:
     """Parameters and buffers by plain name; rotary tables follow from the config and are left out."""
     return {name: v for name, v in named_variables(unwrapped(model)) if not isinstance(v, Table)}
 
@@ -114,7 +117,7 @@ def to_numpy(array: Shaped[Array, "..."]) -> np.ndarray:
     return np.asarray(array)
 
 
-def from_numpy(array: np.ndarray, dtype: Any = None) -> Shaped[Array, "..."]:
+def from_numpy(array: np.ndarray, dtype: DTypeLike | None = None) -> Shaped[Array, "..."]:
     """An array of these values, in ``dtype`` if given. int64 becomes int32 where JAX has no 64 bits.
 
     Raises:
@@ -129,7 +132,7 @@ def from_numpy(array: np.ndarray, dtype: Any = None) -> Shaped[Array, "..."]:
     return jnp.asarray(array, held)
 
 
-def share(state: Mapping[str, Any]) -> State:
+def share(state: Mapping[str, object]) -> State:
     """Arrays over the memory of another library's tensors (DLPack), on the CPU or on the same GPU, without a copy.
 
     The other library must not write to them any more: JAX takes arrays for immutable.

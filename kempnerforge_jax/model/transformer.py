@@ -6,7 +6,7 @@ vocabulary, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,9 +65,9 @@ class Transformer(ModelGetters):
             config.head_size, config.max_seq_len, config.rope_theta, config.rope_scaling, rngs=None
         )
         blocks = {str(i): self.architecture.build_block(i, rngs=None) for i in range(config.n_layers)}
-        self.layers: nnx.Dict[Any] = Numbered(blocks)
-        self.cross_attention_layers: nnx.Dict[Any] = nnx.Dict()
-        self.mot_norms: nnx.Dict[Any] = nnx.Dict()
+        self.layers = Numbered(blocks)
+        self.cross_attention_layers: nnx.Dict[Module] = nnx.Dict()
+        self.mot_norms: nnx.Dict[Module] = nnx.Dict()
         extra = self.architecture.extra_modules(rngs=None)
         for name, module in extra.items():
             setattr(self, name, module)
@@ -120,7 +120,7 @@ class Transformer(ModelGetters):
         allow_image_inputs: bool = False,
         limit_capacity: bool | None = None,
         scan_layers: bool = False,
-        remat: Any = False,
+        remat: bool | Callable[..., bool] = False,
     ) -> TransformerOutput:
         """The forward as a pure function: logits, router stats and caches are returned, nothing is kept on the model.
 
@@ -171,7 +171,7 @@ class Transformer(ModelGetters):
         """What decoding is called with in place of an image that every step would have to read anew."""
         return self.architecture.precompute_image_kv(self._extra_modules(), modality)
 
-    def set_moe_step(self, step: Any, max_steps: int) -> None:
+    def set_moe_step(self, step: int, max_steps: int) -> None:
         """Tell the routers where training stands (their bias schedules)."""
         for _, router in self._having("set_step"):
             router.set_step(step, max_steps)
@@ -208,7 +208,7 @@ class Transformer(ModelGetters):
         kv_caches: Sequence[KVCache] | None,
         doc_ids: jax.Array | None,
         limit_capacity: bool | None,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """What all blocks share: rotary tables and the mask, built once."""
         length, cache = x.shape[1], None
         if kv_caches is not None:
@@ -250,7 +250,7 @@ class Transformer(ModelGetters):
         return cache
 
     def _run_layers(
-        self, x: jax.Array, inputs: dict[str, Any], modality: ModalityContext, remat: Any
+        self, x: jax.Array, inputs: dict[str, object], modality: ModalityContext, remat: bool | Callable[..., bool]
     ) -> tuple[jax.Array, dict[int, LayerStats]]:
         stats: dict[int, LayerStats] = {}
         for stacks, blocks in periods(self.layers):
@@ -268,7 +268,7 @@ class Transformer(ModelGetters):
         return x, dict(sorted(stats.items()))
 
     def _run_cached_layers(
-        self, x: jax.Array, inputs: dict[str, Any], modality: ModalityContext, kv_caches: Sequence[KVCache]
+        self, x: jax.Array, inputs: dict[str, object], modality: ModalityContext, kv_caches: Sequence[KVCache]
     ) -> tuple[jax.Array, dict[int, LayerStats], list[KVCache]]:
         stats: dict[int, LayerStats] = {}
         updated = []

@@ -5,8 +5,6 @@ Shapes: B images, h, w pixels, p patch side, P = 3 p p numbers of a patch, N tok
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -160,7 +158,7 @@ class VisionTower(VisionEncoder):
         self.class_embedding = nnx.Param(jnp.zeros(tower.dim, jnp.float32)) if tower.class_token else None
         self.position_embedding = Embedding(tower.num_tokens + tower.class_token, tower.dim, rngs=rngs)
         self.pre_norm = LayerNorm(tower.dim, tower.norm_eps, rngs=rngs) if tower.pre_norm else None
-        self.layers: nnx.Dict[Any] = Numbered({str(i): VisionBlock(tower, rngs=rngs) for i in range(tower.n_layers)})
+        self.layers = Numbered({str(i): VisionBlock(tower, rngs=rngs) for i in range(tower.n_layers)})
         self.norm = LayerNorm(tower.dim, tower.norm_eps, rngs=rngs) if tower.final_norm else None
         if folder or rngs is not None:
             self.init_weights(rngs=rngs)

@@ -6,9 +6,8 @@ tokens, D model dim, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -209,7 +208,7 @@ class VLMWrapper(Module):
         kv_caches: Sequence[KVCache] | None = None,
         limit_capacity: bool | None = None,
         scan_layers: bool = False,
-        remat: Any = False,
+        remat: bool | Callable[..., bool] = False,
     ) -> TransformerOutput:
         """The forward as a pure function: logits, router stats and caches are returned, nothing is kept on the model.
 
@@ -334,10 +333,11 @@ def build_vlm_wrapper(
     return wrapper
 
 
-def inner_transformer(model: Any) -> Transformer:
+def inner_transformer(model: object) -> Transformer:
     """The transformer inside a wrapper of ours, of jit or of another module; a transformer is its own."""
     while not isinstance(model := unwrap(model), Transformer):
-        if not hasattr(model, "transformer"):
+        inner = getattr(model, "transformer", None)
+        if inner is None:
             raise ValueError(f"model = {type(model).__name__}: holds no transformer")
-        model = model.transformer
+        model = inner
     return model

@@ -6,15 +6,18 @@ Paths and names are plain (`shared_config.interchange.states.plain_name`): as if
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 from flax import nnx
 
 from kempnerforge_jax.model.module import Numbered, named_modules
 from shared_config.interchange.states import WRAPPERS, plain_name
 
+_Model = TypeVar("_Model")
+_Module = TypeVar("_Module", bound=nnx.Module)
 
-def unwrap(model: Any) -> Any:
+
+def unwrap(model: _Model) -> _Model:
     """What the outermost wrappers hold; inner parts stay wrapped."""
     while (held := _held(model)) is not None:
         model = held
@@ -26,7 +29,7 @@ def plain_modules(model: nnx.Module) -> dict[str, nnx.Module]:
     return {plain_name(path): module for path, module in named_modules(unwrap(model)) if _held(module) is None}
 
 
-def unwrapped(model: Any) -> Any:
+def unwrapped(model: _Module) -> _Module:
     """The model as if nothing in it were wrapped, with the same variables; itself if nothing is."""
     model = unwrap(model)
     if all(_held(module) is None for _, module in named_modules(model)):

@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Num, Shaped
 
 from kempnerforge_jax.distributed.expert_parallel import exchanged
 from kempnerforge_jax.distributed.fsdp import Shards, gather_outside_blocks, over_ranks, whole_block
@@ -18,6 +20,8 @@ from kempnerforge_jax.model.experts import exchanging
 from kempnerforge_jax.model.scan import preparing
 from kempnerforge_jax.model.stack import in_first_layer
 from kempnerforge_jax.model.state import merge
+from kempnerforge_jax.model.transformer import Transformer
+from kempnerforge_jax.model.vlm import VLMWrapper
 from kempnerforge_jax.training.blocks import REMATERIALISATION
 from kempnerforge_jax.training.loss import cross_entropy, router_losses, router_stats
 from kempnerforge_jax.training.terms import Terms, expert_counts, model_inputs
@@ -27,7 +31,7 @@ from shared_config.schema.optimizer import OptimizerConfig
 from shared_config.schema.training import TrainConfig
 from shared_config.schema.vlm import VLMConfig
 
-Arrays = dict[str, Any]
+Arrays = dict[str, Shaped[Array, "..."]]
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,12 @@ class Recipe:
     ``frozen`` are the parameters that get no gradient and no update; ``shards`` are those of a mesh.
     """
 
-    graphdef: Any
+    graphdef: nnx.GraphDef[Transformer | VLMWrapper]
     model: ModelConfig
     vlm: VLMConfig | None
     train: TrainConfig
     optimizer: OptimizerConfig
-    compute_dtype: Any
+    compute_dtype: np.dtype
     table: tuple[tuple[str, ParameterSpec], ...]
     frozen: frozenset[str] = frozenset()
     shards: Shards | None = None

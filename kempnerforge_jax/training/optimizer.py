@@ -32,12 +32,12 @@ from shared_config.contract.specs import ParameterTable, check_names
 from shared_config.schema.optimizer import OptimizerConfig
 
 Arrays = dict[str, Shaped[Array, "..."]]
-OptimizerState = Any
+OptimizerState = optax.OptState
 """What optax keeps: a named tuple for each parameter, then the states of the transformations after it."""
 
 
 def build_optimizer(
-    parameters: Mapping[str, Any], table: ParameterTable, config: OptimizerConfig
+    parameters: Mapping[str, object], table: ParameterTable, config: OptimizerConfig
 ) -> optax.GradientTransformation:
     """The optimiser of the named parameters (arrays, or anything else: only names matter).
 
@@ -86,14 +86,16 @@ def stays_finite(
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
 
 
-def states_of(state: OptimizerState, parameters: Mapping[str, Any]) -> OptimizerState:
+def states_of(state: OptimizerState, parameters: Mapping[str, object]) -> OptimizerState:
     """The state of some of the parameters; see `with_states`."""
-    return ({name: state[0][name] for name in parameters}, *state[1:])
+    by_name, rest = _parts(state)
+    return ({name: by_name[name] for name in parameters}, *rest)
 
 
 def with_states(state: OptimizerState, some: OptimizerState) -> OptimizerState:
     """The state with that of some parameters put in its place."""
-    return ({**state[0], **some[0]}, *some[1:])
+    changed, rest = _parts(some)
+    return ({**_parts(state)[0], **changed}, *rest)
 
 
 def get_optimizer_state(state: OptimizerState) -> Arrays:
@@ -105,12 +107,15 @@ def get_optimizer_state(state: OptimizerState) -> Arrays:
     }
 
 
-def set_optimizer_state(state: OptimizerState, moments: Mapping[str, Any], step: int) -> OptimizerState:
+def set_optimizer_state(
+    state: OptimizerState, moments: Mapping[str, Shaped[Array, "..."] | np.ndarray], step: int
+) -> OptimizerState:
     """The state with these moments and counts (JAX or NumPy arrays); counts that are not given are ``step``.
 
     Raises:
         UserError: lists every missing, unknown and misshapen name.
     """
+    by_name, rest = _parts(state)
     own = _arrays(state)
     values = {f"t.{name}": np.asarray(step) for name in unstack_shapes(own.get(UPDATES, {}))} | dict(moments)
     check_names(
@@ -120,9 +125,9 @@ def set_optimizer_state(state: OptimizerState, moments: Mapping[str, Any], step:
     filled = {kind: _filled(arrays, values, f"{kind}.") for kind, arrays in own.items()}
     states = {
         name: one._replace(**{field: filled[_kind(field)][name] for field in one._fields})
-        for name, one in state[0].items()
+        for name, one in by_name.items()
     }
-    return (states, *state[1:])
+    return (states, *rest)
 
 
 def clip_by_global_norm(gradients: Arrays, max_norm: float) -> tuple[Arrays, Float[Array, ""]]:
@@ -168,10 +173,16 @@ def _by_layer(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return function if stack is None else stack.map(function)
 
 
+def _parts(state: OptimizerState) -> tuple[dict[str, Any], tuple[optax.OptState, ...]]:
+    """The states by parameter, and those of the transformations after."""
+    parts: Any = state
+    return parts[0], parts[1:]
+
+
 def _arrays(state: OptimizerState) -> dict[str, Arrays]:
     """Kind -> parameter -> array: the moments, then the counts."""
     kinds: dict[str, Arrays] = {}
-    for name, one in state[0].items():
+    for name, one in _parts(state)[0].items():
         for field in sorted(one._fields, key="count".__eq__):
             kinds.setdefault(_kind(field), {})[name] = getattr(one, field)
     return kinds

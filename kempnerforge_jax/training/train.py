@@ -11,16 +11,17 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 from rich.console import Console
 
 from kempnerforge_jax.device import find_device, process_count
+from kempnerforge_jax.distributed.devices import Device
 from kempnerforge_jax.distributed.fsdp import mark_blocks, shards_of
 from kempnerforge_jax.distributed.mesh import devices_of, drawing_device, open_mesh
 from kempnerforge_jax.distributed.sharding import initial_state, keep_sharded, place, place_batches
@@ -28,9 +29,12 @@ from kempnerforge_jax.model.balancing import balance
 from kempnerforge_jax.model.build import build_model
 from kempnerforge_jax.model.module import named_variables
 from kempnerforge_jax.model.state import get_state, merge, set_state, split
+from kempnerforge_jax.model.transformer import Transformer
+from kempnerforge_jax.model.vlm import VLMWrapper
 from kempnerforge_jax.training.mixed_precision import compute_dtype, matmul_precision
 from kempnerforge_jax.training.objective import Arrays, Recipe, gradients_of, summed_loss
 from kempnerforge_jax.training.optimizer import (
+    OptimizerState,
     build_optimizer,
     clip_by_global_norm,
     get_optimizer_state,
@@ -58,11 +62,18 @@ from shared_config.schema.job import JobConfig
 from shared_config.training.loop import refuse_other_processes, run_training
 from shared_config.training.trainer import Batch, TrainingSummary
 
+_Batches = Mapping[str, np.ndarray] | Arrays
+_Step = Callable[
+    [Arrays, Arrays, OptimizerState, _Batches, np.ndarray, np.ndarray, np.ndarray],
+    tuple[Arrays, Arrays, OptimizerState, dict[str, Shaped[Array, ""]]],
+]
+_Evaluation = Callable[[Arrays, Arrays, _Batches], Shaped[Array, ""]]
+
 
 def train(
     config: JobConfig,
     *,
-    device: Any = None,
+    device: Device | str | None = None,
     console: Console | None = None,
     overridden: Collection[str] = (),
 ) -> TrainingSummary:
@@ -97,7 +108,13 @@ class Trainer:
 
     backend = "jax"
 
-    def __init__(self, config: JobConfig, device: Any = None, *, dtype: Any = jnp.float32):
+    def __init__(
+        self,
+        config: JobConfig,
+        device: Device | str | list[Device] | None = None,
+        *,
+        dtype: DTypeLike = jnp.float32,
+    ):
         self.config = config
         devices = list(device) if isinstance(device, list) else [find_device(device)]
         self.device, self.mesh = devices[0], open_mesh(config, devices)
@@ -127,7 +144,7 @@ class Trainer:
         self.updates = 0
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Transformer | VLMWrapper:
         """The masters as a model. The next step gives their memory away: a copy outlives it, this does not."""
         return merge(self.recipe.graphdef, self.parameters, self.buffers)
 
@@ -211,7 +228,7 @@ class Trainer:
         parts = [{name: np.split(array, ranks) for name, array in batch.items()} for batch in batches]
         return [{name: part[name][rank] for name in part} for part in parts for rank in range(ranks)]
 
-    def _stacked(self, batches: Sequence[Batch]) -> Arrays:
+    def _stacked(self, batches: Sequence[Batch]) -> _Batches:
         """Arrays (N, B, ...), on a mesh (N, R, B, ...)."""
         stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
         return stacked if self.mesh is None else place_batches(self.mesh, stacked)
@@ -224,18 +241,18 @@ class Trainer:
             frozen = frozenset(frozen_names(self.parameters, specs, vlm.module_patterns))
             self.recipe = dataclasses.replace(self.recipe, frozen=frozen)
 
-    def _host_copies(self, arrays: Arrays, *prefixes: str) -> Arrays:
+    def _host_copies(self, arrays: Arrays, *prefixes: str) -> dict[str, np.ndarray]:
         """In the order of the parameter table, which jit does not keep."""
         names = [prefix + name for prefix in prefixes for name in self.table if prefix + name in arrays]
         return {name: np.array(arrays[name]) for name in names}
 
     @property
-    def _scalar(self) -> Any:
+    def _scalar(self) -> np.dtype:
         return jnp.promote_types(self.recipe.compute_dtype, jnp.float32)
 
 
 @functools.lru_cache(maxsize=8)
-def compiled_step(recipe: Recipe) -> Callable[..., Any]:
+def compiled_step(recipe: Recipe) -> _Step:
     """A jitted ``(parameters, buffers, optimizer_state, batches, count, lr, progress) -> (the first three, metrics)``.
 
     The memory of the first three is given away. ``batches`` are arrays (N, B, S) by name, ``count`` is the number of
@@ -245,7 +262,7 @@ def compiled_step(recipe: Recipe) -> Callable[..., Any]:
 
 
 @functools.lru_cache(maxsize=8)
-def compiled_evaluation(recipe: Recipe) -> Callable[..., Any]:
+def compiled_evaluation(recipe: Recipe) -> _Evaluation:
     """A jitted ``(parameters, buffers, batches) -> sum of the cross entropy`` of one micro-batch; see `summed_loss`."""
     return jax.jit(functools.partial(summed_loss, recipe))
 
@@ -254,12 +271,12 @@ def _step(
     recipe: Recipe,
     parameters: Arrays,
     buffers: Arrays,
-    optimizer_state: Any,
+    optimizer_state: OptimizerState,
     batches: Arrays,
     count: jax.Array,
     lr: jax.Array,
     progress: jax.Array,
-) -> tuple[Arrays, Arrays, Any, dict[str, jax.Array]]:
+) -> tuple[Arrays, Arrays, OptimizerState, dict[str, jax.Array]]:
     gradients, total = gradients_of(recipe, parameters, buffers, batches, count)
     gradients, norm = clip_by_global_norm(gradients, recipe.train.grad_clip_norm)
     optimizer = build_optimizer(gradients, dict(recipe.table), recipe.optimizer)
@@ -294,7 +311,9 @@ def _balanced(
     return {name: variable.get_value() for name, variable in named_variables(model) if name in buffers}
 
 
-def trained_parameters(masters: Mapping[str, Any], config: JobConfig) -> dict[str, Any]:
+def trained_parameters(
+    masters: Mapping[str, Shaped[Array, "..."]], config: JobConfig
+) -> dict[str, Shaped[Array, "..."]]:
     """The parameters that are trained at one step of the job or another.
 
     Raises:
@@ -310,7 +329,7 @@ def trained_parameters(masters: Mapping[str, Any], config: JobConfig) -> dict[st
     return trained
 
 
-def _build_model(config: JobConfig, dtype: Any) -> Any:
+def _build_model(config: JobConfig, dtype: DTypeLike) -> Transformer | VLMWrapper:
     """The seeded model. It comes into being without arrays, and its initial values are float32 ones."""
     model = nnx.eval_shape(lambda: build_model(config, rngs=None))
     model.init_weights_and_freqs(config.train.seed)

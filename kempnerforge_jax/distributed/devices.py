@@ -1,0 +1,19 @@
+"""What a device of JAX tells of itself."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Device(Protocol):
+    """A `jax.Device`, of which type checkers know nothing."""
+
+    @property
+    def platform(self) -> str:
+        """As "cpu" or "gpu"."""
+        ...
+
+    @property
+    def device_kind(self) -> str:
+        """The model of an accelerator, or "cpu"."""
+        ...
