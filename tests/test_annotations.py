@@ -5,14 +5,19 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("kempnerforge_torch",)
+PACKAGES = ("kempnerforge_torch", "kempnerforge_jax")
 OUTPUT = "what a module puts out, an array or arrays by modality: its reader knows which"
 EXCEPTIONS = {
     f"{package}/model/hooks.py: {name}": OUTPUT
-    for package in PACKAGES
+    for package in ("kempnerforge_torch", "kempnerforge_jax")
     for name in ("capture", "ActivationStore.activations", "ActivationStore.get", "first_output")
+} | {
+    "kempnerforge_jax/model/module.py: Module.__call__": "what a subclass takes and gives, which says so itself",
+    "kempnerforge_jax/model/module.py: Module.forward": "what a subclass takes and gives, which says so itself",
+    "kempnerforge_jax/model/module.py: Module.kept": "what the module remembers: its reader knows which",
 }
 """``file: name`` of what takes or gives anything at all, with the reason."""
 
@@ -24,10 +29,14 @@ def untyped(tree: ast.Module) -> Iterator[str]:
             for member in node.body:
                 yield from (f"{node.name}.{name}" for name in _untyped(member))
                 if isinstance(member, ast.FunctionDef) and member.name == "__init__":
-                    attributes = (each for each in ast.walk(member) if isinstance(each, ast.AnnAssign))
+                    attributes = (each for each in ast.walk(member) if _sets_attribute(each))
                     yield from (f"{node.name}.{name}" for each in attributes for name in _untyped(each))
         else:
             yield from _untyped(node)
+
+
+def _sets_attribute(node: ast.AST) -> TypeGuard[ast.AnnAssign]:
+    return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Attribute)
 
 
 def _untyped(node: ast.stmt) -> Iterator[str]:
@@ -78,6 +87,7 @@ class C(NamedTuple):
     def __init__(self, x: Any):
         self.attribute: list[Any] = []
         self._attribute: Any = 0
+        local: Any = 0
     def method(self) -> Any: ...
     def _method(self) -> Any: ...
 """

@@ -44,6 +44,20 @@ DIFFERENCES = {
         "mix()": "torch: of integers of Python too, whose hash is one",
         "fold(index)": "jax: whatever becomes an array",
     },
+    "model/router.py": dict.fromkeys(
+        (
+            "SigmoidTopKRouter.update_bias(progress)",
+            "updated_bias(rate)",
+            "training_progress(step)",
+            "training_progress()",
+            "schedule_factor(progress)",
+            "schedule_factor()",
+        ),
+        "jax: may be traced",
+    ),
+    "model/sampling.py": dict.fromkeys(
+        ("draw(temperature)", "draw(top_k)", "draw(top_p)"), "jax: arguments of a compiled step"
+    ),
     "model/state.py": dict.fromkeys(("get_state()", "share()"), "jax: name of a type"),
     "training/optimizer.py": {
         "build_optimizer(parameters)": "jax: shapes will do",

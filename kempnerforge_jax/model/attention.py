@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from kempnerforge_jax.model.checks import check_positions
@@ -195,7 +195,7 @@ def attention_weights(
     return weights_BHSM if dense.empty is None else jnp.where(dense.empty, 0, weights_BHSM)
 
 
-def prepare_mask(mask: Mask, queries: int, keys: int, head_dim: int, dtype: Any) -> Mask:
+def prepare_mask(mask: Mask, queries: int, keys: int, head_dim: int, dtype: DTypeLike) -> Mask:
     """The mask as `attend` needs it: with its dense form, unless a kernel takes the facts. What all layers share is
     prepared once, before the first.
     """

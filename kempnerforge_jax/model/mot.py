@@ -96,7 +96,7 @@ class MoTAttention(Module):
         kv_cache: KVCache | None = None,
         mask: Mask | Bool[Array, "..."] | None = None,
         doc_ids: Integer[Array, "B S"] | None = None,
-    ) -> Any:
+    ) -> Streams | tuple[Streams, KVCache | None]:
         """Streams (B, _S, D) of modalities, which attend as one sequence in the order of ``modalities`` -> the same;
         or, with ``layout``, one stream (B, S, D) -> the same; given a cache, -> (that, new cache).
 
@@ -186,8 +186,8 @@ class MoTBlock(Module):
             rngs=rngs,
         )
         self.mlp_norm = _norms(config, self.modalities, rngs=rngs)
-        feed_forwards = {name: build_feed_forward(config, layer_idx, rngs=rngs) for name in self.modalities}
-        self.mlp: nnx.Dict[Module] = nnx.Dict(feed_forwards)
+        feed_forwards: Any = nnx.Dict({m: build_feed_forward(config, layer_idx, rngs=rngs) for m in self.modalities})
+        self.mlp: nnx.Dict[Module] = feed_forwards
         for name in self.modalities:
             silence(self.attn.o_proj[name])
             if not self.is_moe:

@@ -65,7 +65,7 @@ class Transformer(ModelGetters):
             config.head_size, config.max_seq_len, config.rope_theta, config.rope_scaling, rngs=None
         )
         blocks = {str(i): self.architecture.build_block(i, rngs=None) for i in range(config.n_layers)}
-        self.layers = Numbered(blocks)
+        self.layers: Numbered = Numbered(blocks)
         self.cross_attention_layers: nnx.Dict[Module] = nnx.Dict()
         self.mot_norms: nnx.Dict[Module] = nnx.Dict()
         extra = self.architecture.extra_modules(rngs=None)

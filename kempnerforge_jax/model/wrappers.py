@@ -14,7 +14,7 @@ from kempnerforge_jax.model.module import Numbered, named_modules
 from shared_config.interchange.states import WRAPPERS, plain_name
 
 _Model = TypeVar("_Model")
-_Module = TypeVar("_Module", bound=nnx.Module)
+_Unwrapped = TypeVar("_Unwrapped", bound=nnx.Module)
 
 
 def unwrap(model: _Model) -> _Model:
@@ -29,7 +29,7 @@ def plain_modules(model: nnx.Module) -> dict[str, nnx.Module]:
     return {plain_name(path): module for path, module in named_modules(unwrap(model)) if _held(module) is None}
 
 
-def unwrapped(model: _Module) -> _Module:
+def unwrapped(model: _Unwrapped) -> _Unwrapped:
     """The model as if nothing in it were wrapped, with the same variables; itself if nothing is."""
     model = unwrap(model)
     if all(_held(module) is None for _, module in named_modules(model)):

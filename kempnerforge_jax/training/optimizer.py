@@ -32,7 +32,7 @@ from shared_config.contract.specs import ParameterTable, check_names
 from shared_config.schema.optimizer import OptimizerConfig
 
 Arrays = dict[str, Shaped[Array, "..."]]
-OptimizerState = optax.OptState
+OptimizerState = object
 """What optax keeps: a named tuple for each parameter, then the states of the transformations after it."""
 
 
@@ -148,8 +148,8 @@ def clip_by_global_norm(gradients: Arrays, max_norm: float) -> tuple[Arrays, Flo
 
 
 def _moved(
-    optimizer: optax.GradientTransformation, gradients: Arrays, state: OptimizerState, parameters: Arrays, lr: jax.Array
-) -> tuple[Arrays, OptimizerState]:
+    optimizer: optax.GradientTransformation, gradients: Arrays, state: Any, parameters: Arrays, lr: jax.Array
+) -> tuple[Arrays, Any]:
     steps, new_state = optimizer.update(gradients, state, parameters)
     return jax.tree.map(lambda value, step: value - lr * step, parameters, steps), new_state
 
@@ -173,7 +173,7 @@ def _by_layer(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return function if stack is None else stack.map(function)
 
 
-def _parts(state: OptimizerState) -> tuple[dict[str, Any], tuple[optax.OptState, ...]]:
+def _parts(state: OptimizerState) -> tuple[dict[str, Any], tuple[Any, ...]]:
     """The states by parameter, and those of the transformations after."""
     parts: Any = state
     return parts[0], parts[1:]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Float, Shaped
 from rich.console import Console
 
 from kempnerforge_jax.device import find_device, process_count
@@ -311,9 +311,7 @@ def _balanced(
     return {name: variable.get_value() for name, variable in named_variables(model) if name in buffers}
 
 
-def trained_parameters(
-    masters: Mapping[str, Shaped[Array, "..."]], config: JobConfig
-) -> dict[str, Shaped[Array, "..."]]:
+def trained_parameters(masters: Mapping[str, Float[Array, "..."]], config: JobConfig) -> dict[str, Float[Array, "..."]]:
     """The parameters that are trained at one step of the job or another.
 
     Raises:

@@ -58,6 +58,7 @@ def test_shared_heads_sum_their_gradients_in_float32() -> None:
         return (attention._heads("v", "text", x) * values).sum()
 
     weight = attention.v_proj["text"].weight
+    assert weight is not None
     weight.set_value(jnp.ones_like(weight.get_value()))
     gradient = jax.grad(loss)(jnp.ones((1, 1, 4), jnp.bfloat16))
     np.testing.assert_array_equal(np.asarray(gradient, np.float32), np.full((1, 1, 4), 260))

@@ -26,6 +26,7 @@ from kempnerforge_jax.model.init import init_weights
 from kempnerforge_jax.model.mask import CAUSAL, FULL, Mask, dense_mask
 from kempnerforge_jax.model.mlp import StandardMLP, build_mlp
 from kempnerforge_jax.model.modality import ModalityContext
+from kempnerforge_jax.model.module import Numbered
 from kempnerforge_jax.model.norm import build_norm
 from kempnerforge_jax.model.position import precompute_rope_frequencies
 from kempnerforge_jax.model.scan import layer_stacks
@@ -157,7 +158,7 @@ def test_layers_are_stacked_by_structure() -> None:
         config = config_of(n_layers=n_layers)
         model = build(config)
         model.architecture = kind(config)
-        model.layers = nnx.Dict({str(i): model.architecture.build_block(i, rngs=nnx.Rngs(0)) for i in range(n_layers)})
+        model.layers = Numbered({str(i): model.architecture.build_block(i, rngs=nnx.Rngs(0)) for i in range(n_layers)})
         return [stack.layers for stack in layer_stacks(model)]
 
     assert grouped(Architecture, 5) == [range(5)]
