@@ -11,13 +11,14 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Shaped
 from rich.console import Console
 
 from kempnerforge_jax.device import find_device, process_count
@@ -62,6 +63,7 @@ from shared_config.schema.job import JobConfig
 from shared_config.training.loop import refuse_other_processes, run_training
 from shared_config.training.trainer import Batch, TrainingSummary
 
+_Master = TypeVar("_Master")
 _Batches = Mapping[str, np.ndarray] | Arrays
 _Step = Callable[
     [Arrays, Arrays, OptimizerState, _Batches, np.ndarray, np.ndarray, np.ndarray],
@@ -311,7 +313,7 @@ def _balanced(
     return {name: variable.get_value() for name, variable in named_variables(model) if name in buffers}
 
 
-def trained_parameters(masters: Mapping[str, Float[Array, "..."]], config: JobConfig) -> dict[str, Float[Array, "..."]]:
+def trained_parameters(masters: Mapping[str, _Master], config: JobConfig) -> dict[str, _Master]:
     """The parameters that are trained at one step of the job or another.
 
     Raises:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -67,8 +68,12 @@ def test_a_layout_that_does_not_fit_the_devices_is_refused(tmp_path: Path) -> No
 def test_layouts_that_jax_has_not_are_refused(platform: str, layout: dict[str, int], problem: str) -> None:
     job = tiny_job({"n_heads": 4, "n_kv_heads": 4}, distributed=layout, train={"grad_accum_steps": 2})
     with pytest.raises(ConfigError, match=re.escape(problem)):
-        open_mesh(job, [SimpleNamespace(platform=platform)] * 2)
+        open_mesh(job, [device_of(platform)] * 2)
+
+
+def device_of(platform: str) -> Any:
+    return SimpleNamespace(platform=platform)
 
 
 def test_one_device_needs_no_mesh() -> None:
-    assert open_mesh(tiny_job(), [SimpleNamespace(platform="cpu")]) is None
+    assert open_mesh(tiny_job(), [device_of("cpu")]) is None
