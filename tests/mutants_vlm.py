@@ -116,7 +116,7 @@ VLM_MUTANTS = (
     Mutant(
         "model.mot", "feed-forward layer not silent at the start",
         ('nn.init.zeros_(self.mlp.get_parameter(f"{name}.down_proj.weight"))', "pass"),
-        ("silence(self.mlp[name].down_proj)", "pass"),
+        ("silence(feed_forwards[name].down_proj)", "pass"),
     ),
     Mutant(
         "model.expert_choice", "padding gives capacity",
