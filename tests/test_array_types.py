@@ -45,15 +45,7 @@ DIFFERENCES = {
         "fold(index)": "jax: whatever becomes an array",
     },
     "model/router.py": dict.fromkeys(
-        (
-            "SigmoidTopKRouter.update_bias(progress)",
-            "updated_bias(rate)",
-            "training_progress(step)",
-            "training_progress()",
-            "schedule_factor(progress)",
-            "schedule_factor()",
-        ),
-        "jax: may be traced",
+        ("SigmoidTopKRouter.update_bias(progress)", "updated_bias(rate)"), "jax: arguments of a compiled step"
     ),
     "model/sampling.py": dict.fromkeys(
         ("draw(temperature)", "draw(top_k)", "draw(top_p)"), "jax: arguments of a compiled step"
