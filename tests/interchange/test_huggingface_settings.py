@@ -209,6 +209,9 @@ SAID: list[tuple[str, dict[str, Any], list[str]]] = [
     ("llama", {"rope_scaling": {"rope_type": "x", "factor": "y"}}, ["rope_scaling.factor = 'y': must be a number"]),
     ("llama", {"rope_scaling": {"rope_type": "x"}}, ["rope_type = 'x': must be one of default, linear, llama3, yarn"]),
     ("llama", {"rope_scaling": {"rope_type": "linear"}}, ["rope factor = None: must be a number"]),
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": None}}, ["rope factor = None: must be a number"]),
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2}}, []),
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.5}}, []),
     ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, [
         "rope low_freq_factor: must be given with rope_type 'llama3'",
         "rope high_freq_factor: must be given with rope_type 'llama3'",
@@ -292,6 +295,19 @@ def test_scales_that_are_0_or_alone_count_for_nothing(factors: dict[str, float],
     fields = config_from_huggingface(content_of("llama", rope_scaling={**YARN, **factors}))
     assert fields["rope_scaling"].get("attention_factor") == expected
     assert "beta_fast" not in fields["rope_scaling"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "first", "window"),
+    [(1, 0, 7), (1, -1, 7), (1, 1, None), (1, 2, None), (2, 0, 7), (2, 2, None), (2, 3, None)],
+)
+def test_layers_below_the_first_with_a_window_have_none(layers: int, first: int, window: int | None) -> None:
+    content = content_of("qwen3", num_hidden_layers=layers, max_window_layers=first, **QWEN)
+    assert config_from_huggingface(content)["sliding_window"] == window
+    with_types = {**content, "layer_types": ["sliding_attention"] * layers}
+    assert config_from_huggingface(with_types)["sliding_window"] == 7
+    del content["max_window_layers"]
+    assert config_from_huggingface(content)["sliding_window"] is None
 
 
 def test_experts_are_counted_under_the_newer_name_first() -> None:

@@ -124,6 +124,10 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
         f"size = {{'shortest_edge': 28, 'longest_edge': 30}}: {NEEDED_SIZE}",
     ]),
     ("clip", {"size": {"height": 28, "width": 0}}, [f"size = {{'height': 28, 'width': 0}}: {NEEDED_SIZE}"]),
+    ("clip", {"size": [28.0, 28]}, [f"size = [28.0, 28]: {NEEDED_SIZE}"]),
+    ("clip", {"size": [28, 28, 28]}, [f"size = [28, 28, 28]: {NEEDED_SIZE}"]),
+    ("clip", {"size": {"height": 28.0, "width": 28}}, [f"size = {{'height': 28.0, 'width': 28}}: {NEEDED_SIZE}"]),
+    ("clip", {"crop_size": [28.0, 28]}, ["crop_size = [28.0, 28]: must be the encoder's image size, 28"]),
     ("clip", {"size": [28, 27]}, ["size = [28, 27]: must be the encoder's image size, 28"]),
     ("clip", {"size": 27, "default_to_square": True}, ["size = 27: must be the encoder's image size, 28"]),
     ("siglip2", {"size": {"shortest_edge": 28}}, [
