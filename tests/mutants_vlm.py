@@ -163,7 +163,7 @@ VLM_MUTANTS = (
     ),
     both("model.vlm", "image mask dropped", "image_features=image_embeds, image_mask=image_mask",
          "image_features=image_embeds"),
-    both("model.vlm", "text mask dropped", "real[:, prefix:] & text_mask", "real[:, prefix:]"),
+    both("model.vlm", "text mask dropped", "real_BS[:, prefix:] & text_mask", "real_BS[:, prefix:]"),
     both("model.vlm", "text mask dropped where cross-attention reads the image",
          "if text_mask is not None:\n        batch",
          "if text_mask is not None and image.image_features is None:\n        batch"),

@@ -198,8 +198,8 @@ class DecodeState:
             documents, seen_documents = self.append(documents, doc_ids)
         if self.valid is not None or key_padding_mask is not None:
             valid = jnp.ones(shape, jnp.bool_) if self.valid is None else self.valid
-            real = jnp.ones((shape[0], length), jnp.bool_)
-            valid, seen_valid = self.append(valid, real if key_padding_mask is None else key_padding_mask)
+            real_BS = jnp.ones((shape[0], length), jnp.bool_)
+            valid, seen_valid = self.append(valid, real_BS if key_padding_mask is None else key_padding_mask)
         return (documents, valid), (seen_documents, seen_valid)
 
     def _write(self, slots: jax.Array, new: jax.Array, axis: int) -> jax.Array:

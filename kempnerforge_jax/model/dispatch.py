@@ -138,8 +138,8 @@ def _scale_gradient_backward(factors: jax.Array, dy: jax.Array) -> tuple[jax.Arr
 
 
 def _ends(expert_R: jax.Array, num_experts: int) -> jax.Array:
-    experts = jnp.arange(num_experts, dtype=expert_R.dtype)
-    return jnp.searchsorted(expert_R, experts, side="right", method="compare_all").astype(jnp.int32)
+    experts_E = jnp.arange(num_experts, dtype=expert_R.dtype)
+    return jnp.searchsorted(expert_R, experts_E, side="right", method="compare_all").astype(jnp.int32)
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)

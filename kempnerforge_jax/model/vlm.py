@@ -1,7 +1,7 @@
 """Vision-language models: an encoder, an adapter and a `Transformer`, joined as the architecture wants the image.
 
 Shapes: B batch, F frames of a clip (1 for an image), h, w pixels, n tokens of a frame, N = F * n image tokens, T text
-tokens, D model dim, V vocabulary.
+tokens, S positions of the stream, D model dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ class JointDecoderStrategy(ModalityStrategy):
     ) -> ModalityContext:
         """As `ModalityStrategy`."""
         image_embeds, image_mask = wrapper.encode_images(pixel_values, frame_mask)
-        padding = None
+        padding_BS = None
         if image_mask is not None:
-            padding = jnp.concatenate([image_mask, jnp.ones(input_ids.shape, bool)], axis=1)
+            padding_BS = jnp.concatenate([image_mask, jnp.ones(input_ids.shape, bool)], axis=1)
         text = slice(image_embeds.shape[1], None)
-        return ModalityContext(prefix_embeds=image_embeds, output_slice=text, key_padding_mask=padding)
+        return ModalityContext(prefix_embeds=image_embeds, output_slice=text, key_padding_mask=padding_BS)
 
 
 @registry.register("modality_strategy", "mot")
@@ -289,14 +289,14 @@ def with_text(
     image: ModalityContext, text_mask: Bool[Array, "B T"] | None, noise_seed: Integer[Array, ""] | None
 ) -> ModalityContext:
     """What a strategy has prepared, with what is known of the text, whose positions come last in the stream."""
-    real = image.key_padding_mask
+    real_BS = image.key_padding_mask
     if text_mask is not None:
         batch, length = text_mask.shape
         prefix = 0 if image.prefix_embeds is None else image.prefix_embeds.shape[1]
-        if real is None:
-            real = jnp.ones((batch, prefix + length), bool)
-        real = jnp.concatenate([real[:, :prefix], real[:, prefix:] & text_mask], axis=1)
-    return replace(image, key_padding_mask=real, noise_seed=image.noise_seed if noise_seed is None else noise_seed)
+        if real_BS is None:
+            real_BS = jnp.ones((batch, prefix + length), bool)
+        real_BS = jnp.concatenate([real_BS[:, :prefix], real_BS[:, prefix:] & text_mask], axis=1)
+    return replace(image, key_padding_mask=real_BS, noise_seed=image.noise_seed if noise_seed is None else noise_seed)
 
 
 def build_vlm_wrapper(

@@ -181,13 +181,13 @@ class CrossAttentionArchitecture(Architecture):
         index = (layer_idx + 1) // self.every - 1
         block = self._blocks(modules).get_submodule(str(index))
         if modality.image_keys_values is not None:
-            out = block(x, None, modality.image_mask, keys_values=modality.image_keys_values[index])
+            out_BSD = block(x, None, modality.image_mask, keys_values=modality.image_keys_values[index])
         else:
             assert modality.image_features is not None
-            out = block(x, modality.image_features.to(x.dtype), modality.image_mask)
+            out_BSD = block(x, modality.image_features.to(x.dtype), modality.image_mask)
         if modality.image_mask is None:
-            return out
-        return torch.where(modality.image_mask.any(dim=1)[:, None, None], out, x)
+            return out_BSD
+        return torch.where(modality.image_mask.any(dim=1)[:, None, None], out_BSD, x)
 
     @staticmethod
     def _blocks(modules: Modules) -> nn.Module:

@@ -209,8 +209,8 @@ class DecodeState:
             seen_documents = self.append(documents, doc_ids)
         if self.valid is not None or key_padding_mask is not None:
             valid = torch.ones(shape, dtype=torch.bool, device=device) if self.valid is None else self.valid.clone()
-            real = torch.ones((shape[0], length), dtype=torch.bool, device=device)
-            seen_valid = self.append(valid, real if key_padding_mask is None else key_padding_mask)
+            real_BS = torch.ones((shape[0], length), dtype=torch.bool, device=device)
+            seen_valid = self.append(valid, real_BS if key_padding_mask is None else key_padding_mask)
         return (documents, valid), (seen_documents, seen_valid)
 
     def _take(self, **values: Tensor | None) -> None:

@@ -155,5 +155,5 @@ def _capacities(tokens: int, top_k: int, num_experts: int, factor: float) -> lis
 
 
 def _ends(expert_R: Tensor, num_experts: int) -> Tensor:
-    experts = torch.arange(num_experts, device=expert_R.device)
-    return torch.searchsorted(expert_R, experts, right=True, out_int32=True)
+    experts_E = torch.arange(num_experts, device=expert_R.device)
+    return torch.searchsorted(expert_R, experts_E, right=True, out_int32=True)

@@ -94,13 +94,13 @@ class MoMaFFN(nn.Module):
         layout = layout_of(self.modalities, modality_ids, x) if layout is None else layout
         outs, stats = self._by_span(x, layout, key_padding_mask, noise_seed)
         if layout.spans is None:
-            out = layout.known(sum(outs.values(), torch.zeros_like(x)))
+            out_BSD = layout.known(sum(outs.values(), torch.zeros_like(x)))
         else:
-            out = torch.cat([outs[name] for name, _, _ in layout.spans], dim=1)
+            out_BSD = torch.cat([outs[name] for name, _, _ in layout.spans], dim=1)
         if return_stats:
-            return MoMaOutput(out, stats)
+            return MoMaOutput(out_BSD, stats)
         keep_stats(self.experts, stats)
-        return out
+        return out_BSD
 
     def run(
         self,
@@ -205,13 +205,13 @@ class MoMaBlock(nn.Module):
         x = x + self.attention(
             self.attention_norm(x), rope_cos, rope_sin, mask=mask, doc_ids=doc_ids, key_padding_mask=key_padding_mask
         )
-        out, stats = self.mlp(
+        out_BSD, stats = self.mlp(
             self.mlp_norm(x), modality_ids, key_padding_mask, layout=layout, noise_seed=noise_seed, return_stats=True
         )
         if return_stats:
-            return BlockOutput(x + out, stats)
+            return BlockOutput(x + out_BSD, stats)
         keep_stats(self.mlp, stats)
-        return x + out
+        return x + out_BSD
 
     def run(
         self,

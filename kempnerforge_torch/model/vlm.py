@@ -1,7 +1,7 @@
 """Vision-language models: an encoder, an adapter and a `Transformer`, joined as the architecture wants the image.
 
 Shapes: B batch, F frames of a clip (1 for an image), h, w pixels, n tokens of a frame, N = F * n image tokens, T text
-tokens, D model dim, V vocabulary.
+tokens, S positions of the stream, D model dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ class JointDecoderStrategy(ModalityStrategy):
     ) -> ModalityContext:
         """As `ModalityStrategy`."""
         image_embeds, image_mask = wrapper.encode_images(pixel_values, frame_mask)
-        padding = None
+        padding_BS = None
         if image_mask is not None:
-            padding = torch.cat([image_mask, torch.ones_like(input_ids, dtype=torch.bool)], dim=1)
+            padding_BS = torch.cat([image_mask, torch.ones_like(input_ids, dtype=torch.bool)], dim=1)
         text = slice(image_embeds.shape[1], None)
-        return ModalityContext(prefix_embeds=image_embeds, output_slice=text, key_padding_mask=padding)
+        return ModalityContext(prefix_embeds=image_embeds, output_slice=text, key_padding_mask=padding_BS)
 
 
 @registry.register("modality_strategy", "mot")
@@ -298,14 +298,14 @@ def with_text(
     image: ModalityContext, text_mask: Bool[Tensor, "B T"] | None, noise_seed: Integer[Tensor, ""] | None
 ) -> ModalityContext:
     """What a strategy has prepared, with what is known of the text, whose positions come last in the stream."""
-    real = image.key_padding_mask
+    real_BS = image.key_padding_mask
     if text_mask is not None:
         batch, length = text_mask.shape
         prefix = 0 if image.prefix_embeds is None else image.prefix_embeds.shape[1]
-        if real is None:
-            real = torch.ones((batch, prefix + length), dtype=torch.bool, device=text_mask.device)
-        real = torch.cat([real[:, :prefix], real[:, prefix:] & text_mask], dim=1)
-    return replace(image, key_padding_mask=real, noise_seed=image.noise_seed if noise_seed is None else noise_seed)
+        if real_BS is None:
+            real_BS = torch.ones((batch, prefix + length), dtype=torch.bool, device=text_mask.device)
+        real_BS = torch.cat([real_BS[:, :prefix], real_BS[:, prefix:] & text_mask], dim=1)
+    return replace(image, key_padding_mask=real_BS, noise_seed=image.noise_seed if noise_seed is None else noise_seed)
 
 
 def build_vlm_wrapper(
