@@ -18,7 +18,7 @@ from beartype.roar import BeartypeCallHintViolation
 from hypothesis import settings
 
 from tests import array_types
-from tests.cli.processes import ROOT, run_python
+from tests.cli.processes import run_python
 from tests.test_twins import BACKENDS, common_files, files_of, path_of
 
 KINDS = {"Float", "Int", "Integer", "Bool", "Num", "Shaped"}
@@ -136,9 +136,6 @@ LEFT_OUT = {
 }
 """By file, a test that gives something else in place of arrays."""
 
-PLANTED = ("additions", "bugs", "false_alarms", "mutants", "kernels", "extending", "precision", "registration")
-"""Parts of the names of files whose tests load changed source text of the backends, or add to it."""
-
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 
 
@@ -217,15 +214,10 @@ def _signature(node: ast.FunctionDef, name: str) -> Iterator[tuple[str, str]]:
 
 
 def test_calls_take_and_give_what_signatures_say(tmp_path: Path) -> None:
-    """Of a sample of tests; HYPOTHESIS_PROFILE=nightly: of all that call the backends in their own process."""
+    """Of a sample of tests; HYPOTHESIS_PROFILE=nightly: of all of these files, and those beside them."""
     tests = [f"tests/{file}::{name}" for file, names in CALLS.items() for name in names]
     if NIGHTLY:
-        parity = sorted(map(str, (ROOT / "tests/parity").glob("test_*.py")))
-        tests = [
-            "tests/torch",
-            "tests/jax",
-            *(path for path in parity if not any(part in Path(path).name for part in PLANTED)),
-        ]
+        tests = ["tests/torch", "tests/jax", "tests/parity/test_documented_calls.py", "tests/parity/test_refusals.py"]
         tests += [f"--deselect={file}::{name}" for file, name in LEFT_OUT.items()]
     options = ("-p", "tests.array_types", "-n", "0", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'child'}")
     ended = run_python("-m", "pytest", *options, *tests, timeout=7200)
