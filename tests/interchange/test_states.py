@@ -115,6 +115,7 @@ def test_tensors_of_the_same_memory_are_kept_once() -> None:
         "a": base, "tied": base.view(3, 4), "flat": base.view(12), "turned": base.T, "square": base[:3, :3],
         "turned square": base[:3, :3].T, "copy": base.clone(), "bits": base.view(torch.int32), "later": base[1:],
         "no rows": base[:0], "no rows too": base[:0], "one": base[:1, :1], "one again": base[:1, :1],
+        "steps": SimpleNamespace(stride=lambda: ()), "steps too": SimpleNamespace(stride=lambda: ()),
         "pointer": SimpleNamespace(data_ptr=lambda: 5), "pointer too": SimpleNamespace(data_ptr=lambda: 5),
         "empty": torch.empty(0), "empty too": torch.empty(0), "array": ONE, "same array": ONE, "again": base,
         "meta": torch.empty(3, 4, device="meta"), "meta too": torch.empty(3, 4, device="meta"),
