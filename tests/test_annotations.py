@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TypeGuard
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("kempnerforge_torch", "kempnerforge_jax")
+PACKAGES = (
+    "kempnerforge_torch",
+    "kempnerforge_jax",
+    "shared_config/commands",
+    "shared_config/contract",
+    "shared_config/training",
+)
 OUTPUT = "what a module puts out, an array or arrays by modality: its reader knows which"
 EXCEPTIONS = {
     f"{package}/model/hooks.py: {name}": OUTPUT
@@ -18,6 +24,15 @@ EXCEPTIONS = {
     "kempnerforge_jax/model/module.py: Module.__call__": "what a subclass takes and gives, which says so itself",
     "kempnerforge_jax/model/module.py: Module.forward": "what a subclass takes and gives, which says so itself",
     "kempnerforge_jax/model/module.py: Module.kept": "what the module remembers: its reader knows which",
+    **dict.fromkeys(
+        (
+            "shared_config/contract/bias_schedule.py: training_progress",
+            "shared_config/contract/bias_schedule.py: schedule_factor",
+        ),
+        "a number, or an array of whichever namespace is given",
+    ),
+    "shared_config/contract/decoding.py: SamplingConfig.seed": "an integer, or what draws numbers in a backend",
+    "shared_config/training/metrics.py: read_metrics": "lines of JSON, as they were written",
 }
 """``file: name`` of what takes or gives anything at all, with the reason."""
 

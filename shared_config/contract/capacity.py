@@ -7,7 +7,7 @@ of either backend.
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,8 @@ MAX_DENOMINATOR = 10_000
 
 Share = tuple[int, int]
 """Numerator and denominator."""
+Count = TypeVar("Count")
+"""A number of tokens: an integer, or an array of one."""
 
 
 def choice_share(experts: int, capacity_factor: float) -> Share:
@@ -37,10 +39,11 @@ def choice_share(experts: int, capacity_factor: float) -> Share:
     return share.numerator, share.denominator
 
 
-def choice_capacity(tokens: Any, share: Share) -> Any:
+def choice_capacity(tokens: Count, share: Share) -> Count:
     """ceil(share * tokens): how many each expert takes."""
     n, d = share
-    return n * (tokens // d) + (n * (tokens % d) + d - 1) // d
+    number: Any = tokens
+    return n * (number // d) + (n * (number % d) + d - 1) // d
 
 
 def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int | None:

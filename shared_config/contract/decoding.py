@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from shared_config.contract.initialise import stream
 from shared_config.errors import UserError
@@ -68,7 +69,7 @@ class SamplingConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    eos_token_id: Any = None
+    eos_token_id: object = None
     pad_token_id: int = 0
     seed: Any = None
 
@@ -96,7 +97,7 @@ def _until(tokens: np.ndarray, stops: Sequence[int]) -> np.ndarray:
     return tokens[: found[0] + 1] if found.size else tokens
 
 
-def read_prompts(prompt_tokens: Any, prompt_lengths: Any, vocab_size: int) -> Prompts:
+def read_prompts(prompt_tokens: Iterable[ArrayLike], prompt_lengths: ArrayLike | None, vocab_size: int) -> Prompts:
     """Check and align prompts.
 
     Args:
@@ -159,20 +160,21 @@ def check_request(
         check_integer("eos_token_id", eos_token_id, 0, vocab_size, "or None")
 
 
-def read_stops(eos_token_id: Any) -> tuple[int, ...]:
+def read_stops(eos_token_id: object) -> tuple[int, ...]:
     """The ids that end a row: of an id, several of them (a sequence or an array), or None.
 
     Raises:
         UserError: what is no id.
     """
-    on_host = eos_token_id.tolist() if hasattr(eos_token_id, "tolist") else eos_token_id
+    tolist = getattr(eos_token_id, "tolist", None)
+    on_host: Any = eos_token_id if tolist is None else tolist()
     given = np.asarray([] if on_host is None else on_host)
     if given.ndim > 1 or (given.size and given.dtype.kind not in "iu"):
         raise UserError(f"eos_token_id = {eos_token_id!r}: must be an id, a sequence of ids, or None")
     return tuple(dict.fromkeys(given.reshape(-1).tolist()))
 
 
-def check_integer(name: str, value: Any, low: int, high: int | None = None, others: str = "") -> None:
+def check_integer(name: str, value: object, low: int, high: int | None = None, others: str = "") -> None:
     """Check an integer of Python or NumPy.
 
     Args:
@@ -183,7 +185,8 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None, othe
         UserError: another type, or out of range.
     """
     is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if is_integer and low <= value and (high is None or value < high):
+    number: Any = value
+    if is_integer and low <= number and (high is None or number < high):
         return
     allowed = f"at least {low}" if high is None else f"in [{low}, {high})"
     kind = "" if is_integer else "an integer "
@@ -256,7 +259,7 @@ def check_uniforms(uniforms: np.ndarray, rows: int, count: int) -> np.ndarray:
     return uniforms
 
 
-def _checked_lengths(prompt_lengths: Any, rows: Sequence[np.ndarray]) -> list[int]:
+def _checked_lengths(prompt_lengths: ArrayLike, rows: Sequence[np.ndarray]) -> list[int]:
     given = np.atleast_1d(np.asarray(prompt_lengths))
     if not np.issubdtype(given.dtype, np.integer):
         raise UserError(f"prompt_lengths is of {given.dtype}: lengths are integers")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.architecture import VLMConfig
@@ -22,8 +21,8 @@ class Difference:
     """A field whose value is another one there than here."""
 
     field: str
-    here: Any
-    there: Any
+    here: object
+    there: object
 
     def overriding(self, where: str) -> str:
         """That the value here is used all the same."""
@@ -33,12 +32,12 @@ class Difference:
         )
 
 
-def function_of(config: JobConfig) -> dict[str, Any]:
+def function_of(config: JobConfig) -> dict[str, object]:
     """Dotted field -> value, for all fields that change what given weights compute.
 
     Spellings of the same function give the same values: derived fields are derived, and what has no effect is left out.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for name in function_names(type(config)):
         values |= _prefixed(name, _section_fields(config, getattr(config, name)))
     if config.vlm is not None:
@@ -55,14 +54,14 @@ def differences(here: JobConfig, there: JobConfig) -> list[Difference]:
     return differing(function_of(here), function_of(there))
 
 
-def differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[Difference]:
+def differing(here: Mapping[str, object], there: Mapping[str, object]) -> list[Difference]:
     """The fields of both that are not equal. What only one of them has hangs on another field that differs."""
     return [
         Difference(name, value, there[name]) for name, value in here.items() if name in there and there[name] != value
     ]
 
 
-def _section_fields(config: JobConfig, section: Section | None) -> dict[str, Any]:
+def _section_fields(config: JobConfig, section: Section | None) -> dict[str, object]:
     """The fields of one section, those derived from the model as they come out."""
     if section is None:
         return {}
@@ -74,5 +73,5 @@ def _section_fields(config: JobConfig, section: Section | None) -> dict[str, Any
     return values
 
 
-def _prefixed(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def _prefixed(section: str, values: Mapping[str, object]) -> dict[str, object]:
     return {f"{section}.{name}": dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}

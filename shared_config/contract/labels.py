@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -11,6 +10,6 @@ IGNORED = -100
 """The label of a position without a loss."""
 
 
-def label_count(batches: Iterable[Mapping[str, Any]]) -> int:
+def label_count(batches: Iterable[Mapping[str, np.ndarray]]) -> int:
     """Labels that count in the loss, over all batches."""
     return sum(int(np.count_nonzero(batch["labels"] != IGNORED)) for batch in batches)

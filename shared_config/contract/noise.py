@@ -9,9 +9,8 @@ Shapes: B images, P = 3 * h * w places of an image, N tokens, F features.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import ArrayLike
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0x21F0AAAD, 0x735A2D97)
@@ -24,7 +23,7 @@ FEATURE_SCALE = 128.0
 UNIFORM_BITS = 23
 
 
-def mix(x: Any) -> np.ndarray:
+def mix(x: ArrayLike) -> np.ndarray:
     """A bijection of the 32-bit integers in which each input bit moves each output bit with probability near 1/2.
 
     Xor-shift and multiply, constants found by search (C. Wellons, hash-prospector: 16 21f0aaad 15 735a2d97 15).
@@ -90,7 +89,7 @@ def image_noise(pixels: np.ndarray, num_tokens: int, feature_dim: int, seed: int
     return noise.reshape(len(pixels), num_tokens, feature_dim).astype(pixels.dtype)
 
 
-def fold(state: Any, index: Any) -> np.ndarray:
+def fold(state: ArrayLike, index: ArrayLike) -> np.ndarray:
     """A new hash from a hash and an integer, elementwise; chains of it name a number by several indices."""
     salted = np.asarray(index, np.uint32) + np.uint32(SALTS[0])
     return mix(np.asarray(state, np.uint32) ^ mix(salted))

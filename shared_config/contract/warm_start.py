@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from shared_config.contract.parameters import aliases, parameter_table
 from shared_config.contract.specs import ParameterTable
@@ -37,7 +37,10 @@ def without_warm_start(config: JobConfig) -> JobConfig:
     return config if config.vlm is None else config.replace(vlm=config.vlm.without_warm_start())
 
 
-def warm_start_state(config: ModelConfig, vlm: VLMConfig, state: Mapping[str, Any]) -> dict[str, Any]:
+Value = TypeVar("Value")
+
+
+def warm_start_state(config: ModelConfig, vlm: VLMConfig, state: Mapping[str, Value]) -> dict[str, Value]:
     """The state of the mixture, each tensor that of its source.
 
     Args:
@@ -53,12 +56,16 @@ def warm_start_state(config: ModelConfig, vlm: VLMConfig, state: Mapping[str, An
     sources = {name: text_source(name, vlm.modalities) for name in table}
     problems = [f"{source}: missing" for source in dict.fromkeys(sources.values()) if source not in state]
     problems += [
-        f"{source}.shape = {tuple(state[source].shape)}: {name} needs {table[name].shape}"
+        f"{source}.shape = {_shape(state[source])}: {name} needs {table[name].shape}"
         for name, source in sources.items()
-        if source in state and tuple(state[source].shape) != table[name].shape
+        if source in state and _shape(state[source]) != table[name].shape
     ]
     unused = set(state) - set(sources.values()) - set(aliases(config))
     problems += [f"{name}: has no place in the mixture" for name in sorted(unused)]
     if problems:
         raise UserError("the text model doesn't fit the mixture of transformers:\n" + "\n".join(problems))
     return {name: state[source] for name, source in sources.items()}
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(tensor.shape)
