@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from shared_config.commands.line import status_of
 from shared_config.training import streams
 from shared_config.training.signals import INTERRUPTS
 
@@ -22,13 +21,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         129 hung up, 130 interrupted, 143 terminated.
     """
     if arguments is not None:
-        return status_of(arguments)
+        return _status(arguments)
     INTERRUPTS.take()
     sys.stdout, sys.stderr = streams.outliving(sys.stdout), streams.outliving(sys.stderr)
-    status = status_of(sys.argv[1:])
+    status = _status(sys.argv[1:])
     INTERRUPTS.at_once = status
     streams.flush()
     return status
+
+
+def _status(arguments: Sequence[str]) -> int:
+    """Of a command line, whose code is imported when interrupts are taken care of."""
+    from shared_config.commands.line import status_of
+
+    return status_of(arguments)
 
 
 if __name__ == "__main__":
