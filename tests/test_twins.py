@@ -97,7 +97,6 @@ DIFFERENCES = {
         "sample(key)": "jax: the state of its random numbers",
     },
     "model/state.py": {
-        "State": "jax: name of a type",
         "assign": "torch: tensors are written to, sharded ones too",
         "merge": "jax: flat dicts cross jit, modules don't",
         "own_tensors": "torch: tensors, which are their own variables",
@@ -115,7 +114,6 @@ DIFFERENCES = {
     },
     "model/vision.py": {
         "gelu_tanh": "jax: has no such function under a name that computes in float32",
-        "VisionAttention.head_dim": "torch: ranks may have some of the heads",
     },
     "model/wrappers.py": {"uncompiled": "torch: a compiled module runs no hooks that came later; jit has no modules"},
     "model/vlm.py": {
@@ -133,8 +131,6 @@ DIFFERENCES = {
         "cross_entropy(fused)": "torch: eager or compiled; JAX always compiles",
     },
     "training/optimizer.py": {
-        "Arrays": "jax: name of a type",
-        "Group": "torch: an optimiser holds its parameters",
         "FOUND_INF": "torch: how its AdamW is told to leave a step out; JAX selects values",
         "adamw(groups)": "torch: an optimiser holds its parameters",
         "OptimizerState": "jax: name of a type",
@@ -159,14 +155,11 @@ DIFFERENCES = {
         "blocks": "torch: what is wrapped, compiled and sharded one by one",
         "checkpoint_activations": "torch: wraps the blocks",
         "compile_blocks": "torch: compiles block by block",
-        "log": "torch: compilation may be left out, and says so",
     },
     "training/mixed_precision.py": {
         "Cast": "torch: all masters in one operation of autograd",
-        "CastContext": "torch: what that operation remembers",
     },
     "training/objective.py": {
-        "Arrays": "jax: name of a type",
         "Objective": "torch: a module, so that the head and the loss are compiled as one",
         "Recipe": "jax: what is static in a compiled step",
         "compute_copy": "jax: arrays are cast within the compiled step",

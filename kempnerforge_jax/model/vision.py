@@ -97,6 +97,7 @@ class VisionAttention(Module):
 
     def __init__(self, dim: int, n_heads: int, *, rngs: nnx.Rngs | None):
         self.n_heads = n_heads
+        self.head_dim = dim // n_heads
         self.q_proj = Linear(dim, dim, True, rngs=rngs)
         self.k_proj = Linear(dim, dim, True, rngs=rngs)
         self.v_proj = Linear(dim, dim, True, rngs=rngs)
@@ -105,7 +106,7 @@ class VisionAttention(Module):
     def forward(self, x: Float[Array, "B N F"]) -> Float[Array, "B N F"]:
         """(B, N, F) -> (B, N, F)."""
         q_BHNh, k_BHNh, v_BHNh = (
-            project(x).reshape(*x.shape[:2], self.n_heads, -1).swapaxes(1, 2)
+            project(x).reshape(*x.shape[:2], -1, self.head_dim).swapaxes(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         return self.o_proj(attend(q_BHNh, k_BHNh, v_BHNh, FULL).swapaxes(1, 2).reshape(x.shape))

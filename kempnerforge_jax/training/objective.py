@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Num, Shaped
+from jaxtyping import Array, Float, Num
 
 from kempnerforge_jax.distributed.expert_parallel import exchanged
 from kempnerforge_jax.distributed.fsdp import Shards, gather_outside_blocks, over_ranks, whole_block
 from kempnerforge_jax.model.experts import exchanging
 from kempnerforge_jax.model.scan import preparing
 from kempnerforge_jax.model.stack import in_first_layer
-from kempnerforge_jax.model.state import merge
+from kempnerforge_jax.model.state import State, merge
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper
 from kempnerforge_jax.training.blocks import REMATERIALISATION
@@ -30,8 +30,6 @@ from shared_config.schema.model import ModelConfig
 from shared_config.schema.optimizer import OptimizerConfig
 from shared_config.schema.training import TrainConfig
 from shared_config.schema.vlm import VLMConfig
-
-Arrays = dict[str, Shaped[Array, "..."]]
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,8 @@ class Recipe:
 
 
 def gradients_of(
-    recipe: Recipe, parameters: Arrays, buffers: Arrays, batches: Arrays, count: Num[Array, ""]
-) -> tuple[Arrays, Terms]:
+    recipe: Recipe, parameters: State, buffers: State, batches: State, count: Num[Array, ""]
+) -> tuple[State, Terms]:
     """Gradients of what is not frozen, and terms, summed over the micro-batches: arrays (N, B, ...), on a mesh
     (N, R, B, ...) for R data ranks.
     """
@@ -62,7 +60,7 @@ def gradients_of(
     return _of_all_ranks(recipe, _own_gradients, trained)(parameters, buffers, batches, count)
 
 
-def summed_loss(recipe: Recipe, parameters: Arrays, buffers: Arrays, batches: Arrays) -> Float[Array, ""]:
+def summed_loss(recipe: Recipe, parameters: State, buffers: State, batches: State) -> Float[Array, ""]:
     """The sum of the cross entropy over the labels of one micro-batch (1, B, ...), on a mesh (1, R, B, ...)."""
     return _of_all_ranks(recipe, _own_loss, [])(parameters, buffers, batches, jnp.ones(()))[1]
 
@@ -76,16 +74,16 @@ def _of_all_ranks(recipe: Recipe, own: Callable[..., Any], given: Collection[str
 
 
 def _own_loss(
-    recipe: Recipe, parameters: Arrays, buffers: Arrays, batches: Arrays, count: jax.Array
-) -> tuple[Arrays, jax.Array]:
+    recipe: Recipe, parameters: State, buffers: State, batches: State, count: jax.Array
+) -> tuple[State, jax.Array]:
     batch = {name: array[0] for name, array in batches.items()}
     with _computing_model(recipe, parameters, buffers) as model:
         return {}, cross_entropy(model.run(**model_inputs(batch)).logits, batch["labels"])[0] / count
 
 
 def _own_gradients(
-    recipe: Recipe, parameters: Arrays, buffers: Arrays, batches: Arrays, count: jax.Array
-) -> tuple[Arrays, Terms]:
+    recipe: Recipe, parameters: State, buffers: State, batches: State, count: jax.Array
+) -> tuple[State, Terms]:
     """Of the micro-batches (N, B, ...) of one data rank."""
     micro_batches = batches["labels"].shape[0]
     ranks = 1 if recipe.shards is None else recipe.shards.ranks
@@ -93,13 +91,13 @@ def _own_gradients(
     trained = {name: array for name, array in parameters.items() if name not in recipe.frozen}
     frozen = {name: array for name, array in parameters.items() if name in recipe.frozen}
 
-    def one(batch: Arrays) -> tuple[Arrays, Terms]:
+    def one(batch: State) -> tuple[State, Terms]:
         return jax.grad(differentiated, has_aux=True)(trained, frozen, buffers, batch)
 
     if micro_batches == 1:
         return one({name: array[0] for name, array in batches.items()})
 
-    def add(total: Any, batch: Arrays) -> tuple[Any, None]:
+    def add(total: Any, batch: State) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, one(batch)), None
 
     shapes = jax.eval_shape(one, {name: array[0] for name, array in batches.items()})
@@ -109,10 +107,10 @@ def _own_gradients(
 
 def _objective(
     recipe: Recipe,
-    trained: Arrays,
-    frozen: Arrays,
-    buffers: Arrays,
-    batch: Arrays,
+    trained: State,
+    frozen: State,
+    buffers: State,
+    batch: State,
     *,
     count: jax.Array,
     micro_batches: int,
@@ -132,7 +130,7 @@ def _objective(
 
 
 @contextlib.contextmanager
-def _computing_model(recipe: Recipe, parameters: Arrays, buffers: Arrays) -> Iterator[Any]:
+def _computing_model(recipe: Recipe, parameters: State, buffers: State) -> Iterator[Any]:
     """The model in the compute dtype; on a mesh, of parts of which its blocks are put together in their turn."""
     if recipe.shards is None:
         yield merge(recipe.graphdef, compute_copy(recipe, parameters), buffers)
@@ -143,7 +141,7 @@ def _computing_model(recipe: Recipe, parameters: Arrays, buffers: Arrays) -> Ite
         yield model
 
 
-def compute_copy(recipe: Recipe, parameters: Arrays) -> Arrays:
+def compute_copy(recipe: Recipe, parameters: State) -> State:
     """The masters cast to the compute dtype, but for what decides a route."""
     table = dict(recipe.table)
     return {

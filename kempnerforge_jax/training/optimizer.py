@@ -26,12 +26,12 @@ import optax
 from jaxtyping import Array, Bool, Float, Shaped
 
 from kempnerforge_jax.model.stack import Stack, in_first_layer, stack_layers, stacks_of, unstack_layers, unstack_shapes
+from kempnerforge_jax.model.state import State
 from kempnerforge_jax.registry import registry
 from shared_config.contract.moments import UPDATES, moments_of
 from shared_config.contract.specs import ParameterTable, check_names
 from shared_config.schema.optimizer import OptimizerConfig
 
-Arrays = dict[str, Shaped[Array, "..."]]
 OptimizerState = object
 """What optax keeps: a named tuple for each parameter, then the states of the transformations after it."""
 
@@ -61,12 +61,12 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def update(
     optimizer: optax.GradientTransformation,
-    gradients: Arrays,
+    gradients: State,
     state: OptimizerState,
-    parameters: Arrays,
+    parameters: State,
     lr: Float[Array, ""],
     finite: Bool[Array, ""] | None = None,
-) -> tuple[Arrays, OptimizerState]:
+) -> tuple[State, OptimizerState]:
     """One step: the new parameters and the new state, those from before where ``finite`` (a bool scalar) is false."""
     moved, new_state = _moved(optimizer, gradients, state, parameters, lr)
     if finite is None:
@@ -76,9 +76,9 @@ def update(
 
 def stays_finite(
     optimizer: optax.GradientTransformation,
-    gradients: Arrays,
+    gradients: State,
     state: OptimizerState,
-    parameters: Arrays,
+    parameters: State,
     lr: Float[Array, ""],
 ) -> Bool[Array, ""]:
     """Whether the next step leaves parameters and moments finite, a bool scalar."""
@@ -98,7 +98,7 @@ def with_states(state: OptimizerState, some: OptimizerState) -> OptimizerState:
     return ({**_parts(state)[0], **changed}, *rest)
 
 
-def get_optimizer_state(state: OptimizerState) -> Arrays:
+def get_optimizer_state(state: OptimizerState) -> State:
     """Moments and counts of updates (int32 scalars) by name; stacked layers are given one by one."""
     return {
         f"{kind}.{name}": array
@@ -130,7 +130,7 @@ def set_optimizer_state(
     return (states, *rest)
 
 
-def clip_by_global_norm(gradients: Arrays, max_norm: float) -> tuple[Arrays, Float[Array, ""]]:
+def clip_by_global_norm(gradients: State, max_norm: float) -> tuple[State, Float[Array, ""]]:
     """All gradients times max_norm / max(norm, max_norm); ``max_norm`` 0 leaves them as they are.
 
     Returns:
@@ -148,8 +148,8 @@ def clip_by_global_norm(gradients: Arrays, max_norm: float) -> tuple[Arrays, Flo
 
 
 def _moved(
-    optimizer: optax.GradientTransformation, gradients: Arrays, state: Any, parameters: Arrays, lr: jax.Array
-) -> tuple[Arrays, Any]:
+    optimizer: optax.GradientTransformation, gradients: State, state: Any, parameters: State, lr: jax.Array
+) -> tuple[State, Any]:
     steps, new_state = optimizer.update(gradients, state, parameters)
     return jax.tree.map(lambda value, step: value - lr * step, parameters, steps), new_state
 
@@ -160,7 +160,7 @@ def _by_parameter(own: optax.GradientTransformation) -> optax.GradientTransforma
     def init(parameters: Mapping[str, Any]) -> dict[str, Any]:
         return {name: _by_layer(own.init, name)(parameter) for name, parameter in parameters.items()}
 
-    def step(gradients: Arrays, state: dict[str, Any], parameters: Any = None) -> tuple[Arrays, dict[str, Any]]:
+    def step(gradients: State, state: dict[str, Any], parameters: Any = None) -> tuple[State, dict[str, Any]]:
         both = {name: _by_layer(own.update, name)(array, state[name]) for name, array in gradients.items()}
         return {name: moved for name, (moved, _) in both.items()}, {name: new for name, (_, new) in both.items()}
 
@@ -179,9 +179,9 @@ def _parts(state: OptimizerState) -> tuple[dict[str, Any], tuple[Any, ...]]:
     return parts[0], parts[1:]
 
 
-def _arrays(state: OptimizerState) -> dict[str, Arrays]:
+def _arrays(state: OptimizerState) -> dict[str, State]:
     """Kind -> parameter -> array: the moments, then the counts."""
-    kinds: dict[str, Arrays] = {}
+    kinds: dict[str, State] = {}
     for name, one in _parts(state)[0].items():
         for field in sorted(one._fields, key="count".__eq__):
             kinds.setdefault(_kind(field), {})[name] = getattr(one, field)
@@ -202,7 +202,7 @@ def _check_state(own: optax.GradientTransformation, name: str) -> None:
         raise ValueError(f"optimizer {name!r}: its state holds {kinds}: must be a named tuple of {wanted}, as declared")
 
 
-def _filled(own: Arrays, values: Mapping[str, Any], prefix: str) -> Arrays:
+def _filled(own: State, values: Mapping[str, Any], prefix: str) -> State:
     """The values whose names start with ``prefix``, stacked as ``own`` is, in its dtypes and shardings."""
     single = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
     whole = stack_layers(single, stacks_of(own))

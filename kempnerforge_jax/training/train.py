@@ -29,11 +29,11 @@ from kempnerforge_jax.distributed.sharding import initial_state, keep_sharded, p
 from kempnerforge_jax.model.balancing import balance
 from kempnerforge_jax.model.build import build_model
 from kempnerforge_jax.model.module import named_variables
-from kempnerforge_jax.model.state import get_state, merge, set_state, split
+from kempnerforge_jax.model.state import State, get_state, merge, set_state, split
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper
 from kempnerforge_jax.training.mixed_precision import compute_dtype, matmul_precision
-from kempnerforge_jax.training.objective import Arrays, Recipe, gradients_of, summed_loss
+from kempnerforge_jax.training.objective import Recipe, gradients_of, summed_loss
 from kempnerforge_jax.training.optimizer import (
     OptimizerState,
     build_optimizer,
@@ -64,12 +64,12 @@ from shared_config.training.loop import refuse_other_processes, run_training
 from shared_config.training.trainer import Batch, TrainingSummary
 
 _Master = TypeVar("_Master")
-_Batches = Mapping[str, np.ndarray] | Arrays
+_Batches = Mapping[str, np.ndarray] | State
 _Step = Callable[
-    [Arrays, Arrays, OptimizerState, _Batches, np.ndarray, np.ndarray, np.ndarray],
-    tuple[Arrays, Arrays, OptimizerState, dict[str, Shaped[Array, ""]]],
+    [State, State, OptimizerState, _Batches, np.ndarray, np.ndarray, np.ndarray],
+    tuple[State, State, OptimizerState, dict[str, Shaped[Array, ""]]],
 ]
-_Evaluation = Callable[[Arrays, Arrays, _Batches], Shaped[Array, ""]]
+_Evaluation = Callable[[State, State, _Batches], Shaped[Array, ""]]
 
 
 def train(
@@ -243,7 +243,7 @@ class Trainer:
             frozen = frozenset(frozen_names(self.parameters, specs, vlm.module_patterns))
             self.recipe = dataclasses.replace(self.recipe, frozen=frozen)
 
-    def _host_copies(self, arrays: Arrays, *prefixes: str) -> dict[str, np.ndarray]:
+    def _host_copies(self, arrays: State, *prefixes: str) -> dict[str, np.ndarray]:
         """In the order of the parameter table, which jit does not keep."""
         names = [prefix + name for prefix in prefixes for name in self.table if prefix + name in arrays]
         return {name: np.array(arrays[name]) for name in names}
@@ -271,14 +271,14 @@ def compiled_evaluation(recipe: Recipe) -> _Evaluation:
 
 def _step(
     recipe: Recipe,
-    parameters: Arrays,
-    buffers: Arrays,
+    parameters: State,
+    buffers: State,
     optimizer_state: OptimizerState,
-    batches: Arrays,
+    batches: State,
     count: jax.Array,
     lr: jax.Array,
     progress: jax.Array,
-) -> tuple[Arrays, Arrays, OptimizerState, dict[str, jax.Array]]:
+) -> tuple[State, State, OptimizerState, dict[str, jax.Array]]:
     gradients, total = gradients_of(recipe, parameters, buffers, batches, count)
     gradients, norm = clip_by_global_norm(gradients, recipe.train.grad_clip_norm)
     optimizer = build_optimizer(gradients, dict(recipe.table), recipe.optimizer)
@@ -299,12 +299,12 @@ def _step(
 
 def _balanced(
     recipe: Recipe,
-    parameters: Arrays,
-    buffers: Arrays,
+    parameters: State,
+    buffers: State,
     counts: Mapping[RouterId, jax.Array],
     progress: jax.Array,
     taken: jax.Array | None,
-) -> Arrays:
+) -> State:
     """The buffers, with those of routers that balance moved by the choices of the whole step, unless it is left out."""
     if not counts:
         return buffers

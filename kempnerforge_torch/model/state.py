@@ -21,7 +21,10 @@ _EXTENSIONS = (
 )
 
 
-def get_state(model: nn.Module) -> dict[str, Shaped[Tensor, "..."]]:
+State = dict[str, Shaped[Tensor, "..."]]
+
+
+def get_state(model: nn.Module) -> State:
     """Parameters and persistent buffers by name, each tensor once: a tied weight goes by its first name.
 
     The tensors are the model's own, detached. Names are plain, however the model or parts of it are wrapped.
@@ -54,7 +57,7 @@ def set_state(model: nn.Module, state: Mapping[str, object]) -> None:
         assign(tensor, state[name])
 
 
-def own_tensors(model: nn.Module) -> dict[str, Shaped[Tensor, "..."]]:
+def own_tensors(model: nn.Module) -> State:
     """The parameters and persistent buffers themselves, each once, by plain name."""
     tensors = plain_state(model.state_dict(keep_vars=True))
     first = _first_names(model)
@@ -105,7 +108,7 @@ def from_numpy(array: np.ndarray, dtype: torch.dtype | None = None) -> Shaped[Te
     return tensor if dtype is None else tensor.to(dtype)
 
 
-def share(state: Mapping[str, object]) -> dict[str, Shaped[Tensor, "..."]]:
+def share(state: Mapping[str, object]) -> State:
     """Tensors over the memory of another library's arrays (DLPack), on the CPU or on the same GPU, without a copy.
 
     Writing to the tensors would change arrays that may be taken for immutable: read them, or copy with `set_state`.

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from kempnerforge_torch.model.grouped import GROUPED_MATMUL
 from kempnerforge_torch.model.vlm import inner_transformer
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _MATRIX_PRODUCTS = frozenset(
     {
@@ -58,7 +58,7 @@ def compile_blocks(
     """
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
-        log.warning("train.compile_model: no C++ compiler (%s) on this machine; the model runs uncompiled", compiler)
+        _log.warning("train.compile_model: no C++ compiler (%s) on this machine; the model runs uncompiled", compiler)
         return
     for block in blocks(model):
         block.compile(fullgraph=fullgraph, backend=backend)

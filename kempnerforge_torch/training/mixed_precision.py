@@ -12,7 +12,7 @@ from torch import Tensor
 from shared_config.schema.job import JobConfig
 
 
-class CastContext(torch.autograd.function.FunctionCtx):
+class _CastContext(torch.autograd.function.FunctionCtx):
     """What `Cast` remembers: the dtypes of the tensors."""
 
     dtypes: list[torch.dtype]
@@ -23,7 +23,7 @@ class Cast(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: CastContext, dtype: torch.dtype, *tensors: Float[Tensor, "..."]
+        ctx: _CastContext, dtype: torch.dtype, *tensors: Float[Tensor, "..."]
     ) -> tuple[Float[Tensor, "..."], ...]:
         """The tensors in ``dtype``."""
         ctx.dtypes = [tensor.dtype for tensor in tensors]
@@ -32,7 +32,7 @@ class Cast(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: CastContext, *gradients: Float[Tensor, "..."] | None
+        ctx: _CastContext, *gradients: Float[Tensor, "..."] | None
     ) -> tuple[None, *tuple[Float[Tensor, "..."] | None, ...]]:
         """The gradients in the dtypes of the tensors."""
         found = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}

@@ -34,7 +34,7 @@ FOUND_INF = "found_inf"
 """The attribute in which `torch.amp.GradScaler` tells fused optimisers to leave a step out."""
 
 
-Group = dict[str, list[Float[Tensor, "..."]] | float]
+_Group = dict[str, list[Float[Tensor, "..."]] | float]
 """Parameters under "params", and the settings that are theirs."""
 
 
@@ -44,7 +44,7 @@ def build_optimizer(
     """The optimiser of the named parameters, its moments 0; set its learning rate before each step."""
     decayed = [tensor for name, tensor in parameters.items() if table[name].decay]
     others = [tensor for name, tensor in parameters.items() if not table[name].decay]
-    groups: list[Group] = [
+    groups: list[_Group] = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
@@ -56,7 +56,7 @@ def build_optimizer(
 
 
 @registry.register("optimizer", "adamw")
-def adamw(groups: list[Group], config: OptimizerConfig) -> torch.optim.AdamW:
+def adamw(groups: list[_Group], config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW of groups of parameters, fused unless all are on the CPU."""
     on_cpu = all(tensor.device.type == "cpu" for group in groups for tensor in _parameters(group))
     return _AdamW(
@@ -216,7 +216,7 @@ def _put(before: list[tuple[Tensor, Tensor]], unless: Tensor) -> None:
         tensor.copy_(torch.where(unless.to(tensor.device), tensor, former))
 
 
-def _parameters(group: Group) -> list[Tensor]:
+def _parameters(group: _Group) -> list[Tensor]:
     tensors = group["params"]
     assert isinstance(tensors, list)
     return tensors
