@@ -25,6 +25,8 @@ if version("jaxlib").startswith("0.10."):  # others abort at the sight of it
     quick_compilation += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", quick_compilation)
 
+LONGEST = ("test_every_mutant_is_killed_and_the_unchanged", "test_calls_take_and_give_what_signatures_say")
+
 slow_is_fine = (HealthCheck.too_slow, HealthCheck.data_too_large)
 settings.register_profile("dev", max_examples=10, deadline=None, suppress_health_check=slow_is_fine)
 settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True, suppress_health_check=slow_is_fine)
@@ -53,8 +55,8 @@ def crowded() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test goes first, so that no process waits for it at the end."""
-    items.sort(key=lambda item: not item.name.startswith("test_every_mutant_is_killed_and_the_unchanged"))
+    """The longest tests go first, so that no process waits for one at the end."""
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
 
 
 def pytest_collection_finish() -> None:

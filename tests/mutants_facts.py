@@ -193,8 +193,8 @@ FACT_MUTANTS = (
     # Hugging Face
     FactMutant(
         KEYS,
-        '"mixtral": Family(\n        "MixtralForCausalLM", experts=True, norm_eps=1e-5, rope_theta=1e6',
-        '"mixtral": Family(\n        "MixtralForCausalLM", experts=True, norm_eps=1e-5, rope_theta=1e4',
+        "rope_theta=1e6",
+        "rope_theta=1e4",
         ABSENT,
         ("mixtral",),
     ),
@@ -202,8 +202,8 @@ FACT_MUTANTS = (
     FactMutant(KEYS, "norm_eps: float = 1e-6", "norm_eps: float = 1e-5", ABSENT, ("llama",)),
     FactMutant(
         KEYS,
-        'Family("MistralForCausalLM", kv_heads=8',
-        'Family("MistralForCausalLM", kv_heads=None',
+        'Family("MistralForCausalLM", sliding_window=True, kv_heads=8',
+        'Family("MistralForCausalLM", sliding_window=True, kv_heads=None',
         ABSENT,
         ("mistral",),
     ),

@@ -49,8 +49,9 @@ def evaluation(backend: str, case: str) -> list[Operation]:
     batch, trainer = batch_of(job_of(case)), trainer_of(train, case)
     if backend == "torch":
         return precision_torch.narrow_operations(lambda: trainer.evaluate([batch]))
-    program = functools.partial(train._evaluation, trainer.recipe)
-    return traced(program, trainer.parameters, trainer.buffers, dict(batch))
+    program = functools.partial(train.summed_loss, trainer.recipe)
+    batches = {name: np.asarray(array)[None] for name, array in batch.items()}
+    return traced(program, trainer.parameters, trainer.buffers, batches)
 
 
 @functools.lru_cache(maxsize=len(JOBS))

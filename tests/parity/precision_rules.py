@@ -219,7 +219,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
                 "model.adapter:AvgPoolAdapter.forward": 1,
                 "model.adapter:AttentionalPoolAdapter.forward": 2,
                 "model.mot:MoTAttention._heads": 1,
-                "model.dispatch:_Spread.backward": 1,
+                "model.dispatch:_DispatchTokens.backward": 1,
             },
             ("sum",),
             backward=True,
