@@ -1,6 +1,7 @@
 """Expert parallelism: each device along "ep" holds some of the experts, and rows travel to theirs and back.
 
-Shapes: R rows of this rank, D model dim, E experts of the layer, H experts that a device holds, P devices along "ep".
+Shapes: R rows of this rank, D model dim, E experts of the layer, H experts that a device holds, P devices along "ep",
+N = P * R rows that a device computes.
 """
 
 from __future__ import annotations
@@ -10,11 +11,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 AXIS = "ep"
 
 
-def exchanged(apply: Callable[[jax.Array, jax.Array], jax.Array], x_RD: jax.Array, ends_E: jax.Array) -> jax.Array:
+def exchanged(
+    apply: Callable[[Float[Array, "N D"], Int[Array, "H"]], Float[Array, "N D"]],
+    x_RD: Float[Array, "R D"],
+    ends_E: Int[Array, "E"],
+) -> Float[Array, "R D"]:
     """(R, D): rows that are sorted by expert, each through its own, wherever that is; 0 for rows of no expert.
 
     Every device sends each other one as many rows as it has, of which those that have no expert there are 0: no row is

@@ -17,14 +17,16 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
+from jaxtyping import Array, Num, Shaped
 
-from kempnerforge_jax.distributed.mesh import DATA_AXES, Mesh
-from kempnerforge_jax.distributed.sharding import Arrays, Laid, partitions
+from kempnerforge_jax.distributed.mesh import Mesh
+from kempnerforge_jax.distributed.sharding import Laid, partitions
 from kempnerforge_jax.model.module import Module, named_variables
 from kempnerforge_jax.model.scan import PREPARED
 from kempnerforge_jax.model.stack import in_first_layer
+from kempnerforge_jax.model.state import State
 from kempnerforge_jax.model.vlm import inner_transformer
-from shared_config.contract.sharding import MESH_AXES
+from shared_config.contract.sharding import DATA_AXES, MESH_AXES
 from shared_config.contract.specs import ParameterTable
 
 _Sums = TypeVar("_Sums")
@@ -129,7 +131,7 @@ def _marked(variable: nnx.Variable[jax.Array]) -> Part | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def whole(part: Part, array: jax.Array) -> jax.Array:
+def whole(part: Part, array: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """A parameter from the parts of all data ranks, in the dtype of the arithmetic. Backward the gradients of all ranks
     are summed, in at least float32.
     """
@@ -151,10 +153,10 @@ def _whole_backward(part: Part, like: jax.Array, gradient: jax.Array) -> tuple[j
 
 
 def over_ranks(
-    function: Callable[[Arrays, Arrays, Arrays, jax.Array], tuple[Arrays, _Sums]],
+    function: Callable[[State, State, State, Num[Array, ""]], tuple[State, _Sums]],
     shards: Shards,
     given: Collection[str],
-) -> Callable[[Arrays, Arrays, Arrays, jax.Array], tuple[Arrays, _Sums]]:
+) -> Callable[[State, State, State, Num[Array, ""]], tuple[State, _Sums]]:
     """``function(parameters, buffers, batches, count) -> (arrays by name, sums)`` of one data rank, for all of them.
 
     A rank gets its parts of the parameters, and of batches (N, R, B, ...) its own (N, B, ...). What it gives by a
@@ -166,7 +168,7 @@ def over_ranks(
     """
     held = dict(shards.partitions)
 
-    def own(parameters: Arrays, buffers: Arrays, batches: Arrays, count: jax.Array) -> tuple[Arrays, _Sums]:
+    def own(parameters: State, buffers: State, batches: State, count: jax.Array) -> tuple[State, _Sums]:
         arrays, sums = function(parameters, buffers, {name: array[:, 0] for name, array in batches.items()}, count)
         return arrays, lax.psum(sums, DATA_AXES)
 

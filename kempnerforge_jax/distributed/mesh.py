@@ -15,9 +15,6 @@ from shared_config.contract.sharding import MESH_AXES, Layout, layout_of, refusa
 from shared_config.errors import ConfigError
 from shared_config.schema.job import JobConfig
 
-DATA_AXES = ("dp_replicate", "dp_shard", "ep")
-"""Devices along these see different micro-batches."""
-
 
 @dataclass(frozen=True)
 class Mesh:

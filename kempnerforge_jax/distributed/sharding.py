@@ -16,17 +16,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
 from kempnerforge_jax.distributed.devices import Device
-from kempnerforge_jax.distributed.mesh import DATA_AXES, Mesh
+from kempnerforge_jax.distributed.mesh import Mesh
 from kempnerforge_jax.model.stack import Stack, in_first_layer
-from shared_config.contract.sharding import MESH_AXES, placement
+from kempnerforge_jax.model.state import State
+from shared_config.contract.sharding import DATA_AXES, MESH_AXES, placement
 from shared_config.contract.specs import ParameterTable
-
-Arrays = dict[str, Shaped[Array, "..."]]
 
 Laid = Shaped[Array, "..."] | jax.ShapeDtypeStruct
 """What has a place on a mesh: an array, or one that is not there yet."""
 
-_State = TypeVar("_State")
+_OptimizerState = TypeVar("_OptimizerState")
 
 
 def partitions(
@@ -38,12 +37,12 @@ def partitions(
     return {name: _partition(mesh, table, name, tuple(array.shape), axes) for name, array in arrays.items()}
 
 
-def place(mesh: Mesh | None, device: Device, table: ParameterTable, arrays: Arrays) -> Arrays:
+def place(mesh: Mesh | None, device: Device, table: ParameterTable, arrays: State) -> State:
     """The arrays, on their devices."""
     return jax.device_put(arrays, device if mesh is None else _shardings(mesh, partitions(mesh, table, arrays)))
 
 
-def place_batches(mesh: Mesh, batches: Mapping[str, np.ndarray]) -> Arrays:
+def place_batches(mesh: Mesh, batches: Mapping[str, np.ndarray]) -> State:
     """Arrays (N * R, B, ...), in the order of ranks within each place of the accumulation, as (N, R, B, ...): those of
     each rank on the devices that compute them.
     """
@@ -53,8 +52,12 @@ def place_batches(mesh: Mesh, batches: Mapping[str, np.ndarray]) -> Arrays:
 
 
 def initial_state(
-    mesh: Mesh | None, device: Device, table: ParameterTable, init: Callable[[Arrays], _State], parameters: Arrays
-) -> _State:
+    mesh: Mesh | None,
+    device: Device,
+    table: ParameterTable,
+    init: Callable[[State], _OptimizerState],
+    parameters: State,
+) -> _OptimizerState:
     """The state that an optimiser of optax starts with, made where it lies: what has the shape of its parameter as that
     does, counts whole on each device.
     """
@@ -70,7 +73,7 @@ def initial_state(
     return jax.jit(init, out_shardings=(where, *whole))(parameters)
 
 
-def keep_sharded(mesh: Mesh | None, table: ParameterTable, arrays: Arrays) -> Arrays:
+def keep_sharded(mesh: Mesh | None, table: ParameterTable, arrays: State) -> State:
     """Within jit: the arrays, which lie as those of the model of these names do."""
     if mesh is None:
         return arrays

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 from flax import nnx
+from jax.extend.core import ClosedJaxpr, Primitive
 from jaxtyping import Array, Float
 
 from kempnerforge_jax.model.module import Module, Numbered
@@ -22,8 +23,9 @@ from kempnerforge_jax.model.stack import Stack
 from kempnerforge_jax.model.stats import LayerStats
 
 PREPARED = "prepared"
-"""The `checkpoint_name` of arrays that `preparing` made: not kept for the backward pass, which makes them again."""
-
+"""The `checkpoint_name` of arrays that functions with a gradient of their own make while `preparing`: not kept for the
+backward pass, which makes them again.
+"""
 log = logging.getLogger(__name__)
 _preparation: ContextVar[Callable[[Module], Module] | None] = ContextVar("_preparation", default=None)
 
@@ -54,6 +56,13 @@ def preparing(prepare: Callable[[Module], Module]) -> Iterator[None]:
         yield
     finally:
         _preparation.reset(token)
+
+
+def _is_kept(primitive: Primitive, *_: object, **parameters: object) -> bool:
+    """A policy of `jax.checkpoint` that keeps everything but the results of functions that name them `PREPARED`."""
+    function = parameters.get("call_jaxpr")  # of an operation with a gradient of its own
+    within = function.eqns if isinstance(function, ClosedJaxpr) else []
+    return not any(equation.params.get("name") == PREPARED for equation in within)
 
 
 def prepares() -> bool:
@@ -131,7 +140,7 @@ def run_blocks(
         return x, stats
 
     if prepare is not None and not remat:
-        remat = jax.checkpoint_policies.save_anything_except_these_names(PREPARED)
+        remat = _is_kept
     if remat:
         step = jax.checkpoint(step, policy=None if remat is True else remat, prevent_cse=not scan)
     return jax.lax.scan(step, x, states) if scan else step(x, states)

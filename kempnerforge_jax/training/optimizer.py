@@ -64,7 +64,7 @@ def update(
     gradients: State,
     state: OptimizerState,
     parameters: State,
-    lr: Float[Array, ""],
+    lr: Float[Array, ""] | float,
     finite: Bool[Array, ""] | None = None,
 ) -> tuple[State, OptimizerState]:
     """One step: the new parameters and the new state, those from before where ``finite`` (a bool scalar) is false."""
@@ -148,7 +148,7 @@ def clip_by_global_norm(gradients: State, max_norm: float) -> tuple[State, Float
 
 
 def _moved(
-    optimizer: optax.GradientTransformation, gradients: State, state: Any, parameters: State, lr: jax.Array
+    optimizer: optax.GradientTransformation, gradients: State, state: Any, parameters: State, lr: jax.Array | float
 ) -> tuple[State, Any]:
     steps, new_state = optimizer.update(gradients, state, parameters)
     return jax.tree.map(lambda value, step: value - lr * step, parameters, steps), new_state

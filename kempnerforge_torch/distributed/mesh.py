@@ -10,12 +10,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from kempnerforge_torch.device import process_count
-from shared_config.contract.sharding import MESH_AXES, Layout, layout_of, refusals
+from shared_config.contract.sharding import DATA_AXES, MESH_AXES, Layout, layout_of, refusals
 from shared_config.errors import ConfigError
 from shared_config.schema.job import JobConfig
-
-DATA_AXES = ("dp_replicate", "dp_shard", "ep")
-"""Ranks along these see different micro-batches."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from kempnerforge_torch.distributed.collectives import summed_over
 from kempnerforge_torch.distributed.mesh import Mesh
 from kempnerforge_torch.distributed.tensor_parallel import part_of
-from kempnerforge_torch.model.checks import check_ids, check_shape
+from kempnerforge_torch.model.checks import check_ids, check_shape, nan_outside
 from kempnerforge_torch.training.loss import cross_entropy
 from shared_config.contract.labels import IGNORED
 
@@ -45,7 +45,7 @@ def split_cross_entropy(
         fused: has no effect.
 
     Raises:
-        ValueError: as `cross_entropy` does.
+        ValueError: as `cross_entropy` does; on an accelerator the sum is NaN for a label that is none.
     """
     check_shape("labels", labels_BS, logits_BSV.shape[:-1])
     check_ids("labels", labels_BS, vocab_size, IGNORED)
@@ -58,5 +58,5 @@ def split_cross_entropy(
     found_BS = wide_BSV.gather(-1, torch.where(mine_BS, labels_BS - start, 0)[..., None])[..., 0]
     chosen_BS = summed_over(torch.where(mine_BS, found_BS, 0), group)
     counts_BS = labels_BS != IGNORED
-    losses_BS = torch.where(counts_BS, sums_BS.log() + highest_BS - chosen_BS, 0)
-    return losses_BS.sum(), counts_BS.sum()
+    losses_BS = nan_outside(sums_BS.log() + highest_BS - chosen_BS, labels_BS, vocab_size)
+    return torch.where(counts_BS, losses_BS, 0).sum(), counts_BS.sum()

@@ -24,6 +24,9 @@ from shared_config.schema.job import JobConfig
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "ep", "tp")
 """From the outermost, whose devices are farthest apart, to the innermost."""
 
+DATA_AXES = ("dp_replicate", "dp_shard", "ep")
+"""Devices along these see different micro-batches."""
+
 RULES: Mapping[str, str] = {"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp", "experts": "ep"}
 """Axis of a tensor -> the mesh axis that splits it. Others are split by FSDP alone."""
 
@@ -53,7 +56,7 @@ class Layout:
     @property
     def data_ranks(self) -> int:
         """Devices that see different micro-batches."""
-        return self.size("dp_replicate", "dp_shard", "ep")
+        return self.size(*DATA_AXES)
 
 
 def layout_of(config: DistributedConfig, world_size: int) -> Layout:

@@ -5,6 +5,7 @@ of every preset that asks for it. A model that has nothing to scan says so.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,11 +16,13 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.ad_checkpoint import checkpoint_name, print_saved_residuals
 from jax.extend.core import jaxprs_in_params
 
-from kempnerforge_jax.model.scan import _periodic, layer_stacks
+from kempnerforge_jax.model.module import named_variables
+from kempnerforge_jax.model.scan import PREPARED, _periodic, layer_stacks, preparing
 from kempnerforge_jax.model.stack import Stack, stack_layers, unstack_layers
-from kempnerforge_jax.model.state import get_state
+from kempnerforge_jax.model.state import get_state, merge, split
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.training import train
 from shared_config.data import open_data
@@ -152,3 +155,35 @@ def test_stacks_of_any_size_are_taken_apart(n_layers: int) -> None:
     apart = unstack_layers(together)
     assert list(apart) == list(state)
     assert all(np.array_equal(apart[name], value) for name, value in state.items())
+
+
+@jax.custom_vjp
+def rounded(array: jax.Array) -> jax.Array:
+    """With a gradient of its own, as what gathers parameters has."""
+    return checkpoint_name(array.astype(jnp.bfloat16).astype(jnp.float32), PREPARED)
+
+
+rounded.defvjp(lambda array: (rounded(array), None), lambda _, gradient: (gradient,))
+
+
+def test_what_was_prepared_is_made_again_in_the_backward_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    """Else the whole parameters of all layers would be kept, of which a device holds parts."""
+    graphdef, parameters, buffers = split(Transformer(MODEL.replace(n_layers=2), rngs=nnx.Rngs(0)))
+    blocks: list[Any] = []
+
+    def prepared(block: Any) -> Any:
+        copy = nnx.merge(*nnx.split(block))
+        for _, variable in named_variables(copy):
+            variable.set_value(rounded(variable.get_value()))
+        blocks.append(copy)
+        return copy
+
+    def loss(parameters: Any) -> jax.Array:
+        with preparing(prepared):
+            return merge(graphdef, parameters, buffers).run(jnp.ones((1, 4), jnp.int32)).logits.sum()
+
+    print_saved_residuals(loss, parameters)
+    kept = [line for line in capsys.readouterr().out.splitlines() if "from the argument" not in line]
+    assert len(blocks) == 2
+    assert any("[1,4,8]" in line for line in kept)
+    assert not [line for line in kept if PREPARED in line or re.match(r"\w+\[(8|10),(8|10)\]", line)]
