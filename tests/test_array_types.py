@@ -219,8 +219,9 @@ def _signature(node: ast.FunctionDef, name: str) -> Iterator[tuple[str, str]]:
         yield f"{name}()", ast.unparse(node.returns)
 
 
-def test_calls_take_and_give_what_signatures_say(tmp_path: Path) -> None:
-    """Of a sample of tests; HYPOTHESIS_PROFILE=nightly: of all of these files, and those beside them."""
+def test_calls_take_and_give_what_signatures_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a sample of tests; HYPOTHESIS_PROFILE=nightly: in all of the backends, with as many draws as by day."""
+    monkeypatch.setenv("HYPOTHESIS_PROFILE", "ci")
     tests = [f"tests/{file}::{name}" for file, names in CALLS.items() for name in names]
     if NIGHTLY:
         tests = ["tests/torch", "tests/jax", "tests/parity"]
