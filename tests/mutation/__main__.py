@@ -76,6 +76,8 @@ def plant(tree: Path, mutation: Mutation, recorded: Record, killers: Counter[str
             names = [name for name, _ in tests]
             files = list(dict.fromkeys(name.partition("::")[0] for name in names))
             said = run_tests(tree, files, Reporter(names), 60 + 10 * sum(took for _, took in tests))
+            if said.get("dies"):
+                said = run_tests(tree, files, Reporter(names), 60 + 10 * sum(took for _, took in tests))
             while said.get("failure") and _passes_alone(tree, said["failure"]["test"]):
                 names.remove(said["failure"]["test"])
                 said = run_tests(tree, files, Reporter(names), 60 + 10 * sum(took for _, took in tests))

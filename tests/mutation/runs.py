@@ -67,7 +67,7 @@ def run_tests(tree: Path, tests: Sequence[str], plugin: Reporter, seconds: float
             os.setsid()
             resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
             _be_quiet(tree / "output.txt")
-            _answer(answer, tests, plugin)
+            _answer(answer, tree / "temporary", tests, plugin)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -84,11 +84,12 @@ def run_tests(tree: Path, tests: Sequence[str], plugin: Reporter, seconds: float
     return json.loads(answer.read_text()) if answer.exists() else {"dies": True}
 
 
-def _answer(answer: Path, tests: Sequence[str], plugin: Reporter) -> None:
+def _answer(answer: Path, folder: Path, tests: Sequence[str], plugin: Reporter) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] in (*PACKAGES, "tests")]:
         del sys.modules[name]
-    options = ["-W", "ignore:Module already imported"] + ([] if isinstance(plugin, Recorder) else ["-x"])
-    status = pytest.main(["-n0", *options, "-p", "no:cacheprovider", "--tb=short", *tests], plugins=[plugin])
+    options = ["-n0", "-W", "ignore:Module already imported", f"--basetemp={folder}", "-p", "no:cacheprovider"]
+    options += [] if isinstance(plugin, Recorder) else ["-x"]
+    status = pytest.main([*options, "--tb=short", *tests], plugins=[plugin])
     answer.write_text(json.dumps({**plugin.said(), "status": int(status)}))
 
 

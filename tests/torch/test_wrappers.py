@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from kempnerforge_torch.model.generate import generate
@@ -238,7 +238,8 @@ def sharded(model: Any) -> nn.Module:
 
 
 def test_models_of_several_processes_are_written_and_run_as_plain_ones(tmp_path):
-    spawn(check_processes, (str(tmp_path),), nprocs=PROCESSES)
+    """By a fork server: its processes skip the end of an interpreter, in which threads of gloo may abort."""
+    start_processes(check_processes, (str(tmp_path),), nprocs=PROCESSES, start_method="forkserver")
 
 
 def check_processes(rank: int, folder: str) -> None:
