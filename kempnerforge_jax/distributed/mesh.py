@@ -11,7 +11,7 @@ from jax.sharding import Mesh as DeviceMesh
 
 from kempnerforge_jax.device import find_device
 from kempnerforge_jax.distributed.devices import Device
-from shared_config.contract.sharding import MESH_AXES, Layout, layout_of, refusals
+from shared_config.contract.sharding import MESH_AXES, Layout, layout_of, refusals, unsupported
 from shared_config.errors import ConfigError
 from shared_config.schema.job import JobConfig
 
@@ -37,7 +37,7 @@ def open_mesh(config: JobConfig, devices: Sequence[Device]) -> Mesh | None:
     layout = layout_of(config.distributed, len(devices))
     if len(devices) == 1:
         return None
-    if problems := [*refusals(config), *_unsupported(config, devices[0].platform)]:
+    if problems := [*refusals(config), *unsupported(config, "jax", devices[0].platform)]:
         raise ConfigError(problems)
     sizes = tuple(getattr(layout, axis) for axis in MESH_AXES)
     return Mesh(layout, DeviceMesh(np.asarray(devices).reshape(sizes), MESH_AXES))
@@ -61,15 +61,3 @@ def drawing_device(mesh: Mesh | None, device: Device) -> Device:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         return device
-
-
-def _unsupported(config: JobConfig, platform: str) -> list[str]:
-    """Layouts that a model can be trained in, but not by this backend. (XLA can't divide cuDNN's attention where it has
-    a part of the mesh.)
-    """
-    layout, problems = config.distributed, []
-    if layout.pp > 1:
-        problems.append(f"distributed.pp = {layout.pp}: must be 1 for backend jax")
-    if layout.tp > 1 and platform == "gpu":
-        problems.append(f"distributed.tp = {layout.tp}: must be 1 for backend jax on GPUs")
-    return problems

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from kempnerforge_torch.device import process_count
-from shared_config.contract.sharding import DATA_AXES, MESH_AXES, Layout, layout_of, refusals
+from shared_config.contract.sharding import DATA_AXES, MESH_AXES, Layout, layout_of, refusals, unsupported
 from shared_config.errors import ConfigError
 from shared_config.schema.job import JobConfig
 
@@ -52,7 +52,7 @@ def open_mesh(config: JobConfig, device: torch.device) -> Mesh | None:
     layout = layout_of(config.distributed, processes)
     if processes == 1:
         return None
-    if problems := [*refusals(config), *_unsupported(config)]:
+    if problems := [*refusals(config), *unsupported(config, "torch")]:
         raise ConfigError(problems)
     axes = init_device_mesh(device.type, tuple(getattr(layout, axis) for axis in MESH_AXES), mesh_dim_names=MESH_AXES)
     data = axes[DATA_AXES]._flatten("data")
@@ -66,11 +66,3 @@ def _with_copies(axes: DeviceMesh, layout: Layout) -> DeviceMesh:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Slicing a flattened dim")  # torch 2.11, of its later self
         return axes["dp_replicate", "fsdp"]
-
-
-def _unsupported(config: JobConfig) -> list[str]:
-    """Layouts that a model can be trained in, but not by this backend."""
-    layout, problems = config.distributed, []
-    if layout.pp > 1:
-        problems.append(f"distributed.pp = {layout.pp}: must be 1 for backend torch")
-    return problems

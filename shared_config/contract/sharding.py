@@ -146,6 +146,18 @@ def refusals(config: JobConfig) -> list[str]:
     return [*found, *_pipeline(config, layout.pp)]
 
 
+def unsupported(config: JobConfig, backend: str, platform: str = "cpu") -> list[str]:
+    """Why a layout that a model can be trained in is not one of a backend on the devices of a platform, as "cpu" or
+    "gpu"; a line for each reason. (XLA can't divide cuDNN's attention where it has a part of the mesh.)
+    """
+    layout, problems = config.distributed, []
+    if layout.pp > 1:
+        problems.append(f"distributed.pp = {layout.pp}: must be 1 for backend {backend}")
+    if layout.tp > 1 and (backend, platform) == ("jax", "gpu"):
+        problems.append(f"distributed.tp = {layout.tp}: must be 1 for backend jax on GPUs")
+    return problems
+
+
 def _tensor_parallel(config: JobConfig, tp: int) -> Iterator[str]:
     """Widths and heads of modalities; a vocabulary may be cut unevenly."""
     model, vlm = config.model, config.vlm

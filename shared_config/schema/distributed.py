@@ -29,6 +29,11 @@ class DistributedConfig(Section):
         if self.dp_shard == 0:
             yield "dp_shard = 0: must be positive, or -1 for all devices that remain"
 
+    @property
+    def fewest_devices(self) -> int:
+        """Their number; where ``dp_shard`` is -1, the least that fits."""
+        return self.dp_replicate * (self.dp_shard if self.dp_shard > 0 else self.ep) * self.tp * self.pp
+
     def resolved_dp_shard(self, world_size: int) -> int:
         """``dp_shard`` as a number on ``world_size`` devices."""
         return self.dp_shard if self.dp_shard > 0 else max(1, world_size // (self.dp_replicate * self.tp * self.pp))
