@@ -183,17 +183,17 @@ class Recorder:
             rerouting(self._model, routes),
             replacing(self._model, outputs),
         ):
-            logits, stats = self._call(state, self._integers(request.tokens))
+            output = self._call(state, self._integers(request.tokens))
         activations.pop("transformer", None)  # JAX calls what is within; both have it as "transformer.output_head"
-        loss = self._loss(logits, with_losses(stats, losses, prefix), self._integers(request.labels))
+        loss = self._loss(output.logits, with_losses(output.stats, losses, prefix), self._integers(request.labels))
         taken = {f"{name}{ROUTES}": tokens for name, tokens in routes.items()}
-        routing = {**choices, **taken, **routing_values(stats, self.config)}
+        routing = {**choices, **taken, **routing_values(output.stats, self.config)}
         return loss, request.kept(FORWARD, flatten(activations)), request.kept(ROUTING, routing)
 
     @torch.no_grad()
     def _unlimited(self, state: Tensors) -> Tensor:
         """The logits where experts take any number of assignments, as in cached decoding."""
-        return self._call(state, self._integers(self.request.tokens), limit_capacity=False)[0]
+        return self._call(state, self._integers(self.request.tokens), limit_capacity=False).logits
 
     def _decode(self, state: Tensors, tokens: Tensor, chunks: Sequence[int]) -> Tensor:
         transformer = inner_transformer(self._model)
@@ -201,13 +201,13 @@ class Recorder:
         caches = [KVCache(*size, self.compute_dtype, self._device) for _ in transformer.layers]
         in_stream = transformer.num_image_tokens > 0
         pieces = [
-            self._call(state, piece, kv_caches=caches, with_image=not (in_stream and place))[0]
+            self._call(state, piece, kv_caches=caches, with_image=not (in_stream and place)).logits
             for place, piece in enumerate(tokens.split(list(chunks), dim=1))
         ]
         return torch.cat(pieces, dim=1)
 
     def _call(self, state: Tensors, tokens: Tensor, with_image: bool = True, **arguments: Any) -> TransformerOutput:
-        """Logits and stats. An image in the stream comes with the first tokens only."""
+        """Logits, stats and caches. An image in the stream comes with the first tokens only."""
         copy = {name: tensor.to(self._compute_dtype_of(name)) for name, tensor in state.items()}
         inputs: tuple[Any, ...] = (tokens,)
         if self.request.pixels is not None:

@@ -116,10 +116,6 @@ DIFFERENCES = {
         "own_variables": "jax: variables, which hold arrays",
         "split": "jax: flat dicts cross jit, modules don't",
     },
-    "model/stats.py": {
-        "BlockOutput.kv_cache": "jax: caches are values",
-        "TransformerOutput.kv_caches": "jax: caches are values",
-    },
     "model/transformer.py": {
         "Transformer.forward(return_stats)": "torch: hooks and compilers see forward alone, so run goes through it",
         "Transformer.run(remat)": "jax: a transformation of the trace; torch wraps the blocks",

@@ -14,7 +14,7 @@ from kempnerforge_jax.model.attention import Attention, KVCache
 from kempnerforge_jax.model.mask import Mask
 from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.module import Module
-from kempnerforge_jax.model.moe import build_moe
+from kempnerforge_jax.model.moe import build_moe_layer
 from kempnerforge_jax.model.norm import build_norm
 from kempnerforge_jax.model.stats import BlockOutput, keep_stats
 from shared_config.schema.model import ModelConfig
@@ -115,4 +115,4 @@ def build_feed_forward(config: ModelConfig, layer_idx: int, *, rngs: nnx.Rngs | 
     """
     if not config.is_moe_layer(layer_idx):
         return build_mlp(config.dim, config.computed_ffn_hidden_dim, config.activation, rngs=rngs)
-    return build_moe(**config.expert_layer_options, rngs=rngs)
+    return build_moe_layer(config, rngs=rngs)

@@ -31,6 +31,7 @@ from kempnerforge_jax.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, buil
 from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.router import TopKRouter, build_router
 from kempnerforge_jax.model.stats import MoEOutput, MoEStats, RouterStats, StatsGetters, keep_stats
+from shared_config.schema.model import ModelConfig
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -167,6 +168,27 @@ class MoEMLP(StatsGetters):
             return apply_packed(x_RD, ends_E, weights["up"], weights["down"], gate_w, activation)
 
         return apply_held(apply, x_RD, ends_E, held=len(weights["up"]))
+
+
+def build_moe_layer(config: ModelConfig, *, rngs: nnx.Rngs | None) -> MoEMLP:
+    """The mixture of experts of one layer of a model."""
+    return build_moe(
+        config.dim,
+        config.computed_expert_ffn_hidden_dim,
+        config.num_experts,
+        config.moe_top_k,
+        config.activation,
+        config.moe_router,
+        config.moe_shared_experts,
+        config.moe_capacity_factor,
+        config.moe_gradient_scale,
+        config.moe_sequence_aux_loss_weight,
+        config.moe_bias_schedule,
+        config.moe_packed_experts,
+        norm_topk_prob=config.moe_norm_topk_prob,
+        routed_scaling=config.moe_routed_scaling,
+        rngs=rngs,
+    )
 
 
 def build_moe(

@@ -122,7 +122,7 @@ class Transformer(ModelGetters):
         scan_layers: bool = False,
         remat: bool | Callable[..., bool] = False,
     ) -> TransformerOutput:
-        """The forward as a pure function: logits, router stats and caches are returned, nothing is kept on the model.
+        """The forward as a pure function: logits, router stats and caches are returned, the model keeps nothing.
 
         Args:
             tokens: int (B, S); or else ``modality.inputs_embeds``.

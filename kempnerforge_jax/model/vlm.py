@@ -210,7 +210,7 @@ class VLMWrapper(Module):
         scan_layers: bool = False,
         remat: bool | Callable[..., bool] = False,
     ) -> TransformerOutput:
-        """The forward as a pure function: logits, router stats and caches are returned, nothing is kept on the model.
+        """The forward as a pure function: logits, router stats and caches are returned, the model keeps nothing.
 
         Args:
             kv_caches: one per layer; text continues from their fill. An image in the stream comes with the first call,

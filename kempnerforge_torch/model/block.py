@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kempnerforge_torch.model.attention import Attention, KVCache
 from kempnerforge_torch.model.mask import Mask
 from kempnerforge_torch.model.mlp import build_mlp
-from kempnerforge_torch.model.moe import build_moe
+from kempnerforge_torch.model.moe import build_moe_layer
 from kempnerforge_torch.model.norm import build_norm
 from kempnerforge_torch.model.stats import BlockOutput, keep_stats
 from shared_config.schema.model import ModelConfig
@@ -73,7 +73,7 @@ class TransformerBlock(nn.Module):
         else:
             out, stats = self.mlp(self.mlp_norm(x)), None
         if return_stats:
-            return BlockOutput(x + out, stats)
+            return BlockOutput(x + out, stats, kv_cache)
         keep_stats(self.mlp, stats)
         return x + out
 
@@ -112,4 +112,4 @@ def build_feed_forward(config: ModelConfig, layer_idx: int) -> nn.Module:
     """
     if not config.is_moe_layer(layer_idx):
         return build_mlp(config.dim, config.computed_ffn_hidden_dim, config.activation)
-    return build_moe(**config.expert_layer_options)
+    return build_moe_layer(config)

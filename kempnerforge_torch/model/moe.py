@@ -28,6 +28,7 @@ from kempnerforge_torch.model.experts import grouped_expert_forward_packed as gr
 from kempnerforge_torch.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_torch.model.router import TopKRouter, build_router
 from kempnerforge_torch.model.stats import MoEOutput, MoEStats, RouterStats, StatsGetters, keep_stats
+from shared_config.schema.model import ModelConfig
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -167,6 +168,26 @@ class MoEMLP(StatsGetters):
         if self.packed_experts:
             return getattr(self, f"{name}_w")
         return [getattr(expert, f"{name}_proj").weight.t() for expert in self.experts]
+
+
+def build_moe_layer(config: ModelConfig) -> MoEMLP:
+    """The mixture of experts of one layer of a model."""
+    return build_moe(
+        config.dim,
+        config.computed_expert_ffn_hidden_dim,
+        config.num_experts,
+        config.moe_top_k,
+        config.activation,
+        config.moe_router,
+        config.moe_shared_experts,
+        config.moe_capacity_factor,
+        config.moe_gradient_scale,
+        config.moe_sequence_aux_loss_weight,
+        config.moe_bias_schedule,
+        config.moe_packed_experts,
+        norm_topk_prob=config.moe_norm_topk_prob,
+        routed_scaling=config.moe_routed_scaling,
+    )
 
 
 def build_moe(

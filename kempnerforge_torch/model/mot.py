@@ -210,7 +210,7 @@ class MoTBlock(nn.Module):
             out, stats = places.apply(lambda name, part: self.mlp[name](part), normed), None
         x = places.split(x + out) if layout is None else x + out
         if return_stats:
-            return BlockOutput(x, stats)
+            return BlockOutput(x, stats, kv_cache)
         keep_stats(self.mlp, stats)
         return x
 

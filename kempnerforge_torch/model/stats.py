@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
+from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.wrappers import unwrap
 from shared_config.contract.routing import RouterId, by_router
 
@@ -120,10 +121,12 @@ class BlockOutput(NamedTuple):
     Attributes:
         x: the residual stream (B, S, D), or that of each modality, in the dtype of the input.
         stats: what its mixture of experts counted, by modality where there are several; None if dense.
+        kv_cache: the one given, which was written to; None if none was given.
     """
 
     x: Float[Tensor, "B S D"] | dict[str, Float[Tensor, "B _S D"]]
     stats: LayerStats | None
+    kv_cache: KVCache | None = None
 
 
 class TransformerOutput(NamedTuple):
@@ -133,10 +136,12 @@ class TransformerOutput(NamedTuple):
         logits: (B, S_out, V), or the residual stream (B, S_out, D) of a model without head; in the dtype of the
             weights.
         stats: layer -> what its mixtures of experts counted, and their losses; {} if dense.
+        kv_caches: those given, which were written to; None if none were given.
     """
 
     logits: Float[Tensor, "B S_out V"]
     stats: dict[int, LayerStats]
+    kv_caches: list[KVCache] | None = None
 
 
 class StatsGetters(nn.Module):

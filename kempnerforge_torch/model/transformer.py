@@ -108,7 +108,7 @@ class Transformer(ModelGetters):
             x_BSD = x_BSD[:, modality.output_slice]
         logits = x_BSD if self.output_head is None else self.output_head(x_BSD)
         if return_stats:
-            return TransformerOutput(logits, stats)
+            return TransformerOutput(logits, stats, None if kv_caches is None else list(kv_caches))
         self.keep_stats(stats)
         return logits
 
@@ -122,7 +122,7 @@ class Transformer(ModelGetters):
         allow_image_inputs: bool = False,
         limit_capacity: bool | None = None,
     ) -> TransformerOutput:
-        """The forward as a pure function: logits and router stats are returned, nothing is kept on the model."""
+        """The forward as a pure function: logits, router stats and caches are returned, the model keeps nothing."""
         return self(
             tokens,
             modality=modality,

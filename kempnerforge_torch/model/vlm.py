@@ -225,7 +225,7 @@ class VLMWrapper(nn.Module):
         kv_caches: Sequence[KVCache] | None = None,
         limit_capacity: bool | None = None,
     ) -> TransformerOutput:
-        """The forward as a pure function: logits and router stats are returned, nothing is kept on the model."""
+        """The forward as a pure function: logits, router stats and caches are returned, the model keeps nothing."""
         return self(
             pixel_values,
             input_ids,

@@ -32,10 +32,10 @@ class Objective(nn.Module):
 
     def forward(self, inputs: dict[str, Shaped[Tensor, "..."]], count: int, micro_batches: int) -> Terms:
         """The terms of a micro-batch; gradients go to the leaves of the graph."""
-        logits, stats = self.model(**model_inputs(inputs), return_stats=True)
-        loss = self.cross_entropy(logits, inputs["labels"])[0] / count
-        aux_loss, z_loss = (torch.as_tensor(term) / micro_batches for term in router_losses(stats))
+        output = self.model(**model_inputs(inputs), return_stats=True)
+        loss = self.cross_entropy(output.logits, inputs["labels"])[0] / count
+        aux_loss, z_loss = (torch.as_tensor(term) / micro_batches for term in router_losses(output.stats))
         (loss + self.aux_weight * aux_loss + self.z_weight * z_loss).backward()
-        entropies = [router.entropy / micro_batches for router in router_stats(stats)]
+        entropies = [router.entropy / micro_batches for router in router_stats(output.stats)]
         entropy = sum(entropies) / max(len(entropies), 1)
-        return Terms(loss.detach(), aux_loss.detach(), z_loss.detach(), entropy, expert_counts(stats))
+        return Terms(loss.detach(), aux_loss.detach(), z_loss.detach(), entropy, expert_counts(output.stats))

@@ -229,26 +229,6 @@ class ModelConfig(Section):
         return max(1, round(width / EXPERT_FFN_MULTIPLE)) * EXPERT_FFN_MULTIPLE
 
     @property
-    def expert_layer_options(self) -> dict[str, Any]:
-        """What a layer of experts is built from: the arguments of `build_moe`, which are those of both backends."""
-        return {
-            "dim": self.dim,
-            "hidden_dim": self.computed_expert_ffn_hidden_dim,
-            "num_experts": self.num_experts,
-            "top_k": self.moe_top_k,
-            "activation": self.activation,
-            "router_type": self.moe_router,
-            "shared_experts": self.moe_shared_experts,
-            "capacity_factor": self.moe_capacity_factor,
-            "gradient_scale": self.moe_gradient_scale,
-            "sequence_aux_loss_weight": self.moe_sequence_aux_loss_weight,
-            "bias_schedule": self.moe_bias_schedule,
-            "packed_experts": self.moe_packed_experts,
-            "norm_topk_prob": self.moe_norm_topk_prob,
-            "routed_scaling": self.moe_routed_scaling,
-        }
-
-    @property
     def num_params_estimate(self) -> int:
         """Number of parameters of the text model, exact: counted from the parameter table."""
         from shared_config.contract.counts import count_parameters

@@ -365,7 +365,7 @@ def torch_sync(rounds: int) -> None:
                 block.compile(fullgraph=True)
 
         def run(model: Any = model) -> None:
-            logits, stats = model.run(tokens)
+            logits, stats, _ = model.run(tokens)
             loss = logits.float().logsumexp(dim=-1).mean()
             for layer in stats.values():
                 loss = loss + layer.aux_loss + layer.z_loss

@@ -155,8 +155,25 @@ def test_every_level_gives_one_type(backend: Any) -> None:
         for extra in ({}, *options):
             found = module.run(*arguments, **extra)
             assert type(found) is getattr(backend.module("model.stats"), kind), (name, sorted(extra))
+            if kind == "BlockOutput":
+                assert written(backend, found.kv_cache) == ([4, 4] if "kv_cache" in extra else None), name
     modules = {id(module): module for _, module, *_ in given}
     assert [place for module in modules.values() for place in held(module)] == []
+
+
+@on_both
+def test_run_gives_the_caches_that_were_written_to(backend: Any) -> None:
+    model, kind = model_of(backend, "text"), backend.module("model.kv_cache").KVCache
+    dtype = backend.array(PIXELS, "float32").dtype
+    caches = [kind(2, 8, CONFIG.kv_heads, CONFIG.head_size, dtype) for _ in range(CONFIG.n_layers)]
+    output = model.run(backend.array(TOKENS), kv_caches=tuple(caches))
+    assert [written(backend, cache) for cache in output.kv_caches or ()] == [[TOKENS.shape[1]] * 2] * CONFIG.n_layers
+    assert model.run(backend.array(TOKENS)).kv_caches is None
+
+
+def written(backend: Any, cache: Any) -> list[int] | None:
+    """The lengths of the rows of a cache; None without one."""
+    return None if cache is None else backend.numpy(cache.lengths).tolist()
 
 
 def levels(backend: Any) -> Iterator[tuple[str, Any, tuple[Any, ...], tuple[dict[str, Any], ...], str]]:
