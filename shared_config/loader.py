@@ -37,7 +37,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> JobConfig:
     return resolve_config(read_source(source), overrides)
 
 
-def resolve_config(fields: dict[str, Any], overrides: Sequence[str] = ()) -> JobConfig:
+def resolve_config(fields: dict[str, object], overrides: Sequence[str] = ()) -> JobConfig:
     """A `JobConfig` from nested mappings, with command-line overrides applied.
 
     Raises:
@@ -54,7 +54,7 @@ def preset_names() -> tuple[str, ...]:
     )
 
 
-def read_source(source: str) -> dict[str, Any]:
+def read_source(source: str) -> dict[str, object]:
     """Nested dicts of a preset, a TOML file, or a folder that knows its config.
 
     Raises:
@@ -96,7 +96,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def apply_overrides(fields: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:
+def apply_overrides(fields: dict[str, object], overrides: Sequence[tuple[str, str]]) -> None:
     """Write overrides into nested dicts; ``vlm.arch`` first, as it decides which other fields exist.
 
     Raises:
@@ -115,17 +115,20 @@ def apply_overrides(fields: dict[str, Any], overrides: Sequence[tuple[str, str]]
         raise ConfigError(problems)
 
 
-def _switch_architecture(fields: dict[str, Any], arch: str) -> None:
+def _switch_architecture(fields: dict[str, object], arch: str) -> None:
     """Another class for the vlm section: fields that the new class lacks are dropped."""
     try:
         known = {field.name for field in dataclasses.fields(VLMConfig.class_for(arch))}  # type: ignore[arg-type]
     except ConfigError as error:
         raise ConfigError([f"vlm.{line}" for line in error.problems]) from None
-    kept = {name: value for name, value in fields.get("vlm", {}).items() if name in known}
+    given = fields.get("vlm", {})
+    if not isinstance(given, Mapping):
+        raise ConfigError(["--vlm.arch: vlm has no fields"])
+    kept = {name: value for name, value in given.items() if name in known}
     fields["vlm"] = {**kept, "arch": arch}
 
 
-def _write(fields: dict[str, Any], name: str, text: str) -> None:
+def _write(fields: dict[str, object], name: str, text: str) -> None:
     *sections, last = name.split(".")
     owner: Any = JobConfig
     for depth, part in enumerate(sections):
@@ -155,11 +158,12 @@ def _annotation(owner: Any, field: str, flag: str) -> Any:
     return hints[field]
 
 
-def _section_of(annotation: Any, fields: dict[str, Any], path: list[str]) -> Any:
+def _section_of(annotation: Any, fields: dict[str, object], path: list[str]) -> Any:
     """The section class that an annotation holds; None for a mapping with free keys."""
     members = list(_members(annotation))
     if VLMConfig in members:
-        arch = fields.get(path[-1], {}).get("arch") if isinstance(fields.get(path[-1], {}), dict) else None
+        given = fields.get(path[-1])
+        arch = given.get("arch") if isinstance(given, dict) else None
         if arch is None:
             raise ConfigError([f"vlm.arch: required, one of {', '.join(VLMConfig.architectures())}"])
         return VLMConfig.class_for(arch)
@@ -179,7 +183,7 @@ def _members(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-def _read(text: str, annotation: Any) -> Any:
+def _read(text: str, annotation: Any) -> object:
     """The value a flag's text stands for; what does not parse is left as text, for the field's type to refuse."""
     members = list(_members(annotation))
     if type(None) in members and text.lower() == "none":

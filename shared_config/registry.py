@@ -18,38 +18,42 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shared_config.errors import ConfigError
 
-Builder = TypeVar("Builder", bound=Callable[..., Any])
-Function = Callable[..., Any]
+if TYPE_CHECKING:
+    from shared_config.contract.specs import ParameterSpec
+
+Builder = TypeVar("Builder", bound=Callable[..., object])
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Declaration:
     """What is known of a name in every backend; see `declare`."""
 
-    parameters: Function | None = None
-    layer_parameters: Function | None = None
+    parameters: Callable[..., Mapping[str, ParameterSpec]] | None = None
+    layer_parameters: Callable[..., Mapping[str, ParameterSpec]] | None = None
     equal_layers: bool = False
-    output_num_tokens: Function | None = None
+    output_num_tokens: Callable[..., int] | None = None
     moments: tuple[str, ...] = ()
 
 
 _tables: list[dict[str, Any]] = []
 
 
-def named_table(items: dict[str, Any] | None = None) -> dict[str, Any]:
+def named_table(items: Mapping[str, Item] | None = None) -> dict[str, Item]:
     """A dict by name that `temporary` puts back as it was."""
-    _tables.append(dict(items or {}))
-    return _tables[-1]
+    table = dict(items or {})
+    _tables.append(table)
+    return table
 
 
-def _built_in(*names: str) -> dict[str, Any]:
+def _built_in(*names: str) -> dict[str, Declaration]:
     return named_table({name: Declaration() for name in names})
 
 
@@ -74,10 +78,10 @@ def declare(
     category: str,
     name: str,
     *,
-    parameters: Function | None = None,
-    layer_parameters: Function | None = None,
+    parameters: Callable[..., Mapping[str, ParameterSpec]] | None = None,
+    layer_parameters: Callable[..., Mapping[str, ParameterSpec]] | None = None,
     equal_layers: bool = False,
-    output_num_tokens: Function | None = None,
+    output_num_tokens: Callable[..., int] | None = None,
     moments: Sequence[str] = (),
 ) -> None:
     """Say once for both backends what a registered name means for the parameter table and the sizes of a model.

@@ -13,6 +13,7 @@ PACKAGES = (
     "kempnerforge_jax",
     "shared_config/commands",
     "shared_config/contract",
+    "shared_config/schema",
     "shared_config/training",
 )
 OUTPUT = "what a module puts out, an array or arrays by modality: its reader knows which"

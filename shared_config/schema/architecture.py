@@ -17,7 +17,16 @@ from pydantic_core import CoreSchema, core_schema
 from shared_config.errors import ConfigError
 from shared_config.registry import named_table
 from shared_config.schema.adapter import AdapterConfig
-from shared_config.schema.base import KEEPS_FUNCTION, NESTED, Items, PositiveInt, Section, TextsByName, section
+from shared_config.schema.base import (
+    KEEPS_FUNCTION,
+    NESTED,
+    Items,
+    PositiveInt,
+    Section,
+    TextsByName,
+    from_fields,
+    section,
+)
 from shared_config.schema.freeze import FreezeSpec, FreezeStage, default_patterns, is_pattern
 from shared_config.schema.model import ModelConfig
 
@@ -40,7 +49,7 @@ class VLMConfig(Section):
     uses_model_fields: ClassVar[tuple[str, ...]] = ()
     """Fields of the language model for experts that an architecture uses where ``num_experts`` is 0."""
 
-    def __init_subclass__(cls, arch: str = "", **kwargs: Any) -> None:
+    def __init_subclass__(cls, arch: str = "", **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if arch:
             _ARCHITECTURES[arch] = cls
@@ -56,7 +65,7 @@ class VLMConfig(Section):
         del _ARCHITECTURES[arch]
 
     @staticmethod
-    def class_for(arch: Any) -> type[VLMConfig]:
+    def class_for(arch: object) -> type[VLMConfig]:
         """The config class of an architecture.
 
         Raises:
@@ -67,9 +76,9 @@ class VLMConfig(Section):
         return _ARCHITECTURES[arch]
 
     @staticmethod
-    def for_arch(arch: str, **fields: Any) -> VLMConfig:
+    def for_arch(arch: str, **fields: object) -> VLMConfig:
         """The config of an architecture by name."""
-        return VLMConfig.class_for(arch)(**fields)
+        return from_fields(VLMConfig.class_for(arch), fields)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -115,7 +124,7 @@ class VLMConfig(Section):
         """The experts that choose among tokens of text, and the capacity factor given; None without such experts."""
         return None
 
-    def shrunk(self, model: ModelConfig, *, head_dim: int, experts: int) -> dict[str, Any]:
+    def shrunk(self, model: ModelConfig, *, head_dim: int, experts: int) -> Mapping[str, object]:
         """Changes of its own fields for validation with a small language model.
 
         Args:
@@ -124,7 +133,7 @@ class VLMConfig(Section):
         """
         return {}
 
-    def resolved_with(self, model: ModelConfig) -> dict[str, Any]:
+    def resolved_with(self, model: ModelConfig) -> Mapping[str, object]:
         """What fields mean beside a language model, where 0 stands for one of its numbers."""
         return {}
 
@@ -172,12 +181,12 @@ class _AnyArchitecture:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._build)
 
-    def _build(self, value: Any) -> VLMConfig:
+    def _build(self, value: object) -> VLMConfig:
         if isinstance(value, Mapping):
             fields = dict(value)
             if "arch" not in fields:
                 raise ConfigError([f"arch: required, one of {', '.join(VLMConfig.architectures())}"])
-            return VLMConfig.class_for(fields.pop("arch"))(**fields)
+            return from_fields(VLMConfig.class_for(fields.pop("arch")), fields)
         if isinstance(value, VLMConfig) and value.arch:
             return value
         raise ValueError("Input should be a table with a key arch, or a config from VLMConfig.for_arch")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, dataclass_transform
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import core_schema
+from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
 from shared_config.errors import ConfigError
 from shared_config.registry import declared_names, names_in_backends
@@ -30,15 +30,16 @@ NonNegativeFloat = Annotated[float, Field(ge=0, le=LARGEST_FLOAT, allow_inf_nan=
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 SectionType = TypeVar("SectionType", bound="Section")
+Value = TypeVar("Value", covariant=True)
 
 
-class FrozenDict(Mapping[str, Any]):
+class FrozenDict(Mapping[str, Value]):
     """A mapping that can be hashed and not changed, for mapping fields of frozen sections."""
 
-    def __init__(self, items: Mapping[str, Any]) -> None:
+    def __init__(self, items: Mapping[str, Value]) -> None:
         self._items = dict(items)
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: str) -> Value:
         return self._items[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -54,15 +55,15 @@ class FrozenDict(Mapping[str, Any]):
         return repr(self._items)
 
 
-def _as_tuple(value: Any) -> Any:
+def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
 class _Nested:
     """Annotation for a sub-section: a mapping of its fields is accepted as well as an instance."""
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        def build(value: Any) -> Any:
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def build(value: object) -> object:
             return source(**value) if isinstance(value, Mapping) else value
 
         return core_schema.no_info_before_validator_function(build, handler(source))
@@ -93,10 +94,10 @@ EXECUTION = _Execution()
 class _Registered:
     categories: tuple[str, ...]
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
-    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return {**handler(schema), "enum": self._names()}
 
     def _names(self) -> list[str]:
@@ -129,7 +130,7 @@ def problems_of(error: pydantic.ValidationError, prefix: str = "") -> list[str]:
     return [line for entry in error.errors() for line in _describe(entry, prefix)]
 
 
-def _describe(entry: Any, prefix: str) -> Iterator[str]:
+def _describe(entry: ErrorDetails, prefix: str) -> Iterator[str]:
     places = [prefix, *(str(place) for place in entry["loc"])]
     path = ".".join(place for place in places if place)
     cause = entry.get("ctx", {}).get("error")
@@ -144,7 +145,7 @@ def _describe(entry: Any, prefix: str) -> Iterator[str]:
         yield f"{path} = {shown(entry['input'])}: {message.replace('Input should', 'must')}"
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A wrong value for a message, whatever it is: the middle of a long one is left out."""
     try:
         text = repr(value)
@@ -153,7 +154,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}...{text[-SHOWN // 2 :]}"
 
 
-def unfit_texts(value: Any, path: str) -> Iterator[str]:
+def unfit_texts(value: object, path: str) -> Iterator[str]:
     """Lines for texts that no file, path or terminal can hold, at whatever depth of mappings and sequences."""
     if isinstance(value, str):
         if "\0" in value:
@@ -176,7 +177,7 @@ class Section:
 
     derived: ClassVar[frozenset[str]] = frozenset()  # names of the fields that were derived; set on the instance
 
-    def derive(self) -> dict[str, Any]:
+    def derive(self) -> Mapping[str, object]:
         """Values for the fields that were left None; called once, at construction."""
         return {}
 
@@ -188,16 +189,16 @@ class Section:
         """Fields that have no effect beside the values of the others."""
         return ()
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> Mapping[str, object]:
         """What fields mean that can be spelled in several ways."""
         return {}
 
-    def function_fields(self) -> dict[str, Any]:
+    def function_fields(self) -> dict[str, object]:
         """Values of the fields that change the function the weights compute, nested sections by dotted name.
 
         All do, except those annotated with `KEEPS_FUNCTION` or `EXECUTION` and those that are idle.
         """
-        values: dict[str, Any] = {}
+        values: dict[str, object] = {}
         resolved = self.resolved()
         for name in function_names(type(self)):
             value = resolved.get(name, getattr(self, name))
@@ -217,14 +218,23 @@ class Section:
         if found:
             raise ConfigError(found)
 
-    def given(self) -> dict[str, Any]:
+    def given(self) -> dict[str, object]:
         """Field values as they were given: derived fields are left out."""
         names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
         return {name: getattr(self, name) for name in names if name not in self.derived}
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: object) -> Self:
         """A copy with some fields changed; derived fields are derived again."""
         return type(self)(**{**self.given(), **changes})
+
+
+def from_fields(cls: type[SectionType], fields: Mapping[str, object]) -> SectionType:
+    """A section from values of its fields, of whatever type: its constructor checks them.
+
+    Raises:
+        ConfigError: every field that is wrong.
+    """
+    return cls(**fields)
 
 
 @functools.cache
@@ -247,7 +257,7 @@ def execution_names(cls: type[Section]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _annotations(cls: type[Section]) -> dict[str, tuple[Any, ...]]:
+def _annotations(cls: type[Section]) -> dict[str, tuple[object, ...]]:
     """What each field of a section is annotated with, besides its type."""
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -275,7 +285,7 @@ def _strict(cls: type[SectionType], kw_only: bool) -> type[SectionType]:
 
 def _collecting(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
-    def collecting_init(self: Any, *args: Any, **kwargs: Any) -> None:
+    def collecting_init(self: object, *args: object, **kwargs: object) -> None:
         try:
             init(self, *args, **kwargs)
         except pydantic.ValidationError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -35,6 +35,6 @@ def is_pattern(module: str) -> bool:
     return any(character in module for character in PATTERN_CHARACTERS)
 
 
-def default_patterns(**own: str | tuple[str, ...]) -> Any:
+def default_patterns(**own: str | tuple[str, ...]) -> FrozenDict[str | tuple[str, ...]]:
     """The field ``module_patterns`` of an architecture, with the patterns of its own parts."""
     return Field(default_factory=lambda: FrozenDict({**DEFAULT_PATTERNS, **own}))

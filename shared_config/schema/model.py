@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Collection, Iterator, Mapping
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -140,7 +140,7 @@ class ModelConfig(Section):
     moe_norm_topk_prob: bool = True
     moe_routed_scaling: PositiveFloat = 1.0
 
-    def derive(self) -> dict[str, Any]:
+    def derive(self) -> Mapping[str, object]:
         return {"n_kv_heads": self.n_heads, "head_dim": self.dim // self.n_heads}
 
     def idle(self) -> Collection[str]:
@@ -148,7 +148,7 @@ class ModelConfig(Section):
         experts = set() if self.is_moe else {name for name in names if name.startswith("moe_")}
         return experts | {"ffn_dim_multiplier"}
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> Mapping[str, object]:
         """Widths as they come out."""
         width = self.computed_ffn_hidden_dim
         return {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import Annotated, Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Annotated
 
 from shared_config.schema.base import KEEPS_FUNCTION, Count, Section, registered, section
 
@@ -35,7 +35,7 @@ class VisionEncoderConfig(Section):
         """The folder of a tower says its sizes, or they are the same."""
         return ("feature_dim", "num_tokens", "image_size") if self.type in ("siglip2", "clip") else ()
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> Mapping[str, object]:
         return {"num_tokens": self.known_num_tokens, "image_size": self.known_image_size}
 
     def problems(self) -> Iterator[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -56,7 +56,7 @@ class CrossAttentionConfig(VLMConfig, arch="cross_attention"):
         heads, _ = self.resolved_heads(model.n_heads)
         return self.cross_attention_head_dim or (model.head_size if heads == model.n_heads else model.dim // heads)
 
-    def resolved_with(self, model: ModelConfig) -> dict[str, Any]:
+    def resolved_with(self, model: ModelConfig) -> Mapping[str, object]:
         heads, kv_heads = self.resolved_heads(model.n_heads)
         return {
             "cross_attention_n_heads": heads,
@@ -71,7 +71,7 @@ class CrossAttentionConfig(VLMConfig, arch="cross_attention"):
     def layer_period(self, model: ModelConfig) -> int:
         return self.cross_attention_every_n_layers
 
-    def shrunk(self, model: ModelConfig, *, head_dim: int, experts: int) -> dict[str, Any]:
+    def shrunk(self, model: ModelConfig, *, head_dim: int, experts: int) -> Mapping[str, object]:
         return {
             "cross_attention_n_heads": model.n_heads if self.cross_attention_n_heads else 0,
             "cross_attention_n_kv_heads": model.kv_heads if self.cross_attention_n_kv_heads else 0,
@@ -109,7 +109,7 @@ class MoTConfig(VLMConfig, arch="mot"):
     mot_warm_start_from_text: Annotated[bool, KEEPS_FUNCTION] = False
     mot_warm_start_path: Annotated[str, KEEPS_FUNCTION] = ""
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> Mapping[str, object]:
         """Modalities are told apart by name, in whatever order."""
         return {"mot_modalities": tuple(sorted(self.mot_modalities))}
 
@@ -132,14 +132,14 @@ class MoTConfig(VLMConfig, arch="mot"):
         """So many that the heads of both modalities divide them."""
         return math.lcm(model.kv_heads, self.resolved_image_heads(model.n_heads, model.kv_heads)[1])
 
-    def resolved_with(self, model: ModelConfig) -> dict[str, Any]:
+    def resolved_with(self, model: ModelConfig) -> Mapping[str, object]:
         heads, kv_heads = self.resolved_image_heads(model.n_heads, model.kv_heads)
         return {"mot_image_n_heads": heads, "mot_image_n_kv_heads": kv_heads}
 
     def own_heads(self, model: ModelConfig) -> dict[str, int]:
         return {"mot_image_n_kv_heads": self.resolved_image_heads(model.n_heads, model.kv_heads)[1]}
 
-    def shrunk(self, model: ModelConfig, *, head_dim: int, experts: int) -> dict[str, Any]:
+    def shrunk(self, model: ModelConfig, *, head_dim: int, experts: int) -> Mapping[str, object]:
         return {
             "mot_image_n_heads": model.n_heads if self.mot_image_n_heads else 0,
             "mot_image_n_kv_heads": model.kv_heads if self.mot_image_n_kv_heads else 0,
@@ -191,11 +191,11 @@ class MoMaConfig(VLMConfig, arch="moma"):
     def text_experts(self) -> tuple[int, float] | None:
         return self.moma_experts_per_modality["text"], self.moma_capacity_factor
 
-    def shrunk(self, model: ModelConfig, *, head_dim: int, experts: int) -> dict[str, Any]:
+    def shrunk(self, model: ModelConfig, *, head_dim: int, experts: int) -> Mapping[str, object]:
         fewer = {name: min(number, experts) for name, number in self.moma_experts_per_modality.items()}
         return {"moma_experts_per_modality": FrozenDict(fewer)}
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> Mapping[str, object]:
         """Modalities are told apart by name; 0 may be spelled as the number that it stands for."""
         factors = {self.effective_capacity_factor(modality) for modality in self.moma_modalities}
         return {

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_config import ConfigError, JobConfig, UserError, config_from_toml, config_to_toml, load_config, preset_names
+from shared_config.loader import resolve_config
 from shared_config.schema import MoMaConfig, MoTConfig
 
 EXPECTED_PRESETS = {
@@ -96,6 +97,11 @@ def test_bad_overrides_are_named(overrides: list[str], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("debug", overrides)
     assert expected in str(caught.value)
+
+
+def test_an_architecture_needs_a_section() -> None:
+    with pytest.raises(ConfigError, match="vlm has no fields"):
+        resolve_config({"vlm": 3}, ["--vlm.arch=mot"])
 
 
 def test_files(tmp_path: Path) -> None:

@@ -295,7 +295,8 @@ def test_declarations_that_mean_nothing_are_refused() -> None:
         declare("norm", "rmsnorm", parameters=additions.norm_parameters)
     with pytest.raises(ValueError, match="must name each axis"):
         ParameterSpec((2, 3), Constant(0.0), ("embed",))
-    declare("norm", "test_wrong", parameters=lambda config: {"weight": 3})
+    wrong: dict[str, Any] = {"weight": 3}
+    declare("norm", "test_wrong", parameters=lambda config: wrong)
     with pytest.raises(ConfigError, match="must be a mapping from names to ParameterSpec"):
         parameter_table(job("norm").model.replace(norm_type="test_wrong"))
 
