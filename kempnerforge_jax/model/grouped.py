@@ -188,7 +188,7 @@ def ragged_matmul(
     x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], ends_E: Int[Array, "E"]
 ) -> Float[Array, "R F"]:
     """`grouped_matmul` by `jax.lax.ragged_dot`, which has a kernel on TPU."""
-    return _owned(lax.ragged_dot(x_RD, w_EDF, _sizes(ends_E)), ends_E)
+    return _owned(lax.ragged_dot(x_RD, w_EDF, _sizes(ends_E), precision=_ragged_precision(x_RD.dtype)), ends_E)
 
 
 def ragged_outer(
@@ -197,7 +197,15 @@ def ragged_outer(
     """`grouped_outer` by `jax.lax.ragged_dot_general`, contracting the ragged axis."""
     numbers = lax.RaggedDotDimensionNumbers(_ROWS_BY_ROWS, lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
     x_RD, y_RF = _owned(x_RD, ends_E), _owned(y_RF, ends_E)
-    return lax.ragged_dot_general(x_RD, y_RF, _sizes(ends_E), numbers).astype(x_RD.dtype)
+    precision = _ragged_precision(x_RD.dtype)
+    return lax.ragged_dot_general(x_RD, y_RF, _sizes(ends_E), numbers, precision=precision).astype(x_RD.dtype)
+
+
+def _ragged_precision(dtype: np.dtype) -> lax.Precision | None:
+    """What TPU's kernel is told of factors: nothing but the default of narrow ones, which it refuses else, and whose
+    products are exact in any case.
+    """
+    return lax.Precision.DEFAULT if dtype.itemsize < np.dtype(np.float32).itemsize else None
 
 
 def _sizes(ends_E: jax.Array) -> jax.Array:

@@ -131,7 +131,7 @@ def check_fused_attention(backend: str) -> None:
                 program = jax.jit(lambda q, k, v, m=mask: attend(q, k, v, m))
                 try:
                     traced = program.trace(q, k, k)
-                    lowered = traced.lower(lowering_platforms=("cpu",)).as_text()
+                    lowered = traced.lower(lowering_platforms=("cpu", "tpu")).as_text()
                 except (NotImplementedError, ValueError) as error:
                     raise AssertionError(f"{case}: the kernel refuses it: {error}") from error
                 found = kernels_in(traced.jaxpr.jaxpr)
@@ -178,6 +178,26 @@ def check_platforms(backend: str) -> None:
                 text = program.lower(lowering_platforms=(platform,)).as_text()
                 found = {name for name, mark in marks.items() if mark in text}
                 assert found == expected, (platform, found)
+
+
+def check_ragged_precision(backend: str) -> None:
+    """TPU's kernel takes bfloat16 at the default precision alone; float32 is computed as precisely as is asked for."""
+    grouped = module("jax", "model.grouped")
+    highest, default = jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT
+    for dtype, expected in ((F32, (highest, highest)), (BF16, (default, default)), (F16, (default, default))):
+        x, w, y = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((9, 8), (3, 8, 16), (9, 16)))
+        ends = jax.ShapeDtypeStruct((3,), "int32")
+        for product, other in ((grouped.ragged_matmul, w), (grouped.ragged_outer, y)):
+            with jax.default_matmul_precision("highest"):
+                traced = jax.make_jaxpr(product)(x, other, ends)
+            (told,) = precisions_in(traced.jaxpr)
+            assert (told if isinstance(told, tuple) else (told, told)) == expected, (product, dtype, told)
+
+
+def precisions_in(jaxpr: Any) -> list[Any]:
+    """What each ragged product is told."""
+    found = [eqn.params["precision"] for eqn in jaxpr.eqns if eqn.primitive.name.startswith("ragged_dot")]
+    return found + [told for eqn in jaxpr.eqns for inner in _jaxprs(eqn.params) for told in precisions_in(inner)]
 
 
 # torch
@@ -447,7 +467,7 @@ def check_decoding_by_device(backend: str) -> None:
 
 
 KERNEL_CHECKS: dict[str, dict[str, tuple[Callable[[str], None], ...]]] = {
-    "jax": {"model.attention": (check_fused_attention,), "model.grouped": (check_platforms,)},
+    "jax": {"model.attention": (check_fused_attention,), "model.grouped": (check_platforms, check_ragged_precision)},
     "torch": {
         "model.attention": (check_dispatched_attention,),
         "model.decode_state": (check_masks_of_caches, check_slots_of_tokens),
