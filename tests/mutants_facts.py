@@ -202,8 +202,8 @@ FACT_MUTANTS = (
     FactMutant(KEYS, "norm_eps: float = 1e-6", "norm_eps: float = 1e-5", ABSENT, ("llama",)),
     FactMutant(
         KEYS,
-        'Family("MistralForCausalLM", sliding_window=True, kv_heads=8',
-        'Family("MistralForCausalLM", sliding_window=True, kv_heads=None',
+        'Family("MistralForCausalLM", kv_heads=8',
+        'Family("MistralForCausalLM", kv_heads=None',
         ABSENT,
         ("mistral",),
     ),

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     tokenizer = tokens_of(Path(options.source), source.config)
     problem = "" if tokenizer is None else problem_of_tokens(tokenizer)
     if target == "huggingface":
-        config_to_huggingface(source.config.model)
+        _check_expressed(source.config)
     folder = claim_folder(options.output, target, source.config, source=options.source)
     metadata = {WRITER: target}
     if target == "huggingface":
@@ -100,6 +100,20 @@ def save_native(
     with written_aside(folder / CONFIG) as aside:
         aside.write_text(config_to_toml(kept), encoding="utf-8")
     return [*files, *sorted((folder / TOKENIZER).glob("*")), folder / CONFIG]
+
+
+def _check_expressed(config: JobConfig) -> None:
+    """Refuse a model that no Hugging Face folder can hold.
+
+    Raises:
+        UserError: it has a vision encoder.
+        ConfigError: as `config_to_huggingface`.
+    """
+    if config.vlm is not None:
+        raise UserError(
+            f"vlm.arch = {config.vlm.arch!r}: must be absent with --to huggingface, which is for text models"
+        )
+    config_to_huggingface(config.model)
 
 
 def _config_of(path: Path, config: str | None, overrides: Sequence[str]) -> JobConfig:

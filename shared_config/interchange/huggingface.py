@@ -17,7 +17,8 @@ from shared_config.contract.parameters import EMBEDDING, aliases, parameter_tabl
 from shared_config.contract.specs import ParameterTable
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.files import PathLike, written_aside
-from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface, family_of
+from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
+from shared_config.interchange.huggingface_family import families_of
 from shared_config.interchange.reading import MAX_JSON_BYTES, parse_json, read_bytes
 from shared_config.interchange.states import check_tied, host_array, plain_state
 from shared_config.interchange.tokens import copy_tokenizer, special_ids
@@ -95,7 +96,7 @@ def from_huggingface(state: Mapping[str, Any], config: ModelConfig) -> dict[str,
     """The state under native names, in model order. Arrays are shared, except packed experts.
 
     Raises:
-        ConfigError: if no Hugging Face architecture expresses the config.
+        ConfigError: as `families_of`.
         WeightsError: listing every missing, extra, misshapen or non-floating tensor by its Hugging Face name.
     """
     names = name_map(config)
@@ -114,7 +115,7 @@ def to_huggingface(state: Mapping[str, Any], config: ModelConfig) -> dict[str, A
     transposed views.
 
     Raises:
-        ConfigError: if no Hugging Face architecture expresses the config.
+        ConfigError: as `families_of`.
         WeightsError: if the state isn't exactly what the config needs.
     """
     names = name_map(config)
@@ -128,7 +129,7 @@ def to_huggingface(state: Mapping[str, Any], config: ModelConfig) -> dict[str, A
 
 def name_map(config: ModelConfig) -> dict[str, str]:
     """Native name -> Hugging Face name of every tensor, in model order; experts stand one by one, packed or not."""
-    family = family_of(config)
+    family = families_of(config)[0]
     return {name: _foreign_name(name, family) for name in _unpacked_table(config)}
 
 

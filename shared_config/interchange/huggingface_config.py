@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from shared_config.errors import ConfigError
+from shared_config.interchange.huggingface_family import family_of
 from shared_config.interchange.huggingface_keys import (
     FAMILIES,
-    Family,
     declared_window,
     fixed_keys,
     layer_kinds,
@@ -23,44 +23,11 @@ from shared_config.interchange.huggingface_keys import (
 from shared_config.schema.model import ModelConfig, RopeScaling
 
 
-def family_of(config: ModelConfig) -> str:
-    """The ``model_type`` that expresses a config: the one family whose models all have its experts, norms of queries
-    and keys, and window, or can have it.
-
-    Raises:
-        ConfigError: naming every setting that it does not express.
-    """
-    name = next(name for name, family in FAMILIES.items() if _is_of(config, family))
-    problems = list(_not_expressed(config, name))
-    if problems:
-        raise ConfigError(problems)
-    return name
-
-
-def _is_of(config: ModelConfig, family: Family) -> bool:
-    window = family.sliding_window in (None, config.sliding_window is not None)
-    return (family.experts, family.qk_norm) == (config.is_moe, config.qk_norm) and window
-
-
-def _not_expressed(config: ModelConfig, family: str) -> Iterator[str]:
-    fixed: dict[str, Any] = {"model_type": "transformer", "activation": "silu", "norm_type": "rmsnorm"}
-    if config.is_moe:
-        fixed |= {"moe_router": "softmax_topk", "moe_shared_experts": 0, "moe_capacity_factor": 0.0}
-        fixed |= {"moe_routed_scaling": 1.0}
-    fixed |= FAMILIES[family].fixed
-    if not FAMILIES[family].attention_bias:
-        fixed |= {"attention_bias": False}
-    for field, needed in fixed.items():
-        value = getattr(config, field)
-        if value != needed:
-            yield f"model.{field} = {value!r}: Hugging Face's {family} has no such setting: must be {needed!r}"
-
-
 def config_to_huggingface(config: ModelConfig) -> dict[str, Any]:
     """The content of config.json.
 
     Raises:
-        ConfigError: naming every setting that no Hugging Face architecture expresses.
+        ConfigError: as `family_of`.
     """
     family = family_of(config)
     content: dict[str, Any] = {
@@ -157,6 +124,7 @@ def config_from_huggingface(content: Mapping[str, Any]) -> dict[str, Any]:
         "attention_bias": content.get("attention_bias", False),
         "tie_embeddings": content.get("tie_word_embeddings", False),
         "qk_norm": family.qk_norm,
+        "family": content["model_type"],
     }
     return fields | (_experts_from_huggingface(content) if family.experts else {})
 

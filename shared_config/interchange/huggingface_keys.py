@@ -15,17 +15,16 @@ class Family:
     """What one Hugging Face architecture computes and can express, and its defaults of absent keys.
 
     Attributes:
-        qk_norm, experts: whether all of its models have them.
-        sliding_window: whether all of its models have one; None: a setting.
-        attention_bias: whether there is such a setting.
-        fixed: other fields of a `ModelConfig` that it has no setting for, with the values that it means.
+        qk_norm, experts: whether all of its models have them; otherwise none has.
+        sliding_window, attention_bias: whether there is such a setting.
+        fixed: fields of experts that it has no setting for, with the values that it means.
     """
 
     architecture: str
     qk_norm: bool = False
     attention_bias: bool = False
     experts: bool = False
-    sliding_window: bool | None = None
+    sliding_window: bool = True
     fixed: Mapping[str, Any] = field(default_factory=dict)
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -36,7 +35,7 @@ class Family:
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", attention_bias=True, sliding_window=False, max_seq_len=2048),
-    "mistral": Family("MistralForCausalLM", sliding_window=True, kv_heads=8, max_seq_len=131072),
+    "mistral": Family("MistralForCausalLM", kv_heads=8, max_seq_len=131072),
     "mixtral": Family(
         "MixtralForCausalLM",
         experts=True,

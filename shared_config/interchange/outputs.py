@@ -194,8 +194,9 @@ def _has_config(folder: Path, kind: str, config: JobConfig) -> bool:
 
 
 def _elsewhere(config: JobConfig) -> JobConfig:
-    """The config without the path of its tokenizer, whose files are copied."""
-    return config.replace(data=config.data.replace(tokenizer=DataConfig().tokenizer))
+    """The config without the path of its tokenizer, whose files are copied, and the family, which former ones lack."""
+    data = config.data.replace(tokenizer=DataConfig().tokenizer)
+    return config.replace(data=data, model=config.model.replace(family=None))
 
 
 def _same_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:

@@ -82,8 +82,8 @@ KEEPS_FUNCTION = _KeepsFunction()
 
 
 class _Execution:
-    """Annotation for a field, or a whole section, that says how a run is computed, not what: traces of one function may
-    differ in it.
+    """Annotation for a field, or a whole section, that says how a run is computed or what its files are, not what is
+    computed: traces of one function may differ in it.
     """
 
 

@@ -27,6 +27,8 @@ EXPERT_FFN_MULTIPLE = 16
 MIXED = ("linear", "llama3", "yarn")
 UNIT = "Tokens are counted over one micro-batch of one data-parallel rank, so how a batch is cut changes the result."
 EvenInt = Annotated[int, Field(gt=0, le=LARGEST, multiple_of=2)]
+FamilyName = Literal["llama", "mistral", "mixtral", "qwen3", "qwen3_moe"]
+"""The ``model_type`` of the Hugging Face models that can be read and written."""
 
 
 @section
@@ -100,6 +102,14 @@ class ModelConfig(Section):
     init_std: Annotated[PositiveFloat, KEEPS_FUNCTION] = 0.02
     model_type: Annotated[str, registered("model")] = "transformer"
     sdpa_backend: Annotated[Literal["auto", "flash", "efficient", "cudnn", "math"], EXECUTION] = "auto"
+    family: Annotated[
+        FamilyName | None,
+        EXECUTION,
+        Field(
+            description="Hugging Face family that the model is written as. None: the only one that expresses the "
+            "config; where several do, one of them has to be named."
+        ),
+    ] = None
 
     num_experts: Count = 0
     moe_top_k: PositiveInt = 2

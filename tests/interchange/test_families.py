@@ -108,6 +108,7 @@ def expected_of(family: str, theirs: Any) -> dict[str, Any]:
         "tie_embeddings": theirs.tie_word_embeddings,
         "qk_norm": family.startswith("qwen3"),
         "model_type": "transformer",
+        "family": family,
         "num_experts": 0,
     }
     if family in NEEDED:
@@ -288,7 +289,7 @@ def test_what_is_written_is_read_there_as_it_was_meant(family: str) -> None:
     """No key is left to a default of the class: all values differ from all classes' defaults."""
     fields = {"dim": 20, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "vocab_size": 37}
     fields |= {"ffn_hidden_dim": 48, "max_seq_len": 77, "norm_eps": 0.125, "rope_theta": 123.0, "init_std": 0.75}
-    config = ModelConfig(**{**fields, **WRITTEN[family]})
+    config = ModelConfig(**{**fields, **WRITTEN[family], "family": family})
     content = config_to_huggingface(config)
     assert content["architectures"] == [f"{CLASSES[family]}ForCausalLM"]
     assert hasattr(transformers, content["architectures"][0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from typing import Any
 
@@ -22,7 +21,8 @@ from shared_config.interchange.huggingface import (
     save_huggingface,
     to_huggingface,
 )
-from shared_config.interchange.huggingface_config import _is_of, config_from_huggingface, config_to_huggingface
+from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
+from shared_config.interchange.huggingface_family import families_of
 from shared_config.interchange.huggingface_keys import (
     FAMILIES,
     KINDS,
@@ -67,11 +67,16 @@ def state_of(config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def expressible(**fixed: Any) -> st.SearchStrategy[ModelConfig]:
-    """Drawn configs that a Hugging Face architecture expresses."""
+    """Drawn configs that a Hugging Face family expresses, of one that does."""
     fixed |= {"norm_type": "rmsnorm", "activation": "silu"}
     dense = model_configs(**fixed).map(lambda config: config.replace(attention_bias=_may_have_bias(config)))
     width = st.sampled_from([0.5, 1.0, 3.0])
-    return st.one_of(dense, st.builds(_expressible_experts, model_configs(experts=True, **fixed), width))
+    experts = st.builds(_expressible_experts, model_configs(experts=True, **fixed), width)
+    return st.one_of(dense, experts).flatmap(_of_a_family)
+
+
+def _of_a_family(config: ModelConfig) -> st.SearchStrategy[ModelConfig]:
+    return st.sampled_from(families_of(config)).map(lambda name: config.replace(family=name))
 
 
 def _may_have_bias(config: ModelConfig) -> bool:
@@ -148,13 +153,20 @@ def test_settings_go_there_and_back(config):
     back = ModelConfig(**config_from_huggingface(json.loads(json.dumps(config_to_huggingface(config)))))
     assert parameter_table(back) == parameter_table(config.replace(moe_packed_experts=False))
     same = ["dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_seq_len", "init_std", "norm_eps"]
-    same += ["rope_theta", "rope_scaling", "sliding_window", "attention_bias", "tie_embeddings", "qk_norm"]
+    same += ["rope_theta", "rope_scaling", "sliding_window", "attention_bias", "tie_embeddings", "qk_norm", "family"]
     if config.is_moe:
         same += ["num_experts", "moe_top_k", "moe_frequency", "moe_norm_topk_prob", "moe_aux_loss_weight"]
     assert {name: getattr(back, name) for name in same} == {name: getattr(config, name) for name in same}
 
 
-@pytest.mark.parametrize("fields", [{}, {**EXPERTS, "moe_packed_experts": True}, {"tie_embeddings": True}])
+FOLDERS: list[dict[str, Any]] = [
+    {"family": "llama"},
+    {"family": "mixtral", **EXPERTS, "moe_packed_experts": True},
+    {"family": "mistral", "tie_embeddings": True},
+]
+
+
+@pytest.mark.parametrize("fields", FOLDERS)
 def test_a_folder_goes_there_and_back(tmp_path, fields):
     config = small(**fields)
     state = state_of(config)
@@ -197,24 +209,6 @@ def test_rotary_tables_and_a_tied_head_are_left_out():
     extended["lm_head.weight"] = extended["lm_head.weight"] + 1
     with pytest.raises(WeightsError, match=r"lm_head\.weight: differs from model\.embed_tokens\.weight"):
         from_huggingface(extended, config)
-
-
-def test_each_config_is_of_one_family():
-    families = {
-        (num_experts, qk_norm, window): [name for name, family in FAMILIES.items() if _is_of(config, family)]
-        for num_experts, qk_norm, window in itertools.product((0, 4), (False, True), (None, 8))
-        for config in [ModelConfig(num_experts=num_experts, qk_norm=qk_norm, sliding_window=window)]
-    }
-    assert families == {
-        (0, False, None): ["llama"],
-        (0, False, 8): ["mistral"],
-        (0, True, None): ["qwen3"],
-        (0, True, 8): ["qwen3"],
-        (4, False, None): ["mixtral"],
-        (4, False, 8): ["mixtral"],
-        (4, True, None): ["qwen3_moe"],
-        (4, True, 8): ["qwen3_moe"],
-    }
 
 
 def test_settings_that_no_architecture_expresses_are_all_named():
@@ -433,15 +427,26 @@ def test_settings_are_read_as_transformers_reads_them(tmp_path, monkeypatch, mod
 
 
 ARCHITECTURES = {
-    "llama": {"attention_bias": True},
-    "llama-linear": {"rope_scaling": RopeScaling(type="linear", factor=2.0)},
-    "llama3": {"rope_scaling": RopeScaling(type="llama3", factor=8.0, original_max_seq_len=16)},
-    "llama-yarn": {"rope_scaling": RopeScaling(type="yarn", factor=4.0, original_max_seq_len=8), "head_dim": 16},
-    "mistral": {"sliding_window": 3},
-    "qwen3": {"qk_norm": True, "tie_embeddings": True, "norm_eps": 1e-2},
-    "qwen3-window": {"qk_norm": True, "sliding_window": 3},
-    "mixtral": EXPERTS,
-    "qwen3_moe": {**EXPERTS, "qk_norm": True, "moe_norm_topk_prob": False, "moe_frequency": 2},
+    "llama": {"attention_bias": True, "family": "llama"},
+    "llama-linear": {"rope_scaling": RopeScaling(type="linear", factor=2.0), "family": "llama"},
+    "llama3": {"rope_scaling": RopeScaling(type="llama3", factor=8.0, original_max_seq_len=16), "family": "llama"},
+    "llama-yarn": {
+        "rope_scaling": RopeScaling(type="yarn", factor=4.0, original_max_seq_len=8),
+        "head_dim": 16,
+        "family": "llama",
+    },
+    "mistral": {"sliding_window": 3, "family": "mistral"},
+    "mistral-no-window": {"family": "mistral"},
+    "qwen3": {"qk_norm": True, "tie_embeddings": True, "norm_eps": 1e-2, "family": "qwen3"},
+    "qwen3-window": {"qk_norm": True, "sliding_window": 3, "family": "qwen3"},
+    "mixtral": {**EXPERTS, "family": "mixtral"},
+    "qwen3_moe": {
+        **EXPERTS,
+        "qk_norm": True,
+        "moe_norm_topk_prob": False,
+        "moe_frequency": 2,
+        "family": "qwen3_moe",
+    },
 }
 
 
@@ -466,6 +471,7 @@ def test_transformers_computes_the_same_function(tmp_path, monkeypatch, name):
     assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()  # their softmax and tables are float32
     model.save_pretrained(tmp_path / "theirs")
     back_config, back = load_huggingface(tmp_path / "theirs")
+    assert (back_config.family, type(model).__name__) == (config.family, FAMILIES[config.family or ""].architecture)
     assert parameter_table(back_config) == parameter_table(config)
     assert all(np.array_equal(back[name], state[name]) for name in state)
     assert np.array_equal(transformer(back, back_config, tokens).logits, expected)

@@ -72,7 +72,8 @@ WRITTEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("family", WRITTEN)
 def test_every_key_that_is_written(family: str) -> None:
     fields, content = WRITTEN[family]
-    assert config_to_huggingface(ModelConfig(**{**FIELDS, **fields})) == {**COMMON, "model_type": family, **content}
+    config = ModelConfig(**{**FIELDS, **fields, "family": family})
+    assert config_to_huggingface(config) == {**COMMON, "model_type": family, **content}
 
 
 SCALINGS = [
@@ -105,7 +106,7 @@ SCALINGS = [
 
 @pytest.mark.parametrize(("scaling", "written"), SCALINGS)
 def test_a_scaling_is_written_and_read_back(scaling: RopeScaling, written: dict[str, Any]) -> None:
-    content = config_to_huggingface(ModelConfig(**FIELDS, rope_scaling=scaling))
+    content = config_to_huggingface(ModelConfig(**FIELDS, rope_scaling=scaling, family="llama"))
     assert content == {**COMMON, **WRITTEN["llama"][1], "model_type": "llama", "attention_bias": False} | {
         "rope_scaling": written
     }
@@ -321,22 +322,27 @@ def test_a_config_of_no_family_is_refused_with_what_is_needed() -> None:
             config_to_huggingface(ModelConfig(**{**FIELDS, **fields}))
         return list(caught.value.problems)
 
-    no_such = "Hugging Face's {} has no such setting: must be {}"
-    assert said(activation="gelu") == [f"model.activation = 'gelu': {no_such.format('llama', repr('silu'))}"]
-    assert said(norm_type="layernorm") == [f"model.norm_type = 'layernorm': {no_such.format('llama', repr('rmsnorm'))}"]
+    no_such = "Hugging Face's {} no such setting: must be {}"
+    assert said(activation="gelu") == [
+        f"model.activation = 'gelu': {no_such.format('llama and mistral have', repr('silu'))}"
+    ]
+    assert said(norm_type="layernorm", family="llama") == [
+        f"model.norm_type = 'layernorm': {no_such.format('llama has', repr('rmsnorm'))}"
+    ]
     assert said(attention_bias=True, sliding_window=4) == [
-        f"model.attention_bias = True: {no_such.format('mistral', False)}"
+        f"model.sliding_window = 4: {no_such.format('llama has', None)}",
+        f"model.attention_bias = True: {no_such.format('mistral has', False)}",
     ]
     assert said(**EXPERTS, moe_shared_experts=2, moe_frequency=2, moe_norm_topk_prob=False, qk_norm=True) == [
-        f"model.moe_shared_experts = 2: {no_such.format('qwen3_moe', 0)}"
+        f"model.moe_shared_experts = 2: {no_such.format('qwen3_moe has', 0)}"
     ]
     assert said(**EXPERTS, moe_frequency=2, moe_norm_topk_prob=False) == [
-        f"model.moe_norm_topk_prob = False: {no_such.format('mixtral', True)}",
-        f"model.moe_frequency = 2: {no_such.format('mixtral', 1)}",
+        f"model.moe_norm_topk_prob = False: {no_such.format('mixtral has', True)}",
+        f"model.moe_frequency = 2: {no_such.format('mixtral has', 1)}",
     ]
     assert said(**EXPERTS, moe_capacity_factor=1.5, moe_routed_scaling=2.0) == [
-        f"model.moe_capacity_factor = 1.5: {no_such.format('mixtral', 0.0)}",
-        f"model.moe_routed_scaling = 2.0: {no_such.format('mixtral', 1.0)}",
+        f"model.moe_capacity_factor = 1.5: {no_such.format('mixtral has', 0.0)}",
+        f"model.moe_routed_scaling = 2.0: {no_such.format('mixtral has', 1.0)}",
     ]
 
 
@@ -410,7 +416,7 @@ def test_experts_are_packed_in_their_order_also_beyond_ten() -> None:
 
 
 def test_a_folder_holds_config_tokenizer_and_ids(tmp_path: Path) -> None:
-    config = ModelConfig(**FIELDS)
+    config = ModelConfig(**FIELDS, family="llama")
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     (tmp_path / "tokenizer" / "generation_config.json").write_text('{"eos_token_id": 4}')

@@ -23,7 +23,7 @@ LLAMA3_ROPE = {"type": "llama3", "factor": 32.0, "original_max_seq_len": 8192}
 LLAMA3_ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 MODELS: dict[str, dict[str, Any]] = {
-    "debug": BYTES,
+    "debug": {**BYTES, "family": "llama"},
     "debug_moe": {
         **BYTES,
         "num_experts": 8,
@@ -35,9 +35,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_expert_ffn_multiplier": 0.5,
         "moe_router_z_loss_weight": 0.001,
     },
-    "llama_125m": {"dim": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 32000, "max_seq_len": 2048},
+    "llama_125m": {
+        "family": "llama",
+        "dim": 768,
+        "n_layers": 12,
+        "n_heads": 12,
+        "vocab_size": 32000,
+        "max_seq_len": 2048,
+    },
     "llama_1b": {
         **LLAMA3,
+        "family": "llama",
         "dim": 2048,
         "n_layers": 16,
         "n_heads": 32,
@@ -47,8 +55,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_embeddings": True,
         "rope_scaling": LLAMA3_ROPE,
     },
-    "llama3_8b": LLAMA3_8B,
-    "llama3_70b": {**LLAMA3_8B, "dim": 8192, "n_layers": 80, "n_heads": 64, "ffn_hidden_dim": 28672},
+    "llama3_8b": {**LLAMA3_8B, "family": "llama"},
+    "llama3_70b": {**LLAMA3_8B, "family": "llama", "dim": 8192, "n_layers": 80, "n_heads": 64, "ffn_hidden_dim": 28672},
     "moe_small": {
         "dim": 1024,
         "n_layers": 8,
@@ -64,6 +72,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_router_z_loss_weight": 0.001,
     },
     "qwen3_0_6b": {
+        "family": "qwen3",
         "dim": 1024,
         "n_layers": 28,
         "n_heads": 16,
@@ -232,6 +241,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "init_std": 0.02,
         "model_type": "transformer",
         "sdpa_backend": "auto",
+        "family": None,
         "num_experts": 0,
         "moe_top_k": 2,
         "moe_frequency": 1,

@@ -81,6 +81,7 @@ FIELDS: Pools = {
         "init_std": [0.02, 1e-30, 1.0, 10.0],
         "model_type": ["transformer"],
         "sdpa_backend": ["auto", "flash", "efficient", "cudnn", "math"],
+        "family": [None, "llama", "mistral", "mixtral", "qwen3", "qwen3_moe"],
     },
     "experts": {
         "num_experts": [2, 3, 4],

@@ -93,6 +93,7 @@ VALUES: dict[str, dict[str, list[Any]]] = {
         "init_std": [0.5],
         "model_type": ["transformer"],
         "sdpa_backend": ["math"],
+        "family": ["llama"],
         "num_experts": [0, 4],
         "moe_top_k": [1, 3],
         "moe_frequency": [2],

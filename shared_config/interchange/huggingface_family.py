@@ -1,0 +1,85 @@
+"""The Hugging Face family that a `ModelConfig` is written as: the one that it names, or the only one that can be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from shared_config.errors import ConfigError
+from shared_config.interchange.huggingface_keys import FAMILIES
+from shared_config.schema.model import ModelConfig
+
+EXPERTS: dict[str, object] = {
+    "moe_router": "softmax_topk",
+    "moe_shared_experts": 0,
+    "moe_capacity_factor": 0.0,
+    "moe_routed_scaling": 1.0,
+}
+"""What experts are in every family that has them."""
+
+
+def family_of(config: ModelConfig) -> str:
+    """The ``model_type`` of a config: its ``family``, or without one the only family that expresses it.
+
+    Raises:
+        ConfigError: as `families_of`, or several families express it and none is named.
+    """
+    first, *others = families_of(config)
+    if others:
+        names = " or ".join([first, *others])
+        advice = f"set it, as in --model.family {first}"
+        raise ConfigError([f"model.family = None: must be {names}, each of which expresses this config; {advice}"])
+    return first
+
+
+def families_of(config: ModelConfig) -> tuple[str, ...]:
+    """The families that a config may be written as, at least one: its ``family``, or without one all that express it.
+    Those of one config have the same names for its tensors.
+
+    Raises:
+        ConfigError: the named family does not express it, or none does, naming every setting that is in the way.
+    """
+    able = tuple(name for name in FAMILIES if not dict(_not_expressed(config, name)))
+    if config.family in able:
+        return (config.family,)
+    if config.family is None and able:
+        return able
+    problems = list(_refusals(config, _alike(config) if config.family is None else [config.family]))
+    if able:
+        problems += [
+            f"model.family = {config.family!r}: must be {' or '.join(able)} with all other settings as they are"
+        ]
+    raise ConfigError(problems)
+
+
+def _alike(config: ModelConfig) -> list[str]:
+    """The families whose models have the experts, and the norms of queries and keys, that the config has."""
+    return [name for name, one in FAMILIES.items() if (one.experts, one.qk_norm) == (config.is_moe, config.qk_norm)]
+
+
+def _refusals(config: ModelConfig, families: Iterable[str]) -> Iterator[str]:
+    lacking: dict[tuple[str, str], list[str]] = {}
+    for family in families:
+        for problem in _not_expressed(config, family):
+            lacking.setdefault(problem, []).append(family)
+    for (field, needed), names in lacking.items():
+        subject = f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'}"
+        value = getattr(config, field)
+        yield f"model.{field} = {value!r}: Hugging Face's {subject} no such setting: must be {needed}"
+
+
+def _not_expressed(config: ModelConfig, name: str) -> Iterator[tuple[str, str]]:
+    """Fields whose values a family can't express, with what they must be."""
+    family = FAMILIES[name]
+    fixed: dict[str, object] = {"model_type": "transformer", "activation": "silu", "norm_type": "rmsnorm"}
+    fixed |= {"qk_norm": family.qk_norm}
+    fixed |= {} if family.sliding_window else {"sliding_window": None}
+    fixed |= {} if family.attention_bias else {"attention_bias": False}
+    if not family.experts:
+        fixed |= {"num_experts": 0}
+    elif config.is_moe:
+        fixed |= {**EXPERTS, **family.fixed}
+    else:
+        yield "num_experts", "positive"
+    for field, needed in fixed.items():
+        if getattr(config, field) != needed:
+            yield field, repr(needed)
