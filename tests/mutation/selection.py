@@ -46,8 +46,9 @@ def record(tree: Path, files: Iterable[str], seconds: float) -> Record:
 def choose(recorded: Record, mutation: Mutation, killers: Mapping[str, int], seconds: float) -> list[tuple[str, float]]:
     """(test, seconds) of tests that run the function of a mutation, the most telling first, ``seconds`` in all.
 
-    Tests that saw other bugs of the file come first, then the fastest two of every test file, and so on. A test whose
-    function may have been cached by an earlier test of its file comes after those that are known to enter it.
+    Tests that saw other bugs of the file come first, then the two of every test file that are fast and enter few other
+    functions, so that they are about this one more than others are, and so on. A test whose function may have been
+    cached by an earlier test of its file comes after those that are known to enter it.
     """
     name = f"{mutation.file}:{mutation.function}"
     enters = lambda functions: any(f == name if mutation.function else f.startswith(name) for f in functions)  # noqa: E731
@@ -55,11 +56,16 @@ def choose(recorded: Record, mutation: Mutation, killers: Mapping[str, int], sec
     for file, about in recorded.items():
         reads = mutation.file.startswith(READERS.get(file, "/"))
         if reads or enters(about["functions"]) or any(enters(test["functions"]) for test in about["tests"].values()):
-            tests = [(not enters(test["functions"]), test["seconds"], node) for node, test in about["tests"].items()]
-            for rank, (cached, took, node) in enumerate(sorted(tests)):
-                ranked.append((-killers.get(node, 0), cached, rank // AT_ONCE, file, took, node))
+            tests = [
+                (not enters(test["functions"]), test["seconds"] * len(test["functions"]), node)
+                for node, test in about["tests"].items()
+            ]
+            for rank, (cached, cost, node) in enumerate(sorted(tests)):
+                ranked.append(
+                    (-killers.get(node, 0), cached, rank // AT_ONCE, cost, node, about["tests"][node]["seconds"])
+                )
     chosen, total = [], 0.0
-    for *_, took, node in sorted(ranked):
+    for *_, node, took in sorted(ranked):
         if total + took <= seconds:
             chosen.append((node, took))
             total += took

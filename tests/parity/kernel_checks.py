@@ -224,7 +224,7 @@ def check_offsets(backend: str) -> None:
     with contextlib.ExitStack() as stack:
         for name in names:
             stack.enter_context(mock.patch.object(grouped, name, marking(name)))
-        stack.enter_context(mock.patch.object(grouped.F, "grouped_mm", marking("kernel")))
+        kernel = stack.enter_context(mock.patch.object(grouped.F, "grouped_mm", side_effect=marking("kernel")))
         stack.enter_context(FakeTensorMode())
         for device, dtype, major, rows, width, hidden, fits in OFFSETS:
             kind = {"device": "cuda:0" if device == "cuda" else "cpu", "dtype": getattr(torch, dtype)}
@@ -233,10 +233,16 @@ def check_offsets(backend: str) -> None:
             plain = "looped" if device == "cpu" else "tiled"
             with capability(major):
                 calls.clear()
+                kernel.reset_mock()
                 grouped._grouped_matmul._init_fn(x, [w], ends, True)
                 grouped.grouped_outer._init_fn(x, y, ends)
             expected = ["kernel"] * 2 if fits else [f"{plain}_matmul", f"{plain}_outer"]
             assert calls == expected, (device, dtype, major, rows, width, hidden)
+            taken = [tuple(tuple(factor.shape) for factor in call.args) for call in kernel.call_args_list]
+            factors = [((rows, width), (3, width, hidden)), ((width, rows), (rows, hidden))]
+            assert taken == (factors if fits else [])
+            assert all(call.kwargs.keys() == {"offs"} for call in kernel.call_args_list)
+            assert all(call.kwargs["offs"] is ends for call in kernel.call_args_list)
             with mock.patch.object(grouped, "_grouped_matmul") as operator:
                 grouped.grouped_matmul(x, w.unbind(), ends)
             given = [tuple(part.shape) for part in operator.call_args.args[1]]

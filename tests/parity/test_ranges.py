@@ -51,7 +51,10 @@ def test_caches_count_many_tokens(backend: Torch) -> None:
     keys = backend.array(np.zeros((2, 1, MANY, 1), np.float32))
     updated = cache.update(keys, keys)
     cache = cache if backend.name == "torch" else updated[0]
-    cache = cache.truncate(backend.array(np.array([MANY - 1, 3]))) or cache
+    for lengths in ([2**31 - 1, 2**31 - 1], [MANY - 1, 3]):
+        cache = cache.truncate(backend.array(np.array(lengths))) or cache
+    with pytest.raises(ValueError, match=r"lengths = 2147483648: ids must be in \[0, 2147483648\)"):
+        cache.truncate(backend.array(np.array([0, 2**31])))
     assert backend.numpy(cache.lengths).dtype == np.int32
     assert backend.numpy(cache.positions(2)).tolist() == [[MANY - 1, MANY], [3, 4]]
     if backend.name == "jax":
