@@ -101,10 +101,10 @@ def test_tests_that_enter_the_function_are_chosen_each_file_in_turn() -> None:
     mutation = Mutation("m.py", "f", "", 0, 0, "", "", "")
     names = [name for name, _ in choose(record, mutation, {}, 100)]
     assert names == ["a::3", "a::2", "b::2", "a::1", "b::1"]
+    assert choose(record, mutation, {"a::1": 1}, 5) == [("a::1", 3.0), ("a::3", 1.0), ("b::1", 0.1)]
     record["a"]["tests"]["a::3"]["functions"] += ["n.py:g", "n.py:h", "n.py:i"]
     names = [name for name, _ in choose(record, mutation, {}, 100)]
     assert names == ["a::2", "a::1", "b::2", "a::3", "b::1"], "one that enters much is about it less"
-    assert choose(record, mutation, {"a::1": 1}, 5) == [("a::1", 3.0), ("a::3", 1.0), ("b::1", 0.1)]
 
 
 def test_tests_that_read_sources_see_every_function_of_them() -> None:
