@@ -32,6 +32,7 @@ ENGINES = {
     "distributed/processes.py": "torch: one process for each device",
     "distributed/ranks.py": "torch: sums over processes; in JAX part of the compiled step",
     "distributed/sharding.py": "jax: arrays lie where they are put, and XLA computes there",
+    "distributed/spawn.py": "torch: layouts on one machine, a process for each device; JAX has several in one",
     "distributed/states.py": "torch: parts of a tensor are put together by all processes",
     "distributed/tensor_parallel.py": "torch: modules compute with parts; XLA divides operations itself",
     "distributed/vocabulary.py": "torch: the loss over parts of the vocabulary; XLA divides operations itself",

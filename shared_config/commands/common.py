@@ -45,15 +45,18 @@ def add_shrink(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shrink", action="store_true", help="keep the architecture, cut every size to a few layers")
 
 
-def load_job(options: argparse.Namespace, overrides: Sequence[str]) -> JobConfig:
+def load_job(options: argparse.Namespace, overrides: Sequence[str], *, several_devices: bool = False) -> JobConfig:
     """The config of a command that runs a model, shrunk if asked for.
+
+    Args:
+        several_devices: whether the command knows parallel layouts.
 
     Raises:
         UserError: it can't be loaded, or asks for several devices.
     """
     config = load_config(options.config, overrides)
     config = shrink(config) if options.shrink else config
-    config.validate(world_size=1)
+    config.validate(config.distributed.fewest_devices if several_devices else 1)
     return config
 
 

@@ -24,6 +24,7 @@ from shared_config.contract.warm_start import without_warm_start
 from shared_config.errors import UserError
 from shared_config.interchange.outputs import refuse_overwriting
 from shared_config.interchange.reading import check_regular
+from shared_config.parity.layouts import LAYOUT, LayoutBackend, record_layout
 from shared_config.parity.request import DTYPES, WEIGHTS, check_tokens
 from shared_config.parity.scenarios import SCENARIOS, record_scenario
 from shared_config.parity.selection import parse_layers
@@ -77,8 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--scenario",
-        choices=tuple(SCENARIOS),
-        help="in place of one step, do and keep what validate --full compares under this name",
+        choices=(*SCENARIOS, LAYOUT),
+        help="in place of one step, do and keep what validate --full compares under this name; layout: training steps "
+        "in the parallel layout of --distributed.*",
     )
     parser.add_argument("--runs", metavar="DIR", help="folder of the checkpoints of the scenarios resume-N")
     add_shrink(parser)
@@ -86,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Do it, under the overrides of the config. Returns the exit status."""
-    config = load_job(options, overrides)
+    config = load_job(options, overrides, several_devices=options.scenario == LAYOUT)
     output = writable_file(options.output)
     which = options.weights or (None if options.shrink else folder_of(options.config)) or WEIGHTS[0]
     given = None if which in WEIGHTS else which
@@ -132,6 +134,11 @@ def scenario(options: argparse.Namespace, config: JobConfig, weights: str | Mapp
             raise UserError(f"--{name}: a scenario has its own inputs and keeps all; leave it out")
     if options.scenario.startswith("resume-") and options.runs is None:
         raise UserError(f"--scenario {options.scenario}: needs --runs DIR, the folder of its checkpoints")
+    if options.scenario == LAYOUT:
+        if options.dtype != "float64" or options.device not in (None, "cpu"):
+            raise UserError(f"--scenario {LAYOUT}: runs in float64 on the CPU; leave --dtype and --device out")
+        backend = cast(LayoutBackend, backend_module(options.backend, "layouts"))
+        return record_layout(backend, config, seed=options.seed, weights=weights)
     return record_scenario(
         cast(Backend, backend_module(options.backend, "scenarios")),
         config,

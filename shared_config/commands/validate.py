@@ -23,10 +23,10 @@ from shared_config.commands.common import (
     console,
     fitting_weights,
     folder_of,
-    load_job,
     not_negative,
     writable_file,
 )
+from shared_config.commands.layouts import layouts_to_compare, on_one_device, without_layout
 from shared_config.commands.show import readable_bytes
 from shared_config.commands.verdict import show_findings, show_first_differences
 from shared_config.contract.counts import count_parameters
@@ -35,12 +35,15 @@ from shared_config.errors import UserError
 from shared_config.interchange.files import written_aside
 from shared_config.interchange.outputs import claim_record_folder, forget_run
 from shared_config.interchange.toml import config_to_toml
+from shared_config.loader import load_config
 from shared_config.parity.checks import outcome
 from shared_config.parity.full_checks import LONG_SEQUENCE
-from shared_config.parity.plan import BACKENDS, Finding, Plan
+from shared_config.parity.layout_checks import AGREED
+from shared_config.parity.plan import BACKENDS, LAYOUTS_STAGE, Finding, Plan
 from shared_config.parity.report import write_report
 from shared_config.parity.request import DTYPES
 from shared_config.parity.scenarios import PARTS, resume_folder
+from shared_config.parity.shrink import shrink
 from shared_config.schema.job import JobConfig
 
 HELP = "prove that both backends compute the same; exit status 0 only if they do"
@@ -49,6 +52,8 @@ DIFFERENT = 1
 MESSAGE = "kempnerforge: "
 BYTES_A_PARAMETER = 160
 """Peak of one process: masters, gradients, updates and moments in float64, and what the deltas are measured from."""
+BYTES_A_RANK = 64
+"""Of the same, of each further process of a layout: what it is given, and what it puts together."""
 PACKAGES = Path(__file__).parents[2]
 MEMORY_INFO = Path("/proc/meminfo")
 
@@ -66,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"beside a step, {LONG_SEQUENCE} positions and a training run, also compare generation with static caches "
         "and rings, documents, padding, accumulation, mixed precision, evaluation, a run resumed in the other backend, "
-        "and every captured activation",
+        f"and every captured activation; and training steps in a few parallel layouts, which agree to {AGREED:g}",
     )
     parser.add_argument("--keep", metavar="DIR", help="folder that keeps the traces and the training runs")
     add_shrink(parser)
@@ -74,12 +79,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Do it, under the overrides of the config. Returns the exit status."""
-    config = load_job(options, overrides)
+    loaded = load_config(options.config, overrides)
+    config = shrink(loaded) if options.shrink else loaded
+    layouts = layouts_to_compare(config, loaded.distributed, overrides, full=options.full, device=options.device)
+    config, overrides = on_one_device(config), without_layout(overrides)
+    config.validate()
     dtypes = read_dtypes(options.dtypes)
     report = None if options.report is None else writable_file(options.report)
     for backend in BACKENDS:
         require_backend(backend)
-    refuse_too_large(config, options.config)
+    refuse_too_large(config, options.config, max((layout.fewest_devices for layout in layouts), default=1))
     weights = None if options.shrink else folder_of(options.config)
     with tempfile.TemporaryDirectory(prefix="kempnerforge-") as scratch:
         plan = Plan(
@@ -91,8 +100,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             options.device,
             weights,
             "" if weights is None else state_hash(fitting_weights(weights, config, overrides)),
-            tuple(overrides),
+            overrides,
             options.full,
+            layouts,
         )
         if options.keep:
             plan = dataclasses.replace(plan, folder=claim_record_folder(options.keep, plan.files()))
@@ -122,17 +132,21 @@ def read_dtypes(text: str) -> tuple[str, ...]:
     return tuple(name for name in DTYPES if name in names or name == "float64")
 
 
-def refuse_too_large(config: JobConfig, name: str) -> None:
+def refuse_too_large(config: JobConfig, name: str, devices: int = 1) -> None:
     """Refuse to build a model that the memory can't hold twice, several times over.
+
+    Args:
+        devices: of the largest layout.
 
     Raises:
         UserError: with the estimate, and the way around.
     """
     parameters = count_parameters(config.model, config.vlm)
-    needed, free = parameters * BYTES_A_PARAMETER * len(BACKENDS), available_memory()
+    needed = parameters * (BYTES_A_PARAMETER * len(BACKENDS) + BYTES_A_RANK * (devices - 1))
+    free = available_memory()
     if needed > free:
         raise UserError(
-            f"{name}: {parameters:,} parameters in float64, gradients and updates included, in two processes need "
+            f"{name}: {parameters:,} parameters in float64, gradients and updates included, in all processes need "
             f"about {readable_bytes(needed)} of memory; {readable_bytes(free)} are free. "
             "--shrink validates the same architecture with a few small layers"
         )
@@ -217,7 +231,7 @@ def _start(plan: Plan, stage: int, backend: str, living: int) -> subprocess.Pope
     command = [sys.executable, "-P", "-m", "shared_config.commands.worker", str(file)]
     return subprocess.Popen(
         command,
-        env=_environment(plan),
+        env=_environment(plan, stage),
         stdin=living,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -226,14 +240,17 @@ def _start(plan: Plan, stage: int, backend: str, living: int) -> subprocess.Pope
     )
 
 
-def _environment(plan: Plan) -> dict[str, str]:
+def _environment(plan: Plan, stage: int) -> dict[str, str]:
     """Half of the cores for each process, only the devices that are asked for, and the code that runs here."""
     threads = max(1, (os.cpu_count() or 1) // len(BACKENDS))
-    chosen = {"OMP_NUM_THREADS": str(threads)}
+    chosen, own = {"OMP_NUM_THREADS": str(threads)}, {}
     if plan.device == "cpu":
         chosen["JAX_PLATFORMS"] = "cpu"
+    if stage == LAYOUTS_STAGE:
+        flag = f"--xla_force_host_platform_device_count={plan.devices}"
+        own |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}"}
     path = os.pathsep.join([str(PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**chosen, **os.environ, "PYTHONPATH": path}
+    return {**chosen, **os.environ, **own, "PYTHONPATH": path}
 
 
 def judge(plan: Plan) -> list[Finding]:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from shared_config.contract.warm_start import without_warm_start
 from shared_config.parity.compare import TOLERANCES, Comparison
+from shared_config.parity.layouts import LAYOUT, MOST
 from shared_config.parity.provenance import check_trace, expected_meta
 from shared_config.parity.scenarios import PARTS, SCENARIOS, resume_folder
 from shared_config.parity.traces import Trace, TraceMeta, read_trace
+from shared_config.schema.distributed import DistributedConfig
 from shared_config.schema.job import JobConfig
 
 BACKENDS = ("torch", "jax")
@@ -21,6 +23,9 @@ TRUTH = ("torch", "float64")
 """The trace that float32 and bfloat16 are measured against, and that carries the deltas."""
 
 LONG = "long"
+
+LAYOUTS_STAGE = PARTS
+"""Of the processes that have several devices each."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Plan:
         weights_hash: of their values as they are read; "" if drawn.
         overrides: of the command line, which win over what is next to the weights.
         full: whether checks run that only a full validation has.
+        layouts: parallel layouts to compare; ``config`` itself is of one device.
         comparisons: filled by the checks, by title, for the report.
     """
 
@@ -75,6 +81,7 @@ class Plan:
     weights_hash: str = ""
     overrides: tuple[str, ...] = ()
     full: bool = False
+    layouts: tuple[DistributedConfig, ...] = ()
     comparisons: dict[str, Comparison] = field(default_factory=dict)
 
     @property
@@ -87,9 +94,15 @@ class Plan:
         return self.folder / f"{backend}-{dtype}.safetensors"
 
     @property
+    def devices(self) -> int:
+        """Of the largest layout."""
+        return max((layout.fewest_devices for layout in self.layouts), default=1)
+
+    @property
     def checks(self) -> list[Check]:
         """Those that run."""
-        return [check for check in CHECKS.values() if self.full or not check.full]
+        wanted = {"full": self.full, "layouts": bool(self.layouts)}
+        return [check for check in CHECKS.values() if all(wanted[name] for name in wanted if getattr(check, name))]
 
     @property
     def stages(self) -> list[int]:
@@ -100,6 +113,10 @@ class Plan:
         """Where a backend's process leaves the trace of a scenario."""
         return self.folder / f"{backend}-{scenario}-{dtype}.safetensors"
 
+    def layout_file(self, backend: str, place: int) -> Path:
+        """Where a backend's process leaves the trace of a layout, counted from 1, or with 0 that of one device."""
+        return self.scenario_file(backend, f"{LAYOUT}-{place}")
+
     def jobs_file(self, backend: str, stage: int = 0) -> Path:
         """What the process of a backend is to do."""
         return self.folder / f"jobs-{backend}{f'-{stage}' if stage else ''}.json"
@@ -107,7 +124,7 @@ class Plan:
     def files(self) -> frozenset[str]:
         """Names of all that a validation leaves in its folder."""
         own = [self.config_file, *self.traces()]
-        own += [self.jobs_file(backend, stage) for backend in BACKENDS for stage in range(PARTS)]
+        own += [self.jobs_file(backend, stage) for backend in BACKENDS for stage in range(LAYOUTS_STAGE + 1)]
         own += [self.run_folder(backend) for backend in BACKENDS]
         own += [resume_folder(self.folder, backend, part) for backend in BACKENDS for part in range(PARTS)]
         return frozenset(file.name for file in own)
@@ -121,6 +138,7 @@ class Plan:
             for file in (
                 self.trace_file(backend, dtype),
                 *(self.scenario_file(backend, scenario, dtype) for scenario in (LONG, *SCENARIOS)),
+                *(self.layout_file(backend, place) for place in range(MOST + 1)),
             )
         ]
 
@@ -161,6 +179,7 @@ class Check:
         judge: what came of it, once all processes have ended.
         stage: jobs of a later one run once those of earlier ones have ended in all backends.
         full: whether only a full validation runs it.
+        layouts: whether only a validation of parallel layouts runs it.
     """
 
     name: str
@@ -168,6 +187,7 @@ class Check:
     judge: Callable[[Plan], Iterable[Finding]]
     stage: int = 0
     full: bool = False
+    layouts: bool = False
 
 
 CHECKS: dict[str, Check] = {}

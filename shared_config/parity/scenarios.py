@@ -123,7 +123,7 @@ def _training(backend: Backend, work: Work, steps: Sequence[Sequence[Batch]]) ->
     def run(weights: Arrays, dtype: str) -> tuple[Trained, Arrays]:
         state = TrainingState(0, weights, {})
         trained = backend.train(work.config, state, steps, held_out, dtype=dtype, device=work.device)
-        return trained, _trained_tensors(trained, work.config)
+        return trained, trained_tensors(trained, work.config)
 
     trained, tensors = run(work.weights, work.dtype)
     extra: dict[str, Any] = {"lr": sum(float(metrics["lr"]) for metrics in trained.metrics)}
@@ -148,7 +148,7 @@ def _measured(name: str, moved: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.array([difference(moved, truth).rms_error])
 
 
-def _trained_tensors(trained: Trained, config: JobConfig) -> Arrays:
+def trained_tensors(trained: Trained, config: JobConfig) -> Arrays:
     """The gradient of the first step is in the first moments, which start at 0."""
     losses = [name for name in trained.metrics[0] if name not in ("lr", "tokens", "dead_experts")]
     tensors = {f"{LOSS}/{name}": np.array([float(metrics[name]) for metrics in trained.metrics]) for name in losses}

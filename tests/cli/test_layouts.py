@@ -1,0 +1,286 @@
+"""`validate --distributed.*`: real processes, bugs planted in the layouts of either backend, what is refused, and the
+verdict on what processes could have left behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from shared_config.cli import main
+from shared_config.commands import validate
+from shared_config.commands.layouts import USUAL, layouts_to_compare
+from shared_config.errors import UserError
+from shared_config.interchange.toml import config_to_toml
+from shared_config.loader import load_config
+from shared_config.parity.layout_checks import ALONE, config_of, most_held
+from shared_config.parity.layouts import CLIP, LAYOUT, described
+from shared_config.parity.plan import BACKENDS, CHECKS, LAYOUTS_STAGE, Plan
+from shared_config.parity.provenance import expected_meta, initial_hash
+from shared_config.parity.shrink import shrink
+from shared_config.parity.traces import Trace, write_trace
+from shared_config.schema.distributed import DistributedConfig
+from tests.cli.processes import run_python
+from tests.mutants_distributed import DISTRIBUTED_MUTANTS, JAX_MUTANTS
+
+NIGHTLY = settings.get_current_profile_name() == "nightly"
+TINY = (
+    "--model.dim=16", "--model.n_layers=1", "--model.ffn_hidden_dim=24", "--model.max_seq_len=32", "--train.seq_len=16",
+)  # fmt: skip
+CONFIG = load_config("debug", TINY)
+BOTH = DistributedConfig(dp_shard=2, tp=2)
+TITLE = "dp_shard 2, tp 2"
+ASKED = ("--distributed.dp_shard=2", "--distributed.tp", "2")
+
+PLANTED = {
+    "torch": {
+        "gradients of what ranks share not summed": {"torch = 1 device: gradients", "torch = 1 device: weights"},
+        "gradient divided twice": {"torch = 1 device: losses", "torch = 1 device: gradients"},
+        "a rank's own clip": {"torch = 1 device: losses", "torch: replicas"},
+        "rows of the vocabulary in reverse": {"torch = 1 device: losses"},
+    },
+    "jax": {
+        "gradient divided by the ranks, jax": {"jax = 1 device: losses", "jax = 1 device: gradients"},
+        "terms of one rank, jax": {"jax = 1 device: losses"},
+    },
+}
+"""Backend -> bug -> subjects that name it, among others."""
+BY_DAY = {"torch": ("gradients of what ranks share not summed",), "jax": ("gradient divided by the ranks, jax",)}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a validation left behind that found no difference."""
+    folder = tmp_path_factory.mktemp("layouts")
+    report = folder.parent / "report.html"
+    options = ["--dtypes=float64", "--steps=0", f"--keep={folder}", f"--report={report}"]
+    result = run_python("-m", "shared_config.cli", "validate", "debug", *TINY, *ASKED, *options, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "the backends agree" in result.stdout
+    for pair in ("torch = 1 device", "jax = 1 device", "jax = torch"):
+        assert f"{TITLE} │ {pair}: gradients" in result.stdout
+        for subject in ("initial weights", "losses", "counts", "gradients", "weights"):
+            assert f"<td>{TITLE}</td><td>{pair}: {subject}</td>" in report.read_text(encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bugs_of_a_layout_are_named(kept: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """One of each backend, all of them under HYPOTHESIS_PROFILE=nightly."""
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={BOTH.fewest_devices}")
+    plan = Plan(CONFIG, kept, layouts=(BOTH,))
+    job = CHECKS["layouts"].jobs(plan, backend)[1]
+    file, right = plan.layout_file(backend, 1), plan.layout_file(backend, 1).read_bytes()
+    for bug, subjects in PLANTED[backend].items():
+        if NIGHTLY or bug in BY_DAY[backend]:
+            result = run_python("-m", "shared_config.cli", *job, changes=change(backend, bug), timeout=600)
+            assert result.returncode == 0, result.stderr
+            findings = list(CHECKS["layouts"].judge(plan))
+            assert subjects <= {finding.subject for finding in findings if not finding.ok}, bug
+            assert not {finding.subject for finding in findings if not finding.ok and other(backend) in finding.backend}
+    file.write_bytes(right)
+
+
+def change(backend: str, name: str) -> dict[str, list[tuple[str, str]]]:
+    """A bug of tests.mutants_distributed, for the processes of a command."""
+    (mutant,) = (bug.mutant for bug in (*DISTRIBUTED_MUTANTS, *JAX_MUTANTS) if bug.mutant.name == name)
+    return {f"kempnerforge_{backend}.{mutant.component}": [getattr(mutant, backend)]}
+
+
+def other(backend: str) -> str:
+    return next(name for name in BACKENDS if name != backend)
+
+
+REFUSED = {
+    "heads": (["debug", "--distributed.tp=3"], "distributed.tp = 3: must divide model.n_heads = 4"),
+    "no experts": (["debug", "--distributed.ep=2"], "distributed.ep = 2: must divide model.num_experts = 0"),
+    "experts and ranks": (
+        ["debug_moe", "--distributed.dp_shard=3", "--distributed.ep=2"],
+        "distributed.ep = 2: must divide dp_shard = 3",
+    ),
+    "pipelines in torch": (["debug", "--distributed.pp=2"], "distributed.pp = 2: must be 1 for backend torch"),
+    "pipelines in JAX": (["debug", "--distributed.pp=2"], "distributed.pp = 2: must be 1 for backend jax"),
+    "one device": (["debug", "--distributed.dp_shard=1"], "distributed.dp_shard = 1: is a layout of one device"),
+    "a GPU": (["debug", "--distributed.tp=2", "--device=cuda"], "--device cuda: must be cpu"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_can_not_be_is_refused_before_anything_starts(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(validate, "run_processes", lambda *_: pytest.fail("a process was started"))
+    arguments, said = REFUSED[name]
+    assert main(["validate", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_usual_layouts_are_those_that_a_model_allows() -> None:
+    assert usual("debug") == USUAL[:2]
+    assert usual("debug_moe") == USUAL
+    assert usual("debug", "--model.n_kv_heads=1") == USUAL[:1]
+    assert usual("debug", device="cuda") == ()
+    assert usual("debug", full=False) == ()
+    assert all(layout.fewest_devices <= 4 for layout in USUAL)
+
+
+def usual(name: str, *overrides: str, full: bool = True, device: str = "cpu") -> tuple[DistributedConfig, ...]:
+    config = load_config(name, overrides)
+    return layouts_to_compare(config, config.distributed, overrides, full=full, device=device)
+
+
+def test_a_shrunk_model_has_the_layout_of_the_command_line_alone() -> None:
+    overrides = ("--distributed.tp=2",)
+    loaded = load_config("llama3_8b", ["--distributed.dp_replicate=4", *overrides])
+    found = layouts_to_compare(shrink(loaded), loaded.distributed, overrides, full=False, device="cpu")
+    assert [described(layout) for layout in found] == ["tp 2"]
+    assert layouts_to_compare(shrink(loaded), loaded.distributed, (), full=False, device="cpu") == ()
+
+
+Change = Callable[[dict[str, np.ndarray], dict[str, Any]], None]
+
+
+def changed(name: str, factor: float = 1 + 1e-9) -> Change:
+    def change(tensors: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+        tensors[name] = tensors[name] * factor
+
+    return change
+
+
+def one_device_has_other_bits(tensors: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+    tensors["replicas/b"] = tensors["replicas/b"] + np.eye(4, 2, dtype=np.int64)[:, ::-1]
+
+
+def nothing_is_split(tensors: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+    meta["extra"]["held"] = [2 * held for held in meta["extra"]["held"]]
+
+
+def hardly_a_gradient(tensors: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+    tensors["loss/grad_norm"] = tensors["loss/grad_norm"] * [1, 0.01, 1]
+
+
+DIFFERENT: dict[str, tuple[Change, str]] = {
+    "loss": (changed("loss/loss"), "losses"),
+    "norm": (changed("loss/grad_norm"), "losses"),
+    "counts": (changed("routing/tokens", 2), "counts"),
+    "gradient": (changed("gradient/a"), "gradients"),
+    "noise": (changed("gradient/b", 1e4), "gradients"),
+    "weight": (changed("state/a"), "weights"),
+    "weight of a gradient that is 0": (changed("state/b", 1 + 1e-3), "weights"),
+    "initial weights": (lambda tensors, meta: meta.update(initial_hash="0"), "initial weights"),
+    "not finite": (changed("state/a", np.nan), "weights"),
+    "bits": (one_device_has_other_bits, "replicas"),
+    "parts": (nothing_is_split, "parts"),
+    "clipping": (hardly_a_gradient, "clipping"),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_differs_is_named(tmp_path: Path, name: str) -> None:
+    plan, (change, subject) = made_up(tmp_path), DIFFERENT[name]
+    leave(plan, "jax", BOTH, 1, change)
+    failed = {finding.subject: finding for finding in CHECKS["layouts"].judge(plan) if not finding.ok}
+    assert any(named.startswith("jax") and named.endswith(f": {subject}") for named in failed)
+    assert all(finding.check == TITLE and finding.detail for finding in failed.values())
+    assert not any(named.startswith("torch") for named in failed)
+
+
+def test_what_is_the_same_passes_and_noise_of_a_gradient_that_is_0_as_well(tmp_path: Path) -> None:
+    plan = made_up(tmp_path)
+    findings = list(CHECKS["layouts"].judge(plan))
+    assert [finding for finding in findings if not finding.ok] == []
+    leave(plan, "jax", BOTH, 1, changed("gradient/b", -3.0))
+    leave(plan, "torch", BOTH, 1, changed("state/b", 1 + 1e-8))
+    assert all(finding.ok for finding in CHECKS["layouts"].judge(plan))
+
+
+def test_both_backends_drawing_the_same_wrong_weights_do_not_agree(tmp_path: Path) -> None:
+    plan = made_up(tmp_path)
+    for backend in BACKENDS:
+        for place, layout in enumerate((ALONE, BOTH)):
+            leave(plan, backend, layout, place, lambda tensors, meta: meta.update(initial_hash="the same wrong ones"))
+    failed = [finding.subject for finding in CHECKS["layouts"].judge(plan) if not finding.ok]
+    assert failed == ["torch: initial weights", "jax: initial weights"]
+
+
+def on_one_device(tensors: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+    meta["extra"].update(sizes={}, held=[1])
+
+
+def no_gradients(tensors: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+    del tensors["gradient/a"], tensors["gradient/b"]
+
+
+NOT_ASKED: dict[str, tuple[Change, str]] = {
+    "backend": (lambda tensors, meta: meta.update(backend="torch"), "backend = 'torch': was to be 'jax'"),
+    "dtype": (lambda tensors, meta: meta.update(dtype="float32"), "dtype = 'float32': was to be 'float64'"),
+    "device": (lambda tensors, meta: meta.update(device="NVIDIA H100"), "device = 'NVIDIA H100': was to be 'cpu'"),
+    "layout": (
+        lambda tensors, meta: meta.update(config=meta["config"].replace("tp = 2", "tp = 1")),
+        "distributed.tp = 1: was to be 2",
+    ),
+    "one device": (on_one_device, "mesh = {}: was to be {'pp': 1, 'dp_replicate': 1, 'dp_shard': 2, 'ep': 1, 'tp': 2}"),
+    "devices": (lambda tensors, meta: meta["extra"].update(held=[1, 1]), "devices = 2: was to be 4"),
+    "steps": (
+        lambda tensors, meta: tensors.update({"loss/loss": np.ones(2)}),
+        "loss/loss is of shape (2,): was to be (3,)",
+    ),
+    "no gradients": (no_gradients, "gradient: nothing is recorded"),
+    "scenario": (lambda tensors, meta: meta["extra"].update(scenario="padding"), "scenario = 'padding'"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ASKED)
+def test_what_was_not_asked_for_is_refused(tmp_path: Path, name: str) -> None:
+    plan, (change, said) = made_up(tmp_path), NOT_ASKED[name]
+    leave(plan, "jax", BOTH, 1, change)
+    with pytest.raises(UserError) as refusal:
+        list(CHECKS["layouts"].judge(plan))
+    assert str(plan.layout_file("jax", 1)) in str(refusal.value)
+    assert said in str(refusal.value)
+
+
+def made_up(folder: Path) -> Plan:
+    """A plan, and what both backends leave behind where they agree."""
+    plan = Plan(CONFIG, folder, layouts=(BOTH,))
+    assert LAYOUTS_STAGE in plan.stages
+    plan.config_file.write_text(config_to_toml(plan.config), encoding="utf-8")
+    for backend in BACKENDS:
+        for place, layout in enumerate((ALONE, BOTH)):
+            leave(plan, backend, layout, place)
+    return plan
+
+
+def leave(plan: Plan, backend: str, layout: DistributedConfig, place: int, change: Change | None = None) -> None:
+    """The trace of a layout: "a" has a gradient, that of "b" is 0 by mathematics."""
+    config, devices = config_of(plan, layout), layout.fewest_devices
+    tensors: dict[str, np.ndarray] = {
+        "loss/loss": np.array([3.0, 2.5, 2.0]),
+        "loss/grad_norm": np.array([2.0, 1.5, 1.2]),
+        "routing/tokens": np.array([70, 60, 65]),
+        "gradient/a": np.linspace(-1, 1, 12).reshape(3, 4) * CLIP,
+        "gradient/b": np.full(4, 1e-18),
+        "state/a": np.linspace(0.5, 1, 12).reshape(3, 4),
+        "state/b": np.full(4, 1e-2),
+        **{f"replicas/{name}": np.array([[part % 2, part % 2] for part in range(devices)]) for name in "ab"},
+    }
+    sizes: Mapping[str, int] = {"pp": 1, "dp_replicate": 1, "dp_shard": 2, "ep": 1, "tp": 2} if devices > 1 else {}
+    extra = {"scenario": LAYOUT, "lr": 6e-3, "sizes": sizes, "held": [most_held(config)] * devices}
+    expected = expected_meta(config, plan.seed)
+    meta: dict[str, Any] = {
+        "backend": backend,
+        "device": "cpu",
+        "dtype": "float64",
+        "config": expected.config,
+        "initial_hash": initial_hash(config, config.train.seed),
+        "extra": extra,
+    }
+    if change is not None:
+        change(tensors, meta)
+    write_trace(plan.layout_file(backend, place), Trace(tensors, dataclasses.replace(expected, **meta)))
