@@ -9,6 +9,7 @@ from tests.mutants import Mutant
 
 DENSE, COPIES, SIGMOID = Case("dense", 2, {}), Case("dense", 2, {"dp_replicate": 2}), Case("sigmoid", 2, {})
 SPLIT, SPREAD = Case("dense", 2, {"tp": 2}), Case("sigmoid", 2, {"ep": 2})
+CUT, ROUTED = (Case(model, 2, {"cp": 2}, {"data": {"pack_documents": True}}) for model in ("dense", "sigmoid"))
 
 
 class LayoutMutant(NamedTuple):
@@ -86,7 +87,7 @@ DISTRIBUTED_MUTANTS = (
     ),
     torch_bug(
         "distributed.tensor_parallel", "whole tensors have the gradient of one data rank",
-        "add_up(whole, mesh.data.get_group())", "pass", Case("dense", 4, {"tp": 2, "dp_replicate": 2}),
+        "add_up(whole, mesh.tokens.get_group())", "pass", Case("dense", 4, {"tp": 2, "dp_replicate": 2}),
     ),
     torch_bug(
         "distributed.vocabulary", "each rank subtracts its own highest logit",
@@ -103,6 +104,43 @@ DISTRIBUTED_MUTANTS = (
     torch_bug(
         "distributed.expert_parallel", "rows come back in another order",
         "[order_R.argsort()]", "", SPREAD,
+    ),
+    torch_bug(
+        "distributed.context_parallel", "keys of one part",
+        "gathered(torch.stack([k_new, v_new]), 3, self.group)",
+        "torch.cat([torch.stack([k_new, v_new])] * self.group.size(), 3)", CUT,
+    ),
+    torch_bug(
+        "distributed.context_parallel", "positions of another part",
+        "+ self.group.rank() * length", "+ (self.group.size() - 1 - self.group.rank()) * length", CUT,
+    ),
+    torch_bug(
+        "distributed.collectives", "gradients of keys and values not summed",
+        "_reduce_scatter(own, torch.cat(parts), group=ctx.group)", "own.copy_(parts[ctx.group.rank()])", CUT,
+    ),
+    torch_bug(
+        "distributed.context_parallel", "documents of one part",
+        "gathered_alike(doc_ids, 1, self.group)", "torch.cat([doc_ids] * self.group.size(), 1)", CUT,
+    ),
+    torch_bug(
+        "distributed.context_parallel", "padding of no part",
+        "key_valid=None if key_padding_mask is None else", "key_valid=None if True else", CUT,
+    ),
+    torch_bug(
+        "distributed.context_parallel", "loss of one part",
+        "summed_over(total, group)", "total", CUT,
+    ),
+    torch_bug(
+        "distributed.context_parallel", "losses and counts of routers of one part",
+        "changed._measure = measured", "pass", ROUTED,
+    ),
+    torch_bug(
+        "distributed.collectives", "gradients of routers' losses from another part",
+        "dy.chunk(ctx.group.size(), ctx.axis)[ctx.group.rank()]", "dy.chunk(ctx.group.size(), ctx.axis)[0]", ROUTED,
+    ),
+    torch_bug(
+        "distributed.tensor_parallel", "whole tensors have the gradient of one part",
+        "add_up(whole, mesh.tokens.get_group())", "add_up(whole, mesh.data.get_group())", ROUTED,
     ),
     torch_bug(
         "distributed.collectives", "gradients of rows stay where they are",

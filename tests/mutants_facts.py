@@ -171,8 +171,8 @@ FACT_MUTANTS = (
     FactMutant(SHARDED, '"mlp": "tp", "experts": "ep"', '"mlp": "ep", "experts": "ep"', LAYOUT, ("debug", {"tp": 2})),
     FactMutant(
         SHARDED,
-        '("dp_shard",) if "ep" in ruled',
-        '("dp_shard", "ep") if "ep" in ruled',
+        '("dp_shard", "cp") if "experts" in spec.axes',
+        '("dp_shard", "ep", "cp") if "experts" in spec.axes',
         LAYOUT,
         ("debug_moe", {"dp_shard": 4, "ep": 2}),
     ),

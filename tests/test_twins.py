@@ -24,6 +24,7 @@ FILES = {
 
 ENGINES = {
     "distributed/collectives.py": "torch: sums and exchanges with gradients; in JAX operations of lax",
+    "distributed/context_parallel.py": "torch: a cache and methods in the place of others",
     "distributed/devices.py": "jax: type checkers know nothing of its devices",
     "distributed/expert_parallel.py": "both: rows are sent in numbers that the host knows; in JAX shapes are static",
     "distributed/fsdp.py": "both: FSDP2 gathers by hooks; JAX within a map over the data ranks",

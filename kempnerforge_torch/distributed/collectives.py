@@ -13,6 +13,9 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def copied(x: Shaped[Tensor, "..."], group: dist.ProcessGroup) -> Shaped[Tensor, "..."]:
     """The same tensor, which ranks go on with in different ways: its gradient is the sum of theirs."""
@@ -22,6 +25,20 @@ def copied(x: Shaped[Tensor, "..."], group: dist.ProcessGroup) -> Shaped[Tensor,
 def summed_over(x: Shaped[Tensor, "..."], group: dist.ProcessGroup) -> Shaped[Tensor, "..."]:
     """The sum of what the ranks have, which all go on with in the same way: each has its whole gradient."""
     return _Summed.apply(x, group)
+
+
+def gathered(x: Shaped[Tensor, "..."], axis: int, group: dist.ProcessGroup) -> Shaped[Tensor, "..."]:
+    """What the ranks have, one after another along an axis. Ranks go on with it in different ways: the gradient of a
+    part is the sum of theirs.
+    """
+    return _Gathered.apply(x, axis, group)
+
+
+def gathered_alike(x: Shaped[Tensor, "..."], axis: int, group: dist.ProcessGroup) -> Shaped[Tensor, "..."]:
+    """What the ranks have, one after another along an axis. All go on with it in the same way: each has the whole
+    gradient of its part.
+    """
+    return _GatheredAlike.apply(x, axis, group)
 
 
 def exchanged(
@@ -68,6 +85,31 @@ class _Summed(torch.autograd.Function):
         return dy, None
 
 
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.axis, ctx.group = axis, group
+        return _gather(x, axis, group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        parts = dy.chunk(ctx.group.size(), ctx.axis)
+        own = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+        _reduce_scatter(own, torch.cat(parts), group=ctx.group)
+        return own, None, None
+
+
+class _GatheredAlike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.axis, ctx.group = axis, group
+        return _gather(x, axis, group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return dy.chunk(ctx.group.size(), ctx.axis)[ctx.group.rank()], None, None
+
+
 class _Exchanged(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -79,6 +121,12 @@ class _Exchanged(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         return _exchange(dy, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+def _gather(x: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
+    parts = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+    _all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts.chunk(group.size()), axis)
 
 
 def _exchange(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:

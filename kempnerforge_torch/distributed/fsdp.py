@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard
 from kempnerforge_torch.distributed.mesh import Mesh
 from kempnerforge_torch.model.moe import MoEMLP
 from kempnerforge_torch.model.state import own_tensors
-from shared_config.contract.sharding import placement
+from shared_config.contract.sharding import fsdp_axes, placement
 from shared_config.contract.specs import ParameterTable
 from shared_config.errors import ConfigError
 
@@ -29,8 +29,8 @@ def shard_parameters(
     compute_dtype: torch.dtype,
     dtype: torch.dtype,
 ) -> None:
-    """Split the parameters over the data ranks: gathered block by block to compute with, their gradients summed (not
-    averaged) over all data ranks.
+    """Split the parameters over the ranks that see different tokens: gathered block by block to compute with, their
+    gradients summed (not averaged) over all these ranks.
 
     Tensors are split along the axis that `placement` says, those for which it has none unevenly along the first, unless
     "tp" splits them or the table wants them in full precision: these stay as they are, and their gradients are this
@@ -42,18 +42,17 @@ def shard_parameters(
         dtype: of the parameters, once they have values, and of the sums of gradients.
     """
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # nobody writes to them
-    own, layout = own_tensors(model), mesh.layout
+    own = own_tensors(model)
     places = {id(tensor): fsdp_place(name, mesh, table) for name, tensor in own.items()}
     ignored = {tensor for tensor in own.values() if places[id(tensor)] is None}
     devices = mesh.copies_and_parts
     policy = MixedPrecisionPolicy(compute_dtype, dtype, cast_forward_inputs=False)
     unit = functools.partial(_unit, places=places, devices=devices, policy=policy, ignored=ignored)
-    for layer in model.modules() if layout.ep > 1 else ():
+    for layer in model.modules() if mesh.layout.ep > 1 else ():
         if isinstance(layer, MoEMLP):
             for part in layer.children():
                 unit(part)
-            few = mesh.axes["dp_shard"] if layout.dp_replicate == 1 else mesh.axes["dp_replicate", "dp_shard"]
-            unit(layer, devices=few)
+            unit(layer, devices=mesh.experts)
     for module in (*blocks, model):
         unit(module)
 
@@ -80,7 +79,7 @@ def fsdp_place(name: str, mesh: Mesh, table: ParameterTable) -> int | None:
     if axis is not None or not ruled:
         return axis or 0
     free = [place for place in range(len(table[name].shape)) if place not in ruled.values()]
-    ranks = mesh.layout.dp_shard if "ep" in ruled else mesh.fsdp.size()
+    ranks = mesh.layout.size(*fsdp_axes(table[name]))
     if "ep" in ruled and ranks > 1:
         raise ConfigError([f"distributed.dp_shard: its {ranks} ranks beside ep must divide an axis of {name}"])
     return free[0] if free and ranks == 1 else None

@@ -10,7 +10,15 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from kempnerforge_torch.device import process_count
-from shared_config.contract.sharding import DATA_AXES, MESH_AXES, Layout, layout_of, refusals, unsupported
+from shared_config.contract.sharding import (
+    DATA_AXES,
+    MESH_AXES,
+    TOKEN_AXES,
+    Layout,
+    layout_of,
+    refusals,
+    unsupported,
+)
 from shared_config.errors import ConfigError
 from shared_config.schema.job import JobConfig
 
@@ -22,15 +30,19 @@ class Mesh:
     Attributes:
         axes: the mesh with every axis.
         data: this rank's row of ranks that see different micro-batches.
+        tokens: this rank's row of ranks that see different tokens, of one micro-batch or of several.
         fsdp: this rank's row of ranks among which a tensor that is no expert's is split.
         copies_and_parts: the same; where the model has copies, with a first axis over these.
+        experts: the same for experts' tensors, which "ep" splits.
     """
 
     layout: Layout
     axes: DeviceMesh
     data: DeviceMesh
+    tokens: DeviceMesh
     fsdp: DeviceMesh
     copies_and_parts: DeviceMesh
+    experts: DeviceMesh
 
     @property
     def data_rank(self) -> int:
@@ -55,14 +67,16 @@ def open_mesh(config: JobConfig, device: torch.device) -> Mesh | None:
     if problems := [*refusals(config), *unsupported(config, "torch")]:
         raise ConfigError(problems)
     axes = init_device_mesh(device.type, tuple(getattr(layout, axis) for axis in MESH_AXES), mesh_dim_names=MESH_AXES)
-    data = axes[DATA_AXES]._flatten("data")
-    fsdp = axes["dp_shard", "ep"]._flatten("fsdp")
-    return Mesh(layout, axes, data, fsdp, fsdp if layout.dp_replicate == 1 else _with_copies(axes, layout))
+    data, tokens = axes[DATA_AXES]._flatten("data"), axes[TOKEN_AXES]._flatten("tokens")
+    fsdp, experts = axes["dp_shard", "ep", "cp"]._flatten("fsdp"), axes["dp_shard", "cp"]._flatten("experts")
+    return Mesh(layout, axes, data, tokens, fsdp, _with_copies(axes, fsdp), _with_copies(axes, experts))
 
 
-def _with_copies(axes: DeviceMesh, layout: Layout) -> DeviceMesh:
-    if layout.ep == 1:
-        return axes["dp_replicate", "dp_shard"]
+def _with_copies(axes: DeviceMesh, parts: DeviceMesh) -> DeviceMesh:
+    """The mesh of parts; where the model has copies, with a first axis over these."""
+    if axes["dp_replicate"].size() == 1:
+        return parts
+    assert parts.mesh_dim_names is not None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Slicing a flattened dim")  # torch 2.11, of its later self
-        return axes["dp_replicate", "fsdp"]
+        return axes["dp_replicate", parts.mesh_dim_names[0]]

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from kempnerforge_torch.distributed.context_parallel import spread_sequences
 from kempnerforge_torch.distributed.fsdp import shard_parameters
 from kempnerforge_torch.distributed.mesh import Mesh
 from kempnerforge_torch.distributed.tensor_parallel import split_tensors
@@ -36,6 +37,8 @@ def parallelize(
     """
     if mesh is not None and mesh.layout.size("ep", "tp") > 1:
         split_tensors(model, mesh, table)
+    if mesh is not None and mesh.layout.cp > 1:
+        spread_sequences(model, mesh, device)
     checkpoint_activations(model, config.train.activation_checkpointing)
     if config.train.compile_model:
         compile_blocks(model, device, fullgraph=mesh is None or mesh.layout.ep == 1)

@@ -67,7 +67,7 @@ def complete_gradients(gradients: Mapping[str, Float[Tensor, "..."]], mesh: Mesh
     shared = [local(gradient) for name, gradient in gradients.items() if "head_dim" in table[name].axes]
     whole = [local(gradient) for name, gradient in gradients.items() if fsdp_place(name, mesh, table) is None]
     add_up(shared, mesh.group("tp"))
-    add_up(whole, mesh.data.get_group())
+    add_up(whole, mesh.tokens.get_group())
 
 
 def _check_heads(path: str, module: nn.Module, tp: int) -> None:

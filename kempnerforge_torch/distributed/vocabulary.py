@@ -6,7 +6,6 @@ Shapes: B batch, S sequence, V this rank's part of the vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -14,20 +13,20 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from kempnerforge_torch.distributed.collectives import summed_over
+from kempnerforge_torch.distributed.context_parallel import CrossEntropy, of_all_parts
 from kempnerforge_torch.distributed.mesh import Mesh
 from kempnerforge_torch.distributed.tensor_parallel import part_of
 from kempnerforge_torch.model.checks import check_ids, check_shape, nan_outside
 from kempnerforge_torch.training.loss import cross_entropy
 from shared_config.contract.labels import IGNORED
 
-CrossEntropy = Callable[..., tuple[Float[Tensor, ""], Int[Tensor, ""]]]
-
 
 def cross_entropy_of(mesh: Mesh | None, vocab_size: int) -> CrossEntropy:
     """The cross entropy of what a model of a layout gives, called as `cross_entropy` is."""
-    if mesh is None or mesh.layout.tp == 1:
-        return cross_entropy
-    return functools.partial(split_cross_entropy, vocab_size=vocab_size, group=mesh.group("tp"))
+    found: CrossEntropy = cross_entropy
+    if mesh is not None and mesh.layout.tp > 1:
+        found = functools.partial(split_cross_entropy, vocab_size=vocab_size, group=mesh.group("tp"))
+    return found if mesh is None or mesh.layout.cp == 1 else of_all_parts(found, mesh.group("cp"))
 
 
 def split_cross_entropy(

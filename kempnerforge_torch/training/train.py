@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from kempnerforge_torch.device import find_device
+from kempnerforge_torch.distributed.context_parallel import own_part
 from kempnerforge_torch.distributed.mesh import Mesh, open_mesh
 from kempnerforge_torch.distributed.parallelize import parallelize
 from kempnerforge_torch.distributed.processes import is_main, joined, largest
@@ -219,7 +220,8 @@ class Trainer:
         return torch.func.functional_call(module, weights, kwargs=inputs)
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in batch.items()}
+        own = own_part(batch, self.mesh)
+        return {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in own.items()}
 
     def _update(self, lr: float, loss: Tensor) -> tuple[Tensor, Tensor | None]:
         """Clip and apply the gradients. One that autograd left out counts as 0; what is frozen has none, and stays.

@@ -105,7 +105,7 @@ def smallest_world_size(config: JobConfig) -> int:
     """Devices that the layout names, with a ``dp_shard`` that is left open taken as ``ep``, or 1."""
     layout = config.distributed
     shard = layout.dp_shard if layout.dp_shard > 0 else layout.ep
-    return layout.dp_replicate * shard * layout.tp * layout.pp
+    return layout.dp_replicate * shard * layout.cp * layout.tp * layout.pp
 
 
 def parameters_of(config: JobConfig) -> Table:
@@ -153,6 +153,7 @@ def memory_of(config: JobConfig, world_size: int) -> Table:
     axes = {
         "dp_replicate": layout.dp_replicate,
         "dp_shard": layout.resolved_dp_shard(world_size),
+        "cp": layout.cp,
         "tp": layout.tp,
         "pp": layout.pp,
         "ep": layout.ep,

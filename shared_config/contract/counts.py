@@ -127,7 +127,7 @@ def training_memory(job: JobConfig, world_size: int = 1, tower: TowerConfig | No
     frozen = set() if job.vlm is None else _never_trained(names, job.vlm)
     trained = [[group for group in stage if group.name not in frozen] for stage in stages]
     layer = max(_held(_narrowed(layer), layout, gathered=True) for layer in layer_groups(job.model, job.vlm))
-    is_sharded = layout.size("dp_shard", "ep") > 1
+    is_sharded = layout.size("dp_shard", "ep", "cp") > 1
     copied = layer if is_sharded else max(_held(_narrowed(stage), layout, gathered=True) for stage in stages)
     gradients = max(_held(stage, layout) for stage in trained) * FLOAT32
     return TrainingMemory(

@@ -1,7 +1,7 @@
 """Which part of every tensor a device holds, in any parallel layout, and which layouts there can't be.
 
 Devices form a mesh. Tensor axes are split by the mesh axes that rules give them; of what is left, FSDP splits one axis
-further. An example, 8 devices, dp_shard 4 of which ep 2, tp 2:
+further, "cp" counting among its devices. An example, 8 devices, dp_shard 4 of which ep 2, tp 2:
 
     tensor                          axes                   split by
     attention.q_proj.weight         heads, embed           tp; dp_shard and ep
@@ -21,11 +21,14 @@ from shared_config.errors import ConfigError
 from shared_config.schema.distributed import DistributedConfig
 from shared_config.schema.job import JobConfig
 
-MESH_AXES = ("pp", "dp_replicate", "dp_shard", "ep", "tp")
+MESH_AXES = ("pp", "dp_replicate", "dp_shard", "ep", "cp", "tp")
 """From the outermost, whose devices are farthest apart, to the innermost."""
 
 DATA_AXES = ("dp_replicate", "dp_shard", "ep")
 """Devices along these see different micro-batches."""
+
+TOKEN_AXES = (*DATA_AXES, "cp")
+"""Devices along these see different tokens: along "cp" each has a part of every sequence of a micro-batch."""
 
 RULES: Mapping[str, str] = {"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp", "experts": "ep"}
 """Axis of a tensor -> the mesh axis that splits it. Others are split by FSDP alone."""
@@ -42,6 +45,7 @@ class Layout:
     dp_replicate: int = 1
     dp_shard: int = 1
     ep: int = 1
+    cp: int = 1
     tp: int = 1
 
     def size(self, *axes: str) -> int:
@@ -68,7 +72,7 @@ def layout_of(config: DistributedConfig, world_size: int) -> Layout:
     if problems := [f"distributed.{line}" for line in config.problems_on(world_size)]:
         raise ConfigError(problems)
     shard = config.resolved_dp_shard(world_size)
-    return Layout(config.pp, config.dp_replicate, shard // config.ep, config.ep, config.tp)
+    return Layout(config.pp, config.dp_replicate, shard // config.ep, config.ep, config.cp, config.tp)
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,8 @@ def placement(spec: ParameterSpec, layout: Layout, *, gathered: bool = False) ->
     """How a tensor of the table lies on the mesh of a layout.
 
     What `RULES` name is split by tp and ep, of two axes with one rule the first. FSDP then splits one of the other axes
-    over dp_shard, and over ep where the tensor is no expert's: "embed" if its size is divided, else the largest axis
-    whose size is; where none is divided, and of buffers and of what stays in full precision, each of these devices
+    over dp_shard and cp, and over ep where the tensor is no expert's: "embed" if its size is divided, else the largest
+    axis whose size is; where none is divided, and of buffers and of what stays in full precision, each of these devices
     holds all that tp and ep leave.
 
     Args:
@@ -106,12 +110,16 @@ def placement(spec: ParameterSpec, layout: Layout, *, gathered: bool = False) ->
         (axis,) if axis is not None and layout.size(axis) > 1 and axis not in ruled[:place] else ()
         for place, axis in enumerate(ruled)
     ]
-    shared_by = ("dp_shard",) if "ep" in ruled else ("dp_shard", "ep")
-    over = tuple(axis for axis in shared_by if layout.size(axis) > 1)
+    over = tuple(axis for axis in fsdp_axes(spec) if layout.size(axis) > 1)
     place = None if spec.is_buffer or spec.full_precision or gathered else _fsdp_axis(spec, splits, layout.size(*over))
     if over and place is not None:
         splits[place] = over
     return Placement(tuple(splits))
+
+
+def fsdp_axes(spec: ParameterSpec) -> tuple[str, ...]:
+    """The mesh axes whose devices share what tp and ep leave of a tensor."""
+    return ("dp_shard", "cp") if "experts" in spec.axes else ("dp_shard", "ep", "cp")
 
 
 def _fsdp_axis(spec: ParameterSpec, splits: list[tuple[str, ...]], parts: int) -> int | None:
@@ -143,7 +151,7 @@ def refusals(config: JobConfig) -> list[str]:
     """Why a model can't be trained in the layout of its config, a line for each reason; [] if it can."""
     layout = config.distributed
     found = [*config.layout_problems(), *_tensor_parallel(config, layout.tp), *_expert_parallel(config, layout.ep)]
-    return [*found, *_pipeline(config, layout.pp)]
+    return [*found, *_context_parallel(config, layout.cp), *_pipeline(config, layout.pp)]
 
 
 def unsupported(config: JobConfig, backend: str, platform: str = "cpu") -> list[str]:
@@ -174,6 +182,19 @@ def _tensor_parallel(config: JobConfig, tp: int) -> Iterator[str]:
 def _expert_parallel(config: JobConfig, ep: int) -> Iterator[str]:
     if ep > 1 and config.model.is_moe and not config.model.moe_packed_experts:
         yield f"model.moe_packed_experts = False: must be True for distributed.ep = {ep}"
+
+
+def _context_parallel(config: JobConfig, cp: int) -> Iterator[str]:
+    """Which tokens an expert has room for depends on those of the other parts, as experts' own choices do."""
+    if cp == 1:
+        return
+    if config.train.seq_len % cp:
+        yield f"distributed.cp = {cp}: must divide train.seq_len = {config.train.seq_len}"
+    if config.vlm is not None:
+        yield f"distributed.cp = {cp}: must be 1 for vlm.arch = {config.vlm.arch!r}"
+    if config.model.is_moe and config.model.moe_capacity_factor > 0:
+        factor = config.model.moe_capacity_factor
+        yield f"model.moe_capacity_factor = {factor}: must be 0 for distributed.cp = {cp}"
 
 
 def _pipeline(config: JobConfig, pp: int) -> Iterator[str]:

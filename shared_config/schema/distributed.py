@@ -15,12 +15,14 @@ from shared_config.schema.base import PositiveInt, Section, section
 class DistributedConfig(Section):
     """Sizes of the mesh axes. Their product is the number of devices; ``dp_shard`` -1 takes what the others leave.
 
-    dp_replicate: copies of the model; dp_shard: ranks that share one sharded copy (FSDP); tp: tensor parallel; pp:
-    pipeline stages; ep: expert parallel, a division of the ranks of ``dp_shard``, not a separate axis.
+    dp_replicate: copies of the model; dp_shard: ranks that share one sharded copy (FSDP); cp: ranks that share the
+    sequences of a micro-batch, and the sharded copy with those of ``dp_shard``; tp: tensor parallel; pp: pipeline
+    stages; ep: expert parallel, a division of the ranks of ``dp_shard``, not a separate axis.
     """
 
     dp_replicate: PositiveInt = 1
     dp_shard: Annotated[int, Field(ge=-1)] = -1
+    cp: PositiveInt = 1
     tp: PositiveInt = 1
     pp: PositiveInt = 1
     ep: PositiveInt = 1
@@ -36,12 +38,13 @@ class DistributedConfig(Section):
 
     def resolved_dp_shard(self, world_size: int) -> int:
         """``dp_shard`` as a number on ``world_size`` devices."""
-        return self.dp_shard if self.dp_shard > 0 else max(1, world_size // (self.dp_replicate * self.tp * self.pp))
+        others = self.dp_replicate * self.cp * self.tp * self.pp
+        return self.dp_shard if self.dp_shard > 0 else max(1, world_size // others)
 
     def problems_on(self, world_size: int) -> Iterator[str]:
         """What does not fit ``world_size`` devices."""
         shard = self.resolved_dp_shard(world_size)
-        axes = {"dp_replicate": self.dp_replicate, "dp_shard": shard, "tp": self.tp, "pp": self.pp}
+        axes = {"dp_replicate": self.dp_replicate, "dp_shard": shard, "cp": self.cp, "tp": self.tp, "pp": self.pp}
         product = math.prod(axes.values())
         if product != world_size:
             sizes = " * ".join(f"{name} {size}" for name, size in axes.items())

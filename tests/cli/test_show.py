@@ -150,7 +150,7 @@ def test_show_prints_counts_and_memory_of_the_layout(capsys: pytest.CaptureFixtu
     assert main(["show", "llama3_70b", "--world-size", "64", "--distributed.tp", "8"]) == 0
     printed = capsys.readouterr().out
     assert "70,553,706,496" in printed
-    assert "dp_replicate 1, dp_shard 8, tp 8, pp 1, ep 1" in printed
+    assert "dp_replicate 1, dp_shard 8, cp 1, tp 8, pp 1, ep 1" in printed
     assert "4.107 GiB" in printed  # 70.55e9 / 64 in float32
 
 
@@ -182,7 +182,7 @@ def test_every_number_stands_beside_its_label() -> None:
             2 * model.n_layers * model.max_seq_len * 2 * model.head_size * 2
         ),
         "devices": "24",
-        "layout": "dp_replicate 3, dp_shard 4, tp 2, pp 1, ep 1",
+        "layout": "dp_replicate 3, dp_shard 4, cp 1, tp 2, pp 1, ep 1",
         "parameters, float32": readable_bytes(memory.parameters),
         "gradients, float32": readable_bytes(memory.gradients),
         "moments, float32": readable_bytes(memory.optimizer),
@@ -199,6 +199,7 @@ def test_an_encoder_that_is_not_here_is_not_counted_silently() -> None:
 def test_layout_without_world_size_takes_the_devices_it_needs() -> None:
     config = load_config("llama3_70b", ["--distributed.tp=8", "--distributed.pp=4", "--distributed.dp_replicate=2"])
     assert smallest_world_size(config) == 64
+    assert smallest_world_size(load_config("llama3_70b", ["--distributed.tp=8", "--distributed.cp=3"])) == 24
 
 
 def test_show_alone_lists_the_presets(capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,7 +143,7 @@ def test_counts() -> None:
             f"{kv_cache_bytes(model, 3, 5, 4, vlm)}"
         )
         for precision, layout in itertools.product(
-            ("fp32", "bf16"), ("dp_shard=1", "dp_shard=2", "dp_shard=2 tp=2", "pp=2")
+            ("fp32", "bf16"), ("dp_shard=1", "dp_shard=2", "dp_shard=2 tp=2", "cp=2", "pp=2")
         ):
             if layout == "pp=2" and (vlm is not None or model.n_layers < 2 or model.tie_embeddings):
                 continue
@@ -165,7 +165,7 @@ def test_counts() -> None:
 
 def test_layouts() -> None:
     lines = []
-    layouts = [Layout(), Layout(tp=2), Layout(dp_shard=2), Layout(dp_shard=3, ep=2), Layout(2, 2, 4, 2, 2)]
+    layouts = [Layout(), Layout(tp=2), Layout(dp_shard=2), Layout(dp_shard=3, ep=2), Layout(2, 2, 2, 2, 2, 2)]
     for name in ("packed", "text", "experts"):
         config = EVERY[name]
         specs = [(group.spec, group.copies) for group in parameter_groups(config.model, config.vlm)]
@@ -180,7 +180,7 @@ def test_layouts() -> None:
                     )
     lines += [f"{layers} {stages} {stage_layers(layers, stages)}" for layers in (1, 4, 7, 9) for stages in (1, 2, 3, 4)]
     for name, config in EVERY.items():
-        for layout in ("tp=2", "tp=3", "pp=2", "dp_shard=4 ep=2", "pp=2 tp=2"):
+        for layout in ("tp=2", "tp=3", "pp=2", "dp_shard=4 ep=2", "pp=2 tp=2", "cp=2", "cp=3"):
             sizes = {word.split("=")[0]: int(word.split("=")[1]) for word in layout.split()}
             packed = config.replace(
                 distributed=config.distributed.replace(**sizes),

@@ -82,7 +82,7 @@ def test_what_is_split_and_by_what(spec: ParameterSpec, layout: Layout) -> None:
         assert not over or axis not in ("head_dim", "routes")
         assert "tp" not in over or axis in ("vocab", "heads", "kv_heads", "mlp")
         assert (over == ("ep",)) == (layout.ep > 1 and axis == "experts")
-        if "dp_shard" in over or over == ("ep", "dp_shard"):
+        if {"dp_shard", "cp"} & set(over):
             assert size % layout.size(*over) == 0, "FSDP splits evenly"
     gathered = placement(spec, layout, gathered=True).splits
     assert [over for over in gathered if over] == [over for over in splits if over in (("tp",),) or (
@@ -103,23 +103,23 @@ def test_fsdp_leaves_no_large_tensor_of_a_preset_whole(preset: str, size: int) -
 @pytest.mark.parametrize(
     ("name", "splits"),
     [
-        ("token_embedding.embedding.weight", (("tp",), ("dp_shard", "ep"))),
-        ("layers.1.attention.q_proj.weight", (("tp",), ("dp_shard", "ep"))),
-        ("layers.1.attention.k_proj.weight", (("tp",), ("dp_shard", "ep"))),
-        ("layers.1.attention.o_proj.weight", (("dp_shard", "ep"), ("tp",))),
-        ("layers.1.attention_norm.weight", (("dp_shard", "ep"),)),
+        ("token_embedding.embedding.weight", (("tp",), ("dp_shard", "ep", "cp"))),
+        ("layers.1.attention.q_proj.weight", (("tp",), ("dp_shard", "ep", "cp"))),
+        ("layers.1.attention.k_proj.weight", (("tp",), ("dp_shard", "ep", "cp"))),
+        ("layers.1.attention.o_proj.weight", (("dp_shard", "ep", "cp"), ("tp",))),
+        ("layers.1.attention_norm.weight", (("dp_shard", "ep", "cp"),)),
         ("layers.1.mlp.router.gate.weight", ((), ())),
         ("layers.1.mlp.router.expert_bias", ((),)),
-        ("layers.1.mlp.gate_w", (("ep",), ("dp_shard",), ("tp",))),
-        ("layers.1.mlp.down_w", (("ep",), ("tp",), ("dp_shard",))),
-        ("output_head.proj.weight", (("tp",), ("dp_shard", "ep"))),
+        ("layers.1.mlp.gate_w", (("ep",), ("dp_shard", "cp"), ("tp",))),
+        ("layers.1.mlp.down_w", (("ep",), ("tp",), ("dp_shard", "cp"))),
+        ("output_head.proj.weight", (("tp",), ("dp_shard", "ep", "cp"))),
     ],
 )
-def test_a_model_of_experts_on_sixteen_devices(name: str, splits: Any) -> None:
+def test_a_model_of_experts_on_32_devices(name: str, splits: Any) -> None:
     config = load_config("debug_moe", ["--model.moe_router=sigmoid_topk"]).model
-    layout = layout_of(DistributedConfig(dp_replicate=2, dp_shard=4, ep=2, tp=2), 16)
-    assert layout == Layout(dp_replicate=2, dp_shard=2, ep=2, tp=2)
-    assert (layout.devices, layout.data_ranks) == (16, 8)
+    layout = layout_of(DistributedConfig(dp_replicate=2, dp_shard=4, cp=2, ep=2, tp=2), 32)
+    assert layout == Layout(dp_replicate=2, dp_shard=2, ep=2, cp=2, tp=2)
+    assert (layout.devices, layout.data_ranks) == (32, 8)
     assert placement(parameter_table(config)[name], layout).splits == splits
 
 
@@ -160,6 +160,11 @@ REFUSED: tuple[tuple[str, dict[str, int], list[str], str], ...] = (
     ("debug_moe", {"ep": 2}, ["--model.moe_packed_experts=false"],
      "model.moe_packed_experts = False: must be True for distributed.ep = 2"),
     ("debug_vlm_moma", {"ep": 2}, [], "distributed.ep = 2: must divide model.num_experts = 0"),
+    ("debug", {"cp": 2}, ["--train.seq_len=127"], "distributed.cp = 2: must divide train.seq_len = 127"),
+    ("debug_moe", {"cp": 2}, ["--model.moe_capacity_factor=1.25"],
+     "model.moe_capacity_factor = 1.25: must be 0 for distributed.cp = 2"),
+    ("debug_vlm_mot", {"cp": 2}, [], "distributed.cp = 2: must be 1 for vlm.arch = 'mot'"),
+    ("debug_vlm_moma", {"cp": 2}, [], "distributed.cp = 2: must be 1 for vlm.arch = 'moma'"),
     ("debug", {"pp": 2}, ["--train.grad_accum_steps=1", "--model.tie_embeddings=false"],
      "train.grad_accum_steps = 1: must be at least distributed.pp = 2"),
     ("debug", {"pp": 2}, ["--model.tie_embeddings=true"], "model.tie_embeddings = True: must be False"),
@@ -183,6 +188,7 @@ def test_layouts_that_can_not_be(preset: str, layout: dict[str, int], changes: l
         ("debug", {"tp": 2}, ["--model.vocab_size=257"]),
         ("debug", {"pp": 2}, ["--train.grad_accum_steps=2", "--model.tie_embeddings=false"]),
         ("debug_moe", {"ep": 2}, ["--model.moe_packed_experts=true"]),
+        ("debug_moe", {"cp": 4}, ["--model.moe_capacity_factor=0"]),
         ("debug_vlm_mot", {"dp_shard": 8}, []),
     ],
 )
@@ -193,6 +199,7 @@ def test_layouts_that_can_be(preset: str, layout: dict[str, int], changes: list[
 
 def test_sizes_must_come_to_the_number_of_devices() -> None:
     assert layout_of(DistributedConfig(tp=2), 8) == Layout(dp_shard=4, tp=2)
+    assert layout_of(DistributedConfig(cp=2), 8) == Layout(dp_shard=4, cp=2)
     for config, devices, said in (
         (DistributedConfig(dp_shard=2, tp=2), 8, "distributed.dp_shard = 2: .* must equal the world size 8"),
         (DistributedConfig(dp_replicate=3, ep=3), 6, "distributed.ep = 3: must divide dp_shard = 2"),

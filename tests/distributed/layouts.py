@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
+from shared_config.contract.labels import IGNORED
 from shared_config.data import open_data
 from shared_config.errors import ConfigError
 from shared_config.interchange.checkpoint import TrainingState
@@ -39,7 +40,15 @@ SIGMOID = {**EXPERTS, "moe_shared_experts": 1, "num_experts": 4, "moe_frequency"
 SOFTMAX = {**SIGMOID, "moe_router": "softmax_topk", "moe_sequence_aux_loss_weight": 0.0, "moe_aux_loss_weight": 0.1}
 LIMITED = {**SOFTMAX, "moe_capacity_factor": 0.6, "moe_gradient_scale": True, "moe_shared_experts": 0}
 APART = {**SIGMOID, "moe_packed_experts": False}
-MODELS = {"dense": DENSE, "sigmoid": SIGMOID, "softmax": SOFTMAX, "limited": LIMITED, "apart": APART}
+SCALED = {**SOFTMAX, "moe_gradient_scale": True}
+MODELS = {
+    "dense": DENSE,
+    "sigmoid": SIGMOID,
+    "softmax": SOFTMAX,
+    "limited": LIMITED,
+    "scaled": SCALED,
+    "apart": APART,
+}
 VLM = [
     "--model.dim=32", "--model.n_layers=2", "--model.n_heads=4", "--model.n_kv_heads=4", "--model.ffn_hidden_dim=48",
     "--model.max_seq_len=64", "--vision_encoder.image_size=16", "--vision_encoder.feature_dim=24",
@@ -72,12 +81,13 @@ class Case:
     @property
     def key(self) -> str:
         """Names what one device does, whatever the layout."""
-        return f"{self.model}-{self.shares}-{sorted(self.options)}"
+        options = [f"{part}.{name}={value}" for part, fields in self.options.items() for name, value in fields.items()]
+        return f"{self.model}-{self.shares}-{sorted(options)}"
 
     @property
     def shares(self) -> int:
         """How many ranks see different micro-batches."""
-        return self.ranks // self.layout.get("tp", 1)
+        return self.ranks // (self.layout.get("tp", 1) * self.layout.get("cp", 1))
 
     def job(self, layout: Mapping[str, int]) -> JobConfig:
         if self.model in MODELS:
@@ -201,7 +211,18 @@ def _trainer(job: JobConfig) -> Any:
 
 
 def _batches(job: JobConfig) -> Any:
-    return open_data(job).batch if job.vlm is not None else functools.partial(draw_batch, job)
+    """Micro-batches by number; where the job packs documents, of some, with padding among the tokens."""
+    if job.vlm is not None:
+        return open_data(job).batch
+    return functools.partial(_draw_documents if job.data.pack_documents else draw_batch, job)
+
+
+def _draw_documents(job: JobConfig, seed: int) -> dict[str, np.ndarray]:
+    batch = draw_batch(job, seed)
+    rng, (rows, length) = np.random.default_rng(seed), batch["tokens"].shape
+    real, starts = rng.random((2, rows, length)) < [[[0.8]], [[0.3]]]
+    doc_ids = np.cumsum(starts, axis=1, dtype=np.int32)
+    return {**batch, "labels": np.where(real, batch["labels"], IGNORED), "doc_ids": doc_ids, "text_mask": real}
 
 
 def _compare(found: Found, truth: Found) -> list[str]:

@@ -51,8 +51,9 @@ def test_any_layout_and_backend_goes_on_with_the_same_losses(tmp_path: Path) -> 
 def test_a_layout_that_does_not_fit_the_devices_is_refused(tmp_path: Path) -> None:
     done = train(tmp_path / "run", "jax", 4, 2, "--distributed.tp=3")
     assert done.returncode == 2
-    assert "distributed.dp_shard = -1: dp_replicate 1 * dp_shard 1 * tp 3 * pp 1 = 3 must equal the world size 4" in (
-        " ".join(done.stderr.split())
+    assert (
+        "distributed.dp_shard = -1: dp_replicate 1 * dp_shard 1 * cp 1 * tp 3 * pp 1 = 3 must equal the world size 4"
+        in (" ".join(done.stderr.split()))
     )
     assert not (tmp_path / "run").exists()
 
@@ -62,7 +63,11 @@ def test_a_layout_that_does_not_fit_the_devices_is_refused(tmp_path: Path) -> No
     [
         ("cpu", {"pp": 2}, "distributed.pp = 2: must be 1 for backend jax"),
         ("gpu", {"tp": 2}, "distributed.tp = 2: must be 1 for backend jax on GPUs"),
-        ("cpu", {"tp": 2, "dp_shard": 2}, "dp_shard = 2: dp_replicate 1 * dp_shard 2 * tp 2 * pp 1 = 4 must equal"),
+        (
+            "cpu",
+            {"tp": 2, "dp_shard": 2},
+            "dp_shard = 2: dp_replicate 1 * dp_shard 2 * cp 1 * tp 2 * pp 1 = 4",
+        ),
     ],
 )
 def test_layouts_that_jax_has_not_are_refused(platform: str, layout: dict[str, int], problem: str) -> None:

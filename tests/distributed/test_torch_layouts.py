@@ -15,6 +15,8 @@ NOISE = {"vlm": {"moma_gumbel_noise": "true"}}
 FROZEN = "[{module = 'vision_encoder'}]"
 LATER = "[{start_step = 1, specs = [{module = 'adapter'}]}]"
 SKIPPING, RECOMPUTED = {"train": {"on_nonfinite": "skip"}}, {"train": {"activation_checkpointing": "full"}}
+DOCUMENTS = {"data": {"pack_documents": True}, **RECOMPUTED}
+WINDOW = {"model": {"sliding_window": 3}}
 BY_DAY = (
     *(Case(model, 2, {}) for model in ("softmax", "limited")),
     Case("dense", 2, {}, SKIPPING),
@@ -24,7 +26,9 @@ BY_DAY = (
     Case("mot", 2, {"tp": 2}),
     Case("dense", 4, {"tp": 2}),
     Case("sigmoid", 4, {"dp_replicate": 2}),
+    Case("sigmoid", 2, {"cp": 2}, DOCUMENTS),
     Case("sigmoid", 4, {"ep": 2, "tp": 2}),
+    Case("dense", 4, {"cp": 2, "tp": 2}, WINDOW),
     Case("limited", 4, {"ep": 2, "dp_replicate": 2}),
 )
 BY_NIGHT = (
@@ -35,6 +39,13 @@ BY_NIGHT = (
     Case("dense", 4, {}),
     Case("sigmoid", 4, {"ep": 2}),
     Case("dense", 4, {"tp": 2, "dp_replicate": 2}),
+    *(Case(model, 2, {"cp": 2}) for model in ("dense", "softmax", "scaled", "apart")),
+    Case("dense", 2, {"cp": 2}, {**DOCUMENTS, **WINDOW}),
+    Case("sigmoid", 2, {"cp": 2}, {"train": {"compile_model": True, "activation_checkpointing": "selective"}}),
+    Case("dense", 4, {"cp": 2}, DOCUMENTS),
+    Case("dense", 4, {"cp": 4}, {"train": {"seq_len": 12}}),
+    Case("sigmoid", 4, {"cp": 2, "ep": 2}, WINDOW),
+    Case("sigmoid", 4, {"cp": 2, "dp_replicate": 2}),
 )
 CASES = (*BY_DAY, *BY_NIGHT) if NIGHTLY else BY_DAY
 MUTANTS = DISTRIBUTED_MUTANTS if NIGHTLY else DISTRIBUTED_MUTANTS[::2]
@@ -44,12 +55,14 @@ REFUSED = (
      "distributed.tp = 2: must divide model.n_heads = 3 and model.n_kv_heads = 3"),
     (Case("dense", 2, {"ep": 2}), "distributed.ep = 2: must divide model.num_experts = 0"),
     (Case("apart", 2, {"ep": 2}), "model.moe_packed_experts = False: must be True for distributed.ep = 2"),
+    (Case("limited", 2, {"cp": 2}), "model.moe_capacity_factor = 0.6: must be 0 for distributed.cp = 2"),
+    (Case("moma", 2, {"cp": 2}), "distributed.cp = 2: must be 1 for vlm.arch = 'moma'"),
     (Case("dense", 2, {"pp": 2}, {"train": {"grad_accum_steps": 2}}),
      "distributed.pp = 2: must be 1 for backend torch"),
     (Case("mot", 2, {"tp": 2}, {"vision_encoder": {"n_heads": 3}}),
      "distributed.tp = 2: must divide vision_encoder.layers.0.attention.n_heads = 3"),
     (Case("dense", 2, {"dp_shard": 4}),
-     "distributed.dp_shard = 4: dp_replicate 1 * dp_shard 4 * tp 1 * pp 1 = 4 must equal the world size 2"),
+     "distributed.dp_shard = 4: dp_replicate 1 * dp_shard 4 * cp 1 * tp 1 * pp 1 = 4 must equal the world size 2"),
 )  # fmt: skip
 
 

@@ -286,7 +286,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "follow_symlinks": False,
     },
     "eval": {"interval": 0, "steps": 8, "batch_size": None},
-    "distributed": {"dp_replicate": 1, "dp_shard": -1, "tp": 1, "pp": 1, "ep": 1},
+    "distributed": {"dp_replicate": 1, "dp_shard": -1, "cp": 1, "tp": 1, "pp": 1, "ep": 1},
     "checkpoint": {"dir": "runs/latest", "interval": 1000, "keep_last_n": 3, "load_path": ""},
     "metrics": {"log_interval": 1, "tensorboard": False, "wandb_project": ""},
     "profiling": {"start_step": 0, "end_step": 0, "dir": "profile"},

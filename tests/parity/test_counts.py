@@ -233,6 +233,7 @@ LAYOUTS: tuple[dict[str, int], ...] = (
     {"pp": 2, "dp_shard": 1},
     {"pp": 2, "tp": 4, "dp_shard": 2},
     {"dp_shard": 4, "ep": 2},
+    {"cp": 2, "dp_shard": 2},
 )
 
 
@@ -248,6 +249,7 @@ def test_memory_of_a_layout_is_that_of_its_parts(preset: str, layout: dict[str, 
         return
     distributed = config.distributed.replace(**layout)
     shard, ep, tp, pp = (max(1, getattr(distributed, name)) for name in ("dp_shard", "ep", "tp", "pp"))
+    shard *= distributed.cp
     config = config.replace(distributed=distributed)
     state = {name: tensor.detach().cpu().numpy() for name, tensor in Trainer(config.replace(
         distributed=distributed.replace(**dict.fromkeys(layout, 1)))).masters.items()}  # fmt: skip

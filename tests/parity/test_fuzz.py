@@ -128,6 +128,7 @@ FIELDS: Pools = {
     "distributed": {
         "dp_replicate": [1, 2],
         "dp_shard": [-1, -1, 1, 2],
+        "cp": [1, 2],
         "tp": [1, 2],
         "pp": [1, 2],
         "ep": [1, 2],
