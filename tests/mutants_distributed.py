@@ -154,6 +154,10 @@ def jax_bug(component: str, name: str, text: str, replacement: str, case: Case) 
     return LayoutMutant(Mutant(component, f"{name}, jax", None, (text, replacement)), case)
 
 
+CUT_IN_JAX = Case(
+    "sigmoid", 2, {"cp": 2},
+    {"data": {"pack_documents": True}, "train": {"activation_checkpointing": "full", "scan_layers": True}},
+)  # fmt: skip
 HELD = Case("limited", 4, {"ep": 2})
 JAX_MUTANTS = (
     jax_bug(
@@ -186,5 +190,32 @@ JAX_MUTANTS = (
         "training.train", "rows of ranks trade places",
         "for part in parts for rank in range(ranks)]", "for rank in range(ranks) for part in parts]",
         Case("moma", 2, {}, {"vlm": {"moma_gumbel_noise": "true"}}),
+    ),
+    jax_bug(
+        "distributed.context_parallel", "keys of one part",
+        "lax.all_gather(jnp.stack([k_new, v_new]), AXIS, axis=3, tiled=True)",
+        "jnp.concatenate([jnp.stack([k_new, v_new])] * lax.axis_size(AXIS), axis=3)", CUT_IN_JAX,
+    ),
+    jax_bug(
+        "distributed.context_parallel", "positions of another part",
+        "+ lax.axis_index(AXIS) * length", "+ (lax.axis_size(AXIS) - 1 - lax.axis_index(AXIS)) * length", CUT_IN_JAX,
+    ),
+    jax_bug(
+        "distributed.context_parallel", "gradients of keys and values not summed",
+        "lax.all_gather(jnp.stack([k_new, v_new]), AXIS, axis=3, tiled=True)",
+        "gathered_alike(jnp.stack([k_new, v_new]), 3)", CUT_IN_JAX,
+    ),
+    jax_bug(
+        "distributed.context_parallel", "loss of one part",
+        "return lax.psum(total, AXIS)", "return total", CUT_IN_JAX,
+    ),
+    jax_bug(
+        "distributed.context_parallel", "losses and counts of routers of one part",
+        "with reading(OtherParts()), measuring(_all_parts):", "with reading(OtherParts()):", CUT_IN_JAX,
+    ),
+    jax_bug(
+        "distributed.fsdp", "whole arrays have the gradient of one part",
+        "tuple(axis for axis in TOKEN_AXES if axis not in used)", "tuple(a for a in TOKEN_AXES[:-1] if a not in used)",
+        CUT_IN_JAX,
     ),
 )  # fmt: skip

@@ -24,7 +24,7 @@ FILES = {
 
 ENGINES = {
     "distributed/collectives.py": "torch: sums and exchanges with gradients; in JAX operations of lax",
-    "distributed/context_parallel.py": "torch: a cache and methods in the place of others",
+    "distributed/context_parallel.py": "both: torch puts methods in the place of others; JAX within a map over devices",
     "distributed/devices.py": "jax: type checkers know nothing of its devices",
     "distributed/expert_parallel.py": "both: rows are sent in numbers that the host knows; in JAX shapes are static",
     "distributed/fsdp.py": "both: FSDP2 gathers by hooks; JAX within a map over the data ranks",
@@ -47,6 +47,8 @@ DIFFERENCES = {
     "model/attention.py": {
         "SDPA_BACKENDS": "torch: its attention has kernels to choose from",
         "attend(sdpa_backend)": "torch: its attention has kernels to choose from",
+        "read_besides": "jax: within a map over devices; torch gives a cache",
+        "reading": "jax: within a map over devices; torch gives a cache",
         "prepare_mask(device)": "torch: arrays are made on a device",
         "prepare_mask(dtype)": "jax: its kernel is for narrow dtypes; torch's choose by themselves",
         "prepare_mask(head_dim)": "jax: its kernel is for some widths; torch's choose by themselves",
@@ -107,6 +109,7 @@ DIFFERENCES = {
         "MoTAttention.kv_heads": "torch: kept for the views of each modality",
     },
     "model/request.py": {"inference": "torch: modules have a mode, and calls record gradients"},
+    "model/router.py": {"measuring": "jax: within a map over devices; torch puts another method in its place"},
     "model/sampling.py": {
         "sample(generator)": "torch: the state of its random numbers",
         "sample(key)": "jax: the state of its random numbers",

@@ -1,5 +1,6 @@
 """Fully sharded data parallelism: each device holds a part of every parameter, and has a block's whole while it
-computes. Each data rank computes its own micro-batches, within a map over the ranks.
+computes. Each computes its own micro-batches, or its part of their sequences, within a map over the devices that see
+different tokens.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Num, Shaped
 
 from kempnerforge_jax.distributed.mesh import Mesh
-from kempnerforge_jax.distributed.sharding import Laid, partitions
+from kempnerforge_jax.distributed.sharding import Laid, of_batches, partitions
 from kempnerforge_jax.model.module import Module, named_variables
 from kempnerforge_jax.model.scan import PREPARED
 from kempnerforge_jax.model.stack import in_first_layer
 from kempnerforge_jax.model.state import State
 from kempnerforge_jax.model.vlm import inner_transformer
-from shared_config.contract.sharding import DATA_AXES, MESH_AXES
+from shared_config.contract.sharding import DATA_AXES, MESH_AXES, TOKEN_AXES
 from shared_config.contract.specs import ParameterTable
 
 _Sums = TypeVar("_Sums")
@@ -67,11 +68,11 @@ class Shards:
         return self.mesh.layout.data_ranks
 
     @property
-    def is_by_data_alone(self) -> bool:
+    def is_by_tokens_alone(self) -> bool:
         """Whether no other axis has more than one device. Then nothing is left to the compiler, which can't divide some
         kernels, as those of attention on GPUs, where it has a part of the axes.
         """
-        return self.mesh.layout.devices == self.ranks
+        return self.mesh.layout.devices == self.mesh.layout.size(*TOKEN_AXES)
 
 
 def shards_of(
@@ -80,21 +81,21 @@ def shards_of(
     """What data ranks hold of the parameters, which are computed with in ``dtype``; None without a mesh."""
     if mesh is None:
         return None
-    split = partitions(mesh, table, parameters, DATA_AXES)
+    split = partitions(mesh, table, parameters, TOKEN_AXES)
     return Shards(mesh, tuple(parts_of(mesh, table, parameters, dtype).items()), tuple(split.items()))
 
 
 def parts_of(mesh: Mesh, table: ParameterTable, arrays: Mapping[str, Laid], dtype: DTypeLike) -> dict[str, Part]:
     """What a data rank holds of each parameter; what the table wants in full precision keeps its dtype."""
     found = {}
-    for name, partition in partitions(mesh, table, arrays, DATA_AXES).items():
+    for name, partition in partitions(mesh, table, arrays, TOKEN_AXES).items():
         spec, rank = table[in_first_layer(name)], len(arrays[name].shape)
         axes = {axis - rank: (over,) if isinstance(over, str) else over for axis, over in enumerate(partition) if over}
         elsewhere = [axis for axis in axes if spec.axes[axis] == "experts"]
         splits = tuple((axis, over) for axis, over in axes.items() if axis not in elsewhere)
         used = {axis for over in axes.values() for axis in over}
         own = arrays[name].dtype if spec.full_precision else dtype
-        found[name] = Part(splits, tuple(axis for axis in DATA_AXES if axis not in used), jnp.dtype(own))
+        found[name] = Part(splits, tuple(axis for axis in TOKEN_AXES if axis not in used), jnp.dtype(own))
     return found
 
 
@@ -159,9 +160,9 @@ def over_ranks(
 ) -> Callable[[State, State, State, Num[Array, ""]], tuple[State, _Sums]]:
     """``function(parameters, buffers, batches, count) -> (arrays by name, sums)`` of one data rank, for all of them.
 
-    A rank gets its parts of the parameters, and of batches (N, R, B, ...) its own (N, B, ...). What it gives by a
-    parameter's name is its part of the result; sums are added up over ranks. What the other axes of the mesh do is for
-    the compiler to decide.
+    A rank gets its parts of the parameters, and of batches (N, R, B, ...) its own (N, B, ...), of which "cp" has cut
+    the sequences. What it gives by a parameter's name is its part of the result; sums, the same along "cp", are added
+    up over ranks. What the other axes of the mesh do is for the compiler to decide.
 
     Args:
         given: names of the arrays that the function gives.
@@ -175,9 +176,9 @@ def over_ranks(
     return jax.shard_map(
         own,
         mesh=shards.mesh.axes,
-        in_specs=(held, P(), P(None, DATA_AXES), P()),
+        in_specs=(held, P(), of_batches(shards.mesh), P()),
         out_specs=({name: held[name] for name in given}, P()),
-        axis_names=set(MESH_AXES if shards.is_by_data_alone else DATA_AXES),
+        axis_names=set(MESH_AXES if shards.is_by_tokens_alone else TOKEN_AXES),
         check_vma=False,
     )
 

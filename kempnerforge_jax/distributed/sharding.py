@@ -48,7 +48,12 @@ def place_batches(mesh: Mesh, batches: Mapping[str, np.ndarray]) -> State:
     """
     ranks = mesh.layout.data_ranks
     shaped = {name: array.reshape(-1, ranks, *array.shape[1:]) for name, array in batches.items()}
-    return jax.device_put(shaped, NamedSharding(mesh.axes, P(None, DATA_AXES)))
+    return jax.device_put(shaped, NamedSharding(mesh.axes, of_batches(mesh)))
+
+
+def of_batches(mesh: Mesh) -> P:
+    """How arrays (N, R, B, ...) of batches are split; where "cp" has a part of every sequence, all are (N, R, B, S)."""
+    return P(None, DATA_AXES) if mesh.layout.cp == 1 else P(None, DATA_AXES, None, "cp")
 
 
 def initial_state(

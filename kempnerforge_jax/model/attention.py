@@ -6,8 +6,11 @@ heads that share a key/value head, h head_dim, A = h/2 angles. Query head i read
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,7 @@ from kempnerforge_jax.model.norm import RMSNorm
 from kempnerforge_jax.model.position import apply_rope
 
 _Shaped = jax.Array | jax.ShapeDtypeStruct
+_others: ContextVar[KVCache | None] = ContextVar("_others", default=None)
 
 
 class Attention(Module):
@@ -118,6 +122,8 @@ class Attention(Module):
                 k_BKMh, v_BKMh, doc_ids=doc_ids, key_padding_mask=key_padding_mask
             )
             k_BKMh, v_BKMh = k_BKMh.astype(x.dtype), v_BKMh.astype(x.dtype)
+        elif (others := read_besides()) is not None:
+            _, k_BKMh, v_BKMh = others.update(k_BKMh, v_BKMh)
         if self.capture_attention_weights:
             self.keep(attention_weights=attention_weights(q_BHSh, k_BKMh, mask))
         out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask)
@@ -126,6 +132,23 @@ class Attention(Module):
             return out_BSD
         past_end_BS = kv_cache.positions(length) >= kv_cache.max_seq_len
         return jnp.where(past_end_BS[..., None], jnp.nan, out_BSD), updated
+
+
+@contextlib.contextmanager
+def reading(others: KVCache) -> Iterator[None]:
+    """Within it, attention that is given no cache reads what ``others.update`` gives for its keys and values; positions
+    and masks of a forward are those of ``others``.
+    """
+    token = _others.set(others)
+    try:
+        yield
+    finally:
+        _others.reset(token)
+
+
+def read_besides() -> KVCache | None:
+    """What attention without a cache is `reading`."""
+    return _others.get()
 
 
 def attend(

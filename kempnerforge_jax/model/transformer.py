@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Integer
 
 from kempnerforge_jax.model.architecture import Architecture, Modules
-from kempnerforge_jax.model.attention import KVCache, prepare_mask, self_attention_mask
+from kempnerforge_jax.model.attention import KVCache, prepare_mask, read_besides, self_attention_mask
 from kempnerforge_jax.model.balancing import balance
 from kempnerforge_jax.model.block import TransformerBlock as TransformerBlock
 from kempnerforge_jax.model.checks import check_axes
@@ -210,11 +210,11 @@ class Transformer(ModelGetters):
         limit_capacity: bool | None,
     ) -> dict[str, object]:
         """What all blocks share: rotary tables and the mask, built once."""
-        length, cache = x.shape[1], None
+        length, cache = x.shape[1], read_besides()
         if kv_caches is not None:
             cache = self._checked_cache(kv_caches, length)
-        elif length > self.config.max_seq_len:
-            raise ValueError(f"sequence length = {length}: must be at most max_seq_len = {self.config.max_seq_len}")
+        elif (whole := length if cache is None else cache.keys(length)) > self.config.max_seq_len:
+            raise ValueError(f"sequence length = {whole}: must be at most max_seq_len = {self.config.max_seq_len}")
         positions = jnp.arange(length, dtype=jnp.int32) if cache is None else cache.positions(length)
         rope_cos, rope_sin = self.rope(positions, x.dtype)
         mask = self_attention_mask(

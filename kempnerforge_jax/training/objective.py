@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
+from kempnerforge_jax.distributed.context_parallel import of_all_parts, spreading
 from kempnerforge_jax.distributed.expert_parallel import exchanged
 from kempnerforge_jax.distributed.fsdp import Shards, gather_outside_blocks, over_ranks, whole_block
 from kempnerforge_jax.model.experts import exchanging
@@ -78,7 +79,8 @@ def _own_loss(
 ) -> tuple[State, jax.Array]:
     batch = {name: array[0] for name, array in batches.items()}
     with _computing_model(recipe, parameters, buffers) as model:
-        return {}, cross_entropy(model.run(**model_inputs(batch)).logits, batch["labels"])[0] / count
+        total = cross_entropy(model.run(**model_inputs(batch)).logits, batch["labels"])[0]
+    return {}, of_all_parts(recipe.shards and recipe.shards.mesh, total) / count
 
 
 def _own_gradients(
@@ -121,7 +123,8 @@ def _objective(
         output = model.run(
             **model_inputs(batch), **options, remat=REMATERIALISATION[recipe.train.activation_checkpointing]
         )
-    loss = cross_entropy(output.logits, batch["labels"])[0] / count
+    total = cross_entropy(output.logits, batch["labels"])[0]
+    loss = of_all_parts(recipe.shards and recipe.shards.mesh, total) / count
     aux_loss, z_loss = (jnp.asarray(term / micro_batches, loss.dtype) for term in router_losses(output.stats))
     weighted = loss + recipe.model.moe_aux_loss_weight * aux_loss + recipe.model.moe_router_z_loss_weight * z_loss
     entropies = [router.entropy / micro_batches for router in router_stats(output.stats)]
@@ -137,7 +140,7 @@ def _computing_model(recipe: Recipe, parameters: State, buffers: State) -> Itera
         return
     model = merge(recipe.graphdef, parameters, buffers)
     gather_outside_blocks(model, dict(recipe.shards.parts))
-    with preparing(whole_block), exchanging(exchanged):
+    with preparing(whole_block), exchanging(exchanged), spreading(recipe.shards.mesh):
         yield model
 
 

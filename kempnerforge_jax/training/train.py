@@ -22,6 +22,7 @@ from jaxtyping import Array, Shaped
 from rich.console import Console
 
 from kempnerforge_jax.device import find_device, process_count
+from kempnerforge_jax.distributed.context_parallel import check_spread
 from kempnerforge_jax.distributed.devices import Device
 from kempnerforge_jax.distributed.fsdp import mark_blocks, shards_of
 from kempnerforge_jax.distributed.mesh import devices_of, drawing_device, open_mesh
@@ -124,6 +125,7 @@ class Trainer:
             model = _build_model(config, dtype)
             shapes = {name: tuple(array.shape) for name, array in get_state(model).items()}
             self.table = job_table(config, tower_of(config), shapes)
+            check_spread(model, self.mesh)
             mark_blocks(model, self.mesh, self.table, compute_dtype(config, dtype))
             graphdef, parameters, buffers = split(model, scan_layers=config.train.scan_layers and config.vlm is None)
         self.recipe = Recipe(

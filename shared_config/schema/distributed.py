@@ -34,7 +34,8 @@ class DistributedConfig(Section):
     @property
     def fewest_devices(self) -> int:
         """Their number; where ``dp_shard`` is -1, the least that fits."""
-        return self.dp_replicate * (self.dp_shard if self.dp_shard > 0 else self.ep) * self.tp * self.pp
+        shard = self.dp_shard if self.dp_shard > 0 else self.ep
+        return self.dp_replicate * shard * self.cp * self.tp * self.pp
 
     def resolved_dp_shard(self, world_size: int) -> int:
         """``dp_shard`` as a number on ``world_size`` devices."""

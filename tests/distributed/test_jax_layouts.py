@@ -1,5 +1,5 @@
 """JAX in each layout does what it does on one device: the same losses, gradients, steps, counts of experts and biases,
-in float64 to rounding. By day two layouts; many more under HYPOTHESIS_PROFILE=nightly.
+in float64 to rounding. By day three layouts; many more under HYPOTHESIS_PROFILE=nightly.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from hypothesis import settings
 
 from tests.distributed.jax_layouts import run_devices
 from tests.distributed.layouts import Case
-from tests.mutants_distributed import JAX_MUTANTS
+from tests.mutants_distributed import CUT_IN_JAX, JAX_MUTANTS
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 NOISE = {"vlm": {"moma_gumbel_noise": "true"}}
 SCANNED = {"train": {"scan_layers": True}}
-BY_DAY = (Case("dense", 4, {"tp": 2}, SCANNED), Case("limited", 4, {"ep": 2}))
+WINDOW = {"model": {"sliding_window": 3}}
+BY_DAY = (Case("dense", 4, {"tp": 2}, SCANNED), Case("limited", 4, {"ep": 2}), CUT_IN_JAX)
 BY_NIGHT = (
     Case("dense", 4, {"dp_replicate": 2}, SCANNED),
     Case("sigmoid", 4, {"ep": 2}),
@@ -25,6 +26,10 @@ BY_NIGHT = (
     *(Case(model, 2, {}) for model in ("joint_decoder", "cross_attention", "mot")),
     Case("limited", 4, {"ep": 2, "dp_replicate": 2}),
     Case("dense", 8, {"dp_replicate": 2, "tp": 2}, SCANNED),
+    Case("dense", 4, {"cp": 2}, {**CUT_IN_JAX.options, **WINDOW}),
+    Case("dense", 4, {"cp": 2, "tp": 2}, SCANNED),
+    Case("sigmoid", 4, {"cp": 2, "ep": 2}, WINDOW),
+    Case("scaled", 4, {"cp": 2, "dp_replicate": 2}),
 )
 CASES = (*BY_DAY, *BY_NIGHT) if NIGHTLY else BY_DAY
 MUTANTS = JAX_MUTANTS if NIGHTLY else JAX_MUTANTS[::3]
