@@ -5,8 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,20 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import settings
 
 from kempnerforge_torch.distributed.spawn import together
 from shared_config.errors import ConfigError, UserError
-
-NIGHTLY = settings.get_current_profile_name() == "nightly"
-ROOT = Path(__file__).parents[2]
-PARENT = """
-import sys
-from kempnerforge_torch.distributed.spawn import together
-from tests.distributed.test_spawn import wait_for_ever
-if __name__ == "__main__":
-    together(wait_for_ever, 2, sys.argv[1])
-"""
 
 
 def summed(number: int) -> int:
@@ -70,15 +57,15 @@ def test_the_first_error_ends_all(how: str, error: type[Exception], said: str) -
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT] if NIGHTLY else [signal.SIGKILL])
-def test_none_is_left_where_the_parent_is_gone(tmp_path: Path, number: signal.Signals) -> None:
-    """Killed, or under HYPOTHESIS_PROFILE=nightly interrupted as well."""
-    command = [sys.executable, "-c", PARENT, str(tmp_path)]
-    parent = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+def test_none_is_left_where_the_parent_is_gone(tmp_path: Path) -> None:
+    parent = multiprocessing.get_context("forkserver").Process(
+        target=together, args=(wait_for_ever, 2, str(tmp_path)), daemon=False
+    )
+    parent.start()
     wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
     ranks = [Path("/proc", file.name) for file in tmp_path.iterdir()]
-    parent.send_signal(number)
-    parent.wait(timeout=60)
+    parent.kill()
+    parent.join()
     wait_until(lambda: not any(rank.exists() for rank in ranks))
 
 
