@@ -92,10 +92,10 @@ def _cached(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: jax.Arra
     def read(params: Any, buffers: Any, caches: Any, tokens_B: jax.Array, image: Any) -> tuple[jax.Array, Any]:
         return advance(merge(graphdef, params, buffers), tokens_B, caches, image)
 
-    for place in range(decoding.new_tokens):
+    for index in range(decoding.new_tokens):
         logits_BV, caches = read(params, buffers, caches, tokens_B, request.image_in_every_step)
         logits.append(to_numpy(logits_BV))
-        tokens_B = jnp.asarray(new_BN[:, place], tokens_B.dtype)
+        tokens_B = jnp.asarray(new_BN[:, index], tokens_B.dtype)
     return np.stack(logits, axis=1)
 
 
@@ -112,7 +112,7 @@ def _request(model: Any, decoding: Decoding, pixels: Any) -> Request:
 
 
 def _whole(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: jax.Array | None) -> np.ndarray:
-    tokens_BS, places_BN = decoding.followed_by(new_BN)
+    tokens_BS, positions_BN = decoding.followed_by(new_BN)
     graphdef, params, buffers = split(model)
 
     @jax.jit
@@ -120,7 +120,7 @@ def _whole(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: jax.Array
         return merge(graphdef, params, buffers).run(*inputs, limit_capacity=False).logits
 
     logits_BSV = run(params, buffers, (tokens_BS,) if pixels is None else (pixels, tokens_BS))
-    return np.take_along_axis(to_numpy(logits_BSV), places_BN[..., None], axis=1)
+    return np.take_along_axis(to_numpy(logits_BSV), positions_BN[..., None], axis=1)
 
 
 def captured(

@@ -100,8 +100,8 @@ def record(
         routes=routes,
     )
     check_tensors(request.weights, job_table(config, tower_of(config)))
-    place = find_device(device)
-    with jax.default_device(place), matmul_precision(config.train.matmul_precision):
+    target = find_device(device)
+    with jax.default_device(target), matmul_precision(config.train.matmul_precision):
         recorder = Recorder(request)
         recording = recorder.run(request.weights)
         recording.decoded |= recorder.decode(request.weights) if request.decodes else {}
@@ -111,7 +111,7 @@ def record(
             recording,
             exact.run if deltas else None,
             backend="jax",
-            device=device_name(place),
+            device=device_name(target),
             initial_hash=recorder.initial_hash,
         )
 
@@ -139,7 +139,7 @@ class Recorder:
             names = activation_names(model)
         check_selection(request, names, MoEStats._fields)
         self._modules = request.modules(names)
-        self._fed = (request.refeed.outputs, request.refeed.losses) if request.refeed else ({}, {})
+        self._refed = (request.refeed.outputs, request.refeed.losses) if request.refeed else ({}, {})
         self.trained = [name for name in self.table if name in params]
         kinds = moments_of(config.optimizer.name)
         self.moments = validation_moments(self.table, request.seed, kinds) if request.updates(self.trained) else {}
@@ -157,7 +157,7 @@ class Recorder:
             if request.updates(self.trained):
                 trained = {name: masters[name] for name in self.trained}
                 state = set_optimizer_state(self._optimizer.init(trained), self.moments, MOMENT_STEPS)
-            computed = self._compiled_run(masters, state, request.tokens, request.labels, self._fed)
+            computed = self._compiled_run(masters, state, request.tokens, request.labels, self._refed)
             return Recording(**jax.tree.map(to_numpy, computed))
 
     def decode(self, weights: Arrays) -> Arrays:
@@ -172,7 +172,12 @@ class Recorder:
         return jax.enable_x64(self.request.dtype == EXACT)
 
     def _run(
-        self, masters: Tensors, optimizer_state: Any, tokens: jax.Array, labels: jax.Array, fed: tuple[Tensors, Tensors]
+        self,
+        masters: Tensors,
+        optimizer_state: Any,
+        tokens: jax.Array,
+        labels: jax.Array,
+        refed: tuple[Tensors, Tensors],
     ) -> dict[str, Any]:
         """The fields of `Recording`, in mappings whose order JAX keeps."""
         request = self.request
@@ -180,7 +185,7 @@ class Recorder:
         fixed = {name: array for name, array in masters.items() if name not in varied}
 
         def objective(varied: Tensors) -> tuple[jax.Array, Any]:
-            return self._forward({**varied, **fixed}, tokens, labels, fed)
+            return self._forward({**varied, **fixed}, tokens, labels, refed)
 
         if varied:
             (loss, recorded), gradients = jax.value_and_grad(objective, has_aux=True)(varied)
@@ -197,11 +202,11 @@ class Recorder:
         }
 
     def _forward(
-        self, masters: Tensors, tokens: jax.Array, labels: jax.Array, fed: tuple[Tensors, Tensors]
+        self, masters: Tensors, tokens: jax.Array, labels: jax.Array, refed: tuple[Tensors, Tensors]
     ) -> tuple[jax.Array, tuple[Tensors, Tensors]]:
         """The loss, and the activations and routing that are recorded."""
         request, prefix = self.request, transformer_path(self.config)
-        model, (outputs, losses) = self._model(masters), fed
+        model, (outputs, losses) = self._model(masters), refed
         routes = {name: jnp.asarray(array, jnp.int32) for name, array in request.routes.items()}
         with (
             capture(model, self._modules) as activations,
@@ -211,8 +216,8 @@ class Recorder:
         ):
             output = model.run(*self._inputs(tokens))
         loss = self._loss(output.logits, with_losses(output.stats, losses, prefix), labels)
-        taken = {f"{name}{ROUTES}": tokens for name, tokens in routes.items()}
-        routing = {**choices, **taken, **routing_values(output.stats, self.config)}
+        forced = {f"{name}{ROUTES}": tokens for name, tokens in routes.items()}
+        routing = {**choices, **forced, **routing_values(output.stats, self.config)}
         activations = OrderedDict(request.kept(FORWARD, flatten(activations)))
         return loss, (activations, OrderedDict(request.kept(ROUTING, routing)))
 
@@ -224,8 +229,8 @@ class Recorder:
         size = cache_size(self.request, self._image_tokens)
         caches = [KVCache(*size, self.compute_dtype) for _ in range(self.config.model.n_layers)]
         pieces = []
-        for place, piece in enumerate(np.split(tokens, np.cumsum(chunks)[:-1], axis=1)):
-            with_image = not (self._image_tokens and place)
+        for index, piece in enumerate(np.split(tokens, np.cumsum(chunks)[:-1], axis=1)):
+            with_image = not (self._image_tokens and index)
             logits, caches = self._compiled_chunk(masters, piece, caches, with_image)
             pieces.append(logits)
         return jnp.concatenate(pieces, axis=1)
@@ -310,7 +315,7 @@ def rerouting(model: nnx.Module, routes: Mapping[str, Shaped[Array, "..."]]) -> 
 
     def take(module: Module, output: Any) -> Any:
         name = name_of.get(id(module))
-        return output if name is None else ExpertChoiceSigmoidRouter.taking(output, routes[name])
+        return output if name is None else ExpertChoiceSigmoidRouter.rerouted(output, routes[name])
 
     with substituting(take):
         yield

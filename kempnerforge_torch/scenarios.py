@@ -56,8 +56,8 @@ def train(
 def decode(config: JobConfig, weights: Arrays, decoding: Decoding, *, device: str | None) -> Arrays:
     """Tokens, and logits of static caches and without caches; see `shared_config.parity.work.Backend`."""
     model = _model(config, weights, device)
-    place = find_device(device)
-    pixels = None if decoding.pixels is None else from_numpy(decoding.pixels).to(place, torch.float64)
+    target = find_device(device)
+    pixels = None if decoding.pixels is None else from_numpy(decoding.pixels).to(target, torch.float64)
     options: dict[str, Any] = {
         "seed": decoding.seed,
         "prefill_chunk": decoding.prefill_chunk,
@@ -85,9 +85,9 @@ def _cached(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: torch.Te
     logits, image = [], request.image_in_every_step
     with inference(model):
         caches, tokens_B = prefill(transformer, request)
-        for place in range(decoding.new_tokens):
+        for index in range(decoding.new_tokens):
             logits.append(to_numpy(advance(transformer, tokens_B, caches, image)))
-            tokens_B = torch.from_numpy(new_BN[:, place]).to(tokens_B)
+            tokens_B = torch.from_numpy(new_BN[:, index]).to(tokens_B)
     return np.stack(logits, axis=1)
 
 
@@ -104,22 +104,22 @@ def _request(model: Any, decoding: Decoding, pixels: Any) -> Request:
 
 
 def _whole(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: torch.Tensor | None) -> np.ndarray:
-    tokens_BS, places_BN = decoding.followed_by(new_BN)
+    tokens_BS, positions_BN = decoding.followed_by(new_BN)
     inputs: tuple[Any, ...] = (torch.from_numpy(tokens_BS).long().to(next(model.parameters()).device),)
     with inference(model):
         logits_BSV = model.run(*(inputs if pixels is None else (pixels, *inputs)), limit_capacity=False).logits
-    return np.take_along_axis(to_numpy(logits_BSV), places_BN[..., None], axis=1)
+    return np.take_along_axis(to_numpy(logits_BSV), positions_BN[..., None], axis=1)
 
 
 def captured(
     config: JobConfig, weights: Arrays, tokens: np.ndarray, pixels: np.ndarray | None, *, device: str | None
 ) -> tuple[Arrays, Arrays]:
     """The outputs of every module; see `shared_config.parity.work.Backend`."""
-    model, place = _model(config, weights, device), find_device(device)
+    model, target = _model(config, weights, device), find_device(device)
     store = ActivationStore(model)
-    inputs: tuple[Any, ...] = (torch.from_numpy(tokens).long().to(place),)
+    inputs: tuple[Any, ...] = (torch.from_numpy(tokens).long().to(target),)
     if pixels is not None:
-        inputs = (from_numpy(pixels).to(place, torch.float64), *inputs)
+        inputs = (from_numpy(pixels).to(target, torch.float64), *inputs)
     store.enable()
     with torch.no_grad():
         model.run(*inputs)

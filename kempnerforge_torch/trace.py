@@ -101,18 +101,18 @@ def record(
         routes=routes,
     )
     check_tensors(request.weights, job_table(config, tower_of(config)))
-    place = find_device(device)
+    target = find_device(device)
     with matmul_precision(config.train.matmul_precision):
-        recorder = Recorder(request, place)
+        recorder = Recorder(request, target)
         recording = recorder.run(request.weights)
         recording.decoded |= recorder.decode(request.weights) if request.decodes else {}
-        exact = recorder if dtype == EXACT else Recorder(dataclasses.replace(request, dtype=EXACT), place)
+        exact = recorder if dtype == EXACT else Recorder(dataclasses.replace(request, dtype=EXACT), target)
         return make_trace(
             request,
             recording,
             exact.run if deltas else None,
             backend="torch",
-            device=device_name(place),
+            device=device_name(target),
             initial_hash=recorder.initial_hash,
         )
 
@@ -141,7 +141,7 @@ class Recorder:
         names = activation_names(model)
         check_selection(request, names, MoEStats._fields)
         self._modules = request.modules(names)
-        self._fed = (request.refeed.outputs, request.refeed.losses) if request.refeed else ({}, {})
+        self._refed = (request.refeed.outputs, request.refeed.losses) if request.refeed else ({}, {})
         self._device = device
         self._model = model.to(device)
 
@@ -175,7 +175,7 @@ class Recorder:
     def _forward(self, state: Tensors) -> tuple[Tensor, Tensors, Tensors]:
         """The loss, and the activations and routing that are recorded."""
         request, prefix = self.request, transformer_path(self.config)
-        outputs, losses = ({name: self._given(array) for name, array in part.items()} for part in self._fed)
+        outputs, losses = ({name: self._tensor(array) for name, array in part.items()} for part in self._refed)
         routes = {name: self._integers(array) for name, array in request.routes.items()}
         with (
             capture(self._model, self._modules) as activations,
@@ -186,8 +186,8 @@ class Recorder:
             output = self._call(state, self._integers(request.tokens))
         activations.pop("transformer", None)  # JAX calls what is within; both have it as "transformer.output_head"
         loss = self._loss(output.logits, with_losses(output.stats, losses, prefix), self._integers(request.labels))
-        taken = {f"{name}{ROUTES}": tokens for name, tokens in routes.items()}
-        routing = {**choices, **taken, **routing_values(output.stats, self.config)}
+        forced = {f"{name}{ROUTES}": tokens for name, tokens in routes.items()}
+        routing = {**choices, **forced, **routing_values(output.stats, self.config)}
         return loss, request.kept(FORWARD, flatten(activations)), request.kept(ROUTING, routing)
 
     @torch.no_grad()
@@ -201,8 +201,8 @@ class Recorder:
         caches = [KVCache(*size, self.compute_dtype, self._device) for _ in transformer.layers]
         in_stream = transformer.num_image_tokens > 0
         pieces = [
-            self._call(state, piece, kv_caches=caches, with_image=not (in_stream and place)).logits
-            for place, piece in enumerate(tokens.split(list(chunks), dim=1))
+            self._call(state, piece, kv_caches=caches, with_image=not (in_stream and index)).logits
+            for index, piece in enumerate(tokens.split(list(chunks), dim=1))
         ]
         return torch.cat(pieces, dim=1)
 
@@ -246,7 +246,7 @@ class Recorder:
         spec = self.table[name]
         return self.master_dtype if spec.full_precision or spec.is_buffer else self.compute_dtype
 
-    def _given(self, array: np.ndarray) -> Tensor:
+    def _tensor(self, array: np.ndarray) -> Tensor:
         return from_numpy(array).to(self._device)
 
     def _integers(self, array: np.ndarray) -> Tensor:
@@ -256,8 +256,8 @@ class Recorder:
 def _gradients(loss: Tensor, masters: Tensors) -> Tensors:
     if not masters:
         return {}
-    found = torch.autograd.grad(loss, list(masters.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(masters, found, strict=True))
+    gradients = torch.autograd.grad(loss, list(masters.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(masters, gradients, strict=True))
 
 
 def device_name(device: torch.device) -> str:
@@ -298,7 +298,7 @@ def rerouting(model: nn.Module, routes: Mapping[str, Shaped[Tensor, "..."]]) -> 
     """Let experts that choose tokens take given ones: path of their router -> tokens (C, E)."""
 
     def take(output: Any, tokens_CE: Tensor) -> Any:
-        return ExpertChoiceSigmoidRouter.taking(output, tokens_CE)
+        return ExpertChoiceSigmoidRouter.rerouted(output, tokens_CE)
 
     with contextlib.ExitStack() as hooks:
         for name, tokens_CE in routes.items():

@@ -113,8 +113,8 @@ MUTANTS = (
         ("if mask.dtype != torch.bool:", "if False:"),
         ("if mask.dtype != jnp.bool_:", "if False:"),
     ),
-    both("model.checks", "negative ids pass", "is_outside = (seen < 0) | (seen >= size)",
-         "is_outside = seen >= size"),
+    both("model.checks", "negative ids pass", "is_outside = (values < 0) | (values >= size)",
+         "is_outside = values >= size"),
     Mutant(
         "model.checks", "narrow integers wrap what they are compared with",
         ("return ids.long()", "return ids"),
@@ -143,11 +143,11 @@ MUTANTS = (
         ('"gelu")(F.gelu)', '"gelu")(F.silu)'),
         ('"gelu")(_widened(functools.partial(jax.nn.gelu, approximate=False)))', '"gelu")(_widened(jax.nn.silu))'),
     ),
-    both("model.mask", "causal mask off by one", "seen.append(key <= query)", "seen.append(key < query)"),
-    both("model.mask", "future visible", "seen.append(key <= query)", "seen.append(key <= query + 1)"),
+    both("model.mask", "causal mask off by one", "terms.append(key <= query)", "terms.append(key < query)"),
+    both("model.mask", "future visible", "terms.append(key <= query)", "terms.append(key <= query + 1)"),
     both("model.mask", "window one too wide", "(key > query - mask.window)", "(key >= query - mask.window)"),
     both("model.mask", "window one too narrow", "(key > query - mask.window)", "(key > query - mask.window + 1)"),
-    both("model.mask", "window ignored", "seen.append(key > query - mask.window)", "pass"),
+    both("model.mask", "window ignored", "terms.append(key > query - mask.window)", "pass"),
     both("model.mask", "documents ignored", "    if mask.query_doc_ids is not None and", "    if False and"),
     both("model.mask", "documents of keys shifted", "== mask.key_doc_ids[:, None, :]",
          "== mask.key_doc_ids[:, None, [-1, *range(mask.key_doc_ids.shape[1] - 1)]]"),
@@ -184,7 +184,8 @@ MUTANTS = (
          "k_BKMh = apply_rope(k_BSKh.", "k_BKMh = (lambda x, *_: x)(k_BSKh."),
     Mutant(
         "model.decode_state", "cached positions start again",
-        ("return steps_S + self._most if self._even else self.lengths.long()[:, None] + steps_S", "return steps_S"),
+        ("return steps_S + self._max_length if self._rows_equal else self.lengths.long()[:, None] + steps_S",
+         "return steps_S"),
         ("return self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)",
          "return 0 * self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)"),
     ),
@@ -254,7 +255,7 @@ MUTANTS = (
     ),
     Mutant(
         "training.optimizer", "counts of updates are those of the run",
-        ('kept["step"].fill_(int(values[f"t.{name}"]))', 'kept["step"].fill_(step)'),
+        ('tensor_state["step"].fill_(int(values[f"t.{name}"]))', 'tensor_state["step"].fill_(step)'),
         ("own.get(UPDATES, {}))} | dict(moments)",
          "own.get(UPDATES, {}))} | {name: one for name, one in moments.items() if not name.startswith(UPDATES)}"),
     ),
@@ -308,11 +309,11 @@ MUTANTS = (
     Mutant(
         "model.decode", "row goes on after its end",
         ("yield tokens_B.masked_fill(done_B, request.sampling.pad_token_id)", "yield tokens_B"),
-        ("shown_B = jnp.where(state.done, options.pad_token_id, drawn_B)", "shown_B = drawn_B"),
+        ("output_B = jnp.where(state.done, options.pad_token_id, drawn_B)", "output_B = drawn_B"),
     ),
-    both("model.decode", "cached position off by one", "lengths_B - 1 + taken", "lengths_B + taken"),
-    both("model.decode", "padding of ragged prompts seen", "lengths_B - 1 + taken",
-         "lengths_B * 0 + lengths_B.max() - 1 + taken"),
+    both("model.decode", "cached position off by one", "lengths_B - 1 + prefix", "lengths_B + prefix"),
+    both("model.decode", "padding of ragged prompts seen", "lengths_B - 1 + prefix",
+         "lengths_B * 0 + lengths_B.max() - 1 + prefix"),
 )  # fmt: skip
 
 

@@ -14,20 +14,20 @@ DECODING_MUTANTS = (
          "positions_BM >= -self.policy.count"),
     Mutant(
         "model.decode_state", "a ring taken for a line",
-        ("or self._most + length <= self.policy.count", "or True"),
+        ("or self._max_length + length <= self.policy.count", "or True"),
         ("key_positions=key_positions,", "key_positions=None,"),
     ),
     both("model.slots", "slots of a ring in order", "last_B1 - (last_B1 - slots_M) % self.count",
          "last_B1 - (self.count - 1 - slots_M)"),
     Mutant(
         "model.decode_state", "first tokens of a long chunk kept",
-        ("new.narrow(axis, length - kept, kept)", "new.narrow(axis, 0, kept)"),
-        ("lax.slice_in_dim(new, length - kept, length, axis=axis)", "lax.slice_in_dim(new, 0, kept, axis=axis)"),
+        ("new.narrow(axis, length - stored, stored)", "new.narrow(axis, 0, stored)"),
+        ("lax.slice_in_dim(new, length - stored, length, axis=axis)", "lax.slice_in_dim(new, 0, stored, axis=axis)"),
     ),
     Mutant(
         "model.decode_state", "what a ring has lost not refused",
         ("if self.oldest is not None and bool((self.policy.first_seen", "if False and bool((self.policy.first_seen"),
-        ("if not isinstance(lost_B, Tracer) and bool(lost_B.any()):", "if False:"),
+        ("if not isinstance(overwritten_B, Tracer) and bool(overwritten_B.any()):", "if False:"),
     ),
     both("model.slots", "wider window than the ring's allowed", "0 < (sliding_window or 0) <= self.window",
          "(sliding_window or 0)"),
@@ -51,10 +51,10 @@ DECODING_MUTANTS = (
     ),
     Mutant(
         "model.decode", "only one id ends a row",
-        ("torch.tensor(stops, ", "torch.tensor(stops[:1], "),
-        ("jnp.asarray(stops or (-1,)", "jnp.asarray(stops[:1] or (-1,)"),
+        ("torch.tensor(eos_ids, ", "torch.tensor(eos_ids[:1], "),
+        ("jnp.asarray(eos_ids or (-1,)", "jnp.asarray(eos_ids[:1] or (-1,)"),
     ),
-    both("model.decode", "image not counted in the lengths", "lengths_B - 1 + taken", "lengths_B - 1"),
+    both("model.decode", "image not counted in the lengths", "lengths_B - 1 + prefix", "lengths_B - 1"),
     both("model.request", "image read before the prompt only",
          "return None if image_tokens(self.image) else self.image", "return None"),
     Mutant(

@@ -52,7 +52,8 @@ DISTRIBUTED_MUTANTS = (
     ),
     torch_bug(
         "training.train", "router losses of one rank's share",
-        "shares = len(micro_batches) * self.ranks.count", "shares = len(micro_batches)", SIGMOID,
+        "total_micro_batches = len(micro_batches) * self.ranks.count",
+        "total_micro_batches = len(micro_batches)", SIGMOID,
     ),
     torch_bug(
         "training.train", "metrics of one rank",

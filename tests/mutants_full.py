@@ -36,8 +36,8 @@ REACHING = (
     Reaching(
         Mutant(
             "training.train", "micro-batches weigh the same",
-            ("self._differentiate(batch, max(count, 1), shares",
-             "self._differentiate(batch, max(shares * label_count([batch]), 1), shares"),
+            ("self._differentiate(batch, max(count, 1), total_micro_batches",
+             "self._differentiate(batch, max(total_micro_batches * label_count([batch]), 1), total_micro_batches"),
             None,
         ),
         ("accumulation",), "accumulation", "gradient",
@@ -78,14 +78,14 @@ REACHING = (
         ("padding",), "padding", "evaluation",
     ),
     Reaching(
-        both("model.decode", "cached position off by one", "lengths_B - 1 + taken", "lengths_B + taken"),
+        both("model.decode", "cached position off by one", "lengths_B - 1 + prefix", "lengths_B + prefix"),
         ("generate",), "generate", "{backend}: static caches = forward",
     ),
     Reaching(
         Mutant(
             "model.decode", "numbers of another step in one way to generate",
             ("return torch.stack(new, dim=1) if", "return torch.stack(new, dim=1).roll(1, 1) if"),
-            ("dynamic_index_in_dim(uniforms_BN, place, 1", "dynamic_index_in_dim(uniforms_BN, 0 * place, 1"),
+            ("dynamic_index_in_dim(uniforms_BN, index, 1", "dynamic_index_in_dim(uniforms_BN, 0 * index, 1"),
         ),
         ("generate",), "generate", "{backend}: stream = generate",
     ),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from tests.mutants import Mutant, both
 
 LENGTH_MUTANTS = (
-    both("model.mask", "no causal mask from position 256 on", "seen.append(key <= query)",
-         "seen.append((key <= query) | (query >= 256))"),
+    both("model.mask", "no causal mask from position 256 on", "terms.append(key <= query)",
+         "terms.append((key <= query) | (query >= 256))"),
     both("model.mask", "windows reach back to the start from position 250 on", "(key > query - mask.window)",
          "((key > query - mask.window) | (key < 99) & (query > 250))"),
     Mutant(
@@ -33,9 +33,9 @@ LENGTH_MUTANTS = (
     ),
     Mutant(
         "model.decode_state", "a token beyond 256 takes the slot before its own",
-        ("slots.transpose(1, axis)[rows_B1, places] =",
-         "slots.transpose(1, axis)[rows_B1, places - (places > 256).long()] ="),
-        ("place = slots.at[rows_B1, places] if", "place = slots.at[rows_B1, places - (places > 256)] if"),
+        ("slots.transpose(1, axis)[rows_B1, targets] =",
+         "slots.transpose(1, axis)[rows_B1, targets - (targets > 256).long()] ="),
+        ("ref = slots.at[rows_B1, targets] if", "ref = slots.at[rows_B1, targets - (targets > 256)] if"),
     ),
     Mutant(
         "model.decode_state", "rows stop counting at 255",

@@ -85,14 +85,14 @@ MOE_MUTANTS = (
     Mutant(
         "model.grouped", "rows of no group computed",
         ("    out_RF[start:] = 0\n", "    out_RF[start:] = 1\n"),
-        ("jnp.where(mine_b1, new_bF, old_bF)", "new_bF"),
+        ("jnp.where(owned_b1, new_bF, old_bF)", "new_bF"),
     ),
     Mutant(
         "model.grouped", "groups one row late",
         ("torch.mm(x_RD[start:end].t(), y_RF[start:end], out=out_DF)",
          "torch.mm(x_RD[start + 1:end].t(), y_RF[start + 1:end], out=out_DF)"),
-        ("mine_b1 = ((rows_b >= start) & (rows_b < end))[:, None]",
-         "mine_b1 = ((rows_b > start) & (rows_b < end))[:, None]"),
+        ("owned_b1 = ((rows_b >= start) & (rows_b < end))[:, None]",
+         "owned_b1 = ((rows_b > start) & (rows_b < end))[:, None]"),
     ),
     Mutant(
         "model.stats", "counts of the last micro-batch only",
@@ -171,7 +171,7 @@ MOE_MUTANTS = (
     ),
     Mutant(
         "model.grouped", "no gradient through experts apart",
-        ("[part.mT for part in w]", "[part.mT * (part.ndim - 2) for part in w]"), None,
+        ("[matrix.mT for matrix in matrices]", "[matrix.mT * (matrix.ndim - 2) for matrix in matrices]"), None,
     ),
     both("model.grouped", "one tile too few", "rows // tile_rows + groups,", "rows // tile_rows + groups - 1,"),
     both("model.grouped", "last row of a tile of the next group", "rows_Nb < ends_E[expert_N][:, None]",

@@ -64,9 +64,9 @@ STATE_MUTANTS = (
     ),
     Mutant(
         "model.hooks", "what is replaced goes on with its gradient",
-        ("first = other.to(own).detach()", "first = other.to(own).detach() + own - own.detach()"),
-        ("first = jax.lax.stop_gradient(other.astype(own.dtype))",
-         "first = other.astype(own.dtype) + own - jax.lax.stop_gradient(own)"),
+        ("first = replacement.to(own).detach()", "first = replacement.to(own).detach() + own - own.detach()"),
+        ("first = jax.lax.stop_gradient(replacement.astype(own.dtype))",
+         "first = replacement.astype(own.dtype) + own - jax.lax.stop_gradient(own)"),
     ),
     both("model.cross_attention", "blocks fire a layer late", "index = (layer_idx + 1) // self.every - 1",
          "index = max(0, (layer_idx + 1) // self.every - 2)"),

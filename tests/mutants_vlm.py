@@ -94,18 +94,18 @@ VLM_MUTANTS = (
     ),
     Mutant(
         "model.mot", "key norm for queries",
-        ('f"{to}_norm.{name}"', 'f"k_norm.{name}"'),
-        ('getattr(self, f"{to}_norm")', "self.k_norm"),
+        ('f"{kind}_norm.{name}"', 'f"k_norm.{name}"'),
+        ('getattr(self, f"{kind}_norm")', "self.k_norm"),
     ),
     Mutant(
         "model.mot", "heads tiled instead of grouped",
         ("x_BSKh.repeat_interleave(copies, dim=2)", "x_BSKh.repeat(1, 1, copies, 1)"),
         ("jnp.repeat(wide_BSKh, copies, axis=2)", "jnp.tile(wide_BSKh, (1, 1, copies, 1))"),
     ),
-    both("model.mot", "padding routed", "x_BSD, valid, members=mine_BS", "x_BSD, None, members=mine_BS"),
-    both("model.mot", "padding of a span routed", "x_BSD[:, start:stop], own,", "x_BSD[:, start:stop], None,"),
-    both("model.mot", "capacity by the tokens of all modalities", "x_BSD, valid, members=mine_BS",
-         "x_BSD, mine_BS if valid is None else mine_BS & valid"),
+    both("model.mot", "padding routed", "x_BSD, valid, members=members_BS", "x_BSD, None, members=members_BS"),
+    both("model.mot", "padding of a span routed", "x_BSD[:, start:stop], valid_BS,", "x_BSD[:, start:stop], None,"),
+    both("model.mot", "capacity by the tokens of all modalities", "x_BSD, valid, members=members_BS",
+         "x_BSD, members_BS if valid is None else members_BS & valid"),
     both("model.layout", "image counted among cached text",
          "kv_cache.positions(len(positions)) - kv_cache.image_tokens", "kv_cache.positions(len(positions))"),
     Mutant(
@@ -143,7 +143,7 @@ VLM_MUTANTS = (
     ),
     both("model.expert_choice", "noise subtracted", "logits_TE + noise", "logits_TE - noise"),
     both("model.moma", "modalities share their noise", "group = self.modalities.index(name)", "group = 0"),
-    both("model.moma", "modality ignored", "valid_BS = mine_BS if valid is None else mine_BS & valid",
+    both("model.moma", "modality ignored", "valid_BS = members_BS if valid is None else members_BS & valid",
          "valid_BS = valid"),
     both("model.moma", "generation allowed", "if kv_caches is not None:", "if False:"),
     Mutant(
@@ -178,8 +178,8 @@ VLM_MUTANTS = (
     both("model.vlm", "more frames than there is room for", "if not 1 <= frames <= self.frames_per_clip:", "if False:"),
     Mutant(
         "model.noise", "places ignored",
-        ("mix(places_P ^ salt) + levels_BP", "mix(places_P * 0 ^ salt) + levels_BP"),
-        ("mix(places_P ^ jnp.uint32(salt)) + levels_BP", "mix(places_P * 0 ^ jnp.uint32(salt)) + levels_BP"),
+        ("mix(indices_P ^ salt) + levels_BP", "mix(indices_P * 0 ^ salt) + levels_BP"),
+        ("mix(indices_P ^ jnp.uint32(salt)) + levels_BP", "mix(indices_P * 0 ^ jnp.uint32(salt)) + levels_BP"),
     ),
     Mutant(
         "model.noise", "levels in the dtype of the pixels",

@@ -203,14 +203,14 @@ def windows(x: Float[Array, "B N F"], window: int) -> tuple[Float[Array, "B M C 
     """
     pooled_token_count(x.shape[1], window)
     side = math.isqrt(x.shape[1])
-    rest = -side % window
-    grid = jnp.pad(x.reshape(len(x), side, side, -1), ((0, 0), (0, rest), (0, rest), (0, 0)))
-    inside = jnp.arange(side + rest) < side
-    real = _cut((inside[:, None] & inside)[None, :, :, None], window)
-    return _cut(grid, window), real[0, :, :, 0]
+    padding = -side % window
+    grid = jnp.pad(x.reshape(len(x), side, side, -1), ((0, 0), (0, padding), (0, padding), (0, 0)))
+    inside = jnp.arange(side + padding) < side
+    real = _to_windows((inside[:, None] & inside)[None, :, :, None], window)
+    return _to_windows(grid, window), real[0, :, :, 0]
 
 
-def _cut(grid: jax.Array, window: int) -> jax.Array:
+def _to_windows(grid: jax.Array, window: int) -> jax.Array:
     """(B, rows * window, columns * window, F) -> (B, rows * columns, window * window, F)."""
     batch, rows, columns, features = grid.shape
     split = grid.reshape(batch, rows // window, window, columns // window, window, features)

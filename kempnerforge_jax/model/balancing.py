@@ -28,10 +28,10 @@ def balance(
 
     Args:
         counts: (_E,) of each router, summed over all micro-batches and ranks; a router without counts stays.
-        progress: the share of the training that is done; None: as `set_moe_step` told.
+        progress: the share of the training that is done; None: as given to `set_moe_step`.
         taken: bool (), False where the step was left out: nothing moves then.
     """
-    told = () if progress is None else (progress,)
+    schedule = () if progress is None else (progress,)
     for path, module in plain_modules(model).items():
         router: Any = module
         place = router_place(path)
@@ -42,7 +42,7 @@ def balance(
             continue
         own = [counts[router_id] for router_id in ids]
         before = [(variable, variable.get_value()) for _, variable in named_variables(router)]
-        router.update_bias(own[0] if len(own) == 1 else jnp.stack(own), *told)
+        router.update_bias(own[0] if len(own) == 1 else jnp.stack(own), *schedule)
         if taken is not None:
             for variable, value in before:
                 variable.set_value(jnp.where(taken, variable.get_value(), value))

@@ -55,12 +55,12 @@ def check_ids(name: str, ids: Shaped[Array, "..."], size: int | None = None, ign
         raise ValueError(f"{name}.dtype = {ids.dtype}: must be an integer type")
     if size is None or isinstance(ids, Tracer):
         return
-    seen = np.asarray(ids)
-    is_outside = (seen < 0) | (seen >= size)
-    bad = seen[is_outside if ignored is None else is_outside & (seen != ignored)]
-    if bad.size:
+    values = np.asarray(ids)
+    is_outside = (values < 0) | (values >= size)
+    invalid = values[is_outside if ignored is None else is_outside & (values != ignored)]
+    if invalid.size:
         allowed = f"[0, {size})" + ("" if ignored is None else f" or {ignored}")
-        raise ValueError(f"{name} = {bad[0]}: ids must be in {allowed}; {bad.size} of {seen.size} are not")
+        raise ValueError(f"{name} = {invalid[0]}: ids must be in {allowed}; {invalid.size} of {values.size} are not")
 
 
 def check_positions(

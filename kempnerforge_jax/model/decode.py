@@ -62,8 +62,8 @@ def decode_all(model: Transformer, request: Request) -> Int[Array, "B N"]:
         return jnp.zeros((rows, 0), jnp.int32)
     parts = graphdef, params, buffers = split(model)
     each, tokens_B = _read(model, request, parts)
-    room = bucket(count, model.config.max_seq_len + 1)
-    uniforms_BN, options = _numbers(model, request, room)
+    max_steps = bucket(count, model.config.max_seq_len + 1)
+    uniforms_BN, options = _numbers(model, request, max_steps)
     loop = _compiled_loop(graphdef)
     image, state = request.image_in_every_step, _start(tokens_B)
     new_BN, _ = loop(params, buffers, SharedCaches.of(each), state, image, uniforms_BN, options, np.int32(count))
@@ -79,9 +79,9 @@ def steps(model: Transformer, request: Request) -> Iterator[Int[Array, "B"]]:
     caches, state = SharedCaches.of(each), _start(tokens_B)
     uniforms_BN, options = _numbers(model, request, request.max_new_tokens)
     step, image = _compiled_step(graphdef), request.image_in_every_step
-    for place in range(request.max_new_tokens):
-        shown_B, state, caches = step(params, buffers, caches, state, image, uniforms_BN[:, place], options)
-        yield shown_B
+    for index in range(request.max_new_tokens):
+        output_B, state, caches = step(params, buffers, caches, state, image, uniforms_BN[:, index], options)
+        yield output_B
         if request.sampling.eos_token_ids and bool(state.done.all()):
             return
 
@@ -94,7 +94,7 @@ def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Int[Ar
 def _read(model: Transformer, request: Request, parts: tuple[Any, State, State]) -> tuple[list[KVCache], jax.Array]:
     """`prefill` of a model that is split already, which takes a while."""
     config, dtype, prompts, image = model.config, weight_of(model).dtype, request.prompts, request.image
-    (rows, width), taken = prompts.tokens.shape, image_tokens(image)
+    (rows, width), prefix = prompts.tokens.shape, image_tokens(image)
     graphdef, params, buffers = parts
     heads = config.kv_heads if model.vlm_config is None else model.vlm_config.cached_kv_heads(config)
     shape = (rows, request.cache_length, heads, config.head_size)
@@ -103,11 +103,11 @@ def _read(model: Transformer, request: Request, parts: tuple[Any, State, State])
     others = [KVCache(*shape, dtype, state=first.state) for _ in range(config.n_layers - 1)]
     caches = SharedCaches.of([first, *others])
     read, lengths_B = _compiled_prefill(graphdef), jnp.asarray(prompts.lengths)
-    if taken:
-        caches = read(params, buffers, caches, prompts.tokens[:, :0], image, lengths_B * 0 + taken)
+    if prefix:
+        caches = read(params, buffers, caches, prompts.tokens[:, :0], image, lengths_B * 0 + prefix)
     for start, size in request.chunks:
         chunk = np.pad(prompts.tokens, ((0, 0), (0, max(0, start + size - width))))[:, start : start + size]
-        caches = read(params, buffers, caches, chunk, request.image_in_every_step, lengths_B - 1 + taken)
+        caches = read(params, buffers, caches, chunk, request.image_in_every_step, lengths_B - 1 + prefix)
     return caches.each(), jnp.asarray(prompts.tokens[np.arange(rows), prompts.lengths - 1])
 
 
@@ -124,18 +124,18 @@ def advance(
     return output.logits[:, -1], output.kv_caches
 
 
-def _numbers(model: Transformer, request: Request, room: int) -> tuple[jax.Array, _Options]:
-    """Uniform numbers (B, ``room``), zeros after the end, and the options."""
-    uniforms_BN = np.zeros((len(request.prompts.lengths), room))
+def _numbers(model: Transformer, request: Request, max_steps: int) -> tuple[jax.Array, _Options]:
+    """Uniform numbers (B, ``max_steps``), zeros after the end, and the options."""
+    uniforms_BN = np.zeros((len(request.prompts.lengths), max_steps))
     sampling, dtype = None, wide(weight_of(model).dtype)
     if request.uniforms is not None:
         uniforms_BN[:, : request.max_new_tokens] = request.uniforms
-        asked = request.sampling
-        values = (asked.temperature, asked.top_k or model.config.vocab_size, asked.top_p)
+        requested = request.sampling
+        values = (requested.temperature, requested.top_k or model.config.vocab_size, requested.top_p)
         sampling = tuple(jnp.asarray(v, d) for v, d in zip(values, (dtype, jnp.int32, dtype), strict=True))
-    stops, pad_token_id = request.sampling.eos_token_ids, request.sampling.pad_token_id
-    stops_E = jnp.asarray(stops or (-1,), jnp.int32)
-    options = _Options(sampling, stops_E, jnp.asarray(pad_token_id, jnp.int32))
+    eos_ids, pad_token_id = request.sampling.eos_token_ids, request.sampling.pad_token_id
+    eos_ids_E = jnp.asarray(eos_ids or (-1,), jnp.int32)
+    options = _Options(sampling, eos_ids_E, jnp.asarray(pad_token_id, jnp.int32))
     return jnp.asarray(uniforms_BN.astype(dtype)), options
 
 
@@ -153,14 +153,14 @@ def _compiled_prefill(graphdef: Any) -> Any:
     ) -> SharedCaches:
         model, state = merge(graphdef, params, buffers), caches.state
         modality = NO_LOGITS if image is None else replace(image, output_slice=NO_LOGITS.output_slice)
-        length, noted = tokens_BS.shape[1], state.valid is not None
+        length, had_padding = tokens_BS.shape[1], state.valid is not None
         if model.config.is_moe and length:
             modality = replace(modality, key_padding_mask=state.positions(length) < lengths_B[:, None])
         output = model.run(tokens_BS, modality=modality, kv_caches=caches.each(), allow_image_inputs=True)
         assert output.kv_caches is not None
         state, layers = SharedCaches.of(output.kv_caches)
         state = state.truncate(lengths_B)
-        return SharedCaches(state if noted or not length else state.without_padding(), layers)
+        return SharedCaches(state if had_padding or not length else state.without_padding(), layers)
 
     return jax.jit(prefill, donate_argnames="caches")
 
@@ -188,18 +188,18 @@ def _compiled_loop(graphdef: Any) -> Any:
     ) -> tuple[jax.Array, SharedCaches]:
         new_BN = jnp.full(uniforms_BN.shape, options.pad_token_id, jnp.int32)
 
-        def advance(carry: Any) -> Any:
-            place, new_BN, state, caches = carry
-            uniforms_B = jax.lax.dynamic_index_in_dim(uniforms_BN, place, 1, keepdims=False)
-            shown_B, state, caches = _step(graphdef, params, buffers, caches, state, image, uniforms_B, options)
-            return place + 1, new_BN.at[:, place].set(shown_B), state, caches
+        def body(carry: Any) -> Any:
+            index, new_BN, state, caches = carry
+            uniforms_B = jax.lax.dynamic_index_in_dim(uniforms_BN, index, 1, keepdims=False)
+            output_B, state, caches = _step(graphdef, params, buffers, caches, state, image, uniforms_B, options)
+            return index + 1, new_BN.at[:, index].set(output_B), state, caches
 
-        def goes_on(carry: Any) -> jax.Array:
-            place, _, state, _ = carry
-            return (place < count) & ~state.done.all()
+        def condition(carry: Any) -> jax.Array:
+            index, _, state, _ = carry
+            return (index < count) & ~state.done.all()
 
         carry = (jnp.zeros((), jnp.int32), new_BN, state, caches)
-        _, new_BN, _, caches = jax.lax.while_loop(goes_on, advance, carry)
+        _, new_BN, _, caches = jax.lax.while_loop(condition, body, carry)
         return new_BN, caches
 
     return jax.jit(loop, donate_argnames="caches")
@@ -218,5 +218,5 @@ def _step(
     """The next tokens (B,), padding in rows that had ended; the new state and caches."""
     logits_BV, updated = advance(merge(graphdef, params, buffers), state.tokens, caches.each(), image)
     drawn_B = greedy(logits_BV) if options.sampling is None else draw(logits_BV, uniforms, *options.sampling)
-    shown_B = jnp.where(state.done, options.pad_token_id, drawn_B)
-    return shown_B, _State(drawn_B, state.done | jnp.isin(drawn_B, options.eos_token_ids)), SharedCaches.of(updated)
+    output_B = jnp.where(state.done, options.pad_token_id, drawn_B)
+    return output_B, _State(drawn_B, state.done | jnp.isin(drawn_B, options.eos_token_ids)), SharedCaches.of(updated)

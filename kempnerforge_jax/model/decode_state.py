@@ -87,7 +87,7 @@ class DecodeState:
         """Count ``length`` more tokens in every row, whose keys and values all layers have; their (B, S) documents, and
         which of them are real.
         """
-        (documents, valid), _ = self._noted(length, doc_ids, key_padding_mask)
+        (documents, valid), _ = self._extended(length, doc_ids, key_padding_mask)
         lengths = self.lengths + length
         oldest = None if self.oldest is None else jnp.maximum(self.oldest, lengths - self.policy.count)
         return replace(self, lengths=lengths, valid=valid, doc_ids=documents, oldest=oldest)
@@ -98,13 +98,13 @@ class DecodeState:
         check_ids("lengths", lengths, MAX_ID)
         lengths = jnp.minimum(self.lengths, lengths.astype(jnp.int32))
         if self.oldest is not None:
-            lost_B = self.policy.first_seen(lengths) < self.oldest
-            if not isinstance(lost_B, Tracer) and bool(lost_B.any()):
+            overwritten_B = self.policy.first_seen(lengths) < self.oldest
+            if not isinstance(overwritten_B, Tracer) and bool(overwritten_B.any()):
                 raise ValueError(
                     f"lengths = {lengths.tolist()}: what they may see has been overwritten; of tokens seen since, at "
                     f"most spare + 1 = {self.policy.spare + 1} can be forgotten"
                 )
-            lengths = jnp.where(lost_B, self.max_seq_len, lengths)
+            lengths = jnp.where(overwritten_B, self.max_seq_len, lengths)
         return replace(self, lengths=lengths)
 
     def without_padding(self) -> DecodeState:
@@ -125,9 +125,9 @@ class DecodeState:
         """Go on with these rows (R,) in place of those so far; see `KVCache.reorder`."""
         rows = self.checked_rows(rows)
         exists_B = (rows >= 0) & (rows < len(self.lengths))
-        held = {name: getattr(self, name) for name in ("valid", "doc_ids", "oldest")}
-        taken = {name: None if array is None else array[rows] for name, array in held.items()}
-        return replace(self, lengths=jnp.where(exists_B, self.lengths[rows], self.max_seq_len), **taken)
+        old = {name: getattr(self, name) for name in ("valid", "doc_ids", "oldest")}
+        new = {name: None if array is None else array[rows] for name, array in old.items()}
+        return replace(self, lengths=jnp.where(exists_B, self.lengths[rows], self.max_seq_len), **new)
 
     def mask(
         self,
@@ -143,7 +143,7 @@ class DecodeState:
             ValueError: a window that a ring does not hold.
         """
         self.policy.check_window(sliding_window)
-        _, (doc_ids_BM, valid_BM) = self._noted(length, doc_ids, key_padding_mask)
+        _, (doc_ids_BM, valid_BM) = self._extended(length, doc_ids, key_padding_mask)
         key_positions, held_BM = self._key_positions(length)
         if held_BM is not None:
             valid_BM = held_BM if valid_BM is None else valid_BM & held_BM
@@ -186,7 +186,7 @@ class DecodeState:
             jnp.concatenate([held_BM, jnp.ones_like(new_BS, jnp.bool_)], axis=1),
         )
 
-    def _noted(
+    def _extended(
         self, length: int, doc_ids: jax.Array | None, key_padding_mask: jax.Array | None
     ) -> tuple[tuple[jax.Array | None, jax.Array | None], tuple[jax.Array | None, jax.Array | None]]:
         """`doc_ids` and `valid` with the next tokens' entries; and of what these tokens may see."""
@@ -205,13 +205,13 @@ class DecodeState:
     def _write(self, slots: jax.Array, new: jax.Array, axis: int) -> jax.Array:
         """What lies past the end is dropped: a clamp would overwrite the last slots."""
         length = new.shape[axis]
-        kept = self.policy.kept(length)
-        positions = self.positions(length)[:, length - kept :]
-        new = lax.slice_in_dim(new, length - kept, length, axis=axis)
-        places = jnp.where(positions < self.max_seq_len, self.policy.places(positions), self.policy.count)
+        stored = self.policy.stored(length)
+        positions = self.positions(length)[:, length - stored :]
+        new = lax.slice_in_dim(new, length - stored, length, axis=axis)
+        targets = jnp.where(positions < self.max_seq_len, self.policy.slots_of(positions), self.policy.count)
         rows_B1 = jnp.arange(slots.shape[0])[:, None]
-        place = slots.at[rows_B1, places] if axis == 1 else slots.at[rows_B1, :, places]
-        return place.set(new.swapaxes(1, axis).astype(slots.dtype), mode="drop")
+        ref = slots.at[rows_B1, targets] if axis == 1 else slots.at[rows_B1, :, targets]
+        return ref.set(new.swapaxes(1, axis).astype(slots.dtype), mode="drop")
 
 
 def new_state(

@@ -64,9 +64,9 @@ class ExpertChoiceSigmoidRouter(Module):
         ranked_TE = jax.lax.stop_gradient(scores_TE if noise is None else jax.nn.sigmoid(logits_TE + noise))
         if valid is not None:
             ranked_TE = jnp.where(valid[:, None], ranked_TE, -1)
-        capacity, taken = self.capacity(x, valid)
+        capacity, num_taken = self.capacity(x, valid)
         tokens_CE = jnp.argsort(ranked_TE, axis=0, descending=True, stable=True)[:capacity]
-        is_taken_C1 = (jnp.arange(capacity) < taken)[:, None]
+        is_taken_C1 = (jnp.arange(capacity) < num_taken)[:, None]
         weights_CE = jnp.take_along_axis(scores_TE, tokens_CE, axis=0) * is_taken_C1
         return ExpertChoiceOutput(weights_CE, tokens_CE, scores_TE) if return_scores else (weights_CE, tokens_CE)
 
@@ -84,14 +84,14 @@ class ExpertChoiceSigmoidRouter(Module):
         return capacity, capacity if valid is None else choice_capacity(valid.sum(dtype=jnp.int32), self.share)
 
     @staticmethod
-    def taking(output: ExpertChoiceOutput, tokens_CE: Integer[Array, "C E"]) -> ExpertChoiceOutput:
+    def rerouted(output: ExpertChoiceOutput, tokens_CE: Integer[Array, "C E"]) -> ExpertChoiceOutput:
         """What the call that gave ``output`` would have given, had the experts chosen ``tokens_CE``.
 
         Raises:
             ValueError: choices of another shape, or of tokens that don't exist. Inside a trace these weigh NaN.
         """
-        weights_CE, own_CE, scores_TE = output
-        check_shape("tokens_CE", tokens_CE, own_CE.shape)
+        weights_CE, chosen_CE, scores_TE = output
+        check_shape("tokens_CE", tokens_CE, chosen_CE.shape)
         check_ids("tokens_CE", tokens_CE, len(scores_TE))
         taken_CE = jnp.take_along_axis(scores_TE, tokens_CE, axis=0) * (weights_CE != 0)
         return ExpertChoiceOutput(nan_outside(taken_CE, tokens_CE, len(scores_TE)), tokens_CE, scores_TE)
@@ -148,8 +148,8 @@ class ExpertChoiceMoE(StatsGetters):
             rows_CD = x_TD.at[tokens_C].get(unique_indices=True)
             out_CD = weights_C1 * expert(rows_CD).astype(weights_C1.dtype)
             y_TD = y_TD.at[tokens_C].add(out_CD, unique_indices=True)
-        taken = self.router.capacity(x_TD, valid_T)[1]
-        stats = _stats(tokens_CE, jax.lax.stop_gradient(scores_TE), taken, valid_T)
+        num_taken = self.router.capacity(x_TD, valid_T)[1]
+        stats = _stats(tokens_CE, jax.lax.stop_gradient(scores_TE), num_taken, valid_T)
         y = y_TD.astype(x.dtype).reshape(x.shape)
         if return_stats:
             return MoEOutput(y, stats)
@@ -166,13 +166,13 @@ class ExpertChoiceMoE(StatsGetters):
         return self(x, valid, noise, return_stats=True)
 
 
-def _stats(tokens_CE: jax.Array, scores_TE: jax.Array, taken: jax.Array | int, valid: jax.Array | None) -> MoEStats:
+def _stats(tokens_CE: jax.Array, scores_TE: jax.Array, num_taken: jax.Array | int, valid: jax.Array | None) -> MoEStats:
     """What one mixture counted; entropy is that of a token's scores over the experts, as shares."""
     tokens, experts = scores_TE.shape
     valid_T = jnp.ones(tokens, bool) if valid is None else valid
     zero = jnp.zeros((), scores_TE.dtype)
-    counts_E = jnp.broadcast_to(jnp.asarray(taken, jnp.int32), (experts,))
-    is_taken_CE = jnp.broadcast_to((jnp.arange(len(tokens_CE)) < taken)[:, None], tokens_CE.shape)
+    counts_E = jnp.broadcast_to(jnp.asarray(num_taken, jnp.int32), (experts,))
+    is_taken_CE = jnp.broadcast_to((jnp.arange(len(tokens_CE)) < num_taken)[:, None], tokens_CE.shape)
     hits_T = jnp.zeros(tokens, jnp.int32).at[tokens_CE.ravel()].add(is_taken_CE.ravel().astype(jnp.int32))
     shares_TE = scores_TE / (scores_TE.sum(axis=1, keepdims=True) + SCORE_EPS)
     entropy_T = jnp.where(valid_T, jax.scipy.special.entr(shares_TE).sum(axis=1), 0)

@@ -106,9 +106,9 @@ def apply_modules(x_RD: Float[Array, "R D"], ends_E: Int[Array, "E"], experts: S
     """(R, D): as `grouped_expert_forward`, by ends, whose values change no shape; 0 for rows of no expert."""
     rows_R1 = jnp.arange(x_RD.shape[0])[:, None]
     out_RD, start = jnp.zeros_like(x_RD), 0
-    for place, expert in enumerate(experts):
-        out_RD = jnp.where((rows_R1 >= start) & (rows_R1 < ends_E[place]), expert(x_RD), out_RD)
-        start = ends_E[place]
+    for index, expert in enumerate(experts):
+        out_RD = jnp.where((rows_R1 >= start) & (rows_R1 < ends_E[index]), expert(x_RD), out_RD)
+        start = ends_E[index]
     return out_RD
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from kempnerforge_jax.model.decode import decode_all, steps
-from kempnerforge_jax.model.request import Prompted, make_request
+from kempnerforge_jax.model.request import PromptTokens, make_request
 from kempnerforge_jax.model.sampling import sample as sample
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper, inner_transformer
@@ -22,7 +22,7 @@ from shared_config.contract.decoding import PREFILL_CHUNK, SamplingConfig
 
 def generate(
     model: Transformer | VLMWrapper,
-    prompt_tokens: Prompted,
+    prompt_tokens: PromptTokens,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -75,7 +75,7 @@ def generate(
 
 def stream(
     model: Transformer | VLMWrapper,
-    prompt_tokens: Prompted,
+    prompt_tokens: PromptTokens,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,

@@ -80,14 +80,14 @@ def looped_matmul(
     if rows == 0:
         return out_RF
 
-    def block(w_DF: jax.Array, mine_b1: jax.Array, at: jax.Array, out_RF: jax.Array) -> jax.Array:
+    def block(w_DF: jax.Array, owned_b1: jax.Array, at: jax.Array, out_RF: jax.Array) -> jax.Array:
         new_bF = lax.dynamic_slice_in_dim(x_RD, at, rows) @ w_DF
         old_bF = lax.dynamic_slice_in_dim(out_RF, at, rows)
-        return lax.dynamic_update_slice_in_dim(out_RF, jnp.where(mine_b1, new_bF, old_bF), at, axis=0)
+        return lax.dynamic_update_slice_in_dim(out_RF, jnp.where(owned_b1, new_bF, old_bF), at, axis=0)
 
     def group(e: jax.Array, out_RF: jax.Array) -> jax.Array:
         w_DF = lax.dynamic_index_in_dim(w_EDF, e, keepdims=False)
-        return _over_blocks(ends_E, e, rows, x_RD.shape[0], out_RF, lambda *place: block(w_DF, *place))
+        return _over_blocks(ends_E, e, rows, x_RD.shape[0], out_RF, lambda *args: block(w_DF, *args))
 
     return lax.fori_loop(0, w_EDF.shape[0], group, out_RF)
 
@@ -102,8 +102,8 @@ def looped_outer(
         return out_EDF
     dtype = jnp.promote_types(x_RD.dtype, jnp.float32)
 
-    def block(mine_b1: jax.Array, at: jax.Array, sum_DF: jax.Array) -> jax.Array:
-        x_bD, y_bF = (jnp.where(mine_b1, lax.dynamic_slice_in_dim(array, at, rows), 0) for array in (x_RD, y_RF))
+    def block(owned_b1: jax.Array, at: jax.Array, sum_DF: jax.Array) -> jax.Array:
+        x_bD, y_bF = (jnp.where(owned_b1, lax.dynamic_slice_in_dim(array, at, rows), 0) for array in (x_RD, y_RF))
         return sum_DF + lax.dot_general(x_bD, y_bF, _ROWS_BY_ROWS, preferred_element_type=dtype)
 
     def group(e: jax.Array, out_EDF: jax.Array) -> jax.Array:
@@ -116,7 +116,8 @@ def looped_outer(
 def _over_blocks(
     ends_E: jax.Array, e: jax.Array, rows: int, total: int, carry: jax.Array, block: Callable[..., jax.Array]
 ) -> jax.Array:
-    """``carry = block(mine_b1, at, carry)`` for blocks of ``rows`` rows from ``at`` on, of which group e owns ``mine``.
+    """``carry = block(owned_b1, at, carry)`` for blocks of ``rows`` rows from ``at`` on, and of these
+    ``owned_b1`` are of group e.
 
     The last blocks start early enough to end within the array.
     """
@@ -127,8 +128,8 @@ def _over_blocks(
         start, carry = state
         at = jnp.minimum(start, total - rows)
         rows_b = at + jnp.arange(rows, dtype=at.dtype)
-        mine_b1 = ((rows_b >= start) & (rows_b < end))[:, None]
-        return start + rows, block(mine_b1, at, carry)
+        owned_b1 = ((rows_b >= start) & (rows_b < end))[:, None]
+        return start + rows, block(owned_b1, at, carry)
 
     return lax.while_loop(lambda state: state[0] < end, body, (start, carry))[1]
 
@@ -142,7 +143,7 @@ def tiled_matmul(
     if x_RD.shape[0] == 0:
         return jnp.zeros((0, w_EDF.shape[2]), x_RD.dtype)
     expert_N, rows_Nb, inside_Nb = _tiles(ends_E, x_RD.shape[0], tile_rows)
-    out_NbF = jnp.einsum("nbd,ndf->nbf", _take(x_RD, rows_Nb, inside_Nb), w_EDF[expert_N])
+    out_NbF = jnp.einsum("nbd,ndf->nbf", _gather(x_RD, rows_Nb, inside_Nb), w_EDF[expert_N])
     trash = x_RD.shape[0]
     out_RF = jnp.zeros((trash + 1, w_EDF.shape[2]), x_RD.dtype)
     return out_RF.at[jnp.where(inside_Nb, rows_Nb, trash).ravel()].set(out_NbF.reshape(-1, w_EDF.shape[2]))[:-1]
@@ -157,7 +158,7 @@ def tiled_outer(
         return jnp.zeros(shape, x_RD.dtype)
     expert_N, rows_Nb, inside_Nb = _tiles(ends_E, x_RD.shape[0], tile_rows)
     dtype = jnp.promote_types(x_RD.dtype, jnp.float32)
-    x_NbD, y_NbF = _take(x_RD, rows_Nb, inside_Nb), _take(y_RF, rows_Nb, inside_Nb)
+    x_NbD, y_NbF = _gather(x_RD, rows_Nb, inside_Nb), _gather(y_RF, rows_Nb, inside_Nb)
     parts_NDF = jnp.einsum("nbd,nbf->ndf", x_NbD, y_NbF, preferred_element_type=dtype)
     member_EN = (expert_N == jnp.arange(shape[0])[:, None]).astype(dtype)
     return jnp.einsum("en,ndf->edf", member_EN, parts_NDF, precision=lax.Precision.HIGHEST).astype(x_RD.dtype)
@@ -179,9 +180,9 @@ def _tiles(ends_E: jax.Array, rows: int, tile_rows: int) -> tuple[jax.Array, jax
     return expert_N, rows_Nb, inside_Nb
 
 
-def _take(x_RD: jax.Array, rows_Nb: jax.Array, inside_Nb: jax.Array) -> jax.Array:
-    taken_NbD = x_RD[jnp.minimum(rows_Nb, x_RD.shape[0] - 1)]
-    return jnp.where(inside_Nb[:, :, None], taken_NbD, 0)
+def _gather(x_RD: jax.Array, rows_Nb: jax.Array, inside_Nb: jax.Array) -> jax.Array:
+    gathered_NbD = x_RD[jnp.minimum(rows_Nb, x_RD.shape[0] - 1)]
+    return jnp.where(inside_Nb[:, :, None], gathered_NbD, 0)
 
 
 def ragged_matmul(

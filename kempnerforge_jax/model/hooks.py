@@ -231,12 +231,12 @@ def check_activation_names(existing: list[str], names: Iterable[str] | None) -> 
     return names
 
 
-def _replaced(name: str, output: Any, other: jax.Array) -> Any:
-    """The other output in the dtype of the module's own."""
+def _replaced(name: str, output: Any, replacement: jax.Array) -> Any:
+    """The replacement in the dtype of the module's own."""
     own = first_output(output)
-    if own.shape != other.shape:
-        raise ValueError(f"{name}: puts out {tuple(own.shape)}; its replacement is {tuple(other.shape)}")
-    first = jax.lax.stop_gradient(other.astype(own.dtype))
+    if own.shape != replacement.shape:
+        raise ValueError(f"{name}: puts out {tuple(own.shape)}; its replacement is {tuple(replacement.shape)}")
+    first = jax.lax.stop_gradient(replacement.astype(own.dtype))
     if not isinstance(output, tuple):
         return first
     rest = output[1:]

@@ -53,8 +53,8 @@ class Layout:
         first, *others = self.modalities
         out = function(first, x)
         for name in others:
-            theirs = function(name, x)
-            out = jnp.where(self.of(name, x).reshape(*x.shape[:2], *[1] * (theirs.ndim - 2)), theirs, out)
+            other_out = function(name, x)
+            out = jnp.where(self.of(name, x).reshape(*x.shape[:2], *[1] * (other_out.ndim - 2)), other_out, out)
         return self.known(out)
 
     def known(self, x: Float[Array, "B S ..."]) -> Float[Array, "B S ..."]:
@@ -66,12 +66,12 @@ class Layout:
         if self.spans is None:
             assert self.ids is not None
             return self.ids == self.modalities.index(modality)
-        places_S = jnp.arange(x.shape[1])
-        mine_S = jnp.zeros_like(places_S, dtype=bool)
+        positions_S = jnp.arange(x.shape[1])
+        members_S = jnp.zeros_like(positions_S, dtype=bool)
         for name, start, stop in self.spans:
             if name == modality:
-                mine_S = mine_S | ((places_S >= start) & (places_S < stop))
-        return jnp.broadcast_to(mine_S, x.shape[:2])
+                members_S = members_S | ((positions_S >= start) & (positions_S < stop))
+        return jnp.broadcast_to(members_S, x.shape[:2])
 
     def split(self, x: Shaped[Array, "B S ..."]) -> dict[str, Shaped[Array, "B _S ..."]]:
         """The part of each modality of ``x`` (B, S, ...); of spans alone."""
@@ -88,7 +88,7 @@ class Layout:
         if self.spans is not None:
             return jnp.concatenate([jnp.arange(stop - start, dtype=jnp.int32) for _, start, stop in self.spans])
         counts = [(self.of(name, x).cumsum(axis=1, dtype=jnp.int32) - 1, self.of(name, x)) for name in self.modalities]
-        return sum((jnp.where(mine, count, 0) for count, mine in counts), jnp.zeros_like(counts[0][0]))
+        return sum((jnp.where(members, count, 0) for count, members in counts), jnp.zeros_like(counts[0][0]))
 
 
 def layout_of(

@@ -109,7 +109,7 @@ def dense_mask(mask: Mask, queries: int, keys: int) -> Bool[Array, "..."]:
 
     Only the reference path of attention needs it.
     """
-    seen = []
+    terms = []
     if mask.causal or mask.window is not None:
         query_positions, key_positions = mask.query_positions, mask.key_positions
         if query_positions is None:
@@ -118,17 +118,19 @@ def dense_mask(mask: Mask, queries: int, keys: int) -> Bool[Array, "..."]:
             key_positions = jnp.arange(keys, dtype=jnp.int32)
         query, key = query_positions[..., :, None], key_positions[..., None, :]
         if mask.causal:
-            seen.append(key <= query)
+            terms.append(key <= query)
         if mask.window is not None:
-            seen.append(key > query - mask.window)
+            terms.append(key > query - mask.window)
     if mask.query_doc_ids is not None and mask.key_doc_ids is not None:
-        seen.append(mask.query_doc_ids[:, :, None] == mask.key_doc_ids[:, None, :])
+        terms.append(mask.query_doc_ids[:, :, None] == mask.key_doc_ids[:, None, :])
     if mask.key_valid is not None:
-        seen.append(mask.key_valid[:, None, :])
-    seen = [part[:, None] if part.ndim == 3 else part[None, None] for part in seen]
+        terms.append(mask.key_valid[:, None, :])
+    terms = [term[:, None] if term.ndim == 3 else term[None, None] for term in terms]
     if mask.allowed is not None:
-        seen.append(mask.allowed)
-    return functools.reduce(operator.and_, seen) if seen else jnp.ones((1, 1, 1, keys), jnp.bool_)
+        terms.append(mask.allowed)
+    if not terms:
+        return jnp.ones((1, 1, 1, keys), jnp.bool_)
+    return functools.reduce(operator.and_, terms)
 
 
 def with_dense(mask: Mask, queries: int, keys: int) -> Mask:
@@ -144,7 +146,7 @@ def with_dense(mask: Mask, queries: int, keys: int) -> Mask:
 
 def _each_sees_its_own_key(mask: Mask, queries: int, keys: int) -> bool:
     """Whether every query is known to be among the keys and to see itself, whatever the tensors hold."""
-    among = mask.query_positions is None and mask.key_positions is None and queries <= keys
+    in_order = mask.query_positions is None and mask.key_positions is None and queries <= keys
     same_documents = mask.query_doc_ids is None or (mask.query_doc_ids is mask.key_doc_ids and queries == keys)
-    near = mask.window is None or mask.window > 0
-    return among and same_documents and near and mask.key_valid is None and mask.allowed is None
+    wide_enough = mask.window is None or mask.window > 0
+    return in_order and same_documents and wide_enough and mask.key_valid is None and mask.allowed is None

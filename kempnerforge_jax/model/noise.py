@@ -30,9 +30,9 @@ def pixel_levels(pixels: Float[Array, "..."]) -> Integer[Array, "..."]:
 def image_digests(pixels: Float[Array, "B ..."]) -> tuple[Integer[Array, "B"], Integer[Array, "B"]]:
     """(B, ...) -> two digests (B,)."""
     levels_BP = pixel_levels(pixels).reshape(len(pixels), -1)
-    places_P = jnp.arange(levels_BP.shape[1], dtype=jnp.uint32)
+    indices_P = jnp.arange(levels_BP.shape[1], dtype=jnp.uint32)
     first_B, second_B = (
-        mix(mix(mix(places_P ^ jnp.uint32(salt)) + levels_BP).sum(axis=1, dtype=jnp.uint32)) for salt in SALTS
+        mix(mix(mix(indices_P ^ jnp.uint32(salt)) + levels_BP).sum(axis=1, dtype=jnp.uint32)) for salt in SALTS
     )
     return first_B, second_B
 
@@ -42,8 +42,8 @@ def image_noise(
 ) -> Float[Array, "B N F"]:
     """(B, ...) -> (B, N, F), in the dtype of ``pixels``; no gradient."""
     first_B, second_B = image_digests(pixels)
-    cells = jnp.arange(num_tokens * feature_dim, dtype=jnp.uint32)
-    bits = mix(mix(cells + first_B[:, None]) ^ second_B[:, None] ^ mix(jnp.uint32(seed & MASK)))
+    indices = jnp.arange(num_tokens * feature_dim, dtype=jnp.uint32)
+    bits = mix(mix(indices + first_B[:, None]) ^ second_B[:, None] ^ mix(jnp.uint32(seed & MASK)))
     odd = 2 * (bits >> 24).astype(jnp.int32) - 255
     finite_B = jnp.isfinite(pixels.astype(jnp.float32)).reshape(len(pixels), -1).all(axis=1)
     noise = jnp.where(finite_B[:, None], odd.astype(jnp.float32) / FEATURE_SCALE, jnp.nan)

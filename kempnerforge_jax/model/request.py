@@ -59,13 +59,13 @@ class Request:
         return None if image_tokens(self.image) else self.image
 
 
-Prompted = Integer[Array, "B S"] | np.ndarray | Sequence[Sequence[int] | np.ndarray | Integer[Array, "_S"]]
+PromptTokens = Integer[Array, "B S"] | np.ndarray | Sequence[Sequence[int] | np.ndarray | Integer[Array, "_S"]]
 """Token ids: int (B, S), or B rows of any lengths."""
 
 
 def make_request(
     model: Transformer | VLMWrapper,
-    prompt_tokens: Prompted,
+    prompt_tokens: PromptTokens,
     max_new_tokens: int,
     sampling: SamplingConfig,
     *,
@@ -85,7 +85,7 @@ def make_request(
     prompts = read_prompts(prompt_tokens, prompt_lengths, config.vocab_size)
     rows = len(prompts.lengths)
     image = _read_image(model, pixel_values, frame_mask, rows)
-    taken = image_tokens(image)
+    prefix = image_tokens(image)
     check_request(
         prompts,
         max_new_tokens,
@@ -93,9 +93,9 @@ def make_request(
         config.vocab_size,
         sampling.eos_token_ids,
         prefill_chunk,
-        taken,
+        prefix,
     )
-    slots = cache_length(prompts, max_new_tokens, config.max_seq_len, taken)
+    slots = cache_length(prompts, max_new_tokens, config.max_seq_len, prefix)
     return Request(
         prompts,
         image,
@@ -103,7 +103,7 @@ def make_request(
         sampling,
         None if sampling.temperature == 0 else _uniforms(sampling.seed, uniforms, rows, max_new_tokens),
         slots,
-        prefill_chunks(prompts.tokens.shape[1] - 1, prefill_chunk, slots - taken),
+        prefill_chunks(prompts.tokens.shape[1] - 1, prefill_chunk, slots - prefix),
     )
 
 

@@ -75,9 +75,9 @@ def draw(
     before_V = jnp.roll(probabilities_V.cumsum(axis=-1), 1, axis=-1).at[..., 0].set(0)
     kept_V = jnp.where(before_V < top_p, probabilities_V, 0)
     cumulative_V = (kept_V / kept_V.sum(axis=-1, keepdims=True)).cumsum(axis=-1)
-    place = (cumulative_V <= uniforms.astype(dtype)[..., None]).sum(axis=-1)
-    last = jnp.maximum((kept_V > 0).sum(axis=-1) - 1, 0)
-    return jnp.take_along_axis(order_V, jnp.minimum(place, last)[..., None], axis=-1)[..., 0]
+    index = (cumulative_V <= uniforms.astype(dtype)[..., None]).sum(axis=-1)
+    last_index = jnp.maximum((kept_V > 0).sum(axis=-1) - 1, 0)
+    return jnp.take_along_axis(order_V, jnp.minimum(index, last_index)[..., None], axis=-1)[..., 0]
 
 
 def wide(dtype: DTypeLike) -> np.dtype:

@@ -37,11 +37,11 @@ class LinearSlots:
         """Whether so many more tokens overwrite nothing that one of them may see."""
         return True
 
-    def kept(self, length: int) -> int:
+    def stored(self, length: int) -> int:
         """Of so many new tokens those that are held, the last ones."""
         return length
 
-    def places(self, positions: Int[Array, "..."]) -> Int[Array, "..."]:
+    def slots_of(self, positions: Int[Array, "..."]) -> Int[Array, "..."]:
         """The slots of tokens at these positions."""
         return positions
 
@@ -86,11 +86,11 @@ class RingSlots:
         """Whether so many more tokens overwrite nothing that one of them may see."""
         return length <= self.spare + 1
 
-    def kept(self, length: int) -> int:
+    def stored(self, length: int) -> int:
         """Of so many new tokens those that are held, the last ones."""
         return min(length, self.count)
 
-    def places(self, positions: Int[Array, "..."]) -> Int[Array, "..."]:
+    def slots_of(self, positions: Int[Array, "..."]) -> Int[Array, "..."]:
         """The slots of tokens at these positions."""
         return positions % self.count
 

@@ -43,8 +43,8 @@ class Stack:
     @classmethod
     def of(cls, parameter: str) -> Stack | None:
         """The stack that a parameter ("layers.0-31.norm.weight") belongs to; None for one outside the layers."""
-        found = _PARAMETER.fullmatch(parameter)
-        return None if found is None else cls.named(found["stack"])
+        match = _PARAMETER.fullmatch(parameter)
+        return None if match is None else cls.named(match["stack"])
 
     @property
     def name(self) -> str:
@@ -85,8 +85,8 @@ class Stack:
 
 def stacks_of(parameters: Iterable[str]) -> list[Stack]:
     """The stacks that these parameters belong to, each once."""
-    found = (Stack.of(name) for name in parameters)
-    return list(dict.fromkeys(stack for stack in found if stack is not None))
+    stacks = (Stack.of(name) for name in parameters)
+    return list(dict.fromkeys(stack for stack in stacks if stack is not None))
 
 
 def in_first_layer(parameter: str) -> str:
@@ -101,17 +101,17 @@ def stack_layers(state: Mapping[str, Leaf], stacks: Sequence[Stack]) -> dict[str
     Args:
         stacks: of `layer_stacks(model)`; one of a single layer stays as it is.
     """
-    home = {layer: stack for stack in stacks for layer in stack.layers}
+    stack_of = {layer: stack for stack in stacks for layer in stack.layers}
     result: dict[str, Leaf | Shaped[Array, "..."]] = {}
     for name, array in state.items():
-        one = Stack.of(name)
-        stack = None if one is None else home.get(one.layers[0])
+        single = Stack.of(name)
+        stack = None if single is None else stack_of.get(single.layers[0])
         if stack is None or not stack.is_stacked:
             result[name] = array
             continue
-        together = f"layers.{stack.name}.{_within(name)}"
-        if together not in result:
-            result[together] = stack.put([state[stack.parameter(layer, name)] for layer in stack.layers])
+        stacked_name = f"layers.{stack.name}.{_within(name)}"
+        if stacked_name not in result:
+            result[stacked_name] = stack.put([state[stack.parameter(layer, name)] for layer in stack.layers])
     return result
 
 
@@ -145,9 +145,9 @@ def _unstacked(state: Mapping[str, Any], take: Callable[[Stack, Any], dict[int, 
 
 def _within(parameter: str) -> str:
     """The name of a layer's parameter within the layer."""
-    found = _PARAMETER.fullmatch(parameter)
-    assert found is not None, f"{parameter} belongs to no layer"
-    return found["within"]
+    match = _PARAMETER.fullmatch(parameter)
+    assert match is not None, f"{parameter} belongs to no layer"
+    return match["within"]
 
 
 def _stacked(arrays: Sequence[Any]) -> Any:

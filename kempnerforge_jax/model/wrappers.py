@@ -19,20 +19,20 @@ _Unwrapped = TypeVar("_Unwrapped", bound=nnx.Module)
 
 def unwrap(model: _Model) -> _Model:
     """What the outermost wrappers hold; inner parts stay wrapped."""
-    while (held := _held(model)) is not None:
-        model = held
+    while (inner := _inner(model)) is not None:
+        model = inner
     return model
 
 
 def plain_modules(model: nnx.Module) -> dict[str, nnx.Module]:
     """Every module by its plain path, the root ("") first, in order of definition; wrappers are left out."""
-    return {plain_name(path): module for path, module in named_modules(unwrap(model)) if _held(module) is None}
+    return {plain_name(path): module for path, module in named_modules(unwrap(model)) if _inner(module) is None}
 
 
 def unwrapped(model: _Unwrapped) -> _Unwrapped:
     """The model as if nothing in it were wrapped, with the same variables; itself if nothing is."""
     model = unwrap(model)
-    if all(_held(module) is None for _, module in named_modules(model)):
+    if all(_inner(module) is None for _, module in named_modules(model)):
         return model
     plain = copy.copy(model)
     entries = plain if isinstance(plain, Numbered) else vars(plain)
@@ -42,7 +42,7 @@ def unwrapped(model: _Unwrapped) -> _Unwrapped:
     return plain
 
 
-def _held(module: Any) -> Any:
+def _inner(module: Any) -> Any:
     """What a wrapper holds; None for other modules and values."""
     if not isinstance(module, nnx.Module):
         return getattr(module, "__wrapped__", None) or getattr(module, "func", None)

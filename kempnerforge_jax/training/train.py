@@ -198,8 +198,8 @@ class Trainer:
         """Copies, on the host, of weights, buffers, moments and counts of updates."""
         weights, moments = get_state(self.model), get_optimizer_state(self.optimizer_state)
         kinds = (*moments_of(self.config.optimizer.name), UPDATES)
-        kept = self._host_copies(moments, *(f"{kind}." for kind in kinds))
-        return TrainingState(self.updates, self._host_copies(weights, ""), kept)
+        optimizer = self._host_copies(moments, *(f"{kind}." for kind in kinds))
+        return TrainingState(self.updates, self._host_copies(weights, ""), optimizer)
 
     def load_state(self, state: TrainingState) -> None:
         """Go on from a state of either backend; without moments, only the weights are taken. What was frozen there and

@@ -191,14 +191,14 @@ def windows(x: Float[Tensor, "B N F"], window: int) -> tuple[Float[Tensor, "B M 
     """
     pooled_token_count(x.shape[1], window)
     side = math.isqrt(x.shape[1])
-    rest = -side % window
-    grid = F.pad(x.unflatten(1, (side, side)), (0, 0, 0, rest, 0, rest))
-    inside = torch.arange(side + rest, device=x.device) < side
-    real = _cut((inside[:, None] & inside)[None, :, :, None], window)
-    return _cut(grid, window), real[0, :, :, 0]
+    padding = -side % window
+    grid = F.pad(x.unflatten(1, (side, side)), (0, 0, 0, padding, 0, padding))
+    inside = torch.arange(side + padding, device=x.device) < side
+    real = _to_windows((inside[:, None] & inside)[None, :, :, None], window)
+    return _to_windows(grid, window), real[0, :, :, 0]
 
 
-def _cut(grid: Tensor, window: int) -> Tensor:
+def _to_windows(grid: Tensor, window: int) -> Tensor:
     """(B, rows * window, columns * window, F) -> (B, rows * columns, window * window, F)."""
     split = grid.unflatten(2, (-1, window)).unflatten(1, (-1, window))
     return split.transpose(2, 3).flatten(3, 4).flatten(1, 2)

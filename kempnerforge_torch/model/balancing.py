@@ -27,10 +27,10 @@ def balance(
 
     Args:
         counts: (_E,) of each router, summed over all micro-batches and ranks; a router without counts stays.
-        progress: the share of the training that is done; None: as `set_moe_step` told.
+        progress: the share of the training that is done; None: as given to `set_moe_step`.
         taken: bool (), False where the step was left out: nothing moves then.
     """
-    told = () if progress is None else (progress,)
+    schedule = () if progress is None else (progress,)
     for path, module in plain_modules(model).items():
         router: Any = module
         if not hasattr(router, "update_bias"):
@@ -39,7 +39,7 @@ def balance(
             if router_id not in counts:
                 continue
             before = {} if taken is None else {name: buffer.clone() for name, buffer in router.named_buffers()}
-            router.update_bias(counts[router_id], *told)
+            router.update_bias(counts[router_id], *schedule)
             if taken is not None:
                 for name, buffer in router.named_buffers():
                     buffer.copy_(torch.where(taken, buffer, before[name]))

@@ -38,10 +38,10 @@ def load_model(
     Raises:
         ValueError: lists every missing, unknown and misshapen name.
     """
-    place = find_device(device)
+    device = find_device(device)
     with torch.device("meta"):
         model = _new_model(config)
-    model.to_empty(device=place)
+    model.to_empty(device=device)
     model.init_weights_and_freqs(seed)
     if weights is not None:
         set_state(model, weights)

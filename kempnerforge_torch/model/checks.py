@@ -54,12 +54,14 @@ def check_ids(name: str, ids: Shaped[Tensor, "..."], size: int | None = None, ig
         raise ValueError(f"{name}.dtype = {ids.dtype}: must be an integer type")
     if size is None or ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    seen = wide(ids)
-    is_outside = (seen < 0) | (seen >= size)
-    bad = seen[is_outside if ignored is None else is_outside & (seen != ignored)]
-    if bad.numel():
+    values = wide(ids)
+    is_outside = (values < 0) | (values >= size)
+    invalid = values[is_outside if ignored is None else is_outside & (values != ignored)]
+    if invalid.numel():
         allowed = f"[0, {size})" + ("" if ignored is None else f" or {ignored}")
-        raise ValueError(f"{name} = {int(bad[0])}: ids must be in {allowed}; {bad.numel()} of {ids.numel()} are not")
+        raise ValueError(
+            f"{name} = {int(invalid[0])}: ids must be in {allowed}; {invalid.numel()} of {ids.numel()} are not"
+        )
 
 
 def check_positions(

@@ -48,7 +48,7 @@ def steps(model: Transformer, request: Request, compile: bool) -> Iterator[Int[T
 def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Int[Tensor, "B"]]:
     """Caches that hold every prompt but for its last token, and these last tokens (B,)."""
     config, weight, prompts, image = model.config, weight_of(model), request.prompts, request.image
-    rows, taken = len(prompts.lengths), image_tokens(image)
+    rows, prefix = len(prompts.lengths), image_tokens(image)
     heads = config.kv_heads if model.vlm_config is None else model.vlm_config.cached_kv_heads(config)
     shape = (rows, request.cache_length, heads, config.head_size)
     ring = {"sliding_window": config.sliding_window, "spare": max((size for _, size in request.chunks), default=1) - 1}
@@ -58,17 +58,17 @@ def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Int[Te
     tokens_BS = torch.from_numpy(prompts.tokens).to(weight.device).long()
     lengths_B = torch.from_numpy(prompts.lengths).to(weight.device).long()
     with inference(model):
-        if taken:
+        if prefix:
             model.run(tokens_BS[:, :0], modality=image, kv_caches=caches, allow_image_inputs=True)
-        modality = NO_LOGITS if image is None or taken else replace(image, output_slice=NO_LOGITS.output_slice)
+        modality = NO_LOGITS if image is None or prefix else replace(image, output_slice=NO_LOGITS.output_slice)
         for start, size in request.chunks:
             chunk = F.pad(tokens_BS, (0, max(0, start + size - tokens_BS.shape[1])))[:, start : start + size]
-            noted = state.valid is not None
+            had_padding = state.valid is not None
             if config.is_moe:
-                modality = replace(modality, key_padding_mask=state.positions(size) < lengths_B[:, None] - 1 + taken)
+                modality = replace(modality, key_padding_mask=state.positions(size) < lengths_B[:, None] - 1 + prefix)
             model.run(chunk, modality=modality, kv_caches=caches, allow_image_inputs=True)
-            state.truncate(lengths_B - 1 + taken)
-            if not noted:
+            state.truncate(lengths_B - 1 + prefix)
+            if not had_padding:
                 state.without_padding()
     return caches, tokens_BS.gather(1, lengths_B[:, None] - 1)[:, 0]
 
@@ -91,13 +91,13 @@ def _drawn(model: Transformer, request: Request, compile: bool) -> Iterator[Tens
     caches, tokens_B = prefill(model, request)
     step = _step(model, request, caches, compile)
     done_B = torch.zeros_like(tokens_B, dtype=torch.bool)
-    stops = request.sampling.eos_token_ids
-    stops_E = torch.tensor(stops, dtype=torch.int64, device=weight.device)
-    for place in range(request.max_new_tokens):
-        tokens_B = step(tokens_B, None if uniforms_BN is None else uniforms_BN[:, place])
+    eos_ids = request.sampling.eos_token_ids
+    eos_ids_E = torch.tensor(eos_ids, dtype=torch.int64, device=weight.device)
+    for index in range(request.max_new_tokens):
+        tokens_B = step(tokens_B, None if uniforms_BN is None else uniforms_BN[:, index])
         yield tokens_B.masked_fill(done_B, request.sampling.pad_token_id)
-        if stops:
-            done_B = done_B | torch.isin(tokens_B, stops_E)
+        if eos_ids:
+            done_B = done_B | torch.isin(tokens_B, eos_ids_E)
             if bool(done_B.all()):
                 return
 

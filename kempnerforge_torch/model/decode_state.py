@@ -44,19 +44,19 @@ class DecodeState:
     static: bool
 
     def __post_init__(self) -> None:
-        self._most = 0  # no row is longer than this; unused if static
-        self._even = not self.static  # all rows have length _most
-        self._next: tuple[int, Tensor] | None = None  # the slots of so many next tokens, which all layers share
+        self._max_length = 0  # no row is longer than this; unused if static
+        self._rows_equal = not self.static  # all rows have length _max_length
+        self._next_slots: tuple[int, Tensor] | None = None  # the slots of so many next tokens, which all layers share
 
     @property
     def seq_len(self) -> int:
         """Length of the longest row, read from the device."""
-        return self._most if self._even else int(self.lengths.max())
+        return self._max_length if self._rows_equal else int(self.lengths.max())
 
     def positions(self, length: int) -> Int[Tensor, "... S"]:
         """Positions of the next ``length`` tokens: (S,) where all rows are known to be equal, else (B, S)."""
         steps_S = torch.arange(length, device=self.lengths.device)
-        return steps_S + self._most if self._even else self.lengths.long()[:, None] + steps_S
+        return steps_S + self._max_length if self._rows_equal else self.lengths.long()[:, None] + steps_S
 
     def reserve(self, length: int) -> None:
         """Check that ``length`` more tokens fit.
@@ -65,7 +65,7 @@ class DecodeState:
             ValueError: if they don't. A static state can't be asked without waiting for the device, whose bounds check
                 is that of the slots, or for a ring that of the rotary tables.
         """
-        if self.static or self._most + length <= self.max_seq_len:
+        if self.static or self._max_length + length <= self.max_seq_len:
             return
         if self.seq_len + length > self.max_seq_len:
             raise ValueError(
@@ -88,13 +88,13 @@ class DecodeState:
         """Count ``length`` more tokens in every row, whose keys and values all layers have; their (B, S) documents, and
         which of them are real.
         """
-        (documents, valid), _ = self._noted(length, doc_ids, key_padding_mask)
-        self._next = None
-        self._take(doc_ids=documents, valid=valid, lengths=self.lengths + length)
+        (documents, valid), _ = self._extended(length, doc_ids, key_padding_mask)
+        self._next_slots = None
+        self._assign(doc_ids=documents, valid=valid, lengths=self.lengths + length)
         if self.oldest is not None:
-            self._take(oldest=torch.maximum(self.oldest, self.lengths - self.policy.count))
+            self._assign(oldest=torch.maximum(self.oldest, self.lengths - self.policy.count))
         if not self.static:
-            self._most = min(self._most + length, self.max_seq_len)
+            self._max_length = min(self._max_length + length, self.max_seq_len)
 
     def truncate(self, lengths: Integer[Tensor, "B"]) -> None:
         """Forget what lies at or beyond new lengths (B,); see `KVCache.truncate`."""
@@ -106,7 +106,7 @@ class DecodeState:
                 f"lengths = {lengths.tolist()}: what they may see has been overwritten; of tokens seen since, at "
                 f"most spare + 1 = {self.policy.spare + 1} can be forgotten"
             )
-        self.lengths, self._even, self._next = lengths, False, None
+        self.lengths, self._rows_equal, self._next_slots = lengths, False, None
 
     def without_padding(self) -> None:
         """Take every token that is left for real, after the padding was truncated."""
@@ -125,10 +125,10 @@ class DecodeState:
     def reorder(self, rows: Integer[Tensor, "R"]) -> None:
         """Go on with these rows (R,) in place of those so far; see `KVCache.reorder`."""
         rows = self.checked_rows(rows)
-        self._next = None
+        self._next_slots = None
         for name in ("lengths", "valid", "doc_ids", "oldest"):
-            held = getattr(self, name)
-            setattr(self, name, None if held is None else held.index_select(0, rows))
+            old = getattr(self, name)
+            setattr(self, name, None if old is None else old.index_select(0, rows))
 
     def mask(
         self,
@@ -144,20 +144,20 @@ class DecodeState:
             ValueError: a window that a ring does not hold.
         """
         self.policy.check_window(sliding_window)
-        _, (doc_ids_BM, valid_BM) = self._noted(length, doc_ids, key_padding_mask)
-        facts = Mask(
+        _, (doc_ids_BM, valid_BM) = self._extended(length, doc_ids, key_padding_mask)
+        mask = Mask(
             causal=True,
             window=sliding_window if sliding_window is not None and sliding_window < self.keys(length) else None,
             query_doc_ids=doc_ids,
             key_doc_ids=doc_ids_BM,
             key_valid=valid_BM,
         )
-        if self._even and (self._in_order(length) or (facts.plain and length == 1)):
-            return facts
+        if self._rows_equal and (self._in_order(length) or (mask.plain and length == 1)):
+            return mask
         key_positions, held_BM = self._key_positions(length)
         if held_BM is not None:
             valid_BM = held_BM if valid_BM is None else valid_BM & held_BM
-        return replace(facts, query_positions=self.positions(length), key_positions=key_positions, key_valid=valid_BM)
+        return replace(mask, query_positions=self.positions(length), key_positions=key_positions, key_valid=valid_BM)
 
     def keys(self, length: int) -> int:
         """How many keys `append` gives ``length`` more tokens."""
@@ -176,7 +176,7 @@ class DecodeState:
 
     def _in_order(self, length: int) -> bool:
         """Whether what `append` gives is at positions 0, 1, ... and ends with the new tokens, if rows are equal."""
-        return self.oldest is None or self._most == 0 or self._most + length <= self.policy.count
+        return self.oldest is None or self._max_length == 0 or self._max_length + length <= self.policy.count
 
     def _key_positions(self, length: int) -> tuple[Tensor | None, Tensor | None]:
         """Of a ring the positions (B, M) of what `append` gives, and bool (B, M) which of them it holds; else None."""
@@ -193,9 +193,9 @@ class DecodeState:
 
     def _filled(self, length: int) -> int:
         """Slots that may hold something after ``length`` more tokens."""
-        return self.policy.count if self.static else min(self._most + length, self.policy.count)
+        return self.policy.count if self.static else min(self._max_length + length, self.policy.count)
 
-    def _noted(
+    def _extended(
         self, length: int, doc_ids: Tensor | None, key_padding_mask: Tensor | None
     ) -> tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]:
         """`doc_ids` and `valid` with the next tokens' entries, in new tensors; and of what these tokens may see."""
@@ -213,30 +213,30 @@ class DecodeState:
             seen_valid = self.append(valid, real_BS if key_padding_mask is None else key_padding_mask)
         return (documents, valid), (seen_documents, seen_valid)
 
-    def _take(self, **values: Tensor | None) -> None:
+    def _assign(self, **values: Tensor | None) -> None:
         """Set attributes, those of a static state in the memory of what they were."""
         for name, value in values.items():
-            held = getattr(self, name)
-            if self.static and held is not None and value is not None:
-                held.copy_(value)
+            old = getattr(self, name)
+            if self.static and old is not None and value is not None:
+                old.copy_(value)
             else:
                 setattr(self, name, value)
 
     def _write(self, slots: Tensor, new: Tensor, axis: int) -> None:
         length = new.shape[axis]
-        if self._even and self._most + length <= self.policy.count:
-            slots.narrow(axis, self._most, length).copy_(new)
+        if self._rows_equal and self._max_length + length <= self.policy.count:
+            slots.narrow(axis, self._max_length, length).copy_(new)
             return
-        kept = self.policy.kept(length)
-        places, new = self._places(length, kept), new.narrow(axis, length - kept, kept)
+        stored = self.policy.stored(length)
+        targets, new = self._slots_of_next(length, stored), new.narrow(axis, length - stored, stored)
         rows_B1 = torch.arange(slots.shape[0], device=slots.device)[:, None]
-        slots.transpose(1, axis)[rows_B1, places] = new.transpose(1, axis).to(slots.dtype)
+        slots.transpose(1, axis)[rows_B1, targets] = new.transpose(1, axis).to(slots.dtype)
 
-    def _places(self, length: int, kept: int) -> Tensor:
-        """Slots of those of the next ``length`` tokens that are kept, (S,) or (B, S)."""
-        if self._next is None or self._next[0] != length:
-            self._next = length, self.policy.places(self.positions(length)[..., length - kept :])
-        return self._next[1]
+    def _slots_of_next(self, length: int, stored: int) -> Tensor:
+        """Slots of those of the next ``length`` tokens that are stored, (S,) or (B, S)."""
+        if self._next_slots is None or self._next_slots[0] != length:
+            self._next_slots = length, self.policy.slots_of(self.positions(length)[..., length - stored :])
+        return self._next_slots[1]
 
 
 def new_state(

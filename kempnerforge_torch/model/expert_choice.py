@@ -64,9 +64,9 @@ class ExpertChoiceSigmoidRouter(nn.Module):
         ranked_TE = (scores_TE if noise is None else (logits_TE + noise).sigmoid()).detach()
         if valid is not None:
             ranked_TE = ranked_TE.masked_fill(~valid[:, None], -1)
-        capacity, taken = self.capacity(x, valid)
+        capacity, num_taken = self.capacity(x, valid)
         tokens_CE = ranked_TE.sort(dim=0, descending=True, stable=True).indices[:capacity]
-        is_taken_C1 = (torch.arange(capacity, device=x.device) < taken)[:, None]
+        is_taken_C1 = (torch.arange(capacity, device=x.device) < num_taken)[:, None]
         weights_CE = scores_TE.gather(0, tokens_CE) * is_taken_C1
         return ExpertChoiceOutput(weights_CE, tokens_CE, scores_TE) if return_scores else (weights_CE, tokens_CE)
 
@@ -92,14 +92,14 @@ class ExpertChoiceSigmoidRouter(nn.Module):
         return gumbel_noise(seed, 0, 0, x.shape[0], self.num_experts, torch.promote_types(x.dtype, torch.float32))
 
     @staticmethod
-    def taking(output: ExpertChoiceOutput, tokens_CE: Integer[Tensor, "C E"]) -> ExpertChoiceOutput:
+    def rerouted(output: ExpertChoiceOutput, tokens_CE: Integer[Tensor, "C E"]) -> ExpertChoiceOutput:
         """What the call that gave ``output`` would have given, had the experts chosen ``tokens_CE``.
 
         Raises:
             ValueError: choices of another shape, or of tokens that don't exist. Inside a trace these weigh NaN.
         """
-        weights_CE, own_CE, scores_TE = output
-        check_shape("tokens_CE", tokens_CE, own_CE.shape)
+        weights_CE, chosen_CE, scores_TE = output
+        check_shape("tokens_CE", tokens_CE, chosen_CE.shape)
         check_ids("tokens_CE", tokens_CE, len(scores_TE))
         taken_CE = scores_TE.gather(0, tokens_CE) * (weights_CE != 0)
         return ExpertChoiceOutput(nan_outside(taken_CE, tokens_CE, len(scores_TE)), tokens_CE, scores_TE)
@@ -169,13 +169,13 @@ class ExpertChoiceMoE(StatsGetters):
         return self(x, valid, noise, return_stats=True)
 
 
-def _stats(tokens_CE: Tensor, scores_TE: Tensor, taken: Tensor | int, valid: Tensor | None) -> MoEStats:
+def _stats(tokens_CE: Tensor, scores_TE: Tensor, num_taken: Tensor | int, valid: Tensor | None) -> MoEStats:
     """What one mixture counted; entropy is that of a token's scores over the experts, as shares."""
     tokens, experts = scores_TE.shape
     valid_T = torch.ones(tokens, dtype=torch.bool, device=scores_TE.device) if valid is None else valid
     zero = scores_TE.new_zeros(())
-    counts_E = torch.as_tensor(taken, device=scores_TE.device).to(torch.int32).expand(experts)
-    is_taken_CE = (torch.arange(len(tokens_CE), device=scores_TE.device) < taken)[:, None].expand(tokens_CE.shape)
+    counts_E = torch.as_tensor(num_taken, device=scores_TE.device).to(torch.int32).expand(experts)
+    is_taken_CE = (torch.arange(len(tokens_CE), device=scores_TE.device) < num_taken)[:, None].expand(tokens_CE.shape)
     hits_T = torch.zeros(tokens, dtype=torch.int32, device=scores_TE.device)
     hits_T = hits_T.index_add(0, tokens_CE.flatten(), is_taken_CE.flatten().to(torch.int32))
     shares_TE = scores_TE / (scores_TE.sum(dim=1, keepdim=True) + SCORE_EPS)

@@ -83,9 +83,9 @@ def apply_modules(
     """(R, D): as `grouped_expert_forward`, by ends, whose values change no shape; 0 for rows of no expert."""
     rows_R1 = torch.arange(x_RD.shape[0], device=x_RD.device)[:, None]
     out_RD, start = torch.zeros_like(x_RD), 0
-    for place, expert in enumerate(experts):
-        out_RD = torch.where((rows_R1 >= start) & (rows_R1 < ends_E[place]), expert(x_RD), out_RD)
-        start = ends_E[place]
+    for index, expert in enumerate(experts):
+        out_RD = torch.where((rows_R1 >= start) & (rows_R1 < ends_E[index]), expert(x_RD), out_RD)
+        start = ends_E[index]
     return out_RD
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from kempnerforge_torch.model.decode import decode_all, steps
-from kempnerforge_torch.model.request import Prompted, make_request, weight_of
+from kempnerforge_torch.model.request import PromptTokens, make_request, weight_of
 from kempnerforge_torch.model.sampling import sample as sample
 from kempnerforge_torch.model.state import to_numpy
 from kempnerforge_torch.model.transformer import Transformer
@@ -23,7 +23,7 @@ from shared_config.contract.decoding import PREFILL_CHUNK, SamplingConfig
 
 def generate(
     model: Transformer | VLMWrapper,
-    prompt_tokens: Prompted,
+    prompt_tokens: PromptTokens,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -79,7 +79,7 @@ def generate(
 
 def stream(
     model: Transformer | VLMWrapper,
-    prompt_tokens: Prompted,
+    prompt_tokens: PromptTokens,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,

@@ -49,14 +49,14 @@ def grouped_matmul(
     mutates_args=(),
     schema="(Tensor x, Tensor[] w, Tensor ends, bool complete) -> Tensor",
 )
-def _grouped_matmul(x_RD: Tensor, w: Sequence[Tensor], ends_E: Tensor, complete: bool) -> Tensor:
+def _grouped_matmul(x_RD: Tensor, matrices: Sequence[Tensor], ends_E: Tensor, complete: bool) -> Tensor:
     """
     Args:
-        w: one packed tensor (E, D, F), or on the CPU one matrix per group.
+        matrices: one packed tensor (E, D, F), or on the CPU one matrix per group.
     """
     if x_RD.device.type == "cpu":
-        return looped_matmul(x_RD, w if w[0].ndim == 2 else w[0], ends_E)
-    (w_EDF,) = w
+        return looped_matmul(x_RD, matrices if matrices[0].ndim == 2 else matrices[0], ends_E)
+    (w_EDF,) = matrices
     if _has_kernel(x_RD, w_EDF.shape[1:]):
         out_RF = F.grouped_mm(x_RD.contiguous(), _dense(w_EDF), offs=ends_E)
         if complete:
@@ -81,8 +81,8 @@ def grouped_outer(
 
 
 @_grouped_matmul.register_fake
-def _(x_RD: Tensor, w: Sequence[Tensor], ends_E: Tensor, complete: bool) -> Tensor:
-    return x_RD.new_empty(x_RD.shape[0], w[0].shape[-1])
+def _(x_RD: Tensor, matrices: Sequence[Tensor], ends_E: Tensor, complete: bool) -> Tensor:
+    return x_RD.new_empty(x_RD.shape[0], matrices[0].shape[-1])
 
 
 @grouped_outer.register_fake
@@ -91,19 +91,23 @@ def _(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _save_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_RD, w, ends_E, ctx.complete = inputs
-    ctx.save_for_backward(x_RD, ends_E, *w)
+    x_RD, matrices, ends_E, ctx.complete = inputs
+    ctx.save_for_backward(x_RD, ends_E, *matrices)
 
 
 def _matmul_backward(ctx: Any, dy_RF: Tensor) -> tuple[Tensor | None, list[Tensor | None], None, None]:
-    x_RD, ends_E, *w = ctx.saved_tensors
-    dx_RD = _grouped_matmul(dy_RF, [part.mT for part in w], ends_E, ctx.complete) if ctx.needs_input_grad[0] else None
-    dw: list[Tensor | None] = [None] * len(w)
+    x_RD, ends_E, *matrices = ctx.saved_tensors
+    dx_RD = (
+        _grouped_matmul(dy_RF, [matrix.mT for matrix in matrices], ends_E, ctx.complete)
+        if ctx.needs_input_grad[0]
+        else None
+    )
+    d_matrices: list[Tensor | None] = [None] * len(matrices)
     if any(ctx.needs_input_grad[1]):  # laid out as the matrices are, so that adding it to their gradient needs no copy
-        transposed = w[0].stride(-2) < w[0].stride(-1)
+        transposed = matrices[0].stride(-2) < matrices[0].stride(-1)
         dw_EDF = _outer_transposed(x_RD, dy_RF, ends_E) if transposed else grouped_outer(x_RD, dy_RF, ends_E)
-        dw = [dw_EDF] if w[0].ndim == 3 else [*dw_EDF.unbind()]
-    return dx_RD, dw, None, None
+        d_matrices = [dw_EDF] if matrices[0].ndim == 3 else [*dw_EDF.unbind()]
+    return dx_RD, d_matrices, None, None
 
 
 def _outer_transposed(x_RD: Tensor, y_RF: Tensor, ends_E: Tensor) -> Tensor:
@@ -162,7 +166,7 @@ def tiled_matmul(
     if x_RD.shape[0] == 0:
         return x_RD.new_zeros(0, w_EDF.shape[2])
     expert_N, rows_Nb, inside_Nb = _tiles(ends_E, x_RD.shape[0], tile_rows)
-    x_NbD = _take(x_RD, rows_Nb, inside_Nb)
+    x_NbD = _gather(x_RD, rows_Nb, inside_Nb)
     out_NbF = x_RD.new_empty(*rows_Nb.shape, w_EDF.shape[2])
     for tiles in _chunks(len(expert_N), w_EDF.shape[0]):
         torch.bmm(x_NbD[tiles], w_EDF[expert_N[tiles]], out=out_NbF[tiles])
@@ -183,7 +187,7 @@ def tiled_outer(
     if x_RD.shape[0] == 0:
         return out_EDF.to(x_RD.dtype)
     expert_N, rows_Nb, inside_Nb = _tiles(ends_E, x_RD.shape[0], tile_rows)
-    x_NbD, y_NbF = _take(x_RD, rows_Nb, inside_Nb), _take(y_RF, rows_Nb, inside_Nb)
+    x_NbD, y_NbF = _gather(x_RD, rows_Nb, inside_Nb), _gather(y_RF, rows_Nb, inside_Nb)
     member_EN = (expert_N == torch.arange(len(ends_E), device=x_RD.device)[:, None]).to(dtype)
     for tiles in _chunks(len(expert_N), len(ends_E)):
         parts_NDF = _wide_product(x_NbD[tiles].transpose(1, 2), y_NbF[tiles], dtype)
@@ -219,9 +223,9 @@ def _tiles(ends_E: Tensor, rows: int, tile_rows: int) -> tuple[Tensor, Tensor, T
     return expert_N, rows_Nb, inside_Nb
 
 
-def _take(x_RD: Tensor, rows_Nb: Tensor, inside_Nb: Tensor) -> Tensor:
-    taken_NbD = x_RD[rows_Nb.clamp(max=x_RD.shape[0] - 1)]
-    return torch.where(inside_Nb[:, :, None], taken_NbD, 0)
+def _gather(x_RD: Tensor, rows_Nb: Tensor, inside_Nb: Tensor) -> Tensor:
+    gathered_NbD = x_RD[rows_Nb.clamp(max=x_RD.shape[0] - 1)]
+    return torch.where(inside_Nb[:, :, None], gathered_NbD, 0)
 
 
 def _chunks(tiles: int, groups: int) -> list[slice]:

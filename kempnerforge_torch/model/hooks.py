@@ -220,12 +220,12 @@ def check_activation_names(existing: list[str], names: Iterable[str] | None) -> 
     return names
 
 
-def _replaced(name: str, output: Any, other: Tensor) -> Any:
-    """The other output in the dtype and at the place of the module's own."""
+def _replaced(name: str, output: Any, replacement: Tensor) -> Any:
+    """The replacement in the dtype and at the place of the module's own."""
     own = first_output(output)
-    if own.shape != other.shape:
-        raise ValueError(f"{name}: puts out {tuple(own.shape)}; its replacement is {tuple(other.shape)}")
-    first = other.to(own).detach()
+    if own.shape != replacement.shape:
+        raise ValueError(f"{name}: puts out {tuple(own.shape)}; its replacement is {tuple(replacement.shape)}")
+    first = replacement.to(own).detach()
     if not isinstance(output, tuple):
         return first
     rest = output[1:]
@@ -254,10 +254,10 @@ def _outputs(
     model: Transformer, names: list[str], tokens: np.ndarray, real: np.ndarray | None, device: Any
 ) -> dict[str, Any]:
     """What the modules put out for tokens (B, S), ``real`` (B, S) or padding. The head runs only if asked for."""
-    place = next(model.parameters()).device if device is None else device
+    device = next(model.parameters()).device if device is None else device
     headless = not any(name.startswith("output_head") for name in names)
     with unwrapped(model) as plain, inference(plain), capture(plain, names) as activations:
-        mask = None if real is None else torch.from_numpy(real).to(place)
+        mask = None if real is None else torch.from_numpy(real).to(device)
         modality = replace(NO_LOGITS if headless else ModalityContext(), key_padding_mask=mask)
-        plain.run(torch.from_numpy(tokens).to(place), modality=modality, limit_capacity=False)
+        plain.run(torch.from_numpy(tokens).to(device), modality=modality, limit_capacity=False)
     return {name: _to_numpy(value) for name, value in activations.items()}

@@ -55,8 +55,8 @@ class Layout:
         first, *others = self.modalities
         out = function(first, x)
         for name in others:
-            theirs = function(name, x)
-            out = torch.where(self.of(name, x).reshape(*x.shape[:2], *[1] * (theirs.ndim - 2)), theirs, out)
+            other_out = function(name, x)
+            out = torch.where(self.of(name, x).reshape(*x.shape[:2], *[1] * (other_out.ndim - 2)), other_out, out)
         return self.known(out)
 
     def known(self, x: Float[Tensor, "B S ..."]) -> Float[Tensor, "B S ..."]:
@@ -68,12 +68,12 @@ class Layout:
         if self.spans is None:
             assert self.ids is not None
             return self.ids == self.modalities.index(modality)
-        places_S = torch.arange(x.shape[1], device=x.device)
-        mine_S = torch.zeros_like(places_S, dtype=torch.bool)
+        positions_S = torch.arange(x.shape[1], device=x.device)
+        members_S = torch.zeros_like(positions_S, dtype=torch.bool)
         for name, start, stop in self.spans:
             if name == modality:
-                mine_S = mine_S | ((places_S >= start) & (places_S < stop))
-        return mine_S.expand(x.shape[:2])
+                members_S = members_S | ((positions_S >= start) & (positions_S < stop))
+        return members_S.expand(x.shape[:2])
 
     def split(self, x: Shaped[Tensor, "B S ..."]) -> dict[str, Shaped[Tensor, "B _S ..."]]:
         """The part of each modality of ``x`` (B, S, ...); of spans alone."""
@@ -90,7 +90,7 @@ class Layout:
         if self.spans is not None:
             return torch.cat([torch.arange(stop - start, device=x.device) for _, start, stop in self.spans])
         counts = [(self.of(name, x).cumsum(dim=1) - 1, self.of(name, x)) for name in self.modalities]
-        return sum((torch.where(mine, count, 0) for count, mine in counts), torch.zeros_like(counts[0][0]))
+        return sum((torch.where(members, count, 0) for count, members in counts), torch.zeros_like(counts[0][0]))
 
 
 def layout_of(

@@ -65,7 +65,7 @@ class MoTAttention(nn.Module):
         self.sliding_window = sliding_window
         self.kv_heads = {name: (name == "image" and image_n_kv_heads) or n_kv_heads for name in self.modalities}
         self.n_kv_heads = math.lcm(*self.kv_heads.values())
-        (self.head_dim,) = {resolve_head_dim(dim, n_heads, number, head_dim) for number in self.kv_heads.values()}
+        (self.head_dim,) = {resolve_head_dim(dim, n_heads, count, head_dim) for count in self.kv_heads.values()}
 
         def projections(inputs: int, outputs: Mapping[str, int]) -> nn.ModuleDict:
             return nn.ModuleDict({name: Linear(inputs, outputs[name], bias=bias) for name in self.modalities})
@@ -75,7 +75,7 @@ class MoTAttention(nn.Module):
                 return None
             return nn.ModuleDict({name: RMSNorm(self.head_dim, norm_eps) for name in self.modalities})
 
-        kv_widths = {name: kv_heads * self.head_dim for name, kv_heads in self.kv_heads.items()}
+        kv_widths = {name: count * self.head_dim for name, count in self.kv_heads.items()}
         self.q_proj = projections(dim, dict.fromkeys(self.modalities, n_heads * self.head_dim))
         self.k_proj = projections(dim, kv_widths)
         self.v_proj = projections(dim, kv_widths)
@@ -108,7 +108,8 @@ class MoTAttention(nn.Module):
         Raises:
             ValueError: modalities that don't exist or have no rotary tables; masks of another dtype or shape.
         """
-        x, (rope_cos, rope_sin), places = one_stream(self.modalities, streams, rope, layout)
+        by_modality = layout is None
+        x, (rope_cos, rope_sin), layout = one_stream(self.modalities, streams, rope, layout)
         check_positions(x.shape[:2], doc_ids, key_padding_mask)
         if not is_causal:
             mask = Mask(key_valid=key_padding_mask)
@@ -121,26 +122,26 @@ class MoTAttention(nn.Module):
                 sliding_window=self.sliding_window,
             )
         q_BSHh, k_BSKh, v_BSKh = (
-            places.apply(lambda name, part, to=to: self._heads(to, name, part), x) for to in ("q", "k", "v")
+            layout.apply(lambda name, part, kind=kind: self._heads(kind, name, part), x) for kind in ("q", "k", "v")
         )
         q_BHSh = apply_rope(q_BSHh.transpose(1, 2), rope_cos, rope_sin)
         k_BKMh = apply_rope(k_BSKh.transpose(1, 2), rope_cos, rope_sin)
         v_BKMh = v_BSKh.transpose(1, 2)
         if kv_cache is not None:
-            kv_cache.after_image(places.image_tokens)
+            kv_cache.after_image(layout.image_tokens)
             k_BKMh, v_BKMh = kv_cache.update(k_BKMh, v_BKMh, doc_ids=doc_ids, key_padding_mask=key_padding_mask)
             k_BKMh, v_BKMh = k_BKMh.to(x.dtype), v_BKMh.to(x.dtype)
         out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask, sdpa_backend=self.sdpa_backend)
         out_BSX = out_BHSh.transpose(1, 2).flatten(2)
-        out_BSD = places.apply(lambda name, part: self.o_proj[name](part), out_BSX)
-        return places.split(out_BSD) if layout is None else out_BSD
+        out_BSD = layout.apply(lambda name, part: self.o_proj[name](part), out_BSX)
+        return layout.split(out_BSD) if by_modality else out_BSD
 
-    def _heads(self, to: str, name: str, x: Tensor) -> Tensor:
+    def _heads(self, kind: str, name: str, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, H or K, h), by one modality's weights; K is common to all modalities."""
-        x_BSKh = self.get_submodule(f"{to}_proj.{name}")(x).unflatten(-1, (-1, self.head_dim))
-        if to != "v" and self.q_norm is not None:
-            x_BSKh = self.get_submodule(f"{to}_norm.{name}")(x_BSKh)
-        copies = 1 if to == "q" else self.n_kv_heads // self.kv_heads[name]
+        x_BSKh = self.get_submodule(f"{kind}_proj.{name}")(x).unflatten(-1, (-1, self.head_dim))
+        if kind != "v" and self.q_norm is not None:
+            x_BSKh = self.get_submodule(f"{kind}_norm.{name}")(x_BSKh)
+        copies = 1 if kind == "q" else self.n_kv_heads // self.kv_heads[name]
         return x_BSKh if copies == 1 else x_BSKh.repeat_interleave(copies, dim=2)
 
 
@@ -193,22 +194,23 @@ class MoTBlock(nn.Module):
         Args:
             return_stats: give a `BlockOutput`, and leave the getters alone.
         """
-        x, rope, places = one_stream(self.modalities, streams, rope, layout)
+        by_modality = layout is None
+        x, rope, layout = one_stream(self.modalities, streams, rope, layout)
         x = x + self.attn(
-            places.apply(lambda name, part: self.attn_norm[name](part), x),
+            layout.apply(lambda name, part: self.attn_norm[name](part), x),
             rope,
             key_padding_mask=key_padding_mask,
-            layout=places,
+            layout=layout,
             kv_cache=kv_cache,
             mask=mask,
             doc_ids=doc_ids,
         )
-        normed = places.apply(lambda name, part: self.mlp_norm[name](part), x)
+        normed = layout.apply(lambda name, part: self.mlp_norm[name](part), x)
         if self.is_moe:
-            out, stats = self._route(normed, places, key_padding_mask, limit_capacity)
+            out, stats = self._route(normed, layout, key_padding_mask, limit_capacity)
         else:
-            out, stats = places.apply(lambda name, part: self.mlp[name](part), normed), None
-        x = places.split(x + out) if layout is None else x + out
+            out, stats = layout.apply(lambda name, part: self.mlp[name](part), normed), None
+        x = layout.split(x + out) if by_modality else x + out
         if return_stats:
             return BlockOutput(x, stats, kv_cache)
         keep_stats(self.mlp, stats)
@@ -235,16 +237,16 @@ class MoTBlock(nn.Module):
         outs, stats = {}, {}
         if layout.spans is None:
             for name in self.modalities:
-                mine_BS = layout.of(name, x_BSD)
+                members_BS = layout.of(name, x_BSD)
                 out, stats[name] = self.mlp[name](
-                    x_BSD, valid, members=mine_BS, limit_capacity=limit_capacity, return_stats=True
+                    x_BSD, valid, members=members_BS, limit_capacity=limit_capacity, return_stats=True
                 )
-                outs[name] = torch.where(mine_BS[..., None], out, 0)
+                outs[name] = torch.where(members_BS[..., None], out, 0)
             return sum(outs.values(), torch.zeros_like(x_BSD)), stats
         for name, start, stop in layout.spans:
-            own = None if valid is None else valid[:, start:stop]
+            valid_BS = None if valid is None else valid[:, start:stop]
             outs[name], stats[name] = self.mlp[name](
-                x_BSD[:, start:stop], own, limit_capacity=limit_capacity, return_stats=True
+                x_BSD[:, start:stop], valid_BS, limit_capacity=limit_capacity, return_stats=True
             )
         return torch.cat([outs[name] for name, _, _ in layout.spans], dim=1), stats
 

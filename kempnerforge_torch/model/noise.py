@@ -35,8 +35,8 @@ def pixel_levels(pixels: Float[Tensor, "..."]) -> Integer[Tensor, "..."]:
 def image_digests(pixels: Float[Tensor, "B ..."]) -> tuple[Integer[Tensor, "B"], Integer[Tensor, "B"]]:
     """(B, ...) -> two digests (B,)."""
     levels_BP = pixel_levels(pixels).flatten(1)
-    places_P = torch.arange(levels_BP.shape[1], device=pixels.device)
-    first_B, second_B = (mix(mix((mix(places_P ^ salt) + levels_BP) & MASK).sum(dim=1) & MASK) for salt in SALTS)
+    indices_P = torch.arange(levels_BP.shape[1], device=pixels.device)
+    first_B, second_B = (mix(mix((mix(indices_P ^ salt) + levels_BP) & MASK).sum(dim=1) & MASK) for salt in SALTS)
     return first_B, second_B
 
 
@@ -45,8 +45,8 @@ def image_noise(
 ) -> Float[Tensor, "B N F"]:
     """(B, ...) -> (B, N, F), in the dtype of ``pixels``; no gradient."""
     first_B, second_B = image_digests(pixels)
-    cells = torch.arange(num_tokens * feature_dim, device=pixels.device)
-    bits = mix(mix((cells + first_B[:, None]) & MASK) ^ second_B[:, None] ^ mix(seed & MASK))
+    indices = torch.arange(num_tokens * feature_dim, device=pixels.device)
+    bits = mix(mix((indices + first_B[:, None]) & MASK) ^ second_B[:, None] ^ mix(seed & MASK))
     odd = 2 * (bits >> 24) - 255
     finite_B = pixels.to(torch.float32).isfinite().flatten(1).all(dim=1)
     noise = (odd.to(torch.float32) / FEATURE_SCALE).masked_fill(~finite_B[:, None], torch.nan)

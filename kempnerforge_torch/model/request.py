@@ -60,13 +60,13 @@ class Request:
         return None if image_tokens(self.image) else self.image
 
 
-Prompted = Integer[Tensor, "B S"] | np.ndarray | Sequence[Sequence[int] | np.ndarray | Integer[Tensor, "_S"]]
+PromptTokens = Integer[Tensor, "B S"] | np.ndarray | Sequence[Sequence[int] | np.ndarray | Integer[Tensor, "_S"]]
 """Token ids: int (B, S), or B rows of any lengths."""
 
 
 def make_request(
     model: Transformer | VLMWrapper,
-    prompt_tokens: Prompted,
+    prompt_tokens: PromptTokens,
     max_new_tokens: int,
     sampling: SamplingConfig,
     *,
@@ -84,10 +84,10 @@ def make_request(
     model = unwrap(model)
     transformer = _checked(model)
     config = transformer.config
-    prompts = read_prompts(_on_host(prompt_tokens), _on_host(prompt_lengths), config.vocab_size)
+    prompts = read_prompts(_to_host(prompt_tokens), _to_host(prompt_lengths), config.vocab_size)
     rows = len(prompts.lengths)
     image = _read_image(model, pixel_values, frame_mask, rows)
-    taken = image_tokens(image)
+    prefix = image_tokens(image)
     check_request(
         prompts,
         max_new_tokens,
@@ -95,9 +95,9 @@ def make_request(
         config.vocab_size,
         sampling.eos_token_ids,
         prefill_chunk,
-        taken,
+        prefix,
     )
-    slots = cache_length(prompts, max_new_tokens, config.max_seq_len, taken)
+    slots = cache_length(prompts, max_new_tokens, config.max_seq_len, prefix)
     return Request(
         prompts,
         image,
@@ -105,7 +105,7 @@ def make_request(
         sampling,
         None if sampling.temperature == 0 else _uniforms(sampling.seed, uniforms, rows, max_new_tokens),
         slots,
-        prefill_chunks(prompts.tokens.shape[1] - 1, prefill_chunk, slots - taken),
+        prefill_chunks(prompts.tokens.shape[1] - 1, prefill_chunk, slots - prefix),
     )
 
 
@@ -149,16 +149,16 @@ def image_tokens(image: ModalityContext | None) -> int:
     return 0 if image is None or image.prefix_embeds is None else image.prefix_embeds.shape[1]
 
 
-_Given = TypeVar("_Given")
+_Value = TypeVar("_Value")
 
 
-def _on_host(given: _Given | Tensor) -> _Given | np.ndarray:
-    return to_numpy(given) if isinstance(given, Tensor) else given
+def _to_host(value: _Value | Tensor) -> _Value | np.ndarray:
+    return to_numpy(value) if isinstance(value, Tensor) else value
 
 
 def _uniforms(seed: int | torch.Generator | None, uniforms: np.ndarray | None, rows: int, count: int) -> np.ndarray:
     if uniforms is not None:
-        return check_uniforms(_on_host(uniforms), rows, count)
+        return check_uniforms(_to_host(uniforms), rows, count)
     if isinstance(seed, torch.Generator):
         return to_numpy(torch.rand((rows, count), generator=seed, device=seed.device)).astype(np.float64)
     return draw_uniforms(seed, rows, count)

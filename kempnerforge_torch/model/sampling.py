@@ -67,9 +67,9 @@ def draw(
     before_V = F.pad(probabilities_V.cumsum(dim=-1)[..., :-1], (1, 0))
     kept_V = torch.where(before_V < top_p, probabilities_V, 0)
     cumulative_V = (kept_V / kept_V.sum(dim=-1, keepdim=True)).cumsum(dim=-1)
-    place = (cumulative_V <= uniforms.to(dtype)[..., None]).sum(dim=-1)
-    last = ((kept_V > 0).sum(dim=-1) - 1).clamp(min=0)
-    return order_V.gather(-1, torch.minimum(place, last)[..., None])[..., 0]
+    index = (cumulative_V <= uniforms.to(dtype)[..., None]).sum(dim=-1)
+    last_index = ((kept_V > 0).sum(dim=-1) - 1).clamp(min=0)
+    return order_V.gather(-1, torch.minimum(index, last_index)[..., None])[..., 0]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -228,8 +228,8 @@ class Transformer(ModelGetters):
         kv_caches: Sequence[KVCache] | None,
     ) -> tuple[Tensor, dict[int, LayerStats]]:
         stats: dict[int, LayerStats] = {}
-        for place, (name, block) in enumerate(self.layers.items()):
-            cache = None if kv_caches is None else kv_caches[place]
+        for index, (name, block) in enumerate(self.layers.items()):
+            cache = None if kv_caches is None else kv_caches[index]
             output = block(x, kv_cache=cache, return_stats=True, **inputs)
             if output.stats is not None:
                 stats[int(name)] = output.stats

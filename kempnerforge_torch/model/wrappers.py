@@ -18,14 +18,14 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 def unwrap(model: _Module) -> _Module:
     """What the outermost wrappers hold; inner parts stay wrapped."""
-    while (held := _held(model)) is not None:
-        model = cast("_Module", held)
+    while (inner := _inner(model)) is not None:
+        model = cast("_Module", inner)
     return model
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by its plain path, the root ("") first, in order of definition; wrappers are left out."""
-    return {plain_name(path): module for path, module in model.named_modules() if _held(module) is None}
+    return {plain_name(path): module for path, module in model.named_modules() if _inner(module) is None}
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def unwrapped(model: _Module) -> Iterator[_Module]:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent._modules.items()
-        if child is not None and _held(child) is not None and _held(parent) is None
+        if child is not None and _inner(child) is not None and _inner(parent) is None
     ]
     with uncompiled(model):
         try:
@@ -63,7 +63,7 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _held(module: object) -> nn.Module | None:
+def _inner(module: object) -> nn.Module | None:
     """What a wrapper holds; None for other modules."""
     children = module._modules if isinstance(module, nn.Module) else {}
     return next((child for name, child in children.items() if name in WRAPPERS), None) if len(children) == 1 else None

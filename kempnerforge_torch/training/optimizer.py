@@ -99,9 +99,9 @@ def update(optimizer: torch.optim.Optimizer, lr: float, finite: Bool[Tensor, ""]
     if finite is None or (finite.device.type == "cpu" and finite):
         optimizer.step()
     elif finite.device.type != "cpu" and not isinstance(optimizer, torch.optim.AdamW):
-        before = _copies(optimizer)
+        before = _snapshot(optimizer)
         optimizer.step()
-        _put(before, finite)
+        _restore(before, finite)
     elif finite.device.type != "cpu":
         setattr(optimizer, FOUND_INF, (~finite).to(torch.float32))
         optimizer.step()
@@ -114,24 +114,24 @@ def stays_finite(optimizer: torch.optim.Optimizer, lr: float) -> Bool[Tensor, ""
     AdamW one tensor is computed at a time; another optimiser takes the step, and what it changed is put back.
     """
     if not isinstance(optimizer, torch.optim.AdamW):
-        before = _copies(optimizer)
+        before = _snapshot(optimizer)
         set_learning_rate(optimizer, lr)
         optimizer.step()
-        taken = torch.stack([tensor.isfinite().all().to(before[0][1].device) for tensor, _ in before]).all()
-        _put(before, torch.zeros_like(taken))
-        return taken
+        is_finite = torch.stack([tensor.isfinite().all().to(before[0][1].device) for tensor, _ in before]).all()
+        _restore(before, torch.zeros_like(is_finite))
+        return is_finite
     finite = []
     for group in optimizer.param_groups:
         b1, b2 = group["betas"]
         for tensor in group["params"]:
             if tensor.grad is None:
                 continue
-            kept = {name: local(value) for name, value in optimizer.state[tensor].items()}
-            own, gradient, step = local(tensor), local(tensor.grad), kept["step"] + 1
-            m = kept["exp_avg"].lerp(gradient, 1 - b1)
-            v = torch.addcmul(kept["exp_avg_sq"] * b2, gradient, gradient, value=1 - b2)
-            moved = own - lr * (m / (1 - b1**step) / ((v / (1 - b2**step)).sqrt() + group["eps"]))
-            finite.append((moved - lr * group["weight_decay"] * own).isfinite().all() & v.isfinite().all())
+            state = {name: local(value) for name, value in optimizer.state[tensor].items()}
+            parameter, gradient, step = local(tensor), local(tensor.grad), state["step"] + 1
+            m = state["exp_avg"].lerp(gradient, 1 - b1)
+            v = torch.addcmul(state["exp_avg_sq"] * b2, gradient, gradient, value=1 - b2)
+            updated = parameter - lr * (m / (1 - b1**step) / ((v / (1 - b2**step)).sqrt() + group["eps"]))
+            finite.append((updated - lr * group["weight_decay"] * parameter).isfinite().all() & v.isfinite().all())
     return torch.stack(finite).all()
 
 
@@ -166,10 +166,10 @@ def set_optimizer_state(
         {name: tuple(value.shape) for name, value in values.items()},
     )
     for name, tensor in parameters.items():
-        kept = optimizer.state[tensor]
+        tensor_state = optimizer.state[tensor]
         for moment, key in _moment_keys(optimizer).items():
-            assign(kept[key], values[f"{moment}.{name}"])
-        kept["step"].fill_(int(values[f"t.{name}"]))
+            assign(tensor_state[key], values[f"{moment}.{name}"])
+        tensor_state["step"].fill_(int(values[f"t.{name}"]))
 
 
 @torch.no_grad()
@@ -202,18 +202,18 @@ def _initial_state(tensor: Tensor, optimizer: torch.optim.Optimizer) -> dict[str
     return {"step": torch.zeros((), dtype=torch.float32, device=device), **moments}
 
 
-def _copies(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
+def _snapshot(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
     """What a step changes on this rank, parameters first, each with a copy of it."""
     parameters = [tensor for group in optimizer.param_groups for tensor in group["params"] if tensor.grad is not None]
-    kept = [value for tensor in parameters for value in optimizer.state[tensor].values() if isinstance(value, Tensor)]
-    return [(local(tensor.detach()), local(tensor.detach()).clone()) for tensor in (*parameters, *kept)]
+    states = [value for tensor in parameters for value in optimizer.state[tensor].values() if isinstance(value, Tensor)]
+    return [(local(tensor.detach()), local(tensor.detach()).clone()) for tensor in (*parameters, *states)]
 
 
 @torch.no_grad()
-def _put(before: list[tuple[Tensor, Tensor]], unless: Tensor) -> None:
+def _restore(before: list[tuple[Tensor, Tensor]], keep: Tensor) -> None:
     """Give each tensor its former value, unless the bool scalar is true."""
-    for tensor, former in before:
-        tensor.copy_(torch.where(unless.to(tensor.device), tensor, former))
+    for tensor, saved in before:
+        tensor.copy_(torch.where(keep.to(tensor.device), tensor, saved))
 
 
 def _parameters(group: _Group) -> list[Tensor]:

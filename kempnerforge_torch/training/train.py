@@ -84,8 +84,8 @@ def train(
     Raises:
         UserError: what can't be used, of data, folders, checkpoints and layouts.
     """
-    with joined(device) as place:
-        trainer = Trainer(config, place)
+    with joined(device) as target:
+        trainer = Trainer(config, target)
         data = open_data(config, rank=trainer.ranks.rank, world_size=trainer.ranks.count)
         return run_training(
             config, trainer, data, console=console, is_main=is_main(), agree=largest, overridden=overridden
@@ -151,8 +151,8 @@ class Trainer:
         self._freeze()
         micro_batches = with_noise_seeds(self.config, micro_batches, self.updates, self.ranks.rank, self.ranks.count)
         with step_span(self.updates), matmul_precision(self.config.train.matmul_precision):
-            shares = len(micro_batches) * self.ranks.count
-            terms = [self._differentiate(batch, max(count, 1), shares) for batch in micro_batches]
+            total_micro_batches = len(micro_batches) * self.ranks.count
+            terms = [self._differentiate(batch, max(count, 1), total_micro_batches) for batch in micro_batches]
             total = self.ranks.sums(summed(terms))
             norm, taken = self._update(lr, total.loss)
             balance(self.model, total.expert_counts, taken=taken)

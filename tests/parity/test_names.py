@@ -172,7 +172,7 @@ def run_choice(field: str) -> Call:
             return experts.experts["text"](backend.array(STREAM), given)[0]
         router = experts.experts["text"].router
         output = router(backend.array(STREAM.reshape(-1, DIM)), return_scores=True)
-        return router.taking(output, given)[0]
+        return router.rerouted(output, given)[0]
 
     return call
 
