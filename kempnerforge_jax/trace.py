@@ -68,7 +68,7 @@ def record(
     refeed: Trace | None = None,
     routes: Trace | None = None,
 ) -> Trace:
-    """Run the model of a config once and keep everything that has a name.
+    """Run the model of a config once and record every tensor that has a name.
 
     Args:
         dtype: of the arithmetic; "bfloat16" computes on a rounded copy of float32 masters.
@@ -79,7 +79,7 @@ def record(
         layers: keep the tensors of these layers of the language model, and no others; None for all tensors.
         only: keep the tensors whose names match one of these glob patterns; see `Selection`. () for all.
         refeed: a trace of the same run, of either backend. What follows a layer (or the embedding, the final norm, the
-            head) goes on with the output that is recorded there, so that a wrong layer differs from that trace alone.
+            head) continues from the output that is recorded there, so that only a wrong layer differs from that trace.
             Forward, routes and loss only.
         routes: a trace of the same run, of either backend and any dtype. Experts that choose tokens take those that
             they took there, so that rounding can't change a choice.
@@ -117,7 +117,7 @@ def record(
 
 
 class Recorder:
-    """A model that is run with weights from outside. JAX's 64 bits are on while a float64 recorder works, else off.
+    """A model that is run with given weights. JAX's 64-bit mode is on while a float64 recorder works, else off.
 
     Attributes:
         initial_hash: of the seeded initial weights that the model came with.
@@ -149,7 +149,7 @@ class Recorder:
         self._compiled_chunk = jax.jit(self._chunk, static_argnums=3)
 
     def run(self, weights: Arrays) -> Recording:
-        """Forward with every activation, loss, gradients and one update, in one jit: as much as the request wants."""
+        """Forward with every activation, loss, gradients and one update, in one jit, as the request asks for."""
         request = self.request
         with self._bits():
             masters = self._masters(weights)
@@ -284,7 +284,7 @@ def device_name(device: Device) -> str:
 
 
 def flatten(activations: Mapping[str, object]) -> Tensors:
-    """Outputs by modality get names of their own."""
+    """Outputs by modality get their own names."""
     flat: Tensors = {}
     for name, value in activations.items():
         if isinstance(value, Mapping):
@@ -296,7 +296,7 @@ def flatten(activations: Mapping[str, object]) -> Tensors:
 
 @contextlib.contextmanager
 def chosen_experts(model: nnx.Module) -> Iterator[Tensors]:
-    """Collect what each router's call gives second, the experts chosen, under "<path of the router>.indices"."""
+    """Collect the second output of each router, the experts chosen, under "<path of the router>.indices"."""
     name_of = {id(module): name for name, module in named_modules(model) if name.endswith(".router")}
     choices: Tensors = {}
 
@@ -310,7 +310,7 @@ def chosen_experts(model: nnx.Module) -> Iterator[Tensors]:
 
 @contextlib.contextmanager
 def rerouting(model: nnx.Module, routes: Mapping[str, Shaped[Array, "..."]]) -> Iterator[None]:
-    """Let experts that choose tokens take given ones: path of their router -> tokens (C, E)."""
+    """Make experts that choose tokens take given ones: path of their router -> tokens (C, E)."""
     name_of = {id(module): name for name, module in named_modules(model) if name in routes}
 
     def take(module: Module, output: Any) -> Any:

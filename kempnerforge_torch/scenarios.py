@@ -143,7 +143,7 @@ def _model(config: JobConfig, weights: Arrays, device: str | None) -> Any:
 
 
 def _flat(outputs: Mapping[str, Any]) -> Arrays:
-    """Outputs by modality get names of their own."""
+    """Outputs by modality get their own names."""
     flat: Arrays = {}
     for name, value in outputs.items():
         if isinstance(value, Mapping):

@@ -69,7 +69,7 @@ def record(
     refeed: Trace | None = None,
     routes: Trace | None = None,
 ) -> Trace:
-    """Run the model of a config once and keep everything that has a name.
+    """Run the model of a config once and record every tensor that has a name.
 
     Args:
         dtype: of the arithmetic; "bfloat16" computes on a rounded copy of float32 masters.
@@ -80,7 +80,7 @@ def record(
         layers: keep the tensors of these layers of the language model, and no others; None for all tensors.
         only: keep the tensors whose names match one of these glob patterns; see `Selection`. () for all.
         refeed: a trace of the same run, of either backend. What follows a layer (or the embedding, the final norm, the
-            head) goes on with the output that is recorded there, so that a wrong layer differs from that trace alone.
+            head) continues from the output that is recorded there, so that only a wrong layer differs from that trace.
             Forward, routes and loss only.
         routes: a trace of the same run, of either backend and any dtype. Experts that choose tokens take those that
             they took there, so that rounding can't change a choice.
@@ -118,7 +118,7 @@ def record(
 
 
 class Recorder:
-    """A model that is run with weights from outside.
+    """A model that is run with given weights.
 
     Attributes:
         initial_hash: of the seeded initial weights that the model came with.
@@ -146,7 +146,7 @@ class Recorder:
         self._model = model.to(device)
 
     def run(self, weights: Arrays) -> Recording:
-        """Forward with every activation, loss, gradients and one update: as much of it as the request wants."""
+        """Forward with every activation, loss, gradients and one update: as much of it as the request asks for."""
         request, state = self.request, self._masters(weights)
         masters = {name: state[name].requires_grad_() for name in request.differentiated(self.trained)}
         with torch.set_grad_enabled(bool(masters)):
@@ -266,7 +266,7 @@ def device_name(device: torch.device) -> str:
 
 
 def flatten(activations: Mapping[str, object]) -> Tensors:
-    """Outputs by modality get names of their own."""
+    """Outputs by modality get their own names."""
     flat: Tensors = {}
     for name, value in activations.items():
         if isinstance(value, Mapping):
@@ -278,7 +278,7 @@ def flatten(activations: Mapping[str, object]) -> Tensors:
 
 @contextlib.contextmanager
 def chosen_experts(model: nn.Module) -> Iterator[Tensors]:
-    """Collect what each router's call gives second, the experts chosen, under "<path of the router>.indices"."""
+    """Collect the second output of each router, the experts chosen, under "<path of the router>.indices"."""
     choices: Tensors = {}
 
     def keep(name: str, output: Any) -> None:
@@ -295,7 +295,7 @@ def chosen_experts(model: nn.Module) -> Iterator[Tensors]:
 
 @contextlib.contextmanager
 def rerouting(model: nn.Module, routes: Mapping[str, Shaped[Tensor, "..."]]) -> Iterator[None]:
-    """Let experts that choose tokens take given ones: path of their router -> tokens (C, E)."""
+    """Make experts that choose tokens take given ones: path of their router -> tokens (C, E)."""
 
     def take(output: Any, tokens_CE: Tensor) -> Any:
         return ExpertChoiceSigmoidRouter.rerouted(output, tokens_CE)

@@ -1,7 +1,7 @@
 """The `kempnerforge` command: ``kempnerforge COMMAND CONFIG [--option value] [--section.field value ...]``.
 
-Options without a dot belong to the command, those with a dot override the config. Whatever goes wrong is a short
-message on stderr and exit status 2; with ``--debug`` anywhere on the line, the traceback stands before it.
+Options without a dot belong to the command, those with a dot override the config. Any error is a short message on
+stderr and exit status 2; with ``--debug`` anywhere on the line, the traceback stands before it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from shared_config.training.signals import INTERRUPTS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; without arguments that of the process, which ends thereafter.
+    """Run a command line; without arguments that of the process, which then exits.
 
     Returns:
-        exit status: 0 success, 1 a comparison found a difference, 2 something to mend, or that could not run,
+        exit status: 0 success, 1 a comparison found a difference, 2 something to fix, or that could not run,
         129 hung up, 130 interrupted, 143 terminated.
     """
     if arguments is not None:

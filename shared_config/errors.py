@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: the command line prints them without a traceback and exits with status 2."""
+"""Errors for the user to fix: the command line prints them without a traceback and exits with status 2."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs of dotted field and value text.
 
     Raises:
-        ConfigError: what is no ``--section.field value``.
+        ConfigError: what is not ``--section.field value``.
     """
     pairs: list[tuple[str, str]] = []
     remaining = list(arguments)

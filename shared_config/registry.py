@@ -84,7 +84,7 @@ def declare(
     output_num_tokens: Callable[..., int] | None = None,
     moments: Sequence[str] = (),
 ) -> None:
-    """Say once for both backends what a registered name means for the parameter table and the sizes of a model.
+    """State once for both backends what a registered name means for the parameter table and the sizes of a model.
 
     Args:
         parameters: gives the tensors as {name within the module: `ParameterSpec`}. Called with the `ModelConfig` for a
@@ -102,8 +102,8 @@ def declare(
             left out: "m" and "v", as AdamW.
 
     Raises:
-        ValueError: no such category, or what it has no use for, or what was declared otherwise before, or names of
-            moments that are none.
+        ValueError: no such category, an argument that it does not use, a declaration that contradicts an earlier one,
+            or invalid names of moments.
     """
     given = Declaration(parameters, layer_parameters, equal_layers, output_num_tokens, tuple(moments))
     if len({*given.moments, "t"}) <= len(given.moments) or not all(name.isidentifier() for name in given.moments):

@@ -36,7 +36,7 @@ __all__ = [
 
 
 class VisionAdapter(Module):
-    """What every adapter is: (B, N, F) -> (B, output_num_tokens(N), D)."""
+    """Base of all adapters: (B, N, F) -> (B, output_num_tokens(N), D)."""
 
     table: tuple[tuple[str, ParameterSpec], ...] = ()
 
@@ -46,7 +46,7 @@ class VisionAdapter(Module):
             init_from_table(self, dict(self.table), seed, stream="adapter.", rngs=rngs)
 
     def reset_parameters(self, *, rngs: nnx.Rngs) -> None:
-        """Draw all projections anew: weights normal(0, 1 / sqrt(inputs)), biases 0."""
+        """Redraw all projections: weights normal(0, 1 / sqrt(inputs)), biases 0."""
         for _, layer in named_modules(self):
             if isinstance(layer, Linear) and layer.weight is not None:
                 shape = layer.weight.get_value().shape
@@ -55,7 +55,7 @@ class VisionAdapter(Module):
                     layer.bias.set_value(jnp.zeros(shape[:1], jnp.float32))
 
     def output_num_tokens(self, num_input_tokens: int) -> int:
-        """Tokens that leave when ``num_input_tokens`` enter."""
+        """Number of output tokens for ``num_input_tokens`` input tokens."""
         return num_input_tokens
 
     def forward(self, x: Float[Array, "B N F"]) -> Float[Array, "B M D"]:
@@ -193,7 +193,7 @@ def build_adapter(adapter_config: AdapterConfig, in_dim: int, out_dim: int, *, r
 
 
 def windows(x: Float[Array, "B N F"], window: int) -> tuple[Float[Array, "B M C F"], Bool[Array, "M C"]]:
-    """Cut the grid into windows, in reading order, those at the right and lower edge filled up with zeros.
+    """Cut the grid into windows, in reading order, those at the right and lower edge padded with zeros.
 
     Returns:
         (B, M, C, F); bool (M, C), True at cells of the grid.

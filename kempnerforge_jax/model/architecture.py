@@ -22,7 +22,8 @@ from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import VLMConfig
 
 Modules = Mapping[str, nnx.Module | None]
-"""What `Architecture.extra_modules` gave, by name, as the model has it now: maybe wrapped; None if it was taken out."""
+"""The modules of `Architecture.extra_modules` by name, as the model holds them now: possibly wrapped, None if removed.
+"""
 RotaryTable = Callable[[Integer[Array, "... S"], DTypeLike], tuple[Float[Array, "... S A"], Float[Array, "... S A"]]]
 """Positions and a dtype to cos and sin."""
 
@@ -32,9 +33,9 @@ RotaryTable = Callable[[Integer[Array, "... S"], DTypeLike], tuple[Float[Array, 
 class Architecture:
     """What a `Transformer` builds and does where architectures differ. This one is the plain decoder.
 
-    An architecture of its own is a subclass, registered in category "architecture" under the ``arch`` of its config. It
-    defines what it does otherwise: the modules it adds, their names in the state dict being those of `extra_modules`,
-    and the methods below, which depend on their arguments alone. The model owns the modules and hands them over.
+    A new architecture is a subclass, registered in category "architecture" under the ``arch`` of its config. It
+    overrides what differs: the modules it adds, named in the state dict as in `extra_modules`, and the methods below,
+    which depend on their arguments alone. The model owns the modules and passes them in.
     """
 
     config: ModelConfig
@@ -51,7 +52,7 @@ class Architecture:
         return {"norm": build_norm(self.config.norm_type, self.config.dim, self.config.norm_eps, rngs=rngs)}
 
     def check(self, modality: ModalityContext) -> None:
-        """Refuse inputs that the architecture would ignore, and ask for those that it needs."""
+        """Reject inputs that the architecture would ignore, and require those that it needs."""
         for name in ("image_features", "image_keys_values", "modality_ids"):
             if getattr(modality, name) is not None:
                 arch = self.vlm_config.arch if self.vlm_config else "none"
@@ -86,7 +87,7 @@ class Architecture:
         return x
 
     def precompute_image_kv(self, modules: Modules, modality: ModalityContext) -> ModalityContext:
-        """What decoding is called with in place of an image that every step would have to read anew."""
+        """The context for decoding, in which nothing of the image is left to be computed at every step."""
         return modality
 
     def final_norm(

@@ -165,7 +165,7 @@ def attend(
     Args:
         q: (B, H, S, h).
         k, v: (B, K, M, h).
-        mask: who may see whom; an array is bool, broadcasts to (B, H, S, M), True = attend.
+        mask: which keys each query may attend to; an array is bool, broadcasts to (B, H, S, M), True = attend.
 
     Returns:
         (B, H, S, h); 0, with gradient 0, in rows that may attend to nothing.

@@ -1,4 +1,4 @@
-"""The balance of experts outside the forward: biases of routers move by the counts of whole steps.
+"""Balancing of experts outside the forward: the biases of routers are updated from the counts of whole steps.
 
 Shapes: _E experts of a router, each its own number.
 """
@@ -24,12 +24,12 @@ def balance(
     progress: Float[Array, ""] | float | None = None,
     taken: Bool[Array, ""] | None = None,
 ) -> None:
-    """Let the routers that balance move their buffers by the assignments of one optimiser step.
+    """Update the balancing buffers of routers from the assignments of one optimiser step.
 
     Args:
-        counts: (_E,) of each router, summed over all micro-batches and ranks; a router without counts stays.
+        counts: (_E,) of each router, summed over all micro-batches and ranks; a router without counts is left as it is.
         progress: the share of the training that is done; None: as given to `set_moe_step`.
-        taken: bool (), False where the step was left out: nothing moves then.
+        taken: bool (), False where the step was skipped: then nothing changes.
     """
     schedule = () if progress is None else (progress,)
     for path, module in plain_modules(model).items():

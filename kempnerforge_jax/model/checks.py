@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
 MAX_ID = 2**31
-"""What an integer that counts is below."""
+"""Upper bound (exclusive) of integers that count."""
 
 
 def check_shape(name: str, array: Shaped[Array, "..."], shape: Sequence[int]) -> None:
@@ -44,8 +44,8 @@ def check_mask(name: str, mask: Shaped[Array, "..."], shape: Sequence[int]) -> N
 def check_ids(name: str, ids: Shaped[Array, "..."], size: int | None = None, ignored: int | None = None) -> None:
     """
     Args:
-        size: ids are in [0, size); None: any integer is one.
-        ignored: one more that is allowed.
+        size: ids are in [0, size); None: any integer is valid.
+        ignored: one further id that is allowed.
 
     Raises:
         ValueError: not of an integer type; outside jit also an id outside. Inside jit, where values can't be seen, what
@@ -68,7 +68,7 @@ def check_positions(
 ) -> None:
     """
     Raises:
-        ValueError: what is said of the new tokens (B, S) is of another dtype or shape.
+        ValueError: ids or mask of the new tokens (B, S) have another dtype or shape.
     """
     if key_padding_mask is not None:
         check_mask("key_padding_mask", key_padding_mask, shape)

@@ -31,14 +31,14 @@ NO_LOGITS = ModalityContext(output_slice=slice(0, 0))
 
 
 class _State(NamedTuple):
-    """What one step hands to the next: the tokens (B,) to read, and which rows have ended (B,)."""
+    """What one step passes to the next: the tokens (B,) to read, and which rows have ended (B,)."""
 
     tokens: jax.Array
     done: jax.Array
 
 
 class _Options(NamedTuple):
-    """Numbers that a compiled step is given: none of them is compiled in.
+    """Arguments of a compiled step, none of which is compiled in.
 
     Attributes:
         sampling: temperature, top_k and top_p; None: greedy.
@@ -92,7 +92,7 @@ def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Int[Ar
 
 
 def _read(model: Transformer, request: Request, parts: tuple[Any, State, State]) -> tuple[list[KVCache], jax.Array]:
-    """`prefill` of a model that is split already, which takes a while."""
+    """`prefill` of a model that is already split, as splitting takes a while."""
     config, dtype, prompts, image = model.config, weight_of(model).dtype, request.prompts, request.image
     (rows, width), prefix = prompts.tokens.shape, image_tokens(image)
     graphdef, params, buffers = parts
@@ -172,7 +172,7 @@ def _compiled_step(graphdef: Any) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _compiled_loop(graphdef: Any) -> Any:
-    """The decode steps as one program, which stops when every row has ended. Also gives the caches, so that their
+    """The decode steps as one program, which stops when every row has ended. Also returns the caches, so that their
     memory can be reused.
     """
 

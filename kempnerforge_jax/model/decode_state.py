@@ -1,7 +1,6 @@
 """What the caches of all layers have in common: how far each row is, and what its tokens are.
 
-Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h head_dim, R rows to
-go on with.
+Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h head_dim, R rows to keep.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ class DecodeState:
         lengths: int32 (B,), tokens seen by each row, which is the position of its next token.
         valid: bool (B, slots), or None while every token was real.
         doc_ids: int (B, slots), or None while no documents were given. Tokens written before are of document 0.
-        oldest: int32 (B,), of a ring, the first position that has not been overwritten; else None.
-        image_tokens: how many of the first tokens were an image's, where modalities count their positions apart.
-        max_seq_len: tokens of a row, at most.
+        oldest: int32 (B,), for a ring, the first position that has not been overwritten; else None.
+        image_tokens: how many of the first tokens were an image's, where each modality counts its own positions.
+        max_seq_len: maximum number of tokens per row.
         policy: which slot a token takes.
     """
 
@@ -73,7 +72,7 @@ class DecodeState:
             )
 
     def check_documents(self, doc_ids: Integer[Array, "B S"] | None) -> None:
-        """Check that new tokens (B, S) have documents if those before had some.
+        """Check that new tokens (B, S) have documents if earlier ones did.
 
         Raises:
             ValueError: if they don't.
@@ -84,8 +83,8 @@ class DecodeState:
     def advance(
         self, length: int, doc_ids: Integer[Array, "B S"] | None, key_padding_mask: Bool[Array, "B S"] | None
     ) -> DecodeState:
-        """Count ``length`` more tokens in every row, whose keys and values all layers have; their (B, S) documents, and
-        which of them are real.
+        """Count ``length`` more tokens in every row, whose keys and values all layers now hold, with their (B, S)
+        documents and which of them are real.
         """
         (documents, valid), _ = self._extended(length, doc_ids, key_padding_mask)
         lengths = self.lengths + length
@@ -93,7 +92,7 @@ class DecodeState:
         return replace(self, lengths=lengths, valid=valid, doc_ids=documents, oldest=oldest)
 
     def truncate(self, lengths: Integer[Array, "B"]) -> DecodeState:
-        """Forget what lies at or beyond new lengths (B,); see `KVCache.truncate`."""
+        """Forget what lies at or beyond the new lengths (B,); see `KVCache.truncate`."""
         check_shape("lengths", lengths, self.lengths.shape)
         check_ids("lengths", lengths, MAX_ID)
         lengths = jnp.minimum(self.lengths, lengths.astype(jnp.int32))
@@ -108,21 +107,21 @@ class DecodeState:
         return replace(self, lengths=lengths)
 
     def without_padding(self) -> DecodeState:
-        """Take every token that is left for real, after the padding was truncated."""
+        """Treat all remaining tokens as real, after the padding was truncated."""
         return replace(self, valid=None)
 
     def checked_rows(self, rows: Integer[Array, "R"]) -> Int[Array, "R"]:
-        """Rows (R,) to go on with, as int64 where there is one.
+        """Rows (R,) to keep, as int64 where JAX has it.
 
         Raises:
-            ValueError: rows that are no integers, or that don't exist. Inside jit the latter can't be seen.
+            ValueError: rows that are not integers, or that don't exist. Inside jit the latter can't be seen.
         """
         check_shape("rows", rows, (rows.size,))
         check_ids("rows", rows, len(self.lengths))
         return wide(rows)
 
     def reorder(self, rows: Integer[Array, "R"]) -> DecodeState:
-        """Go on with these rows (R,) in place of those so far; see `KVCache.reorder`."""
+        """Replace the rows by these (R,); see `KVCache.reorder`."""
         rows = self.checked_rows(rows)
         exists_B = (rows >= 0) & (rows < len(self.lengths))
         old = {name: getattr(self, name) for name in ("valid", "doc_ids", "oldest")}
@@ -137,7 +136,7 @@ class DecodeState:
         key_padding_mask: Bool[Array, "B S"] | None = None,
         sliding_window: int | None = None,
     ) -> Mask:
-        """Who the next ``length`` tokens may see of the keys that `append` gives them.
+        """Which of the keys that `append` returns the next ``length`` tokens may see.
 
         Raises:
             ValueError: a window that a ring does not hold.
@@ -158,7 +157,7 @@ class DecodeState:
         )
 
     def keys(self, length: int) -> int:
-        """How many keys `append` gives ``length`` more tokens."""
+        """How many keys `append` returns for ``length`` more tokens."""
         return self.policy.count if self.policy.fits(length) else self.policy.count + length
 
     def append(
@@ -172,7 +171,9 @@ class DecodeState:
         return written, jnp.concatenate([slots, new.astype(slots.dtype)], axis=axis)
 
     def _key_positions(self, length: int) -> tuple[jax.Array | None, jax.Array | None]:
-        """Of a ring the positions (B, M) of what `append` gives, and bool (B, M) which of them it holds; else None."""
+        """For a ring, the positions (B, M) of what `append` returns, and bool (B, M), which of them it holds; else
+        None.
+        """
         fits = self.policy.fits(length)
         positions_BM = self.policy.positions(self.policy.count, self.lengths + (length if fits else 0))
         if positions_BM is None or self.oldest is None:
@@ -189,7 +190,7 @@ class DecodeState:
     def _extended(
         self, length: int, doc_ids: jax.Array | None, key_padding_mask: jax.Array | None
     ) -> tuple[tuple[jax.Array | None, jax.Array | None], tuple[jax.Array | None, jax.Array | None]]:
-        """`doc_ids` and `valid` with the next tokens' entries; and of what these tokens may see."""
+        """`doc_ids` and `valid` extended by the next tokens; and those of the keys that these tokens may see."""
         shape = (len(self.lengths), self.policy.count)
         self.check_documents(doc_ids)
         documents = valid = seen_documents = seen_valid = None

@@ -35,7 +35,7 @@ class Dispatch(NamedTuple):
 def layer_capacity(
     tokens: int, members_T: Bool[Array, "T"] | None, top_k: int, num_experts: int, factor: float
 ) -> int | Int[Array, "..."] | None:
-    """`capacity` of all tokens, or of those that are True in ``members_T``: an array, as their number is one."""
+    """`capacity` for all tokens, or for those that are True in ``members_T``: then an array, as their number is."""
     if members_T is None or factor == 0:
         return capacity(tokens, top_k, num_experts, factor)
     return jnp.asarray(token_capacities(tokens, top_k, num_experts, factor))[members_T.sum(dtype=jnp.int32)]
@@ -51,7 +51,7 @@ def plan_dispatch(
 
     Args:
         valid_T: tokens whose assignments count; None means all.
-        capacity: assignments that an expert takes, a number or an array of one; None means any number.
+        capacity: assignments that an expert takes, a number or a scalar array; None means any number.
     """
     tokens, top_k = indices_Tk.shape
     expert_R = indices_Tk.T.ravel()

@@ -50,13 +50,13 @@ class ExpertChoiceSigmoidRouter(Module):
         Args:
             x: (T, D).
             valid: bool (T,), False for tokens that no expert may take.
-            noise: (T, E), added to the logits for the choice alone. None is drawn: JAX has no mode of training.
+            noise: (T, E), added to the logits for the choice alone. None is drawn: JAX has no training mode.
             return_scores: give an `ExpertChoiceOutput`.
 
         Returns:
             weights: (C, E) scores of the tokens that each expert takes, in at least float32; 0 where there are fewer
                 than C tokens that it may take.
-            tokens: int32 (C, E), these tokens, best first; beyond those that it may take they mean nothing.
+            tokens: int32 (C, E), these tokens, best first; entries beyond those that it may take are meaningless.
         """
         logits_TE = self.gate(x)
         scores_TE = jax.nn.sigmoid(logits_TE)
@@ -73,7 +73,7 @@ class ExpertChoiceSigmoidRouter(Module):
     def run(
         self, x: Float[Array, "T D"], valid: Bool[Array, "T"] | None = None, noise: Float[Array, "T E"] | None = None
     ) -> ExpertChoiceOutput:
-        """What a call gives, with the scores of all tokens. Arguments as for `forward`."""
+        """The result of a call, with the scores of all tokens. Arguments as for `forward`."""
         return self(x, valid, noise, return_scores=True)
 
     def capacity(
@@ -85,10 +85,10 @@ class ExpertChoiceSigmoidRouter(Module):
 
     @staticmethod
     def rerouted(output: ExpertChoiceOutput, tokens_CE: Integer[Array, "C E"]) -> ExpertChoiceOutput:
-        """What the call that gave ``output`` would have given, had the experts chosen ``tokens_CE``.
+        """What the call would have returned in place of ``output``, had the experts chosen ``tokens_CE``.
 
         Raises:
-            ValueError: choices of another shape, or of tokens that don't exist. Inside a trace these weigh NaN.
+            ValueError: choices of another shape, or of tokens that don't exist. Inside a trace their weights are NaN.
         """
         weights_CE, chosen_CE, scores_TE = output
         check_shape("tokens_CE", tokens_CE, chosen_CE.shape)
@@ -130,8 +130,8 @@ class ExpertChoiceMoE(StatsGetters):
         Args:
             valid: bool (...), the tokens that take part; None means all.
             noise: (..., E), see the router.
-            return_stats: give a `MoEOutput`, and leave the getters alone. There are no losses; dropped are the tokens
-                that none takes.
+            return_stats: give a `MoEOutput`, and leave the getters alone. There are no losses; ``dropped`` counts the
+                tokens that no expert takes.
 
         Raises:
             ValueError: a mask of another dtype or shape.
@@ -162,12 +162,12 @@ class ExpertChoiceMoE(StatsGetters):
         valid: Bool[Array, "..."] | None = None,
         noise: Float[Array, "... E"] | None = None,
     ) -> MoEOutput:
-        """What a call gives, with what was counted. Arguments as for `forward`; nothing is kept."""
+        """The result of a call, with its stats. Arguments as for `forward`; nothing is kept."""
         return self(x, valid, noise, return_stats=True)
 
 
 def _stats(tokens_CE: jax.Array, scores_TE: jax.Array, num_taken: jax.Array | int, valid: jax.Array | None) -> MoEStats:
-    """What one mixture counted; entropy is that of a token's scores over the experts, as shares."""
+    """The stats of one mixture; entropy is that of a token's scores, normalised over the experts."""
     tokens, experts = scores_TE.shape
     valid_T = jnp.ones(tokens, bool) if valid is None else valid
     zero = jnp.zeros((), scores_TE.dtype)

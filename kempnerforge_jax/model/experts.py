@@ -1,4 +1,4 @@
-"""What experts make of rows that are sorted by expert.
+"""Experts applied to rows that are sorted by expert.
 
 The rows of expert e are those from ends[e - 1] (0 for the first) to ends[e]; rows from ends[-1] on belong to no expert.
 
@@ -103,7 +103,7 @@ def exchanging(exchange: _Exchange) -> Iterator[None]:
 
 
 def apply_modules(x_RD: Float[Array, "R D"], ends_E: Int[Array, "E"], experts: Sequence[Module]) -> Float[Array, "R D"]:
-    """(R, D): as `grouped_expert_forward`, by ends, whose values change no shape; 0 for rows of no expert."""
+    """(R, D): as `grouped_expert_forward`, by ends, on whose values no shape depends; 0 for rows of no expert."""
     rows_R1 = jnp.arange(x_RD.shape[0])[:, None]
     out_RD, start = jnp.zeros_like(x_RD), 0
     for index, expert in enumerate(experts):

@@ -1,4 +1,4 @@
-"""Activations by the dotted path of the module that put them out ("layers.0.attention.q_proj", "norm")."""
+"""Activations by the dotted path of the module that outputs them ("layers.0.attention.q_proj", "norm")."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from shared_config.interchange.files import PathLike
 
 
 def activation_names(model: nnx.Module) -> list[str]:
-    """Names that `capture` knows, in order of definition; wrappers leave no trace in them."""
+    """Names that `capture` accepts, in order of definition, without those of wrappers."""
     return [name for name, module in plain_modules(model).items() if name and isinstance(module, Module)]
 
 
@@ -39,10 +39,10 @@ def activation_names(model: nnx.Module) -> list[str]:
 def capture(model: nnx.Module, names: Iterable[str] | None = None, *, detach: bool = False) -> Iterator[dict[str, Any]]:
     """Collect outputs of modules while the context is open. Works inside a trace, on the model that was merged there.
 
-    Layers are run one by one meanwhile, whatever `Transformer.run` is told of scans and rematerialisation.
+    Layers run one by one in it, whatever scans and rematerialisation `Transformer.run` is called with.
 
     Args:
-        names: which; None for all. Of a tuple the first is taken, a dict is kept as it is.
+        names: which; None for all. Of a tuple the first element is kept, a dict as it is.
         detach: stop gradients at the collected arrays.
 
     Yields:
@@ -67,12 +67,12 @@ def capture(model: nnx.Module, names: Iterable[str] | None = None, *, detach: bo
 
 @contextlib.contextmanager
 def replacing(model: nnx.Module, outputs: Mapping[str, Shaped[Array, "..."]]) -> Iterator[None]:
-    """Let what follows a module go on with another output than its own while the context is open.
+    """Replace the outputs of modules while the context is open.
 
-    A `capture` sees what the module itself put out. No gradient flows through a replaced output. Works inside a trace.
+    A `capture` sees the module's own output. No gradient flows through a replaced output. Works inside a trace.
 
     Args:
-        outputs: path of a module -> what takes the place of its output (of a tuple, of the first), in whatever dtype.
+        outputs: path of a module -> the replacement of its output (of the first element of a tuple), in any dtype.
 
     Raises:
         ValueError: an unknown name; lists what exists. When the module is called: an output of another shape.
@@ -89,9 +89,9 @@ def replacing(model: nnx.Module, outputs: Mapping[str, Shaped[Array, "..."]]) ->
 
 
 class ActivationStore:
-    """Host copies of what chosen modules put out in their last call, for as long as the store is enabled.
+    """Host copies of the outputs of chosen modules in their last call, while the store is enabled.
 
-    Calls of this very model outside jit are recorded; `capture` is what works inside.
+    Calls of this model outside jit are recorded; inside, use `capture`.
 
     Attributes:
         layer_names: the modules, by path.
@@ -122,7 +122,7 @@ class ActivationStore:
         return dict(self._activations)
 
     def get(self, name: str) -> Any:
-        """What a module put out last; None if it has not been called.
+        """The last output of a module; None if it has not been called.
 
         Raises:
             ValueError: not one of ``layer_names``.
@@ -167,7 +167,8 @@ def extract_representations(
     *,
     path: PathLike | None = None,
 ) -> dict[str, Shaped[Array, "..."]] | None:
-    """Run a dataset through a model and keep what some modules put out, in evaluation mode and without capacity limits.
+    """Run a dataset through a model and keep the outputs of some modules, in evaluation mode and without capacity
+    limits.
 
     Args:
         dataset: samples of one length: token ids (S,), or mappings with "tokens" or "input_ids", and perhaps
@@ -204,13 +205,13 @@ def save_activations(activations: Mapping[str, object], path: PathLike) -> None:
     """Write activations, dicts by modality included, to a .npz file, whole or not at all; the suffix is appended if
     ``path`` has none.
 
-    bfloat16 is stored as integers with a note of the type; `read_activations` of shared_config gives it back.
+    bfloat16 is stored as integers with a note of the type; `read_activations` of shared_config restores it.
     """
     write_activations(path, {name: _to_numpy(value) for name, value in activations.items()})
 
 
 def first_output(output: Any) -> Any:
-    """A tuple gives its first."""
+    """The first element of a tuple; anything else as it is."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -250,9 +251,9 @@ def _to_numpy(output: Any) -> Any:
 
 
 def _compiled_outputs(model: Transformer, names: list[str]) -> Callable[..., dict[str, Any]]:
-    """What the modules put out for tokens (B, S), ``real`` (B, S) or padding.
+    """The outputs of the modules for tokens (B, S), ``real`` (B, S) or padding.
 
-    What nobody asks for, such as the head, is not computed.
+    What is not asked for, such as the head, is not computed.
     """
     graphdef, params, buffers = split(unwrapped(model))
 

@@ -50,10 +50,10 @@ def init_from_table(
     stream: str = "",
     rngs: nnx.Rngs | None = None,
 ) -> None:
-    """Set every parameter and buffer of a module from a table of its own, as `init_weights` does.
+    """Set every parameter and buffer of a module from its own table, as `init_weights` does.
 
     Args:
-        stream: goes before the names where seeded values are drawn, so that namesakes in other parts get others.
+        stream: prefix of the names where seeded values are drawn, so that equal names in other parts get other values.
     """
     own = own_variables(model)
     problems = [

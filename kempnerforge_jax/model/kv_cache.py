@@ -1,7 +1,6 @@
 """Keys and values of the tokens seen so far: the memory of decoding.
 
-Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h head_dim, R rows to
-go on with.
+Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h head_dim, R rows to keep.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class KVCache:
     expansion. Where documents or padding were given, the cache remembers them for the tokens to come. Shapes never
     follow the fill, so that one compiled step serves every position.
 
-    With a sliding window the slots are a ring, in which a token takes the place of one that none of the later may see.
+    With a sliding window the slots are a ring, in which a token overwrites one that no later token may see.
 
     Several layers may share a state; `SharedCaches` holds it once.
 
@@ -53,7 +52,7 @@ class KVCache:
         """
         Args:
             sliding_window: hold ``sliding_window + spare`` tokens of a row instead of ``max_seq_len``, if that is less.
-            spare: so many tokens of a row, and one, may be forgotten again, or read at once without a copy of the ring.
+            spare: up to ``spare + 1`` tokens of a row can be truncated, or read at once without a copy of the ring.
             state: of another cache of the same sizes.
         """
         if state is None:
@@ -80,7 +79,7 @@ class KVCache:
 
     @property
     def oldest(self) -> Int[Array, "B"] | None:
-        """int32 (B,), of a ring, the first position that has not been overwritten; else None."""
+        """int32 (B,), for a ring, the first position that has not been overwritten; else None."""
         return self.state.oldest
 
     @property
@@ -90,17 +89,17 @@ class KVCache:
 
     @property
     def max_seq_len(self) -> int:
-        """Tokens of a row, at most."""
+        """Maximum number of tokens per row."""
         return self.state.max_seq_len
 
     @property
     def slots(self) -> int:
-        """Tokens of a row that are held, at most."""
+        """Maximum number of tokens held per row."""
         return self.k.shape[2]
 
     @property
     def sliding_window(self) -> int | None:
-        """Of a ring, how many tokens each one may see; None where a slot is a position."""
+        """For a ring, how many tokens each one may see; None where a slot is a position."""
         return self.state.policy.window
 
     @property
@@ -113,7 +112,7 @@ class KVCache:
         return self.state.positions(length)
 
     def keys(self, length: int) -> int:
-        """How many keys `update` gives ``length`` more tokens."""
+        """How many keys `update` returns for ``length`` more tokens."""
         return self.state.keys(length)
 
     def reserve(self, length: int) -> None:
@@ -160,13 +159,13 @@ class KVCache:
             lengths: int (B,); where it exceeds the length so far, nothing is forgotten.
 
         Raises:
-            ValueError: lengths that are negative, no integers, or not one per row; a ring has overwritten what the next
-                token may see. Inside jit this can't be seen; there the row is full from then on.
+            ValueError: lengths that are negative, not integers, or not one per row; a ring has overwritten what the
+                next token may see. Inside jit this can't be seen; there the row is full from then on.
         """
         return self._replace(state=self.state.truncate(lengths))
 
     def without_padding(self) -> KVCache:
-        """The same cache, which takes every token that is left for real, after the padding was truncated."""
+        """The same cache with all remaining tokens treated as real, after the padding was truncated."""
         return self._replace(state=self.state.without_padding())
 
     def after_image(self, tokens: int) -> KVCache:
@@ -174,13 +173,13 @@ class KVCache:
         return self._replace(state=replace(self.state, image_tokens=max(self.state.image_tokens, tokens)))
 
     def reorder(self, rows: Integer[Array, "R"]) -> KVCache:
-        """Go on with these rows in place of those so far, as a beam search does: row i becomes what ``rows[i]`` was.
+        """Replace the rows, as a beam search does: row i becomes what ``rows[i]`` was.
 
         Args:
             rows: int (R,); a row may be taken several times, or not at all.
 
         Raises:
-            ValueError: rows that are no integers, or that don't exist. Inside jit this can't be seen; there such a row
+            ValueError: rows that are not integers, or that don't exist. Inside jit this can't be seen; there such a row
                 is full from then on.
         """
         state, rows = self.state.reorder(rows), self.state.checked_rows(rows)
@@ -194,7 +193,7 @@ class KVCache:
         key_padding_mask: Bool[Array, "B S"] | None = None,
         sliding_window: int | None = None,
     ) -> Mask:
-        """Who the next ``length`` tokens may see of what `update` will return.
+        """Which of the keys that `update` will return the next ``length`` tokens may see.
 
         Raises:
             ValueError: a window that a ring does not hold.
@@ -208,7 +207,7 @@ class KVCache:
 
 
 class SharedCaches(NamedTuple):
-    """Caches of all layers, whose state stands once, as no buffer can be given away twice.
+    """Caches of all layers with one state, as no buffer can be donated twice.
 
     Attributes:
         layers: keys and values of each, (B, K, slots, h).

@@ -1,4 +1,4 @@
-"""What every module of this backend is: an NNX module with ``forward``, whose calls can be observed.
+"""Base of every module of this backend: an NNX module with ``forward``, whose calls can be observed.
 
 Torch's `nn.Module` has these abilities built in; here they are: named walks, observers of outputs, a change of dtype,
 and values of the last call kept beside the module (an NNX module holds parameters and buffers only, so that it can

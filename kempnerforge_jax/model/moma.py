@@ -53,7 +53,7 @@ class MoMaFFN(Module):
         Args:
             experts_per_modality: their number.
             capacity_factor_per_modality, gumbel_noise: as for the router.
-            layer_idx: layers of one seed have noise of their own.
+            layer_idx: layers have different noise under one seed.
         """
         self.modalities = tuple(modalities)
         self.gumbel_noise = gumbel_noise
@@ -118,13 +118,15 @@ class MoMaFFN(Module):
         layout: Layout | None = None,
         noise_seed: Integer[Array, ""] | None = None,
     ) -> MoMaOutput:
-        """What a call gives, with the stats of each modality. Arguments as for `forward`; nothing is kept."""
+        """The result of a call, with the stats of each modality. Arguments as for `forward`; nothing is kept."""
         return self(x, modality_ids, key_padding_mask, layout=layout, noise_seed=noise_seed, return_stats=True)
 
     def _by_span(
         self, x: jax.Array, layout: Layout, valid: jax.Array | None, noise_seed: jax.Array | None
     ) -> tuple[dict[str, jax.Array], dict[str, MoEStats]]:
-        """What the experts of each modality make of its span, or of its positions of the whole stream, and stats."""
+        """The outputs of each modality's experts for its span, or for its positions in the whole stream, and their
+        stats.
+        """
         outs: dict[str, jax.Array] = {}
         stats: dict[str, MoEStats] = {}
         if layout.spans is None:
@@ -233,7 +235,7 @@ class MoMaBlock(Module):
         noise_seed: Integer[Array, ""] | None = None,
         **options: Unpack[BlockOptions],
     ) -> BlockOutput:
-        """What a call gives, with the stats of each modality. Arguments as for `forward`; nothing is kept."""
+        """The result of a call, with the stats of each modality. Arguments as for `forward`; nothing is kept."""
         own = {"key_padding_mask": key_padding_mask, "layout": layout, "noise_seed": noise_seed}
         return self(x, rope_cos, rope_sin, modality_ids, **own, return_stats=True, **options)
 

@@ -247,13 +247,13 @@ class MoTBlock(Module):
         layout: Layout | None = None,
         **options: Unpack[BlockOptions],
     ) -> BlockOutput:
-        """What a call gives, with what the routers counted. Arguments as for `forward`; nothing is kept."""
+        """The result of a call, with the stats of its routers. Arguments as for `forward`; nothing is kept."""
         return self(streams, rope, key_padding_mask, layout=layout, return_stats=True, **options)
 
     def _route(
         self, x_BSD: jax.Array, layout: Layout, valid: jax.Array | None, limit_capacity: bool
     ) -> tuple[jax.Array, dict[str, MoEStats]]:
-        """What the experts of each modality make of its tokens, and their stats, by name. Capacity is that of the
+        """The outputs of each modality's experts for its tokens, and their stats, by name. Capacity counts the
         modality's positions in the batch, padding included.
         """
         outs, stats = {}, {}

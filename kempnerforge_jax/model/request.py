@@ -1,4 +1,4 @@
-"""What is to be generated, checked before the first token is drawn.
+"""A request for generation, checked before the first token is drawn.
 
 Shapes: B rows, S tokens of the longest prompt, N new tokens.
 """
@@ -36,7 +36,7 @@ from shared_config.contract.decoding import (
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be generated, checked.
+    """A request for generation, checked.
 
     Attributes:
         image: its place in the stream, or what is read of it at every step; None: text alone.
@@ -75,7 +75,7 @@ def make_request(
     pixel_values: Float[Array, "B ... 3 h w"] | np.ndarray | None = None,
     frame_mask: Bool[Array, "B F"] | np.ndarray | None = None,
 ) -> Request:
-    """What `generate` and `stream` are asked for, checked; their arguments.
+    """The checked request of `generate` or `stream`, from their arguments.
 
     Raises:
         ValueError: naming what can't be generated.
@@ -119,7 +119,7 @@ def _checked(model: Transformer | VLMWrapper) -> Transformer:
 def _read_image(
     model: Transformer | VLMWrapper, pixel_values: Any, frame_mask: Any, rows: int
 ) -> ModalityContext | None:
-    """What the transformer is called with for the image of each row."""
+    """The context of the transformer for the image of each row."""
     if pixel_values is None and frame_mask is not None:
         raise ValueError("frame_mask is given, pixel_values = None: the mask needs the images that it masks")
     if pixel_values is None:

@@ -46,8 +46,8 @@ class Gate(Linear):
 
 
 class TopKRouter(StatsGetters):
-    """The k experts with the best scores, ties to the lowest index. A router of its own overrides what `_score` and the
-    methods after it say.
+    """The k experts with the best scores, ties to the lowest index. Other routers override `_score` and the methods
+    after it.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class TopKRouter(StatsGetters):
     def run(
         self, x: Float[Array, "T D"], valid: Bool[Array, "T"] | None = None, *, batch_size: int = 1
     ) -> RouterOutput:
-        """What a call gives, with what was counted. Arguments as for `forward`; nothing is kept."""
+        """The result of a call, with its stats. Arguments as for `forward`; nothing is kept."""
         return self(x, valid, batch_size=batch_size, return_stats=True)
 
     def _score(self, logits_TE: jax.Array) -> jax.Array:
@@ -106,7 +106,7 @@ class TopKRouter(StatsGetters):
         raise NotImplementedError(f"{type(self).__name__} defines no _score")
 
     def _preference(self, scores_TE: jax.Array) -> jax.Array:
-        """What is compared to choose; it has no gradient."""
+        """The values by which experts are chosen, without a gradient."""
         return scores_TE
 
     def _weigh(self, chosen_Tk: jax.Array) -> jax.Array:
@@ -198,8 +198,8 @@ class SigmoidTopKRouter(TopKRouter):
         self.expert_ema = Buffer(jnp.full((num_experts,), 1.0 / num_experts, jnp.float32))
 
     def set_step(self, step: int, max_steps: int) -> None:
-        """Where training stands, for the schedule of the bias's rate. Kept beside the module, whose graph is static:
-        inside jit, give ``progress`` to `update_bias`.
+        """Set the progress of training, for the schedule of the bias update rate. Kept beside the module, whose graph
+        is static: inside jit, give ``progress`` to `update_bias`.
         """
         self.keep(progress=training_progress(step, max_steps, _namespace(step)))
 
@@ -293,7 +293,7 @@ def balance_losses(
 
 
 def masked_mean(values: Float[Array, "..."], valid: Bool[Array, "..."] | None, axis: int) -> Float[Array, "..."]:
-    """Mean along ``axis`` of the places where ``valid`` (of the leading axes) is True; 0 if there is none."""
+    """Mean along ``axis`` of the positions where ``valid`` (of the leading axes) is True; 0 if there is none."""
     if valid is None:
         return values.sum(axis=axis) / max(values.shape[axis], 1)
     valid = valid.reshape(valid.shape + (1,) * (values.ndim - valid.ndim))

@@ -1,8 +1,9 @@
-"""Layers of one structure, stacked along a leading axis and run by `jax.lax.scan`: compile time that depth can't raise.
+"""Layers of one structure, stacked along a leading axis and run by `jax.lax.scan`: compile time that does not grow with
+depth.
 
 A stacked model is a `Transformer` whose ``layers`` hold one block per `Stack`, by its name. Layers that alternate
-(dense, experts, dense, ...) make as many stacks as the period is long, which run in turn within one step of the scan.
-This file has no twin: torch compiles block by block, and has no use for scans.
+(dense, experts, dense, ...) make as many stacks as the period is long, which run one after the other within one step of
+the scan. This file has no twin: torch compiles block by block, and has no use for scans.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from kempnerforge_jax.model.stack import Stack
 from kempnerforge_jax.model.stats import LayerStats
 
 PREPARED = "prepared"
-"""The `checkpoint_name` of arrays that functions with a gradient of their own make while `preparing`: not kept for the
-backward pass, which makes them again.
+"""The `checkpoint_name` of arrays that functions with a custom gradient make while `preparing`: not kept for the
+backward pass, which recomputes them.
 """
 log = logging.getLogger(__name__)
 _preparation: ContextVar[Callable[[Module], Module] | None] = ContextVar("_preparation", default=None)
@@ -50,7 +51,7 @@ _Model = TypeVar("_Model", bound=Layered)
 
 @contextlib.contextmanager
 def preparing(prepare: Callable[[Module], Module]) -> Iterator[None]:
-    """Within it, layers run as the blocks that ``prepare(block)`` gives when their turn comes."""
+    """Within it, each layer runs as the block that ``prepare(block)`` returns, called right before."""
     token = _preparation.set(prepare)
     try:
         yield

@@ -27,18 +27,18 @@ class LinearSlots:
 
     @property
     def spare(self) -> int:
-        """Tokens of a row that are held beyond what the next one may see."""
+        """Tokens held per row beyond those that the next one may see."""
         return self.count
 
     def check_window(self, sliding_window: int | None) -> None:
         """Check that a window is held: any is."""
 
     def fits(self, length: int) -> bool:
-        """Whether so many more tokens overwrite nothing that one of them may see."""
+        """Whether ``length`` more tokens overwrite nothing that one of them may see."""
         return True
 
     def stored(self, length: int) -> int:
-        """Of so many new tokens those that are held, the last ones."""
+        """How many of ``length`` new tokens are stored, the last ones."""
         return length
 
     def slots_of(self, positions: Int[Array, "..."]) -> Int[Array, "..."]:
@@ -46,16 +46,16 @@ class LinearSlots:
         return positions
 
     def positions(self, slots: int, lengths: Int[Array, "B"]) -> None:
-        """Positions of what the first slots hold after so many tokens (B,); None: 0, 1, ..."""
+        """Positions of what the first slots hold after ``lengths`` tokens (B,); None: 0, 1, ..."""
 
     def first_seen(self, lengths: Int[Array, "B"]) -> Int[Array, "B"]:
-        """The first position (B,) that the next token may see, after so many tokens (B,)."""
+        """The first position (B,) that the next token may see, after ``lengths`` tokens (B,)."""
         return jnp.zeros_like(lengths)
 
 
 @dataclass(frozen=True)
 class RingSlots:
-    """A token takes the place of one that none of the later may see:
+    """A token overwrites one that no later token may see:
 
         window 3, 4 slots, 6 tokens seen        slot     0 1 2 3
                                                 holds    4 5 2 3
@@ -70,7 +70,7 @@ class RingSlots:
 
     @property
     def spare(self) -> int:
-        """Tokens of a row that are held beyond what the next one may see."""
+        """Tokens held per row beyond those that the next one may see."""
         return self.count - self.window
 
     def check_window(self, sliding_window: int | None) -> None:
@@ -83,11 +83,11 @@ class RingSlots:
             raise ValueError(f"sliding_window = {sliding_window}: must be at most the cache's, {self.window}")
 
     def fits(self, length: int) -> bool:
-        """Whether so many more tokens overwrite nothing that one of them may see."""
+        """Whether ``length`` more tokens overwrite nothing that one of them may see."""
         return length <= self.spare + 1
 
     def stored(self, length: int) -> int:
-        """Of so many new tokens those that are held, the last ones."""
+        """How many of ``length`` new tokens are stored, the last ones."""
         return min(length, self.count)
 
     def slots_of(self, positions: Int[Array, "..."]) -> Int[Array, "..."]:
@@ -95,13 +95,13 @@ class RingSlots:
         return positions % self.count
 
     def positions(self, slots: int, lengths: Int[Array, "B"]) -> Int[Array, "B M"]:
-        """Positions (B, M) of what the first slots hold after so many tokens (B,); negative where that is nothing."""
+        """Positions (B, M) of what the first slots hold after ``lengths`` tokens (B,); negative for empty slots."""
         slots_M = jnp.arange(slots, dtype=jnp.int32)
         last_B1 = lengths[:, None] - 1
         return last_B1 - (last_B1 - slots_M) % self.count
 
     def first_seen(self, lengths: Int[Array, "B"]) -> Int[Array, "B"]:
-        """The first position (B,) that the next token may see, after so many tokens (B,)."""
+        """The first position (B,) that the next token may see, after ``lengths`` tokens (B,)."""
         return jnp.maximum(lengths + 1 - self.window, 0)
 
 

@@ -1,4 +1,4 @@
-"""Stacks: layers of one structure whose arrays lie along a leading axis, and the names that they go by.
+"""Stacks: layers of one structure whose arrays lie along a leading axis, and their names.
 
 This file has no twin: torch compiles block by block, and has no use for stacks.
 """

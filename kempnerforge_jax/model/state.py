@@ -133,7 +133,8 @@ def from_numpy(array: np.ndarray, dtype: DTypeLike | None = None) -> Shaped[Arra
 
 
 def share(state: Mapping[str, object]) -> State:
-    """Arrays over the memory of another library's tensors (DLPack), on the CPU or on the same GPU, without a copy.
+    """Arrays that share the memory of another library's tensors (DLPack), on the CPU or on the same GPU, without a
+    copy.
 
     The other library must not write to them any more: JAX takes arrays for immutable.
     """

@@ -1,7 +1,8 @@
-"""What the levels of a model give: routers, mixtures of experts, blocks, transformers; and the getters of their stats.
+"""What each level of a model returns (routers, mixtures of experts, blocks, transformers), and the getters of their
+stats.
 
-A documented call (``router(x)``, ``model(tokens)``) gives what the level computes, and keeps the stats of its routers
-for the getters, in this module and in those within it. ``run`` gives a struct, always the same, with the stats in it,
+A documented call (``router(x)``, ``model(tokens)``) returns what the level computes, and keeps the stats of its routers
+for the getters, in this module and in those within it. ``run`` always returns the same struct, with the stats in it,
 and keeps nothing. Levels call each other with ``return_stats=True``, which is the same through a module's ``__call__``,
 where hooks and compilers are.
 
@@ -79,7 +80,7 @@ class RouterOutput(NamedTuple):
 
 
 class ExpertChoiceOutput(NamedTuple):
-    """What a router computes whose experts choose tokens.
+    """What a router whose experts choose tokens computes.
 
     Attributes:
         weights: (C, E), at least float32: scores of the tokens taken; 0 where an expert takes fewer than C.
@@ -148,14 +149,14 @@ class TransformerOutput(NamedTuple):
 class StatsGetters(Module):
     """Base of routers and mixtures: the getters of the stats that a documented call kept.
 
-    They speak of the last plain call of this module, or of one that holds it: ``model(tokens)`` sets those of all its
+    They report the last plain call of this module, or of one that holds it: ``model(tokens)`` sets those of all its
     routers. `run`, and what runs inside jit, leaves them alone.
     """
 
     num_experts: int
 
     def keep_stats(self, stats: RouterStats | MoEStats) -> None:
-        """Let the getters speak of a call. Inside jit nothing happens."""
+        """Make the getters report this call. Inside jit nothing happens."""
         self.keep(stats=stats)
 
     @property
@@ -191,8 +192,9 @@ class ModelGetters(Module):
     layers: nnx.Dict[Module]
 
     def keep_stats(self, stats: dict[int, LayerStats]) -> None:
-        """Let the getters speak of a call, those of its layers too; unless after `eval`, count it for
-        `update_moe_bias`. Inside jit nothing happens."""
+        """Make the getters report this call, in its layers too; unless after `eval`, count it for `update_moe_bias`.
+        Inside jit nothing happens.
+        """
         self.keep(stats=stats)
         for layer, own in stats.items():
             if str(layer) in self.layers:
@@ -234,7 +236,7 @@ class ModelGetters(Module):
 
 
 def keep_stats(module: nnx.Module, stats: RouterStats | LayerStats | None) -> None:
-    """Let the getters of a module speak of a call: of a router, a mixture, mixtures by modality, or the ``mlp`` of a
+    """Make the getters of a module report a call: of a router, a mixture, mixtures by modality, or the ``mlp`` of a
     block. Other modules have none.
     """
     if stats is None:
@@ -264,5 +266,5 @@ def counts_of(stats: LayerStats) -> LayerCounts:
 def added(
     total: Mapping[RouterId, Num[Array, "_E"]], counts: Mapping[RouterId, Num[Array, "_E"]]
 ) -> dict[RouterId, Num[Array, "_E"]]:
-    """Counts by router, added up; what only one of them has counts too."""
+    """Counts by router, added up; a router that only one of them has keeps its own."""
     return {**total, **{router: total[router] + own if router in total else own for router, own in counts.items()}}

@@ -126,11 +126,11 @@ class Transformer(ModelGetters):
 
         Args:
             tokens: int (B, S); or else ``modality.inputs_embeds``.
-            kv_caches: one per layer; positions go on from their fill.
+            kv_caches: one per layer; positions continue from their fill.
             doc_ids: int (B, S) over the residual stream; attention stays within a document.
             allow_image_inputs: let image inputs go together with caches, as the prefill of `generate` does.
             limit_capacity: whether experts have a capacity in this call; None: unless there are caches. A token's
-                result must not depend on how its sequence is cut into calls.
+                result must not depend on how its sequence is split into calls.
             scan_layers: stack layers of one structure here and scan them. A model from ``split(scan_layers=True)``
                 holds them stacked and needs no copy.
             remat: compute the activations of each layer again in the backward pass: True, or a `jax.checkpoint` policy.
@@ -168,11 +168,11 @@ class Transformer(ModelGetters):
         return TransformerOutput(logits, stats, updated)
 
     def precompute_image_kv(self, modality: ModalityContext) -> ModalityContext:
-        """What decoding is called with in place of an image that every step would have to read anew."""
+        """The context for decoding, in which nothing of the image is left to be computed at every step."""
         return self.architecture.precompute_image_kv(self._extra_modules(), modality)
 
     def set_moe_step(self, step: int, max_steps: int) -> None:
-        """Tell the routers where training stands (their bias schedules)."""
+        """Tell the routers the progress of training, for their bias schedules."""
         for _, router in self._having("set_step"):
             router.set_step(step, max_steps)
 

@@ -18,7 +18,7 @@ _Unwrapped = TypeVar("_Unwrapped", bound=nnx.Module)
 
 
 def unwrap(model: _Model) -> _Model:
-    """What the outermost wrappers hold; inner parts stay wrapped."""
+    """The module inside the outermost wrappers; its parts stay wrapped."""
     while (inner := _inner(model)) is not None:
         model = inner
     return model

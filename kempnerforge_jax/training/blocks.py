@@ -9,4 +9,4 @@ REMATERIALISATION = {
     "full": True,
     "selective": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-"""What of a block is computed again in the backward pass: nothing, all, or all but matrix products with weights."""
+"""What of a block is recomputed in the backward pass: nothing, all, or all but matrix products with weights."""

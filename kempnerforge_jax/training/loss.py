@@ -31,7 +31,7 @@ def cross_entropy(
         count: int32 scalar.
 
     Raises:
-        ValueError: labels of another shape than the logits, or that are no integers; outside jit one that is neither
+        ValueError: labels of another shape than the logits, or that are not integers; outside jit one that is neither
             -100 nor in [0, V).
     """
     check_shape("labels", labels_BS, logits_BSV.shape[:-1])
@@ -41,7 +41,7 @@ def cross_entropy(
 
 
 def mean_cross_entropy(logits_BSV: Float[Array, "B S V"], labels_BS: Integer[Array, "B S"]) -> Float[Array, ""]:
-    """`cross_entropy` a label that counts; 0 with gradient 0 if none does."""
+    """`cross_entropy` per label that counts; 0 with gradient 0 if none does."""
     total, count = cross_entropy(logits_BSV, labels_BS)
     return total / jnp.maximum(count, 1)
 

@@ -67,8 +67,8 @@ def summed_loss(recipe: Recipe, parameters: State, buffers: State, batches: Stat
 
 
 def _of_all_ranks(recipe: Recipe, own: Callable[..., Any], given: Collection[str]) -> Callable[..., Any]:
-    """``own(recipe, parameters, buffers, batches, count) -> (arrays of these names, sums)``, which speaks of one data
-    rank, for all of them.
+    """``own(recipe, parameters, buffers, batches, count) -> (arrays of these names, sums)``, which computes the part of
+    one data rank, for all of them.
     """
     of_rank = functools.partial(own, recipe)
     return of_rank if recipe.shards is None else over_ranks(of_rank, recipe.shards, given)
@@ -134,7 +134,7 @@ def _objective(
 
 @contextlib.contextmanager
 def _computing_model(recipe: Recipe, parameters: State, buffers: State) -> Iterator[Any]:
-    """The model in the compute dtype; on a mesh, of parts of which its blocks are put together in their turn."""
+    """The model in the compute dtype; on a mesh, sharded, with each block gathered when it runs."""
     if recipe.shards is None:
         yield merge(recipe.graphdef, compute_copy(recipe, parameters), buffers)
         return

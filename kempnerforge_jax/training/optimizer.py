@@ -3,7 +3,7 @@
     m <- b1 m + (1 - b1) g            v <- b2 v + (1 - b2) g^2
     p <- p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p)        t = 1, 2, ...
 
-t counts the updates of each parameter: what is frozen takes none. The decay acts where the parameter table says so.
+t counts the updates of each parameter: a frozen one gets none. The decay acts where the parameter table says so.
 Checkpoints hold the moments as ``m.<parameter>`` and ``v.<parameter>``, the counts as ``t.<parameter>``.
 
 Another optimiser is registered in category "optimizer" under the name that ``optimizer.name`` gives. It is called with
@@ -41,7 +41,7 @@ def build_optimizer(
 ) -> optax.GradientTransformation:
     """The optimiser of the named parameters (arrays, or anything else: only names matter).
 
-    What it gives is to be subtracted times the learning rate, see `update`.
+    Its output is subtracted times the learning rate, see `update`.
     """
     own = registry.get("optimizer", config.name)(config)
     _check_state(own, config.name)

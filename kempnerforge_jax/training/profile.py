@@ -11,11 +11,11 @@ import jax
 
 @contextmanager
 def profile(folder: Path, wait: Callable[[], object]) -> Iterator[None]:
-    """Trace what the host and the device do meanwhile, into ``plugins/profile/TIME`` of the folder: ``*.xplane.pb`` for
-    TensorBoard (XProf), ``*.trace.json.gz`` for Perfetto.
+    """Trace the host and the device within the context, into ``plugins/profile/TIME`` of the folder: ``*.xplane.pb``
+    for TensorBoard (XProf), ``*.trace.json.gz`` for Perfetto.
 
     Args:
-        wait: returns once the device has done what it was asked to do.
+        wait: returns once the device has finished its work.
     """
     wait()
     options = jax.profiler.ProfileOptions()
@@ -26,5 +26,5 @@ def profile(folder: Path, wait: Callable[[], object]) -> Iterator[None]:
 
 
 def step_span(step: int) -> AbstractContextManager[object]:
-    """Mark what runs meanwhile as a training step, as XProf looks for it."""
+    """Mark the context as a training step, for XProf."""
     return jax.profiler.StepTraceAnnotation("step", step_num=step)

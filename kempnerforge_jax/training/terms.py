@@ -1,4 +1,4 @@
-"""The terms of a loss over micro-batches: what a batch gives to the model, and what a record says of it."""
+"""The terms of a loss over micro-batches: the model inputs of a batch, and the metrics of a step."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Terms(NamedTuple):
 
 
 def model_inputs(batch: Mapping[str, Shaped[Array, "..."]]) -> dict[str, Shaped[Array, "..."] | ModalityContext]:
-    """The arrays of a batch, without its labels, as the arguments of a model; a text model is told of padding as
-    `ModalityContext` does.
+    """The arrays of a batch, without its labels, as the arguments of a model; a text model gets padding as a
+    `ModalityContext`.
     """
     inputs: dict[str, Array | ModalityContext] = {name: array for name, array in batch.items() if name != "labels"}
     if "tokens" in batch and "text_mask" in batch:
@@ -50,7 +50,7 @@ def taken_metric(taken: Bool[Array, ""] | None) -> dict[str, Bool[Array, ""]]:
 
 
 def routing_metrics(total: Terms) -> dict[str, Num[Array, ""] | float]:
-    """For the record: losses of the routers and how evenly tokens went to experts; {} if dense."""
+    """For the record: losses of the routers and how evenly tokens were distributed; {} if dense."""
     if not total.expert_counts:
         return {}
     dead = sum((counts_E == 0).sum() for counts_E in total.expert_counts.values())

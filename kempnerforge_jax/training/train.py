@@ -81,7 +81,7 @@ def train(
     overridden: Collection[str] = (),
 ) -> TrainingSummary:
     """Train the job on all devices of this process, in the layout of ``[distributed]``, from where its folder left it,
-    and tell how it ended.
+    and return how it ended.
 
     Args:
         overridden: dotted fields that the command line sets: see `shared_config.training.resume.restore`.
@@ -149,7 +149,7 @@ class Trainer:
 
     @property
     def model(self) -> Transformer | VLMWrapper:
-        """The masters as a model. The next step gives their memory away: a copy outlives it, this does not."""
+        """The masters as a model. The next step donates their memory: a copy outlives it, this does not."""
         return merge(self.recipe.graphdef, self.parameters, self.buffers)
 
     def step(self, micro_batches: Sequence[Batch]) -> dict[str, Shaped[Array, "..."] | float]:
@@ -164,8 +164,8 @@ class Trainer:
             loss (cross entropy), grad_norm (before clipping), lr, tokens (labels that counted). With experts also
             aux_loss and z_loss (unweighted, averaged over the micro-batches), routing_entropy (of a token's
             distribution over experts, in nats, averaged over the routers) and dead_experts (that no token chose, over
-            all routers). Where updates may be left out, taken (whether this one was not).
-            What the device computes is left there, as scalar arrays.
+            all routers). Where updates may be skipped, taken (whether this one was applied).
+            Results of the device stay there, as scalar arrays.
         """
         count, lr = label_count(micro_batches), self.learning_rate(self.updates)
         self._freeze()
@@ -202,8 +202,8 @@ class Trainer:
         return TrainingState(self.updates, self._host_copies(weights, ""), optimizer)
 
     def load_state(self, state: TrainingState) -> None:
-        """Go on from a state of either backend; without moments, only the weights are taken. What was frozen there and
-        is not here starts with moments and a count of 0.
+        """Continue from a state of either backend; without moments, only the weights are taken. A parameter that was
+        frozen there and is not here starts with moments and a count of 0.
 
         Raises:
             UserError: names or shapes that do not fit.
@@ -259,8 +259,8 @@ class Trainer:
 def compiled_step(recipe: Recipe) -> _Step:
     """A jitted ``(parameters, buffers, optimizer_state, batches, count, lr, progress) -> (the first three, metrics)``.
 
-    The memory of the first three is given away. ``batches`` are arrays (N, B, S) by name, ``count`` is the number of
-    labels in all of them, ``progress`` the share of the training that is done.
+    The first three are donated. ``batches`` are arrays (N, B, S) by name, ``count`` is the number of labels in all of
+    them, ``progress`` the share of the training that is done.
     """
     return jax.jit(functools.partial(_step, recipe), donate_argnums=(0, 1, 2))
 
@@ -307,7 +307,9 @@ def _balanced(
     progress: jax.Array,
     taken: jax.Array | None,
 ) -> State:
-    """The buffers, with those of routers that balance moved by the choices of the whole step, unless it is left out."""
+    """The buffers, with the balancing buffers of routers updated from the counts of the whole step, unless it is
+    skipped.
+    """
     if not counts:
         return buffers
     model = merge(recipe.graphdef, parameters, buffers)
@@ -316,7 +318,7 @@ def _balanced(
 
 
 def trained_parameters(masters: Mapping[str, _Master], config: JobConfig) -> dict[str, _Master]:
-    """The parameters that are trained at one step of the job or another.
+    """The parameters that are trained at some step of the job.
 
     Raises:
         UserError: there are none.
@@ -332,7 +334,7 @@ def trained_parameters(masters: Mapping[str, _Master], config: JobConfig) -> dic
 
 
 def _build_model(config: JobConfig, dtype: DTypeLike) -> Transformer | VLMWrapper:
-    """The seeded model. It comes into being without arrays, and its initial values are float32 ones."""
+    """The seeded model. It is built without arrays, and its initial values are drawn in float32."""
     model = nnx.eval_shape(lambda: build_model(config, rngs=None))
     model.init_weights_and_freqs(config.train.seed)
     return model.to(dtype)

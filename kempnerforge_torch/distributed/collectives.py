@@ -18,12 +18,12 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 
 def copied(x: Shaped[Tensor, "..."], group: dist.ProcessGroup) -> Shaped[Tensor, "..."]:
-    """The same tensor, which ranks go on with in different ways: its gradient is the sum of theirs."""
+    """The same tensor, which each rank uses differently: its gradient is the sum of theirs."""
     return _Copied.apply(x, group)
 
 
 def summed_over(x: Shaped[Tensor, "..."], group: dist.ProcessGroup) -> Shaped[Tensor, "..."]:
-    """The sum of what the ranks have, which all go on with in the same way: each has its whole gradient."""
+    """The sum over ranks, which all use in the same way: each has its whole gradient."""
     return _Summed.apply(x, group)
 
 

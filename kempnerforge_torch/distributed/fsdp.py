@@ -67,8 +67,8 @@ def ruled_axes(name: str, mesh: Mesh, table: ParameterTable) -> dict[str, int]:
 
 
 def fsdp_place(name: str, mesh: Mesh, table: ParameterTable) -> int | None:
-    """The axis of a tensor that FSDP is told to split; None for what it has to leave alone. What nothing splits may be
-    split unevenly, but along the first axis alone, and not where "tp" or "ep" does.
+    """The axis of a tensor that FSDP is to split; None for what it must leave alone. What nothing splits may be split
+    unevenly, but along the first axis alone, and not where "tp" or "ep" does.
 
     Raises:
         ConfigError: experts' tensors that no axis of can be split.

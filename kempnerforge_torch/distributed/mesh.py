@@ -31,7 +31,7 @@ class Mesh:
         axes: the mesh with every axis.
         data: this rank's row of ranks that see different micro-batches.
         tokens: this rank's row of ranks that see different tokens, of one micro-batch or of several.
-        fsdp: this rank's row of ranks among which a tensor that is no expert's is split.
+        fsdp: this rank's row of ranks among which a tensor outside the experts is split.
         copies_and_parts: the same; where the model has copies, with a first axis over these.
         experts: the same for experts' tensors, which "ep" splits.
     """

@@ -52,7 +52,7 @@ def largest(number: int) -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks for all."""
+    """Whether this is the process that writes the files and the console."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 

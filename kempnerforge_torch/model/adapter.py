@@ -34,7 +34,7 @@ __all__ = [
 
 
 class VisionAdapter(nn.Module):
-    """What every adapter is: (B, N, F) -> (B, output_num_tokens(N), D)."""
+    """Base of all adapters: (B, N, F) -> (B, output_num_tokens(N), D)."""
 
     table: tuple[tuple[str, ParameterSpec], ...] = ()
 
@@ -44,7 +44,7 @@ class VisionAdapter(nn.Module):
             init_from_table(self, dict(self.table), seed, stream="adapter.")
 
     def reset_parameters(self) -> None:
-        """Draw all projections anew: weights normal(0, 1 / sqrt(inputs)), biases 0."""
+        """Redraw all projections: weights normal(0, 1 / sqrt(inputs)), biases 0."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
@@ -52,7 +52,7 @@ class VisionAdapter(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     def output_num_tokens(self, num_input_tokens: int) -> int:
-        """Tokens that leave when ``num_input_tokens`` enter."""
+        """Number of output tokens for ``num_input_tokens`` input tokens."""
         return num_input_tokens
 
     def forward(self, x: Float[Tensor, "B N F"]) -> Float[Tensor, "B M D"]:
@@ -181,7 +181,7 @@ def build_adapter(adapter_config: AdapterConfig, in_dim: int, out_dim: int) -> V
 
 
 def windows(x: Float[Tensor, "B N F"], window: int) -> tuple[Float[Tensor, "B M C F"], Bool[Tensor, "M C"]]:
-    """Cut the grid into windows, in reading order, those at the right and lower edge filled up with zeros.
+    """Cut the grid into windows, in reading order, those at the right and lower edge padded with zeros.
 
     Returns:
         (B, M, C, F); bool (M, C), True at cells of the grid.

@@ -140,7 +140,7 @@ def attend(
     Args:
         q: (B, H, S, h).
         k, v: (B, K, M, h).
-        mask: who may see whom; a tensor is bool, broadcasts to (B, H, S, M), True = attend.
+        mask: which keys each query may attend to; a tensor is bool, broadcasts to (B, H, S, M), True = attend.
         sdpa_backend: kernel that is tried first; the math path takes what that kernel can't do.
 
     Returns:

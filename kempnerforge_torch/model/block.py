@@ -86,7 +86,7 @@ class TransformerBlock(nn.Module):
         key_padding_mask: Bool[Tensor, "B S"] | None = None,
         **options: Unpack[BlockOptions],
     ) -> BlockOutput:
-        """What a call gives, with what its router counted. Arguments as for `forward`; nothing is kept."""
+        """The result of a call, with the stats of its router. Arguments as for `forward`; nothing is kept."""
         return self(x, rope_cos, rope_sin, key_padding_mask=key_padding_mask, return_stats=True, **options)
 
 

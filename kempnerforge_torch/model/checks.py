@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Integer, Shaped
 from torch import Tensor
 
 MAX_ID = 2**31
-"""What an integer that counts is below."""
+"""Upper bound (exclusive) of integers that count."""
 
 
 def check_shape(name: str, array: Shaped[Tensor, "..."], shape: Sequence[int]) -> None:
@@ -43,8 +43,8 @@ def check_mask(name: str, mask: Shaped[Tensor, "..."], shape: Sequence[int]) -> 
 def check_ids(name: str, ids: Shaped[Tensor, "..."], size: int | None = None, ignored: int | None = None) -> None:
     """
     Args:
-        size: ids are in [0, size); None: any integer is one.
-        ignored: one more that is allowed.
+        size: ids are in [0, size); None: any integer is valid.
+        ignored: one further id that is allowed.
 
     Raises:
         ValueError: not of an integer type; on the CPU also an id outside. Where values can't be seen without waiting
@@ -69,7 +69,7 @@ def check_positions(
 ) -> None:
     """
     Raises:
-        ValueError: what is said of the new tokens (B, S) is of another dtype or shape.
+        ValueError: ids or mask of the new tokens (B, S) have another dtype or shape.
     """
     if key_padding_mask is not None:
         check_mask("key_padding_mask", key_padding_mask, shape)

@@ -1,4 +1,4 @@
-"""Text that reads image features, in blocks of its own between those of the decoder.
+"""Text that attends to image features, in separate blocks between those of the decoder.
 
 Shapes: B batch, S text positions, N image tokens, D model dim, H query heads, K key/value heads, h head_dim.
 """
@@ -54,7 +54,7 @@ class CrossAttention(nn.Module):
 
         Args:
             image_mask: bool (B, N), True = attend. A row that may attend to nothing gives 0.
-            keys_values: what `keys_values` gave for the features, which are not needed then.
+            keys_values: the result of `keys_values` for the features, which are then not needed.
 
         Raises:
             ValueError: a mask of another dtype or shape.
@@ -73,7 +73,7 @@ class CrossAttention(nn.Module):
     def keys_values(
         self, image_features: Float[Tensor, "B N D"]
     ) -> tuple[Float[Tensor, "B K N h"], Float[Tensor, "B K N h"]]:
-        """(B, N, D) -> what any text reads of the image: keys and values, (B, K, N, h) each."""
+        """(B, N, D) -> the keys and values of the image, (B, K, N, h) each."""
         return self._heads_first(self.k_proj(image_features)), self._heads_first(self.v_proj(image_features))
 
     def _heads_first(self, x: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class CrossAttentionArchitecture(Architecture):
         return self.vlm_config.cross_attention_every_n_layers
 
     def extra_modules(self) -> dict[str, nn.Module]:
-        """The cross-attention blocks stand before the final norm."""
+        """The cross-attention blocks, then the final norm."""
         config = self.config
         heads, kv_heads = self.vlm_config.resolved_heads(config.n_heads)
         blocks = [

@@ -14,15 +14,15 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 Step = Callable[[Int[Tensor, "B"], Float[Tensor, "B"] | None], Int[Tensor, "B"]]
-"""The tokens (B,) to read, and of a draw the uniform numbers (B,), to the next tokens."""
+"""The tokens (B,) to read and, where tokens are drawn, uniform numbers (B,), to the next tokens."""
 
 PROGRAMS = 128
-"""Decode steps that a process may compile; one more is an error of torch, which by itself would refuse the ninth."""
+"""Decode steps that a process may compile, beyond which torch raises an error; its own limit is 8."""
 
 
 @functools.lru_cache
 def compiled(function: Callable[..., Shaped[Tensor, "..."]]) -> Callable[..., Shaped[Tensor, "..."]]:
-    """A function of which there is a program for every model, number of rows and length of caches."""
+    """A function compiled separately for every model, number of rows and length of caches."""
     program = torch.compile(function, fullgraph=True, dynamic=False)
 
     def call(*inputs: Any) -> Tensor:
@@ -33,10 +33,10 @@ def compiled(function: Callable[..., Shaped[Tensor, "..."]]) -> Callable[..., Sh
 
 
 class CudaGraphStep:
-    """A step as a CUDA graph, which a host launches at once instead of kernel by kernel.
+    """A step as a CUDA graph, which the host launches at once instead of kernel by kernel.
 
     The first call runs the step, and compiles it; the second records it. What the step reads and writes besides its
-    arguments must stay in its place, as the tensors of static caches do.
+    arguments must stay in place in memory, as the tensors of static caches do.
     """
 
     def __init__(self, step: Step):

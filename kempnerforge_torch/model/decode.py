@@ -28,14 +28,14 @@ NO_LOGITS = ModalityContext(output_slice=slice(0, 0))
 
 
 def decode_all(model: Transformer, request: Request, compile: bool) -> Int[Tensor, "B N"]:
-    """The new tokens: int64 (B, up to N), on the model's device but where none are asked for."""
+    """The new tokens: int64 (B, up to N), on the model's device unless none are asked for."""
     with inference(model):
         new = list(_drawn(model, request, compile))
     return torch.stack(new, dim=1) if new else torch.zeros((len(request.prompts.lengths), 0), dtype=torch.int64)
 
 
 def steps(model: Transformer, request: Request, compile: bool) -> Iterator[Int[Tensor, "B"]]:
-    """The new tokens (B,), on the model's device, as they are drawn. Between them the model is as it was before."""
+    """The new tokens (B,), on the model's device, as they are drawn. Between steps the model is in its former mode."""
     drawn = _drawn(model, request, compile)
     while True:
         with inference(model):
@@ -103,7 +103,7 @@ def _drawn(model: Transformer, request: Request, compile: bool) -> Iterator[Tens
 
 
 def _step(model: Transformer, request: Request, caches: list[KVCache], compile: bool) -> Step:
-    """What reads a token of each row and draws the next."""
+    """A function that reads a token of each row and draws the next."""
     read = compiled(advance) if compile else advance
     image, sampling = request.image_in_every_step, request.sampling
 

@@ -1,7 +1,6 @@
 """What the caches of all layers have in common: how far each row is, and what its tokens are.
 
-Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h head_dim, R rows to
-go on with.
+Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h head_dim, R rows to keep.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ class DecodeState:
         lengths: int32 (B,), tokens seen by each row, which is the position of its next token.
         valid: bool (B, slots), or None while every token was real.
         doc_ids: int (B, slots), or None while no documents were given. Tokens written before are of document 0.
-        oldest: int32 (B,), of a ring, the first position that has not been overwritten; else None.
-        image_tokens: how many of the first tokens were an image's, where modalities count their positions apart.
-        max_seq_len: tokens of a row, at most.
+        oldest: int32 (B,), for a ring, the first position that has not been overwritten; else None.
+        image_tokens: how many of the first tokens were an image's, where each modality counts its own positions.
+        max_seq_len: maximum number of tokens per row.
         policy: which slot a token takes.
         static: if True, shapes don't follow the fill, and no number of the fill is kept on the host: keys are all
             slots, and what changes stays where it is in memory, so that one step, compiled or recorded, serves every
@@ -46,7 +45,7 @@ class DecodeState:
     def __post_init__(self) -> None:
         self._max_length = 0  # no row is longer than this; unused if static
         self._rows_equal = not self.static  # all rows have length _max_length
-        self._next_slots: tuple[int, Tensor] | None = None  # the slots of so many next tokens, which all layers share
+        self._next_slots: tuple[int, Tensor] | None = None  # number and slots of the next tokens, for all layers
 
     @property
     def seq_len(self) -> int:
@@ -62,8 +61,8 @@ class DecodeState:
         """Check that ``length`` more tokens fit.
 
         Raises:
-            ValueError: if they don't. A static state can't be asked without waiting for the device, whose bounds check
-                is that of the slots, or for a ring that of the rotary tables.
+            ValueError: if they don't. A static state can't be checked without waiting for the device; there the bounds
+                check of the slots applies, or for a ring that of the rotary tables.
         """
         if self.static or self._max_length + length <= self.max_seq_len:
             return
@@ -74,7 +73,7 @@ class DecodeState:
             )
 
     def check_documents(self, doc_ids: Integer[Tensor, "B S"] | None) -> None:
-        """Check that new tokens (B, S) have documents if those before had some.
+        """Check that new tokens (B, S) have documents if earlier ones did.
 
         Raises:
             ValueError: if they don't.
@@ -85,8 +84,8 @@ class DecodeState:
     def advance(
         self, length: int, doc_ids: Integer[Tensor, "B S"] | None, key_padding_mask: Bool[Tensor, "B S"] | None
     ) -> None:
-        """Count ``length`` more tokens in every row, whose keys and values all layers have; their (B, S) documents, and
-        which of them are real.
+        """Count ``length`` more tokens in every row, whose keys and values all layers now hold, with their (B, S)
+        documents and which of them are real.
         """
         (documents, valid), _ = self._extended(length, doc_ids, key_padding_mask)
         self._next_slots = None
@@ -97,7 +96,7 @@ class DecodeState:
             self._max_length = min(self._max_length + length, self.max_seq_len)
 
     def truncate(self, lengths: Integer[Tensor, "B"]) -> None:
-        """Forget what lies at or beyond new lengths (B,); see `KVCache.truncate`."""
+        """Forget what lies at or beyond the new lengths (B,); see `KVCache.truncate`."""
         check_shape("lengths", lengths, self.lengths.shape)
         check_ids("lengths", lengths, MAX_ID)
         lengths = torch.minimum(self.lengths, lengths.to(self.lengths))
@@ -109,21 +108,21 @@ class DecodeState:
         self.lengths, self._rows_equal, self._next_slots = lengths, False, None
 
     def without_padding(self) -> None:
-        """Take every token that is left for real, after the padding was truncated."""
+        """Treat all remaining tokens as real, after the padding was truncated."""
         self.valid = None
 
     def checked_rows(self, rows: Integer[Tensor, "R"]) -> Int[Tensor, "R"]:
-        """Rows (R,) to go on with, as int64.
+        """Rows (R,) to keep, as int64.
 
         Raises:
-            ValueError: rows that are no integers, or that don't exist. On an accelerator: an assertion of the device.
+            ValueError: rows that are not integers, or that don't exist. On an accelerator: an assertion of the device.
         """
         check_shape("rows", rows, (rows.numel(),))
         check_ids("rows", rows, len(self.lengths))
         return wide(rows)
 
     def reorder(self, rows: Integer[Tensor, "R"]) -> None:
-        """Go on with these rows (R,) in place of those so far; see `KVCache.reorder`."""
+        """Replace the rows by these (R,); see `KVCache.reorder`."""
         rows = self.checked_rows(rows)
         self._next_slots = None
         for name in ("lengths", "valid", "doc_ids", "oldest"):
@@ -138,7 +137,7 @@ class DecodeState:
         key_padding_mask: Bool[Tensor, "B S"] | None = None,
         sliding_window: int | None = None,
     ) -> Mask:
-        """Who the next ``length`` tokens may see of the keys that `append` gives them.
+        """Which of the keys that `append` returns the next ``length`` tokens may see.
 
         Raises:
             ValueError: a window that a ring does not hold.
@@ -160,11 +159,11 @@ class DecodeState:
         return replace(mask, query_positions=self.positions(length), key_positions=key_positions, key_valid=valid_BM)
 
     def keys(self, length: int) -> int:
-        """How many keys `append` gives ``length`` more tokens."""
+        """How many keys `append` returns for ``length`` more tokens."""
         return self._filled(length) if self.policy.fits(length) else self._filled(0) + length
 
     def append(self, slots: Shaped[Tensor, "B ..."], new: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "B ..."]:
-        """Put ``new`` (B, S) or (B, K, S, h) into the next slots, in place; gives what the new tokens may see."""
+        """Write ``new`` (B, S) or (B, K, S, h) into the next slots, in place; returns what the new tokens may see."""
         axis = 1 if slots.ndim == 2 else 2
         length = new.shape[axis]
         if self.policy.fits(length):
@@ -175,11 +174,15 @@ class DecodeState:
         return seen
 
     def _in_order(self, length: int) -> bool:
-        """Whether what `append` gives is at positions 0, 1, ... and ends with the new tokens, if rows are equal."""
+        """Whether what `append` returns is at positions 0, 1, ... and ends with the new tokens, given rows of equal
+        length.
+        """
         return self.oldest is None or self._max_length == 0 or self._max_length + length <= self.policy.count
 
     def _key_positions(self, length: int) -> tuple[Tensor | None, Tensor | None]:
-        """Of a ring the positions (B, M) of what `append` gives, and bool (B, M) which of them it holds; else None."""
+        """For a ring, the positions (B, M) of what `append` returns, and bool (B, M), which of them it holds; else
+        None.
+        """
         fits = self.policy.fits(length)
         written = length if fits else 0
         positions_BM = self.policy.positions(self._filled(written), self.lengths + written)
@@ -198,7 +201,9 @@ class DecodeState:
     def _extended(
         self, length: int, doc_ids: Tensor | None, key_padding_mask: Tensor | None
     ) -> tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]:
-        """`doc_ids` and `valid` with the next tokens' entries, in new tensors; and of what these tokens may see."""
+        """`doc_ids` and `valid` extended by the next tokens, in new tensors; and those of the keys that these tokens
+        may see.
+        """
         shape = (len(self.lengths), self.policy.count)
         device = self.lengths.device
         self.check_documents(doc_ids)
@@ -214,7 +219,7 @@ class DecodeState:
         return (documents, valid), (seen_documents, seen_valid)
 
     def _assign(self, **values: Tensor | None) -> None:
-        """Set attributes, those of a static state in the memory of what they were."""
+        """Set attributes; those of a static state in place."""
         for name, value in values.items():
             old = getattr(self, name)
             if self.static and old is not None and value is not None:

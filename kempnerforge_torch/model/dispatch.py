@@ -33,7 +33,7 @@ class Dispatch(NamedTuple):
 def layer_capacity(
     tokens: int, members_T: Bool[Tensor, "T"] | None, top_k: int, num_experts: int, factor: float
 ) -> int | Int[Tensor, "..."] | None:
-    """`capacity` of all tokens, or of those that are True in ``members_T``: an array, as their number is one."""
+    """`capacity` for all tokens, or for those that are True in ``members_T``: then an array, as their number is."""
     if members_T is None or factor == 0:
         return capacity(tokens, top_k, num_experts, factor)
     table = torch.tensor(_capacities(tokens, top_k, num_experts, factor), device=members_T.device)
@@ -50,7 +50,7 @@ def plan_dispatch(
 
     Args:
         valid_T: tokens whose assignments count; None means all.
-        capacity: assignments that an expert takes, a number or an array of one; None means any number.
+        capacity: assignments that an expert takes, a number or a scalar array; None means any number.
     """
     tokens, top_k = indices_Tk.shape
     expert_R = indices_Tk.t().flatten()

@@ -42,24 +42,24 @@ def generate(
     """Continue prompts. A wrapped model, or one with wrapped or compiled parts, generates as the plain one does.
 
     A row does not depend on its neighbours: attention and random numbers are its own, and mixtures of experts run
-    without capacity limits. The model is in evaluation mode meanwhile.
+    without capacity limits. The model is in evaluation mode during the call.
 
     Args:
         prompt_tokens: int (B, S), or a sequence of B rows of any lengths.
         temperature, top_k, top_p: as for `sample`.
         eos_token_id: one id or several; a row that has produced one of them is padding from then on.
-        pad_token_id: any number of 32 bits.
+        pad_token_id: any 32-bit number.
         prompt_lengths: int (B,), how many tokens of each row of ``prompt_tokens`` count; all if None.
-        seed: of the random numbers, the same in both backends; or a generator of torch; None: another one each time.
+        seed: of the random numbers, the same in both backends; or a generator of torch; None: a new one each time.
         uniforms: (B, N) numbers in [0, 1), in place of a seed.
-        prefill_chunk: at most so many tokens of a prompt are read at a time.
+        prefill_chunk: maximum number of prompt tokens that are read at once.
         pixel_values: (B, 3, h, w) or (B, F, 3, h, w), what a `VLMWrapper` sees before each prompt; None: text alone.
         frame_mask: bool (B, F), False for frames that don't exist.
         compile: compile the decode step, and replay it as a CUDA graph on an NVIDIA GPU.
 
     Returns:
-        int64 (B, W), on the model's device: prompt, the tokens made, and padding up to the longest row; W is S + N,
-            unless every row has ended before.
+        int64 (B, W), on the model's device: prompt, new tokens, and padding up to the longest row; W is S + N, unless
+            every row ended earlier.
 
     Raises:
         ValueError: prompts that are empty, too long or hold ids outside the vocabulary; values without meaning;

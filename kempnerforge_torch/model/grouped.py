@@ -27,7 +27,7 @@ def grouped_matmul(
 ) -> Float[Tensor, "R F"]:
     """(R, F): row r times the matrix of its group; 0 for rows of no group, whatever they hold.
 
-    One opaque operator, so that compiled code has it whole; differentiable any number of times. bfloat16 on a GPU of
+    One opaque operator, so that compiled code keeps it whole; differentiable any number of times. bfloat16 on a GPU of
     compute capability 9 goes to `torch.nn.functional.grouped_mm`, all else on accelerators to batched products of equal
     tiles, and the CPU, whose offsets are on the host, to one product per group.
 
@@ -35,7 +35,7 @@ def grouped_matmul(
         x_RD, w_EDF: of one dtype; ``w_EDF`` may be a transposed view, or E matrices (D, F), which the CPU multiplies
             where they are, while accelerators stack them.
         ends_E: int32, not decreasing, at most R.
-        complete: promises that every row is of a group, so that no row of the kernel's output has to be set to 0.
+        complete: promises that every row belongs to a group, so that no row of the kernel's output has to be set to 0.
     """
     if isinstance(w_EDF, Tensor):
         w_EDF = [w_EDF]
@@ -229,7 +229,7 @@ def _gather(x_RD: Tensor, rows_Nb: Tensor, inside_Nb: Tensor) -> Tensor:
 
 
 def _chunks(tiles: int, groups: int) -> list[slice]:
-    """At most as many tiles at a time as there are groups: the matrices taken for them are no more than there are."""
+    """Slices of at most as many tiles as there are groups, so that no more matrices are gathered than there are."""
     return [slice(start, min(start + groups, tiles)) for start in range(0, tiles, groups)]
 
 

@@ -1,4 +1,4 @@
-"""Activations by the dotted path of the module that put them out ("layers.0.attention.q_proj", "norm")."""
+"""Activations by the dotted path of the module that outputs them ("layers.0.attention.q_proj", "norm")."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from shared_config.interchange.files import PathLike
 
 
 def activation_names(model: nn.Module) -> list[str]:
-    """Names that `capture` knows, in order of definition; wrappers leave no trace in them."""
+    """Names that `capture` accepts, in order of definition, without those of wrappers."""
     containers = (nn.ModuleDict, nn.ModuleList)
     return [name for name, module in plain_modules(model).items() if name and not isinstance(module, containers)]
 
 
 @contextlib.contextmanager
 def capture(model: nn.Module, names: Iterable[str] | None = None, *, detach: bool = False) -> Iterator[dict[str, Any]]:
-    """Collect outputs of modules while the context is open. What is compiled runs uncompiled meanwhile.
+    """Collect outputs of modules while the context is open; compiled parts run uncompiled in it.
 
     Args:
-        names: which; None for all. Of a tuple the first is taken, a dict is kept as it is.
+        names: which; None for all. Of a tuple the first element is kept, a dict as it is.
         detach: cut the collected tensors from the graph; otherwise gradients flow through them.
 
     Yields:
@@ -64,12 +64,12 @@ def capture(model: nn.Module, names: Iterable[str] | None = None, *, detach: boo
 
 @contextlib.contextmanager
 def replacing(model: nn.Module, outputs: Mapping[str, Shaped[Tensor, "..."]]) -> Iterator[None]:
-    """Let what follows a module go on with another output than its own while the context is open.
+    """Replace the outputs of modules while the context is open.
 
-    A `capture` that was opened before sees what the module itself put out. No gradient flows through a replaced output.
+    A `capture` that was opened before sees the module's own output. No gradient flows through a replaced output.
 
     Args:
-        outputs: path of a module -> what takes the place of its output (of a tuple, of the first), in whatever dtype.
+        outputs: path of a module -> the replacement of its output (of the first element of a tuple), in any dtype.
 
     Raises:
         ValueError: an unknown name; lists what exists. When the module is called: an output of another shape.
@@ -85,7 +85,7 @@ def replacing(model: nn.Module, outputs: Mapping[str, Shaped[Tensor, "..."]]) ->
 
 
 class ActivationStore:
-    """Host copies of what chosen modules put out in their last call, for as long as the store is enabled.
+    """Host copies of the outputs of chosen modules in their last call, while the store is enabled.
 
     Attributes:
         layer_names: the modules, by path.
@@ -115,7 +115,7 @@ class ActivationStore:
         return dict(self._activations)
 
     def get(self, name: str) -> Any:
-        """What a module put out last; None if it has not been called.
+        """The last output of a module; None if it has not been called.
 
         Raises:
             ValueError: not one of ``layer_names``.
@@ -158,7 +158,8 @@ def extract_representations(
     *,
     path: PathLike | None = None,
 ) -> dict[str, Shaped[Tensor, "..."]] | None:
-    """Run a dataset through a model and keep what some modules put out, in evaluation mode and without capacity limits.
+    """Run a dataset through a model and keep the outputs of some modules, in evaluation mode and without capacity
+    limits.
 
     Args:
         dataset: samples of one length: token ids (S,), or mappings with "tokens" or "input_ids", and perhaps
@@ -193,13 +194,13 @@ def save_activations(activations: Mapping[str, object], path: PathLike) -> None:
     """Write activations, dicts by modality included, to a .npz file, whole or not at all; the suffix is appended if
     ``path`` has none.
 
-    bfloat16 is stored as integers with a note of the type; `read_activations` of shared_config gives it back.
+    bfloat16 is stored as integers with a note of the type; `read_activations` of shared_config restores it.
     """
     write_activations(path, {name: _to_numpy(value) for name, value in activations.items()})
 
 
 def first_output(output: Any) -> Any:
-    """A tuple gives its first."""
+    """The first element of a tuple; anything else as it is."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -221,7 +222,7 @@ def check_activation_names(existing: list[str], names: Iterable[str] | None) -> 
 
 
 def _replaced(name: str, output: Any, replacement: Tensor) -> Any:
-    """The replacement in the dtype and at the place of the module's own."""
+    """The replacement in the dtype and on the device of the module's own."""
     own = first_output(output)
     if own.shape != replacement.shape:
         raise ValueError(f"{name}: puts out {tuple(own.shape)}; its replacement is {tuple(replacement.shape)}")
@@ -253,7 +254,7 @@ def _to_numpy(output: Any) -> Any:
 def _outputs(
     model: Transformer, names: list[str], tokens: np.ndarray, real: np.ndarray | None, device: Any
 ) -> dict[str, Any]:
-    """What the modules put out for tokens (B, S), ``real`` (B, S) or padding. The head runs only if asked for."""
+    """The outputs of the modules for tokens (B, S), ``real`` (B, S) or padding. The head runs only if asked for."""
     device = next(model.parameters()).device if device is None else device
     headless = not any(name.startswith("output_head") for name in names)
     with unwrapped(model) as plain, inference(plain), capture(plain, names) as activations:

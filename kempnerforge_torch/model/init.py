@@ -36,10 +36,10 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int | None = None)
 
 
 def init_from_table(model: nn.Module, table: ParameterTable, seed: int | None = None, *, stream: str = "") -> None:
-    """Set every parameter and buffer of a module from a table of its own, as `init_weights` does.
+    """Set every parameter and buffer of a module from its own table, as `init_weights` does.
 
     Args:
-        stream: goes before the names where seeded values are drawn, so that namesakes in other parts get others.
+        stream: prefix of the names where seeded values are drawn, so that equal names in other parts get other values.
     """
     own = own_tensors(model)
     problems = [

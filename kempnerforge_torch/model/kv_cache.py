@@ -1,7 +1,6 @@
 """Keys and values of the tokens seen so far: the memory of decoding.
 
-Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h head_dim, R rows to
-go on with.
+Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h head_dim, R rows to keep.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ class KVCache:
     Each row fills its own slots from 0; the slot of a token is its position. Keys are stored after RoPE, before head
     expansion. Where documents or padding were given, the cache remembers them for the tokens to come.
 
-    With a sliding window the slots are a ring, in which a token takes the place of one that none of the later may see.
+    With a sliding window the slots are a ring, in which a token overwrites one that no later token may see.
 
     Several layers may share a state: the last of them to be updated owns it, and advances it; the others are made with
     ``state``.
@@ -48,7 +47,7 @@ class KVCache:
         """
         Args:
             sliding_window: hold ``sliding_window + spare`` tokens of a row instead of ``max_seq_len``, if that is less.
-            spare: so many tokens of a row, and one, may be forgotten again, or read at once without a copy of the ring.
+            spare: up to ``spare + 1`` tokens of a row can be truncated, or read at once without a copy of the ring.
             static: see `DecodeState`.
             state: of another cache of the same sizes, which owns it and is updated after this one.
         """
@@ -79,7 +78,7 @@ class KVCache:
 
     @property
     def oldest(self) -> Int[Tensor, "B"] | None:
-        """int32 (B,), of a ring, the first position that has not been overwritten; else None."""
+        """int32 (B,), for a ring, the first position that has not been overwritten; else None."""
         return self.state.oldest
 
     @property
@@ -89,7 +88,7 @@ class KVCache:
 
     @property
     def max_seq_len(self) -> int:
-        """Tokens of a row, at most."""
+        """Maximum number of tokens per row."""
         return self.state.max_seq_len
 
     @property
@@ -99,12 +98,12 @@ class KVCache:
 
     @property
     def slots(self) -> int:
-        """Tokens of a row that are held, at most."""
+        """Maximum number of tokens held per row."""
         return self.k.shape[2]
 
     @property
     def sliding_window(self) -> int | None:
-        """Of a ring, how many tokens each one may see; None where a slot is a position."""
+        """For a ring, how many tokens each one may see; None where a slot is a position."""
         return self.state.policy.window
 
     @property
@@ -117,7 +116,7 @@ class KVCache:
         return self.state.positions(length)
 
     def keys(self, length: int) -> int:
-        """How many keys `update` gives ``length`` more tokens."""
+        """How many keys `update` returns for ``length`` more tokens."""
         return self.state.keys(length)
 
     def reserve(self, length: int) -> None:
@@ -165,13 +164,13 @@ class KVCache:
             lengths: int (B,); where it exceeds the length so far, nothing is forgotten.
 
         Raises:
-            ValueError: lengths that are negative, no integers, or not one per row; a ring has overwritten what the next
-                token may see.
+            ValueError: lengths that are negative, not integers, or not one per row; a ring has overwritten what the
+                next token may see.
         """
         self.state.truncate(lengths)
 
     def without_padding(self) -> None:
-        """Take every token that is left for real, after the padding was truncated."""
+        """Treat all remaining tokens as real, after the padding was truncated."""
         self.state.without_padding()
 
     def after_image(self, tokens: int) -> None:
@@ -179,14 +178,14 @@ class KVCache:
         self.state.image_tokens = max(self.state.image_tokens, tokens)
 
     def reorder(self, rows: Integer[Tensor, "R"]) -> None:
-        """Go on with these rows in place of those so far, as a beam search does: row i becomes what ``rows[i]`` was. A
-        shared state is reordered with the cache that owns it, the last one.
+        """Replace the rows, as a beam search does: row i becomes what ``rows[i]`` was. A shared state is reordered with
+        the cache that owns it, the last one.
 
         Args:
             rows: int (R,); a row may be taken several times, or not at all.
 
         Raises:
-            ValueError: rows that are no integers, or that don't exist. On an accelerator: an assertion of the device.
+            ValueError: rows that are not integers, or that don't exist. On an accelerator: an assertion of the device.
         """
         rows = self.state.checked_rows(rows)
         self.k, self.v = self.k.index_select(0, rows), self.v.index_select(0, rows)
@@ -201,7 +200,7 @@ class KVCache:
         key_padding_mask: Bool[Tensor, "B S"] | None = None,
         sliding_window: int | None = None,
     ) -> Mask:
-        """Who the next ``length`` tokens may see of what `update` will return.
+        """Which of the keys that `update` will return the next ``length`` tokens may see.
 
         Raises:
             ValueError: a window that a ring does not hold.

@@ -32,7 +32,7 @@ class Layout:
     Attributes:
         modalities: names, by index.
         spans: (modality, start, stop) in the order of the sequence; empty ones count, so that every weight has a
-            gradient. None where ids say it.
+            gradient. None where ids are given instead.
         ids: int (B, S), index into the modalities.
     """
 
@@ -126,7 +126,7 @@ def one_stream(
     modalities: Sequence[str], streams: Streams, rope: Mapping[str, Rope] | Rope, layout: Layout | None
 ) -> tuple[Float[Tensor, "B S D"], Rope, Layout]:
     """Streams of modalities as one, in the order of ``modalities``, with its rotary tables and its layout; what comes
-    with a layout is one already.
+    with a layout already is one stream.
 
     Raises:
         ValueError: modalities that don't exist or have no rotary tables; one stream without a layout.
@@ -149,7 +149,7 @@ def one_stream(
 def positions_after(
     kv_cache: KVCache, modality: ModalityContext, positions: Int[Tensor, "... S"]
 ) -> Int[Tensor, "... S"]:
-    """An image comes first, into empty caches; text goes on where the cached text ended."""
+    """An image comes first, into empty caches; text continues where the cached text ended."""
     if modality.modality_ids is not None:
         raise ValueError("modality_ids is given: with kv_caches the image must come as prefix_embeds")
     if modality.prefix_embeds is not None:

@@ -41,7 +41,7 @@ class Embedding(nn.Embedding):
 
     def forward(self, ids: Integer[Tensor, "..."]) -> Float[Tensor, "... D"]:
         """Integers (...) -> (..., D)."""
-        if torch.compiler.is_compiling():  # inductor's sum is a wide one
+        if torch.compiler.is_compiling():  # inductor sums in float32
             return super().forward(ids)
         return look_up(self.weight, ids)
 
@@ -51,9 +51,9 @@ def linear(
 ) -> Float[Tensor, "... O"]:
     """x (..., I) times weight (O, I) over I, plus bias (O,).
 
-    Compiled on a CPU, a single vector is multiplied in products and their sum, of which a compiler makes one loop. That
-    reads the matrix up to twice as fast as the libraries' matrix products, which are made for many vectors; without a
-    compiler it would be slower.
+    Compiled on a CPU, a single vector is multiplied by elementwise products and their sum, which the compiler fuses
+    into one loop. That reads the matrix up to twice as fast as the libraries' matrix products, which are made for many
+    vectors; uncompiled it would be slower.
     """
     if not torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() != weight.shape[1]:
         return F.linear(x, weight, bias)

@@ -1,4 +1,4 @@
-"""Who may see whom in attention.
+"""Which keys each query may attend to.
 
 Shapes: B batch, H heads, S queries, M keys.
 
@@ -37,7 +37,8 @@ class Dense:
 
 @dataclass(frozen=True)
 class Mask:
-    """Who may see whom in attention, as facts, from which a kernel is chosen. A key is seen if no fact forbids it.
+    """Which keys each query may attend to, as facts from which a kernel is chosen. A key is visible if no fact forbids
+    it.
 
     Attributes:
         causal: a query at position p sees no key after p.

@@ -24,12 +24,12 @@ class ModalityContext:
         modality_ids: int (B, S), the modality of each position, by index in the architecture's list of modalities.
         key_padding_mask: bool (B, S), True at real positions; with any of the inputs. The others are seen by no
             position, sent to no expert and counted nowhere.
-        image_keys_values: in place of image_features, what every cross-attention block makes of them: keys and values,
-            (B, K, N, h) each.
-        noise_seed: int (), what experts that choose tokens draw the noise of this training step from.
+        image_keys_values: in place of image_features, the keys and values that every cross-attention block computes
+            from them, (B, K, N, h) each.
+        noise_seed: int (), seed of the routing noise of this training step, where experts choose tokens.
 
     Raises:
-        ValueError: for combinations that have no meaning.
+        ValueError: for invalid combinations.
     """
 
     inputs_embeds: Float[Tensor, "B S D"] | None = None

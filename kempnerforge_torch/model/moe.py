@@ -39,12 +39,12 @@ class MoEMLP(StatsGetters):
     Args:
         router: called as ``router(x_TD, valid_T, batch_size=B, return_stats=True)``, gives a
             `RouterOutput`.
-        experts: E feed-forward layers of one kind. What is neither a `SwiGLUMLP` nor a `StandardMLP` computes all rows,
-            of which its own are taken.
+        experts: E feed-forward layers of one kind. One that is neither a `SwiGLUMLP` nor a `StandardMLP` computes all
+            rows, of which its own are used.
         shared_expert: applied to every token.
         capacity_factor: each expert takes at most max(1, ceil(T k / E * factor)) assignments, first ones before second
-            ones, then in the order of tokens; what is beyond that is not computed and adds nothing. 0: no limit.
-        gradient_scale: multiply what flows back through an expert by (mean assignments) / (its assignments).
+            ones, then in the order of tokens; assignments beyond that are dropped and add nothing. 0: no limit.
+        gradient_scale: multiply the gradient that flows through an expert by (mean assignments) / (its assignments).
         packed_experts: hold the experts' weights as ``gate_w``, ``up_w`` (E, D, F) and ``down_w`` (E, F, D).
     """
 
@@ -91,8 +91,8 @@ class MoEMLP(StatsGetters):
 
         Args:
             valid: bool (B, S), False for padding, which is sent to no routed expert.
-            members: bool (B, S), False at positions that are none of this layer's tokens: they are not routed, and in
-                contrast to padding they do not count for the capacity.
+            members: bool (B, S), False at positions that are not this layer's tokens: they are not routed and, unlike
+                padding, do not count towards the capacity.
             limit_capacity: False: an expert takes any number of assignments in this call.
             return_stats: give a `MoEOutput`, and leave the getters alone.
 
@@ -138,11 +138,11 @@ class MoEMLP(StatsGetters):
         members: Bool[Tensor, "B S"] | None = None,
         limit_capacity: bool = True,
     ) -> MoEOutput:
-        """What a call gives, with what was counted. Arguments as for `forward`; nothing is kept."""
+        """The result of a call, with its stats. Arguments as for `forward`; nothing is kept."""
         return self(x, valid, members=members, limit_capacity=limit_capacity, return_stats=True)
 
     def keep_stats(self, stats: RouterStats | MoEStats) -> None:
-        """Let the getters speak of a call, those of the router too. Inside compiled code nothing happens."""
+        """Make the getters report this call, those of the router too. Inside compiled code nothing happens."""
         super().keep_stats(stats)
         keep_stats(self.router, stats)
 
@@ -231,7 +231,7 @@ def build_moe(
 
 
 def _projections(activation: str | None) -> tuple[str, ...]:
-    """What an expert consists of; of one that is no `SwiGLUMLP` or `StandardMLP` nothing is known."""
+    """The projections of an expert; none are known of one that is not a `SwiGLUMLP` or `StandardMLP`."""
     if activation is None:
         return ()
     return PROJECTIONS if activation == "silu" else PROJECTIONS[1:]

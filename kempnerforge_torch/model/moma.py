@@ -50,7 +50,7 @@ class MoMaFFN(nn.Module):
         Args:
             experts_per_modality: their number.
             capacity_factor_per_modality, gumbel_noise: as for the router.
-            layer_idx: layers of one seed have noise of their own.
+            layer_idx: layers have different noise under one seed.
         """
         super().__init__()
         self.modalities = tuple(modalities)
@@ -111,13 +111,15 @@ class MoMaFFN(nn.Module):
         layout: Layout | None = None,
         noise_seed: Integer[Tensor, ""] | None = None,
     ) -> MoMaOutput:
-        """What a call gives, with the stats of each modality. Arguments as for `forward`; nothing is kept."""
+        """The result of a call, with the stats of each modality. Arguments as for `forward`; nothing is kept."""
         return self(x, modality_ids, key_padding_mask, layout=layout, noise_seed=noise_seed, return_stats=True)
 
     def _by_span(
         self, x: Tensor, layout: Layout, valid: Tensor | None, noise_seed: Tensor | None
     ) -> tuple[dict[str, Tensor], dict[str, MoEStats]]:
-        """What the experts of each modality make of its span, or of its positions of the whole stream, and stats."""
+        """The outputs of each modality's experts for its span, or for its positions in the whole stream, and their
+        stats.
+        """
         outs: dict[str, Tensor] = {}
         stats: dict[str, MoEStats] = {}
         if layout.spans is None:
@@ -225,7 +227,7 @@ class MoMaBlock(nn.Module):
         noise_seed: Integer[Tensor, ""] | None = None,
         **options: Unpack[BlockOptions],
     ) -> BlockOutput:
-        """What a call gives, with the stats of each modality. Arguments as for `forward`; nothing is kept."""
+        """The result of a call, with the stats of each modality. Arguments as for `forward`; nothing is kept."""
         own = {"key_padding_mask": key_padding_mask, "layout": layout, "noise_seed": noise_seed}
         return self(x, rope_cos, rope_sin, modality_ids, **own, return_stats=True, **options)
 

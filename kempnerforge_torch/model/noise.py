@@ -1,6 +1,6 @@
 """Noise by hashing, bit for bit that of `shared_config.contract.noise`, which defines it.
 
-32-bit unsigned arithmetic in int64: every product is below 2^63, and is cut to 32 bits.
+32-bit unsigned arithmetic in int64: every product is below 2^63, and is truncated to 32 bits.
 
 Shapes: B images, P = 3 * h * w places of an image, N tokens, F features, T tokens of a router, E experts.
 """

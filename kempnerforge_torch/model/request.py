@@ -1,4 +1,4 @@
-"""What is to be generated, checked before the first token is drawn.
+"""A request for generation, checked before the first token is drawn.
 
 Shapes: B rows, S tokens of the longest prompt, N new tokens.
 """
@@ -37,7 +37,7 @@ from shared_config.contract.decoding import (
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be generated, checked.
+    """A request for generation, checked.
 
     Attributes:
         image: its place in the stream, or what is read of it at every step; None: text alone.
@@ -76,7 +76,7 @@ def make_request(
     pixel_values: Float[Tensor, "B ... 3 h w"] | np.ndarray | None = None,
     frame_mask: Bool[Tensor, "B F"] | np.ndarray | None = None,
 ) -> Request:
-    """What `generate` and `stream` are asked for, checked; their arguments.
+    """The checked request of `generate` or `stream`, from their arguments.
 
     Raises:
         ValueError: naming what can't be generated.
@@ -124,7 +124,7 @@ def _read_image(
     frame_mask: Tensor | np.ndarray | None,
     rows: int,
 ) -> ModalityContext | None:
-    """What the transformer is called with for the image of each row."""
+    """The context of the transformer for the image of each row."""
     if pixel_values is None and frame_mask is not None:
         raise ValueError("frame_mask is given, pixel_values = None: the mask needs the images that it masks")
     if pixel_values is None:
@@ -172,7 +172,7 @@ def weight_of(model: Transformer) -> Float[Tensor, "V D"]:
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """No gradients, evaluation mode, no wrappers; all as before afterwards."""
+    """No gradients, evaluation mode, no wrappers; restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         if any(training for _, training in modes):

@@ -32,8 +32,8 @@ class Gate(nn.Linear):
 
 
 class TopKRouter(StatsGetters):
-    """The k experts with the best scores, ties to the lowest index. A router of its own overrides what `_score` and the
-    methods after it say.
+    """The k experts with the best scores, ties to the lowest index. Other routers override `_score` and the methods
+    after it.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class TopKRouter(StatsGetters):
     def run(
         self, x: Float[Tensor, "T D"], valid: Bool[Tensor, "T"] | None = None, *, batch_size: int = 1
     ) -> RouterOutput:
-        """What a call gives, with what was counted. Arguments as for `forward`; nothing is kept."""
+        """The result of a call, with its stats. Arguments as for `forward`; nothing is kept."""
         return self(x, valid, batch_size=batch_size, return_stats=True)
 
     def _score(self, logits_TE: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class TopKRouter(StatsGetters):
         raise NotImplementedError(f"{type(self).__name__} defines no _score")
 
     def _preference(self, scores_TE: Tensor) -> Tensor:
-        """What is compared to choose; it has no gradient."""
+        """The values by which experts are chosen, without a gradient."""
         return scores_TE
 
     def _weigh(self, chosen_Tk: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class TopKRouter(StatsGetters):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> TopKRouter:
-        """Changes of dtype leave buffers in at least float32: a rate of 0.001 is lost in a bfloat16 bias."""
+        """Casts leave buffers in at least float32: an update of 0.001 is lost in a bfloat16 bias."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -185,7 +185,7 @@ class SigmoidTopKRouter(TopKRouter):
         self.register_buffer("expert_ema", torch.full((num_experts,), 1.0 / num_experts))
 
     def set_step(self, step: int, max_steps: int) -> None:
-        """Where training stands, for the schedule of the bias's rate."""
+        """Set the progress of training, for the schedule of the bias update rate."""
         self._progress = training_progress(step, max_steps)
 
     def update_bias(self, counts_E: Num[Tensor, "... E"], progress: float | None = None) -> None:
@@ -255,7 +255,7 @@ def balance_losses(
 
 
 def masked_mean(values: Float[Tensor, "..."], valid: Bool[Tensor, "..."] | None, axis: int) -> Float[Tensor, "..."]:
-    """Mean along ``axis`` of the places where ``valid`` (of the leading axes) is True; 0 if there is none."""
+    """Mean along ``axis`` of the positions where ``valid`` (of the leading axes) is True; 0 if there is none."""
     if valid is None:
         return values.sum(dim=axis) / max(values.shape[axis], 1)
     valid = valid.reshape(valid.shape + (1,) * (values.ndim - valid.ndim))

@@ -25,7 +25,7 @@ State = dict[str, Shaped[Tensor, "..."]]
 
 
 def get_state(model: nn.Module) -> State:
-    """Parameters and persistent buffers by name, each tensor once: a tied weight goes by its first name.
+    """Parameters and persistent buffers by name, each tensor once: a tied weight is listed under its first name.
 
     The tensors are the model's own, detached. Names are plain, however the model or parts of it are wrapped.
     """
@@ -109,7 +109,8 @@ def from_numpy(array: np.ndarray, dtype: torch.dtype | None = None) -> Shaped[Te
 
 
 def share(state: Mapping[str, object]) -> State:
-    """Tensors over the memory of another library's arrays (DLPack), on the CPU or on the same GPU, without a copy.
+    """Tensors that share the memory of another library's arrays (DLPack), on the CPU or on the same GPU, without a
+    copy.
 
     Writing to the tensors would change arrays that may be taken for immutable: read them, or copy with `set_state`.
     """

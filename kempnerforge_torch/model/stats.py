@@ -1,7 +1,8 @@
-"""What the levels of a model give: routers, mixtures of experts, blocks, transformers; and the getters of their stats.
+"""What each level of a model returns (routers, mixtures of experts, blocks, transformers), and the getters of their
+stats.
 
-A documented call (``router(x)``, ``model(tokens)``) gives what the level computes, and keeps the stats of its routers
-for the getters, in this module and in those within it. ``run`` gives a struct, always the same, with the stats in it,
+A documented call (``router(x)``, ``model(tokens)``) returns what the level computes, and keeps the stats of its routers
+for the getters, in this module and in those within it. ``run`` always returns the same struct, with the stats in it,
 and keeps nothing. Levels call each other with ``return_stats=True``, which is the same through a module's ``__call__``,
 where hooks and compilers are.
 
@@ -78,7 +79,7 @@ class RouterOutput(NamedTuple):
 
 
 class ExpertChoiceOutput(NamedTuple):
-    """What a router computes whose experts choose tokens.
+    """What a router whose experts choose tokens computes.
 
     Attributes:
         weights: (C, E), at least float32: scores of the tokens taken; 0 where an expert takes fewer than C.
@@ -147,7 +148,7 @@ class TransformerOutput(NamedTuple):
 class StatsGetters(nn.Module):
     """Base of routers and mixtures: the getters of the stats that a documented call kept.
 
-    They speak of the last plain call of this module, or of one that holds it: ``model(tokens)`` sets those of all its
+    They report the last plain call of this module, or of one that holds it: ``model(tokens)`` sets those of all its
     routers. `run`, and what runs inside compiled code, leaves them alone.
     """
 
@@ -155,7 +156,7 @@ class StatsGetters(nn.Module):
     _last: RouterStats | MoEStats | None = None
 
     def keep_stats(self, stats: RouterStats | MoEStats) -> None:
-        """Let the getters speak of a call. Inside compiled code nothing happens."""
+        """Make the getters report this call. Inside compiled code nothing happens."""
         if not torch.compiler.is_compiling():
             self._last = stats
 
@@ -183,7 +184,7 @@ class StatsGetters(nn.Module):
         return torch.zeros(shape, dtype=dtype, device=weight.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the last stats behind: they belong to a graph."""
+        """Copies and pickles drop the last stats, which belong to a graph."""
         return {name: value for name, value in self.__dict__.items() if name != "_last"}
 
 
@@ -198,7 +199,7 @@ class ModelGetters(nn.Module):
         self._pending_counts: dict[RouterId, Tensor] = {}
 
     def keep_stats(self, stats: dict[int, LayerStats]) -> None:
-        """Let the getters speak of a call, those of its layers too; in training mode count it for `update_moe_bias`."""
+        """Make the getters report this call, in its layers too; in training mode count it for `update_moe_bias`."""
         self._last_stats = stats
         for layer, own in stats.items():
             keep_stats(self.layers[str(layer)], own)
@@ -231,12 +232,12 @@ class ModelGetters(nn.Module):
         return total
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the last stats behind: they belong to a graph."""
+        """Copies and pickles drop the last stats, which belong to a graph."""
         return {**self.__dict__, "_last_stats": {}}
 
 
 def keep_stats(module: nn.Module, stats: RouterStats | LayerStats | None) -> None:
-    """Let the getters of a module speak of a call: of a router, a mixture, mixtures by modality, or the ``mlp`` of a
+    """Make the getters of a module report a call: of a router, a mixture, mixtures by modality, or the ``mlp`` of a
     block. Other modules have none.
     """
     if stats is None or torch.compiler.is_compiling():
@@ -266,5 +267,5 @@ def counts_of(stats: LayerStats) -> LayerCounts:
 def added(
     total: Mapping[RouterId, Num[Tensor, "_E"]], counts: Mapping[RouterId, Num[Tensor, "_E"]]
 ) -> dict[RouterId, Num[Tensor, "_E"]]:
-    """Counts by router, added up; what only one of them has counts too."""
+    """Counts by router, added up; a router that only one of them has keeps its own."""
     return {**total, **{router: total[router] + own if router in total else own for router, own in counts.items()}}

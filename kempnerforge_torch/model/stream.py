@@ -1,4 +1,4 @@
-"""What a forward is given must fit together.
+"""Checks that the inputs of a forward fit together.
 
 Shapes: B batch, S positions of the residual stream, D model dim.
 """

@@ -85,11 +85,11 @@ class Transformer(ModelGetters):
 
         Args:
             tokens: int (B, S); or else ``modality.inputs_embeds``.
-            kv_caches: one per layer; positions go on from their fill.
+            kv_caches: one per layer; positions continue from their fill.
             doc_ids: int (B, S) over the residual stream; attention stays within a document.
             allow_image_inputs: let image inputs go together with caches, as the prefill of `generate` does.
             limit_capacity: whether experts have a capacity in this call; None: unless there are caches. A token's
-                result must not depend on how its sequence is cut into calls.
+                result must not depend on how its sequence is split into calls.
             return_stats: give a `TransformerOutput`, and leave the getters alone.
 
         Raises:
@@ -134,11 +134,11 @@ class Transformer(ModelGetters):
         )
 
     def precompute_image_kv(self, modality: ModalityContext) -> ModalityContext:
-        """What decoding is called with in place of an image that every step would have to read anew."""
+        """The context for decoding, in which nothing of the image is left to be computed at every step."""
         return self.architecture.precompute_image_kv(self._extra_modules(), modality)
 
     def set_moe_step(self, step: int, max_steps: int) -> None:
-        """Tell the routers where training stands (their bias schedules)."""
+        """Tell the routers the progress of training, for their bias schedules."""
         for _, router in self._having("set_step"):
             router.set_step(step, max_steps)
 
@@ -153,7 +153,9 @@ class Transformer(ModelGetters):
         self._pending_counts = {}
 
     def _with_noise(self, modality: ModalityContext) -> ModalityContext:
-        """In training mode with a seed of the routing noise, drawn where none is given. (JAX has no such mode.)"""
+        """The context; in training mode with a seed of the routing noise, drawn where none is given. (JAX has no
+        training mode.)
+        """
         noisy = self.vlm_config is not None and self.vlm_config.routing_noise
         if not self.training or modality.noise_seed is not None or not noisy:
             return modality
@@ -248,7 +250,7 @@ class Transformer(ModelGetters):
             unwrap(self.output_head).tie_weights(unwrap(self.token_embedding))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
-        """Leaving the meta device makes new parameters, of which the tied head would get its own."""
+        """Leaving the meta device creates new parameters, which would untie the head."""
         super()._apply(fn, recurse)
         self._tie()
         return self

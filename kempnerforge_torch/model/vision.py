@@ -42,7 +42,7 @@ TOWER_ACTIVATIONS: dict[str, Activation] = {
 
 
 class VisionEncoder(nn.Module):
-    """What every encoder is: (B, 3, h, w) -> (B, N, F).
+    """Base of all encoders: (B, 3, h, w) -> (B, N, F).
 
     Attributes:
         feature_dim: F.
@@ -69,7 +69,7 @@ class RandomVisionEncoder(VisionEncoder):
     """Noise that depends on the image: see `shared_config.contract.noise`. No parameters, no gradient.
 
     Args:
-        seed: of two seeds, an image has different noise.
+        seed: an image has different noise under different seeds.
     """
 
     def __init__(self, num_tokens: int = 16, feature_dim: int = 768, seed: int = 0, *, image_size: int = 0):
@@ -215,8 +215,8 @@ def build_vision_encoder(config: VisionEncoderConfig) -> VisionEncoder:
 
 
 def patches(pixels: Float[Tensor, "B 3 h w"], side: int) -> Float[Tensor, "B N P"]:
-    """(B, 3, h, w) -> (B, N, 3 p p): squares in reading order, each as (channel, row, column); rests at the right and
-    lower edge are cut off.
+    """(B, 3, h, w) -> (B, N, 3 p p): squares in reading order, each as (channel, row, column); remainders at the right
+    and lower edge are cut off.
     """
     rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
     whole = pixels[:, :, : rows * side, : columns * side]
@@ -225,7 +225,7 @@ def patches(pixels: Float[Tensor, "B 3 h w"], side: int) -> Float[Tensor, "B N P
 
 
 def check_pixels(pixels: Shaped[Tensor, "..."], image_size: int) -> None:
-    """Refuse what is no batch of RGB images of the encoder's size."""
+    """Refuse anything but a batch of RGB images of the encoder's size."""
     size = f"{image_size}, {image_size}" if image_size else "height, width"
     fits = pixels.ndim == 4 and pixels.shape[1] == CHANNELS
     if not fits or (image_size and pixels.shape[2:] != (image_size, image_size)):

@@ -33,9 +33,9 @@ from shared_config.schema.vlm import VLMConfig
 
 @dataclass(frozen=True)
 class ModalityStrategy:
-    """How one architecture takes the image. A strategy of its own is a subclass that defines `prepare`, and
-    `num_image_tokens` if they are others; registered in category "modality_strategy" under the ``arch`` of its config,
-    it is called with that config.
+    """How an architecture takes the image. A new strategy is a subclass that defines `prepare`, and `num_image_tokens`
+    if it differs; registered in category "modality_strategy" under the ``arch`` of its config, it is called with that
+    config.
     """
 
     vlm_config: VLMConfig | None = None
@@ -47,14 +47,14 @@ class ModalityStrategy:
         input_ids: Integer[Tensor, "B T"],
         frame_mask: Bool[Tensor, "B F"] | None = None,
     ) -> ModalityContext:
-        """What the transformer is called with besides the text.
+        """The context of the transformer besides the text.
 
         Args:
             wrapper: whose `VLMWrapper.encode_images` gives the image tokens.
             pixel_values, input_ids, frame_mask: as for `VLMWrapper.forward`.
 
         Returns:
-            the image, and which positions of it are real; what is known of the text the wrapper adds.
+            the image, and which of its positions are real; the wrapper adds what is known of the text.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no prepare")
 
@@ -85,17 +85,17 @@ class JointDecoderStrategy(ModalityStrategy):
 
 @registry.register("modality_strategy", "mot")
 class MoTStrategy(JointDecoderStrategy):
-    """As `JointDecoderStrategy`: by their place, positions belong to the image or to the text."""
+    """As `JointDecoderStrategy`: positions belong to the image or to the text by where they stand."""
 
 
 @registry.register("modality_strategy", "moma")
 class MoMaStrategy(JointDecoderStrategy):
-    """As `JointDecoderStrategy`: by their place, positions belong to the image or to the text."""
+    """As `JointDecoderStrategy`: positions belong to the image or to the text by where they stand."""
 
 
 @registry.register("modality_strategy", "cross_attention")
 class CrossAttentionStrategy(ModalityStrategy):
-    """The image is read by blocks of its own; the residual stream is the text."""
+    """The image is read by separate blocks; the residual stream is the text."""
 
     def prepare(
         self,
@@ -109,13 +109,13 @@ class CrossAttentionStrategy(ModalityStrategy):
         return ModalityContext(image_features=image_embeds, image_mask=image_mask)
 
     def num_image_tokens(self, wrapper: VLMWrapper) -> int:
-        """0: the image stands beside the residual stream."""
+        """0: the image is not part of the residual stream."""
         return 0
 
 
 def build_modality_strategy(vlm: VLMConfig) -> ModalityStrategy:
-    """The strategy registered under the config's ``arch``; of an architecture without one, that of the joint decoder or
-    of cross-attention, by ``image_tokens_in_stream`` of the config.
+    """The strategy registered under the config's ``arch``; for an architecture without one, that of the joint decoder
+    or of cross-attention, by ``image_tokens_in_stream`` of the config.
 
     Raises:
         KeyError: "Unknown modality_strategy: ..." with the names that exist.
@@ -161,9 +161,7 @@ class VLMWrapper(nn.Module):
         self.warm_start()
 
     def warm_start(self) -> None:
-        """Take over the weights of the text model that the config names, if it does, unless they are on the meta
-        device.
-        """
+        """Load the weights of the text model that the config names, if any, unless they are on the meta device."""
         if next(self.transformer.parameters()).is_meta:
             return
         vlm = self.transformer.vlm_config
@@ -247,7 +245,7 @@ class VLMWrapper(nn.Module):
         text_mask: Bool[Tensor, "B T"] | None = None,
         noise_seed: Integer[Tensor, ""] | None = None,
     ) -> ModalityContext | None:
-        """What the transformer is called with besides ``input_ids``; None if that is all.
+        """The context of the transformer besides ``input_ids``; None if there is none.
 
         Raises:
             ValueError: text of another number of rows than the images; masks of another dtype or shape, a mask of
@@ -297,7 +295,7 @@ class VLMWrapper(nn.Module):
 def with_text(
     image: ModalityContext, text_mask: Bool[Tensor, "B T"] | None, noise_seed: Integer[Tensor, ""] | None
 ) -> ModalityContext:
-    """What a strategy has prepared, with what is known of the text, whose positions come last in the stream."""
+    """The prepared context, extended by what is known of the text, whose positions come last in the stream."""
     real_BS = image.key_padding_mask
     if text_mask is not None:
         batch, length = text_mask.shape
@@ -341,7 +339,9 @@ def build_vlm_wrapper(
 
 
 def inner_transformer(model: nn.Module) -> Transformer:
-    """The transformer inside a wrapper of ours, of `torch.compile` or of data parallelism; a transformer is its own."""
+    """The transformer inside a wrapper of ours, of `torch.compile` or of data parallelism; a transformer is returned as
+    it is.
+    """
     while not isinstance(model := unwrap(model), Transformer):
         inner = getattr(model, "transformer", None)
         if not isinstance(inner, nn.Module):

@@ -17,7 +17,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def unwrap(model: _Module) -> _Module:
-    """What the outermost wrappers hold; inner parts stay wrapped."""
+    """The module inside the outermost wrappers; its parts stay wrapped."""
     while (inner := _inner(model)) is not None:
         model = cast("_Module", inner)
     return model
@@ -30,7 +30,7 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextlib.contextmanager
 def unwrapped(model: _Module) -> Iterator[_Module]:
-    """The model as if nothing in it were wrapped or compiled, for as long as the context is open."""
+    """The model as if nothing in it were wrapped or compiled, while the context is open."""
     parents = [
         (parent, name, child)
         for parent in model.modules()
@@ -49,9 +49,7 @@ def unwrapped(model: _Module) -> Iterator[_Module]:
 
 @contextlib.contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Let compiled parts run as they are written for as long as the context is open: compiled code knows no hooks that
-    came after it.
-    """
+    """Run compiled parts uncompiled while the context is open: compiled code ignores hooks that were added later."""
     with contextlib.ExitStack() as restoring:
         for module in list(model.modules()):
             if hasattr(module, "dynamo_ctx") and "_orig_mod" in module._modules:
@@ -64,6 +62,6 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 def _inner(module: object) -> nn.Module | None:
-    """What a wrapper holds; None for other modules."""
+    """The module that a wrapper holds; None for other modules."""
     children = module._modules if isinstance(module, nn.Module) else {}
     return next((child for name, child in children.items() if name in WRAPPERS), None) if len(children) == 1 else None

@@ -34,10 +34,10 @@ _MATRIX_PRODUCTS = frozenset(
 
 
 def checkpoint_activations(model: nn.Module, mode: str) -> None:
-    """Let each block keep less for its backward pass, and compute the rest again.
+    """Let each block save less for its backward pass, and recompute the rest.
 
     Args:
-        mode: "none"; "full" keeps the block's input; "selective" also what matrix products and attention put out.
+        mode: "none"; "full" keeps the block's input; "selective" also the outputs of matrix products and attention.
     """
     if mode == "none":
         return
@@ -51,10 +51,10 @@ def checkpoint_activations(model: nn.Module, mode: str) -> None:
 def compile_blocks(
     model: nn.Module, device: torch.device, backend: str = "inductor", *, fullgraph: bool = True
 ) -> None:
-    """Compile each block as it is first called; on a CPU without a C++ compiler say so, and leave it.
+    """Compile each block as it is first called; on a CPU without a C++ compiler, log that and do nothing.
 
     Args:
-        fullgraph: as one program each, or else it is an error.
+        fullgraph: each as one program, or raise an error.
     """
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
@@ -72,7 +72,7 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _wrap_forward(block: nn.Module, wrapper: Callable[..., Any]) -> None:
-    """A plain function in the place of ``forward``, as compilation passes over others."""
+    """Replace ``forward`` by a plain function, as compilation skips other callables."""
     forward = block.forward
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:

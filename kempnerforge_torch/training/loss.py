@@ -28,8 +28,8 @@ def cross_entropy(
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """Sum of logsumexp(logits) - logits[label] over the labels that are not -100, and the number of these labels.
 
-    The arithmetic is in at least float32. Where the logits are many, the backward pass computes the probabilities
-    again, some rows at a time, so that no second array of their size is kept.
+    The arithmetic is in at least float32. Where the logits are many, the backward pass recomputes the probabilities,
+    some rows at a time, so that no second array of their size is kept.
 
     Args:
         fused: compile the sum, which then makes no second array of the size of the logits.
@@ -39,8 +39,8 @@ def cross_entropy(
         count: int64 scalar.
 
     Raises:
-        ValueError: labels of another shape than the logits, or that are no integers; on the CPU one outside [0, V) that
-            is not -100 (on an accelerator: an assertion of the device).
+        ValueError: labels of another shape than the logits, or that are not integers; on the CPU one outside [0, V)
+            that is not -100 (on an accelerator: an assertion of the device).
     """
     check_shape("labels", labels_BS, logits_BSV.shape[:-1])
     check_ids("labels", labels_BS, logits_BSV.shape[-1], IGNORED)
@@ -57,7 +57,7 @@ def cross_entropy(
 
 
 def mean_cross_entropy(logits_BSV: Float[Tensor, "B S V"], labels_BS: Integer[Tensor, "B S"]) -> Float[Tensor, ""]:
-    """`cross_entropy` a label that counts; 0 with gradient 0 if none does."""
+    """`cross_entropy` per label that counts; 0 with gradient 0 if none does."""
     total, count = cross_entropy(logits_BSV, labels_BS)
     return total / count.clamp(min=1)
 
@@ -84,5 +84,5 @@ def _summed(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled_sum() -> Callable[[Tensor, Tensor], Tensor]:
-    """`_summed`, eager for further shapes where a process has had too many of them."""
+    """`_summed` compiled; eager for further shapes once a process has compiled too many."""
     return torch.compile(_summed)

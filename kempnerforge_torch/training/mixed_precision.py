@@ -19,7 +19,7 @@ class _CastContext(torch.autograd.function.FunctionCtx):
 
 
 class Cast(torch.autograd.Function):
-    """All tensors in another dtype, and their gradients back, each way at once: one by one they keep a host busy."""
+    """All tensors in another dtype, and their gradients back, all at once: one by one they keep the host busy."""
 
     @staticmethod
     def forward(

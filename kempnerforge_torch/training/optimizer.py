@@ -3,11 +3,11 @@
     m <- b1 m + (1 - b1) g            v <- b2 v + (1 - b2) g^2
     p <- p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p)        t = 1, 2, ...
 
-t counts the updates of each parameter: what is frozen takes none. The decay acts where the parameter table says so.
+t counts the updates of each parameter: a frozen one gets none. The decay acts where the parameter table says so.
 Checkpoints hold the moments as ``m.<parameter>`` and ``v.<parameter>``, the counts as ``t.<parameter>``.
 
 Another optimiser is registered in category "optimizer" under the name that ``optimizer.name`` gives. It is called with
-groups of parameters, each with its ``weight_decay``, and the config. Its state of a parameter, which is there and 0 at
+groups of parameters, each with its ``weight_decay``, and the config. Its state of a parameter, which exists and is 0 at
 the start, is a ``step`` and the moments that `shared_config.registry.declare` names: "m" as ``exp_avg``, "v" as
 ``exp_avg_sq``, others under their names; without a declaration these two.
 """
@@ -31,7 +31,7 @@ from shared_config.schema.optimizer import OptimizerConfig
 
 _MOMENTS = "moments"
 FOUND_INF = "found_inf"
-"""The attribute in which `torch.amp.GradScaler` tells fused optimisers to leave a step out."""
+"""The attribute in which `torch.amp.GradScaler` tells fused optimisers to skip a step."""
 
 
 _Group = dict[str, list[Float[Tensor, "..."]] | float]
@@ -74,7 +74,7 @@ def adamw(groups: list[_Group], config: OptimizerConfig) -> torch.optim.AdamW:
 
 
 class _AdamW(torch.optim.AdamW):
-    """Of sharded tensors each rank updates its parts as what they are, plain tensors: element by element."""
+    """Each rank updates its shards as plain tensors, element by element."""
 
     def _init_group(self, *args: Any, **kwargs: Any) -> bool:
         is_complex = super()._init_group(*args, **kwargs)
@@ -110,8 +110,8 @@ def update(optimizer: torch.optim.Optimizer, lr: float, finite: Bool[Tensor, ""]
 
 @torch.no_grad()
 def stays_finite(optimizer: torch.optim.Optimizer, lr: float) -> Bool[Tensor, ""]:
-    """Whether the next step leaves parameters and moments finite, a bool scalar; of sharded ones, this rank's parts. Of
-    AdamW one tensor is computed at a time; another optimiser takes the step, and what it changed is put back.
+    """Whether the next step leaves parameters and moments finite, a bool scalar; of sharded ones, this rank's shards.
+    AdamW's step is computed one tensor at a time; another optimiser takes the step, and its changes are undone.
     """
     if not isinstance(optimizer, torch.optim.AdamW):
         before = _snapshot(optimizer)
@@ -211,7 +211,7 @@ def _snapshot(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def _restore(before: list[tuple[Tensor, Tensor]], keep: Tensor) -> None:
-    """Give each tensor its former value, unless the bool scalar is true."""
+    """Restore the saved value of each tensor, unless the bool scalar is true."""
     for tensor, saved in before:
         tensor.copy_(torch.where(keep.to(tensor.device), tensor, saved))
 

@@ -11,11 +11,11 @@ import torch
 
 @contextmanager
 def profile(folder: Path, wait: Callable[[], object]) -> Iterator[None]:
-    """Trace what the host and the device do meanwhile, into a new file of the folder, ``*.pt.trace.json.gz``, for
+    """Trace the host and the device within the context, into a new file of the folder, ``*.pt.trace.json.gz``, for
     Perfetto and for TensorBoard's plugin for PyTorch.
 
     Args:
-        wait: returns once the device has done what it was asked to do.
+        wait: returns once the device has finished its work.
     """
     wait()
     with torch.profiler.profile(
@@ -26,5 +26,5 @@ def profile(folder: Path, wait: Callable[[], object]) -> Iterator[None]:
 
 
 def step_span(step: int) -> AbstractContextManager[object]:
-    """Mark what runs meanwhile as a training step, as TensorBoard's plugin looks for it."""
+    """Mark the context as a training step, for TensorBoard's plugin."""
     return torch.profiler.record_function(f"ProfilerStep#{step}")

@@ -73,10 +73,10 @@ def train(
     console: Console | None = None,
     overridden: Collection[str] = (),
 ) -> TrainingSummary:
-    """Train the job, from where its folder left it, and tell how it ended.
+    """Train the job, from where its folder left it, and return how it ended.
 
     Where a launcher started several processes, or a library has joined some, they train together in the layout of
-    ``[distributed]``; the first writes the files and speaks.
+    ``[distributed]``; the first writes the files and the console.
 
     Args:
         overridden: dotted fields that the command line sets: see `shared_config.training.resume.restore`.
@@ -98,15 +98,15 @@ class Trainer:
     Masters, gradients and moments are of ``dtype``. With ``train.mixed_precision`` "bf16" a float32 trainer computes in
     bfloat16, on a copy of the masters that is cast for each micro-batch.
 
-    Of several processes each has a trainer, which is given its own share of the micro-batches, and all take each step
-    together: with N micro-batches each, R ranks that see different ones do what one device does with the N * R, taken
-    rank by rank for each of the N.
+    Of several processes each has a trainer with its own share of the micro-batches, and all take each step together: R
+    data ranks with N micro-batches each do what one device does with the N * R, ordered rank by rank within each of the
+    N.
 
     Attributes:
         ranks: those that see different micro-batches.
         model: the masters.
         masters: all parameters, by name.
-        parameters: those of them that are trained at one step or another.
+        parameters: those of them that are trained at some step.
         updates: optimiser steps done.
     """
 
@@ -142,8 +142,8 @@ class Trainer:
             loss (cross entropy), grad_norm (before clipping), lr, tokens (labels that counted). With experts also
             aux_loss and z_loss (unweighted, averaged over the micro-batches), routing_entropy (of a token's
             distribution over experts, in nats, averaged over the routers) and dead_experts (that no token chose, over
-            all routers). Where updates may be left out, taken (whether this one was not).
-            What the device computes is left there, as scalar tensors.
+            all routers). Where updates may be skipped, taken (whether this one was applied).
+            Results of the device stay there, as scalar tensors.
         """
         count, lr = self.ranks.number(label_count(micro_batches)), self.learning_rate(self.updates)
         self.model.train()
@@ -176,16 +176,16 @@ class Trainer:
         return {"loss": total / max(count, 1), "tokens": count}
 
     def state(self) -> TrainingState:
-        """Copies, on the host, of weights, buffers, moments and counts of updates. Of several ranks each has to ask for
-        it, and the first gets the tensors.
+        """Copies, on the host, of weights, buffers, moments and counts of updates. With several ranks all must call it,
+        and the first gets the tensors.
         """
         own = get_state(self.model)
         weights = host_copies({name: own[name] for name in self.table if name in own})
         return TrainingState(self.updates, weights, host_copies(get_optimizer_state(self.optimizer, self.parameters)))
 
     def load_state(self, state: TrainingState) -> None:
-        """Go on from a state of either backend; without moments, only the weights are taken. What was frozen there and
-        is not here starts with moments and a count of 0.
+        """Continue from a state of either backend; without moments, only the weights are taken. A parameter that was
+        frozen there and is not here starts with moments and a count of 0.
 
         Raises:
             UserError: names or shapes that do not fit.
@@ -224,7 +224,7 @@ class Trainer:
         return {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in own.items()}
 
     def _update(self, lr: float, loss: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Clip and apply the gradients. One that autograd left out counts as 0; what is frozen has none, and stays.
+        """Clip and apply the gradients. One that autograd left out counts as 0; frozen parameters have none, and stay.
 
         Returns:
             The norm of the gradients, and whether the update is taken, a bool scalar; None if it always is.
@@ -253,7 +253,7 @@ class Trainer:
 def trained_parameters(
     masters: Mapping[str, Float[Tensor, "..."]], config: JobConfig
 ) -> dict[str, Float[Tensor, "..."]]:
-    """The parameters that are trained at one step of the job or another.
+    """The parameters that are trained at some step of the job.
 
     Raises:
         UserError: there are none.
@@ -271,7 +271,7 @@ def trained_parameters(
 def _build_model(
     config: JobConfig, device: torch.device, dtype: torch.dtype, mesh: Mesh | None
 ) -> tuple[Transformer | VLMWrapper, ParameterTable]:
-    """The seeded model and its table. It comes into being without storage, and its initial values are float32 ones."""
+    """The seeded model and its table. It is built without storage, and its initial values are drawn in float32."""
     with torch.device("meta"):
         model = build_model(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}

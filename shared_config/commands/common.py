@@ -123,7 +123,7 @@ def writable_file(path: str | Path) -> Path:
     """The path of a file to be written, in a folder that can be written to.
 
     Raises:
-        UserError: if it can't, or if something else than a regular file is there.
+        UserError: if it can't, or if something other than a regular file is there.
     """
     file = regular_target(path)
     writable_folder(file.parent)

@@ -1,4 +1,4 @@
-"""One command line: taken apart, run, and whatever goes wrong said."""
+"""One command line: parsed, run, and its errors reported."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ USER_ERROR = 2
 HARMLESS = ("show",)
 """Commands that several processes may run at once."""
 PARALLEL = ("train",)
-"""Commands that say themselves how several processes do their work together."""
+"""Commands that handle several processes themselves."""
 DEBUG = "--debug"
 LINE = 2000
 """Characters of a line of a message; the middle of a longer one is left out."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `UserError`."""
+    """An argument parser whose errors are `UserError`."""
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print.
@@ -52,7 +52,7 @@ def status_of(given: Sequence[str]) -> int:
         return INTERRUPTED
     except SystemExit:
         raise
-    except BaseException as error:  # libraries in Rust raise what is no Exception
+    except BaseException as error:  # libraries in Rust raise what is not an Exception
         if INTERRUPTS.came:
             return INTERRUPTED
         if DEBUG in given:
@@ -64,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command line; what goes wrong is raised.
 
     Raises:
-        UserError: what the user can mend.
+        UserError: what the user can fix.
     """
     check_texts(arguments)
     own, overrides = split_overrides(arguments)
@@ -89,7 +89,7 @@ def check_texts(arguments: Sequence[str]) -> None:
 
 
 def message_of(error: BaseException) -> str:
-    """What a message says of an error: all of what is the user's to mend, a line of what nobody expected."""
+    """The message for an error: all of a `UserError`, one line of an unexpected one."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
@@ -116,7 +116,7 @@ def build_parser(available: Mapping[str, Command]) -> Parser:
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments of a command, and the ``--section.field value`` among them, apart."""
+    """The arguments of a command, separated from the ``--section.field value`` among them."""
     own: list[str] = []
     overrides: list[str] = []
     remaining = list(arguments)

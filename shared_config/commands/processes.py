@@ -1,5 +1,5 @@
-"""One process does a command, unless several know how to do it together: else they would do the same thing, and write
-to the same files.
+"""A command runs in one process, unless several processes can share it: otherwise they would do the same thing and
+write to the same files.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def world_size(backend: str, environment: Mapping[str, str] = os.environ) -> int
 
 
 def require_one_process(environment: Mapping[str, str] = os.environ, known: Collection[str] = ()) -> None:
-    """Refuse to be one of several processes.
+    """Refuse to run as one of several processes.
 
     Args:
-        known: variables whose processes know of each other.
+        known: variables whose processes work together.
 
     Raises:
         UserError: naming the variable that says so.

@@ -124,10 +124,10 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def scenario(options: argparse.Namespace, config: JobConfig, weights: str | Mapping[str, np.ndarray]) -> Trace:
-    """What came of a scenario.
+    """The result of a scenario.
 
     Raises:
-        UserError: an option that scenarios have not, or one that this needs and has not.
+        UserError: an option that scenarios don't have, or one that this needs and lacks.
     """
     for name in ("tokens", "layers", "only", "refeed", "routes", "summary"):
         if getattr(options, name) is not None:

@@ -162,11 +162,11 @@ def available_memory() -> int:
 
 
 def forget(plan: Plan) -> None:
-    """Remove what an earlier validation left in the folder of this one: a trace would be taken for one of now, a
-    training run would go on.
+    """Remove what an earlier validation left in the folder of this one: an old trace would be taken for a new one, a
+    training run would resume.
 
     Raises:
-        UserError: a folder in the place of a training run is none.
+        UserError: a folder in the place of a training run is not one.
     """
     for backend in BACKENDS:
         for folder in (plan.run_folder(backend), *(resume_folder(plan.folder, backend, part) for part in range(PARTS))):
@@ -179,7 +179,7 @@ def run_processes(plan: Plan, stage: int = 0) -> None:
     """Run the jobs of all checks of a stage, one process per backend, side by side.
 
     Raises:
-        UserError: a process could not do its jobs; naming its backend, and with what it said last.
+        UserError: a process could not do its jobs; naming its backend, with its last output.
     """
     with written_aside(plan.config_file) as aside:
         aside.write_text(config_to_toml(plan.config), encoding="utf-8")
@@ -214,7 +214,7 @@ def reasons(said: str, status: int) -> list[str]:
 
 @contextmanager
 def _living() -> Iterator[int]:
-    """The end for reading of a pipe that nothing is written to, and that ends with this context or this process."""
+    """The reading end of a pipe that nothing is written to, and that closes with this context or this process."""
     reading, writing = os.pipe()
     try:
         yield reading

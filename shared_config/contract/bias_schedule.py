@@ -21,7 +21,8 @@ def training_progress(step: Any, max_steps: int, xp: Any = np) -> Any:
 
 
 def schedule_factor(schedule: str, progress: Any, xp: Any = np) -> Any:
-    """What a schedule makes of the rate: cosine_decay goes from 1 to 0, linear_warmup from 0 to 1 over the first tenth.
+    """The factor of a schedule on the rate: cosine_decay goes from 1 to 0, linear_warmup from 0 to 1 over the first
+    tenth.
 
     Args:
         xp: as for `training_progress`.

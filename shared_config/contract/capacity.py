@@ -58,7 +58,7 @@ def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int | 
 
 
 def token_capacities(most: int, top_k: int, num_experts: int, factor: float) -> np.ndarray:
-    """What an expert takes of 0, 1, ..., ``most`` tokens that choose k experts each: int32 (most + 1,).
+    """The capacity for 0, 1, ..., ``most`` tokens that choose k experts each: int32 (most + 1,).
 
     max(1, ceil(tokens k / E * factor)), at most ``most``; to be looked up where the number of tokens is an array.
     """

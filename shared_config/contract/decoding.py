@@ -59,8 +59,8 @@ class SamplingConfig:
         top_k: tokens that are kept, the most probable ones; 0 keeps all.
         top_p: probability of the tokens that are kept; 1 keeps all.
         eos_token_id: one id that ends a row, or several (a sequence or an array); None: no row ends early.
-        pad_token_id: what follows the end of a row; any number of 32 bits.
-        seed: an integer, or what draws random numbers in the backend; None: another one each time.
+        pad_token_id: what follows the end of a row; any 32-bit number.
+        seed: an integer, or what draws random numbers in the backend; None: a new one each time.
 
     Raises:
         UserError: naming the value and what is allowed.
@@ -141,7 +141,7 @@ def check_request(
         image_tokens: positions that an image takes before the prompt.
 
     Raises:
-        UserError: a number without meaning, or more tokens than the model has positions.
+        UserError: an invalid number, or more tokens than the model has positions.
     """
     check_integer("max_new_tokens", max_new_tokens, 0)
     check_integer("prefill_chunk", prefill_chunk, 1)
@@ -164,7 +164,7 @@ def read_stops(eos_token_id: object) -> tuple[int, ...]:
     """The ids that end a row: of an id, several of them (a sequence or an array), or None.
 
     Raises:
-        UserError: what is no id.
+        UserError: what is not an id.
     """
     tolist = getattr(eos_token_id, "tolist", None)
     on_host: Any = eos_token_id if tolist is None else tolist()
@@ -240,7 +240,7 @@ def prefill_chunks(length: int, chunk: int, limit: int) -> list[tuple[int, int]]
 
 
 def draw_uniforms(seed: int | None, rows: int, count: int) -> np.ndarray:
-    """Numbers in [0, 1), float64 (B, N). A row's follow from the seed and its place; None draws a seed."""
+    """Numbers in [0, 1), float64 (B, N). A row's numbers follow from the seed and its index; None draws a seed."""
     seed = secrets.randbits(63) if seed is None else seed
     return np.stack([stream(seed, f"sampling {row}").random(count) for row in range(rows)])
 

@@ -13,7 +13,7 @@ from shared_config.schema.freeze import FreezeSpec, FreezeStage, is_pattern
 from shared_config.schema.vlm import VLMConfig
 
 Patterns = str | Sequence[str]
-"""Of names: one, or several."""
+"""One name pattern, or several."""
 
 
 def effective_freeze(
@@ -25,7 +25,7 @@ def effective_freeze(
     """The specs in force at an optimiser step (from 0): those of the last stage that has started, else ``base``.
 
     Raises:
-        ValueError: a spec, in force or not, of a module that is no pattern, and not among ``valid_modules``.
+        ValueError: a spec, in force or not, of a module that is not a pattern, and not among ``valid_modules``.
     """
     if valid_modules is not None:
         allowed = sorted(valid_modules)
@@ -39,7 +39,7 @@ def effective_freeze(
 def canonical_freeze_meta(specs: Sequence[FreezeSpec]) -> list[dict[str, str | bool]]:
     """What a checkpoint remembers of specs: equal for specs that freeze the same, whatever their order, and JSON.
 
-    Of several specs of a module the last counts; one that thaws says no more than none.
+    Of several specs of a module the last counts; one that thaws is the same as none.
     """
     last = {spec.module: spec.frozen for spec in specs}
     return [{"module": module, "frozen": True} for module in sorted(last) if last[module]]

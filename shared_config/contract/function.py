@@ -1,8 +1,8 @@
 """Which settings change the function that weights compute, and how two configs differ in them.
 
 The function is that of decoding, in which experts have no capacity limits: `moe_capacity_factor` limits what training
-and whole forwards compute, as the weights of losses do, and may be another one for the same weights. What the model is
-shown belongs to the function: the frames of a clip, their number, size and sampling.
+and whole forwards compute, as the weights of losses do, and may differ for the same weights. What the model is shown
+belongs to the function: the frames of a clip, their number, size and sampling.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shared_config.schema.job import JobConfig
 
 @dataclass(frozen=True)
 class Difference:
-    """A field whose value is another one there than here."""
+    """A field whose value differs."""
 
     field: str
     here: object
@@ -55,7 +55,7 @@ def differences(here: JobConfig, there: JobConfig) -> list[Difference]:
 
 
 def differing(here: Mapping[str, object], there: Mapping[str, object]) -> list[Difference]:
-    """The fields of both that are not equal. What only one of them has hangs on another field that differs."""
+    """The fields of both that are not equal. One that only one of them has depends on another that differs."""
     return [
         Difference(name, value, there[name]) for name, value in here.items() if name in there and there[name] != value
     ]

@@ -1,7 +1,7 @@
 """Initial weights by seed: the same bits in both backends and in every sharding layout.
 
-Each tensor has a stream of its own, a Philox generator (Salmon et al. 2011) keyed by the seed and the tensor's name,
-so no value depends on what else the model holds or on who draws first.
+Each tensor has its own stream, a Philox generator (Salmon et al. 2011) keyed by the seed and the tensor's name, so no
+value depends on what else the model holds or on who draws first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an optimiser keeps of each parameter: moments of the parameter's shape, and the number of updates that it took.
+"""What an optimiser keeps for each parameter: moments of the parameter's shape, and the number of updates that it took.
 
 In a state and in checkpoints they are ``<moment>.<parameter>`` and ``t.<parameter>``.
 """

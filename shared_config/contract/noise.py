@@ -24,7 +24,7 @@ UNIFORM_BITS = 23
 
 
 def mix(x: ArrayLike) -> np.ndarray:
-    """A bijection of the 32-bit integers in which each input bit moves each output bit with probability near 1/2.
+    """A bijection of the 32-bit integers in which each input bit flips each output bit with probability near 1/2.
 
     Xor-shift and multiply, constants found by search (C. Wellons, hash-prospector: 16 21f0aaad 15 735a2d97 15).
     """
@@ -75,7 +75,7 @@ def image_noise(pixels: np.ndarray, num_tokens: int, feature_dim: int, seed: int
 
     Args:
         pixels: (B, ...), floating point.
-        seed: of two seeds, an image has different noise.
+        seed: an image has different noise under different seeds.
 
     Returns:
         (B, N, F), in the dtype of ``pixels``.

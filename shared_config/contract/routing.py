@@ -27,7 +27,7 @@ class RouterId(NamedTuple):
         return f"{self.layer}.{self.modality}" if self.modality else str(self.layer)
 
     def named(self, field: str, prefix: str = "") -> str:
-        """What a number of its stats is called in a trace: "layers.3.image.aux_loss".
+        """The name of one of its stats in a trace: "layers.3.image.aux_loss".
 
         Args:
             prefix: what the names of the transformer's modules start with.
@@ -53,7 +53,7 @@ def router_ids(path: str, layers: Iterable[int] | None = None) -> list[RouterId]
 
 
 def by_router(nested: Mapping[int, Value | dict[str, Value]]) -> dict[RouterId, Value]:
-    """What is known of each router, from layer -> that of its router, or layer -> modality -> that of its router."""
+    """Values by router, from layer -> value of its router, or layer -> modality -> value of its router."""
     found: dict[RouterId, Value] = {}
     for layer, own in nested.items():
         if isinstance(own, dict):
@@ -66,7 +66,7 @@ def by_router(nested: Mapping[int, Value | dict[str, Value]]) -> dict[RouterId, 
 def map_routers(
     function: Callable[[RouterId, Value], Result], nested: Mapping[int, Value | dict[str, Value]]
 ) -> dict[int, Result | dict[str, Result]]:
-    """``function`` of each router and what is known of it, nested as that is; see `by_router`."""
+    """``function`` of each router and its value, nested as the values are; see `by_router`."""
     found: dict[int, Result | dict[str, Result]] = {}
     for layer, own in nested.items():
         if isinstance(own, dict):

@@ -1,4 +1,4 @@
-"""Which part of every tensor a device holds, in any parallel layout, and which layouts there can't be.
+"""Which part of every tensor a device holds, in any parallel layout, and which layouts are impossible.
 
 Devices form a mesh. Tensor axes are split by the mesh axes that rules give them; of what is left, FSDP splits one axis
 further, "cp" counting among its devices. An example, 8 devices, dp_shard 4 of which ep 2, tp 2:
@@ -98,9 +98,9 @@ def placement(spec: ParameterSpec, layout: Layout, *, gathered: bool = False) ->
     """How a tensor of the table lies on the mesh of a layout.
 
     What `RULES` name is split by tp and ep, of two axes with one rule the first. FSDP then splits one of the other axes
-    over dp_shard and cp, and over ep where the tensor is no expert's: "embed" if its size is divided, else the largest
-    axis whose size is; where none is divided, and of buffers and of what stays in full precision, each of these devices
-    holds all that tp and ep leave.
+    over dp_shard and cp, and over ep where the tensor is outside the experts: "embed" if its size is divided, else the
+    largest axis whose size is; where none is divided, and of buffers and of what stays in full precision, each of these
+    devices holds all that tp and ep leave.
 
     Args:
         gathered: as the tensor is computed with, without what FSDP splits.
@@ -123,7 +123,7 @@ def fsdp_axes(spec: ParameterSpec) -> tuple[str, ...]:
 
 
 def _fsdp_axis(spec: ParameterSpec, splits: list[tuple[str, ...]], parts: int) -> int | None:
-    """The axis that is split into so many parts: of those that are whole, and whose size is divided."""
+    """The axis to split into this many parts: one that is whole, and whose size is divisible."""
     able = [
         place
         for place, (axis, size) in enumerate(zip(spec.axes, spec.shape, strict=True))
@@ -133,7 +133,7 @@ def _fsdp_axis(spec: ParameterSpec, splits: list[tuple[str, ...]], parts: int) -
 
 
 def stage_layers(n_layers: int, pp: int) -> list[range]:
-    """Layers of each pipeline stage: as many in each, the first ones having one more where that does not come out."""
+    """Layers of each pipeline stage: as many in each, the first ones with one more where the number does not divide."""
     short, longer = divmod(n_layers, pp)
     starts = [stage * short + min(stage, longer) for stage in range(pp + 1)]
     return [range(start, stop) for start, stop in itertools.pairwise(starts)]
@@ -155,7 +155,7 @@ def refusals(config: JobConfig) -> list[str]:
 
 
 def unsupported(config: JobConfig, backend: str, platform: str = "cpu") -> list[str]:
-    """Why a layout that a model can be trained in is not one of a backend on the devices of a platform, as "cpu" or
+    """Why a backend can't use a layout, in which a model could be trained, on the devices of a platform, as "cpu" or
     "gpu"; a line for each reason. (XLA can't divide cuDNN's attention where it has a part of the mesh.)
     """
     layout, problems = config.distributed, []

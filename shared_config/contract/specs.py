@@ -1,4 +1,4 @@
-"""What the table of parameters says of one tensor."""
+"""What the parameter table holds for one tensor."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class TowerConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens per image that leave the tower: one per patch."""
+        """Output tokens per image: one per patch."""
         return (self.image_size // self.patch_size) ** 2
 
 

@@ -17,7 +17,7 @@ RENAMED = {"attn_norm": "attention_norm", "attn": "attention"}
 
 
 TRANSFORMER = "transformer."
-"""What the tensors of a text model begin with inside a vision-language model."""
+"""Prefix of the tensors of a text model inside a vision-language model."""
 OTHER_PARTS = ("vision_encoder.", "adapter.")
 
 

@@ -3,9 +3,9 @@
 Shapes: B rows of a batch on one rank, S positions of a row.
 
 Window i of a stream predicts the ids i*S+1 ... i*S+S from those before them, so all windows together predict each id
-once. An epoch visits the windows in an order of its own, a pseudo-random permutation computed index by index with
-integer arithmetic (a Feistel network with cycle walking: Black & Rogaway 2002, "Ciphers with arbitrary finite
-domains"), so it needs no memory and draws from no generator whose stream a library may change.
+once. An epoch visits the windows in its own order, a pseudo-random permutation computed index by index with integer
+arithmetic (a Feistel network with cycle walking: Black & Rogaway 2002, "Ciphers with arbitrary finite domains"), so it
+needs no memory and draws from no generator whose stream a library may change.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TextData:
         rows_per_batch: rows of a batch over all ranks.
         tokens_per_batch: positions of a batch over all ranks.
         windows: windows of an epoch.
-        notes: what a user should know of the data, a line each.
+        notes: what a user should know about the data, one line each.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class TextData:
         heldout_steps: int = 8,
         text_mask: bool = False,
     ):
-        """``text_mask``: also give which held-out positions are real, for experts not to be sent padding.
-        ``vocab_size`` bounds the ids and is the tokenizer's by default; ``tokenizer`` (bytes by default) says
-        which ids part documents.
+        """``text_mask``: also give which held-out positions are real, so that no padding is sent to experts.
+        ``vocab_size`` bounds the ids and is the tokenizer's by default; ``tokenizer`` (bytes by default) says which ids
+        part documents.
 
         Raises:
             UserError: the training stream is shorter than one window, or no window has a label.

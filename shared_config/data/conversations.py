@@ -31,7 +31,7 @@ class Conversation:
     learned: np.ndarray
 
     def truncate(self, seq_len: int) -> Conversation:
-        """What of it a row holds."""
+        """The part that fits into a row."""
         return Conversation(self.ids[: seq_len + 1], self.learned[: seq_len + 1])
 
     @property
@@ -46,7 +46,7 @@ class ConversationData:
     Attributes:
         rows_per_batch: rows of a batch over all ranks.
         tokens_per_batch: positions of a batch over all ranks.
-        notes: what a user should know of the data, a line each.
+        notes: what a user should know about the data, one line each.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ConversationData:
         """
         Args:
             name: of the data, for messages.
-            text_mask: also give which positions are real, for experts not to be sent padding.
+            text_mask: also give which positions are real, so that no padding is sent to experts.
 
         Raises:
             UserError: no conversation has a label within ``seq_len``.

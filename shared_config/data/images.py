@@ -8,7 +8,7 @@ A folder holds pictures and a ``metadata.jsonl`` (as Hugging Face's ImageFolder 
     {"file_name": ["f/1.png", "f/2.png"], "text": "frames, in order"}         with a [video] section
     {"text": "no picture at all"}
 
-What can't be decoded is counted, told once, and masked: its row is trained as text alone.
+What can't be decoded is counted, reported once, and masked: its row is trained as text alone.
 
 Shapes: B rows of a batch on one rank, T text positions of a row, F frames, s pixels per side.
 """
@@ -38,7 +38,7 @@ class ImageTextData:
     Attributes:
         rows_per_batch: rows of a batch over all ranks.
         tokens_per_batch: text positions of a batch over all ranks.
-        notes: what a user should know of the data, a line each.
+        notes: what a user should know about the data, one line each.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ImageTextData:
         Args:
             pixels: how bytes become numbers.
             frames: F of clips; 0 for images, which have no axis of frames.
-            text_mask: also give which text positions are real, for experts not to be sent padding.
+            text_mask: also give which text positions are real, so that no padding is sent to experts.
 
         Raises:
             UserError: a vocabulary that is too small, or no row to train on has a label within ``text_len``.

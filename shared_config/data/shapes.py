@@ -1,6 +1,6 @@
 """Captioned images drawn by code: what a vision-language model trains on when no data is given.
 
-An image shows one shape; its caption names size, colour, form and place, so a model can't know a caption's words but by
+An image shows one shape; its caption names size, colour, form and place, so a model can know a caption's words only by
 looking. Clips show the shape moving, and the caption names where to. Everything follows from the index alone.
 """
 

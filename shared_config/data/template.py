@@ -124,7 +124,7 @@ class ChatTemplate:
         try:
             template = self._environment.from_string(self._source(tools))
             return template.render(messages=list(messages), tools=tools, **given)
-        except Exception as error:  # templates run code of their own
+        except Exception as error:  # templates run their own code
             raise TemplateError(f"the chat template of {self.folder} refuses it: {error}") from None
 
     def _source(self, tools: Any) -> str:
@@ -133,7 +133,7 @@ class ChatTemplate:
         return self._sources["default"]
 
     def _plain(self, text: str, messages: Sequence[Mapping[str, Any]], tools: Any) -> list[bool]:
-        """Of each special token in the text, whether a message brought it, so that it is no token."""
+        """For each special token in the text, whether it is part of a message and so is plain text."""
         if not any(self._special.search(str(message.get("content"))) for message in messages):
             return [False for _ in self._special.finditer(text)]
         hidden = [
@@ -172,7 +172,7 @@ class ChatTemplate:
 
 
 def _sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Templates by name. The file of its own counts before the config's entry."""
+    """Templates by name. A separate file takes precedence over the config's entry."""
     if (folder / FILE).exists():
         return {"default": read_text(folder / FILE, MAX_JSON_BYTES)}
     given = config.get("chat_template")

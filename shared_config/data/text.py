@@ -71,7 +71,7 @@ def _check_tokenizer(config: JobConfig, tokenizer: Tokenizer) -> None:
 
 
 def _json_rows(config: JobConfig) -> list[Row] | None:
-    """None if the data are no JSON Lines."""
+    """None if the data are not JSON Lines."""
     if not config.data.path:
         return None
     files = json_lines_files(config.data.path, *data_files(config.data.path, config.data.follow_symlinks))

@@ -64,7 +64,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer(Tokenizer):
     """A byte is a token. Ids 256 and 257 begin and end a document; larger ones, which a model may have, give U+FFFD.
 
-    With an ``eos`` of one's own, documents have no id that begins them.
+    With a custom ``eos``, documents have no start id.
     """
 
     vocab_size = VOCAB_SIZE
@@ -103,8 +103,8 @@ class HuggingFaceTokenizer(Tokenizer):
     """The ``tokenizer.json`` of a local folder.
 
     ``tokenizer_config.json`` names ``eos`` and ``bos``; the latter begins documents and prompts if the post-processor
-    of the tokenizer puts it before a text. ``stops`` are also those of a ``generation_config.json`` and
-    ``config.json`` in the folder. With an ``eos`` of one's own, documents have no id that begins them.
+    of the tokenizer puts it before a text. ``stops`` are also those of a ``generation_config.json`` and ``config.json``
+    in the folder. With a custom ``eos``, documents have no start id.
     """
 
     def __init__(self, folder: str | Path, eos: int | None = None):
@@ -206,7 +206,8 @@ def build_tokenizer(name: str, eos: int | None = None) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, name: str, vocab_size: int) -> None:
-    """Compare a model's vocabulary with that of the tokenizer that makes its ids; far more is told on stderr.
+    """Compare a model's vocabulary with that of the tokenizer that makes its ids; a far larger one is reported on
+    stderr.
 
     Raises:
         ConfigError: the tokenizer has ids that the model does not have.

@@ -108,7 +108,7 @@ def read_activations(path: PathLike, arch: str | None = None) -> dict[str, np.nd
     """The arrays of a .npz file by the names of their entries, in the types they had.
 
     Args:
-        arch: ``vlm.arch`` of the model, by which names of former versions are told that don't tell it themselves.
+        arch: ``vlm.arch`` of the model, by which names of former versions are recognised where they are ambiguous.
 
     Raises:
         UserError: no such file, or not one of ours.
@@ -149,8 +149,8 @@ def token_batches(
             "attention_mask" (S,), of bools or of 0 and 1.
 
     Raises:
-        UserError: numbers without meaning, no samples, samples of other kinds or of different lengths, ids outside
-            the vocabulary.
+        UserError: invalid numbers, no samples, samples of other kinds or of different lengths, ids outside the
+            vocabulary.
     """
     if batch_size < 1:
         raise UserError(f"batch_size = {batch_size}: must be at least 1")

@@ -55,7 +55,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass
 class TrainingState:
-    """What a trainer needs to go on as if it had never stopped.
+    """What a trainer needs to continue as if it had never stopped.
 
     Attributes:
         step: updates done.
@@ -114,13 +114,13 @@ def save(
     Args:
         keep: how many of the newest checkpoints stay; None: all.
 
-    Where the disk is full, checkpoints that ``keep`` gives up once this one is there make room for it; the newest
-    whole one stays.
+    Where the disk is full, checkpoints that ``keep`` would drop after this one are removed first; the newest whole one
+    stays.
 
     Raises:
         NonFiniteError: a weight or a moment is not finite. Nothing is written nor removed.
-        UserError: it can't be written, say for lack of space, or its place is taken by something that is no folder.
-            What was there before is still there.
+        UserError: it can't be written, say for lack of space, or something other than a folder is in its place. What
+            was there before is still there.
     """
     folder = Path(folder)
     final = folder / f"step_{state.step:08d}"
@@ -206,7 +206,7 @@ def first_nonfinite(state: TrainingState) -> str | None:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that bear on numbers, read without importing them."""
+    """Versions of Python and of the libraries that affect numbers, read without importing them."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:

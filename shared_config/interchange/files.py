@@ -29,7 +29,7 @@ def regular_target(path: PathLike) -> Path:
     """The file that is written in the name of ``path``: what a symbolic link leads to, whether it exists or not.
 
     Raises:
-        UserError: something is there that is no regular file, or can't be looked at.
+        UserError: something other than a regular file is there, or it can't be inspected.
     """
     target = Path(os.path.realpath(path))
     try:
@@ -47,7 +47,7 @@ def folder_target(path: PathLike) -> Path:
     """The folder that is written to in the name of ``path``: what a symbolic link leads to, whether it exists or not.
 
     Raises:
-        UserError: something is there that is no folder, or can't be looked at.
+        UserError: something other than a folder is there, or it can't be inspected.
     """
     target = Path(os.path.realpath(path))
     try:

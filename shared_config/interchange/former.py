@@ -46,7 +46,7 @@ class Former:
 
     Attributes:
         mixtures: experts are those of modalities.
-        biases: weight -> the bias that it had not.
+        biases: weight -> the bias that it lacked.
     """
 
     mixtures: bool
@@ -75,7 +75,7 @@ class Former:
         return result
 
     def moments(self, moments: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The state of an optimiser, in which biases that there were not have taken no update."""
+        """The state of an optimiser, in which biases that did not exist have taken no update."""
         result = self.named(moments)
         for weight, bias in self.biases.items():
             sources = {moment: moments[f"{moment}.{weight}"] for moment in MOMENTS if f"{moment}.{weight}" in moments}

@@ -57,7 +57,7 @@ def read_huggingface_config(folder: PathLike) -> dict[str, Any]:
     """Fields of `ModelConfig` from a folder's config.json.
 
     Raises:
-        UserError: no such file, or no JSON.
+        UserError: no such file, or not JSON.
         ConfigError: naming every key whose value a `ModelConfig` can't express.
     """
     path = Path(folder) / CONFIG

@@ -86,7 +86,7 @@ KINDS = {
     "is_causal": "true or false",
     "is_encoder_decoder": "true or false",
 }
-"""Keys that bear on the function, and the JSON values that they hold."""
+"""Keys that affect the function, and the JSON values that they hold."""
 
 ROPE_KINDS = {
     "rope_theta": "a number",
@@ -203,7 +203,7 @@ def _required(content: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def missing_keys(content: Mapping[str, Any]) -> Iterator[str]:
-    """What is said of each size that the content lacks."""
+    """A line for each size that the content lacks."""
     for key in _required(content):
         if not isinstance(content.get(key), int):
             yield f"{key} = {content.get(key)!r}: must be a number"

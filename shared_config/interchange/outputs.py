@@ -1,6 +1,6 @@
-"""Folders that a command writes: new or empty, or what the same command wrote before of the same model.
+"""Folders that a command writes: new or empty, or what the same command wrote before for the same model.
 
-Whatever else is in a folder is somebody's, and stays.
+Anything else in a folder belongs to someone, and stays.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ def claim_run_folder(path: PathLike) -> None:
 
 
 def forget_run(path: PathLike) -> None:
-    """Remove the checkpoints and metrics of a training run, so that one in its folder starts anew.
+    """Remove the checkpoints and metrics of a training run, so that one in its folder starts from scratch.
 
     Raises:
-        UserError: the folder is that of no run.
+        UserError: the folder is not that of a run.
     """
     folder = Path(path)
     claim_run_folder(folder)

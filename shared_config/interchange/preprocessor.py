@@ -78,7 +78,7 @@ class PixelRange:
 
 
 def read_preprocessor(folder: str, kind: str, side: int) -> PixelRange:
-    """What the folder of an encoder says of its pictures, else what its kind usually takes.
+    """The pictures that an encoder's folder asks for, else what its kind usually takes.
 
     Pictures become RGB whatever ``do_convert_rgb`` says, as the encoder has three channels.
 
@@ -125,7 +125,7 @@ def read_preprocessor(folder: str, kind: str, side: int) -> PixelRange:
 
 
 def _fields(folder: str) -> tuple[Path, dict[str, Any]]:
-    """The file that says how pictures are prepared, and what it says: {} without one."""
+    """The file that says how pictures are prepared, and its content: {} without one."""
     for name in FILES if folder else ():
         file = Path(folder) / name
         if file.exists():

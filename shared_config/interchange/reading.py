@@ -90,7 +90,7 @@ def parse_json(text: str | bytes) -> Any:
     """What a text means as JSON.
 
     Raises:
-        ValueError: no JSON, or nested too deep.
+        ValueError: not JSON, or nested too deep.
     """
     try:
         return json.loads(text)
@@ -102,7 +102,7 @@ def parse_toml(text: str) -> dict[str, Any]:
     """What a text means as TOML.
 
     Raises:
-        ValueError: no TOML, nested too deep, or with integers of thousands of digits.
+        ValueError: not TOML, nested too deep, or with integers of thousands of digits.
     """
     try:
         return tomllib.loads(text)
@@ -114,7 +114,7 @@ def read_json(path: PathLike, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        UserError: as `read_text`, or no JSON object.
+        UserError: as `read_text`, or not a JSON object.
     """
     text = read_text(path, limit)
     try:
@@ -180,7 +180,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 def _link_problem(root: Path, name: str, follow_symlinks: bool) -> str:
     try:
         leads_out = not (root / name).resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, names that are none
+    except (OSError, RuntimeError, ValueError) as error:  # circular links, invalid names
         return f"is a link that leads nowhere: {error}"
     if leads_out and not follow_symlinks:
         return "is a link out of the folder; set data.follow_symlinks = true to follow it"

@@ -144,7 +144,7 @@ def read_state(file: Path) -> dict[str, Any]:
 
 
 def advice(file: Path) -> str:
-    """How to go on without the checkpoint of a file."""
+    """How to continue without the checkpoint of a file."""
     return f"; remove {file.parent} to go on from the checkpoint before it"
 
 

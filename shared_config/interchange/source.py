@@ -120,7 +120,7 @@ def read_model(
 
     Args:
         config: the one asked for; None: the one found.
-        overridden: dotted fields that the command line sets explicitly. They win over what is found, which is said.
+        overridden: dotted fields that the command line sets explicitly. They win over what is found, which is reported.
 
     Raises:
         UserError: nothing there, no config to be found, files that can't be read, or fields that change the function

@@ -91,7 +91,7 @@ def numpy_dtype(dtype: Any) -> np.dtype:
 
 
 def without_repeats(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state with each torch tensor once: tied weights, which share memory, go by their first name."""
+    """The state with each torch tensor once: tied weights, which share memory, are listed under their first name."""
     seen: set[Any] = set()
     result: dict[str, Any] = {}
     for name, value in state.items():

@@ -78,11 +78,11 @@ def copy_tokenizer(source: Path, target: Path) -> list[Path]:
 def special_ids(folder: Path) -> dict[str, Any]:
     """``bos_token_id``, ``eos_token_id`` (an id or a list) and ``pad_token_id``, as far as the folder names them.
 
-    What generation_config.json and config.json say of the end of a sequence is united; otherwise the former goes first,
-    and what neither says is read from tokenizer_config.json.
+    What generation_config.json and config.json say about the end of a sequence is merged; otherwise the former goes
+    first, and what neither says is read from tokenizer_config.json.
 
     Raises:
-        UserError: a file that is no JSON, or a value that is no id.
+        UserError: a file that is not JSON, or a value that is not an id.
     """
     sources = [_read_json(folder / name) for name in (GENERATION, "config.json")]
     found = {key: [id for fields in sources for id in _ids(folder, fields, key)] for key in NAMED_IDS}

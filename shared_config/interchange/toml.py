@@ -26,7 +26,7 @@ def config_from_toml(text: str) -> JobConfig:
 
 
 def config_to_dict(config: JobConfig) -> dict[str, Any]:
-    """Nested dicts and lists of what was given: derived fields and None are left out, so overrides derive them anew."""
+    """Nested dicts and lists of what was given: derived fields and None are left out, so that overrides derive them."""
     return _plain(config)
 
 

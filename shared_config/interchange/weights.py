@@ -69,7 +69,7 @@ class WeightsError(UserError):
 
 
 class HasShape(Protocol):
-    """What the parameter table says of a tensor, as far as loading is concerned."""
+    """What loading needs of a tensor's entry in the parameter table."""
 
     @property
     def shape(self) -> tuple[int, ...]:

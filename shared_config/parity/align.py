@@ -76,7 +76,7 @@ def fed_hash(trace: Trace, modules: Iterable[str]) -> str:
 
 
 def differences_of_origin(a: TraceMeta, b: TraceMeta) -> Iterator[str]:
-    """In what two runs differ that must be alike: seed, inputs, and what in the config decides which function it is."""
+    """Where two runs differ that must agree: seed, inputs, and what in the config decides which function it is."""
     if a.seed != b.seed:
         yield f"seed: {a.seed} and {b.seed}"
     for field in ("weights_hash", "tokens_hash"):

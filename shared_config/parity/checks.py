@@ -201,7 +201,7 @@ def _train_overrides(plan: Plan) -> list[str]:
 
 
 def _compare_training(plan: Plan) -> Iterator[Finding]:
-    """Losses of a short float32 training run on the data of the config, and what else its steps say of themselves."""
+    """Losses of a short float32 training run on the data of the config, and the other numbers of its steps."""
     if plan.steps == 0:
         return
     name, records = f"training, {plan.steps} steps", {backend: _records(plan, backend) for backend in BACKENDS}

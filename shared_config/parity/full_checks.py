@@ -20,7 +20,7 @@ from shared_config.parity.validation import validation_tokens
 from shared_config.schema.job import JobConfig
 
 LONG_SEQUENCE = 601
-"""Beyond blocks and buckets of 512, and a multiple of no power of two."""
+"""Beyond blocks and buckets of 512, and not a multiple of a power of two."""
 
 STEPS_APART = 1e-6
 """How far float64 weights may be apart after training, in steps of the learning rate; presets measure up to 7e-11. What

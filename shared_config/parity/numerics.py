@@ -1,6 +1,6 @@
 """How far one array is from another, and how far rounding alone may move it. Pure NumPy, in float64.
 
-Every measure is norm-wise, a tensor at a time. NaN and infinity are compared by place before any arithmetic: equal
+Every measure is norm-wise, one tensor at a time. NaN and infinity are compared by place before any arithmetic: equal
 places drop out of the norms, and a single unequal place makes every error infinite.
 """
 

@@ -159,12 +159,12 @@ class Plan:
 
     @functools.cached_property
     def expected(self) -> TraceMeta:
-        """What the traces of one step say of themselves, whatever their backend, device and dtype."""
+        """The metadata of the traces of one step, whatever their backend, device and dtype."""
         return expected_meta(self.expected_config, self.seed, self.weights_hash)
 
     @property
     def expected_config(self) -> JobConfig:
-        """What traces of one step say that their config is: weights that are given start from no others."""
+        """The config that traces of one step record: weights that are given start from no others."""
         return self.config if self.weights is None else without_warm_start(self.config)
 
     __hash__ = object.__hash__

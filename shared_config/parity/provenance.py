@@ -1,4 +1,4 @@
-"""Whether a trace or a training run is the one that was asked for, by what it says of itself."""
+"""Whether a trace or a training run is the one that was asked for, by its own metadata."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IN_WORDS = {
 def expected_meta(
     config: JobConfig, seed: int, given_hash: str = "", *, tokens: np.ndarray | None = None, only: Sequence[str] = ()
 ) -> TraceMeta:
-    """What a trace of a config and a seed says of itself, whatever its backend, device and dtype.
+    """The metadata of a trace of a config and a seed, whatever its backend, device and dtype.
 
     Args:
         given_hash: of weights that are given; "" where they are drawn.

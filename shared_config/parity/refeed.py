@@ -1,9 +1,9 @@
-"""What each layer of a run is given instead of its own input: what another run recorded, so that one that is wrong
-can't make others look wrong.
+"""Feeds each layer of a run what another run recorded instead of its own input, so that a wrong layer can't make others
+look wrong.
 
 Parts of a model in the order of execution, from the embedding and the vision encoder over the layers to the final norm
-and the head, record what they put out and pass on what the other run has recorded in their place. The loss is that of
-the recorded logits and the recorded losses of routers. There is no gradient: a recorded input is a constant.
+and the head, record their own output and pass on what the other run recorded in its place. The loss is that of the
+recorded logits and the recorded losses of routers. There is no gradient: a recorded input is a constant.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FED = re.compile(
     r"vision_encoder|adapter"
     r"|(transformer\.)?(token_embedding|norm|output_head|layers\.\d+|cross_attention_layers\.\d+|mot_norms\.[^.]+)"
 )
-"""Paths of modules whose recorded outputs go on."""
+"""Paths of modules whose recorded outputs are passed on."""
 
 ROUTER_LOSSES = ("aux_loss", "z_loss")
 

@@ -1,4 +1,4 @@
-"""What a trace is asked to record."""
+"""What a trace should record."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def default_length(config: JobConfig) -> int:
 
 
 def check_tokens(tokens: np.ndarray, config: JobConfig) -> None:
-    """Refuse what is no (B, S) array of ids that fits the model.
+    """Refuse anything but a (B, S) array of ids that fits the model.
 
     Raises:
         UserError: naming the first id outside the vocabulary, or the length that is too large.

@@ -50,7 +50,7 @@ def record_scenario(
     device: str | None = None,
     runs: Path | None = None,
 ) -> Trace:
-    """Let a backend do a scenario, and keep what came of it.
+    """Let a backend run a scenario, and keep the result.
 
     Args:
         name: one of `SCENARIOS` that `applicable` has.
@@ -60,7 +60,7 @@ def record_scenario(
         runs: folder of checkpoints, where the scenario needs one.
 
     Raises:
-        UserError: a scenario that the config has not.
+        UserError: a scenario that the config doesn't have.
     """
     if name not in applicable(config):
         raise UserError(f"scenario = {name!r}: must be one of {', '.join(applicable(config))} for this config")

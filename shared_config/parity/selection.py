@@ -67,7 +67,7 @@ def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
     """Numbers of layers of a model, from numbers and ranges as in "0,3-5".
 
     Raises:
-        UserError: anything else, or a layer that the model hasn't.
+        UserError: anything else, or a layer that the model doesn't have.
     """
     layers: set[int] = set()
     for part in text.split(","):

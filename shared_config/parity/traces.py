@@ -46,7 +46,7 @@ FORWARD, ROUTING, LOSS, GRADIENT, UPDATED, DECODE, LOSSES = GROUPS = (
     "losses",
 )
 NOT_REFED = (GRADIENT, UPDATED, DECODE, LOSSES)
-"""Groups that a run has not if each of its layers is given a recorded input."""
+"""Groups that a run lacks if each of its layers is given a recorded input."""
 
 FORMAT = "3"
 FORMER = ("1", "2")

@@ -68,7 +68,7 @@ def validation_labels(tokens: np.ndarray) -> np.ndarray:
 
 
 def chunkings(length: int, seed: int) -> dict[str, tuple[int, ...]]:
-    """Ways to feed ``length`` tokens to a cache: a token at a time, a long prefill and then steps, and drawn chunks.
+    """Ways to feed ``length`` tokens to a cache: one token at a time, a long prefill and then steps, and drawn chunks.
 
     Chunk sizes are few, as every size is a shape that JAX compiles.
     """

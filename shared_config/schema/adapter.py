@@ -59,8 +59,8 @@ def pooled_token_count(num_input_tokens: int, window: int, *, require_divisible:
     """Number of windows over a square grid of ``num_input_tokens`` cells; ragged edge windows count unless refused.
 
     Raises:
-        ValueError: if ``num_input_tokens`` is no square, the window has no cell, or ``require_divisible`` and it does
-            not divide the grid.
+        ValueError: if ``num_input_tokens`` is not a square, the window has no cell, or ``require_divisible`` and it
+            does not divide the grid.
     """
     check_sizes(window=window)
     side = math.isqrt(num_input_tokens)

@@ -45,7 +45,7 @@ class VLMConfig(Section):
 
     image_tokens_in_stream: ClassVar[bool] = True
     experts_choose: ClassVar[bool] = False
-    """Whether it has experts of its own, which choose their tokens among all of a batch, later ones too."""
+    """Whether it has its own experts, which choose their tokens among all of a batch, later ones too."""
     uses_model_fields: ClassVar[tuple[str, ...]] = ()
     """Fields of the language model for experts that an architecture uses where ``num_experts`` is 0."""
 
@@ -61,7 +61,7 @@ class VLMConfig(Section):
 
     @staticmethod
     def forget(arch: str) -> None:
-        """Take an architecture off the list."""
+        """Unregister an architecture."""
         del _ARCHITECTURES[arch]
 
     @staticmethod
@@ -82,7 +82,7 @@ class VLMConfig(Section):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The modalities that have weights of their own; () if all share them."""
+        """The modalities that have their own weights; () if all share them."""
         return ()
 
     @property

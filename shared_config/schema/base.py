@@ -171,8 +171,8 @@ def unfit_texts(value: object, path: str) -> Iterator[str]:
 class Section:
     """Base of all sections.
 
-    Fields whose default None means "derive me" come from ``derive`` and read as the derived value after
-    construction; ``replace`` derives them anew, so that changing ``n_heads`` alone changes what depends on it.
+    Fields whose default None means "derive me" come from ``derive`` and read as the derived value after construction;
+    ``replace`` derives them again, so that changing ``n_heads`` alone changes what depends on it.
     """
 
     derived: ClassVar[frozenset[str]] = frozenset()  # names of the fields that were derived; set on the instance

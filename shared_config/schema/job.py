@@ -85,7 +85,7 @@ class JobConfig(Section):
             yield f"video.frame_size = {self.video.frame_size}: must be vision_encoder.image_size = {size}"
 
     def image_problems(self, num_tokens: int, feature_dim: int = 0) -> Iterator[str]:
-        """What does not fit an encoder that gives ``num_tokens`` tokens of width ``feature_dim`` (0: not known) an
+        """What does not fit an encoder that gives ``num_tokens`` tokens of width ``feature_dim`` (0: not known) per
         image; checked again once it is loaded.
         """
         if self.vlm is not None:

@@ -78,7 +78,7 @@ class ModelConfig(Section):
     ``n_kv_heads`` None means ``n_heads``; ``head_dim`` None means ``dim // n_heads``; both read as numbers after
     construction. The unit of what experts count, for router losses, capacity and gradient scale, is the micro-batch of
     one data-parallel rank, and of a modality where each has its own experts; the sequence-wise loss does not depend on
-    how a batch is cut.
+    how a batch is split.
     """
 
     dim: PositiveInt = 4096
@@ -181,7 +181,7 @@ class ModelConfig(Section):
             yield f"head_dim = {self.head_dim}: must be an even number of at least 2 (rotary positions pair channels)"
 
     def _width_problems(self) -> Iterator[str]:
-        """A product of floats may be infinite, which is no width."""
+        """A product of floats may be infinite, which is not a width."""
         if self.ffn_hidden_dim is None and 4 * self.dim * self.ffn_dim_multiplier > LARGEST:
             yield f"ffn_dim_multiplier = {self.ffn_dim_multiplier}: with dim = {self.dim} the width must be below 2^63"
         elif self.is_moe and self.computed_ffn_hidden_dim * self.moe_expert_ffn_multiplier > LARGEST:

@@ -110,7 +110,7 @@ class MoTConfig(VLMConfig, arch="mot"):
     mot_warm_start_path: Annotated[str, KEEPS_FUNCTION] = ""
 
     def resolved(self) -> Mapping[str, object]:
-        """Modalities are told apart by name, in whatever order."""
+        """Modalities are identified by name, in any order."""
         return {"mot_modalities": tuple(sorted(self.mot_modalities))}
 
     @property
@@ -129,7 +129,7 @@ class MoTConfig(VLMConfig, arch="mot"):
         return self.mot_image_n_heads or n_heads, self.mot_image_n_kv_heads or n_kv_heads
 
     def cached_kv_heads(self, model: ModelConfig) -> int:
-        """So many that the heads of both modalities divide them."""
+        """A number that the heads of both modalities divide."""
         return math.lcm(model.kv_heads, self.resolved_image_heads(model.n_heads, model.kv_heads)[1])
 
     def resolved_with(self, model: ModelConfig) -> Mapping[str, object]:
@@ -196,7 +196,7 @@ class MoMaConfig(VLMConfig, arch="moma"):
         return {"moma_experts_per_modality": FrozenDict(fewer)}
 
     def resolved(self) -> Mapping[str, object]:
-        """Modalities are told apart by name; 0 may be spelled as the number that it stands for."""
+        """Modalities are identified by name; 0 may be spelled as the number that it stands for."""
         factors = {self.effective_capacity_factor(modality) for modality in self.moma_modalities}
         return {
             "moma_modalities": tuple(sorted(self.moma_modalities)),

@@ -40,7 +40,7 @@ def launch_of(environment: Mapping[str, str] = os.environ) -> Launch | None:
     ``MASTER_ADDR`` and ``MASTER_PORT`` say otherwise.
 
     Raises:
-        UserError: a part of what a launcher sets is missing or no number.
+        UserError: a part of what a launcher sets is missing or not a number.
     """
     if _size(environment, "WORLD_SIZE") > 1:
         return _torchrun(environment)
@@ -48,7 +48,7 @@ def launch_of(environment: Mapping[str, str] = os.environ) -> Launch | None:
 
 
 def rank_of(environment: Mapping[str, str] = os.environ) -> int:
-    """The number of this process, also where a launcher has said too little; 0 without one."""
+    """The number of this process, even where what a launcher sets is incomplete; 0 without one."""
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         value = environment.get(rank, "")
         if _size(environment, size) > 1 and value.isdecimal():

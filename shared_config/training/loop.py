@@ -221,7 +221,7 @@ class _Run:
         return self._without_empty_loss({name: finite_or_none(value) for name, value in values.items()}) | pace
 
     def _without_empty_loss(self, record: Record) -> Record:
-        """A mean over no label is no loss of 0: it is left empty, which is said once."""
+        """A mean over no labels is not a loss of 0: it is left empty, which is logged once."""
         if record.get("tokens") != 0:
             return record
         if not self.warned_no_label:

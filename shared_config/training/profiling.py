@@ -16,7 +16,8 @@ Trace = Callable[[Path], AbstractContextManager[None]]
 
 
 class Profiler:
-    """Starts and ends the trace of the steps that ``[profiling]`` asks for; within, `before` is told of each step.
+    """Starts and ends the trace of the steps that ``[profiling]`` asks for; within, `before` is called ahead of each
+    step.
 
     Attributes:
         steps: those that are traced, counted from 0.
@@ -25,7 +26,7 @@ class Profiler:
     def __init__(self, config: JobConfig, first_step: int, trace: Trace, say: Callable[[str], None]):
         """
         Args:
-            first_step: of this run, which may go on from a checkpoint.
+            first_step: of this run, which may continue from a checkpoint.
             trace: the backend's profiler, which writes to a folder what happens within it.
 
         Raises:

@@ -1,6 +1,6 @@
 """What a person sees of a run: a bar on a terminal, plain lines elsewhere, nothing on ranks without a console.
 
-Where printing fails (a closed pipe, a full disk) that is said once in the log, and the run goes on in silence.
+Where printing fails (a closed pipe, a full disk) this is logged once, and the run continues silently.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def restore(
     Args:
         say, note: tell the user what happens, and what they should know in any case.
         overridden: dotted fields that the command line sets; they may change the function of the weights, which is
-            said.
+            reported.
 
     Raises:
         UserError: a damaged file, or weights of a model that differs, naming each field.

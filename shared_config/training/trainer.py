@@ -63,7 +63,7 @@ class TrainingData(Protocol):
 
     Attributes:
         rows_per_batch, tokens_per_batch: of one micro-batch, over all ranks.
-        notes: what a user should know of the data before the run, a line each.
+        notes: what a user should know about the data before the run, one line each.
     """
 
     rows_per_batch: int
@@ -71,7 +71,7 @@ class TrainingData(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a user should know of the data, a line each."""
+        """What a user should know about the data, one line each."""
         ...
 
     @property
