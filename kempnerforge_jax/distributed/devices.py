@@ -1,4 +1,4 @@
-"""What a device of JAX tells of itself."""
+"""The attributes of a device of JAX."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Fully sharded data parallelism: each device holds a part of every parameter, and has a block's whole while it
-computes. Each computes its own micro-batches, or its part of their sequences, within a map over the devices that see
-different tokens.
+"""Fully sharded data parallelism: each device holds a part of every parameter, and gathers a block while it computes.
+Each computes its own micro-batches, or its part of their sequences, within a map over the devices that see different
+tokens.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def parts_of(mesh: Mesh, table: ParameterTable, arrays: Mapping[str, Laid], dtyp
 
 
 def mark_blocks(model: nnx.Module, mesh: Mesh | None, table: ParameterTable, dtype: DTypeLike) -> None:
-    """Tell the blocks which part of them is held, for `whole_block`."""
+    """Note at each block which part of it is held, for `whole_block`."""
     if mesh is None:
         return
     parameters = {n: v.get_value() for n, v in named_variables(model) if isinstance(v, nnx.Param)}
@@ -112,7 +112,7 @@ def mark_blocks(model: nnx.Module, mesh: Mesh | None, table: ParameterTable, dty
 
 
 def whole_block(block: Module) -> Module:
-    """A copy of a block of which parts are held, whole."""
+    """A copy of a block that is held in parts, whole."""
     copy = nnx.merge(*nnx.split(block))
     for _, variable in named_variables(copy):
         if (part := _marked(variable)) is not None:
@@ -161,8 +161,8 @@ def over_ranks(
     """``function(parameters, buffers, batches, count) -> (arrays by name, sums)`` of one data rank, for all of them.
 
     A rank gets its parts of the parameters, and of batches (N, R, B, ...) its own (N, B, ...), of which "cp" has cut
-    the sequences. What it gives by a parameter's name is its part of the result; sums, the same along "cp", are added
-    up over ranks. What the other axes of the mesh do is for the compiler to decide.
+    the sequences. What it returns under a parameter's name is its part of the result; sums, the same along "cp", are
+    added up over ranks. What the other axes of the mesh do is for the compiler to decide.
 
     Args:
         given: names of the arrays that the function gives.

@@ -31,8 +31,8 @@ _OptimizerState = TypeVar("_OptimizerState")
 def partitions(
     mesh: Mesh, table: ParameterTable, arrays: Mapping[str, Laid], axes: Collection[str] = MESH_AXES
 ) -> dict[str, P]:
-    """How each array of a model is split by some of the mesh axes: what the table speaks of as `placement` says, the
-    rest not at all.
+    """How each array of a model is split by some of the mesh axes: what the table lists as `placement` says, the rest
+    not at all.
     """
     return {name: _partition(mesh, table, name, tuple(array.shape), axes) for name, array in arrays.items()}
 
@@ -63,8 +63,8 @@ def initial_state(
     init: Callable[[State], _OptimizerState],
     parameters: State,
 ) -> _OptimizerState:
-    """The state that an optimiser of optax starts with, made where it lies: what has the shape of its parameter as that
-    does, counts whole on each device.
+    """The state that an optimiser of optax starts with, made where it lies: what has the shape of its parameter is
+    split like it, counts are whole on each device.
     """
     if mesh is None:
         return jax.device_put(init(parameters), device)

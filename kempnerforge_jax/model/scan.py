@@ -122,7 +122,7 @@ def run_blocks(
     """Apply blocks one after the other; if ``scan``, once for each place of their leading axis.
 
     Args:
-        remat: True, or a policy of `jax.checkpoint`: activations inside a step are computed again in the backward pass.
+        remat: True, or a policy of `jax.checkpoint`: activations inside a step are recomputed in the backward pass.
 
     Returns:
         x, and the stats of each block (with a leading axis if ``scan``).

@@ -133,7 +133,7 @@ class Transformer(ModelGetters):
                 result must not depend on how its sequence is split into calls.
             scan_layers: stack layers of one structure here and scan them. A model from ``split(scan_layers=True)``
                 holds them stacked and needs no copy.
-            remat: compute the activations of each layer again in the backward pass: True, or a `jax.checkpoint` policy.
+            remat: recompute the activations of each layer in the backward pass: True, or a `jax.checkpoint` policy.
 
         Raises:
             ValueError: inputs that exclude each other, masks and ids of another shape or dtype, or more

@@ -55,7 +55,7 @@ def exchanged(
 
 @torch.no_grad()
 def add_up(tensors: Sequence[Shaped[Tensor, "..."]], group: dist.ProcessGroup) -> None:
-    """Give each tensor, in place, the sum of what the ranks have; all in one exchange."""
+    """Sum each tensor over the ranks, in place; all in one exchange."""
     if not tensors or group.size() == 1:
         return
     total = torch.cat([tensor.flatten() for tensor in tensors])

@@ -1,5 +1,5 @@
 """Expert parallelism (Lepikhin et al. 2021, arXiv:2006.16668): each rank along "ep" holds some of the experts. Rows of
-tokens, sorted by expert, go to the ranks of their experts, and what these make of them comes back.
+tokens, sorted by expert, go to the ranks of their experts, and the results come back.
 
     rank 0    rows of expert  0 0 1 2 3 3    sends 0 0 1 | 2 3 3     has 0 0 1 (own)  0 1 1 (of rank 1)
     rank 1    rows of expert  0 1 1 2 2 3    sends 0 1 1 | 2 2 3     has 2 3 3 (of rank 0)  2 2 3 (own)
@@ -20,7 +20,7 @@ from kempnerforge_torch.model.moe import MoEMLP
 
 
 def send_rows(layer: MoEMLP, group: dist.ProcessGroup) -> None:
-    """Let a layer, which holds a part of the experts, send the rows of others to where these are."""
+    """Let a layer that holds some of the experts send rows to the ranks of the others."""
     apply = layer._apply_experts
 
     def applied(x_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism: each rank holds a part of every tensor, and has a block's whole while it computes."""
+"""Fully sharded data parallelism: each rank holds a part of every tensor, and gathers a block while it computes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shard_parameters(
     rank's alone.
 
     Args:
-        blocks: what is gathered at a time; the rest is gathered with the model.
+        blocks: what is gathered together; the rest is gathered with the model.
         compute_dtype: of the arithmetic.
         dtype: of the parameters, once they have values, and of the sums of gradients.
     """

@@ -1,5 +1,5 @@
-"""A layout applied to a model that knows nothing of it. The order is that in which each step finds what it works on:
-tensors that an axis splits, blocks that are computed again, blocks that are compiled, blocks that are gathered.
+"""A layout applied to a model that knows nothing of it. The order lets each step find what it works on: tensors that an
+axis splits, blocks that are recomputed, blocks that are compiled, blocks that are gathered.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 
 @contextlib.contextmanager
 def joined(device: torch.device | str | None, timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
-    """Join the other processes that a launcher started, for as long as the context is open, and give this one's device.
+    """Join the other processes that a launcher started, while the context is open, and yield this one's device.
 
     The processes of a machine take its accelerators in turn. Where there is one process, or a library has joined them
     already, nothing is joined.

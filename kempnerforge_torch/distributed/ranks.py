@@ -1,4 +1,4 @@
-"""What a step needs of the other ranks: sums over all that see different micro-batches, and the norm of a gradient
+"""What a step needs from the other ranks: sums over all that see different micro-batches, and the norm of a gradient
 whose parts lie on many ranks.
 """
 

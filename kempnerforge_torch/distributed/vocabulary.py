@@ -22,7 +22,7 @@ from shared_config.contract.labels import IGNORED
 
 
 def cross_entropy_of(mesh: Mesh | None, vocab_size: int) -> CrossEntropy:
-    """The cross entropy of what a model of a layout gives, called as `cross_entropy` is."""
+    """The cross entropy of the logits of a model in a layout, called as `cross_entropy` is."""
     found: CrossEntropy = cross_entropy
     if mesh is not None and mesh.layout.tp > 1:
         found = functools.partial(split_cross_entropy, vocab_size=vocab_size, group=mesh.group("tp"))
@@ -44,7 +44,7 @@ def split_cross_entropy(
         fused: has no effect.
 
     Raises:
-        ValueError: as `cross_entropy` does; on an accelerator the sum is NaN for a label that is none.
+        ValueError: as `cross_entropy` does; on an accelerator the sum is NaN for an invalid label.
     """
     check_shape("labels", labels_BS, logits_BSV.shape[:-1])
     check_ids("labels", labels_BS, vocab_size, IGNORED)

@@ -86,4 +86,5 @@ def wide(ids: Integer[Tensor, "..."]) -> Int[Tensor, "..."]:
 def nan_outside(x: Float[Tensor, "..."], ids: Integer[Tensor, "..."], size: int) -> Float[Tensor, "..."]:
     """``x`` (..., D), NaN where the id (...) is outside [0, size)."""
     ids = wide(ids)
-    return x.masked_fill(((ids < 0) | (ids >= size)).reshape(*ids.shape, *[1] * (x.ndim - ids.ndim)), torch.nan)
+    is_outside = ((ids < 0) | (ids >= size)).reshape(*ids.shape, *[1] * (x.ndim - ids.ndim))
+    return x.masked_fill(is_outside, torch.nan)
