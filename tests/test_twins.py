@@ -23,11 +23,14 @@ FILES = {
 """Files that one backend has alone."""
 
 ENGINES = {
+    "distributed/ahead_of_time.py": "jax: XLA compiles for devices that are elsewhere",
     "distributed/collectives.py": "torch: sums and exchanges with gradients; in JAX operations of lax",
     "distributed/context_parallel.py": "both: torch puts methods in the place of others; JAX within a map over devices",
     "distributed/devices.py": "jax: type checkers know nothing of its devices",
     "distributed/expert_parallel.py": "both: rows are sent in numbers that the host knows; in JAX shapes are static",
+    "distributed/flops.py": "jax: programs that can be read",
     "distributed/fsdp.py": "both: FSDP2 gathers by hooks; JAX within a map over the data ranks",
+    "distributed/hlo.py": "jax: programs that can be read",
     "distributed/mesh.py": "both: torch's has groups of processes; JAX's has all devices of one",
     "distributed/parallelize.py": "torch: a layout changes the modules; in JAX it places arrays",
     "distributed/processes.py": "torch: one process for each device",
@@ -179,6 +182,7 @@ DIFFERENCES = {
         "compute_copy": "jax: arrays are cast within the compiled step",
         "gradients_of": "jax: micro-batches are scanned within the compiled step",
         "summed_loss": "jax: mapped over the data ranks within the compiled evaluation",
+        "take_apart": "jax: what is static, and flat dicts that cross jit",
     },
     "training/terms.py": {
         "summed": "torch: sums on the host; in JAX part of the compiled step",
@@ -193,6 +197,7 @@ DIFFERENCES = {
         "Trainer.recipe": "jax: what is static in a compiled step",
         "compiled_evaluation": "jax: the whole evaluation is one program",
         "compiled_step": "jax: the whole step is one program",
+        "with_frozen": "jax: parameters have no mark of their own",
     },
 }
 """By file, what one backend has alone: a name, ``Class.member``, or an argument ``function(argument)``."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
 from kempnerforge_jax.distributed.devices import Device
@@ -68,14 +69,30 @@ def initial_state(
     """
     if mesh is None:
         return jax.device_put(init(parameters), device)
-    by_name, *rest = jax.eval_shape(init, parameters)
+    return jax.jit(init, out_shardings=_state_shardings(mesh, table, init, parameters))(parameters)
 
-    def own(name: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        return NamedSharding(mesh.axes, _partition(mesh, table, name, leaf.shape, MESH_AXES))
 
-    where = {name: jax.tree.map(functools.partial(own, name), each) for name, each in by_name.items()}
-    whole = jax.tree.map(lambda _: NamedSharding(mesh.axes, P()), rest)
-    return jax.jit(init, out_shardings=(where, *whole))(parameters)
+def abstract(mesh: Mesh, table: ParameterTable, arrays: Mapping[str, Laid]) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `place` would give, without its values."""
+    return _sharded(dict(arrays), _shardings(mesh, partitions(mesh, table, arrays)))
+
+
+def abstract_batches(
+    mesh: Mesh, shapes: Mapping[str, tuple[tuple[int, ...], DTypeLike]]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `place_batches` would give for arrays of these shapes (N * R, B, ...) and dtypes."""
+    ranks, where = mesh.layout.data_ranks, NamedSharding(mesh.axes, of_batches(mesh))
+    return {
+        name: jax.ShapeDtypeStruct((shape[0] // ranks, ranks, *shape[1:]), dtype, sharding=where)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def abstract_initial_state(
+    mesh: Mesh, table: ParameterTable, init: Callable[[State], _OptimizerState], parameters: Mapping[str, Laid]
+) -> _OptimizerState:
+    """What `initial_state` would give, without its values."""
+    return _sharded(jax.eval_shape(init, parameters), _state_shardings(mesh, table, init, parameters))
 
 
 def keep_sharded(mesh: Mesh | None, table: ParameterTable, arrays: State) -> State:
@@ -83,6 +100,27 @@ def keep_sharded(mesh: Mesh | None, table: ParameterTable, arrays: State) -> Sta
     if mesh is None:
         return arrays
     return jax.lax.with_sharding_constraint(arrays, _shardings(mesh, partitions(mesh, table, arrays)))
+
+
+def _state_shardings(
+    mesh: Mesh, table: ParameterTable, init: Callable[..., object], parameters: Mapping[str, Laid]
+) -> Any:
+    """Of the state of an optimiser: what is a parameter's as that is, counts whole on each device."""
+    states: Any = jax.eval_shape(init, parameters)
+    by_name, *rest = states
+
+    def own(name: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        return NamedSharding(mesh.axes, _partition(mesh, table, name, leaf.shape, MESH_AXES))
+
+    where = {name: jax.tree.map(functools.partial(own, name), each) for name, each in by_name.items()}
+    return (where, *jax.tree.map(lambda _: NamedSharding(mesh.axes, P()), rest))
+
+
+def _sharded(shapes: Any, shardings: Any) -> Any:
+    """Abstract arrays, on their devices."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
+    )
 
 
 def _shardings(mesh: Mesh, parts: Mapping[str, P]) -> dict[str, NamedSharding]:

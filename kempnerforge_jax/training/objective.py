@@ -12,21 +12,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
-from kempnerforge_jax.distributed.context_parallel import of_all_parts, spreading
+from kempnerforge_jax.distributed.context_parallel import check_spread, of_all_parts, spreading
 from kempnerforge_jax.distributed.expert_parallel import exchanged
-from kempnerforge_jax.distributed.fsdp import Shards, gather_outside_blocks, over_ranks, whole_block
+from kempnerforge_jax.distributed.fsdp import (
+    Shards,
+    gather_outside_blocks,
+    mark_blocks,
+    over_ranks,
+    shards_of,
+    whole_block,
+)
+from kempnerforge_jax.distributed.mesh import Mesh
 from kempnerforge_jax.model.experts import exchanging
 from kempnerforge_jax.model.scan import preparing
 from kempnerforge_jax.model.stack import in_first_layer
-from kempnerforge_jax.model.state import State, merge
+from kempnerforge_jax.model.state import State, get_state, merge, split
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper
 from kempnerforge_jax.training.blocks import REMATERIALISATION
 from kempnerforge_jax.training.loss import cross_entropy, router_losses, router_stats
+from kempnerforge_jax.training.mixed_precision import compute_dtype
 from kempnerforge_jax.training.terms import Terms, expert_counts, model_inputs
 from shared_config.contract.specs import ParameterSpec
+from shared_config.contract.vision import job_table
+from shared_config.interchange.vision import tower_of
+from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.optimizer import OptimizerConfig
 from shared_config.schema.training import TrainConfig
@@ -49,6 +62,30 @@ class Recipe:
     table: tuple[tuple[str, ParameterSpec], ...]
     frozen: frozenset[str] = frozenset()
     shards: Shards | None = None
+
+
+def take_apart(
+    config: JobConfig, mesh: Mesh | None, model: Transformer | VLMWrapper, dtype: DTypeLike
+) -> tuple[Recipe, State, State]:
+    """What a step needs of a model whose masters, which may be abstract, are of ``dtype``: the recipe, the parameters,
+    and all other arrays.
+    """
+    shapes = {name: tuple(array.shape) for name, array in get_state(model).items()}
+    table, narrow = job_table(config, tower_of(config), shapes), compute_dtype(config, dtype)
+    check_spread(model, mesh)
+    mark_blocks(model, mesh, table, narrow)
+    graphdef, parameters, buffers = split(model, scan_layers=config.train.scan_layers and config.vlm is None)
+    recipe = Recipe(
+        graphdef,
+        config.model,
+        config.vlm,
+        config.train,
+        config.optimizer,
+        narrow,
+        tuple(table.items()),
+        shards=shards_of(mesh, table, parameters, narrow),
+    )
+    return recipe, parameters, buffers
 
 
 def gradients_of(

@@ -22,9 +22,7 @@ from jaxtyping import Array, Shaped
 from rich.console import Console
 
 from kempnerforge_jax.device import find_device, process_count
-from kempnerforge_jax.distributed.context_parallel import check_spread
 from kempnerforge_jax.distributed.devices import Device
-from kempnerforge_jax.distributed.fsdp import mark_blocks, shards_of
 from kempnerforge_jax.distributed.mesh import devices_of, drawing_device, open_mesh
 from kempnerforge_jax.distributed.sharding import initial_state, keep_sharded, place, place_batches
 from kempnerforge_jax.model.balancing import balance
@@ -33,8 +31,8 @@ from kempnerforge_jax.model.module import named_variables
 from kempnerforge_jax.model.state import State, get_state, merge, set_state, split
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper
-from kempnerforge_jax.training.mixed_precision import compute_dtype, matmul_precision
-from kempnerforge_jax.training.objective import Recipe, gradients_of, summed_loss
+from kempnerforge_jax.training.mixed_precision import matmul_precision
+from kempnerforge_jax.training.objective import Recipe, gradients_of, summed_loss, take_apart
 from kempnerforge_jax.training.optimizer import (
     OptimizerState,
     build_optimizer,
@@ -54,12 +52,10 @@ from shared_config.contract.freeze import effective_freeze, frozen_names, moment
 from shared_config.contract.labels import label_count
 from shared_config.contract.moments import UPDATES, moments_of
 from shared_config.contract.routing import RouterId
-from shared_config.contract.vision import job_table
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
-from shared_config.interchange.vision import tower_of
 from shared_config.schema.job import JobConfig
 from shared_config.training.loop import refuse_other_processes, run_training
 from shared_config.training.trainer import Batch, TrainingSummary
@@ -122,22 +118,8 @@ class Trainer:
         devices = list(device) if isinstance(device, list) else [find_device(device)]
         self.device, self.mesh = devices[0], open_mesh(config, devices)
         with jax.default_device(drawing_device(self.mesh, self.device)):
-            model = _build_model(config, dtype)
-            shapes = {name: tuple(array.shape) for name, array in get_state(model).items()}
-            self.table = job_table(config, tower_of(config), shapes)
-            check_spread(model, self.mesh)
-            mark_blocks(model, self.mesh, self.table, compute_dtype(config, dtype))
-            graphdef, parameters, buffers = split(model, scan_layers=config.train.scan_layers and config.vlm is None)
-        self.recipe = Recipe(
-            graphdef,
-            config.model,
-            config.vlm,
-            config.train,
-            config.optimizer,
-            compute_dtype(config, dtype),
-            tuple(self.table.items()),
-            shards=shards_of(self.mesh, self.table, parameters, compute_dtype(config, dtype)),
-        )
+            self.recipe, parameters, buffers = take_apart(config, self.mesh, _build_model(config, dtype), dtype)
+        self.table = dict(self.recipe.table)
         self.parameters, self.buffers = (
             place(self.mesh, self.device, self.table, arrays) for arrays in (parameters, buffers)
         )
@@ -239,11 +221,7 @@ class Trainer:
 
     def _freeze(self) -> None:
         """Apply the freeze schedule at this step."""
-        vlm = self.config.vlm
-        if vlm is not None:
-            specs = effective_freeze(self.updates, vlm.freeze, vlm.freeze_schedule)
-            frozen = frozenset(frozen_names(self.parameters, specs, vlm.module_patterns))
-            self.recipe = dataclasses.replace(self.recipe, frozen=frozen)
+        self.recipe = with_frozen(self.recipe, self.config, self.parameters, self.updates)
 
     def _host_copies(self, arrays: State, *prefixes: str) -> dict[str, np.ndarray]:
         """In the order of the parameter table, which jit does not keep."""
@@ -315,6 +293,15 @@ def _balanced(
     model = merge(recipe.graphdef, parameters, buffers)
     balance(model, counts, progress, taken)
     return {name: variable.get_value() for name, variable in named_variables(model) if name in buffers}
+
+
+def with_frozen(recipe: Recipe, config: JobConfig, parameters: Collection[str], step: int) -> Recipe:
+    """The recipe of a step, with the parameters that the freeze schedule then freezes."""
+    vlm = config.vlm
+    if vlm is None:
+        return recipe
+    specs = effective_freeze(step, vlm.freeze, vlm.freeze_schedule)
+    return dataclasses.replace(recipe, frozen=frozenset(frozen_names(parameters, specs, vlm.module_patterns)))
 
 
 def trained_parameters(masters: Mapping[str, _Master], config: JobConfig) -> dict[str, _Master]:

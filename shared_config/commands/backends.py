@@ -20,10 +20,17 @@ def require_backend(backend: str) -> None:
         UserError: a package is missing; the message names the extra that installs it.
     """
     for package in BACKENDS[backend]:
-        if not _is_installed(package):
-            raise UserError(
-                f"backend {backend}: the package {package} is not installed; pip install 'kempnerforge-twin[{backend}]'"
-            )
+        require_package(package, backend, f"backend {backend}")
+
+
+def require_package(package: str, extra: str, purpose: str) -> None:
+    """Check, without importing it, that a package can be imported.
+
+    Raises:
+        UserError: it can't; the message names the extra that installs it.
+    """
+    if not _is_installed(package):
+        raise UserError(f"{purpose}: the package {package} is not installed; pip install 'kempnerforge-twin[{extra}]'")
 
 
 def backend_module(backend: str, name: str) -> ModuleType:

@@ -132,7 +132,7 @@ def counts_of(config: JobConfig) -> Table:
     """Parameters, floating point operations per token, key/value cache."""
     model, length = config.model, config.train.seq_len
     flops = flops_per_token(model, length, config.vlm)
-    table = _pairs("Counts")
+    table = pairs("Counts")
     name = "parameters" if config.vlm is None else "parameters of the language model"
     table.add_row(name, f"{count_parameters(model, config.vlm):,}")
     if model.is_moe:
@@ -159,7 +159,7 @@ def memory_of(config: JobConfig, world_size: int) -> Table:
         "ep": layout.ep,
     }
     sizes = ", ".join(f"{name} {size}" for name, size in axes.items())
-    table = _pairs("Training memory per device, activations not counted")
+    table = pairs("Training memory per device, activations not counted")
     table.add_row("devices", str(world_size))
     table.add_row("layout", sizes)
     if config.vision_encoder is not None and config.vision_encoder.type in MODEL_TYPES and tower is None:
@@ -188,7 +188,8 @@ def readable_bytes(number: float) -> str:
     return f"{number:.4g} {PREFIXES[power]}B"
 
 
-def _pairs(title: str) -> Table:
+def pairs(title: str) -> Table:
+    """A table of names and values, to be filled."""
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")

@@ -27,6 +27,7 @@ LINES = {
     "convert": ("source", "--output=out"),
     "compare": ("a", "b", "--report=out"),
     "show": ("debug",),
+    "compile": ("debug", "--topology=v5e:2x2"),
 }
 
 

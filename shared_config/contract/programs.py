@@ -1,0 +1,52 @@
+"""What a compiled program costs a device."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Collective:
+    """All collectives of one kind.
+
+    Attributes:
+        count: how often a device takes part in one.
+        bytes: of what it gives or of what it gets, whichever is more, summed over these times.
+    """
+
+    kind: str
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a step costs each device, which all do the same.
+
+    Attributes:
+        flops: of matrix products, those that are computed again for the backward pass too.
+        arguments: bytes of parameters, buffers, the optimiser's state and a batch, before the step.
+        outputs: bytes of results that don't take the place of arguments.
+        temporaries: bytes that are needed meanwhile, at most at one time.
+        code: bytes of the program.
+        collectives: by kind, the most bytes first.
+        endless: loops with collectives that the program does not tell the length of; they are counted as one round.
+    """
+
+    flops: int
+    arguments: int
+    outputs: int
+    temporaries: int
+    code: int
+    collectives: tuple[Collective, ...]
+    endless: int = 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all that is held at one time."""
+        return self.arguments + self.outputs + self.temporaries + self.code
+
+    def to_json(self) -> dict[str, object]:
+        """All numbers."""
+        return {**dataclasses.asdict(self), "memory": self.memory}
