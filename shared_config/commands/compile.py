@@ -25,8 +25,14 @@ from shared_config.loader import load_config
 
 HELP = "compile the JAX training step for a slice of TPUs, without one: FLOPs, bytes of each chip, collectives"
 
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-"""Keeps libtpu from asking the cloud which TPU this machine has."""
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+"""Lets libtpu compile beside others who use it, and keeps it from asking the cloud which TPU this machine has."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
