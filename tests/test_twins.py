@@ -37,7 +37,7 @@ ENGINES = {
     "distributed/ranks.py": "torch: sums over processes; in JAX part of the compiled step",
     "distributed/sharding.py": "jax: arrays lie where they are put, and XLA computes there",
     "distributed/spawn.py": "torch: layouts on one machine, a process for each device; JAX has several in one",
-    "distributed/states.py": "torch: parts of a tensor are put together by all processes",
+    "distributed/states.py": "both: what a process holds of a tensor each framework says in its own way",
     "distributed/tensor_parallel.py": "torch: modules compute with parts; XLA divides operations itself",
     "distributed/vocabulary.py": "torch: the loss over parts of the vocabulary; XLA divides operations itself",
 }
@@ -119,6 +119,7 @@ DIFFERENCES = {
     },
     "model/state.py": {
         "assign": "torch: tensors are written to, sharded ones too",
+        "like": "jax: an array is made as another lies, torch's are written to",
         "merge": "jax: flat dicts cross jit, modules don't",
         "own_tensors": "torch: tensors, which are their own variables",
         "own_variables": "jax: variables, which hold arrays",
@@ -154,6 +155,7 @@ DIFFERENCES = {
         "get_optimizer_state(optimizer)": "torch: the optimiser holds its state, by tensor",
         "get_optimizer_state(parameters)": "torch: the optimiser holds its state, by tensor",
         "get_optimizer_state(state)": "jax: the state is a value",
+        "arrays_by_kind": "jax: stacks of layers",
         "states_of": "jax: the state is a value, of which frozen parameters need none",
         "with_states": "jax: the state is a value, of which frozen parameters need none",
         "set_learning_rate": "torch: the optimiser holds the learning rate",

@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
+from shared_config.interchange import parts
+from shared_config.interchange.parts import Parts
+
 _PARAMETER = re.compile(r"layers\.(?P<stack>\d+(?:-\d+(?::\d+)?)?)\.(?P<within>.+)")
 
 
@@ -153,4 +156,6 @@ def _within(parameter: str) -> str:
 def _stacked(arrays: Sequence[Any]) -> Any:
     if isinstance(arrays[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(arrays), *arrays[0].shape), arrays[0].dtype)
+    if any(isinstance(array, Parts) for array in arrays):
+        return parts.stacked(arrays)
     return jnp.stack(arrays)

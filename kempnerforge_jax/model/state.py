@@ -22,6 +22,7 @@ from kempnerforge_jax.model.stack import stack_layers, stacks_of, unstack_layers
 from kempnerforge_jax.model.wrappers import plain_modules, unwrap, unwrapped
 from shared_config.contract.parameters import aliases
 from shared_config.contract.specs import check_names
+from shared_config.interchange.parts import Parts
 from shared_config.interchange.states import check_tied, host_array, plain_state, without_unused
 from shared_config.schema.model import ModelConfig
 
@@ -59,7 +60,7 @@ def set_state(model: nnx.Module, state: Mapping[str, object]) -> None:
     )
     whole = stack_layers(state, stacks_of(values))
     for name, variable in own.items():
-        variable.set_value(_like(whole[name], values[name]))
+        variable.set_value(like(values[name], whole[name]))
 
 
 def split(model: _Model, *, scan_layers: bool = False) -> tuple[nnx.GraphDef[_Model], State, State]:
@@ -112,6 +113,19 @@ def _untied(model: nnx.Module, state: dict[str, Any]) -> dict[str, Any]:
     return {given.get(name, name): value for name, value in reversed(state.items())}
 
 
+def like(own: Shaped[Array, "..."], value: object) -> Shaped[Array, "..."]:
+    """The values of an array of any library, in the dtype and sharding of ``own``. Of one on the host, `Parts` of one
+    too, each device reads what it is to hold.
+    """
+    sharding, is_placed = getattr(own, "sharding", None), getattr(own, "committed", False)
+    if isinstance(own, Tracer) or sharding is None or not is_placed:
+        return jnp.asarray(value if isinstance(value, jax.Array) else host_array("value", value), own.dtype)
+    if isinstance(value, jax.Array):
+        return jax.device_put(value.astype(own.dtype), sharding)
+    values = value if isinstance(value, Parts) else host_array("value", value)
+    return jax.make_array_from_callback(own.shape, sharding, lambda box: values[box or ()].astype(own.dtype))
+
+
 def to_numpy(array: Shaped[Array, "..."]) -> np.ndarray:
     """The values on the host; bfloat16 and float8 as `ml_dtypes`."""
     return np.asarray(array)
@@ -139,11 +153,3 @@ def share(state: Mapping[str, object]) -> State:
     The other library must not write to them any more: JAX takes arrays for immutable.
     """
     return {name: jnp.from_dlpack(tensor) for name, tensor in state.items()}
-
-
-def _like(value: Any, own: Any) -> jax.Array:
-    array = jnp.asarray(value if isinstance(value, jax.Array) else host_array("value", value), own.dtype)
-    sharding = getattr(own, "sharding", None)
-    if sharding is None or isinstance(own, Tracer) or not getattr(own, "committed", False):
-        return array
-    return jax.device_put(array, sharding)

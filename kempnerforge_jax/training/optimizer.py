@@ -26,10 +26,11 @@ import optax
 from jaxtyping import Array, Bool, Float, Shaped
 
 from kempnerforge_jax.model.stack import Stack, in_first_layer, stack_layers, stacks_of, unstack_layers, unstack_shapes
-from kempnerforge_jax.model.state import State
+from kempnerforge_jax.model.state import State, like
 from kempnerforge_jax.registry import registry
 from shared_config.contract.moments import UPDATES, moments_of
 from shared_config.contract.specs import ParameterTable, check_names
+from shared_config.interchange.parts import Parts
 from shared_config.schema.optimizer import OptimizerConfig
 
 OptimizerState = object
@@ -102,21 +103,31 @@ def get_optimizer_state(state: OptimizerState) -> State:
     """Moments and counts of updates (int32 scalars) by name; stacked layers are given one by one."""
     return {
         f"{kind}.{name}": array
-        for kind, arrays in _arrays(state).items()
+        for kind, arrays in arrays_by_kind(state).items()
         for name, array in unstack_layers(arrays).items()
     }
 
 
+def arrays_by_kind(state: OptimizerState) -> dict[str, State]:
+    """Kind -> parameter -> array, of stacked layers one: the moments, then the counts."""
+    kinds: dict[str, State] = {}
+    for name, one in _parts(state)[0].items():
+        for field in sorted(one._fields, key="count".__eq__):
+            kinds.setdefault(_kind(field), {})[name] = getattr(one, field)
+    return kinds
+
+
 def set_optimizer_state(
-    state: OptimizerState, moments: Mapping[str, Shaped[Array, "..."] | np.ndarray], step: int
+    state: OptimizerState, moments: Mapping[str, Shaped[Array, "..."] | np.ndarray | Parts], step: int
 ) -> OptimizerState:
-    """The state with these moments and counts (JAX or NumPy arrays); counts that are not given are ``step``.
+    """The state with these moments and counts (JAX or NumPy arrays, or their parts); counts that are not given are
+    ``step``.
 
     Raises:
         UserError: lists every missing, unknown and misshapen name.
     """
     by_name, rest = _parts(state)
-    own = _arrays(state)
+    own = arrays_by_kind(state)
     values = {f"t.{name}": np.asarray(step) for name in unstack_shapes(own.get(UPDATES, {}))} | dict(moments)
     check_names(
         {f"{kind}.{name}": one.shape for kind in own for name, one in unstack_shapes(own[kind]).items()},
@@ -179,15 +190,6 @@ def _parts(state: OptimizerState) -> tuple[dict[str, Any], tuple[Any, ...]]:
     return parts[0], parts[1:]
 
 
-def _arrays(state: OptimizerState) -> dict[str, State]:
-    """Kind -> parameter -> array: the moments, then the counts."""
-    kinds: dict[str, State] = {}
-    for name, one in _parts(state)[0].items():
-        for field in sorted(one._fields, key="count".__eq__):
-            kinds.setdefault(_kind(field), {})[name] = getattr(one, field)
-    return kinds
-
-
 def _kind(field: str) -> str:
     """What a field of a state is called in checkpoints."""
     return {"mu": "m", "nu": "v", "count": UPDATES}.get(field, field)
@@ -206,4 +208,4 @@ def _filled(own: State, values: Mapping[str, Any], prefix: str) -> State:
     """The values whose names start with ``prefix``, stacked as ``own`` is, in its dtypes and shardings."""
     single = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
     whole = stack_layers(single, stacks_of(own))
-    return {name: jnp.asarray(whole[name], array.dtype, device=array.sharding) for name, array in own.items()}
+    return {name: like(array, whole[name]) for name, array in own.items()}

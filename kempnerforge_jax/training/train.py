@@ -25,19 +25,20 @@ from kempnerforge_jax.device import find_device, process_count
 from kempnerforge_jax.distributed.devices import Device
 from kempnerforge_jax.distributed.mesh import devices_of, drawing_device, open_mesh
 from kempnerforge_jax.distributed.sharding import initial_state, keep_sharded, place, place_batches
+from kempnerforge_jax.distributed.states import own_parts
 from kempnerforge_jax.model.balancing import balance
 from kempnerforge_jax.model.build import build_model
 from kempnerforge_jax.model.module import named_variables
-from kempnerforge_jax.model.state import State, get_state, merge, set_state, split
+from kempnerforge_jax.model.state import State, merge, own_variables, set_state, split
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper
 from kempnerforge_jax.training.mixed_precision import matmul_precision
 from kempnerforge_jax.training.objective import Recipe, gradients_of, summed_loss, take_apart
 from kempnerforge_jax.training.optimizer import (
     OptimizerState,
+    arrays_by_kind,
     build_optimizer,
     clip_by_global_norm,
-    get_optimizer_state,
     set_optimizer_state,
     states_of,
     stays_finite,
@@ -55,7 +56,8 @@ from shared_config.contract.routing import RouterId
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
 from shared_config.errors import UserError
-from shared_config.interchange.checkpoint import TrainingState
+from shared_config.interchange.checkpoint import TrainingState, whole_state
+from shared_config.interchange.parts import StateParts
 from shared_config.schema.job import JobConfig
 from shared_config.training.loop import refuse_other_processes, run_training
 from shared_config.training.trainer import Batch, TrainingSummary
@@ -178,14 +180,27 @@ class Trainer:
 
     def state(self) -> TrainingState:
         """Copies, on the host, of weights, buffers, moments and counts of updates."""
-        weights, moments = get_state(self.model), get_optimizer_state(self.optimizer_state)
-        kinds = (*moments_of(self.config.optimizer.name), UPDATES)
-        optimizer = self._host_copies(moments, *(f"{kind}." for kind in kinds))
-        return TrainingState(self.updates, self._host_copies(weights, ""), optimizer)
+        return whole_state(self.parts())
 
-    def load_state(self, state: TrainingState) -> None:
+    def parts(self) -> StateParts:
+        """Copies, on the host, of what this process is to write of the state, in the order of the parameter table (jit
+        has its own): together all processes give each part once.
+        """
+        weights = own_parts({name: variable.get_value() for name, variable in own_variables(self.model).items()})
+        kept = {kind: own_parts(arrays) for kind, arrays in arrays_by_kind(self.optimizer_state).items()}
+        moments = {
+            f"{kind}.{name}": kept[kind][name]
+            for kind in (*moments_of(self.config.optimizer.name), UPDATES)
+            for name in self.table
+            if name in kept[kind]
+        }
+        return StateParts(self.updates, {name: weights[name] for name in self.table if name in weights}, moments)
+
+    def load_state(self, state: TrainingState | StateParts) -> None:
         """Continue from a state of either backend; without moments, only the weights are taken. A parameter that was
         frozen there and is not here starts with moments and a count of 0.
+
+        Each device reads what it holds.
 
         Raises:
             UserError: names or shapes that do not fit.
@@ -222,11 +237,6 @@ class Trainer:
     def _freeze(self) -> None:
         """Apply the freeze schedule at this step."""
         self.recipe = with_frozen(self.recipe, self.config, self.parameters, self.updates)
-
-    def _host_copies(self, arrays: State, *prefixes: str) -> dict[str, np.ndarray]:
-        """In the order of the parameter table, which jit does not keep."""
-        names = [prefix + name for prefix in prefixes for name in self.table if prefix + name in arrays]
-        return {name: np.array(arrays[name]) for name in names}
 
     @property
     def _scalar(self) -> np.dtype:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from kempnerforge_torch.device import find_device
+from shared_config.interchange.together import ALONE, Processes
 from shared_config.training.launch import Launch, launch_of
 
 TIMEOUT = timedelta(minutes=10)
@@ -49,6 +50,11 @@ def largest(number: int) -> int:
     if dist.is_initialized():
         dist.all_reduce(given, dist.ReduceOp.MAX)
     return int(given)
+
+
+def processes() -> Processes:
+    """All that have joined."""
+    return Processes(dist.get_rank(), dist.get_world_size(), largest) if dist.is_initialized() else ALONE
 
 
 def is_main() -> bool:

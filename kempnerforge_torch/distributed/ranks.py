@@ -13,10 +13,11 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Replicate
+from torch.distributed.tensor.placement_types import Replicate, Shard
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kempnerforge_torch.distributed.mesh import Mesh
+from shared_config.interchange.parts import Box
 
 Tree = TypeVar("Tree")
 
@@ -63,6 +64,31 @@ class Ranks:
 def local(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     """The part of a tensor that this rank holds, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def box_of(tensor: Shaped[Tensor, "..."]) -> Box:
+    """Where the part that this rank holds lies in the whole tensor, cut along each axis as `torch.chunk` cuts it."""
+    bounds = [(0, size) for size in tensor.shape]
+    for place, ranks, number in splits(tensor):
+        start, stop = bounds[place]
+        part = -(-(stop - start) // len(ranks))
+        first = min(start + part * number, stop)
+        bounds[place] = first, min(first + part, stop)
+    box = tuple(slice(start, stop) for start, stop in bounds)
+    assert local(tensor).shape == tuple(side.stop - side.start for side in box), f"the part is not that of {box}"
+    return box
+
+
+def splits(tensor: Shaped[Tensor, "..."]) -> list[tuple[int, list[int], int]]:
+    """The axis of each split of a tensor, from the outermost, the ranks that share it, and this one's place there."""
+    if not isinstance(tensor, DTensor):
+        return []
+    devices = tensor.device_mesh
+    return [
+        (placed.dim, dist.get_process_group_ranks(devices.get_group(axis)), devices.get_local_rank(axis))
+        for axis, placed in enumerate(tensor.placements)
+        if isinstance(placed, Shard)
+    ]
 
 
 def global_norm(tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, ""]:

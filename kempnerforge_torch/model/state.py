@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from kempnerforge_torch.distributed.ranks import box_of, local
 from shared_config.contract.specs import check_names
 from shared_config.interchange.states import check_tied, host_array, plain_state, whole, without_unused
 
@@ -73,17 +75,13 @@ def _first_names(model: nn.Module) -> dict[str, str]:
 
 @torch.no_grad()
 def assign(target: Shaped[Tensor, "..."], value: object) -> None:
-    """Copy a tensor, or array of any library, into ``target``. Both may be sharded (a DTensor): each process keeps its
-    part of the target.
+    """Copy a tensor, or array of any library, into ``target``. Both may be sharded (a DTensor), and ``value`` may be
+    `shared_config.interchange.parts.Parts`: each process reads what it holds of the target.
     """
-    values = whole(value) if isinstance(value, Tensor) else from_numpy(host_array("value", value))
+    values: Any = whole(value)
     if hasattr(target, "placements"):
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        assert isinstance(target, DTensor)
-        values = values.to(target.device, target.dtype)
-        values = distribute_tensor(values, target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(values)
+        values, target = values[box_of(target)], local(target)
+    target.copy_(values if isinstance(values, Tensor) else from_numpy(host_array("value", values)))
 
 
 def to_numpy(array: Shaped[Tensor, "..."]) -> np.ndarray:

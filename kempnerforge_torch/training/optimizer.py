@@ -27,6 +27,7 @@ from kempnerforge_torch.model.state import assign
 from kempnerforge_torch.registry import registry
 from shared_config.contract.moments import moments_of
 from shared_config.contract.specs import ParameterTable, check_names
+from shared_config.interchange.parts import Parts
 from shared_config.schema.optimizer import OptimizerConfig
 
 _MOMENTS = "moments"
@@ -151,10 +152,11 @@ def get_optimizer_state(
 def set_optimizer_state(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, Float[Tensor, "..."]],
-    state: Mapping[str, Shaped[Tensor, "..."] | np.ndarray],
+    state: Mapping[str, Shaped[Tensor, "..."] | np.ndarray | Parts],
     step: int,
 ) -> None:
-    """Copy moments and counts (tensors or NumPy arrays) into the optimiser; counts that are not given are ``step``.
+    """Copy moments and counts (tensors, NumPy arrays or their parts) into the optimiser; counts that are not given are
+    ``step``.
 
     Raises:
         UserError: lists every missing, unknown and misshapen name; the optimiser is unchanged.
@@ -169,7 +171,7 @@ def set_optimizer_state(
         tensor_state = optimizer.state[tensor]
         for moment, key in _moment_keys(optimizer).items():
             assign(tensor_state[key], values[f"{moment}.{name}"])
-        tensor_state["step"].fill_(int(values[f"t.{name}"]))
+        assign(tensor_state["step"], values[f"t.{name}"])
 
 
 @torch.no_grad()

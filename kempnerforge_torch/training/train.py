@@ -21,9 +21,9 @@ from kempnerforge_torch.device import find_device
 from kempnerforge_torch.distributed.context_parallel import own_part
 from kempnerforge_torch.distributed.mesh import Mesh, open_mesh
 from kempnerforge_torch.distributed.parallelize import parallelize
-from kempnerforge_torch.distributed.processes import is_main, joined, largest
+from kempnerforge_torch.distributed.processes import joined, processes
 from kempnerforge_torch.distributed.ranks import Ranks
-from kempnerforge_torch.distributed.states import host_copies
+from kempnerforge_torch.distributed.states import host_copies, own_parts
 from kempnerforge_torch.distributed.tensor_parallel import complete_gradients
 from kempnerforge_torch.distributed.vocabulary import cross_entropy_of
 from kempnerforge_torch.model.balancing import balance
@@ -60,6 +60,7 @@ from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
+from shared_config.interchange.parts import StateParts
 from shared_config.interchange.vision import tower_of
 from shared_config.schema.job import JobConfig
 from shared_config.training.loop import run_training
@@ -87,9 +88,7 @@ def train(
     with joined(device) as target:
         trainer = Trainer(config, target)
         data = open_data(config, rank=trainer.ranks.rank, world_size=trainer.ranks.count)
-        return run_training(
-            config, trainer, data, console=console, is_main=is_main(), agree=largest, overridden=overridden
-        )
+        return run_training(config, trainer, data, console=console, processes=processes(), overridden=overridden)
 
 
 class Trainer:
@@ -183,9 +182,17 @@ class Trainer:
         weights = host_copies({name: own[name] for name in self.table if name in own})
         return TrainingState(self.updates, weights, host_copies(get_optimizer_state(self.optimizer, self.parameters)))
 
-    def load_state(self, state: TrainingState) -> None:
+    def parts(self) -> StateParts:
+        """Copies, on the host, of what this rank is to write of the state: together the ranks give each part once."""
+        own, moments = get_state(self.model), get_optimizer_state(self.optimizer, self.parameters)
+        weights = own_parts({name: own[name] for name in self.table if name in own}, self.mesh)
+        return StateParts(self.updates, weights, own_parts(moments, self.mesh))
+
+    def load_state(self, state: TrainingState | StateParts) -> None:
         """Continue from a state of either backend; without moments, only the weights are taken. A parameter that was
         frozen there and is not here starts with moments and a count of 0.
+
+        Each rank reads what it holds.
 
         Raises:
             UserError: names or shapes that do not fit.

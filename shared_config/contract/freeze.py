@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from shared_config.schema.vlm import VLMConfig
 
 Patterns = str | Sequence[str]
 """One name pattern, or several."""
+Kept = TypeVar("Kept")
 
 
 def effective_freeze(
@@ -78,14 +80,14 @@ def never_trained(
 def moments_under(
     vlm: VLMConfig | None,
     table: ParameterTable,
-    moments: Mapping[str, np.ndarray],
+    moments: Mapping[str, Kept],
     kinds: Sequence[str] = MOMENTS,
-) -> dict[str, np.ndarray]:
+) -> Mapping[str, Kept | np.ndarray]:
     """Moments and update counts of a run that may have frozen other parts, for a run that continues it under ``vlm``:
     without what is never trained now, and with zeros for what was never trained before.
 
     Args:
-        moments: by name, and ``t.<parameter>`` if the run has counted.
+        moments: by name, arrays of any kind, and ``t.<parameter>`` if the run has counted.
         kinds: the moments that the optimiser keeps.
     """
     if vlm is None or not moments:

@@ -1,26 +1,27 @@
-"""Training checkpoints: one folder per step that both backends write and read.
+"""Training checkpoints: one folder per step that both backends write and read, in any layout.
 
 ``<run>/step_00000050/`` is the state after 50 updates:
 
     weights.safetensors     parameters and buffers by name
     optimizer.safetensors   moments ``m.<parameter>`` and ``v.<parameter>``; ``t.<parameter>``, updates that it took (in
                             files written before these were counted there are none: each is the step)
+    index.json              of each tensor its shape, and the files that hold parts of it, with the place of each
     state.json              step, place in the data, config, random state, backend, versions, checksums of all files
 
+Each of several processes writes the parts that it holds, to files such as ``weights-00001-of-00004.safetensors``; of
+those that hold the same part, one does. A reader maps the files, and reads what it needs of any tensor.
+
 A folder is written aside as ``.step_00000050.new``, brought to disk and renamed, so that whenever the machine stops
-there is the old checkpoint or the new one. One process may write to a run's folder at a time; any number may read.
+there is the old checkpoint or the new one. One run may write to its folder at a time; any number may read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
-import os
 import platform
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +29,22 @@ import numpy as np
 
 from shared_config.contract.moments import UPDATES
 from shared_config.errors import UserError
-from shared_config.interchange.files import file_errors, folder_target, make_folder
 from shared_config.interchange.former import current_state
-from shared_config.interchange.reading import check_regular
+from shared_config.interchange.parts import Parts, StateParts, whole
 from shared_config.interchange.run_layout import (
     FORMAT,
-    OPTIMIZER,
+    INDEX,
+    NAMED,
+    PARTED,
     STATE,
     STEP_NAME,
-    WEIGHTS,
     advice,
-    checksum,
-    clean,
-    hidden,
     latest,
-    prune,
     read_state,
-    with_room,
 )
-from shared_config.interchange.tensors import read_tensors, write_tensors
+from shared_config.interchange.saving import FILES, Saving, describe, read_parts
+from shared_config.interchange.tensors import read_tensors
+from shared_config.interchange.together import ALONE, Processes
 
 LIBRARIES = ("numpy", "torch", "jax", "flax")
 
@@ -70,6 +68,13 @@ class TrainingState:
     optimizer: Arrays
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def parts(self) -> StateParts:
+        """The same, each tensor in one part."""
+        weights, optimizer = (
+            {name: whole(name, array) for name, array in arrays.items()} for arrays in (self.weights, self.optimizer)
+        )
+        return StateParts(self.step, weights, optimizer, self.extra)
+
 
 class NonFiniteError(UserError):
     """A state that is not to be kept. ``name`` is that of the first tensor that is not finite."""
@@ -84,6 +89,7 @@ class Checkpoint:
     """A training state and where it came from.
 
     Attributes:
+        parts: the state, of which nothing has been read yet.
         rows: training rows consumed over all ranks.
         fingerprint: of the data they came from.
         config: nested dict, see `shared_config.loader.config_from_dict`.
@@ -91,28 +97,77 @@ class Checkpoint:
     """
 
     path: Path
-    state: TrainingState
+    parts: StateParts
     rows: int
     fingerprint: str
     config: dict[str, Any]
     backend: str
     versions: dict[str, str]
 
+    @cached_property
+    def state(self) -> TrainingState:
+        """The state, each tensor whole. Those in one part stay mapped from their file, copied on write."""
+        return whole_state(self.parts)
+
+
+def whole_state(parts: StateParts) -> TrainingState:
+    """The state of which all parts are held, each tensor whole; one in a single part is not copied."""
+    weights, optimizer = (
+        {name: np.asarray(tensor) for name, tensor in tensors.items()} for tensors in parts.kinds.values()
+    )
+    return TrainingState(parts.step, weights, optimizer, parts.extra)
+
 
 def save(
     folder: str | Path,
-    state: TrainingState,
+    state: TrainingState | StateParts,
     *,
     rows: int = 0,
     fingerprint: str = "",
     config: Mapping[str, Any] | None = None,
     backend: str = "",
     keep: int | None = None,
+    milestones: int = 0,
+    processes: Processes = ALONE,
 ) -> Path:
-    """Write the checkpoint of ``state.step`` to a run's folder; one of the same step is replaced. Returns its path.
+    """Write a checkpoint, as `begin` does, and wait for it. Returns its path.
+
+    Raises:
+        NonFiniteError, UserError: as `begin` and `Saving.finish`.
+    """
+    return begin(
+        folder,
+        state,
+        rows=rows,
+        fingerprint=fingerprint,
+        config=config,
+        backend=backend,
+        keep=keep,
+        milestones=milestones,
+        processes=processes,
+    ).finish()
+
+
+def begin(
+    folder: str | Path,
+    state: TrainingState | StateParts,
+    *,
+    rows: int = 0,
+    fingerprint: str = "",
+    config: Mapping[str, Any] | None = None,
+    backend: str = "",
+    keep: int | None = None,
+    milestones: int = 0,
+    processes: Processes = ALONE,
+) -> Saving:
+    """Begin to write the checkpoint of ``state.step`` to a run's folder; one of the same step is replaced.
+
+    All processes call it at the same place, each with what it holds; together that is every part of every tensor once.
 
     Args:
+        state: its arrays must not change until the checkpoint is there.
         keep: how many of the newest checkpoints stay; None: all.
+        milestones: those whose step is a multiple of it stay, too; 0: none.
 
     Where the disk is full, checkpoints that ``keep`` would drop after this one are removed first; the newest whole one
     stays.
@@ -123,12 +178,9 @@ def save(
             was there before is still there.
     """
     folder = Path(folder)
-    final = folder / f"step_{state.step:08d}"
-    target = folder_target(final)
     bad = first_nonfinite(state)
-    if bad is not None:
-        raise NonFiniteError(final, bad)
-    aside = hidden(target, "new")
+    if processes.largest(int(bad is not None)):
+        raise NonFiniteError(folder / f"step_{state.step:08d}", bad or "a tensor of another process")
     fields = {
         "format": FORMAT,
         "step": state.step,
@@ -139,43 +191,33 @@ def save(
         "extra": state.extra,
         "config": dict(config or {}),
     }
-
-    def write() -> None:
-        for place in {folder, make_folder(target.parent)}:
-            clean(place)
-        aside.mkdir()
-        try:
-            _write_files(aside, state, fields)
-            _publish(aside, target)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-
-    with file_errors(final, "the checkpoint can't be written"):
-        with_room(folder, keep, write)
-        if keep is not None:
-            prune(folder, keep, spare=final)
-    return final
+    parts = state.parts() if isinstance(state, TrainingState) else state
+    return Saving(folder, parts, fields, keep=keep, milestones=milestones, processes=processes)
 
 
-def load(path: str | Path, *, with_optimizer: bool = True) -> Checkpoint:
-    """Read a checkpoint, or the latest one of a run's folder.
+def load(path: str | Path, *, with_optimizer: bool = True, processes: Processes = ALONE) -> Checkpoint:
+    """Open a checkpoint, or the latest one of a run's folder.
 
-    Every file that is read is checked against its checksum. The arrays are mapped from the files, copied on write.
+    Every file that is read is checked against its checksum; of several processes each checks some of them, and all have
+    to ask whether another has failed. The arrays are mapped from the files, copied on write.
 
     Raises:
         UserError: there is none, or a file is missing, truncated, corrupt or of a newer format; it names the file.
     """
     folder = _resolve(Path(path))
     fields = read_state(folder / STATE)
-    weights = _read_arrays(folder / WEIGHTS, fields["files"])
-    optimizer = _read_arrays(folder / OPTIMIZER, fields["files"]) if with_optimizer else {}
-    if fields["format"] < FORMAT:
-        weights, optimizer = current_state(weights, optimizer, fields["config"])
+    kinds = ("weights", "optimizer") if with_optimizer else ("weights",)
+    files = [name for name in fields["files"] if name.startswith(tuple(Path(FILES[kind]).stem for kind in kinds))]
+    shared = {name: number % processes.count for number, name in enumerate(files)} | {INDEX: processes.rank}
+    for name, described in fields["files"].items():
+        if shared.get(name) == processes.rank:
+            _check(folder / name, described)
+    if fields["format"] >= PARTED:
+        parts = StateParts(fields["step"], **{"optimizer": {}, **read_parts(folder, kinds)}, extra=fields["extra"])
+    else:
+        parts = _former_state(folder, fields, kinds).parts()
     return Checkpoint(
-        path=folder,
-        state=TrainingState(fields["step"], weights, optimizer, fields["extra"]),
-        **{name: fields[name] for name in ("rows", "fingerprint", "config", "backend", "versions")},
+        folder, parts, **{name: fields[name] for name in ("rows", "fingerprint", "config", "backend", "versions")}
     )
 
 
@@ -193,7 +235,7 @@ def is_checkpoint(path: str | Path) -> bool:
     return (Path(path) / STATE).exists() or latest(path) is not None
 
 
-def first_nonfinite(state: TrainingState) -> str | None:
+def first_nonfinite(state: TrainingState | StateParts) -> str | None:
     """The first of the weights and moments with a value that is not finite, in the order of the weights, each before
     its moments; None if there is none.
     """
@@ -202,7 +244,7 @@ def first_nonfinite(state: TrainingState) -> str | None:
     prefixes = ("", *(f"{kind}." for kind in kinds if kind != UPDATES))
     ordered = [prefix + name for name in state.weights for prefix in prefixes if prefix + name in arrays]
     names = dict.fromkeys([*ordered, *arrays])
-    return next((name for name in names if not np.isfinite(arrays[name]).all()), None)
+    return next((name for name in names if not _is_finite(arrays[name])), None)
 
 
 def installed_versions() -> dict[str, str]:
@@ -225,51 +267,26 @@ def _resolve(path: Path) -> Path:
     return found
 
 
-def _publish(aside: Path, final: Path) -> None:
-    old = hidden(final, "old")
-    replaces = final.exists()
-    if replaces:
-        final.rename(old)
-    aside.rename(final)
-    _sync(final.parent)
-    if replaces:
-        shutil.rmtree(old)
+def _former_state(folder: Path, fields: dict[str, Any], kinds: tuple[str, ...]) -> TrainingState:
+    """The state of a checkpoint without an index: each tensor is whole in the one file of its kind."""
+    arrays = {"optimizer": {}, **{kind: read_tensors(folder / FILES[kind]) for kind in kinds}}
+    weights, optimizer = arrays["weights"], arrays["optimizer"]
+    if fields["format"] < NAMED:
+        weights, optimizer = current_state(weights, optimizer, fields["config"])
+    return TrainingState(fields["step"], weights, optimizer, fields["extra"])
 
 
-def _write_files(folder: Path, state: TrainingState, fields: dict[str, Any]) -> None:
-    write_tensors(folder / WEIGHTS, state.weights)
-    write_tensors(folder / OPTIMIZER, state.optimizer)
-    files = {name: _describe(folder / name) for name in (WEIGHTS, OPTIMIZER)}
-    fields = {**fields, "files": files}
-    text = json.dumps({"checksum": checksum(fields), **fields}, indent=1, allow_nan=False)
-    (folder / STATE).write_text(text + "\n", encoding="utf-8")
-    _sync(folder / STATE)
-    _sync(folder)
-
-
-def _read_arrays(file: Path, files: dict[str, Any]) -> Arrays:
-    expected = files[file.name]
+def _check(file: Path, expected: dict[str, Any]) -> None:
     try:
-        found = _describe(file)
+        found = describe(file)
     except OSError as error:
         raise UserError(f"{file}: can't be read ({error.strerror}){advice(file)}") from None
     if found["bytes"] != expected["bytes"]:
         raise UserError(f"{file}: truncated: {found['bytes']} bytes instead of {expected['bytes']}{advice(file)}")
     if found != expected:
         raise UserError(f"{file}: corrupt: its checksum does not match {STATE}{advice(file)}")
-    return read_tensors(file)
 
 
-def _describe(file: Path) -> dict[str, Any]:
-    if file.exists():
-        check_regular(file)
-    with file.open("rb") as opened:
-        return {"bytes": os.fstat(opened.fileno()).st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _is_finite(values: np.ndarray | Parts) -> bool:
+    held = [part.values for part in values.held] if isinstance(values, Parts) else [values]
+    return all(bool(np.isfinite(array).all()) for array in held)

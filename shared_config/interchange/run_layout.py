@@ -17,8 +17,12 @@ from shared_config.errors import UserError
 from shared_config.interchange.former import current_fields
 from shared_config.interchange.reading import MAX_JSON_BYTES, parse_json, read_text
 
-FORMAT = 2
-WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+FORMAT = 3
+PARTED = 3
+"""The first format whose tensors an index finds; before, each was whole in one file."""
+NAMED = 2
+"""The first format whose names and fields are those of now."""
+WEIGHTS, OPTIMIZER, INDEX, STATE = "weights.safetensors", "optimizer.safetensors", "index.json", "state.json"
 METRICS = "metrics.jsonl"
 """Beside the checkpoints of a run."""
 STEP_NAME = re.compile(r"step_(\d{8,})")
@@ -42,9 +46,8 @@ def clean(folder: str | Path) -> None:
             remove(left)
 
 
-def with_room(folder: str | Path, keep: int | None, write: Callable[[], T]) -> T:
-    """What ``write`` gives; if it finds the disk full, remove leftovers and the oldest checkpoints, down to one less
-    than ``keep`` but never the newest whole one, and call it once more.
+def with_room(folder: str | Path, keep: int | None, write: Callable[[], T], milestones: int = 0) -> T:
+    """What ``write`` gives; if it finds the disk full, `make_space`, and call it once more.
 
     Raises:
         UserError: the disk is still full; it says what is kept.
@@ -53,28 +56,42 @@ def with_room(folder: str | Path, keep: int | None, write: Callable[[], T]) -> T
     try:
         return write()
     except (OSError, UserError) as error:
-        if not _is_full(error):
+        if not is_full(error):
             raise
-    clean(folder)
-    whole = _newest_whole(folder)
-    if keep is not None and whole is not None:
-        prune(folder, max(1, keep - 1), spare=whole)
+    make_space(folder, keep, milestones)
     try:
         return write()
     except (OSError, UserError) as error:
-        if not _is_full(error):
+        if not is_full(error):
             raise
-        clean(folder)
-        kept = ", ".join(path.name for _, path in sorted(published_steps(folder).items())) or "no checkpoint"
-        raise UserError(
-            f"{folder}: No space left on device, also without what checkpoint.keep_last_n = {keep} gives up; "
-            f"kept: {kept}; free some space and start the run again"
-        ) from error
+        raise no_space(folder, keep) from error
 
 
-def prune(folder: str | Path, keep: int, spare: Path | None = None) -> None:
-    """Remove all but the ``keep`` checkpoints of the highest steps; ``spare`` stays in any case."""
-    published = published_steps(Path(folder))
+def make_space(folder: Path, keep: int | None, milestones: int = 0) -> None:
+    """Remove leftovers and the oldest checkpoints, down to one less than ``keep`` but never the newest whole one."""
+    clean(folder)
+    newest = _newest_whole(folder)
+    if keep is not None and newest is not None:
+        prune(folder, max(1, keep - 1), spare=newest, milestones=milestones)
+
+
+def no_space(folder: Path, keep: int | None) -> UserError:
+    """The disk is full, and all that may be removed has been; says what is kept."""
+    clean(folder)
+    kept = ", ".join(path.name for _, path in sorted(published_steps(folder).items())) or "no checkpoint"
+    return UserError(
+        f"{folder}: No space left on device, also without what checkpoint.keep_last_n = {keep} gives up; "
+        f"kept: {kept}; free some space and start the run again"
+    )
+
+
+def prune(folder: str | Path, keep: int, spare: Path | None = None, milestones: int = 0) -> None:
+    """Remove all but the ``keep`` checkpoints of the highest steps; ``spare`` stays in any case, and so do those whose
+    step is a multiple of ``milestones``, which are not counted (0: there are none such).
+    """
+    published = {
+        step: path for step, path in published_steps(Path(folder)).items() if not milestones or step % milestones
+    }
     for step in sorted(published)[: max(0, len(published) - keep)]:
         if published[step] != spare:
             gone = hidden(published[step], "gone")
@@ -102,7 +119,7 @@ def published_steps(folder: Path) -> dict[int, Path]:
     return found
 
 
-def _is_full(error: BaseException) -> bool:
+def is_full(error: BaseException) -> bool:
     """Whether the disk or the quota was at its end; safetensors says so in words only."""
     causes = (error, error.__cause__)
     return any(
@@ -140,7 +157,7 @@ def read_state(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: format {fields['format']} is newer than this version reads ({FORMAT})")
     if fields.pop("checksum", "") != checksum(fields):
         raise UserError(f"{file}: corrupt: its checksum does not match{advice(file)}")
-    return fields if fields["format"] == FORMAT else {**fields, "config": current_fields(fields["config"])}
+    return fields if fields["format"] >= NAMED else {**fields, "config": current_fields(fields["config"])}
 
 
 def advice(file: Path) -> str:

@@ -91,7 +91,7 @@ def find_config(path: PathLike) -> dict[str, Any] | None:
     if kind == "checkpoint":
         return _checkpoint_fields(path)
     folder = _folder(path)
-    if path.is_file() and path.name == checkpoint.WEIGHTS and (folder / checkpoint.STATE).exists():
+    if path.is_file() and path.name == run_layout.WEIGHTS and (folder / run_layout.STATE).exists():
         return _checkpoint_fields(folder)
     fields = _toml_fields(folder / CONFIG)
     return current_fields(fields) if fields is not None and _is_former(path) else fields

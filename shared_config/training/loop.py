@@ -22,14 +22,16 @@ from rich.console import Console
 
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint, run_layout
+from shared_config.interchange.saving import Saving
 from shared_config.interchange.source import to_stderr
+from shared_config.interchange.together import ALONE, Processes
 from shared_config.interchange.toml import config_to_dict
 from shared_config.schema.job import JobConfig
 from shared_config.training.metrics import Logger, finite_or_none, open_loggers
 from shared_config.training.profiling import Profiler
 from shared_config.training.progress import Display, say
 from shared_config.training.resume import Start, restore
-from shared_config.training.run_folder import agreed, own_folder, write_config
+from shared_config.training.run_folder import own_folder, write_config
 from shared_config.training.signals import StopRequest
 from shared_config.training.trainer import (
     Batch,
@@ -66,8 +68,7 @@ def run_training(
     data: TrainingData,
     *,
     console: Console | None = None,
-    is_main: bool = True,
-    agree: Callable[[int], int] | None = None,
+    processes: Processes = ALONE,
     overridden: Collection[str] = (),
 ) -> TrainingSummary:
     """Train until ``train.max_steps``, or until SIGINT, SIGTERM or SIGHUP asks to stop after the step at hand.
@@ -78,8 +79,7 @@ def run_training(
 
     Args:
         console: where progress is shown; None shows nothing.
-        is_main: whether this process writes the files of the run. With several ranks one is it, and all see one folder.
-        agree: the largest of the numbers that all ranks give, on every rank (a max all-reduce); None for one process.
+        processes: all that train together. Each writes its parts of checkpoints, the first all else.
         overridden: dotted fields that the command line sets: see `shared_config.training.resume.restore`.
 
     Raises:
@@ -87,33 +87,36 @@ def run_training(
             does not fit or is damaged, a checkpoint can't be written.
         TrainingDivergedError: a loss that is not finite. No checkpoint is written from then on.
     """
+    is_main = processes.is_main
     console = console if is_main else None
-    agree = agree or (lambda number: number)
     folder = Path(config.checkpoint.dir)
     with ExitStack() as stack:
-        with agreed(agree):
+        with processes.agreed():
             if is_main:
                 stack.enter_context(own_folder(folder))
                 run_layout.clean(folder)
-        start = restore(
-            config,
-            trainer.load_state,
-            backend=trainer.backend,
-            fingerprint=data.fingerprint if is_main else "",
-            say=partial(say, console),
-            note=to_stderr if is_main else lambda _: None,
-            overridden=overridden,
-        )
+        with processes.agreed():
+            start = restore(
+                config,
+                trainer.load_state,
+                backend=trainer.backend,
+                fingerprint=data.fingerprint if is_main else "",
+                say=partial(say, console),
+                note=to_stderr if is_main else lambda _: None,
+                overridden=overridden,
+                processes=processes,
+            )
         tokens = data.tokens_per_batch * config.train.grad_accum_steps
         display = Display(console, total=config.train.max_steps, done=start.step, tokens_per_step=tokens)
         profiler: Profiler | None = None
-        with agreed(agree):
+        with processes.agreed():
             loggers: list[Logger] = []
             if is_main:
-                keep = config.checkpoint.keep_last_n
-                run_layout.with_room(folder, keep, partial(write_config, config, folder))
+                keep, milestones = config.checkpoint.keep_last_n, config.checkpoint.milestone_interval
+                with_room = partial(run_layout.with_room, folder, keep, milestones=milestones)
+                with_room(partial(write_config, config, folder))
                 logging = partial(open_loggers, config, folder, start.step)
-                loggers = run_layout.with_room(folder, keep, lambda: stack.enter_context(logging()))
+                loggers = with_room(lambda: stack.enter_context(logging()))
                 profiler = Profiler(config, start.step, trainer.profile, display.say)
         stop = stack.enter_context(StopRequest(announce=console is not None))
         stack.enter_context(display)
@@ -121,7 +124,7 @@ def run_training(
             display.say(f"note: {note}")
         if profiler is not None:
             stack.enter_context(profiler)
-        return _Run(config, trainer, data, start, folder, loggers, display, profiler, stop, is_main, agree).run()
+        return _Run(config, trainer, data, start, folder, loggers, display, profiler, stop, processes).run()
 
 
 @dataclass(frozen=True)
@@ -147,18 +150,18 @@ class _Run:
         display: Display,
         profiler: Profiler | None,
         stop: StopRequest,
-        is_main: bool,
-        agree: Callable[[int], int],
+        processes: Processes,
     ):
         self.config, self.trainer, self.data = config, trainer, data
         self.start, self.folder, self.loggers, self.display = start, folder, loggers, display
-        self.profiler, self.stop, self.is_main, self.agree = profiler, stop, is_main, agree
+        self.profiler, self.stop, self.processes = profiler, stop, processes
         self.last_step = config.train.max_steps
         self.tokens_per_step = data.tokens_per_batch * config.train.grad_accum_steps
         self.first_batch = -(-start.rows // data.rows_per_batch)
         self.step = start.step
         self.record: Record = {}
         self.checkpoint = start.path
+        self.saving: Saving | None = None
         self.heldout: Sequence[Batch] | None = None
         self.warned_no_label, self.warned_unwritten = False, False
         self.skipped, self.skipped_in_a_row = start.skipped, start.skipped_in_a_row
@@ -176,10 +179,12 @@ class _Run:
             if pending is not None:
                 self._log(self._read(pending))
             self.step, pending = self.step + 1, asked
-            stopped = self.agree(self.stop.signal)
+            stopped = self.processes.largest(self.stop.signal)
+            self._saved(wait=False)
             if stopped or self._evaluates() or self._saves():
                 self._settle(self._read(pending), stopped)
                 pending = None
+        self._saved(wait=True)
         return self._summary(stopped, time.monotonic() - began)
 
     def _ask(self) -> _Pending:
@@ -243,6 +248,7 @@ class _Run:
         return {"skipped_steps": float(self.skipped)} if skips else {}
 
     def _divergence(self, problem: str) -> str:
+        self._saved(wait=True)
         kept = f"the last checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint"
         return (
             f"step {self.step}: {problem}; training stopped, {kept}. "
@@ -285,28 +291,39 @@ class _Run:
                 log.warning("step %d: %s; the run goes on without", self.step, error)
 
     def _save(self) -> None:
-        state = self.trainer.state()
+        self._saved(wait=True)
+        state = self.trainer.parts()
         assert state.step == self.step, f"the trainer is at step {state.step}, the loop at step {self.step}"
-        if not self.is_main:
-            return
         for logger in self.loggers:
             self._logging(logger.sync)
         if self.skipped:
-            state.extra |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+            state.extra.update(skipped=self.skipped, skipped_in_a_row=self.skipped_in_a_row)
         try:
-            self.checkpoint = checkpoint.save(
+            self.saving = checkpoint.begin(
                 self.folder,
                 state,
                 rows=self._batches_before(self.step) * self.data.rows_per_batch,
-                fingerprint=self.data.fingerprint,
+                fingerprint=self.data.fingerprint if self.processes.is_main else "",
                 config=config_to_dict(self.config),
                 backend=self.trainer.backend,
                 keep=self.config.checkpoint.keep_last_n,
+                milestones=self.config.checkpoint.milestone_interval,
+                processes=self.processes,
             )
         except checkpoint.NonFiniteError as error:
             problem = f"{error.name} is not finite after the update, no checkpoint is written"
             raise TrainingDivergedError(self._divergence(problem)) from None
-        self.display.say(f"checkpoint {self.checkpoint}")
+        self._saved(wait=not self.config.checkpoint.async_save)
+
+    def _saved(self, wait: bool) -> None:
+        """Take note of a checkpoint that was being written, once it is there."""
+        saving, self.saving = self.saving, None  # of one that has failed nothing is to come
+        done = saving and (saving.finish() if wait else saving.poll())
+        if done is None:
+            self.saving = saving
+            return
+        self.checkpoint = done
+        self.display.say(f"checkpoint {done}")
 
     def _summary(self, stopped: int, seconds: float) -> TrainingSummary:
         pace = self.display.pace.seconds_per_step

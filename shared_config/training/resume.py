@@ -11,8 +11,10 @@ from shared_config.contract.freeze import canonical_freeze_meta
 from shared_config.contract.function import differences
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import Checkpoint, TrainingState, load
+from shared_config.interchange.parts import StateParts
 from shared_config.interchange.run_layout import latest
 from shared_config.interchange.source import read_model, to_stderr
+from shared_config.interchange.together import ALONE, Processes
 from shared_config.interchange.toml import config_from_dict
 from shared_config.schema.base import Section, execution_names
 from shared_config.schema.job import JobConfig
@@ -35,13 +37,14 @@ class Start:
 
 def restore(
     config: JobConfig,
-    load_state: Callable[[TrainingState], None],
+    load_state: Callable[[TrainingState | StateParts], None],
     *,
     backend: str,
     fingerprint: str,
     say: Say,
     note: Say = to_stderr,
     overridden: Collection[str] = (),
+    processes: Processes = ALONE,
 ) -> Start:
     """Give a trainer the state of the latest checkpoint of ``checkpoint.dir``, else the weights of
     ``checkpoint.load_path`` (native weights, a training run or checkpoint, a Hugging Face folder), else nothing.
@@ -50,18 +53,20 @@ def restore(
         say, note: tell the user what happens, and what they should know in any case.
         overridden: dotted fields that the command line sets; they may change the function of the weights, which is
             reported.
+        processes: all that restore their parts; see `shared_config.interchange.checkpoint.load`.
 
     Raises:
         UserError: a damaged file, or weights of a model that differs, naming each field.
     """
     found = latest(config.checkpoint.dir)
     if found is not None:
-        checkpoint = load(found)
+        checkpoint = load(found, processes=processes)
+        state = checkpoint.parts
         _compare(config, checkpoint, say, note, overridden)
-        load_state(checkpoint.state)
+        load_state(state)
         _announce(checkpoint, backend, fingerprint, say)
-        skipped = [int(checkpoint.state.extra.get(name, 0)) for name in ("skipped", "skipped_in_a_row")]
-        return Start(checkpoint.state.step, checkpoint.rows, found, *skipped)
+        skipped = [int(state.extra.get(name, 0)) for name in ("skipped", "skipped_in_a_row")]
+        return Start(state.step, checkpoint.rows, found, *skipped)
     if config.checkpoint.load_path:
         path = config.checkpoint.load_path
         notes: list[str] = []
@@ -75,7 +80,7 @@ def restore(
 
 def _announce(checkpoint: Checkpoint, backend: str, fingerprint: str, say: Say) -> None:
     written = f", written by {checkpoint.backend}" if checkpoint.backend != backend else ""
-    say(f"resuming at step {checkpoint.state.step} from {checkpoint.path}{written}")
+    say(f"resuming at step {checkpoint.parts.step} from {checkpoint.path}{written}")
     if checkpoint.fingerprint != fingerprint:
         say(
             "note: the training data are not those of the checkpoint; the run goes on at the same place of the new data"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,18 +40,6 @@ def own_folder(folder: Path) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
                 raise
         yield
-
-
-@contextmanager
-def agreed(agree: Callable[[int], int]) -> Iterator[None]:
-    """A part of the start that one rank may fail in: all ranks leave it together, or all continue."""
-    failure: UserError | None = None
-    try:
-        yield
-    except UserError as error:
-        failure = error
-    if agree(int(failure is not None)):
-        raise failure or UserError("the run can't start: the main process has failed")
 
 
 def write_config(config: JobConfig, folder: Path) -> None:

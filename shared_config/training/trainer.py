@@ -12,6 +12,7 @@ import numpy as np
 
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
+from shared_config.interchange.parts import StateParts
 
 Batch = Mapping[str, np.ndarray]
 Numbers = Mapping[str, SupportsFloat]
@@ -41,16 +42,19 @@ class Trainer(Protocol):
         """Numbers over held-out batches, "loss" among them, the same on every rank. Changes nothing."""
         ...
 
-    def state(self) -> TrainingState:
-        """All that the next step depends on, as host arrays. Called on every rank; used on the first."""
+    def parts(self) -> StateParts:
+        """Copies, on the host, of what this rank is to write of all that the next step depends on. Together the ranks
+        give every part of every tensor once.
+        """
         ...
 
     def profile(self, folder: Path) -> AbstractContextManager[None]:
         """Trace the steps taken within it, to new files of a folder."""
         ...
 
-    def load_state(self, state: TrainingState) -> None:
-        """Take over a state. An empty ``optimizer`` with step 0 means weights alone: the moments stay as built.
+    def load_state(self, state: TrainingState | StateParts) -> None:
+        """Take over a state, of which each rank reads what it holds. An empty ``optimizer`` with step 0 means weights
+        alone: the moments stay as built.
 
         Raises:
             UserError: names or shapes that do not fit the model.

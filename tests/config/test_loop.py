@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -11,9 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +24,10 @@ from rich.console import Console
 from shared_config.contract.schedule import scheduled_learning_rate
 from shared_config.data import Corpus, TextData, TokenStream
 from shared_config.errors import UserError
-from shared_config.interchange import checkpoint, run_layout
+from shared_config.interchange import checkpoint, run_layout, saving
 from shared_config.interchange.checkpoint import TrainingState
+from shared_config.interchange.parts import Part, Parts, StateParts
+from shared_config.interchange.together import Processes
 from shared_config.interchange.toml import config_from_toml
 from shared_config.loader import load_config
 from shared_config.schema import JobConfig
@@ -33,6 +37,7 @@ from shared_config.training.metrics import read_metrics
 from shared_config.training.progress import Pace, format_duration
 from shared_config.training.signals import StopRequest
 from shared_config.training.trainer import TrainingDivergedError, TrainingSummary
+from tests.ranks import together
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 20
@@ -92,10 +97,13 @@ class BigramTrainer:
         extra = {"rng": json.loads(json.dumps(counter, default=lambda array: [int(item) for item in array]))}
         return TrainingState(self.updates, {"table": self.table}, {"m.table": self.m, "v.table": self.v}, extra)
 
-    def load_state(self, state: TrainingState) -> None:
-        self.updates, self.table = state.step, state.weights["table"]
+    def parts(self) -> StateParts:
+        return self.state().parts()
+
+    def load_state(self, state: TrainingState | StateParts) -> None:
+        self.updates, self.table = state.step, np.asarray(state.weights["table"])
         if state.optimizer:
-            self.m, self.v = state.optimizer["m.table"], state.optimizer["v.table"]
+            self.m, self.v = (np.asarray(state.optimizer[f"{moment}.table"]) for moment in "mv")
             saved = state.extra["rng"]
             numbers = {name: np.array(value, np.uint64) for name, value in saved["state"].items()}
             self.rng.bit_generator.state = {**saved, "state": numbers, "buffer": np.array(saved["buffer"], np.uint64)}
@@ -420,30 +428,174 @@ def test_other_numbers_may_be_anything(tmp_path: Path) -> None:
 # Several ranks
 
 
-def test_ranks_that_are_not_the_main_one_write_nothing(tmp_path: Path) -> None:
-    config = config_of(tmp_path)
-    summary = train(config, is_main=False, console=Console(file=io.StringIO()))
-    assert summary.step == 12
-    assert list(tmp_path.iterdir()) == []
+class HalfTrainer(BigramTrainer):
+    """One of two that do the same; each writes half of the table."""
+
+    def __init__(self, config: JobConfig, rank: int):
+        super().__init__(config)
+        self.rank = rank
+
+    def parts(self) -> StateParts:
+        state = self.state()
+        weights, optimizer = (
+            {name: self._half(array) for name, array in arrays.items()} for arrays in (state.weights, state.optimizer)
+        )
+        return StateParts(state.step, weights, optimizer, state.extra)
+
+    def _half(self, array: np.ndarray) -> Parts:
+        first = self.rank * VOCAB // 2
+        return Parts(array.shape, array.dtype, (Part((first, 0), array[first : first + VOCAB // 2]),))
+
+
+@pytest.mark.parametrize("in_background", ["true", "false"])
+def test_each_rank_writes_its_parts_and_the_first_all_else(in_background: str, tmp_path: Path) -> None:
+    flat = "scheduler.name=constant"
+    train(config_of(tmp_path / "alone", flat))
+    for steps in (7, 12):
+        options = f"train.max_steps={steps}", f"checkpoint.async_save={in_background}"
+        config = config_of(tmp_path / "run", flat, *options)
+        screens = [io.StringIO(), io.StringIO()]
+
+        def run(own: Processes, config: JobConfig = config, screens: list[io.StringIO] = screens) -> TrainingSummary:
+            return train(config, HalfTrainer(config, own.rank), processes=own, console=Console(file=screens[own.rank]))
+
+        for summary in together(2, run):
+            assert isinstance(summary, TrainingSummary), summary
+            assert (summary.step, summary.checkpoint) == (steps, tmp_path / "run" / f"step_{steps:08d}")
+        assert f"checkpoint {tmp_path / 'run'}" in screens[0].getvalue().replace("\n", "")
+        assert screens[1].getvalue() == ""
+    assert len(list((tmp_path / "run" / "step_00000012").iterdir())) == 6
+    (state, records), (truth, true_records) = end_state(tmp_path / "run"), end_state(tmp_path / "alone")
+    assert state == truth
+    assert [record["loss"] for record in records] == [record["loss"] for record in true_records]
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    steps = {f"step_{step:08d}" for step in (7, 9, 12)}
+    assert names == {".lock", "config.toml", "metrics.jsonl", *steps}
 
 
 def test_all_ranks_stop_at_the_step_that_they_agree_on(tmp_path: Path) -> None:
-    rounds = 2  # of agreement before the first step
+    rounds = 3  # of agreement before the first step
     asked: list[int] = []
 
     def agree(number: int) -> int:
         asked.append(number)
         return signal.SIGTERM if len(asked) == rounds + 5 else number
 
-    summary = train(config_of(tmp_path), agree=agree)
+    summary = train(config_of(tmp_path, "checkpoint.interval=0"), processes=Processes(largest=agree))
     assert (summary.step, summary.stopped_by, summary.exit_status) == (5, "SIGTERM", 143)
     assert run_layout.latest(tmp_path) == tmp_path / "step_00000005"
 
 
 def test_no_rank_goes_on_when_another_cannot_start(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    with pytest.raises(UserError, match="the main process has failed"):
-        train(config, Unused(config), is_main=False, agree=lambda number: 1)
+    with pytest.raises(UserError, match="another process of the run has failed"):
+        train(config, Unused(config), processes=Processes(1, 2, lambda number: 1))
+
+
+# Checkpoints while training goes on
+
+
+@contextmanager
+def slow_writing(monkeypatch: pytest.MonkeyPatch, until: threading.Event) -> Iterator[None]:
+    """Checkpoints are written once an event has come."""
+    write = saving.write_share
+
+    def slow(*arguments: Any) -> None:
+        assert until.wait(30)
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "write_share", slow)
+        yield
+
+
+class Watching(BigramTrainer):
+    """Calls something before a step."""
+
+    def __init__(self, config: JobConfig, calls: Mapping[int, Callable[[], None]]):
+        super().__init__(config)
+        self.calls = calls
+
+    def step(self, micro_batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+        self.calls.get(self.updates, lambda: None)()
+        return super().step(micro_batches)
+
+
+BACKGROUND = ("checkpoint.async_save=true", "checkpoint.interval=3", "train.max_steps=6")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    until, seen = threading.Event(), []
+    config = config_of(tmp_path / "run", *BACKGROUND)
+
+    def look() -> None:
+        seen.append(run_layout.latest(tmp_path / "run"))
+        until.set()
+
+    with slow_writing(monkeypatch, until):
+        train(config, Watching(config, {5: look}))
+    assert seen == [None]
+    assert sorted(run_layout.published_steps(tmp_path / "run")) == [3, 6]
+    train(config_of(tmp_path / "alone", "train.max_steps=6", "checkpoint.interval=3"))
+    assert end_state(tmp_path / "run") == end_state(tmp_path / "alone")
+    first = [checkpoint.load(tmp_path / name / "step_00000003").state for name in ("run", "alone")]
+    assert first[0].weights["table"].tobytes() == first[1].weights["table"].tobytes()
+
+
+def test_a_stop_waits_for_the_checkpoint_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    until = threading.Event()
+    config = config_of(tmp_path, *BACKGROUND)
+
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Timer(0.2, until.set).start()
+
+    with slow_writing(monkeypatch, until):
+        summary = train(config, Watching(config, {4: stop}))
+    assert (summary.step, summary.stopped_by, summary.checkpoint) == (5, "SIGTERM", tmp_path / "step_00000005")
+    assert sorted(run_layout.published_steps(tmp_path)) == [3, 5]
+
+
+def test_an_error_of_the_writer_ends_the_run_and_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config_of(tmp_path, *BACKGROUND, "train.max_steps=2"))
+
+    def broken(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(saving, "write_share", broken)
+    config = config_of(tmp_path, *BACKGROUND)
+    trainer = BigramTrainer(config)
+    with pytest.raises(UserError, match=r"step_00000003: the checkpoint can't be written: Input/output error"):
+        train(config, trainer)
+    assert 3 <= trainer.updates <= 6
+    assert [path.name for path in tmp_path.glob("*step_*")] == ["step_00000002"]
+
+
+def test_a_run_that_diverges_keeps_the_checkpoint_that_was_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    until = threading.Event()
+    config = config_of(tmp_path, *BACKGROUND)
+
+    class Diverging(BigramTrainer):
+        def step(self, micro_batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+            numbers = super().step(micro_batches)
+            if self.updates == 4:
+                threading.Timer(0.2, until.set).start()
+                return {**numbers, "loss": math.nan}
+            return numbers
+
+    with slow_writing(monkeypatch, until), pytest.raises(TrainingDivergedError, match=r"checkpoint is .*step_00000003"):
+        train(config, Diverging(config))
+    assert checkpoint.load(tmp_path).state.step == 3
+
+
+def test_milestones_stay(tmp_path: Path) -> None:
+    often = ("checkpoint.interval=1", "checkpoint.keep_last_n=2", "checkpoint.milestone_interval=5")
+    train(config_of(tmp_path, *often))
+    assert sorted(run_layout.published_steps(tmp_path)) == [5, 10, 11, 12]
 
 
 # Signals

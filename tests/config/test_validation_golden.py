@@ -17,7 +17,8 @@ import pytest
 
 from shared_config.contract.vision import job_table
 from shared_config.errors import UserError
-from shared_config.interchange.checkpoint import Checkpoint, TrainingState
+from shared_config.interchange.checkpoint import Checkpoint
+from shared_config.interchange.parts import StateParts
 from shared_config.interchange.toml import config_to_dict
 from shared_config.interchange.vision import tower_of
 from shared_config.loader import load_config, preset_names
@@ -298,7 +299,7 @@ def test_what_a_trace_says_of_itself(tmp_path: Path) -> None:
     assert check_trace(unsaid, scenario, Path("/x")) is unsaid
     cards = Trace(tensors, dataclasses.replace(expected, device="H100"))
     assert check_trace(cards, dataclasses.replace(expected, device="cuda"), Path("/x")) is cards
-    run = Checkpoint(Path("/c"), TrainingState(1, {}, {}), 0, "", config_to_dict(config), "jax", {})
+    run = Checkpoint(Path("/c"), StateParts(1, {}, {}), 0, "", config_to_dict(config), "jax", {})
     assert check_run(run, "jax", config) is run
     lines.append(refused(lambda: check_run(run, "torch", config)))
     lines.append(refused(lambda: check_run(run, "jax", CONFIGS["text"])))

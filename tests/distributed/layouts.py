@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,7 +23,9 @@ from torch.multiprocessing.spawn import start_processes
 from shared_config.contract.labels import IGNORED
 from shared_config.data import open_data
 from shared_config.errors import ConfigError
+from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
+from shared_config.interchange.parts import Box, Parts, StateParts
 from shared_config.loader import load_config
 from shared_config.schema.job import JobConfig
 from tests.jobs import EXPERTS, draw_batch, tiny_job
@@ -144,7 +147,10 @@ def _one_of_them(
     dist.barrier()
     truths = {case.key: pickle.loads(Path(folder, case.key).read_bytes()) for case in every}
     try:
-        found = {str(case): _together(differences(case, truths[case.key])) for case in cases}
+        found = {
+            str(case): _together(differences(case, truths[case.key], folder=Path(folder, f"run_{place}")))
+            for place, case in enumerate(cases)
+        }
         found |= {str(case): _together(refusals(case)) for case in refused}
         for mutant, case in mutants:
             with planted(mutant, "torch"):
@@ -164,14 +170,23 @@ def on_one_device(case: Case) -> Found:
     return steps(_trainer(job), [[data(step * count + index) for index in range(count)] for step in range(STEPS)])
 
 
-def differences(case: Case, truth: Found, count: int = STEPS) -> list[str]:
-    """What this rank finds to differ from one device, or between ranks, in the first steps."""
+def differences(case: Case, truth: Found, count: int = STEPS, folder: Path | None = None) -> list[str]:
+    """What this rank finds to differ from one device, or between ranks, in the first steps; and, given a folder, once
+    the state has been written there and read again.
+    """
     job = case.job(case.layout)
     trainer, data = _trainer(job), _batches(job)
     rank, every = trainer.ranks.rank, MICRO_BATCHES * case.shares
     own = [[data(step * every + index) for index in range(rank, every, case.shares)] for step in range(count)]
     found = steps(trainer, own)
-    return [*_compare(found, truth), *_replicas(found.states[-1]), *_taken_over(trainer, truth.states[0])]
+    lines = [*_compare(found, truth), *_replicas(found.states[-1])]
+    if folder is None:
+        return [*lines, *_taken_over(trainer, truth.states[0])]
+    parallel = importlib.import_module("kempnerforge_torch.distributed.processes")
+    checkpoint.save(folder, trainer.parts(), processes=parallel.processes())
+    lines += _taken_over(trainer, truth.states[0])
+    written = checkpoint.load(folder, processes=parallel.processes())
+    return [*lines, *_bits(written.state, found.states[-1]), *_read_again(trainer, written.parts, found.states[-1])]
 
 
 def refusals(case: Case) -> list[str]:
@@ -256,13 +271,36 @@ def _replicas(state: TrainingState) -> list[str]:
 def _taken_over(trainer: Any, state: TrainingState) -> list[str]:
     """Which tensors of another's state a trainer does not have the bits of, after it has loaded it."""
     trainer.load_state(state)
-    now = whole_state(trainer)
-    pairs = [(now.weights, state.weights), (now.optimizer, state.optimizer)]
+    return _bits(whole_state(trainer), state)
+
+
+def _read_again(trainer: Any, written: StateParts, state: TrainingState) -> list[str]:
+    """Likewise of what is written in a checkpoint; and whether this rank has read more than it holds."""
+    read: list[int] = []
+    real = Parts.__getitem__
+
+    def noted(parts: Parts, box: Box) -> np.ndarray:
+        values = real(parts, box)
+        read.append(values.size)
+        return values
+
+    with patch.object(Parts, "__getitem__", noted):
+        trainer.load_state(written)
+    lines = _bits(whole_state(trainer), state)
+    local = importlib.import_module("kempnerforge_torch.distributed.ranks").local
+    model = importlib.import_module("kempnerforge_torch.model.state").get_state(trainer.model)
+    held = sum(local(tensor).numel() for tensor in model.values())
+    held += sum(1 + 2 * local(tensor).numel() for tensor in trainer.parameters.values())
+    return lines if sum(read) == held else [*lines, f"{sum(read)} values read, {held} held"]
+
+
+def _bits(own: TrainingState, given: TrainingState) -> list[str]:
+    pairs = [(own.weights, given.weights), (own.optimizer, given.optimizer)]
     return [
         f"{name}: other bits than those loaded"
-        for own, given in pairs
-        for name, value in given.items()
-        if own[name].tobytes() != value.tobytes()
+        for found, true in pairs
+        for name, value in true.items()
+        if found[name].tobytes() != value.tobytes()
     ]
 
 

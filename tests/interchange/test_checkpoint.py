@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared_config.errors import UserError
-from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState, load, save
-from shared_config.interchange.run_layout import clean, latest, prune
+from shared_config.interchange.run_layout import INDEX, OPTIMIZER, STATE, WEIGHTS, clean, latest, prune
 
 DTYPES = (np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int32, np.int64, np.uint8, np.bool_)
 
@@ -142,7 +141,7 @@ def test_leftovers_are_removed_and_a_replaced_checkpoint_is_put_back(tmp_path: P
 # Damage
 
 
-@pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.OPTIMIZER, checkpoint.STATE])
+@pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER, INDEX, STATE])
 def test_any_damage_is_an_error_that_names_the_file(tmp_path: Path, name: str) -> None:
     path = save(tmp_path, state_of(3), config={"a": 1})
     file = path / name
@@ -169,11 +168,11 @@ def test_any_damage_is_an_error_that_names_the_file(tmp_path: Path, name: str) -
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, state_of(3))
-    fields = json.loads((path / checkpoint.STATE).read_text())
-    (path / checkpoint.STATE).write_text(json.dumps({**fields, "format": 3}))
-    with pytest.raises(UserError, match="format 3 is newer than this version reads"):
+    fields = json.loads((path / STATE).read_text())
+    (path / STATE).write_text(json.dumps({**fields, "format": 4}))
+    with pytest.raises(UserError, match="format 4 is newer than this version reads"):
         load(path)
-    (path / checkpoint.STATE).write_text("[]")
+    (path / STATE).write_text("[]")
     with pytest.raises(UserError, match="not the state of a training checkpoint"):
         load(path)
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from shared_config.contract.parameters import parameter_table
 from shared_config.errors import ConfigError, UserError
-from shared_config.interchange import checkpoint, outputs, run_layout, source
+from shared_config.interchange import checkpoint, outputs, run_layout, saving, source
 from shared_config.interchange.checkpoint import TrainingState, first_nonfinite, installed_versions, is_checkpoint, save
 from shared_config.interchange.huggingface import save_huggingface
 from shared_config.interchange.outputs import (
@@ -214,7 +214,7 @@ def test_what_was_wrong_first_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
         shutil.rmtree(path.parent)
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "write_tensors", gone)
+    monkeypatch.setattr(saving, "write_tensors", gone)
     with pytest.raises(UserError) as caught:
         save(tmp_path, state(1))
     assert str(caught.value) == f"{tmp_path}/step_00000001: the checkpoint can't be written: Input/output error"
@@ -260,7 +260,7 @@ def test_state_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert said("{").endswith(advice)
     for content in ("[]", "{}", '{"format": "2"}'):
         assert said(content) == f"{file}: not the state of a training checkpoint{advice}"
-    assert said('{"format": 3}') == f"{file}: format 3 is newer than this version reads (2)"
+    assert said('{"format": 4}') == f"{file}: format 4 is newer than this version reads (3)"
     for changes in ({"step": 4}, {"checksum": "x"}):
         assert said(json.dumps({**whole, **changes})) == f"{file}: corrupt: its checksum does not match{advice}"
     del whole["checksum"]

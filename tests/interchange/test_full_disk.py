@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shared_config.errors import UserError
-from shared_config.interchange import checkpoint
+from shared_config.interchange import checkpoint, run_layout, saving
 from shared_config.interchange.checkpoint import TrainingState
 
 
@@ -22,7 +22,7 @@ def state(step: int) -> TrainingState:
 def small_disk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A disk that holds as many checkpoints as the list's number says, a part of one included."""
     holds = [2]
-    write = checkpoint.write_tensors
+    write = saving.write_tensors
 
     def limited(path: Path, *arguments: Any) -> None:
         folder = path.parent.parent
@@ -31,7 +31,7 @@ def small_disk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, *arguments)
 
-    monkeypatch.setattr(checkpoint, "write_tensors", limited)
+    monkeypatch.setattr(saving, "write_tensors", limited)
     return holds
 
 
@@ -60,7 +60,7 @@ def test_a_full_disk_keeps_the_newest_whole_checkpoint(tmp_path: Path, small_dis
     small_disk[0] = 9
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, state(step))
-    (tmp_path / "step_00000003" / checkpoint.WEIGHTS).write_bytes(b"")
+    (tmp_path / "step_00000003" / run_layout.WEIGHTS).write_bytes(b"")
     small_disk[0] = 1
     with pytest.raises(UserError, match="No space left on device"):
         checkpoint.save(tmp_path, state(4), keep=1)
@@ -74,7 +74,7 @@ def test_nothing_is_removed_for_other_errors(tmp_path: Path, monkeypatch: pytest
     def broken(*_: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "write_tensors", broken)
+    monkeypatch.setattr(saving, "write_tensors", broken)
     with pytest.raises(UserError, match="Input/output error"):
         checkpoint.save(tmp_path, state(3), keep=1)
     assert names(tmp_path) == ["step_00000001", "step_00000002"]
