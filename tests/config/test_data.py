@@ -423,3 +423,13 @@ def test_a_job_opens_its_data() -> None:
     assert "doc_ids" in batch
     assert [held["tokens"].shape for held in data.heldout()] == [(3, config.train.seq_len)] * 2
     assert data.rows_per_batch == 2 * config.train.batch_size
+
+
+def test_a_file_of_ids_may_hold_all_that_the_model_knows(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.full(4_000, 299, np.uint16))
+    paths = [f"--data.path={tmp_path / 'ids.npy'}", "--data.token_dtype=uint16"]
+    data = open_text_data(load_config("debug", [*paths, "--model.vocab_size=300"]))
+    assert data.vocab_size == 300
+    assert data.batch(0)["tokens"].max() == 299
+    with pytest.raises(UserError, match="id 299 is outside the vocabulary"):
+        open_text_data(load_config("debug", [*paths, "--model.vocab_size=299"]))

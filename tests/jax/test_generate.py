@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kempnerforge_jax.model import decode
 from kempnerforge_jax.model.generate import generate
-from kempnerforge_jax.model.kv_cache import SharedCaches
+from kempnerforge_jax.model.kv_cache import KVCache, SharedCaches
 from kempnerforge_jax.model.request import make_request
 from kempnerforge_jax.model.sampling import sample
 from kempnerforge_jax.model.state import split
@@ -80,3 +82,12 @@ def test_pipeline_stages_are_refused() -> None:
     stage.output_head = None
     with pytest.raises(ValueError, match="pipeline stage"):
         generate(stage, PROMPTS, 2)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_all_of_a_cache_lies_where_it_is_told_to(window: int | None) -> None:
+    """The one device of a mesh is another place than the device by itself."""
+    place: Any = NamedSharding(Mesh(np.array(jax.devices("cpu")[:1]), ("x",)), PartitionSpec())
+    cache = KVCache(2, 5, 1, 4, device=place, sliding_window=window)
+    arrays = [cache.k, cache.v, cache.lengths, *(() if window is None else (cache.oldest,))]
+    assert [array is not None and array.sharding for array in arrays] == [place] * len(arrays)

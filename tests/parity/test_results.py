@@ -98,6 +98,7 @@ def test_run_keeps_nothing_and_a_documented_call_what_getters_show(backend: Any,
     assert type(output) is backend.module("model.stats").TransformerOutput
     assert held(model) == []
     assert (transformer.get_moe_aux_loss(), transformer.get_expert_counts()) == (0, {})
+    assert backend.numpy(transformer.get_moe_aux_loss()).dtype == np.float32
 
     given = model(*inputs)
     logits = given if arch == "text" else given[0]
