@@ -429,6 +429,7 @@ def test_a_file_of_ids_may_hold_all_that_the_model_knows(tmp_path: Path) -> None
     np.save(tmp_path / "ids.npy", np.full(4_000, 299, np.uint16))
     paths = [f"--data.path={tmp_path / 'ids.npy'}", "--data.token_dtype=uint16"]
     data = open_text_data(load_config("debug", [*paths, "--model.vocab_size=300"]))
+    assert isinstance(data, TextData)
     assert data.vocab_size == 300
     assert data.batch(0)["tokens"].max() == 299
     with pytest.raises(UserError, match="id 299 is outside the vocabulary"):
