@@ -255,7 +255,7 @@ MUTANTS = (
     ),
     Mutant(
         "training.optimizer", "counts of updates are those of the run",
-        ('tensor_state["step"].fill_(int(values[f"t.{name}"]))', 'tensor_state["step"].fill_(step)'),
+        ('assign(tensor_state["step"], values[f"t.{name}"])', 'tensor_state["step"].fill_(step)'),
         ("own.get(UPDATES, {}))} | dict(moments)",
          "own.get(UPDATES, {}))} | {name: one for name, one in moments.items() if not name.startswith(UPDATES)}"),
     ),

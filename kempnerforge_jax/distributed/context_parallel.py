@@ -110,8 +110,8 @@ def of_all_parts(mesh: Mesh | None, total: Float[Array, ""]) -> Float[Array, ""]
 
 
 def gathered_alike(x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
-    """What the devices have, one after another along an axis. All go on with it in the same way: each has the whole
-    gradient of its part.
+    """What the devices have, one after another along an axis. All use it in the same way: each has the whole gradient
+    of its part.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return lax.all_gather(x, AXIS, axis=axis, tiled=True)

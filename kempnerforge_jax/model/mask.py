@@ -106,7 +106,8 @@ def as_mask(mask: Mask | Bool[Array, "..."]) -> Mask:
 
 
 def dense_mask(mask: Mask, queries: int, keys: int) -> Bool[Array, "..."]:
-    """The facts of a mask for so many queries and keys, in one tensor: bool, broadcasts to (B, H, S, M), True = attend.
+    """The facts of a mask for these numbers of queries and keys, in one tensor: bool, broadcasts to (B, H, S, M), True
+    = attend.
 
     Only the reference path of attention needs it.
     """
@@ -135,7 +136,7 @@ def dense_mask(mask: Mask, queries: int, keys: int) -> Bool[Array, "..."]:
 
 
 def with_dense(mask: Mask, queries: int, keys: int) -> Mask:
-    """The mask with its dense form for so many queries and keys."""
+    """The mask with its dense form for these numbers of queries and keys."""
     if mask.dense is not None:
         return mask
     allowed = dense_mask(mask, queries, keys)

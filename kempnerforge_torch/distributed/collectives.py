@@ -28,15 +28,15 @@ def summed_over(x: Shaped[Tensor, "..."], group: dist.ProcessGroup) -> Shaped[Te
 
 
 def gathered(x: Shaped[Tensor, "..."], axis: int, group: dist.ProcessGroup) -> Shaped[Tensor, "..."]:
-    """What the ranks have, one after another along an axis. Ranks go on with it in different ways: the gradient of a
-    part is the sum of theirs.
+    """What the ranks have, one after another along an axis. Ranks use it in different ways: the gradient of a part is
+    the sum of theirs.
     """
     return _Gathered.apply(x, axis, group)
 
 
 def gathered_alike(x: Shaped[Tensor, "..."], axis: int, group: dist.ProcessGroup) -> Shaped[Tensor, "..."]:
-    """What the ranks have, one after another along an axis. All go on with it in the same way: each has the whole
-    gradient of its part.
+    """What the ranks have, one after another along an axis. All use it in the same way: each has the whole gradient of
+    its part.
     """
     return _GatheredAlike.apply(x, axis, group)
 

@@ -92,7 +92,8 @@ def as_mask(mask: Mask | Bool[Tensor, "..."]) -> Mask:
 
 
 def dense_mask(mask: Mask, queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, "..."]:
-    """The facts of a mask for so many queries and keys, in one tensor: bool, broadcasts to (B, H, S, M), True = attend.
+    """The facts of a mask for these numbers of queries and keys, in one tensor: bool, broadcasts to (B, H, S, M), True
+    = attend.
 
     Only the reference path of attention needs it.
     """
@@ -121,7 +122,7 @@ def dense_mask(mask: Mask, queries: int, keys: int, device: torch.device | None 
 
 
 def with_dense(mask: Mask, queries: int, keys: int, device: torch.device | None = None) -> Mask:
-    """The mask with its dense form for so many queries and keys."""
+    """The mask with its dense form for these numbers of queries and keys."""
     if mask.dense is not None:
         return mask
     allowed = dense_mask(mask, queries, keys, device)

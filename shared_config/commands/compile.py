@@ -111,7 +111,7 @@ def report(program: Program, topology: Slice, layout: Layout, seconds: float) ->
 
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """These variables are set meanwhile."""
+    """Set these variables within the context."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -43,8 +43,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def places(folder: Path, overridden: Collection[str]) -> list[str]:
-    """Overrides for a CONFIG that is a folder: a run continues there, unless it is told to write elsewhere; weights are
-    what a run begins with.
+    """Overrides for a CONFIG that is a folder: a run continues there, unless it is to write elsewhere; weights are what
+    a run begins with.
     """
     if "checkpoint.dir" not in overridden and is_run(folder):
         return [f"--checkpoint.dir={folder}"]

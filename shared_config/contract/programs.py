@@ -28,7 +28,7 @@ class Program:
         flops: of matrix products, those that are computed again for the backward pass too.
         arguments: bytes of parameters, buffers, the optimiser's state and a batch, before the step.
         outputs: bytes of results that don't take the place of arguments.
-        temporaries: bytes that are needed meanwhile, at most at one time.
+        temporaries: bytes that are needed while it runs, at the peak.
         code: bytes of the program.
         collectives: by kind, the most bytes first.
         endless: loops with collectives that the program does not tell the length of; they are counted as one round.

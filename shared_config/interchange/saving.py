@@ -1,4 +1,4 @@
-"""A checkpoint on its way to disk: each process writes what it holds, while it goes on with other work.
+"""A checkpoint on its way to disk: each process writes what it holds, while it continues with other work.
 
 The folder is made under a hidden name. Each process writes its files there, and last a list of them, with the place of
 every part in its tensor. Once all have, the first puts the lists together as the index, and renames the folder, which
@@ -69,7 +69,7 @@ class Saving:
             keep, milestones: see `shared_config.interchange.run_layout.prune`.
 
         Raises:
-            UserError: its place is taken by something that is no folder.
+            UserError: something other than a folder is in its place.
         """
         self.final = folder / f"step_{state.step:08d}"
         self._folder, self._state, self._fields = folder, state, fields
