@@ -8,14 +8,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = (
-    "kempnerforge_torch",
-    "kempnerforge_jax",
-    "shared_config/commands",
-    "shared_config/contract",
-    "shared_config/schema",
-    "shared_config/training",
-)
+PACKAGES = ("kempnerforge_torch", "kempnerforge_jax", "shared_config")
 OUTPUT = "what a module puts out, an array or arrays by modality: its reader knows which"
 EXCEPTIONS = {
     f"{package}/model/hooks.py: {name}": OUTPUT
@@ -33,6 +26,10 @@ EXCEPTIONS = {
         "a number, or an array of whichever namespace is given",
     ),
     "shared_config/contract/decoding.py: SamplingConfig.seed": "an integer, or what draws numbers in a backend",
+    **dict.fromkeys(
+        ("shared_config/registry.py: Registry.get", "shared_config/registry.py: Registry.builders"),
+        "what a builder takes and makes is its category's: its caller knows which",
+    ),
     "shared_config/training/metrics.py: read_metrics": "lines of JSON, as they were written",
 }
 """``file: name`` of what takes or gives anything at all, with the reason."""

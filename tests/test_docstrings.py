@@ -35,7 +35,7 @@ def undocumented(tree: ast.Module, classes: dict[str, list[ast.ClassDef]]) -> It
     if tree.body and not ast.get_docstring(tree):
         yield "the module"
     for node in tree.body:
-        if not isinstance(node, Definition) or node.name.startswith("_"):
+        if not isinstance(node, Definition) or node.name.startswith("_") or _is_overload(node):
             continue
         if not ast.get_docstring(node):
             yield node.name
@@ -44,6 +44,11 @@ def undocumented(tree: ast.Module, classes: dict[str, list[ast.ClassDef]]) -> It
                 assert isinstance(node, ast.ClassDef)
                 if not is_documented(member.name, node, classes):
                     yield f"{node.name}.{member.name}"
+
+
+def _is_overload(node: Definition) -> bool:
+    """Whether it only lists types: the definition that follows says what it is."""
+    return any(isinstance(each, ast.Name) and each.id == "overload" for each in node.decorator_list)
 
 
 def missing(sources: dict[str, str]) -> list[str]:
@@ -66,6 +71,7 @@ def test_everything_public_is_documented() -> None:
         ("class A:\n  'Said.'\n  def f(self): 'Said.'\nclass B(A):\n  'Said.'\n  def f(self): ...", []),
         ("class A:\n  'Said.'\n  def f(self): ...\nclass B(A):\n  'Said.'\n  def f(self): ...", ["A.f", "B.f"]),
         ("def _f(): ...\nclass _A: ...", []),
+        ("@overload\ndef f(): ...\ndef f(): 'Said.'", []),
     ],
 )
 def test_what_is_not_documented_is_found(source: str, found: list[str]) -> None:

@@ -53,12 +53,12 @@ def set_state(model: nnx.Module, state: Mapping[str, object]) -> None:
     own = own_variables(model)
     values = {name: variable.get_value() for name, variable in own.items()}
     expected = {name: tuple(array.shape) for name, array in unstack_shapes(values).items()}
-    state = without_unused(_untied(model, unstack_layers(plain_state(state))), expected)
+    given = without_unused(_untied(model, unstack_layers(plain_state(state))), expected)
     check_names(
         expected,
-        {name: tuple(value.shape) for name, value in state.items()},
+        {name: tuple(value.shape) for name, value in given.items()},
     )
-    whole = stack_layers(state, stacks_of(values))
+    whole = stack_layers(given, stacks_of(values))
     for name, variable in own.items():
         variable.set_value(like(values[name], whole[name]))
 

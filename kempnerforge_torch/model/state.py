@@ -46,17 +46,17 @@ def set_state(model: nn.Module, state: Mapping[str, object]) -> None:
         UserError: lists every missing, unknown and misshapen name; the model is unchanged.
     """
     own, first_names = own_tensors(model), _first_names(model)
-    state = plain_state(state)
-    aliases = {alias: first for alias, first in first_names.items() if alias != first and alias in state}
-    check_tied(state, aliases)
-    state = {first_names.get(name, name): value for name, value in reversed(state.items())}
-    state = without_unused(state, own)
+    given = plain_state(state)
+    aliases = {alias: first for alias, first in first_names.items() if alias != first and alias in given}
+    check_tied(given, aliases)
+    given = {first_names.get(name, name): value for name, value in reversed(given.items())}
+    given = without_unused(given, own)
     check_names(
         {name: tuple(tensor.shape) for name, tensor in own.items()},
-        {name: tuple(value.shape) for name, value in state.items()},
+        {name: tuple(value.shape) for name, value in given.items()},
     )
     for name, tensor in own.items():
-        assign(tensor, state[name])
+        assign(tensor, given[name])
 
 
 def own_tensors(model: nn.Module) -> State:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, TypeGuard
 
 import numpy as np
 
@@ -67,6 +67,14 @@ class Shapes:
         return Example(*shape_clip(index, self.side, frames, split, draws_frames(self.video, split)))
 
 
+class PictureRow(TypedDict):
+    """A line of the metadata, which may say more."""
+
+    text: str
+    prompt: NotRequired[str]
+    file_name: NotRequired[str | list[str]]
+
+
 @dataclass
 class Folder:
     """Examples of a folder on disk.
@@ -80,7 +88,7 @@ class Folder:
     path: Path
     pixels: PixelRange
     video: VideoConfig | None
-    rows: dict[str, list[dict[str, Any]]]
+    rows: dict[str, list[PictureRow]]
     undecodable: dict[str, str] = field(default_factory=dict)
     follow_symlinks: bool = False
 
@@ -217,34 +225,42 @@ def prompt_and_text_tokens(text: str, prompt: str, tokenizer: Tokenizer) -> tupl
     return ids, learned
 
 
-def _parsed(line: str, video: VideoConfig | None) -> tuple[dict[str, Any], str]:
+def _parsed(line: str, video: VideoConfig | None) -> tuple[PictureRow, str]:
     """A row, and what is wrong with it."""
     row, problem = parse_object(line)
-    if problem:
-        return {}, problem
-    if not isinstance(row.get("text"), str) or not isinstance(row.get("prompt", ""), str):
-        return {}, "must be an object with a string 'text', and 'prompt' a string if there is one"
+    problem = problem or _row_problem(row, video)
+    return (row, "") if _is_usable(row, problem) else ({"text": ""}, problem)
+
+
+def _is_usable(row: Mapping[str, object], problem: str) -> TypeGuard[PictureRow]:
+    """Whether `_row_problem` found none."""
+    return not problem
+
+
+def _row_problem(row: Mapping[str, object], video: VideoConfig | None) -> str:
+    text, prompt = row.get("text"), row.get("prompt", "")
+    if not isinstance(text, str) or not isinstance(prompt, str):
+        return "must be an object with a string 'text', and 'prompt' a string if there is one"
     files = row.get("file_name", [])
     names = [files] if isinstance(files, str) else files
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return {}, "'file_name' must be a string or a list of strings"
+        return "'file_name' must be a string or a list of strings"
     if len(names) > 1 and video is None:
-        return {}, f"file_name = {files!r}: several pictures need a [video] section"
-    problem = text_problem(row["text"]) or text_problem(row.get("prompt", ""))
-    return row, problem
+        return f"file_name = {files!r}: several pictures need a [video] section"
+    return text_problem(text) or text_problem(prompt)
 
 
-def _file_problem(root: Path, row: Mapping[str, Any], follow_symlinks: bool) -> str:
+def _file_problem(root: Path, row: PictureRow, follow_symlinks: bool) -> str:
     problems = ((name, check_inside(root, name, follow_symlinks)) for name in _files(row))
     return next((f"file_name = {name!r}: {problem}" for name, problem in problems if problem), "")
 
 
-def _files(row: Mapping[str, Any]) -> list[str]:
+def _files(row: PictureRow) -> list[str]:
     files = row.get("file_name", [])
     return [files] if isinstance(files, str) else list(files)
 
 
-def is_held_out_row(row: Mapping[str, Any], fraction: float) -> bool:
+def is_held_out_row(row: PictureRow, fraction: float) -> bool:
     """Whether a row of metadata.jsonl goes to the held-out share: by a hash of its files and texts."""
     name = json.dumps(_files(row) or row["text"])
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < fraction * 2**64

@@ -16,13 +16,12 @@ Shapes: B rows of a batch on one rank, T text positions of a row, F frames, s pi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from shared_config.contract.labels import IGNORED
 from shared_config.data.batches import Batch, permute
-from shared_config.data.image_sources import Example, Folder, Shapes, open_folder, prompt_and_text_tokens
+from shared_config.data.image_sources import Example, Folder, PictureRow, Shapes, open_folder, prompt_and_text_tokens
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer, check_vocabulary
 from shared_config.errors import UserError
 from shared_config.interchange.preprocessor import PixelRange
@@ -102,7 +101,7 @@ class ImageTextData:
             )
         return kept
 
-    def _has_label(self, row: Mapping[str, Any]) -> bool:
+    def _has_label(self, row: PictureRow) -> bool:
         _, learned = prompt_and_text_tokens(row["text"], row.get("prompt", ""), self.tokenizer)
         return bool(learned[1 : self.text_len + 1].any())
 

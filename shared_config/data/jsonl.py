@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from shared_config.errors import UserError
 from shared_config.interchange.reading import parse_json, read_text
@@ -38,9 +37,9 @@ class Row:
     place: str
     kind: str
     text: str = ""
-    messages: Sequence[Mapping[str, Any]] = ()
+    messages: Sequence[Mapping[str, object]] = ()
     learned_from: int = 0
-    tools: Sequence[Any] | None = None
+    tools: Sequence[object] | None = None
 
     @property
     def key(self) -> str:
@@ -60,7 +59,7 @@ def lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def parse_object(line: str) -> tuple[dict[str, Any], str]:
+def parse_object(line: str) -> tuple[dict[str, object], str]:
     """The object on a line, and what is wrong with it."""
     try:
         fields = parse_json(line)
@@ -117,21 +116,21 @@ def _parse(line: str, place: str, text_field: str) -> tuple[Row, str]:
     return _conversation(fields, place, kind)
 
 
-def _document(text: Any, place: str, kind: str) -> tuple[Row, str]:
+def _document(text: object, place: str, kind: str) -> tuple[Row, str]:
     if not isinstance(text, str):
         return Row(place, kind), f"{kind!r} must be text, not {_type_name(text)}"
     return Row(place, kind, text), text_problem(text)
 
 
-def _conversation(fields: Mapping[str, Any], place: str, kind: str) -> tuple[Row, str]:
+def _conversation(fields: Mapping[str, object], place: str, kind: str) -> tuple[Row, str]:
     if kind == "messages":
         turns, learned_from = fields["messages"], 0
     else:
         prompt, completion = fields["prompt"], fields["completion"]
-        if type(prompt) is not type(completion) or not isinstance(prompt, str | list):
-            return Row(place, kind), "'prompt' and 'completion' must both be text, or both lists of messages"
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and isinstance(completion, str):
             prompt, completion = _turns("user", prompt), _turns("assistant", completion)
+        if not isinstance(prompt, list) or not isinstance(completion, list):
+            return Row(place, kind), "'prompt' and 'completion' must both be text, or both lists of messages"
         turns, learned_from = [*prompt, *completion], len(prompt)
     if not isinstance(turns, list) or not turns:
         return Row(place, kind), "'messages' must be a list of at least one message"
@@ -146,7 +145,7 @@ def _turns(role: str, content: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content}]
 
 
-def _message_problem(index: int, message: Any) -> str:
+def _message_problem(index: int, message: object) -> str:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return f"message {index} must be an object with 'role' and 'content'"
     content = message.get("content")
@@ -166,6 +165,6 @@ def text_problem(text: str) -> str:
     return ""
 
 
-def _type_name(value: Any) -> str:
+def _type_name(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")

@@ -5,6 +5,7 @@ Shapes: F frames, s pixels per side.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from shared_config.errors import UserError
 from shared_config.interchange.preprocessor import PixelRange
 from shared_config.interchange.reading import opened
 from shared_config.schema.video import VideoConfig
+
+if typing.TYPE_CHECKING:
+    import PIL.Image
 
 MAX_IMAGE_BYTES = 2**30
 MAX_PIXELS = 2**27
@@ -45,7 +49,7 @@ def read_image(file: Path, pixels: PixelRange) -> np.ndarray:
         raise UndecodableError(f"{type(error).__name__}: {error}") from error
 
 
-def to_rgb(image: Any) -> Any:
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """A Pillow image of any mode in RGB, turned as its EXIF orientation says.
 
     What is transparent is laid over white, as transformers does. Pixels of more than eight bits, where Pillow would
@@ -67,7 +71,7 @@ def to_rgb(image: Any) -> Any:
     return image.convert("RGB")
 
 
-def framed(image: Any, pixels: PixelRange) -> np.ndarray:
+def framed(image: PIL.Image.Image, pixels: PixelRange) -> np.ndarray:
     """An RGB image resized and cropped: uint8 (s, s, 3).
 
     Raises:
@@ -81,7 +85,7 @@ def framed(image: Any, pixels: PixelRange) -> np.ndarray:
         edges = pixels.shortest_edge, int(pixels.shortest_edge * long / short)
         if edges[0] * edges[1] > MAX_PIXELS:
             raise UndecodableError(f"{edges[0]} by {edges[1]} pixels once it is resized; must be at most {MAX_PIXELS}")
-        image = image.resize(edges if image.width <= image.height else edges[::-1], pixels.resample)
+        image = image.resize(edges if image.width <= image.height else (edges[1], edges[0]), pixels.resample)
     return _centre(np.asarray(image), side) if pixels.crop else np.asarray(image)
 
 

@@ -55,7 +55,7 @@ class ChatTemplate:
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
 
     def encode(
-        self, messages: Sequence[Mapping[str, Any]], *, learned_from: int = 0, tools: Sequence[Any] | None = None
+        self, messages: Sequence[Mapping[str, object]], *, learned_from: int = 0, tools: Sequence[object] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """A conversation as the model reads it.
 
@@ -89,7 +89,7 @@ class ChatTemplate:
             learned |= (offsets[:, 0] < stop) & (offsets[:, 1] > start)
         return ids, learned
 
-    def _span(self, text: str, messages: Sequence[Mapping[str, Any]], turn: int, tools: Any) -> tuple[int, int]:
+    def _span(self, text: str, messages: Sequence[Mapping[str, object]], turn: int, tools: Any) -> tuple[int, int]:
         """Where a turn of the assistant stands in the text: from the end of its header to its end.
 
         Both come from the conversation cut off before and after the turn. Templates that show a turn another way once
@@ -112,14 +112,14 @@ class ChatTemplate:
             raise TemplateError(f"the turn of message {turn} can't be told apart in what the template makes of it")
         return start, stop
 
-    def _part(self, messages: Sequence[Mapping[str, Any]], tools: Any, **options: Any) -> str:
+    def _part(self, messages: Sequence[Mapping[str, object]], tools: Any, **options: Any) -> str:
         """Part of a conversation; "" where the template refuses it."""
         try:
             return _without_marks(self._render(messages, tools, **options))[0]
         except TemplateError:
             return ""
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any, **options: Any) -> str:
+    def _render(self, messages: Sequence[Mapping[str, object]], tools: Any, **options: Any) -> str:
         given = {"add_generation_prompt": False, "documents": None, **self._variables, **options}
         try:
             template = self._environment.from_string(self._source(tools))
@@ -132,13 +132,13 @@ class ChatTemplate:
             return self._sources["tool_use"]
         return self._sources["default"]
 
-    def _plain(self, text: str, messages: Sequence[Mapping[str, Any]], tools: Any) -> list[bool]:
+    def _plain(self, text: str, messages: Sequence[Mapping[str, object]], tools: Any) -> list[bool]:
         """For each special token in the text, whether it is part of a message and so is plain text."""
         if not any(self._special.search(str(message.get("content"))) for message in messages):
             return [False for _ in self._special.finditer(text)]
         hidden = [
-            {**message, "content": self._special.sub(STAND_IN, message["content"])}
-            if message.get("content")
+            {**message, "content": self._special.sub(STAND_IN, content)}
+            if isinstance(content := message.get("content"), str)
             else message
             for message in messages
         ]
@@ -165,7 +165,9 @@ class ChatTemplate:
             ids += encoding.ids
             offsets += [(place + low, place + high) for low, high in encoding.offsets]
             if match is not None:
-                ids.append(self._tokenizer.token_to_id(match[0]))
+                special = self._tokenizer.token_to_id(match[0])
+                assert special is not None
+                ids.append(special)
                 offsets.append(match.span())
                 place = match.end()
         return np.array(ids, np.uint32), np.array(offsets, np.int64).reshape(-1, 2)

@@ -6,15 +6,19 @@ import codecs
 import itertools
 import re
 import sys
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.reading import check_regular, read_json
 from shared_config.interchange.tokens import stop_ids, tokenizer_problem
+
+if typing.TYPE_CHECKING:
+    import tokenizers
 
 BOS = 256
 EOS = 257
@@ -233,7 +237,7 @@ def _common_length(a: str, b: str) -> int:
     )
 
 
-def load_library_tokenizer(file: Path) -> Any:
+def load_library_tokenizer(file: Path) -> tokenizers.Tokenizer:
     """A tokenizer.json as the package 'tokenizers' reads it, without padding or truncation.
 
     Raises:
@@ -257,7 +261,7 @@ def load_library_tokenizer(file: Path) -> Any:
     return loaded
 
 
-def _declare_special(tokenizer: Any, *names: str | None) -> None:
+def _declare_special(tokenizer: tokenizers.Tokenizer, *names: str | None) -> None:
     """Make tokens special that are named as such, as transformers does."""
     from tokenizers import AddedToken  # pyright: ignore[reportMissingImports]
 
@@ -267,18 +271,18 @@ def _declare_special(tokenizer: Any, *names: str | None) -> None:
             tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False)])
 
 
-def _byte_tokens(tokenizer: Any) -> set[int]:
+def _byte_tokens(tokenizer: tokenizers.Tokenizer) -> set[int]:
     """Ids of bytes whose text depends on the bytes after them: a run that is no UTF-8 is shown otherwise as a whole."""
     if '"ByteFallback"' not in tokenizer.to_str():
         return set()
     return {id for text, id in tokenizer.get_vocab(with_added_tokens=True).items() if BYTE_TOKEN.fullmatch(text)}
 
 
-def _read_config(file: Path) -> Mapping[str, Any]:
+def _read_config(file: Path) -> Mapping[str, object]:
     return read_json(file) if file.exists() else {}
 
 
-def _special_name(folder: Path, fields: Mapping[str, Any], key: str) -> str | None:
+def _special_name(folder: Path, fields: Mapping[str, object], key: str) -> str | None:
     entry = fields.get(key)
     if entry is None:
         entry = _read_config(folder / "special_tokens_map.json").get(key)

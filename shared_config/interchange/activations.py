@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import ml_dtypes
 import numpy as np
@@ -42,7 +42,7 @@ class ActivationWriter:
         with file_errors(self.path, "can't be written"):
             self._aside = make_aside(self.path)
             self._folder = Path(tempfile.mkdtemp(prefix=f"{self._aside.name}.", dir=self._aside.parent))
-        self._entries: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+        self._entries: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -57,7 +57,7 @@ class ActivationWriter:
             self._aside.unlink(missing_ok=True)
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def append(self, arrays: Mapping[str, Any]) -> None:
+    def append(self, arrays: Mapping[str, object]) -> None:
         """Add to each name along the first axis; arrays, or dicts of them."""
         for name, array in flattened(arrays).items():
             shape, dtype = self._entries.get(name, ((0, *array.shape[1:]), array.dtype))
@@ -93,7 +93,7 @@ def with_suffix(path: PathLike) -> Path:
     return path if path.name.endswith(".npz") else path.with_name(f"{path.name}.npz")
 
 
-def write_activations(path: PathLike, activations: Mapping[str, Any]) -> None:
+def write_activations(path: PathLike, activations: Mapping[str, object]) -> None:
     """Arrays by name, or dicts of arrays by modality, into a .npz file (see `with_suffix`), whole or not at all.
 
     Raises:
@@ -120,6 +120,8 @@ def read_activations(path: PathLike, arch: str | None = None) -> dict[str, np.nd
             arrays = {name: archive[name] for name in archive.files}
             foreign = parse_json(str(arrays.pop(DTYPES)))
             version = zipped.comment.decode(errors="replace")
+            if not isinstance(foreign, dict):
+                raise ValueError(f"{DTYPES} must hold a JSON object")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: can't be read as a file of activations: {error}") from None
     types = {name: np.dtype(getattr(ml_dtypes, dtype)) for name, dtype in foreign.items()}
@@ -127,7 +129,7 @@ def read_activations(path: PathLike, arch: str | None = None) -> dict[str, np.nd
     return arrays if version == VERSION else former(arrays, {"vlm": {"arch": arch}} if arch else None).named(arrays)
 
 
-def flattened(activations: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def flattened(activations: Mapping[str, object]) -> dict[str, np.ndarray]:
     """Arrays by name; an array of a modality is "name/modality"."""
     flat: dict[str, np.ndarray] = {}
     for name, value in activations.items():
@@ -139,7 +141,7 @@ def flattened(activations: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def token_batches(
-    dataset: Iterable[Any], batch_size: int, max_samples: int | None, vocab_size: int
+    dataset: Iterable[object], batch_size: int, max_samples: int | None, vocab_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """int32 (batch_size, S) of consecutive samples, and bool (batch_size, S), False at padding, or None if no sample
     has a mask; the last batch may be smaller.
@@ -172,7 +174,7 @@ def token_batches(
         raise UserError("dataset is empty: at least one sample is needed")
 
 
-def _tokens(place: int, sample: Any, vocab_size: int) -> np.ndarray:
+def _tokens(place: int, sample: object, vocab_size: int) -> np.ndarray:
     if isinstance(sample, Mapping):
         field = next((name for name in TOKEN_FIELDS if name in sample), None)
         if field is None:
@@ -187,9 +189,11 @@ def _tokens(place: int, sample: Any, vocab_size: int) -> np.ndarray:
     return tokens
 
 
-def _mask(place: int, sample: Any, length: int) -> np.ndarray | None:
+def _mask(place: int, sample: object, length: int) -> np.ndarray | None:
     """bool (S,), where the tokens of a sample are real; None if it doesn't say."""
-    field = next((name for name in MASK_FIELDS if name in sample), None) if isinstance(sample, Mapping) else None
+    if not isinstance(sample, Mapping):
+        return None
+    field = next((name for name in MASK_FIELDS if name in sample), None)
     if field is None:
         return None
     mask = np.asarray(sample[field])
@@ -198,6 +202,6 @@ def _mask(place: int, sample: Any, length: int) -> np.ndarray | None:
     return mask.astype(bool)
 
 
-def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
+def _stored(dtype: np.dtype) -> np.dtype:
     """The type that a .npy can name: the own one, or an integer of the same width."""
     return dtype if np.dtype(dtype.str) == dtype else np.dtype(f"u{dtype.itemsize}")

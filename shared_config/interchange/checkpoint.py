@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -38,6 +37,8 @@ from shared_config.interchange.run_layout import (
     PARTED,
     STATE,
     STEP_NAME,
+    FileFields,
+    StateFields,
     advice,
     latest,
     read_state,
@@ -66,7 +67,7 @@ class TrainingState:
     step: int
     weights: Arrays
     optimizer: Arrays
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
 
     def parts(self) -> StateParts:
         """The same, each tensor in one part."""
@@ -100,7 +101,7 @@ class Checkpoint:
     parts: StateParts
     rows: int
     fingerprint: str
-    config: dict[str, Any]
+    config: dict[str, object]
     backend: str
     versions: dict[str, str]
 
@@ -124,7 +125,7 @@ def save(
     *,
     rows: int = 0,
     fingerprint: str = "",
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, object] | None = None,
     backend: str = "",
     keep: int | None = None,
     milestones: int = 0,
@@ -154,7 +155,7 @@ def begin(
     *,
     rows: int = 0,
     fingerprint: str = "",
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, object] | None = None,
     backend: str = "",
     keep: int | None = None,
     milestones: int = 0,
@@ -217,11 +218,17 @@ def load(path: str | Path, *, with_optimizer: bool = True, processes: Processes 
     else:
         parts = _former_state(folder, fields, kinds).parts()
     return Checkpoint(
-        folder, parts, **{name: fields[name] for name in ("rows", "fingerprint", "config", "backend", "versions")}
+        folder,
+        parts,
+        rows=fields["rows"],
+        fingerprint=fields["fingerprint"],
+        config=fields["config"],
+        backend=fields["backend"],
+        versions=fields["versions"],
     )
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_config(path: str | Path) -> dict[str, object]:
     """The config of a checkpoint, or of the latest one of a run's folder; {} if its writer gave none.
 
     Raises:
@@ -267,7 +274,7 @@ def _resolve(path: Path) -> Path:
     return found
 
 
-def _former_state(folder: Path, fields: dict[str, Any], kinds: tuple[str, ...]) -> TrainingState:
+def _former_state(folder: Path, fields: StateFields, kinds: tuple[str, ...]) -> TrainingState:
     """The state of a checkpoint without an index: each tensor is whole in the one file of its kind."""
     arrays = {"optimizer": {}, **{kind: read_tensors(folder / FILES[kind]) for kind in kinds}}
     weights, optimizer = arrays["weights"], arrays["optimizer"]
@@ -276,7 +283,7 @@ def _former_state(folder: Path, fields: dict[str, Any], kinds: tuple[str, ...]) 
     return TrainingState(fields["step"], weights, optimizer, fields["extra"])
 
 
-def _check(file: Path, expected: dict[str, Any]) -> None:
+def _check(file: Path, expected: FileFields) -> None:
     try:
         found = describe(file)
     except OSError as error:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import tomli_w
@@ -20,6 +20,8 @@ import tomli_w
 from shared_config.contract.moments import MOMENTS, UPDATES
 from shared_config.errors import ConfigError
 from shared_config.interchange.reading import parse_toml
+from shared_config.interchange.toml import section_of
+from shared_config.schema.base import from_fields
 from shared_config.schema.model import ModelConfig
 
 T = TypeVar("T")
@@ -61,7 +63,7 @@ class Former:
         """The same under their names of now."""
         return {self.name(name): value for name, value in values.items()}
 
-    def listed(self, lists: Mapping[str, Any]) -> dict[str, Any]:
+    def listed(self, lists: Mapping[str, object]) -> dict[str, object]:
         """Lists of names, under whatever keys, of their names of now; anything else is as it was."""
         return {key: self._listed(values) if isinstance(values, list) else values for key, values in lists.items()}
 
@@ -84,20 +86,20 @@ class Former:
                 result[f"{UPDATES}.{bias}"] = np.zeros((), np.int32)
         return result
 
-    def _listed(self, values: list[Any]) -> list[Any]:
+    def _listed(self, values: list[object]) -> list[object]:
         return [self.name(value) if isinstance(value, str) else value for value in values]
 
 
-def former(names: Collection[str], config: Mapping[str, Any] | None = None) -> Former:
+def former(names: Collection[str], config: Mapping[str, object] | None = None) -> Former:
     """What a model of a former version was.
 
     Args:
         names: of its weights.
         config: nested fields of its job; None or {}: not known, the names have to tell.
     """
-    arch = _section(config, "vlm").get("arch")
+    arch = section_of(config, "vlm").get("arch")
     mixtures = has_mixtures(names) if arch is None else arch == "moma"
-    is_ours = not config or _section(config, "adapter").get("type") in WITH_BIASES_SINCE
+    is_ours = not config or section_of(config, "adapter").get("type") in WITH_BIASES_SINCE
     return Former(mixtures, _lacking(names) if is_ours else {})
 
 
@@ -111,20 +113,20 @@ def is_former(names: Collection[str]) -> bool:
     return any(map(CROSS_ATTENTION.search, names))
 
 
-def current_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def current_fields(config: Mapping[str, object]) -> dict[str, object]:
     """Nested fields of the config of a former version, as they have to be to mean the same now."""
-    config, vlm = dict(config), _section(config, "vlm")
+    config, vlm = dict(config), section_of(config, "vlm")
     if vlm.get("arch") != "cross_attention":
         return config
     try:
-        model = ModelConfig(**_section(config, "model"))
+        model = from_fields(ModelConfig, section_of(config, "model"))
     except (ConfigError, TypeError):  # which whoever builds the config says
         return config
     own = vlm.get("cross_attention_n_heads", 0)
     meant = {"cross_attention_head_dim": 0}
     if not own and not vlm.get("cross_attention_n_kv_heads", 0) and model.kv_heads != model.n_heads:
         meant["cross_attention_n_kv_heads"] = model.kv_heads
-    if own not in (0, model.n_heads) and own * model.head_size != model.dim:
+    if isinstance(own, int) and own not in (0, model.n_heads) and own * model.head_size != model.dim:
         meant["cross_attention_head_dim"] = model.head_size
     return {**config, "vlm": {**vlm, **meant}}
 
@@ -137,16 +139,11 @@ def current_toml(text: str) -> str:
 
 
 def current_state(
-    weights: Mapping[str, np.ndarray], moments: Mapping[str, np.ndarray], config: Mapping[str, Any]
+    weights: Mapping[str, np.ndarray], moments: Mapping[str, np.ndarray], config: Mapping[str, object]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Weights and the state of the optimiser of a run of a former version, as they are now."""
     then = former(weights, config)
     return then.state(weights), then.moments(moments)
-
-
-def _section(config: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
-    found = (config or {}).get(name)
-    return found if isinstance(found, Mapping) else {}
 
 
 def _lacking(names: Collection[str]) -> dict[str, str]:

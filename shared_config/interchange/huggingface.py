@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, overload
 
 import numpy as np
 
@@ -20,9 +20,10 @@ from shared_config.interchange.files import PathLike, written_aside
 from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
 from shared_config.interchange.huggingface_family import families_of
 from shared_config.interchange.reading import MAX_JSON_BYTES, parse_json, read_bytes
-from shared_config.interchange.states import check_tied, host_array, plain_state
+from shared_config.interchange.states import AnyArray, ArrayType, Key, check_tied, host_array, plain_state
 from shared_config.interchange.tokens import copy_tokenizer, special_ids
-from shared_config.interchange.weights import WeightsError, check_tensors, load_weights, save_weights
+from shared_config.interchange.weights import SaveOptions, WeightsError, check_tensors, load_weights, save_weights
+from shared_config.schema.base import from_fields
 from shared_config.schema.model import ModelConfig
 
 CONFIG = "config.json"
@@ -43,17 +44,17 @@ MIXTRAL_MODULES = LAYER_MODULES | {"mlp.router.gate.": "block_sparse_moe.gate.",
 MIXTRAL_PROJECTIONS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
-def load_huggingface(folder: PathLike, **overrides: Any) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+def load_huggingface(folder: PathLike, **overrides: object) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """Config and weights (native names, memory-mapped) of a Hugging Face folder.
 
     Args:
         overrides: fields of `ModelConfig` that config.json doesn't decide, ``moe_packed_experts`` for one.
     """
-    config = ModelConfig(**(read_huggingface_config(folder) | overrides))
+    config = from_fields(ModelConfig, read_huggingface_config(folder) | overrides)
     return config, from_huggingface(load_weights(folder), config)
 
 
-def read_huggingface_config(folder: PathLike) -> dict[str, Any]:
+def read_huggingface_config(folder: PathLike) -> dict[str, object]:
     """Fields of `ModelConfig` from a folder's config.json.
 
     Raises:
@@ -71,7 +72,11 @@ def read_huggingface_config(folder: PathLike) -> dict[str, Any]:
 
 
 def save_huggingface(
-    folder: PathLike, state: Mapping[str, Any], config: ModelConfig, tokenizer: Path | None = None, **options: Any
+    folder: PathLike,
+    state: Mapping[Key, object],
+    config: ModelConfig,
+    tokenizer: Path | None = None,
+    **options: Unpack[SaveOptions],
 ) -> list[Path]:
     """Write config.json and weights. Returns the files.
 
@@ -92,7 +97,7 @@ def save_huggingface(
 # Weights
 
 
-def from_huggingface(state: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+def from_huggingface(state: Mapping[str, ArrayType], config: ModelConfig) -> dict[str, ArrayType | np.ndarray]:
     """The state under native names, in model order. Arrays are shared, except packed experts.
 
     Raises:
@@ -110,7 +115,11 @@ def from_huggingface(state: Mapping[str, Any], config: ModelConfig) -> dict[str,
     return {name: unpacked[name] if name in unpacked else _pack(unpacked, name) for name in parameter_table(config)}
 
 
-def to_huggingface(state: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+@overload
+def to_huggingface(state: Mapping[str, ArrayType], config: ModelConfig) -> dict[str, ArrayType]: ...
+@overload
+def to_huggingface(state: Mapping[Key, object], config: ModelConfig) -> dict[str, AnyArray]: ...
+def to_huggingface(state: Mapping[Key, object], config: ModelConfig) -> Mapping[str, object]:
     """The state (what `plain_state` accepts) under Hugging Face's names. Arrays are shared; packed experts become
     transposed views.
 
@@ -119,12 +128,12 @@ def to_huggingface(state: Mapping[str, Any], config: ModelConfig) -> dict[str, A
         WeightsError: if the state isn't exactly what the config needs.
     """
     names = name_map(config)
-    state = plain_state(state)
-    tied = {alias: name for alias, name in aliases(config).items() if alias in state}
-    check_tied(state, tied)
-    state = {name: array for name, array in state.items() if name not in tied}
-    check_tensors(state, parameter_table(config), source="native weights")
-    return {foreign: state[name] if name in state else _unpack(state, name) for name, foreign in names.items()}
+    native = plain_state(state)
+    tied = {alias: name for alias, name in aliases(config).items() if alias in native}
+    check_tied(native, tied)
+    native = {name: array for name, array in native.items() if name not in tied}
+    check_tensors(native, parameter_table(config), source="native weights")
+    return {foreign: native[name] if name in native else _unpack(native, name) for name, foreign in names.items()}
 
 
 def name_map(config: ModelConfig) -> dict[str, str]:
@@ -153,7 +162,7 @@ def _replaced(name: str, prefixes: Mapping[str, str]) -> str:
     return prefixes[native] + name.removeprefix(native)
 
 
-def _pack(state: Mapping[str, Any], name: str) -> np.ndarray:
+def _pack(state: Mapping[str, object], name: str) -> np.ndarray:
     """layers.0.mlp.gate_w (expert, in, out) from layers.0.mlp.experts.{e}.gate_proj.weight (out, in)."""
     module, _, packed = name.rpartition(".")
     experts = []
@@ -162,7 +171,7 @@ def _pack(state: Mapping[str, Any], name: str) -> np.ndarray:
     return np.stack(experts)
 
 
-def _unpack(state: Mapping[str, Any], name: str) -> Any:
+def _unpack(state: Mapping[str, Any], name: str) -> AnyArray:
     """layers.0.mlp.experts.3.gate_proj.weight from layers.0.mlp.gate_w."""
     module, _, expert = name.partition(".experts.")
     number, projection, _ = expert.split(".")
@@ -170,7 +179,7 @@ def _unpack(state: Mapping[str, Any], name: str) -> Any:
     return state[f"{module}.{packed}"][int(number)].T
 
 
-def _check_tied(head: Any, embedding: Any) -> None:
+def _check_tied(head: object, embedding: object) -> None:
     if not np.array_equal(host_array(HEAD, head), host_array(EMBEDDING, embedding)):
         problem = f"{HEAD}: differs from model.embed_tokens.weight, though tie_word_embeddings is true"
         raise WeightsError("Hugging Face weights", [problem])

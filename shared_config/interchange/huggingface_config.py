@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from shared_config.errors import ConfigError
 from shared_config.interchange.huggingface_family import family_of
@@ -14,7 +13,9 @@ from shared_config.interchange.huggingface_keys import (
     fixed_keys,
     layer_kinds,
     missing_keys,
+    model_type,
     num_experts,
+    number,
     rope_settings,
     rope_type,
     uneven_layers,
@@ -23,14 +24,14 @@ from shared_config.interchange.huggingface_keys import (
 from shared_config.schema.model import ModelConfig, RopeScaling
 
 
-def config_to_huggingface(config: ModelConfig) -> dict[str, Any]:
+def config_to_huggingface(config: ModelConfig) -> dict[str, object]:
     """The content of config.json.
 
     Raises:
         ConfigError: as `family_of`.
     """
     family = family_of(config)
-    content: dict[str, Any] = {
+    content: dict[str, object] = {
         "architectures": [FAMILIES[family].architecture],
         "model_type": family,
         "vocab_size": config.vocab_size,
@@ -61,11 +62,14 @@ def config_to_huggingface(config: ModelConfig) -> dict[str, Any]:
     return content | _experts_to_huggingface(config, family)
 
 
-def _experts_to_huggingface(config: ModelConfig, family: str) -> dict[str, Any]:
+def _experts_to_huggingface(config: ModelConfig, family: str) -> dict[str, object]:
     if not config.is_moe:
         return {}
     width = config.computed_expert_ffn_hidden_dim
-    content = {"num_experts_per_tok": config.moe_top_k, "router_aux_loss_coef": config.moe_aux_loss_weight}
+    content: dict[str, object] = {
+        "num_experts_per_tok": config.moe_top_k,
+        "router_aux_loss_coef": config.moe_aux_loss_weight,
+    }
     if family == "mixtral":
         return content | {"num_local_experts": config.num_experts, "intermediate_size": width}
     return content | {
@@ -77,10 +81,10 @@ def _experts_to_huggingface(config: ModelConfig, family: str) -> dict[str, Any]:
     }
 
 
-def _scaling_to_huggingface(scaling: RopeScaling) -> dict[str, Any] | None:
+def _scaling_to_huggingface(scaling: RopeScaling) -> dict[str, object] | None:
     if scaling.type == "none":
         return None
-    content: dict[str, Any] = {"rope_type": scaling.type, "factor": scaling.factor}
+    content: dict[str, object] = {"rope_type": scaling.type, "factor": scaling.factor}
     if scaling.original_max_seq_len is not None:
         content |= {"original_max_position_embeddings": scaling.original_max_seq_len}
     if scaling.type == "llama3":
@@ -91,7 +95,7 @@ def _scaling_to_huggingface(scaling: RopeScaling) -> dict[str, Any] | None:
     return content
 
 
-def config_from_huggingface(content: Mapping[str, Any]) -> dict[str, Any]:
+def config_from_huggingface(content: object) -> dict[str, object]:
     """Fields of `ModelConfig` from the content of config.json.
 
     Raises:
@@ -103,7 +107,7 @@ def config_from_huggingface(content: Mapping[str, Any]) -> dict[str, Any]:
     problems = list(wrong_kinds(content)) or [*missing_keys(content), *fixed_keys(content), *uneven_layers(content)]
     if problems:
         raise ConfigError(problems)
-    family = FAMILIES[content["model_type"]]
+    family = FAMILIES[model_type(content)]
     heads = content["num_attention_heads"]
     fields = {
         "vocab_size": content["vocab_size"],
@@ -118,64 +122,66 @@ def config_from_huggingface(content: Mapping[str, Any]) -> dict[str, Any]:
         "norm_type": "rmsnorm",
         "norm_eps": content.get("rms_norm_eps", family.norm_eps),
         "activation": "silu",
-        "rope_theta": float(rope_settings(content).get("rope_theta", content.get("rope_theta", family.rope_theta))),
+        "rope_theta": float(
+            number(rope_settings(content), "rope_theta", number(content, "rope_theta", family.rope_theta))
+        ),
         "rope_scaling": _scaling_from_huggingface(content),
         "sliding_window": _window(content),
         "attention_bias": content.get("attention_bias", False),
         "tie_embeddings": content.get("tie_word_embeddings", False),
         "qk_norm": family.qk_norm,
-        "family": content["model_type"],
+        "family": model_type(content),
     }
     return fields | (_experts_from_huggingface(content) if family.experts else {})
 
 
-def _window(content: Mapping[str, Any]) -> int | None:
+def _window(content: Mapping[str, object]) -> int | None:
     """Mistral's layer_types are read as transformers does, which takes such a model for a Ministral."""
     kinds = layer_kinds(content)
-    if kinds is None and content["model_type"] == "qwen3":
-        first = content.get("max_window_layers", 28)
+    if kinds is None and model_type(content) == "qwen3":
+        first = number(content, "max_window_layers", 28)
         kinds = ["sliding_attention" if first <= 0 else "full_attention"]
     return None if kinds and kinds[0] == "full_attention" else declared_window(content)
 
 
-def _experts_from_huggingface(content: Mapping[str, Any]) -> dict[str, Any]:
-    mixtral = content["model_type"] == "mixtral"
+def _experts_from_huggingface(content: Mapping[str, object]) -> dict[str, object]:
+    mixtral = model_type(content) == "mixtral"
     return {
         "num_experts": num_experts(content),
         "moe_top_k": content["num_experts_per_tok"],
         "moe_frequency": 1 if mixtral else content.get("decoder_sparse_step", 1),
         "moe_router": "softmax_topk",
         "moe_norm_topk_prob": True if mixtral else content.get("norm_topk_prob", False),
-        "moe_aux_loss_weight": float(content.get("router_aux_loss_coef", 0.001)),
+        "moe_aux_loss_weight": float(number(content, "router_aux_loss_coef", 0.001)),
         "moe_expert_ffn_multiplier": (
-            1.0 if mixtral else content["moe_intermediate_size"] / content["intermediate_size"]
+            1.0 if mixtral else number(content, "moe_intermediate_size") / number(content, "intermediate_size")
         ),
     }
 
 
-def _scaling_from_huggingface(content: Mapping[str, Any]) -> dict[str, Any]:
+def _scaling_from_huggingface(content: Mapping[str, object]) -> dict[str, object]:
     rope = rope_settings(content)
     kind = rope_type(rope)
     if kind == "default":
         return {"type": "none"}
-    fields: dict[str, Any] = {"type": kind, "factor": float(rope["factor"])}
+    fields: dict[str, object] = {"type": kind, "factor": float(number(rope, "factor"))}
     if kind == "linear":
         return fields
     inner = rope.get("original_max_position_embeddings", content.get("max_position_embeddings"))
     fields |= {"original_max_seq_len": content.get("original_max_position_embeddings", inner)}
     if kind == "llama3":
         names = ("low_freq_factor", "high_freq_factor")
-        return fields | {name: float(rope[name]) for name in names if name in rope}
-    fields |= {name: float(rope[name]) for name in ("beta_fast", "beta_slow") if rope.get(name)}
+        return fields | {name: float(number(rope, name)) for name in names if name in rope}
+    fields |= {name: float(number(rope, name)) for name in ("beta_fast", "beta_slow") if rope.get(name)}
     return fields | {"attention_factor": _yarn_attention_factor(rope)}
 
 
-def _yarn_attention_factor(rope: Mapping[str, Any]) -> float | None:
+def _yarn_attention_factor(rope: Mapping[str, object]) -> float | None:
     """None for the factor of the paper, 0.1 ln(factor) + 1; DeepSeek's two scales give a ratio of such factors."""
     if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-    numerator, denominator = rope.get("mscale"), rope.get("mscale_all_dim")
+        return float(number(rope, "attention_factor"))
+    numerator, denominator = number(rope, "mscale", 0), number(rope, "mscale_all_dim", 0)
     if not (numerator and denominator):
         return None
-    growth = 0.1 * math.log(rope["factor"])
+    growth = 0.1 * math.log(number(rope, "factor"))
     return (numerator * growth + 1.0) / (denominator * growth + 1.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from shared_config.schema.model import EXPERT_FFN_MULTIPLE
 
@@ -25,7 +24,7 @@ class Family:
     attention_bias: bool = False
     experts: bool = False
     sliding_window: bool = True
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, object] = field(default_factory=dict)
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     head_dim: int | None = None
@@ -155,9 +154,24 @@ WITHOUT_EFFECT = frozenset(
 """Fields of transformers' classes that change nothing in the logits of a model that is not being trained."""
 
 
-def wrong_kinds(content: Mapping[str, Any]) -> Iterator[str]:
+def model_type(content: Mapping[str, object]) -> str:
+    """The name of the family."""
+    name = content["model_type"]
+    assert isinstance(name, str)
+    return name
+
+
+def number(fields: Mapping[str, object], key: str, default: float | None = None) -> float:
+    """A number of fields in which `wrong_kinds` finds nothing; ``default`` where it is left out or null."""
+    value = fields.get(key)
+    value = default if value is None else value
+    assert isinstance(value, int | float)
+    return value
+
+
+def wrong_kinds(content: Mapping[str, object]) -> Iterator[str]:
     """Keys whose values are not of the JSON type that they have to be."""
-    nullable = NULLABLE - NEVER_NULL.get(content["model_type"], set())
+    nullable = NULLABLE - NEVER_NULL.get(model_type(content), set())
     for key, kind in KINDS.items():
         if key not in content or (content[key] is None and key in nullable):
             continue
@@ -165,14 +179,15 @@ def wrong_kinds(content: Mapping[str, Any]) -> Iterator[str]:
             needed = "a number" if key in _required(content) else kind
             yield f"{key} = {content[key]!r}: must be {needed}"
     for name in ("rope_scaling", "rope_parameters"):
-        if isinstance(content.get(name), Mapping):
-            yield from _wrong_rope_kinds(name, content[name])
+        rope = content.get(name)
+        if isinstance(rope, Mapping):
+            yield from _wrong_rope_kinds(name, rope)
     layers = content.get("layer_types")
     if isinstance(layers, list) and not all(isinstance(kind, str) for kind in layers):
         yield f"layer_types = {layers!r}: must be a list of strings"
 
 
-def _wrong_rope_kinds(name: str, rope: Mapping[str, Any]) -> Iterator[str]:
+def _wrong_rope_kinds(name: str, rope: Mapping[str, object]) -> Iterator[str]:
     for key, value in rope.items():
         if isinstance(value, Mapping):
             yield f"{name}.{key} = {value!r}: must be no object; one setting for all layers"
@@ -184,36 +199,37 @@ def _wrong_rope_kinds(name: str, rope: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}.{key} = {value!r}: must be {ROPE_KINDS[key]}"
 
 
-def is_of_kind(kind: str, value: Any) -> bool:
+def is_of_kind(kind: str, value: object) -> bool:
     """Whether a JSON value is what a description of `KINDS` says."""
     if kind == "true or false":
         return isinstance(value, bool)
     if kind in ("an object", "a list", "a string"):
         return isinstance(value, {"an object": Mapping, "a list": list, "a string": str}[kind])
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
     if kind == "a number":
-        return number and math.isfinite(value)
-    return number and isinstance(value, int) and (kind != POSITIVE or value > 0)
+        return math.isfinite(value)
+    return isinstance(value, int) and (kind != POSITIVE or value > 0)
 
 
-def _required(content: Mapping[str, Any]) -> tuple[str, ...]:
+def _required(content: Mapping[str, object]) -> tuple[str, ...]:
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     needed = {"mixtral": ("num_experts_per_tok",), "qwen3_moe": ("num_experts_per_tok", "moe_intermediate_size")}
-    return (*sizes, *needed.get(content["model_type"], ()))
+    return (*sizes, *needed.get(model_type(content), ()))
 
 
-def missing_keys(content: Mapping[str, Any]) -> Iterator[str]:
+def missing_keys(content: Mapping[str, object]) -> Iterator[str]:
     """A line for each size that the content lacks."""
     for key in _required(content):
         if not isinstance(content.get(key), int):
             yield f"{key} = {content.get(key)!r}: must be a number"
-    if FAMILIES[content["model_type"]].experts and not isinstance(num_experts(content), int):
+    if FAMILIES[model_type(content)].experts and not isinstance(num_experts(content), int):
         yield "num_experts = None: must be a number (or num_local_experts)"
 
 
-def fixed_keys(content: Mapping[str, Any]) -> Iterator[str]:
+def fixed_keys(content: Mapping[str, object]) -> Iterator[str]:
     """Keys that change what the model computes, with the one value that a `ModelConfig` expresses."""
-    fixed: dict[str, Any] = {
+    fixed: dict[str, object] = {
         "mlp_bias": False,
         "partial_rotary_factor": 1.0,
         "mlp_only_layers": [],
@@ -223,18 +239,18 @@ def fixed_keys(content: Mapping[str, Any]) -> Iterator[str]:
     fixed |= dict.fromkeys(sorted(REFUSED))
     if content.get("hidden_act", "silu") not in ("silu", "swish"):
         yield f"hidden_act = {content['hidden_act']!r}: must be 'silu', or 'swish', which is the same"
-    if not FAMILIES[content["model_type"]].attention_bias:
+    if not FAMILIES[model_type(content)].attention_bias:
         fixed |= {"attention_bias": False}
     for key, needed in fixed.items():
         if content.get(key) is not None and content[key] != needed:
             yield f"{key} = {content[key]!r}: must be {needed!r}"
-    width = content.get("intermediate_size" if content["model_type"] == "mixtral" else "moe_intermediate_size")
-    if FAMILIES[content["model_type"]].experts and isinstance(width, int) and width % EXPERT_FFN_MULTIPLE:
+    width = content.get("intermediate_size" if model_type(content) == "mixtral" else "moe_intermediate_size")
+    if FAMILIES[model_type(content)].experts and isinstance(width, int) and width % EXPERT_FFN_MULTIPLE:
         yield f"width of an expert = {width}: must be a multiple of {EXPERT_FFN_MULTIPLE}"
     yield from _scaling_problems(rope_settings(content))
 
 
-def uneven_layers(content: Mapping[str, Any]) -> Iterator[str]:
+def uneven_layers(content: Mapping[str, object]) -> Iterator[str]:
     """A `ModelConfig` has one window for all layers."""
     kinds, window = layer_kinds(content), declared_window(content)
     if kinds is not None and len(kinds) != content.get("num_hidden_layers"):
@@ -245,40 +261,43 @@ def uneven_layers(content: Mapping[str, Any]) -> Iterator[str]:
         yield f"layer_types = {kinds!r}: must be full_attention or sliding_attention"
     elif kinds and kinds[0] == "sliding_attention" and window is None:
         yield "layer_types: sliding_attention: must be full_attention, as there is no sliding_window"
-    elif kinds and kinds[0] == "full_attention" and window and content["model_type"] in ("mixtral", "qwen3_moe"):
+    elif kinds and kinds[0] == "full_attention" and window and model_type(content) in ("mixtral", "qwen3_moe"):
         yield f"layer_types: full_attention: must be sliding_attention, as sliding_window = {window}"
-    elif kinds is None and content["model_type"] == "qwen3" and window:
-        first = content.get("max_window_layers", 28)
-        if 0 < first < content.get("num_hidden_layers", 0):
+    elif kinds is None and model_type(content) == "qwen3" and window:
+        first = number(content, "max_window_layers", 28)
+        if 0 < first < number(content, "num_hidden_layers", 0):
             yield f"max_window_layers = {first}: must be 0 (every layer has the window) or at least num_hidden_layers"
 
 
-def layer_kinds(content: Mapping[str, Any]) -> list[str] | None:
+def layer_kinds(content: Mapping[str, object]) -> list[str] | None:
     """The attention of each layer; None where the content does not list it."""
     kinds = content.get("layer_types")
-    return None if kinds is None else ["full_attention" if kind == "attention" else kind for kind in kinds]
+    if not isinstance(kinds, list):
+        return None
+    return ["full_attention" if kind == "attention" else kind for kind in kinds]
 
 
-def declared_window(content: Mapping[str, Any]) -> int | None:
+def declared_window(content: Mapping[str, object]) -> int | None:
     """The window of the layers that have one."""
-    if content["model_type"] == "llama":
+    family = model_type(content)
+    if family == "llama" or (family.startswith("qwen3") and not content.get("use_sliding_window", False)):
         return None
-    if content["model_type"].startswith("qwen3") and not content.get("use_sliding_window", False):
-        return None
-    return content.get("sliding_window", 4096 if content["model_type"] != "mixtral" else None)
+    window = content.get("sliding_window", 4096 if family != "mixtral" else None)
+    return window if isinstance(window, int) else None
 
 
-def num_experts(content: Mapping[str, Any]) -> Any:
+def num_experts(content: Mapping[str, object]) -> object:
     """Number of experts, under whichever of its two names."""
     return content.get("num_experts", content.get("num_local_experts"))
 
 
-def rope_settings(content: Mapping[str, Any]) -> Mapping[str, Any]:
+def rope_settings(content: Mapping[str, object]) -> Mapping[str, object]:
     """Rotary settings under their old name, or their new one (transformers 5); where both stand, the old one counts."""
-    return content.get("rope_scaling") or content.get("rope_parameters") or {}
+    rope = content.get("rope_scaling") or content.get("rope_parameters")
+    return rope if isinstance(rope, Mapping) else {}
 
 
-def _scaling_problems(rope: Mapping[str, Any]) -> Iterator[str]:
+def _scaling_problems(rope: Mapping[str, object]) -> Iterator[str]:
     kinds = ("default", "linear", "llama3", "yarn")
     kind = rope_type(rope)
     if kind not in kinds:
@@ -294,6 +313,6 @@ def _scaling_problems(rope: Mapping[str, Any]) -> Iterator[str]:
         yield f"rope truncate = {rope['truncate']!r}: must be True"
 
 
-def rope_type(rope: Mapping[str, Any]) -> str:
+def rope_type(rope: Mapping[str, object]) -> object:
     """The kind of rotary scaling, under its old or new name."""
     return rope.get("rope_type", rope.get("type", "default"))

@@ -171,8 +171,8 @@ def _writer(folder: Path) -> str | None:
     try:
         if (folder / SINGLE).exists():
             return TensorFile(folder / SINGLE).metadata.get(WRITER)
-        metadata: Any = parse_json((folder / INDEX).read_bytes())["metadata"]
-        return metadata.get(WRITER)
+        index: Any = parse_json((folder / INDEX).read_bytes())
+        return index["metadata"].get(WRITER)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 

@@ -89,7 +89,7 @@ class StateParts:
     step: int
     weights: Mapping[str, Parts]
     optimizer: Mapping[str, Parts]
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
 
     @property
     def kinds(self) -> dict[str, Mapping[str, Parts]]:
@@ -97,7 +97,7 @@ class StateParts:
         return {"weights": self.weights, "optimizer": self.optimizer}
 
 
-def whole(name: str, array: Any) -> Parts:
+def whole(name: str, array: object) -> Parts:
     """A tensor in one part.
 
     Args:

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from shared_config.errors import UserError
 
@@ -86,7 +86,7 @@ def read_text(path: PathLike, limit: int) -> str:
         raise UserError(f"{os.fspath(path)}: can't be read: {error}") from None
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes) -> object:
     """What a text means as JSON.
 
     Raises:
@@ -98,7 +98,7 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(str(error)) from None
 
 
-def parse_toml(text: str) -> dict[str, Any]:
+def parse_toml(text: str) -> dict[str, object]:
     """What a text means as TOML.
 
     Raises:
@@ -110,7 +110,7 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise ValueError(str(error)) from None
 
 
-def read_json(path: PathLike, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: PathLike, limit: int = MAX_JSON_BYTES) -> dict[str, object]:
     """The object in a JSON file.
 
     Raises:

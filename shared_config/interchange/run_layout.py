@@ -7,9 +7,9 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NotRequired, TypedDict, TypeGuard, TypeVar
 
 from safetensors import SafetensorError
 
@@ -28,6 +28,28 @@ METRICS = "metrics.jsonl"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 
 T = TypeVar("T")
+
+
+class FileFields(TypedDict):
+    """What a state says of a file beside it."""
+
+    bytes: int
+    sha256: str
+
+
+class StateFields(TypedDict):
+    """The content of a state file; see `Checkpoint`."""
+
+    format: int
+    step: int
+    rows: int
+    fingerprint: str
+    backend: str
+    versions: dict[str, str]
+    extra: dict[str, object]
+    config: dict[str, object]
+    files: dict[str, FileFields]
+    checksum: NotRequired[str]
 
 
 def latest(folder: str | Path) -> Path | None:
@@ -141,7 +163,7 @@ def _newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def read_state(file: Path) -> dict[str, Any]:
+def read_state(file: Path) -> StateFields:
     """The content of a state file, its config in today's terms.
 
     Raises:
@@ -151,7 +173,7 @@ def read_state(file: Path) -> dict[str, Any]:
         fields = parse_json(read_text(file, MAX_JSON_BYTES))
     except (UserError, ValueError) as error:
         raise UserError(f"{file}: can't be read ({error}){advice(file)}") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("format"), int):
+    if not _is_state(fields):
         raise UserError(f"{file}: not the state of a training checkpoint{advice(file)}")
     if fields["format"] > FORMAT:
         raise UserError(f"{file}: format {fields['format']} is newer than this version reads ({FORMAT})")
@@ -160,11 +182,15 @@ def read_state(file: Path) -> dict[str, Any]:
     return fields if fields["format"] >= NAMED else {**fields, "config": current_fields(fields["config"])}
 
 
+def _is_state(fields: object) -> TypeGuard[StateFields]:
+    return isinstance(fields, dict) and isinstance(fields.get("format"), int)
+
+
 def advice(file: Path) -> str:
     """How to continue without the checkpoint of a file."""
     return f"; remove {file.parent} to go on from the checkpoint before it"
 
 
-def checksum(fields: dict[str, Any]) -> str:
+def checksum(fields: Mapping[str, object]) -> str:
     """SHA-256 of a state's fields."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

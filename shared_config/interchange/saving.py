@@ -25,6 +25,7 @@ from shared_config.interchange.run_layout import (
     OPTIMIZER,
     STATE,
     WEIGHTS,
+    FileFields,
     advice,
     checksum,
     clean,
@@ -55,7 +56,7 @@ class Saving:
         self,
         folder: Path,
         state: StateParts,
-        fields: Mapping[str, Any],
+        fields: Mapping[str, object],
         *,
         keep: int | None = None,
         milestones: int = 0,
@@ -187,17 +188,17 @@ def write_share(folder: Path, state: StateParts, processes: Processes) -> None:
     _sync(share)
 
 
-def put_together(folder: Path, count: int) -> dict[str, Any]:
+def put_together(folder: Path, count: int) -> dict[str, FileFields]:
     """Write the index of what all processes have written. Returns the description of each file.
 
     Raises:
         UserError: parts of a tensor are missing, or there twice.
     """
-    files: dict[str, Any] = {}
+    files: dict[str, FileFields] = {}
     tensors: dict[str, dict[str, Any]] = {kind: {} for kind in FILES}
     for rank in range(count):
         share = _share(folder, rank)
-        listed = parse_json(read_text(share, MAX_JSON_BYTES))
+        listed: Any = parse_json(read_text(share, MAX_JSON_BYTES))
         share.unlink()
         files |= listed["files"]
         for kind, found in listed["tensors"].items():
@@ -221,7 +222,7 @@ def read_parts(folder: Path, kinds: tuple[str, ...]) -> dict[str, dict[str, Part
         UserError: files that do not hold what the index says.
     """
     try:
-        index = parse_json(read_text(folder / INDEX, MAX_JSON_BYTES))
+        index: Any = parse_json(read_text(folder / INDEX, MAX_JSON_BYTES))
         files = [folder / file for file in index["files"]]
         opened: dict[Path, TensorFile] = {}
         found: dict[str, dict[str, Parts]] = {}
@@ -233,7 +234,7 @@ def read_parts(folder: Path, kinds: tuple[str, ...]) -> dict[str, dict[str, Part
     return found
 
 
-def describe(file: Path) -> dict[str, Any]:
+def describe(file: Path) -> FileFields:
     """Length and checksum of a file."""
     if file.exists():
         check_regular(file)

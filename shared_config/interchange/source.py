@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -78,7 +78,7 @@ def kind_of(path: PathLike) -> Kind:
     return "huggingface"
 
 
-def find_config(path: PathLike) -> dict[str, Any] | None:
+def find_config(path: PathLike) -> dict[str, object] | None:
     """Nested fields of the config that a model on disk knows; None if there is none.
 
     Raises:
@@ -97,7 +97,7 @@ def find_config(path: PathLike) -> dict[str, Any] | None:
     return current_fields(fields) if fields is not None and _is_former(path) else fields
 
 
-def read_config(path: PathLike) -> dict[str, Any]:
+def read_config(path: PathLike) -> dict[str, object]:
     """Nested fields of the config that a model on disk knows.
 
     Raises:
@@ -172,7 +172,9 @@ def _refusal(refused: list[Difference], where: str) -> list[str]:
     return [*lines, "leave the fields as they are there, or set them on the command line to go on all the same"]
 
 
-def _read_weights(path: Path, kind: Kind, fields: Mapping[str, Any] | None, config: JobConfig) -> dict[str, np.ndarray]:
+def _read_weights(
+    path: Path, kind: Kind, fields: Mapping[str, object] | None, config: JobConfig
+) -> dict[str, np.ndarray]:
     if kind == "huggingface":
         return huggingface.from_huggingface(load_weights(path), config.model)
     if kind == "checkpoint":
@@ -201,12 +203,13 @@ def _folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _huggingface_fields(folder: Path) -> dict[str, Any]:
+def _huggingface_fields(folder: Path) -> dict[str, object]:
     """The model, and what follows from it for a job: the folder's tokenizer, and sequences that fit."""
     model = huggingface.read_huggingface_config(folder)
-    fields: dict[str, Any] = {"model": model}
-    if isinstance(model.get("max_seq_len"), int):
-        fields["train"] = {"seq_len": min(TrainConfig().seq_len, model["max_seq_len"])}
+    fields: dict[str, object] = {"model": model}
+    length = model.get("max_seq_len")
+    if isinstance(length, int):
+        fields["train"] = {"seq_len": min(TrainConfig().seq_len, length)}
     if has_tokenizer(folder):
         fields["data"] = {"tokenizer": str(folder)}
     return fields
@@ -220,20 +223,20 @@ def _is_former(path: Path) -> bool:
         return False
 
 
-def _toml_fields(file: Path) -> dict[str, Any] | None:
+def _toml_fields(file: Path) -> dict[str, object] | None:
     return read_fields(file) if file.exists() else None
 
 
-def _checkpoint_fields(path: Path) -> dict[str, Any] | None:
+def _checkpoint_fields(path: Path) -> dict[str, object] | None:
     """The config of a checkpoint, with the tokenizer that its run keeps."""
     fields = checkpoint.read_config(path)
-    kept = beside(path)
-    if fields and kept is not None and has_tokenizer(kept):
-        fields["data"] = {**fields.get("data", {}), "tokenizer": str(kept)}
+    kept, data = beside(path), fields.get("data", {})
+    if fields and kept is not None and has_tokenizer(kept) and isinstance(data, dict):
+        fields["data"] = {**data, "tokenizer": str(kept)}
     return fields or None
 
 
-def _job(fields: Mapping[str, Any], path: Path) -> JobConfig:
+def _job(fields: Mapping[str, object], path: Path) -> JobConfig:
     try:
         return config_from_dict(fields)
     except ConfigError as error:

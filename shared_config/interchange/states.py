@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar, overload
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from shared_config.errors import UserError
 
@@ -28,12 +29,40 @@ COUNTER = "n_averaged"
 """What `torch.optim.swa_utils.AveragedModel` adds to the state of the model that it wraps."""
 
 
+class AnyArray(Protocol):
+    """An array or tensor of any library."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+        ...
+
+    @property
+    def dtype(self) -> object:
+        """Type of the elements, of the same library."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory."""
+        ...
+
+
+T = TypeVar("T")
+Key = TypeVar("Key", bound=Hashable)
+ArrayType = TypeVar("ArrayType", bound=AnyArray)
+
+
 def plain_name(name: str) -> str:
     """A dotted path without the names of wrappers: "module.layers.0._orig_mod.norm" is "layers.0.norm"."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def plain_state(state: Mapping[Any, Any]) -> dict[str, Any]:
+@overload
+def plain_state(state: Mapping[str, ArrayType]) -> dict[str, ArrayType]: ...
+@overload
+def plain_state(state: Mapping[Key, object]) -> dict[str, AnyArray]: ...
+def plain_state(state: Mapping[Key, object]) -> Mapping[str, object]:
     """A state as a flat dict with plain names; the values are as they were.
 
     Args:
@@ -57,7 +86,7 @@ def plain_state(state: Mapping[Any, Any]) -> dict[str, Any]:
     return result
 
 
-def host_array(name: str, value: Any) -> np.ndarray:
+def host_array(name: str, value: object) -> np.ndarray:
     """The values of an array or tensor of any library in NumPy, bfloat16 and float8 as `ml_dtypes`.
 
     Tensors may be on any device, need gradients, be sharded, and have any strides.
@@ -75,25 +104,30 @@ def host_array(name: str, value: Any) -> np.ndarray:
         raise UserError(f"tensor {name!r} ({type(value).__name__}) can't be converted to NumPy: {reason}") from error
 
 
-def whole(value: Any) -> Any:
+def whole(value: T) -> T:
     """All of a tensor that is sharded over processes, each of which has to ask for it; anything else is itself."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    gather = getattr(value, "full_tensor", None)
+    return value if gather is None else gather()
 
 
-def numpy_dtype(dtype: Any) -> np.dtype:
+def numpy_dtype(dtype: object) -> np.dtype:
     """NumPy's (or ml_dtypes') dtype of that name, given a dtype of any library.
 
     Raises:
         TypeError: NumPy has none.
     """
+    return np.dtype(_known_to_numpy(dtype))
+
+
+def _known_to_numpy(dtype: Any) -> npt.DTypeLike:
     name = str(dtype).removeprefix("torch.") if type(dtype).__module__.startswith("torch") else dtype
-    return np.dtype(getattr(ml_dtypes, name) if isinstance(name, str) and hasattr(ml_dtypes, name) else name)
+    return getattr(ml_dtypes, name) if isinstance(name, str) and hasattr(ml_dtypes, name) else name
 
 
-def without_repeats(state: Mapping[str, Any]) -> dict[str, Any]:
+def without_repeats(state: Mapping[str, T]) -> dict[str, T]:
     """The state with each torch tensor once: tied weights, which share memory, are listed under their first name."""
-    seen: set[Any] = set()
-    result: dict[str, Any] = {}
+    seen: set[Hashable] = set()
+    result: dict[str, T] = {}
     for name, value in state.items():
         place = _memory(value)
         if place is None or place not in seen:
@@ -102,7 +136,7 @@ def without_repeats(state: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def without_unused(state: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
+def without_unused(state: Mapping[str, T], own: Collection[str]) -> dict[str, T]:
     """The state without a final norm of mixtures of transformers, which norm by modality and never use it.
 
     Weights trained elsewhere hold it all the same. A line is logged for what is left out.
@@ -117,7 +151,7 @@ def without_unused(state: Mapping[str, Any], own: Collection[str]) -> dict[str, 
     return {name: value for name, value in state.items() if name not in unused}
 
 
-def check_tied(state: Mapping[str, Any], aliases: Mapping[str, str]) -> None:
+def check_tied(state: Mapping[str, object], aliases: Mapping[str, str]) -> None:
     """Refuse a state that has different values for the names (alias -> name) of one tied weight.
 
     Raises:
@@ -150,7 +184,7 @@ def _array_of(value: Any) -> Any:
     return value.get_value() if hasattr(value, "get_value") else value
 
 
-def _counts_averages(name: str, state: Mapping[str, Any]) -> bool:
+def _counts_averages(name: str, state: Collection[str]) -> bool:
     prefix, _, last = name.rpartition(".")
     beside = f"{prefix}.module." if prefix else "module."
     return last == COUNTER and any(other.startswith(beside) for other in state)
@@ -166,7 +200,7 @@ def _tensor_on_host(tensor: Any) -> np.ndarray:
     return tensor.view(carrier).numpy().view(dtype)
 
 
-def _memory(value: Any) -> Any:
+def _memory(value: Any) -> Hashable:
     """What is equal for tensors that are the same numbers in the same memory; None where that isn't known."""
     if not hasattr(value, "data_ptr") or not hasattr(value, "stride") or value.numel() == 0 or value.data_ptr() == 0:
         return None

@@ -40,7 +40,7 @@ TRACE = "kempnerforge_trace"
 """Key of the metadata of a trace: the number of its format."""
 
 
-def write_tensors(path: PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(path: PathLike, tensors: Mapping[str, object], metadata: Mapping[str, str] | None = None) -> None:
     """Write arrays or tensors of any library and memory layout (views and transposes included) to one file, atomically.
 
     Raises:
@@ -92,6 +92,7 @@ class TensorFile:
             self._bytes = np.memmap(self.path, dtype=np.uint8, mode="c")
         start = 8 + int.from_bytes(self._bytes[:8].tobytes(), "little")
         header = parse_json(self._bytes[8:start].tobytes())
+        assert isinstance(header, dict)
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         entries = {name: self._entry(name, fields, start) for name, fields in header.items()}
         self.entries = dict(sorted(entries.items(), key=lambda item: item[1].start))
@@ -127,11 +128,11 @@ def is_trace(path: PathLike) -> bool:
         return False
 
 
-def _storable(name: str, array: Any) -> np.ndarray:
+def _storable(name: str, array: object) -> np.ndarray:
     """The array as safetensors must have it: C-contiguous (or it stores other values), in native byte order."""
-    array = host_array(name, array)
-    native = array.dtype.newbyteorder("=")
+    values = host_array(name, array)
+    native = values.dtype.newbyteorder("=")
     if native not in DTYPES.values():
         allowed = ", ".join(dtype.name for dtype in DTYPES.values())
-        raise UserError(f"tensor {name!r} has dtype {array.dtype}: must be one of {allowed}")
-    return np.asarray(array, dtype=native, order="C")
+        raise UserError(f"tensor {name!r} has dtype {values.dtype}: must be one of {allowed}")
+    return np.asarray(values, dtype=native, order="C")

@@ -9,7 +9,6 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import file_errors, written_aside
@@ -75,7 +74,7 @@ def copy_tokenizer(source: Path, target: Path) -> list[Path]:
     return [target / name for name in (*present, GENERATION)]
 
 
-def special_ids(folder: Path) -> dict[str, Any]:
+def special_ids(folder: Path) -> dict[str, int | list[int]]:
     """``bos_token_id``, ``eos_token_id`` (an id or a list) and ``pad_token_id``, as far as the folder names them.
 
     What generation_config.json and config.json say about the end of a sequence is merged; otherwise the former goes
@@ -86,7 +85,8 @@ def special_ids(folder: Path) -> dict[str, Any]:
     """
     sources = [_read_json(folder / name) for name in (GENERATION, "config.json")]
     found = {key: [id for fields in sources for id in _ids(folder, fields, key)] for key in NAMED_IDS}
-    ids: dict[str, Any] = _ids_of_tokenizer(folder) | {key: values[0] for key, values in found.items() if values}
+    first = {key: values[0] for key, values in found.items() if values}
+    ids: dict[str, int | list[int]] = {**_ids_of_tokenizer(folder), **first}
     ends = list(dict.fromkeys(found["eos_token_id"]))
     return ids | ({"eos_token_id": ends} if len(ends) > 1 else {})
 
@@ -128,23 +128,26 @@ def _has_ids(folder: Path) -> bool:
     return (folder / GENERATION).is_file()
 
 
-def _ids_of_tokenizer(folder: Path) -> dict[str, Any]:
+def _ids_of_tokenizer(folder: Path) -> dict[str, int]:
     """The ids of the tokens that tokenizer_config.json names."""
     added = _read_json(folder / READ).get("added_tokens") or []
+    problem = UserError(f"{folder / READ}: added_tokens: must be a list of tokens with content and id")
+    if not isinstance(added, list):
+        raise problem
     try:
         ids = {str(token["content"]): int(token["id"]) for token in added}
     except (LookupError, TypeError, ValueError):
-        raise UserError(f"{folder / READ}: added_tokens: must be a list of tokens with content and id") from None
+        raise problem from None
     names = {key: _read_json(folder / "tokenizer_config.json").get(key.removesuffix("_id")) for key in NAMED_IDS}
     texts = {key: name.get("content") if isinstance(name, dict) else name for key, name in names.items()}
     return {key: ids[text] for key, text in texts.items() if isinstance(text, str) and text in ids}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, object]:
     return read_json(file) if file.exists() else {}
 
 
-def _ids(folder: Path, fields: Mapping[str, Any], key: str) -> Iterator[int]:
+def _ids(folder: Path, fields: Mapping[str, object], key: str) -> Iterator[int]:
     value = fields.get(key)
     for id in value if isinstance(value, list) else [] if value is None else [value]:
         if not isinstance(id, int) or isinstance(id, bool):

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 from pydantic import TypeAdapter
 
 from shared_config.errors import UserError
 from shared_config.interchange.reading import MAX_TOML_BYTES, parse_toml, read_text
-from shared_config.schema.base import Section
+from shared_config.schema.base import Section, from_fields
 from shared_config.schema.job import JobConfig
 
 
-def config_from_dict(fields: Mapping[str, Any]) -> JobConfig:
+def config_from_dict(fields: Mapping[str, object]) -> JobConfig:
     """A `JobConfig` from nested mappings, as TOML gives them."""
-    return JobConfig(**fields)
+    return from_fields(JobConfig, fields)
 
 
 def config_from_toml(text: str) -> JobConfig:
@@ -25,9 +24,9 @@ def config_from_toml(text: str) -> JobConfig:
     return config_from_dict(parse_fields(text, "config"))
 
 
-def config_to_dict(config: JobConfig) -> dict[str, Any]:
+def config_to_dict(config: JobConfig) -> dict[str, object]:
     """Nested dicts and lists of what was given: derived fields and None are left out, so that overrides derive them."""
-    return _plain(config)
+    return _given(config)
 
 
 def config_to_toml(config: JobConfig) -> str:
@@ -35,12 +34,12 @@ def config_to_toml(config: JobConfig) -> str:
     return tomli_w.dumps(config_to_dict(config))
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema() -> dict[str, object]:
     """JSON Schema of a config file, for editors."""
     return TypeAdapter(JobConfig).json_schema()
 
 
-def read_fields(file: Path) -> dict[str, Any]:
+def read_fields(file: Path) -> dict[str, object]:
     """Nested dicts of a TOML file, with the path of a tokenizer that is next to it.
 
     Raises:
@@ -49,7 +48,7 @@ def read_fields(file: Path) -> dict[str, Any]:
     return with_tokenizer_beside(parse_fields(read_text(file, MAX_TOML_BYTES), str(file)), file.parent)
 
 
-def parse_fields(text: str, where: str) -> dict[str, Any]:
+def parse_fields(text: str, where: str) -> dict[str, object]:
     """Nested dicts of TOML text.
 
     Raises:
@@ -61,18 +60,42 @@ def parse_fields(text: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not valid TOML: {error}") from None
 
 
-def with_tokenizer_beside(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+def with_tokenizer_beside(fields: dict[str, object], folder: Path) -> dict[str, object]:
     """The fields, with the path of a tokenizer that is next to their file."""
     data = fields.get("data")
-    name = data.get("tokenizer") if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        return fields
+    name = data.get("tokenizer")
     if not isinstance(name, str) or name in ("", "bytes") or not (folder / name).is_dir():
         return fields
-    return {**fields, "data": {**fields["data"], "tokenizer": str(folder / name)}}
+    return {**fields, "data": {**data, "tokenizer": str(folder / name)}}
 
 
-def _plain(value: Any) -> Any:
+def section_of(fields: Mapping[str, object] | None, name: str) -> Mapping[str, object]:
+    """A section of nested fields; {} where there is none."""
+    found = (fields or {}).get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def number_of(fields: Mapping[str, object], section: str, name: str, default: float) -> float:
+    """A number of a section of nested fields.
+
+    Raises:
+        UserError: it is something else.
+    """
+    value = section_of(fields, section).get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{section}.{name} = {value!r}: must be a number")
+    return value
+
+
+def _given(section: Section) -> dict[str, object]:
+    return {name: _plain(item) for name, item in section.given().items() if item is not None}
+
+
+def _plain(value: object) -> object:
     if isinstance(value, Section):
-        return {name: _plain(item) for name, item in value.given().items() if item is not None}
+        return _given(value)
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, tuple):

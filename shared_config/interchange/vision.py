@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, TypeGuard
 
 import numpy as np
 
@@ -24,7 +24,7 @@ ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
 MODEL_TYPES = {"siglip2": ("siglip", "siglip_vision_model"), "clip": ("clip", "clip_vision_model")}
 NAFLEX = ("siglip2", "siglip2_vision_model")
 SHARED_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, dict[str, int | float | str]] = {
     "siglip2": {
         **SHARED_DEFAULTS,
         "image_size": 224,
@@ -43,6 +43,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 """What transformers takes where config.json leaves a field out."""
+
+SIZES = (*SHARED_DEFAULTS, "image_size", "patch_size", "num_channels")
+
+
+class TowerFields(TypedDict):
+    """What config.json says of a tower."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    num_channels: int
+    hidden_act: str
+    layer_norm_eps: float
+
 
 NAMES = {
     "patch_embedding": "embeddings.patch_embedding",
@@ -127,10 +144,12 @@ def read_tower(folder: str | Path, kind: str) -> TowerConfig:
         )
     if model_type not in MODEL_TYPES[kind]:
         raise UserError(f"{file}: model_type = {model_type!r}: type {kind!r} needs {' or '.join(MODEL_TYPES[kind])}")
-    given = {**DEFAULTS[kind], **(fields if "vision_config" not in fields else fields["vision_config"] or {})}
-    problems = list(_unfit(given))
-    if problems:
-        raise UserError("\n".join(f"{file}: {problem}" for problem in problems))
+    own = fields if "vision_config" not in fields else fields["vision_config"] or {}
+    if not isinstance(own, Mapping):
+        raise UserError(f"{file}: vision_config = {own!r}: must be an object")
+    given: Mapping[str, object] = {**DEFAULTS[kind], **own}
+    if not _fits(given):
+        raise UserError("\n".join(f"{file}: {problem}" for problem in _unfit(given)))
     is_clip = kind == "clip"
     return TowerConfig(
         image_size=given["image_size"],
@@ -180,21 +199,25 @@ def _reshaped(name: str, value: np.ndarray) -> np.ndarray:
     return value.reshape(len(value), -1) if name == "patch_embedding.weight" else value
 
 
-def _unfit(fields: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for name in (*SHARED_DEFAULTS, "image_size", "patch_size", "num_channels"):
-        if not isinstance(fields[name], int) or fields[name] < 1:
-            problems.append(f"{name} = {fields[name]!r}: must be a positive whole number")
+def _fits(fields: Mapping[str, object]) -> TypeGuard[TowerFields]:
+    return not _unfit(fields)
+
+
+def _unfit(fields: Mapping[str, object]) -> list[str]:
+    sizes = {name: size for name in SIZES if isinstance(size := fields[name], int) and size >= 1}
+    problems = [f"{name} = {fields[name]!r}: must be a positive whole number" for name in SIZES if name not in sizes]
     if problems:
         return problems
-    if fields["num_channels"] != 3:
-        problems.append(f"num_channels = {fields['num_channels']}: must be 3")
+    if sizes["num_channels"] != 3:
+        problems.append(f"num_channels = {sizes['num_channels']}: must be 3")
     if fields["hidden_act"] not in ACTIVATIONS:
         problems.append(f"hidden_act = {fields['hidden_act']!r}: must be one of {', '.join(ACTIVATIONS)}")
-    if fields["image_size"] < fields["patch_size"]:
-        problems.append(f"patch_size = {fields['patch_size']}: must be at most image_size = {fields['image_size']}")
-    if fields["hidden_size"] % fields["num_attention_heads"] != 0:
+    if not isinstance(fields["layer_norm_eps"], int | float):
+        problems.append(f"layer_norm_eps = {fields['layer_norm_eps']!r}: must be a number")
+    if sizes["image_size"] < sizes["patch_size"]:
+        problems.append(f"patch_size = {sizes['patch_size']}: must be at most image_size = {sizes['image_size']}")
+    if sizes["hidden_size"] % sizes["num_attention_heads"] != 0:
         problems.append(
-            f"num_attention_heads = {fields['num_attention_heads']}: must divide hidden_size = {fields['hidden_size']}"
+            f"num_attention_heads = {sizes['num_attention_heads']}: must divide hidden_size = {sizes['hidden_size']}"
         )
     return problems

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +21,7 @@ from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike, file_errors, make_folder, written_aside
 from shared_config.interchange.former import NAMES, VERSION, former
 from shared_config.interchange.reading import MAX_JSON_BYTES, parse_json, read_bytes
-from shared_config.interchange.states import numpy_dtype, plain_state, without_repeats, without_unused
+from shared_config.interchange.states import AnyArray, Key, numpy_dtype, plain_state, without_repeats, without_unused
 from shared_config.interchange.tensors import TensorFile, read_tensors, write_tensors
 
 __all__ = ["WeightsError", "check_tensors", "load_weights", "read_tensors", "save_weights", "write_tensors"]
@@ -77,9 +77,16 @@ class HasShape(Protocol):
         ...
 
 
+class SaveOptions(TypedDict, total=False):
+    """The options of `save_weights`."""
+
+    max_shard_bytes: int
+    metadata: Mapping[str, str] | None
+
+
 def save_weights(
     path: PathLike,
-    state: Mapping[str, Any],
+    state: Mapping[Key, object],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
@@ -95,20 +102,20 @@ def save_weights(
     if max_shard_bytes <= 0:
         raise UserError(f"max_shard_bytes = {max_shard_bytes}: must be positive")
     path, metadata = Path(path), {**METADATA, **(metadata or {})}
-    state = without_repeats(plain_state(state))
+    named = without_repeats(plain_state(state))
     if path.suffix == ".safetensors":
-        write_tensors(path, state, metadata)
+        write_tensors(path, named, metadata)
         return [path]
     with file_errors(path, "the folder can't be made"):
         path = make_folder(path)
-    shards = _split(state, max_shard_bytes)
-    files = _save_single(path, state, metadata) if len(shards) == 1 else _save_shards(path, shards, metadata)
+    shards = _split(named, max_shard_bytes)
+    files = _save_single(path, named, metadata) if len(shards) == 1 else _save_shards(path, shards, metadata)
     _remove_older(path, keep=files)
     return files
 
 
 def load_weights(
-    path: PathLike, table: Mapping[str, HasShape] | None = None, *, config: Mapping[str, Any] | None = None
+    path: PathLike, table: Mapping[str, HasShape] | None = None, *, config: Mapping[str, object] | None = None
 ) -> dict[str, np.ndarray]:
     """Read a state dict, memory-mapped, from a file, an index, or a folder that holds either.
 
@@ -143,7 +150,7 @@ def weight_names(path: PathLike) -> list[str]:
     return list(_files(entry_file(path)))
 
 
-def check_tensors(state: Mapping[str, Any], table: Mapping[str, HasShape], source: str = "weights") -> None:
+def check_tensors(state: Mapping[str, AnyArray], table: Mapping[str, HasShape], source: str = "weights") -> None:
     """Refuse a state dict that is not exactly what the table lists.
 
     Raises:
@@ -154,7 +161,7 @@ def check_tensors(state: Mapping[str, Any], table: Mapping[str, HasShape], sourc
         raise WeightsError(source, problems)
 
 
-def _problems(state: Mapping[str, Any], table: Mapping[str, HasShape]) -> Iterator[str]:
+def _problems(state: Mapping[str, AnyArray], table: Mapping[str, HasShape]) -> Iterator[str]:
     for name, spec in table.items():
         if name not in state:
             yield f"{name}: missing, the model has it with shape {spec.shape}"
@@ -169,18 +176,18 @@ def _problems(state: Mapping[str, Any], table: Mapping[str, HasShape]) -> Iterat
             yield f"{name}: extra, the model has no such tensor"
 
 
-def is_floating(dtype: Any) -> bool:
-    """Whether values of this dtype are real numbers that a model can hold (bfloat16 included)."""
+def is_floating(dtype: object) -> bool:
+    """Whether values of this dtype, of any library, are real numbers that a model can hold (bfloat16 included)."""
     try:
-        dtype = numpy_dtype(dtype)
+        known = numpy_dtype(dtype)
     except TypeError:
         return False
-    return dtype.kind == "f" or dtype == ml_dtypes.bfloat16
+    return known.kind == "f" or known == ml_dtypes.bfloat16
 
 
-def _split(state: Mapping[str, Any], max_bytes: int) -> list[dict[str, Any]]:
+def _split(state: Mapping[str, AnyArray], max_bytes: int) -> list[dict[str, AnyArray]]:
     """Consecutive tensors of at most ``max_bytes`` together; at least one shard, no empty one among several."""
-    shards: list[dict[str, Any]] = [{}]
+    shards: list[dict[str, AnyArray]] = [{}]
     filled = 0
     for name, array in state.items():
         if shards[-1] and filled + array.nbytes > max_bytes:
@@ -191,12 +198,12 @@ def _split(state: Mapping[str, Any], max_bytes: int) -> list[dict[str, Any]]:
     return shards
 
 
-def _save_single(folder: Path, state: Mapping[str, Any], metadata: Mapping[str, str]) -> list[Path]:
+def _save_single(folder: Path, state: Mapping[str, AnyArray], metadata: Mapping[str, str]) -> list[Path]:
     write_tensors(folder / SINGLE, state, metadata)
     return [folder / SINGLE]
 
 
-def _save_shards(folder: Path, shards: list[dict[str, Any]], metadata: Mapping[str, str]) -> list[Path]:
+def _save_shards(folder: Path, shards: list[dict[str, AnyArray]], metadata: Mapping[str, str]) -> list[Path]:
     names = _free_names(folder, len(shards))
     weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
     total = sum(array.nbytes for shard in shards for array in shard.values())
@@ -288,7 +295,8 @@ def _shards(index: Path) -> dict[str, TensorFile]:
 def _weight_map(index: Path) -> dict[str, str]:
     text = read_bytes(index, MAX_JSON_BYTES)
     try:
-        weight_map = parse_json(text)["weight_map"]
+        content: Any = parse_json(text)
+        weight_map = content["weight_map"]
         plain = all(Path(file).name == file for file in weight_map.values())
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: is no index of safetensors shards: {error!r}") from error

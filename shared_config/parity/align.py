@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from shared_config.errors import UserError
+from shared_config.parity.selection import RefedFields
 from shared_config.parity.tolerance import TOLERANCES
 from shared_config.parity.traces import (
     DECODE,
@@ -61,12 +62,16 @@ def _check_refed(a: Trace, b: Trace) -> None:
         fed = trace.meta.refed
         if not fed:
             continue
-        if other.meta.refed.get("hash", fed_hash(other, fed["modules"])) != fed["hash"]:
-            source = f"{fed['backend']} {fed['device']} {fed['dtype']}"
+        if other.meta.refed.get("hash", fed_hash(other, fed.get("modules", []))) != fed.get("hash"):
+            source = _source(fed)
             raise UserError(
                 f"trace {side}: its layers were given what another trace ({source}) recorded: it can be compared with "
                 "that trace, or with one that was given the same"
             )
+
+
+def _source(fed: RefedFields) -> str:
+    return f"{fed.get('backend')} {fed.get('device')} {fed.get('dtype')}"
 
 
 def fed_hash(trace: Trace, modules: Iterable[str]) -> str:
@@ -143,9 +148,10 @@ def extent_notes(a: Trace, b: Trace, label_a: str, label_b: str) -> Iterator[str
         fed = trace.meta.refed
         if fed:
             asked.append("forward, routes and loss, as its layers were given recorded inputs")
-            yield f"{label}: its layers were given what {fed['backend']} {fed['device']} {fed['dtype']} recorded"
-            if fed["own"]:
-                yield f"{label}: {', '.join(fed['own'])}: not recorded there, passed on what they put out themselves"
+            yield f"{label}: its layers were given what {_source(fed)} recorded"
+            own = fed.get("own", [])
+            if own:
+                yield f"{label}: {', '.join(own)}: not recorded there, passed on what they put out themselves"
         if left_out:
             yield f"{label}: holds {'; '.join(asked)}: {len(left_out)} tensors of the other are not compared"
 

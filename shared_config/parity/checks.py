@@ -152,10 +152,10 @@ def _compare_decoding(plan: Plan) -> Iterator[Finding]:
     """
     limit, whole = TOLERANCES["float64"][FORWARD].relative, decode_reference(plan.config)
     for backend in BACKENDS if can_decode(plan.config) else ():
-        tensors = plan.trace(backend, "float64").tensors
-        names = [name for name in tensors if name.startswith(f"{DECODE}/") and name != whole]
-        errors = {name: relative_error(tensors[name], tensors[whole]) for name in names}
-        broken = {name: np.inf for name in (whole, *names) if not np.isfinite(as_float64(tensors[name])).all()}
+        trace = plan.trace(backend, "float64")
+        names = [name for name in trace.tensors if name.startswith(f"{DECODE}/") and name != whole]
+        errors = {name: relative_error(trace.array(name), trace.array(whole)) for name in names}
+        broken = {name: np.inf for name in (whole, *names) if not np.isfinite(as_float64(trace.array(name))).all()}
         errors |= broken
         worst = max(errors, key=errors.__getitem__)
         ok = errors[worst] <= limit

@@ -15,6 +15,7 @@ from shared_config.parity.plan import BACKENDS, LONG, TRUTH, Check, Finding, Pla
 from shared_config.parity.provenance import check_trace, expected_meta
 from shared_config.parity.request import logits_name
 from shared_config.parity.scenarios import PARTS, STATE, applicable, cached_and_whole, scenario_config
+from shared_config.parity.tolerance import learning_rate
 from shared_config.parity.traces import DECODE, FORWARD, LOSS, LOSSES, Trace, TraceMeta, group_of, read_trace
 from shared_config.parity.validation import validation_tokens
 from shared_config.schema.job import JobConfig
@@ -154,7 +155,7 @@ def _same_state(check: str, subject: str, a: Trace, b: Trace, backend: str = "")
 def _steps_apart(a: Trace, b: Trace, name: str) -> float:
     if name not in a.tensors or name not in b.tensors or a.tensors[name].shape != b.tensors[name].shape:
         return math.inf
-    apart = rms(as_float64(a.tensors[name]) - as_float64(b.tensors[name])) / float(a.meta.extra["lr"])
+    apart = rms(as_float64(a.array(name)) - as_float64(b.array(name))) / learning_rate(a)
     return apart if math.isfinite(apart) else math.inf
 
 
@@ -168,7 +169,7 @@ def _compare_decoding(name: str) -> Callable[[Plan], Iterator[Finding]]:
         yield from _compared(plan, name, *traces)
         for backend, trace in zip(BACKENDS, traces, strict=True):
             yield _consistent(name, f"{backend}: static caches = forward", *cached_and_whole(trace), backend)
-            streamed, generated = (as_float64(trace.tensors[f"{DECODE}/{way}"]) for way in ("streamed", "generated"))
+            streamed, generated = (as_float64(trace.array(f"{DECODE}/{way}")) for way in ("streamed", "generated"))
             same = np.array_equal(streamed, generated)
             said = "" if same else f"{backend}: stream and generate draw different tokens"
             yield Finding(name, f"{backend}: stream = generate", same, detail=said, backend=backend)
@@ -212,7 +213,7 @@ def _compare_resumed(plan: Plan) -> Iterator[Finding]:
     for backend, other, a, b in zip(BACKENDS, reversed(BACKENDS), whole, last, strict=True):
         way = f"{backend}, {other}, {backend}"
         yield _same_state(RESUME, f"{way}: weights", a, b, backend)
-        resumed, unbroken = (as_float64(trace.tensors[f"{LOSS}/loss"]) for trace in (b, a))
+        resumed, unbroken = (as_float64(trace.array(f"{LOSS}/loss")) for trace in (b, a))
         finding = _consistent(RESUME, f"{way}: losses", resumed, unbroken, backend)
         limit = TOLERANCES["float64"][LOSSES].relative
         same = finding.error <= limit and a.meta.extra["step"] == b.meta.extra["step"]

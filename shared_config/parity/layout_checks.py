@@ -30,6 +30,7 @@ from shared_config.contract.sharding import layout_of, placement
 from shared_config.contract.vision import job_table
 from shared_config.contract.warm_start import without_warm_start
 from shared_config.errors import UserError
+from shared_config.interchange.toml import number_of
 from shared_config.interchange.vision import tower_of
 from shared_config.loader import load_config
 from shared_config.parity.checks import trace_command
@@ -46,10 +47,11 @@ from shared_config.parity.numerics import UNIT_ROUNDOFF, as_float64
 from shared_config.parity.plan import BACKENDS, LAYOUTS_STAGE, Check, Finding, Plan, register
 from shared_config.parity.provenance import check_trace, expected_meta, initial_hash
 from shared_config.parity.scenarios import STATE
-from shared_config.parity.tolerance import Cancellation
+from shared_config.parity.tolerance import Cancellation, learning_rate
 from shared_config.parity.traces import GRADIENT, LOSS, ROUTING, Trace, group_of, read_trace
 from shared_config.schema.distributed import DistributedConfig
 from shared_config.schema.job import JobConfig
+from shared_config.schema.optimizer import OptimizerConfig
 
 ALONE = DistributedConfig()
 AGREED = 1e-10
@@ -100,14 +102,20 @@ def _trace(plan: Plan, backend: str, layout: DistributedConfig, place: int) -> T
     return trace
 
 
+def _held(trace: Trace) -> list[int]:
+    """Elements that each device holds."""
+    held = trace.meta.extra.get("held")
+    return held if isinstance(held, list) else []
+
+
 def _problems(trace: Trace, config: JobConfig) -> Iterator[str]:
     """How a trace is not of the layout that its config names."""
     devices, extra = config.distributed.fewest_devices, trace.meta.extra
     sizes = {} if devices == 1 else dataclasses.asdict(layout_of(config.distributed, devices))
     if extra.get("sizes") != sizes:
         yield f"mesh = {extra.get('sizes')}: was to be {sizes}"
-    if len(extra.get("held", ())) != devices:
-        yield f"devices = {len(extra.get('held', ()))}: was to be {devices}"
+    if len(_held(trace)) != devices:
+        yield f"devices = {len(_held(trace))}: was to be {devices}"
     for group, shape in ((LOSS, (STEPS,)), (REPLICAS, (devices, 2))):
         wrong = {name: array.shape for name, array in _of(trace, group).items() if array.shape != shape}
         yield from (f"{group}/{name} is of shape {found}: was to be {shape}" for name, found in wrong.items())
@@ -200,8 +208,8 @@ def _limits(truth: Trace) -> dict[str, dict[str, float]]:
     gradients = sizes[GRADIENT]
     rule = Cancellation(max(gradients.values(), default=0.0))
     noise = {name: rule.noise(size, UNIT_ROUNDOFF["float64"]) for name, size in gradients.items()}
-    eps = float(truth.meta.config_fields["optimizer"]["eps"])
-    step = float(truth.meta.extra["lr"]) * _factor(truth) / eps
+    eps = number_of(truth.meta.config_fields, "optimizer", "eps", OptimizerConfig().eps)
+    step = learning_rate(truth) * _factor(truth) / eps
     moved = {name: noise[name] * step for name, size in gradients.items() if rule.vanishes(size)}
     return {
         LOSS: {name: AGREED * max(size, 1.0) for name, size in sizes[LOSS].items()},
@@ -213,7 +221,7 @@ def _limits(truth: Trace) -> dict[str, dict[str, float]]:
 
 def _by_themselves(check: str, trace: Trace, config: JobConfig) -> Iterator[Finding]:
     """What the devices of a layout have to be by themselves: initial weights, bits, parts, steps that were clipped."""
-    backend, replicas, held = trace.meta.backend, _of(trace, REPLICAS), trace.meta.extra["held"]
+    backend, replicas, held = trace.meta.backend, _of(trace, REPLICAS), _held(trace)
     drawn, said = initial_hash(config, config.train.seed), {}
     if drawn is not None and trace.meta.initial_hash != drawn:
         said["initial weights"] = f"they are not those that seed {config.train.seed} draws"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -46,7 +46,7 @@ class Difference:
         return f"at {self.index}: {self.value_there!r} against {self.truth_there!r} (off by {self.max_error:.3e})"
 
 
-def difference(value: Any, truth: Any) -> Difference:
+def difference(value: ArrayLike, truth: ArrayLike) -> Difference:
     """Compare two arrays of one shape, of any real dtype (bfloat16 included).
 
     Raises:
@@ -71,7 +71,7 @@ def difference(value: Any, truth: Any) -> Difference:
     )
 
 
-def rms(value: Any) -> float:
+def rms(value: ArrayLike) -> float:
     """Root mean square, 0 for an empty array; neither overflows nor underflows where the result does not."""
     value = as_float64(value)
     scale = float(np.max(np.abs(value), initial=0.0))
@@ -80,12 +80,12 @@ def rms(value: Any) -> float:
     return scale * float(np.sqrt(np.mean(np.square(value / scale))))
 
 
-def relative_error(value: Any, truth: Any) -> float:
+def relative_error(value: ArrayLike, truth: ArrayLike) -> float:
     """norm(value - truth) / norm(truth) of one tensor; see `Difference` for zeros, NaN and infinity."""
     return difference(value, truth).relative_error
 
 
-def nonfinite_mismatch(value: Any, truth: Any) -> np.ndarray:
+def nonfinite_mismatch(value: ArrayLike, truth: ArrayLike) -> np.ndarray:
     """True where exactly one side is NaN, or where an infinity does not meet the same infinity."""
     value, truth = _pair(value, truth)
     nan = np.isnan(value) != np.isnan(truth)
@@ -93,7 +93,7 @@ def nonfinite_mismatch(value: Any, truth: Any) -> np.ndarray:
     return nan | infinite
 
 
-def worst_position(value: Any, truth: Any) -> tuple[int, ...]:
+def worst_position(value: ArrayLike, truth: ArrayLike) -> tuple[int, ...]:
     """Index of the first NaN or infinity mismatch, else of the largest absolute difference (ties: the first)."""
     value, truth = _pair(value, truth)
     if not value.size:
@@ -103,7 +103,7 @@ def worst_position(value: Any, truth: Any) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(int(flat), value.shape))
 
 
-def unit_roundoff(dtype: Any) -> float:
+def unit_roundoff(dtype: DTypeLike) -> float:
     """Largest relative error of rounding to ``dtype``: 2^-53, 2^-24, 2^-11 or 2^-8.
 
     Raises:
@@ -125,7 +125,7 @@ def perturb(weights: Arrays, unit_roundoff: float, rng: np.random.Generator) -> 
 
 
 def perturbation_delta(
-    function: Callable[[dict[str, np.ndarray]], Any],
+    function: Callable[[dict[str, np.ndarray]], np.ndarray | float | Arrays],
     weights: Arrays,
     unit_roundoff: float,
     runs: int = 3,
@@ -146,10 +146,10 @@ def perturbation_delta(
 
 
 def perturbation_maxima(
-    function: Callable[[dict[str, np.ndarray]], Any],
+    function: Callable[[dict[str, np.ndarray]], np.ndarray | float | Arrays],
     weights: Arrays,
     unit_roundoff: float,
-    measure: Callable[[str, np.ndarray, np.ndarray], Any],
+    measure: Callable[[str, np.ndarray, np.ndarray], ArrayLike],
     runs: int = 3,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
@@ -165,7 +165,7 @@ def perturbation_maxima(
     return largest
 
 
-def allowed_error(truth: Any, delta: float, K: float, unit_roundoff: float) -> float:
+def allowed_error(truth: ArrayLike, delta: float, K: float, unit_roundoff: float) -> float:
     """Largest RMS error accepted: K * delta, and never less than a few roundoffs of rms(truth).
 
     With delta 0 (an output that does not depend on any weight) only the second term is left: such an output may carry
@@ -175,7 +175,7 @@ def allowed_error(truth: Any, delta: float, K: float, unit_roundoff: float) -> f
     return max(K * delta, FLOOR_ROUNDOFFS * unit_roundoff * rms(truth[np.isfinite(truth)]))
 
 
-def as_float64(value: Any) -> np.ndarray:
+def as_float64(value: ArrayLike) -> np.ndarray:
     """A real array of any dtype (bfloat16 included) as float64."""
     value = np.asarray(value)
     if np.iscomplexobj(value):
@@ -183,7 +183,7 @@ def as_float64(value: Any) -> np.ndarray:
     return value.astype(np.float64)
 
 
-def _pair(value: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
+def _pair(value: ArrayLike, truth: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     value, truth = as_float64(value), as_float64(truth)
     if value.shape != truth.shape:
         raise ValueError(f"shape = {value.shape}: must be that of the truth, {truth.shape}")
@@ -208,5 +208,5 @@ def _perturbed(value: np.ndarray, unit_roundoff: float, rng: np.random.Generator
     return value.astype(np.float64) * (1.0 + unit_roundoff * rng.uniform(-1.0, 1.0, value.shape))
 
 
-def _named(outputs: Any) -> dict[str, np.ndarray]:
-    return dict(outputs) if isinstance(outputs, Mapping) else {"output": outputs}
+def _named(outputs: np.ndarray | float | Arrays) -> dict[str, np.ndarray]:
+    return dict(outputs) if isinstance(outputs, Mapping) else {"output": np.asarray(outputs)}

@@ -11,13 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 
 from shared_config.contract.routing import RouterId, map_routers, router_ids
 from shared_config.errors import UserError
 from shared_config.parity.align import differences_of_origin, fed_hash
+from shared_config.parity.selection import RefedFields
 from shared_config.parity.traces import FORWARD, ROUTES, ROUTING, Summary, Trace, TraceMeta
 from shared_config.schema.job import JobConfig
 
@@ -28,6 +29,16 @@ FED = re.compile(
 """Paths of modules whose recorded outputs are passed on."""
 
 ROUTER_LOSSES = ("aux_loss", "z_loss")
+
+
+class NamedStats(Protocol):
+    """A named tuple: the stats of one router."""
+
+    def _asdict(self) -> dict[str, Any]: ...
+    def _replace(self, **changes: Any) -> Self: ...
+
+
+Stats = TypeVar("Stats", bound=NamedStats)
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class Refeed:
 
     outputs: Mapping[str, np.ndarray] = field(default_factory=dict)
     losses: Mapping[str, np.ndarray] = field(default_factory=dict)
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: RefedFields = field(default_factory=RefedFields)
 
 
 def refeed_from(other: Trace, origin: TraceMeta, config: JobConfig) -> Refeed:
@@ -103,14 +114,16 @@ def routes_from(other: Trace, origin: TraceMeta, config: JobConfig) -> dict[str,
     return routes
 
 
-def with_losses(stats: Mapping[int, Any], losses: Mapping[str, Any], prefix: str) -> dict[int, Any]:
+def with_losses(
+    stats: Mapping[int, Stats | dict[str, Stats]], losses: Mapping[str, object], prefix: str
+) -> dict[int, Stats | dict[str, Stats]]:
     """Stats of routers, nested by layer and maybe modality, with recorded losses in place of the computed ones.
 
     Args:
         prefix: what the names of the transformer's modules start with.
     """
 
-    def recorded(router: RouterId, own: Any) -> Any:
+    def recorded(router: RouterId, own: Stats) -> Stats:
         names = {loss: router.named(loss, prefix) for loss in ROUTER_LOSSES}
         return own._replace(**{loss: losses[name] for loss, name in names.items() if name in losses})
 
@@ -126,12 +139,14 @@ def _router_losses(other: Trace) -> dict[str, np.ndarray]:
     }
 
 
-def _meta(other: Trace, outputs: Mapping[str, np.ndarray], config: JobConfig) -> dict[str, Any]:
+def _meta(other: Trace, outputs: Mapping[str, np.ndarray], config: JobConfig) -> RefedFields:
     path = "" if config.vlm is None else "transformer."
     layers = [f"{path}layers.{layer}" for layer in range(config.model.n_layers)]
     modules = list(outputs)
     return {
-        **{name: getattr(other.meta, name) for name in ("backend", "device", "dtype")},
+        "backend": other.meta.backend,
+        "device": other.meta.device,
+        "dtype": other.meta.dtype,
         "modules": modules,
         "own": [layer for layer in layers if layer not in outputs],
         "hash": fed_hash(other, modules),

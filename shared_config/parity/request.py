@@ -6,7 +6,7 @@ import dataclasses
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from shared_config.interchange.checkpoint import installed_versions
 from shared_config.interchange.toml import config_to_toml
 from shared_config.interchange.vision import picture_format, tower_of
 from shared_config.parity import traces
-from shared_config.parity.refeed import Refeed, refeed_from, routes_from
+from shared_config.parity.refeed import Refeed, Stats, refeed_from, routes_from
 from shared_config.parity.selection import Selection
 from shared_config.parity.traces import Trace, TraceMeta
 from shared_config.parity.validation import (
@@ -31,6 +31,7 @@ from shared_config.parity.validation import (
 from shared_config.schema.job import JobConfig
 
 Arrays = dict[str, np.ndarray]
+T = TypeVar("T")
 
 BATCH, LENGTH, LONGEST, BEYOND_WINDOW = 2, 24, 128, 8
 WHOLE = "whole"
@@ -69,7 +70,7 @@ class Request:
         wanted = self.selection.wants_any
         return [name for name in names if wanted(f"{traces.FORWARD}/{output}" for output in outputs(name, self.config))]
 
-    def kept(self, group: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    def kept(self, group: str, arrays: Mapping[str, T]) -> dict[str, T]:
         """Those of all tensors of a group that are recorded."""
         return {name: array for name, array in arrays.items() if self.selection.wants(f"{group}/{name}")}
 
@@ -265,7 +266,7 @@ def routing_names(modules: Iterable[str], fields: Sequence[str]) -> Iterator[str
             yield from (router_id.named(name, module.partition("layers.")[0]) for name in fields)
 
 
-def routing_values(stats: Mapping[int, Any], config: JobConfig) -> dict[str, Any]:
+def routing_values(stats: Mapping[int, Stats | dict[str, Stats]], config: JobConfig) -> dict[str, object]:
     """The numbers of routers' stats, nested by layer and maybe modality, by their names in a trace."""
     prefix = transformer_path(config)
     return {

@@ -153,7 +153,7 @@ class Comparison:
         """The coarser of the two arithmetics."""
         return coarser(self.meta_a.dtype, self.meta_b.dtype)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """All of it as JSON values; what is not finite is written as text ("inf", "nan")."""
         first = {"first_forward": self.first_forward, "first_backward": self.first_backward}
         content = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -99,7 +98,7 @@ def scenario_config(config: JobConfig, name: str) -> JobConfig:
     return config
 
 
-Outcome = tuple[Arrays, dict[str, Any]]
+Outcome = tuple[Arrays, dict[str, object]]
 
 
 def _documents(backend: Backend, work: Work) -> Outcome:
@@ -126,7 +125,7 @@ def _training(backend: Backend, work: Work, steps: Sequence[Sequence[Batch]]) ->
         return trained, trained_tensors(trained, work.config)
 
     trained, tensors = run(work.weights, work.dtype)
-    extra: dict[str, Any] = {"lr": sum(float(metrics["lr"]) for metrics in trained.metrics)}
+    extra: dict[str, object] = {"lr": sum(float(metrics["lr"]) for metrics in trained.metrics)}
     if work.deltas:
         moved: Callable[[Arrays], Arrays] = lambda weights: _without_state(run(weights, "float64")[1])  # noqa: E731
         found = perturbation_maxima(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypedDict
 
 from shared_config.errors import UserError
 
@@ -17,6 +18,24 @@ LOSS = "loss"
 SUGGESTIONS = 3
 DIGITS = 18
 """Digits of the largest number of a layer that is read."""
+
+
+class SelectionFields(TypedDict, total=False):
+    """What a trace says of the `Selection` that was asked for; {} for all."""
+
+    layers: list[int] | None
+    only: list[str]
+
+
+class RefedFields(TypedDict, total=False):
+    """What a trace says of another one whose recorded outputs went into its layers; {} if none did."""
+
+    backend: str
+    device: str
+    dtype: str
+    modules: list[str]
+    own: list[str]
+    hash: str
 
 
 @dataclass(frozen=True)

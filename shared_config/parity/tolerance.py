@@ -46,14 +46,26 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from shared_config.errors import UserError
+from shared_config.interchange.toml import number_of, section_of
 from shared_config.parity.numerics import FLOOR_ROUNDOFFS, UNIT_ROUNDOFF, as_float64, rms
 from shared_config.parity.parts import PartLimits
 from shared_config.parity.routes import is_routes
-from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, LOSS, LOSSES, ROUTING, UPDATED, Summary, group_of
+from shared_config.parity.traces import (
+    DECODE,
+    FORWARD,
+    GRADIENT,
+    LOSS,
+    LOSSES,
+    ROUTING,
+    UPDATED,
+    Summary,
+    Trace,
+    group_of,
+)
 from shared_config.parity.validation import MOMENT_STEPS
 
 Tensor = np.ndarray | Summary
@@ -176,7 +188,7 @@ class Cancellation:
 class Scales:
     """Limits of the tensors of one reference trace, with what depends on how large they are."""
 
-    def __init__(self, reference: Mapping[str, Tensor], config: Mapping[str, Any]):
+    def __init__(self, reference: Mapping[str, Tensor], config: Mapping[str, object]):
         tensors = {name: tensor for name, tensor in reference.items() if group_of(name) == GRADIENT}
         self._gradients = {name: scale_of(tensor) for name, tensor in tensors.items()}
         self._cancellation = Cancellation(max(self._gradients.values(), default=0.0))
@@ -185,7 +197,7 @@ class Scales:
         self._places = max((math.prod(t.shape) for name, t in reference.items() if is_routes(name)), default=0)
         self._routed = bool(self._places) or has_experts(config)
         self._kinked = has_kinks(config)
-        self._lr = float(config.get("optimizer", {}).get("lr", 0.0))
+        self._lr = number_of(config, "optimizer", "lr", 0.0)
         sizes = {name: math.prod(tensor.shape) for name, tensor in tensors.items()}
         norm = math.sqrt(sum(size * self._gradients[name] ** 2 for name, size in sizes.items()))
         self._step_of_gradient = self._lr * step_sensitivity(config, norm, sum(sizes.values()))
@@ -285,15 +297,15 @@ class Scales:
         return min(noise * self._step_of_gradient, self._lr / 4) if group == UPDATED else noise
 
 
-def step_sensitivity(config: Mapping[str, Any], norm: float, parameters: int) -> float:
+def step_sensitivity(config: Mapping[str, object], norm: float, parameters: int) -> float:
     """Steps of a learning rate of 1 for each unit of a gradient, of AdamW with `validation_moments`.
 
     Args:
         norm: of all gradients together, which are clipped.
         parameters: how many numbers that is; the drawn second moments are 1 over this.
     """
-    beta1, beta2 = config.get("optimizer", {}).get("betas", (0.9, 0.95))
-    clip = config.get("train", {}).get("grad_clip_norm", 1.0)
+    beta1, beta2 = _betas(section_of(config, "optimizer").get("betas", (0.9, 0.95)))
+    clip = number_of(config, "train", "grad_clip_norm", 1.0)
     clipped = min(1.0, clip / norm) if clip and norm else 1.0
     steps = MOMENT_STEPS + 1
     first = (1 - beta1) / (1 - beta1**steps)
@@ -301,19 +313,33 @@ def step_sensitivity(config: Mapping[str, Any], norm: float, parameters: int) ->
     return clipped * first * second * math.sqrt(parameters)
 
 
-def has_kinks(config: Mapping[str, Any]) -> bool:
+def _betas(values: object) -> tuple[float, float]:
+    if not isinstance(values, list | tuple):
+        raise UserError(f"optimizer.betas = {values!r}: must be two numbers")
+    beta1, beta2 = values
+    return beta1, beta2
+
+
+def has_kinks(config: Mapping[str, object]) -> bool:
     """Whether an activation of the model of a config, as nested dicts, has a derivative that jumps."""
-    return any(config.get(section, {}).get("activation") == "relu" for section in ("model", "adapter"))
+    return any(section_of(config, section).get("activation") == "relu" for section in ("model", "adapter"))
 
 
-def has_experts(config: Mapping[str, Any]) -> bool:
+def has_experts(config: Mapping[str, object]) -> bool:
     """Whether the model of a config, as nested dicts, routes tokens to experts."""
-    return config.get("model", {}).get("num_experts", 0) > 0 or experts_choose_tokens(config)
+    return number_of(config, "model", "num_experts", 0) > 0 or experts_choose_tokens(config)
 
 
-def experts_choose_tokens(config: Mapping[str, Any]) -> bool:
+def experts_choose_tokens(config: Mapping[str, object]) -> bool:
     """Whether experts take tokens, instead of tokens experts."""
-    return "moma_experts_per_modality" in config.get("vlm", {})
+    return "moma_experts_per_modality" in section_of(config, "vlm")
+
+
+def learning_rate(trace: Trace) -> float:
+    """The sum of the rates of the steps that a trace of training was to record."""
+    lr = trace.meta.extra["lr"]
+    assert isinstance(lr, int | float)
+    return lr
 
 
 def scale_of(tensor: Tensor) -> float:

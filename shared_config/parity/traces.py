@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from shared_config.contract.mixing import WEYL, splitmix
 from shared_config.errors import UserError
@@ -32,9 +33,10 @@ from shared_config.interchange.files import PathLike
 from shared_config.interchange.former import current_toml, former
 from shared_config.interchange.reading import parse_json, parse_toml
 from shared_config.interchange.tensors import TRACE, TensorFile, write_tensors
+from shared_config.interchange.toml import number_of
 from shared_config.interchange.weights import is_floating
 from shared_config.parity.numerics import UNIT_ROUNDOFF, as_float64, rms
-from shared_config.parity.selection import Selection
+from shared_config.parity.selection import RefedFields, Selection, SelectionFields
 
 FORWARD, ROUTING, LOSS, GRADIENT, UPDATED, DECODE, LOSSES = GROUPS = (
     "forward",
@@ -100,12 +102,12 @@ class TraceMeta:
     initial_hash: str = ""
     deltas: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     parts: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
-    selection: Mapping[str, Any] = field(default_factory=dict)
-    refed: Mapping[str, Any] = field(default_factory=dict)
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    selection: SelectionFields = field(default_factory=SelectionFields)
+    refed: RefedFields = field(default_factory=RefedFields)
+    extra: Mapping[str, object] = field(default_factory=dict)
 
     @property
-    def config_fields(self) -> dict[str, Any]:
+    def config_fields(self) -> dict[str, object]:
         """The config as nested dicts."""
         return parse_toml(self.config)
 
@@ -152,6 +154,12 @@ class Trace:
     tensors: Mapping[str, np.ndarray | Summary]
     meta: TraceMeta
 
+    def array(self, name: str) -> np.ndarray:
+        """The values of a tensor that is held as a whole."""
+        tensor = self.tensors[name]
+        assert isinstance(tensor, np.ndarray)
+        return tensor
+
     def summarized(self, above_bytes: int) -> Trace:
         """The same trace with every tensor of more bytes than this replaced by its summary."""
         kept = {name: _summarized(tensor, above_bytes) for name, tensor in self.tensors.items()}
@@ -197,7 +205,7 @@ def read_trace(path: PathLike) -> Trace:
     if found not in (FORMAT, *FORMER):
         raise UserError(f"{file.path}: trace format = {found}: must be {', '.join(FORMER)} or {FORMAT}")
     try:
-        content = parse_json(file.metadata[META_KEY])
+        content: Any = parse_json(file.metadata[META_KEY])
         order, summaries, parts = content.pop("order"), content.pop("summaries"), content.pop("parts", {})
         meta = _checked(TraceMeta(**content, parts=_read_parts(file, parts)))
         trace = Trace({name: _read(file, name, summaries) for name in order}, meta)
@@ -243,7 +251,7 @@ def _checked(meta: TraceMeta) -> TraceMeta:
     return meta
 
 
-def summarize(tensor: Any) -> Summary:
+def summarize(tensor: ArrayLike) -> Summary:
     """What can be kept of a tensor in a few kilobytes."""
     array = np.asarray(tensor, order="C")
     values = as_float64(array)
@@ -319,7 +327,7 @@ def _with_names_of_now(trace: Trace) -> Trace:
 
 def _with_deltas_of_now(trace: Trace) -> Trace:
     """A trace of the first format with deltas as they are measured now, or bounds of them."""
-    lr = float(trace.meta.config_fields.get("optimizer", {}).get("lr", 0.0))
+    lr = number_of(trace.meta.config_fields, "optimizer", "lr", 0.0)
 
     def converted(name: str, delta: float) -> float:
         tensor = trace.tensors.get(name)

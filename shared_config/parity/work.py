@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 
@@ -19,7 +19,17 @@ from shared_config.schema.job import JobConfig
 from shared_config.training.trainer import Batch
 
 NEW_TOKENS, PREFILL_CHUNK = 14, 5
-SAMPLING = {"temperature": 0.9, "top_k": 50, "top_p": 0.95}
+
+
+class Sampling(TypedDict):
+    """How tokens are drawn; see `SamplingConfig`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+SAMPLING: Sampling = {"temperature": 0.9, "top_k": 50, "top_p": 0.95}
 ROWS = 2
 DOCUMENT_LENGTHS = ((9, 15), (3, 1, 20))
 REAL = ((0, 20), (9, 24))
@@ -55,7 +65,7 @@ class Decoding:
     new_tokens: int = NEW_TOKENS
     prefill_chunk: int = PREFILL_CHUNK
     seed: int = 0
-    sampling: Mapping[str, Any] = field(default_factory=lambda: dict(SAMPLING))
+    sampling: Sampling = field(default_factory=SAMPLING.copy)
 
     def followed_by(self, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Prompts and all but the last of the new tokens (B, N), int32 (B, S) with zeros after the end, and the places

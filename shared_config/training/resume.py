@@ -65,7 +65,7 @@ def restore(
         _compare(config, checkpoint, say, note, overridden)
         load_state(state)
         _announce(checkpoint, backend, fingerprint, say)
-        skipped = [int(state.extra.get(name, 0)) for name in ("skipped", "skipped_in_a_row")]
+        skipped = [_count(state, name) for name in ("skipped", "skipped_in_a_row")]
         return Start(state.step, checkpoint.rows, found, *skipped)
     if config.checkpoint.load_path:
         path = config.checkpoint.load_path
@@ -76,6 +76,12 @@ def restore(
             note(line)
         say(f"starting from the weights of {path}")
     return Start()
+
+
+def _count(state: StateParts, name: str) -> int:
+    number = state.extra.get(name, 0)
+    assert isinstance(number, int)
+    return number
 
 
 def _announce(checkpoint: Checkpoint, backend: str, fingerprint: str, say: Say) -> None:

@@ -116,7 +116,8 @@ def transformers_decoder(case: Case) -> Decoder:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
-    fields, dtype = config_to_huggingface(case.config), getattr(torch, case.dtype)
+    fields: dict[str, Any] = config_to_huggingface(case.config)
+    dtype = getattr(torch, case.dtype)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=dtype).eval()
     named = to_huggingface(case.weights, case.config)
     state = {name: torch.from_numpy(np.array(value)).to(dtype) for name, value in named.items()}

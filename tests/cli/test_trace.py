@@ -107,7 +107,7 @@ def test_backends_are_within_rounding_in_other_dtypes(exact: dict[str, Trace], d
 def test_cached_decoding_is_the_full_forward(exact: dict[str, Trace]) -> None:
     for trace in exact.values():
         for name in ("single", "prefill", "drawn"):
-            assert relative_error(trace.tensors[f"decode/{name}"], trace.tensors["forward/output_head"]) < 1e-13
+            assert relative_error(trace.array(f"decode/{name}"), trace.array("forward/output_head")) < 1e-13
 
 
 def test_initial_weights_have_the_same_bits(exact: dict[str, Trace]) -> None:
@@ -139,8 +139,8 @@ def test_update_is_that_of_the_specification(exact: dict[str, Trace]) -> None:
             decayed=[name for name, spec in table.items() if spec.decay],
         )
         for name, value in expected.items():
-            assert relative_error(trace.tensors[f"updated/{name}"], value) < 1e-13
-            assert relative_error(trace.tensors[f"updated/{name}"], weights[name]) > 1e-4
+            assert relative_error(trace.array(f"updated/{name}"), value) < 1e-13
+            assert relative_error(trace.array(f"updated/{name}"), weights[name]) > 1e-4
 
 
 def test_a_bug_in_one_layer_is_named_first(

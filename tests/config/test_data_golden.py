@@ -423,7 +423,7 @@ def test_rows_of_pictures(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text("\n\n")
     lines.append(refusal(lambda: open_folder(tmp_path, PLAIN, None, 0.1), tmp_path))
     lines.append(refusal(lambda: open_folder(tmp_path / "none", PLAIN, None, 0.1), tmp_path))
-    rows = [{"text": f"t{i}", **({"file_name": f"{i}.png"} if i % 2 else {})} for i in range(16)]
+    rows: list[Any] = [{"text": f"t{i}", **({"file_name": f"{i}.png"} if i % 2 else {})} for i in range(16)]
     lines.append(str([int(is_held_out_row(row, 0.5)) for row in rows]))
     for available, limit in ((0, 2), (2, 2), (3, 2), (7, 3)):
         places = [image_sources._places(available, limit, rng) for rng in (None, np.random.default_rng(0))]

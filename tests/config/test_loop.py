@@ -104,7 +104,7 @@ class BigramTrainer:
         self.updates, self.table = state.step, np.asarray(state.weights["table"])
         if state.optimizer:
             self.m, self.v = (np.asarray(state.optimizer[f"{moment}.table"]) for moment in "mv")
-            saved = state.extra["rng"]
+            saved: Any = state.extra["rng"]
             numbers = {name: np.array(value, np.uint64) for name, value in saved["state"].items()}
             self.rng.bit_generator.state = {**saved, "state": numbers, "buffer": np.array(saved["buffer"], np.uint64)}
 

@@ -281,7 +281,8 @@ def test_a_row_is_named_wherever_a_verdict_stands() -> None:
     page = report_page({"bfloat16": found})
     assert "<dt>row 17</dt>" in page
     assert "2 of 60 rows are beyond theirs" in page
-    (content,) = found.to_json()["rows"]
+    rows: Any = found.to_json()["rows"]
+    (content,) = rows
     assert content["part"]["label"] == "row 17"
     assert content["part"]["index"] == [17, None]
     assert content["share"] == content["part"]["share"] == pytest.approx(40, rel=1e-3)

@@ -32,6 +32,7 @@ from shared_config.interchange.preprocessor import read_preprocessor
 from shared_config.interchange.vision import read_tower
 from shared_config.interchange.weights import load_weights
 from shared_config.parity.validation import validation_tokens
+from shared_config.schema.base import from_fields
 from shared_config.schema.model import ModelConfig
 from tests.oracle.transformer import transformer
 
@@ -135,7 +136,7 @@ def window_of(family: str, theirs: Any) -> int | None:
 
 
 def assert_read(content: dict[str, Any]) -> None:
-    config, theirs = ModelConfig(**config_from_huggingface(content)), theirs_of(content)
+    config, theirs = from_fields(ModelConfig, config_from_huggingface(content)), theirs_of(content)
     expected = expected_of(content["model_type"], theirs)
     assert {name: getattr(config, name) for name in expected} == expected
     assert_same_rotation(config, theirs, content["model_type"])
@@ -290,14 +291,14 @@ def test_what_is_written_is_read_there_as_it_was_meant(family: str) -> None:
     fields = {"dim": 20, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "vocab_size": 37}
     fields |= {"ffn_hidden_dim": 48, "max_seq_len": 77, "norm_eps": 0.125, "rope_theta": 123.0, "init_std": 0.75}
     config = ModelConfig(**{**fields, **WRITTEN[family], "family": family})
-    content = config_to_huggingface(config)
+    content: dict[str, Any] = config_to_huggingface(config)
     assert content["architectures"] == [f"{CLASSES[family]}ForCausalLM"]
     assert hasattr(transformers, content["architectures"][0])
     theirs = theirs_of(content)
     expected = expected_of(family, theirs)
     assert {name: getattr(config, name) for name in expected} == expected
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (None, None, None)
-    assert ModelConfig(**config_from_huggingface(content)).replace(moe_packed_experts=False) == config
+    assert from_fields(ModelConfig, config_from_huggingface(content)).replace(moe_packed_experts=False) == config
 
 
 # Square shapes, which no mistaken transpose betrays

@@ -70,7 +70,7 @@ def then(arch: str, name: str) -> str:
 
 
 def former_fields(arch: str) -> dict[str, Any]:
-    fields = config_to_dict(NOW[arch])
+    fields: dict[str, Any] = config_to_dict(NOW[arch])
     fields["vlm"].pop("cross_attention_n_kv_heads", None)
     return fields
 

@@ -35,6 +35,7 @@ from shared_config.interchange.huggingface_keys import (
 )
 from shared_config.interchange.weights import WeightsError, save_weights
 from shared_config.parity.validation import validation_tokens, validation_weights
+from shared_config.schema.base import from_fields
 from shared_config.schema.model import ModelConfig, RopeScaling
 from tests.oracle.transformer import transformer
 from tests.strategies import model_configs
@@ -150,7 +151,7 @@ def test_packed_experts_are_the_transposes_of_the_unpacked(config):
 
 @given(config=expressible())
 def test_settings_go_there_and_back(config):
-    back = ModelConfig(**config_from_huggingface(json.loads(json.dumps(config_to_huggingface(config)))))
+    back = from_fields(ModelConfig, config_from_huggingface(json.loads(json.dumps(config_to_huggingface(config)))))
     assert parameter_table(back) == parameter_table(config.replace(moe_packed_experts=False))
     same = ["dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_seq_len", "init_std", "norm_eps"]
     same += ["rope_theta", "rope_scaling", "sliding_window", "attention_bias", "tie_embeddings", "qk_norm", "family"]
@@ -279,7 +280,7 @@ def test_both_spellings_of_rotary_settings_are_read():
     new = foreign_config("llama", rope_parameters={"rope_theta": 500000.0, **scaling})
     fields = config_from_huggingface(old)
     assert fields == config_from_huggingface(new)
-    config = ModelConfig(**fields)
+    config = from_fields(ModelConfig, fields)
     assert config.rope_theta == 500000.0
     assert config.rope_scaling == RopeScaling(type="llama3", factor=8.0, original_max_seq_len=8192)
 
@@ -295,7 +296,7 @@ def test_both_spellings_of_rotary_settings_are_read():
 )
 def test_yarn_keeps_its_attention_factor(given_factors, expected):
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, **given_factors}
-    config = ModelConfig(**config_from_huggingface(foreign_config("qwen3", rope_scaling=scaling)))
+    config = from_fields(ModelConfig, config_from_huggingface(foreign_config("qwen3", rope_scaling=scaling)))
     assert attention_factor(config.rope_scaling) == pytest.approx(expected, rel=1e-15)
 
 
@@ -355,7 +356,7 @@ def test_values_of_any_kind_are_read_or_named(model_type, key, data):
     value = data.draw(st.one_of(leaf, st.lists(leaf, max_size=3), nested))
     problems: tuple[str, ...] = ()
     try:
-        config = ModelConfig(**config_from_huggingface(foreign_config(model_type, **{key: value})))
+        config = from_fields(ModelConfig, config_from_huggingface(foreign_config(model_type, **{key: value})))
     except ConfigError as error:
         problems = error.problems
     else:
@@ -407,7 +408,7 @@ def test_settings_are_read_as_transformers_reads_them(tmp_path, monkeypatch, mod
     torch = pytest.importorskip("torch")
     content = foreign_config(model_type, max_position_embeddings=32, **changes)
     try:
-        config = ModelConfig(**config_from_huggingface(content))
+        config = from_fields(ModelConfig, config_from_huggingface(content))
     except ConfigError:
         assert None in changes.values() or "layer_types" in changes
         return

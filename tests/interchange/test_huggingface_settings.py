@@ -22,6 +22,7 @@ from shared_config.interchange.huggingface import (
 )
 from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
 from shared_config.interchange.weights import WeightsError
+from shared_config.schema.base import from_fields
 from shared_config.schema.model import ModelConfig, RopeScaling
 from tests.oracle.weights import draw
 
@@ -110,7 +111,7 @@ def test_a_scaling_is_written_and_read_back(scaling: RopeScaling, written: dict[
     assert content == {**COMMON, **WRITTEN["llama"][1], "model_type": "llama", "attention_bias": False} | {
         "rope_scaling": written
     }
-    assert ModelConfig(**config_from_huggingface(content)).rope_scaling == scaling
+    assert from_fields(ModelConfig, config_from_huggingface(content)).rope_scaling == scaling
 
 
 def content_of(family: str, **changes: Any) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def content_of(family: str, **changes: Any) -> dict[str, Any]:
 
 def problems_of(content: Any) -> list[str]:
     try:
-        ModelConfig(**config_from_huggingface(content))
+        from_fields(ModelConfig, config_from_huggingface(content))
     except ConfigError as error:
         return list(error.problems)
     return []
@@ -271,14 +272,14 @@ def test_all_that_is_said_of_what_is_left_out() -> None:
 def test_null_means_left_out_for_rotary_keys_with_a_default(name: str) -> None:
     base = content_of("llama")
     one, other = ({**base, "rope_scaling": scaling} for scaling in (YARN, {**YARN, name: None}))
-    configs = [ModelConfig(**config_from_huggingface(content)) for content in (one, other)]
+    configs = [from_fields(ModelConfig, config_from_huggingface(content)) for content in (one, other)]
     assert configs[0] == configs[1]
     assert problems_of({**base, "rope_scaling": {"rope_type": "default", "factor": None}}) == []
 
 
 def test_the_first_length_of_a_scaling_is_found_where_it_is_given() -> None:
     """Beside the scaling, then within it, then the longest of the model itself."""
-    read = lambda content: ModelConfig(**config_from_huggingface(content)).rope_scaling.original_max_seq_len  # noqa: E731
+    read = lambda content: from_fields(ModelConfig, config_from_huggingface(content)).rope_scaling.original_max_seq_len  # noqa: E731
     base = content_of("llama", rope_scaling=dict(YARN))
     assert read(base) == 64
     base["rope_scaling"]["original_max_position_embeddings"] = 32
@@ -293,7 +294,7 @@ def test_the_first_length_of_a_scaling_is_found_where_it_is_given() -> None:
      ({"beta_fast": 0.0}, None)],
 )  # fmt: skip
 def test_scales_that_are_0_or_alone_count_for_nothing(factors: dict[str, float], expected: float | None) -> None:
-    fields = config_from_huggingface(content_of("llama", rope_scaling={**YARN, **factors}))
+    fields: dict[str, Any] = config_from_huggingface(content_of("llama", rope_scaling={**YARN, **factors}))
     assert fields["rope_scaling"].get("attention_factor") == expected
     assert "beta_fast" not in fields["rope_scaling"]
 

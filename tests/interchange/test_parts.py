@@ -22,7 +22,7 @@ from shared_config.errors import UserError
 from shared_config.interchange import checkpoint, saving
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.parts import Part, Parts, StateParts, covers, stacked, whole
-from shared_config.interchange.run_layout import latest
+from shared_config.interchange.run_layout import FileFields, latest
 from shared_config.interchange.together import ALONE, Processes
 from tests.ranks import together
 
@@ -164,7 +164,7 @@ def test_ranks_share_the_checking_of_files(tmp_path: Path, monkeypatch: pytest.M
     described: list[str] = []
     describe = checkpoint.describe
 
-    def noting(file: Path) -> dict[str, Any]:
+    def noting(file: Path) -> FileFields:
         described.append(file.name)
         return describe(file)
 

@@ -40,6 +40,7 @@ from shared_config.interchange.toml import (
     json_schema,
     parse_fields,
     read_fields,
+    section_of,
     with_tokenizer_beside,
 )
 from shared_config.loader import load_config
@@ -201,8 +202,8 @@ def test_a_tokenizer_is_found_beside_its_file_and_nowhere_else(tmp_path: Path) -
     for name in ("bytes", "", "absent", "file", 3, None):
         fields = {"data": {"tokenizer": name, "path": "p"}, "model": {}}
         assert with_tokenizer_beside(fields, tmp_path) == fields
-    for fields in ({}, {"data": 3}, {"data": {}}):
-        assert with_tokenizer_beside(fields, tmp_path) == fields
+    for other in ({}, {"data": 3}, {"data": {}}):
+        assert with_tokenizer_beside({**other}, tmp_path) == other
     given = {"data": {"tokenizer": "here", "path": "p"}, "model": {}}
     found = with_tokenizer_beside(given, tmp_path)
     assert found == {"data": {"tokenizer": str(tmp_path / "here"), "path": "p"}, "model": {}}
@@ -233,8 +234,8 @@ def test_a_config_as_plain_values_leaves_out_what_is_none() -> None:
 
     check(plain)
     assert toml._plain({"a": (1, (2, {"b": ()})), "c": {"d": (3,)}}) == {"a": [1, [2, {"b": []}]], "c": {"d": [3]}}
-    assert plain["vlm"]["arch"] == "moma"
-    schema = json_schema()
+    assert section_of(plain, "vlm")["arch"] == "moma"
+    schema: Any = json_schema()
     assert schema["type"] == "object"
     assert {"model", "train", "data"} <= schema["properties"].keys()
 

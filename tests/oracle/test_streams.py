@@ -22,7 +22,7 @@ from shared_config.contract.specs import Constant, Normal, ParameterSpec
 from shared_config.data.batches import TextData, permute
 from shared_config.data.conversations import Conversation, ConversationData
 from shared_config.data.corpus import Corpus, TokenStream, is_held_out
-from shared_config.data.image_sources import Folder
+from shared_config.data.image_sources import Folder, PictureRow
 from shared_config.data.images import ImageTextData, with_noise_seeds
 from shared_config.data.shapes import shape_clip, shape_image
 from shared_config.data.tokenizer import ByteTokenizer
@@ -222,7 +222,7 @@ def test_rows_of_conversations_come_in_the_order_of_seed_and_epoch() -> None:
 
 def test_rows_of_pictures_come_in_the_order_of_seed_and_epoch() -> None:
     pixels = PixelRange(2, (0, 0, 0), (1, 1, 1))
-    rows = [{"text": chr(ord("a") + row)} for row in range(5)]
+    rows: list[PictureRow] = [{"text": chr(ord("a") + row)} for row in range(5)]
     folder = Folder(Path(), pixels, None, {"train": rows, "heldout": rows[:2]})
     data = ImageTextData(
         folder, tokenizer=ByteTokenizer(), pixels=pixels, batch_size=4, text_len=2, vocab_size=260, seed=3

@@ -108,10 +108,10 @@ def real_adamw(weights: Arrays, schedule: Frozen) -> Arrays:
 def through_a_file(state: TrainingState) -> TrainingState:
     with tempfile.TemporaryDirectory() as folder:
         loaded = checkpoint.load(checkpoint.save(Path(folder), state)).state
-        arrays = (
+        weights, optimizer = (
             {name: np.array(value) for name, value in part.items()} for part in (loaded.weights, loaded.optimizer)
         )
-        return TrainingState(loaded.step, *arrays)
+        return TrainingState(loaded.step, weights, optimizer)
 
 
 def assert_close(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -228,7 +228,7 @@ def variations(base: JobConfig) -> Iterator[tuple[str, JobConfig]]:
         for name, choices in values.items():
             for value in choices:
                 fields = config_to_dict(base)
-                place = fields
+                place: Any = fields
                 for part in section.split("."):
                     place = place.setdefault(part, {})
                 place[name] = value
