@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from shared_config.cli import main
 from shared_config.interchange import checkpoint
+from shared_config.interchange.run_layout import latest
 from shared_config.interchange.toml import config_to_toml
 from tests.cli.processes import Result, run_python
 from tests.jobs import text_job
@@ -16,8 +20,24 @@ from tests.jobs import text_job
 STEPS = 4
 
 
-def torchrun(folder: Path, *arguments: str) -> Result:
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "shared_config.cli")
+NIGHTLY = settings.get_current_profile_name() == "nightly"
+COMMAND = ("-m", "shared_config.cli")
+MORTAL = """
+import os, signal, sys
+from kempnerforge_torch.training.train import Trainer
+from shared_config.cli import main
+step, (moment, *arguments) = Trainer.step, sys.argv[1:]
+def killing(trainer, micro_batches):
+    if trainer.updates == int(moment) and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(trainer, micro_batches)
+Trainer.step = killing
+sys.exit(main(arguments))
+"""
+
+
+def torchrun(folder: Path, *arguments: str, program: Sequence[str] = COMMAND) -> Result:
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *program)
     return run_python(*launcher, *arguments, cwd=folder)
 
 
@@ -64,6 +84,32 @@ def test_one_process_goes_on_where_they_stopped(folder: Path) -> None:
     found, truth = (metrics(folder / run, "loss") for run in ("run", "alone"))
     assert len(found) == STEPS + 2
     assert found == pytest.approx(truth, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("moment", "in_background"), [(1, "true"), (2, "false"), (3, "false"), (3, "true")] if NIGHTLY else [(3, "true")]
+)
+def test_where_one_of_them_is_killed_others_continue(
+    moment: int, in_background: str, folder: Path, tmp_path: Path
+) -> None:
+    """One process of either backend takes the steps that the two would have taken. More moments under
+    HYPOTHESIS_PROFILE=nightly.
+    """
+    (tmp_path / "mortal.py").write_text(MORTAL)
+    job = str(folder / "job.toml")
+    options = ("--checkpoint.interval=1", f"--checkpoint.async_save={in_background}", "--device=cpu", "--eval.steps=4")
+    killed = ("train", job, "--backend=torch", f"--output={tmp_path / 'torch'}", *options)
+    assert torchrun(tmp_path, str(moment), *killed, program=["mortal.py"]).returncode != 0
+    reached = latest(tmp_path / "torch")
+    assert reached is None or int(reached.name.removeprefix("step_")) <= moment
+    assert in_background == "true" or reached == tmp_path / "torch" / f"step_{moment:08d}"
+    shutil.copytree(tmp_path / "torch", tmp_path / "jax")
+    for backend, within in (("torch", 1e-6), ("jax", 1e-5)):
+        alone = [f"--checkpoint.dir={tmp_path / backend}", "--train.grad_accum_steps=2", "--quiet"]
+        assert main(["train", job, f"--backend={backend}", *alone, *options]) == 0
+        found, truth = (metrics(run, "loss")[:STEPS] for run in (tmp_path / backend, folder / "run"))
+        assert len(found) == STEPS
+        assert found == pytest.approx(truth, rel=within), backend
 
 
 def test_a_layout_that_does_not_fit_is_refused_by_every_rank(folder: Path) -> None:
