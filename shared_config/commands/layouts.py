@@ -18,6 +18,7 @@ USUAL = (
     DistributedConfig(dp_replicate=2, dp_shard=2),
     DistributedConfig(dp_shard=2, tp=2),
     DistributedConfig(dp_shard=2, ep=2),
+    DistributedConfig(cp=2),
 )
 """What ``--full`` compares: every axis that both backends have, on at most four devices."""
 

@@ -161,6 +161,11 @@ def unsupported(config: JobConfig, backend: str, platform: str = "cpu") -> list[
     layout, problems = config.distributed, []
     if layout.pp > 1:
         problems.append(f"distributed.pp = {layout.pp}: must be 1 for backend {backend}")
+    tower = config.vision_encoder
+    if backend == "torch" and tower is not None and tower.type == "vit" and tower.n_heads % layout.tp:
+        problems.append(
+            f"distributed.tp = {layout.tp}: must divide vision_encoder.n_heads = {tower.n_heads} for backend torch"
+        )
     if layout.tp > 1 and (backend, platform) == ("jax", "gpu"):
         problems.append(f"distributed.tp = {layout.tp}: must be 1 for backend jax on GPUs")
     return problems

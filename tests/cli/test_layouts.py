@@ -5,7 +5,7 @@ verdict on what processes could have left behind.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from hypothesis import settings
 from shared_config.cli import main
 from shared_config.commands import validate
 from shared_config.commands.layouts import USUAL, layouts_to_compare
+from shared_config.contract.sharding import MESH_AXES
 from shared_config.errors import UserError
 from shared_config.interchange.toml import config_to_toml
-from shared_config.loader import load_config
+from shared_config.loader import load_config, preset_names
 from shared_config.parity.layout_checks import ALONE, config_of, most_held
-from shared_config.parity.layouts import CLIP, LAYOUT, described
+from shared_config.parity.layouts import CLIP, LAYOUT, MOST, described
 from shared_config.parity.plan import BACKENDS, CHECKS, LAYOUTS_STAGE, Plan
 from shared_config.parity.provenance import expected_meta, initial_hash
 from shared_config.parity.shrink import shrink
@@ -106,6 +107,10 @@ REFUSED = {
     ),
     "pipelines in torch": (["debug", "--distributed.pp=2"], "distributed.pp = 2: must be 1 for backend torch"),
     "pipelines in JAX": (["debug", "--distributed.pp=2"], "distributed.pp = 2: must be 1 for backend jax"),
+    "heads of a tower": (
+        ["debug_vlm_mot", "--distributed.tp=2", "--vision_encoder.n_heads=3", "--vision_encoder.feature_dim=48"],
+        "distributed.tp = 2: must divide vision_encoder.n_heads = 3 for backend torch",
+    ),
     "one device": (["debug", "--distributed.dp_shard=1"], "distributed.dp_shard = 1: is a layout of one device"),
     "a GPU": (["debug", "--distributed.tp=2", "--device=cuda"], "--device cuda: must be cpu"),
 }
@@ -122,12 +127,28 @@ def test_what_can_not_be_is_refused_before_anything_starts(
 
 
 def test_the_usual_layouts_are_those_that_a_model_allows() -> None:
-    assert usual("debug") == USUAL[:2]
-    assert usual("debug_moe") == USUAL
-    assert usual("debug", "--model.n_kv_heads=1") == USUAL[:1]
+    hybrid, split, experts, context = USUAL
+    assert usual("debug") == (hybrid, split, context)
+    assert usual("debug_moe") == (hybrid, split, experts, context)
+    assert usual("debug_vlm_mot") == (hybrid, split)
+    assert usual("debug", "--model.n_kv_heads=1") == (hybrid, context)
     assert usual("debug", device="cuda") == ()
     assert usual("debug", full=False) == ()
+    assert len(USUAL) <= MOST
     assert all(layout.fewest_devices <= 4 for layout in USUAL)
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("debug")])
+def test_models_of_all_kinds_are_the_same_in_the_usual_layouts(tmp_path: Path, name: str) -> None:
+    """What they are; that they are the same under HYPOTHESIS_PROFILE=nightly."""
+    config = shrink(load_config(name))
+    plan = Plan(config, tmp_path, layouts=layouts_to_compare(config, ALONE, (), full=True, device="cpu"))
+    assert {"dp_replicate 2, dp_shard 2", "dp_shard 2, tp 2"} <= {described(layout) for layout in plan.layouts}
+    if NIGHTLY:
+        validate.run_processes(plan, LAYOUTS_STAGE)
+        findings = list(CHECKS["layouts"].judge(plan))
+        assert {finding.check for finding in findings} == {described(layout) for layout in plan.layouts}
+        assert [finding for finding in findings if not finding.ok] == []
 
 
 def usual(name: str, *overrides: str, full: bool = True, device: str = "cpu") -> tuple[DistributedConfig, ...]:
@@ -225,7 +246,7 @@ NOT_ASKED: dict[str, tuple[Change, str]] = {
         lambda tensors, meta: meta.update(config=meta["config"].replace("tp = 2", "tp = 1")),
         "distributed.tp = 1: was to be 2",
     ),
-    "one device": (on_one_device, "mesh = {}: was to be {'pp': 1, 'dp_replicate': 1, 'dp_shard': 2, 'ep': 1, 'tp': 2}"),
+    "one device": (on_one_device, "mesh = {}: was to be {'pp': 1, "),
     "devices": (lambda tensors, meta: meta["extra"].update(held=[1, 1]), "devices = 2: was to be 4"),
     "steps": (
         lambda tensors, meta: tensors.update({"loss/loss": np.ones(2)}),
@@ -270,7 +291,7 @@ def leave(plan: Plan, backend: str, layout: DistributedConfig, place: int, chang
         "state/b": np.full(4, 1e-2),
         **{f"replicas/{name}": np.array([[part % 2, part % 2] for part in range(devices)]) for name in "ab"},
     }
-    sizes: Mapping[str, int] = {"pp": 1, "dp_replicate": 1, "dp_shard": 2, "ep": 1, "tp": 2} if devices > 1 else {}
+    sizes = {**dict.fromkeys(MESH_AXES, 1), "dp_shard": 2, "tp": 2} if devices > 1 else {}
     extra = {"scenario": LAYOUT, "lr": 6e-3, "sizes": sizes, "held": [most_held(config)] * devices}
     expected = expected_meta(config, plan.seed)
     meta: dict[str, Any] = {

@@ -4,9 +4,14 @@ biases, in float64 to rounding; replicas have the same bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from hypothesis import settings
 
+from kempnerforge_torch.distributed import tensor_parallel
+from shared_config.errors import ConfigError
 from tests.distributed.layouts import Case, run_processes
 from tests.mutants_distributed import DISTRIBUTED_MUTANTS
 
@@ -60,7 +65,7 @@ REFUSED = (
     (Case("dense", 2, {"pp": 2}, {"train": {"grad_accum_steps": 2}}),
      "distributed.pp = 2: must be 1 for backend torch"),
     (Case("mot", 2, {"tp": 2}, {"vision_encoder": {"n_heads": 3}}),
-     "distributed.tp = 2: must divide vision_encoder.layers.0.attention.n_heads = 3"),
+     "distributed.tp = 2: must divide vision_encoder.n_heads = 3 for backend torch"),
     (Case("dense", 2, {"dp_shard": 4}),
      "distributed.dp_shard = 4: dp_replicate 1 * dp_shard 4 * cp 1 * tp 1 * pp 1 = 4 must equal the world size 2"),
 )  # fmt: skip
@@ -94,3 +99,11 @@ def test_a_bug_of_a_layout_is_seen(mutant: str, found: dict[str, list[str]]) -> 
 def test_a_layout_that_can_not_be_is_refused(case: Case, said: str, found: dict[str, list[str]]) -> None:
     assert found[str(case)]
     assert [line.partition(": ")[2] for line in found[str(case)] if said in line] == [said] * case.ranks
+
+
+def test_heads_that_only_a_module_knows_are_checked() -> None:
+    """As those of an encoder that is read from a folder."""
+    tower: Any = torch.nn.Module()
+    tower.n_heads = 3
+    with pytest.raises(ConfigError, match=r"distributed\.tp = 2: must divide tower\.n_heads = 3"):
+        tensor_parallel._check_heads("tower", tower, 2)
