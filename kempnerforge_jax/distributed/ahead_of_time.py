@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +48,7 @@ def devices_of_slice(topology: Slice) -> list[Device]:
         raise UserError(f"--topology = {topology.name!r}: libtpu refuses it: {_first_line(error)}") from error
 
 
-def traced_step(config: JobConfig, devices: Sequence[Device]) -> Any:
+def traced_step(config: JobConfig, devices: Sequence[Device]) -> jax.stages.Traced:
     """The step of a trainer of these devices, of which there are several, for the arguments that it has: a
     `jax.stages.Traced`.
 
@@ -76,7 +75,7 @@ def traced_step(config: JobConfig, devices: Sequence[Device]) -> Any:
         )
 
 
-def compiled_program(traced: Any, devices: int, platform: str) -> Program:
+def compiled_program(traced: jax.stages.Traced, devices: int, platform: str) -> Program:
     """What comes of a `jax.stages.Traced` for so many devices.
 
     Raises:
@@ -86,8 +85,10 @@ def compiled_program(traced: Any, devices: int, platform: str) -> Program:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"the step can't be compiled: {_first_line(error)}") from error
-    memory = compiled.memory_analysis()
-    collectives, endless = collectives_of(compiled.as_text())
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
+    collectives, endless = collectives_of(text)
     return Program(
         flops=product_flops(traced.jaxpr.jaxpr, platform) // devices,
         arguments=memory.argument_size_in_bytes,
