@@ -10,7 +10,7 @@ import importlib
 import multiprocessing
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -105,10 +105,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """What a trainer did: numbers of each step, and its states after the first and the last."""
+    """What a trainer did.
+
+    Attributes:
+        metrics: numbers of each step.
+        states: after the first step and the last.
+        evaluated: before the first step; {} if it was not asked to.
+    """
 
     metrics: list[dict[str, float]]
     states: list[TrainingState]
+    evaluated: dict[str, float] = field(default_factory=dict)
 
 
 def run_processes(
@@ -167,7 +174,9 @@ def on_one_device(case: Case) -> Found:
     job = case.job({})
     data = _batches(job)
     count = MICRO_BATCHES * case.shares
-    return steps(_trainer(job), [[data(step * count + index) for index in range(count)] for step in range(STEPS)])
+    trainer, batches = _trainer(job), [[data(step * count + index) for index in range(count)] for step in range(STEPS)]
+    evaluated = _numbers(trainer.evaluate(batches[0]))
+    return replace(steps(trainer, batches), evaluated=evaluated)
 
 
 def differences(case: Case, truth: Found, count: int = STEPS, folder: Path | None = None) -> list[str]:
@@ -178,7 +187,8 @@ def differences(case: Case, truth: Found, count: int = STEPS, folder: Path | Non
     trainer, data = _trainer(job), _batches(job)
     rank, every = trainer.ranks.rank, MICRO_BATCHES * case.shares
     own = [[data(step * every + index) for index in range(rank, every, case.shares)] for step in range(count)]
-    found = steps(trainer, own)
+    evaluated = _numbers(trainer.evaluate(own[0]))
+    found = replace(steps(trainer, own), evaluated=evaluated)
     lines = [*_compare(found, truth), *_replicas(found.states[-1])]
     if folder is None:
         return [*lines, *_taken_over(trainer, truth.states[0])]
@@ -203,7 +213,7 @@ def steps(
 ) -> Found:
     metrics, states = [], []
     for step, batches in enumerate(micro_batches):
-        metrics.append({name: float(value) for name, value in trainer.step(batches).items()})
+        metrics.append(_numbers(trainer.step(batches)))
         if step in (0, len(micro_batches) - 1):
             states.append((state or whole_state)(trainer))
     return Found(metrics, states)
@@ -241,14 +251,9 @@ def _draw_documents(job: JobConfig, seed: int) -> dict[str, np.ndarray]:
 
 
 def _compare(found: Found, truth: Found) -> list[str]:
-    lines = []
+    lines = _compare_numbers("before", found.evaluated, truth.evaluated)
     for step, (own, true) in enumerate(zip(found.metrics, truth.metrics, strict=False)):
-        assert own.keys() == true.keys()
-        lines += [
-            f"step {step}: {name} = {own[name]}, not {value}"
-            for name, value in true.items()
-            if not np.isclose(own[name], value, rtol=AGREED, atol=AGREED)
-        ]
+        lines += _compare_numbers(f"step {step}", own, true)
     for step, (own, true) in enumerate(zip(found.states, truth.states, strict=False)):
         for kind in ("weights", "optimizer"):
             values, truths = getattr(own, kind), getattr(true, kind)
@@ -258,6 +263,19 @@ def _compare(found: Found, truth: Found) -> list[str]:
                 if not np.abs(value - truths[name]).max(initial=0.0) <= limit:
                     lines.append(f"state {step}: {name} differs by {np.abs(value - truths[name]).max()}")
     return lines
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _compare_numbers(when: str, found: Mapping[str, float], truth: Mapping[str, float]) -> list[str]:
+    assert found.keys() == truth.keys()
+    return [
+        f"{when}: {name} = {found[name]}, not {value}"
+        for name, value in truth.items()
+        if not np.isclose(found[name], value, rtol=AGREED, atol=AGREED)
+    ]
 
 
 def _replicas(state: TrainingState) -> list[str]:

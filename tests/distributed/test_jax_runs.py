@@ -43,7 +43,7 @@ def test_any_layout_and_backend_goes_on_with_the_same_losses(tmp_path: Path) -> 
     alone, spread = tmp_path / "alone", tmp_path / "spread"
     assert train(alone, "jax", 1, 4).returncode == 0
     assert train(spread, "jax", 4, 2, "--distributed.tp=2", "--train.max_steps=3").returncode == 0
-    assert train(spread, "jax", 2, 2, "--train.max_steps=5").returncode == 0
+    assert train(spread, "jax", 2, 4, "--distributed.cp=2", "--train.max_steps=5").returncode == 0
     assert train(spread, "torch", 1, 4).returncode == 0
     assert losses(spread) == pytest.approx(losses(alone), abs=1e-5)
 
