@@ -202,13 +202,13 @@ JAX_MUTANTS = (
         "+ lax.axis_index(AXIS) * length", "+ (lax.axis_size(AXIS) - 1 - lax.axis_index(AXIS)) * length", CUT_IN_JAX,
     ),
     jax_bug(
+        "distributed.context_parallel", "loss of one part",
+        "return lax.psum(total, AXIS)", "return total", CUT_IN_JAX,
+    ),
+    jax_bug(
         "distributed.context_parallel", "gradients of keys and values not summed",
         "lax.all_gather(jnp.stack([k_new, v_new]), AXIS, axis=3, tiled=True)",
         "gathered_alike(jnp.stack([k_new, v_new]), 3)", CUT_IN_JAX,
-    ),
-    jax_bug(
-        "distributed.context_parallel", "loss of one part",
-        "return lax.psum(total, AXIS)", "return total", CUT_IN_JAX,
     ),
     jax_bug(
         "distributed.context_parallel", "losses and counts of routers of one part",
