@@ -57,6 +57,15 @@ def shard_parameters(
         unit(module)
 
 
+def release(model: nn.Module) -> None:
+    """Keep only the parts of what a forward without a backward pass left gathered. The next forward gathers it anew,
+    with the values of its time and with what is frozen then.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def ruled_axes(name: str, mesh: Mesh, table: ParameterTable) -> dict[str, int]:
     """Axis of the mesh -> axis of the tensor that it splits, for "ep" and "tp"."""
     if name not in table:

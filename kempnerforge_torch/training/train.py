@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kempnerforge_torch.device import find_device
 from kempnerforge_torch.distributed.context_parallel import own_part
+from kempnerforge_torch.distributed.fsdp import release
 from kempnerforge_torch.distributed.mesh import Mesh, open_mesh
 from kempnerforge_torch.distributed.parallelize import parallelize
 from kempnerforge_torch.distributed.processes import joined, processes
@@ -171,6 +172,7 @@ class Trainer:
                 inputs = self._inputs(batch)
                 output = self._call(self.model, "", {**model_inputs(inputs), "return_stats": True})
                 total = total + self._cross_entropy(output.logits, inputs["labels"])[0]
+        release(self.model)
         total = self.ranks.sums(total)
         return {"loss": total / max(count, 1), "tokens": count}
 
