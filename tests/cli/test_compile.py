@@ -100,7 +100,7 @@ def test_costs_are_told_and_written(
     assert (os.environ["JAX_PLATFORMS"], os.environ.get("TPU_WORKER_HOSTNAMES")) == ("else", None)
     said = capsys.readouterr().out
     assert re.search(r"loops of unknown length, counted as one round │ +1 │", said)
-    for part in ("3e+12", "5 GiB", "8 GiB, 50% of 16 GiB", "dp_shard 4, ep 1, tp 2", "all-gather", "170", "3 GiB"):
+    for part in ("3e+12", "5 GiB", "8 GiB, 50% of 16 GiB", "dp_shard 4, ep 1", "tp 2", "all-gather", "170", "3 GiB"):
         assert part in said, part
     written = json.loads(file.read_text())
     assert written["memory"] == 8 * GIB + 2**10
