@@ -9,6 +9,8 @@ from tests.mutants import Mutant
 
 DENSE, COPIES, SIGMOID = Case("dense", 2, {}), Case("dense", 2, {"dp_replicate": 2}), Case("sigmoid", 2, {})
 SPLIT, SPREAD = Case("dense", 2, {"tp": 2}), Case("sigmoid", 2, {"ep": 2})
+FROZEN = "[{module = 'vision_encoder'}]"
+LATER = "[{start_step = 1, specs = [{module = 'adapter'}]}]"
 CUT, ROUTED = (Case(model, 2, {"cp": 2}, {"data": {"pack_documents": True}}) for model in ("dense", "sigmoid"))
 
 
@@ -147,6 +149,10 @@ DISTRIBUTED_MUTANTS = (
         "distributed.collectives", "gradients of rows stay where they are",
         "return _exchange(dy, ctx.received, ctx.sent, ctx.group), None, None, None",
         "return dy.new_zeros(sum(ctx.sent), dy.shape[1]), None, None, None", SPREAD,
+    ),
+    torch_bug(
+        "training.train", "what an evaluation gathered is trained, frozen or not", "        release(self.model)\n", "",
+        Case("joint_decoder", 2, {}, {"vlm": {"freeze": FROZEN, "freeze_schedule": LATER}}),
     ),
 )  # fmt: skip
 

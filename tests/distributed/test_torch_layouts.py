@@ -13,12 +13,10 @@ from hypothesis import settings
 from kempnerforge_torch.distributed import tensor_parallel
 from shared_config.errors import ConfigError
 from tests.distributed.layouts import Case, run_processes
-from tests.mutants_distributed import DISTRIBUTED_MUTANTS
+from tests.mutants_distributed import DISTRIBUTED_MUTANTS, FROZEN, LATER
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 NOISE = {"vlm": {"moma_gumbel_noise": "true"}}
-FROZEN = "[{module = 'vision_encoder'}]"
-LATER = "[{start_step = 1, specs = [{module = 'adapter'}]}]"
 SKIPPING, RECOMPUTED = {"train": {"on_nonfinite": "skip"}}, {"train": {"activation_checkpointing": "full"}}
 DOCUMENTS = {"data": {"pack_documents": True}, **RECOMPUTED}
 WINDOW = {"model": {"sliding_window": 3}}
