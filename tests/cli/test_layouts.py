@@ -1,5 +1,5 @@
-"""`validate --distributed.*`: real processes, bugs planted in the layouts of either backend, what is refused, and the
-verdict on what processes could have left behind.
+"""`validate --distributed.*`: which layouts are compared, what is refused, and the verdict on what processes could have
+left behind. (Those that `test_full` starts have a layout.)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from shared_config.contract.sharding import MESH_AXES
 from shared_config.errors import UserError
 from shared_config.interchange.toml import config_to_toml
 from shared_config.loader import load_config, preset_names
+from shared_config.parity import plan as plan_module
 from shared_config.parity.layout_checks import ALONE, config_of, most_held
 from shared_config.parity.layouts import CLIP, LAYOUT, MOST, described
 from shared_config.parity.plan import BACKENDS, CHECKS, LAYOUTS_STAGE, Plan
@@ -27,8 +28,6 @@ from shared_config.parity.provenance import expected_meta, initial_hash
 from shared_config.parity.shrink import shrink
 from shared_config.parity.traces import Trace, write_trace
 from shared_config.schema.distributed import DistributedConfig
-from tests.cli.processes import run_python
-from tests.mutants_distributed import DISTRIBUTED_MUTANTS, JAX_MUTANTS
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 TINY = (
@@ -37,66 +36,6 @@ TINY = (
 CONFIG = load_config("debug", TINY)
 BOTH = DistributedConfig(dp_shard=2, tp=2)
 TITLE = "dp_shard 2, tp 2"
-ASKED = ("--distributed.dp_shard=2", "--distributed.tp", "2")
-
-PLANTED = {
-    "torch": {
-        "gradients of what ranks share not summed": {"torch = 1 device: gradients", "torch = 1 device: weights"},
-        "gradient divided twice": {"torch = 1 device: losses", "torch = 1 device: gradients"},
-        "a rank's own clip": {"torch = 1 device: losses", "torch: replicas"},
-        "rows of the vocabulary in reverse": {"torch = 1 device: losses"},
-    },
-    "jax": {
-        "gradient divided by the ranks, jax": {"jax = 1 device: losses", "jax = 1 device: gradients"},
-        "terms of one rank, jax": {"jax = 1 device: losses"},
-    },
-}
-"""Backend -> bug -> subjects that name it, among others."""
-BY_DAY = {"torch": ("gradients of what ranks share not summed",), "jax": ("gradient divided by the ranks, jax",)}
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a validation left behind that found no difference."""
-    folder = tmp_path_factory.mktemp("layouts")
-    report = folder.parent / "report.html"
-    options = ["--dtypes=float64", "--steps=0", f"--keep={folder}", f"--report={report}"]
-    result = run_python("-m", "shared_config.cli", "validate", "debug", *TINY, *ASKED, *options, timeout=600)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "the backends agree" in result.stdout
-    for pair in ("torch = 1 device", "jax = 1 device", "jax = torch"):
-        assert f"{TITLE} │ {pair}: gradients" in result.stdout
-        for subject in ("initial weights", "losses", "counts", "gradients", "weights"):
-            assert f"<td>{TITLE}</td><td>{pair}: {subject}</td>" in report.read_text(encoding="utf-8")
-    return folder
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bugs_of_a_layout_are_named(kept: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    """One of each backend, all of them under HYPOTHESIS_PROFILE=nightly."""
-    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={BOTH.fewest_devices}")
-    plan = Plan(CONFIG, kept, layouts=(BOTH,))
-    job = CHECKS["layouts"].jobs(plan, backend)[1]
-    file, right = plan.layout_file(backend, 1), plan.layout_file(backend, 1).read_bytes()
-    for bug, subjects in PLANTED[backend].items():
-        if NIGHTLY or bug in BY_DAY[backend]:
-            result = run_python("-m", "shared_config.cli", *job, changes=change(backend, bug), timeout=600)
-            assert result.returncode == 0, result.stderr
-            findings = list(CHECKS["layouts"].judge(plan))
-            assert subjects <= {finding.subject for finding in findings if not finding.ok}, bug
-            assert not {finding.subject for finding in findings if not finding.ok and other(backend) in finding.backend}
-    file.write_bytes(right)
-
-
-def change(backend: str, name: str) -> dict[str, list[tuple[str, str]]]:
-    """A bug of tests.mutants_distributed, for the processes of a command."""
-    (mutant,) = (bug.mutant for bug in (*DISTRIBUTED_MUTANTS, *JAX_MUTANTS) if bug.mutant.name == name)
-    return {f"kempnerforge_{backend}.{mutant.component}": [getattr(mutant, backend)]}
-
-
-def other(backend: str) -> str:
-    return next(name for name in BACKENDS if name != backend)
-
 
 REFUSED = {
     "heads": (["debug", "--distributed.tp=3"], "distributed.tp = 3: must divide model.n_heads = 4"),
@@ -267,15 +206,36 @@ def test_what_was_not_asked_for_is_refused(tmp_path: Path, name: str) -> None:
     assert said in str(refusal.value)
 
 
+@pytest.mark.parametrize(("change", "status"), [(None, 0), (changed("state/a"), 1)])
+def test_the_exit_status_is_the_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: Change | None, status: int
+) -> None:
+    def run_processes(plan: Plan, stage: int) -> None:
+        assert stage == LAYOUTS_STAGE
+        fill(plan)
+        leave(plan, "jax", plan.layouts[0], 1, change)
+
+    monkeypatch.setattr(plan_module, "CHECKS", {"layouts": CHECKS["layouts"]})
+    monkeypatch.setattr(validate, "run_processes", run_processes)
+    assert main(["validate", "debug", *TINY, "--distributed.dp_shard=2", "--distributed.tp", "2"]) == status
+    printed = capsys.readouterr().out
+    assert (f"{TITLE}: jax = 1 device: weights: a differs by" in printed) == bool(status)
+    assert ("the backends agree (" in printed) == (not status)
+
+
 def made_up(folder: Path) -> Plan:
     """A plan, and what both backends leave behind where they agree."""
     plan = Plan(CONFIG, folder, layouts=(BOTH,))
     assert LAYOUTS_STAGE in plan.stages
+    fill(plan)
+    return plan
+
+
+def fill(plan: Plan) -> None:
     plan.config_file.write_text(config_to_toml(plan.config), encoding="utf-8")
     for backend in BACKENDS:
         for place, layout in enumerate((ALONE, BOTH)):
             leave(plan, backend, layout, place)
-    return plan
 
 
 def leave(plan: Plan, backend: str, layout: DistributedConfig, place: int, change: Change | None = None) -> None:
