@@ -21,12 +21,9 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from shared_config.errors import ConfigError
-
-if TYPE_CHECKING:
-    from shared_config.contract.specs import ParameterSpec
 
 Builder = TypeVar("Builder", bound=Callable[..., object])
 Item = TypeVar("Item")
@@ -36,8 +33,8 @@ Item = TypeVar("Item")
 class Declaration:
     """What is known of a name in every backend; see `declare`."""
 
-    parameters: Callable[..., Mapping[str, ParameterSpec]] | None = None
-    layer_parameters: Callable[..., Mapping[str, ParameterSpec]] | None = None
+    parameters: Callable[..., Mapping[str, object]] | None = None
+    layer_parameters: Callable[..., Mapping[str, object]] | None = None
     equal_layers: bool = False
     output_num_tokens: Callable[..., int] | None = None
     moments: tuple[str, ...] = ()
@@ -78,8 +75,8 @@ def declare(
     category: str,
     name: str,
     *,
-    parameters: Callable[..., Mapping[str, ParameterSpec]] | None = None,
-    layer_parameters: Callable[..., Mapping[str, ParameterSpec]] | None = None,
+    parameters: Callable[..., Mapping[str, object]] | None = None,
+    layer_parameters: Callable[..., Mapping[str, object]] | None = None,
     equal_layers: bool = False,
     output_num_tokens: Callable[..., int] | None = None,
     moments: Sequence[str] = (),

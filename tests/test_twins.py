@@ -184,7 +184,6 @@ DIFFERENCES = {
         "compute_copy": "jax: arrays are cast within the compiled step",
         "gradients_of": "jax: micro-batches are scanned within the compiled step",
         "summed_loss": "jax: mapped over the data ranks within the compiled evaluation",
-        "take_apart": "jax: what is static, and flat dicts that cross jit",
     },
     "training/terms.py": {
         "summed": "torch: sums on the host; in JAX part of the compiled step",
@@ -199,7 +198,6 @@ DIFFERENCES = {
         "Trainer.recipe": "jax: what is static in a compiled step",
         "compiled_evaluation": "jax: the whole evaluation is one program",
         "compiled_step": "jax: the whole step is one program",
-        "with_frozen": "jax: parameters have no mark of their own",
     },
 }
 """By file, what one backend has alone: a name, ``Class.member``, or an argument ``function(argument)``."""

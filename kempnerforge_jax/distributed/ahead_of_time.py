@@ -16,9 +16,9 @@ from kempnerforge_jax.distributed.mesh import open_mesh
 from kempnerforge_jax.distributed.sharding import abstract, abstract_batches, abstract_initial_state
 from kempnerforge_jax.model.build import build_model
 from kempnerforge_jax.training.mixed_precision import matmul_precision
-from kempnerforge_jax.training.objective import take_apart
+from kempnerforge_jax.training.objective import Recipe
 from kempnerforge_jax.training.optimizer import build_optimizer
-from kempnerforge_jax.training.train import compiled_step, trained_parameters, with_frozen
+from kempnerforge_jax.training.train import compiled_step, trained_parameters
 from shared_config.contract.programs import Program
 from shared_config.contract.slices import Slice
 from shared_config.data import open_data
@@ -60,7 +60,7 @@ def traced_step(config: JobConfig, devices: Sequence[Device]) -> jax.stages.Trac
     assert mesh is not None
     dtype = jnp.dtype(jnp.float32)
     model = nnx.eval_shape(lambda: build_model(config, rngs=None)).to(dtype)
-    recipe, parameters, buffers = take_apart(config, mesh, model, dtype)
+    recipe, parameters, buffers = Recipe.of(config, mesh, model, dtype)
     table = dict(recipe.table)
     parameters, buffers = (abstract(mesh, table, arrays) for arrays in (parameters, buffers))
     trained = trained_parameters(parameters, config)
@@ -70,7 +70,7 @@ def traced_step(config: JobConfig, devices: Sequence[Device]) -> jax.stages.Trac
     batches = abstract_batches(mesh, {name: ((count, *array.shape), array.dtype) for name, array in batch.items()})
     scalar = jax.ShapeDtypeStruct((), dtype)
     with matmul_precision(config.train.matmul_precision):
-        return compiled_step(with_frozen(recipe, config, parameters, 0)).trace(
+        return compiled_step(recipe.at_step(parameters, 0)).trace(
             parameters, buffers, state, batches, scalar, scalar, scalar
         )
 

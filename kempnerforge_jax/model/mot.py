@@ -253,9 +253,7 @@ class MoTBlock(Module):
     def _route(
         self, x_BSD: jax.Array, layout: Layout, valid: jax.Array | None, limit_capacity: bool
     ) -> tuple[jax.Array, dict[str, MoEStats]]:
-        """The outputs of each modality's experts for its tokens, and their stats, by name. Capacity counts the
-        modality's positions in the batch, padding included.
-        """
+        """The outputs and stats of each modality's experts. Capacity counts its positions in the batch, padding too."""
         outs, stats = {}, {}
         if layout.spans is None:
             for name in self.modalities:

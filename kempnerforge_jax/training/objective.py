@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from kempnerforge_jax.training.blocks import REMATERIALISATION
 from kempnerforge_jax.training.loss import cross_entropy, router_losses, router_stats
 from kempnerforge_jax.training.mixed_precision import compute_dtype
 from kempnerforge_jax.training.terms import Terms, expert_counts, model_inputs
+from shared_config.contract.freeze import effective_freeze, frozen_names
 from shared_config.contract.specs import ParameterSpec
 from shared_config.contract.vision import job_table
 from shared_config.interchange.vision import tower_of
@@ -63,29 +65,37 @@ class Recipe:
     frozen: frozenset[str] = frozenset()
     shards: Shards | None = None
 
+    @staticmethod
+    def of(
+        config: JobConfig, mesh: Mesh | None, model: Transformer | VLMWrapper, dtype: DTypeLike
+    ) -> tuple[Recipe, State, State]:
+        """What a step needs of a model whose masters, which may be abstract, are of ``dtype``: the recipe, the
+        parameters, and all other arrays.
+        """
+        shapes = {name: tuple(array.shape) for name, array in get_state(model).items()}
+        table, narrow = job_table(config, tower_of(config), shapes), compute_dtype(config, dtype)
+        check_spread(model, mesh)
+        mark_blocks(model, mesh, table, narrow)
+        graphdef, parameters, buffers = split(model, scan_layers=config.train.scan_layers and config.vlm is None)
+        recipe = Recipe(
+            graphdef,
+            config.model,
+            config.vlm,
+            config.train,
+            config.optimizer,
+            narrow,
+            tuple(table.items()),
+            shards=shards_of(mesh, table, parameters, narrow),
+        )
+        return recipe, parameters, buffers
 
-def take_apart(
-    config: JobConfig, mesh: Mesh | None, model: Transformer | VLMWrapper, dtype: DTypeLike
-) -> tuple[Recipe, State, State]:
-    """What a step needs of a model whose masters, which may be abstract, are of ``dtype``: the recipe, the parameters,
-    and all other arrays.
-    """
-    shapes = {name: tuple(array.shape) for name, array in get_state(model).items()}
-    table, narrow = job_table(config, tower_of(config), shapes), compute_dtype(config, dtype)
-    check_spread(model, mesh)
-    mark_blocks(model, mesh, table, narrow)
-    graphdef, parameters, buffers = split(model, scan_layers=config.train.scan_layers and config.vlm is None)
-    recipe = Recipe(
-        graphdef,
-        config.model,
-        config.vlm,
-        config.train,
-        config.optimizer,
-        narrow,
-        tuple(table.items()),
-        shards=shards_of(mesh, table, parameters, narrow),
-    )
-    return recipe, parameters, buffers
+    def at_step(self, parameters: Collection[str], step: int) -> Recipe:
+        """With those of the parameters frozen that the freeze schedule then freezes."""
+        vlm = self.vlm
+        if vlm is None:
+            return self
+        specs = effective_freeze(step, vlm.freeze, vlm.freeze_schedule)
+        return dataclasses.replace(self, frozen=frozenset(frozen_names(parameters, specs, vlm.module_patterns)))
 
 
 def gradients_of(

@@ -6,7 +6,6 @@ Shapes: N micro-batches of each data rank, R data ranks, B batch, S sequence, E 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -33,7 +32,7 @@ from kempnerforge_jax.model.state import State, merge, own_variables, set_state,
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper
 from kempnerforge_jax.training.mixed_precision import matmul_precision
-from kempnerforge_jax.training.objective import Recipe, gradients_of, summed_loss, take_apart
+from kempnerforge_jax.training.objective import Recipe, gradients_of, summed_loss
 from kempnerforge_jax.training.optimizer import (
     OptimizerState,
     arrays_by_kind,
@@ -49,7 +48,7 @@ from kempnerforge_jax.training.profile import profile, step_span
 from kempnerforge_jax.training.scheduler import build_schedule
 from kempnerforge_jax.training.terms import routing_metrics, taken_metric
 from shared_config.contract.bias_schedule import training_progress
-from shared_config.contract.freeze import effective_freeze, frozen_names, moments_under, never_trained
+from shared_config.contract.freeze import moments_under, never_trained
 from shared_config.contract.labels import label_count
 from shared_config.contract.moments import UPDATES, moments_of
 from shared_config.contract.routing import RouterId
@@ -120,7 +119,7 @@ class Trainer:
         devices = list(device) if isinstance(device, list) else [find_device(device)]
         self.device, self.mesh = devices[0], open_mesh(config, devices)
         with jax.default_device(drawing_device(self.mesh, self.device)):
-            self.recipe, parameters, buffers = take_apart(config, self.mesh, _build_model(config, dtype), dtype)
+            self.recipe, parameters, buffers = Recipe.of(config, self.mesh, _build_model(config, dtype), dtype)
         self.table = dict(self.recipe.table)
         self.parameters, self.buffers = (
             place(self.mesh, self.device, self.table, arrays) for arrays in (parameters, buffers)
@@ -236,7 +235,7 @@ class Trainer:
 
     def _freeze(self) -> None:
         """Apply the freeze schedule at this step."""
-        self.recipe = with_frozen(self.recipe, self.config, self.parameters, self.updates)
+        self.recipe = self.recipe.at_step(self.parameters, self.updates)
 
     @property
     def _scalar(self) -> np.dtype:
@@ -303,15 +302,6 @@ def _balanced(
     model = merge(recipe.graphdef, parameters, buffers)
     balance(model, counts, progress, taken)
     return {name: variable.get_value() for name, variable in named_variables(model) if name in buffers}
-
-
-def with_frozen(recipe: Recipe, config: JobConfig, parameters: Collection[str], step: int) -> Recipe:
-    """The recipe of a step, with the parameters that the freeze schedule then freezes."""
-    vlm = config.vlm
-    if vlm is None:
-        return recipe
-    specs = effective_freeze(step, vlm.freeze, vlm.freeze_schedule)
-    return dataclasses.replace(recipe, frozen=frozenset(frozen_names(parameters, specs, vlm.module_patterns)))
 
 
 def trained_parameters(masters: Mapping[str, _Master], config: JobConfig) -> dict[str, _Master]:

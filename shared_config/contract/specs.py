@@ -69,15 +69,18 @@ class ParameterSpec:
 ParameterTable = dict[str, ParameterSpec]
 
 
-def given(specs: Mapping[str, ParameterSpec]) -> Named:
+def given(specs: Mapping[str, object]) -> Named:
     """What a declared function gives, item by item.
 
     Raises:
         ConfigError: it gives something else.
     """
-    if not isinstance(specs, Mapping) or not all(isinstance(spec, ParameterSpec) for spec in specs.values()):
+    table: ParameterTable = {}
+    if isinstance(specs, Mapping):
+        table = {name: spec for name, spec in specs.items() if isinstance(spec, ParameterSpec)}
+    if not isinstance(specs, Mapping) or len(table) != len(specs):
         raise ConfigError([f"declared parameters = {specs!r}: must be a mapping from names to ParameterSpec"])
-    return iter(specs.items())
+    return iter(table.items())
 
 
 def prefixed(prefix: str, specs: Named) -> Named:

@@ -80,13 +80,13 @@ def encoder_table(encoder: TowerConfig | VisionEncoderConfig | None) -> Paramete
     if isinstance(encoder, TowerConfig):
         return tower_table(encoder)
     own = None if encoder is None else declaration("vision_encoder", encoder.type).parameters
-    return {} if own is None else dict(own(encoder))
+    return {} if own is None else dict(given(own(encoder)))
 
 
 def adapter_table(config: AdapterConfig, in_dim: int, out_dim: int) -> ParameterTable:
     """Every tensor of an adapter, in model order; {} for a type that was registered without declaring any."""
     own = declaration("adapter", config.type).parameters
-    return {} if own is None else dict(own(config, in_dim, out_dim))
+    return {} if own is None else dict(given(own(config, in_dim, out_dim)))
 
 
 def wrapper_table(
