@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.specs import Axes, Constant, Named, Normal, ParameterSpec, ParameterTable
+from shared_config.contract.specs import Axes, Constant, Named, Normal, ParameterSpec, ParameterTable, given
 from shared_config.errors import ConfigError
 from shared_config.registry import declaration, declare
 from shared_config.schema.adapter import AdapterConfig
