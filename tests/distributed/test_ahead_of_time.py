@@ -27,6 +27,7 @@ from shared_config.contract.counts import count_parameters, flops_per_token
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.programs import Collective
 from shared_config.errors import ConfigError
+from shared_config.loader import load_config
 from tests.distributed.compiled import DEVICES, job_of, run_devices
 from tests.jobs import tiny_job
 
@@ -100,9 +101,9 @@ backend_config={"known_trip_count":{"n":"2"}}
 """A loop of five rounds and one of two; in each a gathering that goes on beside something, and a scattered sum."""
 LIMIT = "%limit = s32[]{:T(128)} "
 PRESETS = (
-    ("debug_moe", "v5e:2x2", ("--distributed.ep=2",)),
     ("llama_125m", "v5e:2x2", ("--train.batch_size=1",)),
-    ("moe_small", "v5p:2x2x1", ()),
+    ("moe_small", "v5e:4x4", ("--distributed.ep=4", "--train.batch_size=1")),
+    ("moe_small", "v6e:4x4", ("--train.batch_size=2",)),
     ("llama3_8b", "v5p:2x2x4", ()),
     ("llama3_8b", "v6e:4x4", ("--distributed.tp=4",)),
 )
@@ -202,4 +203,8 @@ def test_presets_compile_for_tpus(preset: str, topology: str, options: tuple[str
     costs = json.loads((tmp_path / "costs.json").read_text())
     assert 0 < costs["arguments"] < costs["memory"] < costs["memory_of_a_chip"]
     assert costs["endless"] == 0
-    assert {"all-gather", "reduce-scatter"} <= {each["kind"] for each in costs["collectives"]}
+    bytes_of = {each["kind"]: each["bytes"] for each in costs["collectives"]}
+    job = load_config(preset)
+    moved = 2 * count_parameters(job.model) / (4 if "--distributed.ep=4" in options else 1)
+    assert bytes_of["all-gather"] > moved, "bfloat16 parameters, but for experts elsewhere"
+    assert bytes_of.get("reduce-scatter", 0) + bytes_of["all-reduce"] > moved
