@@ -19,6 +19,7 @@ FILES = {
     "model/module.py": "jax: torch's modules have named walks, hooks and casts built in",
     "model/scan.py": "jax: stacks of layers bound compile time; torch compiles block by block",
     "model/stack.py": "jax: stacks of layers",
+    "model/within_map.py": "jax: layers within a map over devices; torch puts other methods in their place",
 }
 """Files that one backend has alone."""
 
@@ -50,8 +51,6 @@ DIFFERENCES = {
     "model/attention.py": {
         "SDPA_BACKENDS": "torch: its attention has kernels to choose from",
         "attend(sdpa_backend)": "torch: its attention has kernels to choose from",
-        "read_besides": "jax: within a map over devices; torch gives a cache",
-        "reading": "jax: within a map over devices; torch gives a cache",
         "prepare_mask(device)": "torch: arrays are made on a device",
         "prepare_mask(dtype)": "jax: its kernel is for narrow dtypes; torch's choose by themselves",
         "prepare_mask(head_dim)": "jax: its kernel is for some widths; torch's choose by themselves",
@@ -64,9 +63,7 @@ DIFFERENCES = {
     "model/embedding.py": {"OutputHead.forward(tied_weight)": "jax: no array belongs to two modules"},
     "model/expert_choice.py": {"MAX_SEED": "torch: draws a seed of its own where none is given"},
     "model/experts.py": {
-        "apply_held": "jax: within a map over devices; torch puts another method in its place",
         "apply_packed(complete)": "torch: its kernel leaves rows of no group undefined, which costs a pass",
-        "exchanging": "jax: within a map over devices; torch puts another method in its place",
     },
     "model/decode.py": {
         "decode_all(compile)": "torch: JAX always compiles",
@@ -112,7 +109,6 @@ DIFFERENCES = {
         "MoTAttention.kv_heads": "torch: kept for the views of each modality",
     },
     "model/request.py": {"inference": "torch: modules have a mode, and calls record gradients"},
-    "model/router.py": {"measuring": "jax: within a map over devices; torch puts another method in its place"},
     "model/sampling.py": {
         "sample(generator)": "torch: the state of its random numbers",
         "sample(key)": "jax: the state of its random numbers",

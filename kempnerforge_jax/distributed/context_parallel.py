@@ -23,11 +23,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from kempnerforge_jax.distributed.mesh import Mesh
-from kempnerforge_jax.model.attention import reading
 from kempnerforge_jax.model.kv_cache import KVCache
 from kempnerforge_jax.model.mask import Mask
-from kempnerforge_jax.model.router import TopKRouter, measuring
+from kempnerforge_jax.model.router import TopKRouter
 from kempnerforge_jax.model.transformer import Transformer
+from kempnerforge_jax.model.within_map import measuring, reading
 from kempnerforge_jax.model.wrappers import plain_modules
 from shared_config.errors import ConfigError
 

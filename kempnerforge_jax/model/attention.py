@@ -6,11 +6,8 @@ heads that share a key/value head, h head_dim, A = h/2 angles. Query head i read
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator
-from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +24,9 @@ from kempnerforge_jax.model.mask import CAUSAL, Mask, as_mask, with_dense
 from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.model.norm import RMSNorm
 from kempnerforge_jax.model.position import apply_rope
+from kempnerforge_jax.model.within_map import read_besides
 
 _Shaped = jax.Array | jax.ShapeDtypeStruct
-_others: ContextVar[KVCache | None] = ContextVar("_others", default=None)
 
 
 class Attention(Module):
@@ -132,23 +129,6 @@ class Attention(Module):
             return out_BSD
         past_end_BS = kv_cache.positions(length) >= kv_cache.max_seq_len
         return jnp.where(past_end_BS[..., None], jnp.nan, out_BSD), updated
-
-
-@contextlib.contextmanager
-def reading(others: KVCache) -> Iterator[None]:
-    """Within it, attention that is given no cache reads what ``others.update`` gives for its keys and values; positions
-    and masks of a forward are those of ``others``.
-    """
-    token = _others.set(others)
-    try:
-        yield
-    finally:
-        _others.reset(token)
-
-
-def read_besides() -> KVCache | None:
-    """What attention without a cache is `reading`."""
-    return _others.get()
 
 
 def attend(

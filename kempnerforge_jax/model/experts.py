@@ -7,9 +7,7 @@ Shapes: R rows, D model dim, F expert width, E experts.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +16,6 @@ from jaxtyping import Array, Float, Int
 from kempnerforge_jax.model.grouped import grouped_matmul
 from kempnerforge_jax.model.mlp import Activation
 from kempnerforge_jax.model.module import Module
-
-_Apply = Callable[[Float[Array, "R D"], Int[Array, "E"]], Float[Array, "R D"]]
-_Exchange = Callable[[_Apply, Float[Array, "R D"], Int[Array, "E"]], Float[Array, "R D"]]
-_exchange: ContextVar[_Exchange | None] = ContextVar("_exchange", default=None)
 
 
 def grouped_expert_forward(
@@ -82,24 +76,6 @@ def apply_packed(
     else:
         hidden_RF = activation(grouped_matmul(x_RD, gate_w, ends_E)) * hidden_RF
     return grouped_matmul(hidden_RF, down_w, ends_E)
-
-
-def apply_held(apply: _Apply, x_RD: Float[Array, "R D"], ends_E: Int[Array, "E"], held: int) -> Float[Array, "R D"]:
-    """(R, D): rows through their experts by ``apply(x_RD, ends_E)``, which has ``held`` of them; rows of others are
-    taken there as `exchanging` says.
-    """
-    exchange = _exchange.get()
-    return apply(x_RD, ends_E) if exchange is None or held == len(ends_E) else exchange(apply, x_RD, ends_E)
-
-
-@contextlib.contextmanager
-def exchanging(exchange: _Exchange) -> Iterator[None]:
-    """Within it, layers hold a part of their experts, and ``exchange(apply, x_RD, ends_E)`` brings rows to theirs."""
-    token = _exchange.set(exchange)
-    try:
-        yield
-    finally:
-        _exchange.reset(token)
 
 
 def apply_modules(x_RD: Float[Array, "R D"], ends_E: Int[Array, "E"], experts: Sequence[Module]) -> Float[Array, "R D"]:

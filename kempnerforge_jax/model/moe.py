@@ -24,13 +24,14 @@ from jaxtyping import Array, Bool, Float
 
 from kempnerforge_jax.model.checks import check_ids, check_mask, check_shape, nan_outside
 from kempnerforge_jax.model.dispatch import combine, dispatch, gradient_factors, layer_capacity, plan_dispatch
-from kempnerforge_jax.model.experts import apply_held, apply_modules, apply_packed
+from kempnerforge_jax.model.experts import apply_modules, apply_packed
 from kempnerforge_jax.model.experts import grouped_expert_forward as grouped_expert_forward
 from kempnerforge_jax.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
 from kempnerforge_jax.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.router import TopKRouter, build_router
 from kempnerforge_jax.model.stats import MoEOutput, MoEStats, RouterStats, StatsGetters, keep_stats
+from kempnerforge_jax.model.within_map import apply_held
 from shared_config.schema.model import ModelConfig
 
 PROJECTIONS = ("gate", "up", "down")

@@ -5,10 +5,8 @@ Shapes: T tokens = B sequences of S tokens, D model dim, E experts, k assignment
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import types
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +19,11 @@ from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 from kempnerforge_jax.model.linear import Linear
 from kempnerforge_jax.model.module import Buffer
 from kempnerforge_jax.model.stats import RouterOutput, RouterStats, StatsGetters
+from kempnerforge_jax.model.within_map import measured
 from kempnerforge_jax.registry import registry
 from shared_config.contract.bias_schedule import schedule_factor, training_progress
 
 SCORE_EPS = 1e-20
-_Whole = Callable[[Shaped[Array, "T ..."], int], Shaped[Array, "_ ..."]]
-_whole: ContextVar[_Whole | None] = ContextVar("_whole", default=None)
 
 
 class Gate(Linear):
@@ -88,8 +85,9 @@ class TopKRouter(StatsGetters):
         scores_TE = self._score(logits_TE)
         indices_Tk = top_k_lowest_first(self._preference(jax.lax.stop_gradient(scores_TE)), self.top_k)
         weights_Tk = self._weigh(jnp.take_along_axis(scores_TE, indices_Tk, axis=1))
-        measured = _measured_tokens(logits_TE, scores_TE, indices_Tk, valid, batch_size)
-        stats = self._measure(*measured, batch_size)
+        whole = functools.partial(measured, batch_size=batch_size)
+        whole_valid = None if valid is None else whole(valid)
+        stats = self._measure(whole(logits_TE), whole(scores_TE), whole(indices_Tk), whole_valid, batch_size)
         if return_stats:
             return RouterOutput(weights_Tk, indices_Tk, stats)
         self.keep_stats(stats)
@@ -239,18 +237,6 @@ class SigmoidTopKRouter(TopKRouter):
         return masked_mean(losses_B, counted_B, axis=0) * self.sequence_aux_loss_weight
 
 
-@contextlib.contextmanager
-def measuring(whole: _Whole) -> Iterator[None]:
-    """Within it, losses and counts of routers are of the tokens that ``whole(array (T, ...), batch_size)`` gives for
-    their own.
-    """
-    token = _whole.set(whole)
-    try:
-        yield
-    finally:
-        _whole.reset(token)
-
-
 def build_router(
     router_type: str, dim: int, num_experts: int, top_k: int, *, rngs: nnx.Rngs | None, **options: float | str | bool
 ) -> TopKRouter:
@@ -320,17 +306,6 @@ def updated_bias(
 def _namespace(value: object) -> types.ModuleType:
     """What computes with a value: JAX within a trace."""
     return jnp if isinstance(value, Tracer) else np
-
-
-def _measured_tokens(
-    logits_TE: jax.Array, scores_TE: jax.Array, indices_Tk: jax.Array, valid_T: jax.Array | None, batch_size: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """What routers measure, of the tokens that they are `measuring`."""
-    whole = _whole.get()
-    if whole is None:
-        return logits_TE, scores_TE, indices_Tk, valid_T
-    valid_T = None if valid_T is None else whole(valid_T, batch_size)
-    return whole(logits_TE, batch_size), whole(scores_TE, batch_size), whole(indices_Tk, batch_size), valid_T
 
 
 def _at_least_float32(dtype: DTypeLike) -> np.dtype:

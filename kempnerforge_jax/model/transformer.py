@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Integer
 
 from kempnerforge_jax.model.architecture import Architecture, Modules
-from kempnerforge_jax.model.attention import KVCache, prepare_mask, read_besides, self_attention_mask
+from kempnerforge_jax.model.attention import KVCache, prepare_mask, self_attention_mask
 from kempnerforge_jax.model.balancing import balance
 from kempnerforge_jax.model.block import TransformerBlock as TransformerBlock
 from kempnerforge_jax.model.checks import check_axes
@@ -28,6 +28,7 @@ from kempnerforge_jax.model.scan import periods, prepares, run_blocks, stacked
 from kempnerforge_jax.model.stack import Stack
 from kempnerforge_jax.model.stats import LayerCounts, LayerStats, ModelGetters, TransformerOutput
 from kempnerforge_jax.model.stream import check_inputs, check_stream
+from kempnerforge_jax.model.within_map import read_besides
 from kempnerforge_jax.model.wrappers import plain_modules
 from kempnerforge_jax.registry import registry
 from shared_config.contract.routing import by_router

@@ -27,12 +27,12 @@ from kempnerforge_jax.distributed.fsdp import (
     whole_block,
 )
 from kempnerforge_jax.distributed.mesh import Mesh
-from kempnerforge_jax.model.experts import exchanging
 from kempnerforge_jax.model.scan import preparing
 from kempnerforge_jax.model.stack import in_first_layer
 from kempnerforge_jax.model.state import State, get_state, merge, split
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper
+from kempnerforge_jax.model.within_map import exchanging
 from kempnerforge_jax.training.blocks import REMATERIALISATION
 from kempnerforge_jax.training.loss import cross_entropy, router_losses, router_stats
 from kempnerforge_jax.training.mixed_precision import compute_dtype
