@@ -95,7 +95,9 @@ def parts_of(mesh: Mesh, table: ParameterTable, arrays: Mapping[str, Laid], dtyp
         splits = tuple((axis, over) for axis, over in axes.items() if axis not in elsewhere)
         used = {axis for over in axes.values() for axis in over}
         own = arrays[name].dtype if spec.full_precision else dtype
-        found[name] = Part(splits, tuple(axis for axis in TOKEN_AXES if axis not in used), jnp.dtype(own))
+        found[name] = Part(
+            splits, tuple(axis for axis in _several(mesh, TOKEN_AXES) if axis not in used), jnp.dtype(own)
+        )
     return found
 
 
@@ -171,8 +173,10 @@ def over_ranks(
 
     def own(parameters: State, buffers: State, batches: State, count: jax.Array) -> tuple[State, _Sums]:
         arrays, sums = function(parameters, buffers, {name: array[:, 0] for name, array in batches.items()}, count)
-        return arrays, lax.psum(sums, DATA_AXES)
+        return arrays, lax.psum(sums, _several(shards.mesh, DATA_AXES))
 
+    if not _several(shards.mesh, TOKEN_AXES):
+        return own
     return jax.shard_map(
         own,
         mesh=shards.mesh.axes,
@@ -181,6 +185,11 @@ def over_ranks(
         axis_names=set(MESH_AXES if shards.is_by_tokens_alone else TOKEN_AXES),
         check_vma=False,
     )
+
+
+def _several(mesh: Mesh, axes: Collection[str]) -> tuple[str, ...]:
+    """The axes along which there are several devices: XLA can't sum along others where it divides the rest itself."""
+    return tuple(axis for axis in axes if mesh.layout.size(axis) > 1)
 
 
 whole.defvjp(_whole_forward, _whole_backward)

@@ -112,7 +112,7 @@ def test_one_process_is_let_through(value: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["--distributed.tp=2", "--distributed.dp_replicate=2", "--distributed.dp_shard=4"])
-@pytest.mark.parametrize("command", ["train", "trace", "validate", "generate"])
+@pytest.mark.parametrize("command", ["train", "trace", "generate"])
 def test_layouts_over_devices_are_refused(
     tmp_path: Path, command: str, layout: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
