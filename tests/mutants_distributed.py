@@ -178,7 +178,7 @@ JAX_MUTANTS = (
     ),
     jax_bug(
         "distributed.fsdp", "terms of one rank",
-        "return arrays, lax.psum(sums, DATA_AXES)", "return arrays, sums", HELD,
+        "return arrays, lax.psum(sums, _several(shards.mesh, DATA_AXES))", "return arrays, sums", HELD,
     ),
     jax_bug(
         "training.objective", "router losses of one rank's share",
@@ -222,7 +222,7 @@ JAX_MUTANTS = (
     ),
     jax_bug(
         "distributed.fsdp", "whole arrays have the gradient of one part",
-        "tuple(axis for axis in TOKEN_AXES if axis not in used)", "tuple(a for a in TOKEN_AXES[:-1] if a not in used)",
+        "_several(mesh, TOKEN_AXES) if axis not in used", "_several(mesh, TOKEN_AXES[:-1]) if axis not in used",
         CUT_IN_JAX,
     ),
 )  # fmt: skip

@@ -94,10 +94,8 @@ def parts_of(mesh: Mesh, table: ParameterTable, arrays: Mapping[str, Laid], dtyp
         elsewhere = [axis for axis in axes if spec.axes[axis] == "experts"]
         splits = tuple((axis, over) for axis, over in axes.items() if axis not in elsewhere)
         used = {axis for over in axes.values() for axis in over}
-        own = arrays[name].dtype if spec.full_precision else dtype
-        found[name] = Part(
-            splits, tuple(axis for axis in _several(mesh, TOKEN_AXES) if axis not in used), jnp.dtype(own)
-        )
+        copies = tuple(axis for axis in _several(mesh, TOKEN_AXES) if axis not in used)
+        found[name] = Part(splits, copies, jnp.dtype(arrays[name].dtype if spec.full_precision else dtype))
     return found
 
 
