@@ -6,6 +6,7 @@ stderr and exit status 2; with ``--debug`` anywhere on the line, the traceback s
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = _status(sys.argv[1:])
     INTERRUPTS.at_once = status
     streams.flush()
+    if _is_launched():
+        os._exit(status)  # threads of collectives can abort an interpreter that ends
     return status
 
 
@@ -35,6 +38,12 @@ def _status(arguments: Sequence[str]) -> int:
     from shared_config.commands.line import status_of
 
     return status_of(arguments)
+
+
+def _is_launched() -> bool:
+    from shared_config.training.launch import is_launched
+
+    return is_launched()
 
 
 if __name__ == "__main__":

@@ -212,8 +212,8 @@ FACT_MUTANTS = (
     ),
     FactMutant(
         FOREIGN,
-        'content.get("router_aux_loss_coef", 0.001)',
-        'content.get("router_aux_loss_coef", 0.01)',
+        'number(content, "router_aux_loss_coef", 0.001)',
+        'number(content, "router_aux_loss_coef", 0.01)',
         ABSENT,
         ("mixtral",),
     ),

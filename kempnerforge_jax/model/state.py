@@ -117,8 +117,8 @@ def like(own: Shaped[Array, "..."], value: object) -> Shaped[Array, "..."]:
     """The values of an array of any library, in the dtype and sharding of ``own``. Of one on the host, `Parts` of one
     too, each device reads what it is to hold.
     """
-    sharding, is_placed = getattr(own, "sharding", None), getattr(own, "committed", False)
-    if isinstance(own, Tracer) or sharding is None or not is_placed:
+    sharding = None if isinstance(own, Tracer) else getattr(own, "sharding", None)
+    if sharding is None or not getattr(own, "committed", False):
         return jnp.asarray(value if isinstance(value, jax.Array) else host_array("value", value), own.dtype)
     if isinstance(value, jax.Array):
         return jax.device_put(value.astype(own.dtype), sharding)

@@ -47,6 +47,11 @@ def launch_of(environment: Mapping[str, str] = os.environ) -> Launch | None:
     return _slurm(environment) if _size(environment, "SLURM_STEP_NUM_TASKS") > 1 else None
 
 
+def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher started several processes, of which this is one."""
+    return _size(environment, "WORLD_SIZE") > 1 or _size(environment, "SLURM_STEP_NUM_TASKS") > 1
+
+
 def rank_of(environment: Mapping[str, str] = os.environ) -> int:
     """The number of this process, even where what a launcher sets is incomplete; 0 without one."""
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from shared_config.commands.processes import world_size
 from shared_config.errors import UserError
 from shared_config.training.launch import Launch, first_host, launch_of, rank_of
 
+ROOT = Path(__file__).parents[2]
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "one", "MASTER_PORT": "29500"}
 SLURM = {
     "SLURM_PROCID": "5",
@@ -25,6 +31,18 @@ def test_torchrun_and_srun_are_understood() -> None:
     assert launch_of(SLURM | TORCHRUN) == launch_of(TORCHRUN), "torchrun inside a step of SLURM"
     assert [rank_of(each) for each in (TORCHRUN, SLURM, {}, {"RANK": "3"}, {"WORLD_SIZE": "2"})] == [3, 5, 0, 0, 0]
     assert [world_size("torch", each) for each in (TORCHRUN, SLURM, {})] == [4, 8, 1]
+
+
+@pytest.mark.parametrize(("size", "ends"), [("1", True), ("2", False)])
+def test_one_of_several_processes_leaves_without_the_end_of_its_interpreter(size: str, ends: bool) -> None:
+    script = (
+        "import atexit, sys; from shared_config.cli import main; atexit.register(print, 'the end'); sys.exit(main())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": size}
+    done = subprocess.run([sys.executable, "-c", script, "--help"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "usage" in done.stdout.lower()
+    assert ("the end" in done.stdout) == ends
 
 
 @pytest.mark.parametrize("alone", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "many"}, {"SLURM_NTASKS": "8"}])

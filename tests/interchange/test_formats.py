@@ -22,7 +22,12 @@ def test_a_checkpoint_has_these_files_and_keys(tmp_path: Path) -> None:
     state = TrainingState(7, {"w": np.ones(2, np.float32)}, {"m.w": np.ones(2, np.float32)}, {"rng": [1]})
     path = save(tmp_path, state, rows=5, fingerprint="f", config={"model": {"dim": 8}}, backend="jax")
     assert path.name == "step_00000007"
-    assert {file.name for file in path.iterdir()} == {"weights.safetensors", "optimizer.safetensors", "state.json"}
+    assert {file.name for file in path.iterdir()} == {
+        "weights.safetensors",
+        "optimizer.safetensors",
+        "index.json",
+        "state.json",
+    }
     fields = json.loads((path / "state.json").read_text())
     versions = fields.pop("versions")
     assert versions.keys() <= {"python", "numpy", "torch", "jax", "flax"}
@@ -30,10 +35,10 @@ def test_a_checkpoint_has_these_files_and_keys(tmp_path: Path) -> None:
     told = json.dumps({**fields, "versions": versions}, sort_keys=True).encode()
     assert checksum == hashlib.sha256(told).hexdigest()
     files = {}
-    for name in ("weights.safetensors", "optimizer.safetensors"):
+    for name in ("weights.safetensors", "optimizer.safetensors", "index.json"):
         content = (path / name).read_bytes()
         files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    stated = {"format": 2, "step": 7, "rows": 5, "fingerprint": "f", "config": {"model": {"dim": 8}}, "backend": "jax"}
+    stated = {"format": 3, "step": 7, "rows": 5, "fingerprint": "f", "config": {"model": {"dim": 8}}, "backend": "jax"}
     assert fields == {**stated, "extra": {"rng": [1]}, "files": files}
 
 
