@@ -1,4 +1,4 @@
-"""The training step, compiled ahead of time for devices that needn't be here, on arrays that have no values."""
+"""The training step, compiled ahead of time for devices that needn't be present, on arrays without values."""
 
 from __future__ import annotations
 
@@ -49,8 +49,7 @@ def devices_of_slice(topology: Slice) -> list[Device]:
 
 
 def traced_step(config: JobConfig, devices: Sequence[Device]) -> jax.stages.Traced:
-    """The step of a trainer of these devices, of which there are several, for the arguments that it has: a
-    `jax.stages.Traced`.
+    """The step of a trainer on these devices, of which there are several, traced for its arguments.
 
     Raises:
         ConfigError: a layout that does not fit the devices or the model, with each reason.
@@ -76,7 +75,7 @@ def traced_step(config: JobConfig, devices: Sequence[Device]) -> jax.stages.Trac
 
 
 def compiled_program(traced: jax.stages.Traced, devices: int, platform: str) -> Program:
-    """What comes of a `jax.stages.Traced` for so many devices.
+    """The cost of a traced step that is compiled for this many devices.
 
     Raises:
         UserError: the compiler refuses it, as it does where the memory is too small.
@@ -88,7 +87,7 @@ def compiled_program(traced: jax.stages.Traced, devices: int, platform: str) -> 
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None
-    collectives, endless = collectives_of(text)
+    collectives, unknown_loops = collectives_of(text)
     return Program(
         flops=product_flops(traced.jaxpr.jaxpr, platform) // devices,
         arguments=memory.argument_size_in_bytes,
@@ -96,7 +95,7 @@ def compiled_program(traced: jax.stages.Traced, devices: int, platform: str) -> 
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         collectives=collectives,
-        endless=endless,
+        unknown_loops=unknown_loops,
     )
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of a program: what its matrix products take, as they stand in its jaxpr."""
+"""The arithmetic of a program: the cost of the matrix products in its jaxpr."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PRODUCTS = ("dot_general", "ragged_dot_general")
 
 def product_flops(jaxpr: Jaxpr, platform: str) -> int:
     """Multiplications and additions of all matrix products, on all devices together, of a program that is lowered for
-    a platform. Of rows in groups, those of no group count too; a loop of unknown length counts as one round.
+    a platform. Rows of no group count too in grouped products; a loop of unknown trip count counts as one iteration.
     """
     platforms: dict[Var, Sequence[Collection[str] | None]] = {
         equation.outvars[0]: equation.params["platforms"]
@@ -61,7 +61,7 @@ def _product(equation: JaxprEqn) -> int:
 
 
 def _jaxprs(value: Any) -> Iterator[Jaxpr]:
-    """Of loops, checkpoints, derivatives of one's own, jitted and mapped functions."""
+    """Of loops, checkpoints, custom derivatives, jitted and mapped functions."""
     if isinstance(value, ClosedJaxpr):
         yield value.jaxpr
     elif isinstance(value, Jaxpr):

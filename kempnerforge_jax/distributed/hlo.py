@@ -24,7 +24,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ALONE = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\]<)")
 _NUMBER = re.compile(r"\d+")
 STARTS = 'custom_call_target="AsyncCollectiveStart"'
-"""Stands in the fusion that starts a collective which TPUs compute beside; those that go on with it repeat it."""
+"""Marks the fusion that starts an asynchronous collective; the fusions that continue it repeat the collective."""
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,25 @@ class _Instruction:
     rest: str
 
     def called(self) -> list[str]:
-        """The computations that it runs, or may run."""
+        """The computations that it calls, or may call."""
         branches = [name.strip().lstrip("%") for names in _BRANCHES.findall(self.rest) for name in names.split(",")]
         return [*_CALLED.findall(self.rest), *branches]
 
 
 @dataclass(frozen=True)
 class _Total:
-    """Times and bytes by kind, and loops of unknown length."""
+    """Times and bytes by kind, and loops of unknown trip count."""
 
     count: Mapping[str, int]
     bytes: Mapping[str, int]
-    endless: int = 0
+    unknown_loops: int = 0
 
     def plus(self, other: _Total, times: int = 1) -> _Total:
         count, size = Counter(self.count), Counter(self.bytes)
         for kind in other.count:
             count[kind] += other.count[kind] * times
             size[kind] += other.bytes[kind] * times
-        return _Total(count, size, self.endless + other.endless)
+        return _Total(count, size, self.unknown_loops + other.unknown_loops)
 
 
 _Computations = Mapping[str, list[_Instruction]]
@@ -61,12 +61,12 @@ _Computations = Mapping[str, list[_Instruction]]
 
 def collectives_of(text: str) -> tuple[tuple[Collective, ...], int]:
     """The collectives that a device takes part in with others when it runs a program once, the most bytes first; and
-    how many loops with collectives have a length that is not told, which are taken for one round.
+    the number of loops with collectives whose trip count is unknown, each of which is counted as one iteration.
     """
     computations, entry = _parsed(text)
     total = _total(computations, entry, {}) if entry else _Total({}, {})
     found = (Collective(kind, count, total.bytes[kind]) for kind, count in total.count.items())
-    return tuple(sorted(found, key=lambda each: (-each.bytes, each.kind))), total.endless
+    return tuple(sorted(found, key=lambda each: (-each.bytes, each.kind))), total.unknown_loops
 
 
 def _parsed(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -116,12 +116,12 @@ def _looped(
         body = body.plus(_total(computations, called, known))
     trips = _trips(computations, loop)
     if trips is None and body.count:
-        body = dataclasses.replace(body, endless=body.endless + 1)
+        body = dataclasses.replace(body, unknown_loops=body.unknown_loops + 1)
     return total.plus(body, times=1 if trips is None else trips)
 
 
 def _trips(computations: _Computations, loop: _Instruction) -> int | None:
-    """Rounds of a loop: as it says, or else the only number that its condition compares with."""
+    """The trip count of a loop: as annotated, or else the only number that its condition compares with."""
     if told := _TRIPS.search(loop.rest):
         return int(told[1])
     condition = re.search(r"\bcondition=%?([\w.-]+)", loop.rest)

@@ -99,12 +99,7 @@ class _Gathered(torch.autograd.Function):
         return own, None, None
 
 
-class _GatheredAlike(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.axis, ctx.group = axis, group
-        return _gather(x, axis, group)
-
+class _GatheredAlike(_Gathered):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         return dy.chunk(ctx.group.size(), ctx.axis)[ctx.group.rank()], None, None

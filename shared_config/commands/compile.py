@@ -1,4 +1,4 @@
-"""``kempnerforge compile``: the JAX training step, compiled for a slice of TPUs that needn't be there."""
+"""``kempnerforge compile``: the JAX training step, compiled for a slice of TPUs that needn't be present."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def costs_of(program: Program, topology: Slice, layout: Layout, seconds: float) 
     table.add_row("the program itself", readable_bytes(program.code))
     share = program.memory / topology.chip.memory
     table.add_row("total", f"{readable_bytes(program.memory)}, {share:.0%} of {readable_bytes(topology.chip.memory)}")
-    if program.endless:
-        table.add_row("loops of unknown length, counted as one round", str(program.endless))
+    if program.unknown_loops:
+        table.add_row("loops of unknown trip count, counted as one iteration", str(program.unknown_loops))
     table.add_row("compiled in", f"{seconds:.0f} s")
     return table
 

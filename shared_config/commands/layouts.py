@@ -55,7 +55,7 @@ def layouts_to_compare(
 
 
 def reasons_against(config: JobConfig, layout: DistributedConfig) -> list[str]:
-    """Why a model can't be in a layout, or a backend has it not; a line for each reason."""
+    """Why a model can't have a layout, or a backend does not support it; a line for each reason."""
     config = config.replace(distributed=layout)
     found = [f"distributed.{line}" for line in layout.problems_on(layout.fewest_devices)]
     found += [*refusals(config), *(line for backend in BACKENDS for line in unsupported(config, backend))]

@@ -12,7 +12,7 @@ class Collective:
 
     Attributes:
         count: how often a device takes part in one.
-        bytes: of what it gives or of what it gets, whichever is more, summed over these times.
+        bytes: sent or received, whichever is more, summed over these times.
     """
 
     kind: str
@@ -25,13 +25,13 @@ class Program:
     """What a step costs each device, which all do the same.
 
     Attributes:
-        flops: of matrix products, those that are computed again for the backward pass too.
+        flops: of matrix products, recomputation for the backward pass included.
         arguments: bytes of parameters, buffers, the optimiser's state and a batch, before the step.
         outputs: bytes of results that don't take the place of arguments.
         temporaries: bytes that are needed while it runs, at the peak.
         code: bytes of the program.
         collectives: by kind, the most bytes first.
-        endless: loops with collectives that the program does not tell the length of; they are counted as one round.
+        unknown_loops: loops with collectives whose trip count is unknown; each is counted as one iteration.
     """
 
     flops: int
@@ -40,7 +40,7 @@ class Program:
     temporaries: int
     code: int
     collectives: tuple[Collective, ...]
-    endless: int = 0
+    unknown_loops: int = 0
 
     @property
     def memory(self) -> int:

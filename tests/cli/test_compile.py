@@ -26,7 +26,7 @@ PROGRAM = Program(
     temporaries=2 * GIB,
     code=GIB,
     collectives=(Collective("all-gather", 170, 3 * GIB), Collective("all-reduce", 2, 2**20)),
-    endless=1,
+    unknown_loops=1,
 )
 
 
@@ -99,7 +99,7 @@ def test_costs_are_told_and_written(
     assert (config.distributed.tp, topology.chips, platforms, skipped) == (2, 8, "cpu", "1")
     assert (os.environ["JAX_PLATFORMS"], os.environ.get("TPU_WORKER_HOSTNAMES")) == ("else", None)
     said = capsys.readouterr().out
-    assert re.search(r"loops of unknown length, counted as one round │ +1 │", said)
+    assert re.search(r"loops of unknown trip count, counted as one iteration │ +1 │", said)
     for part in ("3e+12", "5 GiB", "8 GiB, 50% of 16 GiB", "dp_shard 4, ep 1", "tp 2", "all-gather", "170", "3 GiB"):
         assert part in said, part
     written = json.loads(file.read_text())

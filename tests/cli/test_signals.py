@@ -25,7 +25,10 @@ TINY = (
     "--model.max_seq_len=32", "--train.seq_len=32", "--train.batch_size=2", "--train.compile_model=false",
     "--eval.steps=1", "--scheduler.warmup_steps=2",
 )  # fmt: skip
-LONG = ("--device=cpu", "--prompt=a", "--max-new-tokens=30000", "--model.max_seq_len=32768")
+LONG = (
+    "--device=cpu", "--prompt=a", "--max-new-tokens=30000", "--model.max_seq_len=32768", "--temperature=0", "--seed=1",
+)  # fmt: skip
+"""Of these weights the most probable token never ends the text, as one that is drawn may."""
 COMMANDS = {
     "show": ("show", "debug"),
     "train torch": ("train", "debug", "--backend=torch", "--device=cpu", *TINY, "--train.max_steps=100000"),
@@ -122,8 +125,7 @@ def test_an_interrupt_at_any_time_is_no_traceback(tmp_path: Path, command: str, 
     process.send_signal(signal.SIGINT)
     status, errors = end(process)
     assert "Traceback" not in errors
-    may_be_done = command == "show" or (command.startswith("generate") and delay == 3.0)
-    assert status == 130 or (may_be_done and status == 0), errors
+    assert status == 130 or (command == "show" and status == 0), errors
 
 
 def test_an_interrupt_that_a_callback_swallows_is_raised_again(tmp_path: Path) -> None:

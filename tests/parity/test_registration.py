@@ -31,13 +31,15 @@ from shared_config.contract.counts import count_parameters, flops_per_token, tra
 from shared_config.contract.initialise import state_hash
 from shared_config.contract.parameters import FOLDED, parameter_groups, parameter_table
 from shared_config.contract.specs import Constant, ParameterSpec
-from shared_config.contract.vision import job_table
+from shared_config.contract.vision import adapter_table, encoder_table, job_table
 from shared_config.data import open_data
 from shared_config.errors import ConfigError
 from shared_config.interchange.toml import json_schema
 from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import load_weights, save_weights
 from shared_config.registry import Registry, UnknownNameError, declare, declared_names, temporary
+from shared_config.schema.adapter import AdapterConfig
+from shared_config.schema.vision import VisionEncoderConfig
 from tests.parity import additions
 from tests.parity.additions import NAME
 
@@ -295,10 +297,18 @@ def test_declarations_that_mean_nothing_are_refused() -> None:
         declare("norm", "rmsnorm", parameters=additions.norm_parameters)
     with pytest.raises(ValueError, match="must name each axis"):
         ParameterSpec((2, 3), Constant(0.0), ("embed",))
-    wrong: dict[str, Any] = {"weight": 3}
-    declare("norm", "test_wrong", parameters=lambda config: wrong)
-    with pytest.raises(ConfigError, match="must be a mapping from names to ParameterSpec"):
-        parameter_table(job("norm").model.replace(norm_type="test_wrong"))
+
+
+def test_what_a_declared_function_gives_is_checked() -> None:
+    for category in ("norm", "adapter", "vision_encoder"):
+        declare(category, "test_wrong", parameters=lambda *_: {"weight": 3})
+    for table in (
+        lambda: parameter_table(job("norm").model.replace(norm_type="test_wrong")),
+        lambda: adapter_table(AdapterConfig(type="test_wrong"), 4, 4),
+        lambda: encoder_table(VisionEncoderConfig(type="test_wrong")),
+    ):
+        with pytest.raises(ConfigError, match="must be a mapping from names to ParameterSpec"):
+            table()
 
 
 def batch_of(config: JobConfig) -> Any:
