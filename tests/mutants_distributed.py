@@ -27,6 +27,10 @@ def torch_bug(component: str, name: str, text: str, replacement: str, case: Case
 
 DISTRIBUTED_MUTANTS = (
     torch_bug(
+        "distributed.mesh", "groups of one process",
+        'if layout.size(axis) > 1 or axis == "dp_shard")', ")", DENSE,
+    ),
+    torch_bug(
         "distributed.fsdp", "gradient divided twice",
         "unit.set_gradient_divide_factor(1.0)", "unit.set_gradient_divide_factor(2.0)", DENSE,
     ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +30,11 @@ class Mesh:
     """The devices of all processes, by the axes of `Layout`.
 
     Attributes:
-        axes: the mesh with every axis.
+        axes: the mesh with the axes that are larger than 1, and "dp_shard": each opens a group of processes.
         data: this rank's row of ranks that see different micro-batches.
         tokens: this rank's row of ranks that see different tokens, of one micro-batch or of several.
-        fsdp: this rank's row of ranks among which a tensor outside the experts is split.
-        copies_and_parts: the same; where the model has copies, with a first axis over these.
+        copies_and_parts: this rank's row of ranks among which a tensor outside the experts is split; where the model
+            has copies, with a first axis over these.
         experts: the same for experts' tensors, which "ep" splits.
     """
 
@@ -40,7 +42,6 @@ class Mesh:
     axes: DeviceMesh
     data: DeviceMesh
     tokens: DeviceMesh
-    fsdp: DeviceMesh
     copies_and_parts: DeviceMesh
     experts: DeviceMesh
 
@@ -50,7 +51,7 @@ class Mesh:
         return self.data.get_local_rank()
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The ranks along an axis, this one among them."""
+        """The ranks along an axis that is larger than 1, this one among them."""
         return self.axes[axis].get_group()
 
 
@@ -66,17 +67,24 @@ def open_mesh(config: JobConfig, device: torch.device) -> Mesh | None:
         return None
     if problems := [*refusals(config), *unsupported(config, "torch")]:
         raise ConfigError(problems)
-    axes = init_device_mesh(device.type, tuple(getattr(layout, axis) for axis in MESH_AXES), mesh_dim_names=MESH_AXES)
-    data, tokens = axes[DATA_AXES]._flatten("data"), axes[TOKEN_AXES]._flatten("tokens")
-    fsdp, experts = axes["dp_shard", "ep", "cp"]._flatten("fsdp"), axes["dp_shard", "cp"]._flatten("experts")
-    return Mesh(layout, axes, data, tokens, fsdp, _with_copies(axes, fsdp), _with_copies(axes, experts))
+    names = tuple(axis for axis in MESH_AXES if layout.size(axis) > 1 or axis == "dp_shard")
+    axes = init_device_mesh(device.type, tuple(layout.size(axis) for axis in names), mesh_dim_names=names)
+    row = functools.partial(_row, layout, axes)
+    fsdp, experts = row(("dp_shard", "ep", "cp")), row(("dp_shard", "cp"))
+    return Mesh(layout, axes, row(DATA_AXES), row(TOKEN_AXES), _with_copies(axes, fsdp), _with_copies(axes, experts))
+
+
+def _row(layout: Layout, axes: DeviceMesh, names: Sequence[str]) -> DeviceMesh:
+    """One axis over several; those of size 1 make no difference."""
+    larger = tuple(name for name in names if layout.size(name) > 1)
+    return axes[larger or ("dp_shard",)]._flatten()
 
 
 def _with_copies(axes: DeviceMesh, parts: DeviceMesh) -> DeviceMesh:
     """The mesh of parts; where the model has copies, with a first axis over these."""
-    if axes["dp_replicate"].size() == 1:
+    assert axes.mesh_dim_names is not None and parts.mesh_dim_names is not None
+    if "dp_replicate" not in axes.mesh_dim_names:
         return parts
-    assert parts.mesh_dim_names is not None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Slicing a flattened dim")  # torch 2.11, of its later self
         return axes["dp_replicate", parts.mesh_dim_names[0]]

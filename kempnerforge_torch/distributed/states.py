@@ -13,7 +13,6 @@ from kempnerforge_torch.distributed.mesh import Mesh
 from kempnerforge_torch.distributed.processes import is_main
 from kempnerforge_torch.distributed.ranks import box_of, local, splits
 from kempnerforge_torch.model.state import to_numpy
-from shared_config.contract.sharding import MESH_AXES
 from shared_config.interchange.parts import Part, Parts
 from shared_config.interchange.states import numpy_dtype, whole
 
@@ -52,6 +51,6 @@ def _is_first(tensor: Tensor, mesh: Mesh) -> bool:
     return all(
         mesh.axes.get_local_rank(axis) == 0
         or any(row.issuperset(dist.get_process_group_ranks(mesh.group(axis))) for row in rows)
-        for axis in MESH_AXES
+        for axis in mesh.axes.mesh_dim_names or ()
         if axis != "pp"
     )

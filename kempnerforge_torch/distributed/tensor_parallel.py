@@ -64,9 +64,10 @@ def complete_gradients(gradients: Mapping[str, Float[Tensor, "..."]], mesh: Mesh
     """
     if mesh is None:
         return
-    shared = [local(gradient) for name, gradient in gradients.items() if "head_dim" in table[name].axes]
     whole = [local(gradient) for name, gradient in gradients.items() if fsdp_place(name, mesh, table) is None]
-    add_up(shared, mesh.group("tp"))
+    if mesh.layout.tp > 1:
+        shared = [local(gradient) for name, gradient in gradients.items() if "head_dim" in table[name].axes]
+        add_up(shared, mesh.group("tp"))
     add_up(whole, mesh.tokens.get_group())
 
 
@@ -124,20 +125,24 @@ def _some_rows(module: nn.Embedding, group: dist.ProcessGroup) -> Callable[[Tens
 
 def _spread_experts(layer: MoEMLP, mesh: Mesh) -> None:
     """Experts (R, D) -> (R, D), of which each rank has some, and of these a part of their width."""
-    matrices, apply, group = layer._matrices, layer._apply_experts, mesh.group("tp")
+    matrices = layer._matrices
 
     def own_matrices(name: str) -> Any:
         found = matrices(name)
         return local(found) if isinstance(found, Tensor) else [local(matrix) for matrix in found]
 
+    layer._matrices = own_matrices
+    if mesh.layout.tp > 1 and layer.activation is not None:
+        layer._apply_experts = _some_widths(layer._apply_experts, mesh.group("tp"))
+    if mesh.layout.ep > 1:
+        send_rows(layer, mesh.group("ep"))
+
+
+def _some_widths(apply: Callable[..., Tensor], group: dist.ProcessGroup) -> Callable[..., Tensor]:
     def applied(x_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
         return summed_over(apply(copied(x_RD, group), ends_E, complete), group)
 
-    layer._matrices = own_matrices
-    if mesh.layout.tp > 1 and layer.activation is not None:
-        layer._apply_experts = applied
-    if mesh.layout.ep > 1:
-        send_rows(layer, mesh.group("ep"))
+    return applied
 
 
 def part_of(size: int, group: dist.ProcessGroup) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.multiprocessing.spawn import start_processes
 
 from shared_config.contract.labels import IGNORED
@@ -189,7 +190,7 @@ def differences(case: Case, truth: Found, count: int = STEPS, folder: Path | Non
     own = [[data(step * every + index) for index in range(rank, every, case.shares)] for step in range(count)]
     evaluated = _numbers(trainer.evaluate(own[0]))
     found = replace(steps(trainer, own), evaluated=evaluated)
-    lines = [*_compare(found, truth), *_replicas(found.states[-1])]
+    lines = [*_compare(found, truth), *_replicas(found.states[-1]), *_alone(trainer.mesh.axes)]
     if folder is None:
         return [*lines, *_taken_over(trainer, truth.states[0])]
     parallel = importlib.import_module("kempnerforge_torch.distributed.processes")
@@ -284,6 +285,15 @@ def _replicas(state: TrainingState) -> list[str]:
     first: list[Any] = [own]
     dist.broadcast_object_list(first, src=0)
     return [f"{name}: other bits than on rank 0" for name, value in own.items() if value != first[0][name]]
+
+
+def _alone(axes: DeviceMesh) -> list[str]:
+    """Which axes open groups of one process for nothing: each has threads of its own."""
+    return [
+        f"a group of one process for {axis!r}"
+        for axis, size in zip(axes.mesh_dim_names or (), axes.shape, strict=True)
+        if size == 1 and axis != "dp_shard"
+    ]
 
 
 def _taken_over(trainer: Any, state: TrainingState) -> list[str]:
