@@ -13,6 +13,7 @@ import torch.distributed as dist
 from kempnerforge_torch.device import process_count
 from kempnerforge_torch.distributed.ranks import local
 from kempnerforge_torch.distributed.spawn import together
+from kempnerforge_torch.distributed.states import of_all_stages
 from kempnerforge_torch.model.state import get_state, own_tensors, to_numpy
 from kempnerforge_torch.training.optimizer import get_optimizer_state
 from kempnerforge_torch.training.train import Trainer
@@ -54,7 +55,8 @@ def _train_one(config: JobConfig, state: TrainingState, steps: Sequence[Sequence
 def _whole_state(trainer: Trainer) -> TrainingState:
     """The state, put together by each process from the parts that it sees."""
     tensors = (get_state(trainer.model), get_optimizer_state(trainer.optimizer, trainer.parameters))
-    weights, moments = ({name: to_numpy(one).copy() for name, one in found.items()} for found in tensors)
+    own = ({name: to_numpy(one).copy() for name, one in found.items()} for found in tensors)
+    weights, moments = (of_all_stages(found, trainer.mesh) for found in own)
     return TrainingState(trainer.updates, {name: weights[name] for name in trainer.table if name in weights}, moments)
 
 

@@ -9,6 +9,8 @@ from tests.mutants import Mutant
 
 DENSE, COPIES, SIGMOID = Case("dense", 2, {}), Case("dense", 2, {"dp_replicate": 2}), Case("sigmoid", 2, {})
 SPLIT, SPREAD = Case("dense", 2, {"tp": 2}), Case("sigmoid", 2, {"ep": 2})
+STAGES = Case("staged", 2, {"pp": 2})
+PADDED_STAGES = Case("staged", 2, {"pp": 2}, {"data": {"pack_documents": True}})
 FROZEN = "[{module = 'vision_encoder'}]"
 LATER = "[{start_step = 1, specs = [{module = 'adapter'}]}]"
 CUT, ROUTED = (Case(model, 2, {"cp": 2}, {"data": {"pack_documents": True}}) for model in ("dense", "sigmoid"))
@@ -157,6 +159,42 @@ DISTRIBUTED_MUTANTS = (
     torch_bug(
         "training.train", "what an evaluation gathered is trained, frozen or not", "        release(self.model)\n", "",
         Case("joint_decoder", 2, {}, {"vlm": {"freeze": FROZEN, "freeze_schedule": LATER}}),
+    ),
+    torch_bug(
+        "distributed.pipeline", "loss of the last stage alone",
+        '        dist.all_reduce(losses, group=self._mesh.group("pp"))\n', "", STAGES,
+    ),
+    torch_bug(
+        "distributed.pipeline", "gradients divided by the micro-batches again",
+        "scale_grads=False", "scale_grads=True", STAGES,
+    ),
+    torch_bug(
+        "distributed.pipeline", "stages in reverse",
+        "stage_layers(len(model.layers), stages)[stage]", "stage_layers(len(model.layers), stages)[stages - 1 - stage]",
+        STAGES,
+    ),
+    torch_bug(
+        "distributed.pipeline", "losses counted twice in gradients",
+        "(total / count).squeeze()", "(2 * total / count).squeeze()", STAGES,
+    ),
+    torch_bug(
+        "distributed.ranks", "stages count as copies in the norm",
+        "ranks = dist.get_world_size() // stages", "ranks = dist.get_world_size()", STAGES,
+    ),
+    torch_bug(
+        "distributed.pipeline", "loss of a micro-batch dropped",
+        "for loss in losses]", "for loss in losses[1:]]", STAGES,
+    ),
+    torch_bug(
+        "distributed.ranks", "a stage's own clip", "    dist.all_reduce(total)\n", "", STAGES,
+    ),
+    torch_bug(
+        "distributed.pipeline", "batches left over are not evaluated",
+        "range(0, len(batches), stages)", "range(0, len(batches) - stages + 1, stages)", STAGES,
+    ),
+    torch_bug(
+        "distributed.pipeline", "documents and padding of the first stage alone",
+        "**others}), return_stats", "**(others if self.model.token_embedding else {})}), return_stats", PADDED_STAGES,
     ),
 )  # fmt: skip
 

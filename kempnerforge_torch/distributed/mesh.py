@@ -50,6 +50,11 @@ class Mesh:
         """The place of this rank's micro-batches among those of all."""
         return self.data.get_local_rank()
 
+    @property
+    def rank_of_stage(self) -> int:
+        """The place of this rank among those of its pipeline stage: "pp" is the outermost axis."""
+        return dist.get_rank() % (self.layout.devices // self.layout.pp)
+
     def group(self, axis: str) -> dist.ProcessGroup:
         """The ranks along an axis that is larger than 1, this one among them."""
         return self.axes[axis].get_group()

@@ -12,6 +12,7 @@ from torch import nn
 from kempnerforge_torch.distributed.context_parallel import spread_sequences
 from kempnerforge_torch.distributed.fsdp import shard_parameters
 from kempnerforge_torch.distributed.mesh import Mesh
+from kempnerforge_torch.distributed.pipeline import keep_stage
 from kempnerforge_torch.distributed.tensor_parallel import split_tensors
 from kempnerforge_torch.training.blocks import blocks, checkpoint_activations, compile_blocks
 from kempnerforge_torch.training.mixed_precision import compute_dtype
@@ -35,6 +36,8 @@ def parallelize(
         model: on the meta device.
         dtype: of its parameters, once they have values.
     """
+    if mesh is not None and mesh.layout.pp > 1:
+        keep_stage(model, mesh)
     if mesh is not None and mesh.layout.size("ep", "tp") > 1:
         split_tensors(model, mesh, table)
     if mesh is not None and mesh.layout.cp > 1:

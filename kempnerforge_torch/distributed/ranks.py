@@ -91,22 +91,25 @@ def splits(tensor: Shaped[Tensor, "..."]) -> list[tuple[int, list[int], int]]:
     ]
 
 
-def global_norm(tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, ""]:
+def global_norm(tensors: Sequence[Float[Tensor, "..."]], stages: int = 1) -> Float[Tensor, ""]:
     """The Euclidean norm of all tensors together, in at least float32; of sharded ones with the parts of all ranks, and
     the same bits on each.
+
+    Args:
+        stages: of a pipeline, whose ranks give other tensors.
     """
     wide = [local(tensor).to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
-    if not any(isinstance(tensor, DTensor) for tensor in tensors):
+    if stages == 1 and not any(isinstance(tensor, DTensor) for tensor in tensors):
         return torch.nn.utils.get_total_norm(wide)
-    squares = [part.square().sum() / _holders(tensor) for part, tensor in zip(wide, tensors, strict=True)]
+    squares = [part.square().sum() / _holders(tensor, stages) for part, tensor in zip(wide, tensors, strict=True)]
     total = torch.stack(squares).sum()
     dist.all_reduce(total)
     return total.sqrt()
 
 
-def _holders(tensor: Tensor) -> int:
+def _holders(tensor: Tensor, stages: int) -> int:
     """How many ranks hold the same part of a tensor."""
-    ranks = dist.get_world_size()
+    ranks = dist.get_world_size() // stages
     if not isinstance(tensor, DTensor):
         return ranks
     parts = [

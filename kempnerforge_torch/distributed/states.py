@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -13,18 +14,41 @@ from kempnerforge_torch.distributed.mesh import Mesh
 from kempnerforge_torch.distributed.processes import is_main
 from kempnerforge_torch.distributed.ranks import box_of, local, splits
 from kempnerforge_torch.model.state import to_numpy
+from shared_config.contract.sharding import stage_of
 from shared_config.interchange.parts import Part, Parts
 from shared_config.interchange.states import numpy_dtype, whole
 
+AnyValue = TypeVar("AnyValue")
 
-def host_copies(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> dict[str, np.ndarray]:
-    """Copies of all tensors on the first rank, {} on others; the ranks that hold parts of one put it together."""
+
+def host_copies(tensors: Mapping[str, Shaped[Tensor, "..."]], mesh: Mesh | None) -> dict[str, np.ndarray]:
+    """Copies of all tensors, of all stages, on the first rank, {} on others; the ranks that hold parts of one put it
+    together.
+    """
     found = {}
     for name, tensor in tensors.items():
         gathered = whole(tensor.detach())
-        if is_main():
+        if mesh is None or mesh.rank_of_stage == 0:
             found[name] = to_numpy(gathered.to("cpu", copy=True))
-    return found
+    every = of_all_stages(found, mesh)
+    return every if is_main() else {}
+
+
+def of_all_stages(own: Mapping[str, AnyValue], mesh: Mesh | None) -> dict[str, AnyValue]:
+    """What the ranks along "pp" have, each of the tensors of its stage, on all of them."""
+    if mesh is None or mesh.layout.pp == 1:
+        return dict(own)
+    every: list[Mapping[str, AnyValue]] = [own] * mesh.layout.pp
+    dist.all_gather_object(every, own, group=mesh.group("pp"))
+    return {name: value for one in every for name, value in one.items()}
+
+
+def of_own_stage(every: Mapping[str, AnyValue], n_layers: int, mesh: Mesh | None) -> dict[str, AnyValue]:
+    """Of tensors, or moments of them, those that this rank's stage holds."""
+    if mesh is None or mesh.layout.pp == 1:
+        return dict(every)
+    stages, stage = mesh.layout.pp, mesh.group("pp").rank()
+    return {name: value for name, value in every.items() if stage_of(name, n_layers, stages) == stage}
 
 
 def own_parts(tensors: Mapping[str, Shaped[Tensor, "..."]], mesh: Mesh | None) -> dict[str, Parts]:

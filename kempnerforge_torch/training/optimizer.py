@@ -176,15 +176,18 @@ def set_optimizer_state(
 
 @torch.no_grad()
 def clip_by_global_norm(
-    gradients: Mapping[str, Float[Tensor, "..."]], max_norm: float
+    gradients: Mapping[str, Float[Tensor, "..."]], max_norm: float, stages: int = 1
 ) -> tuple[Mapping[str, Float[Tensor, "..."]], Float[Tensor, ""]]:
     """Scale all gradients, in place, by max_norm / max(norm, max_norm); ``max_norm`` 0 leaves them as they are.
+
+    Args:
+        stages: of a pipeline, each with the gradients of its own parameters; the norm is that of all.
 
     Returns:
         The gradients, and their Euclidean norm before, in at least float32.
     """
     tensors = list(gradients.values())
-    norm = global_norm(tensors)
+    norm = global_norm(tensors, stages)
     if max_norm > 0:
         factor = max_norm / norm.clamp(min=max_norm)
         torch._foreach_mul_([local(tensor) for tensor in tensors], factor)  # pyright: ignore[reportPrivateImportUsage]

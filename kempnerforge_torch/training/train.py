@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from kempnerforge_torch.device import find_device
-from kempnerforge_torch.distributed.context_parallel import own_part
+from kempnerforge_torch.distributed.context_parallel import CrossEntropy, own_part
 from kempnerforge_torch.distributed.fsdp import release
 from kempnerforge_torch.distributed.mesh import Mesh, open_mesh
 from kempnerforge_torch.distributed.parallelize import parallelize
+from kempnerforge_torch.distributed.pipeline import Pipeline
 from kempnerforge_torch.distributed.processes import joined, processes
 from kempnerforge_torch.distributed.ranks import Ranks
-from kempnerforge_torch.distributed.states import host_copies, own_parts
+from kempnerforge_torch.distributed.states import host_copies, of_own_stage, own_parts
 from kempnerforge_torch.distributed.tensor_parallel import complete_gradients
 from kempnerforge_torch.distributed.vocabulary import cross_entropy_of
 from kempnerforge_torch.model.balancing import balance
@@ -128,7 +129,9 @@ class Trainer:
         self.updates = 0
         self._cross_entropy = cross_entropy_of(self.mesh, config.model.vocab_size)
         fused = config.train.compile_model and self.device.type != "cpu"
-        self._objective = Objective(self.model, config, functools.partial(self._cross_entropy, fused=fused))
+        cross_entropy = functools.partial(self._cross_entropy, fused=fused)
+        self._objective = Objective(self.model, config, cross_entropy)
+        self._pipeline = _pipeline(self.model, self.mesh, self.compute_dtype, cross_entropy)
 
     def step(self, micro_batches: Sequence[Batch]) -> dict[str, Shaped[Tensor, "..."] | float]:
         """One update from the mean loss over all labels of the micro-batches.
@@ -152,7 +155,7 @@ class Trainer:
         micro_batches = with_noise_seeds(self.config, micro_batches, self.updates, self.ranks.rank, self.ranks.count)
         with step_span(self.updates), matmul_precision(self.config.train.matmul_precision):
             total_micro_batches = len(micro_batches) * self.ranks.count
-            terms = [self._differentiate(batch, max(count, 1), total_micro_batches) for batch in micro_batches]
+            terms = self._differentiate(micro_batches, max(count, 1), total_micro_batches)
             total = self.ranks.sums(summed(terms))
             norm, taken = self._update(lr, total.loss)
             balance(self.model, total.expert_counts, taken=taken)
@@ -168,10 +171,8 @@ class Trainer:
         self.model.eval()
         total, count = torch.zeros((), device=self.device), self.ranks.number(label_count(batches))
         with matmul_precision(self.config.train.matmul_precision):
-            for batch in batches:
-                inputs = self._inputs(batch)
-                output = self._call(self.model, "", {**model_inputs(inputs), "return_stats": True})
-                total = total + self._cross_entropy(output.logits, inputs["labels"])[0]
+            for loss in self._losses(batches):
+                total = total + loss
         release(self.model)
         total = self.ranks.sums(total)
         return {"loss": total / max(count, 1), "tokens": count}
@@ -181,8 +182,9 @@ class Trainer:
         and the first gets the tensors.
         """
         own = get_state(self.model)
-        weights = host_copies({name: own[name] for name in self.table if name in own})
-        return TrainingState(self.updates, weights, host_copies(get_optimizer_state(self.optimizer, self.parameters)))
+        weights = host_copies({name: own[name] for name in self.table if name in own}, self.mesh)
+        moments = host_copies(get_optimizer_state(self.optimizer, self.parameters), self.mesh)
+        return TrainingState(self.updates, weights, moments)
 
     def parts(self) -> StateParts:
         """Copies, on the host, of what this rank is to write of the state: together the ranks give each part once."""
@@ -199,10 +201,13 @@ class Trainer:
         Raises:
             UserError: names or shapes that do not fit.
         """
-        set_state(self.model, state.weights)
+        weights, optimizer = (
+            of_own_stage(tensors, self.config.model.n_layers, self.mesh) for tensors in (state.weights, state.optimizer)
+        )
+        set_state(self.model, weights)
         if state.optimizer or state.step:
             kinds = moments_of(self.config.optimizer.name)
-            moments = moments_under(self.config.vlm, self.table, state.optimizer, kinds)
+            moments = moments_under(self.config.vlm, self.table, optimizer, kinds)
             set_optimizer_state(self.optimizer, self.parameters, moments, state.step)
         self.updates = state.step
 
@@ -214,10 +219,29 @@ class Trainer:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
-    def _differentiate(self, batch: Batch, count: int, micro_batches: int) -> Terms:
-        """Add the gradient of one micro-batch's share of the loss to the masters'."""
-        inputs = {"inputs": self._inputs(batch), "count": count, "micro_batches": micro_batches}
-        return self._call(self._objective, "model.", inputs)
+    def _differentiate(self, micro_batches: Sequence[Batch], count: int, total: int) -> list[Terms]:
+        """Add the gradient of each micro-batch's share of the loss to the masters', one by one or in a pipeline.
+
+        Args:
+            count: labels of the step that count.
+            total: micro-batches of the step, of all ranks.
+        """
+        if self._pipeline is not None:
+            return self._pipeline.differentiate([self._inputs(batch) for batch in micro_batches], count)
+        step = {"count": count, "micro_batches": total}
+        return [
+            self._call(self._objective, "model.", {"inputs": self._inputs(batch), **step}) for batch in micro_batches
+        ]
+
+    def _losses(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """The summed cross entropy of each batch."""
+        if self._pipeline is not None:
+            yield from self._pipeline.losses([self._inputs(batch) for batch in batches])
+            return
+        for batch in batches:
+            inputs = self._inputs(batch)
+            output = self._call(self.model, "", {**model_inputs(inputs), "return_stats": True})
+            yield self._cross_entropy(output.logits, inputs["labels"])[0]
 
     def _call(self, module: nn.Module, prefix: str, inputs: dict[str, object]) -> Any:
         """Call a module that holds the model under ``prefix``, with the masters cast to the compute dtype."""
@@ -243,7 +267,8 @@ class Trainer:
                 master.grad = torch.zeros_like(master)
         gradients = {name: master.grad for name, master in self.parameters.items() if master.grad is not None}
         complete_gradients(gradients, self.mesh, self.table)
-        norm = clip_by_global_norm(gradients, self.config.train.grad_clip_norm)[1]
+        stages = 1 if self.mesh is None else self.mesh.layout.pp
+        norm = clip_by_global_norm(gradients, self.config.train.grad_clip_norm, stages)[1]
         taken = None
         if self.config.train.on_nonfinite == "skip":
             taken = self.ranks.all_agree(loss.isfinite() & norm.isfinite() & stays_finite(self.optimizer, lr))
@@ -288,3 +313,11 @@ def _build_model(
     model = parallelize(model, config, mesh, table, device, dtype).to_empty(device=device)
     model.init_weights_and_freqs(config.train.seed)
     return model.to(dtype), table
+
+
+def _pipeline(model: nn.Module, mesh: Mesh | None, dtype: torch.dtype, cross_entropy: CrossEntropy) -> Pipeline | None:
+    """The pipeline of a layout that has one."""
+    if mesh is None or mesh.layout.pp == 1:
+        return None
+    assert isinstance(model, Transformer)
+    return Pipeline(model, mesh, dtype, cross_entropy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from shared_config.contract.sharding import refusals, unsupported
+from shared_config.contract.sharding import has_axes, refusals, unsupported
 from shared_config.errors import ConfigError
 from shared_config.loader import parse_overrides
 from shared_config.parity.layouts import described
@@ -19,8 +19,9 @@ USUAL = (
     DistributedConfig(dp_shard=2, tp=2),
     DistributedConfig(dp_shard=2, ep=2),
     DistributedConfig(cp=2),
+    DistributedConfig(pp=2),
 )
-"""What ``--full`` compares: every axis that both backends have, on at most four devices."""
+"""What ``--full`` compares: every axis, on at most four devices."""
 
 
 def layouts_to_compare(
@@ -55,11 +56,15 @@ def layouts_to_compare(
 
 
 def reasons_against(config: JobConfig, layout: DistributedConfig) -> list[str]:
-    """Why a model can't have a layout, or a backend does not support it; a line for each reason."""
-    config = config.replace(distributed=layout)
+    """Why a model can't have a layout, or a backend that has its axes does not support it; a line for each reason.
+
+    The steps that are compared have enough micro-batches for a pipeline, whatever the config says.
+    """
+    train = dataclasses.replace(config.train, grad_accum_steps=max(config.train.grad_accum_steps, layout.pp))
+    config = config.replace(distributed=layout, train=train)
+    backends = [backend for backend in BACKENDS if has_axes(backend, layout)]
     found = [f"distributed.{line}" for line in layout.problems_on(layout.fewest_devices)]
-    found += [*refusals(config), *(line for backend in BACKENDS for line in unsupported(config, backend))]
-    return found
+    return [*found, *refusals(config), *(line for backend in backends for line in unsupported(config, backend))]
 
 
 def without_layout(overrides: Sequence[str]) -> tuple[str, ...]:

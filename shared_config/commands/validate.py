@@ -39,6 +39,7 @@ from shared_config.loader import load_config
 from shared_config.parity.checks import outcome
 from shared_config.parity.full_checks import LONG_SEQUENCE
 from shared_config.parity.layout_checks import AGREED
+from shared_config.parity.layouts import described
 from shared_config.parity.plan import BACKENDS, LAYOUTS_STAGE, Finding, Plan
 from shared_config.parity.report import write_report
 from shared_config.parity.request import DTYPES
@@ -265,6 +266,10 @@ def show(screen: Console, plan: Plan, findings: Sequence[Finding], seconds: floa
         if not comparison.equal:
             screen.rule(name)
             show_first_differences(screen, comparison)
+    for layout in plan.layouts:
+        for backend in BACKENDS:
+            if backend not in plan.backends_of(layout):
+                screen.print(f"note: {backend} has no {described(layout)}, and took its steps on 1 device")
     parameters = count_parameters(plan.config.model, plan.config.vlm)
     screen.print(f"{outcome(findings)} ({parameters:,} parameters, {seconds:.0f} s)")
     return same

@@ -18,7 +18,7 @@ from shared_config.contract.parameters import (
     parameter_groups,
     parameter_table,
 )
-from shared_config.contract.sharding import Layout, elements_held, layout_of, stage_layers
+from shared_config.contract.sharding import Layout, elements_held, layout_of, stage_of
 from shared_config.contract.vision import TowerConfig, adapter_table, encoder_table, vit_tower
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.job import JobConfig
@@ -143,12 +143,9 @@ def _stages(job: JobConfig, tower: TowerConfig | None) -> list[list[ParameterGro
     stages = job.distributed.pp
     if stages == 1:
         return [list(_job_groups(job, tower))]
-    owner = [stage for stage, layers in enumerate(stage_layers(job.model.n_layers, stages)) for _ in layers]
     found: list[list[ParameterGroup]] = [[] for _ in range(stages)]
     for name, spec in parameter_table(job.model, job.vlm).items():
-        part, _, rest = name.partition(".")
-        stage = owner[int(rest.partition(".")[0])] if part == "layers" else 0 if name == EMBEDDING else -1
-        found[stage].append(ParameterGroup(name, spec, 1))
+        found[stage_of(name, job.model.n_layers, stages)].append(ParameterGroup(name, spec, 1))
     return found
 
 

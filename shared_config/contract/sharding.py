@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from shared_config.contract.parameters import EMBEDDING
 from shared_config.contract.specs import ParameterSpec
 from shared_config.errors import ConfigError
 from shared_config.schema.distributed import DistributedConfig
@@ -32,6 +34,9 @@ TOKEN_AXES = (*DATA_AXES, "cp")
 
 RULES: Mapping[str, str] = {"vocab": "tp", "heads": "tp", "kv_heads": "tp", "mlp": "tp", "experts": "ep"}
 """Axis of a tensor -> the mesh axis that splits it. Others are split by FSDP alone."""
+
+SOME_BACKENDS: Mapping[str, tuple[str, ...]] = {"pp": ("torch",)}
+"""Mesh axes that not every backend has, with those that do."""
 
 WHOLE = frozenset({"head_dim", "routes"})
 """Axes that nothing splits: a head is computed on one device, and every device routes among all experts."""
@@ -139,6 +144,17 @@ def stage_layers(n_layers: int, pp: int) -> list[range]:
     return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
+def stage_of(name: str, n_layers: int, pp: int) -> int:
+    """The pipeline stage that holds a tensor of a text model, or a moment of it: the first has the embedding, the last
+    what follows the layers.
+    """
+    number = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    if number is None:
+        return 0 if name.endswith(EMBEDDING) else pp - 1
+    stages = enumerate(stage_layers(n_layers, pp))
+    return next((stage for stage, layers in stages if int(number[1]) in layers), pp - 1)
+
+
 def elements_held(specs: Iterable[tuple[ParameterSpec, int]], layout: Layout, *, gathered: bool = False) -> int:
     """Elements of (tensor, number of such tensors) that no device's parts exceed; ``gathered`` as for `placement`."""
     parts = (
@@ -154,13 +170,21 @@ def refusals(config: JobConfig) -> list[str]:
     return [*found, *_context_parallel(config, layout.cp), *_pipeline(config, layout.pp)]
 
 
+def has_axes(backend: str, layout: DistributedConfig) -> bool:
+    """Whether a backend has all mesh axes that a layout makes use of."""
+    return not any(getattr(layout, axis) > 1 and backend not in having for axis, having in SOME_BACKENDS.items())
+
+
 def unsupported(config: JobConfig, backend: str, platform: str = "cpu") -> list[str]:
     """Why a backend can't use a layout, in which a model could be trained, on the devices of a platform, as "cpu" or
     "gpu"; a line for each reason. (XLA can't divide cuDNN's attention where it has a part of the mesh.)
     """
-    layout, problems = config.distributed, []
-    if layout.pp > 1:
-        problems.append(f"distributed.pp = {layout.pp}: must be 1 for backend {backend}")
+    layout = config.distributed
+    problems = [
+        f"distributed.{axis} = {size}: must be 1 for backend {backend}"
+        for axis, having in SOME_BACKENDS.items()
+        if (size := getattr(layout, axis)) > 1 and backend not in having
+    ]
     tower = config.vision_encoder
     if backend == "torch" and tower is not None and tower.type == "vit" and tower.n_heads % layout.tp:
         problems.append(
@@ -209,7 +233,7 @@ def _pipeline(config: JobConfig, pp: int) -> Iterator[str]:
         yield f"distributed.pp = {pp}: must be 1 for vlm.arch = {config.vlm.arch!r}"
     if config.model.tie_embeddings:
         yield f"model.tie_embeddings = True: must be False for distributed.pp = {pp}"
+    if config.model.is_moe:
+        yield f"distributed.pp = {pp}: must be 1 for model.num_experts = {config.model.num_experts}"
     if config.train.grad_accum_steps < pp:
         yield f"train.grad_accum_steps = {config.train.grad_accum_steps}: must be at least distributed.pp = {pp}"
-    if config.data.pack_documents:
-        yield f"data.pack_documents = True: must be False for distributed.pp = {pp}"

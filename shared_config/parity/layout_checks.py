@@ -1,5 +1,5 @@
 """What `validate` says of parallel layouts: each backend in a layout against itself on one device, and the two backends
-in it against each other.
+in it against each other. (A backend that has no such layout takes part with what it does on one device.)
 
 What is compared, of `STEPS` clipped training steps in float64, and how much two tensors may differ in any place:
 
@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from shared_config.contract.moments import MOMENTS, moments_of
-from shared_config.contract.sharding import layout_of, placement
+from shared_config.contract.sharding import layout_of, placement, stage_of
 from shared_config.contract.vision import job_table
 from shared_config.contract.warm_start import without_warm_start
 from shared_config.errors import UserError
@@ -64,6 +64,8 @@ def _jobs(plan: Plan, backend: str) -> list[list[str]]:
     """One device first, then each layout."""
     jobs = []
     for place, layout in enumerate((ALONE, *plan.layouts)):
+        if backend not in plan.backends_of(layout):
+            continue
         command = trace_command(plan, backend, layout_overrides(layout, micro_batches_for(plan.layouts)))
         output = ["--output", str(plan.layout_file(backend, place))]
         jobs.append([*command, "--scenario", LAYOUT, "--dtype", "float64", "--no-deltas", *output])
@@ -73,10 +75,12 @@ def _jobs(plan: Plan, backend: str) -> list[list[str]]:
 def _judge(plan: Plan) -> Iterator[Finding]:
     alone = {backend: _trace(plan, backend, ALONE, 0) for backend in BACKENDS}
     for place, layout in enumerate(plan.layouts, 1):
-        found, title = {backend: _trace(plan, backend, layout, place) for backend in BACKENDS}, described(layout)
-        for backend in BACKENDS:
-            yield from _same(title, found[backend], alone[backend], backend)
-            yield from _by_themselves(title, found[backend], config_of(plan, layout))
+        title = described(layout)
+        found = {backend: _trace(plan, backend, layout, place) for backend in plan.backends_of(layout)}
+        for backend, trace in found.items():
+            yield from _same(title, trace, alone[backend], backend)
+            yield from _by_themselves(title, trace, config_of(plan, layout))
+        found = alone | found
         yield from _same(title, found["jax"], found["torch"])
 
 
@@ -244,11 +248,11 @@ def _by_themselves(check: str, trace: Trace, config: JobConfig) -> Iterator[Find
 def most_held(config: JobConfig) -> int:
     """Elements of the model that no device holds more of; an axis that is not divided evenly may stay whole."""
     mesh = layout_of(config.distributed, config.distributed.fewest_devices)
-    total = 0
-    for spec in job_table(config, tower_of(config)).values():
-        parts = placement(spec, mesh).shards(mesh)
-        total += math.prod(size if size % n else size // n for size, n in zip(spec.shape, parts, strict=True))
-    return total
+    held = [0] * mesh.pp
+    for name, spec in job_table(config, tower_of(config)).items():
+        parts, stage = placement(spec, mesh).shards(mesh), stage_of(name, config.model.n_layers, mesh.pp)
+        held[stage] += math.prod(size if size % n else size // n for size, n in zip(spec.shape, parts, strict=True))
+    return max(held)
 
 
 register(Check("layouts", _jobs, _judge, stage=LAYOUTS_STAGE, layouts=True))

@@ -28,7 +28,7 @@ from shared_config.training.trainer import Batch
 
 LAYOUT = "layout"
 """What the command `trace` calls these steps."""
-MOST = 4
+MOST = 5
 """How many layouts are compared at a time."""
 STEPS, CLIP = 3, 0.1
 """How many, and the norm that gradients are clipped to: far below that of a gradient, so that every step is clipped."""
@@ -90,8 +90,9 @@ def layout_overrides(layout: DistributedConfig, micro_batches: int) -> list[str]
 
 
 def micro_batches_for(layouts: Sequence[DistributedConfig]) -> int:
-    """Of a step: as many for each data rank of each layout, and more than one."""
-    return 2 * math.lcm(*(layout_of(layout, layout.fewest_devices).data_ranks for layout in layouts))
+    """Of a step: as many for each data rank of each layout, more than one, and for each pipeline stage one."""
+    own = max((layout.pp for layout in layouts), default=1)
+    return max(2, own) * math.lcm(*(layout_of(layout, layout.fewest_devices).data_ranks for layout in layouts))
 
 
 def described(layout: DistributedConfig) -> str:

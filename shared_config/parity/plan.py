@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shared_config.contract.sharding import has_axes
 from shared_config.contract.warm_start import without_warm_start
 from shared_config.parity.compare import TOLERANCES, Comparison
 from shared_config.parity.layouts import LAYOUT, MOST
@@ -97,6 +98,10 @@ class Plan:
     def devices(self) -> int:
         """Of the largest layout."""
         return max((layout.fewest_devices for layout in self.layouts), default=1)
+
+    def backends_of(self, layout: DistributedConfig) -> tuple[str, ...]:
+        """Those that have such a layout."""
+        return tuple(backend for backend in BACKENDS if has_axes(backend, layout))
 
     @property
     def checks(self) -> list[Check]:

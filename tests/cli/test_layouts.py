@@ -44,8 +44,11 @@ REFUSED = {
         ["debug_moe", "--distributed.dp_shard=3", "--distributed.ep=2"],
         "distributed.ep = 2: must divide dp_shard = 3",
     ),
-    "pipelines in torch": (["debug", "--distributed.pp=2"], "distributed.pp = 2: must be 1 for backend torch"),
-    "pipelines in JAX": (["debug", "--distributed.pp=2"], "distributed.pp = 2: must be 1 for backend jax"),
+    "stages of experts": (
+        ["debug_moe", "--distributed.pp=2"],
+        "distributed.pp = 2: must be 1 for model.num_experts = ",
+    ),
+    "more stages than layers": (["debug", "--distributed.pp=5"], "distributed.pp = 5: must be at most model.n_layers"),
     "heads of a tower": (
         ["debug_vlm_mot", "--distributed.tp=2", "--vision_encoder.n_heads=3", "--vision_encoder.feature_dim=48"],
         "distributed.tp = 2: must divide vision_encoder.n_heads = 3 for backend torch",
@@ -66,11 +69,12 @@ def test_what_can_not_be_is_refused_before_anything_starts(
 
 
 def test_the_usual_layouts_are_those_that_a_model_allows() -> None:
-    hybrid, split, experts, context = USUAL
-    assert usual("debug") == (hybrid, split, context)
+    hybrid, split, experts, context, staged = USUAL
+    assert usual("debug") == (hybrid, split, context, staged)
     assert usual("debug_moe") == (hybrid, split, experts, context)
     assert usual("debug_vlm_mot") == (hybrid, split)
-    assert usual("debug", "--model.n_kv_heads=1") == (hybrid, context)
+    assert usual("debug", "--model.n_kv_heads=1") == (hybrid, context, staged)
+    assert usual("debug", "--model.tie_embeddings=true") == (hybrid, split, context)
     assert usual("debug", device="cuda") == ()
     assert usual("debug", full=False) == ()
     assert len(USUAL) <= MOST

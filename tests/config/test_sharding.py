@@ -21,6 +21,7 @@ from shared_config.contract.sharding import (
     placement,
     refusals,
     stage_layers,
+    stage_of,
 )
 from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.errors import ConfigError
@@ -146,6 +147,17 @@ def test_stages_share_the_layers(n_layers: int, pp: int) -> None:
     assert sizes[0] - sizes[-1] <= 1
 
 
+@pytest.mark.parametrize("pp", [1, 2, 3, 4])
+def test_every_tensor_of_a_text_model_is_on_the_stage_of_its_layer(pp: int) -> None:
+    model = load_config("debug").model
+    stages = stage_layers(model.n_layers, pp)
+    for name in parameter_table(model):
+        part, _, rest = name.partition(".")
+        layer = {"layers": rest.partition(".")[0], "token_embedding": 0}.get(part, model.n_layers - 1)
+        assert int(layer) in stages[stage_of(name, model.n_layers, pp)]
+        assert stage_of(f"m.{name}", model.n_layers, pp) == stage_of(name, model.n_layers, pp)
+
+
 REFUSED: tuple[tuple[str, dict[str, int], list[str], str], ...] = (
     ("debug", {"tp": 3}, [], "distributed.tp = 3: must divide model.n_heads"),
     ("debug", {"tp": 2}, ["--model.ffn_hidden_dim=131"], "distributed.tp = 2: must divide model.ffn_hidden_dim = 131"),
@@ -168,7 +180,7 @@ REFUSED: tuple[tuple[str, dict[str, int], list[str], str], ...] = (
     ("debug", {"pp": 2}, ["--train.grad_accum_steps=1", "--model.tie_embeddings=false"],
      "train.grad_accum_steps = 1: must be at least distributed.pp = 2"),
     ("debug", {"pp": 2}, ["--model.tie_embeddings=true"], "model.tie_embeddings = True: must be False"),
-    ("debug", {"pp": 2}, ["--data.pack_documents=true"], "data.pack_documents = True: must be False"),
+    ("debug_moe", {"pp": 2}, [], "distributed.pp = 2: must be 1 for model.num_experts = "),
     ("debug", {"pp": 99}, [], "distributed.pp = 99: must be at most model.n_layers"),
     ("debug_vlm_joint_decoder", {"pp": 2}, [], "distributed.pp = 2: must be 1 for vlm.arch = 'joint_decoder'"),
 )  # fmt: skip
@@ -186,7 +198,7 @@ def test_layouts_that_can_not_be(preset: str, layout: dict[str, int], changes: l
     ("preset", "layout", "changes"),
     [
         ("debug", {"tp": 2}, ["--model.vocab_size=257"]),
-        ("debug", {"pp": 2}, ["--train.grad_accum_steps=2", "--model.tie_embeddings=false"]),
+        ("debug", {"pp": 2}, ["--train.grad_accum_steps=2", "--data.pack_documents=true"]),
         ("debug_moe", {"ep": 2}, ["--model.moe_packed_experts=true"]),
         ("debug_moe", {"cp": 4}, ["--model.moe_capacity_factor=0"]),
         ("debug_vlm_mot", {"dp_shard": 8}, []),

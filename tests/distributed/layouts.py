@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import multiprocessing
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from shared_config.contract.labels import IGNORED
 from shared_config.data import open_data
-from shared_config.errors import ConfigError
+from shared_config.errors import ConfigError, UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.parts import Box, Parts, StateParts
@@ -33,6 +34,8 @@ from tests.jobs import EXPERTS, draw_batch, tiny_job
 from tests.mutants import Mutant, planted
 
 STEPS, MICRO_BATCHES = 3, 2
+EVALUATED = 3
+"""Batches of each rank: more than the stages of a pipeline of two, and left over."""
 AGREED = 1e-10
 """Of the largest value of a tensor, or of `FLOORS`."""
 FLOORS = {"weights": 1e-3, "optimizer": 1e-6}
@@ -40,6 +43,7 @@ FLOORS = {"weights": 1e-3, "optimizer": 1e-6}
 of its rounding: the floor of weights is about how far a step moves one.
 """
 DENSE = {"tie_embeddings": True, "attention_bias": True, "n_heads": 4, "n_kv_heads": 4}
+STAGED = {**DENSE, "tie_embeddings": False, "n_layers": 5}
 SIGMOID = {**EXPERTS, "moe_shared_experts": 1, "num_experts": 4, "moe_frequency": 1, "n_heads": 4, "n_kv_heads": 4}
 SOFTMAX = {**SIGMOID, "moe_router": "softmax_topk", "moe_sequence_aux_loss_weight": 0.0, "moe_aux_loss_weight": 0.1}
 LIMITED = {**SOFTMAX, "moe_capacity_factor": 0.6, "moe_gradient_scale": True, "moe_shared_experts": 0}
@@ -47,6 +51,7 @@ APART = {**SIGMOID, "moe_packed_experts": False}
 SCALED = {**SOFTMAX, "moe_gradient_scale": True}
 MODELS = {
     "dense": DENSE,
+    "staged": STAGED,
     "sigmoid": SIGMOID,
     "softmax": SOFTMAX,
     "limited": LIMITED,
@@ -86,16 +91,21 @@ class Case:
     def key(self) -> str:
         """Names what one device does, whatever the layout."""
         options = [f"{part}.{name}={value}" for part, fields in self.options.items() for name, value in fields.items()]
-        return f"{self.model}-{self.shares}-{sorted(options)}"
+        return f"{self.model}-{self.shares}-{self.micro_batches}-{sorted(options)}"
 
     @property
     def shares(self) -> int:
         """How many ranks see different micro-batches."""
-        return self.ranks // (self.layout.get("tp", 1) * self.layout.get("cp", 1))
+        return self.ranks // math.prod(self.layout.get(axis, 1) for axis in ("tp", "cp", "pp"))
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, of each of these ranks."""
+        return max(MICRO_BATCHES, self.layout.get("pp", 1))
 
     def job(self, layout: Mapping[str, int]) -> JobConfig:
         if self.model in MODELS:
-            sections = {"train": {"grad_accum_steps": MICRO_BATCHES}, "distributed": layout}
+            sections = {"train": {"grad_accum_steps": self.micro_batches}, "distributed": layout}
             for name, fields in self.options.items():
                 sections[name] = {**sections.get(name, {}), **fields}
             return tiny_job({**MODELS[self.model], **sections.pop("model", {})}, **sections)
@@ -174,9 +184,9 @@ def on_one_device(case: Case) -> Found:
     """What the layout has to do, with the micro-batches of all ranks."""
     job = case.job({})
     data = _batches(job)
-    count = MICRO_BATCHES * case.shares
+    count = case.micro_batches * case.shares
     trainer, batches = _trainer(job), [[data(step * count + index) for index in range(count)] for step in range(STEPS)]
-    evaluated = _numbers(trainer.evaluate(batches[0]))
+    evaluated = _numbers(trainer.evaluate([data(index) for index in range(EVALUATED * case.shares)]))
     return replace(steps(trainer, batches), evaluated=evaluated)
 
 
@@ -186,9 +196,10 @@ def differences(case: Case, truth: Found, count: int = STEPS, folder: Path | Non
     """
     job = case.job(case.layout)
     trainer, data = _trainer(job), _batches(job)
-    rank, every = trainer.ranks.rank, MICRO_BATCHES * case.shares
+    rank, every = trainer.ranks.rank, case.micro_batches * case.shares
     own = [[data(step * every + index) for index in range(rank, every, case.shares)] for step in range(count)]
-    evaluated = _numbers(trainer.evaluate(own[0]))
+    held_out = [data(index) for index in range(rank, EVALUATED * case.shares, case.shares)]
+    evaluated = _numbers(trainer.evaluate(held_out))
     found = replace(steps(trainer, own), evaluated=evaluated)
     lines = [*_compare(found, truth), *_replicas(found.states[-1]), *_alone(trainer.mesh.axes)]
     if folder is None:
@@ -224,11 +235,13 @@ def whole_state(trainer: Any) -> TrainingState:
     """The state, put together on every rank from the parts that it sees."""
     state = importlib.import_module("kempnerforge_torch.model.state")
     optimizer = importlib.import_module("kempnerforge_torch.training.optimizer")
+    states = importlib.import_module("kempnerforge_torch.distributed.states")
     moments = optimizer.get_optimizer_state(trainer.optimizer, trainer.parameters)
-    weights, kept = (
+    own = (
         {name: state.to_numpy(tensor).copy() for name, tensor in tensors.items()}
         for tensors in (state.get_state(trainer.model), moments)
     )
+    weights, kept = (states.of_all_stages(tensors, trainer.mesh) for tensors in own)
     return TrainingState(trainer.updates, weights, kept)
 
 
@@ -297,8 +310,11 @@ def _alone(axes: DeviceMesh) -> list[str]:
 
 
 def _taken_over(trainer: Any, state: TrainingState) -> list[str]:
-    """Which tensors of another's state a trainer does not have the bits of, after it has loaded it."""
-    trainer.load_state(state)
+    """Which tensors of another's state a trainer does not have the bits of, after it has loaded it; or why it can't."""
+    try:
+        trainer.load_state(state)
+    except UserError as error:
+        return str(error).splitlines()
     return _bits(whole_state(trainer), state)
 
 

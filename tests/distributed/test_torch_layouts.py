@@ -33,6 +33,8 @@ BY_DAY = (
     Case("sigmoid", 4, {"ep": 2, "tp": 2}),
     Case("dense", 4, {"cp": 2, "tp": 2}, WINDOW),
     Case("limited", 4, {"ep": 2, "dp_replicate": 2}),
+    Case("staged", 2, {"pp": 2}, DOCUMENTS),
+    Case("staged", 4, {"pp": 2, "tp": 2}),
 )
 BY_NIGHT = (
     *(Case(model, 2, {}) for model in ("dense", "sigmoid", "apart")),
@@ -49,6 +51,12 @@ BY_NIGHT = (
     Case("dense", 4, {"cp": 4}, {"train": {"seq_len": 12}}),
     Case("sigmoid", 4, {"cp": 2, "ep": 2}, WINDOW),
     Case("sigmoid", 4, {"cp": 2, "dp_replicate": 2}),
+    Case("staged", 2, {"pp": 2}, {**WINDOW, **SKIPPING}),
+    Case("staged", 2, {"pp": 2}, {"train": {"compile_model": True, "activation_checkpointing": "selective"}}),
+    Case("staged", 4, {"pp": 4}),
+    Case("staged", 4, {"pp": 2}, DOCUMENTS),
+    Case("staged", 4, {"pp": 2, "cp": 2}, DOCUMENTS),
+    Case("staged", 4, {"pp": 2, "dp_replicate": 2}),
 )
 CASES = (*BY_DAY, *BY_NIGHT) if NIGHTLY else BY_DAY
 MUTANTS = DISTRIBUTED_MUTANTS if NIGHTLY else DISTRIBUTED_MUTANTS[::2]
@@ -60,8 +68,10 @@ REFUSED = (
     (Case("apart", 2, {"ep": 2}), "model.moe_packed_experts = False: must be True for distributed.ep = 2"),
     (Case("limited", 2, {"cp": 2}), "model.moe_capacity_factor = 0.6: must be 0 for distributed.cp = 2"),
     (Case("moma", 2, {"cp": 2}), "distributed.cp = 2: must be 1 for vlm.arch = 'moma'"),
-    (Case("dense", 2, {"pp": 2}, {"train": {"grad_accum_steps": 2}}),
-     "distributed.pp = 2: must be 1 for backend torch"),
+    (Case("dense", 2, {"pp": 2}), "model.tie_embeddings = True: must be False for distributed.pp = 2"),
+    (Case("softmax", 2, {"pp": 2}), "distributed.pp = 2: must be 1 for model.num_experts = 4"),
+    (Case("staged", 2, {"pp": 2}, {"train": {"grad_accum_steps": 1}}),
+     "train.grad_accum_steps = 1: must be at least distributed.pp = 2"),
     (Case("mot", 2, {"tp": 2}, {"vision_encoder": {"n_heads": 3}}),
      "distributed.tp = 2: must divide vision_encoder.n_heads = 3 for backend torch"),
     (Case("dense", 2, {"dp_shard": 4}),

@@ -115,6 +115,7 @@ def test_where_one_of_them_is_killed_others_continue(
 def test_a_layout_that_does_not_fit_is_refused_by_every_rank(folder: Path) -> None:
     done = torchrun(folder, "train", "job.toml", "--backend=torch", "--output=bad", "--distributed.pp=2")
     assert done.returncode != 0
-    assert done.stderr.count("kempnerforge: distributed.pp = 2: must be 1") == 1
-    assert done.stderr.count("kempnerforge: rank 1: distributed.pp = 2: must be 1") == 1
+    said = "train.grad_accum_steps = 1: must be at least distributed.pp = 2"
+    assert done.stderr.count(f"kempnerforge: {said}") == 1
+    assert done.stderr.count(f"kempnerforge: rank 1: {said}") == 1
     assert not (folder / "bad").exists()
