@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from shared_config.contract.sharding import Layout
+
 
 class FactMutant(NamedTuple):
     """One wrong fact, and the test that has to see it.
@@ -39,6 +41,10 @@ FOREIGN, KEYS = "interchange.huggingface_config", "interchange.huggingface_keys"
 PIXELS = "interchange.preprocessor"
 SCHEDULES = "config.test_bias_schedule.test_schedules_of_the_bias"
 CAPACITY = "config.test_capacity.test_the_capacity_of_a_layer_is_exact"
+ON_PAPER = "config.test_scale.test"
+SENT, SCALE, KEPT = "contract.traffic", "contract.scale", "contract.activations"
+LAYER_KEEPS = "torch.test_activations.test_a_layer_keeps_what_the_model_of_costs_says"
+NEAR = f"{ON_PAPER}_the_link_that_a_collective_needs"
 
 FACT_MUTANTS = (
     # Parameters
@@ -243,4 +249,70 @@ FACT_MUTANTS = (
     FactMutant(
         "contract.capacity", "        return None\n", "        return max(1, tokens // num_experts)\n", CAPACITY
     ),
+    # Costs of layouts
+    FactMutant(
+        SENT,
+        "ranks * (2 * blocks + rest)",
+        "ranks * (blocks + rest)",
+        f"{ON_PAPER}_fsdp_moves_three_times_the_parameters",
+    ),
+    FactMutant(
+        SENT,
+        "(blocks + rest) * FLOAT32",
+        "(2 * blocks + rest) * FLOAT32",
+        f"{ON_PAPER}_fsdp_moves_three_times_the_parameters",
+    ),
+    FactMutant(
+        SENT,
+        'ways = 2 if self.kind == "all-reduce" else 1',
+        "ways = 1",
+        f"{ON_PAPER}_the_bytes_of_tensor_parallelism_by_hand",
+    ),
+    FactMutant(
+        SENT,
+        'in ("heads", "kv_heads", "mlp"))',
+        'in ("heads", "mlp"))',
+        f"{ON_PAPER}_the_bytes_of_tensor_parallelism_by_hand",
+    ),
+    FactMutant(
+        SENT, "self.moe_layers * 2 * (2 + self.again)", "self.moe_layers * 2", f"{ON_PAPER}_the_rows_of_experts_by_hand"
+    ),
+    FactMutant(SENT, '("pp",), 2, 2 * size)', '("pp",), 1, size)', f"{ON_PAPER}_a_pipeline_idles_as_its_paper_says"),
+    FactMutant(
+        SCALE,
+        "bubble=(layout.pp - 1) / micro_batches",
+        "bubble=(layout.pp - 1) / (micro_batches + layout.pp - 1)",
+        f"{ON_PAPER}_a_pipeline_idles_as_its_paper_says",
+    ),
+    FactMutant(
+        SCALE,
+        "min(layout.pp, job.train.grad_accum_steps)",
+        "job.train.grad_accum_steps",
+        f"{ON_PAPER}_a_pipeline_idles_as_its_paper_says",
+    ),
+    FactMutant(SCALE, "times = 4 if", "times = 3 if", f"{ON_PAPER}_what_recomputation_saves_and_costs", ("llama3_8b",)),
+    FactMutant(
+        SCALE,
+        "<= hardware.node",
+        "<= 8 * hardware.node",
+        NEAR,
+        (Layout(tp=16), ("tp",), "all-gather", 15e9 / 50e9 + 5e-6 + 14 * 2e-6),
+    ),
+    FactMutant(
+        SCALE,
+        "hardware.node // stride",
+        "hardware.node",
+        NEAR,
+        (Layout(dp_shard=16, tp=8), ("dp_shard",), "reduce-scatter", 15e9 / 50e9 + 15 * 5e-6),
+    ),
+    FactMutant(
+        KEPT,
+        "3 * queries + 2 * keys * layout.cp",
+        "2 * queries + 2 * keys * layout.cp",
+        LAYER_KEEPS,
+        ("grouped heads", "fp32"),
+    ),
+    FactMutant(KEPT, '2 if model.activation == "silu" else 1', "2", LAYER_KEEPS, ("not gated", "fp32")),
+    FactMutant(KEPT, "(2 + parts) * model.dim", "2 * model.dim", LAYER_KEEPS, ("experts", "bf16")),
+    FactMutant(KEPT, "own_input = int(number != FLOAT32)", "own_input = 0", LAYER_KEEPS, ("experts", "bf16")),
 )

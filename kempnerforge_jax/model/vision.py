@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Shaped
 
 from kempnerforge_jax.model.attention import attend
@@ -161,7 +162,8 @@ class VisionTower(VisionEncoder):
         self.pre_norm = LayerNorm(tower.dim, tower.norm_eps, rngs=rngs) if tower.pre_norm else None
         self.layers = Numbered({str(i): VisionBlock(tower, rngs=rngs) for i in range(tower.n_layers)})
         self.norm = LayerNorm(tower.dim, tower.norm_eps, rngs=rngs) if tower.final_norm else None
-        if folder or rngs is not None:
+        is_abstract = isinstance(self.position_embedding.weight.get_value(), Tracer)
+        if rngs is not None or (folder and not is_abstract):
             self.init_weights(rngs=rngs)
 
     def init_weights(self, seed: int | None = None, *, rngs: nnx.Rngs | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from shared_config.commands.common import add_config, console, positive
+from shared_config.commands.scale import STEP_TOKENS, WORLD_SIZES, costs_of, scale_page, traffic_of
 from shared_config.contract.counts import (
     BFLOAT16,
     count_active_parameters,
@@ -21,6 +23,7 @@ from shared_config.contract.counts import (
 )
 from shared_config.contract.decoding import PREFILL_CHUNK
 from shared_config.contract.parameters import aliases, parameter_groups
+from shared_config.contract.scale import HARDWARE, Hardware, cost_of, parse_hardware
 from shared_config.contract.sharding import refusals
 from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.contract.vision import TowerConfig
@@ -45,7 +48,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=None,
         metavar="N",
-        help="devices (default: as few as the layout needs)",
+        help="devices (default: as few as the layout needs; with --scale, 1,024 to 16,384)",
+    )
+    parser.add_argument(
+        "--scale", action="store_true", help="print instead what the fastest layouts cost on many devices, on paper"
+    )
+    parser.add_argument(
+        "--hardware",
+        default="h100",
+        metavar="NAME,FIELD=VALUE",
+        help=f"for costs on paper: {', '.join(HARDWARE)}, or settings as h100,memory=96e9 (fields: "
+        f"{', '.join(field.name for field in dataclasses.fields(Hardware))})",
+    )
+    parser.add_argument(
+        "--step-tokens",
+        type=positive,
+        default=STEP_TOKENS,
+        metavar="N",
+        help=f"with --scale, tokens of a step on all devices (default: {STEP_TOKENS:,})",
     )
 
 
@@ -58,13 +78,18 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         console().print(presets())
         return 0
     config = load_config(options.config, overrides)
+    screen, hardware = console(), parse_hardware(options.hardware)
+    if options.scale:
+        sizes = WORLD_SIZES if options.world_size is None else (options.world_size,)
+        for table in scale_page(config, sizes, hardware, options.step_tokens):
+            screen.print(table)
+        return 0
     world_size = smallest_world_size(config) if options.world_size is None else options.world_size
     config.validate(world_size)
     if problems := refusals(config):
         raise ConfigError(problems)
     print(resolved_toml(config))
-    screen = console()
-    for table in tables(config, world_size):
+    for table in tables(config, world_size, hardware):
         screen.print(table)
     return 0
 
@@ -80,11 +105,15 @@ def presets() -> Table:
     return table
 
 
-def tables(config: JobConfig, world_size: int) -> Iterator[RenderableType]:
-    """Parameters, counts, and memory."""
+def tables(config: JobConfig, world_size: int, hardware: Hardware) -> Iterator[RenderableType]:
+    """Parameters, counts, and memory; of a text model on several devices also what a step costs on paper."""
     yield parameters_of(config)
     yield counts_of(config)
     yield memory_of(config, world_size)
+    if config.vlm is None and world_size > 1:
+        cost = cost_of(config, world_size, hardware)
+        yield traffic_of(cost, hardware)
+        yield costs_of(cost, hardware)
 
 
 def resolved_toml(config: JobConfig) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -19,6 +20,7 @@ from shared_config.contract.parameters import (
     parameter_table,
 )
 from shared_config.contract.sharding import Layout, elements_held, layout_of, stage_of
+from shared_config.contract.specs import ParameterSpec
 from shared_config.contract.vision import TowerConfig, adapter_table, encoder_table, vit_tower
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.job import JobConfig
@@ -107,7 +109,12 @@ class TrainingMemory:
         return self.parameters + self.gradients + self.optimizer + self.compute_copy
 
 
-def training_memory(job: JobConfig, world_size: int = 1, tower: TowerConfig | None = None) -> TrainingMemory:
+def training_memory(
+    job: JobConfig,
+    world_size: int = 1,
+    tower: TowerConfig | None = None,
+    stages: Sequence[Sequence[ParameterGroup]] | None = None,
+) -> TrainingMemory:
     """Bytes per device of float32 masters, gradients, the optimiser's moments, and the bfloat16 copy of one layer at
     work or, where nothing is sharded, of all; each of them on the device that holds most.
 
@@ -117,36 +124,38 @@ def training_memory(job: JobConfig, world_size: int = 1, tower: TowerConfig | No
 
     Args:
         tower: of an encoder whose config does not describe it.
+        stages: what `stage_groups` gives for the job; None: it is found here.
 
     Raises:
         ConfigError: a layout for another number of devices.
     """
     layout = layout_of(job.distributed, world_size)
-    stages = _stages(job, tower)
+    stages = stage_groups(job, tower) if stages is None else stages
     names = {group.name for stage in stages for group in stage}
     frozen = set() if job.vlm is None else _never_trained(names, job.vlm)
     trained = [[group for group in stage if group.name not in frozen] for stage in stages]
-    layer = max(_held(_narrowed(layer), layout, gathered=True) for layer in layer_groups(job.model, job.vlm))
+    layer = max(held_elements(_narrowed(layer), layout, gathered=True) for layer in layer_groups(job.model, job.vlm))
     is_sharded = layout.size("dp_shard", "ep", "cp") > 1
-    copied = layer if is_sharded else max(_held(_narrowed(stage), layout, gathered=True) for stage in stages)
-    gradients = max(_held(stage, layout) for stage in trained) * FLOAT32
+    copied = layer if is_sharded else max(held_elements(_narrowed(stage), layout, gathered=True) for stage in stages)
+    gradients = max(held_elements(stage, layout) for stage in trained) * FLOAT32
     return TrainingMemory(
-        parameters=max(_held(stage, layout) for stage in stages) * FLOAT32,
+        parameters=max(held_elements(stage, layout) for stage in stages) * FLOAT32,
         gradients=gradients,
         optimizer=len(moments_of(job.optimizer.name)) * gradients,
         compute_copy=copied * BFLOAT16 if job.train.mixed_precision == "bf16" else 0,
     )
 
 
-def _stages(job: JobConfig, tower: TowerConfig | None) -> list[list[ParameterGroup]]:
-    """The tensors of each pipeline stage."""
+def stage_groups(job: JobConfig, tower: TowerConfig | None = None) -> list[list[ParameterGroup]]:
+    """The tensors of each pipeline stage, those of its layers together where they are alike."""
     stages = job.distributed.pp
     if stages == 1:
         return [list(_job_groups(job, tower))]
-    found: list[list[ParameterGroup]] = [[] for _ in range(stages)]
+    found: list[Counter[tuple[str, ParameterSpec]]] = [Counter() for _ in range(stages)]
     for name, spec in parameter_table(job.model, job.vlm).items():
-        found[stage_of(name, job.model.n_layers, stages)].append(ParameterGroup(name, spec, 1))
-    return found
+        alike = re.sub(r"^layers\.\d+", "layers.*", name)
+        found[stage_of(name, job.model.n_layers, stages)][alike, spec] += 1
+    return [[ParameterGroup(name, spec, copies) for (name, spec), copies in stage.items()] for stage in found]
 
 
 def _job_groups(job: JobConfig, tower: TowerConfig | None) -> Iterator[ParameterGroup]:
@@ -168,7 +177,7 @@ def _never_trained(names: Iterable[str], vlm: VLMConfig) -> set[str]:
     return never_trained(names, vlm.freeze, vlm.freeze_schedule, vlm.module_patterns)
 
 
-def _held(groups: Iterable[ParameterGroup], layout: Layout, *, gathered: bool = False) -> int:
+def held_elements(groups: Iterable[ParameterGroup], layout: Layout, *, gathered: bool = False) -> int:
     """Elements of a device; buffers do not count."""
     tensors = [(group.spec, group.copies) for group in groups if not group.spec.is_buffer]
     return elements_held(tensors, layout, gathered=gathered)
@@ -198,7 +207,7 @@ def _expert_share(config: ModelConfig, vlm: VLMConfig | None) -> Fraction:
 def _active(groups: Iterable[ParameterGroup], share: Fraction) -> int:
     routed, always = [], []
     for group in groups:
-        (routed if _is_routed_expert(group.name) else always).append(group)
+        (routed if is_routed_expert(group.name) else always).append(group)
     return _size(always) + int(_size(routed) * share)
 
 
@@ -206,5 +215,6 @@ def _size(groups: Iterable[ParameterGroup]) -> int:
     return sum(group.size for group in groups if not group.spec.is_buffer)
 
 
-def _is_routed_expert(name: str) -> bool:
+def is_routed_expert(name: str) -> bool:
+    """Whether a tensor is one of the experts that a router chooses among."""
     return re.search(r"\.experts\.[\d{]", name) is not None or name.endswith((".gate_w", ".up_w", ".down_w"))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -27,6 +28,7 @@ from transformers import (
 
 from kempnerforge_jax.model import hooks as jax_hooks
 from kempnerforge_jax.model import state as jax_state
+from kempnerforge_jax.model.module import named_variables
 from kempnerforge_jax.model.vision import build_vision_encoder as build_jax
 from kempnerforge_torch.model import hooks as torch_hooks
 from kempnerforge_torch.model.vision import build_vision_encoder as build_torch
@@ -223,6 +225,18 @@ def test_folders_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no weights"):
         build_torch(config)
     assert model.config.model_type == "clip_vision_model"
+
+
+def test_a_tower_without_arrays_needs_no_weights(tmp_path: Path) -> None:
+    """So that a step is compiled ahead of time without them."""
+    _, config = saved(tmp_path, "siglip2")
+    (tmp_path / "model.safetensors").unlink()
+    shapes = {name: spec.shape for name, spec in tower_table(read_tower(tmp_path, "siglip2")).items()}
+    with torch.device("meta"):
+        in_torch = build_torch(config)
+    assert {name: tuple(tensor.shape) for name, tensor in in_torch.state_dict().items()} == shapes
+    in_jax = nnx.eval_shape(lambda: build_jax(config, rngs=None))
+    assert {name: variable.get_value().shape for name, variable in named_variables(in_jax)} == shapes
 
 
 def test_names_of_all_tensors_are_those_of_transformers(tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""What a device keeps of a micro-batch for the backward pass of PyTorch, and what its logits take.
+
+Of a layer PyTorch keeps, in numbers of a token, each in the dtype of the arithmetic unless float32 is said:
+
+    none        of norms 4 D + 2 float32, and their outputs, 2 D; queries, keys, values, output, and that in rows,
+                3 Q + 2 K, and H float32; 4 F of a gated feed-forward part, 2 F of another; of norms of heads
+                2 (Q + K) + H + G float32; with experts 4 F of each, their inputs, k D, and float32 of rows that are
+                weighed, of the router's input, logits and scores, and of assignments: (k + 1) D + 2 E + 8 k
+    selective   D, and what matrix products and attention give: Q + 2 K, Q + H float32, D; 2 F + D of each feed-forward
+                part, F + D of one that isn't gated; with experts E float32
+    full        D, the layer's input
+
+D model dim, H heads and G key/value heads, Q and K their widths, F hidden width, k of E experts for a token. tp divides
+all but D and E; cp divides the tokens, but "none" keeps the keys and values of all. (Korthikanti et al. 2022,
+arXiv:2205.05198, count another architecture in this way.) The norms are RMSNorm. Compiled blocks keep less than "none".
+"""
+
+from __future__ import annotations
+
+from shared_config.contract.counts import BFLOAT16, FLOAT32
+from shared_config.contract.sharding import Layout
+from shared_config.schema.job import JobConfig
+
+WIDENED = 2**26
+"""Logits that the loss widens at a time where the vocabulary is whole."""
+
+
+def compute_bytes(job: JobConfig) -> int:
+    """Bytes of a number in the dtype of the arithmetic."""
+    return BFLOAT16 if job.train.mixed_precision == "bf16" else FLOAT32
+
+
+def tokens_of_device(job: JobConfig, layout: Layout) -> int:
+    """Tokens of a micro-batch that one device computes."""
+    return job.train.batch_size * job.train.seq_len // layout.cp
+
+
+def kept_bytes(job: JobConfig, layout: Layout, *, is_moe: bool, mode: str | None = None) -> int:
+    """Bytes that a layer keeps of a micro-batch on one device, as the module's table says.
+
+    Args:
+        is_moe: whether it is a layer with experts.
+        mode: of recomputation; that of the job.
+    """
+    mode = job.train.activation_checkpointing if mode is None else mode
+    model, number = job.model, compute_bytes(job)
+    heads, kv_heads = model.n_heads // layout.tp, model.kv_heads // layout.tp
+    queries, keys = heads * model.head_size, kv_heads * model.head_size
+    parts = model.moe_top_k + int(model.moe_shared_experts > 0) if is_moe else 1
+    hidden = _hidden_numbers(job, layout, is_moe)
+    if mode == "full":
+        narrow, wide = model.dim, 0
+    elif mode == "selective":
+        narrow = 2 * (queries + keys) + (2 + parts) * model.dim + hidden
+        wide = heads + (model.num_experts if is_moe else 0)
+    else:
+        narrow = 2 * model.dim + 3 * queries + 2 * keys * layout.cp + 2 * hidden
+        wide = 4 * model.dim + 2 + heads
+        if model.qk_norm:
+            wide += 2 * (queries + keys) + heads + kv_heads
+        if is_moe:
+            narrow += model.moe_top_k * model.dim
+            own_input = int(number != FLOAT32)
+            wide += (model.moe_top_k + own_input) * model.dim + 2 * model.num_experts + 8 * model.moe_top_k
+    return (number * narrow + FLOAT32 * wide) * tokens_of_device(job, layout)
+
+
+def logits_bytes(job: JobConfig, layout: Layout) -> int:
+    """Bytes of the logits of a micro-batch, their gradient, and what the loss widens of them to float32: a number of
+    rows at a time, twice; where tp splits the vocabulary all of them, three times.
+    """
+    logits = tokens_of_device(job, layout) * -(-job.model.vocab_size // layout.tp)
+    wide = 3 * logits if layout.tp > 1 else 2 * min(logits, WIDENED)
+    return 2 * compute_bytes(job) * logits + FLOAT32 * wide
+
+
+def _hidden_numbers(job: JobConfig, layout: Layout, is_moe: bool) -> int:
+    """Numbers of hidden width that matrix products give a token."""
+    model = job.model
+    width = model.computed_ffn_hidden_dim
+    if is_moe:
+        width = (model.moe_top_k + model.moe_shared_experts) * model.computed_expert_ffn_hidden_dim
+    return (2 if model.activation == "silu" else 1) * width // layout.tp

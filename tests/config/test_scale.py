@@ -1,0 +1,236 @@
+"""What layouts cost on paper: laws that hold for all layouts, and sizes that papers and sums by hand give."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared_config.cli import main
+from shared_config.contract.counts import count_parameters, flops_per_token
+from shared_config.contract.scale import HARDWARE, Cost, Hardware, cost_of, parse_hardware, transfer_seconds
+from shared_config.contract.sharding import Layout, layout_of
+from shared_config.contract.traffic import Traffic, step_traffic
+from shared_config.errors import UserError
+from shared_config.loader import load_config
+from shared_config.schema.job import JobConfig
+
+H100 = HARDWARE["h100"]
+MODELS = ("llama3_8b", "moe_small")
+powers = st.sampled_from((1, 2, 4))
+layouts = st.builds(
+    Layout, dp_replicate=powers, dp_shard=powers, cp=st.sampled_from((1, 2)), tp=powers, pp=st.sampled_from((1, 2))
+)
+
+
+@cache
+def base(model: str) -> JobConfig:
+    return load_config(model)
+
+
+def job_in(model: str, layout: Layout, micro_batches: int = 8, **train: Any) -> JobConfig:
+    job = base(model)
+    sizes = dataclasses.asdict(layout)
+    sizes["dp_shard"] *= sizes["ep"]
+    return job.replace(
+        distributed=job.distributed.replace(**sizes), train=job.train.replace(grad_accum_steps=micro_batches, **train)
+    )
+
+
+def cost(model: str, layout: Layout, hardware: Hardware = H100, **options: Any) -> Cost:
+    return cost_of(job_in(model, layout, **options), layout.devices, hardware)
+
+
+def moved(cost: Cost, purpose: str) -> int:
+    return sum(each.bytes for each in cost.traffic if each.purpose == purpose)
+
+
+@given(st.sampled_from(MODELS), layouts)
+def test_twice_the_shards_hold_half_and_send_as_much(model: str, layout: Layout) -> None:
+    """But for the gates of routers, which all hold."""
+    whole, half = cost(model, layout), cost(model, dataclasses.replace(layout, dp_shard=2 * layout.dp_shard))
+    assert half.memory.states <= 0.51 * whole.memory.states
+    assert half.memory.activations == whole.memory.activations
+    assert half.compute == whole.compute
+    if layout.size("dp_shard", "cp") > 1:
+        assert moved(half, "weights") == moved(whole, "weights")
+        assert moved(half, "gradients") == moved(whole, "gradients")
+        assert 2 * moved(half, "gradients of copies") == moved(whole, "gradients of copies")
+
+
+@given(st.sampled_from(MODELS), layouts)
+def test_twice_the_copies_hold_and_do_the_same(model: str, layout: Layout) -> None:
+    one, two = cost(model, layout), cost(model, dataclasses.replace(layout, dp_replicate=2 * layout.dp_replicate))
+    assert two.memory == one.memory
+    assert (two.compute, two.exposed > 0) == (one.compute, one.exposed > 0 or "moe" in model)
+    assert two.tokens == 2 * one.tokens
+    assert moved(two, "gradients of copies") == moved(cost(model, dataclasses.replace(layout, dp_replicate=2)),
+                                                      "gradients of copies") > 0  # fmt: skip
+
+
+@given(st.sampled_from(MODELS), layouts)
+def test_twice_the_parts_of_tensors_do_half(model: str, layout: Layout) -> None:
+    whole = cost(model, layout)
+    half = cost(model, dataclasses.replace(layout, tp=2 * layout.tp))
+    assert 2 * half.compute == pytest.approx(whole.compute)
+    assert half.memory.activations < whole.memory.activations
+    for purpose in ("sums of blocks", "sums of experts", "cross entropy"):
+        assert moved(half, purpose) == moved(whole, purpose) or layout.tp == 1
+    if layout.size("dp_shard", "cp") > 1:
+        assert 0.5 <= moved(half, "weights") / moved(whole, "weights") <= 0.51
+
+
+@given(st.sampled_from(MODELS), layouts, st.integers(2, 16))
+def test_more_micro_batches_move_more_and_leave_smaller_bubbles(model: str, layout: Layout, number: int) -> None:
+    few, many = cost(model, layout, micro_batches=number), cost(model, layout, micro_batches=2 * number)
+    once = ("gradients of whole tensors", "gradients of norms of heads")
+    for each, twice in zip(few.traffic, many.traffic, strict=True):
+        factor = 1 if each.purpose in once else 2
+        assert (twice.purpose, twice.bytes, twice.count) == (each.purpose, factor * each.bytes, factor * each.count)
+    assert few.bubble == 2 * many.bubble == (layout.pp - 1) / number
+    assert 2 * few.compute == pytest.approx(many.compute)
+    assert few.memory == many.memory
+
+
+@given(st.sampled_from(MODELS), layouts, st.floats(1, 8), st.sampled_from(("far", "near", "flops", "share")))
+def test_better_hardware_is_never_slower(model: str, layout: Layout, factor: float, field: str) -> None:
+    slower = dataclasses.replace(H100, share=0.1)
+    better = dataclasses.replace(slower, **{field: getattr(slower, field) * factor})
+    before, after = (cost(model, layout, hardware) for hardware in (slower, better))
+    assert before.fastest <= before.slowest
+    assert after.fastest <= before.fastest
+    assert after.slowest <= before.slowest
+    assert after.compute * max(factor, 1) >= before.compute * 0.999
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_recomputation_saves_and_costs(model: str) -> None:
+    none, selective, full = (
+        cost(model, Layout(dp_shard=8), activation_checkpointing=mode) for mode in ("none", "selective", "full")
+    )
+    assert none.memory.activations > selective.memory.activations > full.memory.activations
+    assert none.compute == selective.compute < full.compute < none.compute * 4 / 3
+
+
+def test_fsdp_moves_three_times_the_parameters() -> None:
+    """Rajbhandari et al. 2020, section 7.2.2, all in one dtype; what stands outside blocks is gathered once only."""
+    job = job_in("llama3_8b", Layout(dp_shard=64), micro_batches=1, mixed_precision="fp32")
+    weights, gradients = step_traffic(job, Layout(dp_shard=64))
+    size, outside = 4 * count_parameters(job.model), 4 * (2 * job.model.vocab_size * job.model.dim + job.model.dim)
+    assert weights.bytes + gradients.bytes == 3 * size - outside
+    assert weights.sent == pytest.approx((2 * size - outside) * 63 / 64)
+    assert (weights.count, gradients.count) == (65, 33)
+
+
+def test_the_bytes_of_tensor_parallelism_by_hand() -> None:
+    """In a block outputs of two products forward (Shoeybi et al. 2019, figure 4), inputs of five backward: each of q,
+    k, v, gate and up adds up its own.
+    """
+    job = job_in("llama3_8b", Layout(tp=8), micro_batches=3, activation_checkpointing="none")
+    blocks, ends, loss = step_traffic(job, Layout(tp=8))
+    stream = 8192 * 4096 * 2
+    assert (blocks.count, blocks.bytes) == (3 * 32 * 7, 3 * 32 * 7 * stream)
+    assert (ends.count, ends.bytes) == (6, 6 * stream)
+    assert (loss.count, loss.bytes) == (9, 9 * 8192 * 4)
+    assert blocks.sent == 2 * blocks.bytes * 7 / 8
+
+
+def test_the_rows_of_experts_by_hand() -> None:
+    job = job_in("moe_small", Layout(ep=4), micro_batches=1)
+    rows = next(each for each in step_traffic(job, Layout(ep=4)) if each.kind == "all-to-all")
+    assert (rows.axes, rows.ranks, rows.count) == (("ep",), 4, 8 * 4)
+    assert rows.bytes == 8 * 4 * (4 * 2048 * 2) * 1024 * 2
+
+
+def test_a_pipeline_idles_as_its_paper_says() -> None:
+    """Narayanan et al. 2021, section 2.2.1; sends are of one residual stream each way."""
+    found = cost("llama3_8b", Layout(pp=4), micro_batches=12)
+    assert found.bubble == 3 / 12
+    (sent,) = (each for each in found.traffic if each.kind == "send")
+    assert (sent.count, sent.bytes) == (24, 24 * 8192 * 4096 * 2)
+    in_flight = [cost("llama3_8b", Layout(pp=4), micro_batches=number).memory.activations for number in (4, 12)]
+    assert in_flight[0] == in_flight[1], "as many micro-batches as stages are on their way"
+
+
+def test_a_share_of_the_peak_is_that_of_the_model_s_flops() -> None:
+    found = cost("llama3_8b", Layout(), micro_batches=1, activation_checkpointing="none")
+    flops = flops_per_token(base("llama3_8b").model, 8192).training * 8192
+    assert (found.traffic, found.exposed, found.hidden, found.bubble) == ((), 0, 0, 0)
+    assert found.fastest == found.slowest == pytest.approx(flops / (989e12 * 0.6))
+    assert found.utilization(found.slowest, H100) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("layout", "axes", "kind", "seconds"),
+    [
+        (Layout(tp=8), ("tp",), "all-gather", 7e9 / 450e9 + 7 * 2e-6),
+        (Layout(tp=16), ("tp",), "all-gather", 15e9 / 50e9 + 5e-6 + 14 * 2e-6),
+        (Layout(dp_shard=4, tp=2), ("dp_shard",), "all-reduce", 6e9 / 450e9 + 2 * 3 * 2e-6),
+        (Layout(dp_shard=16, tp=8), ("dp_shard",), "reduce-scatter", 15e9 / 50e9 + 15 * 5e-6),
+        (Layout(dp_shard=16), ("dp_shard",), "reduce-scatter", 15e9 / 50e9 + 5e-6 + 14 * 2e-6),
+        (Layout(pp=2, tp=8), ("pp",), "send", 2e9 / 50e9 + 5e-6),
+        (Layout(ep=8, tp=2), ("ep",), "all-to-all", 7e9 / 50e9 + 5e-6),
+    ],
+)
+def test_the_link_that_a_collective_needs(layout: Layout, axes: tuple[str, ...], kind: str, seconds: float) -> None:
+    ranks = layout.size(*axes)
+    traffic = Traffic("", kind, axes, ranks, 1, ranks * 10**9)
+    assert transfer_seconds(traffic, layout, H100) == pytest.approx(seconds, rel=1e-9)
+
+
+def test_hardware_is_named_or_set() -> None:
+    assert parse_hardware("h100") == H100
+    assert parse_hardware("h200,far=25e9,node=4") == dataclasses.replace(HARDWARE["h200"], far=25e9, node=4)
+    assert parse_hardware("flops=1e15") == dataclasses.replace(H100, flops=1e15)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "'' must be h100, h200, b200, or settings of flops, "),
+        ("a100", "'a100' must be h100, h200"),
+        ("h100,a100", "'a100' must be h100, h200"),
+        ("h100,speed=1", "'speed=1' must be"),
+        ("memory=-1", "memory must be a positive number"),
+        ("memory=nan", "memory must be a positive number"),
+        ("memory=inf", "memory must be a positive number"),
+        ("memory=lots", "memory must be a positive number"),
+        ("share=1.5", "share must be above 0 and at most 1"),
+        ("node=2.5", "node must be a positive whole number"),
+    ],
+)
+def test_hardware_that_can_not_be_is_refused(text: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_hardware(text)
+    assert str(caught.value).startswith(f"--hardware = {text!r}: ")
+    assert said in str(caught.value)
+
+
+def test_the_page_of_scale(capsys: pytest.CaptureFixture[str]) -> None:
+    """FSDP alone stands first; what fits no layout is said; models with images are refused."""
+    arguments = ["show", "debug", "--scale", "--world-size=8", "--step-tokens=65536"]
+    assert main([*arguments, "--hardware=h100,node=4"]) == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["hardware: node", "4"] in rows
+    table = [row for row in rows if len(row) == 11]
+    assert table[0][:3] == ["8", "dp_shard 8", "4"]
+    assert len(table) >= 4
+    assert main(["show", "debug", "--scale", "--world-size=64", "--step-tokens=2048"]) == 2
+    assert "--world-size = 64: no layout of powers of two shares out 1 micro-batches" in capsys.readouterr().err
+    assert main(["show", "debug_vlm_mot", "--scale"]) == 2
+    assert "vlm.arch = 'mot': must be none for costs of a layout" in capsys.readouterr().err
+
+
+def test_a_layout_s_costs_stand_beside_its_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "llama3_8b", "--world-size=64", "--distributed.tp=2", "--train.grad_accum_steps=2"]) == 0
+    said = capsys.readouterr().out
+    job = job_in("llama3_8b", Layout(dp_shard=32, tp=2), micro_batches=2)
+    for each in step_traffic(job, layout_of(job.distributed, 64)):
+        row = next(line for line in said.splitlines() if each.purpose in line and each.kind in line)
+        assert f" {each.count:,} " in row
+        assert f" {each.bytes / 1e9:.4g} " in row
+    assert f"{cost_of(job, 64, H100).memory.total / 1e9:.4g} GB" in said

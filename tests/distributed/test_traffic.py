@@ -1,0 +1,72 @@
+"""The cost of a layout, held to what runs: bytes and times of the collectives that PyTorch calls on gloo."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from shared_config.contract.sharding import layout_of
+from shared_config.contract.traffic import step_traffic
+from tests.distributed.layouts import Case
+from tests.distributed.traffic import Key, count_in_processes
+
+NIGHTLY = settings.get_current_profile_name() == "nightly"
+FULL, SELECTIVE = {"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}
+NARROW = {"mixed_precision": "bf16"}
+
+
+def case(model: str, ranks: int, layout: dict[str, int], train: Mapping[str, str] | None = None) -> Case:
+    """One whose vocabulary is divided evenly, so that all ranks have the same."""
+    return Case(model, ranks, layout, {"model": {"vocab_size": 40}, "train": dict(train or {})})
+
+
+BY_DAY = (
+    case("dense", 4, {}, NARROW),
+    case("dense", 4, {"tp": 2, "dp_replicate": 2}),
+    case("softmax", 4, {"cp": 2, "tp": 2}, FULL),
+    case("sigmoid", 4, {"ep": 2}, FULL),
+)
+BY_NIGHT = (
+    *(case(model, 2, {}) for model in ("dense", "sigmoid", "apart")),
+    *(case("dense", 2, {"tp": 2}, train) for train in ({}, FULL, SELECTIVE, NARROW)),
+    *(case("apart", 2, {"tp": 2}, train) for train in (FULL, {})),
+    *(case("scaled", 2, {"ep": 2}, train) for train in ({}, SELECTIVE)),
+    *(case(model, 2, {"cp": 2}, train) for model in ("dense", "sigmoid") for train in ({}, FULL)),
+    case("limited", 2, {"tp": 2}, FULL),
+    case("dense", 2, {"dp_replicate": 2}),
+    case("dense", 4, {"tp": 4}, FULL),
+    case("sigmoid", 4, {"ep": 2, "tp": 2}, FULL),
+    case("sigmoid", 4, {"ep": 2, "cp": 2}, FULL),
+    case("sigmoid", 4, {"ep": 2, "dp_replicate": 2}, NARROW),
+    case("sigmoid", 4, {"ep": 4}),
+    case("sigmoid", 4, {"dp_replicate": 2}, NARROW),
+)
+CASES = BY_DAY + BY_NIGHT if NIGHTLY else BY_DAY
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for ranks in sorted({case.ranks for case in CASES}):
+        cases = [case for case in CASES if case.ranks == ranks]
+        found |= count_in_processes(tmp_path_factory.mktemp(f"of_{ranks}"), ranks, cases)
+    return found
+
+
+def modelled(case: Case) -> dict[Key, tuple[int, int]]:
+    job = case.job(case.layout)
+    times, size = Counter[Key](), Counter[Key]()
+    for each in step_traffic(job, layout_of(job.distributed, case.ranks)):
+        times[each.kind, each.axes] += each.count
+        size[each.kind, each.axes] += each.bytes
+    return {key: (times[key], size[key]) for key in times}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_model_counts_what_pytorch_moves(case: Case, counted: dict[str, Any]) -> None:
+    """To the byte, and the call."""
+    assert modelled(case) == counted[str(case)]

@@ -1,0 +1,83 @@
+"""What a layer keeps for its backward pass, as the model of costs says and as PyTorch does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kempnerforge_torch.model.build import build_model
+from kempnerforge_torch.training import blocks
+from shared_config.contract.activations import kept_bytes, tokens_of_device
+from shared_config.contract.sharding import Layout
+from shared_config.schema.job import JobConfig
+from tests.distributed.layouts import DENSE, SIGMOID, SOFTMAX
+from tests.jobs import draw_batch, tiny_job
+
+MODELS = {
+    "grouped heads": {**DENSE, "n_kv_heads": 2, "qk_norm": False},
+    "norms of heads": DENSE,
+    "not gated": {**DENSE, "activation": "gelu"},
+    "experts": SIGMOID,
+    "none shared": {**SOFTMAX, "num_experts": 8, "moe_top_k": 3, "moe_shared_experts": 0},
+}
+MOST = 1.02
+"""Times what the model says: PyTorch also keeps some numbers whose count does not grow with that of tokens."""
+
+
+class Products(TorchDispatchMode):
+    """Adds up the bytes of what the products give that selective recomputation keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in blocks._MATRIX_PRODUCTS:
+            tensors = [each for each in (result if isinstance(result, tuple) else [result]) if each is not None]
+            self.bytes += sum(each.nbytes for each in tensors if isinstance(each, torch.Tensor))
+        return result
+
+
+def job_of(model: str, layers: int, precision: str) -> JobConfig:
+    sizes = {"n_layers": layers, "dim": 32, "ffn_hidden_dim": 48}
+    train = {"seq_len": 32, "batch_size": 2, "mixed_precision": precision}
+    return tiny_job({**MODELS[model], **sizes}, train=train)
+
+
+def forward(job: JobConfig) -> tuple[int, int]:
+    """Bytes that autograd keeps in a forward, parameters and buffers aside, and of what matrix products give."""
+    model = build_model(job)
+    model.init_weights_and_freqs(0)
+    if job.train.mixed_precision == "bf16":
+        model.to(torch.bfloat16)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in own:
+            kept[address] = tensor
+        return tensor
+
+    tokens = torch.from_numpy(draw_batch(job, 0)["tokens"])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Products() as products:
+        model(tokens, return_stats=True)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), products.bytes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_layer_keeps_what_the_model_of_costs_says(model: str, precision: str) -> None:
+    one, two = (forward(job_of(model, layers, precision)) for layers in (1, 2))
+    kept, products = (more - less for less, more in zip(one, two, strict=True))
+    job = job_of(model, 2, precision)
+    said = kept_bytes(job, Layout(), is_moe=job.model.is_moe, mode="none")
+    assert said <= kept <= MOST * said
+    full = kept_bytes(job, Layout(), is_moe=job.model.is_moe, mode="full")
+    assert full == tokens_of_device(job, Layout()) * job.model.dim * (2 if precision == "bf16" else 4)
+    selective = kept_bytes(job, Layout(), is_moe=job.model.is_moe, mode="selective") - full
+    assert selective <= products <= MOST * selective
