@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -30,18 +31,17 @@ def scale_page(job: JobConfig, sizes: Sequence[int], hardware: Hardware, step_to
     check_known(job)
     yield assumptions(job, hardware, step_tokens)
     table = Table(
-        "devices", "layout", "micro-batches", "memory", "sent", "products", "waits", "beside", "bubble", "MFU",
+        "devices", *MESH_AXES, "N", "memory", "sent", "products", "waits", "beside", "bubble", "MFU",
         "most, of products",
-        title="GB that a device holds, and sends in a step; seconds of a step", title_justify="left",
+        title="N micro-batches of a data rank; GB that a device holds, and sends in a step; seconds of a step",
+        title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
     )  # fmt: skip
-    for column in range(2, 10):
-        table.columns[column].justify = "right"
-    table.columns[1].no_wrap = True
+    for column in table.columns[:-1]:
+        column.justify = "right"
     for size in sizes:
         costs = costs_on(job, size, hardware, step_tokens)
         for place, cost in enumerate(chosen(costs, hardware)):
             table.add_row(f"{size:,}" if place == 0 else "", *cells(cost, hardware))
-        table.add_section()
     yield table
 
 
@@ -97,7 +97,7 @@ def cells(cost: Cost, hardware: Hardware) -> list[str]:
     """Of a row, but for its first."""
     slow, fast = (cost.utilization(seconds, hardware) for seconds in (cost.slowest, cost.fastest))
     return [
-        described(cost.layout),
+        *(str(getattr(cost.layout, axis)) for axis in MESH_AXES),
         str(cost.micro_batches),
         f"{cost.memory.total / 1e9:.0f}",
         f"{sum(each.sent for each in cost.traffic) / 1e9:.0f}",
@@ -113,18 +113,12 @@ def limit(cost: Cost, hardware: Hardware) -> str:
     if cost.memory.total > hardware.memory:
         names = [field.name for field in dataclasses.fields(cost.memory)]
         largest = max(names, key=lambda name: getattr(cost.memory, name))
-        return f"too much memory: {largest}"
+        return f"too much: {largest}"
     seconds = {"bubble": (cost.compute + cost.exposed) * cost.bubble}
     for each in cost.traffic:
         seconds[each.purpose] = seconds.get(each.purpose, 0.0) + transfer_seconds(each, cost.layout, hardware)
     name = max(seconds, key=lambda key: seconds[key])
     return f"{name}: {seconds[name] / cost.compute:.0%}"
-
-
-def described(layout: Layout) -> str:
-    """Its axes of several devices."""
-    sizes = [f"{axis} {layout.size(axis)}" for axis in MESH_AXES if layout.size(axis) > 1]
-    return ", ".join(sizes) or "one device"
 
 
 def traffic_of(cost: Cost, hardware: Hardware) -> Table:

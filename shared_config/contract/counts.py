@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -109,12 +109,7 @@ class TrainingMemory:
         return self.parameters + self.gradients + self.optimizer + self.compute_copy
 
 
-def training_memory(
-    job: JobConfig,
-    world_size: int = 1,
-    tower: TowerConfig | None = None,
-    stages: Sequence[Sequence[ParameterGroup]] | None = None,
-) -> TrainingMemory:
+def training_memory(job: JobConfig, world_size: int = 1, tower: TowerConfig | None = None) -> TrainingMemory:
     """Bytes per device of float32 masters, gradients, the optimiser's moments, and the bfloat16 copy of one layer at
     work or, where nothing is sharded, of all; each of them on the device that holds most.
 
@@ -124,13 +119,12 @@ def training_memory(
 
     Args:
         tower: of an encoder whose config does not describe it.
-        stages: what `stage_groups` gives for the job; None: it is found here.
 
     Raises:
         ConfigError: a layout for another number of devices.
     """
     layout = layout_of(job.distributed, world_size)
-    stages = stage_groups(job, tower) if stages is None else stages
+    stages = stage_groups(job, tower)
     names = {group.name for stage in stages for group in stage}
     frozen = set() if job.vlm is None else _never_trained(names, job.vlm)
     trained = [[group for group in stage if group.name not in frozen] for stage in stages]

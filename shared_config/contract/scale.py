@@ -21,10 +21,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shared_config.contract.activations import compute_bytes, kept_bytes, logits_bytes, tokens_of_device
-from shared_config.contract.counts import FLOAT32, flops_per_token, held_elements, training_memory
+from shared_config.contract.counts import FLOAT32, flops_per_token, held_elements, stage_groups
+from shared_config.contract.moments import moments_of
 from shared_config.contract.parameters import ParameterGroup, layer_groups, parameter_groups
-from shared_config.contract.sharding import MESH_AXES, Layout, layout_of, stage_layers
-from shared_config.contract.traffic import Traffic, step_traffic
+from shared_config.contract.sharding import MESH_AXES, Layout, layout_of, placement, stage_layers
+from shared_config.contract.specs import ParameterSpec
+from shared_config.contract.traffic import Traffic, fsdp_elements, step_traffic
 from shared_config.errors import UserError
 from shared_config.schema.base import shown
 from shared_config.schema.job import JobConfig
@@ -199,7 +201,8 @@ def cost_of(job: JobConfig, devices: int, hardware: Hardware, stages: Stages | N
 def memory_of(job: JobConfig, devices: int, stages: Stages | None = None) -> Memory:
     """Bytes of the device that holds most. Arguments as for `cost_of`."""
     layout, model = layout_of(job.distributed, devices), job.model
-    kept, number = training_memory(job, devices, stages=stages), compute_bytes(job)
+    number, stages = compute_bytes(job), stage_groups(job) if stages is None else stages
+    held = max(sum(_held(group.spec, layout) * group.copies for group in stage) for stage in stages)
     layers = len(stage_layers(model.n_layers, layout.pp)[0])
     routed = model.is_moe and model.moe_frequency <= model.n_layers
     kinds = [False, True] if routed and model.moe_frequency > 1 else [routed]
@@ -212,11 +215,19 @@ def memory_of(job: JobConfig, devices: int, stages: Stages | None = None) -> Mem
     )
     units = 2 * block + outside if layout.size("dp_shard", "ep", "cp") > 1 else 0
     return Memory(
-        states=kept.parameters + kept.gradients + kept.optimizer,
+        states=(2 + len(moments_of(job.optimizer.name))) * FLOAT32 * held,
         gathered=units * number + max(block, outside) * (number + FLOAT32),
         activations=layers * on_their_way * own + again,
         logits=logits_bytes(job, layout),
     )
+
+
+def _held(spec: ParameterSpec, layout: Layout) -> int:
+    """Elements of a tensor that is trained on one device."""
+    if spec.is_buffer:
+        return 0
+    shared = fsdp_elements(spec, layout)
+    return math.prod(placement(spec, layout).largest_part(spec.shape, layout)) if shared is None else shared
 
 
 def device_flops(job: JobConfig, layout: Layout) -> float:
@@ -253,14 +264,14 @@ def candidates(job: JobConfig, devices: int, step_tokens: int) -> Iterator[JobCo
     """
     model, rows = job.model, step_tokens // (job.train.seq_len * job.train.batch_size)
     powers = [2**power for power in range(4)]
-    experts = [ep for ep in (1, 8, 16, 32, 64, 128) if ep == 1 or (model.is_moe and model.num_experts % ep == 0)]
+    experts = [ep for ep in (1, 8, 64, 128) if ep == 1 or (model.is_moe and model.num_experts % ep == 0)]
     for tp, pp, cp, ep in (
         (tp, pp, cp, ep) for tp in powers for pp in (*powers, 16) for cp in (1, 2) for ep in experts
     ):
         ranks, left = divmod(devices, tp * pp * cp)
         if left or ranks % ep or ranks > rows:
             continue
-        for copies in (1, 8, 32, 128):
+        for copies in (1, 8, 64):
             if ranks % (copies * ep) == 0:
                 yield _laid_out(job, tp=tp, pp=pp, cp=cp, ep=ep, dp_replicate=copies, micro_batches=rows // ranks)
 

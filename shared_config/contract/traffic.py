@@ -14,6 +14,7 @@ for pp. The counts are those of this project's PyTorch backend: tests/distribute
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -74,6 +75,7 @@ def step_traffic(job: JobConfig, layout: Layout) -> list[Traffic]:
     return [each for each in found if each.ranks > 1 and each.bytes]
 
 
+@functools.lru_cache(maxsize=1024)
 def fsdp_elements(spec: ParameterSpec, layout: Layout) -> int | None:
     """Elements that a device holds of a tensor that FSDP splits, padding included; None if FSDP leaves it alone.
 

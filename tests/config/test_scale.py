@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_config.cli import main
-from shared_config.contract.counts import count_parameters, flops_per_token
+from shared_config.contract.counts import count_parameters, flops_per_token, training_memory
 from shared_config.contract.scale import HARDWARE, Cost, Hardware, cost_of, parse_hardware, transfer_seconds
 from shared_config.contract.sharding import Layout, layout_of
 from shared_config.contract.traffic import Traffic, step_traffic
@@ -21,6 +21,12 @@ from shared_config.schema.job import JobConfig
 
 H100 = HARDWARE["h100"]
 MODELS = ("llama3_8b", "moe_small")
+MIXTURE = (
+    "--model.dim=7168", "--model.n_layers=60", "--model.n_heads=64", "--model.head_dim=128",
+    "--model.vocab_size=163840", "--model.ffn_hidden_dim=2048", "--model.num_experts=384", "--model.moe_top_k=8",
+    "--model.moe_shared_experts=1", "--train.batch_size=1", "--train.seq_len=4096",
+    "--train.activation_checkpointing=full",
+)  # fmt: skip
 powers = st.sampled_from((1, 2, 4))
 layouts = st.builds(
     Layout, dp_replicate=powers, dp_shard=powers, cp=st.sampled_from((1, 2)), tp=powers, pp=st.sampled_from((1, 2))
@@ -214,15 +220,38 @@ def test_the_page_of_scale(capsys: pytest.CaptureFixture[str]) -> None:
     """FSDP alone stands first; what fits no layout is said; models with images are refused."""
     arguments = ["show", "debug", "--scale", "--world-size=8", "--step-tokens=65536"]
     assert main([*arguments, "--hardware=h100,node=4"]) == 0
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert ["hardware: node", "4"] in rows
-    table = [row for row in rows if len(row) == 11]
-    assert table[0][:3] == ["8", "dp_shard 8", "4"]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["│", "hardware:", "node", "│", "4", "│"] in lines
+    header = lines.index(next(line for line in lines if line[:3] == ["devices", "pp", "dp_replicate"]))
+    table = [line for line in lines[header + 2 :] if line]
+    assert table[0][:9] == ["8", "1", "1", "8", "1", "1", "1", "4", "0"]
     assert len(table) >= 4
     assert main(["show", "debug", "--scale", "--world-size=64", "--step-tokens=2048"]) == 2
     assert "--world-size = 64: no layout of powers of two shares out 1 micro-batches" in capsys.readouterr().err
     assert main(["show", "debug_vlm_mot", "--scale"]) == 2
     assert "vlm.arch = 'mot': must be none for costs of a layout" in capsys.readouterr().err
+
+
+def test_a_mixture_of_a_trillion_parameters() -> None:
+    """On 1,024 devices FSDP alone moves its experts hundreds of times faster than a network does."""
+    job = load_config("moe_small", MIXTURE)
+    assert count_parameters(job.model) == 1_027_770_498_048
+    sizes, train = job.distributed.replace(dp_shard=1024, ep=128), job.train.replace(grad_accum_steps=4)
+    spread = cost_of(job.replace(distributed=sizes, train=train), 1024, H100)
+    alone = cost_of(job.replace(distributed=sizes.replace(ep=1), train=train), 1024, H100)
+    assert spread.memory.total < H100.memory < alone.memory.total
+    assert alone.hidden > 20 * spread.hidden > 20 * spread.compute
+
+
+@pytest.mark.parametrize("name", ["llama3_8b", "debug", "moe_small"])
+@pytest.mark.parametrize("layout", [Layout(dp_shard=8), Layout(dp_shard=2, tp=4), Layout(pp=2, dp_shard=2)])
+def test_what_is_held_is_what_the_table_of_memory_says(name: str, layout: Layout) -> None:
+    job = load_config(name)
+    job = job.replace(
+        distributed=job.distributed.replace(**dataclasses.asdict(layout)), train=job.train.replace(grad_accum_steps=2)
+    )
+    memory = training_memory(job, layout.devices)
+    assert cost_of(job, layout.devices, H100).memory.states == memory.parameters + memory.gradients + memory.optimizer
 
 
 def test_a_layout_s_costs_stand_beside_its_memory(capsys: pytest.CaptureFixture[str]) -> None:

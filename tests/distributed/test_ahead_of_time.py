@@ -177,8 +177,8 @@ def test_a_step_without_arrays_is_that_of_a_trainer(case: str, found: dict[str, 
 
 
 def test_a_program_for_four_devices_costs_what_it_has_to(found: dict[str, Any], tmp_path: Path) -> None:
-    """Attention is computed for masked keys too, every part of a gradient is summed once. Of what is gathered, XLA keeps
-    some norms for the backward pass. It leaves out a number that a dense model does not use.
+    """Attention is computed for masked keys too, every part of a gradient is summed once. Of what is gathered, XLA
+    keeps some norms for the backward pass. It leaves out a number that a dense model does not use.
     """
     dense, job = found["dense"], job_of("dense", tmp_path)
     length = job.train.seq_len
