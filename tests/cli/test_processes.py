@@ -28,6 +28,7 @@ LINES = {
     "compare": ("a", "b", "--report=out"),
     "show": ("debug",),
     "compile": ("debug", "--topology=v5e:2x2"),
+    "launch": ("debug", "--backend=torch", "--slurm"),
 }
 
 
