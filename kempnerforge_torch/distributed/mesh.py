@@ -87,7 +87,8 @@ def _row(layout: Layout, axes: DeviceMesh, names: Sequence[str]) -> DeviceMesh:
 
 def _with_copies(axes: DeviceMesh, parts: DeviceMesh) -> DeviceMesh:
     """The mesh of parts; where the model has copies, with a first axis over these."""
-    assert axes.mesh_dim_names is not None and parts.mesh_dim_names is not None
+    assert axes.mesh_dim_names is not None
+    assert parts.mesh_dim_names is not None
     if "dp_replicate" not in axes.mesh_dim_names:
         return parts
     with warnings.catch_warnings():
