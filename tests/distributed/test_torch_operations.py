@@ -1,0 +1,124 @@
+"""What befalls one of several processes of PyTorch befalls the run: numbers that are not finite, a signal to stop; and
+metrics that are of all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from kempnerforge_torch.distributed.ranks import local
+from kempnerforge_torch.distributed.spawn import together
+from kempnerforge_torch.training.train import Trainer
+from shared_config.data import open_data
+from shared_config.interchange.checkpoint import load
+from shared_config.training.loop import run_training
+from shared_config.training.metrics import read_metrics
+from shared_config.training.trainer import TrainingDivergedError
+from tests.jobs import draw_batch, text_job, tiny_job
+
+RANKS = 2
+DENSE = {"n_heads": 4, "n_kv_heads": 4}
+
+
+def on_the_second(what: str, trainer: Trainer) -> None:
+    """Spoil something of the second rank alone: its loss, its gradients, or its moments, whose update overflows."""
+    if dist.get_rank() != 1:
+        return
+    if what == "moments":
+        state = next(iter(trainer.optimizer.state.values()))
+        local(state["exp_avg"]).fill_(torch.inf)
+        return
+    differentiate: Any = trainer._differentiate
+
+    def spoiled(*arguments: Any) -> Any:
+        terms = differentiate(*arguments)
+        if what == "loss":
+            return [each._replace(loss=each.loss * torch.nan) for each in terms]
+        local(next(p.grad for p in trainer.parameters.values() if p.grad is not None)).fill_(torch.nan)
+        return terms
+
+    changed: Any = trainer
+    changed._differentiate = spoiled
+
+
+def take(what: str, policy: str) -> tuple[list[list[bool]], list[bool]]:
+    """What all ranks say of steps before, while and after something of one of them is spoiled: whether they were taken;
+    and whether the weights of each have stayed what they were meanwhile.
+    """
+    job = tiny_job(DENSE, train={"on_nonfinite": policy})
+    trainer = Trainer(job, "cpu")
+    rank = trainer.ranks.rank
+    taken = [trainer.step([draw_batch(job, rank)])]
+    before = {name: local(tensor).detach().clone() for name, tensor in trainer.parameters.items()}
+    on_the_second(what, trainer)
+    taken.append(trainer.step([draw_batch(job, rank)]))
+    stays = all(torch.equal(local(tensor), before[name]) for name, tensor in trainer.parameters.items())
+    found: list[Any] = [None] * RANKS
+    dist.all_gather_object(found, ([bool(metrics["taken"]) for metrics in taken], stays))
+    return [each for each, _ in found], [stay for _, stay in found]
+
+
+def stop(folder: str, event: str) -> list[Any]:
+    """How a run ends for each rank, of which the second has an event of its own before its third step."""
+    job = text_job(
+        Path(folder),
+        DENSE,
+        train={"max_steps": 50},
+        eval={"steps": 0},
+        checkpoint={"dir": f"{folder}/run", "interval": 0},
+    )
+    trainer = Trainer(job, "cpu")
+    step: Any = trainer.step
+
+    def stepping(micro_batches: Any) -> Any:
+        if trainer.updates == 2 and dist.get_rank() == 1:
+            if event == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                on_the_second("loss", trainer)
+        return step(micro_batches)
+
+    changed: Any = trainer
+    changed.step = stepping
+    processes = importlib.import_module("kempnerforge_torch.distributed.processes").processes()
+    data = open_data(job, rank=trainer.ranks.rank, world_size=trainer.ranks.count)
+    try:
+        summary = run_training(job, trainer, data, processes=processes)
+        end: Any = (summary.step, summary.exit_status)
+    except TrainingDivergedError as error:
+        end = str(error)
+    found: list[Any] = [None] * RANKS
+    dist.all_gather_object(found, end)
+    return found
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "moments"])
+def test_an_update_that_one_rank_can_not_take_is_taken_by_none(what: str) -> None:
+    taken, stays = together(take, RANKS, what, "skip")
+    assert taken == [[True, False]] * RANKS
+    assert stays == [True] * RANKS
+
+
+def test_a_signal_to_one_stops_all_after_one_step_with_one_checkpoint(tmp_path: Path) -> None:
+    ends = together(stop, RANKS, str(tmp_path), "signal")
+    assert ends == [(3, 128 + signal.SIGTERM)] * RANKS
+    assert [folder.name for folder in (tmp_path / "run").glob("step_*")] == ["step_00000003"]
+    assert load(tmp_path / "run").state.step == 3
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3]
+    for record in records:
+        assert record["tokens_per_second"] * record["seconds"] == pytest.approx(RANKS * 3 * 10)
+
+
+def test_a_loss_of_one_rank_that_is_not_finite_ends_all(tmp_path: Path) -> None:
+    ends = together(stop, RANKS, str(tmp_path), "loss")
+    assert len(set(ends)) == 1
+    assert "step 3: loss is nan; training stopped, there is no checkpoint" in ends[0]
