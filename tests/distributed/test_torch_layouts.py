@@ -52,7 +52,6 @@ BY_NIGHT = (
     Case("sigmoid", 4, {"cp": 2, "ep": 2}, WINDOW),
     Case("sigmoid", 4, {"cp": 2, "dp_replicate": 2}),
     Case("staged", 2, {"pp": 2}, {**WINDOW, **SKIPPING}),
-    Case("staged", 2, {"pp": 2}, {"train": {"compile_model": True, "activation_checkpointing": "selective"}}),
     Case("staged", 4, {"pp": 4}),
     Case("staged", 4, {"pp": 2}, DOCUMENTS),
     Case("staged", 4, {"pp": 2, "cp": 2}, DOCUMENTS),

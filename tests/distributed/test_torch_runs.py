@@ -119,3 +119,24 @@ def test_a_layout_that_does_not_fit_is_refused_by_every_rank(folder: Path) -> No
     assert done.stderr.count(f"kempnerforge: {said}") == 1
     assert done.stderr.count(f"kempnerforge: rank 1: {said}") == 1
     assert not (folder / "bad").exists()
+
+
+@pytest.mark.skipif(not NIGHTLY, reason="by night: starts processes three times")
+def test_a_pipeline_goes_on_in_one_process_of_either_backend_and_back(tmp_path: Path) -> None:
+    sections = {"train": {"grad_accum_steps": 2}, "scheduler": {"name": "constant"}, "eval": {"steps": 3}}
+    (tmp_path / "job.toml").write_text(config_to_toml(text_job(tmp_path, **sections)))
+    job = ("train", str(tmp_path / "job.toml"), "--device=cpu", "--quiet")
+    alone = [f"--checkpoint.dir={tmp_path / 'alone'}", "--train.max_steps=8"]
+    assert main([*job, "--backend=torch", *alone]) == 0
+    for steps, backend, stages in ((2, "torch", 2), (4, "torch", 1), (6, "torch", 2), (8, "jax", 1)):
+        own = [f"--backend={backend}", f"--checkpoint.dir={tmp_path / 'run'}", f"--train.max_steps={steps}"]
+        if stages > 1:
+            done = torchrun(tmp_path, *job, *own, f"--distributed.pp={stages}")
+            assert done.returncode == 0, done.stderr
+        else:
+            assert main([*job, *own]) == 0
+    for name in ("loss", "grad_norm", "heldout_loss"):
+        found, truth = (metrics(tmp_path / run, name) for run in ("run", "alone"))
+        assert len(found) >= 1
+        assert found[-1] == pytest.approx(truth[-1], rel=1e-5), name
+        assert name == "heldout_loss" or found == pytest.approx(truth, rel=1e-5), name
