@@ -17,3 +17,8 @@ class Device(Protocol):
     def device_kind(self) -> str:
         """The model of an accelerator, or "cpu"."""
         ...
+
+    @property
+    def process_index(self) -> int:
+        """The number of the process that it belongs to."""
+        ...

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 from jax.sharding import Mesh as DeviceMesh
 
-from kempnerforge_jax.device import find_device
+from kempnerforge_jax.device import find_device, process_count
 from kempnerforge_jax.distributed.devices import Device
 from shared_config.contract.sharding import MESH_AXES, Layout, layout_of, refusals, unsupported
-from shared_config.errors import ConfigError
+from shared_config.errors import ConfigError, UserError
 from shared_config.schema.job import JobConfig
 
 
@@ -39,18 +39,30 @@ def open_mesh(config: JobConfig, devices: Sequence[Device]) -> Mesh | None:
         return None
     if problems := [*refusals(config), *unsupported(config, "jax", devices[0].platform)]:
         raise ConfigError(problems)
+    if problems := list(_torn_ranks(layout, devices)):
+        raise ConfigError(problems)
     sizes = tuple(getattr(layout, axis) for axis in MESH_AXES)
     return Mesh(layout, DeviceMesh(np.asarray(devices).reshape(sizes), MESH_AXES))
 
 
 def devices_of(device: Device | str | None) -> list[Device]:
-    """The devices of a run: all that there are for None, or the one of a name.
+    """The devices of a run, those of each process in a row: all that there are for None, or the one of a name. Several
+    processes have all of the platform that it names.
 
     Raises:
-        UserError: this machine has no such device.
+        UserError: this machine has no such device, or it is that of one process.
     """
     found = find_device(device)
+    if process_count() > 1:
+        if isinstance(device, str) and ":" in device:
+            raise UserError(f"device = {device!r}: must be a platform, as cpu; processes train together on all devices")
+        return sorted(jax.devices(found.platform), key=lambda each: each.process_index)
     return jax.devices(found.platform) if device is None else [found]
+
+
+def own_device(devices: Sequence[Device]) -> Device:
+    """The first of the devices that this process has."""
+    return next(device for device in devices if device.process_index == jax.process_index())
 
 
 def drawing_device(mesh: Mesh | None, device: Device) -> Device:
@@ -61,3 +73,14 @@ def drawing_device(mesh: Mesh | None, device: Device) -> Device:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         return device
+
+
+def _torn_ranks(layout: Layout, devices: Sequence[Device]) -> Iterator[str]:
+    """Why the devices of a data rank, which share their micro-batches, can't be those of a process, or of several."""
+    of_rank = layout.devices // layout.data_ranks
+    of_process = len(devices) // len({device.process_index for device in devices})
+    if of_rank % of_process and of_process % of_rank:
+        yield (
+            f"distributed.cp = {layout.cp}, distributed.tp = {layout.tp}: their product must divide the {of_process} "
+            "devices of a process, or be a multiple of them"
+        )

@@ -39,17 +39,30 @@ def partitions(
 
 
 def place(mesh: Mesh | None, device: Device, table: ParameterTable, arrays: State) -> State:
-    """The arrays, on their devices."""
-    return jax.device_put(arrays, device if mesh is None else _shardings(mesh, partitions(mesh, table, arrays)))
+    """The arrays, on their devices; those of several processes each take their parts of what every process has."""
+    if mesh is None:
+        return jax.device_put(arrays, device)
+    where = _shardings(mesh, partitions(mesh, table, arrays))
+    return {name: _split(np.asarray(array), where[name]) for name, array in arrays.items()}
 
 
-def place_batches(mesh: Mesh, batches: Mapping[str, np.ndarray]) -> State:
-    """Arrays (N * R, B, ...), in the order of ranks within each place of the accumulation, as (N, R, B, ...): those of
-    each rank on the devices that compute them.
+def place_batches(mesh: Mesh, ranks: range, batches: Mapping[str, np.ndarray]) -> State:
+    """Arrays (N, R, B, ...) of all ranks, each of them on the devices that compute it, from those (N, r, B, ...) of
+    this process's ``ranks``.
     """
-    ranks = mesh.layout.data_ranks
-    shaped = {name: array.reshape(-1, ranks, *array.shape[1:]) for name, array in batches.items()}
-    return jax.device_put(shaped, NamedSharding(mesh.axes, of_batches(mesh)))
+    return {name: _batches_of_all(mesh, ranks, array) for name, array in batches.items()}
+
+
+def _batches_of_all(mesh: Mesh, ranks: range, array: np.ndarray) -> jax.Array:
+    count = mesh.layout.data_ranks
+
+    def own(box: tuple[slice, ...] | None) -> np.ndarray:
+        assert box is not None
+        start, stop, _ = box[1].indices(count)
+        return array[box[0], start - ranks.start : stop - ranks.start, *box[2:]]
+
+    shape = (array.shape[0], count, *array.shape[2:])
+    return jax.make_array_from_callback(shape, NamedSharding(mesh.axes, of_batches(mesh)), own)
 
 
 def of_batches(mesh: Mesh) -> P:
@@ -80,7 +93,9 @@ def abstract(mesh: Mesh, table: ParameterTable, arrays: Mapping[str, Laid]) -> d
 def abstract_batches(
     mesh: Mesh, shapes: Mapping[str, tuple[tuple[int, ...], DTypeLike]]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `place_batches` would give for arrays of these shapes (N * R, B, ...) and dtypes."""
+    """What `place_batches` would give for the micro-batches of all ranks: arrays of these shapes (N * R, B, ...) and
+    dtypes.
+    """
     ranks, where = mesh.layout.data_ranks, NamedSharding(mesh.axes, of_batches(mesh))
     return {
         name: jax.ShapeDtypeStruct((shape[0] // ranks, ranks, *shape[1:]), dtype, sharding=where)
@@ -121,6 +136,10 @@ def _sharded(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
     )
+
+
+def _split(array: np.ndarray, where: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, where, lambda box: array[box])
 
 
 def _shardings(mesh: Mesh, parts: Mapping[str, P]) -> dict[str, NamedSharding]:

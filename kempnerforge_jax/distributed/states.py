@@ -1,4 +1,4 @@
-"""Arrays that lie on devices of many processes: each process's own parts of them."""
+"""Arrays that lie on devices of many processes: brought to the host of the first, or each process's own parts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,24 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
-from kempnerforge_jax.model.stack import Stack
+from kempnerforge_jax.distributed.processes import is_main
+from kempnerforge_jax.model.stack import Stack, unstack_layers
 from kempnerforge_jax.model.state import State
 from shared_config.interchange.parts import Part, Parts
+
+
+def host_copies(arrays: State) -> dict[str, np.ndarray]:
+    """Copies of all arrays on the first process, {} on others; all put each together. Stacked layers are given one by
+    one.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name, array in arrays.items():
+        whole = np.array(array if array.is_fully_addressable else process_allgather(array, tiled=True))
+        if is_main():
+            found[name] = whole
+    return unstack_layers(found)
 
 
 def own_parts(arrays: State) -> dict[str, Parts]:

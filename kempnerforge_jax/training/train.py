@@ -20,11 +20,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 from rich.console import Console
 
-from kempnerforge_jax.device import find_device, process_count
+from kempnerforge_jax.device import find_device
 from kempnerforge_jax.distributed.devices import Device
-from kempnerforge_jax.distributed.mesh import devices_of, drawing_device, open_mesh
+from kempnerforge_jax.distributed.mesh import drawing_device, open_mesh, own_device
+from kempnerforge_jax.distributed.processes import joined, processes
+from kempnerforge_jax.distributed.ranks import Ranks
 from kempnerforge_jax.distributed.sharding import initial_state, keep_sharded, place, place_batches
-from kempnerforge_jax.distributed.states import own_parts
+from kempnerforge_jax.distributed.states import host_copies, own_parts
 from kempnerforge_jax.model.balancing import balance
 from kempnerforge_jax.model.build import build_model
 from kempnerforge_jax.model.module import named_variables
@@ -55,13 +57,14 @@ from shared_config.contract.routing import RouterId
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
 from shared_config.errors import UserError
-from shared_config.interchange.checkpoint import TrainingState, whole_state
-from shared_config.interchange.parts import StateParts
+from shared_config.interchange.checkpoint import TrainingState
+from shared_config.interchange.parts import Parts, StateParts
 from shared_config.schema.job import JobConfig
-from shared_config.training.loop import refuse_other_processes, run_training
+from shared_config.training.loop import run_training
 from shared_config.training.trainer import Batch, TrainingSummary
 
 _Master = TypeVar("_Master")
+_Copy = TypeVar("_Copy", np.ndarray, Parts)
 _Batches = Mapping[str, np.ndarray] | State
 _Step = Callable[
     [State, State, OptimizerState, _Batches, np.ndarray, np.ndarray, np.ndarray],
@@ -77,20 +80,23 @@ def train(
     console: Console | None = None,
     overridden: Collection[str] = (),
 ) -> TrainingSummary:
-    """Train the job on all devices of this process, in the layout of ``[distributed]``, from where its folder left it,
-    and return how it ended.
+    """Train the job on all devices, in the layout of ``[distributed]``, from where its folder left it, and return how
+    it ended.
+
+    Where a launcher started several processes, or a library has joined some, they train together on the devices of
+    all; the first writes the files and the console.
 
     Args:
         overridden: dotted fields that the command line sets: see `shared_config.training.resume.restore`.
 
     Raises:
-        UserError: what can't be used, of data, folders, checkpoints and layouts; or this is one of several processes.
+        UserError: what can't be used, of data, folders, checkpoints and layouts.
     """
-    refuse_other_processes(process_count())
-    trainer = Trainer(config, devices_of(device))
-    ranks = 1 if trainer.mesh is None else trainer.mesh.layout.data_ranks
-    data = open_data(config, world_size=ranks, together=ranks)
-    return run_training(config, trainer, data, console=console, overridden=overridden)
+    with joined(device) as devices:
+        trainer = Trainer(config, devices)
+        own = trainer.ranks.own
+        data = open_data(config, rank=own.start, world_size=trainer.ranks.count, together=len(own))
+        return run_training(config, trainer, data, console=console, processes=processes(), overridden=overridden)
 
 
 class Trainer:
@@ -100,7 +106,12 @@ class Trainer:
     bfloat16, on a copy of the masters that is cast for each micro-batch. ``device`` is a `jax.Device`, the name of a
     platform, None for the default one, or a list of devices in the order of the mesh.
 
+    Of several processes each has a trainer with the micro-batches of its own data ranks, and all take each step
+    together: R data ranks with N micro-batches each do what one device does with the N * R, ordered rank by rank within
+    each of the N.
+
     Attributes:
+        ranks: those that see different micro-batches.
         parameters: the masters, by name; those of layers in a scan are stacked (see `split`).
         buffers: all other arrays of the model.
         updates: optimiser steps done.
@@ -117,7 +128,8 @@ class Trainer:
     ):
         self.config = config
         devices = list(device) if isinstance(device, list) else [find_device(device)]
-        self.device, self.mesh = devices[0], open_mesh(config, devices)
+        self.device, self.mesh = own_device(devices), open_mesh(config, devices)
+        self.ranks = Ranks(self.mesh)
         with jax.default_device(drawing_device(self.mesh, self.device)):
             self.recipe, parameters, buffers = Recipe.of(config, self.mesh, _build_model(config, dtype), dtype)
         self.table = dict(self.recipe.table)
@@ -141,7 +153,8 @@ class Trainer:
         Args:
             micro_batches: each has ``tokens`` and ``labels``, int (B, S), and may have ``doc_ids`` and ``text_mask``,
                 bool (B, S), False at padding; for images, what
-                `shared_config.data.images.collate` gives. On a mesh, with the rows of all data ranks, rank by rank.
+                `shared_config.data.images.collate` gives. On a mesh, with the rows of all data ranks of this
+                process, rank by rank.
 
         Returns:
             loss (cross entropy), grad_norm (before clipping), lr, tokens (labels that counted). With experts also
@@ -150,16 +163,18 @@ class Trainer:
             all routers). Where updates may be skipped, taken (whether this one was applied).
             Results of the device stay there, as scalar arrays.
         """
-        count, lr = label_count(micro_batches), self.learning_rate(self.updates)
+        count, lr = self.ranks.number(label_count(micro_batches)), self.learning_rate(self.updates)
         self._freeze()
-        micro_batches = self._by_rank(micro_batches)
-        micro_batches = with_noise_seeds(self.config, micro_batches, self.updates)
+        by_rank = [
+            with_noise_seeds(self.config, own, self.updates, rank, self.ranks.count)
+            for rank, own in zip(self.ranks.own, self._by_rank(micro_batches), strict=True)
+        ]
         with step_span(self.updates), matmul_precision(self.config.train.matmul_precision):
             self.parameters, self.buffers, self.optimizer_state, metrics = compiled_step(self.recipe)(
                 self.parameters,
                 self.buffers,
                 self.optimizer_state,
-                self._stacked(micro_batches),
+                self._stacked(by_rank),
                 np.asarray(max(count, 1), self._scalar),
                 np.asarray(lr, self._scalar),
                 np.asarray(training_progress(self.updates, self.config.train.max_steps), self._scalar),
@@ -168,8 +183,10 @@ class Trainer:
         return {**metrics, "lr": lr, "tokens": count}
 
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, Shaped[Array, "..."] | float]:
-        """``loss``: mean cross entropy over all labels of the batches; ``tokens``: their number. Changes nothing."""
-        total, count = jnp.zeros((), self._scalar), label_count(batches)
+        """``loss``: mean cross entropy over all labels of the batches, of all ranks; ``tokens``: their number. Changes
+        nothing.
+        """
+        total, count = 0.0, self.ranks.number(label_count(batches))
         with matmul_precision(self.config.train.matmul_precision):
             for batch in batches:
                 total = total + compiled_evaluation(self.recipe)(
@@ -178,22 +195,28 @@ class Trainer:
         return {"loss": total / max(count, 1), "tokens": count}
 
     def state(self) -> TrainingState:
-        """Copies, on the host, of weights, buffers, moments and counts of updates."""
-        return whole_state(self.parts())
+        """Copies, on the host, of weights, buffers, moments and counts of updates. With several processes all must call
+        it, and the first gets the arrays.
+        """
+        return TrainingState(self.updates, *self._held(host_copies))
 
     def parts(self) -> StateParts:
-        """Copies, on the host, of what this process is to write of the state, in the order of the parameter table (jit
-        has its own): together all processes give each part once.
+        """Copies, on the host, of what this process is to write of the state: together all processes give each part
+        once.
         """
-        weights = own_parts({name: variable.get_value() for name, variable in own_variables(self.model).items()})
-        kept = {kind: own_parts(arrays) for kind, arrays in arrays_by_kind(self.optimizer_state).items()}
+        return StateParts(self.updates, *self._held(own_parts))
+
+    def _held(self, copies: Callable[[State], dict[str, _Copy]]) -> tuple[dict[str, _Copy], dict[str, _Copy]]:
+        """Copies of weights and buffers, and of moments, in the order of the parameter table (jit has its own)."""
+        weights = copies({name: variable.get_value() for name, variable in own_variables(self.model).items()})
+        kept = {kind: copies(arrays) for kind, arrays in arrays_by_kind(self.optimizer_state).items()}
         moments = {
             f"{kind}.{name}": kept[kind][name]
             for kind in (*moments_of(self.config.optimizer.name), UPDATES)
             for name in self.table
             if name in kept[kind]
         }
-        return StateParts(self.updates, {name: weights[name] for name in self.table if name in weights}, moments)
+        return {name: weights[name] for name in self.table if name in weights}, moments
 
     def load_state(self, state: TrainingState | StateParts) -> None:
         """Continue from a state of either backend; without moments, only the weights are taken. A parameter that was
@@ -220,18 +243,20 @@ class Trainer:
     def _wait(self) -> None:
         jax.block_until_ready((self.parameters, self.buffers, self.optimizer_state))
 
-    def _by_rank(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """The batches of all data ranks, cut into those of each."""
-        if self.mesh is None:
-            return batches
-        ranks = self.mesh.layout.data_ranks
+    def _by_rank(self, batches: Sequence[Batch]) -> list[list[Batch]]:
+        """The batches of each rank of this process, from those of all of them."""
+        ranks = len(self.ranks.own)
         parts = [{name: np.split(array, ranks) for name, array in batch.items()} for batch in batches]
-        return [{name: part[name][rank] for name in part} for part in parts for rank in range(ranks)]
+        return [[{name: part[name][rank] for name in part} for part in parts] for rank in range(ranks)]
 
-    def _stacked(self, batches: Sequence[Batch]) -> _Batches:
-        """Arrays (N, B, ...), on a mesh (N, R, B, ...)."""
+    def _stacked(self, by_rank: Sequence[Sequence[Batch]]) -> _Batches:
+        """Arrays (N, B, ...), on a mesh (N, R, B, ...), from the N batches of each rank of this process."""
+        batches, ranks = [batch for several in zip(*by_rank, strict=True) for batch in several], len(by_rank)
         stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-        return stacked if self.mesh is None else place_batches(self.mesh, stacked)
+        if self.mesh is None:
+            return stacked
+        own = {name: array.reshape(-1, ranks, *array.shape[1:]) for name, array in stacked.items()}
+        return place_batches(self.mesh, self.ranks.own, own)
 
     def _freeze(self) -> None:
         """Apply the freeze schedule at this step."""

@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection, Mapping
 
 from shared_config.errors import UserError
-from shared_config.training.launch import launch_of
+from shared_config.training.launch import launch_of, launch_sizes
 
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "JAX_NUM_PROCESSES")
 """Variables in which launchers (torchrun, mpirun, srun, a multi-process JAX) say how many processes there are. (The
@@ -16,19 +16,14 @@ SLURM_NTASKS of a batch script is what srun would start in it.)
 """
 
 
-TOGETHER = {"torch": ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")}
-"""Backend -> the variables of launchers (torchrun, srun) whose processes train together."""
-
-
 def world_size(backend: str, environment: Mapping[str, str] = os.environ) -> int:
     """How many processes a launcher has started to train together with a backend; 1 without a launcher.
 
     Raises:
-        UserError: the backend can't train as several processes, or not as those of this launcher; a part of what the
-            launcher sets is missing.
+        UserError: the backend can't train as those of this launcher; a part of what the launcher sets is missing.
     """
-    launch = launch_of(environment) if backend in TOGETHER else None
-    require_one_process(environment, known=() if launch is None else TOGETHER[backend])
+    launch = launch_of(environment, backend)
+    require_one_process(environment, known=() if launch is None else launch_sizes(backend))
     return 1 if launch is None else launch.world_size
 
 
@@ -46,6 +41,6 @@ def require_one_process(environment: Mapping[str, str] = os.environ, known: Coll
         if name not in known and value.isdecimal() and value.lstrip("0") not in ("", "1"):
             raise UserError(
                 f"{name} = {value[:20]}: must be 1; each process would do the same work in the same files. Start the "
-                "command once, without a launcher; with several processes there is train --backend torch, started by "
-                "torchrun or srun"
+                "command once, without a launcher; with several processes there is train, started by torchrun or srun, "
+                "that of JAX also by mpirun"
             )

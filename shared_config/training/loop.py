@@ -30,7 +30,7 @@ from shared_config.schema.job import JobConfig
 from shared_config.training.metrics import Logger, finite_or_none, open_loggers
 from shared_config.training.profiling import Profiler
 from shared_config.training.progress import Display, say
-from shared_config.training.resume import Start, restore
+from shared_config.training.resume import ROWS_PER_STEP, Start, restore
 from shared_config.training.run_folder import own_folder, write_config
 from shared_config.training.signals import StopRequest
 from shared_config.training.trainer import (
@@ -47,19 +47,6 @@ MUST_BE_FINITE = ("loss", "grad_norm")
 TAKEN = "taken"
 
 log = logging.getLogger(__name__)
-
-
-def refuse_other_processes(count: int) -> None:
-    """Refuse to train as one of several processes that a framework has joined.
-
-    Raises:
-        UserError: ``count`` is above 1.
-    """
-    if count > 1:
-        raise UserError(
-            f"processes = {count}: must be 1; parallel layouts are not supported, and each process would train the "
-            "same thing in the same folder"
-        )
 
 
 def run_training(
@@ -105,7 +92,9 @@ def run_training(
                 note=to_stderr if is_main else lambda _: None,
                 overridden=overridden,
                 processes=processes,
+                rows_per_batch=data.rows_per_batch,
             )
+        config = config.replace(train=config.train.replace(grad_accum_steps=start.grad_accum_steps))
         tokens = data.tokens_per_batch * config.train.grad_accum_steps
         display = Display(console, total=config.train.max_steps, done=start.step, tokens_per_step=tokens)
         profiler: Profiler | None = None
@@ -296,6 +285,7 @@ class _Run:
         assert state.step == self.step, f"the trainer is at step {state.step}, the loop at step {self.step}"
         for logger in self.loggers:
             self._logging(logger.sync)
+        state.extra[ROWS_PER_STEP] = self.data.rows_per_batch * self.config.train.grad_accum_steps
         if self.skipped:
             state.extra.update(skipped=self.skipped, skipped_in_a_row=self.skipped_in_a_row)
         try:

@@ -18,14 +18,17 @@ from shared_config.interchange.together import ALONE, Processes
 from shared_config.interchange.toml import config_from_dict
 from shared_config.schema.base import Section, execution_names
 from shared_config.schema.job import JobConfig
+from shared_config.training.global_batch import accumulation
 
 Say = Callable[[str], None]
+ROWS_PER_STEP = "rows_per_step"
+"""What the rows of a step are called in a checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The first step to take (counted from 0), the training rows consumed before it, the checkpoint they come from, and
-    how many updates were left out: in all, and just before it.
+    """The first step to take (counted from 0), the training rows consumed before it, the checkpoint they come from, how
+    many updates were left out: in all, and just before it; and ``train.grad_accum_steps`` from here on.
     """
 
     step: int = 0
@@ -33,6 +36,7 @@ class Start:
     path: Path | None = None
     skipped: int = 0
     skipped_in_a_row: int = 0
+    grad_accum_steps: int = 1
 
 
 def restore(
@@ -45,6 +49,7 @@ def restore(
     note: Say = to_stderr,
     overridden: Collection[str] = (),
     processes: Processes = ALONE,
+    rows_per_batch: int,
 ) -> Start:
     """Give a trainer the state of the latest checkpoint of ``checkpoint.dir``, else the weights of
     ``checkpoint.load_path`` (native weights, a training run or checkpoint, a Hugging Face folder), else nothing.
@@ -54,6 +59,7 @@ def restore(
         overridden: dotted fields that the command line sets; they may change the function of the weights, which is
             reported.
         processes: all that restore their parts; see `shared_config.interchange.checkpoint.load`.
+        rows_per_batch: of a micro-batch, over all ranks.
 
     Raises:
         UserError: a damaged file, or weights of a model that differs, naming each field.
@@ -65,8 +71,9 @@ def restore(
         _compare(config, checkpoint, say, note, overridden)
         load_state(state)
         _announce(checkpoint, backend, fingerprint, say)
+        steps = _accumulation(config, checkpoint, rows_per_batch, note, overridden)
         skipped = [_count(state, name) for name in ("skipped", "skipped_in_a_row")]
-        return Start(state.step, checkpoint.rows, found, *skipped)
+        return Start(state.step, checkpoint.rows, found, *skipped, grad_accum_steps=steps)
     if config.checkpoint.load_path:
         path = config.checkpoint.load_path
         notes: list[str] = []
@@ -75,7 +82,20 @@ def restore(
         for line in notes:
             note(line)
         say(f"starting from the weights of {path}")
-    return Start()
+    return Start(grad_accum_steps=config.train.grad_accum_steps)
+
+
+def _accumulation(
+    config: JobConfig, checkpoint: Checkpoint, rows_per_batch: int, note: Say, overridden: Collection[str]
+) -> int:
+    rows = _count(checkpoint.parts, ROWS_PER_STEP)
+    if not rows or not checkpoint.config:
+        return config.train.grad_accum_steps
+    before = config_from_dict(checkpoint.config).train
+    found = accumulation(config, rows_per_batch, before, rows, overridden)
+    if found.note:
+        note(found.note)
+    return found.grad_accum_steps
 
 
 def _count(state: StateParts, name: str) -> int:

@@ -1,4 +1,4 @@
-"""Commands that write are one process, but for training in PyTorch."""
+"""Commands that write are one process, but for training."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pytest
 from shared_config.cli import main
 from shared_config.commands import COMMANDS
 from shared_config.commands.line import HARMLESS
-from shared_config.commands.processes import SIZES, TOGETHER, require_one_process
+from shared_config.commands.processes import SIZES, require_one_process
 from shared_config.errors import UserError
+from shared_config.training.launch import launch_sizes
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +43,7 @@ def test_one_of_several_processes_is_refused(
     for backend in ("torch", "jax"):
         status = main([command, *(part.replace("torch", backend) for part in LINES[command])])
         assert status == (0 if command in HARMLESS else 2)
-        together = command == "train" and name in TOGETHER.get(backend, ())
+        together = command == "train" and name in launch_sizes(backend)
         said = f"{name} = 2: {'of several processes each needs' if together else 'must be 1'}"
         assert (said in capsys.readouterr().err) == (status == 2)
         assert list(tmp_path.iterdir()) == []
@@ -71,16 +72,13 @@ else:
     import jax
     from kempnerforge_jax.training.train import train
     jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
-try:
-    train(text_job(Path(folder), train={"max_steps": 1}), device="cpu")
-except ValueError as error:
-    print(error, flush=True)
+train(text_job(Path(folder), train={"max_steps": 1}), device="cpu")
 os._exit(0)  # threads of gloo can abort an interpreter that ends
 """
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_processes_that_a_library_joined_train_once_or_not_at_all(tmp_path: Path, backend: str) -> None:
+def test_processes_that_a_library_joined_train_once(tmp_path: Path, backend: str) -> None:
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     processes = [
@@ -94,13 +92,9 @@ def test_processes_that_a_library_joined_train_once_or_not_at_all(tmp_path: Path
         for rank in range(2)
     ]
     for process in processes:
-        said, errors = process.communicate(timeout=120)
-        assert said.startswith("processes = 2: must be 1" if backend == "jax" else ""), errors
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-    if backend == "torch":
-        assert [line["tokens"] for line in run_metrics(tmp_path / "run")] == [2 * 3 * 10]
-    else:
-        assert not (tmp_path / "run").exists()
+    assert [line["tokens"] for line in run_metrics(tmp_path / "run")] == [2 * 3 * 10]
 
 
 def run_metrics(folder: Path) -> list[dict[str, float]]:
