@@ -17,10 +17,10 @@ CUT, ROUTED = (Case(model, 2, {"cp": 2}, {"data": {"pack_documents": True}}) for
 
 
 class LayoutMutant(NamedTuple):
-    """A bug, and the case that shows it."""
+    """A bug, and the case, or the check of `tests.distributed.jax_processes`, that shows it."""
 
     mutant: Mutant
-    case: Case
+    case: Case | str
 
 
 def torch_bug(component: str, name: str, text: str, replacement: str, case: Case) -> LayoutMutant:
@@ -199,7 +199,7 @@ DISTRIBUTED_MUTANTS = (
 )  # fmt: skip
 
 
-def jax_bug(component: str, name: str, text: str, replacement: str, case: Case) -> LayoutMutant:
+def jax_bug(component: str, name: str, text: str, replacement: str, case: Case | str) -> LayoutMutant:
     return LayoutMutant(Mutant(component, f"{name}, jax", None, (text, replacement)), case)
 
 
@@ -237,7 +237,7 @@ JAX_MUTANTS = (
     ),
     jax_bug(
         "training.train", "rows of ranks trade places",
-        "for part in parts for rank in range(ranks)]", "for rank in range(ranks) for part in parts]",
+        "[[{name: part[name][rank] for name in part}", "[[{name: part[name][-1 - rank] for name in part}",
         Case("moma", 2, {}, {"vlm": {"moma_gumbel_noise": "true"}}),
     ),
     jax_bug(
@@ -266,5 +266,38 @@ JAX_MUTANTS = (
         "distributed.fsdp", "whole arrays have the gradient of one part",
         "_several(mesh, TOKEN_AXES) if axis not in used", "_several(mesh, TOKEN_AXES[:-1]) if axis not in used",
         CUT_IN_JAX,
+    ),
+)  # fmt: skip
+
+PROCESS_MUTANTS = (
+    jax_bug(
+        "distributed.processes", "a signal that one process sees, and those before it don't",
+        "return max(of_all(number))", "return max(of_all(number)[: jax.process_index() + 1])", "numbers",
+    ),
+    jax_bug(
+        "distributed.states", "copies of a part written by each that holds one",
+        "if shard.replica_id == 0]", "if shard.replica_id >= 0]", "parts",
+    ),
+    jax_bug(
+        "distributed.states", "parts of the other processes not written",
+        "if shard.replica_id == 0]", "if shard.replica_id == 0 and is_main()]", "parts",
+    ),
+    jax_bug(
+        "distributed.ranks", "labels of one process counted",
+        "return sum(of_all(number)) // holders", "return number", Case("sigmoid", 4, {"ep": 2}),
+    ),
+    jax_bug(
+        "distributed.ranks", "labels counted by each process that has devices of the rank",
+        "return sum(of_all(number)) // holders", "return sum(of_all(number))", Case("dense", 4, {"tp": 4}),
+    ),
+    jax_bug(
+        "training.train", "noise of the first ranks",
+        "for rank, own in zip(self.ranks.own,", "for rank, own in zip(range(len(self.ranks.own)),",
+        Case("moma", 4, {}, {"vlm": {"moma_gumbel_noise": "true"}}),
+    ),
+    jax_bug(
+        "distributed.states", "the state of one process alone",
+        "if array.is_fully_addressable else process_allgather(array, tiled=True)",
+        "if array.is_fully_addressable else array.addressable_data(0)", Case("dense", 4, {}),
     ),
 )  # fmt: skip

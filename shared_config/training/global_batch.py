@@ -27,8 +27,8 @@ def accumulation(
 ) -> Accumulation:
     """How a run goes on whose steps had ``rows_before`` rows under the section ``before``.
 
-    Where only the number of data ranks has changed, the accumulation follows it, if the rows can be dealt out so. Where
-    they can't, or where the config or the command line ask for another batch, what they ask for is done, and noted.
+    Where only the number of data ranks has changed, the accumulation follows it, if the rows can be dealt out so and
+    each stage of a pipeline has a micro-batch. Where they can't, or where the config or the command line ask for another batch, what they ask for is done, and noted.
 
     Args:
         rows_per_batch: rows of a micro-batch, over all data ranks.
@@ -40,10 +40,10 @@ def accumulation(
         return Accumulation(train.grad_accum_steps)
     ranks = rows_per_batch // train.batch_size
     asked = any(f"train.{name}" in overridden or getattr(train, name) != getattr(before, name) for name in FIELDS)
-    if not asked and rows_before % rows_per_batch == 0:
-        steps = rows_before // rows_per_batch
-        said = f"train.grad_accum_steps {train.grad_accum_steps} -> {steps}, as there are {_ranks(ranks)}"
-        return Accumulation(steps, f"note: {said} now: a step has {rows_before} rows, as before")
+    steps, rest = divmod(rows_before, rows_per_batch)
+    if not asked and not rest and steps >= config.distributed.pp:
+        said = f"train.grad_accum_steps {train.grad_accum_steps} -> {steps} with {_ranks(ranks)}"
+        return Accumulation(steps, f"note: {said}: a step has {rows_before} rows, as before")
     changed = f"note: a step has {rows} rows from here on, and had {rows_before}"
     return Accumulation(train.grad_accum_steps, f"{changed}; {_advice(train.batch_size, ranks, rows_before)}")
 

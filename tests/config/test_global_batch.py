@@ -38,6 +38,13 @@ def test_the_accumulation_follows_the_number_of_ranks(size: int, steps: int, ran
         assert int(advised[1]) <= size
 
 
+def test_a_pipeline_keeps_a_micro_batch_for_each_stage() -> None:
+    config = load_config("debug", ["--train.batch_size=2", "--train.grad_accum_steps=4", "--distributed.pp=4"])
+    found = accumulation(config, 4, config.train, 8)
+    assert found.grad_accum_steps == 4
+    assert "has 16 rows from here on, and had 8" in found.note
+
+
 @pytest.mark.parametrize(("field", "value"), [("batch_size", 2), ("grad_accum_steps", 2)])
 def test_what_a_user_asks_for_is_done_and_noted(field: str, value: int) -> None:
     """On the command line, also where it asks for the value of before; and in the config."""
@@ -66,13 +73,13 @@ def test_a_run_sees_the_same_rows_on_any_number_of_ranks(tmp_path: Path, capsys:
     run_on(2, tmp_path / "moved", 3)
     on_four = run_on(4, tmp_path / "moved", 6)
     assert set(on_four.seen) == {1}
-    assert "note: train.grad_accum_steps 2 -> 1, as there are 4 data ranks now: a step has 8 rows, as before" in (
+    assert "note: train.grad_accum_steps 2 -> 1 with 4 data ranks: a step has 8 rows, as before" in (
         capsys.readouterr().err
     )
     assert load_config(tmp_path / "moved").train.grad_accum_steps == 1
     assert checkpoint.load(tmp_path / "moved").rows == 6 * 8
     on_one = run_on(1, tmp_path / "moved", 9, "train.grad_accum_steps=1")
-    assert set(on_one.seen) == {4 * 2}
+    assert set(on_one.seen) == {4}
     stayed = run_on(2, tmp_path / "stayed", 9)
     np.testing.assert_allclose(on_one.table, stayed.table, rtol=0, atol=1e-5)
 

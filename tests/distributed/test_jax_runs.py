@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +17,6 @@ import pytest
 
 from kempnerforge_jax.distributed.mesh import open_mesh
 from shared_config.errors import ConfigError
-from shared_config.interchange import checkpoint
-from tests.distributed import jax_parts
 from tests.jobs import tiny_job
 
 ROOT = Path(__file__).parents[2]
@@ -49,26 +46,6 @@ def test_any_layout_and_backend_goes_on_with_the_same_losses(tmp_path: Path) -> 
     assert train(spread, "jax", 2, 4, "--distributed.cp=2", "--train.max_steps=5").returncode == 0
     assert train(spread, "torch", 1, 4).returncode == 0
     assert losses(spread) == pytest.approx(losses(alone), abs=1e-5)
-
-
-def test_processes_write_and_read_the_parts_of_their_devices(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.distributed.jax_parts"]
-    started = [
-        subprocess.Popen([*command, str(rank), str(port), str(tmp_path)], cwd=ROOT, env=environment)
-        for rank in range(jax_parts.PROCESSES)
-    ]
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
-    weights = checkpoint.load(tmp_path).state.weights
-    truth = {name: jax_parts.values_of(name) for name in jax_parts.SHAPES if name != "layers.0-1.w"}
-    truth |= {f"layers.{layer}.w": jax_parts.values_of("layers.0-1.w")[layer] for layer in range(2)}
-    assert weights.keys() == truth.keys()
-    for name, values in truth.items():
-        assert weights[name].tobytes() == values.tobytes(), name
 
 
 def test_a_layout_that_does_not_fit_the_devices_is_refused(tmp_path: Path) -> None:
