@@ -28,7 +28,8 @@ def accumulation(
     """How a run goes on whose steps had ``rows_before`` rows under the section ``before``.
 
     Where only the number of data ranks has changed, the accumulation follows it, if the rows can be dealt out so and
-    each stage of a pipeline has a micro-batch. Where they can't, or where the config or the command line ask for another batch, what they ask for is done, and noted.
+    each stage of a pipeline has a micro-batch. Where they can't, or where the config or the command line ask for
+    another batch, what they ask for is done, and noted.
 
     Args:
         rows_per_batch: rows of a micro-batch, over all data ranks.

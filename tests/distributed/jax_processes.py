@@ -41,14 +41,14 @@ Check = Case | str
 """A case, or the name of one of `CHECKS`."""
 
 
-def environments(devices: int) -> list[dict[str, str]]:
+def environments(devices: int, processes: int = PROCESSES) -> list[dict[str, str]]:
     """Variables of processes of JAX that meet on this machine, each with so many devices."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     shared = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    meeting = {"JAX_NUM_PROCESSES": str(PROCESSES), "JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
-    return [{**os.environ, **shared, **meeting, "JAX_PROCESS_ID": str(rank)} for rank in range(PROCESSES)]
+    meeting = {"JAX_NUM_PROCESSES": str(processes), "JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
+    return [{**os.environ, **shared, **meeting, "JAX_PROCESS_ID": str(rank)} for rank in range(processes)]
 
 
 def run_jax_processes(
