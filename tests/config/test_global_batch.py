@@ -76,7 +76,7 @@ def test_a_run_sees_the_same_rows_on_any_number_of_ranks(tmp_path: Path, capsys:
     assert "note: train.grad_accum_steps 2 -> 1 with 4 data ranks: a step has 8 rows, as before" in (
         capsys.readouterr().err
     )
-    assert load_config(tmp_path / "moved").train.grad_accum_steps == 1
+    assert load_config(str(tmp_path / "moved")).train.grad_accum_steps == 1
     assert checkpoint.load(tmp_path / "moved").rows == 6 * 8
     on_one = run_on(1, tmp_path / "moved", 9, "train.grad_accum_steps=1")
     assert set(on_one.seen) == {4}
