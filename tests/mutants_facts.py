@@ -277,7 +277,9 @@ FACT_MUTANTS = (
     FactMutant(
         SENT, "self.moe_layers * 2 * (2 + self.again)", "self.moe_layers * 2", f"{ON_PAPER}_the_rows_of_experts_by_hand"
     ),
-    FactMutant(SENT, '("pp",), 2, 2 * size)', '("pp",), 1, size)', f"{ON_PAPER}_a_pipeline_idles_as_its_paper_says"),
+    FactMutant(
+        SENT, '("pp",), sides, sides * size)', '("pp",), 1, size)', f"{ON_PAPER}_a_pipeline_idles_as_its_paper_says"
+    ),
     FactMutant(
         SCALE,
         "bubble=(layout.pp - 1) / micro_batches",

@@ -95,7 +95,7 @@ def fsdp_elements(spec: ParameterSpec, layout: Layout) -> int | None:
 
 def _largest_stage(job: JobConfig, pp: int) -> Iterator[ParameterGroup]:
     """The tensors of a stage that has most layers, of each kind its share of them, and of what comes before the layers
-    or after them the larger.
+    or after them the larger: as much as any stage has, and more if the stages differ in layers.
     """
     groups = list(parameter_groups(job.model, job.vlm))
     if pp == 1:
@@ -231,6 +231,7 @@ class _Step:
         )
 
     def pipeline(self) -> Iterator[Traffic]:
-        """Of a stage between others: what it gives to the next, and the gradient that it gives to the one before."""
+        """What a stage gives to the next, and the gradient that it gives to the one before; of two each has one."""
         size = tokens_of_device(self.job, self.layout) * self.job.model.dim * compute_bytes(self.job)
-        yield self.exchange("between stages", "send", ("pp",), 2, 2 * size)
+        sides = 2 if self.layout.pp > 2 else 1
+        yield self.exchange("between stages", "send", ("pp",), sides, sides * size)

@@ -24,11 +24,18 @@ def case(model: str, ranks: int, layout: dict[str, int], train: Mapping[str, str
     return Case(model, ranks, layout, {"model": {"vocab_size": 40}, "train": dict(train or {})})
 
 
+def stages(layout: dict[str, int], layers: int, micro_batches: int, **train: str) -> Case:
+    """One of four ranks with a pipeline."""
+    model = {"vocab_size": 40, "tie_embeddings": False, "n_layers": layers}
+    return Case("dense", 4, layout, {"model": model, "train": {"grad_accum_steps": micro_batches, **train}})
+
+
 BY_DAY = (
     case("dense", 4, {}, NARROW),
     case("dense", 4, {"tp": 2, "dp_replicate": 2}),
     case("softmax", 4, {"cp": 2, "tp": 2}, FULL),
     case("sigmoid", 4, {"ep": 2}, FULL),
+    stages({"pp": 2}, 2, 3),
 )
 BY_NIGHT = (
     *(case(model, 2, {}) for model in ("dense", "sigmoid", "apart")),
@@ -44,6 +51,9 @@ BY_NIGHT = (
     case("sigmoid", 4, {"ep": 2, "dp_replicate": 2}, NARROW),
     case("sigmoid", 4, {"ep": 4}),
     case("sigmoid", 4, {"dp_replicate": 2}, NARROW),
+    stages({"pp": 2}, 4, 2, **NARROW),
+    stages({"pp": 2, "tp": 2}, 2, 4, **FULL),
+    stages({"pp": 4}, 4, 5),
 )
 CASES = BY_DAY + BY_NIGHT if NIGHTLY else BY_DAY
 

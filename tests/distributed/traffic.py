@@ -16,7 +16,7 @@ from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared_config.contract.sharding import MESH_AXES
-from tests.distributed.layouts import MICRO_BATCHES, Case
+from tests.distributed.layouts import Case
 from tests.jobs import draw_batch
 
 FEWEST = 12
@@ -26,7 +26,10 @@ KINDS = {
     "_reduce_scatter_base_": "reduce-scatter",
     "allreduce_": "all-reduce",
     "alltoall_base_": "all-to-all",
+    "send": "send",
 }
+RECEIVING = "recv_"
+"""The other side of what is sent."""
 Key = tuple[str, tuple[str, ...]]
 """Kind, and mesh axes."""
 
@@ -46,7 +49,7 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.partition("::")
-        if name[0] == "c10d":
+        if name[0] == "c10d" and name[2] != RECEIVING:
             self._note(name[2], args)
         return func(*args, **(kwargs or {}))
 
@@ -75,7 +78,7 @@ def _axes_of_groups(mesh: Any) -> dict[frozenset[int], tuple[str, ...]]:
 
 
 def count_in_processes(folder: Path, ranks: int, cases: Sequence[Case]) -> dict[str, dict[Key, tuple[int, float]]]:
-    """Times and bytes of a step of each case, the mean over ranks."""
+    """Times and bytes of a step of each case: the mean over ranks; of stages, those of the rank with most."""
     multiprocessing.set_forkserver_preload(["kempnerforge_torch.training.train", __name__])
     start_processes(_one_of_them, (ranks, str(folder), list(cases)), nprocs=ranks, start_method="forkserver")
     return pickle.loads((folder / "counted").read_bytes())
@@ -95,12 +98,14 @@ def _one_of_them(rank: int, ranks: int, folder: str, cases: list[Case]) -> None:
 def _counted(case: Case) -> dict[Key, tuple[int, float]]:
     job = case.job(case.layout)
     trainer = importlib.import_module("kempnerforge_torch.training.train").Trainer(job, "cpu")
-    batches = [draw_batch(job, number) for number in range(MICRO_BATCHES)]
+    batches = [draw_batch(job, number) for number in range(job.train.grad_accum_steps)]
     trainer.step(batches)
     with Counting(trainer.mesh) as counting:
         trainer.step(batches)
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, (counting.times, counting.bytes))
     keys = sorted({key for times, _ in every for key in times})
-    ranks = len(every)
-    return {key: (every[0][0][key], sum(moved[key] for _, moved in every) / ranks) for key in keys}
+    many = {key: [(times[key], moved[key]) for times, moved in every] for key in keys}
+    if case.layout.get("pp", 1) > 1:
+        return {key: max(found) for key, found in many.items()}
+    return {key: (found[0][0], sum(size for _, size in found) / len(found)) for key, found in many.items()}
