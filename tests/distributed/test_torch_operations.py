@@ -49,17 +49,18 @@ def on_the_second(what: str, trainer: Trainer) -> None:
     changed._differentiate = spoiled
 
 
-def take(what: str, policy: str) -> tuple[list[list[bool]], list[bool]]:
+def take(what: str, policy: str, stages: int) -> tuple[list[list[bool]], list[bool]]:
     """What all ranks say of steps before, while and after something of one of them is spoiled: whether they were taken;
     and whether the weights of each have stayed what they were meanwhile.
     """
-    job = tiny_job(DENSE, train={"on_nonfinite": policy})
+    train = {"on_nonfinite": policy, "grad_accum_steps": stages}
+    job = tiny_job(DENSE, train=train, distributed={"pp": stages})
     trainer = Trainer(job, "cpu")
-    rank = trainer.ranks.rank
-    taken = [trainer.step([draw_batch(job, rank)])]
+    batches = [draw_batch(job, trainer.ranks.rank + index) for index in range(stages)]
+    taken = [trainer.step(batches)]
     before = {name: local(tensor).detach().clone() for name, tensor in trainer.parameters.items()}
     on_the_second(what, trainer)
-    taken.append(trainer.step([draw_batch(job, rank)]))
+    taken.append(trainer.step(batches))
     stays = all(torch.equal(local(tensor), before[name]) for name, tensor in trainer.parameters.items())
     found: list[Any] = [None] * RANKS
     dist.all_gather_object(found, ([bool(metrics["taken"]) for metrics in taken], stays))
@@ -100,9 +101,9 @@ def stop(folder: str, event: str) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient", "moments"])
-def test_an_update_that_one_rank_can_not_take_is_taken_by_none(what: str) -> None:
-    taken, stays = together(take, RANKS, what, "skip")
+@pytest.mark.parametrize(("what", "stages"), [("loss", 1), ("gradient", 1), ("moments", 1), ("moments", 2)])
+def test_an_update_that_one_rank_can_not_take_is_taken_by_none(what: str, stages: int) -> None:
+    taken, stays = together(take, RANKS, what, "skip", stages)
     assert taken == [[True, False]] * RANKS
     assert stays == [True] * RANKS
 
