@@ -102,7 +102,11 @@ backend_config={"known_trip_count":{"n":"2"}}
 """
 """A loop of five rounds and one of two; in each a gathering that goes on beside something, and a scattered sum."""
 LIMIT = "%limit = s32[]{:T(128)} "
+SMALL = (
+    "debug_moe", "debug_vlm_joint_decoder", "debug_vlm_mot", "debug_vlm_cross_attention", "debug_vlm_moma",
+)  # fmt: skip
 PRESETS = (
+    *((name, "v5e:2x2", ()) for name in SMALL),
     ("llama_125m", "v5e:2x2", ("--train.batch_size=1",)),
     ("moe_small", "v5e:4x4", ("--distributed.ep=4", "--train.batch_size=1")),
     ("moe_small", "v6e:4x4", ("--train.batch_size=2",)),
