@@ -275,6 +275,9 @@ PROCESS_MUTANTS = (
         "return max(of_all(number))", "return max(of_all(number)[: jax.process_index() + 1])", "numbers",
     ),
     jax_bug(
+        "training.train", "rows of the first process", "rank=own.start,", "rank=0,", "rows",
+    ),
+    jax_bug(
         "distributed.states", "copies of a part written by each that holds one",
         "if shard.replica_id == 0]", "if shard.replica_id >= 0]", "parts",
     ),

@@ -22,12 +22,14 @@ from unittest.mock import patch
 
 import numpy as np
 
+from shared_config.data import open_data
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import whole_state
 from shared_config.interchange.parts import Box, Parts, StateParts
 from tests.distributed.jax_layouts import _joined, _rows, _trainer
 from tests.distributed.layouts import MICRO_BATCHES, STEPS, Case, Found, _batches, _compare, _numbers, steps
+from tests.jobs import text_job
 from tests.mutants import Mutant, planted
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +79,21 @@ def numbers(folder: Path) -> list[str]:
     return [] if found == [PROCESSES - 1, 0, 15, 15] else [f"the largest numbers are {found}"]
 
 
+def rows(folder: Path) -> list[str]:
+    """Whether a run gives each process the rows of its data ranks."""
+    train = importlib.import_module("kempnerforge_jax.training.train")
+    own = importlib.import_module("kempnerforge_jax.distributed.processes").processes()
+    place = folder / str(own.rank)
+    place.mkdir(parents=True)
+    job = text_job(place)
+    with patch.object(train, "run_training", lambda config, trainer, data, **_: (trainer, data)):
+        trainer, data = train.train(job)
+    ranks = trainer.ranks.count
+    whole = open_data(job, world_size=ranks, together=ranks).batch(3)["tokens"]
+    same = np.array_equal(data.batch(3)["tokens"], np.split(whole, own.count)[own.rank])
+    return [] if same else ["other rows than those of its ranks"]
+
+
 def parts(folder: Path) -> list[str]:
     """Whether arrays come back from a checkpoint that all write, into another layout, and no value is read twice."""
     import jax
@@ -115,7 +132,7 @@ def parts(folder: Path) -> list[str]:
     return lines if sum(read) == HELD else [*lines, f"{sum(read)} values read"]
 
 
-CHECKS: Mapping[str, Callable[[Path], list[str]]] = {"numbers": numbers, "parts": parts}
+CHECKS: Mapping[str, Callable[[Path], list[str]]] = {"numbers": numbers, "rows": rows, "parts": parts}
 
 
 def on_one_device(case: Case) -> Found:
