@@ -17,7 +17,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
+from kempnerforge_jax.model.blockwise import blockwise_attention
 from kempnerforge_jax.model.checks import check_positions
+from kempnerforge_jax.model.fused import fused_attention, has_kernel, with_fused
 from kempnerforge_jax.model.kv_cache import KVCache
 from kempnerforge_jax.model.linear import Linear
 from kempnerforge_jax.model.mask import CAUSAL, Mask, as_mask, with_dense
@@ -26,7 +28,8 @@ from kempnerforge_jax.model.norm import RMSNorm
 from kempnerforge_jax.model.position import apply_rope
 from kempnerforge_jax.model.within_map import read_besides
 
-_Shaped = jax.Array | jax.ShapeDtypeStruct
+DENSE_PAIRS = 1024 * 1024
+"""Of a query and a key: a mask, or scores, of more are never in one tensor."""
 
 
 class Attention(Module):
@@ -139,8 +142,12 @@ def attend(
 ) -> Float[Array, "B H S h"]:
     """softmax(q k^T / sqrt(h)) v.
 
-    Every attention of this backend goes through here, and here the kernel is chosen. NVIDIA GPUs have one, for whole
-    sequences in bfloat16 or float16 whose mask is not dense.
+    Every attention of this backend goes through here, and here the kernel is chosen:
+
+        whole sequences in bfloat16 or float16 on CUDA  cuDNN's, if the mask is causal, with or without a window, or all
+                                                        to all, and its documents and real keys are segments
+        others, up to DENSE_PAIRS                       products of all queries with all keys
+        longer ones                                     blocks of queries
 
     Args:
         q: (B, H, S, h).
@@ -150,27 +157,25 @@ def attend(
     Returns:
         (B, H, S, h); 0, with gradient 0, in rows that may attend to nothing.
     """
-    mask = as_mask(mask)
-    if mask.plain and _has_kernel(q, k, v):
-        kernel, plain = (functools.partial(function, mask=mask) for function in (_cudnn_attention, _attention))
-        return lax.platform_dependent(q, k, v, cuda=kernel, default=plain)
-    return _attention(q, k, v, mask)
-
-
-def _has_kernel(q: _Shaped, k: _Shaped, v: _Shaped) -> bool:
-    """Whether this process has a GPU with cuDNN's fused attention, and the arrays suit it."""
     length, channels = q.shape[2:]
-    narrow = q.dtype == k.dtype == v.dtype and q.dtype in (jnp.bfloat16, jnp.float16)
-    if not narrow or not 1 < length == k.shape[2] or channels % 8 or channels > 128 or jax.default_backend() != "gpu":
-        return False
-    device = jax.local_devices()[0]
-    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
+    mask = as_mask(mask)
+    if q.dtype != k.dtype or k.dtype != v.dtype or not has_kernel(mask, length, k.shape[2], channels, q.dtype):
+        return _attend_plainly(mask, q, k, v)
+    mask = mask if mask.fused is not None else with_fused(mask, length)
+    kernel, plain = functools.partial(_attend_fused, mask), functools.partial(_attend_plainly, mask)
+    return lax.platform_dependent(q, k, v, cuda=kernel, default=plain)
 
 
-def _cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-    q_BSHh, k_BMKh, v_BMKh = (heads.swapaxes(1, 2) for heads in (q, k, v))
-    out_BSHh = jax.nn.dot_product_attention(q_BSHh, k_BMKh, v_BMKh, is_causal=mask.causal, implementation="cudnn")
-    return out_BSHh.swapaxes(1, 2)
+def _attend_fused(mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    kernel = functools.partial(fused_attention, mask=mask)
+    if mask.fused is None:
+        return kernel(q, k, v)
+    return lax.cond(mask.fused.complete, kernel, functools.partial(_attend_plainly, mask), q, k, v)
+
+
+def _attend_plainly(mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    is_short = q.shape[2] * k.shape[2] <= DENSE_PAIRS
+    return _attention(q, k, v, mask) if is_short else blockwise_attention(_attention, q, k, v, mask)
 
 
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
@@ -188,22 +193,41 @@ def attention_weights(
 ) -> Float[Array, "B H S M"]:
     """The probabilities of `attend`: (B, H, S, M) in at least float32, 0 in rows that may attend to nothing."""
     (batch, heads, length, channels), keys = q.shape, k.shape[2]
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
     dense = with_dense(as_mask(mask), length, keys).dense
     assert dense is not None
     q_BKGSh = q.reshape(batch, k.shape[1], -1, length, channels)
-    scores_BKGSM = jnp.einsum("bkgsh,bkmh->bkgsm", q_BKGSh, k, preferred_element_type=dtype)
+    scores_BKGSM = _scores(q_BKGSh, k)
     scores_BHSM = scores_BKGSM.reshape(batch, heads, length, keys) / math.sqrt(channels)
     weights_BHSM = jax.nn.softmax(jnp.where(dense.allowed, scores_BHSM, -jnp.inf), axis=-1)
     return weights_BHSM if dense.empty is None else jnp.where(dense.empty, 0, weights_BHSM)
 
 
-def prepare_mask(mask: Mask, queries: int, keys: int, head_dim: int, dtype: DTypeLike) -> Mask:
-    """The mask as `attend` needs it: with its dense form, unless a kernel takes the facts. What all layers share is
-    prepared once, before the first.
+@jax.custom_vjp
+def _scores(q_BKGSh: jax.Array, k_BKMh: jax.Array) -> jax.Array:
+    """Products of queries and keys, in at least float32. Their gradients are products of the inputs' dtype, of which
+    those of JAX would have one factor in float32, and so be computed as if both were.
     """
-    q, k = (jax.ShapeDtypeStruct((1, 1, length, head_dim), dtype) for length in (queries, keys))
-    return mask if mask.plain and _has_kernel(q, k, k) else with_dense(mask, queries, keys)
+    dtype = jnp.promote_types(q_BKGSh.dtype, jnp.float32)
+    return jnp.einsum("bkgsh,bkmh->bkgsm", q_BKGSh, k_BKMh, preferred_element_type=dtype)
+
+
+def _scores_backward(residuals: tuple[jax.Array, jax.Array], d_BKGSM: jax.Array) -> tuple[jax.Array, jax.Array]:
+    q_BKGSh, k_BKMh = residuals
+    dq_BKGSh = jnp.einsum("bkgsm,bkmh->bkgsh", d_BKGSM.astype(k_BKMh.dtype), k_BKMh)
+    dk_BKMh = jnp.einsum("bkgsm,bkgsh->bkmh", d_BKGSM.astype(q_BKGSh.dtype), q_BKGSh)
+    return dq_BKGSh.astype(q_BKGSh.dtype), dk_BKMh.astype(k_BKMh.dtype)
+
+
+_scores.defvjp(lambda q_BKGSh, k_BKMh: (_scores(q_BKGSh, k_BKMh), (q_BKGSh, k_BKMh)), _scores_backward)
+
+
+def prepare_mask(mask: Mask, queries: int, keys: int, head_dim: int, dtype: DTypeLike) -> Mask:
+    """The mask as `attend` needs it for heads of this size and dtype: in its dense form or in that of a kernel, unless
+    the facts will do. What all layers share is prepared once, before the first.
+    """
+    if has_kernel(mask, queries, keys, head_dim, dtype):
+        return with_fused(mask, queries)
+    return with_dense(mask, queries, keys) if queries * keys <= DENSE_PAIRS else mask
 
 
 def self_attention_mask(

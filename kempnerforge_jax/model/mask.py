@@ -15,10 +15,26 @@ from __future__ import annotations
 import functools
 import operator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Int, Integer
+
+
+class Tokens(NamedTuple):
+    """Facts of tokens, in tensors of any shape; None: nothing is said.
+
+    Attributes:
+        position: int.
+        doc_id: int, its document.
+        valid: bool, False where there is nothing to see; of keys.
+    """
+
+    position: Int[Array, "..."] | None
+    doc_id: Integer[Array, "..."] | None
+    valid: Bool[Array, "..."] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +52,38 @@ class Dense:
     empty: Bool[Array, "..."] | None
 
 
+class Spans(NamedTuple):
+    """Parts of sequences, N at most in each; -1: there is no such part.
+
+    Attributes:
+        starts: int32 (B, N), the first position of each.
+        counts: int32 (B, N), how many positions it has.
+    """
+
+    starts: Int[Array, "B N"]
+    counts: Int[Array, "B N"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Segments:
+    """A mask as segments of whole sequences, as packed kernels take them: the queries of a segment see its keys, as far
+    as causality and a window allow.
+
+    Attributes:
+        queries, keys: of each segment; they start together if it is causal.
+        seeing: bool (B, S), the queries that are in a segment; None: all are.
+        seen: bool (B, S), the keys that are in a segment; None: all are.
+        complete: bool (), whether these say all that the mask says.
+    """
+
+    queries: Spans
+    keys: Spans
+    seeing: Bool[Array, "B S"] | None
+    seen: Bool[Array, "B S"] | None
+    complete: Bool[Array, ""]
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
@@ -46,6 +94,7 @@ class Dense:
         "key_valid",
         "allowed",
         "dense",
+        "fused",
     ],
     meta_fields=["causal", "window"],
 )
@@ -63,6 +112,7 @@ class Mask:
         key_valid: bool (B, M), False where there is nothing to see, as in padding or in unfilled slots; None: all real.
         allowed: bool, broadcasts to (B, H, S, M), True = attend: what no other fact can say; None: nothing to add.
         dense: all these facts in one tensor, shared by the layers of a forward; None until `with_dense` has made it.
+        fused: all these facts as the kernel of `fused` takes them, shared likewise.
 
     Raises:
         ValueError: documents of queries without those of keys, or the reverse.
@@ -77,6 +127,7 @@ class Mask:
     key_valid: Bool[Array, "B M"] | None = None
     allowed: Bool[Array, "..."] | None = None
     dense: Dense | None = None
+    fused: Segments | None = None
 
     def __post_init__(self) -> None:
         if (self.query_doc_ids is None) != (self.key_doc_ids is None):
@@ -95,6 +146,18 @@ class Mask:
             and self.allowed is None
         )
 
+    @property
+    def of_keys_alone(self) -> bool:
+        """Whether all queries see the same keys, whatever ``allowed`` says."""
+        return not self.causal and self.window is None and self.query_doc_ids is None
+
+    @property
+    def in_order(self) -> bool:
+        """Whether keys are at positions 0 ... M - 1 and the queries are the last of them, and all else is facts of
+        tokens.
+        """
+        return self.query_positions is None and self.key_positions is None and self.allowed is None
+
 
 CAUSAL = Mask(causal=True)
 FULL = Mask()
@@ -105,34 +168,74 @@ def as_mask(mask: Mask | Bool[Array, "..."]) -> Mask:
     return mask if isinstance(mask, Mask) else Mask(allowed=mask)
 
 
+def sees(query: Tokens, key: Tokens, causal: bool, window: int | None) -> Bool[Array, "..."] | None:
+    """Whether queries see keys: what the facts of two tokens say, which broadcast against each other; None: nothing.
+
+    Every form of a mask is made of this: the dense one, and those of kernels.
+    """
+    terms = [key.valid] if key.valid is not None else []
+    if causal:
+        terms.append(key.position <= query.position)
+    if window is not None:
+        terms.append(key.position > query.position - window)
+    if query.doc_id is not None:
+        terms.append(query.doc_id == key.doc_id)
+    return functools.reduce(operator.and_, terms) if terms else None
+
+
 def dense_mask(mask: Mask, queries: int, keys: int) -> Bool[Array, "..."]:
     """The facts of a mask for these numbers of queries and keys, in one tensor: bool, broadcasts to (B, H, S, M), True
     = attend.
 
     Only the reference path of attention needs it.
     """
-    terms = []
-    if mask.causal or mask.window is not None:
-        query_positions, key_positions = mask.query_positions, mask.key_positions
-        if query_positions is None:
-            query_positions = jnp.arange(keys - queries, keys, dtype=jnp.int32)
-        if key_positions is None:
-            key_positions = jnp.arange(keys, dtype=jnp.int32)
-        query, key = query_positions[..., :, None], key_positions[..., None, :]
-        if mask.causal:
-            terms.append(key <= query)
-        if mask.window is not None:
-            terms.append(key > query - mask.window)
-    if mask.query_doc_ids is not None and mask.key_doc_ids is not None:
-        terms.append(mask.query_doc_ids[:, :, None] == mask.key_doc_ids[:, None, :])
-    if mask.key_valid is not None:
-        terms.append(mask.key_valid[:, None, :])
-    terms = [term[:, None] if term.ndim == 3 else term[None, None] for term in terms]
-    if mask.allowed is not None:
-        terms.append(mask.allowed)
+    mask = with_positions(mask, queries, keys)
+
+    def rows(facts: Array | None) -> Array | None:
+        return None if facts is None else facts.reshape(-1, 1, queries, 1)
+
+    def columns(facts: Array | None) -> Array | None:
+        return None if facts is None else facts.reshape(-1, 1, 1, keys)
+
+    query = Tokens(rows(mask.query_positions), rows(mask.query_doc_ids))
+    key = Tokens(columns(mask.key_positions), columns(mask.key_doc_ids), columns(mask.key_valid))
+    terms = [term for term in (sees(query, key, mask.causal, mask.window), mask.allowed) if term is not None]
     if not terms:
         return jnp.ones((1, 1, 1, keys), jnp.bool_)
     return functools.reduce(operator.and_, terms)
+
+
+def with_positions(mask: Mask, queries: int, keys: int) -> Mask:
+    """The mask with the positions that it means, where it asks for any."""
+    if not mask.causal and mask.window is None:
+        return mask
+    query_positions, key_positions = mask.query_positions, mask.key_positions
+    if query_positions is None:
+        query_positions = jnp.arange(keys - queries, keys, dtype=jnp.int32)
+    if key_positions is None:
+        key_positions = jnp.arange(keys, dtype=jnp.int32)
+    return replace(mask, query_positions=query_positions, key_positions=key_positions)
+
+
+def part(mask: Mask, query: int | Int[Array, ""], queries: int, key: int | Int[Array, ""], keys: int) -> Mask:
+    """The mask of ``queries`` queries from ``query`` on and ``keys`` keys from ``key`` on, of one `with_positions`."""
+
+    def some(facts: Array | None, start: int | Int[Array, ""], length: int, axis: int = -1) -> Array | None:
+        if facts is None or facts.ndim < -axis or facts.shape[axis] == 1:
+            return facts
+        return lax.dynamic_slice_in_dim(facts, start, length, axis)
+
+    return replace(
+        mask,
+        query_positions=some(mask.query_positions, query, queries),
+        key_positions=some(mask.key_positions, key, keys),
+        query_doc_ids=some(mask.query_doc_ids, query, queries),
+        key_doc_ids=some(mask.key_doc_ids, key, keys),
+        key_valid=some(mask.key_valid, key, keys),
+        allowed=some(some(mask.allowed, query, queries, -2), key, keys),
+        dense=None,
+        fused=None,
+    )
 
 
 def with_dense(mask: Mask, queries: int, keys: int) -> Mask:
@@ -148,7 +251,6 @@ def with_dense(mask: Mask, queries: int, keys: int) -> Mask:
 
 def _each_sees_its_own_key(mask: Mask, queries: int, keys: int) -> bool:
     """Whether every query is known to be among the keys and to see itself, whatever the tensors hold."""
-    in_order = mask.query_positions is None and mask.key_positions is None and queries <= keys
     same_documents = mask.query_doc_ids is None or (mask.query_doc_ids is mask.key_doc_ids and queries == keys)
     wide_enough = mask.window is None or mask.window > 0
-    return in_order and same_documents and wide_enough and mask.key_valid is None and mask.allowed is None
+    return mask.in_order and queries <= keys and same_documents and wide_enough and mask.key_valid is None

@@ -7,6 +7,7 @@ heads that share a key/value head, h head_dim, A = h/2 angles. Query head i read
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 
 import torch
@@ -15,7 +16,9 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kempnerforge_torch.model.blockwise import blockwise_attention
 from kempnerforge_torch.model.checks import check_positions
+from kempnerforge_torch.model.fused import fused_attention, has_kernel, with_fused
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.linear import Linear
 from kempnerforge_torch.model.mask import CAUSAL, Mask, as_mask, with_dense
@@ -29,6 +32,8 @@ SDPA_BACKENDS = {
     "math": [SDPBackend.MATH],
 }
 
+DENSE_PAIRS = 1024 * 1024
+"""Of a query and a key: a mask, or scores, of more are never in one tensor."""
 
 _CPU_KERNEL_KEYS = 16
 """Of fewer keys, the fused kernel of the CPU turns scores that are all NaN into an output of 0."""
@@ -135,19 +140,37 @@ def attend(
 ) -> Float[Tensor, "B H S h"]:
     """softmax(q k^T / sqrt(h)) v.
 
-    Every attention of this backend goes through here, and here the kernel is chosen.
+    Every attention of this backend goes through here, and here the kernel is chosen:
+
+        causal, or all to all           F.scaled_dot_product_attention, without a mask
+        other masks, up to DENSE_PAIRS  the same with a dense mask; also masks of keys alone, or given dense
+        longer ones on CUDA             FlexAttention
+        longer ones elsewhere           blocks of queries, each with its dense mask
 
     Args:
         q: (B, H, S, h).
         k, v: (B, K, M, h).
         mask: which keys each query may attend to; a tensor is bool, broadcasts to (B, H, S, M), True = attend.
-        sdpa_backend: kernel that is tried first; the math path takes what that kernel can't do.
+        sdpa_backend: kernel of F.scaled_dot_product_attention that is tried first; the math path takes what that kernel
+            can't do.
 
     Returns:
         (B, H, S, h); 0, with gradient 0, in rows that may attend to nothing.
     """
     length, keys = q.shape[2], k.shape[2]
-    mask = prepare_mask(as_mask(mask), length, keys, q.device)
+    mask = prepare_mask(as_mask(mask), length, keys, q.shape[3], q.dtype, q.device)
+    if mask.fused is not None:
+        return fused_attention(q, k, v, mask)
+    attend_dense = functools.partial(_attend, sdpa_backend=sdpa_backend)
+    if mask.dense is not None or _is_argument(mask, length, keys):
+        return attend_dense(q, k, v, mask)
+    return blockwise_attention(attend_dense, q, k, v, mask)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, sdpa_backend: str) -> Tensor:
+    length, keys = q.shape[2], k.shape[2]
+    if not _is_argument(mask, length, keys):
+        mask = with_dense(mask, length, keys, q.device)
     allowed, empty = (None, None) if mask.dense is None else (mask.dense.allowed, mask.dense.empty)
     causal = True if mask.causal and allowed is None and length > 1 else False  # noqa: SIM210 (a symbolic length)
     if q.device.type == "cpu" and keys < _CPU_KERNEL_KEYS:
@@ -179,13 +202,27 @@ def attention_weights(
     return weights_BHSM if dense.empty is None else weights_BHSM.masked_fill(dense.empty, 0)
 
 
-def prepare_mask(mask: Mask, queries: int, keys: int, device: torch.device | None = None) -> Mask:
-    """The mask as `attend` needs it: with its dense form, unless a kernel takes the facts. What all layers share is
-    prepared once, before the first.
+def prepare_mask(
+    mask: Mask,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> Mask:
+    """The mask as `attend` needs it for heads of this size and dtype: in its dense form or in that of a kernel, unless
+    the facts will do. What all layers share is prepared once, before the first.
     """
-    if mask.dense is not None or (mask.plain and (not mask.causal or queries == 1 or queries == keys)):
+    if mask.dense is not None or mask.fused is not None or _is_argument(mask, queries, keys):
         return mask
-    return with_dense(mask, queries, keys, device)
+    if queries * keys <= DENSE_PAIRS or mask.allowed is not None or mask.of_keys_alone:
+        return with_dense(mask, queries, keys, device)
+    return with_fused(mask, queries, keys, device) if has_kernel(head_dim, dtype, device) else mask
+
+
+def _is_argument(mask: Mask, queries: int, keys: int) -> bool:
+    """Whether F.scaled_dot_product_attention is told the facts by an argument, instead of a mask."""
+    return mask.dense is None and mask.plain and (not mask.causal or queries == 1 or queries == keys)
 
 
 def self_attention_mask(

@@ -203,7 +203,7 @@ class Transformer(ModelGetters):
         inputs = {
             "rope_cos": rope_cos,
             "rope_sin": rope_sin,
-            "mask": prepare_mask(mask, length, keys, x.device),
+            "mask": prepare_mask(mask, length, keys, self.config.head_size, x.dtype, x.device),
             "doc_ids": doc_ids,
             "key_padding_mask": modality.key_padding_mask,
             "limit_capacity": kv_caches is None if limit_capacity is None else limit_capacity,

@@ -314,7 +314,7 @@ def check_masks_of_caches(backend: str) -> None:
     ):
         facts = cache.mask(length, **options)
         assert facts.causal
-        found = attention.prepare_mask(facts, length, cache.keys(length))
+        found = attention.prepare_mask(facts, length, cache.keys(length), 4, torch.float32)
         assert (found.dense is not None) == dense, (length, options, dense)
 
 

@@ -1,0 +1,143 @@
+"""The kernel for whole sequences in bfloat16 or float16: cuDNN's attention, which takes causality, a window, and
+documents and padding as segments of a sequence.
+
+All that touches JAX's private entry to it is here: the public `jax.nn.dot_product_attention` takes no segments.
+
+Shapes: B batch, H query heads, K key/value heads, S queries and keys, h head_dim, N segments of a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from kempnerforge_jax.model.mask import Mask, Segments, Spans
+
+MAX_SEGMENTS = 64
+"""Of a sequence; what the kernel keeps for its backward pass grows with it."""
+
+
+def has_kernel(mask: Mask, queries: int, keys: int, head_dim: int, dtype: DTypeLike) -> bool:
+    """Whether this process has a GPU with the kernel, and the mask and heads suit it."""
+    narrow = dtype in (jnp.bfloat16, jnp.float16)
+    if not narrow or not 1 < queries == keys or head_dim % 8 or head_dim > 128 or jax.default_backend() != "gpu":
+        return False
+    device = jax.local_devices()[0]
+    if "cuda" not in device.client.platform_version:
+        return False
+    return _suits(mask) and float(device.compute_capability) >= (9 if _is_cut(mask) else 8)
+
+
+def with_fused(mask: Mask, length: int) -> Mask:
+    """The mask of whole sequences, which `has_kernel`, with its segments where documents or padding cut them.
+
+    A segment is a document: its real keys, and the queries that see any. Where segments can't say all, as documents are
+    interleaved, have padding inside or are too many, ``fused.complete`` is False.
+    """
+    return replace(mask, fused=_segments(mask, length)) if _is_cut(mask) else mask
+
+
+def fused_attention(
+    q: Float[Array, "B H S h"], k: Float[Array, "B K S h"], v: Float[Array, "B K S h"], mask: Mask
+) -> Float[Array, "B H S h"]:
+    """softmax(q k^T / sqrt(h)) v, by a mask `with_fused` whose segments are complete; 0 in rows of no segment."""
+    segments = mask.fused
+    if segments is None:
+        kind = MaskType.CAUSAL if mask.causal else MaskType.NO_MASK
+        return _kernel(q, k, v, kind, mask.window)
+    q, k, v = _only(segments.seeing, q), _only(segments.seen, k), _only(segments.seen, v)
+    k, v = (
+        jnp.repeat(each, q.shape[1] // each.shape[1], axis=1) for each in (k, v)
+    )
+    kind = MaskType.PADDING_CAUSAL if mask.causal else MaskType.PADDING
+    return _only(segments.seeing, _kernel(q, k, v, kind, mask.window, segments))
+
+
+def _kernel(
+    q: Array, k: Array, v: Array, kind: MaskType, window: int | None, segments: Segments | None = None
+) -> Array:
+    q_BSHh, k_BSKh, v_BSKh = (heads.swapaxes(1, 2) for heads in (q, k, v))
+    packing = {}
+    if segments is not None:
+        q_offsets, kv_offsets = (
+            jnp.pad(spans.starts, ((0, 0), (0, 1)), constant_values=-1) for spans in (segments.queries, segments.keys)
+        )
+        packing = {
+            "q_seqlen": segments.queries.counts,
+            "kv_seqlen": segments.keys.counts,
+            "q_offsets": q_offsets,
+            "kv_offsets": kv_offsets,
+        }
+    scale = q.shape[-1] ** -0.5
+    out = dot_product_attention(
+        q_BSHh, k_BSKh, v_BSKh, scale=scale, mask_type=kind, sliding_window_length=window, **packing
+    )
+    return out.swapaxes(1, 2)
+
+
+def _suits(mask: Mask) -> bool:
+    """Whether the kernel, or its segments, can say what this kind of mask says. (Arrays that were one are two within
+    transformations of a function that takes them.)
+    """
+    if mask.fused is not None:
+        return True
+    of_itself = mask.in_order and mask.query_doc_ids is mask.key_doc_ids
+    return of_itself and (mask.window is None or (mask.causal and mask.window > 0))
+
+
+def _is_cut(mask: Mask) -> bool:
+    return mask.query_doc_ids is not None or mask.key_valid is not None
+
+
+def _segments(mask: Mask, length: int) -> Segments:
+    facts = mask.query_doc_ids if mask.key_valid is None else mask.key_valid
+    assert facts is not None
+    doc_ids_BS = jnp.zeros(facts.shape, jnp.int32) if mask.query_doc_ids is None else mask.query_doc_ids
+    numbers_BS = jnp.cumsum(_starts(doc_ids_BS), axis=1, dtype=jnp.int32) - 1
+    count = 2 if mask.query_doc_ids is None else MAX_SEGMENTS  # of one, the kernel would take it for a whole sequence
+    document_BNS = numbers_BS[:, None] == jnp.arange(count, dtype=jnp.int32)[:, None]
+    real_BNS = document_BNS if mask.key_valid is None else document_BNS & mask.key_valid[:, None]
+    first_key_BN, end_key_BN = _span(real_BNS)
+    first_BN, end_BN = _span(document_BNS)
+    if mask.causal:
+        first_BN = first_key_BN
+    if mask.window is not None:
+        end_BN = jnp.minimum(end_BN, end_key_BN - 1 + mask.window)
+    places_S = jnp.arange(length, dtype=jnp.int32)
+    seeing_BNS = (first_BN[..., None] <= places_S) & (places_S < end_BN[..., None]) & real_BNS.any(2, keepdims=True)
+    is_there_BN = end_key_BN > 0
+    is_apart_B = _starts(doc_ids_BS).sum(1) == _starts(jnp.sort(doc_ids_BS, axis=1)).sum(1)
+    is_without_gaps_B = (real_BNS.sum(2) == jnp.where(is_there_BN, end_key_BN - first_key_BN, 0)).all(1)
+    return Segments(
+        queries=_spans(first_BN, end_BN, is_there_BN),
+        keys=_spans(first_key_BN, end_key_BN, is_there_BN),
+        seeing=None if mask.key_valid is None else seeing_BNS.any(1),
+        seen=mask.key_valid,
+        complete=(is_apart_B & is_without_gaps_B & (numbers_BS[:, -1] < count)).all(),
+    )
+
+
+def _starts(doc_ids_BS: Array) -> Array:
+    """Where a document starts: bool (B, S)."""
+    return jnp.pad(doc_ids_BS[:, 1:] != doc_ids_BS[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+
+
+def _span(members_BNS: Array) -> tuple[Array, Array]:
+    """The first place of each segment's members and the one after their last, (B, N); S and 0 if there are none."""
+    length = members_BNS.shape[2]
+    places_S = jnp.arange(length, dtype=jnp.int32)
+    return jnp.where(members_BNS, places_S, length).min(axis=2), jnp.where(members_BNS, places_S + 1, 0).max(axis=2)
+
+
+def _spans(first_BN: Array, end_BN: Array, is_there_BN: Array) -> Spans:
+    return Spans(jnp.where(is_there_BN, first_BN, -1), jnp.where(is_there_BN, end_BN - first_BN, -1))
+
+
+def _only(chosen_BS: Array | None, x: Array) -> Array:
+    """(B, _, S, h) with 0 for tokens that are not chosen, whatever is there; so is its gradient."""
+    return x if chosen_BS is None else jnp.where(chosen_BS[:, None, :, None], x, 0)

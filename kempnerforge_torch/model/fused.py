@@ -1,0 +1,72 @@
+"""The kernel for masks that know more than causality: FlexAttention (Dong et al. 2024, arXiv:2412.05496), which skips
+blocks that no query sees.
+
+Shapes: B batch, H query heads, K key/value heads, S queries, M keys, h head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from kempnerforge_torch.model.mask import Mask, Tokens, sees
+
+
+def has_kernel(head_dim: int, dtype: torch.dtype, device: torch.device | None) -> bool:
+    """Whether the kernel takes such heads: on CUDA, of at least 16 channels, in at most float32."""
+    on_cuda = device is not None and device.type == "cuda"
+    return on_cuda and head_dim >= 16 and dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def with_fused(mask: Mask, queries: int, keys: int, device: torch.device | None = None) -> Mask:
+    """The mask, of facts other than ``allowed``, with its form for the kernel: which blocks are seen, in part or whole.
+
+    Every pair of a query and a key is looked at, and none kept.
+    """
+    facts = (mask.query_positions, mask.key_positions, mask.query_doc_ids, mask.key_doc_ids, mask.key_valid)
+    batch = max((len(each) for each in facts if each is not None and each.ndim == 2), default=1)
+    rule = _rule(mask, keys - queries)
+    return replace(mask, fused=_compiled(create_block_mask)(rule, batch, None, queries, keys, device))
+
+
+def fused_attention(
+    q: Float[Tensor, "B H S h"], k: Float[Tensor, "B K M h"], v: Float[Tensor, "B K M h"], mask: Mask
+) -> Float[Tensor, "B H S h"]:
+    """softmax(q k^T / sqrt(h)) v, by the form of a mask `with_fused`; 0 in rows that may attend to nothing."""
+    out = _compiled(flex_attention)(q, k, v, block_mask=mask.fused, enable_gqa=q.shape[1] != k.shape[1])
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _rule(mask: Mask, offset: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Whether a query sees a key, by their indices. What it refers to are tensors and numbers, as compilers need it."""
+    causal, window = mask.causal, mask.window
+    query_positions, key_positions = mask.query_positions, mask.key_positions
+    query_doc_ids, key_doc_ids, key_valid = mask.query_doc_ids, mask.key_doc_ids, mask.key_valid
+
+    def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        def of(facts: Tensor | None, token: Tensor) -> Tensor | None:
+            return None if facts is None else facts[token] if facts.ndim == 1 else facts[row, token]
+
+        query_position = query + offset if query_positions is None else of(query_positions, query)
+        key_position = key if key_positions is None else of(key_positions, key)
+        seen = sees(
+            Tokens(query_position, of(query_doc_ids, query)),
+            Tokens(key_position, of(key_doc_ids, key), of(key_valid, key)),
+            causal,
+            window,
+        )
+        return key >= 0 if seen is None else seen
+
+    return rule
+
+
+@functools.cache
+def _compiled(function: Callable[..., object]) -> Callable[..., object]:
+    return torch.compile(function, fullgraph=True)

@@ -1,0 +1,110 @@
+"""Kinds of masks that attention meets, as facts in arrays: of 2 rows, at any length.
+
+Shapes: S queries, M keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Facts = dict[str, Any]
+ROWS = 2
+
+
+@dataclass(frozen=True)
+class Kind:
+    """
+    Attributes:
+        facts: of a number of keys: the fields of a `Mask`, in arrays.
+        segments: whether they are segments, of at most 64 documents: None where the kernel is told without.
+        queries: how many there are of so many keys.
+        is_fused: whether the kernel of JAX's GPUs takes them at all.
+    """
+
+    facts: Callable[[int], Facts]
+    segments: bool | None = True
+    queries: Callable[[int], int] = lambda keys: keys
+    is_fused: bool = True
+
+
+def documents(keys: int, most: int = 9, *, sort: bool = True, seed: int = 0) -> Facts:
+    """Of uneven lengths, some of a single token; in no order of their numbers."""
+    ids = np.random.default_rng(seed).integers(0, most, (ROWS, keys))
+    if sort:
+        ids = np.sort(ids, axis=1)
+        ids[1] = most - ids[1]
+    return {"query_doc_ids": ids, "key_doc_ids": ids}
+
+
+def padding(keys: int, *, left: bool = False, gaps: bool = False) -> Facts:
+    """Of the first row a third at its end, or its start; of the second nothing, or a token here and there."""
+    real = np.ones((ROWS, keys), bool)
+    real[0, : keys // 3] = not left
+    real[0, keys - keys // 3 :] = left
+    if gaps:
+        real[1, 3::5] = False
+    return {"key_valid": real}
+
+
+def padded_documents(keys: int) -> Facts:
+    """Each of which ends in padding, and one is nothing else."""
+    facts = documents(keys, 4)
+    ids = facts["key_doc_ids"]
+    real = np.concatenate([ids[:, 3:] == ids[:, :-3], np.zeros((ROWS, 3), bool)], axis=1) & (ids != 2)
+    return {**facts, "key_valid": real}
+
+
+def causal(facts: Callable[[int], Facts], window: Callable[[int], int] | None = None) -> Callable[[int], Facts]:
+    return lambda keys: {"causal": True, "window": None if window is None else window(keys), **facts(keys)}
+
+
+def nothing(_: int) -> Facts:
+    return {}
+
+
+def third(keys: int) -> int:
+    return keys // 3
+
+
+def later_part(keys: int) -> Facts:
+    """The second half of a sequence in two parts, whose positions are given."""
+    whole = documents(keys, 5)
+    start = keys // 2
+    return {
+        "query_positions": np.arange(start, keys),
+        "query_doc_ids": whole["query_doc_ids"][:, start:],
+        "key_doc_ids": whole["key_doc_ids"],
+    }
+
+
+KINDS = {
+    "causal": Kind(causal(nothing), None),
+    "all to all": Kind(nothing, None),
+    "a window": Kind(causal(nothing, third), None),
+    "a window of one": Kind(causal(nothing, lambda _: 1), None),
+    "documents": Kind(causal(documents)),
+    "documents, all to all": Kind(documents),
+    "interleaved documents": Kind(causal(lambda keys: documents(keys, 3, sort=False)), False),
+    "many documents": Kind(causal(lambda keys: documents(keys, keys // 3)), False),
+    "documents in a window": Kind(causal(documents, lambda keys: keys // 20)),
+    "padding": Kind(causal(padding)),
+    "padding, all to all": Kind(padding),
+    "padding at the left": Kind(causal(lambda keys: padding(keys, left=True))),
+    "padding, in a window": Kind(causal(padding, lambda keys: keys // 5)),
+    "padding inside": Kind(causal(lambda keys: padding(keys, gaps=True)), False),
+    "padded documents": Kind(causal(padded_documents)),
+    "padded documents in a window": Kind(causal(padded_documents, lambda keys: keys // 9)),
+    "the later part of documents": Kind(causal(later_part), queries=lambda keys: keys - keys // 2, is_fused=False),
+}
+
+
+def mask_of(side: Any, facts: Facts) -> Any:
+    """The mask of a backend; documents of queries that are those of keys are one array."""
+    arrays = {name: side.array(value) for name, value in facts.items() if isinstance(value, np.ndarray)}
+    if facts.get("query_doc_ids") is facts.get("key_doc_ids") and "key_doc_ids" in facts:
+        arrays["query_doc_ids"] = arrays["key_doc_ids"]
+    return side.module("model.mask").Mask(**{**facts, **arrays})
