@@ -33,7 +33,7 @@ class Kind:
 
 def documents(keys: int, most: int = 9, *, sort: bool = True, seed: int = 0) -> Facts:
     """Of uneven lengths, some of a single token; in no order of their numbers."""
-    ids = np.random.default_rng(seed).integers(0, most, (ROWS, keys))
+    ids = np.random.default_rng(seed).integers(0, most, (ROWS, keys), dtype=np.int32)
     if sort:
         ids = np.sort(ids, axis=1)
         ids[1] = most - ids[1]
@@ -75,7 +75,7 @@ def later_part(keys: int) -> Facts:
     whole = documents(keys, 5)
     start = keys // 2
     return {
-        "query_positions": np.arange(start, keys),
+        "query_positions": np.arange(start, keys, dtype=np.int32),
         "query_doc_ids": whole["query_doc_ids"][:, start:],
         "key_doc_ids": whole["key_doc_ids"],
     }

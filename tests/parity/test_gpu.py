@@ -5,7 +5,8 @@ JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false python -m pytest -n 0
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from shared_config.schema.model import ModelConfig
 from shared_config.schema.optimizer import OptimizerConfig
 from tests.mutants import BACKENDS, in_a_process, mutants_in, not_killed
 from tests.mutants_gpu import GPU_MUTANTS
+from tests.parity.attention_cases import KINDS, mask_of
 from tests.parity.backends import Torch
 from tests.parity.kernel_checks import module
 from tests.parity.rounding_checks import PARTS, SIDES, WIDE_ROUNDINGS, Part, differentiated, worst_row
@@ -97,6 +99,25 @@ def check_long_attention(backend: str) -> None:
 
         part = Part(build, LONG, 2.0)
         compare(backend, f"causal {causal}, mask {mask is not None}", part, part.inputs())
+
+
+def check_masks(
+    backend: str, kinds: Collection[str] = tuple(KINDS), keys: int = 1153, head_dims: Sequence[int] = (64, 128)
+) -> None:
+    """Every kind of mask, at a length that no tile divides, against dense masks."""
+    for name, head_dim in itertools.product(kinds, head_dims):
+        kind, facts = KINDS[name], KINDS[name].facts(keys)
+        queries = kind.queries(keys)
+
+        def build(side: Any, dtype: str, facts: Any = facts, queries: int = queries) -> Callable[..., Any]:
+            masks, attend = side.module("model.mask"), side.module("model.attention").attend
+            mask = mask_of(side, facts)
+            mask = masks.with_dense(mask, queries, keys) if dtype == "float64" else mask
+            return lambda q, k, v: attend(q, k, v, mask)
+
+        kv_shape = (2, 2, keys, head_dim)
+        part = Part(build, ((2, 4, queries, head_dim), kv_shape, kv_shape), 2.0)
+        compare(backend, f"{name}, heads of {head_dim}", part, part.inputs())
 
 
 def check_groups(backend: str) -> None:
