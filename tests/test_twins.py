@@ -53,8 +53,6 @@ DIFFERENCES = {
         "SDPA_BACKENDS": "torch: its attention has kernels to choose from",
         "attend(sdpa_backend)": "torch: its attention has kernels to choose from",
         "prepare_mask(device)": "torch: arrays are made on a device",
-        "prepare_mask(dtype)": "jax: its kernel is for narrow dtypes; torch's choose by themselves",
-        "prepare_mask(head_dim)": "jax: its kernel is for some widths; torch's choose by themselves",
     },
     "model/cross_attention.py": {"CrossAttentionArchitecture.breaks_after": "jax: where a scan over layers must end"},
     "model/decode_state.py": {
@@ -82,8 +80,17 @@ DIFFERENCES = {
         "ragged_matmul": "jax: XLA's own operation",
         "ragged_outer": "jax: XLA's own operation",
     },
+    "model/fused.py": {
+        "SEGMENTS": "jax: shapes are static",
+        "fused_attention(otherwise)": "jax: what its kernel can't do is known as the program runs",
+        "has_kernel(device)": "torch: JAX has a default device",
+        "with_fused(device)": "torch: arrays are made on a device",
+    },
     "model/mask.py": {
+        "Segments": "jax: what its kernel takes; torch's has a type of its own",
+        "Spans": "jax: of segments",
         "dense_mask(device)": "torch: arrays are made on a device",
+        "with_positions(device)": "torch: arrays are made on a device",
         "with_dense(device)": "torch: arrays are made on a device",
     },
     "model/kv_cache.py": {

@@ -157,20 +157,17 @@ def attend(
     Returns:
         (B, H, S, h); 0, with gradient 0, in rows that may attend to nothing.
     """
-    length, channels = q.shape[2:]
+    (length, channels), keys = q.shape[2:], k.shape[2]
     mask = as_mask(mask)
-    if q.dtype != k.dtype or k.dtype != v.dtype or not has_kernel(mask, length, k.shape[2], channels, q.dtype):
+    if q.dtype != k.dtype or k.dtype != v.dtype or not has_kernel(mask, length, keys, channels, q.dtype):
         return _attend_plainly(mask, q, k, v)
-    mask = mask if mask.fused is not None else with_fused(mask, length)
+    mask = mask if mask.fused is not None else with_fused(mask, length, keys)
     kernel, plain = functools.partial(_attend_fused, mask), functools.partial(_attend_plainly, mask)
     return lax.platform_dependent(q, k, v, cuda=kernel, default=plain)
 
 
 def _attend_fused(mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    kernel = functools.partial(fused_attention, mask=mask)
-    if mask.fused is None:
-        return kernel(q, k, v)
-    return lax.cond(mask.fused.complete, kernel, functools.partial(_attend_plainly, mask), q, k, v)
+    return fused_attention(q, k, v, mask, _attend_plainly)
 
 
 def _attend_plainly(mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -226,7 +223,7 @@ def prepare_mask(mask: Mask, queries: int, keys: int, head_dim: int, dtype: DTyp
     the facts will do. What all layers share is prepared once, before the first.
     """
     if has_kernel(mask, queries, keys, head_dim, dtype):
-        return with_fused(mask, queries)
+        return with_fused(mask, queries, keys)
     return with_dense(mask, queries, keys) if queries * keys <= DENSE_PAIRS else mask
 
 

@@ -8,86 +8,130 @@ Shapes: B batch, H query heads, K key/value heads, S queries and keys, h head_di
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from kempnerforge_jax.model.mask import Mask, Segments, Spans
 
-MAX_SEGMENTS = 64
-"""Of a sequence; what the kernel keeps for its backward pass grows with it."""
+SEGMENTS = (16, 128)
+"""For how many of a sequence there are programs of the kernel. The more, the slower, whatever there is of them."""
+
+_Way = Callable[[Mask, Array, Array, Array], Array]
 
 
 def has_kernel(mask: Mask, queries: int, keys: int, head_dim: int, dtype: DTypeLike) -> bool:
     """Whether this process has a GPU with the kernel, and the mask and heads suit it."""
     narrow = dtype in (jnp.bfloat16, jnp.float16)
-    if not narrow or not 1 < queries == keys or head_dim % 8 or head_dim > 128 or jax.default_backend() != "gpu":
+    if not narrow or not 1 < queries == keys or head_dim % 8 or head_dim > 128 or not _suits(mask, keys):
+        return False
+    if jax.default_backend() != "gpu":
         return False
     device = jax.local_devices()[0]
-    if "cuda" not in device.client.platform_version:
-        return False
-    return _suits(mask) and float(device.compute_capability) >= (9 if _is_cut(mask) else 8)
+    oldest = 9 if _is_cut(mask) else 8
+    return "cuda" in device.client.platform_version and float(device.compute_capability) >= oldest
 
 
-def with_fused(mask: Mask, length: int) -> Mask:
-    """The mask of whole sequences, which `has_kernel`, with its segments where documents or padding cut them.
+def with_fused(mask: Mask, queries: int, keys: int) -> Mask:
+    """A mask that `has_kernel`, with its form for it: segments, where documents or padding cut the sequences.
 
-    A segment is a document: its real keys, and the queries that see any. Where segments can't say all, as documents are
-    interleaved, have padding inside or are too many, ``fused.complete`` is False.
+    A segment is a document: its real keys, and the queries that see any. Segments can't say all where documents are
+    interleaved, have padding inside or are too many.
     """
-    return replace(mask, fused=_segments(mask, length)) if _is_cut(mask) else mask
+    assert queries == keys, "of whole sequences"
+    return replace(mask, fused=_segments(mask, keys)) if _is_cut(mask) else mask
 
 
 def fused_attention(
-    q: Float[Array, "B H S h"], k: Float[Array, "B K S h"], v: Float[Array, "B K S h"], mask: Mask
+    q: Float[Array, "B H S h"], k: Float[Array, "B K S h"], v: Float[Array, "B K S h"], mask: Mask, otherwise: _Way
 ) -> Float[Array, "B H S h"]:
-    """softmax(q k^T / sqrt(h)) v, by a mask `with_fused` whose segments are complete; 0 in rows of no segment."""
+    """softmax(q k^T / sqrt(h)) v, by a mask `with_fused`; 0 in rows that may attend to nothing.
+
+    Args:
+        otherwise: (mask, q, k, v) -> the same, for masks whose segments turn out not to say all.
+    """
+    if mask.fused is None:
+        return _whole(mask, q, k, v)
+    return _by(mask.fused.way, (*(functools.partial(_packed, count) for count in SEGMENTS), otherwise), mask, q, k, v)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _by(way: Array, ways: Sequence[_Way], mask: Mask, q: Array, k: Array, v: Array) -> Array:
+    """One of several ways to the same, whose backward pass starts from the inputs: it keeps nothing of any way."""
+    return lax.switch(way, ways, mask, q, k, v)
+
+
+def _by_forward(way: Array, ways: Sequence[_Way], mask: Mask, q: Array, k: Array, v: Array) -> tuple[Array, tuple]:
+    return _by(way, ways, mask, q, k, v), (way, mask, q, k, v)
+
+
+def _by_backward(ways: Sequence[_Way], residuals: tuple, gradient: Array) -> tuple[None, None, Array, Array, Array]:
+    def backward(one: _Way, mask: Mask, *inputs: Array) -> tuple[Array, ...]:
+        return jax.vjp(functools.partial(one, mask), *inputs)[1](gradient)
+
+    way, *inputs = residuals
+    dq, dk, dv = lax.switch(way, [functools.partial(backward, one) for one in ways], *inputs)
+    return None, None, dq, dk, dv
+
+
+_by.defvjp(_by_forward, _by_backward)
+
+
+def _whole(mask: Mask, q: Array, k: Array, v: Array) -> Array:
+    """Of sequences that nothing cuts."""
+    return _kernel(q, k, v, MaskType.CAUSAL if mask.causal else MaskType.NO_MASK, mask.window)
+
+
+def _packed(count: int, mask: Mask, q: Array, k: Array, v: Array) -> Array:
+    """Of sequences of at most so many segments."""
     segments = mask.fused
-    if segments is None:
-        kind = MaskType.CAUSAL if mask.causal else MaskType.NO_MASK
-        return _kernel(q, k, v, kind, mask.window)
+    assert segments is not None
     q, k, v = _only(segments.seeing, q), _only(segments.seen, k), _only(segments.seen, v)
-    k, v = (
-        jnp.repeat(each, q.shape[1] // each.shape[1], axis=1) for each in (k, v)
-    )
+    k, v = (jnp.repeat(each, q.shape[1] // each.shape[1], axis=1) for each in (k, v))  # offsets count heads of queries
+
+    def offsets(starts_BN: Array) -> Array:
+        return jnp.pad(starts_BN[:, :count], ((0, 0), (0, 1)), constant_values=-1)
+
+    packing = {
+        "q_seqlen": segments.queries.counts[:, :count],
+        "kv_seqlen": segments.keys.counts[:, :count],
+        "q_offsets": offsets(segments.queries.starts),
+        "kv_offsets": offsets(segments.keys.starts),
+    }
     kind = MaskType.PADDING_CAUSAL if mask.causal else MaskType.PADDING
-    return _only(segments.seeing, _kernel(q, k, v, kind, mask.window, segments))
+    return _only(segments.seeing, _kernel(q, k, v, kind, mask.window, **packing))
 
 
-def _kernel(
-    q: Array, k: Array, v: Array, kind: MaskType, window: int | None, segments: Segments | None = None
-) -> Array:
-    q_BSHh, k_BSKh, v_BSKh = (heads.swapaxes(1, 2) for heads in (q, k, v))
-    packing = {}
-    if segments is not None:
-        q_offsets, kv_offsets = (
-            jnp.pad(spans.starts, ((0, 0), (0, 1)), constant_values=-1) for spans in (segments.queries, segments.keys)
-        )
-        packing = {
-            "q_seqlen": segments.queries.counts,
-            "kv_seqlen": segments.keys.counts,
-            "q_offsets": q_offsets,
-            "kv_offsets": kv_offsets,
-        }
-    scale = q.shape[-1] ** -0.5
-    out = dot_product_attention(
-        q_BSHh, k_BSKh, v_BSKh, scale=scale, mask_type=kind, sliding_window_length=window, **packing
+def _kernel(q: Array, k: Array, v: Array, kind: MaskType, window: int | None, **packing: Array) -> Array:
+    """Of lengths that are even, as the kernel wants them: with one more token, which no other sees."""
+    length = q.shape[2]
+    q_BSHh, k_BSHh, v_BSHh = (
+        jnp.pad(heads.swapaxes(1, 2), ((0, 0), (0, length % 2), (0, 0), (0, 0))) for heads in (q, k, v)
     )
-    return out.swapaxes(1, 2)
+    scale = q.shape[-1] ** -0.5
+    out_BSHh = dot_product_attention(
+        q_BSHh, k_BSHh, v_BSHh, scale=scale, mask_type=kind, sliding_window_length=window, **packing
+    )
+    return out_BSHh[:, :length].swapaxes(1, 2)
 
 
-def _suits(mask: Mask) -> bool:
+def _suits(mask: Mask, length: int) -> bool:
     """Whether the kernel, or its segments, can say what this kind of mask says. (Arrays that were one are two within
     transformations of a function that takes them.)
     """
     if mask.fused is not None:
         return True
     of_itself = mask.in_order and mask.query_doc_ids is mask.key_doc_ids
-    return of_itself and (mask.window is None or (mask.causal and mask.window > 0))
+    if not mask.causal:
+        return of_itself and mask.window is None and (length % 2 == 0 or _is_cut(mask))
+    return of_itself and (mask.window is None or mask.window > 0)
 
 
 def _is_cut(mask: Mask) -> bool:
@@ -99,8 +143,7 @@ def _segments(mask: Mask, length: int) -> Segments:
     assert facts is not None
     doc_ids_BS = jnp.zeros(facts.shape, jnp.int32) if mask.query_doc_ids is None else mask.query_doc_ids
     numbers_BS = jnp.cumsum(_starts(doc_ids_BS), axis=1, dtype=jnp.int32) - 1
-    count = 2 if mask.query_doc_ids is None else MAX_SEGMENTS  # of one, the kernel would take it for a whole sequence
-    document_BNS = numbers_BS[:, None] == jnp.arange(count, dtype=jnp.int32)[:, None]
+    document_BNS = numbers_BS[:, None] == jnp.arange(SEGMENTS[-1], dtype=jnp.int32)[:, None]
     real_BNS = document_BNS if mask.key_valid is None else document_BNS & mask.key_valid[:, None]
     first_key_BN, end_key_BN = _span(real_BNS)
     first_BN, end_BN = _span(document_BNS)
@@ -113,12 +156,13 @@ def _segments(mask: Mask, length: int) -> Segments:
     is_there_BN = end_key_BN > 0
     is_apart_B = _starts(doc_ids_BS).sum(1) == _starts(jnp.sort(doc_ids_BS, axis=1)).sum(1)
     is_without_gaps_B = (real_BNS.sum(2) == jnp.where(is_there_BN, end_key_BN - first_key_BN, 0)).all(1)
+    fits = [is_apart_B & is_without_gaps_B & (numbers_BS[:, -1] < count) for count in SEGMENTS]
     return Segments(
         queries=_spans(first_BN, end_BN, is_there_BN),
         keys=_spans(first_key_BN, end_key_BN, is_there_BN),
         seeing=None if mask.key_valid is None else seeing_BNS.any(1),
         seen=mask.key_valid,
-        complete=(is_apart_B & is_without_gaps_B & (numbers_BS[:, -1] < count)).all(),
+        way=sum((~fits_B.all()).astype(jnp.int32) for fits_B in fits),
     )
 
 

@@ -74,14 +74,15 @@ class Segments:
         queries, keys: of each segment; they start together if it is causal.
         seeing: bool (B, S), the queries that are in a segment; None: all are.
         seen: bool (B, S), the keys that are in a segment; None: all are.
-        complete: bool (), whether these say all that the mask says.
+        way: int32 (), the first of the kernel's programs that has as many segments; beyond the last: none, or these do
+            not say all that the mask says.
     """
 
     queries: Spans
     keys: Spans
     seeing: Bool[Array, "B S"] | None
     seen: Bool[Array, "B S"] | None
-    complete: Bool[Array, ""]
+    way: Int[Array, ""]
 
 
 @functools.partial(

@@ -217,7 +217,9 @@ def prepare_mask(
         return mask
     if queries * keys <= DENSE_PAIRS or mask.allowed is not None or mask.of_keys_alone:
         return with_dense(mask, queries, keys, device)
-    return with_fused(mask, queries, keys, device) if has_kernel(head_dim, dtype, device) else mask
+    if has_kernel(mask, queries, keys, head_dim, dtype, device):
+        return with_fused(mask, queries, keys, device)
+    return mask
 
 
 def _is_argument(mask: Mask, queries: int, keys: int) -> bool:

@@ -18,14 +18,17 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from kempnerforge_torch.model.mask import Mask, Tokens, sees
 
 
-def has_kernel(head_dim: int, dtype: torch.dtype, device: torch.device | None) -> bool:
-    """Whether the kernel takes such heads: on CUDA, of at least 16 channels, in at most float32."""
+def has_kernel(
+    mask: Mask, queries: int, keys: int, head_dim: int, dtype: torch.dtype, device: torch.device | None = None
+) -> bool:
+    """Whether the device has the kernel, which is for CUDA, and the mask and heads suit it."""
     on_cuda = device is not None and device.type == "cuda"
-    return on_cuda and head_dim >= 16 and dtype in (torch.bfloat16, torch.float16, torch.float32)
+    narrow = dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return on_cuda and narrow and queries > 1 and head_dim >= 16 and mask.allowed is None
 
 
 def with_fused(mask: Mask, queries: int, keys: int, device: torch.device | None = None) -> Mask:
-    """The mask, of facts other than ``allowed``, with its form for the kernel: which blocks are seen, in part or whole.
+    """A mask that `has_kernel`, with its form for it: which blocks are seen, in part or whole.
 
     Every pair of a query and a key is looked at, and none kept.
     """

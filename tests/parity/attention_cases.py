@@ -20,7 +20,7 @@ class Kind:
     """
     Attributes:
         facts: of a number of keys: the fields of a `Mask`, in arrays.
-        segments: whether they are segments, of at most 64 documents: None where the kernel is told without.
+        segments: whether they are segments, of at most 128 documents: None where the kernel is told without.
         queries: how many there are of so many keys.
         is_fused: whether the kernel of JAX's GPUs takes them at all.
     """

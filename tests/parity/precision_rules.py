@@ -116,7 +116,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             PRODUCTS,
             {
                 "model.linear:linear": 1,
-                "model.attention:attend": 1,
+                "model.attention:_attend": 1,
                 "model.grouped:looped_matmul": 1,
                 "model.grouped:looped_outer": 1,
                 "model.grouped:tiled_matmul": 1,
@@ -164,7 +164,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
                 "model.norm:RMSNorm.forward": 1,
                 "model.norm:LayerNorm.forward": 1,
                 "model.position:apply_rope": 1,
-                "model.attention:attend": 1,
+                "model.attention:_attend": 1,
                 "model.adapter:_mean_of_real": 1,
                 "model.moe:MoEMLP.forward": 1,
                 "model.expert_choice:ExpertChoiceMoE.forward": 1,
