@@ -108,3 +108,18 @@ def mask_of(side: Any, facts: Facts) -> Any:
     if facts.get("query_doc_ids") is facts.get("key_doc_ids") and "key_doc_ids" in facts:
         arrays["query_doc_ids"] = arrays["key_doc_ids"]
     return side.module("model.mask").Mask(**{**facts, **arrays})
+
+
+def seen_by(facts: Facts, queries: int, keys: int) -> np.ndarray:
+    """bool (2, S, M): which keys each query sees by these facts."""
+    query = facts.get("query_positions", np.arange(keys - queries, keys))[:, None]
+    key, seen = np.arange(keys), np.ones((ROWS, queries, keys), bool)
+    if facts.get("causal"):
+        seen &= query >= key
+    if facts.get("window") is not None:
+        seen &= query - key < facts["window"]
+    if "key_doc_ids" in facts:
+        seen &= facts["query_doc_ids"][:, :, None] == facts["key_doc_ids"][:, None]
+    if "key_valid" in facts:
+        seen &= facts["key_valid"][:, None]
+    return seen

@@ -18,6 +18,15 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.parity.attention_checks import (
+    check_blocks,
+    check_fused_call,
+    check_paths,
+    check_rules,
+    check_segments,
+    check_told,
+    check_ways,
+)
 from tests.parity.precision_cases import job_of
 from tests.parity.precision_jax import _jaxprs
 
@@ -110,7 +119,7 @@ def kernels_in(jaxpr: Any) -> list[Mapping[str, Any]]:
     found = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name.startswith("dot_product_attention"):
-            found.append({**eqn.params, "shapes": [variable.aval.shape for variable in eqn.invars[:3]]})
+            found.append({**eqn.params, "shapes": [variable.aval.shape for variable in eqn.invars]})
         for inner in _jaxprs(eqn.params):
             found += kernels_in(inner)
     return found
@@ -143,7 +152,7 @@ def check_fused_attention(backend: str) -> None:
                 assert kernel["sliding_window_length"] is None, case
                 assert kernel["dropout_rate"] == 0, case
                 heads_last = [(2, length, 4, width), (2, keys, 2, width), (2, keys, 2, width)]
-                assert kernel["shapes"] == heads_last, case
+                assert kernel["shapes"][:3] == heads_last, case
 
 
 def check_platforms(backend: str) -> None:
@@ -473,9 +482,18 @@ def check_decoding_by_device(backend: str) -> None:
 
 
 KERNEL_CHECKS: dict[str, dict[str, tuple[Callable[[str], None], ...]]] = {
-    "jax": {"model.attention": (check_fused_attention,), "model.grouped": (check_platforms, check_ragged_precision)},
+    "jax": {
+        "model.attention": (check_fused_attention, check_told),
+        "model.blockwise": (check_blocks,),
+        "model.fused": (check_fused_attention, check_told, check_segments, check_ways),
+        "model.mask": (check_blocks,),
+        "model.grouped": (check_platforms, check_ragged_precision),
+    },
     "torch": {
-        "model.attention": (check_dispatched_attention,),
+        "model.attention": (check_dispatched_attention, check_paths),
+        "model.blockwise": (check_blocks,),
+        "model.fused": (check_rules, check_fused_call, check_paths),
+        "model.mask": (check_blocks, check_rules),
         "model.decode_state": (check_masks_of_caches, check_slots_of_tokens),
         "model.kv_cache": (check_shared_states,),
         "model.grouped": (check_offsets,),
