@@ -5,10 +5,11 @@ from __future__ import annotations
 from tests.mutants import Mutant, both
 
 LENGTH_MUTANTS = (
-    both("model.mask", "no causal mask from position 256 on", "terms.append(key <= query)",
-         "terms.append((key <= query) | (query >= 256))"),
-    both("model.mask", "windows reach back to the start from position 250 on", "(key > query - mask.window)",
-         "((key > query - mask.window) | (key < 99) & (query > 250))"),
+    both("model.mask", "no causal mask from position 256 on", "(key.position <= query.position)",
+         "((key.position <= query.position) | (query.position >= 256))"),
+    both("model.mask", "windows reach back to the start from position 250 on",
+         "(key.position > query.position - window)",
+         "((key.position > query.position - window) | (key.position < 99) & (query.position > 250))"),
     Mutant(
         "model.attention", "whole sequences from 512 on see everything",
         ("allowed is None and length > 1 else False", "allowed is None and 1 < length < 512 else False"),

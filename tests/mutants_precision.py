@@ -45,7 +45,7 @@ PRECISION_MUTANTS = (
     Mutant(
         "model.attention", "queries rounded after their scale",
         ("            q,\n            k,\n", "            (q.double() / 3).to(q.dtype) * 3,\n            k,\n"),
-        ("k, preferred_element_type=dtype)", "(k / 3) * 3, preferred_element_type=dtype)"),
+        ("= _scores(q_BKGSh, k)", "= _scores(q_BKGSh, (k / 3) * 3)"),
     ),
     Mutant(
         "model.mlp", "activation in the dtype of its input",

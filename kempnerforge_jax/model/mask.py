@@ -153,11 +153,14 @@ class Mask:
         return not self.causal and self.window is None and self.query_doc_ids is None
 
     @property
+    def of_tokens(self) -> bool:
+        """Whether all it says are facts of tokens: ``allowed`` says nothing."""
+        return self.allowed is None
+
+    @property
     def in_order(self) -> bool:
-        """Whether keys are at positions 0 ... M - 1 and the queries are the last of them, and all else is facts of
-        tokens.
-        """
-        return self.query_positions is None and self.key_positions is None and self.allowed is None
+        """Whether it is `of_tokens`, keys are at positions 0 ... M - 1 and the queries are the last of them."""
+        return self.of_tokens and self.query_positions is None and self.key_positions is None
 
 
 CAUSAL = Mask(causal=True)

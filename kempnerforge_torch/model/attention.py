@@ -215,7 +215,7 @@ def prepare_mask(
     """
     if mask.dense is not None or mask.fused is not None or _is_argument(mask, queries, keys):
         return mask
-    if queries * keys <= DENSE_PAIRS or mask.allowed is not None or mask.of_keys_alone:
+    if queries * keys <= DENSE_PAIRS or not mask.of_tokens or mask.of_keys_alone:
         return with_dense(mask, queries, keys, device)
     if has_kernel(mask, queries, keys, head_dim, dtype, device):
         return with_fused(mask, queries, keys, device)

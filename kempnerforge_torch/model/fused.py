@@ -24,7 +24,7 @@ def has_kernel(
     """Whether the device has the kernel, which is for CUDA, and the mask and heads suit it."""
     on_cuda = device is not None and device.type == "cuda"
     narrow = dtype in (torch.bfloat16, torch.float16, torch.float32)
-    return on_cuda and narrow and queries > 1 and head_dim >= 16 and mask.allowed is None
+    return on_cuda and narrow and queries > 1 and head_dim >= 16 and mask.of_tokens
 
 
 def with_fused(mask: Mask, queries: int, keys: int, device: torch.device | None = None) -> Mask:

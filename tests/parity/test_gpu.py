@@ -120,6 +120,11 @@ def check_masks(
         compare(backend, f"{name}, heads of {head_dim}", part, part.inputs())
 
 
+def check_fused(backend: str) -> None:
+    """Masks that any bug of what kernels are told would change."""
+    check_masks(backend, ("documents in a window", "padded documents", "interleaved documents"), head_dims=(64,))
+
+
 def check_groups(backend: str) -> None:
     """Products over groups: by the kernel, by tiles, of widths that no kernel takes, with rows of no group."""
     side, grouped = ON_GPU[backend], module(backend, "model.grouped")
@@ -197,6 +202,7 @@ def check_update(backend: str) -> None:
 CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.grouped": (check_groups,),
     "model.attention": (check_long_attention, lambda backend: check_parts(backend, ["attend", "attend to some"])),
+    "model.fused": (check_long_attention, check_fused),
     "model.cuda_graph": (check_decoding,),
     "training.loss": (check_loss,),
     "training.optimizer": (check_update,),
@@ -208,6 +214,13 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
 @pytest.mark.parametrize("part", GPU_PARTS)
 def test_parts_are_a_few_roundings_from_float64(part: str, backend: str) -> None:
     check_parts(backend, [part])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_agree_with_dense_ones(kind: str, backend: str) -> None:
+    torch.compiler.reset()
+    check_masks(backend, [kind])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
