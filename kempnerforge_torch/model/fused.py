@@ -70,6 +70,11 @@ def _rule(mask: Mask, offset: int) -> Callable[[Tensor, Tensor, Tensor, Tensor],
     return rule
 
 
-@functools.cache
 def _compiled(function: Callable[..., object]) -> Callable[..., object]:
+    """A program of its own, or a part of the one that is being compiled."""
+    return function if torch.compiler.is_compiling() else _program(function)
+
+
+@functools.cache
+def _program(function: Callable[..., object]) -> Callable[..., object]:
     return torch.compile(function, fullgraph=True)

@@ -85,7 +85,7 @@ KINDS = {
     "causal": Kind(causal(nothing), None),
     "all to all": Kind(nothing, None),
     "a window": Kind(causal(nothing, third), None),
-    "a window of one": Kind(causal(nothing, lambda _: 1), None),
+    "a window of two": Kind(causal(nothing, lambda _: 2), None),
     "documents": Kind(causal(documents)),
     "documents, all to all": Kind(documents),
     "interleaved documents": Kind(causal(lambda keys: documents(keys, 3, sort=False)), False),

@@ -7,6 +7,7 @@ Shapes: B batch, S queries, M keys, N segments.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -150,6 +151,7 @@ def check_paths(backend: str) -> None:
     """The path is that of the table, whether the mask comes prepared or not."""
     side = side_of("torch")
     attention, fused = side.module("model.attention"), side.module("model.fused")
+    form = side.module("model.mask").Dense(torch.ones(1, 1, 1, 1, dtype=torch.bool), None)
     taken: list[str] = []
 
     def dense(*_: Any, attn_mask: Any, **__: Any) -> Any:
@@ -164,6 +166,7 @@ def check_paths(backend: str) -> None:
         mock.patch.object(attention, "fused_attention", noting("fused")),
         mock.patch.object(attention, "blockwise_attention", noting("blocks")),
         mock.patch.object(fused, "_compiled", return_value=lambda *_: object()),
+        mock.patch.object(attention, "with_dense", lambda mask, *_: replace(mask, dense=form)),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
         for name, device, dtype, keys, width, path in PATHS:
