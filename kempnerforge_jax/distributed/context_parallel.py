@@ -4,7 +4,7 @@ and values of all parts; what is counted over a sequence or over a micro-batch i
     sequence on 2 devices    0 has positions 0 1 2 3    queries 0 1 2 3 read keys 0 ... 7, as far as the mask allows
                              1 has positions 4 5 6 7    queries 4 5 6 7 read keys 0 ... 7
 
-Parts are blocks, in the order of the devices. A dense mask makes all of them equal work, so nothing would be gained by
+Parts are blocks, in the order of the devices. Each query is compared with all keys, so nothing would be gained by
 dealing out a sequence in smaller pieces.
 
 Shapes: B batch, S positions of a part, M positions of all, K key/value heads, h head_dim, T = B * S tokens.

@@ -4,8 +4,7 @@ and values of all parts; what is counted over a sequence or over a micro-batch i
     sequence on 2 ranks    rank 0 has positions 0 1 2 3    queries 0 1 2 3 read keys 0 ... 7, as far as the mask allows
                            rank 1 has positions 4 5 6 7    queries 4 5 6 7 read keys 0 ... 7
 
-Parts are blocks, in the order of the ranks. A dense mask makes all of them equal work, so nothing would be gained by
-dealing out a sequence in smaller pieces.
+Parts are blocks, in the order of the ranks.
 
 Shapes: B batch, S positions of a part, T = B * S tokens, M positions of all, V vocabulary, E experts, k assignments of
 each token, K key/value heads, h head_dim.

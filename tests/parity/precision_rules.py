@@ -32,7 +32,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
                 "model.grouped:ragged_outer": 1,
             },
         ),
-        Rule(PRODUCT, PRODUCTS, {"model.experts:apply_packed": 3}, backward=True),
+        Rule(
+            PRODUCT,
+            PRODUCTS,
+            {"model.experts:apply_packed": 3, "model.attention:attention_weights": 1},
+            backward=True,
+        ),
         Rule(ELEMENTWISE, BIAS, {"model.linear:linear": 1}, ("add",)),
         Rule(
             ELEMENTWISE,
