@@ -70,15 +70,15 @@ def third(keys: int) -> int:
     return keys // 3
 
 
+def last_queries(keys: int) -> Facts:
+    """Those of the second half of a sequence."""
+    ids = documents(keys, 5)["key_doc_ids"]
+    return {"query_doc_ids": ids[:, keys // 2 :], "key_doc_ids": ids}
+
+
 def later_part(keys: int) -> Facts:
     """The second half of a sequence in two parts, whose positions are given."""
-    whole = documents(keys, 5)
-    start = keys // 2
-    return {
-        "query_positions": np.arange(start, keys, dtype=np.int32),
-        "query_doc_ids": whole["query_doc_ids"][:, start:],
-        "key_doc_ids": whole["key_doc_ids"],
-    }
+    return {"query_positions": np.arange(keys // 2, keys, dtype=np.int32), **last_queries(keys)}
 
 
 KINDS = {
@@ -98,6 +98,9 @@ KINDS = {
     "padding inside": Kind(causal(lambda keys: padding(keys, gaps=True)), False),
     "padded documents": Kind(causal(padded_documents)),
     "padded documents in a window": Kind(causal(padded_documents, lambda keys: keys // 9)),
+    "the last of documents, in a window": Kind(
+        causal(last_queries, third), queries=lambda keys: keys - keys // 2, is_fused=False
+    ),
     "the later part of documents": Kind(causal(later_part), queries=lambda keys: keys - keys // 2, is_fused=False),
 }
 
