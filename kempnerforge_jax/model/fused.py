@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,10 +116,9 @@ def _kernel(q: Array, k: Array, v: Array, kind: MaskType, window: int | None, **
     q_BSHh, k_BSHh, v_BSHh = (
         jnp.pad(heads.swapaxes(1, 2), ((0, 0), (0, length % 2), (0, 0), (0, 0))) for heads in (q, k, v)
     )
+    attend: Any = dot_product_attention  # its annotations leave out what it returns
     scale = q.shape[-1] ** -0.5
-    out_BSHh = dot_product_attention(
-        q_BSHh, k_BSHh, v_BSHh, scale=scale, mask_type=kind, sliding_window_length=window, **packing
-    )
+    out_BSHh = attend(q_BSHh, k_BSHh, v_BSHh, scale=scale, mask_type=kind, sliding_window_length=window, **packing)
     return out_BSHh[:, :length].swapaxes(1, 2)
 
 
@@ -162,7 +162,7 @@ def _segments(mask: Mask, length: int) -> Segments:
         keys=_spans(first_key_BN, end_key_BN, is_there_BN),
         seeing=None if mask.key_valid is None else seeing_BNS.any(1),
         seen=mask.key_valid,
-        way=sum((~fits_B.all()).astype(jnp.int32) for fits_B in fits),
+        way=jnp.stack([~fits_B.all() for fits_B in fits]).sum(dtype=jnp.int32),
     )
 
 

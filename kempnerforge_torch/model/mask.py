@@ -131,8 +131,12 @@ def sees(query: Tokens, key: Tokens, causal: bool, window: int | None) -> Bool[T
     """
     terms = [key.valid] if key.valid is not None else []
     if causal:
+        assert query.position is not None
+        assert key.position is not None
         terms.append(key.position <= query.position)
     if window is not None:
+        assert query.position is not None
+        assert key.position is not None
         terms.append(key.position > query.position - window)
     if query.doc_id is not None:
         terms.append(query.doc_id == key.doc_id)

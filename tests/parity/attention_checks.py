@@ -87,10 +87,10 @@ def check_blocks(backend: str) -> None:
 
 def truth_of(kind: Kind, arrays: list[np.ndarray]) -> list[np.ndarray]:
     """Output and gradients, by the oracle."""
-    *inputs, gradient = arrays
+    q, k, v, gradient = arrays
     seen = seen_by(kind.facts(KEYS), kind.queries(KEYS), KEYS)
-    out, probabilities = oracle_attend(*inputs, seen)
-    return [out, *oracle_backward(gradient, *inputs, probabilities)]
+    out, probabilities = oracle_attend(q, k, v, seen)
+    return [out, *oracle_backward(gradient, q, k, v, probabilities)]
 
 
 # torch
