@@ -298,9 +298,4 @@ PROCESS_MUTANTS = (
         "for rank, own in zip(self.ranks.own,", "for rank, own in zip(range(len(self.ranks.own)),",
         Case("moma", 4, {}, {"vlm": {"moma_gumbel_noise": "true"}}),
     ),
-    jax_bug(
-        "distributed.states", "the state of one process alone",
-        "if array.is_fully_addressable else process_allgather(array, tiled=True)",
-        "if array.is_fully_addressable else array.addressable_data(0)", Case("dense", 4, {}),
-    ),
 )  # fmt: skip
