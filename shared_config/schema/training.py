@@ -34,4 +34,4 @@ class TrainConfig(Section):
     matmul_precision: Annotated[Literal["highest", "high"], EXECUTION] = "highest"
     compile_model: Annotated[bool, EXECUTION] = True
     scan_layers: Annotated[bool, EXECUTION] = False
-    activation_checkpointing: Annotated[Literal["none", "full", "selective"], EXECUTION] = "none"
+    activation_checkpointing: Annotated[Literal["none", "full", "narrow", "selective"], EXECUTION] = "none"

@@ -110,7 +110,7 @@ FIELDS: Pools = {
         "mixed_precision": ["fp32", "bf16"],
         "matmul_precision": ["highest", "high"],
         "scan_layers": [False, True],
-        "activation_checkpointing": ["none", "full", "selective"],
+        "activation_checkpointing": ["none", "full", "narrow", "selective"],
     },
     "optimizer": {
         "lr": [1e-3, 1e-30],

@@ -44,7 +44,7 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "padding": (False, True),
     "tied": (False, True),
     "clip": (0.0, 0.1),
-    "recomputed": ("none", "full", "selective"),
+    "recomputed": ("none", "full", "narrow", "selective"),
     "scanned": (False, True),
     "frozen": (False, True),
 }

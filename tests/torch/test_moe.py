@@ -262,7 +262,7 @@ def test_bias_moves_once_by_the_counts_of_all_micro_batches() -> None:
 
 
 @each_case
-@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("mode", ["full", "narrow", "selective"])
 def test_activation_checkpointing_changes_nothing(case: str, mode: str) -> None:
     plain, checkpointed = model_of(case), model_of(case)
     checkpoint_activations(checkpointed, mode)
@@ -276,9 +276,9 @@ def test_activation_checkpointing_changes_nothing(case: str, mode: str) -> None:
     assert_close(dict(checkpointed.named_buffers()), dict(plain.named_buffers()))
 
 
-@pytest.mark.parametrize(("mode", "products"), [("none", 6), ("full", 9), ("selective", 6)])
+@pytest.mark.parametrize(("mode", "products"), [("none", 6), ("full", 9), ("narrow", 8), ("selective", 6)])
 def test_selective_checkpointing_keeps_grouped_products(mode: str, products: int) -> None:
-    """Three forward, three for the gradients of their inputs, and three again where they are not kept."""
+    """Three forward, three for the gradients of their inputs, and those again that are not kept."""
     model = model_of(n_layers=2)
     checkpoint_activations(model, mode)
     with Counting(GROUPED_MATMUL) as seen:

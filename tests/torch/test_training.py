@@ -286,7 +286,7 @@ class TestStep:
         assert all(b.dtype == torch.float32 for n, b in trainer.model.named_buffers() if "expert_" in n)
 
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-    @pytest.mark.parametrize("mode", ["full", "selective"])
+    @pytest.mark.parametrize("mode", ["full", "narrow", "selective"])
     def test_checkpointed_activations_change_nothing(self, mode: str, precision: str):
         results = []
         for activations in ("none", mode):

@@ -1,0 +1,87 @@
+"""What a block keeps for its backward pass, read off the memory that outlives the forward; what it computes again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kempnerforge_torch.model.transformer import Transformer
+from kempnerforge_torch.training.blocks import checkpoint_activations
+from shared_config.schema.model import ModelConfig
+
+WIDTHS = {"q": 40, "k": 10, "v": 10, "o": 40, "gate": 56, "up": 56, "down": 40}
+CONFIG = ModelConfig(
+    dim=40, n_layers=1, n_heads=4, n_kv_heads=1, head_dim=10, ffn_hidden_dim=56, vocab_size=9, max_seq_len=32
+)
+KEPT = {
+    "none": ["v", "gate", "up"],
+    "full": [],
+    "narrow": ["q", "k", "v", "o", "down"],
+    "selective": list(WIDTHS),
+}
+"""Products with weights. (Where nothing is recomputed, what is made of the others stands for them.)"""
+AGAIN = {"none": [], "full": ["q", "k", "v", "o", "gate", "up"], "narrow": ["gate", "up"], "selective": []}
+
+
+class Products(TorchDispatchMode):
+    """The results of products of a block's weights, and of attention, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths: list[int] = []
+        self.storages: list[StorageWeakRef] = []
+        self.attention: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default:
+            self.widths.append(out.shape[-1])
+            self.storages.append(StorageWeakRef(out.untyped_storage()))
+        elif "scaled_dot_product" in str(func):
+            self.attention.append(StorageWeakRef(out[0].untyped_storage()))
+        return out
+
+
+def block_of(mode: str) -> tuple[torch.nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    model = Transformer(CONFIG)
+    checkpoint_activations(model, mode)
+    cos, sin = model.rope(torch.arange(32), torch.float32)
+    return model.layers["0"], {"rope_cos": cos, "rope_sin": sin}
+
+
+def run(mode: str) -> tuple[Products, Products, list[Tensor]]:
+    """What its forward did and left, what its backward pass did, and the gradients."""
+    block, inputs = block_of(mode)
+    x = torch.randn(2, 32, 40, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    with Products() as forward:
+        out = block(x, **inputs)
+    gone = [storage.expired() for storage in forward.storages]
+    forward.widths = [width for width, lost in zip(forward.widths, gone, strict=True) if not lost]
+    forward.attention = [storage for storage in forward.attention if not storage.expired()]
+    with Products() as backward:
+        out.square().sum().backward()
+    gradients = [x.grad, *(weight.grad for weight in block.parameters())]
+    return forward, backward, [gradient for gradient in gradients if gradient is not None]
+
+
+@pytest.mark.parametrize("mode", KEPT)
+def test_a_mode_keeps_what_it_says(mode: str) -> None:
+    forward, _, _ = run(mode)
+    assert sorted(forward.widths) == sorted(WIDTHS[name] for name in KEPT[mode])
+    assert len(forward.attention) == (mode != "full")
+
+
+@pytest.mark.parametrize("mode", KEPT)
+def test_a_mode_computes_the_rest_again_and_nothing_else(mode: str) -> None:
+    """Each product has two in the backward pass, one for each factor; "down" is no factor of any."""
+    _, backward, gradients = run(mode)
+    _, plain, expected = run("none")
+    again = sorted([*plain.widths, *(WIDTHS[name] for name in AGAIN[mode])])
+    assert sorted(backward.widths) == again
+    assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
