@@ -90,13 +90,46 @@ DISTRIBUTED_MUTANTS = (
     ),
     torch_bug(
         "distributed.tensor_parallel", "a bias added by every rank",
-        "out = summed_over(linear(x, local(module.weight).to(x.dtype)), group)",
-        "out = summed_over(linear(x, local(module.weight).to(x.dtype), module.bias), group)",
+        "out = leave(linear(x, local(module.weight).to(x.dtype)))",
+        "out = leave(linear(x, local(module.weight).to(x.dtype), module.bias))",
         Case("mot", 2, {"tp": 2}),
     ),
     torch_bug(
         "distributed.tensor_parallel", "whole tensors have the gradient of one data rank",
         "add_up(whole, mesh.tokens.get_group())", "pass", Case("dense", 4, {"tp": 2, "dp_replicate": 2}),
+    ),
+    torch_bug(
+        "distributed.tensor_parallel", "gradients of norms of positions not summed",
+        " or (name in partial and not ruled_axes(name, mesh, table))", "", SPLIT,
+    ),
+    torch_bug(
+        "distributed.sequence_parallel", "gradients of an output's bias not summed",
+        "mark_partial(part)", 'mark_partial(part) if "norm" in name else None', SPLIT,
+    ),
+    torch_bug(
+        "distributed.collectives", "gathered along another axis",
+        "torch.cat(parts.chunk(group.size()), axis)", "parts.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])", SPLIT,
+    ),
+    torch_bug(
+        "distributed.collectives", "positions of a summand not summed",
+        "_reduce_scatter(own, torch.cat(parts), group=group)", "own.copy_(parts[group.rank()])", SPLIT,
+    ),
+    torch_bug(
+        "distributed.collectives", "a part of other positions",
+        "[group.rank()].clone(", "[-1 - group.rank()].clone(", SPLIT,
+    ),
+    torch_bug(
+        "distributed.collectives", "gradients of own positions in the place of all",
+        "return _gather(dy, ctx.axis, ctx.group), None, None",
+        "return torch.cat([dy] * ctx.group.size(), ctx.axis), None, None", SPLIT,
+    ),
+    torch_bug(
+        "distributed.sequence_parallel", "a mixture's gradients of all ranks added up",
+        "found = forward(gathered_alike(x_BSD", "found = forward(gathered(x_BSD", Case("sigmoid", 2, {"tp": 2}),
+    ),
+    torch_bug(
+        "distributed.parallelize", "the whole stream on every rank",
+        "        split_stream(model, mesh)\n", "        pass\n", SPLIT,
     ),
     torch_bug(
         "distributed.vocabulary", "each rank subtracts its own highest logit",
@@ -125,7 +158,8 @@ DISTRIBUTED_MUTANTS = (
     ),
     torch_bug(
         "distributed.collectives", "gradients of keys and values not summed",
-        "_reduce_scatter(own, torch.cat(parts), group=ctx.group)", "own.copy_(parts[ctx.group.rank()])", CUT,
+        "return _scatter(dy, ctx.axis, ctx.group), None, None",
+        "return dy.chunk(ctx.group.size(), ctx.axis)[ctx.group.rank()].contiguous(), None, None", CUT,
     ),
     torch_bug(
         "distributed.context_parallel", "documents of one part",

@@ -37,6 +37,7 @@ ENGINES = {
     "distributed/pipeline.py": "torch: stages are processes, which its engine lets send and receive",
     "distributed/processes.py": "both: a process of torch has one device, those of JAX have all that they see",
     "distributed/ranks.py": "both: torch sums over processes; in JAX that is part of the compiled step",
+    "distributed/sequence_parallel.py": "torch: modules see a part of the positions; XLA divides operations itself",
     "distributed/sharding.py": "jax: arrays lie where they are put, and XLA computes there",
     "distributed/spawn.py": "torch: layouts on one machine, a process for each device; JAX has several in one",
     "distributed/states.py": "both: what a process holds of a tensor each framework says in its own way",

@@ -41,6 +41,16 @@ def gathered_alike(x: Shaped[Tensor, "..."], axis: int, group: dist.ProcessGroup
     return _GatheredAlike.apply(x, axis, group)
 
 
+def scattered(x: Shaped[Tensor, "..."], axis: int, group: dist.ProcessGroup) -> Shaped[Tensor, "..."]:
+    """This rank's part, along an axis, of the sum over ranks: the gradient of a summand is those of all parts."""
+    return _Scattered.apply(x, axis, group)
+
+
+def cut(x: Shaped[Tensor, "..."], axis: int, group: dist.ProcessGroup) -> Shaped[Tensor, "..."]:
+    """This rank's part, along an axis, of what all have alike: each has the gradients of all parts."""
+    return _Cut.apply(x, axis, group)
+
+
 def exchanged(
     rows: Shaped[Tensor, "R ..."], sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup
 ) -> Shaped[Tensor, "_ ..."]:
@@ -93,16 +103,31 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        parts = dy.chunk(ctx.group.size(), ctx.axis)
-        own = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
-        _reduce_scatter(own, torch.cat(parts), group=ctx.group)
-        return own, None, None
+        return _scatter(dy, ctx.axis, ctx.group), None, None
 
 
 class _GatheredAlike(_Gathered):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         return dy.chunk(ctx.group.size(), ctx.axis)[ctx.group.rank()], None, None
+
+
+class _Scattered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.axis, ctx.group = axis, group
+        return _scatter(x, axis, group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(dy, ctx.axis, ctx.group), None, None
+
+
+class _Cut(_Scattered):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.axis, ctx.group = axis, group
+        return x.chunk(group.size(), axis)[group.rank()].clone(memory_format=torch.contiguous_format)
 
 
 class _Exchanged(torch.autograd.Function):
@@ -122,6 +147,13 @@ def _gather(x: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
     parts = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
     _all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts.chunk(group.size()), axis)
+
+
+def _scatter(x: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
+    parts = x.chunk(group.size(), axis)
+    own = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+    _reduce_scatter(own, torch.cat(parts), group=group)
+    return own
 
 
 def _exchange(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:

@@ -13,6 +13,7 @@ from kempnerforge_torch.distributed.context_parallel import spread_sequences
 from kempnerforge_torch.distributed.fsdp import shard_parameters
 from kempnerforge_torch.distributed.mesh import Mesh
 from kempnerforge_torch.distributed.pipeline import keep_stage
+from kempnerforge_torch.distributed.sequence_parallel import can_split_stream, split_stream
 from kempnerforge_torch.distributed.tensor_parallel import split_tensors
 from kempnerforge_torch.training.blocks import blocks, checkpoint_activations, compile_blocks
 from kempnerforge_torch.training.mixed_precision import compute_dtype
@@ -40,6 +41,8 @@ def parallelize(
         keep_stage(model, mesh)
     if mesh is not None and mesh.layout.size("ep", "tp") > 1:
         split_tensors(model, mesh, table)
+    if mesh is not None and mesh.layout.tp > 1 and can_split_stream(model, config, mesh):
+        split_stream(model, mesh)
     if mesh is not None and mesh.layout.cp > 1:
         spread_sequences(model, mesh, device)
     checkpoint_activations(model, config.train.activation_checkpointing)

@@ -10,6 +10,7 @@ Shapes: ... any leading axes, I inputs, O outputs, V vocabulary, D model dim, R 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +31,9 @@ from kempnerforge_torch.model.state import own_tensors
 from kempnerforge_torch.model.wrappers import plain_modules
 from shared_config.contract.specs import ParameterTable
 from shared_config.errors import ConfigError
+
+_PARTIAL = "_kempnerforge_partial"
+"""Attribute of modules: see `mark_partial`."""
 
 
 def split_tensors(model: nn.Module, mesh: Mesh, table: ParameterTable) -> None:
@@ -58,17 +62,41 @@ def split_tensors(model: nn.Module, mesh: Mesh, table: ParameterTable) -> None:
                 _compute_with_parts(path, module, name, by["tp"], mesh.group("tp"))
 
 
-def complete_gradients(gradients: Mapping[str, Float[Tensor, "..."]], mesh: Mesh | None, table: ParameterTable) -> None:
-    """Add up, in place, the gradients of tensors that all heads share, of which each rank has those of its own heads,
-    and of those that FSDP leaves whole.
+def complete_gradients(
+    gradients: Mapping[str, Float[Tensor, "..."]], model: nn.Module, mesh: Mesh | None, table: ParameterTable
+) -> None:
+    """Add up, in place, the gradients of tensors that all ranks along "tp" have whole and of which each has those of
+    its own heads or positions, and of those that FSDP leaves whole.
     """
     if mesh is None:
         return
     whole = [local(gradient) for name, gradient in gradients.items() if fsdp_place(name, mesh, table) is None]
     if mesh.layout.tp > 1:
-        shared = [local(gradient) for name, gradient in gradients.items() if "head_dim" in table[name].axes]
+        partial = _partial_gradients(model)
+        shared = [
+            local(gradient)
+            for name, gradient in gradients.items()
+            if "head_dim" in table[name].axes or (name in partial and not ruled_axes(name, mesh, table))
+        ]
         add_up(shared, mesh.group("tp"))
     add_up(whole, mesh.tokens.get_group())
+
+
+def mark_partial(part: nn.Module) -> None:
+    """Let `complete_gradients` know that each rank along "tp" uses what it has whole of a part of the model for its own
+    positions.
+    """
+    for module in part.modules():
+        setattr(module, _PARTIAL, True)
+
+
+def _partial_gradients(model: nn.Module) -> set[str]:
+    return {
+        f"{path}.{name}"
+        for path, module in plain_modules(model).items()
+        if getattr(module, _PARTIAL, False)
+        for name, _ in module.named_parameters(recurse=False)
+    }
 
 
 def _check_heads(path: str, module: nn.Module, tp: int) -> None:
@@ -78,35 +106,45 @@ def _check_heads(path: str, module: nn.Module, tp: int) -> None:
             raise ConfigError([f"distributed.tp = {tp}: must divide {path}.{name} = {heads}"])
 
 
+def some_outputs(module: nn.Linear, enter: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The forward (..., I) -> (..., O / ranks) of a linear map whose weight is split along the first axis.
+
+    Args:
+        enter: from what each rank has of the inputs to all of them, as each rank uses them.
+    """
+
+    def forward(x: Tensor) -> Tensor:
+        bias = None if module.bias is None else local(module.bias).to(x.dtype)
+        return linear(enter(x), local(module.weight).to(x.dtype), bias)
+
+    return forward
+
+
+def some_inputs(module: nn.Linear, leave: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The forward (..., I / ranks) -> (..., O) of a linear map whose weight is split along the second axis.
+
+    Args:
+        leave: from the summand of each rank to what this one is to have of the sum.
+    """
+
+    def forward(x: Tensor) -> Tensor:
+        out = leave(linear(x, local(module.weight).to(x.dtype)))
+        return out if module.bias is None else out + module.bias
+
+    return forward
+
+
 def _compute_with_parts(path: str, module: nn.Module, name: str, place: int, group: dist.ProcessGroup) -> None:
     changed: Any = module
-    if isinstance(module, nn.Linear):
-        changed.forward = (_some_outputs if place == 0 else _some_inputs)(module, group)
+    if isinstance(module, nn.Linear) and place == 0:
+        changed.forward = some_outputs(module, functools.partial(copied, group=group))
+    elif isinstance(module, nn.Linear):
+        changed.forward = some_inputs(module, functools.partial(summed_over, group=group))
     elif isinstance(module, nn.Embedding):
         changed.forward = _some_rows(module, group)
     else:
         kind = type(module).__name__
         raise ConfigError([f"distributed.tp = {group.size()}: must be 1 with {path}.{name}, a tensor of {kind}"])
-
-
-def _some_outputs(module: nn.Linear, group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
-    """(..., I) -> (..., O / ranks)."""
-
-    def forward(x: Tensor) -> Tensor:
-        bias = None if module.bias is None else local(module.bias).to(x.dtype)
-        return linear(copied(x, group), local(module.weight).to(x.dtype), bias)
-
-    return forward
-
-
-def _some_inputs(module: nn.Linear, group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
-    """(..., I / ranks) -> (..., O)."""
-
-    def forward(x: Tensor) -> Tensor:
-        out = summed_over(linear(x, local(module.weight).to(x.dtype)), group)
-        return out if module.bias is None else out + module.bias
-
-    return forward
 
 
 def _some_rows(module: nn.Embedding, group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:

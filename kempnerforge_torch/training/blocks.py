@@ -44,7 +44,8 @@ def checkpoint_activations(model: nn.Module, mode: str) -> None:
     """Let each block save less for its backward pass, and recompute the rest (Chen et al. 2016, arXiv:1604.06174).
 
     What is kept of a dense block, in numbers for each token (D model dim, H h outputs of q, K h of k and of v, F of
-    gate and of up), and for llama3_8b (D = H h = 4096, K h = 1024, F = 14336, 32 layers) in bfloat16 for 4 x 4096 tokens:
+    gate and of up), and for llama3_8b (D = H h = 4096, K h = 1024, F = 14336, 32 layers) in bfloat16 for 4 x 4096
+    tokens:
 
         mode        kept                                     numbers               8b, a layer    all layers
         full        the block's input                        D                          128 MiB         4 GiB

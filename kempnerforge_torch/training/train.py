@@ -266,7 +266,7 @@ class Trainer:
             if master.grad is None and master.requires_grad:
                 master.grad = torch.zeros_like(master)
         gradients = {name: master.grad for name, master in self.parameters.items() if master.grad is not None}
-        complete_gradients(gradients, self.mesh, self.table)
+        complete_gradients(gradients, self.model, self.mesh, self.table)
         stages = 1 if self.mesh is None else self.mesh.layout.pp
         norm = clip_by_global_norm(gradients, self.config.train.grad_clip_norm, stages)[1]
         taken = None

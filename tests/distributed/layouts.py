@@ -5,12 +5,13 @@ The processes run all cases one after another, as starting them costs more than 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import math
 import multiprocessing
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -199,9 +200,12 @@ def differences(case: Case, truth: Found, count: int = STEPS, folder: Path | Non
     rank, every = trainer.ranks.rank, case.micro_batches * case.shares
     own = [[data(step * every + index) for index in range(rank, every, case.shares)] for step in range(count)]
     held_out = [data(index) for index in range(rank, EVALUATED * case.shares, case.shares)]
-    evaluated = _numbers(trainer.evaluate(held_out))
+    with positions_of_norms(trainer.model) as positions:
+        evaluated = _numbers(trainer.evaluate(held_out))
     found = replace(steps(trainer, own), evaluated=evaluated)
     lines = [*_compare(found, truth), *_replicas(found.states[-1]), *_alone(trainer.mesh.axes)]
+    if not positions <= {own_positions(trainer)}:
+        lines.append(f"norms see {positions} positions, not {own_positions(trainer)}")
     if folder is None:
         return [*lines, *_taken_over(trainer, truth.states[0])]
     parallel = importlib.import_module("kempnerforge_torch.distributed.processes")
@@ -209,6 +213,29 @@ def differences(case: Case, truth: Found, count: int = STEPS, folder: Path | Non
     lines += _taken_over(trainer, truth.states[0])
     written = checkpoint.load(folder, processes=parallel.processes())
     return [*lines, *_bits(written.state, found.states[-1]), *_read_again(trainer, written.parts, found.states[-1])]
+
+
+@contextlib.contextmanager
+def positions_of_norms(model: torch.nn.Module) -> Iterator[set[int]]:
+    """How many positions of a sequence the norms of the blocks see, where these are not by modality."""
+    seen: set[int] = set()
+    layers = importlib.import_module("kempnerforge_torch.model.vlm").inner_transformer(model).layers
+    norms = [block.mlp_norm for block in layers.children()]
+    hooks = [norm.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].shape[1])) for norm in norms]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def own_positions(trainer: Any) -> int:
+    """How many a rank has between two blocks: all of its sequences, unless "tp" divides their number."""
+    tower = importlib.import_module("kempnerforge_torch.model.vlm")
+    layout, model = trainer.mesh.layout, trainer.model
+    images = model.num_image_tokens if isinstance(model, tower.VLMWrapper) else 0
+    positions = trainer.config.train.seq_len // layout.cp + images
+    return positions // layout.tp if positions % layout.tp == 0 else positions
 
 
 def refusals(case: Case) -> list[str]:

@@ -19,6 +19,7 @@ NIGHTLY = settings.get_current_profile_name() == "nightly"
 NOISE = {"vlm": {"moma_gumbel_noise": "true"}}
 SKIPPING, RECOMPUTED = {"train": {"on_nonfinite": "skip"}}, {"train": {"activation_checkpointing": "full"}}
 DOCUMENTS = {"data": {"pack_documents": True}, **RECOMPUTED}
+COMPILED = {"train": {"compile_model": True, "activation_checkpointing": "selective"}}
 WINDOW = {"model": {"sliding_window": 3}}
 BY_DAY = (
     *(Case(model, 2, {}) for model in ("softmax", "limited")),
@@ -31,14 +32,23 @@ BY_DAY = (
     Case("sigmoid", 4, {"dp_replicate": 2}),
     Case("sigmoid", 2, {"cp": 2}, DOCUMENTS),
     Case("sigmoid", 4, {"ep": 2, "tp": 2}),
-    Case("dense", 4, {"cp": 2, "tp": 2}, WINDOW),
+    Case("dense", 4, {"cp": 2, "tp": 2}, {**WINDOW, "train": {"seq_len": 12}}),
     Case("limited", 4, {"ep": 2, "dp_replicate": 2}),
     Case("staged", 2, {"pp": 2}, DOCUMENTS),
     Case("staged", 4, {"pp": 2, "tp": 2}),
 )
 BY_NIGHT = (
     *(Case(model, 2, {}) for model in ("dense", "sigmoid", "apart")),
-    *(Case(model, 2, {"tp": 2}) for model in ("dense", "sigmoid", "limited", "apart", "cross_attention")),
+    *(Case(model, 2, {"tp": 2}) for model in ("dense", "sigmoid", "limited", "apart", "scaled")),
+    *(Case(model, 2, {"tp": 2}) for model in ("cross_attention", "joint_decoder")),
+    Case("dense", 2, {"tp": 2}, {"train": {"seq_len": 9}}),
+    Case("softmax", 2, {"tp": 2}, DOCUMENTS),
+    Case("dense", 2, {"tp": 2}, {**DOCUMENTS, **WINDOW}),
+    *(Case(model, 2, {"tp": 2}, COMPILED) for model in ("dense", "sigmoid")),
+    Case("dense", 2, {"tp": 2}, {"train": {"activation_checkpointing": "selective"}}),
+    Case("dense", 4, {"tp": 4}, {"train": {"seq_len": 12}}),
+    Case("softmax", 4, {"tp": 2}, DOCUMENTS),
+    Case("sigmoid", 4, {"cp": 2, "tp": 2}, {"train": {"seq_len": 12}, "data": {"pack_documents": True}}),
     *(Case(model, 2, {"ep": 2}) for model in ("sigmoid", "limited")),
     Case("moma", 2, {"tp": 2}, NOISE),
     Case("dense", 4, {}),
@@ -46,7 +56,7 @@ BY_NIGHT = (
     Case("dense", 4, {"tp": 2, "dp_replicate": 2}),
     *(Case(model, 2, {"cp": 2}) for model in ("dense", "softmax", "scaled", "apart")),
     Case("dense", 2, {"cp": 2}, {**DOCUMENTS, **WINDOW}),
-    Case("sigmoid", 2, {"cp": 2}, {"train": {"compile_model": True, "activation_checkpointing": "selective"}}),
+    Case("sigmoid", 2, {"cp": 2}, COMPILED),
     Case("dense", 4, {"cp": 2}, DOCUMENTS),
     Case("dense", 4, {"cp": 4}, {"train": {"seq_len": 12}}),
     Case("sigmoid", 4, {"cp": 2, "ep": 2}, WINDOW),
