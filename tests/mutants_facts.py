@@ -275,6 +275,12 @@ FACT_MUTANTS = (
         f"{ON_PAPER}_the_bytes_of_tensor_parallelism_by_hand",
     ),
     FactMutant(
+        SENT,
+        "2 * self.layers * (2 + self.again) + 2",
+        "2 * self.layers * (2 + self.again)",
+        f"{ON_PAPER}_the_bytes_of_sequence_parallelism_by_hand",
+    ),
+    FactMutant(
         SENT, "self.moe_layers * 2 * (2 + self.again)", "self.moe_layers * 2", f"{ON_PAPER}_the_rows_of_experts_by_hand"
     ),
     FactMutant(
@@ -315,6 +321,7 @@ FACT_MUTANTS = (
         ("grouped heads", "fp32"),
     ),
     FactMutant(KEPT, '2 if model.activation == "silu" else 1', "2", LAYER_KEEPS, ("not gated", "fp32")),
-    FactMutant(KEPT, "(2 + parts) * model.dim", "2 * model.dim", LAYER_KEEPS, ("experts", "bf16")),
+    FactMutant(KEPT, "[width] * model.moe_top_k", "[width]", LAYER_KEEPS, ("experts", "bf16")),
+    FactMutant(KEPT, "or outputs <= inputs)", "or outputs < inputs)", LAYER_KEEPS, ("grouped heads", "fp32")),
     FactMutant(KEPT, "own_input = int(number != FLOAT32)", "own_input = 0", LAYER_KEEPS, ("experts", "bf16")),
 )

@@ -8,11 +8,13 @@ Of a layer PyTorch keeps, in numbers of a token, each in the dtype of the arithm
                 weighed, of the router's input, logits and scores, and of assignments: (k + 1) D + 2 E + 8 k
     selective   D, and what matrix products and attention give: Q + 2 K, Q + H float32, D; 2 F + D of each feed-forward
                 part, F + D of one that isn't gated; with experts E float32
+    narrow      of the same those products of a device that have no more outputs than inputs, and what attention gives
     full        D, the layer's input
 
 D model dim, H heads and G key/value heads, Q and K their widths, F hidden width, k of E experts for a token. tp divides
-all but D and E; cp divides the tokens, but "none" keeps the keys and values of all. (Korthikanti et al. 2022,
-arXiv:2205.05198, count another architecture in this way.) The norms are RMSNorm. Compiled blocks keep less than "none".
+all but D and E, and of these what norms keep and a layer's input (`stream_parts`); cp divides the tokens, but "none"
+keeps the keys and values of all. (Korthikanti et al. 2022, arXiv:2205.05198, count another architecture in this way.)
+The norms are RMSNorm. Compiled blocks keep less than "none".
 """
 
 from __future__ import annotations
@@ -35,6 +37,11 @@ def tokens_of_device(job: JobConfig, layout: Layout) -> int:
     return job.train.batch_size * job.train.seq_len // layout.cp
 
 
+def stream_parts(job: JobConfig, layout: Layout) -> int:
+    """Into how many parts tp divides the positions of a text model between products, in PyTorch."""
+    return layout.tp if job.train.seq_len // layout.cp % layout.tp == 0 else 1
+
+
 def kept_bytes(job: JobConfig, layout: Layout, *, is_moe: bool, mode: str | None = None) -> int:
     """Bytes that a layer keeps of a micro-batch on one device, as the module's table says.
 
@@ -46,16 +53,18 @@ def kept_bytes(job: JobConfig, layout: Layout, *, is_moe: bool, mode: str | None
     model, number = job.model, compute_bytes(job)
     heads, kv_heads = model.n_heads // layout.tp, model.kv_heads // layout.tp
     queries, keys = heads * model.head_size, kv_heads * model.head_size
-    parts = model.moe_top_k + int(model.moe_shared_experts > 0) if is_moe else 1
-    hidden = _hidden_numbers(job, layout, is_moe)
+    hidden, stream = _hidden_numbers(job, layout, is_moe), stream_parts(job, layout)
     if mode == "full":
-        narrow, wide = model.dim, 0
-    elif mode == "selective":
-        narrow = 2 * (queries + keys) + (2 + parts) * model.dim + hidden
-        wide = heads + (model.num_experts if is_moe else 0)
+        narrow, wide = model.dim // stream, 0
+    elif mode in ("narrow", "selective"):
+        products = _products(job, layout, is_moe)
+        kept = sum(outputs for inputs, outputs in products if mode == "selective" or outputs <= inputs)
+        narrow = model.dim // stream + kept + queries
+        routes = model.num_experts if is_moe and (mode == "selective" or model.num_experts <= model.dim) else 0
+        wide = heads + routes
     else:
         narrow = 2 * model.dim + 3 * queries + 2 * keys * layout.cp + 2 * hidden
-        wide = 4 * model.dim + 2 + heads
+        wide = -(-(4 * model.dim + 2) // stream) + heads
         if model.qk_norm:
             wide += 2 * (queries + keys) + heads + kv_heads
         if is_moe:
@@ -65,6 +74,11 @@ def kept_bytes(job: JobConfig, layout: Layout, *, is_moe: bool, mode: str | None
     return (number * narrow + FLOAT32 * wide) * tokens_of_device(job, layout)
 
 
+def widening_flops(job: JobConfig, layout: Layout, *, is_moe: bool) -> int:
+    """Of a token's products in a layer on one device, those that have more outputs than inputs."""
+    return sum(2 * inputs * outputs for inputs, outputs in _products(job, layout, is_moe) if outputs > inputs)
+
+
 def logits_bytes(job: JobConfig, layout: Layout) -> int:
     """Bytes of the logits of a micro-batch, their gradient, and what the loss widens of them to float32: a number of
     rows at a time, twice; where tp splits the vocabulary all of them, three times.
@@ -72,6 +86,19 @@ def logits_bytes(job: JobConfig, layout: Layout) -> int:
     logits = tokens_of_device(job, layout) * -(-job.model.vocab_size // layout.tp)
     wide = 3 * logits if layout.tp > 1 else 2 * min(logits, WIDENED)
     return 2 * compute_bytes(job) * logits + FLOAT32 * wide
+
+
+def _products(job: JobConfig, layout: Layout, is_moe: bool) -> list[tuple[int, int]]:
+    """Inputs and outputs on one device of each product of a token with a layer's weights, but a router's."""
+    model, gates = job.model, 2 if job.model.activation == "silu" else 1
+    queries, keys = (heads // layout.tp * model.head_size for heads in (model.n_heads, model.kv_heads))
+    attention = [(model.dim, queries), *2 * [(model.dim, keys)], (queries, model.dim)]
+    if not is_moe:
+        widths = [model.computed_ffn_hidden_dim // layout.tp]
+    else:
+        width, shared = model.computed_expert_ffn_hidden_dim // layout.tp, model.moe_shared_experts
+        widths = [width] * model.moe_top_k + [width * shared] * (shared > 0)
+    return attention + [pair for width in widths for pair in (*gates * [(model.dim, width)], (width, model.dim))]
 
 
 def _hidden_numbers(job: JobConfig, layout: Layout, is_moe: bool) -> int:

@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from shared_config.contract.activations import compute_bytes, kept_bytes, logits_bytes, tokens_of_device
+from shared_config.contract.activations import compute_bytes, kept_bytes, logits_bytes, tokens_of_device, widening_flops
 from shared_config.contract.counts import FLOAT32, flops_per_token, held_elements, stage_groups
 from shared_config.contract.moments import moments_of
 from shared_config.contract.parameters import ParameterGroup, layer_groups, parameter_groups
@@ -241,8 +241,13 @@ def device_flops(job: JobConfig, layout: Layout) -> float:
     share = len(stage_layers(model.n_layers, layout.pp)[0]) / model.n_layers
     blocks = (flops.matmul - head + attention) * share
     times = 4 if job.train.activation_checkpointing == "full" else 3
+    again = 0.0
+    if job.train.activation_checkpointing == "narrow":
+        routed = model.n_layers // model.moe_frequency if model.is_moe else 0
+        kinds = ((False, model.n_layers - routed), (True, routed))
+        again = share * sum(layers * widening_flops(job, layout, is_moe=is_moe) for is_moe, layers in kinds if layers)
     tokens = tokens_of_device(job, layout) * job.train.grad_accum_steps
-    return tokens * (times * blocks + 3 * head) / layout.tp
+    return tokens * ((times * blocks + 3 * head) / layout.tp + again)
 
 
 def transfer_seconds(traffic: Traffic, layout: Layout, hardware: Hardware) -> float:

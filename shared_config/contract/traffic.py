@@ -3,13 +3,16 @@
     weights      gathered by FSDP, a block at a time, forward and again backward; the rest of the model once for both
     gradients    scattered sums of FSDP after each micro-batch, then sums over copies of the model
     sums         of what tp splits: outputs of o_proj and down_proj forward, inputs of the others backward
+    positions    of the stream, where tp divides them: gathered before attention and feed-forward parts, the sums of
+                 these scattered, and the other way round backward, in place of sums but those within mixtures
     rows         of tokens that go to experts on other devices and come back, forward and backward
     keys         and values of a block, gathered along cp, their gradients scattered; what routers measure
     boundary     between pipeline stages: the residual stream forward, its gradient backward
 
 Sources: Rajbhandari et al. 2020 (arXiv:1910.02054, section 7) for FSDP, Shoeybi et al. 2019 (arXiv:1909.08053,
-section 3) for tp, Lepikhin et al. 2021 (arXiv:2006.16668) for ep, Narayanan et al. 2021 (arXiv:2104.04473, section 3)
-for pp. The counts are those of this project's PyTorch backend: tests/distributed/test_traffic.py counts what runs.
+section 3) and Korthikanti et al. 2022 (arXiv:2205.05198) for tp, Lepikhin et al. 2021 (arXiv:2006.16668) for ep,
+Narayanan et al. 2021 (arXiv:2104.04473, section 3) for pp. The counts are those of this project's PyTorch backend:
+tests/distributed/test_traffic.py counts what runs.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from shared_config.contract.activations import compute_bytes, tokens_of_device
+from shared_config.contract.activations import compute_bytes, stream_parts, tokens_of_device
 from shared_config.contract.counts import FLOAT32, is_routed_expert
 from shared_config.contract.parameters import EMBEDDING, ParameterGroup, parameter_groups
 from shared_config.contract.sharding import TOKEN_AXES, Layout, fsdp_axes, placement, stage_layers
@@ -169,7 +172,7 @@ class _Step:
         yield self.exchange("gradients of copies", "all-reduce", ("dp_replicate",), units + others, summed)
 
     def whole_gradients(self) -> Iterator[Traffic]:
-        """Once a step: of tensors that FSDP leaves whole, and of those that all heads share."""
+        """Once a step: of tensors that FSDP leaves whole, and of those that all heads or positions share."""
         trained = [group for group in self.groups if not group.spec.is_buffer]
         whole = sum(
             math.prod(placement(group.spec, self.layout).largest_part(group.spec.shape, self.layout)) * group.copies
@@ -179,34 +182,64 @@ class _Step:
         shared = sum(
             (fsdp_elements(group.spec, self.layout) or 0) * group.copies
             for group in trained
-            if "head_dim" in group.spec.axes
+            if "head_dim" in group.spec.axes or (self.stream > 1 and self._sees_positions(group))
         )
         for purpose, axes, size in (
             ("gradients of whole tensors", TOKEN_AXES, whole),
-            ("gradients of norms of heads", ("tp",), shared),
+            ("gradients of norms", ("tp",), shared),
         ):
             each = self.exchange(purpose, "all-reduce", axes, 1, size * FLOAT32)
             yield Traffic(purpose, each.kind, each.axes, each.ranks, 1, size * FLOAT32)
 
     def tensor_parallel(self) -> Iterator[Traffic]:
-        """Forward the outputs of what is split by its inputs, backward the inputs of what is split by its outputs."""
+        """Forward the outputs of what is split by its inputs, backward the inputs of what is split by its outputs;
+        where the stream is divided, only of shared experts.
+        """
         model, tokens = self.job.model, tokens_of_device(self.job, self.layout)
         size, ends = tokens * model.dim * compute_bytes(self.job), 2 if self.layout.pp == 1 else 1
         linear = [
             (group.spec.axes, group.copies)
             for group in self.groups
-            if len(group.spec.shape) == 2 and group.name.startswith("layers.") and not is_routed_expert(group.name)
+            if len(group.spec.shape) == 2
+            and group.name.startswith("layers.")
+            and not is_routed_expert(group.name)
+            and (self.stream == 1 or ".shared_expert." in group.name)
         ]
         outputs = sum(copies for axes, copies in linear if axes[0] in ("heads", "kv_heads", "mlp"))
         inputs = sum(copies for axes, copies in linear if axes[1] in ("heads", "mlp"))
-        last = self.layers - (0 if model.moe_shared_experts else self.moe_layers)
+        unshared = 0 if model.moe_shared_experts else self.moe_layers
+        last = (self.layers if self.stream == 1 else self.moe_layers) - unshared
         forward = inputs + self.again * (inputs - last)
         rows, routed = model.moe_top_k * size, self.moe_layers * (2 + self.again)
         yield self.exchange("sums of blocks", "all-reduce", ("tp",), forward + outputs, (forward + outputs) * size)
+        yield from self._positions(size)
         yield self.exchange("sums of embedding and head", "all-reduce", ("tp",), ends, ends * size)
         yield self.exchange("sums of experts", "all-reduce", ("tp",), routed, routed * rows)
         logits = CROSS_ENTROPY_SUMS * tokens * FLOAT32
         yield self.exchange("cross entropy", "all-reduce", ("tp",), CROSS_ENTROPY_SUMS, logits)
+
+    def _positions(self, size: int) -> Iterator[Traffic]:
+        """Gathered before both parts of a layer and after the last, also backward where they were scattered or cut, as
+        at the first layer; scattered after products, also backward where they were gathered for them.
+        """
+        if self.stream == 1:
+            return
+        dense = self.layers - self.moe_layers
+        gathered = 2 * self.layers * (2 + self.again) + 2
+        scattered = 2 * (self.layers + dense) + self.again * self.layers
+        yield self.exchange("positions", "all-gather", ("tp",), gathered, gathered * size)
+        yield self.exchange("sums of positions", "reduce-scatter", ("tp",), scattered, scattered * size)
+
+    @property
+    def stream(self) -> int:
+        """Parts of the positions along tp."""
+        return stream_parts(self.job, self.layout)
+
+    def _sees_positions(self, group: ParameterGroup) -> bool:
+        """Whether a tensor of a layer is whole on every rank along tp and used for its own positions."""
+        splits = placement(group.spec, self.layout, gathered=True).splits
+        in_stream = group.name.startswith("layers.") and "routes" not in group.spec.axes
+        return in_stream and not any("tp" in axes for axes in splits)
 
     def expert_parallel(self) -> Iterator[Traffic]:
         """There and back, forward and backward."""

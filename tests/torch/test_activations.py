@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from kempnerforge_torch.model.build import build_model
 from kempnerforge_torch.training import blocks
@@ -28,17 +29,18 @@ MOST = 1.02
 
 
 class Products(TorchDispatchMode):
-    """Adds up the bytes of what the products give that selective recomputation keeps."""
+    """Adds up, by mode, the bytes of what the products give that recomputation keeps."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes = dict.fromkeys(blocks._POLICIES, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in blocks._MATRIX_PRODUCTS:
-            tensors = [each for each in (result if isinstance(result, tuple) else [result]) if each is not None]
-            self.bytes += sum(each.nbytes for each in tensors if isinstance(each, torch.Tensor))
+        tensors = [each for each in (result if isinstance(result, tuple) else [result]) if each is not None]
+        for mode, policy in blocks._POLICIES.items():
+            if policy(None, func, *args) == CheckpointPolicy.MUST_SAVE:
+                self.bytes[mode] += sum(each.nbytes for each in tensors if isinstance(each, torch.Tensor))
         return result
 
 
@@ -48,7 +50,7 @@ def job_of(model: str, layers: int, precision: str) -> JobConfig:
     return tiny_job({**MODELS[model], **sizes}, train=train)
 
 
-def forward(job: JobConfig) -> tuple[int, int]:
+def forward(job: JobConfig) -> tuple[int, dict[str, int]]:
     """Bytes that autograd keeps in a forward, parameters and buffers aside, and of what matrix products give."""
     model = build_model(job)
     model.init_weights_and_freqs(0)
@@ -73,11 +75,15 @@ def forward(job: JobConfig) -> tuple[int, int]:
 @pytest.mark.parametrize("model", MODELS)
 def test_a_layer_keeps_what_the_model_of_costs_says(model: str, precision: str) -> None:
     one, two = (forward(job_of(model, layers, precision)) for layers in (1, 2))
-    kept, products = (more - less for less, more in zip(one, two, strict=True))
+    kept = two[0] - one[0]
     job = job_of(model, 2, precision)
     said = kept_bytes(job, Layout(), is_moe=job.model.is_moe, mode="none")
     assert said <= kept <= MOST * said
     full = kept_bytes(job, Layout(), is_moe=job.model.is_moe, mode="full")
     assert full == tokens_of_device(job, Layout()) * job.model.dim * (2 if precision == "bf16" else 4)
-    selective = kept_bytes(job, Layout(), is_moe=job.model.is_moe, mode="selective") - full
-    assert selective <= products <= MOST * selective
+    for mode in blocks._POLICIES:
+        said, products = (
+            kept_bytes(job, Layout(), is_moe=job.model.is_moe, mode=mode) - full,
+            two[1][mode] - one[1][mode],
+        )
+        assert said <= products <= MOST * said
