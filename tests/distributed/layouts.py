@@ -217,10 +217,10 @@ def differences(case: Case, truth: Found, count: int = STEPS, folder: Path | Non
 
 @contextlib.contextmanager
 def positions_of_norms(model: torch.nn.Module) -> Iterator[set[int]]:
-    """How many positions of a sequence the norms of the blocks see, where these are not by modality."""
+    """How many positions of a sequence the norms of blocks see, where these are not by modality and not compiled."""
     seen: set[int] = set()
     layers = importlib.import_module("kempnerforge_torch.model.vlm").inner_transformer(model).layers
-    norms = [block.mlp_norm for block in layers.children()]
+    norms = [block.mlp_norm for block in layers.children() if block._compiled_call_impl is None]
     hooks = [norm.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].shape[1])) for norm in norms]
     try:
         yield seen

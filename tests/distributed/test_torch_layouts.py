@@ -94,7 +94,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     every: dict[str, list[str]] = {}
     for ranks in (2, 4):
         cases = [case for case in CASES if case.ranks == ranks]
-        mutants = [bug for bug in MUTANTS if bug.case.ranks == ranks]
+        bugs = [(mutant, case) for mutant, case in MUTANTS if isinstance(case, Case)]
+        mutants = [(mutant, case) for mutant, case in bugs if case.ranks == ranks]
         refused = [case for case, _ in REFUSED if case.ranks == ranks]
         every |= run_processes(tmp_path_factory.mktemp(f"of_{ranks}"), ranks, cases, mutants, refused)
     return every
