@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 
 from kempnerforge_jax.device import process_count
 from kempnerforge_jax.distributed.mesh import Mesh
 from kempnerforge_jax.distributed.processes import of_all
+from shared_config.training.trainer import Batch
 
 
 @dataclass(frozen=True)
@@ -40,3 +43,9 @@ class Ranks:
             return number
         holders = process_count() * len(self.own) // self.count
         return sum(of_all(number)) // holders
+
+    def divided(self, batches: Sequence[Batch]) -> list[list[Batch]]:
+        """The batches of each rank of this process, from batches with the rows of all of them, rank by rank."""
+        ranks = len(self.own)
+        parts = [{name: np.split(array, ranks) for name, array in batch.items()} for batch in batches]
+        return [[{name: part[name][rank] for name in part} for part in parts] for rank in range(ranks)]

@@ -167,7 +167,7 @@ class Trainer:
         self._freeze()
         by_rank = [
             with_noise_seeds(self.config, own, self.updates, rank, self.ranks.count)
-            for rank, own in zip(self.ranks.own, self._by_rank(micro_batches), strict=True)
+            for rank, own in zip(self.ranks.own, self.ranks.divided(micro_batches), strict=True)
         ]
         with step_span(self.updates), matmul_precision(self.config.train.matmul_precision):
             self.parameters, self.buffers, self.optimizer_state, metrics = compiled_step(self.recipe)(
@@ -190,7 +190,7 @@ class Trainer:
         with matmul_precision(self.config.train.matmul_precision):
             for batch in batches:
                 total = total + compiled_evaluation(self.recipe)(
-                    self.parameters, self.buffers, self._stacked(self._by_rank([batch]))
+                    self.parameters, self.buffers, self._stacked(self.ranks.divided([batch]))
                 )
         return {"loss": total / max(count, 1), "tokens": count}
 
@@ -242,12 +242,6 @@ class Trainer:
 
     def _wait(self) -> None:
         jax.block_until_ready((self.parameters, self.buffers, self.optimizer_state))
-
-    def _by_rank(self, batches: Sequence[Batch]) -> list[list[Batch]]:
-        """The batches of each rank of this process, from those of all of them."""
-        ranks = len(self.ranks.own)
-        parts = [{name: np.split(array, ranks) for name, array in batch.items()} for batch in batches]
-        return [[{name: part[name][rank] for name in part} for part in parts] for rank in range(ranks)]
 
     def _stacked(self, by_rank: Sequence[Sequence[Batch]]) -> _Batches:
         """Arrays (N, B, ...), on a mesh (N, R, B, ...), from the N batches of each rank of this process."""
