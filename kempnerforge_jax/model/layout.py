@@ -54,24 +54,17 @@ class Layout:
         out = function(first, x)
         for name in others:
             other_out = function(name, x)
-            out = jnp.where(self.of(name, x).reshape(*x.shape[:2], *[1] * (other_out.ndim - 2)), other_out, out)
+            out = jnp.where(self.of(name).reshape(*x.shape[:2], *[1] * (other_out.ndim - 2)), other_out, out)
         return self.known(out)
 
     def known(self, x: Float[Array, "B S ..."]) -> Float[Array, "B S ..."]:
         """``x`` (B, S, ...), NaN where the id names no modality."""
         return x if self.ids is None else nan_outside(x, self.ids, len(self.modalities))
 
-    def of(self, modality: str, x: Shaped[Array, "B S ..."]) -> Bool[Array, "B S"]:
-        """bool (B, S): the positions of one modality in ``x`` (B, S, ...)."""
-        if self.spans is None:
-            assert self.ids is not None
-            return self.ids == self.modalities.index(modality)
-        positions_S = jnp.arange(x.shape[1])
-        members_S = jnp.zeros_like(positions_S, dtype=bool)
-        for name, start, stop in self.spans:
-            if name == modality:
-                members_S = members_S | ((positions_S >= start) & (positions_S < stop))
-        return jnp.broadcast_to(members_S, x.shape[:2])
+    def of(self, modality: str) -> Bool[Array, "B S"]:
+        """bool (B, S): the positions of one modality; of ids alone."""
+        assert self.ids is not None
+        return self.ids == self.modalities.index(modality)
 
     def split(self, x: Shaped[Array, "B S ..."]) -> dict[str, Shaped[Array, "B _S ..."]]:
         """The part of each modality of ``x`` (B, S, ...); of spans alone."""
@@ -87,7 +80,7 @@ class Layout:
         """How many earlier positions have the same modality: (S,), or (B, S) where rows differ."""
         if self.spans is not None:
             return jnp.concatenate([jnp.arange(stop - start, dtype=jnp.int32) for _, start, stop in self.spans])
-        counts = [(self.of(name, x).cumsum(axis=1, dtype=jnp.int32) - 1, self.of(name, x)) for name in self.modalities]
+        counts = [(self.of(name).cumsum(axis=1, dtype=jnp.int32) - 1, self.of(name)) for name in self.modalities]
         return sum((jnp.where(members, count, 0) for count, members in counts), jnp.zeros_like(counts[0][0]))
 
 

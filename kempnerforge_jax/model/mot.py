@@ -257,7 +257,7 @@ class MoTBlock(Module):
         outs, stats = {}, {}
         if layout.spans is None:
             for name in self.modalities:
-                members_BS = layout.of(name, x_BSD)
+                members_BS = layout.of(name)
                 out, stats[name] = self.mlp[name](
                     x_BSD, valid, members=members_BS, limit_capacity=limit_capacity, return_stats=True
                 )

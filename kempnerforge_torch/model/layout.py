@@ -56,24 +56,17 @@ class Layout:
         out = function(first, x)
         for name in others:
             other_out = function(name, x)
-            out = torch.where(self.of(name, x).reshape(*x.shape[:2], *[1] * (other_out.ndim - 2)), other_out, out)
+            out = torch.where(self.of(name).reshape(*x.shape[:2], *[1] * (other_out.ndim - 2)), other_out, out)
         return self.known(out)
 
     def known(self, x: Float[Tensor, "B S ..."]) -> Float[Tensor, "B S ..."]:
         """``x`` (B, S, ...), NaN where the id names no modality."""
         return x if self.ids is None else nan_outside(x, self.ids, len(self.modalities))
 
-    def of(self, modality: str, x: Shaped[Tensor, "B S ..."]) -> Bool[Tensor, "B S"]:
-        """bool (B, S): the positions of one modality in ``x`` (B, S, ...)."""
-        if self.spans is None:
-            assert self.ids is not None
-            return self.ids == self.modalities.index(modality)
-        positions_S = torch.arange(x.shape[1], device=x.device)
-        members_S = torch.zeros_like(positions_S, dtype=torch.bool)
-        for name, start, stop in self.spans:
-            if name == modality:
-                members_S = members_S | ((positions_S >= start) & (positions_S < stop))
-        return members_S.expand(x.shape[:2])
+    def of(self, modality: str) -> Bool[Tensor, "B S"]:
+        """bool (B, S): the positions of one modality; of ids alone."""
+        assert self.ids is not None
+        return self.ids == self.modalities.index(modality)
 
     def split(self, x: Shaped[Tensor, "B S ..."]) -> dict[str, Shaped[Tensor, "B _S ..."]]:
         """The part of each modality of ``x`` (B, S, ...); of spans alone."""
@@ -89,7 +82,7 @@ class Layout:
         """How many earlier positions have the same modality: (S,), or (B, S) where rows differ."""
         if self.spans is not None:
             return torch.cat([torch.arange(stop - start, device=x.device) for _, start, stop in self.spans])
-        counts = [(self.of(name, x).cumsum(dim=1) - 1, self.of(name, x)) for name in self.modalities]
+        counts = [(self.of(name).cumsum(dim=1) - 1, self.of(name)) for name in self.modalities]
         return sum((torch.where(members, count, 0) for count, members in counts), torch.zeros_like(counts[0][0]))
 
 

@@ -124,7 +124,7 @@ class MoMaFFN(nn.Module):
         stats: dict[str, MoEStats] = {}
         if layout.spans is None:
             for name in self.modalities:
-                members_BS = layout.of(name, x)
+                members_BS = layout.of(name)
                 valid_BS = members_BS if valid is None else members_BS & valid
                 noise = self._noise(name, x, noise_seed)
                 outs[name], stats[name] = self._experts(name)(x, valid_BS, noise, return_stats=True)

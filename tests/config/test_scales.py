@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shared_config.errors import UserError
 from shared_config.parity.tolerance import Cancellation, Scales, coarser, scale_of, step_sensitivity
 from shared_config.parity.validation import MOMENT_STEPS
 
@@ -105,6 +106,12 @@ def test_a_unit_of_a_gradient_moves_a_step_by_so_much() -> None:
     assert step_sensitivity(config, 1.0, 400) == pytest.approx(2 * step_sensitivity(config, 1.0, 100))
     assert step_sensitivity({**config, "train": {"grad_clip_norm": 0.0}}, 8.0, 1) == step_sensitivity(config, 1.0, 1)
     assert step_sensitivity(config, 0.0, 1) == step_sensitivity(config, 1.0, 1)
+
+
+@pytest.mark.parametrize("betas", [0.9, "ab", {"beta1": 0.9, "beta2": 0.95}, None])
+def test_a_trace_whose_betas_are_no_pair_is_refused(betas: object) -> None:
+    with pytest.raises(UserError, match=r"optimizer.betas = .*: must be two numbers"):
+        step_sensitivity({"optimizer": {"betas": betas}}, 1.0, 4)
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.5, 0.999), (0.0, 0.3)])

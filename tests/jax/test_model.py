@@ -491,6 +491,7 @@ def test_attention_repeats_no_keys() -> None:
     assert "bf16[1,6,4,8]" in program
     assert "f32[1,2,3,4,4]" in program
     assert attend(q, k, k).dtype == jnp.bfloat16
+    assert attend(q.astype(jnp.float32), k, k).dtype == jnp.float32  # of a narrow cache
 
 
 def test_attention_weights_are_captured_on_the_host() -> None:

@@ -429,6 +429,17 @@ def test_the_whole_context_can_be_used_and_no_more(backend: Any) -> None:
     assert continued(backend, model, [full], 0).shape == (1, 0)
     with pytest.raises(ValueError, match="max_new_tokens = 2: must be at most 1, as the longest prompt has 24 tokens"):
         generation(backend).generate(model, [full], 2)
+    alone = continued(backend, model, [full[:1]], MAX_SEQ_LEN, temperature=0.0)
+    np.testing.assert_array_equal(alone, oracle_generate(weights_of(PLAIN), PLAIN, [full[:1]], MAX_SEQ_LEN))
+
+
+@on_both
+def test_more_tokens_may_be_asked_for_than_a_short_integer_holds(backend: Any) -> None:
+    config = PLAIN.replace(max_seq_len=1 << 16, n_layers=1)
+    model = model_of(backend, config)
+    every = tuple(range(config.vocab_size))
+    whole = generation(backend).generate(model, [[1, 2]], 40_000, temperature=0.0, eos_token_id=every)
+    assert np.asarray(whole).shape == (1, 3)
 
 
 @on_both

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kempnerforge_torch.model import Transformer
 from kempnerforge_torch.model.architecture import Architecture, Modules
-from kempnerforge_torch.model.attention import SDPA_BACKENDS, Attention, KVCache
+from kempnerforge_torch.model.attention import SDPA_BACKENDS, Attention, KVCache, attend
 from kempnerforge_torch.model.embedding import TokenEmbedding
 from kempnerforge_torch.model.hooks import activation_names, capture
 from kempnerforge_torch.model.init import init_weights
@@ -379,6 +379,27 @@ def test_cache_returns_what_was_seen_and_remembers_documents() -> None:
         cache.update(new, new)
 
 
+def test_to_ask_what_the_next_tokens_see_changes_nothing() -> None:
+    cache, new = KVCache(2, 8, 2, 4), torch.randn(2, 2, 3, 4)
+    real = torch.tensor([[True, True, False], [True, False, False]])
+    cache.update(new, new, key_padding_mask=real)
+    assert cache.valid is not None
+    before = cache.valid.clone()
+    cache.state.mask(3, key_padding_mask=~real)
+    assert torch.equal(cache.valid, before)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_slots_are_of_as_many_tokens_as_are_appended(static: bool) -> None:
+    """Before they are counted, what is appended begins at the same slot, whatever was asked for before."""
+    cache, new = KVCache(2, 8, 2, 4, sliding_window=4, spare=2, static=static), torch.randn(2, 2, 3, 4)
+    for length in (3, 1, 2):
+        slots = torch.zeros_like(cache.k)
+        cache.state.append(slots, new[:, :, :length])
+        assert torch.equal(slots[:, :, :length], new[:, :, :length])
+        assert not slots[:, :, length:].any()
+
+
 def test_mask_drawing() -> None:
     mask = Mask(causal=True, window=3)
     assert dense_mask(mask, 3, 5).int().tolist() == [[[[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]]]
@@ -408,6 +429,19 @@ def test_every_sdpa_backend_runs_and_agrees(backend: str) -> None:
     documents = torch.tensor([[0] * 4 + [1] * 5] * 2)
     assert close(model(tokens), plain(tokens))
     assert close(model(tokens, doc_ids=documents), plain(tokens, doc_ids=documents))
+
+
+@pytest.mark.parametrize("keys", range(1, 20))
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_that_are_no_numbers_give_no_numbers(keys: int, masked: bool) -> None:
+    q, k = torch.full((1, 1, keys, 8), torch.nan), torch.randn(1, 1, keys, 8)
+    real = torch.ones(1, keys, dtype=torch.bool) if masked else None
+    assert attend(q, k, k, Mask(causal=True, key_valid=real)).isnan().all()
+
+
+def test_an_sdpa_backend_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"sdpa_backend = 'fast': must be one of auto, {', '.join(SDPA_BACKENDS)}"):
+        Attention(DIM, 6, 2, 8, sdpa_backend="fast")
 
 
 def test_attention_weights_are_captured_on_the_host() -> None:
