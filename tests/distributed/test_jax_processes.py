@@ -20,7 +20,8 @@ BY_DAY: dict[int, tuple[Check, ...]] = {2: (*CHECKS, Case("sigmoid", 4, {"ep": 2
 BY_NIGHT: dict[int, tuple[Check, ...]] = {
     2: (
         *BY_DAY[2],
-        *(Case("dense", 4, layout) for layout in ({}, {"tp": 2}, {"tp": 4}, {"cp": 4}, {"dp_replicate": 2})),
+        *(Case("dense", 4, layout) for layout in ({}, {"tp": 2}, {"tp": 4}, {"dp_replicate": 2})),
+        Case("dense", 4, {"cp": 4}, {"train": {"seq_len": 12}}),
         Case("moma", 4, {}, NOISE),
         Case("mot", 4, {}),
     ),
