@@ -31,12 +31,16 @@ class Kind:
     is_fused: bool = True
 
 
-def documents(keys: int, most: int = 9, *, sort: bool = True, seed: int = 0) -> Facts:
-    """Of uneven lengths, some of a single token; in no order of their numbers."""
-    ids = np.random.default_rng(seed).integers(0, most, (ROWS, keys), dtype=np.int32)
-    if sort:
-        ids = np.sort(ids, axis=1)
-        ids[1] = most - ids[1]
+def documents(keys: int, most: int = 9) -> Facts:
+    """Of uneven lengths, some of a single token; those of the second row in the reverse order of their numbers."""
+    ids = np.sort(np.random.default_rng(0).integers(0, most, (ROWS, keys), dtype=np.int32), axis=1)
+    ids[1] = most - ids[1]
+    return {"query_doc_ids": ids, "key_doc_ids": ids}
+
+
+def interleaved(keys: int) -> Facts:
+    """Three documents, each in two or three pieces."""
+    ids = np.tile(np.arange(keys, dtype=np.int32) // (keys // 7) % 3, (ROWS, 1))
     return {"query_doc_ids": ids, "key_doc_ids": ids}
 
 
@@ -88,11 +92,13 @@ KINDS = {
     "a window of two": Kind(causal(nothing, lambda _: 2), None),
     "documents": Kind(causal(documents)),
     "documents, all to all": Kind(documents),
-    "interleaved documents": Kind(causal(lambda keys: documents(keys, 3, sort=False)), False),
+    "interleaved documents": Kind(causal(interleaved), False),
     "many documents": Kind(causal(lambda keys: documents(keys, keys // 3)), False),
     "documents in a window": Kind(causal(documents, lambda keys: keys // 20)),
     "padding": Kind(causal(padding)),
     "padding, all to all": Kind(padding),
+    "padding at the left, all to all": Kind(lambda keys: padding(keys, left=True)),
+    "a window of all that follow": Kind(lambda keys: {"window": third(keys)}, None, is_fused=False),
     "padding at the left": Kind(causal(lambda keys: padding(keys, left=True))),
     "padding, in a window": Kind(causal(padding, lambda keys: keys // 5)),
     "padding inside": Kind(causal(lambda keys: padding(keys, gaps=True)), False),

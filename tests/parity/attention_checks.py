@@ -26,7 +26,8 @@ from tests.parity.backends import BACKENDS, Torch
 KEYS = 45
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 IN_SEGMENTS = (
-    "documents, all to all",
+    "padding at the left, all to all",
+    "padding, in a window",
     "padded documents in a window",
     "padding inside",
     "interleaved documents",
@@ -312,6 +313,7 @@ TOLD: tuple[tuple[str, int, str, tuple[str, int | None, tuple[int, ...]] | None]
     ("all to all", 96, "8.0", ("NO_MASK", None, ())),
     ("all to all", 97, "9.0", None),
     ("a window", 96, "8.0", ("CAUSAL", 32, ())),
+    ("a window of all that follow", 96, "9.0", None),
     ("documents", 96, "9.0", ("PADDING_CAUSAL", None, (16, 128))),
     ("documents", 97, "9.0", ("PADDING_CAUSAL", None, (16, 128))),
     ("documents", 96, "8.0", None),
