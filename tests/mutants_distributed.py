@@ -270,7 +270,7 @@ JAX_MUTANTS = (
         HELD,
     ),
     jax_bug(
-        "training.train", "rows of ranks trade places",
+        "distributed.ranks", "rows of ranks trade places",
         "[[{name: part[name][rank] for name in part}", "[[{name: part[name][-1 - rank] for name in part}",
         Case("moma", 2, {}, {"vlm": {"moma_gumbel_noise": "true"}}),
     ),

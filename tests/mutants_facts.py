@@ -183,9 +183,9 @@ FACT_MUTANTS = (
         ("debug_moe", {"dp_shard": 4, "ep": 2}),
     ),
     FactMutant(
-        COUNTED,
-        "0 if name == EMBEDDING else -1",
-        "-1 if name == EMBEDDING else -1",
+        SHARDED,
+        "return 0 if name.endswith(EMBEDDING) else pp - 1",
+        "return pp - 1",
         LAYOUT,
         ("debug", {"pp": 2, "dp_shard": 1}),
     ),

@@ -26,18 +26,18 @@ class Reaching:
 
 REACHING = (
     Reaching(
-        both("model.mask", "documents ignored", "    if mask.query_doc_ids is not None and", "    if False and"),
+        both("model.mask", "documents ignored", "    if query.doc_id is not None:", "    if False:"),
         ("documents",), "documents", "gradient",
     ),
     Reaching(
-        both("model.mask", "padding ignored", "    if mask.key_valid is not None:", "    if False:"),
+        both("model.mask", "padding ignored", "[key.valid] if key.valid is not None else []", "[]"),
         ("padding",), "padding", "loss",
     ),
     Reaching(
         Mutant(
             "training.train", "micro-batches weigh the same",
-            ("self._differentiate(batch, max(count, 1), total_micro_batches",
-             "self._differentiate(batch, max(total_micro_batches * label_count([batch]), 1), total_micro_batches"),
+            ('{"inputs": self._inputs(batch), **step}',
+             '{"inputs": self._inputs(batch), **step, "count": max(total * label_count([batch]), 1)}'),
             None,
         ),
         ("accumulation",), "accumulation", "gradient",

@@ -81,8 +81,8 @@ VLM_MUTANTS = (
     both("model.mot", "window ignored", "sliding_window=self.sliding_window", "sliding_window=None"),
     Mutant(
         "model.layout", "positions count across modalities",
-        ("self.of(name, x).cumsum(dim=1) - 1", "torch.ones_like(self.of(name, x)).cumsum(dim=1) - 1"),
-        ("self.of(name, x).cumsum(axis=1, dtype", "jnp.ones_like(self.of(name, x)).cumsum(axis=1, dtype"),
+        ("self.of(name).cumsum(dim=1) - 1", "torch.ones_like(self.of(name)).cumsum(dim=1) - 1"),
+        ("self.of(name).cumsum(axis=1, dtype", "jnp.ones_like(self.of(name)).cumsum(axis=1, dtype"),
     ),
     both("model.layout", "text goes on where the image ended", "arange(stop - start, ", "arange(start, stop, "),
     both("model.mot", "norm of one modality for all", "self.attn_norm[name](part)",

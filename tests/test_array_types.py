@@ -35,10 +35,12 @@ DIFFERENCES = {
         ("apply_packed(up_w)", "apply_packed(down_w)", "apply_packed(gate_w)"),
         "torch: on a CPU one matrix per expert, where it is",
     ),
+    "model/fused.py": dict.fromkeys(("fused_attention(k)", "fused_attention(v)"), "jax: as many keys as queries"),
     "model/generate.py": dict.fromkeys(("generate(seed)", "stream(seed)"), "jax: a key is an array"),
     "model/grouped.py": dict.fromkeys(
         ("grouped_matmul(w_EDF)", "looped_matmul(w_EDF)"), "torch: on a CPU one matrix per group, where it is"
     ),
+    "model/mask.py": dict.fromkeys(("part(query)", "part(key)"), "jax: numbers of a loop within a program"),
     "model/noise.py": {
         "mix(x)": "torch: of integers of Python too, whose hash is one",
         "mix()": "torch: of integers of Python too, whose hash is one",

@@ -25,7 +25,9 @@ BLOCK_QUERIES = 512
 
 
 def blockwise_attention(
-    attend: Callable[[Array, Array, Array, Mask], Array],
+    attend: Callable[
+        [Float[Array, "B H _s h"], Float[Array, "B K _m h"], Float[Array, "B K _m h"], Mask], Float[Array, "B H _s h"]
+    ],
     q: Float[Array, "B H S h"],
     k: Float[Array, "B K M h"],
     v: Float[Array, "B K M h"],

@@ -106,7 +106,9 @@ def _check_heads(path: str, module: nn.Module, tp: int) -> None:
             raise ConfigError([f"distributed.tp = {tp}: must divide {path}.{name} = {heads}"])
 
 
-def some_outputs(module: nn.Linear, enter: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def some_outputs(
+    module: nn.Linear, enter: Callable[[Float[Tensor, "... _I"]], Float[Tensor, "... I"]]
+) -> Callable[[Float[Tensor, "... _I"]], Float[Tensor, "... O"]]:
     """The forward (..., I) -> (..., O / ranks) of a linear map whose weight is split along the first axis.
 
     Args:
@@ -120,7 +122,9 @@ def some_outputs(module: nn.Linear, enter: Callable[[Tensor], Tensor]) -> Callab
     return forward
 
 
-def some_inputs(module: nn.Linear, leave: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def some_inputs(
+    module: nn.Linear, leave: Callable[[Float[Tensor, "... O"]], Float[Tensor, "... _O"]]
+) -> Callable[[Float[Tensor, "... I"]], Float[Tensor, "... _O"]]:
     """The forward (..., I / ranks) -> (..., O) of a linear map whose weight is split along the second axis.
 
     Args:

@@ -24,7 +24,10 @@ BLOCK_QUERIES = 512
 
 
 def blockwise_attention(
-    attend: Callable[[Tensor, Tensor, Tensor, Mask], Tensor],
+    attend: Callable[
+        [Float[Tensor, "B H _s h"], Float[Tensor, "B K _m h"], Float[Tensor, "B K _m h"], Mask],
+        Float[Tensor, "B H _s h"],
+    ],
     q: Float[Tensor, "B H S h"],
     k: Float[Tensor, "B K M h"],
     v: Float[Tensor, "B K M h"],
