@@ -32,7 +32,8 @@ BY_NIGHT = (
     Case("scaled", 4, {"cp": 2, "dp_replicate": 2}),
 )
 CASES = (*BY_DAY, *BY_NIGHT) if NIGHTLY else BY_DAY
-MUTANTS = JAX_MUTANTS if NIGHTLY else JAX_MUTANTS[::5]
+PLANTED = JAX_MUTANTS if NIGHTLY else JAX_MUTANTS[::5]
+MUTANTS = [(bug.mutant, bug.case) for bug in PLANTED if isinstance(bug.case, Case)]
 
 
 @pytest.fixture(scope="module")
