@@ -13,7 +13,7 @@ Shapes: N micro-batches, B batch, S sequence, D model dim, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,13 +74,13 @@ class Pipeline:
         zero = torch.zeros_like(losses[0])
         return [Terms(loss, zero, zero, 0.0, {}) for loss in losses]
 
-    def losses(self, batches: Batches) -> Float[Tensor, "N"]:
+    def losses(self, batches: Batches) -> Iterator[Float[Tensor, ""]]:
         """The summed cross entropy of each batch, the same on all stages. As many are on their way at a time as there
         are stages.
         """
         stages = self._mesh.layout.pp
-        groups = [batches[first : first + stages] for first in range(0, len(batches), stages)]
-        return self._agreed(torch.cat([self._run(group) for group in groups]))
+        for first in range(0, len(batches), stages):
+            yield from self._agreed(self._run(batches[first : first + stages]))
 
     def _run(self, batches: Batches, count: int | None = None) -> Float[Tensor, "N"]:
         """The summed cross entropy of each batch on the last stage, 0 on others; differentiated if there is a count."""

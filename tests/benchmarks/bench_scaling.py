@@ -113,12 +113,13 @@ def measure(backend: str, run: Run, steps: int) -> Line:
     own = ["-m", "tests.benchmarks.bench_scaling", "--worker", json.dumps([backend, dataclasses.asdict(run), steps])]
     spread = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.devices}"]
     alone = backend == "jax" or run.devices == 1
-    environment = {**os.environ, "NCCL_NVLS_ENABLE": "0", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+    environment = {**os.environ, "NCCL_NVLS_ENABLE": "0"}  # NVLink multicast, which not every host allows
     ended = subprocess.run(
         [sys.executable, *([] if alone else spread), *own], env=environment, capture_output=True, text=True, check=False
     )
     lines = [line for line in ended.stdout.splitlines() if line.startswith('{"seconds"')]
-    about = {"backend": backend, "run": run.described(), "devices": run.devices}
+    about = {"backend": backend, "name": run.name, "run": run.described()}
+    about |= {"devices": run.devices, "micro_batches": run.micro_batches}
     if not lines:
         return {**about, "failed": (ended.stderr or ended.stdout)[-1500:]}
     return {**about, **json.loads(lines[0])}
@@ -231,16 +232,19 @@ def limits() -> Line:
 
 
 def table(lines: Sequence[Line], limit: Line) -> str:
-    """A row for each run: speed, of a device against one alone, share, memory, and the losses against one alone."""
+    """A row for each run: speed, that of a device against the first run of the backend, share, memory, and the losses
+    against those of the first run that saw the same micro-batches.
+    """
     rows = [f"{'':44} {'tok/s':>9} {'scaling':>7} {'share':>6} {'GiB':>6} {'loss off by':>11}"]
+    measured = [line for line in lines if "failed" not in line]
     for line in lines:
         title = f"{line['backend']:5} {line['run']}"
-        if "failed" in line:
+        if line not in measured:
             rows.append(f"{title:44} failed")
             continue
-        alike = [other for other in lines if other["run"].partition(" x")[0] == line["run"].partition(" x")[0]]
-        alone = next((one for one in alike if one["backend"] == line["backend"] and "losses" in one), line)
-        first = next((one for one in alike if "losses" in one), line)
+        alike = [other for other in measured if other["name"] == line["name"]]
+        alone = next(other for other in alike if other["backend"] == line["backend"])
+        first = next(other for other in alike if other["micro_batches"] == line["micro_batches"])
         scaling = line["tokens/s"] / line["devices"] / (alone["tokens/s"] / alone["devices"])
         share = line["flops"] / line["seconds"] / line["devices"] / limit.get("product FLOP/s", math.inf)
         off = max(abs(a - b) / abs(b) for a, b in zip(line["losses"], first["losses"], strict=True))

@@ -201,6 +201,7 @@ def differences(case: Case, truth: Found, count: int = STEPS, folder: Path | Non
     own = [[data(step * every + index) for index in range(rank, every, case.shares)] for step in range(count)]
     held_out = [data(index) for index in range(rank, EVALUATED * case.shares, case.shares)]
     with positions_of_norms(trainer.model) as positions:
+        assert _numbers(trainer.evaluate([])) == {"loss": 0.0, "tokens": 0.0}
         evaluated = _numbers(trainer.evaluate(held_out))
     found = replace(steps(trainer, own), evaluated=evaluated)
     lines = [*_compare(found, truth), *_replicas(found.states[-1]), *_alone(trainer.mesh.axes)]
