@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kempnerforge_torch.model.grouped import GROUPED_MATMUL
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.training.blocks import checkpoint_activations
 from shared_config.schema.model import ModelConfig
@@ -47,9 +49,9 @@ class Products(TorchDispatchMode):
         return out
 
 
-def block_of(mode: str) -> tuple[torch.nn.Module, dict[str, Any]]:
+def block_of(mode: str, config: ModelConfig = CONFIG) -> tuple[torch.nn.Module, dict[str, Any]]:
     torch.manual_seed(0)
-    model = Transformer(CONFIG)
+    model = Transformer(config)
     checkpoint_activations(model, mode)
     cos, sin = model.rope(torch.arange(32), torch.float32)
     return model.layers["0"], {"rope_cos": cos, "rope_sin": sin}
@@ -85,3 +87,44 @@ def test_a_mode_computes_the_rest_again_and_nothing_else(mode: str) -> None:
     again = sorted([*plain.widths, *(WIDTHS[name] for name in AGAIN[mode])])
     assert sorted(backward.widths) == again
     assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
+
+
+class Calls(TorchDispatchMode):
+    """The widths of what an operation gives, in their order."""
+
+    def __init__(self, operation: Any) -> None:
+        super().__init__()
+        self.operation, self.widths = operation, list[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is self.operation:
+            self.widths.append(out.shape[-1])
+        return out
+
+
+@pytest.mark.parametrize(("mode", "times"), [("narrow", 2), ("selective", 0)])
+def test_products_of_experts_are_kept_as_others_are(mode: str, times: int) -> None:
+    config = CONFIG.replace(num_experts=3, moe_packed_experts=True)
+    width = config.computed_expert_ffn_hidden_dim
+    assert width > config.dim
+    assert computed_again(config, mode, GROUPED_MATMUL) == Counter({width: times})
+
+
+@pytest.mark.parametrize(("mode", "times"), [("narrow", 1), ("selective", 0)])
+def test_products_with_biases_are_kept_as_others_are(mode: str, times: int) -> None:
+    config = CONFIG.replace(head_dim=20, attention_bias=True)
+    assert computed_again(config, mode, torch.ops.aten.addmm.default) == Counter({80: times})
+
+
+def computed_again(config: ModelConfig, mode: str, operation: Any) -> Counter[int]:
+    """The widths of what an operation gives in the backward pass beyond what it gives there without recomputation."""
+    found = []
+    for each in (mode, "none"):
+        block, inputs = block_of(each, config)
+        out = block(torch.randn(2, 32, 40, requires_grad=True), **inputs)
+        with Calls(operation) as calls:
+            out.square().sum().backward()
+        found.append(Counter(calls.widths))
+    found[0].subtract(found[1])
+    return found[0]
