@@ -37,7 +37,7 @@ FAMILIES = "interchange.test_families"
 ABSENT = f"{FAMILIES}.test_a_family_s_keys_left_out_mean_what_they_mean_there"
 PICTURES = f"{FAMILIES}.test_pictures_without_settings_have_those_of_transformers_processors"
 LAYERS, VISION, NOISE, COUNTED = "contract.layers", "contract.vision", "contract.noise", "contract.counts"
-FOREIGN, KEYS = "interchange.huggingface_config", "interchange.huggingface_keys"
+FOREIGN, FAMILY = "interchange.huggingface_config", "interchange.huggingface_families"
 PIXELS = "interchange.preprocessor"
 SCHEDULES = "config.test_bias_schedule.test_schedules_of_the_bias"
 CAPACITY = "config.test_capacity.test_the_capacity_of_a_layer_is_exact"
@@ -197,32 +197,18 @@ FACT_MUTANTS = (
         ("debug", {"dp_replicate": 2, "dp_shard": 1}),
     ),
     # Hugging Face
+    FactMutant(FAMILY, '"rope_theta": 1e6', '"rope_theta": 1e4', ABSENT, ("mixtral",)),
+    FactMutant(FAMILY, '"head_dim": 128', '"head_dim": None', ABSENT, ("qwen3",)),
+    FactMutant(FAMILY, '"rms_norm_eps": 1e-6', '"rms_norm_eps": 1e-5', ABSENT, ("llama",)),
     FactMutant(
-        KEYS,
-        "rope_theta=1e6",
-        "rope_theta=1e4",
-        ABSENT,
-        ("mixtral",),
-    ),
-    FactMutant(KEYS, "head_dim=128", "head_dim=None", ABSENT, ("qwen3",)),
-    FactMutant(KEYS, "norm_eps: float = 1e-6", "norm_eps: float = 1e-5", ABSENT, ("llama",)),
-    FactMutant(
-        KEYS,
-        'Family("MistralForCausalLM", kv_heads=8',
-        'Family("MistralForCausalLM", kv_heads=None',
+        FAMILY,
+        'defaults={"num_key_value_heads": 8, "max',
+        'defaults={"num_key_value_heads": None, "max',
         ABSENT,
         ("mistral",),
     ),
-    FactMutant(
-        FOREIGN, 'content.get("norm_topk_prob", False)', 'content.get("norm_topk_prob", True)', ABSENT, ("qwen3_moe",)
-    ),
-    FactMutant(
-        FOREIGN,
-        'number(content, "router_aux_loss_coef", 0.001)',
-        'number(content, "router_aux_loss_coef", 0.01)',
-        ABSENT,
-        ("mixtral",),
-    ),
+    FactMutant(FAMILY, '"norm_topk_prob": False', '"norm_topk_prob": True', ABSENT, ("qwen3_moe",)),
+    FactMutant(FAMILY, '"router_aux_loss_coef": 0.001', '"router_aux_loss_coef": 0.01', ABSENT, ("mixtral",)),
     FactMutant(
         FOREIGN,
         'names = ("low_freq_factor", "high_freq_factor")\n        return',

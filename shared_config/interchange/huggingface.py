@@ -1,4 +1,4 @@
-"""Hugging Face folders (config.json and safetensors) of Llama, Mistral, Mixtral, Qwen3 and Qwen3-MoE models.
+"""Hugging Face folders (config.json and safetensors) of the families that `huggingface_families` describes.
 
 The two sides name the same tensors differently; orientation (out, in) and the rotation of head halves are equal, so
 values are never changed. Packed experts are the one exception: Hugging Face stores one (out, in) matrix per expert.
@@ -18,6 +18,7 @@ from shared_config.contract.specs import ParameterTable
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.files import PathLike, written_aside
 from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
+from shared_config.interchange.huggingface_families import FAMILIES, MODULES, Family
 from shared_config.interchange.huggingface_family import families_of
 from shared_config.interchange.reading import MAX_JSON_BYTES, parse_json, read_bytes
 from shared_config.interchange.states import AnyArray, ArrayType, Key, check_tied, host_array, plain_state
@@ -32,16 +33,6 @@ ROTARY_BUFFER = ".rotary_emb.inv_freq"
 """Tables that old checkpoints carry along; they follow from the config."""
 
 PACKED = {"gate_w": "gate_proj", "up_w": "up_proj", "down_w": "down_proj"}
-MODULES = {"token_embedding.embedding.": "model.embed_tokens.", "norm.": "model.norm.", "output_head.proj.": "lm_head."}
-LAYER_MODULES = {
-    "attention_norm.": "input_layernorm.",
-    "attention.": "self_attn.",
-    "mlp_norm.": "post_attention_layernorm.",
-    "mlp.router.gate.": "mlp.gate.",
-    "mlp.": "mlp.",
-}
-MIXTRAL_MODULES = LAYER_MODULES | {"mlp.router.gate.": "block_sparse_moe.gate.", "mlp.": "block_sparse_moe."}
-MIXTRAL_PROJECTIONS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
 def load_huggingface(folder: PathLike, **overrides: object) -> tuple[ModelConfig, dict[str, np.ndarray]]:
@@ -138,7 +129,7 @@ def to_huggingface(state: Mapping[Key, object], config: ModelConfig) -> Mapping[
 
 def name_map(config: ModelConfig) -> dict[str, str]:
     """Native name -> Hugging Face name of every tensor, in model order; experts stand one by one, packed or not."""
-    family = families_of(config)[0]
+    family = FAMILIES[families_of(config)[0]]
     return {name: _foreign_name(name, family) for name in _unpacked_table(config)}
 
 
@@ -146,14 +137,12 @@ def _unpacked_table(config: ModelConfig) -> ParameterTable:
     return parameter_table(config.replace(moe_packed_experts=False))
 
 
-def _foreign_name(name: str, family: str) -> str:
+def _foreign_name(name: str, family: Family) -> str:
     if not name.startswith("layers."):
         return _replaced(name, MODULES)
     _, layer, rest = name.split(".", 2)
-    if family != "mixtral":
-        return f"model.layers.{layer}.{_replaced(rest, LAYER_MODULES)}"
-    parts = _replaced(rest, MIXTRAL_MODULES).split(".")
-    return ".".join(["model.layers", layer, *(MIXTRAL_PROJECTIONS.get(part, part) for part in parts)])
+    parts = _replaced(rest, family.modules).split(".")
+    return ".".join(["model.layers", layer, *(family.renamed.get(part, part) for part in parts)])
 
 
 def _replaced(name: str, prefixes: Mapping[str, str]) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
 from shared_config.errors import ConfigError
+from shared_config.interchange.huggingface_families import FAMILIES, Family, Settings
 from shared_config.interchange.huggingface_family import family_of
 from shared_config.interchange.huggingface_keys import (
-    FAMILIES,
     declared_window,
+    family_in,
     fixed_keys,
     layer_kinds,
     missing_keys,
@@ -30,55 +32,48 @@ def config_to_huggingface(config: ModelConfig) -> dict[str, object]:
     Raises:
         ConfigError: as `family_of`.
     """
-    family = family_of(config)
+    name = family_of(config)
+    family = FAMILIES[name]
+    values = {**_values(config), "ffn_hidden_dim": config.computed_ffn_hidden_dim}
     content: dict[str, object] = {
-        "architectures": [FAMILIES[family].architecture],
-        "model_type": family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "intermediate_size": config.computed_ffn_hidden_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
+        "architectures": [family.architecture],
+        "model_type": name,
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_seq_len,
-        "initializer_range": config.init_std,
-        "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": _scaling_to_huggingface(config.rope_scaling),
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.attention_bias,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    if family == "llama":
-        content |= {"mlp_bias": False}
-    else:
-        content |= {"sliding_window": config.sliding_window}
-    if family.startswith("qwen3"):
-        content |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
-    return content | _experts_to_huggingface(config, family)
+    content |= {key: values[field] for key, field in family.all_settings.items()}
+    return {
+        **content,
+        **family.always,
+        **_window_to_huggingface(config, family),
+        **_experts_to_huggingface(config, family),
+    }
 
 
-def _experts_to_huggingface(config: ModelConfig, family: str) -> dict[str, object]:
-    if not config.is_moe:
+def _values(config: ModelConfig) -> dict[str, object]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+
+
+def _window_to_huggingface(config: ModelConfig, family: Family) -> dict[str, object]:
+    if family.windows is None:
         return {}
-    width = config.computed_expert_ffn_hidden_dim
-    content: dict[str, object] = {
-        "num_experts_per_tok": config.moe_top_k,
-        "router_aux_loss_coef": config.moe_aux_loss_weight,
-    }
-    if family == "mixtral":
-        return content | {"num_local_experts": config.num_experts, "intermediate_size": width}
-    return content | {
-        "num_experts": config.num_experts,
-        "moe_intermediate_size": width,
-        "decoder_sparse_step": config.moe_frequency,
-        "mlp_only_layers": [],
-        "norm_topk_prob": config.moe_norm_topk_prob,
-    }
+    content: dict[str, object] = {"sliding_window": config.sliding_window}
+    if family.windows.switch:
+        content |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
+    return content
+
+
+def _experts_to_huggingface(config: ModelConfig, family: Family) -> dict[str, object]:
+    experts = family.experts
+    if experts is None:
+        return {}
+    content: dict[str, object] = {key: getattr(config, field) for key, field in family.expert_settings.items()}
+    content |= {experts.number: config.num_experts, experts.width: config.computed_expert_ffn_hidden_dim}
+    return content if "moe_frequency" not in experts.settings.values() else {**content, "mlp_only_layers": []}
 
 
 def _scaling_to_huggingface(scaling: RopeScaling) -> dict[str, object] | None:
@@ -107,56 +102,46 @@ def config_from_huggingface(content: object) -> dict[str, object]:
     problems = list(wrong_kinds(content)) or [*missing_keys(content), *fixed_keys(content), *uneven_layers(content)]
     if problems:
         raise ConfigError(problems)
-    family = FAMILIES[model_type(content)]
+    family = family_in(content)
+    fields = _read(content, family, family.all_settings)
     heads = content["num_attention_heads"]
-    fields = {
-        "vocab_size": content["vocab_size"],
-        "dim": content["hidden_size"],
-        "n_layers": content["num_hidden_layers"],
-        "n_heads": heads,
-        "n_kv_heads": content.get("num_key_value_heads", family.kv_heads) or heads,
-        "head_dim": content.get("head_dim", family.head_dim) or content["hidden_size"] // heads,
-        "ffn_hidden_dim": content["intermediate_size"],
-        "max_seq_len": content.get("max_position_embeddings", family.max_seq_len),
-        "init_std": content.get("initializer_range", 0.02),
-        "norm_type": "rmsnorm",
-        "norm_eps": content.get("rms_norm_eps", family.norm_eps),
-        "activation": "silu",
-        "rope_theta": float(
-            number(rope_settings(content), "rope_theta", number(content, "rope_theta", family.rope_theta))
-        ),
+    fields |= {
+        "n_kv_heads": fields["n_kv_heads"] or heads,
+        "head_dim": fields["head_dim"] or content["hidden_size"] // heads,
+        "rope_theta": _theta(content, family),
         "rope_scaling": _scaling_from_huggingface(content),
-        "sliding_window": _window(content),
-        "attention_bias": content.get("attention_bias", False),
-        "tie_embeddings": content.get("tie_word_embeddings", False),
-        "qk_norm": family.qk_norm,
+        "sliding_window": _window(content, family),
         "family": model_type(content),
     }
-    return fields | (_experts_from_huggingface(content) if family.experts else {})
+    return {**family.fixed, **fields, **_experts_from_huggingface(content, family)}
 
 
-def _window(content: Mapping[str, object]) -> int | None:
+def _read(content: Mapping[str, object], family: Family, settings: Settings) -> dict[str, object]:
+    return {field: content[key] if key in content else family.default(key) for key, field in settings.items()}
+
+
+def _theta(content: Mapping[str, object], family: Family) -> float:
+    default = family.default("rope_theta")
+    assert isinstance(default, float)
+    return float(number(rope_settings(content), "rope_theta", number(content, "rope_theta", default)))
+
+
+def _window(content: Mapping[str, object], family: Family) -> int | None:
     """Mistral's layer_types are read as transformers does, which takes such a model for a Ministral."""
     kinds = layer_kinds(content)
-    if kinds is None and model_type(content) == "qwen3":
+    if kinds is None and family.windows is not None and family.windows.from_layer:
         first = number(content, "max_window_layers", 28)
         kinds = ["sliding_attention" if first <= 0 else "full_attention"]
     return None if kinds and kinds[0] == "full_attention" else declared_window(content)
 
 
-def _experts_from_huggingface(content: Mapping[str, object]) -> dict[str, object]:
-    mixtral = model_type(content) == "mixtral"
-    return {
-        "num_experts": num_experts(content),
-        "moe_top_k": content["num_experts_per_tok"],
-        "moe_frequency": 1 if mixtral else content.get("decoder_sparse_step", 1),
-        "moe_router": "softmax_topk",
-        "moe_norm_topk_prob": True if mixtral else content.get("norm_topk_prob", False),
-        "moe_aux_loss_weight": float(number(content, "router_aux_loss_coef", 0.001)),
-        "moe_expert_ffn_multiplier": (
-            1.0 if mixtral else number(content, "moe_intermediate_size") / number(content, "intermediate_size")
-        ),
-    }
+def _experts_from_huggingface(content: Mapping[str, object], family: Family) -> dict[str, object]:
+    experts = family.experts
+    if experts is None:
+        return {}
+    width = number(content, experts.width) / number(content, "intermediate_size")
+    fields: dict[str, object] = {"num_experts": num_experts(content), "moe_expert_ffn_multiplier": width}
+    return fields | _read(content, family, family.expert_settings)
 
 
 def _scaling_from_huggingface(content: Mapping[str, object]) -> dict[str, object]:

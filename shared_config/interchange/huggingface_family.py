@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from shared_config.errors import ConfigError
-from shared_config.interchange.huggingface_keys import FAMILIES
+from shared_config.interchange.huggingface_families import FAMILIES
 from shared_config.schema.model import ModelConfig
-
-EXPERTS: dict[str, object] = {
-    "moe_router": "softmax_topk",
-    "moe_shared_experts": 0,
-    "moe_capacity_factor": 0.0,
-    "moe_routed_scaling": 1.0,
-}
-"""What experts are in every family that has them."""
 
 
 def family_of(config: ModelConfig) -> str:
@@ -53,7 +45,8 @@ def families_of(config: ModelConfig) -> tuple[str, ...]:
 
 def _alike(config: ModelConfig) -> list[str]:
     """The families whose models have the experts, and the norms of queries and keys, that the config has."""
-    return [name for name, one in FAMILIES.items() if (one.experts, one.qk_norm) == (config.is_moe, config.qk_norm)]
+    wanted = (config.is_moe, config.qk_norm)
+    return [name for name, one in FAMILIES.items() if (one.experts is not None, one.fixed["qk_norm"]) == wanted]
 
 
 def _refusals(config: ModelConfig, families: Iterable[str]) -> Iterator[str]:
@@ -69,17 +62,8 @@ def _refusals(config: ModelConfig, families: Iterable[str]) -> Iterator[str]:
 
 def _not_expressed(config: ModelConfig, name: str) -> Iterator[tuple[str, str]]:
     """Fields whose values a family can't express, with what they must be."""
-    family = FAMILIES[name]
-    fixed: dict[str, object] = {"model_type": "transformer", "activation": "silu", "norm_type": "rmsnorm"}
-    fixed |= {"qk_norm": family.qk_norm}
-    fixed |= {} if family.sliding_window else {"sliding_window": None}
-    fixed |= {} if family.attention_bias else {"attention_bias": False}
-    if not family.experts:
-        fixed |= {"num_experts": 0}
-    elif config.is_moe:
-        fixed |= {**EXPERTS, **family.fixed}
-    else:
+    if FAMILIES[name].experts is not None and not config.is_moe:
         yield "num_experts", "positive"
-    for field, needed in fixed.items():
-        if getattr(config, field) != needed:
+    for field, needed in FAMILIES[name].fixed.items():
+        if getattr(config, field) != needed and (config.is_moe or not field.startswith("moe_")):
             yield field, repr(needed)

@@ -4,49 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
+from shared_config.interchange.huggingface_families import EXPERT_SETTINGS, FAMILIES, SIZES, Family
 from shared_config.schema.model import EXPERT_FFN_MULTIPLE
-
-
-@dataclass(frozen=True)
-class Family:
-    """What one Hugging Face architecture computes and can express, and its defaults of absent keys.
-
-    Attributes:
-        qk_norm, experts: whether all of its models have them; otherwise none has.
-        sliding_window, attention_bias: whether there is such a setting.
-        fixed: fields of experts that it has no setting for, with the values that it means.
-    """
-
-    architecture: str
-    qk_norm: bool = False
-    attention_bias: bool = False
-    experts: bool = False
-    sliding_window: bool = True
-    fixed: Mapping[str, object] = field(default_factory=dict)
-    norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    head_dim: int | None = None
-    kv_heads: int | None = None
-    max_seq_len: int = 32768
-
-
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM", attention_bias=True, sliding_window=False, max_seq_len=2048),
-    "mistral": Family("MistralForCausalLM", kv_heads=8, max_seq_len=131072),
-    "mixtral": Family(
-        "MixtralForCausalLM",
-        experts=True,
-        fixed={"moe_norm_topk_prob": True, "moe_frequency": 1},
-        norm_eps=1e-5,
-        rope_theta=1e6,
-        kv_heads=8,
-        max_seq_len=131072,
-    ),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, attention_bias=True, head_dim=128, kv_heads=32),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", qk_norm=True, attention_bias=True, experts=True, kv_heads=4),
-}
 
 POSITIVE = "a positive integer"
 
@@ -119,14 +79,6 @@ NULLABLE = frozenset(
     )
 )
 
-NEVER_NULL = {
-    "mistral": {"num_key_value_heads"},
-    "mixtral": {"num_key_value_heads"},
-    "qwen3": {"head_dim"},
-    "qwen3_moe": {"num_key_value_heads", "head_dim"},
-}
-"""Keys of one family that may not be null, though others' may."""
-
 REFUSED = frozenset(["quantization_config", "per_layer_config"])
 """Keys that are refused unless they are null."""
 
@@ -154,6 +106,11 @@ WITHOUT_EFFECT = frozenset(
 """Fields of transformers' classes that change nothing in the logits of a model that is not being trained."""
 
 
+def family_in(content: Mapping[str, object]) -> Family:
+    """The family that the content names."""
+    return FAMILIES[model_type(content)]
+
+
 def model_type(content: Mapping[str, object]) -> str:
     """The name of the family."""
     name = content["model_type"]
@@ -171,7 +128,7 @@ def number(fields: Mapping[str, object], key: str, default: float | None = None)
 
 def wrong_kinds(content: Mapping[str, object]) -> Iterator[str]:
     """Keys whose values are not of the JSON type that they have to be."""
-    nullable = NULLABLE - NEVER_NULL.get(model_type(content), set())
+    nullable = NULLABLE - family_in(content).not_null
     for key, kind in KINDS.items():
         if key not in content or (content[key] is None and key in nullable):
             continue
@@ -213,9 +170,10 @@ def is_of_kind(kind: str, value: object) -> bool:
 
 
 def _required(content: Mapping[str, object]) -> tuple[str, ...]:
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    needed = {"mixtral": ("num_experts_per_tok",), "qwen3_moe": ("num_experts_per_tok", "moe_intermediate_size")}
-    return (*sizes, *needed.get(model_type(content), ()))
+    experts = family_in(content).experts
+    if experts is None:
+        return tuple(SIZES)
+    return tuple(dict.fromkeys((*SIZES, next(iter(EXPERT_SETTINGS)), experts.width)))
 
 
 def missing_keys(content: Mapping[str, object]) -> Iterator[str]:
@@ -223,7 +181,7 @@ def missing_keys(content: Mapping[str, object]) -> Iterator[str]:
     for key in _required(content):
         if not isinstance(content.get(key), int):
             yield f"{key} = {content.get(key)!r}: must be a number"
-    if FAMILIES[model_type(content)].experts and not isinstance(num_experts(content), int):
+    if family_in(content).experts and not isinstance(num_experts(content), int):
         yield "num_experts = None: must be a number (or num_local_experts)"
 
 
@@ -239,20 +197,21 @@ def fixed_keys(content: Mapping[str, object]) -> Iterator[str]:
     fixed |= dict.fromkeys(sorted(REFUSED))
     if content.get("hidden_act", "silu") not in ("silu", "swish"):
         yield f"hidden_act = {content['hidden_act']!r}: must be 'silu', or 'swish', which is the same"
-    if not FAMILIES[model_type(content)].attention_bias:
+    if "attention_bias" not in family_in(content).settings:
         fixed |= {"attention_bias": False}
     for key, needed in fixed.items():
         if content.get(key) is not None and content[key] != needed:
             yield f"{key} = {content[key]!r}: must be {needed!r}"
-    width = content.get("intermediate_size" if model_type(content) == "mixtral" else "moe_intermediate_size")
-    if FAMILIES[model_type(content)].experts and isinstance(width, int) and width % EXPERT_FFN_MULTIPLE:
+    experts = family_in(content).experts
+    width = None if experts is None else content.get(experts.width)
+    if isinstance(width, int) and width % EXPERT_FFN_MULTIPLE:
         yield f"width of an expert = {width}: must be a multiple of {EXPERT_FFN_MULTIPLE}"
     yield from _scaling_problems(rope_settings(content))
 
 
 def uneven_layers(content: Mapping[str, object]) -> Iterator[str]:
     """A `ModelConfig` has one window for all layers."""
-    kinds, window = layer_kinds(content), declared_window(content)
+    kinds, window, windows = layer_kinds(content), declared_window(content), family_in(content).windows
     if kinds is not None and len(kinds) != content.get("num_hidden_layers"):
         yield f"layer_types has {len(kinds)} entries: must be num_hidden_layers = {content.get('num_hidden_layers')}"
     elif kinds is not None and len(set(kinds)) > 1:
@@ -261,9 +220,9 @@ def uneven_layers(content: Mapping[str, object]) -> Iterator[str]:
         yield f"layer_types = {kinds!r}: must be full_attention or sliding_attention"
     elif kinds and kinds[0] == "sliding_attention" and window is None:
         yield "layer_types: sliding_attention: must be full_attention, as there is no sliding_window"
-    elif kinds and kinds[0] == "full_attention" and window and model_type(content) in ("mixtral", "qwen3_moe"):
+    elif kinds and kinds[0] == "full_attention" and window and windows and not windows.listed:
         yield f"layer_types: full_attention: must be sliding_attention, as sliding_window = {window}"
-    elif kinds is None and model_type(content) == "qwen3" and window:
+    elif kinds is None and window and windows and windows.from_layer:
         first = number(content, "max_window_layers", 28)
         if 0 < first < number(content, "num_hidden_layers", 0):
             yield f"max_window_layers = {first}: must be 0 (every layer has the window) or at least num_hidden_layers"
@@ -279,10 +238,10 @@ def layer_kinds(content: Mapping[str, object]) -> list[str] | None:
 
 def declared_window(content: Mapping[str, object]) -> int | None:
     """The window of the layers that have one."""
-    family = model_type(content)
-    if family == "llama" or (family.startswith("qwen3") and not content.get("use_sliding_window", False)):
+    family = family_in(content)
+    if family.windows is None or (family.windows.switch and not content.get("use_sliding_window", False)):
         return None
-    window = content.get("sliding_window", 4096 if family != "mixtral" else None)
+    window = content.get("sliding_window", family.default("sliding_window"))
     return window if isinstance(window, int) else None
 
 

@@ -27,7 +27,8 @@ from shared_config.contract.rope import attention_factor, inverse_frequencies
 from shared_config.errors import ConfigError
 from shared_config.interchange.huggingface import load_huggingface, to_huggingface
 from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
-from shared_config.interchange.huggingface_keys import FAMILIES, KINDS, REFUSED
+from shared_config.interchange.huggingface_families import FAMILIES
+from shared_config.interchange.huggingface_keys import KINDS, REFUSED
 from shared_config.interchange.preprocessor import read_preprocessor
 from shared_config.interchange.vision import read_tower
 from shared_config.interchange.weights import load_weights

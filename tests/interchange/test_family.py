@@ -22,8 +22,8 @@ from shared_config.errors import ConfigError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.huggingface import load_huggingface, name_map, read_huggingface_config, save_huggingface
 from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
+from shared_config.interchange.huggingface_families import FAMILIES
 from shared_config.interchange.huggingface_family import families_of, family_of
-from shared_config.interchange.huggingface_keys import FAMILIES
 from shared_config.interchange.source import read_config
 from shared_config.interchange.toml import config_from_toml, config_to_dict, config_to_toml, section_of
 from shared_config.interchange.vision import tower_of
@@ -68,13 +68,10 @@ def said(config: ModelConfig) -> list[str]:
 def configs_of(draw: st.DrawFn, name: str) -> ModelConfig:
     """Configs of a family, spelled as they are read: widths as they come out, experts one by one."""
     family = FAMILIES[name]
-    fixed: dict[str, Any] = {"norm_type": "rmsnorm", "activation": "silu", "qk_norm": family.qk_norm, "family": name}
-    fixed |= {} if family.attention_bias else {"attention_bias": False}
-    fixed |= {} if family.sliding_window else {"sliding_window": None}
+    fixed: dict[str, Any] = {**family.fixed, "family": name}
     if not family.experts:
         return draw(model_configs(**fixed))
-    fixed |= {"moe_router": "softmax_topk", "moe_shared_experts": 0, "moe_capacity_factor": 0.0, **family.fixed}
-    fixed |= {"moe_sequence_aux_loss_weight": 0.0, "moe_routed_scaling": 1.0, "moe_packed_experts": False}
+    fixed |= {"moe_sequence_aux_loss_weight": 0.0, "moe_packed_experts": False}
     fixed |= {"moe_gradient_scale": False, "moe_router_z_loss_weight": 0.0, "ffn_hidden_dim": 48}
     return draw(model_configs(experts=True, **fixed))
 
@@ -93,7 +90,7 @@ def test_a_config_of_a_family_goes_there_and_back(name: str, data: st.DataObject
 def test_a_folder_that_is_read_is_written_as_the_same_family(tmp_path: Path, name: str) -> None:
     """Through native weights, a training checkpoint, and the TOML of both."""
     family = FAMILIES[name]
-    config = small(qk_norm=family.qk_norm, family=name, **(EXPERTS if family.experts else {}))
+    config = small(**{**family.fixed, **(EXPERTS if family.experts else {})}, family=name)
     save_huggingface(tmp_path / "theirs", state_of(config), config)
     assert read_huggingface_config(tmp_path / "theirs")["family"] == load_huggingface(tmp_path / "theirs")[0].family
     assert main(["convert", str(tmp_path / "theirs"), "--output", str(tmp_path / "native")]) == 0

@@ -22,11 +22,10 @@ from shared_config.interchange.huggingface import (
     to_huggingface,
 )
 from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
+from shared_config.interchange.huggingface_families import FAMILIES
 from shared_config.interchange.huggingface_family import families_of
 from shared_config.interchange.huggingface_keys import (
-    FAMILIES,
     KINDS,
-    NEVER_NULL,
     NULLABLE,
     REFUSED,
     ROPE_KINDS,
@@ -368,7 +367,7 @@ def test_values_of_any_kind_are_read_or_named(model_type, key, data):
 @pytest.mark.parametrize("value", [[], {}, "7", True, 1.5, None])
 def test_a_value_of_the_wrong_type_is_one_problem(key, value):
     if (
-        (value is None and key in NULLABLE - NEVER_NULL["qwen3_moe"])
+        (value is None and key in NULLABLE - FAMILIES["qwen3_moe"].not_null)
         or is_of_kind(KINDS[key], value)
         or key == "hidden_act"
     ):

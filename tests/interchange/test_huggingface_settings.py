@@ -35,8 +35,7 @@ COMMON = {
     "vocab_size": 37, "hidden_size": 20, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 6, "hidden_act": "silu", "max_position_embeddings": 77,
     "initializer_range": 0.75, "rms_norm_eps": 0.125, "rope_theta": 123.0, "rope_scaling": None,
-    "tie_word_embeddings": False, "attention_bias": False, "bos_token_id": None, "eos_token_id": None,
-    "pad_token_id": None,
+    "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
 
 WRITTEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -56,7 +55,7 @@ WRITTEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"qk_norm": True, "sliding_window": 5, "tie_embeddings": True},
         {
             "architectures": ["Qwen3ForCausalLM"], "sliding_window": 5, "use_sliding_window": True,
-            "max_window_layers": 0, "tie_word_embeddings": True,
+            "max_window_layers": 0, "tie_word_embeddings": True, "attention_bias": False,
         },
     ),
     "qwen3_moe": (
@@ -65,6 +64,7 @@ WRITTEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "architectures": ["Qwen3MoeForCausalLM"], "sliding_window": None, "use_sliding_window": False,
             "max_window_layers": 0, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.25, "num_experts": 3,
             "moe_intermediate_size": 32, "decoder_sparse_step": 2, "mlp_only_layers": [], "norm_topk_prob": False,
+            "attention_bias": False,
         },
     ),
 }  # fmt: skip
