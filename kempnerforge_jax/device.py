@@ -6,6 +6,7 @@ import jax
 
 from kempnerforge_jax.distributed.devices import Device
 from shared_config.errors import UserError
+from shared_config.training.speed import resident_peak
 
 
 def find_device(name: Device | str | None) -> Device:
@@ -27,6 +28,20 @@ def find_device(name: Device | str | None) -> Device:
         allowed = ", ".join(sorted({device.platform for device in default} | {"cpu"}))
         raise UserError(f"device = {name!r}: must be one of {allowed}, or one with its index, as cpu:0")
     return devices[int(index) if colon else 0]
+
+
+def device_kind(device: Device) -> str:
+    """The model of an accelerator as its driver calls it, or "cpu"."""
+    return device.device_kind
+
+
+def peak_memory(device: Device) -> int | None:
+    """The most bytes that arrays of this process have held on a device at once; of a CPU, what the process has. None
+    where that is not known.
+    """
+    if device.platform == "cpu":
+        return resident_peak()
+    return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def process_count() -> int:

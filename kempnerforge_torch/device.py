@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from shared_config.errors import UserError
+from shared_config.training.speed import resident_peak
 
 
 def find_device(name: torch.device | str | None) -> torch.device:
@@ -27,6 +28,22 @@ def find_device(name: torch.device | str | None) -> torch.device:
     if not known:
         raise UserError(f"device = {str(name)!r}: must be one of {', '.join(allowed)}, or one with its index, as cpu:0")
     return device
+
+
+def device_kind(device: torch.device) -> str:
+    """The model of an accelerator as its driver calls it, or "cpu"."""
+    name = getattr(torch.get_device_module(device), "get_device_name", None)
+    return device.type if name is None else name(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that tensors of this process have held on a device at once; of a CPU, what the process has. None
+    where that is not known.
+    """
+    if device.type == "cpu":
+        return resident_peak()
+    most = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return None if most is None else most(device)
 
 
 def process_count() -> int:

@@ -306,7 +306,8 @@ JAX_MUTANTS = (
 PROCESS_MUTANTS = (
     jax_bug(
         "distributed.processes", "a signal that one process sees, and those before it don't",
-        "return max(of_all(number))", "return max(of_all(number)[: jax.process_index() + 1])", "numbers",
+        "zip(*of_all(numbers), strict=True)", "zip(*of_all(numbers)[: jax.process_index() + 1], strict=True)",
+        "numbers",
     ),
     jax_bug(
         "training.train", "rows of the first process", "rank=own.start,", "rank=0,", "rows",
@@ -321,11 +322,11 @@ PROCESS_MUTANTS = (
     ),
     jax_bug(
         "distributed.ranks", "labels of one process counted",
-        "return sum(of_all(number)) // holders", "return number", Case("sigmoid", 4, {"ep": 2}),
+        "return total // holders", "return number", Case("sigmoid", 4, {"ep": 2}),
     ),
     jax_bug(
         "distributed.ranks", "labels counted by each process that has devices of the rank",
-        "return sum(of_all(number)) // holders", "return sum(of_all(number))", Case("dense", 4, {"tp": 4}),
+        "return total // holders", "return total", Case("dense", 4, {"tp": 4}),
     ),
     jax_bug(
         "training.train", "noise of the first ranks",

@@ -44,6 +44,7 @@ CAPACITY = "config.test_capacity.test_the_capacity_of_a_layer_is_exact"
 ON_PAPER = "config.test_scale.test"
 SENT, SCALE, KEPT = "contract.traffic", "contract.scale", "contract.activations"
 LAYER_KEEPS = "torch.test_activations.test_a_layer_keeps_what_the_model_of_costs_says"
+SPEED = "config.test_speed"
 NEAR = f"{ON_PAPER}_the_link_that_a_collective_needs"
 
 FACT_MUTANTS = (
@@ -310,4 +311,24 @@ FACT_MUTANTS = (
     FactMutant(KEPT, "[width] * model.moe_top_k", "[width]", LAYER_KEEPS, ("experts", "bf16")),
     FactMutant(KEPT, "or outputs <= inputs)", "or outputs < inputs)", LAYER_KEEPS, ("grouped heads", "fp32")),
     FactMutant(KEPT, "own_input = int(number != FLOAT32)", "own_input = 0", LAYER_KEEPS, ("experts", "bf16")),
+    FactMutant("contract.peaks", "989,", "1979,", f"{SPEED}.test_peaks_are_those_of_data_sheets"),
+    FactMutant("contract.peaks", r'r"\bMIG\b"', r'r"^MIG\b"', f"{SPEED}.test_peaks_are_those_of_data_sheets"),
+    FactMutant(
+        "training.speed",
+        "(devices.count * peak)",
+        "peak",
+        f"{SPEED}.test_a_share_is_told_where_the_peak_is_known",
+    ),
+    FactMutant(
+        "training.speed",
+        "peak_flops(devices.kind) if given is None else given * TERA",
+        "peak_flops(devices.kind) or (given or 0) * TERA",
+        f"{SPEED}.test_a_share_is_told_where_the_peak_is_known",
+    ),
+    FactMutant(
+        "training.speed",
+        " or config.vlm is not None",
+        "",
+        f"{SPEED}.test_a_share_is_told_where_the_peak_is_known",
+    ),
 )

@@ -60,7 +60,6 @@ DIFFERENCES = {
         **dict.fromkeys(("clip_by_global_norm(gradients)", "get_optimizer_state()"), "jax: name of a type"),
         "clip_by_global_norm()": "jax: name of a type",
     },
-    "training/train.py": dict.fromkeys(("trained_parameters(masters)", "trained_parameters()"), "jax: shapes will do"),
 }
 """By file, whose arrays twins describe in another way, with the reason."""
 

@@ -18,7 +18,8 @@ from kempnerforge_jax.model.build import build_model
 from kempnerforge_jax.training.mixed_precision import matmul_precision
 from kempnerforge_jax.training.objective import Recipe
 from kempnerforge_jax.training.optimizer import build_optimizer
-from kempnerforge_jax.training.train import compiled_step, trained_parameters
+from kempnerforge_jax.training.train import compiled_step
+from shared_config.contract.freeze import trained_parameters
 from shared_config.contract.programs import Program
 from shared_config.contract.slices import Slice
 from shared_config.data import open_data
@@ -62,7 +63,7 @@ def traced_step(config: JobConfig, devices: Sequence[Device]) -> jax.stages.Trac
     recipe, parameters, buffers = Recipe.of(config, mesh, model, dtype)
     table = dict(recipe.table)
     parameters, buffers = (abstract(mesh, table, arrays) for arrays in (parameters, buffers))
-    trained = trained_parameters(parameters, config)
+    trained = trained_parameters(parameters, config.vlm)
     state = abstract_initial_state(mesh, table, build_optimizer(trained, table, config.optimizer).init, trained)
     (batch,) = with_noise_seeds(config, [open_data(config).batch(0)], 0)
     count = config.train.grad_accum_steps * mesh.layout.data_ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 
@@ -21,4 +22,8 @@ class Device(Protocol):
     @property
     def process_index(self) -> int:
         """The number of the process that it belongs to."""
+        ...
+
+    def memory_stats(self) -> Mapping[str, int] | None:
+        """Bytes in use and at the peak, of an accelerator whose runtime tells."""
         ...

@@ -60,9 +60,9 @@ def devices_of(device: Device | str | None) -> list[Device]:
     return jax.devices(found.platform) if device is None else [found]
 
 
-def own_device(devices: Sequence[Device]) -> Device:
-    """The first of the devices that this process has."""
-    return next(device for device in devices if device.process_index == jax.process_index())
+def own_devices(devices: Sequence[Device]) -> list[Device]:
+    """Those of the devices that this process has."""
+    return [device for device in devices if device.process_index == jax.process_index()]
 
 
 def drawing_device(mesh: Mesh | None, device: Device) -> Device:

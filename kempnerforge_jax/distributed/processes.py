@@ -7,7 +7,7 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -58,35 +58,35 @@ def joined(device: Device | str | None) -> Iterator[list[Device]]:
     jax.distributed.shutdown()
 
 
-def largest(number: int) -> int:
-    """The largest of the numbers that all processes give."""
-    return max(of_all(number))
+def largest_of(numbers: Sequence[int]) -> list[int]:
+    """Of several numbers that all processes give, the largest of each."""
+    return [max(given) for given in zip(*of_all(numbers), strict=True)]
 
 
-def of_all(number: int) -> list[int]:
-    """The numbers that all processes give, in their order.
+def of_all(numbers: Sequence[int]) -> list[list[int]]:
+    """The numbers that all processes give, in the order of the processes.
 
     They go through the service that joins the processes, not through devices: these are busy with steps, and of two
     programs at once on the same processors gloo mixes up the messages.
 
     Raises:
-        JaxRuntimeError: a process is gone, or has not given a number for an hour.
+        JaxRuntimeError: a process is gone, or has not given numbers for an hour.
     """
     count = process_count()
     if count == 1:
-        return [number]
+        return [list(numbers)]
     service: Any = global_state.client
     place = f"kempnerforge/{next(_TURNS) % 2}/"  # of two turns, as one may begin while others end the one before
-    service.key_value_set(f"{place}{jax.process_index()}", str(number), allow_overwrite=True)
+    service.key_value_set(f"{place}{jax.process_index()}", " ".join(map(str, numbers)), allow_overwrite=True)
     service.wait_at_barrier("kempnerforge", LONGEST_WAIT * 1000)
     given = {name.rpartition("/")[2]: value for name, value in service.key_value_dir_get(place)}
-    return [int(given[str(process)]) for process in range(count)]
+    return [[int(number) for number in given[str(process)].split()] for process in range(count)]
 
 
 def processes() -> Processes:
     """All that have joined."""
     count = process_count()
-    return Processes(jax.process_index(), count, largest) if count > 1 else ALONE
+    return Processes(jax.process_index(), count, largest_of) if count > 1 else ALONE
 
 
 def is_main() -> bool:

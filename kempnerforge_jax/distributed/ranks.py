@@ -42,7 +42,8 @@ class Ranks:
         if self.mesh is None:
             return number
         holders = process_count() * len(self.own) // self.count
-        return sum(of_all(number)) // holders
+        total = sum(given for (given,) in of_all([number]))
+        return total // holders
 
     def divided(self, batches: Sequence[Batch]) -> list[list[Batch]]:
         """The batches of each rank of this process, from batches with the rows of all of them, rank by rank."""

@@ -20,9 +20,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 from rich.console import Console
 
-from kempnerforge_jax.device import find_device
+from kempnerforge_jax.device import device_kind, find_device, peak_memory
 from kempnerforge_jax.distributed.devices import Device
-from kempnerforge_jax.distributed.mesh import drawing_device, open_mesh, own_device
+from kempnerforge_jax.distributed.mesh import drawing_device, open_mesh, own_devices
 from kempnerforge_jax.distributed.processes import joined, processes
 from kempnerforge_jax.distributed.ranks import Ranks
 from kempnerforge_jax.distributed.sharding import initial_state, keep_sharded, place, place_batches
@@ -50,20 +50,19 @@ from kempnerforge_jax.training.profile import profile, step_span
 from kempnerforge_jax.training.scheduler import build_schedule
 from kempnerforge_jax.training.terms import routing_metrics, taken_metric
 from shared_config.contract.bias_schedule import training_progress
-from shared_config.contract.freeze import moments_under, never_trained
+from shared_config.contract.freeze import moments_under, trained_parameters
 from shared_config.contract.labels import label_count
 from shared_config.contract.moments import UPDATES, moments_of
 from shared_config.contract.routing import RouterId
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
-from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.parts import Parts, StateParts
 from shared_config.schema.job import JobConfig
 from shared_config.training.loop import run_training
+from shared_config.training.speed import Devices
 from shared_config.training.trainer import Batch, TrainingSummary
 
-_Master = TypeVar("_Master")
 _Copy = TypeVar("_Copy", np.ndarray, Parts)
 _Batches = Mapping[str, np.ndarray] | State
 _Step = Callable[
@@ -111,6 +110,7 @@ class Trainer:
     each of the N.
 
     Attributes:
+        devices: what all ranks compute on.
         ranks: those that see different micro-batches.
         parameters: the masters, by name; those of layers in a scan are stacked (see `split`).
         buffers: all other arrays of the model.
@@ -128,7 +128,9 @@ class Trainer:
     ):
         self.config = config
         devices = list(device) if isinstance(device, list) else [find_device(device)]
-        self.device, self.mesh = own_device(devices), open_mesh(config, devices)
+        self._own_devices, self.mesh = own_devices(devices), open_mesh(config, devices)
+        self.device = self._own_devices[0]
+        self.devices = Devices(len(devices), device_kind(self.device))
         self.ranks = Ranks(self.mesh)
         with jax.default_device(drawing_device(self.mesh, self.device)):
             self.recipe, parameters, buffers = Recipe.of(config, self.mesh, _build_model(config, dtype), dtype)
@@ -136,7 +138,7 @@ class Trainer:
         self.parameters, self.buffers = (
             place(self.mesh, self.device, self.table, arrays) for arrays in (parameters, buffers)
         )
-        trained = trained_parameters(self.parameters, config)
+        trained = trained_parameters(self.parameters, config.vlm)
         optimizer = build_optimizer(trained, self.table, config.optimizer)
         self.optimizer_state = initial_state(self.mesh, self.device, self.table, optimizer.init, trained)
         self.learning_rate = build_schedule(config)
@@ -240,6 +242,10 @@ class Trainer:
         """Trace the steps taken within it, to new files of a folder."""
         return profile(folder, self._wait)
 
+    def peak_memory(self) -> int | None:
+        """The most bytes that a device of this process has held at once; see `kempnerforge_jax.device.peak_memory`."""
+        return max(peak_memory(device) or 0 for device in self._own_devices) or None
+
     def _wait(self) -> None:
         jax.block_until_ready((self.parameters, self.buffers, self.optimizer_state))
 
@@ -321,22 +327,6 @@ def _balanced(
     model = merge(recipe.graphdef, parameters, buffers)
     balance(model, counts, progress, taken)
     return {name: variable.get_value() for name, variable in named_variables(model) if name in buffers}
-
-
-def trained_parameters(masters: Mapping[str, _Master], config: JobConfig) -> dict[str, _Master]:
-    """The parameters that are trained at some step of the job.
-
-    Raises:
-        UserError: there are none.
-    """
-    vlm = config.vlm
-    if vlm is None:
-        return dict(masters)
-    never = never_trained(masters, vlm.freeze, vlm.freeze_schedule, vlm.module_patterns)
-    trained = {name: master for name, master in masters.items() if name not in never}
-    if not trained:
-        raise UserError(f"vlm.freeze = {[spec.module for spec in vlm.freeze]}: freezes all there is, always")
-    return trained
 
 
 def _build_model(config: JobConfig, dtype: DTypeLike) -> Transformer | VLMWrapper:

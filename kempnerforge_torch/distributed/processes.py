@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -44,17 +44,17 @@ def joined(device: torch.device | str | None, timeout: timedelta = TIMEOUT) -> I
         dist.destroy_process_group()
 
 
-def largest(number: int) -> int:
-    """The largest of the numbers that all processes give."""
-    given = torch.tensor(number)
+def largest_of(numbers: Sequence[int]) -> list[int]:
+    """Of several numbers that all processes give, the largest of each."""
+    given = torch.tensor(numbers)
     if dist.is_initialized():
         dist.all_reduce(given, dist.ReduceOp.MAX)
-    return int(given)
+    return given.tolist()
 
 
 def processes() -> Processes:
     """All that have joined."""
-    return Processes(dist.get_rank(), dist.get_world_size(), largest) if dist.is_initialized() else ALONE
+    return Processes(dist.get_rank(), dist.get_world_size(), largest_of) if dist.is_initialized() else ALONE
 
 
 def is_main() -> bool:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from rich.console import Console
 from torch import Tensor, nn
 
-from kempnerforge_torch.device import find_device
+from kempnerforge_torch.device import device_kind, find_device, peak_memory, process_count
 from kempnerforge_torch.distributed.context_parallel import CrossEntropy, own_part
 from kempnerforge_torch.distributed.fsdp import release
 from kempnerforge_torch.distributed.mesh import Mesh, open_mesh
@@ -53,19 +53,19 @@ from kempnerforge_torch.training.terms import (
     summed,
     taken_metric,
 )
-from shared_config.contract.freeze import effective_freeze, moments_under, never_trained
+from shared_config.contract.freeze import effective_freeze, moments_under, trained_parameters
 from shared_config.contract.labels import label_count
 from shared_config.contract.moments import moments_of
 from shared_config.contract.specs import ParameterTable
 from shared_config.contract.vision import job_table
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
-from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.parts import StateParts
 from shared_config.interchange.vision import tower_of
 from shared_config.schema.job import JobConfig
 from shared_config.training.loop import run_training
+from shared_config.training.speed import Devices
 from shared_config.training.trainer import Batch, TrainingSummary
 
 
@@ -104,6 +104,7 @@ class Trainer:
     N.
 
     Attributes:
+        devices: what all ranks compute on.
         ranks: those that see different micro-batches.
         model: the masters.
         masters: all parameters, by name.
@@ -119,11 +120,12 @@ class Trainer:
         self.config = config
         self.device = find_device(device)
         self.mesh = open_mesh(config, self.device)
+        self.devices = Devices(process_count(), device_kind(self.device))
         self.ranks = Ranks(self.mesh)
         self.model, self.table = _build_model(config, self.device, dtype, self.mesh)
         self.compute_dtype = compute_dtype(config, dtype)
         self.masters = {name: p for name, p in own_tensors(self.model).items() if isinstance(p, nn.Parameter)}
-        self.parameters = trained_parameters(self.masters, config)
+        self.parameters = trained_parameters(self.masters, config.vlm)
         self.optimizer = build_optimizer(self.parameters, self.table, config.optimizer)
         self.learning_rate = build_schedule(config)
         self.updates = 0
@@ -215,6 +217,10 @@ class Trainer:
         """Trace the steps taken within it, to new files of a folder."""
         return profile(folder, self._wait)
 
+    def peak_memory(self) -> int | None:
+        """The most bytes that the device of this rank has held at once; see `kempnerforge_torch.device.peak_memory`."""
+        return peak_memory(self.device)
+
     def _wait(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
@@ -282,24 +288,6 @@ class Trainer:
         if vlm is not None:
             specs = effective_freeze(self.updates, vlm.freeze, vlm.freeze_schedule)
             apply_freeze_specs(self.model, specs, vlm.module_patterns)
-
-
-def trained_parameters(
-    masters: Mapping[str, Float[Tensor, "..."]], config: JobConfig
-) -> dict[str, Float[Tensor, "..."]]:
-    """The parameters that are trained at some step of the job.
-
-    Raises:
-        UserError: there are none.
-    """
-    vlm = config.vlm
-    if vlm is None:
-        return dict(masters)
-    never = never_trained(masters, vlm.freeze, vlm.freeze_schedule, vlm.module_patterns)
-    trained = {name: master for name, master in masters.items() if name not in never}
-    if not trained:
-        raise UserError(f"vlm.freeze = {[spec.module for spec in vlm.freeze]}: freezes all there is, always")
-    return trained
 
 
 def _build_model(

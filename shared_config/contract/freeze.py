@@ -10,6 +10,7 @@ import numpy as np
 
 from shared_config.contract.moments import MOMENTS, UPDATES
 from shared_config.contract.specs import ParameterTable
+from shared_config.errors import UserError
 from shared_config.schema.freeze import FreezeSpec, FreezeStage, is_pattern
 from shared_config.schema.vlm import VLMConfig
 
@@ -75,6 +76,21 @@ def never_trained(
     return set(names).intersection(
         *(frozen_names(names, specs, pattern_map) for specs in (*first, *(stage.specs for stage in schedule)))
     )
+
+
+def trained_parameters(masters: Mapping[str, Kept], vlm: VLMConfig | None) -> dict[str, Kept]:
+    """The parameters, of any kind, by name, that are trained at some step.
+
+    Raises:
+        UserError: there are none.
+    """
+    if vlm is None:
+        return dict(masters)
+    never = never_trained(masters, vlm.freeze, vlm.freeze_schedule, vlm.module_patterns)
+    trained = {name: master for name, master in masters.items() if name not in never}
+    if not trained:
+        raise UserError(f"vlm.freeze = {[spec.module for spec in vlm.freeze]}: freezes all there is, always")
+    return trained
 
 
 def moments_under(

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from shared_config.errors import UserError
-
-
-def _own(number: int) -> int:
-    return number
 
 
 @dataclass(frozen=True)
@@ -19,17 +15,21 @@ class Processes:
 
     Attributes:
         rank: the number of this one, from 0. The first writes what only one may write.
-        largest: the largest of the numbers that all give, on each of them (a max all-reduce).
+        largest_of: of several numbers that all give, the largest of each, on all of them (a max all-reduce).
     """
 
     rank: int = 0
     count: int = 1
-    largest: Callable[[int], int] = _own
+    largest_of: Callable[[Sequence[int]], Sequence[int]] = tuple
 
     @property
     def is_main(self) -> bool:
         """Whether this is the first."""
         return self.rank == 0
+
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that all give, on each of them."""
+        return self.largest_of([number])[0]
 
     @contextmanager
     def agreed(self) -> Iterator[None]:

@@ -29,10 +29,11 @@ from shared_config.interchange.toml import config_to_dict
 from shared_config.schema.job import JobConfig
 from shared_config.training.metrics import Logger, finite_or_none, open_loggers
 from shared_config.training.profiling import Profiler
-from shared_config.training.progress import Display, say
+from shared_config.training.progress import PEAK_MEMORY, Display, say
 from shared_config.training.resume import ROWS_PER_STEP, Start, restore
 from shared_config.training.run_folder import own_folder, write_config
 from shared_config.training.signals import StopRequest
+from shared_config.training.speed import Speed
 from shared_config.training.trainer import (
     Batch,
     Numbers,
@@ -96,7 +97,8 @@ def run_training(
             )
         config = config.replace(train=config.train.replace(grad_accum_steps=start.grad_accum_steps))
         tokens = data.tokens_per_batch * config.train.grad_accum_steps
-        display = Display(console, total=config.train.max_steps, done=start.step, tokens_per_step=tokens)
+        speed = Speed.of(config, trainer.devices, tokens)
+        display = Display(console, total=config.train.max_steps, done=start.step, speed=speed)
         profiler: Profiler | None = None
         with processes.agreed():
             loggers: list[Logger] = []
@@ -113,7 +115,7 @@ def run_training(
             display.say(f"note: {note}")
         if profiler is not None:
             stack.enter_context(profiler)
-        return _Run(config, trainer, data, start, folder, loggers, display, profiler, stop, processes).run()
+        return _Run(config, trainer, data, start, speed, folder, loggers, display, profiler, stop, processes).run()
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class _Run:
         trainer: Trainer,
         data: TrainingData,
         start: Start,
+        speed: Speed,
         folder: Path,
         loggers: list[Logger],
         display: Display,
@@ -142,10 +145,10 @@ class _Run:
         processes: Processes,
     ):
         self.config, self.trainer, self.data = config, trainer, data
-        self.start, self.folder, self.loggers, self.display = start, folder, loggers, display
+        self.start, self.speed, self.folder, self.loggers, self.display = start, speed, folder, loggers, display
         self.profiler, self.stop, self.processes = profiler, stop, processes
         self.last_step = config.train.max_steps
-        self.tokens_per_step = data.tokens_per_batch * config.train.grad_accum_steps
+        self.peak_memory = 0
         self.first_batch = -(-start.rows // data.rows_per_batch)
         self.step = start.step
         self.record: Record = {}
@@ -168,7 +171,7 @@ class _Run:
             if pending is not None:
                 self._log(self._read(pending))
             self.step, pending = self.step + 1, asked
-            stopped = self.processes.largest(self.stop.signal)
+            stopped, self.peak_memory = self.processes.largest_of([self.stop.signal, self.trainer.peak_memory() or 0])
             self._saved(wait=False)
             if stopped or self._evaluates() or self._saves():
                 self._settle(self._read(pending), stopped)
@@ -211,8 +214,9 @@ class _Run:
         self.display.pace.step(seconds)
         values |= self._skips(values)
         values.pop(TAKEN, None)
-        pace = {"seconds": seconds, "tokens_per_second": self.tokens_per_step / seconds}
-        return self._without_empty_loss({name: finite_or_none(value) for name, value in values.items()}) | pace
+        record = self._without_empty_loss({name: finite_or_none(value) for name, value in values.items()})
+        memory = {PEAK_MEMORY: float(self.peak_memory)} if self.peak_memory else {}
+        return {**record, **self.speed.record(seconds), **memory}
 
     def _without_empty_loss(self, record: Record) -> Record:
         """A mean over no labels is not a loss of 0: it is left empty, which is logged once."""
@@ -323,7 +327,7 @@ class _Run:
             resumed_from=self.start.step,
             loss=self.record.get("loss"),
             metrics=self.record,
-            tokens_per_second=self.tokens_per_step / pace if pace else 0.0,
+            tokens_per_second=self.speed.tokens / pace if pace else 0.0,
             seconds=seconds,
             checkpoint=self.checkpoint,
             stopped_by=signal.Signals(stopped).name if stopped else None,

@@ -17,7 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from shared_config.training import streams
+from shared_config.training.speed import Speed
 
+PEAK_MEMORY = "peak_memory_bytes"
+"""What the most that a device has held is called in records."""
 SECONDS_BETWEEN_LINES = 10.0
 STEPS_AVERAGED = 20
 
@@ -55,13 +58,13 @@ class Display:
     Args:
         console: where to; None shows nothing.
         total: steps of the whole run.
-        tokens_per_step: over all ranks.
+        speed: of its steps.
     """
 
-    def __init__(self, console: Console | None, *, total: int, done: int, tokens_per_step: int):
+    def __init__(self, console: Console | None, *, total: int, done: int, speed: Speed):
         self.pace = Pace()
         self._console = console
-        self._total, self._tokens = total, tokens_per_step
+        self._total, self._speed = total, speed
         self._last_line = -SECONDS_BETWEEN_LINES
         self._bar: Progress | None = None
         if console is not None and console.is_terminal:
@@ -103,7 +106,12 @@ class Display:
         parts = [f"{name} {value:.4f}" for name, value in record.items() if name.endswith("loss") and value is not None]
         seconds = self.pace.seconds_per_step
         if seconds > 0:
-            parts.append(f"{self._tokens / seconds:,.0f} tokens/s")
+            average = self._speed.record(seconds)
+            parts.append(f"{average['tokens_per_second']:,.0f} tokens/s")
+            parts.extend(f"MFU {share:.1%}" for name, share in average.items() if name == "mfu")
+        if (peak := record.get(PEAK_MEMORY)) is not None:
+            parts.append(f"{peak / 2**30:.1f} GiB")
+        if seconds > 0:
             parts.append(f"{format_duration((self._total - step) * seconds)} left")
         return "  ".join(parts)
 

@@ -13,6 +13,7 @@ import numpy as np
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.parts import StateParts
+from shared_config.training.speed import Devices
 
 Batch = Mapping[str, np.ndarray]
 Numbers = Mapping[str, SupportsFloat]
@@ -24,9 +25,11 @@ class Trainer(Protocol):
 
     Attributes:
         backend: "torch" or "jax"; written into checkpoints.
+        devices: what all ranks compute on.
     """
 
     backend: str
+    devices: Devices
 
     def step(self, micro_batches: Sequence[Batch]) -> Numbers:
         """One update from the micro-batches of one optimiser step (this rank's share of them).
@@ -50,6 +53,12 @@ class Trainer(Protocol):
 
     def profile(self, folder: Path) -> AbstractContextManager[None]:
         """Trace the steps taken within it, to new files of a folder."""
+        ...
+
+    def peak_memory(self) -> int | None:
+        """The most bytes that a device of this rank has held at once since the start; of a CPU, what its process has.
+        None where that is not known.
+        """
         ...
 
     def load_state(self, state: TrainingState | StateParts) -> None:

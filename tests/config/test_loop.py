@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from shared_config.contract.counts import flops_per_token
 from shared_config.contract.schedule import scheduled_learning_rate
 from shared_config.data import Corpus, TextData, TokenStream
 from shared_config.errors import UserError
@@ -36,11 +38,14 @@ from shared_config.training.loop import run_training
 from shared_config.training.metrics import read_metrics
 from shared_config.training.progress import Pace, format_duration
 from shared_config.training.signals import StopRequest
+from shared_config.training.speed import Devices
 from shared_config.training.trainer import TrainingDivergedError, TrainingSummary
 from tests.ranks import together
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 20
+OF_THE_MOMENT = ("seconds", "tokens_per_second", "mfu", "peak_memory_bytes")
+"""What records tell of the machine, not of the training."""
 
 
 class BigramTrainer:
@@ -49,6 +54,7 @@ class BigramTrainer:
     """
 
     backend = "numpy"
+    devices = Devices(3, "an abacus")
 
     def __init__(self, config: JobConfig):
         self.config = config
@@ -91,6 +97,9 @@ class BigramTrainer:
         first = self.updates
         yield
         (folder / f"trace_{first}_{self.updates}").touch()
+
+    def peak_memory(self) -> int | None:
+        return 1000 + self.updates
 
     def state(self) -> TrainingState:
         counter = self.rng.bit_generator.state
@@ -143,7 +152,7 @@ def end_state(folder: Path) -> tuple[dict, list]:
     state = {name: array.tobytes() for name, array in arrays.items()}
     state |= {"extra": loaded.state.extra, "step": loaded.state.step, "rows": loaded.rows}
     records = [
-        {name: value for name, value in record.items() if name not in ("seconds", "tokens_per_second")}
+        {name: value for name, value in record.items() if name not in OF_THE_MOMENT}
         for record in read_metrics(folder / "metrics.jsonl")
     ]
     return state, records
@@ -173,6 +182,27 @@ def test_a_run_trains_and_leaves_its_files(tmp_path: Path) -> None:
     assert summary.checkpoint == tmp_path / "run" / "step_00000012"
     assert summary.tokens_per_second > 0
     assert config_from_toml((tmp_path / "run" / "config.toml").read_text()) == config
+
+
+def test_records_and_lines_tell_shares_of_the_peak_and_memory(tmp_path: Path) -> None:
+    """The memory is that of the rank that has held most by the time when the step was asked for, told by the exchange
+    of signals.
+    """
+    asked: list[int] = []
+
+    def agree(numbers: Sequence[int]) -> list[int]:
+        asked.append(len(numbers))
+        return [number + 3 * 2**30 * (number > 0) for number in numbers]
+
+    config, text = config_of(tmp_path, "metrics.peak_tflops=0.25"), io.StringIO()
+    train(config, console=Console(file=text, width=200), processes=Processes(largest_of=agree))
+    flops = flops_per_token(config.model, config.train.seq_len).training
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    for record in records:
+        assert record["mfu"] == pytest.approx(record["tokens_per_second"] * flops / (3 * 0.25e12))
+        assert record["peak_memory_bytes"] == 3 * 2**30 + 1000 + record["step"]
+    assert re.search(r"step 12/12 .* tokens/s  MFU \d+\.\d%  3\.0 GiB  0:00 left", text.getvalue())
+    assert asked.count(2) == len(records) == 12, "once a step, with the signal"
 
 
 def test_losses_are_those_of_stepping_by_hand_to_the_last_digit(tmp_path: Path) -> None:
@@ -220,6 +250,7 @@ def test_a_plain_console_gets_lines_and_a_terminal_a_bar(tmp_path: Path) -> None
     assert any(line.startswith("step 12/12") and line.endswith("0:00 left") for line in lines)
     assert lines[-1] == f"checkpoint {tmp_path / 'plain' / 'step_00000012'}"
     assert "\x1b" not in plain.getvalue()
+    assert not any("MFU" in line for line in lines), "the peak of an abacus is not known"
     terminal = io.StringIO()
     train(config_of(tmp_path / "bar"), console=Console(file=terminal, force_terminal=True, width=120))
     assert "12/12" in terminal.getvalue()
@@ -477,11 +508,11 @@ def test_all_ranks_stop_at_the_step_that_they_agree_on(tmp_path: Path) -> None:
     rounds = 3  # of agreement before the first step
     asked: list[int] = []
 
-    def agree(number: int) -> int:
-        asked.append(number)
-        return signal.SIGTERM if len(asked) == rounds + 5 else number
+    def agree(numbers: Sequence[int]) -> Sequence[int]:
+        asked.append(numbers[0])
+        return [signal.SIGTERM, *numbers[1:]] if len(asked) == rounds + 5 else numbers
 
-    summary = train(config_of(tmp_path, "checkpoint.interval=0"), processes=Processes(largest=agree))
+    summary = train(config_of(tmp_path, "checkpoint.interval=0"), processes=Processes(largest_of=agree))
     assert (summary.step, summary.stopped_by, summary.exit_status) == (5, "SIGTERM", 143)
     assert run_layout.latest(tmp_path) == tmp_path / "step_00000005"
 
@@ -489,7 +520,7 @@ def test_all_ranks_stop_at_the_step_that_they_agree_on(tmp_path: Path) -> None:
 def test_no_rank_goes_on_when_another_cannot_start(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     with pytest.raises(UserError, match="another process of the run has failed"):
-        train(config, Unused(config), processes=Processes(1, 2, lambda number: 1))
+        train(config, Unused(config), processes=Processes(1, 2, lambda numbers: [1] * len(numbers)))
 
 
 # Checkpoints while training goes on

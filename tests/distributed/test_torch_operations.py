@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,10 +22,13 @@ from shared_config.data import open_data
 from shared_config.interchange.checkpoint import load
 from shared_config.training.loop import run_training
 from shared_config.training.metrics import read_metrics
+from shared_config.training.speed import resident_peak
 from shared_config.training.trainer import TrainingDivergedError
 from tests.jobs import draw_batch, text_job, tiny_job
 
 RANKS = 2
+BALLAST = 2**28
+"""Bytes that the second rank holds besides."""
 DENSE = {"n_heads": 4, "n_kv_heads": 4}
 
 
@@ -77,6 +81,7 @@ def stop(folder: str, event: str) -> list[Any]:
         checkpoint={"dir": f"{folder}/run", "interval": 0},
     )
     trainer = Trainer(job, "cpu")
+    np.ones(BALLAST * dist.get_rank(), np.uint8)
     step: Any = trainer.step
 
     def stepping(micro_batches: Any) -> Any:
@@ -93,7 +98,7 @@ def stop(folder: str, event: str) -> list[Any]:
     data = open_data(job, rank=trainer.ranks.rank, world_size=trainer.ranks.count)
     try:
         summary = run_training(job, trainer, data, processes=processes)
-        end: Any = (summary.step, summary.exit_status)
+        end: Any = summary.step, summary.exit_status, resident_peak()
     except TrainingDivergedError as error:
         end = str(error)
     found: list[Any] = [None] * RANKS
@@ -110,13 +115,14 @@ def test_an_update_that_one_rank_can_not_take_is_taken_by_none(what: str, stages
 
 def test_a_signal_to_one_stops_all_after_one_step_with_one_checkpoint(tmp_path: Path) -> None:
     ends = together(stop, RANKS, str(tmp_path), "signal")
-    assert ends == [(3, 128 + signal.SIGTERM)] * RANKS
+    assert [end[:2] for end in ends] == [(3, 128 + signal.SIGTERM)] * RANKS
     assert [folder.name for folder in (tmp_path / "run").glob("step_*")] == ["step_00000003"]
     assert load(tmp_path / "run").state.step == 3
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3]
     for record in records:
         assert record["tokens_per_second"] * record["seconds"] == pytest.approx(RANKS * 3 * 10)
+        assert ends[0][2] + BALLAST / 2 < record["peak_memory_bytes"] <= 1.01 * ends[1][2]
 
 
 def test_a_loss_of_one_rank_that_is_not_finite_ends_all(tmp_path: Path) -> None:

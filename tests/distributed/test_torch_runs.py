@@ -17,9 +17,10 @@ import pytest
 from hypothesis import settings
 
 from shared_config.cli import main
+from shared_config.contract.counts import flops_per_token
 from shared_config.interchange import checkpoint
 from shared_config.interchange.run_layout import latest
-from shared_config.interchange.toml import config_to_toml
+from shared_config.interchange.toml import config_from_toml, config_to_toml
 from tests.cli.processes import ROOT, Result, run_python
 from tests.jobs import EXPERTS, text_job
 
@@ -29,6 +30,7 @@ COMMAND = ("-m", "shared_config.cli")
 ENOUGH: dict[str, dict[str, Any]] = {
     "train": {"max_steps": STEPS},
     "checkpoint": {"dir": "run", "interval": 20},
+    "metrics": {"peak_tflops": 1.0},
 }
 MORTAL = """
 import os, signal, sys
@@ -122,9 +124,16 @@ def test_where_one_of_them_is_killed_others_continue(
 
 
 def test_jax_in_the_same_layout_has_the_same_losses(folder: Path) -> None:
+    """And of the same speed the same share of the peak, that of two devices."""
     found = losses_of_jax(folder, "job.toml", "--output=jax")
     assert len(found) == STEPS
     assert found == pytest.approx(metrics(folder / "run", "loss")[:STEPS], abs=1e-5)
+    job = config_from_toml((folder / "job.toml").read_text())
+    flops = flops_per_token(job.model, job.train.seq_len).training
+    for run in ("run", "jax"):
+        speeds, shares = (metrics(folder / run, name)[:STEPS] for name in ("tokens_per_second", "mfu"))
+        assert shares == pytest.approx([speed * flops / 2e12 for speed in speeds], rel=1e-12)
+        assert min(metrics(folder / run, "peak_memory_bytes")) > 2**26
 
 
 @pytest.mark.skipif(not NIGHTLY, reason="two runs more for each layout: HYPOTHESIS_PROFILE=nightly")

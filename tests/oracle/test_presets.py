@@ -295,7 +295,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "async_save": False,
         "load_path": "",
     },
-    "metrics": {"log_interval": 1, "tensorboard": False, "wandb_project": ""},
+    "metrics": {"log_interval": 1, "tensorboard": False, "wandb_project": "", "peak_tflops": None},
     "profiling": {"start_step": 0, "end_step": 0, "dir": "profile"},
     "adapter": {"type": "mlp_2layer", "hidden_dim": 0, "activation": "gelu", "pool_window": 2, "pool_heads": 16},
 }

@@ -38,6 +38,7 @@ from shared_config.contract.counts import (
     training_memory,
 )
 from shared_config.contract.decoding import PREFILL_CHUNK
+from shared_config.contract.freeze import trained_parameters
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.sharding import refusals
 from shared_config.data import open_data
@@ -210,7 +211,7 @@ def test_memory_is_that_of_a_trainer_in_jax(variant: str, precision: str) -> Non
     config = small(preset, *overrides, f"--train.mixed_precision={precision}")
     trainer = jax_training.Trainer(config)
     vlm, names = config.vlm, list(trainer.parameters)
-    trained = set(names) if vlm is None else set(jax_training.trained_parameters(trainer.parameters, config))
+    trained = set(trained_parameters(trainer.parameters, vlm))
     moments = jax_optimizer.get_optimizer_state(trainer.optimizer_state)
     frozen = frozenset(names) - trained
     recipe = dataclasses.replace(trainer.recipe, frozen=frozen)

@@ -1,0 +1,73 @@
+"""What trainers say of their devices: kind, number, and the most memory that one has held; the records of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+import torch
+
+import kempnerforge_jax.device as jax_device
+import kempnerforge_jax.training.train as jax_training
+import kempnerforge_torch.device as torch_device
+import kempnerforge_torch.training.train as torch_training
+from shared_config.contract.counts import count_parameters
+from shared_config.contract.peaks import peak_flops
+from shared_config.schema.job import JobConfig
+from shared_config.training.speed import Devices, resident_peak
+from tests.jobs import text_job
+
+TRAINING = {"torch": torch_training, "jax": jax_training}
+
+
+def accelerator(most: int | None) -> Any:
+    stats = None if most is None else {"bytes_in_use": 1, "peak_bytes_in_use": most}
+    return SimpleNamespace(platform="gpu", device_kind="a card", process_index=0, memory_stats=lambda: stats)
+
+
+def test_devices_of_jax_say_what_they_held() -> None:
+    assert [jax_device.peak_memory(accelerator(most)) for most in (None, 7)] == [None, 7]
+    assert jax_device.device_kind(accelerator(7)) == "a card"
+    trainer = object.__new__(jax_training.Trainer)
+    for several, most in {(None,): None, (3, 9, 5): 9, (3, None): 3}.items():
+        trainer._own_devices = [accelerator(each) for each in several]
+        assert trainer.peak_memory() == most
+    cpu: Any = jax.devices("cpu")[0]
+    assert jax_device.device_kind(cpu) == "cpu"
+    assert 0.9 * resident_peak() < (jax_device.peak_memory(cpu) or 0) <= resident_peak()
+
+
+def test_devices_of_torch_say_what_they_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a card, {device}")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append(device) or 9)
+    trainer = object.__new__(torch_training.Trainer)
+    trainer.device = torch.device("cuda:1")
+    assert trainer.peak_memory() == 9
+    assert asked == [trainer.device]
+    assert torch_device.device_kind(trainer.device) == "a card, cuda:1"
+    assert torch_device.peak_memory(torch.device("mps")) is None
+    trainer.device = torch.device("cpu")
+    assert torch_device.device_kind(trainer.device) == "cpu"
+    assert 0.9 * resident_peak() < (trainer.peak_memory() or 0) <= resident_peak()
+
+
+def job_of(folder: Path, **sections: Any) -> JobConfig:
+    return text_job(folder, train={"max_steps": 3}, checkpoint={"dir": str(folder / "run")}, **sections)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", TRAINING)
+def test_a_run_on_a_gpu_has_records_of_it(backend: str, tmp_path: Path) -> None:
+    """A card that isn't in the table has no share of a peak."""
+    assert TRAINING[backend].Trainer(job_of(tmp_path)).devices == Devices(1, torch.cuda.get_device_name())
+    summary = TRAINING[backend].train(job_of(tmp_path))
+    most = summary.metrics["peak_memory_bytes"]
+    moments_and_weights = 3 * 4 * count_parameters(job_of(tmp_path).model)
+    assert moments_and_weights < most < torch.cuda.get_device_properties(0).total_memory
+    assert ("mfu" in summary.metrics) == (peak_flops(torch.cuda.get_device_name()) is not None)
+    assert 0 < summary.metrics.get("mfu", 0.5) < 1
