@@ -24,6 +24,7 @@ from kempnerforge_jax.model.vlm import inner_transformer
 from kempnerforge_jax.training.train import Trainer
 from shared_config.contract.decoding import SamplingConfig
 from shared_config.interchange.checkpoint import TrainingState
+from shared_config.parity.dtypes import PRECISIONS
 from shared_config.parity.scenarios import Arrays, Batch
 from shared_config.parity.work import Decoding, Trained
 from shared_config.schema.job import JobConfig
@@ -40,9 +41,8 @@ def train(
     dtype: str,
     device: str | None,
 ) -> Trained:
-    """Steps of micro-batches from a state on. "bfloat16" is mixed precision; see `work.Backend`."""
-    precision = "bf16" if dtype == "bfloat16" else "fp32"
-    config = config.replace(train=config.train.replace(mixed_precision=precision, compile_model=False))
+    """Steps of micro-batches from a state on. "bfloat16" and "fp8" are mixed precision; see `work.Backend`."""
+    config = config.replace(train=config.train.replace(mixed_precision=PRECISIONS[dtype], compile_model=False))
     with jax.enable_x64(dtype == "float64"), jax.default_device(find_device(device)):
         trainer = Trainer(config, device, dtype=jnp.float64 if dtype == "float64" else jnp.float32)
         trainer.load_state(state)

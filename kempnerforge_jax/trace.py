@@ -25,7 +25,7 @@ from kempnerforge_jax.model.state import from_numpy, get_state, merge, split, to
 from kempnerforge_jax.model.stats import LayerStats, MoEStats
 from kempnerforge_jax.model.vlm import inner_transformer
 from kempnerforge_jax.training.loss import mean_cross_entropy, router_losses
-from kempnerforge_jax.training.mixed_precision import matmul_precision
+from kempnerforge_jax.training.mixed_precision import matmul_precision, use_fp8
 from kempnerforge_jax.training.optimizer import build_optimizer, clip_by_global_norm, set_optimizer_state, update
 from shared_config.contract.initialise import state_hash
 from shared_config.contract.moments import moments_of
@@ -50,7 +50,7 @@ from shared_config.schema.job import JobConfig
 
 Tensors = dict[str, Shaped[Array, "..."]]
 
-DTYPES = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "fp8": jnp.bfloat16}
 EXACT = "float64"
 
 
@@ -71,7 +71,8 @@ def record(
     """Run the model of a config once and record every tensor that has a name.
 
     Args:
-        dtype: of the arithmetic; "bfloat16" computes on a rounded copy of float32 masters.
+        dtype: of the arithmetic; "bfloat16" computes on a rounded copy of float32 masters, "fp8" also with products
+            in FP8.
         weights: "validation", "init" (the seeded initial weights), or arrays by name.
         tokens: int (B, S); drawn from the seed if None.
         deltas: also measure, in float64, how far rounding the weights moves each result.
@@ -134,6 +135,8 @@ class Recorder:
             model = nnx.eval_shape(lambda: build_model(config, rngs=None))
             model.init_weights_and_freqs(request.seed)
             self.initial_hash = state_hash({name: to_numpy(array) for name, array in get_state(model).items()})
+            if request.dtype == "fp8":
+                use_fp8(model, config)
             self._graphdef, params, buffers = split(model)
             self._image_tokens = inner_transformer(model).num_image_tokens
             names = activation_names(model)

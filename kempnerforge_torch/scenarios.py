@@ -23,6 +23,7 @@ from kempnerforge_torch.model.vlm import inner_transformer
 from kempnerforge_torch.training.train import Trainer
 from shared_config.contract.decoding import SamplingConfig
 from shared_config.interchange.checkpoint import TrainingState
+from shared_config.parity.dtypes import PRECISIONS
 from shared_config.parity.scenarios import Arrays, Batch
 from shared_config.parity.work import Decoding, Trained
 from shared_config.schema.job import JobConfig
@@ -39,9 +40,8 @@ def train(
     dtype: str,
     device: str | None,
 ) -> Trained:
-    """Steps of micro-batches from a state on. "bfloat16" is mixed precision; see `work.Backend`."""
-    precision = "bf16" if dtype == "bfloat16" else "fp32"
-    config = config.replace(train=config.train.replace(mixed_precision=precision, compile_model=False))
+    """Steps of micro-batches from a state on. "bfloat16" and "fp8" are mixed precision; see `work.Backend`."""
+    config = config.replace(train=config.train.replace(mixed_precision=PRECISIONS[dtype], compile_model=False))
     trainer = Trainer(config, device, dtype=torch.float64 if dtype == "float64" else torch.float32)
     trainer.load_state(state)
     evaluations = [float(trainer.evaluate([batch])["loss"]) for batch in held_out]

@@ -21,7 +21,7 @@ from kempnerforge_torch.model.state import from_numpy, get_state, own_tensors, t
 from kempnerforge_torch.model.stats import LayerStats, MoEStats, TransformerOutput
 from kempnerforge_torch.model.vlm import inner_transformer
 from kempnerforge_torch.training.loss import mean_cross_entropy, router_losses
-from kempnerforge_torch.training.mixed_precision import matmul_precision
+from kempnerforge_torch.training.mixed_precision import matmul_precision, use_fp8
 from kempnerforge_torch.training.optimizer import (
     build_optimizer,
     clip_by_global_norm,
@@ -51,7 +51,7 @@ from shared_config.schema.job import JobConfig
 
 Tensors = dict[str, Shaped[Tensor, "..."]]
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}
 EXACT = "float64"
 
 
@@ -72,7 +72,8 @@ def record(
     """Run the model of a config once and record every tensor that has a name.
 
     Args:
-        dtype: of the arithmetic; "bfloat16" computes on a rounded copy of float32 masters.
+        dtype: of the arithmetic; "bfloat16" computes on a rounded copy of float32 masters, "fp8" also with products
+            in FP8.
         weights: "validation", "init" (the seeded initial weights), or arrays by name.
         tokens: int (B, S); drawn from the seed if None.
         deltas: also measure, in float64, how far rounding the weights moves each result.
@@ -130,6 +131,8 @@ class Recorder:
             model = build_model(config).eval()
         model.init_weights_and_freqs(request.seed)
         self.initial_hash = state_hash({name: to_numpy(tensor) for name, tensor in get_state(model).items()})
+        if request.dtype == "fp8":
+            use_fp8(model, config)
         self.config = config
         self.request = request
         self.table = job_table(config, tower_of(config))

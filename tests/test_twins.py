@@ -81,6 +81,7 @@ DIFFERENCES = {
         "ragged_matmul": "jax: XLA's own operation",
         "ragged_outer": "jax: XLA's own operation",
     },
+    "model/fp8.py": {"has_units": "torch: XLA knows what a device can do"},
     "model/fused.py": {
         "SEGMENTS": "jax: shapes are static",
         "fused_attention(otherwise)": "jax: what its kernel can't do is known as the program runs",

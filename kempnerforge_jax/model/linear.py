@@ -14,11 +14,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Integer
 
 from kempnerforge_jax.model.checks import nan_outside, wide
+from kempnerforge_jax.model.fp8 import fp8_linear
 from kempnerforge_jax.model.module import Module
+from shared_config.contract.fp8 import fits
 
 
 class Linear(Module):
-    """x @ weight.T + bias, the weight (O, I) as in torch; drawn uniform(-1, 1) / sqrt(I)."""
+    """x @ weight.T + bias, the weight (O, I) as in torch; drawn uniform(-1, 1) / sqrt(I).
+
+    Attributes:
+        fp8: whether bfloat16 products are computed in FP8 where their sizes fit.
+    """
+
+    fp8 = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, *, rngs: nnx.Rngs | None):
         """``rngs``: None for zeros, where the values are set afterwards."""
@@ -31,7 +39,8 @@ class Linear(Module):
     def forward(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """(..., I) -> (..., O); the dtype of ``x`` must be that of the weight."""
         assert self.weight is not None, "a tied layer has no weight"
-        return linear(x, self.weight.get_value(), None if self.bias is None else self.bias.get_value())
+        bias = None if self.bias is None else self.bias.get_value()
+        return linear(x, self.weight.get_value(), bias, self.fp8)
 
 
 class Embedding(Module):
@@ -56,19 +65,28 @@ def silence(layer: Linear) -> None:
 
 
 def linear(
-    x: Float[Array, "... I"], weight: Float[Array, "O I"], bias: Float[Array, "O"] | None = None
+    x: Float[Array, "... I"],
+    weight: Float[Array, "O I"],
+    bias: Float[Array, "O"] | None = None,
+    fp8: bool = False,
 ) -> Float[Array, "... O"]:
     """x (..., I) times weight (O, I) over I, plus bias (O,).
 
     XLA sums bfloat16 products in float32 and rounds the result once. Asking for a float32 result and casting it would
     be the same forward, but makes the products of the backward pass float32 ones.
 
+    Args:
+        fp8: compute the product in FP8, if it is of bfloat16 and its sizes fit.
+
     Raises:
         ValueError: dtypes that differ.
     """
     if x.dtype != weight.dtype:
         raise ValueError(f"x.dtype = {x.dtype}: must be the dtype of the weight, {weight.dtype}")
-    y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+    if fp8 and x.dtype == jnp.bfloat16 and fits(x.size // weight.shape[1], *weight.shape):
+        y = fp8_linear(x, weight)
+    else:
+        y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
     return y if bias is None else y + broadcast(bias, y.shape)
 
 

@@ -1,4 +1,4 @@
-"""What training computes in: the compute dtype, and the precision of float32 products."""
+"""What training computes in: the compute dtype, products in FP8, and the precision of float32 products."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from contextlib import AbstractContextManager
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 
+from kempnerforge_jax.model.linear import Linear
+from kempnerforge_jax.model.module import named_modules
+from shared_config.contract.fp8 import is_fp8
 from shared_config.schema.job import JobConfig
 
 
@@ -19,5 +23,12 @@ def matmul_precision(level: str) -> AbstractContextManager[object]:
 
 def compute_dtype(config: JobConfig, dtype: DTypeLike) -> np.dtype:
     """The dtype of the arithmetic, given that of the masters."""
-    narrow = config.train.mixed_precision == "bf16" and dtype == jnp.float32
+    narrow = config.train.casts and dtype == jnp.float32
     return jnp.dtype(jnp.bfloat16 if narrow else dtype)
+
+
+def use_fp8(model: nnx.Module, config: JobConfig) -> None:
+    """Let the linear modules that `shared_config.contract.fp8` names compute in FP8, where the config asks for it."""
+    for path, module in named_modules(model):
+        if isinstance(module, Linear) and config.train.mixed_precision == "fp8":
+            module.fp8 = is_fp8(path, config.model.n_layers)

@@ -35,7 +35,7 @@ from kempnerforge_jax.model.vlm import VLMWrapper
 from kempnerforge_jax.model.within_map import exchanging
 from kempnerforge_jax.training.blocks import REMATERIALISATION
 from kempnerforge_jax.training.loss import cross_entropy, router_losses, router_stats
-from kempnerforge_jax.training.mixed_precision import compute_dtype
+from kempnerforge_jax.training.mixed_precision import compute_dtype, use_fp8
 from kempnerforge_jax.training.terms import Terms, expert_counts, model_inputs
 from shared_config.contract.freeze import effective_freeze, frozen_names
 from shared_config.contract.specs import ParameterSpec
@@ -75,6 +75,7 @@ class Recipe:
         shapes = {name: tuple(array.shape) for name, array in get_state(model).items()}
         table, narrow = job_table(config, tower_of(config), shapes), compute_dtype(config, dtype)
         check_spread(model, mesh)
+        use_fp8(model, config)
         mark_blocks(model, mesh, table, narrow)
         graphdef, parameters, buffers = split(model, scan_layers=config.train.scan_layers and config.vlm is None)
         recipe = Recipe(

@@ -13,9 +13,18 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
+from kempnerforge_torch.model.fp8 import fp8_linear
+from shared_config.contract.fp8 import fits
+
 
 class Linear(nn.Linear):
-    """x @ weight.T + bias, the weight (O, I); drawn uniform(-1, 1) / sqrt(I)."""
+    """x @ weight.T + bias, the weight (O, I); drawn uniform(-1, 1) / sqrt(I).
+
+    Attributes:
+        fp8: whether bfloat16 products are computed in FP8 where their sizes fit.
+    """
+
+    fp8 = False
 
     in_features: int
     out_features: int
@@ -27,7 +36,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
         """(..., I) -> (..., O); the dtype of ``x`` must be that of the weight."""
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.fp8)
 
 
 class Embedding(nn.Embedding):
@@ -47,14 +56,23 @@ class Embedding(nn.Embedding):
 
 
 def linear(
-    x: Float[Tensor, "... I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None = None
+    x: Float[Tensor, "... I"],
+    weight: Float[Tensor, "O I"],
+    bias: Float[Tensor, "O"] | None = None,
+    fp8: bool = False,
 ) -> Float[Tensor, "... O"]:
     """x (..., I) times weight (O, I) over I, plus bias (O,).
 
     Compiled on a CPU, a single vector is multiplied by elementwise products and their sum, which the compiler fuses
     into one loop. That reads the matrix up to twice as fast as the libraries' matrix products, which are made for many
     vectors; uncompiled it would be slower.
+
+    Args:
+        fp8: compute the product in FP8, if it is of bfloat16 and its sizes fit.
     """
+    if fp8 and x.dtype == torch.bfloat16 and fits(x.numel() // weight.shape[1], *weight.shape):
+        y = fp8_linear(x, weight)
+        return y if bias is None else y + bias
     if not torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() != weight.shape[1]:
         return F.linear(x, weight, bias)
     return _matrix_times_vector(weight, x.reshape(-1), bias).reshape(*x.shape[:-1], weight.shape[0])

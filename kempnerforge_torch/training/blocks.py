@@ -24,6 +24,7 @@ _MATRIX_PRODUCTS = frozenset(
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
         torch.ops.aten.bmm.default,
+        torch.ops.aten._scaled_mm.default,
         GROUPED_MATMUL,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -35,6 +36,7 @@ _MATRIX_PRODUCTS = frozenset(
 _FACTORS = {
     torch.ops.aten.mm.default: (0, 1),
     torch.ops.aten.addmm.default: (1, 2),
+    torch.ops.aten._scaled_mm.default: (0, 1),
     GROUPED_MATMUL: (0, 1),
 }
 """Products with weights: which arguments are the input and the weight."""

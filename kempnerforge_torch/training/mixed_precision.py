@@ -1,4 +1,6 @@
-"""What training computes in: the compute dtype, casts of the masters to it, and the precision of float32 products."""
+"""What training computes in: the compute dtype, casts of the masters to it, products in FP8, and the precision of
+float32 products.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from kempnerforge_torch.model.linear import Linear
+from shared_config.contract.fp8 import is_fp8
 from shared_config.schema.job import JobConfig
 
 
@@ -60,4 +64,11 @@ def matmul_precision(level: str) -> Iterator[None]:
 
 def compute_dtype(config: JobConfig, dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic, given that of the masters."""
-    return torch.bfloat16 if config.train.mixed_precision == "bf16" and dtype == torch.float32 else dtype
+    return torch.bfloat16 if config.train.casts and dtype == torch.float32 else dtype
+
+
+def use_fp8(model: nn.Module, config: JobConfig) -> None:
+    """Let the linear modules that `shared_config.contract.fp8` names compute in FP8, where the config asks for it."""
+    for path, module in model.named_modules():
+        if isinstance(module, Linear) and config.train.mixed_precision == "fp8":
+            module.fp8 = is_fp8(path, config.model.n_layers)

@@ -34,7 +34,7 @@ from kempnerforge_torch.model.state import get_state, own_tensors, set_state
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import VLMWrapper, inner_transformer
 from kempnerforge_torch.training.freeze import apply_freeze_specs
-from kempnerforge_torch.training.mixed_precision import Cast, compute_dtype, matmul_precision
+from kempnerforge_torch.training.mixed_precision import Cast, compute_dtype, matmul_precision, use_fp8
 from kempnerforge_torch.training.objective import Objective
 from kempnerforge_torch.training.optimizer import (
     build_optimizer,
@@ -96,8 +96,8 @@ def train(
 class Trainer:
     """A model, its optimiser, and what `shared_config.training.loop` asks of them.
 
-    Masters, gradients and moments are of ``dtype``. With ``train.mixed_precision`` "bf16" a float32 trainer computes in
-    bfloat16, on a copy of the masters that is cast for each micro-batch.
+    Masters, gradients and moments are of ``dtype``. With ``train.mixed_precision`` "bf16" or "fp8" a float32 trainer
+    computes in bfloat16, on a copy of the masters that is cast for each micro-batch.
 
     Of several processes each has a trainer with its own share of the micro-batches, and all take each step together: R
     data ranks with N micro-batches each do what one device does with the N * R, ordered rank by rank within each of the
@@ -296,6 +296,7 @@ def _build_model(
     """The seeded model and its table. It is built without storage, and its initial values are drawn in float32."""
     with torch.device("meta"):
         model = build_model(config)
+    use_fp8(model, config)
     shapes = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
     table = job_table(config, tower_of(config), shapes)
     model = parallelize(model, config, mesh, table, device, dtype).to_empty(device=device)

@@ -24,8 +24,9 @@ from shared_config.contract.warm_start import without_warm_start
 from shared_config.errors import UserError
 from shared_config.interchange.outputs import refuse_overwriting
 from shared_config.interchange.reading import check_regular
+from shared_config.parity.dtypes import DTYPES
 from shared_config.parity.layouts import LAYOUT, LayoutBackend, record_layout
-from shared_config.parity.request import DTYPES, WEIGHTS, check_tokens
+from shared_config.parity.request import WEIGHTS, check_tokens
 from shared_config.parity.scenarios import SCENARIOS, record_scenario
 from shared_config.parity.selection import parse_layers
 from shared_config.parity.traces import Trace, read_trace, write_trace

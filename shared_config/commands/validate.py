@@ -37,12 +37,12 @@ from shared_config.interchange.outputs import claim_record_folder, forget_run
 from shared_config.interchange.toml import config_to_toml
 from shared_config.loader import load_config
 from shared_config.parity.checks import outcome
+from shared_config.parity.dtypes import DTYPES, dtypes_of
 from shared_config.parity.full_checks import LONG_SEQUENCE
 from shared_config.parity.layout_checks import AGREED
 from shared_config.parity.layouts import described
 from shared_config.parity.plan import BACKENDS, LAYOUTS_STAGE, Finding, Plan
 from shared_config.parity.report import write_report
-from shared_config.parity.request import DTYPES
 from shared_config.parity.scenarios import PARTS, resume_folder
 from shared_config.parity.shrink import shrink
 from shared_config.schema.job import JobConfig
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own options."""
     add_config(parser)
     parser.add_argument("--report", metavar="FILE", help="also write an HTML page")
-    parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"comma-separated (default: {','.join(DTYPES)})")
+    parser.add_argument("--dtypes", help=f"comma-separated, of {','.join(DTYPES)} (default: all that the config has)")
     parser.add_argument("--steps", type=not_negative, default=30, help="of the training run; 0: none (default: 30)")
     parser.add_argument("--seed", type=not_negative, default=0, help="of weights and tokens (default: 0)")
     parser.add_argument("--device", default="cpu", help="for both backends (default: cpu)")
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     layouts = layouts_to_compare(config, loaded.distributed, overrides, full=options.full, device=options.device)
     config, overrides = on_one_device(config), without_layout(overrides)
     config.validate()
-    dtypes = read_dtypes(options.dtypes)
+    dtypes = read_dtypes(options.dtypes, config)
     report = None if options.report is None else writable_file(options.report)
     for backend in BACKENDS:
         require_backend(backend)
@@ -120,16 +120,20 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0 if same else DIFFERENT
 
 
-def read_dtypes(text: str) -> tuple[str, ...]:
+def read_dtypes(text: str | None, config: JobConfig) -> tuple[str, ...]:
     """The dtypes asked for, float64 first, as it is the truth for the others.
 
     Raises:
-        UserError: an unknown one.
+        UserError: an unknown one, or one that the config doesn't have.
     """
+    if text is None:
+        return dtypes_of(config)
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in DTYPES:
             raise UserError(f"--dtypes = {text!r}: {name!r} must be one of {', '.join(DTYPES)}")
+        if name not in dtypes_of(config):
+            raise UserError(f"--dtypes = {text!r}: {name!r} needs --train.mixed_precision {name}")
     return tuple(name for name in DTYPES if name in names or name == "float64")
 
 

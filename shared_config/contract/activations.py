@@ -29,7 +29,7 @@ WIDENED = 2**26
 
 def compute_bytes(job: JobConfig) -> int:
     """Bytes of a number in the dtype of the arithmetic."""
-    return BFLOAT16 if job.train.mixed_precision == "bf16" else FLOAT32
+    return BFLOAT16 if job.train.casts else FLOAT32
 
 
 def tokens_of_device(job: JobConfig, layout: Layout) -> int:

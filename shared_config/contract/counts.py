@@ -136,7 +136,7 @@ def training_memory(job: JobConfig, world_size: int = 1, tower: TowerConfig | No
         parameters=max(held_elements(stage, layout) for stage in stages) * FLOAT32,
         gradients=gradients,
         optimizer=len(moments_of(job.optimizer.name)) * gradients,
-        compute_copy=copied * BFLOAT16 if job.train.mixed_precision == "bf16" else 0,
+        compute_copy=copied * BFLOAT16 if job.train.casts else 0,
     )
 
 

@@ -16,6 +16,7 @@ from shared_config.interchange.toml import config_to_toml
 from shared_config.loader import load_config
 from shared_config.parity.align import INITIAL
 from shared_config.parity.compare import TOLERANCES, Comparison, Row, compare_traces
+from shared_config.parity.dtypes import stored_dtype
 from shared_config.parity.numerics import as_float64, relative_error
 from shared_config.parity.plan import BACKENDS, TRUTH, Check, Finding, Plan, register
 from shared_config.parity.provenance import check_run, expected_names, initial_hash, missing_names
@@ -98,7 +99,7 @@ def _trace_jobs(plan: Plan, backend: str) -> list[list[str]]:
     jobs = []
     for dtype in sorted(plan.dtypes, key=lambda dtype: dtype != "float64"):
         own = ["--deltas" if (backend, dtype) == TRUTH else "--no-deltas"]
-        if dtype == "bfloat16" and plan.config.experts_choose:
+        if stored_dtype(dtype) == "bfloat16" and plan.config.experts_choose:
             own += ["--routes", str(plan.trace_file(backend, "float64"))]
         jobs.append([*shared, "--dtype", dtype, "--output", str(plan.trace_file(backend, dtype)), *own])
     return jobs
@@ -125,8 +126,8 @@ def _not_shown(plan: Plan, dtype: str, traces: Sequence[Trace]) -> Iterator[Find
         if drawn is not None and trace.meta.initial_hash != drawn:
             said = f"{backend}: they are not those that seed {plan.seed} draws"
             yield Finding(dtype, INITIAL, ok=False, worst=INITIAL, error=math.inf, detail=said)
-        if logits is not None and str(logits.dtype) != dtype:
-            said = f"{backend}: {logits_name(plan.config)} is {logits.dtype}; it was to be {dtype}"
+        if logits is not None and str(logits.dtype) != stored_dtype(dtype):
+            said = f"{backend}: {logits_name(plan.config)} is {logits.dtype}; it was to be {stored_dtype(dtype)}"
             yield Finding(dtype, FORWARD, ok=False, worst=logits_name(plan.config), error=math.inf, detail=said)
     yield from unrecorded(dtype, traces, expected_names(plan.config))
 

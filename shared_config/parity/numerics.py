@@ -14,8 +14,11 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 Arrays = Mapping[str, np.ndarray]
+Roundoff = float | Callable[[str], float]
+"""One for all weights, or each weight's own, by its name."""
 
-UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "fp8": 2.0**-8}
+"""Of the results of an arithmetic: with products in FP8 they are bfloat16."""
 FLOOR_ROUNDOFFS = 4
 """Roundoffs of rms(truth) that are always allowed: what storing and accumulating the result costs by itself."""
 
@@ -115,19 +118,20 @@ def unit_roundoff(dtype: DTypeLike) -> float:
     return UNIT_ROUNDOFF[name]
 
 
-def perturb(weights: Arrays, unit_roundoff: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def perturb(weights: Arrays, unit_roundoff: Roundoff, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Every float weight moved by a relative uniform(-1, 1) * unit_roundoff, as float64; other dtypes unchanged.
 
     Draws are made in the order of the names, so the order of the mapping does not matter.
     """
-    moved = {name: _perturbed(np.asarray(weights[name]), unit_roundoff, rng) for name in sorted(weights)}
+    own = unit_roundoff if callable(unit_roundoff) else lambda _: unit_roundoff
+    moved = {name: _perturbed(np.asarray(weights[name]), own(name), rng) for name in sorted(weights)}
     return {name: moved[name] for name in weights}
 
 
 def perturbation_delta(
     function: Callable[[dict[str, np.ndarray]], np.ndarray | float | Arrays],
     weights: Arrays,
-    unit_roundoff: float,
+    unit_roundoff: Roundoff,
     runs: int = 3,
     seed: int = 0,
 ) -> dict[str, float]:
@@ -148,7 +152,7 @@ def perturbation_delta(
 def perturbation_maxima(
     function: Callable[[dict[str, np.ndarray]], np.ndarray | float | Arrays],
     weights: Arrays,
-    unit_roundoff: float,
+    unit_roundoff: Roundoff,
     measure: Callable[[str, np.ndarray, np.ndarray], ArrayLike],
     runs: int = 3,
     seed: int = 0,

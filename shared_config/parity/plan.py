@@ -74,7 +74,7 @@ class Plan:
 
     config: JobConfig
     folder: Path
-    dtypes: tuple[str, ...] = tuple(TOLERANCES)
+    dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16")
     seed: int = 0
     steps: int = 30
     device: str = "cpu"

@@ -13,9 +13,16 @@ from typing import Any
 import numpy as np
 
 from shared_config.parity import traces
-from shared_config.parity.numerics import UNIT_ROUNDOFF, as_float64, difference, finite_gap, perturbation_maxima
+from shared_config.parity.dtypes import dtypes_of, roundoffs_of
+from shared_config.parity.numerics import as_float64, difference, finite_gap, perturbation_maxima
 from shared_config.parity.parts import has_parts, part_errors
-from shared_config.parity.request import DTYPES, Arrays, Request, decode_names, decode_reference, request_meta
+from shared_config.parity.request import (
+    Arrays,
+    Request,
+    decode_names,
+    decode_reference,
+    request_meta,
+)
 from shared_config.parity.routes import is_routes, unequal_choices
 from shared_config.parity.tolerance import PARTS
 from shared_config.parity.traces import Trace
@@ -91,8 +98,8 @@ def perturbation_deltas(
     """Dtype -> name of a tensor -> how far rounding the weights to that dtype moves the float64 result, and its parts.
 
     Of updates it is the step that is moved: rounding the weights themselves would hide any step. A float64 trace has
-    deltas for every dtype, as it is the truth for all; another has those of its own. Cached decoding is the same
-    function as the forward without capacity limits, and has the delta of its logits.
+    deltas for every dtype of the config, as it is the truth for all; another has those of its own. Cached decoding is
+    the same function as the forward without capacity limits, and has the delta of its logits.
     """
 
     def tensors(weights: Arrays) -> Arrays:
@@ -106,10 +113,10 @@ def perturbation_deltas(
         judged = traces.group_of(name) in PARTS
         return delta_and_parts(name, moved, truth) if judged else [difference(moved, truth).rms_error]
 
-    dtypes = DTYPES if request.dtype == "float64" else (request.dtype,)
+    dtypes = dtypes_of(request.config) if request.dtype == "float64" else (request.dtype,)
     measured = {
         dtype: perturbation_maxima(
-            tensors, request.weights, UNIT_ROUNDOFF[dtype], measure, DELTA_RUNS, seed=request.seed
+            tensors, request.weights, roundoffs_of(request.config, dtype), measure, DELTA_RUNS, seed=request.seed
         )
         for dtype in dtypes
     }

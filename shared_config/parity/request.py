@@ -18,6 +18,7 @@ from shared_config.interchange.checkpoint import installed_versions
 from shared_config.interchange.toml import config_to_toml
 from shared_config.interchange.vision import picture_format, tower_of
 from shared_config.parity import traces
+from shared_config.parity.dtypes import DTYPES, dtypes_of
 from shared_config.parity.refeed import Refeed, Stats, refeed_from, routes_from
 from shared_config.parity.selection import Selection
 from shared_config.parity.traces import Trace, TraceMeta
@@ -36,7 +37,6 @@ T = TypeVar("T")
 BATCH, LENGTH, LONGEST, BEYOND_WINDOW = 2, 24, 128, 8
 WHOLE = "whole"
 """All tokens at once, without a cache."""
-DTYPES = ("float64", "float32", "bfloat16")
 WEIGHTS = ("validation", "init")
 
 
@@ -124,6 +124,8 @@ def make_request(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
+    if dtype not in dtypes_of(config):
+        raise UserError(f"dtype = {dtype!r}: needs train.mixed_precision = 'fp8', not {config.train.mixed_precision!r}")
     if tokens is None:
         tokens = validation_tokens(config.model.vocab_size, BATCH, default_length(config), seed)
     check_tokens(tokens, config)

@@ -7,7 +7,7 @@ from shared_config.schema.data import DataConfig
 from shared_config.schema.distributed import DistributedConfig
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig, RopeScaling
-from shared_config.schema.training import TrainConfig
+from shared_config.schema.training import FP8_FEWEST_LAYERS, TrainConfig
 from shared_config.schema.video import VideoConfig
 from shared_config.schema.vision import VisionEncoderConfig
 from shared_config.schema.vlm import VLMConfig
@@ -63,10 +63,11 @@ def _model(config: JobConfig) -> ModelConfig:
 
 
 def _layers_of_a_period(config: JobConfig) -> int:
-    """Layers that show every kind of layer at least once, and one after it."""
+    """Layers that show every kind of layer at least once, and one after it; with FP8, also what computes in it."""
+    fewest = FP8_FEWEST_LAYERS if config.train.mixed_precision == "fp8" else 1
     period = config.model.moe_frequency if config.model.is_moe else 1
     between = 1 if config.vlm is None else config.vlm.layer_period(config.model)
-    return max(period, between) + 1
+    return max(period + 1, between + 1, fewest)
 
 
 def _heads(model: ModelConfig) -> tuple[int, int]:

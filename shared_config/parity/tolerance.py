@@ -1,8 +1,9 @@
 """How large an error may be: one table for all comparisons of traces.
 
-Error and delta are root mean squares over a tensor. delta says how far rounding the weights moves the float64 result
-(`numerics.perturbation_delta`); it travels in the metadata of a float64 trace. Allowed is the largest of what the table
-says and, as in `numerics.allowed_error`, 4 roundoffs of rms, which is that of the truth's tensor:
+Error and delta are root mean squares over a tensor. delta says how far rounding the weights, each as far as the dtype
+rounds it (`dtypes.roundoffs_of`), moves the float64 result (`numerics.perturbation_delta`); it travels in the metadata
+of a float64 trace. Allowed is the largest of what the table says and, as in `numerics.allowed_error`, 4 roundoffs of
+rms, which is that of the truth's tensor:
 
     ==========  =====================  =====================  =====================  ========================
     dtype       forward, decode        loss, routing          gradient, updated      losses of a training run
@@ -10,6 +11,7 @@ says and, as in `numerics.allowed_error`, 4 roundoffs of rms, which is that of t
     float64     10 delta, 1e-12 rms    10 delta, 1e-12 rms    20 delta, 1e-12 rms    10 delta, 1e-9 rms
     float32     10 delta               10 delta, 1e-6 rms     20 delta               10 delta, 1e-5 rms
     bfloat16    4 delta                4 delta                10 delta               4 delta, 1e-2 rms
+    fp8         4 delta                4 delta                10 delta               4 delta, 2e-2 rms
     ==========  =====================  =====================  =====================  ========================
 
 Loss and routing have means over all tokens: what rounding the weights does averages out in them, the rounding of the
@@ -26,6 +28,7 @@ Rows, columns and elements of a tensor, and its size as a whole (`compare.parts`
     float64     20           40                   24
     float32     20           40                   24
     bfloat16    7            13 (22)              6 (8)
+    fp8         7            13 (22)              6 (8)
     ==========  ===========  ===================  ===================
 
 Elements of updates have four times as much (`ELEMENT_OF_STEP`).
@@ -92,12 +95,8 @@ TOLERANCES = {
         GRADIENT: Tolerance(20),
         LOSSES: Tolerance(10, 1e-5),
     },
-    "bfloat16": {
-        FORWARD: Tolerance(4),
-        LOSS: Tolerance(4),
-        GRADIENT: Tolerance(10),
-        LOSSES: Tolerance(4, 1e-2),
-    },
+    "bfloat16": {FORWARD: Tolerance(4), LOSS: Tolerance(4), GRADIENT: Tolerance(10), LOSSES: Tolerance(4, 1e-2)},
+    "fp8": {FORWARD: Tolerance(4), LOSS: Tolerance(4), GRADIENT: Tolerance(10), LOSSES: Tolerance(4, 2e-2)},
 }
 COLUMNS = {LOSS: LOSS, ROUTING: LOSS, GRADIENT: GRADIENT, UPDATED: GRADIENT, LOSSES: LOSSES}
 """Group -> column of the table; all other groups are forward."""
@@ -109,13 +108,14 @@ PART_LIMITS = {
     "float64": {FORWARD: PartLimits(20, 40, 24), GRADIENT: PartLimits(20, 40, 24)},
     "float32": {FORWARD: PartLimits(20, 40, 24), GRADIENT: PartLimits(20, 40, 24)},
     "bfloat16": {FORWARD: PartLimits(7, 13, 6), GRADIENT: PartLimits(7, 22, 8)},
+    "fp8": {FORWARD: PartLimits(7, 13, 6), GRADIENT: PartLimits(7, 22, 8)},
 }
 ELEMENT_OF_STEP = 4
 """Factor of the element's limit in updates: Adam divides a gradient by its size, so that rounding moves the step of an
 element whose gradient is nearly 0 by as much as the learning rate, which few runs see.
 """
 
-ROUTE_SLACK = {"float64": 0, "float32": 0, "bfloat16": 2}
+ROUTE_SLACK = {"float64": 0, "float32": 0, "bfloat16": 2, "fp8": 2}
 """Unequal choices that are allowed to a router even where none of the runs that deltas are measured by had one."""
 
 KINK = 3
@@ -155,8 +155,8 @@ def tolerance_of(group: str, dtype: str) -> Tolerance:
 
 
 def coarser(dtype_a: str, dtype_b: str) -> str:
-    """The dtype with the larger roundoff."""
-    return max(dtype_a, dtype_b, key=UNIT_ROUNDOFF.__getitem__)
+    """The one further down the table."""
+    return max(dtype_a, dtype_b, key=list(TOLERANCES).index)
 
 
 @dataclass(frozen=True)

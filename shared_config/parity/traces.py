@@ -71,7 +71,7 @@ class TraceMeta:
     Attributes:
         backend: "torch", "jax", or whatever computed it.
         device: "cpu", "cuda", a card's name ...
-        dtype: of the arithmetic: "float64", "float32" or "bfloat16".
+        dtype: of the arithmetic: "float64", "float32", "bfloat16" or "fp8".
         seed: of weights and tokens.
         config: the whole `JobConfig` as TOML.
         machine: platform, for people to read.

@@ -94,7 +94,9 @@ class Backend(Protocol):
         dtype: str,
         device: str | None,
     ) -> Trained:
-        """Steps of micro-batches from a state on, by the trainer that `train` has; "bfloat16" is mixed precision."""
+        """Steps of micro-batches from a state on, by the trainer that `train` has; "bfloat16" and "fp8" are mixed
+        precision.
+        """
         ...
 
     def decode(self, config: JobConfig, weights: Arrays, decoding: Decoding, *, device: str | None) -> Arrays:

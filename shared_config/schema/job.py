@@ -18,7 +18,7 @@ from shared_config.schema.metrics import MetricsConfig, ProfilingConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.optimizer import OptimizerConfig
 from shared_config.schema.scheduler import SchedulerConfig
-from shared_config.schema.training import TrainConfig
+from shared_config.schema.training import FP8_FEWEST_LAYERS, FP8_MULTIPLE, TrainConfig
 from shared_config.schema.video import VideoConfig
 from shared_config.schema.vision import VisionEncoderConfig
 
@@ -65,7 +65,19 @@ class JobConfig(Section):
                 f"scheduler.decay_steps = {self.scheduler.decay_steps}: must be at least "
                 f"scheduler.warmup_steps = {self.scheduler.warmup_steps}"
             )
+        if self.train.mixed_precision == "fp8":
+            yield from self._fp8_problems()
         yield from self._vision_problems()
+
+    def _fp8_problems(self) -> Iterator[str]:
+        """Where nothing would be computed in FP8."""
+        model = self.model
+        if model.n_layers < FP8_FEWEST_LAYERS or model.dim % FP8_MULTIPLE != 0:
+            yield (
+                f"train.mixed_precision = 'fp8': needs model.n_layers of {FP8_FEWEST_LAYERS} or more, as the first and "
+                f"the last stay in bfloat16, and a model.dim that {FP8_MULTIPLE} divides; they are {model.n_layers} "
+                f"and {model.dim}"
+            )
 
     def _vision_problems(self) -> Iterator[str]:
         if self.vlm is None:
@@ -116,3 +128,9 @@ class JobConfig(Section):
             yield f"distributed.pp = {layout.pp}: must be at most model.n_layers = {model.n_layers}"
         if layout.ep > 1 and (not model.is_moe or model.num_experts % layout.ep != 0):
             yield f"distributed.ep = {layout.ep}: must divide model.num_experts = {model.num_experts}"
+        for axis in ("tp", "cp"):
+            if self.train.mixed_precision == "fp8" and (size := getattr(layout, axis)) > 1:
+                yield (
+                    f"distributed.{axis} = {size}: must be 1 with train.mixed_precision = 'fp8', whose scales are made "
+                    "of whole rows and columns"
+                )

@@ -6,13 +6,20 @@ from typing import Annotated, Literal
 
 from shared_config.schema.base import EXECUTION, Count, NonNegativeFloat, PositiveInt, Section, section
 
+FP8_FEWEST_LAYERS = 3
+"""The first layer and the last stay in bfloat16."""
+
+FP8_MULTIPLE = 16
+"""What rows, inputs and outputs must be multiples of for FP8 units: of 16 bytes, each in its turn summed over."""
+
 
 @section
 class TrainConfig(Section):
     """``batch_size`` is sequences per micro-batch and data-parallel rank; an optimiser step sees ``grad_accum_steps``
     of them.
 
-    mixed_precision: "fp32" computes in float32; "bf16" keeps float32 masters and computes in bfloat16.
+    mixed_precision: "fp32" computes in float32; "bf16" keeps float32 masters and computes in bfloat16;
+    "fp8" does so too, with the products of all layers but the first and the last in FP8 (`shared_config.contract.fp8`).
     matmul_precision: "highest" is full float32 multiplication; "high" allows TF32 or the like on both backends.
     grad_clip_norm: 0 does not clip.
     on_nonfinite: what follows a loss or a norm of the gradient that is not finite: "stop" ends the run; "skip" leaves
@@ -30,8 +37,13 @@ class TrainConfig(Section):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped_steps: PositiveInt = 10
     seed: Count = 42
-    mixed_precision: Annotated[Literal["fp32", "bf16"], EXECUTION] = "bf16"
+    mixed_precision: Annotated[Literal["fp32", "bf16", "fp8"], EXECUTION] = "bf16"
     matmul_precision: Annotated[Literal["highest", "high"], EXECUTION] = "highest"
     compile_model: Annotated[bool, EXECUTION] = True
     scan_layers: Annotated[bool, EXECUTION] = False
     activation_checkpointing: Annotated[Literal["none", "full", "narrow", "selective"], EXECUTION] = "none"
+
+    @property
+    def casts(self) -> bool:
+        """Whether the arithmetic is in bfloat16, on a copy of the float32 masters."""
+        return self.mixed_precision != "fp32"

@@ -33,7 +33,8 @@ from tests.oracle.transformer import transformer, transformer_backward
 
 DELTA = 1e-3
 NAMES = ("forward/layers.0", "routing/layers.0.aux_loss", "loss", "gradient/w", "updated/w", "decode/1,1", "losses")
-DTYPES = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32), "bfloat16": BFLOAT16, "fp8": BFLOAT16}
 
 
 def origin(**fields: Any) -> TraceMeta:
@@ -73,7 +74,7 @@ def test_a_trace_equals_itself():
     assert (found.first_forward, found.first_backward, found.failures) == (None, None, ())
 
 
-SMALL = {"float64": 1e-12, "float32": 1e-3, "bfloat16": 0.02}
+SMALL = {"float64": 1e-12, "float32": 1e-3, "bfloat16": 0.02, "fp8": 0.02}
 """Deltas relative to a tensor that are far above all other limits, and no more than rounding can do."""
 
 LIMITS = [
@@ -86,6 +87,8 @@ LIMITS = [
     ("bfloat16", "forward", 4),
     ("bfloat16", "gradient", 10),
     ("bfloat16", "updated", 10),
+    ("fp8", "forward", 4),
+    ("fp8", "gradient", 10),
     ("float64", "forward", 10),
     ("float64", "gradient", 20),
 ]
@@ -114,7 +117,7 @@ def test_float64_needs_no_delta(name, relative):
         assert found.rows[0].relative == pytest.approx(factor * relative, rel=1e-3)
 
 
-@pytest.mark.parametrize(("dtype", "relative"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize(("dtype", "relative"), [("float32", 1e-5), ("bfloat16", 1e-2), ("fp8", 2e-2)])
 def test_losses_of_a_run_need_no_delta(dtype, relative):
     a = 3 + values(50)
     for factor, status in ((0.9, "within"), (1.1, "differs")):
@@ -637,7 +640,7 @@ def test_summaries_of_integers_and_of_nan():
         ({"config": "[model]\ndim = 20\n"}, r"optimizer: \{.*\} and None"),
         ({"weights_hash": "cd" * 20}, r"weights: other values \(abababababab\.\.\. and cdcdcdcdcdcd"),
         ({"tokens_hash": "ef" * 20}, "tokens: other values"),
-        ({"dtype": "float8"}, "dtype = 'float8': must be one of float64, float32, bfloat16"),
+        ({"dtype": "float8"}, "dtype = 'float8': must be one of float64, float32, bfloat16, fp8"),
     ],
 )
 def test_traces_of_different_runs_are_refused(fields, message):

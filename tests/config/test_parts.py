@@ -26,7 +26,7 @@ from shared_config.parity.traces import Trace, TraceMeta, read_trace, write_trac
 CONFIG = "[model]\ndim = 20\n[optimizer]\nlr = 0.01\n"
 ROUTED = "[model]\ndim = 20\nnum_experts = 4\n[optimizer]\nlr = 0.01\n"
 INDICES = "routing/layers.0.mlp.router.indices"
-DELTA = {"float32": 1e-5, "bfloat16": 1e-2, "float64": 1e-12}
+DELTA = {"float32": 1e-5, "bfloat16": 1e-2, "fp8": 1e-2, "float64": 1e-12}
 """Relative to the tensor."""
 
 
@@ -60,9 +60,9 @@ def compared(right: np.ndarray, wrong: np.ndarray, dtype: str, name: str = "forw
 
 
 K = {
-    "row": {"float64": (20, 20), "float32": (20, 20), "bfloat16": (7, 7)},
-    "column": {"float64": (20, 20), "float32": (20, 20), "bfloat16": (7, 7)},
-    "element": {"float64": (40, 40), "float32": (40, 40), "bfloat16": (13, 22)},
+    "row": {"float64": (20, 20), "float32": (20, 20), "bfloat16": (7, 7), "fp8": (7, 7)},
+    "column": {"float64": (20, 20), "float32": (20, 20), "bfloat16": (7, 7), "fp8": (7, 7)},
+    "element": {"float64": (40, 40), "float32": (40, 40), "bfloat16": (13, 22), "fp8": (13, 22)},
 }
 PLACES = {
     ("row", 2): (np.s_[17], "row 17"),

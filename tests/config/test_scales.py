@@ -133,6 +133,7 @@ def test_scales_are_of_what_is_finite_and_the_coarser_dtype_counts() -> None:
     assert scale_of(np.array([3.0, np.nan, -3.0, np.inf])) == 3.0
     assert coarser("bfloat16", "float32") == coarser("float32", "bfloat16") == "bfloat16"
     assert coarser("float64", "float32") == "float32"
+    assert coarser("fp8", "bfloat16") == coarser("bfloat16", "fp8") == "fp8"
 
 
 def test_parts_are_judged_but_for_those_of_what_is_zero_by_mathematics() -> None:
