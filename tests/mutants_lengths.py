@@ -65,4 +65,56 @@ LENGTH_MUTANTS = (
     both("model.cross_attention", "image tokens from 512 on not seen", "attend(q_BHSh, k_BKNh, v_BKNh, mask",
          "attend(q_BHSh, k_BKNh[:, :, :512], v_BKNh[:, :, :512], "
          "Mask(key_valid=None if image_mask is None else image_mask[:, :512])"),
+    Mutant(
+        "training.head", "tokens after the last full chunk dropped",
+        ("for start in range(0, len(x_ND), rows):", "for start in range(0, len(x_ND) - rows + 1, rows):"),
+        ("return x_ND.reshape(-1, rows, x_ND.shape[1]), labels_N.reshape(-1, rows)",
+         "labels_N = labels_N.at[len(labels_N) - rows :].set(IGNORED) if missing else labels_N\n"
+         "    return x_ND.reshape(-1, rows, x_ND.shape[1]), labels_N.reshape(-1, rows)"),
+    ),
+    Mutant(
+        "training.head", "a mean of the means of chunks",
+        ("loss, _ = cross_entropy(logits_cV.requires_grad_()[None], labels_c[None])",
+         "loss, count = cross_entropy(logits_cV.requires_grad_()[None], labels_c[None])\n"
+         "        loss = loss / count.clamp(min=1)"),
+        ("            return cross_entropy(logits_cV[None], labels_c[None])[0]\n\n        loss,",
+         "            total, count = cross_entropy(logits_cV[None], labels_c[None])\n"
+         "            return total / jnp.maximum(count, 1)\n\n        loss,"),
+    ),
+    Mutant(
+        "training.head", "an evaluation of the mean of the means of chunks",
+        ("return cross_entropy(logits_cV[None], labels_c[None])[0]",
+         "total, count = cross_entropy(logits_cV[None], labels_c[None])\n        return total / count.clamp(min=1)"),
+        ("return total + cross_entropy(linear(x_cD, weight_VD)[None], labels_c[None])[0], None",
+         "own, count = cross_entropy(linear(x_cD, weight_VD)[None], labels_c[None])\n"
+         "        return total + own / jnp.maximum(count, 1), None"),
+    ),
+    Mutant(
+        "training.head", "the weight's gradient of the last chunk alone",
+        ("_add_product(dw_VD, dlogits_cV.t(), x_cD)", "_add_product(dw_VD.zero_(), dlogits_cV.t(), x_cD)"),
+        ("dw_VD += lax.dot_general(", "dw_VD = lax.dot_general("),
+    ),
+    Mutant(
+        "training.head", "labels of a chunk from one token further on",
+        ("labels_N[start : start + rows]", "labels_N.roll(-1)[start : start + rows]"),
+        ("return x_ND.reshape(-1, rows, x_ND.shape[1]), labels_N.reshape(-1, rows)",
+         "return x_ND.reshape(-1, rows, x_ND.shape[1]), jnp.roll(labels_N, -1).reshape(-1, rows)"),
+    ),
+    Mutant(
+        "training.head", "the scale of the loss left out of the weight's gradient",
+        ("torch.mul(dw_VD, gradient,", "torch.mul(dw_VD, 1,"), ("(dw_VD * gradient)", "dw_VD"),
+    ),
+    Mutant(
+        "training.head", "the scale of the loss left out of the gradient of what enters the head",
+        ("dx_ND * gradient", "dx_ND"), ("(dx_ND * gradient)", "dx_ND"),
+    ),
+    Mutant(
+        "training.head", "every chunk's gradient written to the first",
+        ("dx_ND[start : start + rows]", "dx_ND[: len(x_cD)]"),
+        ("dx_ncD.reshape(-1, x_ND.shape[1])", "jnp.broadcast_to(dx_ncD[-1], dx_ncD.shape).reshape(-1, x_ND.shape[1])"),
+    ),
+    Mutant(
+        "training.head", "the weight's gradient only where what enters the head has one",
+        ("if dw_VD is not None:\n        _add", "if dw_VD is not None and dx_cD is not None:\n        _add"), None,
+    ),
 )  # fmt: skip

@@ -5,6 +5,8 @@ Shapes: B batch, S sequence, D model dim, V vocabulary.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Integer
@@ -12,6 +14,22 @@ from jaxtyping import Array, Float, Integer
 from kempnerforge_jax.model.checks import check_ids
 from kempnerforge_jax.model.linear import Embedding, Linear, linear
 from kempnerforge_jax.model.module import Module
+
+
+class FactoredLogits(NamedTuple):
+    """Logits that are not multiplied yet: x weight^T.
+
+    Attributes:
+        x: (B, S, D), what enters the head.
+        weight: (V, D), in the dtype of x.
+    """
+
+    x: Float[Array, "B S D"]
+    weight: Float[Array, "V D"]
+
+    def whole(self) -> Float[Array, "B S V"]:
+        """The product."""
+        return linear(self.x, self.weight)
 
 
 class TokenEmbedding(Module):
@@ -48,6 +66,10 @@ class OutputHead(Module):
     ) -> Float[Array, "B S V"]:
         """(B, S, D) -> (B, S, V); a tied head is given the embedding's table (V, D) at each call."""
         return self.proj(x, tied_weight)
+
+    def factors(self, x: Float[Array, "B S D"], tied_weight: Float[Array, "V D"] | None = None) -> FactoredLogits:
+        """What `forward` multiplies."""
+        return FactoredLogits(*(self.proj.factors(x) if tied_weight is None else (x, tied_weight)))
 
     def tie_weights(self, embedding: TokenEmbedding) -> None:
         """Give up the own weight for the embedding's table, which each call passes: no array belongs to two modules.

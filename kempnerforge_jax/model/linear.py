@@ -42,6 +42,11 @@ class Linear(Module):
         bias = None if self.bias is None else self.bias.get_value()
         return linear(x, self.weight.get_value(), bias, self.fp8)
 
+    def factors(self, x: Float[Array, "... I"]) -> tuple[Float[Array, "... I"], Float[Array, "O I"]]:
+        """What `forward` multiplies: inputs and the weight."""
+        assert self.weight is not None, "a tied layer has no weight"
+        return x, self.weight.get_value()
+
 
 class Embedding(Module):
     """A lookup table (V, D), drawn normal(0, 1)."""

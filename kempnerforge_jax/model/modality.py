@@ -1,6 +1,7 @@
 """What a call of the transformer may carry besides tokens.
 
-Shapes: B batch, S positions of the residual stream (image and text), P prefix positions, N image tokens, D model dim.
+Shapes: B batch, T text tokens, S positions of the residual stream (image and text), P prefix positions, N image
+tokens, D model dim.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 ARRAYS = (
@@ -89,3 +91,19 @@ class ModalityContext:
             object.__setattr__(context, name, value)
         object.__setattr__(context, "output_slice", None if static is None else slice(*static))
         return context
+
+
+def with_text(
+    image: ModalityContext, text_mask: Bool[Array, "B T"] | None, noise_seed: Integer[Array, ""] | None
+) -> ModalityContext:
+    """The prepared context, extended by what is known of the text, whose positions come last in the stream."""
+    real_BS = image.key_padding_mask
+    if text_mask is not None:
+        batch, length = text_mask.shape
+        prefix = 0 if image.prefix_embeds is None else image.prefix_embeds.shape[1]
+        if real_BS is None:
+            real_BS = jnp.ones((batch, prefix + length), bool)
+        real_BS = jnp.concatenate([real_BS[:, :prefix], real_BS[:, prefix:] & text_mask], axis=1)
+    return dataclasses.replace(
+        image, key_padding_mask=real_BS, noise_seed=image.noise_seed if noise_seed is None else noise_seed
+    )

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
+from kempnerforge_jax.model.embedding import FactoredLogits
 from kempnerforge_jax.model.kv_cache import KVCache
 from kempnerforge_jax.model.module import Module, named_variables
 from kempnerforge_jax.model.wrappers import unwrap
@@ -136,14 +137,16 @@ class TransformerOutput(NamedTuple):
 
     Attributes:
         logits: (B, S_out, V), or the residual stream (B, S_out, D) of a model without head; in the dtype of the
-            weights.
+            weights. Also the stream where there are ``factors``.
         stats: layer -> what its mixtures of experts counted, and their losses; {} if dense.
         kv_caches: those given, with the new tokens; None if none were given.
+        factors: of the logits, where these were asked for instead; else None.
     """
 
     logits: Float[Array, "B S_out V"]
     stats: dict[int, LayerStats]
     kv_caches: list[KVCache] | None = None
+    factors: FactoredLogits | None = None
 
 
 class StatsGetters(Module):

@@ -19,7 +19,7 @@ from kempnerforge_jax.model.attention import KVCache, prepare_mask, self_attenti
 from kempnerforge_jax.model.balancing import balance
 from kempnerforge_jax.model.block import TransformerBlock as TransformerBlock
 from kempnerforge_jax.model.checks import check_axes
-from kempnerforge_jax.model.embedding import OutputHead, TokenEmbedding
+from kempnerforge_jax.model.embedding import FactoredLogits, OutputHead, TokenEmbedding
 from kempnerforge_jax.model.init import init_weights
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module, Numbered, is_observed
@@ -120,6 +120,7 @@ class Transformer(ModelGetters):
         doc_ids: Integer[Array, "B S"] | None = None,
         allow_image_inputs: bool = False,
         limit_capacity: bool | None = None,
+        factored_logits: bool = False,
         scan_layers: bool = False,
         remat: bool | Callable[..., bool] = False,
     ) -> TransformerOutput:
@@ -132,6 +133,8 @@ class Transformer(ModelGetters):
             allow_image_inputs: let image inputs go together with caches, as the prefill of `generate` does.
             limit_capacity: whether experts have a capacity in this call; None: unless there are caches. A token's
                 result must not depend on how its sequence is split into calls.
+            factored_logits: leave the product with the head's weight to the caller, who gets ``factors``; not where
+                something observes the head, as `capture` does.
             scan_layers: stack layers of one structure here and scan them. A model from ``split(scan_layers=True)``
                 holds them stacked and needs no copy.
             remat: recompute the activations of each layer in the backward pass: True, or a `jax.checkpoint` policy.
@@ -149,6 +152,7 @@ class Transformer(ModelGetters):
                 doc_ids=doc_ids,
                 allow_image_inputs=allow_image_inputs,
                 limit_capacity=limit_capacity,
+                factored_logits=factored_logits,
                 remat=remat,
             )
         modality = modality or ModalityContext()
@@ -165,8 +169,8 @@ class Transformer(ModelGetters):
         x_BSD = self.architecture.final_norm(self._extra_modules(), x_BSD, modality)
         if modality.output_slice is not None:
             x_BSD = x_BSD[:, modality.output_slice]
-        logits = x_BSD if self.output_head is None else self.output_head(x_BSD, self._tied_weight())
-        return TransformerOutput(logits, stats, updated)
+        logits, factors = self._head(x_BSD, factored_logits)
+        return TransformerOutput(logits, stats, updated, factors)
 
     def precompute_image_kv(self, modality: ModalityContext) -> ModalityContext:
         """The context for decoding, in which nothing of the image is left to be computed at every step."""
@@ -279,6 +283,14 @@ class Transformer(ModelGetters):
             stats |= {} if output.stats is None else {int(name): output.stats}
             x = self.architecture.after_block(self._extra_modules(), int(name), output.x, modality)
         return x, stats, updated
+
+    def _head(self, x: jax.Array, factored: bool) -> tuple[jax.Array, FactoredLogits | None]:
+        """The logits, or their factors beside the stream; the stream alone in a stage without head."""
+        head = self.output_head
+        if head is None:
+            return x, None
+        weight = self._tied_weight()
+        return (x, head.factors(x, weight)) if factored and not is_observed() else (head(x, weight), None)
 
     def _tied_weight(self) -> jax.Array | None:
         if not self.config.tie_embeddings:

@@ -7,7 +7,7 @@ tokens, S positions of the stream, D model dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 from flax import nnx
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from kempnerforge_jax.model.adapter import VisionAdapter, build_adapter
 from kempnerforge_jax.model.checks import check_axes, check_mask, check_shape
 from kempnerforge_jax.model.kv_cache import KVCache
-from kempnerforge_jax.model.modality import ModalityContext
+from kempnerforge_jax.model.modality import ModalityContext, with_text
 from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.model.mot import mot_warm_start_from_text_stack
 from kempnerforge_jax.model.stats import TransformerOutput
@@ -207,6 +207,7 @@ class VLMWrapper(Module):
         noise_seed: Integer[Array, ""] | None = None,
         kv_caches: Sequence[KVCache] | None = None,
         limit_capacity: bool | None = None,
+        factored_logits: bool = False,
         scan_layers: bool = False,
         remat: bool | Callable[..., bool] = False,
     ) -> TransformerOutput:
@@ -215,7 +216,7 @@ class VLMWrapper(Module):
         Args:
             kv_caches: one per layer; text continues from their fill. An image in the stream comes with the first call,
                 one that cross-attention reads with every call.
-            limit_capacity, scan_layers, remat: as for `Transformer.run`.
+            limit_capacity, factored_logits, scan_layers, remat: as for `Transformer.run`.
         """
         modality = self.context(pixel_values, input_ids, frame_mask, text_mask=text_mask, noise_seed=noise_seed)
         return self.transformer.run(
@@ -224,6 +225,7 @@ class VLMWrapper(Module):
             kv_caches=kv_caches,
             allow_image_inputs=pixel_values is not None,
             limit_capacity=limit_capacity,
+            factored_logits=factored_logits,
             scan_layers=scan_layers,
             remat=remat,
         )
@@ -283,20 +285,6 @@ class VLMWrapper(Module):
         mask_BFn = jnp.broadcast_to(frame_mask[:, :, None], embeds_BFnD.shape[:3])
         embeds_BFnD = jnp.where(mask_BFn[..., None], embeds_BFnD, 0)
         return embeds_BFnD.reshape(*flat, -1), mask_BFn.reshape(flat)
-
-
-def with_text(
-    image: ModalityContext, text_mask: Bool[Array, "B T"] | None, noise_seed: Integer[Array, ""] | None
-) -> ModalityContext:
-    """The prepared context, extended by what is known of the text, whose positions come last in the stream."""
-    real_BS = image.key_padding_mask
-    if text_mask is not None:
-        batch, length = text_mask.shape
-        prefix = 0 if image.prefix_embeds is None else image.prefix_embeds.shape[1]
-        if real_BS is None:
-            real_BS = jnp.ones((batch, prefix + length), bool)
-        real_BS = jnp.concatenate([real_BS[:, :prefix], real_BS[:, prefix:] & text_mask], axis=1)
-    return replace(image, key_padding_mask=real_BS, noise_seed=image.noise_seed if noise_seed is None else noise_seed)
 
 
 def build_vlm_wrapper(

@@ -12,18 +12,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer
 
 from kempnerforge_jax.model.checks import check_ids, check_shape, wide
+from kempnerforge_jax.model.embedding import FactoredLogits
 from kempnerforge_jax.model.stats import LayerStats, MoEStats
+from kempnerforge_jax.training.head import loss_in_chunks
 from shared_config.contract.labels import IGNORED
 from shared_config.contract.routing import by_router
 
 
 def cross_entropy(
-    logits_BSV: Float[Array, "B S V"], labels_BS: Integer[Array, "B S"]
+    logits: Float[Array, "B S V"] | FactoredLogits, labels_BS: Integer[Array, "B S"]
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Sum of logsumexp(logits) - logits[label] over the labels that are not -100, and the number of these labels.
 
     The arithmetic is in at least float32. Only the logits are kept for the backward pass, which computes the
     probabilities again; the compiler fuses the widening into its reductions, so no second array of their size exists.
+
+    Args:
+        logits: where their factors are given and they would be many, those of all tokens never exist together.
 
     Returns:
         sum: scalar, at least float32; 0 with gradient 0 if no label counts; inside jit NaN if a label is neither -100
@@ -34,15 +39,19 @@ def cross_entropy(
         ValueError: labels of another shape than the logits, or that are not integers; outside jit one that is neither
             -100 nor in [0, V).
     """
-    check_shape("labels", labels_BS, logits_BSV.shape[:-1])
-    check_ids("labels", labels_BS, logits_BSV.shape[-1], IGNORED)
+    if isinstance(logits, FactoredLogits):
+        return loss_in_chunks(cross_entropy, logits, labels_BS, len(logits.weight))
+    check_shape("labels", labels_BS, logits.shape[:-1])
+    check_ids("labels", labels_BS, logits.shape[-1], IGNORED)
     labels_BS = wide(labels_BS)
-    return _summed(logits_BSV, labels_BS), jnp.sum(labels_BS != IGNORED, dtype=jnp.int32)
+    return _summed(logits, labels_BS), jnp.sum(labels_BS != IGNORED, dtype=jnp.int32)
 
 
-def mean_cross_entropy(logits_BSV: Float[Array, "B S V"], labels_BS: Integer[Array, "B S"]) -> Float[Array, ""]:
+def mean_cross_entropy(
+    logits: Float[Array, "B S V"] | FactoredLogits, labels_BS: Integer[Array, "B S"]
+) -> Float[Array, ""]:
     """`cross_entropy` per label that counts; 0 with gradient 0 if none does."""
-    total, count = cross_entropy(logits_BSV, labels_BS)
+    total, count = cross_entropy(logits, labels_BS)
     return total / jnp.maximum(count, 1)
 
 

@@ -127,7 +127,8 @@ def _own_loss(
 ) -> tuple[State, jax.Array]:
     batch = {name: array[0] for name, array in batches.items()}
     with _computing_model(recipe, parameters, buffers) as model:
-        total = cross_entropy(model.run(**model_inputs(batch)).logits, batch["labels"])[0]
+        output = model.run(**model_inputs(batch), factored_logits=True)
+    total = cross_entropy(output.factors or output.logits, batch["labels"])[0]
     return {}, of_all_parts(recipe.shards and recipe.shards.mesh, total) / count
 
 
@@ -169,9 +170,12 @@ def _objective(
     options = {"scan_layers": True} if recipe.train.scan_layers and recipe.vlm is not None else {}
     with _computing_model(recipe, {**trained, **frozen}, buffers) as model:
         output = model.run(
-            **model_inputs(batch), **options, remat=REMATERIALISATION[recipe.train.activation_checkpointing]
+            **model_inputs(batch),
+            **options,
+            factored_logits=True,
+            remat=REMATERIALISATION[recipe.train.activation_checkpointing],
         )
-    total = cross_entropy(output.logits, batch["labels"])[0]
+    total = cross_entropy(output.factors or output.logits, batch["labels"])[0]
     loss = of_all_parts(recipe.shards and recipe.shards.mesh, total) / count
     aux_loss, z_loss = (jnp.asarray(term / micro_batches, loss.dtype) for term in router_losses(output.stats))
     weighted = loss + recipe.model.moe_aux_loss_weight * aux_loss + recipe.model.moe_router_z_loss_weight * z_loss

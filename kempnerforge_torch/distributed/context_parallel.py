@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from kempnerforge_torch.distributed.collectives import gathered, gathered_alike, summed_over
 from kempnerforge_torch.distributed.mesh import Mesh
+from kempnerforge_torch.model.embedding import FactoredLogits
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.mask import Mask
 from kempnerforge_torch.model.router import TopKRouter
@@ -121,8 +122,8 @@ def own_part(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, np
 def of_all_parts(cross_entropy: CrossEntropy, group: dist.ProcessGroup) -> CrossEntropy:
     """``cross_entropy``, whose sum and number of labels are those of all parts; the same on every rank."""
 
-    def summed(logits_BSV: Tensor, labels_BS: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
-        total, count = cross_entropy(logits_BSV, labels_BS, **options)
+    def summed(logits: Tensor | FactoredLogits, labels_BS: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
+        total, count = cross_entropy(logits, labels_BS, **options)
         return summed_over(total, group), summed_over(count, group)
 
     return summed

@@ -139,8 +139,11 @@ class _Stage(nn.Module):
         self, x: Integer[Tensor, "B S"] | Float[Tensor, "B S D"], labels: Integer[Tensor, "B S"], **others: Any
     ) -> Float[Tensor, "B S D"] | Float[Tensor, "1"]:
         """The stream (B, S, D); on the last stage the summed cross entropy (1,)."""
-        output = self.model(**model_inputs({"tokens": x, **others}), return_stats=True).logits
-        return output if self.model.output_head is None else torch.stack([self.cross_entropy(output, labels)[0]])
+        inputs = model_inputs({"tokens": x, **others})
+        output = self.model(**inputs, factored_logits=True, return_stats=True)
+        if self.model.output_head is None:
+            return output.logits
+        return torch.stack([self.cross_entropy(output.factors or output.logits, labels)[0]])
 
 
 def _share(total: Float[Tensor, "1"], count: Integer[Tensor, "1"]) -> Float[Tensor, ""]:

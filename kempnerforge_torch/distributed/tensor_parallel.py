@@ -142,6 +142,7 @@ def _compute_with_parts(path: str, module: nn.Module, name: str, place: int, gro
     changed: Any = module
     if isinstance(module, nn.Linear) and place == 0:
         changed.forward = some_outputs(module, functools.partial(copied, group=group))
+        changed.factors = lambda x: (copied(x, group), local(module.weight).to(x.dtype))
     elif isinstance(module, nn.Linear):
         changed.forward = some_inputs(module, functools.partial(summed_over, group=group))
     elif isinstance(module, nn.Embedding):

@@ -17,6 +17,8 @@ from kempnerforge_torch.distributed.context_parallel import CrossEntropy, of_all
 from kempnerforge_torch.distributed.mesh import Mesh
 from kempnerforge_torch.distributed.tensor_parallel import part_of
 from kempnerforge_torch.model.checks import check_ids, check_shape, nan_outside
+from kempnerforge_torch.model.embedding import FactoredLogits
+from kempnerforge_torch.training.head import loss_in_chunks
 from kempnerforge_torch.training.loss import cross_entropy
 from shared_config.contract.labels import IGNORED
 
@@ -30,7 +32,7 @@ def cross_entropy_of(mesh: Mesh | None, vocab_size: int) -> CrossEntropy:
 
 
 def split_cross_entropy(
-    logits_BSV: Float[Tensor, "B S V"],
+    logits: Float[Tensor, "B S V"] | FactoredLogits,
     labels_BS: Integer[Tensor, "B S"],
     *,
     vocab_size: int,
@@ -46,10 +48,13 @@ def split_cross_entropy(
     Raises:
         ValueError: as `cross_entropy` does; on an accelerator the sum is NaN for an invalid label.
     """
-    check_shape("labels", labels_BS, logits_BSV.shape[:-1])
+    if isinstance(logits, FactoredLogits):
+        own = functools.partial(split_cross_entropy, vocab_size=vocab_size, group=group)
+        return loss_in_chunks(own, logits, labels_BS, -(-vocab_size // group.size()))
+    check_shape("labels", labels_BS, logits.shape[:-1])
     check_ids("labels", labels_BS, vocab_size, IGNORED)
     labels_BS, (start, stop) = labels_BS.long(), part_of(vocab_size, group)
-    wide_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
+    wide_BSV = logits.to(torch.promote_types(logits.dtype, torch.float32))
     highest_BS = wide_BSV.detach().amax(dim=-1)
     dist.all_reduce(highest_BS, dist.ReduceOp.MAX, group)
     sums_BS = summed_over((wide_BSV - highest_BS[..., None]).exp().sum(dim=-1), group)

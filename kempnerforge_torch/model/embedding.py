@@ -5,12 +5,30 @@ Shapes: B batch, S sequence, D model dim, V vocabulary.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.checks import check_ids
-from kempnerforge_torch.model.linear import Embedding, Linear
+from kempnerforge_torch.model.linear import Embedding, Linear, linear
+
+
+class FactoredLogits(NamedTuple):
+    """Logits that are not multiplied yet: x weight^T.
+
+    Attributes:
+        x: (B, S, D), what enters the head.
+        weight: (V, D), in the dtype of x.
+    """
+
+    x: Float[Tensor, "B S D"]
+    weight: Float[Tensor, "V D"]
+
+    def whole(self) -> Float[Tensor, "B S V"]:
+        """The product."""
+        return linear(self.x, self.weight)
 
 
 class TokenEmbedding(nn.Module):
@@ -48,6 +66,10 @@ class OutputHead(nn.Module):
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S V"]:
         """(B, S, D) -> (B, S, V)."""
         return self.proj(x)
+
+    def factors(self, x: Float[Tensor, "B S D"]) -> FactoredLogits:
+        """What `forward` multiplies."""
+        return FactoredLogits(*self.proj.factors(x))
 
     def tie_weights(self, embedding: TokenEmbedding) -> None:
         """Use the embedding's table as the weight.

@@ -38,6 +38,10 @@ class Linear(nn.Linear):
         """(..., I) -> (..., O); the dtype of ``x`` must be that of the weight."""
         return linear(x, self.weight, self.bias, self.fp8)
 
+    def factors(self, x: Float[Tensor, "... _I"]) -> tuple[Float[Tensor, "... I"], Float[Tensor, "O I"]]:
+        """What `forward` multiplies: inputs, and a view of the weight: wrappers leave hooks on what a model returns."""
+        return x, self.weight.view_as(self.weight)
+
 
 class Embedding(nn.Embedding):
     """A lookup table (V, D), drawn normal(0, 1)."""

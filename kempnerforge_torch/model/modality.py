@@ -1,12 +1,14 @@
 """What a call of the transformer may carry besides tokens.
 
-Shapes: B batch, S positions of the residual stream (image and text), P prefix positions, N image tokens, D model dim.
+Shapes: B batch, T text tokens, S positions of the residual stream (image and text), P prefix positions, N image
+tokens, D model dim.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
@@ -58,3 +60,19 @@ class ModalityContext:
 
     def _given(self, *names: str) -> list[str]:
         return [name for name in names if getattr(self, name) is not None]
+
+
+def with_text(
+    image: ModalityContext, text_mask: Bool[Tensor, "B T"] | None, noise_seed: Integer[Tensor, ""] | None
+) -> ModalityContext:
+    """The prepared context, extended by what is known of the text, whose positions come last in the stream."""
+    real_BS = image.key_padding_mask
+    if text_mask is not None:
+        batch, length = text_mask.shape
+        prefix = 0 if image.prefix_embeds is None else image.prefix_embeds.shape[1]
+        if real_BS is None:
+            real_BS = torch.ones((batch, prefix + length), dtype=torch.bool, device=text_mask.device)
+        real_BS = torch.cat([real_BS[:, :prefix], real_BS[:, prefix:] & text_mask], dim=1)
+    return dataclasses.replace(
+        image, key_padding_mask=real_BS, noise_seed=image.noise_seed if noise_seed is None else noise_seed
+    )

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
+from kempnerforge_torch.model.embedding import FactoredLogits
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.wrappers import unwrap
 from shared_config.contract.routing import RouterId, by_router
@@ -135,14 +136,16 @@ class TransformerOutput(NamedTuple):
 
     Attributes:
         logits: (B, S_out, V), or the residual stream (B, S_out, D) of a model without head; in the dtype of the
-            weights.
+            weights. Also the stream where there are ``factors``.
         stats: layer -> what its mixtures of experts counted, and their losses; {} if dense.
         kv_caches: those given, which were written to; None if none were given.
+        factors: of the logits, where these were asked for instead; else None.
     """
 
     logits: Float[Tensor, "B S_out V"]
     stats: dict[int, LayerStats]
     kv_caches: list[KVCache] | None = None
+    factors: FactoredLogits | None = None
 
 
 class StatsGetters(nn.Module):

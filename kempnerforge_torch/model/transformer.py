@@ -19,14 +19,14 @@ from kempnerforge_torch.model.attention import KVCache, prepare_mask, self_atten
 from kempnerforge_torch.model.balancing import balance
 from kempnerforge_torch.model.block import TransformerBlock as TransformerBlock
 from kempnerforge_torch.model.checks import check_axes
-from kempnerforge_torch.model.embedding import OutputHead, TokenEmbedding
+from kempnerforge_torch.model.embedding import FactoredLogits, OutputHead, TokenEmbedding
 from kempnerforge_torch.model.expert_choice import MAX_SEED
 from kempnerforge_torch.model.init import init_weights
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.position import RotaryTables
 from kempnerforge_torch.model.stats import LayerCounts, LayerStats, ModelGetters, TransformerOutput
 from kempnerforge_torch.model.stream import check_inputs, check_stream
-from kempnerforge_torch.model.wrappers import plain_modules, unwrap
+from kempnerforge_torch.model.wrappers import is_observed, plain_modules, unwrap
 from kempnerforge_torch.registry import registry
 from shared_config.contract.routing import by_router
 from shared_config.registry import declared_names, import_declared
@@ -79,6 +79,7 @@ class Transformer(ModelGetters):
         doc_ids: Integer[Tensor, "B S"] | None = None,
         allow_image_inputs: bool = False,
         limit_capacity: bool | None = None,
+        factored_logits: bool = False,
         return_stats: bool = False,
     ) -> Float[Tensor, "B S_out V"] | TransformerOutput:
         """Logits (B, S_out, V).
@@ -90,6 +91,8 @@ class Transformer(ModelGetters):
             allow_image_inputs: let image inputs go together with caches, as the prefill of `generate` does.
             limit_capacity: whether experts have a capacity in this call; None: unless there are caches. A token's
                 result must not depend on how its sequence is split into calls.
+            factored_logits: leave the product with the head's weight to the caller, who gets ``factors``; not where
+                something observes the head, as `capture` does.
             return_stats: give a `TransformerOutput`, and leave the getters alone.
 
         Raises:
@@ -106,9 +109,9 @@ class Transformer(ModelGetters):
         x_BSD = self.architecture.final_norm(self._extra_modules(), x_BSD, modality)
         if modality.output_slice is not None:
             x_BSD = x_BSD[:, modality.output_slice]
-        logits = x_BSD if self.output_head is None else self.output_head(x_BSD)
+        logits, factors = self._head(x_BSD, factored_logits)
         if return_stats:
-            return TransformerOutput(logits, stats, None if kv_caches is None else list(kv_caches))
+            return TransformerOutput(logits, stats, None if kv_caches is None else list(kv_caches), factors)
         self.keep_stats(stats)
         return logits
 
@@ -121,6 +124,7 @@ class Transformer(ModelGetters):
         doc_ids: Integer[Tensor, "B S"] | None = None,
         allow_image_inputs: bool = False,
         limit_capacity: bool | None = None,
+        factored_logits: bool = False,
     ) -> TransformerOutput:
         """The forward as a pure function: logits, router stats and caches are returned, the model keeps nothing."""
         return self(
@@ -130,6 +134,7 @@ class Transformer(ModelGetters):
             doc_ids=doc_ids,
             allow_image_inputs=allow_image_inputs,
             limit_capacity=limit_capacity,
+            factored_logits=factored_logits,
             return_stats=True,
         )
 
@@ -237,6 +242,13 @@ class Transformer(ModelGetters):
                 stats[int(name)] = output.stats
             x = self.architecture.after_block(self._extra_modules(), int(name), output.x, modality)
         return x, stats
+
+    def _head(self, x: Tensor, factored: bool) -> tuple[Tensor, FactoredLogits | None]:
+        """The logits, or their factors beside the stream; the stream alone in a stage without head."""
+        head = self.output_head
+        if head is None:
+            return x, None
+        return (x, unwrap(head).factors(x)) if factored and not is_observed(head) else (head(x), None)
 
     def _extra_modules(self) -> Modules:
         """Those that the architecture added, as they are now."""

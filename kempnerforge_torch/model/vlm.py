@@ -7,7 +7,7 @@ tokens, S positions of the stream, D model dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kempnerforge_torch.model.adapter import VisionAdapter, build_adapter
 from kempnerforge_torch.model.checks import check_axes, check_mask, check_shape
 from kempnerforge_torch.model.kv_cache import KVCache
-from kempnerforge_torch.model.modality import ModalityContext
+from kempnerforge_torch.model.modality import ModalityContext, with_text
 from kempnerforge_torch.model.mot import mot_warm_start_from_text_stack
 from kempnerforge_torch.model.stats import TransformerOutput
 from kempnerforge_torch.model.transformer import Transformer
@@ -180,6 +180,7 @@ class VLMWrapper(nn.Module):
         noise_seed: Integer[Tensor, ""] | None = None,
         kv_caches: Sequence[KVCache] | None = None,
         limit_capacity: bool | None = None,
+        factored_logits: bool = False,
         return_stats: bool = False,
     ) -> tuple[Float[Tensor, "B T V"], Integer[Tensor, "B T"] | None] | TransformerOutput:
         """Logits (B, T, V), and the labels as they were given.
@@ -198,7 +199,7 @@ class VLMWrapper(nn.Module):
             noise_seed: int (), see `ModalityContext`.
             kv_caches: one per layer; text continues from their fill. An image in the stream comes with the first call,
                 one that cross-attention reads with every call.
-            limit_capacity: as for `Transformer.forward`.
+            limit_capacity, factored_logits: as for `Transformer.forward`.
             return_stats: give a `TransformerOutput` instead, and leave the getters of the transformer alone.
         """
         modality = self.context(pixel_values, input_ids, frame_mask, text_mask=text_mask, noise_seed=noise_seed)
@@ -208,6 +209,7 @@ class VLMWrapper(nn.Module):
             kv_caches=kv_caches,
             allow_image_inputs=pixel_values is not None,
             limit_capacity=limit_capacity,
+            factored_logits=factored_logits,
             return_stats=return_stats,
         )
         return output if return_stats else (output, labels)
@@ -222,6 +224,7 @@ class VLMWrapper(nn.Module):
         noise_seed: Integer[Tensor, ""] | None = None,
         kv_caches: Sequence[KVCache] | None = None,
         limit_capacity: bool | None = None,
+        factored_logits: bool = False,
     ) -> TransformerOutput:
         """The forward as a pure function: logits, router stats and caches are returned, the model keeps nothing."""
         return self(
@@ -233,6 +236,7 @@ class VLMWrapper(nn.Module):
             noise_seed=noise_seed,
             kv_caches=kv_caches,
             limit_capacity=limit_capacity,
+            factored_logits=factored_logits,
             return_stats=True,
         )
 
@@ -290,20 +294,6 @@ class VLMWrapper(nn.Module):
         mask_BFn = frame_mask[:, :, None].expand(embeds_BFnD.shape[:3])
         embeds_BFnD = torch.where(mask_BFn[..., None], embeds_BFnD, 0)
         return embeds_BFnD.flatten(1, 2), mask_BFn.flatten(1)
-
-
-def with_text(
-    image: ModalityContext, text_mask: Bool[Tensor, "B T"] | None, noise_seed: Integer[Tensor, ""] | None
-) -> ModalityContext:
-    """The prepared context, extended by what is known of the text, whose positions come last in the stream."""
-    real_BS = image.key_padding_mask
-    if text_mask is not None:
-        batch, length = text_mask.shape
-        prefix = 0 if image.prefix_embeds is None else image.prefix_embeds.shape[1]
-        if real_BS is None:
-            real_BS = torch.ones((batch, prefix + length), dtype=torch.bool, device=text_mask.device)
-        real_BS = torch.cat([real_BS[:, :prefix], real_BS[:, prefix:] & text_mask], dim=1)
-    return replace(image, key_padding_mask=real_BS, noise_seed=image.noise_seed if noise_seed is None else noise_seed)
 
 
 def build_vlm_wrapper(

@@ -61,6 +61,11 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def is_observed(module: nn.Module) -> bool:
+    """Whether hooks see, or may change, what a module or one within it puts out."""
+    return any(each._forward_hooks for each in module.modules())
+
+
 def _inner(module: object) -> nn.Module | None:
     """The module that a wrapper holds; None for other modules."""
     children = module._modules if isinstance(module, nn.Module) else {}

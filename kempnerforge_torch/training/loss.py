@@ -15,16 +15,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kempnerforge_torch.model.checks import check_ids, check_shape
+from kempnerforge_torch.model.embedding import FactoredLogits
 from kempnerforge_torch.model.stats import LayerStats, MoEStats
+from kempnerforge_torch.training.head import loss_in_chunks
 from shared_config.contract.labels import IGNORED
 from shared_config.contract.routing import by_router
 
-CHUNK_ELEMENTS = 2**26
-"""Logits that are widened at a time: 256 MiB in float32."""
+CHUNK_ELEMENTS = 2**24
+"""Logits that are widened at a time: 64 MiB in float32."""
 
 
 def cross_entropy(
-    logits_BSV: Float[Tensor, "B S V"], labels_BS: Integer[Tensor, "B S"], *, fused: bool = False
+    logits: Float[Tensor, "B S V"] | FactoredLogits, labels_BS: Integer[Tensor, "B S"], *, fused: bool = False
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """Sum of logsumexp(logits) - logits[label] over the labels that are not -100, and the number of these labels.
 
@@ -32,6 +34,7 @@ def cross_entropy(
     some rows at a time, so that no second array of their size is kept.
 
     Args:
+        logits: where their factors are given and they would be many, those of all tokens never exist together.
         fused: compile the sum, which then makes no second array of the size of the logits.
 
     Returns:
@@ -42,9 +45,11 @@ def cross_entropy(
         ValueError: labels of another shape than the logits, or that are not integers; on the CPU one outside [0, V)
             that is not -100 (on an accelerator: an assertion of the device).
     """
-    check_shape("labels", labels_BS, logits_BSV.shape[:-1])
-    check_ids("labels", labels_BS, logits_BSV.shape[-1], IGNORED)
-    logits_NV, labels_N = logits_BSV.flatten(0, -2), labels_BS.flatten().long()
+    if isinstance(logits, FactoredLogits):
+        return loss_in_chunks(functools.partial(cross_entropy, fused=fused), logits, labels_BS, len(logits.weight))
+    check_shape("labels", labels_BS, logits.shape[:-1])
+    check_ids("labels", labels_BS, logits.shape[-1], IGNORED)
+    logits_NV, labels_N = logits.flatten(0, -2), labels_BS.flatten().long()
     count = (labels_N != IGNORED).sum()
     if fused:
         return _compiled_sum()(logits_NV, labels_N), count
@@ -52,13 +57,15 @@ def cross_entropy(
     if len(labels_N) <= rows:
         return _summed(logits_NV, labels_N), count
     chunks = zip(logits_NV.split(rows), labels_N.split(rows), strict=True)
-    sums = [checkpoint(_summed, logits, labels, use_reentrant=False) for logits, labels in chunks]
+    sums = [checkpoint(_summed, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.stack(sums).sum(), count
 
 
-def mean_cross_entropy(logits_BSV: Float[Tensor, "B S V"], labels_BS: Integer[Tensor, "B S"]) -> Float[Tensor, ""]:
+def mean_cross_entropy(
+    logits: Float[Tensor, "B S V"] | FactoredLogits, labels_BS: Integer[Tensor, "B S"]
+) -> Float[Tensor, ""]:
     """`cross_entropy` per label that counts; 0 with gradient 0 if none does."""
-    total, count = cross_entropy(logits_BSV, labels_BS)
+    total, count = cross_entropy(logits, labels_BS)
     return total / count.clamp(min=1)
 
 

@@ -32,8 +32,8 @@ class Objective(nn.Module):
 
     def forward(self, inputs: dict[str, Shaped[Tensor, "..."]], count: int, micro_batches: int) -> Terms:
         """The terms of a micro-batch; gradients go to the leaves of the graph."""
-        output = self.model(**model_inputs(inputs), return_stats=True)
-        loss = self.cross_entropy(output.logits, inputs["labels"])[0] / count
+        output = self.model(**model_inputs(inputs), factored_logits=True, return_stats=True)
+        loss = self.cross_entropy(output.factors or output.logits, inputs["labels"])[0] / count
         aux_loss, z_loss = (torch.as_tensor(term) / micro_batches for term in router_losses(output.stats))
         (loss + self.aux_weight * aux_loss + self.z_weight * z_loss).backward()
         entropies = [router.entropy / micro_batches for router in router_stats(output.stats)]

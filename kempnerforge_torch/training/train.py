@@ -246,8 +246,8 @@ class Trainer:
             return
         for batch in batches:
             inputs = self._inputs(batch)
-            output = self._call(self.model, "", {**model_inputs(inputs), "return_stats": True})
-            yield self._cross_entropy(output.logits, inputs["labels"])[0]
+            output = self._call(self.model, "", {**model_inputs(inputs), "factored_logits": True, "return_stats": True})
+            yield self._cross_entropy(output.factors or output.logits, inputs["labels"])[0]
 
     def _call(self, module: nn.Module, prefix: str, inputs: dict[str, object]) -> Any:
         """Call a module that holds the model under ``prefix``, with the masters cast to the compute dtype."""

@@ -20,10 +20,11 @@ The norms are RMSNorm. Compiled blocks keep less than "none".
 from __future__ import annotations
 
 from shared_config.contract.counts import BFLOAT16, FLOAT32
+from shared_config.contract.labels import rows_of_logits
 from shared_config.contract.sharding import Layout
 from shared_config.schema.job import JobConfig
 
-WIDENED = 2**26
+WIDENED = 2**24
 """Logits that the loss widens at a time where the vocabulary is whole."""
 
 
@@ -79,11 +80,16 @@ def widening_flops(job: JobConfig, layout: Layout, *, is_moe: bool) -> int:
     return sum(2 * inputs * outputs for inputs, outputs in _products(job, layout, is_moe) if outputs > inputs)
 
 
+def logits_rows(job: JobConfig, layout: Layout) -> int:
+    """Tokens of which a device has logits at a time."""
+    return rows_of_logits(tokens_of_device(job, layout), -(-job.model.vocab_size // layout.tp), compute_bytes(job))
+
+
 def logits_bytes(job: JobConfig, layout: Layout) -> int:
-    """Bytes of the logits of a micro-batch, their gradient, and what the loss widens of them to float32: a number of
-    rows at a time, twice; where tp splits the vocabulary all of them, three times.
+    """Bytes of the logits that exist at a time, their gradient, and what the loss widens of them to float32: a number
+    of rows at a time, twice; where tp splits the vocabulary all of them, three times.
     """
-    logits = tokens_of_device(job, layout) * -(-job.model.vocab_size // layout.tp)
+    logits = logits_rows(job, layout) * -(-job.model.vocab_size // layout.tp)
     wide = 3 * logits if layout.tp > 1 else 2 * min(logits, WIDENED)
     return 2 * compute_bytes(job) * logits + FLOAT32 * wide
 

@@ -1,15 +1,30 @@
-"""Which labels count in a loss."""
+"""Which labels count in a loss, and how many logits exist at a time for it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 IGNORED = -100
 """The label of a position without a loss."""
+LOGITS_BYTES = 2**28
+"""Of logits that exist at a time in training and evaluation, about."""
 
 
 def label_count(batches: Iterable[Mapping[str, np.ndarray]]) -> int:
     """Labels that count in the loss, over all batches."""
     return sum(int(np.count_nonzero(batch["labels"] != IGNORED)) for batch in batches)
+
+
+def rows_of_logits(tokens: int, vocabulary: int, number: int) -> int:
+    """Of how many tokens the logits exist at a time: of all, or of a power of two, whose logits take `LOGITS_BYTES` or
+    come nearest to that.
+
+    Args:
+        vocabulary: logits of a token.
+        number: bytes of a logit.
+    """
+    fitting = LOGITS_BYTES / (vocabulary * number)
+    return min(tokens, 2 ** max(0, round(math.log2(fitting))))

@@ -110,7 +110,7 @@ class Memory:
         gathered: two blocks and what stands outside blocks, in the dtype of the arithmetic, and the gradients of the
             largest of these in that dtype and in float32.
         activations: kept for the backward pass, of all micro-batches on their way; of a layer that is recomputed all.
-        logits: of one micro-batch, with their gradient.
+        logits: those that exist at a time, with their gradient.
     """
 
     states: int

@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from shared_config.contract.activations import compute_bytes, stream_parts, tokens_of_device
+from shared_config.contract.activations import compute_bytes, logits_rows, stream_parts, tokens_of_device
 from shared_config.contract.counts import FLOAT32, is_routed_expert
 from shared_config.contract.parameters import EMBEDDING, ParameterGroup, parameter_groups
 from shared_config.contract.sharding import TOKEN_AXES, Layout, fsdp_axes, placement, stage_layers
@@ -216,7 +216,8 @@ class _Step:
         yield self.exchange("sums of embedding and head", "all-reduce", ("tp",), ends, ends * size)
         yield self.exchange("sums of experts", "all-reduce", ("tp",), routed, routed * rows)
         logits = CROSS_ENTROPY_SUMS * tokens * FLOAT32
-        yield self.exchange("cross entropy", "all-reduce", ("tp",), CROSS_ENTROPY_SUMS, logits)
+        chunks = -(-tokens // logits_rows(self.job, self.layout))
+        yield self.exchange("cross entropy", "all-reduce", ("tp",), CROSS_ENTROPY_SUMS * chunks, logits)
 
     def _positions(self, size: int) -> Iterator[Traffic]:
         """Gathered before both parts of a layer and after the last, also backward where they were scattered or cut, as

@@ -13,10 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
-from tests.distributed.layouts import MICRO_BATCHES, STEPS, Case, Found, _batches, _compare, steps
+from shared_config.contract import labels
+from tests.distributed.layouts import LOGITS_BYTES, MICRO_BATCHES, STEPS, Case, Found, _batches, _compare, steps
 from tests.mutants import Mutant, planted
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +40,8 @@ def differences(case: Case, truth: Found, count: int = STEPS) -> list[str]:
     import jax
 
     trainer = _trainer(case.job(case.layout), jax.devices()[: case.ranks])
-    return _compare(steps(trainer, _rows(case, count, case.shares), state), truth)
+    with patch.object(labels, "LOGITS_BYTES", LOGITS_BYTES):
+        return _compare(steps(trainer, _rows(case, count, case.shares), state), truth)
 
 
 def on_one_device(case: Case) -> Found:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.multiprocessing.spawn import start_processes
 
+from shared_config.contract import labels
 from shared_config.contract.labels import IGNORED
 from shared_config.data import open_data
 from shared_config.errors import ConfigError, UserError
@@ -39,6 +40,9 @@ EVALUATED = 3
 """Batches of each rank: more than the stages of a pipeline of two, and left over."""
 AGREED = 1e-10
 """Of the largest value of a tensor, or of `FLOORS`."""
+LOGITS_BYTES = 8 * 8 * 37
+"""Of logits that exist at a time in the steps of a layout, about: those of 8 tokens of `MODELS`, or of 16 in two parts.
+"""
 FLOORS = {"weights": 1e-3, "optimizer": 1e-6}
 """What a tensor's largest value is taken to be at least. The gradient of a key's bias is truly 0, and AdamW makes steps
 of its rounding: the floor of weights is about how far a step moves one.
@@ -203,7 +207,8 @@ def differences(case: Case, truth: Found, count: int = STEPS, folder: Path | Non
     with positions_of_norms(trainer.model) as positions:
         assert _numbers(trainer.evaluate([])) == {"loss": 0.0, "tokens": 0.0}
         evaluated = _numbers(trainer.evaluate(held_out))
-    found = replace(steps(trainer, own), evaluated=evaluated)
+    with patch.object(labels, "LOGITS_BYTES", LOGITS_BYTES):
+        found = replace(steps(trainer, own), evaluated=evaluated)
     lines = [*_compare(found, truth), *_replicas(found.states[-1]), *_alone(trainer.mesh.axes)]
     if not positions <= {own_positions(trainer)}:
         lines.append(f"norms see {positions} positions, not {own_positions(trainer)}")

@@ -30,6 +30,7 @@ from tests.oracle.vision import vision_tower
 from tests.oracle.vlm import cross_attention_decoder, joint_decoder, moma_decoder, mot_decoder
 from tests.oracle.weights import draw
 from tests.parity.backends import BACKENDS, Torch
+from tests.parity.head_checks import HEAD_CHECKS
 from tests.parity.runners import assert_same_runs, run_jax, run_oracle, run_torch
 from tests.strategies import Inputs
 from tests.tolerance import assert_same_function
@@ -424,5 +425,6 @@ LENGTH_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
     "model.grouped": (edges(5),),
     "model.embedding": (edges(2),),
     "training.loss": (edges(2),),
+    **HEAD_CHECKS,
 }
 """What bugs that begin beyond some length or size must not pass, by the module that they are in."""

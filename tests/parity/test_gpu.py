@@ -21,10 +21,13 @@ from shared_config.schema.model import ModelConfig
 from shared_config.schema.optimizer import OptimizerConfig
 from tests.mutants import BACKENDS, in_a_process, mutants_in, not_killed
 from tests.mutants_gpu import GPU_MUTANTS
+from tests.oracle.loss import cross_entropy_backward
 from tests.parity.attention_cases import KINDS, mask_of
 from tests.parity.backends import Torch
+from tests.parity.head_checks import chunks_of, drawn
 from tests.parity.kernel_checks import module
 from tests.parity.rounding_checks import PARTS, SIDES, WIDE_ROUNDINGS, Part, differentiated, worst_row
+from tests.tolerance import relative_error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -185,6 +188,51 @@ def check_loss(backend: str) -> None:
     np.testing.assert_allclose(found, truth, rtol=1e-5)
 
 
+def head_loss(backend: str, labels: np.ndarray, **options: bool) -> Callable[[Any, Any], Any]:
+    """The loss of narrow logits as a function of their factors."""
+    loss, factors = module(backend, "training.loss"), module(backend, "model.embedding").FactoredLogits
+    return lambda x, weight: loss.cross_entropy(factors(x, weight), ON_GPU[backend].array(labels), **options)[0]
+
+
+def check_head_gradients(backend: str) -> None:
+    """In four chunks of tokens, eager and compiled."""
+    x, weight, labels = drawn(batch=2, length=1024, dim=256, vocabulary=4104, ignored=0.2, seed=0)
+    narrow = [each.astype(ml_dtypes.bfloat16) for each in (x / 4, weight / 4)]
+    wide = [each.astype(np.float64) for each in narrow]
+    dlogits = cross_entropy_backward((labels != -100).sum(), wide[0] @ wide[1].T, labels)
+    truths = dlogits @ wide[1], np.einsum("bsv,bsd->vd", dlogits, wide[0])
+    for options in ({"fused": False}, {"fused": True}) if backend == "torch" else ({},):
+        with chunks_of(512, 4104, 2):
+            found = ON_GPU[backend].gradients(head_loss(backend, labels, **options), *narrow)
+        for value, truth in zip(found, truths, strict=True):
+            assert relative_error(value.astype(np.float64), truth) < 2.0**-7
+
+
+def check_head_memory(backend: str) -> None:
+    """Of 4 x 4096 tokens a vocabulary of 128,256 takes at most 1 GB more than one of 1,000, gradients aside."""
+    taken = {vocabulary: head_bytes(backend, vocabulary) for vocabulary in (1000, 128_256)}
+    assert taken[128_256] - taken[1000] < 1e9, taken
+
+
+def head_bytes(backend: str, vocabulary: int) -> int:
+    """At the peak of loss and gradients, but for the weight and its gradient: the sum, and what it is rounded to."""
+    batch, length, dim = 4, 4096, 512
+    labels = np.zeros((batch, length), np.int32)
+    if backend == "torch":
+        factors = [torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+                   for shape in ((batch, length, dim), (vocabulary, dim))]  # fmt: skip
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(head_loss(backend, labels)(*factors), factors)
+        return torch.cuda.max_memory_allocated() - before - 6 * vocabulary * dim
+    shapes = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((batch, length, dim), (vocabulary, dim))]
+    compiled = jax.jit(jax.grad(head_loss(backend, labels), argnums=(0, 1))).lower(*shapes).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes - 4 * vocabulary * dim
+
+
 def check_update(backend: str) -> None:
     """An update whose verdict is on the device is taken or left out there."""
     if backend == "jax":
@@ -205,6 +253,7 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.fused": (check_long_attention, check_fused),
     "model.cuda_graph": (check_decoding,),
     "training.loss": (check_loss,),
+    "training.head": (check_head_gradients, check_head_memory),
     "training.optimizer": (check_update,),
     "model.linear": (lambda backend: check_parts(backend, ["look-up", "bias"]),),
 }

@@ -399,6 +399,7 @@ VLM_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
     "model.mot": (check_mot_block, check_mot_stream, check_mot_start, check_mot_cache, check_mot_experts),
     "model.expert_choice": (check_moma,),
     "model.moma": (check_moma,),
+    "model.modality": (check_seed, *(wrapper_check(arch) for arch in ARCHITECTURES)),
     "model.vlm": (check_budget, check_seed, *(wrapper_check(arch) for arch in ARCHITECTURES)),
     "training.freeze": (check_freeze,),
 }
