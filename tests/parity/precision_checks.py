@@ -17,12 +17,16 @@ import torch
 from shared_config.contract.vision import TowerConfig
 from shared_config.data.images import with_noise_seeds
 from tests.parity import precision_jax, precision_torch
+from tests.parity.head_checks import chunks_of
 from tests.parity.precision import Operation, violations
 from tests.parity.precision_cases import JOBS, TOWERS, batch_of, job_of
 from tests.parity.precision_rules import RULES
 from tests.parity.rounding_checks import SIDES, narrow_operations
 
 PROMPTS = [[1, 2, 3, 4, 5], [6]]
+TIED = "dense, tied"
+IN_CHUNKS = 4, 37, 2
+"""Tokens, vocabulary and bytes of a number: the logits of so many exist at a time."""
 DECODED = ("dense", "experts, balanced", "joint_decoder", "cross_attention", "mot")
 
 
@@ -159,6 +163,8 @@ def traced(function: Callable[..., Any], *arguments: Any) -> list[Operation]:
 def check_forward(backend: str, cases: Iterable[str] = JOBS) -> list[Operation]:
     """Evaluation."""
     operations = [operation for case in cases for operation in evaluation(backend, case)]
+    with chunks_of(*IN_CHUNKS):
+        operations += evaluation(backend, TIED)
     return allowed(backend, operations, backward=False)
 
 
@@ -166,6 +172,8 @@ def check_steps(backend: str, cases: Iterable[str] = JOBS) -> list[Operation]:
     """Training."""
     operations = [operation for case in cases for operation in step(backend, case)]
     operations += [operation for tower in TOWERS for operation in encoding(backend, tower, gradients=True)]
+    with chunks_of(*IN_CHUNKS):
+        operations += step(backend, TIED)
     return allowed(backend, operations, backward=True)
 
 

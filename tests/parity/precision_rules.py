@@ -16,6 +16,7 @@ INPUT = "an input takes the compute dtype"
 GRADIENT = "the gradient of a narrow activation that the forward pass widens here is rounded once"
 COTANGENTS = "gradients of the few uses of one value are added in its dtype"
 LOSSLESS = "widened so that its gradient is summed in float32, and back: nothing is rounded"
+SCALED = "gradients that were found along with the loss take its scale in float32, and are rounded once"
 WIDE_INSIDE = "torch computes this in float32 inside, and rounds the result once"
 
 RULES: dict[str, tuple[Rule, ...]] = {
@@ -114,6 +115,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             {"model.linear:Embedding.forward": 1, "model.linear:broadcast": 1, "model.mot:_repeated": 1},
             backward=True,
         ),
+        Rule(ROUNDING, SCALED, {"training.head:loss_in_chunks": 1}, backward=True),
     ),
     "torch": (
         Rule(
@@ -148,6 +150,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
             ("silu", "gelu", "silu_backward", "gelu_backward"),
         ),
         Rule(ELEMENTWISE, GATED, {"model.mlp:SwiGLUMLP.forward": 0, "model.experts:apply_packed": 0}, ("mul",)),
+        Rule(ELEMENTWISE, SCALED, {"training.head:_Sum.backward": 2}, ("mul",), backward=True),
+        Rule(PRODUCT, PRODUCTS, {"training.head:_chunk": 1}, backward=True),
         Rule(
             ELEMENTWISE,
             RESIDUAL,
@@ -201,6 +205,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
                 "model.attention:attention_weights": 2,
                 "model.dispatch:combine": 1,
                 "training.loss:_summed": 1,
+                "training.head:_chunk": 1,
                 "model.vision:quick_gelu": 1,
             },
             backward=True,
