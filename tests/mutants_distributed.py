@@ -132,6 +132,10 @@ DISTRIBUTED_MUTANTS = (
         "        split_stream(model, mesh)\n", "        pass\n", SPLIT,
     ),
     torch_bug(
+        "distributed.tensor_parallel", "the gradient of what enters the head is that of a part of the vocabulary",
+        "(copied(x, group), local(module.weight)", "(x, local(module.weight)", SPLIT,
+    ),
+    torch_bug(
         "distributed.vocabulary", "each rank subtracts its own highest logit",
         "    dist.all_reduce(highest_BS, dist.ReduceOp.MAX, group)\n", "", SPLIT,
     ),
@@ -228,7 +232,7 @@ DISTRIBUTED_MUTANTS = (
     ),
     torch_bug(
         "distributed.pipeline", "documents and padding of the first stage alone",
-        "**others}), return_stats", "**(others if self.model.token_embedding else {})}), return_stats", PADDED_STAGES,
+        "**others})", "**(others if self.model.token_embedding else {})})", PADDED_STAGES,
     ),
 )  # fmt: skip
 

@@ -111,14 +111,13 @@ MOE_MUTANTS = (
     ),
     Mutant(
         "training.train", "padding routed in evaluation",
-        ("**model_inputs(inputs), \"return_stats\": True}",
-         "**model_inputs({n: a for n, a in inputs.items() if n != \"text_mask\"}), \"return_stats\": True}"),
+        ("{**model_inputs(inputs), ", "{**model_inputs({n: a for n, a in inputs.items() if n != 'text_mask'}), "),
         None,
     ),
     Mutant(
         "training.objective", "padding routed in evaluation", None,
-        ("cross_entropy(model.run(**model_inputs(batch))",
-         "cross_entropy(model.run(**model_inputs({n: a for n, a in batch.items() if n != 'text_mask'}))"),
+        ("model.run(**model_inputs(batch), ",
+         "model.run(**model_inputs({n: a for n, a in batch.items() if n != 'text_mask'}), "),
     ),
     both("model.router", "means of no tokens", "max(values.shape[axis], 1)", "values.shape[axis]"),
     Mutant(

@@ -20,7 +20,7 @@ STATE_MUTANTS = (
     ),
     Mutant(
         "model.transformer", "limited whatever the call says where layers are stacked", None,
-        ("limit_capacity=limit_capacity,\n                remat=remat,", "remat=remat,"),
+        ("limit_capacity=limit_capacity,\n                factored", "factored"),
     ),
     Mutant(
         "model.transformer", "what happens after a stack is that of its first layer", None,

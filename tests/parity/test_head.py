@@ -110,13 +110,14 @@ def batches_of(name: str) -> tuple[JobConfig, list[dict[str, np.ndarray]]]:
 def test_a_step_and_an_evaluation_are_those_of_whole_logits(name: str) -> None:
     """Of torch; `test_training` and `test_vlm_training` hold JAX in chunks to torch without."""
     job, batches = batches_of(name)
-    results = []
+    results, vocabulary = [], job.model.vocab_size
+    whole = {(*batches[0]["labels"].shape, vocabulary), (batches[0]["labels"].size, vocabulary)}
     for rows in (4, 10**6):
         trainer = torch_training.Trainer(job, "cpu", dtype=torch.float64)
-        with chunks_of(rows, job.model.vocab_size), shapes_seen() as seen:
+        with chunks_of(rows, vocabulary), shapes_seen() as seen:
             metrics = {key: np.array(float(value)) for key, value in trainer.step(batches[:2]).items()}
             metrics["heldout"] = np.array(float(trainer.evaluate(batches[2:])["loss"]))
-        assert ((4, job.model.vocab_size) in seen) == (rows == 4)
+        assert ((4, vocabulary) in seen, bool(whole & set(seen))) == (rows == 4, rows != 4)
         state = {**trainer.state().weights, **trainer.state().optimizer}
         rounding = [key for key in state if key.endswith("k_proj.bias")]  # whose gradient is truly 0
         results.append({**metrics, **{key: value for key, value in state.items() if key not in rounding}})
