@@ -9,10 +9,12 @@ from flax import nnx
 
 from kempnerforge_jax.device import find_device
 from kempnerforge_jax.distributed.devices import Device
+from kempnerforge_jax.model.int8 import hold_int8
 from kempnerforge_jax.model.state import set_state
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper, build_vlm_wrapper
 from kempnerforge_jax.registry import registry
+from shared_config.contract.int8 import check_weights_dtype
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 
@@ -31,20 +33,25 @@ def load_model(
     device: Device | str | None = None,
     *,
     seed: int = 0,
+    weights_dtype: str = "float32",
 ) -> Transformer | VLMWrapper:
     """A model with these weights, float32, for generation: of a job, one that sees images if the job's does.
 
     Args:
         weights: by name; None: the initial ones of ``seed``.
+        weights_dtype: "int8" to hold those of layers as codes and scales (`hold_int8`), once they are there.
 
     Raises:
-        ValueError: lists every missing, unknown and misshapen name.
+        ValueError: lists every missing, unknown and misshapen name; another ``weights_dtype``.
     """
+    check_weights_dtype(weights_dtype)
     with jax.default_device(find_device(device)):
         model = nnx.eval_shape(lambda: _new_model(config))
         model.init_weights_and_freqs(seed)
         if weights is not None:
             set_state(model, weights)
+        if weights_dtype == "int8":
+            hold_int8(model)
     return model
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
 from kempnerforge_jax.model.checks import nan_outside, wide
@@ -40,7 +41,7 @@ class Linear(Module):
         """(..., I) -> (..., O); the dtype of ``x`` must be that of the weight."""
         assert self.weight is not None, "a tied layer has no weight"
         bias = None if self.bias is None else self.bias.get_value()
-        return linear(x, self.weight.get_value(), bias, self.fp8)
+        return linear(x, matrix(self, "weight", x.dtype), bias, self.fp8)
 
     def factors(self, x: Float[Array, "... I"]) -> tuple[Float[Array, "... I"], Float[Array, "O I"]]:
         """What `forward` multiplies: inputs and the weight."""
@@ -61,6 +62,12 @@ class Embedding(Module):
         ids = wide(ids)
         rows = _look_up(self.weight.get_value(), jnp.clip(ids, 0, self.num_embeddings - 1))
         return nan_outside(rows, ids, self.num_embeddings)
+
+
+def matrix(module: Module, name: str, dtype: DTypeLike) -> Float[Array, "..."]:
+    """A weight of a module as it is; one that `hold_int8` put codes in the place of, from these, in ``dtype``."""
+    weight, scales = getattr(module, name).get_value(), getattr(module, f"{name}_scale", None)
+    return weight if scales is None else (weight * scales.get_value()).astype(dtype)
 
 
 def silence(layer: Linear) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from kempnerforge_jax.model.checks import check_ids, check_mask, check_shape, nan_outside
@@ -27,6 +28,7 @@ from kempnerforge_jax.model.dispatch import combine, dispatch, gradient_factors,
 from kempnerforge_jax.model.experts import apply_modules, apply_packed
 from kempnerforge_jax.model.experts import grouped_expert_forward as grouped_expert_forward
 from kempnerforge_jax.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
+from kempnerforge_jax.model.linear import matrix
 from kempnerforge_jax.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.router import TopKRouter, build_router
@@ -149,20 +151,23 @@ class MoEMLP(StatsGetters):
         super().keep_stats(stats)
         keep_stats(self.router, stats)
 
-    def expert_weights(self) -> dict[str, Float[Array, "E _ _"]]:
+    def expert_weights(self, dtype: DTypeLike = jnp.float32) -> dict[str, Float[Array, "E _ _"]]:
         """``gate`` (silu only), ``up`` (E, D, F) and ``down`` (E, F, D), from wherever they are held; {} for experts of
         another kind.
+
+        Args:
+            dtype: of what is held as int8; others have their own.
         """
         names = _projections(self.activation)
         if self.packed_experts:
-            return {name: getattr(self, f"{name}_w").get_value() for name in names}
-        return {name: _stacked(list(self.experts.values()), name) for name in names}
+            return {name: matrix(self, f"{name}_w", dtype) for name in names}
+        return {name: _stacked(list(self.experts.values()), name, dtype) for name in names}
 
     def _apply_experts(self, x_RD: jax.Array, ends_E: jax.Array) -> jax.Array:
         """Each row through its expert; 0 for rows of no expert."""
         if self.activation is None:
             return apply_modules(x_RD, ends_E, list(self.experts.values()))
-        weights, activation = self.expert_weights(), ACTIVATIONS[self.activation]
+        weights, activation = self.expert_weights(x_RD.dtype), ACTIVATIONS[self.activation]
         gate_w = weights.get("gate")
 
         def apply(x_RD: jax.Array, ends_E: jax.Array) -> jax.Array:
@@ -240,9 +245,9 @@ def _projections(activation: str | None) -> tuple[str, ...]:
     return PROJECTIONS if activation == "silu" else PROJECTIONS[1:]
 
 
-def _stacked(experts: Sequence[Any], name: str) -> jax.Array:
+def _stacked(experts: Sequence[Any], name: str, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """(E, in, out): the transposed stack of the (out, in) matrices."""
-    return jnp.stack([getattr(expert, f"{name}_proj").weight.get_value() for expert in experts]).swapaxes(1, 2)
+    return jnp.stack([matrix(getattr(expert, f"{name}_proj"), "weight", dtype) for expert in experts]).swapaxes(1, 2)
 
 
 def _common_activation(experts: Sequence[Module]) -> str | None:

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 import torch
 
 from kempnerforge_torch.device import find_device
+from kempnerforge_torch.model.int8 import hold_int8
 from kempnerforge_torch.model.state import set_state
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import VLMWrapper, build_vlm_wrapper
 from kempnerforge_torch.registry import registry
+from shared_config.contract.int8 import check_weights_dtype
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 
@@ -29,15 +31,18 @@ def load_model(
     device: torch.device | str | None = None,
     *,
     seed: int = 0,
+    weights_dtype: str = "float32",
 ) -> Transformer | VLMWrapper:
     """A model with these weights, float32, for generation: of a job, one that sees images if the job's does.
 
     Args:
         weights: by name; None: the initial ones of ``seed``.
+        weights_dtype: "int8" to hold those of layers as codes and scales (`hold_int8`), once they are there.
 
     Raises:
-        ValueError: lists every missing, unknown and misshapen name.
+        ValueError: lists every missing, unknown and misshapen name; another ``weights_dtype``.
     """
+    check_weights_dtype(weights_dtype)
     device = find_device(device)
     with torch.device("meta"):
         model = _new_model(config)
@@ -45,6 +50,8 @@ def load_model(
     model.init_weights_and_freqs(seed)
     if weights is not None:
         set_state(model, weights)
+    if weights_dtype == "int8":
+        hold_int8(model)
     return model.eval()
 
 

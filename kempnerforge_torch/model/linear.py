@@ -36,7 +36,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
         """(..., I) -> (..., O); the dtype of ``x`` must be that of the weight."""
-        return linear(x, self.weight, self.bias, self.fp8)
+        return linear(x, matrix(self, "weight", x.dtype), self.bias, self.fp8)
 
     def factors(self, x: Float[Tensor, "... _I"]) -> tuple[Float[Tensor, "... I"], Float[Tensor, "O I"]]:
         """What `forward` multiplies: inputs, and a view of the weight: wrappers leave hooks on what a model returns."""
@@ -57,6 +57,12 @@ class Embedding(nn.Embedding):
         if torch.compiler.is_compiling():  # inductor sums in float32
             return super().forward(ids)
         return look_up(self.weight, ids)
+
+
+def matrix(module: nn.Module, name: str, dtype: torch.dtype) -> Float[Tensor, "..."]:
+    """A weight of a module as it is; one that `hold_int8` put codes in the place of, from these, in ``dtype``."""
+    weight, scales = getattr(module, name), getattr(module, f"{name}_scale", None)
+    return weight if scales is None else (weight * scales).to(dtype)
 
 
 def linear(

@@ -25,6 +25,7 @@ from kempnerforge_torch.model.dispatch import combine, dispatch, gradient_factor
 from kempnerforge_torch.model.experts import apply_modules, apply_packed
 from kempnerforge_torch.model.experts import grouped_expert_forward as grouped_expert_forward
 from kempnerforge_torch.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
+from kempnerforge_torch.model.linear import matrix
 from kempnerforge_torch.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_torch.model.router import TopKRouter, build_router
 from kempnerforge_torch.model.stats import MoEOutput, MoEStats, RouterStats, StatsGetters, keep_stats
@@ -146,28 +147,31 @@ class MoEMLP(StatsGetters):
         super().keep_stats(stats)
         keep_stats(self.router, stats)
 
-    def expert_weights(self) -> dict[str, Float[Tensor, "E _ _"]]:
+    def expert_weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Float[Tensor, "E _ _"]]:
         """``gate`` (silu only), ``up`` (E, D, F) and ``down`` (E, F, D), from wherever they are held; {} for experts of
         another kind.
+
+        Args:
+            dtype: of what is held as int8; others have their own.
         """
         names = _projections(self.activation)
         if self.packed_experts:
-            return {name: getattr(self, f"{name}_w") for name in names}
-        return {name: _stacked(list(self.experts), name) for name in names}
+            return {name: matrix(self, f"{name}_w", dtype) for name in names}
+        return {name: _stacked(list(self.experts), name, dtype) for name in names}
 
     def _apply_experts(self, x_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
         """Each row through its expert; 0 for rows of no expert, of which there are none if ``complete``."""
         if self.activation is None:
             return apply_modules(x_RD, ends_E, list(self.experts))
-        weights = {name: self._matrices(name) for name in _projections(self.activation)}
+        weights = {name: self._matrices(name, x_RD.dtype) for name in _projections(self.activation)}
         up_w, down_w, gate_w = weights["up"], weights["down"], weights.get("gate")
         return apply_packed(x_RD, ends_E, up_w, down_w, gate_w, ACTIVATIONS[self.activation], complete)
 
-    def _matrices(self, name: str) -> Tensor | list[Tensor]:
+    def _matrices(self, name: str, dtype: torch.dtype) -> Tensor | list[Tensor]:
         """The experts' matrices as they are held: packed (E, in, out), or one (in, out) view per expert."""
         if self.packed_experts:
-            return getattr(self, f"{name}_w")
-        return [getattr(expert, f"{name}_proj").weight.t() for expert in self.experts]
+            return matrix(self, f"{name}_w", dtype)
+        return [matrix(getattr(expert, f"{name}_proj"), "weight", dtype).t() for expert in self.experts]
 
 
 def build_moe_layer(config: ModelConfig) -> MoEMLP:
@@ -237,9 +241,9 @@ def _projections(activation: str | None) -> tuple[str, ...]:
     return PROJECTIONS if activation == "silu" else PROJECTIONS[1:]
 
 
-def _stacked(experts: Sequence[nn.Module], name: str) -> Tensor:
+def _stacked(experts: Sequence[nn.Module], name: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """(E, in, out): a view of the stacked (out, in) matrices."""
-    return torch.stack([getattr(expert, f"{name}_proj").weight for expert in experts]).transpose(1, 2)
+    return torch.stack([matrix(getattr(expert, f"{name}_proj"), "weight", dtype) for expert in experts]).transpose(1, 2)
 
 
 def _common_activation(experts: Sequence[nn.Module]) -> str | None:

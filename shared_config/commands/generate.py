@@ -13,6 +13,7 @@ import numpy as np
 from shared_config.commands.backends import backend_module, require_backend
 from shared_config.commands.common import add_backend, add_config, fitting_weights, folder_of, not_negative
 from shared_config.contract.decoding import check_architecture
+from shared_config.contract.int8 import WEIGHTS_DTYPES
 from shared_config.contract.warm_start import without_warm_start
 from shared_config.data.image_sources import Shapes, read_pictures
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer
@@ -51,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep this probability (default: 1, all)")
     parser.add_argument("--seed", type=not_negative, help="of the draws, and of initial weights (default: another)")
+    parser.add_argument(
+        "--weights-dtype",
+        default=WEIGHTS_DTYPES[0],
+        choices=WEIGHTS_DTYPES,
+        help="int8: hold the weights of layers in a quarter of the memory, each within half a step of what it was, of "
+        "which the largest of its output has 127 (default: float32)",
+    )
     parser.add_argument("--device", help="cpu, cuda, tpu ... (default: the backend's own)")
     parser.add_argument(
         "--compile",
@@ -75,7 +83,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     weights = read_weights(options, config, overrides)
     built = config if weights is None else without_warm_start(config)
     model = backend_module(options.backend, "model.build").load_model(
-        built, weights, options.device, seed=options.seed or 0
+        built, weights, options.device, seed=options.seed or 0, weights_dtype=options.weights_dtype
     )
     own = {"compile": options.compile} if options.backend == "torch" else {}
     with backend_module(options.backend, "training.mixed_precision").matmul_precision(config.train.matmul_precision):
