@@ -325,6 +325,14 @@ PROCESS_MUTANTS = (
         "if shard.replica_id == 0]", "if shard.replica_id == 0 and is_main()]", "parts",
     ),
     jax_bug(
+        "distributed.health", "products of wide numbers alone",
+        "for dtype in (jnp.float32, jnp.bfloat16):", "for dtype in (jnp.float32,):", "health",
+    ),
+    jax_bug(
+        "distributed.health", "a sum over the devices of one process",
+        "lambda part: lax.psum(part, AXIS)", "lambda part: part", "health",
+    ),
+    jax_bug(
         "distributed.ranks", "labels of one process counted",
         "return total // holders", "return number", Case("sigmoid", 4, {"ep": 2}),
     ),

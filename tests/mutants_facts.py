@@ -44,6 +44,7 @@ CAPACITY = "config.test_capacity.test_the_capacity_of_a_layer_is_exact"
 ON_PAPER = "config.test_scale.test"
 SENT, SCALE, KEPT = "contract.traffic", "contract.scale", "contract.activations"
 LAYER_KEEPS = "torch.test_activations.test_a_layer_keeps_what_the_model_of_costs_says"
+FAILING = "distributed.test_health.test_those_and_only_those_that_fail_are_named"
 SPEED = "config.test_speed"
 NEAR = f"{ON_PAPER}_the_link_that_a_collective_needs"
 
@@ -331,4 +332,6 @@ FACT_MUTANTS = (
         "",
         f"{SPEED}.test_a_share_is_told_where_the_peak_is_known",
     ),
+    FactMutant("training.health", "if places - everywhere:", "if places:", FAILING),
+    FactMutant("training.health", "set.intersection(", "set.union(", FAILING),
 )

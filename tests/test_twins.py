@@ -31,6 +31,7 @@ ENGINES = {
     "distributed/expert_parallel.py": "both: rows are sent in numbers that the host knows; in JAX shapes are static",
     "distributed/flops.py": "jax: programs that can be read",
     "distributed/fsdp.py": "both: FSDP2 gathers by hooks; JAX within a map over the data ranks",
+    "distributed/health.py": "both: a process of torch has one device, those of JAX have all that they see",
     "distributed/hlo.py": "jax: programs that can be read",
     "distributed/mesh.py": "both: torch's has groups of processes; JAX's has devices",
     "distributed/parallelize.py": "torch: a layout changes the modules; in JAX it places arrays",

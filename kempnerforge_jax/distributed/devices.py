@@ -20,6 +20,11 @@ class Device(Protocol):
         ...
 
     @property
+    def local_hardware_id(self) -> int:
+        """Its number among those of its machine, or of its process."""
+        ...
+
+    @property
     def process_index(self) -> int:
         """The number of the process that it belongs to."""
         ...

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from kempnerforge_jax.device import device_kind, find_device, peak_memory
 from kempnerforge_jax.distributed.devices import Device
+from kempnerforge_jax.distributed.health import check_health
 from kempnerforge_jax.distributed.mesh import drawing_device, open_mesh, own_devices
 from kempnerforge_jax.distributed.processes import joined, processes
 from kempnerforge_jax.distributed.ranks import Ranks
@@ -89,9 +90,11 @@ def train(
         overridden: dotted fields that the command line sets: see `shared_config.training.resume.restore`.
 
     Raises:
-        UserError: what can't be used, of data, folders, checkpoints and layouts.
+        UserError: what can't be used, of data, folders, checkpoints and layouts; devices that fail the check that
+            ``train.health_check_seconds`` asks for.
     """
     with joined(device) as devices:
+        check_health(config, devices)
         trainer = Trainer(config, devices)
         own = trainer.ranks.own
         data = open_data(config, rank=own.start, world_size=trainer.ranks.count, together=len(own))

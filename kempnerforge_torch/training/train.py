@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kempnerforge_torch.device import device_kind, find_device, peak_memory, process_count
 from kempnerforge_torch.distributed.context_parallel import CrossEntropy, own_part
 from kempnerforge_torch.distributed.fsdp import release
+from kempnerforge_torch.distributed.health import check_health
 from kempnerforge_torch.distributed.mesh import Mesh, open_mesh
 from kempnerforge_torch.distributed.parallelize import parallelize
 from kempnerforge_torch.distributed.pipeline import Pipeline
@@ -85,9 +86,11 @@ def train(
         overridden: dotted fields that the command line sets: see `shared_config.training.resume.restore`.
 
     Raises:
-        UserError: what can't be used, of data, folders, checkpoints and layouts.
+        UserError: what can't be used, of data, folders, checkpoints and layouts; devices that fail the check that
+            ``train.health_check_seconds`` asks for.
     """
     with joined(device) as target:
+        check_health(config, target)
         trainer = Trainer(config, target)
         data = open_data(config, rank=trainer.ranks.rank, world_size=trainer.ranks.count)
         return run_training(config, trainer, data, console=console, processes=processes(), overridden=overridden)

@@ -26,6 +26,8 @@ class TrainConfig(Section):
     that update out, and one that would give weights or moments that are not finite (weights, moments, counts of updates
     and balancing biases stay; the step number, the learning rate and the place in the data move on), and ends the run
     after ``max_skipped_steps`` in a row. Records then count ``skipped_steps``.
+    health_check_seconds: before the run all devices compute a product and a sum that are known, each within so many
+    seconds; one that fails is named, and nothing is trained. 0 checks nothing.
     scan_layers: JAX only; one compiled layer looped over the stack instead of an unrolled graph.
     """
 
@@ -37,6 +39,7 @@ class TrainConfig(Section):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped_steps: PositiveInt = 10
     seed: Count = 42
+    health_check_seconds: Annotated[Count, EXECUTION] = 0
     mixed_precision: Annotated[Literal["fp32", "bf16", "fp8"], EXECUTION] = "bf16"
     matmul_precision: Annotated[Literal["highest", "high"], EXECUTION] = "highest"
     compile_model: Annotated[bool, EXECUTION] = True

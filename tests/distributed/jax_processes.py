@@ -27,6 +27,7 @@ from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import whole_state
 from shared_config.interchange.parts import Box, Parts, StateParts
+from tests.distributed.health import OTHERS, RIGHT_OR_WRONG, said, says
 from tests.distributed.jax_layouts import _joined, _rows, _trainer
 from tests.distributed.layouts import MICRO_BATCHES, STEPS, Case, Found, _batches, _compare, _numbers, steps
 from tests.jobs import text_job
@@ -133,7 +134,29 @@ def parts(folder: Path) -> list[str]:
     return lines if sum(read) == HELD else [*lines, f"{sum(read)} values read"]
 
 
-CHECKS: Mapping[str, Callable[[Path], list[str]]] = {"numbers": numbers, "rows": rows, "parts": parts}
+def health(folder: Path) -> list[str]:
+    """Whether the check of devices tells what is wrong with the first one of the second process."""
+    import jax
+
+    module = importlib.import_module("kempnerforge_jax.distributed.health")
+    own = importlib.import_module("kempnerforge_jax.distributed.processes").processes()
+    devices = sorted(jax.devices(), key=lambda device: device.process_index)
+    others = {number: f"cpu:{number - len(devices) // 2}" for number in range(len(devices) // 2, len(devices))}
+    lines = []
+    for what, (seconds, text) in RIGHT_OR_WRONG.items():
+        own.largest(0)
+        found = says(module.Bench(devices), what, seconds)
+        expected = said(text, others) if own.is_main else OTHERS if text else ""
+        lines += [] if found == expected else [f"{what}: {found!r}, not {expected!r}"]
+    return lines
+
+
+CHECKS: Mapping[str, Callable[[Path], list[str]]] = {
+    "numbers": numbers,
+    "rows": rows,
+    "parts": parts,
+    "health": health,
+}
 
 
 def on_one_device(case: Case) -> Found:

@@ -28,7 +28,7 @@ STEPS = 30
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 COMMAND = ("-m", "shared_config.cli")
 ENOUGH: dict[str, dict[str, Any]] = {
-    "train": {"max_steps": STEPS},
+    "train": {"max_steps": STEPS, "health_check_seconds": 60},
     "checkpoint": {"dir": "run", "interval": 20},
     "metrics": {"peak_tflops": 1.0},
 }

@@ -267,6 +267,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "on_nonfinite": "stop",
         "max_skipped_steps": 10,
         "seed": 42,
+        "health_check_seconds": 0,
         "mixed_precision": "bf16",
         "matmul_precision": "highest",
         "compile_model": True,
