@@ -40,6 +40,7 @@ DIFFERENCES = {
     "model/grouped.py": dict.fromkeys(
         ("grouped_matmul(w_EDF)", "looped_matmul(w_EDF)"), "torch: on a CPU one matrix per group, where it is"
     ),
+    "model/linear.py": {"Linear.factors(x)": "torch: of which a rank may have a part, and is given the whole"},
     "model/mask.py": dict.fromkeys(("part(query)", "part(key)"), "jax: numbers of a loop within a program"),
     "model/noise.py": {
         "mix(x)": "torch: of integers of Python too, whose hash is one",
@@ -128,17 +129,26 @@ CALLS = {
         "test_rows_that_are_sorted_by_expert_are_multiplied_in_groups[relu-counts1-jax]",
         "test_strategies_prepare_pixels_for_the_transformer[cross_attention-torch]",
     ],
+    "parity/test_fp8.py": [
+        "test_fp8_is_as_the_contract_says[check_products-torch]",
+        "test_fp8_is_as_the_contract_says[check_linear-torch]",
+        "test_fp8_is_as_the_contract_says[check_linear-jax]",
+    ],
 }
 """By file, tests that are cheap and call nearly all functions with arrays."""
 
 LEFT_OUT = (
     "tests/parity/test_documented_calls.py::test_the_router_of_each_modality_is_balanced_by_its_own_counts",
+    "tests/parity/test_fp8.py::test_planted_bugs_are_found",
     "tests/parity/test_held_states.py::test_counts_are_added_in_new_dicts",
+    "tests/parity/test_int8.py::test_planted_bugs_are_found",
     "tests/parity/test_names.py::test_what_names_nothing_is_refused_wherever_it_is_given",
     "tests/parity/test_semantics.py::test_a_step_has_the_mean_over_the_labels_of_all_micro_batches",
     "tests/parity/test_semantics.py::test_the_first_update_has_the_first_rate_of_the_warm_up",
 )
-"""Tests that give something else in place of arrays, or ids that are refused further within."""
+"""Tests that give something else in place of arrays, or ids that are refused further within, or that import the
+backends anew.
+"""
 
 PLANTED = ("mutants", "kernels", "precision", "length_mutants", "fact_mutants", "layer_bugs", "states")
 """Files of tests/parity that import the backends anew."""
