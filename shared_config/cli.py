@@ -10,8 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from shared_config.training import streams
-from shared_config.training.signals import INTERRUPTS
+from shared_config.training.signals import INTERRUPTED, INTERRUPTS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,9 +23,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is not None:
         return _status(arguments)
     INTERRUPTS.take()
+    from shared_config.training import streams  # once interrupts are taken care of, like all that it needs
+
     sys.stdout, sys.stderr = streams.outliving(sys.stdout), streams.outliving(sys.stderr)
-    status = _status(sys.argv[1:])
-    INTERRUPTS.at_once = status
+    status = INTERRUPTED
+    try:
+        status = _status(sys.argv[1:])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        INTERRUPTS.at_once = status
     streams.flush()
     if _is_launched():
         os._exit(status)  # threads of collectives can abort an interpreter that ends
@@ -34,7 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _status(arguments: Sequence[str]) -> int:
-    """Of a command line, whose code is imported when interrupts are taken care of."""
     from shared_config.commands.line import status_of
 
     return status_of(arguments)

@@ -42,6 +42,7 @@ class Parser(argparse.ArgumentParser):
 def status_of(given: Sequence[str]) -> int:
     """Run a command line, and say what went wrong. Returns the exit status."""
     try:
+        INTERRUPTS.caught()
         status = run([argument for argument in given if argument != DEBUG])
         sys.stdout.flush()
         return status

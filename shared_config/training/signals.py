@@ -21,12 +21,13 @@ SECONDS_BEFORE_SECOND_INTERRUPT = 1.0
 class Interrupts:
     """What SIGINT does to a process that is a command from its start to its end.
 
-    It raises KeyboardInterrupt, again if a callback of the interpreter has swallowed it, and ends the process at once
-    (with status 130, cleaning nothing up) within `ending_at_once`. Where SIGINT is ignored, or handled by others, it
-    stays so.
+    It raises KeyboardInterrupt, again if a callback of the interpreter has swallowed it. It ends the process at once,
+    cleaning nothing up, as long as nobody catches that, and within `ending_at_once`. Where SIGINT is ignored, or
+    handled by others, it stays so.
 
     Attributes:
         came: whether there was one.
+        at_once: the status with which it ends the process; None raises.
     """
 
     def __init__(self) -> None:
@@ -35,12 +36,17 @@ class Interrupts:
         self._next_hook = sys.unraisablehook
 
     def take(self) -> None:
-        """Begin to handle them."""
+        """Begin to handle them, at once until `caught`."""
         is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if is_default and threading.current_thread() is threading.main_thread():
+            self.at_once = INTERRUPTED
             signal.signal(signal.SIGINT, self._handle)
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # what follows is not Python's any more
             self._next_hook, sys.unraisablehook = sys.unraisablehook, self._raise_later
+
+    def caught(self) -> None:
+        """From here on KeyboardInterrupt is caught, and is raised."""
+        self.at_once = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.at_once is not None:

@@ -98,6 +98,9 @@ def is_gone(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("command", "module"),
     [
+        ("show", "shared_config.training.streams"),
+        ("show", "shared_config.commands.line"),
+        ("show", "argparse"),
         ("show", "shared_config.commands.show"),
         ("show", "pydantic"),
         ("show", "rich.table"),
@@ -133,6 +136,7 @@ def test_an_interrupt_that_a_callback_swallows_is_raised_again(tmp_path: Path) -
 import os, signal, sys, time
 from shared_config.training.signals import INTERRUPTS
 INTERRUPTS.take()
+INTERRUPTS.caught()
 class Swallowing:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)

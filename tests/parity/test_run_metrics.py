@@ -55,8 +55,9 @@ def test_devices_of_torch_say_what_they_held(monkeypatch: pytest.MonkeyPatch) ->
     assert 0.9 * resident_peak() < (trainer.peak_memory() or 0) <= resident_peak()
 
 
-def job_of(folder: Path, **sections: Any) -> JobConfig:
-    return text_job(folder, train={"max_steps": 3}, checkpoint={"dir": str(folder / "run")}, **sections)
+def job_of(folder: Path) -> JobConfig:
+    train, place = {"max_steps": 3, "health_check_seconds": 300}, {"dir": str(folder / "run")}
+    return text_job(folder, train=train, checkpoint=place)
 
 
 @pytest.mark.gpu
