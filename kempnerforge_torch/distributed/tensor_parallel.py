@@ -170,8 +170,8 @@ def _spread_experts(layer: MoEMLP, mesh: Mesh) -> None:
     """Experts (R, D) -> (R, D), of which each rank has some, and of these a part of their width."""
     matrices = layer._matrices
 
-    def own_matrices(name: str) -> Any:
-        found = matrices(name)
+    def own_matrices(name: str, dtype: torch.dtype) -> Any:
+        found = matrices(name, dtype)
         return local(found) if isinstance(found, Tensor) else [local(matrix) for matrix in found]
 
     layer._matrices = own_matrices
