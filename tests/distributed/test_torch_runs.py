@@ -149,6 +149,27 @@ def test_backends_have_the_same_losses(axis: str, model: dict[str, Any], tmp_pat
     assert found == pytest.approx(metrics(tmp_path / "run", "loss"), abs=1e-5)
 
 
+@pytest.mark.skipif(not NIGHTLY, reason="two runs of two devices: HYPOTHESIS_PROFILE=nightly")
+def test_fp8_in_shards_is_fp8_on_one_device(tmp_path: Path) -> None:
+    """Of both backends; where a code rounds the other way, later steps part."""
+    model = {"dim": 32, "n_layers": 4, "n_heads": 2, "n_kv_heads": 2, "head_dim": 16, "ffn_hidden_dim": 48}
+    train = {"max_steps": 4, "batch_size": 2, "seq_len": 16, "mixed_precision": "fp8"}
+    job = text_job(tmp_path, model, **{**ENOUGH, "train": train}, eval={"steps": 0})
+    (tmp_path / "job.toml").write_text(config_to_toml(job))
+    done = torchrun(tmp_path, "train", "job.toml", "--backend=torch", "--device=cpu", "--quiet")
+    assert done.returncode == 0, done.stderr
+    losses_of_jax(tmp_path, "job.toml", "--output=jax")
+    alone = ["--train.grad_accum_steps=2", "--device=cpu", "--quiet"]
+    for backend, run in (("torch", "run"), ("jax", "jax")):
+        place = f"--checkpoint.dir={tmp_path / 'alone' / backend}"
+        assert main(["train", str(tmp_path / "job.toml"), f"--backend={backend}", *alone, place]) == 0
+        for name, first, later in (("loss", 1e-6, 1e-3), ("grad_norm", 1e-4, 3e-2)):
+            found, truth = (metrics(folder, name) for folder in (tmp_path / run, tmp_path / "alone" / backend))
+            assert len(found) == 4
+            assert found[0] == pytest.approx(truth[0], rel=first), (backend, name)
+            assert found == pytest.approx(truth, rel=later), (backend, name)
+
+
 def losses_of_jax(folder: Path, job: str, output: str) -> list[float]:
     """Those of one process with two devices."""
     arguments = ["train", job, "--backend=jax", "--quiet", output]

@@ -105,9 +105,9 @@ def check_saturation(backend: str) -> None:
         np.testing.assert_array_equal(codes, format.largest)
 
 
-def products_of(backend: str, x: np.ndarray, weight: np.ndarray, dy: np.ndarray) -> list[np.ndarray]:
+def products_of(backend: str, x: np.ndarray, weight: np.ndarray, dy: np.ndarray, side: Any = None) -> list[np.ndarray]:
     """y and the gradients of x and of the weight, as a backend computes them."""
-    side = SIDES[backend]
+    side = SIDES[backend] if side is None else side
     function = side.module("model.fp8").fp8_linear
     if backend == "torch":
         given, matrix = (side.array(array).requires_grad_() for array in (x, weight))
