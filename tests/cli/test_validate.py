@@ -263,8 +263,14 @@ def test_parts_add_checks_of_their_own(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_dtypes_always_include_the_truth() -> None:
-    assert validate.read_dtypes("bfloat16") == ("float64", "bfloat16")
-    assert validate.read_dtypes("float32, float64") == ("float64", "float32")
+    assert validate.read_dtypes("bfloat16", CONFIG) == ("float64", "bfloat16")
+    assert validate.read_dtypes("float32, float64", CONFIG) == ("float64", "float32")
+    assert validate.read_dtypes(None, CONFIG) == ("float64", "float32", "bfloat16")
+    in_fp8 = load_config("debug", ["--train.mixed_precision=fp8"])
+    assert validate.read_dtypes("fp8", in_fp8) == ("float64", "fp8")
+    assert validate.read_dtypes(None, in_fp8) == ("float64", "float32", "bfloat16", "fp8")
+    with pytest.raises(UserError, match=r"--dtypes = 'fp8': 'fp8' needs --train\.mixed_precision fp8"):
+        validate.read_dtypes("fp8", CONFIG)
 
 
 def test_free_memory_is_read() -> None:
