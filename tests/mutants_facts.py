@@ -334,4 +334,16 @@ FACT_MUTANTS = (
     ),
     FactMutant("training.health", "if places - everywhere:", "if places:", FAILING),
     FactMutant("training.health", "set.intersection(", "set.union(", FAILING),
+    FactMutant(
+        KEPT,
+        "neighbours = min(layout.pp - 1, 2)",
+        "neighbours = 1",
+        f"{ON_PAPER}_what_stages_hold_beside_their_work",
+    ),
+    FactMutant(
+        KEPT,
+        "{min(layout.pp, job.eval.steps), job.eval.steps % layout.pp}",
+        "{min(layout.pp, job.eval.steps)}",
+        f"{ON_PAPER}_what_stages_hold_beside_their_work",
+    ),
 )

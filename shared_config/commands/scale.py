@@ -141,7 +141,7 @@ def costs_of(cost: Cost, hardware: Hardware) -> Table:
     """Memory and time of one layout."""
     table = Table(title="A step on paper, on the device with most to do", title_justify="left", show_header=False)
     memory = cost.memory
-    for name in ("states", "gathered", "activations", "logits", "total"):
+    for name in ("states", "gathered", "activations", "logits", "buffers", "total"):
         table.add_row(f"memory: {name}", f"{getattr(memory, name) / 1e9:.4g} GB")
     table.add_row("tokens, micro-batches of a data rank", f"{cost.tokens:,}, {cost.micro_batches}")
     for name in ("compute", "exposed", "hidden", "fastest", "slowest"):

@@ -94,6 +94,21 @@ def logits_bytes(job: JobConfig, layout: Layout) -> int:
     return 2 * compute_bytes(job) * logits + FLOAT32 * wide
 
 
+def buffer_bytes(job: JobConfig, layout: Layout) -> int:
+    """Bytes of residual streams that PyTorch's engine holds throughout, on the pipeline stage that holds most.
+
+    For each micro-batch of a step it has what comes from the stage before, and the gradient from the stage after; for
+    each batch of an evaluation, in the groups of ``pp`` that pass together, what came and what went.
+    """
+    if layout.pp == 1:
+        return 0
+    groups = {min(layout.pp, job.eval.steps), job.eval.steps % layout.pp}
+    rows = job.train.grad_accum_steps * job.train.batch_size
+    rows += sum(groups) * (job.eval.batch_size or job.train.batch_size)
+    neighbours = min(layout.pp - 1, 2)
+    return neighbours * rows * (job.train.seq_len // layout.cp) * job.model.dim * compute_bytes(job)
+
+
 def _products(job: JobConfig, layout: Layout, is_moe: bool) -> list[tuple[int, int]]:
     """Inputs and outputs on one device of each product of a token with a layer's weights, but a router's."""
     model, gates = job.model, 2 if job.model.activation == "silu" else 1

@@ -20,7 +20,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from shared_config.contract.activations import compute_bytes, kept_bytes, logits_bytes, tokens_of_device, widening_flops
+from shared_config.contract.activations import (
+    buffer_bytes,
+    compute_bytes,
+    kept_bytes,
+    logits_bytes,
+    tokens_of_device,
+    widening_flops,
+)
 from shared_config.contract.counts import FLOAT32, flops_per_token, held_elements, stage_groups
 from shared_config.contract.moments import moments_of
 from shared_config.contract.parameters import ParameterGroup, layer_groups, parameter_groups
@@ -111,17 +118,19 @@ class Memory:
             largest of these in that dtype and in float32.
         activations: kept for the backward pass, of all micro-batches on their way; of a layer that is recomputed all.
         logits: those that exist at a time, with their gradient.
+        buffers: what stages of a pipeline receive in, and an evaluation has sent.
     """
 
     states: int
     gathered: int
     activations: int
     logits: int
+    buffers: int
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.states + self.gathered + self.activations + self.logits
+        return self.states + self.gathered + self.activations + self.logits + self.buffers
 
 
 @dataclass(frozen=True)
@@ -219,6 +228,7 @@ def memory_of(job: JobConfig, devices: int, stages: Stages | None = None) -> Mem
         gathered=units * number + max(block, outside) * (number + FLOAT32),
         activations=layers * on_their_way * own + again,
         logits=logits_bytes(job, layout),
+        buffers=buffer_bytes(job, layout),
     )
 
 

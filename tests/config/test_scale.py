@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_config.cli import main
+from shared_config.contract.activations import buffer_bytes
 from shared_config.contract.counts import count_parameters, flops_per_token, training_memory
 from shared_config.contract.scale import HARDWARE, Cost, Hardware, cost_of, parse_hardware, transfer_seconds
 from shared_config.contract.sharding import Layout, layout_of
@@ -99,7 +100,26 @@ def test_more_micro_batches_move_more_and_leave_smaller_bubbles(model: str, layo
         assert (twice.purpose, twice.bytes, twice.count) == (each.purpose, factor * each.bytes, factor * each.count)
     assert few.bubble == 2 * many.bubble == (layout.pp - 1) / number
     assert 2 * few.compute == pytest.approx(many.compute)
-    assert few.memory == many.memory
+    assert dataclasses.replace(few.memory, buffers=0) == dataclasses.replace(many.memory, buffers=0)
+    job = base(model)
+    stream = job.train.batch_size * job.train.seq_len // layout.cp * job.model.dim * 2
+    assert many.memory.buffers - few.memory.buffers == (layout.pp - 1) * number * stream, "of two stages at most"
+
+
+def test_what_stages_hold_beside_their_work() -> None:
+    """Sums by hand; tests/distributed/test_traffic.py finds them in memory."""
+    stream = 512 * 4096 * 2
+
+    def held(stages: int, micro_batches: int, evaluated: int, rows: int | None = None) -> int:
+        each = job_in("llama3_8b", Layout(pp=stages), micro_batches, batch_size=3, seq_len=512)
+        return buffer_bytes(each.replace(eval=each.eval.replace(steps=evaluated, batch_size=rows)), Layout(pp=stages))
+
+    assert held(1, 8, 8) == 0
+    assert held(2, 8, 0) == 8 * 3 * stream
+    assert held(2, 8, 5) == (8 + 2 + 1) * 3 * stream
+    assert held(4, 8, 0) == 2 * 8 * 3 * stream
+    assert held(4, 8, 3) == 2 * (8 + 3) * 3 * stream
+    assert held(4, 8, 11, 7) == 2 * (8 * 3 + (4 + 3) * 7) * stream
 
 
 @given(st.sampled_from(MODELS), layouts, st.floats(1, 8), st.sampled_from(("far", "near", "flops", "share")))

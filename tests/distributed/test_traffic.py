@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from shared_config.contract.activations import buffer_bytes
 from shared_config.contract.sharding import layout_of
 from shared_config.contract.traffic import step_traffic
 from tests.distributed.layouts import Case
-from tests.distributed.traffic import Key, count_in_processes
+from tests.distributed.traffic import BUFFERS, Key, count_in_processes
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 FULL, SELECTIVE = {"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}
@@ -24,10 +25,21 @@ def case(model: str, ranks: int, layout: dict[str, int], train: Mapping[str, str
     return Case(model, ranks, layout, {"model": {"vocab_size": 40}, "train": dict(train or {})})
 
 
-def stages(layout: dict[str, int], layers: int, micro_batches: int, **train: str) -> Case:
+def stages(
+    layout: dict[str, int],
+    layers: int,
+    micro_batches: int,
+    train: Mapping[str, str] | None = None,
+    evaluated: int = 2,
+) -> Case:
     """One of four ranks with a pipeline."""
     model = {"vocab_size": 40, "tie_embeddings": False, "n_layers": layers}
-    return Case("dense", 4, layout, {"model": model, "train": {"grad_accum_steps": micro_batches, **train}})
+    sections = {
+        "model": model,
+        "train": {"grad_accum_steps": micro_batches, **(train or {})},
+        "eval": {"steps": evaluated},
+    }
+    return Case("dense", 4, layout, sections)
 
 
 BY_DAY = (
@@ -51,9 +63,10 @@ BY_NIGHT = (
     case("sigmoid", 4, {"ep": 2, "dp_replicate": 2}, NARROW),
     case("sigmoid", 4, {"ep": 4}),
     case("sigmoid", 4, {"dp_replicate": 2}, NARROW),
-    stages({"pp": 2}, 4, 2, **NARROW),
-    stages({"pp": 2, "tp": 2}, 2, 4, **FULL),
+    stages({"pp": 2}, 4, 2, NARROW),
+    stages({"pp": 2, "tp": 2}, 2, 4, FULL),
     stages({"pp": 4}, 4, 5),
+    stages({"pp": 4}, 4, 4, evaluated=7),
 )
 CASES = BY_DAY + BY_NIGHT if NIGHTLY else BY_DAY
 
@@ -79,4 +92,13 @@ def modelled(case: Case) -> dict[Key, tuple[int, int]]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_model_counts_what_pytorch_moves(case: Case, counted: dict[str, Any]) -> None:
     """To the byte, and the call."""
-    assert modelled(case) == counted[str(case)]
+    found = {key: value for key, value in counted[str(case)].items() if key != BUFFERS}
+    assert modelled(case) == found
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "pp" in case.layout], ids=str)
+def test_stages_hold_the_streams_that_the_model_says(case: Case, counted: dict[str, Any]) -> None:
+    """Of the stage that holds most, after a step and an evaluation."""
+    job = case.job(case.layout)
+    _, held = counted[str(case)][BUFFERS]
+    assert buffer_bytes(job, layout_of(job.distributed, case.ranks)) == held > 0

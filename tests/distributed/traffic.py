@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import pickle
@@ -16,6 +17,7 @@ from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared_config.contract.sharding import MESH_AXES
+from shared_config.schema.job import JobConfig
 from tests.distributed.layouts import Case
 from tests.jobs import draw_batch
 
@@ -28,6 +30,8 @@ KINDS = {
     "alltoall_base_": "all-to-all",
     "send": "send",
 }
+BUFFERS = "buffers", ("pp",)
+"""What a pipeline holds between steps, among what is counted."""
 RECEIVING = "recv_"
 """The other side of what is sent."""
 Key = tuple[str, tuple[str, ...]]
@@ -102,6 +106,10 @@ def _counted(case: Case) -> dict[Key, tuple[int, float]]:
     trainer.step(batches)
     with Counting(trainer.mesh) as counting:
         trainer.step(batches)
+    if case.layout.get("pp", 1) > 1:
+        trainer.evaluate([draw_batch(job, number) for number in range(job.eval.steps)])
+        streams = _streams(job)
+        counting.times[BUFFERS], counting.bytes[BUFFERS] = len(streams), sum(each.nbytes for each in streams)
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, (counting.times, counting.bytes))
     keys = sorted({key for times, _ in every for key in times})
@@ -109,3 +117,12 @@ def _counted(case: Case) -> dict[Key, tuple[int, float]]:
     if case.layout.get("pp", 1) > 1:
         return {key: max(found) for key, found in many.items()}
     return {key: (found[0][0], sum(size for _, size in found) / len(found)) for key, found in many.items()}
+
+
+def _streams(job: JobConfig) -> list[torch.Tensor]:
+    """Residual streams, and their gradients, that are in memory between steps."""
+    gc.collect()
+    length = job.train.seq_len // job.distributed.cp
+    shape = (job.train.batch_size, length, job.model.dim)
+    tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor and not each.is_meta]
+    return list({each.data_ptr(): each for each in tensors if tuple(each.shape) == shape}.values())
