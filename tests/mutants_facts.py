@@ -35,6 +35,8 @@ FLOPS = f"{COUNTS}.test_flops_are_those_of_the_operators_that_run_in_torch"
 LAYOUT = f"{COUNTS}.test_memory_of_a_layout_is_that_of_its_parts"
 FAMILIES = "interchange.test_families"
 ABSENT = f"{FAMILIES}.test_a_family_s_keys_left_out_mean_what_they_mean_there"
+ONE_BY_ONE = f"{FAMILIES}.test_a_family_s_keys_are_read_one_by_one"
+THEIRS = "interchange.test_family_models.test_a_model_of_theirs_is_the_same_function_here"
 PICTURES = f"{FAMILIES}.test_pictures_without_settings_have_those_of_transformers_processors"
 LAYERS, VISION, NOISE, COUNTED = "contract.layers", "contract.vision", "contract.noise", "contract.counts"
 FOREIGN, FAMILY = "interchange.huggingface_config", "interchange.huggingface_families"
@@ -79,15 +81,15 @@ FACT_MUTANTS = (
     FactMutant(LAYERS, "ffn if config.is_moe_layer(layer) else _silent(ffn)", "ffn", PRESET, ("debug_vlm_mot",)),
     FactMutant(
         LAYERS,
-        'prefixed("mlp", _silent(_mlp(config, config.computed_ffn_hidden_dim)))',
-        'prefixed("mlp", _mlp(config, config.computed_ffn_hidden_dim))',
+        "_silent(_mlp(config.replace(mlp_bias=False), config.computed_ffn_hidden_dim))",
+        "_mlp(config.replace(mlp_bias=False), config.computed_ffn_hidden_dim)",
         PRESET,
         ("debug_vlm_cross_attention",),
     ),
     FactMutant(
         LAYERS,
-        '"up_proj.weight": matrix(config, (hidden_dim, config.dim), ("mlp", "embed"))',
-        '"up_proj.weight": matrix(config, (hidden_dim, config.dim), ("embed", "mlp"))',
+        'matrix(config, (hidden_dim, config.dim), ("mlp", "embed"))',
+        'matrix(config, (hidden_dim, config.dim), ("embed", "mlp"))',
         PRESET,
         ("debug",),
     ),
@@ -208,6 +210,17 @@ FACT_MUTANTS = (
         'defaults={"num_key_value_heads": None, "max',
         ABSENT,
         ("mistral",),
+    ),
+    FactMutant(FAMILY, '"attention_multiplier": 1.0', '"attention_multiplier": None', ABSENT, ("granite",)),
+    FactMutant(
+        FAMILY, '"logits_scaling": "logit_divisor"', '"logits_scaling": "embedding_scale"', ONE_BY_ONE, ("granite",)
+    ),
+    FactMutant(
+        FAMILY,
+        '"post_attention_layernorm.",\n    "mlp.": "mlp.",\n    "mlp_post_norm.": "post_feedforward_layernorm."',
+        '"post_feedforward_layernorm.",\n    "mlp.": "mlp.",\n    "mlp_post_norm.": "post_attention_layernorm."',
+        THEIRS,
+        ("olmo2",),
     ),
     FactMutant(FAMILY, '"norm_topk_prob": False', '"norm_topk_prob": True', ABSENT, ("qwen3_moe",)),
     FactMutant(FAMILY, '"router_aux_loss_coef": 0.001', '"router_aux_loss_coef": 0.01', ABSENT, ("mixtral",)),

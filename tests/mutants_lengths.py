@@ -19,7 +19,7 @@ LENGTH_MUTANTS = (
         "model.attention", "keys from 512 on not read",
         ("length, keys = q.shape[2], k.shape[2]\n    mask",
          "length, keys = q.shape[2], k.shape[2]\n    v = v * (torch.arange(keys) < 512)[:, None]\n    mask"),
-        ("return _attention(q, k, v, mask)", "return _attention(q, k, v.at[:, :, 512:].set(0), mask)"),
+        ("return attend_dense(q, k, v, mask) if", "return attend_dense(q, k, v.at[:, :, 512:].set(0), mask) if"),
     ),
     Mutant(
         "model.position", "positions from 128 on one too small",

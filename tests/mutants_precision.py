@@ -30,7 +30,7 @@ PRECISION_MUTANTS = (
         "model.attention", "scores 3 % too large in bfloat16",
         ("            q,\n            k,\n",
          "            q * (1.03 if q.dtype == torch.bfloat16 else 1),\n            k,\n"),
-        ("/ math.sqrt(channels)", "/ math.sqrt(channels) * (1.03 if q.dtype == jnp.bfloat16 else 1)"),
+        ("* (channels**-0.5 if scale", "* (1.03 if q.dtype == jnp.bfloat16 else 1) * (channels**-0.5 if scale"),
     ),
     Mutant(
         "model.attention", "narrow scores", ("q_BKGSh, k.to(dtype))", "q_BKGSh.to(k.dtype), k).to(dtype)"),

@@ -56,9 +56,26 @@ def model_configs(draw: st.DrawFn, experts: bool = False, **fixed: Any) -> Model
         "tie_embeddings": draw(st.booleans()),
         "qk_norm": draw(st.booleans()),
     }
+    fields |= draw(block_fields(experts))
     if experts:
         fields |= draw(expert_fields(fields["n_layers"]))
     return ModelConfig(**{**fields, **fixed})
+
+
+def block_fields(experts: bool) -> st.SearchStrategy[dict[str, Any]]:
+    """Fields of blocks, embedding and head by which families differ: in half the models all are as they are plainly."""
+    values: dict[str, tuple[Any, ...]] = {
+        "attention_output_bias": (True, False),
+        "attention_scale": (None, 0.3),
+        "mlp_bias": (False,) if experts else (False, True),
+        "qk_norm_over": ("head", "width"),
+        "norm_placement": ("before", "after", "both"),
+        "embedding_scale": (1.0, 2.5),
+        "residual_scale": (1.0, 0.7),
+        "logit_divisor": (1.0, 3.0),
+    }
+    drawn = {name: st.sampled_from(choices) for name, choices in values.items()}
+    return st.one_of(st.just({}), st.fixed_dictionaries(drawn))
 
 
 @st.composite

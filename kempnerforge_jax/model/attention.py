@@ -7,7 +7,6 @@ heads that share a key/value head, h head_dim, A = h/2 angles. Query head i read
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,7 @@ DENSE_PAIRS = 1024 * 1024
 
 
 class Attention(Module):
-    """Causal self-attention: softmax(q k^T / sqrt(h)) v over the keys that the masks allow.
+    """Causal self-attention: softmax(scale q k^T) v over the keys that the masks allow.
 
     Attributes:
         capture_attention_weights: if True, each call outside jit also keeps its probabilities.
@@ -50,23 +49,35 @@ class Attention(Module):
         sdpa_backend: str = "auto",
         *,
         bias: bool = False,
+        output_bias: bool | None = None,
         sliding_window: int | None = None,
         norm_eps: float = 1e-5,
+        qk_norm_over: str = "head",
+        scale: float | None = None,
         rngs: nnx.Rngs | None,
     ):
-        """``sdpa_backend`` names kernels of torch; here it has no effect."""
+        """
+        Args:
+            sdpa_backend: names kernels of torch; here it has no effect.
+            output_bias: whether ``o_proj`` has a bias; None: as the others.
+            qk_norm_over: "head", or "width": one norm over all heads together.
+            scale: factor on products of queries and keys; None: head_dim^-0.5.
+        """
         head_dim = resolve_head_dim(dim, n_heads, n_kv_heads, head_dim)
         self.n_heads = n_heads
         self.n_kv_heads = n_kv_heads
         self.head_dim = head_dim
         self.sdpa_backend = sdpa_backend
         self.sliding_window = sliding_window
+        self.qk_norm_over = qk_norm_over
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.q_proj = Linear(dim, n_heads * head_dim, bias, rngs=rngs)
         self.k_proj = Linear(dim, n_kv_heads * head_dim, bias, rngs=rngs)
         self.v_proj = Linear(dim, n_kv_heads * head_dim, bias, rngs=rngs)
-        self.o_proj = Linear(n_heads * head_dim, dim, bias, rngs=rngs)
-        self.q_norm = RMSNorm(head_dim, norm_eps, rngs=rngs) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, norm_eps, rngs=rngs) if qk_norm else None
+        self.o_proj = Linear(n_heads * head_dim, dim, bias if output_bias is None else output_bias, rngs=rngs)
+        q_width, k_width = (n_heads * head_dim, n_kv_heads * head_dim) if qk_norm_over == "width" else (head_dim,) * 2
+        self.q_norm = RMSNorm(q_width, norm_eps, rngs=rngs) if qk_norm else None
+        self.k_norm = RMSNorm(k_width, norm_eps, rngs=rngs) if qk_norm else None
         self.capture_attention_weights = False
 
     @property
@@ -108,11 +119,8 @@ class Attention(Module):
                 key_padding_mask=key_padding_mask,
                 sliding_window=self.sliding_window,
             )
-        q_BSHh = self.q_proj(x).reshape(batch, length, self.n_heads, self.head_dim)
-        k_BSKh = self.k_proj(x).reshape(batch, length, self.n_kv_heads, self.head_dim)
-        v_BSKh = self.v_proj(x).reshape(batch, length, self.n_kv_heads, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BSHh, k_BSKh = self.q_norm(q_BSHh), self.k_norm(k_BSKh)
+        q_BSHh, k_BSKh = self._heads(self.q_proj(x), self.q_norm), self._heads(self.k_proj(x), self.k_norm)
+        v_BSKh = self._heads(self.v_proj(x), None)
         q_BHSh = apply_rope(q_BSHh.swapaxes(1, 2), rope_cos, rope_sin)
         k_BKMh = apply_rope(k_BSKh.swapaxes(1, 2), rope_cos, rope_sin)
         v_BKMh = v_BSKh.swapaxes(1, 2)
@@ -125,13 +133,21 @@ class Attention(Module):
         elif (others := read_besides()) is not None:
             _, k_BKMh, v_BKMh = others.update(k_BKMh, v_BKMh)
         if self.capture_attention_weights:
-            self.keep(attention_weights=attention_weights(q_BHSh, k_BKMh, mask))
-        out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask)
+            self.keep(attention_weights=attention_weights(q_BHSh, k_BKMh, mask, scale=self.scale))
+        out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask, scale=self.scale)
         out_BSD = self.o_proj(out_BHSh.swapaxes(1, 2).reshape(batch, length, -1))
         if kv_cache is None or updated is None:
             return out_BSD
         past_end_BS = kv_cache.positions(length) >= kv_cache.max_seq_len
         return jnp.where(past_end_BS[..., None], jnp.nan, out_BSD), updated
+
+    def _heads(self, x_BSX: jax.Array, norm: RMSNorm | None) -> jax.Array:
+        """(B, S, H h) -> (B, S, H, h), normalised if there is a norm: as a whole, or head by head."""
+        split = (*x_BSX.shape[:2], -1, self.head_dim)
+        if norm is not None and self.qk_norm_over == "width":
+            return norm(x_BSX).reshape(split)
+        x_BSHh = x_BSX.reshape(split)
+        return x_BSHh if norm is None else norm(x_BSHh)
 
 
 def attend(
@@ -139,8 +155,10 @@ def attend(
     k: Float[Array, "B K M h"],
     v: Float[Array, "B K M h"],
     mask: Mask | Bool[Array, "..."] = CAUSAL,
+    *,
+    scale: float | None = None,
 ) -> Float[Array, "B H S h"]:
-    """softmax(q k^T / sqrt(h)) v.
+    """softmax(scale q k^T) v.
 
     Every attention of this backend goes through here, and here the kernel is chosen:
 
@@ -153,6 +171,7 @@ def attend(
         q: (B, H, S, h).
         k, v: (B, K, M, h).
         mask: which keys each query may attend to; an array is bool, broadcasts to (B, H, S, M), True = attend.
+        scale: None: h^-0.5.
 
     Returns:
         (B, H, S, h); 0, with gradient 0, in rows that may attend to nothing.
@@ -160,24 +179,24 @@ def attend(
     (length, channels), keys = q.shape[2:], k.shape[2]
     mask = as_mask(mask)
     if q.dtype != k.dtype or k.dtype != v.dtype or not has_kernel(mask, length, keys, channels, q.dtype):
-        return _attend_plainly(mask, q, k, v)
+        return _attend_plainly(scale, mask, q, k, v)
     mask = mask if mask.fused is not None else with_fused(mask, length, keys)
-    kernel, plain = functools.partial(_attend_fused, mask), functools.partial(_attend_plainly, mask)
+    kernel, plain = (functools.partial(way, scale, mask) for way in (_attend_fused, _attend_plainly))
     return lax.platform_dependent(q, k, v, cuda=kernel, default=plain)
 
 
-def _attend_fused(mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return fused_attention(q, k, v, mask, _attend_plainly)
+def _attend_fused(scale: float | None, mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return fused_attention(q, k, v, mask, functools.partial(_attend_plainly, scale), scale=scale)
 
 
-def _attend_plainly(mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    is_short = q.shape[2] * k.shape[2] <= DENSE_PAIRS
-    return _attention(q, k, v, mask) if is_short else blockwise_attention(_attention, q, k, v, mask)
+def _attend_plainly(scale: float | None, mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    is_short, attend_dense = q.shape[2] * k.shape[2] <= DENSE_PAIRS, functools.partial(_attention, scale=scale)
+    return attend_dense(q, k, v, mask) if is_short else blockwise_attention(attend_dense, q, k, v, mask)
 
 
-def _attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, scale: float | None) -> jax.Array:
     mask = with_dense(mask, q.shape[2], k.shape[2])
-    weights_BHSM = attention_weights(q, k, mask).astype(v.dtype)
+    weights_BHSM = attention_weights(q, k, mask, scale=scale).astype(v.dtype)
     weights_BKGSM = weights_BHSM.reshape(q.shape[0], k.shape[1], -1, *weights_BHSM.shape[2:])
     out_BKGSh = jnp.einsum("bkgsm,bkmh->bkgsh", weights_BKGSM, v)
     out_BHSh = out_BKGSh.reshape(*q.shape[:3], v.shape[-1]).astype(q.dtype)
@@ -186,7 +205,11 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Arra
 
 
 def attention_weights(
-    q: Float[Array, "B H S h"], k: Float[Array, "B K M h"], mask: Mask | Bool[Array, "..."] = CAUSAL
+    q: Float[Array, "B H S h"],
+    k: Float[Array, "B K M h"],
+    mask: Mask | Bool[Array, "..."] = CAUSAL,
+    *,
+    scale: float | None = None,
 ) -> Float[Array, "B H S M"]:
     """The probabilities of `attend`: (B, H, S, M) in at least float32, 0 in rows that may attend to nothing."""
     (batch, heads, length, channels), keys = q.shape, k.shape[2]
@@ -194,7 +217,7 @@ def attention_weights(
     assert dense is not None
     q_BKGSh = q.reshape(batch, k.shape[1], -1, length, channels)
     scores_BKGSM = _scores(q_BKGSh, k)
-    scores_BHSM = scores_BKGSM.reshape(batch, heads, length, keys) / math.sqrt(channels)
+    scores_BHSM = scores_BKGSM.reshape(batch, heads, length, keys) * (channels**-0.5 if scale is None else scale)
     weights_BHSM = jax.nn.softmax(jnp.where(dense.allowed, scores_BHSM, -jnp.inf), axis=-1)
     return weights_BHSM if dense.empty is None else jnp.where(dense.empty, 0, weights_BHSM)
 

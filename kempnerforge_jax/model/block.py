@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TypedDict, Unpack
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Integer
 
@@ -30,14 +31,26 @@ class BlockOptions(TypedDict, total=False):
 
 
 class TransformerBlock(Module):
-    """x + attention(attention_norm(x)), then x + mlp(mlp_norm(x))."""
+    """x + attention(attention_norm(x)), then x + mlp(mlp_norm(x)).
+
+    With norms after, x + attention_post_norm(attention(x)), then x + mlp_post_norm(mlp(x)); or both. What is added is
+    multiplied by ``residual_scale``.
+    """
 
     def __init__(self, config: ModelConfig, layer_idx: int, *, rngs: nnx.Rngs | None):
         self.is_moe = config.is_moe_layer(layer_idx)
-        self.attention_norm = build_norm(config.norm_type, config.dim, config.norm_eps, rngs=rngs)
+        self.residual_scale = config.residual_scale
+        before, after = config.norm_placement != "after", config.norm_placement != "before"
+
+        def norm(exists: bool) -> Module | None:
+            return build_norm(config.norm_type, config.dim, config.norm_eps, rngs=rngs) if exists else None
+
+        self.attention_norm = norm(before)
         self.attention = build_attention(config, rngs=rngs)
-        self.mlp_norm = build_norm(config.norm_type, config.dim, config.norm_eps, rngs=rngs)
+        self.attention_post_norm = norm(after)
+        self.mlp_norm = norm(before)
         self.mlp = build_feed_forward(config, layer_idx, rngs=rngs)
+        self.mlp_post_norm = norm(after)
 
     def forward(
         self,
@@ -58,7 +71,7 @@ class TransformerBlock(Module):
             return_stats: give a `BlockOutput`, and leave the getters of the mixture alone.
         """
         out = self.attention(
-            self.attention_norm(x),
+            _normed(self.attention_norm, x),
             rope_cos,
             rope_sin,
             kv_cache=kv_cache,
@@ -67,17 +80,17 @@ class TransformerBlock(Module):
             key_padding_mask=key_padding_mask,
         )
         out, updated = (out, None) if kv_cache is None else out
-        x = x + out
+        x = self._added(x, _normed(self.attention_post_norm, out))
+        normed_BSD = _normed(self.mlp_norm, x)
         if self.is_moe:
-            out, stats = self.mlp(
-                self.mlp_norm(x), valid=key_padding_mask, limit_capacity=limit_capacity, return_stats=True
-            )
+            out, stats = self.mlp(normed_BSD, valid=key_padding_mask, limit_capacity=limit_capacity, return_stats=True)
         else:
-            out, stats = self.mlp(self.mlp_norm(x)), None
+            out, stats = self.mlp(normed_BSD), None
+        x = self._added(x, _normed(self.mlp_post_norm, out))
         if return_stats:
-            return BlockOutput(x + out, stats, updated)
+            return BlockOutput(x, stats, updated)
         keep_stats(self.mlp, stats)
-        return x + out if updated is None else (x + out, updated)
+        return x if updated is None else (x, updated)
 
     def run(
         self,
@@ -91,6 +104,13 @@ class TransformerBlock(Module):
         """The result of a call, with the stats of its router. Arguments as for `forward`; nothing is kept."""
         return self(x, rope_cos, rope_sin, key_padding_mask=key_padding_mask, return_stats=True, **options)
 
+    def _added(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        return x + (out if self.residual_scale == 1 else out * self.residual_scale)
+
+
+def _normed(norm: Module | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)
+
 
 def build_attention(config: ModelConfig, *, rngs: nnx.Rngs | None) -> Attention:
     """The self-attention of one layer."""
@@ -102,8 +122,11 @@ def build_attention(config: ModelConfig, *, rngs: nnx.Rngs | None) -> Attention:
         config.qk_norm,
         config.sdpa_backend,
         bias=config.attention_bias,
+        output_bias=config.attention_bias and config.attention_output_bias,
         sliding_window=config.sliding_window,
         norm_eps=config.norm_eps,
+        qk_norm_over=config.qk_norm_over,
+        scale=config.score_scale,
         rngs=rngs,
     )
 
@@ -114,5 +137,6 @@ def build_feed_forward(config: ModelConfig, layer_idx: int, *, rngs: nnx.Rngs | 
     A mixture is called as ``mlp(x, valid=..., limit_capacity=..., return_stats=True)`` and gives a `MoEOutput`.
     """
     if not config.is_moe_layer(layer_idx):
-        return build_mlp(config.dim, config.computed_ffn_hidden_dim, config.activation, rngs=rngs)
+        width = config.computed_ffn_hidden_dim
+        return build_mlp(config.dim, width, config.activation, bias=config.mlp_bias, rngs=rngs)
     return build_moe_layer(config, rngs=rngs)

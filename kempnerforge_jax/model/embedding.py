@@ -33,10 +33,11 @@ class FactoredLogits(NamedTuple):
 
 
 class TokenEmbedding(Module):
-    """Token ids to vectors; the table is ``embedding.weight`` (V, D)."""
+    """Token ids to vectors, times a factor; the table is ``embedding.weight`` (V, D)."""
 
-    def __init__(self, vocab_size: int, dim: int, *, rngs: nnx.Rngs | None):
+    def __init__(self, vocab_size: int, dim: int, scale: float = 1.0, *, rngs: nnx.Rngs | None):
         self.embedding = Embedding(vocab_size, dim, rngs=rngs)
+        self.scale = scale
 
     def forward(self, tokens: Integer[Array, "B S"]) -> Float[Array, "B S D"]:
         """Integers (B, S) -> (B, S, D).
@@ -45,7 +46,8 @@ class TokenEmbedding(Module):
             ValueError: not integers, an id outside [0, V). Inside jit, where values can't be seen, its row is NaN.
         """
         check_ids("tokens", tokens, self.embedding.num_embeddings)
-        return self.embedding(tokens)
+        x_BSD = self.embedding(tokens)
+        return x_BSD if self.scale == 1 else x_BSD * self.scale
 
 
 class _Projection(Linear):
@@ -56,16 +58,18 @@ class _Projection(Linear):
 
 
 class OutputHead(Module):
-    """Hidden states to logits; the weight is ``proj.weight`` (V, D)."""
+    """Hidden states to logits, divided by a number; the weight is ``proj.weight`` (V, D)."""
 
-    def __init__(self, dim: int, vocab_size: int, *, rngs: nnx.Rngs | None):
+    def __init__(self, dim: int, vocab_size: int, divisor: float = 1.0, *, rngs: nnx.Rngs | None):
         self.proj = _Projection(dim, vocab_size, rngs=rngs)
+        self.divisor = divisor
 
     def forward(
         self, x: Float[Array, "B S D"], tied_weight: Float[Array, "V D"] | None = None
     ) -> Float[Array, "B S V"]:
         """(B, S, D) -> (B, S, V); a tied head is given the embedding's table (V, D) at each call."""
-        return self.proj(x, tied_weight)
+        logits = self.proj(x, tied_weight)
+        return logits if self.divisor == 1 else logits / self.divisor
 
     def factors(self, x: Float[Array, "B S D"], tied_weight: Float[Array, "V D"] | None = None) -> FactoredLogits:
         """What `forward` multiplies."""

@@ -51,16 +51,25 @@ def with_fused(mask: Mask, queries: int, keys: int) -> Mask:
 
 
 def fused_attention(
-    q: Float[Array, "B H S h"], k: Float[Array, "B K S h"], v: Float[Array, "B K S h"], mask: Mask, otherwise: _Way
+    q: Float[Array, "B H S h"],
+    k: Float[Array, "B K S h"],
+    v: Float[Array, "B K S h"],
+    mask: Mask,
+    otherwise: _Way,
+    *,
+    scale: float | None = None,
 ) -> Float[Array, "B H S h"]:
-    """softmax(q k^T / sqrt(h)) v, by a mask `with_fused`; 0 in rows that may attend to nothing.
+    """softmax(scale q k^T) v, by a mask `with_fused`; 0 in rows that may attend to nothing.
 
     Args:
         otherwise: (mask, q, k, v) -> the same, for masks whose segments turn out not to say all.
+        scale: None: h^-0.5.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mask.fused is None:
-        return _whole(mask, q, k, v)
-    return _by(mask.fused.way, (*(functools.partial(_packed, count) for count in SEGMENTS), otherwise), mask, q, k, v)
+        return _whole(scale, mask, q, k, v)
+    ways = (*(functools.partial(_packed, count, scale) for count in SEGMENTS), otherwise)
+    return _by(mask.fused.way, ways, mask, q, k, v)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -85,12 +94,12 @@ def _by_backward(ways: Sequence[_Way], residuals: tuple, gradient: Array) -> tup
 _by.defvjp(_by_forward, _by_backward)
 
 
-def _whole(mask: Mask, q: Array, k: Array, v: Array) -> Array:
+def _whole(scale: float, mask: Mask, q: Array, k: Array, v: Array) -> Array:
     """Of sequences that nothing cuts."""
-    return _kernel(q, k, v, MaskType.CAUSAL if mask.causal else MaskType.NO_MASK, mask.window)
+    return _kernel(q, k, v, MaskType.CAUSAL if mask.causal else MaskType.NO_MASK, mask.window, scale)
 
 
-def _packed(count: int, mask: Mask, q: Array, k: Array, v: Array) -> Array:
+def _packed(count: int, scale: float, mask: Mask, q: Array, k: Array, v: Array) -> Array:
     """Of sequences of at most so many segments."""
     segments = mask.fused
     assert segments is not None
@@ -107,17 +116,16 @@ def _packed(count: int, mask: Mask, q: Array, k: Array, v: Array) -> Array:
         "kv_offsets": offsets(segments.keys.starts),
     }
     kind = MaskType.PADDING_CAUSAL if mask.causal else MaskType.PADDING
-    return _only(segments.seeing, _kernel(q, k, v, kind, mask.window, **packing))
+    return _only(segments.seeing, _kernel(q, k, v, kind, mask.window, scale, **packing))
 
 
-def _kernel(q: Array, k: Array, v: Array, kind: MaskType, window: int | None, **packing: Array) -> Array:
+def _kernel(q: Array, k: Array, v: Array, kind: MaskType, window: int | None, scale: float, **packing: Array) -> Array:
     """Of lengths that are even, as the kernel wants them: with one more token, which no other sees."""
     length = q.shape[2]
     q_BSHh, k_BSHh, v_BSHh = (
         jnp.pad(heads.swapaxes(1, 2), ((0, 0), (0, length % 2), (0, 0), (0, 0))) for heads in (q, k, v)
     )
     attend: Any = dot_product_attention  # its annotations leave out what it returns
-    scale = q.shape[-1] ** -0.5
     out_BSHh = attend(q_BSHh, k_BSHh, v_BSHh, scale=scale, mask_type=kind, sliding_window_length=window, **packing)
     return out_BSHh[:, :length].swapaxes(1, 2)
 

@@ -37,10 +37,10 @@ registry.register("activation", "relu")(jax.nn.relu)
 class SwiGLUMLP(Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs | None):
-        self.gate_proj = Linear(dim, hidden_dim, rngs=rngs)
-        self.up_proj = Linear(dim, hidden_dim, rngs=rngs)
-        self.down_proj = Linear(hidden_dim, dim, rngs=rngs)
+    def __init__(self, dim: int, hidden_dim: int, *, bias: bool = False, rngs: nnx.Rngs | None):
+        self.gate_proj = Linear(dim, hidden_dim, bias, rngs=rngs)
+        self.up_proj = Linear(dim, hidden_dim, bias, rngs=rngs)
+        self.down_proj = Linear(hidden_dim, dim, bias, rngs=rngs)
 
     def forward(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """(..., D) -> (..., D)."""
@@ -50,10 +50,12 @@ class SwiGLUMLP(Module):
 class StandardMLP(Module):
     """down(activation(up(x))); gelu is the exact erf form."""
 
-    def __init__(self, dim: int, hidden_dim: int, activation: str = "gelu", *, rngs: nnx.Rngs | None):
+    def __init__(
+        self, dim: int, hidden_dim: int, activation: str = "gelu", *, bias: bool = False, rngs: nnx.Rngs | None
+    ):
         self.activation = registry.check("activation", activation)
-        self.up_proj = Linear(dim, hidden_dim, rngs=rngs)
-        self.down_proj = Linear(hidden_dim, dim, rngs=rngs)
+        self.up_proj = Linear(dim, hidden_dim, bias, rngs=rngs)
+        self.down_proj = Linear(hidden_dim, dim, bias, rngs=rngs)
 
     def forward(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """(..., D) -> (..., D)."""
@@ -64,15 +66,18 @@ registry.register("mlp", "gelu")(functools.partial(StandardMLP, activation="gelu
 registry.register("mlp", "relu")(functools.partial(StandardMLP, activation="relu"))
 
 
-def build_mlp(dim: int, hidden_dim: int, activation: str = "silu", *, rngs: nnx.Rngs | None) -> Module:
+def build_mlp(
+    dim: int, hidden_dim: int, activation: str = "silu", *, bias: bool = False, rngs: nnx.Rngs | None
+) -> Module:
     """The feed-forward layer registered as ``activation``: silu is SwiGLU, gelu and relu are standard.
 
-    A builder registered under another name is called with ``(dim, hidden_dim, rngs=rngs)``; a name that is registered
-    as an activation alone is a standard layer with it.
+    A builder registered under another name is called with ``(dim, hidden_dim, rngs=rngs)``, and with ``bias=True`` if
+    there are to be biases; a name that is registered as an activation alone is a standard layer with it.
 
     Raises:
         KeyError, ValueError: "activation: Unknown mlp: ..." with the names that exist.
     """
     if activation in ACTIVATIONS and not registry.has("mlp", activation):
-        return StandardMLP(dim, hidden_dim, activation, rngs=rngs)
-    return registry.get("mlp", activation, "activation")(dim, hidden_dim, rngs=rngs)
+        return StandardMLP(dim, hidden_dim, activation, bias=bias, rngs=rngs)
+    options = {"bias": True} if bias else {}
+    return registry.get("mlp", activation, "activation")(dim, hidden_dim, **options, rngs=rngs)

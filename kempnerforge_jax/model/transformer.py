@@ -61,7 +61,9 @@ class Transformer(ModelGetters):
         self.vlm_config = vlm_config
         self.num_image_tokens = num_image_tokens
         self.architecture = build_architecture(config, vlm_config)
-        self.token_embedding: TokenEmbedding | None = TokenEmbedding(config.vocab_size, config.dim, rngs=None)
+        self.token_embedding: TokenEmbedding | None = TokenEmbedding(
+            config.vocab_size, config.dim, config.embedding_scale, rngs=None
+        )
         self.rope = RotaryTables(
             config.head_size, config.max_seq_len, config.rope_theta, config.rope_scaling, rngs=None
         )
@@ -73,7 +75,7 @@ class Transformer(ModelGetters):
         for name, module in extra.items():
             setattr(self, name, module)
         self._extra = tuple(extra)
-        self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size, rngs=None)
+        self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size, config.logit_divisor, rngs=None)
         if config.tie_embeddings:
             self.output_head.tie_weights(self.token_embedding)
         if rngs is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +39,7 @@ _CPU_KERNEL_KEYS = 16
 
 
 class Attention(nn.Module):
-    """Causal self-attention: softmax(q k^T / sqrt(h)) v over the keys that the masks allow.
+    """Causal self-attention: softmax(scale q k^T) v over the keys that the masks allow.
 
     Attributes:
         capture_attention_weights: if True, each call also computes its probabilities.
@@ -57,9 +56,18 @@ class Attention(nn.Module):
         sdpa_backend: str = "auto",
         *,
         bias: bool = False,
+        output_bias: bool | None = None,
         sliding_window: int | None = None,
         norm_eps: float = 1e-5,
+        qk_norm_over: str = "head",
+        scale: float | None = None,
     ):
+        """
+        Args:
+            output_bias: whether ``o_proj`` has a bias; None: as the others.
+            qk_norm_over: "head", or "width": one norm over all heads together.
+            scale: factor on products of queries and keys; None: head_dim^-0.5.
+        """
         super().__init__()
         head_dim = resolve_head_dim(dim, n_heads, n_kv_heads, head_dim)
         if sdpa_backend != "auto" and sdpa_backend not in SDPA_BACKENDS:
@@ -69,12 +77,15 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.sdpa_backend = sdpa_backend
         self.sliding_window = sliding_window
+        self.qk_norm_over = qk_norm_over
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.q_proj = Linear(dim, n_heads * head_dim, bias=bias)
         self.k_proj = Linear(dim, n_kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(dim, n_kv_heads * head_dim, bias=bias)
-        self.o_proj = Linear(n_heads * head_dim, dim, bias=bias)
-        self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+        self.o_proj = Linear(n_heads * head_dim, dim, bias=bias if output_bias is None else output_bias)
+        q_width, k_width = (n_heads * head_dim, n_kv_heads * head_dim) if qk_norm_over == "width" else (head_dim,) * 2
+        self.q_norm = RMSNorm(q_width, norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(k_width, norm_eps) if qk_norm else None
         self.capture_attention_weights = False
         self.last_attention_weights: Tensor | None = None
 
@@ -113,11 +124,8 @@ class Attention(nn.Module):
                 key_padding_mask=key_padding_mask,
                 sliding_window=self.sliding_window,
             )
-        q_BSHh = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        k_BSKh = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
-        v_BSKh = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BSHh, k_BSKh = self.q_norm(q_BSHh), self.k_norm(k_BSKh)
+        q_BSHh, k_BSKh = self._heads(self.q_proj(x), self.q_norm), self._heads(self.k_proj(x), self.k_norm)
+        v_BSKh = self._heads(self.v_proj(x), None)
         q_BHSh = apply_rope(q_BSHh.transpose(1, 2), rope_cos, rope_sin)
         k_BKMh = apply_rope(k_BSKh.transpose(1, 2), rope_cos, rope_sin)
         v_BKMh = v_BSKh.transpose(1, 2)
@@ -125,9 +133,16 @@ class Attention(nn.Module):
             k_BKMh, v_BKMh = kv_cache.update(k_BKMh, v_BKMh, doc_ids=doc_ids, key_padding_mask=key_padding_mask)
             k_BKMh, v_BKMh = k_BKMh.to(x.dtype), v_BKMh.to(x.dtype)
         if self.capture_attention_weights:
-            self.last_attention_weights = attention_weights(q_BHSh, k_BKMh, mask).detach().cpu()
-        out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask, sdpa_backend=self.sdpa_backend)
+            self.last_attention_weights = attention_weights(q_BHSh, k_BKMh, mask, scale=self.scale).detach().cpu()
+        out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask, sdpa_backend=self.sdpa_backend, scale=self.scale)
         return self.o_proj(out_BHSh.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BSX: Tensor, norm: RMSNorm | None) -> Tensor:
+        """(B, S, H h) -> (B, S, H, h), normalised if there is a norm: as a whole, or head by head."""
+        if norm is not None and self.qk_norm_over == "width":
+            return norm(x_BSX).unflatten(-1, (-1, self.head_dim))
+        x_BSHh = x_BSX.unflatten(-1, (-1, self.head_dim))
+        return x_BSHh if norm is None else norm(x_BSHh)
 
 
 def attend(
@@ -137,8 +152,9 @@ def attend(
     mask: Mask | Bool[Tensor, "..."] = CAUSAL,
     *,
     sdpa_backend: str = "auto",
+    scale: float | None = None,
 ) -> Float[Tensor, "B H S h"]:
-    """softmax(q k^T / sqrt(h)) v.
+    """softmax(scale q k^T) v.
 
     Every attention of this backend goes through here, and here the kernel is chosen:
 
@@ -153,6 +169,7 @@ def attend(
         mask: which keys each query may attend to; a tensor is bool, broadcasts to (B, H, S, M), True = attend.
         sdpa_backend: kernel of F.scaled_dot_product_attention that is tried first; the math path takes what that kernel
             can't do.
+        scale: None: h^-0.5.
 
     Returns:
         (B, H, S, h); 0, with gradient 0, in rows that may attend to nothing.
@@ -160,14 +177,14 @@ def attend(
     length, keys = q.shape[2], k.shape[2]
     mask = prepare_mask(as_mask(mask), length, keys, q.shape[3], q.dtype, q.device)
     if mask.fused is not None:
-        return fused_attention(q, k, v, mask)
-    attend_dense = functools.partial(_attend, sdpa_backend=sdpa_backend)
+        return fused_attention(q, k, v, mask, scale=scale)
+    attend_dense = functools.partial(_attend, sdpa_backend=sdpa_backend, scale=scale)
     if mask.dense is not None or _is_argument(mask, length, keys):
         return attend_dense(q, k, v, mask)
     return blockwise_attention(attend_dense, q, k, v, mask)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, sdpa_backend: str) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, sdpa_backend: str, scale: float | None) -> Tensor:
     length, keys = q.shape[2], k.shape[2]
     if not _is_argument(mask, length, keys):
         mask = with_dense(mask, length, keys, q.device)
@@ -182,13 +199,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, sdpa_backend: str) -
             v,
             attn_mask=allowed,
             is_causal=causal,
+            scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
     return out_BHSh if empty is None else out_BHSh.masked_fill(empty, 0)
 
 
 def attention_weights(
-    q: Float[Tensor, "B H S h"], k: Float[Tensor, "B K M h"], mask: Mask | Bool[Tensor, "..."] = CAUSAL
+    q: Float[Tensor, "B H S h"],
+    k: Float[Tensor, "B K M h"],
+    mask: Mask | Bool[Tensor, "..."] = CAUSAL,
+    *,
+    scale: float | None = None,
 ) -> Float[Tensor, "B H S M"]:
     """The probabilities of `attend`: (B, H, S, M) in at least float32, 0 in rows that may attend to nothing."""
     (batch, heads, length, channels), keys = q.shape, k.shape[2]
@@ -197,7 +219,8 @@ def attention_weights(
     assert dense is not None
     q_BKGSh = q.to(dtype).unflatten(1, (k.shape[1], -1))
     scores_BHSM = torch.einsum("bkgsh,bkmh->bkgsm", q_BKGSh, k.to(dtype)).reshape(batch, heads, length, keys)
-    scores_BHSM = (scores_BHSM / math.sqrt(channels)).masked_fill(~dense.allowed, -torch.inf)
+    scores_BHSM = scores_BHSM * (channels**-0.5 if scale is None else scale)
+    scores_BHSM = scores_BHSM.masked_fill(~dense.allowed, -torch.inf)
     weights_BHSM = scores_BHSM.softmax(dim=-1)
     return weights_BHSM if dense.empty is None else weights_BHSM.masked_fill(dense.empty, 0)
 

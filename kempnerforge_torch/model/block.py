@@ -29,15 +29,27 @@ class BlockOptions(TypedDict, total=False):
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(attention_norm(x)), then x + mlp(mlp_norm(x))."""
+    """x + attention(attention_norm(x)), then x + mlp(mlp_norm(x)).
+
+    With norms after, x + attention_post_norm(attention(x)), then x + mlp_post_norm(mlp(x)); or both. What is added is
+    multiplied by ``residual_scale``.
+    """
 
     def __init__(self, config: ModelConfig, layer_idx: int):
         super().__init__()
         self.is_moe = config.is_moe_layer(layer_idx)
-        self.attention_norm = build_norm(config.norm_type, config.dim, config.norm_eps)
+        self.residual_scale = config.residual_scale
+        before, after = config.norm_placement != "after", config.norm_placement != "before"
+
+        def norm(exists: bool) -> nn.Module | None:
+            return build_norm(config.norm_type, config.dim, config.norm_eps) if exists else None
+
+        self.attention_norm = norm(before)
         self.attention = build_attention(config)
-        self.mlp_norm = build_norm(config.norm_type, config.dim, config.norm_eps)
+        self.attention_post_norm = norm(after)
+        self.mlp_norm = norm(before)
         self.mlp = build_feed_forward(config, layer_idx)
+        self.mlp_post_norm = norm(after)
 
     def forward(
         self,
@@ -57,8 +69,8 @@ class TransformerBlock(nn.Module):
         Args:
             return_stats: give a `BlockOutput`, and leave the getters of the mixture alone.
         """
-        x = x + self.attention(
-            self.attention_norm(x),
+        out = self.attention(
+            _normed(self.attention_norm, x),
             rope_cos,
             rope_sin,
             kv_cache=kv_cache,
@@ -66,16 +78,17 @@ class TransformerBlock(nn.Module):
             doc_ids=doc_ids,
             key_padding_mask=key_padding_mask,
         )
+        x = self._added(x, _normed(self.attention_post_norm, out))
+        normed_BSD = _normed(self.mlp_norm, x)
         if self.is_moe:
-            out, stats = self.mlp(
-                self.mlp_norm(x), valid=key_padding_mask, limit_capacity=limit_capacity, return_stats=True
-            )
+            out, stats = self.mlp(normed_BSD, valid=key_padding_mask, limit_capacity=limit_capacity, return_stats=True)
         else:
-            out, stats = self.mlp(self.mlp_norm(x)), None
+            out, stats = self.mlp(normed_BSD), None
+        x = self._added(x, _normed(self.mlp_post_norm, out))
         if return_stats:
-            return BlockOutput(x + out, stats, kv_cache)
+            return BlockOutput(x, stats, kv_cache)
         keep_stats(self.mlp, stats)
-        return x + out
+        return x
 
     def run(
         self,
@@ -89,6 +102,13 @@ class TransformerBlock(nn.Module):
         """The result of a call, with the stats of its router. Arguments as for `forward`; nothing is kept."""
         return self(x, rope_cos, rope_sin, key_padding_mask=key_padding_mask, return_stats=True, **options)
 
+    def _added(self, x: Tensor, out: Tensor) -> Tensor:
+        return x + (out if self.residual_scale == 1 else out * self.residual_scale)
+
+
+def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
+
 
 def build_attention(config: ModelConfig) -> Attention:
     """The self-attention of one layer."""
@@ -100,8 +120,11 @@ def build_attention(config: ModelConfig) -> Attention:
         config.qk_norm,
         config.sdpa_backend,
         bias=config.attention_bias,
+        output_bias=config.attention_bias and config.attention_output_bias,
         sliding_window=config.sliding_window,
         norm_eps=config.norm_eps,
+        qk_norm_over=config.qk_norm_over,
+        scale=config.score_scale,
     )
 
 
@@ -111,5 +134,5 @@ def build_feed_forward(config: ModelConfig, layer_idx: int) -> nn.Module:
     A mixture is called as ``mlp(x, valid=..., limit_capacity=..., return_stats=True)`` and gives a `MoEOutput`.
     """
     if not config.is_moe_layer(layer_idx):
-        return build_mlp(config.dim, config.computed_ffn_hidden_dim, config.activation)
+        return build_mlp(config.dim, config.computed_ffn_hidden_dim, config.activation, bias=config.mlp_bias)
     return build_moe_layer(config)

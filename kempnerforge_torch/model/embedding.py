@@ -32,11 +32,12 @@ class FactoredLogits(NamedTuple):
 
 
 class TokenEmbedding(nn.Module):
-    """Token ids to vectors; the table is ``embedding.weight`` (V, D)."""
+    """Token ids to vectors, times a factor; the table is ``embedding.weight`` (V, D)."""
 
-    def __init__(self, vocab_size: int, dim: int):
+    def __init__(self, vocab_size: int, dim: int, scale: float = 1.0):
         super().__init__()
         self.embedding = Embedding(vocab_size, dim)
+        self.scale = scale
 
     def forward(self, tokens: Integer[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
         """Integers (B, S) -> (B, S, D).
@@ -47,6 +48,10 @@ class TokenEmbedding(nn.Module):
         """
         check_ids("tokens", tokens)
         tokens = tokens if tokens.dtype in (torch.int32, torch.int64) else tokens.long()
+        x_BSD = self._look_up(tokens)
+        return x_BSD if self.scale == 1 else x_BSD * self.scale
+
+    def _look_up(self, tokens: Tensor) -> Tensor:
         if tokens.device.type != "cpu" or torch.compiler.is_compiling():
             return self.embedding(tokens)
         try:
@@ -57,15 +62,17 @@ class TokenEmbedding(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """Hidden states to logits; the weight is ``proj.weight`` (V, D)."""
+    """Hidden states to logits, divided by a number; the weight is ``proj.weight`` (V, D)."""
 
-    def __init__(self, dim: int, vocab_size: int):
+    def __init__(self, dim: int, vocab_size: int, divisor: float = 1.0):
         super().__init__()
         self.proj = Linear(dim, vocab_size, bias=False)
+        self.divisor = divisor
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S V"]:
         """(B, S, D) -> (B, S, V)."""
-        return self.proj(x)
+        logits = self.proj(x)
+        return logits if self.divisor == 1 else logits / self.divisor
 
     def factors(self, x: Float[Tensor, "B S D"]) -> FactoredLogits:
         """What `forward` multiplies."""

@@ -39,10 +39,19 @@ def with_fused(mask: Mask, queries: int, keys: int, device: torch.device | None 
 
 
 def fused_attention(
-    q: Float[Tensor, "B H S h"], k: Float[Tensor, "B K M h"], v: Float[Tensor, "B K M h"], mask: Mask
+    q: Float[Tensor, "B H S h"],
+    k: Float[Tensor, "B K M h"],
+    v: Float[Tensor, "B K M h"],
+    mask: Mask,
+    *,
+    scale: float | None = None,
 ) -> Float[Tensor, "B H S h"]:
-    """softmax(q k^T / sqrt(h)) v, by the form of a mask `with_fused`; 0 in rows that may attend to nothing."""
-    out = _compiled(flex_attention)(q, k, v, block_mask=mask.fused, enable_gqa=q.shape[1] != k.shape[1])
+    """softmax(scale q k^T) v, by the form of a mask `with_fused`; 0 in rows that may attend to nothing.
+
+    Args:
+        scale: None: h^-0.5.
+    """
+    out = _compiled(flex_attention)(q, k, v, block_mask=mask.fused, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     assert isinstance(out, Tensor)
     return out
 

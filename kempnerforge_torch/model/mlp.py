@@ -29,11 +29,11 @@ registry.register("activation", "relu")(F.relu)
 class SwiGLUMLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, dim: int, hidden_dim: int):
+    def __init__(self, dim: int, hidden_dim: int, *, bias: bool = False):
         super().__init__()
-        self.gate_proj = Linear(dim, hidden_dim, bias=False)
-        self.up_proj = Linear(dim, hidden_dim, bias=False)
-        self.down_proj = Linear(hidden_dim, dim, bias=False)
+        self.gate_proj = Linear(dim, hidden_dim, bias=bias)
+        self.up_proj = Linear(dim, hidden_dim, bias=bias)
+        self.down_proj = Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """(..., D) -> (..., D)."""
@@ -43,11 +43,11 @@ class SwiGLUMLP(nn.Module):
 class StandardMLP(nn.Module):
     """down(activation(up(x))); gelu is the exact erf form."""
 
-    def __init__(self, dim: int, hidden_dim: int, activation: str = "gelu"):
+    def __init__(self, dim: int, hidden_dim: int, activation: str = "gelu", *, bias: bool = False):
         super().__init__()
         self.activation = registry.check("activation", activation)
-        self.up_proj = Linear(dim, hidden_dim, bias=False)
-        self.down_proj = Linear(hidden_dim, dim, bias=False)
+        self.up_proj = Linear(dim, hidden_dim, bias=bias)
+        self.down_proj = Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """(..., D) -> (..., D)."""
@@ -58,15 +58,15 @@ registry.register("mlp", "gelu")(functools.partial(StandardMLP, activation="gelu
 registry.register("mlp", "relu")(functools.partial(StandardMLP, activation="relu"))
 
 
-def build_mlp(dim: int, hidden_dim: int, activation: str = "silu") -> nn.Module:
+def build_mlp(dim: int, hidden_dim: int, activation: str = "silu", *, bias: bool = False) -> nn.Module:
     """The feed-forward layer registered as ``activation``: silu is SwiGLU, gelu and relu are standard.
 
-    A builder registered under another name is called with ``(dim, hidden_dim)``; a name that is registered as an
-    activation alone is a standard layer with it.
+    A builder registered under another name is called with ``(dim, hidden_dim)``, and with ``bias=True`` if there are to
+    be biases; a name that is registered as an activation alone is a standard layer with it.
 
     Raises:
         KeyError, ValueError: "activation: Unknown mlp: ..." with the names that exist.
     """
     if activation in ACTIVATIONS and not registry.has("mlp", activation):
-        return StandardMLP(dim, hidden_dim, activation)
-    return registry.get("mlp", activation, "activation")(dim, hidden_dim)
+        return StandardMLP(dim, hidden_dim, activation, bias=bias)
+    return registry.get("mlp", activation, "activation")(dim, hidden_dim, **({"bias": True} if bias else {}))

@@ -52,7 +52,9 @@ class Transformer(ModelGetters):
         self.vlm_config = vlm_config
         self.num_image_tokens = num_image_tokens
         self.architecture = build_architecture(config, vlm_config)
-        self.token_embedding: TokenEmbedding | None = TokenEmbedding(config.vocab_size, config.dim)
+        self.token_embedding: TokenEmbedding | None = TokenEmbedding(
+            config.vocab_size, config.dim, config.embedding_scale
+        )
         self.rope = RotaryTables(config.head_size, config.max_seq_len, config.rope_theta, config.rope_scaling)
         self.layers = nn.ModuleDict({str(i): self.architecture.build_block(i) for i in range(config.n_layers)})
         self.cross_attention_layers: nn.Module = nn.ModuleDict()
@@ -61,7 +63,7 @@ class Transformer(ModelGetters):
         for name, module in extra.items():
             self.add_module(name, module)
         self._extra = tuple(extra)
-        self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size)
+        self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size, config.logit_divisor)
         self.init_weights_and_freqs()
 
     def init_weights_and_freqs(self, seed: int | None = None) -> None:

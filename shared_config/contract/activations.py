@@ -4,7 +4,8 @@ Of a layer PyTorch keeps, in numbers of a token, each in the dtype of the arithm
 
     none        of norms 4 D + 2 float32, and their outputs, 2 D; queries, keys, values, output, and that in rows,
                 3 Q + 2 K, and H float32; 4 F of a gated feed-forward part, 2 F of another; of norms of heads
-                2 (Q + K) + H + G float32; with experts 4 F of each, their inputs, k D, and float32 of rows that are
+                2 (Q + K) + H + G float32 (2 for H + G if over all heads); what norms keep twice if they stand on both
+                sides; with experts 4 F of each, their inputs, k D, and float32 of rows that are
                 weighed, of the router's input, logits and scores, and of assignments: (k + 1) D + 2 E + 8 k
     selective   D, and what matrix products and attention give: Q + 2 K, Q + H float32, D; 2 F + D of each feed-forward
                 part, F + D of one that isn't gated; with experts E float32
@@ -65,9 +66,10 @@ def kept_bytes(job: JobConfig, layout: Layout, *, is_moe: bool, mode: str | None
         wide = heads + routes
     else:
         narrow = 2 * model.dim + 3 * queries + 2 * keys * layout.cp + 2 * hidden
-        wide = -(-(4 * model.dim + 2) // stream) + heads
+        norms = 2 if model.norm_placement == "both" else 1
+        wide = -(-norms * (4 * model.dim + 2) // stream) + heads
         if model.qk_norm:
-            wide += 2 * (queries + keys) + heads + kv_heads
+            wide += 2 * (queries + keys) + (heads + kv_heads if model.qk_norm_over == "head" else 2)
         if is_moe:
             narrow += model.moe_top_k * model.dim
             own_input = int(number != FLOAT32)

@@ -35,10 +35,13 @@ def decoder_layer_parameters(config: ModelConfig, vlm: VLMConfig | None, layer: 
 
 
 def _decoder_layer(config: ModelConfig, feed_forward: Named) -> Named:
-    yield from prefixed("attention_norm", _norm(config))
-    yield from prefixed("attention", _attention(config))
-    yield from prefixed("mlp_norm", _norm(config))
-    yield from prefixed("mlp", feed_forward)
+    parts = (("attention", _attention(config)), ("mlp", feed_forward))
+    for name, part in parts:
+        if config.norm_placement != "after":
+            yield from prefixed(f"{name}_norm", _norm(config))
+        yield from prefixed(name, part)
+        if config.norm_placement != "before":
+            yield from prefixed(f"{name}_post_norm", _norm(config))
 
 
 def _feed_forward(config: ModelConfig, layer: int) -> Named:
@@ -48,9 +51,11 @@ def _feed_forward(config: ModelConfig, layer: int) -> Named:
 
 
 def _attention(config: ModelConfig) -> Named:
-    yield from _projections(config, config.n_heads, config.kv_heads, config.head_size, config.attention_bias)
+    biased = "qkvo" if config.attention_output_bias else "qkv"
+    heads = (config.n_heads, config.kv_heads, config.head_size)
+    yield from _projections(config, *heads, biased if config.attention_bias else "")
     if config.qk_norm:
-        yield from _head_norms(config)
+        yield from _head_norms(config) if config.qk_norm_over == "head" else _width_norms(config)
 
 
 def _head_norms(config: ModelConfig) -> Named:
@@ -58,18 +63,22 @@ def _head_norms(config: ModelConfig) -> Named:
         yield name, _ones((config.head_size,), ("head_dim",))
 
 
-def _projections(config: ModelConfig, heads: int, kv_heads: int, head_dim: int, bias: bool = False) -> Named:
-    """Query, key, value and output projections, biases after all weights."""
+def _width_norms(config: ModelConfig) -> Named:
+    for name, heads, axis in (("q_norm", config.n_heads, "heads"), ("k_norm", config.kv_heads, "kv_heads")):
+        yield f"{name}.weight", _ones((heads * config.head_size,), (axis,))
+
+
+def _projections(config: ModelConfig, heads: int, kv_heads: int, head_dim: int, biased: str = "") -> Named:
+    """Query, key, value and output projections; biases, of those that have one, after all weights."""
     h, dim = head_dim, config.dim
     yield "q_proj.weight", matrix(config, (heads * h, dim), ("heads", "embed"))
     yield "k_proj.weight", matrix(config, (kv_heads * h, dim), ("kv_heads", "embed"))
     yield "v_proj.weight", matrix(config, (kv_heads * h, dim), ("kv_heads", "embed"))
     yield "o_proj.weight", residual(config, (dim, heads * h), ("embed", "heads"))
-    if bias:
-        yield "q_proj.bias", _zeros((heads * h,), ("heads",))
-        yield "k_proj.bias", _zeros((kv_heads * h,), ("kv_heads",))
-        yield "v_proj.bias", _zeros((kv_heads * h,), ("kv_heads",))
-        yield "o_proj.bias", _zeros((dim,), ("embed",))
+    biases = (("q", heads * h, "heads"), ("k", kv_heads * h, "kv_heads"), ("v", kv_heads * h, "kv_heads"))
+    for name, width, axis in (*biases, ("o", dim, "embed")):
+        if name in biased:
+            yield f"{name}_proj.bias", _zeros((width,), (axis,))
 
 
 def _mlp(config: ModelConfig, hidden_dim: int) -> Named:
@@ -78,15 +87,22 @@ def _mlp(config: ModelConfig, hidden_dim: int) -> Named:
 
 
 def _standard_mlp(config: ModelConfig, hidden_dim: int) -> ParameterTable:
-    return {
-        "up_proj.weight": matrix(config, (hidden_dim, config.dim), ("mlp", "embed")),
-        "down_proj.weight": residual(config, (config.dim, hidden_dim), ("embed", "mlp")),
-    }
+    return _biased_mlp(config, hidden_dim, ("up_proj",))
 
 
 def _gated_mlp(config: ModelConfig, hidden_dim: int) -> ParameterTable:
-    gate = matrix(config, (hidden_dim, config.dim), ("mlp", "embed"))
-    return {"gate_proj.weight": gate, **_standard_mlp(config, hidden_dim)}
+    return _biased_mlp(config, hidden_dim, ("gate_proj", "up_proj"))
+
+
+def _biased_mlp(config: ModelConfig, hidden_dim: int, widening: tuple[str, ...]) -> ParameterTable:
+    """Biases, if there are any, after all weights."""
+    into = matrix(config, (hidden_dim, config.dim), ("mlp", "embed"))
+    weights = {f"{name}.weight": into for name in widening}
+    weights |= {"down_proj.weight": residual(config, (config.dim, hidden_dim), ("embed", "mlp"))}
+    if not config.mlp_bias:
+        return weights
+    biases = {f"{name}.bias": _zeros((hidden_dim,), ("mlp",)) for name in widening}
+    return {**weights, **biases, "down_proj.bias": _zeros((config.dim,), ("embed",))}
 
 
 def _moe(config: ModelConfig) -> Named:
@@ -143,7 +159,7 @@ def _cross_attention_block(config: ModelConfig, vlm: CrossAttentionConfig) -> Na
     yield from prefixed("attn_norm", _norm(config))
     yield from prefixed("attn", _silent(_projections(config, heads, kv_heads, vlm.resolved_head_dim(config))))
     yield from prefixed("mlp_norm", _norm(config))
-    yield from prefixed("mlp", _silent(_mlp(config, config.computed_ffn_hidden_dim)))
+    yield from prefixed("mlp", _silent(_mlp(config.replace(mlp_bias=False), config.computed_ffn_hidden_dim)))
 
 
 def _moma_layer(config: ModelConfig, vlm: MoMaConfig, layer: int) -> ParameterTable:
@@ -189,7 +205,7 @@ def _mot_projections(config: ModelConfig, vlm: MoTConfig, modality: str) -> Name
     heads, kv_heads = config.n_heads, config.kv_heads
     if modality == "image":
         heads, kv_heads = vlm.resolved_image_heads(heads, kv_heads)
-    yield from _silent(_projections(config, heads, kv_heads, config.head_size, config.attention_bias))
+    yield from _silent(_projections(config, heads, kv_heads, config.head_size, "qkvo" if config.attention_bias else ""))
     if config.qk_norm:
         yield from _head_norms(config)
 

@@ -206,6 +206,8 @@ def _tensor_parallel(config: JobConfig, tp: int) -> Iterator[str]:
     if vlm is not None:
         sizes |= {f"vlm.{name}": heads for name, heads in vlm.own_heads(model).items()}
     yield from (f"distributed.tp = {tp}: must divide {name} = {size}" for name, size in sizes.items() if size % tp)
+    if tp > 1 and model.qk_norm and model.qk_norm_over == "width":
+        yield f"distributed.tp = {tp}: must be 1 for model.qk_norm_over = 'width'"
 
 
 def _expert_parallel(config: JobConfig, ep: int) -> Iterator[str]:

@@ -48,7 +48,6 @@ def config_to_huggingface(config: ModelConfig) -> dict[str, object]:
     content |= {key: values[field] for key, field in family.all_settings.items()}
     return {
         **content,
-        **family.always,
         **_window_to_huggingface(config, family),
         **_experts_to_huggingface(config, family),
     }

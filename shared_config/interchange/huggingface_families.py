@@ -40,6 +40,7 @@ DEFAULTS: Mapping[str, object] = {
     "sliding_window": 4096,
     "tie_word_embeddings": False,
     "attention_bias": False,
+    "mlp_bias": False,
     "decoder_sparse_step": 1,
     "norm_topk_prob": False,
     "router_aux_loss_coef": 0.001,
@@ -50,8 +51,16 @@ PLAIN: Mapping[str, object] = {
     "model_type": "transformer",
     "activation": "silu",
     "norm_type": "rmsnorm",
-    "qk_norm": False,
     "attention_bias": False,
+    "attention_output_bias": True,
+    "attention_scale": None,
+    "mlp_bias": False,
+    "qk_norm": False,
+    "qk_norm_over": "head",
+    "norm_placement": "before",
+    "embedding_scale": 1.0,
+    "residual_scale": 1.0,
+    "logit_divisor": 1.0,
 }
 """What fields of `ModelConfig` are in a family that neither has a key for them nor means something else."""
 
@@ -77,6 +86,13 @@ LAYER_MODULES = {
     "mlp.": "mlp.",
 }
 """Start of a tensor's name in a layer -> that of Hugging Face."""
+
+NORMS_AFTER = {
+    "attention.": "self_attn.",
+    "attention_post_norm.": "post_attention_layernorm.",
+    "mlp.": "mlp.",
+    "mlp_post_norm.": "post_feedforward_layernorm.",
+}
 
 
 @dataclass(frozen=True)
@@ -118,23 +134,23 @@ class Family:
         settings: keys besides `SETTINGS`.
         defaults: of absent keys, where they aren't `DEFAULTS`.
         means: values of fields that all its models have, where they aren't `PLAIN`.
-        always: keys that are written with one value.
         not_null: keys that may not be null here.
         windows, experts: None: no model has them.
         modules: `LAYER_MODULES`, or others.
         renamed: parts of names within a module.
+        by_name: a config that names no family is taken for one of this only where no other expresses it.
     """
 
     architecture: str
     settings: Settings = field(default_factory=dict)
     defaults: Mapping[str, object] = field(default_factory=dict)
     means: Mapping[str, object] = field(default_factory=dict)
-    always: Mapping[str, object] = field(default_factory=dict)
     not_null: frozenset[str] = frozenset()
     windows: Windows | None = None
     experts: Experts | None = None
     modules: Mapping[str, str] = field(default_factory=lambda: LAYER_MODULES)
     renamed: Mapping[str, str] = field(default_factory=dict)
+    by_name: bool = False
 
     def default(self, key: str) -> object:
         """What a key means that is left out."""
@@ -164,9 +180,8 @@ BIAS: Settings = {"attention_bias": "attention_bias"}
 FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
-        settings=BIAS,
+        settings={**BIAS, "mlp_bias": "mlp_bias"},
         defaults={"max_position_embeddings": 2048},
-        always={"mlp_bias": False},
     ),
     "mistral": Family(
         "MistralForCausalLM",
@@ -189,6 +204,13 @@ FAMILIES = {
         modules=LAYER_MODULES | {"mlp.router.gate.": "block_sparse_moe.gate.", "mlp.": "block_sparse_moe."},
         renamed={"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
     ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        not_null=frozenset({"head_dim"}),
+        defaults={"num_key_value_heads": 32},
+        means={"attention_bias": True, "attention_output_bias": False},
+        windows=Windows(switch=True, from_layer=True, listed=True),
+    ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         settings=BIAS,
@@ -209,5 +231,33 @@ FAMILIES = {
             "moe_intermediate_size",
             {"decoder_sparse_step": "moe_frequency", "norm_topk_prob": "moe_norm_topk_prob"},
         ),
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        not_null=frozenset({"head_dim"}),
+        settings=BIAS,
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        means={"qk_norm": True, "qk_norm_over": "width", "norm_placement": "after"},
+        modules=NORMS_AFTER,
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        not_null=frozenset({"head_dim"}),
+        settings={
+            **BIAS,
+            "mlp_bias": "mlp_bias",
+            "embedding_multiplier": "embedding_scale",
+            "attention_multiplier": "attention_scale",
+            "residual_multiplier": "residual_scale",
+            "logits_scaling": "logit_divisor",
+        },
+        defaults={
+            "max_position_embeddings": 2048,
+            "embedding_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+        by_name=True,
     ),
 }

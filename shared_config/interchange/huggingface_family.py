@@ -24,8 +24,8 @@ def family_of(config: ModelConfig) -> str:
 
 
 def families_of(config: ModelConfig) -> tuple[str, ...]:
-    """The families that a config may be written as, at least one: its ``family``, or without one all that express it.
-    Those of one config have the same names for its tensors.
+    """The families that a config may be written as, at least one: its ``family``, or without one all that express it,
+    those that have to be named only where no other does. Those of one config have the same names for its tensors.
 
     Raises:
         ConfigError: the named family does not express it, or none does, naming every setting that is in the way.
@@ -33,6 +33,7 @@ def families_of(config: ModelConfig) -> tuple[str, ...]:
     able = tuple(name for name in FAMILIES if not dict(_not_expressed(config, name)))
     if config.family in able:
         return (config.family,)
+    able = tuple(name for name in able if not FAMILIES[name].by_name) or able
     if config.family is None and able:
         return able
     problems = list(_refusals(config, _alike(config) if config.family is None else [config.family]))
@@ -44,9 +45,13 @@ def families_of(config: ModelConfig) -> tuple[str, ...]:
 
 
 def _alike(config: ModelConfig) -> list[str]:
-    """The families whose models have the experts, and the norms of queries and keys, that the config has."""
+    """Of the families whose models have the experts, and the norms of queries and keys, that the config has, those that
+    lack least.
+    """
     wanted = (config.is_moe, config.qk_norm)
-    return [name for name, one in FAMILIES.items() if (one.experts is not None, one.fixed["qk_norm"]) == wanted]
+    alike = [name for name, one in FAMILIES.items() if (one.experts is not None, one.fixed["qk_norm"]) == wanted]
+    lacking = {name: len(dict(_not_expressed(config, name))) for name in alike if not FAMILIES[name].by_name}
+    return [name for name, count in lacking.items() if count == min(lacking.values())]
 
 
 def _refusals(config: ModelConfig, families: Iterable[str]) -> Iterator[str]:
@@ -64,6 +69,8 @@ def _not_expressed(config: ModelConfig, name: str) -> Iterator[tuple[str, str]]:
     """Fields whose values a family can't express, with what they must be."""
     if FAMILIES[name].experts is not None and not config.is_moe:
         yield "num_experts", "positive"
-    for field, needed in FAMILIES[name].fixed.items():
-        if getattr(config, field) != needed and (config.is_moe or not field.startswith("moe_")):
+    derived = {"attention_scale": config.replace(attention_scale=None).attention_scale}
+    for field, meant in FAMILIES[name].fixed.items():
+        needed = derived.get(field) if meant is None else meant
+        if getattr(config, field) != needed and field not in config.idle():
             yield field, repr(needed)

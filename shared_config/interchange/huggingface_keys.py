@@ -32,6 +32,10 @@ KINDS = {
     "layer_types": "a list",
     "attention_bias": "true or false",
     "mlp_bias": "true or false",
+    "embedding_multiplier": "a number",
+    "attention_multiplier": "a number",
+    "residual_multiplier": "a number",
+    "logits_scaling": "a number",
     "tie_word_embeddings": "true or false",
     "hidden_act": "a string",
     "num_experts": POSITIVE,
@@ -188,7 +192,6 @@ def missing_keys(content: Mapping[str, object]) -> Iterator[str]:
 def fixed_keys(content: Mapping[str, object]) -> Iterator[str]:
     """Keys that change what the model computes, with the one value that a `ModelConfig` expresses."""
     fixed: dict[str, object] = {
-        "mlp_bias": False,
         "partial_rotary_factor": 1.0,
         "mlp_only_layers": [],
         "is_causal": True,
@@ -197,8 +200,7 @@ def fixed_keys(content: Mapping[str, object]) -> Iterator[str]:
     fixed |= dict.fromkeys(sorted(REFUSED))
     if content.get("hidden_act", "silu") not in ("silu", "swish"):
         yield f"hidden_act = {content['hidden_act']!r}: must be 'silu', or 'swish', which is the same"
-    if "attention_bias" not in family_in(content).settings:
-        fixed |= {"attention_bias": False}
+    fixed |= {key: False for key in ("attention_bias", "mlp_bias") if key not in family_in(content).settings}
     for key, needed in fixed.items():
         if content.get(key) is not None and content[key] != needed:
             yield f"{key} = {content[key]!r}: must be {needed!r}"

@@ -46,6 +46,8 @@ class VLMConfig(Section):
     image_tokens_in_stream: ClassVar[bool] = True
     experts_choose: ClassVar[bool] = False
     """Whether it has its own experts, which choose their tokens among all of a batch, later ones too."""
+    plain_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields of the language model that its own kind of layer leaves at their defaults."""
     uses_model_fields: ClassVar[tuple[str, ...]] = ()
     """Fields of the language model for experts that an architecture uses where ``num_experts`` is 0."""
 
@@ -139,7 +141,11 @@ class VLMConfig(Section):
 
     def problems_with(self, model: ModelConfig) -> Iterator[str]:
         """What does not fit a language model."""
-        return iter(())
+        plain = model.replace(**{name: vars(ModelConfig)[name] for name in self.plain_fields})
+        for name in self.plain_fields:
+            value, needed = getattr(model, name), getattr(plain, name)
+            if value != needed:
+                yield f"model.{name} = {value!r}: must be {needed!r} with vlm.arch {self.arch!r}"
 
     def image_problems(
         self, model: ModelConfig, adapter: AdapterConfig, num_tokens: int, feature_dim: int = 0, frames: int = 1

@@ -27,7 +27,7 @@ EXPERT_FFN_MULTIPLE = 16
 MIXED = ("linear", "llama3", "yarn")
 UNIT = "Tokens are counted over one micro-batch of one data-parallel rank, so how a batch is cut changes the result."
 EvenInt = Annotated[int, Field(gt=0, le=LARGEST, multiple_of=2)]
-FamilyName = Literal["llama", "mistral", "mixtral", "qwen3", "qwen3_moe"]
+FamilyName = Literal["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "granite"]
 """The ``model_type`` of the Hugging Face models that can be read and written."""
 
 
@@ -97,8 +97,28 @@ class ModelConfig(Section):
     rope_scaling: Annotated[RopeScaling, NESTED] = Field(default_factory=RopeScaling)
     sliding_window: PositiveInt | None = None
     attention_bias: bool = False
+    attention_output_bias: Annotated[
+        bool, Field(description="Whether, with attention_bias, the output projection has one too.")
+    ] = True
+    attention_scale: Annotated[
+        PositiveFloat | None, Field(description="Factor on products of queries and keys. None: head_dim^-0.5.")
+    ] = None
+    mlp_bias: bool = False
     tie_embeddings: bool = False
     qk_norm: bool = False
+    qk_norm_over: Annotated[
+        Literal["head", "width"],
+        Field(description="What a norm of queries and keys is taken over: each head, or all heads together."),
+    ] = "head"
+    norm_placement: Annotated[
+        Literal["before", "after", "both"],
+        Field(description="Where the norms of attention and of feed-forward parts are: on their inputs or outputs."),
+    ] = "before"
+    embedding_scale: Annotated[PositiveFloat, Field(description="Factor on the embeddings of tokens.")] = 1.0
+    residual_scale: Annotated[
+        PositiveFloat, Field(description="Factor on what attention and feed-forward parts add to the residual stream.")
+    ] = 1.0
+    logit_divisor: Annotated[PositiveFloat, Field(description="What logits are divided by.")] = 1.0
     init_std: Annotated[PositiveFloat, KEEPS_FUNCTION] = 0.02
     model_type: Annotated[str, registered("model")] = "transformer"
     sdpa_backend: Annotated[Literal["auto", "flash", "efficient", "cudnn", "math"], EXECUTION] = "auto"
@@ -151,12 +171,15 @@ class ModelConfig(Section):
     moe_routed_scaling: PositiveFloat = 1.0
 
     def derive(self) -> Mapping[str, object]:
-        return {"n_kv_heads": self.n_heads, "head_dim": self.dim // self.n_heads}
+        head_dim = self.dim // self.n_heads
+        scale = max(1, self.head_dim or head_dim) ** -0.5
+        return {"n_kv_heads": self.n_heads, "head_dim": head_dim, "attention_scale": scale}
 
     def idle(self) -> Collection[str]:
         names = {field.name for field in dataclasses.fields(self)}
         experts = set() if self.is_moe else {name for name in names if name.startswith("moe_")}
-        return experts | {"ffn_dim_multiplier"}
+        unused = {"attention_output_bias"} if not self.attention_bias else set()
+        return experts | unused | {"ffn_dim_multiplier"} | (set() if self.qk_norm else {"qk_norm_over"})
 
     def resolved(self) -> Mapping[str, object]:
         """Widths as they come out."""
@@ -188,6 +211,8 @@ class ModelConfig(Section):
             yield f"moe_expert_ffn_multiplier = {self.moe_expert_ffn_multiplier}: the width must be below 2^63"
 
     def _expert_problems(self) -> Iterator[str]:
+        if self.mlp_bias:
+            yield f"mlp_bias = True: must be False with num_experts = {self.num_experts}"
         if self.moe_top_k > self.num_experts:
             yield f"moe_top_k = {self.moe_top_k}: must be at most num_experts = {self.num_experts}"
         if self.moe_frequency > self.n_layers:
@@ -214,6 +239,12 @@ class ModelConfig(Section):
         """Channels of a head, as a plain int."""
         assert self.head_dim is not None
         return self.head_dim
+
+    @property
+    def score_scale(self) -> float:
+        """Factor on products of queries and keys, as a plain float."""
+        assert self.attention_scale is not None
+        return self.attention_scale
 
     @property
     def is_moe(self) -> bool:

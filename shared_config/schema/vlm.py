@@ -79,6 +79,7 @@ class CrossAttentionConfig(VLMConfig, arch="cross_attention"):
         }
 
     def problems_with(self, model: ModelConfig) -> Iterator[str]:
+        yield from super().problems_with(model)
         every = self.cross_attention_every_n_layers
         if every > model.n_layers:
             yield (
@@ -108,6 +109,10 @@ class MoTConfig(VLMConfig, arch="mot"):
     mot_image_n_kv_heads: Count = 0
     mot_warm_start_from_text: Annotated[bool, KEEPS_FUNCTION] = False
     mot_warm_start_path: Annotated[str, KEEPS_FUNCTION] = ""
+
+    plain_fields: ClassVar[tuple[str, ...]] = (
+        "norm_placement", "residual_scale", "mlp_bias", "attention_output_bias", "attention_scale", "qk_norm_over"
+    )  # fmt: skip
 
     def resolved(self) -> Mapping[str, object]:
         """Modalities are identified by name, in any order."""
@@ -152,6 +157,7 @@ class MoTConfig(VLMConfig, arch="mot"):
             yield "mot_warm_start_path = '': mot_warm_start_from_text needs the folder or file of the dense weights"
 
     def problems_with(self, model: ModelConfig) -> Iterator[str]:
+        yield from super().problems_with(model)
         heads, kv_heads = self.resolved_image_heads(model.n_heads, model.kv_heads)
         if heads != model.n_heads:
             yield f"vlm.mot_image_n_heads = {heads}: must be 0 or model.n_heads = {model.n_heads} (joint attention)"
@@ -177,6 +183,7 @@ class MoMaConfig(VLMConfig, arch="moma"):
     moma_capacity_factor: Fraction = 0.0
     moma_gumbel_noise: Annotated[bool, KEEPS_FUNCTION] = True
 
+    plain_fields: ClassVar[tuple[str, ...]] = ("norm_placement", "residual_scale", "mlp_bias")
     experts_choose: ClassVar[bool] = True
     uses_model_fields: ClassVar[tuple[str, ...]] = ("moe_expert_ffn_multiplier",)
 
@@ -219,6 +226,7 @@ class MoMaConfig(VLMConfig, arch="moma"):
             yield f"moma_capacity_factor = {self.moma_capacity_factor}: must be 0 or at least 0.0001"
 
     def problems_with(self, model: ModelConfig) -> Iterator[str]:
+        yield from super().problems_with(model)
         if model.is_moe:
             yield f"model.num_experts = {model.num_experts}: must be 0 with vlm.arch 'moma' (it has its own experts)"
 

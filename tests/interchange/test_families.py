@@ -37,7 +37,17 @@ from shared_config.schema.base import from_fields
 from shared_config.schema.model import ModelConfig
 from tests.oracle.transformer import transformer
 
-CLASSES = {"llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
+CLASSES = {
+    "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen2": "Qwen2", "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe", "olmo2": "Olmo2", "granite": "Granite",
+}  # fmt: skip
+MEANT: dict[str, dict[str, Any]] = {
+    "qwen2": {"attention_bias": True, "attention_output_bias": False},
+    "qwen3": {"qk_norm": True},
+    "qwen3_moe": {"qk_norm": True},
+    "olmo2": {"qk_norm": True, "qk_norm_over": "width", "norm_placement": "after"},
+}
+"""What all models of a family compute, where that is not what Llamas do; from their modelling code."""
 SIZES = {"vocab_size": 40, "hidden_size": 128, "intermediate_size": 48}
 SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 32}
 NEEDED: dict[str, dict[str, Any]] = {
@@ -66,7 +76,11 @@ OTHERS: dict[str, Any] = {
     "router_aux_loss_coef": (0.3,),
     "mlp_only_layers": ([], None),
     "partial_rotary_factor": (1.0,),
-    "mlp_bias": (False,),
+    "mlp_bias": (False, True),
+    "embedding_multiplier": (12.0,),
+    "attention_multiplier": (0.25,),
+    "residual_multiplier": (0.5, 1),
+    "logits_scaling": (8.0,),
 }
 """Values other than the defaults; of what changes the function in ways that are refused, the one that is read."""
 
@@ -107,12 +121,20 @@ def expected_of(family: str, theirs: Any) -> dict[str, Any]:
         "rope_theta": theirs.rope_parameters["rope_theta"],
         "sliding_window": window_of(family, theirs),
         "attention_bias": getattr(theirs, "attention_bias", False),
+        "attention_output_bias": True,
+        "mlp_bias": getattr(theirs, "mlp_bias", False),
         "tie_embeddings": theirs.tie_word_embeddings,
-        "qk_norm": family.startswith("qwen3"),
+        "qk_norm": False,
+        "qk_norm_over": "head",
+        "norm_placement": "before",
+        "embedding_scale": getattr(theirs, "embedding_multiplier", 1.0),
+        "residual_scale": getattr(theirs, "residual_multiplier", 1.0),
+        "logit_divisor": getattr(theirs, "logits_scaling", 1.0),
         "model_type": "transformer",
         "family": family,
         "num_experts": 0,
-    }
+    } | MEANT.get(family, {})
+    expected["attention_scale"] = getattr(theirs, "attention_multiplier", expected["head_dim"] ** -0.5)
     if family in NEEDED:
         expected |= {
             "num_experts": getattr(theirs, "num_experts", None) or theirs.num_local_experts,
@@ -131,7 +153,7 @@ def expected_of(family: str, theirs: Any) -> dict[str, Any]:
 
 def window_of(family: str, theirs: Any) -> int | None:
     window = getattr(theirs, "sliding_window", None) if family != "llama" else None
-    if family == "qwen3" and set(theirs.layer_types) == {"full_attention"}:
+    if family in ("qwen2", "qwen3") and set(theirs.layer_types) == {"full_attention"}:
         return None
     return window
 
@@ -212,7 +234,7 @@ def known_refusals(content: dict[str, Any]) -> Iterator[str]:
     for key, of in nulls.items():
         if content["model_type"] in of:
             yield f"{key} = None: must be a positive integer"
-    if content["model_type"] == "qwen3" and content.get("use_sliding_window"):
+    if content["model_type"] in ("qwen2", "qwen3") and content.get("use_sliding_window"):
         yield "max_window_layers = 1: must be 0 (every layer has the window) or at least num_hidden_layers"
 
 
@@ -281,7 +303,17 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},
     "mistral": {"sliding_window": 5},
     "mixtral": {"num_experts": 3, "moe_aux_loss_weight": 0.25},
+    "qwen2": {**MEANT["qwen2"], "sliding_window": 5, "tie_embeddings": True},
     "qwen3": {"qk_norm": True, "sliding_window": 5, "tie_embeddings": True},
+    "olmo2": MEANT["olmo2"],
+    "granite": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "embedding_scale": 12.0,
+        "attention_scale": 0.25,
+        "residual_scale": 0.5,
+        "logit_divisor": 8.0,
+    },
     "qwen3_moe": {"qk_norm": True, "num_experts": 3, "moe_frequency": 2, "moe_norm_topk_prob": False},
 }
 

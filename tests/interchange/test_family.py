@@ -32,7 +32,7 @@ from shared_config.loader import load_config, preset_names
 from shared_config.schema.base import from_fields
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import FamilyName, ModelConfig
-from tests.strategies import model_configs
+from tests.interchange.families import configs_of
 
 SMALL: dict[str, Any] = {"dim": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 19, "ffn_hidden_dim": 32}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "moe_top_k": 2}
@@ -62,18 +62,6 @@ def said(config: ModelConfig) -> list[str]:
 
 
 # Read and written
-
-
-@st.composite
-def configs_of(draw: st.DrawFn, name: str) -> ModelConfig:
-    """Configs of a family, spelled as they are read: widths as they come out, experts one by one."""
-    family = FAMILIES[name]
-    fixed: dict[str, Any] = {**family.fixed, "family": name}
-    if not family.experts:
-        return draw(model_configs(**fixed))
-    fixed |= {"moe_sequence_aux_loss_weight": 0.0, "moe_packed_experts": False}
-    fixed |= {"moe_gradient_scale": False, "moe_router_z_loss_weight": 0.0, "ffn_hidden_dim": 48}
-    return draw(model_configs(experts=True, **fixed))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -137,7 +125,7 @@ def test_a_preset_says_its_family_where_it_has_one() -> None:
 
 def test_the_schema_names_the_families_that_exist() -> None:
     assert get_args(FamilyName) == tuple(FAMILIES)
-    with pytest.raises(ConfigError, match=r"^family = 'gemma': must be 'llama', 'mistral', 'mixtral', 'qwen3' or"):
+    with pytest.raises(ConfigError, match=r"^family = 'gemma': must be 'llama', 'mistral', 'mixtral', 'qwen2', "):
         ModelConfig(family="gemma")  # pyright: ignore[reportArgumentType]
 
 
@@ -147,6 +135,14 @@ STRUCTURES = [
     ({"sliding_window": 8}, ("mistral",)),
     ({"qk_norm": True}, ("qwen3",)),
     ({"qk_norm": True, "sliding_window": 8, "attention_bias": True}, ("qwen3",)),
+    ({"attention_bias": True, "attention_output_bias": False}, ("qwen2",)),
+    ({"attention_bias": True, "attention_output_bias": False, "sliding_window": 8}, ("qwen2",)),
+    ({"attention_output_bias": False}, ("llama", "mistral")),
+    ({"mlp_bias": True}, ("llama",)),
+    ({"qk_norm": True, "qk_norm_over": "width", "norm_placement": "after"}, ("olmo2",)),
+    ({"logit_divisor": 8.0}, ("granite",)),
+    ({"attention_scale": 8**-0.5}, ("llama", "mistral")),
+    ({"attention_scale": 0.5, "mlp_bias": True}, ("granite",)),
     (EXPERTS, ("mixtral",)),
     ({**EXPERTS, "sliding_window": 8}, ("mixtral",)),
     ({**EXPERTS, "qk_norm": True, "moe_frequency": 2, "moe_norm_topk_prob": False}, ("qwen3_moe",)),
@@ -171,6 +167,8 @@ def structures() -> Iterator[ModelConfig]:
     values = itertools.product((0, 4), (False, True), (None, 8), (False, True))
     for experts, qk_norm, window, bias in values:
         yield small(num_experts=experts, qk_norm=qk_norm, sliding_window=window, attention_bias=bias)
+    for family in FAMILIES.values():
+        yield small(**{**family.fixed, **(EXPERTS if family.experts else {})})
 
 
 def test_families_that_express_one_config_name_its_tensors_alike() -> None:
@@ -195,6 +193,14 @@ def _can_be(config: ModelConfig, name: str) -> bool:
 NO_SETTING = "Hugging Face's {} no such setting: must be {}"
 OTHERS = "model.family = {!r}: must be {} with all other settings as they are"
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
+    ({"norm_placement": "both", "qk_norm": True}, [
+        f"model.norm_placement = 'both': {NO_SETTING.format('qwen3 has', repr('before'))}",
+    ]),
+    ({"family": "olmo2", "residual_scale": 0.5}, [
+        f"model.qk_norm = False: {NO_SETTING.format('olmo2 has', True)}",
+        f"model.norm_placement = 'before': {NO_SETTING.format('olmo2 has', repr('after'))}",
+        f"model.residual_scale = 0.5: {NO_SETTING.format('olmo2 has', 1.0)}", OTHERS.format("olmo2", "granite"),
+    ]),
     ({"family": "llama", "sliding_window": 8}, [
         f"model.sliding_window = 8: {NO_SETTING.format('llama has', None)}", OTHERS.format("llama", "mistral"),
     ]),
@@ -222,6 +228,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"sliding_window": 8, "attention_bias": True}, [
         f"model.sliding_window = 8: {NO_SETTING.format('llama has', None)}",
         f"model.attention_bias = True: {NO_SETTING.format('mistral has', False)}",
+        f"model.attention_output_bias = True: {NO_SETTING.format('qwen2 has', False)}",
     ]),
     ({**EXPERTS, "moe_router": "sigmoid_topk", "moe_frequency": 2}, [
         f"model.moe_router = 'sigmoid_topk': {NO_SETTING.format('mixtral has', repr('softmax_topk'))}",

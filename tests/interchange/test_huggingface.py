@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -23,7 +24,6 @@ from shared_config.interchange.huggingface import (
 )
 from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
 from shared_config.interchange.huggingface_families import FAMILIES
-from shared_config.interchange.huggingface_family import families_of
 from shared_config.interchange.huggingface_keys import (
     KINDS,
     NULLABLE,
@@ -36,8 +36,8 @@ from shared_config.interchange.weights import WeightsError, save_weights
 from shared_config.parity.validation import validation_tokens, validation_weights
 from shared_config.schema.base import from_fields
 from shared_config.schema.model import ModelConfig, RopeScaling
+from tests.interchange.families import any_family, configs_of
 from tests.oracle.transformer import transformer
-from tests.strategies import model_configs
 
 SMALL: dict[str, Any] = {"dim": 20, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "vocab_size": 37}
 SMALL |= {"ffn_hidden_dim": 48, "max_seq_len": 32}
@@ -64,31 +64,6 @@ def small(**fields: Any) -> ModelConfig:
 
 def state_of(config: ModelConfig) -> dict[str, np.ndarray]:
     return validation_weights(parameter_table(config), seed=1)
-
-
-def expressible(**fixed: Any) -> st.SearchStrategy[ModelConfig]:
-    """Drawn configs that a Hugging Face family expresses, of one that does."""
-    fixed |= {"norm_type": "rmsnorm", "activation": "silu"}
-    dense = model_configs(**fixed).map(lambda config: config.replace(attention_bias=_may_have_bias(config)))
-    width = st.sampled_from([0.5, 1.0, 3.0])
-    experts = st.builds(_expressible_experts, model_configs(experts=True, **fixed), width)
-    return st.one_of(dense, experts).flatmap(_of_a_family)
-
-
-def _of_a_family(config: ModelConfig) -> st.SearchStrategy[ModelConfig]:
-    return st.sampled_from(families_of(config)).map(lambda name: config.replace(family=name))
-
-
-def _may_have_bias(config: ModelConfig) -> bool:
-    return config.attention_bias and (config.qk_norm or config.sliding_window is None)
-
-
-def _expressible_experts(config: ModelConfig, width: float) -> ModelConfig:
-    changes: dict[str, Any] = {"moe_router": "softmax_topk", "moe_shared_experts": 0, "moe_capacity_factor": 0.0}
-    changes |= {"moe_routed_scaling": 1.0, "moe_sequence_aux_loss_weight": 0.0, "moe_expert_ffn_multiplier": width}
-    if not config.qk_norm:
-        changes |= {"moe_norm_topk_prob": True, "moe_frequency": 1, "attention_bias": False}
-    return config.replace(**changes)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +102,7 @@ def test_every_tensor_has_the_name_that_hugging_face_gives_it(fields, inner):
     assert name_map(small(n_layers=1, **fields)) == OUTER | LAYER | below
 
 
-@given(config=expressible())
+@given(config=any_family)
 def test_weights_go_there_and_back(config):
     state = state_of(config)
     foreign = to_huggingface(state, config)
@@ -137,7 +112,7 @@ def test_weights_go_there_and_back(config):
     assert all(np.array_equal(back[name], state[name]) for name in state)
 
 
-@given(config=expressible(moe_packed_experts=True))
+@given(config=st.sampled_from(["mixtral", "qwen3_moe"]).flatmap(functools.partial(configs_of, moe_packed_experts=True)))
 def test_packed_experts_are_the_transposes_of_the_unpacked(config):
     state = state_of(config)
     unpacked = from_huggingface(to_huggingface(state, config), config.replace(moe_packed_experts=False))
@@ -148,7 +123,7 @@ def test_packed_experts_are_the_transposes_of_the_unpacked(config):
             assert np.array_equal(unpacked[f"{module}.experts.{expert}.{projection}.weight"], matrix.T)
 
 
-@given(config=expressible())
+@given(config=any_family)
 def test_settings_go_there_and_back(config):
     back = from_fields(ModelConfig, config_from_huggingface(json.loads(json.dumps(config_to_huggingface(config)))))
     assert parameter_table(back) == parameter_table(config.replace(moe_packed_experts=False))
@@ -242,9 +217,9 @@ def foreign_config(model_type: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("model_type", "changes", "message"),
     [
-        ("gemma3", {}, "model_type = 'gemma3': must be one of llama, mistral, mixtral, qwen3, qwen3_moe"),
+        ("gemma3", {}, f"model_type = 'gemma3': must be one of {', '.join(FAMILIES)}"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu': must be 'silu'"),
-        ("llama", {"mlp_bias": True}, "mlp_bias = True: must be False"),
+        ("mistral", {"mlp_bias": True}, "mlp_bias = True: must be False"),
         ("llama", {"hidden_size": None}, "hidden_size = None: must be a number"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}: must be None"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic': must be one of"),
@@ -334,7 +309,7 @@ def test_a_folder_without_a_config_is_named(tmp_path):
 
 
 LINEAR = {"type": "linear", "factor": 2.0}
-CLASSES = ("Llama", "Mistral", "Mixtral", "Qwen3", "Qwen3Moe")
+CLASSES = [one.architecture.removesuffix("ForCausalLM") for one in FAMILIES.values()]
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -346,7 +321,7 @@ def test_every_field_of_transformers_is_decided_about(name):
     assert not KINDS.keys() & WITHOUT_EFFECT
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "mixtral", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 @given(key=st.sampled_from([*KINDS, "quantization_config", "attention_dropout"]), data=st.data())
 def test_values_of_any_kind_are_read_or_named(model_type, key, data):
     """Never anything but a config or its problems, each naming a field."""
@@ -399,7 +374,7 @@ def test_a_value_of_the_wrong_type_is_one_problem(key, value):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "mixtral", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_settings_are_read_as_transformers_reads_them(tmp_path, monkeypatch, model_type, changes):
     """Logits of the folder in transformers; what is refused here is not compared."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

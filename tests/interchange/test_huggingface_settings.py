@@ -21,6 +21,7 @@ from shared_config.interchange.huggingface import (
     to_huggingface,
 )
 from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
+from shared_config.interchange.huggingface_families import FAMILIES
 from shared_config.interchange.weights import WeightsError
 from shared_config.schema.base import from_fields
 from shared_config.schema.model import ModelConfig, RopeScaling
@@ -224,9 +225,9 @@ SAID: list[tuple[str, dict[str, Any], list[str]]] = [
     ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "truncate": False}}, []),
     ("llama", {"rope_scaling": {**YARN, "truncate": True, "partial_rotary_factor": 1.0}}, []),
     ("llama", {"rope_scaling": {"type": "linear", "rope_type": "default"}}, []),
-    ("llama", {"mlp_bias": True, "partial_rotary_factor": 0.5, "is_causal": False, "is_encoder_decoder": True}, [
-        "mlp_bias = True: must be False", "partial_rotary_factor = 0.5: must be 1.0", "is_causal = False: must be True",
-        "is_encoder_decoder = True: must be False",
+    ("mistral", {"mlp_bias": True, "partial_rotary_factor": 0.5, "is_causal": False, "is_encoder_decoder": True}, [
+        "partial_rotary_factor = 0.5: must be 1.0", "is_causal = False: must be True",
+        "is_encoder_decoder = True: must be False", "mlp_bias = True: must be False",
     ]),
     ("llama", {"mlp_only_layers": [0], "quantization_config": {}, "per_layer_config": {}}, [
         "mlp_only_layers = [0]: must be []", "per_layer_config = {}: must be None",
@@ -242,7 +243,7 @@ SAID: list[tuple[str, dict[str, Any], list[str]]] = [
         "width of an expert = 47: must be a multiple of 16",
     ]),
     ("llama", {"intermediate_size": 47, "moe_intermediate_size": 47}, []),
-    ("gpt2", {}, ["model_type = 'gpt2': must be one of llama, mistral, mixtral, qwen3, qwen3_moe"]),
+    ("gpt2", {}, [f"model_type = 'gpt2': must be one of {', '.join(FAMILIES)}"]),
 ]  # fmt: skip
 
 
@@ -262,7 +263,7 @@ def test_all_that_is_said_of_what_is_left_out() -> None:
     width = "moe_intermediate_size = None: must be a number"
     assert problems_of({"model_type": "qwen3_moe"}) == [*lacking, per_token, width, experts]
     for content in ([1], "llama", None):
-        said = [f"model_type = {content!r}: must be one of llama, mistral, mixtral, qwen3, qwen3_moe"]
+        said = [f"model_type = {content!r}: must be one of {', '.join(FAMILIES)}"]
         assert problems_of(content) == said
 
 
@@ -333,6 +334,7 @@ def test_a_config_of_no_family_is_refused_with_what_is_needed() -> None:
     assert said(attention_bias=True, sliding_window=4) == [
         f"model.sliding_window = 4: {no_such.format('llama has', None)}",
         f"model.attention_bias = True: {no_such.format('mistral has', False)}",
+        f"model.attention_output_bias = True: {no_such.format('qwen2 has', False)}",
     ]
     assert said(**EXPERTS, moe_shared_experts=2, moe_frequency=2, moe_norm_topk_prob=False, qk_norm=True) == [
         f"model.moe_shared_experts = 2: {no_such.format('qwen3_moe has', 0)}"
@@ -434,10 +436,10 @@ def test_a_folder_holds_config_tokenizer_and_ids(tmp_path: Path) -> None:
 
 def test_the_file_of_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(content_of("llama", mlp_bias=True, is_causal=False)))
+    file.write_text(json.dumps(content_of("llama", partial_rotary_factor=0.5, is_causal=False)))
     with pytest.raises(ConfigError) as caught:
         read_huggingface_config(tmp_path)
-    said = ("mlp_bias = True: must be False", "is_causal = False: must be True")
+    said = ("partial_rotary_factor = 0.5: must be 1.0", "is_causal = False: must be True")
     assert caught.value.problems == tuple(f"{file}: {problem}" for problem in said)
     file.write_text("{")
     with pytest.raises(UserError, match=r"config\.json: is no JSON: Expecting"):

@@ -65,6 +65,7 @@ def attention(
     n_kv_heads: int,
     eps: float = 1e-5,
     sliding_window: int | None = None,
+    scale: float | None = None,
     doc_ids: np.ndarray | None = None,
     key_padding_mask: np.ndarray | None = None,
     cache: Keys | None = None,
@@ -72,7 +73,8 @@ def attention(
     """Attention over the cached tokens and the new ones.
 
     Args:
-        weights: q_proj, k_proj, v_proj, o_proj, each with or without bias; q_norm and k_norm or neither.
+        weights: q_proj, k_proj, v_proj, o_proj, each with or without bias; q_norm and k_norm or neither, as wide as a
+            head or as all of them.
         rope: cos and sin of every position, each (positions, h/2).
         doc_ids: (B, S) document of each new token.
         key_padding_mask: (B, S) bool, True where a new token is real.
@@ -82,8 +84,11 @@ def attention(
     """
     q, k, v = (linear(x_BSD, weights, f"{name}_proj") for name in "qkv")
     activations = {"q_proj": q, "k_proj": k, "v_proj": v}
+    if over_width(weights, q):
+        q = activations["q_norm"] = rms_norm(q, weights["q_norm.weight"], eps)
+        k = activations["k_norm"] = rms_norm(k, weights["k_norm.weight"], eps)
     q_BSHh, k_BSKh, v_BSKh = split_heads(q, n_heads), split_heads(k, n_kv_heads), split_heads(v, n_kv_heads)
-    if "q_norm.weight" in weights:
+    if "q_norm.weight" in weights and not over_width(weights, q):
         q_BSHh = activations["q_norm"] = rms_norm(q_BSHh, weights["q_norm.weight"], eps)
         k_BSKh = activations["k_norm"] = rms_norm(k_BSKh, weights["k_norm.weight"], eps)
 
@@ -103,7 +108,7 @@ def attention(
     keys = seen_after(cache, new)
 
     allowed_BST = may_attend(positions_BS, new.documents_BT, keys, sliding_window)
-    context_BHSh, probabilities = attend(q_BHSh, keys.k_BKTh, keys.v_BKTh, allowed_BST)
+    context_BHSh, probabilities = attend(q_BHSh, keys.k_BKTh, keys.v_BKTh, allowed_BST, scale)
     context_BSX = heads_merged(context_BHSh)
     activations["o_proj"] = linear(context_BSX, weights, "o_proj")
     return activations["o_proj"], AttentionSaved(
@@ -124,16 +129,17 @@ def may_attend(
 
 
 def attend(
-    q_BHSh: np.ndarray, k_BKTh: np.ndarray, v_BKTh: np.ndarray, allowed_BST: np.ndarray
+    q_BHSh: np.ndarray, k_BKTh: np.ndarray, v_BKTh: np.ndarray, allowed_BST: np.ndarray, scale: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """softmax(q k^T / sqrt h) v over the allowed keys; query head i reads key/value head i // (H / K).
+    """softmax(scale q k^T) v over the allowed keys, by 1 / sqrt h where no scale is given; query head i reads
+    key/value head i // (H / K).
 
     Returns:
         the weighted values (B, H, S, h), and the probabilities (B, H, S, T): rows of 0 where no key is allowed.
     """
     group = q_BHSh.shape[1] // k_BKTh.shape[1]
     k_BHTh, v_BHTh = np.repeat(k_BKTh, group, axis=1), np.repeat(v_BKTh, group, axis=1)
-    scores_BHST = q_BHSh @ k_BHTh.swapaxes(-1, -2) / np.sqrt(q_BHSh.shape[-1])
+    scores_BHST = q_BHSh @ k_BHTh.swapaxes(-1, -2) * (scale or 1 / np.sqrt(q_BHSh.shape[-1]))
     probabilities_BHST = masked_softmax(scores_BHST, allowed_BST[:, None])
     return probabilities_BHST @ v_BHTh, probabilities_BHST
 
@@ -144,19 +150,20 @@ def attend_backward(
     k_BKTh: np.ndarray,
     v_BKTh: np.ndarray,
     probabilities_BHST: np.ndarray,
+    scale: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients of q, k, v. Through the softmax: ds = p (dp - sum(p dp)); 0 in a row without keys."""
     group = q_BHSh.shape[1] // k_BKTh.shape[1]
     k_BHTh, v_BHTh = np.repeat(k_BKTh, group, axis=1), np.repeat(v_BKTh, group, axis=1)
     p = probabilities_BHST
     dp = dcontext_BHSh @ v_BHTh.swapaxes(-1, -2)
-    dscores = p * (dp - np.sum(p * dp, axis=-1, keepdims=True)) / np.sqrt(q_BHSh.shape[-1])
+    dscores = p * (dp - np.sum(p * dp, axis=-1, keepdims=True)) * (scale or 1 / np.sqrt(q_BHSh.shape[-1]))
     dk_BHTh, dv_BHTh = dscores.swapaxes(-1, -2) @ q_BHSh, p.swapaxes(-1, -2) @ dcontext_BHSh
     return dscores @ k_BHTh, _sum_groups(dk_BHTh, group), _sum_groups(dv_BHTh, group)
 
 
 def attention_backward(
-    dy_BSD: np.ndarray, saved: AttentionSaved, weights: Weights, eps: float = 1e-5
+    dy_BSD: np.ndarray, saved: AttentionSaved, weights: Weights, eps: float = 1e-5, scale: float | None = None
 ) -> tuple[np.ndarray, Gradients]:
     """Gradients of the new tokens' input and of every weight; what came from a cache counts as constant."""
     length = saved.x_BSD.shape[1]
@@ -168,13 +175,17 @@ def attention_backward(
         saved.keys.k_BKTh,
         saved.keys.v_BKTh,
         saved.probabilities_BHST,
+        scale,
     )
     dq_BSHh = heads_first(apply_rope_backward(dq_BHSh, *saved.rope))
     dk_BSKh = heads_first(apply_rope_backward(dk_BKTh[:, :, -length:], *saved.rope))
     dv_BSKh = heads_first(dv_BKTh[:, :, -length:])
     if "q_norm.weight" in weights:
-        q_BSHh = split_heads(saved.activations["q_proj"], n_heads)
-        k_BSKh = split_heads(saved.activations["k_proj"], n_kv_heads)
+        q_BSHh, k_BSKh = saved.activations["q_proj"], saved.activations["k_proj"]
+        if over_width(weights, q_BSHh):
+            dq_BSHh, dk_BSKh = dq_BSHh.reshape(q_BSHh.shape), dk_BSKh.reshape(k_BSKh.shape)
+        else:
+            q_BSHh, k_BSKh = split_heads(q_BSHh, n_heads), split_heads(k_BSKh, n_kv_heads)
         dq_BSHh, q_norm = rms_norm_backward(dq_BSHh, q_BSHh, weights["q_norm.weight"], eps)
         dk_BSKh, k_norm = rms_norm_backward(dk_BSKh, k_BSKh, weights["k_norm.weight"], eps)
         gradients |= {"q_norm.weight": q_norm["weight"], "k_norm.weight": k_norm["weight"]}
@@ -184,6 +195,11 @@ def attention_backward(
         dx_BSD = dx_BSD + dx
         gradients |= projection
     return dx_BSD, gradients
+
+
+def over_width(weights: Weights, q_BSX: np.ndarray) -> bool:
+    """Whether queries, and keys, are normalised as a whole, not head by head."""
+    return "q_norm.weight" in weights and weights["q_norm.weight"].size == q_BSX.shape[-1]
 
 
 def masked_softmax(scores: np.ndarray, allowed: np.ndarray) -> np.ndarray:

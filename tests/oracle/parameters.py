@@ -38,6 +38,8 @@ TEXT_AXES = {
     r"router\.gate\.weight": ("routes", "embed"),
     r"router\.expert_(bias|ema)": ("routes",),
     r"[qk]_norm\.weight": ("head_dim",),
+    r"(gate|up)_proj\.bias": ("mlp",),
+    r"down_proj\.bias": ("embed",),
     r"q_proj\.bias": ("heads",),
     r"[kv]_proj\.bias": ("kv_heads",),
     r"o_proj\.bias": ("embed",),
@@ -178,6 +180,8 @@ def _by_modality(text: Shapes, config: ModelConfig, vlm: MoTConfig) -> Shapes:
 def _text_fact(name: str, shape: tuple[int, ...], config: ModelConfig) -> Fact:
     plain = re.sub(r"(proj|norm)\.(image|text)\.", r"\1.", name)
     axes = _axes(plain, TEXT_AXES)
+    if config.qk_norm_over == "width" and plain.endswith(("q_norm.weight", "k_norm.weight")):
+        axes = ("heads",) if plain.endswith("q_norm.weight") else ("kv_heads",)
     assert axes is not None
     if name.endswith(("expert_bias", "expert_ema")):
         value = 0.0 if name.endswith("bias") else 1 / shape[0]

@@ -75,7 +75,8 @@ image_settings = st.one_of(
 @given(data=st.data(), vlm=image_settings, experts=st.booleans())
 def test_every_tensor_of_a_drawn_model_is_as_stated(data: st.DataObject, vlm: VLMConfig | None, experts: bool) -> None:
     experts = experts and not isinstance(vlm, MoMaConfig)
-    config = data.draw(model_configs(experts=experts, init_std=0.03))
+    plain = {} if vlm is None else {name: vars(ModelConfig)[name] for name in vlm.plain_fields}
+    config = data.draw(model_configs(experts=experts, init_std=0.03, **plain))
     assert_stated(parameter_table(config, vlm), model_facts(config, vlm))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from shared_config.schema.model import ModelConfig
 from tests.oracle.attention import AttentionSaved, Keys, attention, attention_backward
 from tests.oracle.embedding import output_head, output_head_backward, token_embedding, token_embedding_backward
-from tests.oracle.linear import Gradients, Scalar, Weights, below, submodule
+from tests.oracle.linear import Gradients, Scalar, Weights, below, has, submodule
 from tests.oracle.mlp import Activations, mlp, mlp_backward
 from tests.oracle.moe import MoEOptions, MoESaved, moe, moe_backward
 from tests.oracle.norm import norm, norm_backward
@@ -30,6 +30,7 @@ class BlockSaved:
     mlp_norm_BSD: np.ndarray
     dense: Activations | None = None
     moe: MoESaved | None = None
+    mlp_BSD: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass
@@ -76,7 +77,7 @@ def transformer(
             inputs_embeds.
     """
     activations: dict[str, np.ndarray] = {}
-    x_BSD = _embed(weights, tokens, inputs_embeds, prefix_embeds, activations)
+    x_BSD = _embed(weights, config, tokens, inputs_embeds, prefix_embeds, activations)
     length = x_BSD.shape[1] + (int(caches[0].lengths_B.max()) if caches else 0)
     if length > config.max_seq_len:
         raise ValueError(f"sequence length = {length}: must be at most max_seq_len = {config.max_seq_len}")
@@ -90,8 +91,8 @@ def transformer(
         _collect(out, layer, block)
     activations["norm"] = norm(x_BSD, submodule(weights, "norm"), config.norm_type, config.norm_eps)
     sliced_BSD = activations["norm"][:, output_slice or slice(None)]
-    out.logits = output_head(sliced_BSD, head_weights(weights))
-    activations |= {"output_head.proj": out.logits, "output_head": out.logits}
+    activations["output_head.proj"] = output_head(sliced_BSD, head_weights(weights))
+    out.logits = activations["output_head"] = activations["output_head.proj"] / config.logit_divisor
     return out
 
 
@@ -105,8 +106,8 @@ def transformer_block(
     key_padding_mask: np.ndarray | None = None,
     cache: Keys | None = None,
 ) -> tuple[np.ndarray, BlockSaved, dict[str, np.ndarray]]:
-    """x + attention(attention_norm(x)), then x + mlp(mlp_norm(x))."""
-    attention_in = norm(x_BSD, submodule(weights, "attention_norm"), config.norm_type, config.norm_eps)
+    """x + attention(attention_norm(x)), then x + mlp(mlp_norm(x)); with norms after, of what is added, or both."""
+    attention_in = _normed(x_BSD, weights, "attention_norm", config)
     attention_out, attention_saved = attention(
         attention_in,
         submodule(weights, "attention"),
@@ -115,12 +116,14 @@ def transformer_block(
         n_kv_heads=config.kv_heads,
         eps=config.norm_eps,
         sliding_window=config.sliding_window,
+        scale=config.attention_scale,
         doc_ids=doc_ids,
         key_padding_mask=key_padding_mask,
         cache=cache,
     )
-    middle_BSD = x_BSD + attention_out
-    mlp_in = norm(middle_BSD, submodule(weights, "mlp_norm"), config.norm_type, config.norm_eps)
+    attention_added = _normed(attention_out, weights, "attention_post_norm", config)
+    middle_BSD = x_BSD + config.residual_scale * attention_added
+    mlp_in = _normed(middle_BSD, weights, "mlp_norm", config)
     saved = BlockSaved(x_BSD, attention_in, attention_saved, middle_BSD, mlp_in)
     if config.is_moe_layer(layer):
         mlp_out, saved.moe = moe(mlp_in, submodule(weights, "mlp"), moe_options(config), key_padding_mask)
@@ -128,9 +131,13 @@ def transformer_block(
     else:
         mlp_out, inner = mlp(mlp_in, submodule(weights, "mlp"), config.activation)
         saved.dense = inner
-    named = {"attention_norm": attention_in, "attention": attention_out, "mlp_norm": mlp_in, "mlp": mlp_out}
+    saved.mlp_BSD, mlp_added = mlp_out, _normed(mlp_out, weights, "mlp_post_norm", config)
+    normed = {"attention_norm": attention_in, "attention_post_norm": attention_added, "mlp_norm": mlp_in}
+    normed |= {"mlp_post_norm": mlp_added}
+    named = {name: value for name, value in normed.items() if has(weights, name)}
+    named |= {"attention": attention_out, "mlp": mlp_out}
     named |= below("attention", attention_saved.activations) | below("mlp", inner)
-    return middle_BSD + mlp_out, saved, named
+    return middle_BSD + config.residual_scale * mlp_added, saved, named
 
 
 def transformer_backward(
@@ -148,7 +155,8 @@ def transformer_backward(
     normed_BSD = out.activations["norm"]
     part = output_slice or slice(None)
     dnormed_BSD = np.zeros_like(normed_BSD)
-    dnormed_BSD[:, part], head = output_head_backward(dlogits, normed_BSD[:, part], head_weights(weights))
+    dprojected = dlogits / config.logit_divisor
+    dnormed_BSD[:, part], head = output_head_backward(dprojected, normed_BSD[:, part], head_weights(weights))
     last_BSD = out.activations[f"layers.{config.n_layers - 1}"]
     dx_BSD, final = norm_backward(dnormed_BSD, last_BSD, submodule(weights, "norm"), config.norm_type, config.norm_eps)
     gradients = below("norm", final)
@@ -156,7 +164,7 @@ def transformer_backward(
         own = submodule(weights, f"layers.{layer}")
         dx_BSD, inner = transformer_block_backward(dx_BSD, out.blocks[layer], own, config, daux_loss, dz_loss)
         gradients |= below(f"layers.{layer}", inner)
-    gradients |= _embed_backward(dx_BSD, tokens, weights)
+    gradients |= _embed_backward(dx_BSD, tokens, weights, config.embedding_scale)
     head_name = HEAD if HEAD in weights else EMBEDDING
     gradients[head_name] = gradients.get(head_name, 0.0) + head["proj.weight"]
     return gradients
@@ -171,27 +179,43 @@ def transformer_block_backward(
     dz_loss: float = 0.0,
 ) -> tuple[np.ndarray, Gradients]:
     own = submodule(weights, "mlp")
+    dadded = config.residual_scale * dy_BSD
+    dmlp, gradients = _normed_backward(dadded, saved.mlp_BSD, weights, "mlp_post_norm", config)
     if saved.moe is not None:
         options = moe_options(config)
-        dmlp_in, inner = moe_backward(dy_BSD, saved.mlp_norm_BSD, saved.moe, own, options, daux_loss, dz_loss)
+        dmlp_in, inner = moe_backward(dmlp, saved.mlp_norm_BSD, saved.moe, own, options, daux_loss, dz_loss)
     else:
         assert saved.dense is not None
-        dmlp_in, inner = mlp_backward(dy_BSD, saved.mlp_norm_BSD, saved.dense, own, config.activation)
-    gradients = below("mlp", inner)
-    dmiddle, inner = norm_backward(
-        dmlp_in, saved.middle_BSD, submodule(weights, "mlp_norm"), config.norm_type, config.norm_eps
-    )
-    gradients |= below("mlp_norm", inner)
+        dmlp_in, inner = mlp_backward(dmlp, saved.mlp_norm_BSD, saved.dense, own, config.activation)
+    gradients |= below("mlp", inner)
+    dmiddle, inner = _normed_backward(dmlp_in, saved.middle_BSD, weights, "mlp_norm", config)
+    gradients |= inner
     dmiddle = dmiddle + dy_BSD
-    dattention_in, inner = attention_backward(
-        dmiddle, saved.attention, submodule(weights, "attention"), config.norm_eps
-    )
+    attention_out = saved.attention.activations["o_proj"]
+    dadded = config.residual_scale * dmiddle
+    dattention, inner = _normed_backward(dadded, attention_out, weights, "attention_post_norm", config)
+    gradients |= inner
+    own = submodule(weights, "attention")
+    dattention_in, inner = attention_backward(dattention, saved.attention, own, config.norm_eps, config.attention_scale)
     gradients |= below("attention", inner)
-    dx, inner = norm_backward(
-        dattention_in, saved.x_BSD, submodule(weights, "attention_norm"), config.norm_type, config.norm_eps
-    )
-    gradients |= below("attention_norm", inner)
-    return dx + dmiddle, gradients
+    dx, inner = _normed_backward(dattention_in, saved.x_BSD, weights, "attention_norm", config)
+    return dx + dmiddle, gradients | inner
+
+
+def _normed(x_BSD: np.ndarray, weights: Weights, name: str, config: ModelConfig) -> np.ndarray:
+    """Through the norm of that name, if there is one."""
+    if not has(weights, name):
+        return x_BSD
+    return norm(x_BSD, submodule(weights, name), config.norm_type, config.norm_eps)
+
+
+def _normed_backward(
+    dy_BSD: np.ndarray, x_BSD: np.ndarray, weights: Weights, name: str, config: ModelConfig
+) -> tuple[np.ndarray, Gradients]:
+    if not has(weights, name):
+        return dy_BSD, {}
+    dx_BSD, own = norm_backward(dy_BSD, x_BSD, submodule(weights, name), config.norm_type, config.norm_eps)
+    return dx_BSD, below(name, own)
 
 
 def head_weights(weights: Weights) -> dict[str, np.ndarray]:
@@ -214,6 +238,7 @@ def moe_options(config: ModelConfig) -> MoEOptions:
 
 def _embed(
     weights: Weights,
+    config: ModelConfig,
     tokens: np.ndarray | None,
     inputs_embeds: np.ndarray | None,
     prefix_embeds: np.ndarray | None,
@@ -226,16 +251,17 @@ def _embed(
         assert inputs_embeds is not None
         return inputs_embeds
     embedded = token_embedding(tokens, submodule(weights, "token_embedding"))
-    activations |= {"token_embedding.embedding": embedded, "token_embedding": embedded}
+    activations["token_embedding.embedding"] = embedded
+    embedded = activations["token_embedding"] = config.embedding_scale * embedded
     return embedded if prefix_embeds is None else np.concatenate([prefix_embeds, embedded], axis=1)
 
 
-def _embed_backward(dx_BSD: np.ndarray, tokens: np.ndarray | None, weights: Weights) -> Gradients:
+def _embed_backward(dx_BSD: np.ndarray, tokens: np.ndarray | None, weights: Weights, scale: float) -> Gradients:
     if tokens is None:
         zeros = np.zeros_like(weights[EMBEDDING])
         return {"inputs_embeds": dx_BSD, EMBEDDING: zeros}
     prefix = dx_BSD.shape[1] - tokens.shape[1]
-    table = token_embedding_backward(dx_BSD[:, prefix:], tokens, submodule(weights, "token_embedding"))
+    table = token_embedding_backward(scale * dx_BSD[:, prefix:], tokens, submodule(weights, "token_embedding"))
     gradients = below("token_embedding", table)
     return gradients | {"prefix_embeds": dx_BSD[:, :prefix]} if prefix else gradients
 

@@ -65,8 +65,9 @@ def cross_attention_decoder(
     Args:
         image_mask: bool (B, N), True where text may look; a row that may look nowhere skips the blocks.
     """
-    x_BSD = token_embedding(tokens, submodule(weights, "token_embedding"))
-    out = VLMOutput(np.empty(0), {"token_embedding.embedding": x_BSD, "token_embedding": x_BSD})
+    looked_up = token_embedding(tokens, submodule(weights, "token_embedding"))
+    x_BSD = config.embedding_scale * looked_up
+    out = VLMOutput(np.empty(0), {"token_embedding.embedding": looked_up, "token_embedding": x_BSD})
     rope = _rope(config, x_BSD.shape[1])
     for layer in range(config.n_layers):
         path = f"layers.{layer}"
@@ -88,7 +89,7 @@ def cross_attention_decoder(
                 read_BSD if image_mask is None else np.where(np.any(image_mask, axis=1)[:, None, None], read_BSD, x_BSD)
             )
     out.activations["norm"] = norm(x_BSD, submodule(weights, "norm"), config.norm_type, config.norm_eps)
-    return _with_logits(out, out.activations["norm"], weights)
+    return _with_logits(out, out.activations["norm"], weights, config)
 
 
 def mot_decoder(
@@ -116,7 +117,7 @@ def mot_decoder(
         if losses.counts:
             out.expert_counts[layer] = losses.counts
     normed = by_modality(x_BSD, submodule(weights, "mot_norms"), config, vlm, where)
-    return _with_logits(out, normed[:, output_slice or slice(None)], weights)
+    return _with_logits(out, normed[:, output_slice or slice(None)], weights, config)
 
 
 def moma_decoder(
@@ -149,6 +150,7 @@ def moma_decoder(
             n_kv_heads=config.kv_heads,
             eps=config.norm_eps,
             sliding_window=config.sliding_window,
+            scale=config.attention_scale,
             doc_ids=doc_ids,
             key_padding_mask=key_padding_mask,
         )
@@ -163,14 +165,15 @@ def moma_decoder(
         out.activations |= below(f"layers.{layer}", named) | {f"layers.{layer}": x_BSD}
         out.expert_counts[layer] = counts
     out.activations["norm"] = norm(x_BSD, submodule(weights, "norm"), config.norm_type, config.norm_eps)
-    return _with_logits(out, out.activations["norm"][:, output_slice or slice(None)], weights)
+    return _with_logits(out, out.activations["norm"][:, output_slice or slice(None)], weights, config)
 
 
 def _rope(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
     return rope_at(np.arange(length), config.head_size, config.rope_theta, config.rope_scaling)
 
 
-def _with_logits(out: VLMOutput, x_BSD: np.ndarray, weights: Weights) -> VLMOutput:
-    out.logits = output_head(x_BSD, head_weights(weights))
-    out.activations |= {"output_head.proj": out.logits, "output_head": out.logits}
+def _with_logits(out: VLMOutput, x_BSD: np.ndarray, weights: Weights, config: ModelConfig) -> VLMOutput:
+    projected = output_head(x_BSD, head_weights(weights))
+    out.logits = projected / config.logit_divisor
+    out.activations |= {"output_head.proj": projected, "output_head": out.logits}
     return out

@@ -37,12 +37,20 @@ def text_shapes(config: ModelConfig) -> Shapes:
 
 
 def block_shapes(config: ModelConfig, layer: int) -> Shapes:
-    dense = mlp_shapes("mlp", config.dim, config.computed_ffn_hidden_dim, config.activation)
+    dense = mlp_shapes("mlp", config.dim, config.computed_ffn_hidden_dim, config.activation, config.mlp_bias)
+    norms = {
+        f"{part}{place}_norm": norm_shapes(f"{part}{place}_norm", config)
+        for part in ("attention", "mlp")
+        for place, where in (("", "before"), ("_post", "after"))
+        if config.norm_placement in (where, "both")
+    }
     return {
-        **norm_shapes("attention_norm", config),
+        **norms.get("attention_norm", {}),
         **attention_shapes("attention", config),
-        **norm_shapes("mlp_norm", config),
+        **norms.get("attention_post_norm", {}),
+        **norms.get("mlp_norm", {}),
         **(moe_shapes("mlp", config) if config.is_moe_layer(layer) else dense),
+        **norms.get("mlp_post_norm", {}),
     }
 
 
@@ -51,15 +59,20 @@ def attention_shapes(path: str, config: ModelConfig) -> Shapes:
     sizes = {"q_proj": (q, width), "k_proj": (kv, width), "v_proj": (kv, width), "o_proj": (width, q)}
     shapes: Shapes = {f"{path}.{name}.weight": size for name, size in sizes.items()}
     if config.attention_bias:
-        shapes |= {f"{path}.{name}.bias": size[:1] for name, size in sizes.items()}
-    if config.qk_norm:
+        biased = [name for name in sizes if name != "o_proj" or config.attention_output_bias]
+        shapes |= {f"{path}.{name}.bias": sizes[name][:1] for name in biased}
+    if config.qk_norm and config.qk_norm_over == "width":
+        shapes |= {f"{path}.q_norm.weight": (q,), f"{path}.k_norm.weight": (kv,)}
+    elif config.qk_norm:
         shapes |= {f"{path}.q_norm.weight": (config.head_size,), f"{path}.k_norm.weight": (config.head_size,)}
     return shapes
 
 
-def mlp_shapes(path: str, dim: int, hidden: int, activation: str) -> Shapes:
-    shapes: Shapes = {f"{path}.gate_proj.weight": (hidden, dim)} if activation == "silu" else {}
-    return {**shapes, f"{path}.up_proj.weight": (hidden, dim), f"{path}.down_proj.weight": (dim, hidden)}
+def mlp_shapes(path: str, dim: int, hidden: int, activation: str, bias: bool = False) -> Shapes:
+    sizes = {"gate_proj": (hidden, dim)} if activation == "silu" else {}
+    sizes |= {"up_proj": (hidden, dim), "down_proj": (dim, hidden)}
+    shapes: Shapes = {f"{path}.{name}.weight": size for name, size in sizes.items()}
+    return shapes | ({f"{path}.{name}.bias": size[:1] for name, size in sizes.items()} if bias else {})
 
 
 def moe_shapes(path: str, config: ModelConfig) -> Shapes:

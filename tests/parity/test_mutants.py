@@ -60,11 +60,12 @@ LISTS = [file.stem for file in sorted(FOLDER.glob("mutants*.py"))]
 SEED, BATCH, LENGTH, PREFIX = 5, 2, 8, 3
 GROUPED = ModelConfig(
     dim=20, head_dim=6, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=37, ffn_hidden_dim=24, max_seq_len=16,
-    qk_norm=True, sliding_window=4, attention_bias=True, rope_theta=50.0, norm_eps=1e-2,
+    qk_norm=True, sliding_window=4, attention_bias=True, rope_theta=50.0, norm_eps=1e-2, attention_output_bias=False,
+    attention_scale=0.3, norm_placement="both", residual_scale=0.7, embedding_scale=2.5, logit_divisor=3.0,
 )  # fmt: skip
 CENTRED = ModelConfig(
     dim=24, n_layers=1, n_heads=3, vocab_size=13, ffn_hidden_dim=50, max_seq_len=16, norm_type="layernorm",
-    activation="gelu", tie_embeddings=True,
+    activation="gelu", tie_embeddings=True, qk_norm=True, qk_norm_over="width", norm_placement="after", mlp_bias=True,
     rope_scaling=RopeScaling(type="llama3", factor=8.0, original_max_seq_len=16),
 )  # fmt: skip
 ROUTED = ModelConfig(

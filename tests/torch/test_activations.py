@@ -21,6 +21,8 @@ MODELS = {
     "grouped heads": {**DENSE, "n_kv_heads": 2, "qk_norm": False},
     "norms of heads": DENSE,
     "not gated": {**DENSE, "activation": "gelu"},
+    "norms after": {**DENSE, "norm_placement": "after", "qk_norm_over": "width", "residual_scale": 0.5},
+    "norms on both sides": {**DENSE, "norm_placement": "both", "mlp_bias": True},
     "experts": SIGMOID,
     "none shared": {**SOFTMAX, "num_experts": 8, "moe_top_k": 3, "moe_shared_experts": 0},
 }

@@ -40,7 +40,16 @@ NOISE: Fields = {"type": "random", "feature_dim": 8, "num_tokens": 16, "image_si
 
 def scaled(**scaling: Any) -> Fields:
     rope_scaling = {"factor": 4.0, "original_max_seq_len": 8, **scaling}
-    return {"model": {**DENSE, "head_dim": 16, "rope_theta": 100.0, "rope_scaling": rope_scaling}}
+    return {
+        "model": {
+            **DENSE,
+            "attention_bias": True,
+            "qk_norm": True,
+            "head_dim": 16,
+            "rope_theta": 100.0,
+            "rope_scaling": rope_scaling,
+        }
+    }
 
 
 def seeing(vlm: Fields, encoder: Fields = VIT, model: Fields = DENSE, **sections: Any) -> Fields:
@@ -87,9 +96,17 @@ VALUES: dict[str, dict[str, list[Any]]] = {
         "max_seq_len": [80],
         "rope_theta": [50.0],
         "sliding_window": [1, 3],
-        "attention_bias": [True],
+        "attention_bias": [True, False],
+        "attention_output_bias": [False],
+        "attention_scale": [0.5],
+        "mlp_bias": [True],
+        "qk_norm_over": ["width"],
+        "norm_placement": ["after", "both"],
+        "embedding_scale": [2.0],
+        "residual_scale": [0.5],
+        "logit_divisor": [4.0],
         "tie_embeddings": [True],
-        "qk_norm": [True],
+        "qk_norm": [True, False],
         "init_std": [0.5],
         "model_type": ["transformer"],
         "sdpa_backend": ["math"],
