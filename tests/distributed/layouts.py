@@ -47,7 +47,10 @@ FLOORS = {"weights": 1e-3, "optimizer": 1e-6}
 """What a tensor's largest value is taken to be at least. The gradient of a key's bias is truly 0, and AdamW makes steps
 of its rounding: the floor of weights is about how far a step moves one.
 """
-DENSE = {"tie_embeddings": True, "attention_bias": True, "n_heads": 4, "n_kv_heads": 4}
+DENSE = {
+    "tie_embeddings": True, "attention_bias": True, "n_heads": 4, "n_kv_heads": 4, "norm_placement": "both",
+    "mlp_bias": True, "attention_scale": 0.3, "embedding_scale": 2.5, "residual_scale": 0.7, "logit_divisor": 3.0,
+}  # fmt: skip
 STAGED = {**DENSE, "tie_embeddings": False, "n_layers": 5}
 SIGMOID = {**EXPERTS, "moe_shared_experts": 1, "num_experts": 4, "moe_frequency": 1, "n_heads": 4, "n_kv_heads": 4}
 SOFTMAX = {**SIGMOID, "moe_router": "softmax_topk", "moe_sequence_aux_loss_weight": 0.0, "moe_aux_loss_weight": 0.1}

@@ -17,12 +17,12 @@ from shared_config.schema.job import JobConfig
 from tests.distributed.layouts import DENSE, SIGMOID, SOFTMAX
 from tests.jobs import draw_batch, tiny_job
 
-MODELS = {
-    "grouped heads": {**DENSE, "n_kv_heads": 2, "qk_norm": False},
-    "norms of heads": DENSE,
+MODELS: dict[str, dict[str, Any]] = {
+    "grouped heads": {**DENSE, "n_kv_heads": 2, "qk_norm": False, "norm_placement": "before"},
+    "norms of heads": {**DENSE, "norm_placement": "before"},
     "not gated": {**DENSE, "activation": "gelu"},
     "norms after": {**DENSE, "norm_placement": "after", "qk_norm_over": "width", "residual_scale": 0.5},
-    "norms on both sides": {**DENSE, "norm_placement": "both", "mlp_bias": True},
+    "norms on both sides": DENSE,
     "experts": SIGMOID,
     "none shared": {**SOFTMAX, "num_experts": 8, "moe_top_k": 3, "moe_shared_experts": 0},
 }
