@@ -58,8 +58,8 @@ OWN: Mapping[str, Choices] = {
 }  # fmt: skip
 """Keys of each family besides `DENSE`, and their values, the most telling first."""
 
-WITHOUT_HEAD_DIM: tuple[str, ...] = ()
-"""Families whose heads are always ``hidden_size / num_attention_heads`` wide."""
+WITH_HEAD_DIM = ("qwen3", "mixtral")
+"""Families whose class has another default of ``head_dim`` than follows, or whose YaRN needs to be told."""
 
 
 @st.composite
@@ -67,16 +67,16 @@ def drawn_configs(draw: st.DrawFn, family: str) -> Any:
     """A config of transformers' class; keys are now and then left out."""
     kv_heads, group, head_dim = draw(st.sampled_from([(2, 2, 6), (1, 3, 4), (2, 1, 10), (3, 2, 4)]))
     heads = kv_heads * group
-    own_width = family not in WITHOUT_HEAD_DIM and draw(st.sampled_from([True, False]))
+    own_width = draw(st.sampled_from([True, False]))
     fields: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS}
     fields |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
     fields |= {"hidden_size": 24 if own_width else heads * head_dim} | ({"head_dim": head_dim} if own_width else {})
-    fields |= {"hidden_size": 24, "head_dim": head_dim} if family in ("qwen3", "gemma2", "gemma3_text") else {}
+    fields |= {"hidden_size": 24, "head_dim": head_dim} if family in WITH_HEAD_DIM else {}
     for key, values in {**DENSE, **OWN[family]}.items():
         fields[key] = draw(st.sampled_from(values))
     fields |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # a row of padding has no gradient
     name = FAMILIES[family].architecture.removesuffix("ForCausalLM")
-    return getattr(transformers, f"{name}Config" if family != "gemma3_text" else "Gemma3TextConfig")(**fields)
+    return getattr(transformers, f"{name}Config")(**fields)
 
 
 def build(config: Any, seed: int) -> Any:
