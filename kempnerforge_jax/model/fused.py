@@ -65,10 +65,10 @@ def fused_attention(
         otherwise: (mask, q, k, v) -> the same, for masks whose segments turn out not to say all.
         scale: None: h^-0.5.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     if mask.fused is None:
-        return _whole(scale, mask, q, k, v)
-    ways = (*(functools.partial(_packed, count, scale) for count in SEGMENTS), otherwise)
+        return _whole(factor, mask, q, k, v)
+    ways = (*(functools.partial(_packed, count, factor) for count in SEGMENTS), otherwise)
     return _by(mask.fused.way, ways, mask, q, k, v)
 
 
