@@ -148,13 +148,13 @@ def test_a_run_begins_with_the_check(backend: str, tmp_path: Path, monkeypatch: 
 
 
 def test_the_product_is_exact_in_every_dtype() -> None:
-    """And no row of it is that of another, or its column."""
+    """And no row of it is that of another, nor any column."""
     a, b = known_matrices()
-    product = a.astype(int) @ b.astype(int)
+    product = (a.astype(np.float64) @ b).astype(int)
     assert {-1, 0, 1} == set(np.unique(a)) == set(np.unique(b))
     assert np.abs(product).max() <= INNER <= 2**8
-    assert len(np.unique(product, axis=0)) == len(np.unique(product, axis=1)) == len(product)
-    assert not np.array_equal(product, product.T)
+    lines = {line.tobytes() for matrix in (product, product.T) for line in matrix}
+    assert len(lines) == 2 * len(product)
 
 
 @given(st.data(), st.integers(1, 5), st.integers(1, 4), st.sampled_from(sorted(PHRASES)))
