@@ -215,7 +215,7 @@ class _Run:
         values |= self._skips(values)
         values.pop(TAKEN, None)
         record = self._without_empty_loss({name: finite_or_none(value) for name, value in values.items()})
-        memory = {PEAK_MEMORY: float(self.peak_memory)} if self.peak_memory else {}
+        memory = {PEAK_MEMORY: self.peak_memory} if self.peak_memory else {}
         return {**record, **self.speed.record(seconds), **memory}
 
     def _without_empty_loss(self, record: Record) -> Record:

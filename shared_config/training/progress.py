@@ -110,7 +110,7 @@ class Display:
             parts.append(f"{average['tokens_per_second']:,.0f} tokens/s")
             parts.extend(f"MFU {share:.1%}" for name, share in average.items() if name == "mfu")
         if (peak := record.get(PEAK_MEMORY)) is not None:
-            parts.append(f"{peak / 2**30:.1f} GiB")
+            parts.append(f"peak {peak / 2**30:.1f} GiB")
         if seconds > 0:
             parts.append(f"{format_duration((self._total - step) * seconds)} left")
         return "  ".join(parts)

@@ -201,7 +201,7 @@ def test_records_and_lines_tell_shares_of_the_peak_and_memory(tmp_path: Path) ->
     for record in records:
         assert record["mfu"] == pytest.approx(record["tokens_per_second"] * flops / (3 * 0.25e12))
         assert record["peak_memory_bytes"] == 3 * 2**30 + 1000 + record["step"]
-    assert re.search(r"step 12/12 .* tokens/s  MFU \d+\.\d%  3\.0 GiB  0:00 left", text.getvalue())
+    assert re.search(r"step 12/12 .* tokens/s  MFU \d+\.\d%  peak 3\.0 GiB  0:00 left", text.getvalue())
     assert asked.count(2) == len(records) == 12, "once a step, with the signal"
 
 
