@@ -222,6 +222,14 @@ FACT_MUTANTS = (
         THEIRS,
         ("olmo2",),
     ),
+    FactMutant(FAMILY, '"rms_norm_eps": 1e-5, "sliding_window": None}', '"sliding_window": None}', ABSENT, ("phi3",)),
+    FactMutant(
+        "interchange.huggingface",
+        "np.concatenate([host_array(name, state[name]) for name in names])",
+        "np.concatenate([host_array(name, state[name]) for name in reversed(names)])",
+        THEIRS,
+        ("phi3",),
+    ),
     FactMutant(FAMILY, '"norm_topk_prob": False', '"norm_topk_prob": True', ABSENT, ("qwen3_moe",)),
     FactMutant(FAMILY, '"router_aux_loss_coef": 0.001', '"router_aux_loss_coef": 0.01', ABSENT, ("mixtral",)),
     FactMutant(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack, overload
 
@@ -89,20 +90,22 @@ def save_huggingface(
 
 
 def from_huggingface(state: Mapping[str, ArrayType], config: ModelConfig) -> dict[str, ArrayType | np.ndarray]:
-    """The state under native names, in model order. Arrays are shared, except packed experts.
+    """The state under native names, in model order. Arrays are shared, except packed experts; of tensors that are one
+    there, each is a view of its rows.
 
     Raises:
         ConfigError: as `families_of`.
         WeightsError: listing every missing, extra, misshapen or non-floating tensor by its Hugging Face name.
     """
-    names = name_map(config)
-    specs = _unpacked_table(config)
+    names, specs = name_map(config), _unpacked_table(config)
     state = {name: array for name, array in plain_state(state).items() if not name.endswith(ROTARY_BUFFER)}
     if config.tie_embeddings and HEAD in state:
         head = state.pop(HEAD)
         _check_tied(head, state.setdefault(names[EMBEDDING], head))
-    check_tensors(state, {names[name]: spec for name, spec in specs.items()}, source="Hugging Face weights")
-    unpacked = {name: state[foreign] for name, foreign in names.items()}
+    check_tensors(state, _foreign_table(config), source="Hugging Face weights")
+    unpacked: dict[str, ArrayType | np.ndarray] = {}
+    for foreign, parts in _together(names).items():
+        unpacked |= _rows_of({name: specs[name].shape[0] for name in parts}, foreign, state[foreign])
     return {name: unpacked[name] if name in unpacked else _pack(unpacked, name) for name in parameter_table(config)}
 
 
@@ -112,7 +115,7 @@ def to_huggingface(state: Mapping[str, ArrayType], config: ModelConfig) -> dict[
 def to_huggingface(state: Mapping[Key, object], config: ModelConfig) -> dict[str, AnyArray]: ...
 def to_huggingface(state: Mapping[Key, object], config: ModelConfig) -> Mapping[str, object]:
     """The state (what `plain_state` accepts) under Hugging Face's names. Arrays are shared; packed experts become
-    transposed views.
+    transposed views, and tensors that are one there a new array.
 
     Raises:
         ConfigError: as `families_of`.
@@ -124,13 +127,49 @@ def to_huggingface(state: Mapping[Key, object], config: ModelConfig) -> Mapping[
     check_tied(native, tied)
     native = {name: array for name, array in native.items() if name not in tied}
     check_tensors(native, parameter_table(config), source="native weights")
-    return {foreign: native[name] if name in native else _unpack(native, name) for name, foreign in names.items()}
+    unpacked = {name: native[name] if name in native else _unpack(native, name) for name in names}
+    return {foreign: _as_rows(unpacked, parts) for foreign, parts in _together(names).items()}
 
 
 def name_map(config: ModelConfig) -> dict[str, str]:
-    """Native name -> Hugging Face name of every tensor, in model order; experts stand one by one, packed or not."""
+    """Native name -> Hugging Face name of every tensor, in model order; experts stand one by one, packed or not. Where
+    Hugging Face has one tensor of the rows of several, these have one name.
+    """
     family = FAMILIES[families_of(config)[0]]
     return {name: _foreign_name(name, family) for name in _unpacked_table(config)}
+
+
+def _together(names: Mapping[str, str]) -> dict[str, list[str]]:
+    """Hugging Face's name -> the native ones, whose rows follow each other there."""
+    found: dict[str, list[str]] = {}
+    for name, foreign in names.items():
+        found.setdefault(foreign, []).append(name)
+    return found
+
+
+def _foreign_table(config: ModelConfig) -> ParameterTable:
+    """Hugging Face's tensors."""
+    specs, found = _unpacked_table(config), {}
+    for foreign, (first, *others) in _together(name_map(config)).items():
+        rows, *width = specs[first].shape
+        shape = (rows + sum(specs[name].shape[0] for name in others), *width)
+        found[foreign] = replace(specs[first], shape=shape)
+    return found
+
+
+def _rows_of(rows: Mapping[str, int], foreign: str, array: ArrayType) -> dict[str, ArrayType | np.ndarray]:
+    """What each tensor, of so many rows, has of the one that they are there."""
+    if len(rows) == 1:
+        return dict.fromkeys(rows, array)
+    ends = np.cumsum(list(rows.values()))[:-1]
+    return dict(zip(rows, np.split(host_array(foreign, array), ends), strict=True))
+
+
+def _as_rows(state: Mapping[str, Any], names: list[str]) -> Any:
+    """One tensor, or the rows of several."""
+    if len(names) == 1:
+        return state[names[0]]
+    return np.concatenate([host_array(name, state[name]) for name in names])
 
 
 def _unpacked_table(config: ModelConfig) -> ParameterTable:

@@ -137,7 +137,9 @@ class Family:
         not_null: keys that may not be null here.
         windows, experts: None: no model has them.
         modules: `LAYER_MODULES`, or others.
-        renamed: parts of names within a module.
+        renamed: parts of names within a module. Tensors that come to have one name are one there: their rows follow
+            each other.
+        rope_types: kinds of rotary scaling.
         by_name: a config that names no family is taken for one of this only where no other expresses it.
     """
 
@@ -150,6 +152,7 @@ class Family:
     experts: Experts | None = None
     modules: Mapping[str, str] = field(default_factory=lambda: LAYER_MODULES)
     renamed: Mapping[str, str] = field(default_factory=dict)
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     by_name: bool = False
 
     def default(self, key: str) -> object:
@@ -239,6 +242,18 @@ FAMILIES = {
         defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
         means={"qk_norm": True, "qk_norm_over": "width", "norm_placement": "after"},
         modules=NORMS_AFTER,
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None},
+        not_null=frozenset({"head_dim"}),
+        windows=Windows(),
+        renamed={
+            **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+            **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+        },
+        rope_types=("default",),
+        by_name=True,
     ),
     "granite": Family(
         "GraniteForCausalLM",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 
 from shared_config.errors import ConfigError
@@ -61,7 +62,7 @@ def _refusals(config: ModelConfig, families: Iterable[str]) -> Iterator[str]:
             lacking.setdefault(problem, []).append(family)
     for (field, needed), names in lacking.items():
         subject = f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'}"
-        value = getattr(config, field)
+        value = operator.attrgetter(field)(config)
         yield f"model.{field} = {value!r}: Hugging Face's {subject} no such setting: must be {needed}"
 
 
@@ -74,3 +75,5 @@ def _not_expressed(config: ModelConfig, name: str) -> Iterator[tuple[str, str]]:
         needed = derived.get(field) if meant is None else meant
         if getattr(config, field) != needed and field not in config.idle():
             yield field, repr(needed)
+    if config.rope_scaling.type not in ("none", *FAMILIES[name].rope_types):
+        yield "rope_scaling.type", "'none'"

@@ -93,6 +93,7 @@ WITHOUT_EFFECT = frozenset(
         "bos_token_id",
         "chunk_size_feed_forward",
         "dtype",
+        "embd_pdrop",
         "eos_token_id",
         "id2label",
         "label2id",
@@ -101,6 +102,7 @@ WITHOUT_EFFECT = frozenset(
         "pad_token_id",
         "pretraining_tp",
         "problem_type",
+        "resid_pdrop",
         "return_dict",
         "router_jitter_noise",
         "transformers_version",
@@ -208,7 +210,7 @@ def fixed_keys(content: Mapping[str, object]) -> Iterator[str]:
     width = None if experts is None else content.get(experts.width)
     if isinstance(width, int) and width % EXPERT_FFN_MULTIPLE:
         yield f"width of an expert = {width}: must be a multiple of {EXPERT_FFN_MULTIPLE}"
-    yield from _scaling_problems(rope_settings(content))
+    yield from _scaling_problems(rope_settings(content), family_in(content).rope_types)
 
 
 def uneven_layers(content: Mapping[str, object]) -> Iterator[str]:
@@ -258,8 +260,7 @@ def rope_settings(content: Mapping[str, object]) -> Mapping[str, object]:
     return rope if isinstance(rope, Mapping) else {}
 
 
-def _scaling_problems(rope: Mapping[str, object]) -> Iterator[str]:
-    kinds = ("default", "linear", "llama3", "yarn")
+def _scaling_problems(rope: Mapping[str, object], kinds: tuple[str, ...]) -> Iterator[str]:
     kind = rope_type(rope)
     if kind not in kinds:
         yield f"rope_type = {kind!r}: must be one of {', '.join(kinds)}"

@@ -27,7 +27,7 @@ EXPERT_FFN_MULTIPLE = 16
 MIXED = ("linear", "llama3", "yarn")
 UNIT = "Tokens are counted over one micro-batch of one data-parallel rank, so how a batch is cut changes the result."
 EvenInt = Annotated[int, Field(gt=0, le=LARGEST, multiple_of=2)]
-FamilyName = Literal["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "granite"]
+FamilyName = Literal["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "phi3", "granite"]
 """The ``model_type`` of the Hugging Face models that can be read and written."""
 
 

@@ -54,6 +54,7 @@ OWN: Mapping[str, Choices] = {
         "decoder_sparse_step": (1, 2), "use_sliding_window": (False,),
     },
     "olmo2": BIASES,
+    "phi3": {**WINDOW, "rope_parameters": ({"rope_type": "default", "rope_theta": 50.0},)},
     "granite": {**MLP_BIASES, **GRANITE},
 }  # fmt: skip
 """Keys of each family besides `DENSE`, and their values, the most telling first."""
