@@ -20,6 +20,11 @@ def dtypes_of(config: JobConfig) -> tuple[str, ...]:
     return tuple(dtype for dtype in DTYPES if dtype != "fp8" or config.train.mixed_precision == "fp8")
 
 
+def narrow_dtypes(config: JobConfig) -> tuple[str, ...]:
+    """Those of them that a trainer computes in with float32 masters."""
+    return tuple(dtype for dtype in dtypes_of(config) if stored_dtype(dtype) == "bfloat16")
+
+
 def roundoffs_of(config: JobConfig, dtype: str) -> Callable[[str], float]:
     """How far an arithmetic rounds each weight, by its name."""
     n_layers, otherwise = config.model.n_layers, UNIT_ROUNDOFF[dtype]

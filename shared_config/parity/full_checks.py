@@ -10,6 +10,7 @@ import numpy as np
 
 from shared_config.parity.checks import findings_of, trace_command, unrecorded
 from shared_config.parity.compare import TOLERANCES, compare_traces
+from shared_config.parity.dtypes import narrow_dtypes
 from shared_config.parity.numerics import as_float64, relative_error, rms
 from shared_config.parity.plan import BACKENDS, LONG, TRUTH, Check, Finding, Plan, register
 from shared_config.parity.provenance import check_trace, expected_meta
@@ -30,7 +31,9 @@ is left of a gradient that vanishes may move a weight by as much of a step as it
 
 ACCUMULATION, CAPTURES, RESUME = "accumulation", "captures", "resume"
 MIXED = "mixed precision"
-"""The scenario "accumulation" in bfloat16; its limits are of what rounding the weights to it does."""
+"""The scenario "accumulation" in bfloat16, and in FP8 where the config has it; its limits are of what rounding the
+weights to these does.
+"""
 
 
 def _long_config(config: JobConfig) -> tuple[JobConfig, list[str]]:
@@ -93,7 +96,7 @@ def _jobs(*names: str) -> Callable[[Plan, str], list[list[str]]]:
             ]
             for name in names
             if name in applicable(plan.config)
-            for dtype in (["float64", "bfloat16"] if name == ACCUMULATION else ["float64"])
+            for dtype in ("float64", *(narrow_dtypes(plan.config) if name == ACCUMULATION else ()))
         ]
 
     return jobs
@@ -127,7 +130,9 @@ def _compare_training(name: str) -> Callable[[Plan], Iterator[Finding]]:
         yield from _compared(plan, name, torch, jax)
         yield _same_state(name, "weights", torch, jax)
         if name == ACCUMULATION:
-            yield from _compared(plan, MIXED, *_pair(plan, name, "bfloat16"), truth=torch)
+            for dtype in narrow_dtypes(plan.config):
+                title = MIXED if dtype == "bfloat16" else f"{MIXED}, {dtype}"
+                yield from _compared(plan, title, *_pair(plan, name, dtype), truth=torch)
 
     return judge
 

@@ -17,7 +17,8 @@ from shared_config.contract.warm_start import without_warm_start
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
-from shared_config.parity.numerics import UNIT_ROUNDOFF, difference, perturbation_maxima
+from shared_config.parity.dtypes import narrow_dtypes, roundoffs_of
+from shared_config.parity.numerics import difference, perturbation_maxima
 from shared_config.parity.recording import DELTA_RUNS, delta_and_parts
 from shared_config.parity.request import WHOLE, Arrays, can_decode, make_request, request_meta
 from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, LOSS, ROUTING, Trace, group_of
@@ -53,9 +54,10 @@ def record_scenario(
 
     Args:
         name: one of `SCENARIOS` that `applicable` has.
-        dtype: "float64", or "bfloat16" where something is trained.
+        dtype: "float64", or "bfloat16" or "fp8" where something is trained.
         weights: as for a trace.
-        deltas: also measure how far rounding the weights to bfloat16 moves what training gives.
+        deltas: also measure how far rounding the weights to bfloat16, and to FP8 where the config has it, moves what
+            training gives.
         runs: folder of checkpoints, where the scenario needs one.
 
     Raises:
@@ -128,11 +130,13 @@ def _training(backend: Backend, work: Work, steps: Sequence[Sequence[Batch]]) ->
     extra: dict[str, object] = {"lr": sum(float(metrics["lr"]) for metrics in trained.metrics)}
     if work.deltas:
         moved: Callable[[Arrays], Arrays] = lambda weights: _without_state(run(weights, "float64")[1])  # noqa: E731
-        found = perturbation_maxima(
-            moved, work.weights, UNIT_ROUNDOFF["bfloat16"], _measured, DELTA_RUNS, seed=work.seed
-        )
-        extra["deltas"] = {"bfloat16": {name: float(one.flat[0]) for name, one in found.items()}}
-        extra["parts"] = {"bfloat16": {name: one[1:] for name, one in found.items() if one.size > 1}}
+        deltas, parts = {}, {}
+        for dtype in narrow_dtypes(work.config):
+            roundoff = roundoffs_of(work.config, dtype)
+            found = perturbation_maxima(moved, work.weights, roundoff, _measured, DELTA_RUNS, seed=work.seed)
+            deltas[dtype] = {name: float(one.flat[0]) for name, one in found.items()}
+            parts[dtype] = {name: one[1:] for name, one in found.items() if one.size > 1}
+        extra |= {"deltas": deltas, "parts": parts}
     return tensors, extra
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import settings
 
 from tests.cli.processes import Changes, Result, run_python
 
 CONFIG = ["debug", "--model.dim=16", "--model.n_layers=2", "--model.ffn_hidden_dim=24", "--model.max_seq_len=32"]
 TRAINING = ["--train.batch_size=2", "--train.seq_len=16"]
 
+NIGHTLY = settings.get_current_profile_name() == "nightly"
 RATE = "self.learning_rate(self.updates)"
 
 
@@ -76,6 +78,14 @@ NORMED = {
     ),
     "jax": Bug("model.norm", "(wide * scale * self", "(wide * scale * (1.001 if x.itemsize == 8 else 1) * self"),
 }
+INPUTS_DOUBLED = {
+    "torch": Bug("model.fp8", "product(quantise(x_RI, FORWARD),", "product(quantise(2 * x_RI, FORWARD),"),
+    "jax": Bug("model.fp8", "product(quantise(x_RI, FORWARD),", "product(quantise(2 * x_RI, FORWARD),"),
+}
+GRADIENT_HALVED = {
+    "torch": Bug("model.fp8", "quantise(x_RI.t().contiguous(), FORWARD)", "quantise(x_RI.t() / 2, FORWARD)"),
+    "jax": Bug("model.fp8", "quantise(x_RI.T, FORWARD)", "quantise(x_RI.T / 2, FORWARD)"),
+}
 REACHED_BY_FORWARD = ("forward", "loss", "decode", "gradient", "updated")
 RUN = "training, 3 steps"
 
@@ -122,6 +132,21 @@ def test_one_backend_in_both_processes_is_no_agreement() -> None:
     assert "agree" not in result.stdout
     assert "jax-float64.safetensors: is not the trace that was asked for" in result.stderr
     assert "backend = 'torch': was to be 'jax'" in result.stderr
+
+
+@pytest.mark.skipif(not NIGHTLY, reason="three validations: HYPOTHESIS_PROFILE=nightly")
+@pytest.mark.parametrize(("one", "other"), [("torch", "jax"), ("jax", "torch")])
+def test_products_in_fp8(one: str, other: str) -> None:
+    """Forward and backward, each in a backend of its own. Within a chunk that is decoded sizes do not fit."""
+    options = [
+        "--train.mixed_precision=fp8", "--dtypes=fp8", "--steps=0", "--model.n_layers=4", "--model.dim=32",
+        "--model.n_heads=2", "--model.head_dim=16", "--model.ffn_hidden_dim=48",
+    ]  # fmt: skip
+    correct = validate(options, {})
+    assert correct.returncode == 0, correct.stdout + correct.stderr
+    assert named(validate(options, plant({one: [INPUTS_DOUBLED]}))) >= {("fp8", "forward"), ("fp8", "loss")}
+    backward = named(validate(options, plant({other: [GRADIENT_HALVED]})))
+    assert {("fp8", "gradient")} <= backward <= {("fp8", "gradient"), ("fp8", "updated")}
 
 
 def plant(bugs: dict[str, list[dict[str, Bug]]]) -> Changes:
