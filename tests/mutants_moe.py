@@ -185,7 +185,8 @@ MOE_MUTANTS = (
     ),
     Mutant(
         "model.grouped", "no gradient through the weights' gradient", None,
-        ("grouped_matmul(x_RD, dw_EDF, ends_E), None", "0 * grouped_matmul(x_RD, dw_EDF, ends_E), None"),
+        ("_grouped_matmul(False, x_RD, dw_EDF, ends_E), None",
+         "0 * _grouped_matmul(False, x_RD, dw_EDF, ends_E), None"),
     ),
     Mutant(
         "model.scan", "layers in reverse", None,

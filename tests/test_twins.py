@@ -17,6 +17,7 @@ IMPLIED = {"self", "cls", "rngs"}
 FILES = {
     "model/cuda_graph.py": "torch: XLA compiles and launches its own programs",
     "model/module.py": "jax: torch's modules have named walks, hooks and casts built in",
+    "model/mosaic.py": "jax: torch has its kernel for products over groups behind one public function",
     "model/scan.py": "jax: stacks of layers bound compile time; torch compiles block by block",
     "model/stack.py": "jax: stacks of layers",
     "model/within_map.py": "jax: layers within a map over devices; torch puts other methods in their place",

@@ -7,6 +7,7 @@ Shapes: R rows, D inputs, F outputs, E groups, N tiles, b rows of a tile.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,26 +16,49 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kempnerforge_jax.model.mosaic import has_matmul, has_outer, mosaic_matmul, mosaic_outer
+
 _LOOP_ROWS = 128
 TILE_ROWS = 256
 _ROWS_BY_ROWS = (((0,), (0,)), ((), ()))
 
 
-@jax.custom_vjp
 def grouped_matmul(
     x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], ends_E: Int[Array, "E"]
 ) -> Float[Array, "R F"]:
     """(R, F): row r times the matrix of its group; 0 for rows of no group, whatever they hold.
 
-    The implementation is that of the platform for which the program is lowered. A kernel for a platform goes into
-    these two maps, `grouped_matmul` and `grouped_outer`, and nowhere else.
-
     Args:
         x_RD, w_EDF: of one dtype.
         ends_E: int32, not decreasing, at most R.
     """
+    return _grouped_matmul(False, x_RD, w_EDF, ends_E)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(is_transposed: bool, x_RD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array) -> jax.Array:
+    """`grouped_matmul`, also by matrices that are held as w (E, F, D).
+
+    The implementation is that of the platform for which the program is lowered. A kernel for a platform goes into
+    these two maps, of `_grouped_matmul` and `grouped_outer`, and nowhere else.
+    """
+    terms, outputs = w_EDF.shape[1:][:: -1 if is_transposed else 1]
+    has_kernel = has_matmul(x_RD.shape[0], terms, outputs, x_RD.dtype)
+
+    def by(matmul: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return lambda x, w, ends_E: matmul(x, w.swapaxes(1, 2) if is_transposed else w, ends_E)
+
+    def by_kernel(x: jax.Array, w: jax.Array, ends_E: jax.Array) -> jax.Array:
+        return _owned(mosaic_matmul(x, w, _sizes(ends_E), is_transposed), ends_E)
+
     return lax.platform_dependent(
-        x_RD, w_EDF, ends_E, cpu=looped_matmul, cuda=tiled_matmul, rocm=tiled_matmul, default=ragged_matmul
+        x_RD,
+        w_EDF,
+        ends_E,
+        cpu=by(looped_matmul),
+        cuda=by_kernel if has_kernel else by(tiled_matmul),
+        rocm=by(tiled_matmul),
+        default=by(ragged_matmul),
     )
 
 
@@ -43,19 +67,30 @@ def grouped_outer(
     x_RD: Float[Array, "R D"], y_RF: Float[Array, "R F"], ends_E: Int[Array, "E"]
 ) -> Float[Array, "E D F"]:
     """(E, D, F): for each group, the sum over its rows of x_r y_r^T; 0 for a group without rows."""
+    has_kernel = has_outer(x_RD.shape[0], x_RD.shape[1], y_RF.shape[1], x_RD.dtype)
+
+    def by_kernel(x_RD: jax.Array, y_RF: jax.Array, ends_E: jax.Array) -> jax.Array:
+        return mosaic_outer(_owned(x_RD, ends_E), _owned(y_RF, ends_E), _sizes(ends_E))
+
+    cuda = by_kernel if has_kernel else tiled_outer
     return lax.platform_dependent(
-        x_RD, y_RF, ends_E, cpu=looped_outer, cuda=tiled_outer, rocm=tiled_outer, default=ragged_outer
+        x_RD, y_RF, ends_E, cpu=looped_outer, cuda=cuda, rocm=tiled_outer, default=ragged_outer
     )
 
 
-def _matmul_forward(x_RD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return grouped_matmul(x_RD, w_EDF, ends_E), (x_RD, w_EDF, ends_E)
+def _matmul_forward(
+    is_transposed: bool, x_RD: jax.Array, w_EDF: jax.Array, ends_E: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _grouped_matmul(is_transposed, x_RD, w_EDF, ends_E), (x_RD, w_EDF, ends_E)
 
 
-def _matmul_backward(saved: tuple[jax.Array, ...], dy_RF: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _matmul_backward(
+    is_transposed: bool, saved: tuple[jax.Array, ...], dy_RF: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     x_RD, w_EDF, ends_E = saved
-    dx_RD = grouped_matmul(dy_RF, w_EDF.swapaxes(1, 2), ends_E)
-    return dx_RD, grouped_outer(x_RD, dy_RF, ends_E), None
+    dx_RD = _grouped_matmul(not is_transposed, dy_RF, w_EDF, ends_E)
+    factors = (dy_RF, x_RD) if is_transposed else (x_RD, dy_RF)
+    return dx_RD, grouped_outer(*factors, ends_E), None
 
 
 def _outer_forward(x_RD: jax.Array, y_RF: jax.Array, ends_E: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -64,10 +99,10 @@ def _outer_forward(x_RD: jax.Array, y_RF: jax.Array, ends_E: jax.Array) -> tuple
 
 def _outer_backward(saved: tuple[jax.Array, ...], dw_EDF: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x_RD, y_RF, ends_E = saved
-    return grouped_matmul(y_RF, dw_EDF.swapaxes(1, 2), ends_E), grouped_matmul(x_RD, dw_EDF, ends_E), None
+    return _grouped_matmul(True, y_RF, dw_EDF, ends_E), _grouped_matmul(False, x_RD, dw_EDF, ends_E), None
 
 
-grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
+_grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
 grouped_outer.defvjp(_outer_forward, _outer_backward)
 
 

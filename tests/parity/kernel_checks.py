@@ -62,6 +62,25 @@ GROUPED = {
     "tpu": ("ragged_matmul", "ragged_outer"),
 }
 """What JAX lowers products over groups to, by platform."""
+MOSAIC: tuple[tuple[str, int, int, int, tuple[str, str] | None, bool, bool, bool], ...] = (
+    # dtype, rows, D, F, GPU, whether kernels take the product, that of its gradient, and the outer product
+    (BF16, 128, 128, 256, HOPPER, True, True, True),
+    (F16, 136, 128, 128, HOPPER, True, True, True),
+    (BF16, 132, 128, 128, HOPPER, False, False, False),
+    (BF16, 128, 64, 128, HOPPER, True, False, False),
+    (BF16, 128, 128, 64, HOPPER, False, True, False),
+    (BF16, 128, 128, 192, HOPPER, False, True, False),
+    (BF16, 128, 96, 128, HOPPER, False, False, False),
+    (BF16, 120, 128, 128, HOPPER, False, False, False),
+    (F32, 128, 128, 128, HOPPER, False, False, False),
+    (BF16, 128, 128, 128, AMPERE, False, False, False),
+    (BF16, 128, 128, 128, ("cuda 12080", "10.0"), False, False, False),
+    (BF16, 128, 128, 128, ROCM, False, False, False),
+    (BF16, 128, 128, 128, None, False, False, False),
+)
+"""The kernels for Hopper: narrow, tiles of 128 x 128 and sums of 64 terms."""
+MARK = 2176.0
+"""A number that all dtypes hold, to be found in programs."""
 OFFSETS: tuple[tuple[str, str, int, int, int, int, bool], ...] = (
     # device, dtype, compute capability, rows, D, F, whether torch's grouped_mm takes it
     ("cuda", BF16, 9, 40, 32, 16, True),
@@ -187,6 +206,38 @@ def check_platforms(backend: str) -> None:
                 text = program.lower(lowering_platforms=(platform,)).as_text()
                 found = {name for name, mark in marks.items() if mark in text}
                 assert found == expected, (platform, found)
+
+
+def check_mosaic(backend: str) -> None:
+    """The kernels are chosen where they fit, for CUDA alone, and told the sizes of groups and how matrices lie."""
+    grouped = module("jax", "model.grouped")
+    told: list[tuple[str, tuple[int, ...]]] = []
+
+    def matmul(x: Any, w: Any, sizes: Any, is_transposed: bool) -> Any:
+        told.append(("transposed" if is_transposed else "matmul", sizes.shape))
+        return jnp.full((x.shape[0], w.shape[1 if is_transposed else 2]), MARK, x.dtype)
+
+    def outer(x: Any, y: Any, sizes: Any) -> Any:
+        told.append(("outer", sizes.shape))
+        return jnp.full((sizes.shape[0], x.shape[1], y.shape[1]), MARK, x.dtype)
+
+    def gradient(x: Any, w: Any, y: Any, ends: Any) -> Any:
+        product, back = jax.vjp(lambda x, w: grouped.grouped_matmul(x, w, ends), x, w)
+        return product, back(y)
+
+    patched = mock.patch.multiple(grouped, mosaic_matmul=matmul, mosaic_outer=outer)
+    wide = (*MOSAIC[0][:5], False, False, False)
+    for number, (dtype, rows, inputs, outputs, kind, *chosen) in enumerate((*MOSAIC, wide)):
+        shapes = ((rows, inputs), (3, inputs, outputs), (rows, outputs))
+        x, w, y = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+        kernels = zip(("matmul", "transposed", "outer"), chosen, strict=True)
+        told.clear()
+        with jax.enable_x64(number == len(MOSAIC)), gpu(kind), patched:
+            traced = jax.jit(gradient).trace(x, w, y, jax.ShapeDtypeStruct((3,), "int32"))
+            assert set(told) == {(name, (3,)) for name, is_chosen in kernels if is_chosen}, MOSAIC[number : number + 1]
+            for platform in ("cuda", "cpu", "rocm", "tpu") if number == 0 else ():
+                text = traced.lower(lowering_platforms=(platform,)).as_text()
+                assert text.count(f"{MARK:e}") == (3 if platform == "cuda" else 0), platform
 
 
 def check_ragged_precision(backend: str) -> None:
@@ -487,7 +538,8 @@ KERNEL_CHECKS: dict[str, dict[str, tuple[Callable[[str], None], ...]]] = {
         "model.blockwise": (check_blocks,),
         "model.fused": (check_fused_attention, check_told, check_segments, check_ways),
         "model.mask": (check_blocks,),
-        "model.grouped": (check_platforms, check_ragged_precision),
+        "model.grouped": (check_platforms, check_mosaic, check_ragged_precision),
+        "model.mosaic": (check_mosaic,),
     },
     "torch": {
         "model.attention": (check_dispatched_attention, check_paths),

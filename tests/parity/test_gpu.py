@@ -132,12 +132,13 @@ def check_groups(backend: str) -> None:
     """Products over groups: by the kernel, by tiles, of widths that no kernel takes, with rows of no group."""
     side, grouped = ON_GPU[backend], module(backend, "model.grouped")
     rng = np.random.default_rng(2)
-    for width in (64, 60):
-        x, w, y = (rng.standard_normal(shape) for shape in ((700, 72), (5, 72, width), (700, width)))
+    for inputs, width in ((72, 64), (72, 60), (128, 128), (192, 384)):
+        x, w, y = (rng.standard_normal(shape) for shape in ((704, inputs), (5, inputs, width), (704, width)))
         x, w, y = (array.astype(ml_dtypes.bfloat16).astype(np.float64) for array in (x, w, y))
-        product, outer = np.zeros((700, width)), np.zeros((5, 72, width))
+        product, outer, back = np.zeros((704, width)), np.zeros((5, inputs, width)), np.zeros((704, inputs))
         for e, (start, end) in enumerate(zip([0, *ENDS[:-1]], ENDS, strict=True)):
             product[start:end], outer[e] = x[start:end] @ w[e], x[start:end].T @ y[start:end]
+            back[start:end] = y[start:end] @ w[e].T
         x[ENDS[-1] :] = y[ENDS[-1] :] = np.nan
         for dtype in ("bfloat16", "float32"):
             narrow = [side.array(array, dtype) for array in (x, w, y)]
@@ -147,12 +148,26 @@ def check_groups(backend: str) -> None:
                 ("grouped_outer", narrow[::2], outer),
                 ("tiled_matmul", narrow[:2], product),
                 ("tiled_outer", narrow[::2], outer),
+                ("gradient", narrow, back),
             ):
-                function = getattr(grouped, name)
+                function = gradient_of(backend, grouped) if name == "gradient" else getattr(grouped, name)
                 found = side.numpy(function(*args, ends) if backend == "torch" else jax.jit(function)(*args, ends))
-                rows, exact = found.reshape(-1, width), truth.reshape(-1, width)
+                rows, exact = (array.reshape(-1, truth.shape[-1]) for array in (found, truth))
                 error = worst_row(rows, exact, is_gradient=True)
-                assert error <= (1.0 if dtype == "bfloat16" else WIDE_ROUNDINGS), (name, width, dtype, error)
+                assert error <= (1.0 if dtype == "bfloat16" else WIDE_ROUNDINGS), (name, inputs, width, dtype, error)
+
+
+def gradient_of(backend: str, grouped: Any) -> Callable[..., Any]:
+    """(x, w, dy, ends) -> dx of a product over groups."""
+    if backend == "jax":
+        return lambda x, w, dy, ends: jax.vjp(lambda x: grouped.grouped_matmul(x, w, ends), x)[1](dy)[0]
+
+    def gradient(x: Any, w: Any, dy: Any, ends: Any) -> Any:
+        x = x.detach().requires_grad_()
+        grouped.grouped_matmul(x, w, ends).backward(dy)
+        return x.grad
+
+    return gradient
 
 
 def check_decoding(backend: str) -> None:
@@ -249,6 +264,7 @@ def check_update(backend: str) -> None:
 
 CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.grouped": (check_groups,),
+    "model.mosaic": (check_groups,),
     "model.attention": (check_long_attention, lambda backend: check_parts(backend, ["attend", "attend to some"])),
     "model.fused": (check_long_attention, check_fused),
     "model.cuda_graph": (check_decoding,),
