@@ -33,7 +33,7 @@ from shared_config.data.jsonl import Row, lines, parse_object, read_rows, refuse
 from shared_config.data.media import drawn_frames, framed, nearest_frames, sample_times, to_rgb
 from shared_config.data.shapes import caption_entropy, shape_clip, shape_image
 from shared_config.data.template import ChatTemplate, TemplateError
-from shared_config.data.tokenizer import ByteTokenizer, check_vocabulary
+from shared_config.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, check_vocabulary
 from shared_config.errors import UserError
 from shared_config.interchange.preprocessor import PixelRange
 from shared_config.loader import load_config
@@ -269,8 +269,6 @@ def test_templates(tmp_path: Path) -> None:
 
 
 def test_conversations_are_encoded_and_parted(tmp_path: Path) -> None:
-    from shared_config.data.tokenizer import HuggingFaceTokenizer
-
     tokenizer = HuggingFaceTokenizer(tokenizer_folder(tmp_path / "t", TEMPLATES["chatml"]))
     rows = [Row(f"f:{index}", "messages", messages=turns(f"he{index}", "llo")) for index in range(8)]
     given: dict[str, Any] = {"name": "here", "vocab_size": 300}
@@ -282,6 +280,20 @@ def test_conversations_are_encoded_and_parted(tmp_path: Path) -> None:
     lines.append(refusal(lambda: encode_conversations(rows[:2], tokenizer, heldout_fraction=0.1, **small)))
     lines.append(refusal(lambda: encode_conversations(rows, ByteTokenizer(), heldout_fraction=0.1, **given)))
     written("encoded_conversations.txt", lines)
+
+
+def test_conversations_keep_their_side(tmp_path: Path) -> None:
+    """Whatever other rows there are, in whichever order."""
+    tokenizer = HuggingFaceTokenizer(tokenizer_folder(tmp_path / "t", TEMPLATES["chatml"]))
+    rows = [Row(f"f:{index}", "messages", messages=turns(f"{index:02}", "llo")) for index in range(40)]
+    sides = []
+    for some in (rows, rows[::-1], rows[10:]):
+        parts = encode_conversations(some, tokenizer, name="here", vocab_size=300, heldout_fraction=0.3)
+        assert sum(map(len, parts)) == len(some)
+        assert all(parts)
+        sides.append([{one.ids.tobytes() for one in part} for part in parts])
+    assert sides[0] == sides[1]
+    assert all(few <= every for few, every in zip(sides[2], sides[0], strict=True))
 
 
 def test_rows(tmp_path: Path) -> None:

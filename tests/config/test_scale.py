@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_config.cli import main
-from shared_config.contract.activations import buffer_bytes
+from shared_config.contract.activations import WIDENED, buffer_bytes
 from shared_config.contract.counts import count_parameters, flops_per_token, training_memory
+from shared_config.contract.labels import rows_of_logits
 from shared_config.contract.scale import HARDWARE, Cost, Hardware, cost_of, parse_hardware, transfer_seconds
 from shared_config.contract.sharding import Layout, layout_of
 from shared_config.contract.traffic import Traffic, step_traffic
@@ -181,6 +182,11 @@ def test_the_bytes_of_sequence_parallelism_by_hand() -> None:
     assert (scattered.count, scattered.bytes) == (3 * 32 * 4, 3 * 32 * 4 * stream)
     assert (ends.count, ends.bytes) == (6, 6 * stream)
     assert gathered.sent + scattered.sent == 3 * (32 * 8 + 2) * stream * 7 / 8
+    again = job_in("llama3_8b", Layout(tp=8), micro_batches=3, activation_checkpointing="full")
+    _, gathered, scattered, *_ = step_traffic(again, Layout(tp=8))
+    assert (gathered.count, scattered.count) == (3 * (32 * 6 + 2), 3 * 32 * 5), (
+        "a block's last sum is not computed again"
+    )
 
 
 def test_the_rows_of_experts_by_hand() -> None:
@@ -268,6 +274,32 @@ def test_the_page_of_scale(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--world-size = 64: no layout of powers of two shares out 1 micro-batches" in capsys.readouterr().err
     assert main(["show", "debug_vlm_mot", "--scale"]) == 2
     assert "vlm.arch = 'mot': must be none for costs of a layout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("compute", "exposed", "hidden", "bubble", "fastest"),
+    [(2.0, 0.0, 1.0, 0.25, 2.5), (2.0, 1.0, 0.0, 0.5, 4.5), (2.0, 0.0, 9.0, 0.25, 9.0), (2.0, 1.0, 3.5, 0.0, 3.5)],
+)
+def test_the_bound_of_a_step_s_time(
+    compute: float, exposed: float, hidden: float, bubble: float, fastest: float
+) -> None:
+    found = dataclasses.replace(cost("debug", Layout()), compute=compute, exposed=exposed, hidden=hidden, bubble=bubble)
+    assert found.fastest == fastest
+
+
+def test_the_memory_of_gathered_weights_and_logits_by_hand() -> None:
+    """llama3_8b over 8 devices in bfloat16: two blocks and what stands outside of blocks, and of the larger of a block
+    and that its gradient, narrow and wide; logits of some of 8192 tokens and their gradient, of which the loss widens
+    some.
+    """
+    memory = cost("llama3_8b", Layout(dp_shard=8), mixed_precision="bf16").memory
+    block = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
+    outside = 2 * 128256 * 4096 + 4096
+    assert memory.gathered == 2 * (2 * block + outside) + (2 + 4) * outside
+    rows = rows_of_logits(8192, 128256, 2)
+    assert memory.logits == 2 * 2 * rows * 128256 + 4 * 2 * min(rows * 128256, WIDENED)
+    rows = rows_of_logits(8192, 64128, 2)
+    assert cost("llama3_8b", Layout(dp_shard=8, tp=2)).memory.logits == (2 * 2 + 4 * 3) * rows * 64128
 
 
 def test_a_mixture_of_a_trillion_parameters() -> None:

@@ -332,6 +332,10 @@ def test_numpy_values_are_not_narrowed_silently() -> None:
             from_numpy(np.ones(3))
         with pytest.raises(ValueError, match="must fit int32"):
             from_numpy(np.array([2**40]))
+        for edge, beyond in ((2**31 - 1, 2**31), (-(2**31), -(2**31) - 1)):
+            assert from_numpy(np.array([edge])).tolist() == [edge]
+            with pytest.raises(ValueError, match="must fit int32"):
+                from_numpy(np.array([0, beyond]))
 
 
 def test_share_is_the_same_memory() -> None:

@@ -76,6 +76,8 @@ def test_nan_and_infinity_in_the_same_places_agree_and_leave_the_rest_compared()
 
 
 def test_shapes_must_agree_exactly():
+    with pytest.raises(ValueError, match=r"shape = \(1, 3\): must be that of the truth, \(3,\)"):
+        nonfinite_mismatch(np.ones((1, 3)), np.ones(3))
     with pytest.raises(ValueError, match="shape"):
         difference(np.ones((1, 3)), np.ones(3))
     with pytest.raises(ValueError, match="shape"):

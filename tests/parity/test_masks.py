@@ -87,6 +87,23 @@ def test_documents_are_those_of_queries_and_of_keys(backend: Torch) -> None:
 
 
 @on_both
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.sampled_from([(9,), (1,), (5, 9), (1, 9), (5, 1), (2, 1, 5, 9), (2, 1, 1, 9), (1, 3, 5, 1), (3, 5, 9)]),
+    query=st.integers(0, 3), key=st.integers(0, 6), size=st.integers(1, 3),
+)  # fmt: skip
+def test_a_part_of_what_is_allowed_is_that_of_its_queries_and_keys(
+    backend: Torch, shape: tuple[int, ...], query: int, key: int, size: int
+) -> None:
+    """However few axes say it: 2 of the queries, ``size`` of the keys."""
+    allowed = np.random.default_rng(0).random(shape) < 0.5
+    masks = backend.module("model.mask")
+    found = backend.numpy(masks.part(masks.Mask(allowed=backend.array(allowed)), query, 2, key, size).allowed)
+    whole = np.broadcast_to(allowed, (2, 3, 5, 9))[..., query : query + 2, key : key + size]
+    np.testing.assert_array_equal(np.broadcast_to(found, whole.shape), whole)
+
+
+@on_both
 def test_attention_alone_looks_at_dense_masks(backend: Torch) -> None:
     names = r"\.dense\b|\.allowed\b|\bdense_mask\b|\bwith_dense\b"
     folder = Path(backend.module("model.mask").__file__).parents[1]

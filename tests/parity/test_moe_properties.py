@@ -6,6 +6,7 @@ R = k * T rows.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from typing import Any
@@ -398,6 +399,11 @@ def test_what_cannot_be_built_is_refused_by_name(backend: str) -> None:
     for mixed in (experts, []):
         with pytest.raises(ValueError, match=r"experts = .*: must be layers of one type, all with the same activation"):
             module(backend, "moe").MoEMLP(built.router, mixed)
+    kinds = [type(name, (type(experts[0]),), {}) for name in "hcafebgd"]
+    for expert, kind in zip(many := [copy.copy(experts[0]) for _ in kinds], kinds, strict=True):
+        expert.__class__ = kind
+    with pytest.raises(ValueError, match=r"experts = a, b, c, d, e, f, g, h: must be layers of one type"):
+        module(backend, "moe").MoEMLP(built.router, many)
 
 
 @each_backend

@@ -136,7 +136,9 @@ def test_skipped_updates_are_counted_and_limited_through_a_resume(tmp_path: Path
     assert {int(value) for key, value in checkpoint.load(tmp_path).state.optimizer.items() if key[0] == "t"} <= {1, 2}
 
 
-def stays_finite(name: str, weight: np.ndarray, gradient: np.ndarray, m: np.ndarray, v: np.ndarray) -> bool:
+def stays_finite(
+    name: str, weight: np.ndarray, gradient: np.ndarray, m: np.ndarray, v: np.ndarray, lr: float = 0.01
+) -> bool:
     """Of a step of two parameters, the first an ordinary one."""
     both = {"a": [np.full(3, 0.1)] * 4, "b": [weight, gradient, m, v]}
     narrow = {key: [array.astype(np.float32) for array in of_one] for key, of_one in both.items()}
@@ -149,11 +151,11 @@ def stays_finite(name: str, weight: np.ndarray, gradient: np.ndarray, m: np.ndar
         optimizer.set_optimizer_state(built, own, moments, 4)
         for key, parameter in own.items():
             parameter.grad = torch.from_numpy(narrow[key][1].copy())
-        return bool(optimizer.stays_finite(built, 0.01))
+        return bool(optimizer.stays_finite(built, lr))
     own, gradients = ({key: jnp.asarray(narrow[key][place]) for key in both} for place in (0, 1))
     built = optimizer.build_optimizer(own, table, OptimizerConfig())
     state = optimizer.set_optimizer_state(built.init(own), moments, 4)
-    return bool(optimizer.stays_finite(built, gradients, state, own, jnp.float32(0.01)))
+    return bool(optimizer.stays_finite(built, gradients, state, own, jnp.float32(lr)))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -166,6 +168,22 @@ def test_a_step_stays_finite_only_if_every_element_of_every_tensor_does(name: st
     assert not stays_finite(name, usual, 1e25 * one, usual, usual), "the second moment"
     assert not stays_finite(name, np.where(one, np.inf, 0.1), usual, usual, usual), "the weight"
     assert not stays_finite(name, usual, np.where(one, np.nan, 0.1), usual, usual), "the gradient"
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("moments", [0.0, 2.0, 7.0])
+def test_the_largest_step_that_stays_finite_is_that_of_the_formula(name: str, moments: float) -> None:
+    """Kingma and Ba 2015, algorithm 1, of the fifth step from a weight of 0."""
+    options = OptimizerConfig()
+    b1, b2 = options.betas
+    gradient, m, v = np.full(3, 3.0), np.full(3, moments), np.full(3, 5 * moments + 1)
+    m_hat = (b1 * moments + (1 - b1) * 3) / (1 - b1**5)
+    v_hat = (b2 * (5 * moments + 1) + (1 - b2) * 9) / (1 - b2**5)
+    largest = float(np.finfo(np.float32).max) * (np.sqrt(v_hat) + options.eps) / m_hat
+    usual = [np.zeros(3), gradient, m, v]
+    assert stays_finite(name, *usual, lr=min(0.999 * largest, 3.4e38))
+    if largest < 3.3e38:
+        assert not stays_finite(name, *usual, lr=1.001 * largest)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kempnerforge_torch.model import Transformer
 from kempnerforge_torch.model.grouped import GROUPED_MATMUL, grouped_matmul, grouped_outer, tiled_matmul, tiled_outer
 from kempnerforge_torch.model.moe import MoEMLP, build_moe
-from kempnerforge_torch.model.router import SigmoidTopKRouter, TopKRouter
+from kempnerforge_torch.model.router import SigmoidTopKRouter, TopKRouter, top_k_lowest_first
 from kempnerforge_torch.model.state import set_state
 from kempnerforge_torch.model.stats import BlockOutput
 from kempnerforge_torch.registry import registry
@@ -192,6 +192,21 @@ def test_routes_are_chosen_in_float32() -> None:
 
 
 # Statistics and balancing
+
+
+def test_the_order_of_equal_scores_is_asked_for() -> None:
+    """A sort that may swap equal scores does so on a GPU alone."""
+    told: list[tuple[str, dict[str, Any]]] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            told.append((str(func), kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    with Noting():
+        top_k_lowest_first(torch.zeros(2, 5), 2)
+    (sort,) = [each for each in told if "sort" in each[0]]
+    assert sort == ("aten.sort.stable", {"stable": True, "descending": True})
 
 
 def test_getters_show_the_last_forward() -> None:
