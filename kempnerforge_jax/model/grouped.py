@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,9 +85,7 @@ def _matmul_forward(
     return _grouped_matmul(is_transposed, x_RD, w_EDF, ends_E), (x_RD, w_EDF, ends_E)
 
 
-def _matmul_backward(
-    is_transposed: bool, saved: tuple[jax.Array, ...], dy_RF: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
+def _matmul_backward(is_transposed: bool, saved: tuple[jax.Array, ...], dy_RF: jax.Array) -> tuple[Any, Any, None]:
     x_RD, w_EDF, ends_E = saved
     dx_RD = _grouped_matmul(not is_transposed, dy_RF, w_EDF, ends_E)
     factors = (dy_RF, x_RD) if is_transposed else (x_RD, dy_RF)

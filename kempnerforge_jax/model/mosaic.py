@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def mosaic_outer(
     """
     from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
 
-    return transposed_ragged_dot(
+    outer_EDF: Any = transposed_ragged_dot(
         x_RD,
         y_RF,
         group_sizes=sizes_E,
@@ -94,3 +95,4 @@ def mosaic_outer(
         max_concurrent_steps=IN_FLIGHT_OUTER,
         grid_block_n=1,
     )
+    return outer_EDF
