@@ -50,6 +50,12 @@ FAILING = "distributed.test_health.test_those_and_only_those_that_fail_are_named
 SPEED = "config.test_speed"
 NEAR = f"{ON_PAPER}_the_link_that_a_collective_needs"
 
+FP8, INT8 = "contract.fp8", "contract.int8"
+FORMATS = "parity.test_fp8.test_formats_are_those_of_the_paper"
+IN_FP8 = "parity.test_fp8.test_the_first_and_the_last_layer_stay_in_bfloat16"
+NEAREST = "parity.test_int8.test_codes_are_the_nearest_multiples_of_a_127th"
+HELD = "parity.test_int8.test_products_of_layers_are_held"
+
 FACT_MUTANTS = (
     # Parameters
     FactMutant(
@@ -365,5 +371,26 @@ FACT_MUTANTS = (
         "{min(layout.pp, job.eval.steps), job.eval.steps % layout.pp}",
         "{min(layout.pp, job.eval.steps)}",
         f"{ON_PAPER}_what_stages_hold_beside_their_work",
+    ),
+    # Narrow numbers
+    FactMutant(FP8, "448.0", "240.0", FORMATS),
+    FactMutant(FP8, "57344.0, 2.0**-3", "57344.0, 2.0**-4", FORMATS),
+    FactMutant(FP8, "FLOOR = 2.0**-90", "FLOOR = 2.0**-100", FORMATS),
+    FactMutant(FP8, "0 < int(found[1])", "0 <= int(found[1])", IN_FP8, ("layers.{}.attention.q_proj", True)),
+    FactMutant(FP8, r"mlp\.\w+\.(?:gate", r"mlp\.[\w.]+\.(?:gate", IN_FP8, ("layers.{}.mlp.experts.0.up_proj", False)),
+    FactMutant(FP8, r"(?:transformer\.)?", r"(?:\w+\.)?", IN_FP8, ("vision_encoder.layers.{}.attention.q_proj", False)),
+    FactMutant(FP8, "FP8_MULTIPLE == 0", "8 == 0", "parity.test_fp8.test_sizes_that_fit_are_multiples_of_16"),
+    FactMutant(
+        "parity.dtypes",
+        "FORWARD.unit_roundoff if",
+        "2.0**-3 if",
+        "parity.test_fp8.test_weights_are_moved_as_far_as_they_are_rounded",
+    ),
+    FactMutant(INT8, "max(axis=1, keepdims=True)", "max(axis=-1, keepdims=True)", NEAREST),
+    FactMutant(INT8, "np.rint(", "np.floor(", NEAREST),
+    FactMutant(INT8, "LARGEST = 127", "LARGEST = 63", NEAREST),
+    FactMutant(INT8, "(?:cross_attention_)?", "", HELD, ("cross_attention_layers.0.attn.o_proj.weight", True)),
+    FactMutant(
+        INT8, r"(?:transformer\.)?", r"(?:\w+\.)?", HELD, ("vision_encoder.layers.0.attention.q_proj.weight", False)
     ),
 )

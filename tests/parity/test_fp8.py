@@ -4,6 +4,7 @@ the bugs that this must show; training steps near each other, and the same howev
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from shared_config.contract.fp8 import BACKWARD, FLOOR, FORWARD, fits, is_fp8
 from shared_config.errors import ConfigError
+from shared_config.parity.dtypes import roundoffs_of
 from tests.jobs import draw_batch
 from tests.mutants import BACKENDS, Mutant, in_a_process, mutants_in, not_killed
 from tests.mutants_fp8 import FP8_MUTANTS
@@ -35,11 +37,9 @@ def test_fp8_is_as_the_contract_says(backend: str, check: Callable[[str], None])
     check(backend)
 
 
+@pytest.mark.skipif(not NIGHTLY, reason="a process for each backend: HYPOTHESIS_PROFILE=nightly")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_planted_bugs_are_found(backend: str, record_property: Callable[[str, object], None]) -> None:
-    """In JAX under HYPOTHESIS_PROFILE=nightly."""
-    if backend == "jax" and not NIGHTLY:
-        pytest.skip("compiles anew for each: HYPOTHESIS_PROFILE=nightly")
     mutants = mutants_in(FP8_MUTANTS, backend)
     count, left = len(mutants), in_a_process(survey, backend, mutants)
     record_property("figure", f"FP8 in {backend}: {count - len(left)}/{count} killed")
@@ -50,17 +50,30 @@ def survey(backend: str, mutants: Sequence[Mutant]) -> dict[str, str]:
     return not_killed(mutants, backend, FP8_CHECKS)
 
 
-@pytest.mark.parametrize(("format", "grid", "largest", "bits"),
-                         [(FORWARD, oracle.E4M3, 448, 3), (BACKWARD, oracle.E5M2, 57344, 2)])  # fmt: skip
-def test_formats_are_those_of_the_paper(format: Any, grid: oracle.Grid, largest: float, bits: int) -> None:
+def test_formats_are_those_of_the_paper() -> None:
     """As `ml_dtypes` has them, too: every code is the number that its bits say."""
-    dtype = np.dtype(format.name)
-    assert format.largest == grid.values[-1] == float(ml_dtypes.finfo(dtype).max) == largest
-    assert format.unit_roundoff == float(ml_dtypes.finfo(dtype).eps) / 2 == 2.0 ** -(bits + 1)
-    np.testing.assert_array_equal(np.arange(grid.last + 1, dtype=np.uint8).view(dtype).astype(float), grid.values)
-    for scale in (np.float32(FLOOR) * np.float32(1 / largest), np.float32(3.39e38) * np.float32(1 / largest)):
-        assert min(scale, 1 / scale) >= np.finfo(np.float32).tiny
-    assert 2.0**-126 * largest / FLOOR < grid.values[1] / 2
+    for format, grid, largest, bits in ((FORWARD, oracle.E4M3, 448, 3), (BACKWARD, oracle.E5M2, 57344, 2)):
+        dtype = np.dtype(format.name)
+        assert format.largest == grid.values[-1] == float(ml_dtypes.finfo(dtype).max) == largest
+        assert format.unit_roundoff == float(ml_dtypes.finfo(dtype).eps) / 2 == 2.0 ** -(bits + 1)
+        np.testing.assert_array_equal(np.arange(grid.last + 1, dtype=np.uint8).view(dtype).astype(float), grid.values)
+        for scale in (np.float32(FLOOR) * np.float32(1 / largest), np.float32(3.39e38) * np.float32(1 / largest)):
+            assert min(scale, 1 / scale) >= np.finfo(np.float32).tiny
+        assert 2.0**-126 * largest / FLOOR < grid.values[1] / 2
+
+
+def test_weights_are_moved_as_far_as_they_are_rounded() -> None:
+    """By which the limits of a comparison are made."""
+    job = small_job("experts")
+    of = {dtype: roundoffs_of(job, dtype) for dtype in ("float32", "bfloat16", "fp8")}
+    for name, in_fp8 in (
+        ("layers.1.attention.q_proj.weight", 2.0**-4),
+        ("layers.2.mlp.shared_expert.up_proj.weight", 2.0**-4),
+        ("layers.3.attention.q_proj.weight", 2.0**-8),
+        ("layers.1.mlp.experts.0.up_proj.weight", 2.0**-8),
+        ("output_head.proj.weight", 2.0**-8),
+    ):
+        assert [of[dtype](name) for dtype in of] == [2.0**-24, 2.0**-8, in_fp8], name
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(-126, 120), st.lists(st.sampled_from(SPECIAL), max_size=3))
@@ -96,9 +109,10 @@ def test_the_first_and_the_last_layer_stay_in_bfloat16(path: str, inside: bool) 
     assert [is_fp8(path.format(layer), 12) for layer in range(12)] == [inside and 0 < n < 11 for n in range(12)]
 
 
-@given(st.lists(st.integers(0, 64), min_size=3, max_size=3))
-def test_sizes_that_fit_are_multiples_of_16(sizes: list[int]) -> None:
-    assert fits(*sizes) == (sizes[0] > 0 and not any(size & 15 for size in sizes))
+def test_sizes_that_fit_are_multiples_of_16() -> None:
+    sizes = (0, 8, 15, 16, 24, 32)
+    for found in itertools.product(sizes, repeat=3):
+        assert fits(*found) == (found[0] > 0 and not any(size & 15 for size in found)), found
 
 
 @pytest.mark.parametrize(("change", "said"), [

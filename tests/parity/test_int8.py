@@ -37,11 +37,9 @@ def test_int8_is_as_the_contract_says(backend: str, check: Callable[[str], None]
     check(backend)
 
 
+@pytest.mark.skipif(not NIGHTLY, reason="a process for each backend: HYPOTHESIS_PROFILE=nightly")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_planted_bugs_are_found(backend: str, record_property: Callable[[str, object], None]) -> None:
-    """In JAX under HYPOTHESIS_PROFILE=nightly."""
-    if backend == "jax" and not NIGHTLY:
-        pytest.skip("compiles anew for each: HYPOTHESIS_PROFILE=nightly")
     mutants = mutants_in(INT8_MUTANTS, backend)
     count, left = len(mutants), in_a_process(survey, backend, mutants)
     record_property("figure", f"int8 in {backend}: {count - len(left)}/{count} killed")
@@ -72,6 +70,17 @@ def test_codes_are_within_half_a_step(seed: int, shape: tuple[int, ...], exponen
     assert (np.abs(codes * scales.astype(float) - weight) <= steps * (0.5 + 2.0**-15)).all()
     last = np.s_[-1:] if len(shape) == 2 else np.s_[..., -1:]
     np.testing.assert_array_equal(quantised(weight[last], "w")[0], codes[last])
+
+
+def test_codes_are_the_nearest_multiples_of_a_127th() -> None:
+    """Ties go to the even one; of packed experts (expert, in, out) a scale belongs to an output, too."""
+    weight = np.array([[127, 0.5, 1.5, -2.5, -126.6, 0], [2, 3, -254, 5, 6, 0.9]], np.float32)
+    expected = [[127, 0, 2, -2, -127, 0], [1, 2, -127, 2, 3, 0]]
+    for held, axis in ((weight, 0), (weight.T[None], 2)):
+        codes, scales = quantised(held, "w")
+        assert scales.flatten().tolist() == [1, 2]
+        assert scales.shape[axis] == 2
+        assert (codes if axis == 0 else codes[0].T).tolist() == expected
 
 
 @pytest.mark.parametrize("kind", ["dense", "packed experts", "mot"])
