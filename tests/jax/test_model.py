@@ -338,6 +338,13 @@ def test_numpy_values_are_not_narrowed_silently() -> None:
                 from_numpy(np.array([0, beyond]))
 
 
+def test_nothing_is_remembered_of_a_trace() -> None:
+    norm = build_norm("rmsnorm", 4, rngs=nnx.Rngs(0))
+    norm.keep(inner=jnp.ones(1), outer=2)
+    jax.jit(lambda x: norm.keep(inner=x, outer=3))(jnp.zeros(1))
+    assert (norm.kept("inner"), norm.kept("outer")) == (1, 2)
+
+
 def test_share_is_the_same_memory() -> None:
     array = jnp.arange(64.0)
     assert share({"x": array})["x"].unsafe_buffer_pointer() == array.unsafe_buffer_pointer()

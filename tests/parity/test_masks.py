@@ -104,6 +104,14 @@ def test_a_part_of_what_is_allowed_is_that_of_its_queries_and_keys(
 
 
 @on_both
+def test_positions_of_more_keys_than_a_short_integer_counts(backend: Torch) -> None:
+    masks = backend.module("model.mask")
+    whole = masks.with_positions(masks.CAUSAL, 3, 70_000)
+    np.testing.assert_array_equal(backend.numpy(whole.key_positions), np.arange(70_000))
+    np.testing.assert_array_equal(backend.numpy(whole.query_positions), [69_997, 69_998, 69_999])
+
+
+@on_both
 def test_attention_alone_looks_at_dense_masks(backend: Torch) -> None:
     names = r"\.dense\b|\.allowed\b|\bdense_mask\b|\bwith_dense\b"
     folder = Path(backend.module("model.mask").__file__).parents[1]

@@ -240,3 +240,18 @@ def test_random_encoders_agree_and_name_what_they_refuse() -> None:
         torch_encoder(torch.zeros(1, 3, 12, 12, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"pixel_values\.dtype"):
         jax_encoder(jnp.zeros((1, 3, 12, 12), jnp.uint8))
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 20), (20, 12), (13, 9), (4, 31)])
+def test_patches_of_images_that_are_no_squares(height: int, width: int) -> None:
+    pixels = np.random.default_rng(1).standard_normal((2, 3, height, width)).astype(np.float32)
+    truth = np.stack(
+        [
+            pixels[:, :, top : top + 4, left : left + 4].reshape(2, -1)
+            for top in range(0, height - 3, 4)
+            for left in range(0, width - 3, 4)
+        ],
+        axis=1,
+    )
+    np.testing.assert_array_equal(torch_vision.patches(torch.from_numpy(pixels), 4).numpy(), truth)
+    np.testing.assert_array_equal(jax_vision.patches(jnp.asarray(pixels), 4), truth)
