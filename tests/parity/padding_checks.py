@@ -118,4 +118,5 @@ PADDING_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
     "model.decode": (check_prompts,),
     "model.request": (check_prompts,),
     "training.train": (check_evaluation,),
+    "training.objective": (check_evaluation,),
 }
