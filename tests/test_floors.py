@@ -18,6 +18,7 @@ FLOORS = (
     ("loader",),
     ("data", "training"),
     ("parity",),
+    ("bench",),
     ("commands", "cli"),
 )
 """Rooms from the ground up; those of one floor don't know each other but in the order given here."""

@@ -51,6 +51,11 @@ one device.
 """
 
 DIFFERENCES = {
+    "bench.py": {
+        "Foreign": "torch: transformers has its models there",
+        "NO_KERNELS": "jax: its profiler names no kernels on a CPU",
+        "kernels_of": "jax: its profiler writes a file; torch's gives the events",
+    },
     "model/architecture.py": {"Architecture.breaks_after": "jax: where a scan over layers must end"},
     "model/attention.py": {
         "SDPA_BACKENDS": "torch: its attention has kernels to choose from",

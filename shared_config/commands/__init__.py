@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     COMMANDS: Mapping[str, Command]
 
-NAMES = ("validate", "train", "generate", "show", "trace", "compare", "convert", "compile", "launch")
+NAMES = ("validate", "train", "generate", "show", "trace", "compare", "convert", "compile", "launch", "bench")
 
 
 class Command(Protocol):

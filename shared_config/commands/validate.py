@@ -10,8 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -27,6 +26,7 @@ from shared_config.commands.common import (
     writable_file,
 )
 from shared_config.commands.layouts import layouts_to_compare, on_one_device, without_layout
+from shared_config.commands.processes import environment_of, living_pipe, reasons
 from shared_config.commands.show import readable_bytes
 from shared_config.commands.verdict import show_findings, show_first_differences
 from shared_config.contract.counts import count_parameters
@@ -50,12 +50,10 @@ from shared_config.schema.job import JobConfig
 HELP = "prove that both backends compute the same; exit status 0 only if they do"
 
 DIFFERENT = 1
-MESSAGE = "kempnerforge: "
 BYTES_A_PARAMETER = 160
 """Peak of one process: masters, gradients, updates and moments in float64, and what the deltas are measured from."""
 BYTES_A_RANK = 64
 """Of the same, of each further process of a layout: what it is given, and what it puts together."""
-PACKAGES = Path(__file__).parents[2]
 MEMORY_INFO = Path("/proc/meminfo")
 
 
@@ -189,7 +187,7 @@ def run_processes(plan: Plan, stage: int = 0) -> None:
     with written_aside(plan.config_file) as aside:
         aside.write_text(config_to_toml(plan.config), encoding="utf-8")
     processes: dict[str, subprocess.Popen[str]] = {}
-    with _living() as living:
+    with living_pipe() as living:
         try:
             for backend in BACKENDS:
                 processes[backend] = _start(plan, stage, backend, living)
@@ -205,27 +203,6 @@ def run_processes(plan: Plan, stage: int = 0) -> None:
     ]
     if failed:
         raise UserError("\n".join(["could not compare the backends, as not both ran:", *failed]))
-
-
-def reasons(said: str, status: int) -> list[str]:
-    """Why a process failed: its messages, or else how it ended and its last line."""
-    lines = [line for line in said.splitlines() if line.strip()]
-    messages = [line.removeprefix(MESSAGE) for line in lines if line.startswith(MESSAGE)]
-    if status == 2 and messages:
-        return messages
-    how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-    return [": ".join([f"the process {how}", *lines[-1:]])]
-
-
-@contextmanager
-def _living() -> Iterator[int]:
-    """The reading end of a pipe that nothing is written to, and that closes with this context or this process."""
-    reading, writing = os.pipe()
-    try:
-        yield reading
-    finally:
-        os.close(reading)
-        os.close(writing)
 
 
 def _start(plan: Plan, stage: int, backend: str, living: int) -> subprocess.Popen[str]:
@@ -254,8 +231,7 @@ def _environment(plan: Plan, stage: int) -> dict[str, str]:
     if stage == LAYOUTS_STAGE:
         flag = f"--xla_force_host_platform_device_count={plan.devices}"
         own |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}"}
-    path = os.pathsep.join([str(PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**chosen, **os.environ, **own, "PYTHONPATH": path}
+    return environment_of(chosen, own)
 
 
 def judge(plan: Plan) -> list[Finding]:

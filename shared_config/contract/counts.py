@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+import numpy as np
+
 from shared_config.contract.capacity import choice_share
 from shared_config.contract.freeze import never_trained
 from shared_config.contract.moments import moments_of
@@ -78,6 +80,27 @@ def mean_visible_keys(seq_len: int, window: int | None = None) -> float:
     """Keys that a query of a causal sequence sees, on average over the sequence."""
     full = min(seq_len, window or seq_len)
     return (full * (full + 1) / 2 + (seq_len - full) * full) / seq_len
+
+
+def visible_pairs(doc_ids: np.ndarray | None, shape: tuple[int, ...], window: int | None = None) -> int:
+    """Pairs of a query and a key that it sees, in causal rows (B, S).
+
+    Args:
+        doc_ids: int (B, S), of which a query sees its own; None: each row is one document.
+    """
+    rows, length = shape
+    if doc_ids is None:
+        return rows * round(length * mean_visible_keys(length, window))
+    lengths = [count for row in doc_ids for count in np.unique(row, return_counts=True)[1].tolist()]
+    return sum(round(count * mean_visible_keys(count, window)) for count in lengths)
+
+
+def experts_flops_per_token(config: ModelConfig) -> int:
+    """Of a layer of experts, forward: the router, the experts that a token goes through, and the shared one."""
+    layer = next(layer for layer in range(config.n_layers) if config.is_moe_layer(layer))
+    groups = [ParameterGroup(name, spec, 1) for name, spec in parameter_table(config).items()]
+    own = [group for group in groups if group.name.startswith(f"layers.{layer}.mlp.") and len(group.spec.shape) > 1]
+    return 2 * _active(own, _expert_share(config, None))
 
 
 def kv_cache_bytes(

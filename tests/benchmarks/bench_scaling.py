@@ -211,24 +211,16 @@ def limits() -> Line:
     """What one GPU can do: products, and copies."""
     import torch
 
+    from kempnerforge_torch.bench import Machine
+    from shared_config.bench.measure import Request, limits_of
+    from shared_config.bench.works import LIMITS
+    from shared_config.schema.job import JobConfig
+
     if not torch.cuda.is_available():
         return {}
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    large, copy = torch.empty(1 << 30, device="cuda"), torch.empty(1 << 30, device="cuda")
-
-    def median(function: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(25):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            function()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        return statistics.median(times[5:])
-
-    product, copied = 2 * 8192**3 / median(lambda: a @ b), 8 * (1 << 30) / median(lambda: copy.copy_(large))
-    return {"product FLOP/s": product, "copy B/s": copied, "card": torch.cuda.get_device_name()}
+    machine = Machine("cuda")
+    found = limits_of(machine, Request(JobConfig(), LIMITS))
+    return {"product FLOP/s": found.product, "copy B/s": found.copy, "card": machine.kind}
 
 
 def table(lines: Sequence[Line], limit: Line) -> str:

@@ -29,6 +29,7 @@ LINES = {
     "compare": ("a", "b", "--report=out"),
     "show": ("debug",),
     "compile": ("debug", "--topology=v5e:2x2"),
+    "bench": ("debug", "--backend=torch"),
     "launch": ("debug", "--backend=torch", "--slurm"),
 }
 

@@ -1,0 +1,221 @@
+"""``kempnerforge bench``: how near the work of a config comes to what the machine can do.
+
+Everything is measured by processes of its own, one after another: the machine's limits first, in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from shared_config.bench.measure import REPEATS, Request
+from shared_config.bench.page import write_page
+from shared_config.bench.result import FOREIGN, OURS, Limits, Result, joined
+from shared_config.bench.works import LIMITS, WORKS, chosen_works
+from shared_config.commands.backends import require_backend, require_package
+from shared_config.commands.common import (
+    add_backend,
+    add_config,
+    add_shrink,
+    console,
+    load_job,
+    positive,
+    writable_file,
+)
+from shared_config.commands.processes import environment_of, living_pipe, reasons
+from shared_config.commands.show import pairs, readable_bytes
+from shared_config.errors import ConfigError, UserError
+from shared_config.interchange.files import written_aside
+from shared_config.interchange.huggingface_config import config_to_huggingface
+from shared_config.interchange.outputs import refuse_overwriting
+from shared_config.schema.job import JobConfig
+
+HELP = "measure training steps, decoding and memory, as shares of what the machine can do"
+FOREIGN_WORKS = ("train", "window", "decode")
+"""What the models of transformers do too."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own options."""
+    add_config(parser)
+    add_backend(parser)
+    listed = "; ".join(f"{name}: {meaning}" for name, meaning in WORKS.items())
+    parser.add_argument("--what", metavar="WORKS", help=f"comma-separated (default: all that the config has). {listed}")
+    parser.add_argument(
+        "--against",
+        choices=("hf",),
+        help="also measure the model of transformers that has the same family and shapes, in torch",
+    )
+    parser.add_argument("--profile", action="store_true", help="also print the time by kind of kernel")
+    parser.add_argument(
+        "--repeats", type=positive, help=f"of each measurement (default: {REPEATS}, fewer where they take long)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, tpu ... (default: the backend's own)")
+    parser.add_argument("--json", metavar="FILE", help="also write every number as JSON")
+    parser.add_argument("--report", metavar="FILE", help="also write an HTML page")
+    add_shrink(parser)
+
+
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Do it, under the overrides of the config. Returns the exit status."""
+    config = load_job(options, overrides)
+    works = chosen_works(options.what, config)
+    numbers, report = (None if file is None else writable_file(file) for file in (options.json, options.report))
+    for file, other in ((numbers, report), (report, numbers)):
+        if file is not None:
+            refuse_overwriting(file, options.config, other)
+    require_backend(options.backend)
+    if options.against:
+        require_foreign(config)
+    screen = console()
+    results = []
+    with tempfile.TemporaryDirectory(prefix="kempnerforge-") as scratch:
+        for backend, request in requests_of(options, config, works):
+            with screen.status(f"{request.work} ({request.of}) ..."):
+                results.append(result_of(backend, request, Path(scratch)))
+    found = joined(results)
+    show(screen, found)
+    if numbers is not None:
+        with written_aside(numbers) as aside:
+            aside.write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
+    if report is not None:
+        write_page(report, found, title=f"{options.config}: {options.backend}")
+    return 0
+
+
+def require_foreign(config: JobConfig) -> None:
+    """Check that transformers can be measured beside this backend.
+
+    Raises:
+        UserError: a package is missing, or transformers has no such model.
+    """
+    require_backend("torch")
+    require_package("transformers", "dev", "--against hf")
+    if config.vlm is not None:
+        raise UserError("--against hf: must be a text model (a config without [vlm])")
+    try:
+        config_to_huggingface(config.model)
+    except ConfigError as error:
+        raise UserError("\n".join(f"--against hf: {problem}" for problem in error.problems)) from None
+
+
+def requests_of(options: argparse.Namespace, config: JobConfig, works: Sequence[str]) -> Iterator[tuple[str, Request]]:
+    """What each process is asked for: limits, the works of the backend, and those of transformers beside them."""
+    plain = Request(config, LIMITS, OURS, options.device, options.repeats, options.profile)
+    yield options.backend, plain
+    for work in works:
+        yield options.backend, dataclasses.replace(plain, work=work)
+        if options.against and work in FOREIGN_WORKS:
+            yield "torch", dataclasses.replace(plain, work=work, of=FOREIGN)
+
+
+def result_of(backend: str, request: Request, folder: Path) -> Result:
+    """What a process of its own finds.
+
+    Raises:
+        UserError: it failed; with what it said.
+    """
+    asked, found = folder / "asked.json", folder / "found.json"
+    asked.write_text(json.dumps(request.to_json()), encoding="utf-8")
+    command = [sys.executable, "-P", "-m", "shared_config.commands.measure", backend, str(asked), str(found)]
+    with living_pipe() as living:
+        process = subprocess.Popen(
+            command,
+            env=environment_of({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, platform_of(request)),
+            stdin=living,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+        try:
+            said = process.communicate()[1]
+        finally:
+            process.kill()
+    if process.returncode != 0:
+        lines = reasons(said, process.returncode)
+        raise UserError("\n".join(f"{request.work}, {backend}: {line}" for line in lines))
+    return Result.from_json(json.loads(found.read_text(encoding="utf-8")))
+
+
+def platform_of(request: Request) -> dict[str, str]:
+    """Keeps JAX from looking for accelerators that are not asked for."""
+    return {"JAX_PLATFORMS": "cpu"} if request.device == "cpu" else {}
+
+
+def show(screen: Console, found: Result) -> None:
+    """Print what was measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    screen.print(f"{found.device}; {versions}")
+    if found.limits is not None:
+        screen.print(limits_table(found.limits))
+        if found.lines:
+            screen.print(lines_table(found, found.limits))
+    if found.memory:
+        table = pairs("Memory of a training step")
+        for part, number in found.memory.items():
+            table.add_row(part, readable_bytes(number))
+        screen.print(table)
+    for work, shares in found.profiles.items():
+        table = pairs(f"Time of kernels: {work}")
+        for kind, share in shares.items():
+            table.add_row(kind, f"{share:.1%}")
+        screen.print(table)
+    for note in found.notes:
+        screen.print(f"note: {note}")
+
+
+def limits_table(limits: Limits) -> Table:
+    """What the machine reached."""
+    table = pairs("What the machine reaches")
+    product = f"{limits.product / 1e12:.4g} TFLOP/s, spread {limits.spread[0]:.1%}"
+    table.add_row(f"product, {limits.size} x {limits.size}, {limits.dtype}", product)
+    copy = f"{limits.copy / 1e9:.4g} GB/s, spread {limits.spread[1]:.1%}"
+    table.add_row(f"copy of {readable_bytes(limits.copied)}, read and written", copy)
+    return table
+
+
+def lines_table(found: Result, limits: Limits) -> Table:
+    """A row for each work."""
+    table = Table(title="Work", title_justify="left")
+    for name in (
+        "work",
+        "by",
+        "median",
+        "spread",
+        "tokens/s",
+        "share",
+        "of the limit of",
+        "peak memory",
+        "compilation",
+    ):
+        table.add_column(name, justify="left" if name in ("work", "by", "of the limit of") else "right")
+    for row in rows_of(found, limits):
+        table.add_row(*row.values())
+    return table
+
+
+def rows_of(found: Result, limits: Limits) -> Iterator[Mapping[str, str]]:
+    """What a row says, by column."""
+    for line in found.lines:
+        share = line.share(limits)
+        yield {
+            "work": line.work,
+            "by": line.of,
+            "median": f"{1e3 * line.timing.median:.4g} ms",
+            "spread": f"{line.timing.spread:.1%}",
+            "tokens/s": f"{line.tokens_per_second:,.0f}",
+            "share": "" if share is None else f"{share:.1%}",
+            "of": "" if share is None else "products" if line.flops is not None else "copies",
+            "peak memory": "" if line.peak is None else readable_bytes(line.peak),
+            "compilation": f"{line.timing.compilation:.1f} s",
+        }
