@@ -65,6 +65,7 @@ DIFFERENCES = {
 """By file, whose arrays twins describe in another way, with the reason."""
 
 CALLS = {
+    "parity/test_head.py": ["test_the_loss_is_that_of_the_whole", "test_who_captures_logits_gets_them_whole"],
     "torch/test_devices.py": ["test_caches_make_everything_on_their_device"],
     "torch/test_generate.py": [
         "test_the_mode_is_restored_after_an_error",
