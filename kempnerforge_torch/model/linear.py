@@ -38,7 +38,7 @@ class Linear(nn.Linear):
         """(..., I) -> (..., O); the dtype of ``x`` must be that of the weight."""
         return linear(x, matrix(self, "weight", x.dtype), self.bias, self.fp8)
 
-    def factors(self, x: Float[Tensor, "... I"]) -> tuple[Float[Tensor, "... I"], Float[Tensor, "O I"]]:
+    def factors(self, x: Float[Tensor, "... _I"]) -> tuple[Float[Tensor, "... I"], Float[Tensor, "O I"]]:
         """What `forward` multiplies: inputs, and a view of the weight: wrappers leave hooks on what a model returns."""
         return x, self.weight.view_as(self.weight)
 
