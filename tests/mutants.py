@@ -178,7 +178,7 @@ MUTANTS = (
     both("model.attention", "scale of the config ignored", "head_dim**-0.5 if scale is None else scale\n        self",
          "head_dim**-0.5\n        self"),
     both("model.embedding", "embeddings not scaled", "x_BSD * self.scale", "x_BSD"),
-    both("model.embedding", "logits not divided", "logits / self.divisor", "logits"),
+    both("model.embedding", "logits not divided", "logits / divisor", "logits"),
     both("model.block", "what is added not scaled", "out * self.residual_scale", "out"),
     both("model.block", "norm of attention taken of the sum", "self._added(x, _normed(self.attention_post_norm, out))",
          "_normed(self.attention_post_norm, self._added(x, out))"),

@@ -74,20 +74,18 @@ LENGTH_MUTANTS = (
     ),
     Mutant(
         "training.head", "a mean of the means of chunks",
-        ("loss, _ = cross_entropy(logits_cV.requires_grad_()[None], labels_c[None])",
-         "loss, count = cross_entropy(logits_cV.requires_grad_()[None], labels_c[None])\n"
-         "        loss = loss / count.clamp(min=1)"),
-        ("            return cross_entropy(logits_cV[None], labels_c[None])[0]\n\n        loss,",
-         "            total, count = cross_entropy(logits_cV[None], labels_c[None])\n"
-         "            return total / jnp.maximum(count, 1)\n\n        loss,"),
+        ("loss = loss_of(logits_cV.requires_grad_(), labels_c)",
+         "loss = loss_of(logits_cV.requires_grad_(), labels_c) / (labels_c != IGNORED).sum().clamp(min=1)"),
+        ("jax.value_and_grad(loss_of)(",
+         "jax.value_and_grad(lambda z, own: loss_of(z, own) / jnp.maximum((own != IGNORED).sum(), 1))("),
     ),
     Mutant(
         "training.head", "an evaluation of the mean of the means of chunks",
-        ("return cross_entropy(logits_cV[None], labels_c[None])[0]",
-         "total, count = cross_entropy(logits_cV[None], labels_c[None])\n        return total / count.clamp(min=1)"),
-        ("return total + cross_entropy(linear(x_cD, weight_VD)[None], labels_c[None])[0], None",
-         "own, count = cross_entropy(linear(x_cD, weight_VD)[None], labels_c[None])\n"
-         "        return total + own / jnp.maximum(count, 1), None"),
+        ("return loss_of(logits_cV, labels_c)",
+         "return loss_of(logits_cV, labels_c) / (labels_c != IGNORED).sum().clamp(min=1)"),
+        ("return total + loss_of(linear(x_cD, weight_VD), labels_c), None",
+         "own = loss_of(linear(x_cD, weight_VD), labels_c)\n"
+         "        return total + own / jnp.maximum((labels_c != IGNORED).sum(), 1), None"),
     ),
     Mutant(
         "training.head", "the weight's gradient of the last chunk alone",
@@ -113,6 +111,7 @@ LENGTH_MUTANTS = (
         ("dx_ND[start : start + rows]", "dx_ND[: len(x_cD)]"),
         ("dx_ncD.reshape(-1, x_ND.shape[1])", "jnp.broadcast_to(dx_ncD[-1], dx_ncD.shape).reshape(-1, x_ND.shape[1])"),
     ),
+    both("training.head", "logits of a chunk not divided", "divided(logits_cV, logits.divisor)", "logits_cV"),
     Mutant(
         "training.head", "the weight's gradient only where what enters the head has one",
         ("if dw_VD is not None:\n        _add", "if dw_VD is not None and dx_cD is not None:\n        _add"), None,

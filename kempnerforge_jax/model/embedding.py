@@ -17,19 +17,21 @@ from kempnerforge_jax.model.module import Module
 
 
 class FactoredLogits(NamedTuple):
-    """Logits that are not multiplied yet: x weight^T.
+    """Logits that are not multiplied yet: x weight^T / divisor.
 
     Attributes:
         x: (B, S, D), what enters the head.
         weight: (V, D), in the dtype of x.
+        divisor: a number.
     """
 
     x: Float[Array, "B S D"]
     weight: Float[Array, "V D"]
+    divisor: float = 1.0
 
     def whole(self) -> Float[Array, "B S V"]:
-        """The product."""
-        return linear(self.x, self.weight)
+        """The product, divided."""
+        return divided(linear(self.x, self.weight), self.divisor)
 
 
 class TokenEmbedding(Module):
@@ -68,12 +70,12 @@ class OutputHead(Module):
         self, x: Float[Array, "B S D"], tied_weight: Float[Array, "V D"] | None = None
     ) -> Float[Array, "B S V"]:
         """(B, S, D) -> (B, S, V); a tied head is given the embedding's table (V, D) at each call."""
-        logits = self.proj(x, tied_weight)
-        return logits if self.divisor == 1 else logits / self.divisor
+        return divided(self.proj(x, tied_weight), self.divisor)
 
     def factors(self, x: Float[Array, "B S D"], tied_weight: Float[Array, "V D"] | None = None) -> FactoredLogits:
         """What `forward` multiplies."""
-        return FactoredLogits(*(self.proj.factors(x) if tied_weight is None else (x, tied_weight)))
+        factors = self.proj.factors(x) if tied_weight is None else (x, tied_weight)
+        return FactoredLogits(*factors, self.divisor)
 
     def tie_weights(self, embedding: TokenEmbedding) -> None:
         """Give up the own weight for the embedding's table, which each call passes: no array belongs to two modules.
@@ -85,3 +87,8 @@ class OutputHead(Module):
         if tuple(tied) != own:
             raise ValueError(f"embedding.weight = {tuple(tied)}: must have the head's shape {own}")
         self.proj.weight = None
+
+
+def divided(logits: Float[Array, "..."], divisor: float) -> Float[Array, "..."]:
+    """The quotient; what is divided by 1 stays as it is."""
+    return logits if divisor == 1 else logits / divisor

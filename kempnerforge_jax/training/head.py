@@ -21,11 +21,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Integer
 
 from kempnerforge_jax.model.checks import check_shape
-from kempnerforge_jax.model.embedding import FactoredLogits
+from kempnerforge_jax.model.embedding import FactoredLogits, divided
 from kempnerforge_jax.model.linear import linear
 from shared_config.contract.labels import IGNORED, rows_of_logits
 
 CrossEntropy = Callable[[Float[Array, "B S V"], Integer[Array, "B S"]], tuple[Float[Array, ""], Int[Array, ""]]]
+_Loss = Callable[[jax.Array, jax.Array], jax.Array]
 _Gradients = tuple[jax.Array, jax.Array]
 
 
@@ -47,37 +48,35 @@ def loss_in_chunks(
     if rows == labels_BS.size:
         return cross_entropy(logits.whole(), labels_BS)
     x_ND, labels_N = logits.x.reshape(-1, logits.x.shape[-1]), labels_BS.reshape(-1)
-    total: jax.Array = _sum(cross_entropy, rows, x_ND, logits.weight, labels_N)
+
+    def loss_of(logits_cV: jax.Array, labels_c: jax.Array) -> jax.Array:
+        return cross_entropy(divided(logits_cV, logits.divisor)[None], labels_c[None])[0]
+
+    total: jax.Array = _sum(loss_of, rows, x_ND, logits.weight, labels_N)
     return total, jnp.sum(labels_N != IGNORED, dtype=jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sum(
-    cross_entropy: CrossEntropy, rows: int, x_ND: jax.Array, weight_VD: jax.Array, labels_N: jax.Array
-) -> jax.Array:
+def _sum(loss_of: _Loss, rows: int, x_ND: jax.Array, weight_VD: jax.Array, labels_N: jax.Array) -> jax.Array:
     """The sum over chunks of so many rows."""
 
     def chunk(total: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         x_cD, labels_c = inputs
-        return total + cross_entropy(linear(x_cD, weight_VD)[None], labels_c[None])[0], None
+        return total + loss_of(linear(x_cD, weight_VD), labels_c), None
 
     zero = jnp.zeros((), _wide(x_ND))
     return lax.scan(chunk, zero, _chunks(rows, x_ND, labels_N))[0]
 
 
 def _sum_forward(
-    cross_entropy: CrossEntropy, rows: int, x_ND: jax.Array, weight_VD: jax.Array, labels_N: jax.Array
+    loss_of: _Loss, rows: int, x_ND: jax.Array, weight_VD: jax.Array, labels_N: jax.Array
 ) -> tuple[jax.Array, _Gradients]:
     def chunk(
         sums: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         total, dw_VD = sums
         x_cD, labels_c = inputs
-
-        def loss_of(logits_cV: jax.Array) -> jax.Array:
-            return cross_entropy(logits_cV[None], labels_c[None])[0]
-
-        loss, dlogits_cV = jax.value_and_grad(loss_of)(linear(x_cD, weight_VD))
+        loss, dlogits_cV = jax.value_and_grad(loss_of)(linear(x_cD, weight_VD), labels_c)
         dw_VD += lax.dot_general(dlogits_cV, x_cD, (((0,), (0,)), ((), ())), preferred_element_type=dw_VD.dtype)
         return (total + loss, dw_VD), linear(dlogits_cV, weight_VD.T)
 
@@ -87,7 +86,7 @@ def _sum_forward(
 
 
 def _sum_backward(
-    cross_entropy: CrossEntropy, rows: int, gradients: _Gradients, gradient: jax.Array
+    loss_of: _Loss, rows: int, gradients: _Gradients, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     dx_ND, dw_VD = gradients
     return (dx_ND * gradient).astype(dx_ND.dtype), (dw_VD * gradient).astype(dx_ND.dtype), None

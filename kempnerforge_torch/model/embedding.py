@@ -16,19 +16,21 @@ from kempnerforge_torch.model.linear import Embedding, Linear, linear
 
 
 class FactoredLogits(NamedTuple):
-    """Logits that are not multiplied yet: x weight^T.
+    """Logits that are not multiplied yet: x weight^T / divisor.
 
     Attributes:
         x: (B, S, D), what enters the head.
         weight: (V, D), in the dtype of x.
+        divisor: a number.
     """
 
     x: Float[Tensor, "B S D"]
     weight: Float[Tensor, "V D"]
+    divisor: float = 1.0
 
     def whole(self) -> Float[Tensor, "B S V"]:
-        """The product."""
-        return linear(self.x, self.weight)
+        """The product, divided."""
+        return divided(linear(self.x, self.weight), self.divisor)
 
 
 class TokenEmbedding(nn.Module):
@@ -71,12 +73,11 @@ class OutputHead(nn.Module):
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S V"]:
         """(B, S, D) -> (B, S, V)."""
-        logits = self.proj(x)
-        return logits if self.divisor == 1 else logits / self.divisor
+        return divided(self.proj(x), self.divisor)
 
     def factors(self, x: Float[Tensor, "B S D"]) -> FactoredLogits:
         """What `forward` multiplies."""
-        return FactoredLogits(*self.proj.factors(x))
+        return FactoredLogits(*self.proj.factors(x), self.divisor)
 
     def tie_weights(self, embedding: TokenEmbedding) -> None:
         """Use the embedding's table as the weight.
@@ -88,3 +89,8 @@ class OutputHead(nn.Module):
         if tied.shape != own.shape:
             raise ValueError(f"embedding.weight = {tuple(tied.shape)}: must have the head's shape {tuple(own.shape)}")
         self.proj.weight = tied
+
+
+def divided(logits: Float[Tensor, "..."], divisor: float) -> Float[Tensor, "..."]:
+    """The quotient; what is divided by 1 stays as it is."""
+    return logits if divisor == 1 else logits / divisor

@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kempnerforge_torch.model.checks import check_shape
-from kempnerforge_torch.model.embedding import FactoredLogits
+from kempnerforge_torch.model.embedding import FactoredLogits, divided
 from kempnerforge_torch.model.linear import linear
 from shared_config.contract.labels import IGNORED, rows_of_logits
 
 CrossEntropy = Callable[[Float[Tensor, "B S V"], Integer[Tensor, "B S"]], tuple[Float[Tensor, ""], Int[Tensor, ""]]]
+_Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def loss_in_chunks(
@@ -46,7 +47,11 @@ def loss_in_chunks(
     if rows == labels_BS.numel():
         return cross_entropy(logits.whole(), labels_BS)
     x_ND, labels_N = logits.x.flatten(0, -2), labels_BS.flatten()
-    total = _Sum.apply(x_ND, logits.weight, labels_N, cross_entropy, rows, torch.is_grad_enabled())
+
+    def loss_of(logits_cV: Tensor, labels_c: Tensor) -> Tensor:
+        return cross_entropy(divided(logits_cV, logits.divisor)[None], labels_c[None])[0]
+
+    total = _Sum.apply(x_ND, logits.weight, labels_N, loss_of, rows, torch.is_grad_enabled())
     return total, (labels_N != IGNORED).sum()
 
 
@@ -59,7 +64,7 @@ class _Sum(torch.autograd.Function):
         x_ND: Tensor,
         weight_VD: Tensor,
         labels_N: Tensor,
-        cross_entropy: CrossEntropy,
+        loss_of: _Loss,
         rows: int,
         differentiates: bool,
     ) -> Tensor:
@@ -70,7 +75,7 @@ class _Sum(torch.autograd.Function):
         for start in range(0, len(x_ND), rows):
             x_cD, labels_c = x_ND[start : start + rows], labels_N[start : start + rows]
             dx_cD = None if dx_ND is None else dx_ND[start : start + rows]
-            total += _chunk(x_cD, weight_VD, labels_c, cross_entropy, dx_cD, dw_VD)
+            total += _chunk(x_cD, weight_VD, labels_c, loss_of, dx_cD, dw_VD)
         ctx.save_for_backward(dx_ND, dw_VD)
         ctx.dtype = weight_VD.dtype
         return total
@@ -89,16 +94,16 @@ def _chunk(
     x_cD: Tensor,
     weight_VD: Tensor,
     labels_c: Tensor,
-    cross_entropy: CrossEntropy,
+    loss_of: _Loss,
     dx_cD: Tensor | None,
     dw_VD: Tensor | None,
 ) -> Tensor:
     """The loss of a chunk. Its gradient is written to ``dx_cD`` and added to ``dw_VD``, where there are such."""
     logits_cV = linear(x_cD, weight_VD)
     if dx_cD is None and dw_VD is None:
-        return cross_entropy(logits_cV[None], labels_c[None])[0]
+        return loss_of(logits_cV, labels_c)
     with torch.enable_grad():
-        loss, _ = cross_entropy(logits_cV.requires_grad_()[None], labels_c[None])
+        loss = loss_of(logits_cV.requires_grad_(), labels_c)
         (dlogits_cV,) = torch.autograd.grad(loss, logits_cV)
     if dx_cD is not None:
         torch.mm(dlogits_cV, weight_VD, out=dx_cD)

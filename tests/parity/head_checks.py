@@ -34,11 +34,13 @@ def drawn(batch: int, length: int, dim: int, vocabulary: int, ignored: float, se
     return x_BSD, weight_VD, np.where(rng.random(labels_BS.shape) < ignored, np.int32(-100), labels_BS)
 
 
-def check_loss(backend: Torch, rows: int, x_BSD: np.ndarray, weight_VD: np.ndarray, labels_BS: np.ndarray) -> None:
+def check_loss(
+    backend: Torch, rows: int, x_BSD: np.ndarray, weight_VD: np.ndarray, labels_BS: np.ndarray, divisor: float = 1.0
+) -> None:
     """Sum, count and gradients of both factors, and of each where the other needs none."""
-    logits_BSV, labels = x_BSD @ weight_VD.T, np.maximum(labels_BS, -100)
+    logits_BSV, labels = x_BSD @ weight_VD.T / divisor, np.maximum(labels_BS, -100)
     count = int((labels != -100).sum())
-    dlogits_BSV = cross_entropy_backward(SCALE * count, logits_BSV, labels)
+    dlogits_BSV = cross_entropy_backward(SCALE * count, logits_BSV, labels) / divisor
     truth = {
         "loss": np.array(SCALE * count * cross_entropy(logits_BSV, labels)),
         "dx": dlogits_BSV @ weight_VD,
@@ -47,7 +49,7 @@ def check_loss(backend: Torch, rows: int, x_BSD: np.ndarray, weight_VD: np.ndarr
     loss, factors = backend.module("training.loss"), backend.module("model.embedding").FactoredLogits
 
     def scaled(x: Any, weight: Any) -> Any:
-        total, found_count = loss.cross_entropy(factors(x, weight), backend.array(labels_BS))
+        total, found_count = loss.cross_entropy(factors(x, weight, divisor), backend.array(labels_BS))
         counts.append(found_count)
         return SCALE * total
 
@@ -67,7 +69,7 @@ def check_head(name: str) -> None:
     backend = next(backend for backend in BACKENDS if backend.name == name)
     x_BSD, weight_VD, labels_BS = drawn(batch=3, length=7, dim=5, vocabulary=11, ignored=0.3, seed=1)
     labels_BS[-1, -1] = 10
-    check_loss(backend, 4, x_BSD, weight_VD, labels_BS)
+    check_loss(backend, 4, x_BSD, weight_VD, labels_BS, divisor=3.0)
 
 
 HEAD_CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {"training.head": (check_head,)}

@@ -50,13 +50,13 @@ def test_the_loss_is_that_of_the_whole(backend: Torch) -> None:
         check_head(backend.name)
 
 
-@given(rows=st.integers(1, 9), **sizes)
-def test_of_any_sizes(rows: int, **drawn_sizes: Any) -> None:
+@given(rows=st.integers(1, 9), divisor=st.sampled_from([1.0, 1.7]), **sizes)
+def test_of_any_sizes(rows: int, divisor: float, **drawn_sizes: Any) -> None:
     """Shapes that JAX would compile anew each time it sees by night."""
     every = BACKENDS if settings.get_current_profile_name() == "nightly" else BACKENDS[:1]
     with jax.enable_x64(True):
         for backend in every:
-            check_loss(backend, rows, *drawn(**drawn_sizes))
+            check_loss(backend, rows, *drawn(**drawn_sizes), divisor=divisor)
 
 
 @given(st.integers(1, 2**20), st.integers(1, 2**20), st.sampled_from([2, 4, 8]))
@@ -90,7 +90,7 @@ def test_narrow_gradients_are_summed_in_float32(backend: Torch) -> None:
         assert relative_error(value, truth) < 2.0**-7, name
 
 
-TEXT = [{"tie_embeddings": True, "activation": "gelu"}, {**EXPERTS, "moe_frequency": 1}]
+TEXT = [{"tie_embeddings": True, "activation": "gelu", "logit_divisor": 3.0}, {**EXPERTS, "moe_frequency": 1}]
 JOBS = {"tied": tiny_job(TEXT[0]), "experts": tiny_job(TEXT[1])}
 IMAGES = [*SMALL, "--vlm.max_text_len=24", "--train.compile_model=false", "--train.mixed_precision=fp32"]
 
@@ -173,7 +173,9 @@ def test_whole_logits_would_be_seen(backend: str) -> None:
 
 @on_both
 def test_who_captures_logits_gets_them_whole(backend: Torch) -> None:
-    config = ModelConfig(dim=8, n_layers=1, n_heads=2, vocab_size=11, ffn_hidden_dim=8, max_seq_len=16)
+    config = ModelConfig(
+        dim=8, n_layers=1, n_heads=2, vocab_size=11, ffn_hidden_dim=8, max_seq_len=16, logit_divisor=1.7
+    )
     model = backend.model(config, validation_weights(parameter_table(config), 0), dtype="float32")
     tokens = backend.array(np.arange(6, dtype=np.int32).reshape(2, 3))
     hooks = backend.module("model.hooks")

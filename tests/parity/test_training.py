@@ -33,7 +33,9 @@ CHOSEN_EXPERTS = EXPERTS | {
 }
 
 
-@pytest.mark.parametrize("model", [{"tie_embeddings": True, "activation": "gelu", "sliding_window": 4}, CHOSEN_EXPERTS])
+@pytest.mark.parametrize(
+    "model", [{"tie_embeddings": True, "activation": "gelu", "sliding_window": 4, "logit_divisor": 3.0}, CHOSEN_EXPERTS]
+)
 def test_float64_steps_are_the_same(model: dict[str, Any]):
     """Two updates of two micro-batches each, documents in some, unequal numbers of labels; in JAX the logits of a few
     tokens at a time.
