@@ -58,6 +58,7 @@ def product(a: Quantised, b: Quantised) -> Float[Tensor, "R N"]:
     return (sums * b.scales.t() * a.scales).to(torch.bfloat16)
 
 
+@torch.compiler.assume_constant_result
 def has_units(device: torch.device) -> bool:
     """Whether a device multiplies FP8 numbers: NVIDIA GPUs of compute capability 8.9 and later."""
     return (

@@ -4,6 +4,7 @@ modules compute in it. Each check takes the name of a backend, whose modules may
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -81,8 +82,13 @@ def codes_of(backend: str, x: np.ndarray, format: Format) -> tuple[np.ndarray, n
     if backend == "torch":
         codes, scales = quantise(torch.from_numpy(x.view(np.int16)).view(torch.bfloat16), format)
         return codes.float().numpy(), scales.numpy()
-    codes, scales = jax.jit(lambda x: quantise(x, format))(x)
+    codes, scales = compiled(quantise, format)(x)
     return np.asarray(codes).astype(np.float32), np.asarray(scales)
+
+
+@functools.lru_cache(maxsize=4)
+def compiled(quantise: Any, format: Format) -> Any:
+    return jax.jit(lambda x: quantise(x, format))
 
 
 def check_codes(backend: str, x: np.ndarray | None = None) -> None:
