@@ -5,6 +5,8 @@ from __future__ import annotations
 from tests.mutants import Mutant, both
 
 MOE_MUTANTS = (
+    both("model.moe", "the gate of the shared expert is ignored", "self._shared(self.shared_expert(x_TD), x_TD)",
+         "self.shared_expert(x_TD)"),
     Mutant(
         "model.router", "ties to the highest index",
         ("torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[:, :k]",

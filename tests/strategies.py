@@ -83,12 +83,14 @@ def expert_fields(draw: st.DrawFn, n_layers: int) -> dict[str, Any]:
     """Fields of a mixture of experts."""
     experts = draw(st.integers(1, 5))
     router = draw(st.sampled_from(["softmax_topk", "sigmoid_topk"]))
+    shared = draw(st.integers(0, 2))
     return {
         "num_experts": experts,
         "moe_top_k": draw(st.integers(1, experts)),
         "moe_frequency": draw(st.integers(1, n_layers)),
         "moe_router": router,
-        "moe_shared_experts": draw(st.integers(0, 2)),
+        "moe_shared_experts": shared,
+        "moe_shared_expert_gate": shared > 0 and draw(st.booleans()),
         "moe_capacity_factor": draw(st.sampled_from([0.0, 0.6, 1.25])),
         "moe_sequence_aux_loss_weight": draw(st.sampled_from([0.0, 0.1])) if router == "sigmoid_topk" else 0.0,
         "moe_gradient_scale": draw(st.booleans()),

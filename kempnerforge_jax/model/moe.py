@@ -28,7 +28,7 @@ from kempnerforge_jax.model.dispatch import combine, dispatch, gradient_factors,
 from kempnerforge_jax.model.experts import apply_modules, apply_packed
 from kempnerforge_jax.model.experts import grouped_expert_forward as grouped_expert_forward
 from kempnerforge_jax.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
-from kempnerforge_jax.model.linear import matrix
+from kempnerforge_jax.model.linear import Linear, matrix
 from kempnerforge_jax.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.router import TopKRouter, build_router
@@ -40,7 +40,8 @@ PROJECTIONS = ("gate", "up", "down")
 
 
 class MoEMLP(StatsGetters):
-    """y_t = sum over the assignments j of w_tj expert_{i_tj}(x_t), plus shared_expert(x_t).
+    """y_t = sum over the assignments j of w_tj expert_{i_tj}(x_t), plus shared_expert(x_t), or
+    sigmoid(shared_expert_gate(x_t)) shared_expert(x_t).
 
     Args:
         router: called as ``router(x_TD, valid_T, batch_size=B, return_stats=True)``, gives a
@@ -48,6 +49,7 @@ class MoEMLP(StatsGetters):
         experts: E feed-forward layers of one kind. One that is neither a `SwiGLUMLP` nor a `StandardMLP` computes all
             rows, of which its own are used.
         shared_expert: applied to every token.
+        shared_expert_gate: to one number for each token.
         capacity_factor: each expert takes at most max(1, ceil(T k / E * factor)) assignments, first ones before second
             ones, then in the order of tokens; assignments beyond that are dropped and add nothing. 0: no limit.
         gradient_scale: multiply the gradient that flows through an expert by (mean assignments) / (its assignments).
@@ -62,6 +64,7 @@ class MoEMLP(StatsGetters):
         capacity_factor: float = 0.0,
         gradient_scale: bool = False,
         packed_experts: bool = False,
+        shared_expert_gate: Linear | None = None,
     ):
         if capacity_factor < 0:
             raise ValueError(f"capacity_factor = {capacity_factor}: must be positive, or 0 for no limit")
@@ -82,6 +85,7 @@ class MoEMLP(StatsGetters):
         else:
             self.experts = Numbered({str(i): expert for i, expert in enumerate(experts)})
         self.shared_expert = shared_expert
+        self.shared_expert_gate = shared_expert_gate
 
     def forward(
         self,
@@ -127,7 +131,7 @@ class MoEMLP(StatsGetters):
             factors_Tk = gradient_factors(routed.expert_counts, weights_Tk.dtype)[indices_Tk]
         y_TD = combine(out_RD, weights_Tk, plan, factors_Tk)
         if self.shared_expert is not None:
-            y_TD = y_TD + self.shared_expert(x_TD).astype(y_TD.dtype)
+            y_TD = y_TD + self._shared(self.shared_expert(x_TD), x_TD).astype(y_TD.dtype)
         stats = MoEStats(*routed, dropped=routed.expert_counts.sum(dtype=jnp.int32) - plan.ends_E[-1])
         y_BSD = y_TD.astype(x.dtype).reshape(x.shape)
         if return_stats:
@@ -150,6 +154,13 @@ class MoEMLP(StatsGetters):
         """Make the getters report this call, those of the router too. Inside jit nothing happens."""
         super().keep_stats(stats)
         keep_stats(self.router, stats)
+
+    def _shared(self, shared_TD: jax.Array, x_TD: jax.Array) -> jax.Array:
+        """What the shared expert adds, in at least float32 if there is a gate."""
+        if self.shared_expert_gate is None:
+            return shared_TD
+        gate_T1 = self.shared_expert_gate(x_TD)
+        return jax.nn.sigmoid(gate_T1.astype(jnp.promote_types(gate_T1.dtype, jnp.float32))) * shared_TD
 
     def expert_weights(self, dtype: DTypeLike = jnp.float32) -> dict[str, Float[Array, "E _ _"]]:
         """``gate`` (silu only), ``up`` (E, D, F) and ``down`` (E, F, D), from wherever they are held; {} for experts of
@@ -186,6 +197,7 @@ def build_moe_layer(config: ModelConfig, *, rngs: nnx.Rngs | None) -> MoEMLP:
         activation=config.activation,
         router_type=config.moe_router,
         shared_experts=config.moe_shared_experts,
+        shared_expert_gate=config.moe_shared_expert_gate,
         capacity_factor=config.moe_capacity_factor,
         gradient_scale=config.moe_gradient_scale,
         sequence_aux_loss_weight=config.moe_sequence_aux_loss_weight,
@@ -213,9 +225,11 @@ def build_moe(
     *,
     norm_topk_prob: bool = True,
     routed_scaling: float = 1.0,
+    shared_expert_gate: bool = False,
     rngs: nnx.Rngs | None,
 ) -> MoEMLP:
-    """A layer of ``num_experts`` experts of width ``hidden_dim`` and, if asked for, one shared expert n times as wide.
+    """A layer of ``num_experts`` experts of width ``hidden_dim`` and, if asked for, one shared expert n times as
+    wide, with or without a gate.
 
     Raises:
         KeyError: an unknown router or activation, with the names that exist.
@@ -235,6 +249,7 @@ def build_moe(
         capacity_factor,
         gradient_scale,
         packed_experts,
+        Linear(dim, 1, rngs=rngs) if shared_expert_gate else None,
     )
 
 

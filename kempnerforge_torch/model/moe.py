@@ -25,7 +25,7 @@ from kempnerforge_torch.model.dispatch import combine, dispatch, gradient_factor
 from kempnerforge_torch.model.experts import apply_modules, apply_packed
 from kempnerforge_torch.model.experts import grouped_expert_forward as grouped_expert_forward
 from kempnerforge_torch.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
-from kempnerforge_torch.model.linear import matrix
+from kempnerforge_torch.model.linear import Linear, matrix
 from kempnerforge_torch.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_torch.model.router import TopKRouter, build_router
 from kempnerforge_torch.model.stats import MoEOutput, MoEStats, RouterStats, StatsGetters, keep_stats
@@ -35,7 +35,8 @@ PROJECTIONS = ("gate", "up", "down")
 
 
 class MoEMLP(StatsGetters):
-    """y_t = sum over the assignments j of w_tj expert_{i_tj}(x_t), plus shared_expert(x_t).
+    """y_t = sum over the assignments j of w_tj expert_{i_tj}(x_t), plus shared_expert(x_t), or
+    sigmoid(shared_expert_gate(x_t)) shared_expert(x_t).
 
     Args:
         router: called as ``router(x_TD, valid_T, batch_size=B, return_stats=True)``, gives a
@@ -43,6 +44,7 @@ class MoEMLP(StatsGetters):
         experts: E feed-forward layers of one kind. One that is neither a `SwiGLUMLP` nor a `StandardMLP` computes all
             rows, of which its own are used.
         shared_expert: applied to every token.
+        shared_expert_gate: to one number for each token.
         capacity_factor: each expert takes at most max(1, ceil(T k / E * factor)) assignments, first ones before second
             ones, then in the order of tokens; assignments beyond that are dropped and add nothing. 0: no limit.
         gradient_scale: multiply the gradient that flows through an expert by (mean assignments) / (its assignments).
@@ -57,6 +59,7 @@ class MoEMLP(StatsGetters):
         capacity_factor: float = 0.0,
         gradient_scale: bool = False,
         packed_experts: bool = False,
+        shared_expert_gate: Linear | None = None,
     ):
         super().__init__()
         if capacity_factor < 0:
@@ -78,6 +81,7 @@ class MoEMLP(StatsGetters):
         else:
             self.experts = nn.ModuleList(experts)
         self.shared_expert = shared_expert
+        self.shared_expert_gate = shared_expert_gate
 
     def forward(
         self,
@@ -123,7 +127,7 @@ class MoEMLP(StatsGetters):
             factors_Tk = gradient_factors(routed.expert_counts, weights_Tk.dtype)[indices_Tk]
         y_TD = combine(out_RD, weights_Tk, plan, factors_Tk)
         if self.shared_expert is not None:
-            y_TD = y_TD + self.shared_expert(x_TD)
+            y_TD = y_TD + self._shared(self.shared_expert(x_TD), x_TD)
         stats = MoEStats(*routed, dropped=routed.expert_counts.sum(dtype=torch.int32) - plan.ends_E[-1])
         y_BSD = y_TD.to(x.dtype).reshape(x.shape)
         if return_stats:
@@ -146,6 +150,13 @@ class MoEMLP(StatsGetters):
         """Make the getters report this call, those of the router too. Inside compiled code nothing happens."""
         super().keep_stats(stats)
         keep_stats(self.router, stats)
+
+    def _shared(self, shared_TD: Tensor, x_TD: Tensor) -> Tensor:
+        """What the shared expert adds, in at least float32 if there is a gate."""
+        if self.shared_expert_gate is None:
+            return shared_TD
+        gate_T1 = self.shared_expert_gate(x_TD)
+        return gate_T1.to(torch.promote_types(gate_T1.dtype, torch.float32)).sigmoid() * shared_TD
 
     def expert_weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Float[Tensor, "E _ _"]]:
         """``gate`` (silu only), ``up`` (E, D, F) and ``down`` (E, F, D), from wherever they are held; {} for experts of
@@ -184,6 +195,7 @@ def build_moe_layer(config: ModelConfig) -> MoEMLP:
         activation=config.activation,
         router_type=config.moe_router,
         shared_experts=config.moe_shared_experts,
+        shared_expert_gate=config.moe_shared_expert_gate,
         capacity_factor=config.moe_capacity_factor,
         gradient_scale=config.moe_gradient_scale,
         sequence_aux_loss_weight=config.moe_sequence_aux_loss_weight,
@@ -210,8 +222,10 @@ def build_moe(
     *,
     norm_topk_prob: bool = True,
     routed_scaling: float = 1.0,
+    shared_expert_gate: bool = False,
 ) -> MoEMLP:
-    """A layer of ``num_experts`` experts of width ``hidden_dim`` and, if asked for, one shared expert n times as wide.
+    """A layer of ``num_experts`` experts of width ``hidden_dim`` and, if asked for, one shared expert n times as
+    wide, with or without a gate.
 
     Raises:
         KeyError: an unknown router or activation, with the names that exist.
@@ -231,6 +245,7 @@ def build_moe(
         capacity_factor,
         gradient_scale,
         packed_experts,
+        Linear(dim, 1) if shared_expert_gate else None,
     )
 
 

@@ -6,7 +6,8 @@ Of a layer PyTorch keeps, in numbers of a token, each in the dtype of the arithm
                 3 Q + 2 K, and H float32; 4 F of a gated feed-forward part, 2 F of another; of norms of heads
                 2 (Q + K) + H + G float32 (2 for H + G if over all heads); what norms keep twice if they stand on both
                 sides; with experts 4 F of each, their inputs, k D, and float32 of rows that are
-                weighed, of the router's input, logits and scores, and of assignments: (k + 1) D + 2 E + 8 k
+                weighed, of the router's input, logits and scores, and of assignments: (k + 1) D + 2 E + 8 k;
+                with a gated shared expert its output, D, and float32 of the gate
     selective   D, and what matrix products and attention give: Q + 2 K, Q + H float32, D; 2 F + D of each feed-forward
                 part, F + D of one that isn't gated; with experts E float32
     narrow      of the same those products of a device that have no more outputs than inputs, and what attention gives
@@ -71,7 +72,9 @@ def kept_bytes(job: JobConfig, layout: Layout, *, is_moe: bool, mode: str | None
         if model.qk_norm:
             wide += 2 * (queries + keys) + (heads + kv_heads if model.qk_norm_over == "head" else 2)
         if is_moe:
-            narrow += model.moe_top_k * model.dim
+            gated = int(model.moe_shared_expert_gate)
+            narrow += (model.moe_top_k + gated) * model.dim
+            wide += gated
             own_input = int(number != FLOAT32)
             wide += (model.moe_top_k + own_input) * model.dim + 2 * model.num_experts + 8 * model.moe_top_k
     return (number * narrow + FLOAT32 * wide) * tokens_of_device(job, layout)
@@ -121,7 +124,12 @@ def _products(job: JobConfig, layout: Layout, is_moe: bool) -> list[tuple[int, i
     else:
         width, shared = model.computed_expert_ffn_hidden_dim // layout.tp, model.moe_shared_experts
         widths = [width] * model.moe_top_k + [width * shared] * (shared > 0)
-    return attention + [pair for width in widths for pair in (*gates * [(model.dim, width)], (width, model.dim))]
+    gates_of_shared = [(model.dim, 1)] * (is_moe and model.moe_shared_expert_gate)
+    return (
+        attention
+        + gates_of_shared
+        + [pair for width in widths for pair in (*gates * [(model.dim, width)], (width, model.dim))]
+    )
 
 
 def _hidden_numbers(job: JobConfig, layout: Layout, is_moe: bool) -> int:

@@ -112,6 +112,8 @@ def _moe(config: ModelConfig) -> Named:
     yield from _experts(config, experts, hidden_dim, config.moe_packed_experts)
     if config.moe_shared_experts > 0:
         yield from prefixed("shared_expert", _mlp(config, hidden_dim * config.moe_shared_experts))
+    if config.moe_shared_expert_gate:
+        yield "shared_expert_gate.weight", matrix(config, (1, config.dim), (None, "embed"))
 
 
 def router_parameters(config: ModelConfig) -> ParameterTable:

@@ -71,7 +71,9 @@ def _experts_to_huggingface(config: ModelConfig, family: Family) -> dict[str, ob
     if experts is None:
         return {}
     content: dict[str, object] = {key: getattr(config, field) for key, field in family.expert_settings.items()}
-    content |= {experts.number: config.num_experts, experts.width: config.computed_expert_ffn_hidden_dim}
+    width = config.computed_expert_ffn_hidden_dim
+    content |= {experts.number: config.num_experts, experts.width: width}
+    content |= {} if experts.shared is None else {experts.shared: config.moe_shared_experts * width}
     return content if "moe_frequency" not in experts.settings.values() else {**content, "mlp_only_layers": []}
 
 
@@ -140,6 +142,8 @@ def _experts_from_huggingface(content: Mapping[str, object], family: Family) -> 
         return {}
     width = number(content, experts.width) / number(content, "intermediate_size")
     fields: dict[str, object] = {"num_experts": num_experts(content), "moe_expert_ffn_multiplier": width}
+    if experts.shared is not None:
+        fields |= {"moe_shared_experts": int(number(content, experts.shared) / number(content, experts.width))}
     return fields | _read(content, family, family.expert_settings)
 
 

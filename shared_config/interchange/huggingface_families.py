@@ -67,6 +67,7 @@ PLAIN: Mapping[str, object] = {
 PLAIN_EXPERTS: Mapping[str, object] = {
     "moe_router": "softmax_topk",
     "moe_shared_experts": 0,
+    "moe_shared_expert_gate": False,
     "moe_capacity_factor": 0.0,
     "moe_routed_scaling": 1.0,
     "moe_norm_topk_prob": True,
@@ -116,14 +117,18 @@ class Experts:
     """How config.json describes a mixture of experts.
 
     Attributes:
-        number: the key that is written; either is read.
+        number: the key of how many there are.
+        either: ``num_experts`` and ``num_local_experts`` are both read.
         width: of an expert.
+        shared: the key of the shared expert's width; None: there is none.
         settings: other keys.
     """
 
     number: str
     width: str
     settings: Settings = field(default_factory=dict)
+    shared: str | None = None
+    either: bool = True
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,7 @@ class Family:
         settings: keys besides `SETTINGS`.
         defaults: of absent keys, where they aren't `DEFAULTS`.
         means: values of fields that all its models have, where they aren't `PLAIN`.
+        refused: keys that change the function in other ways than a `ModelConfig` can, but for one value.
         not_null: keys that may not be null here.
         windows, experts: None: no model has them.
         modules: `LAYER_MODULES`, or others.
@@ -147,6 +153,7 @@ class Family:
     settings: Settings = field(default_factory=dict)
     defaults: Mapping[str, object] = field(default_factory=dict)
     means: Mapping[str, object] = field(default_factory=dict)
+    refused: Mapping[str, object] = field(default_factory=dict)
     not_null: frozenset[str] = frozenset()
     windows: Windows | None = None
     experts: Experts | None = None
@@ -175,10 +182,13 @@ class Family:
         plain = {**PLAIN, **({"sliding_window": None} if self.windows is None else {})}
         plain |= {"num_experts": 0} if self.experts is None else PLAIN_EXPERTS
         said = {*self.all_settings.values(), *self.expert_settings.values()}
+        said |= {"moe_shared_experts"} if self.experts is not None and self.experts.shared else set()
         return {name: value for name, value in {**plain, **self.means}.items() if name not in said}
 
 
 BIAS: Settings = {"attention_bias": "attention_bias"}
+
+QWEN_EXPERTS: Settings = {"decoder_sparse_step": "moe_frequency", "norm_topk_prob": "moe_norm_topk_prob"}
 
 FAMILIES = {
     "llama": Family(
@@ -229,11 +239,7 @@ FAMILIES = {
         means={"qk_norm": True},
         not_null=frozenset({"num_key_value_heads", "head_dim"}),
         windows=Windows(switch=True),
-        experts=Experts(
-            "num_experts",
-            "moe_intermediate_size",
-            {"decoder_sparse_step": "moe_frequency", "norm_topk_prob": "moe_norm_topk_prob"},
-        ),
+        experts=Experts("num_experts", "moe_intermediate_size", QWEN_EXPERTS),
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
@@ -273,6 +279,18 @@ FAMILIES = {
             "residual_multiplier": 1.0,
             "logits_scaling": 1.0,
         },
+        by_name=True,
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        settings={"qkv_bias": "attention_bias"},
+        defaults={"qkv_bias": True, "num_key_value_heads": 16},
+        means={"attention_output_bias": False, "moe_shared_expert_gate": True},
+        refused={"use_sliding_window": False},
+        not_null=frozenset({"num_key_value_heads", "head_dim"}),
+        experts=Experts(
+            "num_experts", "moe_intermediate_size", QWEN_EXPERTS, shared="shared_expert_intermediate_size", either=False
+        ),
         by_name=True,
     ),
 }

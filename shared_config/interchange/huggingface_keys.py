@@ -42,6 +42,8 @@ KINDS = {
     "num_local_experts": POSITIVE,
     "num_experts_per_tok": POSITIVE,
     "moe_intermediate_size": POSITIVE,
+    "shared_expert_intermediate_size": POSITIVE,
+    "qkv_bias": "true or false",
     "decoder_sparse_step": POSITIVE,
     "norm_topk_prob": "true or false",
     "router_aux_loss_coef": "a number",
@@ -135,8 +137,9 @@ def number(fields: Mapping[str, object], key: str, default: float | None = None)
 def wrong_kinds(content: Mapping[str, object]) -> Iterator[str]:
     """Keys whose values are not of the JSON type that they have to be."""
     nullable = NULLABLE - family_in(content).not_null
+    unread = {"sliding_window"} if family_in(content).windows is None else set()
     for key, kind in KINDS.items():
-        if key not in content or (content[key] is None and key in nullable):
+        if key not in content or key in unread or (content[key] is None and key in nullable):
             continue
         if not is_of_kind(kind, content[key]):
             needed = "a number" if key in _required(content) else kind
@@ -179,7 +182,8 @@ def _required(content: Mapping[str, object]) -> tuple[str, ...]:
     experts = family_in(content).experts
     if experts is None:
         return tuple(SIZES)
-    return tuple(dict.fromkeys((*SIZES, next(iter(EXPERT_SETTINGS)), experts.width)))
+    shared = () if experts.shared is None else (experts.shared,)
+    return tuple(dict.fromkeys((*SIZES, next(iter(EXPERT_SETTINGS)), experts.width, *shared)))
 
 
 def missing_keys(content: Mapping[str, object]) -> Iterator[str]:
@@ -187,8 +191,9 @@ def missing_keys(content: Mapping[str, object]) -> Iterator[str]:
     for key in _required(content):
         if not isinstance(content.get(key), int):
             yield f"{key} = {content.get(key)!r}: must be a number"
-    if family_in(content).experts and not isinstance(num_experts(content), int):
-        yield "num_experts = None: must be a number (or num_local_experts)"
+    experts = family_in(content).experts
+    if experts is not None and not isinstance(num_experts(content), int):
+        yield f"num_experts = None: must be a number{' (or num_local_experts)' if experts.either else ''}"
 
 
 def fixed_keys(content: Mapping[str, object]) -> Iterator[str]:
@@ -199,7 +204,7 @@ def fixed_keys(content: Mapping[str, object]) -> Iterator[str]:
         "is_causal": True,
         "is_encoder_decoder": False,
     }
-    fixed |= dict.fromkeys(sorted(REFUSED))
+    fixed |= {**dict.fromkeys(sorted(REFUSED)), **family_in(content).refused}
     if content.get("hidden_act", "silu") not in ("silu", "swish"):
         yield f"hidden_act = {content['hidden_act']!r}: must be 'silu', or 'swish', which is the same"
     fixed |= {key: False for key in ("attention_bias", "mlp_bias") if key not in family_in(content).settings}
@@ -210,6 +215,9 @@ def fixed_keys(content: Mapping[str, object]) -> Iterator[str]:
     width = None if experts is None else content.get(experts.width)
     if isinstance(width, int) and width % EXPERT_FFN_MULTIPLE:
         yield f"width of an expert = {width}: must be a multiple of {EXPERT_FFN_MULTIPLE}"
+    shared = None if experts is None or experts.shared is None else content.get(experts.shared)
+    if experts is not None and isinstance(shared, int) and isinstance(width, int) and shared % width:
+        yield f"{experts.shared} = {shared}: must be a multiple of {experts.width} = {width}"
     yield from _scaling_problems(rope_settings(content), family_in(content).rope_types)
 
 
@@ -250,7 +258,10 @@ def declared_window(content: Mapping[str, object]) -> int | None:
 
 
 def num_experts(content: Mapping[str, object]) -> object:
-    """Number of experts, under whichever of its two names."""
+    """Number of experts, under whichever of its two names, where both are read."""
+    experts = family_in(content).experts
+    if experts is None or not experts.either:
+        return content.get("num_experts")
     return content.get("num_experts", content.get("num_local_experts"))
 
 

@@ -27,7 +27,9 @@ EXPERT_FFN_MULTIPLE = 16
 MIXED = ("linear", "llama3", "yarn")
 UNIT = "Tokens are counted over one micro-batch of one data-parallel rank, so how a batch is cut changes the result."
 EvenInt = Annotated[int, Field(gt=0, le=LARGEST, multiple_of=2)]
-FamilyName = Literal["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "phi3", "granite"]
+FamilyName = Literal[
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "phi3", "granite", "qwen2_moe"
+]
 """The ``model_type`` of the Hugging Face models that can be read and written."""
 
 
@@ -136,6 +138,10 @@ class ModelConfig(Section):
     moe_frequency: PositiveInt = 1
     moe_router: Annotated[str, registered("router")] = "softmax_topk"
     moe_shared_experts: Count = 0
+    moe_shared_expert_gate: Annotated[
+        bool,
+        Field(description="Multiply what the shared expert gives a token by the sigmoid of a gate's product with it."),
+    ] = False
     moe_aux_loss_weight: Annotated[
         NonNegativeFloat, KEEPS_FUNCTION, Field(description=f"Weight of the balancing loss. {UNIT}")
     ] = 0.01
@@ -213,6 +219,8 @@ class ModelConfig(Section):
     def _expert_problems(self) -> Iterator[str]:
         if self.mlp_bias:
             yield f"mlp_bias = True: must be False with num_experts = {self.num_experts}"
+        if self.moe_shared_expert_gate and not self.moe_shared_experts:
+            yield "moe_shared_expert_gate = True: must be False with moe_shared_experts = 0"
         if self.moe_top_k > self.num_experts:
             yield f"moe_top_k = {self.moe_top_k}: must be at most num_experts = {self.num_experts}"
         if self.moe_frequency > self.n_layers:

@@ -52,9 +52,18 @@ DENSE = {
     "mlp_bias": True, "attention_scale": 0.3, "embedding_scale": 2.5, "residual_scale": 0.7, "logit_divisor": 3.0,
 }  # fmt: skip
 STAGED = {**DENSE, "tie_embeddings": False, "n_layers": 5}
-SIGMOID = {**EXPERTS, "moe_shared_experts": 1, "num_experts": 4, "moe_frequency": 1, "n_heads": 4, "n_kv_heads": 4}
+SIGMOID = {
+    **EXPERTS,
+    "moe_shared_experts": 1,
+    "moe_shared_expert_gate": True,
+    "num_experts": 4,
+    "moe_frequency": 1,
+    "n_heads": 4,
+    "n_kv_heads": 4,
+}
 SOFTMAX = {**SIGMOID, "moe_router": "softmax_topk", "moe_sequence_aux_loss_weight": 0.0, "moe_aux_loss_weight": 0.1}
-LIMITED = {**SOFTMAX, "moe_capacity_factor": 0.6, "moe_gradient_scale": True, "moe_shared_experts": 0}
+UNGATED = {"moe_shared_expert_gate": False}
+LIMITED = {**SOFTMAX, "moe_capacity_factor": 0.6, "moe_gradient_scale": True, "moe_shared_experts": 0, **UNGATED}
 APART = {**SIGMOID, "moe_packed_experts": False}
 SCALED = {**SOFTMAX, "moe_gradient_scale": True}
 MODELS = {

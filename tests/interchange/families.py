@@ -19,6 +19,7 @@ def configs_of(draw: st.DrawFn, name: str, **changes: Any) -> ModelConfig:
     fixed |= {"rope_scaling": RopeScaling()} if family.rope_types == ("default",) else {}
     if not family.experts:
         return draw(model_configs(**{**fixed, **changes}))
+    fixed |= {"moe_shared_experts": draw(st.sampled_from([1, 2]))} if family.experts.shared else {}
     fixed |= {"moe_sequence_aux_loss_weight": 0.0, "moe_packed_experts": False}
     fixed |= {"moe_gradient_scale": False, "moe_router_z_loss_weight": 0.0, "ffn_hidden_dim": 48}
     return draw(model_configs(experts=True, **{**fixed, **changes}))

@@ -216,7 +216,8 @@ def foreign_config(model_type: str, **changes: Any) -> dict[str, Any]:
     content = {"model_type": model_type, "vocab_size": 37, "hidden_size": 32, "intermediate_size": 48}
     content |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     content |= {"pad_token_id": None} if model_type == "phi3" else {}
-    if model_type in ("mixtral", "qwen3_moe"):
+    if model_type in ("mixtral", "qwen3_moe", "qwen2_moe"):
+        content |= {"shared_expert_intermediate_size": 64, "num_experts": 4} if model_type == "qwen2_moe" else {}
         content |= {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     return content | changes
 
@@ -248,6 +249,8 @@ def foreign_config(model_type: str, **changes: Any) -> dict[str, Any]:
         ("phi3", {"rope_scaling": {"type": "longrope"}}, "rope_type = 'longrope': must be one of default"),
         ("phi3", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type = 'yarn': must be one of default"),
         ("phi3", {"partial_rotary_factor": 0.75}, "partial_rotary_factor = 0.75: must be 1.0"),
+        ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window = True: must be False"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 50}, "shared_expert_intermediate_size = 50: must be a mult"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\]: must be \[\]"),
         ("qwen3_moe", {"moe_intermediate_size": 50}, "width of an expert = 50"),
     ],
@@ -394,7 +397,8 @@ def test_settings_are_read_as_transformers_reads_them(tmp_path, monkeypatch, mod
     try:
         config = from_fields(ModelConfig, config_from_huggingface(content))
     except ConfigError:
-        refused = {"layer_types"} | ({"rope_scaling"} if model_type == "phi3" else set())
+        refused = {"layer_types"} | ({"use_sliding_window"} if model_type == "qwen2_moe" else set())
+        refused |= {"rope_scaling"} if model_type == "phi3" else set()
         assert None in changes.values() or refused & changes.keys()
         return
     state = {name: array.astype(np.float64) for name, array in state_of(config).items()}

@@ -243,6 +243,11 @@ SAID: list[tuple[str, dict[str, Any], list[str]]] = [
         "width of an expert = 47: must be a multiple of 16",
     ]),
     ("llama", {"intermediate_size": 47, "moe_intermediate_size": 47}, []),
+    ("qwen2_moe", {"num_experts": 4, "num_local_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32}, [
+        "shared_expert_intermediate_size = None: must be a number",
+    ]),
+    ("qwen2_moe", {"num_local_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                   "shared_expert_intermediate_size": 32}, ["num_experts = None: must be a number"]),
     ("gpt2", {}, [f"model_type = 'gpt2': must be one of {', '.join(FAMILIES)}"]),
 ]  # fmt: skip
 

@@ -32,7 +32,7 @@ DENSE: Choices = {
     "rope_parameters": ({"rope_type": "default", "rope_theta": 50.0}, LINEAR, LLAMA3, YARN),
 }
 WINDOW: Choices = {"sliding_window": (4, 3, None)}
-EXPERTS: Choices = {"num_experts_per_tok": (2, 1, 3), "intermediate_size": (32, 48)}
+EXPERTS: Choices = {"num_hidden_layers": (2, 3), "num_experts_per_tok": (2, 1, 3), "intermediate_size": (32, 48)}
 QWEN2: Choices = {"use_sliding_window": (True, False), "sliding_window": (4, 3), "max_window_layers": (0, 3)}
 BIASES: Choices = {"attention_bias": (True, False)}
 MLP_BIASES: Choices = {**BIASES, "mlp_bias": (True, False)}
@@ -54,6 +54,10 @@ OWN: Mapping[str, Choices] = {
         "decoder_sparse_step": (1, 2), "use_sliding_window": (False,),
     },
     "olmo2": BIASES,
+    "qwen2_moe": {
+        **EXPERTS, "num_experts": (4, 3), "moe_intermediate_size": (16, 32), "norm_topk_prob": (True, False),
+        "shared_expert_intermediate_size": (32, 64), "decoder_sparse_step": (1, 2), "qkv_bias": (True, False),
+    },
     "phi3": {**WINDOW, "rope_parameters": ({"rope_type": "default", "rope_theta": 50.0},)},
     "granite": {**MLP_BIASES, **GRANITE},
 }  # fmt: skip

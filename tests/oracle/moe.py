@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.oracle.linear import Gradients, Weights, below, has, submodule
-from tests.oracle.mlp import Activations, mlp, mlp_backward
+from tests.oracle.linear import Gradients, Weights, below, has, linear, linear_backward, submodule
+from tests.oracle.mlp import Activations, mlp, mlp_backward, sigmoid
 from tests.oracle.router import Routing, sigmoid_topk, sigmoid_topk_backward, softmax_topk, softmax_topk_backward
 
 
@@ -63,7 +63,7 @@ def moe(
 
     Args:
         weights: router.gate.weight, router.expert_bias (sigmoid), experts.{i}... or gate_w, up_w, down_w, and
-            shared_expert...
+            shared_expert..., and shared_expert_gate with or without which it is added as it is.
         valid_BS: False for padding, which is sent to no routed expert.
         members_BS: False for what is not among the layer's tokens, and has no part in anything.
     """
@@ -89,8 +89,11 @@ def moe(
     shared_saved: Activations = {}
     if has(weights, "shared_expert"):
         shared_TD, shared_saved = mlp(x_TD, submodule(weights, "shared_expert"), options.activation)
-        y_TD = y_TD + shared_TD
         activations |= below("shared_expert", shared_saved) | {"shared_expert": shared_TD}
+        if has(weights, "shared_expert_gate"):
+            activations["shared_expert_gate"] = linear(x_TD, weights, "shared_expert_gate")
+            shared_TD = sigmoid(activations["shared_expert_gate"]) * shared_TD
+        y_TD = y_TD + shared_TD
     dropped = int((valid_T[:, None] & ~kept_Tk).sum())
     return y_TD.reshape(x_BSD.shape), MoESaved(
         routing, sequences_T, kept_Tk, outputs_TkD, expert_saved, shared_saved, dropped, activations
@@ -175,8 +178,13 @@ def moe_backward(
         np.add.at(dx_TD, tokens, dx)
         _store_expert(gradients, expert, expert_gradients, weights)
     if has(weights, "shared_expert"):
-        shared = submodule(weights, "shared_expert")
-        dx, shared_gradients = mlp_backward(dy_TD, x_TD, saved.shared_saved, shared, options.activation)
+        shared, dshared_TD = submodule(weights, "shared_expert"), dy_TD
+        if has(weights, "shared_expert_gate"):
+            gate_T1 = sigmoid(saved.activations["shared_expert_gate"])
+            slope_T1 = gate_T1 * (1 - gate_T1) * np.sum(dy_TD * saved.activations["shared_expert"], -1, keepdims=True)
+            dx, gate_gradients = linear_backward(slope_T1, x_TD, weights, "shared_expert_gate")
+            dx_TD, gradients, dshared_TD = dx_TD + dx, gradients | gate_gradients, gate_T1 * dy_TD
+        dx, shared_gradients = mlp_backward(dshared_TD, x_TD, saved.shared_saved, shared, options.activation)
         dx_TD = dx_TD + dx
         gradients |= below("shared_expert", shared_gradients)
     return dx_TD.reshape(x_BSD.shape), gradients

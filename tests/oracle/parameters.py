@@ -36,6 +36,7 @@ TEXT_AXES = {
     r"(gate|up)_w": ("experts", "embed", "mlp"),
     r"down_w": ("experts", "mlp", "embed"),
     r"router\.gate\.weight": ("routes", "embed"),
+    r"shared_expert_gate\.weight": (None, "embed"),
     r"router\.expert_(bias|ema)": ("routes",),
     r"[qk]_norm\.weight": ("head_dim",),
     r"(gate|up)_proj\.bias": ("mlp",),

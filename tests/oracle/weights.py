@@ -88,6 +88,8 @@ def moe_shapes(path: str, config: ModelConfig) -> Shapes:
             shapes |= mlp_shapes(f"{path}.experts.{expert}", dim, hidden, config.activation)
     if config.moe_shared_experts:
         shapes |= mlp_shapes(f"{path}.shared_expert", dim, hidden * config.moe_shared_experts, config.activation)
+    if config.moe_shared_expert_gate:
+        shapes[f"{path}.shared_expert_gate.weight"] = (1, dim)
     return shapes
 
 

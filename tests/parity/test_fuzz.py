@@ -97,6 +97,7 @@ FIELDS: Pools = {
         "moe_frequency": [1, 2],
         "moe_router": ["softmax_topk", "sigmoid_topk"],
         "moe_shared_experts": [0, 1, 2],
+        "moe_shared_expert_gate": [False, True],
         "moe_aux_loss_weight": [0.0, 0.01, 10.0],
         "moe_capacity_factor": [0.0, 1e-30, 0.5, 1.25, 1e30],
         "moe_sequence_aux_loss_weight": [0.0, 0.0, 0.1],

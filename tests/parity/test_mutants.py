@@ -70,8 +70,8 @@ CENTRED = ModelConfig(
 )  # fmt: skip
 ROUTED = ModelConfig(
     dim=12, n_layers=1, n_heads=2, vocab_size=13, ffn_hidden_dim=20, max_seq_len=16, num_experts=5, moe_top_k=2,
-    moe_router="sigmoid_topk", moe_shared_experts=1, moe_capacity_factor=0.7, moe_gradient_scale=True,
-    moe_routed_scaling=2.5, moe_sequence_aux_loss_weight=0.1, moe_router_z_loss_weight=0.01,
+    moe_router="sigmoid_topk", moe_shared_experts=1, moe_shared_expert_gate=True, moe_capacity_factor=0.7,
+    moe_gradient_scale=True,    moe_routed_scaling=2.5, moe_sequence_aux_loss_weight=0.1, moe_router_z_loss_weight=0.01,
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from kempnerforge_torch.training import blocks
 from shared_config.contract.activations import kept_bytes, tokens_of_device
 from shared_config.contract.sharding import Layout
 from shared_config.schema.job import JobConfig
-from tests.distributed.layouts import DENSE, SIGMOID, SOFTMAX
+from tests.distributed.layouts import DENSE, SIGMOID, SOFTMAX, UNGATED
 from tests.jobs import draw_batch, tiny_job
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -24,7 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "norms after": {**DENSE, "norm_placement": "after", "qk_norm_over": "width", "residual_scale": 0.5},
     "norms on both sides": DENSE,
     "experts": SIGMOID,
-    "none shared": {**SOFTMAX, "num_experts": 8, "moe_top_k": 3, "moe_shared_experts": 0},
+    "none shared": {**SOFTMAX, "num_experts": 8, "moe_top_k": 3, "moe_shared_experts": 0, **UNGATED},
 }
 MOST = 1.02
 """Times what the model says: PyTorch also keeps some numbers whose count does not grow with that of tokens."""

@@ -116,6 +116,7 @@ VALUES: dict[str, dict[str, list[Any]]] = {
         "moe_frequency": [2],
         "moe_router": ["softmax_topk", "sigmoid_topk"],
         "moe_shared_experts": [0, 2],
+        "moe_shared_expert_gate": [True],
         "moe_aux_loss_weight": [1.0],
         "moe_capacity_factor": [0.1, 2.0],
         "moe_sequence_aux_loss_weight": [0.5],
