@@ -158,7 +158,8 @@ class _Step:
                 experts += held
             else:
                 blocks += held
-        shared = self.moe_layers * bool(self.job.model.moe_shared_experts) * (layout.ep > 1)
+        parts = bool(self.job.model.moe_shared_experts) + self.job.model.moe_shared_expert_gate
+        shared = self.moe_layers * parts * (layout.ep > 1)
         yield from self._gathered(("dp_shard", "ep", "cp"), layers + shared, blocks, rest)
         if experts:
             yield from self._gathered(("dp_shard", "cp"), self.moe_layers, experts, 0)
@@ -207,7 +208,8 @@ class _Step:
         ]
         outputs = sum(copies for axes, copies in linear if axes[0] in ("heads", "kv_heads", "mlp"))
         inputs = sum(copies for axes, copies in linear if axes[1] in ("heads", "mlp"))
-        unshared = 0 if model.moe_shared_experts else self.moe_layers
+        ends_with_sum = bool(model.moe_shared_experts) and not model.moe_shared_expert_gate
+        unshared = 0 if ends_with_sum else self.moe_layers
         last = (self.layers if self.stream == 1 else self.moe_layers) - unshared
         forward = inputs + self.again * (inputs - last)
         rows, routed = model.moe_top_k * size, self.moe_layers * (2 + self.again)
