@@ -50,7 +50,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             ELEMENTWISE,
             RESIDUAL,
             {
-                "model.block:TransformerBlock.forward": 2,
+                "model.block:TransformerBlock._added": 1,
                 "model.cross_attention:CrossAttentionBlock.forward": 2,
                 "model.mot:MoTBlock.forward": 2,
                 "model.moma:MoMaBlock.forward": 2,
@@ -156,7 +156,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             ELEMENTWISE,
             RESIDUAL,
             {
-                "model.block:TransformerBlock.forward": 3,
+                "model.block:TransformerBlock._added": 1,
                 "model.cross_attention:CrossAttentionBlock.forward": 2,
                 "model.mot:MoTBlock.forward": 3,
                 "model.moma:MoMaBlock.forward": 2,
