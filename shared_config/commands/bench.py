@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +20,7 @@ from rich.table import Table
 from shared_config.bench.measure import REPEATS, Request
 from shared_config.bench.page import write_page
 from shared_config.bench.result import FOREIGN, OURS, Limits, Result, joined
-from shared_config.bench.works import LIMITS, WORKS, chosen_works
+from shared_config.bench.works import LIMITS, WORKS, chosen_works, job_of
 from shared_config.commands.backends import require_backend, require_package
 from shared_config.commands.common import (
     add_backend,
@@ -74,15 +74,14 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         if file is not None:
             refuse_overwriting(file, options.config, other)
     require_backend(options.backend)
-    if options.against:
-        require_foreign(config)
+    foreign, notes = foreign_works(config, works) if options.against else ([], [])
     screen = console()
     results = []
     with tempfile.TemporaryDirectory(prefix="kempnerforge-") as scratch:
-        for backend, request in requests_of(options, config, works):
+        for backend, request in requests_of(options, config, works, foreign):
             with screen.status(f"{request.work} ({request.of}) ..."):
                 results.append(result_of(backend, request, Path(scratch)))
-    found = joined(results)
+    found = joined([*results, Result(notes=tuple(notes))])
     show(screen, found)
     if numbers is not None:
         with written_aside(numbers) as aside:
@@ -92,29 +91,38 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def require_foreign(config: JobConfig) -> None:
-    """Check that transformers can be measured beside this backend.
+def foreign_works(config: JobConfig, works: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The works that a model of transformers can do too, and a note about each that it could if it had such a model.
 
     Raises:
-        UserError: a package is missing, or transformers has no such model.
+        UserError: a package is missing, or there is no such work.
     """
     require_backend("torch")
     require_package("transformers", "dev", "--against hf")
     if config.vlm is not None:
         raise UserError("--against hf: must be a text model (a config without [vlm])")
-    try:
-        config_to_huggingface(config.model)
-    except ConfigError as error:
-        raise UserError("\n".join(f"--against hf: {problem}" for problem in error.problems)) from None
+    able, notes = [], []
+    for work in [work for work in works if work in FOREIGN_WORKS]:
+        try:
+            config_to_huggingface(job_of(work, config).model)
+            able.append(work)
+        except ConfigError as error:
+            notes.append(f"transformers has no such model, {work}: {error.problems[0]}")
+    if not able:
+        among = ", ".join(FOREIGN_WORKS)
+        raise UserError("\n".join(f"--against hf: {note}" for note in notes or [f"--what must have one of {among}"]))
+    return able, notes
 
 
-def requests_of(options: argparse.Namespace, config: JobConfig, works: Sequence[str]) -> Iterator[tuple[str, Request]]:
-    """What each process is asked for: limits, the works of the backend, and those of transformers beside them."""
+def requests_of(
+    options: argparse.Namespace, config: JobConfig, works: Sequence[str], foreign: Collection[str]
+) -> Iterator[tuple[str, Request]]:
+    """What each process is asked for: limits, the works of the backend, and ``foreign`` ones beside them."""
     plain = Request(config, LIMITS, OURS, options.device, options.repeats, options.profile)
     yield options.backend, plain
     for work in works:
         yield options.backend, dataclasses.replace(plain, work=work)
-        if options.against and work in FOREIGN_WORKS:
+        if work in foreign:
             yield "torch", dataclasses.replace(plain, work=work, of=FOREIGN)
 
 

@@ -84,12 +84,33 @@ def test_all_works_are_measured(
 @pytest.mark.skipif(not NIGHTLY, reason="imports transformers")
 def test_models_of_transformers_stand_beside_ours(config: str, asked: list[tuple[str, Request]]) -> None:
     pytest.importorskip("transformers")
-    dense = ["--model.num_experts=0", "--model.moe_router=softmax_topk", "--model.moe_sequence_aux_loss_weight=0"]
+    dense = [
+        "--model.family=llama",
+        "--model.qk_norm=false",
+        "--model.num_experts=0",
+        "--model.moe_router=softmax_topk",
+        "--model.moe_sequence_aux_loss_weight=0",
+    ]
     options = ["--what", "train,decode", "--against", "hf", "--repeats", "1", "--device", "cpu"]
     assert main(["bench", config, "--backend", "torch", *options, *dense]) == 0
     expected = [("limits", OURS), ("train", OURS), ("train", FOREIGN), ("decode", OURS), ("decode", FOREIGN)]
     assert [(request.work, request.of) for _, request in asked] == expected
     assert {by for by, _ in asked} == {"torch"}
+
+
+def test_works_are_left_out_of_which_transformers_has_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_is_installed", lambda package: True)
+    able, (note,) = bench.foreign_works(
+        tiny_job({"qk_norm": False, "family": "llama"}), ["train", "window", "moe", "decode"]
+    )
+    assert able == ["train", "decode"]
+    assert note.startswith("transformers has no such model, window: model.sliding_window = 2: ")
+    for works, message in (
+        (["window"], "transformers has no such model, window: model.sliding_window"),
+        (["memory"], "--what must have one of train, window, decode"),
+    ):
+        with pytest.raises(UserError, match=rf"^--against hf: {message}"):
+            bench.foreign_works(tiny_job({"qk_norm": False, "family": "llama"}), works)
 
 
 def test_what_can_not_be_measured_is_said_in_a_line(
