@@ -1,0 +1,75 @@
+"""Fields of blocks by which families of models differ: where they are refused, by name and value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from shared_config.contract.sharding import refusals
+from shared_config.errors import ConfigError
+from shared_config.interchange.toml import config_from_dict
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.vlm import VLMConfig
+
+SIZES: dict[str, Any] = {"dim": 16, "n_layers": 4, "n_heads": 4, "vocab_size": 17, "ffn_hidden_dim": 16}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "moe_top_k": 2}
+OTHERS: dict[str, Any] = {
+    "norm_placement": "both",
+    "residual_scale": 0.5,
+    "mlp_bias": True,
+    "attention_output_bias": False,
+    "attention_scale": 0.25,
+    "qk_norm_over": "width",
+}
+NEEDED = {"norm_placement": "'before'", "residual_scale": 1.0, "mlp_bias": False, "attention_output_bias": True}
+NEEDED |= {"attention_scale": 0.5, "qk_norm_over": "'head'"}
+
+
+@pytest.mark.parametrize(
+    ("arch", "refused"),
+    [
+        ("mot", [*OTHERS]),
+        ("moma", ["norm_placement", "residual_scale", "mlp_bias"]),
+        ("cross_attention", []),
+        ("joint_decoder", []),
+    ],
+)
+def test_architectures_with_layers_of_their_own_refuse_what_these_do_not_know(arch: str, refused: list[str]) -> None:
+    vlm = VLMConfig.for_arch(arch)
+    said = list(vlm.problems_with(ModelConfig(**SIZES, **OTHERS)))
+    assert said == [
+        f"model.{name} = {OTHERS[name]!r}: must be {NEEDED[name]} with vlm.arch {arch!r}"
+        for name in vlm.plain_fields
+        if name in refused
+    ]
+    assert set(vlm.plain_fields) == set(refused)
+    assert list(vlm.problems_with(ModelConfig(**SIZES))) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({**EXPERTS, "mlp_bias": True}, "mlp_bias = True: must be False with num_experts = 4"),
+        (
+            {**EXPERTS, "moe_shared_expert_gate": True},
+            "moe_shared_expert_gate = True: must be False with moe_shared_experts = 0",
+        ),
+    ],
+)
+def test_what_mixtures_of_experts_do_not_have_is_refused(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig(**SIZES, **fields)
+    assert caught.value.problems == (problem,)
+    assert ModelConfig(**{**SIZES, **fields, "num_experts": 0})
+
+
+def test_a_norm_of_all_heads_is_on_one_device() -> None:
+    def said(**fields: Any) -> list[str]:
+        job = config_from_dict({"model": {**SIZES, **fields}, "distributed": {"tp": 2}, "train": {"seq_len": 8}})
+        return refusals(job)
+
+    assert said(qk_norm=True, qk_norm_over="width") == [
+        "distributed.tp = 2: must be 1 for model.qk_norm_over = 'width'"
+    ]
+    assert said(qk_norm=True) == said(qk_norm_over="width") == []
