@@ -236,6 +236,14 @@ FACT_MUTANTS = (
         THEIRS,
         ("phi3",),
     ),
+    FactMutant(FAMILY, '"qkv_bias": True, "num', '"qkv_bias": False, "num', ABSENT, ("qwen2_moe",)),
+    FactMutant(
+        FOREIGN,
+        "int(number(content, experts.shared) / number(content, experts.width))",
+        'int(number(content, experts.shared) / number(content, "intermediate_size"))',
+        ABSENT,
+        ("qwen2_moe",),
+    ),
     FactMutant(FAMILY, '"norm_topk_prob": False', '"norm_topk_prob": True', ABSENT, ("qwen3_moe",)),
     FactMutant(FAMILY, '"router_aux_loss_coef": 0.001', '"router_aux_loss_coef": 0.01', ABSENT, ("mixtral",)),
     FactMutant(
