@@ -104,7 +104,7 @@ KERNEL_MUTANTS = (
     Mutant("model.attention", "FlexAttention for masks of keys alone", (" or mask.of_keys_alone", ""), None),
     Mutant("model.attention", "prepared blocks are not used",
            ("    if mask.fused is not None:\n        return fused", "    if False:\n        return fused"), None),
-    Mutant("model.grouped", "loops on a GPU", None, ("cuda=tiled_matmul", "cuda=looped_matmul")),
+    Mutant("model.grouped", "loops on a GPU", None, ("else by(tiled_matmul)", "else by(looped_matmul)")),
     Mutant("model.grouped", "ragged sums on GPUs of others", None, ("rocm=tiled_outer", "rocm=ragged_outer")),
     Mutant("model.grouped", "tiles on a TPU", None, ("default=ragged_matmul", "default=tiled_matmul")),
     Mutant("model.grouped", "loops on a TPU", None, ("default=ragged_outer", "default=looped_outer")),
