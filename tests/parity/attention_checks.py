@@ -6,6 +6,7 @@ Shapes: B batch, S queries, M keys, N segments.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -127,11 +128,11 @@ def check_fused_call(backend: str) -> None:
         assert fused.flex_attention.__name__ == "flex_attention"
         with mock.patch.object(fused, "Tensor", tuple):
             function, given, options = fused.fused_attention(q, k, v, masks.Mask(causal=True, fused=form))
-            alike = fused.fused_attention(q, q, q, masks.Mask(causal=True, fused=form))[2]
+            alike = fused.fused_attention(q, q, q, masks.Mask(causal=True, fused=form), scale=0.3)[2]
     assert function is fused.flex_attention
     assert all(found is expected for found, expected in zip(given, (q, k, v), strict=True))
-    assert options == {"block_mask": form, "enable_gqa": True}
-    assert alike == {"block_mask": form, "enable_gqa": False}
+    assert options == {"block_mask": form, "scale": None, "enable_gqa": True}
+    assert alike == {"block_mask": form, "scale": 0.3, "enable_gqa": False}
 
 
 SHORT, LONG = 1024, 1025
@@ -175,7 +176,7 @@ def check_paths(backend: str) -> None:
         return _[0]
 
     def noting(path: str) -> Callable[..., Any]:
-        return lambda *given: (taken.append(path), given[1 if path == "blocks" else 0])[1]
+        return lambda *given, **_: (taken.append(path), given[1 if path == "blocks" else 0])[1]
 
     with (
         mock.patch.object(attention.F, "scaled_dot_product_attention", dense),
@@ -270,9 +271,11 @@ def check_segments(backend: str) -> None:
                         continue
                     ids = kind.facts(KEYS).get("key_doc_ids", np.zeros((ROWS, 1)))
                     assert known == int(max(len(set(row)) for row in ids.tolist()) > 3), name
-            way = fused._whole if mask.fused is None else lambda *given: fused._packed(10, *given)
+            scaled = functools.partial(
+                fused._whole if mask.fused is None else functools.partial(fused._packed, 10), 8**-0.5
+            )
 
-            def attend(q: Any, k: Any, v: Any, way: Any = way, mask: Any = mask) -> Any:
+            def attend(q: Any, k: Any, v: Any, way: Any = scaled, mask: Any = mask) -> Any:
                 return way(mask, q, k, v)
 
             truth = truth_of(kind, arrays)
@@ -294,7 +297,7 @@ def check_ways(backend: str) -> None:
     def scaled(factor: float) -> Callable[..., Any]:
         return lambda mask, q, k, v: factor * (q + k.sum() + v.sum())
 
-    with mock.patch.object(fused, "_packed", lambda count, *given: scaled(float(count))(*given)):
+    with mock.patch.object(fused, "_packed", lambda count, scale, *given: scaled(float(count))(*given)):
         for way, factor in enumerate((*fused.SEGMENTS, 1.0)):
             segments = type(mask.fused)(**{**vars(mask.fused), "way": jnp.int32(way)})
             chosen = type(mask)(**{**vars(mask), "fused": segments})

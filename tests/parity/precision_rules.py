@@ -36,7 +36,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             PRODUCT,
             PRODUCTS,
-            {"model.experts:apply_packed": 3, "model.attention:attention_weights": 1},
+            {"model.grouped:grouped_matmul": 1, "model.attention:attention_weights": 1},
             backward=True,
         ),
         Rule(ELEMENTWISE, BIAS, {"model.linear:linear": 1}, ("add",)),
@@ -99,7 +99,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
                 "model.attention:attention_weights": 1,
                 "model.adapter:_mean_of_real": 1,
                 "model.moe:MoEMLP.forward": 2,
-                "model.experts:apply_packed": 3,
+                "model.grouped:grouped_matmul": 1,
                 "model.dispatch:combine": 1,
                 "model.expert_choice:ExpertChoiceMoE.forward": 1,
                 "model.router:Gate.forward": 1,
