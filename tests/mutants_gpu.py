@@ -47,7 +47,6 @@ GPU_MUTANTS = (
     Mutant("model.fused", "queries start at the first key", ("query + offset if", "query - 1 if"), None),
     Mutant("model.fused", "offsets of keys are dropped", None,
            ('"kv_offsets": offsets(segments.keys.starts)', '"kv_offsets": offsets(0 * segments.keys.starts)')),
-    Mutant("model.fused", "segments end one early", None, ("places_S + 1, 0).max(", "places_S, 0).max(")),
     Mutant("model.fused", "interleaved documents as segments", None,
            ("is_apart_B & is_without_gaps_B", "is_without_gaps_B")),
     Mutant("model.fused", "rows of no segment keep what was there", None,

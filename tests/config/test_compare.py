@@ -665,6 +665,7 @@ def test_how_a_function_is_computed_may_differ():
 def test_only_these_say_how_a_function_is_computed():
     sections = {"distributed", "checkpoint", "metrics", "profiling", "eval"}
     train = {"mixed_precision", "matmul_precision", "compile_model", "scan_layers", "activation_checkpointing"}
+    train |= {"health_check_seconds"}
     fields = {"model.sdpa_backend", "model.family", *(f"train.{name}" for name in train)}
     assert execution_names(JobConfig) == sections | fields
 

@@ -132,10 +132,9 @@ def transformer_block(
         mlp_out, inner = mlp(mlp_in, submodule(weights, "mlp"), config.activation)
         saved.dense = inner
     saved.mlp_BSD, mlp_added = mlp_out, _normed(mlp_out, weights, "mlp_post_norm", config)
-    normed = {"attention_norm": attention_in, "attention_post_norm": attention_added, "mlp_norm": mlp_in}
-    normed |= {"mlp_post_norm": mlp_added}
-    named = {name: value for name, value in normed.items() if has(weights, name)}
-    named |= {"attention": attention_out, "mlp": mlp_out}
+    named = {"attention_norm": attention_in, "attention": attention_out, "attention_post_norm": attention_added}
+    named |= {"mlp_norm": mlp_in, "mlp": mlp_out, "mlp_post_norm": mlp_added}
+    named = {name: value for name, value in named.items() if not name.endswith("_norm") or has(weights, name)}
     named |= below("attention", attention_saved.activations) | below("mlp", inner)
     return middle_BSD + config.residual_scale * mlp_added, saved, named
 

@@ -138,7 +138,7 @@ def _torch_gradients(config: ModelConfig, tokens_BS: Any, checkpointed: bool) ->
     module("torch", "state").set_state(model, validation_weights(parameter_table(config), 1))
     if checkpointed:
         importlib.import_module("kempnerforge_torch.training.blocks").checkpoint_activations(model, "full")
-    logits, stats, _ = model.run(tokens_BS)
+    logits, stats = model.run(tokens_BS)[:2]
     loss = logits.square().sum() + stats[0].aux_loss + stats[0].z_loss
     loss.backward()
     gradients = {name: 0 * p.detach() if p.grad is None else p.grad for name, p in model.named_parameters()}

@@ -57,7 +57,7 @@ def test_units_give_the_products_of_the_recipe(backend: str) -> None:
 def test_each_product_is_one_kernel_of_fp8() -> None:
     """Of torch's `_scaled_mm`, and of cuBLAS in what XLA compiles."""
     x, weight, dy = drawn(2, ROWS, INPUTS), drawn(3, OUTPUTS, INPUTS), drawn(4, ROWS, OUTPUTS)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         products_of("torch", x, weight, dy, ON_GPU["torch"])
     assert sum(event.count for event in profile.key_averages() if event.key == "aten::_scaled_mm") == 3
     function = SIDES["jax"].module("model.fp8").fp8_linear
