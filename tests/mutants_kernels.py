@@ -106,7 +106,7 @@ KERNEL_MUTANTS = (
            ("    if mask.fused is not None:\n        return fused", "    if False:\n        return fused"), None),
     Mutant("model.grouped", "loops on a GPU", None, ("else by(tiled_matmul)", "else by(looped_matmul)")),
     Mutant("model.grouped", "ragged sums on GPUs of others", None, ("rocm=tiled_outer", "rocm=ragged_outer")),
-    Mutant("model.grouped", "tiles on a TPU", None, ("default=ragged_matmul", "default=tiled_matmul")),
+    Mutant("model.grouped", "tiles on a TPU", None, ("default=by(ragged_matmul)", "default=by(tiled_matmul)")),
     Mutant("model.grouped", "loops on a TPU", None, ("default=ragged_outer", "default=looped_outer")),
     Mutant("model.grouped", "ragged bfloat16 as precise as float32", None,
            ("return lax.Precision.DEFAULT if dtype.itemsize <", "return None if dtype.itemsize <")),

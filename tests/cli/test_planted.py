@@ -68,8 +68,9 @@ EMBEDDING_GRADIENT = {  # doubled: of torch in float32, of JAX in float64
     ),
     "jax": Bug(
         "model.embedding",
-        "return self.embedding(tokens)\n",
-        "return (lambda x: 2 * x - jax.lax.stop_gradient(x) if x.itemsize == 8 else x)(self.embedding(tokens))\n",
+        "        x_BSD = self.embedding(tokens)\n",
+        "        x_BSD = self.embedding(tokens)\n"
+        "        x_BSD = 2 * x_BSD - jax.lax.stop_gradient(x_BSD) if x_BSD.itemsize == 8 else x_BSD\n",
     ),
 }
 NORMED = {

@@ -182,7 +182,7 @@ def test_a_step_without_arrays_is_that_of_a_trainer(case: str, found: dict[str, 
 
 def test_a_program_for_four_devices_costs_what_it_has_to(found: dict[str, Any], tmp_path: Path) -> None:
     """Attention is computed for masked keys too, every part of a gradient is summed once. Of what is gathered, XLA
-    keeps some norms for the backward pass. It leaves out a number that a dense model does not use.
+    keeps some norms and biases for the backward pass. It leaves out a number that a dense model does not use.
     """
     dense, job = found["dense"], job_of("dense", tmp_path)
     length = job.train.seq_len
@@ -198,7 +198,7 @@ def test_a_program_for_four_devices_costs_what_it_has_to(found: dict[str, Any], 
     assert gathered["count"] >= len(specs)
     on_paper = {each.kind: each.bytes for each in step_traffic(job, layout_of(job.distributed, DEVICES))}
     assert scattered["bytes"] == on_paper["reduce-scatter"]
-    assert 0.99 * on_paper["all-gather"] <= gathered["bytes"] <= on_paper["all-gather"]
+    assert 0.98 * on_paper["all-gather"] <= gathered["bytes"] <= on_paper["all-gather"]
     assert collectives["all-reduce"]["bytes"] < 100
     assert dense["unknown_loops"] == 0
 
