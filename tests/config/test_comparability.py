@@ -22,7 +22,7 @@ from shared_config.parity.align import (
     order_notes,
 )
 from shared_config.parity.compare import Row
-from shared_config.parity.magnitude import COARSE, has_spare_bits, looks_rounded, magnitude_note
+from shared_config.parity.magnitude import COARSE, EVEN, _even, has_spare_bits, looks_rounded, magnitude_note
 from shared_config.parity.measure import all_finite, dtype_of, estimate, first_true, floats, heatmap, measure, value_at
 from shared_config.parity.numerics import (
     allowed_error,
@@ -416,3 +416,10 @@ def test_recorded_tensors_are_named_in_the_order_of_execution() -> None:
 def test_a_comparison_as_json() -> None:
     contents = [found.to_json() for found in (WITH_TRUTH, dataclasses.replace(WITHOUT, rows=WITHOUT.rows[:2]))]
     check_golden("comparisons.json", json.dumps(contents, indent=1, allow_nan=False) + "\n")
+
+
+@pytest.mark.parametrize("sizes", [(1.0, 1.0, EVEN), (1.0, EVEN, EVEN)])
+def test_errors_that_differ_by_the_limit_are_uneven(sizes: tuple[float, ...]) -> None:
+    """Either way from the median; below it they are even."""
+    assert not _even(np.array(sizes))
+    assert _even(np.minimum(sizes, 0.99 * EVEN))

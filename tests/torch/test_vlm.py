@@ -198,3 +198,11 @@ def test_bfloat16_models_keep_their_routers_wide() -> None:
     assert logits.dtype == torch.bfloat16
     assert activations["transformer.layers.0.mlp.experts.text.router.gate"].dtype == torch.float32
     assert np.isfinite(logits.detach().float().numpy()).all()
+
+
+def test_noise_that_a_router_draws_for_itself_has_all_digits() -> None:
+    router = ExpertChoiceSigmoidRouter(4, 3, capacity_factor=0.5).bfloat16().train()
+    noise = router._noise(torch.zeros(64, 4, dtype=torch.bfloat16), None)
+    assert noise is not None
+    assert noise.dtype == torch.float32
+    assert (noise != noise.bfloat16()).float().mean() > 0.9
