@@ -159,7 +159,6 @@ RECOMPUTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of copies of masters, which the compiler looks at
 @pytest.mark.parametrize(("backend", "options"), RECOMPUTED)
 def test_steps_are_the_same_however_they_are_computed(backend: str, options: dict[str, Any]) -> None:
     """To the bit in eager torch; a compiler sums in another order."""

@@ -72,7 +72,6 @@ def test_each_product_is_one_kernel_of_fp8() -> None:
     ("torch", {}), ("torch", {"compile_model": True}), ("torch", {"activation_checkpointing": "selective"}),
     ("jax", {}), ("jax", {"scan_layers": True, "activation_checkpointing": "narrow"}),
 ])  # fmt: skip
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of copies of masters, which the compiler looks at
 def test_steps_are_near_those_of_a_cpu(backend: str, options: dict[str, Any]) -> None:
     job = small_job(**options)
     losses = {}

@@ -73,7 +73,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-13) -> bool:
 # Compilation
 
 compiles = pytest.mark.filterwarnings(  # torch's own, while it compiles
-    "ignore:.*script_method:DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
+    "ignore:.*script_method:DeprecationWarning"
 )
 
 

@@ -44,7 +44,6 @@ CASES: dict[str, dict[str, Any]] = {
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 compiles = pytest.mark.filterwarnings(  # torch's own, while it compiles
     "ignore:.*script_method:DeprecationWarning",
-    "ignore:The .grad attribute of a Tensor:UserWarning",
     "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning",
 )
 each_case = pytest.mark.parametrize("case", sorted(CASES))
@@ -129,7 +128,6 @@ def test_nothing_on_the_way_depends_on_data() -> None:
         assert x_BSD.grad.shape == x_BSD.shape
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_operators_keep_torchs_rules_and_have_second_derivatives() -> None:
     torch.manual_seed(0)
     x_RD, w_EDF, y_RF = (

@@ -113,7 +113,6 @@ class TestLoss:
             assert_same_function(value, truth, "chunked", 1e-14)
 
     @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
-    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
     @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.bfloat16, 2.0**-8)])
     def test_the_fused_kernel_is_the_same_sum(
         self, dtype: torch.dtype, tolerance: float, logits: np.ndarray, labels: np.ndarray
@@ -442,7 +441,6 @@ def test_without_a_compiler_blocks_run_uncompiled(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_blocks_compute_the_same():
     job = tiny_job(EXPERTS, train={"activation_checkpointing": "full"})
     plain, compiled = double(job), double(job)

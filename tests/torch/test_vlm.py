@@ -50,7 +50,6 @@ TEXT_MASK = torch.arange(8) < torch.tensor([[8], [5]])
 
 compiles = pytest.mark.filterwarnings(  # torch's own, while it compiles
     "ignore:.*script_method:DeprecationWarning",
-    "ignore:The .grad attribute of a Tensor:UserWarning",
     "ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning",
 )
 
