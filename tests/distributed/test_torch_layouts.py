@@ -22,23 +22,23 @@ DOCUMENTS = {"data": {"pack_documents": True}, **RECOMPUTED}
 COMPILED = {"train": {"compile_model": True, "activation_checkpointing": "selective"}}
 WINDOW = {"model": {"sliding_window": 3}}
 BY_DAY = (
-    *(Case(model, 2, {}) for model in ("softmax", "limited")),
+    Case("softmax", 2, {}),
     Case("dense", 2, {}, SKIPPING),
     Case("moma", 2, {}, NOISE),
-    Case("joint_decoder", 2, {}, {"vlm": {"freeze": FROZEN, "freeze_schedule": LATER}}),
     Case("sigmoid", 2, {"tp": 2}, RECOMPUTED),
     Case("mot", 2, {"tp": 2}),
     Case("dense", 4, {"tp": 2}),
-    Case("sigmoid", 4, {"dp_replicate": 2}),
     Case("sigmoid", 2, {"cp": 2}, DOCUMENTS),
     Case("sigmoid", 4, {"ep": 2, "tp": 2}),
-    Case("dense", 4, {"cp": 2, "tp": 2}, {**WINDOW, "train": {"seq_len": 12}}),
     Case("limited", 4, {"ep": 2, "dp_replicate": 2}),
     Case("staged", 2, {"pp": 2}, DOCUMENTS),
     Case("staged", 4, {"pp": 2, "tp": 2}),
 )
 BY_NIGHT = (
-    *(Case(model, 2, {}) for model in ("dense", "sigmoid", "apart")),
+    *(Case(model, 2, {}) for model in ("dense", "sigmoid", "limited", "apart")),
+    Case("joint_decoder", 2, {}, {"vlm": {"freeze": FROZEN, "freeze_schedule": LATER}}),
+    Case("sigmoid", 4, {"dp_replicate": 2}),
+    Case("dense", 4, {"cp": 2, "tp": 2}, {**WINDOW, "train": {"seq_len": 12}}),
     *(Case(model, 2, {"tp": 2}) for model in ("dense", "sigmoid", "limited", "apart", "scaled")),
     *(Case(model, 2, {"tp": 2}) for model in ("cross_attention", "joint_decoder")),
     Case("dense", 2, {"tp": 2}, {"train": {"seq_len": 9}}),
@@ -68,7 +68,7 @@ BY_NIGHT = (
     Case("staged", 4, {"pp": 2, "dp_replicate": 2}),
 )
 CASES = (*BY_DAY, *BY_NIGHT) if NIGHTLY else BY_DAY
-MUTANTS = DISTRIBUTED_MUTANTS if NIGHTLY else DISTRIBUTED_MUTANTS[::2]
+MUTANTS = DISTRIBUTED_MUTANTS if NIGHTLY else DISTRIBUTED_MUTANTS[::4]
 
 REFUSED = (
     (Case("dense", 2, {"tp": 2}, {"model": {"n_heads": 3, "n_kv_heads": 3}}),
@@ -109,7 +109,7 @@ def test_a_layout_is_one_device(case: Case, found: dict[str, list[str]]) -> None
 
 @pytest.mark.parametrize("mutant", [str(mutant) for mutant, _ in MUTANTS])
 def test_a_bug_of_a_layout_is_seen(mutant: str, found: dict[str, list[str]]) -> None:
-    """Half of them, all under HYPOTHESIS_PROFILE=nightly."""
+    """A quarter of them, all under HYPOTHESIS_PROFILE=nightly."""
     assert found[mutant] != []
 
 

@@ -1,0 +1,126 @@
+"""Which cases of the longest tests run by day: of some a half or a quarter, of others none. All of them run under
+HYPOTHESIS_PROFILE=nightly, and when tests are asked for by name.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import defaultdict
+from collections.abc import Sequence
+
+HALF = (
+    "tests/cli/test_bench.py::test_all_works_are_measured",
+    "tests/cli/test_full.py::test_bugs_of_a_layout_are_named",
+    "tests/cli/test_planted.py::test_groups_that_nothing_else_depends_on",
+    "tests/cli/test_processes.py::test_processes_that_a_library_joined_train_once",
+    "tests/cli/test_trace.py::test_backends_are_within_rounding_in_other_dtypes",
+    "tests/cli/test_trace.py::test_layers_that_are_given_recorded_inputs_compute_the_same",
+    "tests/cli/test_validate.py::test_a_device_that_is_not_there_is_no_difference",
+    "tests/cli/test_weights.py::test_show_and_validate_take_a_folder",
+    "tests/cli/test_weights.py::test_vision_language_models_and_runs_are_traced",
+    "tests/jax/test_export.py::test_forward_and_gradient_export_for_every_platform",
+    "tests/jax/test_moe.py::test_scan_and_remat_change_nothing",
+    "tests/jax/test_scan.py::test_presets_that_ask_for_scans_get_them",
+    "tests/jax/test_training.py::TestStep::test_steps_are_those_of_the_specification",
+    "tests/jax/test_vlm.py::test_one_jit_serves_every_layout",
+    "tests/jax/test_vlm.py::test_scan_and_remat_are_the_same_function",
+    "tests/jax/test_wrappers.py::test_wrapped_models_do_what_plain_ones_do",
+    "tests/parity/test_capacity.py::test_a_correct_model_decodes_as_its_forward_whatever_its_capacity",
+    "tests/parity/test_capacity.py::test_a_modality_does_not_depend_on_how_many_tokens_the_other_has",
+    "tests/parity/test_capacity.py::test_the_sequence_wise_loss_does_not_depend_on_how_a_batch_is_cut",
+    "tests/parity/test_capacity.py::test_the_unit_of_counts_is_the_micro_batch",
+    "tests/parity/test_counts.py::test_flops_are_those_of_the_operators_that_run_in_torch",
+    "tests/parity/test_decode.py::test_any_chunking_is_the_full_forward_and_the_oracle",
+    "tests/parity/test_decode.py::test_rows_of_unequal_prompts_decode_as_each_alone",
+    "tests/parity/test_depth.py::test_deep_architectures",
+    "tests/parity/test_differences.py::test_differences_are_what_they_are_said_to_be",
+    "tests/parity/test_documented_calls.py::test_a_block_gives_a_tensor_and_run_its_stats_too",
+    "tests/parity/test_documented_calls.py::test_experts_of_a_modality_see_its_tokens_alone",
+    "tests/parity/test_documented_calls.py::test_strategies_prepare_pixels_for_the_transformer",
+    "tests/parity/test_false_alarms.py::test_a_bug_in_a_part_of_a_tensor_is_found",
+    "tests/parity/test_foreign_weights.py::test_weights_load_by_name_and_mean_the_same",
+    "tests/parity/test_frames.py::test_absent_frames_are_masked_where_they_stand",
+    "tests/parity/test_generate.py::test_a_row_does_not_depend_on_its_neighbours",
+    "tests/parity/test_generate.py::test_caches_give_the_full_forward_whatever_is_appended_and_forgotten",
+    "tests/parity/test_generate.py::test_images_are_seen_as_in_the_full_forward",
+    "tests/parity/test_held_states.py::test_dead_experts_are_counted_over_routers_and_micro_batches",
+    "tests/parity/test_int8.py::test_int8_is_as_the_contract_says",
+    "tests/parity/test_kernels.py::test_kernels_are_those_of_the_table",
+    "tests/parity/test_length_mutants.py::test_every_mutant_is_killed",
+    "tests/parity/test_lengths.py::test_600_positions_of_text_and_image",
+    "tests/parity/test_lengths.py::test_positions_and_vocabularies",
+    "tests/parity/test_model.py::test_any_input_gives_the_same_in_float64",
+    "tests/parity/test_model.py::test_rounding_stays_within_what_the_weights_rounding_does",
+    "tests/parity/test_moe.py::test_rounding_of_models_with_replayed_routes",
+    "tests/parity/test_moe.py::test_rounding_stays_within_what_the_weights_rounding_does",
+    "tests/parity/test_nonfinite.py::test_a_skipped_update_changes_nothing_but_the_step",
+    "tests/parity/test_padding.py::test_a_row_does_not_depend_on_the_padding_of_its_neighbours",
+    "tests/parity/test_padding.py::test_representations_do_not_depend_on_padding",
+    "tests/parity/test_precision.py::test_decoding_is_as_exact",
+    "tests/parity/test_precision.py::test_narrow_operations_are_those_that_may_be",
+    "tests/parity/test_precision.py::test_rows_are_a_few_roundings_from_float64",
+    "tests/parity/test_registration.py::test_a_router_balances_its_own_buffer",
+    "tests/parity/test_registration.py::test_a_training_step_is_the_same_step",
+    "tests/parity/test_registration.py::test_functions_and_gradients_agree",
+    "tests/parity/test_results.py::test_run_keeps_nothing_and_a_documented_call_what_getters_show",
+    "tests/parity/test_stages.py::test_two_stages_are_the_whole_model",
+    "tests/parity/test_standalone.py::test_a_cache_is_told_of_documents_and_padding_of_modalities",
+    "tests/parity/test_training.py::test_float64_steps_are_the_same",
+    "tests/parity/test_vlm.py::test_drawn_clips",
+    "tests/parity/test_vlm.py::test_streams_of_any_order",
+    "tests/parity/test_vlm_modules.py::test_adapters",
+    "tests/parity/test_vlm_modules.py::test_cross_attention",
+    "tests/parity/test_vlm_properties.py::test_absent_frames_change_nothing_beyond_the_ends_of_what_positions_count",
+    "tests/parity/test_vlm_properties.py::test_any_accepted_config_runs_and_depends_on_its_image",
+    "tests/parity/test_vlm_properties.py::test_cached_text_after_an_image_equals_the_full_forward",
+    "tests/parity/test_vlm_training.py::test_a_state_goes_on_in_the_other_backend",
+    "tests/parity/test_vlm_training.py::test_bfloat16_and_less_memory",
+    "tests/parity/test_vlm_training.py::test_both_trainers_take_the_same_steps",
+    "tests/parity/test_vlm_training.py::test_micro_batches_have_noise_of_their_own",
+    "tests/torch/test_moe.py::test_compiled_model_is_the_same_function",
+    "tests/torch/test_vlm.py::test_compiles_without_graph_breaks",
+)
+QUARTER = (
+    "tests/cli/test_signals.py::test_an_interrupt_at_any_time_is_no_traceback",
+    "tests/cli/test_signals.py::test_an_interrupt_of_any_import_is_no_traceback",
+    "tests/parity/test_layer_bugs.py::test_a_wrong_layer_is_named_first_and_alone",
+    "tests/parity/test_lengths.py::test_sizes_around_the_edges_of_tiles",
+    "tests/parity/test_names.py::test_what_names_nothing_is_refused_wherever_it_is_given",
+    "tests/parity/test_padding.py::test_the_content_of_padding_never_matters",
+    "tests/parity/test_states.py::test_forward_and_gradients",
+    "tests/parity/test_trainer_states.py::test_both_trainers_do_the_same",
+    "tests/parity/test_vlm.py::test_models",
+    "tests/torch/test_function_fields.py::test_fields_that_count_as_the_same_function_keep_it",
+)
+NIGHT = (
+    "tests/cli/test_planted.py::test_gradients_of_jax_and_the_forward_of_torch",
+    "tests/cli/test_train_images.py::test_validate",
+    "tests/jax/test_training.py::TestRun::test_killed_runs_end_in_the_same_bits",
+    "tests/parity/test_vlm_training.py::test_captions_are_learned_from_images",
+)
+"""Without parameters, so that they would run as a whole."""
+
+SHARES = dict.fromkeys(HALF, 2) | dict.fromkeys(QUARTER, 4) | dict.fromkeys(NIGHT, math.inf)
+
+
+def stale(names: Sequence[str]) -> list[str]:
+    """Tests that are listed here and are not among those that there are."""
+    return sorted(set(SHARES) - {test_of(name) for name in names})
+
+
+def by_day(names: Sequence[str]) -> set[str]:
+    """Of each test the cases that come first by a hash of their names, which tells neighbours apart."""
+    cases = defaultdict(list)
+    for name in names:
+        cases[test_of(name)].append(name)
+    return {name for test, own in cases.items() for name in _first(own, SHARES.get(test, 1))}
+
+
+def test_of(name: str) -> str:
+    """A case's test."""
+    return name.partition("[")[0]
+
+
+def _first(cases: Sequence[str], share: float) -> Sequence[str]:
+    return sorted(cases, key=lambda name: zlib.crc32(name.encode()))[: math.ceil(len(cases) / share)]
