@@ -93,10 +93,12 @@ class Machine:
         """Bytes that a trainer holds throughout, by part; and what takes more: an evaluation, a step."""
         trainer = Trainer(job, self.device)
         states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+        copies = trainer.copies.current()
+        narrow = copies if len(batches) == 1 else {}
         parts = {
-            "weights and buffers": _bytes(own_tensors(trainer.model).values()),
+            "weights and buffers": _bytes([*own_tensors(trainer.model).values(), *copies.values()]),
             "moments": _bytes(value for value in states if isinstance(value, Tensor)),
-            "gradients": _bytes(trainer.parameters.values()),
+            "gradients": _bytes(narrow.get(name, parameter) for name, parameter in trainer.parameters.items()),
         }
         return parts, {"evaluation": lambda: trainer.evaluate(batches), "step": lambda: trainer.step(batches)}
 

@@ -52,7 +52,8 @@ REACHING = (
     Reaching(
         Mutant(
             "training.train", "a step that is a little too large",
-            ("update(self.optimizer, lr, taken)", "update(self.optimizer, lr * 1.001, taken)"),
+            ("Step(self.optimizer, by_master, lr, factor)\n        copies",
+             "Step(self.optimizer, by_master, lr * 1.001, factor)\n        copies"),
             ("gradients, own_state, trained, lr, taken)", "gradients, own_state, trained, lr * 1.001, taken)"),
         ),
         ("padding",), "padding", "weights",
@@ -60,7 +61,7 @@ REACHING = (
     Reaching(
         Mutant(
             "training.mixed_precision", "gradients of narrow vectors doubled",
-            ("_cast(list(found.values()), [ctx", "_cast([g * (1 + (g.ndim == 1)) for g in found.values()], [ctx"), None,
+            ("name: copy.grad for name, copy", "name: copy.grad * (1 + (copy.ndim == 1)) for name, copy"), None,
         ),
         ("accumulation",), "mixed precision", "gradient", "bfloat16",
     ),

@@ -147,14 +147,14 @@ PRECISION_MUTANTS = (
     ),
     Mutant(
         "training.train", "gradients rounded before they are clipped",
-        ("norm = clip_by_global_norm(gradients,",
+        ("norm = global_norm(list(",
          "gradients = {name: g.to(self.compute_dtype).to(g.dtype) for name, g in gradients.items()}\n"
-         "        norm = clip_by_global_norm(gradients,"),
+         "        norm = global_norm(list("),
         ("gradients, norm = clip_by_global_norm(gradients,", "gradients, norm = clip_by_global_norm("
          "jax.tree.map(lambda g: g.astype(recipe.compute_dtype).astype(g.dtype), gradients),"),
     ),
     Mutant(
-        "training.train", "what decides a route is rounded", ("if not self.table[name].full_precision}", "}"), None,
+        "training.train", "what decides a route is rounded", (" and not self.table[name].full_precision", ""), None,
     ),
     Mutant(
         "training.objective", "what decides a route is rounded", None,

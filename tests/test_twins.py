@@ -20,9 +20,14 @@ FILES = {
     "model/mosaic.py": "jax: torch has its kernel for products over groups behind one public function",
     "model/scan.py": "jax: stacks of layers bound compile time; torch compiles block by block",
     "model/stack.py": "jax: stacks of layers",
+    "training/adamw_kernel.py": "torch: XLA makes kernels itself",
+    "training/fused_adamw.py": "torch: XLA fuses what a step does to a parameter",
     "model/within_map.py": "jax: layers within a map over devices; torch puts other methods in their place",
 }
 """Files that one backend has alone."""
+
+WITH_EXTRAS = {"training/adamw_kernel.py"}
+"""Files that can't be loaded everywhere: Triton comes with torch for GPUs."""
 
 ENGINES = {
     "distributed/ahead_of_time.py": "jax: XLA compiles for devices that are elsewhere",
@@ -170,6 +175,9 @@ DIFFERENCES = {
         "cross_entropy(fused)": "torch: eager or compiled; JAX always compiles",
     },
     "training/optimizer.py": {
+        "AdamW": "torch: of shards; in JAX a function of values",
+        "Step": "torch: what a fused step is, too; XLA fuses it",
+        "clip_factor": "torch: what a fused step scales by as it reads",
         "FOUND_INF": "torch: how its AdamW is told to leave a step out; JAX selects values",
         "adamw(groups)": "torch: an optimiser holds its parameters",
         "OptimizerState": "jax: name of a type",
@@ -198,7 +206,7 @@ DIFFERENCES = {
         "compile_blocks": "torch: compiles block by block",
     },
     "training/mixed_precision.py": {
-        "Cast": "torch: all masters in one operation of autograd",
+        "Copies": "torch: leaves of the graph; in JAX made within the compiled step",
     },
     "training/objective.py": {
         "Objective": "torch: a module, so that the head and the loss are compiled as one",
@@ -211,7 +219,8 @@ DIFFERENCES = {
         "summed": "torch: sums on the host; in JAX part of the compiled step",
     },
     "training/train.py": {
-        "Trainer.masters": "torch: what casts to the compute dtype, frozen ones included; a model holds them in JAX",
+        "Trainer.masters": "torch: what is cast to the compute dtype, frozen ones included; a model holds them in JAX",
+        "Trainer.copies": "torch: in JAX made within the compiled step",
         "Trainer.buffers": "jax: arrays live beside the graph",
         "Trainer.compute_dtype": "torch: in JAX part of the recipe",
         "Trainer.optimizer": "torch: holds its state",
@@ -350,7 +359,7 @@ def without_parts(names: set[str]) -> set[str]:
 
 def registered_in(backend: str, categories: tuple[str, ...]) -> dict[str, set[str]]:
     """Names of the builders of the package itself, all its modules loaded; tests call theirs test_..."""
-    for file in files_of(backend):
+    for file in files_of(backend) - WITH_EXTRAS:
         importlib.import_module(f"kempnerforge_{backend}.{file.removesuffix('.py').replace('/', '.')}")
     registry = importlib.import_module(f"kempnerforge_{backend}.registry").registry
     return {

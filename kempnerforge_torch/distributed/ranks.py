@@ -4,6 +4,7 @@ whose parts lie on many ranks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -98,13 +99,21 @@ def global_norm(tensors: Sequence[Float[Tensor, "..."]], stages: int = 1) -> Flo
     Args:
         stages: of a pipeline, whose ranks give other tensors.
     """
-    wide = [local(tensor).to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
     if stages == 1 and not any(isinstance(tensor, DTensor) for tensor in tensors):
-        return torch.nn.utils.get_total_norm(wide)
+        return torch.linalg.vector_norm(torch.stack(_norms(tensors))) if tensors else torch.zeros(())
+    wide = [local(tensor).to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
     squares = [part.square().sum() / _holders(tensor, stages) for part, tensor in zip(wide, tensors, strict=True)]
     total = torch.stack(squares).sum()
     dist.all_reduce(total)
     return total.sqrt()
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Of each tensor, in at least float32; those of one dtype are read in one pass."""
+    wide = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    alike = [[tensor for tensor in tensors if tensor.dtype == dtype] for dtype in {each.dtype: 0 for each in tensors}]
+    norms = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
+    return [norm for some in alike for norm in norms(some, 2.0, dtype=wide)]
 
 
 def _holders(tensor: Tensor, stages: int) -> int:

@@ -1,11 +1,11 @@
-"""What training computes in: the compute dtype, casts of the masters to it, products in FP8, and the precision of
+"""What training computes in: the compute dtype, copies of the masters in it, products in FP8, and the precision of
 float32 products.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from jaxtyping import Float
@@ -16,39 +16,69 @@ from shared_config.contract.fp8 import is_fp8
 from shared_config.schema.job import JobConfig
 
 
-class _CastContext(torch.autograd.function.FunctionCtx):
-    """What `Cast` remembers: the dtypes of the tensors."""
+class Copies:
+    """The masters in the dtype of the arithmetic: leaves of the graph, frozen as the masters are, which are cast again
+    only once they have changed.
 
-    dtypes: list[torch.dtype]
+    Gradients of one micro-batch stay in this dtype; those of several are summed in the dtype of the masters.
+    """
+
+    def __init__(self, masters: Mapping[str, Float[Tensor, "..."]], dtype: torch.dtype):
+        self._masters = dict(masters)
+        self._copies = {name: torch.empty_like(master, dtype=dtype) for name, master in masters.items()}
+        self._cast_from: dict[str, tuple[int, int] | None] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def current(self) -> dict[str, Float[Tensor, "..."]]:
+        """The copies by name, with the values that the masters have now."""
+        stale = [name for name, master in self._masters.items() if self._cast_from.get(name) != _version(master)]
+        if stale:
+            _copy([self._masters[name] for name in stale], [self._copies[name] for name in stale])
+        self.note_update(stale, is_copied=True)
+        for name, master in self._masters.items():
+            self._copies[name].requires_grad_(master.requires_grad)
+        return dict(self._copies)
+
+    def note_update(self, names: Iterable[str], *, is_copied: bool) -> None:
+        """Remember that masters were written to, and whether their copies, of those that have some, were so as well."""
+        for name in self._masters.keys() & set(names):
+            self._cast_from[name] = _version(self._masters[name]) if is_copied else None
+
+    @torch.no_grad()
+    def add_up(self) -> None:
+        """Move the gradients of a micro-batch to the sums over micro-batches."""
+        given = self._taken()
+        first, further = ([name for name in given if (name in self._sums) == summed] for summed in (False, True))
+        sums = {name: torch.empty_like(self._masters[name], requires_grad=False) for name in first}
+        if first:
+            _copy([given[name] for name in first], list(sums.values()))
+        if further:
+            torch._foreach_add_(  # pyright: ignore[reportPrivateImportUsage]
+                [self._sums[name] for name in further], [given[name] for name in further]
+            )
+        self._sums |= sums
+
+    def take_gradients(self) -> dict[str, Float[Tensor, "..."]]:
+        """The gradients by name, of all micro-batches since they were last taken."""
+        sums, self._sums = self._sums, {}
+        return {**self._taken(), **sums}
+
+    def _taken(self) -> dict[str, Tensor]:
+        taken = {name: copy.grad for name, copy in self._copies.items() if copy.grad is not None}
+        for copy in self._copies.values():
+            copy.grad = None
+        return taken
 
 
-class Cast(torch.autograd.Function):
-    """All tensors in another dtype, and their gradients back, all at once: one by one they keep the host busy."""
-
-    @staticmethod
-    def forward(
-        ctx: _CastContext, dtype: torch.dtype, *tensors: Float[Tensor, "..."]
-    ) -> tuple[Float[Tensor, "..."], ...]:
-        """The tensors in ``dtype``."""
-        ctx.dtypes = [tensor.dtype for tensor in tensors]
-        ctx.set_materialize_grads(False)
-        return tuple(_cast(tensors, [dtype] * len(tensors)))
-
-    @staticmethod
-    def backward(
-        ctx: _CastContext, *gradients: Float[Tensor, "..."] | None
-    ) -> tuple[None, *tuple[Float[Tensor, "..."] | None, ...]]:
-        """The gradients in the dtypes of the tensors."""
-        found = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}
-        cast = dict(zip(found, _cast(list(found.values()), [ctx.dtypes[i] for i in found]), strict=True))
-        return None, *(cast.get(i) for i in range(len(gradients)))
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """Changes whenever the tensor is written to, or gets other memory."""
+    return tensor._version, tensor.data_ptr()
 
 
-def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    results = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-    if results:
-        torch._foreach_copy_(results, list(tensors))  # pyright: ignore[reportPrivateImportUsage]
-    return results
+def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+    """All at once: one by one they keep the host busy."""
+    torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ the start, is a ``step`` and the moments that `shared_config.registry.declare` n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,10 +57,10 @@ def build_optimizer(
 
 
 @registry.register("optimizer", "adamw")
-def adamw(groups: list[_Group], config: OptimizerConfig) -> torch.optim.AdamW:
+def adamw(groups: list[_Group], config: OptimizerConfig) -> AdamW:
     """AdamW of groups of parameters, fused unless all are on the CPU."""
     on_cpu = all(tensor.device.type == "cpu" for group in groups for tensor in _parameters(group))
-    return _AdamW(
+    return AdamW(
         groups,
         lr=config.lr,
         betas=config.betas,
@@ -74,8 +74,8 @@ def adamw(groups: list[_Group], config: OptimizerConfig) -> torch.optim.AdamW:
     )
 
 
-class _AdamW(torch.optim.AdamW):
-    """Each rank updates its shards as plain tensors, element by element."""
+class AdamW(torch.optim.AdamW):
+    """torch's, but each rank updates its shards as plain tensors, element by element."""
 
     def _init_group(self, *args: Any, **kwargs: Any) -> bool:
         is_complex = super()._init_group(*args, **kwargs)
@@ -136,6 +136,40 @@ def stays_finite(optimizer: torch.optim.Optimizer, lr: float) -> Bool[Tensor, ""
     return torch.stack(finite).all()
 
 
+class Step:
+    """One step of an optimiser, whose gradients may be narrower than the parameters. `fused_adamw` has AdamW's, in one
+    pass over memory.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradients: Mapping[Float[Tensor, "..."], Float[Tensor, "..."]],
+        lr: float,
+        factor: Float[Tensor, ""] | None = None,
+    ):
+        """
+        Args:
+            gradients: by parameter; they are changed.
+            factor: of all gradients; 1 if None.
+        """
+        self._optimizer, self._lr = optimizer, lr
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient.to(parameter.dtype)
+        if factor is not None:
+            _scale([parameter.grad for parameter in gradients if parameter.grad is not None], factor)
+
+    def stays_finite(self) -> Bool[Tensor, ""]:
+        """See `stays_finite`."""
+        return stays_finite(self._optimizer, self._lr)
+
+    def take(self, finite: Bool[Tensor, ""] | None = None) -> None:
+        """Take the step, see `update`, and forget the gradients."""
+        update(self._optimizer, self._lr, finite)
+        self._optimizer.zero_grad(set_to_none=True)
+
+
 def get_optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, Float[Tensor, "..."]]
 ) -> dict[str, Shaped[Tensor, "..."]]:
@@ -188,10 +222,19 @@ def clip_by_global_norm(
     """
     tensors = list(gradients.values())
     norm = global_norm(tensors, stages)
-    if max_norm > 0:
-        factor = max_norm / norm.clamp(min=max_norm)
-        torch._foreach_mul_([local(tensor) for tensor in tensors], factor)  # pyright: ignore[reportPrivateImportUsage]
+    if (factor := clip_factor(norm, max_norm)) is not None:
+        _scale(tensors, factor)
     return gradients, norm
+
+
+def clip_factor(norm: Float[Tensor, ""], max_norm: float) -> Float[Tensor, ""] | None:
+    """What clips gradients of this norm, as a factor of all; None where ``max_norm`` is 0."""
+    return max_norm / norm.clamp(min=max_norm) if max_norm > 0 else None
+
+
+def _scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    if tensors:
+        torch._foreach_mul_([local(tensor) for tensor in tensors], factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _moment_keys(optimizer: torch.optim.Optimizer) -> dict[str, str]:

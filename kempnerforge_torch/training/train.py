@@ -25,7 +25,7 @@ from kempnerforge_torch.distributed.mesh import Mesh, open_mesh
 from kempnerforge_torch.distributed.parallelize import parallelize
 from kempnerforge_torch.distributed.pipeline import Pipeline
 from kempnerforge_torch.distributed.processes import joined, processes
-from kempnerforge_torch.distributed.ranks import Ranks
+from kempnerforge_torch.distributed.ranks import Ranks, global_norm
 from kempnerforge_torch.distributed.states import host_copies, of_own_stage, own_parts
 from kempnerforge_torch.distributed.tensor_parallel import complete_gradients
 from kempnerforge_torch.distributed.vocabulary import cross_entropy_of
@@ -35,15 +35,15 @@ from kempnerforge_torch.model.state import get_state, own_tensors, set_state
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import VLMWrapper, inner_transformer
 from kempnerforge_torch.training.freeze import apply_freeze_specs
-from kempnerforge_torch.training.mixed_precision import Cast, compute_dtype, matmul_precision, use_fp8
+from kempnerforge_torch.training.fused_adamw import FusedStep, can_fuse
+from kempnerforge_torch.training.mixed_precision import Copies, compute_dtype, matmul_precision, use_fp8
 from kempnerforge_torch.training.objective import Objective
 from kempnerforge_torch.training.optimizer import (
+    Step,
     build_optimizer,
-    clip_by_global_norm,
+    clip_factor,
     get_optimizer_state,
     set_optimizer_state,
-    stays_finite,
-    update,
 )
 from kempnerforge_torch.training.profile import profile, step_span
 from kempnerforge_torch.training.scheduler import build_schedule
@@ -99,8 +99,8 @@ def train(
 class Trainer:
     """A model, its optimiser, and what `shared_config.training.loop` asks of them.
 
-    Masters, gradients and moments are of ``dtype``. With ``train.mixed_precision`` "bf16" or "fp8" a float32 trainer
-    computes in bfloat16, on a copy of the masters that is cast for each micro-batch.
+    Masters, moments and sums of gradients are of ``dtype``. With ``train.mixed_precision`` "bf16" or "fp8" a float32
+    trainer computes in bfloat16, on copies of the masters that are made once for each update.
 
     Of several processes each has a trainer with its own share of the micro-batches, and all take each step together: R
     data ranks with N micro-batches each do what one device does with the N * R, ordered rank by rank within each of the
@@ -111,6 +111,7 @@ class Trainer:
         ranks: those that see different micro-batches.
         model: the masters.
         masters: all parameters, by name.
+        copies: of masters in the dtype of the arithmetic, where that is another.
         parameters: those of them that are trained at some step.
         updates: optimiser steps done.
     """
@@ -129,7 +130,9 @@ class Trainer:
         self.compute_dtype = compute_dtype(config, dtype)
         self.masters = {name: p for name, p in own_tensors(self.model).items() if isinstance(p, nn.Parameter)}
         self.parameters = trained_parameters(self.masters, config.vlm)
+        self.copies = Copies(self._narrowed() if self.mesh is None else {}, self.compute_dtype)
         self.optimizer = build_optimizer(self.parameters, self.table, config.optimizer)
+        self._is_fused = self.mesh is None and can_fuse(self.optimizer)
         self.learning_rate = build_schedule(config)
         self.updates = 0
         self._cross_entropy = cross_entropy_of(self.mesh, config.model.vocab_size)
@@ -237,10 +240,12 @@ class Trainer:
         """
         if self._pipeline is not None:
             return self._pipeline.differentiate([self._inputs(batch) for batch in micro_batches], count)
-        step = {"count": count, "micro_batches": total}
-        return [
-            self._call(self._objective, "model.", {"inputs": self._inputs(batch), **step}) for batch in micro_batches
-        ]
+        step, terms = {"count": count, "micro_batches": total}, []
+        for batch in micro_batches:
+            terms.append(self._call(self._objective, "model.", {"inputs": self._inputs(batch), **step}))
+            if len(micro_batches) > 1:
+                self.copies.add_up()
+        return terms
 
     def _losses(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
         """The summed cross entropy of each batch."""
@@ -253,37 +258,58 @@ class Trainer:
             yield self._cross_entropy(output.factors or output.logits, inputs["labels"])[0]
 
     def _call(self, module: nn.Module, prefix: str, inputs: dict[str, object]) -> Any:
-        """Call a module that holds the model under ``prefix``, with the masters cast to the compute dtype."""
-        if self.mesh is not None or self.compute_dtype == next(iter(self.masters.values())).dtype:
+        """Call a module that holds the model under ``prefix``, with the copies of the masters that have some."""
+        copies = self.copies.current()
+        if not copies:
             return module(**inputs)
-        masters = {name: master for name, master in self.masters.items() if not self.table[name].full_precision}
-        narrow = dict(zip(masters, Cast.apply(self.compute_dtype, *masters.values()), strict=True))
-        weights = {prefix + name: weight for name, weight in {**self.masters, **narrow}.items()}
+        weights = {prefix + name: weight for name, weight in {**self.masters, **copies}.items()}
         return torch.func.functional_call(module, weights, kwargs=inputs)
+
+    def _narrowed(self) -> dict[str, Tensor]:
+        """The masters that are cast to compute with: all, but for what decides a route."""
+        return {
+            name: master
+            for name, master in self.masters.items()
+            if master.dtype != self.compute_dtype and not self.table[name].full_precision
+        }
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         own = own_part(batch, self.mesh)
         return {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in own.items()}
 
     def _update(self, lr: float, loss: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Clip and apply the gradients. One that autograd left out counts as 0; frozen parameters have none, and stay.
+        """Clip and apply the gradients.
 
         Returns:
             The norm of the gradients, and whether the update is taken, a bool scalar; None if it always is.
         """
-        for master in self.parameters.values():
-            if master.grad is None and master.requires_grad:
-                master.grad = torch.zeros_like(master)
-        gradients = {name: master.grad for name, master in self.parameters.items() if master.grad is not None}
+        gradients = self._take_gradients()
         complete_gradients(gradients, self.model, self.mesh, self.table)
-        stages = 1 if self.mesh is None else self.mesh.layout.pp
-        norm = clip_by_global_norm(gradients, self.config.train.grad_clip_norm, stages)[1]
+        norm = global_norm(list(gradients.values()), 1 if self.mesh is None else self.mesh.layout.pp)
+        step = self._step_of(gradients, lr, clip_factor(norm, self.config.train.grad_clip_norm))
         taken = None
         if self.config.train.on_nonfinite == "skip":
-            taken = self.ranks.all_agree(loss.isfinite() & norm.isfinite() & stays_finite(self.optimizer, lr))
-        update(self.optimizer, lr, taken)
-        self.optimizer.zero_grad(set_to_none=True)
+            taken = self.ranks.all_agree(loss.isfinite() & norm.isfinite() & step.stays_finite())
+        step.take(taken)
+        self.copies.note_update(gradients, is_copied=self._is_fused)
         return norm, taken
+
+    def _take_gradients(self) -> dict[str, Tensor]:
+        """The gradients by name. One that autograd left out counts as 0; frozen parameters have none, and stay."""
+        found, gradients = self.copies.take_gradients(), {}
+        for name, master in self.parameters.items():
+            gradient = found.get(name, master.grad)
+            if gradient is not None or master.requires_grad:
+                gradients[name] = torch.zeros_like(master) if gradient is None else gradient
+            master.grad = None
+        return gradients
+
+    def _step_of(self, gradients: dict[str, Tensor], lr: float, factor: Tensor | None) -> Step | FusedStep:
+        by_master: dict[Tensor, Tensor] = {self.parameters[name]: gradient for name, gradient in gradients.items()}
+        if not self._is_fused or not gradients:
+            return Step(self.optimizer, by_master, lr, factor)
+        copies: dict[Tensor, Tensor] = {self.masters[name]: copy for name, copy in self.copies.current().items()}
+        return FusedStep(self.optimizer, by_master, lr, factor, copies)
 
     def _freeze(self) -> None:
         """Apply the freeze schedule at this step."""

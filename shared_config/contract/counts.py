@@ -133,8 +133,8 @@ class TrainingMemory:
 
 
 def training_memory(job: JobConfig, world_size: int = 1, tower: TowerConfig | None = None) -> TrainingMemory:
-    """Bytes per device of float32 masters, gradients, the optimiser's moments, and the bfloat16 copy of one layer at
-    work or, where nothing is sharded, of all; each of them on the device that holds most.
+    """Bytes per device of float32 masters, sums of gradients over micro-batches, the optimiser's moments, and the
+    bfloat16 copy of one layer at work or, where nothing is sharded, of all; each of them on the device that holds most.
 
     Tensors lie as `placement` says. Pipeline stages share the layers evenly; the first has the embedding, the last what
     comes after the layers. What is frozen throughout has no gradients and no moments; patterns that freeze some of

@@ -424,7 +424,7 @@ def check_optimizer_by_device(backend: str) -> None:
             built.append(options)
             super().__init__(groups, **{**options, "fused": False, "foreach": True})
 
-    with mock.patch.object(optimizer, "_AdamW", Noting):
+    with mock.patch.object(optimizer, "AdamW", Noting):
         for device, fused in (("cpu", False), ("meta", True)):
             optimizer.build_optimizer({name: torch.empty(3, device=device) for name in table}, table, config)
             assert (built[-1]["fused"], built[-1]["foreach"], built[-1]["capturable"]) == (fused, not fused, False)

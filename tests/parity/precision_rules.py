@@ -188,7 +188,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             {
                 "model.vision:VisionTower.forward": 1,
                 "model.vlm:VLMWrapper.encode_images": 1,
-                "training.mixed_precision:_cast": 1,
+                "training.mixed_precision:_copy": 1,
             },
         ),
         Rule(

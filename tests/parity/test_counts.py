@@ -159,13 +159,14 @@ def measured_in_torch(config: JobConfig, monkeypatch: pytest.MonkeyPatch) -> Tra
     """What a trainer holds through a step."""
     trainer = Trainer(config)
     gradients, copies = {}, {}
+    take = trainer._take_gradients
 
-    def note(name: str, parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        gradients[name] = parameter.grad
+    def noting_gradients() -> dict[str, torch.Tensor]:
+        taken = take()
+        gradients.update(taken)
+        return taken
 
-    for name, parameter in trainer.masters.items():
-        parameter.register_post_accumulate_grad_hook(lambda tensor, name=name: note(name, tensor))
+    monkeypatch.setattr(trainer, "_take_gradients", noting_gradients)
     call = torch.func.functional_call
 
     def noting(module: Any, weights: Any, **options: Any) -> Any:
@@ -175,7 +176,7 @@ def measured_in_torch(config: JobConfig, monkeypatch: pytest.MonkeyPatch) -> Tra
     monkeypatch.setattr(torch.func, "functional_call", noting)
     batch, stages = batch_of(config), 1 if config.vlm is None else 1 + len(config.vlm.freeze_schedule)
     for _ in range(stages):
-        trainer.step([batch])
+        trainer.step([batch, batch])
     moments = trainer.state().optimizer
     optimizer = sum_of_bytes(moments, "m.") + sum_of_bytes(moments, "v.")
     return TrainingMemory(sum_of_bytes(trainer.masters), sum_of_bytes(gradients), optimizer, sum_of_bytes(copies))
