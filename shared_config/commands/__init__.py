@@ -11,7 +11,19 @@ if TYPE_CHECKING:
 
     COMMANDS: Mapping[str, Command]
 
-NAMES = ("validate", "train", "generate", "show", "trace", "compare", "convert", "compile", "launch", "bench")
+NAMES = (
+    "validate",
+    "train",
+    "prepare",
+    "generate",
+    "show",
+    "trace",
+    "compare",
+    "convert",
+    "compile",
+    "launch",
+    "bench",
+)
 
 
 class Command(Protocol):

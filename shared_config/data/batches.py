@@ -11,19 +11,41 @@ needs no memory and draws from no generator whose stream a library may change.
 from __future__ import annotations
 
 import hashlib
+from typing import Protocol
 
 import numpy as np
 
 from shared_config.contract.labels import IGNORED
 from shared_config.contract.mixing import splitmix
 from shared_config.data.corpus import Corpus, TokenStream
-from shared_config.data.tokenizer import ByteTokenizer, Tokenizer
+from shared_config.data.tokenizer import ByteTokenizer
 from shared_config.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
 ROUNDS = 8
 COUNTED_AT_ONCE, COUNTED_IDS = 2**20, 2**26
+
+
+class Enclosing(Protocol):
+    """What `TextData` knows of the tokenizer that made its ids: one more than the largest of them, and which of them
+    enclose a document; None if none does.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        ...
+
+    @property
+    def bos(self) -> int | None:
+        """What begins a document."""
+        ...
+
+    @property
+    def eos(self) -> int | None:
+        """What ends a document."""
+        ...
 
 
 class TextData:
@@ -50,7 +72,7 @@ class TextData:
         rank: int = 0,
         world_size: int = 1,
         vocab_size: int | None = None,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Enclosing | None = None,
         pack_documents: bool = False,
         heldout_batch_size: int | None = None,
         heldout_steps: int = 8,
@@ -73,7 +95,7 @@ class TextData:
                 f"but {corpus.name} has {len(corpus.train)}"
             )
         self.corpus = corpus
-        self.tokenizer: Tokenizer = tokenizer or ByteTokenizer()
+        self.tokenizer: Enclosing = tokenizer or ByteTokenizer()
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
         self.rank, self.world_size = rank, world_size
         self.vocab_size = vocab_size if vocab_size is not None else self.tokenizer.vocab_size
@@ -169,7 +191,7 @@ class TextData:
         return {**batch, "doc_ids": doc_ids_BS} if self.pack_documents else batch
 
 
-def document_starts(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+def document_starts(ids: np.ndarray, tokenizer: Enclosing) -> np.ndarray:
     """Where a document starts: bool, as long as ``ids``. At each ``bos``; without one, after each ``eos``."""
     if tokenizer.bos is not None:
         return ids == tokenizer.bos

@@ -234,7 +234,7 @@ def _rows_corpus(path: str | Path, rows: Sequence[Row], tokenizer: Tokenizer, he
     ]
     if len(streams[0]) and len(streams[1]):
         return Corpus(_name(path), *streams)
-    return _split_end(_name(path), streams[0] if len(streams[0]) else streams[1], heldout_fraction)
+    return split_end(_name(path), streams[0] if len(streams[0]) else streams[1], heldout_fraction)
 
 
 def _name(path: str | Path) -> str:
@@ -261,7 +261,7 @@ def _user_corpus(
             f"data.path = {str(path)!r}: holds token files ({tokenised[0]}) and others ({other}); must be of one kind"
         )
     stream = TokenStream([(str(root / name), _map_tokens(root / name, token_dtype)) for name in names])
-    return _split_end(_name(path), stream, heldout_fraction)
+    return split_end(_name(path), stream, heldout_fraction)
 
 
 def _map_tokens(file: Path, token_dtype: str) -> np.ndarray:
@@ -292,7 +292,7 @@ def _text_corpus(title: str, root: Path, names: list[str], tokenizer: Tokenizer,
     _check_size(title, root, names)
     held = [is_held_out(name, heldout_fraction) for name in names]
     if all(held) or not any(held):
-        return _split_end(title, _encode_files(root, names, tokenizer), heldout_fraction)
+        return split_end(title, _encode_files(root, names, tokenizer), heldout_fraction)
     train, heldout = (
         [name for name, side in zip(names, held, strict=True) if side is wanted] for wanted in (False, True)
     )
@@ -336,7 +336,12 @@ def _document(text: str | bytes, place: str, tokenizer: Tokenizer) -> np.ndarray
     return np.concatenate([before, tokens, after], dtype=tokens.dtype, casting="unsafe") if len(tokens) else tokens
 
 
-def _split_end(name: str, stream: TokenStream, heldout_fraction: float) -> Corpus:
+def split_end(name: str, stream: TokenStream, heldout_fraction: float) -> Corpus:
+    """A corpus of a stream whose end is held out.
+
+    Raises:
+        UserError: it is too short.
+    """
     if len(stream) < 4:
         raise UserError(f"{name}: holds {len(stream)} tokens; training needs at least 4")
     split = min(len(stream) - 2, round(len(stream) * (1 - heldout_fraction)))

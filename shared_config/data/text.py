@@ -8,6 +8,7 @@ from shared_config.data.batches import TextData
 from shared_config.data.conversations import ConversationData, encode_conversations
 from shared_config.data.corpus import TOKEN_SUFFIXES, Corpus, data_files, json_lines_files, load_corpus, rows_corpus
 from shared_config.data.jsonl import CONVERSATIONS, Row, read_rows
+from shared_config.data.prepared import prepared_corpus, prepared_index
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer, check_vocabulary
 from shared_config.errors import UserError
 from shared_config.schema.job import JobConfig
@@ -19,8 +20,6 @@ def open_text_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) -> 
     Raises:
         UserError: as `load_corpus`, `build_tokenizer`, `TextData` and `ConversationData` do.
     """
-    tokenizer = build_tokenizer(config.data.tokenizer, config.data.eos_id)
-    _check_tokenizer(config, tokenizer)
     shared: dict[str, Any] = {
         "batch_size": config.train.batch_size,
         "seq_len": config.train.seq_len,
@@ -32,6 +31,12 @@ def open_text_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) -> 
         "heldout_steps": config.eval.steps,
         "text_mask": config.model.is_moe,
     }
+    index = prepared_index(config.data.path)
+    if index is not None:
+        corpus = prepared_corpus(config, index)
+        return TextData(corpus, vocab_size=config.model.vocab_size, tokenizer=index, **shared)
+    tokenizer = build_tokenizer(config.data.tokenizer, config.data.eos_id)
+    _check_tokenizer(config, tokenizer)
     rows = _json_rows(config)
     if rows and rows[0].kind in CONVERSATIONS:
         name = f"data.path = {config.data.path!r}"
@@ -86,7 +91,7 @@ def _corpus(config: JobConfig, tokenizer: Tokenizer, rows: list[Row] | None) -> 
         data.path,
         tokenizer=tokenizer,
         vocab_size=config.model.vocab_size,
-        token_dtype=data.token_dtype,
+        token_dtype=data.token_dtype or "uint16",
         heldout_fraction=data.heldout_fraction,
         follow_symlinks=data.follow_symlinks,
     )

@@ -7,7 +7,7 @@ import itertools
 import re
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -47,6 +47,10 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, by the threads of the library where it has some."""
+        ...
+
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text to be continued. Names of special tokens are these tokens, and what the tokenizer puts before
         a text stands there once.
@@ -81,6 +85,9 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str | bytes) -> np.ndarray:
         data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         return np.frombuffer(data, np.uint8).astype(np.uint16)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
 
     def encode_prompt(self, text: str) -> list[int]:
         before = [] if self.bos is None else [self.bos]
@@ -142,6 +149,10 @@ class HuggingFaceTokenizer(Tokenizer):
         text = text if isinstance(text, str) else text.decode("utf-8")
         ids = self._documents.encode(text, add_special_tokens=False).ids
         return np.array(self._without_named(ids), np.uint32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._documents.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(self._without_named(encoding.ids), np.uint32) for encoding in encodings]
 
     def _without_named(self, ids: list[int]) -> list[int]:
         """``ids`` with the names of ``bos`` and ``eos``, which may be in the vocabulary as words, letter by letter."""
@@ -249,7 +260,8 @@ def load_library_tokenizer(file: Path) -> tokenizers.Tokenizer:
         from tokenizers import Tokenizer as Library  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
-            f"data.tokenizer = {str(file.parent)!r}: reading it needs the package 'tokenizers' (pip install tokenizers)"
+            f"data.tokenizer = {str(file.parent)!r}: reading it needs the package 'tokenizers' "
+            "(pip install 'kempnerforge-twin[chat]')"
         ) from None
     check_regular(file)
     try:

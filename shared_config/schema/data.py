@@ -16,12 +16,12 @@ class DataConfig(Section):
 
     path: "" is the embedded default: for text, the Python standard library's sources as bytes; for vision-language
     models, captioned shapes drawn by code. Otherwise a folder or file of text, of JSON Lines (.jsonl), of token ids
-    (.npy, .bin), or an image-text folder, looked for beside the config file too.
-    eos_id: the id that ends a document, in place of the tokenizer's own; token files made with another tokenizer
-    need it where documents are to be told apart.
+    (.npy, .bin) or as ``kempnerforge prepare`` writes them, or an image-text folder, looked for beside the config file
+    too.
     tokenizer: "bytes", or a local Hugging Face tokenizer folder, looked for beside the config file too.
     eos_id: the id that ends a document, in place of the tokenizer's own; token files made with another tokenizer
     need it where documents are to be told apart.
+    token_dtype: of .bin files; None is uint16, or what the index of a prepared folder says.
     text_field: of JSON Lines: the field that holds the document.
     follow_symlinks: whether links in a data folder may lead out of it; they are refused otherwise.
     pack_documents: positions see only their own document (a ``doc_ids`` mask), and no loss crosses a boundary.
@@ -30,7 +30,7 @@ class DataConfig(Section):
     path: str = ""
     tokenizer: str = "bytes"
     eos_id: Count | None = None
-    token_dtype: Literal["uint16", "uint32"] = "uint16"
+    token_dtype: Literal["uint16", "uint32"] | None = None
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     pack_documents: bool = False
     text_field: str = "text"

@@ -11,7 +11,7 @@ from pathlib import Path
 from shared_config.errors import UserError
 from shared_config.interchange.files import make_folder, regular_target, written_aside
 from shared_config.interchange.outputs import claim_run_folder
-from shared_config.interchange.tokens import keep_tokenizer
+from shared_config.interchange.tokens import TOKENIZER, keep_tokenizer
 from shared_config.interchange.toml import config_to_toml
 from shared_config.schema.job import JobConfig
 
@@ -46,6 +46,7 @@ def write_config(config: JobConfig, folder: Path) -> None:
     """Write the resolved config and the tokenizer; remove what writers of these files left when they were killed."""
     for left in (*folder.glob(".config.toml.*.part"), *folder.glob(".metrics.jsonl.*.part")):
         left.unlink()
-    kept = keep_tokenizer(config, folder)
+    prepared = Path(config.data.path) / TOKENIZER
+    kept = keep_tokenizer(config, folder, prepared if config.data.path and prepared.is_dir() else None)
     with written_aside(folder / "config.toml") as aside:
         aside.write_text(config_to_toml(kept), encoding="utf-8")

@@ -289,7 +289,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "path": "",
         "tokenizer": "bytes",
         "eos_id": None,
-        "token_dtype": "uint16",
+        "token_dtype": None,
         "heldout_fraction": 0.05,
         "pack_documents": False,
         "text_field": "text",

@@ -1,0 +1,112 @@
+"""``kempnerforge prepare``: text to token files, once, for any number of runs."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from shared_config.commands.common import console, not_negative, positive
+from shared_config.data.prepare import SHARD_BYTES, Encoding, prepare
+from shared_config.data.prepare import Progress as Done
+from shared_config.data.workers import available_cores
+from shared_config.errors import UserError
+from shared_config.interchange.token_index import INDEX
+
+HELP = "turn text into token files for --data.path; started again after a kill, it goes on"
+MEBIBYTE = 2**20
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own options."""
+    parser.add_argument(
+        "sources",
+        metavar="SOURCE",
+        nargs="+",
+        help="files, or folders of them: .txt (a document each), .jsonl and .parquet (a document a row); .txt and "
+        ".jsonl also as .gz and .zst",
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="a Hugging Face folder, or 'bytes'")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="field or column of a row (default: text)")
+    parser.add_argument(
+        "--separator", default="", metavar="TEXT", help="what parts the documents of a .txt file (default: it is one)"
+    )
+    parser.add_argument("--eos-id", type=not_negative, metavar="ID", help="ends documents (default: the tokenizer's)")
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=available_cores(),
+        metavar="N",
+        help="processes (default: one a core)",
+    )
+    parser.add_argument(
+        "--shard-mib",
+        type=positive,
+        default=SHARD_BYTES // MEBIBYTE,
+        metavar="N",
+        help=f"MiB of input for a file of tokens (default: {SHARD_BYTES // MEBIBYTE})",
+    )
+    parser.add_argument("--follow-symlinks", action="store_true", help="also those that lead out of a folder")
+
+
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Do it. Returns the exit status."""
+    if overrides:
+        raise UserError(f"{overrides[0]}: prepare has no config to override; see kempnerforge prepare --help")
+    encoding = Encoding(options.tokenizer, options.eos_id, options.text_field, options.separator)
+    output = Path(options.output)
+    with Bar(console()) as bar:
+        index = prepare(
+            [Path(source) for source in options.sources],
+            output,
+            encoding,
+            workers=options.workers,
+            shard_bytes=options.shard_mib * MEBIBYTE,
+            follow_symlinks=options.follow_symlinks,
+            show=bar.show,
+        )
+    shards = f"{len(index.shards)} file{'s' * (len(index.shards) > 1)} of {index.dtype}"
+    print(f"{output / INDEX}: {index.documents:,} documents, {index.tokens:,} tokens in {shards}")
+    return 0
+
+
+class Bar:
+    """How much of the input is done, what it has become and how long the rest takes: a bar on a terminal, a line every
+    now and then elsewhere. Use as a context manager.
+    """
+
+    def __init__(self, console: Console):
+        counts = "{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens"
+        columns = (BarColumn(), DownloadColumn(binary_units=True), TextColumn(counts), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
+        self._task = self._bar.add_task("", total=None, documents=0, tokens=0) if self._bar else TaskID(0)
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, done: Done) -> None:
+        """Show how far it is."""
+        if self._bar is not None:
+            self._bar.update(
+                self._task, total=done.total, completed=done.done, documents=done.documents, tokens=done.tokens
+            )
+        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            share = done.done / max(done.total, 1)
+            print(
+                f"{share:.0%} of {done.total / MEBIBYTE:,.0f} MiB, {done.documents:,} documents, {done.tokens:,} tokens"
+            )
