@@ -126,7 +126,7 @@ def _own_loss(
     recipe: Recipe, parameters: State, buffers: State, batches: State, count: jax.Array
 ) -> tuple[State, jax.Array]:
     batch = {name: array[0] for name, array in batches.items()}
-    with _computing_model(recipe, parameters, buffers) as model:
+    with _computing_model(recipe, _weights(recipe, parameters), buffers) as model:
         output = model.run(**model_inputs(batch), factored_logits=True)
     total = cross_entropy(output.factors or output.logits, batch["labels"])[0]
     return {}, of_all_parts(recipe.shards and recipe.shards.mesh, total) / count
@@ -135,15 +135,19 @@ def _own_loss(
 def _own_gradients(
     recipe: Recipe, parameters: State, buffers: State, batches: State, count: jax.Array
 ) -> tuple[State, Terms]:
-    """Of the micro-batches (N, B, ...) of one data rank."""
+    """Of the micro-batches (N, B, ...) of one data rank, whose masters are cast once for all of them; gradients are
+    summed in the dtype of the masters.
+    """
     micro_batches = batches["labels"].shape[0]
     ranks = 1 if recipe.shards is None else recipe.shards.ranks
     differentiated = functools.partial(_objective, recipe, count=count, micro_batches=micro_batches * ranks)
-    trained = {name: array for name, array in parameters.items() if name not in recipe.frozen}
-    frozen = {name: array for name, array in parameters.items() if name in recipe.frozen}
+    weights = _weights(recipe, parameters)
+    trained = {name: array for name, array in weights.items() if name not in recipe.frozen}
+    frozen = {name: array for name, array in weights.items() if name in recipe.frozen}
 
     def one(batch: State) -> tuple[State, Terms]:
-        return jax.grad(differentiated, has_aux=True)(trained, frozen, buffers, batch)
+        gradients, terms = jax.grad(differentiated, has_aux=True)(trained, frozen, buffers, batch)
+        return {name: array.astype(parameters[name].dtype) for name, array in gradients.items()}, terms
 
     if micro_batches == 1:
         return one({name: array[0] for name, array in batches.items()})
@@ -184,13 +188,20 @@ def _objective(
     return weighted, Terms(loss, aux_loss, z_loss, entropy, expert_counts(output.stats))
 
 
+def _weights(recipe: Recipe, parameters: State) -> State:
+    """What `_computing_model` takes of the masters: copies in the compute dtype; on a mesh they are cast as they are
+    gathered.
+    """
+    return compute_copy(recipe, parameters) if recipe.shards is None else parameters
+
+
 @contextlib.contextmanager
-def _computing_model(recipe: Recipe, parameters: State, buffers: State) -> Iterator[Any]:
+def _computing_model(recipe: Recipe, weights: State, buffers: State) -> Iterator[Any]:
     """The model in the compute dtype; on a mesh, sharded, with each block gathered when it runs."""
+    model = merge(recipe.graphdef, weights, buffers)
     if recipe.shards is None:
-        yield merge(recipe.graphdef, compute_copy(recipe, parameters), buffers)
+        yield model
         return
-    model = merge(recipe.graphdef, parameters, buffers)
     gather_outside_blocks(model, dict(recipe.shards.parts))
     with preparing(whole_block), exchanging(exchanged), spreading(recipe.shards.mesh):
         yield model

@@ -104,9 +104,9 @@ def train(
 class Trainer:
     """A model, its optimiser, and what `shared_config.training.loop` asks of them.
 
-    Masters, gradients and moments are of ``dtype``. With ``train.mixed_precision`` "bf16" or "fp8" a float32 trainer
-    computes in bfloat16, on a copy of the masters that is cast for each micro-batch. ``device`` is a `jax.Device`, the
-    name of a platform, None for the default one, or a list of devices in the order of the mesh.
+    Masters, moments and sums of gradients are of ``dtype``. With ``train.mixed_precision`` "bf16" or "fp8" a float32
+    trainer computes in bfloat16, on copies of the masters that are made once for each update. ``device`` is a
+    `jax.Device`, the name of a platform, None for the default one, or a list of devices in the order of the mesh.
 
     Of several processes each has a trainer with the micro-batches of its own data ranks, and all take each step
     together: R data ranks with N micro-batches each do what one device does with the N * R, ordered rank by rank within
