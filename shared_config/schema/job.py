@@ -65,6 +65,11 @@ class JobConfig(Section):
                 f"scheduler.decay_steps = {self.scheduler.decay_steps}: must be at least "
                 f"scheduler.warmup_steps = {self.scheduler.warmup_steps}"
             )
+        if self.optimizer.averages and self.scheduler.name not in ("constant", "none"):
+            yield (
+                f"scheduler.name = {self.scheduler.name!r}: must be 'constant' or 'none' with optimizer.name = "
+                f"{self.optimizer.name!r}, whose average takes the place of a decay"
+            )
         if self.train.mixed_precision == "fp8":
             yield from self._fp8_problems()
         yield from self._vision_problems()
