@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kempnerforge_jax.registry import registry
 from shared_config.contract.newton_schulz import EPS, STEP_SIZE, A, B, C
@@ -28,8 +28,8 @@ from shared_config.schema.optimizer import OptimizerConfig
 class MuonState(NamedTuple):
     """What Muon keeps of a matrix."""
 
-    count: jax.Array
-    mu: jax.Array
+    count: Int[Array, ""]
+    mu: Float[Array, "..."]
 
 
 @registry.register("optimizer", "muon")

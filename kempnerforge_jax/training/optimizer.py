@@ -44,7 +44,7 @@ class Averaged(NamedTuple):
     """The state of an optimiser, and the average of the weights less the weights."""
 
     own: object
-    ema: jax.Array
+    ema: Float[Array, "..."]
 
 
 class Optimizer(NamedTuple):

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from kempnerforge_jax.registry import registry
 from kempnerforge_jax.training.whole import WholeUpdate
@@ -27,9 +28,9 @@ from shared_config.schema.optimizer import OptimizerConfig
 class ScheduleFreeState(NamedTuple):
     """What schedule-free AdamW keeps of a parameter."""
 
-    count: jax.Array
-    d: jax.Array
-    nu: jax.Array
+    count: Int[Array, ""]
+    d: Float[Array, "..."]
+    nu: Float[Array, "..."]
 
 
 @registry.register("optimizer", "schedule_free_adamw")

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
+from jaxtyping import Array, Float
 
 from shared_config.contract.schedule import Rates
 
@@ -20,5 +20,5 @@ class WholeUpdate(NamedTuple):
         update: (gradient, state, parameter, rates, whose decay is 0 for what does not decay) -> (new parameter, state).
     """
 
-    init: Callable[[jax.Array], Any]
-    update: Callable[[jax.Array, Any, jax.Array, Rates], tuple[jax.Array, Any]]
+    init: Callable[[Float[Array, "..."]], Any]
+    update: Callable[[Float[Array, "..."], Any, Float[Array, "..."], Rates], tuple[Float[Array, "..."], Any]]

@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 Group = dict[str, Any]
 """Parameters under "params", and the settings that are theirs."""
 
 
-State = dict[str, Tensor]
+Held = tuple[Float[Tensor, "..."], Float[Tensor, "..."], dict[str, Float[Tensor, "..."]]]
+"""A parameter, its gradient, and what an optimiser keeps of it."""
 
 
-def with_gradients(optimizer: torch.optim.Optimizer, group: Group) -> Iterator[tuple[Tensor, Tensor, State]]:
-    """Each parameter that has a gradient, its gradient, and its state, in which the step of now is counted."""
+def with_gradients(optimizer: torch.optim.Optimizer, group: Group) -> Iterator[Held]:
+    """Each parameter of a group that has a gradient; in its state the step of now is counted."""
     for parameter in group["params"]:
         if parameter.grad is not None:
             state = optimizer.state[parameter]

@@ -26,7 +26,6 @@ SHAPES = {
     "layers.1.norm.weight": (4,),
     "token_embedding.embedding.weight": (5, 3),
 }
-CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def _step(case: Case, name: str, p: Any, g: Any, kept: Any, step: int, counted: 
 def assert_is(found: Arrays, truth: Arrays) -> None:
     assert set(found) == set(truth)
     for name, value in truth.items():
-        np.testing.assert_allclose(found[name], value, **CLOSE, err_msg=name)
+        np.testing.assert_allclose(found[name], value, rtol=1e-10, atol=1e-12, err_msg=name)
 
 
 NONE = frozenset[str]()

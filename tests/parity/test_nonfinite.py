@@ -14,6 +14,7 @@ import torch
 import kempnerforge_jax.training.train
 import kempnerforge_torch.training.train
 from shared_config import load_config
+from shared_config.contract.schedule import Rates
 from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.data import open_data
 from shared_config.interchange import checkpoint, run_layout

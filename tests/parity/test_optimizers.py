@@ -156,13 +156,14 @@ def test_a_run_goes_from_torch_to_jax_and_back(name: str, tmp_path: Path) -> Non
 
 
 def test_fields_that_an_optimiser_does_not_read_are_refused() -> None:
-    for fields, said in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"name": "lion", "eps": 1e-6}, r"eps = 1e-06: name = 'lion' does not read it: must be 1e-08, or name one of"),
         ({"momentum": 0.5}, r"momentum = 0\.5: name = 'adamw' does not read it: .* one of muon"),
         ({"name": "schedule_free_adamw", "betas": (0.0, 0.9)}, r"betas = \(0\.0, 0\.9\): the first must be above 0"),
         ({"name": "schedule_free_adamw", "ema_decay": 0.9}, r"ema_decay = 0\.9: must be 0"),
         ({"name": "muon", "newton_schulz_steps": 0}, "newton_schulz_steps = 0: must be greater"),
-    ):
+    )
+    for fields, said in refused:
         with pytest.raises(ConfigError, match=said):
             OptimizerConfig(**fields)
     with pytest.raises(ConfigError, match=r"scheduler\.name = 'cosine': must be 'constant' or 'none' with optimizer"):
