@@ -93,6 +93,8 @@ class JobConfig(Section):
         if self.vision_encoder is None:
             yield "vision_encoder = None: a [vlm] section needs a [vision_encoder] section"
             return
+        if self.data.sources:
+            yield f"data.sources = {len(self.data.sources)} sources: must be empty with a [vlm] section"
         yield from self.vlm.problems_with(self.model)
         encoder = self.vision_encoder
         if encoder.known_num_tokens:
