@@ -93,6 +93,11 @@ MUTANTS = (
         ("x1, x2 = jnp.split(x.astype(dtype), 2, axis=-1)",
          "x1, x2 = x.astype(dtype)[..., ::2], x.astype(dtype)[..., 1::2]"),
     ),
+    both("model.attention", "all layers are rotated", "if self.rotary:", "if True:"),
+    both("model.transformer", "all layers have the window", "sliding_window=window,",
+         "sliding_window=self.config.sliding_window,"),
+    both("model.transformer", "theta of layers with a window ignored",
+         "self.rope if window is None or self.window_rope is None else self.window_rope", "self.rope"),
     both("model.position", "theta ignored", "rope_tables(head_dim, max_seq_len, theta, scaling)",
          "rope_tables(head_dim, max_seq_len, 10000.0, scaling)"),
     both("model.position", "scaling ignored", "rope_tables(head_dim, max_seq_len, theta, scaling)",
@@ -190,7 +195,7 @@ MUTANTS = (
         ("jnp.where(mask.dense.empty, 0, out_BHSh)", "out_BHSh + jnp.where(mask.dense.empty, v.mean(), 0)"),
     ),
     both("model.attention", "keys not rotated",
-         "k_BKMh = apply_rope(k_BSKh.", "k_BKMh = (lambda x, *_: x)(k_BSKh."),
+         "apply_rope(k_BKMh, rope_cos, rope_sin)", "k_BKMh"),
     Mutant(
         "model.decode_state", "cached positions start again",
         ("return steps_S + self._max_length if self._rows_equal else self.lengths.long()[:, None] + steps_S",
@@ -246,8 +251,8 @@ MUTANTS = (
     ),
     Mutant(
         "training.optimizer", "everything decays",
-        ('group["weight_decay"] = rates.decay if group[_DECAYS] else 0.0', 'group["weight_decay"] = rates.decay'),
-        ("rates if specs[name].decay else rates._replace(decay=0.0)", "rates"),
+        ('{"params": others, "weight_decay": 0.0}', '{"params": others, "weight_decay": config.weight_decay}'),
+        ("mask={name: table[in_first_layer(name)].decay for name in parameters}", "mask=None"),
     ),
     Mutant(
         "training.optimizer", "eps forgotten",
@@ -257,7 +262,7 @@ MUTANTS = (
     Mutant(
         "training.optimizer", "a skipped step still moves the moments",
         ('if finite is None or (finite.device.type == "cpu" and finite):', "if True:"),
-        ("(dict(parameters), dict(state)))", "(dict(parameters), dict(new_state)))"),
+        ("(moved, new_state), (dict(parameters), state))", "(moved, new_state), (dict(parameters), new_state))"),
     ),
     Mutant(
         "training.optimizer", "counts of updates are those of the run",

@@ -36,10 +36,13 @@ LAYOUT = f"{COUNTS}.test_memory_of_a_layout_is_that_of_its_parts"
 FAMILIES = "interchange.test_families"
 ABSENT = f"{FAMILIES}.test_a_family_s_keys_left_out_mean_what_they_mean_there"
 ONE_BY_ONE = f"{FAMILIES}.test_a_family_s_keys_are_read_one_by_one"
+FROM_FIRST = "interchange.test_huggingface_settings.test_layers_from_the_first_with_a_window_on_have_it"
 THEIRS = "interchange.test_family_models.test_a_model_of_theirs_is_the_same_function_here"
 PICTURES = f"{FAMILIES}.test_pictures_without_settings_have_those_of_transformers_processors"
 LAYERS, VISION, NOISE, COUNTED = "contract.layers", "contract.vision", "contract.noise", "contract.counts"
 FOREIGN, FAMILY = "interchange.huggingface_config", "interchange.huggingface_families"
+LAYERED = "interchange.huggingface_layers"
+DESCRIBED = "interchange.huggingface_description"
 PIXELS = "interchange.preprocessor"
 SCHEDULES = "config.test_bias_schedule.test_schedules_of_the_bias"
 CAPACITY = "config.test_capacity.test_the_capacity_of_a_layer_is_exact"
@@ -48,7 +51,6 @@ SENT, SCALE, KEPT = "contract.traffic", "contract.scale", "contract.activations"
 LAYER_KEEPS = "torch.test_activations.test_a_layer_keeps_what_the_model_of_costs_says"
 FAILING = "distributed.test_health.test_those_and_only_those_that_fail_are_named"
 SPEED = "config.test_speed"
-MIXTURE, MIXED = "data.mixture", "config.test_mixture"
 NEAR = f"{ON_PAPER}_the_link_that_a_collective_needs"
 
 FP8, INT8 = "contract.fp8", "contract.int8"
@@ -209,8 +211,13 @@ FACT_MUTANTS = (
     ),
     # Hugging Face
     FactMutant(FAMILY, '"rope_theta": 1e6', '"rope_theta": 1e4', ABSENT, ("mixtral",)),
+    FactMutant(FAMILY, '"rope_theta": 2e6', '"rope_theta": 1e4', ABSENT, ("smollm3",)),
+    FactMutant(FAMILY, '"rope_local_base_freq": 5e5', '"rope_local_base_freq": 1e4', ABSENT, ("olmo3",)),
+    FactMutant(LAYERED, "(layer + 1) % every", "layer % every", ABSENT, ("smollm3",)),
+    FactMutant(LAYERED, "(layer + 1) % windows.full_every", "layer % windows.full_every", ABSENT, ("olmo3",)),
+    FactMutant(LAYERED, "layer >= first", "layer > first", FROM_FIRST, (2, 1, ["full", "window"])),
     FactMutant(FAMILY, '"head_dim": 128', '"head_dim": None', ABSENT, ("qwen3",)),
-    FactMutant(FAMILY, '"rms_norm_eps": 1e-6', '"rms_norm_eps": 1e-5', ABSENT, ("llama",)),
+    FactMutant(DESCRIBED, '"rms_norm_eps": 1e-6', '"rms_norm_eps": 1e-5', ABSENT, ("llama",)),
     FactMutant(
         FAMILY,
         'defaults={"num_key_value_heads": 8, "max',
@@ -245,10 +252,10 @@ FACT_MUTANTS = (
         ABSENT,
         ("qwen2_moe",),
     ),
-    FactMutant(FAMILY, '"norm_topk_prob": False', '"norm_topk_prob": True', ABSENT, ("qwen3_moe",)),
-    FactMutant(FAMILY, '"router_aux_loss_coef": 0.001', '"router_aux_loss_coef": 0.01', ABSENT, ("mixtral",)),
+    FactMutant(DESCRIBED, '"norm_topk_prob": False', '"norm_topk_prob": True', ABSENT, ("qwen3_moe",)),
+    FactMutant(DESCRIBED, '"router_aux_loss_coef": 0.001', '"router_aux_loss_coef": 0.01', ABSENT, ("mixtral",)),
     FactMutant(
-        FOREIGN,
+        "interchange.huggingface_rope",
         'names = ("low_freq_factor", "high_freq_factor")\n        return',
         'names = ("low_freq_factor",)\n        return',
         f"{FAMILIES}.test_scalings_turn_as_they_do_there",
@@ -402,44 +409,4 @@ FACT_MUTANTS = (
     FactMutant(
         INT8, r"(?:transformer\.)?", r"(?:\w+\.)?", HELD, ("vision_encoder.layers.0.attention.q_proj.weight", False)
     ),
-    FactMutant(
-        MIXTURE,
-        "return whole - floor_sum(count, CIRCLE, STRIDE, self.offset - end)",
-        "return whole - floor_sum(count, CIRCLE, STRIDE, -end)",
-        f"{MIXED}.test_the_order_is_written_in_stone",
-    ),
-    FactMutant(
-        MIXTURE,
-        "modulus - offset - 1 + factor, -sign",
-        "modulus - offset + factor, -sign",
-        f"{MIXED}.test_a_sum_of_floors_is_that",
-    ),
-    FactMutant(
-        MIXTURE, "** (1 / temperature)", "** temperature", f"{MIXED}.test_sources_have_their_shares_of_any_stretch"
-    ),
-    FactMutant(
-        MIXTURE,
-        "STRIDE = 0x9E3779B97F4A7C15",
-        "STRIDE = 0x9E3779B97F4A7C13",
-        f"{MIXED}.test_the_order_is_written_in_stone",
-    ),
-    FactMutant(
-        MIXTURE,
-        "counts = [a + b for a, b in",
-        "counts = [b for a, b in",
-        f"{MIXED}.test_a_source_goes_on_where_the_phase_before_left_it",
-    ),
-    FactMutant(
-        MIXTURE,
-        "phase.from_step * self.rows_per_step",
-        "phase.from_step",
-        f"{MIXED}.test_phases_begin_with_their_steps",
-    ),
-    FactMutant(
-        MIXTURE,
-        "(index * self.world_size + self.rank) * self.batch_size",
-        "index * self.batch_size",
-        f"{MIXED}.test_ranks_together_read_what_one_reads",
-    ),
-    FactMutant(MIXTURE, "if point < end)", "if point <= end)", f"{MIXED}.test_a_source_of_no_weight_gives_nothing"),
 )

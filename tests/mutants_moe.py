@@ -196,7 +196,7 @@ MOE_MUTANTS = (
     ),
     Mutant(
         "model.scan", "layers of a period in reverse", None,
-        ("zip(graphs, states, strict=True):", "reversed(list(zip(graphs, states, strict=True))):"),
+        ("zip(graphs, states, inputs, strict=True):", "reversed(list(zip(graphs, states, inputs, strict=True))):"),
     ),
     Mutant(
         "model.scan", "what is left over joins a stack", None,

@@ -36,8 +36,8 @@ STATE_MUTANTS = (
     ),
     Mutant(
         "model.scan", "layers of a period in reverse", None,
-        ("for graph, state in zip(graphs, states, strict=True):",
-         "for graph, state in reversed(list(zip(graphs, states, strict=True))):"),
+        ("for graph, state, own in zip(graphs, states, inputs, strict=True):",
+         "for graph, state, own in reversed(list(zip(graphs, states, inputs, strict=True))):"),
     ),
     Mutant(
         "model.scan", "stacks across what happens between layers", None,

@@ -57,8 +57,9 @@ def model_configs(draw: st.DrawFn, experts: bool = False, **fixed: Any) -> Model
         "qk_norm": draw(st.booleans()),
     }
     fields |= draw(block_fields(experts))
+    fields |= draw(layer_fields({**fields, **fixed}))
     if experts:
-        fields |= draw(expert_fields(fields["n_layers"]))
+        fields |= draw(expert_fields({**fields, **fixed}["n_layers"]))
     return ModelConfig(**{**fields, **fixed})
 
 
@@ -76,6 +77,31 @@ def block_fields(experts: bool) -> st.SearchStrategy[dict[str, Any]]:
     }
     drawn = {name: st.sampled_from(choices) for name, choices in values.items()}
     return st.one_of(st.just({}), st.fixed_dictionaries(drawn))
+
+
+@st.composite
+def layer_fields(draw: st.DrawFn, fields: dict[str, Any]) -> dict[str, Any]:
+    """Attention of one kind in half the models; else of several kinds, of which one has the window, if there is one."""
+    if "attention_pattern" in fields or draw(st.booleans()):
+        return {}
+    pattern = draw(attention_patterns(fields["n_layers"], fields["sliding_window"]))
+    return {
+        "attention_pattern": pattern,
+        "window_rope_theta": draw(st.sampled_from([None, 70.0])),
+        "window_rope_scaled": draw(st.booleans()),
+    }
+
+
+@st.composite
+def attention_patterns(
+    draw: st.DrawFn, n_layers: int, window: int | None, full: tuple[str, ...] = ("full", "full_nope")
+) -> tuple[str, ...]:
+    """Kinds of attention of the first layers, some of which have the window, if there is one."""
+    windows = () if window is None else tuple(kind.replace("full", "window") for kind in full)
+    kinds = draw(st.lists(st.sampled_from((*full, *windows)), min_size=1, max_size=n_layers))
+    if window is None or any(kind in windows for kind in kinds):
+        return tuple(kinds)
+    return (*kinds[:-1], draw(st.sampled_from(windows)))
 
 
 @st.composite

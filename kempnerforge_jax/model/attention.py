@@ -54,6 +54,7 @@ class Attention(Module):
         norm_eps: float = 1e-5,
         qk_norm_over: str = "head",
         scale: float | None = None,
+        rotary: bool = True,
         rngs: nnx.Rngs | None,
     ):
         """
@@ -62,6 +63,7 @@ class Attention(Module):
             output_bias: whether ``o_proj`` has a bias; None: as the others.
             qk_norm_over: "head", or "width": one norm over all heads together.
             scale: factor on products of queries and keys; None: head_dim^-0.5.
+            rotary: False: queries and keys are not rotated.
         """
         head_dim = resolve_head_dim(dim, n_heads, n_kv_heads, head_dim)
         self.n_heads = n_heads
@@ -71,6 +73,7 @@ class Attention(Module):
         self.sliding_window = sliding_window
         self.qk_norm_over = qk_norm_over
         self.scale = head_dim**-0.5 if scale is None else scale
+        self.rotary = rotary
         self.q_proj = Linear(dim, n_heads * head_dim, bias, rngs=rngs)
         self.k_proj = Linear(dim, n_kv_heads * head_dim, bias, rngs=rngs)
         self.v_proj = Linear(dim, n_kv_heads * head_dim, bias, rngs=rngs)
@@ -121,9 +124,9 @@ class Attention(Module):
             )
         q_BSHh, k_BSKh = self._heads(self.q_proj(x), self.q_norm), self._heads(self.k_proj(x), self.k_norm)
         v_BSKh = self._heads(self.v_proj(x), None)
-        q_BHSh = apply_rope(q_BSHh.swapaxes(1, 2), rope_cos, rope_sin)
-        k_BKMh = apply_rope(k_BSKh.swapaxes(1, 2), rope_cos, rope_sin)
-        v_BKMh = v_BSKh.swapaxes(1, 2)
+        q_BHSh, k_BKMh, v_BKMh = (each.swapaxes(1, 2) for each in (q_BSHh, k_BSKh, v_BSKh))
+        if self.rotary:
+            q_BHSh, k_BKMh = apply_rope(q_BHSh, rope_cos, rope_sin), apply_rope(k_BKMh, rope_cos, rope_sin)
         updated = None
         if kv_cache is not None:
             updated, k_BKMh, v_BKMh = kv_cache.update(

@@ -46,7 +46,7 @@ class TransformerBlock(Module):
             return build_norm(config.norm_type, config.dim, config.norm_eps, rngs=rngs) if exists else None
 
         self.attention_norm = norm(before)
-        self.attention = build_attention(config, rngs=rngs)
+        self.attention = build_attention(config, layer_idx, rngs=rngs)
         self.attention_post_norm = norm(after)
         self.mlp_norm = norm(before)
         self.mlp = build_feed_forward(config, layer_idx, rngs=rngs)
@@ -112,7 +112,7 @@ def _normed(norm: Module | None, x: jax.Array) -> jax.Array:
     return x if norm is None else norm(x)
 
 
-def build_attention(config: ModelConfig, *, rngs: nnx.Rngs | None) -> Attention:
+def build_attention(config: ModelConfig, layer_idx: int, *, rngs: nnx.Rngs | None) -> Attention:
     """The self-attention of one layer."""
     return Attention(
         config.dim,
@@ -123,10 +123,11 @@ def build_attention(config: ModelConfig, *, rngs: nnx.Rngs | None) -> Attention:
         config.sdpa_backend,
         bias=config.attention_bias,
         output_bias=config.attention_bias and config.attention_output_bias,
-        sliding_window=config.sliding_window,
+        sliding_window=config.layer_windows[layer_idx],
         norm_eps=config.norm_eps,
         qk_norm_over=config.qk_norm_over,
         scale=config.score_scale,
+        rotary=config.layer_rotates[layer_idx],
         rngs=rngs,
     )
 

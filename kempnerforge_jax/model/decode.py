@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kempnerforge_jax.model.kv_cache import KVCache, SharedCaches
+from kempnerforge_jax.model.kv_cache import KVCache, SharedCaches, new_caches
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.request import Request, image_tokens, weight_of
 from kempnerforge_jax.model.sampling import draw, greedy, wide
@@ -98,10 +98,8 @@ def _read(model: Transformer, request: Request, parts: tuple[Any, State, State])
     graphdef, params, buffers = parts
     heads = config.kv_heads if model.vlm_config is None else model.vlm_config.cached_kv_heads(config)
     shape = (rows, request.cache_length, heads, config.head_size)
-    ring = {"sliding_window": config.sliding_window, "spare": max((size for _, size in request.chunks), default=1) - 1}
-    first = KVCache(*shape, dtype, **ring)
-    others = [KVCache(*shape, dtype, state=first.state) for _ in range(config.n_layers - 1)]
-    caches = SharedCaches.of([first, *others])
+    spare = max((size for _, size in request.chunks), default=1) - 1
+    caches = SharedCaches.of(new_caches(config.layer_windows, *shape, dtype, spare=spare))
     read, lengths_B = _compiled_prefill(graphdef), jnp.asarray(prompts.lengths)
     if prefix:
         caches = read(params, buffers, caches, prompts.tokens[:, :0], image, lengths_B * 0 + prefix)
@@ -151,16 +149,18 @@ def _compiled_prefill(graphdef: Any) -> Any:
         image: ModalityContext | None,
         lengths_B: jax.Array,
     ) -> SharedCaches:
-        model, state = merge(graphdef, params, buffers), caches.state
+        model, (state, *_) = merge(graphdef, params, buffers), caches.states
         modality = NO_LOGITS if image is None else replace(image, output_slice=NO_LOGITS.output_slice)
         length, had_padding = tokens_BS.shape[1], state.valid is not None
         if model.config.is_moe and length:
             modality = replace(modality, key_padding_mask=state.positions(length) < lengths_B[:, None])
         output = model.run(tokens_BS, modality=modality, kv_caches=caches.each(), allow_image_inputs=True)
         assert output.kv_caches is not None
-        state, layers = SharedCaches.of(output.kv_caches)
-        state = state.truncate(lengths_B)
-        return SharedCaches(state if had_padding or not length else state.without_padding(), layers)
+        states, layers = SharedCaches.of(output.kv_caches)
+        states = [state.truncate(lengths_B) for state in states]
+        if length and not had_padding:
+            states = [state.without_padding() for state in states]
+        return SharedCaches(states, layers)
 
     return jax.jit(prefill, donate_argnames="caches")
 

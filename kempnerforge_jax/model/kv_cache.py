@@ -207,23 +207,54 @@ class KVCache:
 
 
 class SharedCaches(NamedTuple):
-    """Caches of all layers with one state, as no buffer can be donated twice.
+    """Caches of all layers, those with the same slots with one state, as no buffer can be donated twice.
 
     Attributes:
-        layers: keys and values of each, (B, K, slots, h).
+        states: of those with the same slots.
+        layers: the same of keys and values, (B, K, slots, h), by layer.
     """
 
-    state: DecodeState
-    layers: list[tuple[Float[Array, "B K slots h"], Float[Array, "B K slots h"]]]
+    states: list[DecodeState]
+    layers: list[dict[int, tuple[Float[Array, "B K slots h"], Float[Array, "B K slots h"]]]]
 
     @classmethod
     def of(cls, caches: Sequence[KVCache]) -> SharedCaches:
-        """Caches of the same tokens, one per layer, with one state."""
-        return cls(caches[-1].state, [(cache.k, cache.v) for cache in caches])
+        """Caches of the same tokens, one per layer."""
+        states = {cache.state.policy: cache.state for cache in caches}
+        layers = [
+            {layer: (cache.k, cache.v) for layer, cache in enumerate(caches) if cache.state.policy == policy}
+            for policy in states
+        ]
+        return cls(list(states.values()), layers)
 
     def each(self) -> list[KVCache]:
         """The cache of each layer."""
-        return [_cache_of(k, v, self.state) for k, v in self.layers]
+        shared = zip(self.states, self.layers, strict=True)
+        caches = {layer: _cache_of(*kv, state) for state, layers in shared for layer, kv in layers.items()}
+        return [caches[layer] for layer in range(len(caches))]
+
+
+def new_caches(
+    windows: Sequence[int | None],
+    batch_size: int,
+    max_seq_len: int,
+    n_kv_heads: int,
+    head_dim: int,
+    dtype: DTypeLike | None = None,
+    device: Device | None = None,
+    *,
+    spare: int = 0,
+) -> list[KVCache]:
+    """Empty caches of layers with these windows, of which those of one window share a state.
+
+    Args:
+        batch_size, max_seq_len, n_kv_heads, head_dim, dtype, device, spare: as for `KVCache`.
+    """
+    shape = (batch_size, max_seq_len, n_kv_heads, head_dim)
+    states = {
+        window: new_state(batch_size, max_seq_len, device, sliding_window=window, spare=spare) for window in windows
+    }
+    return [KVCache(*shape, dtype, device, state=states[window]) for window in windows]
 
 
 def _cache_of(k: Any, v: Any, state: Any) -> KVCache:

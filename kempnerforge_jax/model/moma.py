@@ -177,7 +177,7 @@ class MoMaBlock(Module):
         rngs: nnx.Rngs | None,
     ):
         self.attention_norm = build_norm(config.norm_type, config.dim, config.norm_eps, rngs=rngs)
-        self.attention = build_attention(config, rngs=rngs)
+        self.attention = build_attention(config, layer_idx, rngs=rngs)
         self.mlp_norm = build_norm(config.norm_type, config.dim, config.norm_eps, rngs=rngs)
         self.mlp = MoMaFFN(
             config,

@@ -115,13 +115,14 @@ def periods(layers: nnx.Dict[Module]) -> Iterator[tuple[list[Stack], list[Module
 def run_blocks(
     blocks: Sequence[Module],
     x: Float[Array, "B S D"],
-    inputs: dict[str, object],
+    inputs: Sequence[dict[str, object]],
     remat: bool | Callable[..., bool],
     scan: bool,
 ) -> tuple[Float[Array, "B S D"], list[LayerStats | None]]:
     """Apply blocks one after the other; if ``scan``, once for each place of their leading axis.
 
     Args:
+        inputs: of each block.
         remat: True, or a policy of `jax.checkpoint`: activations inside a step are recomputed in the backward pass.
 
     Returns:
@@ -133,9 +134,9 @@ def run_blocks(
 
     def step(x: jax.Array, states: tuple[nnx.State, ...]) -> tuple[jax.Array, list[LayerStats | None]]:
         stats = []
-        for graph, state in zip(graphs, states, strict=True):
+        for graph, state, own in zip(graphs, states, inputs, strict=True):
             block = nnx.merge(graph, state)
-            output = (block if prepare is None else prepare(block))(x, return_stats=True, **inputs)
+            output = (block if prepare is None else prepare(block))(x, return_stats=True, **own)
             x = output.x
             stats.append(output.stats)
         return x, stats

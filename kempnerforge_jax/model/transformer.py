@@ -60,12 +60,17 @@ class Transformer(ModelGetters):
         self.config = config
         self.vlm_config = vlm_config
         self.num_image_tokens = num_image_tokens
+        self._windows = config.layer_windows
         self.architecture = build_architecture(config, vlm_config)
         self.token_embedding: TokenEmbedding | None = TokenEmbedding(
             config.vocab_size, config.dim, config.embedding_scale, rngs=None
         )
         self.rope = RotaryTables(
             config.head_size, config.max_seq_len, config.rope_theta, config.rope_scaling, rngs=None
+        )
+        own_rope = config.has_window_rope
+        self.window_rope = (
+            RotaryTables(config.head_size, config.max_seq_len, *config.window_rope, rngs=None) if own_rope else None
         )
         blocks = {str(i): self.architecture.build_block(i, rngs=None) for i in range(config.n_layers)}
         self.layers: Numbered = Numbered(blocks)
@@ -83,7 +88,9 @@ class Transformer(ModelGetters):
 
     def init_weights_and_freqs(self, seed: int | None = None, *, rngs: nnx.Rngs | None = None) -> None:
         """Set every parameter, buffer and rotary table, e.g. of a model from `nnx.eval_shape`; see `init_weights`."""
-        self.rope.reset()
+        for rope in (self.rope, self.window_rope):
+            if rope is not None:
+                rope.reset()
         for path, module in self._having("set_layer"):
             module.set_layer(int(path.split(".")[1]))
         init_weights(self, self.config, seed, rngs=rngs)
@@ -215,35 +222,45 @@ class Transformer(ModelGetters):
         kv_caches: Sequence[KVCache] | None,
         doc_ids: jax.Array | None,
         limit_capacity: bool | None,
-    ) -> dict[str, object]:
-        """What all blocks share: rotary tables and the mask, built once."""
-        length, cache = x.shape[1], read_besides()
+    ) -> dict[int | None, dict[str, object]]:
+        """What blocks share: rotary tables and the mask, built once for those of each window."""
+        length, others, found = x.shape[1], read_besides(), {}
         if kv_caches is not None:
-            cache = self._checked_cache(kv_caches, length)
-        elif (whole := length if cache is None else cache.keys(length)) > self.config.max_seq_len:
+            self._check_caches(kv_caches, length)
+        elif (whole := length if others is None else others.keys(length)) > self.config.max_seq_len:
             raise ValueError(f"sequence length = {whole}: must be at most max_seq_len = {self.config.max_seq_len}")
-        positions = jnp.arange(length, dtype=jnp.int32) if cache is None else cache.positions(length)
-        rope_cos, rope_sin = self.rope(positions, x.dtype)
-        mask = self_attention_mask(
-            length,
-            kv_cache=cache,
-            doc_ids=doc_ids,
-            key_padding_mask=modality.key_padding_mask,
-            sliding_window=self.config.sliding_window,
-        )
-        keys = length if cache is None else cache.keys(length)
-        inputs = {
-            "rope_cos": rope_cos,
-            "rope_sin": rope_sin,
-            "mask": prepare_mask(mask, length, keys, self.config.head_size, x.dtype),
-            "doc_ids": doc_ids,
-            "key_padding_mask": modality.key_padding_mask,
-            "limit_capacity": kv_caches is None if limit_capacity is None else limit_capacity,
-        }
-        return self.architecture.block_inputs(inputs, x, modality, kv_caches, self.rope)
+        for index, window in enumerate(self._windows_of_layers()):
+            if window in found:
+                continue
+            cache = others if kv_caches is None else kv_caches[index]
+            rope = self.rope if window is None or self.window_rope is None else self.window_rope
+            positions = jnp.arange(length, dtype=jnp.int32) if cache is None else cache.positions(length)
+            rope_cos, rope_sin = rope(positions, x.dtype)
+            mask = self_attention_mask(
+                length,
+                kv_cache=cache,
+                doc_ids=doc_ids,
+                key_padding_mask=modality.key_padding_mask,
+                sliding_window=window,
+            )
+            keys = length if cache is None else cache.keys(length)
+            inputs = {
+                "rope_cos": rope_cos,
+                "rope_sin": rope_sin,
+                "mask": prepare_mask(mask, length, keys, self.config.head_size, x.dtype),
+                "doc_ids": doc_ids,
+                "key_padding_mask": modality.key_padding_mask,
+                "limit_capacity": kv_caches is None if limit_capacity is None else limit_capacity,
+            }
+            found[window] = self.architecture.block_inputs(inputs, x, modality, kv_caches, rope)
+        return found
 
-    def _checked_cache(self, kv_caches: Sequence[KVCache], length: int) -> KVCache:
-        """The first cache: all have the same fill."""
+    def _windows_of_layers(self) -> list[int | None]:
+        """The window of each layer, or stack of layers, that is here."""
+        return [self._windows[Stack.named(name).layers[0]] for name in self.layers]
+
+    def _check_caches(self, kv_caches: Sequence[KVCache], length: int) -> None:
+        """Check the first cache: all have the same fill."""
         if any(Stack.named(name).is_stacked for name in self.layers):
             raise ValueError("kv_caches are given: stacked layers can't use them; build the model with separate layers")
         if len(kv_caches) != len(self.layers):
@@ -254,20 +271,23 @@ class Transformer(ModelGetters):
                 f"kv_caches max_seq_len = {cache.max_seq_len}: must be at most the model's {self.config.max_seq_len}"
             )
         cache.reserve(length)
-        return cache
 
     def _run_layers(
-        self, x: jax.Array, inputs: dict[str, object], modality: ModalityContext, remat: bool | Callable[..., bool]
+        self,
+        x: jax.Array,
+        inputs: Mapping[int | None, dict[str, object]],
+        modality: ModalityContext,
+        remat: bool | Callable[..., bool],
     ) -> tuple[jax.Array, dict[int, LayerStats]]:
         stats: dict[int, LayerStats] = {}
         for stacks, blocks in periods(self.layers):
-            scan = stacks[0].is_stacked
+            scan, of_blocks = stacks[0].is_stacked, [inputs[self._windows[stack.layers[0]]] for stack in stacks]
             if is_observed() and scan:
                 raise ValueError("the layers are stacked: activations can be captured in a model with separate layers")
             if scan or prepares() or (remat and not is_observed()):
-                x, stats_of_blocks = run_blocks(blocks, x, inputs, remat, scan)
+                x, stats_of_blocks = run_blocks(blocks, x, of_blocks, remat, scan)
             else:
-                output = blocks[0](x, return_stats=True, **inputs)
+                output = blocks[0](x, return_stats=True, **of_blocks[0])
                 x, stats_of_blocks = output.x, [output.stats]
             for stack, own in zip(stacks, stats_of_blocks, strict=True):
                 stats |= {} if own is None else stack.take(own)
@@ -275,12 +295,16 @@ class Transformer(ModelGetters):
         return x, dict(sorted(stats.items()))
 
     def _run_cached_layers(
-        self, x: jax.Array, inputs: dict[str, object], modality: ModalityContext, kv_caches: Sequence[KVCache]
+        self,
+        x: jax.Array,
+        inputs: Mapping[int | None, dict[str, object]],
+        modality: ModalityContext,
+        kv_caches: Sequence[KVCache],
     ) -> tuple[jax.Array, dict[int, LayerStats], list[KVCache]]:
         stats: dict[int, LayerStats] = {}
         updated = []
         for (name, block), cache in zip(self.layers.items(), kv_caches, strict=True):
-            output = block(x, kv_cache=cache, return_stats=True, **inputs)
+            output = block(x, kv_cache=cache, return_stats=True, **inputs[self._windows[int(name)]])
             updated.append(output.kv_cache)
             stats |= {} if output.stats is None else {int(name): output.stats}
             x = self.architecture.after_block(self._extra_modules(), int(name), output.x, modality)

@@ -61,12 +61,14 @@ class Attention(nn.Module):
         norm_eps: float = 1e-5,
         qk_norm_over: str = "head",
         scale: float | None = None,
+        rotary: bool = True,
     ):
         """
         Args:
             output_bias: whether ``o_proj`` has a bias; None: as the others.
             qk_norm_over: "head", or "width": one norm over all heads together.
             scale: factor on products of queries and keys; None: head_dim^-0.5.
+            rotary: False: queries and keys are not rotated.
         """
         super().__init__()
         head_dim = resolve_head_dim(dim, n_heads, n_kv_heads, head_dim)
@@ -79,6 +81,7 @@ class Attention(nn.Module):
         self.sliding_window = sliding_window
         self.qk_norm_over = qk_norm_over
         self.scale = head_dim**-0.5 if scale is None else scale
+        self.rotary = rotary
         self.q_proj = Linear(dim, n_heads * head_dim, bias=bias)
         self.k_proj = Linear(dim, n_kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(dim, n_kv_heads * head_dim, bias=bias)
@@ -126,9 +129,9 @@ class Attention(nn.Module):
             )
         q_BSHh, k_BSKh = self._heads(self.q_proj(x), self.q_norm), self._heads(self.k_proj(x), self.k_norm)
         v_BSKh = self._heads(self.v_proj(x), None)
-        q_BHSh = apply_rope(q_BSHh.transpose(1, 2), rope_cos, rope_sin)
-        k_BKMh = apply_rope(k_BSKh.transpose(1, 2), rope_cos, rope_sin)
-        v_BKMh = v_BSKh.transpose(1, 2)
+        q_BHSh, k_BKMh, v_BKMh = (each.transpose(1, 2) for each in (q_BSHh, k_BSKh, v_BSKh))
+        if self.rotary:
+            q_BHSh, k_BKMh = apply_rope(q_BHSh, rope_cos, rope_sin), apply_rope(k_BKMh, rope_cos, rope_sin)
         if kv_cache is not None:
             k_BKMh, v_BKMh = kv_cache.update(k_BKMh, v_BKMh, doc_ids=doc_ids, key_padding_mask=key_padding_mask)
             k_BKMh, v_BKMh = k_BKMh.to(x.dtype), v_BKMh.to(x.dtype)

@@ -45,7 +45,7 @@ class TransformerBlock(nn.Module):
             return build_norm(config.norm_type, config.dim, config.norm_eps) if exists else None
 
         self.attention_norm = norm(before)
-        self.attention = build_attention(config)
+        self.attention = build_attention(config, layer_idx)
         self.attention_post_norm = norm(after)
         self.mlp_norm = norm(before)
         self.mlp = build_feed_forward(config, layer_idx)
@@ -110,7 +110,7 @@ def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
     return x if norm is None else norm(x)
 
 
-def build_attention(config: ModelConfig) -> Attention:
+def build_attention(config: ModelConfig, layer_idx: int) -> Attention:
     """The self-attention of one layer."""
     return Attention(
         config.dim,
@@ -121,10 +121,11 @@ def build_attention(config: ModelConfig) -> Attention:
         config.sdpa_backend,
         bias=config.attention_bias,
         output_bias=config.attention_bias and config.attention_output_bias,
-        sliding_window=config.sliding_window,
+        sliding_window=config.layer_windows[layer_idx],
         norm_eps=config.norm_eps,
         qk_norm_over=config.qk_norm_over,
         scale=config.score_scale,
+        rotary=config.layer_rotates[layer_idx],
     )
 
 

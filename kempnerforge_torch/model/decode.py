@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kempnerforge_torch.model.cuda_graph import CudaGraphStep, Step, compiled
-from kempnerforge_torch.model.kv_cache import KVCache
+from kempnerforge_torch.model.kv_cache import KVCache, new_caches
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.request import Request, image_tokens, inference, weight_of
 from kempnerforge_torch.model.sampling import draw, greedy, wide
@@ -51,10 +51,10 @@ def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Int[Te
     rows, prefix = len(prompts.lengths), image_tokens(image)
     heads = config.kv_heads if model.vlm_config is None else model.vlm_config.cached_kv_heads(config)
     shape = (rows, request.cache_length, heads, config.head_size)
-    ring = {"sliding_window": config.sliding_window, "spare": max((size for _, size in request.chunks), default=1) - 1}
-    last = KVCache(*shape, weight.dtype, weight.device, **ring, static=True)
-    others = [KVCache(*shape, weight.dtype, weight.device, state=last.state) for _ in range(config.n_layers - 1)]
-    caches, state = [*others, last], last.state
+    spare = max((size for _, size in request.chunks), default=1) - 1
+    caches = new_caches(config.layer_windows, *shape, weight.dtype, weight.device, spare=spare, static=True)
+    states = list({id(cache.state): cache.state for cache in caches}.values())
+    state = states[0]
     tokens_BS = torch.from_numpy(prompts.tokens).to(weight.device).long()
     lengths_B = torch.from_numpy(prompts.lengths).to(weight.device).long()
     with inference(model):
@@ -67,9 +67,10 @@ def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Int[Te
             if config.is_moe:
                 modality = replace(modality, key_padding_mask=state.positions(size) < lengths_B[:, None] - 1 + prefix)
             model.run(chunk, modality=modality, kv_caches=caches, allow_image_inputs=True)
-            state.truncate(lengths_B - 1 + prefix)
-            if not had_padding:
-                state.without_padding()
+            for each in states:
+                each.truncate(lengths_B - 1 + prefix)
+                if not had_padding:
+                    each.without_padding()
     return caches, tokens_BS.gather(1, lengths_B[:, None] - 1)[:, 0]
 
 

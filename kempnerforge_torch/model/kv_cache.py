@@ -5,6 +5,8 @@ Shapes: B batch, S new tokens, M keys (cached and new), K key/value heads, h hea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
@@ -208,3 +210,31 @@ class KVCache:
         return self.state.mask(
             length, doc_ids=doc_ids, key_padding_mask=key_padding_mask, sliding_window=sliding_window
         )
+
+
+def new_caches(
+    windows: Sequence[int | None],
+    batch_size: int,
+    max_seq_len: int,
+    n_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    spare: int = 0,
+    static: bool = False,
+) -> list[KVCache]:
+    """Empty caches of layers with these windows, of which those of one window share a state.
+
+    Args:
+        batch_size, max_seq_len, n_kv_heads, head_dim, dtype, device, spare, static: as for `KVCache`.
+    """
+    owners = {window: layer for layer, window in enumerate(windows)}  # the last of each window
+    shape = (batch_size, max_seq_len, n_kv_heads, head_dim)
+    owning = {
+        window: KVCache(*shape, dtype, device, sliding_window=window, spare=spare, static=static) for window in owners
+    }
+    return [
+        owning[window] if owners[window] == layer else KVCache(*shape, dtype, device, state=owning[window].state)
+        for layer, window in enumerate(windows)
+    ]

@@ -170,7 +170,7 @@ class MoMaBlock(nn.Module):
     ):
         super().__init__()
         self.attention_norm = build_norm(config.norm_type, config.dim, config.norm_eps)
-        self.attention = build_attention(config)
+        self.attention = build_attention(config, layer_idx)
         self.mlp_norm = build_norm(config.norm_type, config.dim, config.norm_eps)
         self.mlp = MoMaFFN(
             config,

@@ -51,11 +51,14 @@ class Transformer(ModelGetters):
         self.config = config
         self.vlm_config = vlm_config
         self.num_image_tokens = num_image_tokens
+        self._windows = config.layer_windows
         self.architecture = build_architecture(config, vlm_config)
         self.token_embedding: TokenEmbedding | None = TokenEmbedding(
             config.vocab_size, config.dim, config.embedding_scale
         )
         self.rope = RotaryTables(config.head_size, config.max_seq_len, config.rope_theta, config.rope_scaling)
+        own_rope = config.has_window_rope
+        self.window_rope = RotaryTables(config.head_size, config.max_seq_len, *config.window_rope) if own_rope else None
         self.layers = nn.ModuleDict({str(i): self.architecture.build_block(i) for i in range(config.n_layers)})
         self.cross_attention_layers: nn.Module = nn.ModuleDict()
         self.mot_norms: nn.Module = nn.ModuleDict()
@@ -69,7 +72,9 @@ class Transformer(ModelGetters):
     def init_weights_and_freqs(self, seed: int | None = None) -> None:
         """Set every parameter, buffer and rotary table, e.g. after `to_empty`; see `init_weights`."""
         self._tie()
-        self.rope.reset()
+        for rope in (self.rope, self.window_rope):
+            if rope is not None:
+                rope.reset()
         init_weights(self, self.config, seed)
 
     def forward(
@@ -190,35 +195,45 @@ class Transformer(ModelGetters):
         kv_caches: Sequence[KVCache] | None,
         doc_ids: Tensor | None,
         limit_capacity: bool | None,
-    ) -> dict[str, Any]:
-        """What all blocks share: rotary tables and the mask, built once."""
-        length, cache = x.shape[1], None
+    ) -> dict[int | None, dict[str, Any]]:
+        """What blocks share: rotary tables and the mask, built once for those of each window."""
+        length, found = x.shape[1], {}
         if kv_caches is not None:
-            cache = self._checked_cache(kv_caches, length)
+            self._check_caches(kv_caches, length)
         elif length > self.config.max_seq_len:
             raise ValueError(f"sequence length = {length}: must be at most max_seq_len = {self.config.max_seq_len}")
-        positions = torch.arange(length, device=x.device) if cache is None else cache.positions(length)
-        rope_cos, rope_sin = self.rope(positions, x.dtype)
-        mask = self_attention_mask(
-            length,
-            kv_cache=cache,
-            doc_ids=doc_ids,
-            key_padding_mask=modality.key_padding_mask,
-            sliding_window=self.config.sliding_window,
-        )
-        keys = length if cache is None else cache.keys(length)
-        inputs = {
-            "rope_cos": rope_cos,
-            "rope_sin": rope_sin,
-            "mask": prepare_mask(mask, length, keys, self.config.head_size, x.dtype, x.device),
-            "doc_ids": doc_ids,
-            "key_padding_mask": modality.key_padding_mask,
-            "limit_capacity": kv_caches is None if limit_capacity is None else limit_capacity,
-        }
-        return self.architecture.block_inputs(inputs, x, modality, kv_caches, self.rope)
+        for index, window in enumerate(self._windows_of_layers()):
+            if window in found:
+                continue
+            cache = None if kv_caches is None else kv_caches[index]
+            rope = self.rope if window is None or self.window_rope is None else self.window_rope
+            positions = torch.arange(length, device=x.device) if cache is None else cache.positions(length)
+            rope_cos, rope_sin = rope(positions, x.dtype)
+            mask = self_attention_mask(
+                length,
+                kv_cache=cache,
+                doc_ids=doc_ids,
+                key_padding_mask=modality.key_padding_mask,
+                sliding_window=window,
+            )
+            keys = length if cache is None else cache.keys(length)
+            inputs = {
+                "rope_cos": rope_cos,
+                "rope_sin": rope_sin,
+                "mask": prepare_mask(mask, length, keys, self.config.head_size, x.dtype, x.device),
+                "doc_ids": doc_ids,
+                "key_padding_mask": modality.key_padding_mask,
+                "limit_capacity": kv_caches is None if limit_capacity is None else limit_capacity,
+            }
+            found[window] = self.architecture.block_inputs(inputs, x, modality, kv_caches, rope)
+        return found
 
-    def _checked_cache(self, kv_caches: Sequence[KVCache], length: int) -> KVCache:
-        """The first cache: all have the same fill."""
+    def _windows_of_layers(self) -> list[int | None]:
+        """The window of each layer that is here."""
+        return [self._windows[int(name)] for name in self.layers]
+
+    def _check_caches(self, kv_caches: Sequence[KVCache], length: int) -> None:
+        """Check the first cache: all have the same fill."""
         if len(kv_caches) != len(self.layers):
             raise ValueError(f"kv_caches = {len(kv_caches)} caches: must be one for each of {len(self.layers)} layers")
         cache = kv_caches[0]
@@ -227,19 +242,18 @@ class Transformer(ModelGetters):
                 f"kv_caches max_seq_len = {cache.max_seq_len}: must be at most the model's {self.config.max_seq_len}"
             )
         cache.reserve(length)
-        return cache
 
     def _run_layers(
         self,
         x: Tensor,
-        inputs: dict[str, Any],
+        inputs: Mapping[int | None, dict[str, Any]],
         modality: ModalityContext,
         kv_caches: Sequence[KVCache] | None,
     ) -> tuple[Tensor, dict[int, LayerStats]]:
         stats: dict[int, LayerStats] = {}
         for index, (name, block) in enumerate(self.layers.items()):
             cache = None if kv_caches is None else kv_caches[index]
-            output = block(x, kv_cache=cache, return_stats=True, **inputs)
+            output = block(x, kv_cache=cache, return_stats=True, **inputs[self._windows[int(name)]])
             if output.stats is not None:
                 stats[int(name)] = output.stats
             x = self.architecture.after_block(self._extra_modules(), int(name), output.x, modality)

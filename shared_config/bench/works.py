@@ -79,7 +79,7 @@ def job_of(work: str, config: JobConfig) -> JobConfig:
         return config.replace(data=config.data.replace(pack_documents=True))
     if work == "window":
         window = config.model.sliding_window or max(1, config.train.seq_len // WINDOW)
-        return config.replace(model=config.model.replace(sliding_window=window))
+        return config.replace(model=config.model.with_window(window))
     return config
 
 
@@ -113,8 +113,12 @@ def step_flops(job: JobConfig, batches: Sequence[Batch]) -> float | None:
     if job.vlm is not None:
         return None
     model, length = job.model, job.train.seq_len
-    pairs = sum(visible_pairs(batch.get("doc_ids"), batch["tokens"].shape, model.sliding_window) for batch in batches)
-    attention = 4 * model.n_layers * model.n_heads * model.head_size * pairs
+    pairs = sum(
+        model.layer_windows.count(window) * visible_pairs(batch.get("doc_ids"), batch["tokens"].shape, window)
+        for batch in batches
+        for window in set(model.layer_windows)
+    )
+    attention = 4 * model.n_heads * model.head_size * pairs
     return 3.0 * (flops_per_token(model, length).matmul * tokens_of(batches) + attention)
 
 

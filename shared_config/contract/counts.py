@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -71,9 +71,11 @@ def flops_per_token(config: ModelConfig, seq_len: int, vlm: VLMConfig | None = N
     groups = [group for group in _text_groups(config, vlm) if len(group.spec.shape) > 1]
     if any(group.name == HEAD for group in groups):
         groups = [group for group in groups if group.name != EMBEDDING]
-    keys = mean_visible_keys(seq_len, config.sliding_window)
-    attention = int(4 * config.n_layers * config.n_heads * config.head_size * keys)
-    return Flops(2 * _active(groups, _expert_share(config, vlm)), attention)
+    attention = sum(
+        4 * config.layer_windows.count(window) * config.n_heads * config.head_size * mean_visible_keys(seq_len, window)
+        for window in set(config.layer_windows)
+    )
+    return Flops(2 * _active(groups, _expert_share(config, vlm)), int(attention))
 
 
 def mean_visible_keys(seq_len: int, window: int | None = None) -> float:
@@ -112,9 +114,9 @@ def kv_cache_bytes(
     spare: int = 0,
 ) -> int:
     """Bytes of the key/value caches of a whole model; ``spare`` tokens are held beyond a sliding window."""
-    length = seq_len if config.sliding_window is None else min(seq_len, config.sliding_window + spare)
+    tokens = sum(seq_len if window is None else min(seq_len, window + spare) for window in config.layer_windows)
     heads = config.kv_heads if vlm is None else vlm.cached_kv_heads(config)
-    return 2 * config.n_layers * batch_size * length * heads * config.head_size * element_bytes
+    return 2 * batch_size * tokens * heads * config.head_size * element_bytes
 
 
 @dataclass(frozen=True)
@@ -158,15 +160,8 @@ def training_memory(job: JobConfig, world_size: int = 1, tower: TowerConfig | No
     return TrainingMemory(
         parameters=max(held_elements(stage, layout) for stage in stages) * FLOAT32,
         gradients=gradients,
-        optimizer=max(_moment_elements(stage, layout, job) for stage in trained) * FLOAT32,
+        optimizer=len(moments_of(job.optimizer.name)) * gradients,
         compute_copy=copied * BFLOAT16 if job.train.casts else 0,
-    )
-
-
-def _moment_elements(groups: Sequence[ParameterGroup], layout: Layout, job: JobConfig) -> int:
-    """Elements of all moments that one device holds."""
-    return sum(
-        len(moments_of(job.optimizer, group.name, group.spec)) * held_elements([group], layout) for group in groups
     )
 
 

@@ -19,7 +19,8 @@ from shared_config.contract.specs import ParameterTable
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.files import PathLike, written_aside
 from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
-from shared_config.interchange.huggingface_families import FAMILIES, MODULES, Family
+from shared_config.interchange.huggingface_description import MODULES, Family
+from shared_config.interchange.huggingface_families import FAMILIES
 from shared_config.interchange.huggingface_family import families_of
 from shared_config.interchange.reading import MAX_JSON_BYTES, parse_json, read_bytes
 from shared_config.interchange.states import AnyArray, ArrayType, Key, check_tied, host_array, plain_state

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from shared_config.errors import ConfigError
 from shared_config.interchange.huggingface_families import FAMILIES
+from shared_config.interchange.huggingface_layers import layers_not_expressed
 from shared_config.schema.model import ModelConfig
 
 
@@ -70,10 +71,12 @@ def _not_expressed(config: ModelConfig, name: str) -> Iterator[tuple[str, str]]:
     """Fields whose values a family can't express, with what they must be."""
     if FAMILIES[name].experts is not None and not config.is_moe:
         yield "num_experts", "positive"
-    derived = {"attention_scale": config.replace(attention_scale=None).attention_scale}
+    plain = config.replace(attention_scale=None, window_rope_theta=None)
+    derived = {"attention_scale": plain.attention_scale, "window_rope_theta": plain.window_rope_theta}
     for field, meant in FAMILIES[name].fixed.items():
         needed = derived.get(field) if meant is None else meant
         if getattr(config, field) != needed and field not in config.idle():
             yield field, repr(needed)
+    yield from layers_not_expressed(config, FAMILIES[name])
     if config.rope_scaling.type not in ("none", *FAMILIES[name].rope_types):
         yield "rope_scaling.type", "'none'"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 
-from shared_config.interchange.huggingface_families import EXPERT_SETTINGS, FAMILIES, SIZES, Family
+from shared_config.interchange.huggingface_content import POSITIVE, family_in, is_of_kind
+from shared_config.interchange.huggingface_description import EXPERT_SETTINGS, SIZES
+from shared_config.interchange.huggingface_rope import rope_problems, wrong_rope_kinds
 from shared_config.schema.model import EXPERT_FFN_MULTIPLE
-
-POSITIVE = "a positive integer"
 
 KINDS = {
     "vocab_size": POSITIVE,
@@ -30,6 +29,8 @@ KINDS = {
     "use_sliding_window": "true or false",
     "max_window_layers": "an integer",
     "layer_types": "a list",
+    "no_rope_layers": "a list",
+    "no_rope_layer_interval": POSITIVE,
     "attention_bias": "true or false",
     "mlp_bias": "true or false",
     "embedding_multiplier": "a number",
@@ -53,24 +54,6 @@ KINDS = {
 }
 """Keys that affect the function, and the JSON values that they hold."""
 
-ROPE_KINDS = {
-    "rope_theta": "a number",
-    "factor": "a number",
-    "original_max_position_embeddings": POSITIVE,
-    "low_freq_factor": "a number",
-    "high_freq_factor": "a number",
-    "beta_fast": "a number",
-    "beta_slow": "a number",
-    "attention_factor": "a number",
-    "mscale": "a number",
-    "mscale_all_dim": "a number",
-    "partial_rotary_factor": "a number",
-}
-
-ROPE_DEFAULTED = ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
-ROPE_DEFAULTED += ("mscale", "mscale_all_dim", "partial_rotary_factor", "factor")
-"""Rotary keys for which null means what leaving them out means."""
-
 NULLABLE = frozenset(
     (
         "num_key_value_heads",
@@ -79,6 +62,7 @@ NULLABLE = frozenset(
         "rope_scaling",
         "sliding_window",
         "layer_types",
+        "no_rope_layers",
         "partial_rotary_factor",
         "original_max_position_embeddings",
         "mlp_only_layers",
@@ -114,26 +98,6 @@ WITHOUT_EFFECT = frozenset(
 """Fields of transformers' classes that change nothing in the logits of a model that is not being trained."""
 
 
-def family_in(content: Mapping[str, object]) -> Family:
-    """The family that the content names."""
-    return FAMILIES[model_type(content)]
-
-
-def model_type(content: Mapping[str, object]) -> str:
-    """The name of the family."""
-    name = content["model_type"]
-    assert isinstance(name, str)
-    return name
-
-
-def number(fields: Mapping[str, object], key: str, default: float | None = None) -> float:
-    """A number of fields in which `wrong_kinds` finds nothing; ``default`` where it is left out or null."""
-    value = fields.get(key)
-    value = default if value is None else value
-    assert isinstance(value, int | float)
-    return value
-
-
 def wrong_kinds(content: Mapping[str, object]) -> Iterator[str]:
     """Keys whose values are not of the JSON type that they have to be."""
     nullable = NULLABLE - family_in(content).not_null
@@ -144,38 +108,10 @@ def wrong_kinds(content: Mapping[str, object]) -> Iterator[str]:
         if not is_of_kind(kind, content[key]):
             needed = "a number" if key in _required(content) else kind
             yield f"{key} = {content[key]!r}: must be {needed}"
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = content.get(name)
-        if isinstance(rope, Mapping):
-            yield from _wrong_rope_kinds(name, rope)
+    yield from wrong_rope_kinds(content)
     layers = content.get("layer_types")
     if isinstance(layers, list) and not all(isinstance(kind, str) for kind in layers):
         yield f"layer_types = {layers!r}: must be a list of strings"
-
-
-def _wrong_rope_kinds(name: str, rope: Mapping[str, object]) -> Iterator[str]:
-    for key, value in rope.items():
-        if isinstance(value, Mapping):
-            yield f"{name}.{key} = {value!r}: must be no object; one setting for all layers"
-        elif (
-            key in ROPE_KINDS
-            and not (value is None and key in ROPE_DEFAULTED)
-            and not is_of_kind(ROPE_KINDS[key], value)
-        ):
-            yield f"{name}.{key} = {value!r}: must be {ROPE_KINDS[key]}"
-
-
-def is_of_kind(kind: str, value: object) -> bool:
-    """Whether a JSON value is what a description of `KINDS` says."""
-    if kind == "true or false":
-        return isinstance(value, bool)
-    if kind in ("an object", "a list", "a string"):
-        return isinstance(value, {"an object": Mapping, "a list": list, "a string": str}[kind])
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    if kind == "a number":
-        return math.isfinite(value)
-    return isinstance(value, int) and (kind != POSITIVE or value > 0)
 
 
 def _required(content: Mapping[str, object]) -> tuple[str, ...]:
@@ -218,43 +154,7 @@ def fixed_keys(content: Mapping[str, object]) -> Iterator[str]:
     shared = None if experts is None or experts.shared is None else content.get(experts.shared)
     if experts is not None and isinstance(shared, int) and isinstance(width, int) and shared % width:
         yield f"{experts.shared} = {shared}: must be a multiple of {experts.width} = {width}"
-    yield from _scaling_problems(rope_settings(content), family_in(content).rope_types)
-
-
-def uneven_layers(content: Mapping[str, object]) -> Iterator[str]:
-    """A `ModelConfig` has one window for all layers."""
-    kinds, window, windows = layer_kinds(content), declared_window(content), family_in(content).windows
-    if kinds is not None and len(kinds) != content.get("num_hidden_layers"):
-        yield f"layer_types has {len(kinds)} entries: must be num_hidden_layers = {content.get('num_hidden_layers')}"
-    elif kinds is not None and len(set(kinds)) > 1:
-        yield f"layer_types = {kinds!r}: must be the same for all layers"
-    elif kinds and kinds[0] not in ("full_attention", "sliding_attention"):
-        yield f"layer_types = {kinds!r}: must be full_attention or sliding_attention"
-    elif kinds and kinds[0] == "sliding_attention" and window is None:
-        yield "layer_types: sliding_attention: must be full_attention, as there is no sliding_window"
-    elif kinds and kinds[0] == "full_attention" and window and windows and not windows.listed:
-        yield f"layer_types: full_attention: must be sliding_attention, as sliding_window = {window}"
-    elif kinds is None and window and windows and windows.from_layer:
-        first = number(content, "max_window_layers", 28)
-        if 0 < first < number(content, "num_hidden_layers", 0):
-            yield f"max_window_layers = {first}: must be 0 (every layer has the window) or at least num_hidden_layers"
-
-
-def layer_kinds(content: Mapping[str, object]) -> list[str] | None:
-    """The attention of each layer; None where the content does not list it."""
-    kinds = content.get("layer_types")
-    if not isinstance(kinds, list):
-        return None
-    return ["full_attention" if kind == "attention" else kind for kind in kinds]
-
-
-def declared_window(content: Mapping[str, object]) -> int | None:
-    """The window of the layers that have one."""
-    family = family_in(content)
-    if family.windows is None or (family.windows.switch and not content.get("use_sliding_window", False)):
-        return None
-    window = content.get("sliding_window", family.default("sliding_window"))
-    return window if isinstance(window, int) else None
+    yield from rope_problems(content)
 
 
 def num_experts(content: Mapping[str, object]) -> object:
@@ -263,29 +163,3 @@ def num_experts(content: Mapping[str, object]) -> object:
     if experts is None or not experts.either:
         return content.get("num_experts")
     return content.get("num_experts", content.get("num_local_experts"))
-
-
-def rope_settings(content: Mapping[str, object]) -> Mapping[str, object]:
-    """Rotary settings under their old name, or their new one (transformers 5); where both stand, the old one counts."""
-    rope = content.get("rope_scaling") or content.get("rope_parameters")
-    return rope if isinstance(rope, Mapping) else {}
-
-
-def _scaling_problems(rope: Mapping[str, object], kinds: tuple[str, ...]) -> Iterator[str]:
-    kind = rope_type(rope)
-    if kind not in kinds:
-        yield f"rope_type = {kind!r}: must be one of {', '.join(kinds)}"
-    elif kind != "default" and not isinstance(rope.get("factor"), int | float):
-        yield f"rope factor = {rope.get('factor')!r}: must be a number"
-    for name in ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ():
-        if name not in rope:
-            yield f"rope {name}: must be given with rope_type 'llama3'"
-    if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
-        yield f"partial_rotary_factor = {rope['partial_rotary_factor']!r}: must be 1.0"
-    if kind == "yarn" and rope.get("truncate", True) is not True:
-        yield f"rope truncate = {rope['truncate']!r}: must be True"
-
-
-def rope_type(rope: Mapping[str, object]) -> object:
-    """The kind of rotary scaling, under its old or new name."""
-    return rope.get("rope_type", rope.get("type", "default"))

@@ -6,7 +6,8 @@ from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.data import DataConfig
 from shared_config.schema.distributed import DistributedConfig
 from shared_config.schema.job import JobConfig
-from shared_config.schema.model import ModelConfig, RopeScaling
+from shared_config.schema.model import LayerKind, ModelConfig
+from shared_config.schema.rope import RopeScaling
 from shared_config.schema.training import FP8_FEWEST_LAYERS, TrainConfig
 from shared_config.schema.video import VideoConfig
 from shared_config.schema.vision import VisionEncoderConfig
@@ -40,7 +41,7 @@ def shrink(config: JobConfig) -> JobConfig:
 
 
 def _model(config: JobConfig) -> ModelConfig:
-    model = config.model
+    model, pattern = config.model, _distinct_kinds(config.model)
     n_layers = min(model.n_layers, _layers_of_a_period(config))
     n_heads, n_kv_heads = _heads(model)
     dim, head_dim = _widths(model, n_heads)
@@ -57,6 +58,7 @@ def _model(config: JobConfig) -> ModelConfig:
         max_seq_len=max_seq_len,
         rope_scaling=_rope_scaling(model.rope_scaling, max_seq_len / model.max_seq_len),
         sliding_window=None if model.sliding_window is None else min(model.sliding_window, WINDOW),
+        attention_pattern=pattern if "attention_pattern" in model.given() else None,
         num_experts=num_experts,
         moe_top_k=min(model.moe_top_k, max(1, num_experts // 2)) if model.is_moe else model.moe_top_k,
     )
@@ -67,7 +69,12 @@ def _layers_of_a_period(config: JobConfig) -> int:
     fewest = FP8_FEWEST_LAYERS if config.train.mixed_precision == "fp8" else 1
     period = config.model.moe_frequency if config.model.is_moe else 1
     between = 1 if config.vlm is None else config.vlm.layer_period(config.model)
-    return max(period + 1, between + 1, fewest)
+    return max(period + 1, between + 1, len(_distinct_kinds(config.model)) + 1, fewest)
+
+
+def _distinct_kinds(model: ModelConfig) -> tuple[LayerKind, ...]:
+    """The kinds of attention of its layers, each once."""
+    return tuple(dict.fromkeys(model.layer_kinds))
 
 
 def _heads(model: ModelConfig) -> tuple[int, int]:

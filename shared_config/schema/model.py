@@ -1,4 +1,4 @@
-"""The language model: `ModelConfig` and the scaling of its rotary positions."""
+"""The language model: `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from shared_config.schema.base import (
     LARGEST,
     NESTED,
     Count,
+    Items,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -21,56 +22,18 @@ from shared_config.schema.base import (
     registered,
     section,
 )
+from shared_config.schema.rope import RopeScaling, RopeTheta
 
 FFN_MULTIPLE = 256
 EXPERT_FFN_MULTIPLE = 16
-MIXED = ("linear", "llama3", "yarn")
 UNIT = "Tokens are counted over one micro-batch of one data-parallel rank, so how a batch is cut changes the result."
 EvenInt = Annotated[int, Field(gt=0, le=LARGEST, multiple_of=2)]
+LayerKind = Literal["full", "window", "full_nope", "window_nope"]
 FamilyName = Literal[
-    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "phi3", "granite", "qwen2_moe"
-]
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "phi3", "granite", "qwen2_moe", "smollm3",
+    "olmo3",
+]  # fmt: skip
 """The ``model_type`` of the Hugging Face models that can be read and written."""
-
-
-@section
-class RopeScaling(Section):
-    """How rotary frequencies are stretched beyond the trained context.
-
-    linear: positions divided by ``factor``. llama3: frequencies whose wavelength exceeds
-    ``original_max_seq_len / low_freq_factor`` divided by ``factor``, those below ``original_max_seq_len /
-    high_freq_factor`` kept, between interpolated (Llama 3.1). yarn: NTK-by-parts interpolation between ``beta_fast``
-    and ``beta_slow`` rotations, with attention factor 0.1*ln(factor)+1 unless given (Peng et al. 2023,
-    arXiv:2309.00071).
-    """
-
-    type: Literal["none", "linear", "llama3", "yarn"] = "none"
-    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
-    original_max_seq_len: PositiveInt | None = None
-    low_freq_factor: PositiveFloat = 1.0
-    high_freq_factor: PositiveFloat = 4.0
-    beta_fast: PositiveFloat = 32.0
-    beta_slow: PositiveFloat = 1.0
-    attention_factor: PositiveFloat | None = None
-
-    def idle(self) -> Collection[str]:
-        used = {
-            "none": (),
-            "linear": ("factor",),
-            "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
-            "yarn": ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
-        }[self.type]
-        return {field.name for field in dataclasses.fields(self)} - {"type", *used}
-
-    def problems(self) -> Iterator[str]:
-        if self.type == "none" and self.factor != 1.0:
-            yield f"factor = {self.factor}: must be 1 when type is 'none'; set type to one of {', '.join(MIXED)}"
-        if self.type in ("llama3", "yarn") and self.original_max_seq_len is None:
-            yield f"original_max_seq_len = None: type {self.type!r} needs the context length the model was trained with"
-        if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-            yield f"high_freq_factor = {self.high_freq_factor}: must exceed low_freq_factor = {self.low_freq_factor}"
-        if self.type == "yarn" and self.beta_fast <= self.beta_slow:
-            yield f"beta_fast = {self.beta_fast}: must exceed beta_slow = {self.beta_slow}"
 
 
 @section
@@ -95,9 +58,23 @@ class ModelConfig(Section):
     norm_eps: PositiveFloat = 1e-5
     activation: Annotated[str, registered("mlp", "activation")] = "silu"
     max_seq_len: Annotated[PositiveInt, KEEPS_FUNCTION] = 2048
-    rope_theta: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10000.0
+    rope_theta: RopeTheta = 10000.0
     rope_scaling: Annotated[RopeScaling, NESTED] = Field(default_factory=RopeScaling)
+    window_rope_theta: Annotated[
+        RopeTheta | None, Field(description="Theta of layers with a window. None: rope_theta.")
+    ] = None
+    window_rope_scaled: Annotated[
+        bool, Field(description="Whether rope_scaling is that of layers with a window, too.")
+    ] = True
     sliding_window: PositiveInt | None = None
+    attention_pattern: Annotated[
+        Items[LayerKind] | None,
+        Field(
+            description="Attention of the first layers, repeated to the last: to all that came before (full) or to "
+            "sliding_window tokens (window), and with _nope without rotary positions. None: all layers have the "
+            "window, if there is one."
+        ),
+    ] = None
     attention_bias: bool = False
     attention_output_bias: Annotated[
         bool, Field(description="Whether, with attention_bias, the output projection has one too.")
@@ -179,18 +156,30 @@ class ModelConfig(Section):
     def derive(self) -> Mapping[str, object]:
         head_dim = self.dim // self.n_heads
         scale = max(1, self.head_dim or head_dim) ** -0.5
-        return {"n_kv_heads": self.n_heads, "head_dim": head_dim, "attention_scale": scale}
+        return {
+            "n_kv_heads": self.n_heads,
+            "head_dim": head_dim,
+            "attention_scale": scale,
+            "window_rope_theta": self.rope_theta,
+            "attention_pattern": ("full",) if self.sliding_window is None else ("window",),
+        }
 
     def idle(self) -> Collection[str]:
         names = {field.name for field in dataclasses.fields(self)}
         experts = set() if self.is_moe else {name for name in names if name.startswith("moe_")}
         unused = {"attention_output_bias"} if not self.attention_bias else set()
+        unused |= set() if "window" in self.layer_kinds else {"window_rope_theta", "window_rope_scaled"}
+        unused |= {"window_rope_scaled"} if self.rope_scaling.type == "none" else set()
+        unused |= set() if "full" in self.layer_kinds else {"rope_theta"}
         return experts | unused | {"ffn_dim_multiplier"} | (set() if self.qk_norm else {"qk_norm_over"})
 
     def resolved(self) -> Mapping[str, object]:
-        """Widths as they come out."""
+        """Widths as they come out, and the attention of every layer."""
         width = self.computed_ffn_hidden_dim
+        scaled = "full" in self.layer_kinds or ("window" in self.layer_kinds and self.window_rope_scaled)
         return {
+            "rope_scaling": self.rope_scaling if scaled else RopeScaling(),
+            "attention_pattern": self.layer_kinds,
             "ffn_hidden_dim": width,
             "moe_expert_ffn_multiplier": self.computed_expert_ffn_hidden_dim / width,
         }
@@ -208,6 +197,12 @@ class ModelConfig(Section):
             yield f"n_heads = {self.n_heads}: must divide dim = {self.dim}, or head_dim must be given"
         elif self.head_size < 2 or self.head_size % 2 != 0:
             yield f"head_dim = {self.head_dim}: must be an even number of at least 2 (rotary positions pair channels)"
+        if not 1 <= len(self.pattern) <= self.n_layers:
+            yield f"attention_pattern = {self.pattern!r}: must have 1 to n_layers = {self.n_layers} entries"
+        if has_window(self.pattern) and self.sliding_window is None:
+            yield f"sliding_window = None: must be given with attention_pattern = {self.pattern!r}"
+        if self.sliding_window is not None and not has_window(self.pattern):
+            yield f"sliding_window = {self.sliding_window}: must be None with attention_pattern = {self.pattern!r}"
 
     def _width_problems(self) -> Iterator[str]:
         """A product of floats may be infinite, which is not a width."""
@@ -255,6 +250,46 @@ class ModelConfig(Section):
         return self.attention_scale
 
     @property
+    def pattern(self) -> tuple[LayerKind, ...]:
+        """The kinds of attention that are repeated, as a plain tuple."""
+        assert self.attention_pattern is not None
+        return self.attention_pattern
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of attention of each layer."""
+        repeats = -(-self.n_layers // max(1, len(self.pattern)))
+        return (self.pattern * repeats)[: self.n_layers]
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The window of each layer; None where it attends to all that came before."""
+        return tuple(self.sliding_window if has_window([kind]) else None for kind in self.layer_kinds)
+
+    @property
+    def layer_rotates(self) -> tuple[bool, ...]:
+        """Whether each layer has rotary positions."""
+        return tuple(not kind.endswith("_nope") for kind in self.layer_kinds)
+
+    @property
+    def window_rope(self) -> tuple[float, RopeScaling]:
+        """Theta and scaling of layers with a window."""
+        assert self.window_rope_theta is not None
+        return self.window_rope_theta, self.rope_scaling if self.window_rope_scaled else RopeScaling()
+
+    @property
+    def has_window_rope(self) -> bool:
+        """Whether layers with a window rotate otherwise than the others would."""
+        return "window" in self.layer_kinds and self.window_rope != (self.rope_theta, self.rope_scaling)
+
+    def with_window(self, window: int) -> ModelConfig:
+        """The same with this window, in all layers where none had one."""
+        if self.sliding_window is not None or "attention_pattern" in self.derived:
+            return self.replace(sliding_window=window)
+        pattern = tuple(kind.replace("full", "window") for kind in self.pattern)
+        return self.replace(sliding_window=window, attention_pattern=pattern)
+
+    @property
     def is_moe(self) -> bool:
         """Whether some layers route tokens to experts."""
         return self.num_experts > 0
@@ -283,3 +318,8 @@ class ModelConfig(Section):
         from shared_config.contract.counts import count_parameters
 
         return count_parameters(self)
+
+
+def has_window(kinds: Collection[str]) -> bool:
+    """Whether layers of one of these kinds have a window."""
+    return any(kind.startswith("window") for kind in kinds)

@@ -111,7 +111,8 @@ class MoTConfig(VLMConfig, arch="mot"):
     mot_warm_start_path: Annotated[str, KEEPS_FUNCTION] = ""
 
     plain_fields: ClassVar[tuple[str, ...]] = (
-        "norm_placement", "residual_scale", "mlp_bias", "attention_output_bias", "attention_scale", "qk_norm_over"
+        "norm_placement", "residual_scale", "mlp_bias", "attention_output_bias", "attention_scale", "qk_norm_over",
+        "attention_pattern", "window_rope_theta", "window_rope_scaled",
     )  # fmt: skip
 
     def resolved(self) -> Mapping[str, object]:

@@ -21,9 +21,13 @@ OTHERS: dict[str, Any] = {
     "attention_output_bias": False,
     "attention_scale": 0.25,
     "qk_norm_over": "width",
+    "attention_pattern": ("full_nope",),
+    "window_rope_theta": 70.0,
+    "window_rope_scaled": False,
 }
 NEEDED = {"norm_placement": "'before'", "residual_scale": 1.0, "mlp_bias": False, "attention_output_bias": True}
-NEEDED |= {"attention_scale": 0.5, "qk_norm_over": "'head'"}
+NEEDED |= {"attention_scale": 0.5, "qk_norm_over": "'head'", "attention_pattern": ("full",)}
+NEEDED |= {"window_rope_theta": 10000.0, "window_rope_scaled": True}
 
 
 @pytest.mark.parametrize(

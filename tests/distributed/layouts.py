@@ -50,8 +50,9 @@ of its rounding: the floor of weights is about how far a step moves one.
 DENSE = {
     "tie_embeddings": True, "attention_bias": True, "n_heads": 4, "n_kv_heads": 4, "norm_placement": "both",
     "mlp_bias": True, "attention_scale": 0.3, "embedding_scale": 2.5, "residual_scale": 0.7, "logit_divisor": 3.0,
+    "sliding_window": 5, "attention_pattern": ("window", "full_nope"), "window_rope_theta": 70.0,
 }  # fmt: skip
-STAGED = {**DENSE, "tie_embeddings": False, "n_layers": 5}
+STAGED = {**DENSE, "tie_embeddings": False, "n_layers": 5, "attention_pattern": ("full", "window", "full_nope")}
 SIGMOID = {
     **EXPERTS,
     "moe_shared_experts": 1,

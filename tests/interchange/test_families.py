@@ -34,13 +34,13 @@ from shared_config.interchange.vision import read_tower
 from shared_config.interchange.weights import load_weights
 from shared_config.parity.validation import validation_tokens
 from shared_config.schema.base import from_fields
-from shared_config.schema.model import ModelConfig
+from shared_config.schema.model import ModelConfig, RopeScaling
 from tests.oracle.transformer import transformer
 
 CLASSES = {
     "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen2": "Qwen2", "qwen3": "Qwen3",
     "qwen3_moe": "Qwen3Moe", "olmo2": "Olmo2", "phi3": "Phi3", "granite": "Granite",
-    "qwen2_moe": "Qwen2Moe",
+    "qwen2_moe": "Qwen2Moe", "smollm3": "SmolLM3", "olmo3": "Olmo3",
 }  # fmt: skip
 MEANT: dict[str, dict[str, Any]] = {
     "qwen2": {"attention_bias": True, "attention_output_bias": False},
@@ -48,6 +48,7 @@ MEANT: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True},
     "qwen3_moe": {"qk_norm": True},
     "olmo2": {"qk_norm": True, "qk_norm_over": "width", "norm_placement": "after"},
+    "olmo3": {"qk_norm": True, "qk_norm_over": "width", "norm_placement": "after", "window_rope_scaled": False},
 }
 """What all models of a family compute, where that is not what Llamas do; from their modelling code."""
 SIZES = {"vocab_size": 40, "hidden_size": 128, "intermediate_size": 48}
@@ -63,6 +64,10 @@ NEEDED: dict[str, dict[str, Any]] = {
     },
 }
 """What has to be given: transformers' defaults of sizes are those of its first model, which nobody means."""
+
+DEEP = ("smollm3", "olmo3")
+"""Families whose layers differ by their place, of which 9 show all."""
+MIXED = [*["full_attention"] * 3, *["sliding_attention"] * 5, "full_attention"]
 
 OTHERS: dict[str, Any] = {
     "num_key_value_heads": (2, 16, None),
@@ -93,8 +98,26 @@ OTHERS: dict[str, Any] = {
 }
 """Values other than the defaults; of what changes the function in ways that are refused, the one that is read."""
 
+BY_KIND = (
+    {"full_attention": {"rope_theta": 70.0}, "sliding_attention": {"rope_theta": 90.0, "rope_type": "default"}},
+    {"full_attention": {"rope_type": "linear", "factor": 3.0}},
+    {"sliding_attention": {"rope_type": "default"}},
+    None,
+)
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "qwen2": {"layer_types": (["full_attention", "sliding_attention"], ["full_attention"] * 2, None)},
+    "qwen3": {"layer_types": (["full_attention", "sliding_attention"], ["full_attention"] * 2, None)},
+    "smollm3": {
+        "layer_types": (MIXED, ["full_attention"] * 9, None),
+        "no_rope_layers": ([1, 0, 0] * 3, [1] * 12, None),
+        "no_rope_layer_interval": (2, 3),
+    },
+    "olmo3": {"layer_types": (MIXED, ["full_attention"] * 9, None), "rope_parameters": BY_KIND},
+}
+"""Those of some families, in place of `OTHERS`."""
+
 NOT_HERE = {
-    "layer_types": "read as another class where given; its logits are compared in test_huggingface",
+    "layer_types": "of a family that is read as another class where given; its logits are compared in test_huggingface",
     "is_causal": "refused unless true",
     "is_encoder_decoder": "refused unless false",
     "original_max_position_embeddings": "part of a scaling, below",
@@ -103,8 +126,13 @@ NOT_HERE = {
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
+def values_of(family: str, key: str) -> tuple[Any, ...]:
+    return OF_FAMILY.get(family, {}).get(key, OTHERS.get(key, ()))
+
+
 def content_of(family: str, **changes: Any) -> dict[str, Any]:
-    return {"model_type": family, **SIZES, **NEEDED.get(family, {}), **changes}
+    deep = {"num_hidden_layers": 9} if family in DEEP else {}
+    return {"model_type": family, **SIZES, **deep, **NEEDED.get(family, {}), **changes}
 
 
 def theirs_of(content: dict[str, Any]) -> Any:
@@ -127,8 +155,11 @@ def expected_of(family: str, theirs: Any) -> dict[str, Any]:
         "norm_type": "rmsnorm",
         "norm_eps": theirs.rms_norm_eps,
         "activation": "silu",
-        "rope_theta": theirs.rope_parameters["rope_theta"],
-        "sliding_window": window_of(family, theirs),
+        "rope_theta": rope_of(theirs, "full_attention")["rope_theta"],
+        "window_rope_theta": rope_of(theirs, "sliding_attention")["rope_theta"],
+        "window_rope_scaled": True,
+        "layer_windows": windows_of(family, theirs),
+        "layer_rotates": rotated_of(theirs),
         "attention_bias": getattr(theirs, "qkv_bias", getattr(theirs, "attention_bias", False)),
         "attention_output_bias": True,
         "mlp_bias": getattr(theirs, "mlp_bias", False),
@@ -161,11 +192,19 @@ def expected_of(family: str, theirs: Any) -> dict[str, Any]:
     return expected
 
 
-def window_of(family: str, theirs: Any) -> int | None:
-    window = getattr(theirs, "sliding_window", None) if family != "llama" else None
-    if family == "qwen2_moe" or (family in ("qwen2", "qwen3") and set(theirs.layer_types) == {"full_attention"}):
-        return None
-    return window
+def rope_of(theirs: Any, kind: str) -> dict[str, Any]:
+    return theirs.rope_parameters.get(kind) or theirs.rope_parameters
+
+
+def windows_of(family: str, theirs: Any) -> tuple[int | None, ...]:
+    window = getattr(theirs, "sliding_window", None) if family not in ("llama", "qwen2_moe") else None
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def rotated_of(theirs: Any) -> tuple[bool, ...]:
+    rotated = getattr(theirs, "no_rope_layers", [1] * theirs.num_hidden_layers)
+    return tuple(bool(one) for one in rotated[: theirs.num_hidden_layers])
 
 
 def assert_read(content: dict[str, Any]) -> None:
@@ -179,9 +218,14 @@ def assert_same_rotation(config: ModelConfig, theirs: Any, family: str) -> None:
     module = getattr(transformers.models, family)
     modelling = getattr(module, f"modeling_{family}")
     rotary = getattr(modelling, f"{CLASSES[family]}RotaryEmbedding")(config=theirs)
-    found = inverse_frequencies(config.head_size, config.rope_theta, config.rope_scaling)
-    np.testing.assert_allclose(found, rotary.inv_freq.numpy(), rtol=1e-5)
-    assert attention_factor(config.rope_scaling) == pytest.approx(rotary.attention_scaling, rel=1e-12)
+    by_kind = {"": (config.rope_theta, config.rope_scaling)}
+    if "full_attention" in theirs.rope_parameters:
+        of_kind = {"full_attention_": by_kind[""], "sliding_attention_": config.window_rope}
+        by_kind = {kind: own for kind, own in of_kind.items() if kind[:-1] in theirs.layer_types}
+    for kind, (theta, scaling) in by_kind.items():
+        found = inverse_frequencies(config.head_size, theta, scaling)
+        np.testing.assert_allclose(found, getattr(rotary, f"{kind}inv_freq").numpy(), rtol=1e-5)
+        assert attention_factor(scaling) == pytest.approx(getattr(rotary, f"{kind}attention_scaling"), rel=1e-12)
 
 
 def keys_of(family: str) -> Iterator[str]:
@@ -196,7 +240,7 @@ def test_a_family_s_keys_left_out_mean_what_they_mean_there(family: str) -> None
 
 @families
 def test_every_key_is_compared_or_said_why_not(family: str) -> None:
-    assert set(keys_of(family)) <= OTHERS.keys() | NOT_HERE.keys()
+    assert set(keys_of(family)) <= OTHERS.keys() | NOT_HERE.keys() | OF_FAMILY.get(family, {}).keys()
     assert not (OTHERS.keys() | NOT_HERE.keys()) & REFUSED
 
 
@@ -204,7 +248,7 @@ def test_every_key_is_compared_or_said_why_not(family: str) -> None:
 def test_a_family_s_keys_are_read_one_by_one(family: str) -> None:
     read, refused = set(), set()
     for key in keys_of(family):
-        for value in OTHERS.get(key, ()):
+        for value in values_of(family, key):
             content = content_of(family, **{key: value})
             try:
                 theirs_of(content)
@@ -224,8 +268,8 @@ def test_a_family_s_keys_are_read_one_by_one(family: str) -> None:
 @families
 @given(data=st.data())
 def test_a_family_s_keys_are_read_in_any_combination(family: str, data: st.DataObject) -> None:
-    keys = [key for key in keys_of(family) if key in OTHERS]
-    given_keys = data.draw(st.fixed_dictionaries({}, optional={key: st.sampled_from(OTHERS[key]) for key in keys}))
+    values = {key: st.sampled_from(values_of(family, key)) for key in keys_of(family) if values_of(family, key)}
+    given_keys = data.draw(st.fixed_dictionaries({}, optional=values))
     content = content_of(family, **given_keys)
     problems = problems_of(content)
     assert problems <= set(known_refusals(content))
@@ -254,8 +298,8 @@ def known_refusals(content: dict[str, Any]) -> Iterator[str]:
         yield "use_sliding_window = True: must be False"
     if content["model_type"] == "phi3":
         yield "rope_type = 'linear': must be one of default"
-    if content["model_type"] in ("qwen2", "qwen3") and content.get("use_sliding_window"):
-        yield "max_window_layers = 1: must be 0 (every layer has the window) or at least num_hidden_layers"
+    if content["model_type"] in ("qwen2", "qwen3", "smollm3", "olmo3"):
+        yield "layer_types: sliding_attention: must be full_attention, as there is no sliding_window"
 
 
 @families
@@ -326,6 +370,14 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "qwen2": {**MEANT["qwen2"], "sliding_window": 5, "tie_embeddings": True},
     "qwen3": {"qk_norm": True, "sliding_window": 5, "tie_embeddings": True},
     "olmo2": MEANT["olmo2"],
+    "olmo3": {
+        **MEANT["olmo3"],
+        "sliding_window": 5,
+        "attention_pattern": ("full", "window"),
+        "window_rope_theta": 99.0,
+        "rope_scaling": RopeScaling(type="yarn", factor=2.0, original_max_seq_len=16),
+    },
+    "smollm3": {"sliding_window": 5, "attention_pattern": ("window_nope", "full"), "attention_bias": True},
     "phi3": {"sliding_window": 5, "tie_embeddings": True},
     "qwen2_moe": {
         **MEANT["qwen2_moe"],

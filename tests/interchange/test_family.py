@@ -150,6 +150,8 @@ STRUCTURES = [
     ({"mlp_bias": True}, ("llama",)),
     ({"qk_norm": True, "qk_norm_over": "width", "norm_placement": "after"}, ("olmo2",)),
     ({"logit_divisor": 8.0}, ("granite",)),
+    ({"attention_pattern": ("full", "full_nope")}, ("smollm3",)),
+    ({"qk_norm": True, "sliding_window": 8, "attention_pattern": ("window", "full")}, ("qwen3",)),
     ({"attention_scale": 8**-0.5}, ("llama", "mistral")),
     ({"attention_scale": 0.5, "mlp_bias": True}, ("granite",)),
     ({**EXPERTS, "moe_shared_experts": 1, "moe_shared_expert_gate": True, "moe_frequency": 2}, ("qwen2_moe",)),
@@ -202,6 +204,7 @@ def _able(config: ModelConfig) -> tuple[str, ...]:
 
 NO_SETTING = "Hugging Face's {} no such setting: must be {}"
 OTHERS = "model.family = {!r}: must be {} with all other settings as they are"
+UNLIKE = ("window", "full_nope")
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"norm_placement": "both", "qk_norm": True}, [
         f"model.norm_placement = 'both': {NO_SETTING.format('qwen3 has', repr('before'))}",
@@ -219,6 +222,11 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         f"model.attention_bias = True: {NO_SETTING.format('phi3 has', False)}",
         f"model.rope_scaling.type = 'linear': {NO_SETTING.format('phi3 has', repr('none'))}",
         OTHERS.format("phi3", "llama"),
+    ]),
+    ({"family": "mistral", "sliding_window": 8, "attention_pattern": UNLIKE}, [
+        f"model.attention_pattern = {UNLIKE!r}: {NO_SETTING.format('mistral has', 'without _nope')}",
+        f"model.attention_pattern = {UNLIKE!r}: {NO_SETTING.format('mistral has', 'the same for all layers')}",
+        OTHERS.format("mistral", "smollm3"),
     ]),
     ({"family": "llama", "sliding_window": 8}, [
         f"model.sliding_window = 8: {NO_SETTING.format('llama has', None)}", OTHERS.format("llama", "mistral"),
@@ -244,7 +252,8 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"activation": "gelu"}, [
         f"model.activation = 'gelu': {NO_SETTING.format('llama and mistral have', repr('silu'))}",
     ]),
-    ({"sliding_window": 8, "attention_bias": True}, [
+    ({"sliding_window": 8, "attention_bias": True, "logit_divisor": 2.0}, [
+        f"model.logit_divisor = 2.0: {NO_SETTING.format('llama and mistral and qwen2 have', 1.0)}",
         f"model.sliding_window = 8: {NO_SETTING.format('llama has', None)}",
         f"model.attention_bias = True: {NO_SETTING.format('mistral has', False)}",
         f"model.attention_output_bias = True: {NO_SETTING.format('qwen2 has', False)}",

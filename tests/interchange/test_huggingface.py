@@ -23,15 +23,10 @@ from shared_config.interchange.huggingface import (
     to_huggingface,
 )
 from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
+from shared_config.interchange.huggingface_content import is_of_kind
 from shared_config.interchange.huggingface_families import FAMILIES
-from shared_config.interchange.huggingface_keys import (
-    KINDS,
-    NULLABLE,
-    REFUSED,
-    ROPE_KINDS,
-    WITHOUT_EFFECT,
-    is_of_kind,
-)
+from shared_config.interchange.huggingface_keys import KINDS, NULLABLE, REFUSED, WITHOUT_EFFECT
+from shared_config.interchange.huggingface_rope import ROPE_KINDS
 from shared_config.interchange.weights import WeightsError, save_weights
 from shared_config.parity.validation import validation_tokens, validation_weights
 from shared_config.schema.base import from_fields
@@ -215,7 +210,7 @@ def test_settings_that_no_architecture_expresses_are_all_named():
 def foreign_config(model_type: str, **changes: Any) -> dict[str, Any]:
     content = {"model_type": model_type, "vocab_size": 37, "hidden_size": 32, "intermediate_size": 48}
     content |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    content |= {"pad_token_id": None} if model_type == "phi3" else {}
+    content |= {"pad_token_id": None} if model_type in ("phi3", "smollm3") else {}
     if model_type in ("mixtral", "qwen3_moe", "qwen2_moe"):
         content |= {"shared_expert_intermediate_size": 64, "num_experts": 4} if model_type == "qwen2_moe" else {}
         content |= {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -243,8 +238,18 @@ def foreign_config(model_type: str, **changes: Any) -> dict[str, Any]:
         ("llama", {"per_layer_config": {"0": {}}}, "per_layer_config = .*: must be None"),
         ("mixtral", {"intermediate_size": 50}, "width of an expert = 50: must be a multiple of 16"),
         ("mixtral", {"num_local_experts": None}, "num_local_experts = None: must be a positive integer"),
-        ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}, "max_window_layers = 1: must be 0"),
-        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "must be the same for all layers"),
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "must be the same for all layers"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "there is no sliding_window"),
+        ("olmo3", {"sliding_window": None}, "there is no sliding_window"),
+        ("olmo3", {"rope_parameters": {"rope_theta": 9.0}}, r"rope_theta = 9\.0: must be within full_attention or"),
+        ("olmo3", {"rope_parameters": {"full_attention": 3}}, r"full_attention = 3: must be an object"),
+        (
+            "olmo3",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            r"sliding_attention\.rope_type = 'linear': must be 'default'",
+        ),
+        ("smollm3", {"no_rope_layers": [1]}, r"no_rope_layers = \[1\]: must be a 0 or 1 for each of 2 layers"),
+        ("smollm3", {"no_rope_layers": [1, 2]}, r"no_rope_layers = \[1, 2\]: must be a 0 or 1 for each of 2 layers"),
         ("qwen3", {"layer_types": ["chunked_attention"] * 2}, "must be full_attention or sliding_attention"),
         ("phi3", {"rope_scaling": {"type": "longrope"}}, "rope_type = 'longrope': must be one of default"),
         ("phi3", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type = 'yarn': must be one of default"),
@@ -399,6 +404,7 @@ def test_settings_are_read_as_transformers_reads_them(tmp_path, monkeypatch, mod
     except ConfigError:
         refused = {"layer_types"} | ({"use_sliding_window"} if model_type == "qwen2_moe" else set())
         refused |= {"rope_scaling"} if model_type == "phi3" else set()
+        refused |= {"rope_parameters"} if FAMILIES[model_type].rope_by_kind else set()
         assert None in changes.values() or refused & changes.keys()
         return
     state = {name: array.astype(np.float64) for name, array in state_of(config).items()}
@@ -430,6 +436,23 @@ ARCHITECTURES = {
     "qwen3": {"qk_norm": True, "tie_embeddings": True, "norm_eps": 1e-2, "family": "qwen3"},
     "qwen3-window": {"qk_norm": True, "sliding_window": 3, "family": "qwen3"},
     "mixtral": {**EXPERTS, "family": "mixtral"},
+    "olmo3": {
+        "qk_norm": True,
+        "qk_norm_over": "width",
+        "norm_placement": "after",
+        "sliding_window": 3,
+        "family": "olmo3",
+        "attention_pattern": ("window", "full"),
+        "window_rope_theta": 50.0,
+        "window_rope_scaled": False,
+        "rope_scaling": RopeScaling(type="yarn", factor=4.0, original_max_seq_len=8),
+    },
+    "smollm3": {
+        "sliding_window": 3,
+        "attention_pattern": ("window", "full_nope"),
+        "tie_embeddings": True,
+        "family": "smollm3",
+    },
     "qwen3_moe": {
         **EXPERTS,
         "qk_norm": True,

@@ -150,17 +150,9 @@ SAID: list[tuple[str, dict[str, Any], list[str]]] = [
     ("llama", {"max_window_layers": -1}, []),
     ("qwen3", {"max_window_layers": -1, **QWEN}, []),
     ("qwen3", {"max_window_layers": 0, **QWEN}, []),
-    ("qwen3", {"max_window_layers": 1, **QWEN}, [
-        "max_window_layers = 1: must be 0 (every layer has the window) or at least num_hidden_layers",
-    ]),
+    ("qwen3", {"max_window_layers": 1, **QWEN}, []),
     ("qwen3", {"max_window_layers": 2, **QWEN}, []),
-    ("qwen3", {"max_window_layers": 27, "num_hidden_layers": 28, **QWEN}, [
-        "max_window_layers = 27: must be 0 (every layer has the window) or at least num_hidden_layers",
-    ]),
     ("qwen3", {"num_hidden_layers": 28, **QWEN}, []),
-    ("qwen3", {"num_hidden_layers": 29, **QWEN}, [
-        "max_window_layers = 28: must be 0 (every layer has the window) or at least num_hidden_layers",
-    ]),
     ("qwen3", {"max_window_layers": 1}, []),
     ("qwen3", {"max_window_layers": 1, "layer_types": ["sliding_attention"] * 2, **QWEN}, []),
     ("qwen3_moe", {"max_window_layers": 1, **QWEN}, []),
@@ -305,6 +297,20 @@ def test_scales_that_are_0_or_alone_count_for_nothing(factors: dict[str, float],
     assert "beta_fast" not in fields["rope_scaling"]
 
 
+PATTERNS = [
+    (2, 1, ["full", "window"]),
+    (5, 3, [*["full"] * 3, "window", "window"]),
+    (29, None, [*["full"] * 28, "window"]),
+]
+
+
+@pytest.mark.parametrize(("layers", "first", "pattern"), PATTERNS)
+def test_layers_from_the_first_with_a_window_on_have_it(layers: int, first: int | None, pattern: list[str]) -> None:
+    told = {} if first is None else {"max_window_layers": first}
+    fields: dict[str, Any] = config_from_huggingface(content_of("qwen3", num_hidden_layers=layers, **told, **QWEN))
+    assert (fields["attention_pattern"], fields["sliding_window"]) == (tuple(pattern), 7)
+
+
 @pytest.mark.parametrize(
     ("layers", "first", "window"),
     [(1, 0, 7), (1, -1, 7), (1, 1, None), (1, 2, None), (2, 0, 7), (2, 2, None), (2, 3, None)],
@@ -336,7 +342,8 @@ def test_a_config_of_no_family_is_refused_with_what_is_needed() -> None:
     assert said(norm_type="layernorm", family="llama") == [
         f"model.norm_type = 'layernorm': {no_such.format('llama has', repr('rmsnorm'))}"
     ]
-    assert said(attention_bias=True, sliding_window=4) == [
+    assert said(attention_bias=True, sliding_window=4, logit_divisor=2.0) == [
+        f"model.logit_divisor = 2.0: {no_such.format('llama and mistral and qwen2 have', 1.0)}",
         f"model.sliding_window = 4: {no_such.format('llama has', None)}",
         f"model.attention_bias = True: {no_such.format('mistral has', False)}",
         f"model.attention_output_bias = True: {no_such.format('qwen2 has', False)}",

@@ -33,9 +33,10 @@ DENSE: Choices = {
 }
 WINDOW: Choices = {"sliding_window": (4, 3, None)}
 EXPERTS: Choices = {"num_hidden_layers": (2, 3), "num_experts_per_tok": (2, 1, 3), "intermediate_size": (32, 48)}
-QWEN2: Choices = {"use_sliding_window": (True, False), "sliding_window": (4, 3), "max_window_layers": (0, 3)}
+QWEN2: Choices = {"use_sliding_window": (True, False), "sliding_window": (4, 3), "max_window_layers": (1, 0, 3)}
 BIASES: Choices = {"attention_bias": (True, False)}
 MLP_BIASES: Choices = {**BIASES, "mlp_bias": (True, False)}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"]
 GRANITE: Choices = {
     "embedding_multiplier": (3.0, 0.5),
     "attention_multiplier": (0.3, 1),
@@ -60,6 +61,17 @@ OWN: Mapping[str, Choices] = {
     },
     "phi3": {**WINDOW, "rope_parameters": ({"rope_type": "default", "rope_theta": 50.0},)},
     "granite": {**MLP_BIASES, **GRANITE},
+    "smollm3": {
+        **MLP_BIASES, "no_rope_layers": ([1, 0, 1], [0, 1, 1], None), "no_rope_layer_interval": (2, 4),
+        "use_sliding_window": (True, False), "sliding_window": (4, 3), "layer_types": (None, MIXED),
+    },
+    "olmo3": {
+        **BIASES, "sliding_window": (4, 3), "layer_types": (MIXED, None), "num_hidden_layers": (2, 3, 5),
+        "rope_parameters": tuple(
+            {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 90.0}}
+            for full in (YARN, LINEAR, {"rope_type": "default", "rope_theta": 50.0})
+        ),
+    },
 }  # fmt: skip
 """Keys of each family besides `DENSE`, and their values, the most telling first."""
 
@@ -79,6 +91,9 @@ def drawn_configs(draw: st.DrawFn, family: str) -> Any:
     fields |= {"hidden_size": 24, "head_dim": head_dim} if family in WITH_HEAD_DIM else {}
     for key, values in {**DENSE, **OWN[family]}.items():
         fields[key] = draw(st.sampled_from(values))
+    if fields.get("layer_types"):
+        told = fields.get("use_sliding_window", True)
+        fields["layer_types"] = fields["layer_types"][: fields["num_hidden_layers"]] if told else None
     fields |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # a row of padding has no gradient
     name = FAMILIES[family].architecture.removesuffix("ForCausalLM")
     return getattr(transformers, f"{name}Config")(**fields)

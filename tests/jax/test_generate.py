@@ -49,11 +49,11 @@ def test_a_step_takes_the_memory_of_the_caches() -> None:
     each, tokens = decode.prefill(model, request)
     caches = SharedCaches.of(each)
     uniforms, options = decode._numbers(model, request, 3)
-    old = caches.layers[0][0]
+    old = caches.layers[0][0][0]
     step = decode._compiled_step(graphdef)
     _, _, caches = step(params, buffers, caches, decode._start(tokens), None, uniforms[:, 0], options)
     assert old.is_deleted()
-    assert caches.state.lengths.tolist() == [3, 1]
+    assert caches.states[0].lengths.tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -46,6 +46,18 @@ CASES: dict[str, tuple[ModelConfig, VLMConfig | None, list[range], list[int]]] =
         [2, 2],
     ),
     "one layer of experts": (EXPERTS.replace(moe_frequency=5), None, [range(4), range(4, 5), range(5, 6)], [4]),
+    "a window in every second layer": (
+        MODEL.replace(sliding_window=3, attention_pattern=("window", "full")),
+        None,
+        PAIRS,
+        [3],
+    ),
+    "two without rotary positions, of which the second has the window": (
+        MODEL.replace(n_layers=7, sliding_window=3, attention_pattern=("full_nope", "full", "window_nope")),
+        None,
+        [range(0, 6, 3), range(1, 6, 3), range(2, 6, 3), range(6, 7)],
+        [2],
+    ),
     "joint_decoder": (EXPERTS, JOINT, PAIRS, [3]),
     "cross_attention": (MODEL.replace(n_layers=7), CROSS, [range(3), range(3, 6), range(6, 7)], [3, 3]),
     "mot": (EXPERTS, MOT, PAIRS, [3]),

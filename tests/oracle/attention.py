@@ -53,19 +53,20 @@ class AttentionSaved:
     keys: Keys
     probabilities_BHST: np.ndarray
     context_BSX: np.ndarray
-    rope: tuple[np.ndarray, np.ndarray]
+    rope: tuple[np.ndarray, np.ndarray] | None
 
 
 def attention(
     x_BSD: np.ndarray,
     weights: Weights,
-    rope: tuple[np.ndarray, np.ndarray],
+    rope: tuple[np.ndarray, np.ndarray] | None,
     *,
     n_heads: int,
     n_kv_heads: int,
     eps: float = 1e-5,
     sliding_window: int | None = None,
     scale: float | None = None,
+    qk_norm_over: str = "head",
     doc_ids: np.ndarray | None = None,
     key_padding_mask: np.ndarray | None = None,
     cache: Keys | None = None,
@@ -74,8 +75,8 @@ def attention(
 
     Args:
         weights: q_proj, k_proj, v_proj, o_proj, each with or without bias; q_norm and k_norm or neither, as wide as a
-            head or as all of them.
-        rope: cos and sin of every position, each (positions, h/2).
+            head, or with ``qk_norm_over`` "width" as all of them.
+        rope: cos and sin of every position, each (positions, h/2); None: nothing is rotated.
         doc_ids: (B, S) document of each new token.
         key_padding_mask: (B, S) bool, True where a new token is real.
 
@@ -84,21 +85,24 @@ def attention(
     """
     q, k, v = (linear(x_BSD, weights, f"{name}_proj") for name in "qkv")
     activations = {"q_proj": q, "k_proj": k, "v_proj": v}
-    if over_width(weights, q):
+    is_normed, over_width = "q_norm.weight" in weights, qk_norm_over == "width"
+    if is_normed and over_width:
         q = activations["q_norm"] = rms_norm(q, weights["q_norm.weight"], eps)
         k = activations["k_norm"] = rms_norm(k, weights["k_norm.weight"], eps)
     q_BSHh, k_BSKh, v_BSKh = split_heads(q, n_heads), split_heads(k, n_kv_heads), split_heads(v, n_kv_heads)
-    if "q_norm.weight" in weights and not over_width(weights, q):
+    if is_normed and not over_width:
         q_BSHh = activations["q_norm"] = rms_norm(q_BSHh, weights["q_norm.weight"], eps)
         k_BSKh = activations["k_norm"] = rms_norm(k_BSKh, weights["k_norm.weight"], eps)
 
     batch, length, _ = x_BSD.shape
     cache = cache or empty_cache(batch, n_kv_heads, q_BSHh.shape[-1])
     positions_BS = cache.lengths_B[:, None] + np.arange(length)
-    cos, sin = (table[positions_BS][:, None] for table in rope)
-    q_BHSh = apply_rope(heads_first(q_BSHh), cos, sin)
+    q_BHSh, k_BKSh, angles = heads_first(q_BSHh), heads_first(k_BSKh), None
+    if rope is not None:
+        angles = rope[0][positions_BS][:, None], rope[1][positions_BS][:, None]
+        q_BHSh, k_BKSh = apply_rope(q_BHSh, *angles), apply_rope(k_BKSh, *angles)
     new = Keys(
-        k_BKTh=apply_rope(heads_first(k_BSKh), cos, sin),
+        k_BKTh=k_BKSh,
         v_BKTh=heads_first(v_BSKh),
         positions_BT=positions_BS,
         documents_BT=np.zeros((batch, length), dtype=np.int64) if doc_ids is None else doc_ids,
@@ -111,9 +115,7 @@ def attention(
     context_BHSh, probabilities = attend(q_BHSh, keys.k_BKTh, keys.v_BKTh, allowed_BST, scale)
     context_BSX = heads_merged(context_BHSh)
     activations["o_proj"] = linear(context_BSX, weights, "o_proj")
-    return activations["o_proj"], AttentionSaved(
-        x_BSD, activations, q_BHSh, keys, probabilities, context_BSX, (cos, sin)
-    )
+    return activations["o_proj"], AttentionSaved(x_BSD, activations, q_BHSh, keys, probabilities, context_BSX, angles)
 
 
 def may_attend(
@@ -177,12 +179,14 @@ def attention_backward(
         saved.probabilities_BHST,
         scale,
     )
-    dq_BSHh = heads_first(apply_rope_backward(dq_BHSh, *saved.rope))
-    dk_BSKh = heads_first(apply_rope_backward(dk_BKTh[:, :, -length:], *saved.rope))
+    dk_BKSh = dk_BKTh[:, :, -length:]
+    if saved.rope is not None:
+        dq_BHSh, dk_BKSh = apply_rope_backward(dq_BHSh, *saved.rope), apply_rope_backward(dk_BKSh, *saved.rope)
+    dq_BSHh, dk_BSKh = heads_first(dq_BHSh), heads_first(dk_BKSh)
     dv_BSKh = heads_first(dv_BKTh[:, :, -length:])
     if "q_norm.weight" in weights:
         q_BSHh, k_BSKh = saved.activations["q_proj"], saved.activations["k_proj"]
-        if over_width(weights, q_BSHh):
+        if weights["q_norm.weight"].size == q_BSHh.shape[-1]:
             dq_BSHh, dk_BSKh = dq_BSHh.reshape(q_BSHh.shape), dk_BSKh.reshape(k_BSKh.shape)
         else:
             q_BSHh, k_BSKh = split_heads(q_BSHh, n_heads), split_heads(k_BSKh, n_kv_heads)
@@ -195,11 +199,6 @@ def attention_backward(
         dx_BSD = dx_BSD + dx
         gradients |= projection
     return dx_BSD, gradients
-
-
-def over_width(weights: Weights, q_BSX: np.ndarray) -> bool:
-    """Whether queries, and keys, are normalised as a whole, not head by head."""
-    return "q_norm.weight" in weights and weights["q_norm.weight"].size == q_BSX.shape[-1]
 
 
 def masked_softmax(scores: np.ndarray, allowed: np.ndarray) -> np.ndarray:

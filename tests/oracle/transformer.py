@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from shared_config.schema.model import ModelConfig
+from shared_config.schema.model import ModelConfig, RopeScaling
 from tests.oracle.attention import AttentionSaved, Keys, attention, attention_backward
 from tests.oracle.embedding import output_head, output_head_backward, token_embedding, token_embedding_backward
 from tests.oracle.linear import Gradients, Scalar, Weights, below, has, submodule
@@ -81,12 +81,11 @@ def transformer(
     length = x_BSD.shape[1] + (int(caches[0].lengths_B.max()) if caches else 0)
     if length > config.max_seq_len:
         raise ValueError(f"sequence length = {length}: must be at most max_seq_len = {config.max_seq_len}")
-    rope = rope_at(np.arange(length), config.head_size, config.rope_theta, config.rope_scaling)
     out = Output(np.empty(0), activations, caches=[], blocks=[])
     for layer in range(config.n_layers):
         cache = caches[layer] if caches else None
         own = submodule(weights, f"layers.{layer}")
-        x_BSD, block, named = transformer_block(x_BSD, own, config, layer, rope, doc_ids, key_padding_mask, cache)
+        x_BSD, block, named = transformer_block(x_BSD, own, config, layer, length, doc_ids, key_padding_mask, cache)
         activations |= below(f"layers.{layer}", named) | {f"layers.{layer}": x_BSD}
         _collect(out, layer, block)
     activations["norm"] = norm(x_BSD, submodule(weights, "norm"), config.norm_type, config.norm_eps)
@@ -101,22 +100,25 @@ def transformer_block(
     weights: Weights,
     config: ModelConfig,
     layer: int,
-    rope: tuple[np.ndarray, np.ndarray],
+    length: int,
     doc_ids: np.ndarray | None = None,
     key_padding_mask: np.ndarray | None = None,
     cache: Keys | None = None,
 ) -> tuple[np.ndarray, BlockSaved, dict[str, np.ndarray]]:
-    """x + attention(attention_norm(x)), then x + mlp(mlp_norm(x)); with norms after, of what is added, or both."""
+    """x + attention(attention_norm(x)), then x + mlp(mlp_norm(x)); with norms after, of what is added, or both. The
+    sequence has ``length`` positions, cached ones included.
+    """
     attention_in = _normed(x_BSD, weights, "attention_norm", config)
     attention_out, attention_saved = attention(
         attention_in,
         submodule(weights, "attention"),
-        rope,
+        rope_of(config, layer, length),
         n_heads=config.n_heads,
         n_kv_heads=config.kv_heads,
         eps=config.norm_eps,
-        sliding_window=config.sliding_window,
+        sliding_window=window_of(config, layer),
         scale=config.attention_scale,
+        qk_norm_over=config.qk_norm_over,
         doc_ids=doc_ids,
         key_padding_mask=key_padding_mask,
         cache=cache,
@@ -215,6 +217,30 @@ def _normed_backward(
         return dy_BSD, {}
     dx_BSD, own = norm_backward(dy_BSD, x_BSD, submodule(weights, name), config.norm_type, config.norm_eps)
     return dx_BSD, below(name, own)
+
+
+def kind_of(config: ModelConfig, layer: int) -> str:
+    """The attention of a layer: the pattern starts again where it ends."""
+    assert config.attention_pattern is not None
+    return config.attention_pattern[layer % len(config.attention_pattern)]
+
+
+def window_of(config: ModelConfig, layer: int) -> int | None:
+    """The window of a layer, if it has one."""
+    return config.sliding_window if kind_of(config, layer).startswith("window") else None
+
+
+def rope_of(config: ModelConfig, layer: int, length: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """The tables of a layer; None where nothing is rotated. Layers with a window may have a theta of their own, and be
+    left out of the scaling.
+    """
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if kind_of(config, layer).endswith("_nope"):
+        return None
+    if window_of(config, layer) is not None:
+        assert config.window_rope_theta is not None
+        theta, scaling = config.window_rope_theta, scaling if config.window_rope_scaled else RopeScaling()
+    return rope_at(np.arange(length), config.head_size, theta, scaling)
 
 
 def head_weights(weights: Weights) -> dict[str, np.ndarray]:

@@ -19,8 +19,7 @@ from tests.oracle.linear import Scalar, Weights, below, submodule
 from tests.oracle.moma import moma_ffn
 from tests.oracle.mot import by_modality, mot_block, stream
 from tests.oracle.norm import norm
-from tests.oracle.position import rope_at
-from tests.oracle.transformer import head_weights, transformer, transformer_block
+from tests.oracle.transformer import head_weights, rope_of, transformer, transformer_block, window_of
 
 
 @dataclass
@@ -68,11 +67,10 @@ def cross_attention_decoder(
     looked_up = token_embedding(tokens, submodule(weights, "token_embedding"))
     x_BSD = config.embedding_scale * looked_up
     out = VLMOutput(np.empty(0), {"token_embedding.embedding": looked_up, "token_embedding": x_BSD})
-    rope = _rope(config, x_BSD.shape[1])
     for layer in range(config.n_layers):
         path = f"layers.{layer}"
         x_BSD, saved, named = transformer_block(
-            x_BSD, submodule(weights, path), config, layer, rope, doc_ids, key_padding_mask
+            x_BSD, submodule(weights, path), config, layer, x_BSD.shape[1], doc_ids, key_padding_mask
         )
         out.activations |= below(path, named) | {path: x_BSD}
         if saved.moe is not None:
@@ -145,12 +143,13 @@ def moma_decoder(
         attention_out, _ = attention(
             attention_in,
             submodule(own, "attention"),
-            _rope(config, x_BSD.shape[1]),
+            rope_of(config, layer, x_BSD.shape[1]),
             n_heads=config.n_heads,
             n_kv_heads=config.kv_heads,
             eps=config.norm_eps,
-            sliding_window=config.sliding_window,
+            sliding_window=window_of(config, layer),
             scale=config.attention_scale,
+            qk_norm_over=config.qk_norm_over,
             doc_ids=doc_ids,
             key_padding_mask=key_padding_mask,
         )
@@ -166,10 +165,6 @@ def moma_decoder(
         out.expert_counts[layer] = counts
     out.activations["norm"] = norm(x_BSD, submodule(weights, "norm"), config.norm_type, config.norm_eps)
     return _with_logits(out, out.activations["norm"][:, output_slice or slice(None)], weights, config)
-
-
-def _rope(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
-    return rope_at(np.arange(length), config.head_size, config.rope_theta, config.rope_scaling)
 
 
 def _with_logits(out: VLMOutput, x_BSD: np.ndarray, weights: Weights, config: ModelConfig) -> VLMOutput:

@@ -60,6 +60,7 @@ def small(preset: str, *overrides: str) -> JobConfig:
 
 VARIANTS = {name: (name, ()) for name in preset_names()} | {
     "window": ("debug", ("--model.sliding_window=5",)),
+    "mixed": ("debug", ("--model.sliding_window=5", '--model.attention_pattern=["full", "window_nope"]')),
     "tied": ("debug", ("--model.tie_embeddings=true", "--model.attention_bias=true")),
     "plain": ("debug", ("--model.activation=gelu", "--model.norm_type=layernorm")),
     "shared": ("debug_moe", ("--model.moe_shared_experts=2", "--model.moe_top_k=3", "--model.num_experts=5")),
@@ -113,8 +114,8 @@ def test_flops_are_those_of_the_operators_that_run_in_torch(variant: str) -> Non
     if isinstance(config.vlm, MoMaConfig):
         return  # its experts choose among all tokens, so it has no caches
     heads = config.model.kv_heads if config.vlm is None else config.vlm.cached_kv_heads(config.model)
-    window = config.model.sliding_window
-    caches = [KVCache(1, 64, heads, config.model.head_size, sliding_window=window) for _ in model.layers]
+    size = (1, 64, heads, config.model.head_size)
+    caches = [KVCache(*size, sliding_window=window) for window in config.model.layer_windows]
     with torch.no_grad():
         _, attention = counted(lambda: [model(tokens[:, t : t + 1], kv_caches=caches) for t in range(LENGTH)])
     assert attention == pytest.approx(LENGTH * stated.attention, abs=LENGTH)
@@ -304,7 +305,7 @@ TP_AXES = {
 
 
 @on_both
-@pytest.mark.parametrize("variant", ["debug", "window", "narrow"])
+@pytest.mark.parametrize("variant", ["debug", "window", "mixed", "narrow"])
 def test_bytes_of_caches_are_those_that_generation_makes(
     backend: Any, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,15 +313,14 @@ def test_bytes_of_caches_are_those_that_generation_makes(
     config = small(preset, *overrides)
     model = config.model.replace(max_seq_len=1024)
     decode, made = backend.module("model.decode"), []
-
-    cache_class = decode.KVCache
+    new_caches = decode.new_caches
 
     def noted(*args: Any, **options: Any) -> Any:
-        cache = cache_class(*args, **options)
-        made.append(cache.k.nbytes + cache.v.nbytes)
-        return cache
+        caches = new_caches(*args, **options)
+        made.extend(cache.k.nbytes + cache.v.nbytes for cache in caches)
+        return caches
 
-    monkeypatch.setattr(decode, "KVCache", noted)
+    monkeypatch.setattr(decode, "new_caches", noted)
     weights = validation_weights(parameter_table(model, config.vlm), 1)
     built = backend.model(model, weights, "bfloat16", vlm_config=config.vlm)
     backend.module("model.generate").generate(built, [[1] * 1000], 1, temperature=0.0)

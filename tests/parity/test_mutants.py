@@ -18,7 +18,6 @@ import torch
 
 from shared_config.contract.initialise import initial_values
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.schedule import Rates
 from shared_config.parity.validation import validation_weights
 from shared_config.schema.model import ModelConfig, RopeScaling
 from shared_config.schema.optimizer import OptimizerConfig
@@ -40,7 +39,6 @@ from tests.mutants import (
 )
 from tests.mutants_decoding import DECODING_MUTANTS
 from tests.mutants_moe import MOE_MUTANTS
-from tests.mutants_optimizers import OPTIMIZER_MUTANTS
 from tests.mutants_vlm import VLM_MUTANTS
 from tests.oracle.generate import generate as oracle_generate
 from tests.oracle.generate import sample as oracle_sample
@@ -50,27 +48,26 @@ from tests.outcomes import accepted, refused
 from tests.parity.decoding_checks import DECODING_CHECKS
 from tests.parity.mask_checks import MASK_CHECKS
 from tests.parity.moe_checks import MOE_CHECKS
-from tests.parity.optimizer_checks import check_optimizers
 from tests.parity.padding_checks import PADDING_CHECKS
 from tests.parity.runners import assert_same_runs, run_jax, run_oracle, run_torch
 from tests.parity.vlm_checks import VLM_CHECKS
 from tests.strategies import Inputs
 from tests.tolerance import assert_all_same_function, assert_same_function
 
-ALL_MUTANTS = (*MUTANTS, *DECODING_MUTANTS, *MOE_MUTANTS, *VLM_MUTANTS, *OPTIMIZER_MUTANTS)
+ALL_MUTANTS = (*MUTANTS, *DECODING_MUTANTS, *MOE_MUTANTS, *VLM_MUTANTS)
 FOLDER = Path(__file__).parents[1]
 LISTS = [file.stem for file in sorted(FOLDER.glob("mutants*.py"))]
 SEED, BATCH, LENGTH, PREFIX = 5, 2, 8, 3
-RATES = Rates(0.1, 0.1)
 GROUPED = ModelConfig(
     dim=20, head_dim=6, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=37, ffn_hidden_dim=24, max_seq_len=16,
     qk_norm=True, sliding_window=4, attention_bias=True, rope_theta=50.0, norm_eps=1e-2, attention_output_bias=False,
     attention_scale=0.3, norm_placement="both", residual_scale=0.7, embedding_scale=2.5, logit_divisor=3.0,
 )  # fmt: skip
 CENTRED = ModelConfig(
-    dim=24, n_layers=1, n_heads=3, vocab_size=13, ffn_hidden_dim=50, max_seq_len=16, norm_type="layernorm",
+    dim=24, n_layers=3, n_heads=3, vocab_size=13, ffn_hidden_dim=50, max_seq_len=16, norm_type="layernorm",
     activation="gelu", tie_embeddings=True, qk_norm=True, qk_norm_over="width", norm_placement="after", mlp_bias=True,
-    rope_scaling=RopeScaling(type="llama3", factor=8.0, original_max_seq_len=16),
+    rope_scaling=RopeScaling(type="llama3", factor=8.0, original_max_seq_len=16), sliding_window=4,
+    attention_pattern=("full", "window", "full_nope"), window_rope_theta=70.0, window_rope_scaled=False,
 )  # fmt: skip
 ROUTED = ModelConfig(
     dim=12, n_layers=1, n_heads=2, vocab_size=13, ffn_hidden_dim=20, max_seq_len=16, num_experts=5, moe_top_k=2,
@@ -280,15 +277,15 @@ def check_skipped_step(backend: str) -> None:
         optimizers.set_optimizer_state(optimizer, parameters, given, 99)
         for parameter in parameters.values():
             parameter.grad = torch.ones_like(parameter)
-        optimizers.update(optimizer, RATES, torch.tensor(False))
+        optimizers.update(optimizer, 0.1, torch.tensor(False))
         kept = optimizers.get_optimizer_state(optimizer, parameters)
     else:
         values = {name: jax.numpy.asarray(value) for name, value in weights.items()}
         optimizer = optimizers.build_optimizer(values, table, OptimizerConfig())
         state = optimizers.set_optimizer_state(optimizer.init(values), given, 99)
         ones = jax.tree.map(jax.numpy.ones_like, values)
-        no = jax.numpy.asarray(False)
-        kept = optimizers.get_optimizer_state(optimizers.update(optimizer, ones, state, values, RATES, no)[1])
+        no, lr = jax.numpy.asarray(False), jax.numpy.asarray(0.1)
+        kept = optimizers.get_optimizer_state(optimizers.update(optimizer, ones, state, values, lr, no)[1])
     for name, value in given.items():
         np.testing.assert_array_equal(np.asarray(kept[name]), value, err_msg=name)
 
@@ -296,7 +293,7 @@ def check_skipped_step(backend: str) -> None:
 def torch_steps(modules: Any, weights: Any, gradients: Any, table: Any, config: Any, limit: float) -> Any:
     parameters = {name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in weights.items()}
     optimizer = modules["optimizer"].build_optimizer(parameters, table, config)
-    modules["optimizer"].set_rates(optimizer, Rates(0.1, config.weight_decay))
+    modules["optimizer"].set_learning_rate(optimizer, 0.1)
     given = {name: torch.from_numpy(value.copy()) for name, value in gradients.items()}
     clipped, _ = modules["optimizer"].clip_by_global_norm(given, limit)
     for _ in range(2):
@@ -311,9 +308,9 @@ def jax_steps(modules: Any, weights: Any, gradients: Any, table: Any, config: An
     optimizer = modules["optimizer"].build_optimizer(parameters, table, config)
     given = {name: jax.numpy.asarray(value) for name, value in gradients.items()}
     clipped, _ = modules["optimizer"].clip_by_global_norm(given, limit)
-    state, rates = optimizer.init(parameters), Rates(0.1, config.weight_decay)
+    state = optimizer.init(parameters)
     for _ in range(2):
-        parameters, state = modules["optimizer"].update(optimizer, clipped, state, parameters, rates)
+        parameters, state = modules["optimizer"].update(optimizer, clipped, state, parameters, jax.numpy.asarray(0.1))
     return {name: np.asarray(value) for name, value in parameters.items()}
 
 
@@ -330,10 +327,7 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.decode": (check_generation,),
     "model.request": (check_generation,),
     "model.sampling": (check_generation,),
-    "training.optimizer": (check_optimizer, check_skipped_step, check_optimizers),
-    "training.lion": (check_optimizers,),
-    "training.muon": (check_optimizers,),
-    "training.schedule_free": (check_optimizers,),
+    "training.optimizer": (check_optimizer, check_skipped_step),
     "model.transformer": (check_slice,),
     "model.moe": (check_table,),
 }

@@ -61,6 +61,10 @@ BASES: dict[str, Fields] = {
     "linear": scaled(type="linear"),
     "llama3": scaled(type="llama3"),
     "yarn": scaled(type="yarn", original_max_seq_len=64, beta_fast=8.0),
+    "windows": {"model": {**DENSE, "n_layers": 2, "sliding_window": 4, "attention_pattern": ("full", "window")}},
+    "scaled windows": {
+        "model": {**scaled(type="linear")["model"], "sliding_window": 4, "attention_pattern": ("window", "full_nope")}
+    },
     "softmax": {"model": ROUTED},
     "sigmoid": {"model": {**ROUTED, "moe_router": "sigmoid_topk", "moe_capacity_factor": 0.4}},
     "joint_decoder": seeing({"arch": "joint_decoder"}),
@@ -96,6 +100,9 @@ VALUES: dict[str, dict[str, list[Any]]] = {
         "max_seq_len": [80],
         "rope_theta": [50.0],
         "sliding_window": [1, 3],
+        "window_rope_theta": [50.0],
+        "window_rope_scaled": [False],
+        "attention_pattern": [("full", "full_nope"), ("full_nope",)],
         "attention_bias": [True, False],
         "attention_output_bias": [False],
         "attention_scale": [0.5],
