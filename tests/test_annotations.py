@@ -30,6 +30,13 @@ EXCEPTIONS = {
         ("shared_config/registry.py: Registry.get", "shared_config/registry.py: Registry.builders"),
         "what a builder takes and makes is its category's: its caller knows which",
     ),
+    **dict.fromkeys(
+        (
+            f"shared_config/parity/foreign/containers.py: {name}"
+            for name in ("map_tensors", "tensors_in", "named_leaves")
+        ),
+        "containers and tensors of any framework",
+    ),
     "shared_config/training/metrics.py: read_metrics": "lines of JSON, as they were written",
 }
 """``file: name`` of what takes or gives anything at all, with the reason."""

@@ -15,6 +15,7 @@ IMPLIED = {"self", "cls", "rngs"}
 """Arguments that are not compared: JAX constructors are also given ``rngs``."""
 
 FILES = {
+    "functions.py": "jax: modules of several libraries, taken apart; torch has one kind",
     "model/cuda_graph.py": "torch: XLA compiles and launches its own programs",
     "model/module.py": "jax: torch's modules have named walks, hooks and casts built in",
     "model/mosaic.py": "jax: torch has its kernel for products over groups behind one public function",
@@ -22,6 +23,9 @@ FILES = {
     "model/stack.py": "jax: stacks of layers",
     "training/adamw_kernel.py": "torch: XLA makes kernels itself",
     "training/fused_adamw.py": "torch: XLA fuses what a step does to a parameter",
+    "observed.py": "torch: hooks show what is inside",
+    "program.py": "jax: names inside of programs show what is inside",
+    "taps.py": "jax: names inside of programs show what is inside",
     "model/within_map.py": "jax: layers within a map over devices; torch puts other methods in their place",
 }
 """Files that one backend has alone."""
@@ -167,6 +171,11 @@ DIFFERENCES = {
         "VLMWrapper.run(remat)": "jax: a transformation of the trace; torch wraps the blocks",
         "VLMWrapper.run(scan_layers)": "jax: a transformation of the trace",
     },
+    "parity.py": {
+        "OptimizerOf.init": "jax: optimisers are told by their methods, and optax is not needed",
+        "OptimizerOf.update": "jax: optimisers are told by their methods, and optax is not needed",
+        "Parameters": "jax: what optimisers take; torch's hold theirs",
+    },
     "trace.py": {"Recorder(device)": "torch: models live on a device"},
     "training/freeze.py": {
         "FROZEN": "jax: the metadata of a frozen variable; torch has requires_grad",
@@ -234,6 +243,7 @@ DIFFERENCES = {
 """By file, what one backend has alone: a name, ``Class.member``, or an argument ``function(argument)``."""
 
 VALUES = {
+    "parity.py": {"Function": "modules of each framework"},
     "model/architecture.py": {"Modules": "JAX's containers of modules are no modules of this package"},
     "model/grouped.py": {"TILE_ROWS": "torch's tiles are for GPUs and CPUs, JAX's for XLA's loops"},
 }

@@ -1,4 +1,4 @@
-"""``kempnerforge compare``: two traces, tensor by tensor, and the first that diverges."""
+"""``kempnerforge compare``: two traces, or two folders of traces, tensor by tensor, and the first that diverges."""
 
 from __future__ import annotations
 
@@ -7,26 +7,38 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from shared_config.commands.common import console, writable_file
+from shared_config.commands.common import console, positive, writable_file
 from shared_config.commands.verdict import show_findings, show_first_differences
 from shared_config.errors import UserError
 from shared_config.interchange.files import written_aside
 from shared_config.interchange.outputs import refuse_overwriting
 from shared_config.parity.checks import findings_of
-from shared_config.parity.compare import compare_traces
+from shared_config.parity.compare import Comparison, compare_traces
+from shared_config.parity.foreign.compare import compare_functions, is_foreign
+from shared_config.parity.foreign.derive import derive_tolerance, tolerance_lines
+from shared_config.parity.foreign.mapping import Map, read_map
 from shared_config.parity.report import write_report
-from shared_config.parity.traces import read_trace
+from shared_config.parity.traces import Trace, read_trace
 
 HELP = "compare two traces and name the first tensor that diverges; exit status 0 only if none does"
 
 DIFFERENT = 1
+SUFFIX = ".safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own options."""
-    parser.add_argument("a", metavar="A", help="a trace")
-    parser.add_argument("b", metavar="B", help="a trace of the same config and seed")
+    parser.add_argument("a", metavar="A", help="a trace, or a folder of traces")
+    parser.add_argument("b", metavar="B", help="a trace of the same function, or a folder with the same names of files")
     parser.add_argument("--truth", metavar="FILE", help="a float64 trace that both are measured against")
+    parser.add_argument("--map", metavar="FILE", help="names and layouts of A as those of B, a .toml file")
+    parser.add_argument("--common", action="store_true", help="list what only one of the two has, and do not count it")
+    parser.add_argument(
+        "--derive-tolerance",
+        type=positive,
+        metavar="N",
+        help="two folders: take their first N pairs for correct ones, and print how many deltas they are apart",
+    )
     parser.add_argument("--report", metavar="FILE", help="also write an HTML page")
     parser.add_argument("--json", metavar="FILE", help="also write every number as JSON")
 
@@ -37,17 +49,59 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError(f"{overrides[0]}: compare takes no config; the traces hold theirs")
     report, numbers = (None if path is None else writable_file(path) for path in (options.report, options.json))
     for output in filter(None, (report, numbers)):
-        refuse_overwriting(output, options.a, options.b, options.truth)
+        refuse_overwriting(output, options.a, options.b, options.truth, options.map)
     truth = None if options.truth is None else read_trace(options.truth)
-    comparison = compare_traces(read_trace(options.a), read_trace(options.b), truth)
+    names = None if options.map is None else read_map(options.map)
+    pairs = pairs_of(Path(options.a), Path(options.b))
     screen = console()
-    same = show_findings(screen, findings_of(comparison.dtype, comparison))
-    show_first_differences(screen, comparison)
+    if options.derive_tolerance is not None:
+        wanted = options.derive_tolerance
+        if len(pairs) < wanted:
+            raise UserError(f"--derive-tolerance {wanted}: the two folders have {len(pairs)} pairs")
+        found = derive_tolerance(_compared(*pair, names, True, None) for pair in list(pairs.values())[:wanted])
+        for line in tolerance_lines(found):
+            screen.print(line, markup=False)
+        return 0
+    same, comparisons = True, {}
+    for heading, (a, b) in pairs.items():
+        comparison = _compared(a, b, names, options.common, truth)
+        comparisons[heading or comparison.dtype] = comparison
+        same &= show_findings(screen, findings_of(heading or comparison.dtype, comparison))
+        show_first_differences(screen, comparison)
+    first = next(iter(comparisons.values()))
     if numbers is not None:
-        _write(numbers, json.dumps(comparison.to_json(), indent=1))
+        content = first.to_json() if "" in pairs else {name: one.to_json() for name, one in comparisons.items()}
+        _write(numbers, json.dumps(content, indent=1))
     if report is not None:
-        write_report(report, {comparison.dtype: comparison}, title=f"{comparison.label_a} and {comparison.label_b}")
+        write_report(report, comparisons, title=f"{first.label_a} and {first.label_b}")
     return 0 if same else DIFFERENT
+
+
+def pairs_of(a: Path, b: Path) -> dict[str, tuple[Path, Path]]:
+    """Files to compare, by name; "" for two files.
+
+    Raises:
+        UserError: a folder and a file, folders whose files are not named alike, or folders without traces.
+    """
+    if not a.is_dir() and not b.is_dir():
+        return {"": (a, b)}
+    if not (a.is_dir() and b.is_dir()):
+        raise UserError(f"{a}, {b}: must be two traces, or two folders of traces")
+    names_a, names_b = ({file.stem for file in folder.glob(f"*{SUFFIX}")} for folder in (a, b))
+    alone = [f"{folder / name}{SUFFIX}" for folder, own, other in ((a, names_a, names_b), (b, names_b, names_a))
+             for name in sorted(own - other)]  # fmt: skip
+    if alone:
+        raise UserError(f"{', '.join(alone)}: has no counterpart of this name in the other folder")
+    if not names_a:
+        raise UserError(f"{a}: holds no trace, a {SUFFIX} file")
+    return {name: (a / f"{name}{SUFFIX}", b / f"{name}{SUFFIX}") for name in sorted(names_a)}
+
+
+def _compared(a: Path, b: Path, names: Map | None, common: bool, truth: Trace | None) -> Comparison:
+    trace_a, trace_b = read_trace(a), read_trace(b)
+    if names is None and not common and not (is_foreign(trace_a) or is_foreign(trace_b)):
+        return compare_traces(trace_a, trace_b, truth)
+    return compare_functions(trace_a, trace_b, names, common=common, truth=truth)
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,0 +1,63 @@
+"""The proof that two implementations are the same function: any two, in PyTorch, JAX or NumPy.
+
+    recording    `kempnerforge_torch.parity.record`, `kempnerforge_jax.parity.record`, and `record` for NumPy, each with
+                 its `tap`; `read_trace`, `write_trace`
+    names        `Map`, `Rule`, `make_map`, `read_map`, `parse_op`; `propose_map`; `transfer`
+    comparison   `compare_functions`; `derive_tolerance`
+    tests        `assert_same_function`; the Hypothesis strategies of `shared_config.parity.strategies`;
+                 `mutate`
+    training     `compare_runs`
+
+Imports no framework, and nothing at all before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shared_config.parity.foreign.compare import compare_functions
+    from shared_config.parity.foreign.layout import parse_op
+    from shared_config.parity.foreign.mapping import Map, Rule, make_map, read_map
+    from shared_config.parity.foreign.numpy_function import record
+    from shared_config.parity.foreign.taps import tap
+    from shared_config.parity.foreign.transfer import transfer
+    from shared_config.parity.traces import Trace, read_trace, write_trace
+
+__all__ = [
+    "Map",
+    "Rule",
+    "Trace",
+    "compare_functions",
+    "make_map",
+    "parse_op",
+    "read_map",
+    "read_trace",
+    "record",
+    "tap",
+    "transfer",
+    "write_trace",
+]
+
+HOMES = {
+    "foreign.compare": ("compare_functions",),
+    "foreign.layout": ("parse_op",),
+    "foreign.mapping": ("Map", "Rule", "make_map", "read_map"),
+    "foreign.numpy_function": ("record",),
+    "foreign.taps": ("tap",),
+    "foreign.transfer": ("transfer",),
+    "traces": ("Trace", "read_trace", "write_trace"),
+}
+"""Module of this package -> the public names that it defines."""
+
+
+def __getattr__(name: str) -> Any:
+    home = next((home for home, names in HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

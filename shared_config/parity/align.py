@@ -9,6 +9,7 @@ from shared_config.errors import UserError
 from shared_config.parity.selection import RefedFields
 from shared_config.parity.tolerance import TOLERANCES
 from shared_config.parity.traces import (
+    COTANGENT,
     DECODE,
     FORWARD,
     GRADIENT,
@@ -27,7 +28,7 @@ from shared_config.schema.job import JobConfig
 TRUTH_DTYPE = "float64"
 INITIAL = "initial weights"
 FORWARD_GROUPS = (INITIAL, FORWARD, ROUTING, LOSS, DECODE)
-BACKWARD_GROUPS = (GRADIENT, UPDATED)
+BACKWARD_GROUPS = (COTANGENT, GRADIENT, UPDATED)
 GROUP_ORDER = (*FORWARD_GROUPS, *BACKWARD_GROUPS, LOSSES)
 
 
@@ -107,7 +108,7 @@ def execution_order(a: Trace, b: Trace) -> list[str]:
     """Every name of either trace, in the order of execution, whatever order they were written in.
 
     Forward tensors stand as they were recorded. A route stands before the module that it is a part of, a gradient where
-    the backward pass reaches its module.
+    the backward pass reaches its module, after that of the module's output.
     """
     names = list(dict.fromkeys([*a.tensors, *b.tensors]))
     modules = {name.removeprefix(f"{FORWARD}/"): i for i, name in enumerate(names) if group_of(name) == FORWARD}
@@ -120,6 +121,7 @@ def execution_order(a: Trace, b: Trace) -> list[str]:
         place = _place_of_module(path, modules)
         if group == ROUTING:
             return GROUP_ORDER.index(FORWARD), place, 0
+        group = GRADIENT if group == COTANGENT else group
         rank = GROUP_ORDER.index(group) if group in GROUP_ORDER else len(GROUP_ORDER)
         return rank, -place if group in BACKWARD_GROUPS else 0, index
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from shared_config.contract.sharding import has_axes
 from shared_config.contract.warm_start import without_warm_start
-from shared_config.parity.compare import TOLERANCES, Comparison
+from shared_config.parity.compare import Comparison
+from shared_config.parity.dtypes import DTYPES
 from shared_config.parity.layouts import LAYOUT, MOST
 from shared_config.parity.provenance import check_trace, expected_meta
 from shared_config.parity.scenarios import PARTS, SCENARIOS, resume_folder
@@ -139,7 +140,7 @@ class Plan:
         return [
             file
             for backend in BACKENDS
-            for dtype in TOLERANCES
+            for dtype in DTYPES
             for file in (
                 self.trace_file(backend, dtype),
                 *(self.scenario_file(backend, scenario, dtype) for scenario in (LONG, *SCENARIOS)),

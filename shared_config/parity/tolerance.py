@@ -6,10 +6,11 @@ of a float64 trace. Allowed is the largest of what the table says and, as in `nu
 rms, which is that of the truth's tensor:
 
     ==========  =====================  =====================  =====================  ========================
-    dtype       forward, decode        loss, routing          gradient, updated      losses of a training run
+    dtype       forward, decode        loss, routing          gradients, updated     losses of a training run
     ==========  =====================  =====================  =====================  ========================
     float64     10 delta, 1e-12 rms    10 delta, 1e-12 rms    20 delta, 1e-12 rms    10 delta, 1e-9 rms
     float32     10 delta               10 delta, 1e-6 rms     20 delta               10 delta, 1e-5 rms
+    float16     4 delta                4 delta                10 delta               4 delta, 1e-2 rms
     bfloat16    4 delta                4 delta                10 delta               4 delta, 1e-2 rms
     fp8         4 delta                4 delta                10 delta               4 delta, 2e-2 rms
     ==========  =====================  =====================  =====================  ========================
@@ -27,6 +28,7 @@ Rows, columns and elements of a tensor, and its size as a whole (`compare.parts`
     ==========  ===========  ===================  ===================
     float64     20           40                   24
     float32     20           40                   24
+    float16     7            13 (22)              6 (8)
     bfloat16    7            13 (22)              6 (8)
     fp8         7            13 (22)              6 (8)
     ==========  ===========  ===================  ===================
@@ -54,10 +56,12 @@ import numpy as np
 
 from shared_config.errors import UserError
 from shared_config.interchange.toml import number_of, section_of
+from shared_config.parity.cancellation import NOISE_ROUNDOFFS, STORED, VANISHING, Cancellation
 from shared_config.parity.numerics import FLOOR_ROUNDOFFS, UNIT_ROUNDOFF, as_float64, rms
 from shared_config.parity.parts import PartLimits
 from shared_config.parity.routes import is_routes
 from shared_config.parity.traces import (
+    COTANGENT,
     DECODE,
     FORWARD,
     GRADIENT,
@@ -95,18 +99,20 @@ TOLERANCES = {
         GRADIENT: Tolerance(20),
         LOSSES: Tolerance(10, 1e-5),
     },
+    "float16": {FORWARD: Tolerance(4), LOSS: Tolerance(4), GRADIENT: Tolerance(10), LOSSES: Tolerance(4, 1e-2)},
     "bfloat16": {FORWARD: Tolerance(4), LOSS: Tolerance(4), GRADIENT: Tolerance(10), LOSSES: Tolerance(4, 1e-2)},
     "fp8": {FORWARD: Tolerance(4), LOSS: Tolerance(4), GRADIENT: Tolerance(10), LOSSES: Tolerance(4, 2e-2)},
 }
-COLUMNS = {LOSS: LOSS, ROUTING: LOSS, GRADIENT: GRADIENT, UPDATED: GRADIENT, LOSSES: LOSSES}
+COLUMNS = {LOSS: LOSS, ROUTING: LOSS, COTANGENT: GRADIENT, GRADIENT: GRADIENT, UPDATED: GRADIENT, LOSSES: LOSSES}
 """Group -> column of the table; all other groups are forward."""
 
-PARTS = (FORWARD, DECODE, GRADIENT, UPDATED)
+PARTS = (FORWARD, DECODE, COTANGENT, GRADIENT, UPDATED)
 """Groups whose tensors are judged by rows, columns and elements, too."""
 
 PART_LIMITS = {
     "float64": {FORWARD: PartLimits(20, 40, 24), GRADIENT: PartLimits(20, 40, 24)},
     "float32": {FORWARD: PartLimits(20, 40, 24), GRADIENT: PartLimits(20, 40, 24)},
+    "float16": {FORWARD: PartLimits(7, 13, 6), GRADIENT: PartLimits(7, 22, 8)},
     "bfloat16": {FORWARD: PartLimits(7, 13, 6), GRADIENT: PartLimits(7, 22, 8)},
     "fp8": {FORWARD: PartLimits(7, 13, 6), GRADIENT: PartLimits(7, 22, 8)},
 }
@@ -115,18 +121,12 @@ ELEMENT_OF_STEP = 4
 element whose gradient is nearly 0 by as much as the learning rate, which few runs see.
 """
 
-ROUTE_SLACK = {"float64": 0, "float32": 0, "bfloat16": 2, "fp8": 2}
+ROUTE_SLACK = {"float64": 0, "float32": 0, "float16": 2, "bfloat16": 2, "fp8": 2}
 """Unequal choices that are allowed to a router even where none of the runs that deltas are measured by had one."""
 
 KINK = 3
 """Factor of K for gradients and updates where an activation has a kink: in an expert with few tokens, a unit that
 rounding switches on or off is a large part of them."""
-
-STORED = "float32"
-"""The coarsest dtype that parameters and what routers compute are held in."""
-
-VANISHING, NOISE_ROUNDOFFS, NOISE_OF_ITSELF = 1e-12, 20, 1e-3
-"""What is 0 by mathematics, relative to the largest of its kind, and the noise that is left of it: `Cancellation`."""
 
 CONDITION = 2.0**16
 """Largest factor by which a model of any use amplifies a relative rounding of its weights. Those of the presets and of
@@ -159,32 +159,6 @@ def coarser(dtype_a: str, dtype_b: str) -> str:
     return max(dtype_a, dtype_b, key=list(TOLERANCES).index)
 
 
-@dataclass(frozen=True)
-class Cancellation:
-    """Gradients that are differences of large terms, and what rounding these terms leaves of them.
-
-    A gradient whose RMS is at most 1e-12 of the largest of all is 0 by mathematics (that of a query that sees one key,
-    of a router whose only choice has weight p / p). What is left of it is noise, of up to 20 roundoffs of the largest.
-    In one that is larger, some terms may cancel, as in routers, which compute in at least float32: it may have as much
-    noise of float32, but no more than 1e-3 of itself.
-
-    Attributes:
-        largest: RMS of the largest gradient.
-    """
-
-    largest: float
-
-    def vanishes(self, scale: float) -> bool:
-        """Whether a gradient of this RMS is 0 by mathematics."""
-        return scale <= VANISHING * self.largest
-
-    def noise(self, scale: float, roundoff: float) -> float:
-        """RMS error that cancellation allows a gradient of this RMS."""
-        if self.vanishes(scale):
-            return NOISE_ROUNDOFFS * roundoff * self.largest
-        return min(NOISE_ROUNDOFFS * min(roundoff, UNIT_ROUNDOFF[STORED]) * self.largest, NOISE_OF_ITSELF * scale)
-
-
 class Scales:
     """Limits of the tensors of one reference trace, with what depends on how large they are."""
 
@@ -194,6 +168,8 @@ class Scales:
         self._cancellation = Cancellation(max(self._gradients.values(), default=0.0))
         forward = (scale_of(tensor) for name, tensor in reference.items() if group_of(name) == FORWARD)
         self._largest_forward = max(forward, default=0.0)
+        self._sizes = {name: scale_of(tensor) for name, tensor in reference.items() if group_of(name) == COTANGENT}
+        self._cotangents = Cancellation(max(self._sizes.values(), default=0.0))
         self._places = max((math.prod(t.shape) for name, t in reference.items() if is_routes(name)), default=0)
         self._routed = bool(self._places) or has_experts(config)
         self._kinked = has_kinks(config)
@@ -246,8 +222,8 @@ class Scales:
             return math.prod(tensor.shape)
         if group == ROUTING:
             return REROUTED * max(scale, 1.0) + (self._places or math.inf)
-        if group == GRADIENT:
-            scale = self._cancellation.largest
+        if group in (COTANGENT, GRADIENT):
+            scale = self._cancellation_of(group).largest
         elif self._vanishes(name, scale):
             scale = self._largest_forward
         condition = CONDITION * (SWITCHED if self._switches(name, dtype) else 1)
@@ -267,19 +243,26 @@ class Scales:
         if rerouted and (group == ROUTING or EXPERTS in name):
             return UNRELATED * max(scales)
         if self._vanishes(name, scales[1]):
-            return NOISE_ROUNDOFFS * roundoff * self._largest_forward
-        gradient = group == GRADIENT
+            return (
+                NOISE_ROUNDOFFS * roundoff * (self._cotangents.largest if group == COTANGENT else self._largest_forward)
+            )
+        gradient = group in (COTANGENT, GRADIENT)
         whole = WHOLE[GRADIENT if gradient else FORWARD] * smaller
-        smooth = CONDITION * roundoff * (self._cancellation.largest if gradient else smaller)
+        smooth = CONDITION * roundoff * (self._cancellation_of(group).largest if gradient else smaller)
         return whole if rerouted else min(whole, tolerance_of(group, dtype).K * smooth)
 
+    def _cancellation_of(self, group: str) -> Cancellation:
+        return self._cotangents if group == COTANGENT else self._cancellation
+
     def _vanishes(self, name: str, scale: float) -> bool:
-        """Whether an activation is 0 by mathematics."""
+        """Whether an activation, or the gradient of one, is 0 by mathematics."""
+        if group_of(name) == COTANGENT:
+            return self._cotangents.vanishes(scale)
         return group_of(name) == FORWARD and scale <= VANISHING * self._largest_forward
 
     def _switches(self, name: str, dtype: str) -> bool:
         """Whether rounding may switch a unit on or off that a gradient, or a step, passes through."""
-        return self._kinked and dtype != "float64" and group_of(name) in (GRADIENT, UPDATED)
+        return self._kinked and dtype != "float64" and group_of(name) in (COTANGENT, GRADIENT, UPDATED)
 
     def _relative(self, name: str, dtype: str) -> float:
         """Error relative to the tensor that is always allowed."""
@@ -290,6 +273,8 @@ class Scales:
 
     def _noise(self, name: str, roundoff: float) -> float:
         group, _, path = name.partition("/")
+        if group == COTANGENT:
+            return self._cotangents.noise(self._sizes.get(name, 0.0), roundoff)
         gradient = self._gradients.get(f"{GRADIENT}/{path}")
         if group not in (GRADIENT, UPDATED) or gradient is None:
             return 0.0

@@ -5,6 +5,7 @@ A trace is one safetensors file whose metadata says where it comes from. Names a
     forward/<activation>   output of a module, in the order of execution
     routing/<name>         decisions and counts of routers; integers are compared exactly
     loss                   the scalar that was differentiated
+    cotangent/<activation> gradient of the loss by the output of a module
     gradient/<parameter>   its gradient
     updated/<parameter>    parameters after one optimiser step
     decode/<chunking>      logits of cached decoding; decode/whole: of a forward without capacity limits
@@ -17,7 +18,6 @@ estimated.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -25,29 +25,41 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from shared_config.contract.mixing import WEYL, splitmix
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
 from shared_config.interchange.former import current_toml, former
 from shared_config.interchange.reading import parse_json, parse_toml
-from shared_config.interchange.tensors import TRACE, TensorFile, write_tensors
+from shared_config.interchange.tensors import TRACE, write_tensors
 from shared_config.interchange.toml import number_of
 from shared_config.interchange.weights import is_floating
-from shared_config.parity.numerics import UNIT_ROUNDOFF, as_float64, rms
+from shared_config.parity.chunks import CHUNKS, TraceFile
+from shared_config.parity.numerics import UNIT_ROUNDOFF
 from shared_config.parity.selection import RefedFields, Selection, SelectionFields
+from shared_config.parity.summaries import Summary, summarize, tensors_hash
 
-FORWARD, ROUTING, LOSS, GRADIENT, UPDATED, DECODE, LOSSES = GROUPS = (
+__all__ = [
+    "Summary",
+    "Trace",
+    "TraceMeta",
+    "group_of",
+    "read_trace",
+    "summarize",
+    "tensors_hash",
+    "write_trace",
+]
+
+FORWARD, ROUTING, LOSS, COTANGENT, GRADIENT, UPDATED, DECODE, LOSSES = GROUPS = (
     "forward",
     "routing",
     "loss",
+    "cotangent",
     "gradient",
     "updated",
     "decode",
     "losses",
 )
-NOT_REFED = (GRADIENT, UPDATED, DECODE, LOSSES)
+NOT_REFED = (COTANGENT, GRADIENT, UPDATED, DECODE, LOSSES)
 """Groups that a run lacks if each of its layers is given a recorded input."""
 
 FORMAT = "3"
@@ -60,8 +72,6 @@ ROUTES = ".indices"
 META_KEY = "meta"
 SKETCH_SUFFIX = "#sketch"
 PARTS_SUFFIX = "#parts."
-SKETCH_SIZE = 1024
-BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class TraceMeta:
     Attributes:
         backend: "torch", "jax", or whatever computed it.
         device: "cpu", "cuda", a card's name ...
-        dtype: of the arithmetic: "float64", "float32", "bfloat16" or "fp8".
+        dtype: of the arithmetic: "float64", "float32", "float16", "bfloat16" or "fp8".
         seed: of weights and tokens.
         config: the whole `JobConfig` as TOML.
         machine: platform, for people to read.
@@ -119,35 +129,6 @@ class TraceMeta:
 
 
 @dataclass(frozen=True, eq=False)
-class Summary:
-    """What is kept of a tensor in place of its values.
-
-    Attributes:
-        hash: SHA-256 of dtype, shape and bytes; of integers as int64, as backends choose other widths.
-        nonfinite_hash: SHA-256 of where NaN and the infinities stand; "" if there are none.
-        sketch: float64 (1024,), linear in the tensor: the norm of a difference of sketches estimates the norm of the
-            difference of tensors to about 3 % (count sketch: Charikar, Chen & Farach-Colton 2002). Empty for integers.
-        nonfinite: how many places are NaN or infinite.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    hash: str
-    nonfinite_hash: str
-    rms: float
-    mean: float
-    minimum: float
-    maximum: float
-    sketch: np.ndarray
-    nonfinite: int = 0
-
-    @property
-    def size(self) -> int:
-        """Number of elements of the tensor."""
-        return int(np.prod(self.shape, dtype=np.int64))
-
-
-@dataclass(frozen=True, eq=False)
 class Trace:
     """Tensors (or their summaries) by name, in execution order, and where they come from."""
 
@@ -171,25 +152,29 @@ def group_of(name: str) -> str:
     return name.partition("/")[0]
 
 
-def write_trace(path: PathLike, trace: Trace) -> None:
+def write_trace(path: PathLike, trace: Trace, chunks: Mapping[str, str] | None = None) -> None:
     """Write a trace to one file, atomically.
+
+    Args:
+        chunks: tensors that files of their own hold already: name -> path relative to the folder of the trace.
 
     Raises:
         UserError: if the file can't be written or a dtype has no place in it.
     """
     summaries = {name: tensor for name, tensor in trace.tensors.items() if isinstance(tensor, Summary)}
-    arrays = {name: tensor for name, tensor in trace.tensors.items() if name not in summaries}
+    arrays = {name: tensor for name, tensor in trace.tensors.items() if name not in {*summaries, *(chunks or ())}}
     sketches = {name + SKETCH_SUFFIX: summary.sketch for name, summary in summaries.items()}
     parts = {
         f"{name}{PARTS_SUFFIX}{dtype}": part for dtype, own in trace.meta.parts.items() for name, part in own.items()
     }
+    described = {CHUNKS: json.dumps(dict(chunks))} if chunks else {}
     content = {
         "order": list(trace.tensors),
         "summaries": {name: _summary_fields(summary) for name, summary in summaries.items()},
         **dataclasses.asdict(dataclasses.replace(trace.meta, parts={})),
         "parts": {dtype: list(own) for dtype, own in trace.meta.parts.items()},
     }
-    write_tensors(path, {**arrays, **sketches, **parts}, {TRACE: FORMAT, META_KEY: json.dumps(content)})
+    write_tensors(path, {**arrays, **sketches, **parts}, {TRACE: FORMAT, META_KEY: json.dumps(content), **described})
 
 
 def read_trace(path: PathLike) -> Trace:
@@ -198,7 +183,7 @@ def read_trace(path: PathLike) -> Trace:
     Raises:
         UserError: if the file is missing, truncated, or no trace.
     """
-    file = TensorFile(path)
+    file = TraceFile(path)
     if TRACE not in file.metadata:
         raise UserError(f"{file.path}: is a safetensors file, but no trace; `kempnerforge trace` writes traces")
     found = file.metadata[TRACE]
@@ -251,57 +236,6 @@ def _checked(meta: TraceMeta) -> TraceMeta:
     return meta
 
 
-def summarize(tensor: ArrayLike) -> Summary:
-    """What can be kept of a tensor in a few kilobytes."""
-    array = np.asarray(tensor, order="C")
-    values = as_float64(array)
-    finite = np.isfinite(values)
-    kept = values[finite]
-    return Summary(
-        shape=array.shape,
-        dtype=array.dtype.name,
-        hash=_hash(array),
-        nonfinite_hash="" if finite.all() else _hash(_kinds_of_nonfinite(values)),
-        rms=rms(kept),
-        mean=float(kept.mean()) if kept.size else 0.0,
-        minimum=float(kept.min()) if kept.size else 0.0,
-        maximum=float(kept.max()) if kept.size else 0.0,
-        sketch=sketch(np.where(finite, values, 0.0)) if is_floating(array.dtype) else np.empty(0),
-        nonfinite=int(np.count_nonzero(~finite)),
-    )
-
-
-def tensors_hash(tensors: Mapping[str, np.ndarray | Summary]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes, whatever the order; the same of tensors and of their summaries."""
-    hashes = {name: tensor.hash if isinstance(tensor, Summary) else _hash(tensor) for name, tensor in tensors.items()}
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-
-
-def sketch(values: np.ndarray) -> np.ndarray:
-    """Signed sums of float64 values over 1024 buckets chosen by a hash of the position."""
-    flat = values.reshape(-1)
-    sums = np.zeros(SKETCH_SIZE)
-    for start in range(0, flat.size, BLOCK):
-        block = flat[start : start + BLOCK]
-        mixed = splitmix(np.arange(start, start + block.size, dtype=np.uint64) + WEYL)
-        signs = np.where(mixed >> np.uint64(63), -1.0, 1.0)
-        buckets = (mixed % np.uint64(SKETCH_SIZE)).astype(np.int64)
-        sums += np.bincount(buckets, weights=signs * block, minlength=SKETCH_SIZE)
-    return sums
-
-
-def _kinds_of_nonfinite(values: np.ndarray) -> np.ndarray:
-    """0 for finite, 1 for NaN, 2 and 3 for the infinities."""
-    return (np.isnan(values) + 2 * (values == np.inf) + 3 * (values == -np.inf)).astype(np.int8)
-
-
-def _hash(array: np.ndarray) -> str:
-    array = array if is_floating(array.dtype) else array.astype(np.int64)
-    digest = hashlib.sha256(f"{array.dtype.name} {array.shape}".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
 def _summarized(tensor: np.ndarray | Summary, above_bytes: int) -> np.ndarray | Summary:
     return summarize(tensor) if not isinstance(tensor, Summary) and tensor.nbytes > above_bytes else tensor
 
@@ -312,7 +246,7 @@ def _summary_fields(summary: Summary) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name != "sketch"}
 
 
-def _read_parts(file: TensorFile, names: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+def _read_parts(file: TraceFile, names: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     return {dtype: {name: file.read(f"{name}{PARTS_SUFFIX}{dtype}") for name in own} for dtype, own in names.items()}
 
 
@@ -341,7 +275,7 @@ def _with_deltas_of_now(trace: Trace) -> Trace:
     return Trace(trace.tensors, dataclasses.replace(trace.meta, deltas=deltas))
 
 
-def _read(file: TensorFile, name: str, summaries: Mapping[str, Any]) -> np.ndarray | Summary:
+def _read(file: TraceFile, name: str, summaries: Mapping[str, Any]) -> np.ndarray | Summary:
     if name not in summaries:
         return file.read(name)
     fields = summaries[name] | {"shape": tuple(summaries[name]["shape"])}

@@ -79,9 +79,9 @@ def test_every_difference_of_two_runs_is_named(name: str) -> None:
 
 
 def test_what_can_not_be_compared_is_refused_by_side() -> None:
-    plain, odd = Trace(ONE, META), Trace(ONE, dataclasses.replace(META, dtype="float16"))
+    plain, odd = Trace(ONE, META), Trace(ONE, dataclasses.replace(META, dtype="float8"))
     empty, exact = Trace({}, META), Trace(ONE, dataclasses.replace(META, dtype="float64"))
-    wrong = "dtype = 'float16': must be one of float64, float32, bfloat16, fp8"
+    wrong = "dtype = 'float8': must be one of float64, float32, float16, bfloat16, fp8"
     assert refusal(lambda: check_comparable(odd, plain, None)) == f"trace a: {wrong}"
     assert refusal(lambda: check_comparable(plain, odd, exact)) == f"trace b: {wrong}"
     assert refusal(lambda: check_comparable(plain, plain, odd)) == f"trace truth: {wrong}"

@@ -34,7 +34,13 @@ from tests.oracle.transformer import transformer, transformer_backward
 DELTA = 1e-3
 NAMES = ("forward/layers.0", "routing/layers.0.aux_loss", "loss", "gradient/w", "updated/w", "decode/1,1", "losses")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-DTYPES = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32), "bfloat16": BFLOAT16, "fp8": BFLOAT16}
+DTYPES = {
+    "float64": np.dtype(np.float64),
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": BFLOAT16,
+    "fp8": BFLOAT16,
+}
 
 
 def origin(**fields: Any) -> TraceMeta:
@@ -640,7 +646,7 @@ def test_summaries_of_integers_and_of_nan():
         ({"config": "[model]\ndim = 20\n"}, r"optimizer: \{.*\} and None"),
         ({"weights_hash": "cd" * 20}, r"weights: other values \(abababababab\.\.\. and cdcdcdcdcdcd"),
         ({"tokens_hash": "ef" * 20}, "tokens: other values"),
-        ({"dtype": "float8"}, "dtype = 'float8': must be one of float64, float32, bfloat16, fp8"),
+        ({"dtype": "float8"}, "dtype = 'float8': must be one of float64, float32, float16, bfloat16, fp8"),
     ],
 )
 def test_traces_of_different_runs_are_refused(fields, message):

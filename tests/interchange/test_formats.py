@@ -12,7 +12,7 @@ import pytest
 from shared_config.interchange.checkpoint import TrainingState, save
 from shared_config.interchange.tensors import TensorFile
 from shared_config.interchange.weights import MAX_SHARD_BYTES, save_weights
-from shared_config.parity.traces import sketch, summarize
+from shared_config.parity.summaries import sketch, summarize
 from tests.oracle.streams import WORD, splitmix
 
 VALUES = np.array([1.5, -2.0, np.inf, np.nan, -np.inf, 0.25], np.float32)

@@ -14,9 +14,9 @@ from hypothesis import given
 from shared_config.errors import UserError
 from shared_config.interchange.tensors import TRACE, TensorFile, write_tensors
 from shared_config.parity.numerics import rms
+from shared_config.parity.summaries import SKETCH_SIZE
 from shared_config.parity.traces import (
     META_KEY,
-    SKETCH_SIZE,
     Summary,
     Trace,
     TraceMeta,

@@ -14,11 +14,11 @@ from shared_config.parity.compare import Comparison, Row
 from shared_config.parity.plan import Finding
 from shared_config.parity.report.plot import error_plot, heat_picture, number, relative_limit
 from shared_config.parity.report.style import CSS, SCRIPT
-from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, LOSS, ROUTING, UPDATED, TraceMeta
+from shared_config.parity.traces import COTANGENT, DECODE, FORWARD, GRADIENT, LOSS, ROUTING, UPDATED, TraceMeta
 
 PANELS = {
     "Forward, in the order of execution": (FORWARD, ROUTING, LOSS, DECODE),
-    "Gradients, in the order of the backward pass": (GRADIENT,),
+    "Gradients, in the order of the backward pass": (COTANGENT, GRADIENT),
     "Parameters after one optimiser step": (UPDATED,),
 }
 FEW = 3

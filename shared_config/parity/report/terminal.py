@@ -10,7 +10,7 @@ from shared_config.parity.compare import Comparison, Row
 from shared_config.parity.report.plot import number
 
 MOST = 25
-DIGITS = {"float64": 17, "float32": 9, "bfloat16": 5, "fp8": 5}
+DIGITS = {"float64": 17, "float32": 9, "float16": 5, "bfloat16": 5, "fp8": 5}
 """Decimal digits that tell any two numbers of a dtype apart."""
 
 

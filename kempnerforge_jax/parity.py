@@ -1,0 +1,301 @@
+"""Records any JAX module or function, to be compared with any other implementation of it.
+
+trace = record(model, (tokens,), dtype="float32", path="jax.safetensors")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+from jax import Array
+
+from kempnerforge_jax.functions import is_callable_tree, taken_apart
+from kempnerforge_jax.model.state import to_numpy
+from kempnerforge_jax.program import evaluate
+from kempnerforge_jax.taps import Taps, is_array, is_floating, tap
+from shared_config.errors import UserError
+from shared_config.interchange.files import PathLike
+from shared_config.parity.foreign.containers import OUTPUT, map_tensors, named_leaves, tensors_in
+from shared_config.parity.foreign.mapping import Map
+from shared_config.parity.foreign.options import EXACT, Arrays, Options, make_options, probe
+from shared_config.parity.foreign.recorder import Noise, Recorded, Store, make_trace
+from shared_config.parity.foreign.transfer import transfer
+from shared_config.parity.traces import Trace
+
+__all__ = ["record", "tap"]
+
+Inputs = Sequence[object] | Mapping[str, object]
+Function = nnx.Module | linen.Module | Callable[..., object]
+Loss = Callable[[object], Array]
+Parameters = dict[str, Array]
+
+
+class OptimizerOf(Protocol):
+    """An optimiser of optax."""
+
+    def init(self, params: Parameters, /) -> object:
+        """The state before the first step."""
+        ...
+
+    def update(self, updates: Parameters, state: object, params: Parameters, /) -> tuple[Parameters, object]:
+        """What is added to the parameters, and the state after the step."""
+        ...
+
+
+DTYPES = {
+    "float64": jnp.float64,
+    "float32": jnp.float32,
+    "float16": jnp.float16,
+    "bfloat16": jnp.bfloat16,
+}
+
+
+def record(
+    function: Function,
+    inputs: Inputs,
+    *,
+    weights: Mapping[str, object] | None = None,
+    dtype: str | None = None,
+    backward: bool = True,
+    loss: Loss | None = None,
+    optimizer: OptimizerOf | None = None,
+    batches: Sequence[Inputs] = (),
+    only: Sequence[str] = (),
+    above: int | None = None,
+    deltas: bool | int = True,
+    seed: int = 0,
+    refeed: Trace | None = None,
+    names: Map | None = None,
+    path: PathLike | None = None,
+    chunks: int | None = None,
+) -> Trace:
+    """Call a module or function once and record every activation by its module's path, every gradient, and a step.
+
+    The output of a module has its path as its name, that of the whole is "output"; parts of tuples, mappings and
+    dataclasses have their place or key added, unless there is only one tensor. What a module is given is recorded with
+    the end "@in" where no module put it out as it is. What is recorded several times is numbered, "norm@0", "norm@1".
+    Integers, as choices of routers, are compared exactly but for what rounding changes.
+
+    The function is traced once and run under jit; what `tap` or `checkpoint_name` names inside of it, also in scans,
+    rematerialised and jitted parts, is an activation.
+
+    Args:
+        function: a module of NNX or Linen, a callable pytree (as modules of Equinox are), or a function (as
+            transformed ones of Haiku are), which takes the weights first, if there are some.
+        inputs: positional or named arguments; arrays and anything else, in containers of any kind.
+        weights: of Linen the variables, of a function a tree; of other modules values by name, in place of their own.
+        dtype: of weights and floating-point inputs, of "float64", "float32", "float16", "bfloat16"; None leaves all as
+            it is.
+        backward: whether to record gradients.
+        loss: of the output; by default its sum with drawn weights, or itself if it is a scalar.
+        optimizer: of optax; the parameters after one step are recorded.
+        batches: inputs of a short run with that optimiser; its losses are recorded.
+        only: glob patterns of names; see `Selection`.
+        above: bytes of a tensor above which statistics are kept in place of values.
+        deltas: whether to measure in float64 what rounding does to each tensor; a number is that of the runs.
+        seed: of drawn values.
+        refeed: a trace of another implementation: what follows an activation continues from the value there, so that
+            only a wrong module differs. Forward only.
+        names: from the names and layouts of ``refeed`` to those here.
+        path: of a file to write the trace to.
+        chunks: bytes above which a tensor is written to a file of its own, as soon as it is known.
+
+    Raises:
+        UserError: an argument that can't be, or weights that don't fit.
+    """
+    options = make_options(
+        dtype=dtype, backward=backward, only=only, above=above, deltas=deltas, seed=seed, refeed=refeed, names=names
+    )
+    engine = _Engine(function, inputs, weights, loss, optimizer, batches, options)
+    return make_trace(engine, options, path, chunks)
+
+
+class _Engine:
+    """A function of JAX; see `Engine`."""
+
+    backend, packages = "jax", ("jax", "flax", "equinox", "dm-haiku")
+
+    def __init__(
+        self,
+        function: Function,
+        inputs: Inputs,
+        weights: Mapping[str, object] | None,
+        loss: Loss | None,
+        optimizer: OptimizerOf | None,
+        batches: Sequence[Inputs],
+        options: Options,
+    ):
+        self._inputs, self._batches = inputs, batches
+        self._loss, self._optimizer, self._options = loss, optimizer, options
+        if batches and optimizer is None:
+            raise UserError("batches: a run needs an optimizer")
+        self._apply, tree, self._rest = taken_apart(function, weights)
+        leaves, self._treedef = jax.tree_util.tree_flatten_with_path(tree)
+        names = [_path_name(path) for path, _ in leaves]
+        own = {name: np.asarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
+        given = weights if isinstance(function, nnx.Module) or is_callable_tree(function, weights) else None
+        shapes = {name: value.shape for name, value in own.items()}
+        self.weights: Arrays = own if given is None else transfer(given, None, shapes)
+        self.inputs: Arrays = {name: np.asarray(array) for name, array in tensors_in(inputs, is_array)}
+        self.device = jax.devices()[0].device_kind
+        self._programs: dict[str, Any] = {}
+
+    def run(
+        self, dtype: str, weights: Arrays, inputs: Arrays, fed: Arrays, noise: Noise | None, store: Store
+    ) -> Recorded:
+        """Call it once; see `Engine.run`."""
+        with jax.enable_x64(dtype == EXACT or self._is_wide(dtype)):
+            values = {name: _cast(value, dtype) for name, value in weights.items()}
+            arguments = [_cast(value, dtype) for value in inputs.values()]
+            taken = {name: jnp.asarray(value) for name, value in fed.items()}
+            program = self._program(dtype, values, arguments)
+            key = None if noise is None else (jax.random.key(noise.seed), noise.roundoff)
+            found = program(values, arguments, taken, key)
+            losses = self._run(dtype, values) if self._batches else None
+        activations = [(name, store(to_numpy(value))) for name, value in zip(program.names, found["taps"], strict=True)]
+        places = program.places if self._options.backward else []
+        cotangents = {p: store(to_numpy(value)) for p, value in zip(places, found["cotangents"], strict=True)}
+        kept = {name: store(to_numpy(value)) for name, value in found["gradients"].items()}
+        ordered = {name: kept[name] for name in weights if name in kept}
+        updated = {name: to_numpy(found["updated"][name]) for name in weights if name in found["updated"]}
+        if losses is not None:
+            updated, losses = losses[1], losses[0]
+        loss = to_numpy(found["loss"]) if self._options.backward else None
+        return Recorded(activations, cotangents, loss, ordered, updated, losses)
+
+    def _is_wide(self, dtype: str) -> bool:
+        arrays = [*self.weights.values(), *self.inputs.values()]
+        return not dtype and any(array.dtype == np.float64 for array in arrays)
+
+    def _program(self, dtype: str, weights: dict[str, Array], inputs: list[Array]) -> _Program:
+        """The compiled recording for an arithmetic."""
+        if dtype not in self._programs:
+            self._programs[dtype] = _Program(
+                self._traced(dtype, weights, inputs), self._options, self._loss_of, self._step
+            )
+        return self._programs[dtype]
+
+    def _traced(self, dtype: str, weights: dict[str, Array], inputs: list[Array]) -> Any:
+        """(weights, inputs, visit) -> output, of a program that was traced once."""
+        rest = jax.tree.map(lambda leaf: _widened(leaf) if dtype == EXACT else leaf, self._rest)
+        order = list(weights)
+
+        def whole(values: list[Array], arguments: list[Array]) -> object:
+            tree = jax.tree_util.tree_unflatten(self._treedef, values)
+            given = iter(arguments)
+            return self._apply(tree, rest, map_tensors(lambda *_: next(given), self._inputs, "", is_array))
+
+        closed, shapes = jax.make_jaxpr(whole, return_shape=True)([weights[name] for name in order], inputs)
+        treedef = jax.tree.structure(shapes)
+
+        def call(values: dict[str, Array], arguments: list[Array], visit: Callable[[str, Array], Array]) -> object:
+            outputs = evaluate(closed, [*(values[name] for name in order), *arguments], visit)
+            return jax.tree.unflatten(treedef, outputs)
+
+        return call
+
+    def _loss_of(self, output: object) -> Array:
+        if self._loss is not None:
+            return self._loss(output)
+        leaves = named_leaves(output, OUTPUT, lambda value: is_array(value) and is_floating(value))
+        if len(leaves) == 1 and next(iter(leaves.values())).ndim == 0:
+            return next(iter(leaves.values()))
+        wide = {name: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for name, leaf in leaves.items()}
+        terms = [
+            (leaf * jnp.asarray(probe(name, leaf.shape, self._options.seed), leaf.dtype)).sum()
+            for name, leaf in wide.items()
+        ]
+        if not terms:
+            raise UserError("backward: no output depends on a weight or an input with a gradient; set backward=False")
+        return jnp.stack(terms).sum()
+
+    def _step(self, parameters: dict[str, Array], gradients: dict[str, Array]) -> dict[str, Array]:
+        if self._optimizer is None:
+            return {}
+        return self._updated(parameters, gradients, self._optimizer.init(parameters))[0]
+
+    def _updated(self, parameters: dict[str, Array], gradients: dict[str, Array], state: Any) -> Any:
+        assert self._optimizer is not None
+        updates, state = self._optimizer.update(gradients, state, parameters)
+        return {name: (own + updates[name]).astype(own.dtype) for name, own in parameters.items()}, state
+
+    def _run(self, dtype: str, weights: dict[str, Array]) -> Any:
+        """Losses and parameters of a short run."""
+        assert self._optimizer is not None
+        parameters = {name: value for name, value in weights.items() if is_floating(value)}
+        fixed = {name: value for name, value in weights.items() if name not in parameters}
+        state, losses = self._optimizer.init(parameters), []
+        for batch in self._batches:
+            inputs = [_cast(np.asarray(array), dtype) for _, array in tensors_in(batch, is_array)]
+            call = self._traced(dtype, weights, inputs)
+
+            def objective(values: dict[str, Array], call: Any = call, inputs: list[Array] = inputs) -> Array:
+                return self._loss_of(call({**values, **fixed}, inputs, lambda _, value: value))
+
+            loss, gradients = jax.jit(jax.value_and_grad(objective))(parameters)
+            parameters, state = self._updated(parameters, gradients, state)
+            losses.append(float(loss))
+        return np.asarray(losses, np.float64), {
+            name: to_numpy(parameters[name]) for name in weights if name in parameters
+        }
+
+
+class _Program:
+    """A compiled recording.
+
+    Attributes:
+        names: of what is recorded, in the order of execution.
+        places: of those that have a gradient.
+    """
+
+    def __init__(self, call: Any, options: Options, loss_of: Any, step: Any):
+        self.names: list[str] = []
+        self.places: list[int] = []
+        self._call, self._options, self._loss_of, self._step = call, options, loss_of, step
+        self._compiled = jax.jit(self._recorded)
+
+    def __call__(
+        self, weights: dict[str, Array], inputs: list[Array], fed: dict[str, Array], key: Any
+    ) -> dict[str, Any]:
+        return self._compiled(weights, inputs, fed, key)
+
+    def _recorded(
+        self, weights: dict[str, Array], inputs: list[Array], fed: dict[str, Array], key: Any
+    ) -> dict[str, Any]:
+        varied = {name: value for name, value in weights.items() if is_floating(value)}
+        fixed = {name: value for name, value in weights.items() if name not in varied}
+
+        def objective(varied: dict[str, Array], shifts: list[Array] | None) -> tuple[Array, list[Array]]:
+            taps = Taps(self._options, fed, key, shifts)
+            output = self._call({**varied, **fixed}, inputs, taps.visit)
+            output = map_tensors(taps.visit, output, OUTPUT, is_array)
+            self.names, self.places = taps.names, taps.places
+            return self._loss_of(output) if self._options.backward else jnp.zeros(()), taps.values
+
+        if not self._options.backward:
+            return {"loss": None, "taps": objective(varied, None)[1], "cotangents": [], "gradients": {}, "updated": {}}
+        shapes = jax.eval_shape(lambda values: objective(values, None)[1], varied)
+        shifts = [jnp.zeros(shapes[place].shape, shapes[place].dtype) for place in self.places]
+        run = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+        (loss, values), (gradients, cotangents) = run(varied, shifts)
+        updated = self._step(varied, gradients)
+        return {"loss": loss, "taps": values, "cotangents": cotangents, "gradients": gradients, "updated": updated}
+
+
+def _path_name(path: Sequence[Any]) -> str:
+    """A path in a tree with dots."""
+    parts = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path]
+    return ".".join(str(part) for part in parts if part != "value").lstrip(".")
+
+
+def _cast(value: np.ndarray, dtype: str) -> Array:
+    return jnp.asarray(value, DTYPES[dtype]) if dtype and is_floating(value) else jnp.asarray(value)
+
+
+def _widened(leaf: Any) -> Any:
+    return leaf.astype(jnp.float64) if is_array(leaf) and is_floating(leaf) else leaf

@@ -1,0 +1,97 @@
+"""JAX programs that are run step by step, so that named values inside can be seen, and others go on in their place.
+
+A name is what `jax.ad_checkpoint.checkpoint_name` gives; it costs nothing where a program is run as usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+Visit = Callable[[str, jax.Array], jax.Array]
+
+NAME = "name"
+INLINED = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
+"""Calls whose body stands in their place where it names something."""
+CUSTOM = ("custom_jvp_call", "custom_vjp_call")
+"""Calls with a derivative of their own: what they name is seen, and can't be replaced."""
+
+
+def evaluate(program: ClosedJaxpr, arguments: Sequence[jax.Array], visit: Visit) -> list[jax.Array]:
+    """What a program puts out, given flat arguments; each named value is what ``visit(name, value)`` makes of it.
+
+    Loops that name something are unrolled. Branches and loops of unknown length run as they are, unseen.
+    """
+    return _evaluated(program.jaxpr, program.consts, arguments, visit)
+
+
+def names_of(program: Jaxpr) -> Iterator[str]:
+    """Every name that `evaluate` visits, once for each place in the program."""
+    for equation in program.eqns:
+        if equation.primitive.name == NAME:
+            yield equation.params["name"]
+        elif (body := _body(equation)) is not None:
+            yield from names_of(body.jaxpr)
+
+
+def _evaluated(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], visit: Visit) -> list[Any]:
+    values: dict[Any, Any] = {}
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    values.update(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, arguments, strict=True))
+    for equation in jaxpr.eqns:
+        given = [read(atom) for atom in equation.invars]
+        values.update(zip(equation.outvars, _outputs(equation, given, visit), strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _outputs(equation: Any, given: list[Any], visit: Visit) -> list[Any]:
+    if equation.primitive.name == NAME:
+        return [visit(equation.params["name"], given[0])]
+    body = _body(equation)
+    if body is None or not any(True for _ in names_of(body.jaxpr)):
+        return _bound(equation, given)
+    if equation.primitive.name == "scan":
+        return _unrolled(equation, body, given, visit)
+    if equation.primitive.name in CUSTOM:
+        evaluate(body, [jax.lax.stop_gradient(value) for value in given], visit)
+        return _bound(equation, given)
+    return evaluate(body, given, visit)
+
+
+def _bound(equation: Any, given: list[Any]) -> list[Any]:
+    """The equation as it is."""
+    parameters, functions = equation.primitive.get_bind_params(equation.params), ()
+    if isinstance(parameters, tuple):  # as some versions of jax give them
+        functions, parameters = parameters
+    found = equation.primitive.bind(*functions, *given, **parameters)
+    return list(found) if equation.primitive.multiple_results else [found]
+
+
+def _unrolled(equation: Any, body: ClosedJaxpr, given: list[Any], visit: Visit) -> list[Any]:
+    """A scan, step by step."""
+    length, fixed, carried = (equation.params[name] for name in ("length", "num_consts", "num_carry"))
+    consts, carry, columns = given[:fixed], given[fixed : fixed + carried], given[fixed + carried :]
+    order = range(length)[::-1] if equation.params["reverse"] else range(length)
+    rows: dict[int, list[Any]] = {}
+    for step in order:
+        found = evaluate(body, [*consts, *carry, *(column[step] for column in columns)], visit)
+        carry, rows[step] = found[:carried], found[carried:]
+    stacked = [jnp.stack([rows[step][place] for step in range(length)]) for place in range(len(rows[0]))]
+    return [*carry, *stacked]
+
+
+def _body(equation: Any) -> ClosedJaxpr | None:
+    """The program within an equation that is run once, or as often as a scan says; None for other equations."""
+    name, parameters = equation.primitive.name, equation.params
+    if name not in (*INLINED, *CUSTOM, "scan"):
+        return None
+    found = next((parameters[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in parameters), None)
+    return ClosedJaxpr(found, ()) if isinstance(found, Jaxpr) else found

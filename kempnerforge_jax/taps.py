@@ -1,0 +1,66 @@
+"""What a recording sees of a JAX function, and what goes on in the place of what it sees."""
+
+from __future__ import annotations
+
+from typing import TypeGuard, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from shared_config.parity.foreign.containers import call_name, map_tensors
+from shared_config.parity.foreign.options import Options
+
+Value = TypeVar("Value")
+
+
+def tap(name: str, value: Value) -> Value:
+    """The value itself, which is recorded under ``name``; works inside jit, scans and rematerialisation.
+
+    Args:
+        name: dotted path, as "layers.0.attention".
+        value: an array, or a container of them, whose parts get their keys added to the name.
+    """
+    return map_tensors(lambda leaf, array: checkpoint_name(array, leaf), value, name, is_array)
+
+
+class Taps:
+    """What is recorded, in the order of execution, and what goes on in its place."""
+
+    def __init__(
+        self, options: Options, fed: dict[str, Array], key: tuple[Array, Array] | None, shifts: list[Array] | None
+    ):
+        self.names: list[str] = []
+        self.values: list[Array] = []
+        self.places: list[int] = []
+        self._options, self._fed, self._key, self._shifts = options, fed, key, shifts
+        self._calls: dict[str, int] = {}
+
+    def visit(self, name: str, array: Array) -> Array:
+        """Record an array, and give what goes on."""
+        call = self._calls[name] = self._calls.get(name, -1) + 1
+        fed = self._fed.get(call_name(name, call), self._fed.get(name) if call == 0 else None)
+        if self._options.wants(name):
+            if is_floating(array):
+                self.places.append(len(self.names))
+                array = array if self._shifts is None else array + self._shifts[len(self.places) - 1]
+            self.names.append(name)
+            self.values.append(array)
+        if fed is not None:
+            array = fed.reshape(array.shape).astype(array.dtype)
+        if self._key is not None and is_floating(array):
+            key = jax.random.fold_in(self._key[0], sum(self._calls.values()) + len(self._calls))
+            array = array * (1 + self._key[1] * jax.random.uniform(key, array.shape, array.dtype, -1, 1))
+        return array
+
+
+def is_floating(value: Array | np.ndarray) -> bool:
+    """Whether an array is of real numbers."""
+    return jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def is_array(value: object) -> TypeGuard[Array | np.ndarray]:
+    """Whether a value is an array."""
+    return isinstance(value, Array | np.ndarray)

@@ -1,0 +1,120 @@
+"""What a recording sees of a PyTorch function, and what goes on in the place of what it sees."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeGuard
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from kempnerforge_torch.model.state import from_numpy, to_numpy
+from kempnerforge_torch.model.wrappers import plain_modules
+from shared_config.parity.foreign.containers import INPUT, call_name, map_tensors, tensors_in
+from shared_config.parity.foreign.options import Arrays, Options
+from shared_config.parity.foreign.recorder import Noise, Store
+from shared_config.parity.traces import Summary
+
+
+class Taps:
+    """What is recorded, in the order of execution, and what goes on in its place."""
+
+    def __init__(self, options: Options, fed: Arrays, noise: Noise | None, store: Store):
+        self.found: list[tuple[str, np.ndarray | Summary]] = []
+        self._options, self._fed, self._noise, self._store = options, fed, noise, store
+        self._calls: dict[str, int] = {}
+        self._shown: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self._places: list[tuple[int, Tensor]] = []
+        self._generator = torch.Generator().manual_seed(noise.seed if noise else 0)
+
+    def know(self, arguments: object) -> None:
+        """Take what the whole function is given for recorded."""
+        self._shown.update({id(tensor): tensor for _, tensor in tensors_in(arguments, is_tensor)})
+
+    def containers(self, name: str, value: object) -> object:
+        """`visit` for every tensor of a value."""
+        return map_tensors(self.visit, value, name, is_tensor)
+
+    def inputs(self, name: str, value: object) -> object:
+        """`visit` for every floating-point tensor of arguments that nothing recorded put out."""
+
+        def is_new(value: object) -> bool:
+            return isinstance(value, Tensor) and value.is_floating_point() and id(value) not in self._shown
+
+        return map_tensors(self.visit, value, name, is_new)
+
+    def visit(self, name: str, tensor: Tensor) -> Tensor:
+        """Record a tensor, and give what goes on: a view, whose gradient is that by all that comes after it, and by
+        nothing that used the tensor before.
+        """
+        call = self._calls[name] = self._calls.get(name, -1) + 1
+        fed = self._fed.get(call_name(name, call), self._fed.get(name) if call == 0 else None)
+        wanted = self._options.wants(name)
+        if wanted:
+            self.found.append((name, self._store(copied(tensor))))
+        if fed is not None:
+            tensor = from_numpy(fed).to(tensor)
+        if self._noise is not None and tensor.is_floating_point():
+            moves = torch.rand(tensor.shape, generator=self._generator, dtype=torch.float64) * 2 - 1
+            tensor = tensor * (1 + self._noise.roundoff * moves).to(tensor)
+        if wanted and tensor.requires_grad:
+            tensor = tensor.view_as(tensor)
+            tensor.retain_grad()
+            self._places.append((len(self.found) - 1, tensor))
+        self._shown[id(tensor)] = tensor
+        return tensor
+
+    def cotangents(self) -> dict[int, np.ndarray | Summary]:
+        """Gradients of what was recorded, by its place."""
+        grads = {place: tensor.grad for place, tensor in self._places}
+        return {place: self._store(copied(grad)) for place, grad in grads.items() if grad is not None}
+
+
+class Widening(TorchFunctionMode):
+    """Casts to float32 that the code asks for are casts to float64."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        wide = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
+        named = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
+        return func(*wide, **named)
+
+
+@contextlib.contextmanager
+def observed(call: object, taps: Taps) -> Iterator[None]:
+    """Show inputs and outputs of every module within to the taps; the whole is "output", which its caller shows."""
+    modules = plain_modules(call) if isinstance(call, nn.Module) else {}
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            if name:
+                before = module.register_forward_pre_hook(_before(name, taps), with_kwargs=True)
+                after = module.register_forward_hook(lambda _m, _a, output, name=name: taps.containers(name, output))
+                hooks.callback(before.remove)
+                hooks.callback(after.remove)
+        yield
+
+
+def _before(name: str, taps: Taps) -> Callable[..., tuple[Any, Any]]:
+    def show(_module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        shown: Any = taps.inputs(f"{name}{INPUT}", (args, kwargs))
+        return shown
+
+    return show
+
+
+def copied(tensor: Tensor) -> np.ndarray:
+    """The values on the host, all of them where they are sharded, whatever happens to the tensor."""
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+    return np.array(to_numpy(whole.detach()))
+
+
+def is_tensor(value: object) -> TypeGuard[Tensor | np.ndarray]:
+    """Whether a value is a tensor, or an array that becomes one."""
+    return isinstance(value, Tensor | np.ndarray)

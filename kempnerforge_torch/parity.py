@@ -1,0 +1,271 @@
+"""Records any PyTorch module or function, to be compared with any other implementation of it.
+
+trace = record(model, (tokens,), dtype="float32", path="torch.safetensors")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kempnerforge_torch.model.state import from_numpy, to_numpy
+from kempnerforge_torch.model.wrappers import unwrapped
+from kempnerforge_torch.observed import Taps, Widening, copied, is_tensor, observed
+from shared_config.errors import UserError
+from shared_config.interchange.files import PathLike
+from shared_config.interchange.states import plain_name
+from shared_config.parity.foreign.containers import OUTPUT, map_tensors, named_leaves, tensors_in
+from shared_config.parity.foreign.mapping import Map
+from shared_config.parity.foreign.options import EXACT, Arrays, Options, make_options, probe
+from shared_config.parity.foreign.recorder import Noise, Recorded, Store, make_trace
+from shared_config.parity.foreign.taps import tap, visiting
+from shared_config.parity.foreign.transfer import transfer
+from shared_config.parity.traces import Summary, Trace
+
+__all__ = ["record", "tap"]
+
+Inputs = Sequence[object] | Mapping[str, object]
+Function = nn.Module | Callable[..., object]
+Loss = Callable[[object], Tensor]
+OptimizerOf = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def record(
+    function: Function,
+    inputs: Inputs,
+    *,
+    weights: Mapping[str, object] | None = None,
+    dtype: str | None = None,
+    backward: bool = True,
+    loss: Loss | None = None,
+    optimizer: OptimizerOf | None = None,
+    batches: Sequence[Inputs] = (),
+    only: Sequence[str] = (),
+    above: int | None = None,
+    deltas: bool | int = True,
+    seed: int = 0,
+    refeed: Trace | None = None,
+    names: Map | None = None,
+    path: PathLike | None = None,
+    chunks: int | None = None,
+) -> Trace:
+    """Call a module or function once and record every activation by its module's path, every gradient, and a step.
+
+    The output of a module has its path as its name, that of the whole is "output"; parts of tuples, mappings and
+    dataclasses have their place or key added, unless there is only one tensor. What a module is given is recorded with
+    the end "@in" where no module put it out as it is. What is recorded several times is numbered, "norm@0", "norm@1".
+    Integers, as choices of routers, are compared exactly but for what rounding changes.
+
+    The module stays as it is: a copy of it is run, without wrappers of compilation and data parallelism (a compiled
+    module is also called as it is, for "output"). One sharded by FSDP is run in place, with its own weights and dtype,
+    and has no deltas.
+
+    Args:
+        function: an `nn.Module`, or a function; of the latter weights come first, if there are some, and `tap` shows
+            what is inside.
+        inputs: positional or named arguments; tensors, arrays and anything else, in containers of any kind.
+        weights: values by name, in place of the module's own; of a function, nested in any way.
+        dtype: of weights and floating-point inputs, of "float64", "float32", "float16", "bfloat16"; None leaves all as
+            it is. Buffers stay as they are, but in float64, where casts to float32 in the code count as float64, too.
+        backward: whether to record gradients.
+        loss: of the output; by default its sum with drawn weights, or itself if it is a scalar.
+        optimizer: makes an optimiser of parameters, as ``functools.partial(torch.optim.AdamW, lr=1e-3)``; the
+            parameters after one step are recorded.
+        batches: inputs of a short run with that optimiser; its losses are recorded.
+        only: glob patterns of names; see `Selection`.
+        above: bytes of a tensor above which statistics are kept in place of values.
+        deltas: whether to measure in float64 what rounding does to each tensor; a number is that of the runs.
+        seed: of drawn values.
+        refeed: a trace of another implementation: what follows an activation continues from the value there, so that
+            only a wrong module differs. Forward only.
+        names: from the names and layouts of ``refeed`` to those here.
+        path: of a file to write the trace to.
+        chunks: bytes above which a tensor is written to a file of its own, as soon as it is known.
+
+    Raises:
+        UserError: an argument that can't be, or weights that don't fit.
+    """
+    options = make_options(
+        dtype=dtype, backward=backward, only=only, above=above, deltas=deltas, seed=seed, refeed=refeed, names=names
+    )
+    engine = _Engine(function, inputs, weights, loss, optimizer, batches, options)
+    return make_trace(engine, options, path, chunks)
+
+
+class _Engine:
+    """A function of PyTorch; see `Engine`."""
+
+    backend, packages = "torch", ("torch", "transformers")
+
+    def __init__(
+        self,
+        function: Function,
+        inputs: Inputs,
+        weights: Mapping[str, object] | None,
+        loss: Loss | None,
+        optimizer: OptimizerOf | None,
+        batches: Sequence[Inputs],
+        options: Options,
+    ):
+        self._given, self._inputs, self._batches = function, inputs, batches
+        self._loss, self._optimizer, self._options = loss, optimizer, options
+        self._weights = None if isinstance(function, nn.Module) else weights
+        if batches and optimizer is None:
+            raise UserError("batches: a run needs an optimizer")
+        if isinstance(function, nn.Module):
+            self._sharded = any(hasattr(parameter, "full_tensor") for parameter in function.parameters())
+            own = {plain_name(name): parameter for name, parameter in function.named_parameters()}
+            device = next((parameter.device for parameter in own.values()), torch.device("cpu"))
+            shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+            self.weights: Arrays = _on_host(own) if weights is None else transfer(weights, None, shapes)
+        else:
+            tensors = [tensor for _, tensor in tensors_in((weights, inputs), is_tensor)]
+            device = next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), torch.device("cpu"))
+            self._sharded, self.weights = False, _on_host(dict(tensors_in(weights, is_tensor)))
+        if self._sharded and (weights is not None or options.dtype or options.delta_runs or options.fed):
+            raise UserError("function: is sharded by FSDP: leave weights, dtype and refeed out, and set deltas=False")
+        self._device = device
+        self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.inputs: Arrays = _on_host(dict(tensors_in(inputs, is_tensor)))
+
+    def run(
+        self, dtype: str, weights: Arrays, inputs: Arrays, fed: Arrays, noise: Noise | None, store: Store
+    ) -> Recorded:
+        """Call it once; see `Engine.run`."""
+        options = self._options
+        taps = Taps(options, fed, noise, store)
+        call, parameters = self._callable(dtype, weights)
+        arguments = self._arguments(self._inputs, inputs, dtype)
+        taps.know(arguments)
+        exact = Widening() if dtype == EXACT else contextlib.nullcontext()
+        with exact, torch.set_grad_enabled(options.backward):
+            with observed(call, taps), visiting(taps.containers):
+                output = _called(call, arguments)
+                output = taps.containers(OUTPUT, output)
+            if self._is_compiled and not dtype and not noise and not fed:
+                self._replace_output(taps, arguments, store)
+            if not options.backward:
+                return Recorded(taps.found)
+            loss = self._loss_of(output)
+            loss.backward()
+        gradients = _gradients(parameters, store)
+        losses = self._run(call, parameters, dtype) if self._batches else None
+        if losses is None and self._optimizer is not None:
+            self._step(parameters)
+        updated = {} if self._optimizer is None else _on_host(parameters)
+        return Recorded(taps.found, taps.cotangents(), to_numpy(loss), gradients, updated, losses)
+
+    @property
+    def _is_compiled(self) -> bool:
+        return isinstance(self._given, nn.Module) and hasattr(self._given, "dynamo_ctx")
+
+    def _replace_output(self, taps: Taps, arguments: Any, store: Store) -> None:
+        """What the compiled program puts out, in place of what its source does."""
+        with torch.no_grad():
+            outputs = named_leaves(_called(self._given, arguments), OUTPUT, is_tensor)
+        taps.found[:] = [
+            (name, store(to_numpy(outputs[name])) if name in outputs else value) for name, value in taps.found
+        ]
+
+    def _callable(self, dtype: str, weights: Arrays) -> tuple[Any, Mapping[str, Tensor]]:
+        """What is called, and its parameters."""
+        if not isinstance(self._given, nn.Module):
+            if self._weights is None:
+                return self._given, {}
+            values = {name: _leaf(value, dtype, self._device) for name, value in weights.items()}
+            order = iter(values.values())
+            tree = map_tensors(lambda *_: next(order), self._weights, "", is_tensor)
+            return functools.partial(self._given, tree), values
+        if self._sharded:
+            for parameter in self._given.parameters():
+                parameter.grad = None
+            return self._given, {plain_name(name): own for name, own in self._given.named_parameters()}
+        with unwrapped(self._given) as plain:
+            module = copy.deepcopy(plain)
+        parameters = {plain_name(name): own for name, own in module.named_parameters()}
+        for name, parameter in parameters.items():
+            parameter.grad = None
+            own = DTYPES.get(dtype, parameter.dtype) if parameter.is_floating_point() else parameter.dtype
+            parameter.data = from_numpy(weights[name]).to(parameter.device, own, copy=True)
+        for buffer in module.buffers() if dtype == EXACT else ():
+            buffer.data = buffer.data.double() if buffer.is_floating_point() else buffer.data
+        return module, parameters
+
+    def _arguments(self, given: Any, values: Arrays, dtype: str) -> Any:
+        """Arguments with values by name, in a dtype."""
+        order = iter(values.values())
+        return map_tensors(lambda *_: self._input(next(order), dtype), given, "", is_tensor)
+
+    def _input(self, value: np.ndarray, dtype: str) -> Tensor:
+        tensor = from_numpy(value).to(self._device)
+        return tensor.to(DTYPES[dtype]) if dtype and tensor.is_floating_point() else tensor
+
+    def _loss_of(self, output: object) -> Tensor:
+        if self._loss is not None:
+            return self._loss(output)
+        leaves = named_leaves(output, OUTPUT, lambda value: isinstance(value, Tensor) and value.is_floating_point())
+        if len(leaves) == 1 and next(iter(leaves.values())).ndim == 0:
+            return next(iter(leaves.values()))
+        wide = {name: leaf.to(torch.promote_types(leaf.dtype, torch.float32)) for name, leaf in leaves.items()}
+        terms = [
+            (leaf * from_numpy(probe(name, leaf.shape, self._options.seed)).to(leaf)).sum()
+            for name, leaf in wide.items()
+            if leaf.requires_grad
+        ]
+        if not terms:
+            raise UserError("backward: no output depends on a weight or an input with a gradient; set backward=False")
+        return torch.stack(terms).sum()
+
+    def _step(self, parameters: Mapping[str, Tensor]) -> None:
+        assert self._optimizer is not None
+        trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        self._optimizer(trained).step()  # type: ignore[arg-type]
+
+    def _run(self, call: Any, parameters: Mapping[str, Tensor], dtype: str) -> np.ndarray:
+        """Losses of a short run."""
+        assert self._optimizer is not None
+        trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        optimizer, losses = self._optimizer(trained), []  # type: ignore[arg-type]
+        for batch in self._batches:
+            optimizer.zero_grad()
+            own = _on_host(dict(tensors_in(batch, is_tensor)))
+            loss = self._loss_of(_called(call, self._arguments(batch, own, dtype)))
+            loss.backward()
+            optimizer.step()
+            losses.append(to_numpy(loss))
+        return np.asarray(losses, np.float64)
+
+
+def _called(call: Any, arguments: Any) -> object:
+    return call(**arguments) if isinstance(arguments, Mapping) else call(*arguments)
+
+
+def _gradients(parameters: Mapping[str, Tensor], store: Store) -> dict[str, np.ndarray | Summary]:
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    missing = {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in trained.items()}
+    return {name: store(copied(gradient)) for name, gradient in missing.items()}
+
+
+def _leaf(value: np.ndarray, dtype: str, device: torch.device) -> Tensor:
+    tensor = from_numpy(value).to(device, copy=True)
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.to(DTYPES.get(dtype, tensor.dtype)).requires_grad_()
+
+
+def _on_host(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: copied(t) if isinstance(t, Tensor) else np.asarray(t) for name, t in tensors.items()}

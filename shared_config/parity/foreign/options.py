@@ -1,0 +1,138 @@
+"""What a recording of any function is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shared_config.contract.initialise import stream
+from shared_config.errors import UserError
+from shared_config.parity.foreign.mapping import Map
+from shared_config.parity.selection import RefedFields, Selection
+from shared_config.parity.tolerance import TOLERANCES
+from shared_config.parity.traces import FORWARD, ROUTES, ROUTING, Summary, Trace, tensors_hash
+
+Arrays = Mapping[str, np.ndarray]
+
+DTYPES = tuple(dtype for dtype in TOLERANCES if dtype != "fp8")
+"""Arithmetics that a function can be asked to be recorded in."""
+EXACT = "float64"
+DELTA_RUNS = 6
+"""Runs with moved weights; with fewer, the delta of a scalar can come out far too small by chance."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to record.
+
+    Attributes:
+        dtype: of weights and floating-point inputs; "" leaves them as they are.
+        backward: whether to record gradients.
+        selection: names that are kept.
+        above: bytes of a tensor above which a `Summary` is kept of it; None for whole tensors.
+        delta_runs: runs with moved weights that deltas are measured by; 0 leaves them out.
+        seed: of the moves, and of the probe that a loss is made with.
+        fed: name of an activation -> value that follows in its place.
+        refed: `TraceMeta.refed`: whose activations those are.
+    """
+
+    dtype: str = ""
+    backward: bool = True
+    selection: Selection = field(default_factory=Selection)
+    above: int | None = None
+    delta_runs: int = DELTA_RUNS
+    seed: int = 0
+    fed: Arrays = field(default_factory=dict)
+    refed: RefedFields = field(default_factory=RefedFields)
+
+    def __post_init__(self) -> None:
+        if self.dtype and self.dtype not in DTYPES:
+            raise UserError(
+                f"dtype = {self.dtype!r}: must be one of {', '.join(DTYPES)}, or None for the function's own"
+            )
+        for name in ("above", "delta_runs", "seed"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"{name} = {value}: must be 0 or more")
+
+    def wants(self, name: str) -> bool:
+        """Whether an activation of this name, which may be one of several calls, is kept."""
+        return self.selection.wants(f"{FORWARD}/{name}") or self.selection.wants(f"{ROUTING}/{name}{ROUTES}")
+
+
+def make_options(
+    *,
+    dtype: str | None,
+    backward: bool,
+    only: Sequence[str],
+    above: int | None,
+    deltas: bool | int,
+    seed: int,
+    refeed: Trace | None,
+    names: Map | None,
+) -> Options:
+    """The options of the arguments of ``record``.
+
+    Args:
+        names: from the names and layouts of the trace to feed to those of the function.
+
+    Raises:
+        UserError: a value that can't be, or a trace to feed that holds nothing to feed.
+    """
+    runs = DELTA_RUNS if deltas is True else int(deltas)
+    options = Options(dtype or "", backward and refeed is None, Selection(None, tuple(only)), above, runs, seed)
+    if refeed is None:
+        return options
+    given = refeed if names is None else names.apply_to_trace(refeed)
+    return dataclasses.replace(options, fed=fed_values(given), refed=refed_fields(refeed))
+
+
+def fed_values(trace: Trace) -> dict[str, np.ndarray]:
+    """What a trace has to feed: its floating-point activations by their names.
+
+    Raises:
+        UserError: it holds none, or summaries of them.
+    """
+    names = [name for name in trace.tensors if name.startswith(f"{FORWARD}/")]
+    if not names:
+        raise UserError(f"refeed: the other trace holds no activation, as {FORWARD}/output")
+    for name in names:
+        if isinstance(trace.tensors[name], Summary):
+            raise UserError(f"refeed: {name}: the other trace holds a summary; tensors are needed, without summaries")
+    return {name.removeprefix(f"{FORWARD}/"): np.asarray(trace.tensors[name]) for name in names}
+
+
+def refed_fields(trace: Trace) -> RefedFields:
+    """What a recording says of the trace that it was fed with."""
+    meta = trace.meta
+    return {
+        "backend": meta.backend,
+        "device": meta.device,
+        "dtype": meta.dtype,
+        "modules": [],
+        "own": [],
+        "hash": values_hash(trace),
+    }
+
+
+def values_hash(trace: Trace) -> str:
+    """Of all floating-point activations, whatever their names and places."""
+    names = [name for name in trace.tensors if name.startswith(f"{FORWARD}/")]
+    hashes = sorted(tensors_hash({"": trace.tensors[name]}) for name in names)
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def probe(name: str, shape: Sequence[int], seed: int) -> np.ndarray:
+    """Weights of the sum that stands for a loss: the same float32 bits for every framework, of norm about 1."""
+    size = max(1, int(np.prod(shape, dtype=np.int64)))
+    return stream(seed, f"probe/{name}").standard_normal(tuple(shape), dtype=np.float32) / np.float32(size**0.5)
+
+
+def inputs_hash(value: np.ndarray) -> str:
+    """Of values and shape, whatever the width of the dtype."""
+    wide = value.astype(np.float64 if value.dtype.kind not in "iub" else np.int64)
+    return hashlib.sha256(f"{wide.shape}".encode() + np.ascontiguousarray(wide).tobytes()).hexdigest()[:16]

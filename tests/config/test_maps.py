@@ -1,0 +1,170 @@
+"""Maps of names and layouts: what they move comes back bit by bit, and what they can't move is said at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared_config.errors import UserError
+from shared_config.parity import Map, Rule, make_map, parse_op, read_map, transfer
+from shared_config.parity.foreign.layout import NUMBERS
+from shared_config.parity.traces import Trace, TraceMeta
+
+SHAPE = (8, 12)
+OPS = ("transpose", "swap 0 1", "permute 1 0", "interleave 2 axis=0", "halves 3 axis=-1", "flip axis=1")
+
+
+def drawn(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[str, ...]:
+    """Operations that a matrix of `SHAPE` allows in this order."""
+    found: list[str] = []
+    array = np.zeros(SHAPE)
+    for text in draw(
+        st.lists(st.sampled_from([*OPS, "split 4 axis=0", "split 2 axis=-1", "merge 2 axis=0"]), max_size=4)
+    ):
+        try:
+            array = parse_op(text).apply(array)
+        except (ValueError, IndexError):
+            continue
+        found.append(text)
+    return tuple(found)
+
+
+@st.composite
+def maps(draw: st.DrawFn) -> tuple[Map, dict[str, np.ndarray]]:
+    """A map of every kind of rule, and weights that it fits."""
+    layers, layout = draw(st.integers(1, 12)), draw(layouts())
+    sizes = draw(st.sampled_from([(), (8, 8), (3, 5)]))
+    parts = sizes or (4, 4)
+    shapes = {"q": SHAPE, "g": (parts[0], 6), "u": (parts[1], 6), "n": (5,), "e": (3, 2)}
+    weights = {f"layers.{n}.{k}": drawn(*shapes[k], seed=n) for n in range(layers) for k in shapes}
+    rules = (
+        Rule(("layers.*.q",), ("blocks.*.wq",), tuple(map(parse_op, layout))),
+        Rule(("layers.*.g", "layers.*.u"), ("blocks.*.gu",), (), 0, sizes),
+        Rule(("layers.*.n",), ("norms",), (parse_op("flip axis=0"),)),
+    )
+    return Map(rules), weights
+
+
+@given(maps())
+def test_weights_go_there_and_back_bit_by_bit(case: tuple[Map, dict[str, np.ndarray]]) -> None:
+    names, weights = case
+    moved = transfer(weights, names)
+    assert "norms" in moved
+    assert moved["norms"].shape[0] == sum(name.endswith(".n") for name in weights)
+    back = transfer(moved, names.inverse(), {name: value.shape for name, value in weights.items()})
+    assert list(back) == list(weights)
+    for name, value in weights.items():
+        assert back[name].dtype == value.dtype
+        np.testing.assert_array_equal(back[name], value)
+
+
+@given(case=maps())
+def test_a_map_reads_what_it_wrote(
+    case: tuple[Map, dict[str, np.ndarray]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.mktemp("maps") / "map.toml"
+    case[0].write(file)
+    assert read_map(file) == case[0]
+
+
+def test_each_operation_moves_what_it_says() -> None:
+    x = np.arange(24).reshape(4, 6)
+    expected = {
+        "transpose": x.T,
+        "swap 0 1": x.T,
+        "permute 1 0": x.T,
+        "split 2 axis=0": x.reshape(2, 2, 6),
+        "merge 4 axis=0": x.reshape(24),
+        "flip axis=1": x[:, ::-1],
+    }
+    for text, moved in expected.items():
+        np.testing.assert_array_equal(parse_op(text).apply(x), moved, text)
+    row = np.arange(8)
+    np.testing.assert_array_equal(parse_op("interleave 2 axis=0").apply(row), [0, 2, 1, 3, 4, 6, 5, 7])
+    np.testing.assert_array_equal(parse_op("interleave 1 axis=0").apply(row), [0, 4, 1, 5, 2, 6, 3, 7])
+    np.testing.assert_array_equal(parse_op("halves 1 axis=0").apply(row), [0, 2, 4, 6, 1, 3, 5, 7])
+    assert {text.split()[0] for text in expected} | {"interleave", "halves"} == set(NUMBERS)
+
+
+def test_stacked_layers_are_in_the_order_of_their_numbers() -> None:
+    weights = {f"layers.{n}.w": np.full(2, n) for n in (10, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9)}
+    stacked = transfer(weights, make_map({"layers.*.w": "w"}))["w"]
+    np.testing.assert_array_equal(stacked[:, 0], np.arange(11))
+
+
+def test_all_that_does_not_fit_is_said_at_once() -> None:
+    weights = {"a": drawn(2, 3), "b": drawn(3), "c": drawn(4)}
+    expected = {"x": (2, 3), "y": (3,), "b": (4,)}
+    with pytest.raises(UserError) as error:
+        transfer(weights, make_map({"a": ("x", "transpose"), "c": ("z", "flip axis=0")}), expected)
+    assert str(error.value).splitlines() == [
+        "weights do not fit:",
+        "  y: missing, of shape (3,)",
+        "  x: shape = (3, 2): must be (2, 3)",
+        "  b: shape = (3,): must be (4,)",
+        "  z: extra, of shape (4,): the map makes it, and nothing takes it",
+    ]
+    with pytest.raises(UserError, match=r"c: unread, of shape \(4,\)"):
+        transfer(weights, None, {"a": (2, 3), "b": (3,)})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[weights]]\na = 'x'", "b = None: must be a pattern"),
+        ("[[weights]]\na = 'x.*'\nb = ['y', 'z']", "can't be stacked in the same rule"),
+        ("[[weights]]\na = 'x.*.*'\nb = 'y'", "same number of stars"),
+        ("[[weights]]\na = ['x', 'y']\nb = ['z', 'w']", "must be a single pattern"),
+        ("[[weights]]\na = 'x'\nb = 'y'\nlayout = 'turn'", "layout 'turn': must be one of"),
+        ("[[weights]]\na = 'x'\nb = 'y'\nlayout = 'split'", "split takes 1 to 1 numbers"),
+        ("[[weights]]\na = 'x'\nb = 'y'\nlayout = 'split 0'", "must have 1 head or more"),
+        ("[[weights]]\na = 'x'\nb = 'y'\naxes = 1", "axes: must be one of a, b, layout, axis, sizes"),
+        ("[[weights]]\na = ['x', 'y']\nb = 'z'\nsizes = [1]", "must be one for each part"),
+        ("[tensors]\na = 1", r"tensors: must be \[\[weights\]\]"),
+    ],
+)
+def test_rules_that_can_not_be_are_refused(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "map.toml").write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_map(tmp_path / "map.toml")
+
+
+def test_what_rules_can_not_move_is_refused_by_name() -> None:
+    for rule, said in (
+        ({"w": ("v", "split 5")}, "w: split 5 axis=0: axis 0 of"),
+        ({"w": ("v", "permute 0 1 2")}, "w: "),
+        ({"w": "b"}, "b: comes from several tensors"),
+    ):
+        with pytest.raises(UserError, match=said):
+            transfer({"w": drawn(4, 4), "b": drawn(3)}, make_map(rule))
+
+
+def trace(**tensors: np.ndarray) -> Trace:
+    named = {name.replace("__", "/").replace("_", "."): value for name, value in tensors.items()}
+    deltas = {"float32": dict.fromkeys(named, 1e-7)}
+    parts = {"float32": {name: np.zeros(3) for name in named}}
+    return Trace(named, TraceMeta("torch", "cpu", "float32", 0, "", deltas=deltas, parts=parts))
+
+
+def test_rules_of_activations_hold_for_gradients_inputs_and_calls_and_those_of_weights_for_updates() -> None:
+    names = make_map({"m.w": ("w", "transpose")}, {"m": "f", "m@in": "before"})
+    given = trace(forward__m=drawn(2, 3), cotangent__m=drawn(2, 3), gradient__m_w=drawn(2, 3), updated__m_w=drawn(2, 3))
+    more = {"forward/m@1": drawn(2), "forward/m@in": drawn(2), "routing/m.indices": np.arange(3)}
+    moved = names.apply_to_trace(Trace({**given.tensors, **more}, given.meta))
+    assert set(moved.tensors) == {
+        "forward/f", "cotangent/f", "gradient/w", "updated/w", "forward/f@1", "forward/before", "routing/f.indices"
+    }  # fmt: skip
+    assert moved.array("gradient/w").shape == (3, 2)
+    assert set(moved.meta.deltas["float32"]) == {"forward/f", "cotangent/f", "gradient/w", "updated/w"}
+    assert set(moved.meta.parts["float32"]) == {"forward/f", "cotangent/f"}, (
+        "parts of what is laid out anew say nothing"
+    )
