@@ -28,7 +28,7 @@ from kempnerforge_jax.training.loss import mean_cross_entropy, router_losses
 from kempnerforge_jax.training.mixed_precision import matmul_precision, use_fp8
 from kempnerforge_jax.training.optimizer import build_optimizer, clip_by_global_norm, set_optimizer_state, update
 from shared_config.contract.initialise import state_hash
-from shared_config.contract.moments import moments_of
+from shared_config.contract.schedule import Rates
 from shared_config.contract.vision import job_table
 from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import check_tensors
@@ -45,7 +45,7 @@ from shared_config.parity.request import (
     transformer_path,
 )
 from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, ROUTES, ROUTING, UPDATED, Trace
-from shared_config.parity.validation import MOMENT_STEPS, chunkings, validation_moments
+from shared_config.parity.validation import MOMENT_STEPS, chunkings, validation_moments, validation_rates
 from shared_config.schema.job import JobConfig
 
 Tensors = dict[str, Shaped[Array, "..."]]
@@ -144,8 +144,9 @@ class Recorder:
         self._modules = request.modules(names)
         self._refed = (request.refeed.outputs, request.refeed.losses) if request.refeed else ({}, {})
         self.trained = [name for name in self.table if name in params]
-        kinds = moments_of(config.optimizer.name)
-        self.moments = validation_moments(self.table, request.seed, kinds) if request.updates(self.trained) else {}
+        self.moments = {}
+        if request.updates(self.trained):
+            self.moments = validation_moments(self.table, request.seed, config.optimizer)
         self._tables = {name: array for name, array in buffers.items() if name not in self.table}
         self._optimizer = build_optimizer(dict.fromkeys(self.trained), self.table, config.optimizer)
         self._compiled_run = jax.jit(self._run)
@@ -270,8 +271,9 @@ class Recorder:
     def _update(self, masters: Tensors, gradients: Tensors, state: Any) -> Tensors:
         """The parameters after one step from drawn moments, at the peak learning rate."""
         clipped, _ = clip_by_global_norm(gradients, self.config.train.grad_clip_norm)
-        lr = jnp.asarray(self.config.optimizer.lr, self.master_dtype)
-        return update(self._optimizer, dict(clipped), state, masters, lr)[0]
+        rates = validation_rates(self.config.optimizer)
+        own = Rates(*(jnp.asarray(rate, self.master_dtype) for rate in rates))
+        return update(self._optimizer, dict(clipped), state, masters, own)[0]
 
     def _masters(self, weights: Arrays) -> Tensors:
         return {name: from_numpy(weights[name], self.master_dtype) for name in self.table}

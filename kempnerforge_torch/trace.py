@@ -25,11 +25,10 @@ from kempnerforge_torch.training.mixed_precision import matmul_precision, use_fp
 from kempnerforge_torch.training.optimizer import (
     build_optimizer,
     clip_by_global_norm,
-    set_learning_rate,
     set_optimizer_state,
+    set_rates,
 )
 from shared_config.contract.initialise import state_hash
-from shared_config.contract.moments import moments_of
 from shared_config.contract.vision import job_table
 from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import check_tensors
@@ -46,7 +45,7 @@ from shared_config.parity.request import (
     transformer_path,
 )
 from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, ROUTES, ROUTING, UPDATED, Trace
-from shared_config.parity.validation import MOMENT_STEPS, chunkings, validation_moments
+from shared_config.parity.validation import MOMENT_STEPS, chunkings, validation_moments, validation_rates
 from shared_config.schema.job import JobConfig
 
 Tensors = dict[str, Shaped[Tensor, "..."]]
@@ -139,8 +138,9 @@ class Recorder:
         self.compute_dtype = DTYPES[request.dtype]
         self.master_dtype = torch.float64 if request.dtype == EXACT else torch.float32
         self.trained = [name for name, tensor in own_tensors(model).items() if isinstance(tensor, nn.Parameter)]
-        kinds = moments_of(config.optimizer.name)
-        self.moments = validation_moments(self.table, request.seed, kinds) if request.updates(self.trained) else {}
+        self.moments = {}
+        if request.updates(self.trained):
+            self.moments = validation_moments(self.table, request.seed, config.optimizer)
         names = activation_names(model)
         check_selection(request, names, MoEStats._fields)
         self._modules = request.modules(names)
@@ -235,7 +235,7 @@ class Recorder:
         """The parameters after one step from drawn moments, at the peak learning rate."""
         optimizer = build_optimizer(masters, self.table, self.config.optimizer)
         set_optimizer_state(optimizer, masters, self.moments, MOMENT_STEPS)
-        set_learning_rate(optimizer, self.config.optimizer.lr)
+        set_rates(optimizer, validation_rates(self.config.optimizer))
         clipped, _ = clip_by_global_norm(gradients, self.config.train.grad_clip_norm)
         for name, master in masters.items():
             master.grad = clipped[name]

@@ -38,6 +38,7 @@ class Declaration:
     equal_layers: bool = False
     output_num_tokens: Callable[..., int] | None = None
     moments: tuple[str, ...] = ()
+    others: str = ""
 
 
 _tables: list[dict[str, Any]] = []
@@ -64,7 +65,14 @@ _declared: dict[str, dict[str, Declaration]] = {
     "vision_encoder": _built_in("random", "siglip2", "clip", "vit"),
     "adapter": _built_in("mlp_2layer", "linear", "avgpool", "attentional_pool"),
     "modality_strategy": _built_in("joint_decoder", "cross_attention", "mot", "moma"),
-    "optimizer": _built_in("adamw"),
+    "optimizer": named_table(
+        {
+            "adamw": Declaration(),
+            "lion": Declaration(moments=("m",)),
+            "muon": Declaration(moments=("m",), others="adamw"),
+            "schedule_free_adamw": Declaration(moments=("d", "v")),
+        }
+    ),
 }
 
 PARAMETERS_OF = ("model", "architecture", "norm", "mlp", "router", "vision_encoder", "adapter")
@@ -80,6 +88,7 @@ def declare(
     equal_layers: bool = False,
     output_num_tokens: Callable[..., int] | None = None,
     moments: Sequence[str] = (),
+    others: str = "",
 ) -> None:
     """State once for both backends what a registered name means for the parameter table and the sizes of a model.
 
@@ -97,14 +106,17 @@ def declare(
         output_num_tokens: of an adapter, called with its config and the number of tokens that enter.
         moments: of an optimizer, names of what it keeps of each parameter, in the parameter's shape and 0 at the start;
             left out: "m" and "v", as AdamW.
+        others: of an optimizer that updates the matrices of blocks alone, that of all other parameters.
 
     Raises:
         ValueError: no such category, an argument that it does not use, a declaration that contradicts an earlier one,
             or invalid names of moments.
     """
-    given = Declaration(parameters, layer_parameters, equal_layers, output_num_tokens, tuple(moments))
-    if len({*given.moments, "t"}) <= len(given.moments) or not all(name.isidentifier() for name in given.moments):
-        raise ValueError(f"moments = {given.moments}: must be names, all different, none of them 't'")
+    given = Declaration(parameters, layer_parameters, equal_layers, output_num_tokens, tuple(moments), others)
+    taken = {"t", "ema"}
+    different = len({*given.moments, *taken}) == len(given.moments) + len(taken)
+    if not different or not all(name.isidentifier() for name in given.moments):
+        raise ValueError(f"moments = {given.moments}: must be names, all different, none of them 't' or 'ema'")
     if category not in _declared:
         raise ValueError(f"category = {category!r}: must be one of {', '.join(sorted(_declared))}")
     allowed = {
@@ -113,6 +125,7 @@ def declare(
         "equal_layers": ("architecture",),
         "output_num_tokens": ("adapter",),
         "moments": ("optimizer",),
+        "others": ("optimizer",),
     }
     before = _declared[category].get(name, Declaration())
     for field in fields(Declaration):

@@ -251,8 +251,8 @@ MUTANTS = (
     ),
     Mutant(
         "training.optimizer", "everything decays",
-        ('{"params": others, "weight_decay": 0.0}', '{"params": others, "weight_decay": config.weight_decay}'),
-        ("mask={name: table[in_first_layer(name)].decay for name in parameters}", "mask=None"),
+        ('group["weight_decay"] = rates.decay if group[_DECAYS] else 0.0', 'group["weight_decay"] = rates.decay'),
+        ("rates if specs[name].decay else rates._replace(decay=0.0)", "rates"),
     ),
     Mutant(
         "training.optimizer", "eps forgotten",
@@ -262,7 +262,7 @@ MUTANTS = (
     Mutant(
         "training.optimizer", "a skipped step still moves the moments",
         ('if finite is None or (finite.device.type == "cpu" and finite):', "if True:"),
-        ("(moved, new_state), (dict(parameters), state))", "(moved, new_state), (dict(parameters), new_state))"),
+        ("(dict(parameters), dict(state)))", "(dict(parameters), dict(new_state)))"),
     ),
     Mutant(
         "training.optimizer", "counts of updates are those of the run",

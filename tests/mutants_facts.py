@@ -51,6 +51,7 @@ SENT, SCALE, KEPT = "contract.traffic", "contract.scale", "contract.activations"
 LAYER_KEEPS = "torch.test_activations.test_a_layer_keeps_what_the_model_of_costs_says"
 FAILING = "distributed.test_health.test_those_and_only_those_that_fail_are_named"
 SPEED = "config.test_speed"
+MIXTURE, MIXED = "data.mixture", "config.test_mixture"
 NEAR = f"{ON_PAPER}_the_link_that_a_collective_needs"
 
 FP8, INT8 = "contract.fp8", "contract.int8"
@@ -409,4 +410,44 @@ FACT_MUTANTS = (
     FactMutant(
         INT8, r"(?:transformer\.)?", r"(?:\w+\.)?", HELD, ("vision_encoder.layers.0.attention.q_proj.weight", False)
     ),
+    FactMutant(
+        MIXTURE,
+        "return whole - floor_sum(count, CIRCLE, STRIDE, self.offset - end)",
+        "return whole - floor_sum(count, CIRCLE, STRIDE, -end)",
+        f"{MIXED}.test_the_order_is_written_in_stone",
+    ),
+    FactMutant(
+        MIXTURE,
+        "modulus - offset - 1 + factor, -sign",
+        "modulus - offset + factor, -sign",
+        f"{MIXED}.test_a_sum_of_floors_is_that",
+    ),
+    FactMutant(
+        MIXTURE, "** (1 / temperature)", "** temperature", f"{MIXED}.test_sources_have_their_shares_of_any_stretch"
+    ),
+    FactMutant(
+        MIXTURE,
+        "STRIDE = 0x9E3779B97F4A7C15",
+        "STRIDE = 0x9E3779B97F4A7C13",
+        f"{MIXED}.test_the_order_is_written_in_stone",
+    ),
+    FactMutant(
+        MIXTURE,
+        "counts = [a + b for a, b in",
+        "counts = [b for a, b in",
+        f"{MIXED}.test_a_source_goes_on_where_the_phase_before_left_it",
+    ),
+    FactMutant(
+        MIXTURE,
+        "phase.from_step * self.rows_per_step",
+        "phase.from_step",
+        f"{MIXED}.test_phases_begin_with_their_steps",
+    ),
+    FactMutant(
+        MIXTURE,
+        "(index * self.world_size + self.rank) * self.batch_size",
+        "index * self.batch_size",
+        f"{MIXED}.test_ranks_together_read_what_one_reads",
+    ),
+    FactMutant(MIXTURE, "if point < end)", "if point <= end)", f"{MIXED}.test_a_source_of_no_weight_gives_nothing"),
 )

@@ -52,9 +52,10 @@ REACHING = (
     Reaching(
         Mutant(
             "training.train", "a step that is a little too large",
-            ("Step(self.optimizer, by_master, lr, factor)\n        copies",
-             "Step(self.optimizer, by_master, lr * 1.001, factor)\n        copies"),
-            ("gradients, own_state, trained, lr, taken)", "gradients, own_state, trained, lr * 1.001, taken)"),
+            ("Step(self.optimizer, by_master, rates, factor)\n        copies",
+             "Step(self.optimizer, by_master, rates._replace(lr=1.001 * rates.lr), factor)\n        copies"),
+            ("own_state, trained, rates, taken)",
+             "own_state, trained, rates._replace(lr=1.001 * rates.lr), taken)"),
         ),
         ("padding",), "padding", "weights",
     ),

@@ -37,6 +37,15 @@ EXCEPTIONS = {
         ),
         "containers and tensors of any framework",
     ),
+    **dict.fromkeys(
+        (f"shared_config/contract/schedule.py: Rates.{name}" for name in ("lr", "decay", "average")),
+        "a number of the host, or a scalar of a device",
+    ),
+    "kempnerforge_torch/training/groups.py: Group": "what torch calls a group, which it types so",
+    **dict.fromkeys(
+        (f"kempnerforge_jax/training/whole.py: WholeUpdate.{name}" for name in ("init", "update")),
+        "the state of an optimiser: a named tuple of its own",
+    ),
     "shared_config/training/metrics.py: read_metrics": "lines of JSON, as they were written",
 }
 """``file: name`` of what takes or gives anything at all, with the reason."""

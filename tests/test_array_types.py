@@ -56,8 +56,6 @@ DIFFERENCES = {
     "training/optimizer.py": {
         "build_optimizer(parameters)": "jax: shapes will do",
         "set_optimizer_state(state)": "jax: what is filled, torch: what it is filled with",
-        "update(lr)": "jax: an argument of a compiled step",
-        "stays_finite(lr)": "jax: an argument of a compiled step",
         **dict.fromkeys(("clip_by_global_norm(gradients)", "get_optimizer_state()"), "jax: name of a type"),
         "clip_by_global_norm()": "jax: name of a type",
     },
@@ -66,6 +64,7 @@ DIFFERENCES = {
 
 CALLS = {
     "parity/test_head.py": ["test_the_loss_is_that_of_the_whole", "test_who_captures_logits_gets_them_whole"],
+    "parity/test_optimizers.py": ["test_a_few_steps_are_those_of_the_papers"],
     "torch/test_devices.py": ["test_caches_make_everything_on_their_device"],
     "torch/test_generate.py": [
         "test_the_mode_is_restored_after_an_error",

@@ -26,6 +26,8 @@ FILES = {
     "observed.py": "torch: hooks show what is inside",
     "program.py": "jax: names inside of programs show what is inside",
     "taps.py": "jax: names inside of programs show what is inside",
+    "training/groups.py": "torch: an optimiser holds its parameters, by groups",
+    "training/whole.py": "jax: what optax has no type for",
     "model/within_map.py": "jax: layers within a map over devices; torch puts other methods in their place",
 }
 """Files that one backend has alone."""
@@ -190,6 +192,8 @@ DIFFERENCES = {
         "clip_factor": "torch: what a fused step scales by as it reads",
         "FOUND_INF": "torch: how its AdamW is told to leave a step out; JAX selects values",
         "adamw(groups)": "torch: an optimiser holds its parameters",
+        "Averaged": "jax: the state is a value, of named tuples",
+        "Optimizer": "jax: functions of values; torch's is a class of its own",
         "OptimizerState": "jax: name of a type",
         "clip_by_global_norm(stages)": "torch: ranks of a pipeline have gradients of their own stage",
         "get_optimizer_state(optimizer)": "torch: the optimiser holds its state, by tensor",
@@ -198,7 +202,7 @@ DIFFERENCES = {
         "arrays_by_kind": "jax: stacks of layers",
         "states_of": "jax: the state is a value, of which frozen parameters need none",
         "with_states": "jax: the state is a value, of which frozen parameters need none",
-        "set_learning_rate": "torch: the optimiser holds the learning rate",
+        "set_rates": "torch: the optimiser holds its rates",
         "set_optimizer_state(moments)": "jax: state is what optax calls its own",
         "set_optimizer_state(optimizer)": "torch: the optimiser holds its state, by tensor",
         "set_optimizer_state(parameters)": "torch: the optimiser holds its state, by tensor",
@@ -224,6 +228,20 @@ DIFFERENCES = {
         "compute_copy": "jax: arrays are cast within the compiled step",
         "gradients_of": "jax: micro-batches are scanned within the compiled step",
         "summed_loss": "jax: mapped over the data ranks within the compiled evaluation",
+    },
+    "training/lion.py": {
+        "Lion": "torch: an optimiser is a class",
+        "lion": "jax: an optimiser is a transformation",
+    },
+    "training/muon.py": {
+        "Muon": "torch: an optimiser is a class",
+        "MuonState": "jax: the state is a value",
+        "muon": "jax: an optimiser is a transformation",
+    },
+    "training/schedule_free.py": {
+        "ScheduleFreeAdamW": "torch: an optimiser is a class",
+        "ScheduleFreeState": "jax: the state is a value",
+        "schedule_free_adamw": "jax: an optimiser is a transformation",
     },
     "training/terms.py": {
         "summed": "torch: sums on the host; in JAX part of the compiled step",

@@ -21,6 +21,7 @@ from kempnerforge_jax.training.optimizer import build_optimizer
 from kempnerforge_jax.training.train import compiled_step
 from shared_config.contract.freeze import trained_parameters
 from shared_config.contract.programs import Program
+from shared_config.contract.schedule import Rates
 from shared_config.contract.slices import Slice
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
@@ -71,7 +72,7 @@ def traced_step(config: JobConfig, devices: Sequence[Device]) -> jax.stages.Trac
     scalar = jax.ShapeDtypeStruct((), dtype)
     with matmul_precision(config.train.matmul_precision):
         return compiled_step(recipe.at_step(parameters, 0)).trace(
-            parameters, buffers, state, batches, scalar, scalar, scalar
+            parameters, buffers, state, batches, scalar, Rates(scalar, scalar, scalar), scalar
         )
 
 

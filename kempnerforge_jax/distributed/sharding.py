@@ -122,13 +122,11 @@ def _state_shardings(
 ) -> Any:
     """Of the state of an optimiser: what is a parameter's as that is, counts whole on each device."""
     states: Any = jax.eval_shape(init, parameters)
-    by_name, *rest = states
 
     def own(name: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         return NamedSharding(mesh.axes, _partition(mesh, table, name, leaf.shape, MESH_AXES))
 
-    where = {name: jax.tree.map(functools.partial(own, name), each) for name, each in by_name.items()}
-    return (where, *jax.tree.map(lambda _: NamedSharding(mesh.axes, P()), rest))
+    return {name: jax.tree.map(functools.partial(own, name), each) for name, each in states.items()}
 
 
 def _sharded(shapes: Any, shardings: Any) -> Any:

@@ -8,16 +8,16 @@ Checkpoints hold the moments as ``m.<parameter>`` and ``v.<parameter>``, the cou
 
 Another optimiser is registered in category "optimizer" under the name that ``optimizer.name`` gives. It is called with
 the config and gives an `optax.GradientTransformation` of one array, to whose steps the decay is added before they are
-subtracted times the learning rate. Its state is a named tuple of ``count``, updates taken, and the moments that
-`shared_config.registry.declare` names: "m" as ``mu``, "v" as ``nu``, others under their names; without a declaration
-these two, as in `optax.ScaleByAdamState`.
+subtracted times the learning rate, or a `WholeUpdate` that does both itself. Its state is a named tuple of ``count``,
+updates taken, and the moments that `shared_config.registry.declare` names: "m" as ``mu``, "v" as ``nu``, others under
+their names; without a declaration these two, as in `optax.ScaleByAdamState`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,30 +28,59 @@ from jaxtyping import Array, Bool, Float, Shaped
 from kempnerforge_jax.model.stack import Stack, in_first_layer, stack_layers, stacks_of, unstack_layers, unstack_shapes
 from kempnerforge_jax.model.state import State, like
 from kempnerforge_jax.registry import registry
-from shared_config.contract.moments import UPDATES, moments_of
+from kempnerforge_jax.training import lion, muon, schedule_free  # noqa: F401 (they register)
+from kempnerforge_jax.training.whole import WholeUpdate
+from shared_config.contract.moments import AVERAGE, UPDATES, declared_moments, optimizer_of, optimizers_of
+from shared_config.contract.schedule import Rates
 from shared_config.contract.specs import ParameterTable, check_names
 from shared_config.interchange.parts import Parts
 from shared_config.schema.optimizer import OptimizerConfig
 
-OptimizerState = object
-"""What optax keeps: a named tuple for each parameter, then the states of the transformations after it."""
+OptimizerState = Mapping[str, object]
+"""What optax, or an optimiser of ours, keeps of each parameter: a named tuple; with an average, `Averaged`."""
 
 
-def build_optimizer(
-    parameters: Mapping[str, object], table: ParameterTable, config: OptimizerConfig
-) -> optax.GradientTransformation:
-    """The optimiser of the named parameters (arrays, or anything else: only names matter).
+class Averaged(NamedTuple):
+    """The state of an optimiser, and the average of the weights less the weights."""
 
-    Its output is subtracted times the learning rate, see `update`.
+    own: object
+    ema: Float[Array, "..."]
+
+
+class Optimizer(NamedTuple):
+    """The optimiser of several parameters, each by itself.
+
+    Attributes:
+        init: parameters -> state.
+        update: (gradients, state, parameters, rates) -> (new parameters, state).
     """
-    own = registry.get("optimizer", config.name)(config)
-    _check_state(own, config.name)
-    return optax.chain(
-        _by_parameter(own),
-        optax.add_decayed_weights(
-            config.weight_decay, mask={name: table[in_first_layer(name)].decay for name in parameters}
-        ),
-    )
+
+    init: Callable[[State], OptimizerState]
+    update: Callable[[State, OptimizerState, State, Rates], tuple[State, OptimizerState]]
+
+
+def build_optimizer(parameters: Mapping[str, object], table: ParameterTable, config: OptimizerConfig) -> Optimizer:
+    """The optimiser of the named parameters (arrays, or anything else: only names matter)."""
+    built = {kind: registry.get("optimizer", kind)(config) for kind in optimizers_of(config)}
+    whole = {}
+    for kind, own in built.items():
+        _check_state(own, kind)
+        whole[kind] = _averaged(own if isinstance(own, WholeUpdate) else _decayed(own), config.ema_decay)
+    specs = {name: table[in_first_layer(name)] for name in parameters}
+    own_of = {name: whole[optimizer_of(config, in_first_layer(name), spec)] for name, spec in specs.items()}
+
+    def init(parameters: Mapping[str, Any]) -> OptimizerState:
+        return {name: _by_layer(own_of[name].init, name)(parameter) for name, parameter in parameters.items()}
+
+    def step(gradients: State, state: OptimizerState, parameters: State, rates: Rates) -> tuple[State, OptimizerState]:
+        both = {}
+        for name, gradient in gradients.items():
+            own_rates = rates if specs[name].decay else rates._replace(decay=0.0)
+            one = functools.partial(own_of[name].update, rates=own_rates)
+            both[name] = _by_layer(one, name)(gradient, state[name], parameters[name])
+        return {name: moved for name, (moved, _) in both.items()}, {name: new for name, (_, new) in both.items()}
+
+    return Optimizer(init, step)
 
 
 @registry.register("optimizer", "adamw")
@@ -61,42 +90,36 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def update(
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     gradients: State,
     state: OptimizerState,
     parameters: State,
-    lr: Float[Array, ""] | float,
+    rates: Rates,
     finite: Bool[Array, ""] | None = None,
 ) -> tuple[State, OptimizerState]:
     """One step: the new parameters and the new state, those from before where ``finite`` (a bool scalar) is false."""
-    moved, new_state = _moved(optimizer, gradients, state, parameters, lr)
+    moved, new_state = optimizer.update(gradients, state, parameters, rates)
     if finite is None:
         return moved, new_state
-    return jax.tree.map(functools.partial(jnp.where, finite), (moved, new_state), (dict(parameters), state))
+    return jax.tree.map(functools.partial(jnp.where, finite), (moved, new_state), (dict(parameters), dict(state)))
 
 
 def stays_finite(
-    optimizer: optax.GradientTransformation,
-    gradients: State,
-    state: OptimizerState,
-    parameters: State,
-    lr: Float[Array, ""],
+    optimizer: Optimizer, gradients: State, state: OptimizerState, parameters: State, rates: Rates
 ) -> Bool[Array, ""]:
     """Whether the next step leaves parameters and moments finite, a bool scalar."""
-    leaves = jax.tree.leaves(_moved(optimizer, gradients, state, parameters, lr))
+    leaves = jax.tree.leaves(optimizer.update(gradients, state, parameters, rates))
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
 
 
 def states_of(state: OptimizerState, parameters: Mapping[str, object]) -> OptimizerState:
     """The state of some of the parameters; see `with_states`."""
-    by_name, rest = _parts(state)
-    return ({name: by_name[name] for name in parameters}, *rest)
+    return {name: state[name] for name in parameters}
 
 
 def with_states(state: OptimizerState, some: OptimizerState) -> OptimizerState:
     """The state with that of some parameters put in its place."""
-    changed, rest = _parts(some)
-    return ({**_parts(state)[0], **changed}, *rest)
+    return {**state, **some}
 
 
 def get_optimizer_state(state: OptimizerState) -> State:
@@ -111,10 +134,11 @@ def get_optimizer_state(state: OptimizerState) -> State:
 def arrays_by_kind(state: OptimizerState) -> dict[str, State]:
     """Kind -> parameter -> array, of stacked layers one: the moments, then the counts."""
     kinds: dict[str, State] = {}
-    for name, one in _parts(state)[0].items():
-        for field in sorted(one._fields, key="count".__eq__):
-            kinds.setdefault(_kind(field), {})[name] = getattr(one, field)
-    return kinds
+    for name, one in state.items():
+        for kind, array in _kept(one).items():
+            kinds.setdefault(kind, {})[name] = array
+    order = sorted(kinds, key=lambda kind: (kind == UPDATES, -len(kinds[kind])))
+    return {kind: kinds[kind] for kind in order}
 
 
 def set_optimizer_state(
@@ -126,7 +150,6 @@ def set_optimizer_state(
     Raises:
         UserError: lists every missing, unknown and misshapen name.
     """
-    by_name, rest = _parts(state)
     own = arrays_by_kind(state)
     values = {f"t.{name}": np.asarray(step) for name in unstack_shapes(own.get(UPDATES, {}))} | dict(moments)
     check_names(
@@ -134,11 +157,7 @@ def set_optimizer_state(
         {name: tuple(value.shape) for name, value in values.items()},
     )
     filled = {kind: _filled(arrays, values, f"{kind}.") for kind, arrays in own.items()}
-    states = {
-        name: one._replace(**{field: filled[_kind(field)][name] for field in one._fields})
-        for name, one in by_name.items()
-    }
-    return (states, *rest)
+    return {name: _filled_with(one, {kind: filled[kind][name] for kind in _kept(one)}) for name, one in state.items()}
 
 
 def clip_by_global_norm(gradients: State, max_norm: float) -> tuple[State, Float[Array, ""]]:
@@ -158,24 +177,27 @@ def clip_by_global_norm(gradients: State, max_norm: float) -> tuple[State, Float
     return {name: gradient * factor.astype(gradient.dtype) for name, gradient in gradients.items()}, norm
 
 
-def _moved(
-    optimizer: optax.GradientTransformation, gradients: State, state: Any, parameters: State, lr: jax.Array | float
-) -> tuple[State, Any]:
-    steps, new_state = optimizer.update(gradients, state, parameters)
-    return jax.tree.map(lambda value, step: value - lr * step, parameters, steps), new_state
+def _decayed(own: optax.GradientTransformation) -> WholeUpdate:
+    """The steps of a transformation with decay and learning rate."""
+
+    def step(gradient: Any, state: Any, parameter: Any, rates: Rates) -> tuple[jax.Array, Any]:
+        direction, new_state = own.update(gradient, state, parameter)
+        return parameter - rates.lr * (direction + rates.decay * parameter), new_state
+
+    return WholeUpdate(own.init, step)  # type: ignore[arg-type]
 
 
-def _by_parameter(own: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The transformation of each parameter by itself, and of each layer of a stack."""
+def _averaged(own: WholeUpdate, decay_rate: float) -> WholeUpdate:
+    """With an average of the weights, where its rate is not 0: ema <- d (ema + p before) - d p after."""
 
-    def init(parameters: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: _by_layer(own.init, name)(parameter) for name, parameter in parameters.items()}
+    def init(parameter: Any) -> Averaged:
+        return Averaged(own.init(parameter), jnp.zeros_like(parameter))
 
-    def step(gradients: State, state: dict[str, Any], parameters: Any = None) -> tuple[State, dict[str, Any]]:
-        both = {name: _by_layer(own.update, name)(array, state[name]) for name, array in gradients.items()}
-        return {name: moved for name, (moved, _) in both.items()}, {name: new for name, (_, new) in both.items()}
+    def step(gradient: Any, state: Averaged, parameter: Any, rates: Rates) -> tuple[jax.Array, Averaged]:
+        moved, new_state = own.update(gradient, state.own, parameter, rates)
+        return moved, Averaged(new_state, decay_rate * (state.ema + parameter - moved))
 
-    return optax.GradientTransformation(init, step)  # type: ignore[arg-type]
+    return WholeUpdate(init, step) if decay_rate else own
 
 
 def _by_layer(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -184,10 +206,19 @@ def _by_layer(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return function if stack is None else stack.map(function)
 
 
-def _parts(state: OptimizerState) -> tuple[dict[str, Any], tuple[Any, ...]]:
-    """The states by parameter, and those of the transformations after."""
-    parts: Any = state
-    return parts[0], parts[1:]
+def _kept(one: Any) -> State:
+    """Kind -> array of the state of one parameter, the moments before the counts."""
+    if isinstance(one, Averaged):
+        own = _kept(one.own)
+        return {**{kind: own[kind] for kind in own if kind != UPDATES}, AVERAGE: one.ema, UPDATES: own[UPDATES]}
+    return {_kind(field): getattr(one, field) for field in sorted(one._fields, key="count".__eq__)}
+
+
+def _filled_with(one: Any, values: State) -> Any:
+    """The state of one parameter, with these arrays by kind."""
+    if isinstance(one, Averaged):
+        return Averaged(_filled_with(one.own, values), values[AVERAGE])
+    return one._replace(**{field: values[_kind(field)] for field in one._fields})
 
 
 def _kind(field: str) -> str:
@@ -195,11 +226,12 @@ def _kind(field: str) -> str:
     return {"mu": "m", "nu": "v", "count": UPDATES}.get(field, field)
 
 
-def _check_state(own: optax.GradientTransformation, name: str) -> None:
+def _check_state(own: optax.GradientTransformation | WholeUpdate, name: str) -> None:
     """Refuse an optimiser whose state is not what was declared."""
-    state = jax.eval_shape(own.init, jax.ShapeDtypeStruct((1,), jnp.float32))
+    init: Any = own.init
+    state = jax.eval_shape(init, jax.ShapeDtypeStruct((1, 1), jnp.float32))
     kinds = [_kind(field) for field in getattr(state, "_fields", ())]
-    wanted = [UPDATES, *moments_of(name)]
+    wanted = [UPDATES, *declared_moments(name)]
     if sorted(kinds) != sorted(wanted):
         raise ValueError(f"optimizer {name!r}: its state holds {kinds}: must be a named tuple of {wanted}, as declared")
 

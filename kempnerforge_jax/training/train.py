@@ -48,13 +48,13 @@ from kempnerforge_jax.training.optimizer import (
     with_states,
 )
 from kempnerforge_jax.training.profile import profile, step_span
-from kempnerforge_jax.training.scheduler import build_schedule
+from kempnerforge_jax.training.scheduler import build_rates
 from kempnerforge_jax.training.terms import routing_metrics, taken_metric
 from shared_config.contract.bias_schedule import training_progress
 from shared_config.contract.freeze import moments_under, trained_parameters
 from shared_config.contract.labels import label_count
-from shared_config.contract.moments import UPDATES, moments_of
 from shared_config.contract.routing import RouterId
+from shared_config.contract.schedule import Rates
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
 from shared_config.interchange.checkpoint import TrainingState
@@ -67,7 +67,7 @@ from shared_config.training.trainer import Batch, TrainingSummary
 _Copy = TypeVar("_Copy", np.ndarray, Parts)
 _Batches = Mapping[str, np.ndarray] | State
 _Step = Callable[
-    [State, State, OptimizerState, _Batches, np.ndarray, np.ndarray, np.ndarray],
+    [State, State, OptimizerState, _Batches, np.ndarray, Rates, np.ndarray],
     tuple[State, State, OptimizerState, dict[str, Shaped[Array, ""]]],
 ]
 _Evaluation = Callable[[State, State, _Batches], Shaped[Array, ""]]
@@ -144,7 +144,7 @@ class Trainer:
         trained = trained_parameters(self.parameters, config.vlm)
         optimizer = build_optimizer(trained, self.table, config.optimizer)
         self.optimizer_state = initial_state(self.mesh, self.device, self.table, optimizer.init, trained)
-        self.learning_rate = build_schedule(config)
+        self.rates = build_rates(config)
         self.updates = 0
 
     @property
@@ -168,7 +168,7 @@ class Trainer:
             all routers). Where updates may be skipped, taken (whether this one was applied).
             Results of the device stay there, as scalar arrays.
         """
-        count, lr = self.ranks.number(label_count(micro_batches)), self.learning_rate(self.updates)
+        count, rates = self.ranks.number(label_count(micro_batches)), self.rates(self.updates)
         self._freeze()
         by_rank = [
             with_noise_seeds(self.config, own, self.updates, rank, self.ranks.count)
@@ -181,11 +181,11 @@ class Trainer:
                 self.optimizer_state,
                 self._stacked(by_rank),
                 np.asarray(max(count, 1), self._scalar),
-                np.asarray(lr, self._scalar),
+                Rates(*(np.asarray(rate, self._scalar) for rate in rates)),
                 np.asarray(training_progress(self.updates, self.config.train.max_steps), self._scalar),
             )
         self.updates += 1
-        return {**metrics, "lr": lr, "tokens": count}
+        return {**metrics, "lr": rates.lr, "tokens": count}
 
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, Shaped[Array, "..."] | float]:
         """``loss``: mean cross entropy over all labels of the batches, of all ranks; ``tokens``: their number. Changes
@@ -215,12 +215,7 @@ class Trainer:
         """Copies of weights and buffers, and of moments, in the order of the parameter table (jit has its own)."""
         weights = copies({name: variable.get_value() for name, variable in own_variables(self.model).items()})
         kept = {kind: copies(arrays) for kind, arrays in arrays_by_kind(self.optimizer_state).items()}
-        moments = {
-            f"{kind}.{name}": kept[kind][name]
-            for kind in (*moments_of(self.config.optimizer.name), UPDATES)
-            for name in self.table
-            if name in kept[kind]
-        }
+        moments = {f"{kind}.{name}": own[name] for kind, own in kept.items() for name in self.table if name in own}
         return {name: weights[name] for name in self.table if name in weights}, moments
 
     def load_state(self, state: TrainingState | StateParts) -> None:
@@ -235,8 +230,7 @@ class Trainer:
         model = self.model
         set_state(model, state.weights)
         if state.optimizer or state.step:
-            kinds = moments_of(self.config.optimizer.name)
-            moments = moments_under(self.config.vlm, self.table, state.optimizer, kinds)
+            moments = moments_under(self.config.vlm, self.table, state.optimizer, self.config.optimizer)
             self.optimizer_state = set_optimizer_state(self.optimizer_state, moments, state.step)
         _, self.parameters, self.buffers = split(model)
         self.updates = state.step
@@ -272,7 +266,7 @@ class Trainer:
 
 @functools.lru_cache(maxsize=8)
 def compiled_step(recipe: Recipe) -> _Step:
-    """A jitted ``(parameters, buffers, optimizer_state, batches, count, lr, progress) -> (the first three, metrics)``.
+    """A jitted ``(parameters, buffers, optimizer_state, batches, count, rates, progress)`` -> the first three, metrics.
 
     The first three are donated. ``batches`` are arrays (N, B, S) by name, ``count`` is the number of labels in all of
     them, ``progress`` the share of the training that is done.
@@ -293,7 +287,7 @@ def _step(
     optimizer_state: OptimizerState,
     batches: State,
     count: jax.Array,
-    lr: jax.Array,
+    rates: Rates,
     progress: jax.Array,
 ) -> tuple[State, State, OptimizerState, dict[str, jax.Array]]:
     gradients, total = gradients_of(recipe, parameters, buffers, batches, count)
@@ -303,8 +297,8 @@ def _step(
     own_state, taken = states_of(optimizer_state, trained), None
     if recipe.train.on_nonfinite == "skip":
         taken = jnp.isfinite(total.loss) & jnp.isfinite(norm)
-        taken &= stays_finite(optimizer, gradients, own_state, trained, lr)
-    trained, state = update(optimizer, gradients, own_state, trained, lr, taken)
+        taken &= stays_finite(optimizer, gradients, own_state, trained, rates)
+    trained, state = update(optimizer, gradients, own_state, trained, rates, taken)
     parameters, optimizer_state = {**parameters, **trained}, with_states(optimizer_state, state)
     buffers = _balanced(recipe, parameters, buffers, total.expert_counts, progress, taken)
     parameters, buffers = (

@@ -18,17 +18,22 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kempnerforge_torch.training.optimizer import AdamW
+from kempnerforge_torch.training.optimizer import AdamW, set_rates
+from shared_config.contract.moments import AVERAGE
+from shared_config.contract.schedule import Rates
 
 ALIGNMENT = 16
 """Bytes, of which the address of every tensor must be a multiple."""
 
 
 def can_fuse(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `FusedStep` takes the steps of an optimiser: AdamW of whole float32 tensors on an NVIDIA GPU."""
+    """Whether `FusedStep` takes the steps of an optimiser: AdamW of whole float32 tensors on an NVIDIA GPU, without an
+    average of the weights.
+    """
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     return (
         type(optimizer) is AdamW
+        and not optimizer.defaults[AVERAGE]
         and torch.version.hip is None
         and importlib.util.find_spec("triton") is not None
         and all(type(each) is torch.nn.Parameter and each.is_cuda and each.dtype == torch.float32 for each in tensors)
@@ -50,7 +55,7 @@ class FusedStep:
         self,
         optimizer: torch.optim.Optimizer,
         gradients: Mapping[Float[Tensor, "..."], Float[Tensor, "..."]],
-        lr: float,
+        rates: Rates,
         factor: Float[Tensor, ""] | None = None,
         copies: Mapping[Float[Tensor, "..."], Float[Tensor, "..."]] | None = None,
     ):
@@ -61,6 +66,7 @@ class FusedStep:
             copies: by parameter, bfloat16.
         """
         copies = {} if copies is None else copies
+        set_rates(optimizer, rates)
         self._optimizer, self._parameters = optimizer, list(gradients)
         one = torch.ones((), device=self._parameters[0].device)
         self._factor = one if factor is None else factor.to(torch.float32)
@@ -71,7 +77,7 @@ class FusedStep:
             _Launch(
                 has_copies,
                 [self._tensors(parameter, gradients[parameter], copies.get(parameter)) for parameter in some],
-                self._numbers(some, lr),
+                self._numbers(some, rates.lr),
             )
             for (_, has_copies), some in alike.items()
         ]

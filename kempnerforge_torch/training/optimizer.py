@@ -25,39 +25,44 @@ from torch import Tensor
 from kempnerforge_torch.distributed.ranks import global_norm, local
 from kempnerforge_torch.model.state import assign
 from kempnerforge_torch.registry import registry
-from shared_config.contract.moments import moments_of
+from kempnerforge_torch.training import lion, muon, schedule_free  # noqa: F401 (they register)
+from kempnerforge_torch.training.groups import Group
+from shared_config.contract.moments import AVERAGE, moments_of, optimizer_of, optimizers_of
+from shared_config.contract.schedule import Rates
 from shared_config.contract.specs import ParameterTable, check_names
 from shared_config.interchange.parts import Parts
 from shared_config.schema.optimizer import OptimizerConfig
 
-_MOMENTS = "moments"
 FOUND_INF = "found_inf"
 """The attribute in which `torch.amp.GradScaler` tells fused optimisers to skip a step."""
-
-
-_Group = dict[str, list[Float[Tensor, "..."]] | float]
-"""Parameters under "params", and the settings that are theirs."""
+_DECAYS = "decays"
+_MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v"}
 
 
 def build_optimizer(
     parameters: Mapping[str, Float[Tensor, "..."]], table: ParameterTable, config: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """The optimiser of the named parameters, its moments 0; set its learning rate before each step."""
-    decayed = [tensor for name, tensor in parameters.items() if table[name].decay]
-    others = [tensor for name, tensor in parameters.items() if not table[name].decay]
-    groups: list[_Group] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = registry.get("optimizer", config.name)(groups, config)
-    optimizer.defaults[_MOMENTS] = moments_of(config.name)
-    for tensor in parameters.values():
-        optimizer.state[tensor] = _initial_state(tensor, optimizer)
+    """The optimiser of the named parameters, its moments 0; set its rates before each step."""
+    parts = []
+    for kind in optimizers_of(config):
+        own = {name: tensor for name, tensor in parameters.items() if optimizer_of(config, name, table[name]) == kind}
+        groups: list[Group] = [
+            {"params": [tensor for name, tensor in own.items() if table[name].decay == decays], _DECAYS: decays}
+            for decays in (True, False)
+        ]
+        for group in groups:
+            group["weight_decay"] = config.weight_decay if group[_DECAYS] else 0.0
+        part = registry.get("optimizer", kind)(groups, config)
+        for name, tensor in own.items():
+            part.state[tensor] = _initial_state(tensor, part, moments_of(config, name, table[name]))
+        parts.append(part)
+    optimizer = parts[0] if len(parts) == 1 else _Together(parts)
+    optimizer.defaults[AVERAGE] = config.ema_decay
     return optimizer
 
 
 @registry.register("optimizer", "adamw")
-def adamw(groups: list[_Group], config: OptimizerConfig) -> AdamW:
+def adamw(groups: list[Group], config: OptimizerConfig) -> AdamW:
     """AdamW of groups of parameters, fused unless all are on the CPU."""
     on_cpu = all(tensor.device.type == "cpu" for group in groups for tensor in _parameters(group))
     return AdamW(
@@ -85,23 +90,41 @@ class AdamW(torch.optim.AdamW):
         return is_complex
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of the next step."""
+class _Together(torch.optim.Optimizer):
+    """Several optimisers as one, which has their groups and their states."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]):
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        for part in parts:
+            self.state.update(part.state)
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:
+        """One step of each."""
+        for part in self.parts:
+            part.step()
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: Rates) -> None:
+    """The rates of the next step."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"], group["average"] = rates.lr, rates.average
+        group["weight_decay"] = rates.decay if group[_DECAYS] else 0.0
 
 
-def update(optimizer: torch.optim.Optimizer, lr: float, finite: Bool[Tensor, ""] | None = None) -> None:
+def update(optimizer: torch.optim.Optimizer, rates: Rates, finite: Bool[Tensor, ""] | None = None) -> None:
     """One step with the gradients of the parameters; where ``finite`` (a bool scalar) is false nothing changes.
 
     The device decides: the host does not wait for it.
     """
-    set_learning_rate(optimizer, lr)
+    set_rates(optimizer, rates)
+    averages = bool(optimizer.defaults.get(AVERAGE))
     if finite is None or (finite.device.type == "cpu" and finite):
-        optimizer.step()
-    elif finite.device.type != "cpu" and not isinstance(optimizer, torch.optim.AdamW):
+        _step(optimizer)
+    elif finite.device.type != "cpu" and (averages or not isinstance(optimizer, torch.optim.AdamW)):
         before = _snapshot(optimizer)
-        optimizer.step()
+        _step(optimizer)
         _restore(before, finite)
     elif finite.device.type != "cpu":
         setattr(optimizer, FOUND_INF, (~finite).to(torch.float32))
@@ -110,20 +133,35 @@ def update(optimizer: torch.optim.Optimizer, lr: float, finite: Bool[Tensor, ""]
 
 
 @torch.no_grad()
-def stays_finite(optimizer: torch.optim.Optimizer, lr: float) -> Bool[Tensor, ""]:
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    """A step, and that of the average of the weights, where there is one: ema <- d (ema + p before) - d p after."""
+    decay_rate = optimizer.defaults.get(AVERAGE, 0.0)
+    parameters = _with_gradients(optimizer) if decay_rate else []
+    averages = [local(optimizer.state[tensor][AVERAGE]) for tensor in parameters]
+    values = [local(tensor.detach()) for tensor in parameters]
+    for average, value in zip(averages, values, strict=True):
+        average.add_(value)
+    optimizer.step()
+    for average, value in zip(averages, values, strict=True):
+        average.sub_(value).mul_(decay_rate)
+
+
+@torch.no_grad()
+def stays_finite(optimizer: torch.optim.Optimizer, rates: Rates) -> Bool[Tensor, ""]:
     """Whether the next step leaves parameters and moments finite, a bool scalar; of sharded ones, this rank's shards.
     AdamW's step is computed one tensor at a time; another optimiser takes the step, and its changes are undone.
     """
     if not isinstance(optimizer, torch.optim.AdamW):
         before = _snapshot(optimizer)
-        set_learning_rate(optimizer, lr)
-        optimizer.step()
+        set_rates(optimizer, rates)
+        _step(optimizer)
         is_finite = torch.stack([tensor.isfinite().all().to(before[0][1].device) for tensor, _ in before]).all()
         _restore(before, torch.zeros_like(is_finite))
         return is_finite
     finite = []
     for group in optimizer.param_groups:
         b1, b2 = group["betas"]
+        decay = rates.decay if group[_DECAYS] else 0.0
         for tensor in group["params"]:
             if tensor.grad is None:
                 continue
@@ -131,8 +169,8 @@ def stays_finite(optimizer: torch.optim.Optimizer, lr: float) -> Bool[Tensor, ""
             parameter, gradient, step = local(tensor), local(tensor.grad), state["step"] + 1
             m = state["exp_avg"].lerp(gradient, 1 - b1)
             v = torch.addcmul(state["exp_avg_sq"] * b2, gradient, gradient, value=1 - b2)
-            updated = parameter - lr * (m / (1 - b1**step) / ((v / (1 - b2**step)).sqrt() + group["eps"]))
-            finite.append((updated - lr * group["weight_decay"] * parameter).isfinite().all() & v.isfinite().all())
+            updated = parameter - rates.lr * (m / (1 - b1**step) / ((v / (1 - b2**step)).sqrt() + group["eps"]))
+            finite.append((updated - rates.lr * decay * parameter).isfinite().all() & v.isfinite().all())
     return torch.stack(finite).all()
 
 
@@ -146,7 +184,7 @@ class Step:
         self,
         optimizer: torch.optim.Optimizer,
         gradients: Mapping[Float[Tensor, "..."], Float[Tensor, "..."]],
-        lr: float,
+        rates: Rates,
         factor: Float[Tensor, ""] | None = None,
     ):
         """
@@ -154,7 +192,7 @@ class Step:
             gradients: by parameter; they are changed.
             factor: of all gradients; 1 if None.
         """
-        self._optimizer, self._lr = optimizer, lr
+        self._optimizer, self._rates = optimizer, rates
         for parameter, gradient in gradients.items():
             parameter.grad = gradient.to(parameter.dtype)
         if factor is not None:
@@ -162,11 +200,11 @@ class Step:
 
     def stays_finite(self) -> Bool[Tensor, ""]:
         """See `stays_finite`."""
-        return stays_finite(self._optimizer, self._lr)
+        return stays_finite(self._optimizer, self._rates)
 
     def take(self, finite: Bool[Tensor, ""] | None = None) -> None:
         """Take the step, see `update`, and forget the gradients."""
-        update(self._optimizer, self._lr, finite)
+        update(self._optimizer, self._rates, finite)
         self._optimizer.zero_grad(set_to_none=True)
 
 
@@ -174,11 +212,9 @@ def get_optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, Float[Tensor, "..."]]
 ) -> dict[str, Shaped[Tensor, "..."]]:
     """Moments (the tensors of the optimiser themselves) and counts of updates (int32 scalars) by name."""
-    moments = {
-        f"{moment}.{name}": optimizer.state[tensor][key]
-        for moment, key in _moment_keys(optimizer).items()
-        for name, tensor in parameters.items()
-    }
+    kept = {name: _moments(optimizer.state[tensor]) for name, tensor in parameters.items()}
+    kinds = dict.fromkeys(kind for own in sorted(kept.values(), key=len, reverse=True) for kind in own)
+    moments = {f"{kind}.{name}": own[kind] for kind in kinds for name, own in kept.items() if kind in own}
     steps = {f"t.{name}": optimizer.state[tensor]["step"].to(torch.int32) for name, tensor in parameters.items()}
     return moments | steps
 
@@ -203,8 +239,8 @@ def set_optimizer_state(
     )
     for name, tensor in parameters.items():
         tensor_state = optimizer.state[tensor]
-        for moment, key in _moment_keys(optimizer).items():
-            assign(tensor_state[key], values[f"{moment}.{name}"])
+        for moment, tensor_of_moment in _moments(tensor_state).items():
+            assign(tensor_of_moment, values[f"{moment}.{name}"])
         assign(tensor_state["step"], values[f"t.{name}"])
 
 
@@ -237,22 +273,21 @@ def _scale(tensors: Sequence[Tensor], factor: Tensor) -> None:
         torch._foreach_mul_([local(tensor) for tensor in tensors], factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _moment_keys(optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """Moment -> its key in the state of a tensor."""
-    keys = {"m": "exp_avg", "v": "exp_avg_sq"}
-    moments: tuple[str, ...] = optimizer.defaults[_MOMENTS]
-    return {moment: keys.get(moment, moment) for moment in moments}
+def _moments(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Moment -> what the state of a tensor keeps of it."""
+    return {_MOMENTS.get(key, key): value for key, value in state.items() if key != "step"}
 
 
-def _initial_state(tensor: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _initial_state(tensor: Tensor, optimizer: torch.optim.Optimizer, moments: Sequence[str]) -> dict[str, Tensor]:
     device = tensor.device if optimizer.defaults.get("fused") else torch.device("cpu")
-    moments = {key: torch.zeros_like(tensor, requires_grad=False) for key in _moment_keys(optimizer).values()}
-    return {"step": torch.zeros((), dtype=torch.float32, device=device), **moments}
+    keys = {moment: key for key, moment in _MOMENTS.items()}
+    zeros = {keys.get(moment, moment): torch.zeros_like(tensor, requires_grad=False) for moment in moments}
+    return {"step": torch.zeros((), dtype=torch.float32, device=device), **zeros}
 
 
 def _snapshot(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
     """What a step changes on this rank, parameters first, each with a copy of it."""
-    parameters = [tensor for group in optimizer.param_groups for tensor in group["params"] if tensor.grad is not None]
+    parameters = _with_gradients(optimizer)
     states = [value for tensor in parameters for value in optimizer.state[tensor].values() if isinstance(value, Tensor)]
     return [(local(tensor.detach()), local(tensor.detach()).clone()) for tensor in (*parameters, *states)]
 
@@ -264,7 +299,11 @@ def _restore(before: list[tuple[Tensor, Tensor]], keep: Tensor) -> None:
         tensor.copy_(torch.where(keep.to(tensor.device), tensor, saved))
 
 
-def _parameters(group: _Group) -> list[Tensor]:
+def _with_gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [tensor for group in optimizer.param_groups for tensor in group["params"] if tensor.grad is not None]
+
+
+def _parameters(group: Group) -> list[Tensor]:
     tensors = group["params"]
     assert isinstance(tensors, list)
     return tensors

@@ -46,7 +46,7 @@ from kempnerforge_torch.training.optimizer import (
     set_optimizer_state,
 )
 from kempnerforge_torch.training.profile import profile, step_span
-from kempnerforge_torch.training.scheduler import build_schedule
+from kempnerforge_torch.training.scheduler import build_rates
 from kempnerforge_torch.training.terms import (
     Terms,
     model_inputs,
@@ -56,7 +56,7 @@ from kempnerforge_torch.training.terms import (
 )
 from shared_config.contract.freeze import effective_freeze, moments_under, trained_parameters
 from shared_config.contract.labels import label_count
-from shared_config.contract.moments import moments_of
+from shared_config.contract.schedule import Rates
 from shared_config.contract.specs import ParameterTable
 from shared_config.contract.vision import job_table
 from shared_config.data import open_data
@@ -133,7 +133,7 @@ class Trainer:
         self.copies = Copies(self._narrowed() if self.mesh is None else {}, self.compute_dtype)
         self.optimizer = build_optimizer(self.parameters, self.table, config.optimizer)
         self._is_fused = self.mesh is None and can_fuse(self.optimizer)
-        self.learning_rate = build_schedule(config)
+        self.rates = build_rates(config)
         self.updates = 0
         self._cross_entropy = cross_entropy_of(self.mesh, config.model.vocab_size)
         fused = config.train.compile_model and self.device.type != "cpu"
@@ -156,7 +156,7 @@ class Trainer:
             all routers). Where updates may be skipped, taken (whether this one was applied).
             Results of the device stay there, as scalar tensors.
         """
-        count, lr = self.ranks.number(label_count(micro_batches)), self.learning_rate(self.updates)
+        count, rates = self.ranks.number(label_count(micro_batches)), self.rates(self.updates)
         self.model.train()
         inner_transformer(self.model).set_moe_step(self.updates, self.config.train.max_steps)
         self._freeze()
@@ -165,11 +165,11 @@ class Trainer:
             total_micro_batches = len(micro_batches) * self.ranks.count
             terms = self._differentiate(micro_batches, max(count, 1), total_micro_batches)
             total = self.ranks.sums(summed(terms))
-            norm, taken = self._update(lr, total.loss)
+            norm, taken = self._update(rates, total.loss)
             balance(self.model, total.expert_counts, taken=taken)
         self.updates += 1
         metrics = {"loss": total.loss, "grad_norm": norm, **routing_metrics(total), **taken_metric(taken)}
-        return {**metrics, "lr": lr, "tokens": count}
+        return {**metrics, "lr": rates.lr, "tokens": count}
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, Shaped[Tensor, "..."] | float]:
@@ -214,8 +214,7 @@ class Trainer:
         )
         set_state(self.model, weights)
         if state.optimizer or state.step:
-            kinds = moments_of(self.config.optimizer.name)
-            moments = moments_under(self.config.vlm, self.table, optimizer, kinds)
+            moments = moments_under(self.config.vlm, self.table, optimizer, self.config.optimizer)
             set_optimizer_state(self.optimizer, self.parameters, moments, state.step)
         self.updates = state.step
 
@@ -277,7 +276,7 @@ class Trainer:
         own = own_part(batch, self.mesh)
         return {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in own.items()}
 
-    def _update(self, lr: float, loss: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _update(self, rates: Rates, loss: Tensor) -> tuple[Tensor, Tensor | None]:
         """Clip and apply the gradients.
 
         Returns:
@@ -286,7 +285,7 @@ class Trainer:
         gradients = self._take_gradients()
         complete_gradients(gradients, self.model, self.mesh, self.table)
         norm = global_norm(list(gradients.values()), 1 if self.mesh is None else self.mesh.layout.pp)
-        step = self._step_of(gradients, lr, clip_factor(norm, self.config.train.grad_clip_norm))
+        step = self._step_of(gradients, rates, clip_factor(norm, self.config.train.grad_clip_norm))
         taken = None
         if self.config.train.on_nonfinite == "skip":
             taken = self.ranks.all_agree(loss.isfinite() & norm.isfinite() & step.stays_finite())
@@ -304,12 +303,12 @@ class Trainer:
             master.grad = None
         return gradients
 
-    def _step_of(self, gradients: dict[str, Tensor], lr: float, factor: Tensor | None) -> Step | FusedStep:
+    def _step_of(self, gradients: dict[str, Tensor], rates: Rates, factor: Tensor | None) -> Step | FusedStep:
         by_master: dict[Tensor, Tensor] = {self.parameters[name]: gradient for name, gradient in gradients.items()}
         if not self._is_fused or not gradients:
-            return Step(self.optimizer, by_master, lr, factor)
+            return Step(self.optimizer, by_master, rates, factor)
         copies: dict[Tensor, Tensor] = {self.masters[name]: copy for name, copy in self.copies.current().items()}
-        return FusedStep(self.optimizer, by_master, lr, factor, copies)
+        return FusedStep(self.optimizer, by_master, rates, factor, copies)
 
     def _freeze(self) -> None:
         """Apply the freeze schedule at this step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -160,8 +160,15 @@ def training_memory(job: JobConfig, world_size: int = 1, tower: TowerConfig | No
     return TrainingMemory(
         parameters=max(held_elements(stage, layout) for stage in stages) * FLOAT32,
         gradients=gradients,
-        optimizer=len(moments_of(job.optimizer.name)) * gradients,
+        optimizer=max(_moment_elements(stage, layout, job) for stage in trained) * FLOAT32,
         compute_copy=copied * BFLOAT16 if job.train.casts else 0,
+    )
+
+
+def _moment_elements(groups: Sequence[ParameterGroup], layout: Layout, job: JobConfig) -> int:
+    """Elements of all moments that one device holds."""
+    return sum(
+        len(moments_of(job.optimizer, group.name, group.spec)) * held_elements([group], layout) for group in groups
     )
 
 

@@ -8,15 +8,17 @@ from typing import TypeVar
 
 import numpy as np
 
-from shared_config.contract.moments import MOMENTS, UPDATES
+from shared_config.contract.moments import UPDATES, moments_of
 from shared_config.contract.specs import ParameterTable
 from shared_config.errors import UserError
 from shared_config.schema.freeze import FreezeSpec, FreezeStage, is_pattern
+from shared_config.schema.optimizer import OptimizerConfig
 from shared_config.schema.vlm import VLMConfig
 
 Patterns = str | Sequence[str]
 """One name pattern, or several."""
 Kept = TypeVar("Kept")
+ADAMW = OptimizerConfig()
 
 
 def effective_freeze(
@@ -97,24 +99,23 @@ def moments_under(
     vlm: VLMConfig | None,
     table: ParameterTable,
     moments: Mapping[str, Kept],
-    kinds: Sequence[str] = MOMENTS,
+    optimizer: OptimizerConfig = ADAMW,
 ) -> Mapping[str, Kept | np.ndarray]:
     """Moments and update counts of a run that may have frozen other parts, for a run that continues it under ``vlm``:
     without what is never trained now, and with zeros for what was never trained before.
 
     Args:
         moments: by name, arrays of any kind, and ``t.<parameter>`` if the run has counted.
-        kinds: the moments that the optimiser keeps.
+        optimizer: what keeps them.
     """
     if vlm is None or not moments:
         return dict(moments)
     parameters = [name for name, spec in table.items() if not spec.is_buffer]
     never = never_trained(parameters, vlm.freeze, vlm.freeze_schedule, vlm.module_patterns)
     kept = {name: value for name, value in moments.items() if name.partition(".")[2] not in never}
-    fresh = [
-        name for name in parameters if name not in never and not any(f"{moment}.{name}" in moments for moment in kinds)
-    ]
-    zeros = {f"{moment}.{name}": np.zeros(table[name].shape, np.float32) for name in fresh for moment in kinds}
+    kinds = {name: moments_of(optimizer, name, table[name]) for name in parameters if name not in never}
+    fresh = [name for name, own in kinds.items() if not any(f"{moment}.{name}" in moments for moment in own)]
+    zeros = {f"{moment}.{name}": np.zeros(table[name].shape, np.float32) for name in fresh for moment in kinds[name]}
     return kept | zeros | {f"{UPDATES}.{name}": np.zeros((), np.int32) for name in fresh}
 
 

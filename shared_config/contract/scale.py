@@ -211,7 +211,7 @@ def memory_of(job: JobConfig, devices: int, stages: Stages | None = None) -> Mem
     """Bytes of the device that holds most. Arguments as for `cost_of`."""
     layout, model = layout_of(job.distributed, devices), job.model
     number, stages = compute_bytes(job), stage_groups(job) if stages is None else stages
-    held = max(sum(_held(group.spec, layout) * group.copies for group in stage) for stage in stages)
+    held = max(sum(_states(group, layout, job) for group in stage) for stage in stages)
     layers = len(stage_layers(model.n_layers, layout.pp)[0])
     routed = model.is_moe and model.moe_frequency <= model.n_layers
     kinds = [False, True] if routed and model.moe_frequency > 1 else [routed]
@@ -224,12 +224,18 @@ def memory_of(job: JobConfig, devices: int, stages: Stages | None = None) -> Mem
     )
     units = 2 * block + outside if layout.size("dp_shard", "ep", "cp") > 1 else 0
     return Memory(
-        states=(2 + len(moments_of(job.optimizer.name))) * FLOAT32 * held,
+        states=FLOAT32 * held,
         gathered=units * number + max(block, outside) * (number + FLOAT32),
         activations=layers * on_their_way * own + again,
         logits=logits_bytes(job, layout),
         buffers=buffer_bytes(job, layout),
     )
+
+
+def _states(group: ParameterGroup, layout: Layout, job: JobConfig) -> int:
+    """Elements of tensors that are trained, of their gradients and their moments, on one device."""
+    kept = 2 + len(moments_of(job.optimizer, group.name, group.spec))
+    return kept * _held(group.spec, layout) * group.copies
 
 
 def _held(spec: ParameterSpec, layout: Layout) -> int:

@@ -4,6 +4,7 @@ from shared_config.data.batches import Batch, TextData, document_starts, permute
 from shared_config.data.conversations import ConversationData
 from shared_config.data.corpus import Corpus, TokenStream, load_corpus
 from shared_config.data.images import ImageTextData, open_image_data
+from shared_config.data.mixture import MixedData
 from shared_config.data.text import open_text_data
 from shared_config.data.tokenizer import (
     BOS,
@@ -26,6 +27,7 @@ __all__ = [
     "Corpus",
     "HuggingFaceTokenizer",
     "ImageTextData",
+    "MixedData",
     "TextData",
     "TokenStream",
     "Tokenizer",
@@ -41,7 +43,7 @@ __all__ = [
 
 def open_data(
     config: JobConfig, *, rank: int = 0, world_size: int = 1, together: int = 1
-) -> TextData | ConversationData | ImageTextData:
+) -> TextData | ConversationData | MixedData | ImageTextData:
     """The data of a job, text or images with text, for one of ``world_size`` data-parallel ranks.
 
     Args:

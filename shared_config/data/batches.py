@@ -131,6 +131,11 @@ class TextData:
         """Tells whether two runs read the same tokens."""
         return self.corpus.fingerprint
 
+    @property
+    def epoch_rows(self) -> int:
+        """Rows of an epoch."""
+        return self.windows
+
     def batch(self, index: int) -> Batch:
         """Training batch ``index`` (from 0) of this rank.
 
@@ -145,13 +150,24 @@ class TextData:
         if index < 0:
             raise ValueError(f"index = {index}: must be at least 0")
         first = (index * self.world_size + self.rank) * self.batch_size
-        rows = np.arange(first, first + self.batch_size, dtype=np.uint64)
-        epochs, places = np.divmod(rows, np.uint64(self.windows))
+        return self.rows(np.arange(first, first + self.batch_size, dtype=np.uint64))
+
+    def rows(self, numbers: np.ndarray) -> Batch:
+        """Rows of the sequence that all training batches make up, by their numbers (N,): as `batch`, of N rows.
+
+        Raises:
+            UserError: as `batch`.
+        """
+        epochs, places = np.divmod(numbers.astype(np.uint64), np.uint64(self.windows))
         chosen = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             chosen[here] = permute(places[here], self.windows, f"train {self.seed} {epoch}")
-        return self._rows(self.corpus.train, chosen.tolist(), self.batch_size)
+        return self._rows(self.corpus.train, chosen.tolist(), len(numbers))
+
+    def in_steps_of(self, rows: int) -> TextData:
+        """The same data: no batch depends on how many rows a step has."""
+        return self
 
     def heldout(self) -> list[Batch]:
         """The evaluation batches of this rank, at most ``heldout_steps``, the same at every call and for every seed.

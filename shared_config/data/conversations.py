@@ -103,13 +103,26 @@ class ConversationData:
         if index < 0:
             raise ValueError(f"index = {index}: must be at least 0")
         first = (index * self.world_size + self.rank) * self.batch_size
+        return self.rows(np.arange(first, first + self.batch_size, dtype=np.uint64))
+
+    def rows(self, numbers: np.ndarray) -> Batch:
+        """Rows of the sequence that all training batches make up, by their numbers (N,): as `batch`, of N rows."""
         count = len(self._train)
-        places = [divmod(row, count) for row in range(first, first + self.batch_size)]
+        places = [divmod(row, count) for row in numbers.tolist()]
         chosen = [
             int(permute(np.array([place], np.uint64), count, f"conversations {self.seed} {epoch}")[0])
             for epoch, place in places
         ]
-        return self._rows([self._train[row] for row in chosen], self.batch_size)
+        return self._rows([self._train[row] for row in chosen], len(numbers))
+
+    def in_steps_of(self, rows: int) -> ConversationData:
+        """The same data: no batch depends on how many rows a step has."""
+        return self
+
+    @property
+    def epoch_rows(self) -> int:
+        """Rows of an epoch."""
+        return len(self._train)
 
     def heldout(self) -> list[Batch]:
         """The evaluation batches of this rank, the same at every call and for every seed; a short last one is filled up

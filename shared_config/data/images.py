@@ -126,6 +126,10 @@ class ImageTextData:
             [self.source.example(row, "train", visit) for row, visit in zip(chosen, visits, strict=True)]
         )
 
+    def in_steps_of(self, rows: int) -> ImageTextData:
+        """The same data: no batch depends on how many rows a step has."""
+        return self
+
     def heldout(self) -> list[Batch]:
         """The evaluation batches of this rank, the same at every call and for every seed; a short last one is filled up
         with rows whose labels are all -100.

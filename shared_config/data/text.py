@@ -8,17 +8,44 @@ from shared_config.data.batches import TextData
 from shared_config.data.conversations import ConversationData, encode_conversations
 from shared_config.data.corpus import TOKEN_SUFFIXES, Corpus, data_files, json_lines_files, load_corpus, rows_corpus
 from shared_config.data.jsonl import CONVERSATIONS, Row, read_rows
+from shared_config.data.mixture import MixedData, phases_of
 from shared_config.data.prepared import prepared_corpus, prepared_index
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer, check_vocabulary
 from shared_config.errors import UserError
+from shared_config.schema.data import SourceConfig
 from shared_config.schema.job import JobConfig
 
 
-def open_text_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) -> TextData | ConversationData:
+def open_text_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) -> TextData | ConversationData | MixedData:
     """The text data of a job, for one of ``world_size`` data-parallel ranks.
 
     Raises:
         UserError: as `load_corpus`, `build_tokenizer`, `TextData` and `ConversationData` do.
+    """
+    if not config.data.sources:
+        return open_source(config, rank=rank, world_size=world_size)
+    sources = [open_source(_job_of(config, source), rank=rank, world_size=world_size) for source in config.data.sources]
+    return MixedData(
+        sources,
+        phases_of(config.data, [source.epoch_rows for source in sources], config.train.seed),
+        batch_size=config.train.batch_size,
+        rank=rank,
+        world_size=world_size,
+        rows_per_step=config.train.batch_size * world_size * config.train.grad_accum_steps,
+    )
+
+
+def _job_of(config: JobConfig, source: SourceConfig) -> JobConfig:
+    """The job with one source of a mixture alone."""
+    fields = {"path": source.path, "text_field": source.text_field, "token_dtype": source.token_dtype}
+    return config.replace(data=config.data.replace(**fields, sources=(), phases=()))
+
+
+def open_source(config: JobConfig, *, rank: int = 0, world_size: int = 1) -> TextData | ConversationData:
+    """The data of ``data.path``, as `open_text_data`.
+
+    Raises:
+        UserError: as `open_text_data`.
     """
     shared: dict[str, Any] = {
         "batch_size": config.train.batch_size,

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from shared_config.contract.moments import MOMENTS, moments_of
+from shared_config.contract.moments import MOMENTS, declared_moments
 from shared_config.contract.sharding import layout_of, placement, stage_of
 from shared_config.contract.vision import job_table
 from shared_config.contract.warm_start import without_warm_start
@@ -123,7 +123,7 @@ def _problems(trace: Trace, config: JobConfig) -> Iterator[str]:
     for group, shape in ((LOSS, (STEPS,)), (REPLICAS, (devices, 2))):
         wrong = {name: array.shape for name, array in _of(trace, group).items() if array.shape != shape}
         yield from (f"{group}/{name} is of shape {found}: was to be {shape}" for name, found in wrong.items())
-    wanted = [LOSS, REPLICAS, STATE, *([GRADIENT] if FIRST in moments_of(config.optimizer.name) else [])]
+    wanted = [LOSS, REPLICAS, STATE, *([GRADIENT] if FIRST in declared_moments(config.optimizer.name) else [])]
     yield from (f"{group}: nothing is recorded" for group in wanted if not _of(trace, group))
 
 

@@ -13,10 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from shared_config.contract.initialise import stream
+from shared_config.contract.moments import gradient_share
+from shared_config.contract.vision import job_table
 from shared_config.contract.warm_start import without_warm_start
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
+from shared_config.interchange.vision import tower_of
 from shared_config.parity.dtypes import narrow_dtypes, roundoffs_of
 from shared_config.parity.numerics import difference, perturbation_maxima
 from shared_config.parity.recording import DELTA_RUNS, delta_and_parts
@@ -158,10 +161,12 @@ def trained_tensors(trained: Trained, config: JobConfig) -> Arrays:
     for name in ("tokens", "dead_experts"):
         if name in trained.metrics[0]:
             tensors[f"{ROUTING}/{name}"] = np.array([int(metrics[name]) for metrics in trained.metrics])
-    share = 1 - config.optimizer.betas[0]
+    table = job_table(config, tower_of(config))
     for name, moment in trained.states[0].optimizer.items():
-        if name.startswith("m."):
-            tensors[f"{GRADIENT}/{name.removeprefix('m.')}"] = np.asarray(moment) / share
+        kind, _, parameter = name.partition(".")
+        if kind == "m":
+            share = gradient_share(config.optimizer, parameter, table[parameter])
+            tensors[f"{GRADIENT}/{parameter}"] = np.asarray(moment) / share
     weights = trained.states[-1].weights
     return tensors | {f"{STATE}/{name}": np.asarray(weights[name]) for name in weights}
 

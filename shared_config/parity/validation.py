@@ -6,14 +6,14 @@ from 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from shared_config.contract.initialise import stream
 from shared_config.contract.labels import IGNORED
-from shared_config.contract.moments import MOMENTS
+from shared_config.contract.moments import moment_names
+from shared_config.contract.schedule import Rates
 from shared_config.contract.specs import ParameterSpec, ParameterTable
+from shared_config.schema.optimizer import OptimizerConfig
 
 BIAS_RANGE = 0.2
 CHUNK_SIZES = (1, 7)
@@ -30,8 +30,11 @@ def validation_weights(table: ParameterTable, seed: int) -> dict[str, np.ndarray
     return {name: _value(name, spec, seed) for name, spec in table.items()}
 
 
-def validation_moments(table: ParameterTable, seed: int, kinds: Sequence[str] = MOMENTS) -> dict[str, np.ndarray]:
-    """Moments of these kinds, ``m.<parameter>`` for one, as after `MOMENT_STEPS` updates: float32.
+ADAMW = OptimizerConfig()
+
+
+def validation_moments(table: ParameterTable, seed: int, optimizer: OptimizerConfig = ADAMW) -> dict[str, np.ndarray]:
+    """Moments of an optimiser, ``m.<parameter>`` for one, as after `MOMENT_STEPS` updates: float32.
 
     They are as large as those of gradients whose common norm is 1. A step that starts from them shows the decay rates
     and the bias corrections, and depends smoothly on the gradient, unlike the first of a run, which is about its sign.
@@ -39,7 +42,7 @@ def validation_moments(table: ParameterTable, seed: int, kinds: Sequence[str] = 
     trained = {name: spec for name, spec in table.items() if not spec.is_buffer}
     scale = sum(spec.size for spec in trained.values()) ** -0.5
     moments = {}
-    for moment in (f"{kind}.{name}" for kind in kinds for name in trained):
+    for moment in moment_names(optimizer, table, trained):
         kind, _, name = moment.partition(".")
         draw, shape = stream(seed, f"validation/{moment}"), trained[name].shape
         if kind == "v":
@@ -47,6 +50,11 @@ def validation_moments(table: ParameterTable, seed: int, kinds: Sequence[str] = 
         else:
             moments[moment] = draw.standard_normal(shape, dtype=np.float32) * np.float32(scale)
     return moments
+
+
+def validation_rates(optimizer: OptimizerConfig) -> Rates:
+    """The rates of the update: the peak; an average moves as in the middle of a short run."""
+    return Rates(optimizer.lr, optimizer.weight_decay, 1 / (MOMENT_STEPS + 1))
 
 
 def validation_tokens(vocab_size: int, batch_size: int, length: int, seed: int) -> np.ndarray:

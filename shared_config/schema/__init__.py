@@ -2,7 +2,7 @@
 
 from shared_config.schema.adapter import AdapterConfig, pooled_token_count
 from shared_config.schema.checkpoint import CheckpointConfig
-from shared_config.schema.data import DataConfig, EvalConfig
+from shared_config.schema.data import DataConfig, EvalConfig, PhaseConfig, SourceConfig
 from shared_config.schema.distributed import DistributedConfig
 from shared_config.schema.freeze import FreezeSpec, FreezeStage
 from shared_config.schema.job import JobConfig
@@ -37,9 +37,11 @@ __all__ = [
     "MoTConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PhaseConfig",
     "ProfilingConfig",
     "RopeScaling",
     "SchedulerConfig",
+    "SourceConfig",
     "TrainConfig",
     "VLMConfig",
     "VideoConfig",

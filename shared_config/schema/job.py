@@ -65,6 +65,11 @@ class JobConfig(Section):
                 f"scheduler.decay_steps = {self.scheduler.decay_steps}: must be at least "
                 f"scheduler.warmup_steps = {self.scheduler.warmup_steps}"
             )
+        if self.optimizer.averages and self.scheduler.name not in ("constant", "none"):
+            yield (
+                f"scheduler.name = {self.scheduler.name!r}: must be 'constant' or 'none' with optimizer.name = "
+                f"{self.optimizer.name!r}, whose average takes the place of a decay"
+            )
         if self.train.mixed_precision == "fp8":
             yield from self._fp8_problems()
         yield from self._vision_problems()
@@ -88,6 +93,8 @@ class JobConfig(Section):
         if self.vision_encoder is None:
             yield "vision_encoder = None: a [vlm] section needs a [vision_encoder] section"
             return
+        if self.data.sources:
+            yield f"data.sources = {len(self.data.sources)} sources: must be empty with a [vlm] section"
         yield from self.vlm.problems_with(self.model)
         encoder = self.vision_encoder
         if encoder.known_num_tokens:

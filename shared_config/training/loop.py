@@ -96,6 +96,7 @@ def run_training(
                 rows_per_batch=data.rows_per_batch,
             )
         config = config.replace(train=config.train.replace(grad_accum_steps=start.grad_accum_steps))
+        data = data.in_steps_of(data.rows_per_batch * start.grad_accum_steps)
         tokens = data.tokens_per_batch * config.train.grad_accum_steps
         speed = Speed.of(config, trainer.devices, tokens)
         display = Display(console, total=config.train.max_steps, done=start.step, speed=speed)

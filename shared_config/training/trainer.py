@@ -92,6 +92,10 @@ class TrainingData(Protocol):
         """Changes whenever the batches do."""
         ...
 
+    def in_steps_of(self, rows: int) -> TrainingData:
+        """The data of a run whose steps have so many rows, over all micro-batches and ranks."""
+        ...
+
     def batch(self, index: int) -> Batch:
         """The batch of an index: the same arrays whoever asks."""
         ...

@@ -18,7 +18,7 @@ CONFIG = ["debug", "--model.dim=16", "--model.n_layers=2", "--model.ffn_hidden_d
 TRAINING = ["--train.batch_size=2", "--train.seq_len=16"]
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
-RATE = "self.learning_rate(self.updates)"
+RATE = "self.rates(self.updates)"
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,19 @@ CHUNKS_OF_SEVEN = {
     ),
 }
 LATER_RATE = {
-    "torch": Bug("training.train", RATE, "self.learning_rate(self.updates + 1)"),
-    "jax": Bug("training.train", RATE, "self.learning_rate(self.updates + 1)"),
+    "torch": Bug("training.train", RATE, "self.rates(self.updates + 1)"),
+    "jax": Bug("training.train", RATE, "self.rates(self.updates + 1)"),
 }
 NORMS_OF_FLOAT64_STEPPED_WRONG = {
-    "torch": Bug("training.optimizer", '"weight_decay": 0.0}', '"weight_decay": float(others[0].element_size() == 8)}'),
+    "torch": Bug(
+        "training.optimizer",
+        "if group[_DECAYS] else 0.0\n\n\ndef update",
+        "if group[_DECAYS] else float(group['params'][0].element_size() == 8)\n\n\ndef update",
+    ),
     "jax": Bug(
         "training.optimizer",
-        "moved, new_state = _moved(optimizer, gradients, state,",
-        "moved, new_state = _moved(optimizer, {name: g * (g.ndim > 1 or g.itemsize < 8) "
+        "moved, new_state = optimizer.update(gradients, state,",
+        "moved, new_state = optimizer.update({name: g * (g.ndim > 1 or g.itemsize < 8) "
         "for name, g in gradients.items()}, state,",
     ),
 }

@@ -55,7 +55,7 @@ from shared_config.contract.noise import (
 )
 from shared_config.contract.parameters import aliases, layer_groups, parameter_groups, parameter_table
 from shared_config.contract.rope import attention_factor, inverse_frequencies, rope_tables
-from shared_config.contract.schedule import learning_rate, scheduled_learning_rate
+from shared_config.contract.schedule import KINDS, learning_rate, scheduled_learning_rate
 from shared_config.contract.sharding import Layout, elements_held, placement, refusals, stage_layers
 from shared_config.contract.specs import Constant, ParameterSpec, check_names, fold
 from shared_config.contract.vision import TowerConfig, adapter_table, job_table, tower_table
@@ -248,7 +248,7 @@ def test_rotations_and_rates() -> None:
             )
     lines += [refused(lambda size=size: rope_tables(size, 4)) for size in (0, 1, 3, -2)]
     assert rope_tables(2, 4)[0].shape == (4, 1)
-    for kind in ("cosine", "linear", "constant"):
+    for kind in KINDS:
         for warmup, decay, ratio in ((0, 4, 0.0), (3, 7, 0.25), (4, 4, 0.5), (5, 2, 0.1)):
             rates = [
                 learning_rate(step, peak=2.0, warmup_steps=warmup, decay_steps=decay, min_ratio=ratio, kind=kind)

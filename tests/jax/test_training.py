@@ -22,7 +22,7 @@ from kempnerforge_jax.training.optimizer import (
 )
 from kempnerforge_jax.training.scheduler import build_schedule
 from kempnerforge_jax.training.train import Trainer, compiled_step, train
-from shared_config.contract.schedule import scheduled_learning_rate
+from shared_config.contract.schedule import Rates, scheduled_learning_rate
 from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.data import open_text_data
 from shared_config.errors import UserError
@@ -152,7 +152,7 @@ class TestOptimizer:
         for step, lr in enumerate((0.1, 0.07, 0.2)):
             gradients = {name: value for name, value in draw_gradients(seed=step).items() if name in truth}
             given = {name: jnp.asarray(value) for name, value in gradients.items()}
-            parameters, own = update(optimizer, given, own, parameters, jnp.asarray(lr))
+            parameters, own = update(optimizer, given, own, parameters, Rates(lr, CONFIG.weight_decay))
             truth, state = oracle.adamw_step(
                 truth, gradients, state, lr=lr, betas=(0.8, 0.97), eps=1e-4, weight_decay=0.3, decayed=["matrix"]
             )
@@ -168,7 +168,7 @@ class TestOptimizer:
         theirs = optax.adamw(0.1, 0.8, 0.97, 1e-4, weight_decay=0.3, mask=decay)
         updates, _ = theirs.update(gradients, theirs.init(parameters), parameters)
         ours = build_optimizer(parameters, TABLE, CONFIG)
-        moved, _ = update(ours, gradients, ours.init(parameters), parameters, jnp.asarray(0.1))
+        moved, _ = update(ours, gradients, ours.init(parameters), parameters, Rates(0.1, CONFIG.weight_decay))
         truth = jax.tree.map(np.asarray, optax.apply_updates(parameters, updates))
         assert_all_same_function(jax.tree.map(np.asarray, moved), truth, 1e-15)
 
@@ -176,7 +176,7 @@ class TestOptimizer:
         parameters = self.parameters()
         optimizer = build_optimizer(parameters, TABLE, CONFIG)
         zeros = jax.tree.map(jnp.zeros_like, parameters)
-        moved, _ = update(optimizer, zeros, optimizer.init(parameters), parameters, jnp.asarray(0.1))
+        moved, _ = update(optimizer, zeros, optimizer.init(parameters), parameters, Rates(0.1, CONFIG.weight_decay))
         np.testing.assert_allclose(moved["matrix"], parameters["matrix"] * (1 - 0.1 * 0.3), rtol=1e-15)
         np.testing.assert_array_equal(moved["norm"], parameters["norm"])
 
@@ -432,5 +432,13 @@ def fix_buffers(trainer: Trainer, weights: dict[str, np.ndarray]) -> None:
 def step_jaxpr(trainer: Trainer) -> Any:
     batches = {name: array[None] for name, array in draw_batch(trainer.config, 0).items()}
     scalar = np.zeros((), np.float32)
-    arguments = (trainer.parameters, trainer.buffers, trainer.optimizer_state, batches, scalar, scalar, scalar)
+    arguments = (
+        trainer.parameters,
+        trainer.buffers,
+        trainer.optimizer_state,
+        batches,
+        scalar,
+        Rates(scalar, scalar, scalar),
+        scalar,
+    )
     return jax.make_jaxpr(compiled_step(trainer.recipe))(*arguments)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from shared_config.contract.schedule import Rates
 from tests.parity.attention_checks import (
     check_blocks,
     check_fused_call,
@@ -431,9 +432,9 @@ def check_optimizer_by_device(backend: str) -> None:
     steps: list[Any] = []
     for finite in (torch.tensor(True), torch.tensor(False), torch.empty((), dtype=torch.bool, device="meta"), None):
         fake = optimizer.torch.optim.AdamW([torch.zeros(1)])
-        fake.param_groups[0]["params"] = []
+        fake.param_groups[0] |= {"params": [], "decays": False}
         fake.step = lambda fake=fake: steps.append(getattr(fake, optimizer.FOUND_INF, None))
-        optimizer.update(fake, 0.1, finite)
+        optimizer.update(fake, Rates(0.1, 0.0), finite)
         assert [group["lr"] for group in fake.param_groups] == [0.1]
         assert not hasattr(fake, optimizer.FOUND_INF)
     assert [None if step is None else step.dtype for step in steps] == [None, torch.float32, None]

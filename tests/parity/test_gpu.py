@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
+from shared_config.contract.schedule import Rates
 from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.optimizer import OptimizerConfig
@@ -258,7 +259,7 @@ def check_update(backend: str) -> None:
         parameter = torch.nn.Parameter(torch.ones(3, device=DEVICE))
         built = optimizer.build_optimizer({"a": parameter}, table, OptimizerConfig())
         parameter.grad = torch.ones(3, device=DEVICE)
-        optimizer.update(built, 0.1, torch.tensor(finite, device=DEVICE))
+        optimizer.update(built, Rates(0.1, 0.1), torch.tensor(finite, device=DEVICE))
         assert bool((parameter != 1).all()) == finite
 
 

@@ -18,6 +18,7 @@ import torch
 
 from shared_config.contract.initialise import initial_values
 from shared_config.contract.parameters import parameter_table
+from shared_config.contract.schedule import Rates
 from shared_config.parity.validation import validation_weights
 from shared_config.schema.model import ModelConfig, RopeScaling
 from shared_config.schema.optimizer import OptimizerConfig
@@ -39,6 +40,7 @@ from tests.mutants import (
 )
 from tests.mutants_decoding import DECODING_MUTANTS
 from tests.mutants_moe import MOE_MUTANTS
+from tests.mutants_optimizers import OPTIMIZER_MUTANTS
 from tests.mutants_vlm import VLM_MUTANTS
 from tests.oracle.generate import generate as oracle_generate
 from tests.oracle.generate import sample as oracle_sample
@@ -48,16 +50,18 @@ from tests.outcomes import accepted, refused
 from tests.parity.decoding_checks import DECODING_CHECKS
 from tests.parity.mask_checks import MASK_CHECKS
 from tests.parity.moe_checks import MOE_CHECKS
+from tests.parity.optimizer_checks import check_optimizers
 from tests.parity.padding_checks import PADDING_CHECKS
 from tests.parity.runners import assert_same_runs, run_jax, run_oracle, run_torch
 from tests.parity.vlm_checks import VLM_CHECKS
 from tests.strategies import Inputs
 from tests.tolerance import assert_all_same_function, assert_same_function
 
-ALL_MUTANTS = (*MUTANTS, *DECODING_MUTANTS, *MOE_MUTANTS, *VLM_MUTANTS)
+ALL_MUTANTS = (*MUTANTS, *DECODING_MUTANTS, *MOE_MUTANTS, *VLM_MUTANTS, *OPTIMIZER_MUTANTS)
 FOLDER = Path(__file__).parents[1]
 LISTS = [file.stem for file in sorted(FOLDER.glob("mutants*.py"))]
 SEED, BATCH, LENGTH, PREFIX = 5, 2, 8, 3
+RATES = Rates(0.1, 0.1)
 GROUPED = ModelConfig(
     dim=20, head_dim=6, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=37, ffn_hidden_dim=24, max_seq_len=16,
     qk_norm=True, sliding_window=4, attention_bias=True, rope_theta=50.0, norm_eps=1e-2, attention_output_bias=False,
@@ -277,15 +281,15 @@ def check_skipped_step(backend: str) -> None:
         optimizers.set_optimizer_state(optimizer, parameters, given, 99)
         for parameter in parameters.values():
             parameter.grad = torch.ones_like(parameter)
-        optimizers.update(optimizer, 0.1, torch.tensor(False))
+        optimizers.update(optimizer, RATES, torch.tensor(False))
         kept = optimizers.get_optimizer_state(optimizer, parameters)
     else:
         values = {name: jax.numpy.asarray(value) for name, value in weights.items()}
         optimizer = optimizers.build_optimizer(values, table, OptimizerConfig())
         state = optimizers.set_optimizer_state(optimizer.init(values), given, 99)
         ones = jax.tree.map(jax.numpy.ones_like, values)
-        no, lr = jax.numpy.asarray(False), jax.numpy.asarray(0.1)
-        kept = optimizers.get_optimizer_state(optimizers.update(optimizer, ones, state, values, lr, no)[1])
+        no = jax.numpy.asarray(False)
+        kept = optimizers.get_optimizer_state(optimizers.update(optimizer, ones, state, values, RATES, no)[1])
     for name, value in given.items():
         np.testing.assert_array_equal(np.asarray(kept[name]), value, err_msg=name)
 
@@ -293,7 +297,7 @@ def check_skipped_step(backend: str) -> None:
 def torch_steps(modules: Any, weights: Any, gradients: Any, table: Any, config: Any, limit: float) -> Any:
     parameters = {name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in weights.items()}
     optimizer = modules["optimizer"].build_optimizer(parameters, table, config)
-    modules["optimizer"].set_learning_rate(optimizer, 0.1)
+    modules["optimizer"].set_rates(optimizer, Rates(0.1, config.weight_decay))
     given = {name: torch.from_numpy(value.copy()) for name, value in gradients.items()}
     clipped, _ = modules["optimizer"].clip_by_global_norm(given, limit)
     for _ in range(2):
@@ -308,9 +312,9 @@ def jax_steps(modules: Any, weights: Any, gradients: Any, table: Any, config: An
     optimizer = modules["optimizer"].build_optimizer(parameters, table, config)
     given = {name: jax.numpy.asarray(value) for name, value in gradients.items()}
     clipped, _ = modules["optimizer"].clip_by_global_norm(given, limit)
-    state = optimizer.init(parameters)
+    state, rates = optimizer.init(parameters), Rates(0.1, config.weight_decay)
     for _ in range(2):
-        parameters, state = modules["optimizer"].update(optimizer, clipped, state, parameters, jax.numpy.asarray(0.1))
+        parameters, state = modules["optimizer"].update(optimizer, clipped, state, parameters, rates)
     return {name: np.asarray(value) for name, value in parameters.items()}
 
 
@@ -327,7 +331,10 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.decode": (check_generation,),
     "model.request": (check_generation,),
     "model.sampling": (check_generation,),
-    "training.optimizer": (check_optimizer, check_skipped_step),
+    "training.optimizer": (check_optimizer, check_skipped_step, check_optimizers),
+    "training.lion": (check_optimizers,),
+    "training.muon": (check_optimizers,),
+    "training.schedule_free": (check_optimizers,),
     "model.transformer": (check_slice,),
     "model.moe": (check_table,),
 }

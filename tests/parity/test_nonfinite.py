@@ -14,6 +14,7 @@ import torch
 import kempnerforge_jax.training.train
 import kempnerforge_torch.training.train
 from shared_config import load_config
+from shared_config.contract.schedule import Rates
 from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.data import open_data
 from shared_config.interchange import checkpoint, run_layout
@@ -144,18 +145,18 @@ def stays_finite(
     narrow = {key: [array.astype(np.float32) for array in of_one] for key, of_one in both.items()}
     table = {key: ParameterSpec((3,), Constant(0.0), (None,)) for key in both}
     moments = {f"{kind}.{key}": narrow[key][place] for key in both for kind, place in (("m", 2), ("v", 3))}
-    optimizer = importlib.import_module(f"kempnerforge_{name}.training.optimizer")
+    optimizer, rates = importlib.import_module(f"kempnerforge_{name}.training.optimizer"), Rates(np.float32(lr), 0.1)
     if name == "torch":
         own = {key: torch.nn.Parameter(torch.from_numpy(narrow[key][0].copy())) for key in both}
         built = optimizer.build_optimizer(own, table, OptimizerConfig())
         optimizer.set_optimizer_state(built, own, moments, 4)
         for key, parameter in own.items():
             parameter.grad = torch.from_numpy(narrow[key][1].copy())
-        return bool(optimizer.stays_finite(built, lr))
+        return bool(optimizer.stays_finite(built, rates))
     own, gradients = ({key: jnp.asarray(narrow[key][place]) for key in both} for place in (0, 1))
     built = optimizer.build_optimizer(own, table, OptimizerConfig())
     state = optimizer.set_optimizer_state(built.init(own), moments, 4)
-    return bool(optimizer.stays_finite(built, gradients, state, own, jnp.float32(lr)))
+    return bool(optimizer.stays_finite(built, gradients, state, own, rates))
 
 
 @pytest.mark.parametrize("name", BACKENDS)

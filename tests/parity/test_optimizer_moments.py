@@ -126,11 +126,11 @@ def test_facts_of_an_optimiser_follow_from_its_moments() -> None:
     memory = training_memory(job)
     assert (memory.optimizer, training_memory(adamw).optimizer) == (memory.gradients, 2 * memory.gradients)
     table = {name: ParameterSpec((2, 3), Constant(0.0), (None, None)) for name in ("transformer.a", "adapter.b")}
-    drawn = validation_moments(table, 1, ("velocity",))
+    drawn = validation_moments(table, 1, job.optimizer)
     assert list(drawn) == ["velocity.transformer.a", "velocity.adapter.b"]
     assert min(value.min() for value in drawn.values()) < 0 < max(value.max() for value in drawn.values())
     vlm = VLMConfig.for_arch("joint_decoder", freeze=(FreezeSpec("transformer"),))
-    moved = moments_under(vlm, table, {"velocity.transformer.a": np.ones((2, 3))}, ("velocity",))
+    moved = moments_under(vlm, table, {"velocity.transformer.a": np.ones((2, 3))}, job.optimizer)
     assert {name: value.shape for name, value in moved.items()} == {"velocity.adapter.b": (2, 3), "t.adapter.b": ()}
 
 

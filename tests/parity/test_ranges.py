@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from shared_config.contract.parameters import parameter_table
+from shared_config.contract.schedule import Rates
 from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.optimizer import OptimizerConfig
@@ -143,12 +144,12 @@ def test_updates_are_counted_beyond_any_narrow_number(backend: Torch) -> None:
         norm.grad = torch.ones_like(norm)
         built = optimizer.build_optimizer({"norm": norm}, table, config)
         optimizer.set_optimizer_state(built, {"norm": norm}, moments, MANY)
-        optimizer.update(built, 0.25)
+        optimizer.update(built, Rates(0.25, 0.0))
         state, moved = optimizer.get_optimizer_state(built, {"norm": norm}), norm
     else:
         built = optimizer.build_optimizer({"norm": given}, table, config)
         held = optimizer.set_optimizer_state(built.init({"norm": given}), moments, MANY)
-        values, held = optimizer.update(built, {"norm": given}, held, {"norm": given}, 0.25)
+        values, held = optimizer.update(built, {"norm": given}, held, {"norm": given}, Rates(0.25, 0.0))
         state, moved = optimizer.get_optimizer_state(held), values["norm"]
     count = backend.numpy(state["t.norm"])
     assert (int(count), count.dtype) == (MANY + 1, np.int32)

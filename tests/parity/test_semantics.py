@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from shared_config.contract.parameters import parameter_table
+from shared_config.contract.schedule import Rates
 from shared_config.parity.validation import validation_weights
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
@@ -527,10 +528,10 @@ def optimizer_steps(
         if update is None:
             for name, tensor in own.items():
                 tensor.grad = given[name]
-            module.set_learning_rate(optimizer, lr)
+            module.set_rates(optimizer, Rates(lr, config.weight_decay))
             optimizer.step()
         else:
-            own, state = update(given, state, own, lr)
+            own, state = update(given, state, own, Rates(lr, config.weight_decay))
     return backend.numpy(own)
 
 

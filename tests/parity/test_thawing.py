@@ -21,6 +21,7 @@ from kempnerforge_torch.training import optimizer as torch_optimizer
 from kempnerforge_torch.training.train import Trainer as TorchTrainer
 from shared_config import load_config
 from shared_config.contract.parameters import parameter_table
+from shared_config.contract.schedule import Rates
 from shared_config.data import open_data
 from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
@@ -32,6 +33,7 @@ TABLE = parameter_table(ModelConfig(dim=4, n_layers=2, n_heads=2, ffn_hidden_dim
 NAMES = tuple(TABLE)
 CONFIG = OptimizerConfig(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
 LR = 0.01
+RATES = Rates(LR, CONFIG.weight_decay)
 TRAINERS = {"torch": TorchTrainer, "jax": JaxTrainer}
 
 Arrays = dict[str, np.ndarray]
@@ -55,7 +57,7 @@ def torch_steps(state: TrainingState, schedule: Frozen) -> TrainingState:
     """The state after a step for each set of frozen names."""
     own = {name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in state.weights.items()}
     optimizer = torch_optimizer.build_optimizer(own, TABLE, CONFIG)
-    torch_optimizer.set_learning_rate(optimizer, LR)
+    torch_optimizer.set_rates(optimizer, RATES)
     if state.step:
         torch_optimizer.set_optimizer_state(optimizer, own, state.optimizer, state.step)
     for step, frozen in enumerate(schedule, state.step):
@@ -79,7 +81,7 @@ def jax_steps(state: TrainingState, schedule: Frozen) -> TrainingState:
             some = {name: own[name] for name in given_now}
             optimizer = jax_optimizer.build_optimizer(some, TABLE, CONFIG)
             states = jax_optimizer.states_of(kept, some)
-            moved, states = jax_optimizer.update(optimizer, given_now, states, some, jnp.asarray(LR))
+            moved, states = jax_optimizer.update(optimizer, given_now, states, some, RATES)
             own, kept = own | moved, jax_optimizer.with_states(kept, states)
         moments = jax_optimizer.get_optimizer_state(kept)
         weights = {name: np.asarray(value) for name, value in own.items()}

@@ -18,8 +18,9 @@ import torch
 from kempnerforge_torch.training.fused_adamw import FusedStep, can_fuse
 from kempnerforge_torch.training.optimizer import Step
 from kempnerforge_torch.training.train import Trainer
+from shared_config.contract.schedule import Rates
 from tests.jobs import EXPERTS, draw_batch, tiny_job
-from tests.torch.adamw_checks import Drawn, drawn
+from tests.torch.adamw_checks import CONFIG, Drawn, drawn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
@@ -31,6 +32,8 @@ pytestmark = [
     pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs a GPU"),
 ]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+RATES = Rates(0.05, CONFIG.weight_decay)
 
 
 def pair(seed: int = 0) -> tuple[Drawn, Drawn]:
@@ -55,19 +58,19 @@ def assert_same(found: Drawn, expected: Drawn, rounding: float = 2.0**-20) -> No
 def test_a_step_is_that_of_plain_operations(factor: float | None) -> None:
     one, other = pair()
     scale = None if factor is None else torch.tensor(factor, device=DEVICE)
-    step = FusedStep(one.optimizer, one.gradients, 0.05, scale, one.copies)
+    step = FusedStep(one.optimizer, one.gradients, RATES, scale, one.copies)
     before = one.state()
     assert step.stays_finite()
     assert all(torch.equal(value, before[name]) for name, value in one.state().items()), "looking writes nothing"
     step.take()
-    Step(other.optimizer, other.gradients, 0.05, scale).take()
+    Step(other.optimizer, other.gradients, RATES, scale).take()
     assert_same(one, other)
 
 
 def test_a_step_that_is_left_out_changes_nothing() -> None:
     one, _ = pair()
     before = one.state()
-    step = FusedStep(one.optimizer, one.gradients, 0.05, None, one.copies)
+    step = FusedStep(one.optimizer, one.gradients, RATES, None, one.copies)
     step.take(torch.tensor(False, device=DEVICE))
     assert all(torch.equal(value, before[name]) for name, value in one.state().items())
     step.take(torch.tensor(True, device=DEVICE))
@@ -81,7 +84,7 @@ def test_what_is_not_finite_anywhere_is_seen(what: str, place: int) -> None:
     parameter = list(one.parameters.values())[place]
     spoiled = {"gradient": one.gradients[parameter], "parameter": parameter.detach(), **one.optimizer.state[parameter]}
     spoiled[what].view(-1)[-1] = torch.inf
-    assert not FusedStep(one.optimizer, one.gradients, 0.05, None, one.copies).stays_finite()
+    assert not FusedStep(one.optimizer, one.gradients, RATES, None, one.copies).stays_finite()
 
 
 def test_gradients_that_start_anywhere_are_read() -> None:
@@ -90,8 +93,8 @@ def test_gradients_that_start_anywhere_are_read() -> None:
     shifted = torch.zeros(17 * 9 + 1, device=DEVICE, dtype=one.gradients[parameter].dtype)
     shifted[1:] = one.gradients[parameter].flatten()
     one.gradients[parameter] = shifted[1:].view(17, 9)
-    FusedStep(one.optimizer, one.gradients, 0.05).take()
-    Step(other.optimizer, other.gradients, 0.05).take()
+    FusedStep(one.optimizer, one.gradients, RATES).take()
+    Step(other.optimizer, other.gradients, RATES).take()
     ours, theirs = one.parameters["p4"], other.parameters["p4"]
     torch.testing.assert_close(ours, theirs, rtol=2.0**-22, atol=2.0**-22)
 
@@ -123,7 +126,7 @@ def test_a_step_of_a_trainer_launches_few_kernels() -> None:
     trainer.step([draw_batch(job, 0)])
     trainer._differentiate([draw_batch(job, 1)], 30, 1)
     with torch.profiler.profile(acc_events=True) as profile:
-        trainer._update(0.01, torch.zeros((), device=DEVICE))
+        trainer._update(Rates(0.01, 0.1), torch.zeros((), device=DEVICE))
         torch.cuda.synchronize()
     names = [event.key for event in profile.key_averages() if event.device_type.name == "CUDA"]
     counts = {event.key: event.count for event in profile.key_averages() if event.device_type.name == "CUDA"}

@@ -20,12 +20,15 @@ from kempnerforge_torch.model.state import set_state
 from kempnerforge_torch.training.fused_adamw import FusedStep, can_fuse
 from kempnerforge_torch.training.optimizer import Step
 from kempnerforge_torch.training.train import Trainer
+from shared_config.contract.schedule import Rates
 from shared_config.schema.job import JobConfig
 from tests.jobs import EXPERTS, draw_batch, tiny_job
-from tests.torch.adamw_checks import Drawn, drawn, plain_kernel
+from tests.torch.adamw_checks import CONFIG, Drawn, drawn, plain_kernel
 
 NARROW = {"mixed_precision": "bf16"}
 MODELS: dict[str, dict[str, Any]] = {"dense": {}, "tied": {"tie_embeddings": True}, "experts": EXPERTS}
+
+RATES = Rates(0.1, CONFIG.weight_decay)
 
 
 class Casts(TorchDispatchMode):
@@ -70,7 +73,7 @@ def steps_with_casts(trainer: Trainer, steps: list[list[Any]]) -> None:
         for gradient in gradients:
             gradient *= most / norm.clamp(min=most)
         for group in optimizer.param_groups:
-            group["lr"] = trainer.learning_rate(step)
+            group["lr"] = trainer.rates(step).lr
         optimizer.step()
         optimizer.zero_grad()
 
@@ -174,10 +177,10 @@ def test_a_fused_step_is_the_step(data: st.DataObject, shapes: list[tuple[int, .
     with pytest.MonkeyPatch.context() as patch:
         name = "kempnerforge_torch.training.adamw_kernel"
         patch.setitem(sys.modules, name, SimpleNamespace(run_adamw=plain_kernel))  # type: ignore[arg-type]
-        step = FusedStep(one.optimizer, one.gradients, 0.1, factor, one.copies)
+        step = FusedStep(one.optimizer, one.gradients, RATES, factor, one.copies)
         assert step.stays_finite()
         step.take(finite)
-    Step(other.optimizer, other.gradients, 0.1, factor).take(finite)
+    Step(other.optimizer, other.gradients, RATES, factor).take(finite)
     assert_same_state(one, other)
 
 

@@ -18,12 +18,12 @@ from kempnerforge_torch.training.optimizer import (
     build_optimizer,
     clip_by_global_norm,
     get_optimizer_state,
-    set_learning_rate,
     set_optimizer_state,
+    set_rates,
 )
 from kempnerforge_torch.training.scheduler import build_schedule
 from kempnerforge_torch.training.train import Trainer, train
-from shared_config.contract.schedule import scheduled_learning_rate
+from shared_config.contract.schedule import Rates, scheduled_learning_rate
 from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.data import open_text_data
 from shared_config.errors import UserError
@@ -178,7 +178,7 @@ class TestOptimizer:
             gradients = {name: value for name, value in draw_gradients(seed=step).items() if name in truth}
             for name, parameter in parameters.items():
                 parameter.grad = torch.from_numpy(gradients[name])
-            set_learning_rate(optimizer, lr)
+            set_rates(optimizer, Rates(lr, CONFIG.weight_decay))
             optimizer.step()
             truth, state = oracle.adamw_step(
                 truth, gradients, state, lr=lr, betas=(0.8, 0.97), eps=1e-4, weight_decay=0.3, decayed=["matrix"]
