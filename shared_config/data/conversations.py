@@ -9,7 +9,7 @@ Shapes: B rows of a batch on one rank, S positions of a row.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,8 @@ from shared_config.contract.labels import IGNORED
 from shared_config.data.batches import Batch, permute
 from shared_config.data.corpus import is_held_out
 from shared_config.data.jsonl import Row, refuse
-from shared_config.data.template import ChatTemplate, TemplateError
-from shared_config.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
+from shared_config.data.template import ChatTemplate, TemplateError, has_template
+from shared_config.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from shared_config.errors import UserError
 
 
@@ -173,18 +173,14 @@ def encode_conversations(
     all have hashes of one side, the last ones are held out.
 
     Raises:
-        UserError: a tokenizer without a chat template, rows that the template refuses, ids outside the vocabulary.
+        UserError: a tokenizer without a chat template, where the rows need one; rows that the template refuses; ids
+            outside the vocabulary.
     """
-    if isinstance(tokenizer, ByteTokenizer) or not isinstance(tokenizer, HuggingFaceTokenizer):
-        raise UserError(
-            f"{name}: rows of {rows[0].kind} need a chat template, and data.tokenizer = 'bytes' has none; "
-            "must be a tokenizer folder with one"
-        )
-    template = ChatTemplate(tokenizer.folder)
+    encode = _encoder(rows, tokenizer, name)
     conversations, problems = [], []
     for row in rows:
         try:
-            ids, learned = template.encode(row.messages, learned_from=row.learned_from, tools=row.tools)
+            ids, learned = encode(row)
         except TemplateError as error:
             problems.append(f"{row.place}: {error}")
             continue
@@ -198,6 +194,35 @@ def encode_conversations(
         held = [len(rows) > 1 and index >= len(rows) - last for index in range(len(rows))]
     pairs = list(zip(conversations, held, strict=True))
     return [one for one, is_held in pairs if not is_held], [one for one, is_held in pairs if is_held]
+
+
+def _encoder(rows: Sequence[Row], tokenizer: Tokenizer, name: str) -> Callable[[Row], tuple[np.ndarray, np.ndarray]]:
+    """What gives ids of a row, and which of them are learned: the chat template, or, of prompts and completions in text
+    where there is none, `as_it_stands`.
+    """
+    folder = tokenizer.folder if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    if all(row.plain for row in rows) and (folder is None or not has_template(folder)):
+        return lambda row: as_it_stands(*(row.plain or ("", "")), tokenizer)
+    if folder is None:
+        raise UserError(
+            f"{name}: rows of {rows[0].kind} need a chat template, and data.tokenizer = 'bytes' has none; "
+            "must be a tokenizer folder with one"
+        )
+    template = ChatTemplate(folder)
+    return lambda row: template.encode(row.messages, learned_from=row.learned_from, tools=row.tools)
+
+
+def as_it_stands(prompt: str, completion: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """A prompt, in the ids that generation continues, and a completion, which is learned, with the id that ends it.
+
+    Returns:
+        ids: uint32. learned: bool, as long.
+    """
+    before = [] if tokenizer.bos is None else [tokenizer.bos]
+    after = [] if tokenizer.eos is None else [tokenizer.eos]
+    parts = [before, tokenizer.encode(prompt), tokenizer.encode(completion), after]
+    ids = np.concatenate(parts, dtype=np.uint32, casting="unsafe")
+    return ids, np.arange(len(ids)) >= len(before) + len(parts[1])
 
 
 def _notes(name: str, every: Sequence[Conversation], kept: Sequence[Conversation], seq_len: int) -> tuple[str, ...]:

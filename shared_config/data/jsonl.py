@@ -32,6 +32,7 @@ class Row:
         messages: the turns of a conversation; () of a document.
         learned_from: the first turn that may be learned.
         tools: what the assistant may call, as chat templates take it.
+        plain: prompt and completion that are text, which needs no chat template.
     """
 
     place: str
@@ -40,6 +41,7 @@ class Row:
     messages: Sequence[Mapping[str, object]] = ()
     learned_from: int = 0
     tools: Sequence[object] | None = None
+    plain: tuple[str, str] | None = None
 
     @property
     def key(self) -> str:
@@ -123,11 +125,13 @@ def _document(text: object, place: str, kind: str) -> tuple[Row, str]:
 
 
 def _conversation(fields: Mapping[str, object], place: str, kind: str) -> tuple[Row, str]:
+    plain = None
     if kind == "messages":
         turns, learned_from = fields["messages"], 0
     else:
         prompt, completion = fields["prompt"], fields["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
+            plain = prompt, completion
             prompt, completion = _turns("user", prompt), _turns("assistant", completion)
         if not isinstance(prompt, list) or not isinstance(completion, list):
             return Row(place, kind), "'prompt' and 'completion' must both be text, or both lists of messages"
@@ -138,7 +142,7 @@ def _conversation(fields: Mapping[str, object], place: str, kind: str) -> tuple[
     if tools is not None and not isinstance(tools, list):
         return Row(place, kind), "'tools' must be a list"
     problem = next(filter(None, (_message_problem(index, turn) for index, turn in enumerate(turns))), "")
-    return Row(place, kind, messages=turns, learned_from=learned_from, tools=tools), problem
+    return Row(place, kind, messages=turns, learned_from=learned_from, tools=tools, plain=plain), problem
 
 
 def _turns(role: str, content: str) -> list[dict[str, str]]:

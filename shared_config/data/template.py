@@ -173,6 +173,15 @@ class ChatTemplate:
         return np.array(ids, np.uint32), np.array(offsets, np.int64).reshape(-1, 2)
 
 
+def has_template(folder: Path) -> bool:
+    """Whether a tokenizer folder has a chat template.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    return bool(_sources(folder, _optional_json(folder / "tokenizer_config.json")))
+
+
 def _sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Templates by name. A separate file takes precedence over the config's entry."""
     if (folder / FILE).exists():

@@ -36,6 +36,16 @@ CONFIG = "config.toml"
 """The config beside native weights, and of a run."""
 
 
+FINE_TUNING: Mapping[str, Mapping[str, object]] = {
+    "train": {"max_steps": 1000},
+    "optimizer": {"lr": 2e-5},
+    "scheduler": {"warmup_steps": 30},
+}
+"""What a model that is trained already begins with; the rate, as the decay and the cosine, is that of Llama 2's
+fine-tuning (arXiv:2307.09288, section 3.1).
+"""
+
+
 def to_stderr(line: str) -> None:
     """Say something that is not a command's output."""
     print(line, file=sys.stderr)
@@ -204,12 +214,12 @@ def _folder(path: Path) -> Path:
 
 
 def _huggingface_fields(folder: Path) -> dict[str, object]:
-    """The model, and what follows from it for a job: the folder's tokenizer, and sequences that fit."""
+    """The model, and what follows from it for a job: the folder's tokenizer, sequences that fit, and `FINE_TUNING`."""
     model = huggingface.read_huggingface_config(folder)
-    fields: dict[str, object] = {"model": model}
+    fields: dict[str, object] = {"model": model, **{name: dict(values) for name, values in FINE_TUNING.items()}}
     length = model.get("max_seq_len")
     if isinstance(length, int):
-        fields["train"] = {"seq_len": min(TrainConfig().seq_len, length)}
+        fields["train"] = {**FINE_TUNING["train"], "seq_len": min(TrainConfig().seq_len, length)}
     if has_tokenizer(folder):
         fields["data"] = {"tokenizer": str(folder)}
     return fields

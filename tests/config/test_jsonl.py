@@ -382,3 +382,40 @@ def test_what_a_template_refuses_names_file_and_line(tmp_path: Path) -> None:
         ChatTemplate(
             tokenizer_folder(tmp_path / "evil", "{{ messages.__class__.__mro__[1].__subclasses__() }}")
         ).encode(turns("a", "b"))
+
+
+# Prompts and completions without a template
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_completions_are_learned_without_a_template(with_tokenizer: bool, packed: bool, tmp_path: Path) -> None:
+    """What is learned of a row is its completion and the id that ends it, each row once."""
+    tokenizer = tokenizer_folder(tmp_path / "tokenizer", None) if with_tokenizer else "bytes"
+    pairs = [(f"say {'hello ' * (i % 4)}{i}", f"well, {i} times <|im_end|>") for i in range(12)]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    path = rows_file(tmp_path / "rows.jsonl", rows)
+    data = open_text_data(job(path, tokenizer=tokenizer, heldout_fraction=0.3, pack_documents=packed))
+    assert isinstance(data, ConversationData)
+    known = build_tokenizer(str(tokenizer))
+    count = data.epoch_rows
+    batches = [data.rows(np.arange(count)), *data.heldout()]
+    found = []
+    for batch in batches:
+        for tokens, labels, *documents in zip(*(batch[name] for name in batch), strict=True):
+            starts = np.flatnonzero(np.diff(documents[0], prepend=-1)) if packed else [0]
+            for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
+                learned = labels[start:stop][labels[start:stop] != -100]
+                if len(learned):
+                    first = int(np.argmax(labels[start:stop] != -100))
+                    found.append((known.decode(tokens[start : start + first + 1]), known.decode(learned[:-1])))
+                    assert learned[-1] == known.eos
+                    assert known.bos is None or tokens[start] == known.bos
+    assert sorted(found) == sorted(pairs)
+
+
+def test_prompts_of_messages_need_a_template(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": turns("a"), "completion": turns("", "b")[1:]}]
+    path = rows_file(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match=r"rows of prompt and completion need a chat template"):
+        open_text_data(job(path))

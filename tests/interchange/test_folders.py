@@ -556,8 +556,12 @@ def test_the_config_of_a_model_is_found(tmp_path: Path) -> None:
     foreign = written(tmp_path / "foreign", "huggingface")
     fields = find_config(foreign)
     assert fields is not None
-    assert fields.keys() == {"model", "train"}
-    assert fields["train"] == {"seq_len": min(type(CONFIG.train)().seq_len, CONFIG.model.max_seq_len)}
+    assert fields.keys() == {"model", "train", "optimizer", "scheduler"}
+    seq_len = min(type(CONFIG.train)().seq_len, CONFIG.model.max_seq_len)
+    assert fields["train"] == {"max_steps": 1000, "seq_len": seq_len}, (
+        "what is trained already is tuned, not pretrained"
+    )
+    assert (fields["optimizer"], fields["scheduler"]) == ({"lr": 2e-5}, {"warmup_steps": 30})
     (foreign / "tokenizer.json").write_text("{}")
     assert read_config(foreign)["data"] == {"tokenizer": str(foreign)}
     save(tmp_path / "run", state(3), config={"model": {"dim": 16}, "data": {"path": "p"}})
@@ -577,7 +581,7 @@ def test_the_config_of_a_model_is_found(tmp_path: Path) -> None:
         short = CONFIG.replace(model=CONFIG.model.replace(max_seq_len=length), train=CONFIG.train.replace(seq_len=16))
         fields = find_config(written(tmp_path / f"of {length}", "huggingface", short))
         assert fields is not None
-        assert fields["train"] == {"seq_len": min(length, TrainConfig().seq_len)}
+        assert fields["train"] == {"max_steps": 1000, "seq_len": min(length, TrainConfig().seq_len)}
         assert load_text_weights(tmp_path / f"of {length}", short.model).keys() == state_of().keys()
     (tmp_path / "config alone").mkdir()
     text = '[model]\ndim = 24\nn_heads = 6\nn_kv_heads = 3\n[vlm]\narch = "cross_attention"\n'
