@@ -17,6 +17,7 @@ IMPLIED = {"self", "cls", "rngs"}
 FILES = {
     "functions.py": "jax: modules of several libraries, taken apart; torch has one kind",
     "model/cuda_graph.py": "torch: XLA compiles and launches its own programs",
+    "model/kept_steps.py": "torch: recorded steps; jit keeps its programs itself",
     "model/module.py": "jax: torch's modules have named walks, hooks and casts built in",
     "model/mosaic.py": "jax: torch has its kernel for products over groups behind one public function",
     "model/scan.py": "jax: stacks of layers bound compile time; torch compiles block by block",

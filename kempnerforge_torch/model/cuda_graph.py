@@ -37,16 +37,19 @@ class CudaGraphStep:
 
     The first call runs the step, and compiles it; the second records it. What the step reads and writes besides its
     arguments must stay in place in memory, as the tensors of static caches do.
+
+    Attributes:
+        step: what is run and recorded; not needed once it is.
     """
 
     def __init__(self, step: Step):
-        self.step = step
+        self.step: Step | None = step
         self.calls = 0
 
     def __call__(self, tokens: Int[Tensor, "B"], uniforms: Float[Tensor, "B"] | None) -> Int[Tensor, "B"]:
         self.calls += 1
         if self.calls == 1:
-            return self.step(tokens, uniforms)
+            return self._run(tokens, uniforms)
         if self.calls == 2:
             self._record(tokens, uniforms)
         self.tokens.copy_(tokens)
@@ -55,10 +58,14 @@ class CudaGraphStep:
         self.graph.replay()
         return self.drawn.clone()
 
+    def _run(self, tokens: Tensor, uniforms: Tensor | None) -> Tensor:
+        assert self.step is not None
+        return self.step(tokens, uniforms)
+
     def _record(self, tokens: Tensor, uniforms: Tensor | None) -> None:
         self.tokens = tokens.clone()
         self.uniforms = tokens.new_zeros(()) if uniforms is None else uniforms.clone()
         with torch.cuda.device(tokens.device):
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.drawn = self.step(self.tokens, None if uniforms is None else self.uniforms)
+                self.drawn = self._run(self.tokens, None if uniforms is None else self.uniforms)

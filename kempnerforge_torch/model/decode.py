@@ -9,6 +9,8 @@ Shapes: B rows, S tokens of the longest prompt, N new tokens, V vocabulary, E id
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,12 +19,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kempnerforge_torch.model.cuda_graph import CudaGraphStep, Step, compiled
+from kempnerforge_torch.model.cuda_graph import Step, compiled
+from kempnerforge_torch.model.kept_steps import recorded
 from kempnerforge_torch.model.kv_cache import KVCache, new_caches
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.request import Request, image_tokens, inference, weight_of
 from kempnerforge_torch.model.sampling import draw, greedy, wide
 from kempnerforge_torch.model.transformer import Transformer
+from shared_config.contract.decoding import SamplingConfig
 
 NO_LOGITS = ModalityContext(output_slice=slice(0, 0))
 
@@ -90,29 +94,47 @@ def _drawn(model: Transformer, request: Request, compile: bool) -> Iterator[Tens
     if request.uniforms is not None:
         uniforms_BN = torch.from_numpy(request.uniforms).to(weight.device, wide(weight.dtype))
     caches, tokens_B = prefill(model, request)
-    step = _step(model, request, caches, compile)
     done_B = torch.zeros_like(tokens_B, dtype=torch.bool)
     eos_ids = request.sampling.eos_token_ids
     eos_ids_E = torch.tensor(eos_ids, dtype=torch.int64, device=weight.device)
-    for index in range(request.max_new_tokens):
-        tokens_B = step(tokens_B, None if uniforms_BN is None else uniforms_BN[:, index])
-        yield tokens_B.masked_fill(done_B, request.sampling.pad_token_id)
-        if eos_ids:
-            done_B = done_B | torch.isin(tokens_B, eos_ids_E)
-            if bool(done_B.all()):
-                return
+    with _stepping(model, request, caches, compile) as step:
+        for index in range(request.max_new_tokens):
+            tokens_B = step(tokens_B, None if uniforms_BN is None else uniforms_BN[:, index])
+            yield tokens_B.masked_fill(done_B, request.sampling.pad_token_id)
+            if eos_ids:
+                done_B = done_B | torch.isin(tokens_B, eos_ids_E)
+                if bool(done_B.all()):
+                    return
 
 
-def _step(model: Transformer, request: Request, caches: list[KVCache], compile: bool) -> Step:
-    """A function that reads a token of each row and draws the next."""
+def _stepping(
+    model: Transformer, request: Request, caches: list[KVCache], compile: bool
+) -> contextlib.AbstractContextManager[Step]:
+    """A function that reads a token of each row and draws the next, recorded where it is compiled for a GPU."""
+    sampling, is_greedy = request.sampling, request.uniforms is None
+    settings = None if is_greedy else (sampling.temperature, sampling.top_k, sampling.top_p)
+    image = request.image_in_every_step
+
+    def step_of(caches: list[KVCache], image: ModalityContext | None) -> Step:
+        return functools.partial(_step, model, sampling, caches, image, compile)
+
+    if compile and weight_of(model).is_cuda:
+        return recorded(model, caches, image, settings, step_of)
+    return contextlib.nullcontext(step_of(caches, image))
+
+
+def _step(
+    model: Transformer,
+    sampling: SamplingConfig,
+    caches: list[KVCache],
+    image: ModalityContext | None,
+    compile: bool,
+    tokens_B: Tensor,
+    uniforms_B: Tensor | None,
+) -> Tensor:
     read = compiled(advance) if compile else advance
-    image, sampling = request.image_in_every_step, request.sampling
-
-    def step(tokens_B: Tensor, uniforms_B: Tensor | None) -> Tensor:
-        logits_BV = read(model, tokens_B, caches, image)
-        if uniforms_B is None:
-            return greedy(logits_BV)
-        top_k = sampling.top_k or logits_BV.shape[-1]
-        return draw(logits_BV, uniforms_B, sampling.temperature, top_k, sampling.top_p)
-
-    return CudaGraphStep(step) if compile and weight_of(model).is_cuda else step
+    logits_BV = read(model, tokens_B, caches, image)
+    if uniforms_B is None:
+        return greedy(logits_BV)
+    top_k = sampling.top_k or logits_BV.shape[-1]
+    return draw(logits_BV, uniforms_B, sampling.temperature, top_k, sampling.top_p)

@@ -15,6 +15,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,6 +31,7 @@ from tests.parity.attention_checks import (
 )
 from tests.parity.precision_cases import job_of
 from tests.parity.precision_jax import _jaxprs
+from tests.torch import kept_checks
 
 BF16, F16, F32, F64 = "bfloat16", "float16", "float32", "float64"
 HOPPER, AMPERE, TURING = ("cuda 12080", "9.0"), ("cuda 12080", "8.0"), ("cuda 12080", "7.5")
@@ -524,13 +526,24 @@ def check_recorded_steps(backend: str) -> None:
 def check_decoding_by_device(backend: str) -> None:
     """Steps are recorded where they are compiled and the weights are on a GPU."""
     decode = module("torch", "model.decode")
-    request = SimpleNamespace(image_in_every_step=None, sampling=None)
+    request = SimpleNamespace(image_in_every_step=None, sampling=None, uniforms=None)
     for on_gpu in (True, False):
         for compiled in (True, False):
             weight = SimpleNamespace(is_cuda=on_gpu)
-            with mock.patch.object(decode, "weight_of", lambda _, weight=weight: weight):
-                step = decode._step(None, request, [], compiled)
-            assert isinstance(step, decode.CudaGraphStep) == (on_gpu and compiled), (on_gpu, compiled)
+            with (
+                mock.patch.object(decode, "weight_of", lambda _, weight=weight: weight),
+                mock.patch.object(decode, "recorded", return_value="recorded"),
+            ):
+                stepping = decode._stepping(None, request, [], compiled)
+            assert (stepping == "recorded") == (on_gpu and compiled), (on_gpu, compiled)
+
+
+def check_kept_steps(backend: str) -> None:
+    """Tokens of kept steps are those of steps that are run, whatever happened between two generations."""
+    for happening in kept_checks.HAPPENINGS:
+        with pytest.MonkeyPatch.context() as patch:
+            kept_checks.Recorder(patch)
+            kept_checks.check_after([(happening, 2, 6, 0.9)])
 
 
 KERNEL_CHECKS: dict[str, dict[str, tuple[Callable[[str], None], ...]]] = {
@@ -552,6 +565,7 @@ KERNEL_CHECKS: dict[str, dict[str, tuple[Callable[[str], None], ...]]] = {
         "model.grouped": (check_offsets,),
         "model.decode": (check_decoding_by_device,),
         "model.cuda_graph": (check_recorded_steps,),
+        "model.kept_steps": (check_kept_steps,),
         "training.loss": (check_loss_by_device,),
         "training.optimizer": (check_optimizer_by_device,),
     },

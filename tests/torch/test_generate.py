@@ -255,7 +255,9 @@ def seeing(arch: str, **changes: Any) -> tuple[VLMWrapper, dict[str, Any]]:
 def test_a_recorded_step_draws_what_the_cpu_draws(
     case: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CUDA graphs: one call compiles, all others replay; caches of the whole context, and rings that wrap around."""
+    """CUDA graphs: one call compiles, all others replay, those of a second generation too; caches of the whole context,
+    and rings that wrap around.
+    """
     arch, _, window = case.partition(", ")
     torch.manual_seed(5)
     changes = {"sliding_window": 5} if "window" in (arch, window) else {}
@@ -280,4 +282,4 @@ def test_a_recorded_step_draws_what_the_cpu_draws(
     assert len(replays) == 11
     streamed = list(stream(model, prompts, 12, compile=True, **options, **images))
     assert [int(tokens[1]) for tokens in streamed] == expected[1, 1:13].tolist()
-    assert len(replays) == 22
+    assert len(replays) == 23
