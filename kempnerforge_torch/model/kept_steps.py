@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from kempnerforge_torch.model.cuda_graph import CudaGraphStep, Step
 from kempnerforge_torch.model.decode_state import DecodeState
@@ -112,10 +113,8 @@ def _facts(module: nn.Module) -> Hashable:
 
 
 def _is_hooked(model: nn.Module) -> bool:
-    hooks = torch.nn.modules.module
-    return hooks._has_any_global_hook() or any(  # pyright: ignore[reportAttributeAccessIssue]
-        module._forward_hooks or module._forward_pre_hooks for module in model.modules()
-    )
+    anywhere = bool(nn.modules.module._has_any_global_hook())
+    return anywhere or any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def _state_of_torch() -> Hashable:
@@ -149,7 +148,7 @@ def _tensors(caches: Sequence[KVCache], image: ModalityContext | None) -> list[S
     for cache in caches:
         found += [cache.k, cache.v]
     for each in fields(ModalityContext) if image else ():
-        found += torch.utils._pytree.tree_leaves(getattr(image, each.name))
+        found += tree_leaves(getattr(image, each.name))
     return [each for each in found if isinstance(each, Tensor)]
 
 
