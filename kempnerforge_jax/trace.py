@@ -28,6 +28,7 @@ from kempnerforge_jax.training.loss import mean_cross_entropy, router_losses
 from kempnerforge_jax.training.mixed_precision import matmul_precision, use_fp8
 from kempnerforge_jax.training.optimizer import build_optimizer, clip_by_global_norm, set_optimizer_state, update
 from shared_config.contract.initialise import state_hash
+from shared_config.contract.labels import loss_terms
 from shared_config.contract.schedule import Rates
 from shared_config.contract.vision import job_table
 from shared_config.interchange.vision import tower_of
@@ -263,7 +264,7 @@ class Recorder:
         aux_loss, z_loss = router_losses(stats)
         model = self.config.model
         return (
-            mean_cross_entropy(logits, labels)
+            mean_cross_entropy(logits, labels, **loss_terms(self.config.train))
             + model.moe_aux_loss_weight * aux_loss
             + model.moe_router_z_loss_weight * z_loss
         )

@@ -29,6 +29,7 @@ from kempnerforge_torch.training.optimizer import (
     set_rates,
 )
 from shared_config.contract.initialise import state_hash
+from shared_config.contract.labels import loss_terms
 from shared_config.contract.vision import job_table
 from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import check_tensors
@@ -226,7 +227,7 @@ class Recorder:
         aux_loss, z_loss = router_losses(stats)
         model = self.config.model
         return (
-            mean_cross_entropy(logits, labels)
+            mean_cross_entropy(logits, labels, **loss_terms(self.config.train))
             + model.moe_aux_loss_weight * aux_loss
             + model.moe_router_z_loss_weight * z_loss
         )

@@ -247,7 +247,7 @@ MUTANTS = (
     Mutant(
         "training.loss", "labels shifted",
         ("labels_BS.flatten().long()", "labels_BS.roll(1, -1).flatten().long()"),
-        ("return _summed(logits, labels_BS),", "return _summed(logits, jnp.roll(labels_BS, 1, -1)),"),
+        ("return _summed(logits, labels_BS, ", "return _summed(logits, jnp.roll(labels_BS, 1, -1), "),
     ),
     Mutant(
         "training.optimizer", "everything decays",

@@ -4,7 +4,24 @@ from __future__ import annotations
 
 from tests.mutants import Mutant, both
 
+LOSS_MUTANTS = (
+    Mutant("training.loss", "no smoothing", ("label_smoothing=smoothing)", "label_smoothing=0.0)"),
+           ("    if smoothing:\n        loss_BS", "    if False:\n        loss_BS")),
+    Mutant("training.loss", "smoothing all but the label",
+           ("label_smoothing=smoothing)", "label_smoothing=smoothing * wide_NV.shape[-1] / (wide_NV.shape[-1] - 1))"),
+           ("smoothing * (chosen_BS - wide_BSV.mean(axis=-1))",
+            "smoothing * (chosen_BS - wide_BSV.mean(axis=-1)) * wide_BSV.shape[-1] / (wide_BSV.shape[-1] - 1)")),
+    Mutant("training.loss", "ignored labels have a z-loss",
+           ("torch.where(labels_N != IGNORED, wide_NV.logsumexp(dim=-1).square(), 0).sum()",
+            "wide_NV.logsumexp(dim=-1).square().sum()"),
+           ("return jnp.where(labels_BS != IGNORED, loss_BS, 0).sum()",
+            "return jnp.where(labels_BS != IGNORED, loss_BS, z_weight * jnp.square(normalizer_BS)).sum()")),
+    Mutant("training.loss", "z-loss with the wrong sign", ("total + z_weight *", "total - z_weight *"),
+           ("loss_BS += z_weight", "loss_BS -= z_weight")),
+)  # fmt: skip
+
 OPTIMIZER_MUTANTS = (
+    *LOSS_MUTANTS,
     Mutant("training.lion", "the sign of the new moment",
            ("moved = m.lerp(g, 1 - b1).sign_()", "moved = m.lerp(g, 1 - b2).sign_()"),
            ("scale_by_lion(*config.betas,", "scale_by_lion(config.betas[1], config.betas[1],")),

@@ -180,6 +180,10 @@ DIFFERENCES = {
         "Parameters": "jax: what optimisers take; torch's hold theirs",
     },
     "trace.py": {"Recorder(device)": "torch: models live on a device"},
+    "training/averaging.py": {
+        "evaluated_weights(optimizer)": "torch: the optimiser holds its state",
+        "evaluated_weights(state)": "jax: the state is a value",
+    },
     "training/freeze.py": {
         "FROZEN": "jax: the metadata of a frozen variable; torch has requires_grad",
     },

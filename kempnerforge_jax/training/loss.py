@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -20,7 +21,11 @@ from shared_config.contract.routing import by_router
 
 
 def cross_entropy(
-    logits: Float[Array, "B S V"] | FactoredLogits, labels_BS: Integer[Array, "B S"]
+    logits: Float[Array, "B S V"] | FactoredLogits,
+    labels_BS: Integer[Array, "B S"],
+    *,
+    smoothing: float = 0.0,
+    z_weight: float = 0.0,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Sum of logsumexp(logits) - logits[label] over the labels that are not -100, and the number of these labels.
 
@@ -29,6 +34,8 @@ def cross_entropy(
 
     Args:
         logits: where their factors are given and they would be many, those of all tokens never exist together.
+        smoothing: e; of each label then (1 - e) logits[label] + e mean(logits) is subtracted.
+        z_weight: w; of each label w logsumexp(logits)^2 is added.
 
     Returns:
         sum: scalar, at least float32; 0 with gradient 0 if no label counts; inside jit NaN if a label is neither -100
@@ -40,18 +47,23 @@ def cross_entropy(
             -100 nor in [0, V).
     """
     if isinstance(logits, FactoredLogits):
-        return loss_in_chunks(cross_entropy, logits, labels_BS, len(logits.weight))
+        own = functools.partial(cross_entropy, smoothing=smoothing, z_weight=z_weight)
+        return loss_in_chunks(own, logits, labels_BS, len(logits.weight))
     check_shape("labels", labels_BS, logits.shape[:-1])
     check_ids("labels", labels_BS, logits.shape[-1], IGNORED)
     labels_BS = wide(labels_BS)
-    return _summed(logits, labels_BS), jnp.sum(labels_BS != IGNORED, dtype=jnp.int32)
+    return _summed(logits, labels_BS, smoothing, z_weight), jnp.sum(labels_BS != IGNORED, dtype=jnp.int32)
 
 
 def mean_cross_entropy(
-    logits: Float[Array, "B S V"] | FactoredLogits, labels_BS: Integer[Array, "B S"]
+    logits: Float[Array, "B S V"] | FactoredLogits,
+    labels_BS: Integer[Array, "B S"],
+    *,
+    smoothing: float = 0.0,
+    z_weight: float = 0.0,
 ) -> Float[Array, ""]:
     """`cross_entropy` per label that counts; 0 with gradient 0 if none does."""
-    total, count = cross_entropy(logits, labels_BS)
+    total, count = cross_entropy(logits, labels_BS, smoothing=smoothing, z_weight=z_weight)
     return total / jnp.maximum(count, 1)
 
 
@@ -70,11 +82,16 @@ def router_stats(stats: Mapping[int, LayerStats]) -> list[MoEStats]:
     return list(by_router(stats).values())
 
 
-@jax.checkpoint
-def _summed(logits_BSV: jax.Array, labels_BS: jax.Array) -> jax.Array:
+@functools.partial(jax.checkpoint, static_argnums=(2, 3))
+def _summed(logits_BSV: jax.Array, labels_BS: jax.Array, smoothing: float, z_weight: float) -> jax.Array:
     wide_BSV = logits_BSV.astype(jnp.promote_types(logits_BSV.dtype, jnp.float32))
     is_label_BSV = labels_BS[..., None] == jnp.arange(logits_BSV.shape[-1], dtype=labels_BS.dtype)
     chosen_BS = jnp.where(is_label_BSV, wide_BSV, 0).sum(axis=-1)
-    loss_BS = jax.nn.logsumexp(wide_BSV, axis=-1) - chosen_BS
+    normalizer_BS = jax.nn.logsumexp(wide_BSV, axis=-1)
+    loss_BS = normalizer_BS - chosen_BS
+    if smoothing:
+        loss_BS += smoothing * (chosen_BS - wide_BSV.mean(axis=-1))
+    if z_weight:
+        loss_BS += z_weight * jnp.square(normalizer_BS)
     loss_BS = jnp.where(is_label_BSV.any(axis=-1), loss_BS, jnp.nan)
     return jnp.where(labels_BS != IGNORED, loss_BS, 0).sum()

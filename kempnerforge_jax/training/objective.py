@@ -38,6 +38,7 @@ from kempnerforge_jax.training.loss import cross_entropy, router_losses, router_
 from kempnerforge_jax.training.mixed_precision import compute_dtype, use_fp8
 from kempnerforge_jax.training.terms import Terms, expert_counts, model_inputs
 from shared_config.contract.freeze import effective_freeze, frozen_names
+from shared_config.contract.labels import loss_terms
 from shared_config.contract.specs import ParameterSpec
 from shared_config.contract.vision import job_table
 from shared_config.interchange.vision import tower_of
@@ -179,7 +180,7 @@ def _objective(
             factored_logits=True,
             remat=REMATERIALISATION[recipe.train.activation_checkpointing],
         )
-    total = cross_entropy(output.factors or output.logits, batch["labels"])[0]
+    total = cross_entropy(output.factors or output.logits, batch["labels"], **loss_terms(recipe.train))[0]
     loss = of_all_parts(recipe.shards and recipe.shards.mesh, total) / count
     aux_loss, z_loss = (jnp.asarray(term / micro_batches, loss.dtype) for term in router_losses(output.stats))
     weighted = loss + recipe.model.moe_aux_loss_weight * aux_loss + recipe.model.moe_router_z_loss_weight * z_loss

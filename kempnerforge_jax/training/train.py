@@ -34,6 +34,7 @@ from kempnerforge_jax.model.module import named_variables
 from kempnerforge_jax.model.state import State, merge, own_variables, set_state, split
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper
+from kempnerforge_jax.training.averaging import evaluated_weights
 from kempnerforge_jax.training.mixed_precision import matmul_precision
 from kempnerforge_jax.training.objective import Recipe, gradients_of, summed_loss
 from kempnerforge_jax.training.optimizer import (
@@ -192,10 +193,11 @@ class Trainer:
         nothing.
         """
         total, count = 0.0, self.ranks.number(label_count(batches))
+        parameters = evaluated_weights(self.config, self.parameters, self.optimizer_state)
         with matmul_precision(self.config.train.matmul_precision):
             for batch in batches:
                 total = total + compiled_evaluation(self.recipe)(
-                    self.parameters, self.buffers, self._stacked(self.ranks.divided([batch]))
+                    parameters, self.buffers, self._stacked(self.ranks.divided([batch]))
                 )
         return {"loss": total / max(count, 1), "tokens": count}
 

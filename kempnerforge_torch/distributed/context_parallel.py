@@ -122,7 +122,7 @@ def own_part(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, np
 def of_all_parts(cross_entropy: CrossEntropy, group: dist.ProcessGroup) -> CrossEntropy:
     """``cross_entropy``, whose sum and number of labels are those of all parts; the same on every rank."""
 
-    def summed(logits: Tensor | FactoredLogits, labels_BS: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
+    def summed(logits: Tensor | FactoredLogits, labels_BS: Tensor, **options: float) -> tuple[Tensor, Tensor]:
         total, count = cross_entropy(logits, labels_BS, **options)
         return summed_over(total, group), summed_over(count, group)
 

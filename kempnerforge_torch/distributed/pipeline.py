@@ -59,10 +59,18 @@ class Pipeline:
         model: what this rank holds of it.
         dtype: of the residual stream.
         cross_entropy: of the logits of the last stage.
+        loss_terms: what it takes where the model is trained.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, dtype: torch.dtype, cross_entropy: CrossEntropy):
-        self._stage = _Stage(model, cross_entropy)
+    def __init__(
+        self,
+        model: Transformer,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        cross_entropy: CrossEntropy,
+        loss_terms: Mapping[str, float],
+    ):
+        self._stage = _Stage(model, cross_entropy, loss_terms)
         self._mesh, self._dim, self._dtype = mesh, model.config.dim, dtype
         self._schedules: dict[tuple[int, torch.Size, torch.device, bool], Schedule1F1B | ScheduleGPipe] = {}
 
@@ -130,9 +138,10 @@ class Pipeline:
 class _Stage(nn.Module):
     """What a stage computes of a micro-batch: the residual stream that leaves it, or the loss."""
 
-    def __init__(self, model: Transformer, cross_entropy: CrossEntropy):
+    def __init__(self, model: Transformer, cross_entropy: CrossEntropy, loss_terms: Mapping[str, float]):
         super().__init__()
         self.model = model
+        self.loss_terms = loss_terms
         self.cross_entropy = cross_entropy
 
     def forward(
@@ -143,7 +152,8 @@ class _Stage(nn.Module):
         output = self.model(**inputs, factored_logits=True, return_stats=True)
         if self.model.output_head is None:
             return output.logits
-        return torch.stack([self.cross_entropy(output.factors or output.logits, labels)[0]])
+        terms = self.loss_terms if self.model.training else {}
+        return torch.stack([self.cross_entropy(output.factors or output.logits, labels, **terms)[0]])
 
 
 def _share(total: Float[Tensor, "1"], count: Integer[Tensor, "1"]) -> Float[Tensor, ""]:

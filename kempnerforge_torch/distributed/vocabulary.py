@@ -37,19 +37,24 @@ def split_cross_entropy(
     *,
     vocab_size: int,
     group: dist.ProcessGroup,
+    smoothing: float = 0.0,
+    z_weight: float = 0.0,
     fused: bool = False,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """`cross_entropy` of logits of which each rank has those of its part of the vocabulary; the same on every rank.
 
     Args:
         labels_BS: of the whole vocabulary.
+        smoothing, z_weight: as of `cross_entropy`.
         fused: has no effect.
 
     Raises:
         ValueError: as `cross_entropy` does; on an accelerator the sum is NaN for an invalid label.
     """
     if isinstance(logits, FactoredLogits):
-        own = functools.partial(split_cross_entropy, vocab_size=vocab_size, group=group)
+        own = functools.partial(
+            split_cross_entropy, vocab_size=vocab_size, group=group, smoothing=smoothing, z_weight=z_weight
+        )
         return loss_in_chunks(own, logits, labels_BS, -(-vocab_size // group.size()))
     check_shape("labels", labels_BS, logits.shape[:-1])
     check_ids("labels", labels_BS, vocab_size, IGNORED)
@@ -61,6 +66,12 @@ def split_cross_entropy(
     mine_BS = (labels_BS >= start) & (labels_BS < stop)
     found_BS = wide_BSV.gather(-1, torch.where(mine_BS, labels_BS - start, 0)[..., None])[..., 0]
     chosen_BS = summed_over(torch.where(mine_BS, found_BS, 0), group)
-    counts_BS = labels_BS != IGNORED
-    losses_BS = nan_outside(sums_BS.log() + highest_BS - chosen_BS, labels_BS, vocab_size)
+    counts_BS, normalizer_BS = labels_BS != IGNORED, sums_BS.log() + highest_BS
+    losses_BS = normalizer_BS - chosen_BS
+    if smoothing:
+        mean_BS = summed_over(wide_BSV.sum(dim=-1), group) / vocab_size
+        losses_BS = losses_BS + smoothing * (chosen_BS - mean_BS)
+    if z_weight:
+        losses_BS = losses_BS + z_weight * normalizer_BS.square()
+    losses_BS = nan_outside(losses_BS, labels_BS, vocab_size)
     return torch.where(counts_BS, losses_BS, 0).sum(), counts_BS.sum()

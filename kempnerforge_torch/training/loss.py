@@ -26,7 +26,12 @@ CHUNK_ELEMENTS = 2**24
 
 
 def cross_entropy(
-    logits: Float[Tensor, "B S V"] | FactoredLogits, labels_BS: Integer[Tensor, "B S"], *, fused: bool = False
+    logits: Float[Tensor, "B S V"] | FactoredLogits,
+    labels_BS: Integer[Tensor, "B S"],
+    *,
+    smoothing: float = 0.0,
+    z_weight: float = 0.0,
+    fused: bool = False,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """Sum of logsumexp(logits) - logits[label] over the labels that are not -100, and the number of these labels.
 
@@ -35,6 +40,8 @@ def cross_entropy(
 
     Args:
         logits: where their factors are given and they would be many, those of all tokens never exist together.
+        smoothing: e; of each label then (1 - e) logits[label] + e mean(logits) is subtracted.
+        z_weight: w; of each label w logsumexp(logits)^2 is added.
         fused: compile the sum, which then makes no second array of the size of the logits.
 
     Returns:
@@ -46,26 +53,35 @@ def cross_entropy(
             that is not -100 (on an accelerator: an assertion of the device).
     """
     if isinstance(logits, FactoredLogits):
-        return loss_in_chunks(functools.partial(cross_entropy, fused=fused), logits, labels_BS, len(logits.weight))
+        return loss_in_chunks(
+            functools.partial(cross_entropy, smoothing=smoothing, z_weight=z_weight, fused=fused),
+            logits,
+            labels_BS,
+            len(logits.weight),
+        )
     check_shape("labels", labels_BS, logits.shape[:-1])
     check_ids("labels", labels_BS, logits.shape[-1], IGNORED)
     logits_NV, labels_N = logits.flatten(0, -2), labels_BS.flatten().long()
     count = (labels_N != IGNORED).sum()
     if fused:
-        return _compiled_sum()(logits_NV, labels_N), count
+        return _compiled_sum()(logits_NV, labels_N, smoothing, z_weight), count
     rows = max(1, CHUNK_ELEMENTS // logits_NV.shape[-1])
     if len(labels_N) <= rows:
-        return _summed(logits_NV, labels_N), count
+        return _summed(logits_NV, labels_N, smoothing, z_weight), count
     chunks = zip(logits_NV.split(rows), labels_N.split(rows), strict=True)
-    sums = [checkpoint(_summed, *chunk, use_reentrant=False) for chunk in chunks]
+    sums = [checkpoint(_summed, *chunk, smoothing, z_weight, use_reentrant=False) for chunk in chunks]
     return torch.stack(sums).sum(), count
 
 
 def mean_cross_entropy(
-    logits: Float[Tensor, "B S V"] | FactoredLogits, labels_BS: Integer[Tensor, "B S"]
+    logits: Float[Tensor, "B S V"] | FactoredLogits,
+    labels_BS: Integer[Tensor, "B S"],
+    *,
+    smoothing: float = 0.0,
+    z_weight: float = 0.0,
 ) -> Float[Tensor, ""]:
     """`cross_entropy` per label that counts; 0 with gradient 0 if none does."""
-    total, count = cross_entropy(logits, labels_BS)
+    total, count = cross_entropy(logits, labels_BS, smoothing=smoothing, z_weight=z_weight)
     return total / count.clamp(min=1)
 
 
@@ -84,12 +100,15 @@ def router_stats(stats: Mapping[int, LayerStats]) -> list[MoEStats]:
     return list(by_router(stats).values())
 
 
-def _summed(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+def _summed(logits_NV: Tensor, labels_N: Tensor, smoothing: float, z_weight: float) -> Tensor:
     wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    return F.cross_entropy(wide_NV, labels_N, ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(wide_NV, labels_N, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
+    if z_weight:
+        total = total + z_weight * torch.where(labels_N != IGNORED, wide_NV.logsumexp(dim=-1).square(), 0).sum()
+    return total
 
 
 @functools.cache
-def _compiled_sum() -> Callable[[Tensor, Tensor], Tensor]:
+def _compiled_sum() -> Callable[[Tensor, Tensor, float, float], Tensor]:
     """`_summed` compiled; eager for further shapes once a process has compiled too many."""
     return torch.compile(_summed)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kempnerforge_torch.training.loss import router_losses, router_stats
 from kempnerforge_torch.training.terms import Terms, expert_counts, model_inputs
+from shared_config.contract.labels import loss_terms
 from shared_config.schema.job import JobConfig
 
 
@@ -28,12 +29,13 @@ class Objective(nn.Module):
         self.model = model
         self.cross_entropy = cross_entropy
         self.aux_weight = config.model.moe_aux_loss_weight
+        self.loss_terms = loss_terms(config.train)
         self.z_weight = config.model.moe_router_z_loss_weight
 
     def forward(self, inputs: dict[str, Shaped[Tensor, "..."]], count: int, micro_batches: int) -> Terms:
         """The terms of a micro-batch; gradients go to the leaves of the graph."""
         output = self.model(**model_inputs(inputs), factored_logits=True, return_stats=True)
-        loss = self.cross_entropy(output.factors or output.logits, inputs["labels"])[0] / count
+        loss = self.cross_entropy(output.factors or output.logits, inputs["labels"], **self.loss_terms)[0] / count
         aux_loss, z_loss = (torch.as_tensor(term) / micro_batches for term in router_losses(output.stats))
         (loss + self.aux_weight * aux_loss + self.z_weight * z_loss).backward()
         entropies = [router.entropy / micro_batches for router in router_stats(output.stats)]

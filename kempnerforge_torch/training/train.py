@@ -34,6 +34,7 @@ from kempnerforge_torch.model.build import build_model
 from kempnerforge_torch.model.state import get_state, own_tensors, set_state
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import VLMWrapper, inner_transformer
+from kempnerforge_torch.training.averaging import evaluated_weights
 from kempnerforge_torch.training.freeze import apply_freeze_specs
 from kempnerforge_torch.training.fused_adamw import FusedStep, can_fuse
 from kempnerforge_torch.training.mixed_precision import Copies, compute_dtype, matmul_precision, use_fp8
@@ -55,7 +56,7 @@ from kempnerforge_torch.training.terms import (
     taken_metric,
 )
 from shared_config.contract.freeze import effective_freeze, moments_under, trained_parameters
-from shared_config.contract.labels import label_count
+from shared_config.contract.labels import label_count, loss_terms
 from shared_config.contract.schedule import Rates
 from shared_config.contract.specs import ParameterTable
 from shared_config.contract.vision import job_table
@@ -139,7 +140,7 @@ class Trainer:
         fused = config.train.compile_model and self.device.type != "cpu"
         cross_entropy = functools.partial(self._cross_entropy, fused=fused)
         self._objective = Objective(self.model, config, cross_entropy)
-        self._pipeline = _pipeline(self.model, self.mesh, self.compute_dtype, cross_entropy)
+        self._pipeline = _pipeline(self.model, self.mesh, config, self.compute_dtype, cross_entropy)
 
     def step(self, micro_batches: Sequence[Batch]) -> dict[str, Shaped[Tensor, "..."] | float]:
         """One update from the mean loss over all labels of the micro-batches.
@@ -178,10 +179,13 @@ class Trainer:
         """
         self.model.eval()
         total, count = torch.zeros((), device=self.device), self.ranks.number(label_count(batches))
-        with matmul_precision(self.config.train.matmul_precision):
+        with (
+            matmul_precision(self.config.train.matmul_precision),
+            evaluated_weights(self.config, self.parameters, self.optimizer),
+        ):
             for loss in self._losses(batches):
                 total = total + loss
-        release(self.model)
+            release(self.model)
         total = self.ranks.sums(total)
         return {"loss": total / max(count, 1), "tokens": count}
 
@@ -332,9 +336,11 @@ def _build_model(
     return model.to(dtype), table
 
 
-def _pipeline(model: nn.Module, mesh: Mesh | None, dtype: torch.dtype, cross_entropy: CrossEntropy) -> Pipeline | None:
+def _pipeline(
+    model: nn.Module, mesh: Mesh | None, config: JobConfig, dtype: torch.dtype, cross_entropy: CrossEntropy
+) -> Pipeline | None:
     """The pipeline of a layout that has one."""
     if mesh is None or mesh.layout.pp == 1:
         return None
     assert isinstance(model, Transformer)
-    return Pipeline(model, mesh, dtype, cross_entropy)
+    return Pipeline(model, mesh, dtype, cross_entropy, loss_terms(config.train))

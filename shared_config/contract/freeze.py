@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from shared_config.contract.moments import UPDATES, moments_of
+from shared_config.contract.moments import AVERAGE, UPDATES, moments_of
 from shared_config.contract.specs import ParameterTable
 from shared_config.errors import UserError
 from shared_config.schema.freeze import FreezeSpec, FreezeStage, is_pattern
@@ -102,21 +102,36 @@ def moments_under(
     optimizer: OptimizerConfig = ADAMW,
 ) -> Mapping[str, Kept | np.ndarray]:
     """Moments and update counts of a run that may have frozen other parts, for a run that continues it under ``vlm``:
-    without what is never trained now, and with zeros for what was never trained before.
+    without what is never trained now, and with zeros for what was never trained before, and for an average of the
+    weights that is kept from now on.
 
     Args:
         moments: by name, arrays of any kind, and ``t.<parameter>`` if the run has counted.
         optimizer: what keeps them.
     """
-    if vlm is None or not moments:
-        return dict(moments)
+    if not moments:
+        return {}
+    given = _with_average(table, moments, optimizer)
+    if vlm is None:
+        return given
     parameters = [name for name, spec in table.items() if not spec.is_buffer]
     never = never_trained(parameters, vlm.freeze, vlm.freeze_schedule, vlm.module_patterns)
-    kept = {name: value for name, value in moments.items() if name.partition(".")[2] not in never}
+    kept = {name: value for name, value in given.items() if name.partition(".")[2] not in never}
     kinds = {name: moments_of(optimizer, name, table[name]) for name in parameters if name not in never}
     fresh = [name for name, own in kinds.items() if not any(f"{moment}.{name}" in moments for moment in own)]
     zeros = {f"{moment}.{name}": np.zeros(table[name].shape, np.float32) for name in fresh for moment in kinds[name]}
     return kept | zeros | {f"{UPDATES}.{name}": np.zeros((), np.int32) for name in fresh}
+
+
+def _with_average(
+    table: ParameterTable, moments: Mapping[str, Kept], optimizer: OptimizerConfig
+) -> dict[str, Kept | np.ndarray]:
+    """With an average of the weights, which starts at these, if one is kept, else without."""
+    if not optimizer.ema_decay:
+        return {name: value for name, value in moments.items() if not name.startswith(f"{AVERAGE}.")}
+    counted = [name.removeprefix(f"{UPDATES}.") for name in moments if name.startswith(f"{UPDATES}.")]
+    zeros = {f"{AVERAGE}.{name}": np.zeros(table[name].shape, np.float32) for name in counted if name in table}
+    return {**zeros, **moments}
 
 
 def pattern_of(spec: FreezeSpec, pattern_map: Mapping[str, Patterns]) -> Patterns:

@@ -7,10 +7,18 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from shared_config.schema.training import TrainConfig
+
 IGNORED = -100
 """The label of a position without a loss."""
 LOGITS_BYTES = 2**28
 """Of logits that exist at a time in training and evaluation, about."""
+
+
+def loss_terms(train: TrainConfig) -> dict[str, float]:
+    """What `cross_entropy` of either backend takes beside logits and labels where a model is trained."""
+    terms = {"smoothing": train.label_smoothing, "z_weight": train.logit_z_loss_weight}
+    return {name: value for name, value in terms.items() if value}
 
 
 def label_count(batches: Iterable[Mapping[str, np.ndarray]]) -> int:

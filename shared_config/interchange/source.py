@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from shared_config.contract.averaging import average_of, averaged, evaluated_average
 from shared_config.contract.function import Difference, differences
 from shared_config.contract.parameters import aliases, parameter_table
 from shared_config.contract.warm_start import TRANSFORMER
@@ -150,7 +151,7 @@ def read_model(
     assert used is not None
     if found is not None:
         check_same_function(used, found, str(path), overridden=overridden, say=say)
-    weights = _read_weights(path, kind, fields, found or used)
+    weights = _read_weights(path, kind, fields, found or used, used.eval.average)
     if found is None:
         say(f"note: {path} has no config beside it; its weights are taken to be those of the config that is given")
     return ModelSource(path, kind, used, found, _without_aliases(weights, used.model, str(path)))
@@ -183,12 +184,14 @@ def _refusal(refused: list[Difference], where: str) -> list[str]:
 
 
 def _read_weights(
-    path: Path, kind: Kind, fields: Mapping[str, object] | None, config: JobConfig
+    path: Path, kind: Kind, fields: Mapping[str, object] | None, config: JobConfig, average: bool
 ) -> dict[str, np.ndarray]:
     if kind == "huggingface":
         return huggingface.from_huggingface(load_weights(path), config.model)
     if kind == "checkpoint":
-        return checkpoint.load(path, with_optimizer=False).state.weights
+        kept = average_of(config.optimizer) if average or config.optimizer.averages else evaluated_average(config)
+        state = checkpoint.load(path, with_optimizer=kept is not None).state
+        return state.weights if kept is None else averaged(kept, state.weights, state.optimizer)
     table = parameter_table(config.model, config.vlm)
     return without_unused(load_weights(path, config=fields), {*table, *(f"{TRANSFORMER}{name}" for name in table)})
 

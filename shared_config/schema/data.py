@@ -98,11 +98,15 @@ class DataConfig(Section):
 class EvalConfig(Section):
     """Held-out loss every ``interval`` steps and at the end, over ``steps`` batches; interval 0: at the end only,
     steps 0: never.
+
+    average: evaluate, and export, the average of the weights that ``optimizer.ema_decay`` keeps. An optimiser that
+    averages itself is always evaluated so.
     """
 
     interval: Count = 0
     steps: Count = 8
     batch_size: PositiveInt | None = None
+    average: bool = False
 
     def problems(self) -> Iterator[str]:
         if self.steps == 0 and self.interval > 0:

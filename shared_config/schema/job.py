@@ -70,6 +70,8 @@ class JobConfig(Section):
                 f"scheduler.name = {self.scheduler.name!r}: must be 'constant' or 'none' with optimizer.name = "
                 f"{self.optimizer.name!r}, whose average takes the place of a decay"
             )
+        if self.eval.average and not (self.optimizer.averages or self.optimizer.ema_decay):
+            yield "eval.average = True: no average of the weights is kept, see optimizer.ema_decay"
         if self.train.mixed_precision == "fp8":
             yield from self._fp8_problems()
         yield from self._vision_problems()

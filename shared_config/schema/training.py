@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from shared_config.schema.base import EXECUTION, Count, NonNegativeFloat, PositiveInt, Section, section
 
 FP8_FEWEST_LAYERS = 3
@@ -22,6 +24,9 @@ class TrainConfig(Section):
     "fp8" does so too, with the products of all layers but the first and the last in FP8 (`shared_config.contract.fp8`).
     matmul_precision: "highest" is full float32 multiplication; "high" allows TF32 or the like on both backends.
     grad_clip_norm: 0 does not clip.
+    label_smoothing: e takes (1 - e) of the loss from the label and e from all of the vocabulary alike (Szegedy et al.
+    2016, arXiv:1512.00567, section 7). Evaluation is without it.
+    logit_z_loss_weight: w adds w log(Z)^2 of each token's logits (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
     on_nonfinite: what follows a loss or a norm of the gradient that is not finite: "stop" ends the run; "skip" leaves
     that update out, and one that would give weights or moments that are not finite (weights, moments, counts of updates
     and balancing biases stay; the step number, the learning rate and the place in the data move on), and ends the run
@@ -38,6 +43,8 @@ class TrainConfig(Section):
     grad_clip_norm: NonNegativeFloat = 1.0
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped_steps: PositiveInt = 10
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    logit_z_loss_weight: NonNegativeFloat = 0.0
     seed: Count = 42
     health_check_seconds: Annotated[Count, EXECUTION] = 0
     mixed_precision: Annotated[Literal["fp32", "bf16", "fp8"], EXECUTION] = "bf16"

@@ -117,6 +117,12 @@ def _compare(config: JobConfig, checkpoint: Checkpoint, say: Say, note: Say, ove
     if not checkpoint.config:
         return
     found = config_from_dict(checkpoint.config)
+    if config.optimizer.name != found.optimizer.name:
+        raise UserError(
+            f"optimizer.name = {config.optimizer.name!r}: was {found.optimizer.name!r} when {checkpoint.path} was "
+            "written, which keeps other moments; to start from its weights set checkpoint.dir to another folder and "
+            "checkpoint.load_path to this one"
+        )
     before = _flatten(found)
     now = _flatten(config)
     changed = {

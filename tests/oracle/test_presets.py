@@ -278,6 +278,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "grad_clip_norm": 1.0,
         "on_nonfinite": "stop",
         "max_skipped_steps": 10,
+        "label_smoothing": 0.0,
+        "logit_z_loss_weight": 0.0,
         "seed": 42,
         "health_check_seconds": 0,
         "mixed_precision": "bf16",
@@ -321,7 +323,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "temperature": 1.0,
         "phases": (),
     },
-    "eval": {"interval": 0, "steps": 8, "batch_size": None},
+    "eval": {"interval": 0, "steps": 8, "batch_size": None, "average": False},
     "distributed": {"dp_replicate": 1, "dp_shard": -1, "cp": 1, "tp": 1, "pp": 1, "ep": 1},
     "checkpoint": {
         "dir": "runs/latest",

@@ -35,24 +35,32 @@ def drawn(batch: int, length: int, dim: int, vocabulary: int, ignored: float, se
 
 
 def check_loss(
-    backend: Torch, rows: int, x_BSD: np.ndarray, weight_VD: np.ndarray, labels_BS: np.ndarray, divisor: float = 1.0
+    backend: Torch,
+    rows: int,
+    x_BSD: np.ndarray,
+    weight_VD: np.ndarray,
+    labels_BS: np.ndarray,
+    divisor: float = 1.0,
+    smoothing: float = 0.0,
+    z: float = 0.0,
 ) -> None:
     """Sum, count and gradients of both factors, and of each where the other needs none."""
     logits_BSV, labels = x_BSD @ weight_VD.T / divisor, np.maximum(labels_BS, -100)
     count = int((labels != -100).sum())
-    dlogits_BSV = cross_entropy_backward(SCALE * count, logits_BSV, labels) / divisor
+    dlogits_BSV = cross_entropy_backward(SCALE * count, logits_BSV, labels, smoothing, z) / divisor
     truth = {
-        "loss": np.array(SCALE * count * cross_entropy(logits_BSV, labels)),
+        "loss": np.array(SCALE * count * cross_entropy(logits_BSV, labels, smoothing, z)),
         "dx": dlogits_BSV @ weight_VD,
         "dw": np.einsum("bsv,bsd->vd", dlogits_BSV, x_BSD),
     }
     loss, factors = backend.module("training.loss"), backend.module("model.embedding").FactoredLogits
 
     def scaled(x: Any, weight: Any) -> Any:
-        total, found_count = loss.cross_entropy(factors(x, weight, divisor), backend.array(labels_BS))
+        total, found_count = loss.cross_entropy(factors(x, weight, divisor), backend.array(labels_BS), **terms)
         counts.append(found_count)
         return SCALE * total
 
+    terms = {"smoothing": smoothing, "z_weight": z}
     counts: list[Any] = []
     with chunks_of(rows, len(weight_VD)):
         found = {"loss": backend.run(scaled, x_BSD, weight_VD)}
@@ -70,6 +78,7 @@ def check_head(name: str) -> None:
     x_BSD, weight_VD, labels_BS = drawn(batch=3, length=7, dim=5, vocabulary=11, ignored=0.3, seed=1)
     labels_BS[-1, -1] = 10
     check_loss(backend, 4, x_BSD, weight_VD, labels_BS, divisor=3.0)
+    check_loss(backend, 4, x_BSD, weight_VD, labels_BS, smoothing=0.2, z=0.1)
 
 
 HEAD_CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {"training.head": (check_head,)}

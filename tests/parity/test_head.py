@@ -50,13 +50,19 @@ def test_the_loss_is_that_of_the_whole(backend: Torch) -> None:
         check_head(backend.name)
 
 
-@given(rows=st.integers(1, 9), divisor=st.sampled_from([1.0, 1.7]), **sizes)
-def test_of_any_sizes(rows: int, divisor: float, **drawn_sizes: Any) -> None:
+@given(
+    rows=st.integers(1, 9),
+    divisor=st.sampled_from([1.0, 1.7]),
+    smoothing=st.sampled_from([0.0, 0.1, 0.9]),
+    z=st.sampled_from([0.0, 1e-3, 2.0]),
+    **sizes,
+)
+def test_of_any_sizes(rows: int, divisor: float, smoothing: float, z: float, **drawn_sizes: Any) -> None:
     """Shapes that JAX would compile anew each time it sees by night."""
     every = BACKENDS if settings.get_current_profile_name() == "nightly" else BACKENDS[:1]
     with jax.enable_x64(True):
         for backend in every:
-            check_loss(backend, rows, *drawn(**drawn_sizes), divisor=divisor)
+            check_loss(backend, rows, *drawn(**drawn_sizes), divisor=divisor, smoothing=smoothing, z=z)
 
 
 @given(st.integers(1, 2**20), st.integers(1, 2**20), st.sampled_from([2, 4, 8]))

@@ -48,6 +48,7 @@ from tests.oracle.optimizer import adamw_step, clip, initial_state
 from tests.oracle.position import apply_rope
 from tests.outcomes import accepted, refused
 from tests.parity.decoding_checks import DECODING_CHECKS
+from tests.parity.head_checks import check_head
 from tests.parity.mask_checks import MASK_CHECKS
 from tests.parity.moe_checks import MOE_CHECKS
 from tests.parity.optimizer_checks import check_optimizers
@@ -332,6 +333,7 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.request": (check_generation,),
     "model.sampling": (check_generation,),
     "training.optimizer": (check_optimizer, check_skipped_step, check_optimizers),
+    "training.loss": (check_head,),
     "training.lion": (check_optimizers,),
     "training.muon": (check_optimizers,),
     "training.schedule_free": (check_optimizers,),

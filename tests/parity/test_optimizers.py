@@ -16,14 +16,19 @@ from hypothesis import strategies as st
 
 import kempnerforge_jax.training.train as jax_training
 import kempnerforge_torch.training.train as torch_training
+from shared_config.contract.freeze import moments_under
 from shared_config.contract.moments import moments_of
 from shared_config.contract.parameters import parameter_table
+from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.data import open_text_data
 from shared_config.errors import ConfigError
 from shared_config.interchange import checkpoint
+from shared_config.interchange.checkpoint import TrainingState
+from shared_config.interchange.source import read_model
+from shared_config.interchange.toml import config_to_dict
 from shared_config.schema.job import JobConfig
 from shared_config.schema.optimizer import OptimizerConfig
-from tests.jobs import draw_batch, text_job, tiny_job
+from tests.jobs import assert_same_bits, draw_batch, text_job, tiny_job
 from tests.parity.backends import BACKENDS, Torch, on_both
 from tests.parity.optimizer_checks import SHAPES, Case, assert_is, check_optimizers, steps_of, truth_of
 from tests.tolerance import assert_all_same_function
@@ -153,6 +158,45 @@ def test_a_run_goes_from_torch_to_jax_and_back(name: str, tmp_path: Path) -> Non
     assert losses["torch"][-1] < losses["torch"][0] - (1 if IS_NIGHTLY else 0.02)
     for found in (losses["jax"], handed):
         np.testing.assert_allclose(found, losses["torch"], rtol=1e-5, atol=0)
+
+
+@double_precision
+@pytest.mark.parametrize("name", by_day("schedule_free_adamw"))
+def test_the_average_is_evaluated_and_read_from_checkpoints(name: str, tmp_path: Path) -> None:
+    options = {"optimizer": {"ema_decay": 0.9, **OPTIMIZERS[name]}, "eval": {"average": True}}
+    if name == "schedule_free_adamw":
+        options = {"optimizer": OPTIMIZERS[name]}
+    job = tiny_job({}, **{**sections(name), **options})
+    batch, found = draw_batch(job, 9), {}
+    for backend, dtype in (("torch", torch.float64), ("jax", jnp.float64)):
+        trainer = TRAINING[backend].Trainer(job, "cpu", dtype=dtype)
+        for step in range(3):
+            trainer.step([draw_batch(job, step)])
+        before = trainer.state()
+        found[backend] = float(trainer.evaluate([batch])["loss"])
+        assert_same_bits(trainer.state(), before)
+        folder = checkpoint.save(tmp_path / backend, before, config=config_to_dict(job), backend=backend)
+        read = read_model(folder).weights
+        moved = {key: before.weights[key] - read[key] for key in read}
+        assert min(np.abs(value).max() for value in moved.values()) > 0
+        plain = TRAINING[backend].Trainer(tiny_job(), "cpu", dtype=dtype)
+        plain.load_state(TrainingState(0, read, {}))
+        assert float(plain.evaluate([batch])["loss"]) == pytest.approx(found[backend], rel=1e-13)
+        plain.load_state(TrainingState(0, before.weights, {}))
+        assert abs(float(plain.evaluate([batch])["loss"]) - found[backend]) > 1e-6
+    assert found["jax"] == pytest.approx(found["torch"], rel=1e-10)
+
+
+def test_an_average_may_begin_and_end_in_the_middle_of_a_run() -> None:
+    kept = {"m.a": np.ones(2), "t.a": np.array(3), "ema.a": np.ones(2)}
+    table = {"a": ParameterSpec((2,), Constant(0.0), (None,))}
+    without = moments_under(None, table, kept)
+    assert set(without) == {"m.a", "t.a"}
+    begun = moments_under(None, table, without, OptimizerConfig(ema_decay=0.5))
+    assert {name: np.asarray(value).tolist() for name, value in begun.items() if name == "ema.a"} == {"ema.a": [0, 0]}
+    assert moments_under(None, table, kept, OptimizerConfig(ema_decay=0.5)) == kept
+    with pytest.raises(ConfigError, match=r"eval\.average = True: no average of the weights is kept"):
+        tiny_job(eval={"average": True})
 
 
 def test_fields_that_an_optimiser_does_not_read_are_refused() -> None:
