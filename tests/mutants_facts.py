@@ -450,4 +450,10 @@ FACT_MUTANTS = (
         f"{MIXED}.test_ranks_together_read_what_one_reads",
     ),
     FactMutant(MIXTURE, "if point < end)", "if point <= end)", f"{MIXED}.test_a_source_of_no_weight_gives_nothing"),
+    FactMutant(
+        "data.stops", "default=1) - 1)", "default=1) - 2)", "config.test_stops.test_a_text_ends_before_its_first_stop"
+    ),
+    FactMutant(
+        "data.stops", "max(complete)", "min(complete)", "config.test_stops.test_a_text_ends_before_its_first_stop"
+    ),
 )

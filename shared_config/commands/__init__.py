@@ -16,6 +16,7 @@ NAMES = (
     "train",
     "prepare",
     "generate",
+    "chat",
     "show",
     "trace",
     "compare",

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from shared_config.commands.backends import backend_module, require_backend
-from shared_config.commands.common import add_backend, add_config, fitting_weights, folder_of, not_negative
+from shared_config.commands.backends import require_backend
+from shared_config.commands.common import add_backend, add_config
+from shared_config.commands.speaking import (
+    add_speaking,
+    conversation_ids,
+    load_speaker,
+    manner_of,
+    precision,
+    spoken,
+    template_of,
+    tokenizer_name,
+)
 from shared_config.contract.decoding import check_architecture
-from shared_config.contract.int8 import WEIGHTS_DTYPES
-from shared_config.contract.warm_start import without_warm_start
 from shared_config.data.image_sources import Shapes, read_pictures
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer
 from shared_config.errors import UserError
-from shared_config.interchange.tokens import beside, has_tokenizer, stop_ids
 from shared_config.interchange.vision import picture_format
 from shared_config.loader import load_config
 from shared_config.schema.job import JobConfig
@@ -32,10 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backend(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
     parser.add_argument(
-        "--weights",
-        metavar="PATH",
-        help="native weights, a training run or checkpoint, or a Hugging Face folder (default: those of CONFIG where "
-        "it is a folder, else initial weights)",
+        "--chat", action="store_true", help="answer the prompt, as the chat template of the tokenizer's folder has it"
     )
     parser.add_argument(
         "--image",
@@ -45,26 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what a [vlm] config looks at: a picture; with a [video] section also a clip, or several pictures as its "
         "frames, in order (default: one drawn by code)",
     )
-    parser.add_argument("--max-new-tokens", type=not_negative, default=128, metavar="N", help="default: 128")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: the most probable token (default: 1)")
-    parser.add_argument(
-        "--top-k", type=not_negative, default=0, metavar="K", help="keep the K most probable (default: 0, all)"
-    )
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep this probability (default: 1, all)")
-    parser.add_argument("--seed", type=not_negative, help="of the draws, and of initial weights (default: another)")
-    parser.add_argument(
-        "--weights-dtype",
-        default=WEIGHTS_DTYPES[0],
-        choices=WEIGHTS_DTYPES,
-        help="int8: hold the weights of layers in a quarter of the memory, each within half a step of what it was, of "
-        "which the largest of its output has 127 (default: float32)",
-    )
-    parser.add_argument("--device", help="cpu, cuda, tpu ... (default: the backend's own)")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch: compile what gives a token, and replay it as a CUDA graph on a GPU; jax always compiles",
-    )
+    add_speaking(parser)
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -73,53 +57,27 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config.validate(world_size=1)
     check_architecture(config.vlm)
     tokenizer = build_tokenizer(tokenizer_name(options, config, overrides), config.data.eos_id)
-    prompt = encode_prompt(tokenizer, options.prompt, config.model.vocab_size)
-    path = weights_of(options)
-    known = None if path is None else beside(path)
-    stops = {*tokenizer.stops, *(() if known is None else stop_ids(known))}
+    if options.chat:
+        prompt = conversation_ids(template_of(tokenizer), [{"role": "user", "content": options.prompt}])
+    else:
+        prompt = encode_prompt(tokenizer, options.prompt, config.model.vocab_size)
+    manner = manner_of(options, config, tokenizer)
     pixels = read_images(options, config)
     require_backend(options.backend)
-    backend = backend_module(options.backend, "model.generate")
-    weights = read_weights(options, config, overrides)
-    built = config if weights is None else without_warm_start(config)
-    model = backend_module(options.backend, "model.build").load_model(
-        built, weights, options.device, seed=options.seed or 0, weights_dtype=options.weights_dtype
-    )
-    own = {"compile": options.compile} if options.backend == "torch" else {}
-    with backend_module(options.backend, "training.mixed_precision").matmul_precision(config.train.matmul_precision):
-        tokens = backend.stream(
-            model,
-            [prompt],
-            options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            eos_token_id=sorted(token for token in stops if token < config.model.vocab_size),
-            seed=options.seed,
-            pixel_values=pixels,
-            **own,
-        )
-        times = [time.perf_counter()]
-        sys.stdout.write(options.prompt)
-        for piece in tokenizer.decode_stream(timed(tokens, times), after=prompt):
+    model = load_speaker(options, config, overrides)
+    times: list[float] = []
+    with precision(options, config):
+        pieces = spoken(
+            model, prompt, manner, tokenizer, options,
+            length=options.max_new_tokens, seed=options.seed, times=times, pixels=pixels,
+        )  # fmt: skip
+        sys.stdout.write("" if options.chat else options.prompt)
+        for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
     sys.stdout.write("\n")
     print(speed(times), file=sys.stderr)
     return 0
-
-
-def weights_of(options: argparse.Namespace) -> Path | None:
-    """Where the weights lie: ``--weights``, or the folder that CONFIG is."""
-    return folder_of(options.config) if options.weights is None else Path(options.weights)
-
-
-def tokenizer_name(options: argparse.Namespace, config: JobConfig, overrides: Sequence[str]) -> str:
-    """``data.tokenizer``; where nobody has set it, the tokenizer next to the weights."""
-    path = weights_of(options)
-    known = None if path is None else beside(path)
-    chosen = config.data.tokenizer != "bytes" or any(flag.startswith("--data.tokenizer") for flag in overrides)
-    return config.data.tokenizer if chosen or known is None or not has_tokenizer(known) else str(known)
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]:
@@ -157,28 +115,6 @@ def read_images(options: argparse.Namespace, config: JobConfig) -> np.ndarray | 
         print(f"no --image is given: the model sees {example.text}, drawn by code", file=sys.stderr)
     numbers = pixels.numbers(frames)
     return numbers if config.video is None else numbers[None]
-
-
-def read_weights(
-    options: argparse.Namespace, config: JobConfig, overrides: Sequence[str]
-) -> Mapping[str, np.ndarray] | None:
-    """The weights of ``--weights``, or of the folder that CONFIG is; None if there are none.
-
-    Raises:
-        UserError: nothing there, settings beside them that differ, or tensors that don't fit the config.
-    """
-    path = weights_of(options)
-    if path is None:
-        print("no --weights are given: the model is untrained", file=sys.stderr)
-        return None
-    return fitting_weights(path, config, overrides)
-
-
-def timed(tokens: Iterable[np.ndarray], times: list[float]) -> Iterator[int]:
-    """The ids of the one row, each noting when it came."""
-    for token_B in tokens:
-        times.append(time.perf_counter())
-        yield int(token_B[0])
 
 
 def speed(times: Sequence[float]) -> str:

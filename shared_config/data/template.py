@@ -71,8 +71,7 @@ class ChatTemplate:
         Raises:
             TemplateError: the template refuses the conversation, or its turns can't be told apart.
         """
-        if any(mark in str(message.get("content")) for message in messages for mark in (BEGIN, END)):
-            raise TemplateError("a message holds a noncharacter (U+FDD0 or U+FDD1)")
+        self._check_marks(messages)
         rendered = self._render(messages, tools)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         text, marked = _without_marks(rendered)
@@ -88,6 +87,21 @@ class ChatTemplate:
         for start, stop in spans:
             learned |= (offsets[:, 0] < stop) & (offsets[:, 1] > start)
         return ids, learned
+
+    def encode_prompt(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
+        """The ids of a conversation up to where the assistant is to write.
+
+        Raises:
+            TemplateError: as `encode`.
+        """
+        self._check_marks(messages)
+        text = _without_marks(self._render(messages, None, add_generation_prompt=True))[0]
+        plain = self._plain(text, messages, None, add_generation_prompt=True)
+        return self._tokens(text, plain)[0].tolist()
+
+    def _check_marks(self, messages: Sequence[Mapping[str, object]]) -> None:
+        if any(mark in str(message.get("content")) for message in messages for mark in (BEGIN, END)):
+            raise TemplateError("a message holds a noncharacter (U+FDD0 or U+FDD1)")
 
     def _span(self, text: str, messages: Sequence[Mapping[str, object]], turn: int, tools: Any) -> tuple[int, int]:
         """Where a turn of the assistant stands in the text: from the end of its header to its end.
@@ -132,7 +146,7 @@ class ChatTemplate:
             return self._sources["tool_use"]
         return self._sources["default"]
 
-    def _plain(self, text: str, messages: Sequence[Mapping[str, object]], tools: Any) -> list[bool]:
+    def _plain(self, text: str, messages: Sequence[Mapping[str, object]], tools: Any, **options: Any) -> list[bool]:
         """For each special token in the text, whether it is part of a message and so is plain text."""
         if not any(self._special.search(str(message.get("content"))) for message in messages):
             return [False for _ in self._special.finditer(text)]
@@ -142,7 +156,7 @@ class ChatTemplate:
             else message
             for message in messages
         ]
-        found = re.compile(f"{STAND_IN}|{self._special.pattern}").findall(self._part(hidden, tools))
+        found = re.compile(f"{STAND_IN}|{self._special.pattern}").findall(self._part(hidden, tools, **options))
         plain = [token == STAND_IN for token in found]
         if len(plain) != len(self._special.findall(text)):
             raise TemplateError("holds the text of a special token that can't be told from the template's own")

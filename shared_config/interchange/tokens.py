@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shared_config.errors import UserError
 from shared_config.interchange.files import file_errors, written_aside
@@ -37,6 +39,18 @@ TOKENIZER_FILES = (
     *NOT_READ,
 )
 GENERATION = "generation_config.json"
+NOT_APPLIED = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "penalty_alpha": 0.0,
+    "num_beams": 1,
+}
+"""Settings of transformers' GenerationConfig that change the draws, and with which value they don't."""
 NAMED_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -95,6 +109,46 @@ def stop_ids(folder: Path) -> tuple[int, ...]:
     """All ids that end a sequence, as config.json and generation_config.json of a folder name them."""
     ends = special_ids(folder).get("eos_token_id", [])
     return tuple(ends) if isinstance(ends, list) else (ends,)
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What generation_config.json of a folder says of sampling.
+
+    Attributes:
+        temperature: 0 where it says not to sample.
+        stop_strings: texts that end what is generated.
+        ignored: "name = value" of what changes the draws and is not applied.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    stop_strings: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+def sampling_defaults(folder: Path | None) -> SamplingDefaults:
+    """How a folder wants its model to be sampled; what it does not say is None.
+
+    Raises:
+        UserError: a file that is not JSON, or a value that is no number or text.
+    """
+    fields = {} if folder is None else _read_json(folder / GENERATION)
+    numbers = {"temperature": (int, float), "top_k": (int,), "top_p": (int, float)}
+    found: dict[str, Any] = {name: fields[name] for name in numbers if fields.get(name) is not None}
+    for name, value in found.items():
+        if not isinstance(value, numbers[name]) or isinstance(value, bool):
+            raise UserError(f"{folder}/{GENERATION}: {name} = {value!r}: must be a number")
+    if fields.get("do_sample") is False:
+        found["temperature"] = 0.0
+    stops = fields.get("stop_strings") or []
+    stops = [stops] if isinstance(stops, str) else stops
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise UserError(f"{folder}/{GENERATION}: stop_strings = {stops!r}: must be text, or a list of texts")
+    given = {name: fields.get(name, neutral) for name, neutral in NOT_APPLIED.items()}
+    ignored = [f"{name} = {value!r}" for name, value in given.items() if value not in (None, NOT_APPLIED[name])]
+    return SamplingDefaults(**found, stop_strings=tuple(stops), ignored=tuple(ignored))
 
 
 def beside(path: Path) -> Path | None:
