@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kempnerforge_jax.model.checks import MAX_ID
 from kempnerforge_jax.model.kv_cache import KVCache, SharedCaches, new_caches
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.request import Request, image_tokens, weight_of
@@ -42,7 +43,7 @@ class _Options(NamedTuple):
 
     Attributes:
         sampling: temperature, top_k and top_p; None: greedy.
-        eos_token_ids: int32 (E,); -1 if there is none.
+        eos_token_ids: int32 (E,), of which -1 is none.
     """
 
     sampling: tuple[jax.Array, ...] | None
@@ -67,7 +68,7 @@ def decode_all(model: Transformer, request: Request) -> Int[Array, "B N"]:
     loop = _compiled_loop(graphdef)
     image, state = request.image_in_every_step, _start(tokens_B)
     new_BN, _ = loop(params, buffers, SharedCaches.of(each), state, image, uniforms_BN, options, np.int32(count))
-    return new_BN[:, :count]
+    return jax.device_put(np.asarray(new_BN)[:, :count])  # a slice on the device would be a program for each length
 
 
 def steps(model: Transformer, request: Request) -> Iterator[Int[Array, "B"]]:
@@ -82,7 +83,7 @@ def steps(model: Transformer, request: Request) -> Iterator[Int[Array, "B"]]:
     for index in range(request.max_new_tokens):
         output_B, state, caches = step(params, buffers, caches, state, image, uniforms_BN[:, index], options)
         yield output_B
-        if request.sampling.eos_token_ids and bool(state.done.all()):
+        if request.sampling.eos_token_ids and np.asarray(state.done).all():
             return
 
 
@@ -122,7 +123,7 @@ def advance(
     return output.logits[:, -1], output.kv_caches
 
 
-def _numbers(model: Transformer, request: Request, max_steps: int) -> tuple[jax.Array, _Options]:
+def _numbers(model: Transformer, request: Request, max_steps: int) -> tuple[np.ndarray, _Options]:
     """Uniform numbers (B, ``max_steps``), zeros after the end, and the options."""
     uniforms_BN = np.zeros((len(request.prompts.lengths), max_steps))
     sampling, dtype = None, wide(weight_of(model).dtype)
@@ -132,9 +133,10 @@ def _numbers(model: Transformer, request: Request, max_steps: int) -> tuple[jax.
         values = (requested.temperature, requested.top_k or model.config.vocab_size, requested.top_p)
         sampling = tuple(jnp.asarray(v, d) for v, d in zip(values, (dtype, jnp.int32, dtype), strict=True))
     eos_ids, pad_token_id = request.sampling.eos_token_ids, request.sampling.pad_token_id
-    eos_ids_E = jnp.asarray(eos_ids or (-1,), jnp.int32)
-    options = _Options(sampling, eos_ids_E, jnp.asarray(pad_token_id, jnp.int32))
-    return jnp.asarray(uniforms_BN.astype(dtype)), options
+    eos_ids_E = np.full(bucket(len(eos_ids) + 1, MAX_ID), -1, np.int32)
+    eos_ids_E[: len(eos_ids)] = eos_ids
+    options = _Options(sampling, jnp.asarray(eos_ids_E), jnp.asarray(pad_token_id, jnp.int32))
+    return uniforms_BN.astype(dtype), options
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
@@ -69,7 +69,8 @@ def generate(
         frame_mask=frame_mask,
     )  # fmt: skip
     new_BN = decode_all(inner_transformer(model), request)
-    return jnp.asarray(request.prompts.followed_by(np.asarray(new_BN), pad_token_id, sampling.eos_token_ids))
+    whole = request.prompts.followed_by(np.asarray(new_BN), pad_token_id, sampling.eos_token_ids)
+    return jax.device_put(whole.astype(np.int32))
 
 
 def stream(

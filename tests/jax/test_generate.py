@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kempnerforge_jax.model import decode
-from kempnerforge_jax.model.generate import generate
+from kempnerforge_jax.model.generate import generate, stream
 from kempnerforge_jax.model.kv_cache import KVCache, SharedCaches
 from kempnerforge_jax.model.request import make_request
 from kempnerforge_jax.model.sampling import sample
@@ -40,6 +41,36 @@ def test_few_programs_serve_all_lengths_and_options() -> None:
     graphdef = split(model)[0]
     assert decode._compiled_loop(graphdef)._cache_size() <= 2  # caches of 16 and 32 slots
     assert decode._compiled_prefill(graphdef)._cache_size() <= 2
+
+
+COMPILED: list[str] = []
+"""An entry for each program that XLA compiles, once a test has asked for them."""
+
+
+@functools.cache
+def compilations() -> list[str]:
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: COMPILED.append(event) if "backend_compile" in event else None
+    )
+    return COMPILED
+
+
+def test_calls_of_other_lengths_compile_nothing_at_all() -> None:
+    """Nor do other numbers, prompts and ends; not even the small programs of what runs outside jit."""
+    model = new_model()
+    compiled = compilations()
+    generate(model, PROMPTS, 6, seed=1)
+    list(stream(model, PROMPTS, 6, seed=1))
+    compiled.clear()
+    calls: tuple[tuple[Any, int, dict[str, Any]], ...] = (
+        (PROMPTS, 5, {"temperature": 0.3, "top_k": 3}),
+        ([[5, 6, 7, 8], [9]], 3, {"top_p": 0.4, "eos_token_id": [1, 3, 5], "seed": 2}),
+        ([[7], [1, 2]], 9, {"eos_token_id": 2, "pad_token_id": 4}),
+    )
+    for prompts, new, options in calls:
+        assert generate(model, prompts, new, **options).shape[0] == 2
+        assert len(list(stream(model, prompts, new, **options))) >= 1
+    assert not compiled
 
 
 def test_a_step_takes_the_memory_of_the_caches() -> None:
