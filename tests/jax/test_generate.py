@@ -50,7 +50,7 @@ COMPILED: list[str] = []
 @functools.cache
 def compilations() -> list[str]:
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, _, **__: COMPILED.append(event) if "backend_compile" in event else None
+        lambda event, duration_secs, **kwargs: COMPILED.append(event) if "backend_compile" in event else None
     )
     return COMPILED
 

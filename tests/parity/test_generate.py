@@ -359,8 +359,8 @@ def test_memory_is_that_of_the_window_and_a_chunk(
 ) -> None:
     """However many tokens there are: 11 + 9, in windows of 4."""
     decode, made = backend.module("model.decode"), []
-    new = decode.KVCache
-    monkeypatch.setattr(decode, "KVCache", lambda *args, **options: made.append(new(*args, **options)) or made[-1])
+    new = decode.new_caches
+    monkeypatch.setattr(decode, "new_caches", lambda *args, **options: made.extend(new(*args, **options)) or made)
     truth = oracle_generate(weights_of(PLAIN), PLAIN, PROMPTS, 9)
     tokens = continued(backend, model_of(backend, PLAIN), PROMPTS, 9, temperature=0.0, prefill_chunk=chunk)
     np.testing.assert_array_equal(tokens, truth)
