@@ -20,9 +20,9 @@ from kempnerforge_jax.program import evaluate
 from kempnerforge_jax.taps import Taps, is_array, is_floating, tap
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
-from shared_config.parity.foreign.containers import OUTPUT, map_tensors, named_leaves, tensors_in
+from shared_config.parity.foreign.containers import ARGUMENT, OUTPUT, map_tensors, named_leaves, tensors_in
 from shared_config.parity.foreign.mapping import Map
-from shared_config.parity.foreign.options import EXACT, Arrays, Options, make_options, probe
+from shared_config.parity.foreign.options import EXACT, Arrays, Options, make_options, target
 from shared_config.parity.foreign.recorder import Noise, Recorded, Store, make_trace
 from shared_config.parity.foreign.transfer import transfer
 from shared_config.parity.traces import Trace
@@ -92,7 +92,7 @@ def record(
         dtype: of weights and floating-point inputs, of "float64", "float32", "float16", "bfloat16"; None leaves all as
             it is.
         backward: whether to record gradients.
-        loss: of the output; by default its sum with drawn weights, or itself if it is a scalar.
+        loss: of the output; by default half its mean squared distance from drawn values, or itself if it is a scalar.
         optimizer: of optax; the parameters after one step are recorded.
         batches: inputs of a short run with that optimiser; its losses are recorded.
         only: glob patterns of names; see `Selection`.
@@ -151,7 +151,7 @@ class _Engine:
         """Call it once; see `Engine.run`."""
         with jax.enable_x64(dtype == EXACT or self._is_wide(dtype)):
             values = {name: _cast(value, dtype) for name, value in weights.items()}
-            arguments = [_cast(value, dtype) for value in inputs.values()]
+            arguments = {f"{ARGUMENT}{name}": _cast(value, dtype) for name, value in inputs.items()}
             taken = {name: jnp.asarray(value) for name, value in fed.items()}
             program = self._program(dtype, values, arguments)
             key = None if noise is None else (jax.random.key(noise.seed), noise.roundoff)
@@ -161,7 +161,7 @@ class _Engine:
         places = program.places if self._options.backward else []
         cotangents = {p: store(to_numpy(value)) for p, value in zip(places, found["cotangents"], strict=True)}
         kept = {name: store(to_numpy(value)) for name, value in found["gradients"].items()}
-        ordered = {name: kept[name] for name in weights if name in kept}
+        ordered = {name: kept[name] for name in [*weights, *(f"{ARGUMENT}{name}" for name in inputs)] if name in kept}
         updated = {name: to_numpy(found["updated"][name]) for name in weights if name in found["updated"]}
         if losses is not None:
             updated, losses = losses[1], losses[0]
@@ -172,7 +172,7 @@ class _Engine:
         arrays = [*self.weights.values(), *self.inputs.values()]
         return not dtype and any(array.dtype == np.float64 for array in arrays)
 
-    def _program(self, dtype: str, weights: dict[str, Array], inputs: list[Array]) -> _Program:
+    def _program(self, dtype: str, weights: Parameters, inputs: Parameters) -> _Program:
         """The compiled recording for an arithmetic."""
         if dtype not in self._programs:
             self._programs[dtype] = _Program(
@@ -180,22 +180,21 @@ class _Engine:
             )
         return self._programs[dtype]
 
-    def _traced(self, dtype: str, weights: dict[str, Array], inputs: list[Array]) -> Any:
-        """(weights, inputs, visit) -> output, of a program that was traced once."""
+    def _traced(self, dtype: str, weights: Parameters, inputs: Parameters) -> Any:
+        """(weights and inputs by name, visit) -> output, of a program that was traced once."""
         rest = jax.tree.map(lambda leaf: _widened(leaf) if dtype == EXACT else leaf, self._rest)
-        order = list(weights)
 
         def whole(values: list[Array], arguments: list[Array]) -> object:
             tree = jax.tree_util.tree_unflatten(self._treedef, values)
             given = iter(arguments)
             return self._apply(tree, rest, map_tensors(lambda *_: next(given), self._inputs, "", is_array))
 
-        closed, shapes = jax.make_jaxpr(whole, return_shape=True)([weights[name] for name in order], inputs)
+        order = [*weights, *inputs]
+        closed, shapes = jax.make_jaxpr(whole, return_shape=True)([*weights.values()], [*inputs.values()])
         treedef = jax.tree.structure(shapes)
 
-        def call(values: dict[str, Array], arguments: list[Array], visit: Callable[[str, Array], Array]) -> object:
-            outputs = evaluate(closed, [*(values[name] for name in order), *arguments], visit)
-            return jax.tree.unflatten(treedef, outputs)
+        def call(values: Parameters, visit: Callable[[str, Array], Array]) -> object:
+            return jax.tree.unflatten(treedef, evaluate(closed, [values[name] for name in order], visit))
 
         return call
 
@@ -207,35 +206,36 @@ class _Engine:
             return next(iter(leaves.values()))
         wide = {name: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for name, leaf in leaves.items()}
         terms = [
-            (leaf * jnp.asarray(probe(name, leaf.shape, self._options.seed), leaf.dtype)).sum()
+            jnp.square(leaf - jnp.asarray(target(name, leaf.shape, self._options.seed), leaf.dtype)).mean() / 2
             for name, leaf in wide.items()
         ]
         if not terms:
             raise UserError("backward: no output depends on a weight or an input with a gradient; set backward=False")
         return jnp.stack(terms).sum()
 
-    def _step(self, parameters: dict[str, Array], gradients: dict[str, Array]) -> dict[str, Array]:
+    def _step(self, parameters: Parameters, gradients: Parameters) -> Parameters:
         if self._optimizer is None:
             return {}
         return self._updated(parameters, gradients, self._optimizer.init(parameters))[0]
 
-    def _updated(self, parameters: dict[str, Array], gradients: dict[str, Array], state: Any) -> Any:
+    def _updated(self, parameters: Parameters, gradients: Parameters, state: Any) -> Any:
         assert self._optimizer is not None
         updates, state = self._optimizer.update(gradients, state, parameters)
         return {name: (own + updates[name]).astype(own.dtype) for name, own in parameters.items()}, state
 
-    def _run(self, dtype: str, weights: dict[str, Array]) -> Any:
+    def _run(self, dtype: str, weights: Parameters) -> Any:
         """Losses and parameters of a short run."""
         assert self._optimizer is not None
         parameters = {name: value for name, value in weights.items() if is_floating(value)}
         fixed = {name: value for name, value in weights.items() if name not in parameters}
         state, losses = self._optimizer.init(parameters), []
         for batch in self._batches:
-            inputs = [_cast(np.asarray(array), dtype) for _, array in tensors_in(batch, is_array)]
+            inputs = {name: _cast(np.asarray(array), dtype) for name, array in tensors_in(batch, is_array)}
+            inputs = {f"{ARGUMENT}{name}": array for name, array in inputs.items()}
             call = self._traced(dtype, weights, inputs)
 
-            def objective(values: dict[str, Array], call: Any = call, inputs: list[Array] = inputs) -> Array:
-                return self._loss_of(call({**values, **fixed}, inputs, lambda _, value: value))
+            def objective(values: Parameters, call: Any = call, inputs: Parameters = inputs) -> Array:
+                return self._loss_of(call({**values, **fixed, **inputs}, lambda _, value: value))
 
             loss, gradients = jax.jit(jax.value_and_grad(objective))(parameters)
             parameters, state = self._updated(parameters, gradients, state)
@@ -259,21 +259,17 @@ class _Program:
         self._call, self._options, self._loss_of, self._step = call, options, loss_of, step
         self._compiled = jax.jit(self._recorded)
 
-    def __call__(
-        self, weights: dict[str, Array], inputs: list[Array], fed: dict[str, Array], key: Any
-    ) -> dict[str, Any]:
+    def __call__(self, weights: Parameters, inputs: Parameters, fed: Parameters, key: Any) -> dict[str, Any]:
         return self._compiled(weights, inputs, fed, key)
 
-    def _recorded(
-        self, weights: dict[str, Array], inputs: list[Array], fed: dict[str, Array], key: Any
-    ) -> dict[str, Any]:
-        varied = {name: value for name, value in weights.items() if is_floating(value)}
-        fixed = {name: value for name, value in weights.items() if name not in varied}
+    def _recorded(self, weights: Parameters, inputs: Parameters, fed: Parameters, key: Any) -> dict[str, Any]:
+        given = {**weights, **inputs}
+        varied = {name: value for name, value in given.items() if is_floating(value)}
+        fixed = {name: value for name, value in given.items() if name not in varied}
 
-        def objective(varied: dict[str, Array], shifts: list[Array] | None) -> tuple[Array, list[Array]]:
+        def objective(varied: Parameters, shifts: list[Array] | None) -> tuple[Array, list[Array]]:
             taps = Taps(self._options, fed, key, shifts)
-            output = self._call({**varied, **fixed}, inputs, taps.visit)
-            output = map_tensors(taps.visit, output, OUTPUT, is_array)
+            output = map_tensors(taps.visit, self._call({**varied, **fixed}, taps.visit), OUTPUT, is_array)
             self.names, self.places = taps.names, taps.places
             return self._loss_of(output) if self._options.backward else jnp.zeros(()), taps.values
 
@@ -283,7 +279,8 @@ class _Program:
         shifts = [jnp.zeros(shapes[place].shape, shapes[place].dtype) for place in self.places]
         run = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
         (loss, values), (gradients, cotangents) = run(varied, shifts)
-        updated = self._step(varied, gradients)
+        own = {name: value for name, value in varied.items() if name in weights}
+        updated = self._step(own, {name: gradients[name] for name in own})
         return {"loss": loss, "taps": values, "cotangents": cotangents, "gradients": gradients, "updated": updated}
 
 

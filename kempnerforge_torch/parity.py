@@ -21,9 +21,9 @@ from kempnerforge_torch.observed import Taps, Widening, copied, is_tensor, obser
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
 from shared_config.interchange.states import plain_name
-from shared_config.parity.foreign.containers import OUTPUT, map_tensors, named_leaves, tensors_in
+from shared_config.parity.foreign.containers import ARGUMENT, OUTPUT, map_tensors, named_leaves, tensors_in
 from shared_config.parity.foreign.mapping import Map
-from shared_config.parity.foreign.options import EXACT, Arrays, Options, make_options, probe
+from shared_config.parity.foreign.options import EXACT, Arrays, Options, make_options, target
 from shared_config.parity.foreign.recorder import Noise, Recorded, Store, make_trace
 from shared_config.parity.foreign.taps import tap, visiting
 from shared_config.parity.foreign.transfer import transfer
@@ -82,7 +82,7 @@ def record(
         dtype: of weights and floating-point inputs, of "float64", "float32", "float16", "bfloat16"; None leaves all as
             it is. Buffers stay as they are, but in float64, where casts to float32 in the code count as float64, too.
         backward: whether to record gradients.
-        loss: of the output; by default its sum with drawn weights, or itself if it is a scalar.
+        loss: of the output; by default half its mean squared distance from drawn values, or itself if it is a scalar.
         optimizer: makes an optimiser of parameters, as ``functools.partial(torch.optim.AdamW, lr=1e-3)``; the
             parameters after one step are recorded.
         batches: inputs of a short run with that optimiser; its losses are recorded.
@@ -149,7 +149,7 @@ class _Engine:
         options = self._options
         taps = Taps(options, fed, noise, store)
         call, parameters = self._callable(dtype, weights)
-        arguments = self._arguments(self._inputs, inputs, dtype)
+        arguments, leaves = self._arguments(self._inputs, inputs, dtype)
         taps.know(arguments)
         exact = Widening() if dtype == EXACT else contextlib.nullcontext()
         with exact, torch.set_grad_enabled(options.backward):
@@ -162,7 +162,7 @@ class _Engine:
                 return Recorded(taps.found)
             loss = self._loss_of(output)
             loss.backward()
-        gradients = _gradients(parameters, store)
+        gradients = _gradients({**parameters, **leaves}, store)
         losses = self._run(call, parameters, dtype) if self._batches else None
         if losses is None and self._optimizer is not None:
             self._step(parameters)
@@ -205,14 +205,18 @@ class _Engine:
             buffer.data = buffer.data.double() if buffer.is_floating_point() else buffer.data
         return module, parameters
 
-    def _arguments(self, given: Any, values: Arrays, dtype: str) -> Any:
-        """Arguments with values by name, in a dtype."""
-        order = iter(values.values())
-        return map_tensors(lambda *_: self._input(next(order), dtype), given, "", is_tensor)
-
-    def _input(self, value: np.ndarray, dtype: str) -> Tensor:
-        tensor = from_numpy(value).to(self._device)
-        return tensor.to(DTYPES[dtype]) if dtype and tensor.is_floating_point() else tensor
+    def _arguments(self, given: Any, values: Arrays, dtype: str) -> tuple[Any, dict[str, Tensor]]:
+        """Arguments with values by name, in a dtype, and what has their gradients: they may be written to."""
+        tensors = {name: from_numpy(value).to(self._device) for name, value in values.items()}
+        leaves = {
+            f"{ARGUMENT}{name}": tensor.to(DTYPES.get(dtype, tensor.dtype)).requires_grad_(self._options.backward)
+            for name, tensor in tensors.items()
+            if tensor.is_floating_point()
+        }
+        order = iter(
+            [leaves[key].clone() if (key := f"{ARGUMENT}{name}") in leaves else t for name, t in tensors.items()]
+        )
+        return map_tensors(lambda *_: next(order), given, "", is_tensor), leaves
 
     def _loss_of(self, output: object) -> Tensor:
         if self._loss is not None:
@@ -222,7 +226,7 @@ class _Engine:
             return next(iter(leaves.values()))
         wide = {name: leaf.to(torch.promote_types(leaf.dtype, torch.float32)) for name, leaf in leaves.items()}
         terms = [
-            (leaf * from_numpy(probe(name, leaf.shape, self._options.seed)).to(leaf)).sum()
+            (leaf - from_numpy(target(name, leaf.shape, self._options.seed)).to(leaf)).square().mean() / 2
             for name, leaf in wide.items()
             if leaf.requires_grad
         ]
@@ -243,7 +247,7 @@ class _Engine:
         for batch in self._batches:
             optimizer.zero_grad()
             own = _on_host(dict(tensors_in(batch, is_tensor)))
-            loss = self._loss_of(_called(call, self._arguments(batch, own, dtype)))
+            loss = self._loss_of(_called(call, self._arguments(batch, own, dtype)[0]))
             loss.backward()
             optimizer.step()
             losses.append(to_numpy(loss))

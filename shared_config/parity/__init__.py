@@ -2,11 +2,10 @@
 
     recording    `kempnerforge_torch.parity.record`, `kempnerforge_jax.parity.record`, and `record` for NumPy, each with
                  its `tap`; `read_trace`, `write_trace`
-    names        `Map`, `Rule`, `make_map`, `read_map`, `parse_op`; `propose_map`; `transfer`
-    comparison   `compare_functions`; `derive_tolerance`
-    tests        `assert_same_function`; the Hypothesis strategies of `shared_config.parity.strategies`;
-                 `mutate`
-    training     `compare_runs`
+    names        `Map`, `Rule`, `make_map`, `read_map`, `parse_op`; `propose_map`; `transfer`, `nest`
+    comparison   `compare_functions`; `derive_tolerance`; on the command line ``kempnerforge compare``
+    tests        `assert_same_function`; `shared_config.parity.strategies` for Hypothesis, with `cache_machine`;
+                 `shared_config.parity.plugin` for pytest; `mutate`
 
 Imports no framework, and nothing at all before it is used.
 """
@@ -18,20 +17,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shared_config.parity.foreign.compare import compare_functions
+    from shared_config.parity.foreign.derive import derive_tolerance
     from shared_config.parity.foreign.layout import parse_op
     from shared_config.parity.foreign.mapping import Map, Rule, make_map, read_map
+    from shared_config.parity.foreign.mutate import Score, mutate
     from shared_config.parity.foreign.numpy_function import record
+    from shared_config.parity.foreign.propose import Proposal, propose_map
+    from shared_config.parity.foreign.same import DifferentError, assert_same_function, nest
     from shared_config.parity.foreign.taps import tap
     from shared_config.parity.foreign.transfer import transfer
     from shared_config.parity.traces import Trace, read_trace, write_trace
 
 __all__ = [
+    "DifferentError",
     "Map",
+    "Proposal",
     "Rule",
+    "Score",
     "Trace",
+    "assert_same_function",
     "compare_functions",
+    "derive_tolerance",
     "make_map",
+    "mutate",
+    "nest",
     "parse_op",
+    "propose_map",
     "read_map",
     "read_trace",
     "record",
@@ -42,9 +53,13 @@ __all__ = [
 
 HOMES = {
     "foreign.compare": ("compare_functions",),
+    "foreign.derive": ("derive_tolerance",),
     "foreign.layout": ("parse_op",),
     "foreign.mapping": ("Map", "Rule", "make_map", "read_map"),
+    "foreign.mutate": ("Score", "mutate"),
     "foreign.numpy_function": ("record",),
+    "foreign.propose": ("Proposal", "propose_map"),
+    "foreign.same": ("DifferentError", "assert_same_function", "nest"),
     "foreign.taps": ("tap",),
     "foreign.transfer": ("transfer",),
     "traces": ("Trace", "read_trace", "write_trace"),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_config.errors import UserError
-from shared_config.parity import Map, Rule, make_map, parse_op, read_map, transfer
+from shared_config.parity import Map, Rule, make_map, parse_op, propose_map, read_map, transfer
 from shared_config.parity.foreign.layout import NUMBERS
 from shared_config.parity.traces import Trace, TraceMeta
 
@@ -168,3 +168,68 @@ def test_rules_of_activations_hold_for_gradients_inputs_and_calls_and_those_of_w
     assert set(moved.meta.parts["float32"]) == {"forward/f", "cotangent/f"}, (
         "parts of what is laid out anew say nothing"
     )
+
+
+SOURCE = {
+    f"layers.{n}.{k}": s for n in range(2) for k, s in {"q": (8, 6), "k": (8, 6), "gate": (5, 6), "up": (5, 6)}.items()
+}
+SOURCE |= {"embed": (11, 6), "norm": (6,), "square": (6, 6)}
+TARGET_RULES = make_map(
+    {
+        "layers.*.q": ("blocks.*.wq", "interleave 2", "transpose"),
+        "layers.*.k": ("blocks.*.wk", "split 4 axis=0"),
+        "embed": "table",
+        "norm": "scale",
+        "square": ("turned", "transpose"),
+    }
+)
+FUSED = Rule(("layers.*.gate", "layers.*.up"), ("blocks.*.gate_up",), (parse_op("transpose"),))
+
+
+@given(seed=st.integers(0, 99))
+def test_a_map_is_proposed_from_values_that_both_hold_and_moves_them_bit_by_bit(seed: int) -> None:
+    a = {name: drawn(*shape, seed=seed + place) for place, (name, shape) in enumerate(SOURCE.items())}
+    names = Map((*TARGET_RULES.weights, FUSED))
+    b = transfer(a, names)
+    shuffled = {name: b[name] for name in np.random.default_rng(seed).permutation(sorted(b))}
+    found = propose_map(a, shuffled)
+    assert set(found.evidence) == {"values"}
+    moved = transfer(a, found.map, {name: value.shape for name, value in b.items()})
+    for name, value in b.items():
+        np.testing.assert_array_equal(moved[name], value)
+
+
+def test_tensors_of_the_same_values_are_not_told_apart_by_them() -> None:
+    a = {"norm1": np.ones(3), "norm2": np.ones(3), "w": drawn(3, 3)}
+    with pytest.raises(UserError, match="shapes leave a choice"):
+        propose_map(a, {"n2": np.ones(3), "n1": np.ones(3), "v": a["w"]})
+
+
+def test_shapes_decide_where_they_can_and_a_probe_where_they_can_not() -> None:
+    a = {"first.weight": drawn(5, 3), "q": drawn(4, 4, seed=1), "k": drawn(4, 4, seed=2), "bias": drawn(5)}
+    truth = make_map({"first.weight": ("w1", "transpose"), "q": "wq", "k": ("wk", "transpose"), "bias": "b1"})
+    shapes = {name: value.shape for name, value in transfer(a, truth).items()}
+    b = {name: drawn(*shape, seed=7) for name, shape in shapes.items()}
+    with pytest.raises(UserError, match=r"(?s)shapes leave a choice.*q: wq, wq \(transpose\), wk, wk \(transpose\)"):
+        propose_map(a, b)
+    x = drawn(2, 4, seed=5)
+    expected = x @ a["q"] @ a["k"].T
+
+    def probe(names: Map) -> bool:
+        moved = transfer(a, names, shapes)
+        return np.allclose(x @ moved["wq"] @ moved["wk"], expected)
+
+    found = propose_map(a, b, probe)
+    assert dict(zip((rule.a[0] for rule in found.map.weights), found.evidence, strict=True)) == {
+        "first.weight": "shapes", "bias": "shapes", "q": "probe", "k": "probe"
+    }  # fmt: skip
+    assert transfer(a, found.map).keys() == shapes.keys()
+    assert {name: value.tobytes() for name, value in transfer(a, found.map).items()} == {
+        name: value.tobytes() for name, value in transfer(a, truth).items()
+    }
+    with pytest.raises(UserError, match="accepts none"):
+        propose_map(a, b, lambda _: False)
+    with pytest.raises(UserError, match=r"lost: no tensor of the other side"):
+        propose_map({**a, "lost": drawn(9)}, b, probe)
+    with pytest.raises(UserError, match="does not make the two functions the same"):
+        propose_map({"w": drawn(3, 2)}, {"v": drawn(2, 3, seed=9)}, lambda _: False)

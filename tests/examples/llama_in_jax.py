@@ -88,8 +88,12 @@ def wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def names(sizes: Sizes) -> Map:
-    """From the names and layouts of transformers to those of the port."""
+def names(sizes: Sizes, eager: bool = False) -> Map:
+    """From the names and layouts of transformers to those of the port.
+
+    Args:
+        eager: whether the original's attention also puts out its probabilities.
+    """
     weights = {
         "model.embed_tokens.weight": "embed",
         "model.layers.*.input_layernorm.weight": "layers.*.attention_norm",
@@ -109,8 +113,7 @@ def names(sizes: Sizes) -> Map:
         "model.layers.*.self_attn.k_proj": ("layers.*.attention.k", f"interleave {sizes.kv_heads} axis=-1"),
         "model.layers.*.self_attn.v_proj": "layers.*.attention.v",
         "model.layers.*.self_attn.o_proj@in": "layers.*.attention.mixed",
-        "model.layers.*.self_attn": "layers.*.attention",
-        "model.layers.*.self_attn.0": "layers.*.attention",  # beside its probabilities, where attention is eager
+        f"model.layers.*.self_attn{'.0' * eager}": "layers.*.attention",
         "model.layers.*.post_attention_layernorm@in": "layers.*.middle",
         "model.layers.*.post_attention_layernorm": "layers.*.mlp_norm",
         "model.layers.*.mlp.down_proj@in": "layers.*.mlp.product",

@@ -27,7 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.mutation.operators import Mutation, mutations_of
+from shared_config.parity.operators import Mutation, mutations_of
 from tests.mutation.runs import ROOT, Reporter, copy_tree, prepare, run_tests
 from tests.mutation.selection import Record, choose, read_record, record
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.mutation.operators import Mutation
+from shared_config.parity.operators import Mutation
 from tests.mutation.runs import ROOT, Recorder, run_tests
 
 Record = dict[str, dict[str, Any]]

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from shared_config.parity.operators import Mutation, mutations_of
 from tests.mutation.__main__ import draw, equivalents, table
-from tests.mutation.operators import Mutation, mutations_of
 from tests.mutation.runs import ROOT
 from tests.mutation.selection import choose
 
@@ -127,7 +127,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from tests.mutation import __main__, runs, selection
-from tests.mutation.operators import mutations_of
+from shared_config.parity.operators import mutations_of
 tree = Path(sys.argv[1])
 runs.LIBRARIES, runs.PACKAGES = (), ("shared_config",)
 runs.ROOT = selection.ROOT = __main__.ROOT = tree

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kempnerforge_jax.parity as of_jax
 import kempnerforge_torch.parity as of_torch
-from shared_config.parity import Trace, compare_functions, transfer
+from shared_config.parity import Map, Trace, compare_functions, transfer
 from shared_config.parity.foreign.causes import PLACES, cause_of
 from shared_config.parity.foreign.site import site_of
 from shared_config.parity.result import Comparison
@@ -61,6 +61,11 @@ def foreign(seed: int = 0, scale: float = 1.0, layers: int = 2) -> tuple[LlamaFo
     return model, sizes, rng.integers(0, 37, (2, 9)), llama_in_jax.nested(moved, layers)
 
 
+def names_of() -> Map:
+    """From the names of `foreign` to those of the port."""
+    return llama_in_jax.names(foreign()[1], eager=True)
+
+
 @functools.cache
 def original(dtype: str) -> Trace:
     model, _, tokens, _ = foreign()
@@ -78,8 +83,7 @@ def port(module: ModuleType, dtype: str, *, backward: bool = False) -> Trace:
 
 def kinds(found: Comparison, a: Trace, b: Trace) -> set[str]:
     """Kinds of the causes that are named for what differs."""
-    _, sizes, _, _ = foreign()
-    moved = llama_in_jax.names(sizes).apply_to_trace(a)
+    moved = names_of().apply_to_trace(a)
     order = [row.name for row in found.rows]
     causes = [cause_of(row, moved, b, order) for row in found.failures]
     return {cause.kind for cause in causes if cause is not None} - set(PLACES)
@@ -92,8 +96,8 @@ def without_number(name: str) -> str:
 @pytest.mark.parametrize("dtype", DTYPES if NIGHTLY else ["float32"])
 @pytest.mark.parametrize("bug", [bug for bug in BUGS if NIGHTLY or bug.name in OF_THE_DAY], ids=lambda bug: bug.name)
 def test_a_bug_is_found_in_its_module_forward_and_alone_where_recorded_inputs_are_given(bug: Bug, dtype: str) -> None:
-    model, sizes, tokens, _ = foreign()
-    names, wrong = llama_in_jax.names(sizes), port(bug.planted(), dtype)
+    model, _, tokens, _ = foreign()
+    names, wrong = names_of(), port(bug.planted(), dtype)
     found = compare_functions(original(dtype), wrong, names, common=True)
     assert found.first_forward is not None
     assert without_number(site_of(found.first_forward.name) + ".").startswith(f"{bug.sites[0]}.")
@@ -122,10 +126,9 @@ def test_correct_pairs_raise_no_alarm(seed: int) -> None:
     b = of_jax.record(
         lambda w, t: llama_in_jax.llama(w, t, sizes), (tokens,), weights=weights, dtype=dtype, deltas=False
     )
-    found = compare_functions(a, b, llama_in_jax.names(sizes), common=True)
+    names = llama_in_jax.names(sizes, eager=seed % 2 == 0)
+    found = compare_functions(a, b, names, common=True)
     assert found.equal, [(row.full_label, row.share) for row in found.failures]
-    given = of_torch.record(
-        model, {"input_ids": tokens}, dtype=dtype, refeed=b, names=llama_in_jax.names(sizes).inverse()
-    )
-    found = compare_functions(given, b, llama_in_jax.names(sizes), common=True)
+    given = of_torch.record(model, {"input_ids": tokens}, dtype=dtype, refeed=b, names=names.inverse())
+    found = compare_functions(given, b, names, common=True)
     assert found.equal, [(row.full_label, row.share) for row in found.failures]

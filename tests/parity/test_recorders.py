@@ -113,7 +113,7 @@ def test_every_kind_of_function_is_recorded_as_the_same(kind: str) -> None:
         counts = {group: len(rows) for group, rows in found.groups.items()}
         own = 4 if kind in ("nnx", "jax") else 3
         assert counts.pop("forward") == own
-        assert counts == ({} if kind == "numpy" else {"cotangent": own, "gradient": 4, "loss": 1})
+        assert counts == ({} if kind == "numpy" else {"cotangent": own, "gradient": 5, "loss": 1})
         assert all(row.delta for row in found.rows if row.name != "cotangent/output")
     assert a.meta.extra["exact"] is True
 

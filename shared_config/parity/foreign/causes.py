@@ -19,8 +19,12 @@ from shared_config.parity.traces import FORWARD, Trace, group_of
 
 SLACK = 2.0
 """What is left after a correction may be this many limits: the correction itself is fitted."""
-PART = 1e-2
+PART = 0.1
 """A correction that leaves more than this share of the error explains nothing, whatever the limit says."""
+CLEAR = 4.0
+"""Errors of a part are at least this many times those of the rest, or the rest has them, too."""
+SURE = 4.0
+"""Standard errors by which a fitted number must be away from another one."""
 NARROW = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 PLACES = ("row", "head", "position")
 """Kinds that say where an error is, and not why."""
@@ -102,13 +106,15 @@ def eps(pair: Pair) -> Cause | None:
     for moment in (np.mean(np.square(given), axis=1), np.var(given, axis=1)):
         table = np.stack([np.ones_like(squared), -squared], axis=1)
         found, *_ = np.linalg.lstsq(table, moment * (squared - 1), rcond=None)
-        unsure = 4 * pair.limit / max(rms(pair.a), np.finfo(np.float64).tiny) * float(np.mean(moment))
+        left = table @ found - moment * (squared - 1)
+        spread = np.sqrt(np.diag(np.linalg.pinv(table.T @ table)) * np.sum(left * left) / max(1, len(left) - 2))
         eps_a, eps_b = (max(0.0, float(value)) for value in found)
-        if abs(eps_a - eps_b) < unsure:
+        if abs(eps_a - eps_b) <= SURE * float(spread.max()):
             continue
         ratio = np.sqrt((moment + eps_b) / (moment + eps_a)).reshape(*pair.a.shape[:-1], 1)
         if pair.explained(pair.b * ratio):
-            words = [f"less than {unsure:.0e}" if value < unsure else f"{value:.2g}" for value in (eps_a, eps_b)]
+            known = zip((eps_a, eps_b), SURE * spread, strict=True)
+            words = [f"{value:.2g}" if value > unsure else f"less than {value + unsure:.0e}" for value, unsure in known]
             return Cause("eps", f"another eps of a norm: {words[0]} in a, {words[1]} in b")
     return None
 
@@ -164,8 +170,8 @@ def part(pair: Pair) -> Cause | None:
     for axis in range(pair.a.ndim):
         size = pair.a.shape[axis]
         along = np.sqrt(np.mean(np.square(np.moveaxis(error, axis, 0).reshape(size, -1)), axis=1))
-        bad = np.flatnonzero(along > SLACK * pair.limit)
-        if not bad.size or bad.size == size:
+        bad = np.flatnonzero(along > pair.limit)
+        if not bad.size or bad.size == size or along[bad].min() < CLEAR * np.delete(along, bad).max():
             continue
         first, last = int(bad[0]), int(bad[-1])
         corrected = np.array(pair.b)

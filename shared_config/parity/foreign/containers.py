@@ -11,6 +11,8 @@ OUTPUT = "output"
 """Name of what a function or a whole module puts out."""
 INPUT = "@in"
 """End of the name of a tensor that a module was given and that no module before it put out as it is."""
+ARGUMENT = "input."
+"""Start of the name of the gradient of something that a function is called with."""
 CALL = "@"
 """Between the name of what was recorded several times and the number of the time, from 0."""
 

@@ -35,7 +35,7 @@ class Options:
         selection: names that are kept.
         above: bytes of a tensor above which a `Summary` is kept of it; None for whole tensors.
         delta_runs: runs with moved weights that deltas are measured by; 0 leaves them out.
-        seed: of the moves, and of the probe that a loss is made with.
+        seed: of the moves, and of the target that a loss is made with.
         fed: name of an activation -> value that follows in its place.
         refed: `TraceMeta.refed`: whose activations those are.
     """
@@ -126,10 +126,9 @@ def values_hash(trace: Trace) -> str:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def probe(name: str, shape: Sequence[int], seed: int) -> np.ndarray:
-    """Weights of the sum that stands for a loss: the same float32 bits for every framework, of norm about 1."""
-    size = max(1, int(np.prod(shape, dtype=np.int64)))
-    return stream(seed, f"probe/{name}").standard_normal(tuple(shape), dtype=np.float32) / np.float32(size**0.5)
+def target(name: str, shape: Sequence[int], seed: int) -> np.ndarray:
+    """What an output is drawn towards where there is no loss: the same float32 bits for every framework, normal."""
+    return stream(seed, f"target/{name}").standard_normal(tuple(shape), dtype=np.float32)
 
 
 def inputs_hash(value: np.ndarray) -> str:

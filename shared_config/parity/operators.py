@@ -53,9 +53,11 @@ class Mutation:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
+        """File, function, and the lines before and after."""
         return self.file, self.function, self.before, self.after
 
     def apply(self, source: bytes) -> bytes:
+        """The file with the bug."""
         return source[: self.start] + self.replacement.encode() + source[self.end :]
 
     def is_change(self, source: bytes) -> bool:
