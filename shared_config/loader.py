@@ -152,10 +152,29 @@ def _annotation(owner: Any, field: str, flag: str) -> Any:
     hints = typing.get_type_hints(owner)
     names = [entry.name for entry in dataclasses.fields(owner)]
     if field not in names:
-        close = difflib.get_close_matches(field, names, n=3)
+        close = difflib.get_close_matches(field, names, n=3) or fields_like(field)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
         raise ConfigError([f"--{flag}: unknown key; {hint}"])
     return hints[field]
+
+
+def config_fields() -> list[str]:
+    """Dotted fields of all sections, those of one that an architecture extends as in its base."""
+    return [
+        f"{section}.{field.name}"
+        for section, annotation in typing.get_type_hints(JobConfig).items()
+        for member in _members(annotation)
+        if isinstance(member, type) and issubclass(member, Section)
+        for field in dataclasses.fields(member)  # type: ignore[arg-type]
+    ]
+
+
+def fields_like(name: str) -> list[str]:
+    """Dotted fields of all sections whose own name is this one, or else resembles it."""
+    own = {field: field.partition(".")[2] for field in config_fields()}
+    names = list(own.values())
+    close = [name] if name in names else difflib.get_close_matches(name, names, n=3)
+    return list(dict.fromkeys(field for wanted in close for field, last in own.items() if last == wanted))
 
 
 def _section_of(annotation: Any, fields: dict[str, object], path: list[str]) -> Any:

@@ -41,6 +41,10 @@ EXCEPTIONS = {
         (f"shared_config/contract/schedule.py: Rates.{name}" for name in ("lr", "decay", "average")),
         "a number of the host, or a scalar of a device",
     ),
+    **dict.fromkeys(
+        (f"shared_config/commands/line.py: Parser.{name}" for name in ("__init__", "add_argument")),
+        "what argparse takes",
+    ),
     "kempnerforge_torch/training/groups.py: Group": "what torch calls a group, which it types so",
     **dict.fromkeys(
         (f"kempnerforge_jax/training/whole.py: WholeUpdate.{name}" for name in ("init", "update")),

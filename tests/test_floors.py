@@ -17,6 +17,7 @@ FLOORS = (
     ("interchange",),
     ("loader",),
     ("data", "training"),
+    ("evaluation",),
     ("parity",),
     ("bench",),
     ("commands", "cli"),

@@ -42,6 +42,7 @@ from shared_config.schema.job import JobConfig
 HELP = "measure training steps, decoding and memory, as shares of what the machine can do"
 FOREIGN_WORKS = ("train", "window", "decode")
 """What the models of transformers do too."""
+EXAMPLES = ("kempnerforge bench llama_125m --backend torch --what train,decode --report bench.html",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

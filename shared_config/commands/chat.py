@@ -24,6 +24,7 @@ from shared_config.interchange.source import to_stderr
 from shared_config.loader import load_config
 
 HELP = "talk with a model: a line is a question; Ctrl-C ends an answer, Ctrl-D the conversation"
+EXAMPLES = ("kempnerforge chat FOLDER --backend torch --system 'Answer in one sentence.'",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

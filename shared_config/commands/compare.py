@@ -21,6 +21,7 @@ from shared_config.parity.report import write_report
 from shared_config.parity.traces import Trace, read_trace
 
 HELP = "compare two traces and name the first tensor that diverges; exit status 0 only if none does"
+EXAMPLES = ("kempnerforge compare torch.safetensors jax.safetensors --report out.html",)
 
 DIFFERENT = 1
 SUFFIX = ".safetensors"

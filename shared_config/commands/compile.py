@@ -24,6 +24,7 @@ from shared_config.interchange.outputs import refuse_overwriting
 from shared_config.loader import load_config
 
 HELP = "compile the JAX training step for a slice of TPUs, without one: FLOPs, bytes of each chip, collectives"
+EXAMPLES = ("kempnerforge compile llama3_8b --topology v5e:4x4 --distributed.dp_shard 16",)
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",

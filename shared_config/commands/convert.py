@@ -30,6 +30,10 @@ from shared_config.schema.job import JobConfig
 
 HELP = "turn a Hugging Face folder into native weights, or native weights or a checkpoint into either"
 FORMATS = ("native", "huggingface")
+EXAMPLES = (
+    "kempnerforge convert runs/first --output hf/ --model.family llama",
+    "kempnerforge convert hf/ --output native/",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

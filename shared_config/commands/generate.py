@@ -30,6 +30,10 @@ from shared_config.loader import load_config
 from shared_config.schema.job import JobConfig
 
 HELP = "continue a prompt, streamed to the terminal; the speed is shown at the end"
+EXAMPLES = (
+    'kempnerforge generate runs/first --backend torch --prompt "def main"',
+    "kempnerforge generate FOLDER --backend jax --prompt Hello --temperature 0 --max-new-tokens 32",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ TIME = r"\d+(:[0-5]\d(:[0-5]\d)?)?|\d+-\d{1,2}(:[0-5]\d(:[0-5]\d)?)?"
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.,@:+-]*"
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 SECONDS_TO_SAVE = 300
+EXAMPLES = ("kempnerforge launch llama3_8b --backend torch --slurm --nodes 4 --gpus-per-node 8 > job.sh",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import importlib.metadata
+import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from shared_config.commands import NAMES, command, helps
 from shared_config.errors import UserError
 from shared_config.training import streams
 from shared_config.training.launch import rank_of
@@ -17,6 +22,7 @@ from shared_config.training.signals import INTERRUPTED, INTERRUPTS, ending_at_on
 if TYPE_CHECKING:
     from shared_config.commands import Command
 
+PACKAGE = "kempnerforge-twin"
 USER_ERROR = 2
 HARMLESS = ("show",)
 """Commands that several processes may run at once."""
@@ -28,7 +34,23 @@ LINE = 2000
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are `UserError`."""
+    """An argument parser whose errors are `UserError`.
+
+    Attributes:
+        options, destinations: of its arguments.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.options: list[str] = []
+        self.destinations: list[str] = []
+        super().__init__(**settings)
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """Declare an argument, as argparse does."""
+        action = super().add_argument(*names, **settings)
+        self.options += action.option_strings
+        self.destinations.append(action.dest)
+        return action
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print.
@@ -36,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: always.
         """
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message}{_hint(message)}; see {self.prog} --help")
 
 
 def status_of(given: Sequence[str]) -> int:
@@ -69,13 +91,15 @@ def run(arguments: Sequence[str]) -> int:
     """
     check_texts(arguments)
     own, overrides = split_overrides(arguments)
+    chosen = next((argument for argument in own if not argument.startswith("-")), "")
     with ending_at_once():
-        from shared_config.commands import COMMANDS
-        from shared_config.commands.processes import require_one_process
-    options = build_parser(COMMANDS).parse_args(own)
+        available = {chosen: command(chosen)} if chosen in NAMES else {}
+    options = build_parser(helps(), available).parse_args(own)
     if options.command not in (*HARMLESS, *PARALLEL):
+        from shared_config.commands.processes import require_one_process
+
         require_one_process()
-    return COMMANDS[options.command].run(options, overrides)
+    return available[options.command].run(options, overrides)
 
 
 def check_texts(arguments: Sequence[str]) -> None:
@@ -100,20 +124,78 @@ def message_of(error: BaseException) -> str:
     return f"could not go on: {said} ({DEBUG} shows where)"
 
 
-def build_parser(available: Mapping[str, Command]) -> Parser:
-    """One subparser per command."""
+def build_parser(names: Mapping[str, str], available: Mapping[str, Command]) -> Parser:
+    """One subparser per command: command -> its help; those that are available have arguments."""
     parser = Parser(
         prog="kempnerforge",
         description="One config, the same model in PyTorch and in JAX.",
         epilog="CONFIG is the name of a preset or a .toml file. Any field of it can be set: --model.dim 512. "
-        "--debug shows the traceback of an error.",
+        "--debug shows the traceback of an error. kempnerforge COMMAND --help gives examples.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="versions of this package and of the frameworks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for name, command in available.items():
-        subparser = commands.add_parser(name, help=command.HELP, description=command.HELP, allow_abbrev=False)
-        command.add_arguments(subparser)
+    for name, text in names.items():
+        subparser = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name in available:
+            available[name].add_arguments(subparser)
+            subparser.epilog = "\n".join(
+                ["examples:", *(f"  {line}" for line in available[name].EXAMPLES), *_sections(subparser)]
+            )
     return parser
+
+
+class _Version(argparse.Action):
+    """Print the versions, which are looked up only then, and leave."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(version_text())
+        parser.exit()
+
+
+def version_text() -> str:
+    """Version of this package, and of the frameworks that are installed, none of which is imported."""
+    known = [(name, _version(name)) for name in ("torch", "jax", "flax", "optax")]
+    frameworks = ", ".join(f"{name} {version}" for name, version in known if version)
+    return f"kempnerforge {_version(PACKAGE) or 'uninstalled'} ({frameworks or 'no backend installed'})"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _sections(parser: Parser) -> list[str]:
+    """What of a config can be set, for commands that take one."""
+    if "config" not in parser.destinations:
+        return []
+    from shared_config.schema.job import JobConfig
+
+    names = textwrap.wrap(", ".join(field.name for field in dataclasses.fields(JobConfig)), 100)  # type: ignore[arg-type]
+    return [
+        "sections of a config, whose fields are set by --SECTION.FIELD VALUE:",
+        *(f"  {line}" for line in names),
+        "  kempnerforge show CONFIG prints all fields with their values, kempnerforge show --schema what each means",
+    ]
+
+
+def _hint(message: str) -> str:
+    """The fields of a config that an unknown option may mean."""
+    found = re.search(r"unrecognized arguments: --(\w+)", message)
+    if found is None:
+        return ""
+    from shared_config.loader import fields_like
+
+    close = fields_like(found[1])
+    return f"; did you mean {' or '.join(f'--{name}' for name in close)}?" if close else ""
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

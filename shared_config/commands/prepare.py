@@ -21,6 +21,7 @@ from shared_config.interchange.token_index import INDEX
 HELP = "turn text into token files for --data.path; started again after a kill, it goes on"
 MEBIBYTE = 2**20
 SECONDS_BETWEEN_LINES = 10.0
+EXAMPLES = ("kempnerforge prepare texts/ --tokenizer FOLDER --output tokens/",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

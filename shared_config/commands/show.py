@@ -35,6 +35,12 @@ from shared_config.schema.base import Section
 from shared_config.schema.job import JobConfig
 
 HELP = "list the presets, or print the resolved config, its parameters, FLOPs, and memory by device"
+EXAMPLES = (
+    "kempnerforge show",
+    "kempnerforge show llama3_8b --world-size 64",
+    "kempnerforge show debug --optimizer.name muon",
+    "kempnerforge show --schema",
+)
 
 PREFIXES = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
 

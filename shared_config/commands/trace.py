@@ -35,6 +35,10 @@ from shared_config.schema.job import JobConfig
 
 NPY = ".npy"
 HELP = "write every activation, gradient and loss of one step to a file"
+EXAMPLES = (
+    "kempnerforge trace debug --backend torch --output torch.safetensors",
+    "kempnerforge trace llama_1b --backend jax --output jax.safetensors --layers 0,3-5 --summary 1000000",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,11 @@ from shared_config.loader import load_config
 from shared_config.schema.checkpoint import CheckpointConfig
 
 HELP = "train with one backend; a run started again in the same folder resumes"
+EXAMPLES = (
+    "kempnerforge train debug --backend torch --output runs/first --train.max_steps 200",
+    "kempnerforge train runs/first --backend jax",
+    "torchrun --nproc-per-node 8 -m shared_config.cli train llama_1b --backend torch --optimizer.name muon",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -48,6 +48,11 @@ from shared_config.parity.shrink import shrink
 from shared_config.schema.job import JobConfig
 
 HELP = "prove that both backends compute the same; exit status 0 only if they do"
+EXAMPLES = (
+    "kempnerforge validate debug",
+    "kempnerforge validate llama3_8b --shrink --report out.html",
+    "kempnerforge validate debug --distributed.dp_shard 2 --distributed.tp 2",
+)
 
 DIFFERENT = 1
 BYTES_A_PARAMETER = 160

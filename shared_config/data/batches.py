@@ -11,6 +11,7 @@ needs no memory and draws from no generator whose stream a library may change.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -183,6 +184,16 @@ class TextData:
         firsts = [(index * self.world_size + self.rank) * size for index in range(count)]
         chosen_rows = [chosen[first : first + size] for first in firsts]
         return [self._rows(self.corpus.heldout, rows, size, self.text_mask) for rows in chosen_rows]
+
+    def every_window(self) -> Iterator[Batch]:
+        """All of the training stream, then all of the held-out one, in their order: each id but the first of either is
+        a label once, as in `heldout`.
+        """
+        size = self.heldout_batch_size
+        for stream in (self.corpus.train, self.corpus.heldout):
+            windows = range(-(-max(0, len(stream) - 1) // self.seq_len))
+            for first in range(0, len(windows), size):
+                yield self._rows(stream, list(windows[first : first + size]), size, self.text_mask)
 
     def _rows(self, stream: TokenStream, windows: list[int], batch_size: int, text_mask: bool = False) -> Batch:
         tokens_BS = np.zeros((batch_size, self.seq_len), np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,7 +37,29 @@ def config_to_toml(config: JobConfig) -> str:
 
 def json_schema() -> dict[str, object]:
     """JSON Schema of a config file, for editors."""
-    return TypeAdapter(JobConfig).json_schema()
+    schema = TypeAdapter(JobConfig).json_schema()
+    for section in (schema, *schema.get("$defs", {}).values()):
+        said = descriptions(section.get("description", ""))
+        for name, field in section.get("properties", {}).items():
+            if name in said:
+                field.setdefault("description", said[name])
+    return schema
+
+
+def descriptions(text: str) -> dict[str, str]:
+    """Field -> what the text of a section says of it, in paragraphs that begin with "field:" or "field, field:"."""
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in text.split("\n"):
+        start = re.match(r"((?:\w+, )*\w+): (.*)", line)
+        if not line.strip():
+            names = []
+        elif start is not None:
+            names = start[1].split(", ")
+            found |= dict.fromkeys(names, start[2].strip())
+        else:
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+    return found
 
 
 def read_fields(file: Path) -> dict[str, object]:

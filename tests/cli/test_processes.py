@@ -27,10 +27,14 @@ LINES = {
     "generate": ("debug", "--backend=torch", "--prompt=a"),
     "convert": ("source", "--output=out"),
     "compare": ("a", "b", "--report=out"),
+    "prepare": ("a", "--tokenizer=bytes", "--output=out"),
+    "chat": ("debug", "--backend=torch"),
+    "eval": ("debug", "--backend=torch"),
     "show": ("debug",),
     "compile": ("debug", "--topology=v5e:2x2"),
     "bench": ("debug", "--backend=torch"),
     "launch": ("debug", "--backend=torch", "--slurm"),
+    "completion": ("bash",),
 }
 
 

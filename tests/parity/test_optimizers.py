@@ -109,7 +109,7 @@ def sections(name: str, **changes: Any) -> dict[str, Any]:
 
 
 @double_precision
-@pytest.mark.parametrize("name", by_day("muon"))
+@pytest.mark.parametrize("name", by_day())
 def test_float64_trainers_take_the_same_steps(name: str) -> None:
     """Two updates of two micro-batches each, clipped, with experts in stacks and scanned layers. All labels count: Lion
     moves by the sign of a gradient, which is noise where the gradient is 0 but for rounding.
