@@ -44,6 +44,30 @@ def prepared_corpus(config: JobConfig, index: TokenIndex) -> Corpus:
     return split_end(f"data.path = {config.data.path!r}", stream, config.data.heldout_fraction)
 
 
+def check_one_tokenizer(config: JobConfig) -> None:
+    """Refuse to mix sources whose ids mean different texts: those that were prepared were made by one tokenizer, which
+    is that of the job where others are not prepared.
+
+    Raises:
+        UserError: naming two of them.
+    """
+    paths = [source.path for source in config.data.sources]
+    found = {path: index for path in paths if (index := prepared_index(path)) is not None}
+    first = next(iter(found), "")
+    for path, index in found.items():
+        if index.tokenizer_hash != found[first].tokenizer_hash:
+            made = [
+                f"{name!r} by {found[name].tokenizer!r} ({found[name].tokenizer_hash[:12]})" for name in (path, first)
+            ]
+            raise UserError(f"data.sources: {' and '.join(made)}: must be made by one tokenizer")
+        others = [other for other in paths if other not in found]
+        if others and tokenizer_hash(config.data.tokenizer, index.bos, index.eos) != index.tokenizer_hash:
+            raise UserError(
+                f"data.tokenizer = {config.data.tokenizer!r}: must be the tokenizer {index.tokenizer!r} that made "
+                f"{path!r}, as {others[0]!r} is read with it"
+            )
+
+
 def _problems(config: JobConfig, index: TokenIndex) -> Iterator[str]:
     data, where = config.data, f"{Path(config.data.path) / INDEX}"
     if index.vocab_size > config.model.vocab_size:

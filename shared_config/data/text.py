@@ -9,7 +9,7 @@ from shared_config.data.conversations import ConversationData, encode_conversati
 from shared_config.data.corpus import TOKEN_SUFFIXES, Corpus, data_files, json_lines_files, load_corpus, rows_corpus
 from shared_config.data.jsonl import CONVERSATIONS, Row, read_rows
 from shared_config.data.mixture import MixedData, phases_of
-from shared_config.data.prepared import prepared_corpus, prepared_index
+from shared_config.data.prepared import check_one_tokenizer, prepared_corpus, prepared_index
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer, check_vocabulary
 from shared_config.errors import UserError
 from shared_config.schema.data import SourceConfig
@@ -24,6 +24,7 @@ def open_text_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) -> 
     """
     if not config.data.sources:
         return open_source(config, rank=rank, world_size=world_size)
+    check_one_tokenizer(config)
     sources = [open_source(_job_of(config, source), rank=rank, world_size=world_size) for source in config.data.sources]
     return MixedData(
         sources,

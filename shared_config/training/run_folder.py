@@ -46,7 +46,8 @@ def write_config(config: JobConfig, folder: Path) -> None:
     """Write the resolved config and the tokenizer; remove what writers of these files left when they were killed."""
     for left in (*folder.glob(".config.toml.*.part"), *folder.glob(".metrics.jsonl.*.part")):
         left.unlink()
-    prepared = Path(config.data.path) / TOKENIZER
-    kept = keep_tokenizer(config, folder, prepared if config.data.path and prepared.is_dir() else None)
+    paths = [config.data.path, *(source.path for source in config.data.sources)]
+    prepared = (Path(path) / TOKENIZER for path in paths if path)
+    kept = keep_tokenizer(config, folder, next((tokens for tokens in prepared if tokens.is_dir()), None))
     with written_aside(folder / "config.toml") as aside:
         aside.write_text(config_to_toml(kept), encoding="utf-8")

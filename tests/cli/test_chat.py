@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
-import kempnerforge_jax.model.generate
 import kempnerforge_torch.model.generate
 from shared_config.cli import main
 from shared_config.commands import chat
@@ -113,6 +113,7 @@ def test_an_answer_that_is_interrupted_is_kept(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == "well\n"
 
 
+@pytest.mark.skipif(settings.get_current_profile_name() != "nightly", reason="compiles")
 def test_both_backends_give_the_same_answer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for backend in ("torch", "jax"):
@@ -120,7 +121,6 @@ def test_both_backends_give_the_same_answer(folder: Path, capsys: pytest.Capture
         assert main([*line, "--max-new-tokens=8"]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
-    assert kempnerforge_jax.model.generate.stream is not None
 
 
 REFUSALS: dict[str, tuple[Callable[[Path], list[str]], str]] = {

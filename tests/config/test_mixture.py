@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared_config.data import Corpus, MixedData, TextData, TokenStream, open_data
@@ -119,12 +119,13 @@ COUNTS = [624999996, 250000001, 125000003]
 # Rows
 
 
+@settings(max_examples=12)
 @given(mixture=mixtures())
 def test_every_row_of_a_source_comes_once_an_epoch(mixture: tuple[DataConfig, list[int]]) -> None:
     data, windows = mixture
     run = mixed(data, windows)
     seen: dict[int, list[int]] = {}
-    for index in range(60):
+    for index in range(40):
         (first,) = firsts(run.batch(index))
         seen.setdefault(first // 1000, []).append(first % 1000)
     for source, places in seen.items():

@@ -6,8 +6,8 @@ import gzip
 import io
 import itertools
 import json
+import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,7 +20,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared_config.data import ByteTokenizer, HuggingFaceTokenizer, TextData, TokenStream, build_tokenizer, open_data
+from shared_config.data import (
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    MixedData,
+    TextData,
+    TokenStream,
+    build_tokenizer,
+    open_data,
+)
 from shared_config.data import documents as reading
 from shared_config.data import prepare as preparing
 from shared_config.data.corpus import split_end
@@ -29,9 +37,11 @@ from shared_config.errors import UserError
 from shared_config.interchange import files
 from shared_config.interchange.token_index import INDEX, UNFINISHED, read_index
 from shared_config.loader import load_config
+from shared_config.training.run_folder import write_config
 from tests.tokenizers import KINDS, byte_level, save
 
 BYTES = Encoding("bytes")
+NIGHTLY = settings.get_current_profile_name() == "nightly"
 TEXTS = st.text(st.characters(exclude_characters="\0\r", exclude_categories=["Cs"]), max_size=40)
 SEPARATOR = "\n\n"
 
@@ -170,18 +180,20 @@ def test_several_workers_write_the_same_files(tmp_path: Path, corpus: Path) -> N
     assert (told[-1].done, told[-1].tokens) == (told[-1].total, read_index(tmp_path / "two").tokens)
 
 
-@pytest.mark.skipif(settings.get_current_profile_name() != "nightly", reason="takes seconds")
+@pytest.mark.skipif(not NIGHTLY, reason="takes seconds")
 @pytest.mark.parametrize("shards", range(1, 20, 3))
 def test_a_killed_command_goes_on(shards: int, tmp_path: Path, corpus: Path) -> None:
-    line = [sys.executable, "-m", "shared_config.cli", "prepare", str(corpus), "--tokenizer", "bytes", "--output"]
     preparing.prepare([corpus], tmp_path / "whole", BYTES, shard_bytes=300)
-    script = "import sys; from shared_config.data.prepare import *; from pathlib import Path; prepare([Path(sys.argv[1])], Path(sys.argv[2]), Encoding('bytes'), shard_bytes=300, workers=2)"  # noqa: E501
+    script = (
+        "import sys; from pathlib import Path; from shared_config.data.prepare import Encoding, prepare; "
+        "prepare([Path(sys.argv[1])], Path(sys.argv[2]), Encoding('bytes'), shard_bytes=300, workers=2)"
+    )
     line = [sys.executable, "-c", script, str(corpus), str(tmp_path / "out")]
     process = subprocess.Popen(line)
     journal = tmp_path / "out" / UNFINISHED
     while process.poll() is None and (not journal.exists() or journal.read_text().count("\n") <= shards):
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
+    process.kill()
     process.wait()
     subprocess.run(line, check=True)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
@@ -286,6 +298,56 @@ def test_ids_beyond_two_bytes_get_four(tmp_path: Path, corpus: Path) -> None:
     assert exact.dtype == "uint16"
     assert stored(tmp_path / "exact")[-1] == 2**16 - 1
     assert isinstance(build_tokenizer("bytes"), ByteTokenizer)
+
+
+def test_sources_of_one_mixture_have_one_tokenizer(ready: tuple[Path, Path], tmp_path: Path, corpus: Path) -> None:
+    """Ids of two would mean different texts."""
+    other = save(tmp_path / "other", KINDS["metaspace"]())
+    prepare([corpus], tmp_path / "tokens", Encoding(str(other)))
+    (tmp_path / "a.txt").write_text("hello world " * 400)
+
+    def mixed(*paths: Path, tokenizer: Path | str = "bytes") -> MixedData:
+        given = ", ".join(f'{{path = "{path}"}}' for path in paths)
+        fields = {
+            "model.vocab_size": 300,
+            "train.seq_len": 16,
+            "data.sources": f"[{given}]",
+            "data.tokenizer": tokenizer,
+        }
+        data = open_data(load_config("debug", [f"--{name}={value}" for name, value in fields.items()]))
+        assert isinstance(data, MixedData)
+        return data
+
+    with pytest.raises(UserError, match=r"tokens' by 'other' \(.*tokens' by 'tokenizer' \(.*must be made by one"):
+        mixed(ready[1], tmp_path / "tokens")
+    with pytest.raises(UserError, match=r"data.tokenizer = 'bytes': must be the tokenizer 'tokenizer' that made"):
+        mixed(ready[1], tmp_path / "a.txt")
+    assert len(mixed(ready[1], tmp_path / "a.txt", tokenizer=ready[0]).sources) == 2
+    assert len(mixed(ready[1], ready[1]).sources) == 2
+
+
+def test_a_run_keeps_the_tokenizer_of_its_tokens(ready: tuple[Path, Path], tmp_path: Path) -> None:
+    for number, flag in enumerate([f"--data.path={ready[1]}", f'--data.sources=[{{path = "{ready[1]}"}}]']):
+        write_config(load_config("debug", [flag]), tmp_path / f"{number}")
+        kept = tmp_path / f"{number}" / "tokenizer" / "tokenizer.json"
+        assert kept.read_bytes() == (ready[0] / "tokenizer.json").read_bytes()
+
+
+def test_a_worker_that_is_killed_is_told(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where memory is short; started again, the command goes on."""
+
+    def kill(progress: Progress) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    with pytest.raises(
+        UserError, match="a worker process has ended early, as by a lack of memory; run the command again"
+    ):
+        prepare([corpus], tmp_path / "out", BYTES, shard_bytes=300, workers=2, show=kill)
+    assert not multiprocessing.active_children()
+    prepare([corpus], tmp_path / "out", BYTES, shard_bytes=300)
+    prepare([corpus], tmp_path / "whole", BYTES, shard_bytes=300)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 # What is refused
