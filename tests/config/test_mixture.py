@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from fractions import Fraction
 from itertools import pairwise
@@ -20,6 +21,7 @@ from shared_config.errors import ConfigError, UserError
 from shared_config.loader import load_config
 from shared_config.schema.data import DataConfig, PhaseConfig, SourceConfig
 from shared_config.training.loop import run_training
+from shared_config.training.metrics import read_metrics
 from tests.config.test_jsonl import TEMPLATES, tokenizer_folder
 from tests.config.test_loop import VOCAB, BigramTrainer, config_of
 
@@ -280,3 +282,22 @@ def test_a_mixture_that_means_nothing_is_refused(changes: dict[str, str], said: 
 def test_a_vision_language_model_has_one_source(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.sources = 1 sources: must be empty with a \[vlm\] section"):
         load_config("debug_vlm_mot", ['--data.sources=[{path = "a"}]'])
+
+
+@pytest.mark.skipif(settings.get_current_profile_name() != "nightly", reason="compiles")
+def test_a_run_changes_backend_within_its_mixture(tmp_path: Path) -> None:
+    """The losses of six steps, with other weights from step 3 on, are those of PyTorch alone."""
+    small = ("dim=16", "n_layers=1", "n_heads=2", "n_kv_heads=1", "ffn_hidden_dim=24", "max_seq_len=16")
+    config = job(tmp_path, *(f"--model.{size}" for size in small), "--data.phases=[{from_step = 3, weights = [1, 4]}]")
+    config = config.replace(eval=config.eval.replace(steps=1, interval=0), optimizer=config.optimizer.replace(lr=0.01))
+    losses = []
+    for folder, parts in ("alone", [("torch", 6)]), ("both", [("torch", 2), ("jax", 4), ("torch", 6)]):
+        for backend, steps in parts:
+            module = importlib.import_module(f"kempnerforge_{backend}.training.train")
+            train = config.train.replace(max_steps=steps, compile_model=False, mixed_precision="fp32")
+            place = config.checkpoint.replace(dir=str(tmp_path / folder), interval=2)
+            scheduler = config.scheduler.replace(name="constant", warmup_steps=0, decay_steps=None)
+            module.train(config.replace(train=train, checkpoint=place, scheduler=scheduler), device="cpu")
+        losses.append([record["loss"] for record in read_metrics(tmp_path / folder / "metrics.jsonl")])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert len(losses[0]) == 6
