@@ -54,6 +54,7 @@ DIFFERENCES = {
         ("draw(temperature)", "draw(top_k)", "draw(top_p)"), "jax: arguments of a compiled step"
     ),
     "training/averaging.py": {"evaluated_weights(parameters)": "jax: name of a type"},
+    "training/sampling.py": {"Writer.parameters()": "jax: name of a type"},
     "training/optimizer.py": {
         "build_optimizer(parameters)": "jax: shapes will do",
         "set_optimizer_state(state)": "jax: what is filled, torch: what it is filled with",

@@ -19,7 +19,7 @@ FLOORS = (
     ("data", "training"),
     ("evaluation",),
     ("parity",),
-    ("bench",),
+    ("bench", "curves"),
     ("commands", "cli"),
 )
 """Rooms from the ground up; those of one floor don't know each other but in the order given here."""

@@ -243,6 +243,13 @@ DIFFERENCES = {
         "MuonState": "jax: the state is a value",
         "muon": "jax: an optimiser is a transformation",
     },
+    "training/sampling.py": {
+        "Writer.model": "torch: the masters lie in the model",
+        "Writer.optimizer": "torch: holds its state",
+        "Writer.buffers": "jax: arrays live beside the graph",
+        "Writer.optimizer_state": "jax: a value",
+        "Writer.recipe": "jax: what is static in a compiled step",
+    },
     "training/schedule_free.py": {
         "ScheduleFreeAdamW": "torch: an optimiser is a class",
         "ScheduleFreeState": "jax: the state is a value",

@@ -49,6 +49,7 @@ from kempnerforge_jax.training.optimizer import (
     with_states,
 )
 from kempnerforge_jax.training.profile import profile, step_span
+from kempnerforge_jax.training.sampling import continued
 from kempnerforge_jax.training.scheduler import build_rates
 from kempnerforge_jax.training.terms import routing_metrics, taken_metric
 from shared_config.contract.bias_schedule import training_progress
@@ -58,6 +59,7 @@ from shared_config.contract.routing import RouterId
 from shared_config.contract.schedule import Rates
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
+from shared_config.evaluation.samples import sample_loggers
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.parts import Parts, StateParts
 from shared_config.schema.job import JobConfig
@@ -99,7 +101,10 @@ def train(
         trainer = Trainer(config, devices)
         own = trainer.ranks.own
         data = open_data(config, rank=own.start, world_size=trainer.ranks.count, together=len(own))
-        return run_training(config, trainer, data, console=console, processes=processes(), overridden=overridden)
+        loggers = sample_loggers(config, functools.partial(continued, trainer), trainer.devices.count)
+        return run_training(
+            config, trainer, data, console=console, processes=processes(), overridden=overridden, loggers=loggers
+        )
 
 
 class Trainer:

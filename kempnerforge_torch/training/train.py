@@ -47,6 +47,7 @@ from kempnerforge_torch.training.optimizer import (
     set_optimizer_state,
 )
 from kempnerforge_torch.training.profile import profile, step_span
+from kempnerforge_torch.training.sampling import continued
 from kempnerforge_torch.training.scheduler import build_rates
 from kempnerforge_torch.training.terms import (
     Terms,
@@ -62,6 +63,7 @@ from shared_config.contract.specs import ParameterTable
 from shared_config.contract.vision import job_table
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
+from shared_config.evaluation.samples import sample_loggers
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.parts import StateParts
 from shared_config.interchange.vision import tower_of
@@ -94,7 +96,10 @@ def train(
         check_health(config, target)
         trainer = Trainer(config, target)
         data = open_data(config, rank=trainer.ranks.rank, world_size=trainer.ranks.count)
-        return run_training(config, trainer, data, console=console, processes=processes(), overridden=overridden)
+        loggers = sample_loggers(config, functools.partial(continued, trainer), trainer.devices.count)
+        return run_training(
+            config, trainer, data, console=console, processes=processes(), overridden=overridden, loggers=loggers
+        )
 
 
 class Trainer:
@@ -179,10 +184,8 @@ class Trainer:
         """
         self.model.eval()
         total, count = torch.zeros((), device=self.device), self.ranks.number(label_count(batches))
-        with (
-            matmul_precision(self.config.train.matmul_precision),
-            evaluated_weights(self.config, self.parameters, self.optimizer),
-        ):
+        average = evaluated_weights(self.config, self.parameters, self.optimizer)
+        with matmul_precision(self.config.train.matmul_precision), average:
             for loss in self._losses(batches):
                 total = total + loss
             release(self.model)

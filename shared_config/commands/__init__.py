@@ -29,6 +29,7 @@ NAMES = (
     "compile",
     "launch",
     "bench",
+    "report",
     "completion",
 )
 

@@ -21,7 +21,7 @@ from shared_config.commands.common import (
 )
 from shared_config.contract.warm_start import without_warm_start
 from shared_config.errors import UserError
-from shared_config.evaluation import evaluate, evaluation_batches
+from shared_config.evaluation.numbers import evaluate, evaluation_batches
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.files import written_aside
 from shared_config.interchange.tokens import beside, has_tokenizer

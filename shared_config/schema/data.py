@@ -101,12 +101,17 @@ class EvalConfig(Section):
 
     average: evaluate, and export, the average of the weights that ``optimizer.ema_decay`` keeps. An optimiser that
     averages itself is always evaluated so.
+    sample_prompt: a text that the model continues at each evaluation, for samples.jsonl in the run's folder; "" for
+    none. On one device, of a text model.
+    sample_tokens: how many tokens it adds.
     """
 
     interval: Count = 0
     steps: Count = 8
     batch_size: PositiveInt | None = None
     average: bool = False
+    sample_prompt: str = ""
+    sample_tokens: PositiveInt = 64
 
     def problems(self) -> Iterator[str]:
         if self.steps == 0 and self.interval > 0:

@@ -72,6 +72,8 @@ class JobConfig(Section):
             )
         if self.eval.average and not (self.optimizer.averages or self.optimizer.ema_decay):
             yield "eval.average = True: no average of the weights is kept, see optimizer.ema_decay"
+        if self.eval.sample_prompt and self.vlm is not None:
+            yield f"eval.sample_prompt = {self.eval.sample_prompt!r}: must be empty with a [vlm] section"
         if self.train.mixed_precision == "fp8":
             yield from self._fp8_problems()
         yield from self._vision_problems()

@@ -58,6 +58,7 @@ def run_training(
     console: Console | None = None,
     processes: Processes = ALONE,
     overridden: Collection[str] = (),
+    loggers: Sequence[Logger] = (),
 ) -> TrainingSummary:
     """Train until ``train.max_steps``, or until SIGINT, SIGTERM or SIGHUP asks to stop after the step at hand.
 
@@ -69,6 +70,7 @@ def run_training(
         console: where progress is shown; None shows nothing.
         processes: all that train together. Each writes its parts of checkpoints, the first all else.
         overridden: dotted fields that the command line sets: see `shared_config.training.resume.restore`.
+        loggers: further ones, which the first process has.
 
     Raises:
         UserError: the folder can't be written or another run is using it (before anything is trained), a checkpoint
@@ -102,13 +104,13 @@ def run_training(
         display = Display(console, total=config.train.max_steps, done=start.step, speed=speed)
         profiler: Profiler | None = None
         with processes.agreed():
-            loggers: list[Logger] = []
+            own_loggers: list[Logger] = []
             if is_main:
                 keep, milestones = config.checkpoint.keep_last_n, config.checkpoint.milestone_interval
                 with_room = partial(run_layout.with_room, folder, keep, milestones=milestones)
                 with_room(partial(write_config, config, folder))
                 logging = partial(open_loggers, config, folder, start.step)
-                loggers = with_room(lambda: stack.enter_context(logging()))
+                own_loggers = [*with_room(lambda: stack.enter_context(logging())), *loggers]
                 profiler = Profiler(config, start.step, trainer.profile, display.say)
         stop = stack.enter_context(StopRequest(announce=console is not None))
         stack.enter_context(display)
@@ -116,7 +118,7 @@ def run_training(
             display.say(f"note: {note}")
         if profiler is not None:
             stack.enter_context(profiler)
-        return _Run(config, trainer, data, start, speed, folder, loggers, display, profiler, stop, processes).run()
+        return _Run(config, trainer, data, start, speed, folder, own_loggers, display, profiler, stop, processes).run()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from shared_config.cli import main
 from shared_config.data import ByteTokenizer
-from shared_config.evaluation import evaluate, evaluation_batches, text_bytes
+from shared_config.evaluation.numbers import evaluate, evaluation_batches, text_bytes
 from shared_config.interchange import checkpoint
 from shared_config.interchange.toml import config_to_dict
 from tests.jobs import text_job

@@ -34,6 +34,7 @@ LINES = {
     "compile": ("debug", "--topology=v5e:2x2"),
     "bench": ("debug", "--backend=torch"),
     "launch": ("debug", "--backend=torch", "--slurm"),
+    "report": ("run",),
     "completion": ("bash",),
 }
 

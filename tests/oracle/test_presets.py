@@ -323,7 +323,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "temperature": 1.0,
         "phases": (),
     },
-    "eval": {"interval": 0, "steps": 8, "batch_size": None, "average": False},
+    "eval": {"interval": 0, "steps": 8, "batch_size": None, "average": False, "sample_prompt": "", "sample_tokens": 64},
     "distributed": {"dp_replicate": 1, "dp_shard": -1, "cp": 1, "tp": 1, "pp": 1, "ep": 1},
     "checkpoint": {
         "dir": "runs/latest",

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 import kempnerforge_jax.training.train as jax_training
 import kempnerforge_torch.training.train as torch_training
+from kempnerforge_jax.training.sampling import continued as jax_continued
+from kempnerforge_torch.training.sampling import continued as torch_continued
 from shared_config.contract.freeze import moments_under
 from shared_config.contract.moments import moments_of
 from shared_config.contract.parameters import parameter_table
@@ -212,3 +214,19 @@ def test_fields_that_an_optimiser_does_not_read_are_refused() -> None:
             OptimizerConfig(**fields)
     with pytest.raises(ConfigError, match=r"scheduler\.name = 'cosine': must be 'constant' or 'none' with optimizer"):
         tiny_job(optimizer={"name": "schedule_free_adamw"})
+
+
+@nightly
+@double_precision
+def test_samples_of_both_backends_are_one_text(tmp_path: Path) -> None:
+    job = text_job(
+        tmp_path, **sections("schedule_free_adamw"), eval={"sample_prompt": "the", "sample_tokens": 12, "steps": 1}
+    )
+    uniforms, found = np.random.default_rng(0).random((1, 12)), {}
+    for backend, dtype, continued in (("torch", torch.float64, torch_continued), ("jax", jnp.float64, jax_continued)):
+        trainer: Any = TRAINING[backend].Trainer(job, "cpu", dtype=dtype)
+        for step in range(2):
+            trainer.step([draw_batch(job, step)])
+        found[backend] = continued(trainer, [256, *b"the"], uniforms)
+        assert len(found[backend]) == 12
+    assert found["torch"] == found["jax"]
