@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +14,12 @@ from numpy.typing import ArrayLike
 
 from shared_config.contract.mixing import WEYL, splitmix
 from shared_config.interchange.weights import is_floating
-from shared_config.parity.numerics import as_float64, rms
+from shared_config.parity.numerics import as_float64
 
 SKETCH_SIZE = 1024
 BLOCK = 1 << 20
+PIECE = 1 << 15
+"""Values that are looked at together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,23 +52,42 @@ class Summary:
 
 
 def summarize(tensor: ArrayLike) -> Summary:
-    """What can be kept of a tensor in a few kilobytes."""
+    """What can be kept of a tensor in a few kilobytes; it is read in pieces that stay in a processor's cache."""
     array = np.asarray(tensor, order="C")
-    values = as_float64(array)
-    finite = np.isfinite(values)
-    kept = values[finite]
+    flat = array.reshape(-1)
+    low, high, total, count = np.inf, -np.inf, 0.0, 0
+    for values in _pieces(flat):
+        kept = values if np.isfinite(values).all() else values[np.isfinite(values)]
+        low, high = kept.min(initial=low), kept.max(initial=high)
+        total, count = total + float(kept.sum()), count + kept.size
+    scale = max(abs(float(low)), abs(float(high))) if count else 0.0
+    squares = sum(_squares(values, scale) for values in _pieces(flat)) if scale else 0.0
+    finite = count == flat.size
     return Summary(
         shape=array.shape,
         dtype=array.dtype.name,
         hash=_hash(array),
-        nonfinite_hash="" if finite.all() else _hash(_kinds_of_nonfinite(values)),
-        rms=rms(kept),
-        mean=float(kept.mean()) if kept.size else 0.0,
-        minimum=float(kept.min()) if kept.size else 0.0,
-        maximum=float(kept.max()) if kept.size else 0.0,
-        sketch=sketch(np.where(finite, values, 0.0)) if is_floating(array.dtype) else np.empty(0),
-        nonfinite=int(np.count_nonzero(~finite)),
+        nonfinite_hash="" if finite else _hash(_kinds_of_nonfinite(as_float64(array))),
+        rms=scale * math.sqrt(squares / count) if scale else 0.0,
+        mean=total / count if count else 0.0,
+        minimum=float(low) if count else 0.0,
+        maximum=float(high) if count else 0.0,
+        sketch=sketch(flat) if is_floating(array.dtype) else np.empty(0),
+        nonfinite=flat.size - count,
     )
+
+
+def _pieces(flat: np.ndarray) -> Iterator[np.ndarray]:
+    """Runs of `PIECE` values, as float64."""
+    return (as_float64(flat[start : start + PIECE]) for start in range(0, flat.size, PIECE))
+
+
+def _squares(values: np.ndarray, scale: float) -> float:
+    """Sum of the squares of what is finite, relative to a scale."""
+    scaled = values / scale
+    if not np.isfinite(scaled).all():
+        scaled = scaled[np.isfinite(scaled)]
+    return float(scaled @ scaled)
 
 
 def tensors_hash(tensors: Mapping[str, np.ndarray | Summary]) -> str:
@@ -75,13 +97,14 @@ def tensors_hash(tensors: Mapping[str, np.ndarray | Summary]) -> str:
 
 
 def sketch(values: np.ndarray) -> np.ndarray:
-    """Signed sums of float64 values over 1024 buckets chosen by a hash of the position."""
-    flat = values.reshape(-1)
+    """Signed sums of values over 1024 buckets chosen by a hash of the position; what is not finite counts as 0."""
     sums = np.zeros(SKETCH_SIZE)
-    for start in range(0, flat.size, BLOCK):
-        block = flat[start : start + BLOCK]
-        signs, buckets = (part[: block.size] for part in _places(start))
-        sums += np.bincount(buckets, weights=signs * block, minlength=SKETCH_SIZE)
+    for number, piece in enumerate(_pieces(values.reshape(-1))):
+        start = number * PIECE
+        places = slice(start % BLOCK, start % BLOCK + piece.size)
+        signs, buckets = (part[places] for part in _places(start - start % BLOCK))
+        known = piece if np.isfinite(piece).all() else np.where(np.isfinite(piece), piece, 0.0)
+        sums += np.bincount(buckets, weights=signs * known, minlength=SKETCH_SIZE)
     return sums
 
 

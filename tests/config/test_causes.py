@@ -7,7 +7,7 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared_config.parity import Trace, compare_functions
@@ -15,6 +15,7 @@ from shared_config.parity.foreign.causes import cause_of
 from shared_config.parity.traces import TraceMeta
 
 SHAPE = (2, 40, 12)
+few = settings(max_examples=100 if settings.get_current_profile_name() == "nightly" else 3)
 Change = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -84,6 +85,7 @@ CAUSES: dict[str, tuple[str, Change, Change]] = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CAUSES)
+@few
 @given(seed=st.integers(0, 99))
 def test_each_cause_is_named_and_no_other(name: str, dtype: str, seed: int) -> None:
     kind, right, wrong = CAUSES[name]
@@ -104,11 +106,13 @@ UNKNOWN: dict[str, tuple[Change, Change]] = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", UNKNOWN)
+@few
 @given(seed=st.integers(0, 99))
 def test_what_no_check_confirms_is_not_named(name: str, dtype: str, seed: int) -> None:
     assert cause(*traces(seed, dtype, *UNKNOWN[name])) is None
 
 
+@few
 @given(seed=st.integers(0, 99))
 def test_a_narrow_dtype_is_seen_in_the_bits(seed: int) -> None:
     def narrow(x: np.ndarray, w: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ import optax
 import pytest
 import torch
 from flax import linen, nnx
+from hypothesis import settings
 from jax.ad_checkpoint import checkpoint_name
 from torch import Tensor, nn
 
@@ -24,6 +25,8 @@ from shared_config.errors import UserError
 from shared_config.parity import Trace, compare_functions, make_map, read_trace, record, tap
 from shared_config.parity.foreign.site import site_of
 
+NIGHTLY = settings.get_current_profile_name() == "nightly"
+nightly = pytest.mark.skipif(not NIGHTLY, reason="takes seconds: HYPOTHESIS_PROFILE=nightly")
 RNG = np.random.default_rng(3)
 X = RNG.standard_normal((4, 9, 6)).astype(np.float32)
 WEIGHTS = {
@@ -103,10 +106,12 @@ def recorded(kind: str, **options: Any) -> Trace:
     )
 
 
-@pytest.mark.parametrize("kind", ["nnx", "linen", "jax", "numpy"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("nnx", marks=nightly), pytest.param("linen", marks=nightly), "jax", "numpy"]
+)
 def test_every_kind_of_function_is_recorded_as_the_same(kind: str) -> None:
     names = make_map({"*.weight": ("*.kernel", "transpose")}) if kind == "linen" else FROM_TORCH
-    for dtype in ("float64", "bfloat16") if kind == "jax" else ("float32",):
+    for dtype in ("float64", "bfloat16") if NIGHTLY else ("float32",):
         a, b = recorded("torch", dtype=dtype), recorded(kind, dtype=dtype, deltas=False)
         found = compare_functions(a, b, names, common=True)
         assert found.equal, found.failures
@@ -131,7 +136,7 @@ def test_what_only_one_side_has_is_a_difference_unless_it_is_left_out() -> None:
         compare_functions(a, of_torch.record(torch_mlp(), (X + 1,), deltas=False))
 
 
-@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("steps", [0, pytest.param(3, marks=nightly)])
 def test_a_step_of_any_optimiser_and_a_short_run(steps: int) -> None:
     batches = [(X * (1 + n),) for n in range(steps)]
     adamw = functools.partial(torch.optim.AdamW, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
@@ -246,7 +251,7 @@ def wrapped(kind: str) -> nn.Module:
     return nn.DataParallel(torch_mlp())
 
 
-@pytest.mark.parametrize("kind", ["compiled", "compiled part", "parallel"])
+@pytest.mark.parametrize("kind", [pytest.param("compiled", marks=nightly), "compiled part", "parallel"])
 def test_wrapped_modules_have_plain_names_and_stay_as_they_are(kind: str) -> None:
     model = wrapped(kind)
     before = {name: value.clone() for name, value in model.state_dict().items()}
