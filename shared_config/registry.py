@@ -58,9 +58,9 @@ def _built_in(*names: str) -> dict[str, Declaration]:
 _declared: dict[str, dict[str, Declaration]] = {
     "model": _built_in("transformer"),
     "architecture": _built_in("joint_decoder", "cross_attention", "mot", "moma"),
-    "norm": _built_in("rmsnorm", "layernorm"),
+    "norm": _built_in("rmsnorm", "rmsnorm_1p", "layernorm"),
     "activation": _built_in("silu", "gelu", "relu"),
-    "mlp": _built_in("silu", "gelu", "relu"),
+    "mlp": _built_in("silu", "gelu", "relu", "geglu_tanh"),
     "router": _built_in("softmax_topk", "sigmoid_topk"),
     "vision_encoder": _built_in("random", "siglip2", "clip", "vit"),
     "adapter": _built_in("mlp_2layer", "linear", "avgpool", "attentional_pool"),

@@ -111,7 +111,7 @@ LENGTH_MUTANTS = (
         ("dx_ND[start : start + rows]", "dx_ND[: len(x_cD)]"),
         ("dx_ncD.reshape(-1, x_ND.shape[1])", "jnp.broadcast_to(dx_ncD[-1], dx_ncD.shape).reshape(-1, x_ND.shape[1])"),
     ),
-    both("training.head", "logits of a chunk not divided", "divided(logits_cV, logits.divisor)", "logits_cV"),
+    both("training.head", "logits of a chunk not divided", "logits.finished(logits_cV)", "logits_cV"),
     Mutant(
         "training.head", "the weight's gradient only where what enters the head has one",
         ("if dw_VD is not None:\n        _add", "if dw_VD is not None and dx_cD is not None:\n        _add"), None,

@@ -45,9 +45,9 @@ def model_configs(draw: st.DrawFn, experts: bool = False, **fixed: Any) -> Model
         "n_kv_heads": None if group == 1 and draw(st.booleans()) else kv_heads,
         "vocab_size": draw(st.sampled_from([13, 37])),
         "ffn_hidden_dim": draw(st.sampled_from([9, 24, 50])),
-        "norm_type": draw(st.sampled_from(["rmsnorm", "layernorm"])),
+        "norm_type": draw(st.sampled_from(["rmsnorm", "layernorm", "rmsnorm_1p"])),
         "norm_eps": draw(st.sampled_from([1e-5, 1e-6, 1e-2])),
-        "activation": draw(st.sampled_from(["silu", "gelu", "relu"])),
+        "activation": draw(st.sampled_from(["silu", "gelu", "relu", "geglu_tanh"])),
         "max_seq_len": MAX_SEQ_LEN,
         "rope_theta": draw(st.sampled_from([10000.0, 50.0, 500000.0])),
         "rope_scaling": draw(rope_scalings),
@@ -74,6 +74,8 @@ def block_fields(experts: bool) -> st.SearchStrategy[dict[str, Any]]:
         "embedding_scale": (1.0, 2.5),
         "residual_scale": (1.0, 0.7),
         "logit_divisor": (1.0, 3.0),
+        "attention_softcap": (None, 2.0),
+        "logit_softcap": (None, 1.5),
     }
     drawn = {name: st.sampled_from(choices) for name, choices in values.items()}
     return st.one_of(st.just({}), st.fixed_dictionaries(drawn))

@@ -106,6 +106,7 @@ DIFFERENCES = {
     "model/fp8.py": {"has_units": "torch: XLA knows what a device can do"},
     "model/fused.py": {
         "SEGMENTS": "jax: shapes are static",
+        "fused_attention(softcap)": "torch: the kernel of JAX has no soft caps",
         "fused_attention(otherwise)": "jax: what its kernel can't do is known as the program runs",
         "has_kernel(device)": "torch: JAX has a default device",
         "with_fused(device)": "torch: arrays are made on a device",

@@ -23,8 +23,9 @@ from kempnerforge_jax.model.kv_cache import KVCache
 from kempnerforge_jax.model.linear import Linear
 from kempnerforge_jax.model.mask import CAUSAL, Mask, as_mask, with_dense
 from kempnerforge_jax.model.module import Module
-from kempnerforge_jax.model.norm import RMSNorm
+from kempnerforge_jax.model.norm import build_norm
 from kempnerforge_jax.model.position import apply_rope
+from kempnerforge_jax.model.softcap import soft_capped
 from kempnerforge_jax.model.within_map import read_besides
 
 DENSE_PAIRS = 1024 * 1024
@@ -55,6 +56,8 @@ class Attention(Module):
         qk_norm_over: str = "head",
         scale: float | None = None,
         rotary: bool = True,
+        softcap: float | None = None,
+        qk_norm_type: str = "rmsnorm",
         rngs: nnx.Rngs | None,
     ):
         """
@@ -64,6 +67,8 @@ class Attention(Module):
             qk_norm_over: "head", or "width": one norm over all heads together.
             scale: factor on products of queries and keys; None: head_dim^-0.5.
             rotary: False: queries and keys are not rotated.
+            softcap: as for `attend`.
+            qk_norm_type: of the norms of queries and keys, as for `build_norm`.
         """
         head_dim = resolve_head_dim(dim, n_heads, n_kv_heads, head_dim)
         self.n_heads = n_heads
@@ -74,13 +79,14 @@ class Attention(Module):
         self.qk_norm_over = qk_norm_over
         self.scale = head_dim**-0.5 if scale is None else scale
         self.rotary = rotary
+        self.softcap = softcap
         self.q_proj = Linear(dim, n_heads * head_dim, bias, rngs=rngs)
         self.k_proj = Linear(dim, n_kv_heads * head_dim, bias, rngs=rngs)
         self.v_proj = Linear(dim, n_kv_heads * head_dim, bias, rngs=rngs)
         self.o_proj = Linear(n_heads * head_dim, dim, bias if output_bias is None else output_bias, rngs=rngs)
         q_width, k_width = (n_heads * head_dim, n_kv_heads * head_dim) if qk_norm_over == "width" else (head_dim,) * 2
-        self.q_norm = RMSNorm(q_width, norm_eps, rngs=rngs) if qk_norm else None
-        self.k_norm = RMSNorm(k_width, norm_eps, rngs=rngs) if qk_norm else None
+        self.q_norm = build_norm(qk_norm_type, q_width, norm_eps, rngs=rngs) if qk_norm else None
+        self.k_norm = build_norm(qk_norm_type, k_width, norm_eps, rngs=rngs) if qk_norm else None
         self.capture_attention_weights = False
 
     @property
@@ -135,16 +141,17 @@ class Attention(Module):
             k_BKMh, v_BKMh = k_BKMh.astype(x.dtype), v_BKMh.astype(x.dtype)
         elif (others := read_besides()) is not None:
             _, k_BKMh, v_BKMh = others.update(k_BKMh, v_BKMh)
+        scores = {"scale": self.scale, "softcap": self.softcap}
         if self.capture_attention_weights:
-            self.keep(attention_weights=attention_weights(q_BHSh, k_BKMh, mask, scale=self.scale))
-        out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask, scale=self.scale)
+            self.keep(attention_weights=attention_weights(q_BHSh, k_BKMh, mask, **scores))
+        out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask, **scores)
         out_BSD = self.o_proj(out_BHSh.swapaxes(1, 2).reshape(batch, length, -1))
         if kv_cache is None or updated is None:
             return out_BSD
         past_end_BS = kv_cache.positions(length) >= kv_cache.max_seq_len
         return jnp.where(past_end_BS[..., None], jnp.nan, out_BSD), updated
 
-    def _heads(self, x_BSX: jax.Array, norm: RMSNorm | None) -> jax.Array:
+    def _heads(self, x_BSX: jax.Array, norm: Module | None) -> jax.Array:
         """(B, S, H h) -> (B, S, H, h), normalised if there is a norm: as a whole, or head by head."""
         split = (*x_BSX.shape[:2], -1, self.head_dim)
         if norm is not None and self.qk_norm_over == "width":
@@ -160,6 +167,7 @@ def attend(
     mask: Mask | Bool[Array, "..."] = CAUSAL,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B H S h"]:
     """softmax(scale q k^T) v.
 
@@ -170,19 +178,22 @@ def attend(
         others, up to DENSE_PAIRS                       products of all queries with all keys
         longer ones                                     blocks of queries
 
+    cuDNN's has no soft caps.
+
     Args:
         q: (B, H, S, h).
         k, v: (B, K, M, h).
         mask: which keys each query may attend to; an array is bool, broadcasts to (B, H, S, M), True = attend.
         scale: None: h^-0.5.
+        softcap: scores s become softcap * tanh(s / softcap); None: they stay.
 
     Returns:
         (B, H, S, h); 0, with gradient 0, in rows that may attend to nothing.
     """
     (length, channels), keys = q.shape[2:], k.shape[2]
-    mask = as_mask(mask)
-    if q.dtype != k.dtype or k.dtype != v.dtype or not has_kernel(mask, length, keys, channels, q.dtype):
-        return _attend_plainly(scale, mask, q, k, v)
+    mask, one_dtype = as_mask(mask), q.dtype == k.dtype == v.dtype
+    if softcap is not None or not one_dtype or not has_kernel(mask, length, keys, channels, q.dtype):
+        return _attend_plainly(scale, mask, q, k, v, softcap)
     mask = mask if mask.fused is not None else with_fused(mask, length, keys)
     kernel, plain = (functools.partial(way, scale, mask) for way in (_attend_fused, _attend_plainly))
     return lax.platform_dependent(q, k, v, cuda=kernel, default=plain)
@@ -192,14 +203,19 @@ def _attend_fused(scale: float | None, mask: Mask, q: jax.Array, k: jax.Array, v
     return fused_attention(q, k, v, mask, functools.partial(_attend_plainly, scale), scale=scale)
 
 
-def _attend_plainly(scale: float | None, mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    is_short, attend_dense = q.shape[2] * k.shape[2] <= DENSE_PAIRS, functools.partial(_attention, scale=scale)
+def _attend_plainly(
+    scale: float | None, mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array, softcap: float | None = None
+) -> jax.Array:
+    is_short = q.shape[2] * k.shape[2] <= DENSE_PAIRS
+    attend_dense = functools.partial(_attention, scale=scale, softcap=softcap)
     return attend_dense(q, k, v, mask) if is_short else blockwise_attention(attend_dense, q, k, v, mask)
 
 
-def _attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, scale: float | None) -> jax.Array:
+def _attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, scale: float | None, softcap: float | None
+) -> jax.Array:
     mask = with_dense(mask, q.shape[2], k.shape[2])
-    weights_BHSM = attention_weights(q, k, mask, scale=scale).astype(v.dtype)
+    weights_BHSM = attention_weights(q, k, mask, scale=scale, softcap=softcap).astype(v.dtype)
     weights_BKGSM = weights_BHSM.reshape(q.shape[0], k.shape[1], -1, *weights_BHSM.shape[2:])
     out_BKGSh = jnp.einsum("bkgsm,bkmh->bkgsh", weights_BKGSM, v)
     out_BHSh = out_BKGSh.reshape(*q.shape[:3], v.shape[-1]).astype(q.dtype)
@@ -213,6 +229,7 @@ def attention_weights(
     mask: Mask | Bool[Array, "..."] = CAUSAL,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B H S M"]:
     """The probabilities of `attend`: (B, H, S, M) in at least float32, 0 in rows that may attend to nothing."""
     (batch, heads, length, channels), keys = q.shape, k.shape[2]
@@ -221,6 +238,7 @@ def attention_weights(
     q_BKGSh = q.reshape(batch, k.shape[1], -1, length, channels)
     scores_BKGSM = _scores(q_BKGSh, k)
     scores_BHSM = scores_BKGSM.reshape(batch, heads, length, keys) * (channels**-0.5 if scale is None else scale)
+    scores_BHSM = soft_capped(scores_BHSM, softcap)
     weights_BHSM = jax.nn.softmax(jnp.where(dense.allowed, scores_BHSM, -jnp.inf), axis=-1)
     return weights_BHSM if dense.empty is None else jnp.where(dense.empty, 0, weights_BHSM)
 
@@ -244,11 +262,14 @@ def _scores_backward(residuals: tuple[jax.Array, jax.Array], d_BKGSM: jax.Array)
 _scores.defvjp(lambda q_BKGSh, k_BKMh: (_scores(q_BKGSh, k_BKMh), (q_BKGSh, k_BKMh)), _scores_backward)
 
 
-def prepare_mask(mask: Mask, queries: int, keys: int, head_dim: int, dtype: DTypeLike) -> Mask:
-    """The mask as `attend` needs it for heads of this size and dtype: in its dense form or in that of a kernel, unless
-    the facts will do. What all layers share is prepared once, before the first.
+def prepare_mask(
+    mask: Mask, queries: int, keys: int, head_dim: int, dtype: DTypeLike, softcap: float | None = None
+) -> Mask:
+    """The mask as `attend` needs it for heads of this size and dtype, and for scores with or without a soft cap: in its
+    dense form or in that of a kernel, unless the facts will do. What all layers share is prepared once, before the
+    first.
     """
-    if has_kernel(mask, queries, keys, head_dim, dtype):
+    if softcap is None and has_kernel(mask, queries, keys, head_dim, dtype):
         return with_fused(mask, queries, keys)
     return with_dense(mask, queries, keys) if queries * keys <= DENSE_PAIRS else mask
 

@@ -14,24 +14,31 @@ from jaxtyping import Array, Float, Integer
 from kempnerforge_jax.model.checks import check_ids
 from kempnerforge_jax.model.linear import Embedding, Linear, linear
 from kempnerforge_jax.model.module import Module
+from kempnerforge_jax.model.softcap import soft_capped
 
 
 class FactoredLogits(NamedTuple):
-    """Logits that are not multiplied yet: x weight^T / divisor.
+    """Logits that are not multiplied yet: x weight^T / divisor, capped.
 
     Attributes:
         x: (B, S, D), what enters the head.
         weight: (V, D), in the dtype of x.
         divisor: a number.
+        softcap: as for `soft_capped`.
     """
 
     x: Float[Array, "B S D"]
     weight: Float[Array, "V D"]
     divisor: float = 1.0
+    softcap: float | None = None
 
     def whole(self) -> Float[Array, "B S V"]:
-        """The product, divided."""
-        return divided(linear(self.x, self.weight), self.divisor)
+        """The product, divided and capped."""
+        return self.finished(linear(self.x, self.weight))
+
+    def finished(self, product: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Logits from a product."""
+        return soft_capped(divided(product, self.divisor), self.softcap)
 
 
 class TokenEmbedding(Module):
@@ -60,22 +67,31 @@ class _Projection(Linear):
 
 
 class OutputHead(Module):
-    """Hidden states to logits, divided by a number; the weight is ``proj.weight`` (V, D)."""
+    """Hidden states to logits, divided by a number and capped; the weight is ``proj.weight`` (V, D)."""
 
-    def __init__(self, dim: int, vocab_size: int, divisor: float = 1.0, *, rngs: nnx.Rngs | None):
+    def __init__(
+        self,
+        dim: int,
+        vocab_size: int,
+        divisor: float = 1.0,
+        softcap: float | None = None,
+        *,
+        rngs: nnx.Rngs | None,
+    ):
         self.proj = _Projection(dim, vocab_size, rngs=rngs)
         self.divisor = divisor
+        self.softcap = softcap
 
     def forward(
         self, x: Float[Array, "B S D"], tied_weight: Float[Array, "V D"] | None = None
     ) -> Float[Array, "B S V"]:
         """(B, S, D) -> (B, S, V); a tied head is given the embedding's table (V, D) at each call."""
-        return divided(self.proj(x, tied_weight), self.divisor)
+        return soft_capped(divided(self.proj(x, tied_weight), self.divisor), self.softcap)
 
     def factors(self, x: Float[Array, "B S D"], tied_weight: Float[Array, "V D"] | None = None) -> FactoredLogits:
         """What `forward` multiplies."""
         factors = self.proj.factors(x) if tied_weight is None else (x, tied_weight)
-        return FactoredLogits(*factors, self.divisor)
+        return FactoredLogits(*factors, self.divisor, self.softcap)
 
     def tie_weights(self, embedding: TokenEmbedding) -> None:
         """Give up the own weight for the embedding's table, which each call passes: no array belongs to two modules.

@@ -29,7 +29,7 @@ from kempnerforge_jax.model.experts import apply_modules, apply_packed
 from kempnerforge_jax.model.experts import grouped_expert_forward as grouped_expert_forward
 from kempnerforge_jax.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
 from kempnerforge_jax.model.linear import Linear, matrix
-from kempnerforge_jax.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
+from kempnerforge_jax.model.mlp import ACTIVATIONS, GATES, GEGLUMLP, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.router import TopKRouter, build_router
 from kempnerforge_jax.model.stats import MoEOutput, MoEStats, RouterStats, StatsGetters, keep_stats
@@ -163,7 +163,7 @@ class MoEMLP(StatsGetters):
         return jax.nn.sigmoid(gate_T1.astype(jnp.promote_types(gate_T1.dtype, jnp.float32))) * shared_TD
 
     def expert_weights(self, dtype: DTypeLike = jnp.float32) -> dict[str, Float[Array, "E _ _"]]:
-        """``gate`` (silu only), ``up`` (E, D, F) and ``down`` (E, F, D), from wherever they are held; {} for experts of
+        """``gate`` (if gated), ``up`` (E, D, F) and ``down`` (E, F, D), from wherever they are held; {} for experts of
         another kind.
 
         Args:
@@ -178,7 +178,7 @@ class MoEMLP(StatsGetters):
         """Each row through its expert; 0 for rows of no expert."""
         if self.activation is None:
             return apply_modules(x_RD, ends_E, list(self.experts.values()))
-        weights, activation = self.expert_weights(x_RD.dtype), ACTIVATIONS[self.activation]
+        weights, activation = self.expert_weights(x_RD.dtype), (GATES | ACTIVATIONS)[self.activation]
         gate_w = weights.get("gate")
 
         def apply(x_RD: jax.Array, ends_E: jax.Array) -> jax.Array:
@@ -257,7 +257,7 @@ def _projections(activation: str | None) -> tuple[str, ...]:
     """The projections of an expert; none are known of one that is not a `SwiGLUMLP` or `StandardMLP`."""
     if activation is None:
         return ()
-    return PROJECTIONS if activation == "silu" else PROJECTIONS[1:]
+    return PROJECTIONS if activation in GATES else PROJECTIONS[1:]
 
 
 def _stacked(experts: Sequence[Any], name: str, dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -272,4 +272,5 @@ def _common_activation(experts: Sequence[Module]) -> str | None:
         names = ", ".join(sorted({kind.__name__ for kind, _ in kinds})) or "none"
         raise ValueError(f"experts = {names}: must be layers of one type, all with the same activation")
     kind, activation = kinds.pop()
-    return "silu" if kind is SwiGLUMLP else activation if kind is StandardMLP else None
+    gated = {SwiGLUMLP: "silu", GEGLUMLP: "geglu_tanh"}
+    return gated.get(kind, activation if kind is StandardMLP else None)

@@ -28,7 +28,7 @@ from kempnerforge_jax.model.linear import Linear, silence
 from kempnerforge_jax.model.mask import Mask
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.module import Module
-from kempnerforge_jax.model.norm import RMSNorm, build_norm
+from kempnerforge_jax.model.norm import build_norm
 from kempnerforge_jax.model.position import apply_rope
 from kempnerforge_jax.model.state import set_state
 from kempnerforge_jax.model.stats import BlockOutput, MoEStats, keep_stats
@@ -58,6 +58,7 @@ class MoTAttention(Module):
         sliding_window: int | None = None,
         norm_eps: float = 1e-5,
         image_n_kv_heads: int = 0,
+        qk_norm_type: str = "rmsnorm",
         rngs: nnx.Rngs | None,
     ):
         """``image_n_kv_heads`` 0 means ``n_kv_heads``."""
@@ -72,18 +73,16 @@ class MoTAttention(Module):
         def projections(inputs: int, outputs: Mapping[str, int]) -> nnx.Dict[Linear]:
             return nnx.Dict({name: Linear(inputs, outputs[name], bias, rngs=rngs) for name in self.modalities})
 
-        def norms() -> nnx.Dict[RMSNorm] | None:
-            if not qk_norm:
-                return None
-            return nnx.Dict({name: RMSNorm(self.head_dim, norm_eps, rngs=rngs) for name in self.modalities})
+        def norms() -> nnx.Dict[Module] | None:
+            built = {name: build_norm(qk_norm_type, self.head_dim, norm_eps, rngs=rngs) for name in self.modalities}
+            return nnx.Dict(built) if qk_norm else None
 
         kv_widths = {name: count * self.head_dim for name, count in kv_heads.items()}
         self.q_proj = projections(dim, dict.fromkeys(self.modalities, n_heads * self.head_dim))
         self.k_proj = projections(dim, kv_widths)
         self.v_proj = projections(dim, kv_widths)
         self.o_proj = projections(n_heads * self.head_dim, dict.fromkeys(self.modalities, dim))
-        self.q_norm = norms()
-        self.k_norm = norms()
+        self.q_norm, self.k_norm = norms(), norms()
 
     def forward(
         self,
@@ -184,6 +183,7 @@ class MoTBlock(Module):
             sliding_window=config.sliding_window,
             norm_eps=config.norm_eps,
             image_n_kv_heads=image_n_kv_heads,
+            qk_norm_type=config.qk_norm_type,
             rngs=rngs,
         )
         self.mlp_norm = _norms(config, self.modalities, rngs=rngs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from kempnerforge_jax.model.module import Module
@@ -28,7 +29,24 @@ class RMSNorm(Module):
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         wide = x.astype(dtype)
         scale = jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.eps)
-        return (wide * scale * self.weight.get_value().astype(dtype)).astype(x.dtype)
+        return (wide * scale * self.factor(dtype)).astype(x.dtype)
+
+    def factor(self, dtype: DTypeLike) -> Float[Array, "D"]:
+        """What the normalised is multiplied by: (D,)."""
+        return self.weight.get_value().astype(dtype)
+
+
+@registry.register("norm", "rmsnorm_1p")
+class UnitRMSNorm(RMSNorm):
+    """x * rsqrt(mean(x^2) + eps) * (1 + weight): an `RMSNorm` whose weights decay towards 1 (as in Gemma)."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, *, rngs: nnx.Rngs | None):
+        super().__init__(dim, eps, rngs=rngs)
+        self.weight.set_value(jnp.zeros(dim, jnp.float32))
+
+    def factor(self, dtype: DTypeLike) -> Float[Array, "D"]:
+        """1 + weight (D,)."""
+        return 1 + super().factor(dtype)
 
 
 @registry.register("norm", "layernorm")

@@ -80,7 +80,9 @@ class Transformer(ModelGetters):
         for name, module in extra.items():
             setattr(self, name, module)
         self._extra = tuple(extra)
-        self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size, config.logit_divisor, rngs=None)
+        self.output_head: OutputHead | None = OutputHead(
+            config.dim, config.vocab_size, config.logit_divisor, config.logit_softcap, rngs=None
+        )
         if config.tie_embeddings:
             self.output_head.tie_weights(self.token_embedding)
         if rngs is not None:
@@ -224,7 +226,7 @@ class Transformer(ModelGetters):
         limit_capacity: bool | None,
     ) -> dict[int | None, dict[str, object]]:
         """What blocks share: rotary tables and the mask, built once for those of each window."""
-        length, others, found = x.shape[1], read_besides(), {}
+        length, softcap, others, found = x.shape[1], self.config.attention_softcap, read_besides(), {}
         if kv_caches is not None:
             self._check_caches(kv_caches, length)
         elif (whole := length if others is None else others.keys(length)) > self.config.max_seq_len:
@@ -247,7 +249,7 @@ class Transformer(ModelGetters):
             inputs = {
                 "rope_cos": rope_cos,
                 "rope_sin": rope_sin,
-                "mask": prepare_mask(mask, length, keys, self.config.head_size, x.dtype),
+                "mask": prepare_mask(mask, length, keys, self.config.head_size, x.dtype, softcap),
                 "doc_ids": doc_ids,
                 "key_padding_mask": modality.key_padding_mask,
                 "limit_capacity": kv_caches is None if limit_capacity is None else limit_capacity,

@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Integer
 
 from kempnerforge_jax.model.checks import check_shape
-from kempnerforge_jax.model.embedding import FactoredLogits, divided
+from kempnerforge_jax.model.embedding import FactoredLogits
 from kempnerforge_jax.model.linear import linear
 from shared_config.contract.labels import IGNORED, rows_of_logits
 
@@ -50,7 +50,7 @@ def loss_in_chunks(
     x_ND, labels_N = logits.x.reshape(-1, logits.x.shape[-1]), labels_BS.reshape(-1)
 
     def loss_of(logits_cV: jax.Array, labels_c: jax.Array) -> jax.Array:
-        return cross_entropy(divided(logits_cV, logits.divisor)[None], labels_c[None])[0]
+        return cross_entropy(logits.finished(logits_cV)[None], labels_c[None])[0]
 
     total: jax.Array = _sum(loss_of, rows, x_ND, logits.weight, labels_N)
     return total, jnp.sum(labels_N != IGNORED, dtype=jnp.int32)

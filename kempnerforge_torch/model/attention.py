@@ -21,8 +21,9 @@ from kempnerforge_torch.model.fused import fused_attention, has_kernel, with_fus
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.linear import Linear
 from kempnerforge_torch.model.mask import CAUSAL, Mask, as_mask, with_dense
-from kempnerforge_torch.model.norm import RMSNorm
+from kempnerforge_torch.model.norm import build_norm
 from kempnerforge_torch.model.position import apply_rope
+from kempnerforge_torch.model.softcap import soft_capped
 
 SDPA_BACKENDS = {
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
@@ -62,6 +63,8 @@ class Attention(nn.Module):
         qk_norm_over: str = "head",
         scale: float | None = None,
         rotary: bool = True,
+        softcap: float | None = None,
+        qk_norm_type: str = "rmsnorm",
     ):
         """
         Args:
@@ -69,6 +72,8 @@ class Attention(nn.Module):
             qk_norm_over: "head", or "width": one norm over all heads together.
             scale: factor on products of queries and keys; None: head_dim^-0.5.
             rotary: False: queries and keys are not rotated.
+            softcap: as for `attend`.
+            qk_norm_type: of the norms of queries and keys, as for `build_norm`.
         """
         super().__init__()
         head_dim = resolve_head_dim(dim, n_heads, n_kv_heads, head_dim)
@@ -82,13 +87,14 @@ class Attention(nn.Module):
         self.qk_norm_over = qk_norm_over
         self.scale = head_dim**-0.5 if scale is None else scale
         self.rotary = rotary
+        self.softcap = softcap
         self.q_proj = Linear(dim, n_heads * head_dim, bias=bias)
         self.k_proj = Linear(dim, n_kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(dim, n_kv_heads * head_dim, bias=bias)
         self.o_proj = Linear(n_heads * head_dim, dim, bias=bias if output_bias is None else output_bias)
         q_width, k_width = (n_heads * head_dim, n_kv_heads * head_dim) if qk_norm_over == "width" else (head_dim,) * 2
-        self.q_norm = RMSNorm(q_width, norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(k_width, norm_eps) if qk_norm else None
+        self.q_norm = build_norm(qk_norm_type, q_width, norm_eps) if qk_norm else None
+        self.k_norm = build_norm(qk_norm_type, k_width, norm_eps) if qk_norm else None
         self.capture_attention_weights = False
         self.last_attention_weights: Tensor | None = None
 
@@ -135,12 +141,13 @@ class Attention(nn.Module):
         if kv_cache is not None:
             k_BKMh, v_BKMh = kv_cache.update(k_BKMh, v_BKMh, doc_ids=doc_ids, key_padding_mask=key_padding_mask)
             k_BKMh, v_BKMh = k_BKMh.to(x.dtype), v_BKMh.to(x.dtype)
+        scores = {"scale": self.scale, "softcap": self.softcap}
         if self.capture_attention_weights:
-            self.last_attention_weights = attention_weights(q_BHSh, k_BKMh, mask, scale=self.scale).detach().cpu()
-        out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask, sdpa_backend=self.sdpa_backend, scale=self.scale)
+            self.last_attention_weights = attention_weights(q_BHSh, k_BKMh, mask, **scores).detach().cpu()
+        out_BHSh = attend(q_BHSh, k_BKMh, v_BKMh, mask, sdpa_backend=self.sdpa_backend, **scores)
         return self.o_proj(out_BHSh.transpose(1, 2).flatten(2))
 
-    def _heads(self, x_BSX: Tensor, norm: RMSNorm | None) -> Tensor:
+    def _heads(self, x_BSX: Tensor, norm: nn.Module | None) -> Tensor:
         """(B, S, H h) -> (B, S, H, h), normalised if there is a norm: as a whole, or head by head."""
         if norm is not None and self.qk_norm_over == "width":
             return norm(x_BSX).unflatten(-1, (-1, self.head_dim))
@@ -156,6 +163,7 @@ def attend(
     *,
     sdpa_backend: str = "auto",
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "B H S h"]:
     """softmax(scale q k^T) v.
 
@@ -166,6 +174,9 @@ def attend(
         longer ones on CUDA             FlexAttention
         longer ones elsewhere           blocks of queries, each with its dense mask
 
+    With a soft cap FlexAttention on CUDA, of single queries and elsewhere products of all queries, or of blocks of
+    them, with all keys.
+
     Args:
         q: (B, H, S, h).
         k, v: (B, K, M, h).
@@ -173,16 +184,20 @@ def attend(
         sdpa_backend: kernel of F.scaled_dot_product_attention that is tried first; the math path takes what that kernel
             can't do.
         scale: None: h^-0.5.
+        softcap: scores s become softcap * tanh(s / softcap); None: they stay.
 
     Returns:
         (B, H, S, h); 0, with gradient 0, in rows that may attend to nothing.
     """
     length, keys = q.shape[2], k.shape[2]
-    mask = prepare_mask(as_mask(mask), length, keys, q.shape[3], q.dtype, q.device)
+    mask = prepare_mask(as_mask(mask), length, keys, q.shape[3], q.dtype, q.device, softcap)
     if mask.fused is not None:
-        return fused_attention(q, k, v, mask, scale=scale)
-    attend_dense = functools.partial(_attend, sdpa_backend=sdpa_backend, scale=scale)
-    if mask.dense is not None or _is_argument(mask, length, keys):
+        return fused_attention(q, k, v, mask, scale=scale, softcap=softcap)
+    if softcap is None:
+        attend_dense = functools.partial(_attend, sdpa_backend=sdpa_backend, scale=scale)
+    else:
+        attend_dense = functools.partial(_attend_plainly, scale=scale, softcap=softcap)
+    if mask.dense is not None or (softcap is None and _is_argument(mask, length, keys)):
         return attend_dense(q, k, v, mask)
     return blockwise_attention(attend_dense, q, k, v, mask)
 
@@ -208,12 +223,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, sdpa_backend: str, s
     return out_BHSh if empty is None else out_BHSh.masked_fill(empty, 0)
 
 
+def _attend_plainly(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float | None, softcap: float | None
+) -> Tensor:
+    weights_BHSM = attention_weights(q, k, mask, scale=scale, softcap=softcap).to(v.dtype)
+    weights_BKGSM = weights_BHSM.unflatten(1, (k.shape[1], -1))
+    return torch.einsum("bkgsm,bkmh->bkgsh", weights_BKGSM, v).flatten(1, 2)
+
+
 def attention_weights(
     q: Float[Tensor, "B H S h"],
     k: Float[Tensor, "B K M h"],
     mask: Mask | Bool[Tensor, "..."] = CAUSAL,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "B H S M"]:
     """The probabilities of `attend`: (B, H, S, M) in at least float32, 0 in rows that may attend to nothing."""
     (batch, heads, length, channels), keys = q.shape, k.shape[2]
@@ -222,7 +246,7 @@ def attention_weights(
     assert dense is not None
     q_BKGSh = q.to(dtype).unflatten(1, (k.shape[1], -1))
     scores_BHSM = torch.einsum("bkgsh,bkmh->bkgsm", q_BKGSh, k.to(dtype)).reshape(batch, heads, length, keys)
-    scores_BHSM = scores_BHSM * (channels**-0.5 if scale is None else scale)
+    scores_BHSM = soft_capped(scores_BHSM * (channels**-0.5 if scale is None else scale), softcap)
     scores_BHSM = scores_BHSM.masked_fill(~dense.allowed, -torch.inf)
     weights_BHSM = scores_BHSM.softmax(dim=-1)
     return weights_BHSM if dense.empty is None else weights_BHSM.masked_fill(dense.empty, 0)
@@ -235,12 +259,18 @@ def prepare_mask(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device | None = None,
+    softcap: float | None = None,
 ) -> Mask:
-    """The mask as `attend` needs it for heads of this size and dtype: in its dense form or in that of a kernel, unless
-    the facts will do. What all layers share is prepared once, before the first.
+    """The mask as `attend` needs it for heads of this size and dtype, and for scores with or without a soft cap: in its
+    dense form or in that of a kernel, unless the facts will do. What all layers share is prepared once, before the
+    first.
     """
-    if mask.dense is not None or mask.fused is not None or _is_argument(mask, queries, keys):
+    if mask.dense is not None or mask.fused is not None:
         return mask
+    if softcap is None and _is_argument(mask, queries, keys):
+        return mask
+    if softcap is not None and has_kernel(mask, queries, keys, head_dim, dtype, device):
+        return with_fused(mask, queries, keys, device)
     if queries * keys <= DENSE_PAIRS or not mask.of_tokens or mask.of_keys_alone:
         return with_dense(mask, queries, keys, device)
     if has_kernel(mask, queries, keys, head_dim, dtype, device):

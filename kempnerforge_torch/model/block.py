@@ -126,6 +126,8 @@ def build_attention(config: ModelConfig, layer_idx: int) -> Attention:
         qk_norm_over=config.qk_norm_over,
         scale=config.score_scale,
         rotary=config.layer_rotates[layer_idx],
+        softcap=config.attention_softcap,
+        qk_norm_type=config.qk_norm_type,
     )
 
 

@@ -13,24 +13,31 @@ from torch import Tensor, nn
 
 from kempnerforge_torch.model.checks import check_ids
 from kempnerforge_torch.model.linear import Embedding, Linear, linear
+from kempnerforge_torch.model.softcap import soft_capped
 
 
 class FactoredLogits(NamedTuple):
-    """Logits that are not multiplied yet: x weight^T / divisor.
+    """Logits that are not multiplied yet: x weight^T / divisor, capped.
 
     Attributes:
         x: (B, S, D), what enters the head.
         weight: (V, D), in the dtype of x.
         divisor: a number.
+        softcap: as for `soft_capped`.
     """
 
     x: Float[Tensor, "B S D"]
     weight: Float[Tensor, "V D"]
     divisor: float = 1.0
+    softcap: float | None = None
 
     def whole(self) -> Float[Tensor, "B S V"]:
-        """The product, divided."""
-        return divided(linear(self.x, self.weight), self.divisor)
+        """The product, divided and capped."""
+        return self.finished(linear(self.x, self.weight))
+
+    def finished(self, product: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Logits from a product."""
+        return soft_capped(divided(product, self.divisor), self.softcap)
 
 
 class TokenEmbedding(nn.Module):
@@ -64,20 +71,21 @@ class TokenEmbedding(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """Hidden states to logits, divided by a number; the weight is ``proj.weight`` (V, D)."""
+    """Hidden states to logits, divided by a number and capped; the weight is ``proj.weight`` (V, D)."""
 
-    def __init__(self, dim: int, vocab_size: int, divisor: float = 1.0):
+    def __init__(self, dim: int, vocab_size: int, divisor: float = 1.0, softcap: float | None = None):
         super().__init__()
         self.proj = Linear(dim, vocab_size, bias=False)
         self.divisor = divisor
+        self.softcap = softcap
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S V"]:
         """(B, S, D) -> (B, S, V)."""
-        return divided(self.proj(x), self.divisor)
+        return soft_capped(divided(self.proj(x), self.divisor), self.softcap)
 
     def factors(self, x: Float[Tensor, "B S D"]) -> FactoredLogits:
         """What `forward` multiplies."""
-        return FactoredLogits(*self.proj.factors(x), self.divisor)
+        return FactoredLogits(*self.proj.factors(x), self.divisor, self.softcap)
 
     def tie_weights(self, embedding: TokenEmbedding) -> None:
         """Use the embedding's table as the weight.

@@ -45,15 +45,29 @@ def fused_attention(
     mask: Mask,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "B H S h"]:
     """softmax(scale q k^T) v, by the form of a mask `with_fused`; 0 in rows that may attend to nothing.
 
     Args:
         scale: None: h^-0.5.
+        softcap: scores s become softcap * tanh(s / softcap); None: they stay.
     """
-    out = _compiled(flex_attention)(q, k, v, block_mask=mask.fused, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    grouped, change = q.shape[1] != k.shape[1], None if softcap is None else _capping(softcap)
+    options = {"score_mod": change, "block_mask": mask.fused, "scale": scale, "enable_gqa": grouped}
+    out = _compiled(flex_attention)(q, k, v, **options)
     assert isinstance(out, Tensor)
     return out
+
+
+@functools.cache
+def _capping(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The change of a score, for one cap the same function."""
+
+    def change(score: Tensor, row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return change
 
 
 def _rule(mask: Mask, offset: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

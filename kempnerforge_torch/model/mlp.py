@@ -25,6 +25,10 @@ registry.register("activation", "gelu")(F.gelu)
 registry.register("activation", "relu")(F.relu)
 
 
+GATES: dict[str, Activation] = {"silu": F.silu, "geglu_tanh": functools.partial(F.gelu, approximate="tanh")}
+"""What the gates of gated layers go through, by the name of the layer."""
+
+
 @registry.register("mlp", "silu")
 class SwiGLUMLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
@@ -38,6 +42,15 @@ class SwiGLUMLP(nn.Module):
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """(..., D) -> (..., D)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@registry.register("mlp", "geglu_tanh")
+class GEGLUMLP(SwiGLUMLP):
+    """down(gelu(gate(x)) * up(x)) (Shazeer 2020), gelu in its tanh form (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """(..., D) -> (..., D)."""
+        return self.down_proj(GATES["geglu_tanh"](self.gate_proj(x)) * self.up_proj(x))
 
 
 class StandardMLP(nn.Module):
@@ -59,7 +72,7 @@ registry.register("mlp", "relu")(functools.partial(StandardMLP, activation="relu
 
 
 def build_mlp(dim: int, hidden_dim: int, activation: str = "silu", *, bias: bool = False) -> nn.Module:
-    """The feed-forward layer registered as ``activation``: silu is SwiGLU, gelu and relu are standard.
+    """The feed-forward layer registered as ``activation``: silu is SwiGLU, geglu_tanh is GEGLU, others are standard.
 
     A builder registered under another name is called with ``(dim, hidden_dim)``, and with ``bias=True`` if there are to
     be biases; a name that is registered as an activation alone is a standard layer with it.

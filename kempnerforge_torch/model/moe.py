@@ -26,7 +26,7 @@ from kempnerforge_torch.model.experts import apply_modules, apply_packed
 from kempnerforge_torch.model.experts import grouped_expert_forward as grouped_expert_forward
 from kempnerforge_torch.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
 from kempnerforge_torch.model.linear import Linear, matrix
-from kempnerforge_torch.model.mlp import ACTIVATIONS, StandardMLP, SwiGLUMLP, build_mlp
+from kempnerforge_torch.model.mlp import ACTIVATIONS, GATES, GEGLUMLP, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_torch.model.router import TopKRouter, build_router
 from kempnerforge_torch.model.stats import MoEOutput, MoEStats, RouterStats, StatsGetters, keep_stats
 from shared_config.schema.model import ModelConfig
@@ -159,7 +159,7 @@ class MoEMLP(StatsGetters):
         return gate_T1.to(torch.promote_types(gate_T1.dtype, torch.float32)).sigmoid() * shared_TD
 
     def expert_weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Float[Tensor, "E _ _"]]:
-        """``gate`` (silu only), ``up`` (E, D, F) and ``down`` (E, F, D), from wherever they are held; {} for experts of
+        """``gate`` (if gated), ``up`` (E, D, F) and ``down`` (E, F, D), from wherever they are held; {} for experts of
         another kind.
 
         Args:
@@ -176,7 +176,7 @@ class MoEMLP(StatsGetters):
             return apply_modules(x_RD, ends_E, list(self.experts))
         weights = {name: self._matrices(name, x_RD.dtype) for name in _projections(self.activation)}
         up_w, down_w, gate_w = weights["up"], weights["down"], weights.get("gate")
-        return apply_packed(x_RD, ends_E, up_w, down_w, gate_w, ACTIVATIONS[self.activation], complete)
+        return apply_packed(x_RD, ends_E, up_w, down_w, gate_w, (GATES | ACTIVATIONS)[self.activation], complete)
 
     def _matrices(self, name: str, dtype: torch.dtype) -> Tensor | list[Tensor]:
         """The experts' matrices as they are held: packed (E, in, out), or one (in, out) view per expert."""
@@ -253,7 +253,7 @@ def _projections(activation: str | None) -> tuple[str, ...]:
     """The projections of an expert; none are known of one that is not a `SwiGLUMLP` or `StandardMLP`."""
     if activation is None:
         return ()
-    return PROJECTIONS if activation == "silu" else PROJECTIONS[1:]
+    return PROJECTIONS if activation in GATES else PROJECTIONS[1:]
 
 
 def _stacked(experts: Sequence[nn.Module], name: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -268,4 +268,5 @@ def _common_activation(experts: Sequence[nn.Module]) -> str | None:
         names = ", ".join(sorted({kind.__name__ for kind, _ in kinds})) or "none"
         raise ValueError(f"experts = {names}: must be layers of one type, all with the same activation")
     kind, activation = kinds.pop()
-    return "silu" if kind is SwiGLUMLP else activation if kind is StandardMLP else None
+    gated = {SwiGLUMLP: "silu", GEGLUMLP: "geglu_tanh"}
+    return gated.get(kind, activation if kind is StandardMLP else None)

@@ -26,7 +26,7 @@ from kempnerforge_torch.model.layout import Layout, Rope, Streams, one_stream, p
 from kempnerforge_torch.model.linear import Linear
 from kempnerforge_torch.model.mask import Mask
 from kempnerforge_torch.model.modality import ModalityContext
-from kempnerforge_torch.model.norm import RMSNorm, build_norm
+from kempnerforge_torch.model.norm import build_norm
 from kempnerforge_torch.model.position import apply_rope
 from kempnerforge_torch.model.state import set_state
 from kempnerforge_torch.model.stats import BlockOutput, MoEStats, keep_stats
@@ -56,6 +56,7 @@ class MoTAttention(nn.Module):
         sliding_window: int | None = None,
         norm_eps: float = 1e-5,
         image_n_kv_heads: int = 0,
+        qk_norm_type: str = "rmsnorm",
     ):
         """``image_n_kv_heads`` 0 means ``n_kv_heads``."""
         super().__init__()
@@ -73,15 +74,14 @@ class MoTAttention(nn.Module):
         def norms() -> nn.ModuleDict | None:
             if not qk_norm:
                 return None
-            return nn.ModuleDict({name: RMSNorm(self.head_dim, norm_eps) for name in self.modalities})
+            return nn.ModuleDict({name: build_norm(qk_norm_type, self.head_dim, norm_eps) for name in self.modalities})
 
         kv_widths = {name: count * self.head_dim for name, count in self.kv_heads.items()}
         self.q_proj = projections(dim, dict.fromkeys(self.modalities, n_heads * self.head_dim))
         self.k_proj = projections(dim, kv_widths)
         self.v_proj = projections(dim, kv_widths)
         self.o_proj = projections(n_heads * self.head_dim, dict.fromkeys(self.modalities, dim))
-        self.q_norm = norms()
-        self.k_norm = norms()
+        self.q_norm, self.k_norm = norms(), norms()
 
     def forward(
         self,
@@ -168,6 +168,7 @@ class MoTBlock(nn.Module):
             sliding_window=config.sliding_window,
             norm_eps=config.norm_eps,
             image_n_kv_heads=image_n_kv_heads,
+            qk_norm_type=config.qk_norm_type,
         )
         self.mlp_norm = _norms(config, self.modalities)
         self.mlp = nn.ModuleDict({name: build_feed_forward(config, layer_idx) for name in self.modalities})

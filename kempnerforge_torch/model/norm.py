@@ -27,7 +27,24 @@ class RMSNorm(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         wide = x.to(dtype)
         scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight.to(dtype)).to(x.dtype)
+        return (wide * scale * self.factor(dtype)).to(x.dtype)
+
+    def factor(self, dtype: torch.dtype) -> Float[Tensor, "D"]:
+        """What the normalised is multiplied by: (D,)."""
+        return self.weight.to(dtype)
+
+
+@registry.register("norm", "rmsnorm_1p")
+class UnitRMSNorm(RMSNorm):
+    """x * rsqrt(mean(x^2) + eps) * (1 + weight): an `RMSNorm` whose weights decay towards 1 (as in Gemma)."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__(dim, eps)
+        nn.init.zeros_(self.weight)
+
+    def factor(self, dtype: torch.dtype) -> Float[Tensor, "D"]:
+        """1 + weight (D,)."""
+        return 1 + super().factor(dtype)
 
 
 @registry.register("norm", "layernorm")

@@ -66,7 +66,9 @@ class Transformer(ModelGetters):
         for name, module in extra.items():
             self.add_module(name, module)
         self._extra = tuple(extra)
-        self.output_head: OutputHead | None = OutputHead(config.dim, config.vocab_size, config.logit_divisor)
+        self.output_head: OutputHead | None = OutputHead(
+            config.dim, config.vocab_size, config.logit_divisor, config.logit_softcap
+        )
         self.init_weights_and_freqs()
 
     def init_weights_and_freqs(self, seed: int | None = None) -> None:
@@ -197,7 +199,7 @@ class Transformer(ModelGetters):
         limit_capacity: bool | None,
     ) -> dict[int | None, dict[str, Any]]:
         """What blocks share: rotary tables and the mask, built once for those of each window."""
-        length, found = x.shape[1], {}
+        length, softcap, found = x.shape[1], self.config.attention_softcap, {}
         if kv_caches is not None:
             self._check_caches(kv_caches, length)
         elif length > self.config.max_seq_len:
@@ -220,7 +222,7 @@ class Transformer(ModelGetters):
             inputs = {
                 "rope_cos": rope_cos,
                 "rope_sin": rope_sin,
-                "mask": prepare_mask(mask, length, keys, self.config.head_size, x.dtype, x.device),
+                "mask": prepare_mask(mask, length, keys, self.config.head_size, x.dtype, x.device, softcap),
                 "doc_ids": doc_ids,
                 "key_padding_mask": modality.key_padding_mask,
                 "limit_capacity": kv_caches is None if limit_capacity is None else limit_capacity,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kempnerforge_torch.model.checks import check_shape
-from kempnerforge_torch.model.embedding import FactoredLogits, divided
+from kempnerforge_torch.model.embedding import FactoredLogits
 from kempnerforge_torch.model.linear import linear
 from shared_config.contract.labels import IGNORED, rows_of_logits
 
@@ -49,7 +49,7 @@ def loss_in_chunks(
     x_ND, labels_N = logits.x.flatten(0, -2), labels_BS.flatten()
 
     def loss_of(logits_cV: Tensor, labels_c: Tensor) -> Tensor:
-        return cross_entropy(divided(logits_cV, logits.divisor)[None], labels_c[None])[0]
+        return cross_entropy(logits.finished(logits_cV)[None], labels_c[None])[0]
 
     total = _Sum.apply(x_ND, logits.weight, labels_N, loss_of, rows, torch.is_grad_enabled())
     return total, (labels_N != IGNORED).sum()

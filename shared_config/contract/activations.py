@@ -116,7 +116,7 @@ def buffer_bytes(job: JobConfig, layout: Layout) -> int:
 
 def _products(job: JobConfig, layout: Layout, is_moe: bool) -> list[tuple[int, int]]:
     """Inputs and outputs on one device of each product of a token with a layer's weights, but a router's."""
-    model, gates = job.model, 2 if job.model.activation == "silu" else 1
+    model, gates = job.model, 2 if job.model.is_gated else 1
     queries, keys = (heads // layout.tp * model.head_size for heads in (model.n_heads, model.kv_heads))
     attention = [(model.dim, queries), *2 * [(model.dim, keys)], (queries, model.dim)]
     if not is_moe:
@@ -138,4 +138,4 @@ def _hidden_numbers(job: JobConfig, layout: Layout, is_moe: bool) -> int:
     width = model.computed_ffn_hidden_dim
     if is_moe:
         width = (model.moe_top_k + model.moe_shared_experts) * model.computed_expert_ffn_hidden_dim
-    return (2 if model.activation == "silu" else 1) * width // layout.tp
+    return (2 if model.is_gated else 1) * width // layout.tp

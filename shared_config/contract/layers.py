@@ -60,12 +60,12 @@ def _attention(config: ModelConfig) -> Named:
 
 def _head_norms(config: ModelConfig) -> Named:
     for name in ("q_norm.weight", "k_norm.weight"):
-        yield name, _ones((config.head_size,), ("head_dim",))
+        yield name, _unit(config.qk_norm_type, (config.head_size,), ("head_dim",))
 
 
 def _width_norms(config: ModelConfig) -> Named:
     for name, heads, axis in (("q_norm", config.n_heads, "heads"), ("k_norm", config.kv_heads, "kv_heads")):
-        yield f"{name}.weight", _ones((heads * config.head_size,), (axis,))
+        yield f"{name}.weight", _unit(config.qk_norm_type, (heads * config.head_size,), (axis,))
 
 
 def _projections(config: ModelConfig, heads: int, kv_heads: int, head_dim: int, biased: str = "") -> Named:
@@ -223,7 +223,7 @@ def _norm(config: ModelConfig) -> Named:
 
 
 def _scale(config: ModelConfig) -> ParameterTable:
-    return {"weight": _ones((config.dim,), ("embed",))}
+    return {"weight": _unit(config.norm_type, (config.dim,), ("embed",))}
 
 
 def _scale_and_shift(config: ModelConfig) -> ParameterTable:
@@ -241,8 +241,9 @@ def residual(config: ModelConfig, shape: tuple[int, ...], axes: Axes) -> Paramet
     return ParameterSpec(shape, Normal(std), axes, decay=True, residual=True)
 
 
-def _ones(shape: tuple[int, ...], axes: Axes) -> ParameterSpec:
-    return ParameterSpec(shape, Constant(1.0), axes)
+def _unit(norm_type: str, shape: tuple[int, ...], axes: Axes) -> ParameterSpec:
+    """The weight of a norm that only normalises."""
+    return _zeros(shape, axes) if norm_type == "rmsnorm_1p" else ParameterSpec(shape, Constant(1.0), axes)
 
 
 def _zeros(shape: tuple[int, ...], axes: Axes) -> ParameterSpec:
@@ -250,8 +251,10 @@ def _zeros(shape: tuple[int, ...], axes: Axes) -> ParameterSpec:
 
 
 declare("norm", "rmsnorm", parameters=_scale)
+declare("norm", "rmsnorm_1p", parameters=_scale)
 declare("norm", "layernorm", parameters=_scale_and_shift)
 declare("mlp", "silu", parameters=_gated_mlp)
+declare("mlp", "geglu_tanh", parameters=_gated_mlp)
 declare("mlp", "gelu", parameters=_standard_mlp)
 declare("mlp", "relu", parameters=_standard_mlp)
 declare("router", "softmax_topk", parameters=router_parameters)

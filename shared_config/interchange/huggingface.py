@@ -47,6 +47,16 @@ def load_huggingface(folder: PathLike, **overrides: object) -> tuple[ModelConfig
     return config, from_huggingface(load_weights(folder), config)
 
 
+def is_huggingface(folder: Path) -> bool:
+    """Whether a folder holds a text model of a family."""
+    path = folder / CONFIG
+    try:
+        content = parse_json(read_bytes(path, MAX_JSON_BYTES))
+    except (UserError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("model_type") in tuple(FAMILIES)
+
+
 def read_huggingface_config(folder: PathLike) -> dict[str, object]:
     """Fields of `ModelConfig` from a folder's config.json.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from shared_config.errors import ConfigError
@@ -28,13 +29,15 @@ def config_to_huggingface(config: ModelConfig) -> dict[str, object]:
     content: dict[str, object] = {
         "architectures": [family.architecture],
         "model_type": name,
-        "hidden_act": "silu",
+        family.activation[0]: family.activation[1][0],
         **rope_to_huggingface(config, family),
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
     }
     content |= {key: values[field] for key, field in family.all_settings.items()}
+    if family.query_scalar is not None:
+        content[family.query_scalar] = round(config.score_scale**-2)
     return {
         **content,
         **layers_to_huggingface(config, family),
@@ -79,6 +82,12 @@ def config_from_huggingface(content: object) -> dict[str, object]:
         **layers_from_huggingface(content),
         "family": model_type(content),
     }
+    if family.scaled_embeddings:
+        fields["embedding_scale"] = math.sqrt(number(content, "hidden_size"))
+    if family.query_scalar is not None:
+        scalar = content.get(family.query_scalar, default_of(family, family.query_scalar))
+        assert isinstance(scalar, int)
+        fields["attention_scale"] = scalar**-0.5
     return {**family.fixed, **fields, **_experts_from_huggingface(content, family)}
 
 

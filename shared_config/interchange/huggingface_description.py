@@ -63,6 +63,8 @@ PLAIN: Mapping[str, object] = {
     "embedding_scale": 1.0,
     "residual_scale": 1.0,
     "logit_divisor": 1.0,
+    "attention_softcap": None,
+    "logit_softcap": None,
 }
 """What fields of `ModelConfig` are in a family that neither has a key for them nor means something else."""
 
@@ -100,6 +102,7 @@ class Windows:
         from_layer: ``max_window_layers`` counts the layers before the first that has one, unless ``layer_types`` lists
             them all.
         full_every: without ``layer_types`` all have one but the last of so many; None: all have.
+        interval: the key that says otherwise.
         of_unrotated: without ``layer_types`` those have one that are not rotated.
         listed: ``layer_types`` is obeyed; otherwise it must agree.
         mixed: some layers may have one and others not.
@@ -108,6 +111,7 @@ class Windows:
     switch: bool = False
     from_layer: bool = False
     full_every: int | None = None
+    interval: str | None = None
     of_unrotated: bool = False
     listed: bool = False
     mixed: bool = False
@@ -143,8 +147,12 @@ class Family:
         refused: keys that change the function in other ways than a `ModelConfig` can, but for one value.
         not_null: keys that may not be null here.
         windows, experts: None: no model has them.
+        activation: the key of the activation, and its names, the one that is written first.
+        scaled_embeddings: those of tokens are multiplied by the square root of their width.
+        query_scalar: the key of the number whose square root scores are divided by.
         unrotated: ``no_rope_layers`` lists layers without rotary positions.
         rope_by_kind: rotary settings of layers with a window are their own, and never scaled.
+        window_theta: the key of their theta that older models have.
         modules: `LAYER_MODULES`, or others.
         renamed: parts of names within a module. Tensors that come to have one name are one there: their rows follow
             each other.
@@ -160,8 +168,12 @@ class Family:
     not_null: frozenset[str] = frozenset()
     windows: Windows | None = None
     experts: Experts | None = None
+    activation: tuple[str, tuple[str, ...]] = ("hidden_act", ("silu", "swish"))
+    scaled_embeddings: bool = False
+    query_scalar: str | None = None
     unrotated: bool = False
     rope_by_kind: bool = False
+    window_theta: str | None = None
     modules: Mapping[str, str] = field(default_factory=lambda: LAYER_MODULES)
     renamed: Mapping[str, str] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
@@ -184,5 +196,7 @@ class Family:
         plain |= {"num_experts": 0} if self.experts is None else PLAIN_EXPERTS
         said = {*self.all_settings.values(), *self.expert_settings.values()}
         said |= {"window_rope_theta"} if self.rope_by_kind else set()
+        said |= {"embedding_scale"} if self.scaled_embeddings else set()
+        said |= {"attention_scale"} if self.query_scalar is not None else set()
         said |= {"moe_shared_experts"} if self.experts is not None and self.experts.shared else set()
         return {name: value for name, value in {**plain, **self.means}.items() if name not in said}

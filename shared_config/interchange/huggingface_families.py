@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from shared_config.interchange.huggingface_description import (
     LAYER_MODULES,
     Experts,
@@ -17,9 +20,39 @@ NORMS_AFTER = {
     "mlp_post_norm.": "post_feedforward_layernorm.",
 }
 
+NORMS_AROUND = {
+    "attention_norm.": "input_layernorm.",
+    "attention.": "self_attn.",
+    "attention_post_norm.": "post_attention_layernorm.",
+    "mlp_norm.": "pre_feedforward_layernorm.",
+    "mlp.": "mlp.",
+    "mlp_post_norm.": "post_feedforward_layernorm.",
+}
+
 BIAS: Settings = {"attention_bias": "attention_bias"}
 
 QWEN_EXPERTS: Settings = {"decoder_sparse_step": "moe_frequency", "norm_topk_prob": "moe_norm_topk_prob"}
+
+GEMMA_DEFAULTS: Mapping[str, object] = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "tie_word_embeddings": True,
+}
+GEMMA_SETTINGS: Settings = {**BIAS, "final_logit_softcapping": "logit_softcap"}
+GEMMA: Mapping[str, object] = {
+    "norm_type": "rmsnorm_1p",
+    "norm_placement": "both",
+    "activation": "geglu_tanh",
+}
+
+_IN_GEMMA: dict[str, Any] = {
+    "not_null": frozenset({"num_key_value_heads", "head_dim"}),
+    "activation": ("hidden_activation", ("gelu_pytorch_tanh",)),
+    "scaled_embeddings": True,
+    "query_scalar": "query_pre_attn_scalar",
+    "modules": NORMS_AROUND,
+}
 
 FAMILIES = {
     "llama": Family(
@@ -146,12 +179,39 @@ FAMILIES = {
             "max_position_embeddings": 2048,
             "rms_norm_eps": 1e-5,
             "rope_theta": 5e5,
-            "rope_local_base_freq": 5e5,
+            "window_rope_theta": 5e5,
         },
         means={"qk_norm": True, "qk_norm_over": "width", "norm_placement": "after", "window_rope_scaled": False},
         windows=Windows(full_every=4, listed=True, mixed=True),
         rope_by_kind=True,
         modules=NORMS_AFTER,
         by_name=True,
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        defaults=GEMMA_DEFAULTS
+        | {"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        settings={**GEMMA_SETTINGS, "attn_logit_softcapping": "attention_softcap"},
+        means=GEMMA,
+        refused={"use_bidirectional_attention": False},
+        windows=Windows(full_every=2, listed=True, mixed=True),
+        **_IN_GEMMA,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        defaults=GEMMA_DEFAULTS
+        | {
+            "max_position_embeddings": 131072,
+            "final_logit_softcapping": None,
+            "rope_theta": 1e6,
+            "window_rope_theta": 1e4,
+        },
+        settings=GEMMA_SETTINGS,
+        refused={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
+        means={**GEMMA, "qk_norm": True, "window_rope_scaled": False},
+        windows=Windows(full_every=6, interval="sliding_window_pattern", listed=True, mixed=True),
+        rope_by_kind=True,
+        window_theta="rope_local_base_freq",
+        **_IN_GEMMA,
     ),
 }

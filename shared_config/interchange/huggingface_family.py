@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator
 
@@ -77,6 +78,10 @@ def _not_expressed(config: ModelConfig, name: str) -> Iterator[tuple[str, str]]:
         needed = derived.get(field) if meant is None else meant
         if getattr(config, field) != needed and field not in config.idle():
             yield field, repr(needed)
+    if FAMILIES[name].scaled_embeddings and config.embedding_scale != math.sqrt(config.dim):
+        yield "embedding_scale", f"{math.sqrt(config.dim)!r}, the square root of the width"
+    if FAMILIES[name].query_scalar is not None and round(config.score_scale**-2) ** -0.5 != config.score_scale:
+        yield "attention_scale", "1 / sqrt(n) for an integer n"
     yield from layers_not_expressed(config, FAMILIES[name])
     if config.rope_scaling.type not in ("none", *FAMILIES[name].rope_types):
         yield "rope_scaling.type", "'none'"

@@ -39,6 +39,13 @@ KINDS = {
     "logits_scaling": "a number",
     "tie_word_embeddings": "true or false",
     "hidden_act": "a string",
+    "hidden_activation": "a string",
+    "query_pre_attn_scalar": "a positive integer",
+    "attn_logit_softcapping": "a number",
+    "final_logit_softcapping": "a number",
+    "use_bidirectional_attention": "true or false",
+    "rope_local_base_freq": "a number",
+    "sliding_window_pattern": POSITIVE,
     "num_experts": POSITIVE,
     "num_local_experts": POSITIVE,
     "num_experts_per_tok": POSITIVE,
@@ -63,6 +70,9 @@ NULLABLE = frozenset(
         "sliding_window",
         "layer_types",
         "no_rope_layers",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "use_bidirectional_attention",
         "partial_rotary_factor",
         "original_max_position_embeddings",
         "mlp_only_layers",
@@ -141,8 +151,10 @@ def fixed_keys(content: Mapping[str, object]) -> Iterator[str]:
         "is_encoder_decoder": False,
     }
     fixed |= {**dict.fromkeys(sorted(REFUSED)), **family_in(content).refused}
-    if content.get("hidden_act", "silu") not in ("silu", "swish"):
-        yield f"hidden_act = {content['hidden_act']!r}: must be 'silu', or 'swish', which is the same"
+    key, (name, *others) = family_in(content).activation
+    if content.get(key, name) not in (name, *others):
+        same = "".join(f", or {other!r}, which is the same" for other in others)
+        yield f"{key} = {content[key]!r}: must be {name!r}{same}"
     fixed |= {key: False for key in ("attention_bias", "mlp_bias") if key not in family_in(content).settings}
     for key, needed in fixed.items():
         if content.get(key) is not None and content[key] != needed:

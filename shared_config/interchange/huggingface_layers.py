@@ -38,7 +38,10 @@ def layer_types(content: Mapping[str, object]) -> list[str]:
     if isinstance(listed, list):
         return [FULL if kind == "attention" else kind for kind in listed]
     if windows is not None and windows.full_every is not None:
-        return [SLIDING if (layer + 1) % windows.full_every else FULL for layer in layers]
+        every = (
+            windows.full_every if windows.interval is None else number(content, windows.interval, windows.full_every)
+        )
+        return [SLIDING if (layer + 1) % every else FULL for layer in layers]
     if windows is None or declared_window(content) is None:
         return [FULL for _ in layers]
     if windows.of_unrotated:

@@ -92,7 +92,7 @@ def rope_from_huggingface(content: Mapping[str, object]) -> dict[str, object]:
     theta = number(_rope(content), "rope_theta", number(content, "rope_theta", _default(family, "rope_theta")))
     fields: dict[str, object] = {"rope_theta": float(theta), "rope_scaling": _scaling_from_huggingface(content)}
     if family.rope_by_kind:
-        default = number(content, "rope_local_base_freq", _default(family, "rope_local_base_freq"))
+        default = number(content, family.window_theta or "", _default(family, "window_rope_theta"))
         fields["window_rope_theta"] = float(number(_rope(content, SLIDING), "rope_theta", default))
     return fields
 
@@ -159,6 +159,7 @@ def rope_to_huggingface(config: ModelConfig, family: Family) -> dict[str, object
         return content
     full = {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta}
     sliding = {"rope_type": "default", "rope_theta": config.window_rope_theta}
+    content |= {} if family.window_theta is None else {family.window_theta: config.window_rope_theta}
     return {**content, "rope_parameters": {FULL: full, SLIDING: sliding}}
 
 

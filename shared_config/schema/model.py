@@ -31,7 +31,7 @@ EvenInt = Annotated[int, Field(gt=0, le=LARGEST, multiple_of=2)]
 LayerKind = Literal["full", "window", "full_nope", "window_nope"]
 FamilyName = Literal[
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "phi3", "granite", "qwen2_moe", "smollm3",
-    "olmo3",
+    "olmo3", "gemma2", "gemma3_text",
 ]  # fmt: skip
 """The ``model_type`` of the Hugging Face models that can be read and written."""
 
@@ -98,6 +98,12 @@ class ModelConfig(Section):
         PositiveFloat, Field(description="Factor on what attention and feed-forward parts add to the residual stream.")
     ] = 1.0
     logit_divisor: Annotated[PositiveFloat, Field(description="What logits are divided by.")] = 1.0
+    attention_softcap: Annotated[
+        PositiveFloat | None, Field(description="Scores s of attention become cap * tanh(s / cap). None: they stay.")
+    ] = None
+    logit_softcap: Annotated[
+        PositiveFloat | None, Field(description="Logits l, divided, become cap * tanh(l / cap). None: they stay.")
+    ] = None
     init_std: Annotated[PositiveFloat, KEEPS_FUNCTION] = 0.02
     model_type: Annotated[str, registered("model")] = "transformer"
     sdpa_backend: Annotated[Literal["auto", "flash", "efficient", "cudnn", "math"], EXECUTION] = "auto"
@@ -248,6 +254,16 @@ class ModelConfig(Section):
         """Factor on products of queries and keys, as a plain float."""
         assert self.attention_scale is not None
         return self.attention_scale
+
+    @property
+    def qk_norm_type(self) -> str:
+        """The norm of queries and keys: an RMSNorm whatever that of blocks is, of its kind if that is one."""
+        return self.norm_type if self.norm_type == "rmsnorm_1p" else "rmsnorm"
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether feed-forward parts have a gate."""
+        return self.activation in ("silu", "geglu_tanh")
 
     @property
     def pattern(self) -> tuple[LayerKind, ...]:

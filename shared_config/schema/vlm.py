@@ -112,7 +112,7 @@ class MoTConfig(VLMConfig, arch="mot"):
 
     plain_fields: ClassVar[tuple[str, ...]] = (
         "norm_placement", "residual_scale", "mlp_bias", "attention_output_bias", "attention_scale", "qk_norm_over",
-        "attention_pattern", "window_rope_theta", "window_rope_scaled",
+        "attention_pattern", "window_rope_theta", "window_rope_scaled", "attention_softcap",
     )  # fmt: skip
 
     def resolved(self) -> Mapping[str, object]:

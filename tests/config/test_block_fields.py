@@ -24,10 +24,11 @@ OTHERS: dict[str, Any] = {
     "attention_pattern": ("full_nope",),
     "window_rope_theta": 70.0,
     "window_rope_scaled": False,
+    "attention_softcap": 2.0,
 }
 NEEDED = {"norm_placement": "'before'", "residual_scale": 1.0, "mlp_bias": False, "attention_output_bias": True}
 NEEDED |= {"attention_scale": 0.5, "qk_norm_over": "'head'", "attention_pattern": ("full",)}
-NEEDED |= {"window_rope_theta": 10000.0, "window_rope_scaled": True}
+NEEDED |= {"window_rope_theta": 10000.0, "window_rope_scaled": True, "attention_softcap": None}
 
 
 @pytest.mark.parametrize(

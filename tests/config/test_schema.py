@@ -72,7 +72,7 @@ def test_all_problems_are_reported_at_once_with_field_value_and_rule() -> None:
     )
     assert message.splitlines() == [
         "model.dim = -1: must be greater than 0",
-        "model.activation = 'tanh': must be one of gelu, relu, silu, or registered first",
+        "model.activation = 'tanh': must be one of geglu_tanh, gelu, relu, silu, or registered first",
         "model.dmi = 3: unknown key",
         "train.seq_len = 'long': must be a valid integer",
         "optimizer.betas.1 = 1.5: must be less than 1",

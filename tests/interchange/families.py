@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from hypothesis import strategies as st
@@ -16,6 +17,10 @@ def configs_of(draw: st.DrawFn, name: str, **changes: Any) -> ModelConfig:
     """Configs of a family, spelled as they are read: widths as they come out, experts one by one."""
     family = FAMILIES[name]
     fixed: dict[str, Any] = {**family.fixed, "family": name}
+    if family.scaled_embeddings:
+        dim = draw(st.sampled_from([18, 24]))
+        fixed |= {"dim": dim, "head_dim": 6, "embedding_scale": math.sqrt(dim)}
+        fixed |= {"attention_scale": draw(st.sampled_from([3, 16, 144])) ** -0.5}
     fixed |= {"rope_scaling": RopeScaling()} if family.rope_types == ("default",) else {}
     if "attention_pattern" not in changes:
         fixed |= draw(_layers(name))

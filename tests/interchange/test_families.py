@@ -35,13 +35,16 @@ from shared_config.interchange.weights import load_weights
 from shared_config.parity.validation import validation_tokens
 from shared_config.schema.base import from_fields
 from shared_config.schema.model import ModelConfig, RopeScaling
+from tests.interchange.theirs import CONFIG_CLASSES
 from tests.oracle.transformer import transformer
 
 CLASSES = {
     "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen2": "Qwen2", "qwen3": "Qwen3",
     "qwen3_moe": "Qwen3Moe", "olmo2": "Olmo2", "phi3": "Phi3", "granite": "Granite",
-    "qwen2_moe": "Qwen2Moe", "smollm3": "SmolLM3", "olmo3": "Olmo3",
+    "qwen2_moe": "Qwen2Moe", "smollm3": "SmolLM3", "olmo3": "Olmo3", "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
 }  # fmt: skip
+GEMMA: dict[str, Any] = {"norm_type": "rmsnorm_1p", "norm_placement": "both", "activation": "geglu_tanh"}
 MEANT: dict[str, dict[str, Any]] = {
     "qwen2": {"attention_bias": True, "attention_output_bias": False},
     "qwen2_moe": {"attention_output_bias": False, "moe_shared_expert_gate": True},
@@ -49,6 +52,8 @@ MEANT: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"qk_norm": True},
     "olmo2": {"qk_norm": True, "qk_norm_over": "width", "norm_placement": "after"},
     "olmo3": {"qk_norm": True, "qk_norm_over": "width", "norm_placement": "after", "window_rope_scaled": False},
+    "gemma2": GEMMA,
+    "gemma3_text": {**GEMMA, "qk_norm": True, "window_rope_scaled": False},
 }
 """What all models of a family compute, where that is not what Llamas do; from their modelling code."""
 SIZES = {"vocab_size": 40, "hidden_size": 128, "intermediate_size": 48}
@@ -65,7 +70,7 @@ NEEDED: dict[str, dict[str, Any]] = {
 }
 """What has to be given: transformers' defaults of sizes are those of its first model, which nobody means."""
 
-DEEP = ("smollm3", "olmo3")
+DEEP = ("smollm3", "olmo3", "gemma2", "gemma3_text")
 """Families whose layers differ by their place, of which 9 show all."""
 MIXED = [*["full_attention"] * 3, *["sliding_attention"] * 5, "full_attention"]
 
@@ -95,6 +100,13 @@ OTHERS: dict[str, Any] = {
     "residual_multiplier": (0.5, 1),
     "logits_scaling": (8.0,),
     "qkv_bias": (False, True),
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "query_pre_attn_scalar": (4, 144),
+    "attn_logit_softcapping": (7.0, None),
+    "final_logit_softcapping": (9.0, None),
+    "use_bidirectional_attention": (False,),
+    "rope_local_base_freq": (80.0,),
+    "sliding_window_pattern": (3,),
 }
 """Values other than the defaults; of what changes the function in ways that are refused, the one that is read."""
 
@@ -113,6 +125,8 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
         "no_rope_layer_interval": (2, 3),
     },
     "olmo3": {"layer_types": (MIXED, ["full_attention"] * 9, None), "rope_parameters": BY_KIND},
+    "gemma2": {"layer_types": (MIXED, ["full_attention"] * 9, None)},
+    "gemma3_text": {"layer_types": (MIXED, ["full_attention"] * 9, None), "rope_parameters": BY_KIND},
 }
 """Those of some families, in place of `OTHERS`."""
 
@@ -137,7 +151,9 @@ def content_of(family: str, **changes: Any) -> dict[str, Any]:
 
 def theirs_of(content: dict[str, Any]) -> Any:
     fields = {name: value for name, value in content.items() if name != "model_type"}
-    return getattr(transformers, f"{CLASSES[content['model_type']]}Config")(**json.loads(json.dumps(fields)))
+    family = content["model_type"]
+    name = CONFIG_CLASSES.get(family, f"{CLASSES[family]}Config")
+    return getattr(transformers, name)(**json.loads(json.dumps(fields)))
 
 
 def expected_of(family: str, theirs: Any) -> dict[str, Any]:
@@ -170,11 +186,15 @@ def expected_of(family: str, theirs: Any) -> dict[str, Any]:
         "embedding_scale": getattr(theirs, "embedding_multiplier", 1.0),
         "residual_scale": getattr(theirs, "residual_multiplier", 1.0),
         "logit_divisor": getattr(theirs, "logits_scaling", 1.0),
+        "attention_softcap": getattr(theirs, "attn_logit_softcapping", None),
+        "logit_softcap": getattr(theirs, "final_logit_softcapping", None),
         "model_type": "transformer",
         "family": family,
         "num_experts": 0,
     } | MEANT.get(family, {})
     expected["attention_scale"] = getattr(theirs, "attention_multiplier", expected["head_dim"] ** -0.5)
+    if family.startswith("gemma"):
+        expected |= {"attention_scale": theirs.query_pre_attn_scalar**-0.5, "embedding_scale": theirs.hidden_size**0.5}
     if family in NEEDED:
         expected |= {
             "num_experts": getattr(theirs, "num_experts", None) or theirs.num_local_experts,
@@ -215,8 +235,8 @@ def assert_read(content: dict[str, Any]) -> None:
 
 
 def assert_same_rotation(config: ModelConfig, theirs: Any, family: str) -> None:
-    module = getattr(transformers.models, family)
-    modelling = getattr(module, f"modeling_{family}")
+    name = family.removesuffix("_text")
+    modelling = getattr(getattr(transformers.models, name), f"modeling_{name}")
     rotary = getattr(modelling, f"{CLASSES[family]}RotaryEmbedding")(config=theirs)
     by_kind = {"": (config.rope_theta, config.rope_scaling)}
     if "full_attention" in theirs.rope_parameters:
@@ -262,7 +282,9 @@ def test_a_family_s_keys_are_read_one_by_one(family: str) -> None:
                 continue
             assert_read(content)
             read.add(key)
-    assert read | NOT_HERE.keys() | ({"use_sliding_window"} & refused) >= set(keys_of(family)), refused
+    assert read | NOT_HERE.keys() | ({"use_sliding_window", "attn_logit_softcapping"} & refused) >= set(
+        keys_of(family)
+    ), refused
 
 
 @families
@@ -288,8 +310,8 @@ def problems_of(content: dict[str, Any]) -> set[str]:
 def known_refusals(content: dict[str, Any]) -> Iterator[str]:
     """The only combinations of these values that are not read."""
     nulls = {
-        "num_key_value_heads": ("mistral", "mixtral", "qwen3_moe", "qwen2_moe"),
-        "head_dim": ("qwen3", "qwen3_moe"),
+        "num_key_value_heads": ("mistral", "mixtral", "qwen3_moe", "qwen2_moe", "gemma2", "gemma3_text"),
+        "head_dim": ("qwen3", "qwen3_moe", "gemma2", "gemma3_text"),
     }
     for key, of in nulls.items():
         if content["model_type"] in of:
@@ -298,7 +320,9 @@ def known_refusals(content: dict[str, Any]) -> Iterator[str]:
         yield "use_sliding_window = True: must be False"
     if content["model_type"] == "phi3":
         yield "rope_type = 'linear': must be one of default"
-    if content["model_type"] in ("qwen2", "qwen3", "smollm3", "olmo3"):
+    if content["model_type"] == "gemma3_text":
+        yield "attn_logit_softcapping = 7.0: must be None"
+    if content["model_type"] in ("qwen2", "qwen3", *DEEP):
         yield "layer_types: sliding_attention: must be full_attention, as there is no sliding_window"
 
 
@@ -363,6 +387,8 @@ def test_frequency_bands_have_to_be_given_as_they_have_there() -> None:
 # What is written
 
 
+GEMMA_WRITTEN: dict[str, Any] = {**GEMMA, "embedding_scale": 20**0.5, "attention_scale": 144**-0.5, "sliding_window": 5}
+GEMMA_WRITTEN |= {"attention_pattern": ("full", "window")}
 WRITTEN: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},
     "mistral": {"sliding_window": 5},
@@ -378,6 +404,8 @@ WRITTEN: dict[str, dict[str, Any]] = {
         "rope_scaling": RopeScaling(type="yarn", factor=2.0, original_max_seq_len=16),
     },
     "smollm3": {"sliding_window": 5, "attention_pattern": ("window_nope", "full"), "attention_bias": True},
+    "gemma2": {**GEMMA_WRITTEN, "attention_softcap": 7.0, "logit_softcap": 9.0},
+    "gemma3_text": {**GEMMA_WRITTEN, **MEANT["gemma3_text"], "window_rope_theta": 99.0, "logit_softcap": 9.0},
     "phi3": {"sliding_window": 5, "tie_embeddings": True},
     "qwen2_moe": {
         **MEANT["qwen2_moe"],

@@ -43,9 +43,9 @@ LLAMA_OR_MISTRAL = (
 
 
 def experts_of(family: Family) -> dict[str, Any]:
-    """Fields of experts, where a family has them."""
+    """Fields of experts, where a family has them, and those that follow from others."""
     if family.experts is None:
-        return {}
+        return {"embedding_scale": SMALL["dim"] ** 0.5} if family.scaled_embeddings else {}
     return {**EXPERTS, **({"moe_shared_experts": 1} if family.experts.shared else {})}
 
 

@@ -32,6 +32,7 @@ from shared_config.parity.validation import validation_tokens, validation_weight
 from shared_config.schema.base import from_fields
 from shared_config.schema.model import ModelConfig, RopeScaling
 from tests.interchange.families import any_family, configs_of
+from tests.interchange.theirs import CONFIG_CLASSES
 from tests.oracle.transformer import transformer
 
 SMALL: dict[str, Any] = {"dim": 20, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "vocab_size": 37}
@@ -221,6 +222,9 @@ def foreign_config(model_type: str, **changes: Any) -> dict[str, Any]:
     ("model_type", "changes", "message"),
     [
         ("gemma3", {}, f"model_type = 'gemma3': must be one of {', '.join(FAMILIES)}"),
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation = 'gelu': must be 'gelu_pytorch_tanh'"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True: must be False"),
+        ("gemma3_text", {"query_pre_attn_scalar": 2.5}, "query_pre_attn_scalar = 2.5: must be a positive integer"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu': must be 'silu'"),
         ("mistral", {"mlp_bias": True}, "mlp_bias = True: must be False"),
         ("llama", {"hidden_size": None}, "hidden_size = None: must be a number"),
@@ -327,13 +331,14 @@ def test_a_folder_without_a_config_is_named(tmp_path):
 
 
 LINEAR = {"type": "linear", "factor": 2.0}
-CLASSES = [one.architecture.removesuffix("ForCausalLM") for one in FAMILIES.values()]
+CLASSES = {name: f"{one.architecture.removesuffix('ForCausalLM')}Config" for name, one in FAMILIES.items()}
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_field_of_transformers_is_decided_about(name):
     transformers = pytest.importorskip("transformers")
-    fields = {field.name for field in dataclasses.fields(getattr(transformers, f"{name}Config"))}
+    config_class = CONFIG_CLASSES.get(name, CLASSES[name])
+    fields = {field.name for field in dataclasses.fields(getattr(transformers, config_class))}
     decided = (KINDS.keys(), REFUSED, WITHOUT_EFFECT)
     assert fields - frozenset().union(*decided) == set()
     assert not KINDS.keys() & WITHOUT_EFFECT
@@ -403,6 +408,7 @@ def test_settings_are_read_as_transformers_reads_them(tmp_path, monkeypatch, mod
         config = from_fields(ModelConfig, config_from_huggingface(content))
     except ConfigError:
         refused = {"layer_types"} | ({"use_sliding_window"} if model_type == "qwen2_moe" else set())
+        refused |= {"num_key_value_heads", "head_dim"} if model_type.startswith("gemma") else set()
         refused |= {"rope_scaling"} if model_type == "phi3" else set()
         refused |= {"rope_parameters"} if FAMILIES[model_type].rope_by_kind else set()
         assert None in changes.values() or refused & changes.keys()

@@ -43,6 +43,14 @@ GRANITE: Choices = {
     "residual_multiplier": (0.6,),
     "logits_scaling": (4.0, 7),
 }
+GEMMA: Choices = {
+    "num_hidden_layers": (2, 3, 5), "sliding_window": (4, 3), "layer_types": (None, MIXED),
+    "query_pre_attn_scalar": (3, 16),
+}  # fmt: skip
+BY_KIND = tuple(
+    {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 90.0}}
+    for full in (YARN, LINEAR, {"rope_type": "default", "rope_theta": 50.0})
+)
 
 OWN: Mapping[str, Choices] = {
     "llama": MLP_BIASES,
@@ -65,17 +73,24 @@ OWN: Mapping[str, Choices] = {
         **MLP_BIASES, "no_rope_layers": ([1, 0, 1], [0, 1, 1], None), "no_rope_layer_interval": (2, 4),
         "use_sliding_window": (True, False), "sliding_window": (4, 3), "layer_types": (None, MIXED),
     },
+    "gemma2": {
+        **BIASES, **GEMMA, "attn_logit_softcapping": (2.0, None), "final_logit_softcapping": (1.5, None),
+    },
+    "gemma3_text": {
+        **BIASES, **GEMMA, "final_logit_softcapping": (None, 2.5),
+        "num_hidden_layers": (7, 3), "rope_parameters": BY_KIND,
+    },
     "olmo3": {
         **BIASES, "sliding_window": (4, 3), "layer_types": (MIXED, None), "num_hidden_layers": (2, 3, 5),
-        "rope_parameters": tuple(
-            {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 90.0}}
-            for full in (YARN, LINEAR, {"rope_type": "default", "rope_theta": 50.0})
-        ),
+        "rope_parameters": BY_KIND,
     },
 }  # fmt: skip
 """Keys of each family besides `DENSE`, and their values, the most telling first."""
 
-WITH_HEAD_DIM = ("qwen3", "mixtral")
+CONFIG_CLASSES = {"gemma3_text": "Gemma3TextConfig"}
+"""Where a family's is not called as its models are."""
+
+WITH_HEAD_DIM = ("qwen3", "mixtral", "gemma2", "gemma3_text")
 """Families whose class has another default of ``head_dim`` than follows, or whose YaRN needs to be told."""
 
 
@@ -93,10 +108,11 @@ def drawn_configs(draw: st.DrawFn, family: str) -> Any:
         fields[key] = draw(st.sampled_from(values))
     if fields.get("layer_types"):
         told = fields.get("use_sliding_window", True)
-        fields["layer_types"] = fields["layer_types"][: fields["num_hidden_layers"]] if told else None
+        kinds = (fields["layer_types"] * 2)[: fields["num_hidden_layers"]]
+        fields["layer_types"] = kinds if told else None
     fields |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # a row of padding has no gradient
-    name = FAMILIES[family].architecture.removesuffix("ForCausalLM")
-    return getattr(transformers, f"{name}Config")(**fields)
+    name = f"{FAMILIES[family].architecture.removesuffix('ForCausalLM')}Config"
+    return getattr(transformers, CONFIG_CLASSES.get(family, name))(**fields)
 
 
 def build(config: Any, seed: int) -> Any:

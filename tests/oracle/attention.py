@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tests.oracle.linear import Gradients, Weights, linear, linear_backward
-from tests.oracle.norm import rms_norm, rms_norm_backward
+from tests.oracle.linear import Gradients, Weights, linear, linear_backward, submodule
+from tests.oracle.norm import norm, norm_backward
 from tests.oracle.position import apply_rope, apply_rope_backward
 
 
@@ -66,7 +66,9 @@ def attention(
     eps: float = 1e-5,
     sliding_window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     qk_norm_over: str = "head",
+    qk_norm_type: str = "rmsnorm",
     doc_ids: np.ndarray | None = None,
     key_padding_mask: np.ndarray | None = None,
     cache: Keys | None = None,
@@ -87,12 +89,12 @@ def attention(
     activations = {"q_proj": q, "k_proj": k, "v_proj": v}
     is_normed, over_width = "q_norm.weight" in weights, qk_norm_over == "width"
     if is_normed and over_width:
-        q = activations["q_norm"] = rms_norm(q, weights["q_norm.weight"], eps)
-        k = activations["k_norm"] = rms_norm(k, weights["k_norm.weight"], eps)
+        q = activations["q_norm"] = norm(q, submodule(weights, "q_norm"), qk_norm_type, eps)
+        k = activations["k_norm"] = norm(k, submodule(weights, "k_norm"), qk_norm_type, eps)
     q_BSHh, k_BSKh, v_BSKh = split_heads(q, n_heads), split_heads(k, n_kv_heads), split_heads(v, n_kv_heads)
     if is_normed and not over_width:
-        q_BSHh = activations["q_norm"] = rms_norm(q_BSHh, weights["q_norm.weight"], eps)
-        k_BSKh = activations["k_norm"] = rms_norm(k_BSKh, weights["k_norm.weight"], eps)
+        q_BSHh = activations["q_norm"] = norm(q_BSHh, submodule(weights, "q_norm"), qk_norm_type, eps)
+        k_BSKh = activations["k_norm"] = norm(k_BSKh, submodule(weights, "k_norm"), qk_norm_type, eps)
 
     batch, length, _ = x_BSD.shape
     cache = cache or empty_cache(batch, n_kv_heads, q_BSHh.shape[-1])
@@ -112,7 +114,7 @@ def attention(
     keys = seen_after(cache, new)
 
     allowed_BST = may_attend(positions_BS, new.documents_BT, keys, sliding_window)
-    context_BHSh, probabilities = attend(q_BHSh, keys.k_BKTh, keys.v_BKTh, allowed_BST, scale)
+    context_BHSh, probabilities = attend(q_BHSh, keys.k_BKTh, keys.v_BKTh, allowed_BST, scale, softcap)
     context_BSX = heads_merged(context_BHSh)
     activations["o_proj"] = linear(context_BSX, weights, "o_proj")
     return activations["o_proj"], AttentionSaved(x_BSD, activations, q_BHSh, keys, probabilities, context_BSX, angles)
@@ -131,10 +133,15 @@ def may_attend(
 
 
 def attend(
-    q_BHSh: np.ndarray, k_BKTh: np.ndarray, v_BKTh: np.ndarray, allowed_BST: np.ndarray, scale: float | None = None
+    q_BHSh: np.ndarray,
+    k_BKTh: np.ndarray,
+    v_BKTh: np.ndarray,
+    allowed_BST: np.ndarray,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """softmax(scale q k^T) v over the allowed keys, by 1 / sqrt h where no scale is given; query head i reads
-    key/value head i // (H / K).
+    key/value head i // (H / K). With a soft cap, scores s are softcap * tanh(s / softcap).
 
     Returns:
         the weighted values (B, H, S, h), and the probabilities (B, H, S, T): rows of 0 where no key is allowed.
@@ -142,6 +149,8 @@ def attend(
     group = q_BHSh.shape[1] // k_BKTh.shape[1]
     k_BHTh, v_BHTh = np.repeat(k_BKTh, group, axis=1), np.repeat(v_BKTh, group, axis=1)
     scores_BHST = q_BHSh @ k_BHTh.swapaxes(-1, -2) * (scale or 1 / np.sqrt(q_BHSh.shape[-1]))
+    if softcap is not None:
+        scores_BHST = softcap * np.tanh(scores_BHST / softcap)
     probabilities_BHST = masked_softmax(scores_BHST, allowed_BST[:, None])
     return probabilities_BHST @ v_BHTh, probabilities_BHST
 
@@ -153,19 +162,31 @@ def attend_backward(
     v_BKTh: np.ndarray,
     probabilities_BHST: np.ndarray,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gradients of q, k, v. Through the softmax: ds = p (dp - sum(p dp)); 0 in a row without keys."""
+    """Gradients of q, k, v. Through the softmax: ds = p (dp - sum(p dp)); 0 in a row without keys. The derivative of a
+    soft cap is 1 - tanh^2.
+    """
     group = q_BHSh.shape[1] // k_BKTh.shape[1]
     k_BHTh, v_BHTh = np.repeat(k_BKTh, group, axis=1), np.repeat(v_BKTh, group, axis=1)
     p = probabilities_BHST
     dp = dcontext_BHSh @ v_BHTh.swapaxes(-1, -2)
-    dscores = p * (dp - np.sum(p * dp, axis=-1, keepdims=True)) * (scale or 1 / np.sqrt(q_BHSh.shape[-1]))
+    factor = scale or 1 / np.sqrt(q_BHSh.shape[-1])
+    dscores = p * (dp - np.sum(p * dp, axis=-1, keepdims=True)) * factor
+    if softcap is not None:
+        dscores = dscores * (1 - np.tanh(q_BHSh @ k_BHTh.swapaxes(-1, -2) * factor / softcap) ** 2)
     dk_BHTh, dv_BHTh = dscores.swapaxes(-1, -2) @ q_BHSh, p.swapaxes(-1, -2) @ dcontext_BHSh
     return dscores @ k_BHTh, _sum_groups(dk_BHTh, group), _sum_groups(dv_BHTh, group)
 
 
 def attention_backward(
-    dy_BSD: np.ndarray, saved: AttentionSaved, weights: Weights, eps: float = 1e-5, scale: float | None = None
+    dy_BSD: np.ndarray,
+    saved: AttentionSaved,
+    weights: Weights,
+    eps: float = 1e-5,
+    scale: float | None = None,
+    softcap: float | None = None,
+    qk_norm_type: str = "rmsnorm",
 ) -> tuple[np.ndarray, Gradients]:
     """Gradients of the new tokens' input and of every weight; what came from a cache counts as constant."""
     length = saved.x_BSD.shape[1]
@@ -178,6 +199,7 @@ def attention_backward(
         saved.keys.v_BKTh,
         saved.probabilities_BHST,
         scale,
+        softcap,
     )
     dk_BKSh = dk_BKTh[:, :, -length:]
     if saved.rope is not None:
@@ -190,8 +212,8 @@ def attention_backward(
             dq_BSHh, dk_BSKh = dq_BSHh.reshape(q_BSHh.shape), dk_BSKh.reshape(k_BSKh.shape)
         else:
             q_BSHh, k_BSKh = split_heads(q_BSHh, n_heads), split_heads(k_BSKh, n_kv_heads)
-        dq_BSHh, q_norm = rms_norm_backward(dq_BSHh, q_BSHh, weights["q_norm.weight"], eps)
-        dk_BSKh, k_norm = rms_norm_backward(dk_BSKh, k_BSKh, weights["k_norm.weight"], eps)
+        dq_BSHh, q_norm = norm_backward(dq_BSHh, q_BSHh, submodule(weights, "q_norm"), qk_norm_type, eps)
+        dk_BSKh, k_norm = norm_backward(dk_BSKh, k_BSKh, submodule(weights, "k_norm"), qk_norm_type, eps)
         gradients |= {"q_norm.weight": q_norm["weight"], "k_norm.weight": k_norm["weight"]}
     dx_BSD = np.zeros_like(saved.x_BSD)
     for name, d in (("q_proj", dq_BSHh), ("k_proj", dk_BSKh), ("v_proj", dv_BSKh)):

@@ -13,11 +13,13 @@ Activations = dict[str, np.ndarray]
 
 
 def mlp(x: np.ndarray, weights: Weights, activation: str) -> tuple[np.ndarray, Activations]:
-    """silu: down(silu(gate(x)) * up(x)); gelu and relu: down(act(up(x))). Also the output of each linear layer."""
+    """silu: down(silu(gate(x)) * up(x)), geglu_tanh: the same with gelu_tanh; gelu and relu: down(act(up(x))). Also the
+    output of each linear layer.
+    """
     up = linear(x, weights, "up_proj")
-    if activation == "silu":
+    if activation in GATES:
         gate = linear(x, weights, "gate_proj")
-        down = linear(silu(gate) * up, weights, "down_proj")
+        down = linear(GATES[activation][0](gate) * up, weights, "down_proj")
         return down, {"gate_proj": gate, "up_proj": up, "down_proj": down}
     down = linear(ACTIVATIONS[activation](up), weights, "down_proj")
     return down, {"up_proj": up, "down_proj": down}
@@ -27,14 +29,14 @@ def mlp_backward(
     dy: np.ndarray, x: np.ndarray, saved: Activations, weights: Weights, activation: str
 ) -> tuple[np.ndarray, Gradients]:
     up = saved["up_proj"]
-    if activation != "silu":
+    if activation not in GATES:
         dhidden, down_gradients = linear_backward(dy, ACTIVATIONS[activation](up), weights, "down_proj")
         dx, up_gradients = linear_backward(dhidden * SLOPES[activation](up), x, weights, "up_proj")
         return dx, {**up_gradients, **down_gradients}
-    gate = saved["gate_proj"]
-    dhidden, down_gradients = linear_backward(dy, silu(gate) * up, weights, "down_proj")
-    dx_gate, gate_gradients = linear_backward(dhidden * up * silu_slope(gate), x, weights, "gate_proj")
-    dx_up, up_gradients = linear_backward(dhidden * silu(gate), x, weights, "up_proj")
+    gate, (function, slope) = saved["gate_proj"], GATES[activation]
+    dhidden, down_gradients = linear_backward(dy, function(gate) * up, weights, "down_proj")
+    dx_gate, gate_gradients = linear_backward(dhidden * up * slope(gate), x, weights, "gate_proj")
+    dx_up, up_gradients = linear_backward(dhidden * function(gate), x, weights, "up_proj")
     return dx_gate + dx_up, {**gate_gradients, **up_gradients, **down_gradients}
 
 
@@ -72,6 +74,12 @@ def gelu_tanh(x: np.ndarray) -> np.ndarray:
     return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
+def gelu_tanh_slope(x: np.ndarray) -> np.ndarray:
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    dinner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
+    return (1 + np.tanh(inner)) / 2 + x * (1 - np.tanh(inner) ** 2) * dinner / 2
+
+
 def relu(x: np.ndarray) -> np.ndarray:
     return np.where(np.real(x) > 0, x, 0)
 
@@ -81,4 +89,5 @@ def relu_slope(x: np.ndarray) -> np.ndarray:
 
 
 ACTIVATIONS = {"silu": silu, "gelu": gelu, "relu": relu, "quick_gelu": quick_gelu, "gelu_pytorch_tanh": gelu_tanh}
+GATES = {"silu": (silu, silu_slope), "geglu_tanh": (gelu_tanh, gelu_tanh_slope)}
 SLOPES = {"silu": silu_slope, "gelu": gelu_slope, "relu": relu_slope}

@@ -130,7 +130,10 @@ def _project(x_D: np.ndarray, weights: Weights, name: str, modality: str, config
     """(heads, h), normalised where q_norm and k_norm exist."""
     projected = linear(x_D, weights, f"{name}_proj.{modality}").reshape(-1, config.head_size)
     norm_name = f"{name}_norm.{modality}.weight"
-    return rms_norm(projected, weights[norm_name], config.norm_eps) if norm_name in weights else projected
+    if norm_name not in weights:
+        return projected
+    one = 1 if config.norm_type == "rmsnorm_1p" else 0
+    return rms_norm(projected, one + weights[norm_name], config.norm_eps)
 
 
 def _allowed(where: Stream, row: int, query: int, key: int, window: int | None) -> bool:

@@ -11,6 +11,8 @@ def norm(x: np.ndarray, weights: Weights, norm_type: str, eps: float) -> np.ndar
     """The norm of that type with ``weights`` "weight" and, for LayerNorm, "bias"."""
     if norm_type == "rmsnorm":
         return rms_norm(x, weights["weight"], eps)
+    if norm_type == "rmsnorm_1p":
+        return rms_norm(x, 1 + weights["weight"], eps)
     if norm_type == "layernorm":
         return layer_norm(x, weights["weight"], weights["bias"], eps)
     raise KeyError(f"Unknown norm: {norm_type!r}")
@@ -21,6 +23,8 @@ def norm_backward(
 ) -> tuple[np.ndarray, Gradients]:
     if norm_type == "rmsnorm":
         return rms_norm_backward(dy, x, weights["weight"], eps)
+    if norm_type == "rmsnorm_1p":
+        return rms_norm_backward(dy, x, 1 + weights["weight"], eps)
     return layer_norm_backward(dy, x, weights["weight"], eps)
 
 

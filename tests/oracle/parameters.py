@@ -188,7 +188,8 @@ def _text_fact(name: str, shape: tuple[int, ...], config: ModelConfig) -> Fact:
         value = 0.0 if name.endswith("bias") else 1 / shape[0]
         return Fact(shape, (CONSTANT, value), axes, is_buffer=True)
     if len(shape) == 1:
-        return Fact(shape, (CONSTANT, 1.0 if name.endswith("weight") else 0.0), axes)
+        one = 0.0 if config.norm_type == "rmsnorm_1p" else 1.0
+        return Fact(shape, (CONSTANT, one if name.endswith("weight") else 0.0), axes)
     residual = re.search(r"(o_proj|down_proj)\.weight$|down_w$", plain) is not None
     std = config.init_std * (2 * config.n_layers) ** -0.5 if residual else config.init_std
     initial = (CONSTANT, 0.0) if residual and _starts_silent(name) else (NORMAL, std)

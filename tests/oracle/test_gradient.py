@@ -20,7 +20,7 @@ from tests.oracle.gradient import (
 )
 from tests.oracle.linear import submodule
 from tests.oracle.loss import cross_entropy, cross_entropy_backward
-from tests.oracle.mlp import ACTIVATIONS, SLOPES, mlp, mlp_backward
+from tests.oracle.mlp import ACTIVATIONS, GATES, SLOPES, mlp, mlp_backward
 from tests.oracle.moe import MoEOptions, gradient_factors, moe, moe_backward
 from tests.oracle.norm import norm, norm_backward
 from tests.oracle.optimizer import initial_state
@@ -71,7 +71,7 @@ def assert_derivative(function: Any, weights: dict[str, np.ndarray], gradients: 
     assert max(errors.values()) < LIMIT, errors
 
 
-@pytest.mark.parametrize("norm_type", ["rmsnorm", "layernorm"])
+@pytest.mark.parametrize("norm_type", ["rmsnorm", "rmsnorm_1p", "layernorm"])
 def test_norm(norm_type: str):
     weights = {"x": X_BSD, **draw({"weight": (48,), "bias": (48,)})}
     dx, gradients = norm_backward(DY_BSD, X_BSD, weights, norm_type, 0.1)
@@ -85,13 +85,13 @@ def test_activation_slopes(name: str):
     np.testing.assert_allclose(SLOPES[name](x), exact, rtol=1e-12)
 
 
-@pytest.mark.parametrize("activation", sorted(SLOPES))
+@pytest.mark.parametrize("activation", sorted({*SLOPES, *GATES}))
 def test_mlp(activation: str):
     shapes = {"gate_proj.weight": (30, 48), "up_proj.weight": (30, 48), "down_proj.weight": (48, 30)}
     weights = {"x": X_BSD, **draw(shapes)}
     _, saved = mlp(X_BSD, weights, activation)
     dx, gradients = mlp_backward(DY_BSD, X_BSD, saved, weights, activation)
-    assert ("gate_proj.weight" in gradients) == (activation == "silu")
+    assert ("gate_proj.weight" in gradients) == (activation in ("silu", "geglu_tanh"))
     assert_derivative(lambda w: np.sum(mlp(w["x"], w, activation)[0] * DY_BSD), weights, {"x": dx, **gradients})
 
 

@@ -228,6 +228,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "attention_pattern": ("full",),
         "window_rope_theta": 10000.0,
         "window_rope_scaled": True,
+        "attention_softcap": None,
+        "logit_softcap": None,
         "rope_scaling": {
             "type": "none",
             "factor": 1.0,

@@ -91,7 +91,7 @@ def transformer(
     activations["norm"] = norm(x_BSD, submodule(weights, "norm"), config.norm_type, config.norm_eps)
     sliced_BSD = activations["norm"][:, output_slice or slice(None)]
     activations["output_head.proj"] = output_head(sliced_BSD, head_weights(weights))
-    out.logits = activations["output_head"] = activations["output_head.proj"] / config.logit_divisor
+    out.logits = activations["output_head"] = finished(activations["output_head.proj"], config)
     return out
 
 
@@ -118,7 +118,9 @@ def transformer_block(
         eps=config.norm_eps,
         sliding_window=window_of(config, layer),
         scale=config.attention_scale,
+        softcap=config.attention_softcap,
         qk_norm_over=config.qk_norm_over,
+        qk_norm_type=qk_norm_type(config),
         doc_ids=doc_ids,
         key_padding_mask=key_padding_mask,
         cache=cache,
@@ -157,6 +159,8 @@ def transformer_backward(
     part = output_slice or slice(None)
     dnormed_BSD = np.zeros_like(normed_BSD)
     dprojected = dlogits / config.logit_divisor
+    if config.logit_softcap is not None:
+        dprojected = dprojected * (1 - (out.logits / config.logit_softcap) ** 2)
     dnormed_BSD[:, part], head = output_head_backward(dprojected, normed_BSD[:, part], head_weights(weights))
     last_BSD = out.activations[f"layers.{config.n_layers - 1}"]
     dx_BSD, final = norm_backward(dnormed_BSD, last_BSD, submodule(weights, "norm"), config.norm_type, config.norm_eps)
@@ -197,7 +201,8 @@ def transformer_block_backward(
     dattention, inner = _normed_backward(dadded, attention_out, weights, "attention_post_norm", config)
     gradients |= inner
     own = submodule(weights, "attention")
-    dattention_in, inner = attention_backward(dattention, saved.attention, own, config.norm_eps, config.attention_scale)
+    scores = config.norm_eps, config.attention_scale, config.attention_softcap, qk_norm_type(config)
+    dattention_in, inner = attention_backward(dattention, saved.attention, own, *scores)
     gradients |= below("attention", inner)
     dx, inner = _normed_backward(dattention_in, saved.x_BSD, weights, "attention_norm", config)
     return dx + dmiddle, gradients | inner
@@ -217,6 +222,17 @@ def _normed_backward(
         return dy_BSD, {}
     dx_BSD, own = norm_backward(dy_BSD, x_BSD, submodule(weights, name), config.norm_type, config.norm_eps)
     return dx_BSD, below(name, own)
+
+
+def finished(projected: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Logits l of the head's product: divided, and with a soft cap c then c * tanh(l / c)."""
+    logits, cap = projected / config.logit_divisor, config.logit_softcap
+    return logits if cap is None else cap * np.tanh(logits / cap)
+
+
+def qk_norm_type(config: ModelConfig) -> str:
+    """Queries and keys have RMSNorms whatever blocks have; if these are of the kind with 1 + weight, of that kind."""
+    return "rmsnorm_1p" if config.norm_type == "rmsnorm_1p" else "rmsnorm"
 
 
 def kind_of(config: ModelConfig, layer: int) -> str:

@@ -19,7 +19,15 @@ from tests.oracle.linear import Scalar, Weights, below, submodule
 from tests.oracle.moma import moma_ffn
 from tests.oracle.mot import by_modality, mot_block, stream
 from tests.oracle.norm import norm
-from tests.oracle.transformer import head_weights, rope_of, transformer, transformer_block, window_of
+from tests.oracle.transformer import (
+    finished,
+    head_weights,
+    qk_norm_type,
+    rope_of,
+    transformer,
+    transformer_block,
+    window_of,
+)
 
 
 @dataclass
@@ -149,7 +157,9 @@ def moma_decoder(
             eps=config.norm_eps,
             sliding_window=window_of(config, layer),
             scale=config.attention_scale,
+            softcap=config.attention_softcap,
             qk_norm_over=config.qk_norm_over,
+            qk_norm_type=qk_norm_type(config),
             doc_ids=doc_ids,
             key_padding_mask=key_padding_mask,
         )
@@ -169,6 +179,6 @@ def moma_decoder(
 
 def _with_logits(out: VLMOutput, x_BSD: np.ndarray, weights: Weights, config: ModelConfig) -> VLMOutput:
     projected = output_head(x_BSD, head_weights(weights))
-    out.logits = projected / config.logit_divisor
+    out.logits = finished(projected, config)
     out.activations |= {"output_head.proj": projected, "output_head": out.logits}
     return out

@@ -69,7 +69,7 @@ def attention_shapes(path: str, config: ModelConfig) -> Shapes:
 
 
 def mlp_shapes(path: str, dim: int, hidden: int, activation: str, bias: bool = False) -> Shapes:
-    sizes = {"gate_proj": (hidden, dim)} if activation == "silu" else {}
+    sizes = {"gate_proj": (hidden, dim)} if activation in ("silu", "geglu_tanh") else {}
     sizes |= {"up_proj": (hidden, dim), "down_proj": (dim, hidden)}
     shapes: Shapes = {f"{path}.{name}.weight": size for name, size in sizes.items()}
     return shapes | ({f"{path}.{name}.bias": size[:1] for name, size in sizes.items()} if bias else {})
@@ -81,7 +81,7 @@ def moe_shapes(path: str, config: ModelConfig) -> Shapes:
     if config.moe_router == "sigmoid_topk":
         shapes |= {f"{path}.router.expert_bias": (experts,), f"{path}.router.expert_ema": (experts,)}
     if config.moe_packed_experts:
-        gate: Shapes = {f"{path}.gate_w": (experts, dim, hidden)} if config.activation == "silu" else {}
+        gate: Shapes = {f"{path}.gate_w": (experts, dim, hidden)} if config.is_gated else {}
         shapes |= {**gate, f"{path}.up_w": (experts, dim, hidden), f"{path}.down_w": (experts, hidden, dim)}
     else:
         for expert in range(experts):

@@ -65,7 +65,9 @@ def differentiated(side: Torch, function: Callable[..., Any], arrays: list[np.nd
 
 
 def check_blocks(backend: str) -> None:
-    """Blocks of queries, the last of which is short, give what the oracle does, with its gradients."""
+    """Blocks of queries, the last of which is short, give what the oracle does, with its gradients; with soft caps for
+    every second kind.
+    """
     side = side_of(backend)
     attention, blocks = side.module("model.attention"), side.module("model.blockwise")
     kinds = KINDS if backend == "torch" else IN_BLOCKS
@@ -74,25 +76,25 @@ def check_blocks(backend: str) -> None:
         mock.patch.object(attention, "DENSE_PAIRS", 0),
         mock.patch.object(blocks, "BLOCK_QUERIES", 7),
     ):
-        for name in kinds:
-            kind = KINDS[name]
+        for index, name in enumerate(kinds):
+            kind, softcap = KINDS[name], 0.7 if index % 2 else None
             arrays, facts = drawn(kind), kind.facts(KEYS)
             mask = mask_of(side, facts)
 
-            def attend(q: Any, k: Any, v: Any, mask: Any = mask) -> Any:
-                return attention.attend(q, k, v, mask)
+            def attend(q: Any, k: Any, v: Any, mask: Any = mask, softcap: float | None = softcap) -> Any:
+                return attention.attend(q, k, v, mask, softcap=softcap)
 
             found = differentiated(side, attend if backend == "torch" else jax.jit(attend), arrays)
-            for value, exact in zip(found, truth_of(kind, arrays), strict=True):
+            for value, exact in zip(found, truth_of(kind, arrays, softcap), strict=True):
                 assert np.abs(value - exact).max() <= 1e-12 * np.abs(exact).max(), name
 
 
-def truth_of(kind: Kind, arrays: list[np.ndarray]) -> list[np.ndarray]:
+def truth_of(kind: Kind, arrays: list[np.ndarray], softcap: float | None = None) -> list[np.ndarray]:
     """Output and gradients, by the oracle."""
     q, k, v, gradient = arrays
     seen = seen_by(kind.facts(KEYS), kind.queries(KEYS), KEYS)
-    out, probabilities = oracle_attend(q, k, v, seen)
-    return [out, *oracle_backward(gradient, q, k, v, probabilities)]
+    out, probabilities = oracle_attend(q, k, v, seen, softcap=softcap)
+    return [out, *oracle_backward(gradient, q, k, v, probabilities, softcap=softcap)]
 
 
 # torch
@@ -129,10 +131,16 @@ def check_fused_call(backend: str) -> None:
         with mock.patch.object(fused, "Tensor", tuple):
             function, given, options = fused.fused_attention(q, k, v, masks.Mask(causal=True, fused=form))
             alike = fused.fused_attention(q, q, q, masks.Mask(causal=True, fused=form), scale=0.3)[2]
+            capped = fused.fused_attention(q, q, q, masks.Mask(causal=True, fused=form), softcap=0.7)[2]
+            again = fused.fused_attention(q, q, q, masks.Mask(causal=True, fused=form), softcap=0.7)[2]
     assert function is fused.flex_attention
     assert all(found is expected for found, expected in zip(given, (q, k, v), strict=True))
-    assert options == {"block_mask": form, "scale": None, "enable_gqa": True}
-    assert alike == {"block_mask": form, "scale": 0.3, "enable_gqa": False}
+    assert options == {"block_mask": form, "scale": None, "enable_gqa": True, "score_mod": None}
+    assert alike == {"block_mask": form, "scale": 0.3, "enable_gqa": False, "score_mod": None}
+    change, scores, index = capped["score_mod"], torch.tensor([-3.0, 0.1, 2.0]).double(), torch.tensor(0)
+    assert change is again["score_mod"], "another function is another program"
+    expected = 0.7 * np.tanh(scores.numpy() / 0.7)
+    np.testing.assert_allclose(change(scores, index, index, index, index).numpy(), expected, rtol=1e-14)
 
 
 SHORT, LONG = 1024, 1025
@@ -182,6 +190,7 @@ def check_paths(backend: str) -> None:
         mock.patch.object(attention.F, "scaled_dot_product_attention", dense),
         mock.patch.object(attention, "fused_attention", noting("fused")),
         mock.patch.object(attention, "blockwise_attention", noting("blocks")),
+        mock.patch.object(attention, "_attend_plainly", noting("plain")),
         mock.patch.object(fused, "_compiled", return_value=lambda *_: object()),
         mock.patch.object(attention, "with_dense", lambda mask, *_: replace(mask, dense=form)),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -200,6 +209,13 @@ def check_paths(backend: str) -> None:
                 taken.clear()
                 attention.attend(q, k, k, given)
                 assert taken == [path], case
+            has_kernel = device == "cuda" and dtype != "float64" and width >= 16
+            otherwise = "plain" if queries * keys <= SHORT**2 or path == "dense" else "blocks"
+            prepared = attention.prepare_mask(mask, queries, keys, width, q.dtype, q.device, 0.7)
+            for given in (mask, prepared):
+                taken.clear()
+                attention.attend(q, k, k, given, softcap=0.7)
+                assert taken == ["fused" if has_kernel else otherwise], case
 
 
 def moved(value: Any) -> Any:

@@ -59,9 +59,11 @@ FIELDS: Pools = {
         "vocab_size": [1, 2, 11, 37],
         "ffn_dim_multiplier": [0.1, 1.0, 2.5],
         "ffn_hidden_dim": [None, 1, 8, 21],
-        "norm_type": ["rmsnorm", "layernorm"],
+        "norm_type": ["rmsnorm", "layernorm", "rmsnorm_1p"],
         "norm_eps": [1e-5, 1e-30, 0.5, 1e30],
-        "activation": ["silu", "gelu", "relu"],
+        "activation": ["silu", "gelu", "relu", "geglu_tanh"],
+        "attention_softcap": [None, 1e-3, 50.0],
+        "logit_softcap": [None, 1e-3, 30.0],
         "max_seq_len": [1, 16, 24, 40, 200],
         "rope_theta": [10000.0, 1.5, 1e30],
         "rope_scaling": {

@@ -67,6 +67,7 @@ GROUPED = ModelConfig(
     dim=20, head_dim=6, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=37, ffn_hidden_dim=24, max_seq_len=16,
     qk_norm=True, sliding_window=4, attention_bias=True, rope_theta=50.0, norm_eps=1e-2, attention_output_bias=False,
     attention_scale=0.3, norm_placement="both", residual_scale=0.7, embedding_scale=2.5, logit_divisor=3.0,
+    norm_type="rmsnorm_1p", activation="geglu_tanh", attention_softcap=2.0, logit_softcap=1.5,
 )  # fmt: skip
 CENTRED = ModelConfig(
     dim=24, n_layers=3, n_heads=3, vocab_size=13, ffn_hidden_dim=50, max_seq_len=16, norm_type="layernorm",

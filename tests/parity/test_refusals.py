@@ -51,7 +51,7 @@ SIZES: dict[str, tuple[Build, str]] = {
         "^window = 0: must be at least 1$",
     ),
 }
-UNKNOWN = "Unknown (mlp|activation): 'tanh'; available: gelu, relu, silu"
+UNKNOWN = "Unknown (mlp|activation): 'tanh'; available: (geglu_tanh, )?gelu, relu, silu"
 ACTIVATIONS: dict[str, tuple[Build, str]] = {
     "config": (lambda _: ModelConfig(activation="tanh"), "activation.*'tanh'.*gelu, relu, silu"),
     "adapter config": (lambda _: AdapterConfig(activation="tanh"), "activation.*'tanh'.*gelu, relu, silu"),
