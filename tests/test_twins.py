@@ -16,6 +16,7 @@ IMPLIED = {"self", "cls", "rngs"}
 
 FILES = {
     "functions.py": "jax: modules of several libraries, taken apart; torch has one kind",
+    "huggingface.py": "torch: the models of transformers are torch's",
     "model/cuda_graph.py": "torch: XLA compiles and launches its own programs",
     "model/kept_steps.py": "torch: recorded steps; jit keeps its programs itself",
     "model/module.py": "jax: torch's modules have named walks, hooks and casts built in",

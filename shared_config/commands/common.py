@@ -35,9 +35,10 @@ def add_config(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     )
 
 
-def add_backend(parser: argparse.ArgumentParser) -> None:
-    """The --backend option."""
-    parser.add_argument("--backend", required=True, choices=tuple(BACKENDS), help="framework that does the work")
+def add_backend(parser: argparse.ArgumentParser, *others: str) -> None:
+    """The --backend option, which a command may let be others too."""
+    choices = (*BACKENDS, *others)
+    parser.add_argument("--backend", required=True, choices=choices, help="framework that does the work")
 
 
 def add_shrink(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from typing import cast
 
 import numpy as np
 
-from shared_config.commands.backends import backend_module, require_backend
+from shared_config.commands.backends import backend_module, require_backend, require_package
 from shared_config.commands.common import (
     add_backend,
     add_config,
@@ -22,10 +22,12 @@ from shared_config.commands.common import (
 )
 from shared_config.contract.warm_start import without_warm_start
 from shared_config.errors import UserError
+from shared_config.interchange.huggingface import is_huggingface
 from shared_config.interchange.outputs import refuse_overwriting
 from shared_config.interchange.reading import check_regular
 from shared_config.parity.dtypes import DTYPES
 from shared_config.parity.layouts import LAYOUT, LayoutBackend, record_layout
+from shared_config.parity.plan import TRANSFORMERS
 from shared_config.parity.request import WEIGHTS, check_tokens
 from shared_config.parity.scenarios import SCENARIOS, record_scenario
 from shared_config.parity.selection import parse_layers
@@ -44,7 +46,7 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own options."""
     add_config(parser)
-    add_backend(parser)
+    add_backend(parser, TRANSFORMERS)
     parser.add_argument("--output", required=True, metavar="FILE", help="the trace, a .safetensors file")
     parser.add_argument("--dtype", default="float64", choices=DTYPES, help="of the arithmetic (default: float64)")
     parser.add_argument("--seed", type=not_negative, default=0, help="of weights and tokens (default: 0)")
@@ -105,6 +107,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         check_tokens(tokens, config)
     layers = None if options.layers is None else parse_layers(options.layers, config.model.n_layers)
     refeed, routes = (None if file is None else read_trace(file) for file in (options.refeed, options.routes))
+    if options.backend == TRANSFORMERS:
+        write_trace(output, of_transformers(options, config, given, weights))
+        return 0
     require_backend(options.backend)
     if options.scenario is not None:
         write_trace(output, scenario(options, config, weights))
@@ -126,6 +131,29 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         trace = trace.summarized(options.summary)
     write_trace(output, trace)
     return 0
+
+
+def of_transformers(
+    options: argparse.Namespace,
+    config: JobConfig,
+    folder: str | Path | None,
+    weights: str | Mapping[str, np.ndarray],
+) -> Trace:
+    """What the model of transformers computes that a Hugging Face folder holds.
+
+    Raises:
+        UserError: no such folder; an option that is for the backends; transformers is not installed.
+    """
+    for name in ("tokens", "layers", "only", "refeed", "routes", "summary", "scenario"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name}: is for the backends; leave it out with --backend {TRANSFORMERS}")
+    if folder is None or isinstance(weights, str) or not is_huggingface(Path(folder)):
+        raise UserError(f"--backend {TRANSFORMERS}: needs the weights of a Hugging Face folder, not {folder}")
+    if options.dtype == "fp8":
+        raise UserError(f"--dtype fp8: is for the backends; must be another with --backend {TRANSFORMERS}")
+    require_package(TRANSFORMERS, TRANSFORMERS, f"--backend {TRANSFORMERS}")
+    record = backend_module("torch", "huggingface").record
+    return record(config, Path(folder), weights, dtype=options.dtype, seed=options.seed, device=options.device)
 
 
 def scenario(options: argparse.Namespace, config: JobConfig, weights: str | Mapping[str, np.ndarray]) -> Trace:

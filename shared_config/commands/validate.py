@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shared_config.commands.backends import require_backend
+from shared_config.commands.backends import require_backend, require_package
 from shared_config.commands.common import (
     add_config,
     add_shrink,
@@ -28,11 +28,12 @@ from shared_config.commands.common import (
 from shared_config.commands.layouts import layouts_to_compare, on_one_device, without_layout
 from shared_config.commands.processes import environment_of, living_pipe, reasons
 from shared_config.commands.show import readable_bytes
-from shared_config.commands.verdict import show_findings, show_first_differences
+from shared_config.commands.verdict import show_errors, show_findings, show_first_differences
 from shared_config.contract.counts import count_parameters
 from shared_config.contract.initialise import state_hash
 from shared_config.errors import UserError
 from shared_config.interchange.files import written_aside
+from shared_config.interchange.huggingface import is_huggingface
 from shared_config.interchange.outputs import claim_record_folder, forget_run
 from shared_config.interchange.toml import config_to_toml
 from shared_config.loader import load_config
@@ -41,10 +42,11 @@ from shared_config.parity.dtypes import DTYPES, dtypes_of
 from shared_config.parity.full_checks import LONG_SEQUENCE
 from shared_config.parity.layout_checks import AGREED
 from shared_config.parity.layouts import described
-from shared_config.parity.plan import BACKENDS, LAYOUTS_STAGE, Finding, Plan
+from shared_config.parity.plan import BACKENDS, LAYOUTS_STAGE, TRANSFORMERS, Finding, Plan
 from shared_config.parity.report import write_report
 from shared_config.parity.scenarios import PARTS, resume_folder
 from shared_config.parity.shrink import shrink
+from shared_config.parity.transformers_check import rows
 from shared_config.schema.job import JobConfig
 
 HELP = "prove that both backends compute the same; exit status 0 only if they do"
@@ -77,6 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and rings, documents, padding, accumulation, mixed precision, evaluation, a run resumed in the other backend, "
         f"and every captured activation; and training steps in a few parallel layouts, which agree to {AGREED:g}",
     )
+    parser.add_argument(
+        "--transformers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="of a Hugging Face folder, also compare both backends with the model of transformers",
+    )
     parser.add_argument("--keep", metavar="DIR", help="folder that keeps the traces and the training runs")
     add_shrink(parser)
 
@@ -94,6 +102,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         require_backend(backend)
     refuse_too_large(config, options.config, max((layout.fewest_devices for layout in layouts), default=1))
     weights = None if options.shrink else folder_of(options.config)
+    foreign = options.transformers and weights is not None and is_huggingface(weights)
+    if foreign:
+        require_package(TRANSFORMERS, TRANSFORMERS, f"{weights} in {TRANSFORMERS} (or --no-transformers)")
     with tempfile.TemporaryDirectory(prefix="kempnerforge-") as scratch:
         plan = Plan(
             config,
@@ -107,13 +118,14 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             overrides,
             options.full,
             layouts,
+            foreign,
         )
         if options.keep:
             plan = dataclasses.replace(plan, folder=claim_record_folder(options.keep, plan.files()))
             forget(plan)
         began = time.monotonic()
         screen = console()
-        with screen.status("torch and jax run side by side, each in its own process ..."):
+        with screen.status(f"{', '.join(plan.processes)} run side by side, each in its own process ..."):
             for stage in plan.stages:
                 run_processes(plan, stage)
         findings = judge(plan)
@@ -194,7 +206,7 @@ def run_processes(plan: Plan, stage: int = 0) -> None:
     processes: dict[str, subprocess.Popen[str]] = {}
     with living_pipe() as living:
         try:
-            for backend in BACKENDS:
+            for backend in plan.processes:
                 processes[backend] = _start(plan, stage, backend, living)
             said = {backend: process.communicate()[1] for backend, process in processes.items()}
         finally:
@@ -211,7 +223,7 @@ def run_processes(plan: Plan, stage: int = 0) -> None:
 
 
 def _start(plan: Plan, stage: int, backend: str, living: int) -> subprocess.Popen[str]:
-    jobs = [job for check in plan.checks if check.stage == stage for job in check.jobs(plan, backend)]
+    jobs = plan.jobs(backend, stage)
     file = plan.jobs_file(backend, stage)
     with written_aside(file) as aside:
         aside.write_text(json.dumps(jobs), encoding="utf-8")
@@ -229,7 +241,7 @@ def _start(plan: Plan, stage: int, backend: str, living: int) -> subprocess.Pope
 
 def _environment(plan: Plan, stage: int) -> dict[str, str]:
     """Half of the cores for each process, only the devices that are asked for, and the code that runs here."""
-    threads = max(1, (os.cpu_count() or 1) // len(BACKENDS))
+    threads = max(1, (os.cpu_count() or 1) // len(plan.processes))
     chosen, own = {"OMP_NUM_THREADS": str(threads)}, {}
     if plan.device == "cpu":
         chosen["JAX_PLATFORMS"] = "cpu"
@@ -247,6 +259,8 @@ def judge(plan: Plan) -> list[Finding]:
 def show(screen: Console, plan: Plan, findings: Sequence[Finding], seconds: float) -> bool:
     """Print the verdict; tell whether all is the same."""
     same = show_findings(screen, findings)
+    if plan.foreign:
+        show_errors(screen, rows(plan))
     for name, comparison in plan.comparisons.items():
         if not comparison.equal:
             screen.rule(name)

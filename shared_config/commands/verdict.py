@@ -9,10 +9,23 @@ from rich.table import Table
 
 from shared_config.parity.checks import describe
 from shared_config.parity.compare import Comparison
-from shared_config.parity.plan import Finding
+from shared_config.parity.plan import BACKENDS, TRANSFORMERS, Finding
 from shared_config.parity.report import print_failures
+from shared_config.parity.transformers_check import Row
 
 COLUMNS = ("check", "compared", "tensors", "nearest to its limit", "relative error", "allowed", "verdict")
+
+
+def show_errors(screen: Console, rows: Iterable[Row]) -> None:
+    """Print how far each implementation is from the float64 of PyTorch, side by side."""
+    sides = (*BACKENDS, TRANSFORMERS)
+    table = Table("against torch in float64", "compared", "nearest to its limit", *sides, "allowed")
+    for place in range(3, 4 + len(sides)):
+        table.columns[place].justify = "right"
+    for row in rows:
+        numbers = [*(row.errors[side] for side in sides), row.limit]
+        table.add_row(row.dtype, row.group, row.worst.removeprefix(f"{row.group}/"), *(f"{x:.1e}" for x in numbers))
+    screen.print(table)
 
 
 def show_first_differences(screen: Console, comparison: Comparison) -> None:

@@ -18,7 +18,7 @@ from shared_config.parity.align import INITIAL
 from shared_config.parity.compare import TOLERANCES, Comparison, Row, compare_traces
 from shared_config.parity.dtypes import stored_dtype
 from shared_config.parity.numerics import as_float64, relative_error
-from shared_config.parity.plan import BACKENDS, TRUTH, Check, Finding, Plan, register
+from shared_config.parity.plan import BACKENDS, TRANSFORMERS, TRUTH, Check, Finding, Plan, register
 from shared_config.parity.provenance import check_run, expected_names, initial_hash, missing_names
 from shared_config.parity.request import can_decode, decode_reference, logits_name
 from shared_config.parity.traces import DECODE, FORWARD, LOSSES, Trace, TraceMeta, group_of
@@ -60,6 +60,11 @@ def outcome(findings: Sequence[Finding]) -> str:
         within = sum(finding.backend == backend for finding in failed)
         if within:
             said.append(f"{backend} DISAGREES WITH ITSELF in {within} of {len(findings)} comparisons")
+    foreign = sum(finding.backend == TRANSFORMERS for finding in failed)
+    if any(finding.backend == TRANSFORMERS for finding in findings) and not foreign:
+        said.append(f"{TRANSFORMERS} agrees with them")
+    if foreign:
+        said.append(f"{TRANSFORMERS} DIFFERS FROM BOTH in {foreign} of {len(findings)} comparisons")
     return "; ".join(said)
 
 

@@ -21,6 +21,9 @@ from shared_config.schema.job import JobConfig
 
 BACKENDS = ("torch", "jax")
 
+TRANSFORMERS = "transformers"
+"""Beside them, of a Hugging Face folder."""
+
 TRUTH = ("torch", "float64")
 """The trace that float32 and bfloat16 are measured against, and that carries the deltas."""
 
@@ -39,7 +42,7 @@ class Finding:
         worst: the tensor nearest to its limit, or beyond.
         error, limit: of that tensor, relative to its RMS.
         detail: what to say if it is not ok.
-        backend: the one that was compared with itself; "" where both were compared.
+        backend: the one that was compared with itself, or `TRANSFORMERS`; "" where both backends were compared.
     """
 
     check: str
@@ -55,7 +58,7 @@ class Finding:
     @property
     def verdict(self) -> str:
         """In a word or two."""
-        return "same" if self.ok else f"{self.backend} INCONSISTENT" if self.backend else "DIFFERENT"
+        return "same" if self.ok else f"{self.backend} INCONSISTENT" if self.backend in BACKENDS else "DIFFERENT"
 
 
 @dataclass
@@ -70,6 +73,7 @@ class Plan:
         overrides: of the command line, which win over what is next to the weights.
         full: whether checks run that only a full validation has.
         layouts: parallel layouts to compare; ``config`` itself is of one device.
+        foreign: whether ``weights`` is a Hugging Face folder, of which transformers runs its own model too.
         comparisons: filled by the checks, by title, for the report.
     """
 
@@ -84,6 +88,7 @@ class Plan:
     overrides: tuple[str, ...] = ()
     full: bool = False
     layouts: tuple[DistributedConfig, ...] = ()
+    foreign: bool = False
     comparisons: dict[str, Comparison] = field(default_factory=dict)
 
     @property
@@ -107,8 +112,18 @@ class Plan:
     @property
     def checks(self) -> list[Check]:
         """Those that run."""
-        wanted = {"full": self.full, "layouts": bool(self.layouts)}
+        wanted = {"full": self.full, "layouts": bool(self.layouts), "foreign": self.foreign}
         return [check for check in CHECKS.values() if all(wanted[name] for name in wanted if getattr(check, name))]
+
+    @property
+    def processes(self) -> tuple[str, ...]:
+        """What runs side by side."""
+        return (*BACKENDS, TRANSFORMERS) if self.foreign else BACKENDS
+
+    def jobs(self, process: str, stage: int) -> list[list[str]]:
+        """What the process of a backend, or of transformers, is to do."""
+        own = [check for check in self.checks if check.stage == stage and check.foreign == (process == TRANSFORMERS)]
+        return [job for check in own for job in check.jobs(self, process)]
 
     @property
     def stages(self) -> list[int]:
@@ -130,7 +145,8 @@ class Plan:
     def files(self) -> frozenset[str]:
         """Names of all that a validation leaves in its folder."""
         own = [self.config_file, *self.traces()]
-        own += [self.jobs_file(backend, stage) for backend in BACKENDS for stage in range(LAYOUTS_STAGE + 1)]
+        processes = (*BACKENDS, TRANSFORMERS)
+        own += [self.jobs_file(backend, stage) for backend in processes for stage in range(LAYOUTS_STAGE + 1)]
         own += [self.run_folder(backend) for backend in BACKENDS]
         own += [resume_folder(self.folder, backend, part) for backend in BACKENDS for part in range(PARTS)]
         return frozenset(file.name for file in own)
@@ -139,7 +155,7 @@ class Plan:
         """All that a validation of any kind leaves in its folder."""
         return [
             file
-            for backend in BACKENDS
+            for backend in (*BACKENDS, TRANSFORMERS)
             for dtype in DTYPES
             for file in (
                 self.trace_file(backend, dtype),
@@ -161,6 +177,17 @@ class Plan:
         """
         path = self.trace_file(backend, dtype)
         asked = dataclasses.replace(self.expected, backend=backend, device=self.device, dtype=dtype)
+        return check_trace(read_trace(path), asked, path)
+
+    @functools.cache  # noqa: B019 (a plan lives as long as its command)
+    def foreign_trace(self, dtype: str) -> Trace:
+        """The trace that transformers left behind.
+
+        Raises:
+            UserError: as `trace`.
+        """
+        path, extra = self.trace_file(TRANSFORMERS, dtype), {"scenario": TRANSFORMERS}
+        asked = dataclasses.replace(self.expected, backend=TRANSFORMERS, device=self.device, dtype=dtype, extra=extra)
         return check_trace(read_trace(path), asked, path)
 
     @functools.cached_property
@@ -186,6 +213,7 @@ class Check:
         stage: jobs of a later one run once those of earlier ones have ended in all backends.
         full: whether only a full validation runs it.
         layouts: whether only a validation of parallel layouts runs it.
+        foreign: whether it is transformers', and only a validation with these runs it.
     """
 
     name: str
@@ -194,6 +222,7 @@ class Check:
     stage: int = 0
     full: bool = False
     layouts: bool = False
+    foreign: bool = False
 
 
 CHECKS: dict[str, Check] = {}
