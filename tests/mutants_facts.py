@@ -51,6 +51,7 @@ SENT, SCALE, KEPT = "contract.traffic", "contract.scale", "contract.activations"
 LAYER_KEEPS = "torch.test_activations.test_a_layer_keeps_what_the_model_of_costs_says"
 FAILING = "distributed.test_health.test_those_and_only_those_that_fail_are_named"
 SPEED = "config.test_speed"
+LORA, BITS = "contract.lora", "parity.test_lora.test_merged_weights_have_these_bits"
 MIXTURE, MIXED = "data.mixture", "config.test_mixture"
 NEAR = f"{ON_PAPER}_the_link_that_a_collective_needs"
 
@@ -460,5 +461,13 @@ FACT_MUTANTS = (
     ),
     FactMutant(
         "data.stops", "max(complete)", "min(complete)", "config.test_stops.test_a_text_ends_before_its_first_stop"
+    ),
+    FactMutant(LORA, "+ lora.scale * sum_OI", "+ sum_OI", BITS),
+    FactMutant(LORA, "+ lora.scale * sum_OI", "+ 2 * lora.scale * sum_OI", BITS),
+    FactMutant(LORA, "np.zeros(weight_OI.shape, np.float64)", "np.zeros(weight_OI.shape, np.float32)", BITS),
+    FactMutant(LORA, "if not is_adapter(name)}", "}", BITS),
+    FactMutant(LORA, "lora is None or is_adapter(name)", "True", "parity.test_lora.test_adapters_alone_are_trained"),
+    FactMutant(
+        LORA, "1 / math.sqrt(inputs)", "1 / math.sqrt(rank)", "parity.test_lora.test_targets_name_maps_of_layers"
     ),
 )

@@ -1,6 +1,6 @@
 """The layers that torch has built in: linear maps and lookup tables.
 
-Shapes: ... any leading axes, I inputs, O outputs, V rows of a table, D model dim.
+Shapes: ... any leading axes, I inputs, O outputs, R rank, V rows of a table, D model dim.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ class Linear(Module):
 
     Attributes:
         fp8: whether bfloat16 products are computed in FP8 where their sizes fit.
+        lora_a, lora_b, lora_scale: an adapter, if there is one: see `shared_config.contract.lora`.
     """
 
     fp8 = False
+    lora_scale = 1.0
+    lora_a: nnx.Param[jax.Array] | None = None
+    lora_b: nnx.Param[jax.Array] | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, *, rngs: nnx.Rngs | None):
         """``rngs``: None for zeros, where the values are set afterwards."""
@@ -41,7 +45,10 @@ class Linear(Module):
         """(..., I) -> (..., O); the dtype of ``x`` must be that of the weight."""
         assert self.weight is not None, "a tied layer has no weight"
         bias = None if self.bias is None else self.bias.get_value()
-        return linear(x, matrix(self, "weight", x.dtype), bias, self.fp8)
+        y = linear(x, matrix(self, "weight", x.dtype), bias, self.fp8)
+        if self.lora_a is None or self.lora_b is None:
+            return y
+        return y + low_rank(x, self.lora_a.get_value(), self.lora_b.get_value(), self.lora_scale)
 
     def factors(self, x: Float[Array, "... I"]) -> tuple[Float[Array, "... I"], Float[Array, "O I"]]:
         """What `forward` multiplies: inputs and the weight."""
@@ -100,6 +107,13 @@ def linear(
     else:
         y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
     return y if bias is None else y + broadcast(bias, y.shape)
+
+
+def low_rank(
+    x: Float[Array, "... I"], a_RI: Float[Array, "R I"], b_OR: Float[Array, "O R"], scale: float
+) -> Float[Array, "... O"]:
+    """scale * B (A x), as an adapter adds it to W x: (..., I) -> (..., O)."""
+    return scale * linear(linear(x, a_RI), b_OR)
 
 
 def broadcast(x: Float[Array, "..."], shape: Sequence[int]) -> Float[Array, "..."]:

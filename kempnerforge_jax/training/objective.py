@@ -39,6 +39,7 @@ from kempnerforge_jax.training.mixed_precision import compute_dtype, use_fp8
 from kempnerforge_jax.training.terms import Terms, expert_counts, model_inputs
 from shared_config.contract.freeze import effective_freeze, frozen_names
 from shared_config.contract.labels import loss_terms
+from shared_config.contract.lora import adapter_table, trained_with
 from shared_config.contract.specs import ParameterSpec
 from shared_config.contract.vision import job_table
 from shared_config.interchange.vision import tower_of
@@ -74,7 +75,8 @@ class Recipe:
         parameters, and all other arrays.
         """
         shapes = {name: tuple(array.shape) for name, array in get_state(model).items()}
-        table, narrow = job_table(config, tower_of(config), shapes), compute_dtype(config, dtype)
+        table = job_table(config, tower_of(config), shapes) | adapter_table(config)
+        narrow = compute_dtype(config, dtype)
         check_spread(model, mesh)
         use_fp8(model, config)
         mark_blocks(model, mesh, table, narrow)
@@ -87,6 +89,7 @@ class Recipe:
             config.optimizer,
             narrow,
             tuple(table.items()),
+            frozenset(parameters.keys() - trained_with(config.lora, parameters).keys()),
             shards=shards_of(mesh, table, parameters, narrow),
         )
         return recipe, parameters, buffers

@@ -30,6 +30,7 @@ from kempnerforge_jax.distributed.sharding import initial_state, keep_sharded, p
 from kempnerforge_jax.distributed.states import host_copies, own_parts
 from kempnerforge_jax.model.balancing import balance
 from kempnerforge_jax.model.build import build_model
+from kempnerforge_jax.model.lora import add_adapters
 from kempnerforge_jax.model.module import named_variables
 from kempnerforge_jax.model.state import State, merge, own_variables, set_state, split
 from kempnerforge_jax.model.transformer import Transformer
@@ -55,6 +56,7 @@ from kempnerforge_jax.training.terms import routing_metrics, taken_metric
 from shared_config.contract.bias_schedule import training_progress
 from shared_config.contract.freeze import moments_under, trained_parameters
 from shared_config.contract.labels import label_count
+from shared_config.contract.lora import trained_with, with_adapters
 from shared_config.contract.routing import RouterId
 from shared_config.contract.schedule import Rates
 from shared_config.data import open_data
@@ -147,7 +149,7 @@ class Trainer:
         self.parameters, self.buffers = (
             place(self.mesh, self.device, self.table, arrays) for arrays in (parameters, buffers)
         )
-        trained = trained_parameters(self.parameters, config.vlm)
+        trained = trained_with(config.lora, trained_parameters(self.parameters, config.vlm))
         optimizer = build_optimizer(trained, self.table, config.optimizer)
         self.optimizer_state = initial_state(self.mesh, self.device, self.table, optimizer.init, trained)
         self.rates = build_rates(config)
@@ -235,7 +237,7 @@ class Trainer:
             UserError: names or shapes that do not fit.
         """
         model = self.model
-        set_state(model, state.weights)
+        set_state(model, with_adapters(state.weights, self.config))
         if state.optimizer or state.step:
             moments = moments_under(self.config.vlm, self.table, state.optimizer, self.config.optimizer)
             self.optimizer_state = set_optimizer_state(self.optimizer_state, moments, state.step)
@@ -337,4 +339,5 @@ def _build_model(config: JobConfig, dtype: DTypeLike) -> Transformer | VLMWrappe
     """The seeded model. It is built without arrays, and its initial values are drawn in float32."""
     model = nnx.eval_shape(lambda: build_model(config, rngs=None))
     model.init_weights_and_freqs(config.train.seed)
+    add_adapters(model, config)
     return model.to(dtype)

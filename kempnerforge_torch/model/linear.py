@@ -1,7 +1,7 @@
 """Linear maps and lookup tables: torch's own, but for a fast product with a single vector on CPUs, where decoding
 spends its time, and for gradients of tables that are summed in at least float32.
 
-Shapes: ... any leading axes, I inputs, O outputs, V rows of a table, D model dim.
+Shapes: ... any leading axes, I inputs, O outputs, R rank, V rows of a table, D model dim.
 """
 
 from __future__ import annotations
@@ -22,21 +22,30 @@ class Linear(nn.Linear):
 
     Attributes:
         fp8: whether bfloat16 products are computed in FP8 where their sizes fit.
+        lora_a, lora_b, lora_scale: an adapter, if there is one: see `shared_config.contract.lora`.
     """
 
     fp8 = False
+    lora_scale = 1.0
 
     in_features: int
     out_features: int
     weight: nn.Parameter
     bias: nn.Parameter | None
+    lora_a: nn.Parameter | None
+    lora_b: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
+        self.register_parameter("lora_a", None)
+        self.register_parameter("lora_b", None)
 
     def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
         """(..., I) -> (..., O); the dtype of ``x`` must be that of the weight."""
-        return linear(x, matrix(self, "weight", x.dtype), self.bias, self.fp8)
+        y = linear(x, matrix(self, "weight", x.dtype), self.bias, self.fp8)
+        if self.lora_a is None or self.lora_b is None:
+            return y
+        return y + low_rank(x, self.lora_a, self.lora_b, self.lora_scale)
 
     def factors(self, x: Float[Tensor, "... _I"]) -> tuple[Float[Tensor, "... I"], Float[Tensor, "O I"]]:
         """What `forward` multiplies: inputs, and a view of the weight: wrappers leave hooks on what a model returns."""
@@ -86,6 +95,13 @@ def linear(
     if not torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() != weight.shape[1]:
         return F.linear(x, weight, bias)
     return _matrix_times_vector(weight, x.reshape(-1), bias).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def low_rank(
+    x: Float[Tensor, "... I"], a_RI: Float[Tensor, "R I"], b_OR: Float[Tensor, "O R"], scale: float
+) -> Float[Tensor, "... O"]:
+    """scale * B (A x), as an adapter adds it to W x: (..., I) -> (..., O)."""
+    return scale * linear(linear(x, a_RI), b_OR)
 
 
 def look_up(weight: Float[Tensor, "V D"], ids: Integer[Tensor, "..."]) -> Float[Tensor, "... D"]:

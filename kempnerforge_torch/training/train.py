@@ -31,6 +31,7 @@ from kempnerforge_torch.distributed.tensor_parallel import complete_gradients
 from kempnerforge_torch.distributed.vocabulary import cross_entropy_of
 from kempnerforge_torch.model.balancing import balance
 from kempnerforge_torch.model.build import build_model
+from kempnerforge_torch.model.lora import add_adapters
 from kempnerforge_torch.model.state import get_state, own_tensors, set_state
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import VLMWrapper, inner_transformer
@@ -58,6 +59,7 @@ from kempnerforge_torch.training.terms import (
 )
 from shared_config.contract.freeze import effective_freeze, moments_under, trained_parameters
 from shared_config.contract.labels import label_count, loss_terms
+from shared_config.contract.lora import adapter_table, trained_with, with_adapters
 from shared_config.contract.schedule import Rates
 from shared_config.contract.specs import ParameterTable
 from shared_config.contract.vision import job_table
@@ -135,7 +137,7 @@ class Trainer:
         self.model, self.table = _build_model(config, self.device, dtype, self.mesh)
         self.compute_dtype = compute_dtype(config, dtype)
         self.masters = {name: p for name, p in own_tensors(self.model).items() if isinstance(p, nn.Parameter)}
-        self.parameters = trained_parameters(self.masters, config.vlm)
+        self.parameters = trained_with(config.lora, trained_parameters(self.masters, config.vlm))
         self.copies = Copies(self._narrowed() if self.mesh is None else {}, self.compute_dtype)
         self.optimizer = build_optimizer(self.parameters, self.table, config.optimizer)
         self._is_fused = self.mesh is None and can_fuse(self.optimizer)
@@ -219,7 +221,7 @@ class Trainer:
         weights, optimizer = (
             of_own_stage(tensors, self.config.model.n_layers, self.mesh) for tensors in (state.weights, state.optimizer)
         )
-        set_state(self.model, weights)
+        set_state(self.model, with_adapters(weights, self.config))
         if state.optimizer or state.step:
             moments = moments_under(self.config.vlm, self.table, optimizer, self.config.optimizer)
             set_optimizer_state(self.optimizer, self.parameters, moments, state.step)
@@ -333,9 +335,10 @@ def _build_model(
         model = build_model(config)
     use_fp8(model, config)
     shapes = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
-    table = job_table(config, tower_of(config), shapes)
+    table = job_table(config, tower_of(config), shapes) | adapter_table(config)
     model = parallelize(model, config, mesh, table, device, dtype).to_empty(device=device)
     model.init_weights_and_freqs(config.train.seed)
+    add_adapters(model, config)
     return model.to(dtype), table
 
 

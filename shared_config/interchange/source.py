@@ -16,6 +16,7 @@ import numpy as np
 
 from shared_config.contract.averaging import average_of, averaged, evaluated_average
 from shared_config.contract.function import Difference, differences
+from shared_config.contract.lora import without_adapters
 from shared_config.contract.parameters import aliases, parameter_table
 from shared_config.contract.warm_start import TRANSFORMER
 from shared_config.errors import ConfigError, UserError
@@ -152,8 +153,10 @@ def read_model(
     if found is not None:
         check_same_function(used, found, str(path), overridden=overridden, say=say)
     weights = _read_weights(path, kind, fields, found or used, used.eval.average)
+    weights = without_adapters(weights, (found or used).lora)
     if found is None:
         say(f"note: {path} has no config beside it; its weights are taken to be those of the config that is given")
+    used = used.replace(lora=None)  # adapters are in the weights
     return ModelSource(path, kind, used, found, _without_aliases(weights, used.model, str(path)))
 
 

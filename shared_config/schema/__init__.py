@@ -6,6 +6,7 @@ from shared_config.schema.data import DataConfig, EvalConfig, PhaseConfig, Sourc
 from shared_config.schema.distributed import DistributedConfig
 from shared_config.schema.freeze import FreezeSpec, FreezeStage
 from shared_config.schema.job import JobConfig
+from shared_config.schema.lora import LoraConfig
 from shared_config.schema.metrics import MetricsConfig, ProfilingConfig
 from shared_config.schema.model import ModelConfig, RopeScaling
 from shared_config.schema.optimizer import OptimizerConfig
@@ -32,6 +33,7 @@ __all__ = [
     "FreezeStage",
     "JobConfig",
     "JointDecoderConfig",
+    "LoraConfig",
     "MetricsConfig",
     "MoMaConfig",
     "MoTConfig",

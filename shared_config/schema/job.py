@@ -14,6 +14,7 @@ from shared_config.schema.base import EXECUTION, KEEPS_FUNCTION, NESTED, Section
 from shared_config.schema.checkpoint import CheckpointConfig
 from shared_config.schema.data import DataConfig, EvalConfig
 from shared_config.schema.distributed import DistributedConfig
+from shared_config.schema.lora import LoraConfig
 from shared_config.schema.metrics import MetricsConfig, ProfilingConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.optimizer import OptimizerConfig
@@ -44,6 +45,7 @@ class JobConfig(Section):
     adapter: Annotated[AdapterConfig, NESTED] | None = None
     vlm: AnyVLMConfig | None = None
     video: Annotated[VideoConfig, NESTED] | None = None
+    lora: Annotated[Annotated[LoraConfig, NESTED] | None, KEEPS_FUNCTION] = None
 
     @property
     def experts_choose(self) -> bool:
@@ -76,7 +78,16 @@ class JobConfig(Section):
             yield f"eval.sample_prompt = {self.eval.sample_prompt!r}: must be empty with a [vlm] section"
         if self.train.mixed_precision == "fp8":
             yield from self._fp8_problems()
+        if self.lora is not None:
+            yield from self._lora_problems()
         yield from self._vision_problems()
+
+    def _lora_problems(self) -> Iterator[str]:
+        """Where there are no adapters."""
+        if self.vlm is not None:
+            yield f"lora = {self.lora}: must be absent with a [vlm] section; adapters are for text models"
+        if self.train.mixed_precision == "fp8":
+            yield "train.mixed_precision = 'fp8': must be 'fp32' or 'bf16' with a [lora] section"
 
     def _fp8_problems(self) -> Iterator[str]:
         """Where nothing would be computed in FP8."""
@@ -124,6 +135,8 @@ class JobConfig(Section):
         """
         found = [f"distributed.{line}" for line in self.distributed.problems_on(world_size)]
         found += self.layout_problems()
+        if self.lora is not None and world_size > 1:
+            found.append(f"lora = {self.lora}: must be absent on {world_size} devices; adapters are trained on one")
         if found:
             raise ConfigError(found)
 

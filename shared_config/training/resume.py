@@ -130,6 +130,11 @@ def _compare(config: JobConfig, checkpoint: Checkpoint, say: Say, note: Say, ove
     }
     differing = differences(config, found)
     refused = [difference for difference in differing if difference.field not in overridden]
+    if config.lora != found.lora:
+        raise UserError(
+            f"lora = {config.lora}: was {found.lora} when {checkpoint.path} was written; set checkpoint.dir to another "
+            "folder for a new run"
+        )
     if refused:
         lines = [
             f"{item.field} = {item.here!r}: was {item.there!r} when {checkpoint.path} was written" for item in refused
