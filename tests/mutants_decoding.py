@@ -52,7 +52,7 @@ DECODING_MUTANTS = (
     Mutant(
         "model.decode", "only one id ends a row",
         ("torch.tensor(eos_ids, ", "torch.tensor(eos_ids[:1], "),
-        ("eos_ids_E[: len(eos_ids)] = eos_ids", "eos_ids_E[:1] = eos_ids[:1]"),
+        ("eos_ids_E[: len(eos_ids)] = eos_ids", "eos_ids_E[: len(eos_ids[:1])] = eos_ids[:1]"),
     ),
     both("model.decode", "image not counted in the lengths", "lengths_B - 1 + prefix", "lengths_B - 1"),
     both("model.request", "image read before the prompt only",

@@ -71,6 +71,7 @@ DIFFERENCES = {
     },
     "model/architecture.py": {"Architecture.breaks_after": "jax: where a scan over layers must end"},
     "model/attention.py": {
+        "SCORES": "jax: what a scan over layers does not keep",
         "SDPA_BACKENDS": "torch: its attention has kernels to choose from",
         "attend(sdpa_backend)": "torch: its attention has kernels to choose from",
         "prepare_mask(device)": "torch: arrays are made on a device",

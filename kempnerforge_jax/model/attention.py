@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
@@ -30,6 +31,9 @@ from kempnerforge_jax.model.within_map import read_besides
 
 DENSE_PAIRS = 1024 * 1024
 """Of a query and a key: a mask, or scores, of more are never in one tensor."""
+
+SCORES = "scores"
+"""The `checkpoint_name` of products of queries and keys."""
 
 
 class Attention(Module):
@@ -249,7 +253,8 @@ def _scores(q_BKGSh: jax.Array, k_BKMh: jax.Array) -> jax.Array:
     those of JAX would have one factor in float32, and so be computed as if both were.
     """
     dtype = jnp.promote_types(q_BKGSh.dtype, jnp.float32)
-    return jnp.einsum("bkgsh,bkmh->bkgsm", q_BKGSh, k_BKMh, preferred_element_type=dtype)
+    scores_BKGSM = jnp.einsum("bkgsh,bkmh->bkgsm", q_BKGSh, k_BKMh, preferred_element_type=dtype)
+    return checkpoint_name(scores_BKGSM, SCORES)
 
 
 def _scores_backward(residuals: tuple[jax.Array, jax.Array], d_BKGSM: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from jax._src.ad_checkpoint import saved_residuals
 from jax.ad_checkpoint import checkpoint_name, print_saved_residuals
 from jax.extend.core import jaxprs_in_params
 
@@ -199,3 +200,22 @@ def test_what_was_prepared_is_made_again_in_the_backward_pass(capsys: pytest.Cap
     assert len(blocks) == 2
     assert any("[1,4,8]" in line for line in kept)
     assert not [line for line in kept if PREPARED in line or re.match(r"\w+\[(8|10),(8|10)\]", line)]
+
+
+@pytest.mark.parametrize(("case", "turns"), [("dense", 4), ("alternating", 2)])
+def test_a_scan_keeps_products_alone(case: str, turns: int) -> None:
+    """In bfloat16, no activation is stacked in float32, and nothing for each pair of tokens."""
+    batch, length = 3, 11
+    model = Transformer(CASES[case][0].replace(n_layers=4), rngs=nnx.Rngs(0)).to(jnp.bfloat16)
+    graphdef, parameters, buffers = split(model, scan_layers=True)
+
+    def loss(parameters: Any) -> jax.Array:
+        tokens = jnp.ones((batch, length), jnp.int32)
+        return merge(graphdef, parameters, buffers).run(tokens).logits.astype(jnp.float32).sum()
+
+    kept = [array for array, source in saved_residuals(loss, parameters) if "argument" not in source]
+    stacked = [array for array in kept if array.ndim > 2 and array.shape[0] == turns]
+    assert sum(array.dtype == jnp.bfloat16 for array in stacked) > 5
+    of_model = turns * batch * length * MODEL.dim
+    assert not [array for array in stacked if array.dtype == jnp.float32 and array.size >= of_model]
+    assert not [array for array in stacked if array.shape.count(length) > 1]

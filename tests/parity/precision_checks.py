@@ -43,7 +43,8 @@ def step(backend: str, case: str) -> list[Operation]:
     trainer._freeze()
     batches = with_noise_seeds(job, [batch] * 2, 0)
     stacked = {name: np.stack([one[name] for one in batches]) for name in batches[0]}
-    program, numbers = functools.partial(train._step, trainer.recipe), [np.float32(value) for value in (16, 0.1, 0.1)]
+    program, rates = functools.partial(train._step, trainer.recipe), train.Rates(*np.full(3, 0.1, np.float32))
+    numbers = np.float32(16), rates, np.float32(0.1)
     return traced(program, trainer.parameters, trainer.buffers, trainer.optimizer_state, stacked, *numbers)
 
 
