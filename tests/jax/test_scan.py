@@ -213,7 +213,8 @@ def test_a_scan_keeps_products_alone(case: str, turns: int) -> None:
         tokens = jnp.ones((batch, length), jnp.int32)
         return merge(graphdef, parameters, buffers).run(tokens).logits.astype(jnp.float32).sum()
 
-    kept = [array for array, source in saved_residuals(loss, parameters) if "argument" not in source]
+    residuals: Any = saved_residuals(loss, parameters)
+    kept = [array for array, source in residuals if "argument" not in source]
     stacked = [array for array in kept if array.ndim > 2 and array.shape[0] == turns]
     assert sum(array.dtype == jnp.bfloat16 for array in stacked) > 5
     of_model = turns * batch * length * MODEL.dim
