@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from tests.distributed.layouts import Case
 from tests.mutants import Mutant
@@ -26,6 +27,13 @@ class LayoutMutant(NamedTuple):
 def torch_bug(component: str, name: str, text: str, replacement: str, case: Case) -> LayoutMutant:
     return LayoutMutant(Mutant(component, name, (text, replacement), None), case)
 
+
+Options = Mapping[str, Mapping[str, Any]]
+MUON: Options = {
+    "optimizer": {"name": "muon"},
+    "train": {"label_smoothing": 0.1, "logit_z_loss_weight": 0.01},
+}
+SCHEDULE_FREE: Options = {"optimizer": {"name": "schedule_free_adamw"}, "scheduler": {"name": "constant"}}
 
 DISTRIBUTED_MUTANTS = (
     torch_bug(
@@ -233,6 +241,21 @@ DISTRIBUTED_MUTANTS = (
     torch_bug(
         "distributed.pipeline", "documents and padding of the first stage alone",
         "**others})", "**(others if self.model.token_embedding else {})})", PADDED_STAGES,
+    ),
+    torch_bug(
+        "training.muon", "the matrices of shards",
+        "orthogonal(whole(direction), steps)[box_of(direction)]", "orthogonal(local(direction), steps)",
+        Case("dense", 4, {"tp": 2}, MUON),
+    ),
+    torch_bug(
+        "training.muon", "another rank's part",
+        "[box_of(direction)]", "[tuple(slice(0, size) for size in local(direction).shape)]",
+        Case("dense", 4, {"tp": 2}, MUON),
+    ),
+    torch_bug(
+        "distributed.vocabulary", "smoothing over a part of the vocabulary",
+        "summed_over(wide_BSV.sum(dim=-1), group) / vocab_size", "wide_BSV.mean(dim=-1)",
+        Case("dense", 4, {"tp": 2}, MUON),
     ),
 )  # fmt: skip
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from shared_config.commands.backends import backend_module, require_backend
+import numpy as np
+
+from shared_config.commands.backends import backend_module, require_backend, require_package
 from shared_config.commands.common import (
     add_backend,
     add_config,
@@ -20,17 +23,21 @@ from shared_config.commands.common import (
     writable_file,
 )
 from shared_config.contract.warm_start import without_warm_start
+from shared_config.data.tokenizer import build_tokenizer
 from shared_config.errors import UserError
 from shared_config.evaluation.numbers import evaluate, evaluation_batches
+from shared_config.evaluation.scorer import Scorer
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.files import written_aside
 from shared_config.interchange.tokens import beside, has_tokenizer
 from shared_config.loader import load_config, parse_overrides
+from shared_config.schema.job import JobConfig
 
 HELP = "loss, perplexity and bits per byte of a model on held-out or on given text"
 EXAMPLES = (
     "kempnerforge eval runs/latest --backend torch",
     "kempnerforge eval runs/latest --backend jax --data book.txt --json book.json",
+    "kempnerforge eval FOLDER --backend torch --tasks arc_easy,hellaswag --limit 100",
     "kempnerforge eval llama3_8b --weights FOLDER --backend torch --data texts/ --eval.batch_size 4",
 )
 
@@ -51,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", choices=("heldout", "all"), help="what of the data is read (default: all of --data, else heldout)"
     )
+    parser.add_argument(
+        "--tasks", metavar="A,B", help="tasks of lm-evaluation-harness instead of data; needs the extra lm-eval"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="with --tasks, no more than N documents of each")
     parser.add_argument("--batches", type=positive, metavar="N", help="read no more than N batches (default: all)")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
     parser.add_argument("--device", help="cpu, cuda, tpu ... (default: the backend's own)")
@@ -69,6 +80,13 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = load_config(options.config, [*overrides, *data])
     config.validate(world_size=1)
     require_backend(options.backend)
+    if options.tasks is not None:
+        found = evaluate_tasks(options, config, fitting_weights(path, config, overrides))
+        for task, metrics in found.items():
+            console().print(f"{task}: {', '.join(f'{name} {value}' for name, value in metrics.items())}", markup=False)
+        if numbers is not None:
+            write_json(numbers, {"weights": str(path), "tasks": found})
+        return 0
     split = options.split or ("heldout" if options.data is None else "all")
     batches = evaluation_batches(config, split, options.batches)
     weights = fitting_weights(path, config, overrides)
@@ -80,6 +98,48 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     console().print(result.line(), markup=False)
     if numbers is not None:
         where = {"weights": str(path), "data": config.data.path, "split": split, "backend": options.backend}
-        with written_aside(numbers) as aside:
-            aside.write_text(json.dumps({**asdict(result), **where, "seconds": seconds}, indent=1), encoding="utf-8")
+        write_json(numbers, {**asdict(result), **where, "seconds": seconds})
     return 0
+
+
+def evaluate_tasks(
+    options: argparse.Namespace, config: JobConfig, weights: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, object]]:
+    """Task of lm-evaluation-harness -> metric -> value.
+
+    Raises:
+        UserError: the package is missing, or the model sees pictures.
+    """
+    require_package("lm_eval", "lm-eval", "eval --tasks")
+    from shared_config.evaluation.harness import run_tasks
+
+    scorer = build_scorer(options.backend, config, weights, options.device)
+    return run_tasks(scorer, options.tasks.split(","), options.limit)
+
+
+def write_json(path: Path, numbers: Mapping[str, object]) -> None:
+    """Write the numbers, atomically."""
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(numbers, indent=1, default=str), encoding="utf-8")
+
+
+def build_scorer(backend: str, config: JobConfig, weights: Mapping[str, np.ndarray], device: str | None) -> Scorer:
+    """A model that scores and continues texts.
+
+    Raises:
+        UserError: it sees pictures.
+    """
+    if config.vlm is not None:
+        raise UserError("eval --tasks: scores text models, not those with a [vlm] section")
+    model = backend_module(backend, "model.build").load_model(config, weights, device)
+    scores = backend_module(backend, "training.scoring").scores
+    stream = backend_module(backend, "model.generate").stream
+    tokenizer = build_tokenizer(config.data.tokenizer, config.data.eos_id)
+
+    def generate(prompt: Sequence[int], most: int) -> Iterator[int]:
+        stops = [token for token in tokenizer.stops if token < config.model.vocab_size]
+        for token_B in stream(model, [list(prompt)], most, temperature=0.0, eos_token_id=stops):
+            yield int(token_B[0])
+
+    rows = config.eval.batch_size or config.train.batch_size
+    return Scorer(functools.partial(scores, model), generate, tokenizer, config.model.max_seq_len, rows)

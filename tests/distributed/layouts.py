@@ -380,7 +380,10 @@ def _read_again(trainer: Any, written: StateParts, state: TrainingState) -> list
     local = importlib.import_module("kempnerforge_torch.distributed.ranks").local
     model = importlib.import_module("kempnerforge_torch.model.state").get_state(trainer.model)
     held = sum(local(tensor).numel() for tensor in model.values())
-    held += sum(1 + 2 * local(tensor).numel() for tensor in trainer.parameters.values())
+    kept = importlib.import_module("kempnerforge_torch.training.optimizer").get_optimizer_state(
+        trainer.optimizer, trainer.parameters
+    )
+    held += sum(local(tensor).numel() for tensor in kept.values())
     return lines if sum(read) == held else [*lines, f"{sum(read)} values read, {held} held"]
 
 

@@ -9,14 +9,22 @@ from hypothesis import settings
 
 from tests.distributed.jax_layouts import run_devices
 from tests.distributed.layouts import Case
-from tests.mutants_distributed import CUT_IN_JAX, JAX_MUTANTS
+from tests.mutants_distributed import CUT_IN_JAX, JAX_MUTANTS, MUON, SCHEDULE_FREE
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 NOISE = {"vlm": {"moma_gumbel_noise": "true"}}
 SCANNED = {"train": {"scan_layers": True}}
 WINDOW = {"model": {"sliding_window": 3}}
-BY_DAY = (Case("dense", 4, {"tp": 2}, SCANNED), Case("dense", 2, {"tp": 2}), Case("limited", 4, {"ep": 2}), CUT_IN_JAX)
+OWN_MUON = {**MUON, "train": {**MUON["train"], **SCANNED["train"]}}
+BY_DAY = (
+    Case("dense", 4, {"tp": 2}, OWN_MUON),
+    Case("dense", 2, {"tp": 2}),
+    Case("limited", 4, {"ep": 2}),
+    CUT_IN_JAX,
+)
 BY_NIGHT = (
+    Case("dense", 4, {"tp": 2}, SCANNED),
+    *(Case(model, 4, {"ep": 2}, options) for model in ("sigmoid",) for options in (MUON, SCHEDULE_FREE)),
     Case("dense", 4, {"dp_replicate": 2}, SCANNED),
     Case("sigmoid", 4, {"ep": 2}),
     Case("limited", 2, {"dp_replicate": 2}),

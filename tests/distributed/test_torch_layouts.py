@@ -13,7 +13,7 @@ from hypothesis import settings
 from kempnerforge_torch.distributed import tensor_parallel
 from shared_config.errors import ConfigError
 from tests.distributed.layouts import Case, run_processes
-from tests.mutants_distributed import DISTRIBUTED_MUTANTS, FROZEN, LATER
+from tests.mutants_distributed import DISTRIBUTED_MUTANTS, FROZEN, LATER, MUON, SCHEDULE_FREE
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 NOISE = {"vlm": {"moma_gumbel_noise": "true"}}
@@ -27,7 +27,7 @@ BY_DAY = (
     Case("moma", 2, {}, NOISE),
     Case("sigmoid", 2, {"tp": 2}, RECOMPUTED),
     Case("mot", 2, {"tp": 2}),
-    Case("dense", 4, {"tp": 2}),
+    Case("dense", 4, {"tp": 2}, MUON),
     Case("sigmoid", 2, {"cp": 2}, DOCUMENTS),
     Case("sigmoid", 4, {"ep": 2, "tp": 2}),
     Case("limited", 4, {"ep": 2, "dp_replicate": 2}),
@@ -35,6 +35,11 @@ BY_DAY = (
     Case("staged", 4, {"pp": 2, "tp": 2}),
 )
 BY_NIGHT = (
+    Case("dense", 4, {"tp": 2}),
+    *(Case(model, 2, {}, options) for model in ("dense", "sigmoid") for options in (MUON, SCHEDULE_FREE)),
+    Case("sigmoid", 4, {"ep": 2, "tp": 2}, MUON),
+    Case("dense", 2, {"cp": 2}, MUON),
+    Case("staged", 2, {"pp": 2}, MUON),
     *(Case(model, 2, {}) for model in ("dense", "sigmoid", "limited", "apart")),
     Case("joint_decoder", 2, {}, {"vlm": {"freeze": FROZEN, "freeze_schedule": LATER}}),
     Case("sigmoid", 4, {"dp_replicate": 2}),
