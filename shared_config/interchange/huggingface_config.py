@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from shared_config.errors import ConfigError
 from shared_config.interchange.huggingface_content import default_of, family_in, model_type, number
 from shared_config.interchange.huggingface_description import Family, Settings
-from shared_config.interchange.huggingface_families import FAMILIES
+from shared_config.interchange.huggingface_families import FAMILIES, LACKING
 from shared_config.interchange.huggingface_family import family_of
 from shared_config.interchange.huggingface_keys import fixed_keys, missing_keys, num_experts, wrong_kinds
 from shared_config.interchange.huggingface_layers import layer_problems, layers_from_huggingface, layers_to_huggingface
@@ -67,8 +67,7 @@ def config_from_huggingface(content: object) -> dict[str, object]:
         ConfigError: naming every key whose value a `ModelConfig` can't express.
     """
     if not isinstance(content, Mapping) or content.get("model_type") not in tuple(FAMILIES):
-        found = content.get("model_type") if isinstance(content, Mapping) else content
-        raise ConfigError([f"model_type = {found!r}: must be one of {', '.join(FAMILIES)}"])
+        raise ConfigError(list(_unknown(content)))
     problems = list(wrong_kinds(content)) or [*missing_keys(content), *fixed_keys(content), *layer_problems(content)]
     if problems:
         raise ConfigError(problems)
@@ -89,6 +88,15 @@ def config_from_huggingface(content: object) -> dict[str, object]:
         assert isinstance(scalar, int)
         fields["attention_scale"] = scalar**-0.5
     return {**family.fixed, **fields, **_experts_from_huggingface(content, family)}
+
+
+def _unknown(content: object) -> Iterator[str]:
+    """What is said of a model of no family."""
+    known = content if isinstance(content, Mapping) else {}
+    found = known.get("model_type") if isinstance(content, Mapping) else content
+    yield f"model_type = {found!r}: must be one of {', '.join(FAMILIES)}"
+    for key, lacking in LACKING.get(str(found), {}).items():
+        yield f"{key} = {known.get(key)!r}: no model here has {lacking}"
 
 
 def _read(content: Mapping[str, object], family: Family, settings: Settings) -> dict[str, object]:

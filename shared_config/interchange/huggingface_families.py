@@ -215,3 +215,20 @@ FAMILIES = {
         **_IN_GEMMA,
     ),
 }
+
+LACKING: Mapping[str, Mapping[str, str]] = {
+    "cohere": {
+        "model_type": "attention and feed-forward parts side by side, and rotary positions of neighbouring channels",
+        "layer_norm_eps": "norms that subtract the mean and have no bias",
+    },
+    "gpt_oss": {
+        "model_type": "a learned score of each head that no key has (self_attn.sinks), and experts with biases",
+        "swiglu_limit": "gates that are cut off",
+    },
+    "deepseek_v3": {
+        "kv_lora_rank": "keys and values from a latent that all heads share",
+        "n_group": "routers that choose groups of experts first",
+        "first_k_dense_replace": "dense layers before those with experts",
+    },
+}
+"""Families that are often asked for, and what their models have that none here has, by the key that says so."""

@@ -50,9 +50,13 @@ of its rounding: the floor of weights is about how far a step moves one.
 DENSE = {
     "tie_embeddings": True, "attention_bias": True, "n_heads": 4, "n_kv_heads": 4, "norm_placement": "both",
     "mlp_bias": True, "attention_scale": 0.3, "embedding_scale": 2.5, "residual_scale": 0.7, "logit_divisor": 3.0,
-    "sliding_window": 5, "attention_pattern": ("window", "full_nope"), "window_rope_theta": 70.0,
 }  # fmt: skip
-STAGED = {**DENSE, "tie_embeddings": False, "n_layers": 5, "attention_pattern": ("full", "window", "full_nope")}
+MIXED = {
+    **DENSE, "n_layers": 4, "sliding_window": 5, "attention_pattern": ("window", "full_nope"),
+    "window_rope_theta": 70.0,
+    "norm_type": "rmsnorm_1p", "activation": "geglu_tanh", "attention_softcap": 2.0, "logit_softcap": 1.5,
+}  # fmt: skip
+STAGED = {**MIXED, "tie_embeddings": False, "n_layers": 5, "attention_pattern": ("full", "window", "full_nope")}
 SIGMOID = {
     **EXPERTS,
     "moe_shared_experts": 1,
@@ -69,6 +73,7 @@ APART = {**SIGMOID, "moe_packed_experts": False}
 SCALED = {**SOFTMAX, "moe_gradient_scale": True}
 MODELS = {
     "dense": DENSE,
+    "mixed": MIXED,
     "staged": STAGED,
     "sigmoid": SIGMOID,
     "softmax": SOFTMAX,

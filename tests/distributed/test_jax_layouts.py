@@ -36,6 +36,7 @@ BY_NIGHT = (
     Case("dense", 8, {"dp_replicate": 2, "tp": 2}, SCANNED),
     Case("dense", 4, {"cp": 2}, {**CUT_IN_JAX.options, **WINDOW}),
     Case("dense", 4, {"cp": 2, "tp": 2}, SCANNED),
+    *(Case("mixed", 4, {axis: 2}, SCANNED) for axis in ("tp", "cp")),
     Case("sigmoid", 4, {"cp": 2, "ep": 2}, WINDOW),
     Case("scaled", 4, {"cp": 2, "dp_replicate": 2}),
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 
 from shared_config.contract.parameters import parameter_table
 from shared_config.errors import ConfigError, UserError
@@ -21,7 +22,7 @@ from shared_config.interchange.huggingface import (
     to_huggingface,
 )
 from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
-from shared_config.interchange.huggingface_families import FAMILIES
+from shared_config.interchange.huggingface_families import FAMILIES, LACKING
 from shared_config.interchange.weights import WeightsError
 from shared_config.schema.base import from_fields
 from shared_config.schema.model import ModelConfig, RopeScaling
@@ -295,6 +296,25 @@ def test_scales_that_are_0_or_alone_count_for_nothing(factors: dict[str, float],
     fields: dict[str, Any] = config_from_huggingface(content_of("llama", rope_scaling={**YARN, **factors}))
     assert fields["rope_scaling"].get("attention_factor") == expected
     assert "beta_fast" not in fields["rope_scaling"]
+
+
+OTHER_FAMILIES = {
+    "cohere": ["model_type = 'cohere'", "layer_norm_eps = 1e-05"],
+    "gpt_oss": ["model_type = 'gpt_oss'", "swiglu_limit = 7.0"],
+    "deepseek_v3": ["kv_lora_rank = 512", "n_group = 8", "first_k_dense_replace = 3"],
+}
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_families_that_are_not_read_are_refused_with_what_they_have(family: str) -> None:
+    """By keys that transformers' own configs have."""
+    with pytest.raises(ConfigError) as caught:
+        config_from_huggingface(transformers.AutoConfig.for_model(family).to_dict())
+    first, *others = caught.value.problems
+    assert first.startswith(f"model_type = {family!r}: must be one of llama, ")
+    assert [line.partition(": no model here has ")[0] for line in others] == OTHER_FAMILIES[family]
+    assert not set(LACKING) & set(FAMILIES)
+    assert set(LACKING) == set(OTHER_FAMILIES)
 
 
 PATTERNS = [
