@@ -44,6 +44,14 @@ FOREIGN, FAMILY = "interchange.huggingface_config", "interchange.huggingface_fam
 LAYERED = "interchange.huggingface_layers"
 DESCRIBED = "interchange.huggingface_description"
 PIXELS = "interchange.preprocessor"
+RATES, SCHEDULED = "contract.schedule", "config.test_schedule.test"
+SHORT, STABLE = f"{SCHEDULED}_values_of_a_short_run", f"{SCHEDULED}_what_follows_the_stable_part"
+LINEAR = [0.5, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1, 0.1]
+REX = [0.5, 1.0, 1.0, 0.1 + 0.9 * 6 / 7, 0.1 + 0.9 * 2 / 3, 0.1 + 0.9 * 2 / 5, 0.1, 0.1]
+DECAY = f"{SCHEDULED}_the_weight_decay_goes_from_one_value_to_another"
+SHARE = f"{SCHEDULED}_the_share_of_an_average_is_that_of_squared_rates"
+FALLING, BY_ROOTS = [1, 1, 0.75, 0.5, 0.25], [1, 1, 0.5, 1 - 0.5**0.5, 1 - 0.75**0.5]
+AVERAGES = "config.test_averaging.test_the_average_is_that_of_the_papers"
 SCHEDULES = "config.test_bias_schedule.test_schedules_of_the_bias"
 CAPACITY = "config.test_capacity.test_the_capacity_of_a_layer_is_exact"
 ON_PAPER = "config.test_scale.test"
@@ -279,6 +287,16 @@ FACT_MUTANTS = (
         ("siglip2",),
     ),
     FactMutant(PIXELS, "BICUBIC = 3", "BICUBIC = 2", PICTURES, ("siglip2",)),
+    # Rates and averages of an optimiser
+    FactMutant(RATES, "peak * ((step + 1) / warmup_steps)", "peak * (step / warmup_steps)", SHORT, ("linear", LINEAR)),
+    FactMutant(RATES, "if step < start:", "if step <= start + 1:", STABLE, ("linear", FALLING)),
+    FactMutant(RATES, "min(warmup_steps + stable,", "min(stable,", STABLE, ("linear", FALLING)),
+    FactMutant(RATES, "1.0 - math.sqrt(t)", "math.sqrt(1.0 - t)", STABLE, ("sqrt", BY_ROOTS)),
+    FactMutant(RATES, "rex_alpha + rex_alpha * (1.0 - done)", "rex_alpha * (1.0 - done)", SHORT, ("rex", REX)),
+    FactMutant(RATES, "share_done(step, 0, decay_steps)", "share_done(step + 1, 0, decay_steps)", DECAY),
+    FactMutant(RATES, "(squares + step + 1 - warm)", "(squares + step - warm + 2)", SHARE),
+    FactMutant("contract.averaging", '"d", -(1 - b1) / b1', '"d", (1 - b1) / b1', AVERAGES),
+    FactMutant("contract.averaging", "Average(AVERAGE, 1.0)", "Average(AVERAGE, -1.0)", AVERAGES),
     # Rates and capacities of experts
     FactMutant("contract.bias_schedule", "(1.0 + xp.cos(", "(1.0 - xp.cos(", SCHEDULES),
     FactMutant("contract.bias_schedule", "WARMUP_SHARE = 0.1", "WARMUP_SHARE = 0.2", SCHEDULES),

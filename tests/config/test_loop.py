@@ -805,6 +805,22 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+def test_weights_and_biases_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run and its continuation, without a network: both have the identity that the run's folder keeps."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(config_of(tmp_path, "metrics.wandb_project=p", "train.max_steps=3"))
+    train(config_of(tmp_path, "metrics.wandb_project=p", "train.max_steps=5"))
+    identity = (tmp_path / "wandb_id").read_text().strip()
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert [file.stem for file in files] == [f"run-{identity}"] * 2
+    first, second = (file.read_bytes() for file in files)
+    for record in read_metrics(tmp_path / "metrics.jsonl"):
+        loss = json.dumps(record["loss"]).encode()
+        assert (loss in first, loss in second) == (record["step"] <= 3, record["step"] > 3)
+
+
 @pytest.mark.parametrize("works_when", ["asked", "read"])
 def test_each_step_is_timed_alone(tmp_path: Path, works_when: str) -> None:
     """Whether the work is done in ``step`` or goes on until a number is read, and with evaluations between."""

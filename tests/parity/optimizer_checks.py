@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from shared_config.contract.averaging import average_of, averaged
 from shared_config.contract.moments import moment_names
 from shared_config.contract.schedule import Rates
 from shared_config.contract.specs import Constant, ParameterSpec
@@ -94,19 +95,26 @@ def jax_steps(backend: Torch | Jax, case: Case) -> Arrays:
 def truth_of(case: Case) -> Arrays:
     """What `steps_of` is to be; averages are kept as the difference to the weights."""
     result: Arrays = {}
-    for name, start in case.drawn(0).items():
-        p, kept, counted = start, dict.fromkeys("mv", np.zeros_like(start)), 0
-        kept |= {"x": start, "z": start, "ema": start}
-        for step in range(len(case.frozen)):
-            if name in case.gradients(step):
-                counted += 1
-                p, changed = _step(case, name, p, case.gradients(step)[name], kept, step, counted)
-                kept |= changed | {"ema": oracle.averaged(kept["ema"], p, case.config.ema_decay)}
-        kept |= {"d": kept["z"] - p, "ema": kept["ema"] - p}
+    for name in case.table:
+        kept = kept_of(case, name)
+        p = kept["p"]
+        apart = {**kept, "d": kept["z"] - p, "ema": kept["ema"] - p}
         wanted = moment_names(case.config, case.table, [name])
-        result |= {name: p, f"t.{name}": np.array(counted)}
-        result |= {moment: kept[moment.partition(".")[0]] for moment in wanted}
+        result |= {name: p, f"t.{name}": kept["t"], **{moment: apart[moment.partition(".")[0]] for moment in wanted}}
     return result
+
+
+def kept_of(case: Case, name: str) -> Arrays:
+    """A parameter p, its moments, averages x and ema, the sequence z, and the count t of updates."""
+    start = case.drawn(0)[name]
+    kept = {**dict.fromkeys("mv", np.zeros_like(start)), **dict.fromkeys(("p", "x", "z", "ema"), start)}
+    counted = 0
+    for step in range(len(case.frozen)):
+        if name in case.gradients(step):
+            counted += 1
+            p, changed = _step(case, name, kept["p"], case.gradients(step)[name], kept, step, counted)
+            kept |= {"p": p, **changed, "ema": oracle.averaged(kept["ema"], p, case.config.ema_decay)}
+    return {**kept, "t": np.array(counted)}
 
 
 def _step(case: Case, name: str, p: Any, g: Any, kept: Any, step: int, counted: int) -> Any:
@@ -142,6 +150,19 @@ CASES = {
         OptimizerConfig(name="schedule_free_adamw", lr=0.01, betas=(0.8, 0.9), eps=1e-3), FROZEN
     ),
 }
+
+
+def check_averages(backend: str) -> None:
+    """What is evaluated is the average of the papers."""
+    own = {"torch": Torch, "jax": Jax}[backend]()
+    with jax.enable_x64(True):
+        for name, kept in (("adamw", "ema"), ("schedule_free_adamw", "x")):
+            case = CASES[name]
+            found, average = steps_of(own, case), average_of(case.config)
+            assert average is not None
+            values = averaged(average, {one: found[one] for one in case.table}, found)
+            for one, value in values.items():
+                np.testing.assert_allclose(value, kept_of(case, one)[kept], rtol=1e-10, atol=1e-12, err_msg=one)
 
 
 def check_optimizers(backend: str) -> None:

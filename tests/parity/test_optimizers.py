@@ -32,7 +32,7 @@ from shared_config.schema.job import JobConfig
 from shared_config.schema.optimizer import OptimizerConfig
 from tests.jobs import assert_same_bits, draw_batch, text_job, tiny_job
 from tests.parity.backends import BACKENDS, Torch, on_both
-from tests.parity.optimizer_checks import SHAPES, Case, assert_is, check_optimizers, steps_of, truth_of
+from tests.parity.optimizer_checks import SHAPES, Case, assert_is, check_averages, check_optimizers, steps_of, truth_of
 from tests.tolerance import assert_all_same_function
 
 IS_NIGHTLY = settings.get_current_profile_name() == "nightly"
@@ -53,6 +53,7 @@ double_precision = pytest.mark.usefixtures("_double_precision")
 @on_both
 def test_a_few_steps_are_those_of_the_papers(backend: Torch) -> None:
     check_optimizers(backend.name)
+    check_averages(backend.name)
 
 
 @st.composite
