@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kempnerforge_torch.training.optimizer import Step
 from shared_config.contract.schedule import Rates
+from tests.jobs import draw_batch, tiny_job
 from tests.parity.attention_checks import (
     check_blocks,
     check_fused_call,
@@ -31,7 +34,7 @@ from tests.parity.attention_checks import (
 )
 from tests.parity.precision_cases import job_of
 from tests.parity.precision_jax import _jaxprs
-from tests.torch import kept_checks
+from tests.torch import adamw_checks, kept_checks
 
 BF16, F16, F32, F64 = "bfloat16", "float16", "float32", "float64"
 HOPPER, AMPERE, TURING = ("cuda 12080", "9.0"), ("cuda 12080", "8.0"), ("cuda 12080", "7.5")
@@ -453,9 +456,9 @@ def check_loss_by_device(backend: str) -> None:
     rows: list[int] = []
     summed = loss._summed
 
-    def noting(logits: Any, labels: Any) -> Any:
+    def noting(logits: Any, labels: Any, *others: Any) -> Any:
         rows.append(len(labels))
-        return summed(logits, labels)
+        return summed(logits, labels, *others)
 
     with mock.patch.object(loss, "_compiled_sum", return_value=noting), mock.patch.object(loss, "CHUNK_ELEMENTS", 7):
         fused, fused_count = loss.cross_entropy(logits, labels, fused=True)
@@ -546,6 +549,44 @@ def check_kept_steps(backend: str) -> None:
             kept_checks.check_after([(happening, 2, 6, 0.9)])
 
 
+def check_copies(backend: str) -> None:
+    """Copies in bfloat16 have the values of the masters of now, frozen ones too; gradients are of all micro-batches."""
+    job = tiny_job(train={"mixed_precision": "bf16"})
+    trainer = module("torch", "training.train").Trainer(job, "cpu")
+    master, batches = trainer.masters["norm.weight"], [draw_batch(job, seed) for seed in range(3)]
+    master.requires_grad_(False)
+    for _ in range(2):
+        with torch.no_grad():
+            master.mul_(1.5)
+        copy = trainer.copies.current()["norm.weight"]
+        assert torch.equal(copy, master.bfloat16())
+        assert not copy.requires_grad
+    gradients: list[dict[str, torch.Tensor]] = []
+    for some in ([batch] for batch in batches):
+        trainer._differentiate(some, 30, 3)
+        gradients.append(trainer._take_gradients())
+    trainer._differentiate(batches, 30, 3)
+    for name, total in trainer._take_gradients().items():
+        assert torch.equal(total, sum(each[name].float() for each in gradients)), name
+
+
+def check_fused_step(backend: str) -> None:
+    """But for its kernel: what that is told, of updates that are taken and left out."""
+    fused = module("torch", "training.fused_adamw")
+    kernel = {"kempnerforge_torch.training.adamw_kernel": SimpleNamespace(run_adamw=adamw_checks.plain_kernel)}
+    for finite in (None, torch.tensor(True), torch.tensor(False)):
+        one, other = (adamw_checks.drawn([(5, 3), (7,)], [True, False], [False, True], [0, 9], seed=1) for _ in "ab")
+        rates, factor = Rates(0.1, 0.3), torch.tensor(0.25)
+        with mock.patch.dict(sys.modules, kernel):  # type: ignore[arg-type]
+            step = fused.FusedStep(one.optimizer, one.gradients, rates, factor, one.copies)
+            assert step.stays_finite()
+            step.take(finite)
+        Step(other.optimizer, other.gradients, rates, factor).take(finite)
+        for name, value in other.state().items():
+            expected = one.state()[name[5:]].bfloat16() if name.startswith("copy.") else value
+            torch.testing.assert_close(one.state()[name], expected, rtol=1e-6, atol=1e-6, msg=name)
+
+
 KERNEL_CHECKS: dict[str, dict[str, tuple[Callable[[str], None], ...]]] = {
     "jax": {
         "model.attention": (check_fused_attention, check_told),
@@ -568,5 +609,7 @@ KERNEL_CHECKS: dict[str, dict[str, tuple[Callable[[str], None], ...]]] = {
         "model.kept_steps": (check_kept_steps,),
         "training.loss": (check_loss_by_device,),
         "training.optimizer": (check_optimizer_by_device,),
+        "training.mixed_precision": (check_copies,),
+        "training.fused_adamw": (check_fused_step,),
     },
 }
