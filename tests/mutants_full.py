@@ -52,8 +52,8 @@ REACHING = (
     Reaching(
         Mutant(
             "training.train", "a step that is a little too large",
-            ("Step(self.optimizer, by_master, rates, factor)\n        copies",
-             "Step(self.optimizer, by_master, rates._replace(lr=1.001 * rates.lr), factor)\n        copies"),
+            ("Step(self.optimizer, by_master, rates, factor)\n        return Fused",
+             "Step(self.optimizer, by_master, rates._replace(lr=1.001 * rates.lr), factor)\n        return Fused"),
             ("own_state, trained, rates, taken)",
              "own_state, trained, rates._replace(lr=1.001 * rates.lr), taken)"),
         ),

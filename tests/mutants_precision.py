@@ -154,7 +154,7 @@ PRECISION_MUTANTS = (
          "jax.tree.map(lambda g: g.astype(recipe.compute_dtype).astype(g.dtype), gradients),"),
     ),
     Mutant(
-        "training.train", "what decides a route is rounded", (" and not self.table[name].full_precision", ""), None,
+        "training.train", "what decides a route is rounded", (" if not self.table[name].full_precision]", "]"), None,
     ),
     Mutant(
         "training.objective", "what decides a route is rounded", None,

@@ -34,9 +34,6 @@ FILES = {
 }
 """Files that one backend has alone."""
 
-WITH_EXTRAS = {"training/adamw_kernel.py"}
-"""Files that can't be loaded everywhere: Triton comes with torch for GPUs."""
-
 ENGINES = {
     "distributed/ahead_of_time.py": "jax: XLA compiles for devices that are elsewhere",
     "distributed/collectives.py": "torch: sums and exchanges with gradients; in JAX operations of lax",
@@ -403,7 +400,7 @@ def without_parts(names: set[str]) -> set[str]:
 
 def registered_in(backend: str, categories: tuple[str, ...]) -> dict[str, set[str]]:
     """Names of the builders of the package itself, all its modules loaded; tests call theirs test_..."""
-    for file in files_of(backend) - WITH_EXTRAS:
+    for file in files_of(backend):
         importlib.import_module(f"kempnerforge_{backend}.{file.removesuffix('.py').replace('/', '.')}")
     registry = importlib.import_module(f"kempnerforge_{backend}.registry").registry
     return {

@@ -1,4 +1,5 @@
-"""The kernel of `fused_adamw`: each of its programs updates a block of one tensor. Needs Triton.
+"""The kernel of `fused_adamw`: each of its programs updates a block of one tensor. It needs Triton, without which torch
+for CPUs comes.
 
 Shapes: T tensors, G blocks of all of them.
 """
@@ -10,15 +11,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
 from jaxtyping import Float, Int
 from torch import Tensor
 
+try:
+    import triton  # pyright: ignore[reportMissingImports]
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
+except ImportError:
+    HAS_TRITON, _LARGEST, _jit = False, None, lambda function: function
+else:
+    HAS_TRITON, _LARGEST, _jit = True, tl.constexpr(torch.finfo(torch.float32).max), triton.jit
+
 BLOCK = 4096
 WARPS = 8
-_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
 def run_adamw(
@@ -43,7 +48,7 @@ def run_adamw(
         has_copies: whether copies are written.
         writes: if False, nothing is written but 0 to ``verdict`` where a number that is not finite would result.
     """
-    device = factor.device
+    device, types = factor.device, {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
     sizes = [some[0].numel() for some in tensors]
     blocks = [triton.cdiv(size, BLOCK) for size in sizes]
     ends = list(itertools.accumulate(blocks))
@@ -58,11 +63,11 @@ def run_adamw(
         launch: Any = _adamw
         launch[(ends[-1],)](
             table_T7, owners_G, numbers, factor, verdict, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps,
-            narrow=_TYPES[tensors[0][1].dtype], has_copies=has_copies, writes=writes, block=BLOCK, num_warps=WARPS,
+            narrow=types[tensors[0][1].dtype], has_copies=has_copies, writes=writes, block=BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
 
-@triton.jit
+@_jit
 def _adamw(
     table, owners, numbers, factor, verdict, b1, from_b1, b2, from_b2, eps,
     narrow: tl.constexpr, has_copies: tl.constexpr, writes: tl.constexpr, block: tl.constexpr,
@@ -86,7 +91,7 @@ def _adamw(
             )  # fmt: skip
 
 
-@triton.jit
+@_jit
 def _update(
     row, gradient_at, own, places, inside, factor, verdict, b1, from_b1, b2, from_b2, eps,
     has_copies: tl.constexpr, writes: tl.constexpr,
@@ -113,7 +118,7 @@ def _update(
             tl.store(verdict, 0)
 
 
-@triton.jit
+@_jit
 def _start(entry, element: tl.constexpr):
     """Where a tensor begins that the table names."""
     return tl.multiple_of(tl.load(entry).to(tl.pointer_type(element)), 16)

@@ -10,7 +10,6 @@ Shapes: T tensors.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kempnerforge_torch.training.adamw_kernel import HAS_TRITON, run_adamw
 from kempnerforge_torch.training.optimizer import AdamW, set_rates
 from shared_config.contract.moments import AVERAGE
 from shared_config.contract.schedule import Rates
@@ -35,7 +35,7 @@ def can_fuse(optimizer: torch.optim.Optimizer) -> bool:
         type(optimizer) is AdamW
         and not optimizer.defaults[AVERAGE]
         and torch.version.hip is None
-        and importlib.util.find_spec("triton") is not None
+        and HAS_TRITON
         and all(type(each) is torch.nn.Parameter and each.is_cuda and each.dtype == torch.float32 for each in tensors)
     )
 
@@ -123,8 +123,6 @@ class FusedStep:
         return torch.stack(scales, dim=1).float()
 
     def _run(self, verdict: Tensor, *, writes: bool) -> None:
-        from kempnerforge_torch.training.adamw_kernel import run_adamw
-
         betas, eps = self._optimizer.defaults["betas"], self._optimizer.defaults["eps"]
         with torch.cuda.device(verdict.device) if verdict.is_cuda else contextlib.nullcontext():
             for has_copies, tensors, numbers in self._launches:

@@ -40,6 +40,10 @@ class Copies:
             self._copies[name].requires_grad_(master.requires_grad)
         return dict(self._copies)
 
+    def by_master(self) -> dict[Float[Tensor, "..."], Float[Tensor, "..."]]:
+        """What `current` gives, by the master that each is a copy of."""
+        return {self._masters[name]: copy for name, copy in self.current().items()}
+
     def note_update(self, names: Iterable[str], *, is_copied: bool) -> None:
         """Remember that masters were written to, and whether their copies, of those that have some, were so as well."""
         for name in self._masters.keys() & set(names):

@@ -275,11 +275,8 @@ class Trainer:
 
     def _narrowed(self) -> dict[str, Tensor]:
         """The masters that are cast to compute with: all, but for what decides a route."""
-        return {
-            name: master
-            for name, master in self.masters.items()
-            if master.dtype != self.compute_dtype and not self.table[name].full_precision
-        }
+        cast = [name for name in self.masters if not self.table[name].full_precision]
+        return {name: self.masters[name] for name in cast if self.masters[name].dtype != self.compute_dtype}
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         own = own_part(batch, self.mesh)
@@ -316,8 +313,7 @@ class Trainer:
         by_master: dict[Tensor, Tensor] = {self.parameters[name]: gradient for name, gradient in gradients.items()}
         if not self._is_fused or not gradients:
             return Step(self.optimizer, by_master, rates, factor)
-        copies: dict[Tensor, Tensor] = {self.masters[name]: copy for name, copy in self.copies.current().items()}
-        return FusedStep(self.optimizer, by_master, rates, factor, copies)
+        return FusedStep(self.optimizer, by_master, rates, factor, self.copies.by_master())
 
     def _freeze(self) -> None:
         """Apply the freeze schedule at this step."""

@@ -4,9 +4,7 @@ never older than the masters; and the fused step of AdamW, but for its kernel.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kempnerforge_torch.model.state import set_state
+from kempnerforge_torch.training import fused_adamw
 from kempnerforge_torch.training.fused_adamw import FusedStep, can_fuse
 from kempnerforge_torch.training.optimizer import Step
 from kempnerforge_torch.training.train import Trainer
@@ -149,8 +148,7 @@ def test_gradients_of_one_micro_batch_stay_narrow_until_they_are_used() -> None:
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "kempnerforge_torch.training.adamw_kernel"
-    monkeypatch.setitem(sys.modules, name, SimpleNamespace(run_adamw=plain_kernel))  # type: ignore[arg-type]
+    monkeypatch.setattr(fused_adamw, "run_adamw", plain_kernel)
 
 
 def assert_same_state(found: Drawn, expected: Drawn, ulps: float = 4) -> None:
@@ -175,8 +173,7 @@ def test_a_fused_step_is_the_step(data: st.DataObject, shapes: list[tuple[int, .
     finite = data.draw(st.sampled_from([None, torch.tensor(True), torch.tensor(False)]))
     one, other = (drawn(shapes, narrow, has_copy, counts, seed=seed) for _ in range(2))
     with pytest.MonkeyPatch.context() as patch:
-        name = "kempnerforge_torch.training.adamw_kernel"
-        patch.setitem(sys.modules, name, SimpleNamespace(run_adamw=plain_kernel))  # type: ignore[arg-type]
+        patch.setattr(fused_adamw, "run_adamw", plain_kernel)
         step = FusedStep(one.optimizer, one.gradients, RATES, factor, one.copies)
         assert step.stays_finite()
         step.take(finite)
