@@ -30,8 +30,8 @@ class Linear(Module):
 
     fp8 = False
     lora_scale = 1.0
-    lora_a: nnx.Param[jax.Array] | None = None
-    lora_b: nnx.Param[jax.Array] | None = None
+    lora_a: nnx.Param | None = None
+    lora_b: nnx.Param | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, *, rngs: nnx.Rngs | None):
         """``rngs``: None for zeros, where the values are set afterwards."""

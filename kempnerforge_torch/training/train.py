@@ -50,13 +50,7 @@ from kempnerforge_torch.training.optimizer import (
 from kempnerforge_torch.training.profile import profile, step_span
 from kempnerforge_torch.training.sampling import continued
 from kempnerforge_torch.training.scheduler import build_rates
-from kempnerforge_torch.training.terms import (
-    Terms,
-    model_inputs,
-    routing_metrics,
-    summed,
-    taken_metric,
-)
+from kempnerforge_torch.training.terms import Terms, model_inputs, routing_metrics, summed, taken_metric
 from shared_config.contract.freeze import effective_freeze, moments_under, trained_parameters
 from shared_config.contract.labels import label_count, loss_terms
 from shared_config.contract.lora import adapter_table, trained_with, with_adapters

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -309,11 +310,7 @@ def _made(works: list[Work], workers: int, journal: IO[str], progress: Progress,
     return made
 
 
-_TOKENIZERS: dict[Encoding, Tokenizer] = {}
-
-
+@functools.cache
 def _tokenizer(encoding: Encoding) -> Tokenizer:
     """Read once a process."""
-    if encoding not in _TOKENIZERS:
-        _TOKENIZERS[encoding] = build_tokenizer(encoding.tokenizer, encoding.eos_id)
-    return _TOKENIZERS[encoding]
+    return build_tokenizer(encoding.tokenizer, encoding.eos_id)
