@@ -39,6 +39,7 @@ GPU_MUTANTS = (
     Mutant("model.fused", "heads of the wrong group", ("(q, k, v, **options", "(q, k.flip(1), v.flip(1), **options"),
            ("jnp.repeat(each, q.shape[1] // each.shape[1], axis=1)",
             "jnp.tile(each, (1, q.shape[1] // each.shape[1], 1, 1))")),
+    Mutant("model.fused", "scores are not capped", ('"score_mod": change', '"score_mod": None'), None),
     Mutant("model.fused", "a mask transposed", ("query: Tensor, key: Tensor) -> Tensor:",
                                                 "key: Tensor, query: Tensor) -> Tensor:"), None),
     Mutant("model.fused", "the window is dropped", ("            causal,\n            window,\n",

@@ -53,21 +53,25 @@ def fused_attention(
         scale: None: h^-0.5.
         softcap: scores s become softcap * tanh(s / softcap); None: they stay.
     """
-    grouped, change = q.shape[1] != k.shape[1], None if softcap is None else _capping(softcap)
+    grouped, capping = q.shape[1] != k.shape[1], _capping if torch.compiler.is_compiling() else _kept_capping
+    change = None if softcap is None else capping(softcap)
     options = {"score_mod": change, "block_mask": mask.fused, "scale": scale, "enable_gqa": grouped}
     out = _compiled(flex_attention)(q, k, v, **options)
     assert isinstance(out, Tensor)
     return out
 
 
-@functools.cache
 def _capping(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The change of a score, for one cap the same function."""
+    """The change of a score."""
 
     def change(score: Tensor, row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
     return change
+
+
+_kept_capping = functools.cache(_capping)
+"""For one cap the same function, so that a program is not compiled anew."""
 
 
 def _rule(mask: Mask, offset: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

@@ -106,9 +106,13 @@ def check_long_attention(backend: str) -> None:
 
 
 def check_masks(
-    backend: str, kinds: Collection[str] = tuple(KINDS), keys: int = 1153, head_dims: Sequence[int] = (64, 128)
+    backend: str,
+    kinds: Collection[str] = tuple(KINDS),
+    keys: int = 1153,
+    head_dims: Sequence[int] = (64, 128),
+    softcap: float | None = None,
 ) -> None:
-    """Every kind of mask, at a length that no tile divides, against dense masks."""
+    """Every kind of mask, at a length that no tile divides, against dense masks; scores as they are, or capped."""
     for name, head_dim in itertools.product(kinds, head_dims):
         kind, facts = KINDS[name], KINDS[name].facts(keys)
         queries = kind.queries(keys)
@@ -117,16 +121,17 @@ def check_masks(
             masks, attend = side.module("model.mask"), side.module("model.attention").attend
             mask = mask_of(side, facts)
             mask = masks.with_dense(mask, queries, keys) if dtype == "float64" else mask
-            return lambda q, k, v: attend(q, k, v, mask)
+            return lambda q, k, v: attend(q, k, v, mask, softcap=softcap)
 
         kv_shape = (2, 2, keys, head_dim)
         part = Part(build, ((2, 4, queries, head_dim), kv_shape, kv_shape), 2.0)
-        compare(backend, f"{name}, heads of {head_dim}", part, part.inputs())
+        compare(backend, f"{name}, heads of {head_dim}, soft cap {softcap}", part, part.inputs())
 
 
 def check_fused(backend: str) -> None:
     """Masks that any bug of what kernels are told would change."""
     check_masks(backend, ("documents in a window", "padded documents", "interleaved documents"), head_dims=(64,))
+    check_masks(backend, ("documents in a window", "causal"), head_dims=(64,), softcap=2.0)
 
 
 def check_groups(backend: str) -> None:
@@ -283,10 +288,11 @@ def test_parts_are_a_few_roundings_from_float64(part: str, backend: str) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_masks_agree_with_dense_ones(kind: str, backend: str) -> None:
+def test_masks_agree_with_dense_ones(kind: str, softcap: float | None, backend: str) -> None:
     torch.compiler.reset()
-    check_masks(backend, [kind])
+    check_masks(backend, [kind], softcap=softcap)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
