@@ -43,7 +43,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             ELEMENTWISE,
             GATED,
-            {"model.mlp:SwiGLUMLP.forward": 1, "model.experts:apply_packed": 1},
+            {"model.mlp:SwiGLUMLP.forward": 1, "model.mlp:GEGLUMLP.forward": 1, "model.experts:apply_packed": 1},
             ("mul",),
         ),
         Rule(
@@ -70,6 +70,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
                 "model.position:apply_rope": 1,
                 "model.attention:_attention": 1,
                 "model.mlp:_widened": 1,
+                "model.softcap:soft_capped": 1,
                 "model.adapter:_mean_of_real": 1,
                 "model.moe:MoEMLP.forward": 1,
                 "model.expert_choice:ExpertChoiceMoE.forward": 1,
@@ -124,6 +125,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             {
                 "model.linear:linear": 1,
                 "model.attention:_attend": 1,
+                "model.attention:_attend_plainly": 1,
                 "model.grouped:looped_matmul": 1,
                 "model.grouped:looped_outer": 1,
                 "model.grouped:tiled_matmul": 1,
@@ -142,6 +144,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             WIDE_INSIDE,
             {
                 "model.mlp:SwiGLUMLP.forward": 1,
+                "model.mlp:GEGLUMLP.forward": 1,
                 "model.mlp:StandardMLP.forward": 1,
                 "model.adapter:MLP2LayerAdapter.forward": 1,
                 "model.vision:VisionMLP.forward": 1,
@@ -149,7 +152,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
             },
             ("silu", "gelu", "silu_backward", "gelu_backward"),
         ),
-        Rule(ELEMENTWISE, GATED, {"model.mlp:SwiGLUMLP.forward": 0, "model.experts:apply_packed": 0}, ("mul",)),
+        Rule(
+            ELEMENTWISE,
+            GATED,
+            {"model.mlp:SwiGLUMLP.forward": 0, "model.mlp:GEGLUMLP.forward": 0, "model.experts:apply_packed": 0},
+            ("mul",),
+        ),
         Rule(ELEMENTWISE, SCALED, {"training.head:_Sum.backward": 2}, ("mul",), backward=True),
         Rule(PRODUCT, PRODUCTS, {"training.head:_chunk": 1}, backward=True),
         Rule(
@@ -174,6 +182,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
                 "model.norm:LayerNorm.forward": 1,
                 "model.position:apply_rope": 1,
                 "model.attention:_attend": 1,
+                "model.attention:_attend_plainly": 1,
+                "model.softcap:soft_capped": 1,
                 "model.adapter:_mean_of_real": 1,
                 "model.moe:MoEMLP.forward": 1,
                 "model.expert_choice:ExpertChoiceMoE.forward": 1,

@@ -63,6 +63,16 @@ def attend_to_some(backend: Any, dtype: str) -> Callable[..., Any]:
     return lambda q, k, v: function(q, k, v, backend.array(seen[None, None]))
 
 
+def attend_capped(backend: Any, dtype: str) -> Callable[..., Any]:
+    function = backend.module("model.attention").attend
+    return lambda q, k, v: function(q, k, v, softcap=2.0)
+
+
+def soft_cap(backend: Any, dtype: str) -> Callable[..., Any]:
+    function = backend.module("model.softcap").soft_capped
+    return lambda x: function(x, 1.5)
+
+
 def probabilities(backend: Any, dtype: str) -> Callable[..., Any]:
     return backend.module("model.attention").attention_weights
 
@@ -183,12 +193,16 @@ PARTS = {
     "attend": Part(attend, HEADS, 2.0),
     "attend to all": Part(attend_to_all, FEW, 2.0),
     "attend to some": Part(attend_to_some, HEADS, 2.0),
+    "attend with a soft cap": Part(attend_capped, HEADS, 2.0),
+    "soft cap": Part(soft_cap, ROWS),
     "probabilities": Part(probabilities, HEADS[:2], 2.0),
     "rotation": Part(rotation, ((2, TOKENS, HEAD),)),
     "rotary tables": Part(rotary_tables, ROWS, has_gradient=False),
     "RMSNorm": Part(module_of("model.norm", "RMSNorm", WIDTH), ROWS, 3.0),
+    "RMSNorm by 1 + weight": Part(module_of("model.norm", "UnitRMSNorm", WIDTH), ROWS, 3.0),
     "LayerNorm": Part(module_of("model.norm", "LayerNorm", WIDTH), ROWS, 3.0),
     "SwiGLU": Part(module_of("model.mlp", "SwiGLUMLP", WIDTH, 48), ROWS),
+    "GEGLU": Part(module_of("model.mlp", "GEGLUMLP", WIDTH, 48), ROWS),
     "gelu": Part(module_of("model.mlp", "StandardMLP", WIDTH, 48, "gelu"), ROWS),
     "experts": Part(module_of("model.moe", "build_moe", WIDTH, 48, EXPERTS, 2, shared_experts=1), ((1, *ROWS[0]),)),
     "packed experts": Part(
