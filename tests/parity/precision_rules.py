@@ -95,6 +95,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             GRADIENT,
             {
                 "model.norm:RMSNorm.forward": 1,
+                "model.norm:RMSNorm.factor": 1,
                 "model.norm:LayerNorm.forward": 2,
                 "model.position:apply_rope": 1,
                 "model.attention:attention_weights": 1,
