@@ -95,6 +95,37 @@ def test_each_operation_moves_what_it_says() -> None:
     assert {text.split()[0] for text in expected} | {"interleave", "halves"} == set(NUMBERS)
 
 
+OF_THREE_AXES = (
+    "split 2 axis=1",
+    "merge 2 axis=-2",
+    "split 3 axis=-1",
+    "interleave 2 axis=1",
+    "halves 1 axis=-2",
+    "flip axis=-1",
+)
+
+
+@pytest.mark.parametrize("text", [*OF_THREE_AXES, "merge 4 axis=1", "swap 0 2", "permute 2 0 1", "transpose"])
+def test_operations_on_inner_axes_are_undone_and_leave_arrays_in_order(text: str) -> None:
+    array = drawn(3, 4, 6) if text != "merge 2 axis=-2" else drawn(3, 2, 6)
+    moved = parse_op(text).apply(array)
+    assert moved.flags.c_contiguous
+    assert moved.size == array.size
+    np.testing.assert_array_equal(parse_op(text).inverse().apply(moved), array)
+    if text == "interleave 2 axis=1":
+        np.testing.assert_array_equal(moved, array)  # heads of two: one pair each
+        moved = parse_op("interleave 1 axis=1").apply(array)
+        np.testing.assert_array_equal(moved, array[:, [0, 2, 1, 3]])
+
+
+def test_heads_of_odd_size_have_no_halves_and_parts_must_all_be_there() -> None:
+    with pytest.raises(ValueError, match="must be even"):
+        parse_op("halves 2 axis=0").apply(drawn(6))
+    with pytest.raises(UserError, match=r"l\.\*\.g \+ l\.\*\.u -> l\.\*\.gu: missing l\.0\.u"):
+        transfer({"l.0.g": drawn(2)}, Map((Rule(("l.*.g", "l.*.u"), ("l.*.gu",)),)))
+    assert transfer({"a": drawn(2)}, None, {"a": [2]}).keys() == {"a"}
+
+
 def test_stacked_layers_are_in_the_order_of_their_numbers() -> None:
     weights = {f"layers.{n}.w": np.full(2, n) for n in (10, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9)}
     stacked = transfer(weights, make_map({"layers.*.w": "w"}))["w"]
@@ -121,6 +152,8 @@ def test_all_that_does_not_fit_is_said_at_once() -> None:
     ("text", "said"),
     [
         ("[[weights]]\na = 'x'", "b = None: must be a pattern"),
+        ("[[weights]]\na = []\nb = 'x'", r"a = \[\]: must be a pattern"),
+        ("[[weights]]\na = [1]\nb = 'x'", r"a = \[1\]: must be a pattern"),
         ("[[weights]]\na = 'x.*'\nb = ['y', 'z']", "can't be stacked in the same rule"),
         ("[[weights]]\na = 'x.*.*'\nb = 'y'", "same number of stars"),
         ("[[weights]]\na = ['x', 'y']\nb = ['z', 'w']", "must be a single pattern"),

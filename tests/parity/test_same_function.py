@@ -186,6 +186,10 @@ def endless(n: int) -> int:
     return n
 
 
+def divided(x: float, y: float) -> float:
+    return x / y
+
+
 class Counter:
     def __init__(self) -> None:
         self.count = 0
@@ -220,6 +224,11 @@ def test_a_weak_test_lets_bugs_live_and_a_strong_one_does_not(monkeypatch: pytes
         counter = Counter()
         assert (counter.add(2), counter.add(3)) == (2, 5)
 
+    def raises() -> None:
+        with pytest.raises(ZeroDivisionError):
+            divided(3.0, 0.0)
+
+    assert mutate(divided, raises, sample=None).killed["Failed"] >= 1
     assert mutate(Counter, counts, sample=None).share == 1
     assert mutate(Counter, counts, sample=None, only="add").planted < mutate(Counter, counts, sample=None).planted
     with pytest.raises(UserError, match="fails without a bug: ZeroDivisionError"):

@@ -128,7 +128,9 @@ def _outcome(bug: Mutation, source: bytes, function: FunctionType, test: Callabl
             test()
     except HangError:
         return "hang"
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # what pytest raises itself is not an Exception
         return type(error).__name__
     finally:
         function.__code__ = own
