@@ -6,6 +6,7 @@
     comparison   `compare_functions`; `derive_tolerance`; on the command line ``kempnerforge compare``
     tests        `assert_same_function`; `shared_config.parity.strategies` for Hypothesis, with `cache_machine`;
                  `shared_config.parity.plugin` for pytest; `mutate`
+    training     `compare_runs` of two trainers, each of which gives a `Step` at a time; `AdamW`, what both should do
 
 Imports no framework, and nothing at all before it is used.
 """
@@ -23,20 +24,25 @@ if TYPE_CHECKING:
     from shared_config.parity.foreign.mutate import Score, mutate
     from shared_config.parity.foreign.numpy_function import record
     from shared_config.parity.foreign.propose import Proposal, propose_map
+    from shared_config.parity.foreign.runs import AdamW, RunComparison, Step, compare_runs
     from shared_config.parity.foreign.same import DifferentError, assert_same_function, nest
     from shared_config.parity.foreign.taps import tap
     from shared_config.parity.foreign.transfer import transfer
     from shared_config.parity.traces import Trace, read_trace, write_trace
 
 __all__ = [
+    "AdamW",
     "DifferentError",
     "Map",
     "Proposal",
     "Rule",
+    "RunComparison",
     "Score",
+    "Step",
     "Trace",
     "assert_same_function",
     "compare_functions",
+    "compare_runs",
     "derive_tolerance",
     "make_map",
     "mutate",
@@ -59,6 +65,7 @@ HOMES = {
     "foreign.mutate": ("Score", "mutate"),
     "foreign.numpy_function": ("record",),
     "foreign.propose": ("Proposal", "propose_map"),
+    "foreign.runs": ("AdamW", "RunComparison", "Step", "compare_runs"),
     "foreign.same": ("DifferentError", "assert_same_function", "nest"),
     "foreign.taps": ("tap",),
     "foreign.transfer": ("transfer",),

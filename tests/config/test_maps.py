@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared_config.errors import UserError
-from shared_config.parity import Map, Rule, make_map, parse_op, propose_map, read_map, transfer
+from shared_config.parity import Map, Rule, make_map, mutate, parse_op, propose_map, read_map, transfer
+from shared_config.parity.foreign import layout
 from shared_config.parity.foreign.layout import NUMBERS
 from shared_config.parity.traces import Trace, TraceMeta
 
@@ -96,9 +97,11 @@ def test_each_operation_moves_what_it_says() -> None:
 
 
 OF_THREE_AXES = (
+    "split 2 axis=0",
     "split 2 axis=1",
+    "split 4 axis=-1",
+    "merge 6 axis=0",
     "merge 2 axis=-2",
-    "split 3 axis=-1",
     "interleave 2 axis=1",
     "halves 1 axis=-2",
     "flip axis=-1",
@@ -107,11 +110,12 @@ OF_THREE_AXES = (
 
 @pytest.mark.parametrize("text", [*OF_THREE_AXES, "merge 4 axis=1", "swap 0 2", "permute 2 0 1", "transpose"])
 def test_operations_on_inner_axes_are_undone_and_leave_arrays_in_order(text: str) -> None:
-    array = drawn(3, 4, 6) if text != "merge 2 axis=-2" else drawn(3, 2, 6)
+    array = drawn(6, 4, 8) if text != "merge 2 axis=-2" else drawn(6, 2, 8)
     moved = parse_op(text).apply(array)
     assert moved.flags.c_contiguous
     assert moved.size == array.size
     np.testing.assert_array_equal(parse_op(text).inverse().apply(moved), array)
+    assert str(parse_op(text)) == text
     if text == "interleave 2 axis=1":
         np.testing.assert_array_equal(moved, array)  # heads of two: one pair each
         moved = parse_op("interleave 1 axis=1").apply(array)
@@ -121,6 +125,9 @@ def test_operations_on_inner_axes_are_undone_and_leave_arrays_in_order(text: str
 def test_heads_of_odd_size_have_no_halves_and_parts_must_all_be_there() -> None:
     with pytest.raises(ValueError, match="must be even"):
         parse_op("halves 2 axis=0").apply(drawn(6))
+    for text, shape in (("merge 5 axis=0", (6, 5)), ("merge 6 axis=0", (6,)), ("split 4 axis=0", (6,))):
+        with pytest.raises(ValueError, match="must"):
+            parse_op(text).apply(drawn(*shape))
     with pytest.raises(UserError, match=r"l\.\*\.g \+ l\.\*\.u -> l\.\*\.gu: missing l\.0\.u"):
         transfer({"l.0.g": drawn(2)}, Map((Rule(("l.*.g", "l.*.u"), ("l.*.gu",)),)))
     assert transfer({"a": drawn(2)}, None, {"a": [2]}).keys() == {"a"}
@@ -266,3 +273,17 @@ def test_shapes_decide_where_they_can_and_a_probe_where_they_can_not() -> None:
         propose_map({**a, "lost": drawn(9)}, b, probe)
     with pytest.raises(UserError, match="does not make the two functions the same"):
         propose_map({"w": drawn(3, 2)}, {"v": drawn(2, 3, seed=9)}, lambda _: False)
+
+
+@pytest.mark.skipif(settings.get_current_profile_name() != "nightly", reason="takes a minute")
+def test_these_tests_find_bugs_that_a_machine_plants_in_layouts() -> None:
+    def check() -> None:
+        test_each_operation_moves_what_it_says()
+        test_heads_of_odd_size_have_no_halves_and_parts_must_all_be_there()
+        for text in OF_THREE_AXES:
+            test_operations_on_inner_axes_are_undone_and_leave_arrays_in_order(text)
+        for shape in ((6,), (2, 6), (4, 3, 2)):
+            assert parse_op("flip axis=-1").apply(drawn(*shape)).shape == shape
+
+    score = mutate(layout.Op, check, sample=40, seed=2)
+    assert score.share >= 0.85, score.survivors
