@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 from jax import Array
+from jaxtyping import Shaped
 
 from kempnerforge_jax.functions import is_callable_tree, taken_apart
 from kempnerforge_jax.model.state import to_numpy
@@ -31,8 +32,8 @@ __all__ = ["record", "tap"]
 
 Inputs = Sequence[object] | Mapping[str, object]
 Function = nnx.Module | linen.Module | Callable[..., object]
-Loss = Callable[[object], Array]
-Parameters = dict[str, Array]
+Loss = Callable[[object], Shaped[Array, "..."]]
+Parameters = dict[str, Shaped[Array, "..."]]
 
 
 class OptimizerOf(Protocol):

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jaxtyping import Shaped
 
-Visit = Callable[[str, jax.Array], jax.Array]
+Visit = Callable[[str, Shaped[jax.Array, "..."]], Shaped[jax.Array, "..."]]
 
 NAME = "name"
 INLINED = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
@@ -21,7 +22,9 @@ CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 """Calls with a derivative of their own: what they name is seen, and can't be replaced."""
 
 
-def evaluate(program: ClosedJaxpr, arguments: Sequence[jax.Array], visit: Visit) -> list[jax.Array]:
+def evaluate(
+    program: ClosedJaxpr, arguments: Sequence[Shaped[jax.Array, "..."]], visit: Visit
+) -> list[Shaped[jax.Array, "..."]]:
     """What a program puts out, given flat arguments; each named value is what ``visit(name, value)`` makes of it.
 
     Loops that name something are unrolled. Branches and loops of unknown length run as they are, unseen.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Shaped
 
 from shared_config.parity.foreign.containers import call_name, map_tensors
 from shared_config.parity.foreign.options import Options
@@ -30,7 +31,11 @@ class Taps:
     """What is recorded, in the order of execution, and what goes on in its place."""
 
     def __init__(
-        self, options: Options, fed: dict[str, Array], key: tuple[Array, Array] | None, shifts: list[Array] | None
+        self,
+        options: Options,
+        fed: dict[str, Shaped[Array, "..."]],
+        key: tuple[Shaped[Array, "..."], Shaped[Array, "..."]] | None,
+        shifts: list[Shaped[Array, "..."]] | None,
     ):
         self.names: list[str] = []
         self.values: list[Array] = []
@@ -38,7 +43,7 @@ class Taps:
         self._options, self._fed, self._key, self._shifts = options, fed, key, shifts
         self._calls: dict[str, int] = {}
 
-    def visit(self, name: str, array: Array) -> Array:
+    def visit(self, name: str, array: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """Record an array, and give what goes on."""
         call = self._calls[name] = self._calls.get(name, -1) + 1
         fed = self._fed.get(call_name(name, call), self._fed.get(name) if call == 0 else None)
@@ -56,11 +61,11 @@ class Taps:
         return array
 
 
-def is_floating(value: Array | np.ndarray) -> bool:
+def is_floating(value: Shaped[Array, "..."] | np.ndarray) -> bool:
     """Whether an array is of real numbers."""
     return jnp.issubdtype(value.dtype, jnp.floating)
 
 
-def is_array(value: object) -> TypeGuard[Array | np.ndarray]:
+def is_array(value: object) -> TypeGuard[Shaped[Array, "..."] | np.ndarray]:
     """Whether a value is an array."""
     return isinstance(value, Array | np.ndarray)

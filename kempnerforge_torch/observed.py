@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -47,7 +48,7 @@ class Taps:
 
         return map_tensors(self.visit, value, name, is_new)
 
-    def visit(self, name: str, tensor: Tensor) -> Tensor:
+    def visit(self, name: str, tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """Record a tensor, and give what goes on: a view, whose gradient is that by all that comes after it, and by
         nothing that used the tensor before.
         """
@@ -109,12 +110,12 @@ def _before(name: str, taps: Taps) -> Callable[..., tuple[Any, Any]]:
     return show
 
 
-def copied(tensor: Tensor) -> np.ndarray:
+def copied(tensor: Shaped[Tensor, "..."]) -> np.ndarray:
     """The values on the host, all of them where they are sharded, whatever happens to the tensor."""
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
     return np.array(to_numpy(whole.detach()))
 
 
-def is_tensor(value: object) -> TypeGuard[Tensor | np.ndarray]:
+def is_tensor(value: object) -> TypeGuard[Shaped[Tensor, "..."] | np.ndarray]:
     """Whether a value is a tensor, or an array that becomes one."""
     return isinstance(value, Tensor | np.ndarray)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.state import from_numpy, to_numpy
@@ -33,7 +34,7 @@ __all__ = ["record", "tap"]
 
 Inputs = Sequence[object] | Mapping[str, object]
 Function = nn.Module | Callable[..., object]
-Loss = Callable[[object], Tensor]
+Loss = Callable[[object], Shaped[Tensor, "..."]]
 OptimizerOf = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 DTYPES = {
