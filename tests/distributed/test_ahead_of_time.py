@@ -181,17 +181,19 @@ def test_a_step_without_arrays_is_that_of_a_trainer(case: str, found: dict[str, 
 
 
 def test_a_program_for_four_devices_costs_what_it_has_to(found: dict[str, Any], tmp_path: Path) -> None:
-    """Attention is computed for masked keys too, every part of a gradient is summed once. Of what is gathered, XLA
-    keeps some norms and biases for the backward pass. It leaves out a number that a dense model does not use.
+    """Attention is computed for masked keys too, scores once more in the backward pass of a scan, and every part of a
+    gradient is summed once. Of what is gathered, XLA keeps some norms and biases for the backward pass. It leaves out a
+    number that a dense model does not use.
     """
     dense, job = found["dense"], job_of("dense", tmp_path)
     length = job.train.seq_len
     flops = flops_per_token(job.model, length)
-    forward = flops.matmul + flops.attention * 2 * length // (length + 1)
+    scores = flops.attention * length // (length + 1)
+    forward = flops.matmul + 2 * scores
     specs = parameter_table(job.model).values()
     collectives = {each["kind"]: each for each in dense["collectives"]}
     gathered, scattered = collectives["all-gather"], collectives["reduce-scatter"]
-    assert dense["flops"] == 3 * forward * job.train.batch_size * length
+    assert dense["flops"] == (3 * forward + scores) * job.train.batch_size * length
     assert dense["arguments"] == dense["held"] + 2 * np.dtype(np.float32).itemsize
     assert dense["outputs"] < 1000 < dense["temporaries"]
     assert (scattered["count"], scattered["bytes"]) == (len(specs), 4 * count_parameters(job.model))
