@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 import kempnerforge_jax.training.train as jax_training
 import kempnerforge_torch.training.train as torch_training
 from kempnerforge_jax.training.sampling import continued as jax_continued
+from kempnerforge_torch.training.optimizer import get_optimizer_state
 from kempnerforge_torch.training.sampling import continued as torch_continued
+from shared_config.contract.counts import training_memory
 from shared_config.contract.freeze import moments_under
 from shared_config.contract.moments import moments_of
 from shared_config.contract.parameters import parameter_table
@@ -231,3 +233,35 @@ def test_samples_of_both_backends_are_one_text(tmp_path: Path) -> None:
         found[backend] = continued(trainer, [256, *b"the"], uniforms)
         assert len(found[backend]) == 12
     assert found["torch"] == found["jax"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_on_a_gpu_are_those_on_the_host(name: str) -> None:
+    """Also where each may be left out, which the device decides; the third is."""
+    job = tiny_job({}, **sections(name, train={"on_nonfinite": "skip"}))
+    states = []
+    for device in ("cpu", "cuda"):
+        trainer = torch_training.Trainer(job, device, dtype=torch.float64)
+        for step in range(2):
+            trainer.step([draw_batch(job, step, 0.0)])
+        before = trainer.state()
+        trainer.parameters["norm.weight"].register_hook(lambda gradient: gradient * torch.nan)
+        trainer.step([draw_batch(job, 2, 0.0)])
+        after = trainer.state()
+        assert all(value.tobytes() == before.optimizer[key].tobytes() for key, value in after.optimizer.items())
+        states.append({**after.weights, **after.optimizer})
+    assert_all_same_function(*states, limit=1e-10)
+
+
+def test_memory_counts_the_moments_of_each_parameter() -> None:
+    for name, fields in OPTIMIZERS.items():
+        job = tiny_job(**{**sections(name), "optimizer": fields})
+        kept = sum(
+            spec.size * len(moments_of(job.optimizer, own, spec)) for own, spec in parameter_table(job.model).items()
+        )
+        assert training_memory(job).optimizer == 4 * kept
+        trainer = torch_training.Trainer(job, "cpu")
+        held = get_optimizer_state(trainer.optimizer, trainer.parameters)
+        assert sum(tensor.numel() for key, tensor in held.items() if not key.startswith("t.")) == kept
