@@ -303,8 +303,8 @@ def test_json_schema_knows_every_field() -> None:
     assert schema["$defs"]["ModelConfig"]["additionalProperties"] is False
     assert {entry.name for entry in dataclasses.fields(JobConfig)} == set(schema["properties"])  # type: ignore[arg-type]
     plain = TypeAdapter(JobConfig).json_schema()
-    for section in (*schema["$defs"].values(), *plain["$defs"].values()):
-        for field in section.get("properties", {}).values():
+    for part in (*schema["$defs"].values(), *plain["$defs"].values()):
+        for field in part.get("properties", {}).values():
             field.pop("description", None)
     assert plain == schema
 
