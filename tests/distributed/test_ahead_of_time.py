@@ -194,7 +194,7 @@ def test_a_program_for_four_devices_costs_what_it_has_to(found: dict[str, Any], 
     collectives = {each["kind"]: each for each in dense["collectives"]}
     gathered, scattered = collectives["all-gather"], collectives["reduce-scatter"]
     assert dense["flops"] == (3 * forward + scores) * job.train.batch_size * length
-    assert dense["arguments"] == dense["held"] + 2 * np.dtype(np.float32).itemsize
+    assert dense["arguments"] == dense["held"] + 3 * np.dtype(np.float32).itemsize
     assert dense["outputs"] < 1000 < dense["temporaries"]
     assert (scattered["count"], scattered["bytes"]) == (len(specs), 4 * count_parameters(job.model))
     assert gathered["count"] >= len(specs)
