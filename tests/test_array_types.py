@@ -134,6 +134,10 @@ CALLS = {
         "test_rows_that_are_sorted_by_expert_are_multiplied_in_groups[relu-counts1-jax]",
         "test_strategies_prepare_pixels_for_the_transformer[cross_attention-torch]",
     ],
+    "parity/test_recorders.py": [
+        "test_containers_repeated_calls_and_integers",
+        "test_names_are_seen_within_scans_jitted_and_rematerialised_parts_and_change_nothing",
+    ],
     "parity/test_lora.py": [
         "test_steps_are_those_of_the_formulas[torch]",
         "test_steps_are_those_of_the_formulas[jax]",
