@@ -4,7 +4,8 @@
 
 A byte-level BPE of 16,384 ids is trained on the spot; the text is what Python packages are installed here. In turns, so
 that both meet the same machine, `encode_batch` of the library gets texts that are in memory already, with a thread for
-each core, and `prepare` makes token files of the same texts as JSON Lines, processes and files included.
+each core, and `prepare` makes token files of the same texts as JSON Lines, processes and files included. Seconds of
+processors are compared as well, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import sysconfig
 import tempfile
 import time
@@ -51,28 +53,36 @@ def measure(folder: Path, mib: int, workers: int) -> None:
         most = max([most, *(peak(child.pid) for child in multiprocessing.active_children())])
 
     seconds = {"encode_batch": 0.0, "encode_batch_fast": 0.0, "prepare": 0.0}
+    processor = dict(seconds)
     for turn, texts in enumerate(pieces):
         file = folder / f"{turn}.jsonl"
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         for name in ("encode_batch", "encode_batch_fast"):
             encode = getattr(library.from_file(str(folder / "tokenizer.json")), name)
-            began = time.perf_counter()
+            began, used = time.perf_counter(), processor_seconds()
             for first in range(0, len(texts), 1000):
                 encode(texts[first : first + 1000], add_special_tokens=False)
             seconds[name] += time.perf_counter() - began
-        began = time.perf_counter()
+            processor[name] += processor_seconds() - used
+        began, used = time.perf_counter(), processor_seconds()
         size = file.stat().st_size // (2 * workers) + 1
         encoding = Encoding(str(folder))
         made = prepare([file], folder / f"out{turn}", encoding, workers=workers, shard_bytes=size, show=watch)
         seconds["prepare"] += time.perf_counter() - began
+        processor["prepare"] += processor_seconds() - used
         print(f"turn {turn}: {len(texts):,} documents, {made.tokens:,} tokens")
     total = sum(len(text.encode()) for texts in pieces for text in texts) / MIB
-    print(
-        f"{total:.0f} MiB of text, {workers} workers: "
-        + ", ".join(f"{k} {total / s:.2f} MiB/s" for k, s in seconds.items())
-    )
-    print(", ".join(f"{seconds[name] / seconds['prepare']:.0%} of {name}" for name in list(seconds)[:2]))
+    print(f"{total:.0f} MiB of text, {workers} workers")
+    for name, taken in seconds.items():
+        share = f"{taken / seconds['prepare']:.0%}, by processors {processor[name] / processor['prepare']:.0%}"
+        print(f"{name}: {total / taken:.2f} MiB/s, {processor[name]:.1f} s of processors; prepare has {share}")
     print(f"most memory of a worker: {most:.0f} MiB")
+
+
+def processor_seconds() -> float:
+    """What this process and those that it waited for have used; of other work on the machine it knows nothing."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def peak(process: int | None) -> float:
