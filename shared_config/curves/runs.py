@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shared_config.errors import UserError
 from shared_config.evaluation.samples import SAMPLES, Sample, read_samples
-from shared_config.interchange.run_layout import METRICS, latest, read_state
+from shared_config.interchange.run_layout import METRICS, STATE, latest, read_state
 from shared_config.interchange.toml import read_fields
 from shared_config.training.metrics import read_metrics
 
@@ -63,7 +63,7 @@ def read_run(folder: str | Path) -> Run:
     if not records:
         raise UserError(f"{folder / METRICS}: holds no records yet")
     checkpoint, config = latest(folder), folder / CONFIG
-    backend = "" if checkpoint is None else str(read_state(checkpoint)["backend"])
+    backend = "" if checkpoint is None else str(read_state(checkpoint / STATE)["backend"])
     fields = dict(flattened(read_fields(config))) if config.is_file() else {}
     ordered = sorted(records, key=lambda record: record["step"])
     return Run(str(folder), backend, fields, ordered, read_samples(folder / SAMPLES))

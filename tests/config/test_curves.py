@@ -20,6 +20,8 @@ from shared_config.curves.plot import MOST_POINTS, Axis, curves_plot, thinned
 from shared_config.curves.runs import differing_fields, flattened
 from shared_config.errors import ConfigError, UserError
 from shared_config.evaluation.samples import SampleLogger, read_samples, sample_loggers
+from shared_config.interchange import checkpoint
+from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.toml import config_to_toml
 from tests.jobs import text_job, tiny_job
 
@@ -62,6 +64,8 @@ def test_a_page_shows_every_run_and_what_differs(tmp_path: Path, capsys: pytest.
     one = run_in(tmp_path / "<one>", records(9, 0.1))
     two = run_in(tmp_path / "two", records(700, 0.001), optimizer={"lr": 0.5})
     (two / "samples.jsonl").write_text('{"step": 3, "text": "<b>once"}\n{"step": 9, "te')
+    checkpoint.save(two, TrainingState(700, {"a": np.ones(1)}, {}), backend="jax")
+    assert (read_run(one).label, read_run(two).label) == (str(one), f"{two} (jax)")
     output = tmp_path / "page.html"
     assert main(["report", str(one), str(two), "--output", str(output)]) == 0
     assert "2 runs" in capsys.readouterr().out
