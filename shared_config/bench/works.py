@@ -114,9 +114,9 @@ def step_flops(job: JobConfig, batches: Sequence[Batch]) -> float | None:
         return None
     model, length = job.model, job.train.seq_len
     pairs = sum(
-        model.layer_windows.count(window) * visible_pairs(batch.get("doc_ids"), batch["tokens"].shape, window)
+        layers * visible_pairs(batch.get("doc_ids"), batch["tokens"].shape, window)
         for batch in batches
-        for window in set(model.layer_windows)
+        for window, layers in model.window_counts.items()
     )
     attention = 4 * model.n_heads * model.head_size * pairs
     return 3.0 * (flops_per_token(model, length).matmul * tokens_of(batches) + attention)

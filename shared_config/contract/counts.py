@@ -72,8 +72,8 @@ def flops_per_token(config: ModelConfig, seq_len: int, vlm: VLMConfig | None = N
     if any(group.name == HEAD for group in groups):
         groups = [group for group in groups if group.name != EMBEDDING]
     attention = sum(
-        4 * config.layer_windows.count(window) * config.n_heads * config.head_size * mean_visible_keys(seq_len, window)
-        for window in set(config.layer_windows)
+        4 * layers * config.n_heads * config.head_size * mean_visible_keys(seq_len, window)
+        for window, layers in config.window_counts.items()
     )
     return Flops(2 * _active(groups, _expert_share(config, vlm)), int(attention))
 
@@ -114,7 +114,8 @@ def kv_cache_bytes(
     spare: int = 0,
 ) -> int:
     """Bytes of the key/value caches of a whole model; ``spare`` tokens are held beyond a sliding window."""
-    tokens = sum(seq_len if window is None else min(seq_len, window + spare) for window in config.layer_windows)
+    lengths = {window: seq_len if window is None else min(seq_len, window + spare) for window in config.window_counts}
+    tokens = sum(layers * lengths[window] for window, layers in config.window_counts.items())
     heads = config.kv_heads if vlm is None else vlm.cached_kv_heads(config)
     return 2 * batch_size * tokens * heads * config.head_size * element_bytes
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from shared_config.interchange.huggingface_content import default_of, family_in, number
 from shared_config.interchange.huggingface_description import Family
 from shared_config.schema.model import ModelConfig
+from shared_config.schema.pattern import has_window, shortest_pattern
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 NOPE_INTERVAL = 4
@@ -79,17 +80,8 @@ def layers_from_huggingface(content: Mapping[str, object]) -> dict[str, object]:
         ("window" if kind == SLIDING else "full") + ("" if is_rotated else "_nope")
         for kind, is_rotated in zip(kinds, rotated, strict=True)
     ]
-    pattern = None if set(named) in ({"full"}, {"window"}) else _shortest_pattern(named)
+    pattern = None if set(named) in ({"full"}, {"window"}) else shortest_pattern(named)
     return {"sliding_window": declared_window(content) if SLIDING in kinds else None, "attention_pattern": pattern}
-
-
-def _shortest_pattern(kinds: Sequence[str]) -> tuple[str, ...]:
-    """What repeated, and cut at the end, gives all."""
-    return next(
-        tuple(kinds[:length])
-        for length in range(1, len(kinds) + 1)
-        if all(kind == kinds[layer % length] for layer, kind in enumerate(kinds))
-    )
 
 
 def layers_to_huggingface(config: ModelConfig, family: Family) -> dict[str, object]:
@@ -109,9 +101,9 @@ def layers_to_huggingface(config: ModelConfig, family: Family) -> dict[str, obje
 
 def layers_not_expressed(config: ModelConfig, family: Family) -> Iterator[tuple[str, str]]:
     """Fields of the layers' attention that a family can't express, with what they must be."""
-    if not family.unrotated and not all(config.layer_rotates):
+    if not family.unrotated and any(kind.endswith("_nope") for kind in config.pattern):
         yield "attention_pattern", "without _nope"
-    if len(set(config.layer_windows)) > 1 and not (family.windows and family.windows.mixed):
+    if len({has_window([kind]) for kind in config.pattern}) > 1 and not (family.windows and family.windows.mixed):
         yield "attention_pattern", "the same for all layers"
 
 

@@ -6,7 +6,8 @@ from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.data import DataConfig
 from shared_config.schema.distributed import DistributedConfig
 from shared_config.schema.job import JobConfig
-from shared_config.schema.model import LayerKind, ModelConfig
+from shared_config.schema.model import ModelConfig
+from shared_config.schema.pattern import LayerKind
 from shared_config.schema.rope import RopeScaling
 from shared_config.schema.training import FP8_FEWEST_LAYERS, TrainConfig
 from shared_config.schema.video import VideoConfig
@@ -74,7 +75,7 @@ def _layers_of_a_period(config: JobConfig) -> int:
 
 def _distinct_kinds(model: ModelConfig) -> tuple[LayerKind, ...]:
     """The kinds of attention of its layers, each once."""
-    return tuple(dict.fromkeys(model.layer_kinds))
+    return tuple(dict.fromkeys(model.pattern))
 
 
 def _heads(model: ModelConfig) -> tuple[int, int]:

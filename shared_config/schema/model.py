@@ -22,13 +22,13 @@ from shared_config.schema.base import (
     registered,
     section,
 )
+from shared_config.schema.pattern import LayerKind, has_window, shortest_pattern
 from shared_config.schema.rope import RopeScaling, RopeTheta
 
 FFN_MULTIPLE = 256
 EXPERT_FFN_MULTIPLE = 16
 UNIT = "Tokens are counted over one micro-batch of one data-parallel rank, so how a batch is cut changes the result."
 EvenInt = Annotated[int, Field(gt=0, le=LARGEST, multiple_of=2)]
-LayerKind = Literal["full", "window", "full_nope", "window_nope"]
 FamilyName = Literal[
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "phi3", "granite", "qwen2_moe", "smollm3",
     "olmo3", "gemma2", "gemma3_text",
@@ -174,18 +174,18 @@ class ModelConfig(Section):
         names = {field.name for field in dataclasses.fields(self)}
         experts = set() if self.is_moe else {name for name in names if name.startswith("moe_")}
         unused = {"attention_output_bias"} if not self.attention_bias else set()
-        unused |= set() if "window" in self.layer_kinds else {"window_rope_theta", "window_rope_scaled"}
+        unused |= set() if "window" in self.pattern else {"window_rope_theta", "window_rope_scaled"}
         unused |= {"window_rope_scaled"} if self.rope_scaling.type == "none" else set()
-        unused |= set() if "full" in self.layer_kinds else {"rope_theta"}
+        unused |= set() if "full" in self.pattern else {"rope_theta"}
         return experts | unused | {"ffn_dim_multiplier"} | (set() if self.qk_norm else {"qk_norm_over"})
 
     def resolved(self) -> Mapping[str, object]:
         """Widths as they come out, and the attention of every layer."""
         width = self.computed_ffn_hidden_dim
-        scaled = "full" in self.layer_kinds or ("window" in self.layer_kinds and self.window_rope_scaled)
+        scaled = "full" in self.pattern or ("window" in self.pattern and self.window_rope_scaled)
         return {
             "rope_scaling": self.rope_scaling if scaled else RopeScaling(),
-            "attention_pattern": self.layer_kinds,
+            "attention_pattern": shortest_pattern(self._first_kinds(min(self.n_layers, 2 * len(self.pattern)))),
             "ffn_hidden_dim": width,
             "moe_expert_ffn_multiplier": self.computed_expert_ffn_hidden_dim / width,
         }
@@ -274,13 +274,25 @@ class ModelConfig(Section):
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of attention of each layer."""
-        repeats = -(-self.n_layers // max(1, len(self.pattern)))
-        return (self.pattern * repeats)[: self.n_layers]
+        return self._first_kinds(self.n_layers)
+
+    def _first_kinds(self, count: int) -> tuple[LayerKind, ...]:
+        repeats = -(-count // max(1, len(self.pattern)))
+        return (self.pattern * repeats)[:count]
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
         """The window of each layer; None where it attends to all that came before."""
         return tuple(self.sliding_window if has_window([kind]) else None for kind in self.layer_kinds)
+
+    @property
+    def window_counts(self) -> dict[int | None, int]:
+        """How many layers have which window, without listing them."""
+        whole, rest = divmod(self.n_layers, len(self.pattern))
+        windowed = whole * sum(has_window([kind]) for kind in self.pattern)
+        windowed += sum(has_window([kind]) for kind in self.pattern[:rest])
+        counts = {self.sliding_window: windowed, None: self.n_layers - windowed}
+        return {window: count for window, count in counts.items() if count}
 
     @property
     def layer_rotates(self) -> tuple[bool, ...]:
@@ -296,7 +308,7 @@ class ModelConfig(Section):
     @property
     def has_window_rope(self) -> bool:
         """Whether layers with a window rotate otherwise than the others would."""
-        return "window" in self.layer_kinds and self.window_rope != (self.rope_theta, self.rope_scaling)
+        return "window" in self.pattern and self.window_rope != (self.rope_theta, self.rope_scaling)
 
     def with_window(self, window: int) -> ModelConfig:
         """The same with this window, in all layers where none had one."""
@@ -334,8 +346,3 @@ class ModelConfig(Section):
         from shared_config.contract.counts import count_parameters
 
         return count_parameters(self)
-
-
-def has_window(kinds: Collection[str]) -> bool:
-    """Whether layers of one of these kinds have a window."""
-    return any(kind.startswith("window") for kind in kinds)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from shared_config.contract.function import differences
 from shared_config.contract.sharding import refusals
 from shared_config.errors import ConfigError
 from shared_config.interchange.toml import config_from_dict
+from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vlm import VLMConfig
+from tests.strategies import attention_patterns
 
 SIZES: dict[str, Any] = {"dim": 16, "n_layers": 4, "n_heads": 4, "vocab_size": 17, "ffn_hidden_dim": 16}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "moe_top_k": 2}
@@ -78,3 +84,25 @@ def test_a_norm_of_all_heads_is_on_one_device() -> None:
         "distributed.tp = 2: must be 1 for model.qk_norm_over = 'width'"
     ]
     assert said(qk_norm=True) == said(qk_norm_over="width") == []
+
+
+@given(data=st.data(), n_layers=st.integers(1, 9), window=st.sampled_from([None, 3]))
+def test_a_pattern_is_what_it_says_of_each_layer_however_it_is_spelled(
+    data: st.DataObject, n_layers: int, window: int | None
+) -> None:
+    pattern = data.draw(attention_patterns(n_layers, window))
+    config = ModelConfig(**{**SIZES, "n_layers": n_layers, "sliding_window": window, "attention_pattern": pattern})
+    kinds = [pattern[layer % len(pattern)] for layer in range(n_layers)]
+    assert config.layer_windows == tuple(window if kind.startswith("window") else None for kind in kinds)
+    assert config.layer_rotates == tuple(not kind.endswith("_nope") for kind in kinds)
+    assert config.window_counts == Counter(config.layer_windows)
+    assert differences(JobConfig(model=config), JobConfig(model=config.replace(attention_pattern=kinds))) == []
+    last = kinds[-1].removesuffix("_nope") if kinds[-1].endswith("_nope") else f"{kinds[-1]}_nope"
+    other = config.replace(attention_pattern=[*kinds[:-1], last])
+    assert differences(JobConfig(model=config), JobConfig(model=other)) != []
+
+
+def test_counts_of_layers_take_no_time() -> None:
+    config = ModelConfig(**{**SIZES, "n_layers": 2**60, "sliding_window": 3, "attention_pattern": ("window", "full")})
+    assert config.window_counts == {3: 2**59, None: 2**59}
+    assert config.function_fields()["attention_pattern"] == ("window", "full")
