@@ -14,6 +14,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from kempnerforge_jax.training.train import Trainer, compiled_step
+from shared_config.contract.schedule import Rates
 from shared_config.schema.job import JobConfig
 from tests.jobs import EXPERTS, draw_batch, tiny_job
 
@@ -26,7 +27,7 @@ def narrow_job(model: dict[str, Any], **train: Any) -> JobConfig:
 
 def arguments(trainer: Trainer, micro_batches: int) -> tuple[Any, ...]:
     batches = [[draw_batch(trainer.config, seed) for seed in range(micro_batches)]]
-    numbers = (np.float32(30), np.float32(0.1), np.float32(0.1))
+    numbers = np.float32(30), Rates(*np.full(3, 0.1, np.float32)), np.float32(0.1)
     return trainer.parameters, trainer.buffers, trainer.optimizer_state, trainer._stacked(batches), *numbers
 
 
@@ -65,7 +66,7 @@ def test_the_cast_and_the_clipping_of_gradients_are_fused_into_the_update() -> N
     entry = text[text.index("\nENTRY ") :]
     types = dict(re.findall(r"%?([\w.\-]+) = \(?(\w+\[[\d,]*\])", entry))
     readers = re.findall(
-        r"%?([\w.\-]+) = [^\n]*? fusion\(([^)]*optimizer_state_0___layers_\w*proj\w*_mu[^)]*)\)", entry
+        r"%?([\w.\-]+) = [^\n]*? fusion\(([^)]*optimizer_state__layers_\w*proj\w*_mu[^)]*)\)", entry
     )
     matrices = [name for name in trainer.parameters if name.startswith("layers.") and "proj" in name]
     assert len(readers) >= len(matrices)
