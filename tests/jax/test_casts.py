@@ -65,9 +65,7 @@ def test_the_cast_and_the_clipping_of_gradients_are_fused_into_the_update() -> N
     text = compiled_step(trainer.recipe).lower(*arguments(trainer, 1)).compile().as_text() or ""
     entry = text[text.index("\nENTRY ") :]
     types = dict(re.findall(r"%?([\w.\-]+) = \(?(\w+\[[\d,]*\])", entry))
-    readers = re.findall(
-        r"%?([\w.\-]+) = [^\n]*? fusion\(([^)]*optimizer_state__layers_\w*proj\w*_mu[^)]*)\)", entry
-    )
+    readers = re.findall(r"%?([\w.\-]+) = [^\n]*? fusion\(([^)]*optimizer_state__layers_\w*proj\w*_mu[^)]*)\)", entry)
     matrices = [name for name in trainer.parameters if name.startswith("layers.") and "proj" in name]
     assert len(readers) >= len(matrices)
     for name, operands in readers:
