@@ -293,6 +293,23 @@ def test_patterns_statistics_and_files_of_their_own(tmp_path: Path) -> None:
         read_trace(path)
 
 
+@pytest.mark.parametrize("cast", ["float", "to", "type"])
+def test_casts_to_float32_are_casts_to_float64_where_deltas_are_measured(cast: str) -> None:
+    def wide(x: Tensor) -> Tensor:
+        return torch.tanh(x.float() if cast == "float" else getattr(x, cast)(torch.float32)).to(x.dtype)
+
+    trace = of_torch.record(wide, (torch.from_numpy(X),), dtype="bfloat16", backward=False, deltas=1)
+    assert trace.meta.extra["exact"] is True
+
+
+def test_the_delta_of_an_update_is_that_of_the_step() -> None:
+    adamw = functools.partial(torch.optim.AdamW, lr=1e-3)
+    trace = recorded("torch", dtype="float32", optimizer=adamw, deltas=2)
+    sizes = {name: float(np.sqrt(np.mean(np.square(FLAT[name])))) for name in FLAT}
+    for name, size in sizes.items():
+        assert trace.meta.deltas["float32"][f"updated/{name}"] < 0.1 * 2.0**-24 * size
+
+
 def narrow(x: Tensor) -> Tensor:
     """Whose numbers pass through NumPy as float32, where nothing widens them."""
     return x.new_tensor(np.tanh(x.detach().numpy().astype(np.float32)).tolist())
