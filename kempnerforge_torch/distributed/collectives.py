@@ -5,16 +5,18 @@ Shapes: R rows of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_group_named: Any = distributed_c10d._resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
 
 
 def copied(x: Shaped[Tensor, "..."], group: dist.ProcessGroup) -> Shaped[Tensor, "..."]:
@@ -143,26 +145,77 @@ class _Exchanged(torch.autograd.Function):
         return _exchange(dy, ctx.received, ctx.sent, ctx.group), None, None, None
 
 
+# Operators of their own, which compilers take as they are: of collectives that write into tensors torch 2.11 loses some
+# in the backward pass of a compiled block.
+
+
 def _gather(x: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
-    parts = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    _all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts.chunk(group.size()), axis)
+    return torch.cat(_gathered_rows(x, group.size(), group.group_name).chunk(group.size()), axis)
 
 
 def _scatter(x: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
-    parts = x.chunk(group.size(), axis)
-    own = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
-    _reduce_scatter(own, torch.cat(parts), group=group)
-    return own
+    return _scattered_rows(torch.cat(x.chunk(group.size(), axis)), group.size(), group.group_name)
 
 
 def _exchange(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    result = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(result, rows.contiguous(), list(received), list(sent), group=group)
-    return result
+    return _exchanged_rows(rows, list(sent), list(received), group.group_name)
 
 
 def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return _total(x, group.group_name)
+
+
+def _operator(name: str, schema: str) -> Callable[[Callable[..., Tensor]], Any]:
+    return torch.library.custom_op(f"kempnerforge::{name}", mutates_args=(), schema=schema)
+
+
+@_operator("gathered_rows", "(Tensor x, SymInt ranks, str group) -> Tensor")
+def _gathered_rows(x: Tensor, ranks: int, group: str) -> Tensor:
+    rows = _rows(x, ranks * x.shape[0])
+    _all_gather(rows, x.contiguous(), group=_group_named(group))
+    return rows
+
+
+@_gathered_rows.register_fake
+def _(x: Tensor, ranks: int, group: str) -> Tensor:
+    return _rows(x, ranks * x.shape[0])
+
+
+@_operator("scattered_rows", "(Tensor x, SymInt ranks, str group) -> Tensor")
+def _scattered_rows(x: Tensor, ranks: int, group: str) -> Tensor:
+    rows = _rows(x, x.shape[0] // ranks)
+    _reduce_scatter(rows, x.contiguous(), group=_group_named(group))
+    return rows
+
+
+@_scattered_rows.register_fake
+def _(x: Tensor, ranks: int, group: str) -> Tensor:
+    return _rows(x, x.shape[0] // ranks)
+
+
+@_operator("exchanged_rows", "(Tensor x, SymInt[] sent, SymInt[] received, str group) -> Tensor")
+def _exchanged_rows(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
+    rows = _rows(x, sum(received))
+    dist.all_to_all_single(rows, x.contiguous(), received, sent, group=_group_named(group))
+    return rows
+
+
+@_exchanged_rows.register_fake
+def _(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
+    return _rows(x, sum(received))
+
+
+@_operator("total", "(Tensor x, str group) -> Tensor")
+def _total(x: Tensor, group: str) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
+    dist.all_reduce(total, group=_group_named(group))
     return total
+
+
+@_total.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rows(x: Tensor, count: int) -> Tensor:
+    return x.new_empty(count, *x.shape[1:])

@@ -46,8 +46,15 @@ def parallelize(
     if mesh is not None and mesh.layout.cp > 1:
         spread_sequences(model, mesh, device)
     checkpoint_activations(model, config.train.activation_checkpointing)
-    if config.train.compile_model:
+    if config.train.compile_model and _can_compile(config, mesh):
         compile_blocks(model, device, fullgraph=mesh is None or mesh.layout.ep == 1)
     if mesh is not None:
         shard_parameters(model, list(blocks(model)), mesh, table, compute_dtype(config, dtype), dtype)
     return model
+
+
+def _can_compile(config: JobConfig, mesh: Mesh | None) -> bool:
+    """False where blocks that are computed again hold collectives: programs of several ranks may order these
+    differently, and wait for each other.
+    """
+    return config.train.activation_checkpointing == "none" or mesh is None or mesh.layout.size("ep", "tp", "cp") == 1
