@@ -86,6 +86,6 @@ def test_models(tmp_path: Path) -> None:
     assert load_huggingface(folder)[1].keys() == load_text_weights(folder, CONFIG.model).keys() == state.keys()
     assert read_huggingface_config(folder)["dim"] == 16
     assert source.read_model(folder).path == tmp_path / "foreign"
-    assert source.read_config(folder).keys() == {"model", "train"}
+    assert source.read_config(folder).keys() == {"model", "optimizer", "scheduler", "train"}
     native = str(tmp_path / "native")
     assert outputs.claim_folder(native, "native", CONFIG, source=folder) == Path(native)
