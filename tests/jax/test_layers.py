@@ -73,16 +73,17 @@ def test_a_step_in_bfloat16_is_told_its_numbers_in_float32(monkeypatch: pytest.M
     told: list[tuple[Any, ...]] = []
 
     def step(*arguments: Any) -> tuple[Any, ...]:
-        told.append(arguments[4:])
+        count, rates, progress = arguments[4:]
+        told.append((count, *rates, progress))
         return *arguments[:3], {}
 
     monkeypatch.setattr(train, "compiled_step", lambda _recipe: step)
     batch = {"tokens": np.zeros((1, 300), np.int32), "labels": np.where(np.arange(300) < 257, 1, -100)[None]}
-    rates = [trainer.learning_rate(place) for place in range(3)]
+    rates = [trainer.rates(place) for place in range(3)]
     found = [trainer.step([batch]) for _ in rates]
     assert [metrics["tokens"] for metrics in found] == [257] * 3
-    assert [metrics["lr"] for metrics in found] == rates
-    expected = np.array([[257, rate, place / 300] for place, rate in enumerate(rates)], np.float32)
+    assert [metrics["lr"] for metrics in found] == [rate.lr for rate in rates]
+    expected = np.array([[257, *rate, place / 300] for place, rate in enumerate(rates)], np.float32)
     np.testing.assert_array_equal(told, expected)
     assert {number.dtype for numbers in told for number in numbers} == {np.dtype(np.float32)}
     nothing = {**batch, "labels": np.full((1, 300), -100)}

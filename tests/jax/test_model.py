@@ -678,8 +678,10 @@ def test_the_kernel_of_gpus_is_given_queries_keys_and_values_in_order(monkeypatc
     q, k, v = (jnp.asarray(part) for part in np.random.default_rng(0).standard_normal((3, 1, 2, 4, 8)))
     expected = attention.attend(q, k, v)
     monkeypatch.setattr(attention, "has_kernel", lambda *_: True)
-    monkeypatch.setattr(
-        attention, "fused_attention", lambda q, k, v, mask, _, scale: attention._attention(q, k, v, mask, scale=scale)
-    )
+
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, _: Any, scale: float | None) -> jax.Array:
+        return attention._attention(q, k, v, mask, scale=scale, softcap=None)
+
+    monkeypatch.setattr(attention, "fused_attention", plain)
     monkeypatch.setattr(attention.lax, "platform_dependent", lambda *given, cuda, default: cuda(*given))
     np.testing.assert_array_equal(attention.attend(q, k, v), expected)
