@@ -4,6 +4,7 @@ axis splits, blocks that are recomputed, blocks that are compiled, blocks that a
 
 from __future__ import annotations
 
+import logging
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from shared_config.contract.specs import ParameterTable
 from shared_config.schema.job import JobConfig
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
+_log = logging.getLogger(__name__)
 
 
 def parallelize(
@@ -54,7 +56,14 @@ def parallelize(
 
 
 def _can_compile(config: JobConfig, mesh: Mesh | None) -> bool:
-    """False where blocks that are computed again hold collectives: programs of several ranks may order these
-    differently, and wait for each other.
+    """False, with a warning, where blocks that are computed again hold collectives: the compiled programs of two ranks
+    may order these differently, and then wait for each other.
     """
-    return config.train.activation_checkpointing == "none" or mesh is None or mesh.layout.size("ep", "tp", "cp") == 1
+    mode = config.train.activation_checkpointing
+    axes = [axis for axis in ("ep", "tp", "cp") if mesh is not None and mesh.layout.size(axis) > 1]
+    if mode != "none" and axes:
+        _log.warning(
+            "train.compile_model: with train.activation_checkpointing = %r blocks that distributed.%s splits are not "
+            "compiled; 'none' compiles them", mode, axes[0],
+        )  # fmt: skip
+    return mode == "none" or not axes

@@ -4,22 +4,26 @@ biases, in float64 to rounding; replicas have the same bits.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
-from kempnerforge_torch.distributed import tensor_parallel
+from kempnerforge_torch.distributed import parallelize, tensor_parallel
+from shared_config.contract.sharding import Layout
 from shared_config.errors import ConfigError
 from tests.distributed.layouts import Case, run_processes
+from tests.jobs import tiny_job
 from tests.mutants_distributed import DISTRIBUTED_MUTANTS, FROZEN, LATER, MUON, SCHEDULE_FREE
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 NOISE = {"vlm": {"moma_gumbel_noise": "true"}}
 SKIPPING, RECOMPUTED = {"train": {"on_nonfinite": "skip"}}, {"train": {"activation_checkpointing": "full"}}
 DOCUMENTS = {"data": {"pack_documents": True}, **RECOMPUTED}
-COMPILED = {"train": {"compile_model": True, "activation_checkpointing": "selective"}}
+COMPILED = {"train": {"compile_model": True}}
+COMPUTED_AGAIN = {"train": {"compile_model": True, "activation_checkpointing": "selective"}}
 WINDOW = {"model": {"sliding_window": 3}}
 BY_DAY = (
     Case("softmax", 2, {}),
@@ -51,6 +55,8 @@ BY_NIGHT = (
     Case("softmax", 2, {"tp": 2}, DOCUMENTS),
     Case("dense", 2, {"tp": 2}, {**DOCUMENTS, **WINDOW}),
     *(Case(model, 2, {"tp": 2}, COMPILED) for model in ("dense", "sigmoid")),
+    Case("sigmoid", 2, {"ep": 2}, COMPILED),
+    *(Case("dense", 2, layout, COMPUTED_AGAIN) for layout in ({}, {"tp": 2})),
     Case("dense", 2, {"tp": 2}, {"train": {"activation_checkpointing": "selective"}}),
     Case("dense", 4, {"tp": 4}, {"train": {"seq_len": 12}}),
     Case("softmax", 4, {"tp": 2}, DOCUMENTS),
@@ -131,3 +137,18 @@ def test_heads_that_only_a_module_knows_are_checked() -> None:
     tower.n_heads = 3
     with pytest.raises(ConfigError, match=r"distributed\.tp = 2: must divide tower\.n_heads = 3"):
         tensor_parallel._check_heads("tower", tower, 2)
+
+
+@pytest.mark.parametrize("mode", ["none", "narrow", "selective", "full"])
+@pytest.mark.parametrize("sizes", [{}, {"dp_shard": 4}, {"ep": 2}, {"tp": 2}, {"cp": 2}, {"pp": 2}], ids=str)
+def test_blocks_that_are_computed_again_are_compiled_where_they_hold_no_collectives(
+    sizes: dict[str, int], mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_job(train={"activation_checkpointing": mode})
+    mesh: Any = SimpleNamespace(layout=Layout(**sizes))
+    split = [axis for axis in ("ep", "tp", "cp") if axis in sizes]
+    assert parallelize._can_compile(config, mesh) is (mode == "none" or not split)
+    assert parallelize._can_compile(config, None)
+    said = [f"distributed.{axis} splits are not compiled" in caplog.text for axis in split]
+    assert said == [mode != "none" for _ in split]
+    assert split or not caplog.text
