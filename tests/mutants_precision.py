@@ -40,7 +40,7 @@ PRECISION_MUTANTS = (
         "model.attention", "narrow softmax",
         ("scores_BHSM.softmax(dim=-1)", "scores_BHSM.to(q.dtype).softmax(dim=-1).to(dtype)"),
         ("jax.nn.softmax(jnp.where(dense.allowed, scores_BHSM, -jnp.inf), axis=-1)",
-         "jax.nn.softmax(jnp.where(dense.allowed, scores_BHSM, -jnp.inf).astype(q.dtype), axis=-1).astype(jnp.float32)"),
+         "jax.nn.softmax(jnp.where(dense.allowed, scores_BHSM, -jnp.inf).astype(q.dtype), axis=-1).astype('f4')"),
     ),
     Mutant(
         "model.attention", "queries rounded after their scale",

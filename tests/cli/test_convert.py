@@ -176,7 +176,7 @@ def test_generate_reads_the_tokenizer_and_stops_beside_the_weights(
         command = ["generate", "debug", f"--backend={backend}", "--prompt=hello", f"--weights={folder}", *sizes]
         assert main([*command, "--device=cpu"]) == 0
         assert capsys.readouterr().out == "hello world\n"
-    assert asked == [([tokenizer.encode_prompt("hello")], [2, 7])] * 2
+    assert asked == [([tokenizer.encode_prompt("hello")], (2, 7))] * 2
 
 
 @pytest.mark.parametrize("name", NOT_READ)
