@@ -116,11 +116,13 @@ DISTRIBUTED_MUTANTS = (
     ),
     torch_bug(
         "distributed.collectives", "gathered along another axis",
-        "torch.cat(parts.chunk(group.size()), axis)", "parts.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])", SPLIT,
+        "torch.cat(_gathered_rows(x, group.size(), group.group_name).chunk(group.size()), axis)",
+        "_gathered_rows(x, group.size(), group.group_name).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])", SPLIT,
     ),
     torch_bug(
         "distributed.collectives", "positions of a summand not summed",
-        "_reduce_scatter(own, torch.cat(parts), group=group)", "own.copy_(parts[group.rank()])", SPLIT,
+        "return _scattered_rows(torch.cat(x.chunk(group.size(), axis)), group.size(), group.group_name)",
+        "return x.chunk(group.size(), axis)[group.rank()].contiguous()", SPLIT,
     ),
     torch_bug(
         "distributed.collectives", "a part of other positions",

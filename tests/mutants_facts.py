@@ -80,7 +80,7 @@ FACT_MUTANTS = (
     ),
     FactMutant(
         LAYERS,
-        'yield name, _ones((config.head_size,), ("head_dim",))',
+        'yield name, _unit(config.qk_norm_type, (config.head_size,), ("head_dim",))',
         'yield name, _zeros((config.head_size,), ("head_dim",))',
         PRESET,
         ("qwen3_0_6b",),
@@ -188,9 +188,7 @@ FACT_MUTANTS = (
         FLOPS,
         ("debug_moe",),
     ),
-    FactMutant(
-        COUNTED, "4 * config.n_layers * config.n_heads", "4 * config.n_layers * config.kv_heads", FLOPS, ("debug",)
-    ),
+    FactMutant(COUNTED, "4 * layers * config.n_heads", "4 * layers * config.kv_heads", FLOPS, ("debug",)),
     FactMutant(COUNTED, "groups = [group for group in groups if group.name != EMBEDDING]", "pass", FLOPS, ("debug",)),
     FactMutant(COUNTED, "return 3 * self.forward", "return 2 * self.forward", FLOPS, ("debug",)),
     FactMutant(
@@ -220,7 +218,9 @@ FACT_MUTANTS = (
         ("debug", {"dp_replicate": 2, "dp_shard": 1}),
     ),
     # Hugging Face
-    FactMutant(FAMILY, '"rope_theta": 1e6', '"rope_theta": 1e4', ABSENT, ("mixtral",)),
+    FactMutant(
+        FAMILY, '1e-5,\n            "rope_theta": 1e6', '1e-5,\n            "rope_theta": 1e4', ABSENT, ("mixtral",)
+    ),
     FactMutant(FAMILY, '"rope_theta": 2e6', '"rope_theta": 1e4', ABSENT, ("smollm3",)),
     FactMutant(FAMILY, '"window_rope_theta": 5e5', '"window_rope_theta": 1e4', ABSENT, ("olmo3",)),
     FactMutant(FAMILY, '"window_rope_theta": 1e4', '"window_rope_theta": 1e6', ABSENT, ("gemma3_text",)),
@@ -376,7 +376,7 @@ FACT_MUTANTS = (
         LAYER_KEEPS,
         ("grouped heads", "fp32"),
     ),
-    FactMutant(KEPT, '2 if model.activation == "silu" else 1', "2", LAYER_KEEPS, ("not gated", "fp32")),
+    FactMutant(KEPT, "2 if job.model.is_gated else 1", "2", LAYER_KEEPS, ("not gated", "fp32")),
     FactMutant(KEPT, "[width] * model.moe_top_k", "[width]", LAYER_KEEPS, ("experts", "bf16")),
     FactMutant(KEPT, "or outputs <= inputs)", "or outputs < inputs)", LAYER_KEEPS, ("grouped heads", "fp32")),
     FactMutant(KEPT, "own_input = int(number != FLOAT32)", "own_input = 0", LAYER_KEEPS, ("experts", "bf16")),

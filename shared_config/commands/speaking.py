@@ -141,11 +141,10 @@ def conversation_ids(template: ChatTemplate, messages: Sequence[Mapping[str, obj
 
 def load_speaker(options: argparse.Namespace, config: JobConfig, overrides: Sequence[str]) -> object:
     """The model of a backend, with the weights that the options name or initial ones."""
+    load_model = backend_module(options.backend, "model.build").load_model
     weights = read_weights(options, config, overrides)
     built = config if weights is None else without_warm_start(config)
-    return backend_module(options.backend, "model.build").load_model(
-        built, weights, options.device, seed=options.seed or 0, weights_dtype=options.weights_dtype
-    )
+    return load_model(built, weights, options.device, seed=options.seed or 0, weights_dtype=options.weights_dtype)
 
 
 def read_weights(

@@ -176,19 +176,28 @@ class ModelConfig(Section):
         unused = {"attention_output_bias"} if not self.attention_bias else set()
         unused |= set() if "window" in self.pattern else {"window_rope_theta", "window_rope_scaled"}
         unused |= {"window_rope_scaled"} if self.rope_scaling.type == "none" else set()
-        unused |= set() if "full" in self.pattern else {"rope_theta"}
+        unused |= set() if {"full", "window"} & set(self.pattern) else {"rope_theta"}
         return experts | unused | {"ffn_dim_multiplier"} | (set() if self.qk_norm else {"qk_norm_over"})
 
     def resolved(self) -> Mapping[str, object]:
         """Widths as they come out, and the attention of every layer."""
         width = self.computed_ffn_hidden_dim
         scaled = "full" in self.pattern or ("window" in self.pattern and self.window_rope_scaled)
+        theta = self.rope_theta if "full" in self.pattern else self.window_rope_theta
         return {
+            "rope_theta": theta,
+            "window_rope_theta": None if self.window_rope_theta == theta else self.window_rope_theta,
             "rope_scaling": self.rope_scaling if scaled else RopeScaling(),
-            "attention_pattern": shortest_pattern(self._first_kinds(min(self.n_layers, 2 * len(self.pattern)))),
+            "attention_pattern": shortest_pattern(self._kinds_beside_a_window()),
             "ffn_hidden_dim": width,
             "moe_expert_ffn_multiplier": self.computed_expert_ffn_hidden_dim / width,
         }
+
+    def _kinds_beside_a_window(self) -> tuple[str, ...]:
+        """The pattern once or twice, as of whole attention where all layers have the window of `sliding_window`."""
+        kinds = self._first_kinds(min(self.n_layers, 2 * len(self.pattern)))
+        everywhere = all(has_window([kind]) for kind in kinds)
+        return tuple(kind.replace("window", "full") for kind in kinds) if everywhere else kinds
 
     def problems(self) -> Iterator[str]:
         yield from self._attention_problems()

@@ -102,9 +102,10 @@ def test_what_the_command_line_sets_wins_and_is_said(
 ) -> None:
     weights = write(kind, tmp_path / "weights")
     line = using(command, "debug", weights, tmp_path)
-    assert main([*line, *TINY, *SHORT, "--model.rope_theta=5000.0"]) == 0
+    assert main([*line, *TINY, *SHORT, "--model.rope_theta=5000.0", "--model.sliding_window=3"]) == 0
     out, err = capsys.readouterr()
     assert "model.rope_theta = 5000.0, as the command line says, not 10000.0" in out + err
+    assert "model.sliding_window = 3, as the command line says, not None" in out + err
 
 
 def test_fields_that_keep_the_function_are_nobodys_business(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from shared_config.schema.vlm import VLMConfig
 from tests.strategies import attention_patterns
 
 SIZES: dict[str, Any] = {"dim": 16, "n_layers": 4, "n_heads": 4, "vocab_size": 17, "ffn_hidden_dim": 16}
+MIXED = ("window", "full")
 EXPERTS: dict[str, Any] = {"num_experts": 4, "moe_top_k": 2}
 OTHERS: dict[str, Any] = {
     "norm_placement": "both",
@@ -106,3 +107,37 @@ def test_counts_of_layers_take_no_time() -> None:
     config = ModelConfig(**{**SIZES, "n_layers": 2**60, "sliding_window": 3, "attention_pattern": ("window", "full")})
     assert config.window_counts == {3: 2**59, None: 2**59}
     assert config.function_fields()["attention_pattern"] == ("window", "full")
+
+
+@pytest.mark.parametrize(
+    ("fields", "changed", "differ"),
+    [
+        ({}, {"sliding_window": 3}, ["sliding_window"]),
+        ({}, {"sliding_window": 3, "rope_theta": 7.0}, ["rope_theta", "sliding_window"]),
+        ({"sliding_window": 3}, {"sliding_window": 4}, ["sliding_window"]),
+        ({"sliding_window": 3}, {"sliding_window": 3, "rope_theta": 7.0}, ["rope_theta"]),
+        ({"sliding_window": 3, "rope_theta": 7.0}, {"sliding_window": 3, "window_rope_theta": 7.0}, []),
+        (
+            {"attention_pattern": ("full", "full_nope")},
+            {"sliding_window": 3, "attention_pattern": ("window", "window_nope")},
+            ["sliding_window"],
+        ),
+        ({"sliding_window": 3}, {"sliding_window": 3, "attention_pattern": MIXED}, ["attention_pattern"]),
+        (
+            {"sliding_window": 3, "attention_pattern": MIXED},
+            {"sliding_window": 3, "attention_pattern": MIXED, "rope_theta": 7.0},
+            ["rope_theta"],
+        ),
+        (
+            {"sliding_window": 3, "attention_pattern": MIXED},
+            {"sliding_window": 3, "attention_pattern": MIXED, "window_rope_theta": 7.0},
+            ["window_rope_theta"],
+        ),
+    ],
+)
+def test_models_differ_in_the_fields_that_were_set(
+    fields: dict[str, Any], changed: dict[str, Any], differ: list[str]
+) -> None:
+    """Not in those that follow from them, which nobody would set beside them on a command line."""
+    there, here = (JobConfig(model=ModelConfig(**SIZES, **each)) for each in (fields, changed))
+    assert [difference.field.removeprefix("model.") for difference in differences(here, there)] == differ

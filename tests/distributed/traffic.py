@@ -29,6 +29,10 @@ KINDS = {
     "allreduce_": "all-reduce",
     "alltoall_base_": "all-to-all",
     "send": "send",
+    "gathered_rows": "all-gather",
+    "scattered_rows": "reduce-scatter",
+    "total": "all-reduce",
+    "exchanged_rows": "all-to-all",
 }
 BUFFERS = "buffers", ("pp",)
 """What a pipeline holds between steps, among what is counted."""
@@ -48,20 +52,24 @@ class Counting(TorchDispatchMode):
     def __init__(self, mesh: Any):
         super().__init__()
         self.axes_of = _axes_of_groups(mesh)
+        self.groups = {group.group_name: group for group in mesh.axes.get_all_groups()}
         self.times: Counter[Key] = Counter()
         self.bytes: Counter[Key] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.partition("::")
-        if name[0] == "c10d" and name[2] != RECEIVING:
-            self._note(name[2], args)
-        return func(*args, **(kwargs or {}))
+        library, _, name = func._schema.name.partition("::")
+        result = func(*args, **(kwargs or {}))
+        if library == "c10d" and name != RECEIVING:
+            group = next(dist.ProcessGroup.unbox(each) for each in args if isinstance(each, torch.ScriptObject))
+            self._note(name, args[:2], group)
+        elif library == "kempnerforge":
+            self._note(name, (result, args[0]), self.groups[args[-1]])
+        return result
 
-    def _note(self, name: str, args: Any) -> None:
-        tensors = [each for value in args[:2] for each in (value if isinstance(value, list) else [value])]
+    def _note(self, name: str, values: Sequence[Any], group: dist.ProcessGroup) -> None:
+        tensors = [each for value in values for each in (value if isinstance(value, list) else [value])]
         sides = [each for each in tensors if isinstance(each, torch.Tensor)]
-        group = next(dist.ProcessGroup.unbox(each) for each in args if isinstance(each, torch.ScriptObject))
-        largest = sides[1:] if name == "alltoall_base_" else sides
+        largest = sides[1:] if KINDS[name] == "all-to-all" else sides
         if group.size() == 1 or max(side.numel() for side in largest) < FEWEST:
             return
         key = KINDS[name], self.axes_of[frozenset(dist.get_process_group_ranks(group))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +143,7 @@ def model_of(backend: Torch, config: ModelConfig = CONFIG, vlm: Any = None) -> A
 @pytest.mark.parametrize("facts", ["causal", "window", "documents", "padding", "mixture"])
 def test_a_forward_builds_one_dense_mask_for_all_layers(backend: Torch, facts: str, built: list[str]) -> None:
     """And none where a kernel takes the facts: on a CPU JAX has no such kernel, torch one for plain causality."""
-    config = replace(CONFIG, sliding_window=3) if facts == "window" else CONFIG
+    config = CONFIG.replace(sliding_window=3) if facts == "window" else CONFIG
     model = model_of(backend, config, MoTConfig(max_text_len=LENGTH) if facts == "mixture" else None)
     context = backend.module("model.modality").ModalityContext
     documents = backend.array(DOCUMENTS) if facts in ("documents", "mixture") else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -37,7 +36,7 @@ def has_pairs(shape: Shape) -> bool:
 def given(name: str, facts: str) -> tuple[Any, dict[str, Any]]:
     """A model of two layers and what it is called with, besides the stream."""
     backend = BACKENDS[name == "jax"]
-    config = replace(CONFIG, sliding_window=300) if facts in ("window", "all") else CONFIG
+    config = CONFIG.replace(sliding_window=300) if facts in ("window", "all") else CONFIG
     model = backend.model(config, validation_weights(parameter_table(config), 0), dtype="float32")
     options: dict[str, Any] = {}
     if facts in ("documents", "all"):
