@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kempnerforge_torch.distributed import collectives
 from shared_config.contract.sharding import MESH_AXES
 from shared_config.schema.job import JobConfig
 from tests.distributed.layouts import Case
@@ -52,7 +53,6 @@ class Counting(TorchDispatchMode):
     def __init__(self, mesh: Any):
         super().__init__()
         self.axes_of = _axes_of_groups(mesh)
-        self.groups = {group.group_name: group for group in mesh.axes.get_all_groups()}
         self.times: Counter[Key] = Counter()
         self.bytes: Counter[Key] = Counter()
 
@@ -62,8 +62,8 @@ class Counting(TorchDispatchMode):
         if library == "c10d" and name != RECEIVING:
             group = next(dist.ProcessGroup.unbox(each) for each in args if isinstance(each, torch.ScriptObject))
             self._note(name, args[:2], group)
-        elif library == "kempnerforge":
-            self._note(name, (result, args[0]), self.groups[args[-1]])
+        elif library == "kempnerforge" and name in KINDS:
+            self._note(name, (result, args[0]), collectives._group_named(args[-1]))
         return result
 
     def _note(self, name: str, values: Sequence[Any], group: dist.ProcessGroup) -> None:
