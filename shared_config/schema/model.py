@@ -22,7 +22,7 @@ from shared_config.schema.base import (
     registered,
     section,
 )
-from shared_config.schema.pattern import LayerKind, has_window, shortest_pattern
+from shared_config.schema.pattern import LayerKind, beside_a_window, has_window, shortest_pattern
 from shared_config.schema.rope import RopeScaling, RopeTheta
 
 FFN_MULTIPLE = 256
@@ -161,11 +161,10 @@ class ModelConfig(Section):
 
     def derive(self) -> Mapping[str, object]:
         head_dim = self.dim // self.n_heads
-        scale = max(1, self.head_dim or head_dim) ** -0.5
         return {
             "n_kv_heads": self.n_heads,
             "head_dim": head_dim,
-            "attention_scale": scale,
+            "attention_scale": max(1, self.head_dim or head_dim) ** -0.5,
             "window_rope_theta": self.rope_theta,
             "attention_pattern": ("full",) if self.sliding_window is None else ("window",),
         }
@@ -184,20 +183,15 @@ class ModelConfig(Section):
         width = self.computed_ffn_hidden_dim
         scaled = "full" in self.pattern or ("window" in self.pattern and self.window_rope_scaled)
         theta = self.rope_theta if "full" in self.pattern else self.window_rope_theta
+        kinds = self._first_kinds(min(self.n_layers, 2 * len(self.pattern)))
         return {
             "rope_theta": theta,
             "window_rope_theta": None if self.window_rope_theta == theta else self.window_rope_theta,
             "rope_scaling": self.rope_scaling if scaled else RopeScaling(),
-            "attention_pattern": shortest_pattern(self._kinds_beside_a_window()),
+            "attention_pattern": shortest_pattern(beside_a_window(kinds)),
             "ffn_hidden_dim": width,
             "moe_expert_ffn_multiplier": self.computed_expert_ffn_hidden_dim / width,
         }
-
-    def _kinds_beside_a_window(self) -> tuple[str, ...]:
-        """The pattern once or twice, as of whole attention where all layers have the window of `sliding_window`."""
-        kinds = self._first_kinds(min(self.n_layers, 2 * len(self.pattern)))
-        everywhere = all(has_window([kind]) for kind in kinds)
-        return tuple(kind.replace("window", "full") for kind in kinds) if everywhere else kinds
 
     def problems(self) -> Iterator[str]:
         yield from self._attention_problems()
@@ -286,8 +280,7 @@ class ModelConfig(Section):
         return self._first_kinds(self.n_layers)
 
     def _first_kinds(self, count: int) -> tuple[LayerKind, ...]:
-        repeats = -(-count // max(1, len(self.pattern)))
-        return (self.pattern * repeats)[:count]
+        return (self.pattern * -(-count // max(1, len(self.pattern))))[:count]
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:

@@ -21,3 +21,9 @@ def shortest_pattern(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
         for length in range(1, len(kinds) + 1)
         if all(kind == kinds[layer % length] for layer, kind in enumerate(kinds))
     )
+
+
+def beside_a_window(kinds: Sequence[str]) -> tuple[str, ...]:
+    """What a pattern says that the window of `sliding_window` does not: where all layers have it, as if none had."""
+    everywhere = all(has_window([kind]) for kind in kinds)
+    return tuple(kind.replace("window", "full") for kind in kinds) if everywhere else tuple(kinds)

@@ -79,6 +79,8 @@ else:
     from kempnerforge_jax.training.train import train
     jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
 train(text_job(Path(folder), train={"max_steps": 1}), device="cpu")
+if backend == "jax":
+    jax.distributed.shutdown()  # waits for the other, which dies of one that is gone
 os._exit(0)  # threads of gloo can abort an interpreter that ends
 """
 
