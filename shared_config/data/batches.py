@@ -185,7 +185,7 @@ class TextData:
         chosen_rows = [chosen[first : first + size] for first in firsts]
         return [self._rows(self.corpus.heldout, rows, size, self.text_mask) for rows in chosen_rows]
 
-    def every_window(self) -> Iterator[Batch]:
+    def everything(self) -> Iterator[Batch]:
         """All of the training stream, then all of the held-out one, in their order: each id but the first of either is
         a label once, as in `heldout`.
         """

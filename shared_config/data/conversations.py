@@ -9,7 +9,7 @@ Shapes: B rows of a batch on one rank, S positions of a row.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,6 +132,13 @@ class ConversationData:
         count = min(self.heldout_steps, -(-len(self._heldout) // (size * self.world_size)))
         firsts = [(index * self.world_size + self.rank) * size for index in range(count)]
         return [self._rows(self._heldout[first : first + size], size) for first in firsts]
+
+    def everything(self) -> Iterator[Batch]:
+        """All conversations to train on, then all that are held out, in their order: each row once, as in `heldout`."""
+        size = self.heldout_batch_size
+        for rows in (self._train, self._heldout):
+            for first in range(0, len(rows), size):
+                yield self._rows(rows[first : first + size], size)
 
     def _packed(self, conversations: Sequence[Conversation]) -> list[list[Conversation]]:
         """The conversations of each row."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shared_config.contract.labels import IGNORED
-from shared_config.data import ByteTokenizer, TextData, Tokenizer, build_tokenizer, open_data
+from shared_config.data import ByteTokenizer, ConversationData, TextData, Tokenizer, build_tokenizer, open_data
 from shared_config.data.corpus import TOKEN_SUFFIXES, data_files
 from shared_config.errors import UserError
 from shared_config.schema.base import LARGEST
@@ -49,14 +49,15 @@ def evaluation_batches(config: JobConfig, split: str, most: int | None = None) -
     """The batches of a job's data, held-out ones ("heldout") or "all", no more than ``most``.
 
     Raises:
-        UserError: data that can't be used; all of what is no stream of documents.
+        UserError: data that can't be used; all of a mixture, or of pictures.
     """
     data = open_data(config.replace(eval=config.eval.replace(steps=LARGEST)))
     if split == "heldout":
         return itertools.islice(data.heldout(), most)
-    if not isinstance(data, TextData):
-        raise UserError(f"data.path = {config.data.path!r}: only of documents is all read; use --split heldout")
-    return itertools.islice(data.every_window(), most)
+    if not isinstance(data, TextData | ConversationData):
+        kind = "pictures" if config.vlm is not None else "a mixture"
+        raise UserError(f"--split = 'all': must be 'heldout' with {kind}; all is read of one source of text")
+    return itertools.islice(data.everything(), most)
 
 
 def evaluate(config: JobConfig, trainer: Trainer, batches: Iterable[Batch]) -> Evaluation:

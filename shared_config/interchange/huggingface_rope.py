@@ -69,6 +69,9 @@ def rope_problems(content: Mapping[str, object]) -> Iterator[str]:
     yield from _scaling_problems(_rope(content), family_in(content).rope_types)
     if family_in(content).rope_by_kind and (kind := _rope_type(_rope(content, SLIDING))) != "default":
         yield f"rope_parameters.{SLIDING}.rope_type = {kind!r}: must be 'default'"
+    by_kind = content.get("rope_parameters") if family_in(content).rope_by_kind else None
+    if isinstance(by_kind, Mapping) and by_kind.get(FULL) is None and content.get("rope_scaling") is not None:
+        yield f"rope_parameters.{FULL} = None: must be given beside rope_scaling, which changes it"
 
 
 def _scaling_problems(rope: Mapping[str, object], kinds: tuple[str, ...]) -> Iterator[str]:

@@ -322,8 +322,23 @@ def known_refusals(content: dict[str, Any]) -> Iterator[str]:
         yield "rope_type = 'linear': must be one of default"
     if content["model_type"] == "gemma3_text":
         yield "attn_logit_softcapping = 7.0: must be None"
+    if content["model_type"] in ("olmo3", "gemma3_text"):
+        yield SCALES_NOTHING
     if content["model_type"] in ("qwen2", "qwen3", *DEEP):
         yield "layer_types: sliding_attention: must be full_attention, as there is no sliding_window"
+
+
+SCALES_NOTHING = "rope_parameters.full_attention = None: must be given beside rope_scaling, which changes it"
+
+
+@pytest.mark.parametrize("family", ["olmo3", "gemma3_text"])
+@pytest.mark.parametrize("rope", [{"sliding_attention": {"rope_type": "default"}}, {"full_attention": None}])
+def test_a_scaling_of_settings_that_are_not_there_is_refused_here_and_there(family: str, rope: dict[str, Any]) -> None:
+    content = content_of(family, rope_parameters=rope, rope_scaling={"type": "linear", "factor": 3.0})
+    with pytest.raises((KeyError, AttributeError)):
+        theirs_of(content)
+    assert problems_of(content) == {SCALES_NOTHING}
+    assert not problems_of({**content, "rope_scaling": None})
 
 
 @families
