@@ -1,4 +1,4 @@
-"""The commands, one module each: HELP, EXAMPLES, add_arguments(parser) and run(options, overrides) -> exit status."""
+"""The commands, two modules each: what may stand on its line (`lines`), and run(options, overrides) -> exit status."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import ast
 import functools
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import argparse
-
-    COMMANDS: Mapping[str, Command]
 
 NAMES = (
     "validate",
@@ -34,8 +32,8 @@ NAMES = (
 )
 
 
-class Command(Protocol):
-    """What a module of this package provides."""
+class Line(Protocol):
+    """What a module of `lines` provides."""
 
     @property
     def HELP(self) -> str:
@@ -51,15 +49,16 @@ class Command(Protocol):
         """Declare the command's own options."""
         ...
 
-    def run(self, options: argparse.Namespace, overrides: Sequence[str]) -> int:
-        """Do it, under the overrides of the config. Returns the exit status."""
-        ...
 
-
-def command(name: str) -> Command:
-    """The module of a command, which takes a while to import."""
-    module: Any = importlib.import_module(f"{__name__}.{name}")
+def line_of(name: str) -> Line:
+    """What may stand on the line of a command."""
+    module: Any = importlib.import_module(f"{__name__}.lines.{name}")
     return module
+
+
+def run_of(name: str) -> Callable[[argparse.Namespace, Sequence[str]], int]:
+    """What does a command, under the overrides of the config, and gives the exit status; takes a while to import."""
+    return importlib.import_module(f"{__name__}.{name}").run
 
 
 @functools.cache
@@ -67,15 +66,17 @@ def helps() -> dict[str, str]:
     """HELP of each command, read from its file, which is not imported."""
     found = {}
     for name in NAMES:
-        source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+        source = (Path(__file__).parent / "lines" / f"{name}.py").read_text(encoding="utf-8")
         text = re.search(r"^HELP = (\(.*?^\)|[^\n]+)\n", source, re.MULTILINE | re.DOTALL)
         assert text is not None, name
         found[name] = ast.literal_eval(text[1])
     return found
 
 
-def __getattr__(name: str) -> Any:
-    """``COMMANDS``, name -> module: imported when it is asked for, as that takes a while."""
-    if name != "COMMANDS":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return {name: importlib.import_module(f"{__name__}.{name}") for name in NAMES}
+@functools.cache
+def sections() -> list[str]:
+    """The sections of a config, read from their file, which is not imported."""
+    tree = ast.parse((Path(__file__).parents[1] / "schema" / "job.py").read_text(encoding="utf-8"))
+    (job,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "JobConfig")
+    fields = (node.target for node in job.body if isinstance(node, ast.AnnAssign))
+    return [field.id for field in fields if isinstance(field, ast.Name)]

@@ -17,18 +17,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from shared_config.bench.measure import REPEATS, Request
+from shared_config.bench.measure import Request
 from shared_config.bench.page import write_page
 from shared_config.bench.result import FOREIGN, OURS, Limits, Result, joined
-from shared_config.bench.works import LIMITS, WORKS, chosen_works, job_of
+from shared_config.bench.works import LIMITS, chosen_works, job_of
 from shared_config.commands.backends import require_backend, require_package
 from shared_config.commands.common import (
-    add_backend,
-    add_config,
-    add_shrink,
     console,
     load_job,
-    positive,
     writable_file,
 )
 from shared_config.commands.processes import environment_of, living_pipe, reasons
@@ -39,31 +35,8 @@ from shared_config.interchange.huggingface_config import config_to_huggingface
 from shared_config.interchange.outputs import refuse_overwriting
 from shared_config.schema.job import JobConfig
 
-HELP = "measure training steps, decoding and memory, as shares of what the machine can do"
 FOREIGN_WORKS = ("train", "window", "decode")
 """What the models of transformers do too."""
-EXAMPLES = ("kempnerforge bench llama_125m --backend torch --what train,decode --report bench.html",)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's own options."""
-    add_config(parser)
-    add_backend(parser)
-    listed = "; ".join(f"{name}: {meaning}" for name, meaning in WORKS.items())
-    parser.add_argument("--what", metavar="WORKS", help=f"comma-separated (default: all that the config has). {listed}")
-    parser.add_argument(
-        "--against",
-        choices=("hf",),
-        help="also measure the model of transformers that has the same family and shapes, in torch",
-    )
-    parser.add_argument("--profile", action="store_true", help="also print the time by kind of kernel")
-    parser.add_argument(
-        "--repeats", type=positive, help=f"of each measurement (default: {REPEATS}, fewer where they take long)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, tpu ... (default: the backend's own)")
-    parser.add_argument("--json", metavar="FILE", help="also write every number as JSON")
-    parser.add_argument("--report", metavar="FILE", help="also write an HTML page")
-    add_shrink(parser)
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from shared_config.commands.backends import require_backend
-from shared_config.commands.common import add_backend, add_config
 from shared_config.commands.speaking import (
-    add_speaking,
     conversation_ids,
     load_speaker,
     manner_of,
@@ -22,17 +20,6 @@ from shared_config.data.tokenizer import build_tokenizer
 from shared_config.errors import UserError
 from shared_config.interchange.source import to_stderr
 from shared_config.loader import load_config
-
-HELP = "talk with a model: a line is a question; Ctrl-C ends an answer, Ctrl-D the conversation"
-EXAMPLES = ("kempnerforge chat FOLDER --backend torch --system 'Answer in one sentence.'",)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's own options."""
-    add_config(parser)
-    add_backend(parser)
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
-    add_speaking(parser)
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from shared_config.commands.backends import BACKENDS
 from shared_config.contract.vision import job_table
 from shared_config.interchange.files import regular_target
 from shared_config.interchange.outputs import writable_folder
@@ -18,32 +17,9 @@ from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import check_tensors
 from shared_config.loader import load_config, parse_overrides, preset_names
 from shared_config.parity.shrink import shrink
-from shared_config.schema.base import LARGEST, shown
 from shared_config.schema.job import JobConfig
 
 WIDTH_OF_FILES = 140
-
-
-def add_config(parser: argparse.ArgumentParser, optional: bool = False) -> None:
-    """The CONFIG argument."""
-    parser.add_argument(
-        "config",
-        metavar="CONFIG",
-        nargs="?" if optional else None,
-        help="name of a preset, path of a .toml file, or a folder that knows its config (a training run, native "
-        "weights, a Hugging Face folder); fields are overridden by --section.field value",
-    )
-
-
-def add_backend(parser: argparse.ArgumentParser, *others: str) -> None:
-    """The --backend option, which a command may let be others too."""
-    choices = (*BACKENDS, *others)
-    parser.add_argument("--backend", required=True, choices=choices, help="framework that does the work")
-
-
-def add_shrink(parser: argparse.ArgumentParser) -> None:
-    """The --shrink option."""
-    parser.add_argument("--shrink", action="store_true", help="keep the architecture, cut every size to a few layers")
 
 
 def load_job(options: argparse.Namespace, overrides: Sequence[str], *, several_devices: bool = False) -> JobConfig:
@@ -84,26 +60,6 @@ def fitting_weights(path: str | Path, config: JobConfig, overrides: Sequence[str
     for note in notes:
         to_stderr(note)
     return {name: weights[name] for name in table}
-
-
-def not_negative(text: str) -> int:
-    """Type of options that are counts."""
-    return _number(text, 0)
-
-
-def positive(text: str) -> int:
-    """Type of options that are counts of at least one."""
-    return _number(text, 1)
-
-
-def _number(text: str, least: int) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = least - 1
-    if not least <= number <= LARGEST:
-        raise argparse.ArgumentTypeError(f"{shown(text)}: must be an integer of at least {least} and below 2^63")
-    return number
 
 
 class PipedConsole(Console):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from shared_config.commands.common import console, positive, writable_file
+from shared_config.commands.common import console, writable_file
 from shared_config.commands.verdict import show_findings, show_first_differences
 from shared_config.errors import UserError
 from shared_config.interchange.files import written_aside
@@ -20,28 +20,8 @@ from shared_config.parity.foreign.mapping import Map, read_map
 from shared_config.parity.report import write_report
 from shared_config.parity.traces import Trace, read_trace
 
-HELP = "compare two traces and name the first tensor that diverges; exit status 0 only if none does"
-EXAMPLES = ("kempnerforge compare torch.safetensors jax.safetensors --report out.html",)
-
 DIFFERENT = 1
 SUFFIX = ".safetensors"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's own options."""
-    parser.add_argument("a", metavar="A", help="a trace, or a folder of traces")
-    parser.add_argument("b", metavar="B", help="a trace of the same function, or a folder with the same names of files")
-    parser.add_argument("--truth", metavar="FILE", help="a float64 trace that both are measured against")
-    parser.add_argument("--map", metavar="FILE", help="names and layouts of A as those of B, a .toml file")
-    parser.add_argument("--common", action="store_true", help="list what only one of the two has, and do not count it")
-    parser.add_argument(
-        "--derive-tolerance",
-        type=positive,
-        metavar="N",
-        help="two folders: take their first N pairs for correct ones, and print how many deltas they are apart",
-    )
-    parser.add_argument("--report", metavar="FILE", help="also write an HTML page")
-    parser.add_argument("--json", metavar="FILE", help="also write every number as JSON")
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -14,17 +14,14 @@ from pathlib import Path
 from rich.table import Table
 
 from shared_config.commands.backends import backend_module, require_backend, require_package
-from shared_config.commands.common import add_config, console, writable_file
+from shared_config.commands.common import console, writable_file
 from shared_config.commands.show import pairs, readable_bytes
 from shared_config.contract.programs import Program
 from shared_config.contract.sharding import Layout, layout_of
-from shared_config.contract.slices import CHIPS, Slice, parse_slice
+from shared_config.contract.slices import Slice, parse_slice
 from shared_config.interchange.files import written_aside
 from shared_config.interchange.outputs import refuse_overwriting
 from shared_config.loader import load_config
-
-HELP = "compile the JAX training step for a slice of TPUs, without one: FLOPs, bytes of each chip, collectives"
-EXAMPLES = ("kempnerforge compile llama3_8b --topology v5e:4x4 --distributed.dp_shard 16",)
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -34,18 +31,6 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
 }
 """Lets libtpu compile beside others who use it, and keeps it from asking the cloud which TPU this machine has."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's own options."""
-    add_config(parser)
-    parser.add_argument(
-        "--topology",
-        required=True,
-        metavar="KIND:GRID",
-        help=f"the slice, as {', '.join(chip.example for chip in CHIPS.values())}",
-    )
-    parser.add_argument("--json", metavar="FILE", help="also write every number as JSON")
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -5,17 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 
-from shared_config.commands import NAMES, command
+from shared_config.commands import NAMES, line_of
 from shared_config.commands.line import Parser
 from shared_config.errors import UserError
 from shared_config.loader import config_fields, preset_names
-
-HELP = "print the completion of a shell: commands, options, fields of a config, presets"
-EXAMPLES = (
-    "source <(kempnerforge completion bash)",
-    "kempnerforge completion zsh > ~/.zfunc/_kempnerforge",
-    "kempnerforge completion fish > ~/.config/fish/completions/kempnerforge.fish",
-)
 
 BASH = """_kempnerforge() {{
     local words
@@ -28,11 +21,6 @@ BASH = """_kempnerforge() {{
 }}
 complete -o default -F _kempnerforge kempnerforge
 """
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's own options."""
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="whose completion is printed")
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -52,7 +40,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 def words_of(name: str) -> Iterator[str]:
     """Options of a command, and where it takes a config presets and fields."""
     parser = Parser(prog=name)
-    command(name).add_arguments(parser)
+    line_of(name).add_arguments(parser)
     yield from parser.options
     if "config" in parser.destinations:
         yield from preset_names()

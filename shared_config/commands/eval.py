@@ -14,12 +14,9 @@ import numpy as np
 
 from shared_config.commands.backends import backend_module, require_backend, require_package
 from shared_config.commands.common import (
-    add_backend,
-    add_config,
     console,
     fitting_weights,
     folder_of,
-    positive,
     writable_file,
 )
 from shared_config.contract.warm_start import without_warm_start
@@ -32,39 +29,6 @@ from shared_config.interchange.files import written_aside
 from shared_config.interchange.tokens import beside, has_tokenizer
 from shared_config.loader import load_config, parse_overrides
 from shared_config.schema.job import JobConfig
-
-HELP = "loss, perplexity and bits per byte of a model on held-out or on given text"
-EXAMPLES = (
-    "kempnerforge eval runs/latest --backend torch",
-    "kempnerforge eval runs/latest --backend jax --data book.txt --json book.json",
-    "kempnerforge eval FOLDER --backend torch --tasks arc_easy,hellaswag --limit 100",
-    "kempnerforge eval llama3_8b --weights FOLDER --backend torch --data texts/ --eval.batch_size 4",
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's own options."""
-    add_config(parser)
-    add_backend(parser)
-    parser.add_argument(
-        "--weights",
-        metavar="PATH",
-        help="native weights, a training run or checkpoint, or a Hugging Face folder (default: those of CONFIG, a "
-        "folder). Of a run that keeps an average of its weights --eval.average true takes that",
-    )
-    parser.add_argument(
-        "--data", metavar="PATH", help="text, JSON Lines or token ids, all of which is read (default: data.path)"
-    )
-    parser.add_argument(
-        "--split", choices=("heldout", "all"), help="what of the data is read (default: all of --data, else heldout)"
-    )
-    parser.add_argument(
-        "--tasks", metavar="A,B", help="tasks of lm-evaluation-harness instead of data; needs the extra lm-eval"
-    )
-    parser.add_argument("--limit", type=positive, metavar="N", help="with --tasks, no more than N documents of each")
-    parser.add_argument("--batches", type=positive, metavar="N", help="read no more than N batches (default: all)")
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
-    parser.add_argument("--device", help="cpu, cuda, tpu ... (default: the backend's own)")
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from shared_config.commands.backends import require_backend
-from shared_config.commands.common import add_backend, add_config
 from shared_config.commands.speaking import (
-    add_speaking,
     conversation_ids,
     load_speaker,
     manner_of,
@@ -28,31 +26,6 @@ from shared_config.errors import UserError
 from shared_config.interchange.vision import picture_format
 from shared_config.loader import load_config
 from shared_config.schema.job import JobConfig
-
-HELP = "continue a prompt, streamed to the terminal; the speed is shown at the end"
-EXAMPLES = (
-    'kempnerforge generate runs/first --backend torch --prompt "def main"',
-    "kempnerforge generate FOLDER --backend jax --prompt Hello --temperature 0 --max-new-tokens 32",
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's own options."""
-    add_config(parser)
-    add_backend(parser)
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
-    parser.add_argument(
-        "--chat", action="store_true", help="answer the prompt, as the chat template of the tokenizer's folder has it"
-    )
-    parser.add_argument(
-        "--image",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="what a [vlm] config looks at: a picture; with a [video] section also a clip, or several pictures as its "
-        "frames, in order (default: one drawn by code)",
-    )
-    add_speaking(parser)
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.metadata
 import re
 import sys
@@ -13,14 +12,14 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shared_config.commands import NAMES, command, helps
+from shared_config.commands import NAMES, helps, line_of, run_of, sections
 from shared_config.errors import UserError
 from shared_config.training import streams
 from shared_config.training.launch import rank_of
 from shared_config.training.signals import INTERRUPTED, INTERRUPTS, ending_at_once
 
 if TYPE_CHECKING:
-    from shared_config.commands import Command
+    from shared_config.commands import Line
 
 PACKAGE = "kempnerforge-twin"
 USER_ERROR = 2
@@ -93,13 +92,15 @@ def run(arguments: Sequence[str]) -> int:
     own, overrides = split_overrides(arguments)
     chosen = next((argument for argument in own if not argument.startswith("-")), "")
     with ending_at_once():
-        available = {chosen: command(chosen)} if chosen in NAMES else {}
+        available = {chosen: line_of(chosen)} if chosen in NAMES else {}
     options = build_parser(helps(), available).parse_args(own)
     if options.command not in (*HARMLESS, *PARALLEL):
         from shared_config.commands.processes import require_one_process
 
         require_one_process()
-    return available[options.command].run(options, overrides)
+    with ending_at_once():
+        do = run_of(options.command)
+    return do(options, overrides)
 
 
 def check_texts(arguments: Sequence[str]) -> None:
@@ -124,7 +125,7 @@ def message_of(error: BaseException) -> str:
     return f"could not go on: {said} ({DEBUG} shows where)"
 
 
-def build_parser(names: Mapping[str, str], available: Mapping[str, Command]) -> Parser:
+def build_parser(names: Mapping[str, str], available: Mapping[str, Line]) -> Parser:
     """One subparser per command: command -> its help; those that are available have arguments."""
     parser = Parser(
         prog="kempnerforge",
@@ -177,9 +178,7 @@ def _sections(parser: Parser) -> list[str]:
     """What of a config can be set, for commands that take one."""
     if "config" not in parser.destinations:
         return []
-    from shared_config.schema.job import JobConfig
-
-    names = textwrap.wrap(", ".join(field.name for field in dataclasses.fields(JobConfig)), 100)  # type: ignore[arg-type]
+    names = textwrap.wrap(", ".join(sections()), 100)
     return [
         "sections of a config, whose fields are set by --SECTION.FIELD VALUE:",
         *(f"  {line}" for line in names),

@@ -11,50 +11,15 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from shared_config.commands.common import console, not_negative, positive
-from shared_config.data.prepare import SHARD_BYTES, Encoding, prepare
+from shared_config.commands.common import console
+from shared_config.data.prepare import Encoding, prepare
 from shared_config.data.prepare import Progress as Done
 from shared_config.data.workers import available_cores
 from shared_config.errors import UserError
 from shared_config.interchange.token_index import INDEX
 
-HELP = "turn text into token files for --data.path; started again after a kill, it goes on"
 MEBIBYTE = 2**20
 SECONDS_BETWEEN_LINES = 10.0
-EXAMPLES = ("kempnerforge prepare texts/ --tokenizer FOLDER --output tokens/",)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's own options."""
-    parser.add_argument(
-        "sources",
-        metavar="SOURCE",
-        nargs="+",
-        help="files, or folders of them: .txt (a document each), .jsonl and .parquet (a document a row); .txt and "
-        ".jsonl also as .gz and .zst",
-    )
-    parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="a Hugging Face folder, or 'bytes'")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="field or column of a row (default: text)")
-    parser.add_argument(
-        "--separator", default="", metavar="TEXT", help="what parts the documents of a .txt file (default: it is one)"
-    )
-    parser.add_argument("--eos-id", type=not_negative, metavar="ID", help="ends documents (default: the tokenizer's)")
-    parser.add_argument(
-        "--workers",
-        type=positive,
-        default=available_cores(),
-        metavar="N",
-        help="processes (default: one a core)",
-    )
-    parser.add_argument(
-        "--shard-mib",
-        type=positive,
-        default=SHARD_BYTES // MEBIBYTE,
-        metavar="N",
-        help=f"MiB of input for a file of tokens (default: {SHARD_BYTES // MEBIBYTE})",
-    )
-    parser.add_argument("--follow-symlinks", action="store_true", help="also those that lead out of a folder")
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -68,7 +33,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             [Path(source) for source in options.sources],
             output,
             encoding,
-            workers=options.workers,
+            workers=options.workers or available_cores(),
             shard_bytes=options.shard_mib * MEBIBYTE,
             follow_symlinks=options.follow_symlinks,
             show=bar.show,

@@ -10,18 +10,6 @@ from shared_config.commands.common import console, writable_file
 from shared_config.curves import read_run, write_page
 from shared_config.errors import UserError
 
-HELP = "draw the curves of training runs, of either backend, on one HTML page"
-EXAMPLES = (
-    "kempnerforge report runs/latest",
-    "kempnerforge report runs/torch runs/jax --output both.html",
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's own options."""
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a training run")
-    parser.add_argument("--output", metavar="FILE", default="report.html", help="default: report.html")
-
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Do it. Returns the exit status."""

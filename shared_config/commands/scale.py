@@ -16,7 +16,6 @@ from shared_config.errors import ConfigError
 from shared_config.schema.job import JobConfig
 
 WORLD_SIZES = (1024, 2048, 4096, 8192, 16384)
-STEP_TOKENS = 2**24
 SHOWN = 3
 """Layouts of each number of devices."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -11,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from rich.console import RenderableType
 from rich.table import Table
 
-from shared_config.commands.common import add_config, console, positive
-from shared_config.commands.scale import STEP_TOKENS, WORLD_SIZES, costs_of, scale_page, traffic_of
+from shared_config.commands.common import console
+from shared_config.commands.scale import WORLD_SIZES, costs_of, scale_page, traffic_of
 from shared_config.contract.counts import (
     BFLOAT16,
     count_active_parameters,
@@ -23,7 +22,7 @@ from shared_config.contract.counts import (
 )
 from shared_config.contract.decoding import PREFILL_CHUNK
 from shared_config.contract.parameters import aliases, parameter_groups
-from shared_config.contract.scale import HARDWARE, Hardware, cost_of, parse_hardware
+from shared_config.contract.scale import Hardware, cost_of, parse_hardware
 from shared_config.contract.sharding import refusals
 from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.contract.vision import TowerConfig
@@ -34,45 +33,7 @@ from shared_config.loader import PRESETS, load_config, preset_names
 from shared_config.schema.base import Section
 from shared_config.schema.job import JobConfig
 
-HELP = "list the presets, or print the resolved config, its parameters, FLOPs, and memory by device"
-EXAMPLES = (
-    "kempnerforge show",
-    "kempnerforge show llama3_8b --world-size 64",
-    "kempnerforge show debug --optimizer.name muon",
-    "kempnerforge show --schema",
-)
-
 PREFIXES = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's own options."""
-    add_config(parser, optional=True)
-    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of config files instead")
-    parser.add_argument(
-        "--world-size",
-        type=positive,
-        default=None,
-        metavar="N",
-        help="devices (default: as few as the layout needs; with --scale, 1,024 to 16,384)",
-    )
-    parser.add_argument(
-        "--scale", action="store_true", help="print instead what the fastest layouts cost on many devices, on paper"
-    )
-    parser.add_argument(
-        "--hardware",
-        default="h100",
-        metavar="NAME,FIELD=VALUE",
-        help=f"for costs on paper: {', '.join(HARDWARE)}, or settings as h100,memory=96e9 (fields: "
-        f"{', '.join(field.name for field in dataclasses.fields(Hardware))})",
-    )
-    parser.add_argument(
-        "--step-tokens",
-        type=positive,
-        default=STEP_TOKENS,
-        metavar="N",
-        help=f"with --scale, tokens of a step on all devices (default: {STEP_TOKENS:,})",
-    )
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:

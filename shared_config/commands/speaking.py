@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from shared_config.commands.backends import backend_module
-from shared_config.commands.common import fitting_weights, folder_of, not_negative
-from shared_config.contract.int8 import WEIGHTS_DTYPES
+from shared_config.commands.common import fitting_weights, folder_of
 from shared_config.contract.warm_start import without_warm_start
 from shared_config.data.stops import until_stop
 from shared_config.data.template import ChatTemplate, TemplateError, has_template
@@ -22,44 +21,6 @@ from shared_config.errors import UserError
 from shared_config.interchange.source import to_stderr
 from shared_config.interchange.tokens import beside, has_tokenizer, sampling_defaults, stop_ids
 from shared_config.schema.job import JobConfig
-
-
-def add_speaking(parser: argparse.ArgumentParser) -> None:
-    """The options of a model that speaks."""
-    parser.add_argument(
-        "--weights",
-        metavar="PATH",
-        help="native weights, a training run or checkpoint, or a Hugging Face folder (default: those of CONFIG where "
-        "it is a folder, else initial weights)",
-    )
-    parser.add_argument("--max-new-tokens", type=not_negative, default=128, metavar="N", help="default: 128")
-    own = "what generation_config.json beside the weights says, else"
-    parser.add_argument("--temperature", type=float, help=f"0: the most probable token (default: {own} 1)")
-    parser.add_argument(
-        "--top-k", type=not_negative, metavar="K", help=f"keep the K most probable (default: {own} 0, all)"
-    )
-    parser.add_argument("--top-p", type=float, metavar="P", help=f"keep this probability (default: {own} 1, all)")
-    parser.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="ends what is said, and is left out; may be repeated",
-    )
-    parser.add_argument("--seed", type=not_negative, help="of the draws, and of initial weights (default: another)")
-    parser.add_argument(
-        "--weights-dtype",
-        default=WEIGHTS_DTYPES[0],
-        choices=WEIGHTS_DTYPES,
-        help="int8: hold the weights of layers in a quarter of the memory, each within half a step of what it was, of "
-        "which the largest of its output has 127 (default: float32)",
-    )
-    parser.add_argument("--device", help="cpu, cuda, tpu ... (default: the backend's own)")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch: compile what gives a token, and replay it as a CUDA graph on a GPU; jax always compiles",
-    )
 
 
 @dataclass(frozen=True)

@@ -7,27 +7,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from shared_config.commands.backends import backend_module, require_backend
-from shared_config.commands.common import add_backend, add_config, console, folder_of, overridden_fields
+from shared_config.commands.common import console, folder_of, overridden_fields
 from shared_config.commands.processes import world_size
 from shared_config.interchange import run_layout
 from shared_config.loader import load_config
 from shared_config.schema.checkpoint import CheckpointConfig
-
-HELP = "train with one backend; a run started again in the same folder resumes"
-EXAMPLES = (
-    "kempnerforge train debug --backend torch --output runs/first --train.max_steps 200",
-    "kempnerforge train runs/first --backend jax",
-    "torchrun --nproc-per-node 8 -m shared_config.cli train llama_1b --backend torch --optimizer.name muon",
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's own options."""
-    add_config(parser)
-    add_backend(parser)
-    parser.add_argument("--output", metavar="DIR", help="folder of the run, the same as --checkpoint.dir")
-    parser.add_argument("--device", help="cpu, cuda, tpu ... (default: the backend's own)")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:

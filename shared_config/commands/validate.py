@@ -17,12 +17,9 @@ from rich.console import Console
 
 from shared_config.commands.backends import require_backend, require_package
 from shared_config.commands.common import (
-    add_config,
-    add_shrink,
     console,
     fitting_weights,
     folder_of,
-    not_negative,
     writable_file,
 )
 from shared_config.commands.layouts import layouts_to_compare, on_one_device, without_layout
@@ -39,8 +36,6 @@ from shared_config.interchange.toml import config_to_toml
 from shared_config.loader import load_config
 from shared_config.parity.checks import outcome
 from shared_config.parity.dtypes import DTYPES, dtypes_of
-from shared_config.parity.full_checks import LONG_SEQUENCE
-from shared_config.parity.layout_checks import AGREED
 from shared_config.parity.layouts import described
 from shared_config.parity.plan import BACKENDS, LAYOUTS_STAGE, TRANSFORMERS, Finding, Plan
 from shared_config.parity.report import write_report
@@ -49,44 +44,12 @@ from shared_config.parity.shrink import shrink
 from shared_config.parity.transformers_check import rows
 from shared_config.schema.job import JobConfig
 
-HELP = "prove that both backends compute the same; exit status 0 only if they do"
-EXAMPLES = (
-    "kempnerforge validate debug",
-    "kempnerforge validate llama3_8b --shrink --report out.html",
-    "kempnerforge validate debug --distributed.dp_shard 2 --distributed.tp 2",
-)
-
 DIFFERENT = 1
 BYTES_A_PARAMETER = 160
 """Peak of one process: masters, gradients, updates and moments in float64, and what the deltas are measured from."""
 BYTES_A_RANK = 64
 """Of the same, of each further process of a layout: what it is given, and what it puts together."""
 MEMORY_INFO = Path("/proc/meminfo")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's own options."""
-    add_config(parser)
-    parser.add_argument("--report", metavar="FILE", help="also write an HTML page")
-    parser.add_argument("--dtypes", help=f"comma-separated, of {','.join(DTYPES)} (default: all that the config has)")
-    parser.add_argument("--steps", type=not_negative, default=30, help="of the training run; 0: none (default: 30)")
-    parser.add_argument("--seed", type=not_negative, default=0, help="of weights and tokens (default: 0)")
-    parser.add_argument("--device", default="cpu", help="for both backends (default: cpu)")
-    parser.add_argument(
-        "--full",
-        action="store_true",
-        help=f"beside a step, {LONG_SEQUENCE} positions and a training run, also compare generation with static caches "
-        "and rings, documents, padding, accumulation, mixed precision, evaluation, a run resumed in the other backend, "
-        f"and every captured activation; and training steps in a few parallel layouts, which agree to {AGREED:g}",
-    )
-    parser.add_argument(
-        "--transformers",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="of a Hugging Face folder, also compare both backends with the model of transformers",
-    )
-    parser.add_argument("--keep", metavar="DIR", help="folder that keeps the traces and the training runs")
-    add_shrink(parser)
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:

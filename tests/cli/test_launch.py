@@ -72,7 +72,9 @@ def test_whatever_names_hold_a_shell_reads_them_as_they_are(
     config: str, output: str, python: str, values: list[str], override: str
 ) -> None:
     """Quotes, line ends, and what a shell would run."""
-    parser = build_parser({"launch": ""}, {"launch": __import__("shared_config.commands.launch", fromlist=["launch"])})
+    parser = build_parser(
+        {"launch": ""}, {"launch": __import__("shared_config.commands.lines.launch", fromlist=["launch"])}
+    )
     environment = [f"V{place}={value}" for place, value in enumerate(values)]
     given = [f"--env={setting}" for setting in environment]
     options = parser.parse_args(["launch", "debug", "--backend=torch", "--slurm", f"--output={output}", *given])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shared_config.cli import main
-from shared_config.commands import COMMANDS
+from shared_config.commands import NAMES
 from shared_config.commands.line import HARMLESS
 from shared_config.commands.processes import SIZES, require_one_process
 from shared_config.errors import UserError
@@ -40,7 +40,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", NAMES)
 def test_one_of_several_processes_is_refused(
     tmp_path: Path, command: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
