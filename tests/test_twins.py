@@ -148,6 +148,7 @@ DIFFERENCES = {
     },
     "model/state.py": {
         "assign": "torch: tensors are written to, sharded ones too",
+        "held_dtype": "jax: has 64 bits only where it is told so",
         "like": "jax: an array is made as another lies, torch's are written to",
         "merge": "jax: flat dicts cross jit, modules don't",
         "own_tensors": "torch: tensors, which are their own variables",

@@ -65,7 +65,9 @@ def traced_step(config: JobConfig, devices: Sequence[Device]) -> jax.stages.Trac
     table = dict(recipe.table)
     parameters, buffers = (abstract(mesh, table, arrays) for arrays in (parameters, buffers))
     trained = trained_parameters(parameters, config.vlm)
-    state = abstract_initial_state(mesh, table, build_optimizer(trained, table, config.optimizer).init, trained)
+    state = abstract_initial_state(
+        mesh, devices[0], table, build_optimizer(trained, table, config.optimizer).init, trained
+    )
     (batch,) = with_noise_seeds(config, [open_data(config).batch(0)], 0)
     count = config.train.grad_accum_steps * mesh.layout.data_ranks
     batches = abstract_batches(mesh, {name: ((count, *array.shape), array.dtype) for name, array in batch.items()})

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
@@ -39,11 +39,11 @@ def partitions(
 
 
 def place(mesh: Mesh | None, device: Device, table: ParameterTable, arrays: State) -> State:
-    """The arrays, on their devices; those of several processes each take their parts of what every process has."""
-    if mesh is None:
-        return jax.device_put(arrays, device)
-    where = _shardings(mesh, partitions(mesh, table, arrays))
-    return {name: _split(np.asarray(array), where[name]) for name, array in arrays.items()}
+    """The arrays, on their devices; those of several processes each take their parts of what every process has. Of
+    abstract ones the places alone.
+    """
+    where = _places(mesh, device, table, arrays)
+    return {name: _placed(array, where[name]) for name, array in arrays.items()}
 
 
 def place_batches(mesh: Mesh, ranks: range, batches: Mapping[str, np.ndarray]) -> State:
@@ -104,10 +104,22 @@ def abstract_batches(
 
 
 def abstract_initial_state(
-    mesh: Mesh, table: ParameterTable, init: Callable[[State], _OptimizerState], parameters: Mapping[str, Laid]
+    mesh: Mesh | None,
+    device: Device,
+    table: ParameterTable,
+    init: Callable[[State], _OptimizerState],
+    parameters: Mapping[str, Laid],
 ) -> _OptimizerState:
     """What `initial_state` would give, without its values."""
-    return _sharded(jax.eval_shape(init, parameters), _state_shardings(mesh, table, init, parameters))
+    shapes = jax.eval_shape(init, parameters)
+    if mesh is None:
+        return jax.tree.map(lambda leaf: _placed(leaf, SingleDeviceSharding(device)), shapes)
+    return _sharded(shapes, _state_shardings(mesh, table, init, parameters))
+
+
+def is_abstract(state: object) -> bool:
+    """Whether arrays of a tree have no values yet."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state))
 
 
 def keep_sharded(mesh: Mesh | None, table: ParameterTable, arrays: State) -> State:
@@ -136,8 +148,21 @@ def _sharded(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def _split(array: np.ndarray, where: NamedSharding) -> jax.Array:
-    return jax.make_array_from_callback(array.shape, where, lambda box: array[box])
+def _places(
+    mesh: Mesh | None, device: Device, table: ParameterTable, arrays: Mapping[str, Laid]
+) -> Mapping[str, Sharding]:
+    if mesh is None:
+        return dict.fromkeys(arrays, SingleDeviceSharding(device))
+    return _shardings(mesh, partitions(mesh, table, arrays))
+
+
+def _placed(array: Any, where: Sharding) -> Any:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
+    if isinstance(where, SingleDeviceSharding):
+        return jax.device_put(array, where)
+    values = np.asarray(array)
+    return jax.make_array_from_callback(values.shape, where, lambda box: values[box])
 
 
 def _shardings(mesh: Mesh, parts: Mapping[str, P]) -> dict[str, NamedSharding]:

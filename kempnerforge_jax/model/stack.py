@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped
 
 from shared_config.interchange import parts
@@ -156,6 +157,6 @@ def _within(parameter: str) -> str:
 def _stacked(arrays: Sequence[Any]) -> Any:
     if isinstance(arrays[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(arrays), *arrays[0].shape), arrays[0].dtype)
-    if any(isinstance(array, Parts) for array in arrays):
+    if any(isinstance(array, (Parts, np.ndarray)) for array in arrays):
         return parts.stacked(arrays)
     return jnp.stack(arrays)

@@ -114,11 +114,11 @@ def _untied(model: nnx.Module, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def like(own: Shaped[Array, "..."], value: object) -> Shaped[Array, "..."]:
-    """The values of an array of any library, in the dtype and sharding of ``own``. Of one on the host, `Parts` of one
-    too, each device reads what it is to hold.
+    """The values of an array of any library, in the dtype and sharding of ``own``, which may be abstract. Of one on the
+    host, `Parts` of one too, each device reads what it is to hold.
     """
     sharding = None if isinstance(own, Tracer) else getattr(own, "sharding", None)
-    if sharding is None or not getattr(own, "committed", False):
+    if sharding is None or not (isinstance(own, jax.ShapeDtypeStruct) or own.committed):
         return jnp.asarray(value if isinstance(value, jax.Array) else host_array("value", value), own.dtype)
     if isinstance(value, jax.Array):
         return jax.device_put(value.astype(own.dtype), sharding)
@@ -138,12 +138,23 @@ def from_numpy(array: np.ndarray, dtype: DTypeLike | None = None) -> Shaped[Arra
         ValueError: if values would be lost: float64 without jax_enable_x64 and without ``dtype``, integers too large.
     """
     kept = np.dtype(dtype or array.dtype)
-    held = jax.dtypes.canonicalize_dtype(kept)
-    if held != kept and not np.issubdtype(kept, np.integer):
-        raise ValueError(f"dtype = {kept}: JAX holds {held} unless jax_enable_x64 is set; give the dtype that is meant")
+    held = held_dtype(kept)
     if held != kept and array.size and (array.max() > np.iinfo(held).max or array.min() < np.iinfo(held).min):
         raise ValueError(f"values up to {array.max()}: must fit {held}, unless jax_enable_x64 is set")
     return jnp.asarray(array, held)
+
+
+def held_dtype(dtype: DTypeLike) -> np.dtype:
+    """The dtype that JAX holds for this one; that of 64-bit integers may be narrower.
+
+    Raises:
+        ValueError: float64 without jax_enable_x64.
+    """
+    kept = jnp.dtype(dtype)
+    held = jax.dtypes.canonicalize_dtype(kept)
+    if held != kept and not np.issubdtype(kept, np.integer):
+        raise ValueError(f"dtype = {kept}: JAX holds {held} unless jax_enable_x64 is set; give the dtype that is meant")
+    return held
 
 
 def share(state: Mapping[str, object]) -> State:

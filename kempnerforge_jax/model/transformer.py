@@ -65,13 +65,9 @@ class Transformer(ModelGetters):
         self.token_embedding: TokenEmbedding | None = TokenEmbedding(
             config.vocab_size, config.dim, config.embedding_scale, rngs=None
         )
-        self.rope = RotaryTables(
-            config.head_size, config.max_seq_len, config.rope_theta, config.rope_scaling, rngs=None
-        )
-        own_rope = config.has_window_rope
-        self.window_rope = (
-            RotaryTables(config.head_size, config.max_seq_len, *config.window_rope, rngs=None) if own_rope else None
-        )
+        places, own_rope = (config.head_size, config.max_seq_len), config.has_window_rope
+        self.rope = RotaryTables(*places, config.rope_theta, config.rope_scaling, rngs=None)
+        self.window_rope = RotaryTables(*places, *config.window_rope, rngs=None) if own_rope else None
         blocks = {str(i): self.architecture.build_block(i, rngs=None) for i in range(config.n_layers)}
         self.layers: Numbered = Numbered(blocks)
         self.cross_attention_layers: nnx.Dict[Module] = nnx.Dict()
@@ -90,12 +86,16 @@ class Transformer(ModelGetters):
 
     def init_weights_and_freqs(self, seed: int | None = None, *, rngs: nnx.Rngs | None = None) -> None:
         """Set every parameter, buffer and rotary table, e.g. of a model from `nnx.eval_shape`; see `init_weights`."""
+        self.init_freqs()
+        init_weights(self, self.config, seed, rngs=rngs)
+
+    def init_freqs(self) -> None:
+        """Set what no state holds, rotary tables and numbers of layers, e.g. after `nnx.eval_shape`."""
         for rope in (self.rope, self.window_rope):
             if rope is not None:
                 rope.reset()
         for path, module in self._having("set_layer"):
             module.set_layer(int(path.split(".")[1]))
-        init_weights(self, self.config, seed, rngs=rngs)
 
     def forward(
         self,

@@ -17,7 +17,7 @@ from kempnerforge_jax.model.adapter import VisionAdapter, build_adapter
 from kempnerforge_jax.model.checks import check_axes, check_mask, check_shape
 from kempnerforge_jax.model.kv_cache import KVCache
 from kempnerforge_jax.model.modality import ModalityContext, with_text
-from kempnerforge_jax.model.module import Module
+from kempnerforge_jax.model.module import Module, Table, named_variables
 from kempnerforge_jax.model.mot import mot_warm_start_from_text_stack
 from kempnerforge_jax.model.stats import TransformerOutput
 from kempnerforge_jax.model.transformer import Transformer
@@ -159,6 +159,13 @@ class VLMWrapper(Module):
         self.adapter.init_weights(seed, rngs=rngs)
         self.transformer.init_weights_and_freqs(seed, rngs=rngs)
         self.warm_start()
+
+    def init_freqs(self) -> None:
+        """Set what no state holds. Encoders and adapters with tables of their own are initialised for these."""
+        for part in (self.vision_encoder, self.adapter):
+            if any(isinstance(variable, Table) for _, variable in named_variables(part)):
+                part.init_weights()
+        self.transformer.init_freqs()
 
     def warm_start(self) -> None:
         """Take over the weights of the text model that the config names, if it does."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,13 @@ from shared_config.schema.job import JobConfig
 def matmul_precision(level: str) -> AbstractContextManager[object]:
     """How float32 matrices are multiplied: "highest" as float32, "high" as TF32 or as three bfloat16 products."""
     return jax.default_matmul_precision(level)
+
+
+@contextmanager
+def arithmetic(dtype: str) -> Iterator[np.dtype]:
+    """In which arrays may be of the dtype of this name, which it yields; of 64 bits they may only where JAX is told."""
+    with jax.enable_x64(True) if dtype == "float64" else nullcontext():
+        yield jnp.dtype(dtype)
 
 
 def compute_dtype(config: JobConfig, dtype: DTypeLike) -> np.dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ from kempnerforge_jax.distributed.fsdp import (
     whole_block,
 )
 from kempnerforge_jax.distributed.mesh import Mesh
+from kempnerforge_jax.model.balancing import balance
+from kempnerforge_jax.model.module import named_variables
 from kempnerforge_jax.model.scan import preparing
 from kempnerforge_jax.model.stack import in_first_layer
 from kempnerforge_jax.model.state import State, get_state, merge, split
@@ -40,6 +42,7 @@ from kempnerforge_jax.training.terms import Terms, expert_counts, model_inputs
 from shared_config.contract.freeze import effective_freeze, frozen_names
 from shared_config.contract.labels import loss_terms
 from shared_config.contract.lora import adapter_table, trained_with
+from shared_config.contract.routing import RouterId
 from shared_config.contract.specs import ParameterSpec
 from shared_config.contract.vision import job_table
 from shared_config.interchange.vision import tower_of
@@ -101,6 +104,23 @@ class Recipe:
             return self
         specs = effective_freeze(step, vlm.freeze, vlm.freeze_schedule)
         return dataclasses.replace(self, frozen=frozenset(frozen_names(parameters, specs, vlm.module_patterns)))
+
+    def balanced(
+        self,
+        parameters: State,
+        buffers: State,
+        counts: Mapping[RouterId, jax.Array],
+        progress: jax.Array,
+        taken: jax.Array | None,
+    ) -> State:
+        """The buffers, with the balancing buffers of routers updated from the counts of the whole step, unless it is
+        skipped.
+        """
+        if not counts:
+            return buffers
+        model = merge(self.graphdef, parameters, buffers)
+        balance(model, counts, progress, taken)
+        return {name: variable.get_value() for name, variable in named_variables(model) if name in buffers}
 
 
 def gradients_of(

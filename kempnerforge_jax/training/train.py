@@ -26,12 +26,17 @@ from kempnerforge_jax.distributed.health import check_health
 from kempnerforge_jax.distributed.mesh import drawing_device, open_mesh, own_devices
 from kempnerforge_jax.distributed.processes import joined, processes
 from kempnerforge_jax.distributed.ranks import Ranks
-from kempnerforge_jax.distributed.sharding import initial_state, keep_sharded, place, place_batches
+from kempnerforge_jax.distributed.sharding import (
+    abstract_initial_state,
+    initial_state,
+    is_abstract,
+    keep_sharded,
+    place,
+    place_batches,
+)
 from kempnerforge_jax.distributed.states import host_copies, own_parts
-from kempnerforge_jax.model.balancing import balance
 from kempnerforge_jax.model.build import build_model
 from kempnerforge_jax.model.lora import add_adapters
-from kempnerforge_jax.model.module import named_variables
 from kempnerforge_jax.model.state import State, merge, own_variables, set_state, split
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper
@@ -57,7 +62,6 @@ from shared_config.contract.bias_schedule import training_progress
 from shared_config.contract.freeze import moments_under, trained_parameters
 from shared_config.contract.labels import label_count
 from shared_config.contract.lora import trained_with, with_adapters
-from shared_config.contract.routing import RouterId
 from shared_config.contract.schedule import Rates
 from shared_config.data import open_data
 from shared_config.data.images import with_noise_seeds
@@ -66,6 +70,7 @@ from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.parts import Parts, StateParts
 from shared_config.schema.job import JobConfig
 from shared_config.training.loop import run_training
+from shared_config.training.resume import has_weights
 from shared_config.training.speed import Devices
 from shared_config.training.trainer import Batch, TrainingSummary
 
@@ -100,7 +105,7 @@ def train(
     """
     with joined(device) as devices:
         check_health(config, devices)
-        trainer = Trainer(config, devices)
+        trainer = Trainer(config, devices, draws=not has_weights(config))
         own = trainer.ranks.own
         data = open_data(config, rank=own.start, world_size=trainer.ranks.count, together=len(own))
         loggers = sample_loggers(config, functools.partial(continued, trainer), trainer.devices.count)
@@ -136,7 +141,9 @@ class Trainer:
         device: Device | str | list[Device] | None = None,
         *,
         dtype: DTypeLike = jnp.float32,
+        draws: bool = True,
     ):
+        """``draws``: initial weights; False where `load_state` gives all of them next."""
         self.config = config
         devices = list(device) if isinstance(device, list) else [find_device(device)]
         self._own_devices, self.mesh = own_devices(devices), open_mesh(config, devices)
@@ -144,14 +151,12 @@ class Trainer:
         self.devices = Devices(len(devices), device_kind(self.device))
         self.ranks = Ranks(self.mesh)
         with jax.default_device(drawing_device(self.mesh, self.device)):
-            self.recipe, parameters, buffers = Recipe.of(config, self.mesh, _build_model(config, dtype), dtype)
+            self.recipe, parameters, buffers = Recipe.of(config, self.mesh, _build_model(config, dtype, draws), dtype)
         self.table = dict(self.recipe.table)
         self.parameters, self.buffers = (
             place(self.mesh, self.device, self.table, arrays) for arrays in (parameters, buffers)
         )
-        trained = trained_with(config.lora, trained_parameters(self.parameters, config.vlm))
-        optimizer = build_optimizer(trained, self.table, config.optimizer)
-        self.optimizer_state = initial_state(self.mesh, self.device, self.table, optimizer.init, trained)
+        self.optimizer_state = self._optimizer_state(initial_state if draws else abstract_initial_state)
         self.rates = build_rates(config)
         self.updates = 0
 
@@ -238,10 +243,12 @@ class Trainer:
         """
         model = self.model
         set_state(model, with_adapters(state.weights, self.config))
+        _, self.parameters, self.buffers = split(model)
         if state.optimizer or state.step:
             moments = moments_under(self.config.vlm, self.table, state.optimizer, self.config.optimizer)
             self.optimizer_state = set_optimizer_state(self.optimizer_state, moments, state.step)
-        _, self.parameters, self.buffers = split(model)
+        elif is_abstract(self.optimizer_state):
+            self.optimizer_state = self._optimizer_state(initial_state)
         self.updates = state.step
 
     def profile(self, folder: Path) -> AbstractContextManager[None]:
@@ -267,6 +274,12 @@ class Trainer:
     def _freeze(self) -> None:
         """Apply the freeze schedule at this step."""
         self.recipe = self.recipe.at_step(self.parameters, self.updates)
+
+    def _optimizer_state(self, made: Callable[..., OptimizerState]) -> OptimizerState:
+        """That of the parameters which are trained, before a step."""
+        trained = trained_with(self.config.lora, trained_parameters(self.parameters, self.config.vlm))
+        optimizer = build_optimizer(trained, self.table, self.config.optimizer)
+        return made(self.mesh, self.device, self.table, optimizer.init, trained)
 
     @property
     def _scalar(self) -> np.dtype:
@@ -309,7 +322,7 @@ def _step(
         taken &= stays_finite(optimizer, gradients, own_state, trained, rates)
     trained, state = update(optimizer, gradients, own_state, trained, rates, taken)
     parameters, optimizer_state = {**parameters, **trained}, with_states(optimizer_state, state)
-    buffers = _balanced(recipe, parameters, buffers, total.expert_counts, progress, taken)
+    buffers = recipe.balanced(parameters, buffers, total.expert_counts, progress, taken)
     parameters, buffers = (
         keep_sharded(recipe.shards and recipe.shards.mesh, dict(recipe.table), each) for each in (parameters, buffers)
     )
@@ -317,27 +330,12 @@ def _step(
     return parameters, buffers, optimizer_state, metrics
 
 
-def _balanced(
-    recipe: Recipe,
-    parameters: State,
-    buffers: State,
-    counts: Mapping[RouterId, jax.Array],
-    progress: jax.Array,
-    taken: jax.Array | None,
-) -> State:
-    """The buffers, with the balancing buffers of routers updated from the counts of the whole step, unless it is
-    skipped.
-    """
-    if not counts:
-        return buffers
-    model = merge(recipe.graphdef, parameters, buffers)
-    balance(model, counts, progress, taken)
-    return {name: variable.get_value() for name, variable in named_variables(model) if name in buffers}
-
-
-def _build_model(config: JobConfig, dtype: DTypeLike) -> Transformer | VLMWrapper:
-    """The seeded model. It is built without arrays, and its initial values are drawn in float32."""
+def _build_model(config: JobConfig, dtype: DTypeLike, draws: bool) -> Transformer | VLMWrapper:
+    """The model, seeded if it ``draws``, else abstract. It is built without arrays, and drawn in float32."""
     model = nnx.eval_shape(lambda: build_model(config, rngs=None))
-    model.init_weights_and_freqs(config.train.seed)
+    if draws:
+        model.init_weights_and_freqs(config.train.seed)
+    else:
+        model.init_freqs()
     add_adapters(model, config)
     return model.to(dtype)

@@ -56,9 +56,9 @@ class Transformer(ModelGetters):
         self.token_embedding: TokenEmbedding | None = TokenEmbedding(
             config.vocab_size, config.dim, config.embedding_scale
         )
-        self.rope = RotaryTables(config.head_size, config.max_seq_len, config.rope_theta, config.rope_scaling)
-        own_rope = config.has_window_rope
-        self.window_rope = RotaryTables(config.head_size, config.max_seq_len, *config.window_rope) if own_rope else None
+        places, own_rope = (config.head_size, config.max_seq_len), config.has_window_rope
+        self.rope = RotaryTables(*places, config.rope_theta, config.rope_scaling)
+        self.window_rope = RotaryTables(*places, *config.window_rope) if own_rope else None
         self.layers = nn.ModuleDict({str(i): self.architecture.build_block(i) for i in range(config.n_layers)})
         self.cross_attention_layers: nn.Module = nn.ModuleDict()
         self.mot_norms: nn.Module = nn.ModuleDict()
@@ -73,11 +73,15 @@ class Transformer(ModelGetters):
 
     def init_weights_and_freqs(self, seed: int | None = None) -> None:
         """Set every parameter, buffer and rotary table, e.g. after `to_empty`; see `init_weights`."""
+        self.init_freqs()
+        init_weights(self, self.config, seed)
+
+    def init_freqs(self) -> None:
+        """Set what no state holds, rotary tables and the tie, e.g. after `to_empty`."""
         self._tie()
         for rope in (self.rope, self.window_rope):
             if rope is not None:
                 rope.reset()
-        init_weights(self, self.config, seed)
 
     def forward(
         self,

@@ -160,6 +160,13 @@ class VLMWrapper(nn.Module):
         self.transformer.init_weights_and_freqs(seed)
         self.warm_start()
 
+    def init_freqs(self) -> None:
+        """Set what no state holds. Encoders and adapters with tables of their own are initialised for these."""
+        for part in (self.vision_encoder, self.adapter):
+            if not part.state_dict().keys() >= dict(part.named_buffers()).keys():
+                part.init_weights()
+        self.transformer.init_freqs()
+
     def warm_start(self) -> None:
         """Load the weights of the text model that the config names, if any, unless they are on the meta device."""
         if next(self.transformer.parameters()).is_meta:

@@ -96,6 +96,12 @@ def matmul_precision(level: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@contextlib.contextmanager
+def arithmetic(dtype: str) -> Iterator[torch.dtype]:
+    """In which tensors may be of the dtype of this name, which it yields; in torch they always may."""
+    yield getattr(torch, dtype)
+
+
 def compute_dtype(config: JobConfig, dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic, given that of the masters."""
     return torch.bfloat16 if config.train.casts and dtype == torch.float32 else dtype

@@ -65,6 +65,7 @@ from shared_config.interchange.parts import StateParts
 from shared_config.interchange.vision import tower_of
 from shared_config.schema.job import JobConfig
 from shared_config.training.loop import run_training
+from shared_config.training.resume import has_weights
 from shared_config.training.speed import Devices
 from shared_config.training.trainer import Batch, TrainingSummary
 
@@ -90,7 +91,7 @@ def train(
     """
     with joined(device) as target:
         check_health(config, target)
-        trainer = Trainer(config, target)
+        trainer = Trainer(config, target, draws=not has_weights(config))
         data = open_data(config, rank=trainer.ranks.rank, world_size=trainer.ranks.count)
         loggers = sample_loggers(config, functools.partial(continued, trainer), trainer.devices.count)
         return run_training(
@@ -121,14 +122,20 @@ class Trainer:
     backend = "torch"
 
     def __init__(
-        self, config: JobConfig, device: torch.device | str | None = None, *, dtype: torch.dtype = torch.float32
+        self,
+        config: JobConfig,
+        device: torch.device | str | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        draws: bool = True,
     ):
+        """``draws``: initial weights; False where `load_state` gives all of them next."""
         self.config = config
         self.device = find_device(device)
         self.mesh = open_mesh(config, self.device)
         self.devices = Devices(process_count(), device_kind(self.device))
         self.ranks = Ranks(self.mesh)
-        self.model, self.table = _build_model(config, self.device, dtype, self.mesh)
+        self.model, self.table = _build_model(config, self.device, dtype, self.mesh, draws)
         self.compute_dtype = compute_dtype(config, dtype)
         self.masters = {name: p for name, p in own_tensors(self.model).items() if isinstance(p, nn.Parameter)}
         self.parameters = trained_with(config.lora, trained_parameters(self.masters, config.vlm))
@@ -318,16 +325,17 @@ class Trainer:
 
 
 def _build_model(
-    config: JobConfig, device: torch.device, dtype: torch.dtype, mesh: Mesh | None
+    config: JobConfig, device: torch.device, dtype: torch.dtype, mesh: Mesh | None, draws: bool
 ) -> tuple[Transformer | VLMWrapper, ParameterTable]:
-    """The seeded model and its table. It is built without storage, and its initial values are drawn in float32."""
+    """The model, seeded if it ``draws``, and its table. It is built without storage, and drawn in float32."""
     with torch.device("meta"):
         model = build_model(config)
     use_fp8(model, config)
     shapes = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
     table = job_table(config, tower_of(config), shapes) | adapter_table(config)
-    model = parallelize(model, config, mesh, table, device, dtype).to_empty(device=device)
-    model.init_weights_and_freqs(config.train.seed)
+    model = parallelize(model, config, mesh, table, device, dtype)
+    model = (model if draws else model.to(dtype)).to_empty(device=device)
+    model.init_weights_and_freqs(config.train.seed) if draws else model.init_freqs()
     add_adapters(model, config)
     return model.to(dtype), table
 

@@ -32,7 +32,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     template = template_of(tokenizer)
     manner = manner_of(options, config, tokenizer)
     require_backend(options.backend)
-    model = load_speaker(options, config, overrides)
+    with precision(options, config):
+        model = load_speaker(options, config, overrides)
     before = [] if options.system is None else [{"role": "system", "content": options.system}]
     messages = list(before)
     for number, question in enumerate(questions()):

@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
 from shared_config.contract.vision import job_table
 from shared_config.interchange.files import regular_target
 from shared_config.interchange.outputs import writable_folder
+from shared_config.interchange.parts import HostArray
 from shared_config.interchange.source import read_model, to_stderr
 from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import check_tensors
@@ -47,8 +47,8 @@ def overridden_fields(overrides: Sequence[str]) -> frozenset[str]:
     return frozenset(name for name, _ in parse_overrides(overrides))
 
 
-def fitting_weights(path: str | Path, config: JobConfig, overrides: Sequence[str]) -> Mapping[str, np.ndarray]:
-    """The weights at a path, of any kind, for a config.
+def fitting_weights(path: str | Path, config: JobConfig, overrides: Sequence[str]) -> Mapping[str, HostArray]:
+    """The weights at a path, of any kind, for a config; nothing of them is read before it is asked for.
 
     Raises:
         UserError: nothing there, settings beside them that differ, or tensors that don't fit.

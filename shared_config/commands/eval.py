@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
 from shared_config.commands.backends import backend_module, require_backend, require_package
 from shared_config.commands.common import (
     console,
@@ -19,13 +17,14 @@ from shared_config.commands.common import (
     folder_of,
     writable_file,
 )
+from shared_config.contract.decoding import DTYPES
 from shared_config.contract.warm_start import without_warm_start
 from shared_config.data.tokenizer import build_tokenizer
 from shared_config.errors import UserError
 from shared_config.evaluation.numbers import evaluate, evaluation_batches
 from shared_config.evaluation.scorer import Scorer
-from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.files import written_aside
+from shared_config.interchange.parts import HostArray, StateParts, whole
 from shared_config.interchange.tokens import beside, has_tokenizer
 from shared_config.loader import load_config, parse_overrides
 from shared_config.schema.job import JobConfig
@@ -54,11 +53,16 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     split = options.split or ("heldout" if options.data is None else "all")
     batches = evaluation_batches(config, split, options.batches)
     weights = fitting_weights(path, config, overrides)
-    trainer = backend_module(options.backend, "training.train").Trainer(without_warm_start(config), options.device)
-    trainer.load_state(TrainingState(0, dict(weights), {}))
-    began = time.perf_counter()
-    result = evaluate(config, trainer, batches)
-    seconds = time.perf_counter() - began
+    if options.dtype is not None:
+        config = config.replace(train=config.train.replace(mixed_precision="fp32"))
+    with backend_module(options.backend, "training.mixed_precision").arithmetic(options.dtype or DTYPES[0]) as dtype:
+        trainer = backend_module(options.backend, "training.train").Trainer(
+            without_warm_start(config), options.device, dtype=dtype, draws=False
+        )
+        trainer.load_state(StateParts(0, {name: whole(name, tensor) for name, tensor in weights.items()}, {}))
+        began = time.perf_counter()
+        result = evaluate(config, trainer, batches)
+        seconds = time.perf_counter() - began
     console().print(result.line(), markup=False)
     if numbers is not None:
         where = {"weights": str(path), "data": config.data.path, "split": split, "backend": options.backend}
@@ -67,7 +71,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def evaluate_tasks(
-    options: argparse.Namespace, config: JobConfig, weights: Mapping[str, np.ndarray]
+    options: argparse.Namespace, config: JobConfig, weights: Mapping[str, HostArray]
 ) -> dict[str, dict[str, object]]:
     """Task of lm-evaluation-harness -> metric -> value.
 
@@ -77,8 +81,10 @@ def evaluate_tasks(
     require_package("lm_eval", "lm-eval", "eval --tasks")
     from shared_config.evaluation.harness import run_tasks
 
-    scorer = build_scorer(options.backend, config, weights, options.device)
-    return run_tasks(scorer, options.tasks.split(","), options.limit)
+    dtype = options.dtype or DTYPES[0]
+    with backend_module(options.backend, "training.mixed_precision").arithmetic(dtype):
+        scorer = build_scorer(options.backend, config, weights, options.device, dtype)
+        return run_tasks(scorer, options.tasks.split(","), options.limit)
 
 
 def write_json(path: Path, numbers: Mapping[str, object]) -> None:
@@ -87,7 +93,9 @@ def write_json(path: Path, numbers: Mapping[str, object]) -> None:
         aside.write_text(json.dumps(numbers, indent=1, default=str), encoding="utf-8")
 
 
-def build_scorer(backend: str, config: JobConfig, weights: Mapping[str, np.ndarray], device: str | None) -> Scorer:
+def build_scorer(
+    backend: str, config: JobConfig, weights: Mapping[str, HostArray], device: str | None, dtype: str = DTYPES[0]
+) -> Scorer:
     """A model that scores and continues texts.
 
     Raises:
@@ -95,7 +103,7 @@ def build_scorer(backend: str, config: JobConfig, weights: Mapping[str, np.ndarr
     """
     if config.vlm is not None:
         raise UserError("eval --tasks: scores text models, not those with a [vlm] section")
-    model = backend_module(backend, "model.build").load_model(config, weights, device)
+    model = backend_module(backend, "model.build").load_model(config, weights, device, dtype=dtype)
     scores = backend_module(backend, "training.scoring").scores
     stream = backend_module(backend, "model.generate").stream
     tokenizer = build_tokenizer(config.data.tokenizer, config.data.eos_id)

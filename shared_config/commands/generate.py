@@ -41,9 +41,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     manner = manner_of(options, config, tokenizer)
     pixels = read_images(options, config)
     require_backend(options.backend)
-    model = load_speaker(options, config, overrides)
     times: list[float] = []
     with precision(options, config):
+        model = load_speaker(options, config, overrides)
         pieces = spoken(
             model, prompt, manner, tokenizer, options,
             length=options.max_new_tokens, seed=options.seed, times=times, pixels=pixels,

@@ -18,6 +18,7 @@ from shared_config.data.stops import until_stop
 from shared_config.data.template import ChatTemplate, TemplateError, has_template
 from shared_config.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from shared_config.errors import UserError
+from shared_config.interchange.parts import HostArray
 from shared_config.interchange.source import to_stderr
 from shared_config.interchange.tokens import beside, has_tokenizer, sampling_defaults, stop_ids
 from shared_config.schema.job import JobConfig
@@ -105,12 +106,14 @@ def load_speaker(options: argparse.Namespace, config: JobConfig, overrides: Sequ
     load_model = backend_module(options.backend, "model.build").load_model
     weights = read_weights(options, config, overrides)
     built = config if weights is None else without_warm_start(config)
-    return load_model(built, weights, options.device, seed=options.seed or 0, weights_dtype=options.weights_dtype)
+    return load_model(
+        built, weights, options.device, seed=options.seed or 0, dtype=options.dtype, weights_dtype=options.weights_dtype
+    )
 
 
 def read_weights(
     options: argparse.Namespace, config: JobConfig, overrides: Sequence[str]
-) -> Mapping[str, np.ndarray] | None:
+) -> Mapping[str, HostArray] | None:
     """The weights of ``--weights``, or of the folder that CONFIG is; None if there are none.
 
     Raises:
@@ -157,9 +160,12 @@ def spoken(
     return until_stop(tokenizer.decode_stream(timed(tokens, times), after=prompt), manner.stop_texts)
 
 
-def precision(options: argparse.Namespace, config: JobConfig) -> contextlib.AbstractContextManager[None]:
-    """In which a model speaks in the precision of ``train.matmul_precision``."""
-    return backend_module(options.backend, "training.mixed_precision").matmul_precision(config.train.matmul_precision)
+@contextlib.contextmanager
+def precision(options: argparse.Namespace, config: JobConfig) -> Iterator[None]:
+    """In which a model is loaded, and speaks, in ``--dtype`` and in the precision of ``train.matmul_precision``."""
+    own = backend_module(options.backend, "training.mixed_precision")
+    with own.arithmetic(options.dtype), own.matmul_precision(config.train.matmul_precision):
+        yield
 
 
 def timed(tokens: Iterable[np.ndarray], times: list[float]) -> Iterator[int]:

@@ -135,7 +135,7 @@ def load_given_weights(which: str, config: JobConfig, overrides: Sequence[str] =
         return which
     if not Path(which).exists():
         raise UserError(f"--weights = {which!r}: must be one of {', '.join(WEIGHTS)}, or an existing file or folder")
-    return fitting_weights(which, config, overrides)
+    return {name: np.asarray(tensor) for name, tensor in fitting_weights(which, config, overrides).items()}
 
 
 def read_tokens(text: str) -> np.ndarray:

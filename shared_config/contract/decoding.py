@@ -20,6 +20,8 @@ from shared_config.schema.vlm import VLMConfig
 
 PREFILL_CHUNK = 512
 SMALLEST_BUCKET = 16
+DTYPES = ("float32", "bfloat16", "float64")
+"""What a model that speaks may hold its weights in and compute in; routers and norms in at least float32."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,16 @@ def check_integer(name: str, value: object, low: int, high: int | None = None, o
     allowed = f"at least {low}" if high is None else f"in [{low}, {high})"
     kind = "" if is_integer else "an integer "
     raise UserError(f"{name} = {value!r}: must be {kind}{allowed}{', ' * bool(others)}{others}")
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse what a model can't compute in.
+
+    Raises:
+        ValueError: naming what is allowed.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
 
 
 def check_architecture(vlm: VLMConfig | None) -> None:

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from shared_config.contract.specs import Constant, ParameterSpec, ParameterTable
 
@@ -34,7 +35,7 @@ def stream(seed: int, name: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
-def state_hash(state: Mapping[str, np.ndarray]) -> str:
+def state_hash(state: Mapping[str, npt.ArrayLike]) -> str:
     """SHA-256 of names, dtypes, shapes and bytes, whatever the order of the mapping."""
     digest = hashlib.sha256()
     for name in sorted(state):

@@ -80,17 +80,17 @@ def with_adapters(weights: Mapping[str, Kept], config: JobConfig) -> Mapping[str
     return {**weights, **{name: initial_value(name, spec, seed) for name, spec in adapter_table(config).items()}}
 
 
-def without_adapters(weights: Mapping[str, np.ndarray], lora: LoraConfig | None) -> dict[str, np.ndarray]:
+def without_adapters(weights: Mapping[str, Kept], lora: LoraConfig | None) -> dict[str, Kept | np.ndarray]:
     """The weights with their adapters in them, the same bits everywhere: W + scale * sum over r of B[:, r] A[r, :], in
     float64, term by term in the order of r, and rounded once to the dtype of W.
     """
-    merged = {name: value for name, value in weights.items() if not is_adapter(name)}
+    merged: dict[str, Kept | np.ndarray] = {name: value for name, value in weights.items() if not is_adapter(name)}
     for name in weights:
         if lora is None or not name.endswith(f".{A}"):
             continue
         module = name.removesuffix(f".{A}")
         a_RI, b_OR = (np.asarray(weights[f"{module}.{part}"], np.float64) for part in (A, B))
-        weight_OI = merged[f"{module}.weight"]
+        weight_OI = np.asarray(merged[f"{module}.weight"])
         sum_OI = np.zeros(weight_OI.shape, np.float64)
         for a_I, b_O in zip(a_RI, b_OR.T, strict=True):
             sum_OI += b_O[:, None] * a_I

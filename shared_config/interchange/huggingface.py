@@ -22,6 +22,7 @@ from shared_config.interchange.huggingface_config import config_from_huggingface
 from shared_config.interchange.huggingface_description import MODULES, Family
 from shared_config.interchange.huggingface_families import FAMILIES
 from shared_config.interchange.huggingface_family import families_of
+from shared_config.interchange.parts import HostArray, Parts, stacked
 from shared_config.interchange.reading import MAX_JSON_BYTES, parse_json, read_bytes
 from shared_config.interchange.states import AnyArray, ArrayType, Key, check_tied, host_array, plain_state
 from shared_config.interchange.tokens import copy_tokenizer, special_ids
@@ -107,6 +108,16 @@ def from_huggingface(state: Mapping[str, ArrayType], config: ModelConfig) -> dic
     Raises:
         ConfigError: as `families_of`.
         WeightsError: listing every missing, extra, misshapen or non-floating tensor by its Hugging Face name.
+    """
+    found = views_from_huggingface(state, config)
+    return {name: np.asarray(array) if isinstance(array, Parts) else array for name, array in found.items()}
+
+
+def views_from_huggingface(state: Mapping[str, ArrayType], config: ModelConfig) -> dict[str, ArrayType | HostArray]:
+    """What `from_huggingface` gives, without a copy: packed experts are in parts, a view of each expert's matrix.
+
+    Raises:
+        ConfigError, WeightsError: as `from_huggingface`.
     """
     names, specs = name_map(config), _unpacked_table(config)
     state = {name: array for name, array in plain_state(state).items() if not name.endswith(ROTARY_BUFFER)}
@@ -201,13 +212,13 @@ def _replaced(name: str, prefixes: Mapping[str, str]) -> str:
     return prefixes[native] + name.removeprefix(native)
 
 
-def _pack(state: Mapping[str, object], name: str) -> np.ndarray:
+def _pack(state: Mapping[str, object], name: str) -> Parts:
     """layers.0.mlp.gate_w (expert, in, out) from layers.0.mlp.experts.{e}.gate_proj.weight (out, in)."""
     module, _, packed = name.rpartition(".")
     experts = []
     while (expert := f"{module}.experts.{len(experts)}.{PACKED[packed]}.weight") in state:
         experts.append(host_array(expert, state[expert]).T)
-    return np.stack(experts)
+    return stacked(experts)
 
 
 def _unpack(state: Mapping[str, Any], name: str) -> AnyArray:
@@ -215,7 +226,9 @@ def _unpack(state: Mapping[str, Any], name: str) -> AnyArray:
     module, _, expert = name.partition(".experts.")
     number, projection, _ = expert.split(".")
     packed = next(packed for packed, unpacked in PACKED.items() if unpacked == projection)
-    return state[f"{module}.{packed}"][int(number)].T
+    matrices = state[f"{module}.{packed}"]
+    one = np.asarray(matrices.layer(int(number))) if isinstance(matrices, Parts) else matrices[int(number)]
+    return one.T
 
 
 def _check_tied(head: object, embedding: object) -> None:

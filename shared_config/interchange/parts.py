@@ -61,6 +61,11 @@ class Parts:
             result[_moved(common, [start for start, _ in bounds])] = part.values[_moved(common, part.start)]
         return result
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole tensor in memory."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The whole tensor."""
         return np.asarray(self[tuple(slice(None) for _ in self.shape)], dtype=dtype)
@@ -97,19 +102,25 @@ class StateParts:
         return {"weights": self.weights, "optimizer": self.optimizer}
 
 
+HostArray = np.ndarray | Parts
+"""A tensor on the host, or mapped from files, in one part or in several that are put together where it is needed."""
+
+
 def whole(name: str, array: object) -> Parts:
-    """A tensor in one part.
+    """A tensor in one part; one that is in parts stays so.
 
     Args:
         array: of any library.
     """
+    if isinstance(array, Parts):
+        return array
     values = host_array(name, array)
     return Parts(values.shape, values.dtype, (Part((0,) * values.ndim, values),))
 
 
-def stacked(layers: Sequence[Parts | np.ndarray]) -> Parts:
+def stacked(layers: Sequence[HostArray]) -> Parts:
     """Tensors of one shape as one with a leading axis. Nothing is copied."""
-    every = [layer if isinstance(layer, Parts) else whole("", layer) for layer in layers]
+    every = [whole("", layer) for layer in layers]
     held = (Part((index, *part.start), part.values[None]) for index, layer in enumerate(every) for part in layer.held)
     return Parts((len(every), *every[0].shape), every[0].dtype, tuple(held))
 

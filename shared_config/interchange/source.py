@@ -23,6 +23,7 @@ from shared_config.errors import ConfigError, UserError
 from shared_config.interchange import checkpoint, huggingface, run_layout
 from shared_config.interchange.files import PathLike
 from shared_config.interchange.former import current_fields, is_former
+from shared_config.interchange.parts import HostArray
 from shared_config.interchange.states import without_unused
 from shared_config.interchange.tokens import beside, has_tokenizer
 from shared_config.interchange.toml import config_from_dict, read_fields
@@ -68,7 +69,7 @@ class ModelSource:
     kind: Kind
     config: JobConfig
     found: JobConfig | None
-    weights: dict[str, np.ndarray]
+    weights: dict[str, HostArray]
 
 
 def kind_of(path: PathLike) -> Kind:
@@ -188,9 +189,9 @@ def _refusal(refused: list[Difference], where: str) -> list[str]:
 
 def _read_weights(
     path: Path, kind: Kind, fields: Mapping[str, object] | None, config: JobConfig, average: bool
-) -> dict[str, np.ndarray]:
+) -> Mapping[str, HostArray]:
     if kind == "huggingface":
-        return huggingface.from_huggingface(load_weights(path), config.model)
+        return huggingface.views_from_huggingface(load_weights(path), config.model)
     if kind == "checkpoint":
         kept = average_of(config.optimizer) if average or config.optimizer.averages else evaluated_average(config)
         state = checkpoint.load(path, with_optimizer=kept is not None).state
@@ -199,7 +200,7 @@ def _read_weights(
     return without_unused(load_weights(path, config=fields), {*table, *(f"{TRANSFORMER}{name}" for name in table)})
 
 
-def _without_aliases(state: dict[str, np.ndarray], model: ModelConfig, where: str) -> dict[str, np.ndarray]:
+def _without_aliases(state: Mapping[str, HostArray], model: ModelConfig, where: str) -> dict[str, HostArray]:
     """A tied tensor under its own name, whichever of its names are on disk.
 
     Raises:

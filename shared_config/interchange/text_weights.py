@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from shared_config.interchange.files import PathLike
+from shared_config.interchange.parts import HostArray
 from shared_config.interchange.source import read_model
 from shared_config.schema.job import JobConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.training import TrainConfig
 
 
-def load_text_weights(path: PathLike, config: ModelConfig) -> dict[str, np.ndarray]:
+def load_text_weights(path: PathLike, config: ModelConfig) -> dict[str, HostArray]:
     """Tensors by native names, from a Hugging Face folder, a training run or one of its checkpoints, or native weights.
 
     Args:

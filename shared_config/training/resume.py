@@ -11,7 +11,7 @@ from shared_config.contract.freeze import canonical_freeze_meta
 from shared_config.contract.function import differences
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import Checkpoint, TrainingState, load
-from shared_config.interchange.parts import StateParts
+from shared_config.interchange.parts import StateParts, whole
 from shared_config.interchange.run_layout import latest
 from shared_config.interchange.source import read_model, to_stderr
 from shared_config.interchange.together import ALONE, Processes
@@ -37,6 +37,11 @@ class Start:
     skipped: int = 0
     skipped_in_a_row: int = 0
     grad_accum_steps: int = 1
+
+
+def has_weights(config: JobConfig) -> bool:
+    """Whether `restore` finds weights, so that none need be drawn."""
+    return bool(config.checkpoint.load_path) or latest(config.checkpoint.dir) is not None
 
 
 def restore(
@@ -78,7 +83,9 @@ def restore(
         path = config.checkpoint.load_path
         notes: list[str] = []
         weights = read_model(path, config, overridden=overridden, say=notes.append).weights
-        load_state(TrainingState(step=0, weights=weights, optimizer={}))
+        load_state(
+            StateParts(step=0, weights={name: whole(name, tensor) for name, tensor in weights.items()}, optimizer={})
+        )
         for line in notes:
             note(line)
         say(f"starting from the weights of {path}")

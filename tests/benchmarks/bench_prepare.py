@@ -1,8 +1,9 @@
 """How near `kempnerforge prepare` comes to the tokenizer's own batch speed, and what memory it takes.
 
-    python -m tests.benchmarks.bench_prepare [--mib 100] [--workers N]
+    python -m tests.benchmarks.bench_prepare [--mib 100] [--turns 2] [--text packages|words] [--fast] [--workers N]
 
-A byte-level BPE of 16,384 ids is trained on the spot; the text is what Python packages are installed here. In turns, so
+A byte-level BPE of 16,384 ids is trained on the spot; the text is what Python packages are installed here, or seeded
+words, of which a few are frequent and most are rare, as in a language (Zipf's law). In turns, so
 that both meet the same machine, `encode_batch` of the library gets texts that are in memory already, with a thread for
 each core, and `prepare` makes token files of the same texts as JSON Lines, processes and files included. Seconds of
 processors are compared as well, which other work on the machine disturbs less.
@@ -17,15 +18,16 @@ import os
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from shared_config.data.prepare import Encoding, Progress, prepare
 from shared_config.data.workers import available_cores
 
 MIB = 2**20
-TURNS = 2
 
 
 def main() -> None:
@@ -33,17 +35,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=100, help="of text")
     parser.add_argument("--workers", type=int, default=available_cores(), help="default: one a core")
+    parser.add_argument("--turns", type=int, default=2, help="in which the text is taken, so much of it at a time")
+    parser.add_argument("--text", choices=("packages", "words"), default="packages")
+    parser.add_argument("--fast", action="store_true", help="leave out encode_batch, the slower of the library's")
     options = parser.parse_args()
+    rivals = ("encode_batch", "encode_batch_fast")[options.fast :]
     with tempfile.TemporaryDirectory() as folder:
-        measure(Path(folder), options.mib, options.workers)
+        measure(Path(folder), options.text, options.mib, options.turns, rivals, options.workers)
 
 
-def measure(folder: Path, mib: int, workers: int) -> None:
+def measure(folder: Path, kind: str, mib: int, turns: int, rivals: Sequence[str], workers: int) -> None:
     """Write texts, train a tokenizer, take turns."""
     import tokenizers
 
-    pieces, library = [list(texts_of(mib * MIB // TURNS, turn)) for turn in range(TURNS)], tokenizers.Tokenizer
-    trained = train(pieces[0])
+    library, texts_of = tokenizers.Tokenizer, {"packages": packages, "words": words}[kind]
+    trained = train(list(texts_of(min(mib * MIB // turns, 32 * MIB), 0, turns)))
     trained.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     most = 0.0
@@ -52,12 +58,14 @@ def measure(folder: Path, mib: int, workers: int) -> None:
         nonlocal most
         most = max([most, *(peak(child.pid) for child in multiprocessing.active_children())])
 
-    seconds = {"encode_batch": 0.0, "encode_batch_fast": 0.0, "prepare": 0.0}
+    seconds, total = dict.fromkeys([*rivals, "prepare"], 0.0), 0.0
     processor = dict(seconds)
-    for turn, texts in enumerate(pieces):
+    for turn in range(turns):
+        texts = list(texts_of(mib * MIB // turns, turn, turns))
+        total += sum(len(text.encode()) for text in texts) / MIB
         file = folder / f"{turn}.jsonl"
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        for name in ("encode_batch", "encode_batch_fast"):
+        for name in rivals:
             encode = getattr(library.from_file(str(folder / "tokenizer.json")), name)
             began, used = time.perf_counter(), processor_seconds()
             for first in range(0, len(texts), 1000):
@@ -70,13 +78,17 @@ def measure(folder: Path, mib: int, workers: int) -> None:
         made = prepare([file], folder / f"out{turn}", encoding, workers=workers, shard_bytes=size, show=watch)
         seconds["prepare"] += time.perf_counter() - began
         processor["prepare"] += processor_seconds() - used
-        print(f"turn {turn}: {len(texts):,} documents, {made.tokens:,} tokens")
-    total = sum(len(text.encode()) for texts in pieces for text in texts) / MIB
-    print(f"{total:.0f} MiB of text, {workers} workers")
+        file.unlink()
+        print(f"turn {turn}: {len(texts):,} documents, {made.tokens:,} tokens; {total:.0f} MiB of text so far")
+        report(total, seconds, processor)
+        print(f"most memory of a worker: {most:.0f} MiB", flush=True)
+
+
+def report(total: float, seconds: Mapping[str, float], processor: Mapping[str, float]) -> None:
+    """Print speeds, of MiB of text, and how near `prepare` comes."""
     for name, taken in seconds.items():
         share = f"{taken / seconds['prepare']:.0%}, by processors {processor[name] / processor['prepare']:.0%}"
         print(f"{name}: {total / taken:.2f} MiB/s, {processor[name]:.1f} s of processors; prepare has {share}")
-    print(f"most memory of a worker: {most:.0f} MiB")
 
 
 def processor_seconds() -> float:
@@ -109,9 +121,22 @@ def train(texts: list[str]) -> Any:
     return built
 
 
-def texts_of(size: int, turn: int) -> Iterator[str]:
-    """Every second file of installed packages, again from the start if they are too few."""
-    files = sorted(Path(sysconfig.get_path("purelib")).rglob("*.py"))[turn::TURNS]
+def words(size: int, turn: int, turns: int) -> Iterator[str]:
+    """Documents of 100 to 3,000 words out of 200,000."""
+    letters = np.random.default_rng(0).choice(list("etaoinshrdlcumwfgypbvk"), (200_000, 12))
+    lengths = np.random.default_rng(1).integers(1, 12, len(letters))
+    known = np.array(["".join(word[:length]) for word, length in zip(letters, lengths, strict=True)], object)
+    rng = np.random.default_rng([2, turn])
+    while size > 0:
+        ranks = rng.zipf(1.2, int(rng.integers(100, 3000)))
+        text = " ".join(known[ranks[ranks < len(known)]]) + "."
+        size -= len(text)
+        yield text
+
+
+def packages(size: int, turn: int, turns: int) -> Iterator[str]:
+    """Every so-many-th file of installed packages, again from the start if they are too few."""
+    files = sorted(Path(sysconfig.get_path("purelib")).rglob("*.py"))[turn::turns]
     while size > 0:
         for file in files:
             text = file.read_text(encoding="utf-8", errors="replace")

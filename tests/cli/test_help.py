@@ -16,6 +16,7 @@ from shared_config.cli import main
 from shared_config.commands import NAMES, helps, line_of, sections
 from shared_config.commands.line import build_parser, split_overrides
 from shared_config.commands.lines import bench, trace
+from shared_config.contract.decoding import DTYPES as HELD_DTYPES
 from shared_config.contract.int8 import WEIGHTS_DTYPES
 from shared_config.contract.scale import HARDWARE, Hardware
 from shared_config.contract.slices import CHIPS
@@ -72,7 +73,8 @@ def test_lines_say_what_stands_elsewhere(capsys: pytest.CaptureFixture[str]) -> 
     for name, said in {
         "validate": (",".join(DTYPES), f"{LONG_SEQUENCE} positions", f"agree to {AGREED:g}"),
         "prepare": (f"(default: {SHARD_BYTES >> 20})",),
-        "generate": (f"{{{','.join(WEIGHTS_DTYPES)}}}",),
+        "generate": (f"{{{','.join(WEIGHTS_DTYPES)}}}", f"{{{','.join(HELD_DTYPES)}}}"),
+        "eval": (f"{{{','.join(HELD_DTYPES)}}}",),
         "trace": (f"{{{','.join((*BACKENDS, TRANSFORMERS))}}}",),
         "show": (", ".join(HARDWARE), ", ".join(field.name for field in dataclasses.fields(Hardware))),
         "compile": (", ".join(chip.example for chip in CHIPS.values()),),

@@ -191,6 +191,7 @@ def differences(case: Case, truth: Found, folder: Path, count: int = STEPS) -> l
     lines = _compare(found, truth)
     checkpoint.save(folder, trainer.parts(), processes=own)
     trainer.load_state(truth.states[0])
+    trainer = _trainer(case.job(case.layout), jax.devices(), draws=False)
     trainer.load_state(checkpoint.load(folder, processes=own).parts)
     again = trainer.state()
     return [*lines, *(_other_bits(again, found.states[-1]) if own.is_main else [])]

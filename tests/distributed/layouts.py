@@ -296,8 +296,9 @@ def whole_state(trainer: Any) -> TrainingState:
     return TrainingState(trainer.updates, weights, kept)
 
 
-def _trainer(job: JobConfig) -> Any:
-    return importlib.import_module("kempnerforge_torch.training.train").Trainer(job, "cpu", dtype=torch.float64)
+def _trainer(job: JobConfig, **options: bool) -> Any:
+    train = importlib.import_module("kempnerforge_torch.training.train")
+    return train.Trainer(job, "cpu", dtype=torch.float64, **options)
 
 
 def _batches(job: JobConfig) -> Any:
@@ -370,7 +371,10 @@ def _taken_over(trainer: Any, state: TrainingState) -> list[str]:
 
 
 def _read_again(trainer: Any, written: StateParts, state: TrainingState) -> list[str]:
-    """Likewise of what is written in a checkpoint; and whether this rank has read more than it holds."""
+    """Likewise of what is written in a checkpoint, by one that draws nothing; and whether this rank has read more than
+    it holds.
+    """
+    trainer = _trainer(trainer.config, draws=False)
     read: list[int] = []
     real = Parts.__getitem__
 

@@ -24,6 +24,17 @@ def add_backend(parser: argparse.ArgumentParser, *others: str) -> None:
     parser.add_argument("--backend", required=True, choices=choices, help="framework that does the work")
 
 
+def add_dtype(parser: argparse.ArgumentParser, default: str | None = "float32", by_default: str = "float32") -> None:
+    """The --dtype option, and what is done where it is not given."""
+    parser.add_argument(
+        "--dtype",
+        default=default,
+        choices=("float32", "bfloat16", "float64"),
+        help="what weights are held and products are computed in; routes, norms and rotations are in at least float32 "
+        f"(default: {by_default})",
+    )
+
+
 def add_shrink(parser: argparse.ArgumentParser) -> None:
     """The --shrink option."""
     parser.add_argument("--shrink", action="store_true", help="keep the architecture, cut every size to a few layers")
@@ -51,6 +62,7 @@ def add_speaking(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="ends what is said, and is left out; may be repeated",
     )
+    add_dtype(parser)
     parser.add_argument("--seed", type=not_negative, help="of the draws, and of initial weights (default: another)")
     parser.add_argument(
         "--weights-dtype",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from shared_config.commands.lines.arguments import add_backend, add_config, positive
+from shared_config.commands.lines.arguments import add_backend, add_config, add_dtype, positive
 
 HELP = "loss, perplexity and bits per byte of a model on held-out or on given text"
 EXAMPLES = (
@@ -37,4 +37,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive, metavar="N", help="with --tasks, no more than N documents of each")
     parser.add_argument("--batches", type=positive, metavar="N", help="read no more than N batches (default: all)")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
+    add_dtype(parser, None, "float32, and products as train.mixed_precision says")
     parser.add_argument("--device", help="cpu, cuda, tpu ... (default: the backend's own)")
