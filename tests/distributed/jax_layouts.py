@@ -67,12 +67,12 @@ def _joined(batches: Sequence[Any]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def _trainer(job: Any, devices: Any) -> Any:
+def _trainer(job: Any, devices: Any, **options: bool) -> Any:
     import jax.numpy as jnp
 
     from kempnerforge_jax.training.train import Trainer
 
-    return Trainer(job, devices, dtype=jnp.float64)
+    return Trainer(job, devices, dtype=jnp.float64, **options)
 
 
 def main(folder: Path) -> None:
