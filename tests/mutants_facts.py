@@ -57,6 +57,10 @@ CAPACITY = "config.test_capacity.test_the_capacity_of_a_layer_is_exact"
 ON_PAPER = "config.test_scale.test"
 SENT, SCALE, KEPT = "contract.traffic", "contract.scale", "contract.activations"
 LAYER_KEEPS = "torch.test_activations.test_a_layer_keeps_what_the_model_of_costs_says"
+LLAVAS = "interchange.test_llava"
+LLAVA, LLAVA_KEYS, TOWERS = "interchange.llava", "interchange.llava_config", "interchange.vision"
+SEEN = f"{LLAVAS}.test_a_llava_of_theirs_is_the_same_function_here"
+FEATURES = f"{LLAVAS}.test_a_feature_layer_counts_what_goes_into_the_first_block"
 FAILING = "distributed.test_health.test_those_and_only_those_that_fail_are_named"
 SPEED = "config.test_speed"
 LORA, BITS = "contract.lora", "parity.test_lora.test_merged_weights_have_these_bits"
@@ -129,7 +133,7 @@ FACT_MUTANTS = (
         ("mlp_2layer", 0),
     ),
     FactMutant(VISION, "1 / math.sqrt(shape[1])", "1 / math.sqrt(shape[0])", ADAPTER, ("linear", 0)),
-    FactMutant(VISION, "tower.num_tokens + tower.class_token", "tower.num_tokens", TOWER, (CLIP,)),
+    FactMutant(VISION, "tower.num_patches + tower.class_token", "tower.num_patches", TOWER, (CLIP,)),
     # Streams
     FactMutant(
         "contract.initialise",
@@ -480,6 +484,18 @@ FACT_MUTANTS = (
     FactMutant(
         "data.stops", "max(complete)", "min(complete)", "config.test_stops.test_a_text_ends_before_its_first_stop"
     ),
+    FactMutant(
+        LLAVA,
+        "{_linear_name(name, LINEARS): array for",
+        "{_linear_name(name, LINEARS): array.T if name.startswith('linear_2') else array for",
+        SEEN,
+        ("clip",),
+    ),
+    FactMutant(LLAVA, 'STRATEGY: "default" if', 'STRATEGY: "full" if', SEEN, ("clip",)),
+    FactMutant(LLAVA_KEYS, "n_layers + 1 + index", "n_layers + index", FEATURES, (-2,)),
+    FactMutant(LLAVA_KEYS, "index if index >= 0", "index + 1 if index >= 0", FEATURES, (2,)),
+    FactMutant(TOWERS, '== "full"', '== "default"', SEEN, ("clip",)),
+    FactMutant(TOWERS, "final_norm=False, keep", "final_norm=tower.final_norm, keep", SEEN, ("siglip2",)),
     FactMutant(LORA, "+ lora.scale * sum_OI", "+ sum_OI", BITS),
     FactMutant(LORA, "+ lora.scale * sum_OI", "+ 2 * lora.scale * sum_OI", BITS),
     FactMutant(LORA, "np.zeros(weight_OI.shape, np.float64)", "np.zeros(weight_OI.shape, np.float32)", BITS),

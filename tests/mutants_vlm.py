@@ -6,6 +6,7 @@ from tests.mutants import Mutant, both
 
 VLM_MUTANTS = (
     both("model.vision", "last patch dropped for the class token", "x_BNF[:, 1:]", "x_BNF[:, :-1]"),
+    both("model.vision", "class token never kept", " and not self.tower.keep_class_token", ""),
     Mutant(
         "model.vision", "patches transposed",
         ("squares.permute(0, 2, 4, 1, 3, 5)", "squares.permute(0, 2, 4, 1, 5, 3)"),

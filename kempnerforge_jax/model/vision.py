@@ -158,7 +158,7 @@ class VisionTower(VisionEncoder):
         self.image_size = tower.image_size
         self.patch_embedding = Linear(CHANNELS * tower.patch_size**2, tower.dim, tower.patch_bias, rngs=rngs)
         self.class_embedding = nnx.Param(jnp.zeros(tower.dim, jnp.float32)) if tower.class_token else None
-        self.position_embedding = Embedding(tower.num_tokens + tower.class_token, tower.dim, rngs=rngs)
+        self.position_embedding = Embedding(tower.num_patches + tower.class_token, tower.dim, rngs=rngs)
         self.pre_norm = LayerNorm(tower.dim, tower.norm_eps, rngs=rngs) if tower.pre_norm else None
         self.layers = Numbered({str(i): VisionBlock(tower, rngs=rngs) for i in range(tower.n_layers)})
         self.norm = LayerNorm(tower.dim, tower.norm_eps, rngs=rngs) if tower.final_norm else None
@@ -174,7 +174,9 @@ class VisionTower(VisionEncoder):
             init_from_table(self, tower_table(self.tower), seed, stream="vision_encoder.", rngs=rngs)
 
     def forward(self, pixel_values: Float[Array, "B 3 h w"]) -> Float[Array, "B N F"]:
-        """(B, 3, h, w) -> (B, N, F): the patches after the last block, in reading order; the class token is dropped."""
+        """(B, 3, h, w) -> (B, N, F): the patches after the last block, in reading order. The class token is dropped,
+        or stands before them where the tower keeps it.
+        """
         check_pixels(pixel_values, self.image_size)
         positions_NF = self.position_embedding.weight.get_value()
         x_BNF = self.patch_embedding(patches(pixel_values.astype(positions_NF.dtype), self.tower.patch_size))
@@ -188,7 +190,8 @@ class VisionTower(VisionEncoder):
             x_BNF = block(x_BNF)
         if self.norm is not None:
             x_BNF = self.norm(x_BNF)
-        return x_BNF if self.class_embedding is None else x_BNF[:, 1:]
+        drops_first = self.class_embedding is not None and not self.tower.keep_class_token
+        return x_BNF[:, 1:] if drops_first else x_BNF
 
 
 def build_tower(config: VisionEncoderConfig, *, rngs: nnx.Rngs | None) -> VisionTower:

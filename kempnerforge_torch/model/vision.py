@@ -154,7 +154,7 @@ class VisionTower(VisionEncoder):
         self.image_size = tower.image_size
         self.patch_embedding = nn.Linear(CHANNELS * tower.patch_size**2, tower.dim, bias=tower.patch_bias)
         self.class_embedding = nn.Parameter(torch.empty(tower.dim)) if tower.class_token else None
-        self.position_embedding = nn.Embedding(tower.num_tokens + tower.class_token, tower.dim)
+        self.position_embedding = nn.Embedding(tower.num_patches + tower.class_token, tower.dim)
         self.pre_norm = LayerNorm(tower.dim, tower.norm_eps) if tower.pre_norm else None
         self.layers = nn.ModuleList(VisionBlock(tower) for _ in range(tower.n_layers))
         self.norm = LayerNorm(tower.dim, tower.norm_eps) if tower.final_norm else None
@@ -170,7 +170,9 @@ class VisionTower(VisionEncoder):
             init_from_table(self, tower_table(self.tower), seed, stream="vision_encoder.")
 
     def forward(self, pixel_values: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B N F"]:
-        """(B, 3, h, w) -> (B, N, F): the patches after the last block, in reading order; the class token is dropped."""
+        """(B, 3, h, w) -> (B, N, F): the patches after the last block, in reading order. The class token is dropped,
+        or stands before them where the tower keeps it.
+        """
         check_pixels(pixel_values, self.image_size)
         weight = self.patch_embedding.weight
         x_BNF = self.patch_embedding(patches(pixel_values.to(weight.dtype), self.tower.patch_size))
@@ -183,7 +185,8 @@ class VisionTower(VisionEncoder):
             x_BNF = block(x_BNF)
         if self.norm is not None:
             x_BNF = self.norm(x_BNF)
-        return x_BNF if self.class_embedding is None else x_BNF[:, 1:]
+        drops_first = self.class_embedding is not None and not self.tower.keep_class_token
+        return x_BNF[:, 1:] if drops_first else x_BNF
 
 
 def build_tower(config: VisionEncoderConfig) -> VisionTower:

@@ -12,6 +12,7 @@ from shared_config.errors import UserError
 from shared_config.interchange.files import written_aside
 from shared_config.interchange.huggingface import save_huggingface
 from shared_config.interchange.huggingface_config import config_to_huggingface
+from shared_config.interchange.llava import llava_content, save_llava
 from shared_config.interchange.outputs import WRITER, claim_folder
 from shared_config.interchange.source import CONFIG, ModelSource, find_config, kind_of, read_model, to_stderr
 from shared_config.interchange.tokens import (
@@ -40,7 +41,11 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     folder = claim_folder(options.output, target, source.config, source=options.source)
     metadata = {WRITER: target}
     if target == "huggingface":
-        files = save_huggingface(folder, source.weights, source.config.model, tokenizer, metadata=metadata)
+        files = (
+            save_huggingface(folder, source.weights, source.config.model, tokenizer, metadata=metadata)
+            if source.config.vlm is None
+            else save_llava(folder, source.weights, source.config, tokenizer, metadata=metadata)
+        )
     else:
         files = save_native(folder, source, metadata, tokenizer)
     for file in files:
@@ -93,14 +98,12 @@ def _check_expressed(config: JobConfig) -> None:
     """Refuse a model that no Hugging Face folder can hold.
 
     Raises:
-        UserError: it has a vision encoder.
-        ConfigError: as `config_to_huggingface`.
+        ConfigError: as `config_to_huggingface`, or `llava_content` of a model that sees.
     """
-    if config.vlm is not None:
-        raise UserError(
-            f"vlm.arch = {config.vlm.arch!r}: must be absent with --to huggingface, which is for text models"
-        )
-    config_to_huggingface(config.model)
+    if config.vlm is None:
+        config_to_huggingface(config.model)
+    else:
+        llava_content(config)
 
 
 def _config_of(path: Path, config: str | None, overrides: Sequence[str]) -> JobConfig:

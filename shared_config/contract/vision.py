@@ -32,6 +32,7 @@ class TowerConfig:
     Attributes:
         activation: a name that transformers uses: gelu, gelu_pytorch_tanh, quick_gelu, relu or silu.
         class_token: a learned token stands before the patches; it is dropped at the end (CLIP).
+        keep_class_token: it is the first output token instead (some LLaVAs).
         patch_bias: the patch embedding has a bias (SigLIP).
         pre_norm: a LayerNorm before the blocks (CLIP).
         final_norm: a LayerNorm after them (SigLIP).
@@ -46,14 +47,20 @@ class TowerConfig:
     activation: str
     norm_eps: float
     class_token: bool = False
+    keep_class_token: bool = False
     patch_bias: bool = True
     pre_norm: bool = False
     final_norm: bool = True
 
     @property
-    def num_tokens(self) -> int:
-        """Output tokens per image: one per patch."""
+    def num_patches(self) -> int:
+        """Patches of an image."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens per image: one per patch, and the class token where it is kept."""
+        return self.num_patches + self.keep_class_token
 
 
 def vit_tower(config: VisionEncoderConfig) -> TowerConfig:
@@ -146,7 +153,7 @@ def _tower(tower: TowerConfig) -> Named:
         yield "patch_embedding.bias", _constant(dim, 0.0)
     if tower.class_token:
         yield "class_embedding", ParameterSpec((dim,), Normal(POSITION_STD), ("embed",))
-    positions = tower.num_tokens + tower.class_token
+    positions = tower.num_patches + tower.class_token
     yield "position_embedding.weight", ParameterSpec((positions, dim), Normal(POSITION_STD), (None, "embed"))
     if tower.pre_norm:
         yield from _layer_norm("pre_norm", dim)

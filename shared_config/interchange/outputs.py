@@ -15,6 +15,7 @@ from shared_config.errors import UserError
 from shared_config.interchange import huggingface, run_layout
 from shared_config.interchange.files import PathLike, make_folder
 from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
+from shared_config.interchange.llava import llava_content
 from shared_config.interchange.reading import parse_json
 from shared_config.interchange.source import CONFIG
 from shared_config.interchange.tensors import TensorFile, is_trace
@@ -190,6 +191,8 @@ def _has_config(folder: Path, kind: str, config: JobConfig) -> bool:
         there = parse_json(file.read_bytes())
     except (OSError, ValueError):
         return False
+    if config.vlm is not None:
+        return isinstance(there, Mapping) and _same_llava(there, llava_content(config))
     return isinstance(there, Mapping) and _same_model(there, config_to_huggingface(config.model))
 
 
@@ -204,6 +207,11 @@ def _same_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
         return config_from_huggingface(there) == config_from_huggingface(here)
     except UserError:
         return False
+
+
+def _same_llava(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Special ids are the tokenizer's."""
+    return {key: there.get(key) for key in here} == here
 
 
 def _names(files: list[str]) -> str:

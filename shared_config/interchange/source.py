@@ -20,7 +20,7 @@ from shared_config.contract.lora import without_adapters
 from shared_config.contract.parameters import aliases, parameter_table
 from shared_config.contract.warm_start import TRANSFORMER
 from shared_config.errors import ConfigError, UserError
-from shared_config.interchange import checkpoint, huggingface, run_layout
+from shared_config.interchange import checkpoint, huggingface, llava, run_layout
 from shared_config.interchange.files import PathLike
 from shared_config.interchange.former import current_fields, is_former
 from shared_config.interchange.parts import HostArray
@@ -191,6 +191,8 @@ def _read_weights(
     path: Path, kind: Kind, fields: Mapping[str, object] | None, config: JobConfig, average: bool
 ) -> Mapping[str, HostArray]:
     if kind == "huggingface":
+        if config.vlm is not None:
+            return llava.load_llava(path, config)
         return huggingface.views_from_huggingface(load_weights(path), config.model)
     if kind == "checkpoint":
         kept = average_of(config.optimizer) if average or config.optimizer.averages else evaluated_average(config)
@@ -222,9 +224,14 @@ def _folder(path: Path) -> Path:
 
 def _huggingface_fields(folder: Path) -> dict[str, object]:
     """The model, and what follows from it for a job: the folder's tokenizer, sequences that fit, and `FINE_TUNING`."""
-    model = huggingface.read_huggingface_config(folder)
-    fields: dict[str, object] = {"model": model, **{name: dict(values) for name, values in FINE_TUNING.items()}}
-    length = model.get("max_seq_len")
+    sections: Mapping[str, Mapping[str, object]]
+    if llava.is_llava_folder(folder):
+        sections = llava.read_llava_config(folder)
+    else:
+        sections = {"model": huggingface.read_huggingface_config(folder)}
+    model = sections["model"]
+    fields: dict[str, object] = {**sections, **{name: dict(values) for name, values in FINE_TUNING.items()}}
+    length = sections.get("vlm", {}).get("max_text_len", model.get("max_seq_len"))
     if isinstance(length, int):
         fields["train"] = {**FINE_TUNING["train"], "seq_len": min(TrainConfig().seq_len, length)}
     if has_tokenizer(folder):

@@ -1,10 +1,12 @@
-"""Vision towers in local Hugging Face folders (config.json, safetensors): SigLIP and CLIP, with or without text tower.
+"""Vision towers in local Hugging Face folders (config.json, safetensors): SigLIP and CLIP, alone, with a text tower, or
+within a LLaVA. SigLIP 2 of fixed resolution is a SigLIP.
 
 Nothing is fetched: what is not in the folder is an error that says so.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict, TypeGuard
@@ -13,6 +15,14 @@ import numpy as np
 
 from shared_config.contract.vision import TowerConfig, tower_table, vit_tower
 from shared_config.errors import ConfigError, UserError
+from shared_config.interchange.llava_config import (
+    MODEL_TYPE,
+    STRATEGY,
+    feature_blocks,
+    llava_problems,
+    setting,
+    tower_content,
+)
 from shared_config.interchange.preprocessor import PixelRange, read_preprocessor
 from shared_config.interchange.reading import read_json
 from shared_config.interchange.weights import WeightsError, check_tensors, load_weights
@@ -23,6 +33,15 @@ from shared_config.schema.vision import VisionEncoderConfig
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
 MODEL_TYPES = {"siglip2": ("siglip", "siglip_vision_model"), "clip": ("clip", "clip_vision_model")}
 NAFLEX = ("siglip2", "siglip2_vision_model")
+TOWER_PREFIXES = (
+    "model.vision_tower.vision_model.",
+    "model.vision_tower.",
+    "vision_tower.vision_model.",
+    "vision_tower.",
+    "vision_model.",
+)
+"""Starts of the names of a tower's tensors, the longer ones first; alone it has none."""
+
 SHARED_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 DEFAULTS: dict[str, dict[str, int | float | str]] = {
     "siglip2": {
@@ -142,11 +161,34 @@ def read_tower(folder: str | Path, kind: str) -> TowerConfig:
             f"{file}: model_type = {model_type!r} is NaFlex, with patches of images of any shape, which can't be run; "
             f"must be a fixed-resolution model: {', '.join(MODEL_TYPES['siglip2'])}"
         )
+    if model_type == MODEL_TYPE:
+        return _tower_of_llava(file, fields, kind)
     if model_type not in MODEL_TYPES[kind]:
         raise UserError(f"{file}: model_type = {model_type!r}: type {kind!r} needs {' or '.join(MODEL_TYPES[kind])}")
     own = fields if "vision_config" not in fields else fields["vision_config"] or {}
     if not isinstance(own, Mapping):
         raise UserError(f"{file}: vision_config = {own!r}: must be an object")
+    return _tower_from(file, own, kind)
+
+
+def _tower_of_llava(file: Path, fields: Mapping[str, object], kind: str) -> TowerConfig:
+    """The blocks up to the layer that the features come from, without the norm after the last."""
+    if problems := list(llava_problems(fields)):
+        raise ConfigError([f"{file}: {problem}" for problem in problems])
+    own = tower_content(fields)
+    if own["model_type"] not in MODEL_TYPES[kind]:
+        needed = " or ".join(MODEL_TYPES[kind])
+        raise UserError(f"{file}: vision_config.model_type = {own['model_type']!r}: type {kind!r} needs {needed}")
+    tower = _tower_from(file, own, kind)
+    try:
+        blocks = feature_blocks(fields, tower.n_layers)
+    except ConfigError as error:
+        raise ConfigError([f"{file}: {problem}" for problem in error.problems]) from error
+    keep = tower.class_token and setting(fields, STRATEGY) == "full"
+    return dataclasses.replace(tower, n_layers=blocks, final_norm=False, keep_class_token=keep)
+
+
+def _tower_from(file: Path, own: Mapping[str, object], kind: str) -> TowerConfig:
     given: Mapping[str, object] = {**DEFAULTS[kind], **own}
     if not _fits(given):
         raise UserError("\n".join(f"{file}: {problem}" for problem in _unfit(given)))
@@ -174,18 +216,28 @@ def load_tower_weights(folder: str | Path, tower: TowerConfig) -> dict[str, np.n
         WeightsError: listing every missing or misshapen tensor.
         UserError: a file that is missing or damaged.
     """
-    there = load_weights(folder)
-    prefix = "vision_model." if any(name.startswith("vision_model.") for name in there) else ""
+    return select_tower_weights(load_weights(folder), tower, str(folder))
+
+
+def select_tower_weights(
+    there: Mapping[str, np.ndarray], tower: TowerConfig, source: str = "weights"
+) -> dict[str, np.ndarray]:
+    """The tower's tensors among those of a folder, by our names.
+
+    Raises:
+        WeightsError: listing every missing or misshapen tensor of ``source``.
+    """
+    prefix = next((one for one in TOWER_PREFIXES if any(name.startswith(one) for name in there)), "")
     table = tower_table(tower)
     state = {}
     for name in table:
-        source = prefix + hugging_face_name(name)
-        if source in there:
-            state[name] = _reshaped(name, there[source])
+        foreign = prefix + hugging_face_name(name)
+        if foreign in there:
+            state[name] = _reshaped(name, there[foreign])
     missing = [f"{prefix}{hugging_face_name(name)}: missing" for name in table if name not in state]
     if missing:
-        raise WeightsError(str(folder), missing)
-    check_tensors(state, table, source=str(folder))
+        raise WeightsError(source, missing)
+    check_tensors(state, table, source=source)
     return state
 
 
@@ -206,6 +258,8 @@ def _fits(fields: Mapping[str, object]) -> TypeGuard[TowerFields]:
 def _unfit(fields: Mapping[str, object]) -> list[str]:
     sizes = {name: size for name in SIZES if isinstance(size := fields[name], int) and size >= 1}
     problems = [f"{name} = {fields[name]!r}: must be a positive whole number" for name in SIZES if name not in sizes]
+    if (given := fields.get("num_patches")) is not None:
+        problems.append(f"num_patches = {given!r}: is for images of any shape (NaFlex); must be left out")
     if problems:
         return problems
     if sizes["num_channels"] != 3:

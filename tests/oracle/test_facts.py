@@ -91,6 +91,7 @@ def test_a_tower_to_be_trained_is_a_vit() -> None:
     encoder = VisionEncoderConfig(type="vit", image_size=32, patch_size=8, feature_dim=24, n_heads=3, n_layers=5)
     stated = {"image_size": 32, "patch_size": 8, "dim": 24, "n_layers": 5, "n_heads": 3, "ffn_hidden_dim": 96}
     stated |= {"activation": "gelu", "norm_eps": 1e-6, "class_token": False, "pre_norm": False}
+    stated |= {"keep_class_token": False}
     assert dataclasses.asdict(vit_tower(encoder)) == {**stated, "patch_bias": True, "final_norm": True}
     assert vit_tower(encoder).num_tokens == 16
 

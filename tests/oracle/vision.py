@@ -15,8 +15,8 @@ from tests.oracle.norm import layer_norm
 
 
 def vision_tower(pixels_B3HW: np.ndarray, weights: Weights, tower: TowerConfig) -> np.ndarray:
-    """(B, N, F): the patches after the last block. CLIP has a class token, dropped here, and a norm before the blocks;
-    SigLIP has a norm after them. What a tower has, its weights tell.
+    """(B, N, F): the patches after the last block. CLIP has a class token, dropped here unless the tower keeps it,
+    and a norm before the blocks; SigLIP has a norm after them. What a tower has, its weights tell.
     """
     x_BNF = patches(pixels_B3HW, tower.patch_size) @ _patch_matrix(weights).T
     if "patch_embedding.bias" in weights:
@@ -30,7 +30,7 @@ def vision_tower(pixels_B3HW: np.ndarray, weights: Weights, tower: TowerConfig) 
     for layer in range(tower.n_layers):
         x_BNF = vision_block(x_BNF, submodule(weights, f"layers.{layer}"), tower)
     x_BNF = _optional_norm(x_BNF, weights, "norm", tower.norm_eps)
-    return x_BNF[:, 1:] if has_class else x_BNF
+    return x_BNF[:, 1:] if has_class and not tower.keep_class_token else x_BNF
 
 
 def vision_block(x_BNF: np.ndarray, weights: Weights, tower: TowerConfig) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from hypothesis import settings
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -50,6 +51,7 @@ SIZES: dict[str, Any] = {
 }
 TEXT = {**SIZES, "vocab_size": 30, "bos_token_id": 1, "eos_token_id": 2, "num_hidden_layers": 1}
 PIXELS = np.random.default_rng(2).standard_normal((2, 3, 18, 18))
+NIGHTLY = settings.get_current_profile_name() == "nightly"
 HUB = ("transformers", "huggingface_hub")
 KINDS = {"siglip2": (SiglipVisionConfig, SiglipVisionModel), "clip": (CLIPVisionConfig, CLIPVisionModel)}
 
@@ -125,6 +127,39 @@ def test_all_hidden_states_equal_those_of_transformers(kind: str, tmp_path: Path
     for run in (ours_in_torch, ours_in_jax):
         assert_all_same_function(run(config, list(truth), "float64"), truth, context=run.__name__)
         assert_all_within(run(config, list(truth), "float32"), truth, deltas, FORWARD_K, context=run.__name__)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_equal_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    """Of a product with drawn numbers; those of biases of keys are 0, to rounding. JAX's run nightly."""
+    model, config = saved(tmp_path, kind)
+    scales = np.random.default_rng(5).standard_normal((len(PIXELS), 16, SIZES["hidden_size"]))
+    output = model.double()(torch.from_numpy(PIXELS)).last_hidden_state
+    ((output[:, 1:] if kind == "clip" else output) * torch.from_numpy(scales)).sum().backward()
+    theirs: dict[str, Any] = dict(model.named_parameters())
+    ours = build_torch(config).double()
+    (ours(torch.from_numpy(PIXELS)) * torch.from_numpy(scales)).sum().backward()
+    found: dict[str, Any] = {name: parameter.grad for name, parameter in ours.named_parameters() if not is_zero(name)}
+    truth = {name: theirs[hugging_face_name(name)].grad.reshape(grad.shape).numpy() for name, grad in found.items()}
+    assert_all_same_function({name: grad.numpy() for name, grad in found.items()}, truth)
+    if NIGHTLY:
+        in_jax = gradients_in_jax(config, scales)
+        assert_all_same_function({name: in_jax[name] for name in truth}, truth)
+
+
+def is_zero(name: str) -> bool:
+    """Softmax does not change where all scores of a query move alike."""
+    return name.endswith("k_proj.bias")
+
+
+def gradients_in_jax(config: VisionEncoderConfig, scales: np.ndarray) -> dict[str, np.ndarray]:
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        graphdef, params, buffers = jax_state.split(build_jax(config, rngs=None).to(jnp.float64))
+
+        def product(params: Any) -> jax.Array:
+            return (jax_state.merge(graphdef, params, buffers)(jnp.asarray(PIXELS)) * scales).sum()
+
+        return {name: np.asarray(value) for name, value in jax.jit(jax.grad(product))(params).items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)

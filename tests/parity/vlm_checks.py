@@ -126,12 +126,14 @@ def weights_of(table: ParameterTable) -> Arrays:
 
 
 def check_towers(backend: str) -> None:
-    """Patches that leave a rest, biases, a class token, both activations."""
+    """Patches that leave a rest, biases, a class token, dropped and kept, both activations."""
     side, pixels = Side(backend), np.random.default_rng(1).standard_normal((2, 3, 7, 7))
     for activation in ("gelu_pytorch_tanh", "quick_gelu"):
-        tower = dataclasses.replace(TOWER, activation=activation)
+        tower = dataclasses.replace(TOWER, activation=activation, keep_class_token=activation == "quick_gelu")
         built = side.filled(tower_table(tower), side.module("model.vision").VisionTower, tower)
-        side.same(built(side.array(pixels)), vision_tower(pixels, weights_of(tower_table(tower)), tower), activation)
+        found = built(side.array(pixels))
+        assert found.shape == (2, tower.num_tokens, tower.dim)
+        side.same(found, vision_tower(pixels, weights_of(tower_table(tower)), tower), activation)
 
 
 ADAPTERS = (

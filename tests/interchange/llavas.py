@@ -1,0 +1,123 @@
+"""Small LLaVAs of transformers' own classes, drawn, and what they compute, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from hypothesis import strategies as st
+
+VOCABULARY, POSITIONS = 41, 64
+TOWERS = {
+    "clip": (transformers.CLIPVisionConfig, ("default", "full")),
+    "siglip2": (transformers.SiglipVisionConfig, ("full",)),
+}
+TEXTS: Mapping[str, tuple[Any, Mapping[str, tuple[Any, ...]]]] = {
+    "llama": (transformers.LlamaConfig, {"attention_bias": (True, False), "mlp_bias": (False, True)}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": (9, None)}),
+    "qwen2": (
+        transformers.Qwen2Config,
+        {"use_sliding_window": (False, True), "sliding_window": (9,), "max_window_layers": (1,)},
+    ),
+}
+
+
+@st.composite
+def drawn_llavas(draw: st.DrawFn, kind: str) -> Any:
+    """A config of transformers' class with a tower of a kind."""
+    tower_class, strategies = TOWERS[kind]
+    heads, head_dim, layers = draw(st.sampled_from([(3, 8, 3), (2, 6, 2), (2, 10, 4)]))
+    tower = tower_class(
+        hidden_size=heads * head_dim,
+        intermediate_size=draw(st.sampled_from([40, 28])),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        image_size=draw(st.sampled_from([18, 12])),
+        patch_size=draw(st.sampled_from([4, 6])),
+        hidden_act=draw(st.sampled_from(["quick_gelu", "gelu_pytorch_tanh", "gelu"])),
+        layer_norm_eps=draw(st.sampled_from([1e-2, 1e-5])),
+    )
+    text_class, settings = TEXTS[draw(st.sampled_from(list(TEXTS)))]
+    kv_heads, group, width = draw(st.sampled_from([(2, 2, 6), (1, 3, 4), (3, 2, 4)]))
+    text = text_class(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=POSITIONS,
+        hidden_size=kv_heads * group * width,
+        num_attention_heads=kv_heads * group,
+        num_key_value_heads=kv_heads,
+        intermediate_size=draw(st.sampled_from([26, 40])),
+        num_hidden_layers=draw(st.sampled_from([2, 1])),
+        rms_norm_eps=draw(st.sampled_from([1e-2, 1e-6])),
+        rope_parameters={"rope_type": "default", "rope_theta": 50.0},
+        tie_word_embeddings=draw(st.sampled_from([False, True])),
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        **{key: draw(st.sampled_from(values)) for key, values in settings.items()},
+    )
+    return transformers.LlavaConfig(
+        vision_config=tower,
+        text_config=text,
+        image_token_index=draw(st.sampled_from([VOCABULARY - 1, 0])),
+        vision_feature_layer=draw(st.sampled_from([-2, *range(-layers, 0), *range(1, layers + 1)])),
+        vision_feature_select_strategy=draw(st.sampled_from(strategies)),
+        projector_hidden_act=draw(st.sampled_from(["gelu", "relu", "silu"])),
+    )
+
+
+def build(config: Any, seed: int) -> Any:
+    """A model with weights in which nothing hides: fan-in matrices, norms that scale, biases that are not 0."""
+    with torch.random.fork_rng():
+        model = transformers.LlavaForConditionalGeneration._from_config(
+            config, dtype=torch.float64, attn_implementation="eager"
+        )
+    rng = np.random.default_rng(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                values = rng.standard_normal(parameter.shape) / np.sqrt(np.prod(parameter.shape[1:]))
+            elif name.endswith("bias"):
+                values = rng.uniform(-0.3, 0.3, parameter.shape)
+            elif name.endswith("class_embedding"):
+                values = rng.standard_normal(parameter.shape)
+            else:
+                values = rng.uniform(0.5, 1.5, parameter.shape)
+            parameter.copy_(torch.from_numpy(values))
+    return model.eval()
+
+
+def image_tokens(config: Any) -> int:
+    """Tokens that an image has in transformers."""
+    tower = config.vision_config
+    patches = (tower.image_size // tower.patch_size) ** 2
+    return patches + (config.vision_feature_select_strategy == "full" and tower.model_type.startswith("clip"))
+
+
+def with_image(config: Any, tokens: np.ndarray) -> torch.Tensor:
+    """The ids that transformers takes for an image before text."""
+    places = np.full((len(tokens), image_tokens(config)), config.image_token_index)
+    return torch.from_numpy(np.concatenate([places, tokens], axis=1)).long()
+
+
+def logits_of_text(model: Any, pixels: np.ndarray, tokens: np.ndarray) -> torch.Tensor:
+    """(B, T, V) of transformers."""
+    ids = with_image(model.config, tokens)
+    out = model(ids, pixel_values=torch.from_numpy(pixels), use_cache=False)
+    return out.logits[:, image_tokens(model.config) :]
+
+
+def continuations(model: Any, pixels: np.ndarray, prompts: np.ndarray, count: int) -> np.ndarray:
+    """Greedy, of transformers; prompts of one length."""
+    ids = with_image(model.config, prompts)
+    out = model.generate(
+        ids,
+        pixel_values=torch.from_numpy(pixels),
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return out[:, ids.shape[1] :].numpy()
