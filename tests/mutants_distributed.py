@@ -16,6 +16,10 @@ FROZEN = "[{module = 'vision_encoder'}]"
 LATER = "[{start_step = 1, specs = [{module = 'adapter'}]}]"
 CUT, ROUTED = (Case(model, 2, {"cp": 2}, {"data": {"pack_documents": True}}) for model in ("dense", "sigmoid"))
 
+Options = Mapping[str, Mapping[str, Any]]
+LORA: Options = {"lora": {"rank": 2, "alpha": 5.0, "targets": ("*_proj",)}}
+ADAPTED = Case("dense", 2, {}, LORA)
+
 
 class LayoutMutant(NamedTuple):
     """A bug, and the case, or the check of `tests.distributed.jax_processes`, that shows it."""
@@ -28,7 +32,6 @@ def torch_bug(component: str, name: str, text: str, replacement: str, case: Case
     return LayoutMutant(Mutant(component, name, (text, replacement), None), case)
 
 
-Options = Mapping[str, Mapping[str, Any]]
 MUON: Options = {
     "optimizer": {"name": "muon"},
     "train": {"label_smoothing": 0.1, "logit_z_loss_weight": 0.01},
@@ -43,6 +46,10 @@ DISTRIBUTED_MUTANTS = (
     torch_bug(
         "distributed.fsdp", "gradient divided twice",
         "unit.set_gradient_divide_factor(1.0)", "unit.set_gradient_divide_factor(2.0)", DENSE,
+    ),
+    torch_bug(
+        "distributed.fsdp", "gradients of adapters of one rank",
+        "table[name].full_precision:", 'table[name].full_precision or name.endswith("lora_a"):', ADAPTED,
     ),
     torch_bug(
         "distributed.ranks", "a rank's own clip",

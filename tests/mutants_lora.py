@@ -10,8 +10,8 @@ LORA_MUTANTS = (
     both("model.linear", "A transposed", PRODUCT, PRODUCT.replace("a_RI", "a_RI.reshape(a_RI.shape[::-1]).T")),
     Mutant(
         "model.lora", "A of another seed",
-        ('table[f"{name}.{part}"], config.train.seed))', 'table[f"{name}.{part}"], config.train.seed + 1))'),
-        ('table[f"{name}.{part}"], config.train.seed)', 'table[f"{name}.{part}"], config.train.seed + 1)'),
+        ("spec, config.train.seed))", "spec, config.train.seed + 1))"),
+        ("spec, config.train.seed)", "spec, config.train.seed + 1)"),
     ),
     both("model.lora", "the scale of no adapter", "module.lora_scale = config.lora.scale", "module.lora_scale = 1.0"),
 )  # fmt: skip

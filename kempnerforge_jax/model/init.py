@@ -23,6 +23,7 @@ from flax import nnx
 from kempnerforge_jax.model.state import own_variables
 from kempnerforge_jax.model.wrappers import unwrap
 from shared_config.contract.initialise import initial_value
+from shared_config.contract.lora import is_adapter
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.specs import Constant, ParameterSpec, ParameterTable
 from shared_config.schema.model import ModelConfig
@@ -50,12 +51,12 @@ def init_from_table(
     stream: str = "",
     rngs: nnx.Rngs | None = None,
 ) -> None:
-    """Set every parameter and buffer of a module from its own table, as `init_weights` does.
+    """Set every parameter and buffer of a module from its own table, as `init_weights` does; adapters have another.
 
     Args:
         stream: prefix of the names where seeded values are drawn, so that equal names in other parts get other values.
     """
-    own = own_variables(model)
+    own = {name: each for name, each in own_variables(model).items() if not is_adapter(name)}
     problems = [
         f"{name}.shape = {tuple(variable.shape)}: must be {table[name].shape if name in table else 'in the table'}"
         for name, variable in own.items()

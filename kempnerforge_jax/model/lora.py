@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kempnerforge_jax.model.linear import Linear
+from kempnerforge_jax.model.state import own_variables
 from kempnerforge_jax.model.wrappers import plain_modules
 from shared_config.contract.initialise import initial_value
 from shared_config.contract.lora import A, B, adapted_modules, adapter_table
@@ -13,8 +14,8 @@ from shared_config.schema.job import JobConfig
 
 
 def add_adapters(model: nnx.Module, config: JobConfig) -> None:
-    """Give the maps that [lora] names their adapters, in the dtype of their weights, with the initial values of
-    ``train.seed``. Without [lora] nothing happens. What else is frozen: a train step asks by the names.
+    """Give the maps that [lora] names their adapters, of zeros in the dtype of their weights, before `init_adapters`.
+    Without [lora] nothing happens. What else is frozen: a train step asks by the names.
 
     Raises:
         ConfigError: a target that is no map of the model.
@@ -27,6 +28,14 @@ def add_adapters(model: nnx.Module, config: JobConfig) -> None:
         assert isinstance(module, Linear)
         assert module.weight is not None
         for part in (A, B):
-            value = initial_value(f"{name}.{part}", table[f"{name}.{part}"], config.train.seed)
-            setattr(module, part, nnx.Param(jnp.asarray(value, module.weight.get_value().dtype)))
+            value = jnp.zeros(table[f"{name}.{part}"].shape, module.weight.get_value().dtype)
+            setattr(module, part, nnx.Param(value))
         module.lora_scale = config.lora.scale
+
+
+def init_adapters(model: nnx.Module, config: JobConfig) -> None:
+    """Give the adapters of a model the initial values of ``train.seed``, the same in every sharding layout."""
+    own = own_variables(model)
+    for name, spec in adapter_table(config).items():
+        dtype = own[name].get_value().dtype
+        own[name].set_value(jnp.asarray(initial_value(name, spec, config.train.seed), dtype))

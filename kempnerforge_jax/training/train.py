@@ -36,7 +36,7 @@ from kempnerforge_jax.distributed.sharding import (
 )
 from kempnerforge_jax.distributed.states import host_copies, own_parts
 from kempnerforge_jax.model.build import build_model
-from kempnerforge_jax.model.lora import add_adapters
+from kempnerforge_jax.model.lora import add_adapters, init_adapters
 from kempnerforge_jax.model.state import State, merge, own_variables, set_state, split
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper
@@ -338,4 +338,5 @@ def _build_model(config: JobConfig, dtype: DTypeLike, draws: bool) -> Transforme
     else:
         model.init_freqs()
     add_adapters(model, config)
+    init_adapters(model, config)
     return model.to(dtype)

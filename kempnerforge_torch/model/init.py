@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kempnerforge_torch.model.state import assign, own_tensors
 from kempnerforge_torch.model.wrappers import unwrap
 from shared_config.contract.initialise import initial_value
+from shared_config.contract.lora import is_adapter
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.specs import Constant, ParameterSpec, ParameterTable
 from shared_config.schema.model import ModelConfig
@@ -36,12 +37,12 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int | None = None)
 
 
 def init_from_table(model: nn.Module, table: ParameterTable, seed: int | None = None, *, stream: str = "") -> None:
-    """Set every parameter and buffer of a module from its own table, as `init_weights` does.
+    """Set every parameter and buffer of a module from its own table, as `init_weights` does; adapters have another.
 
     Args:
         stream: prefix of the names where seeded values are drawn, so that equal names in other parts get other values.
     """
-    own = own_tensors(model)
+    own = {name: each for name, each in own_tensors(model).items() if not is_adapter(name)}
     problems = [
         f"{name}.shape = {tuple(tensor.shape)}: must be {table[name].shape if name in table else 'in the table'}"
         for name, tensor in own.items()

@@ -31,7 +31,7 @@ from kempnerforge_torch.distributed.tensor_parallel import complete_gradients
 from kempnerforge_torch.distributed.vocabulary import cross_entropy_of
 from kempnerforge_torch.model.balancing import balance
 from kempnerforge_torch.model.build import build_model
-from kempnerforge_torch.model.lora import add_adapters
+from kempnerforge_torch.model.lora import add_adapters, init_adapters
 from kempnerforge_torch.model.state import get_state, own_tensors, set_state
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import VLMWrapper, inner_transformer
@@ -330,13 +330,14 @@ def _build_model(
     """The model, seeded if it ``draws``, and its table. It is built without storage, and drawn in float32."""
     with torch.device("meta"):
         model = build_model(config)
+    add_adapters(model, config)
     use_fp8(model, config)
     shapes = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
     table = job_table(config, tower_of(config), shapes) | adapter_table(config)
     model = parallelize(model, config, mesh, table, device, dtype)
     model = (model if draws else model.to(dtype)).to_empty(device=device)
     model.init_weights_and_freqs(config.train.seed) if draws else model.init_freqs()
-    add_adapters(model, config)
+    init_adapters(model, config)
     return model.to(dtype), table
 
 

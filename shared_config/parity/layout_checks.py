@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from shared_config.contract.lora import adapter_table
 from shared_config.contract.moments import MOMENTS, declared_moments
 from shared_config.contract.sharding import layout_of, placement, stage_of
 from shared_config.contract.vision import job_table
@@ -226,7 +227,7 @@ def _limits(truth: Trace) -> dict[str, dict[str, float]]:
 def _by_themselves(check: str, trace: Trace, config: JobConfig) -> Iterator[Finding]:
     """What the devices of a layout have to be by themselves: initial weights, bits, parts, steps that were clipped."""
     backend, replicas, held = trace.meta.backend, _of(trace, REPLICAS), _held(trace)
-    drawn, said = initial_hash(config, config.train.seed), {}
+    drawn, said = initial_hash(config, config.train.seed, trained=True), {}
     if drawn is not None and trace.meta.initial_hash != drawn:
         said["initial weights"] = f"they are not those that seed {config.train.seed} draws"
     unequal = [name for name, parts in replicas.items() if len({*map(tuple, parts)}) != len({*parts[:, 0]})]
@@ -249,7 +250,7 @@ def most_held(config: JobConfig) -> int:
     """Elements of the model that no device holds more of; an axis that is not divided evenly may stay whole."""
     mesh = layout_of(config.distributed, config.distributed.fewest_devices)
     held = [0] * mesh.pp
-    for name, spec in job_table(config, tower_of(config)).items():
+    for name, spec in (job_table(config, tower_of(config)) | adapter_table(config)).items():
         parts, stage = placement(spec, mesh).shards(mesh), stage_of(name, config.model.n_layers, mesh.pp)
         held[stage] += math.prod(size if size % n else size // n for size, n in zip(spec.shape, parts, strict=True))
     return max(held)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from shared_config.contract.initialise import state_hash
+from shared_config.contract.lora import with_adapters
 from shared_config.contract.vision import job_table
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import Checkpoint
@@ -68,16 +69,17 @@ def check_run(run: Checkpoint, backend: str, config: JobConfig) -> Checkpoint:
     return run
 
 
-def initial_hash(config: JobConfig, seed: int) -> str | None:
+def initial_hash(config: JobConfig, seed: int, *, trained: bool = False) -> str | None:
     """That of the seeded initial weights; None where not all come from the seed: some are read from files, or what is
-    registered may draw them its own way.
+    registered may draw them its own way. ``trained``: also of the adapters that a trainer has.
     """
     encoder, vlm = config.vision_encoder, config.vlm
     read = encoder is not None and (encoder.type not in DRAWN_ENCODERS or bool(encoder.path))
     read |= vlm is not None and vlm.warm_start_path != ""
     if read or config.model.model_type != ModelConfig.model_type:
         return None
-    return state_hash(seeded_values(config, seed))
+    drawn = seeded_values(config, seed)
+    return state_hash(with_adapters(drawn, config) if trained else drawn)
 
 
 def expected_names(config: JobConfig) -> list[str]:

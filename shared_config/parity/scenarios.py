@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from shared_config.contract.initialise import stream
+from shared_config.contract.lora import adapter_table
 from shared_config.contract.moments import gradient_share
 from shared_config.contract.vision import job_table
 from shared_config.contract.warm_start import without_warm_start
@@ -161,7 +162,7 @@ def trained_tensors(trained: Trained, config: JobConfig) -> Arrays:
     for name in ("tokens", "dead_experts"):
         if name in trained.metrics[0]:
             tensors[f"{ROUTING}/{name}"] = np.array([int(metrics[name]) for metrics in trained.metrics])
-    table = job_table(config, tower_of(config))
+    table = job_table(config, tower_of(config)) | adapter_table(config)
     for name, moment in trained.states[0].optimizer.items():
         kind, _, parameter = name.partition(".")
         if kind == "m":

@@ -23,6 +23,9 @@ from shared_config.schema.training import FP8_FEWEST_LAYERS, FP8_MULTIPLE, Train
 from shared_config.schema.video import VideoConfig
 from shared_config.schema.vision import VisionEncoderConfig
 
+NO_ADAPTERS = {"tp": "an adapter's matrices are not split by heads or widths", "pp": "a stage may hold no adapter"}
+"""Mesh axes over which adapters are not trained, and why."""
+
 
 @section
 class JobConfig(Section):
@@ -135,8 +138,6 @@ class JobConfig(Section):
         """
         found = [f"distributed.{line}" for line in self.distributed.problems_on(world_size)]
         found += self.layout_problems()
-        if self.lora is not None and world_size > 1:
-            found.append(f"lora = {self.lora}: must be absent on {world_size} devices; adapters are trained on one")
         if found:
             raise ConfigError(found)
 
@@ -148,6 +149,9 @@ class JobConfig(Section):
                 f"distributed.tp = {layout.tp}: must divide model.n_heads = {model.n_heads} and "
                 f"model.n_kv_heads = {model.kv_heads}"
             )
+        for axis, reason in NO_ADAPTERS.items() if self.lora is not None else ():
+            if (size := getattr(layout, axis)) > 1:
+                yield f"distributed.{axis} = {size}: must be 1 with a [lora] section, as {reason}"
         if layout.pp > model.n_layers:
             yield f"distributed.pp = {layout.pp}: must be at most model.n_layers = {model.n_layers}"
         if layout.ep > 1 and (not model.is_moe or model.num_experts % layout.ep != 0):

@@ -94,6 +94,16 @@ def test_models_of_all_kinds_are_the_same_in_the_usual_layouts(tmp_path: Path, n
         assert [finding for finding in findings if not finding.ok] == []
 
 
+def test_adapters_are_trained_alike_in_the_usual_layouts(tmp_path: Path) -> None:
+    """Which they are; that they are trained alike under HYPOTHESIS_PROFILE=nightly."""
+    config = shrink(load_config("debug", ["--lora.rank=2"]))
+    plan = Plan(config, tmp_path, layouts=layouts_to_compare(config, ALONE, (), full=True, device="cpu"))
+    assert [described(layout) for layout in plan.layouts] == ["dp_replicate 2, dp_shard 2", "cp 2"]
+    if NIGHTLY:
+        validate.run_processes(plan, LAYOUTS_STAGE)
+        assert [finding for finding in CHECKS["layouts"].judge(plan) if not finding.ok] == []
+
+
 def usual(name: str, *overrides: str, full: bool = True, device: str = "cpu") -> tuple[DistributedConfig, ...]:
     config = load_config(name, overrides)
     return layouts_to_compare(config, config.distributed, overrides, full=full, device=device)

@@ -9,7 +9,7 @@ from hypothesis import settings
 
 from tests.distributed.jax_layouts import run_devices
 from tests.distributed.layouts import Case
-from tests.mutants_distributed import CUT_IN_JAX, JAX_MUTANTS, MUON, SCHEDULE_FREE
+from tests.mutants_distributed import CUT_IN_JAX, JAX_MUTANTS, LORA, MUON, SCHEDULE_FREE
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 NOISE = {"vlm": {"moma_gumbel_noise": "true"}}
@@ -23,6 +23,10 @@ BY_DAY = (
     CUT_IN_JAX,
 )
 BY_NIGHT = (
+    Case("dense", 2, {}, LORA),
+    Case("dense", 4, {"dp_replicate": 2}, {**LORA, **SCANNED}),
+    Case("dense", 4, {"cp": 2}, LORA),
+    Case("softmax", 4, {"ep": 2}, LORA),
     Case("dense", 4, {"tp": 2}, SCANNED),
     *(Case(model, 4, {"ep": 2}, options) for model in ("sigmoid",) for options in (MUON, SCHEDULE_FREE)),
     Case("dense", 4, {"dp_replicate": 2}, SCANNED),

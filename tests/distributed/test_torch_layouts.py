@@ -16,7 +16,7 @@ from shared_config.contract.sharding import Layout
 from shared_config.errors import ConfigError
 from tests.distributed.layouts import Case, run_processes
 from tests.jobs import tiny_job
-from tests.mutants_distributed import DISTRIBUTED_MUTANTS, FROZEN, LATER, MUON, SCHEDULE_FREE
+from tests.mutants_distributed import ADAPTED, DISTRIBUTED_MUTANTS, FROZEN, LATER, LORA, MUON, SCHEDULE_FREE
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 NOISE = {"vlm": {"moma_gumbel_noise": "true"}}
@@ -28,6 +28,7 @@ WINDOW = {"model": {"sliding_window": 3}}
 BY_DAY = (
     Case("softmax", 2, {}),
     Case("dense", 2, {}, SKIPPING),
+    ADAPTED,
     Case("moma", 2, {}, NOISE),
     Case("sigmoid", 2, {"tp": 2}, RECOMPUTED),
     Case("mot", 2, {"tp": 2}),
@@ -39,6 +40,9 @@ BY_DAY = (
     Case("staged", 4, {"pp": 2, "tp": 2}),
 )
 BY_NIGHT = (
+    Case("dense", 4, {"dp_replicate": 2}, {**LORA, **RECOMPUTED}),
+    Case("dense", 2, {"cp": 2}, LORA),
+    Case("softmax", 2, {"ep": 2}, LORA),
     Case("dense", 4, {"tp": 2}),
     *(Case(model, 2, {}, options) for model in ("dense", "sigmoid") for options in (MUON, SCHEDULE_FREE)),
     Case("sigmoid", 4, {"ep": 2, "tp": 2}, MUON),
@@ -89,6 +93,8 @@ REFUSED = (
     (Case("apart", 2, {"ep": 2}), "model.moe_packed_experts = False: must be True for distributed.ep = 2"),
     (Case("limited", 2, {"cp": 2}), "model.moe_capacity_factor = 0.6: must be 0 for distributed.cp = 2"),
     (Case("moma", 2, {"cp": 2}), "distributed.cp = 2: must be 1 for vlm.arch = 'moma'"),
+    (Case("dense", 2, {"tp": 2}, LORA),
+     "distributed.tp = 2: must be 1 with a [lora] section, as an adapter's matrices are not split by heads or widths"),
     (Case("dense", 2, {"pp": 2}), "model.tie_embeddings = True: must be False for distributed.pp = 2"),
     (Case("softmax", 2, {"pp": 2}), "distributed.pp = 2: must be 1 for model.num_experts = 4"),
     (Case("staged", 2, {"pp": 2}, {"train": {"grad_accum_steps": 1}}),

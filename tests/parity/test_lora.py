@@ -182,8 +182,11 @@ def test_a_section_that_means_nothing_is_refused(overrides: tuple[str, ...], sai
     assert any(line.startswith(said) for line in caught.value.problems), caught.value.problems
 
 
-def test_adapters_are_for_text_models_on_one_device() -> None:
+def test_adapters_are_for_text_models_in_layouts_that_leave_their_matrices_whole() -> None:
     with pytest.raises(ConfigError, match=r"lora = .*must be absent with a \[vlm\] section"):
         load_config("debug_vlm_mot", ["--lora.rank=2"])
-    with pytest.raises(ConfigError, match=r"lora = .*: must be absent on 2 devices"):
-        job("--distributed.dp_shard=2").validate(2)
+    for axis in ("dp_shard", "dp_replicate", "cp"):
+        job(f"--distributed.{axis}=2").validate(2)
+    for axis in ("tp", "pp"):
+        with pytest.raises(ConfigError, match=rf"distributed\.{axis} = 2: must be 1 with a \[lora\] section, as "):
+            job(f"--distributed.{axis}=2").validate(2)
