@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
 MAX_ID = 2**31
@@ -25,8 +27,17 @@ def check_shape(name: str, array: Shaped[Array, "..."], shape: Sequence[int]) ->
 def check_axes(name: str, array: Shaped[Array, "..."], axes: Sequence[str]) -> None:
     """
     Raises:
-        ValueError: ``array`` has another number of axes.
+        TypeError: ``array`` is a list.
+        ValueError: ``array`` has another number of axes, or lies on a mesh whose axes are explicit.
     """
+    if isinstance(array, list | tuple):
+        raise TypeError(f"{name} is a {type(array).__name__}: must be an array, as jnp.asarray({name})")
+    mesh = jax.typeof(array).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:
+        raise ValueError(
+            f"{name} lies on a mesh with explicit axes {mesh.axis_names}: they must be auto, as in "
+            "jax.make_mesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
+        )
     if array.ndim != len(axes):
         raise ValueError(f"{name}.shape = {tuple(array.shape)}: must be ({', '.join(axes)})")
 

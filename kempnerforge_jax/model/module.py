@@ -65,6 +65,17 @@ class Module(nnx.Module):
             variable.set_value(_cast(value, own))
         return self
 
+    @property
+    def _nnx_tabulate_id(self) -> int:
+        raise AttributeError
+
+    @_nnx_tabulate_id.setter
+    def _nnx_tabulate_id(self, _: int) -> None:
+        raise TypeError(
+            "nnx.tabulate: compiles every method by itself, and those here take more than arrays; nnx.display(model) "
+            "shows the parameters, `kempnerforge show CONFIG` their sizes, kempnerforge_jax.parity.record activations"
+        )
+
     def keep(self, **values: object) -> None:
         """Remember values of this call for `kept`. Inside a trace there is nothing to remember, and nothing happens."""
         if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values)):
@@ -76,13 +87,18 @@ class Module(nnx.Module):
 
 
 class Numbered(nnx.Dict[Any]):
-    """Modules under the numbers "0", "1", ... or ranges of them, always in the order of the numbers.
+    """Modules under the numbers "0", "1", ... or ranges of them, always in the order of the numbers. ``modules[0]`` is
+    ``modules["0"]``.
 
     A model that was taken apart and merged has its attributes in the order of their names as text, "10" before "2".
     """
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(super().__iter__(), key=lambda name: int(re.split(r"\D", name)[0])))
+        numbered = (name for name in super().__iter__() if name[0].isdigit())  # tools leave names of their own
+        return iter(sorted(numbered, key=lambda name: int(re.split(r"\D", name)[0])))
+
+    def __getitem__(self, key: str | int) -> Any:
+        return super().__getitem__(str(key))
 
 
 @contextlib.contextmanager

@@ -24,8 +24,11 @@ def check_shape(name: str, array: Shaped[Tensor, "..."], shape: Sequence[int]) -
 def check_axes(name: str, array: Shaped[Tensor, "..."], axes: Sequence[str]) -> None:
     """
     Raises:
+        TypeError: ``array`` is a list.
         ValueError: ``array`` has another number of axes.
     """
+    if isinstance(array, list | tuple):
+        raise TypeError(f"{name} is a {type(array).__name__}: must be a tensor, as torch.tensor({name})")
     if array.ndim != len(axes):
         raise ValueError(f"{name}.shape = {tuple(array.shape)}: must be ({', '.join(axes)})")
 
