@@ -48,8 +48,8 @@ DISTRIBUTED_MUTANTS = (
         "unit.set_gradient_divide_factor(1.0)", "unit.set_gradient_divide_factor(2.0)", DENSE,
     ),
     torch_bug(
-        "distributed.fsdp", "gradients of adapters of one rank",
-        "table[name].full_precision:", 'table[name].full_precision or name.endswith("lora_a"):', ADAPTED,
+        "distributed.fsdp", "gradients of adapters divided twice",
+        "unit.set_gradient_divide_factor(1.0)", "unit.set_gradient_divide_factor(2.0)", ADAPTED,
     ),
     torch_bug(
         "distributed.ranks", "a rank's own clip",
