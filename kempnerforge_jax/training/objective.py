@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Bool, Float, Num
 
 from kempnerforge_jax.distributed.context_parallel import check_spread, of_all_parts, spreading
 from kempnerforge_jax.distributed.expert_parallel import exchanged
@@ -109,9 +109,9 @@ class Recipe:
         self,
         parameters: State,
         buffers: State,
-        counts: Mapping[RouterId, jax.Array],
-        progress: jax.Array,
-        taken: jax.Array | None,
+        counts: Mapping[RouterId, Num[Array, "_E"]],
+        progress: Float[Array, ""],
+        taken: Bool[Array, ""] | None,
     ) -> State:
         """The buffers, with the balancing buffers of routers updated from the counts of the whole step, unless it is
         skipped.

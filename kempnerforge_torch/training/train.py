@@ -268,8 +268,7 @@ class Trainer:
 
     def _call(self, module: nn.Module, prefix: str, inputs: dict[str, object]) -> Any:
         """Call a module that holds the model under ``prefix``, with the copies of the masters that have some."""
-        copies = self.copies.current()
-        if not copies:
+        if not (copies := self.copies.current()):
             return module(**inputs)
         weights = {prefix + name: weight for name, weight in {**self.masters, **copies}.items()}
         return torch.func.functional_call(module, weights, kwargs=inputs)

@@ -104,8 +104,8 @@ def test_what_is_exported_holds_the_adapters(tmp_path: Path) -> None:
             np.testing.assert_allclose(found.weights[name], value, rtol=0, atol=1e-6, err_msg=name)
     assert main(["convert", str(tmp_path / "run"), "--to", "native", "--output", str(tmp_path / "native")]) == 0
     again = read_model(tmp_path / "native").weights
-    assert {name: value.tobytes() for name, value in again.items()} == {
-        name: value.tobytes() for name, value in read_model(tmp_path / "run").weights.items()
+    assert {name: np.asarray(value).tobytes() for name, value in again.items()} == {
+        name: np.asarray(value).tobytes() for name, value in read_model(tmp_path / "run").weights.items()
     }
     with pytest.raises(UserError, match=r"lora = .*alpha=7\.0.*: was .*alpha=5\.0.* when .*step_00000002 was written"):
         run("torch", tmp_path / "run", 4, "--lora.alpha=7.0")
