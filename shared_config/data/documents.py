@@ -1,7 +1,8 @@
 """Documents of large collections of text, one after the other: no file is held in memory.
 
-text (.txt) is a document a file, or several that a separator parts; JSON Lines (.jsonl, .ndjson) and Parquet (.parquet)
-are a document a row. Text and JSON Lines may be compressed (.gz, .zst).
+text (.txt) is a document a file, or several that a separator parts; JSON Lines (.jsonl, .ndjson), Parquet (.parquet)
+and streams of Arrow (.arrow), as `datasets` saves them, are a document a row. Text and JSON Lines may be compressed
+(.gz, .zst).
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from shared_config.data.datasets_folder import data_files
 from shared_config.data.jsonl import SUFFIXES as JSON_LINES
 from shared_config.data.jsonl import parse_object, refuse, text_problem
 from shared_config.errors import UserError
 from shared_config.interchange.reading import check_regular, files_below, opened
 
-TEXT, PARQUET = ".txt", ".parquet"
+TEXT, PARQUET, ARROW = ".txt", ".parquet", ".arrow"
 COMPRESSED = (".gz", ".zst")
 READ_AT_ONCE = 2**18
 ROWS_AT_ONCE = 256
@@ -50,6 +52,7 @@ def source_files(sources: Sequence[Path], follow_symlinks: bool = False) -> list
     for source in sources:
         names, bad = files_below(source, follow_symlinks=follow_symlinks) if source.is_dir() else ([source.name], [])
         root = source if source.is_dir() else source.parent
+        names = data_files(source, names)
         problems += bad
         if not names:
             problems.append(f"{source}: the folder holds no files")
@@ -58,9 +61,12 @@ def source_files(sources: Sequence[Path], follow_symlinks: bool = False) -> list
     for _, file in found:
         if (first := seen.setdefault(file.resolve(), file)) is not file:
             problems.append(f"{file}: is read already, as {first}")
-        if kind_of(file) not in (TEXT, PARQUET, *JSON_LINES) or (kind_of(file) == PARQUET and _compression(file)):
-            kinds = ", ".join([TEXT, *JSON_LINES, PARQUET])
-            problems.append(f"{file}: must be one of {kinds}, and the former may end in {' or '.join(COMPRESSED)} too")
+        tables = (PARQUET, ARROW)
+        if kind_of(file) not in (TEXT, *JSON_LINES, *tables) or (kind_of(file) in tables and _compression(file)):
+            kinds = ", ".join([TEXT, *JSON_LINES, *tables])
+            problems.append(
+                f"{file}: must be one of {kinds}; text and JSON Lines may end in {' or '.join(COMPRESSED)} too"
+            )
     refuse(problems)
     for _, file in found:
         check_regular(file)
@@ -102,6 +108,8 @@ def documents(span: Span, text_field: str = "text", separator: str = "") -> Iter
     """
     if kind_of(span.file) == PARQUET:
         yield from _of_parquet(span, text_field)
+    elif kind_of(span.file) == ARROW:
+        yield from _of_arrow(span.file, text_field)
     elif kind_of(span.file) == TEXT:
         for place, record in _records(span.file, _chunks(span.file), separator.encode() or None):
             if b"\0" in record:
@@ -207,20 +215,44 @@ def _row_groups(file: Path, size: int) -> Iterator[Span]:
 
 def _of_parquet(span: Span, text_field: str) -> Iterator[str]:
     table = _parquet(span.file)
-    if text_field not in table.schema_arrow.names:
-        columns = ", ".join(map(repr, table.schema_arrow.names))
-        raise UserError(f"{span.file}: must have a column {text_field!r} (see --text-field); has {columns}")
+    _check_column(span.file, text_field, table.schema_arrow.names)
     row = sum(table.metadata.row_group(group).num_rows for group in range(span.start))
     groups = list(range(span.start, span.stop))
     try:
         for batch in table.iter_batches(ROWS_AT_ONCE, groups, [text_field]):
-            for text in batch.column(0).to_pylist():
-                if not isinstance(text, str):
-                    raise UserError(f"{span.file}, row {row}: {text_field!r} must be text, not {text!r:.40}")
-                yield text
-                row += 1
+            yield from _texts(span.file, batch.column(0), text_field, row)
+            row += batch.num_rows
     except (OSError, _library("pyarrow", span.file).ArrowException) as error:
         raise UserError(f"{span.file}: can't be read as Parquet: {error}") from None
+
+
+def _of_arrow(file: Path, text_field: str) -> Iterator[str]:
+    """Of batches that are mapped from the file, a few rows at a time."""
+    library, row = _library("pyarrow", file), 0
+    try:
+        with library.memory_map(str(file)) as source, library.ipc.open_stream(source) as stream:
+            _check_column(file, text_field, stream.schema.names)
+            for batch in stream:
+                column = batch.column(text_field)
+                for start in range(0, len(column), ROWS_AT_ONCE):
+                    yield from _texts(file, column[start : start + ROWS_AT_ONCE], text_field, row + start)
+                row += len(column)
+    except (OSError, library.ArrowException) as error:
+        raise UserError(f"{file}: can't be read as a stream of Arrow: {error}") from None
+
+
+def _check_column(file: Path, text_field: str, names: Sequence[str]) -> None:
+    if text_field not in names:
+        columns = ", ".join(map(repr, names))
+        raise UserError(f"{file}: must have a column {text_field!r} (see --text-field); has {columns}")
+
+
+def _texts(file: Path, column: Any, text_field: str, first: int) -> Iterator[str]:
+    """The values of a column of Arrow, whose rows in the file begin with ``first``."""
+    for row, text in enumerate(column.to_pylist(), first):
+        if not isinstance(text, str):
+            raise UserError(f"{file}, row {row}: {text_field!r} must be text, not {text!r:.40}")
+        yield text
 
 
 def _parquet(file: Path) -> Any:

@@ -157,6 +157,25 @@ def test_ranks_together_read_what_one_reads(
     assert ranks[0].tokens_per_batch == rows * SEQ_LEN
 
 
+@settings(max_examples=12)
+@given(mixture=mixtures(), worlds=st.tuples(st.integers(1, 3), st.integers(1, 3)), steps=st.integers(0, 5))
+def test_no_row_is_lost_or_comes_twice_where_a_run_goes_on_on_other_ranks(
+    mixture: tuple[DataConfig, list[int]], worlds: tuple[int, int], steps: int
+) -> None:
+    data, windows = mixture
+    places: dict[int, list[int]] = {}
+    for step in range(8):
+        world = worlds[step >= steps]
+        for rank in range(world):
+            for first in firsts(mixed(data, windows, 6 // world, rank, world).batch(step)):
+                places.setdefault(first // 1000, []).append(first % 1000)
+    for source, own in places.items():
+        for start in range(0, len(own), windows[source]):
+            epoch = own[start : start + windows[source]]
+            assert len(set(epoch)) == len(epoch)
+            assert set(epoch) <= {SEQ_LEN * window for window in range(windows[source])}
+
+
 @given(mixture=mixtures(), rows=st.integers(1, 5))
 def test_phases_begin_with_their_steps(mixture: tuple[DataConfig, list[int]], rows: int) -> None:
     data, windows = mixture

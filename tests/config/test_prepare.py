@@ -58,6 +58,15 @@ def parquet(texts: Sequence[str], rows: int) -> bytes:
     return out.getvalue()
 
 
+def arrow(texts: Sequence[str | None], rows: int) -> bytes:
+    """As `datasets` saves them."""
+    library, out = pytest.importorskip("pyarrow"), io.BytesIO()
+    table = library.table({"number": list(range(len(texts))), "text": library.array(texts, library.large_string())})
+    with library.ipc.new_stream(out, table.schema) as stream:
+        stream.write_table(table, max_chunksize=rows)
+    return out.getvalue()
+
+
 def json_lines(texts: Sequence[str]) -> bytes:
     return "".join(
         json.dumps({"text": text, "n": 1}, ensure_ascii=len(text) % 2 == 0) + "\n" for text in texts
@@ -70,6 +79,7 @@ WRITERS: dict[str, Callable[[Sequence[str]], bytes]] = {
     "a.jsonl.gz": lambda texts: gzip.compress(json_lines(texts[:1])) + gzip.compress(json_lines(texts[1:])),
     "a.jsonl.zst": lambda texts: zstandard(json_lines(texts[:1])) + zstandard(json_lines(texts[1:])),
     "a.parquet": lambda texts: parquet(texts, 2),
+    "a.arrow": lambda texts: arrow(texts, 2),
     "a.txt": lambda texts: SEPARATOR.join(texts).encode(),
     "a.txt.gz": lambda texts: gzip.compress(SEPARATOR.join(texts).encode()) + b"\0" * 7,
 }
@@ -368,7 +378,11 @@ GOOD = b'{"text": "a"}\n'
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.csv", b"a", "/in/a.csv: must be one of .txt, .jsonl, .ndjson, .parquet, and the former may end in"),
+        (
+            "a.csv",
+            b"a",
+            "/in/a.csv: must be one of .txt, .jsonl, .ndjson, .parquet, .arrow; text and JSON Lines",
+        ),
         ("a.parquet.gz", b"a", "/in/a.parquet.gz: must be one of"),
         ("a.jsonl", GOOD + b"{\n", "/in/a.jsonl, byte 14: not valid JSON"),
         ("a.jsonl", GOOD + b'{"t": 1}\n', "/in/a.jsonl, byte 14: 'text' must be text (see --text-field); has 't'"),
@@ -400,7 +414,44 @@ def test_columns_of_other_kinds_are_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path, {"a.parquet": content[:-3]}).startswith("/in/a.parquet: can't be read as Parquet: ")
 
 
-@pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")])
+def test_a_folder_that_datasets_saved_is_its_data(tmp_path: Path) -> None:
+    """Without descriptions, and without results that were cached beside the data."""
+    for split, texts in {"test": ["c"], "train": ["a", "b"]}.items():
+        folder = tmp_path / "in" / split
+        folder.mkdir(parents=True)
+        files = [f"data-{number:05}-of-{len(texts):05}.arrow" for number in range(len(texts))]
+        for file, text in zip(files, texts, strict=True):
+            (folder / file).write_bytes(arrow([text], 1))
+        (folder / "cache-0123.arrow").write_bytes(arrow(["twice"], 1))
+        (folder / "dataset_info.json").write_text("{}")
+        (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": file} for file in files]}))
+    (tmp_path / "in" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    prepare([tmp_path / "in"], tmp_path / "out", BYTES)
+    assert stored(tmp_path / "out") == ids_of(["c", "a", "b"])
+    prepare([tmp_path / "in" / "train"], tmp_path / "train", BYTES)
+    assert stored(tmp_path / "train") == ids_of(["a", "b"])
+    (tmp_path / "in" / "train" / "data-00000-of-00002.arrow").unlink()
+    with pytest.raises(UserError, match=r"train/state.json: lists data-00000-of-00002.arrow, which is not there"):
+        prepare([tmp_path / "in"], tmp_path / "new", BYTES)
+    (tmp_path / "in" / "train" / "state.json").write_text("[]")
+    with pytest.raises(UserError, match=r"state.json: is no state of a folder that datasets saved"):
+        prepare([tmp_path / "in"], tmp_path / "new", BYTES)
+
+
+def test_streams_of_arrow_that_can_not_be_read_are_refused(tmp_path: Path) -> None:
+    content = arrow(["a", "b"], 1)
+    said = refusal(tmp_path, {"a.arrow": content}, Encoding("bytes", text_field="number"))
+    assert said == "/in/a.arrow, row 0: 'number' must be text, not 0"
+    said = refusal(tmp_path, {"a.arrow": arrow(["a", "b", "c", None], 2)})
+    assert said == "/in/a.arrow, row 3: 'text' must be text, not None"
+    said = refusal(tmp_path, {"a.arrow": content}, Encoding("bytes", text_field="body"))
+    assert said == "/in/a.arrow: must have a column 'body' (see --text-field); has 'number', 'text'"
+    assert refusal(tmp_path, {"a.arrow": content[:-90]}).startswith("/in/a.arrow: can't be read as a stream of Arrow: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("a.parquet", "pyarrow"), ("a.arrow", "pyarrow"), ("a.jsonl.zst", "zstandard")]
+)
 def test_a_missing_package_is_named_with_its_extra(
     name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

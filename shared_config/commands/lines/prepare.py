@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources",
         metavar="SOURCE",
         nargs="+",
-        help="files, or folders of them: .txt (a document each), .jsonl and .parquet (a document a row); .txt and "
-        ".jsonl also as .gz and .zst",
+        help="files, or folders of them: .txt (a document each), .jsonl, .parquet and .arrow (a document a row); .txt "
+        "and .jsonl also as .gz and .zst; folders that datasets saved as well",
     )
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="a Hugging Face folder, or 'bytes'")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
