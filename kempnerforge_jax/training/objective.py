@@ -113,8 +113,8 @@ class Recipe:
         progress: Float[Array, ""],
         taken: Bool[Array, ""] | None,
     ) -> State:
-        """The buffers, with the balancing buffers of routers updated from the counts of the whole step, unless it is
-        skipped.
+        """The buffers, with the balancing buffers of routers updated from the counts (_E,) of the whole step, unless it
+        is skipped.
         """
         if not counts:
             return buffers
