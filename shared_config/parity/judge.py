@@ -25,6 +25,7 @@ from shared_config.parity.measure import (
 )
 from shared_config.parity.numerics import as_float64, difference, finite_gap, rms
 from shared_config.parity.parts import Part, PartErrors, unpacked, worst_part
+from shared_config.parity.rerouted import Rerouted, rerouted, routes_differ
 from shared_config.parity.result import (
     DIFFERS,
     EQUAL,
@@ -45,7 +46,6 @@ from shared_config.parity.tolerance import (
     Tensor,
     coarser,
     experts_choose_tokens,
-    has_experts,
     scale_of,
     tolerance_of,
 )
@@ -172,10 +172,23 @@ class Judge:
         return [("a", a, truth, self.a.meta.dtype), ("b", b, truth, self.b.meta.dtype)]
 
     @functools.cached_property
-    def _rerouted(self) -> dict[str, bool]:
+    def _rerouted(self) -> dict[str, Rerouted]:
+        """By side, what follows from choices that are not those that it is measured against; routes are held to those
+        of the other trace.
+        """
+        against, order = self.a if self.truth is None else self.truth, execution_order(self.a, self.b)
+        pairs = {"a": (self.a, against), "b": (self.b, against), "routes": (self.b, self.a)}
+        return {side: rerouted(*pair, order, self._explained, ROUTE_SLACK[self.dtype]) for side, pair in pairs.items()}
+
+    def _explained(self, name: str) -> float:
+        """K deltas, of what is held to the other trace."""
+        return tolerance_of(group_of(name), self.dtype).K * (self._delta(name, self.dtype) or 0.0)
+
+    @functools.cached_property
+    def _routes_differ(self) -> dict[str, bool]:
         """By side, whether routes differ from those that it is measured against; if none were recorded, they may."""
         against = self.a if self.truth is None else self.truth
-        return {side: _routes_differ(trace, against) for side, trace in (("a", self.a), ("b", self.b))}
+        return {side: routes_differ(trace, against) for side, trace in (("a", self.a), ("b", self.b))}
 
     def _exact(self, row: Row, a: Tensor, b: Tensor) -> Row:
         """Integers must be equal, but for as many as rounding the weights changes too (routes at near ties)."""
@@ -187,11 +200,11 @@ class Judge:
         unequal = a != b
         if not unequal.any():
             return row
-        delta, found = self._delta(row.name, self.dtype), difference(b, a)
-        allowed = tolerance_of(row.group, self.dtype).K * (delta or 0.0)
+        delta, found, allowed = self._delta(row.name, self.dtype), difference(b, a), self._explained(row.name)
         if is_routes(row.name):
             unequal = unequal_choices(b, a, experts_choose_tokens(self.a.meta.config_fields))
-            error, limit = float(unequal.sum()), self._routes_limit(unequal, allowed)
+            error = float(self._rerouted["routes"].own(row.name, unequal).sum())
+            limit = self._routes_limit(unequal, allowed)
         else:
             error, limit = found.rms_error, self._counts_limit(row.name, a, b, allowed)
         row = dataclasses.replace(
@@ -214,7 +227,7 @@ class Judge:
         """Largest RMS difference of integers that are no routes: those that count routes differ where these do, by less
         than their size, and by as much as follows from the choices that are unequal.
         """
-        if not _routes_differ(self.b, self.a):
+        if not routes_differ(self.b, self.a):
             return 0.0
         follows = 2 * self._unequal / math.sqrt(max(1, a.size)) if name.endswith(COUNTS) else 0.0
         return min(max(allowed, follows), max(rms(a), rms(b)))
@@ -231,11 +244,14 @@ class Judge:
         return count
 
     def _judged(self, row: Row, side: str, value: Tensor, reference: Tensor, dtype: str) -> Row:
-        found = measure(value, reference)
+        other = self._rerouted[side]
+        kept = other.kept(row.name, value, reference)
+        found = measure(kept if row.name in other.excused else value, reference)
         delta = self._delta(row.name, dtype)
-        ceiling = self._scales.ceiling(row.name, dtype, (scale_of(value), found.scale), self._rerouted[side])
+        ceiling = self._scales.ceiling(row.name, dtype, (scale_of(value), found.scale), self._routes_differ[side])
         limit = self._scales.limit(row.name, dtype, found.scale, delta, ceiling)
-        if found.error == 0:
+        limit = max(limit, other.allowed(row.name, value, ceiling))
+        if found.error == 0 and (kept is value or row.name not in other.excused):
             status, found = EQUAL, dataclasses.replace(found, position=None)
         elif found.error <= limit:
             status = WITHIN
@@ -244,7 +260,7 @@ class Judge:
             status = NO_DELTA if unscaled else DIFFERS
         measured = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
         row = dataclasses.replace(row, status=status, worse=side, limit=limit, delta=delta, **measured)
-        part = self._worst_part(row, side, value, reference, dtype) if status in (WITHIN, DIFFERS) else None
+        part = self._worst_part(row, side, kept, reference, dtype) if status in (WITHIN, DIFFERS) else None
         if part is None or part.share <= row.share:
             return row
         status, position = (DIFFERS, part.position) if part.share > 1 else (status, row.position)
@@ -253,32 +269,17 @@ class Judge:
     def _worst_part(self, row: Row, side: str, value: Tensor, reference: Tensor, dtype: str) -> Part | None:
         """The part of a tensor that is nearest to its limit; None where parts say nothing, or nothing is known of them.
 
-        Where experts choose other tokens, or tokens other experts, all that follows is another row, and what is left
-        behind as well. In cached decoding they may do so unseen.
+        Where routes differ these are parts of what they don't reach. In cached decoding they may differ unseen.
         """
         if isinstance(value, Summary) or isinstance(reference, Summary) or not math.isfinite(row.error):
             return None
         limits = self._scales.part_limits(row.name, dtype, row.scale)
         deltas = self._part_deltas(row.name, dtype, reference.shape)
-        after_routes = row.name in self._after_other_routes[side]
-        if limits is None or deltas is None or row.delta is None or after_routes or not np.isfinite(reference).all():
+        if limits is None or deltas is None or row.delta is None or not np.isfinite(reference).all():
+            return None
+        if not self._rerouted[side].has_parts(row.name, reference):
             return None
         return worst_part(finite_gap(value, reference), as_float64(reference), deltas, row.delta, limits)
-
-    @functools.cached_property
-    def _after_other_routes(self) -> dict[str, frozenset[str]]:
-        """By side, names of all tensors that depend on a choice of experts that differs from the one it is held to."""
-        against = self.a if self.truth is None else self.truth
-        names = execution_order(self.a, self.b)
-        decoded = [name for name in names if group_of(name) == DECODE and has_experts(self.a.meta.config_fields)]
-        found = {}
-        for side, trace in (("a", self.a), ("b", self.b)):
-            places = [
-                place for place, name in enumerate(names) if is_routes(name) and _unequal_in(name, trace, against)
-            ]
-            first = min(places, default=0 if self._rerouted[side] else len(names))
-            found[side] = frozenset([*names[first:], *decoded])
-        return found
 
     def _source_of_delta(self, name: str, dtype: str) -> str:
         """The tensor whose delta it has: that of cached decoding is the delta of the logits."""
@@ -301,18 +302,3 @@ class Judge:
             )
         }
         return dataclasses.replace(row, **values)
-
-
-def _unequal_in(name: str, trace: Trace, against: Trace) -> bool:
-    """Whether both recorded a tensor, and not the same values."""
-    tensors = [side.tensors.get(name) for side in (trace, against)]
-    hashes = {summary_of(tensor).hash for tensor in tensors if tensor is not None}
-    return len(hashes) > 1
-
-
-def _routes_differ(trace: Trace, against: Trace) -> bool:
-    """Whether routes differ where both recorded them; true if there are experts but no routes to see."""
-    names = [name for name in trace.tensors if is_routes(name) and name in against.tensors]
-    if not names:
-        return has_experts(trace.meta.config_fields)
-    return any(_unequal_in(name, trace, against) for name in names)
