@@ -6,22 +6,22 @@ draws small jobs of every architecture, records one step of each in torch and JA
 them as ``validate`` does, and prints, by dtype, group and kind of part, the largest share of a limit that was seen. A
 pair is torch against JAX in one dtype on one drawn job. ``--first`` goes on after so many jobs.
 
-300 pairs (CPU, 2026-11-27) gave no false alarm; of one, the judge refused a delta that was beyond what it then took for
-possible (`tolerance.SWITCHED`). The largest shares of limits:
+300 pairs (CPU, torch 2.11, jax 0.11, 2026-11-28) gave no false alarm; in 8 of bfloat16 a token chose another expert.
+The largest shares of limits:
 
     ==========  ========  =====  ===========  =======  =====
     dtype       group     whole  row, column  element  scale
     ==========  ========  =====  ===========  =======  =====
-    float32     forward   0.42   0.64         0.46     0.40
+    float32     forward   0.42   0.64         0.47     0.40
     float32     gradient  0.40   0.63         0.46     0.49
-    float32     updated   0.28   0.48         0.30
-    float32     decode    0.29   0.25         0.31
-    float32     loss      0.28
+    float32     updated   0.26   0.49         0.31
+    float32     decode    0.30   0.27         0.34
+    float32     loss      0.29
     float32     routing   0.38
-    bfloat16    forward   0.50   0.89         0.73     0.65
-    bfloat16    gradient  0.32   0.80         0.29     0.67
-    bfloat16    updated   0.43   0.67         0.50
-    bfloat16    decode    0.35   0.42         0.53
+    bfloat16    forward   0.55   0.84         0.62     0.84
+    bfloat16    gradient  0.71   0.80         0.28     0.57
+    bfloat16    updated   0.43   0.67         0.02
+    bfloat16    decode    0.41   0.46         0.53
     bfloat16    loss      0.15
     bfloat16    routing   1.00
     ==========  ========  =====  ===========  =======  =====

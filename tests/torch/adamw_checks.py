@@ -14,6 +14,8 @@ from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.schema.optimizer import OptimizerConfig
 
 CONFIG = OptimizerConfig(lr=0.1, weight_decay=0.3, betas=(0.8, 0.97), eps=1e-6)
+SMALLEST = 2.0**-6
+"""Of second moments: a first moment that cancels, over the root of less, would have errors of many roundings."""
 
 
 def plain_kernel(
@@ -84,7 +86,7 @@ def drawn(
     }
     optimizer = build_optimizer(parameters, table, CONFIG)
     moments = {f"m.{name}": normal(size) for name, size in zip(names, sizes, strict=True)}
-    moments |= {f"v.{name}": normal(size).square() for name, size in zip(names, sizes, strict=True)}
+    moments |= {f"v.{name}": normal(size).square() + SMALLEST for name, size in zip(names, sizes, strict=True)}
     moments |= {f"t.{name}": torch.tensor(count) for name, count in zip(names, counts, strict=True)}
     set_optimizer_state(optimizer, parameters, moments, 0)
     dtypes = [torch.bfloat16 if is_narrow else torch.float32 for is_narrow in narrow]
