@@ -5,6 +5,7 @@
     python -m tests.benchmarks.bench_scaling --what dense --devices 4 8     llama3_8b itself, which needs four
     python -m tests.benchmarks.bench_scaling --what experts --devices 4     moe_small with and without ep
     python -m tests.benchmarks.bench_scaling --what images --devices 1 4    a vision-language model
+    python -m tests.benchmarks.bench_scaling --what single                  16 layers of 2048, short and long sequences
 
 Every run is a process of its own (PyTorch: one for each GPU, under torchrun). The micro-batches of a step are numbered,
 and the ranks take them as `shared_config.parity.layouts` deals them, so that runs with equally many in all see the same
@@ -36,6 +37,11 @@ WARM_UP = 3
 LARGE = ("--train.batch_size=4", "--train.seq_len=4096")
 FULL = (*LARGE, "--train.activation_checkpointing=full", "--train.scan_layers=true")
 """KempnerForge's own measurement: 4 x 4096 tokens a GPU, every block computed again."""
+SINGLE = (
+    "--model.dim=2048", "--model.n_layers=16", "--model.n_heads=16", "--model.n_kv_heads=8",
+    "--model.ffn_hidden_dim=5632", "--model.vocab_size=32000", "--model.max_seq_len=8192",
+    "--train.activation_checkpointing=none", "--train.mixed_precision=bf16", "--train.scan_layers=false",
+)  # fmt: skip
 SMALL = (
     "--train.mixed_precision=fp32", "--train.matmul_precision=highest", "--scheduler.name=constant",
     "--scheduler.warmup_steps=0", "--train.compile_model=false",
@@ -77,7 +83,7 @@ def runs_of(what: str, devices: Sequence[int]) -> Iterator[Run]:
             yield from _agreeing(count, max(devices))
         elif what == "depth":
             eighth = (*FULL, "--model.n_layers=4")
-            yield Run("llama3_8b, 4 layers", "llama3_8b", count, {"dp_shard": count}, eighth, count)
+            yield Run("llama3_8b, part", "llama3_8b", count, {"dp_shard": count}, eighth, count)
         elif what == "dense":
             yield Run("llama3_8b", "llama3_8b", count, {"dp_shard": count}, FULL, count)
             tp = {"dp_shard": count // 2, "tp": 2}
@@ -85,6 +91,11 @@ def runs_of(what: str, devices: Sequence[int]) -> Iterator[Run]:
         elif what == "experts":
             for ep in sorted({1, count}):
                 yield Run("moe_small", "moe_small", count, {"dp_shard": count, "ep": ep}, (), count)
+        elif what == "single":
+            for batch_size, seq_len in ((4, 2048), (1, 8192)):
+                shape = (f"--train.batch_size={batch_size}", f"--train.seq_len={seq_len}")
+                name = f"16 layers, {batch_size} x {seq_len}"
+                yield Run(name, "llama_1b", count, {"dp_shard": count}, (*SINGLE, *shape), count)
         elif what == "images":
             few = ("--model.n_layers=4", "--train.batch_size=2", "--train.seq_len=1024")
             yield Run("vlm, 4 layers", "vlm_8b_joint_decoder", count, {"dp_shard": count}, few, count)
@@ -248,7 +259,7 @@ def table(lines: Sequence[Line], limit: Line) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
-        "--what", choices=["agree", "depth", "dense", "experts", "images"], nargs="+", default=["depth"]
+        "--what", choices=["agree", "depth", "dense", "experts", "images", "single"], nargs="+", default=["depth"]
     )
     parser.add_argument("--devices", type=int, nargs="+", default=[1])
     parser.add_argument("--backend", choices=["torch", "jax"], nargs="+", default=["torch", "jax"])

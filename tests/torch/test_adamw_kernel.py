@@ -134,7 +134,6 @@ def launches(layers: int) -> dict[str, int]:
 
 @on_gpu
 def test_a_step_of_a_trainer_launches_no_kernel_for_each_tensor() -> None:
-    """One looks for what is not finite, one takes the step."""
     few, many = launches(1), launches(4)
-    assert [count for name, count in many.items() if "_adamw" in name] == [2]
+    assert [count for name, count in many.items() if "_adamw" in name] == [1]
     assert sum(many.values()) == sum(few.values()), (few, many)
