@@ -216,8 +216,9 @@ def check_logits(run: Path, tuned: Path) -> None:
         wide = {name: np.asarray(value, np.float64) for name, value in weights.items()}
         return transformer(wide, source.config.model, tokens).logits
 
-    expected = logits(source.weights)
-    delta = perturbation_delta(logits, source.weights, unit_roundoff(np.float32))["output"]
+    weights = {name: np.asarray(value) for name, value in source.weights.items()}
+    expected = logits(weights)
+    delta = perturbation_delta(logits, weights, unit_roundoff(np.float32))["output"]
     for dtype in (torch.float64, torch.float32):
         with torch.no_grad():
             found = theirs(tuned, dtype)[0](torch.from_numpy(tokens).long()).logits.numpy()

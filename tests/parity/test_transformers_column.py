@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """What the processes leave behind; those of JAX stand in for by PyTorch's."""
     config, results = load_config(str(folder)), tmp_path_factory.mktemp("results")
-    weights = fitting_weights(folder, config, [])
+    weights = {name: np.asarray(value) for name, value in fitting_weights(folder, config, []).items()}
     plan = Plan(config, results, DTYPES, weights=folder, weights_hash=state_hash(weights), foreign=True)
     plan.config_file.write_text(config_to_toml(config))
     for dtype in DTYPES:
