@@ -68,7 +68,10 @@ def read_bytes(path: PathLike, limit: int) -> bytes:
         UserError: as `opened`.
     """
     with opened(path, limit) as file:
-        content = file.read(limit + 1)
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(min(size, limit) + 1)
+        if len(content) > size:
+            content += file.read(limit + 1 - len(content))
     if len(content) > limit:  # it grew, or belongs to a file system that tells no sizes
         raise UserError(f"{os.fspath(path)}: has more than {limit} bytes")
     return content

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from shared_config.contract.decoding import DTYPES
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.vision import job_table
-from shared_config.interchange import huggingface
 from shared_config.interchange.huggingface import (
     from_huggingface,
     save_huggingface,
@@ -135,11 +134,8 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_more_than_a_stack_of_experts_is_copied_at_a_time(
-    backend: str, mixture: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_more_than_a_stack_of_experts_is_copied_at_a_time(backend: str, mixture: Path) -> None:
     """What NumPy holds beside the model: a stack as it is in the files, and in the dtype of the model."""
-    monkeypatch.setattr(huggingface, "MAX_JSON_BYTES", 2**14)  # room for so much is asked for, and not used
     load: Any = SIDES[backend].module("model.build").load_model
     load(MIXTURE, read_model(mixture, MIXTURE).weights, "cpu")  # what is made once a process
     tracemalloc.start()
