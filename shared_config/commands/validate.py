@@ -34,7 +34,7 @@ from shared_config.interchange.huggingface import is_huggingface
 from shared_config.interchange.outputs import claim_record_folder, forget_run
 from shared_config.interchange.toml import config_to_toml
 from shared_config.loader import load_config
-from shared_config.parity import full_checks, layout_checks
+from shared_config.parity import full_checks, layout_checks  # noqa: F401 (they register checks)
 from shared_config.parity.checks import outcome
 from shared_config.parity.dtypes import DTYPES, dtypes_of
 from shared_config.parity.layouts import described
@@ -44,9 +44,6 @@ from shared_config.parity.scenarios import PARTS, resume_folder
 from shared_config.parity.shrink import shrink
 from shared_config.parity.transformers_check import rows
 from shared_config.schema.job import JobConfig
-
-REGISTERING = (full_checks, layout_checks)
-"""Modules whose checks are registered as they are imported, beside `checks` and `transformers_check`."""
 
 DIFFERENT = 1
 BYTES_A_PARAMETER = 160

@@ -5,7 +5,7 @@ token goes through another expert, and what comes of it has nothing to do with t
 is the token itself and, by attention, those after it in its sequence; all others are judged as ever. Where deltas
 explain the choices, they hold what follows from them, too: then the tensor as a whole is judged with these tokens.
 
-Shapes: B sequences, S positions, T = B * S tokens, k choices of each.
+Masks are bool. Shapes: B sequences, S positions, T = B * S tokens, k choices of each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool
 
 from shared_config.interchange.toml import number_of, section_of
 from shared_config.parity.measure import summary_of
@@ -44,8 +43,8 @@ class Rerouted:
     after: frozenset[str] = frozenset()
     excused: frozenset[str] = frozenset()
     unseen: frozenset[str] = frozenset()
-    positions_BS: Bool[np.ndarray, "B S"] | None = None
-    before: Mapping[str, Bool[np.ndarray, "B S"]] = field(default_factory=dict)
+    positions_BS: np.ndarray | None = None
+    before: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def has_parts(self, name: str, tensor: Tensor) -> bool:
         """Whether the parts of a tensor can be judged: those of what `kept` leaves of it."""
@@ -71,12 +70,12 @@ class Rerouted:
         share = 1.0 if self.positions_BS is None else float(self.positions_BS.mean())
         return ceiling * (share if group_of(name) in _MEANS else math.sqrt(share))
 
-    def own(self, name: str, unequal_Tk: Bool[np.ndarray, "T k"]) -> Bool[np.ndarray, "T k"]:
+    def own(self, name: str, unequal_Tk: np.ndarray) -> np.ndarray:
         """Which of the unequal choices of a router are its own, and don't follow from those of routers before it."""
         before_BS = self.before.get(name)
         return unequal_Tk if before_BS is None else unequal_Tk & ~before_BS.reshape(-1, 1)
 
-    def _places(self, name: str, tensor: Tensor) -> Bool[np.ndarray, "..."] | None:
+    def _places(self, name: str, tensor: Tensor) -> np.ndarray | None:
         """Where, along its first axes, another choice reaches an activation; None if that is not known."""
         if self.positions_BS is None or name not in self.after or group_of(name) not in (FORWARD, DECODE):
             return None
@@ -117,7 +116,7 @@ def routes_differ(trace: Trace, against: Trace) -> bool:
     return _are_unseen(trace, against) or any(_differ(name, trace, against) for name in _routes(trace, against))
 
 
-def _unequal(name: str, trace: Trace, against: Trace) -> Bool[np.ndarray, "T k"]:
+def _unequal(name: str, trace: Trace, against: Trace) -> np.ndarray:
     """Choices that are not those of the other trace: all where these are summed up alone, or others in number."""
     a, b = trace.tensors[name], against.tensors[name]
     if isinstance(a, Summary) or isinstance(b, Summary) or a.shape != b.shape:

@@ -310,3 +310,20 @@ def _trace(
         },
     )
     write_trace(plan.trace_file(backend, "float64"), Trace({**held, **(tensors or {})}, meta))
+
+
+REGISTERED = """
+import importlib, pkgutil
+import shared_config.commands.validate
+from shared_config import parity
+from shared_config.parity.plan import CHECKS
+of_the_command = set(CHECKS)
+for module in pkgutil.iter_modules(parity.__path__):
+    importlib.import_module(f"{parity.__name__}.{module.name}")
+print(sorted(of_the_command) == sorted(CHECKS), "layouts" in of_the_command, set(CHECKS) - of_the_command)
+"""
+
+
+def test_the_command_alone_has_every_check() -> None:
+    """Checks are registered as their modules are imported: here by a process that imports nothing but the command."""
+    assert run_python("-c", REGISTERED).stdout == "True True set()\n"

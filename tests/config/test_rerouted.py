@@ -68,7 +68,9 @@ def test_the_token_and_those_after_it_may_be_anything(place: tuple[int, int], na
     assert [row.name for row in same_routes.failures] == [name]
 
 
-@given(places, places, st.sampled_from([BEFORE, OUTPUT, LOGITS]), st.booleans(), st.integers(0, 99))
+@pytest.mark.parametrize("has_parts", [True, False])
+@pytest.mark.parametrize("name", [BEFORE, OUTPUT, LOGITS])
+@given(place=places, elsewhere=places, seed=st.integers(0, 99))
 def test_other_tokens_are_judged_as_ever(
     place: tuple[int, int], elsewhere: tuple[int, int], name: str, has_parts: bool, seed: int
 ) -> None:
