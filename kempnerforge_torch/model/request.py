@@ -84,7 +84,9 @@ def make_request(
     model = unwrap(model)
     transformer = _checked(model)
     config = transformer.config
-    prompts = read_prompts(_to_host(prompt_tokens), _to_host(prompt_lengths), config.vocab_size)
+    vlm = transformer.vlm_config
+    image_token = None if vlm is None else vlm.image_token
+    prompts = read_prompts(_to_host(prompt_tokens), _to_host(prompt_lengths), config.vocab_size, image_token)
     rows = len(prompts.lengths)
     image = _read_image(model, pixel_values, frame_mask, rows)
     prefix = image_tokens(image)

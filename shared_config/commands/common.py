@@ -10,6 +10,8 @@ from rich.console import Console
 
 from shared_config.contract.vision import job_table
 from shared_config.interchange.files import regular_target
+from shared_config.interchange.huggingface import is_huggingface
+from shared_config.interchange.llava import is_llava_folder
 from shared_config.interchange.outputs import writable_folder
 from shared_config.interchange.parts import HostArray
 from shared_config.interchange.source import read_model, to_stderr
@@ -40,6 +42,11 @@ def load_job(options: argparse.Namespace, overrides: Sequence[str], *, several_d
 def folder_of(config: str) -> Path | None:
     """The folder that CONFIG is, whose weights are meant too; None for a preset or a .toml file."""
     return Path(config) if config not in preset_names() and Path(config).is_dir() else None
+
+
+def in_transformers(folder: Path) -> bool:
+    """Whether a folder holds a model that transformers runs too: of text, or with images."""
+    return is_huggingface(folder) or is_llava_folder(folder)
 
 
 def overridden_fields(overrides: Sequence[str]) -> frozenset[str]:

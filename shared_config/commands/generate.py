@@ -20,6 +20,7 @@ from shared_config.commands.speaking import (
     tokenizer_name,
 )
 from shared_config.contract.decoding import check_architecture
+from shared_config.contract.image_token import refuse_image_token
 from shared_config.data.image_sources import Shapes, read_pictures
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer
 from shared_config.errors import UserError
@@ -38,6 +39,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         prompt = conversation_ids(template_of(tokenizer), [{"role": "user", "content": options.prompt}])
     else:
         prompt = encode_prompt(tokenizer, options.prompt, config.model.vocab_size)
+    if config.vlm is not None:
+        refuse_image_token("--prompt", np.asarray(prompt), config.vlm.image_token)
     manner = manner_of(options, config, tokenizer)
     pixels = read_images(options, config)
     require_backend(options.backend)

@@ -13,12 +13,12 @@ from shared_config.commands.backends import backend_module, require_backend, req
 from shared_config.commands.common import (
     fitting_weights,
     folder_of,
+    in_transformers,
     load_job,
     writable_file,
 )
 from shared_config.contract.warm_start import without_warm_start
 from shared_config.errors import UserError
-from shared_config.interchange.huggingface import is_huggingface
 from shared_config.interchange.outputs import refuse_overwriting
 from shared_config.interchange.reading import check_regular
 from shared_config.parity.layouts import LAYOUT, LayoutBackend, record_layout
@@ -87,7 +87,7 @@ def of_transformers(
     for name in ("tokens", "layers", "only", "refeed", "routes", "summary", "scenario"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name}: is for the backends; leave it out with --backend {TRANSFORMERS}")
-    if folder is None or isinstance(weights, str) or not is_huggingface(Path(folder)):
+    if folder is None or isinstance(weights, str) or not in_transformers(Path(folder)):
         raise UserError(f"--backend {TRANSFORMERS}: needs the weights of a Hugging Face folder, not {folder}")
     if options.dtype == "fp8":
         raise UserError(f"--dtype fp8: is for the backends; must be another with --backend {TRANSFORMERS}")

@@ -20,6 +20,7 @@ from shared_config.commands.common import (
     console,
     fitting_weights,
     folder_of,
+    in_transformers,
     writable_file,
 )
 from shared_config.commands.layouts import layouts_to_compare, on_one_device, without_layout
@@ -30,7 +31,6 @@ from shared_config.contract.counts import count_parameters
 from shared_config.contract.initialise import state_hash
 from shared_config.errors import UserError
 from shared_config.interchange.files import written_aside
-from shared_config.interchange.huggingface import is_huggingface
 from shared_config.interchange.outputs import claim_record_folder, forget_run
 from shared_config.interchange.toml import config_to_toml
 from shared_config.loader import load_config
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         require_backend(backend)
     refuse_too_large(config, options.config, max((layout.fewest_devices for layout in layouts), default=1))
     weights = None if options.shrink else folder_of(options.config)
-    foreign = options.transformers and weights is not None and is_huggingface(weights)
+    foreign = options.transformers and weights is not None and in_transformers(weights)
     if foreign:
         require_package(TRANSFORMERS, TRANSFORMERS, f"{weights} in {TRANSFORMERS} (or --no-transformers)")
     with tempfile.TemporaryDirectory(prefix="kempnerforge-") as scratch:

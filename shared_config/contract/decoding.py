@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from shared_config.contract.image_token import refuse_image_token
 from shared_config.contract.initialise import stream
 from shared_config.errors import UserError
 from shared_config.schema.vlm import VLMConfig
@@ -99,15 +100,21 @@ def _until(tokens: np.ndarray, stops: Sequence[int]) -> np.ndarray:
     return tokens[: found[0] + 1] if found.size else tokens
 
 
-def read_prompts(prompt_tokens: Iterable[ArrayLike], prompt_lengths: ArrayLike | None, vocab_size: int) -> Prompts:
+def read_prompts(
+    prompt_tokens: Iterable[ArrayLike],
+    prompt_lengths: ArrayLike | None,
+    vocab_size: int,
+    image_token: int | None = None,
+) -> Prompts:
     """Check and align prompts.
 
     Args:
         prompt_tokens: integers (B, S), or a sequence of B rows of any lengths.
         prompt_lengths: integers (B,), how many tokens of each row count; one integer for one row; None: all.
+        image_token: the id that stands for the image, which no prompt may hold; None: there is none.
 
     Raises:
-        UserError: no prompt, an empty one, an id outside the vocabulary, lengths that don't fit.
+        UserError: no prompt, an empty one, an id outside the vocabulary or of the image, lengths that don't fit.
     """
     rows = [np.asarray(row) for row in prompt_tokens]
     if not rows:
@@ -121,6 +128,7 @@ def read_prompts(prompt_tokens: Iterable[ArrayLike], prompt_lengths: ArrayLike |
         rows = [row[:length] for row, length in zip(rows, _checked_lengths(prompt_lengths, rows), strict=True)]
     for place, row in enumerate(rows):
         _check_row(f"prompt_tokens[{place}]", row, vocab_size)
+        refuse_image_token(f"prompt_tokens[{place}]", row, image_token)
     lengths = np.array([len(row) for row in rows], np.int32)
     tokens = np.zeros((len(rows), lengths.max()), np.int32)
     for place, row in enumerate(rows):

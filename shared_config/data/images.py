@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from shared_config.contract.image_token import refuse_image_token
 from shared_config.contract.labels import IGNORED
 from shared_config.data.batches import Batch, permute
 from shared_config.data.image_sources import Example, Folder, PictureRow, Shapes, open_folder, prompt_and_text_tokens
@@ -51,6 +52,7 @@ class ImageTextData:
         vocab_size: int,
         frames: int = 0,
         text_mask: bool = False,
+        image_token: int | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -62,9 +64,11 @@ class ImageTextData:
             pixels: how bytes become numbers.
             frames: F of clips; 0 for images, which have no axis of frames.
             text_mask: also give which text positions are real, so that no padding is sent to experts.
+            image_token: the id that stands for the image, which no row may hold; None: there is none.
 
         Raises:
-            UserError: a vocabulary that is too small, or no row to train on has a label within ``text_len``.
+            UserError: a vocabulary that is too small, a row that holds the id of the image, or no row to train on has a
+                label within ``text_len``.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank = {rank}: must be at least 0 and below world_size = {world_size}")
@@ -80,7 +84,18 @@ class ImageTextData:
         self.rows_per_batch = batch_size * world_size
         self.tokens_per_batch = self.rows_per_batch * text_len
         self.notes: tuple[str, ...] = ()
-        self._rows = {"train": [], "heldout": []} if isinstance(source, Shapes) else self._check_labels(source)
+        self._rows: dict[str, list[int]] = {"train": [], "heldout": []}
+        if isinstance(source, Folder):
+            self._refuse_image_token(source, image_token)
+            self._rows = self._check_labels(source)
+
+    def _refuse_image_token(self, folder: Folder, image_token: int | None) -> None:
+        if image_token is None:
+            return
+        for rows in folder.rows.values():
+            for row in rows:
+                ids, _ = prompt_and_text_tokens(row["text"], row.get("prompt", ""), self.tokenizer)
+                refuse_image_token(f"data.path = {folder.name!r}: {dict(row)}", ids, image_token)
 
     def _check_labels(self, folder: Folder) -> dict[str, list[int]]:
         """The rows that have a label, by split: those whose prompt fills ``text_len`` have none."""
@@ -232,6 +247,7 @@ def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) ->
         vocab_size=config.model.vocab_size,
         frames=config.video.max_frames if config.video is not None else 0,
         text_mask=config.has_routers,
+        image_token=None if config.vlm is None else config.vlm.image_token,
         seed=config.train.seed,
         rank=rank,
         world_size=world_size,

@@ -23,6 +23,7 @@ from shared_config.interchange.huggingface_family import family_of
 from shared_config.interchange.llava_config import (
     ACTIVATION,
     FEATURE_LAYER,
+    IMAGE_TOKEN,
     MODEL_TYPE,
     PROJECTOR_ACTIVATIONS,
     STRATEGY,
@@ -92,7 +93,7 @@ def read_llava_config(folder: PathLike) -> dict[str, dict[str, object]]:
     text = min(JointDecoderConfig().max_text_len, positions - tokens)
     return {
         "model": model,
-        "vlm": {"arch": "joint_decoder", "max_text_len": text},
+        "vlm": {"arch": "joint_decoder", "max_text_len": text, "image_token_id": setting(content, IMAGE_TOKEN)},
         "vision_encoder": {"type": kind, "path": str(folder)},
         "adapter": {"type": "mlp_2layer", "activation": setting(content, ACTIVATION)},
     }
@@ -163,8 +164,8 @@ def save_llava(
 
 
 def llava_content(config: JobConfig) -> dict[str, object]:
-    """The content of config.json. The tower ends with the layer that features come from; the id of the image token
-    is that of the folder that the tower is from.
+    """The content of config.json. The tower ends with the layer that features come from; without
+    ``vlm.image_token_id`` the id of the image token is that of the folder that the tower is from.
 
     Raises:
         ConfigError: naming every field that no LLaVA has.
@@ -175,11 +176,12 @@ def llava_content(config: JobConfig) -> dict[str, object]:
         raise ConfigError([f"model.family = {family!r}: must be {' or '.join(TEXT_DEFAULTS)}"])
     tower, encoder = _tower(config), config.vision_encoder
     assert encoder is not None
+    assert config.vlm is not None
     source = read_json(Path(encoder.path) / CONFIG)
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": MODEL_TYPE,
-        "image_token_index": setting(source, "image_token_index"),
+        "image_token_index": setting(source, IMAGE_TOKEN) if config.vlm.image_token is None else config.vlm.image_token,
         "image_seq_length": tower.num_tokens,
         ACTIVATION: _adapter(config).activation,
         STRATEGY: "default" if tower.class_token and not tower.keep_class_token else "full",

@@ -36,9 +36,10 @@ TOWER_TYPES = {"clip_vision_model": "clip", "siglip_vision_model": "siglip2"}
 
 PROJECTOR_ACTIVATIONS = ("gelu", "relu", "silu")
 FIXED: Mapping[str, object] = {"multimodal_projector_bias": True, "quantization_config": None}
+IMAGE_TOKEN = "image_token_index"
 FEATURE_LAYER, STRATEGY, ACTIVATION = "vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act"
 DEFAULTS: Mapping[str, object] = {
-    "image_token_index": 32000,
+    IMAGE_TOKEN: 32000,
     ACTIVATION: "gelu",
     STRATEGY: "default",
     FEATURE_LAYER: -2,
@@ -126,6 +127,6 @@ def _text(content: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def _image_token_problems(content: Mapping[str, object]) -> Iterator[str]:
-    index = setting(content, "image_token_index")
+    index = setting(content, IMAGE_TOKEN)
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-        yield f"image_token_index = {index!r}: must be an integer, 0 or more"
+        yield f"{IMAGE_TOKEN} = {index!r}: must be an integer, 0 or more"

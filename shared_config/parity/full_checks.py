@@ -14,7 +14,7 @@ from shared_config.parity.dtypes import narrow_dtypes
 from shared_config.parity.numerics import as_float64, relative_error, rms
 from shared_config.parity.plan import BACKENDS, LONG, TRUTH, Check, Finding, Plan, register
 from shared_config.parity.provenance import check_trace, expected_meta
-from shared_config.parity.request import logits_name
+from shared_config.parity.request import image_token, logits_name
 from shared_config.parity.scenarios import PARTS, STATE, applicable, cached_and_whole, scenario_config
 from shared_config.parity.tolerance import learning_rate
 from shared_config.parity.traces import DECODE, FORWARD, LOSS, LOSSES, Trace, TraceMeta, group_of, read_trace
@@ -50,7 +50,8 @@ def _long_config(config: JobConfig) -> tuple[JobConfig, list[str]]:
 
 def _long_tokens(plan: Plan) -> np.ndarray:
     """Of a batch of one."""
-    return validation_tokens(plan.config.model.vocab_size, 1, LONG_SEQUENCE, plan.seed)
+    config = plan.config
+    return validation_tokens(config.model.vocab_size, 1, LONG_SEQUENCE, plan.seed, image_token(config))
 
 
 def _long_jobs(plan: Plan, backend: str) -> list[list[str]]:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from shared_config.contract.image_token import refuse_image_token
 from shared_config.contract.initialise import initial_value, state_hash
 from shared_config.contract.routing import by_router, router_ids
 from shared_config.contract.vision import job_table
@@ -127,7 +128,7 @@ def make_request(
     if dtype not in dtypes_of(config):
         raise UserError(f"dtype = {dtype!r}: needs train.mixed_precision = 'fp8', not {config.train.mixed_precision!r}")
     if tokens is None:
-        tokens = validation_tokens(config.model.vocab_size, BATCH, default_length(config), seed)
+        tokens = validation_tokens(config.model.vocab_size, BATCH, default_length(config), seed, image_token(config))
     check_tokens(tokens, config)
     tokens = tokens.astype(np.int32)
     request = Request(
@@ -219,6 +220,11 @@ def cache_size(request: Request, num_image_tokens: int) -> tuple[int, int, int, 
     return batch, num_image_tokens + length, heads, config.model.head_size
 
 
+def image_token(config: JobConfig) -> int | None:
+    """The id that no text of a job may hold."""
+    return None if config.vlm is None else config.vlm.image_token
+
+
 def can_decode(config: JobConfig) -> bool:
     """Whether a model can take its tokens one after the other: not if experts choose among all of them."""
     return config.vlm is None or config.vlm.can_generate
@@ -252,6 +258,7 @@ def check_tokens(tokens: np.ndarray, config: JobConfig) -> None:
             f"tokens: id {tokens[row, position]} in row {row}, position {position} is outside the vocabulary; "
             f"must be in [0, {model.vocab_size}), model.vocab_size"
         )
+    refuse_image_token("tokens", tokens, image_token(config))
 
 
 def _with_logits(only: Sequence[str], config: JobConfig) -> tuple[str, ...]:

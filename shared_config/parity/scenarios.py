@@ -24,8 +24,9 @@ from shared_config.interchange.vision import tower_of
 from shared_config.parity.dtypes import narrow_dtypes, roundoffs_of
 from shared_config.parity.numerics import difference, perturbation_maxima
 from shared_config.parity.recording import DELTA_RUNS, delta_and_parts
-from shared_config.parity.request import WHOLE, Arrays, can_decode, make_request, request_meta
+from shared_config.parity.request import WHOLE, Arrays, can_decode, image_token, make_request, request_meta
 from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, LOSS, ROUTING, Trace, group_of
+from shared_config.parity.validation import drawn_tokens
 from shared_config.parity.work import Backend, Decoding, Trained, Work, scenario_batch, scenario_pixels, unpadded
 from shared_config.schema.job import JobConfig
 from shared_config.training.trainer import Batch
@@ -175,7 +176,7 @@ def trained_tensors(trained: Trained, config: JobConfig) -> Arrays:
 def _generate(backend: Backend, work: Work) -> Outcome:
     config = work.config
     draw = stream(work.seed, "scenario/prompts")
-    prompts = [draw.integers(0, config.model.vocab_size, length, dtype=np.int32) for length in PROMPTS]
+    prompts = [drawn_tokens(draw, config.model.vocab_size, length, image_token(config)) for length in PROMPTS]
     decoding = Decoding(prompts, scenario_pixels(work, len(prompts)), seed=work.seed)
     found = backend.decode(config, work.weights, decoding, device=work.device)
     return {f"{DECODE}/{name}": array for name, array in found.items()}, {}

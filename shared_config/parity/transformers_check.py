@@ -14,6 +14,7 @@ import numpy as np
 from shared_config.parity.checks import trace_command
 from shared_config.parity.numerics import as_float64, rms
 from shared_config.parity.plan import BACKENDS, TRANSFORMERS, TRUTH, Check, Finding, Plan, register
+from shared_config.parity.request import logits_name
 from shared_config.parity.traces import FORWARD, GRADIENT, LOSS, Trace, group_of
 
 ROUNDED = {FORWARD: 1e-5, LOSS: 1e-5, GRADIENT: 1e-4}
@@ -22,7 +23,6 @@ positions measure up to 2e-7, 1e-8 and 2e-6.
 """
 TIMES = 8.0
 """Of the larger error of the backends, what that of transformers may be. It measures up to 4 times theirs."""
-LOGITS = f"{FORWARD}/output_head"
 SMALL = 1e-3
 """Of the largest tensor of its group, what a tensor is taken to be at least: some gradients are truly 0."""
 
@@ -68,7 +68,7 @@ def _rows(plan: Plan, dtype: str, truth: Trace) -> Iterator[Row]:
         own = [name for name in names if group_of(name) == group]
         scale = SMALL * max(rms(truth.array(name)) for name in own)
         errors = {name: {side: _error(trace, truth, name, scale) for side, trace in traces.items()} for name in own}
-        logits = {side: _error(trace, truth, LOGITS, 0.0) for side, trace in traces.items()}
+        logits = {side: _error(trace, truth, logits_name(plan.config), 0.0) for side, trace in traces.items()}
         limits = {name: _limit(group, logits if group == LOSS else errors[name]) for name in own}
         worst = max(own, key=lambda name: (_share(errors[name][TRANSFORMERS], limits[name]), name))
         yield Row(dtype, group, len(own), worst, errors[worst], limits[worst])

@@ -57,9 +57,21 @@ def validation_rates(optimizer: OptimizerConfig) -> Rates:
     return Rates(optimizer.lr, optimizer.weight_decay, 1 / (MOMENT_STEPS + 1))
 
 
-def validation_tokens(vocab_size: int, batch_size: int, length: int, seed: int) -> np.ndarray:
-    """int32 (batch_size, length), uniform over the vocabulary."""
-    return stream(seed, "validation/tokens").integers(0, vocab_size, (batch_size, length), dtype=np.int32)
+def validation_tokens(
+    vocab_size: int, batch_size: int, length: int, seed: int, image_token: int | None = None
+) -> np.ndarray:
+    """int32 (batch_size, length), as `drawn_tokens`."""
+    return drawn_tokens(stream(seed, "validation/tokens"), vocab_size, (batch_size, length), image_token)
+
+
+def drawn_tokens(
+    draw: np.random.Generator, vocab_size: int, shape: int | tuple[int, ...], image_token: int | None = None
+) -> np.ndarray:
+    """int32 of the shape, uniform over the vocabulary without the id that stands for an image."""
+    if image_token is None or image_token >= vocab_size:
+        return draw.integers(0, vocab_size, shape, dtype=np.int32)
+    ids = draw.integers(0, vocab_size - 1, shape, dtype=np.int32)
+    return ids + (ids >= image_token)
 
 
 def validation_pixels(shape: tuple[int, ...], seed: int) -> np.ndarray:

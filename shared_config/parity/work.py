@@ -13,8 +13,8 @@ from shared_config.contract.initialise import stream
 from shared_config.contract.labels import IGNORED
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.vision import picture_format
-from shared_config.parity.request import Arrays, default_length
-from shared_config.parity.validation import validation_pixels
+from shared_config.parity.request import Arrays, default_length, image_token
+from shared_config.parity.validation import drawn_tokens, validation_pixels
 from shared_config.schema.job import JobConfig
 from shared_config.training.trainer import Batch
 
@@ -147,7 +147,8 @@ def scenario_batch(
     """A micro-batch: drawn ids and labels, images where the model sees them, documents or padding where asked for."""
     config, draw = work.config, stream(work.seed, f"scenario/{name}")
     length = default_length(config)
-    tokens, labels = (draw.integers(0, config.model.vocab_size, (ROWS, length), dtype=np.int32) for _ in range(2))
+    size = (config.model.vocab_size, (ROWS, length), image_token(config))
+    tokens, labels = (drawn_tokens(draw, *size) for _ in range(2))
     labels = np.where(draw.random(labels.shape) < ignored, np.int32(IGNORED), labels)
     batch = {"tokens" if config.vlm is None else "input_ids": tokens, "labels": labels}
     if documents:

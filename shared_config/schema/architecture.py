@@ -88,6 +88,11 @@ class VLMConfig(Section):
         return ()
 
     @property
+    def image_token(self) -> int | None:
+        """The id that stands for the image in a prompt, which no text holds; None if there is none."""
+        return None
+
+    @property
     def can_generate(self) -> bool:
         """Whether a model can take its tokens one after the other."""
         return not self.experts_choose

@@ -26,9 +26,16 @@ from shared_config.schema.model import ModelConfig
 
 @section
 class JointDecoderConfig(VLMConfig, arch="joint_decoder"):
-    """Image tokens stand before the text in one causal decoder."""
+    """Image tokens stand before the text in one causal decoder. ``image_token_id`` stands for the image in prompts of a
+    Hugging Face folder; no text may hold it.
+    """
 
     arch: Literal["joint_decoder"] = "joint_decoder"
+    image_token_id: Annotated[Count | None, KEEPS_FUNCTION] = None
+
+    @property
+    def image_token(self) -> int | None:
+        return self.image_token_id
 
 
 @section

@@ -233,7 +233,7 @@ def test_sections_follow_from_a_folder(tmp_path: Path) -> None:
     found = read_llava_config(folder_with(tmp_path, projector_hidden_act="relu"))
     assert found["vision_encoder"] == {"type": "clip", "path": str(tmp_path)}
     assert found["adapter"] == {"type": "mlp_2layer", "activation": "relu"}
-    assert found["vlm"] == {"arch": "joint_decoder", "max_text_len": POSITIONS - 16}
+    assert found["vlm"] == {"arch": "joint_decoder", "max_text_len": POSITIONS - 16, "image_token_id": 32000}
     config = load_config(str(tmp_path))
     assert config.train.seq_len == POSITIONS - 16
 

@@ -568,6 +568,14 @@ def test_images_that_do_not_fit_are_refused(backend: Any) -> None:
 
 
 @on_both
+def test_prompts_that_hold_the_id_of_the_image_are_refused(backend: Any) -> None:
+    model = seeing_model(backend, JointDecoderConfig(max_text_len=8, image_token_id=5))
+    for images in ({}, {"pixel_values": PIXELS[:1]}):
+        with pytest.raises(ValueError, match=r"prompt_tokens\[0\] holds 5 at 1: must not, as vlm.image_token_id = 5"):
+            generation(backend).generate(model, [[4, 5]], 1, **images)
+
+
+@on_both
 @pytest.mark.parametrize("images", [{}, {"pixel_values": PIXELS}])
 def test_experts_that_look_ahead_are_refused(backend: Any, images: dict[str, Any]) -> None:
     moma = MoMaConfig(max_text_len=8, moma_experts_per_modality={"image": 2, "text": 3})

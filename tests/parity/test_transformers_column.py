@@ -28,6 +28,8 @@ from shared_config.parity.checks import outcome
 from shared_config.parity.plan import BACKENDS, CHECKS, TRANSFORMERS, Plan
 from shared_config.parity.traces import Trace, read_trace, write_trace
 from shared_config.parity.transformers_check import rows
+from tests.interchange.llavas import TOWERS
+from tests.interchange.llavas import build as build_llava
 from tests.interchange.theirs import build, saved
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
@@ -47,7 +49,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plan(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """What the processes leave behind; those of JAX stand in for by PyTorch's."""
-    config, results = load_config(str(folder)), tmp_path_factory.mktemp("results")
+    return plan_of(folder, tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture(scope="module", params=["clip", *["siglip2"] * NIGHTLY])
+def llava_plan(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """Of a small LLaVA."""
+    return plan_of(llava_folder(request.param, tmp_path_factory.mktemp("llava")), tmp_path_factory.mktemp("results"))
+
+
+def llava_folder(tower: str, folder: Path) -> Path:
+    """Weights of a small LLaVA, in float32, whose image token is an id of the vocabulary."""
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=TOWERS[tower][0](**sizes, image_size=12, patch_size=4),
+        text_config=transformers.LlamaConfig(**SIZES, **WITHOUT_IDS, num_key_value_heads=1),
+        image_token_index=5,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default" if tower == "clip" else "full",
+    )
+    return saved(build_llava(config, seed=1).float(), folder)
+
+
+def plan_of(folder: Path, results: Path) -> Plan:
+    config = load_config(str(folder))
     weights = {name: np.asarray(value) for name, value in fitting_weights(folder, config, []).items()}
     plan = Plan(config, results, DTYPES, weights=folder, weights_hash=state_hash(weights), foreign=True)
     plan.config_file.write_text(config_to_toml(config))
@@ -71,6 +96,30 @@ def with_changed(plan: Plan, folder: Path, monkeypatch: pytest.MonkeyPatch, chan
 
     monkeypatch.setattr(changed, "foreign_trace", trace)
     return changed
+
+
+def test_a_llava_is_the_same_function_to_rounding(llava_plan: Plan) -> None:
+    found = rows(llava_plan)
+    assert [(row.dtype, row.group) for row in found] == [
+        (dtype, group) for dtype in DTYPES for group in ("forward", "loss", "gradient")
+    ]
+    assert all(row.ok for row in found), [row for row in found if not row.ok]
+    of_all = llava_plan.trace("torch", "float64").tensors
+    kept = set(llava_plan.foreign_trace("float64").tensors)
+    names = {"adapter", "transformer.token_embedding", "transformer.layers.0", "transformer.norm"}
+    assert {f"forward/{name}" for name in names | {"transformer.output_head"}} < kept
+    assert {name for name in of_all if name.startswith("gradient/")} < kept
+
+
+@pytest.mark.parametrize(
+    "name", ["forward/adapter", "gradient/vision_encoder.patch_embedding.weight", "gradient/adapter.proj1.bias"]
+)
+def test_what_is_another_in_a_llava_is_seen(llava_plan: Plan, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def change(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {**tensors, name: np.asarray(tensors[name]) + 1e-3 * np.abs(tensors[name]).max()}
+
+    found = rows(with_changed(llava_plan, Path(), monkeypatch, change))
+    assert [row.worst for row in found if row.dtype == "float64" and not row.ok] == [name]
 
 
 def test_it_is_the_same_function_to_rounding(plan: Plan) -> None:
