@@ -18,6 +18,7 @@ from jaxtyping import Shaped
 from kempnerforge_jax.functions import is_callable_tree, taken_apart
 from kempnerforge_jax.model.state import to_numpy
 from kempnerforge_jax.program import evaluate
+from kempnerforge_jax.statistics import described, kept, put_out
 from kempnerforge_jax.taps import Taps, is_array, is_floating, tap
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
@@ -144,7 +145,7 @@ class _Engine:
         self.weights: Arrays = own if given is None else transfer(given, None, shapes)
         self.inputs: Arrays = {name: np.asarray(array) for name, array in tensors_in(inputs, is_array)}
         self.device = jax.devices()[0].device_kind
-        self._programs: dict[str, Any] = {}
+        self._programs: dict[tuple[str, int | None], _Program] = {}
 
     def run(
         self, dtype: str, weights: Arrays, inputs: Arrays, fed: Arrays, noise: Noise | None, store: Store
@@ -154,15 +155,17 @@ class _Engine:
             values = {name: _cast(value, dtype) for name, value in weights.items()}
             arguments = {f"{ARGUMENT}{name}": _cast(value, dtype) for name, value in inputs.items()}
             taken = {name: jnp.asarray(value) for name, value in fed.items()}
-            program = self._program(dtype, values, arguments)
+            program = self._program(dtype, store, values, arguments)
             key = None if noise is None else (jax.random.key(noise.seed), noise.roundoff)
             found = program(values, arguments, taken, key)
             losses = self._run(dtype, values) if self._batches else None
-        activations = [(name, store(to_numpy(value))) for name, value in zip(program.names, found["taps"], strict=True)]
+        recorded = {group: found[group] for group in program.descriptions}
+        held = jax.tree.map(lambda value, about: kept(value, about, store), recorded, program.descriptions)
+        activations = list(zip(program.names, held["taps"], strict=True))
         places = program.places if self._options.backward else []
-        cotangents = {p: store(to_numpy(value)) for p, value in zip(places, found["cotangents"], strict=True)}
-        kept = {name: store(to_numpy(value)) for name, value in found["gradients"].items()}
-        ordered = {name: kept[name] for name in [*weights, *(f"{ARGUMENT}{name}" for name in inputs)] if name in kept}
+        cotangents, gradients = dict(zip(places, held["cotangents"], strict=True)), held["gradients"]
+        order = [*weights, *(f"{ARGUMENT}{name}" for name in inputs)]
+        ordered = {name: gradients[name] for name in order if name in gradients}
         updated = {name: to_numpy(found["updated"][name]) for name in weights if name in found["updated"]}
         if losses is not None:
             updated, losses = losses[1], losses[0]
@@ -173,13 +176,13 @@ class _Engine:
         arrays = [*self.weights.values(), *self.inputs.values()]
         return not dtype and any(array.dtype == np.float64 for array in arrays)
 
-    def _program(self, dtype: str, weights: Parameters, inputs: Parameters) -> _Program:
+    def _program(self, dtype: str, store: Store, weights: Parameters, inputs: Parameters) -> _Program:
         """The compiled recording for an arithmetic."""
-        if dtype not in self._programs:
-            self._programs[dtype] = _Program(
-                self._traced(dtype, weights, inputs), self._options, self._loss_of, self._step
-            )
-        return self._programs[dtype]
+        key = dtype, store.above
+        if key not in self._programs:
+            call = self._traced(dtype, weights, inputs)
+            self._programs[key] = _Program(call, self._options, store, self._loss_of, self._step)
+        return self._programs[key]
 
     def _traced(self, dtype: str, weights: Parameters, inputs: Parameters) -> Any:
         """(weights and inputs by name, visit) -> output, of a program that was traced once."""
@@ -252,12 +255,15 @@ class _Program:
     Attributes:
         names: of what is recorded, in the order of execution.
         places: of those that have a gradient.
+        descriptions: of all arrays that were recorded, by group.
     """
 
-    def __init__(self, call: Any, options: Options, loss_of: Any, step: Any):
+    def __init__(self, call: Any, options: Options, store: Store, loss_of: Any, step: Any):
         self.names: list[str] = []
         self.places: list[int] = []
-        self._call, self._options, self._loss_of, self._step = call, options, loss_of, step
+        self.descriptions: dict[str, Any] = {}
+        self._call, self._options, self._store = call, options, store
+        self._loss_of, self._step = loss_of, step
         self._compiled = jax.jit(self._recorded)
 
     def __call__(self, weights: Parameters, inputs: Parameters, fed: Parameters, key: Any) -> dict[str, Any]:
@@ -275,14 +281,21 @@ class _Program:
             return self._loss_of(output) if self._options.backward else jnp.zeros(()), taps.values
 
         if not self._options.backward:
-            return {"loss": None, "taps": objective(varied, None)[1], "cotangents": [], "gradients": {}, "updated": {}}
+            return {"loss": None, "updated": {}, **self._put_out(objective(varied, None)[1], [], {})}
         shapes = jax.eval_shape(lambda values: objective(values, None)[1], varied)
         shifts = [jnp.zeros(shapes[place].shape, shapes[place].dtype) for place in self.places]
         run = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
         (loss, values), (gradients, cotangents) = run(varied, shifts)
         own = {name: value for name, value in varied.items() if name in weights}
         updated = self._step(own, {name: gradients[name] for name in own})
-        return {"loss": loss, "taps": values, "cotangents": cotangents, "gradients": gradients, "updated": updated}
+        wanted = {name: own for name, own in gradients.items() if self._options.wants_gradient(name)}
+        return {"loss": loss, "updated": updated, **self._put_out(values, cotangents, wanted)}
+
+    def _put_out(self, values: list[Array], cotangents: list[Array], gradients: Parameters) -> dict[str, Any]:
+        """What is recorded, and only the moments of arrays of which a summary is kept."""
+        recorded = {"taps": values, "cotangents": cotangents, "gradients": gradients}
+        self.descriptions = jax.tree.map(lambda array: described(array, self._store), recorded)
+        return jax.tree.map(put_out, recorded, self.descriptions)
 
 
 def _path_name(path: Sequence[Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
@@ -15,21 +16,21 @@ from torch.overrides import TorchFunctionMode
 
 from kempnerforge_torch.model.state import from_numpy, to_numpy
 from kempnerforge_torch.model.wrappers import plain_modules
+from kempnerforge_torch.statistics import Keeper, Kept
 from shared_config.parity.foreign.containers import INPUT, call_name, map_tensors, tensors_in
 from shared_config.parity.foreign.options import Arrays, Options
 from shared_config.parity.foreign.recorder import Noise, Store
-from shared_config.parity.traces import Summary
 
 
 class Taps:
     """What is recorded, in the order of execution, and what goes on in its place."""
 
     def __init__(self, options: Options, fed: Arrays, noise: Noise | None, store: Store):
-        self.found: list[tuple[str, np.ndarray | Summary]] = []
-        self._options, self._fed, self._noise, self._store = options, fed, noise, store
+        self.found: list[tuple[str, Kept]] = []
+        self.cotangents: dict[int, Kept] = {}
+        self._options, self._fed, self._noise, self._keep = options, fed, noise, Keeper(store)
         self._calls: dict[str, int] = {}
         self._shown: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-        self._places: list[tuple[int, Tensor]] = []
         self._generator = torch.Generator().manual_seed(noise.seed if noise else 0)
 
     def know(self, arguments: object) -> None:
@@ -56,7 +57,7 @@ class Taps:
         fed = self._fed.get(call_name(name, call), self._fed.get(name) if call == 0 else None)
         wanted = self._options.wants(name)
         if wanted:
-            self.found.append((name, self._store(copied(tensor))))
+            self.found.append((name, self._keep(tensor)))
         if fed is not None:
             tensor = from_numpy(fed).to(tensor)
         if self._noise is not None and tensor.is_floating_point():
@@ -64,15 +65,13 @@ class Taps:
             tensor = tensor * (1 + self._noise.roundoff * moves).to(tensor)
         if wanted and tensor.requires_grad:
             tensor = tensor.view_as(tensor)
-            tensor.retain_grad()
-            self._places.append((len(self.found) - 1, tensor))
+            tensor.register_hook(functools.partial(self._differentiated, len(self.found) - 1))
         self._shown[id(tensor)] = tensor
         return tensor
 
-    def cotangents(self) -> dict[int, np.ndarray | Summary]:
-        """Gradients of what was recorded, by its place."""
-        grads = {place: tensor.grad for place, tensor in self._places}
-        return {place: self._store(copied(grad)) for place, grad in grads.items() if grad is not None}
+    def _differentiated(self, place: int, gradient: Shaped[Tensor, "..."]) -> None:
+        """Keep the gradient of what was recorded, by its place."""
+        self.cotangents[place] = self._keep(gradient)
 
 
 class Widening(TorchFunctionMode):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kempnerforge_torch.model.state import from_numpy, to_numpy
 from kempnerforge_torch.model.wrappers import unwrapped
 from kempnerforge_torch.observed import Taps, Widening, copied, is_tensor, observed
+from kempnerforge_torch.statistics import Keeper, Kept, fetched
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
 from shared_config.interchange.states import plain_name
@@ -160,15 +161,16 @@ class _Engine:
             if self._is_compiled and not dtype and not noise and not fed:
                 self._replace_output(taps, arguments, store)
             if not options.backward:
-                return Recorded(taps.found)
+                return Recorded(_activations(taps))
             loss = self._loss_of(output)
             loss.backward()
-        gradients = _gradients({**parameters, **leaves}, store)
+        wanted = {name: own for name, own in {**parameters, **leaves}.items() if options.wants_gradient(name)}
+        gradients = fetched(_gradients(wanted, store))
         losses = self._run(call, parameters, dtype) if self._batches else None
         if losses is None and self._optimizer is not None:
             self._step(parameters)
         updated = {} if self._optimizer is None else _on_host(parameters)
-        return Recorded(taps.found, taps.cotangents(), to_numpy(loss), gradients, updated, losses)
+        return Recorded(_activations(taps), fetched(taps.cotangents), to_numpy(loss), gradients, updated, losses)
 
     @property
     def _is_compiled(self) -> bool:
@@ -179,7 +181,7 @@ class _Engine:
         with torch.no_grad():
             outputs = named_leaves(_called(self._given, arguments), OUTPUT, is_tensor)
         taps.found[:] = [
-            (name, store(to_numpy(outputs[name])) if name in outputs else value) for name, value in taps.found
+            (name, Keeper(store)(outputs[name]) if name in outputs else value) for name, value in taps.found
         ]
 
     def _callable(self, dtype: str, weights: Arrays) -> tuple[Any, Mapping[str, Tensor]]:
@@ -259,10 +261,16 @@ def _called(call: Any, arguments: Any) -> object:
     return call(**arguments) if isinstance(arguments, Mapping) else call(*arguments)
 
 
-def _gradients(parameters: Mapping[str, Tensor], store: Store) -> dict[str, np.ndarray | Summary]:
+def _activations(taps: Taps) -> list[tuple[str, np.ndarray | Summary]]:
+    values = fetched(dict(enumerate(value for _, value in taps.found)))
+    return [(name, values[place]) for place, (name, _) in enumerate(taps.found)]
+
+
+def _gradients(parameters: Mapping[str, Tensor], store: Store) -> dict[str, Kept]:
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     missing = {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in trained.items()}
-    return {name: store(copied(gradient)) for name, gradient in missing.items()}
+    keep = Keeper(store)
+    return {name: keep(gradient) for name, gradient in missing.items()}
 
 
 def _leaf(value: np.ndarray, dtype: str, device: torch.device) -> Tensor:

@@ -180,6 +180,12 @@ DIFFERENCES = {
         "OptimizerOf.update": "jax: optimisers are told by their methods, and optax is not needed",
         "Parameters": "jax: what optimisers take; torch's hold theirs",
     },
+    "statistics.py": {
+        **dict.fromkeys(("Description", "described", "kept", "put_out", "reduced"), "jax: a program puts out moments"),
+        **dict.fromkeys(("Keeper", "Kept", "Key", "Pending", "fetched"), "torch: tensors come one after another"),
+        "moments(array)": "jax: what its tensors are called",
+        "moments(tensor)": "torch: what its arrays are called",
+    },
     "trace.py": {"Recorder(device)": "torch: models live on a device"},
     "training/averaging.py": {
         "evaluated_weights(optimizer)": "torch: the optimiser holds its state",

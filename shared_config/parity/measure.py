@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shared_config.errors import UserError
 from shared_config.interchange.weights import is_floating
 from shared_config.parity.numerics import as_float64, difference, nonfinite_mismatch
 from shared_config.parity.result import NOT_FINITE, HeatMap, Row
@@ -78,12 +79,20 @@ def measure(value: Tensor, reference: Tensor) -> Measured:
 
 
 def estimate(value: Summary, reference: Summary) -> Measured:
-    """The distance of two summaries, from their sketches."""
+    """The distance of two summaries, from their sketches.
+
+    Raises:
+        UserError: one is of a trace of a former format, whose sketches were others.
+    """
+    if value.sketch.shape != reference.sketch.shape:
+        sizes = f"{value.sketch.size} and {reference.sketch.size}"
+        raise UserError(f"statistics with sketches of {sizes} numbers: one trace is of a former format: record it anew")
     if value.nonfinite_hash != reference.nonfinite_hash:
         return Measured(math.inf, reference.rms, 1, None, estimated=True)
     apart = value.sketch - reference.sketch
     error = math.sqrt(float(apart @ apart) / reference.size) if reference.size else 0.0
-    if value.hash != reference.hash and value.dtype == reference.dtype:
+    told_apart = bool(value.hash and reference.hash) and value.hash != reference.hash
+    if told_apart and value.dtype == reference.dtype:
         error = max(error, np.finfo(np.float64).tiny)  # not the same bits, even where the sketch can't tell
     return Measured(error, reference.rms, 0, None, estimated=True)
 

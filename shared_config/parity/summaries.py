@@ -1,4 +1,16 @@
-"""What is kept of a tensor that is too large to keep: statistics, hashes, and a sketch that distances follow from."""
+"""What is kept of a tensor that is too large to keep: statistics, hashes, and a sketch from which distances follow.
+
+All of it comes of the *moments* of a tensor, which any device can compute in one pass, in any order of summation: a
+float64 vector of `MOMENTS` numbers,
+
+    lowest, highest, sum, norm, count      of the values that are finite
+    columns  (1021,)                       signed sums of the values at places p with the same p mod 1021
+    gaps     (1021,)                       sums, mod 2^32, of a number for each place that is not finite, of its row
+                                           ``p // 1021`` and its kind
+
+The sign of place p in piece ``k = p // PIECE`` is ``times[k] * signs()[first[k] + p % PIECE]`` with
+``first, times = starts(k + 1)``.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +18,29 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike
 
 from shared_config.contract.mixing import WEYL, splitmix
 from shared_config.interchange.weights import is_floating
-from shared_config.parity.numerics import as_float64
 
-SKETCH_SIZE = 1024
-BLOCK = 1 << 20
-PIECE = 1 << 15
-"""Values that are looked at together."""
+SKETCH_SIZE = 1021
+"""A prime, so that whatever the width of a matrix, a column of it spreads over all buckets."""
+ROWS = 64
+PIECE = ROWS * SKETCH_SIZE
+"""Values that are looked at together: they stay in a processor's cache."""
+SCALARS = 5
+MOMENTS = SCALARS + 2 * SKETCH_SIZE
+NAN, POSITIVE, NEGATIVE = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
+"""What a place counts in ``gaps`` that is NaN, or an infinity."""
+LOW = np.uint64(0xFFFFFFFF)
+EXTREME = 1e100
+"""Beyond this, or its inverse, squares are taken of scaled values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +48,10 @@ class Summary:
     """What is kept of a tensor in place of its values.
 
     Attributes:
-        hash: SHA-256 of dtype, shape and bytes; of integers as int64, as backends choose other widths.
+        hash: SHA-256 of dtype, shape and bytes; of integers as int64, as backends choose other widths. "" where it was
+            not asked for.
         nonfinite_hash: SHA-256 of where NaN and the infinities stand; "" if there are none.
-        sketch: float64 (1024,), linear in the tensor: the norm of a difference of sketches estimates the norm of the
+        sketch: float64 (1021,), linear in the tensor: the norm of a difference of sketches estimates the norm of the
             difference of tensors to about 3 % (count sketch: Charikar, Chen & Farach-Colton 2002). Empty for integers.
         nonfinite: how many places are NaN or infinite.
     """
@@ -51,75 +73,138 @@ class Summary:
         return int(np.prod(self.shape, dtype=np.int64))
 
 
-def summarize(tensor: ArrayLike) -> Summary:
-    """What can be kept of a tensor in a few kilobytes; it is read in pieces that stay in a processor's cache."""
+def summarize(tensor: ArrayLike, hashed: bool = True) -> Summary:
+    """What can be kept of a tensor in a few kilobytes.
+
+    Args:
+        hashed: whether to hash its bytes, which takes several times as long as all else; those of integers always are.
+    """
     array = np.asarray(tensor, order="C")
-    flat = array.reshape(-1)
-    low, high, total, count = np.inf, -np.inf, 0.0, 0
-    for values in _pieces(flat):
-        kept = values if np.isfinite(values).all() else values[np.isfinite(values)]
-        low, high = kept.min(initial=low), kept.max(initial=high)
-        total, count = total + float(kept.sum()), count + kept.size
-    scale = max(abs(float(low)), abs(float(high))) if count else 0.0
-    squares = sum(_squares(values, scale) for values in _pieces(flat)) if scale else 0.0
-    finite = count == flat.size
+    floating = is_floating(array.dtype)
+    digest = _hash(array) if hashed or not floating else ""
+    return summary_of_moments(moments(array), array.shape, array.dtype.name, digest, floating)
+
+
+def summary_of_moments(
+    found: np.ndarray, shape: tuple[int, ...], dtype: str, digest: str = "", floating: bool = True
+) -> Summary:
+    """The summary of a tensor of which the moments are known.
+
+    Args:
+        found: float64 (`MOMENTS`,).
+        digest: `Summary.hash`.
+    """
+    low, high, total, norm, count = (float(value) for value in found[:SCALARS])
+    columns, gaps = found[SCALARS:].reshape(2, SKETCH_SIZE)
+    nonfinite = int(np.prod(shape, dtype=np.int64)) - int(count)
     return Summary(
-        shape=array.shape,
-        dtype=array.dtype.name,
-        hash=_hash(array),
-        nonfinite_hash="" if finite else _hash(_kinds_of_nonfinite(as_float64(array))),
-        rms=scale * math.sqrt(squares / count) if scale else 0.0,
+        shape=tuple(shape),
+        dtype=dtype,
+        hash=digest,
+        nonfinite_hash=_digest(shape, gaps) if nonfinite else "",
+        rms=norm / math.sqrt(count) if count else 0.0,
         mean=total / count if count else 0.0,
-        minimum=float(low) if count else 0.0,
-        maximum=float(high) if count else 0.0,
-        sketch=sketch(flat) if is_floating(array.dtype) else np.empty(0),
-        nonfinite=flat.size - count,
+        minimum=low if count else 0.0,
+        maximum=high if count else 0.0,
+        sketch=np.array(columns) if floating else np.empty(0),
+        nonfinite=nonfinite,
     )
 
 
-def _pieces(flat: np.ndarray) -> Iterator[np.ndarray]:
-    """Runs of `PIECE` values, as float64."""
-    return (as_float64(flat[start : start + PIECE]) for start in range(0, flat.size, PIECE))
+class _Scratch(threading.local):
+    """Memory of each thread for the values of a piece: new memory costs as much as reading them."""
+
+    def __init__(self) -> None:
+        self.wide, self.ones = np.empty(PIECE), np.ones(PIECE)
 
 
-def _squares(values: np.ndarray, scale: float) -> float:
-    """Sum of the squares of what is finite, relative to a scale."""
-    scaled = values / scale
-    if not np.isfinite(scaled).all():
-        scaled = scaled[np.isfinite(scaled)]
-    return float(scaled @ scaled)
+_scratch = _Scratch()
+
+
+def moments(array: np.ndarray) -> np.ndarray:
+    """float64 (`MOMENTS`,) of an array; it is read once, in pieces that are widened one at a time."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    low, high, total, norm, count = np.inf, -np.inf, 0.0, 0.0, flat.size
+    wide, ones = _scratch.wide, _scratch.ones
+    columns, gaps = np.zeros(SKETCH_SIZE), np.zeros(SKETCH_SIZE, np.uint64)
+    for number, (start, sign) in enumerate(zip(*starts(-(-flat.size // PIECE)), strict=True)):
+        piece = flat[number * PIECE : (number + 1) * PIECE]
+        plain, values = _plain(piece), wide[: piece.size]
+        np.copyto(values, plain)
+        least, most = float(plain.min()), float(plain.max())
+        if not (math.isfinite(least) and math.isfinite(most)):
+            finite = np.isfinite(values)
+            gaps += _gaps(values, finite, number * PIECE)
+            least, most = (float(f(initial=i, where=finite)) for f, i in ((values.min, np.inf), (values.max, -np.inf)))
+            count -= values.size - int(finite.sum())
+            values = np.where(finite, values, 0.0)
+        low, high, total = min(low, least), max(high, most), total + float(values @ ones[: values.size])
+        norm = math.hypot(norm, _norm(values, max(-least, most, 0.0)))
+        columns += sign * _columns(values, signs()[start : start + values.size])
+    return np.concatenate([[low, high, total, norm, count], columns, gaps & LOW])
+
+
+@functools.cache
+def signs() -> np.ndarray:
+    """float64 (2 * `PIECE`,) of -1 and 1: the highest bits of SplitMix64's numbers."""
+    mixed = splitmix(np.arange(2 * PIECE, dtype=np.uint64) + WEYL)
+    return np.where(mixed >> np.uint64(63), -1.0, 1.0)
+
+
+@functools.lru_cache(maxsize=64)
+def starts(pieces: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (pieces,), where in `signs` those of each piece begin, and float64 (pieces,), what multiplies these."""
+    mixed = splitmix(np.arange(pieces, dtype=np.uint64) + WEYL)
+    return (mixed % np.uint64(PIECE)).astype(np.int64), np.where(mixed >> np.uint64(63), -1.0, 1.0)
+
+
+def sketch(values: np.ndarray) -> np.ndarray:
+    """float64 (1021,): signed sums; what is not finite counts as 0."""
+    return moments(values)[SCALARS : SCALARS + SKETCH_SIZE]
 
 
 def tensors_hash(tensors: Mapping[str, np.ndarray | Summary]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes, whatever the order; the same of tensors and of their summaries."""
+    """SHA-256 of names, dtypes, shapes and bytes, whatever the order; the same of tensors and of hashed summaries."""
     hashes = {name: tensor.hash if isinstance(tensor, Summary) else _hash(tensor) for name, tensor in tensors.items()}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
-def sketch(values: np.ndarray) -> np.ndarray:
-    """Signed sums of values over 1024 buckets chosen by a hash of the position; what is not finite counts as 0."""
-    sums = np.zeros(SKETCH_SIZE)
-    for number, piece in enumerate(_pieces(values.reshape(-1))):
-        start = number * PIECE
-        places = slice(start % BLOCK, start % BLOCK + piece.size)
-        signs, buckets = (part[places] for part in _places(start - start % BLOCK))
-        known = piece if np.isfinite(piece).all() else np.where(np.isfinite(piece), piece, 0.0)
-        sums += np.bincount(buckets, weights=signs * known, minlength=SKETCH_SIZE)
+def _plain(piece: np.ndarray) -> np.ndarray:
+    """Of a dtype that NumPy is fast with: a bfloat16 is the upper half of a float32."""
+    if piece.dtype == ml_dtypes.bfloat16:
+        return (piece.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return piece.astype(np.float32) if piece.dtype == np.float16 else piece
+
+
+def _norm(values: np.ndarray, largest: float) -> float:
+    if not largest:
+        return 0.0
+    scale = 1.0 if 1 / EXTREME < largest < EXTREME else largest
+    scaled = values if scale == 1.0 else values / scale
+    return scale * math.sqrt(float(scaled @ scaled))
+
+
+def _columns(values: np.ndarray, signed: np.ndarray) -> np.ndarray:
+    """Sums (1021,) of products in each column."""
+    whole = values.size // SKETCH_SIZE * SKETCH_SIZE
+    rows, own = (part[:whole].reshape(-1, SKETCH_SIZE) for part in (values, signed))
+    sums = np.einsum("rc,rc->c", rows, own)
+    sums[: values.size - whole] += values[whole:] * signed[whole:]
     return sums
 
 
-@functools.lru_cache(maxsize=8)
-def _places(start: int) -> tuple[np.ndarray, np.ndarray]:
-    """Signs and buckets of the `BLOCK` positions from ``start`` on."""
-    mixed = splitmix(np.arange(start, start + BLOCK, dtype=np.uint64) + WEYL)
-    signs = np.where(mixed >> np.uint64(63), -1.0, 1.0)
-    buckets = (mixed % np.uint64(SKETCH_SIZE)).astype(np.int64)
-    return signs, buckets
+def _gaps(values: np.ndarray, finite: np.ndarray, start: int) -> np.ndarray:
+    """Sums (1021,) of numbers that tell which places are not finite, and how."""
+    places = np.flatnonzero(~finite)
+    kinds = np.where(np.isnan(values[places]), NAN, np.where(values[places] > 0, POSITIVE, NEGATIVE)).astype(np.uint64)
+    mixed = (places + start).astype(np.uint64) // np.uint64(SKETCH_SIZE) * np.uint64(NAN) & LOW
+    sums = np.zeros(SKETCH_SIZE, np.uint64)
+    np.add.at(sums, (places + start) % SKETCH_SIZE, (mixed ^ (mixed >> np.uint64(15)) | np.uint64(1)) * kinds)
+    return sums
 
 
-def _kinds_of_nonfinite(values: np.ndarray) -> np.ndarray:
-    """0 for finite, 1 for NaN, 2 and 3 for the infinities."""
-    return (np.isnan(values) + 2 * (values == np.inf) + 3 * (values == -np.inf)).astype(np.int8)
+def _digest(shape: tuple[int, ...], numbers: np.ndarray) -> str:
+    return hashlib.sha256(f"{tuple(shape)}".encode() + numbers.astype("<u8").tobytes()).hexdigest()
 
 
 def _hash(array: np.ndarray) -> str:

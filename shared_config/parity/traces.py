@@ -62,9 +62,10 @@ FORWARD, ROUTING, LOSS, COTANGENT, GRADIENT, UPDATED, DECODE, LOSSES = GROUPS = 
 NOT_REFED = (COTANGENT, GRADIENT, UPDATED, DECODE, LOSSES)
 """Groups that a run lacks if each of its layers is given a recorded input."""
 
-FORMAT = "3"
-FORMER = ("1", "2")
-"""In the first, deltas of updates were those of the parameters themselves, those of routes RMS distances."""
+FORMAT = "4"
+FORMER = ("1", "2", "3")
+"""In the first, deltas of updates were those of the parameters themselves, those of routes RMS distances. The first two
+had other names, all three sketches of 1024 numbers, which can't be compared with those of now."""
 FORMER_STEP = 0.03
 """Largest delta of an update of that format, relative to the learning rate."""
 ROUTES = ".indices"
@@ -195,7 +196,7 @@ def read_trace(path: PathLike) -> Trace:
         meta = _checked(TraceMeta(**content, parts=_read_parts(file, parts)))
         trace = Trace({name: _read(file, name, summaries) for name in order}, meta)
         trace = _with_deltas_of_now(trace) if found == FORMER[0] else trace
-        return trace if found == FORMAT else _with_names_of_now(trace)
+        return _with_names_of_now(trace) if found in FORMER[:2] else trace
     except UserError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError) as error:

@@ -1,58 +1,115 @@
 """What a recording costs, in forward and backward passes of the same model.
 
-    python -m tests.benchmarks.bench_recording --width 1024 --layers 2 --tokens 512
+    python -m tests.benchmarks.bench_recording --width 512 --layers 6 --batch 2 --length 256
 
-times a Llama of transformers: a forward and backward pass, a recording of statistics of every activation and gradient
-(without deltas), and one of all values. Medians of alternating runs.
+times, for a Llama of transformers in PyTorch and its port in JAX: a forward and backward pass; a recording that keeps
+the loss alone; one of statistics of every activation and gradient; and one of all values. No deltas, nothing compiled
+within the time; on a CPU seconds of the processor, as others may use it. Medians of alternating runs. A recording costs
+what it takes longer than the pass; in PyTorch, than the recording of the loss, which copies the model, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kempnerforge_torch.parity import record
+import kempnerforge_jax.parity as of_jax
+import kempnerforge_torch.parity as of_torch
+from kempnerforge_jax.model.state import from_numpy
+from kempnerforge_torch.model.state import to_numpy
+from shared_config.parity import transfer
+from shared_config.parity.foreign.options import make_options
+from shared_config.parity.foreign.recorder import Store
+from tests.examples.llama_in_jax import Sizes, llama, names, nested
+
+PASS = "forward and backward"
+Ways = dict[str, Callable[[], object]]
+LOSS, STATISTICS, VALUES = KINDS = ("loss alone", "statistics of all", "values of all")
+HEADS, KV_HEADS = 16, 4
 
 
 def main() -> None:
     """Print the times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("width", 1024), ("layers", 2), ("tokens", 512), ("runs", 5)):
+    for name, default in (("width", 512), ("layers", 6), ("batch", 2), ("length", 256), ("runs", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cpu", help="of PyTorch; JAX takes its own")
     options = parser.parse_args()
-    width = options.width
+    model = a_llama(options.width, options.layers).to(options.device)
+    tokens = torch.randint(0, 2048, (options.batch, options.length), device=options.device)
+    for backend, ways in (("torch", in_torch(model, tokens)), ("jax", in_jax(model, tokens))):
+        times = medians(ways, options.runs, time.process_time if options.device == "cpu" else time.perf_counter)
+        plain, least = times[PASS], times[LOSS if backend == "torch" else PASS]
+        for name, seconds in times.items():
+            added = f"  costs {(seconds - least) / plain:5.2f} of it" if name in (STATISTICS, VALUES) else ""
+            print(f"{backend:6} {name:22} {seconds:7.3f} s{added}", flush=True)
+
+
+def a_llama(width: int, layers: int) -> LlamaForCausalLM:
+    """With weights as they are drawn."""
     config = LlamaConfig(
-        vocab_size=2048, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=options.layers,
-        num_attention_heads=16, num_key_value_heads=4, head_dim=width // 16, use_cache=False,
+        vocab_size=2048, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=width // HEADS, use_cache=False,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    tokens = torch.randint(0, 2048, (1, options.tokens))
+    return LlamaForCausalLM(config).eval()
+
+
+def medians(ways: Ways, runs: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Seconds of each, of alternating runs after a first."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for run in range(runs + 1):
+        for name, way in ways.items():
+            start = clock()
+            way()
+            if run:
+                times[name].append(clock() - start)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def in_torch(model: LlamaForCausalLM, tokens: torch.Tensor) -> Ways:
+    """The plain pass, and the recordings."""
 
     def step() -> None:
         model.zero_grad()
         model(input_ids=tokens).logits.float().square().mean().backward()
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
 
-    ways: dict[str, Callable[[], object]] = {
-        "forward and backward": step,
-        "statistics of all": lambda: record(model, {"input_ids": tokens}, above=0, deltas=False),
-        "values of all": lambda: record(model, {"input_ids": tokens}, deltas=False),
-    }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for run in range(options.runs + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            if run:
-                times[name].append(time.perf_counter() - start)
-    plain = statistics.median(times["forward and backward"])
-    for name, seconds in times.items():
-        middle = statistics.median(seconds)
-        print(f"{name:22} {middle:7.3f} s  {middle / plain:5.2f} times", flush=True)
+    return {PASS: step, **recordings(of_torch, model, {"input_ids": tokens}, None)}
+
+
+def in_jax(model: LlamaForCausalLM, tokens: torch.Tensor) -> Ways:
+    """The same of the port, with the model's weights."""
+    config = model.config
+    sizes = Sizes(HEADS, KV_HEADS, config.hidden_size // HEADS)
+    flat = transfer({name: to_numpy(value.cpu()) for name, value in model.state_dict().items()}, names(sizes))
+    weights = jax.tree.map(from_numpy, nested(flat, config.num_hidden_layers))
+    ids = jnp.asarray(to_numpy(tokens.cpu()), jnp.int32)
+    function = functools.partial(llama, sizes=sizes)
+    plain = jax.jit(jax.value_and_grad(lambda weights: jnp.square(function(weights, ids)).mean()))
+    step = lambda: jax.block_until_ready(plain(weights))  # noqa: E731
+    return {PASS: step, **recordings(of_jax, function, (ids,), weights)}
+
+
+def recordings(backend: object, function: object, inputs: object, weights: object) -> Ways:
+    """Runs of the recorder, by what is kept."""
+    ways: Ways = {}
+    for kind in KINDS:
+        options = make_options(
+            dtype=None, backward=True, only=("none",) if kind == LOSS else (), above=0 if kind == STATISTICS else None,
+            deltas=False, seed=0, refeed=None, names=None,
+        )  # fmt: skip
+        engine = backend._Engine(function, inputs, weights, None, None, (), options)  # type: ignore[attr-defined]
+        ways[kind] = functools.partial(engine.run, "", engine.weights, engine.inputs, {}, None, Store(options.above))
+    return ways
 
 
 if __name__ == "__main__":

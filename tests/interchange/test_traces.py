@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given
 
 from shared_config.errors import UserError
 from shared_config.interchange.tensors import TRACE, TensorFile, write_tensors
+from shared_config.parity.measure import measure
 from shared_config.parity.numerics import rms
 from shared_config.parity.summaries import SKETCH_SIZE
 from shared_config.parity.traces import (
@@ -163,18 +165,42 @@ def test_sketches_estimate_the_distance_of_tensors(size, error):
     assert estimate == pytest.approx(rms(x - y), rel=4 * np.sqrt(0.5 / SKETCH_SIZE))
 
 
-def test_the_sketch_is_a_format():
-    """Traces of different machines and versions are compared: the buckets may never change."""
-    found = summarize(np.arange(1, 5, dtype=np.float32)).sketch
-    expected = np.zeros(SKETCH_SIZE)
-    for position, value in enumerate((1.0, 2.0, 3.0, 4.0)):
-        bits = split_mix_64(position)
-        expected[bits % SKETCH_SIZE] += -value if bits >> 63 else value
-    assert np.array_equal(found, expected)
-    late = np.zeros((1 << 20) + 5)
-    late[-1] = 1.0
-    bits = split_mix_64(late.size - 1)
-    assert np.flatnonzero(summarize(late).sketch).tolist() == [bits % SKETCH_SIZE]
+@pytest.mark.parametrize("place", [0, 3, 1020, 1021, 64 * 1021 - 1, 64 * 1021, 3 * 64 * 1021 + 7])
+def test_the_sketch_is_a_format(place: int) -> None:
+    """Traces of different machines and versions are compared: buckets and signs may never change."""
+    values = np.zeros(place + 2)
+    values[place] = 3.0
+    piece, within = divmod(place, 64 * 1021)
+    drawn = split_mix_64(piece)
+    negative = (drawn >> 63) ^ (split_mix_64(drawn % (64 * 1021) + within) >> 63)
+    expected = np.zeros(1021)
+    expected[place % 1021] = -3.0 if negative else 3.0
+    assert np.array_equal(summarize(values).sketch, expected)
+
+
+STRUCTURES = {
+    "constant": lambda rows, columns: np.ones((rows, columns)),
+    "a row": lambda rows, columns: np.ones((rows, columns)) * (np.arange(rows) == 3)[:, None],
+    "a column": lambda rows, columns: np.ones((rows, columns)) * (np.arange(columns) == 5),
+    "an outer product": lambda rows, columns: np.outer(np.cos(np.arange(rows) ** 2), np.sin(np.arange(columns) ** 2)),
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("shape", [(300, 64), (1024, 1024), (40, 1536)])
+def test_sketches_estimate_distances_that_have_a_structure(structure: str, shape: tuple[int, int]) -> None:
+    """As those of a missing bias, of one wrong token or of one wrong head are."""
+    values = STRUCTURES[structure](*shape)
+    found = summarize(values)
+    assert np.linalg.norm(found.sketch) == pytest.approx(np.linalg.norm(values), rel=0.15)
+
+
+def test_statistics_of_a_former_format_are_not_compared_with_those_of_now() -> None:
+    now = summarize(np.ones(5))
+    former = dataclasses.replace(now, sketch=np.zeros(1024))
+    assert measure(former, former).error == 0
+    with pytest.raises(UserError, match="1024 and 1021 numbers: one trace is of a former format"):
+        measure(former, np.ones(5))
 
 
 def split_mix_64(seed: int) -> int:

@@ -14,7 +14,7 @@ from shared_config.errors import UserError
 from shared_config.parity.foreign.mapping import Map
 from shared_config.parity.selection import RefedFields, Selection
 from shared_config.parity.tolerance import TOLERANCES
-from shared_config.parity.traces import FORWARD, ROUTES, ROUTING, Summary, Trace, tensors_hash
+from shared_config.parity.traces import FORWARD, GRADIENT, ROUTES, ROUTING, Summary, Trace, tensors_hash
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -62,6 +62,10 @@ class Options:
     def wants(self, name: str) -> bool:
         """Whether an activation of this name, which may be one of several calls, is kept."""
         return self.selection.wants(f"{FORWARD}/{name}") or self.selection.wants(f"{ROUTING}/{name}{ROUTES}")
+
+    def wants_gradient(self, name: str) -> bool:
+        """Whether the gradient of a parameter or input of this name is kept."""
+        return self.selection.wants(f"{GRADIENT}/{name}")
 
 
 def make_options(

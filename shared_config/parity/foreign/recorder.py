@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
@@ -45,8 +45,30 @@ FINE = 2.0**-44
 LINEAR = 64.0
 """Factor by which the effect of a fine move may differ from its share of that of a coarse one."""
 
-Store = Callable[[np.ndarray], np.ndarray | Summary]
 Tensors = Mapping[str, np.ndarray | Summary]
+
+
+@dataclass(frozen=True)
+class Store:
+    """What is kept of the arrays that a run computes.
+
+    Attributes:
+        above: bytes of an array of real numbers above which a `Summary` is kept of it; None for whole arrays.
+        spill: where large arrays go.
+    """
+
+    above: int | None = None
+    spill: Spill | None = None
+
+    def summarizes(self, size: int) -> bool:
+        """Whether of so many bytes a summary is kept: a framework may compute it where the array is."""
+        return self.above is not None and size > self.above
+
+    def __call__(self, array: np.ndarray) -> np.ndarray | Summary:
+        """What is kept of an array on the host."""
+        if self.summarizes(array.nbytes):
+            return summarize(array, hashed=False)
+        return array if self.spill is None else self.spill.put(array)
 
 
 @dataclass(frozen=True)
@@ -129,7 +151,7 @@ class Engine(Protocol):
 
         Args:
             fed: activations that go on in place of those of the same name.
-            store: what is kept of an array.
+            store: what is kept of arrays.
         """
         ...
 
@@ -145,12 +167,7 @@ def make_trace(engine: Engine, options: Options, path: PathLike | None = None, c
         UserError: the file can't be written.
     """
     spill = None if path is None or chunks is None else Spill(path, chunks)
-
-    def store(array: np.ndarray) -> np.ndarray | Summary:
-        if options.above is not None and array.nbytes > options.above:
-            return summarize(array)
-        return array if spill is None else spill.put(array)
-
+    store = Store(options.above, spill)
     recorded = engine.run(options.dtype, engine.weights, engine.inputs, options.fed, None, store)
     tensors = {name: tensor for name, tensor in recorded.tensors().items() if options.selection.wants(name)}
     dtype = options.dtype or dtype_of(engine.weights, engine.inputs)
@@ -199,7 +216,7 @@ def _with_deltas(meta: TraceMeta, engine: Engine, options: Options, dtype: str) 
         values = [perturb(arrays, roundoff, rng) for arrays in (engine.weights, _floats(engine.inputs), options.fed)]
         noise = Noise(roundoff, options.seed + seed) if roundoff else None
         inputs = {**engine.inputs, **values[1]}
-        recorded = engine.run(EXACT, values[0], inputs, values[2], noise, lambda array: array)
+        recorded = engine.run(EXACT, values[0], inputs, values[2], noise, Store())
         return _steps(recorded, values[0], options)
 
     truth = moved(0.0, 0)

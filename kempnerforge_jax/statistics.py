@@ -1,0 +1,101 @@
+"""What a recording keeps of arrays, and their moments, computed where they are.
+
+Shapes: G pieces, R rows of a piece, C columns of the sketch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental.buffer_callback import buffer_callback
+from jaxtyping import Shaped, UInt32
+
+from kempnerforge_jax.taps import is_floating
+from shared_config.parity import summaries
+from shared_config.parity.foreign.recorder import Store
+from shared_config.parity.summaries import MOMENTS, NAN, NEGATIVE, PIECE, POSITIVE, ROWS, SKETCH_SIZE, Summary
+
+
+@dataclass(frozen=True)
+class Description:
+    """Of an array that is recorded.
+
+    Attributes:
+        summarized: whether only its moments leave the program.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    summarized: bool
+
+
+def described(array: Shaped[Array, "..."], store: Store) -> Description:
+    """What has to be known of an array to tell what a program has put out."""
+    summarized = is_floating(array) and store.summarizes(array.size * array.dtype.itemsize)
+    return Description(array.shape, array.dtype.name, summarized)
+
+
+def put_out(array: Shaped[Array, "..."], description: Description) -> Shaped[Array, "..."]:
+    """What leaves the program: the array, or its `moments`."""
+    return moments(array) if description.summarized else array
+
+
+def kept(found: Shaped[Array, "..."], description: Description, store: Store) -> np.ndarray | Summary:
+    """What a recording keeps of what a program has put out."""
+    if description.summarized:
+        numbers = np.asarray(found).view(np.float64)
+        return summaries.summary_of_moments(numbers, description.shape, description.dtype)
+    return store(np.asarray(found))
+
+
+def moments(array: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
+    """What `shared_config.parity.summaries.moments` gives, as the halves of its numbers, inside a program.
+
+    On a CPU the host's own function sees the array where it is: XLA's reductions are several times as slow.
+    """
+    if not array.size:
+        return jnp.asarray(summaries.moments(np.empty(0)).view(np.uint32))
+    if jax.default_backend() == "cpu":
+        halves = jax.ShapeDtypeStruct((2 * MOMENTS,), jnp.uint32)
+        return buffer_callback(_on_host, halves)(array)
+    return reduced(array)
+
+
+def _on_host(_context: object, halves: Any, array: Any) -> None:
+    np.asarray(halves)[...] = summaries.moments(np.asarray(array)).view(np.uint32)
+
+
+def reduced(array: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
+    """`moments` of an array that is not empty, in operations of the device."""
+    with jax.enable_x64(True):
+        found = _reduced(array.reshape(-1), jnp.asarray(summaries.signs(), jnp.int8))
+        return jax.lax.bitcast_convert_type(found, jnp.uint32).reshape(-1)
+
+
+def _reduced(flat: Array, signs: Array) -> Array:
+    first, times = (jnp.asarray(part) for part in summaries.starts(-(-flat.size // PIECE)))
+    pieces = first.shape[0]
+    shape = (pieces, ROWS, SKETCH_SIZE)
+    x_GRC = jnp.pad(flat, (0, pieces * PIECE - flat.size)).reshape(shape)
+    wide_GRC, finite_GRC = x_GRC.astype(jnp.float64), jnp.isfinite(x_GRC)
+    counted_GRC = finite_GRC & (jnp.arange(pieces * PIECE).reshape(shape) < flat.size)
+    known_GRC = jnp.where(finite_GRC, wide_GRC, 0.0)
+    low = jnp.where(counted_GRC, wide_GRC, jnp.inf).min()
+    high = jnp.where(counted_GRC, wide_GRC, -jnp.inf).max()
+    largest = jnp.maximum(high, -low).clip(jnp.finfo(jnp.float64).tiny, jnp.finfo(jnp.float64).max)
+    norm = largest * jnp.sqrt(jnp.square(known_GRC / largest).sum())
+    windows = jax.vmap(lambda start: jax.lax.dynamic_slice(signs, (start,), (PIECE,)))(first)
+    signed_GRC = windows.reshape(shape) * times[:, None, None]
+    columns_C = (known_GRC * signed_GRC).sum((0, 1))
+    key_GR = jnp.arange(pieces * ROWS, dtype=jnp.uint32).reshape(pieces, ROWS) * jnp.uint32(NAN)
+    key_GR = (key_GR ^ (key_GR >> 15)) | 1
+    nan, positive, negative = (jnp.uint32(kind) for kind in (NAN, POSITIVE, NEGATIVE))
+    kinds_GRC = jnp.where(jnp.isnan(x_GRC), nan, jnp.where(x_GRC > 0, positive, negative))
+    gaps_C = jnp.where(finite_GRC, jnp.uint32(0), kinds_GRC * key_GR[..., None]).sum((0, 1), dtype=jnp.uint32)
+    scalars = jnp.stack([low, high, known_GRC.sum(), norm, counted_GRC.sum().astype(jnp.float64)])
+    return jnp.concatenate([scalars, columns_C, gaps_C.astype(jnp.float64)])

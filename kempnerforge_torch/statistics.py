@@ -1,0 +1,117 @@
+"""What a recording keeps of tensors, and their moments, computed where they are.
+
+Shapes: G pieces, R rows of a piece, C columns of the sketch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Shaped
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kempnerforge_torch.model.state import to_numpy, whole
+from shared_config.parity import summaries
+from shared_config.parity.foreign.recorder import Store
+from shared_config.parity.summaries import LOW, NAN, NEGATIVE, PIECE, POSITIVE, ROWS, SKETCH_SIZE, Summary
+
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A summary whose moments are still on the device."""
+
+    moments: Float64[Tensor, "moments"]
+    shape: tuple[int, ...]
+    dtype: str
+
+
+Kept = np.ndarray | Summary | Pending
+
+
+class Keeper:
+    """Decides what is kept of one tensor after another."""
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._last: tuple[Tensor, tuple[object, ...], Kept] | None = None
+
+    def __call__(self, tensor: Shaped[Tensor, "..."]) -> Kept:
+        """What is kept of a tensor, of a sharded one of all of it, whatever happens to it later.
+
+        What a module and the last one within it put out is one tensor, which is summarised once.
+        """
+        full = whole(tensor.detach())
+        if not (full.is_floating_point() and self._store.summarizes(full.nbytes)):
+            return self._store(np.array(to_numpy(full)))
+        known = full.data_ptr(), full._version, full.dtype, full.shape, full.stride()
+        if self._last is None or self._last[1] != known:
+            self._last = full, known, self._summary(full)  # held, so that no other tensor gets its memory
+        return self._last[2]
+
+    def _summary(self, tensor: Tensor) -> Kept:
+        if tensor.device.type == "cpu":
+            return self._store(to_numpy(tensor))
+        return Pending(moments(tensor), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+def fetched(found: Mapping[Key, Kept]) -> dict[Key, np.ndarray | Summary]:
+    """The same on the host, where all moments go at once."""
+    pending = [value.moments for value in found.values() if isinstance(value, Pending)]
+    rows = iter(torch.stack(pending).cpu().numpy() if pending else ())
+    return {
+        key: summaries.summary_of_moments(next(rows), value.shape, value.dtype) if isinstance(value, Pending) else value
+        for key, value in found.items()
+    }
+
+
+def moments(tensor: Shaped[Tensor, "..."]) -> Float64[Tensor, "moments"]:
+    """What `shared_config.parity.summaries.moments` gives, on the tensor's device, without waiting for it.
+
+    Reductions are fused by the compiler on a GPU.
+    """
+    if not tensor.numel():
+        return torch.from_numpy(summaries.moments(np.empty(0))).to(tensor.device)
+    device = tensor.device
+    reduced = _compiled() if device.type == "cuda" else _reduced
+    first, times = summaries.starts(-(-tensor.numel() // PIECE))
+    given = (torch.from_numpy(part).to(device, non_blocking=True) for part in (first, times))
+    return reduced(tensor.reshape(-1), _signs(device), *given)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_reduced, dynamic=True)
+
+
+@functools.cache
+def _signs(device: torch.device) -> Tensor:
+    return torch.from_numpy(summaries.signs()).to(device)
+
+
+def _reduced(flat: Tensor, signs: Tensor, first: Tensor, times: Tensor) -> Tensor:
+    pieces = first.shape[0]
+    shape = (pieces, ROWS, SKETCH_SIZE)
+    x_GRC = pad(flat, (0, pieces * PIECE - flat.shape[0])).view(shape)
+    wide_GRC, finite_GRC = x_GRC.double(), torch.isfinite(x_GRC)
+    counted_GRC = finite_GRC & (torch.arange(pieces * PIECE, device=flat.device).view(shape) < flat.shape[0])
+    known_GRC = torch.where(finite_GRC, wide_GRC, 0.0)
+    low = torch.where(counted_GRC, wide_GRC, torch.inf).amin()
+    high = torch.where(counted_GRC, wide_GRC, -torch.inf).amax()
+    largest = torch.maximum(high, -low).clamp(torch.finfo(torch.float64).tiny, torch.finfo(torch.float64).max)
+    norm = largest * (known_GRC / largest).square().sum().sqrt()
+    signed_GRC = signs.unfold(0, PIECE, 1)[first].view(shape) * times[:, None, None]
+    columns_C = (known_GRC * signed_GRC).sum((0, 1))
+    key_GR = torch.arange(pieces * ROWS, device=flat.device).view(pieces, ROWS) * NAN & int(LOW)
+    key_GR = (key_GR ^ (key_GR >> 15)) | 1
+    kinds_GRC = torch.where(torch.isnan(x_GRC), NAN, torch.where(x_GRC > 0, POSITIVE, NEGATIVE))
+    gaps_C = torch.where(finite_GRC, 0, kinds_GRC * key_GR[..., None]).sum((0, 1))
+    scalars = torch.stack([low, high, known_GRC.sum(), norm, counted_GRC.sum().double()])
+    return torch.cat([scalars, columns_C, (gaps_C & int(LOW)).double()])

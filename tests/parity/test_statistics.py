@@ -1,0 +1,197 @@
+"""Statistics of recordings: the same wherever they are computed, in one pass, and nothing whole leaves the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import kempnerforge_jax.parity as of_jax
+import kempnerforge_jax.statistics as in_jax
+import kempnerforge_torch.parity as of_torch
+import kempnerforge_torch.statistics as in_torch
+from kempnerforge_torch.model.state import from_numpy
+from kempnerforge_torch.model.transformer import Transformer
+from shared_config.contract.parameters import parameter_table
+from shared_config.loader import load_config
+from shared_config.parity import Trace, compare_functions, make_map, summaries
+from shared_config.parity.foreign.options import Options
+from shared_config.parity.foreign.recorder import Store
+from shared_config.parity.summaries import MOMENTS, PIECE, SCALARS, Summary, summarize
+
+DTYPES = ("float32", "float16", "float64", ml_dtypes.bfloat16)
+SIZES = (1, 1020, 1021, 5000, PIECE, PIECE + 1, 2 * PIECE + 1500)
+SMALL_BYTES = 50 * 10**6
+X = np.random.default_rng(2).standard_normal((30, 100)).astype(np.float32)
+W = np.random.default_rng(3).standard_normal((100, 100)).astype(np.float32)
+
+
+def drawn(size: int, dtype: Any, seed: int, gaps: bool) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(size) * 10.0 ** rng.integers(-3, 3)
+    if gaps:
+        places = rng.integers(0, size, 3)
+        values[places] = rng.permutation([np.nan, np.inf, -np.inf])
+    return values.astype(dtype)
+
+
+@settings(max_examples=12)
+@given(
+    size=st.sampled_from(SIZES), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99), gaps=st.booleans(),
+)  # fmt: skip
+def test_moments_are_the_same_on_every_device(size: int, dtype: Any, seed: int, gaps: bool) -> None:
+    values = drawn(size, dtype, seed, gaps)
+    expected = summaries.moments(values)
+    with jax.enable_x64(True):
+        array = jnp.asarray(values)
+        found = [np.asarray(jax.jit(f)(array)).view(np.float64) for f in (in_jax.moments, in_jax.reduced)]
+    for other in (in_torch.moments(from_numpy(values)).numpy(), *found):
+        np.testing.assert_allclose(other[:-1021], expected[:-1021], rtol=1e-12, atol=1e-10 * expected[3])
+        np.testing.assert_array_equal(other[[0, 1, 4]], expected[[0, 1, 4]])
+        np.testing.assert_array_equal(other[-1021:], expected[-1021:])
+    wide = values.astype(np.float64)
+    finite = wide[np.isfinite(wide)]
+    scalars = finite.min(initial=np.inf), finite.max(initial=-np.inf), finite.sum(), np.sqrt(np.sum(finite**2))
+    np.testing.assert_allclose(expected[:SCALARS], (*scalars, finite.size), rtol=1e-12, atol=1e-10 * expected[3])
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_norms_of_extreme_values(scale: float) -> None:
+    values = np.random.default_rng(0).standard_normal(3000) * scale
+    expected = np.sqrt(np.mean(np.square(values / scale))) * scale
+    assert summarize(values).rms == pytest.approx(expected, rel=1e-12)
+    assert in_torch.moments(torch.from_numpy(values))[3].item() / 3000**0.5 == pytest.approx(expected, rel=1e-12)
+
+
+class Model(nn.Module):
+    """Two matrices, of which the inner module's output is also that of the outer one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = nn.Sequential(nn.Linear(100, 100, bias=False))
+        self.outer[0].weight.data = torch.from_numpy(W.copy())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.outer(x))
+
+
+def in_jax_alone(weights: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(of_jax.tap("outer", x @ weights["w"]))
+
+
+def statistics(backend: str) -> Trace:
+    if backend == "torch":
+        return of_torch.record(Model(), (X,), above=0, deltas=False)
+    return of_jax.record(in_jax_alone, (X,), weights={"w": W.T}, above=0, deltas=False)
+
+
+def test_a_tensor_is_read_once_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU tensor's statistics are taken of is its own memory, and one tensor of two modules is read once."""
+    read: list[tuple[int, int]] = []
+    plain = summaries.moments
+
+    def counted(array: np.ndarray) -> np.ndarray:
+        read.append((array.__array_interface__["data"][0], array.size))
+        return plain(array)
+
+    monkeypatch.setattr(summaries, "moments", counted)
+    trace = statistics("torch")
+    kept = [name for name, value in trace.tensors.items() if isinstance(value, Summary)]
+    assert kept == [
+        "forward/outer.0", "forward/outer", "forward/output", "cotangent/output", "cotangent/outer",
+        "cotangent/outer.0", "gradient/outer.0.weight", "gradient/input.0",
+    ]  # fmt: skip
+    assert len(read) == len(kept) - 2
+    assert trace.tensors["forward/outer"] is trace.tensors["forward/outer.0"]
+    tensor = torch.ones(300)
+    read.clear()
+    in_torch.Keeper(Store(0))(tensor)
+    assert read == [(tensor.data_ptr(), 300)]
+
+
+def test_a_tensor_that_was_written_to_is_read_again() -> None:
+    keep, tensor = in_torch.Keeper(Store(0)), torch.ones(9)
+    before = keep(tensor)
+    tensor.mul_(2)
+    after = keep(tensor)
+    assert isinstance(before, Summary)
+    assert isinstance(after, Summary)
+    assert (before.rms, after.rms) == (1.0, 2.0)
+
+
+def test_devices_wait_for_nothing_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values have all their moments computed; they go to the host once for each kind of result."""
+    in_torch.moments(torch.ones(1))  # what is kept of signs is a real tensor
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert in_torch.moments(mode.from_tensor(torch.ones(5000))).shape == (MOMENTS,)
+    expected = statistics("torch")
+
+    def pending(_self: in_torch.Keeper, tensor: Tensor) -> in_torch.Pending:
+        return in_torch.Pending(in_torch.moments(tensor), tuple(tensor.shape), str(tensor.dtype)[6:])
+
+    stacked: list[int] = []
+    stack = torch.stack
+    monkeypatch.setattr(in_torch.Keeper, "_summary", pending)
+    monkeypatch.setattr(torch, "stack", lambda rows, *args: stacked.append(len(rows)) or stack(rows, *args))
+    found = statistics("torch")
+    assert [count for count in stacked if count not in (1, SCALARS)] == [
+        2,
+        3,
+        3,
+    ]  # gradients, activations, their gradients
+    for name, value in expected.tensors.items():
+        other = found.tensors[name]
+        if isinstance(value, Summary) and isinstance(other, Summary):
+            np.testing.assert_allclose(other.sketch, value.sketch, rtol=1e-9, atol=1e-9 * value.rms)
+    assert compare_functions(expected, found).equal
+
+
+def test_nothing_whole_leaves_a_program_of_jax() -> None:
+    engine = of_jax._Engine(in_jax_alone, (X,), {"w": W.T}, None, None, (), Options(above=0))
+    engine.run("", engine.weights, engine.inputs, {}, None, Store(0))
+    (program,) = engine._programs.values()
+    weights, inputs = {"w": jnp.asarray(W)}, {"input.0": jnp.asarray(X)}
+    outputs = jax.tree.leaves(jax.eval_shape(program._recorded, weights, inputs, {}, None))
+    assert len(outputs) > 5
+    assert all(output.size <= 2 * MOMENTS < X.size + W.size for output in outputs)
+    assert {output.shape for output in outputs} == {(), (2 * MOMENTS,)}
+
+
+def test_statistics_of_both_backends_are_compared() -> None:
+    names = make_map({"outer.0.weight": ("w", "transpose")})
+    whole = of_jax.record(in_jax_alone, (X,), weights={"w": W.T}, deltas=2)
+    layout = {name: value for name, value in statistics("torch").tensors.items() if "weight" not in name}
+    torch_side = dataclasses.replace(statistics("torch"), tensors=layout)
+    for other in (whole, statistics("jax")):
+        found = compare_functions(torch_side, dataclasses.replace(other, meta=whole.meta), names, common=True)
+        assert found.equal, found.failures
+        assert len(found.groups["forward"]) == 2
+
+
+def test_statistics_of_a_model_of_32_layers_are_small(tmp_path: Path) -> None:
+    """A sketch has one size, whatever the tensor's: a narrow model of llama3_8b's layers has a trace as large."""
+    whole = load_config("llama3_8b").model
+    narrow = whole.replace(dim=64, n_heads=4, n_kv_heads=2, vocab_size=64, ffn_hidden_dim=96, max_seq_len=16)
+    names = parameter_table(narrow)
+    assert list(names) == list(parameter_table(whole))
+    model = Transformer(narrow)
+    tokens = torch.zeros((1, 4), dtype=torch.long)
+    path = tmp_path / "trace.safetensors"
+    trace = of_torch.record(model, (tokens,), above=0, deltas=False, path=path)
+    counts = {group: sum(name.startswith(f"{group}/") for name in trace.tensors) for group in ("forward", "gradient")}
+    assert counts["gradient"] == len(names) == 291
+    assert counts["forward"] > 32 * 10
+    assert path.stat().st_size < SMALL_BYTES
+    entry = 8 * 1021 + 700
+    assert path.stat().st_size < entry * len(trace.tensors)
