@@ -1,6 +1,6 @@
 """What a recording keeps of arrays, and their moments, computed where they are.
 
-Shapes: G pieces, R rows of a piece, C columns of the sketch.
+Shapes: G pieces, R rows of a piece, C columns of the sketch, N halves of moments.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def kept(found: Shaped[Array, "..."], description: Description, store: Store) ->
     return store(np.asarray(found))
 
 
-def moments(array: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
+def moments(array: Shaped[Array, "..."]) -> UInt32[Array, "N"]:
     """What `shared_config.parity.summaries.moments` gives, as the halves of its numbers, inside a program.
 
     On a CPU the host's own function sees the array where it is: XLA's reductions are several times as slow.
@@ -70,7 +70,7 @@ def _on_host(_context: object, halves: Any, array: Any) -> None:
     np.asarray(halves)[...] = summaries.moments(np.asarray(array)).view(np.uint32)
 
 
-def reduced(array: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
+def reduced(array: Shaped[Array, "..."]) -> UInt32[Array, "N"]:
     """`moments` of an array that is not empty, in operations of the device."""
     with jax.enable_x64(True):
         found = _reduced(array.reshape(-1), jnp.asarray(summaries.signs(), jnp.int8))

@@ -1,6 +1,6 @@
 """What a recording keeps of tensors, and their moments, computed where they are.
 
-Shapes: G pieces, R rows of a piece, C columns of the sketch.
+Shapes: G pieces, R rows of a piece, C columns of the sketch, M moments.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Key = TypeVar("Key")
 class Pending:
     """A summary whose moments are still on the device."""
 
-    moments: Float64[Tensor, "moments"]
+    moments: Float64[Tensor, "M"]
     shape: tuple[int, ...]
     dtype: str
 
@@ -72,7 +72,7 @@ def fetched(found: Mapping[Key, Kept]) -> dict[Key, np.ndarray | Summary]:
     }
 
 
-def moments(tensor: Shaped[Tensor, "..."]) -> Float64[Tensor, "moments"]:
+def moments(tensor: Shaped[Tensor, "..."]) -> Float64[Tensor, "M"]:
     """What `shared_config.parity.summaries.moments` gives, on the tensor's device, without waiting for it.
 
     Reductions are fused by the compiler on a GPU.
