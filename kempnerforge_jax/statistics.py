@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental.buffer_callback import buffer_callback
-from jaxtyping import Shaped, UInt32
+from jaxtyping import Shaped
 
 from kempnerforge_jax.taps import is_floating
 from shared_config.parity import summaries
@@ -53,7 +53,7 @@ def kept(found: Shaped[Array, "..."], description: Description, store: Store) ->
     return store(np.asarray(found))
 
 
-def moments(array: Shaped[Array, "..."]) -> UInt32[Array, "N"]:
+def moments(array: Shaped[Array, "..."]) -> Shaped[Array, "N"]:
     """What `shared_config.parity.summaries.moments` gives, as the halves of its numbers, inside a program.
 
     On a CPU the host's own function sees the array where it is: XLA's reductions are several times as slow.
@@ -70,7 +70,7 @@ def _on_host(_context: object, halves: Any, array: Any) -> None:
     np.asarray(halves)[...] = summaries.moments(np.asarray(array)).view(np.uint32)
 
 
-def reduced(array: Shaped[Array, "..."]) -> UInt32[Array, "N"]:
+def reduced(array: Shaped[Array, "..."]) -> Shaped[Array, "N"]:
     """`moments` of an array that is not empty, in operations of the device."""
     with jax.enable_x64(True):
         found = _reduced(array.reshape(-1), jnp.asarray(summaries.signs(), jnp.int8))

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -28,7 +28,7 @@ Key = TypeVar("Key")
 class Pending:
     """A summary whose moments are still on the device."""
 
-    moments: Float64[Tensor, "M"]
+    moments: Float[Tensor, "M"]
     shape: tuple[int, ...]
     dtype: str
 
@@ -72,7 +72,7 @@ def fetched(found: Mapping[Key, Kept]) -> dict[Key, np.ndarray | Summary]:
     }
 
 
-def moments(tensor: Shaped[Tensor, "..."]) -> Float64[Tensor, "M"]:
+def moments(tensor: Shaped[Tensor, "..."]) -> Float[Tensor, "M"]:
     """What `shared_config.parity.summaries.moments` gives, on the tensor's device, without waiting for it.
 
     Reductions are fused by the compiler on a GPU.
