@@ -51,7 +51,7 @@ class Taps:
 
     def visit(self, name: str, tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """Record a tensor, and give what goes on: a view, whose gradient is that by all that comes after it, and by
-        nothing that used the tensor before.
+        nothing that used the tensor before. One that is written to later has no gradient: its value is no longer there.
         """
         call = self._calls[name] = self._calls.get(name, -1) + 1
         fed = self._fed.get(call_name(name, call), self._fed.get(name) if call == 0 else None)

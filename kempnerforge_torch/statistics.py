@@ -51,10 +51,13 @@ class Keeper:
         full = whole(tensor.detach())
         if not (full.is_floating_point() and self._store.summarizes(full.nbytes)):
             return self._store(np.array(to_numpy(full)))
-        known = full.data_ptr(), full._version, full.dtype, full.shape, full.stride()
-        if self._last is None or self._last[1] != known:
-            self._last = full, known, self._summary(full)  # held, so that no other tensor gets its memory
-        return self._last[2]
+        if full.is_inference():  # nothing tells whether it was written to
+            return self._summary(full)
+        known, last = (full.data_ptr(), full._version, full.dtype, full.shape, full.stride()), self._last
+        if last is None or last[1] != known:
+            last = full, known, self._summary(full)  # held, so that no other tensor gets its memory
+            self._last = last
+        return last[2]
 
     def _summary(self, tensor: Tensor) -> Kept:
         if tensor.device.type == "cpu":
@@ -65,7 +68,7 @@ class Keeper:
 def fetched(found: Mapping[Key, Kept]) -> dict[Key, np.ndarray | Summary]:
     """The same on the host, where all moments go at once."""
     pending = [value.moments for value in found.values() if isinstance(value, Pending)]
-    rows = iter(torch.stack(pending).cpu().numpy() if pending else ())
+    rows = iter(torch.stack([row.to(pending[0].device) for row in pending]).cpu().numpy() if pending else ())
     return {
         key: summaries.summary_of_moments(next(rows), value.shape, value.dtype) if isinstance(value, Pending) else value
         for key, value in found.items()
