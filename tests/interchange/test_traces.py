@@ -203,6 +203,19 @@ def test_statistics_of_a_former_format_are_not_compared_with_those_of_now() -> N
         measure(former, np.ones(5))
 
 
+def test_traces_of_the_format_before_are_read_as_they_are(tmp_path) -> None:
+    """Names are those of now; only sketches had another size."""
+    trace = example()
+    summary = dataclasses.replace(summarize(np.ones(9)), sketch=np.arange(1024.0))
+    write_trace(tmp_path / "now", Trace({**trace.tensors, "forward/wide": summary}, trace.meta))
+    file = TensorFile(tmp_path / "now")
+    write_tensors(tmp_path / "then", {name: file.read(name) for name in file.entries}, {**file.metadata, TRACE: "3"})
+    now, then = read_trace(tmp_path / "now"), read_trace(tmp_path / "then")
+    assert then.meta == now.meta
+    assert list(then.tensors) == list(now.tensors)
+    assert np.array_equal(then.tensors["forward/wide"].sketch, summary.sketch)
+
+
 def split_mix_64(seed: int) -> int:
     """First output of the published generator with this state, in Python integers."""
     mask = (1 << 64) - 1
