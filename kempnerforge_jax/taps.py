@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Shaped
 
 from shared_config.parity.foreign.containers import call_name, map_tensors
-from shared_config.parity.foreign.options import Options
+from shared_config.parity.foreign.options import Options, check_fed
 
 Value = TypeVar("Value")
 
@@ -54,7 +54,8 @@ class Taps:
             self.names.append(name)
             self.values.append(array)
         if fed is not None:
-            array = fed.reshape(array.shape).astype(array.dtype)
+            check_fed(name, fed.shape, array.shape)
+            array = fed.astype(array.dtype)
         if self._key is not None and is_floating(array):
             key = jax.random.fold_in(self._key[0], sum(self._calls.values()) + len(self._calls))
             array = array * (1 + self._key[1] * jax.random.uniform(key, array.shape, array.dtype, -1, 1))

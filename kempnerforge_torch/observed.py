@@ -18,7 +18,7 @@ from kempnerforge_torch.model.state import from_numpy, to_numpy
 from kempnerforge_torch.model.wrappers import plain_modules
 from kempnerforge_torch.statistics import Keeper, Kept
 from shared_config.parity.foreign.containers import INPUT, call_name, map_tensors, tensors_in
-from shared_config.parity.foreign.options import Arrays, Options
+from shared_config.parity.foreign.options import Arrays, Options, check_fed
 from shared_config.parity.foreign.recorder import Noise, Store
 
 
@@ -59,6 +59,7 @@ class Taps:
         if wanted:
             self.found.append((name, self._keep(tensor)))
         if fed is not None:
+            check_fed(name, fed.shape, tensor.shape)
             tensor = from_numpy(fed).to(tensor)
         if self._noise is not None and tensor.is_floating_point():
             moves = torch.rand(tensor.shape, generator=self._generator, dtype=torch.float64) * 2 - 1

@@ -22,6 +22,7 @@ NAMES = (
     "eval",
     "show",
     "trace",
+    "record",
     "compare",
     "convert",
     "compile",

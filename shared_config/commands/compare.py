@@ -1,4 +1,6 @@
-"""``kempnerforge compare``: two traces, or two folders of traces, tensor by tensor, and the first that diverges."""
+"""``kempnerforge compare``: two traces, models that are recorded first, or folders of traces, tensor by tensor, and the
+first that diverges.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared_config.commands.common import console, writable_file
+from shared_config.commands.recordings import recordings
 from shared_config.commands.verdict import show_findings, show_first_differences
 from shared_config.errors import UserError
 from shared_config.interchange.files import written_aside
@@ -17,6 +20,7 @@ from shared_config.parity.compare import Comparison, compare_traces
 from shared_config.parity.foreign.compare import compare_functions, is_foreign
 from shared_config.parity.foreign.derive import derive_tolerance, tolerance_lines
 from shared_config.parity.foreign.mapping import Map, read_map
+from shared_config.parity.foreign.named import file_of
 from shared_config.parity.report import write_report
 from shared_config.parity.traces import Trace, read_trace
 
@@ -30,25 +34,27 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError(f"{overrides[0]}: compare takes no config; the traces hold theirs")
     report, numbers = (None if path is None else writable_file(path) for path in (options.report, options.json))
     for output in filter(None, (report, numbers)):
-        refuse_overwriting(output, options.a, options.b, options.truth, options.map)
+        sources = (file_of(side) or side for side in (options.a, options.b))
+        refuse_overwriting(output, *sources, options.truth, options.map)
     truth = None if options.truth is None else read_trace(options.truth)
     names = None if options.map is None else read_map(options.map)
-    pairs = pairs_of(Path(options.a), Path(options.b))
-    screen = console()
-    if options.derive_tolerance is not None:
-        wanted = options.derive_tolerance
-        if len(pairs) < wanted:
-            raise UserError(f"--derive-tolerance {wanted}: the two folders have {len(pairs)} pairs")
-        found = derive_tolerance(_compared(*pair, names, True, None) for pair in list(pairs.values())[:wanted])
-        for line in tolerance_lines(found):
-            screen.print(line, markup=False)
-        return 0
-    same, comparisons = True, {}
-    for heading, (a, b) in pairs.items():
-        comparison = _compared(a, b, names, options.common, truth)
-        comparisons[heading or comparison.dtype] = comparison
-        same &= show_findings(screen, findings_of(heading or comparison.dtype, comparison))
-        show_first_differences(screen, comparison)
+    with recordings(options) as recorded:
+        pairs = recorded or pairs_of(Path(options.a), Path(options.b))
+        screen = console()
+        if options.derive_tolerance is not None:
+            wanted = options.derive_tolerance
+            if len(pairs) < wanted:
+                raise UserError(f"--derive-tolerance {wanted}: the two folders have {len(pairs)} pairs")
+            found = derive_tolerance(_compared(*pair, names, True, None) for pair in list(pairs.values())[:wanted])
+            for line in tolerance_lines(found):
+                screen.print(line, markup=False)
+            return 0
+        same, comparisons = True, {}
+        for heading, (a, b) in pairs.items():
+            comparison = _compared(a, b, names, options.common, truth)
+            comparisons[heading or comparison.dtype] = comparison
+            same &= show_findings(screen, findings_of(heading or comparison.dtype, comparison))
+            show_first_differences(screen, comparison)
     first = next(iter(comparisons.values()))
     if numbers is not None:
         content = first.to_json() if "" in pairs else {name: one.to_json() for name, one in comparisons.items()}

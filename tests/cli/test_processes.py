@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 LINES = {
     "train": ("debug", "--backend=torch", "--output=out"),
     "trace": ("debug", "--backend=torch", "--output=out"),
+    "record": ("ours.py:ours", "--output=out"),
     "validate": ("debug",),
     "generate": ("debug", "--backend=torch", "--prompt=a"),
     "convert": ("source", "--output=out"),

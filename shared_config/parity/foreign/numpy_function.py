@@ -12,7 +12,7 @@ from shared_config.interchange.files import PathLike
 from shared_config.interchange.weights import is_floating
 from shared_config.parity.foreign.containers import OUTPUT, call_name, map_tensors, tensors_in
 from shared_config.parity.foreign.mapping import Map
-from shared_config.parity.foreign.options import Arrays, Options, make_options
+from shared_config.parity.foreign.options import Arrays, Options, check_fed, make_options
 from shared_config.parity.foreign.recorder import Noise, Recorded, Store, make_trace
 from shared_config.parity.foreign.taps import visiting
 from shared_config.parity.traces import Summary, Trace
@@ -79,7 +79,9 @@ class NumpyFunction:
             if self._options.wants(name):
                 found.append((name, store(np.array(array))))
             other = fed.get(call_name(name, call), fed.get(name) if call == 0 else None)
-            array = array if other is None else _cast(other, array.dtype.name)
+            if other is not None:
+                check_fed(name, other.shape, array.shape)
+                array = _cast(other, array.dtype.name)
             if noise is None or rng is None or not is_floating(array.dtype):
                 return array
             return array * (1 + noise.roundoff * rng.uniform(-1, 1, array.shape))

@@ -99,8 +99,10 @@ def fed_values(trace: Trace) -> dict[str, np.ndarray]:
     """What a trace has to feed: its floating-point activations by their names.
 
     Raises:
-        UserError: it holds none, or summaries of them.
+        UserError: it holds none, or summaries of them, or was itself fed.
     """
+    if trace.meta.refed:
+        raise UserError("refeed: the other trace was itself given recorded inputs; one of a plain run is needed")
     names = [name for name in trace.tensors if name.startswith(f"{FORWARD}/")]
     if not names:
         raise UserError(f"refeed: the other trace holds no activation, as {FORWARD}/output")
@@ -108,6 +110,18 @@ def fed_values(trace: Trace) -> dict[str, np.ndarray]:
         if isinstance(trace.tensors[name], Summary):
             raise UserError(f"refeed: {name}: the other trace holds a summary; tensors are needed, without summaries")
     return {name.removeprefix(f"{FORWARD}/"): np.asarray(trace.tensors[name]) for name in names}
+
+
+def check_fed(name: str, given: Sequence[int], own: Sequence[int]) -> None:
+    """Refuse a value of another shape in place of an activation.
+
+    Raises:
+        UserError: naming both shapes.
+    """
+    if tuple(given) != tuple(own):
+        raise UserError(
+            f"refeed: {name}: shape = {tuple(given)}: must be {tuple(own)}, as here; the map needs a layout for it"
+        )
 
 
 def refed_fields(trace: Trace) -> RefedFields:
