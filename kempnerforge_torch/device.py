@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from jaxtyping import Shaped
+from torch import Tensor
 
 from shared_config.errors import UserError
 from shared_config.training.speed import resident_peak
@@ -34,6 +37,12 @@ def device_kind(device: torch.device) -> str:
     """The model of an accelerator as its driver calls it, or "cpu"."""
     name = getattr(torch.get_device_module(device), "get_device_name", None)
     return device.type if name is None else name(device)
+
+
+def to_device(array: Shaped[np.ndarray, "..."], device: torch.device) -> Shaped[Tensor, "..."]:
+    """The array on a device. A GPU reads it from pinned memory when its turn comes, so that the host needn't wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -10,6 +10,8 @@ from tests.mutants import Mutant
 
 DENSE, COPIES, SIGMOID = Case("dense", 2, {}), Case("dense", 2, {"dp_replicate": 2}), Case("sigmoid", 2, {})
 SPLIT, SPREAD = Case("dense", 2, {"tp": 2}), Case("sigmoid", 2, {"ep": 2})
+SENT, SCALED = Case("sigmoid", 2, {"ep": 2}, exchanges=True), Case("scaled", 2, {"ep": 2})
+LIMITED = Case("limited", 2, {"ep": 2})
 STAGES = Case("staged", 2, {"pp": 2})
 PADDED_STAGES = Case("staged", 2, {"pp": 2}, {"data": {"pack_documents": True}})
 FROZEN = "[{module = 'vision_encoder'}]"
@@ -137,8 +139,8 @@ DISTRIBUTED_MUTANTS = (
     ),
     torch_bug(
         "distributed.collectives", "gradients of own positions in the place of all",
-        "return _gather(dy, ctx.axis, ctx.group), None, None",
-        "return torch.cat([dy] * ctx.group.size(), ctx.axis), None, None", SPLIT,
+        "return _gather(dy.to(ctx.gradients), ctx.axis, ctx.group)",
+        "return torch.cat([dy] * ctx.group.size(), ctx.axis)", SPLIT,
     ),
     torch_bug(
         "distributed.sequence_parallel", "a mixture's gradients of all ranks added up",
@@ -162,11 +164,58 @@ DISTRIBUTED_MUTANTS = (
     ),
     torch_bug(
         "distributed.expert_parallel", "rows lie by rank, not by expert",
-        ".argsort(stable=True)", "", SPREAD,
+        ".argsort(stable=True)", "", SENT,
     ),
     torch_bug(
         "distributed.expert_parallel", "rows come back in another order",
-        "[order_R.argsort()]", "", SPREAD,
+        "[order_R.argsort()]", "", SENT,
+    ),
+    torch_bug(
+        "distributed.expert_parallel", "experts of another rank",
+        "- own * group.rank()", "- own * (group.size() - 1 - group.rank())", SPREAD,
+    ),
+    torch_bug(
+        "distributed.expert_parallel", "tokens of other ranks go to this one's experts by their number there",
+        "torch.where((number_Gk >= 0) & (number_Gk < own), number_Gk, own)", "number_Gk % own", SPREAD,
+    ),
+    torch_bug(
+        "distributed.expert_parallel", "what other ranks' experts make of tokens is left out",
+        "scattered(y_GD, 0, group, gradients=x_TD.dtype)", "y_GD.chunk(group.size())[group.rank()]", SPREAD,
+    ),
+    torch_bug(
+        "distributed.collectives", "gradients of tokens that are gathered summed twice",
+        "return _scatter(dy.to(ctx.sums or dy.dtype), ctx.axis, ctx.group)",
+        "return _sum(_scatter(dy, ctx.axis, ctx.group), ctx.group)", SPREAD,
+    ),
+    torch_bug(
+        "distributed.expert_parallel", "weights of routes without a gradient",
+        "gathered(routes.weights_Tk, 0, group)", "gathered(routes.weights_Tk.detach(), 0, group)", SPREAD,
+    ),
+    torch_bug(
+        "distributed.expert_parallel", "factors of gradients from another rank",
+        "gathered(routes.factors_Tk, 0, group)", "gathered(routes.factors_Tk, 0, group).flip(0)", SCALED,
+    ),
+    torch_bug(
+        "distributed.expert_parallel", "room for the rows of one expert",
+        "layer.num_experts * routes.limit", "own * routes.limit", LIMITED,
+    ),
+    torch_bug(
+        "model.dispatch", "rows beyond the end counted",
+        "return found_RD if complete else", "return found_RD if True else", SPREAD,
+    ),
+    torch_bug(
+        "distributed.expert_parallel", "every row is taken to be of an expert",
+        "Routes(weights_Gk, plan, factors_Gk, False, None)", "Routes(weights_Gk, plan, factors_Gk, True, None)", SPREAD,
+    ),
+    torch_bug(
+        "distributed.expert_parallel", "the host waits for the rows of experts",
+        "        plan = plan._replace(assignment_R=plan.assignment_R[:most])\n",
+        "        plan = plan._replace(assignment_R=plan.assignment_R[:int(plan.ends_E[-1])])\n", SPREAD,
+    ),
+    torch_bug(
+        "distributed.fsdp", "gradients of experts not summed over those who hold the same",
+        "    if mesh.experts.size() == 1:\n", "    if mesh.experts.size() >= 1:\n",
+        Case("limited", 4, {"ep": 2, "dp_replicate": 2}),
     ),
     torch_bug(
         "distributed.context_parallel", "keys of one part",
@@ -179,8 +228,8 @@ DISTRIBUTED_MUTANTS = (
     ),
     torch_bug(
         "distributed.collectives", "gradients of keys and values not summed",
-        "return _scatter(dy, ctx.axis, ctx.group), None, None",
-        "return dy.chunk(ctx.group.size(), ctx.axis)[ctx.group.rank()].contiguous(), None, None", CUT,
+        "return _scatter(dy.to(ctx.sums or dy.dtype), ctx.axis, ctx.group)",
+        "return dy.chunk(ctx.group.size(), ctx.axis)[ctx.group.rank()].contiguous()", CUT,
     ),
     torch_bug(
         "distributed.context_parallel", "documents of one part",
@@ -209,7 +258,7 @@ DISTRIBUTED_MUTANTS = (
     torch_bug(
         "distributed.collectives", "gradients of rows stay where they are",
         "return _exchange(dy, ctx.received, ctx.sent, ctx.group), None, None, None",
-        "return dy.new_zeros(sum(ctx.sent), dy.shape[1]), None, None, None", SPREAD,
+        "return dy.new_zeros(sum(ctx.sent), dy.shape[1]), None, None, None", SENT,
     ),
     torch_bug(
         "training.train", "what an evaluation gathered is trained, frozen or not", "        release(self.model)\n", "",
@@ -297,13 +346,37 @@ JAX_MUTANTS = (
         "micro_batches=micro_batches * ranks)", "micro_batches=micro_batches)", HELD,
     ),
     jax_bug(
-        "distributed.expert_parallel", "rows come back in the order in which they were computed",
-        "computed[jnp.argsort(order)]", "computed[order]", HELD,
+        "distributed.expert_parallel", "experts of another device",
+        "- held * lax.axis_index(AXIS)", "- held * (lax.axis_size(AXIS) - 1 - lax.axis_index(AXIS))", HELD,
     ),
     jax_bug(
-        "distributed.expert_parallel", "rows of the second device are those of the first",
-        "starts_P = jnp.concatenate([jnp.zeros(1, ends_P.dtype), ends_P[:-1]])", "starts_P = jnp.zeros_like(ends_P)",
-        HELD,
+        "distributed.expert_parallel", "tokens of other devices go to this one's experts by their number there",
+        "jnp.where((number_Gk >= 0) & (number_Gk < held), number_Gk, held)", "number_Gk % held", HELD,
+    ),
+    jax_bug(
+        "distributed.expert_parallel", "what other devices' experts make of tokens is left out",
+        "    return lax.psum_scatter(y, AXIS, scatter_dimension=0, tiled=True)\n",
+        "    return y.reshape(lax.axis_size(AXIS), -1, *y.shape[1:])[lax.axis_index(AXIS)]\n", HELD,
+    ),
+    jax_bug(
+        "distributed.expert_parallel", "gradients of tokens gathered, of which all devices have the sum",
+        "wide = dy.astype(", "wide = lax.psum(dy, AXIS).astype(", HELD,
+    ),
+    jax_bug(
+        "distributed.expert_parallel", "room for the rows of one expert",
+        "experts * routes.limit", "held * routes.limit", HELD,
+    ),
+    jax_bug(
+        "model.dispatch", "rows beyond the end counted",
+        "return jnp.where((row_R < ends_E[-1])[:, None], found_RD, 0)", "return found_RD", HELD,
+    ),
+    jax_bug(
+        "model.experts", "the last block of rows left out",
+        "lax.fori_loop(0, -(-ends_E[-1] // block)", "lax.fori_loop(0, ends_E[-1] // block", HELD,
+    ),
+    jax_bug(
+        "model.experts", "gradients of the last block's weights alone",
+        "total + part.astype(total.dtype)", "part.astype(total.dtype)", HELD,
     ),
     jax_bug(
         "distributed.ranks", "rows of ranks trade places",

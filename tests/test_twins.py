@@ -39,7 +39,7 @@ ENGINES = {
     "distributed/collectives.py": "torch: sums and exchanges with gradients; in JAX operations of lax",
     "distributed/context_parallel.py": "both: torch puts methods in the place of others; JAX within a map over devices",
     "distributed/devices.py": "jax: type checkers know nothing of its devices",
-    "distributed/expert_parallel.py": "both: rows are sent in numbers that the host knows; in JAX shapes are static",
+    "distributed/expert_parallel.py": "both: torch has operators with gradients, or sends rows to where they belong",
     "distributed/flops.py": "jax: programs that can be read",
     "distributed/fsdp.py": "both: FSDP2 gathers by hooks; JAX within a map over the data ranks",
     "distributed/health.py": "both: a process of torch has one device, those of JAX have all that they see",
@@ -66,6 +66,7 @@ DIFFERENCES = {
         "NO_KERNELS": "jax: its profiler names no kernels on a CPU",
         "kernels_of": "jax: its profiler writes a file; torch's gives the events",
     },
+    "device.py": {"to_device": "torch: memory has to be pinned for it; JAX copies by itself"},
     "model/architecture.py": {"Architecture.breaks_after": "jax: where a scan over layers must end"},
     "model/attention.py": {
         "SCORES": "jax: what a scan over layers does not keep",
@@ -83,8 +84,12 @@ DIFFERENCES = {
         "OutputHead.forward(tied_weight)": "jax: no array belongs to two modules",
     },
     "model/expert_choice.py": {"MAX_SEED": "torch: draws a seed of its own where none is given"},
+    "model/dispatch.py": {
+        "Routes.block": "jax: its kernels pay for rows of no group, of which a loop leaves most out",
+        "Routes.complete": "torch: its kernel leaves rows of no group undefined, which costs a pass",
+    },
     "model/experts.py": {
-        "apply_packed(complete)": "torch: its kernel leaves rows of no group undefined, which costs a pass",
+        "apply_blockwise": "jax: its kernels pay for rows of no group, of which a loop leaves most out",
     },
     "model/decode.py": {
         "decode_all(compile)": "torch: JAX always compiles",
@@ -97,10 +102,12 @@ DIFFERENCES = {
     "model/grouped.py": {
         "GROUPED_MATMUL": "torch: an operator of its own, by the name that dispatchers see",
         "grouped_matmul(complete)": "torch: its kernel leaves rows of no group undefined, which costs a pass",
+        "looped_matmul(complete)": "torch: its kernel leaves rows of no group undefined, which costs a pass",
         "looped_matmul(loop_rows)": "jax: blocks of static shape",
         "looped_outer(loop_rows)": "jax: blocks of static shape",
         "ragged_matmul": "jax: XLA's own operation",
         "ragged_outer": "jax: XLA's own operation",
+        "skips_rows": "torch: JAX computes rows in blocks, whatever its kernels do",
     },
     "model/fp8.py": {"has_units": "torch: XLA knows what a device can do"},
     "model/fused.py": {

@@ -24,8 +24,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from kempnerforge_jax.model.checks import check_ids, check_mask, check_shape, nan_outside
-from kempnerforge_jax.model.dispatch import combine, dispatch, gradient_factors, layer_capacity, plan_dispatch
-from kempnerforge_jax.model.experts import apply_modules, apply_packed
+from kempnerforge_jax.model.dispatch import (
+    Routes,
+    combine,
+    dispatch,
+    gradient_factors,
+    layer_capacity,
+    plan_dispatch,
+)
+from kempnerforge_jax.model.experts import apply_blockwise, apply_modules, apply_packed
 from kempnerforge_jax.model.experts import grouped_expert_forward as grouped_expert_forward
 from kempnerforge_jax.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
 from kempnerforge_jax.model.linear import Linear, matrix
@@ -33,7 +40,7 @@ from kempnerforge_jax.model.mlp import ACTIVATIONS, GATES, GEGLUMLP, StandardMLP
 from kempnerforge_jax.model.module import Module, Numbered
 from kempnerforge_jax.model.router import TopKRouter, build_router
 from kempnerforge_jax.model.stats import MoEOutput, MoEStats, RouterStats, StatsGetters, keep_stats
-from kempnerforge_jax.model.within_map import apply_held
+from kempnerforge_jax.model.within_map import of_all
 from shared_config.schema.model import ModelConfig
 
 PROJECTIONS = ("gate", "up", "down")
@@ -124,12 +131,11 @@ class MoEMLP(StatsGetters):
         factor = self.capacity_factor if limit_capacity else 0.0
         capacity = layer_capacity(x_TD.shape[0], members_T, indices_Tk.shape[1], self.num_experts, factor)
         plan = plan_dispatch(indices_Tk, valid_T, self.num_experts, capacity)
-        rows_RD: jax.Array = dispatch(x_TD, plan.assignment_R, plan.row_R, indices_Tk.shape[1])
-        out_RD = self._apply_experts(rows_RD, plan.ends_E)
         factors_Tk = None
         if self.gradient_scale:
             factors_Tk = gradient_factors(routed.expert_counts, weights_Tk.dtype)[indices_Tk]
-        y_TD = combine(out_RD, weights_Tk, plan, factors_Tk)
+        limit = capacity if isinstance(capacity, int) else None
+        y_TD = self._routed(x_TD, Routes(weights_Tk, plan, factors_Tk, limit))
         if self.shared_expert is not None:
             y_TD = y_TD + self._shared(self.shared_expert(x_TD), x_TD).astype(y_TD.dtype)
         stats = MoEStats(*routed, dropped=routed.expert_counts.sum(dtype=jnp.int32) - plan.ends_E[-1])
@@ -174,17 +180,23 @@ class MoEMLP(StatsGetters):
             return {name: matrix(self, f"{name}_w", dtype) for name in names}
         return {name: _stacked(list(self.experts.values()), name, dtype) for name in names}
 
-    def _apply_experts(self, x_RD: jax.Array, ends_E: jax.Array) -> jax.Array:
+    def _routed(self, x_TD: jax.Array, routes: Routes) -> jax.Array:
+        """(T, D): for each token the weighted sum of what its experts make of it, in the dtype of the weights."""
+
+        def routed(x_TD: jax.Array, routes: Routes) -> jax.Array:
+            return combine(self._apply_experts(dispatch(x_TD, routes), routes.plan.ends_E, routes.block), routes)
+
+        held = len(matrix(self, "up_w", x_TD.dtype)) if self.packed_experts else self.num_experts
+        return of_all(routed, x_TD, routes, held)
+
+    def _apply_experts(self, x_RD: jax.Array, ends_E: jax.Array, block: int | None) -> jax.Array:
         """Each row through its expert; 0 for rows of no expert."""
         if self.activation is None:
             return apply_modules(x_RD, ends_E, list(self.experts.values()))
         weights, activation = self.expert_weights(x_RD.dtype), (GATES | ACTIVATIONS)[self.activation]
-        gate_w = weights.get("gate")
-
-        def apply(x_RD: jax.Array, ends_E: jax.Array) -> jax.Array:
-            return apply_packed(x_RD, ends_E, weights["up"], weights["down"], gate_w, activation)
-
-        return apply_held(apply, x_RD, ends_E, held=len(weights["up"]))
+        if block is not None:
+            return apply_blockwise(activation, block, x_RD, ends_E, weights)
+        return apply_packed(x_RD, ends_E, weights["up"], weights["down"], weights.get("gate"), activation)
 
 
 def build_moe_layer(config: ModelConfig, *, rngs: nnx.Rngs | None) -> MoEMLP:

@@ -1,7 +1,7 @@
 """What layers do within a map over devices that hold parts of a model or of its sequences. Outside of such a map each
 layer computes with what it is given. This file has no twin: torch puts other methods, and a cache, in their place.
 
-Shapes: R rows of experts, D model dim, E experts, T tokens.
+Shapes: T tokens, D model dim.
 """
 
 from __future__ import annotations
@@ -10,34 +10,39 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
+from kempnerforge_jax.model.dispatch import Routes
 from kempnerforge_jax.model.kv_cache import KVCache
 
-_Apply = Callable[[Float[Array, "R D"], Int[Array, "E"]], Float[Array, "R D"]]
-_Exchange = Callable[[_Apply, Float[Array, "R D"], Int[Array, "E"]], Float[Array, "R D"]]
+_Routed = Callable[[Float[Array, "T D"], Routes], Float[Array, "T D"]]
+_Gather = Callable[[_Routed, Float[Array, "T D"], Routes, int], Float[Array, "T D"]]
 _Whole = Callable[[Shaped[Array, "T ..."], int], Shaped[Array, "_ ..."]]
-_exchange: ContextVar[_Exchange | None] = ContextVar("_exchange", default=None)
+_gather: ContextVar[_Gather | None] = ContextVar("_gather", default=None)
 _others: ContextVar[KVCache | None] = ContextVar("_others", default=None)
 _whole: ContextVar[_Whole | None] = ContextVar("_whole", default=None)
 
 
 @contextlib.contextmanager
-def exchanging(exchange: _Exchange) -> Iterator[None]:
-    """Within it, layers hold a part of their experts, and ``exchange(apply, x_RD, ends_E)`` brings rows to theirs."""
-    token = _exchange.set(exchange)
+def gathering(gather: _Gather) -> Iterator[None]:
+    """Within it, layers hold a part of their experts, and ``gather(routed, x_TD, routes, held)`` brings tokens to those
+    that others hold.
+    """
+    token = _gather.set(gather)
     try:
         yield
     finally:
-        _exchange.reset(token)
+        _gather.reset(token)
 
 
-def apply_held(apply: _Apply, x_RD: Float[Array, "R D"], ends_E: Int[Array, "E"], held: int) -> Float[Array, "R D"]:
-    """(R, D): rows through their experts by ``apply(x_RD, ends_E)``, which has ``held`` of them; rows of others are
-    taken there as `exchanging` says.
+def of_all(routed: _Routed, x_TD: Float[Array, "T D"], routes: Routes, held: int) -> Float[Array, "T D"]:
+    """(T, D): what experts make of tokens, where ``routed(x_TD, routes)`` is what ``held`` of them do; tokens are
+    brought to others as `gathering` says.
     """
-    exchange = _exchange.get()
-    return apply(x_RD, ends_E) if exchange is None or held == len(ends_E) else exchange(apply, x_RD, ends_E)
+    gather = _gather.get()
+    if gather is None or held == len(routes.plan.ends_E):
+        return routed(x_TD, routes)
+    return gather(routed, x_TD, routes, held)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
 from kempnerforge_jax.distributed.context_parallel import check_spread, of_all_parts, spreading
-from kempnerforge_jax.distributed.expert_parallel import exchanged
+from kempnerforge_jax.distributed.expert_parallel import gather_tokens
 from kempnerforge_jax.distributed.fsdp import (
     Shards,
     gather_outside_blocks,
@@ -34,7 +34,7 @@ from kempnerforge_jax.model.stack import in_first_layer
 from kempnerforge_jax.model.state import State, get_state, merge, split
 from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper
-from kempnerforge_jax.model.within_map import exchanging
+from kempnerforge_jax.model.within_map import gathering
 from kempnerforge_jax.training.blocks import REMATERIALISATION
 from kempnerforge_jax.training.loss import cross_entropy, router_losses, router_stats
 from kempnerforge_jax.training.mixed_precision import compute_dtype, use_fp8
@@ -227,7 +227,7 @@ def _computing_model(recipe: Recipe, weights: State, buffers: State) -> Iterator
         yield model
         return
     gather_outside_blocks(model, dict(recipe.shards.parts))
-    with preparing(whole_block), exchanging(exchanged), spreading(recipe.shards.mesh):
+    with preparing(whole_block), gathering(gather_tokens), spreading(recipe.shards.mesh):
         yield model
 
 

@@ -29,28 +29,39 @@ def summed_over(x: Shaped[Tensor, "..."], group: dist.ProcessGroup) -> Shaped[Te
     return _Summed.apply(x, group)
 
 
-def gathered(x: Shaped[Tensor, "..."], axis: int, group: dist.ProcessGroup) -> Shaped[Tensor, "..."]:
+def gathered(
+    x: Shaped[Tensor, "..."], axis: int, group: dist.ProcessGroup, sums: torch.dtype | None = None
+) -> Shaped[Tensor, "..."]:
     """What the ranks have, one after another along an axis. Ranks use it in different ways: the gradient of a part is
     the sum of theirs.
+
+    Args:
+        sums: the dtype of these sums; that of the gradients if None.
     """
-    return _Gathered.apply(x, axis, group)
+    return _Gathered.apply(x, axis, group, sums)
 
 
 def gathered_alike(x: Shaped[Tensor, "..."], axis: int, group: dist.ProcessGroup) -> Shaped[Tensor, "..."]:
     """What the ranks have, one after another along an axis. All use it in the same way: each has the whole gradient of
     its part.
     """
-    return _GatheredAlike.apply(x, axis, group)
+    return _GatheredAlike.apply(x, axis, group, None)
 
 
-def scattered(x: Shaped[Tensor, "..."], axis: int, group: dist.ProcessGroup) -> Shaped[Tensor, "..."]:
-    """This rank's part, along an axis, of the sum over ranks: the gradient of a summand is those of all parts."""
-    return _Scattered.apply(x, axis, group)
+def scattered(
+    x: Shaped[Tensor, "..."], axis: int, group: dist.ProcessGroup, gradients: torch.dtype | None = None
+) -> Shaped[Tensor, "..."]:
+    """This rank's part, along an axis, of the sum over ranks: the gradient of a summand is those of all parts.
+
+    Args:
+        gradients: a narrower dtype in which they are gathered, as that to which the result is cast, which they fit.
+    """
+    return _Scattered.apply(x, axis, group, gradients)
 
 
 def cut(x: Shaped[Tensor, "..."], axis: int, group: dist.ProcessGroup) -> Shaped[Tensor, "..."]:
     """This rank's part, along an axis, of what all have alike: each has the gradients of all parts."""
-    return _Cut.apply(x, axis, group)
+    return _Cut.apply(x, axis, group, None)
 
 
 def exchanged(
@@ -99,36 +110,36 @@ class _Summed(torch.autograd.Function):
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.axis, ctx.group = axis, group
+    def forward(ctx: Any, x: Tensor, axis: int, group: dist.ProcessGroup, sums: torch.dtype | None) -> Tensor:
+        ctx.axis, ctx.group, ctx.sums = axis, group, sums
         return _gather(x, axis, group)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return _scatter(dy, ctx.axis, ctx.group), None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        return _scatter(dy.to(ctx.sums or dy.dtype), ctx.axis, ctx.group).to(dy.dtype), None, None, None
 
 
 class _GatheredAlike(_Gathered):
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return dy.chunk(ctx.group.size(), ctx.axis)[ctx.group.rank()], None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        return dy.chunk(ctx.group.size(), ctx.axis)[ctx.group.rank()], None, None, None
 
 
 class _Scattered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.axis, ctx.group = axis, group
+    def forward(ctx: Any, x: Tensor, axis: int, group: dist.ProcessGroup, gradients: torch.dtype | None) -> Tensor:
+        ctx.axis, ctx.group, ctx.gradients = axis, group, gradients or x.dtype
         return _scatter(x, axis, group)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(dy, ctx.axis, ctx.group), None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        return _gather(dy.to(ctx.gradients), ctx.axis, ctx.group).to(dy.dtype), None, None, None
 
 
 class _Cut(_Scattered):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.axis, ctx.group = axis, group
+    def forward(ctx: Any, x: Tensor, axis: int, group: dist.ProcessGroup, gradients: torch.dtype | None) -> Tensor:
+        ctx.axis, ctx.group, ctx.gradients = axis, group, gradients or x.dtype
         return x.chunk(group.size(), axis)[group.rank()].clone(memory_format=torch.contiguous_format)
 
 

@@ -34,7 +34,7 @@ def shard_parameters(
 
     Tensors are split along the axis that `placement` says, those for which it has none unevenly along the first, unless
     "tp" splits them or the table wants them in full precision: these stay as they are, and their gradients are this
-    rank's alone.
+    rank's alone. So do experts' that no other rank holds: layers cast them.
 
     Args:
         blocks: what is gathered together; the rest is gathered with the model.
@@ -45,14 +45,17 @@ def shard_parameters(
     own = own_tensors(model)
     places = {id(tensor): fsdp_place(name, mesh, table) for name, tensor in own.items()}
     ignored = {tensor for tensor in own.values() if places[id(tensor)] is None}
+    layers = [layer for layer in model.modules() if isinstance(layer, MoEMLP) and mesh.layout.ep > 1]
+    if mesh.experts.size() == 1:
+        ignored |= {tensor for layer in layers for tensor in layer.parameters(recurse=False)}
+        layers = []
     devices = mesh.copies_and_parts
     policy = MixedPrecisionPolicy(compute_dtype, dtype, cast_forward_inputs=False)
     unit = functools.partial(_unit, places=places, devices=devices, policy=policy, ignored=ignored)
-    for layer in model.modules() if mesh.layout.ep > 1 else ():
-        if isinstance(layer, MoEMLP):
-            for part in layer.children():
-                unit(part)
-            unit(layer, devices=mesh.experts)
+    for layer in layers:
+        for part in layer.children():
+            unit(part)
+        unit(layer, devices=mesh.experts)
     for module in (*blocks, model):
         unit(module)
 

@@ -16,8 +16,10 @@ from kempnerforge_torch.distributed.mesh import Mesh
 from kempnerforge_torch.distributed.pipeline import keep_stage
 from kempnerforge_torch.distributed.sequence_parallel import can_split_stream, split_stream
 from kempnerforge_torch.distributed.tensor_parallel import split_tensors
+from kempnerforge_torch.model.grouped import skips_rows
 from kempnerforge_torch.training.blocks import blocks, checkpoint_activations, compile_blocks
 from kempnerforge_torch.training.mixed_precision import compute_dtype
+from shared_config.contract.activations import gathers_tokens
 from shared_config.contract.specs import ParameterTable
 from shared_config.schema.job import JobConfig
 
@@ -39,19 +41,22 @@ def parallelize(
         model: on the meta device.
         dtype: of its parameters, once they have values.
     """
+    number = compute_dtype(config, dtype)
+    gathers = mesh is not None and gathers_tokens(config, mesh.layout) and skips_rows(device, number)
     if mesh is not None and mesh.layout.pp > 1:
         keep_stage(model, mesh)
     if mesh is not None and mesh.layout.size("ep", "tp") > 1:
-        split_tensors(model, mesh, table)
+        split_tensors(model, mesh, table, gathers)
     if mesh is not None and mesh.layout.tp > 1 and can_split_stream(model, config, mesh):
         split_stream(model, mesh)
     if mesh is not None and mesh.layout.cp > 1:
         spread_sequences(model, mesh, device)
     checkpoint_activations(model, config.train.activation_checkpointing)
     if config.train.compile_model and _can_compile(config, mesh):
-        compile_blocks(model, device, fullgraph=mesh is None or mesh.layout.ep == 1)
+        in_one_program = mesh is None or mesh.layout.ep == 1 or (gathers and mesh.experts.size() == 1)
+        compile_blocks(model, device, fullgraph=in_one_program)
     if mesh is not None:
-        shard_parameters(model, list(blocks(model)), mesh, table, compute_dtype(config, dtype), dtype)
+        shard_parameters(model, list(blocks(model)), mesh, table, number, dtype)
     return model
 
 

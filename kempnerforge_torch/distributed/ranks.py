@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate, Shard
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from kempnerforge_torch.distributed.collectives import add_up
 from kempnerforge_torch.distributed.mesh import Mesh
 from shared_config.interchange.parts import Box
 
@@ -44,13 +45,16 @@ class Ranks:
         return int(self.sums(torch.tensor(number)))
 
     def sums(self, tree: Tree) -> Tree:
-        """The sum of each tensor of a tree; the same bits on every rank."""
+        """The sum of each tensor of a tree; the same bits on every rank. Those of one dtype, on one device, are sent
+        together.
+        """
         if self.mesh is None:
             return tree
         leaves, structure = tree_flatten(tree)
         found = [torch.as_tensor(leaf).clone() for leaf in leaves]
-        for tensor in found:
-            dist.all_reduce(tensor, group=self.mesh.data.get_group())
+        for kind in {(tensor.dtype, tensor.device): 0 for tensor in found}:
+            alike = [tensor for tensor in found if (tensor.dtype, tensor.device) == kind]
+            add_up(alike, self.mesh.data.get_group())
         return tree_unflatten(found, structure)
 
     def all_agree(self, taken: Bool[Tensor, ""]) -> Bool[Tensor, ""]:

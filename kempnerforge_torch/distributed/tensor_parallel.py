@@ -5,7 +5,7 @@ are split over ranks that see the same tokens. The table says along which axis; 
     second axis                    y = sum_r x_r W_r^T     each rank has some inputs; outputs are summed
     vocabulary of an embedding     x = sum_r E_r[id]       each rank has some rows, and gives 0 for others
 
-Shapes: ... any leading axes, I inputs, O outputs, V vocabulary, D model dim, R rows of experts.
+Shapes: ... any leading axes, I inputs, O outputs, V vocabulary, D model dim, T tokens, k experts of each.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from kempnerforge_torch.distributed.collectives import add_up, copied, summed_over
-from kempnerforge_torch.distributed.expert_parallel import send_rows
+from kempnerforge_torch.distributed.expert_parallel import gather_tokens, send_rows
 from kempnerforge_torch.distributed.fsdp import fsdp_place, ruled_axes
 from kempnerforge_torch.distributed.mesh import Mesh
 from kempnerforge_torch.distributed.ranks import local
+from kempnerforge_torch.model.dispatch import Routes
 from kempnerforge_torch.model.linear import linear, look_up
 from kempnerforge_torch.model.moe import MoEMLP
 from kempnerforge_torch.model.state import own_tensors
@@ -36,9 +37,12 @@ _PARTIAL = "_kempnerforge_partial"
 """Attribute of modules: see `mark_partial`."""
 
 
-def split_tensors(model: nn.Module, mesh: Mesh, table: ParameterTable) -> None:
+def split_tensors(model: nn.Module, mesh: Mesh, table: ParameterTable, gathers: bool) -> None:
     """Leave each rank along "tp" and "ep" its part of every tensor that the table splits there, and let modules compute
     with it.
+
+    Args:
+        gathers: whether ranks along "ep" gather tokens, or send rows: see `expert_parallel`.
 
     Raises:
         ConfigError: a tensor of a module that has no such form, or heads that can't be shared out.
@@ -48,7 +52,7 @@ def split_tensors(model: nn.Module, mesh: Mesh, table: ParameterTable) -> None:
     for path, module in plain_modules(model).items():
         _check_heads(path, module, mesh.layout.tp)
         if isinstance(module, MoEMLP):
-            _spread_experts(module, mesh)
+            _spread_experts(module, mesh, gathers)
         for name, tensor in list(module.named_parameters(recurse=False)):
             by = places.get(id(tensor), {})
             if not by:
@@ -166,26 +170,29 @@ def _some_rows(module: nn.Embedding, group: dist.ProcessGroup) -> Callable[[Tens
     return forward
 
 
-def _spread_experts(layer: MoEMLP, mesh: Mesh) -> None:
-    """Experts (R, D) -> (R, D), of which each rank has some, and of these a part of their width."""
+def _spread_experts(layer: MoEMLP, mesh: Mesh, gathers: bool) -> None:
+    """Experts, of which each rank has some, and of these a part of their width."""
     matrices = layer._matrices
 
     def own_matrices(name: str, dtype: torch.dtype) -> Any:
         found = matrices(name, dtype)
-        return local(found) if isinstance(found, Tensor) else [local(matrix) for matrix in found]
+        return local(found).to(dtype) if isinstance(found, Tensor) else [local(matrix) for matrix in found]
 
     layer._matrices = own_matrices
-    if mesh.layout.tp > 1 and layer.activation is not None:
-        layer._apply_experts = _some_widths(layer._apply_experts, mesh.group("tp"))
     if mesh.layout.ep > 1:
-        send_rows(layer, mesh.group("ep"))
+        (gather_tokens if gathers else send_rows)(layer, mesh.group("ep"))
+    if mesh.layout.tp > 1 and layer.activation is not None:
+        layer._routed = _some_widths(layer._routed, mesh.group("tp"))
 
 
-def _some_widths(apply: Callable[..., Tensor], group: dist.ProcessGroup) -> Callable[..., Tensor]:
-    def applied(x_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
-        return summed_over(apply(copied(x_RD, group), ends_E, complete), group)
+def _some_widths(routed: Callable[..., Tensor], group: dist.ProcessGroup) -> Callable[..., Tensor]:
+    """What experts make of tokens, of which each rank has summands, as has the gradient of their weights."""
 
-    return applied
+    def summed(x_TD: Tensor, routes: Routes) -> Tensor:
+        own = routes._replace(weights_Tk=copied(routes.weights_Tk, group))
+        return summed_over(routed(copied(x_TD, group), own), group)
+
+    return summed
 
 
 def part_of(size: int, group: dist.ProcessGroup) -> tuple[int, int]:

@@ -20,7 +20,8 @@ class Dispatch(NamedTuple):
     ones.
 
     Attributes:
-        assignment_R: the assignment that each row holds; rows of no expert (padding, over capacity) come last.
+        assignment_R: the assignment that each row holds; rows of no expert (padding, over capacity) come last, and may
+            be left out.
         row_R: the row of each assignment.
         ends_E: int32, row after the last one of each expert.
     """
@@ -28,6 +29,24 @@ class Dispatch(NamedTuple):
     assignment_R: Int[Tensor, "R"]
     row_R: Int[Tensor, "R"]
     ends_E: Int[Tensor, "E"]
+
+
+class Routes(NamedTuple):
+    """What is decided of the tokens of a layer.
+
+    Attributes:
+        weights_Tk: of assignments, at least float32.
+        plan: which row holds which assignment.
+        factors_Tk: of the gradients that flow through experts; None: 1.
+        complete: whether every assignment has an expert.
+        limit: rows that an expert has at most; None: any number.
+    """
+
+    weights_Tk: Float[Tensor, "T k"]
+    plan: Dispatch
+    factors_Tk: Float[Tensor, "T k"] | None
+    complete: bool
+    limit: int | None
 
 
 def layer_capacity(
@@ -68,18 +87,16 @@ def plan_dispatch(
     return Dispatch(assignment_R, row_R, ends_E)
 
 
-def combine(
-    out_RD: Float[Tensor, "R D"],
-    weights_Tk: Float[Tensor, "T k"],
-    plan: Dispatch,
-    gradient_factors_Tk: Float[Tensor, "T k"] | None = None,
-) -> Float[Tensor, "T D"]:
-    """(T, D): for each token the weighted sum of its rows, in the dtype of the weights."""
+def combine(out_RD: Float[Tensor, "R D"], routes: Routes) -> Float[Tensor, "T D"]:
+    """(T, D): for each token the weighted sum of its rows, in the dtype of the weights. Rows of no expert count as 0,
+    whatever they hold.
+    """
+    weights_Tk, plan, factors_Tk, complete, _ = routes
     tokens, top_k = weights_Tk.shape
-    out_kTD = _Permute.apply(out_RD, plan.row_R, plan.assignment_R).reshape(top_k, tokens, out_RD.shape[1])
+    out_kTD = _by_assignment(out_RD, *plan, complete).reshape(top_k, tokens, out_RD.shape[1])
     out_kTD = out_kTD.to(weights_Tk.dtype)
-    if gradient_factors_Tk is not None:
-        out_kTD = _ScaleGradient.apply(out_kTD, gradient_factors_Tk.t()[:, :, None])
+    if factors_Tk is not None:
+        out_kTD = _ScaleGradient.apply(out_kTD, factors_Tk.t()[:, :, None])
     return (out_kTD * weights_Tk.t()[:, :, None]).sum(dim=0)
 
 
@@ -89,34 +106,45 @@ def gradient_factors(counts_E: Num[Tensor, "E"], dtype: torch.dtype) -> Float[Te
     return torch.where(counts_E > 0, wide_E.sum() / (wide_E.clamp(min=1) * counts_E.shape[0]), 1.0)
 
 
-def dispatch(
-    x_TD: Float[Tensor, "T D"], assignment_R: Int[Tensor, "R"], row_R: Int[Tensor, "R"], top_k: int
-) -> Float[Tensor, "R D"]:
-    """Row r is the token of assignment r; backward adds up the rows of a token, in the order of its assignments."""
-    return _DispatchTokens.apply(x_TD, assignment_R, row_R, top_k)
+def dispatch(x_TD: Float[Tensor, "T D"], routes: Routes) -> Float[Tensor, "R D"]:
+    """Row r is the token of assignment r; backward adds up the rows of a token, in the order of its assignments.
+    Gradients of rows of no expert count as 0, whatever they hold.
+    """
+    return _DispatchTokens.apply(x_TD, *routes.plan, routes.complete)
 
 
 class _DispatchTokens(torch.autograd.Function):
     """Row r is the token of assignment r; backward adds up the rows of a token, in the order of its assignments."""
 
     @staticmethod
-    def forward(x_TD: Tensor, assignment_R: Tensor, row_R: Tensor, top_k: int) -> Tensor:
+    def forward(x_TD: Tensor, assignment_R: Tensor, row_R: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
         return x_TD.index_select(0, assignment_R % max(x_TD.shape[0], 1))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
-        _, assignment_R, row_R, ctx.top_k = inputs
-        ctx.save_for_backward(assignment_R, row_R)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+        x_TD, *plan, ctx.complete = inputs
+        ctx.tokens = x_TD.shape[0]
+        ctx.save_for_backward(*plan)
 
     @staticmethod
-    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, None, None, None]:
-        assignment_R, row_R = ctx.saved_tensors
-        dx_kTD = _Permute.apply(dy_RD, row_R, assignment_R).reshape(ctx.top_k, -1, dy_RD.shape[1])
-        return dx_kTD.sum(dim=0), None, None, None
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, None, None, None, None]:
+        assignment_R, row_R, ends_E = ctx.saved_tensors
+        dx_kTD = _by_assignment(dy_RD, assignment_R, row_R, ends_E, ctx.complete)
+        top_k = len(row_R) // max(ctx.tokens, 1)
+        return dx_kTD.reshape(top_k, ctx.tokens, dy_RD.shape[1]).sum(dim=0), None, None, None, None
+
+
+def _by_assignment(rows_RD: Tensor, assignment_R: Tensor, row_R: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
+    """The row of each assignment; 0 of those without an expert, of which there are none if ``complete``."""
+    last = max(len(assignment_R) - 1, 0)
+    found_RD = _Permute.apply(rows_RD, row_R if last + 1 == len(row_R) else row_R.clamp(max=last), assignment_R)
+    return found_RD if complete else torch.where((row_R < ends_E[-1])[:, None], found_RD, 0)
 
 
 class _Permute(torch.autograd.Function):
-    """x[order]; backward takes by the inverse order, where autograd, not knowing that rows occur once, would add."""
+    """x[order]; backward takes by the inverse order, where autograd, not knowing that rows occur once, would add.
+    (Those of no expert, which may occur more often, have no gradient.)
+    """
 
     @staticmethod
     def forward(x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
@@ -152,6 +180,12 @@ class _ScaleGradient(torch.autograd.Function):
 @torch.compiler.assume_constant_result
 def _capacities(tokens: int, top_k: int, num_experts: int, factor: float) -> list[int]:
     return token_capacities(tokens, top_k, num_experts, factor).tolist()
+
+
+def experts_of(routes: Routes) -> Int[Tensor, "T k"]:
+    """The expert of each assignment; E for those that have none."""
+    expert_R = torch.searchsorted(routes.plan.ends_E.long(), routes.plan.row_R, right=True)
+    return expert_R.reshape(routes.weights_Tk.shape[::-1]).t()
 
 
 def _ends(expert_R: Tensor, num_experts: int) -> Tensor:

@@ -54,7 +54,7 @@ def grouped_expert_forward_packed(
     """
     _check_counts(len(x_sorted), tokens_per_expert, len(up_w))
     ends_E = torch.tensor(tokens_per_expert, device=x_sorted.device).cumsum(0, dtype=torch.int32)
-    return apply_packed(x_sorted, ends_E, up_w, down_w, gate_w, activation, complete=True)
+    return apply_packed(x_sorted, ends_E, up_w, down_w, gate_w, activation)
 
 
 def apply_packed(
@@ -64,17 +64,17 @@ def apply_packed(
     down_w: Float[Tensor, "E F D"] | Sequence[Float[Tensor, "F D"]],
     gate_w: Float[Tensor, "E D F"] | Sequence[Float[Tensor, "D F"]] | None,
     activation: Activation,
-    complete: bool = False,
 ) -> Float[Tensor, "R D"]:
-    """(R, D): as `grouped_expert_forward_packed`, by ends; 0 for rows of no expert, of which there are none if
-    ``complete``. The weights may be given as one matrix per expert.
+    """(R, D): as `grouped_expert_forward_packed`, by ends. The weights may be given as one matrix per expert.
+
+    Rows of no expert come out as what happened to be in memory, and so do their gradients: they must not be read.
     """
-    hidden_RF = grouped_matmul(x_RD, up_w, ends_E, complete)
+    hidden_RF = grouped_matmul(x_RD, up_w, ends_E, complete=True)
     if gate_w is None:
         hidden_RF = activation(hidden_RF)
     else:
-        hidden_RF = activation(grouped_matmul(x_RD, gate_w, ends_E, complete)) * hidden_RF
-    return grouped_matmul(hidden_RF, down_w, ends_E, complete)
+        hidden_RF = activation(grouped_matmul(x_RD, gate_w, ends_E, complete=True)) * hidden_RF
+    return grouped_matmul(hidden_RF, down_w, ends_E, complete=True)
 
 
 def apply_modules(

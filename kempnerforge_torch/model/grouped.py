@@ -35,7 +35,8 @@ def grouped_matmul(
         x_RD, w_EDF: of one dtype; ``w_EDF`` may be a transposed view, or E matrices (D, F), which the CPU multiplies
             where they are, while accelerators stack them.
         ends_E: int32, not decreasing, at most R.
-        complete: promises that every row belongs to a group, so that no row of the kernel's output has to be set to 0.
+        complete: promises that every row belongs to a group, or that no other is read, nor its gradient: these are then
+            what happened to be in memory.
     """
     if isinstance(w_EDF, Tensor):
         w_EDF = [w_EDF]
@@ -55,7 +56,7 @@ def _grouped_matmul(x_RD: Tensor, matrices: Sequence[Tensor], ends_E: Tensor, co
         matrices: one packed tensor (E, D, F), or on the CPU one matrix per group.
     """
     if x_RD.device.type == "cpu":
-        return looped_matmul(x_RD, matrices if matrices[0].ndim == 2 else matrices[0], ends_E)
+        return looped_matmul(x_RD, matrices if matrices[0].ndim == 2 else matrices[0], ends_E, complete)
     (w_EDF,) = matrices
     if _has_kernel(x_RD, w_EDF.shape[1:]):
         out_RF = F.grouped_mm(x_RD.contiguous(), _dense(w_EDF), offs=ends_E)
@@ -133,7 +134,10 @@ GROUPED_MATMUL = torch.ops.kempnerforge.grouped_matmul.default
 
 
 def looped_matmul(
-    x_RD: Float[Tensor, "R D"], w_EDF: Float[Tensor, "E D F"] | Sequence[Float[Tensor, "D F"]], ends_E: Int[Tensor, "E"]
+    x_RD: Float[Tensor, "R D"],
+    w_EDF: Float[Tensor, "E D F"] | Sequence[Float[Tensor, "D F"]],
+    ends_E: Int[Tensor, "E"],
+    complete: bool = False,
 ) -> Float[Tensor, "R F"]:
     """`grouped_matmul` as one product per group; reads the offsets."""
     out_RF = x_RD.new_empty(x_RD.shape[0], w_EDF[0].shape[-1])
@@ -141,7 +145,8 @@ def looped_matmul(
     for w_DF, end in zip(w_EDF, ends_E.tolist(), strict=True):
         torch.mm(x_RD[start:end], w_DF, out=out_RF[start:end])
         start = end
-    out_RF[start:] = 0
+    if not complete:
+        out_RF[start:] = 0
     return out_RF
 
 
@@ -207,6 +212,11 @@ def _stacked(matrices: Sequence[Tensor]) -> Tensor:
     return torch.stack([w_DF.t() for w_DF in matrices]).transpose(1, 2)
 
 
+def skips_rows(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether rows of no group cost no products on a device, where sizes suit its kernel."""
+    return device.type == "cpu" or _has_offsets(device, dtype)
+
+
 def _tiles(ends_E: Tensor, rows: int, tile_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Group of each tile, its rows, and which of these belong to the group. Tiles beyond those needed are empty."""
     groups = len(ends_E)
@@ -239,9 +249,13 @@ def _has_kernel(x: Tensor, sizes: Any) -> bool:
     Elsewhere it copies them to the host. The kernel wants rows that start at multiples of 16 bytes.
     """
     aligned = all(size * x.element_size() % _ALIGNED_BYTES == 0 for size in sizes)
-    if x.device.type != "cuda" or torch.version.hip or x.dtype != torch.bfloat16 or not aligned or len(x) == 0:
+    return aligned and len(x) > 0 and _has_offsets(x.device, x.dtype)
+
+
+def _has_offsets(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cuda" or torch.version.hip or dtype != torch.bfloat16:
         return False
-    return torch.cuda.get_device_capability(x.device)[0] >= 9
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _dense(w_EDF: Tensor) -> Tensor:

@@ -21,7 +21,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.checks import check_ids, check_mask, check_shape, nan_outside
-from kempnerforge_torch.model.dispatch import combine, dispatch, gradient_factors, layer_capacity, plan_dispatch
+from kempnerforge_torch.model.dispatch import (
+    Routes,
+    combine,
+    dispatch,
+    gradient_factors,
+    layer_capacity,
+    plan_dispatch,
+)
 from kempnerforge_torch.model.experts import apply_modules, apply_packed
 from kempnerforge_torch.model.experts import grouped_expert_forward as grouped_expert_forward
 from kempnerforge_torch.model.experts import grouped_expert_forward_packed as grouped_expert_forward_packed
@@ -120,12 +127,11 @@ class MoEMLP(StatsGetters):
         factor = self.capacity_factor if limit_capacity else 0.0
         capacity = layer_capacity(x_TD.shape[0], members_T, indices_Tk.shape[1], self.num_experts, factor)
         plan = plan_dispatch(indices_Tk, valid_T, self.num_experts, capacity)
-        rows_RD = dispatch(x_TD, plan.assignment_R, plan.row_R, indices_Tk.shape[1])
-        out_RD = self._apply_experts(rows_RD, plan.ends_E, complete=valid_T is None and capacity is None)
         factors_Tk = None
         if self.gradient_scale:
             factors_Tk = gradient_factors(routed.expert_counts, weights_Tk.dtype)[indices_Tk]
-        y_TD = combine(out_RD, weights_Tk, plan, factors_Tk)
+        limit, complete = capacity if isinstance(capacity, int) else None, valid_T is None and capacity is None
+        y_TD = self._routed(x_TD, Routes(weights_Tk, plan, factors_Tk, complete, limit))
         if self.shared_expert is not None:
             y_TD = y_TD + self._shared(self.shared_expert(x_TD), x_TD)
         stats = MoEStats(*routed, dropped=routed.expert_counts.sum(dtype=torch.int32) - plan.ends_E[-1])
@@ -170,13 +176,17 @@ class MoEMLP(StatsGetters):
             return {name: matrix(self, f"{name}_w", dtype) for name in names}
         return {name: _stacked(list(self.experts), name, dtype) for name in names}
 
-    def _apply_experts(self, x_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
-        """Each row through its expert; 0 for rows of no expert, of which there are none if ``complete``."""
+    def _routed(self, x_TD: Tensor, routes: Routes) -> Tensor:
+        """(T, D): for each token the weighted sum of what its experts make of it, in the dtype of the weights."""
+        return combine(self._apply_experts(dispatch(x_TD, routes), routes.plan.ends_E), routes)
+
+    def _apply_experts(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """Each row through its expert; anything in rows of no expert."""
         if self.activation is None:
             return apply_modules(x_RD, ends_E, list(self.experts))
         weights = {name: self._matrices(name, x_RD.dtype) for name in _projections(self.activation)}
         up_w, down_w, gate_w = weights["up"], weights["down"], weights.get("gate")
-        return apply_packed(x_RD, ends_E, up_w, down_w, gate_w, (GATES | ACTIVATIONS)[self.activation], complete)
+        return apply_packed(x_RD, ends_E, up_w, down_w, gate_w, (GATES | ACTIVATIONS)[self.activation])
 
     def _matrices(self, name: str, dtype: torch.dtype) -> Tensor | list[Tensor]:
         """The experts' matrices as they are held: packed (E, in, out), or one (in, out) view per expert."""

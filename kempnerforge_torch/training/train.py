@@ -17,7 +17,7 @@ from jaxtyping import Shaped
 from rich.console import Console
 from torch import Tensor, nn
 
-from kempnerforge_torch.device import device_kind, find_device, peak_memory, process_count
+from kempnerforge_torch.device import device_kind, find_device, peak_memory, process_count, to_device
 from kempnerforge_torch.distributed.context_parallel import CrossEntropy, own_part
 from kempnerforge_torch.distributed.fsdp import release
 from kempnerforge_torch.distributed.health import check_health
@@ -280,7 +280,7 @@ class Trainer:
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         own = own_part(batch, self.mesh)
-        return {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in own.items()}
+        return {name: to_device(array, self.device) for name, array in own.items()}
 
     def _update(self, rates: Rates, loss: Tensor) -> tuple[Tensor, Tensor | None]:
         """Clip and apply the gradients.

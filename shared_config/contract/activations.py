@@ -15,12 +15,14 @@ Of a layer PyTorch keeps, in numbers of a token, each in the dtype of the arithm
 
 D model dim, H heads and G key/value heads, Q and K their widths, F hidden width, k of E experts for a token. tp divides
 all but D and E, and of these what norms keep and a layer's input (`stream_parts`); cp divides the tokens, but "none"
-keeps the keys and values of all. (Korthikanti et al. 2022, arXiv:2205.05198, count another architecture in this way.)
-The norms are RMSNorm. Compiled blocks keep less than "none".
+keeps the keys and values of all. Ranks along ep that gather tokens have room for all of them (`expert_rows`), whatever
+their number of rows. (Korthikanti et al. 2022, arXiv:2205.05198, count another architecture in this way.) The norms are
+RMSNorm. Compiled blocks keep less than "none".
 """
 
 from __future__ import annotations
 
+from shared_config.contract.capacity import capacity
 from shared_config.contract.counts import BFLOAT16, FLOAT32
 from shared_config.contract.labels import rows_of_logits
 from shared_config.contract.sharding import Layout
@@ -28,6 +30,12 @@ from shared_config.schema.job import JobConfig
 
 WIDENED = 2**24
 """Logits that the loss widens at a time where the vocabulary is whole."""
+ROUTE = 5
+"""Float32 numbers of an assignment that is gathered: its weight, its row, and that row's assignment."""
+GATHERED_MORE = 2**30
+"""Bytes by which a layer of experts may send more where no host waits: what NVLink moves in 3 ms, at 350 GB/s. With the
+waits a layer of `moe_small` took 10 ms more on four H200.
+"""
 
 
 def compute_bytes(job: JobConfig) -> int:
@@ -38,6 +46,32 @@ def compute_bytes(job: JobConfig) -> int:
 def tokens_of_device(job: JobConfig, layout: Layout) -> int:
     """Tokens of a micro-batch that one device computes."""
     return job.train.batch_size * job.train.seq_len // layout.cp
+
+
+def gathers_tokens(job: JobConfig, layout: Layout) -> bool:
+    """How tokens get to the experts of other ranks along ep, and what comes of them back, in PyTorch, if its products
+    skip rows of no expert there.
+
+    True: all tokens are gathered, and float32 sums of what each rank makes of them scattered; backward likewise the
+    gradients of results and tokens: (N - 1) T D 2 (b + 4) bytes leave a rank. False: rows of other ranks' experts are
+    exchanged: 4 k T D b (N - 1) / N bytes, but the host waits for their numbers, and then the device for the host.
+    N ranks, T tokens of each, D model dim, k experts of a token, b bytes of a number.
+    """
+    number, numbers = compute_bytes(job), tokens_of_device(job, layout) * job.model.dim * (layout.ep - 1)
+    gathered, exchanged = 2 * (number + FLOAT32), 4 * job.model.moe_top_k * number / layout.ep
+    return numbers * (gathered - exchanged) <= GATHERED_MORE
+
+
+def expert_rows(job: JobConfig, layout: Layout) -> int:
+    """Rows of experts that a device has room for: those of its own tokens, or of all that it gathers, of which a
+    capacity leaves fewer.
+    """
+    model, tokens = job.model, tokens_of_device(job, layout)
+    own = tokens * model.moe_top_k
+    if layout.ep == 1 or not gathers_tokens(job, layout):
+        return own
+    limit = capacity(tokens, model.moe_top_k, model.num_experts, model.moe_capacity_factor)
+    return min(own * layout.ep, model.num_experts * (own if limit is None else limit))
 
 
 def stream_parts(job: JobConfig, layout: Layout) -> int:
@@ -56,13 +90,17 @@ def kept_bytes(job: JobConfig, layout: Layout, *, is_moe: bool, mode: str | None
     model, number = job.model, compute_bytes(job)
     heads, kv_heads = model.n_heads // layout.tp, model.kv_heads // layout.tp
     queries, keys = heads * model.head_size, kv_heads * model.head_size
-    hidden, stream = _hidden_numbers(job, layout, is_moe), stream_parts(job, layout)
+    hidden, stream, rows = _hidden_numbers(job, layout, is_moe), stream_parts(job, layout), 0
     if mode == "full":
         narrow, wide = model.dim // stream, 0
     elif mode in ("narrow", "selective"):
         products = _products(job, layout, is_moe)
-        kept = sum(outputs for inputs, outputs in products if mode == "selective" or outputs <= inputs)
+        keeps_all = mode == "selective"
+        kept = sum(outputs for inputs, outputs in products if keeps_all or outputs <= inputs)
         narrow = model.dim // stream + kept + queries
+        if is_moe:
+            own = sum(outputs for inputs, outputs in _expert(job, layout) if keeps_all or outputs <= inputs)
+            rows = number * own * expert_rows(job, layout)
         routes = model.num_experts if is_moe and (mode == "selective" or model.num_experts <= model.dim) else 0
         wide = heads + routes
     else:
@@ -72,17 +110,21 @@ def kept_bytes(job: JobConfig, layout: Layout, *, is_moe: bool, mode: str | None
         if model.qk_norm:
             wide += 2 * (queries + keys) + (heads + kv_heads if model.qk_norm_over == "head" else 2)
         if is_moe:
-            gated = int(model.moe_shared_expert_gate)
-            narrow += (model.moe_top_k + gated) * model.dim
+            gated, ranks = int(model.moe_shared_expert_gate), layout.ep if gathers_tokens(job, layout) else 1
+            narrow += gated * model.dim
             wide += gated
             own_input = int(number != FLOAT32)
-            wide += (model.moe_top_k + own_input) * model.dim + 2 * model.num_experts + 8 * model.moe_top_k
-    return (number * narrow + FLOAT32 * wide) * tokens_of_device(job, layout)
+            wide += (ranks * model.moe_top_k + own_input) * model.dim + 2 * model.num_experts + 8 * model.moe_top_k
+            wide += ROUTE * model.moe_top_k * ranks * (ranks > 1)
+            outputs = sum(outputs for inputs, outputs in _expert(job, layout) if inputs == model.dim)
+            rows = number * (model.dim + 2 * outputs) * expert_rows(job, layout)
+    return (number * narrow + FLOAT32 * wide) * tokens_of_device(job, layout) + rows
 
 
 def widening_flops(job: JobConfig, layout: Layout, *, is_moe: bool) -> int:
     """Of a token's products in a layer on one device, those that have more outputs than inputs."""
-    return sum(2 * inputs * outputs for inputs, outputs in _products(job, layout, is_moe) if outputs > inputs)
+    products = _products(job, layout, is_moe) + job.model.moe_top_k * _expert(job, layout) * is_moe
+    return sum(2 * inputs * outputs for inputs, outputs in products if outputs > inputs)
 
 
 def logits_rows(job: JobConfig, layout: Layout) -> int:
@@ -114,8 +156,16 @@ def buffer_bytes(job: JobConfig, layout: Layout) -> int:
     return neighbours * rows * (job.train.seq_len // layout.cp) * job.model.dim * compute_bytes(job)
 
 
+def _expert(job: JobConfig, layout: Layout) -> list[tuple[int, int]]:
+    """Inputs and outputs on one device of each product of a row with the weights of its expert."""
+    model, width = job.model, job.model.computed_expert_ffn_hidden_dim // layout.tp
+    return [*(2 if model.is_gated else 1) * [(model.dim, width)], (width, model.dim)]
+
+
 def _products(job: JobConfig, layout: Layout, is_moe: bool) -> list[tuple[int, int]]:
-    """Inputs and outputs on one device of each product of a token with a layer's weights, but a router's."""
+    """Inputs and outputs on one device of each product of a token with a layer's weights, but those of a router and of
+    experts that it chooses.
+    """
     model, gates = job.model, 2 if job.model.is_gated else 1
     queries, keys = (heads // layout.tp * model.head_size for heads in (model.n_heads, model.kv_heads))
     attention = [(model.dim, queries), *2 * [(model.dim, keys)], (queries, model.dim)]
@@ -123,7 +173,7 @@ def _products(job: JobConfig, layout: Layout, is_moe: bool) -> list[tuple[int, i
         widths = [model.computed_ffn_hidden_dim // layout.tp]
     else:
         width, shared = model.computed_expert_ffn_hidden_dim // layout.tp, model.moe_shared_experts
-        widths = [width] * model.moe_top_k + [width * shared] * (shared > 0)
+        widths = [width * shared] * (shared > 0)
     gates_of_shared = [(model.dim, 1)] * (is_moe and model.moe_shared_expert_gate)
     return (
         attention
@@ -133,9 +183,9 @@ def _products(job: JobConfig, layout: Layout, is_moe: bool) -> list[tuple[int, i
 
 
 def _hidden_numbers(job: JobConfig, layout: Layout, is_moe: bool) -> int:
-    """Numbers of hidden width that matrix products give a token."""
+    """Numbers of hidden width that matrix products give a token, those of experts that a router chooses left out."""
     model = job.model
     width = model.computed_ffn_hidden_dim
     if is_moe:
-        width = (model.moe_top_k + model.moe_shared_experts) * model.computed_expert_ffn_hidden_dim
+        width = model.moe_shared_experts * model.computed_expert_ffn_hidden_dim
     return (2 if model.is_gated else 1) * width // layout.tp

@@ -5,6 +5,9 @@
     sums         of what tp splits: outputs of o_proj and down_proj forward, inputs of the others backward
     positions    of the stream, where tp divides them: gathered before attention and feed-forward parts, the sums of
                  these scattered, and the other way round backward, in place of sums but those within mixtures
+    tokens       gathered along ep, with their routes, and sums of what experts make of them scattered; backward the
+                 gradients of results are gathered and those of tokens and of weights of routes scattered; or, as
+                 `gathers_tokens` says:
     rows         of tokens that go to experts on other devices and come back, forward and backward
     keys         and values of a block, gathered along cp, their gradients scattered; what routers measure
     boundary     between pipeline stages: the residual stream forward, its gradient backward
@@ -22,7 +25,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from shared_config.contract.activations import compute_bytes, logits_rows, stream_parts, tokens_of_device
+from shared_config.contract.activations import (
+    compute_bytes,
+    gathers_tokens,
+    logits_rows,
+    stream_parts,
+    tokens_of_device,
+)
 from shared_config.contract.counts import FLOAT32, is_routed_expert
 from shared_config.contract.parameters import EMBEDDING, ParameterGroup, parameter_groups
 from shared_config.contract.sharding import TOKEN_AXES, Layout, fsdp_axes, placement, stage_layers
@@ -159,7 +168,7 @@ class _Step:
             else:
                 blocks += held
         parts = bool(self.job.model.moe_shared_experts) + self.job.model.moe_shared_expert_gate
-        shared = self.moe_layers * parts * (layout.ep > 1)
+        shared = self.moe_layers * parts * (layout.ep > 1 and layout.size("dp_replicate", "dp_shard", "cp") > 1)
         yield from self._gathered(("dp_shard", "ep", "cp"), layers + shared, blocks, rest)
         if experts:
             yield from self._gathered(("dp_shard", "cp"), self.moe_layers, experts, 0)
@@ -212,11 +221,12 @@ class _Step:
         unshared = 0 if ends_with_sum else self.moe_layers
         last = (self.layers if self.stream == 1 else self.moe_layers) - unshared
         forward = inputs + self.again * (inputs - last)
-        rows, routed = model.moe_top_k * size, self.moe_layers * (2 + self.again)
+        routed = self.moe_layers * (self.summed * FLOAT32 + compute_bytes(self.job)) * tokens * model.dim
+        routed += self.moe_layers * tokens * model.moe_top_k * FLOAT32
         yield self.exchange("sums of blocks", "all-reduce", ("tp",), forward + outputs, (forward + outputs) * size)
         yield from self._positions(size)
         yield self.exchange("sums of embedding and head", "all-reduce", ("tp",), ends, ends * size)
-        yield self.exchange("sums of experts", "all-reduce", ("tp",), routed, routed * rows)
+        yield self.exchange("sums of experts", "all-reduce", ("tp",), self.moe_layers * (self.summed + 2), routed)
         logits = CROSS_ENTROPY_SUMS * tokens * FLOAT32
         chunks = -(-tokens // logits_rows(self.job, self.layout))
         yield self.exchange("cross entropy", "all-reduce", ("tp",), CROSS_ENTROPY_SUMS * chunks, logits)
@@ -241,14 +251,28 @@ class _Step:
     def _sees_positions(self, group: ParameterGroup) -> bool:
         """Whether a tensor of a layer is whole on every rank along tp and used for its own positions."""
         splits = placement(group.spec, self.layout, gathered=True).splits
-        in_stream = group.name.startswith("layers.") and "routes" not in group.spec.axes
-        return in_stream and not any("tp" in axes for axes in splits)
+        of_mixture = "routes" in group.spec.axes or ".shared_expert" in group.name
+        return group.name.startswith("layers.") and not of_mixture and not any("tp" in axes for axes in splits)
 
     def expert_parallel(self) -> Iterator[Traffic]:
-        """There and back, forward and backward."""
-        model, times = self.job.model, self.moe_layers * 2 * (2 + self.again)
-        rows = tokens_of_device(self.job, self.layout) * model.moe_top_k * model.dim * compute_bytes(self.job)
-        yield self.exchange("rows of experts", "all-to-all", ("ep",), times, times * rows)
+        """Tokens, or there and back, forward and backward."""
+        model, number, layers = self.job.model, compute_bytes(self.job), self.moe_layers
+        tokens, forward = tokens_of_device(self.job, self.layout), 1 + self.again
+        if not gathers_tokens(self.job, self.layout):
+            rows, times = tokens * model.moe_top_k * model.dim * number, layers * 2 * (1 + forward)
+            yield self.exchange("rows of experts", "all-to-all", ("ep",), times, times * rows)
+            return
+        all_tokens, kinds = layers * self.layout.ep * tokens, 2 + model.moe_gradient_scale
+        routes = model.moe_top_k * (INDEX + (kinds - 1) * FLOAT32)
+        gathered = all_tokens * (model.dim * number * (forward + 1) + routes * forward)
+        summed = all_tokens * FLOAT32 * (model.dim * (self.summed + 1) + model.moe_top_k)
+        yield self.exchange("tokens of experts", "all-gather", ("ep",), layers * ((1 + kinds) * forward + 1), gathered)
+        yield self.exchange("sums of tokens", "reduce-scatter", ("ep",), layers * (self.summed + 2), summed)
+
+    @property
+    def summed(self) -> int:
+        """How often results of routed experts are summed: not again for the backward pass where they end a layer."""
+        return 1 + self.again * (self.job.model.moe_shared_experts > 0)
 
     def context_parallel(self) -> Iterator[Traffic]:
         """Keys and values of whole sequences; logits, scores and choices of all experts."""

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.bench_scaling --what agree --devices 1 2     20 losses in float32, every layout that fits
     python -m tests.benchmarks.bench_scaling --what depth --devices 1 2 4   an eighth of the layers of llama3_8b, FSDP
     python -m tests.benchmarks.bench_scaling --what dense --devices 4 8     llama3_8b itself, which needs four
-    python -m tests.benchmarks.bench_scaling --what experts --devices 4     moe_small with and without ep
+    python -m tests.benchmarks.bench_scaling --what experts --devices 4 8   moe_small, ep 1, 4 and 8
     python -m tests.benchmarks.bench_scaling --what images --devices 1 4    a vision-language model
     python -m tests.benchmarks.bench_scaling --what single                  16 layers of 2048, short and long sequences
 
@@ -89,7 +89,7 @@ def runs_of(what: str, devices: Sequence[int]) -> Iterator[Run]:
             tp = {"dp_shard": count // 2, "tp": 2}
             yield Run("llama3_8b", "llama3_8b", count, tp, FULL, count // 2, ("torch",))
         elif what == "experts":
-            for ep in sorted({1, count}):
+            for ep in sorted({1, *(size for size in (4, count) if count % size == 0)}):
                 yield Run("moe_small", "moe_small", count, {"dp_shard": count, "ep": ep}, (), count)
         elif what == "single":
             for batch_size, seq_len in ((4, 2048), (1, 8192)):

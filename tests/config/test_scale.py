@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_config.cli import main
-from shared_config.contract.activations import WIDENED, buffer_bytes
+from shared_config.contract.activations import WIDENED, buffer_bytes, expert_rows, gathers_tokens
 from shared_config.contract.counts import count_parameters, flops_per_token, training_memory
 from shared_config.contract.labels import rows_of_logits
 from shared_config.contract.scale import HARDWARE, Cost, Hardware, cost_of, parse_hardware, transfer_seconds
@@ -189,11 +189,50 @@ def test_the_bytes_of_sequence_parallelism_by_hand() -> None:
     )
 
 
-def test_the_rows_of_experts_by_hand() -> None:
+def test_the_tokens_of_experts_by_hand() -> None:
+    """Rows and routes there, sums back, and the other way round; rows of 8 GiB of tokens are exchanged."""
     job = job_in("moe_small", Layout(ep=4), micro_batches=1)
-    rows = next(each for each in step_traffic(job, Layout(ep=4)) if each.kind == "all-to-all")
-    assert (rows.axes, rows.ranks, rows.count) == (("ep",), 4, 8 * 4)
-    assert rows.bytes == 8 * 4 * (4 * 2048 * 2) * 1024 * 2
+    found = {each.purpose: each for each in step_traffic(job, Layout(ep=4))}
+    gathered, summed = found["tokens of experts"], found["sums of tokens"]
+    every = 4 * 4 * 2048
+    assert (gathered.kind, gathered.axes, gathered.count) == ("all-gather", ("ep",), 8 * (3 + 1))
+    assert gathered.bytes == 8 * every * (2 * 1024 * 2 + 2 * (8 + 4))
+    assert (summed.kind, summed.axes, summed.count) == ("reduce-scatter", ("ep",), 8 * 3)
+    assert summed.bytes == 8 * every * 4 * (2 * 1024 + 2)
+    large = job.replace(model=job.model.replace(dim=16384, n_heads=128, head_dim=128, n_kv_heads=8))
+    rows = next(each for each in step_traffic(large, Layout(ep=4)) if each.purpose == "rows of experts")
+    assert (rows.kind, rows.axes, rows.ranks, rows.count) == ("all-to-all", ("ep",), 4, 8 * 4)
+    assert rows.bytes == 8 * 4 * (4 * 2048 * 2) * 16384 * 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dim", "top_k", "gathers"),
+    [
+        (4, 1024, 2, True),
+        (8, 1024, 2, True),
+        (16, 1024, 2, False),
+        (8, 4096, 2, False),
+        (8, 4096, 8, True),
+        (2, 8192, 1, True),
+    ],
+)
+def test_tokens_are_gathered_where_few_bytes_more_are_sent(ranks: int, dim: int, top_k: int, gathers: bool) -> None:
+    """8192 tokens of each rank in bfloat16; at most 1 GiB more."""
+    job = load_config("moe_small")
+    job = job.replace(model=job.model.replace(dim=dim, moe_top_k=top_k))
+    more = (ranks - 1) * 8192 * dim * 12 - 4 * top_k * 8192 * dim * 2 * (ranks - 1) // ranks
+    assert (more <= 2**30) is gathers
+    assert gathers_tokens(job, Layout(ep=ranks)) is gathers
+
+
+def test_room_for_rows_of_experts_by_hand() -> None:
+    job = load_config("moe_small")
+    own = 8192 * 2
+    assert expert_rows(job, Layout()) == expert_rows(job, Layout(ep=16)) == own
+    assert expert_rows(job, Layout(ep=4)) == 4 * own
+    limited = job.replace(model=job.model.replace(moe_capacity_factor=1.25))
+    assert expert_rows(limited, Layout(ep=4)) == own * 5 // 4
+    assert expert_rows(limited, Layout()) == own
 
 
 def test_a_pipeline_idles_as_its_paper_says() -> None:

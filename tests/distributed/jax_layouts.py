@@ -6,6 +6,7 @@ host's devices is fixed before the first array exists.
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import subprocess
@@ -36,11 +37,12 @@ def run_devices(
 
 
 def differences(case: Case, truth: Found, count: int = STEPS) -> list[str]:
-    """What differs from one device in the first steps."""
+    """What differs from one device in the first steps, in which the rows of experts come in several blocks."""
     import jax
 
     trainer = _trainer(case.job(case.layout), jax.devices()[: case.ranks])
-    with patch.object(labels, "LOGITS_BYTES", LOGITS_BYTES):
+    several = patch.object(importlib.import_module("kempnerforge_jax.distributed.expert_parallel"), "ALIGNED", 1)
+    with patch.object(labels, "LOGITS_BYTES", LOGITS_BYTES), several:
         return _compare(steps(trainer, _rows(case, count, case.shares), state), truth)
 
 

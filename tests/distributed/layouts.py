@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.multiprocessing.spawn import start_processes
 
-from shared_config.contract import labels
+from shared_config.contract import activations, labels
 from shared_config.contract.labels import IGNORED
 from shared_config.data import open_data
 from shared_config.errors import ConfigError, UserError
@@ -34,6 +34,7 @@ from shared_config.loader import load_config
 from shared_config.schema.job import JobConfig
 from tests.jobs import EXPERTS, draw_batch, tiny_job
 from tests.mutants import Mutant, planted
+from tests.torch.waits import noting_waits, rows_of_no_group_spoiled
 
 STEPS, MICRO_BATCHES = 3, 2
 EVALUATED = 3
@@ -98,17 +99,19 @@ class Case:
         ranks: how many processes.
         layout: fields of ``[distributed]``.
         options: further fields of the job, by section.
+        exchanges: whether rows are exchanged between ranks with different experts, however few bytes tokens are.
     """
 
     model: str
     ranks: int
     layout: Mapping[str, int]
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    exchanges: bool = False
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {size}" for name, size in self.layout.items())
         options = "".join(f", {name} {value}" for part in self.options.values() for name, value in part.items())
-        return f"{self.model} on {self.ranks}: {sizes or 'fsdp'}{options}"
+        return f"{self.model} on {self.ranks}: {sizes or 'fsdp'}{options}{', exchanged' * self.exchanges}"
 
     @property
     def key(self) -> str:
@@ -125,6 +128,13 @@ class Case:
     def micro_batches(self) -> int:
         """Of a step, of each of these ranks."""
         return max(MICRO_BATCHES, self.layout.get("pp", 1))
+
+    @contextlib.contextmanager
+    def as_asked(self) -> Iterator[None]:
+        """Within it, trainers get rows to experts as the case says."""
+        most = -math.inf if self.exchanges else activations.GATHERED_MORE
+        with patch.object(activations, "GATHERED_MORE", most):
+            yield
 
     def job(self, layout: Mapping[str, int]) -> JobConfig:
         if self.model in MODELS:
@@ -214,11 +224,18 @@ def on_one_device(case: Case) -> Found:
 
 
 def differences(case: Case, truth: Found, count: int = STEPS, folder: Path | None = None) -> list[str]:
-    """What this rank finds to differ from one device, or between ranks, in the first steps; and, given a folder, once
-    the state has been written there and read again.
+    """What this rank finds to differ from one device, or between ranks, in the first steps; where they wait for a
+    device; and, given a folder, what differs once the state has been written there and read again. Rows of no group are
+    NaN.
     """
+    with case.as_asked(), rows_of_no_group_spoiled():
+        return _differences(case, truth, count, folder)
+
+
+def _differences(case: Case, truth: Found, count: int, folder: Path | None) -> list[str]:
     job = case.job(case.layout)
     trainer, data = _trainer(job), _batches(job)
+    asked = [] if job.train.compile_model else noting_waits(trainer)
     rank, every = trainer.ranks.rank, case.micro_batches * case.shares
     own = [[data(step * every + index) for index in range(rank, every, case.shares)] for step in range(count)]
     held_out = [data(index) for index in range(rank, EVALUATED * case.shares, case.shares)]
@@ -228,6 +245,7 @@ def differences(case: Case, truth: Found, count: int = STEPS, folder: Path | Non
     with patch.object(labels, "LOGITS_BYTES", LOGITS_BYTES):
         found = replace(steps(trainer, own), evaluated=evaluated)
     lines = [*_compare(found, truth), *_replicas(found.states[-1]), *_alone(trainer.mesh.axes)]
+    lines += [] if case.exchanges else [f"the host waits: {place}" for place in dict.fromkeys(asked)]
     if not positions <= {own_positions(trainer)}:
         lines.append(f"norms see {positions} positions, not {own_positions(trainer)}")
     if folder is None:

@@ -20,9 +20,11 @@ FULL, SELECTIVE = {"activation_checkpointing": "full"}, {"activation_checkpointi
 NARROW = {"mixed_precision": "bf16"}
 
 
-def case(model: str, ranks: int, layout: dict[str, int], train: Mapping[str, str] | None = None) -> Case:
+def case(
+    model: str, ranks: int, layout: dict[str, int], train: Mapping[str, str] | None = None, exchanges: bool = False
+) -> Case:
     """One whose vocabulary is divided evenly, so that all ranks have the same."""
-    return Case(model, ranks, layout, {"model": {"vocab_size": 40}, "train": dict(train or {})})
+    return Case(model, ranks, layout, {"model": {"vocab_size": 40}, "train": dict(train or {})}, exchanges)
 
 
 def stages(
@@ -53,7 +55,8 @@ BY_NIGHT = (
     *(case(model, 2, {}) for model in ("dense", "sigmoid", "apart")),
     *(case("dense", 2, {"tp": 2}, train) for train in ({}, FULL, SELECTIVE, NARROW)),
     *(case("apart", 2, {"tp": 2}, train) for train in (FULL, {})),
-    *(case("scaled", 2, {"ep": 2}, train) for train in ({}, SELECTIVE)),
+    *(case("scaled", 2, {"ep": 2}, train, way) for train in ({}, SELECTIVE) for way in (False, True)),
+    case("softmax", 2, {"ep": 2}, FULL),
     *(case(model, 2, {"cp": 2}, train) for model in ("dense", "sigmoid") for train in ({}, FULL)),
     case("limited", 2, {"tp": 2}, FULL),
     case("dense", 2, {"dp_replicate": 2}),
@@ -83,7 +86,9 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def modelled(case: Case) -> dict[Key, tuple[int, int]]:
     job = case.job(case.layout)
     times, size = Counter[Key](), Counter[Key]()
-    for each in step_traffic(job, layout_of(job.distributed, case.ranks)):
+    with case.as_asked():
+        traffic = step_traffic(job, layout_of(job.distributed, case.ranks))
+    for each in traffic:
         times[each.kind, each.axes] += each.count
         size[each.kind, each.axes] += each.bytes
     return {key: (times[key], size[key]) for key in times}

@@ -109,7 +109,8 @@ def _one_of_them(rank: int, ranks: int, folder: str, cases: list[Case]) -> None:
 
 def _counted(case: Case) -> dict[Key, tuple[int, float]]:
     job = case.job(case.layout)
-    trainer = importlib.import_module("kempnerforge_torch.training.train").Trainer(job, "cpu")
+    with case.as_asked():
+        trainer = importlib.import_module("kempnerforge_torch.training.train").Trainer(job, "cpu")
     batches = [draw_batch(job, number) for number in range(job.train.grad_accum_steps)]
     trainer.step(batches)
     with Counting(trainer.mesh) as counting:
