@@ -68,7 +68,7 @@ MOE_MUTANTS = (
     ),
     Mutant(
         "model.dispatch", "gradient of one choice only",
-        ("return dx_kTD.sum(dim=0), None", "return dx_kTD[0], None"),
+        ("ctx.tokens, dy_RD.shape[1]).sum(dim=0), None", "ctx.tokens, dy_RD.shape[1])[0], None"),
         ("return dx_kTD.sum(axis=0), None", "return dx_kTD[0], None"),
     ),
     Mutant(

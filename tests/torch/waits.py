@@ -30,6 +30,8 @@ ON_THE_CPU_ALONE = {
     ("training/optimizer.py", "update"): "the CPU decides by itself whether to take a step",
     ("training/optimizer.py", "_step"): "of parameters on the CPU, AdamW's counts of updates are numbers",
     ("distributed/ranks.py", "number"): "a number that hosts add up",
+    ("distributed/mesh.py", "group"): "a mesh of ranks is the host's",
+    ("distributed/context_parallel.py", "own_part"): "likewise",
 }
 """Functions of the backend that ask, and why no device is waited for."""
 
