@@ -41,12 +41,13 @@ from shared_config.parity.request import (
     Request,
     cache_size,
     check_selection,
+    decode_chunks,
     make_request,
     routing_values,
     transformer_path,
 )
 from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, ROUTES, ROUTING, UPDATED, Trace
-from shared_config.parity.validation import MOMENT_STEPS, chunkings, validation_moments, validation_rates
+from shared_config.parity.validation import MOMENT_STEPS, validation_moments, validation_rates
 from shared_config.schema.job import JobConfig
 
 Tensors = dict[str, Shaped[Array, "..."]]
@@ -168,7 +169,7 @@ class Recorder:
     def decode(self, weights: Arrays) -> Arrays:
         """Logits of the same tokens, fed to a cache in chunks."""
         tokens = self.request.tokens
-        wanted = self.request.kept(DECODE, chunkings(tokens.shape[1], self.request.seed))
+        wanted = self.request.kept(DECODE, decode_chunks(self.request))
         with self._bits():
             masters = self._masters(weights)
             return {name: to_numpy(self._decode(masters, tokens, chunks)) for name, chunks in wanted.items()}
@@ -219,7 +220,7 @@ class Recorder:
             rerouting(model, routes),
             replacing(model, outputs),
         ):
-            output = model.run(*self._inputs(tokens))
+            output = model.run(*self._inputs(tokens), **self._places())
         loss = self._loss(output.logits, with_losses(output.stats, losses, prefix), labels)
         forced = {f"{name}{ROUTES}": tokens for name, tokens in routes.items()}
         routing = {**choices, **forced, **routing_values(output.stats, self.config)}
@@ -228,7 +229,7 @@ class Recorder:
 
     def _unlimited(self, masters: Tensors, tokens: jax.Array) -> jax.Array:
         """The logits where experts take any number of assignments, as in cached decoding."""
-        return self._model(masters).run(*self._inputs(tokens), limit_capacity=False).logits
+        return self._model(masters).run(*self._inputs(tokens), **self._places(), limit_capacity=False).logits
 
     def _decode(self, masters: Tensors, tokens: np.ndarray, chunks: Sequence[int]) -> jax.Array:
         size = cache_size(self.request, self._image_tokens)
@@ -243,7 +244,8 @@ class Recorder:
     def _chunk(
         self, masters: Tensors, tokens: jax.Array, caches: list[KVCache], with_image: bool
     ) -> tuple[jax.Array, Any]:
-        output = self._model(masters).run(*self._inputs(tokens, with_image), kv_caches=caches)
+        inputs = self._inputs(tokens, with_image)
+        output = self._model(masters).run(*inputs, **self._places(with_image), kv_caches=caches)
         return output.logits, output.kv_caches
 
     def _inputs(self, tokens: jax.Array, with_image: bool = True) -> tuple[Any, ...]:
@@ -251,6 +253,11 @@ class Recorder:
         if self.request.pixels is None:
             return (tokens,)
         return jnp.asarray(self.request.pixels, self.compute_dtype) if with_image else None, tokens
+
+    def _places(self, with_image: bool = True) -> dict[str, jax.Array]:
+        """Where the image stands in the text, if it may stand anywhere."""
+        positions = self.request.image_positions
+        return {"image_positions": jnp.asarray(positions)} if with_image and positions is not None else {}
 
     def _model(self, masters: Tensors) -> Any:
         """The model with its values in the dtypes of the arithmetic."""

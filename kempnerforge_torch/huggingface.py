@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,25 +84,46 @@ def _differentiates(config: JobConfig) -> bool:
 
 
 def _forward(model: Any, request: Request, device: torch.device) -> dict[str, Tensor]:
-    """What it computes, by the names of a trace: of the embedding and the head the part of the text."""
+    """What it computes, by the names of a trace. Of the embedding this is the part of the text, of the logits for each
+    token those that the next one is predicted from.
+    """
     config = request.config
-    tokens, labels = (torch.from_numpy(np.int64(each)).to(device) for each in (request.tokens, request.labels))
+    ids, labels = _ids(request).to(device), torch.from_numpy(np.int64(request.labels)).to(device)
     images = {} if request.pixels is None else {"pixel_values": from_numpy(request.pixels).to(device, model.dtype)}
-    tower = tower_of(config)
-    count = 0 if tower is None else tower.num_tokens
-    places = torch.full((len(tokens), count), image_token(config) or 0, device=device)
-    output = model(torch.cat([places, tokens], dim=1), **images, use_cache=False, output_hidden_states=True)
+    output = model(ids, **images, use_cache=False, output_hidden_states=True)
+    is_text = ids != image_token(config) if images else torch.ones_like(ids, dtype=torch.bool)
+    texts = [row.nonzero()[:, 0] for row in is_text]
     path = transformer_path(config)
     layers = [f"{path}layers.{layer}" for layer in range(config.model.n_layers - 1)]
     embedded, *streams = output.hidden_states  # of the last layer it shows nothing
-    logits = output.logits[:, count:]
-    tensors = {f"{FORWARD}/adapter": embedded[:, :count]} if count else {}
-    tensors[f"{FORWARD}/{path}token_embedding"] = embedded[:, count:]
+    logits = _rows(output.logits, [_before_next(places, ids.shape[1]) for places in texts])
+    tensors = {f"{FORWARD}/adapter": _rows(embedded, [(~row).nonzero()[:, 0] for row in is_text])} if images else {}
+    tensors[f"{FORWARD}/{path}token_embedding"] = _rows(embedded, texts)
     tensors |= {f"{FORWARD}/{name}": each for name, each in zip([*layers, f"{path}norm"], streams, strict=True)}
     tensors[logits_name(config)] = logits
     if _differentiates(config):
         tensors[LOSS] = mean_cross_entropy(logits, labels, **loss_terms(config.train))
     return tensors
+
+
+def _ids(request: Request) -> Tensor:
+    """The tokens (B, T), and the id of the image as many times as that has tokens, where it stands in each row."""
+    tokens, tower = torch.from_numpy(np.int64(request.tokens)), tower_of(request.config)
+    if request.image_positions is None or tower is None:
+        return tokens
+    image = tokens.new_full((tower.num_tokens,), image_token(request.config) or 0)
+    rows = zip(tokens, request.image_positions.tolist(), strict=True)
+    return torch.stack([torch.cat([text[:place], image, text[place:]]) for text, place in rows])
+
+
+def _before_next(places: Tensor, length: int) -> Tensor:
+    """Of the places (T,) of text in a row those just before the next, and the last of the row."""
+    return torch.cat([places[1:] - 1, places.new_tensor([length - 1])])
+
+
+def _rows(stream: Tensor, places: Sequence[Tensor]) -> Tensor:
+    """Of each row of (B, S, D) some positions."""
+    return torch.stack([own[chosen] for own, chosen in zip(stream, places, strict=True)])
 
 
 def _gradients(model: Any, config: JobConfig) -> dict[str, np.ndarray]:

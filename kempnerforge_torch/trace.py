@@ -41,12 +41,13 @@ from shared_config.parity.request import (
     Request,
     cache_size,
     check_selection,
+    decode_chunks,
     make_request,
     routing_values,
     transformer_path,
 )
 from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, ROUTES, ROUTING, UPDATED, Trace
-from shared_config.parity.validation import MOMENT_STEPS, chunkings, validation_moments, validation_rates
+from shared_config.parity.validation import MOMENT_STEPS, validation_moments, validation_rates
 from shared_config.schema.job import JobConfig
 
 Tensors = dict[str, Shaped[Tensor, "..."]]
@@ -173,7 +174,7 @@ class Recorder:
         """Logits of the same tokens, fed to a cache in chunks."""
         state = self._masters(weights)
         tokens = self._integers(self.request.tokens)
-        wanted = self.request.kept(DECODE, chunkings(tokens.shape[1], self.request.seed))
+        wanted = self.request.kept(DECODE, decode_chunks(self.request))
         return {name: to_numpy(self._decode(state, tokens, chunks)) for name, chunks in wanted.items()}
 
     def _forward(self, state: Tensors) -> tuple[Tensor, Tensors, Tensors]:
@@ -212,6 +213,8 @@ class Recorder:
 
     def _call(self, state: Tensors, tokens: Tensor, with_image: bool = True, **arguments: Any) -> TransformerOutput:
         """Logits, stats and caches. An image in the stream comes with the first tokens only."""
+        if with_image and self.request.image_positions is not None:
+            arguments["image_positions"] = self._integers(self.request.image_positions)
         copy = {name: tensor.to(self._compute_dtype_of(name)) for name, tensor in state.items()}
         inputs: tuple[Any, ...] = (tokens,)
         if self.request.pixels is not None:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from kempnerforge_jax.model.checks import MAX_ID
 from kempnerforge_jax.model.kv_cache import KVCache, SharedCaches, new_caches
-from kempnerforge_jax.model.modality import ModalityContext
+from kempnerforge_jax.model.modality import ModalityContext, placed
 from kempnerforge_jax.model.request import Request, image_tokens, weight_of
 from kempnerforge_jax.model.sampling import draw, greedy, wide
 from kempnerforge_jax.model.state import State, merge, split
@@ -95,19 +95,31 @@ def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Int[Ar
 def _read(model: Transformer, request: Request, parts: tuple[Any, State, State]) -> tuple[list[KVCache], jax.Array]:
     """`prefill` of a model that is already split, as splitting takes a while."""
     config, dtype, prompts, image = model.config, weight_of(model).dtype, request.prompts, request.image
-    (rows, width), prefix = prompts.tokens.shape, image_tokens(image)
+    rows, prefix = len(prompts.lengths), image_tokens(image)
     graphdef, params, buffers = parts
     heads = config.kv_heads if model.vlm_config is None else model.vlm_config.cached_kv_heads(config)
     shape = (rows, request.cache_length, heads, config.head_size)
     spare = max((size for _, size in request.chunks), default=1) - 1
     caches = SharedCaches.of(new_caches(config.layer_windows, *shape, dtype, spare=spare))
     read, lengths_B = _compiled_prefill(graphdef), jnp.asarray(prompts.lengths)
-    if prefix:
+    stream = None
+    if request.image_positions is not None:
+        stream = _compiled_stream(graphdef)(params, buffers, prompts.tokens, image, request.image_positions)
+        stream = jax.tree.map(np.asarray, stream)
+    if prefix and stream is None:
         caches = read(params, buffers, caches, prompts.tokens[:, :0], image, lengths_B * 0 + prefix)
     for start, size in request.chunks:
-        chunk = np.pad(prompts.tokens, ((0, 0), (0, max(0, start + size - width))))[:, start : start + size]
-        caches = read(params, buffers, caches, chunk, request.image_in_every_step, lengths_B - 1 + prefix)
+        chunk, context = _chunk(prompts.tokens, start, size), request.image_in_every_step
+        if stream is not None:
+            chunk, context = None, jax.tree.map(functools.partial(_chunk, start=start, size=size), stream)
+        caches = read(params, buffers, caches, chunk, context, lengths_B - 1 + prefix)
     return caches.each(), jnp.asarray(prompts.tokens[np.arange(rows), prompts.lengths - 1])
+
+
+def _chunk(values: np.ndarray, start: int, size: int) -> np.ndarray:
+    """Of (B, S, ...), with zeros after the end."""
+    after = [(0, 0), (0, max(0, start + size - values.shape[1])), *[(0, 0)] * (values.ndim - 2)]
+    return np.pad(values, after)[:, start : start + size]
 
 
 def advance(
@@ -140,22 +152,46 @@ def _numbers(model: Transformer, request: Request, max_steps: int) -> tuple[np.n
 
 
 @functools.lru_cache(maxsize=8)
+def _compiled_stream(graphdef: Any) -> Any:
+    """Prompts (B, S) with the image within: the stream, and which of its positions are real."""
+
+    def stream(
+        params: State, buffers: State, tokens_BS: jax.Array, image: ModalityContext, positions_B: jax.Array
+    ) -> ModalityContext:
+        embed = merge(graphdef, params, buffers).token_embedding
+        assert image.prefix_embeds is not None
+        text_BSD, real_BS = embed(tokens_BS), image.key_padding_mask
+        if real_BS is not None:
+            real_BS = placed(real_BS, jnp.ones(tokens_BS.shape, bool), positions_B)
+        embeds_BSD = placed(image.prefix_embeds.astype(text_BSD.dtype), text_BSD, positions_B)
+        return ModalityContext(inputs_embeds=embeds_BSD, key_padding_mask=real_BS)
+
+    return jax.jit(stream)
+
+
+@functools.lru_cache(maxsize=8)
 def _compiled_prefill(graphdef: Any) -> Any:
-    """The caches after more tokens (B, S), and an image if one is given; rows end at ``lengths`` (B,)."""
+    """The caches after more tokens (B, S), and an image if one is given, or after both as embeddings; rows end at
+    ``lengths`` (B,).
+    """
 
     def prefill(
         params: State,
         buffers: State,
         caches: SharedCaches,
-        tokens_BS: jax.Array,
+        tokens_BS: jax.Array | None,
         image: ModalityContext | None,
         lengths_B: jax.Array,
     ) -> SharedCaches:
         model, (state, *_) = merge(graphdef, params, buffers), caches.states
         modality = NO_LOGITS if image is None else replace(image, output_slice=NO_LOGITS.output_slice)
-        length, had_padding = tokens_BS.shape[1], state.valid is not None
+        new_BS = modality.inputs_embeds if tokens_BS is None else tokens_BS
+        real_BS = modality.key_padding_mask if tokens_BS is None else None
+        assert new_BS is not None
+        length, had_padding = new_BS.shape[1], state.valid is not None or real_BS is not None
         if model.config.is_moe and length:
-            modality = replace(modality, key_padding_mask=state.positions(length) < lengths_B[:, None])
+            read_BS = state.positions(length) < lengths_B[:, None]
+            modality = replace(modality, key_padding_mask=read_BS if real_BS is None else read_BS & real_BS)
         output = model.run(tokens_BS, modality=modality, kv_caches=caches.each(), allow_image_inputs=True)
         assert output.kv_caches is not None
         states, layers = SharedCaches.of(output.kv_caches)

@@ -36,6 +36,7 @@ def generate(
     prefill_chunk: int = PREFILL_CHUNK,
     pixel_values: Float[Array, "B ... 3 h w"] | np.ndarray | None = None,
     frame_mask: Bool[Array, "B F"] | np.ndarray | None = None,
+    image_positions: Integer[Array, "B"] | np.ndarray | Sequence[int] | None = None,
 ) -> Int[Array, "B L"]:
     """Continue prompts. A wrapped model, or one with wrapped parts, generates as the plain one does.
 
@@ -53,6 +54,7 @@ def generate(
         prefill_chunk: maximum number of prompt tokens that are read at once.
         pixel_values: (B, 3, h, w) or (B, F, 3, h, w), what a `VLMWrapper` sees before each prompt; None: text alone.
         frame_mask: bool (B, F), False for frames that don't exist.
+        image_positions: int (B,), how many tokens of each prompt stand before its image, fewer than it has; None: none.
 
     Returns:
         int32 (B, W): prompt, new tokens, and padding up to the longest row; W is S + N, unless every row ended earlier.
@@ -66,7 +68,7 @@ def generate(
     request = make_request(
         model, prompt_tokens, max_new_tokens, sampling,
         prompt_lengths=prompt_lengths, uniforms=uniforms, prefill_chunk=prefill_chunk, pixel_values=pixel_values,
-        frame_mask=frame_mask,
+        frame_mask=frame_mask, image_positions=image_positions,
     )  # fmt: skip
     new_BN = decode_all(inner_transformer(model), request)
     whole = request.prompts.followed_by(np.asarray(new_BN), pad_token_id, sampling.eos_token_ids)
@@ -89,6 +91,7 @@ def stream(
     prefill_chunk: int = PREFILL_CHUNK,
     pixel_values: Float[Array, "B ... 3 h w"] | np.ndarray | None = None,
     frame_mask: Bool[Array, "B F"] | np.ndarray | None = None,
+    image_positions: Integer[Array, "B"] | np.ndarray | Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
     """The new tokens of `generate`, int (B,) at a time, as they are drawn; ends early when every row has ended.
 
@@ -99,6 +102,6 @@ def stream(
     request = make_request(
         model, prompt_tokens, max_new_tokens, sampling,
         prompt_lengths=prompt_lengths, uniforms=uniforms, prefill_chunk=prefill_chunk, pixel_values=pixel_values,
-        frame_mask=frame_mask,
+        frame_mask=frame_mask, image_positions=image_positions,
     )  # fmt: skip
     return (np.asarray(tokens_B) for tokens_B in steps(inner_transformer(model), request))

@@ -11,7 +11,9 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer, Shaped
+
+from kempnerforge_jax.model.checks import check_ids, check_shape, nan_outside, wide
 
 ARRAYS = (
     "inputs_embeds",
@@ -22,6 +24,7 @@ ARRAYS = (
     "key_padding_mask",
     "image_keys_values",
     "noise_seed",
+    "prefix_positions",
 )
 
 _Bounds = tuple[int | None, int | None, int | None]
@@ -45,6 +48,8 @@ class ModalityContext:
         image_keys_values: in place of image_features, the keys and values that every cross-attention block computes
             from them, (B, K, N, h) each.
         noise_seed: int (), seed of the routing noise of this training step, where experts choose tokens.
+        prefix_positions: int (B,), how many tokens of each row stand before the prefix; in [0, T]. Logits are
+            then those of the text, in place of ``output_slice``: after the prefix, those that follow from its end.
 
     Raises:
         ValueError: for invalid combinations, inside a trace too.
@@ -59,6 +64,7 @@ class ModalityContext:
     key_padding_mask: Bool[Array, "B S"] | None = None
     image_keys_values: tuple[tuple[Float[Array, "B K N h"], Float[Array, "B K N h"]], ...] | None = None
     noise_seed: Integer[Array, ""] | None = None
+    prefix_positions: Integer[Array, "B"] | None = None
 
     def __post_init__(self) -> None:
         sources = self._given("inputs_embeds", "prefix_embeds", "image_features", "image_keys_values")
@@ -66,6 +72,8 @@ class ModalityContext:
             raise ValueError(f"{' and '.join(sources)} are given: at most one of them is allowed")
         if self.image_mask is not None and not self.reads_image:
             raise ValueError("image_mask is given, image_features = None: the mask needs the features that it masks")
+        if self.prefix_positions is not None and (self.prefix_embeds is None or self.output_slice is not None):
+            raise ValueError("prefix_positions is given: it needs prefix_embeds, and output_slice = None")
         if self.modality_ids is not None and self.inputs_embeds is None and self.prefix_embeds is None:
             raise ValueError("modality_ids is given: it needs prefix_embeds or inputs_embeds, and neither is given")
 
@@ -107,3 +115,56 @@ def with_text(
     return dataclasses.replace(
         image, key_padding_mask=real_BS, noise_seed=image.noise_seed if noise_seed is None else noise_seed
     )
+
+
+def with_positions(image: ModalityContext, positions_B: Integer[Array, "B"]) -> ModalityContext:
+    """The context of image and text in which the prefix stands after so many text tokens of each row."""
+    assert image.prefix_embeds is not None
+    prefix, real_BS = image.prefix_embeds.shape[1], image.key_padding_mask
+    if real_BS is not None:
+        real_BS = placed(real_BS[:, :prefix], real_BS[:, prefix:], positions_B)
+    return dataclasses.replace(image, prefix_positions=positions_B, output_slice=None, key_padding_mask=real_BS)
+
+
+def placed(
+    prefix: Shaped[Array, "B P ..."], text: Shaped[Array, "B T ..."], positions_B: Integer[Array, "B"]
+) -> Shaped[Array, "B S ..."]:
+    """Both as one stream, each row's prefix after so many of its text tokens.
+
+    positions 0, 2, of a prefix P and a text T:   P P T T T
+                                                  T T P P T
+    """
+    both, count = jnp.concatenate([prefix, text], axis=1), prefix.shape[1]
+    first_B1 = jnp.clip(wide(positions_B)[:, None], 0, text.shape[1])
+    steps_S = jnp.arange(both.shape[1])
+    inside_BS = jnp.where(steps_S < first_B1 + count, steps_S - first_B1, steps_S)
+    source_BS = jnp.where(steps_S < first_B1, steps_S + count, inside_BS)
+    return jnp.take_along_axis(both, source_BS.reshape(*source_BS.shape, *[1] * (both.ndim - 2)), axis=1)
+
+
+def with_prefix(text: Float[Array, "B T D"], modality: ModalityContext) -> Float[Array, "B S D"]:
+    """The residual stream of embedded text, and of the prefix if there is one."""
+    if modality.prefix_embeds is None:
+        return text
+    prefix_BPD, positions_B = modality.prefix_embeds.astype(text.dtype), modality.prefix_positions
+    if positions_B is None:
+        return jnp.concatenate([prefix_BPD, text], axis=1)
+    check_shape("prefix_positions", positions_B, text.shape[:1])
+    check_ids("prefix_positions", positions_B, text.shape[1] + 1)
+    return nan_outside(placed(prefix_BPD, text, positions_B), positions_B, text.shape[1] + 1)
+
+
+def with_logits(stream: Float[Array, "B S D"], modality: ModalityContext) -> Float[Array, "B S_out D"]:
+    """The positions that get logits."""
+    if modality.prefix_embeds is not None and modality.prefix_positions is not None:
+        return of_text(stream, modality.prefix_positions, modality.prefix_embeds.shape[1])
+    return stream if modality.output_slice is None else stream[:, modality.output_slice]
+
+
+def of_text(stream: Float[Array, "B S D"], positions_B: Integer[Array, "B"], count: int) -> Float[Array, "B T D"]:
+    """Of a stream with a prefix of ``count`` positions what each text token's logits come from. Those of the last one
+    before the prefix come from the prefix' end, where the next one is known to follow.
+    """
+    steps_T = jnp.arange(stream.shape[1] - count)
+    places_BT = steps_T + count * (steps_T >= wide(positions_B)[:, None] - 1)
+    return jnp.take_along_axis(stream, places_BT[..., None], axis=1)

@@ -21,7 +21,7 @@ from kempnerforge_jax.model.block import TransformerBlock as TransformerBlock
 from kempnerforge_jax.model.checks import check_axes
 from kempnerforge_jax.model.embedding import FactoredLogits, OutputHead, TokenEmbedding
 from kempnerforge_jax.model.init import init_weights
-from kempnerforge_jax.model.modality import ModalityContext
+from kempnerforge_jax.model.modality import ModalityContext, with_logits, with_prefix
 from kempnerforge_jax.model.module import Module, Numbered, is_observed
 from kempnerforge_jax.model.position import RotaryTables
 from kempnerforge_jax.model.scan import periods, prepares, run_blocks, stacked
@@ -178,9 +178,7 @@ class Transformer(ModelGetters):
         else:
             x_BSD, stats, updated = self._run_cached_layers(x_BSD, inputs, modality, kv_caches)
         x_BSD = self.architecture.final_norm(self._extra_modules(), x_BSD, modality)
-        if modality.output_slice is not None:
-            x_BSD = x_BSD[:, modality.output_slice]
-        logits, factors = self._head(x_BSD, factored_logits)
+        logits, factors = self._head(with_logits(x_BSD, modality), factored_logits)
         return TransformerOutput(logits, stats, updated, factors)
 
     def precompute_image_kv(self, modality: ModalityContext) -> ModalityContext:
@@ -212,10 +210,7 @@ class Transformer(ModelGetters):
             if not jnp.issubdtype(tokens.dtype, jnp.floating):
                 raise ValueError(f"tokens.dtype = {tokens.dtype}: a stage without embedding takes the stream before it")
             return tokens
-        x_BSD = self.token_embedding(tokens)
-        if modality.prefix_embeds is None:
-            return x_BSD
-        return jnp.concatenate([modality.prefix_embeds.astype(x_BSD.dtype), x_BSD], axis=1)
+        return with_prefix(self.token_embedding(tokens), modality)
 
     def _block_inputs(
         self,

@@ -22,7 +22,7 @@ from torch import Tensor
 from kempnerforge_torch.model.cuda_graph import Step, compiled
 from kempnerforge_torch.model.kept_steps import recorded
 from kempnerforge_torch.model.kv_cache import KVCache, new_caches
-from kempnerforge_torch.model.modality import ModalityContext
+from kempnerforge_torch.model.modality import ModalityContext, placed
 from kempnerforge_torch.model.request import Request, image_tokens, inference, weight_of
 from kempnerforge_torch.model.sampling import draw, greedy, wide
 from kempnerforge_torch.model.transformer import Transformer
@@ -62,20 +62,57 @@ def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Int[Te
     tokens_BS = torch.from_numpy(prompts.tokens).to(weight.device).long()
     lengths_B = torch.from_numpy(prompts.lengths).to(weight.device).long()
     with inference(model):
-        if prefix:
+        stream = None if request.image_positions is None else _stream(model, request, tokens_BS)
+        if prefix and stream is None:
             model.run(tokens_BS[:, :0], modality=image, kv_caches=caches, allow_image_inputs=True)
         modality = NO_LOGITS if image is None or prefix else replace(image, output_slice=NO_LOGITS.output_slice)
         for start, size in request.chunks:
-            chunk = F.pad(tokens_BS, (0, max(0, start + size - tokens_BS.shape[1])))[:, start : start + size]
-            had_padding = state.valid is not None
+            chunk, had_padding = _chunk(tokens_BS, start, size), state.valid is not None
+            if stream is not None:
+                chunk, modality = None, _within(stream, start, size)
+                had_padding = modality.key_padding_mask is not None
             if config.is_moe:
-                modality = replace(modality, key_padding_mask=state.positions(size) < lengths_B[:, None] - 1 + prefix)
+                read_BS = state.positions(size) < lengths_B[:, None] - 1 + prefix
+                real_BS = modality.key_padding_mask if stream is not None else None
+                modality = replace(modality, key_padding_mask=read_BS if real_BS is None else read_BS & real_BS)
             model.run(chunk, modality=modality, kv_caches=caches, allow_image_inputs=True)
             for each in states:
                 each.truncate(lengths_B - 1 + prefix)
                 if not had_padding:
                     each.without_padding()
     return caches, tokens_BS.gather(1, lengths_B[:, None] - 1)[:, 0]
+
+
+def _stream(model: Transformer, request: Request, tokens_BS: Tensor) -> ModalityContext:
+    """The prompts with the image within: the stream, and which of its positions are real."""
+    image, embed = request.image, model.token_embedding
+    assert image is not None
+    assert image.prefix_embeds is not None
+    assert request.image_positions is not None
+    assert embed is not None
+    positions_B = torch.from_numpy(request.image_positions).to(tokens_BS.device)
+    text_BSD, real_BS = embed(tokens_BS), image.key_padding_mask
+    if real_BS is not None:
+        real_BS = placed(real_BS, torch.ones_like(tokens_BS, dtype=torch.bool), positions_B)
+    embeds_BSD = placed(image.prefix_embeds.to(text_BSD.dtype), text_BSD, positions_B)
+    return ModalityContext(inputs_embeds=embeds_BSD, key_padding_mask=real_BS)
+
+
+def _within(stream: ModalityContext, start: int, size: int) -> ModalityContext:
+    """A chunk of it, without logits."""
+    assert stream.inputs_embeds is not None
+    real_BS = stream.key_padding_mask
+    return ModalityContext(
+        inputs_embeds=_chunk(stream.inputs_embeds, start, size),
+        key_padding_mask=None if real_BS is None else _chunk(real_BS, start, size),
+        output_slice=NO_LOGITS.output_slice,
+    )
+
+
+def _chunk(values: Tensor, start: int, size: int) -> Tensor:
+    """Of (B, S, ...), with zeros after the end."""
+    after = [0] * (2 * values.ndim - 3) + [max(0, start + size - values.shape[1])]
+    return F.pad(values, after)[:, start : start + size]
 
 
 def advance(

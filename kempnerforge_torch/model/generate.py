@@ -37,6 +37,7 @@ def generate(
     prefill_chunk: int = PREFILL_CHUNK,
     pixel_values: Float[Tensor, "B ... 3 h w"] | np.ndarray | None = None,
     frame_mask: Bool[Tensor, "B F"] | np.ndarray | None = None,
+    image_positions: Integer[Tensor, "B"] | np.ndarray | Sequence[int] | None = None,
     compile: bool = False,
 ) -> Int[Tensor, "B L"]:
     """Continue prompts. A wrapped model, or one with wrapped or compiled parts, generates as the plain one does.
@@ -55,6 +56,7 @@ def generate(
         prefill_chunk: maximum number of prompt tokens that are read at once.
         pixel_values: (B, 3, h, w) or (B, F, 3, h, w), what a `VLMWrapper` sees before each prompt; None: text alone.
         frame_mask: bool (B, F), False for frames that don't exist.
+        image_positions: int (B,), how many tokens of each prompt stand before its image, fewer than it has; None: none.
         compile: compile the decode step, and replay it as a CUDA graph on an NVIDIA GPU.
 
     Returns:
@@ -69,7 +71,7 @@ def generate(
     request = make_request(
         model, prompt_tokens, max_new_tokens, sampling,
         prompt_lengths=prompt_lengths, uniforms=uniforms, prefill_chunk=prefill_chunk, pixel_values=pixel_values,
-        frame_mask=frame_mask,
+        frame_mask=frame_mask, image_positions=image_positions,
     )  # fmt: skip
     transformer = inner_transformer(model)
     new_BN = decode_all(transformer, request, compile)
@@ -93,6 +95,7 @@ def stream(
     prefill_chunk: int = PREFILL_CHUNK,
     pixel_values: Float[Tensor, "B ... 3 h w"] | np.ndarray | None = None,
     frame_mask: Bool[Tensor, "B F"] | np.ndarray | None = None,
+    image_positions: Integer[Tensor, "B"] | np.ndarray | Sequence[int] | None = None,
     compile: bool = False,
 ) -> Iterator[np.ndarray]:
     """The new tokens of `generate`, int (B,) at a time, as they are drawn; ends early when every row has ended.
@@ -103,6 +106,6 @@ def stream(
     request = make_request(
         model, prompt_tokens, max_new_tokens, sampling,
         prompt_lengths=prompt_lengths, uniforms=uniforms, prefill_chunk=prefill_chunk, pixel_values=pixel_values,
-        frame_mask=frame_mask,
+        frame_mask=frame_mask, image_positions=image_positions,
     )  # fmt: skip
     return (to_numpy(tokens_B) for tokens_B in steps(inner_transformer(model), request, compile))

@@ -26,6 +26,7 @@ from shared_config.contract.decoding import (
     SamplingConfig,
     cache_length,
     check_architecture,
+    check_image_positions,
     check_images,
     check_request,
     check_uniforms,
@@ -41,6 +42,7 @@ class Request:
 
     Attributes:
         image: its place in the stream, or what is read of it at every step; None: text alone.
+        image_positions: int32 (B,), how many tokens of each prompt stand before the image; None: none.
         uniforms: float64 (B, N); None: greedy.
         cache_length: positions of the caches.
         chunks: (start, size) of the parts in which the prompts are read.
@@ -48,6 +50,7 @@ class Request:
 
     prompts: Prompts
     image: ModalityContext | None
+    image_positions: np.ndarray | None
     max_new_tokens: int
     sampling: SamplingConfig
     uniforms: np.ndarray | None
@@ -75,6 +78,7 @@ def make_request(
     prefill_chunk: int = PREFILL_CHUNK,
     pixel_values: Float[Tensor, "B ... 3 h w"] | np.ndarray | None = None,
     frame_mask: Bool[Tensor, "B F"] | np.ndarray | None = None,
+    image_positions: Integer[Tensor, "B"] | np.ndarray | Sequence[int] | None = None,
 ) -> Request:
     """The checked request of `generate` or `stream`, from their arguments.
 
@@ -99,15 +103,18 @@ def make_request(
         prefill_chunk,
         prefix,
     )
+    positions = check_image_positions(_to_host(image_positions), prompts, _places_image(model, image))
     slots = cache_length(prompts, max_new_tokens, config.max_seq_len, prefix)
+    within = 0 if positions is None else prefix
     return Request(
         prompts,
         image,
+        positions,
         max_new_tokens,
         sampling,
         None if sampling.temperature == 0 else _uniforms(sampling.seed, uniforms, rows, max_new_tokens),
         slots,
-        prefill_chunks(prompts.tokens.shape[1] - 1, prefill_chunk, slots - prefix),
+        prefill_chunks(prompts.tokens.shape[1] - 1 + within, prefill_chunk, slots - prefix + within),
     )
 
 
@@ -144,6 +151,11 @@ def _read_image(
         if context.prefix_embeds is not None:
             return context
         return transformer.precompute_image_kv(context)
+
+
+def _places_image(model: Transformer | VLMWrapper, image: ModalityContext | None) -> bool:
+    """Whether there is an image that may stand anywhere in the text."""
+    return image is not None and isinstance(model, VLMWrapper) and model.strategy.places_image
 
 
 def image_tokens(image: ModalityContext | None) -> int:

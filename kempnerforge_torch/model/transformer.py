@@ -22,7 +22,7 @@ from kempnerforge_torch.model.checks import check_axes
 from kempnerforge_torch.model.embedding import FactoredLogits, OutputHead, TokenEmbedding
 from kempnerforge_torch.model.expert_choice import MAX_SEED
 from kempnerforge_torch.model.init import init_weights
-from kempnerforge_torch.model.modality import ModalityContext
+from kempnerforge_torch.model.modality import ModalityContext, with_logits, with_prefix
 from kempnerforge_torch.model.position import RotaryTables
 from kempnerforge_torch.model.stats import LayerCounts, LayerStats, ModelGetters, TransformerOutput
 from kempnerforge_torch.model.stream import check_inputs, check_stream
@@ -120,9 +120,7 @@ class Transformer(ModelGetters):
         inputs = self._block_inputs(x_BSD, modality, kv_caches, doc_ids, limit_capacity)
         x_BSD, stats = self._run_layers(x_BSD, inputs, modality, kv_caches)
         x_BSD = self.architecture.final_norm(self._extra_modules(), x_BSD, modality)
-        if modality.output_slice is not None:
-            x_BSD = x_BSD[:, modality.output_slice]
-        logits, factors = self._head(x_BSD, factored_logits)
+        logits, factors = self._head(with_logits(x_BSD, modality), factored_logits)
         if return_stats:
             return TransformerOutput(logits, stats, None if kv_caches is None else list(kv_caches), factors)
         self.keep_stats(stats)
@@ -189,10 +187,7 @@ class Transformer(ModelGetters):
             if not tokens.is_floating_point():
                 raise ValueError(f"tokens.dtype = {tokens.dtype}: a stage without embedding takes the stream before it")
             return tokens
-        x_BSD = self.token_embedding(tokens)
-        if modality.prefix_embeds is None:
-            return x_BSD
-        return torch.cat([modality.prefix_embeds.to(x_BSD.dtype), x_BSD], dim=1)
+        return with_prefix(self.token_embedding(tokens), modality)
 
     def _block_inputs(
         self,

@@ -7,7 +7,6 @@ tokens, S positions of the stream, D model dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -16,9 +15,14 @@ from torch import Tensor, nn
 from kempnerforge_torch.model.adapter import VisionAdapter, build_adapter
 from kempnerforge_torch.model.checks import check_axes, check_mask, check_shape
 from kempnerforge_torch.model.kv_cache import KVCache
-from kempnerforge_torch.model.modality import ModalityContext, with_text
+from kempnerforge_torch.model.modality import ModalityContext, with_positions, with_text
 from kempnerforge_torch.model.mot import mot_warm_start_from_text_stack
 from kempnerforge_torch.model.stats import TransformerOutput
+from kempnerforge_torch.model.strategy import CrossAttentionStrategy as CrossAttentionStrategy
+from kempnerforge_torch.model.strategy import JointDecoderStrategy as JointDecoderStrategy
+from kempnerforge_torch.model.strategy import ModalityStrategy, build_modality_strategy
+from kempnerforge_torch.model.strategy import MoMaStrategy as MoMaStrategy
+from kempnerforge_torch.model.strategy import MoTStrategy as MoTStrategy
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vision import VisionEncoder, build_vision_encoder
 from kempnerforge_torch.model.wrappers import unwrap
@@ -29,100 +33,6 @@ from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vision import VisionEncoderConfig
 from shared_config.schema.vlm import VLMConfig
-
-
-@dataclass(frozen=True)
-class ModalityStrategy:
-    """How an architecture takes the image. A new strategy is a subclass that defines `prepare`, and `num_image_tokens`
-    if it differs; registered in category "modality_strategy" under the ``arch`` of its config, it is called with that
-    config.
-    """
-
-    vlm_config: VLMConfig | None = None
-
-    def prepare(
-        self,
-        wrapper: VLMWrapper,
-        pixel_values: Float[Tensor, "B ... 3 h w"],
-        input_ids: Integer[Tensor, "B T"],
-        frame_mask: Bool[Tensor, "B F"] | None = None,
-    ) -> ModalityContext:
-        """The context of the transformer besides the text.
-
-        Args:
-            wrapper: whose `VLMWrapper.encode_images` gives the image tokens.
-            pixel_values, input_ids, frame_mask: as for `VLMWrapper.forward`.
-
-        Returns:
-            the image, and which of its positions are real; the wrapper adds what is known of the text.
-        """
-        raise NotImplementedError(f"{type(self).__name__} defines no prepare")
-
-    def num_image_tokens(self, wrapper: VLMWrapper) -> int:
-        """Positions of the residual stream that an image or a whole clip takes."""
-        return wrapper.frames_per_clip * wrapper.tokens_per_frame
-
-
-@registry.register("modality_strategy", "joint_decoder")
-class JointDecoderStrategy(ModalityStrategy):
-    """The image stands before the text in the residual stream; logits are those of the text."""
-
-    def prepare(
-        self,
-        wrapper: VLMWrapper,
-        pixel_values: Float[Tensor, "B ... 3 h w"],
-        input_ids: Integer[Tensor, "B T"],
-        frame_mask: Bool[Tensor, "B F"] | None = None,
-    ) -> ModalityContext:
-        """As `ModalityStrategy`."""
-        image_embeds, image_mask = wrapper.encode_images(pixel_values, frame_mask)
-        padding_BS = None
-        if image_mask is not None:
-            padding_BS = torch.cat([image_mask, torch.ones_like(input_ids, dtype=torch.bool)], dim=1)
-        text = slice(image_embeds.shape[1], None)
-        return ModalityContext(prefix_embeds=image_embeds, output_slice=text, key_padding_mask=padding_BS)
-
-
-@registry.register("modality_strategy", "mot")
-class MoTStrategy(JointDecoderStrategy):
-    """As `JointDecoderStrategy`: positions belong to the image or to the text by where they stand."""
-
-
-@registry.register("modality_strategy", "moma")
-class MoMaStrategy(JointDecoderStrategy):
-    """As `JointDecoderStrategy`: positions belong to the image or to the text by where they stand."""
-
-
-@registry.register("modality_strategy", "cross_attention")
-class CrossAttentionStrategy(ModalityStrategy):
-    """The image is read by separate blocks; the residual stream is the text."""
-
-    def prepare(
-        self,
-        wrapper: VLMWrapper,
-        pixel_values: Float[Tensor, "B ... 3 h w"],
-        input_ids: Integer[Tensor, "B T"],
-        frame_mask: Bool[Tensor, "B F"] | None = None,
-    ) -> ModalityContext:
-        """As `ModalityStrategy`."""
-        image_embeds, image_mask = wrapper.encode_images(pixel_values, frame_mask)
-        return ModalityContext(image_features=image_embeds, image_mask=image_mask)
-
-    def num_image_tokens(self, wrapper: VLMWrapper) -> int:
-        """0: the image is not part of the residual stream."""
-        return 0
-
-
-def build_modality_strategy(vlm: VLMConfig) -> ModalityStrategy:
-    """The strategy registered under the config's ``arch``; for an architecture without one, that of the joint decoder
-    or of cross-attention, by ``image_tokens_in_stream`` of the config.
-
-    Raises:
-        KeyError: "Unknown modality_strategy: ..." with the names that exist.
-    """
-    if registry.has("architecture", vlm.arch) and not registry.has("modality_strategy", vlm.arch):
-        return JointDecoderStrategy(vlm) if vlm.image_tokens_in_stream else CrossAttentionStrategy(vlm)
-    return registry.get("modality_strategy", vlm.arch)(vlm)
 
 
 class VLMWrapper(nn.Module):
@@ -185,6 +95,7 @@ class VLMWrapper(nn.Module):
         *,
         text_mask: Bool[Tensor, "B T"] | None = None,
         noise_seed: Integer[Tensor, ""] | None = None,
+        image_positions: Integer[Tensor, "B"] | None = None,
         kv_caches: Sequence[KVCache] | None = None,
         limit_capacity: bool | None = None,
         factored_logits: bool = False,
@@ -204,12 +115,21 @@ class VLMWrapper(nn.Module):
             text_mask: bool (B, T), False for padding, with an image or without. Padding after the text needs it only
                 where experts route.
             noise_seed: int (), see `ModalityContext`.
+            image_positions: int (B,), how many text tokens of each row stand before the image, in [0, T]; None: none
+                do. Logits after the image are those that follow from its last token.
             kv_caches: one per layer; text continues from their fill. An image in the stream comes with the first call,
                 one that cross-attention reads with every call.
             limit_capacity, factored_logits: as for `Transformer.forward`.
             return_stats: give a `TransformerOutput` instead, and leave the getters of the transformer alone.
         """
-        modality = self.context(pixel_values, input_ids, frame_mask, text_mask=text_mask, noise_seed=noise_seed)
+        modality = self.context(
+            pixel_values,
+            input_ids,
+            frame_mask,
+            text_mask=text_mask,
+            noise_seed=noise_seed,
+            image_positions=image_positions,
+        )
         output = self.transformer(
             input_ids,
             modality=modality,
@@ -229,6 +149,7 @@ class VLMWrapper(nn.Module):
         *,
         text_mask: Bool[Tensor, "B T"] | None = None,
         noise_seed: Integer[Tensor, ""] | None = None,
+        image_positions: Integer[Tensor, "B"] | None = None,
         kv_caches: Sequence[KVCache] | None = None,
         limit_capacity: bool | None = None,
         factored_logits: bool = False,
@@ -241,6 +162,7 @@ class VLMWrapper(nn.Module):
             frame_mask,
             text_mask=text_mask,
             noise_seed=noise_seed,
+            image_positions=image_positions,
             kv_caches=kv_caches,
             limit_capacity=limit_capacity,
             factored_logits=factored_logits,
@@ -255,6 +177,7 @@ class VLMWrapper(nn.Module):
         *,
         text_mask: Bool[Tensor, "B T"] | None = None,
         noise_seed: Integer[Tensor, ""] | None = None,
+        image_positions: Integer[Tensor, "B"] | None = None,
     ) -> ModalityContext | None:
         """The context of the transformer besides ``input_ids``; None if there is none.
 
@@ -270,10 +193,18 @@ class VLMWrapper(nn.Module):
         if pixel_values is None:
             if frame_mask is not None:
                 raise ValueError("frame_mask is given, pixel_values = None: the mask needs the images that it masks")
+            if image_positions is not None:
+                raise ValueError("image_positions is given, pixel_values = None: there are no images to be placed")
             if text_mask is None and noise_seed is None:
                 return None
             return ModalityContext(key_padding_mask=text_mask, noise_seed=noise_seed)
-        return with_text(self.strategy.prepare(self, pixel_values, input_ids, frame_mask), text_mask, noise_seed)
+        context = with_text(self.strategy.prepare(self, pixel_values, input_ids, frame_mask), text_mask, noise_seed)
+        if image_positions is None:
+            return context
+        if not self.strategy.places_image:
+            name = type(self.strategy).__name__
+            raise ValueError(f"image_positions is given: must be None with {name}, whose image has a place of its own")
+        return with_positions(context, image_positions)
 
     def encode_images(
         self, pixel_values: Float[Tensor, "B ... 3 h w"], frame_mask: Bool[Tensor, "B F"] | None = None

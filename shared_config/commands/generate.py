@@ -20,7 +20,7 @@ from shared_config.commands.speaking import (
     tokenizer_name,
 )
 from shared_config.contract.decoding import check_architecture
-from shared_config.contract.image_token import refuse_image_token
+from shared_config.contract.image_token import without_image_token
 from shared_config.data.image_sources import Shapes, read_pictures
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer
 from shared_config.errors import UserError
@@ -39,8 +39,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         prompt = conversation_ids(template_of(tokenizer), [{"role": "user", "content": options.prompt}])
     else:
         prompt = encode_prompt(tokenizer, options.prompt, config.model.vocab_size)
-    if config.vlm is not None:
-        refuse_image_token("--prompt", np.asarray(prompt), config.vlm.image_token)
+    prompt, places = placed_image(prompt, config)
     manner = manner_of(options, config, tokenizer)
     pixels = read_images(options, config)
     require_backend(options.backend)
@@ -49,7 +48,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         model = load_speaker(options, config, overrides)
         pieces = spoken(
             model, prompt, manner, tokenizer, options,
-            length=options.max_new_tokens, seed=options.seed, times=times, pixels=pixels,
+            length=options.max_new_tokens, seed=options.seed, times=times, pixels=pixels, image_positions=places,
         )  # fmt: skip
         sys.stdout.write("" if options.chat else options.prompt)
         for piece in pieces:
@@ -72,6 +71,21 @@ def encode_prompt(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]
     if not prompt:
         raise UserError(f"--prompt = {text!r}: must not be empty, as the vocabulary has no token that begins a text")
     return prompt
+
+
+def placed_image(prompt: Sequence[int], config: JobConfig) -> tuple[list[int], list[int] | None]:
+    """The prompt without the id of the image, and how many of its ids stand before that; None: where none says so.
+
+    Raises:
+        UserError: several of them, or nothing after it.
+    """
+    ids = np.asarray(prompt)
+    text, place = without_image_token("--prompt", ids, None if config.vlm is None else config.vlm.image_token)
+    if len(text) == len(ids):
+        return list(prompt), None
+    if place == len(text):
+        raise UserError(f"--prompt ends with the id of the image, {ids[-1]}: must go on with text")
+    return text.tolist(), [place]
 
 
 def read_images(options: argparse.Namespace, config: JobConfig) -> np.ndarray | None:

@@ -137,6 +137,7 @@ def spoken(
     seed: int | None,
     times: list[float],
     pixels: np.ndarray | None = None,
+    image_positions: Sequence[int] | None = None,
 ) -> Iterator[str]:
     """What a model adds to a prompt, piece by piece, up to ``length`` tokens or where it ends.
 
@@ -154,6 +155,7 @@ def spoken(
         eos_token_id=manner.stop_ids,
         seed=seed,
         pixel_values=pixels,
+        image_positions=image_positions,
         **own,
     )
     times.append(time.perf_counter())

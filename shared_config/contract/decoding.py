@@ -239,6 +239,30 @@ def check_images(shape: Sequence[int], rows: int) -> None:
         )
 
 
+def check_image_positions(given: ArrayLike | None, prompts: Prompts, places_image: bool) -> np.ndarray | None:
+    """How many tokens of each prompt stand before its image, int32 (B,); None if none do.
+
+    Args:
+        places_image: whether there is an image that may stand anywhere in the text.
+
+    Raises:
+        UserError: positions for no such image, not one for each prompt, or with no token after the image.
+    """
+    if given is None:
+        return None
+    positions, rows = np.asarray(given), len(prompts.lengths)
+    said = f"image_positions = {positions.tolist()}"
+    if not places_image:
+        raise UserError(f"{said}: must be None without an image that has no fixed place")
+    if positions.shape != (rows,) or positions.dtype.kind not in "iu":
+        raise UserError(f"{said}: must be one integer for each of {rows} prompts")
+    for place, (position, length) in enumerate(zip(positions.tolist(), prompts.lengths.tolist(), strict=True)):
+        if not 0 <= position < length:
+            allowed = f"[0, {length}), as text follows the image"
+            raise UserError(f"image_positions[{place}] = {position}: must be in {allowed}")
+    return positions.astype(np.int32)
+
+
 def bucket(length: int, limit: int) -> int:
     """The next power of two, at least 16 and at most ``limit``: what one compiled program serves."""
     return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), limit)

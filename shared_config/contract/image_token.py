@@ -1,4 +1,6 @@
-"""The id that stands for the image in prompts of a Hugging Face folder: no text may hold it."""
+"""The id that stands for the image in prompts of a Hugging Face folder: it says where the image is, and no text that a
+model is given holds it.
+"""
 
 from __future__ import annotations
 
@@ -25,5 +27,21 @@ def refuse_image_token(name: str, ids: np.ndarray, image_token: int | None) -> N
         place = ", ".join(map(str, found[0]))
         raise UserError(
             f"{name} holds {image_token} at {place}: must not, as vlm.image_token_id = {image_token} stands for the "
-            "image, which has its place before the text"
+            "image"
         )
+
+
+def without_image_token(name: str, ids: np.ndarray, image_token: int | None) -> tuple[np.ndarray, int]:
+    """A row (S,) without the id that stands for the image, and how many of its ids stand before the image: 0 if no id
+    says where that is.
+
+    Raises:
+        UserError: it stands there more than once.
+    """
+    found = [] if image_token is None else np.flatnonzero(ids == image_token).tolist()
+    if len(found) > 1:
+        raise UserError(
+            f"{name} holds {image_token} at {', '.join(map(str, found))}: must at most once, as "
+            f"vlm.image_token_id = {image_token} stands for the image, and there is one"
+        )
+    return np.delete(ids, found), found[0] if found else 0

@@ -13,6 +13,7 @@ from typing import NotRequired, TypedDict, TypeGuard
 
 import numpy as np
 
+from shared_config.contract.image_token import without_image_token
 from shared_config.contract.initialise import stream
 from shared_config.data.jsonl import MAX_TEXT_BYTES, lines, parse_object, refuse, text_problem
 from shared_config.data.media import UndecodableError, drawn_frames, nearest_frames, read_clip, read_image
@@ -215,14 +216,21 @@ def _frames_of(
     return list(read_clip(file, pixels, video or VideoConfig(max_frames=1, min_frames=1), rng))
 
 
-def prompt_and_text_tokens(text: str, prompt: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of a row, and which of them are learned."""
+def row_tokens(
+    text: str, prompt: str, tokenizer: Tokenizer, image_token: int | None = None
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The ids of a row without that of the image, which of them are learned, and how many stand before the image.
+
+    Raises:
+        UserError: several ids of the image.
+    """
     before = [] if tokenizer.bos is None else [tokenizer.bos]
     after = [] if tokenizer.eos is None else [tokenizer.eos]
     asked, told = tokenizer.encode(prompt).tolist(), tokenizer.encode(text).tolist()
     ids = np.array([*before, *asked, *told, *after], np.int64)
     learned = np.arange(len(ids)) >= len(before) + len(asked)
-    return ids, learned
+    kept, place = without_image_token(f"prompt {prompt!r} and text {text!r}", ids, image_token)
+    return kept, learned if len(kept) == len(ids) else np.delete(learned, place), place
 
 
 def _parsed(line: str, video: VideoConfig | None) -> tuple[PictureRow, str]:

@@ -19,10 +19,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from shared_config.contract.image_token import refuse_image_token
 from shared_config.contract.labels import IGNORED
 from shared_config.data.batches import Batch, permute
-from shared_config.data.image_sources import Example, Folder, PictureRow, Shapes, open_folder, prompt_and_text_tokens
+from shared_config.data.image_sources import Example, Folder, PictureRow, Shapes, open_folder, row_tokens
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer, check_vocabulary
 from shared_config.errors import UserError
 from shared_config.interchange.preprocessor import PixelRange
@@ -64,10 +63,11 @@ class ImageTextData:
             pixels: how bytes become numbers.
             frames: F of clips; 0 for images, which have no axis of frames.
             text_mask: also give which text positions are real, so that no padding is sent to experts.
-            image_token: the id that stands for the image, which no row may hold; None: there is none.
+            image_token: the id that stands for the image in a row, once at most, and says where it is; None: all
+                images stand before the text.
 
         Raises:
-            UserError: a vocabulary that is too small, a row that holds the id of the image, or no row to train on has a
+            UserError: a vocabulary that is too small, a row with several ids of the image, or no row to train on has a
                 label within ``text_len``.
         """
         if not 0 <= rank < world_size:
@@ -76,7 +76,7 @@ class ImageTextData:
             raise UserError(
                 f"model.vocab_size = {vocab_size}: must be at least that of the tokenizer, {tokenizer.vocab_size}"
             )
-        self.source, self.tokenizer, self.pixels = source, tokenizer, pixels
+        self.source, self.tokenizer, self.pixels, self.image_token = source, tokenizer, pixels, image_token
         self.batch_size, self.text_len, self.frames, self.text_mask = batch_size, text_len, frames, text_mask
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.heldout_batch_size = heldout_batch_size or batch_size
@@ -86,16 +86,7 @@ class ImageTextData:
         self.notes: tuple[str, ...] = ()
         self._rows: dict[str, list[int]] = {"train": [], "heldout": []}
         if isinstance(source, Folder):
-            self._refuse_image_token(source, image_token)
             self._rows = self._check_labels(source)
-
-    def _refuse_image_token(self, folder: Folder, image_token: int | None) -> None:
-        if image_token is None:
-            return
-        for rows in folder.rows.values():
-            for row in rows:
-                ids, _ = prompt_and_text_tokens(row["text"], row.get("prompt", ""), self.tokenizer)
-                refuse_image_token(f"data.path = {folder.name!r}: {dict(row)}", ids, image_token)
 
     def _check_labels(self, folder: Folder) -> dict[str, list[int]]:
         """The rows that have a label, by split: those whose prompt fills ``text_len`` have none."""
@@ -117,7 +108,7 @@ class ImageTextData:
         return kept
 
     def _has_label(self, row: PictureRow) -> bool:
-        _, learned = prompt_and_text_tokens(row["text"], row.get("prompt", ""), self.tokenizer)
+        _, learned, _ = row_tokens(row["text"], row.get("prompt", ""), self.tokenizer, self.image_token)
         return bool(learned[1 : self.text_len + 1].any())
 
     @property
@@ -172,7 +163,7 @@ class ImageTextData:
         return int(permute(np.array([place], np.uint64), count, f"images {self.seed} {epoch}")[0])
 
     def _collated(self, examples: Sequence[Example]) -> Batch:
-        batch = collate(examples, self.tokenizer, self.pixels, self.text_len, self.frames)
+        batch = collate(examples, self.tokenizer, self.pixels, self.text_len, self.frames, self.image_token)
         if isinstance(self.source, Shapes) and self.frames == 0:
             del batch["frame_mask"]  # all are there, and attention needs no mask
         if not self.text_mask:
@@ -181,7 +172,12 @@ class ImageTextData:
 
 
 def collate(
-    examples: Sequence[Example], tokenizer: Tokenizer, pixels: PixelRange, text_len: int, frames: int = 0
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    pixels: PixelRange,
+    text_len: int,
+    frames: int = 0,
+    image_token: int | None = None,
 ) -> Batch:
     """Rows of fixed length.
 
@@ -193,13 +189,15 @@ def collate(
         text_mask: bool (B, T), True at real tokens.
         pixel_values: float32 (B, 3, s, s), or (B, F, 3, s, s) with ``frames``.
         frame_mask: bool (B, 1) or (B, F), True where there is a picture.
+        image_positions: int32 (B,), with ``image_token``: how many tokens stand before the picture.
     """
-    shape = (len(examples), text_len)
+    shape, positions = (len(examples), text_len), np.zeros(len(examples), np.int32)
     input_ids, labels = np.zeros(shape, np.int32), np.full(shape, IGNORED, np.int32)
     text_mask, frame_mask = np.zeros(shape, bool), np.zeros((len(examples), max(frames, 1)), bool)
     pictures = np.zeros((len(examples), max(frames, 1), 3, pixels.side, pixels.side), np.float32)
     for row, example in enumerate(examples):
-        ids, learned = prompt_and_text_tokens(example.text, example.prompt, tokenizer)
+        ids, learned, before = row_tokens(example.text, example.prompt, tokenizer, image_token)
+        positions[row] = min(before, text_len)
         ids, learned = ids[: text_len + 1], learned[: text_len + 1]
         count = max(len(ids) - 1, 0)
         input_ids[row, :count] = ids[:-1]
@@ -208,7 +206,9 @@ def collate(
         shown = example.frames[: max(frames, 1)]
         pictures[row, : len(shown)] = pixels.numbers(shown)
         frame_mask[row, : len(shown)] = True
+    places = {} if image_token is None else {"image_positions": positions}
     return {
+        **places,
         "input_ids": input_ids,
         "labels": labels,
         "text_mask": text_mask,

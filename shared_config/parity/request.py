@@ -27,6 +27,7 @@ from shared_config.parity.validation import (
     chunkings,
     validation_labels,
     validation_pixels,
+    validation_positions,
     validation_tokens,
     validation_weights,
 )
@@ -50,6 +51,7 @@ class Request:
         origin: "validation", "init" or "given".
         tokens, labels: int32 (B, S).
         pixels: float32 (B, 3, s, s) or (B, F, 3, s, s), of a vision-language model.
+        image_positions: int32 (B,), how many tokens stand before the image, where a token of prompts says so.
         selection: what to record.
         refeed: what the layers are given instead of their own inputs; None for a plain run.
     """
@@ -62,6 +64,7 @@ class Request:
     tokens: np.ndarray
     labels: np.ndarray
     pixels: np.ndarray | None = None
+    image_positions: np.ndarray | None = None
     selection: Selection = field(default_factory=Selection)
     refeed: Refeed | None = None
     routes: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -140,6 +143,7 @@ def make_request(
         tokens,
         validation_labels(tokens),
         pixels(config, len(tokens), seed),
+        image_positions(config, tokens.shape, seed),
         Selection(None if layers is None else tuple(layers), tuple(only)),
     )
     if only and request.decodes:
@@ -168,8 +172,14 @@ def decode_names(request: Request) -> list[str]:
     if not can_decode(request.config):
         return []
     reference = decode_reference(request.config)
-    names = [f"{traces.DECODE}/{name}" for name in chunkings(request.tokens.shape[1], request.seed)]
+    names = [f"{traces.DECODE}/{name}" for name in decode_chunks(request)]
     return names if reference == logits_name(request.config) else [reference, *names]
+
+
+def decode_chunks(request: Request) -> dict[str, tuple[int, ...]]:
+    """Ways to feed the tokens to a cache. An image in the stream comes with the first of them, which reach that far."""
+    places = request.image_positions
+    return chunkings(request.tokens.shape[1], request.seed, 0 if places is None else int(places.max()))
 
 
 def decode_reference(config: JobConfig) -> str:
@@ -298,6 +308,13 @@ def pixels(config: JobConfig, batch_size: int, seed: int) -> np.ndarray | None:
     return validation_pixels((batch_size, *shape), seed)
 
 
+def image_positions(config: JobConfig, shape: tuple[int, ...], seed: int) -> np.ndarray | None:
+    """Drawn places of the images in text (B, T), as `validation_positions`; None where images have one place."""
+    if config.vision_encoder is None or image_token(config) is None:
+        return None
+    return validation_positions(shape[0], shape[1], seed)
+
+
 def _weights(config: JobConfig, weights: str | Mapping[str, np.ndarray], seed: int) -> Arrays:
     table = job_table(config, tower_of(config))
     if weights == "validation":
@@ -311,7 +328,8 @@ def _weights(config: JobConfig, weights: str | Mapping[str, np.ndarray], seed: i
 
 def request_meta(request: Request) -> TraceMeta:
     """What is known of where a trace will come from before anything was run."""
-    inputs = {"tokens": request.tokens} | ({} if request.pixels is None else {"pixels": request.pixels})
+    images = {"pixels": request.pixels, "image_positions": request.image_positions}
+    inputs = {"tokens": request.tokens} | {name: array for name, array in images.items() if array is not None}
     selection, refeed = request.selection, request.refeed
     return TraceMeta(
         backend="",

@@ -17,6 +17,8 @@ from shared_config.schema.optimizer import OptimizerConfig
 
 BIAS_RANGE = 0.2
 CHUNK_SIZES = (1, 7)
+LATEST = 7
+"""The most tokens before the image of a row, which come with it in the first call that decodes."""
 MOMENT_STEPS = 7
 """Updates that the optimiser of a validation run seems to have made."""
 
@@ -80,6 +82,14 @@ def validation_pixels(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return (drawn / 127.5 - 1).astype(np.float32)
 
 
+def validation_positions(batch_size: int, length: int, seed: int) -> np.ndarray:
+    """int32 (batch_size,): after how many of ``length`` tokens the image of each row stands, up to `LATEST`, others in
+    neighbouring rows.
+    """
+    order = stream(seed, "validation/image positions").permutation(min(length, LATEST) + 1)
+    return np.resize(order, batch_size).astype(np.int32)
+
+
 def validation_labels(tokens: np.ndarray) -> np.ndarray:
     """The next token of each position; the last position, and the first two of every other row, are ignored."""
     labels = np.concatenate([tokens[:, 1:], np.full_like(tokens[:, :1], IGNORED)], axis=1)
@@ -87,17 +97,28 @@ def validation_labels(tokens: np.ndarray) -> np.ndarray:
     return labels
 
 
-def chunkings(length: int, seed: int) -> dict[str, tuple[int, ...]]:
+def chunkings(length: int, seed: int, first: int = 0) -> dict[str, tuple[int, ...]]:
     """Ways to feed ``length`` tokens to a cache: one token at a time, a long prefill and then steps, and drawn chunks.
 
     Chunk sizes are few, as every size is a shape that JAX compiles.
+
+    Args:
+        first: tokens that the first call has at least.
     """
     prefill = max(length - 3, 1)
     draw = stream(seed, "validation/chunks")
     drawn: list[int] = []
     while (left := length - sum(drawn)) > 0:
         drawn.append(int(draw.choice([size for size in CHUNK_SIZES if size <= left])))
-    return {"single": (1,) * length, "prefill": (prefill, *(1,) * (length - prefill)), "drawn": tuple(drawn)}
+    ways = {"single": (1,) * length, "prefill": (prefill, *(1,) * (length - prefill)), "drawn": tuple(drawn)}
+    return {name: _beginning_with(first, sizes) for name, sizes in ways.items()}
+
+
+def _beginning_with(first: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The first sizes joined until they are large enough."""
+    while sizes[0] < first:
+        sizes = (sizes[0] + sizes[1], *sizes[2:])
+    return sizes
 
 
 def _value(name: str, spec: ParameterSpec, seed: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from shared_config.contract.initialise import stream
 from shared_config.contract.labels import IGNORED
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.vision import picture_format
-from shared_config.parity.request import Arrays, default_length, image_token
+from shared_config.parity.request import Arrays, default_length, image_positions, image_token
 from shared_config.parity.validation import drawn_tokens, validation_pixels
 from shared_config.schema.job import JobConfig
 from shared_config.training.trainer import Batch
@@ -162,6 +162,8 @@ def scenario_batch(
     pixels = scenario_pixels(work, ROWS)
     if pixels is not None:
         batch["pixel_values"] = pixels
+        places = image_positions(config, tokens.shape, work.seed)
+        batch |= {} if places is None else {"image_positions": places}
         if padded and pixels.ndim == 5:
             batch["frame_mask"] = np.arange(pixels.shape[1]) < np.array([[pixels.shape[1]], [1]])
     return batch

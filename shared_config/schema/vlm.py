@@ -26,8 +26,8 @@ from shared_config.schema.model import ModelConfig
 
 @section
 class JointDecoderConfig(VLMConfig, arch="joint_decoder"):
-    """Image tokens stand before the text in one causal decoder. ``image_token_id`` stands for the image in prompts of a
-    Hugging Face folder; no text may hold it.
+    """Image tokens stand before the text in one causal decoder, or where ``image_token_id`` stands for them in prompts
+    and rows of data, as those of Hugging Face's LLaVAs have it.
     """
 
     arch: Literal["joint_decoder"] = "joint_decoder"

@@ -26,7 +26,7 @@ from shared_config.data.image_sources import (
     Shapes,
     is_held_out_row,
     open_folder,
-    prompt_and_text_tokens,
+    row_tokens,
 )
 from shared_config.data.images import ImageTextData, collate, with_noise_seeds
 from shared_config.data.jsonl import Row, lines, parse_object, read_rows, refuse
@@ -417,7 +417,7 @@ def test_rows_of_pictures(tmp_path: Path) -> None:
         for count in (0, 1, 2, 4):
             lines.append(shown(collate(examples, ByteTokenizer(), PLAIN, text_len, count)))
     for tokenizer in (ByteTokenizer(), ByteTokenizer(eos=3)):
-        ids, learned = prompt_and_text_tokens("ab", "c", tokenizer)
+        ids, learned, _ = row_tokens("ab", "c", tokenizer)
         lines.append(f"{ids.tolist()} {learned.astype(int).tolist()}")
     config = load_config("debug_vlm_moma")
     assert config.vlm is not None

@@ -1,8 +1,7 @@
-"""No text holds the id that stands for an image: it is refused wherever text comes in, and never drawn."""
+"""The id that stands for an image says where it is, once; no other text holds it: it is refused, and never drawn."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared_config.cli import main
+from shared_config.commands.generate import placed_image
 from shared_config.contract.decoding import read_prompts
-from shared_config.contract.image_token import refuse_image_token
+from shared_config.contract.image_token import refuse_image_token, without_image_token
 from shared_config.data import open_data
-from shared_config.data.tokenizer import ByteTokenizer
 from shared_config.errors import UserError
+from shared_config.interchange.toml import config_to_toml
 from shared_config.parity.request import check_tokens, make_request
 from shared_config.parity.validation import drawn_tokens
 from tests.config.test_images import folder_of, job
@@ -69,24 +70,56 @@ def test_what_a_trace_draws_has_none() -> None:
     assert set(make_request(config, dtype="float64", seed=1).tokens.ravel()) == set(range(8)) - {5}
 
 
-@pytest.mark.parametrize("part", ["prompt", "text"])
-def test_rows_of_data_are_refused(part: str, tmp_path: Path) -> None:
-    row = {"prompt": "what? ", "text": "a cat"}
-    folder = folder_of(tmp_path, [*[row] * 40, {**row, part: "see # here"}, row])
-    config = seeing(data={"path": str(folder)})
-    place = 4 + 1 + (part == "text") * len(row["prompt"])
-    assert ByteTokenizer().bos is not None
-    named = f"{re.escape(str(folder))}.*see # here.* holds {TOKEN} at {place}: must not"
-    with pytest.raises(UserError, match=named):
-        open_data(config)
-    open_data(job(data={"path": str(folder)}))
+@given(st.lists(st.integers(0, 5), max_size=6), st.integers(0, 5))
+def test_an_id_says_where_the_image_is(row: list[int], token: int) -> None:
+    ids, count = np.array(row, np.int64), row.count(token)
+    if count > 1:
+        places = ", ".join(str(place) for place, id in enumerate(row) if id == token)
+        with pytest.raises(UserError, match=f"^a row holds {token} at {places}: must at most once, as vlm"):
+            without_image_token("a row", ids, token)
+        return
+    text, place = without_image_token("a row", ids, token)
+    assert (text.tolist(), place) == ([id for id in row if id != token], row.index(token) if count else 0)
+    assert without_image_token("a row", ids, None)[0].tolist() == row
 
 
-def test_a_command_refuses_a_prompt_before_it_loads_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from shared_config.cli import main
-    from shared_config.interchange.toml import config_to_toml
+@pytest.mark.parametrize(
+    ("prompt", "text"), [("see # it ", "a cat"), ("what? ", "a # cat"), ("#", "cat"), ("", "cat#")]
+)
+def test_rows_of_data_say_where_their_image_is(prompt: str, text: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, [{"prompt": prompt, "text": text}])
+    data = {"path": str(folder), "heldout_fraction": 1e-9}
+    found, plain = open_data(seeing(data=data)).batch(0), open_data(job(data=data)).batch(0)
+    place = 1 + (prompt + text).index("#")
+    assert found["image_positions"].tolist() == [place] * 4
+    assert found["image_positions"].dtype == np.int32
+    kept = np.delete(np.arange(plain["input_ids"].shape[1]), place)
+    np.testing.assert_array_equal(found["input_ids"][:, :-1], plain["input_ids"][:, kept])
+    np.testing.assert_array_equal(found["labels"][:, :-2], plain["labels"][:, kept[1:] - 1])
+    assert "image_positions" not in plain
 
+
+def test_rows_of_data_with_several_images_are_refused(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, [*[{"text": "a cat"}] * 4, {"prompt": "see #", "text": "and #"}])
+    with pytest.raises(UserError, match=f"prompt 'see #' and text 'and #' holds {TOKEN} at 5, 10: must at most once"):
+        open_data(seeing(data={"path": str(folder)}))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [("#a#", f"--prompt holds {TOKEN} at 1, 3: must at most once"), ("a#", f"ends with the id of the image, {TOKEN}")],
+)
+def test_a_command_refuses_a_prompt_before_it_loads_a_model(
+    prompt: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "config.toml").write_text(config_to_toml(seeing()))
-    asked = ["generate", str(tmp_path / "config.toml"), "--backend", "torch", "--prompt", "a#"]
+    asked = ["generate", str(tmp_path / "config.toml"), "--backend", "torch", "--prompt", prompt]
     assert main(asked) == 2
-    assert f"--prompt holds {TOKEN} at 2: must not" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
+
+
+def test_a_prompt_says_where_its_image_is() -> None:
+    assert placed_image([5, 6, TOKEN, 7], seeing()) == ([5, 6, 7], [2])
+    assert placed_image([5, 6, 7], seeing()) == ([5, 6, 7], None)
+    assert placed_image([TOKEN, 7], seeing()) == ([7], [0])
+    assert placed_image([5, TOKEN, 7], job()) == ([5, TOKEN, 7], None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,22 +96,27 @@ def image_tokens(config: Any) -> int:
     return patches + (config.vision_feature_select_strategy == "full" and tower.model_type.startswith("clip"))
 
 
-def with_image(config: Any, tokens: np.ndarray) -> torch.Tensor:
-    """The ids that transformers takes for an image before text."""
-    places = np.full((len(tokens), image_tokens(config)), config.image_token_index)
-    return torch.from_numpy(np.concatenate([places, tokens], axis=1)).long()
+def with_image(config: Any, tokens: np.ndarray, positions: Sequence[int]) -> torch.Tensor:
+    """The ids that transformers takes for an image after so many tokens of each row."""
+    image = [config.image_token_index] * image_tokens(config)
+    rows = [[*row[:k], *image, *row[k:]] for row, k in zip(tokens.tolist(), positions, strict=True)]
+    return torch.tensor(rows)
 
 
-def logits_of_text(model: Any, pixels: np.ndarray, tokens: np.ndarray) -> torch.Tensor:
-    """(B, T, V) of transformers."""
-    ids = with_image(model.config, tokens)
-    out = model(ids, pixel_values=torch.from_numpy(pixels), use_cache=False)
-    return out.logits[:, image_tokens(model.config) :]
+def logits_of_text(model: Any, pixels: np.ndarray, tokens: np.ndarray, positions: Sequence[int]) -> torch.Tensor:
+    """(B, T, V) of transformers: for each token those that the next one is predicted from."""
+    ids = with_image(model.config, tokens, positions)
+    logits = model(ids, pixel_values=torch.from_numpy(pixels), use_cache=False).logits
+    texts = [(row != model.config.image_token_index).nonzero()[:, 0].tolist() for row in ids]
+    rows = [own[[*(place - 1 for place in text[1:]), -1]] for own, text in zip(logits, texts, strict=True)]
+    return torch.stack(rows)
 
 
-def continuations(model: Any, pixels: np.ndarray, prompts: np.ndarray, count: int) -> np.ndarray:
+def continuations(
+    model: Any, pixels: np.ndarray, prompts: np.ndarray, positions: Sequence[int], count: int
+) -> np.ndarray:
     """Greedy, of transformers; prompts of one length."""
-    ids = with_image(model.config, prompts)
+    ids = with_image(model.config, prompts, positions)
     out = model.generate(
         ids,
         pixel_values=torch.from_numpy(pixels),

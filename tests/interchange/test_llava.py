@@ -1,7 +1,7 @@
 """LLaVAs, drawn and saved by transformers, are the same function here: logits of the text, gradients, greedy decoding
-after an image; and go back there bit by bit.
+after an image, which stands before the text or within; and go back there bit by bit.
 
-By day two draws each, in PyTorch; ``HYPOTHESIS_PROFILE=nightly`` draws 25 and runs JAX as well.
+By day one draw each, in PyTorch; ``HYPOTHESIS_PROFILE=nightly`` draws 13 and runs JAX as well.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tests.interchange.llavas import (
 from tests.interchange.test_family_models import ALLOWED, TOLD, assert_close
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
-EXAMPLES = 25 if NIGHTLY else 2
+EXAMPLES = 13 if NIGHTLY else 1
 LENGTH, PROMPT, NEW_TOKENS = 11, 5, 7
 
 Named = Mapping[str, np.ndarray]
@@ -55,16 +55,25 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+@pytest.mark.parametrize("within", [False, True], ids=["before the text", "within"])
 @pytest.mark.parametrize("kind", TOWERS)
 @settings(max_examples=EXAMPLES, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(data=st.data())
-def test_a_llava_of_theirs_is_the_same_function_here(kind: str, data: st.DataObject) -> None:
+def test_a_llava_of_theirs_is_the_same_function_here(kind: str, within: bool, data: st.DataObject) -> None:
     model = build(data.draw(drawn_llavas(kind)), seed=1)
+    positions = None
+    if within:
+        rows = st.lists(st.integers(0, PROMPT - 1), min_size=2, max_size=2)
+        positions = data.draw(rows.filter(any).map(lambda drawn: [*drawn[:1], LENGTH - drawn[1]]))
     with tempfile.TemporaryDirectory() as folder:
-        check(model, Path(folder))
+        check(model, Path(folder), positions)
 
 
-def check(model: Any, folder: Path) -> None:
+def check(model: Any, folder: Path, positions: list[int] | None) -> None:
+    """
+    Args:
+        positions: of the image in each row of the text; in a prompt at most as far as that goes. None: before it.
+    """
     model.save_pretrained(folder / "theirs")
     source = read_model(folder / "theirs")
     config, state = source.config, {name: np.asarray(array) for name, array in source.weights.items()}
@@ -72,23 +81,27 @@ def check(model: Any, folder: Path) -> None:
     side = model.config.vision_config.image_size
     pixels = np.random.default_rng(3).standard_normal((2, 3, side, side))
     scales = np.random.default_rng(2).standard_normal((2, LENGTH, VOCABULARY))
+    places = positions or [0, 0]
+    in_prompt = [min(place, PROMPT - 1) for place in places]
     assert_back(model, config, state, folder / "back", pixels, tokens)
-    decoded = continuations(model, pixels, tokens[:, :PROMPT], NEW_TOKENS)
-    logits = logits_of_text(model, pixels, tokens)
+    decoded = continuations(model, pixels, tokens[:, :PROMPT], in_prompt, NEW_TOKENS)
+    logits = logits_of_text(model, pixels, tokens, places)
     (logits * torch.from_numpy(scales)).sum().backward()
     wanted = from_llava(gradients(model), config)
 
     ours = wrapper(config).double()
     set_state(ours, state)
     assert ours.num_image_tokens == image_tokens(model.config)
-    found, _ = ours(torch.from_numpy(pixels), torch.from_numpy(tokens))
+    given_places = None if positions is None else torch.tensor(positions)
+    found, _ = ours(torch.from_numpy(pixels), torch.from_numpy(tokens), image_positions=given_places)
     assert_close({"logits": found.detach().numpy()}, {"logits": logits.detach().numpy()}, ALLOWED)
     (found * torch.from_numpy(scales)).sum().backward()
     assert_close(own_gradients(ours), wanted, TOLD)
-    whole = generate(ours, tokens[:, :PROMPT], NEW_TOKENS, temperature=0.0, prefill_chunk=4, pixel_values=pixels)
+    images = {"pixel_values": pixels, "image_positions": None if positions is None else in_prompt}
+    whole = generate(ours, tokens[:, :PROMPT], NEW_TOKENS, temperature=0.0, prefill_chunk=4, **images)
     assert whole[:, PROMPT:].tolist() == decoded.tolist()
     if NIGHTLY:
-        check_jax(config, state, pixels, tokens, scales, logits.detach().numpy(), wanted, decoded)
+        check_jax(config, state, images, positions, tokens, scales, logits.detach().numpy(), wanted, decoded)
 
 
 def wrapper(config: JobConfig) -> VLMWrapper:
@@ -125,13 +138,15 @@ def assert_back(
     assert there.config.image_token_index == model.config.image_token_index
     assert there.config.image_seq_length == image_tokens(model.config)
     with torch.no_grad():
-        assert torch.equal(logits_of_text(there.eval(), pixels, tokens), logits_of_text(model, pixels, tokens))
+        there_and_here = [logits_of_text(one, pixels, tokens, [0, 3]) for one in (there.eval(), model)]
+        assert torch.equal(*there_and_here)
 
 
 def check_jax(
     config: JobConfig,
     state: Named,
-    pixels: np.ndarray,
+    images: Mapping[str, Any],
+    positions: list[int] | None,
     tokens: np.ndarray,
     scales: np.ndarray,
     logits: np.ndarray,
@@ -152,17 +167,17 @@ def check_jax(
         model = build_jax(config.model, config.vision_encoder, config.adapter, config.vlm, rngs=None)
         jax_state.set_state(model, state)
         graph, params, buffers = jax_state.split(model)
+        places = None if positions is None else jnp.asarray(positions)
 
         def loss(params: Any) -> tuple[Any, Any]:
-            found = jax_state.merge(graph, params, buffers).run(jnp.asarray(pixels), jnp.asarray(tokens)).logits
+            whole = jax_state.merge(graph, params, buffers)
+            found = whole.run(jnp.asarray(images["pixel_values"]), jnp.asarray(tokens), image_positions=places).logits
             return (found * scales).sum(), found
 
         found_gradients, found = jax.jit(jax.grad(loss, has_aux=True))(params)
         assert_close({"logits": np.asarray(found)}, {"logits": logits}, ALLOWED)
         assert_close({name: np.asarray(found_gradients[name]) for name in wanted}, wanted, TOLD)
-        whole = jax_generate.generate(
-            model, tokens[:, :PROMPT], NEW_TOKENS, temperature=0.0, prefill_chunk=4, pixel_values=pixels
-        )
+        whole = jax_generate.generate(model, tokens[:, :PROMPT], NEW_TOKENS, temperature=0.0, prefill_chunk=4, **images)
         assert np.array_equal(np.asarray(whole)[:, PROMPT:], decoded)
 
 

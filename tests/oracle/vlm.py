@@ -47,14 +47,40 @@ def joint_decoder(
     tokens: np.ndarray,
     image: np.ndarray,
     key_padding_mask: np.ndarray | None = None,
+    positions: np.ndarray | None = None,
 ) -> VLMOutput:
-    """The image's embeddings (B, N, D) before the text in one causal decoder; logits of the text."""
-    text = slice(image.shape[1], None)
-    out = transformer(
-        weights, config, tokens, prefix_embeds=image, output_slice=text, key_padding_mask=key_padding_mask
-    )
+    """The image's embeddings (B, N, D) before the text in one causal decoder; logits of the text.
+
+    Args:
+        key_padding_mask: bool (B, N + T), of the image and then the text, wherever the image stands.
+        positions: int (B,), how many text tokens of each row stand before the image. The logits of a text token are
+            those that the next one is predicted from.
+    """
+    count = image.shape[1]
+    if positions is None:
+        out = transformer(
+            weights, config, tokens, prefix_embeds=image, output_slice=slice(count, None),
+            key_padding_mask=key_padding_mask,
+        )  # fmt: skip
+    else:
+        text = config.embedding_scale * token_embedding(tokens, submodule(weights, "token_embedding"))
+        mask = (
+            None
+            if key_padding_mask is None
+            else _inserted(key_padding_mask[:, :count], key_padding_mask[:, count:], positions)
+        )
+        out = transformer(weights, config, inputs_embeds=_inserted(image, text, positions), key_padding_mask=mask)
+        places = [[*range(k), *range(k + count, text.shape[1] + count)] for k in positions]
+        before_next = np.array([[*(place - 1 for place in row[1:]), text.shape[1] + count - 1] for row in places])
+        out.logits = np.take_along_axis(out.logits, before_next[..., None], axis=1)
     counts = {layer: {"all": count} for layer, count in out.expert_counts.items()}
     return VLMOutput(out.logits, out.activations, out.aux_loss, out.z_loss, counts)
+
+
+def _inserted(image: np.ndarray, text: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Of both (B, ...), the image's after so many of each row's text."""
+    rows = zip(image, text, positions, strict=True)
+    return np.stack([np.concatenate([own[:k], seen, own[k:]]) for seen, own, k in rows])
 
 
 def cross_attention_decoder(

@@ -41,6 +41,7 @@ from tests.strategies import MAX_SEQ_LEN, model_configs
 from tests.tolerance import FORWARD_K, assert_same_function, perturbation_delta, unit_roundoff
 
 NEW, VOCABULARY = 6, 13
+NIGHTLY = settings.get_current_profile_name() == "nightly"
 PLAIN = ModelConfig(
     dim=20, head_dim=6, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=37, ffn_hidden_dim=24, max_seq_len=MAX_SEQ_LEN,
     qk_norm=True, sliding_window=4, attention_bias=True,
@@ -484,13 +485,15 @@ ARCHITECTURES: dict[str, VLMConfig] = {
     "cross_attention": CrossAttentionConfig(max_text_len=8, cross_attention_every_n_layers=1),
     "mot": MoTConfig(max_text_len=8, mot_image_n_kv_heads=2),
 }
+WITHIN = [4, 0, 2]
+"""Tokens of each prompt that stand before its image."""
 PIXELS = np.random.default_rng(2).standard_normal((3, FRAMES, 3, 8, 8))
 SHOWN = np.array([[True, False], [True, True], [False, False]])
 
 
 @functools.lru_cache(maxsize=8)
-def seeing_model(backend: Any, vlm: VLMConfig, window: int | None = None) -> Any:
-    config = SEEING.replace(sliding_window=window)
+def seeing_model(backend: Any, vlm: VLMConfig, window: int | None = None, experts: int = 0) -> Any:
+    config = SEEING.replace(sliding_window=window, num_experts=experts, moe_top_k=2)
     model = backend.build(backend.module("model.vlm").build_vlm_wrapper, config, VISION, ADAPTER, vlm, FRAMES)
     table = wrapper_table(config, vlm, ADAPTER, vit_tower(VISION), VISION.feature_dim)
     backend.module("model.state").set_state(model, validation_weights(table, 3))
@@ -565,6 +568,53 @@ def test_images_that_do_not_fit_are_refused(backend: Any) -> None:
         generate(model, [[1] * 25], 1, pixel_values=PIXELS[:1])
     with pytest.raises(ValueError, match="pixel_values is given: model = Transformer has no encoder"):
         generate(model_of(backend, PLAIN), PROMPTS, 2, pixel_values=PIXELS)
+
+
+@functools.lru_cache(maxsize=2)
+def seen_within(masked: bool) -> np.ndarray:
+    """As `seen_and_continued`, of images within the prompts."""
+    model = seeing_model(BACKENDS[0], ARCHITECTURES["joint_decoder"], experts=3)
+    new = np.zeros((len(PROMPTS), NEW), np.int64)
+    for row, prompt in enumerate(PROMPTS):
+        pixels, shown = torch.from_numpy(PIXELS[row : row + 1]), torch.from_numpy(SHOWN[row : row + 1])
+        text, places = list(prompt), torch.tensor([WITHIN[row]])
+        for step in range(NEW):
+            with torch.no_grad():
+                given = (pixels, torch.tensor([text]), shown if masked else None)
+                logits = model.run(*given, image_positions=places, limit_capacity=False).logits
+            new[row, step] = int(logits[0, -1].argmax())
+            text.append(int(new[row, step]))
+    return new
+
+
+@on_both
+@pytest.mark.parametrize(("masked", "chunk"), [(True, 3), *[(False, 3), (True, 64), (False, 64)] * NIGHTLY])
+def test_images_within_prompts_are_seen_as_in_the_full_forward(backend: Any, masked: bool, chunk: int) -> None:
+    images = {"pixel_values": PIXELS, "frame_mask": SHOWN if masked else None, "image_positions": WITHIN}
+    model = seeing_model(backend, ARCHITECTURES["joint_decoder"], experts=3)
+    tokens = continued(backend, model, PROMPTS, temperature=0.0, prefill_chunk=chunk, **images)
+    np.testing.assert_array_equal(tokens, seen_within(masked))
+
+
+@on_both
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        ([0, 0], r"image_positions = \[0, 0\]: must be one integer for each of 3 prompts"),
+        ([0, 0.5, 0], "image_positions = .*: must be one integer for each"),
+        ([0, 0, -1], r"image_positions\[2\] = -1: must be in \[0, {}\), as text follows the image"),
+        ([0, len(PROMPTS[1]), 0], r"image_positions\[1\] = {}: must be in \[0, {}\), as text follows the image"),
+    ],
+)
+def test_images_that_can_not_stand_there_are_refused(backend: Any, positions: list[Any], message: str) -> None:
+    model = seeing_model(backend, ARCHITECTURES["joint_decoder"])
+    sizes = [len(PROMPTS[2])] if positions[-1] == -1 else [len(PROMPTS[1])] * 2
+    with pytest.raises(ValueError, match=message.format(*sizes)):
+        generation(backend).generate(model, PROMPTS, 1, pixel_values=PIXELS, image_positions=positions)
+    for images in ({}, {"pixel_values": PIXELS}):
+        other = model if not images else seeing_model(backend, ARCHITECTURES["mot"])
+        with pytest.raises(ValueError, match="must be None without an image that has no fixed place"):
+            generation(backend).generate(other, PROMPTS, 1, image_positions=[0, 0, 0], **images)
 
 
 @on_both

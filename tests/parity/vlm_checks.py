@@ -323,24 +323,29 @@ ARCHITECTURES: dict[str, VLMConfig] = {
 }  # fmt: skip
 
 
-def wrapper_check(arch: str) -> Callable[[str], None]:
-    """Clips with frames that don't exist, and padded text, through a whole model of one architecture."""
+def wrapper_check(arch: str, positions: tuple[int, ...] | None = None) -> Callable[[str], None]:
+    """Clips with frames that don't exist, before the text or within, and padded text, through a whole model of one
+    architecture.
+    """
 
     def check(backend: str) -> None:
         side, vlm = Side(backend), ARCHITECTURES[arch]
+        places = None if positions is None else np.array(positions)
         table = wrapper_table(MODEL, vlm, PLAIN, None, 6)
         build = side.module("model.vlm").build_vlm_wrapper
         model = side.filled(table, build, MODEL, VISION, PLAIN, vlm, frames_per_clip=3)
         given = [side.array(value) for value in (CLIPS, TOKENS, FRAMES)]
-        logits = side.numpy(model.run(*given, text_mask=side.array(TEXT_MASK)).logits)
-        assert_same_function(logits * TEXT_MASK[..., None], wrapper_truth(arch) * TEXT_MASK[..., None], arch)
+        placed = {} if places is None else {"image_positions": side.array(places)}
+        logits = side.numpy(model.run(*given, text_mask=side.array(TEXT_MASK), **placed).logits)
+        truth = wrapper_truth(arch, positions)
+        assert_same_function(logits * TEXT_MASK[..., None], truth * TEXT_MASK[..., None], arch)
 
-    check.__name__ = f"check_{arch}_wrapper"
+    check.__name__ = f"check_{arch}_wrapper{'' if positions is None else '_within'}"
     return check
 
 
 @functools.cache
-def wrapper_truth(arch: str) -> np.ndarray:
+def wrapper_truth(arch: str, positions: tuple[int, ...] | None) -> np.ndarray:
     vlm = ARCHITECTURES[arch]
     weights = weights_of(wrapper_table(MODEL, vlm, PLAIN, None, 6))
     features = noise.image_noise(CLIPS.reshape(9, 3, 2, 2), 2, 6)
@@ -351,7 +356,8 @@ def wrapper_truth(arch: str) -> np.ndarray:
     if isinstance(vlm, CrossAttentionConfig):
         return cross_attention_decoder(own, MODEL, vlm, TOKENS, image, mask, key_padding_mask=TEXT_MASK).logits
     if not isinstance(vlm, MoTConfig):
-        return joint_decoder(own, MODEL, TOKENS, image, padding).logits
+        places = None if positions is None else np.array(positions)
+        return joint_decoder(own, MODEL, TOKENS, image, padding, places).logits
     embeds = np.concatenate([image, own["token_embedding.embedding.weight"][TOKENS]], axis=1)
     ids = np.array([[0] * image.shape[1] + [1] * TEXT_LEN] * 3)
     cut = slice(image.shape[1], None)
@@ -363,6 +369,25 @@ def check_seed(backend: str) -> None:
     side, seed = Side(backend), Side(backend).array(np.int32(3))
     image = side.module("model.modality").ModalityContext(prefix_embeds=side.array(STREAM))
     assert side.module("model.vlm").with_text(image, None, seed).noise_seed is seed
+
+
+WRAPPERS = (*(wrapper_check(arch) for arch in ARCHITECTURES), wrapper_check("joint_decoder", (2, 0, TEXT_LEN)))
+
+
+def check_places(backend: str) -> None:
+    """Places that no text has are refused, and where the image has a place of its own all are."""
+    side, build = Side(backend), Side(backend).module("model.vlm").build_vlm_wrapper
+    given = [*map(side.array, (CLIPS.astype(np.float32), TOKENS))]
+    for arch, places, said in (
+        ("joint_decoder", [0, TEXT_LEN + 1, 0], f"prefix_positions = {TEXT_LEN + 1}: ids must be in"),
+        ("joint_decoder", [0, 0], r"prefix_positions.shape = \(2,\): must be \(3,\)"),
+        ("mot", [0, 0, 0], "image_positions is given: must be None with MoTStrategy"),
+    ):
+        model = side.built(build, MODEL, VISION, PLAIN, ARCHITECTURES[arch], 3)
+        with refused(said):
+            model.run(*given, image_positions=side.array(np.array(places, np.int32)))
+        with refused("image_positions is given, pixel_values = None"):
+            model.run(None, given[1], image_positions=side.array(np.array(places, np.int32)))
 
 
 def check_budget(backend: str) -> None:
@@ -401,7 +426,8 @@ VLM_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
     "model.mot": (check_mot_block, check_mot_stream, check_mot_start, check_mot_cache, check_mot_experts),
     "model.expert_choice": (check_moma,),
     "model.moma": (check_moma,),
-    "model.modality": (check_seed, *(wrapper_check(arch) for arch in ARCHITECTURES)),
-    "model.vlm": (check_budget, check_seed, *(wrapper_check(arch) for arch in ARCHITECTURES)),
+    "model.modality": (check_seed, check_places, *WRAPPERS),
+    "model.strategy": (check_places, *WRAPPERS),
+    "model.vlm": (check_budget, check_places, check_seed, *WRAPPERS),
     "training.freeze": (check_freeze,),
 }
