@@ -15,9 +15,9 @@ from flax import linen, nnx
 from jax import Array
 from jaxtyping import Shaped
 
-from kempnerforge_jax.functions import is_callable_tree, taken_apart
+from kempnerforge_jax.functions import Transformed, bare, is_callable_tree, taken_apart
 from kempnerforge_jax.model.state import to_numpy
-from kempnerforge_jax.program import evaluate
+from kempnerforge_jax.program import evaluate, marked_names, path_name, unmarked
 from kempnerforge_jax.statistics import described, kept, put_out
 from kempnerforge_jax.taps import Taps, is_array, is_floating, tap
 from shared_config.errors import UserError
@@ -32,7 +32,7 @@ from shared_config.parity.traces import Trace
 __all__ = ["record", "tap"]
 
 Inputs = Sequence[object] | Mapping[str, object]
-Function = nnx.Module | linen.Module | Callable[..., object]
+Function = nnx.Module | linen.Module | Transformed | Callable[..., object]
 Loss = Callable[[object], Shaped[Array, "..."]]
 Parameters = dict[str, Shaped[Array, "..."]]
 
@@ -84,13 +84,14 @@ def record(
     Integers, as choices of routers, are compared exactly but for what rounding changes.
 
     The function is traced once and run under jit; what `tap` or `checkpoint_name` names inside of it, also in scans,
-    rematerialised and jitted parts, is an activation.
+    rematerialised and jitted parts, is an activation; within `vmap` the new axes come first.
 
     Args:
-        function: a module of NNX or Linen, a callable pytree (as modules of Equinox are), or a function (as
-            transformed ones of Haiku are), which takes the weights first, if there are some.
+        function: a module of NNX or Linen, a callable pytree (as modules of Equinox are), what `hk.transform` of Haiku
+            gives, or a function, which takes the weights first, if there are some.
         inputs: positional or named arguments; arrays and anything else, in containers of any kind.
-        weights: of Linen the variables, of a function a tree; of other modules values by name, in place of their own.
+        weights: of Linen the variables, of Haiku the parameters (with a state {"params": ..., "state": ...}), of a
+            function a tree; of other modules values by name, in place of their own. Slashes of names are dots here.
         dtype: of weights and floating-point inputs, of "float64", "float32", "float16", "bfloat16"; None leaves all as
             it is.
         backward: whether to record gradients.
@@ -136,11 +137,14 @@ class _Engine:
         self._loss, self._optimizer, self._options = loss, optimizer, options
         if batches and optimizer is None:
             raise UserError("batches: a run needs an optimizer")
-        self._apply, tree, self._rest = taken_apart(function, weights)
+        self._apply, tree, self._rest = taken_apart(bare(function), weights)
         leaves, self._treedef = jax.tree_util.tree_flatten_with_path(tree)
-        names = [_path_name(path) for path, _ in leaves]
+        names = [path_name(path) for path, _ in leaves]
         own = {name: np.asarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
-        given = weights if isinstance(function, nnx.Module) or is_callable_tree(function, weights) else None
+        if len(own) < len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise UserError(f"weights: {', '.join(twice)}: several have this name, with dots for what nests them")
+        given = weights if isinstance(function, nnx.Module) or is_callable_tree(function) else None
         shapes = {name: value.shape for name, value in own.items()}
         self.weights: Arrays = own if given is None else transfer(given, None, shapes)
         self.inputs: Arrays = {name: np.asarray(array) for name, array in tensors_in(inputs, is_array)}
@@ -195,10 +199,14 @@ class _Engine:
 
         order = [*weights, *inputs]
         closed, shapes = jax.make_jaxpr(whole, return_shape=True)([*weights.values()], [*inputs.values()])
-        treedef = jax.tree.structure(shapes)
+        treedef, copies = jax.tree.structure(shapes), marked_names(closed, order)
 
         def call(values: Parameters, visit: Callable[[str, Array], Array]) -> object:
-            return jax.tree.unflatten(treedef, evaluate(closed, [values[name] for name in order], visit))
+            def named(name: str, value: Array) -> Array:
+                known = unmarked(name, copies)
+                return value if known is None else visit(known, value)
+
+            return jax.tree.unflatten(treedef, evaluate(closed, [values[name] for name in order], named))
 
         return call
 
@@ -296,12 +304,6 @@ class _Program:
         recorded = {"taps": values, "cotangents": cotangents, "gradients": gradients}
         self.descriptions = jax.tree.map(lambda array: described(array, self._store), recorded)
         return jax.tree.map(put_out, recorded, self.descriptions)
-
-
-def _path_name(path: Sequence[Any]) -> str:
-    """A path in a tree with dots."""
-    parts = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path]
-    return ".".join(str(part) for part in parts if part != "value").lstrip(".")
 
 
 def _cast(value: np.ndarray, dtype: str) -> Array:

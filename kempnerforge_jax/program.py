@@ -5,7 +5,8 @@ A name is what `jax.ad_checkpoint.checkpoint_name` gives; it costs nothing where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,10 @@ from jaxtyping import Shaped
 Visit = Callable[[str, Shaped[jax.Array, "..."]], Shaped[jax.Array, "..."]]
 
 NAME = "name"
+MARK = "?"
+"""Begins names within the copy of a module that a transformation made: "?3.linear" is the linear of the third copy, and
+"?3?linear.weight" names, before it is called, an array of it.
+"""
 INLINED = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
 """Calls whose body stands in their place where it names something."""
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
@@ -39,6 +44,48 @@ def names_of(program: Jaxpr) -> Iterator[str]:
             yield equation.params["name"]
         elif (body := _body(equation)) is not None:
             yield from names_of(body.jaxpr)
+
+
+def marked_names(program: ClosedJaxpr, arguments: Sequence[str]) -> dict[str, str]:
+    """Marks of copies of modules -> paths of the modules, of a program whose flat arguments have names.
+
+    An array of a copy is an argument of the program, whichever jitted and rematerialised parts and scans lie between:
+    from its name the path follows.
+    """
+    found: dict[str, str] = {}
+
+    def walk(jaxpr: Jaxpr, origins: dict[Any, str]) -> None:
+        for equation in jaxpr.eqns:
+            given = [None if isinstance(atom, Literal) else origins.get(atom) for atom in equation.invars]
+            if equation.primitive.name == NAME:
+                _, mark, path = [*equation.params["name"].split(MARK), "", ""][:3]
+                end = f".{path}"
+                if path and given[0] is not None and given[0].endswith(end):
+                    found[f"{MARK}{mark}"] = given[0].removesuffix(end)
+            elif (body := _body(equation)) is not None:
+                walk(body.jaxpr, {own: name for own, name in zip(body.jaxpr.invars, given, strict=True) if name})
+
+    walk(program.jaxpr, dict(zip(program.jaxpr.invars, arguments, strict=True)))
+    return found
+
+
+def unmarked(name: str, copies: Mapping[str, str]) -> str | None:
+    """The name of a value within a copy as that of what was copied; None of a copy of nothing that is known.
+
+    Args:
+        copies: as `marked_names` gives them.
+    """
+    found = re.match(rf"{re.escape(MARK)}\d+(?![{re.escape(MARK)}\d])", name)
+    if not name.startswith(MARK):
+        return name
+    return f"{copies[found[0]]}{name[found.end() :]}" if found and found[0] in copies else None
+
+
+def path_name(path: Sequence[object]) -> str:
+    """A path in a tree, or the name of a module of Haiku, with dots."""
+    parts = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path]
+    text = ".".join(str(part) for part in parts if part != "value")
+    return text.replace("/~/", ".").replace("/", ".").lstrip(".")
 
 
 def _evaluated(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], visit: Visit) -> list[Any]:

@@ -24,7 +24,12 @@ def tap(name: str, value: Value) -> Value:
         name: dotted path, as "layers.0.attention".
         value: an array, or a container of them, whose parts get their keys added to the name.
     """
-    return map_tensors(lambda leaf, array: checkpoint_name(array, leaf), value, name, is_array)
+    return map_tensors(lambda leaf, array: named(array, leaf), value, name, is_array)
+
+
+def named(array: Shaped[Array, "..."], name: str) -> Shaped[Array, "..."]:
+    """The array under a name; within vmap its new axes come first, wherever the operations before it left them."""
+    return checkpoint_name(jax.lax.reshape(jax.lax.reshape(array, (1, *array.shape)), array.shape), name)
 
 
 class Taps:
