@@ -25,6 +25,8 @@ CLEAR = 4.0
 """Errors of a part are at least this many times those of the rest, or the rest has them, too."""
 SURE = 4.0
 """Standard errors by which a fitted number must be away from another one."""
+MOST = 0.75
+"""Share of the values that rounding gives exactly; cutting off the bits gives half of them."""
 NARROW = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 PLACES = ("row", "head", "position")
 """Kinds that say where an error is, and not why."""
@@ -206,7 +208,7 @@ def narrow_dtype(pair: Pair, dtype_a: str, dtype_b: str) -> Cause | None:
         narrow, wide = (pair.a, pair.b) if narrow_a else (pair.b, pair.a)
         gap = np.abs(wide.astype(dtype).astype(np.float64) - narrow)
         ulp = np.abs(narrow) * float(ml_dtypes.finfo(dtype).eps)
-        if np.all(gap <= ulp) and np.mean(gap == 0) > 0.5:
+        if np.all(gap <= ulp) and np.mean(gap == 0) > MOST:
             return Cause("dtype", f"{'a' if narrow_a else 'b'} is rounded to {name}")
     return None
 
