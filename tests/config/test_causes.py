@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from shared_config.parity import Trace, compare_functions
 from shared_config.parity.foreign.causes import CHECKS, PLACES, Cause, cause_of
+from shared_config.parity.tolerance import tolerance_of
 from shared_config.parity.traces import TraceMeta
 
 SHAPE = (2, 40, 12)
@@ -168,6 +169,20 @@ NEAR_MISSES: dict[str, tuple[Change, Change]] = {
 @given(seed=st.integers(0, 99))
 def test_a_near_miss_is_not_named(name: str, dtype: str, seed: int) -> None:
     assert cause(*traces(seed, dtype, *NEAR_MISSES[name])) is None
+
+
+@one
+@given(seed=st.integers(0, 99))
+def test_a_position_before_that_has_half_of_the_error_is_no_start(seed: int) -> None:
+    limit = tolerance_of("forward", "float32").K * 2.0**-24
+    signs = (-1.0) ** FEATURES
+
+    def off(early: float) -> Change:
+        sizes = np.where(POSITIONS >= 13, 1.8, np.where(POSITIONS == 5, early, 0.0)) * limit * signs
+        return lambda x, w: x @ w + np.sqrt(np.mean((x @ w) ** 2)) * sizes
+
+    assert cause(*traces(seed, "float32", product, off(0.0))) == "position"
+    assert cause(*traces(seed, "float32", product, off(0.9))) is None
 
 
 def test_every_kind_is_planted_and_nearly_missed() -> None:
