@@ -49,7 +49,8 @@ class ModalityContext:
             from them, (B, K, N, h) each.
         noise_seed: int (), seed of the routing noise of this training step, where experts choose tokens.
         prefix_positions: int (B,), how many tokens of each row stand before the prefix; in [0, T]. Logits are
-            then those of the text, in place of ``output_slice``: after the prefix, those that follow from its end.
+            then those of the text, in place of ``output_slice``: after the prefix, those that follow from its last real
+            position.
 
     Raises:
         ValueError: for invalid combinations, inside a trace too.
@@ -157,14 +158,24 @@ def with_prefix(text: Float[Array, "B T D"], modality: ModalityContext) -> Float
 def with_logits(stream: Float[Array, "B S D"], modality: ModalityContext) -> Float[Array, "B S_out D"]:
     """The positions that get logits."""
     if modality.prefix_embeds is not None and modality.prefix_positions is not None:
-        return of_text(stream, modality.prefix_positions, modality.prefix_embeds.shape[1])
+        prefix, positions_B = modality.prefix_embeds.shape[1], modality.prefix_positions
+        return of_text(stream, positions_B, prefix, modality.key_padding_mask)
     return stream if modality.output_slice is None else stream[:, modality.output_slice]
 
 
-def of_text(stream: Float[Array, "B S D"], positions_B: Integer[Array, "B"], count: int) -> Float[Array, "B T D"]:
+def of_text(
+    stream: Float[Array, "B S D"],
+    positions_B: Integer[Array, "B"],
+    count: int,
+    real_BS: Bool[Array, "B S"] | None = None,
+) -> Float[Array, "B T D"]:
     """Of a stream with a prefix of ``count`` positions what each text token's logits come from. Those of the last one
-    before the prefix come from the prefix' end, where the next one is known to follow.
+    before the prefix come from the last real position of that, where the next one is known to follow.
     """
-    steps_T = jnp.arange(stream.shape[1] - count)
-    places_BT = steps_T + count * (steps_T >= wide(positions_B)[:, None] - 1)
+    first_B1, steps_S = wide(positions_B)[:, None], jnp.arange(stream.shape[1])
+    reach_B1, steps_T = count, steps_S[: stream.shape[1] - count]
+    if real_BS is not None:
+        is_prefix_BS = (steps_S >= first_B1) & (steps_S < first_B1 + count)
+        reach_B1 = jnp.where(real_BS & is_prefix_BS, steps_S - first_B1 + 1, 0).max(axis=1, keepdims=True)
+    places_BT = steps_T + count * (steps_T >= first_B1) + reach_B1 * (steps_T == first_B1 - 1)
     return jnp.take_along_axis(stream, places_BT[..., None], axis=1)

@@ -111,7 +111,7 @@ class VLMWrapper(Module):
                 where experts route.
             noise_seed: int (), see `ModalityContext`.
             image_positions: int (B,), how many text tokens of each row stand before the image, in [0, T]; None: none
-                do. Logits after the image are those that follow from its last token.
+                do. What follows the image is predicted from its last token that exists.
             limit_capacity: as for `Transformer.run`.
         """
         modality = self.context(

@@ -32,7 +32,8 @@ class ModalityContext:
             from them, (B, K, N, h) each.
         noise_seed: int (), seed of the routing noise of this training step, where experts choose tokens.
         prefix_positions: int (B,), how many tokens of each row stand before the prefix; in [0, T]. Logits are
-            then those of the text, in place of ``output_slice``: after the prefix, those that follow from its end.
+            then those of the text, in place of ``output_slice``: after the prefix, those that follow from its last real
+            position.
 
     Raises:
         ValueError: for invalid combinations.
@@ -125,14 +126,24 @@ def with_prefix(text: Float[Tensor, "B T D"], modality: ModalityContext) -> Floa
 def with_logits(stream: Float[Tensor, "B S D"], modality: ModalityContext) -> Float[Tensor, "B S_out D"]:
     """The positions that get logits."""
     if modality.prefix_embeds is not None and modality.prefix_positions is not None:
-        return of_text(stream, modality.prefix_positions, modality.prefix_embeds.shape[1])
+        prefix, positions_B = modality.prefix_embeds.shape[1], modality.prefix_positions
+        return of_text(stream, positions_B, prefix, modality.key_padding_mask)
     return stream if modality.output_slice is None else stream[:, modality.output_slice]
 
 
-def of_text(stream: Float[Tensor, "B S D"], positions_B: Integer[Tensor, "B"], count: int) -> Float[Tensor, "B T D"]:
+def of_text(
+    stream: Float[Tensor, "B S D"],
+    positions_B: Integer[Tensor, "B"],
+    count: int,
+    real_BS: Bool[Tensor, "B S"] | None = None,
+) -> Float[Tensor, "B T D"]:
     """Of a stream with a prefix of ``count`` positions what each text token's logits come from. Those of the last one
-    before the prefix come from the prefix' end, where the next one is known to follow.
+    before the prefix come from the last real position of that, where the next one is known to follow.
     """
-    steps_T = torch.arange(stream.shape[1] - count, device=positions_B.device)
-    places_BT = steps_T + count * (steps_T >= wide(positions_B)[:, None] - 1)
+    first_B1, steps_S = wide(positions_B)[:, None], torch.arange(stream.shape[1], device=stream.device)
+    reach_B1, steps_T = count, steps_S[: stream.shape[1] - count]
+    if real_BS is not None:
+        is_prefix_BS = (steps_S >= first_B1) & (steps_S < first_B1 + count)
+        reach_B1 = torch.where(real_BS & is_prefix_BS, steps_S - first_B1 + 1, 0).amax(dim=1, keepdim=True)
+    places_BT = steps_T + count * (steps_T >= first_B1) + reach_B1 * (steps_T == first_B1 - 1)
     return torch.take_along_dim(stream, places_BT[..., None], dim=1)

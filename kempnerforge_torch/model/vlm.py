@@ -116,7 +116,7 @@ class VLMWrapper(nn.Module):
                 where experts route.
             noise_seed: int (), see `ModalityContext`.
             image_positions: int (B,), how many text tokens of each row stand before the image, in [0, T]; None: none
-                do. Logits after the image are those that follow from its last token.
+                do. What follows the image is predicted from its last token that exists.
             kv_caches: one per layer; text continues from their fill. An image in the stream comes with the first call,
                 one that cross-attention reads with every call.
             limit_capacity, factored_logits: as for `Transformer.forward`.

@@ -54,7 +54,7 @@ def joint_decoder(
     Args:
         key_padding_mask: bool (B, N + T), of the image and then the text, wherever the image stands.
         positions: int (B,), how many text tokens of each row stand before the image. The logits of a text token are
-            those that the next one is predicted from.
+            those that the next one is predicted from: of the last position before it that is real, or its own.
     """
     count = image.shape[1]
     if positions is None:
@@ -71,7 +71,12 @@ def joint_decoder(
         )
         out = transformer(weights, config, inputs_embeds=_inserted(image, text, positions), key_padding_mask=mask)
         places = [[*range(k), *range(k + count, text.shape[1] + count)] for k in positions]
-        before_next = np.array([[*(place - 1 for place in row[1:]), text.shape[1] + count - 1] for row in places])
+        exists = np.ones((len(text), text.shape[1] + count), bool) if mask is None else mask
+        before_next = np.array([
+            [max([own, *(place for place in range(own, following) if real[place])])
+             for own, following in zip(row, [*row[1:], len(real)], strict=True)]
+            for row, real in zip(places, exists, strict=True)
+        ])  # fmt: skip
         out.logits = np.take_along_axis(out.logits, before_next[..., None], axis=1)
     counts = {layer: {"all": count} for layer, count in out.expert_counts.items()}
     return VLMOutput(out.logits, out.activations, out.aux_loss, out.z_loss, counts)

@@ -150,6 +150,7 @@ VALUES: dict[str, dict[str, list[Any]]] = {
     "vlm": {
         "arch": ["joint_decoder", "cross_attention", "mot", "moma"],
         "max_text_len": [9],
+        "image_token_id": [None, 5],
         "freeze": [[], [{"module": "adapter"}]],
         "freeze_schedule": [[{"start_step": 3, "specs": []}]],
         "module_patterns": [{"vision_encoder": "vision_encoder.layers.*"}],
