@@ -187,6 +187,21 @@ FAMILIES = {
         modules=NORMS_AFTER,
         by_name=True,
     ),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        defaults={
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
+        settings=BIAS,
+        means={"norm_type": "rmsnorm_1p", "activation": "geglu_tanh"},
+        refused={"use_bidirectional_attention": False},
+        not_null=frozenset({"num_key_value_heads", "head_dim"}),
+        activation=("hidden_act", ("gelu_pytorch_tanh", "gelu")),  # both are the approximation there
+        scaled_embeddings=True,
+    ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
         defaults=GEMMA_DEFAULTS

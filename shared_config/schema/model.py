@@ -31,7 +31,7 @@ UNIT = "Tokens are counted over one micro-batch of one data-parallel rank, so ho
 EvenInt = Annotated[int, Field(gt=0, le=LARGEST, multiple_of=2)]
 FamilyName = Literal[
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmo2", "phi3", "granite", "qwen2_moe", "smollm3",
-    "olmo3", "gemma2", "gemma3_text",
+    "olmo3", "gemma", "gemma2", "gemma3_text",
 ]  # fmt: skip
 """The ``model_type`` of the Hugging Face models that can be read and written."""
 

@@ -20,6 +20,7 @@ def configs_of(draw: st.DrawFn, name: str, **changes: Any) -> ModelConfig:
     if family.scaled_embeddings:
         dim = draw(st.sampled_from([18, 24]))
         fixed |= {"dim": dim, "head_dim": 6, "embedding_scale": math.sqrt(dim)}
+    if family.query_scalar:
         fixed |= {"attention_scale": draw(st.sampled_from([3, 16, 144])) ** -0.5}
     fixed |= {"rope_scaling": RopeScaling()} if family.rope_types == ("default",) else {}
     if "attention_pattern" not in changes:

@@ -41,7 +41,7 @@ from tests.oracle.transformer import transformer
 CLASSES = {
     "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen2": "Qwen2", "qwen3": "Qwen3",
     "qwen3_moe": "Qwen3Moe", "olmo2": "Olmo2", "phi3": "Phi3", "granite": "Granite",
-    "qwen2_moe": "Qwen2Moe", "smollm3": "SmolLM3", "olmo3": "Olmo3", "gemma2": "Gemma2",
+    "qwen2_moe": "Qwen2Moe", "smollm3": "SmolLM3", "olmo3": "Olmo3", "gemma": "Gemma", "gemma2": "Gemma2",
     "gemma3_text": "Gemma3",
 }  # fmt: skip
 GEMMA: dict[str, Any] = {"norm_type": "rmsnorm_1p", "norm_placement": "both", "activation": "geglu_tanh"}
@@ -52,6 +52,7 @@ MEANT: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"qk_norm": True},
     "olmo2": {"qk_norm": True, "qk_norm_over": "width", "norm_placement": "after"},
     "olmo3": {"qk_norm": True, "qk_norm_over": "width", "norm_placement": "after", "window_rope_scaled": False},
+    "gemma": {"norm_type": "rmsnorm_1p", "activation": "geglu_tanh"},
     "gemma2": GEMMA,
     "gemma3_text": {**GEMMA, "qk_norm": True, "window_rope_scaled": False},
 }
@@ -125,6 +126,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
         "no_rope_layer_interval": (2, 3),
     },
     "olmo3": {"layer_types": (MIXED, ["full_attention"] * 9, None), "rope_parameters": BY_KIND},
+    "gemma": {"hidden_act": ("gelu_pytorch_tanh", "gelu")},
     "gemma2": {"layer_types": (MIXED, ["full_attention"] * 9, None)},
     "gemma3_text": {"layer_types": (MIXED, ["full_attention"] * 9, None), "rope_parameters": BY_KIND},
 }
@@ -194,7 +196,8 @@ def expected_of(family: str, theirs: Any) -> dict[str, Any]:
     } | MEANT.get(family, {})
     expected["attention_scale"] = getattr(theirs, "attention_multiplier", expected["head_dim"] ** -0.5)
     if family.startswith("gemma"):
-        expected |= {"attention_scale": theirs.query_pre_attn_scalar**-0.5, "embedding_scale": theirs.hidden_size**0.5}
+        scalar = getattr(theirs, "query_pre_attn_scalar", theirs.head_dim)
+        expected |= {"attention_scale": scalar**-0.5, "embedding_scale": theirs.hidden_size**0.5}
     if family in NEEDED:
         expected |= {
             "num_experts": getattr(theirs, "num_experts", None) or theirs.num_local_experts,
@@ -310,8 +313,8 @@ def problems_of(content: dict[str, Any]) -> set[str]:
 def known_refusals(content: dict[str, Any]) -> Iterator[str]:
     """The only combinations of these values that are not read."""
     nulls = {
-        "num_key_value_heads": ("mistral", "mixtral", "qwen3_moe", "qwen2_moe", "gemma2", "gemma3_text"),
-        "head_dim": ("qwen3", "qwen3_moe", "gemma2", "gemma3_text"),
+        "num_key_value_heads": ("mistral", "mixtral", "qwen3_moe", "qwen2_moe", "gemma", "gemma2", "gemma3_text"),
+        "head_dim": ("qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"),
     }
     for key, of in nulls.items():
         if content["model_type"] in of:
@@ -419,6 +422,7 @@ WRITTEN: dict[str, dict[str, Any]] = {
         "rope_scaling": RopeScaling(type="yarn", factor=2.0, original_max_seq_len=16),
     },
     "smollm3": {"sliding_window": 5, "attention_pattern": ("window_nope", "full"), "attention_bias": True},
+    "gemma": {**MEANT["gemma"], "embedding_scale": 20**0.5, "attention_bias": True, "tie_embeddings": True},
     "gemma2": {**GEMMA_WRITTEN, "attention_softcap": 7.0, "logit_softcap": 9.0},
     "gemma3_text": {**GEMMA_WRITTEN, **MEANT["gemma3_text"], "window_rope_theta": 99.0, "logit_softcap": 9.0},
     "phi3": {"sliding_window": 5, "tie_embeddings": True},

@@ -73,6 +73,7 @@ OWN: Mapping[str, Choices] = {
         **MLP_BIASES, "no_rope_layers": ([1, 0, 1], [0, 1, 1], None), "no_rope_layer_interval": (2, 4),
         "use_sliding_window": (True, False), "sliding_window": (4, 3), "layer_types": (None, MIXED),
     },
+    "gemma": {**BIASES, "hidden_act": ("gelu_pytorch_tanh", "gelu")},
     "gemma2": {
         **BIASES, **GEMMA, "attn_logit_softcapping": (2.0, None), "final_logit_softcapping": (1.5, None),
     },
@@ -90,7 +91,7 @@ OWN: Mapping[str, Choices] = {
 CONFIG_CLASSES = {"gemma3_text": "Gemma3TextConfig"}
 """Where a family's is not called as its models are."""
 
-WITH_HEAD_DIM = ("qwen3", "mixtral", "gemma2", "gemma3_text")
+WITH_HEAD_DIM = ("qwen3", "mixtral", "gemma", "gemma2", "gemma3_text")
 """Families whose class has another default of ``head_dim`` than follows, or whose YaRN needs to be told."""
 
 
