@@ -13,5 +13,5 @@ def evaluated_weights(config: JobConfig, parameters: State, state: OptimizerStat
     average = evaluated_average(config)
     if average is None:
         return parameters
-    kept = arrays_by_kind(state)[average.kind]
+    kept = arrays_by_kind(state).get(average.kind, {})
     return averaged(average, parameters, {f"{average.kind}.{name}": array for name, array in kept.items()})

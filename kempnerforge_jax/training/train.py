@@ -142,8 +142,9 @@ class Trainer:
         *,
         dtype: DTypeLike = jnp.float32,
         draws: bool = True,
+        trains: bool = True,
     ):
-        """``draws``: initial weights; False where `load_state` gives all of them next."""
+        """``draws``: initial weights; False where `load_state` gives all next. ``trains``: whether it has moments."""
         self.config = config
         devices = list(device) if isinstance(device, list) else [find_device(device)]
         self._own_devices, self.mesh = own_devices(devices), open_mesh(config, devices)
@@ -156,6 +157,7 @@ class Trainer:
         self.parameters, self.buffers = (
             place(self.mesh, self.device, self.table, arrays) for arrays in (parameters, buffers)
         )
+        self._trains = trains
         self.optimizer_state = self._optimizer_state(initial_state if draws else abstract_initial_state)
         self.rates = build_rates(config)
         self.updates = 0
@@ -278,6 +280,7 @@ class Trainer:
     def _optimizer_state(self, made: Callable[..., OptimizerState]) -> OptimizerState:
         """That of the parameters which are trained, before a step."""
         trained = trained_with(self.config.lora, trained_parameters(self.parameters, self.config.vlm))
+        trained = trained if self._trains else {}
         optimizer = build_optimizer(trained, self.table, self.config.optimizer)
         return made(self.mesh, self.device, self.table, optimizer.init, trained)
 

@@ -128,8 +128,9 @@ class Trainer:
         *,
         dtype: torch.dtype = torch.float32,
         draws: bool = True,
+        trains: bool = True,
     ):
-        """``draws``: initial weights; False where `load_state` gives all of them next."""
+        """``draws``: initial weights; False where `load_state` gives all next. ``trains``: whether it has moments."""
         self.config = config
         self.device = find_device(device)
         self.mesh = open_mesh(config, self.device)
@@ -138,7 +139,7 @@ class Trainer:
         self.model, self.table = _build_model(config, self.device, dtype, self.mesh, draws)
         self.compute_dtype = compute_dtype(config, dtype)
         self.masters = {name: p for name, p in own_tensors(self.model).items() if isinstance(p, nn.Parameter)}
-        self.parameters = trained_with(config.lora, trained_parameters(self.masters, config.vlm))
+        self.parameters = trained_with(config.lora, trained_parameters(self.masters, config.vlm)) if trains else {}
         self.copies = Copies(self._narrowed() if self.mesh is None else {}, self.compute_dtype)
         self.optimizer = build_optimizer(self.parameters, self.table, config.optimizer)
         self._is_fused = self.mesh is None and can_fuse(self.optimizer)
@@ -155,8 +156,7 @@ class Trainer:
 
         Args:
             micro_batches: each has ``tokens`` and ``labels``, int (B, S), and may have ``doc_ids`` and ``text_mask``,
-                bool (B, S), False at padding; for images, what
-                `shared_config.data.images.collate` gives.
+                bool (B, S), False at padding; for images, what `shared_config.data.images.collate` gives.
 
         Returns:
             loss (cross entropy), grad_norm (before clipping), lr, tokens (labels that counted). With experts also

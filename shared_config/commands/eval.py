@@ -57,7 +57,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         config = config.replace(train=config.train.replace(mixed_precision="fp32"))
     with backend_module(options.backend, "training.mixed_precision").arithmetic(options.dtype or DTYPES[0]) as dtype:
         trainer = backend_module(options.backend, "training.train").Trainer(
-            without_warm_start(config), options.device, dtype=dtype, draws=False
+            without_warm_start(config), options.device, dtype=dtype, draws=False, trains=False
         )
         trainer.load_state(StateParts(0, {name: whole(name, tensor) for name, tensor in weights.items()}, {}))
         began = time.perf_counter()

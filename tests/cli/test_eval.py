@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from shared_config.cli import main
 from shared_config.data import ByteTokenizer
+from shared_config.errors import UserError
 from shared_config.evaluation.numbers import evaluate, evaluation_batches, text_bytes
 from shared_config.interchange import checkpoint
 from shared_config.interchange.toml import config_to_dict
@@ -51,6 +52,19 @@ def test_both_backends_agree_on_all_of_a_text(run: Path, tmp_path: Path, capsys:
         bits = numbers["loss"] * numbers["tokens"] / math.log(2) / numbers["bytes"]
         assert numbers["bits_per_byte"] == pytest.approx(bits)
     assert f"loss {found['torch']['loss']:.4f}, perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_it_asks_for_no_moments(run: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def trainer(*_: object, **options: object) -> None:
+        asked.update(options)
+        raise UserError("asked")
+
+    monkeypatch.setattr(f"kempnerforge_{backend}.training.train.Trainer", trainer)
+    assert main(["eval", str(run), "--backend", backend]) == 2
+    assert (asked["draws"], asked["trains"]) == (False, False)
 
 
 class Counting:

@@ -124,6 +124,29 @@ def test_a_trainer_takes_its_weights_without_drawing_any(backend: str) -> None:
     assert bare.state().optimizer.keys() == expected.optimizer.keys()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("optimizer", [{"name": "schedule_free_adamw"}, {"ema_decay": 0.5}], ids=str)
+def test_a_trainer_that_only_evaluates_has_no_moments(backend: str, optimizer: dict[str, Any]) -> None:
+    """And says of the weights what one that may train says."""
+    side = SIDES[backend]
+    job = small_job("dense", precision="fp32")
+    constant, average = job.scheduler.replace(name="constant"), job.eval.replace(average="ema_decay" in optimizer)
+    job = job.replace(optimizer=job.optimizer.replace(**optimizer), scheduler=constant, eval=average)
+    weights = make_request(job, dtype="float64", seed=3).weights
+    state = StateParts(0, {name: whole(name, value) for name, value in weights.items()}, {})
+    trainers = [
+        side.module("training.train").Trainer(job, "cpu", draws=False, trains=trains) for trains in (False, True)
+    ]
+    tokens = np.random.default_rng(0).integers(0, job.model.vocab_size, (2, 13)).astype(np.int32)
+    found = []
+    for trainer in trainers:
+        trainer.load_state(state)
+        found.append(float(trainer.evaluate([{"tokens": tokens, "labels": tokens}])["loss"]))
+    assert found[0] == found[1]
+    assert trainers[0].state().optimizer == {}
+    assert trainers[1].state().optimizer != {}
+
+
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder in bfloat16."""
