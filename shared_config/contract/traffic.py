@@ -219,7 +219,7 @@ class _Step:
         inputs = sum(copies for axes, copies in linear if axes[1] in ("heads", "mlp"))
         ends_with_sum = bool(model.moe_shared_experts) and not model.moe_shared_expert_gate
         unshared = 0 if ends_with_sum else self.moe_layers
-        last = (self.layers if self.stream == 1 else self.moe_layers) - unshared
+        last = 0 if self.ends_with_norm else (self.layers if self.stream == 1 else self.moe_layers) - unshared
         forward = inputs + self.again * (inputs - last)
         routed = self.moe_layers * (self.summed * FLOAT32 + compute_bytes(self.job)) * tokens * model.dim
         routed += self.moe_layers * tokens * model.moe_top_k * FLOAT32
@@ -239,7 +239,7 @@ class _Step:
             return
         dense = self.layers - self.moe_layers
         gathered = 2 * self.layers * (2 + self.again) + 2
-        scattered = 2 * (self.layers + dense) + self.again * self.layers
+        scattered = 2 * (self.layers + dense) + self.again * (self.layers + dense * self.ends_with_norm)
         yield self.exchange("positions", "all-gather", ("tp",), gathered, gathered * size)
         yield self.exchange("sums of positions", "reduce-scatter", ("tp",), scattered, scattered * size)
 
@@ -272,7 +272,12 @@ class _Step:
     @property
     def summed(self) -> int:
         """How often results of routed experts are summed: not again for the backward pass where they end a layer."""
-        return 1 + self.again * (self.job.model.moe_shared_experts > 0)
+        return 1 + self.again * (self.job.model.moe_shared_experts > 0 or self.ends_with_norm)
+
+    @property
+    def ends_with_norm(self) -> bool:
+        """Whether a norm follows the last product of a layer, and needs what comes of it for its own gradient."""
+        return self.job.model.norm_placement != "before"
 
     def context_parallel(self) -> Iterator[Traffic]:
         """Keys and values of whole sequences; logits, scores and choices of all experts."""
