@@ -69,12 +69,12 @@ def apply_packed(
 
     Rows of no expert come out as what happened to be in memory, and so do their gradients: they must not be read.
     """
-    hidden_RF = grouped_matmul(x_RD, up_w, ends_E, complete=True)
+    hidden_RF = grouped_matmul(x_RD, up_w, ends_E, True)
     if gate_w is None:
         hidden_RF = activation(hidden_RF)
     else:
-        hidden_RF = activation(grouped_matmul(x_RD, gate_w, ends_E, complete=True)) * hidden_RF
-    return grouped_matmul(hidden_RF, down_w, ends_E, complete=True)
+        hidden_RF = activation(grouped_matmul(x_RD, gate_w, ends_E, True)) * hidden_RF
+    return grouped_matmul(hidden_RF, down_w, ends_E, True)
 
 
 def apply_modules(

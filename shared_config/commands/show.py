@@ -14,16 +14,18 @@ from shared_config.commands.common import console
 from shared_config.commands.scale import WORLD_SIZES, costs_of, scale_page, traffic_of
 from shared_config.contract.counts import (
     BFLOAT16,
+    FLOAT32,
     count_active_parameters,
     count_parameters,
     flops_per_token,
+    gradient_bytes,
     kv_cache_bytes,
     training_memory,
 )
 from shared_config.contract.decoding import PREFILL_CHUNK
 from shared_config.contract.parameters import aliases, parameter_groups
 from shared_config.contract.scale import Hardware, cost_of, parse_hardware
-from shared_config.contract.sharding import refusals
+from shared_config.contract.sharding import layout_of, refusals
 from shared_config.contract.specs import Constant, ParameterSpec
 from shared_config.contract.vision import TowerConfig
 from shared_config.errors import ConfigError, UserError
@@ -161,11 +163,17 @@ def memory_of(config: JobConfig, world_size: int) -> Table:
     if config.vision_encoder is not None and config.vision_encoder.type in MODEL_TYPES and tower is None:
         table.add_row("vision encoder", f"not counted: no model in {config.vision_encoder.path}")
     table.add_row("parameters, float32", readable_bytes(memory.parameters))
-    table.add_row("gradients, float32", readable_bytes(memory.gradients))
+    table.add_row(f"gradients, {kinds_of_gradients(config, world_size)}", readable_bytes(memory.gradients))
     table.add_row("moments, float32", readable_bytes(memory.optimizer))
     table.add_row("bfloat16 copy at work", readable_bytes(memory.compute_copy))
     table.add_row("total", readable_bytes(memory.total))
     return table
+
+
+def kinds_of_gradients(config: JobConfig, world_size: int) -> str:
+    """The dtypes of what training holds of gradients."""
+    held = gradient_bytes(ParameterSpec((), Constant(0.0), ()), config, layout_of(config.distributed, world_size))
+    return {FLOAT32: "float32", BFLOAT16: "bfloat16"}.get(held, "bfloat16 and their float32 sums")
 
 
 def known_tower(config: JobConfig) -> TowerConfig | None:

@@ -136,8 +136,8 @@ class TrainingMemory:
 
 
 def training_memory(job: JobConfig, world_size: int = 1, tower: TowerConfig | None = None) -> TrainingMemory:
-    """Bytes per device of float32 masters, sums of gradients over micro-batches, the optimiser's moments, and the
-    bfloat16 copy of one layer at work or, where nothing is sharded, of all; each of them on the device that holds most.
+    """Bytes per device of float32 masters, of gradients (`gradient_bytes`), the optimiser's moments, and the bfloat16
+    copy of one layer at work or, where nothing is sharded, of all; each of them on the device that holds most.
 
     Tensors lie as `placement` says. Pipeline stages share the layers evenly; the first has the embedding, the last what
     comes after the layers. What is frozen throughout has no gradients and no moments; patterns that freeze some of
@@ -157,13 +157,29 @@ def training_memory(job: JobConfig, world_size: int = 1, tower: TowerConfig | No
     layer = max(held_elements(_narrowed(layer), layout, gathered=True) for layer in layer_groups(job.model, job.vlm))
     is_sharded = layout.size("dp_shard", "ep", "cp") > 1
     copied = layer if is_sharded else max(held_elements(_narrowed(stage), layout, gathered=True) for stage in stages)
-    gradients = max(held_elements(stage, layout) for stage in trained) * FLOAT32
+    gradients = max(
+        sum(held_elements([group], layout) * gradient_bytes(group.spec, job, layout) for group in stage)
+        for stage in trained
+    )
     return TrainingMemory(
         parameters=max(held_elements(stage, layout) for stage in stages) * FLOAT32,
         gradients=gradients,
         optimizer=max(_moment_elements(stage, layout, job) for stage in trained) * FLOAT32,
         compute_copy=copied * BFLOAT16 if job.train.casts else 0,
     )
+
+
+def gradient_bytes(spec: ParameterSpec, job: JobConfig, layout: Layout) -> int:
+    """Bytes that training holds at a time of a number's gradient.
+
+    Layouts sum in float32 what blocks give. On one device, which computes with bfloat16 copies, a micro-batch leaves
+    bfloat16; several are added up in float32 beside it. AdamW on NVIDIA GPUs reads what one has left as it is; without
+    its kernel, and for other optimisers and averages of weights, it is widened first.
+    """
+    if layout.devices > 1 or not job.train.casts or spec.full_precision:
+        return FLOAT32
+    is_read = job.train.grad_accum_steps == 1 and job.optimizer.name == "adamw" and job.optimizer.ema_decay == 0
+    return BFLOAT16 if is_read else BFLOAT16 + FLOAT32
 
 
 def _moment_elements(groups: Sequence[ParameterGroup], layout: Layout, job: JobConfig) -> int:

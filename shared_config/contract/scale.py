@@ -28,7 +28,7 @@ from shared_config.contract.activations import (
     tokens_of_device,
     widening_flops,
 )
-from shared_config.contract.counts import FLOAT32, flops_per_token, held_elements, stage_groups
+from shared_config.contract.counts import FLOAT32, flops_per_token, gradient_bytes, held_elements, stage_groups
 from shared_config.contract.moments import moments_of
 from shared_config.contract.parameters import ParameterGroup, layer_groups, parameter_groups
 from shared_config.contract.sharding import MESH_AXES, Layout, layout_of, placement, stage_layers
@@ -115,7 +115,7 @@ class Memory:
     Attributes:
         states: parameters, gradients and moments.
         gathered: two blocks and what stands outside blocks, in the dtype of the arithmetic, and the gradients of the
-            largest of these in that dtype and in float32.
+            largest of these in that dtype and in float32; of experts that no other device holds, copies in that dtype.
         activations: kept for the backward pass, of all micro-batches on their way; of a layer that is recomputed all.
         logits: those that exist at a time, with their gradient.
         buffers: what stages of a pipeline receive in, and an evaluation has sent.
@@ -211,7 +211,7 @@ def memory_of(job: JobConfig, devices: int, stages: Stages | None = None) -> Mem
     """Bytes of the device that holds most. Arguments as for `cost_of`."""
     layout, model = layout_of(job.distributed, devices), job.model
     number, stages = compute_bytes(job), stage_groups(job) if stages is None else stages
-    held = max(sum(_states(group, layout, job) for group in stage) for stage in stages)
+    states = max(sum(_states(group, layout, job) for group in stage) for stage in stages)
     layers = len(stage_layers(model.n_layers, layout.pp)[0])
     routed = model.is_moe and model.moe_frequency <= model.n_layers
     kinds = [False, True] if routed and model.moe_frequency > 1 else [routed]
@@ -223,8 +223,9 @@ def memory_of(job: JobConfig, devices: int, stages: Stages | None = None) -> Mem
         [group for group in parameter_groups(model) if not group.name.startswith("layers.")], layout, gathered=True
     )
     units = 2 * block + outside if layout.size("dp_shard", "ep", "cp") > 1 else 0
+    units += max(_copied_experts(stage, layout, job) for stage in stages)
     return Memory(
-        states=FLOAT32 * held,
+        states=states,
         gathered=units * number + max(block, outside) * (number + FLOAT32),
         activations=layers * on_their_way * own + again,
         logits=logits_bytes(job, layout),
@@ -233,9 +234,17 @@ def memory_of(job: JobConfig, devices: int, stages: Stages | None = None) -> Mem
 
 
 def _states(group: ParameterGroup, layout: Layout, job: JobConfig) -> int:
-    """Elements of tensors that are trained, of their gradients and their moments, on one device."""
-    kept = 2 + len(moments_of(job.optimizer, group.name, group.spec))
-    return kept * _held(group.spec, layout) * group.copies
+    """Bytes of tensors that are trained, of their gradients and their moments, on one device."""
+    kept = FLOAT32 * (1 + len(moments_of(job.optimizer, group.name, group.spec)))
+    return (kept + gradient_bytes(group.spec, job, layout)) * _held(group.spec, layout) * group.copies
+
+
+def _copied_experts(groups: Sequence[ParameterGroup], layout: Layout, job: JobConfig) -> int:
+    """Elements of experts that no other device holds: layers cast them, and keep the copies unless computed again."""
+    is_alone = layout.ep > 1 and layout.size("dp_replicate", "dp_shard", "cp") == 1
+    if not is_alone or not job.train.casts or job.train.activation_checkpointing != "none":
+        return 0
+    return held_elements([group for group in groups if "experts" in group.spec.axes], layout, gathered=True)
 
 
 def _held(spec: ParameterSpec, layout: Layout) -> int:

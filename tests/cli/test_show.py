@@ -191,6 +191,25 @@ def test_every_number_stands_beside_its_label() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("options", "devices", "said"),
+    [
+        (("--train.mixed_precision=bf16",), 1, "bfloat16"),
+        (("--train.mixed_precision=bf16", "--train.grad_accum_steps=2"), 1, "bfloat16 and their float32 sums"),
+        (("--train.mixed_precision=bf16", "--optimizer.name=lion"), 1, "bfloat16 and their float32 sums"),
+        (("--train.mixed_precision=bf16",), 2, "float32"),
+        (("--train.mixed_precision=fp32",), 1, "float32"),
+    ],
+)
+def test_gradients_are_said_in_the_dtypes_in_which_they_are_held(
+    options: tuple[str, ...], devices: int, said: str
+) -> None:
+    config = load_config("debug", ["--distributed.dp_shard=-1", *options])
+    rows = rows_of(memory_of(config, devices))
+    assert [name for name in rows if name.startswith("gradients")] == [f"gradients, {said}"]
+    assert rows[f"gradients, {said}"] == readable_bytes(training_memory(config, devices).gradients)
+
+
 def test_an_encoder_that_is_not_here_is_not_counted_silently() -> None:
     rows = rows_of(memory_of(load_config("vlm_8b_mot"), 1))
     assert rows["vision encoder"] == "not counted: no model in models/siglip2-so400m-patch14-384"

@@ -151,10 +151,15 @@ def test_backends_have_the_same_losses(axis: str, model: dict[str, Any], tmp_pat
 
 @pytest.mark.skipif(not NIGHTLY, reason="two runs of two devices: HYPOTHESIS_PROFILE=nightly")
 def test_fp8_in_shards_is_fp8_on_one_device(tmp_path: Path) -> None:
-    """Of both backends; where a code rounds the other way, later steps part."""
+    """Of both backends. Scales are of tokens and of gathered weights: the first loss is the same. Gradients are not, as
+    XLA rounds those of two programs to bfloat16 at different places, and a code that then rounds the other way is 2^-4
+    of its value: tensors differ by up to 3 % (0.8 % in bfloat16, 4e-7 in float32), nothing before the first sum that
+    XLA divides otherwise. At 1e-4 a step, of 8 seeds in JAX, the norms of the first gradients differed by up to
+    0.3 %, later ones by 1.9 %, and losses, in which other codes stand for almost the same weights, by 0.2 %.
+    """
     model = {"dim": 32, "n_layers": 4, "n_heads": 2, "n_kv_heads": 2, "head_dim": 16, "ffn_hidden_dim": 48}
     train = {"max_steps": 4, "batch_size": 2, "seq_len": 16, "mixed_precision": "fp8"}
-    job = text_job(tmp_path, model, **{**ENOUGH, "train": train}, eval={"steps": 0})
+    job = text_job(tmp_path, model, **{**ENOUGH, "train": train}, eval={"steps": 0}, optimizer={"lr": 1e-4})
     (tmp_path / "job.toml").write_text(config_to_toml(job))
     done = torchrun(tmp_path, "train", "job.toml", "--backend=torch", "--device=cpu", "--quiet")
     assert done.returncode == 0, done.stderr
@@ -163,7 +168,7 @@ def test_fp8_in_shards_is_fp8_on_one_device(tmp_path: Path) -> None:
     for backend, run in (("torch", "run"), ("jax", "jax")):
         place = f"--checkpoint.dir={tmp_path / 'alone' / backend}"
         assert main(["train", str(tmp_path / "job.toml"), f"--backend={backend}", *alone, place]) == 0
-        for name, first, later in (("loss", 1e-6, 1e-3), ("grad_norm", 1e-4, 3e-2)):
+        for name, first, later in (("loss", 1e-6, 5e-3), ("grad_norm", 1e-2, 5e-2)):
             found, truth = (metrics(folder, name) for folder in (tmp_path / run, tmp_path / "alone" / backend))
             assert len(found) == 4
             assert found[0] == pytest.approx(truth[0], rel=first), (backend, name)

@@ -18,6 +18,7 @@ from tests.distributed.traffic import BUFFERS, Key, count_in_processes
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 FULL, SELECTIVE = {"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}
 NARROW = {"mixed_precision": "bf16"}
+NORM_AFTER = {"vocab_size": 40, "norm_placement": "after", "moe_shared_expert_gate": False}
 
 
 def case(
@@ -57,6 +58,11 @@ BY_NIGHT = (
     *(case("apart", 2, {"tp": 2}, train) for train in (FULL, {})),
     *(case("scaled", 2, {"ep": 2}, train, way) for train in ({}, SELECTIVE) for way in (False, True)),
     case("softmax", 2, {"ep": 2}, FULL),
+    *(
+        Case("softmax", 2, layout, {"model": {**NORM_AFTER, "moe_shared_experts": shared}, "train": FULL})
+        for layout in ({"tp": 2}, {"ep": 2})
+        for shared in (0, 1)
+    ),
     *(case(model, 2, {"cp": 2}, train) for model in ("dense", "sigmoid") for train in ({}, FULL)),
     case("limited", 2, {"tp": 2}, FULL),
     case("dense", 2, {"dp_replicate": 2}),

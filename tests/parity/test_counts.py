@@ -160,14 +160,24 @@ def measured_in_torch(config: JobConfig, monkeypatch: pytest.MonkeyPatch) -> Tra
     """What a trainer holds through a step."""
     trainer = Trainer(config)
     gradients, copies = {}, {}
-    take = trainer._take_gradients
+    take, add_up = trainer._take_gradients, trainer.copies.add_up
+
+    def note_gradients() -> None:
+        """The most, by kind and name, of what is held when a micro-batch has been differentiated."""
+        gradients.update({f"master {name}": p.grad for name, p in trainer.masters.items() if p.grad is not None})
+        gradients.update({f"copy {n}": c.grad for n, c in trainer.copies._copies.items() if c.grad is not None})
+        gradients.update({f"sum {name}": total for name, total in trainer.copies._sums.items()})
 
     def noting_gradients() -> dict[str, torch.Tensor]:
-        taken = take()
-        gradients.update(taken)
-        return taken
+        note_gradients()
+        return take()
+
+    def adding_up() -> None:
+        note_gradients()
+        add_up()
 
     monkeypatch.setattr(trainer, "_take_gradients", noting_gradients)
+    monkeypatch.setattr(trainer.copies, "add_up", adding_up)
     call = torch.func.functional_call
 
     def noting(module: Any, weights: Any, **options: Any) -> Any:
@@ -177,7 +187,7 @@ def measured_in_torch(config: JobConfig, monkeypatch: pytest.MonkeyPatch) -> Tra
     monkeypatch.setattr(torch.func, "functional_call", noting)
     batch, stages = batch_of(config), 1 if config.vlm is None else 1 + len(config.vlm.freeze_schedule)
     for _ in range(stages):
-        trainer.step([batch, batch])
+        trainer.step([batch] * config.train.grad_accum_steps)
     moments = trainer.state().optimizer
     optimizer = sum_of_bytes(moments, "m.") + sum_of_bytes(moments, "v.")
     return TrainingMemory(sum_of_bytes(trainer.masters), sum_of_bytes(gradients), optimizer, sum_of_bytes(copies))
@@ -198,9 +208,12 @@ MEMORY = {name: (name, ()) for name in preset_names()} | {
 
 
 @pytest.mark.parametrize("variant", MEMORY)
-def test_memory_is_that_of_a_trainer_in_torch(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_memory_is_that_of_a_trainer_in_torch(
+    variant: str, micro_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     preset, overrides = MEMORY[variant]
-    config = small(preset, *overrides)
+    config = small(preset, *overrides, f"--train.grad_accum_steps={micro_batches}")
     assert measured_in_torch(config, monkeypatch) == training_memory(config)
 
 
@@ -223,7 +236,8 @@ def test_memory_is_that_of_a_trainer_in_jax(variant: str, precision: str) -> Non
     copies = jax.eval_shape(functools.partial(compute_copy, recipe), trainer.parameters)
     stated = training_memory(config)
     assert stated.parameters == sum_of_bytes(trainer.parameters)
-    assert stated.gradients == sum(4 * gradient.size for gradient in shapes.values())
+    widths = {name: copies[name].dtype.itemsize for name in shapes}  # XLA widens a gradient as the update reads it
+    assert stated.gradients == sum(widths[name] * gradient.size for name, gradient in shapes.items())
     assert stated.optimizer == sum_of_bytes(moments, "m.") + sum_of_bytes(moments, "v.")
     assert stated.compute_copy == sum(2 * copy.size for copy in copies.values() if copy.dtype == "bfloat16")
 
