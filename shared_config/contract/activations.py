@@ -31,7 +31,9 @@ from shared_config.schema.job import JobConfig
 WIDENED = 2**24
 """Logits that the loss widens at a time where the vocabulary is whole."""
 ROUTE = 5
-"""Float32 numbers of an assignment that is gathered: its weight, its row, and that row's assignment."""
+"""Float32 numbers of an assignment that is gathered: its weight, its row, that row's assignment; with a capacity also
+the row that stands for it, 2 more.
+"""
 GATHERED_MORE = 2**30
 """Bytes by which a layer of experts may send more where no host waits: what NVLink moves in 3 ms, at 350 GB/s. With the
 waits a layer of `moe_small` took 10 ms more on four H200.
@@ -115,7 +117,7 @@ def kept_bytes(job: JobConfig, layout: Layout, *, is_moe: bool, mode: str | None
             wide += gated
             own_input = int(number != FLOAT32)
             wide += (ranks * model.moe_top_k + own_input) * model.dim + 2 * model.num_experts + 8 * model.moe_top_k
-            wide += ROUTE * model.moe_top_k * ranks * (ranks > 1)
+            wide += (ROUTE + 2 * (model.moe_capacity_factor > 0)) * model.moe_top_k * ranks * (ranks > 1)
             outputs = sum(outputs for inputs, outputs in _expert(job, layout) if inputs == model.dim)
             rows = number * (model.dim + 2 * outputs) * expert_rows(job, layout)
     return (number * narrow + FLOAT32 * wide) * tokens_of_device(job, layout) + rows
