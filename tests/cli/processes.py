@@ -14,14 +14,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 
 BLOCKER = """
+import importlib.util
 import sys
+
+BLOCKED, found = {blocked!r}, importlib.util.find_spec
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked!r}:
+        if name.partition(".")[0] in BLOCKED:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Blocker())
+importlib.util.find_spec = lambda name, *of: None if name.partition(".")[0] in BLOCKED else found(name, *of)
 """
 
 

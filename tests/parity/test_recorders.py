@@ -314,6 +314,40 @@ def test_the_delta_of_an_update_is_that_of_the_step() -> None:
         assert trace.meta.deltas["float32"][f"updated/{name}"] < 0.1 * 2.0**-24 * size
 
 
+def test_choices_are_fed_as_well_so_that_what_uses_them_stands_alone() -> None:
+    def taken(choose: Any, wrap: Any) -> Callable[..., Any]:
+        return lambda x: wrap("taken", x * (wrap("choice", choose(x)) == 2))
+
+    right = record(taken(lambda x: x.argmax(0), tap), (X,), dtype="float32")
+    forward: dict[str, Any] = {"backward": False}
+    kinds: tuple[tuple[Any, Any, dict[str, Any]], ...]
+    kinds = (record, tap, {}), (of_torch.record, of_torch.tap, forward), (of_jax.record, of_jax.tap, forward)
+    for recorder, own, options in kinds:
+        wrong = taken(lambda x: x.argmin(0), own)
+        free = recorder(wrong, (X,), dtype="float32", deltas=False, **options)
+        assert {row.name for row in compare_functions(right, free).failures} > {
+            "routing/choice.indices",
+            "forward/taken",
+        }
+        alone = compare_functions(right, recorder(wrong, (X,), dtype="float32", refeed=right, deltas=2))
+        assert [row.name for row in alone.failures] == ["routing/choice.indices"]
+
+
+def test_what_rounding_gives_another_shape_has_no_delta_and_all_else_has_one() -> None:
+    edge = np.linspace(0.5, 1.5, 11, dtype=np.float32)
+
+    def split(x: np.ndarray) -> np.ndarray:
+        for place, kept in enumerate((x[x < 1.0], x[x > 1.4999999])):
+            if kept.size:
+                tap(f"kept.{place}", kept)
+        return tap("all", x * 2)
+
+    trace = record(split, (edge,), dtype="bfloat16", deltas=6)
+    assert set(trace.tensors) >= {"forward/kept.0", "forward/all", "forward/output"}
+    assert trace.meta.deltas["bfloat16"].keys() == {"forward/all", "forward/output"}
+    assert trace.meta.parts["bfloat16"].keys() <= {"forward/all", "forward/output"}
+
+
 def narrow(x: Tensor) -> Tensor:
     """Whose numbers pass through NumPy as float32, where nothing widens them."""
     return x.new_tensor(np.tanh(x.detach().numpy().astype(np.float32)).tolist())

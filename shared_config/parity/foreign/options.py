@@ -96,7 +96,7 @@ def make_options(
 
 
 def fed_values(trace: Trace) -> dict[str, np.ndarray]:
-    """What a trace has to feed: its floating-point activations by their names.
+    """What a trace has to feed: its activations by their names, with what routers chose.
 
     Raises:
         UserError: it holds none, or summaries of them, or was itself fed.
@@ -109,7 +109,8 @@ def fed_values(trace: Trace) -> dict[str, np.ndarray]:
     for name in names:
         if isinstance(trace.tensors[name], Summary):
             raise UserError(f"refeed: {name}: the other trace holds a summary; tensors are needed, without summaries")
-    return {name.removeprefix(f"{FORWARD}/"): np.asarray(trace.tensors[name]) for name in names}
+    names += [name for name in trace.tensors if name.startswith(f"{ROUTING}/") and name.endswith(ROUTES)]
+    return {name.partition("/")[2].removesuffix(ROUTES): np.asarray(trace.tensors[name]) for name in names}
 
 
 def check_fed(name: str, given: Sequence[int], own: Sequence[int]) -> None:
