@@ -174,6 +174,12 @@ MOE_MUTANTS = (
         "model.grouped", "no gradient through experts apart",
         ("[matrix.mT for matrix in matrices]", "[matrix.mT * (matrix.ndim - 2) for matrix in matrices]"), None,
     ),
+    Mutant(
+        "model.grouped", "tiles of all rows",
+        ("_tiles(ends_E, x_RD.shape[0], tile_rows)\n    x_NbD =",
+         "_tiles(ends_E, tile_rows, x_RD.shape[0])\n    x_NbD ="),
+        ("_tiles(ends_E, x_RD.shape[0], tile_rows)\n    out_N", "_tiles(ends_E, tile_rows, x_RD.shape[0])\n    out_N"),
+    ),
     both("model.grouped", "one tile too few", "rows // tile_rows + groups,", "rows // tile_rows + groups - 1,"),
     both("model.grouped", "last row of a tile of the next group", "rows_Nb < ends_E[expert_N][:, None]",
          "rows_Nb <= ends_E[expert_N][:, None]"),

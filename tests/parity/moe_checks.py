@@ -9,6 +9,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +218,17 @@ def check_products(backend: str) -> None:
             assert_same_function(np.asarray(outer), outer_EDF, "outer")
 
 
+def check_tiles(backend: str) -> None:
+    """Products by tiles gather tiles of the rows asked for, and no more of them than rows and groups can need."""
+    grouped = module(backend, "grouped")
+    x_RD, w_EDF, y_RF = (array(backend, np.ones(shape)) for shape in ((50, 3), (4, 3, 2), (50, 2)))
+    ends_E = array(backend, np.array([7, 7, 30, 45]), "int32")
+    with mock.patch.object(grouped, "_gather", wraps=grouped._gather) as gather:
+        grouped.tiled_matmul(x_RD, w_EDF, ends_E, 8)
+        grouped.tiled_outer(x_RD, y_RF, ends_E, 8)
+    assert [tuple(call.args[1].shape) for call in gather.call_args_list] == [(50 // 8 + 4, 8)] * 3
+
+
 def _torch_products(grouped: Any, x_RD: Any, w_EDF: Any, y_RF: Any, ends_E: Any) -> Iterator[tuple[Any, Any]]:
     """By loops and by tiles both shorter and longer than groups; and by gradients, each product's being the other, of
     matrices in one tensor or apart.
@@ -283,7 +295,7 @@ MOE_CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     ),
     "model.moe": (check_layers, check_no_tokens, check_copies),
     "model.dispatch": (check_layers, check_no_tokens),
-    "model.grouped": (check_products,),
+    "model.grouped": (check_products, check_tiles),
     "model.stats": (check_copies, check_steps),
     "model.transformer": (check_steps,),
     "model.init": (check_initial_experts,),
