@@ -73,7 +73,7 @@ def _on_host(_context: object, halves: Any, array: Any) -> None:
 def reduced(array: Shaped[Array, "..."]) -> Shaped[Array, "N"]:
     """`moments` of an array that is not empty, in operations of the device."""
     with jax.enable_x64(True):
-        found = _reduced(array.reshape(-1), jnp.asarray(summaries.signs(), jnp.int8))
+        found = _reduced(array.reshape(-1), jnp.asarray(summaries.signs(np.int8)))
         return jax.lax.bitcast_convert_type(found, jnp.uint32).reshape(-1)
 
 

@@ -198,12 +198,9 @@ class _Engine:
                 parameter.grad = None
             return self._given, {plain_name(name): own for name, own in self._given.named_parameters()}
         with unwrapped(self._given) as plain:
-            module = copy.deepcopy(plain)
-        parameters = {plain_name(name): own for name, own in module.named_parameters()}
-        for name, parameter in parameters.items():
-            parameter.grad = None
-            own = DTYPES.get(dtype, parameter.dtype) if parameter.is_floating_point() else parameter.dtype
-            parameter.data = from_numpy(weights[name]).to(parameter.device, own, copy=True)
+            given = {plain_name(name): own for name, own in plain.named_parameters()}
+            parameters = {name: _parameter(own, weights[name], dtype) for name, own in given.items()}
+            module = copy.deepcopy(plain, {id(own): parameters[name] for name, own in given.items()})
         for buffer in module.buffers() if dtype == EXACT else ():
             buffer.data = buffer.data.double() if buffer.is_floating_point() else buffer.data
         return module, parameters
@@ -271,6 +268,12 @@ def _gradients(parameters: Mapping[str, Tensor], store: Store) -> dict[str, Kept
     missing = {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in trained.items()}
     keep = Keeper(store)
     return {name: keep(gradient) for name, gradient in missing.items()}
+
+
+def _parameter(own: nn.Parameter, value: np.ndarray, dtype: str) -> nn.Parameter:
+    """With a value in a dtype, in place of a parameter of a module."""
+    wanted = DTYPES.get(dtype, own.dtype) if own.is_floating_point() else own.dtype
+    return nn.Parameter(from_numpy(value).to(own.device, wanted, copy=True), own.requires_grad)
 
 
 def _leaf(value: np.ndarray, dtype: str, device: torch.device) -> Tensor:

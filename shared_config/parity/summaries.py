@@ -18,13 +18,12 @@ import functools
 import hashlib
 import json
 import math
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from shared_config.contract.mixing import WEYL, splitmix
 from shared_config.interchange.weights import is_floating
@@ -39,6 +38,10 @@ MOMENTS = SCALARS + 2 * SKETCH_SIZE
 NAN, POSITIVE, NEGATIVE = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
 """What a place counts in ``gaps`` that is NaN, or an infinity."""
 LOW = np.uint64(0xFFFFFFFF)
+SUMMED = 8
+"""Rows that are added up in the arithmetic of the values; the sums of these are added in float64."""
+MODERATE = 1e15
+"""Beyond this, or its inverse, values of float32 are widened: so are their squares."""
 EXTREME = 1e100
 """Beyond this, or its inverse, squares are taken of scaled values."""
 
@@ -111,44 +114,38 @@ def summary_of_moments(
     )
 
 
-class _Scratch(threading.local):
-    """Memory of each thread for the values of a piece: new memory costs as much as reading them."""
-
-    def __init__(self) -> None:
-        self.wide, self.ones = np.empty(PIECE), np.ones(PIECE)
-
-
-_scratch = _Scratch()
-
-
+@np.errstate(over="ignore", invalid="ignore")
 def moments(array: np.ndarray) -> np.ndarray:
-    """float64 (`MOMENTS`,) of an array; it is read once, in pieces that are widened one at a time."""
+    """float64 (`MOMENTS`,) of an array on the host, which is read once, in pieces; a sum may be infinite.
+
+    Values of float32 and narrower dtypes are added up in float32, up to 8 to a column of a piece, 1021 to another sum;
+    all other arithmetic is in float64. So moments are off by about a rounding of float32, or float64, of their norm.
+    """
     flat = np.ascontiguousarray(array).reshape(-1)
     low, high, total, norm, count = np.inf, -np.inf, 0.0, 0.0, flat.size
-    wide, ones = _scratch.wide, _scratch.ones
     columns, gaps = np.zeros(SKETCH_SIZE), np.zeros(SKETCH_SIZE, np.uint64)
     for number, (start, sign) in enumerate(zip(*starts(-(-flat.size // PIECE)), strict=True)):
-        piece = flat[number * PIECE : (number + 1) * PIECE]
-        plain, values = _plain(piece), wide[: piece.size]
-        np.copyto(values, plain)
-        least, most = float(plain.min()), float(plain.max())
+        values = _plain(flat[number * PIECE : (number + 1) * PIECE])
+        least, most = float(values.min()), float(values.max())
         if not (math.isfinite(least) and math.isfinite(most)):
             finite = np.isfinite(values)
             gaps += _gaps(values, finite, number * PIECE)
             least, most = (float(f(initial=i, where=finite)) for f, i in ((values.min, np.inf), (values.max, -np.inf)))
             count -= values.size - int(finite.sum())
-            values = np.where(finite, values, 0.0)
-        low, high, total = min(low, least), max(high, most), total + float(values @ ones[: values.size])
-        norm = math.hypot(norm, _norm(values, max(-least, most, 0.0)))
-        columns += sign * _columns(values, signs()[start : start + values.size])
+            values = np.where(finite, values, values.dtype.type(0))
+        low, high, largest = min(low, least), max(high, most), max(-least, most, 0.0)
+        rows = _rows(values if 1 / MODERATE < largest < MODERATE else values.astype(np.float64, copy=False))
+        total += float((rows @ _ones(rows.dtype)).sum(dtype=np.float64))
+        norm = math.hypot(norm, _norm(rows, largest))
+        columns += sign * _columns(rows, signs(rows.dtype)[start : start + rows.size])
     return np.concatenate([[low, high, total, norm, count], columns, gaps & LOW])
 
 
 @functools.cache
-def signs() -> np.ndarray:
-    """float64 (2 * `PIECE`,) of -1 and 1: the highest bits of SplitMix64's numbers."""
+def signs(dtype: DTypeLike = np.float64) -> np.ndarray:
+    """(2 * `PIECE`,) of -1 and 1: the highest bits of SplitMix64's numbers."""
     mixed = splitmix(np.arange(2 * PIECE, dtype=np.uint64) + WEYL)
-    return np.where(mixed >> np.uint64(63), -1.0, 1.0)
+    return np.where(mixed >> np.uint64(63), -1.0, 1.0).astype(dtype)
 
 
 @functools.lru_cache(maxsize=64)
@@ -170,27 +167,37 @@ def tensors_hash(tensors: Mapping[str, np.ndarray | Summary]) -> str:
 
 
 def _plain(piece: np.ndarray) -> np.ndarray:
-    """Of a dtype that NumPy is fast with: a bfloat16 is the upper half of a float32."""
+    """As float32 or float64, whichever holds the values; a bfloat16 is the upper half of a float32."""
     if piece.dtype == ml_dtypes.bfloat16:
         return (piece.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return piece.astype(np.float32) if piece.dtype == np.float16 else piece
+    wide = np.float32 if piece.dtype in (np.float16, np.float32) else np.float64
+    return piece.astype(wide, copy=False)
 
 
-def _norm(values: np.ndarray, largest: float) -> float:
+def _rows(values: np.ndarray) -> np.ndarray:
+    """The same as rows (n, 1021), with zeros up to a multiple of `SUMMED` rows."""
+    missing = -values.size % (SUMMED * SKETCH_SIZE)
+    padded = np.concatenate([values, np.zeros(missing, values.dtype)]) if missing else values
+    return padded.reshape(-1, SKETCH_SIZE)
+
+
+@functools.cache
+def _ones(dtype: np.dtype) -> np.ndarray:
+    return np.ones(SKETCH_SIZE, dtype)
+
+
+def _norm(rows: np.ndarray, largest: float) -> float:
     if not largest:
         return 0.0
     scale = 1.0 if 1 / EXTREME < largest < EXTREME else largest
-    scaled = values if scale == 1.0 else values / scale
-    return scale * math.sqrt(float(scaled @ scaled))
+    scaled = rows if scale == 1.0 else rows / scale
+    return scale * math.sqrt(float(np.vecdot(scaled, scaled).sum(dtype=np.float64)))
 
 
-def _columns(values: np.ndarray, signed: np.ndarray) -> np.ndarray:
+def _columns(rows: np.ndarray, signed: np.ndarray) -> np.ndarray:
     """Sums (1021,) of products in each column."""
-    whole = values.size // SKETCH_SIZE * SKETCH_SIZE
-    rows, own = (part[:whole].reshape(-1, SKETCH_SIZE) for part in (values, signed))
-    sums = np.einsum("rc,rc->c", rows, own)
-    sums[: values.size - whole] += values[whole:] * signed[whole:]
-    return sums
+    values, own = (part.reshape(-1, SUMMED, SKETCH_SIZE) for part in (rows, signed))
+    return np.einsum("grc,grc->gc", values, own).sum(0, dtype=np.float64)
 
 
 def _gaps(values: np.ndarray, finite: np.ndarray, start: int) -> np.ndarray:

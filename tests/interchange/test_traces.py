@@ -130,8 +130,8 @@ def test_large_tensors_can_be_summarized(tmp_path):
         assert isinstance(summary, Summary)
         assert (summary.shape, summary.dtype, summary.size) == (whole.shape, "float32", whole.size)
         assert (summary.minimum, summary.maximum) == (whole.min(), whole.max())
-        assert summary.rms == pytest.approx(rms(whole), rel=1e-14)
-        assert summary.mean == pytest.approx(whole.astype(np.float64).mean(), rel=1e-12)
+        assert summary.rms == pytest.approx(rms(whole), rel=1e-7)
+        assert summary.mean == pytest.approx(whole.astype(np.float64).mean(), abs=1e-7 * summary.rms)
         assert np.array_equal(summary.sketch, summarize(whole).sketch)
     assert set(TensorFile(tmp_path / "a.trace").entries) >= {f"{name}#sketch" for name in summarized}
 

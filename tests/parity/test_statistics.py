@@ -28,7 +28,7 @@ from shared_config.loader import load_config
 from shared_config.parity import Trace, compare_functions, make_map, summaries
 from shared_config.parity.foreign.options import Options
 from shared_config.parity.foreign.recorder import Store
-from shared_config.parity.summaries import MOMENTS, PIECE, SCALARS, Summary, summarize
+from shared_config.parity.summaries import MOMENTS, PIECE, SCALARS, SKETCH_SIZE, Summary, summarize
 
 DTYPES = ("float32", "float16", "float64", ml_dtypes.bfloat16)
 SIZES = (1, 1020, 1021, 5000, PIECE, PIECE + 1, 2 * PIECE + 1500)
@@ -58,21 +58,46 @@ def test_moments_are_the_same_on_every_device(size: int, dtype: Any, seed: int, 
         array = jnp.asarray(values)
         found = [np.asarray(jax.jit(f)(array)).view(np.float64) for f in (in_jax.moments, in_jax.reduced)]
     for other in (in_torch.moments(from_numpy(values)).numpy(), *found):
-        np.testing.assert_allclose(other[:-1021], expected[:-1021], rtol=1e-12, atol=1e-10 * expected[3])
-        np.testing.assert_array_equal(other[[0, 1, 4]], expected[[0, 1, 4]])
-        np.testing.assert_array_equal(other[-1021:], expected[-1021:])
+        assert_same_moments(other, expected, dtype)
     wide = values.astype(np.float64)
     finite = wide[np.isfinite(wide)]
-    scalars = finite.min(initial=np.inf), finite.max(initial=-np.inf), finite.sum(), np.sqrt(np.sum(finite**2))
-    np.testing.assert_allclose(expected[:SCALARS], (*scalars, finite.size), rtol=1e-12, atol=1e-10 * expected[3])
+    norm = np.sqrt(np.sum(finite**2))
+    scalars = finite.min(initial=np.inf), finite.max(initial=-np.inf), finite.sum(), norm, finite.size
+    columns = np.bincount(np.arange(size) % SKETCH_SIZE, np.where(np.isfinite(wide), wide, 0) * signs_of(size), 1021)
+    assert_same_moments(expected, np.concatenate([scalars, columns, expected[-1021:]]), dtype)
 
 
-@pytest.mark.parametrize("scale", [1e-200, 1e200])
-def test_norms_of_extreme_values(scale: float) -> None:
-    values = np.random.default_rng(0).standard_normal(3000) * scale
-    expected = np.sqrt(np.mean(np.square(values / scale))) * scale
-    assert summarize(values).rms == pytest.approx(expected, rel=1e-12)
-    assert in_torch.moments(torch.from_numpy(values))[3].item() / 3000**0.5 == pytest.approx(expected, rel=1e-12)
+def assert_same_moments(found: np.ndarray, expected: np.ndarray, dtype: Any) -> None:
+    """Up to a rounding of float32, or of float64, of the norm."""
+    rounding = 1e-12 if dtype == "float64" else 2e-7
+    np.testing.assert_array_equal(found[[0, 1, 4]], expected[[0, 1, 4]])
+    np.testing.assert_allclose(found[[2, 3]], expected[[2, 3]], rtol=rounding, atol=4 * rounding * expected[3])
+    assert np.linalg.norm(found[SCALARS:-1021] - expected[SCALARS:-1021]) <= rounding * expected[3]
+    np.testing.assert_array_equal(found[-1021:], expected[-1021:])
+
+
+def signs_of(size: int) -> np.ndarray:
+    """The sign of each place."""
+    first, times = summaries.starts(-(-size // PIECE))
+    windows = [sign * summaries.signs()[start : start + PIECE] for start, sign in zip(first, times, strict=True)]
+    return np.concatenate(windows)[:size]
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(1e-200, "float64"), (1e200, "float64"), (1e-30, "float32"), (1e37, "float32")]
+)
+def test_moments_of_extreme_values(scale: float, dtype: str) -> None:
+    values = (np.random.default_rng(0).standard_normal(30000) * scale).astype(dtype)
+    expected = np.sqrt(np.mean(np.square(values.astype(np.float64) / scale))) * scale
+    found = summarize(values)
+    assert found.rms == pytest.approx(expected, rel=1e-12)
+    assert np.linalg.norm(found.sketch / scale) == pytest.approx(expected / scale * 30000**0.5, rel=0.15)
+    assert in_torch.moments(torch.from_numpy(values))[3].item() / 30000**0.5 == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_sum_may_be_too_large() -> None:
+    found = summarize(np.full(30000, 1e305))
+    assert (found.mean, found.rms) == (np.inf, pytest.approx(1e305))
 
 
 class Model(nn.Module):
@@ -171,7 +196,7 @@ def test_moments_on_a_gpu(size: int, dtype: Any) -> None:
     with jax.enable_x64(dtype == "float64"):
         in_jax_there = np.asarray(jax.jit(in_jax.moments)(jnp.asarray(values))).view(np.float64)
     for found in (in_torch.moments(from_numpy(values).cuda()).cpu().numpy(), in_jax_there):
-        np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-10 * expected[3])
+        assert_same_moments(found, expected, dtype)
 
 
 @pytest.mark.gpu
@@ -203,7 +228,7 @@ def test_devices_wait_for_nothing_before_the_end(monkeypatch: pytest.MonkeyPatch
     for name, value in expected.tensors.items():
         other = found.tensors[name]
         if isinstance(value, Summary) and isinstance(other, Summary):
-            np.testing.assert_allclose(other.sketch, value.sketch, rtol=1e-9, atol=1e-9 * value.rms)
+            np.testing.assert_allclose(other.sketch, value.sketch, rtol=1e-6, atol=1e-5 * value.rms)
     assert compare_functions(expected, found).equal
 
 

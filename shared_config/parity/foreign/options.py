@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -145,9 +146,12 @@ def values_hash(trace: Trace) -> str:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def target(name: str, shape: Sequence[int], seed: int) -> np.ndarray:
+@functools.lru_cache(maxsize=4)
+def target(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """What an output is drawn towards where there is no loss: the same float32 bits for every framework, normal."""
-    return stream(seed, f"target/{name}").standard_normal(tuple(shape), dtype=np.float32)
+    drawn = stream(seed, f"target/{name}").standard_normal(shape, dtype=np.float32)
+    drawn.flags.writeable = False
+    return drawn
 
 
 def inputs_hash(value: np.ndarray) -> str:
