@@ -17,6 +17,7 @@ from jaxtyping import Shaped
 
 from kempnerforge_jax.functions import Transformed, bare, is_callable_tree, taken_apart
 from kempnerforge_jax.model.state import to_numpy
+from kempnerforge_jax.optimizer_states import optimizer_state
 from kempnerforge_jax.program import evaluate, marked_names, path_name, unmarked
 from kempnerforge_jax.statistics import described, kept, put_out
 from kempnerforge_jax.taps import Taps, is_array, is_floating, tap
@@ -29,7 +30,7 @@ from shared_config.parity.foreign.recorder import Noise, Recorded, Store, make_t
 from shared_config.parity.foreign.transfer import transfer
 from shared_config.parity.traces import Trace
 
-__all__ = ["record", "tap"]
+__all__ = ["optimizer_state", "record", "tap"]
 
 Inputs = Sequence[object] | Mapping[str, object]
 Function = nnx.Module | linen.Module | Transformed | Callable[..., object]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kempnerforge_torch.model.state import from_numpy, to_numpy
 from kempnerforge_torch.model.wrappers import unwrapped
 from kempnerforge_torch.observed import Taps, Widening, copied, is_tensor, observed
+from kempnerforge_torch.optimizer_states import optimizer_state
 from kempnerforge_torch.statistics import Keeper, Kept, fetched
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
@@ -31,7 +32,7 @@ from shared_config.parity.foreign.taps import tap, visiting
 from shared_config.parity.foreign.transfer import transfer
 from shared_config.parity.traces import Summary, Trace
 
-__all__ = ["record", "tap"]
+__all__ = ["optimizer_state", "record", "tap"]
 
 Inputs = Sequence[object] | Mapping[str, object]
 Function = nn.Module | Callable[..., object]

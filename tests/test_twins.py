@@ -182,6 +182,10 @@ DIFFERENCES = {
         "VLMWrapper.run(remat)": "jax: a transformation of the trace; torch wraps the blocks",
         "VLMWrapper.run(scan_layers)": "jax: a transformation of the trace",
     },
+    "optimizer_states.py": {
+        "optimizer_state(optimizer)": "torch: the optimiser holds its state",
+        "optimizer_state(state)": "jax: the state is a value",
+    },
     "parity.py": {
         "OptimizerOf.init": "jax: optimisers are told by their methods, and optax is not needed",
         "OptimizerOf.update": "jax: optimisers are told by their methods, and optax is not needed",

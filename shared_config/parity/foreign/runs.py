@@ -1,7 +1,7 @@
 """Two training runs, step by step: what parts first, and which of the usual suspects it is.
 
 A suspect is named only where AdamW (arXiv:1711.05101) with it, and nothing else changed, makes of the second run's own
-gradients the parameters that it has.
+gradients the parameters that it has; of a state, only where the run's own numbers show it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from dataclasses import dataclass, field
 import ml_dtypes
 import numpy as np
 
+from shared_config.contract.moments import AVERAGE
 from shared_config.errors import UserError
+from shared_config.parity.foreign import states
 from shared_config.parity.foreign.mapping import Map
+from shared_config.parity.foreign.states import Kept, Kinds
 from shared_config.parity.foreign.transfer import transfer
 from shared_config.parity.numerics import as_float64, relative_error
 
 Arrays = Mapping[str, np.ndarray]
 
-LOSS, GRADIENTS, UPDATE = "loss", "gradients", "update"
+LOSS, GRADIENTS, STATE, UPDATE, AVERAGES = "loss", "gradients", "state", "update", "averages"
 EPS = (0.0, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 REPRODUCED = 1e-4
 """Relative error of changes of parameters up to which a suspect is confirmed: those of float32."""
@@ -37,11 +40,14 @@ class Step:
         loss: that was differentiated.
         gradients: of the loss, before they are clipped, by parameter.
         parameters: after the step.
+        state: of the optimiser after the step, as ``m.<parameter>``; see `states`. Tensors of any library, of a
+            parameter's shape or scalars; ``optimizer_state`` of each framework gives it.
     """
 
     loss: float
     gradients: Arrays
     parameters: Arrays
+    state: Mapping[str, object] = field(default_factory=dict)
 
 
 Trainer = Callable[[object], Step]
@@ -103,10 +109,12 @@ class RunComparison:
     Attributes:
         losses, norms: of each step, of both; norms of all gradients together.
         step: the first that differs, from 0; None if none does.
-        what: "loss", "gradients" or "update": what differs first in that step; "" if nothing does.
-        parameter: whose gradient or update parts first.
+        what: "loss", "gradients", "state" (but averages of weights), "update" or "averages": what differs first in that
+            step; "" if nothing does.
+        parameter: whose gradient or update parts first, or the entry of the state.
         error: relative, of it.
         suspect: in words, where one is confirmed.
+        unshared: kinds of a state that only one of the two keeps, which are not compared.
     """
 
     losses: tuple[tuple[float, float], ...]
@@ -116,6 +124,7 @@ class RunComparison:
     parameter: str = ""
     error: float = 0.0
     suspect: str = ""
+    unshared: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
@@ -127,6 +136,12 @@ class RunComparison:
 class _Run:
     start: Arrays
     steps: list[Step] = field(default_factory=list)
+    states: list[Kinds] = field(default_factory=list)
+
+    @property
+    def kept(self) -> Kept:
+        """The state after the last step."""
+        return Kept(self.states[-1], self.states[-2] if len(self.states) > 1 else {}, self.steps[-1].gradients)
 
 
 def compare_runs(
@@ -145,31 +160,37 @@ def compare_runs(
         start: parameters before the first step, of the first.
         names: from the names and layouts of the first to those of the second.
         recipe: the optimiser that both were to have, with the names of the second; None to look for no suspects.
-        tolerance: relative error of losses, gradients and changes of parameters; 1e-5 is for float32, 1e-9 for float64.
+        tolerance: relative error of losses, gradients and changes of parameters, and half that of states; 1e-5 is for
+            float32, 1e-9 for float64. Counts are compared exactly.
 
     Raises:
-        UserError: the two don't have the same parameters, or the recipe has too few steps.
+        UserError: the two don't have the same parameters, or the same of a kind of state, or the recipe has too few
+            steps.
     """
     if recipe is not None and len(recipe.lr) < len(batches):
         raise UserError(f"recipe.lr: has {len(recipe.lr)} steps: must be {len(batches)} or more")
     a, b = _Run(transfer(start, names)), _Run(transfer(start, names))
     losses: list[tuple[float, float]] = []
     norms: list[tuple[float, float]] = []
+    alone: tuple[str, ...] = ()
     for place, batch in enumerate(batches):
         found_a, found_b = trainer_a(batch), trainer_b(batch)
         step_a = Step(found_a.loss, transfer(found_a.gradients, names), transfer(found_a.parameters, names))
         if step_a.parameters.keys() != found_b.parameters.keys():
-            alone = sorted(step_a.parameters.keys() ^ found_b.parameters.keys())
-            raise UserError(f"{', '.join(alone)}: only one of the two runs has such a parameter; a map may name it")
+            others = sorted(step_a.parameters.keys() ^ found_b.parameters.keys())
+            raise UserError(f"{', '.join(others)}: only one of the two runs has such a parameter; a map may name it")
         a.steps.append(step_a)
         b.steps.append(found_b)
+        a.states.append(states.aligned(found_a.state, found_a.parameters, names))
+        b.states.append(states.aligned(found_b.state, found_b.parameters))
+        alone = states.unshared(a.states[-1], b.states[-1])
         losses.append((step_a.loss, found_b.loss))
         norms.append((norm_of(step_a.gradients), norm_of(found_b.gradients)))
         what, name, error = _first_difference(a, b, tolerance)
         if what:
-            said = next(_suspects(what, a, b, recipe, tolerance), "")
-            return RunComparison(tuple(losses), tuple(norms), place, what, name, error, said)
-    return RunComparison(tuple(losses), tuple(norms))
+            said = next(_suspects(what, name, a, b, recipe, tolerance), "")
+            return RunComparison(tuple(losses), tuple(norms), place, what, name, error, said, alone)
+    return RunComparison(tuple(losses), tuple(norms), unshared=alone)
 
 
 def norm_of(gradients: Arrays) -> float:
@@ -178,20 +199,30 @@ def norm_of(gradients: Arrays) -> float:
 
 
 def _first_difference(a: _Run, b: _Run, tolerance: float) -> tuple[str, str, float]:
-    """(what, parameter, relative error) of the last step of both."""
+    """(what, parameter or entry, relative error) of the last step of both."""
     last_a, last_b = a.steps[-1], b.steps[-1]
     error = relative_error(last_b.loss, last_a.loss)
     if not error <= tolerance:
         return LOSS, "", error
     for what, values_a, values_b in (
         (GRADIENTS, last_a.gradients, last_b.gradients),
+        (STATE, a.states[-1], b.states[-1]),
         (UPDATE, _changes(a), _changes(b)),
+        (AVERAGES, a.states[-1], b.states[-1]),
     ):
-        for name, value in values_a.items():
-            error = relative_error(values_b[name], value)
-            if not error <= tolerance:
-                return what, name, error
+        if what in (STATE, AVERAGES):
+            own = {kind: values for kind, values in values_a.items() if (kind == AVERAGE) == (what == AVERAGES)}
+            name, error = states.first_difference(own, values_b, tolerance)
+        else:
+            name, error = _first_of(values_a, values_b, tolerance)
+        if name:
+            return what, name, error
     return "", "", 0.0
+
+
+def _first_of(a: Arrays, b: Arrays, tolerance: float) -> tuple[str, float]:
+    errors = ((name, relative_error(b[name], value)) for name, value in a.items())
+    return next(((name, error) for name, error in errors if not error <= tolerance), ("", 0.0))
 
 
 def _changes(run: _Run) -> dict[str, np.ndarray]:
@@ -200,9 +231,11 @@ def _changes(run: _Run) -> dict[str, np.ndarray]:
     return {name: as_float64(value) - as_float64(before[name]) for name, value in run.steps[-1].parameters.items()}
 
 
-def _suspects(what: str, a: _Run, b: _Run, recipe: AdamW | None, tolerance: float) -> Iterator[str]:
+def _suspects(what: str, name: str, a: _Run, b: _Run, recipe: AdamW | None, tolerance: float) -> Iterator[str]:
     """What is confirmed, in words."""
     last_a, last_b = a.steps[-1], b.steps[-1]
+    if what in (STATE, AVERAGES):
+        yield from states.state_suspects(name, a.kept, b.kept, tolerance)
     if what in (LOSS, GRADIENTS):
         ratios = [
             norm_of({"": last_b.gradients[n]}) / norm_of({"": v}) for n, v in last_a.gradients.items() if np.any(v)
@@ -215,7 +248,7 @@ def _suspects(what: str, a: _Run, b: _Run, recipe: AdamW | None, tolerance: floa
                 f"all gradients of b are {ratios[0]:.6g} times those of a: another mean (of micro-batches, or over "
                 "tokens), or clipping before they were recorded"
             )
-    elif recipe is not None and _distance(recipe, a) <= REPRODUCED:
+    elif what != AVERAGES and recipe is not None and _distance(recipe, a) <= REPRODUCED:
         allowed = min(REPRODUCED, BETTER * _distance(recipe, b))
         errors = {said: _distance(variant, b) for said, variant in _variants(recipe, b)}
         said = min(errors, key=errors.__getitem__)  # the first of those that come to the same
