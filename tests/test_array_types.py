@@ -68,9 +68,14 @@ DIFFERENCES = {
 
 CALLS = {
     "parity/test_head.py": ["test_the_loss_is_that_of_the_whole", "test_who_captures_logits_gets_them_whole"],
+    "parity/test_optimizer_states.py": ["test_pairs_of_trainers_keep_the_same"],
     "parity/test_optimizers.py": [
         "test_a_few_steps_are_those_of_the_papers",
         "test_the_average_is_evaluated_and_read_from_checkpoints[schedule_free_adamw]",
+    ],
+    "parity/test_statistics.py": [
+        "test_moments_are_the_same_on_every_device",
+        "test_statistics_of_both_backends_are_compared",
     ],
     "torch/test_devices.py": ["test_caches_make_everything_on_their_device"],
     "torch/test_generate.py": [
