@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kempnerforge_jax.program import MARK, path_name
 from kempnerforge_jax.taps import is_array, is_floating, named
 from shared_config.errors import UserError
-from shared_config.parity.foreign.containers import INPUT, map_tensors, tensors_in
+from shared_config.parity.foreign.containers import INPUT, listed, map_tensors, tensors_in
 
 _Tree = Any
 
@@ -224,5 +224,5 @@ def _modules(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def _called(function: Any, arguments: Any, *first: Any) -> object:
     if isinstance(arguments, Mapping):
-        return function(*first, **arguments)
-    return function(*first, *arguments)
+        return listed(function(*first, **arguments))
+    return listed(function(*first, *arguments))

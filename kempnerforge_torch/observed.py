@@ -32,6 +32,9 @@ class Taps:
         self._calls: dict[str, int] = {}
         self._shown: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self._generator = torch.Generator().manual_seed(noise.seed if noise else 0)
+        self._again = False
+        self._moves: dict[str, list[Tensor]] = {}
+        self._new: dict[str, list[list[bool]]] = {}
 
     def know(self, arguments: object) -> None:
         """Take what the whole function is given for recorded."""
@@ -43,16 +46,28 @@ class Taps:
 
     def inputs(self, name: str, value: object) -> object:
         """`visit` for every floating-point tensor of arguments that nothing recorded put out."""
+        tensors = [tensor for _, tensor in tensors_in(value, is_tensor)]
+        if self._again:
+            new = self._new[name].pop() if self._new.get(name) else []
+        else:
+            new = [isinstance(t, Tensor) and t.is_floating_point() and id(t) not in self._shown for t in tensors]
+            self._new.setdefault(name, []).append(new)
+        chosen = {id(tensor) for tensor, is_new in zip(tensors, new, strict=False) if is_new}
+        return map_tensors(self.visit, value, name, lambda value: is_tensor(value) and id(value) in chosen)
 
-        def is_new(value: object) -> bool:
-            return isinstance(value, Tensor) and value.is_floating_point() and id(value) not in self._shown
-
-        return map_tensors(self.visit, value, name, is_new)
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Within, nothing is recorded: what activation checkpointing computes again, the last first, is moved again."""
+        self._again = True
+        yield
+        self._again = False
 
     def visit(self, name: str, tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """Record a tensor, and give what goes on: a view, whose gradient is that by all that comes after it, and by
         nothing that used the tensor before. One that is written to later has no gradient: its value is no longer there.
         """
+        if self._again:
+            return self._moved(name, tensor)
         call = self._calls[name] = self._calls.get(name, -1) + 1
         fed = self._fed.get(call_name(name, call), self._fed.get(name) if call == 0 else None)
         wanted = self._options.wants(name)
@@ -61,14 +76,22 @@ class Taps:
         if fed is not None:
             check_fed(name, fed.shape, tensor.shape)
             tensor = from_numpy(fed).to(tensor)
-        if self._noise is not None and tensor.is_floating_point():
-            moves = torch.rand(tensor.shape, generator=self._generator, dtype=torch.float64) * 2 - 1
-            tensor = tensor * (1 + self._noise.roundoff * moves).to(tensor)
+        tensor = self._moved(name, tensor)
         if wanted and tensor.requires_grad:
             tensor = tensor.view_as(tensor)
             tensor.register_hook(functools.partial(self._differentiated, len(self.found) - 1))
         self._shown[id(tensor)] = tensor
         return tensor
+
+    def _moved(self, name: str, tensor: Tensor) -> Tensor:
+        if self._noise is None or not tensor.is_floating_point() or (self._again and not self._moves.get(name)):
+            return tensor
+        if self._again:
+            self._generator.set_state(self._moves[name].pop())
+        else:
+            self._moves.setdefault(name, []).append(self._generator.get_state())
+        moves = torch.rand(tensor.shape, generator=self._generator, dtype=torch.float64) * 2 - 1
+        return tensor * (1 + self._noise.roundoff * moves).to(tensor)
 
     def _differentiated(self, place: int, gradient: Shaped[Tensor, "..."]) -> None:
         """Keep the gradient of what was recorded, by its place."""

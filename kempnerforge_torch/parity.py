@@ -24,7 +24,7 @@ from kempnerforge_torch.statistics import Keeper, Kept, fetched
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
 from shared_config.interchange.states import plain_name
-from shared_config.parity.foreign.containers import ARGUMENT, OUTPUT, map_tensors, named_leaves, tensors_in
+from shared_config.parity.foreign.containers import ARGUMENT, OUTPUT, listed, map_tensors, named_leaves, tensors_in
 from shared_config.parity.foreign.mapping import Map
 from shared_config.parity.foreign.options import EXACT, Arrays, Options, make_options, target
 from shared_config.parity.foreign.recorder import Noise, Recorded, Store, make_trace
@@ -157,14 +157,14 @@ class _Engine:
         exact = Widening() if dtype == EXACT else contextlib.nullcontext()
         with exact, torch.set_grad_enabled(options.backward):
             with observed(call, taps), visiting(taps.containers):
-                output = _called(call, arguments)
-                output = taps.containers(OUTPUT, output)
+                output = taps.containers(OUTPUT, _called(call, arguments))
             if self._is_compiled and not dtype and not noise and not fed:
                 self._replace_output(taps, arguments, store)
             if not options.backward:
                 return Recorded(_activations(taps))
             loss = self._loss_of(output)
-            loss.backward()
+            with observed(call, taps) if noise else contextlib.nullcontext(), visiting(taps.containers), taps.again():
+                loss.backward()
         wanted = {name: own for name, own in {**parameters, **leaves}.items() if options.wants_gradient(name)}
         gradients = fetched(_gradients(wanted, store))
         losses = self._run(call, parameters, dtype) if self._batches else None
@@ -256,7 +256,7 @@ class _Engine:
 
 
 def _called(call: Any, arguments: Any) -> object:
-    return call(**arguments) if isinstance(arguments, Mapping) else call(*arguments)
+    return listed(call(**arguments) if isinstance(arguments, Mapping) else call(*arguments))
 
 
 def _activations(taps: Taps) -> list[tuple[str, np.ndarray | Summary]]:

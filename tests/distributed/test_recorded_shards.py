@@ -1,4 +1,4 @@
-"""A module that FSDP shards is recorded as it is, with plain names and whole gradients.
+"""A module that FSDP shards over two processes is recorded as it is, with plain names and whole gradients.
 
 What it takes is a new tensor there, and recorded as an input of the module.
 """
@@ -22,17 +22,22 @@ from kempnerforge_torch.parity import record
 from shared_config.errors import UserError
 from shared_config.parity import compare_functions
 
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 7))
 x = torch.randn(4, 9, 6)
 plain = record(copy.deepcopy(model), (x,), deltas=3)
-mesh = dist.init_device_mesh("cpu", (1,))
+small = record(copy.deepcopy(model), (x,), deltas=False, above=0)
+mesh = dist.init_device_mesh("cpu", (2,))
 fully_shard(model[0], mesh=mesh)
 fully_shard(model, mesh=mesh)
 sharded = record(model, (x,), deltas=False)
 assert set(plain.tensors) < set(sharded.tensors), list(sharded.tensors)
 assert compare_functions(plain, sharded, common=True).equal
+assert not any(module._forward_hooks for module in model[1:])
+summarized = record(model, (x,), deltas=False, above=0).tensors
+for name, summary in small.tensors.items():
+    assert abs(summary.rms - summarized[name].rms) < 1e-6 if hasattr(summary, "rms") else name == "loss", name
 try:
     record(model, (x,), dtype="float64")
 except UserError as error:
@@ -44,6 +49,11 @@ dist.destroy_process_group()
 @pytest.mark.skipif(settings.get_current_profile_name() != "nightly", reason="takes seconds")
 def test_a_sharded_module_is_recorded_as_the_plain_one(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "store")]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert said.returncode == 0, said.stderr
-    assert "is sharded by FSDP: leave weights, dtype and refeed out" in said.stdout
+    started = [
+        subprocess.Popen([*command, str(rank)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for process in started:
+        said, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert "is sharded by FSDP: leave weights, dtype and refeed out" in said

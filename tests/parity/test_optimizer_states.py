@@ -14,7 +14,6 @@ import optax
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor
 
 import kempnerforge_jax.training.optimizer as ours_in_jax
 import kempnerforge_torch.training.optimizer as ours_in_torch
@@ -96,7 +95,7 @@ class InOptax:
         self.average = {f"ema.{name}": value.copy() for name, value in START.items()}
         optimizer = optax.adamw(optax.constant_schedule(LR), *betas, 1e-8, weight_decay=0.0)
         self.state: Any = optimizer.init(self.own)
-        self.update = optimizer.update
+        self.update: Any = optimizer.update
 
     def step(self, gradients: Arrays, bug: Bug) -> tuple[Arrays, Mapping[str, Any]]:
         updates, state = self.update(gradients, self.state, self.own)
@@ -129,7 +128,7 @@ class OursInTorch:
     """The optimiser of our trainer."""
 
     def __init__(self, betas: tuple[float, float]) -> None:
-        self.own: dict[str, Tensor] = {name: torch.tensor(value, requires_grad=True) for name, value in START.items()}
+        self.own: dict[str, Any] = {name: torch.tensor(value, requires_grad=True) for name, value in START.items()}
         self.optimizer = ours_in_torch.build_optimizer(self.own, TABLE, our_config(betas))
 
     def step(self, gradients: Arrays, bug: Bug) -> tuple[Arrays, Mapping[str, Any]]:

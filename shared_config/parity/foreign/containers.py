@@ -66,6 +66,11 @@ def call_name(name: str, call: int) -> str:
     return f"{own}{CALL}{call}{name[len(own) :]}"
 
 
+def listed(value: object) -> object:
+    """A list of what a generator, or another iterator, gives; any other value is itself."""
+    return list(value) if isinstance(value, Iterator) else value
+
+
 def _parts(value: object) -> list[tuple[Any, Any]]:
     if isinstance(value, Mapping):
         return list(value.items())

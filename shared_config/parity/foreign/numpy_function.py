@@ -10,7 +10,7 @@ import numpy as np
 
 from shared_config.interchange.files import PathLike
 from shared_config.interchange.weights import is_floating
-from shared_config.parity.foreign.containers import OUTPUT, call_name, map_tensors, tensors_in
+from shared_config.parity.foreign.containers import OUTPUT, call_name, listed, map_tensors, tensors_in
 from shared_config.parity.foreign.mapping import Map
 from shared_config.parity.foreign.options import Arrays, Options, check_fed, make_options
 from shared_config.parity.foreign.recorder import Noise, Recorded, Store, make_trace
@@ -90,9 +90,9 @@ class NumpyFunction:
             arguments = _renamed(self._inputs, inputs, dtype)
             first = [] if self._weights is None else [_renamed(self._weights, weights, dtype)]
             if isinstance(arguments, Mapping):
-                output = self._function(*first, **arguments)
+                output = listed(self._function(*first, **arguments))
             else:
-                output = self._function(*first, *arguments)
+                output = listed(self._function(*first, *arguments))
             map_tensors(visit, output, OUTPUT, lambda value: _is_array(value) or isinstance(value, float))
         return Recorded(found)
 

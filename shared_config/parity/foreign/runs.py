@@ -204,17 +204,17 @@ def _first_difference(a: _Run, b: _Run, tolerance: float) -> tuple[str, str, flo
     error = relative_error(last_b.loss, last_a.loss)
     if not error <= tolerance:
         return LOSS, "", error
-    for what, values_a, values_b in (
-        (GRADIENTS, last_a.gradients, last_b.gradients),
-        (STATE, a.states[-1], b.states[-1]),
-        (UPDATE, _changes(a), _changes(b)),
-        (AVERAGES, a.states[-1], b.states[-1]),
-    ):
-        if what in (STATE, AVERAGES):
-            own = {kind: values for kind, values in values_a.items() if (kind == AVERAGE) == (what == AVERAGES)}
-            name, error = states.first_difference(own, values_b, tolerance)
-        else:
-            name, error = _first_of(values_a, values_b, tolerance)
+    moments_a, averages_a = (
+        {k: own for k, own in a.states[-1].items() if (k == AVERAGE) is ema} for ema in (False, True)
+    )
+    found = (
+        (GRADIENTS, lambda: _first_of(last_a.gradients, last_b.gradients, tolerance)),
+        (STATE, lambda: states.first_difference(moments_a, b.states[-1], tolerance)),
+        (UPDATE, lambda: _first_of(_changes(a), _changes(b), tolerance)),
+        (AVERAGES, lambda: states.first_difference(averages_a, b.states[-1], tolerance)),
+    )
+    for what, first in found:
+        name, error = first()
         if name:
             return what, name, error
     return "", "", 0.0
