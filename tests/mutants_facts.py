@@ -56,6 +56,9 @@ SCHEDULES = "config.test_bias_schedule.test_schedules_of_the_bias"
 CAPACITY = "config.test_capacity.test_the_capacity_of_a_layer_is_exact"
 ON_PAPER = "config.test_scale.test"
 SENT, SCALE, KEPT = "contract.traffic", "contract.scale", "contract.activations"
+GATHERS = "config.test_scale.test_tokens_are_gathered_where_few_bytes_more_are_sent"
+TOKENS = "config.test_scale.test_the_tokens_of_experts_by_hand"
+HELD_GRADIENTS = "cli.test_show.test_gradients_are_said_in_the_dtypes_in_which_they_are_held"
 LAYER_KEEPS = "torch.test_activations.test_a_layer_keeps_what_the_model_of_costs_says"
 LLAVAS = "interchange.test_llava"
 LLAVA, LLAVA_KEYS, TOWERS = "interchange.llava", "interchange.llava_config", "interchange.vision"
@@ -343,9 +346,9 @@ FACT_MUTANTS = (
         "2 * self.layers * (2 + self.again)",
         f"{ON_PAPER}_the_bytes_of_sequence_parallelism_by_hand",
     ),
-    FactMutant(
-        SENT, "self.moe_layers * 2 * (2 + self.again)", "self.moe_layers * 2", f"{ON_PAPER}_the_rows_of_experts_by_hand"
-    ),
+    FactMutant(SENT, "rows, times = tokens * model.moe_top_k", "rows, times = tokens", TOKENS),
+    FactMutant(SENT, "(forward + 1) + routes * forward", "forward + routes * forward", TOKENS),
+    FactMutant(SENT, "(self.summed + 1) + model.moe_top_k", "(self.summed + 1)", TOKENS),
     FactMutant(
         SENT, '("pp",), sides, sides * size)', '("pp",), 1, size)', f"{ON_PAPER}_a_pipeline_idles_as_its_paper_says"
     ),
@@ -384,8 +387,27 @@ FACT_MUTANTS = (
         ("grouped heads", "fp32"),
     ),
     FactMutant(KEPT, "2 if job.model.is_gated else 1", "2", LAYER_KEEPS, ("not gated", "fp32")),
-    FactMutant(KEPT, "[width] * model.moe_top_k", "[width]", LAYER_KEEPS, ("experts", "bf16")),
-    FactMutant(KEPT, "or outputs <= inputs)", "or outputs < inputs)", LAYER_KEEPS, ("grouped heads", "fp32")),
+    FactMutant(KEPT, "own = tokens * model.moe_top_k", "own = tokens", LAYER_KEEPS, ("experts", "bf16")),
+    FactMutant(
+        KEPT,
+        "in products if keeps_all or outputs <= inputs",
+        "in products if keeps_all or outputs < inputs",
+        LAYER_KEEPS,
+        ("grouped heads", "fp32"),
+    ),
+    FactMutant(KEPT, "own * layout.ep, model", "own, model", "config.test_scale.test_room_for_rows_of_experts_by_hand"),
+    FactMutant(KEPT, "<= GATHERED_MORE", "<= 2 * GATHERED_MORE", GATHERS, (16, 1024, 2, False)),
+    FactMutant(KEPT, "4 * job.model.moe_top_k * number", "4 * number", GATHERS, (8, 4096, 8, True)),
+    FactMutant(
+        COUNTED,
+        "job.train.grad_accum_steps == 1 and",
+        "True and",
+        HELD_GRADIENTS,
+        (("--train.mixed_precision=bf16", "--train.grad_accum_steps=2"), 1, "bfloat16 and their float32 sums"),
+    ),
+    FactMutant(
+        COUNTED, "layout.devices > 1 or not", "not", HELD_GRADIENTS, (("--train.mixed_precision=bf16",), 2, "float32")
+    ),
     FactMutant(KEPT, "own_input = int(number != FLOAT32)", "own_input = 0", LAYER_KEEPS, ("experts", "bf16")),
     FactMutant("contract.peaks", "989,", "1979,", f"{SPEED}.test_peaks_are_those_of_data_sheets"),
     FactMutant("contract.peaks", r'r"\bMIG\b"', r'r"^MIG\b"', f"{SPEED}.test_peaks_are_those_of_data_sheets"),
