@@ -111,6 +111,7 @@ CALLS = {
     ],
     "jax/test_moe.py": [
         "test_a_fresh_layer_has_no_losses",
+        "test_blocks_of_rows_are_all_rows",
         "test_products_are_those_of_the_platform",
         "test_progress_may_be_traced",
     ],
