@@ -112,6 +112,16 @@ def test_a_bug_is_found_in_its_module_forward_and_alone_where_recorded_inputs_ar
     assert kinds(alone, given, wrong) <= {*bug.causes}
 
 
+@pytest.mark.parametrize("dtype", DTYPES if NIGHTLY else ["float32"])
+@pytest.mark.parametrize("bug", [bug for bug in BUGS if NIGHTLY or bug.name in OF_THE_DAY], ids=lambda bug: bug.name)
+def test_a_bug_is_found_by_statistics_alone(bug: Bug, dtype: str) -> None:
+    a = names_of().apply_to_trace(original(dtype)).summarized(0)
+    assert compare_functions(a, port(llama_in_jax, dtype).summarized(0), common=True).equal
+    found = compare_functions(a, port(bug.planted(), dtype).summarized(0), common=True)
+    assert found.first_forward is not None
+    assert without_number(site_of(found.first_forward.name) + ".").startswith(f"{bug.sites[0]}.")
+
+
 def test_there_are_enough_bugs() -> None:
     assert len({bug.name for bug in BUGS}) >= 24
     assert set(OF_THE_DAY) < {bug.name for bug in BUGS}
