@@ -324,7 +324,7 @@ def jax_steps(modules: Any, weights: Any, gradients: Any, table: Any, config: An
 
 CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.init": (check_initial_weights,),
-    "model.modality": (check_refusals,),
+    "model.modality": (check_refusals, check_slice),
     "model.position": (check_rotation,),
     "model.checks": (check_names,),
     "model.embedding": (check_refusals, check_table),
