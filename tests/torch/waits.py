@@ -29,6 +29,8 @@ ON_THE_CPU_ALONE = {
     ("model/checks.py", "check_ids"): "values are looked at where they can be seen",
     ("training/optimizer.py", "update"): "the CPU decides by itself whether to take a step",
     ("training/optimizer.py", "_step"): "of parameters on the CPU, AdamW's counts of updates are numbers",
+    ("training/optimizer.py", "step"): "likewise, of several optimisers",
+    ("distributed/pipeline.py", "_run"): "what the engine of torch asks is its own",
     ("distributed/ranks.py", "number"): "a number that hosts add up",
     ("distributed/mesh.py", "group"): "a mesh of ranks is the host's",
     ("distributed/context_parallel.py", "own_part"): "likewise",
@@ -90,7 +92,8 @@ def _note(found: list[str], name: str) -> None:
     if frame is None:
         return
     path = frame.f_code.co_filename.rpartition(f"/{BACKEND}/")[2]
-    if (path, frame.f_code.co_name) not in ON_THE_CPU_ALONE:
+    name_of_function = frame.f_code.co_qualname.partition(".<locals>")[0].rpartition(".")[2]
+    if (path, name_of_function) not in ON_THE_CPU_ALONE:
         found.append(f"{path}:{frame.f_lineno}: {name}")
 
 
