@@ -61,6 +61,7 @@ TOKENS = "config.test_scale.test_the_tokens_of_experts_by_hand"
 HELD_GRADIENTS = "cli.test_show.test_gradients_are_said_in_the_dtypes_in_which_they_are_held"
 LAYER_KEEPS = "torch.test_activations.test_a_layer_keeps_what_the_model_of_costs_says"
 LLAVAS = "interchange.test_llava"
+IMAGE_TOKEN = "config.test_image_token"
 LLAVA, LLAVA_KEYS, TOWERS = "interchange.llava", "interchange.llava_config", "interchange.vision"
 SEEN = f"{LLAVAS}.test_a_llava_of_theirs_is_the_same_function_here"
 FEATURES = f"{LLAVAS}.test_a_feature_layer_counts_what_goes_into_the_first_block"
@@ -514,13 +515,25 @@ FACT_MUTANTS = (
         "{_linear_name(name, LINEARS): array for",
         "{_linear_name(name, LINEARS): array.T if name.startswith('linear_2') else array for",
         SEEN,
-        ("clip",),
+        ("clip", False),
     ),
-    FactMutant(LLAVA, 'STRATEGY: "default" if', 'STRATEGY: "full" if', SEEN, ("clip",)),
+    FactMutant(LLAVA, 'STRATEGY: "default" if', 'STRATEGY: "full" if', SEEN, ("clip", False)),
     FactMutant(LLAVA_KEYS, "n_layers + 1 + index", "n_layers + index", FEATURES, (-2,)),
     FactMutant(LLAVA_KEYS, "index if index >= 0", "index + 1 if index >= 0", FEATURES, (2,)),
-    FactMutant(TOWERS, '== "full"', '== "default"', SEEN, ("clip",)),
-    FactMutant(TOWERS, "final_norm=False, keep", "final_norm=tower.final_norm, keep", SEEN, ("siglip2",)),
+    FactMutant(TOWERS, '== "full"', '== "default"', SEEN, ("clip", False)),
+    FactMutant(TOWERS, "final_norm=False, keep", "final_norm=tower.final_norm, keep", SEEN, ("siglip2", False)),
+    FactMutant(
+        "parity.validation",
+        "ids + (ids >= image_token)",
+        "ids + (ids > image_token)",
+        f"{IMAGE_TOKEN}.test_drawn_text_is_uniform_over_what_text_may_hold",
+    ),
+    FactMutant(
+        "contract.image_token",
+        "found[0] if found else 0",
+        "found[0] + 1 if found else 0",
+        f"{IMAGE_TOKEN}.test_an_id_says_where_the_image_is",
+    ),
     FactMutant(LORA, "+ lora.scale * sum_OI", "+ sum_OI", BITS),
     FactMutant(LORA, "+ lora.scale * sum_OI", "+ 2 * lora.scale * sum_OI", BITS),
     FactMutant(LORA, "np.zeros(weight_OI.shape, np.float64)", "np.zeros(weight_OI.shape, np.float32)", BITS),

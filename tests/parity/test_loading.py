@@ -4,11 +4,7 @@ bits that a model with drawn values has once it is given them; and no more than 
 
 from __future__ import annotations
 
-import tracemalloc
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import jax
 import ml_dtypes
@@ -19,62 +15,28 @@ from hypothesis import strategies as st
 
 from shared_config.contract.decoding import DTYPES
 from shared_config.contract.parameters import parameter_table
-from shared_config.contract.vision import job_table
 from shared_config.interchange.huggingface import (
     from_huggingface,
-    save_huggingface,
     to_huggingface,
     views_from_huggingface,
 )
 from shared_config.interchange.parts import Parts, StateParts, whole
-from shared_config.interchange.source import read_model
-from shared_config.interchange.vision import tower_of
 from shared_config.parity.numerics import difference
 from shared_config.parity.request import make_request
 from shared_config.parity.validation import validation_weights
-from shared_config.schema.job import JobConfig
-from shared_config.schema.model import ModelConfig
-from shared_config.schema.training import TrainConfig
 from tests.mutants import BACKENDS
 from tests.oracle import transformer as oracle
 from tests.parity.fp8_checks import SIDES, small_job
+from tests.parity.loading_checks import MIXTURE, check_given, check_stacks, nothing_drawn
 from tests.tolerance import BFLOAT16_K, FORWARD_K, SAME_FUNCTION, assert_within, perturbation_delta, unit_roundoff
 
 KINDS = ("dense", "packed experts", "mot")
-EXPERTS, STACK_BYTES = 8, 8 * 64 * 256 * 2
-MIXTURE = JobConfig(
-    model=ModelConfig(
-        dim=64, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=64, ffn_hidden_dim=256, max_seq_len=32,
-        num_experts=EXPERTS, moe_top_k=2, moe_packed_experts=True, family="mixtral",
-    ),
-    train=TrainConfig(seq_len=16),
-)  # fmt: skip
-
-
-def nothing_drawn(backend: str) -> AbstractContextManager[object]:
-    """No initial value may be made."""
-    name = {"torch": "_initialise", "jax": "_initial"}[backend]
-    return patch(f"kempnerforge_{backend}.model.init.{name}", side_effect=AssertionError("an initial value was drawn"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_are_given_are_not_drawn_first(backend: str, kind: str) -> None:
-    side, job = SIDES[backend], small_job(kind, precision="fp32")
-    weights = make_request(job, dtype="float64", seed=3).weights
-    state, load = side.module("model.state"), side.module("model.build").load_model
-    for dtype in DTYPES:
-        with jax.enable_x64(dtype == "float64"):
-            with nothing_drawn(backend):
-                model = load(job, weights, "cpu", dtype=dtype)
-            drawn = load(job, None, "cpu", dtype=dtype)
-            state.set_state(drawn, weights)
-            found, expected = (side.numpy(dict(state.get_state(one))) for one in (model, drawn))
-        assert found.keys() == job_table(job, tower_of(job)).keys()
-        for name, array in found.items():
-            assert array.dtype in (dtype, np.result_type(array, np.float32)), name
-            assert array.tobytes() == expected[name].tobytes() == weights[name].astype(array.dtype).tobytes(), name
-        assert found[next(name for name in found if "embedding" in name)].dtype == dtype
+    check_given(backend, kind)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -147,28 +109,9 @@ def test_a_trainer_that_only_evaluates_has_no_moments(backend: str, optimizer: d
     assert trainers[1].state().optimizer != {}
 
 
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder in bfloat16."""
-    folder = tmp_path_factory.mktemp("mixture")
-    weights = validation_weights(parameter_table(MIXTURE.model), 1)
-    save_huggingface(folder, {name: value.astype(ml_dtypes.bfloat16) for name, value in weights.items()}, MIXTURE.model)
-    return folder
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_more_than_a_stack_of_experts_is_copied_at_a_time(backend: str, mixture: Path) -> None:
-    """What NumPy holds beside the model: a stack as it is in the files, and in the dtype of the model."""
-    load: Any = SIDES[backend].module("model.build").load_model
-    load(MIXTURE, read_model(mixture, MIXTURE).weights, "cpu")  # what is made once a process
-    tracemalloc.start()
-    try:
-        model = load(MIXTURE, read_model(mixture, MIXTURE).weights, "cpu", dtype="bfloat16")
-        held, peak = tracemalloc.get_traced_memory()  # arrays of JAX may lie in what NumPy holds
-    finally:
-        tracemalloc.stop()
-    assert model is not None
-    assert peak - held < 3 * STACK_BYTES + 2**18, f"{peak - held:,} bytes at once, of stacks of {STACK_BYTES:,}"
+def test_no_more_than_a_stack_of_experts_is_copied_at_a_time(backend: str) -> None:
+    check_stacks(backend)
 
 
 class Untouched(np.ndarray):

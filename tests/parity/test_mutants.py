@@ -39,6 +39,7 @@ from tests.mutants import (
     verdict,
 )
 from tests.mutants_decoding import DECODING_MUTANTS
+from tests.mutants_loading import LOADING_MUTANTS
 from tests.mutants_lora import LORA_MUTANTS
 from tests.mutants_moe import MOE_MUTANTS
 from tests.mutants_optimizers import OPTIMIZER_MUTANTS
@@ -50,6 +51,7 @@ from tests.oracle.position import apply_rope
 from tests.outcomes import accepted, refused
 from tests.parity.decoding_checks import DECODING_CHECKS
 from tests.parity.head_checks import check_head
+from tests.parity.loading_checks import LOADING_CHECKS
 from tests.parity.lora_checks import check_adapters, check_start
 from tests.parity.mask_checks import MASK_CHECKS
 from tests.parity.moe_checks import MOE_CHECKS
@@ -60,7 +62,9 @@ from tests.parity.vlm_checks import VLM_CHECKS
 from tests.strategies import Inputs
 from tests.tolerance import assert_all_same_function, assert_same_function
 
-ALL_MUTANTS = (*MUTANTS, *DECODING_MUTANTS, *MOE_MUTANTS, *VLM_MUTANTS, *OPTIMIZER_MUTANTS, *LORA_MUTANTS)
+ALL_MUTANTS = (
+    *MUTANTS, *DECODING_MUTANTS, *MOE_MUTANTS, *VLM_MUTANTS, *OPTIMIZER_MUTANTS, *LORA_MUTANTS, *LOADING_MUTANTS
+)  # fmt: skip
 FOLDER = Path(__file__).parents[1]
 LISTS = [file.stem for file in sorted(FOLDER.glob("mutants*.py"))]
 SEED, BATCH, LENGTH, PREFIX = 5, 2, 8, 3
@@ -345,7 +349,7 @@ CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.lora": (check_start, check_adapters),
     "model.moe": (check_table,),
 }
-CHECK_LISTS = (CHECKS, MASK_CHECKS, MOE_CHECKS, VLM_CHECKS, DECODING_CHECKS, PADDING_CHECKS)
+CHECK_LISTS = (CHECKS, MASK_CHECKS, MOE_CHECKS, VLM_CHECKS, DECODING_CHECKS, PADDING_CHECKS, LOADING_CHECKS)
 
 
 def checks_of(component: str) -> tuple[Callable[[str], None], ...]:
