@@ -540,6 +540,13 @@ FACT_MUTANTS = (
     FactMutant(LORA, "if not is_adapter(name)}", "}", BITS),
     FactMutant(LORA, "lora is None or is_adapter(name)", "True", "parity.test_lora.test_adapters_alone_are_trained"),
     FactMutant(
+        LORA,
+        "if not is_adapter(name)) if any",
+        "if is_adapter(name)) if any",
+        "parity.test_lora_images.test_no_freeze_thaws_what_has_adapters",
+        ("torch",),
+    ),
+    FactMutant(
         LORA, "1 / math.sqrt(inputs)", "1 / math.sqrt(rank)", "parity.test_lora.test_targets_name_maps_of_layers"
     ),
 )

@@ -10,6 +10,7 @@ from flax import nnx
 from kempnerforge_jax.model.module import named_variables
 from kempnerforge_jax.model.wrappers import unwrapped
 from shared_config.contract.freeze import canonical_freeze_meta, effective_freeze, matches, pattern_of
+from shared_config.contract.lora import beside_adapters
 from shared_config.schema.freeze import FreezeSpec
 
 __all__ = ["apply_freeze_specs", "canonical_freeze_meta", "effective_freeze", "freeze_params", "frozen_parameters"]
@@ -37,7 +38,8 @@ def freeze_params(model: nnx.Module, patterns: str | Sequence[str], *, frozen: b
 def apply_freeze_specs(
     model: nnx.Module, specs: Sequence[FreezeSpec], pattern_map: Mapping[str, str | Sequence[str]]
 ) -> int:
-    """Make ``specs`` the only ones in force: what none of them freezes is thawed; later specs override earlier ones.
+    """Make ``specs`` the only ones in force: what none of them freezes is thawed, of a model with low-rank
+    adapters only these; later specs override earlier ones.
 
     Args:
         pattern_map: module -> pattern or patterns of parameter names, ``vlm.module_patterns``. A spec's module may be a
@@ -54,6 +56,9 @@ def apply_freeze_specs(
     freeze_params(model, "*", frozen=False)
     for pattern, frozen in chosen:
         freeze_params(model, pattern, frozen=frozen)
+    besides = beside_adapters(name for name, _ in _parameters(model))
+    for name, parameter in _parameters(model):
+        parameter.set_metadata(FROZEN, _is_frozen(parameter) or name in besides)
     changed = before ^ frozen_parameters(model)
     return sum(parameter.get_value().size for name, parameter in _parameters(model) if name in changed)
 

@@ -41,7 +41,7 @@ from kempnerforge_jax.training.mixed_precision import compute_dtype, use_fp8
 from kempnerforge_jax.training.terms import Terms, expert_counts, model_inputs
 from shared_config.contract.freeze import effective_freeze, frozen_names
 from shared_config.contract.labels import loss_terms
-from shared_config.contract.lora import adapter_table, trained_with
+from shared_config.contract.lora import adapter_table, beside_adapters, trained_with
 from shared_config.contract.routing import RouterId
 from shared_config.contract.specs import ParameterSpec
 from shared_config.contract.vision import job_table
@@ -103,7 +103,8 @@ class Recipe:
         if vlm is None:
             return self
         specs = effective_freeze(step, vlm.freeze, vlm.freeze_schedule)
-        return dataclasses.replace(self, frozen=frozenset(frozen_names(parameters, specs, vlm.module_patterns)))
+        frozen = frozen_names(parameters, specs, vlm.module_patterns) | beside_adapters(parameters)
+        return dataclasses.replace(self, frozen=frozenset(frozen))
 
     def balanced(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from shared_config.contract.freeze import canonical_freeze_meta, effective_freeze, matches, pattern_of
+from shared_config.contract.lora import beside_adapters
 from shared_config.interchange.states import plain_name
 from shared_config.schema.freeze import FreezeSpec
 
@@ -30,7 +31,8 @@ def freeze_params(model: nn.Module, patterns: str | Sequence[str], *, frozen: bo
 def apply_freeze_specs(
     model: nn.Module, specs: Sequence[FreezeSpec], pattern_map: Mapping[str, str | Sequence[str]]
 ) -> int:
-    """Make ``specs`` the only ones in force: what none of them freezes is thawed; later specs override earlier ones.
+    """Make ``specs`` the only ones in force: what none of them freezes is thawed, of a model with low-rank
+    adapters only these; later specs override earlier ones.
 
     Args:
         pattern_map: module -> pattern or patterns of parameter names, ``vlm.module_patterns``. A spec's module may be a
@@ -47,6 +49,9 @@ def apply_freeze_specs(
     freeze_params(model, "*", frozen=False)
     for pattern, frozen in chosen:
         freeze_params(model, pattern, frozen=frozen)
+    besides = beside_adapters(plain_name(name) for name, _ in model.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and plain_name(name) not in besides)
     changed = before ^ frozen_parameters(model)
     return sum(parameter.numel() for name, parameter in model.named_parameters() if plain_name(name) in changed)
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from shared_config.contract.lora import beside_adapters
 from shared_config.contract.moments import AVERAGE, UPDATES, moments_of
 from shared_config.contract.specs import ParameterTable
 from shared_config.errors import UserError
@@ -116,6 +117,7 @@ def moments_under(
         return given
     parameters = [name for name, spec in table.items() if not spec.is_buffer]
     never = never_trained(parameters, vlm.freeze, vlm.freeze_schedule, vlm.module_patterns)
+    never |= beside_adapters(parameters)
     kept = {name: value for name, value in given.items() if name.partition(".")[2] not in never}
     kinds = {name: moments_of(optimizer, name, table[name]) for name in parameters if name not in never}
     fresh = [name for name, own in kinds.items() if not any(f"{moment}.{name}" in moments for moment in own)]

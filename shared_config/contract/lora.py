@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ import numpy as np
 from shared_config.contract.initialise import initial_value
 from shared_config.contract.parameters import parameter_table
 from shared_config.contract.specs import Constant, Normal, ParameterSpec, ParameterTable
+from shared_config.contract.warm_start import TRANSFORMER
 from shared_config.errors import ConfigError
 from shared_config.schema.job import JobConfig
 from shared_config.schema.lora import LoraConfig
@@ -38,7 +39,7 @@ def adapted_modules(config: JobConfig) -> list[str]:
     """
     if config.lora is None:
         return []
-    names = [name.removesuffix(".weight") for name in parameter_table(config.model)]
+    names = [name.removesuffix(".weight") for name in parameter_table(config.model, config.vlm)]
     able = [name for name in names if ADAPTABLE.fullmatch(name)]
     idle = [target for target in config.lora.targets if not any(fnmatchcase(name, target) for name in able)]
     if idle:
@@ -46,16 +47,17 @@ def adapted_modules(config: JobConfig) -> list[str]:
         raise ConfigError(
             [f"lora.targets = {target!r}: must fit the name of a map, as layers.0.{known}" for target in idle]
         )
-    return [name for name in able if any(fnmatchcase(name, target) for target in config.lora.targets)]
+    chosen = [name for name in able if any(fnmatchcase(name, target) for target in config.lora.targets)]
+    return [_path(config) + name for name in chosen]
 
 
 def adapter_table(config: JobConfig) -> ParameterTable:
     """The tensors of all adapters: A (R, I) and B (O, R)."""
     if config.lora is None:
         return {}
-    table, found, rank = parameter_table(config.model), {}, config.lora.rank
+    table, found, rank = parameter_table(config.model, config.vlm), {}, config.lora.rank
     for name in adapted_modules(config):
-        outputs, inputs = table[f"{name}.weight"].shape
+        outputs, inputs = table[f"{name.removeprefix(_path(config))}.weight"].shape
         drawn = Normal(1 / math.sqrt(inputs))
         found[f"{name}.{A}"] = ParameterSpec((rank, inputs), drawn, (None, None), decay=True)
         found[f"{name}.{B}"] = ParameterSpec((outputs, rank), Constant(0.0), (None, None), decay=True)
@@ -65,6 +67,12 @@ def adapter_table(config: JobConfig) -> ParameterTable:
 def is_adapter(name: str) -> bool:
     """Whether a tensor is part of an adapter."""
     return name.endswith((f".{A}", f".{B}"))
+
+
+def beside_adapters(names: Iterable[str]) -> frozenset[str]:
+    """Those of a model's parameters that are frozen since it has adapters; none of one without."""
+    found = list(names)
+    return frozenset(name for name in found if not is_adapter(name)) if any(map(is_adapter, found)) else frozenset()
 
 
 def trained_with(lora: LoraConfig | None, parameters: Mapping[str, Kept]) -> dict[str, Kept]:
@@ -78,6 +86,11 @@ def with_adapters(weights: Mapping[str, Kept], config: JobConfig) -> Mapping[str
         return weights
     seed = config.train.seed
     return {**weights, **{name: initial_value(name, spec, seed) for name, spec in adapter_table(config).items()}}
+
+
+def _path(config: JobConfig) -> str:
+    """What the names of the language model's maps begin with; targets are without."""
+    return "" if config.vlm is None else TRANSFORMER
 
 
 def without_adapters(weights: Mapping[str, Kept], lora: LoraConfig | None) -> dict[str, Kept | np.ndarray]:

@@ -87,8 +87,9 @@ class JobConfig(Section):
 
     def _lora_problems(self) -> Iterator[str]:
         """Where there are no adapters."""
-        if self.vlm is not None:
-            yield f"lora = {self.lora}: must be absent with a [vlm] section; adapters are for text models"
+        if self.vlm is not None and self.vlm.modalities:
+            why = f"vlm.arch {self.vlm.arch!r}, each of whose modalities has matrices of its own"
+            yield f"lora = {self.lora}: must be absent with {why}"
         if self.train.mixed_precision == "fp8":
             yield "train.mixed_precision = 'fp8': must be 'fp32' or 'bf16' with a [lora] section"
 
