@@ -46,7 +46,6 @@ HALF = (
     "tests/parity/test_generate.py::test_images_are_seen_as_in_the_full_forward",
     "tests/parity/test_held_states.py::test_dead_experts_are_counted_over_routers_and_micro_batches",
     "tests/parity/test_int8.py::test_int8_is_as_the_contract_says",
-    "tests/parity/test_kernels.py::test_kernels_are_those_of_the_table",
     "tests/parity/test_length_mutants.py::test_every_mutant_is_killed",
     "tests/parity/test_lengths.py::test_600_positions_of_text_and_image",
     "tests/parity/test_lengths.py::test_positions_and_vocabularies",

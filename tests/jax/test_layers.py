@@ -11,20 +11,23 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kempnerforge_jax.model.adapter import AttentionalPoolAdapter, LinearAdapter
+from kempnerforge_jax.model.adapter import AttentionalPoolAdapter, LinearAdapter, build_adapter
+from kempnerforge_jax.model.build import build_model
 from kempnerforge_jax.model.cross_attention import CrossAttentionBlock
 from kempnerforge_jax.model.embedding import TokenEmbedding
 from kempnerforge_jax.model.module import named_variables
 from kempnerforge_jax.model.moe import build_moe
 from kempnerforge_jax.model.mot import MoTAttention
 from kempnerforge_jax.model.norm import LayerNorm
-from kempnerforge_jax.model.vision import VisionTower
+from kempnerforge_jax.model.vision import VisionTower, build_vision_encoder
 from kempnerforge_jax.training import train
 from shared_config.contract.vision import vit_tower
+from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.vision import VisionEncoderConfig
 from tests.jobs import tiny_job
 
-TOWER = vit_tower(VisionEncoderConfig(type="vit", feature_dim=16, n_layers=1, n_heads=2, image_size=4, patch_size=2))
+VIT = {"type": "vit", "feature_dim": 16, "n_layers": 1, "n_heads": 2, "image_size": 4, "patch_size": 2}
+TOWER = vit_tower(VisionEncoderConfig(**VIT))
 LAYERS = {
     "tower": lambda rngs: VisionTower(dataclasses.replace(TOWER, class_token=True, pre_norm=True), rngs=rngs),
     "adapter": lambda rngs: LinearAdapter(16, 16, rngs=rngs),
@@ -34,6 +37,17 @@ LAYERS = {
     "experts": lambda rngs: build_moe(16, 16, 2, 1, router_type="sigmoid_topk", rngs=rngs),
     "embedding": lambda rngs: TokenEmbedding(16, 16, rngs=rngs),
     "norm": lambda rngs: LayerNorm(16, rngs=rngs),
+}
+BUILT = LAYERS | {
+    "built adapter": lambda rngs: build_adapter(AdapterConfig(), 16, 16, rngs=rngs),
+    "built encoder": lambda rngs: build_vision_encoder(VisionEncoderConfig(**VIT), rngs=rngs),
+    "built model": lambda rngs: build_model(tiny_job(), rngs=rngs),
+    "built vision-language model": lambda rngs: build_model(
+        tiny_job(
+            vlm={"arch": "cross_attention", "cross_attention_every_n_layers": 1, "max_text_len": 8}, vision_encoder=VIT
+        ),
+        rngs=rngs,
+    ),
 }
 
 
@@ -47,6 +61,19 @@ def test_layers_begin_in_float32_with_all_its_bits(kind: str) -> None:
         value = np.asarray(variable.get_value())
         if value.ndim > 1 and value.any():
             assert (value != value.astype(jnp.bfloat16)).mean() > 0.9, name
+
+
+@pytest.mark.parametrize("kind", BUILT)
+def test_what_is_drawn_is_what_the_given_generator_draws(kind: str) -> None:
+    """The same again of the same key; of another key, other values wherever they are drawn."""
+    first, again, other = (
+        {name: np.asarray(variable.get_value()) for name, variable in named_variables(BUILT[kind](nnx.Rngs(seed)))}
+        for seed in (0, 0, 1)
+    )
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, again[name])
+        is_drawn = np.unique(value).size > 1 and not name.startswith("rope")
+        assert is_drawn == (value != other[name]).any(), name
 
 
 def test_shared_heads_sum_their_gradients_in_float32() -> None:

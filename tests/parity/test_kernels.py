@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -13,8 +14,7 @@ from tests.parity.kernel_checks import KERNEL_CHECKS
 EACH = [
     pytest.param(backend, check, id=f"{backend}-{check.__name__}")
     for backend, by_component in KERNEL_CHECKS.items()
-    for checks in by_component.values()
-    for check in checks
+    for check in dict.fromkeys(itertools.chain(*by_component.values()))
 ]
 
 
