@@ -543,8 +543,7 @@ FACT_MUTANTS = (
         LORA,
         "if not is_adapter(name)) if any",
         "if is_adapter(name)) if any",
-        "parity.test_lora_images.test_no_freeze_thaws_what_has_adapters",
-        ("torch",),
+        "parity.test_lora_images.test_all_that_is_beside_adapters_is_frozen",
     ),
     FactMutant(
         LORA, "1 / math.sqrt(inputs)", "1 / math.sqrt(rank)", "parity.test_lora.test_targets_name_maps_of_layers"

@@ -119,7 +119,7 @@ def _dispatch_tokens(x_TD: jax.Array, assignment_R: jax.Array, row_R: jax.Array,
 
 
 def _dispatch_forward(x_TD: jax.Array, *plan: jax.Array) -> tuple[jax.Array, Any]:
-    return _dispatch_tokens(x_TD, *plan), (plan, jnp.zeros((x_TD.shape[0], 0)))
+    return _dispatch_tokens(x_TD, *plan), (plan, jnp.zeros((x_TD.shape[0], 0), x_TD.dtype))
 
 
 def _dispatch_backward(saved: Any, dy_RD: jax.Array) -> tuple[jax.Array, None, None, None]:

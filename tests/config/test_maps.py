@@ -239,6 +239,14 @@ def test_a_map_is_proposed_from_values_that_both_hold_and_moves_them_bit_by_bit(
         np.testing.assert_array_equal(moved[name], value)
 
 
+@pytest.mark.parametrize("heads", [1, 3, 128])
+def test_rotary_layouts_are_proposed_up_to_the_most_heads(heads: int) -> None:
+    """Of two pairs a head."""
+    a = {"q": drawn(4 * heads, 2)}
+    b = transfer(a, make_map({"q": ("wq", f"interleave {heads}", "transpose")}))
+    np.testing.assert_array_equal(transfer(a, propose_map(a, b).map)["wq"], b["wq"])
+
+
 def test_tensors_of_the_same_values_are_not_told_apart_by_them() -> None:
     a = {"norm1": np.ones(3), "norm2": np.ones(3), "w": drawn(3, 3)}
     with pytest.raises(UserError, match="shapes leave a choice"):

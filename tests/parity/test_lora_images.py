@@ -113,6 +113,12 @@ def test_gradients_are_those_of_the_formulas(backend: str, arch: str) -> None:
         assert is_adapter(name) or np.array_equal(np.asarray(state.weights[name]), value), f"{name}: is not frozen"
 
 
+def test_all_that_is_beside_adapters_is_frozen() -> None:
+    plain = {"layers.0.attention.q_proj.weight", "norm.weight"}
+    assert beside_adapters([*plain, "layers.0.attention.q_proj.lora_a", "norm.lora_b"]) == plain
+    assert beside_adapters(plain) == frozenset()
+
+
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_no_freeze_thaws_what_has_adapters(backend: str) -> None:
     side, config = SIDES[backend], job("joint_decoder")

@@ -20,7 +20,7 @@ from shared_config.parity.foreign.mapping import Map, Rule
 VALUES, SHAPES, PROBE = "values", "shapes", "probe"
 MOST_TRIALS = 720
 """Maps that a probe is asked about."""
-HEADS = 64
+HEADS = 128
 """Most heads that a rotary layout is looked for with."""
 
 Probe = Callable[[Map], bool]
