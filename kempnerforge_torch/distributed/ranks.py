@@ -52,7 +52,7 @@ class Ranks:
             return tree
         leaves, structure = tree_flatten(tree)
         found = [torch.as_tensor(leaf).clone() for leaf in leaves]
-        for kind in {(tensor.dtype, tensor.device): 0 for tensor in found}:
+        for kind in dict.fromkeys((tensor.dtype, tensor.device) for tensor in found):
             alike = [tensor for tensor in found if (tensor.dtype, tensor.device) == kind]
             add_up(alike, self.mesh.data.get_group())
         return tree_unflatten(found, structure)

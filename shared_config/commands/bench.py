@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +25,7 @@ from shared_config.commands.common import (
     load_job,
     writable_file,
 )
-from shared_config.commands.processes import environment_of, living_pipe, reasons
+from shared_config.commands.processes import environment_of, failures_of
 from shared_config.commands.show import pairs, readable_bytes
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.files import written_aside
@@ -108,23 +106,9 @@ def result_of(backend: str, request: Request, folder: Path) -> Result:
     """
     asked, found = folder / "asked.json", folder / "found.json"
     asked.write_text(json.dumps(request.to_json()), encoding="utf-8")
-    command = [sys.executable, "-P", "-m", "shared_config.commands.measure", backend, str(asked), str(found)]
-    with living_pipe() as living:
-        process = subprocess.Popen(
-            command,
-            env=environment_of({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, platform_of(request)),
-            stdin=living,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
-        try:
-            said = process.communicate()[1]
-        finally:
-            process.kill()
-    if process.returncode != 0:
-        lines = reasons(said, process.returncode)
+    environment = environment_of({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, platform_of(request))
+    lines = failures_of("shared_config.commands.measure", [backend, str(asked), str(found)], environment)
+    if lines:
         raise UserError("\n".join(f"{request.work}, {backend}: {line}" for line in lines))
     return Result.from_json(json.loads(found.read_text(encoding="utf-8")))
 

@@ -5,7 +5,9 @@ write to the same files. The processes that a command starts itself end with it.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+import subprocess
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,6 +69,25 @@ def reasons(said: str, status: int) -> list[str]:
         return messages
     how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
     return [": ".join([f"the process {how}", *lines[-1:]])]
+
+
+def failures_of(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """Run a module in a process that ends with this one. Returns why it failed; nothing if it did not."""
+    with living_pipe() as living:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", module, *arguments],
+            env=environment,
+            stdin=living,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+        try:
+            said = process.communicate()[1]
+        finally:
+            process.kill()
+    return reasons(said, process.returncode) if process.returncode else []
 
 
 @contextmanager

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from shared_config.commands.processes import environment_of, living_pipe, reasons
+from shared_config.commands.processes import environment_of, failures_of
 from shared_config.errors import UserError
 from shared_config.parity.foreign.named import is_named
 from shared_config.parity.traces import read_trace
@@ -71,19 +69,5 @@ def _record(model: str, output: Path, asked: Sequence[str]) -> None:
     """
     jobs = output.with_suffix(".json")
     jobs.write_text(json.dumps([["record", model, "--output", str(output), *asked]]), encoding="utf-8")
-    with living_pipe() as living:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "shared_config.commands.worker", str(jobs)],
-            env=environment_of({}, {}),
-            stdin=living,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
-        try:
-            said = process.communicate()[1]
-        finally:
-            process.kill()
-    if process.returncode != 0:
-        raise UserError("\n".join(reasons(said, process.returncode)))
+    if said := failures_of("shared_config.commands.worker", [str(jobs)], environment_of({}, {})):
+        raise UserError("\n".join(said))
