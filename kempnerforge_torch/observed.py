@@ -59,8 +59,10 @@ class Taps:
     def again(self) -> Iterator[None]:
         """Within, nothing is recorded: what activation checkpointing computes again, the last first, is moved again."""
         self._again = True
-        yield
-        self._again = False
+        try:
+            yield
+        finally:
+            self._again = False
 
     def visit(self, name: str, tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """Record a tensor, and give what goes on: a view, whose gradient is that by all that comes after it, and by

@@ -72,10 +72,8 @@ def aligned(
         kind, _, parameter = name.partition(".")
         if parameter not in parameters:
             raise UserError(f"state: {name}: must be a kind, a dot and one of {', '.join(parameters)}")
-        array, shape = (
-            np.array(host_array(name, value)),
-            np.shape(parameters[parameter]),
-        )  # the run may write to its own
+        array = np.array(host_array(name, value))  # a copy: the run may write to its own
+        shape = np.shape(parameters[parameter])
         if array.shape not in ((), shape):
             raise UserError(f"state: {name}: shape = {array.shape}: must be () or that of {parameter}, {shape}")
         kinds.setdefault(kind, {})[parameter] = np.broadcast_to(array, shape)
