@@ -41,7 +41,7 @@ class Interrupts:
         if is_default and threading.current_thread() is threading.main_thread():
             self.at_once = INTERRUPTED
             signal.signal(signal.SIGINT, self._handle)
-            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # what follows is not Python's any more
+            atexit.register(self._end)
             self._next_hook, sys.unraisablehook = sys.unraisablehook, self._raise_later
 
     def caught(self) -> None:
@@ -53,6 +53,11 @@ class Interrupts:
             os._exit(self.at_once)
         self.came = True
         raise KeyboardInterrupt
+
+    def _end(self) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what follows is not Python's any more
+        if self.at_once == INTERRUPTED:
+            os._exit(INTERRUPTED)  # after a KeyboardInterrupt within `exec` Python would end by the signal itself
 
     def _raise_later(self, unraisable: Any) -> None:
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):

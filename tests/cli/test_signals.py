@@ -151,6 +151,34 @@ except KeyboardInterrupt:
     assert (done.returncode, done.stderr) == (7, "")
 
 
+def test_an_interrupt_of_code_from_a_text_ends_with_the_status_of_an_interrupt(tmp_path: Path) -> None:
+    """As data classes and named tuples compile it."""
+    code = """
+import atexit, os, signal, sys
+from shared_config import cli
+from shared_config.commands import line
+def status_of(given):
+    cli.INTERRUPTS.caught()
+    atexit.register(print, "cleaned up", flush=True)
+    try:
+        exec("os.kill(os.getpid(), signal.SIGINT)")
+    except KeyboardInterrupt:
+        return 130
+line.status_of = status_of
+sys.exit(cli.main())
+"""
+    (tmp_path / "interrupting.py").write_text(code, encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "interrupting"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (130, "cleaned up\n", "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_of_validate_outlives_it(tmp_path: Path, number: signal.Signals) -> None:
     process = start(tmp_path, COMMANDS["validate"])
