@@ -43,7 +43,7 @@ import os, signal, sys
 class Interrupting:
     at = {at!r}.split(",")
     def find_spec(self, name, path=None, target=None):
-        if name == "shared_config.cli" and "ARRIVED" in os.environ:
+        if name == "shared_config.training.streams" and "ARRIVED" in os.environ:
             os.write(int(os.environ.pop("ARRIVED")), b"x")
         if name in self.at:
             self.at.remove(name)
@@ -51,7 +51,7 @@ class Interrupting:
 
 sys.meta_path.insert(0, Interrupting())
 """
-"""Tells when Python is done with its own start, and interrupts the process as it begins to import modules."""
+"""Tells when the command has taken interrupts over, and interrupts the process as it begins to import modules."""
 
 
 def start(folder: Path, arguments: Sequence[str], at: str = "", script: bool = False) -> subprocess.Popen[str]:
