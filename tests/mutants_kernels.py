@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants import Mutant
+from tests.mutants import Mutant, both
 
 KERNEL_MUTANTS = (
     Mutant("model.fused", "cuDNN for unequal lengths", None, ("1 < queries == keys", "1 < queries")),
@@ -64,6 +64,10 @@ KERNEL_MUTANTS = (
            ("queries + mask.window - 1", "queries + mask.window - 2")),
     Mutant("model.blockwise", "keys of a window from one too late", None,
            ("start + queries + keys - length - seen_keys", "start + 1 + queries + keys - length - seen_keys")),
+    both("model.blockwise", "blocks of a prefix read no later keys", " or mask.prefix_lengths is not None", ""),
+    Mutant("model.fused", "cuDNN is not told of a prefix", None, (" and mask.prefix_lengths is None", "")),
+    Mutant("model.fused", "the prefix of the first row for all", ("prefix_lengths[row]", "prefix_lengths[0]"), None),
+    Mutant("model.fused", "one block mask for prefixes of all rows", ("else len(mask.prefix_lengths)", "else 1"), None),
     Mutant("model.mask", "blocks have the documents of the first queries", None,
            ("query_doc_ids=some(mask.query_doc_ids, query, queries)",
             "query_doc_ids=some(mask.query_doc_ids, 0, queries)")),

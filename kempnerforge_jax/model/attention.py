@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from kempnerforge_jax.model.blockwise import blockwise_attention
 from kempnerforge_jax.model.checks import check_positions
@@ -286,20 +286,29 @@ def self_attention_mask(
     doc_ids: Integer[Array, "B S"] | None = None,
     key_padding_mask: Bool[Array, "B S"] | None = None,
     sliding_window: int | None = None,
+    prefix_lengths: Int[Array, "B"] | None = None,
 ) -> Mask:
     """The mask of ``length`` new tokens, before they are appended to the cache.
 
     Args:
         doc_ids, key_padding_mask: (B, S), of the new tokens; those of the cached ones come from the cache.
+        prefix_lengths: as for `Mask`.
     """
     if kv_cache is not None:
-        return kv_cache.mask(length, doc_ids=doc_ids, key_padding_mask=key_padding_mask, sliding_window=sliding_window)
+        return kv_cache.mask(
+            length,
+            doc_ids=doc_ids,
+            key_padding_mask=key_padding_mask,
+            sliding_window=sliding_window,
+            prefix_lengths=prefix_lengths,
+        )
     return Mask(
         causal=True,
         window=sliding_window if sliding_window is not None and sliding_window < length else None,
         query_doc_ids=doc_ids,
         key_doc_ids=doc_ids,
         key_valid=key_padding_mask,
+        prefix_lengths=prefix_lengths,
     )
 
 

@@ -64,6 +64,6 @@ def blockwise_attention(
 
 def _most_seen_keys(mask: Mask, queries: int, keys: int) -> int:
     """How many keys, next to each other, hold all that some queries next to each other may see."""
-    if not mask.in_order or not mask.causal or mask.window is None:
+    if not mask.in_order or not mask.causal or mask.window is None or mask.prefix_lengths is not None:
         return keys
     return min(keys, queries + mask.window - 1)

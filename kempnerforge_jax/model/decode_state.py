@@ -135,8 +135,12 @@ class DecodeState:
         doc_ids: Integer[Array, "B S"] | None = None,
         key_padding_mask: Bool[Array, "B S"] | None = None,
         sliding_window: int | None = None,
+        prefix_lengths: Int[Array, "B"] | None = None,
     ) -> Mask:
         """Which of the keys that `append` returns the next ``length`` tokens may see.
+
+        Args:
+            prefix_lengths: as for `Mask`; a prefix begins and ends within these tokens, or is over before them.
 
         Raises:
             ValueError: a window that a ring does not hold.
@@ -154,6 +158,7 @@ class DecodeState:
             query_doc_ids=doc_ids,
             key_doc_ids=doc_ids_BM,
             key_valid=valid_BM,
+            prefix_lengths=prefix_lengths,
         )
 
     def keys(self, length: int) -> int:

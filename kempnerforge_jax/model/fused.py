@@ -136,7 +136,7 @@ def _suits(mask: Mask, length: int) -> bool:
     """
     if mask.fused is not None:
         return True
-    of_itself = mask.in_order and mask.query_doc_ids is mask.key_doc_ids
+    of_itself = mask.in_order and mask.query_doc_ids is mask.key_doc_ids and mask.prefix_lengths is None
     if not mask.causal:
         return of_itself and mask.window is None and (length % 2 == 0 or _is_cut(mask))
     return of_itself and (mask.window is None or mask.window > 0)

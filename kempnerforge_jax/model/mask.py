@@ -4,10 +4,10 @@ Shapes: B batch, H heads, S queries, M keys.
 
     mask (rows: new tokens at positions 2, 3, 4; columns: keys at positions 0 ... 4)
 
-        causal        window=3      documents 0 0 1 1 1
-        1 1 1 0 0     1 1 1 0 0     0 0 1 0 0
-        1 1 1 1 0     0 1 1 1 0     0 0 1 1 0
-        1 1 1 1 1     0 0 1 1 1     0 0 1 1 1
+        causal        window=3      documents 0 0 1 1 1     prefix of 4
+        1 1 1 0 0     1 1 1 0 0     0 0 1 0 0               1 1 1 1 0
+        1 1 1 1 0     0 1 1 1 0     0 0 1 1 0               1 1 1 1 0
+        1 1 1 1 1     0 0 1 1 1     0 0 1 1 1               1 1 1 1 1
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ class Tokens(NamedTuple):
         position: int.
         doc_id: int, its document.
         valid: bool, False where there is nothing to see; of keys.
+        prefix: int, how many positions the prefix of its row has; of queries.
     """
 
     position: Int[Array, "..."] | None
     doc_id: Integer[Array, "..."] | None
     valid: Bool[Array, "..."] | None = None
+    prefix: Int[Array, "..."] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -93,6 +95,7 @@ class Segments:
         "query_doc_ids",
         "key_doc_ids",
         "key_valid",
+        "prefix_lengths",
         "allowed",
         "dense",
         "fused",
@@ -111,12 +114,14 @@ class Mask:
         key_positions: int (M,) or (B, M), in any order; None: 0 ... M - 1.
         query_doc_ids, key_doc_ids: int (B, S) and (B, M): a query sees the keys of its own document; None: of all.
         key_valid: bool (B, M), False where there is nothing to see, as in padding or in unfilled slots; None: all real.
+        prefix_lengths: int (B,), how many of the first positions of each row see each other, whatever ``causal`` and
+            ``window`` say (a prefix LM, Raffel et al. 2020, arXiv:1910.10683); None: none do.
         allowed: bool, broadcasts to (B, H, S, M), True = attend: what no other fact can say; None: nothing to add.
         dense: all these facts in one tensor, shared by the layers of a forward; None until `with_dense` has made it.
         fused: all these facts as the kernel of `fused` takes them, shared likewise.
 
     Raises:
-        ValueError: documents of queries without those of keys, or the reverse.
+        ValueError: documents of queries without those of keys, or the reverse; a prefix without causality.
     """
 
     causal: bool = False
@@ -126,6 +131,7 @@ class Mask:
     query_doc_ids: Integer[Array, "B S"] | None = None
     key_doc_ids: Integer[Array, "B M"] | None = None
     key_valid: Bool[Array, "B M"] | None = None
+    prefix_lengths: Int[Array, "B"] | None = None
     allowed: Bool[Array, "..."] | None = None
     dense: Dense | None = None
     fused: Segments | None = None
@@ -134,6 +140,8 @@ class Mask:
         if (self.query_doc_ids is None) != (self.key_doc_ids is None):
             missing, given = ("query", "key") if self.query_doc_ids is None else ("key", "query")
             raise ValueError(f"{missing}_doc_ids = None: must be given, as {given}_doc_ids are")
+        if self.prefix_lengths is not None and not self.causal:
+            raise ValueError("prefix_lengths is given: must be None unless causal = True")
 
     @property
     def plain(self) -> bool:
@@ -144,6 +152,7 @@ class Mask:
             and self.key_positions is None
             and self.query_doc_ids is None
             and self.key_valid is None
+            and self.prefix_lengths is None
             and self.allowed is None
         )
 
@@ -177,7 +186,7 @@ def sees(query: Tokens, key: Tokens, causal: bool, window: int | None) -> Bool[A
 
     Every form of a mask is made of this: the dense one, and those of kernels.
     """
-    terms = [key.valid] if key.valid is not None else []
+    terms = []
     if causal:
         assert query.position is not None
         assert key.position is not None
@@ -186,8 +195,14 @@ def sees(query: Tokens, key: Tokens, causal: bool, window: int | None) -> Bool[A
         assert query.position is not None
         assert key.position is not None
         terms.append(key.position > query.position - window)
+    if query.prefix is not None:
+        assert query.position is not None
+        assert key.position is not None
+        both_in_prefix = (query.position < query.prefix) & (key.position < query.prefix)
+        terms = [functools.reduce(operator.and_, terms) | both_in_prefix]
     if query.doc_id is not None:
         terms.append(query.doc_id == key.doc_id)
+    terms += [key.valid] if key.valid is not None else []
     return functools.reduce(operator.and_, terms) if terms else None
 
 
@@ -205,7 +220,8 @@ def dense_mask(mask: Mask, queries: int, keys: int) -> Bool[Array, "..."]:
     def columns(facts: Array | None) -> Array | None:
         return None if facts is None else facts.reshape(-1, 1, 1, keys)
 
-    query = Tokens(rows(mask.query_positions), rows(mask.query_doc_ids))
+    prefix = None if mask.prefix_lengths is None else mask.prefix_lengths.reshape(-1, 1, 1, 1)
+    query = Tokens(rows(mask.query_positions), rows(mask.query_doc_ids), prefix=prefix)
     key = Tokens(columns(mask.key_positions), columns(mask.key_doc_ids), columns(mask.key_valid))
     terms = [term for term in (sees(query, key, mask.causal, mask.window), mask.allowed) if term is not None]
     if not terms:

@@ -76,6 +76,7 @@ class OtherParts(KVCache):
         doc_ids: Integer[Tensor, "B S"] | None = None,
         key_padding_mask: Bool[Tensor, "B S"] | None = None,
         sliding_window: int | None = None,
+        prefix_lengths: Int[Tensor, "B"] | None = None,
     ) -> Mask:
         """Who this rank's part may see of all."""
         return Mask(
@@ -85,6 +86,7 @@ class OtherParts(KVCache):
             query_doc_ids=doc_ids,
             key_doc_ids=None if doc_ids is None else gathered_alike(doc_ids, 1, self.group),
             key_valid=None if key_padding_mask is None else gathered_alike(key_padding_mask, 1, self.group),
+            prefix_lengths=prefix_lengths,
         )
 
 

@@ -11,7 +11,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -290,20 +290,29 @@ def self_attention_mask(
     doc_ids: Integer[Tensor, "B S"] | None = None,
     key_padding_mask: Bool[Tensor, "B S"] | None = None,
     sliding_window: int | None = None,
+    prefix_lengths: Int[Tensor, "B"] | None = None,
 ) -> Mask:
     """The mask of ``length`` new tokens, before they are appended to the cache.
 
     Args:
         doc_ids, key_padding_mask: (B, S), of the new tokens; those of the cached ones come from the cache.
+        prefix_lengths: as for `Mask`.
     """
     if kv_cache is not None:
-        return kv_cache.mask(length, doc_ids=doc_ids, key_padding_mask=key_padding_mask, sliding_window=sliding_window)
+        return kv_cache.mask(
+            length,
+            doc_ids=doc_ids,
+            key_padding_mask=key_padding_mask,
+            sliding_window=sliding_window,
+            prefix_lengths=prefix_lengths,
+        )
     return Mask(
         causal=True,
         window=sliding_window if sliding_window is not None and sliding_window < length else None,
         query_doc_ids=doc_ids,
         key_doc_ids=doc_ids,
         key_valid=key_padding_mask,
+        prefix_lengths=prefix_lengths,
     )
 
 

@@ -57,7 +57,7 @@ def blockwise_attention(
 
 def _seen_keys(mask: Mask, position: int, queries: int, keys: int) -> tuple[int, int]:
     """The first of the keys that queries from a position on may see, and the one after the last; at least one key."""
-    if not mask.in_order:
+    if not mask.in_order or mask.prefix_lengths is not None:
         return 0, keys
     first = 0 if mask.window is None else min(max(position - mask.window + 1, 0), keys - 1)
     end = min(position + queries, keys) if mask.causal else keys

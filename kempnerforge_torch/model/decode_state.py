@@ -136,8 +136,12 @@ class DecodeState:
         doc_ids: Integer[Tensor, "B S"] | None = None,
         key_padding_mask: Bool[Tensor, "B S"] | None = None,
         sliding_window: int | None = None,
+        prefix_lengths: Int[Tensor, "B"] | None = None,
     ) -> Mask:
         """Which of the keys that `append` returns the next ``length`` tokens may see.
+
+        Args:
+            prefix_lengths: as for `Mask`; a prefix begins and ends within these tokens, or is over before them.
 
         Raises:
             ValueError: a window that a ring does not hold.
@@ -150,6 +154,7 @@ class DecodeState:
             query_doc_ids=doc_ids,
             key_doc_ids=doc_ids_BM,
             key_valid=valid_BM,
+            prefix_lengths=prefix_lengths,
         )
         if self._rows_equal and (self._in_order(length) or (mask.plain and length == 1)):
             return mask

@@ -34,6 +34,7 @@ def with_fused(mask: Mask, queries: int, keys: int, device: torch.device | None 
     """
     facts = (mask.query_positions, mask.key_positions, mask.query_doc_ids, mask.key_doc_ids, mask.key_valid)
     batch = max((len(each) for each in facts if each is not None and each.ndim == 2), default=1)
+    batch = batch if mask.prefix_lengths is None else len(mask.prefix_lengths)
     rule = _rule(mask, keys - queries)
     return replace(mask, fused=_compiled(create_block_mask)(rule, batch, None, queries, keys, device))
 
@@ -79,6 +80,7 @@ def _rule(mask: Mask, offset: int) -> Callable[[Tensor, Tensor, Tensor, Tensor],
     causal, window = mask.causal, mask.window
     query_positions, key_positions = mask.query_positions, mask.key_positions
     query_doc_ids, key_doc_ids, key_valid = mask.query_doc_ids, mask.key_doc_ids, mask.key_valid
+    prefix_lengths = mask.prefix_lengths
 
     def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         def of(facts: Tensor | None, token: Tensor) -> Tensor | None:
@@ -86,8 +88,9 @@ def _rule(mask: Mask, offset: int) -> Callable[[Tensor, Tensor, Tensor, Tensor],
 
         query_position = query + offset if query_positions is None else of(query_positions, query)
         key_position = key if key_positions is None else of(key_positions, key)
+        prefix = None if prefix_lengths is None else prefix_lengths[row]
         seen = sees(
-            Tokens(query_position, of(query_doc_ids, query)),
+            Tokens(query_position, of(query_doc_ids, query), prefix=prefix),
             Tokens(key_position, of(key_doc_ids, key), of(key_valid, key)),
             causal,
             window,

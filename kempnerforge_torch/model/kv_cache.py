@@ -201,6 +201,7 @@ class KVCache:
         doc_ids: Integer[Tensor, "B S"] | None = None,
         key_padding_mask: Bool[Tensor, "B S"] | None = None,
         sliding_window: int | None = None,
+        prefix_lengths: Int[Tensor, "B"] | None = None,
     ) -> Mask:
         """Which of the keys that `update` will return the next ``length`` tokens may see.
 
@@ -208,7 +209,11 @@ class KVCache:
             ValueError: a window that a ring does not hold.
         """
         return self.state.mask(
-            length, doc_ids=doc_ids, key_padding_mask=key_padding_mask, sliding_window=sliding_window
+            length,
+            doc_ids=doc_ids,
+            key_padding_mask=key_padding_mask,
+            sliding_window=sliding_window,
+            prefix_lengths=prefix_lengths,
         )
 
 

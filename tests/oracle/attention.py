@@ -71,6 +71,7 @@ def attention(
     qk_norm_type: str = "rmsnorm",
     doc_ids: np.ndarray | None = None,
     key_padding_mask: np.ndarray | None = None,
+    prefix_lengths: np.ndarray | None = None,
     cache: Keys | None = None,
 ) -> tuple[np.ndarray, AttentionSaved]:
     """Attention over the cached tokens and the new ones.
@@ -81,6 +82,7 @@ def attention(
         rope: cos and sin of every position, each (positions, h/2); None: nothing is rotated.
         doc_ids: (B, S) document of each new token.
         key_padding_mask: (B, S) bool, True where a new token is real.
+        prefix_lengths: (B,) how many of the first positions of each row see each other.
 
     Returns:
         (B, S, D); a query that may see no key contributes 0 before the output projection.
@@ -113,7 +115,7 @@ def attention(
     )
     keys = seen_after(cache, new)
 
-    allowed_BST = may_attend(positions_BS, new.documents_BT, keys, sliding_window)
+    allowed_BST = may_attend(positions_BS, new.documents_BT, keys, sliding_window, prefix_lengths)
     context_BHSh, probabilities = attend(q_BHSh, keys.k_BKTh, keys.v_BKTh, allowed_BST, scale, softcap)
     context_BSX = heads_merged(context_BHSh)
     activations["o_proj"] = linear(context_BSX, weights, "o_proj")
@@ -121,13 +123,19 @@ def attention(
 
 
 def may_attend(
-    positions_BS: np.ndarray, documents_BS: np.ndarray, keys: Keys, sliding_window: int | None = None
+    positions_BS: np.ndarray,
+    documents_BS: np.ndarray,
+    keys: Keys,
+    sliding_window: int | None = None,
+    prefix_lengths: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(B, S, T) bool: k <= p and p - window < k, query and key of one document, and the key real."""
+    """(B, S, T) bool: k <= p and p - window < k, or both in the prefix; query and key of one document; the key real."""
     query, key = positions_BS[:, :, None], keys.positions_BT[:, None, :]
     allowed_BST = key <= query
     if sliding_window is not None:
         allowed_BST = allowed_BST & (query - sliding_window < key)
+    if prefix_lengths is not None:
+        allowed_BST = allowed_BST | (np.maximum(query, key) < prefix_lengths[:, None, None])
     same_document = documents_BS[:, :, None] == keys.documents_BT[:, None, :]
     return allowed_BST & same_document & keys.valid_BT[:, None, :]
 

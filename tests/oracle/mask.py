@@ -17,21 +17,24 @@ class Token:
 
     Attributes:
         real: whether it may be seen at all.
+        prefix: how many of the first positions of its row see each other.
     """
 
     position: int
     document: int = 0
     real: bool = True
+    prefix: int = 0
 
 
 def may_see(query: Token, key: Token, *, causal: bool, window: int | None) -> bool:
     """Whether a query sees a key: none after it if ``causal``, none ``window`` or more positions before it, none of
-    another document, none that isn't real.
+    another document, none that isn't real. The first two do not hold within the prefix.
     """
-    if causal and key.position > query.position:
-        return False
-    if window is not None and query.position - key.position >= window:
-        return False
+    if max(query.position, key.position) >= query.prefix:
+        if causal and key.position > query.position:
+            return False
+        if window is not None and query.position - key.position >= window:
+            return False
     return key.real and key.document == query.document
 
 

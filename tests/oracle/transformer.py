@@ -63,6 +63,7 @@ def transformer(
     output_slice: slice | None = None,
     doc_ids: np.ndarray | None = None,
     key_padding_mask: np.ndarray | None = None,
+    prefix_lengths: np.ndarray | None = None,
     caches: list[Keys] | None = None,
 ) -> Output:
     """Logits of every position, or of ``output_slice`` of them.
@@ -71,6 +72,7 @@ def transformer(
         tokens: (B, S) ids; or else ``inputs_embeds`` (B, S, D).
         prefix_embeds: (B, N, D), put before the tokens' embeddings.
         doc_ids, key_padding_mask: (B, N + S), over the whole stream.
+        prefix_lengths: (B,), how many of the first positions of the stream see each other.
 
     Raises:
         ValueError: a token outside the vocabulary, a position past max_seq_len, both or neither of tokens and
@@ -85,7 +87,9 @@ def transformer(
     for layer in range(config.n_layers):
         cache = caches[layer] if caches else None
         own = submodule(weights, f"layers.{layer}")
-        x_BSD, block, named = transformer_block(x_BSD, own, config, layer, length, doc_ids, key_padding_mask, cache)
+        x_BSD, block, named = transformer_block(
+            x_BSD, own, config, layer, length, doc_ids, key_padding_mask, prefix_lengths, cache
+        )
         activations |= below(f"layers.{layer}", named) | {f"layers.{layer}": x_BSD}
         _collect(out, layer, block)
     activations["norm"] = norm(x_BSD, submodule(weights, "norm"), config.norm_type, config.norm_eps)
@@ -103,6 +107,7 @@ def transformer_block(
     length: int,
     doc_ids: np.ndarray | None = None,
     key_padding_mask: np.ndarray | None = None,
+    prefix_lengths: np.ndarray | None = None,
     cache: Keys | None = None,
 ) -> tuple[np.ndarray, BlockSaved, dict[str, np.ndarray]]:
     """x + attention(attention_norm(x)), then x + mlp(mlp_norm(x)); with norms after, of what is added, or both. The
@@ -123,6 +128,7 @@ def transformer_block(
         qk_norm_type=qk_norm_type(config),
         doc_ids=doc_ids,
         key_padding_mask=key_padding_mask,
+        prefix_lengths=prefix_lengths,
         cache=cache,
     )
     attention_added = _normed(attention_out, weights, "attention_post_norm", config)

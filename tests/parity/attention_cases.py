@@ -85,6 +85,16 @@ def later_part(keys: int) -> Facts:
     return {"query_positions": np.arange(keys // 2, keys, dtype=np.int32), **last_queries(keys)}
 
 
+def prefix(keys: int) -> Facts:
+    """Of the first row more than half, of the second a few."""
+    return {"prefix_lengths": np.array([keys // 2 + 3, 5], np.int32)}
+
+
+def padded_prefix(keys: int) -> Facts:
+    """With padding before what is real."""
+    return {**prefix(keys), **padding(keys, left=True)}
+
+
 KINDS = {
     "causal": Kind(causal(nothing), None),
     "all to all": Kind(nothing, None),
@@ -108,6 +118,10 @@ KINDS = {
         causal(last_queries, third), queries=lambda keys: keys - keys // 2, is_fused=False
     ),
     "the later part of documents": Kind(causal(later_part), queries=lambda keys: keys - keys // 2, is_fused=False),
+    "a prefix": Kind(causal(prefix), None, is_fused=False),
+    "a prefix, in a window": Kind(causal(prefix, lambda keys: keys // 9), None, is_fused=False),
+    "a padded prefix": Kind(causal(padded_prefix), None, is_fused=False),
+    "the end of a prefix": Kind(causal(prefix), None, queries=lambda keys: keys - keys // 2, is_fused=False),
 }
 
 
@@ -127,6 +141,8 @@ def seen_by(facts: Facts, queries: int, keys: int) -> np.ndarray:
         seen &= query >= key
     if facts.get("window") is not None:
         seen &= query - key < facts["window"]
+    if "prefix_lengths" in facts:
+        seen |= np.maximum(query, key) < facts["prefix_lengths"][:, None, None]
     if "key_doc_ids" in facts:
         seen &= facts["query_doc_ids"][:, :, None] == facts["key_doc_ids"][:, None]
     if "key_valid" in facts:

@@ -40,6 +40,7 @@ IN_BLOCKS = (
     "padding inside",
     "the last of documents, in a window",
     "the later part of documents",
+    "a prefix, in a window",
 )
 
 
@@ -114,7 +115,8 @@ def check_rules(backend: str) -> None:
             fused.with_fused(mask_of(side, facts), queries, KEYS, torch.device("cpu"))
         ((rule, rows, heads, *lengths),) = made
         assert (heads, lengths) == (None, [queries, KEYS, torch.device("cpu")])
-        assert rows == (ROWS if any(np.ndim(value) == 2 for value in facts.values()) else 1), name
+        by_row = any(np.ndim(value) == 2 for value in facts.values()) or "prefix_lengths" in facts
+        assert rows == (ROWS if by_row else 1), name
         row, query, key = (torch.arange(size) for size in (ROWS, queries, KEYS))
         found = rule(row[:, None, None], torch.tensor(0), query[:, None], key)
         expected = seen_by(facts, queries, KEYS)
@@ -166,6 +168,10 @@ PATHS: tuple[tuple[str, str, str, int, int, str], ...] = (
     ("padded documents in a window", "cuda", "bfloat16", LONG, 64, "fused"),
     ("the later part of documents", "cuda", "bfloat16", 2 * SHORT, 64, "fused"),
     ("the later part of documents", "cpu", "float32", 2 * SHORT, 64, "blocks"),
+    ("a prefix", "cuda", "bfloat16", SHORT, 64, "dense"),
+    ("a prefix", "cuda", "bfloat16", LONG, 64, "fused"),
+    ("a prefix, in a window", "cuda", "float32", LONG, 64, "fused"),
+    ("a prefix", "cpu", "float32", LONG, 64, "blocks"),
 )
 """Which path torch's attention takes: F.scaled_dot_product_attention told by an argument or by a dense mask,
 FlexAttention, or blocks of queries.
@@ -342,6 +348,8 @@ TOLD: tuple[tuple[str, int, str, tuple[str, int | None, tuple[int, ...]] | None]
     ("padding", 96, "8.0", None),
     ("padded documents in a window", 99, "9.0", ("PADDING_CAUSAL", 11, (16, 128))),
     ("the later part of documents", 96, "9.0", None),
+    ("a prefix", 96, "9.0", None),
+    ("a padded prefix", 96, "9.0", None),
 )
 """What JAX tells cuDNN of masks, and of which it is not asked."""
 

@@ -45,7 +45,11 @@ def said(queries: int, fields: Mapping[str, Any]) -> np.ndarray:
         documents = fields.get(f"{side}_doc_ids", np.zeros_like(positions))
         valid = np.ones_like(positions, bool) if real is None else real
         rows = (np.stack([positions, documents, valid], axis=-1)).tolist()
-        return [[Token(position, document, bool(valid)) for position, document, valid in row] for row in rows]
+        prefixes = fields.get("prefix_lengths", np.zeros(2, int)).tolist()
+        return [
+            [Token(position, document, bool(valid), prefix) for position, document, valid in row]
+            for row, prefix in zip(rows, prefixes, strict=True)
+        ]
 
     of_queries = tokens("query", np.arange(KEYS - queries, KEYS), None)
     of_keys = tokens("key", np.arange(KEYS), fields.get("key_valid"))
@@ -66,9 +70,18 @@ class Chunk:
     forgotten: tuple[int, int] = (0, 0)
 
 
-def compare_cache(backend: Torch, options: Mapping[str, Any], chunks: Sequence[Chunk], window: int | None) -> None:
+def compare_cache(
+    backend: Torch,
+    options: Mapping[str, Any],
+    chunks: Sequence[Chunk],
+    window: int | None,
+    prefix: tuple[int, int] | None = None,
+) -> None:
     """Who the tokens of each chunk may see of the keys that the cache gives: documents and padding are those of the
     chunks, where any differ. Keys hold the number of their token, from 1 on.
+
+    Args:
+        prefix: of each row, within the first chunk; later single tokens are not told of it.
     """
     cache = backend.module("model.attention").KVCache(2, SLOTS, 1, 2, **options)
     dense_mask = backend.module("model.mask").dense_mask
@@ -82,14 +95,19 @@ def compare_cache(backend: Torch, options: Mapping[str, Any], chunks: Sequence[C
         new: list[list[Token]] = []
         for row, known in enumerate(rows):
             start = len(known)
-            tokens = [Token(start + i, int(chunk.documents[row, i]), bool(chunk.real[row, i])) for i in range(size)]
+            within = 0 if prefix is None else prefix[row]
+            tokens = [
+                Token(start + i, int(chunk.documents[row, i]), bool(chunk.real[row, i]), within) for i in range(size)
+            ]
             known |= dict(zip(numbers[row].tolist(), tokens, strict=True))
             new.append(tokens)
         notes = {
             "doc_ids": backend.array(chunk.documents) if with_documents else None,
             "key_padding_mask": None if chunk.real.all() else backend.array(chunk.real),
         }
-        mask = cache.mask(size, sliding_window=window, **notes)
+        is_told = prefix is not None and (size > 1 or count == 2 * size)
+        prefixes = backend.array(np.array(prefix)) if is_told else None
+        mask = cache.mask(size, sliding_window=window, prefix_lengths=prefixes, **notes)
         keys = backend.array(np.repeat(numbers[:, None, :, None], 2, axis=3).astype(np.float32))
         *updated, held, _ = cache.update(keys, keys, **notes)
         seen = backend.numpy(dense_mask(mask, size, held.shape[2]))
@@ -117,7 +135,10 @@ def drawn_fields(rng: np.random.Generator, given: int) -> tuple[int, dict[str, A
     fields = {name: value for place, (name, value) in enumerate(optional.items()) if given >> place & 1}
     if given >> 4 & 1:
         fields |= {"query_doc_ids": rng.integers(0, 2, (2, queries)), "key_doc_ids": rng.integers(0, 2, (2, KEYS))}
-    return queries, {"causal": bool(rng.random() < 0.7), "window": [None, 1, 3][rng.integers(3)], **fields}
+    if given >> 5 & 1:
+        fields["prefix_lengths"] = rng.integers(0, 8, 2)
+    causal = bool(rng.random() < 0.7) or "prefix_lengths" in fields
+    return queries, {"causal": causal, "window": [None, 1, 3][rng.integers(3)], **fields}
 
 
 def backend_of(name: str) -> Torch:
@@ -127,7 +148,7 @@ def backend_of(name: str) -> Torch:
 def check_facts(name: str) -> None:
     """Every combination of facts."""
     rng = np.random.default_rng(5)
-    for given in range(32):
+    for given in range(64):
         compare_facts(backend_of(name), *drawn_fields(rng, given))
 
 
@@ -141,7 +162,8 @@ def check_caches(name: str) -> None:
                 Chunk(rng.integers(0, documents, (2, size)), rng.random((2, size)) < real, lost)
                 for size, lost in zip((3, 3, 1, 2, 4), forgotten, strict=True)
             ]
-            compare_cache(backend_of(name), options, chunks, window or options.get("sliding_window"))
+            prefix = (3, 1) if real > 1 else None
+            compare_cache(backend_of(name), options, chunks, window or options.get("sliding_window"), prefix)
 
 
 MASK_CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {

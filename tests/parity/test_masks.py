@@ -38,7 +38,7 @@ def _double_precision() -> Iterator[None]:
 
 @on_both
 @settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), facts=st.integers(0, 31))
+@given(seed=st.integers(0, 2**32 - 1), facts=st.integers(0, 63))
 def test_the_dense_form_of_a_mask_is_what_its_facts_say(backend: Torch, seed: int, facts: int) -> None:
     checks.compare_facts(backend, *checks.drawn_fields(np.random.default_rng(seed), facts))
 
@@ -61,14 +61,22 @@ def chunks(draw: st.DrawFn) -> list[checks.Chunk]:
 
 @on_both
 @settings(max_examples=20, deadline=None)
-@given(chunks=chunks(), window=st.none() | st.integers(1, checks.WINDOW), kind=st.integers(0, 3))
+@given(
+    chunks=chunks(),
+    window=st.none() | st.integers(1, checks.WINDOW),
+    kind=st.integers(0, 3),
+    prefix=st.none() | st.tuples(st.integers(0, 4), st.integers(0, 4)),
+)
 def test_what_a_cache_shows_is_what_its_tokens_say(
-    backend: Torch, chunks: list[checks.Chunk], window: int | None, kind: int
+    backend: Torch, chunks: list[checks.Chunk], window: int | None, kind: int, prefix: tuple[int, int] | None
 ) -> None:
+    """A prefix ends within the first chunk, before what is forgotten of it."""
     kinds = checks.CACHES[backend.name]
     options = kinds[kind % len(kinds)]
     window = window or checks.WINDOW if "sliding_window" in options else window
-    checks.compare_cache(backend, options, chunks, window)
+    kept = [chunks[0].documents.shape[1] - lost for lost in chunks[0].forgotten]
+    within = None if prefix is None else (min(prefix[0], kept[0]), min(prefix[1], kept[1]))
+    checks.compare_cache(backend, options, chunks, window, within)
 
 
 @pytest.mark.parametrize("check", [checks.check_facts, checks.check_caches])
@@ -116,6 +124,13 @@ def test_attention_alone_looks_at_dense_masks(backend: Torch) -> None:
     folder = Path(backend.module("model.mask").__file__).parents[1]
     files = {file.name for file in folder.rglob("*.py") if re.search(names, file.read_text(encoding="utf-8"))}
     assert files == {"mask.py", "attention.py"}
+
+
+@on_both
+def test_a_prefix_is_one_of_causal_attention(backend: Torch) -> None:
+    masks = backend.module("model.mask")
+    with pytest.raises(ValueError, match="prefix_lengths is given: must be None unless causal = True"):
+        masks.Mask(prefix_lengths=backend.array(np.array([1])))
 
 
 # How often the dense form is built
