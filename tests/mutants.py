@@ -347,9 +347,9 @@ MUTANTS = (
         ("yield tokens_B.masked_fill(done_B, request.sampling.pad_token_id)", "yield tokens_B"),
         ("output_B = jnp.where(state.done, options.pad_token_id, drawn_B)", "output_B = drawn_B"),
     ),
-    both("model.decode", "cached position off by one", "lengths_B - 1 + prefix", "lengths_B + prefix"),
-    both("model.decode", "padding of ragged prompts seen", "lengths_B - 1 + prefix",
-         "lengths_B * 0 + lengths_B.max() - 1 + prefix"),
+    both("model.decode", "cached position off by one", "prompts.lengths - 1 + request", "prompts.lengths + request"),
+    both("model.decode", "padding of ragged prompts seen", "prompts.lengths - 1 + request",
+         "prompts.lengths * 0 + prompts.lengths.max() - 1 + request"),
 )  # fmt: skip
 
 

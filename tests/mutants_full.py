@@ -80,7 +80,7 @@ REACHING = (
         ("padding",), "padding", "evaluation",
     ),
     Reaching(
-        both("model.decode", "cached position off by one", "lengths_B - 1 + prefix", "lengths_B + prefix"),
+        both("model.decode", "cached position off by one", "prompts.lengths - 1 + req", "prompts.lengths + req"),
         ("generate",), "generate", "{backend}: static caches = forward",
     ),
     Reaching(

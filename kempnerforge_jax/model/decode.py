@@ -101,18 +101,18 @@ def _read(model: Transformer, request: Request, parts: tuple[Any, State, State])
     shape = (rows, request.cache_length, heads, config.head_size)
     spare = max((size for _, size in request.chunks), default=1) - 1
     caches = SharedCaches.of(new_caches(config.layer_windows, *shape, dtype, spare=spare))
-    read, lengths_B = _compiled_prefill(graphdef), jnp.asarray(prompts.lengths)
+    read, ends_B = _compiled_prefill(graphdef), jnp.asarray(prompts.lengths - 1 + request.image_tokens)
     stream = None
-    if request.image_positions is not None:
-        stream = _compiled_stream(graphdef)(params, buffers, prompts.tokens, image, request.image_positions)
+    if request.image_within:
+        stream = _compiled_stream(graphdef)(params, buffers, prompts.tokens, image)
         stream = jax.tree.map(np.asarray, stream)
     if prefix and stream is None:
-        caches = read(params, buffers, caches, prompts.tokens[:, :0], image, lengths_B * 0 + prefix)
+        caches = read(params, buffers, caches, prompts.tokens[:, :0], image, ends_B * 0 + prefix)
     for start, size in request.chunks:
         chunk, context = _chunk(prompts.tokens, start, size), request.image_in_every_step
         if stream is not None:
             chunk, context = None, jax.tree.map(functools.partial(_chunk, start=start, size=size), stream)
-        caches = read(params, buffers, caches, chunk, context, lengths_B - 1 + prefix)
+        caches = read(params, buffers, caches, chunk, context, ends_B)
     return caches.each(), jnp.asarray(prompts.tokens[np.arange(rows), prompts.lengths - 1])
 
 
@@ -153,17 +153,16 @@ def _numbers(model: Transformer, request: Request, max_steps: int) -> tuple[np.n
 
 @functools.lru_cache(maxsize=8)
 def _compiled_stream(graphdef: Any) -> Any:
-    """Prompts (B, S) with the image within: the stream, and which of its positions are real."""
+    """Prompts (B, S) with the images within: the stream, and which of its positions are real."""
 
-    def stream(
-        params: State, buffers: State, tokens_BS: jax.Array, image: ModalityContext, positions_B: jax.Array
-    ) -> ModalityContext:
+    def stream(params: State, buffers: State, tokens_BS: jax.Array, image: ModalityContext) -> ModalityContext:
         embed = merge(graphdef, params, buffers).token_embedding
         assert image.prefix_embeds is not None
+        assert image.prefix_positions is not None
         text_BSD, real_BS = embed(tokens_BS), image.key_padding_mask
         if real_BS is not None:
-            real_BS = placed(real_BS, jnp.ones(tokens_BS.shape, bool), positions_B)
-        embeds_BSD = placed(image.prefix_embeds.astype(text_BSD.dtype), text_BSD, positions_B)
+            real_BS = placed(real_BS, jnp.ones(tokens_BS.shape, bool), image.prefix_positions)
+        embeds_BSD = placed(image.prefix_embeds.astype(text_BSD.dtype), text_BSD, image.prefix_positions)
         return ModalityContext(inputs_embeds=embeds_BSD, key_padding_mask=real_BS)
 
     return jax.jit(stream)

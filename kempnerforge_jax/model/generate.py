@@ -36,7 +36,7 @@ def generate(
     prefill_chunk: int = PREFILL_CHUNK,
     pixel_values: Float[Array, "B ... 3 h w"] | np.ndarray | None = None,
     frame_mask: Bool[Array, "B F"] | np.ndarray | None = None,
-    image_positions: Integer[Array, "B"] | np.ndarray | Sequence[int] | None = None,
+    image_positions: Integer[Array, "B ..."] | np.ndarray | Sequence[int] | Sequence[Sequence[int]] | None = None,
 ) -> Int[Array, "B L"]:
     """Continue prompts. A wrapped model, or one with wrapped parts, generates as the plain one does.
 
@@ -54,7 +54,8 @@ def generate(
         prefill_chunk: maximum number of prompt tokens that are read at once.
         pixel_values: (B, 3, h, w) or (B, F, 3, h, w), what a `VLMWrapper` sees before each prompt; None: text alone.
         frame_mask: bool (B, F), False for frames that don't exist.
-        image_positions: int (B,), how many tokens of each prompt stand before its image, fewer than it has; None: none.
+        image_positions: int (B,), how many tokens of each prompt stand before its image or clip, fewer than it has; or
+            B rows, before each of its images, of which one row has F and others may have fewer; None: none.
 
     Returns:
         int32 (B, W): prompt, new tokens, and padding up to the longest row; W is S + N, unless every row ended earlier.
@@ -91,7 +92,7 @@ def stream(
     prefill_chunk: int = PREFILL_CHUNK,
     pixel_values: Float[Array, "B ... 3 h w"] | np.ndarray | None = None,
     frame_mask: Bool[Array, "B F"] | np.ndarray | None = None,
-    image_positions: Integer[Array, "B"] | np.ndarray | Sequence[int] | None = None,
+    image_positions: Integer[Array, "B ..."] | np.ndarray | Sequence[int] | Sequence[Sequence[int]] | None = None,
 ) -> Iterator[np.ndarray]:
     """The new tokens of `generate`, int (B,) at a time, as they are drawn; ends early when every row has ended.
 

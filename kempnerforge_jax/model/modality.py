@@ -48,9 +48,9 @@ class ModalityContext:
         image_keys_values: in place of image_features, the keys and values that every cross-attention block computes
             from them, (B, K, N, h) each.
         noise_seed: int (), seed of the routing noise of this training step, where experts choose tokens.
-        prefix_positions: int (B,), how many tokens of each row stand before the prefix; in [0, T]. Logits are
-            then those of the text, in place of ``output_slice``: after the prefix, those that follow from its last real
-            position.
+        prefix_positions: int (B,), how many tokens of each row stand before the prefix, or (B, N), before each of
+            its N equal parts, those of one place in their order; in [0, T]. Logits are then those of the text, in place
+            of ``output_slice``: after a part of the prefix, those that follow from its last real position.
 
     Raises:
         ValueError: for invalid combinations, inside a trace too.
@@ -65,7 +65,7 @@ class ModalityContext:
     key_padding_mask: Bool[Array, "B S"] | None = None
     image_keys_values: tuple[tuple[Float[Array, "B K N h"], Float[Array, "B K N h"]], ...] | None = None
     noise_seed: Integer[Array, ""] | None = None
-    prefix_positions: Integer[Array, "B"] | None = None
+    prefix_positions: Integer[Array, "B ..."] | None = None
 
     def __post_init__(self) -> None:
         sources = self._given("inputs_embeds", "prefix_embeds", "image_features", "image_keys_values")
@@ -118,64 +118,96 @@ def with_text(
     )
 
 
-def with_positions(image: ModalityContext, positions_B: Integer[Array, "B"]) -> ModalityContext:
-    """The context of image and text in which the prefix stands after so many text tokens of each row."""
+def with_positions(image: ModalityContext, positions: Integer[Array, "B ..."]) -> ModalityContext:
+    """The context of image and text in which the prefix, or each part of it, stands after so many text tokens."""
     assert image.prefix_embeds is not None
     prefix, real_BS = image.prefix_embeds.shape[1], image.key_padding_mask
     if real_BS is not None:
-        real_BS = placed(real_BS[:, :prefix], real_BS[:, prefix:], positions_B)
-    return dataclasses.replace(image, prefix_positions=positions_B, output_slice=None, key_padding_mask=real_BS)
+        real_BS = placed(real_BS[:, :prefix], real_BS[:, prefix:], positions)
+    return dataclasses.replace(image, prefix_positions=positions, output_slice=None, key_padding_mask=real_BS)
 
 
 def placed(
-    prefix: Shaped[Array, "B P ..."], text: Shaped[Array, "B T ..."], positions_B: Integer[Array, "B"]
+    prefix: Shaped[Array, "B P ..."], text: Shaped[Array, "B T ..."], positions: Integer[Array, "B ..."]
 ) -> Shaped[Array, "B S ..."]:
-    """Both as one stream, each row's prefix after so many of its text tokens.
+    """Both as one stream: each of N equal parts of a row's prefix after so many of its text tokens; (B,) is one part.
 
-    positions 0, 2, of a prefix P and a text T:   P P T T T
-                                                  T T P P T
+    positions 0, 2, of a prefix P and a text T:                    P P T T T
+                                                                   T T P P T
+    positions (1, 2), (3, 0), of a prefix with parts P P and Q Q:  T P P T Q Q T
+                                                                   Q Q T T T P P
     """
     both, count = jnp.concatenate([prefix, text], axis=1), prefix.shape[1]
-    first_B1 = jnp.clip(wide(positions_B)[:, None], 0, text.shape[1])
+    places_BN, parts_BN = _in_order(jnp.clip(positions, 0, text.shape[1]))
+    size = count // places_BN.shape[1]
+    begun_BS, inside_BS, offset_BS = _parts_at(places_BN, size, both.shape[1])
     steps_S = jnp.arange(both.shape[1])
-    inside_BS = jnp.where(steps_S < first_B1 + count, steps_S - first_B1, steps_S)
-    source_BS = jnp.where(steps_S < first_B1, steps_S + count, inside_BS)
+    own_BS = jnp.take_along_axis(parts_BN, jnp.maximum(begun_BS - 1, 0), axis=1)
+    source_BS = jnp.where(inside_BS, size * own_BS + offset_BS, count + steps_S - size * begun_BS)
     return jnp.take_along_axis(both, source_BS.reshape(*source_BS.shape, *[1] * (both.ndim - 2)), axis=1)
+
+
+def _in_order(positions: Array) -> tuple[Array, Array]:
+    """Places (B, N) of parts as they follow in the stream, and which part stands at each."""
+    places_BN = wide(positions).reshape(len(positions), -1)
+    parts_BN = jnp.argsort(places_BN, axis=1, stable=True)
+    return jnp.take_along_axis(places_BN, parts_BN, axis=1), parts_BN
+
+
+def _parts_at(places_BN: Array, size: int, length: int) -> tuple[Array, Array, Array]:
+    """For each position (B, S) of a stream how many parts have begun, whether it is in the last of these, and how far
+    from its start.
+    """
+    starts_BN = places_BN + size * jnp.arange(places_BN.shape[1])
+    steps_S = jnp.arange(length)
+    begun_BS = (steps_S >= starts_BN[..., None]).sum(axis=1)
+    offset_BS = steps_S - jnp.take_along_axis(starts_BN, jnp.maximum(begun_BS - 1, 0), axis=1)
+    return begun_BS, (begun_BS > 0) & (offset_BS < size), offset_BS
 
 
 def with_prefix(text: Float[Array, "B T D"], modality: ModalityContext) -> Float[Array, "B S D"]:
     """The residual stream of embedded text, and of the prefix if there is one."""
     if modality.prefix_embeds is None:
         return text
-    prefix_BPD, positions_B = modality.prefix_embeds.astype(text.dtype), modality.prefix_positions
-    if positions_B is None:
+    prefix_BPD, positions = modality.prefix_embeds.astype(text.dtype), modality.prefix_positions
+    if positions is None:
         return jnp.concatenate([prefix_BPD, text], axis=1)
-    check_shape("prefix_positions", positions_B, text.shape[:1])
-    check_ids("prefix_positions", positions_B, text.shape[1] + 1)
-    return nan_outside(placed(prefix_BPD, text, positions_B), positions_B, text.shape[1] + 1)
+    check_shape("prefix_positions", positions, (len(text), *positions.shape[1:2]))
+    places_BN = positions.reshape(len(text), -1)
+    if prefix_BPD.shape[1] % places_BN.shape[1]:
+        shape = f"prefix_positions.shape = {tuple(positions.shape)}"
+        raise ValueError(f"{shape}: parts must be equal, and the prefix has {prefix_BPD.shape[1]} positions")
+    check_ids("prefix_positions", positions, text.shape[1] + 1)
+    stream_BSD = placed(prefix_BPD, text, positions)
+    for extreme_B in (places_BN.min(axis=1), places_BN.max(axis=1)):
+        stream_BSD = nan_outside(stream_BSD, extreme_B, text.shape[1] + 1)
+    return stream_BSD
 
 
 def with_logits(stream: Float[Array, "B S D"], modality: ModalityContext) -> Float[Array, "B S_out D"]:
     """The positions that get logits."""
     if modality.prefix_embeds is not None and modality.prefix_positions is not None:
-        prefix, positions_B = modality.prefix_embeds.shape[1], modality.prefix_positions
-        return of_text(stream, positions_B, prefix, modality.key_padding_mask)
+        prefix, positions = modality.prefix_embeds.shape[1], modality.prefix_positions
+        return of_text(stream, positions, prefix, modality.key_padding_mask)
     return stream if modality.output_slice is None else stream[:, modality.output_slice]
 
 
 def of_text(
     stream: Float[Array, "B S D"],
-    positions_B: Integer[Array, "B"],
+    positions: Integer[Array, "B ..."],
     count: int,
     real_BS: Bool[Array, "B S"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Of a stream with a prefix of ``count`` positions what each text token's logits come from. Those of the last one
-    before the prefix come from the last real position of that, where the next one is known to follow.
+    """Of a stream with a prefix of ``count`` positions, placed by parts, what each text token's logits come from: the
+    last real position of the prefix before the next text token if one stands between, as it is known to follow.
     """
-    first_B1, steps_S = wide(positions_B)[:, None], jnp.arange(stream.shape[1])
-    reach_B1, steps_T = count, steps_S[: stream.shape[1] - count]
-    if real_BS is not None:
-        is_prefix_BS = (steps_S >= first_B1) & (steps_S < first_B1 + count)
-        reach_B1 = jnp.where(real_BS & is_prefix_BS, steps_S - first_B1 + 1, 0).max(axis=1, keepdims=True)
-    places_BT = steps_T + count * (steps_T >= first_B1) + reach_B1 * (steps_T == first_B1 - 1)
-    return jnp.take_along_axis(stream, places_BT[..., None], axis=1)
+    places_BN, _ = _in_order(positions)
+    size, length = count // places_BN.shape[1], stream.shape[1]
+    _, inside_BS, _ = _parts_at(places_BN, size, length)
+    seen_BS = inside_BS if real_BS is None else real_BS & inside_BS
+    last_BS = jax.lax.cummax(jnp.where(seen_BS, jnp.arange(length), 0), axis=1)
+    steps_T = jnp.arange(length - count)
+    own_BT = steps_T + size * (steps_T >= places_BN[..., None]).sum(axis=1)
+    before_next_BT = jnp.concatenate([own_BT[:, 1:], jnp.full_like(own_BT[:, :1], length)], axis=1) - 1
+    source_BT = jnp.maximum(own_BT, jnp.take_along_axis(last_BS, before_next_BT, axis=1))
+    return jnp.take_along_axis(stream, source_BT[..., None], axis=1)

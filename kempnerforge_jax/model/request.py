@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
+from kempnerforge_jax.model.checks import check_mask
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.state import State, merge, split
 from kempnerforge_jax.model.transformer import Transformer
@@ -25,14 +26,13 @@ from shared_config.contract.decoding import (
     SamplingConfig,
     cache_length,
     check_architecture,
-    check_image_positions,
-    check_images,
     check_request,
     check_uniforms,
     draw_uniforms,
     prefill_chunks,
     read_prompts,
 )
+from shared_config.contract.image_places import ImagePlaces, check_image_positions, check_images
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Request:
 
     Attributes:
         image: its place in the stream, or what is read of it at every step; None: text alone.
-        image_positions: int32 (B,), how many tokens of each prompt stand before the image; None: none.
+        image_tokens: int32 (B,), positions of the stream that the images of each prompt take.
         uniforms: float64 (B, N); None: greedy.
         cache_length: positions of the caches.
         chunks: (start, size) of the parts in which the prompts are read.
@@ -49,7 +49,7 @@ class Request:
 
     prompts: Prompts
     image: ModalityContext | None
-    image_positions: np.ndarray | None
+    image_tokens: np.ndarray
     max_new_tokens: int
     sampling: SamplingConfig
     uniforms: np.ndarray | None
@@ -60,6 +60,11 @@ class Request:
     def image_in_every_step(self) -> ModalityContext | None:
         """What text reads of the image at every step; None where there is none, or the caches hold it."""
         return None if image_tokens(self.image) else self.image
+
+    @property
+    def image_within(self) -> bool:
+        """Whether images stand within the prompts, not before them."""
+        return self.image is not None and self.image.prefix_positions is not None
 
 
 PromptTokens = Integer[Array, "B S"] | np.ndarray | Sequence[Sequence[int] | np.ndarray | Integer[Array, "_S"]]
@@ -77,7 +82,7 @@ def make_request(
     prefill_chunk: int = PREFILL_CHUNK,
     pixel_values: Float[Array, "B ... 3 h w"] | np.ndarray | None = None,
     frame_mask: Bool[Array, "B F"] | np.ndarray | None = None,
-    image_positions: Integer[Array, "B"] | np.ndarray | Sequence[int] | None = None,
+    image_positions: Integer[Array, "B ..."] | np.ndarray | Sequence[int] | Sequence[Sequence[int]] | None = None,
 ) -> Request:
     """The checked request of `generate` or `stream`, from their arguments.
 
@@ -90,8 +95,10 @@ def make_request(
     image_token = None if vlm is None else vlm.image_token
     prompts = read_prompts(prompt_tokens, prompt_lengths, config.vocab_size, image_token)
     rows = len(prompts.lengths)
-    image = _read_image(model, pixel_values, frame_mask, rows)
+    places = check_image_positions(image_positions, prompts, _movable_images(model, pixel_values))
+    image = _read_image(model, pixel_values, frame_mask, rows, places)
     prefix = image_tokens(image)
+    own = np.full(rows, prefix, np.int32) if places is None else places.tokens(prefix)
     check_request(
         prompts,
         max_new_tokens,
@@ -99,20 +106,19 @@ def make_request(
         config.vocab_size,
         sampling.eos_token_ids,
         prefill_chunk,
-        prefix,
+        own,
     )
-    positions = check_image_positions(image_positions, prompts, _places_image(model, image))
-    slots = cache_length(prompts, max_new_tokens, config.max_seq_len, prefix)
-    within = 0 if positions is None else prefix
+    slots = cache_length(prompts, max_new_tokens, config.max_seq_len, own)
+    longest, before = int((prompts.lengths + own).max()), prefix if places is None else 0
     return Request(
         prompts,
         image,
-        positions,
+        own,
         max_new_tokens,
         sampling,
         None if sampling.temperature == 0 else _uniforms(sampling.seed, uniforms, rows, max_new_tokens),
         slots,
-        prefill_chunks(prompts.tokens.shape[1] - 1 + within, prefill_chunk, slots - prefix + within),
+        prefill_chunks(longest - 1 - before, prefill_chunk, slots - before),
     )
 
 
@@ -126,9 +132,9 @@ def _checked(model: Transformer | VLMWrapper) -> Transformer:
 
 
 def _read_image(
-    model: Transformer | VLMWrapper, pixel_values: Any, frame_mask: Any, rows: int
+    model: Transformer | VLMWrapper, pixel_values: Any, frame_mask: Any, rows: int, places: ImagePlaces | None
 ) -> ModalityContext | None:
-    """The context of the transformer for the image of each row."""
+    """The context of the transformer for the images of each row."""
     if pixel_values is None and frame_mask is not None:
         raise ValueError("frame_mask is given, pixel_values = None: the mask needs the images that it masks")
     if pixel_values is None:
@@ -137,13 +143,27 @@ def _read_image(
         raise ValueError(f"pixel_values is given: model = {type(model).__name__} has no encoder for images")
     check_images(pixel_values.shape, rows)
     graphdef, params, buffers = split(model)
-    frames = None if frame_mask is None else jnp.asarray(frame_mask)
-    return _compiled_reading(graphdef)(params, buffers, jnp.asarray(pixel_values), frames)
+    frames = _existing(None if frame_mask is None else jnp.asarray(frame_mask), places)
+    positions = None if places is None else jnp.asarray(places.positions)
+    return _compiled_reading(graphdef)(params, buffers, jnp.asarray(pixel_values), frames, positions)
 
 
-def _places_image(model: Transformer | VLMWrapper, image: ModalityContext | None) -> bool:
-    """Whether there is an image that may stand anywhere in the text."""
-    return image is not None and isinstance(model, VLMWrapper) and model.strategy.places_image
+def _existing(frames: jax.Array | None, places: ImagePlaces | None) -> jax.Array | None:
+    """The mask of frames, without images that a row does not have."""
+    if places is None or places.exists is None:
+        return frames
+    exists_BN = jnp.asarray(places.exists)
+    if frames is None:
+        return exists_BN
+    check_mask("frame_mask", frames, exists_BN.shape)
+    return frames & exists_BN
+
+
+def _movable_images(model: Transformer | VLMWrapper, pixel_values: Any) -> int:
+    """How many images of a row may stand anywhere in the text."""
+    if pixel_values is None or not isinstance(model, VLMWrapper) or not model.strategy.places_image:
+        return 0
+    return pixel_values.shape[1] if pixel_values.ndim == 5 else 1
 
 
 def image_tokens(image: ModalityContext | None) -> int:
@@ -169,9 +189,16 @@ def weight_of(model: Transformer) -> Float[Array, "V D"]:
 def _compiled_reading(graphdef: Any) -> Any:
     """The context of images (B, [F,] 3, h, w)."""
 
-    def read(params: State, buffers: State, pixel_values: jax.Array, frame_mask: jax.Array | None) -> Any:
+    def read(
+        params: State,
+        buffers: State,
+        pixel_values: jax.Array,
+        frame_mask: jax.Array | None,
+        positions: jax.Array | None,
+    ) -> Any:
         model: Any = merge(graphdef, params, buffers)
-        context = model.context(pixel_values, jnp.zeros((len(pixel_values), 0), jnp.int32), frame_mask)
+        no_text = jnp.zeros((len(pixel_values), 0), jnp.int32)
+        context = model.context(pixel_values, no_text, frame_mask, image_positions=positions)
         if context.prefix_embeds is not None:
             return context
         return model.transformer.precompute_image_kv(context)

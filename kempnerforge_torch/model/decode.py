@@ -61,8 +61,9 @@ def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Int[Te
     state = states[0]
     tokens_BS = torch.from_numpy(prompts.tokens).to(weight.device).long()
     lengths_B = torch.from_numpy(prompts.lengths).to(weight.device).long()
+    ends_B = torch.from_numpy(prompts.lengths - 1 + request.image_tokens).to(weight.device).long()
     with inference(model):
-        stream = None if request.image_positions is None else _stream(model, request, tokens_BS)
+        stream = _stream(model, request, tokens_BS) if request.image_within else None
         if prefix and stream is None:
             model.run(tokens_BS[:, :0], modality=image, kv_caches=caches, allow_image_inputs=True)
         modality = NO_LOGITS if image is None or prefix else replace(image, output_slice=NO_LOGITS.output_slice)
@@ -72,29 +73,28 @@ def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Int[Te
                 chunk, modality = None, _within(stream, start, size)
                 had_padding = modality.key_padding_mask is not None
             if config.is_moe:
-                read_BS = state.positions(size) < lengths_B[:, None] - 1 + prefix
+                read_BS = state.positions(size) < ends_B[:, None]
                 real_BS = modality.key_padding_mask if stream is not None else None
                 modality = replace(modality, key_padding_mask=read_BS if real_BS is None else read_BS & real_BS)
             model.run(chunk, modality=modality, kv_caches=caches, allow_image_inputs=True)
             for each in states:
-                each.truncate(lengths_B - 1 + prefix)
+                each.truncate(ends_B)
                 if not had_padding:
                     each.without_padding()
     return caches, tokens_BS.gather(1, lengths_B[:, None] - 1)[:, 0]
 
 
 def _stream(model: Transformer, request: Request, tokens_BS: Tensor) -> ModalityContext:
-    """The prompts with the image within: the stream, and which of its positions are real."""
+    """The prompts with the images within: the stream, and which of its positions are real."""
     image, embed = request.image, model.token_embedding
     assert image is not None
     assert image.prefix_embeds is not None
-    assert request.image_positions is not None
+    assert image.prefix_positions is not None
     assert embed is not None
-    positions_B = torch.from_numpy(request.image_positions).to(tokens_BS.device)
     text_BSD, real_BS = embed(tokens_BS), image.key_padding_mask
     if real_BS is not None:
-        real_BS = placed(real_BS, torch.ones_like(tokens_BS, dtype=torch.bool), positions_B)
-    embeds_BSD = placed(image.prefix_embeds.to(text_BSD.dtype), text_BSD, positions_B)
+        real_BS = placed(real_BS, torch.ones_like(tokens_BS, dtype=torch.bool), image.prefix_positions)
+    embeds_BSD = placed(image.prefix_embeds.to(text_BSD.dtype), text_BSD, image.prefix_positions)
     return ModalityContext(inputs_embeds=embeds_BSD, key_padding_mask=real_BS)
 
 

@@ -37,7 +37,7 @@ def generate(
     prefill_chunk: int = PREFILL_CHUNK,
     pixel_values: Float[Tensor, "B ... 3 h w"] | np.ndarray | None = None,
     frame_mask: Bool[Tensor, "B F"] | np.ndarray | None = None,
-    image_positions: Integer[Tensor, "B"] | np.ndarray | Sequence[int] | None = None,
+    image_positions: Integer[Tensor, "B ..."] | np.ndarray | Sequence[int] | Sequence[Sequence[int]] | None = None,
     compile: bool = False,
 ) -> Int[Tensor, "B L"]:
     """Continue prompts. A wrapped model, or one with wrapped or compiled parts, generates as the plain one does.
@@ -56,7 +56,8 @@ def generate(
         prefill_chunk: maximum number of prompt tokens that are read at once.
         pixel_values: (B, 3, h, w) or (B, F, 3, h, w), what a `VLMWrapper` sees before each prompt; None: text alone.
         frame_mask: bool (B, F), False for frames that don't exist.
-        image_positions: int (B,), how many tokens of each prompt stand before its image, fewer than it has; None: none.
+        image_positions: int (B,), how many tokens of each prompt stand before its image or clip, fewer than it has; or
+            B rows, before each of its images, of which one row has F and others may have fewer; None: none.
         compile: compile the decode step, and replay it as a CUDA graph on an NVIDIA GPU.
 
     Returns:
@@ -95,7 +96,7 @@ def stream(
     prefill_chunk: int = PREFILL_CHUNK,
     pixel_values: Float[Tensor, "B ... 3 h w"] | np.ndarray | None = None,
     frame_mask: Bool[Tensor, "B F"] | np.ndarray | None = None,
-    image_positions: Integer[Tensor, "B"] | np.ndarray | Sequence[int] | None = None,
+    image_positions: Integer[Tensor, "B ..."] | np.ndarray | Sequence[int] | Sequence[Sequence[int]] | None = None,
     compile: bool = False,
 ) -> Iterator[np.ndarray]:
     """The new tokens of `generate`, int (B,) at a time, as they are drawn; ends early when every row has ended.

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
+from kempnerforge_torch.model.checks import check_mask
 from kempnerforge_torch.model.modality import ModalityContext
 from kempnerforge_torch.model.state import to_numpy
 from kempnerforge_torch.model.transformer import Transformer
@@ -26,14 +27,13 @@ from shared_config.contract.decoding import (
     SamplingConfig,
     cache_length,
     check_architecture,
-    check_image_positions,
-    check_images,
     check_request,
     check_uniforms,
     draw_uniforms,
     prefill_chunks,
     read_prompts,
 )
+from shared_config.contract.image_places import ImagePlaces, check_image_positions, check_images
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Request:
 
     Attributes:
         image: its place in the stream, or what is read of it at every step; None: text alone.
-        image_positions: int32 (B,), how many tokens of each prompt stand before the image; None: none.
+        image_tokens: int32 (B,), positions of the stream that the images of each prompt take.
         uniforms: float64 (B, N); None: greedy.
         cache_length: positions of the caches.
         chunks: (start, size) of the parts in which the prompts are read.
@@ -50,7 +50,7 @@ class Request:
 
     prompts: Prompts
     image: ModalityContext | None
-    image_positions: np.ndarray | None
+    image_tokens: np.ndarray
     max_new_tokens: int
     sampling: SamplingConfig
     uniforms: np.ndarray | None
@@ -61,6 +61,11 @@ class Request:
     def image_in_every_step(self) -> ModalityContext | None:
         """What text reads of the image at every step; None where there is none, or the caches hold it."""
         return None if image_tokens(self.image) else self.image
+
+    @property
+    def image_within(self) -> bool:
+        """Whether images stand within the prompts, not before them."""
+        return self.image is not None and self.image.prefix_positions is not None
 
 
 PromptTokens = Integer[Tensor, "B S"] | np.ndarray | Sequence[Sequence[int] | np.ndarray | Integer[Tensor, "_S"]]
@@ -78,7 +83,7 @@ def make_request(
     prefill_chunk: int = PREFILL_CHUNK,
     pixel_values: Float[Tensor, "B ... 3 h w"] | np.ndarray | None = None,
     frame_mask: Bool[Tensor, "B F"] | np.ndarray | None = None,
-    image_positions: Integer[Tensor, "B"] | np.ndarray | Sequence[int] | None = None,
+    image_positions: Integer[Tensor, "B ..."] | np.ndarray | Sequence[int] | Sequence[Sequence[int]] | None = None,
 ) -> Request:
     """The checked request of `generate` or `stream`, from their arguments.
 
@@ -92,8 +97,10 @@ def make_request(
     image_token = None if vlm is None else vlm.image_token
     prompts = read_prompts(_to_host(prompt_tokens), _to_host(prompt_lengths), config.vocab_size, image_token)
     rows = len(prompts.lengths)
-    image = _read_image(model, pixel_values, frame_mask, rows)
+    places = check_image_positions(_to_host(image_positions), prompts, _movable_images(model, pixel_values))
+    image = _read_image(model, pixel_values, frame_mask, rows, places)
     prefix = image_tokens(image)
+    own = np.full(rows, prefix, np.int32) if places is None else places.tokens(prefix)
     check_request(
         prompts,
         max_new_tokens,
@@ -101,20 +108,19 @@ def make_request(
         config.vocab_size,
         sampling.eos_token_ids,
         prefill_chunk,
-        prefix,
+        own,
     )
-    positions = check_image_positions(_to_host(image_positions), prompts, _places_image(model, image))
-    slots = cache_length(prompts, max_new_tokens, config.max_seq_len, prefix)
-    within = 0 if positions is None else prefix
+    slots = cache_length(prompts, max_new_tokens, config.max_seq_len, own)
+    longest, before = int((prompts.lengths + own).max()), prefix if places is None else 0
     return Request(
         prompts,
         image,
-        positions,
+        own,
         max_new_tokens,
         sampling,
         None if sampling.temperature == 0 else _uniforms(sampling.seed, uniforms, rows, max_new_tokens),
         slots,
-        prefill_chunks(prompts.tokens.shape[1] - 1 + within, prefill_chunk, slots - prefix + within),
+        prefill_chunks(longest - 1 - before, prefill_chunk, slots - before),
     )
 
 
@@ -132,8 +138,9 @@ def _read_image(
     pixel_values: Tensor | np.ndarray | None,
     frame_mask: Tensor | np.ndarray | None,
     rows: int,
+    places: ImagePlaces | None,
 ) -> ModalityContext | None:
-    """The context of the transformer for the image of each row."""
+    """The context of the transformer for the images of each row."""
     if pixel_values is None and frame_mask is not None:
         raise ValueError("frame_mask is given, pixel_values = None: the mask needs the images that it masks")
     if pixel_values is None:
@@ -144,18 +151,33 @@ def _read_image(
     transformer = inner_transformer(model)
     device = weight_of(transformer).device
     pixels = torch.as_tensor(pixel_values, device=device)
-    frames = None if frame_mask is None else torch.as_tensor(frame_mask, device=device)
+    frames = _existing(None if frame_mask is None else torch.as_tensor(frame_mask, device=device), places)
+    positions = None if places is None else torch.from_numpy(places.positions).to(device)
     with inference(model):
-        context = model.context(pixels, torch.zeros((rows, 0), dtype=torch.int64, device=device), frames)
+        no_text = torch.zeros((rows, 0), dtype=torch.int64, device=device)
+        context = model.context(pixels, no_text, frames, image_positions=positions)
         assert context is not None
         if context.prefix_embeds is not None:
             return context
         return transformer.precompute_image_kv(context)
 
 
-def _places_image(model: Transformer | VLMWrapper, image: ModalityContext | None) -> bool:
-    """Whether there is an image that may stand anywhere in the text."""
-    return image is not None and isinstance(model, VLMWrapper) and model.strategy.places_image
+def _existing(frames: Tensor | None, places: ImagePlaces | None) -> Tensor | None:
+    """The mask of frames, without images that a row does not have."""
+    if places is None or places.exists is None:
+        return frames
+    exists_BN = torch.from_numpy(places.exists)
+    if frames is None:
+        return exists_BN
+    check_mask("frame_mask", frames, exists_BN.shape)
+    return frames & exists_BN.to(frames.device)
+
+
+def _movable_images(model: Transformer | VLMWrapper, pixel_values: Any) -> int:
+    """How many images of a row may stand anywhere in the text."""
+    if pixel_values is None or not isinstance(model, VLMWrapper) or not model.strategy.places_image:
+        return 0
+    return pixel_values.shape[1] if pixel_values.ndim == 5 else 1
 
 
 def image_tokens(image: ModalityContext | None) -> int:

@@ -95,7 +95,7 @@ class VLMWrapper(nn.Module):
         *,
         text_mask: Bool[Tensor, "B T"] | None = None,
         noise_seed: Integer[Tensor, ""] | None = None,
-        image_positions: Integer[Tensor, "B"] | None = None,
+        image_positions: Integer[Tensor, "B ..."] | None = None,
         kv_caches: Sequence[KVCache] | None = None,
         limit_capacity: bool | None = None,
         factored_logits: bool = False,
@@ -104,7 +104,8 @@ class VLMWrapper(nn.Module):
         """Logits (B, T, V), and the labels as they were given.
 
         Args:
-            pixel_values: (B, 3, h, w), or (B, F, 3, h, w) with at most ``frames_per_clip`` frames; None for text alone.
+            pixel_values: (B, 3, h, w), or (B, F, 3, h, w) with at most ``frames_per_clip`` frames, or with any number
+                of images that have a place each; None for text alone.
             input_ids: int (B, T).
             frame_mask: bool (B, F), False for frames that don't exist: nothing attends to them or routes them, and
                 their content doesn't matter. They keep their places: other frames and the text have the positions that
@@ -115,8 +116,9 @@ class VLMWrapper(nn.Module):
             text_mask: bool (B, T), False for padding, with an image or without. Padding after the text needs it only
                 where experts route.
             noise_seed: int (), see `ModalityContext`.
-            image_positions: int (B,), how many text tokens of each row stand before the image, in [0, T]; None: none
-                do. What follows the image is predicted from its last token that exists.
+            image_positions: int (B,), how many text tokens of each row stand before the image or the clip, in [0, T];
+                or (B, F), before each of F images. None: none do. What follows an image is predicted from its last
+                token that exists. In a row with fewer images the others don't exist, and stand behind all text (T).
             kv_caches: one per layer; text continues from their fill. An image in the stream comes with the first call,
                 one that cross-attention reads with every call.
             limit_capacity, factored_logits: as for `Transformer.forward`.
@@ -149,7 +151,7 @@ class VLMWrapper(nn.Module):
         *,
         text_mask: Bool[Tensor, "B T"] | None = None,
         noise_seed: Integer[Tensor, ""] | None = None,
-        image_positions: Integer[Tensor, "B"] | None = None,
+        image_positions: Integer[Tensor, "B ..."] | None = None,
         kv_caches: Sequence[KVCache] | None = None,
         limit_capacity: bool | None = None,
         factored_logits: bool = False,
@@ -177,13 +179,13 @@ class VLMWrapper(nn.Module):
         *,
         text_mask: Bool[Tensor, "B T"] | None = None,
         noise_seed: Integer[Tensor, ""] | None = None,
-        image_positions: Integer[Tensor, "B"] | None = None,
+        image_positions: Integer[Tensor, "B ..."] | None = None,
     ) -> ModalityContext | None:
         """The context of the transformer besides ``input_ids``; None if there is none.
 
         Raises:
-            ValueError: text of another number of rows than the images; masks of another dtype or shape, a mask of
-                frames without images.
+            ValueError: text of another number of rows than the images; more frames than a clip has, or not a place
+                for each; masks of another dtype or shape, a mask of frames without images.
         """
         check_axes("input_ids", input_ids, ("batch", "length"))
         if pixel_values is not None:
@@ -198,6 +200,7 @@ class VLMWrapper(nn.Module):
             if text_mask is None and noise_seed is None:
                 return None
             return ModalityContext(key_padding_mask=text_mask, noise_seed=noise_seed)
+        self._check_frames(pixel_values, image_positions)
         context = with_text(self.strategy.prepare(self, pixel_values, input_ids, frame_mask), text_mask, noise_seed)
         if image_positions is None:
             return context
@@ -205,6 +208,18 @@ class VLMWrapper(nn.Module):
             name = type(self.strategy).__name__
             raise ValueError(f"image_positions is given: must be None with {name}, whose image has a place of its own")
         return with_positions(context, image_positions)
+
+    def _check_frames(
+        self, pixel_values: Float[Tensor, "B ... 3 h w"], image_positions: Integer[Tensor, "B ..."] | None
+    ) -> None:
+        """Check that there is room for the frames of a clip, or a place for each image."""
+        frames = pixel_values.shape[1] if pixel_values.ndim == 5 else 1
+        most = self.frames_per_clip
+        if image_positions is not None and image_positions.ndim > 1:
+            check_shape("image_positions", image_positions, (len(pixel_values), frames))
+            most = frames
+        if not 1 <= frames <= most:
+            raise ValueError(f"pixel_values has {frames} frames: must have from 1 to {most}")
 
     def encode_images(
         self, pixel_values: Float[Tensor, "B ... 3 h w"], frame_mask: Bool[Tensor, "B F"] | None = None
@@ -218,8 +233,6 @@ class VLMWrapper(nn.Module):
         """
         frames_BF3hw = pixel_values if pixel_values.ndim == 5 else pixel_values.unsqueeze(1)
         batch, frames = frames_BF3hw.shape[:2]
-        if not 1 <= frames <= self.frames_per_clip:
-            raise ValueError(f"pixel_values has {frames} frames: must have from 1 to {self.frames_per_clip}")
         if frame_mask is not None:
             check_mask("frame_mask", frame_mask, (batch, frames))
             frames_BF3hw = frames_BF3hw.masked_fill(~frame_mask[:, :, None, None, None], 0)

@@ -143,20 +143,21 @@ def check_request(
     vocab_size: int,
     eos_token_ids: Sequence[int] = (),
     prefill_chunk: int = PREFILL_CHUNK,
-    image_tokens: int = 0,
+    image_tokens: np.ndarray | int = 0,
 ) -> None:
     """Check how much to generate, and where it ends.
 
     Args:
-        image_tokens: positions that an image takes before the prompt.
+        image_tokens: positions that the images of a row take, of each row (B,) or of all.
 
     Raises:
         UserError: an invalid number, or more tokens than the model has positions.
     """
     check_integer("max_new_tokens", max_new_tokens, 0)
     check_integer("prefill_chunk", prefill_chunk, 1)
-    longest, room = prompts.tokens.shape[1], max_seq_len - image_tokens
-    image = f", of which the image takes {image_tokens}" if image_tokens else ""
+    row = int((prompts.lengths + image_tokens).argmax())
+    longest, taken = int(prompts.lengths[row]), int(np.broadcast_to(image_tokens, prompts.lengths.shape)[row])
+    room, image = max_seq_len - taken, f", of which the image takes {taken}" if taken else ""
     if longest > room:
         raise UserError(
             f"prompt_tokens has a row of {longest} tokens: must be at most max_seq_len = {max_seq_len}{image}"
@@ -226,51 +227,14 @@ def check_architecture(vlm: VLMConfig | None) -> None:
         )
 
 
-def check_images(shape: Sequence[int], rows: int) -> None:
-    """Check that there is an image for each prompt.
-
-    Raises:
-        UserError: if there isn't.
-    """
-    if len(shape) not in (4, 5) or shape[0] != rows:
-        raise UserError(
-            f"pixel_values.shape = {tuple(shape)}: must be (prompts, 3, height, width) or (prompts, frames, 3, height, "
-            f"width), for {rows} prompts"
-        )
-
-
-def check_image_positions(given: ArrayLike | None, prompts: Prompts, places_image: bool) -> np.ndarray | None:
-    """How many tokens of each prompt stand before its image, int32 (B,); None if none do.
-
-    Args:
-        places_image: whether there is an image that may stand anywhere in the text.
-
-    Raises:
-        UserError: positions for no such image, not one for each prompt, or with no token after the image.
-    """
-    if given is None:
-        return None
-    positions, rows = np.asarray(given), len(prompts.lengths)
-    said = f"image_positions = {positions.tolist()}"
-    if not places_image:
-        raise UserError(f"{said}: must be None without an image that has no fixed place")
-    if positions.shape != (rows,) or positions.dtype.kind not in "iu":
-        raise UserError(f"{said}: must be one integer for each of {rows} prompts")
-    for place, (position, length) in enumerate(zip(positions.tolist(), prompts.lengths.tolist(), strict=True)):
-        if not 0 <= position < length:
-            allowed = f"[0, {length}), as text follows the image"
-            raise UserError(f"image_positions[{place}] = {position}: must be in {allowed}")
-    return positions.astype(np.int32)
-
-
 def bucket(length: int, limit: int) -> int:
     """The next power of two, at least 16 and at most ``limit``: what one compiled program serves."""
     return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), limit)
 
 
-def cache_length(prompts: Prompts, max_new_tokens: int, max_seq_len: int, image_tokens: int = 0) -> int:
-    """Positions that the caches must serve: the image, and every token but the last new one."""
-    return bucket(image_tokens + prompts.tokens.shape[1] + max_new_tokens - 1, max_seq_len)
+def cache_length(prompts: Prompts, max_new_tokens: int, max_seq_len: int, image_tokens: np.ndarray | int = 0) -> int:
+    """Positions that the caches must serve: the images of a row, and every token but the last new one."""
+    return bucket(int((prompts.lengths + image_tokens).max()) + max_new_tokens - 1, max_seq_len)
 
 
 def prefill_chunks(length: int, chunk: int, limit: int) -> list[tuple[int, int]]:

@@ -24,7 +24,6 @@ from shared_config.contract.decoding import (
     bucket,
     cache_length,
     check_architecture,
-    check_images,
     check_integer,
     check_request,
     check_uniforms,
@@ -41,6 +40,7 @@ from shared_config.contract.freeze import (
     never_trained,
 )
 from shared_config.contract.function import differences, function_of
+from shared_config.contract.image_places import check_images
 from shared_config.contract.initialise import initial_value, state_hash, stream
 from shared_config.contract.mixing import splitmix
 from shared_config.contract.noise import fold as fold_hash

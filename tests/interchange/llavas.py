@@ -96,33 +96,41 @@ def image_tokens(config: Any) -> int:
     return patches + (config.vision_feature_select_strategy == "full" and tower.model_type.startswith("clip"))
 
 
-def with_image(config: Any, tokens: np.ndarray, positions: Sequence[int]) -> torch.Tensor:
-    """The ids that transformers takes for an image after so many tokens of each row."""
+Places = Sequence[Sequence[int]]
+"""Of each row, how many tokens stand before each of its images."""
+
+
+def with_images(config: Any, row: Sequence[int], places: Sequence[int]) -> torch.Tensor:
+    """The ids (1, S) that transformers takes for a row of text with images."""
     image = [config.image_token_index] * image_tokens(config)
-    rows = [[*row[:k], *image, *row[k:]] for row, k in zip(tokens.tolist(), positions, strict=True)]
-    return torch.tensor(rows)
+    ids: list[int] = []
+    for place in range(len(row) + 1):
+        ids += [*image * list(places).count(place), *row[place : place + 1]]
+    return torch.tensor([ids])
 
 
-def logits_of_text(model: Any, pixels: np.ndarray, tokens: np.ndarray, positions: Sequence[int]) -> torch.Tensor:
-    """(B, T, V) of transformers: for each token those that the next one is predicted from."""
-    ids = with_image(model.config, tokens, positions)
-    logits = model(ids, pixel_values=torch.from_numpy(pixels), use_cache=False).logits
-    texts = [(row != model.config.image_token_index).nonzero()[:, 0].tolist() for row in ids]
-    rows = [own[[*(place - 1 for place in text[1:]), -1]] for own, text in zip(logits, texts, strict=True)]
+def seen(pixels: np.ndarray, places: Sequence[int]) -> dict[str, torch.Tensor]:
+    """What transformers takes for the images of a row, as many of (N, 3, h, w) as there are places."""
+    return {"pixel_values": torch.from_numpy(pixels[: len(places)])} if places else {}
+
+
+def logits_of_text(model: Any, pixels: np.ndarray, tokens: np.ndarray, positions: Places) -> torch.Tensor:
+    """(B, T, V) of transformers, of pixels (B, N, 3, h, w): of each token those that the next one is drawn from."""
+    rows = []
+    for row, own, places in zip(tokens.tolist(), pixels, positions, strict=True):
+        ids = with_images(model.config, row, places)
+        logits = model(ids, **seen(own, places), use_cache=False).logits[0]
+        text = (ids[0] != model.config.image_token_index).nonzero()[:, 0].tolist()
+        rows.append(logits[[*(place - 1 for place in text[1:]), -1]])
     return torch.stack(rows)
 
 
-def continuations(
-    model: Any, pixels: np.ndarray, prompts: np.ndarray, positions: Sequence[int], count: int
-) -> np.ndarray:
+def continuations(model: Any, pixels: np.ndarray, prompts: np.ndarray, positions: Places, count: int) -> np.ndarray:
     """Greedy, of transformers; prompts of one length."""
-    ids = with_image(model.config, prompts, positions)
-    out = model.generate(
-        ids,
-        pixel_values=torch.from_numpy(pixels),
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=count,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    return out[:, ids.shape[1] :].numpy()
+    rows = []
+    for row, own, places in zip(prompts.tolist(), pixels, positions, strict=True):
+        ids = with_images(model.config, row, places)
+        options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        out = model.generate(ids, **seen(own, places), attention_mask=torch.ones_like(ids), **options)
+        rows.append(out[0, ids.shape[1] :].numpy())
+    return np.stack(rows)

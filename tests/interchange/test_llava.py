@@ -1,5 +1,6 @@
 """LLaVAs, drawn and saved by transformers, are the same function here: logits of the text, gradients, greedy decoding
-after an image, which stands before the text or within; and go back there bit by bit.
+after images, which stand before the text or within, in one row more of them than in another; and go back there bit by
+bit.
 
 By day one draw each, in PyTorch; ``HYPOTHESIS_PROFILE=nightly`` draws 13 and runs JAX as well.
 """
@@ -61,28 +62,32 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(data=st.data())
 def test_a_llava_of_theirs_is_the_same_function_here(kind: str, within: bool, data: st.DataObject) -> None:
     model = build(data.draw(drawn_llavas(kind)), seed=1)
-    positions = None
-    if within:
-        rows = st.lists(st.integers(0, PROMPT - 1), min_size=2, max_size=2)
-        positions = data.draw(rows.filter(any).map(lambda drawn: [*drawn[:1], LENGTH - drawn[1]]))
     with tempfile.TemporaryDirectory() as folder:
-        check(model, Path(folder), positions)
+        check(model, Path(folder), data.draw(drawn_places()) if within else None)
 
 
-def check(model: Any, folder: Path, positions: list[int] | None) -> None:
+@st.composite
+def drawn_places(draw: st.DrawFn) -> list[list[int]]:
+    """Of up to three images in each of two rows, some of them after all of the text."""
+    place = st.integers(0, PROMPT - 1) | st.integers(LENGTH - 1, LENGTH)
+    rows = draw(st.lists(st.lists(place, max_size=3).map(sorted), min_size=2, max_size=2).filter(any))
+    return rows if any(place for row in rows for place in row) else [[*row, PROMPT - 1] for row in rows]
+
+
+def check(model: Any, folder: Path, positions: list[list[int]] | None) -> None:
     """
     Args:
-        positions: of the image in each row of the text; in a prompt at most as far as that goes. None: before it.
+        positions: of the images in each row of the text; in a prompt at most as far as that goes. None: one, before it.
     """
     model.save_pretrained(folder / "theirs")
     source = read_model(folder / "theirs")
     config, state = source.config, {name: np.asarray(array) for name, array in source.weights.items()}
     tokens = validation_tokens(VOCABULARY - 2, 2, LENGTH, seed=1) + 1  # no image token
     side = model.config.vision_config.image_size
-    pixels = np.random.default_rng(3).standard_normal((2, 3, side, side))
+    places = positions or [[0], [0]]
+    pixels = np.random.default_rng(3).standard_normal((2, max(map(len, places)), 3, side, side))
     scales = np.random.default_rng(2).standard_normal((2, LENGTH, VOCABULARY))
-    places = positions or [0, 0]
-    in_prompt = [min(place, PROMPT - 1) for place in places]
+    in_prompt = [[min(place, PROMPT - 1) for place in row] for row in places]
     assert_back(model, config, state, folder / "back", pixels, tokens)
     decoded = continuations(model, pixels, tokens[:, :PROMPT], in_prompt, NEW_TOKENS)
     logits = logits_of_text(model, pixels, tokens, places)
@@ -92,16 +97,37 @@ def check(model: Any, folder: Path, positions: list[int] | None) -> None:
     ours = wrapper(config).double()
     set_state(ours, state)
     assert ours.num_image_tokens == image_tokens(model.config)
-    given_places = None if positions is None else torch.tensor(positions)
-    found, _ = ours(torch.from_numpy(pixels), torch.from_numpy(tokens), image_positions=given_places)
+    given: dict[str, Any] = {name: torch.from_numpy(array) for name, array in images_of(pixels, positions).items()}
+    found, _ = ours(input_ids=torch.from_numpy(tokens), **given)
     assert_close({"logits": found.detach().numpy()}, {"logits": logits.detach().numpy()}, ALLOWED)
     (found * torch.from_numpy(scales)).sum().backward()
     assert_close(own_gradients(ours), wanted, TOLD)
-    images = {"pixel_values": pixels, "image_positions": None if positions is None else in_prompt}
+    images: dict[str, Any] = {"pixel_values": pixels if positions else pixels[:, 0]}
+    images["image_positions"] = in_prompt if positions else None
     whole = generate(ours, tokens[:, :PROMPT], NEW_TOKENS, temperature=0.0, prefill_chunk=4, **images)
     assert whole[:, PROMPT:].tolist() == decoded.tolist()
     if NIGHTLY:
-        check_jax(config, state, images, positions, tokens, scales, logits.detach().numpy(), wanted, decoded)
+        check_jax(
+            config,
+            state,
+            images,
+            images_of(pixels, positions),
+            tokens,
+            scales,
+            logits.detach().numpy(),
+            wanted,
+            decoded,
+        )
+
+
+def images_of(pixels: np.ndarray, positions: list[list[int]] | None) -> dict[str, np.ndarray]:
+    """What our models take for them: images that a row does not have are behind all text, and don't exist."""
+    if positions is None:
+        return {"pixel_values": pixels[:, 0]}
+    exists = np.arange(pixels.shape[1]) < np.array([len(row) for row in positions])[:, None]
+    places = np.full(exists.shape, LENGTH)
+    places[exists] = [place for row in positions for place in row]
+    return {"pixel_values": pixels, "image_positions": places, **({} if exists.all() else {"frame_mask": exists})}
 
 
 def wrapper(config: JobConfig) -> VLMWrapper:
@@ -138,7 +164,9 @@ def assert_back(
     assert there.config.image_token_index == model.config.image_token_index
     assert there.config.image_seq_length == image_tokens(model.config)
     with torch.no_grad():
-        there_and_here = [logits_of_text(one, pixels, tokens, [0, 3]) for one in (there.eval(), model)]
+        there_and_here = [
+            logits_of_text(one, pixels, tokens, [[0], [3]][: len(tokens)]) for one in (there.eval(), model)
+        ]
         assert torch.equal(*there_and_here)
 
 
@@ -146,7 +174,7 @@ def check_jax(
     config: JobConfig,
     state: Named,
     images: Mapping[str, Any],
-    positions: list[int] | None,
+    in_text: Mapping[str, np.ndarray],
     tokens: np.ndarray,
     scales: np.ndarray,
     logits: np.ndarray,
@@ -167,11 +195,11 @@ def check_jax(
         model = build_jax(config.model, config.vision_encoder, config.adapter, config.vlm, rngs=None)
         jax_state.set_state(model, state)
         graph, params, buffers = jax_state.split(model)
-        places = None if positions is None else jnp.asarray(positions)
 
         def loss(params: Any) -> tuple[Any, Any]:
             whole = jax_state.merge(graph, params, buffers)
-            found = whole.run(jnp.asarray(images["pixel_values"]), jnp.asarray(tokens), image_positions=places).logits
+            given: dict[str, Any] = {name: jnp.asarray(array) for name, array in in_text.items()}
+            found = whole.run(input_ids=jnp.asarray(tokens), **given).logits
             return (found * scales).sum(), found
 
         found_gradients, found = jax.jit(jax.grad(loss, has_aux=True))(params)

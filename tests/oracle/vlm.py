@@ -53,8 +53,9 @@ def joint_decoder(
 
     Args:
         key_padding_mask: bool (B, N + T), of the image and then the text, wherever the image stands.
-        positions: int (B,), how many text tokens of each row stand before the image. The logits of a text token are
-            those that the next one is predicted from: of the last position before it that is real, or its own.
+        positions: int (B,), how many text tokens of each row stand before the image, or (B, F) before each of F equal
+            parts of it. The logits of a text token are those that the next one is predicted from: of the last position
+            before it that is real, or its own.
     """
     count = image.shape[1]
     if positions is None:
@@ -64,28 +65,37 @@ def joint_decoder(
         )  # fmt: skip
     else:
         text = config.embedding_scale * token_embedding(tokens, submodule(weights, "token_embedding"))
-        mask = (
-            None
-            if key_padding_mask is None
-            else _inserted(key_padding_mask[:, :count], key_padding_mask[:, count:], positions)
+        both = np.concatenate([image, text], axis=1)
+        orders = [_order(np.atleast_1d(row).tolist(), count, text.shape[1]) for row in positions]
+        exists = np.ones(both.shape[:2], bool) if key_padding_mask is None else key_padding_mask
+        embeds, mask = (
+            np.stack([row[order] for row, order in zip(each, orders, strict=True)]) for each in (both, exists)
         )
-        out = transformer(weights, config, inputs_embeds=_inserted(image, text, positions), key_padding_mask=mask)
-        places = [[*range(k), *range(k + count, text.shape[1] + count)] for k in positions]
-        exists = np.ones((len(text), text.shape[1] + count), bool) if mask is None else mask
-        before_next = np.array([
-            [max([own, *(place for place in range(own, following) if real[place])])
-             for own, following in zip(row, [*row[1:], len(real)], strict=True)]
-            for row, real in zip(places, exists, strict=True)
-        ])  # fmt: skip
-        out.logits = np.take_along_axis(out.logits, before_next[..., None], axis=1)
+        out = transformer(weights, config, inputs_embeds=embeds, key_padding_mask=mask)
+        sources = np.array([_before_next(order, row, count) for order, row in zip(orders, mask, strict=True)])
+        out.logits = np.take_along_axis(out.logits, sources[..., None], axis=1)
     counts = {layer: {"all": count} for layer, count in out.expert_counts.items()}
     return VLMOutput(out.logits, out.activations, out.aux_loss, out.z_loss, counts)
 
 
-def _inserted(image: np.ndarray, text: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Of both (B, ...), the image's after so many of each row's text."""
-    rows = zip(image, text, positions, strict=True)
-    return np.stack([np.concatenate([own[:k], seen, own[k:]]) for seen, own, k in rows])
+def _order(positions: list[int], count: int, length: int) -> list[int]:
+    """What stands at each place of a row, as an index into the image's ``count`` tokens and then the text's."""
+    order, size = [], count // len(positions)
+    for place in range(length + 1):
+        for part, position in enumerate(positions):
+            if position == place:
+                order += range(part * size, (part + 1) * size)
+        order += [count + place] if place < length else []
+    return order
+
+
+def _before_next(order: list[int], real: np.ndarray, count: int) -> list[int]:
+    """For each text token the last place before the next one that is real, or its own."""
+    own = [place for place, source in enumerate(order) if source >= count]
+    return [
+        max([this, *(place for place in range(this, following) if real[place] and order[place] < count)])
+        for this, following in zip(own, [*own[1:], len(order)], strict=True)
+    ]
 
 
 def cross_attention_decoder(

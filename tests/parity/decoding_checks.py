@@ -79,15 +79,21 @@ def check_images(backend: str) -> None:
     cross = CrossAttentionConfig(max_text_len=8, cross_attention_every_n_layers=1)
     check_continuation(Side(backend), JointDecoderConfig(max_text_len=8), [[3, 1, 4], [7]])
     check_continuation(Side(backend), cross, [[9], [7]])
+    check_continuation(Side(backend), JointDecoderConfig(max_text_len=8), [[3, 1, 4], [7]], [[2], [0, 0]])
 
 
-def check_continuation(side: Side, vlm: VLMConfig, prompts: list[list[int]]) -> None:
+def check_continuation(
+    side: Side, vlm: VLMConfig, prompts: list[list[int]], positions: list[list[int]] | None = None
+) -> None:
     table = wrapper_table(MODEL, vlm, ADAPTER, None, VISION.feature_dim)
     builder = side.module("model.vlm").build_vlm_wrapper
     model = side.filled(table, builder, MODEL, VISION, ADAPTER, vlm, FRAMES)
     stream = side.module("model.generate").stream
     with contextlib.nullcontext() if side.name == "torch" else jax.disable_jit(), torch.no_grad():
-        options: dict[str, Any] = {"temperature": 0.0, "pixel_values": PIXELS, "frame_mask": SHOWN}
+        shown = SHOWN if positions is None else np.arange(FRAMES) < np.array([[len(row)] for row in positions])
+        pixels = np.where(shown[..., None, None, None], PIXELS, np.nan)
+        images = {"frame_mask": shown} if positions is None else {"image_positions": positions}
+        options: dict[str, Any] = {"temperature": 0.0, "pixel_values": pixels, **images}
         new = np.stack(list(stream(model, prompts, NEW, **options)), axis=1)
         text = np.zeros((2, 6), np.int64)
         for row, prompt in enumerate(prompts):
@@ -95,8 +101,10 @@ def check_continuation(side: Side, vlm: VLMConfig, prompts: list[list[int]]) -> 
         ends = [token for token in range(MODEL.vocab_size) if token not in new][:1] + new[:, 0].tolist()
         ended = np.stack(list(stream(model, prompts, NEW, eos_token_id=ends, **options)), axis=1)
         np.testing.assert_array_equal(ended, new[:, :1], f"{vlm.arch}: rows end with any of {ends}")
-        given = side.array(PIXELS), side.array(text), side.array(SHOWN)
-        likeliest = side.numpy(model.run(*given).logits).argmax(-1)
+        behind = [[*row, *[text.shape[1]] * (FRAMES - len(row))] for row in positions or []]
+        places = {} if positions is None else {"image_positions": side.array(np.array(behind))}
+        given = side.array(pixels), side.array(text), side.array(shown)
+        likeliest = side.numpy(model.run(*given, **places).logits).argmax(-1)
         for row, prompt in enumerate(prompts):
             expected = likeliest[row, len(prompt) - 1 :][:NEW]
             assert new[row].tolist() == expected.tolist(), f"{vlm.arch}: row {row}"

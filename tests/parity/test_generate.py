@@ -600,10 +600,17 @@ def test_images_within_prompts_are_seen_as_in_the_full_forward(backend: Any, mas
 @pytest.mark.parametrize(
     ("positions", "message"),
     [
-        ([0, 0], r"image_positions = \[0, 0\]: must be one integer for each of 3 prompts"),
+        ([0, 0], r"image_positions = \[0, 0\]: must be one integer for each of 3 prompts, or a row"),
         ([0, 0.5, 0], "image_positions = .*: must be one integer for each"),
         ([0, 0, -1], r"image_positions\[2\] = -1: must be in \[0, {}\), as text follows the image"),
         ([0, len(PROMPTS[1]), 0], r"image_positions\[1\] = {}: must be in \[0, {}\), as text follows the image"),
+        ([[0], 0, [0]], r"image_positions = \[\[0\], 0, \[0\]\]: must be one integer for each of 3 prompts, or a row"),
+        ([[0], [0, -1], [0]], r"image_positions\[1\] = \[0, -1\]: must be in"),
+        (
+            [[0], [0, 0, 0], [0]],
+            r"\[0, 0, 0\], \[0\]\]: the most in a row are 3, must be 2, the images of pixel_values",
+        ),
+        ([[0], [0], []], r"\[\]\]: the most in a row are 1, must be 2, the images of pixel_values"),
     ],
 )
 def test_images_that_can_not_stand_there_are_refused(backend: Any, positions: list[Any], message: str) -> None:

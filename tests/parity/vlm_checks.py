@@ -323,14 +323,15 @@ ARCHITECTURES: dict[str, VLMConfig] = {
 }  # fmt: skip
 
 
-def wrapper_check(arch: str, positions: tuple[int, ...] | None = None) -> Callable[[str], None]:
+def wrapper_check(arch: str, positions: tuple[int | tuple[int, ...], ...] | None = None) -> Callable[[str], None]:
     """Clips with frames that don't exist, before the text or within, and padded text, through a whole model of one
     architecture.
     """
 
+    places = None if positions is None else np.array(positions)
+
     def check(backend: str) -> None:
         side, vlm = Side(backend), ARCHITECTURES[arch]
-        places = None if positions is None else np.array(positions)
         table = wrapper_table(MODEL, vlm, PLAIN, None, 6)
         build = side.module("model.vlm").build_vlm_wrapper
         model = side.filled(table, build, MODEL, VISION, PLAIN, vlm, frames_per_clip=3)
@@ -340,12 +341,12 @@ def wrapper_check(arch: str, positions: tuple[int, ...] | None = None) -> Callab
         truth = wrapper_truth(arch, positions)
         assert_same_function(logits * TEXT_MASK[..., None], truth * TEXT_MASK[..., None], arch)
 
-    check.__name__ = f"check_{arch}_wrapper{'' if positions is None else '_within'}"
+    check.__name__ = f"check_{arch}_wrapper{'' if places is None else ('', '_within', '_apart')[places.ndim]}"
     return check
 
 
 @functools.cache
-def wrapper_truth(arch: str, positions: tuple[int, ...] | None) -> np.ndarray:
+def wrapper_truth(arch: str, positions: tuple[int | tuple[int, ...], ...] | None) -> np.ndarray:
     vlm = ARCHITECTURES[arch]
     weights = weights_of(wrapper_table(MODEL, vlm, PLAIN, None, 6))
     features = noise.image_noise(CLIPS.reshape(9, 3, 2, 2), 2, 6)
@@ -371,7 +372,11 @@ def check_seed(backend: str) -> None:
     assert side.module("model.vlm").with_text(image, None, seed).noise_seed is seed
 
 
-WRAPPERS = (*(wrapper_check(arch) for arch in ARCHITECTURES), wrapper_check("joint_decoder", (2, 0, TEXT_LEN)))
+APART = ((0, 2, 2), (3, 1, TEXT_LEN), (TEXT_LEN, TEXT_LEN, 4))
+WRAPPERS = (
+    *(wrapper_check(arch) for arch in ARCHITECTURES),
+    *(wrapper_check("joint_decoder", positions) for positions in ((2, 0, TEXT_LEN), APART)),
+)
 
 
 def check_places(backend: str) -> None:
@@ -381,6 +386,8 @@ def check_places(backend: str) -> None:
     for arch, places, said in (
         ("joint_decoder", [0, TEXT_LEN + 1, 0], f"prefix_positions = {TEXT_LEN + 1}: ids must be in"),
         ("joint_decoder", [0, 0], r"prefix_positions.shape = \(2,\): must be \(3,\)"),
+        ("joint_decoder", [[0, 0, 0], [0, -1, 0], [0, 0, 0]], "prefix_positions = -1: ids must be in"),
+        ("joint_decoder", [[0, 0]] * 3, r"image_positions.shape = \(3, 2\): must be \(3, 3\)"),
         ("mot", [0, 0, 0], "image_positions is given: must be None with MoTStrategy"),
     ):
         model = side.built(build, MODEL, VISION, PLAIN, ARCHITECTURES[arch], 3)
