@@ -46,7 +46,7 @@ def taken_apart(function: object, weights: Mapping[str, object] | None) -> tuple
 
         def apply(tree: Any, rest: Any, inputs: Any) -> object:
             with linen.intercept_methods(_interceptor(lambda module: ".".join(module.path), inputs)):
-                bound = function.bind({**rest, "params": tree})
+                bound = function.bind({**rest, "params": tree}, mutable=[*rest])
                 return _called(bound, inputs)
 
         return apply, weights["params"], rest

@@ -25,7 +25,7 @@ from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
 from shared_config.parity.foreign.containers import ARGUMENT, OUTPUT, map_tensors, named_leaves, tensors_in
 from shared_config.parity.foreign.mapping import Map
-from shared_config.parity.foreign.options import EXACT, Arrays, Options, make_options, target
+from shared_config.parity.foreign.options import EXACT, Arrays, Options, drawn_towards, make_options
 from shared_config.parity.foreign.recorder import Noise, Recorded, Store, make_trace
 from shared_config.parity.foreign.transfer import transfer
 from shared_config.parity.traces import Trace
@@ -105,7 +105,8 @@ def record(
         seed: of drawn values.
         refeed: a trace of another implementation: what follows an activation continues from the value there, so that
             only a wrong module differs. Forward only.
-        names: from the names and layouts of ``refeed`` to those here.
+        names: from the names and layouts of ``refeed``, or of what this is to be compared with, to those here. Where
+            there is no loss, outputs that have others here are drawn towards the same.
         path: of a file to write the trace to.
         chunks: bytes above which a tensor is written to a file of its own, as soon as it is known.
 
@@ -149,7 +150,7 @@ class _Engine:
         shapes = {name: value.shape for name, value in own.items()}
         self.weights: Arrays = own if given is None else transfer(given, None, shapes)
         self.inputs: Arrays = {name: np.asarray(array) for name, array in tensors_in(inputs, is_array)}
-        self.device = jax.devices()[0].device_kind
+        self.device, self.drawn = jax.devices()[0].device_kind, list[str]()
         self._programs: dict[tuple[str, int | None], _Program] = {}
 
     def run(
@@ -191,10 +192,10 @@ class _Engine:
 
     def _traced(self, dtype: str, weights: Parameters, inputs: Parameters) -> Any:
         """(weights and inputs by name, visit) -> output, of a program that was traced once."""
-        rest = jax.tree.map(lambda leaf: _widened(leaf) if dtype == EXACT else leaf, self._rest)
 
         def whole(values: list[Array], arguments: list[Array]) -> object:
             tree = jax.tree_util.tree_unflatten(self._treedef, values)
+            rest = jax.tree.map(lambda leaf: _widened(leaf) if dtype == EXACT else leaf, self._rest)  # a copy to change
             given = iter(arguments)
             return self._apply(tree, rest, map_tensors(lambda *_: next(given), self._inputs, "", is_array))
 
@@ -218,10 +219,9 @@ class _Engine:
         if len(leaves) == 1 and next(iter(leaves.values())).ndim == 0:
             return next(iter(leaves.values()))
         wide = {name: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for name, leaf in leaves.items()}
-        terms = [
-            jnp.square(leaf - jnp.asarray(target(name, leaf.shape, self._options.seed), leaf.dtype)).mean() / 2
-            for name, leaf in wide.items()
-        ]
+        drawn = {name: drawn_towards(self._options, name, leaf.shape) for name, leaf in wide.items()}
+        self.drawn = [one for names, _ in drawn.values() for one in names]
+        terms = [jnp.square(leaf - jnp.asarray(drawn[name][1], leaf.dtype)).mean() / 2 for name, leaf in wide.items()]
         if not terms:
             raise UserError("backward: no output depends on a weight or an input with a gradient; set backward=False")
         return jnp.stack(terms).sum()

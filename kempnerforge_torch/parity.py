@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from shared_config.interchange.files import PathLike
 from shared_config.interchange.states import plain_name
 from shared_config.parity.foreign.containers import ARGUMENT, OUTPUT, listed, map_tensors, named_leaves, tensors_in
 from shared_config.parity.foreign.mapping import Map
-from shared_config.parity.foreign.options import EXACT, Arrays, Options, make_options, target
+from shared_config.parity.foreign.options import EXACT, Arrays, Options, drawn_towards, make_options
 from shared_config.parity.foreign.recorder import Noise, Recorded, Store, make_trace
 from shared_config.parity.foreign.taps import tap, visiting
 from shared_config.parity.foreign.transfer import transfer
@@ -95,7 +95,8 @@ def record(
         seed: of drawn values.
         refeed: a trace of another implementation: what follows an activation continues from the value there, so that
             only a wrong module differs. Forward only.
-        names: from the names and layouts of ``refeed`` to those here.
+        names: from the names and layouts of ``refeed``, or of what this is to be compared with, to those here. Where
+            there is no loss, outputs that have others here are drawn towards the same.
         path: of a file to write the trace to.
         chunks: bytes above which a tensor is written to a file of its own, as soon as it is known.
 
@@ -142,6 +143,7 @@ class _Engine:
         if self._sharded and (weights is not None or options.dtype or options.delta_runs or options.fed):
             raise UserError("function: is sharded by FSDP: leave weights, dtype and refeed out, and set deltas=False")
         self._device = device
+        self.drawn: list[str] = []
         self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.inputs: Arrays = _on_host(dict(tensors_in(inputs, is_tensor)))
 
@@ -179,7 +181,7 @@ class _Engine:
 
     def _replace_output(self, taps: Taps, arguments: Any, store: Store) -> None:
         """What the compiled program puts out, in place of what its source does."""
-        with torch.no_grad():
+        with torch.no_grad(), _restoring(self._given.buffers()):
             outputs = named_leaves(_called(self._given, arguments), OUTPUT, is_tensor)
         taps.found[:] = [
             (name, Keeper(store)(outputs[name]) if name in outputs else value) for name, value in taps.found
@@ -226,11 +228,10 @@ class _Engine:
         if len(leaves) == 1 and next(iter(leaves.values())).ndim == 0:
             return next(iter(leaves.values()))
         wide = {name: leaf.to(torch.promote_types(leaf.dtype, torch.float32)) for name, leaf in leaves.items()}
-        terms = [
-            (leaf - from_numpy(target(name, leaf.shape, self._options.seed)).to(leaf)).square().mean() / 2
-            for name, leaf in wide.items()
-            if leaf.requires_grad
-        ]
+        wide = {name: leaf for name, leaf in wide.items() if leaf.requires_grad}
+        drawn = {name: drawn_towards(self._options, name, tuple(leaf.shape)) for name, leaf in wide.items()}
+        self.drawn = [one for names, _ in drawn.values() for one in names]
+        terms = [(leaf - from_numpy(drawn[name][1]).to(leaf)).square().mean() / 2 for name, leaf in wide.items()]
         if not terms:
             raise UserError("backward: no output depends on a weight or an input with a gradient; set backward=False")
         return torch.stack(terms).sum()
@@ -253,6 +254,17 @@ class _Engine:
             optimizer.step()
             losses.append(to_numpy(loss))
         return np.asarray(losses, np.float64)
+
+
+@contextlib.contextmanager
+def _restoring(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Context after which tensors hold what they held before it."""
+    before = [(tensor, tensor.clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, value in before:
+            tensor.copy_(value)
 
 
 def _called(call: Any, arguments: Any) -> object:

@@ -27,10 +27,8 @@ def asked(options: argparse.Namespace) -> dict[str, object]:
     """What ``record`` is asked for: nothing that the command line does not say.
 
     Raises:
-        UserError: a map without a trace to feed; files that can't be read.
+        UserError: no map to turn round; files that can't be read.
     """
-    if options.refeed is None and (options.map is not None or options.inverse):
-        raise UserError(f"--{'map' if options.map else 'inverse'}: is for what --refeed gives; a trace keeps its names")
     if options.map is None and options.inverse:
         raise UserError("--inverse: there is no --map to turn round")
     names = None if options.map is None else read_map(options.map)

@@ -43,16 +43,21 @@ def recordings(options: argparse.Namespace) -> Iterator[dict[str, tuple[Path, Pa
         asked = [] if options.dtype is None else ["--dtype", options.dtype]
         for side in models:
             measured = side == "b" and _has_deltas(files["a"])
-            _record(sides[side], files[side], [*asked, *(["--no-deltas"] if measured else [])])
+            mapped = _mapped(options, side) if side == "b" or "b" not in models else []
+            _record(sides[side], files[side], [*asked, *mapped, *(["--no-deltas"] if measured else [])])
         pairs = {OWN if options.refeed else "": (files["a"], files["b"])}
         if options.refeed:
             fed, other = ("b", "a") if "b" in models else ("a", "b")
-            asked += ["--refeed", str(files[other])]
-            asked += [] if options.map is None else ["--map", options.map, *(["--inverse"] if fed == "a" else [])]
+            asked += ["--refeed", str(files[other]), *_mapped(options, fed)]
             given = Path(folder, "fed.safetensors")
             _record(sides[fed], given, asked)
             pairs[GIVEN] = (given, files["b"]) if fed == "a" else (files["a"], given)
         yield pairs
+
+
+def _mapped(options: argparse.Namespace, side: str) -> list[str]:
+    """How a side is told the names and layouts of the other."""
+    return [] if options.map is None else ["--map", options.map, *(["--inverse"] if side == "a" else [])]
 
 
 def _has_deltas(file: Path) -> bool:

@@ -44,8 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a trace of another implementation: what follows each activation goes on from the value there, so that a "
         "wrong module differs alone (forward only)",
     )
-    parser.add_argument("--map", metavar="FILE", help="names and layouts of OTHER as those here, a .toml file")
-    parser.add_argument("--inverse", action="store_true", help="the map says those here as those of OTHER")
+    parser.add_argument(
+        "--map",
+        metavar="FILE",
+        help="names and layouts of OTHER, or of what this is to be compared with, as those here, a .toml file; the "
+        "trace keeps its own, and outputs that have others here are drawn towards the same values",
+    )
+    parser.add_argument("--inverse", action="store_true", help="the map says those here as those of the other side")
 
 
 def add_model_dtype(parser: argparse.ArgumentParser) -> None:

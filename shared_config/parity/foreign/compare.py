@@ -9,10 +9,12 @@ from shared_config.errors import UserError
 from shared_config.parity.align import execution_order, fed_hash
 from shared_config.parity.compare import compare_traces
 from shared_config.parity.foreign.causes import PLACES, cause_of
+from shared_config.parity.foreign.containers import ARGUMENT
 from shared_config.parity.foreign.mapping import Map
 from shared_config.parity.foreign.options import values_hash
 from shared_config.parity.foreign.recorder import FOREIGN
 from shared_config.parity.foreign.site import site_of
+from shared_config.parity.foreign.transfer import rules_of_inputs
 from shared_config.parity.result import ONLY_A, ONLY_B, Comparison, Row
 from shared_config.parity.selection import RefedFields
 from shared_config.parity.traces import FORWARD, Trace, TraceMeta
@@ -45,9 +47,10 @@ def compare_functions(
     Raises:
         UserError: recordings of other inputs, a map that does not fit, or nothing that says how far rounding goes.
     """
-    _check_inputs(a, b)
+    _check_inputs(a, b, names)
     moved = a if names is None else names.apply_to_trace(a)
     moved, b, notes = _aligned(a, moved, b)
+    notes += _losses_note(a, b)
     if common:
         moved, b, left_out = _in_common(moved, b, labels or _labels(a, b))
         notes += left_out
@@ -67,14 +70,32 @@ def _labels(a: Trace, b: Trace) -> tuple[str, str]:
     return f"{a.meta.backend} (a)", f"{b.meta.backend} (b)"
 
 
-def _check_inputs(a: Trace, b: Trace) -> None:
-    given_a, given_b = (set(hashes) if isinstance(hashes, list) else set() for hashes in _inputs(a, b))
-    if given_a and given_b and not (given_a <= given_b or given_b <= given_a):
-        raise UserError("inputs: other values: the two were called with different arrays")
+def _check_inputs(a: Trace, b: Trace, names: Map | None) -> None:
+    if _agree(a, b, "inputs"):
+        return
+    moved = _agree(a, b, "numbers", unknown=False)
+    if moved and rules_of_inputs(names).weights:
+        return
+    hint = f"; the numbers are the same: [[weights]] of the map says how {ARGUMENT}0, {ARGUMENT}NAME are laid out"
+    raise UserError(f"inputs: other values: the two were called with different arrays{hint if moved else ''}")
 
 
-def _inputs(a: Trace, b: Trace) -> tuple[object, object]:
-    return a.meta.extra.get("inputs"), b.meta.extra.get("inputs")
+def _agree(a: Trace, b: Trace, field: str, unknown: bool = True) -> bool:
+    """Whether one was called with all that the other was called with, by its hashes; ``unknown`` without hashes."""
+    given_a, given_b = (set(each) if isinstance(each := side.meta.extra.get(field), list) else set() for side in (a, b))
+    return given_a <= given_b or given_b <= given_a if given_a and given_b else unknown
+
+
+def _losses_note(a: Trace, b: Trace) -> tuple[str, ...]:
+    """What is to be said of losses that draw outputs towards other values."""
+    drawn = [each if isinstance(each := side.meta.extra.get("drawn"), list) else [] for side in (a, b)]
+    if not all(drawn) or set(drawn[0]) == set(drawn[1]):
+        return ()
+    of_a, of_b = (", ".join(map(str, names)) for names in drawn)
+    return (
+        f"loss: a draws {of_a} towards random values, b {of_b}, so that gradients are of other losses: record b with "
+        f"the map (names=, --map), or give both a loss",
+    )
 
 
 def _aligned(original: Trace, a: Trace, b: Trace) -> tuple[Trace, Trace, tuple[str, ...]]:

@@ -20,7 +20,8 @@
     b = "layers.*.ffn"
 
 A star stands for any text without a dot. What no rule names keeps its name and layout. Rules of weights hold for
-parameters, their gradients and updates; those of activations for activations and their gradients.
+parameters, their gradients and updates, and for what the two are called with, as ``input.0`` or ``input.NAME`` (images,
+of which one has channels last); those of activations for activations and their gradients.
 """
 
 from __future__ import annotations
@@ -99,8 +100,7 @@ class Rule:
 
     def inverse(self) -> Rule:
         """The rule from b to a."""
-        layout = tuple(op.inverse() for op in reversed(self.layout))
-        return Rule(self.b, self.a, layout, self.axis, self.sizes)
+        return Rule(self.b, self.a, tuple(op.inverse() for op in reversed(self.layout)), self.axis, self.sizes)
 
     def fields(self) -> dict[str, object]:
         """As TOML has them."""

@@ -63,6 +63,7 @@ class NumpyFunction:
         options: Options,
     ):
         self._function, self._inputs, self._weights, self._options = function, inputs, weights, options
+        self.drawn: list[str] = []
         self.weights: Arrays = dict(tensors_in(weights, _is_array))
         self.inputs: Arrays = dict(tensors_in(inputs, _is_array))
 

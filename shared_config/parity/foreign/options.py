@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from shared_config.contract.initialise import stream
 from shared_config.errors import UserError
-from shared_config.parity.foreign.mapping import Map
+from shared_config.parity.foreign.mapping import ACTIVATIONS, Map, matches
 from shared_config.parity.selection import RefedFields, Selection
 from shared_config.parity.tolerance import TOLERANCES
 from shared_config.parity.traces import FORWARD, GRADIENT, ROUTES, ROUTING, Summary, Trace, tensors_hash
@@ -39,6 +40,7 @@ class Options:
         seed: of the moves, and of the target that a loss is made with.
         fed: name of an activation -> value that follows in its place.
         refed: `TraceMeta.refed`: whose activations those are.
+        names: from the names and layouts of the other side to those of the function.
     """
 
     dtype: str = ""
@@ -49,6 +51,7 @@ class Options:
     seed: int = 0
     fed: Arrays = field(default_factory=dict)
     refed: RefedFields = field(default_factory=RefedFields)
+    names: Map = field(default_factory=Map)
 
     def __post_init__(self) -> None:
         if self.dtype and self.dtype not in DTYPES:
@@ -83,16 +86,17 @@ def make_options(
     """The options of the arguments of ``record``.
 
     Args:
-        names: from the names and layouts of the trace to feed to those of the function.
+        names: from the names and layouts of the other side, and of the trace to feed, to those of the function.
 
     Raises:
         UserError: a value that can't be, or a trace to feed that holds nothing to feed.
     """
     runs = DELTA_RUNS if deltas is True else int(deltas)
-    options = Options(dtype or "", backward and refeed is None, Selection(None, tuple(only)), above, runs, seed)
+    kept, names = Selection(None, tuple(only)), names or Map()
+    options = Options(dtype or "", backward and refeed is None, kept, above, runs, seed, names=names)
     if refeed is None:
         return options
-    given = refeed if names is None else names.apply_to_trace(refeed)
+    given = names.apply_to_trace(refeed)
     return dataclasses.replace(options, fed=fed_values(given), refed=refed_fields(refeed))
 
 
@@ -146,15 +150,36 @@ def values_hash(trace: Trace) -> str:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
+def drawn_towards(options: Options, name: str, shape: tuple[int, ...]) -> tuple[list[str], np.ndarray]:
+    """What an output is drawn towards where there is no loss: the same numbers at the same places on both sides.
+
+    Returns:
+        names and shapes that were drawn, which are those of the other side where the map names this output; the target.
+    """
+    rules = tuple(rule for rule in options.names.activations if any(matches(pattern, [name]) for pattern in rule.b))
+    if not rules:
+        return [f"{name} {shape}"], target(name, shape, options.seed)
+    places = Map(activations=rules).inverse().apply({name: np.arange(math.prod(shape)).reshape(shape)}, ACTIVATIONS)
+    found = np.empty(math.prod(shape), np.float32)
+    for drawn, own in places.items():
+        found[np.asarray(own)] = target(drawn, np.shape(own), options.seed)
+    return [f"{drawn} {np.shape(own)}" for drawn, own in places.items()], found.reshape(shape)
+
+
 @functools.lru_cache(maxsize=4)
 def target(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """What an output is drawn towards where there is no loss: the same float32 bits for every framework, normal."""
+    """The same float32 bits for every framework, normal."""
     drawn = stream(seed, f"target/{name}").standard_normal(shape, dtype=np.float32)
     drawn.flags.writeable = False
     return drawn
 
 
-def inputs_hash(value: np.ndarray) -> str:
-    """Of values and shape, whatever the width of the dtype."""
+def inputs_hash(value: np.ndarray, laid_out: bool = True) -> str:
+    """Of values and shape, whatever the width of the dtype.
+
+    Args:
+        laid_out: False: of the numbers alone, whatever their places.
+    """
     wide = value.astype(np.float64 if value.dtype.kind not in "iub" else np.int64)
-    return hashlib.sha256(f"{wide.shape}".encode() + np.ascontiguousarray(wide).tobytes()).hexdigest()[:16]
+    shown = wide if laid_out else np.sort(wide, axis=None)
+    return hashlib.sha256(f"{shown.shape}".encode() + np.ascontiguousarray(shown).tobytes()).hexdigest()[:16]

@@ -140,6 +140,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def drawn(self) -> list[str]:
+        """Names and shapes of the targets that outputs were drawn towards; [] with a loss of another kind."""
+        ...
+
+    @property
     def packages(self) -> tuple[str, ...]:
         """Those whose versions matter."""
         ...
@@ -181,7 +186,12 @@ def make_trace(engine: Engine, options: Options, path: PathLike | None = None, c
         versions=_versions(engine.packages),
         selection={"only": list(options.selection.only)} if options.selection.only else {},
         refed=options.refed,
-        extra={FOREIGN: True, "inputs": [inputs_hash(value) for value in engine.inputs.values()]},
+        extra={
+            FOREIGN: True,
+            "inputs": [inputs_hash(value) for value in engine.inputs.values()],
+            "numbers": [inputs_hash(value, laid_out=False) for value in engine.inputs.values()],
+            "drawn": engine.drawn,
+        },
     )
     if options.delta_runs:
         meta = _with_deltas(meta, engine, options, dtype)

@@ -6,11 +6,14 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, cast
 
+import numpy as np
+
 from shared_config.errors import UserError
 from shared_config.parity.checks import describe
 from shared_config.parity.foreign.compare import compare_functions
+from shared_config.parity.foreign.containers import ARGUMENT
 from shared_config.parity.foreign.mapping import Map
-from shared_config.parity.foreign.transfer import transfer
+from shared_config.parity.foreign.transfer import rules_of_inputs, transfer
 from shared_config.parity.result import Comparison
 from shared_config.parity.traces import Trace
 
@@ -66,7 +69,8 @@ def assert_same_function(
 
     Args:
         torch_fn, jax_fn: modules or functions, as ``record`` of the two frameworks takes them.
-        inputs: of both, as NumPy arrays.
+        inputs: of the first, as NumPy arrays; of the second too, but for rules of ``names`` for ``input.0`` or
+            ``input.NAME``.
         weights: by name, as the first function has them; None where each has its own.
         names: from the names and layouts of the first to those of the second.
         dtypes: in which the two are compared; "float64" is exact to about 1e-12.
@@ -81,19 +85,20 @@ def assert_same_function(
     backward = backward and "numpy" not in frameworks
     given_a = _weights(torch_fn, weights, frameworks[0])
     given_b = _weights(jax_fn, None if weights is None else transfer(weights, names), frameworks[1])
+    inputs_b = _inputs_of_b(inputs, names)
     for dtype in dtypes:
         a, b = (
             recorder(framework).record(
-                function, inputs, dtype=dtype, deltas=deltas, seed=seed, **given, **_backward(framework, backward)
+                function, called_with, dtype=dtype, deltas=deltas, seed=seed, **given, **_backward(framework, backward)
             )
-            for framework, function, given, deltas in (
-                (frameworks[0], torch_fn, given_a, True),
-                (frameworks[1], jax_fn, given_b, False),
+            for framework, function, called_with, given, deltas in (
+                (frameworks[0], torch_fn, inputs, given_a, True),
+                (frameworks[1], jax_fn, inputs_b, {**given_b, "names": names}, False),
             )
         )
         if not a.meta.extra.get("exact", True):
             b = recorder(frameworks[1]).record(
-                jax_fn, inputs, dtype=dtype, seed=seed, **given_b, **_backward(frameworks[1], backward)
+                jax_fn, inputs_b, dtype=dtype, seed=seed, names=names, **given_b, **_backward(frameworks[1], backward)
             )
         found = compare_functions(a, b, names, common=True)
         for observe in OBSERVERS:
@@ -159,6 +164,18 @@ def _weights(function: object, weights: Mapping[str, object] | None, framework: 
     plain = callable(function) and hasattr(function, "__code__")
     wrapped = hasattr(function, "__wrapped__") or hasattr(function, "func")
     return {"weights": nest(weights) if plain or wrapped or framework == "numpy" else dict(weights)}
+
+
+def _inputs_of_b(inputs: Inputs, names: Map | None) -> Inputs:
+    """What the second is called with: the same, but for names and layouts that the map gives it."""
+    rules = rules_of_inputs(names)
+    if not rules.weights:
+        return inputs
+    given = inputs if isinstance(inputs, Mapping) else {str(place): value for place, value in enumerate(inputs)}
+    arrays = {f"{ARGUMENT}{key}": value for key, value in given.items() if isinstance(value, np.ndarray)}
+    others = {key: value for key, value in given.items() if f"{ARGUMENT}{key}" not in arrays}
+    moved = others | {name.removeprefix(ARGUMENT): value for name, value in rules.apply(arrays).items()}
+    return moved if isinstance(inputs, Mapping) else [moved[place] for place in given]
 
 
 def _backward(framework: str, backward: bool) -> dict[str, object]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from shared_config.errors import UserError
 from shared_config.interchange.states import host_array
+from shared_config.parity.foreign.containers import ARGUMENT
 from shared_config.parity.foreign.mapping import WEIGHTS, Map
 
 Shapes = Mapping[str, Sequence[int]]
@@ -35,6 +36,12 @@ def transfer(
             raise UserError("\n  ".join(["weights do not fit:", *problems]))
         found = {name: found[name] for name in expected}
     return found
+
+
+def rules_of_inputs(names: Map | None) -> Map:
+    """The rules of a map for what the two are called with."""
+    rules = () if names is None else names.weights
+    return Map(tuple(rule for rule in rules if all(name.startswith(ARGUMENT) for name in rule.a)))
 
 
 def _problems(found: Mapping[str, np.ndarray], expected: Shapes, given: Mapping[str, np.ndarray]) -> Iterator[str]:
