@@ -176,11 +176,11 @@ def test_one_call_serves_two_layouts_and_names(order: list[int], named: bool, wr
     layout, back = f"permute {' '.join(map(str, order))}", [order.index(axis) for axis in (0, 2, 3, 1)]
 
     def ours(pixels: jax.Array, scale: jax.Array) -> jax.Array:
-        return in_jax(pixels.transpose(back), scale[::-1] if wrong else scale)
+        return in_jax(pixels.transpose(back), scale[::-1] if wrong else scale).T
 
     scale = WEIGHTS["norm.weight"][:4]
     places = ("images", "pixels") if named else ("0", "0")
-    names = make_map({f"input.{places[0]}": (f"input.{places[1]}", layout)})
+    names = make_map({f"input.{places[0]}": (f"input.{places[1]}", layout)}, {"output": ("output", "transpose")})
     inputs: Any = {"images": IMAGES, "scale": scale} if named else (IMAGES, scale)
     try:
         assert_same_function(in_torch, ours, inputs, names=names, dtypes=("float32",))
