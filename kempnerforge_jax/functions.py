@@ -14,7 +14,7 @@ from flax import linen, nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from kempnerforge_jax.program import MARK, path_name
-from kempnerforge_jax.taps import is_array, is_floating, named
+from kempnerforge_jax.taps import is_array, is_inexact, named
 from shared_config.errors import UserError
 from shared_config.parity.foreign.containers import INPUT, listed, map_tensors, tensors_in
 
@@ -191,7 +191,7 @@ def _marked(module: Any, number: int) -> dict[int, str]:
 
 def _shown_inputs(name: str, given: Any, shown: dict[int, Any]) -> Any:
     def is_new(value: object) -> bool:
-        return is_array(value) and is_floating(value) and id(value) not in shown
+        return is_array(value) and is_inexact(value) and id(value) not in shown
 
     return map_tensors(lambda leaf, array: _shown(leaf, array, shown), given, f"{name}{INPUT}", is_new)
 

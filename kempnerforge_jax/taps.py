@@ -49,7 +49,12 @@ class Taps:
         self._calls: dict[str, int] = {}
 
     def visit(self, name: str, array: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        """Record an array, and give what goes on."""
+        """Record an array, and give what goes on. Complex numbers are recorded as pairs of real ones, along a last
+        axis.
+        """
+        if jnp.iscomplexobj(array):
+            pairs = self.visit(name, jnp.stack([array.real, array.imag], axis=-1))
+            return jax.lax.complex(pairs[..., 0], pairs[..., 1])
         call = self._calls[name] = self._calls.get(name, -1) + 1
         fed = self._fed.get(call_name(name, call), self._fed.get(name) if call == 0 else None)
         if self._options.wants(name):
@@ -70,6 +75,11 @@ class Taps:
 def is_floating(value: Shaped[Array, "..."] | np.ndarray) -> bool:
     """Whether an array is of real numbers."""
     return jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def is_inexact(value: Shaped[Array, "..."] | np.ndarray) -> bool:
+    """Whether an array is of real or complex numbers."""
+    return jnp.issubdtype(value.dtype, jnp.inexact)
 
 
 def is_array(value: object) -> TypeGuard[Shaped[Array, "..."] | np.ndarray]:

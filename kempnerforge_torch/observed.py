@@ -45,12 +45,12 @@ class Taps:
         return map_tensors(self.visit, value, name, is_tensor)
 
     def inputs(self, name: str, value: object) -> object:
-        """`visit` for every floating-point tensor of arguments that nothing recorded put out."""
+        """`visit` for every floating-point or complex tensor of arguments that nothing recorded put out."""
         tensors = [tensor for _, tensor in tensors_in(value, is_tensor)]
         if self._again:
             new = self._new[name].pop() if self._new.get(name) else []
         else:
-            new = [isinstance(t, Tensor) and t.is_floating_point() and id(t) not in self._shown for t in tensors]
+            new = [isinstance(t, Tensor) and _is_inexact(t) and id(t) not in self._shown for t in tensors]
             self._new.setdefault(name, []).append(new)
         chosen = {id(tensor) for tensor, is_new in zip(tensors, new, strict=False) if is_new}
         return map_tensors(self.visit, value, name, lambda value: is_tensor(value) and id(value) in chosen)
@@ -67,7 +67,13 @@ class Taps:
     def visit(self, name: str, tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """Record a tensor, and give what goes on: a view, whose gradient is that by all that comes after it, and by
         nothing that used the tensor before. One that is written to later has no gradient: its value is no longer there.
+        Complex numbers are recorded as pairs of real ones, along a last axis.
         """
+        if isinstance(tensor, Tensor) and tensor.is_complex():
+            pairs = self.visit(name, torch.view_as_real(tensor.resolve_conj()))
+            tensor = torch.view_as_complex(pairs.contiguous())
+            self._shown[id(tensor)] = tensor
+            return tensor
         if self._again:
             return self._moved(name, tensor)
         call = self._calls[name] = self._calls.get(name, -1) + 1
@@ -125,6 +131,10 @@ def observed(call: object, taps: Taps) -> Iterator[None]:
                 hooks.callback(before.remove)
                 hooks.callback(after.remove)
         yield
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _before(name: str, taps: Taps) -> Callable[..., tuple[Any, Any]]:

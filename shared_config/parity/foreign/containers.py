@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 OUTPUT = "output"
 """Name of what a function or a whole module puts out."""
 INPUT = "@in"
@@ -64,6 +66,11 @@ def call_name(name: str, call: int) -> str:
     """Name of one of several recordings; the input of a module keeps its end: "f@in" is "f@1@in"."""
     own = name.removesuffix(INPUT)
     return f"{own}{CALL}{call}{name[len(own) :]}"
+
+
+def in_pairs(array: np.ndarray) -> np.ndarray:
+    """Complex numbers as pairs of real ones, along a last axis."""
+    return np.stack([array.real, array.imag], axis=-1)
 
 
 def listed(value: object) -> object:

@@ -10,7 +10,7 @@ import numpy as np
 
 from shared_config.interchange.files import PathLike
 from shared_config.interchange.weights import is_floating
-from shared_config.parity.foreign.containers import OUTPUT, call_name, listed, map_tensors, tensors_in
+from shared_config.parity.foreign.containers import OUTPUT, call_name, in_pairs, listed, map_tensors, tensors_in
 from shared_config.parity.foreign.mapping import Map
 from shared_config.parity.foreign.options import Arrays, Options, check_fed, make_options
 from shared_config.parity.foreign.recorder import Noise, Recorded, Store, make_trace
@@ -76,6 +76,9 @@ class NumpyFunction:
         rng = None if noise is None else np.random.default_rng(noise.seed)
 
         def visit(name: str, array: np.ndarray) -> np.ndarray:
+            if np.iscomplexobj(array):
+                pairs = visit(name, in_pairs(array))
+                return pairs[..., 0] + 1j * pairs[..., 1]
             call = calls[name] = calls.get(name, -1) + 1
             if self._options.wants(name):
                 found.append((name, store(np.array(array))))

@@ -13,6 +13,7 @@ import numpy as np
 
 from shared_config.contract.initialise import stream
 from shared_config.errors import UserError
+from shared_config.parity.foreign.containers import in_pairs
 from shared_config.parity.foreign.mapping import ACTIVATIONS, Map, matches
 from shared_config.parity.selection import RefedFields, Selection
 from shared_config.parity.tolerance import TOLERANCES
@@ -180,6 +181,7 @@ def inputs_hash(value: np.ndarray, laid_out: bool = True) -> str:
     Args:
         laid_out: False: of the numbers alone, whatever their places.
     """
+    value = in_pairs(value) if np.iscomplexobj(value) else value
     wide = value.astype(np.float64 if value.dtype.kind not in "iub" else np.int64)
     shown = wide if laid_out else np.sort(wide, axis=None)
     return hashlib.sha256(f"{shown.shape}".encode() + np.ascontiguousarray(shown).tobytes()).hexdigest()[:16]

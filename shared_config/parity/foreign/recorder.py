@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import tomli_w
 
+from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
 from shared_config.interchange.weights import is_floating
 from shared_config.parity.chunks import Spill
@@ -169,8 +170,11 @@ def make_trace(engine: Engine, options: Options, path: PathLike | None = None, c
         chunks: bytes above which a tensor is written to a file of its own as soon as it is known; needs ``path``.
 
     Raises:
-        UserError: the file can't be written.
+        UserError: complex weights, or the file can't be written.
     """
+    for name, value in engine.weights.items():
+        if np.iscomplexobj(value):
+            raise UserError(f"weights: {name}: dtype = {value.dtype}: must be real, as with a last axis of 2")
     spill = None if path is None or chunks is None else Spill(path, chunks)
     store = Store(options.above, spill)
     recorded = engine.run(options.dtype, engine.weights, engine.inputs, options.fed, None, store)
