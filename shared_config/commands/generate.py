@@ -5,11 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from shared_config.commands.backends import require_backend
+from shared_config.commands.pictures import (
+    Prompt,
+    image_token_of,
+    prompt_with,
+    read_frames,
+    takes_several,
+    user_message,
+)
 from shared_config.commands.speaking import (
     conversation_ids,
     load_speaker,
@@ -20,8 +27,7 @@ from shared_config.commands.speaking import (
     tokenizer_name,
 )
 from shared_config.contract.decoding import check_architecture
-from shared_config.contract.image_token import without_image_token
-from shared_config.data.image_sources import Shapes, read_pictures
+from shared_config.data.image_sources import Shapes
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer
 from shared_config.errors import UserError
 from shared_config.interchange.vision import picture_format
@@ -36,19 +42,19 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     check_architecture(config.vlm)
     tokenizer = build_tokenizer(tokenizer_name(options, config, overrides), config.data.eos_id)
     if options.chat:
-        prompt = conversation_ids(template_of(tokenizer), [{"role": "user", "content": options.prompt}])
+        shown = len(options.image) if takes_several(config) else min(1, len(options.image))
+        message = user_message(options.prompt, shown, config)
+        prompt = conversation_ids(template_of(tokenizer, image_token_of(config)), [message])
     else:
         prompt = encode_prompt(tokenizer, options.prompt, config.model.vocab_size)
-    prompt, places = placed_image(prompt, config)
+    seen = asked(prompt, options, config)
     manner = manner_of(options, config, tokenizer)
-    pixels = read_images(options, config)
     require_backend(options.backend)
     times: list[float] = []
     with precision(options, config):
         model = load_speaker(options, config, overrides)
         pieces = spoken(
-            model, prompt, manner, tokenizer, options,
-            length=options.max_new_tokens, seed=options.seed, times=times, pixels=pixels, image_positions=places,
+            model, seen, manner, tokenizer, options, length=options.max_new_tokens, seed=options.seed, times=times,
         )  # fmt: skip
         sys.stdout.write("" if options.chat else options.prompt)
         for piece in pieces:
@@ -73,42 +79,29 @@ def encode_prompt(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]
     return prompt
 
 
-def placed_image(prompt: Sequence[int], config: JobConfig) -> tuple[list[int], list[int] | None]:
-    """The prompt without the id of the image, and how many of its ids stand before that; None: where none says so.
+def asked(prompt: Sequence[int], options: argparse.Namespace, config: JobConfig) -> Prompt:
+    """The prompt with the pictures of ``--image``, or as many drawn by code as it has ids for them, one at least.
 
     Raises:
-        UserError: several of them, or nothing after it.
-    """
-    ids = np.asarray(prompt)
-    text, place = without_image_token("--prompt", ids, None if config.vlm is None else config.vlm.image_token)
-    if len(text) == len(ids):
-        return list(prompt), None
-    if place == len(text):
-        raise UserError(f"--prompt ends with the id of the image, {ids[-1]}: must go on with text")
-    return text.tolist(), [place]
-
-
-def read_images(options: argparse.Namespace, config: JobConfig) -> np.ndarray | None:
-    """What the model looks at: float32 (1, 3, s, s), or (1, F, 3, s, s) with a [video] section; None for a text model.
-
-    Raises:
-        UserError: a file that can't be read, or an image for a model that sees none.
+        UserError: a file that can't be read, an image for a model that sees none, or not an id for each image.
     """
     if config.vlm is None or config.vision_encoder is None:
         if options.image:
             raise UserError(
                 f"--image = {options.image[0]}: the config has no [vlm] section, so its model sees no image"
             )
-        return None
-    pixels = picture_format(config.vision_encoder, config.video)
+        return prompt_with("--prompt", prompt, None, config)
     if options.image:
-        frames = read_pictures([Path(file) for file in options.image], pixels, config.video)
-    else:
-        example = Shapes(pixels.side, config.video).example(options.seed or 0, "heldout")
-        frames = example.frames
-        print(f"no --image is given: the model sees {example.text}, drawn by code", file=sys.stderr)
-    numbers = pixels.numbers(frames)
-    return numbers if config.video is None else numbers[None]
+        return prompt_with("--prompt", prompt, read_frames(options.image, config), config)
+    count = prompt.count(image_token_of(config)) if takes_several(config) else 1
+    side = picture_format(config.vision_encoder, config.video).side
+    drawn = [
+        Shapes(side, config.video).example((options.seed or 0) + index, "heldout") for index in range(max(count, 1))
+    ]
+    found = prompt_with("--prompt", prompt, np.concatenate([example.frames for example in drawn]), config)
+    seen = ", ".join(example.text for example in drawn)
+    print(f"no --image is given: the model sees {seen}, drawn by code", file=sys.stderr)
+    return found
 
 
 def speed(times: Sequence[float]) -> str:

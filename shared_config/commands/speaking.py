@@ -13,6 +13,7 @@ import numpy as np
 
 from shared_config.commands.backends import backend_module
 from shared_config.commands.common import fitting_weights, folder_of
+from shared_config.commands.pictures import Prompt
 from shared_config.contract.warm_start import without_warm_start
 from shared_config.data.stops import until_stop
 from shared_config.data.template import ChatTemplate, TemplateError, has_template
@@ -77,8 +78,11 @@ def tokenizer_name(options: argparse.Namespace, config: JobConfig, overrides: Se
     return config.data.tokenizer if chosen or known is None or not has_tokenizer(known) else str(known)
 
 
-def template_of(tokenizer: Tokenizer) -> ChatTemplate:
+def template_of(tokenizer: Tokenizer, image_token: int | None = None) -> ChatTemplate:
     """The chat template of a tokenizer's folder.
+
+    Args:
+        image_token: the id that stands for an image, if one does.
 
     Raises:
         UserError: there is none.
@@ -86,7 +90,7 @@ def template_of(tokenizer: Tokenizer) -> ChatTemplate:
     if not isinstance(tokenizer, HuggingFaceTokenizer) or not has_template(tokenizer.folder):
         where = tokenizer.folder if isinstance(tokenizer, HuggingFaceTokenizer) else "data.tokenizer = 'bytes'"
         raise UserError(f"{where}: has no chat template; must be a tokenizer folder with one")
-    return ChatTemplate(tokenizer.folder)
+    return ChatTemplate(tokenizer.folder, image_token)
 
 
 def conversation_ids(template: ChatTemplate, messages: Sequence[Mapping[str, object]]) -> list[int]:
@@ -128,7 +132,7 @@ def read_weights(
 
 def spoken(
     model: object,
-    prompt: list[int],
+    prompt: Prompt,
     manner: Manner,
     tokenizer: Tokenizer,
     options: argparse.Namespace,
@@ -136,8 +140,6 @@ def spoken(
     length: int,
     seed: int | None,
     times: list[float],
-    pixels: np.ndarray | None = None,
-    image_positions: Sequence[int] | None = None,
 ) -> Iterator[str]:
     """What a model adds to a prompt, piece by piece, up to ``length`` tokens or where it ends.
 
@@ -147,19 +149,19 @@ def spoken(
     own = {"compile": options.compile} if options.backend == "torch" else {}
     tokens = backend_module(options.backend, "model.generate").stream(
         model,
-        [prompt],
+        [prompt.ids],
         length,
         temperature=manner.temperature,
         top_k=manner.top_k,
         top_p=manner.top_p,
         eos_token_id=manner.stop_ids,
         seed=seed,
-        pixel_values=pixels,
-        image_positions=image_positions,
+        pixel_values=prompt.pixels,
+        image_positions=prompt.image_positions,
         **own,
     )
     times.append(time.perf_counter())
-    return until_stop(tokenizer.decode_stream(timed(tokens, times), after=prompt), manner.stop_texts)
+    return until_stop(tokenizer.decode_stream(timed(tokens, times), after=prompt.ids), manner.stop_texts)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The id that stands for the image in prompts of a Hugging Face folder: it says where the image is, and no text that a
+"""The id that stands for an image in prompts of a Hugging Face folder: it says where the image is, and no text that a
 model is given holds it.
 """
 
@@ -31,17 +31,26 @@ def refuse_image_token(name: str, ids: np.ndarray, image_token: int | None) -> N
         )
 
 
-def without_image_token(name: str, ids: np.ndarray, image_token: int | None) -> tuple[np.ndarray, int]:
-    """A row (S,) without the id that stands for the image, and how many of its ids stand before the image: 0 if no id
-    says where that is.
+def without_image_tokens(
+    name: str, ids: np.ndarray, image_token: int | None, images: int
+) -> tuple[np.ndarray, list[int]]:
+    """A row (S,) without the ids that stand for its images, and how many of its ids stand before each of these. One
+    image for which no id stands is before all text.
+
+    Args:
+        image_token: None where no id stands for an image.
+        images: how many the row has.
 
     Raises:
-        UserError: it stands there more than once.
+        UserError: not as many ids as images.
     """
     found = [] if image_token is None else np.flatnonzero(ids == image_token).tolist()
-    if len(found) > 1:
+    if image_token is None or (not found and images <= 1):
+        return ids, [0] * images
+    if len(found) != images:
+        held = f"holds {image_token} at {', '.join(map(str, found))}" if found else f"does not hold {image_token}"
+        count = f"there is {images}" if images == 1 else f"there are {images or 'none'}"
         raise UserError(
-            f"{name} holds {image_token} at {', '.join(map(str, found))}: must at most once, as "
-            f"vlm.image_token_id = {image_token} stands for the image, and there is one"
+            f"{name} {held}: must once for each image, as vlm.image_token_id = {image_token} stands for one; {count}"
         )
-    return np.delete(ids, found), found[0] if found else 0
+    return np.delete(ids, found), [place - index for index, place in enumerate(found)]

@@ -13,7 +13,7 @@ from typing import NotRequired, TypedDict, TypeGuard
 
 import numpy as np
 
-from shared_config.contract.image_token import without_image_token
+from shared_config.contract.image_token import without_image_tokens
 from shared_config.contract.initialise import stream
 from shared_config.data.jsonl import MAX_TEXT_BYTES, lines, parse_object, refuse, text_problem
 from shared_config.data.media import UndecodableError, drawn_frames, nearest_frames, read_clip, read_image
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 METADATA = "metadata.jsonl"
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 SHAPES_VERSION = "shapes 1"
+SEVERAL = "neither a [video] section nor vlm.image_token_id"
+"""What may hold several pictures."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,13 @@ class Example:
     Attributes:
         frames: uint8 (F, s, s, 3); an image has one frame, a row without a picture none.
         prompt: what stands before the text and is not learned.
+        exists: bool (F,), False for frames that can't be decoded, which are black; None: all can.
     """
 
     frames: np.ndarray
     text: str
     prompt: str = ""
+    exists: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,17 @@ class Folder:
         """
         row = self.rows[split][index]
         rng = stream(index, f"frames {split} {visit}") if draws_frames(self.video, split) else None
-        frames = [picture for name in _files(row) for picture in self._pictures(name, rng)]
-        limit = 1 if self.video is None else self.video.max_frames
-        shown = [frames[place] for place in _places(len(frames), limit, rng)]
-        empty = np.zeros((0, self.pixels.side, self.pixels.side, 3), np.uint8)
-        return Example(np.stack(shown) if shown else empty, row["text"], row.get("prompt", ""))
+        by_file = [self._pictures(name, rng) for name in _files(row)]
+        if self.video is None:
+            shown = [next(iter(pictures), None) for pictures in by_file]
+        else:
+            frames = [picture for pictures in by_file for picture in pictures]
+            shown = [frames[place] for place in _places(len(frames), self.video.max_frames, rng)]
+            shown = shown or [None] * bool(by_file)
+        black = np.zeros((self.pixels.side, self.pixels.side, 3), np.uint8)
+        pictures = np.array([black if frame is None else frame for frame in shown], np.uint8).reshape(-1, *black.shape)
+        exists = np.array([frame is not None for frame in shown], bool)
+        return Example(pictures, row["text"], row.get("prompt", ""), exists)
 
     def _pictures(self, name: str, rng: np.random.Generator | None) -> Sequence[np.ndarray]:
         try:
@@ -142,10 +152,12 @@ def open_folder(
     heldout_fraction: float,
     *,
     follow_symlinks: bool = False,
+    several: bool = False,
 ) -> Folder:
     """The rows of a folder, parted by a hash of what they show, so that adding rows moves none.
 
     Args:
+        several: whether a row may have several pictures that are no clip.
         follow_symlinks: whether links may lead out of the folder.
 
     Raises:
@@ -160,7 +172,7 @@ def open_folder(
         raise UserError(f"{root / METADATA}: {problem}")
     rows, problems = [], []
     for number, line in lines(text):
-        row, problem = _parsed(line, video)
+        row, problem = _parsed(line, several or video is not None)
         problem = problem or _file_problem(root, row, follow_symlinks)
         rows.append(row)
         problems += [f"{root / METADATA}:{number}: {problem}"] if problem else []
@@ -175,8 +187,13 @@ def open_folder(
     return Folder(root, pixels, video, parts, follow_symlinks=follow_symlinks)
 
 
-def read_pictures(files: Sequence[Path], pixels: PixelRange, video: VideoConfig | None) -> np.ndarray:
+def read_pictures(
+    files: Sequence[Path], pixels: PixelRange, video: VideoConfig | None, several: bool = False
+) -> np.ndarray:
     """The frames of pictures and clips, in order: uint8 (F, s, s, 3).
+
+    Args:
+        several: whether there may be several pictures that are no clip.
 
     Raises:
         UserError: a file that can't be decoded, or more frames than the config has.
@@ -188,8 +205,9 @@ def read_pictures(files: Sequence[Path], pixels: PixelRange, video: VideoConfig 
         except UndecodableError as error:
             raise UserError(f"{file}: can't be decoded: {error}") from None
     limit = 1 if video is None else video.max_frames
-    if len(frames) > limit:
-        allowed = f"video.max_frames = {limit}" if video is not None else "one, as the config has no [video] section"
+    if len(frames) > limit and (video is not None or not several):
+        own = f"one, as the config has {SEVERAL}"
+        allowed = own if video is None else f"video.max_frames = {limit}"
         raise UserError(f"{', '.join(map(str, files))}: {len(frames)} pictures, must be at most {allowed}")
     return np.stack(frames)
 
@@ -217,26 +235,26 @@ def _frames_of(
 
 
 def row_tokens(
-    text: str, prompt: str, tokenizer: Tokenizer, image_token: int | None = None
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """The ids of a row without that of the image, which of them are learned, and how many stand before the image.
+    text: str, prompt: str, tokenizer: Tokenizer, image_token: int | None = None, images: int = 0
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """The ids of a row without those of its images, which of them are learned, and how many stand before each image.
 
     Raises:
-        UserError: several ids of the image.
+        UserError: not an id for each image.
     """
     before = [] if tokenizer.bos is None else [tokenizer.bos]
     after = [] if tokenizer.eos is None else [tokenizer.eos]
-    asked, told = tokenizer.encode(prompt).tolist(), tokenizer.encode(text).tolist()
+    asked, told = (tokenizer.encode_with_images(part, image_token).tolist() for part in (prompt, text))
     ids = np.array([*before, *asked, *told, *after], np.int64)
     learned = np.arange(len(ids)) >= len(before) + len(asked)
-    kept, place = without_image_token(f"prompt {prompt!r} and text {text!r}", ids, image_token)
-    return kept, learned if len(kept) == len(ids) else np.delete(learned, place), place
+    kept, places = without_image_tokens(f"prompt {prompt!r} and text {text!r}", ids, image_token, images)
+    return kept, learned if len(kept) == len(ids) else learned[ids != image_token], places
 
 
-def _parsed(line: str, video: VideoConfig | None) -> tuple[PictureRow, str]:
+def _parsed(line: str, several: bool) -> tuple[PictureRow, str]:
     """A row, and what is wrong with it."""
     row, problem = parse_object(line)
-    problem = problem or _row_problem(row, video)
+    problem = problem or _row_problem(row, several)
     return (row, "") if _is_usable(row, problem) else ({"text": ""}, problem)
 
 
@@ -245,7 +263,7 @@ def _is_usable(row: Mapping[str, object], problem: str) -> TypeGuard[PictureRow]
     return not problem
 
 
-def _row_problem(row: Mapping[str, object], video: VideoConfig | None) -> str:
+def _row_problem(row: Mapping[str, object], several: bool) -> str:
     text, prompt = row.get("text"), row.get("prompt", "")
     if not isinstance(text, str) or not isinstance(prompt, str):
         return "must be an object with a string 'text', and 'prompt' a string if there is one"
@@ -253,14 +271,19 @@ def _row_problem(row: Mapping[str, object], video: VideoConfig | None) -> str:
     names = [files] if isinstance(files, str) else files
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return "'file_name' must be a string or a list of strings"
-    if len(names) > 1 and video is None:
-        return f"file_name = {files!r}: several pictures need a [video] section"
+    if len(names) > 1 and not several:
+        return f"file_name = {files!r}: must be one picture, as the config has {SEVERAL}"
     return text_problem(text) or text_problem(prompt)
 
 
 def _file_problem(root: Path, row: PictureRow, follow_symlinks: bool) -> str:
     problems = ((name, check_inside(root, name, follow_symlinks)) for name in _files(row))
     return next((f"file_name = {name!r}: {problem}" for name, problem in problems if problem), "")
+
+
+def images_of(row: PictureRow, video: VideoConfig | None) -> int:
+    """How many pictures or clips a row has."""
+    return len(_files(row)) if video is None else min(1, len(_files(row)))
 
 
 def _files(row: PictureRow) -> list[str]:

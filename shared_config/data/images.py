@@ -6,6 +6,8 @@ A folder holds pictures and a ``metadata.jsonl`` (as Hugging Face's ImageFolder 
     {"file_name": "2.jpg", "prompt": "What is this? ", "text": "a boat"}
     {"file_name": "clips/3.mp4", "text": "a dog runs"}                        with a [video] section
     {"file_name": ["f/1.png", "f/2.png"], "text": "frames, in order"}         with a [video] section
+    {"file_name": ["a.png", "b.png"], "prompt": "<image> or <image>? ", "text": "the first"}
+                                                  with vlm.image_token_id, the id of what stands for a picture
     {"text": "no picture at all"}
 
 What can't be decoded is counted, reported once, and masked: its row is trained as text alone.
@@ -15,17 +17,18 @@ Shapes: B rows of a batch on one rank, T text positions of a row, F frames, s pi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from shared_config.contract.labels import IGNORED
 from shared_config.data.batches import Batch, permute
-from shared_config.data.image_sources import Example, Folder, PictureRow, Shapes, open_folder, row_tokens
+from shared_config.data.image_sources import Example, Folder, PictureRow, Shapes, images_of, open_folder, row_tokens
 from shared_config.data.tokenizer import Tokenizer, build_tokenizer, check_vocabulary
 from shared_config.errors import UserError
 from shared_config.interchange.preprocessor import PixelRange
-from shared_config.interchange.vision import picture_format
+from shared_config.interchange.vision import picture_format, tokens_per_image
 from shared_config.schema.job import JobConfig
 
 MAX_SEED = 2**31
@@ -63,12 +66,12 @@ class ImageTextData:
             pixels: how bytes become numbers.
             frames: F of clips; 0 for images, which have no axis of frames.
             text_mask: also give which text positions are real, so that no padding is sent to experts.
-            image_token: the id that stands for the image in a row, once at most, and says where it is; None: all
-                images stand before the text.
+            image_token: the id that stands for an image in a row, once for each, and says where it is; None, or if it
+                is not in a row with one image: that stands before the text.
 
         Raises:
-            UserError: a vocabulary that is too small, a row with several ids of the image, or no row to train on has a
-                label within ``text_len``.
+            UserError: a vocabulary that is too small, a row with more or fewer ids of images than images, or no row to
+                train on has a label within ``text_len``.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank = {rank}: must be at least 0 and below world_size = {world_size}")
@@ -87,6 +90,14 @@ class ImageTextData:
         self._rows: dict[str, list[int]] = {"train": [], "heldout": []}
         if isinstance(source, Folder):
             self._rows = self._check_labels(source)
+
+    @functools.cached_property
+    def images(self) -> int:
+        """N, the most images of a row that have a place each; a clip is one."""
+        if not isinstance(self.source, Folder) or self.image_token is None:
+            return 1
+        rows = (row for rows in self.source.rows.values() for row in rows)
+        return max(1, *(images_of(row, self.source.video) for row in rows))
 
     def _check_labels(self, folder: Folder) -> dict[str, list[int]]:
         """The rows that have a label, by split: those whose prompt fills ``text_len`` have none."""
@@ -108,7 +119,8 @@ class ImageTextData:
         return kept
 
     def _has_label(self, row: PictureRow) -> bool:
-        _, learned, _ = row_tokens(row["text"], row.get("prompt", ""), self.tokenizer, self.image_token)
+        shown = 0 if not isinstance(self.source, Folder) else images_of(row, self.source.video)
+        _, learned, _ = row_tokens(row["text"], row.get("prompt", ""), self.tokenizer, self.image_token, shown)
         return bool(learned[1 : self.text_len + 1].any())
 
     @property
@@ -163,7 +175,8 @@ class ImageTextData:
         return int(permute(np.array([place], np.uint64), count, f"images {self.seed} {epoch}")[0])
 
     def _collated(self, examples: Sequence[Example]) -> Batch:
-        batch = collate(examples, self.tokenizer, self.pixels, self.text_len, self.frames, self.image_token)
+        shapes = self.text_len, self.frames, self.image_token, self.images
+        batch = collate(examples, self.tokenizer, self.pixels, *shapes)
         if isinstance(self.source, Shapes) and self.frames == 0:
             del batch["frame_mask"]  # all are there, and attention needs no mask
         if not self.text_mask:
@@ -178,6 +191,7 @@ def collate(
     text_len: int,
     frames: int = 0,
     image_token: int | None = None,
+    images: int = 1,
 ) -> Batch:
     """Rows of fixed length.
 
@@ -187,32 +201,37 @@ def collate(
     Returns:
         input_ids, labels: int32 (B, T).
         text_mask: bool (B, T), True at real tokens.
-        pixel_values: float32 (B, 3, s, s), or (B, F, 3, s, s) with ``frames``.
-        frame_mask: bool (B, 1) or (B, F), True where there is a picture.
-        image_positions: int32 (B,), with ``image_token``: how many tokens stand before the picture.
+        pixel_values: float32 (B, 3, s, s), or (B, F, 3, s, s) with ``frames``, or (B, N, 3, s, s) with ``images`` = N.
+        frame_mask: bool (B, 1), (B, F) or (B, N), True where there is a picture, and the row goes as far as its place.
+        image_positions: int32 (B,), or (B, N) where N > 1, with ``image_token``: how many tokens stand before the
+            picture; of pictures that a row does not have, all.
     """
-    shape, positions = (len(examples), text_len), np.zeros(len(examples), np.int32)
+    shape, several = (len(examples), text_len), max(frames, images)
     input_ids, labels = np.zeros(shape, np.int32), np.full(shape, IGNORED, np.int32)
-    text_mask, frame_mask = np.zeros(shape, bool), np.zeros((len(examples), max(frames, 1)), bool)
-    pictures = np.zeros((len(examples), max(frames, 1), 3, pixels.side, pixels.side), np.float32)
+    text_mask, frame_mask = np.zeros(shape, bool), np.zeros((len(examples), several), bool)
+    pictures = np.zeros((len(examples), several, 3, pixels.side, pixels.side), np.float32)
+    positions = np.full((len(examples), images), text_len, np.int32)
     for row, example in enumerate(examples):
-        ids, learned, before = row_tokens(example.text, example.prompt, tokenizer, image_token)
-        positions[row] = min(before, text_len)
+        shown, exists = example.frames[:several], np.ones(len(example.frames), bool)
+        exists = (exists if example.exists is None else example.exists)[:several]
+        count = min(1, len(shown)) if frames else len(shown)
+        ids, learned, places = row_tokens(example.text, example.prompt, tokenizer, image_token, count)
+        positions[row, : len(places)] = np.minimum(places, text_len)
         ids, learned = ids[: text_len + 1], learned[: text_len + 1]
         count = max(len(ids) - 1, 0)
         input_ids[row, :count] = ids[:-1]
         labels[row, :count] = np.where(learned[1:], ids[1:], IGNORED)
         text_mask[row, :count] = True
-        shown = example.frames[: max(frames, 1)]
-        pictures[row, : len(shown)] = pixels.numbers(shown)
-        frame_mask[row, : len(shown)] = True
-    places = {} if image_token is None else {"image_positions": positions}
+        within = np.resize(np.array(places) <= text_len, len(shown)) if places else exists
+        frame_mask[row, : len(shown)] = exists & within
+        pictures[row, : len(shown)] = np.where(exists[:, None, None, None], pixels.numbers(shown), 0)
+    standing = {} if image_token is None else {"image_positions": positions if images > 1 else positions[:, 0]}
     return {
-        **places,
+        **standing,
         "input_ids": input_ids,
         "labels": labels,
         "text_mask": text_mask,
-        "pixel_values": pictures if frames else pictures[:, 0],
+        "pixel_values": pictures if frames or images > 1 else pictures[:, 0],
         "frame_mask": frame_mask,
     }
 
@@ -233,12 +252,13 @@ def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) ->
             config.video,
             config.data.heldout_fraction,
             follow_symlinks=config.data.follow_symlinks,
+            several=config.vlm is not None and config.vlm.image_token is not None,
         )
     else:
         source = Shapes(pixels.side, config.video)
     tokenizer = build_tokenizer(config.data.tokenizer, config.data.eos_id)
     check_vocabulary(tokenizer, config.data.tokenizer, config.model.vocab_size)
-    return ImageTextData(
+    data = ImageTextData(
         source,
         tokenizer=tokenizer,
         pixels=pixels,
@@ -254,6 +274,18 @@ def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) ->
         heldout_batch_size=config.eval.batch_size,
         heldout_steps=config.eval.steps,
     )
+    _check_room(data, config)
+    return data
+
+
+def _check_room(data: ImageTextData, config: JobConfig) -> None:
+    """Refuse more images in a row than the residual stream has room for; for one the config answers."""
+    tokens = data.images * tokens_per_image(config)
+    if data.images > 1 and tokens + data.text_len > config.model.max_seq_len:
+        raise UserError(
+            f"data.path = {data.source.name!r}: has a row with {data.images} images, of {tokens} positions; with "
+            f"train.seq_len = {data.text_len} must fit in model.max_seq_len = {config.model.max_seq_len}"
+        )
 
 
 def with_noise_seeds(

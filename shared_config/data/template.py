@@ -7,9 +7,10 @@ a sandbox. Dates that a template asks for are always the same one, so that the d
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from shared_config.interchange.reading import MAX_JSON_BYTES, read_json, read_te
 FILE = "chat_template.jinja"
 TODAY = datetime.date(2024, 7, 26)
 STAND_IN = "KempnerForgeContent"
-BEGIN, END = "\ufdd0", "\ufdd1"
-"""Noncharacters around what a template marks as generated."""
+BEGIN, END, IMAGE = "\ufdd0", "\ufdd1", "\ufdd2"
+"""Noncharacters around what a template marks as generated, and where the text of a message has an image."""
 
 Spans = list[tuple[int, int]]
 
@@ -36,10 +37,14 @@ class ChatTemplate:
     """The chat template of a tokenizer folder.
 
     Raises:
-        UserError: the folder has none, it can't be read, or Jinja2 is not installed.
+        UserError: the folder has none, it can't be read, Jinja2 is not installed, or no token has the id.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, image_token: int | None = None):
+        """
+        Args:
+            image_token: the id that stands for an image; None: messages have none.
+        """
         self.folder = Path(folder)
         config = _optional_json(self.folder / "tokenizer_config.json")
         self._sources = _sources(self.folder, config)
@@ -51,7 +56,11 @@ class ChatTemplate:
         }
         self._environment = _environment(self.folder)
         self._tokenizer = load_library_tokenizer(self.folder / "tokenizer.json")
+        self._image = None if image_token is None else self._tokenizer.id_to_token(image_token)
+        if image_token is not None and self._image is None:
+            raise UserError(f"vlm.image_token_id = {image_token}: must be the id of a token of {self.folder}")
         special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        special += [] if self._image is None or self._image in special else [self._image]
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
 
     def encode(
@@ -91,17 +100,30 @@ class ChatTemplate:
     def encode_prompt(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
         """The ids of a conversation up to where the assistant is to write.
 
+        Args:
+            messages: where there is an image token, their content may be a list of parts, as transformers has them:
+                {"type": "image"} and {"type": "text", "text": ...}. A template that takes text alone gets the text with
+                the token and a line break where an image is.
+
         Raises:
             TemplateError: as `encode`.
         """
         self._check_marks(messages)
+        if self._image is not None:
+            messages = [_as_parts(one) if self._takes_parts else _as_text(one) for one in messages]
         text = _without_marks(self._render(messages, None, add_generation_prompt=True))[0]
         plain = self._plain(text, messages, None, add_generation_prompt=True)
         return self._tokens(text, plain)[0].tolist()
 
     def _check_marks(self, messages: Sequence[Mapping[str, object]]) -> None:
-        if any(mark in str(message.get("content")) for message in messages for mark in (BEGIN, END)):
-            raise TemplateError("a message holds a noncharacter (U+FDD0 or U+FDD1)")
+        if any(mark in text for message in messages for text in _texts(message) for mark in (BEGIN, END, IMAGE)):
+            raise TemplateError("a message holds a noncharacter (U+FDD0, U+FDD1 or U+FDD2)")
+
+    @functools.cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template shows the text of a content that is a list, and not how Python or JSON writes one."""
+        shown = self._part([_as_parts({"role": "user", "content": STAND_IN})], None)
+        return STAND_IN in shown and not re.search("""['"]type['"]""", shown)
 
     def _span(self, text: str, messages: Sequence[Mapping[str, object]], turn: int, tools: Any) -> tuple[int, int]:
         """Where a turn of the assistant stands in the text: from the end of its header to its end.
@@ -137,7 +159,8 @@ class ChatTemplate:
         given = {"add_generation_prompt": False, "documents": None, **self._variables, **options}
         try:
             template = self._environment.from_string(self._source(tools))
-            return template.render(messages=list(messages), tools=tools, **given)
+            rendered = template.render(messages=list(messages), tools=tools, **given)
+            return rendered if self._image is None else rendered.replace(IMAGE, self._image)
         except Exception as error:  # templates run their own code
             raise TemplateError(f"the chat template of {self.folder} refuses it: {error}") from None
 
@@ -148,14 +171,9 @@ class ChatTemplate:
 
     def _plain(self, text: str, messages: Sequence[Mapping[str, object]], tools: Any, **options: Any) -> list[bool]:
         """For each special token in the text, whether it is part of a message and so is plain text."""
-        if not any(self._special.search(str(message.get("content"))) for message in messages):
+        if not any(self._special.search(part) for message in messages for part in _texts(message)):
             return [False for _ in self._special.finditer(text)]
-        hidden = [
-            {**message, "content": self._special.sub(STAND_IN, content)}
-            if isinstance(content := message.get("content"), str)
-            else message
-            for message in messages
-        ]
+        hidden = [_rewritten(message, lambda part: self._special.sub(STAND_IN, part)) for message in messages]
         found = re.compile(f"{STAND_IN}|{self._special.pattern}").findall(self._part(hidden, tools, **options))
         plain = [token == STAND_IN for token in found]
         if len(plain) != len(self._special.findall(text)):
@@ -194,6 +212,37 @@ def has_template(folder: Path) -> bool:
         UserError: it can't be read.
     """
     return bool(_sources(folder, _optional_json(folder / "tokenizer_config.json")))
+
+
+def _texts(message: Mapping[str, object]) -> list[str]:
+    """The texts of a message."""
+    parts = _as_parts(message)["content"]
+    return [str(part.get("text", "")) for part in parts] if isinstance(parts, list) else []
+
+
+def _rewritten(message: Mapping[str, object], rewrite: Callable[[str], str]) -> dict[str, object]:
+    """A message with other text."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": rewrite(content)}
+    parts = content if isinstance(content, list) else []
+    changed = [{**part, "text": rewrite(part["text"])} if "text" in part else part for part in parts]
+    return {**message, "content": changed} if parts else dict(message)
+
+
+def _as_parts(message: Mapping[str, object]) -> dict[str, object]:
+    """A message whose content is a list, if it has one."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}] if isinstance(content, str) else content}
+
+
+def _as_text(message: Mapping[str, object]) -> dict[str, object]:
+    """A message whose content is text, with `IMAGE` for an image."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return dict(message)
+    texts = [f"{IMAGE}\n" if part["type"] == "image" else str(part["text"]) for part in content]
+    return {**message, "content": "".join(texts)}
 
 
 def _sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

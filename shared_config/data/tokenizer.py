@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import itertools
+import json
 import re
 import sys
 import typing
@@ -50,6 +52,10 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, by the threads of the library where it has some."""
         ...
+
+    def encode_with_images(self, text: str, image_token: int | None) -> np.ndarray:
+        """As `encode`, but the name of the token that stands for an image is this token."""
+        return self.encode(text)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text to be continued. Names of special tokens are these tokens, and what the tokenizer puts before
@@ -153,6 +159,22 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._documents.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(self._without_named(encoding.ids), np.uint32) for encoding in encodings]
+
+    def encode_with_images(self, text: str, image_token: int | None) -> np.ndarray:
+        if image_token not in self._special:
+            return self.encode(text)
+        ids = self._seeing(image_token).encode(text, add_special_tokens=False).ids
+        return np.array(self._without_named(ids), np.uint32)
+
+    @functools.cache  # noqa: B019
+    def _seeing(self, image_token: int) -> tokenizers.Tokenizer:
+        """The library's tokenizer, to which all special tokens but one are text."""
+        content = json.loads(self._documents.to_str())
+        for token in content["added_tokens"]:
+            token["special"] = token["special"] and token["id"] != image_token
+        seeing = type(self._documents).from_str(json.dumps(content))
+        seeing.encode_special_tokens = True
+        return seeing
 
     def _without_named(self, ids: list[int]) -> list[int]:
         """``ids`` with the names of ``bos`` and ``eos``, which may be in the vocabulary as words, letter by letter."""

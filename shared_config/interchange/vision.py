@@ -26,6 +26,7 @@ from shared_config.interchange.llava_config import (
 from shared_config.interchange.preprocessor import PixelRange, read_preprocessor
 from shared_config.interchange.reading import read_json
 from shared_config.interchange.weights import WeightsError, check_tensors, load_weights
+from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.job import JobConfig
 from shared_config.schema.video import VideoConfig
 from shared_config.schema.vision import VisionEncoderConfig
@@ -119,6 +120,19 @@ def picture_format(config: VisionEncoderConfig, video: VideoConfig | None = None
 def tower_of(config: JobConfig) -> TowerConfig | None:
     """The vision tower of a job, as `resolve_tower` finds it; None where it has none."""
     return None if config.vlm is None or config.vision_encoder is None else resolve_tower(config.vision_encoder)
+
+
+def tokens_per_image(config: JobConfig) -> int:
+    """Tokens that the adapter gives for an image; 0 without images, and for an encoder that says it when it is built.
+
+    Raises:
+        UserError: as `resolve_tower`.
+    """
+    if config.vision_encoder is None:
+        return 0
+    tower = tower_of(config)
+    tokens = config.vision_encoder.known_num_tokens if tower is None else tower.num_tokens
+    return (config.adapter or AdapterConfig()).output_num_tokens(tokens) if tokens else 0
 
 
 def resolve_tower(config: VisionEncoderConfig) -> TowerConfig | None:

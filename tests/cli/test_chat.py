@@ -109,7 +109,7 @@ def test_an_answer_that_is_interrupted_is_kept(capsys: pytest.CaptureFixture[str
         yield "well"
         raise KeyboardInterrupt
 
-    assert chat.shown(pieces()) == "well"
+    assert chat.shown_text(pieces()) == "well"
     assert capsys.readouterr().out == "well\n"
 
 
@@ -129,7 +129,15 @@ REFUSALS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "data.tokenizer = 'bytes': has no chat template; must be a tokenizer folder",
     ),
     "stop": (lambda folder: ["chat", str(folder), "--stop="], "--stop = '': must not be empty"),
-    "vision": (lambda _: ["chat", "debug_vlm_mot"], "vlm.arch = 'mot': must be absent; chat is for text models"),
+    "video": (
+        lambda _: ["chat", "debug_vlm_mot", "--video.max_frames=4", "--video.frame_size=32"],
+        "video: must be absent; chat shows pictures",
+    ),
+    "image": (
+        lambda folder: ["chat", str(folder), "--image=a.png"],
+        "a.png: can't be shown, as the config has no [vlm] section",
+    ),
+    "routers": (lambda _: ["chat", "debug_vlm_moma"], "vlm.arch = 'moma': its experts choose among all tokens"),
     "chat": (lambda _: ["generate", "debug", "--chat", "--prompt=a"], "data.tokenizer = 'bytes': has no chat template"),
 }
 

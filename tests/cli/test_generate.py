@@ -168,7 +168,10 @@ def test_several_pictures_are_the_frames_of_a_clip(capsys: pytest.CaptureFixture
     assert main(looking(*images, *clips)) == 2
     assert "3 pictures, must be at most video.max_frames = 2" in capsys.readouterr().err
     assert main(looking(*images)) == 2
-    assert "3 pictures, must be at most one, as the config has no [video] section" in capsys.readouterr().err
+    assert (
+        "3 pictures, must be at most one, as the config has neither a [video] section nor vlm.image_token_id"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,27 @@
-"""The id that stands for an image says where it is, once; no other text holds it: it is refused, and never drawn."""
+"""The id that stands for an image says where it is, once for each; no other text holds it: it is refused, and never
+drawn.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from shared_config.cli import main
-from shared_config.commands.generate import placed_image
+from shared_config.commands.pictures import prompt_with
 from shared_config.contract.decoding import read_prompts
-from shared_config.contract.image_token import refuse_image_token, without_image_token
+from shared_config.contract.image_token import refuse_image_token, without_image_tokens
 from shared_config.data import open_data
 from shared_config.errors import UserError
 from shared_config.interchange.toml import config_to_toml
+from shared_config.interchange.vision import tokens_per_image
 from shared_config.parity.request import check_tokens, make_request
 from shared_config.parity.validation import drawn_tokens
 from tests.config.test_images import folder_of, job
@@ -70,56 +75,136 @@ def test_what_a_trace_draws_has_none() -> None:
     assert set(make_request(config, dtype="float64", seed=1).tokens.ravel()) == set(range(8)) - {5}
 
 
-@given(st.lists(st.integers(0, 5), max_size=6), st.integers(0, 5))
-def test_an_id_says_where_the_image_is(row: list[int], token: int) -> None:
-    ids, count = np.array(row, np.int64), row.count(token)
-    if count > 1:
-        places = ", ".join(str(place) for place, id in enumerate(row) if id == token)
-        with pytest.raises(UserError, match=f"^a row holds {token} at {places}: must at most once, as vlm"):
-            without_image_token("a row", ids, token)
+@given(st.lists(st.integers(0, 5), max_size=6), st.integers(0, 5), st.integers(0, 3))
+def test_ids_say_where_images_are(row: list[int], token: int, images: int) -> None:
+    ids, found = np.array(row, np.int64), [place for place, id in enumerate(row) if id == token]
+    if len(found) != images and (found or images > 1):
+        held = f"holds {token} at {', '.join(map(str, found))}" if found else f"does not hold {token}"
+        count = {0: "there are none", 1: "there is 1"}.get(images, f"there are {images}")
+        with pytest.raises(UserError, match=f"^a row {held}: must once for each image, as vlm.*; {count}"):
+            without_image_tokens("a row", ids, token, images)
         return
-    text, place = without_image_token("a row", ids, token)
-    assert (text.tolist(), place) == ([id for id in row if id != token], row.index(token) if count else 0)
-    assert without_image_token("a row", ids, None)[0].tolist() == row
+    text, places = without_image_tokens("a row", ids, token, images)
+    assert text.tolist() == [id for id in row if id != token]
+    assert places == ([len([id for id in row[:place] if id != token]) for place in found] if found else [0] * images)
+    assert without_image_tokens("a row", ids, None, images)[0].tolist() == row
+
+
+def pictured(folder: Path, rows: list[dict[str, Any]], pictures: int) -> Path:
+    """A folder with rows of some of the pictures 0.png, 1.png and so on, of which number 1 is damaged."""
+    for index in range(pictures):
+        Image.fromarray(np.full((8, 8, 3), 40 * index, np.uint8)).save(folder / f"{index}.png")
+    if pictures > 1:
+        (folder / "1.png").write_bytes(b"no picture")
+    return folder_of(folder, rows)
 
 
 @pytest.mark.parametrize(
     ("prompt", "text"), [("see # it ", "a cat"), ("what? ", "a # cat"), ("#", "cat"), ("", "cat#")]
 )
 def test_rows_of_data_say_where_their_image_is(prompt: str, text: str, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, [{"prompt": prompt, "text": text}])
+    folder = pictured(tmp_path, [{"file_name": "0.png", "prompt": prompt, "text": text}], 1)
     data = {"path": str(folder), "heldout_fraction": 1e-9}
     found, plain = open_data(seeing(data=data)).batch(0), open_data(job(data=data)).batch(0)
     place = 1 + (prompt + text).index("#")
     assert found["image_positions"].tolist() == [place] * 4
     assert found["image_positions"].dtype == np.int32
+    assert found["frame_mask"].all()
     kept = np.delete(np.arange(plain["input_ids"].shape[1]), place)
     np.testing.assert_array_equal(found["input_ids"][:, :-1], plain["input_ids"][:, kept])
     np.testing.assert_array_equal(found["labels"][:, :-2], plain["labels"][:, kept[1:] - 1])
     assert "image_positions" not in plain
 
 
-def test_rows_of_data_with_several_images_are_refused(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, [*[{"text": "a cat"}] * 4, {"prompt": "see #", "text": "and #"}])
-    with pytest.raises(UserError, match=f"prompt 'see #' and text 'and #' holds {TOKEN} at 5, 10: must at most once"):
+ROWS = st.lists(st.lists(st.integers(0, 40), max_size=4), min_size=1, max_size=3).filter(
+    lambda rows: max(map(len, rows)) > 1
+)
+
+
+@settings(max_examples=10)
+@given(rows=ROWS)
+def test_rows_have_as_many_images_as_they_name(rows: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Each row is letters with a picture after some of them, which may be beyond what is trained on."""
+    length = 24
+    written = []
+    for row in rows:
+        letters = [chr(97 + place % 26) + "#" * row.count(place) for place in range(40)]
+        names = [f"{index}.png" for index in range(len(row))]
+        written.append({"file_name": names, "text": "#" * row.count(40) + "".join(letters)})
+    folder = pictured(tmp_path_factory.mktemp("rows"), written, 4)
+    data = open_data(
+        seeing(data={"path": str(folder), "heldout_fraction": 1e-9}, train={"seq_len": length, "batch_size": len(rows)})
+    )
+    batch, most = data.batch(0), max(map(len, rows))
+    assert batch["pixel_values"].shape[:2] == batch["image_positions"].shape == (len(rows), most)
+    counts = batch["pixel_values"].any(axis=(2, 3, 4))
+    wanted = []
+    for row in rows:
+        places = sorted(1 if place == 40 else place + 2 for place in row)
+        shown = [place <= length and index != 1 for index, place in enumerate(places)]
+        behind = [length] * (most - len(row))
+        wanted.append(([min(place, length) for place in places] + behind, shown + [False] * len(behind)))
+        assert len(places) == len(row)
+    found = list(zip(batch["image_positions"].tolist(), batch["frame_mask"].tolist(), strict=True))
+    assert sorted(found) == sorted(wanted)
+    assert (counts | ~batch["frame_mask"]).all()
+    assert batch["input_ids"][0].tolist() == [256, *(97 + place % 26 for place in range(length - 1))]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"file_name": "0.png", "prompt": "see #", "text": "and #"}, "holds 35 at 5, 10: .*; there is 1"),
+        ({"file_name": ["0.png", "2.png"], "text": "one #"}, "holds 35 at 5: .*; there are 2"),
+        ({"file_name": ["0.png", "2.png"], "text": "a"}, "does not hold 35: .*; there are 2"),
+        ({"text": "one #"}, "holds 35 at 5: must once for each image, .*; there are none"),
+    ],
+)
+def test_rows_with_other_numbers_of_images_are_refused(row: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folder = pictured(tmp_path, [*[{"text": "a cat"}] * 4, row], 3)
+    with pytest.raises(UserError, match=said):
         open_data(seeing(data={"path": str(folder)}))
+
+
+def test_images_that_the_stream_has_no_room_for_are_refused(tmp_path: Path) -> None:
+    folder = pictured(tmp_path, [{"file_name": ["0.png"] * 30, "text": "#" * 30}], 1)
+    with pytest.raises(UserError, match=r"has a row with 30 images, of 120 positions; with train\.seq_len = 48 "):
+        open_data(seeing(data={"path": str(folder), "heldout_fraction": 1e-9}))
 
 
 @pytest.mark.parametrize(
     ("prompt", "said"),
-    [("#a#", f"--prompt holds {TOKEN} at 1, 3: must at most once"), ("a#", f"ends with the id of the image, {TOKEN}")],
+    [
+        ("#a#", f"--prompt holds {TOKEN} at 1, 3: must once for each image, .*; there is 1"),
+        ("a#", f"ends with the id of the image, {TOKEN}"),
+    ],
 )
 def test_a_command_refuses_a_prompt_before_it_loads_a_model(
     prompt: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.toml").write_text(config_to_toml(seeing()))
-    asked = ["generate", str(tmp_path / "config.toml"), "--backend", "torch", "--prompt", prompt]
+    shown = ["--image", str(pictured(tmp_path, [], 1) / "0.png")]
+    asked = ["generate", str(tmp_path / "config.toml"), "--backend", "torch", "--prompt", prompt, *shown]
     assert main(asked) == 2
-    assert said in capsys.readouterr().err
+    assert re.search(said, capsys.readouterr().err)
 
 
-def test_a_prompt_says_where_its_image_is() -> None:
-    assert placed_image([5, 6, TOKEN, 7], seeing()) == ([5, 6, 7], [2])
-    assert placed_image([5, 6, 7], seeing()) == ([5, 6, 7], None)
-    assert placed_image([TOKEN, 7], seeing()) == ([7], [0])
-    assert placed_image([5, TOKEN, 7], job()) == ([5, TOKEN, 7], None)
+def test_a_prompt_says_where_its_images_are() -> None:
+    frames = np.zeros((1, 8, 8, 3), np.uint8)
+    for ids, config, text, places in (
+        ([5, 6, TOKEN, 7], seeing(), [5, 6, 7], [2]),
+        ([5, 6, 7], seeing(), [5, 6, 7], None),
+        ([TOKEN, 7], seeing(), [7], [0]),
+        ([5, TOKEN, 7], job(), [5, TOKEN, 7], None),
+    ):
+        found = prompt_with("--prompt", ids, frames, config)
+        assert (found.ids, found.image_positions) == (text, places)
+        assert found.pixels is not None
+        assert found.pixels.shape == (1, 3, 8, 8)
+        assert found.length == len(text) + tokens_per_image(config)
+    several = prompt_with("--prompt", [TOKEN, 5, TOKEN, TOKEN, 6], np.zeros((3, 8, 8, 3), np.uint8), seeing())
+    assert (several.ids, several.image_positions) == ([5, 6], [[0, 1, 1]])
+    assert several.pixels is not None
+    assert several.pixels.shape == (1, 3, 3, 8, 8)
+    assert several.length == 2 + 3 * tokens_per_image(seeing())
+    assert prompt_with("--prompt", [5, 6], None, seeing()).pixels is None

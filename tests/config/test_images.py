@@ -260,7 +260,7 @@ def test_what_can_not_be_decoded_is_counted_told_once_and_masked(
     assert sorted(source.undecodable) == ["broken.png", "none.png"]
     assert len(caplog.records) == 2
     assert "2 so far" in caplog.text
-    masked = [example.text for example in examples if not len(example.frames)]
+    masked = [example.text for example in examples if example.exists is not None and not example.exists.any()]
     assert masked == ["b", "n", "alone"]
     assert examples[3].frames.shape == (1, 8, 8, 3)
     assert examples[3].frames[0, 4, 4].tolist() == [30, 30, 30]
@@ -284,7 +284,10 @@ def test_adding_rows_moves_none(tmp_path: Path) -> None:
         ('{"file_name": "a.png"}', "a string 'text'"),
         ('{"file_name": 3, "text": "x"}', "'file_name' must be"),
         ('{"file_name": "../a.png", "text": "x"}', "must lie within the folder"),
-        ('{"file_name": ["a.png", "b.png"], "text": "x"}', r"need a \[video\] section"),
+        (
+            '{"file_name": ["a.png", "b.png"], "text": "x"}',
+            r"must be one .* neither a \[video\] section nor vlm",
+        ),
     ],
 )
 def test_lines_that_can_not_be_used_are_listed(line: str, message: str, tmp_path: Path) -> None:
@@ -451,7 +454,8 @@ def test_clips_in_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     )
     video = VideoConfig(max_frames=4, min_frames=2, frame_size=8)
     source = open_folder(tmp_path, PLAIN, video, 1e-12)
-    assert [len(source.example(index, "train").frames) for index in range(3)] == [3, 2, 0]
+    shown = [source.example(index, "train").exists for index in range(3)]
+    assert [each.tolist() for each in shown if each is not None] == [[True] * 3, [True] * 2, [False]]
     assert sorted(source.undecodable) == ["cut.mp4", "gone.png"]
 
 

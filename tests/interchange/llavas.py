@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from hypothesis import strategies as st
+
+from tests.config.test_jsonl import tokenizer_folder
 
 VOCABULARY, POSITIONS = 41, 64
 TOWERS = {
@@ -134,3 +138,36 @@ def continuations(model: Any, pixels: np.ndarray, prompts: np.ndarray, positions
         out = model.generate(ids, **seen(own, places), attention_mask=torch.ones_like(ids), **options)
         rows.append(out[0, ids.shape[1] :].numpy())
     return np.stack(rows)
+
+
+IMAGE_TEXT = "<image>"
+PARTS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""A chat template that wants the content of messages as a list."""
+
+
+def llava_folder(folder: Path, template: str | None = PARTS, positions: int = 128) -> Path:
+    """A small LLaVA in float32 as transformers saves it, with a byte-level tokenizer that has a token for an image."""
+    tokenizer_folder(folder, template)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([IMAGE_TEXT])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tower = transformers.CLIPVisionConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, image_size=12, patch_size=6
+    )
+    text = transformers.LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size() + 1,
+        max_position_embeddings=positions,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        num_hidden_layers=2,
+    )
+    image_token = tokenizer.token_to_id(IMAGE_TEXT)
+    config = transformers.LlavaConfig(vision_config=tower, text_config=text, image_token_index=image_token)
+    build(config, seed=1).float().save_pretrained(folder)
+    return folder
