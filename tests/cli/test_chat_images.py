@@ -61,6 +61,13 @@ def typed(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
 
 
+def image_token_of(folder: Path) -> int:
+    vlm = load_config(str(folder)).vlm
+    assert vlm is not None
+    assert vlm.image_token is not None
+    return vlm.image_token
+
+
 def theirs(folder: Path, messages: list[tuple[str, int, str]], as_parts: bool) -> list[int]:
     """The ids of transformers for messages of a role, with so many pictures before a text."""
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
@@ -92,7 +99,7 @@ def test_pictures_go_on_with_a_conversation(
     assert f"note: {pictures}/damaged.png: can't be decoded: " in err
     said = [("system", 0, "be brief"), ("user", 1, "what?"), ("assistant", 0, ANSWER), ("user", 1, "and this?")]
     said += [("assistant", 0, ANSWER), ("user", 0, "well?")]
-    image_token = load_config(str(folder)).vlm.image_token  # type: ignore[union-attr]
+    image_token = image_token_of(folder)
     for call, length, count in zip(asked, (2, 4, 6), (1, 2, 2), strict=True):
         ids = theirs(folder, said[:length], template == PARTS)
         places = [place for place, id in enumerate(ids) if id == image_token]
@@ -111,7 +118,7 @@ def test_pictures_go_on_with_a_conversation(
 def test_what_is_typed_is_text(template: str, pictures: Path) -> None:
     """The text of the token of an image, or of another one that is special, stands for none."""
     folder = llava_folder(pictures / "model", template)
-    image_token = load_config(str(folder)).vlm.image_token  # type: ignore[union-attr]
+    image_token = image_token_of(folder)
     content = [{"type": "image"}, {"type": "text", "text": f"no {IMAGE_TEXT} or <|im_end|>"}]
     ids = ChatTemplate(folder, image_token).encode_prompt([{"role": "user", "content": content}])
     plain = ChatTemplate(folder, image_token).encode_prompt([{"role": "user", "content": "x"}])
@@ -152,7 +159,7 @@ def test_a_template_without_a_place_for_pictures_is_refused(pictures: Path, caps
     folder = llava_folder(pictures / "model", silent)
     line = ["generate", str(folder), "--backend=torch", "--chat", "--prompt=x"]
     line += [f"--image={pictures}/dark.png"] * 2
-    image_token = load_config(str(folder)).vlm.image_token  # type: ignore[union-attr]
+    image_token = image_token_of(folder)
     assert main(line) == 2
     assert f"--prompt does not hold {image_token}: must once for each image" in capsys.readouterr().err
 
@@ -174,7 +181,7 @@ def test_both_backends_say_the_same(
 @given(st.lists(st.sampled_from([IMAGE_TEXT, "a", " ", "hello", "\n", "é", "<ima"]), max_size=8))
 def test_text_of_data_names_the_token_of_an_image_and_no_other(seeing_folder: Path, parts: list[str]) -> None:
     text, tokenizer = "".join(parts), HuggingFaceTokenizer(seeing_folder)
-    image_token = load_config(str(seeing_folder)).vlm.image_token  # type: ignore[union-attr]
+    image_token = image_token_of(seeing_folder)
     truth = transformers.PreTrainedTokenizerFast.from_pretrained(seeing_folder)
     assert tokenizer.encode_with_images(text, image_token).tolist() == truth.encode(text)
     plain = tokenizer.encode(f"{text}<|im_end|>").tolist()

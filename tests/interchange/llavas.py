@@ -168,6 +168,7 @@ def llava_folder(folder: Path, template: str | None = PARTS, positions: int = 12
         num_hidden_layers=2,
     )
     image_token = tokenizer.token_to_id(IMAGE_TEXT)
+    assert image_token is not None
     config = transformers.LlavaConfig(vision_config=tower, text_config=text, image_token_index=image_token)
     build(config, seed=1).float().save_pretrained(folder)
     return folder
