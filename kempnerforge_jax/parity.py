@@ -13,22 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Shaped
 
 from kempnerforge_jax.functions import Transformed, bare, is_callable_tree, taken_apart
 from kempnerforge_jax.model.state import to_numpy
 from kempnerforge_jax.optimizer_states import optimizer_state
-from kempnerforge_jax.program import evaluate, marked_names, path_name, unmarked
+from kempnerforge_jax.program import evaluate, marked_names, path_name, readers, unmarked
 from kempnerforge_jax.statistics import described, kept, put_out
 from kempnerforge_jax.taps import Taps, is_array, is_floating, tap
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
 from shared_config.parity.foreign.containers import ARGUMENT, OUTPUT, map_tensors, named_leaves, tensors_in
 from shared_config.parity.foreign.mapping import Map
-from shared_config.parity.foreign.options import EXACT, Arrays, Options, drawn_towards, make_options
+from shared_config.parity.foreign.options import EXACT, Arrays, Options, drawn_towards, fed_back, make_options
 from shared_config.parity.foreign.recorder import Noise, Recorded, Store, make_trace
 from shared_config.parity.foreign.transfer import transfer
-from shared_config.parity.traces import Trace
+from shared_config.parity.traces import GRADIENT, Trace
 
 __all__ = ["optimizer_state", "record", "tap"]
 
@@ -104,7 +105,8 @@ def record(
         deltas: whether to measure in float64 what rounding does to each tensor; a number is that of the runs.
         seed: of drawn values.
         refeed: a trace of another implementation: what follows an activation continues from the value there, so that
-            only a wrong module differs. Forward only.
+            only a wrong module differs; and so do the gradients behind it from those there, so that only a module whose
+            own backward pass is wrong differs.
         names: from the names and layouts of ``refeed``, or of what this is to be compared with, to those here. Where
             there is no loss, outputs that have others here are drawn towards the same.
         path: of a file to write the trace to.
@@ -164,7 +166,8 @@ class _Engine:
             program = self._program(dtype, store, values, arguments)
             key = None if noise is None else (jax.random.key(noise.seed), noise.roundoff)
             found = program(values, arguments, taken, key)
-            losses = self._run(dtype, values) if self._batches else None
+            losses = self._run(dtype, values) if self._batches and not fed else None
+            known = program.readers({**values, **arguments}, fed) if noise is None else {}
         recorded = {group: found[group] for group in program.descriptions}
         held = jax.tree.map(lambda value, about: kept(value, about, store), recorded, program.descriptions)
         activations = list(zip(program.names, held["taps"], strict=True))
@@ -176,7 +179,7 @@ class _Engine:
         if losses is not None:
             updated, losses = losses[1], losses[0]
         loss = to_numpy(found["loss"]) if self._options.backward else None
-        return Recorded(activations, cotangents, loss, ordered, updated, losses)
+        return Recorded(activations, cotangents, loss, ordered, updated, losses, known)
 
     def _is_wide(self, dtype: str) -> bool:
         arrays = [*self.weights.values(), *self.inputs.values()]
@@ -227,7 +230,7 @@ class _Engine:
         return jnp.stack(terms).sum()
 
     def _step(self, parameters: Parameters, gradients: Parameters) -> Parameters:
-        if self._optimizer is None:
+        if self._optimizer is None or not parameters:
             return {}
         return self._updated(parameters, gradients, self._optimizer.init(parameters))[0]
 
@@ -278,24 +281,36 @@ class _Program:
     def __call__(self, weights: Parameters, inputs: Parameters, fed: Parameters, key: Any) -> dict[str, Any]:
         return self._compiled(weights, inputs, fed, key)
 
+    def readers(self, given: Parameters, fed: Arrays) -> dict[str, list[str]]:
+        """`Recorded.readers`."""
+        if not self._options.backward or not fed:
+            return {}
+
+        def named(values: Parameters) -> object:
+            return map_tensors(_marked, self._call(values, _marked), OUTPUT, is_array)
+
+        order = [f"{GRADIENT}/{name}" for name in sorted(given)]
+        return readers(jax.make_jaxpr(named)(given), order, lambda name, call: fed_back(fed, name, call) is not None)
+
     def _recorded(self, weights: Parameters, inputs: Parameters, fed: Parameters, key: Any) -> dict[str, Any]:
         given = {**weights, **inputs}
         varied = {name: value for name, value in given.items() if is_floating(value)}
         fixed = {name: value for name, value in given.items() if name not in varied}
 
-        def objective(varied: Parameters, shifts: list[Array] | None) -> tuple[Array, list[Array]]:
+        def objective(varied: Parameters, shifts: list[Array] | None) -> tuple[Any, Any]:
             taps = Taps(self._options, fed, key, shifts)
             output = map_tensors(taps.visit, self._call({**varied, **fixed}, taps.visit), OUTPUT, is_array)
             self.names, self.places = taps.names, taps.places
-            return self._loss_of(output) if self._options.backward else jnp.zeros(()), taps.values
+            loss = self._loss_of(output) if self._options.backward else jnp.zeros(())
+            return (loss, taps.ends), (taps.values, taps.given)
 
         if not self._options.backward:
-            return {"loss": None, "updated": {}, **self._put_out(objective(varied, None)[1], [], {})}
-        shapes = jax.eval_shape(lambda values: objective(values, None)[1], varied)
+            return {"loss": None, "updated": {}, **self._put_out(objective(varied, None)[1][0], [], {})}
+        shapes = jax.eval_shape(lambda values: objective(values, None)[1][0], varied)
         shifts = [jnp.zeros(shapes[place].shape, shapes[place].dtype) for place in self.places]
-        run = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
-        (loss, values), (gradients, cotangents) = run(varied, shifts)
-        own = {name: value for name, value in varied.items() if name in weights}
+        (loss, _), pull, (values, given) = jax.vjp(objective, varied, shifts, has_aux=True)
+        gradients, cotangents = pull((jnp.ones((), loss.dtype), given))
+        own = {} if fed else {name: value for name, value in varied.items() if name in weights}
         updated = self._step(own, {name: gradients[name] for name in own})
         wanted = {name: own for name, own in gradients.items() if self._options.wants_gradient(name)}
         return {"loss": loss, "updated": updated, **self._put_out(values, cotangents, wanted)}
@@ -305,6 +320,10 @@ class _Program:
         recorded = {"taps": values, "cotangents": cotangents, "gradients": gradients}
         self.descriptions = jax.tree.map(lambda array: described(array, self._store), recorded)
         return jax.tree.map(put_out, recorded, self.descriptions)
+
+
+def _marked(name: str, array: Array) -> Array:
+    return checkpoint_name(array, name)
 
 
 def _cast(value: np.ndarray, dtype: str) -> Array:

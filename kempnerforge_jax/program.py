@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Shaped
 
+from shared_config.parity.foreign.containers import numbered
+from shared_config.parity.traces import COTANGENT
+
 Visit = Callable[[str, Shaped[jax.Array, "..."]], Shaped[jax.Array, "..."]]
 
 NAME = "name"
@@ -66,6 +69,31 @@ def marked_names(program: ClosedJaxpr, arguments: Sequence[str]) -> dict[str, st
                 walk(body.jaxpr, {own: name for own, name in zip(body.jaxpr.invars, given, strict=True) if name})
 
     walk(program.jaxpr, dict(zip(program.jaxpr.invars, arguments, strict=True)))
+    return found
+
+
+def readers(program: ClosedJaxpr, arguments: Sequence[str], ends: Callable[[str, int], bool]) -> dict[str, list[str]]:
+    """For arguments and named values: the named values that are computed from them, with no other one between.
+
+    Args:
+        program: names stand outside of all calls within, as where `evaluate` has named what it visits.
+        arguments: their names.
+        ends: whether the value with a name, in its call of a number, counts as one.
+    """
+    names = [equation.params["name"] for equation in program.jaxpr.eqns if equation.primitive.name == NAME]
+    left, calls = iter(numbered(names)), dict.fromkeys(names, -1)
+    origins: dict[Any, set[str]] = {own: {name} for own, name in zip(program.jaxpr.invars, arguments, strict=True)}
+    found: dict[str, list[str]] = {}
+    for equation in program.jaxpr.eqns:
+        given = set().union(*(origins.get(atom, ()) for atom in equation.invars if not isinstance(atom, Literal)))
+        if equation.primitive.name == NAME:
+            plain, name = equation.params["name"], next(left)
+            calls[plain] += 1
+            if ends(plain, calls[plain]):
+                for origin in sorted(given):
+                    found.setdefault(origin, []).append(name)
+                given = {f"{COTANGENT}/{name}"}
+        origins |= dict.fromkeys(equation.outvars, given)
     return found
 
 

@@ -11,8 +11,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Shaped
 
-from shared_config.parity.foreign.containers import call_name, map_tensors
-from shared_config.parity.foreign.options import Options, check_fed
+from shared_config.parity.foreign.containers import map_tensors
+from shared_config.parity.foreign.options import Options, check_fed, fed_back, fed_to
 
 Value = TypeVar("Value")
 
@@ -33,7 +33,14 @@ def named(array: Shaped[Array, "..."], name: str) -> Shaped[Array, "..."]:
 
 
 class Taps:
-    """What is recorded, in the order of execution, and what goes on in its place."""
+    """What is recorded, in the order of execution, and what goes on in its place.
+
+    Attributes:
+        names, values: of what is recorded.
+        places: of those that have a gradient.
+        ends: values that others went on in place of, whose gradients are given.
+        given: those gradients.
+    """
 
     def __init__(
         self,
@@ -45,6 +52,8 @@ class Taps:
         self.names: list[str] = []
         self.values: list[Array] = []
         self.places: list[int] = []
+        self.ends: list[Array] = []
+        self.given: list[Array] = []
         self._options, self._fed, self._key, self._shifts = options, fed, key, shifts
         self._calls: dict[str, int] = {}
 
@@ -56,20 +65,41 @@ class Taps:
             pairs = self.visit(name, jnp.stack([array.real, array.imag], axis=-1))
             return jax.lax.complex(pairs[..., 0], pairs[..., 1])
         call = self._calls[name] = self._calls.get(name, -1) + 1
-        fed = self._fed.get(call_name(name, call), self._fed.get(name) if call == 0 else None)
+        own, fed = array, fed_to(self._fed, name, call)
+        if fed is not None:
+            check_fed(name, fed.shape, array.shape)
+            array = self._replaced(array, fed.astype(array.dtype), fed_back(self._fed, name, call))
         if self._options.wants(name):
             if is_floating(array):
                 self.places.append(len(self.names))
                 array = array if self._shifts is None else array + self._shifts[len(self.places) - 1]
             self.names.append(name)
-            self.values.append(array)
-        if fed is not None:
-            check_fed(name, fed.shape, array.shape)
-            array = fed.astype(array.dtype)
+            self.values.append(own)
         if self._key is not None and is_floating(array):
             key = jax.random.fold_in(self._key[0], sum(self._calls.values()) + len(self._calls))
             array = array * (1 + self._key[1] * jax.random.uniform(key, array.shape, array.dtype, -1, 1))
         return array
+
+    def _replaced(self, array: Array, fed: Array, gradient: Array | None) -> Array:
+        """What goes on in place of an array; gradients beyond come from that of the other side, if it is known."""
+        if not is_floating(array):
+            return fed
+        if gradient is None:
+            return _passing(array, fed)
+        self.ends.append(array)
+        self.given.append(gradient.astype(array.dtype))
+        return fed
+
+
+@jax.custom_jvp
+def _passing(array: Array, value: Array) -> Array:
+    """The value, through which gradients go to the array."""
+    return value
+
+
+@_passing.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return primals[1], tangents[0]
 
 
 def is_floating(value: Shaped[Array, "..."] | np.ndarray) -> bool:

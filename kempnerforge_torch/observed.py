@@ -18,22 +18,34 @@ from kempnerforge_torch.model.state import from_numpy, to_numpy
 from kempnerforge_torch.model.wrappers import plain_modules
 from kempnerforge_torch.statistics import Keeper, Kept
 from shared_config.parity.foreign.containers import INPUT, call_name, map_tensors, tensors_in
-from shared_config.parity.foreign.options import Arrays, Options, check_fed
+from shared_config.parity.foreign.options import Arrays, Options, check_fed, fed_back, fed_to
 from shared_config.parity.foreign.recorder import Noise, Store
+from shared_config.parity.traces import COTANGENT, GRADIENT
 
 
 class Taps:
-    """What is recorded, in the order of execution, and what goes on in its place."""
+    """What is recorded, in the order of execution, and what goes on in its place.
+
+    Attributes:
+        found: names and what is kept.
+        cotangents: gradients of those that have one, by their places.
+        ends: tensors that others went on in place of, whose gradients are given.
+        given: those gradients.
+    """
 
     def __init__(self, options: Options, fed: Arrays, noise: Noise | None, store: Store):
         self.found: list[tuple[str, Kept]] = []
         self.cotangents: dict[int, Kept] = {}
+        self.ends: list[Tensor] = []
+        self.given: list[Tensor] = []
+        self._ended: list[tuple[Any, tuple[str, int]]] = []
         self._options, self._fed, self._noise, self._keep = options, fed, noise, Keeper(store)
         self._calls: dict[str, int] = {}
         self._shown: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self._generator = torch.Generator().manual_seed(noise.seed if noise else 0)
         self._again = False
         self._moves: dict[str, list[Tensor]] = {}
+        self._replacements: dict[str, list[tuple[Tensor, bool]]] = {}
         self._new: dict[str, list[list[bool]]] = {}
 
     def know(self, arguments: object) -> None:
@@ -75,21 +87,50 @@ class Taps:
             self._shown[id(tensor)] = tensor
             return tensor
         if self._again:
-            return self._moved(name, tensor)
+            known = self._replacements.get(name)
+            return self._moved(name, _replaced(tensor, *known.pop()) if known else tensor)
         call = self._calls[name] = self._calls.get(name, -1) + 1
-        fed = self._fed.get(call_name(name, call), self._fed.get(name) if call == 0 else None)
+        fed = fed_to(self._fed, name, call)
         wanted = self._options.wants(name)
         if wanted:
             self.found.append((name, self._keep(tensor)))
         if fed is not None:
             check_fed(name, fed.shape, tensor.shape)
-            tensor = from_numpy(fed).to(tensor)
+            tensor = self._fed_in_place_of(tensor, name, fed, fed_back(self._fed, name, call))
         tensor = self._moved(name, tensor)
         if wanted and tensor.requires_grad:
             tensor = tensor.view_as(tensor)
             tensor.register_hook(functools.partial(self._differentiated, len(self.found) - 1))
         self._shown[id(tensor)] = tensor
         return tensor
+
+    def _fed_in_place_of(self, tensor: Tensor, name: str, fed: np.ndarray, gradient: np.ndarray | None) -> Tensor:
+        """What goes on in place of a tensor; gradients beyond come from that of the other side, if it is known."""
+        ends = False
+        if gradient is not None and tensor.requires_grad:
+            ends = True
+            self.ends.append(tensor)
+            self.given.append(from_numpy(gradient).to(tensor))
+        value = from_numpy(fed).to(tensor, copy=True)
+        self._replacements.setdefault(name, []).append((value, ends))
+        new = _replaced(tensor, value, ends)
+        self._ended += [(new.grad_fn, (name, self._calls[name]))] if ends else []
+        return new
+
+    def readers(self, leaves: Mapping[str, Tensor]) -> dict[str, list[str]]:
+        """`Recorded.readers`, from the graph of the backward pass, which is there until it has run.
+
+        Args:
+            leaves: names of parameters and inputs in a trace.
+        """
+        names = {end: call_name(*end) if self._calls[end[0]] else end[0] for _, end in self._ended}
+        known: dict[Any, str] = {id(leaf): f"{GRADIENT}/{name}" for name, leaf in leaves.items()}
+        known |= {node: f"{COTANGENT}/{names[end]}" for node, end in self._ended}
+        found: dict[str, list[str]] = {}
+        for tensor, (_, end) in zip(self.ends, self._ended, strict=True):
+            for origin in _origins(tensor, known):
+                found.setdefault(origin, []).append(names[end])
+        return found
 
     def _moved(self, name: str, tensor: Tensor) -> Tensor:
         if self._noise is None or not tensor.is_floating_point() or (self._again and not self._moves.get(name)):
@@ -104,6 +145,48 @@ class Taps:
     def _differentiated(self, place: int, gradient: Shaped[Tensor, "..."]) -> None:
         """Keep the gradient of what was recorded, by its place."""
         self.cotangents[place] = self._keep(gradient)
+
+
+def _replaced(tensor: Tensor, value: Tensor, ends: bool) -> Tensor:
+    """The value in place of a tensor that has a gradient or not, in memory of its own.
+
+    Args:
+        ends: whether no gradient goes from the value to the tensor.
+    """
+    if not tensor.requires_grad:
+        return value.clone()
+    return value.detach().requires_grad_().clone() if ends else _Passing.apply(tensor, value)
+
+
+def _origins(tensor: Tensor, known: Mapping[Any, str]) -> list[str]:
+    """Names of the known nodes of a graph that a tensor was computed from, with none of these between.
+
+    Args:
+        known: by node, of leaves by the id of their tensor.
+    """
+    found: dict[str, None] = {}
+    seen, nodes = set(), [tensor.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        name = known.get(node) or known.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            found[name] = None
+        elif node is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+    return list(found)
+
+
+class _Passing(torch.autograd.Function):
+    """The value, through which gradients go to the tensor."""
+
+    @staticmethod
+    def forward(_: Any, tensor: Tensor, value: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return value.clone()
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient, None
 
 
 class Widening(TorchFunctionMode):

@@ -94,7 +94,8 @@ def record(
         deltas: whether to measure in float64 what rounding does to each tensor; a number is that of the runs.
         seed: of drawn values.
         refeed: a trace of another implementation: what follows an activation continues from the value there, so that
-            only a wrong module differs. Forward only.
+            only a wrong module differs; and so do the gradients behind it from those there, so that only a module whose
+            own backward pass is wrong differs.
         names: from the names and layouts of ``refeed``, or of what this is to be compared with, to those here. Where
             there is no loss, outputs that have others here are drawn towards the same.
         path: of a file to write the trace to.
@@ -165,10 +166,15 @@ class _Engine:
             if not options.backward:
                 return Recorded(_activations(taps))
             loss = self._loss_of(output)
-            with observed(call, taps) if noise else contextlib.nullcontext(), visiting(taps.containers), taps.again():
-                loss.backward()
+            known = taps.readers({**parameters, **leaves}) if fed and not noise else {}
+            moved = noise or fed
+            with observed(call, taps) if moved else contextlib.nullcontext(), visiting(taps.containers), taps.again():
+                torch.autograd.backward([loss, *taps.ends], [None, *taps.given])
         wanted = {name: own for name, own in {**parameters, **leaves}.items() if options.wants_gradient(name)}
         gradients = fetched(_gradients(wanted, store))
+        if fed:
+            activations, cotangents = _activations(taps), fetched(taps.cotangents)
+            return Recorded(activations, cotangents, to_numpy(loss), gradients, readers=known)
         losses = self._run(call, parameters, dtype) if self._batches else None
         if losses is None and self._optimizer is not None:
             self._step(parameters)

@@ -149,8 +149,10 @@ def extent_notes(a: Trace, b: Trace, label_a: str, label_b: str) -> Iterator[str
         asked += [f"only {', '.join(only)}"] if only else []
         fed = trace.meta.refed
         if fed:
-            asked.append("forward, routes and loss, as its layers were given recorded inputs")
-            yield f"{label}: its layers were given what {_source(fed)} recorded"
+            more = "forward, routes, loss and gradients" if fed.get("backward") else "forward, routes and loss"
+            asked.append(f"{more}, as its layers were given recorded inputs")
+            gradients = ", and the gradients of their outputs" if fed.get("backward") else ""
+            yield f"{label}: its layers were given what {_source(fed)} recorded{gradients}"
             own = fed.get("own", [])
             if own:
                 yield f"{label}: {', '.join(own)}: not recorded there, passed on what they put out themselves"

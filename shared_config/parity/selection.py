@@ -36,6 +36,7 @@ class RefedFields(TypedDict, total=False):
     modules: list[str]
     own: list[str]
     hash: str
+    backward: bool
 
 
 @dataclass(frozen=True)

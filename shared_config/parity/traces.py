@@ -59,7 +59,9 @@ FORWARD, ROUTING, LOSS, COTANGENT, GRADIENT, UPDATED, DECODE, LOSSES = GROUPS = 
     "decode",
     "losses",
 )
-NOT_REFED = (COTANGENT, GRADIENT, UPDATED, DECODE, LOSSES)
+REFED_BACKWARD = (COTANGENT, GRADIENT)
+"""Groups that a run lacks if its layers are given recorded inputs, and no recorded gradients of their outputs."""
+NOT_REFED = (UPDATED, DECODE, LOSSES)
 """Groups that a run lacks if each of its layers is given a recorded input."""
 
 FORMAT = "4"
@@ -96,7 +98,8 @@ class TraceMeta:
         selection: "layers" and "only" of the `Selection` of tensors that were asked for; {} for all.
         refed: of a run whose layers were given what another had recorded as their inputs: "backend", "device" and
             "dtype" of that other, "modules" whose recorded outputs went on, "own" layers without a record, whose own
-            outputs went on, and "hash" of what was fed. Such a run has no gradients, updates or decoding. {} if none.
+            outputs went on, "hash" of what was fed, and "backward", whether recorded gradients of outputs were fed as
+            well: without them such a run has no gradients. It has no updates and no decoding. {} if none.
         extra: anything else worth keeping, as JSON values.
     """
 
@@ -126,7 +129,11 @@ class TraceMeta:
         """Whether a run of this kind was to record a tensor of this name."""
         layers, only = self.selection.get("layers"), self.selection.get("only", ())
         selection = Selection(None if layers is None else tuple(layers), tuple(only))
-        return selection.wants(name) and not (self.refed and group_of(name) in NOT_REFED)
+        return selection.wants(name) and not (self.refed and group_of(name) in self._not_refed)
+
+    @property
+    def _not_refed(self) -> tuple[str, ...]:
+        return NOT_REFED if self.refed.get("backward") else (*REFED_BACKWARD, *NOT_REFED)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,11 +28,15 @@ class Bug:
 
     def planted(self) -> ModuleType:
         """The port with the bug."""
+        module = ModuleType(f"llama_with_{self.name.replace(' ', '_')}")
+        exec(compile(self.text(), self.name, "exec"), module.__dict__)
+        return module
+
+    def text(self) -> str:
+        """That of the port with the bug."""
         source = SOURCE.read_text(encoding="utf-8")
         assert source.count(self.old) == 1, f"{self.name}: its text must occur once"
-        module = ModuleType(f"llama_with_{self.name.replace(' ', '_')}")
-        exec(compile(source.replace(self.old, self.new), self.name, "exec"), module.__dict__)
-        return module
+        return source.replace(self.old, self.new)
 
 
 ATTENTION, MLP, LAYER = ("layers.*.attention",), ("layers.*.mlp",), ("layers.*",)
@@ -95,3 +99,62 @@ BUGS = (
         ATTENTION,
     ),
 )
+
+STOP = "jax.lax.stop_gradient"
+MIXED, PRODUCT, TOKENS = ("layers.*.attention.mixed",), ("layers.*.mlp.product",), 'weights["embed"][tokens]'
+NORMED = 'tap("norm", rms_norm(x, weights["norm"], sizes.eps))'
+PROBABILITIES, TURNED = "jax.nn.softmax(wide(scores), axis=-1)", "turned.reshape(x.shape)"
+
+
+def differentiated_as(value: str, other: str) -> str:
+    """Text of a value whose gradients are those of another one."""
+    return f"({STOP}({value}) + ({other}) - {STOP}({other}))"
+
+
+BACKWARD_BUGS = (
+    Bug("norm of fixed size", "jnp.mean(y * y, axis=-1", f"jnp.mean({STOP}(y * y), axis=-1", NORMS),
+    Bug("weight of a norm not trained", "return weight * y", f"return {STOP}(weight) * y", NORMS),
+    Bug("probabilities stopped", PROBABILITIES, f"{STOP}({PROBABILITIES})", MIXED),
+    Bug(
+        "softmax without its sum",
+        PROBABILITIES,
+        differentiated_as(PROBABILITIES, f"{STOP}({PROBABILITIES}) * jnp.where(scores > -jnp.inf, wide(scores), 0)"),
+        MIXED,
+    ),
+    Bug(
+        "rotated once more",
+        f"return {TURNED}",
+        "back = jnp.stack([even * cosine + odd * sine, odd * cosine - even * sine], axis=-1).reshape(x.shape)\n"
+        f"    return {differentiated_as(TURNED, 'back')}",
+        MIXED,
+    ),
+    Bug(
+        "keys of a group averaged",
+        "k_BSKh = rotated(k.",
+        f"k = {differentiated_as('k', 'k * sizes.kv_heads / sizes.heads')}\n    k_BSKh = rotated(k.",
+        MIXED,
+    ),
+    Bug(
+        "queries not trained",
+        'x @ layer[f"w{part}"]',
+        f'x @ ({STOP}(layer["wq"]) if part == "q" else layer[f"w{{part}}"])',
+        ("layers.*.attention.q",),
+    ),
+    Bug("gate stopped", "jax.nn.silu(gate)", f"{STOP}(jax.nn.silu(gate))", PRODUCT),
+    Bug(
+        "sigmoid for the slope of silu",
+        "jax.nn.silu(gate)",
+        differentiated_as("jax.nn.silu(gate)", f"{STOP}(jax.nn.sigmoid(gate)) * gate"),
+        PRODUCT,
+    ),
+    Bug(
+        "residual of the mlp stopped",
+        'x + tap(f"{name}.mlp", mlp',
+        f'{STOP}(x) + tap(f"{{name}}.mlp", mlp',
+        ("layers.*", "layers.*.middle"),
+    ),
+    Bug("embedding learns twice", TOKENS, differentiated_as(TOKENS, f"2 * {TOKENS}"), ("embed",)),
+    Bug("head not trained", '@ weights["head"]', f'@ {STOP}(weights["head"])', ("output",)),
+    Bug("nothing behind the head", f"{NORMED} @", f"{STOP}({NORMED}) @", ("output",)),
+)
+"""Of the backward pass alone: activations in whose making a gradient is wrong."""

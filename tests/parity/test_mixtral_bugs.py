@@ -143,3 +143,6 @@ def test_correct_pairs_raise_no_alarm(seed: int) -> None:
     )
     found = compare_functions(a, b, names, common=True)
     assert found.equal, [(row.full_label, row.share) for row in found.failures]
+    given = of_torch.record(model, {"input_ids": tokens}, dtype=dtype, refeed=b, names=names.inverse())
+    found = compare_functions(given, b, names, common=True)
+    assert found.equal, [(row.full_label, row.share) for row in found.failures]

@@ -13,7 +13,7 @@ from shared_config.parity.foreign.containers import ARGUMENT
 from shared_config.parity.foreign.mapping import Map
 from shared_config.parity.foreign.options import values_hash
 from shared_config.parity.foreign.recorder import FOREIGN
-from shared_config.parity.foreign.site import site_of
+from shared_config.parity.foreign.site import made_in
 from shared_config.parity.foreign.transfer import rules_of_inputs
 from shared_config.parity.result import ONLY_A, ONLY_B, Comparison, Row
 from shared_config.parity.selection import RefedFields
@@ -157,7 +157,7 @@ def _findings(found: Comparison, a: Trace, b: Trace) -> Iterator[str]:
         if row is None:
             continue
         if row.status not in (ONLY_A, ONLY_B):
-            yield f"{what}: made in {site_of(row.name)}"
+            yield f"{what}: made in {made_in(row.name, (a.meta, b.meta))}"
             yield from _cause(row, a, b, order)
         else:
             side = found.label_a if row.status == ONLY_A else found.label_b

@@ -41,6 +41,7 @@ from shared_config.interchange.files import PathLike, written_aside
 from shared_config.interchange.toml import read_fields
 from shared_config.parity.foreign.containers import CALL
 from shared_config.parity.foreign.layout import Op, parse_op
+from shared_config.parity.foreign.site import renamed_readers
 from shared_config.parity.traces import COTANGENT, FORWARD, GRADIENT, ROUTES, ROUTING, UPDATED, Summary, Trace
 
 Values = Mapping[str, np.ndarray | Summary]
@@ -269,10 +270,9 @@ def _uses(rule: Rule, state: Values) -> Iterator[tuple[tuple[str, ...], tuple[st
     """(names of a, names of b) of everything that a rule moves at once."""
     found = [matches(pattern, state) for pattern in rule.a]
     stars = list(dict.fromkeys(star for each in found for star in each))
-    if rule.stacks:
-        if stars:
-            ordered = sorted(stars, key=lambda star: (not star[0].isdigit(), int(star[0]) if star[0].isdigit() else 0))
-            yield tuple(filled(rule.a[0], star) for star in ordered), rule.b
+    if rule.stacks and stars:
+        ordered = sorted(stars, key=lambda star: (not star[0].isdigit(), int(star[0]) if star[0].isdigit() else 0))
+        yield tuple(filled(rule.a[0], star) for star in ordered), rule.b
     elif rule.unstacks:
         for name in found[0].values():
             yield (name,), tuple(filled(rule.b[0], [str(place)]) for place in range(state[name].shape[0]))
@@ -322,7 +322,7 @@ def _renamed_meta(trace: Trace, tensors: Values, sources: Mapping[str, tuple[str
         }
         for dtype, own in meta.parts.items()
     }
-    return dataclasses.replace(meta, deltas=deltas, parts=parts)
+    return dataclasses.replace(meta, deltas=deltas, parts=parts, extra=renamed_readers(meta.extra, sources))
 
 
 def _rule_of(a: str, b: str | Sequence[str]) -> Rule:

@@ -111,7 +111,7 @@ def _check_options(text: str, trace: Trace, options: Mapping[str, Any]) -> None:
             raise UserError(f"only = {pattern!r}: matches no tensor of {text}")
     if fed is None:
         return
-    if trace.meta.refed != refed_fields(fed):
+    if {**trace.meta.refed, "backward": False} != {**refed_fields(fed), "backward": False}:
         raise UserError(f"{text}: recorded without refeed: {passed}")
     given = {f"{FORWARD}/{name}" for name in fed_values(_moved(fed, names)) if name.partition(".")[0] != OUTPUT}
     if given and not options.get("only") and given.isdisjoint(trace.tensors):

@@ -10,9 +10,9 @@ import numpy as np
 
 from shared_config.interchange.files import PathLike
 from shared_config.interchange.weights import is_floating
-from shared_config.parity.foreign.containers import OUTPUT, call_name, in_pairs, listed, map_tensors, tensors_in
+from shared_config.parity.foreign.containers import OUTPUT, in_pairs, listed, map_tensors, tensors_in
 from shared_config.parity.foreign.mapping import Map
-from shared_config.parity.foreign.options import Arrays, Options, check_fed, make_options
+from shared_config.parity.foreign.options import Arrays, Options, check_fed, fed_to, make_options
 from shared_config.parity.foreign.recorder import Noise, Recorded, Store, make_trace
 from shared_config.parity.foreign.taps import visiting
 from shared_config.parity.traces import Summary, Trace
@@ -82,7 +82,7 @@ class NumpyFunction:
             call = calls[name] = calls.get(name, -1) + 1
             if self._options.wants(name):
                 found.append((name, store(np.array(array))))
-            other = fed.get(call_name(name, call), fed.get(name) if call == 0 else None)
+            other = fed_to(fed, name, call)
             if other is not None:
                 check_fed(name, other.shape, array.shape)
                 array = _cast(other, array.dtype.name)

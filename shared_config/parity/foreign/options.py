@@ -6,20 +6,22 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from shared_config.contract.initialise import stream
 from shared_config.errors import UserError
-from shared_config.parity.foreign.containers import in_pairs
+from shared_config.parity.foreign.containers import call_name, in_pairs
 from shared_config.parity.foreign.mapping import ACTIVATIONS, Map, matches
 from shared_config.parity.selection import RefedFields, Selection
 from shared_config.parity.tolerance import TOLERANCES
-from shared_config.parity.traces import FORWARD, GRADIENT, ROUTES, ROUTING, Summary, Trace, tensors_hash
+from shared_config.parity.traces import COTANGENT, FORWARD, GRADIENT, ROUTES, ROUTING, Summary, Trace, tensors_hash
 
 Arrays = Mapping[str, np.ndarray]
+Value = TypeVar("Value")
 
 DTYPES = tuple(dtype for dtype in TOLERANCES if dtype != "fp8")
 """Arithmetics that a function can be asked to be recorded in."""
@@ -39,7 +41,8 @@ class Options:
         above: bytes of a tensor above which a `Summary` is kept of it; None for whole tensors.
         delta_runs: runs with moved weights that deltas are measured by; 0 leaves them out.
         seed: of the moves, and of the target that a loss is made with.
-        fed: name of an activation -> value that follows in its place.
+        fed: name of an activation -> value that follows in its place; ``cotangent/<name>`` -> gradient that goes on
+            from there, in place of what those that take the value make of it.
         refed: `TraceMeta.refed`: whose activations those are.
         names: from the names and layouts of the other side to those of the function.
     """
@@ -94,11 +97,17 @@ def make_options(
     """
     runs = DELTA_RUNS if deltas is True else int(deltas)
     kept, names = Selection(None, tuple(only)), names or Map()
-    options = Options(dtype or "", backward and refeed is None, kept, above, runs, seed, names=names)
+    options = Options(dtype or "", backward, kept, above, runs, seed, names=names)
     if refeed is None:
         return options
     given = names.apply_to_trace(refeed)
-    return dataclasses.replace(options, fed=fed_values(given), refed=refed_fields(refeed))
+    gradients = fed_gradients(given) if backward else {}
+    return dataclasses.replace(
+        options,
+        backward=bool(gradients),
+        fed={**fed_values(given), **gradients},
+        refed={**refed_fields(refeed), "backward": bool(gradients)},
+    )
 
 
 def fed_values(trace: Trace) -> dict[str, np.ndarray]:
@@ -112,11 +121,30 @@ def fed_values(trace: Trace) -> dict[str, np.ndarray]:
     names = [name for name in trace.tensors if name.startswith(f"{FORWARD}/")]
     if not names:
         raise UserError(f"refeed: the other trace holds no activation, as {FORWARD}/output")
-    for name in names:
-        if isinstance(trace.tensors[name], Summary):
-            raise UserError(f"refeed: {name}: the other trace holds a summary; tensors are needed, without summaries")
+    _check_whole(trace, names)
     names += [name for name in trace.tensors if name.startswith(f"{ROUTING}/") and name.endswith(ROUTES)]
     return {name.partition("/")[2].removesuffix(ROUTES): np.asarray(trace.tensors[name]) for name in names}
+
+
+def fed_gradients(trace: Trace) -> dict[str, np.ndarray]:
+    """What a trace has to feed backward: the gradients of its activations, by their names in the trace.
+
+    Raises:
+        UserError: summaries of them.
+    """
+    names = [name for name in trace.tensors if name.startswith(f"{COTANGENT}/")]
+    _check_whole(trace, names)
+    return {name: np.asarray(trace.tensors[name]) for name in names}
+
+
+def fed_to(fed: Mapping[str, Value], name: str, call: int) -> Value | None:
+    """The value that follows an activation of this name in its call of this number; None if its own does."""
+    return fed.get(call_name(name, call), fed.get(name) if call == 0 else None)
+
+
+def fed_back(fed: Mapping[str, Value], name: str, call: int) -> Value | None:
+    """The gradient that goes on from there; None if its own does."""
+    return fed_to(fed, f"{COTANGENT}/{name}", call)
 
 
 def check_fed(name: str, given: Sequence[int], own: Sequence[int]) -> None:
@@ -131,8 +159,14 @@ def check_fed(name: str, given: Sequence[int], own: Sequence[int]) -> None:
         )
 
 
+def _check_whole(trace: Trace, names: Iterable[str]) -> None:
+    for name in names:
+        if isinstance(trace.tensors[name], Summary):
+            raise UserError(f"refeed: {name}: the other trace holds a summary; tensors are needed, without summaries")
+
+
 def refed_fields(trace: Trace) -> RefedFields:
-    """What a recording says of the trace that it was fed with."""
+    """What a recording says of the trace that it was fed with, forward."""
     meta = trace.meta
     return {
         "backend": meta.backend,

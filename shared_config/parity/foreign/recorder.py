@@ -18,6 +18,7 @@ from shared_config.interchange.weights import is_floating
 from shared_config.parity.chunks import Spill
 from shared_config.parity.foreign.containers import numbered
 from shared_config.parity.foreign.options import EXACT, Arrays, Options, inputs_hash
+from shared_config.parity.foreign.site import READERS
 from shared_config.parity.numerics import UNIT_ROUNDOFF, as_float64, difference, perturb
 from shared_config.parity.recording import delta_and_parts
 from shared_config.parity.routes import is_routes, unequal_choices
@@ -94,6 +95,8 @@ class Recorded:
         loss: what was differentiated; None without a backward pass.
         gradients, updated: by parameter; ``updated`` after one step of an optimiser.
         losses: of each step of a short run.
+        readers: with recorded gradients given, name of a gradient in a trace -> the activations that are computed from
+            what it is of, with no other recorded one between: in making these it is made.
     """
 
     activations: list[tuple[str, np.ndarray | Summary]]
@@ -102,6 +105,7 @@ class Recorded:
     gradients: Tensors = field(default_factory=dict)
     updated: Tensors = field(default_factory=dict)
     losses: np.ndarray | None = None
+    readers: Mapping[str, list[str]] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, np.ndarray | Summary]:
         """Every value by its name in a trace: activations in execution order, their gradients in the opposite one."""
@@ -195,6 +199,7 @@ def make_trace(engine: Engine, options: Options, path: PathLike | None = None, c
             "inputs": [inputs_hash(value) for value in engine.inputs.values()],
             "numbers": [inputs_hash(value, laid_out=False) for value in engine.inputs.values()],
             "drawn": engine.drawn,
+            **({READERS: recorded.readers} if recorded.readers else {}),
         },
     )
     if options.delta_runs:
