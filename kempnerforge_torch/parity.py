@@ -143,6 +143,7 @@ class _Engine:
             self._sharded, self.weights = False, _on_host(dict(tensors_in(weights, is_tensor)))
         if self._sharded and (weights is not None or options.dtype or options.delta_runs or options.fed):
             raise UserError("function: is sharded by FSDP: leave weights, dtype and refeed out, and set deltas=False")
+        self._once = weights is None and optimizer is None and not options.delta_runs
         self._device = device
         self.drawn: list[str] = []
         self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -208,7 +209,8 @@ class _Engine:
             return self._given, {plain_name(name): own for name, own in self._given.named_parameters()}
         with unwrapped(self._given) as plain:
             given = {plain_name(name): own for name, own in plain.named_parameters()}
-            parameters = {name: _parameter(own, weights[name], dtype) for name, own in given.items()}
+            copied = not (self._once and weights is self.weights)
+            parameters = {name: _parameter(own, weights[name], dtype, copied) for name, own in given.items()}
             module = copy.deepcopy(plain, {id(own): parameters[name] for name, own in given.items()})
         for buffer in module.buffers() if dtype == EXACT else ():
             buffer.data = buffer.data.double() if buffer.is_floating_point() else buffer.data
@@ -289,10 +291,10 @@ def _gradients(parameters: Mapping[str, Tensor], store: Store) -> dict[str, Kept
     return {name: keep(gradient) for name, gradient in missing.items()}
 
 
-def _parameter(own: nn.Parameter, value: np.ndarray, dtype: str) -> nn.Parameter:
-    """With a value in a dtype, in place of a parameter of a module."""
+def _parameter(own: nn.Parameter, value: np.ndarray, dtype: str, copied: bool) -> nn.Parameter:
+    """With a value in a dtype, in place of a parameter of a module; if not ``copied``, maybe in its memory."""
     wanted = DTYPES.get(dtype, own.dtype) if own.is_floating_point() else own.dtype
-    return nn.Parameter(from_numpy(value).to(own.device, wanted, copy=True), own.requires_grad)
+    return nn.Parameter(from_numpy(value).to(own.device, wanted, copy=copied), own.requires_grad)
 
 
 def _leaf(value: np.ndarray, dtype: str, device: torch.device) -> Tensor:

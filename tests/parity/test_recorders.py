@@ -363,6 +363,35 @@ def test_a_function_that_can_not_compute_in_float64_is_said_to_and_the_other_del
     assert any("does not compute in float64" in note and "other side" in note for note in found.notes)
 
 
+class Restless(nn.Linear):
+    """A module that halves its weight at each call."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.mul_(0.5)
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("deltas", [0, 2])
+@pytest.mark.parametrize("optimizer", [None, functools.partial(torch.optim.SGD, lr=0.1)])
+@pytest.mark.parametrize("given", [False, True])
+def test_weights_stay_as_they_are_where_a_module_or_a_step_changes_its_own(
+    deltas: int, optimizer: Any, given: bool
+) -> None:
+    model = Restless(6, 3)
+    before = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
+    values = {name: value.copy() for name, value in before.items()}
+    trace = of_torch.record(model, (X,), deltas=deltas, optimizer=optimizer, weights=values if given else None)
+    for name, value in model.named_parameters():
+        np.testing.assert_array_equal(value.detach().numpy(), before[name])
+        np.testing.assert_array_equal(values[name], before[name])
+    halved = X @ before["weight"].T / 2 + before["bias"]
+    np.testing.assert_allclose(trace.array("forward/output"), halved, rtol=1e-5, atol=1e-5)
+    if deltas:
+        same = of_torch.record(model, (X,), deltas=deltas, optimizer=functools.partial(torch.optim.SGD, lr=0.0))
+        assert trace.meta.deltas["float32"]["forward/output"] == same.meta.deltas["float32"]["forward/output"]
+
+
 def test_weights_are_taken_by_name_and_others_are_refused() -> None:
     twice = {name: value.T * 2 for name, value in FLAT.items()}
     trace = of_torch.record(torch_mlp(), (X,), weights=twice, deltas=False)
