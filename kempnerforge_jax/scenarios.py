@@ -116,11 +116,18 @@ def _whole(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: jax.Array
     graphdef, params, buffers = split(model)
 
     @jax.jit
-    def run(params: Any, buffers: Any, inputs: tuple[Any, ...]) -> jax.Array:
-        return merge(graphdef, params, buffers).run(*inputs, limit_capacity=False).logits
+    def run(params: Any, buffers: Any, inputs: tuple[Any, ...], prompts: dict[str, jax.Array]) -> jax.Array:
+        return merge(graphdef, params, buffers).run(*inputs, **prompts, limit_capacity=False).logits
 
-    logits_BSV = run(params, buffers, (tokens_BS,) if pixels is None else (pixels, tokens_BS))
+    prompts = {} if pixels is None else _prompts(model, decoding)
+    logits_BSV = run(params, buffers, (tokens_BS,) if pixels is None else (pixels, tokens_BS), prompts)
     return np.take_along_axis(to_numpy(logits_BSV), positions_BN[..., None], axis=1)
+
+
+def _prompts(model: Any, decoding: Decoding) -> dict[str, jax.Array]:
+    """How much of the text is the prompt, if that has attention in both directions."""
+    vlm = inner_transformer(model).vlm_config
+    return {"prompt_lengths": jnp.asarray(decoding.prompt_lengths)} if vlm is not None and vlm.has_prefix else {}
 
 
 def captured(

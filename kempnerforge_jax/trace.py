@@ -255,9 +255,11 @@ class Recorder:
         return jnp.asarray(self.request.pixels, self.compute_dtype) if with_image else None, tokens
 
     def _places(self, with_image: bool = True) -> dict[str, jax.Array]:
-        """Where the image stands in the text, if it may stand anywhere."""
-        positions = self.request.image_positions
-        return {"image_positions": jnp.asarray(positions)} if with_image and positions is not None else {}
+        """Where the image stands in the text, if it may stand anywhere, and how much of the text is the prompt, if that
+        has attention in both directions.
+        """
+        given = {name: getattr(self.request, name) for name in ("image_positions", "prompt_lengths")}
+        return {name: jnp.asarray(array) for name, array in given.items() if with_image and array is not None}
 
     def _model(self, masters: Tensors) -> Any:
         """The model with its values in the dtypes of the arithmetic."""

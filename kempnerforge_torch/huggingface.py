@@ -22,7 +22,8 @@ from shared_config.contract.labels import loss_terms
 from shared_config.interchange.huggingface import from_huggingface
 from shared_config.interchange.llava import from_llava
 from shared_config.interchange.vision import tower_of
-from shared_config.parity.request import Request, image_token, logits_name, make_request, request_meta, transformer_path
+from shared_config.parity.images import image_token
+from shared_config.parity.request import Request, logits_name, make_request, request_meta, transformer_path
 from shared_config.parity.traces import FORWARD, GRADIENT, LOSS, Trace
 from shared_config.schema.job import JobConfig
 

@@ -106,9 +106,18 @@ def _request(model: Any, decoding: Decoding, pixels: Any) -> Request:
 def _whole(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: torch.Tensor | None) -> np.ndarray:
     tokens_BS, positions_BN = decoding.followed_by(new_BN)
     inputs: tuple[Any, ...] = (torch.from_numpy(tokens_BS).long().to(next(model.parameters()).device),)
+    prompts = {} if pixels is None else _prompts(model, decoding)
     with inference(model):
-        logits_BSV = model.run(*(inputs if pixels is None else (pixels, *inputs)), limit_capacity=False).logits
+        logits_BSV = model.run(
+            *(inputs if pixels is None else (pixels, *inputs)), **prompts, limit_capacity=False
+        ).logits
     return np.take_along_axis(to_numpy(logits_BSV), positions_BN[..., None], axis=1)
+
+
+def _prompts(model: Any, decoding: Decoding) -> dict[str, torch.Tensor]:
+    """How much of the text is the prompt, if that has attention in both directions."""
+    vlm = inner_transformer(model).vlm_config
+    return {"prompt_lengths": torch.from_numpy(decoding.prompt_lengths)} if vlm is not None and vlm.has_prefix else {}
 
 
 def captured(

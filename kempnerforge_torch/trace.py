@@ -213,8 +213,9 @@ class Recorder:
 
     def _call(self, state: Tensors, tokens: Tensor, with_image: bool = True, **arguments: Any) -> TransformerOutput:
         """Logits, stats and caches. An image in the stream comes with the first tokens only."""
-        if with_image and self.request.image_positions is not None:
-            arguments["image_positions"] = self._integers(self.request.image_positions)
+        for name in ("image_positions", "prompt_lengths"):
+            if with_image and (given := getattr(self.request, name)) is not None:
+                arguments[name] = self._integers(given)
         copy = {name: tensor.to(self._compute_dtype_of(name)) for name, tensor in state.items()}
         inputs: tuple[Any, ...] = (tokens,)
         if self.request.pixels is not None:

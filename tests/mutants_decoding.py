@@ -66,6 +66,13 @@ DECODING_MUTANTS = (
         ("no_text, frames, image_positions", "no_text, image_positions"),
         ("no_text, frame_mask, image_positions", "no_text, image_positions"),
     ),
+    Mutant(
+        "model.request", "prefixes without their images",
+        ("torch.from_numpy(prompts.lengths + own)", "torch.from_numpy(prompts.lengths)"),
+        ("jnp.asarray(prompts.lengths + own)", "jnp.asarray(prompts.lengths)"),
+    ),
+    both("model.request", "a window hides a prefix from its last token",
+         "if self.prefix_lengths is not None and self.has_windows:", "if False:"),
     both("model.cross_attention", "mask of the image forgotten once it was read",
          "image_keys_values=keys_values)", "image_keys_values=keys_values, image_mask=None)"),
     both("model.cross_attention", "first block's keys for all", "modality.image_keys_values[index]",

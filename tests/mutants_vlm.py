@@ -5,6 +5,10 @@ from __future__ import annotations
 from tests.mutants import Mutant, both
 
 VLM_MUTANTS = (
+    both("model.modality", "a prefix without its image", "lengths_B + count)", "lengths_B)"),
+    both("model.vlm", "prompts are causal", "prompt_lengths is None else prompt_lengths)", "True else prompt_lengths)"),
+    both("model.stream", "prefixes longer than what is there", "cached_B + length\n", "cached_B + length + 1\n"),
+    both("model.stream", "prefixes of documents", "    if doc_ids is not None:\n", "    if False:\n"),
     both("model.vision", "last patch dropped for the class token", "x_BNF[:, 1:]", "x_BNF[:, :-1]"),
     both("model.vision", "class token never kept", " and not self.tower.keep_class_token", ""),
     Mutant(

@@ -74,6 +74,18 @@ def check_ids(name: str, ids: Shaped[Array, "..."], size: int | None = None, ign
         raise ValueError(f"{name} = {invalid[0]}: ids must be in {allowed}; {invalid.size} of {values.size} are not")
 
 
+def check_limits(name: str, values: Int[Array, "N"], limits: Int[Array, "N"]) -> None:
+    """
+    Raises:
+        ValueError: a value is above its limit; where values can't be seen, as by `check_ids`.
+    """
+    if isinstance(values, Tracer) or isinstance(limits, Tracer):
+        return
+    for place, (value, limit) in enumerate(zip(values.tolist(), limits.tolist(), strict=True)):
+        if value > limit:
+            raise ValueError(f"{name}[{place}] = {value}: must be at most {limit}")
+
+
 def check_positions(
     shape: Sequence[int], doc_ids: Shaped[Array, "..."] | None, key_padding_mask: Shaped[Array, "..."] | None
 ) -> None:

@@ -112,6 +112,8 @@ def _read(model: Transformer, request: Request, parts: tuple[Any, State, State])
         chunk, context = _chunk(prompts.tokens, start, size), request.image_in_every_step
         if stream is not None:
             chunk, context = None, jax.tree.map(functools.partial(_chunk, start=start, size=size), stream)
+        if request.prefix_lengths is not None:
+            context = replace(context or NO_LOGITS, prefix_lengths=request.prefix_lengths)
         caches = read(params, buffers, caches, chunk, context, ends_B)
     return caches.each(), jnp.asarray(prompts.tokens[np.arange(rows), prompts.lengths - 1])
 
@@ -189,7 +191,8 @@ def _compiled_prefill(graphdef: Any) -> Any:
         assert new_BS is not None
         length, had_padding = new_BS.shape[1], state.valid is not None or real_BS is not None
         if model.config.is_moe and length:
-            read_BS = state.positions(length) < lengths_B[:, None]
+            ends_B = lengths_B if modality.prefix_lengths is None else modality.prefix_lengths
+            read_BS = state.positions(length) < ends_B[:, None]
             modality = replace(modality, key_padding_mask=read_BS if real_BS is None else read_BS & real_BS)
         output = model.run(tokens_BS, modality=modality, kv_caches=caches.each(), allow_image_inputs=True)
         assert output.kv_caches is not None

@@ -25,6 +25,7 @@ ARRAYS = (
     "image_keys_values",
     "noise_seed",
     "prefix_positions",
+    "prefix_lengths",
 )
 
 _Bounds = tuple[int | None, int | None, int | None]
@@ -51,6 +52,8 @@ class ModalityContext:
         prefix_positions: int (B,), how many tokens of each row stand before the prefix, or (B, N), before each of
             its N equal parts, those of one place in their order; in [0, T]. Logits are then those of the text, in place
             of ``output_slice``: after a part of the prefix, those that follow from its last real position.
+        prefix_lengths: int (B,), how many of the first positions of each row's stream see each other in both
+            directions, as `Mask` has it; None: none do.
 
     Raises:
         ValueError: for invalid combinations, inside a trace too.
@@ -66,6 +69,7 @@ class ModalityContext:
     image_keys_values: tuple[tuple[Float[Array, "B K N h"], Float[Array, "B K N h"]], ...] | None = None
     noise_seed: Integer[Array, ""] | None = None
     prefix_positions: Integer[Array, "B ..."] | None = None
+    prefix_lengths: Integer[Array, "B"] | None = None
 
     def __post_init__(self) -> None:
         sources = self._given("inputs_embeds", "prefix_embeds", "image_features", "image_keys_values")
@@ -116,6 +120,12 @@ def with_text(
     return dataclasses.replace(
         image, key_padding_mask=real_BS, noise_seed=image.noise_seed if noise_seed is None else noise_seed
     )
+
+
+def with_prompt(image: ModalityContext, prompt_lengths: Integer[Array, "B"]) -> ModalityContext:
+    """The context in which the image, if there is one, and so many tokens of text after it see each other."""
+    lengths_B, count = wide(prompt_lengths), 0 if image.prefix_embeds is None else image.prefix_embeds.shape[1]
+    return dataclasses.replace(image, prefix_lengths=jnp.where(lengths_B < 0, -1, lengths_B + count))
 
 
 def with_positions(image: ModalityContext, positions: Integer[Array, "B ..."]) -> ModalityContext:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from kempnerforge_jax.model.checks import check_mask
 from kempnerforge_jax.model.modality import ModalityContext
@@ -42,6 +42,9 @@ class Request:
     Attributes:
         image: its place in the stream, or what is read of it at every step; None: text alone.
         image_tokens: int32 (B,), positions of the stream that the images of each prompt take.
+        prefix_lengths: int32 (B,), positions of each row, the image's and the prompt's, that see each other in both
+            directions; None: none do.
+        has_windows: whether some layers have a window.
         uniforms: float64 (B, N); None: greedy.
         cache_length: positions of the caches.
         chunks: (start, size) of the parts in which the prompts are read.
@@ -50,6 +53,8 @@ class Request:
     prompts: Prompts
     image: ModalityContext | None
     image_tokens: np.ndarray
+    prefix_lengths: Int[Array, "B"] | None
+    has_windows: bool
     max_new_tokens: int
     sampling: SamplingConfig
     uniforms: np.ndarray | None
@@ -58,7 +63,11 @@ class Request:
 
     @property
     def image_in_every_step(self) -> ModalityContext | None:
-        """What text reads of the image at every step; None where there is none, or the caches hold it."""
+        """What text reads of the image at every step; None where there is none, or the caches hold it. The last token
+        of a prompt, which the first step reads again, sees all of a prefix, whatever window it has.
+        """
+        if self.prefix_lengths is not None and self.has_windows:
+            return ModalityContext(prefix_lengths=self.prefix_lengths)
         return None if image_tokens(self.image) else self.image
 
     @property
@@ -108,17 +117,24 @@ def make_request(
         prefill_chunk,
         own,
     )
-    slots = cache_length(prompts, max_new_tokens, config.max_seq_len, own)
-    longest, before = int((prompts.lengths + own).max()), prefix if places is None else 0
+    has_prefix = vlm is not None and vlm.has_prefix
+    if has_prefix and image is not None:
+        image = replace(image, prefix_positions=jnp.zeros(rows, jnp.int32), output_slice=None)
+    slots = cache_length(prompts, max(max_new_tokens, 1), config.max_seq_len, own)
+    longest, before = int((prompts.lengths + own).max()), 0 if places is not None or has_prefix else prefix
     return Request(
         prompts,
         image,
         own,
+        jnp.asarray(prompts.lengths + own) if has_prefix else None,
+        any(window is not None for window in config.layer_windows),
         max_new_tokens,
         sampling,
         None if sampling.temperature == 0 else _uniforms(sampling.seed, uniforms, rows, max_new_tokens),
         slots,
-        prefill_chunks(longest - 1 - before, prefill_chunk, slots - before),
+        prefill_chunks(longest, slots, slots)
+        if has_prefix
+        else prefill_chunks(longest - 1 - before, prefill_chunk, slots - before),
     )
 
 
@@ -162,6 +178,8 @@ def _existing(frames: jax.Array | None, places: ImagePlaces | None) -> jax.Array
 def _movable_images(model: Transformer | VLMWrapper, pixel_values: Any) -> int:
     """How many images of a row may stand anywhere in the text."""
     if pixel_values is None or not isinstance(model, VLMWrapper) or not model.strategy.places_image:
+        return 0
+    if (vlm := inner_transformer(model).vlm_config) is not None and vlm.has_prefix:
         return 0
     return pixel_values.shape[1] if pixel_values.ndim == 5 else 1
 

@@ -7,10 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from kempnerforge_jax.model.attention import KVCache
-from kempnerforge_jax.model.checks import check_ids, check_mask, check_positions, check_shape
+from kempnerforge_jax.model.checks import (
+    MAX_ID,
+    check_ids,
+    check_limits,
+    check_mask,
+    check_positions,
+    check_shape,
+    wide,
+)
 from kempnerforge_jax.model.modality import ModalityContext
 
 NOT_WITH_CACHES = ("prefix_embeds", "output_slice", "image_features", "modality_ids")
@@ -48,3 +57,30 @@ def check_stream(x: Float[Array, "B S D"], modality: ModalityContext, doc_ids: S
         check_ids("noise_seed", modality.noise_seed)
         check_shape("noise_seed", modality.noise_seed, ())
     check_positions((batch, length), doc_ids, modality.key_padding_mask)
+
+
+def with_whole_prefix(
+    x: Float[Array, "B S D"],
+    modality: ModalityContext,
+    kv_caches: Sequence[KVCache] | None,
+    doc_ids: Shaped[Array, "..."] | None,
+) -> Float[Array, "B S D"]:
+    """The residual stream ``x`` (B, S, D), which a prefix must not reach beyond: NaN in rows where it does, and values
+    can't be seen.
+
+    Raises:
+        ValueError: a prefix that goes on after these positions, or of documents.
+    """
+    lengths_B, (batch, length, _) = modality.prefix_lengths, x.shape
+    if lengths_B is None:
+        return x
+    if doc_ids is not None:
+        raise ValueError("prefix_lengths is given: must be None with doc_ids, as a row has one prefix")
+    check_shape("prefix_lengths", lengths_B, (batch,))
+    check_ids("prefix_lengths", lengths_B, MAX_ID)
+    lengths_B = wide(lengths_B)
+    cached_B = 0 * lengths_B if kv_caches is None else wide(kv_caches[0].lengths)
+    limits_B = cached_B + length
+    check_limits("prefix_lengths", lengths_B, limits_B)
+    is_part_B = (lengths_B < 0) | (lengths_B > limits_B)
+    return jnp.where(is_part_B[:, None, None], jnp.nan, x)

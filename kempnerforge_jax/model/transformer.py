@@ -27,7 +27,7 @@ from kempnerforge_jax.model.position import RotaryTables
 from kempnerforge_jax.model.scan import periods, prepares, run_blocks, stacked
 from kempnerforge_jax.model.stack import Stack
 from kempnerforge_jax.model.stats import LayerCounts, LayerStats, ModelGetters, TransformerOutput
-from kempnerforge_jax.model.stream import check_inputs, check_stream
+from kempnerforge_jax.model.stream import check_inputs, check_stream, with_whole_prefix
 from kempnerforge_jax.model.within_map import read_besides
 from kempnerforge_jax.model.wrappers import plain_modules
 from kempnerforge_jax.registry import registry
@@ -171,6 +171,7 @@ class Transformer(ModelGetters):
         self.architecture.check(modality)
         x_BSD = self._embed(tokens, modality)
         check_stream(x_BSD, modality, doc_ids)
+        x_BSD = with_whole_prefix(x_BSD, modality, kv_caches, doc_ids)
         inputs = self._block_inputs(x_BSD, modality, kv_caches, doc_ids, limit_capacity)
         if kv_caches is None:
             x_BSD, stats = self._run_layers(x_BSD, inputs, modality, remat)
@@ -239,6 +240,7 @@ class Transformer(ModelGetters):
                 doc_ids=doc_ids,
                 key_padding_mask=modality.key_padding_mask,
                 sliding_window=window,
+                prefix_lengths=modality.prefix_lengths,
             )
             keys = length if cache is None else cache.keys(length)
             inputs = {

@@ -13,9 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Integer
 
 from kempnerforge_jax.model.adapter import VisionAdapter, build_adapter
-from kempnerforge_jax.model.checks import check_axes, check_mask, check_shape
+from kempnerforge_jax.model.checks import check_axes, check_ids, check_mask, check_shape
 from kempnerforge_jax.model.kv_cache import KVCache
-from kempnerforge_jax.model.modality import ModalityContext, with_positions, with_text
+from kempnerforge_jax.model.modality import ModalityContext, with_positions, with_prompt, with_text
 from kempnerforge_jax.model.module import Module, Table, named_variables
 from kempnerforge_jax.model.mot import mot_warm_start_from_text_stack
 from kempnerforge_jax.model.stats import TransformerOutput
@@ -94,6 +94,7 @@ class VLMWrapper(Module):
         text_mask: Bool[Array, "B T"] | None = None,
         noise_seed: Integer[Array, ""] | None = None,
         image_positions: Integer[Array, "B ..."] | None = None,
+        prompt_lengths: Integer[Array, "B"] | None = None,
         limit_capacity: bool | None = None,
     ) -> tuple[Float[Array, "B T V"], Integer[Array, "B T"] | None]:
         """Logits (B, T, V), and the labels as they were given.
@@ -114,6 +115,8 @@ class VLMWrapper(Module):
             image_positions: int (B,), how many text tokens of each row stand before the image or the clip, in [0, T];
                 or (B, F), before each of F images. None: none do. What follows an image is predicted from its last
                 token that exists. In a row with fewer images the others don't exist, and stand behind all text (T).
+            prompt_lengths: int (B,), with ``vlm.prefix_lm``: how many text tokens of each row, in [0, T], are its
+                prompt, which sees the image and is seen by it in both directions; None: none are.
             limit_capacity: as for `Transformer.run`.
         """
         modality = self.context(
@@ -123,6 +126,7 @@ class VLMWrapper(Module):
             text_mask=text_mask,
             noise_seed=noise_seed,
             image_positions=image_positions,
+            prompt_lengths=prompt_lengths,
         )
         return self.transformer(input_ids, modality=modality, limit_capacity=limit_capacity), labels
 
@@ -135,6 +139,7 @@ class VLMWrapper(Module):
         text_mask: Bool[Array, "B T"] | None = None,
         noise_seed: Integer[Array, ""] | None = None,
         image_positions: Integer[Array, "B ..."] | None = None,
+        prompt_lengths: Integer[Array, "B"] | None = None,
         kv_caches: Sequence[KVCache] | None = None,
         limit_capacity: bool | None = None,
         factored_logits: bool = False,
@@ -155,6 +160,7 @@ class VLMWrapper(Module):
             text_mask=text_mask,
             noise_seed=noise_seed,
             image_positions=image_positions,
+            prompt_lengths=prompt_lengths,
         )
         return self.transformer.run(
             input_ids,
@@ -176,28 +182,35 @@ class VLMWrapper(Module):
         text_mask: Bool[Array, "B T"] | None = None,
         noise_seed: Integer[Array, ""] | None = None,
         image_positions: Integer[Array, "B ..."] | None = None,
+        prompt_lengths: Integer[Array, "B"] | None = None,
     ) -> ModalityContext | None:
         """The context of the transformer besides ``input_ids``; None if there is none.
 
         Raises:
             ValueError: text of another number of rows than the images; more frames than a clip has, or not a place
-                for each; masks of another dtype or shape, a mask of frames without images.
+                for each; masks of another dtype or shape, a mask of frames without images; prompts or places of images
+                that the architecture does not have.
         """
         check_axes("input_ids", input_ids, ("batch", "length"))
         if pixel_values is not None:
             check_shape("input_ids", input_ids, (len(pixel_values), input_ids.shape[1]))
         if text_mask is not None:
             check_mask("text_mask", text_mask, input_ids.shape)
+        self._check_prompts(input_ids, image_positions, prompt_lengths)
         if pixel_values is None:
             if frame_mask is not None:
                 raise ValueError("frame_mask is given, pixel_values = None: the mask needs the images that it masks")
             if image_positions is not None:
                 raise ValueError("image_positions is given, pixel_values = None: there are no images to be placed")
-            if text_mask is None and noise_seed is None:
+            if text_mask is None and noise_seed is None and prompt_lengths is None:
                 return None
-            return ModalityContext(key_padding_mask=text_mask, noise_seed=noise_seed)
+            context = ModalityContext(key_padding_mask=text_mask, noise_seed=noise_seed)
+            return context if prompt_lengths is None else with_prompt(context, prompt_lengths)
         self._check_frames(pixel_values, image_positions)
         context = with_text(self.strategy.prepare(self, pixel_values, input_ids, frame_mask), text_mask, noise_seed)
+        if self._has_prefix:
+            none_B = jnp.zeros(len(input_ids), jnp.int32)
+            return with_prompt(context, none_B if prompt_lengths is None else prompt_lengths)
         if image_positions is None:
             return context
         if not self.strategy.places_image:
@@ -216,6 +229,29 @@ class VLMWrapper(Module):
             most = frames
         if not 1 <= frames <= most:
             raise ValueError(f"pixel_values has {frames} frames: must have from 1 to {most}")
+
+    @property
+    def _has_prefix(self) -> bool:
+        vlm = self.transformer.vlm_config
+        return vlm is not None and vlm.has_prefix
+
+    def _check_prompts(
+        self,
+        input_ids: Integer[Array, "B T"],
+        image_positions: Integer[Array, "B ..."] | None,
+        prompt_lengths: Integer[Array, "B"] | None,
+    ) -> None:
+        if self._has_prefix and image_positions is not None:
+            raise ValueError(
+                "image_positions is given: must be None with vlm.prefix_lm = true, whose image comes first"
+            )
+        if prompt_lengths is None:
+            return
+        if not self._has_prefix:
+            raise ValueError("prompt_lengths is given: must be None unless vlm.prefix_lm = true")
+        batch, length = input_ids.shape
+        check_shape("prompt_lengths", prompt_lengths, (batch,))
+        check_ids("prompt_lengths", prompt_lengths, length + 1)
 
     def encode_images(
         self, pixel_values: Float[Array, "B ... 3 h w"], frame_mask: Bool[Array, "B F"] | None = None

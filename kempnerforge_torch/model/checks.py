@@ -67,6 +67,18 @@ def check_ids(name: str, ids: Shaped[Tensor, "..."], size: int | None = None, ig
         )
 
 
+def check_limits(name: str, values: Int[Tensor, "N"], limits: Int[Tensor, "N"]) -> None:
+    """
+    Raises:
+        ValueError: a value is above its limit; where values can't be seen, as by `check_ids`.
+    """
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    for place, (value, limit) in enumerate(zip(values.tolist(), limits.tolist(), strict=True)):
+        if value > limit:
+            raise ValueError(f"{name}[{place}] = {value}: must be at most {limit}")
+
+
 def check_positions(
     shape: Sequence[int], doc_ids: Shaped[Tensor, "..."] | None, key_padding_mask: Shaped[Tensor, "..."] | None
 ) -> None:

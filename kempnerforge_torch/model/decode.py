@@ -72,8 +72,10 @@ def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Int[Te
             if stream is not None:
                 chunk, modality = None, _within(stream, start, size)
                 had_padding = modality.key_padding_mask is not None
+            modality = replace(modality, prefix_lengths=request.prefix_lengths)
             if config.is_moe:
-                read_BS = state.positions(size) < ends_B[:, None]
+                read_B = ends_B if request.prefix_lengths is None else request.prefix_lengths
+                read_BS = state.positions(size) < read_B[:, None]
                 real_BS = modality.key_padding_mask if stream is not None else None
                 modality = replace(modality, key_padding_mask=read_BS if real_BS is None else read_BS & real_BS)
             model.run(chunk, modality=modality, kv_caches=caches, allow_image_inputs=True)

@@ -25,7 +25,7 @@ from kempnerforge_torch.model.init import init_weights
 from kempnerforge_torch.model.modality import ModalityContext, with_logits, with_prefix
 from kempnerforge_torch.model.position import RotaryTables
 from kempnerforge_torch.model.stats import LayerCounts, LayerStats, ModelGetters, TransformerOutput
-from kempnerforge_torch.model.stream import check_inputs, check_stream
+from kempnerforge_torch.model.stream import check_inputs, check_stream, with_whole_prefix
 from kempnerforge_torch.model.wrappers import is_observed, plain_modules, unwrap
 from kempnerforge_torch.registry import registry
 from shared_config.contract.routing import by_router
@@ -117,6 +117,7 @@ class Transformer(ModelGetters):
         self.architecture.check(modality)
         x_BSD = self._embed(tokens, modality)
         check_stream(x_BSD, modality, doc_ids)
+        x_BSD = with_whole_prefix(x_BSD, modality, kv_caches, doc_ids)
         inputs = self._block_inputs(x_BSD, modality, kv_caches, doc_ids, limit_capacity)
         x_BSD, stats = self._run_layers(x_BSD, inputs, modality, kv_caches)
         x_BSD = self.architecture.final_norm(self._extra_modules(), x_BSD, modality)
@@ -216,6 +217,7 @@ class Transformer(ModelGetters):
                 doc_ids=doc_ids,
                 key_padding_mask=modality.key_padding_mask,
                 sliding_window=window,
+                prefix_lengths=modality.prefix_lengths,
             )
             keys = length if cache is None else cache.keys(length)
             inputs = {

@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.adapter import VisionAdapter, build_adapter
-from kempnerforge_torch.model.checks import check_axes, check_mask, check_shape
+from kempnerforge_torch.model.checks import check_axes, check_ids, check_mask, check_shape
 from kempnerforge_torch.model.kv_cache import KVCache
-from kempnerforge_torch.model.modality import ModalityContext, with_positions, with_text
+from kempnerforge_torch.model.modality import ModalityContext, with_positions, with_prompt, with_text
 from kempnerforge_torch.model.mot import mot_warm_start_from_text_stack
 from kempnerforge_torch.model.stats import TransformerOutput
 from kempnerforge_torch.model.strategy import CrossAttentionStrategy as CrossAttentionStrategy
@@ -96,6 +96,7 @@ class VLMWrapper(nn.Module):
         text_mask: Bool[Tensor, "B T"] | None = None,
         noise_seed: Integer[Tensor, ""] | None = None,
         image_positions: Integer[Tensor, "B ..."] | None = None,
+        prompt_lengths: Integer[Tensor, "B"] | None = None,
         kv_caches: Sequence[KVCache] | None = None,
         limit_capacity: bool | None = None,
         factored_logits: bool = False,
@@ -119,6 +120,8 @@ class VLMWrapper(nn.Module):
             image_positions: int (B,), how many text tokens of each row stand before the image or the clip, in [0, T];
                 or (B, F), before each of F images. None: none do. What follows an image is predicted from its last
                 token that exists. In a row with fewer images the others don't exist, and stand behind all text (T).
+            prompt_lengths: int (B,), with ``vlm.prefix_lm``: how many text tokens of each row, in [0, T], are its
+                prompt, which sees the image and is seen by it in both directions; None: none are.
             kv_caches: one per layer; text continues from their fill. An image in the stream comes with the first call,
                 one that cross-attention reads with every call.
             limit_capacity, factored_logits: as for `Transformer.forward`.
@@ -131,6 +134,7 @@ class VLMWrapper(nn.Module):
             text_mask=text_mask,
             noise_seed=noise_seed,
             image_positions=image_positions,
+            prompt_lengths=prompt_lengths,
         )
         output = self.transformer(
             input_ids,
@@ -152,6 +156,7 @@ class VLMWrapper(nn.Module):
         text_mask: Bool[Tensor, "B T"] | None = None,
         noise_seed: Integer[Tensor, ""] | None = None,
         image_positions: Integer[Tensor, "B ..."] | None = None,
+        prompt_lengths: Integer[Tensor, "B"] | None = None,
         kv_caches: Sequence[KVCache] | None = None,
         limit_capacity: bool | None = None,
         factored_logits: bool = False,
@@ -165,6 +170,7 @@ class VLMWrapper(nn.Module):
             text_mask=text_mask,
             noise_seed=noise_seed,
             image_positions=image_positions,
+            prompt_lengths=prompt_lengths,
             kv_caches=kv_caches,
             limit_capacity=limit_capacity,
             factored_logits=factored_logits,
@@ -180,28 +186,35 @@ class VLMWrapper(nn.Module):
         text_mask: Bool[Tensor, "B T"] | None = None,
         noise_seed: Integer[Tensor, ""] | None = None,
         image_positions: Integer[Tensor, "B ..."] | None = None,
+        prompt_lengths: Integer[Tensor, "B"] | None = None,
     ) -> ModalityContext | None:
         """The context of the transformer besides ``input_ids``; None if there is none.
 
         Raises:
             ValueError: text of another number of rows than the images; more frames than a clip has, or not a place
-                for each; masks of another dtype or shape, a mask of frames without images.
+                for each; masks of another dtype or shape, a mask of frames without images; prompts or places of images
+                that the architecture does not have.
         """
         check_axes("input_ids", input_ids, ("batch", "length"))
         if pixel_values is not None:
             check_shape("input_ids", input_ids, (len(pixel_values), input_ids.shape[1]))
         if text_mask is not None:
             check_mask("text_mask", text_mask, input_ids.shape)
+        self._check_prompts(input_ids, image_positions, prompt_lengths)
         if pixel_values is None:
             if frame_mask is not None:
                 raise ValueError("frame_mask is given, pixel_values = None: the mask needs the images that it masks")
             if image_positions is not None:
                 raise ValueError("image_positions is given, pixel_values = None: there are no images to be placed")
-            if text_mask is None and noise_seed is None:
+            if text_mask is None and noise_seed is None and prompt_lengths is None:
                 return None
-            return ModalityContext(key_padding_mask=text_mask, noise_seed=noise_seed)
+            context = ModalityContext(key_padding_mask=text_mask, noise_seed=noise_seed)
+            return context if prompt_lengths is None else with_prompt(context, prompt_lengths)
         self._check_frames(pixel_values, image_positions)
         context = with_text(self.strategy.prepare(self, pixel_values, input_ids, frame_mask), text_mask, noise_seed)
+        if self._has_prefix:
+            none_B = input_ids.new_zeros(len(input_ids))
+            return with_prompt(context, none_B if prompt_lengths is None else prompt_lengths)
         if image_positions is None:
             return context
         if not self.strategy.places_image:
@@ -220,6 +233,29 @@ class VLMWrapper(nn.Module):
             most = frames
         if not 1 <= frames <= most:
             raise ValueError(f"pixel_values has {frames} frames: must have from 1 to {most}")
+
+    @property
+    def _has_prefix(self) -> bool:
+        vlm = self.transformer.vlm_config
+        return vlm is not None and vlm.has_prefix
+
+    def _check_prompts(
+        self,
+        input_ids: Integer[Tensor, "B T"],
+        image_positions: Integer[Tensor, "B ..."] | None,
+        prompt_lengths: Integer[Tensor, "B"] | None,
+    ) -> None:
+        if self._has_prefix and image_positions is not None:
+            raise ValueError(
+                "image_positions is given: must be None with vlm.prefix_lm = true, whose image comes first"
+            )
+        if prompt_lengths is None:
+            return
+        if not self._has_prefix:
+            raise ValueError("prompt_lengths is given: must be None unless vlm.prefix_lm = true")
+        batch, length = input_ids.shape
+        check_shape("prompt_lengths", prompt_lengths, (batch,))
+        check_ids("prompt_lengths", prompt_lengths, length + 1)
 
     def encode_images(
         self, pixel_values: Float[Tensor, "B ... 3 h w"], frame_mask: Bool[Tensor, "B F"] | None = None

@@ -4,6 +4,8 @@ model is given holds it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from shared_config.errors import UserError
@@ -54,3 +56,26 @@ def without_image_tokens(
             f"{name} {held}: must once for each image, as vlm.image_token_id = {image_token} stands for one; {count}"
         )
     return np.delete(ids, found), [place - index for index, place in enumerate(found)]
+
+
+def prefix_text(prompt: str) -> str:
+    """A prompt as models with ``vlm.prefix_lm`` have it, after the id that begins a text: it ends with a line (Beyer et
+    al. 2024, PaliGemma, arXiv:2407.07726).
+    """
+    return f"{prompt}\n"
+
+
+def check_first_image(name: str, places: Sequence[int], begin: int) -> None:
+    """Refuse an image within text, where image and prompt have attention in both directions.
+
+    Args:
+        name: of the text, for the message.
+        places: ids of the text that stand before those of its images.
+        begin: those of them that begin a text.
+
+    Raises:
+        UserError: naming the place.
+    """
+    for before in places:
+        if before > begin:
+            raise UserError(f"{name} holds the image at {before}: must begin with it with vlm.prefix_lm = true")

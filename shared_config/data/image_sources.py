@@ -13,7 +13,7 @@ from typing import NotRequired, TypedDict, TypeGuard
 
 import numpy as np
 
-from shared_config.contract.image_token import without_image_tokens
+from shared_config.contract.image_token import check_first_image, prefix_text, without_image_tokens
 from shared_config.contract.initialise import stream
 from shared_config.data.jsonl import MAX_TEXT_BYTES, lines, parse_object, refuse, text_problem
 from shared_config.data.media import UndecodableError, drawn_frames, nearest_frames, read_clip, read_image
@@ -235,19 +235,31 @@ def _frames_of(
 
 
 def row_tokens(
-    text: str, prompt: str, tokenizer: Tokenizer, image_token: int | None = None, images: int = 0
+    text: str,
+    prompt: str,
+    tokenizer: Tokenizer,
+    image_token: int | None = None,
+    images: int = 0,
+    has_prefix: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """The ids of a row without those of its images, which of them are learned, and how many stand before each image.
 
+    Args:
+        has_prefix: the prompt has attention in both directions: it is written as `prefix_text`, after the image.
+
     Raises:
-        UserError: not an id for each image.
+        UserError: not an id for each image, or one that does not stand first in a prompt with such attention.
     """
     before = [] if tokenizer.bos is None else [tokenizer.bos]
     after = [] if tokenizer.eos is None else [tokenizer.eos]
+    prompt = prefix_text(prompt) if has_prefix else prompt
     asked, told = (tokenizer.encode_with_images(part, image_token).tolist() for part in (prompt, text))
     ids = np.array([*before, *asked, *told, *after], np.int64)
     learned = np.arange(len(ids)) >= len(before) + len(asked)
-    kept, places = without_image_tokens(f"prompt {prompt!r} and text {text!r}", ids, image_token, images)
+    name = f"prompt {prompt!r} and text {text!r}"
+    kept, places = without_image_tokens(name, ids, image_token, images)
+    if has_prefix:
+        check_first_image(name, places, len(before))
     return kept, learned if len(kept) == len(ids) else learned[ids != image_token], places
 
 

@@ -55,6 +55,7 @@ class ImageTextData:
         frames: int = 0,
         text_mask: bool = False,
         image_token: int | None = None,
+        has_prefix: bool = False,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -68,6 +69,7 @@ class ImageTextData:
             text_mask: also give which text positions are real, so that no padding is sent to experts.
             image_token: the id that stands for an image in a row, once for each, and says where it is; None, or if it
                 is not in a row with one image: that stands before the text.
+            has_prefix: prompts have attention in both directions, as `row_tokens` has it.
 
         Raises:
             UserError: a vocabulary that is too small, a row with more or fewer ids of images than images, or no row to
@@ -79,7 +81,8 @@ class ImageTextData:
             raise UserError(
                 f"model.vocab_size = {vocab_size}: must be at least that of the tokenizer, {tokenizer.vocab_size}"
             )
-        self.source, self.tokenizer, self.pixels, self.image_token = source, tokenizer, pixels, image_token
+        self.source, self.tokenizer, self.pixels = source, tokenizer, pixels
+        self.image_token, self.has_prefix = image_token, has_prefix
         self.batch_size, self.text_len, self.frames, self.text_mask = batch_size, text_len, frames, text_mask
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.heldout_batch_size = heldout_batch_size or batch_size
@@ -94,7 +97,7 @@ class ImageTextData:
     @functools.cached_property
     def images(self) -> int:
         """N, the most images of a row that have a place each; a clip is one."""
-        if not isinstance(self.source, Folder) or self.image_token is None:
+        if not isinstance(self.source, Folder) or self.image_token is None or self.has_prefix:
             return 1
         rows = (row for rows in self.source.rows.values() for row in rows)
         return max(1, *(images_of(row, self.source.video) for row in rows))
@@ -120,7 +123,8 @@ class ImageTextData:
 
     def _has_label(self, row: PictureRow) -> bool:
         shown = 0 if not isinstance(self.source, Folder) else images_of(row, self.source.video)
-        _, learned, _ = row_tokens(row["text"], row.get("prompt", ""), self.tokenizer, self.image_token, shown)
+        text = row["text"], row.get("prompt", "")
+        _, learned, _ = row_tokens(*text, self.tokenizer, self.image_token, shown, self.has_prefix)
         return bool(learned[1 : self.text_len + 1].any())
 
     @property
@@ -175,8 +179,8 @@ class ImageTextData:
         return int(permute(np.array([place], np.uint64), count, f"images {self.seed} {epoch}")[0])
 
     def _collated(self, examples: Sequence[Example]) -> Batch:
-        shapes = self.text_len, self.frames, self.image_token, self.images
-        batch = collate(examples, self.tokenizer, self.pixels, *shapes)
+        how = self.text_len, self.frames, self.image_token, self.images, self.has_prefix
+        batch = collate(examples, self.tokenizer, self.pixels, *how)
         if isinstance(self.source, Shapes) and self.frames == 0:
             del batch["frame_mask"]  # all are there, and attention needs no mask
         if not self.text_mask:
@@ -192,6 +196,7 @@ def collate(
     frames: int = 0,
     image_token: int | None = None,
     images: int = 1,
+    has_prefix: bool = False,
 ) -> Batch:
     """Rows of fixed length.
 
@@ -205,8 +210,10 @@ def collate(
         frame_mask: bool (B, 1), (B, F) or (B, N), True where there is a picture, and the row goes as far as its place.
         image_positions: int32 (B,), or (B, N) where N > 1, with ``image_token``: how many tokens stand before the
             picture; of pictures that a row does not have, all.
+        prompt_lengths: int32 (B,), in place of those where ``has_prefix``: how many stand before what is learned.
     """
     shape, several = (len(examples), text_len), max(frames, images)
+    prompts = np.zeros(len(examples), np.int32)
     input_ids, labels = np.zeros(shape, np.int32), np.full(shape, IGNORED, np.int32)
     text_mask, frame_mask = np.zeros(shape, bool), np.zeros((len(examples), several), bool)
     pictures = np.zeros((len(examples), several, 3, pixels.side, pixels.side), np.float32)
@@ -215,10 +222,11 @@ def collate(
         shown, exists = example.frames[:several], np.ones(len(example.frames), bool)
         exists = (exists if example.exists is None else example.exists)[:several]
         count = min(1, len(shown)) if frames else len(shown)
-        ids, learned, places = row_tokens(example.text, example.prompt, tokenizer, image_token, count)
+        ids, learned, places = row_tokens(example.text, example.prompt, tokenizer, image_token, count, has_prefix)
         positions[row, : len(places)] = np.minimum(places, text_len)
         ids, learned = ids[: text_len + 1], learned[: text_len + 1]
         count = max(len(ids) - 1, 0)
+        prompts[row] = min((~learned).sum(), count)
         input_ids[row, :count] = ids[:-1]
         labels[row, :count] = np.where(learned[1:], ids[1:], IGNORED)
         text_mask[row, :count] = True
@@ -226,6 +234,7 @@ def collate(
         frame_mask[row, : len(shown)] = exists & within
         pictures[row, : len(shown)] = np.where(exists[:, None, None, None], pixels.numbers(shown), 0)
     standing = {} if image_token is None else {"image_positions": positions if images > 1 else positions[:, 0]}
+    standing = {"prompt_lengths": prompts} if has_prefix else standing
     return {
         **standing,
         "input_ids": input_ids,
@@ -252,7 +261,7 @@ def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) ->
             config.video,
             config.data.heldout_fraction,
             follow_symlinks=config.data.follow_symlinks,
-            several=config.vlm is not None and config.vlm.image_token is not None,
+            several=config.vlm is not None and config.vlm.places_image,
         )
     else:
         source = Shapes(pixels.side, config.video)
@@ -268,6 +277,7 @@ def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) ->
         frames=config.video.max_frames if config.video is not None else 0,
         text_mask=config.has_routers,
         image_token=None if config.vlm is None else config.vlm.image_token,
+        has_prefix=config.vlm is not None and config.vlm.has_prefix,
         seed=config.train.seed,
         rank=rank,
         world_size=world_size,

@@ -17,17 +17,16 @@ from shared_config.contract.vision import job_table
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import installed_versions
 from shared_config.interchange.toml import config_to_toml
-from shared_config.interchange.vision import picture_format, tower_of
+from shared_config.interchange.vision import tower_of
 from shared_config.parity import traces
 from shared_config.parity.dtypes import DTYPES, dtypes_of
+from shared_config.parity.images import image_positions, image_token, pixels, prompt_lengths
 from shared_config.parity.refeed import Refeed, Stats, refeed_from, routes_from
 from shared_config.parity.selection import Selection
 from shared_config.parity.traces import Trace, TraceMeta
 from shared_config.parity.validation import (
     chunkings,
     validation_labels,
-    validation_pixels,
-    validation_positions,
     validation_tokens,
     validation_weights,
 )
@@ -52,6 +51,7 @@ class Request:
         tokens, labels: int32 (B, S).
         pixels: float32 (B, 3, s, s) or (B, F, 3, s, s), of a vision-language model.
         image_positions: int32 (B,), how many tokens stand before the image, where a token of prompts says so.
+        prompt_lengths: int32 (B,), how many are the prompt, where that has attention in both directions.
         selection: what to record.
         refeed: what the layers are given instead of their own inputs; None for a plain run.
     """
@@ -65,6 +65,7 @@ class Request:
     labels: np.ndarray
     pixels: np.ndarray | None = None
     image_positions: np.ndarray | None = None
+    prompt_lengths: np.ndarray | None = None
     selection: Selection = field(default_factory=Selection)
     refeed: Refeed | None = None
     routes: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -144,6 +145,7 @@ def make_request(
         validation_labels(tokens),
         pixels(config, len(tokens), seed),
         image_positions(config, tokens.shape, seed),
+        prompt_lengths(config, tokens.shape, seed),
         Selection(None if layers is None else tuple(layers), tuple(only)),
     )
     if only and request.decodes:
@@ -177,9 +179,11 @@ def decode_names(request: Request) -> list[str]:
 
 
 def decode_chunks(request: Request) -> dict[str, tuple[int, ...]]:
-    """Ways to feed the tokens to a cache. An image in the stream comes with the first of them, which reach that far."""
-    places = request.image_positions
-    return chunkings(request.tokens.shape[1], request.seed, 0 if places is None else int(places.max()))
+    """Ways to feed the tokens to a cache. An image in the stream comes with the first of them, which reach that far,
+    and as far as prompts with attention in both directions.
+    """
+    ends = [int(given.max()) for given in (request.image_positions, request.prompt_lengths) if given is not None]
+    return chunkings(request.tokens.shape[1], request.seed, max(ends, default=0))
 
 
 def decode_reference(config: JobConfig) -> str:
@@ -228,11 +232,6 @@ def cache_size(request: Request, num_image_tokens: int) -> tuple[int, int, int, 
     heads = config.model.kv_heads if config.vlm is None else config.vlm.cached_kv_heads(config.model)
     batch, length = request.tokens.shape
     return batch, num_image_tokens + length, heads, config.model.head_size
-
-
-def image_token(config: JobConfig) -> int | None:
-    """The id that no text of a job may hold."""
-    return None if config.vlm is None else config.vlm.image_token
 
 
 def can_decode(config: JobConfig) -> bool:
@@ -299,22 +298,6 @@ def _listed(layers: tuple[int, ...] | None) -> list[int] | None:
     return None if layers is None else list(layers)
 
 
-def pixels(config: JobConfig, batch_size: int, seed: int) -> np.ndarray | None:
-    """Drawn pixels that fit the encoder of a job; None for a text model."""
-    if config.vlm is None or config.vision_encoder is None:
-        return None
-    side = picture_format(config.vision_encoder, config.video).side
-    shape = (3, side, side) if config.video is None else (config.video.max_frames, 3, side, side)
-    return validation_pixels((batch_size, *shape), seed)
-
-
-def image_positions(config: JobConfig, shape: tuple[int, ...], seed: int) -> np.ndarray | None:
-    """Drawn places of the images in text (B, T), as `validation_positions`; None where images have one place."""
-    if config.vision_encoder is None or image_token(config) is None:
-        return None
-    return validation_positions(shape[0], shape[1], seed)
-
-
 def _weights(config: JobConfig, weights: str | Mapping[str, np.ndarray], seed: int) -> Arrays:
     table = job_table(config, tower_of(config))
     if weights == "validation":
@@ -328,7 +311,7 @@ def _weights(config: JobConfig, weights: str | Mapping[str, np.ndarray], seed: i
 
 def request_meta(request: Request) -> TraceMeta:
     """What is known of where a trace will come from before anything was run."""
-    images = {"pixels": request.pixels, "image_positions": request.image_positions}
+    images = {name: getattr(request, name) for name in ("pixels", "image_positions", "prompt_lengths")}
     inputs = {"tokens": request.tokens} | {name: array for name, array in images.items() if array is not None}
     selection, refeed = request.selection, request.refeed
     return TraceMeta(

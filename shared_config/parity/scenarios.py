@@ -22,9 +22,10 @@ from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.vision import tower_of
 from shared_config.parity.dtypes import narrow_dtypes, roundoffs_of
+from shared_config.parity.images import image_token
 from shared_config.parity.numerics import difference, perturbation_maxima
 from shared_config.parity.recording import DELTA_RUNS, delta_and_parts
-from shared_config.parity.request import WHOLE, Arrays, can_decode, image_token, make_request, request_meta
+from shared_config.parity.request import WHOLE, Arrays, can_decode, make_request, request_meta
 from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, LOSS, ROUTING, Trace, group_of
 from shared_config.parity.validation import drawn_tokens
 from shared_config.parity.work import Backend, Decoding, Trained, Work, scenario_batch, scenario_pixels, unpadded

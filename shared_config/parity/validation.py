@@ -90,6 +90,14 @@ def validation_positions(batch_size: int, length: int, seed: int) -> np.ndarray:
     return np.resize(order, batch_size).astype(np.int32)
 
 
+def validation_prompts(batch_size: int, length: int, seed: int) -> np.ndarray:
+    """int32 (batch_size,): how many of ``length`` tokens are the prompt of each row, up to `LATEST`, others in
+    neighbouring rows.
+    """
+    order = stream(seed, "validation/prompts").permutation(min(length, LATEST) + 1)
+    return np.resize(order, batch_size).astype(np.int32)
+
+
 def validation_labels(tokens: np.ndarray) -> np.ndarray:
     """The next token of each position; the last position, and the first two of every other row, are ignored."""
     labels = np.concatenate([tokens[:, 1:], np.full_like(tokens[:, :1], IGNORED)], axis=1)

@@ -13,7 +13,8 @@ from shared_config.contract.initialise import stream
 from shared_config.contract.labels import IGNORED
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.vision import picture_format
-from shared_config.parity.request import Arrays, default_length, image_positions, image_token
+from shared_config.parity.images import image_positions, image_token, prompt_lengths
+from shared_config.parity.request import Arrays, default_length
 from shared_config.parity.validation import drawn_tokens, validation_pixels
 from shared_config.schema.job import JobConfig
 from shared_config.training.trainer import Batch
@@ -71,12 +72,16 @@ class Decoding:
         """Prompts and all but the last of the new tokens (B, N), int32 (B, S) with zeros after the end, and the places
         (B, N) whose logits the new tokens were drawn from.
         """
-        lengths = np.array([len(prompt) for prompt in self.prompts])
-        tokens = np.zeros((len(lengths), lengths.max() + new.shape[1] - 1), np.int32)
+        tokens = np.zeros((len(self.prompts), self.prompt_lengths.max() + new.shape[1] - 1), np.int32)
         for row, prompt in enumerate(self.prompts):
             known = np.concatenate([prompt, new[row, :-1]])
             tokens[row, : len(known)] = known
-        return tokens, lengths[:, None] - 1 + np.arange(new.shape[1])
+        return tokens, self.prompt_lengths[:, None] - 1 + np.arange(new.shape[1])
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """int32 (B,)."""
+        return np.array([len(prompt) for prompt in self.prompts], np.int32)
 
 
 class Backend(Protocol):
@@ -164,6 +169,8 @@ def scenario_batch(
         batch["pixel_values"] = pixels
         places = image_positions(config, tokens.shape, work.seed)
         batch |= {} if places is None else {"image_positions": places}
+        prompts = prompt_lengths(config, tokens.shape, work.seed)
+        batch |= {} if prompts is None else {"prompt_lengths": prompts}
         if padded and pixels.ndim == 5:
             batch["frame_mask"] = np.arange(pixels.shape[1]) < np.array([[pixels.shape[1]], [1]])
     return batch

@@ -93,6 +93,16 @@ class VLMConfig(Section):
         return None
 
     @property
+    def places_image(self) -> bool:
+        """Whether that id says where the image stands."""
+        return self.image_token is not None and not self.has_prefix
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether image and prompt see each other in both directions."""
+        return False
+
+    @property
     def can_generate(self) -> bool:
         """Whether a model can take its tokens one after the other."""
         return not self.experts_choose

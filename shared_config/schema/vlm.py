@@ -28,14 +28,22 @@ from shared_config.schema.model import ModelConfig
 class JointDecoderConfig(VLMConfig, arch="joint_decoder"):
     """Image tokens stand before the text in one causal decoder, or where ``image_token_id`` stands for them in prompts
     and rows of data, as those of Hugging Face's LLaVAs have it.
+
+    With ``prefix_lm`` the image, which then stands first, and the prompt see each other in both directions, and only
+    what is learned or generated after them is causal (PaliGemma, Beyer et al. 2024, arXiv:2407.07726).
     """
 
     arch: Literal["joint_decoder"] = "joint_decoder"
     image_token_id: Annotated[Count | None, KEEPS_FUNCTION] = None
+    prefix_lm: bool = False
 
     @property
     def image_token(self) -> int | None:
         return self.image_token_id
+
+    @property
+    def has_prefix(self) -> bool:
+        return self.prefix_lm
 
 
 @section

@@ -357,7 +357,7 @@ OWN_PATTERNS: dict[str, dict[str, Any]] = {
     "moma": {"moma": "transformer.layers.*.mlp.experts.*"},
 }
 VLM_DEFAULTS: dict[str, dict[str, Any]] = {
-    "joint_decoder": {"image_token_id": None},
+    "joint_decoder": {"image_token_id": None, "prefix_lm": False},
     "cross_attention": {
         "cross_attention_every_n_layers": 4,
         "cross_attention_n_heads": 0,

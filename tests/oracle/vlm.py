@@ -48,6 +48,7 @@ def joint_decoder(
     image: np.ndarray,
     key_padding_mask: np.ndarray | None = None,
     positions: np.ndarray | None = None,
+    prompt_lengths: np.ndarray | None = None,
 ) -> VLMOutput:
     """The image's embeddings (B, N, D) before the text in one causal decoder; logits of the text.
 
@@ -56,12 +57,15 @@ def joint_decoder(
         positions: int (B,), how many text tokens of each row stand before the image, or (B, F) before each of F equal
             parts of it. The logits of a text token are those that the next one is predicted from: of the last position
             before it that is real, or its own.
+        prompt_lengths: int (B,), how many text tokens of each row see the image, which stands before the text, and
+            each other in both directions; None: all attention is causal.
     """
     count = image.shape[1]
+    prefix_lengths = None if prompt_lengths is None else count + prompt_lengths
     if positions is None:
         out = transformer(
             weights, config, tokens, prefix_embeds=image, output_slice=slice(count, None),
-            key_padding_mask=key_padding_mask,
+            key_padding_mask=key_padding_mask, prefix_lengths=prefix_lengths,
         )  # fmt: skip
     else:
         text = config.embedding_scale * token_embedding(tokens, submodule(weights, "token_embedding"))

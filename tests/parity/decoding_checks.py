@@ -82,12 +82,23 @@ def check_images(backend: str) -> None:
     check_continuation(Side(backend), JointDecoderConfig(max_text_len=8), [[3, 1, 4], [7]], [[2], [0, 0]])
 
 
+def check_prefixes(backend: str) -> None:
+    """Images and prompts with attention in both directions, whatever the window of causal attention."""
+    vlm, windowed = JointDecoderConfig(max_text_len=8, prefix_lm=True), MODEL.replace(sliding_window=WINDOW)
+    check_continuation(Side(backend), vlm, [[3, 1, 4], [7]], config=windowed)
+
+
 def check_continuation(
-    side: Side, vlm: VLMConfig, prompts: list[list[int]], positions: list[list[int]] | None = None
+    side: Side,
+    vlm: VLMConfig,
+    prompts: list[list[int]],
+    positions: list[list[int]] | None = None,
+    config: ModelConfig = MODEL,
 ) -> None:
-    table = wrapper_table(MODEL, vlm, ADAPTER, None, VISION.feature_dim)
+    table = wrapper_table(config, vlm, ADAPTER, None, VISION.feature_dim)
     builder = side.module("model.vlm").build_vlm_wrapper
-    model = side.filled(table, builder, MODEL, VISION, ADAPTER, vlm, FRAMES)
+    model = side.filled(table, builder, config, VISION, ADAPTER, vlm, FRAMES)
+    lengths = {"prompt_lengths": side.array(np.array([len(prompt) for prompt in prompts]))} if vlm.has_prefix else {}
     stream = side.module("model.generate").stream
     with contextlib.nullcontext() if side.name == "torch" else jax.disable_jit(), torch.no_grad():
         shown = SHOWN if positions is None else np.arange(FRAMES) < np.array([[len(row)] for row in positions])
@@ -104,7 +115,7 @@ def check_continuation(
         behind = [[*row, *[text.shape[1]] * (FRAMES - len(row))] for row in positions or []]
         places = {} if positions is None else {"image_positions": side.array(np.array(behind))}
         given = side.array(pixels), side.array(text), side.array(shown)
-        likeliest = side.numpy(model.run(*given, **places).logits).argmax(-1)
+        likeliest = side.numpy(model.run(*given, **places, **lengths).logits).argmax(-1)
         for row, prompt in enumerate(prompts):
             expected = likeliest[row, len(prompt) - 1 :][:NEW]
             assert new[row].tolist() == expected.tolist(), f"{vlm.arch}: row {row}"
@@ -132,8 +143,8 @@ DECODING_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
     "model.kv_cache": (check_rings,),
     "model.decode_state": (check_rings,),
     "model.slots": (check_rings,),
-    "model.decode": (check_images,),
-    "model.request": (check_images,),
+    "model.decode": (check_images, check_prefixes),
+    "model.request": (check_images, check_prefixes),
     "model.cross_attention": (check_images,),
     "model.transformer": (check_capacity,),
     "model.block": (check_capacity,),

@@ -319,13 +319,18 @@ TOKENS = np.random.default_rng(9).integers(0, 13, (3, TEXT_LEN))
 FRAMES = np.array([[True, False, True], [False, True, False], [False] * 3])
 TEXT_MASK = np.arange(TEXT_LEN) >= np.array([[0], [2], [1]])
 ARCHITECTURES: dict[str, VLMConfig] = {
-    "joint_decoder": JointDecoderConfig(max_text_len=8), "cross_attention": CROSS, "mot": MOT
+    "joint_decoder": JointDecoderConfig(max_text_len=8), "cross_attention": CROSS, "mot": MOT,
+    "prefix": JointDecoderConfig(max_text_len=8, prefix_lm=True),
 }  # fmt: skip
 
 
-def wrapper_check(arch: str, positions: tuple[int | tuple[int, ...], ...] | None = None) -> Callable[[str], None]:
+def wrapper_check(
+    arch: str,
+    positions: tuple[int | tuple[int, ...], ...] | None = None,
+    prompts: tuple[int, ...] | None = None,
+) -> Callable[[str], None]:
     """Clips with frames that don't exist, before the text or within, and padded text, through a whole model of one
-    architecture.
+    architecture, in which prompts may have attention in both directions.
     """
 
     places = None if positions is None else np.array(positions)
@@ -337,8 +342,9 @@ def wrapper_check(arch: str, positions: tuple[int | tuple[int, ...], ...] | None
         model = side.filled(table, build, MODEL, VISION, PLAIN, vlm, frames_per_clip=3)
         given = [side.array(value) for value in (CLIPS, TOKENS, FRAMES)]
         placed = {} if places is None else {"image_positions": side.array(places)}
+        placed |= {} if prompts is None else {"prompt_lengths": side.array(np.array(prompts))}
         logits = side.numpy(model.run(*given, text_mask=side.array(TEXT_MASK), **placed).logits)
-        truth = wrapper_truth(arch, positions)
+        truth = wrapper_truth(arch, positions, prompts)
         assert_same_function(logits * TEXT_MASK[..., None], truth * TEXT_MASK[..., None], arch)
 
     check.__name__ = f"check_{arch}_wrapper{'' if places is None else ('', '_within', '_apart')[places.ndim]}"
@@ -346,7 +352,9 @@ def wrapper_check(arch: str, positions: tuple[int | tuple[int, ...], ...] | None
 
 
 @functools.cache
-def wrapper_truth(arch: str, positions: tuple[int | tuple[int, ...], ...] | None) -> np.ndarray:
+def wrapper_truth(
+    arch: str, positions: tuple[int | tuple[int, ...], ...] | None, prompts: tuple[int, ...] | None
+) -> np.ndarray:
     vlm = ARCHITECTURES[arch]
     weights = weights_of(wrapper_table(MODEL, vlm, PLAIN, None, 6))
     features = noise.image_noise(CLIPS.reshape(9, 3, 2, 2), 2, 6)
@@ -358,7 +366,8 @@ def wrapper_truth(arch: str, positions: tuple[int | tuple[int, ...], ...] | None
         return cross_attention_decoder(own, MODEL, vlm, TOKENS, image, mask, key_padding_mask=TEXT_MASK).logits
     if not isinstance(vlm, MoTConfig):
         places = None if positions is None else np.array(positions)
-        return joint_decoder(own, MODEL, TOKENS, image, padding, places).logits
+        lengths = None if prompts is None else np.array(prompts)
+        return joint_decoder(own, MODEL, TOKENS, image, padding, places, lengths).logits
     embeds = np.concatenate([image, own["token_embedding.embedding.weight"][TOKENS]], axis=1)
     ids = np.array([[0] * image.shape[1] + [1] * TEXT_LEN] * 3)
     cut = slice(image.shape[1], None)
@@ -374,8 +383,9 @@ def check_seed(backend: str) -> None:
 
 APART = ((0, 2, 2), (3, 1, TEXT_LEN), (TEXT_LEN, TEXT_LEN, 4))
 WRAPPERS = (
-    *(wrapper_check(arch) for arch in ARCHITECTURES),
+    *(wrapper_check(arch) for arch in ("joint_decoder", "cross_attention", "mot")),
     *(wrapper_check("joint_decoder", positions) for positions in ((2, 0, TEXT_LEN), APART)),
+    wrapper_check("prefix", prompts=(3, 1, TEXT_LEN)),
 )
 
 
@@ -395,6 +405,43 @@ def check_places(backend: str) -> None:
             model.run(*given, image_positions=side.array(np.array(places, np.int32)))
         with refused("image_positions is given, pixel_values = None"):
             model.run(None, given[1], image_positions=side.array(np.array(places, np.int32)))
+
+
+def check_prompts(backend: str) -> None:
+    """Prompts that no text has are refused, and where attention is causal all are; images there stand first. An image
+    without a prompt sees itself alone.
+    """
+    side, build = Side(backend), Side(backend).module("model.vlm").build_vlm_wrapper
+    given = [*map(side.array, (CLIPS.astype(np.float32), TOKENS))]
+    prefix, causal = (
+        side.built(build, MODEL, VISION, PLAIN, ARCHITECTURES[arch], 3) for arch in ("prefix", "joint_decoder")
+    )
+    for model, argument, values, said in (
+        (prefix, "prompt_lengths", [0, TEXT_LEN + 1, 0], f"prompt_lengths = {TEXT_LEN + 1}: ids must be in"),
+        (prefix, "prompt_lengths", [0, 0], r"prompt_lengths.shape = \(2,\): must be \(3,\)"),
+        (prefix, "image_positions", [0, 0, 0], "image_positions is given: must be None with vlm.prefix_lm = true"),
+        (causal, "prompt_lengths", [0, 0, 0], "prompt_lengths is given: must be None unless vlm.prefix_lm = true"),
+    ):
+        with refused(said):
+            model.run(*given, **{argument: side.array(np.array(values, np.int32))})
+    context = side.module("model.modality").ModalityContext
+    for options, said in (
+        (
+            {"prefix_lengths": [3, TEXT_LEN + 1, 1]},
+            rf"prefix_lengths\[1\] = {TEXT_LEN + 1}: must be at most {TEXT_LEN}",
+        ),
+        ({"prefix_lengths": [-1, 0, 0]}, "prefix_lengths = -1: ids must be in"),
+    ):
+        with refused(said):
+            arrays = {name: side.array(np.array(values)) for name, values in options.items()}
+            prefix.transformer.run(given[1], modality=context(**arrays))
+    with refused("prefix_lengths is given: must be None with doc_ids"):
+        modality = context(prefix_lengths=side.array(np.array([1, 0, 0])))
+        prefix.transformer.run(given[1], modality=modality, doc_ids=side.array(np.zeros((3, TEXT_LEN), np.int32)))
+    alone, none = (
+        prefix.context(*given, **lengths) for lengths in ({}, {"prompt_lengths": side.array(np.zeros(3, np.int32))})
+    )
+    np.testing.assert_array_equal(side.numpy(alone.prefix_lengths), side.numpy(none.prefix_lengths))
 
 
 def check_budget(backend: str) -> None:
@@ -433,8 +480,9 @@ VLM_CHECKS: Mapping[str, tuple[Callable[[str], None], ...]] = {
     "model.mot": (check_mot_block, check_mot_stream, check_mot_start, check_mot_cache, check_mot_experts),
     "model.expert_choice": (check_moma,),
     "model.moma": (check_moma,),
-    "model.modality": (check_seed, check_places, *WRAPPERS),
+    "model.modality": (check_seed, check_places, check_prompts, *WRAPPERS),
+    "model.stream": (check_prompts,),
     "model.strategy": (check_places, *WRAPPERS),
-    "model.vlm": (check_budget, check_places, check_seed, *WRAPPERS),
+    "model.vlm": (check_budget, check_places, check_prompts, check_seed, *WRAPPERS),
     "training.freeze": (check_freeze,),
 }
