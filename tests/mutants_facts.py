@@ -32,6 +32,9 @@ STREAM = "oracle.test_streams"
 COUNTS = "parity.test_counts"
 SHARDED = "contract.sharding"
 FLOPS = f"{COUNTS}.test_flops_are_those_of_the_operators_that_run_in_torch"
+IMAGES = "contract.flops"
+IMAGE_FLOPS = "parity.test_image_flops.test_flops_are_those_of_the_operators_that_run_in_torch"
+CROSSING = ("debug_vlm_cross_attention",)
 LAYOUT = f"{COUNTS}.test_memory_of_a_layout_is_that_of_its_parts"
 FAMILIES = "interchange.test_families"
 ABSENT = f"{FAMILIES}.test_a_family_s_keys_left_out_mean_what_they_mean_there"
@@ -203,6 +206,16 @@ FACT_MUTANTS = (
         COUNTED, "(full * (full + 1) / 2 + (seq_len - full) * full) / seq_len", "float(full)", FLOPS, ("window",)
     ),
     FactMutant(COUNTED, "if not any(part in group.name for part in others)", "", FLOPS, ("debug_vlm_moma",)),
+    FactMutant(IMAGES, "half * (q + k + (q or k) + v)", "half * 4", IMAGE_FLOPS, (*CROSSING, "all but adapter")),
+    FactMutant(IMAGES, "self.image_tokens if reads_image else", "", IMAGE_FLOPS, (*CROSSING, "tower")),
+    FactMutant(IMAGES, "every = vlm.layer_period(config)", "every = 1", IMAGE_FLOPS, (*CROSSING, "all but adapter")),
+    FactMutant(IMAGES, "(1 + tensor.is_trained + reaches)", "3", IMAGE_FLOPS, ("debug_vlm_joint_decoder", "tower")),
+    FactMutant(
+        IMAGES, "return choice_capacity(own, choice_share(*choosing))", "return own", IMAGE_FLOPS, ("projected", "keys")
+    ),
+    FactMutant(
+        IMAGES, 'given if "k_proj" in name or "v_proj" in name else made', "made", IMAGE_FLOPS, ("pooled", "nothing")
+    ),
     FactMutant(SHARDED, '"mlp": "tp", "experts": "ep"', '"mlp": "ep", "experts": "ep"', LAYOUT, ("debug", {"tp": 2})),
     FactMutant(
         SHARDED,
@@ -426,9 +439,9 @@ FACT_MUTANTS = (
     ),
     FactMutant(
         "training.speed",
-        " or config.vlm is not None",
-        "",
-        f"{SPEED}.test_a_share_is_told_where_the_peak_is_known",
+        "if start < step",
+        "if start <= step",
+        f"{SPEED}.test_a_share_of_a_model_with_images_is_of_what_is_trained_at_the_step",
     ),
     FactMutant("training.health", "set.intersection(", "set.union(", FAILING),
     FactMutant(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from shared_config.contract import flops
 from shared_config.contract.counts import (
     BFLOAT16,
     FLOAT32,
@@ -18,6 +19,7 @@ from shared_config.contract.counts import (
 )
 from shared_config.data import open_data
 from shared_config.errors import UserError
+from shared_config.interchange.vision import tower_of
 from shared_config.schema.base import shown
 from shared_config.schema.job import JobConfig
 from shared_config.training.trainer import Batch
@@ -107,11 +109,11 @@ def tokens_of(batches: Sequence[Batch]) -> int:
 
 
 def step_flops(job: JobConfig, batches: Sequence[Batch]) -> float | None:
-    """Of a training step: forward and twice as much backward, nothing twice, masked keys not counted; None where there
-    are images, whose FLOPs no formula here has.
-    """
+    """Of a training step: forward and backward, nothing twice, masked keys not counted; None where it is not known."""
     if job.vlm is not None:
-        return None
+        pixels = batches[0]["pixel_values"]
+        frames = pixels.shape[1] if pixels.ndim == 5 else 1
+        return flops.step_flops(job, tokens_of(batches), tower_of(job), frames=frames)
     model, length = job.model, job.train.seq_len
     pairs = sum(
         layers * visible_pairs(batch.get("doc_ids"), batch["tokens"].shape, window)

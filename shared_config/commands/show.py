@@ -23,6 +23,7 @@ from shared_config.contract.counts import (
     training_memory,
 )
 from shared_config.contract.decoding import PREFILL_CHUNK
+from shared_config.contract.flops import micro_batch_flops
 from shared_config.contract.parameters import aliases, parameter_groups
 from shared_config.contract.scale import Hardware, cost_of, parse_hardware
 from shared_config.contract.sharding import layout_of, refusals
@@ -139,9 +140,22 @@ def counts_of(config: JobConfig) -> Table:
     table.add_row("  in matrix products", f"{flops.matmul:,}")
     table.add_row("  in attention", f"{flops.attention:,}")
     table.add_row("FLOPs per text token, training", f"{flops.training:,}")
+    for label, each in image_flops_of(config):
+        table.add_row(label, f"{each:,}")
     cache = kv_cache_bytes(model, 1, model.max_seq_len, BFLOAT16, config.vlm, spare=PREFILL_CHUNK - 1)
     table.add_row(f"key/value cache per row, bfloat16, {model.max_seq_len} positions", readable_bytes(cache))
     return table
+
+
+def image_flops_of(config: JobConfig) -> Iterator[tuple[str, int]]:
+    """What a micro-batch of rows with images takes in training, the first stage of freezing, by part."""
+    found = micro_batch_flops(config, known_tower(config))
+    if found is None:
+        return
+    rows, model = config.train.batch_size, found.model
+    yield f"FLOPs of {rows} rows with images, training", found.training
+    for name, part in (("vision encoder", found.tower), ("adapter", found.adapter), ("language model", model)):
+        yield f"  {name}", part.training
 
 
 def memory_of(config: JobConfig, world_size: int) -> Table:

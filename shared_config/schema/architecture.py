@@ -137,9 +137,13 @@ class VLMConfig(Section):
         """Layers after which what stands between them repeats itself."""
         return 1
 
-    def text_experts(self) -> tuple[int, float] | None:
-        """The experts that choose among tokens of text, and the capacity factor given; None without such experts."""
+    def choosing_experts(self, modality: str) -> tuple[int, float] | None:
+        """The experts that choose among tokens of a modality, and the capacity factor given; None without them."""
         return None
+
+    def text_experts(self) -> tuple[int, float] | None:
+        """Those that choose among tokens of text."""
+        return self.choosing_experts("text")
 
     def shrunk(self, model: ModelConfig, *, head_dim: int, experts: int) -> Mapping[str, object]:
         """Changes of its own fields for validation with a small language model.

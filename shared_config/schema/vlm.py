@@ -211,8 +211,8 @@ class MoMaConfig(VLMConfig, arch="moma"):
     def routing_noise(self) -> bool:
         return self.moma_gumbel_noise
 
-    def text_experts(self) -> tuple[int, float] | None:
-        return self.moma_experts_per_modality["text"], self.moma_capacity_factor
+    def choosing_experts(self, modality: str) -> tuple[int, float] | None:
+        return self.moma_experts_per_modality[modality], self.moma_capacity_factor
 
     def shrunk(self, model: ModelConfig, *, head_dim: int, experts: int) -> Mapping[str, object]:
         fewer = {name: min(number, experts) for name, number in self.moma_experts_per_modality.items()}

@@ -100,7 +100,7 @@ def run_training(
         config = config.replace(train=config.train.replace(grad_accum_steps=start.grad_accum_steps))
         data = data.in_steps_of(data.rows_per_batch * start.grad_accum_steps)
         tokens = data.tokens_per_batch * config.train.grad_accum_steps
-        speed = Speed.of(config, trainer.devices, tokens)
+        speed = Speed.of(config, trainer.devices, tokens, getattr(data, "images", 1))  # text has no such number
         display = Display(console, total=config.train.max_steps, done=start.step, speed=speed)
         profiler: Profiler | None = None
         with processes.agreed():
@@ -219,7 +219,7 @@ class _Run:
         values.pop(TAKEN, None)
         record = self._without_empty_loss({name: finite_or_none(value) for name, value in values.items()})
         memory = {PEAK_MEMORY: self.peak_memory} if self.peak_memory else {}
-        return {**record, **self.speed.record(seconds), **memory}
+        return {**record, **self.speed.record(seconds, self.step), **memory}
 
     def _without_empty_loss(self, record: Record) -> Record:
         """A mean over no labels is not a loss of 0: it is left empty, which is logged once."""

@@ -106,7 +106,7 @@ class Display:
         parts = [f"{name} {value:.4f}" for name, value in record.items() if name.endswith("loss") and value is not None]
         seconds = self.pace.seconds_per_step
         if seconds > 0:
-            average = self._speed.record(seconds)
+            average = self._speed.record(seconds, step)
             parts.append(f"{average['tokens_per_second']:,.0f} tokens/s")
             parts.extend(f"MFU {share:.1%}" for name, share in average.items() if name == "mfu")
         if (peak := record.get(PEAK_MEMORY)) is not None:

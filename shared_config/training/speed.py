@@ -7,8 +7,9 @@ import resource
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared_config.contract.counts import flops_per_token
+from shared_config.contract.flops import step_flops
 from shared_config.contract.peaks import TERA, peak_flops
+from shared_config.interchange.vision import tower_of
 from shared_config.schema.job import JobConfig
 
 KIB = 2**10
@@ -33,31 +34,43 @@ class Speed:
 
     Attributes:
         tokens: of a step, over all ranks.
-        least: seconds that all devices together need for a step at their peak; None where that is not known.
+        least: seconds that all devices together need for a step at their peak, from a step on; () where that is not
+            known. They change where other parts are frozen.
     """
 
     tokens: int
-    least: float | None
+    least: tuple[tuple[int, float], ...] = ()
 
     @classmethod
-    def of(cls, config: JobConfig, devices: Devices, tokens: int) -> Speed:
-        """That of a job whose steps have so many tokens. The peak is ``metrics.peak_tflops``, or that of the kind."""
+    def of(cls, config: JobConfig, devices: Devices, tokens: int, images: int = 1) -> Speed:
+        """That of a job whose steps have so many tokens. The peak is ``metrics.peak_tflops``, or that of the kind.
+
+        Args:
+            images: pictures or clips of a row.
+        """
         given = config.metrics.peak_tflops
         peak = peak_flops(devices.kind) if given is None else given * TERA
-        if peak is None or config.vlm is not None:
-            return cls(tokens, None)
-        flops = flops_per_token(config.model, config.train.seq_len).training * tokens
-        return cls(tokens, flops / (devices.count * peak))
+        if peak is None:
+            return cls(tokens)
+        starts = {0, *(stage.start_step for stage in config.vlm.freeze_schedule)} if config.vlm is not None else {0}
+        frames, tower = images * (1 if config.video is None else config.video.max_frames), tower_of(config)
+        flops = {start: step_flops(config, tokens, tower, frames=frames, step=start) for start in sorted(starts)}
+        known = [(start, each / (devices.count * peak)) for start, each in flops.items() if each is not None]
+        return cls(tokens, tuple(known))
 
-    def record(self, seconds: float) -> dict[str, float | None]:
+    def record(self, seconds: float, step: int = 1) -> dict[str, float | None]:
         """What a step of so many seconds is told to have been.
+
+        Args:
+            step: its number, from 1.
 
         Returns:
             seconds; tokens_per_second, over all ranks; where it is known mfu, the model's FLOPs as a share of what all
             devices do at their peak: forward and backward, nothing twice, masked keys not counted (Chowdhery et al.
             2022, arXiv:2204.02311, appendix B).
         """
-        share = {} if self.least is None else {"mfu": self.least / seconds}
+        least = [needed for start, needed in self.least if start < step]
+        share = {"mfu": least[-1] / seconds} if least else {}
         return {"seconds": seconds, "tokens_per_second": self.tokens / seconds, **share}
 
 

@@ -162,7 +162,8 @@ def drawn(config: Any, number: int) -> dict[str, np.ndarray]:
 
 def work(backend: str, run: Run, steps: int) -> None:
     """What one process does; the first prints."""
-    from shared_config.contract.counts import flops_per_token
+    from shared_config.contract.flops import step_flops
+    from shared_config.interchange.vision import tower_of
     from shared_config.loader import load_config
 
     config = load_config(run.config, run.arguments)
@@ -176,7 +177,7 @@ def work(backend: str, run: Run, steps: int) -> None:
     found = {"torch": work_torch, "jax": work_jax}[backend](config, run, steps, repeated)
     if found is not None:
         tokens = run.micro_batches * config.train.batch_size * config.train.seq_len
-        flops = flops_per_token(config.model, config.train.seq_len, config.vlm).training * tokens
+        flops = step_flops(config, tokens, tower_of(config))
         print(json.dumps({**found, "tokens/s": tokens / found["seconds"], "flops": flops}), flush=True)
 
 
@@ -249,7 +250,7 @@ def table(lines: Sequence[Line], limit: Line) -> str:
         alone = next(other for other in alike if other["backend"] == line["backend"])
         first = next(other for other in alike if other["micro_batches"] == line["micro_batches"])
         scaling = line["tokens/s"] / line["devices"] / (alone["tokens/s"] / alone["devices"])
-        share = line["flops"] / line["seconds"] / line["devices"] / limit.get("product FLOP/s", math.inf)
+        share = (line["flops"] or math.nan) / line["seconds"] / line["devices"] / limit.get("product FLOP/s", math.inf)
         off = max(abs(a - b) / abs(b) for a, b in zip(line["losses"], first["losses"], strict=True))
         numbers = f"{line['tokens/s']:9.0f} {scaling:7.3f} {share:6.3f} {line['GiB']:6.1f} {off:11.1e}"
         rows.append(f"{title:44} {numbers}")

@@ -16,6 +16,7 @@ from rich.table import Table
 from shared_config.cli import main
 from shared_config.commands.show import counts_of, memory_of, readable_bytes, resolved_toml, smallest_world_size
 from shared_config.contract.counts import count_active_parameters, count_parameters, flops_per_token, training_memory
+from shared_config.contract.flops import micro_batch_flops
 from shared_config.contract.parameters import FOLDED, fold, parameter_groups, parameter_table, unfold
 from shared_config.contract.specs import Constant, ParameterSpec, ParameterTable
 from shared_config.interchange.toml import config_from_toml
@@ -169,6 +170,8 @@ def test_every_number_stands_beside_its_label() -> None:
     assert model.max_seq_len != config.train.seq_len
     rows = rows_of(counts_of(config), memory_of(config, 24))
     flops, memory = flops_per_token(model, config.train.seq_len, vlm), training_memory(config, 24)
+    images = micro_batch_flops(config)
+    assert images is not None
     numbers = (memory.parameters, memory.gradients, memory.optimizer, memory.compute_copy)
     assert len({*numbers, sum(numbers)}) == 5
     assert rows == {
@@ -178,6 +181,10 @@ def test_every_number_stands_beside_its_label() -> None:
         "  in matrix products": f"{flops.matmul:,}",
         "  in attention": f"{flops.attention:,}",
         "FLOPs per text token, training": f"{3 * (flops.matmul + flops.attention):,}",
+        f"FLOPs of {config.train.batch_size} rows with images, training": f"{images.training:,}",
+        "  vision encoder": f"{images.tower.training:,}",
+        "  adapter": f"{images.adapter.training:,}",
+        "  language model": f"{images.model.training:,}",
         f"key/value cache per row, bfloat16, {model.max_seq_len} positions": readable_bytes(
             2 * model.n_layers * model.max_seq_len * 2 * model.head_size * 2
         ),

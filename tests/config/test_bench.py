@@ -35,6 +35,7 @@ from shared_config.bench.works import (
     tokens_of,
 )
 from shared_config.contract.counts import count_parameters, flops_per_token, visible_pairs
+from shared_config.contract.flops import micro_batch_flops
 from shared_config.contract.parameters import parameter_table
 from shared_config.errors import UserError
 from shared_config.loader import load_config
@@ -174,6 +175,17 @@ def test_flops_of_steps_follow_from_what_is_seen() -> None:
     assert all((flops[work] or 0) < (flops["train"] or 0) for work in ("packed", "window"))
     assert job_of("window", job).model.sliding_window == 2
     assert any(len(np.unique(row)) > 1 for row in batches_of(job_of("packed", job))[0]["doc_ids"])
+
+
+def test_flops_of_steps_with_images_are_those_of_their_parts() -> None:
+    job = load_config("debug_vlm_joint_decoder", ["--train.batch_size=2", "--train.grad_accum_steps=3"])
+    found = micro_batch_flops(job)
+    assert found is not None
+    assert step_flops(job, batches_of(job)) == 3 * found.training
+    clips = load_config("debug_vlm_mot", ["--video.max_frames=3", "--video.min_frames=1", "--video.frame_size=32"])
+    found = micro_batch_flops(clips, frames=3)
+    assert found is not None
+    assert step_flops(clips, batches_of(clips)) == found.training
 
 
 def test_flops_of_experts_are_those_of_their_matrices() -> None:

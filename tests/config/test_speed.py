@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_config.cli import main
+from shared_config.contract.flops import micro_batch_flops
 from shared_config.contract.peaks import peak_flops
 from shared_config.contract.scale import HARDWARE
 from shared_config.loader import load_config
 from shared_config.schema.metrics import MOST_TFLOPS, MetricsConfig
+from shared_config.schema.vision import VisionEncoderConfig
 from shared_config.training.speed import Devices, Speed, resident_peak
 
 SPARSE = {
@@ -66,14 +68,31 @@ def test_the_share_is_that_of_a_sum_by_hand(
 
 
 def test_a_share_is_told_where_the_peak_is_known() -> None:
-    """What a config says counts more than the name of a device; images have FLOPs that aren't counted."""
+    """What a config says counts more than the name of a device."""
     text = load_config("debug")
     known = Speed.of(text, Devices(2, "NVIDIA H200"), 100).least
-    assert Speed.of(text, Devices(1, "NVIDIA H200"), 100).least == pytest.approx(2 * (known or 0))
+    ((_, alone),) = Speed.of(text, Devices(1, "NVIDIA H200"), 100).least
+    assert alone == pytest.approx(2 * known[0][1])
     given = text.replace(metrics=text.metrics.replace(peak_tflops=1978.0))
     assert Speed.of(given, Devices(1, "NVIDIA H200"), 100).least == known
     assert "mfu" not in Speed.of(text, Devices(1, "cpu"), 100).record(1.0)
-    assert "mfu" not in Speed.of(load_config("debug_vlm_mot"), Devices(1, "NVIDIA H200"), 100).record(1.0)
+
+
+def test_a_share_of_a_model_with_images_is_of_what_is_trained_at_the_step() -> None:
+    stages = (
+        '--vlm.freeze=[{module="vision_encoder"}]',
+        '--vlm.freeze_schedule=[{start_step=3, specs=[]}, {start_step=5, specs=[{module="transformer"}]}]',
+    )
+    config = load_config("debug_vlm_mot", stages)
+    tokens = 2 * config.train.batch_size * config.train.seq_len
+    speed = Speed.of(config, Devices(2, "NVIDIA H200"), tokens)
+    for step, start in ((1, 0), (3, 0), (4, 3), (5, 3), (6, 5), (100, 5)):
+        found = micro_batch_flops(config, step=start)
+        assert found is not None
+        assert speed.record(1e-3, step)["mfu"] == pytest.approx(2 * found.training / (2 * 989e12) / 1e-3, rel=1e-3)
+    assert Speed.of(config, Devices(1, "NVIDIA H200"), tokens, images=3).least > speed.least
+    strange = config.replace(vision_encoder=VisionEncoderConfig(type="siglip2", path="nowhere"))
+    assert micro_batch_flops(strange) is None
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "9.89e14", "nan", "fast"])
