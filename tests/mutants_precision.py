@@ -53,6 +53,19 @@ PRECISION_MUTANTS = (
         ("function(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)", "function(x)"),
     ),
     Mutant(
+        "model.factors", "a factor rounded to the dtype of what it multiplies",
+        ("x * factor", "x * x.new_full((), factor)"), ("(_wide(x) * factor).astype(x.dtype)", "x * factor"),
+    ),
+    Mutant(
+        "model.factors", "a divisor rounded to the dtype of what it divides",
+        ("x / divisor", "x / x.new_full((), divisor)"), ("(_wide(x) / divisor).astype(x.dtype)", "x / divisor"),
+    ),
+    Mutant(
+        "model.moe", "gate of a shared expert in the dtype of the tokens",
+        ("gate_T1.to(torch.promote_types(gate_T1.dtype, torch.float32)).sigmoid()", "gate_T1.sigmoid()"),
+        ("gate_T1.astype(jnp.promote_types(gate_T1.dtype, jnp.float32))", "gate_T1"),
+    ),
+    Mutant(
         "model.moe", "combine weights rounded to the dtype of the tokens",
         ("weights_Tk = nan_outside(weights_Tk, ", "weights_Tk = nan_outside(weights_Tk.to(x_TD.dtype), "),
         ("weights_Tk = nan_outside(weights_Tk, ", "weights_Tk = nan_outside(weights_Tk.astype(x_TD.dtype), "),
@@ -136,8 +149,9 @@ PRECISION_MUTANTS = (
         ("wide_BSV = logits_BSV.astype(jnp.promote_types(logits_BSV.dtype, jnp.float32))", "wide_BSV = logits_BSV"),
     ),
     Mutant(
-        "training.loss", "loss of rounded probabilities", ("F.cross_entropy(wide_NV,",
-                                                           "F.nll_loss(logits_NV.log_softmax(-1).to(wide_NV.dtype),"),
+        "training.loss", "loss of rounded probabilities",
+        ('F.cross_entropy(wide_NV, labels_N, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)',
+         'F.nll_loss(logits_NV.log_softmax(-1).to(wide_NV.dtype), labels_N, ignore_index=IGNORED, reduction="sum")'),
         ("jax.nn.logsumexp(wide_BSV, axis=-1)", "jax.nn.logsumexp(logits_BSV, axis=-1).astype(wide_BSV.dtype)"),
     ),
     Mutant(

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Integer
 
 from kempnerforge_jax.model.attention import Attention, KVCache
+from kempnerforge_jax.model.factors import scaled
 from kempnerforge_jax.model.mask import Mask
 from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.module import Module
@@ -105,7 +106,7 @@ class TransformerBlock(Module):
         return self(x, rope_cos, rope_sin, key_padding_mask=key_padding_mask, return_stats=True, **options)
 
     def _added(self, x: jax.Array, out: jax.Array) -> jax.Array:
-        return x + (out if self.residual_scale == 1 else out * self.residual_scale)
+        return x + scaled(out, self.residual_scale)
 
 
 def _normed(norm: Module | None, x: jax.Array) -> jax.Array:

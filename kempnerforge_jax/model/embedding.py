@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Integer
 
 from kempnerforge_jax.model.checks import check_ids
+from kempnerforge_jax.model.factors import divided, scaled
 from kempnerforge_jax.model.linear import Embedding, Linear, linear
 from kempnerforge_jax.model.module import Module
 from kempnerforge_jax.model.softcap import soft_capped
@@ -56,7 +57,7 @@ class TokenEmbedding(Module):
         """
         check_ids("tokens", tokens, self.embedding.num_embeddings)
         x_BSD = self.embedding(tokens)
-        return x_BSD if self.scale == 1 else x_BSD * self.scale
+        return scaled(x_BSD, self.scale)
 
 
 class _Projection(Linear):
@@ -103,8 +104,3 @@ class OutputHead(Module):
         if tuple(tied) != own:
             raise ValueError(f"embedding.weight = {tuple(tied)}: must have the head's shape {own}")
         self.proj.weight = None
-
-
-def divided(logits: Float[Array, "..."], divisor: float) -> Float[Array, "..."]:
-    """The quotient; what is divided by 1 stays as it is."""
-    return logits if divisor == 1 else logits / divisor

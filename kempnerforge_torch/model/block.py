@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.attention import Attention, KVCache
+from kempnerforge_torch.model.factors import scaled
 from kempnerforge_torch.model.mask import Mask
 from kempnerforge_torch.model.mlp import build_mlp
 from kempnerforge_torch.model.moe import build_moe_layer
@@ -103,7 +104,7 @@ class TransformerBlock(nn.Module):
         return self(x, rope_cos, rope_sin, key_padding_mask=key_padding_mask, return_stats=True, **options)
 
     def _added(self, x: Tensor, out: Tensor) -> Tensor:
-        return x + (out if self.residual_scale == 1 else out * self.residual_scale)
+        return x + scaled(out, self.residual_scale)
 
 
 def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:

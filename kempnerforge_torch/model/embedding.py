@@ -12,6 +12,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from kempnerforge_torch.model.checks import check_ids
+from kempnerforge_torch.model.factors import divided, scaled
 from kempnerforge_torch.model.linear import Embedding, Linear, linear
 from kempnerforge_torch.model.softcap import soft_capped
 
@@ -58,7 +59,7 @@ class TokenEmbedding(nn.Module):
         check_ids("tokens", tokens)
         tokens = tokens if tokens.dtype in (torch.int32, torch.int64) else tokens.long()
         x_BSD = self._look_up(tokens)
-        return x_BSD if self.scale == 1 else x_BSD * self.scale
+        return scaled(x_BSD, self.scale)
 
     def _look_up(self, tokens: Tensor) -> Tensor:
         if tokens.device.type != "cpu" or torch.compiler.is_compiling():
@@ -97,8 +98,3 @@ class OutputHead(nn.Module):
         if tied.shape != own.shape:
             raise ValueError(f"embedding.weight = {tuple(tied.shape)}: must have the head's shape {tuple(own.shape)}")
         self.proj.weight = tied
-
-
-def divided(logits: Float[Tensor, "..."], divisor: float) -> Float[Tensor, "..."]:
-    """The quotient; what is divided by 1 stays as it is."""
-    return logits if divisor == 1 else logits / divisor

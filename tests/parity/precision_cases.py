@@ -20,19 +20,34 @@ MODEL = {
 EXPERTS = {"num_experts": 4, "moe_top_k": 2, "moe_router_z_loss_weight": 0.1, "moe_aux_loss_weight": 0.1}
 BALANCED = {
     **EXPERTS, "moe_router": "sigmoid_topk", "moe_shared_experts": 1, "moe_sequence_aux_loss_weight": 0.1,
-    "moe_capacity_factor": 1.0, "moe_gradient_scale": True,
+    "moe_capacity_factor": 1.0, "moe_gradient_scale": True, "moe_shared_expert_gate": True, "moe_norm_topk_prob": False,
+    "moe_routed_scaling": 1.5, "moe_bias_schedule": "cosine_decay",
 }  # fmt: skip
 NOISE = {"type": "random", "feature_dim": 12, "num_tokens": 9}
 VIT = {"type": "vit", "image_size": SIDE, "patch_size": 2, "feature_dim": 12, "n_heads": 3, "n_layers": 1}
 VIDEO = {"max_frames": FRAMES, "min_frames": 1, "frame_size": SIDE}
 
 JOBS: dict[str, dict[str, Any]] = {
-    "dense": {"model": {"qk_norm": True, "attention_bias": True, "sliding_window": 4}},
+    "dense": {"model": {"qk_norm": True, "attention_bias": True, "attention_output_bias": False, "sliding_window": 4}},
     "dense, tied": {
         "model": {"norm_type": "layernorm", "activation": "gelu", "tie_embeddings": True},
         "train": {"scan_layers": True, "activation_checkpointing": "full", "on_nonfinite": "skip"},
     },
     "relu": {"model": {"activation": "relu"}, "train": {"activation_checkpointing": "selective"}},
+    "capped": {
+        "model": {
+            "activation": "geglu_tanh", "attention_softcap": 5.0, "logit_softcap": 3.0, "norm_placement": "both",
+            "embedding_scale": 4.9, "sliding_window": 4, "attention_pattern": ["window", "full"],
+        },
+        "train": {"logit_z_loss_weight": 0.1},
+    },
+    "scaled": {
+        "model": {
+            "residual_scale": 0.3, "logit_divisor": 4.0, "attention_scale": 0.3, "mlp_bias": True,
+            "norm_placement": "after", "qk_norm": True, "qk_norm_over": "width",
+        },
+        "train": {"label_smoothing": 0.1},
+    },
     "experts": {"model": {**EXPERTS, "moe_packed_experts": True}, "train": {"scan_layers": True}},
     "experts, balanced": {"model": {**BALANCED, "moe_frequency": 2}},
     "experts of gelu": {"model": {**EXPERTS, "activation": "gelu"}, "train": {"activation_checkpointing": "full"}},

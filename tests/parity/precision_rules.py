@@ -70,6 +70,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
                 "model.position:apply_rope": 1,
                 "model.attention:_attention": 1,
                 "model.mlp:_widened": 1,
+                "model.factors:scaled": 1,
+                "model.factors:divided": 1,
                 "model.softcap:soft_capped": 1,
                 "model.adapter:_mean_of_real": 1,
                 "model.moe:MoEMLP.forward": 1,
@@ -94,6 +96,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
             ROUNDING,
             GRADIENT,
             {
+                "model.factors:_wide": 1,
+                "model.moe:MoEMLP._shared": 1,
                 "model.norm:RMSNorm.forward": 1,
                 "model.norm:RMSNorm.factor": 1,
                 "model.norm:LayerNorm.forward": 2,
@@ -154,6 +158,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             },
             ("silu", "gelu", "silu_backward", "gelu_backward"),
         ),
+        Rule(ELEMENTWISE, WIDE_INSIDE, {"model.factors:scaled": 1, "model.factors:divided": 1}, ("mul", "div")),
         Rule(
             ELEMENTWISE,
             GATED,
@@ -208,6 +213,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
             GRADIENT,
             {
                 "model.norm:RMSNorm.forward": 1,
+                "model.norm:RMSNorm.factor": 1,
+                "model.moe:MoEMLP._shared": 1,
                 "model.norm:LayerNorm.forward": 1,
                 "model.position:apply_rope": 1,
                 "model.adapter:_mean_of_real": 1,

@@ -299,3 +299,19 @@ def check_roundings(name: str, parts: Sequence[str] = tuple(PARTS)) -> None:
         allowed = NARROW_ROUNDINGS if value.dtype == ml_dtypes.bfloat16 else WIDE_ROUNDINGS
         error = worst_row(value, truth[part], is_gradient=part.startswith("d "))
         assert error <= allowed, f"{part} of {name}: {error:.2f} roundings of {value.dtype}, {allowed} allowed"
+
+
+def check_factors(name: str) -> None:
+    """A number that bfloat16 does not hold multiplies and divides, forward and backward, as the number that it is."""
+    backend = SIDES[name]
+    factors = backend.module("model.factors")
+    x = np.arange(1, 2, 2**-7).astype(ml_dtypes.bfloat16)
+    for number in (0.3, 1 + 2**-8, 55.4256, 1 / 3):
+        for function, operation in ((factors.scaled, np.multiply), (factors.divided, np.divide)):
+            part = Part(lambda *_: None, (x.shape,))
+            given = [backend.array(x.astype(np.float64), "bfloat16")]
+            output, gradient = differentiated(backend, part, lambda x, f=function, n=number: f(x, n), given)
+            for found, of in ((output, x), (gradient, cotangent(x.shape))):
+                expected = operation(of.astype(np.float32), np.float32(number)).astype(ml_dtypes.bfloat16)
+                difference = as_float64(backend.numpy(found)) - as_float64(expected)
+                assert not difference.any(), f"{function.__name__} by {number} in {name}: {difference}"

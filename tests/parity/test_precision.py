@@ -9,6 +9,7 @@ import pytest
 from tests.mutants import BACKENDS, Mutant, in_a_process, mutants_in, not_killed, of_this_run
 from tests.mutants_precision import PRECISION_MUTANTS
 from tests.parity.precision import idle
+from tests.parity.precision_cases import JOBS, job_of
 from tests.parity.precision_checks import (
     check_decoding,
     check_forward,
@@ -18,7 +19,7 @@ from tests.parity.precision_checks import (
     check_steps,
 )
 from tests.parity.precision_rules import RULES
-from tests.parity.rounding_checks import PARTS, check_roundings
+from tests.parity.rounding_checks import PARTS, check_factors, check_roundings
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -40,6 +41,11 @@ def test_rows_are_a_few_roundings_from_float64(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_factors_are_not_rounded(backend: str) -> None:
+    check_factors(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_decides_a_route_stays_float32(backend: str) -> None:
     check_full_precision(backend)
 
@@ -47,6 +53,21 @@ def test_what_decides_a_route_stays_float32(backend: str) -> None:
 def gradients_of(*names: str) -> Callable[[str], object]:
     """A check of parts with their gradients."""
     return lambda backend: check_gradients_of(backend, *names)
+
+
+SIZES = {
+    "dim", "ffn_dim_multiplier", "ffn_hidden_dim", "head_dim", "max_seq_len", "moe_expert_ffn_multiplier", "moe_top_k",
+    "n_heads", "n_kv_heads", "n_layers", "vocab_size",
+}  # fmt: skip
+OF_TABLES = {"rope_scaling", "rope_theta", "window_rope_scaled", "window_rope_theta"}
+"""Whatever they are, tables are made and read the same way."""
+NOT_COMPUTED = {"family", "init_std", "model_type", "sdpa_backend", "norm_eps"}
+
+
+def test_every_switch_of_a_model_is_in_some_job() -> None:
+    jobs = [job_of(case).model for case in JOBS]
+    values = {field: {repr(getattr(job, field)) for job in jobs} for field in vars(jobs[0])}
+    assert {field for field, found in values.items() if len(found) == 1} <= SIZES | OF_TABLES | NOT_COMPUTED
 
 
 CHECKS: dict[str, tuple[Callable[[str], object], ...]] = {
@@ -57,8 +78,9 @@ CHECKS: dict[str, tuple[Callable[[str], object], ...]] = {
         gradients_of("attend", "probabilities"),
         lambda backend: check_roundings(backend, ["attend", "attend to all"]),
     ),
+    "model.factors": (check_factors,),
     "model.mlp": (gradients_of("SwiGLU"),),
-    "model.moe": (gradients_of("experts"),),
+    "model.moe": (gradients_of("experts"), lambda backend: check_forward(backend, ["experts, balanced"])),
     "model.dispatch": (gradients_of("experts"),),
     "model.router": (gradients_of("combine weights", "losses of routers"),),
     "model.grouped": (gradients_of("tiled_outer", "looped_outer"),),
