@@ -20,8 +20,8 @@ from kempnerforge_torch.trace import device_name
 from kempnerforge_torch.training.loss import mean_cross_entropy
 from shared_config.contract.labels import loss_terms
 from shared_config.interchange.huggingface import from_huggingface
-from shared_config.interchange.llava import from_llava
 from shared_config.interchange.vision import tower_of
+from shared_config.interchange.with_images import from_image_model
 from shared_config.parity.images import image_token
 from shared_config.parity.request import Request, logits_name, make_request, request_meta, transformer_path
 from shared_config.parity.traces import FORWARD, GRADIENT, LOSS, Trace
@@ -91,6 +91,8 @@ def _forward(model: Any, request: Request, device: torch.device) -> dict[str, Te
     config = request.config
     ids, labels = _ids(request).to(device), torch.from_numpy(np.int64(request.labels)).to(device)
     images = {} if request.pixels is None else {"pixel_values": from_numpy(request.pixels).to(device, model.dtype)}
+    if request.prompt_lengths is not None:
+        images["token_type_ids"] = _token_types(request, ids)
     output = model(ids, **images, use_cache=False, output_hidden_states=True)
     is_text = ids != image_token(config) if images else torch.ones_like(ids, dtype=torch.bool)
     texts = [row.nonzero()[:, 0] for row in is_text]
@@ -108,13 +110,24 @@ def _forward(model: Any, request: Request, device: torch.device) -> dict[str, Te
 
 
 def _ids(request: Request) -> Tensor:
-    """The tokens (B, T), and the id of the image as many times as that has tokens, where it stands in each row."""
+    """The tokens (B, T), and the id of the image as many times as that has tokens, where it stands in each row: before
+    a prompt with attention in both directions.
+    """
     tokens, tower = torch.from_numpy(np.int64(request.tokens)), tower_of(request.config)
-    if request.image_positions is None or tower is None:
+    places = request.image_positions if request.prompt_lengths is None else 0 * request.prompt_lengths
+    if places is None or tower is None:
         return tokens
     image = tokens.new_full((tower.num_tokens,), image_token(request.config) or 0)
-    rows = zip(tokens, request.image_positions.tolist(), strict=True)
+    rows = zip(tokens, places.tolist(), strict=True)
     return torch.stack([torch.cat([text[:place], image, text[place:]]) for text, place in rows])
+
+
+def _token_types(request: Request, ids: Tensor) -> Tensor:
+    """int (B, S): 0 of the image and the prompt, which see each other, 1 of what follows."""
+    assert request.prompt_lengths is not None
+    lengths_B = torch.from_numpy(np.int64(request.prompt_lengths)).to(ids.device)
+    prefix_B1 = ids.shape[1] - request.tokens.shape[1] + lengths_B[:, None]
+    return (torch.arange(ids.shape[1], device=ids.device) >= prefix_B1).long()
 
 
 def _before_next(places: Tensor, length: int) -> Tensor:
@@ -130,4 +143,4 @@ def _rows(stream: Tensor, places: Sequence[Tensor]) -> Tensor:
 def _gradients(model: Any, config: JobConfig) -> dict[str, np.ndarray]:
     """Those of what the loss depends on, by native names."""
     found = {name: to_numpy(each.grad) for name, each in model.named_parameters() if each.grad is not None}
-    return from_huggingface(found, config.model) if config.vlm is None else from_llava(found, config)
+    return from_huggingface(found, config.model) if config.vlm is None else from_image_model(found, config)

@@ -65,7 +65,8 @@ HELD_GRADIENTS = "cli.test_show.test_gradients_are_said_in_the_dtypes_in_which_t
 LAYER_KEEPS = "torch.test_activations.test_a_layer_keeps_what_the_model_of_costs_says"
 LLAVAS = "interchange.test_llava"
 IMAGE_TOKEN = "config.test_image_token"
-LLAVA, LLAVA_KEYS, TOWERS = "interchange.llava", "interchange.llava_config", "interchange.vision"
+LLAVA, LLAVA_KEYS, TOWERS = "interchange.with_images", "interchange.llava_config", "interchange.vision"
+PALIGEMMA = "interchange.test_paligemma.test_a_paligemma_of_theirs_is_the_same_function_here"
 SEEN = f"{LLAVAS}.test_a_llava_of_theirs_is_the_same_function_here"
 FEATURES = f"{LLAVAS}.test_a_feature_layer_counts_what_goes_into_the_first_block"
 FAILING = "distributed.test_health.test_those_and_only_those_that_fail_are_named"
@@ -525,12 +526,20 @@ FACT_MUTANTS = (
     ),
     FactMutant(
         LLAVA,
-        "{_linear_name(name, LINEARS): array for",
-        "{_linear_name(name, LINEARS): array.T if name.startswith('linear_2') else array for",
+        "{_linear_name(name, linears): array for",
+        "{_linear_name(name, linears): array.T if name.startswith('linear_2') else array for",
         SEEN,
         ("clip", False),
     ),
     FactMutant(LLAVA, 'STRATEGY: "default" if', 'STRATEGY: "full" if', SEEN, ("clip", False)),
+    FactMutant(LLAVA, '{**vlm, "prefix_lm": True} if', "vlm if", PALIGEMMA, ("gemma",)),
+    FactMutant(
+        TOWERS,
+        "_tower_from(file, paligemma_tower(fields), kind)",
+        "dataclasses.replace(_tower_from(file, paligemma_tower(fields), kind), final_norm=False)",
+        PALIGEMMA,
+        ("gemma",),
+    ),
     FactMutant(LLAVA_KEYS, "n_layers + 1 + index", "n_layers + index", FEATURES, (-2,)),
     FactMutant(LLAVA_KEYS, "index if index >= 0", "index + 1 if index >= 0", FEATURES, (2,)),
     FactMutant(TOWERS, '== "full"', '== "default"', SEEN, ("clip", False)),

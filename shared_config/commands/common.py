@@ -11,12 +11,12 @@ from rich.console import Console
 from shared_config.contract.vision import job_table
 from shared_config.interchange.files import regular_target
 from shared_config.interchange.huggingface import is_huggingface
-from shared_config.interchange.llava import is_llava_folder
 from shared_config.interchange.outputs import writable_folder
 from shared_config.interchange.parts import HostArray
 from shared_config.interchange.source import read_model, to_stderr
 from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import check_tensors
+from shared_config.interchange.with_images import is_image_folder
 from shared_config.loader import load_config, parse_overrides, preset_names
 from shared_config.parity.shrink import shrink
 from shared_config.schema.job import JobConfig
@@ -46,7 +46,7 @@ def folder_of(config: str) -> Path | None:
 
 def in_transformers(folder: Path) -> bool:
     """Whether a folder holds a model that transformers runs too: of text, or with images."""
-    return is_huggingface(folder) or is_llava_folder(folder)
+    return is_huggingface(folder) or is_image_folder(folder)
 
 
 def overridden_fields(overrides: Sequence[str]) -> frozenset[str]:

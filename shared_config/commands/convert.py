@@ -12,7 +12,6 @@ from shared_config.errors import UserError
 from shared_config.interchange.files import written_aside
 from shared_config.interchange.huggingface import save_huggingface
 from shared_config.interchange.huggingface_config import config_to_huggingface
-from shared_config.interchange.llava import llava_content, save_llava
 from shared_config.interchange.outputs import WRITER, claim_folder
 from shared_config.interchange.source import CONFIG, ModelSource, find_config, kind_of, read_model, to_stderr
 from shared_config.interchange.tokens import (
@@ -26,6 +25,7 @@ from shared_config.interchange.tokens import (
 from shared_config.interchange.toml import config_to_toml
 from shared_config.interchange.vision import tower_of
 from shared_config.interchange.weights import check_tensors, entry_file, save_weights
+from shared_config.interchange.with_images import image_model_content, save_image_model
 from shared_config.loader import load_config, resolve_config
 from shared_config.schema.job import JobConfig
 
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         files = (
             save_huggingface(folder, source.weights, source.config.model, tokenizer, metadata=metadata)
             if source.config.vlm is None
-            else save_llava(folder, source.weights, source.config, tokenizer, metadata=metadata)
+            else save_image_model(folder, source.weights, source.config, tokenizer, metadata=metadata)
         )
     else:
         files = save_native(folder, source, metadata, tokenizer)
@@ -98,12 +98,12 @@ def _check_expressed(config: JobConfig) -> None:
     """Refuse a model that no Hugging Face folder can hold.
 
     Raises:
-        ConfigError: as `config_to_huggingface`, or `llava_content` of a model that sees.
+        ConfigError: as `config_to_huggingface`, or `image_model_content` of a model that sees.
     """
     if config.vlm is None:
         config_to_huggingface(config.model)
     else:
-        llava_content(config)
+        image_model_content(config)
 
 
 def _config_of(path: Path, config: str | None, overrides: Sequence[str]) -> JobConfig:

@@ -232,7 +232,6 @@ FAMILIES = {
 }
 
 LACKING: Mapping[str, Mapping[str, str]] = {
-    "paligemma": {"model_type": "attention in both directions among the image and the prompt"},
     "cohere": {
         "model_type": "attention and feed-forward parts side by side, and rotary positions of neighbouring channels",
         "layer_norm_eps": "norms that subtract the mean and have no bias",

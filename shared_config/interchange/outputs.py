@@ -15,12 +15,12 @@ from shared_config.errors import UserError
 from shared_config.interchange import huggingface, run_layout
 from shared_config.interchange.files import PathLike, make_folder
 from shared_config.interchange.huggingface_config import config_from_huggingface, config_to_huggingface
-from shared_config.interchange.llava import llava_content
 from shared_config.interchange.reading import parse_json
 from shared_config.interchange.source import CONFIG
 from shared_config.interchange.tensors import TensorFile, is_trace
 from shared_config.interchange.toml import config_from_toml
 from shared_config.interchange.weights import INDEX, SINGLE
+from shared_config.interchange.with_images import image_model_content
 from shared_config.schema.data import DataConfig
 from shared_config.schema.job import JobConfig
 
@@ -192,7 +192,7 @@ def _has_config(folder: Path, kind: str, config: JobConfig) -> bool:
     except (OSError, ValueError):
         return False
     if config.vlm is not None:
-        return isinstance(there, Mapping) and _same_llava(there, llava_content(config))
+        return isinstance(there, Mapping) and _same_image_model(there, image_model_content(config))
     return isinstance(there, Mapping) and _same_model(there, config_to_huggingface(config.model))
 
 
@@ -209,7 +209,7 @@ def _same_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
         return False
 
 
-def _same_llava(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+def _same_image_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     """Special ids are the tokenizer's."""
     return {key: there.get(key) for key in here} == here
 

@@ -32,6 +32,7 @@ PROCESSORS = {
 SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 WITHOUT_EFFECT = (
     "image_processor_type",
+    "image_seq_length",
     "feature_extractor_type",
     "processor_class",
     "default_to_square",

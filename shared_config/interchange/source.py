@@ -20,7 +20,7 @@ from shared_config.contract.lora import without_adapters
 from shared_config.contract.parameters import aliases, parameter_table
 from shared_config.contract.warm_start import TRANSFORMER
 from shared_config.errors import ConfigError, UserError
-from shared_config.interchange import checkpoint, huggingface, llava, run_layout
+from shared_config.interchange import checkpoint, huggingface, run_layout, with_images
 from shared_config.interchange.files import PathLike
 from shared_config.interchange.former import current_fields, is_former
 from shared_config.interchange.parts import HostArray
@@ -192,7 +192,7 @@ def _read_weights(
 ) -> Mapping[str, HostArray]:
     if kind == "huggingface":
         if config.vlm is not None:
-            return llava.load_llava(path, config)
+            return with_images.load_image_model(path, config)
         return huggingface.views_from_huggingface(load_weights(path), config.model)
     if kind == "checkpoint":
         kept = average_of(config.optimizer) if average or config.optimizer.averages else evaluated_average(config)
@@ -225,8 +225,8 @@ def _folder(path: Path) -> Path:
 def _huggingface_fields(folder: Path) -> dict[str, object]:
     """The model, and what follows from it for a job: the folder's tokenizer, sequences that fit, and `FINE_TUNING`."""
     sections: Mapping[str, Mapping[str, object]]
-    if llava.is_llava_folder(folder):
-        sections = llava.read_llava_config(folder)
+    if with_images.is_image_folder(folder):
+        sections = with_images.read_image_config(folder)
     else:
         sections = {"model": huggingface.read_huggingface_config(folder)}
     model = sections["model"]

@@ -1,5 +1,5 @@
 """Vision towers in local Hugging Face folders (config.json, safetensors): SigLIP and CLIP, alone, with a text tower, or
-within a LLaVA. SigLIP 2 of fixed resolution is a SigLIP.
+within a LLaVA or a PaliGemma. SigLIP 2 of fixed resolution is a SigLIP.
 
 Nothing is fetched: what is not in the folder is an error that says so.
 """
@@ -23,6 +23,7 @@ from shared_config.interchange.llava_config import (
     setting,
     tower_content,
 )
+from shared_config.interchange.paligemma_config import is_paligemma, paligemma_problems, paligemma_tower
 from shared_config.interchange.preprocessor import PixelRange, read_preprocessor
 from shared_config.interchange.reading import read_json
 from shared_config.interchange.weights import WeightsError, check_tensors, load_weights
@@ -177,6 +178,8 @@ def read_tower(folder: str | Path, kind: str) -> TowerConfig:
         )
     if model_type == MODEL_TYPE:
         return _tower_of_llava(file, fields, kind)
+    if is_paligemma(fields):
+        return _tower_of_paligemma(file, fields, kind)
     if model_type not in MODEL_TYPES[kind]:
         raise UserError(f"{file}: model_type = {model_type!r}: type {kind!r} needs {' or '.join(MODEL_TYPES[kind])}")
     own = fields if "vision_config" not in fields else fields["vision_config"] or {}
@@ -200,6 +203,15 @@ def _tower_of_llava(file: Path, fields: Mapping[str, object], kind: str) -> Towe
         raise ConfigError([f"{file}: {problem}" for problem in error.problems]) from error
     keep = tower.class_token and setting(fields, STRATEGY) == "full"
     return dataclasses.replace(tower, n_layers=blocks, final_norm=False, keep_class_token=keep)
+
+
+def _tower_of_paligemma(file: Path, fields: Mapping[str, object], kind: str) -> TowerConfig:
+    """All blocks, and the norm after the last."""
+    if problems := list(paligemma_problems(fields)):
+        raise ConfigError([f"{file}: {problem}" for problem in problems])
+    if kind != "siglip2":
+        raise UserError(f"{file}: vision_config.model_type = 'siglip_vision_model': type {kind!r} needs another tower")
+    return _tower_from(file, paligemma_tower(fields), kind)
 
 
 def _tower_from(file: Path, own: Mapping[str, object], kind: str) -> TowerConfig:

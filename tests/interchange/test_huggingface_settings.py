@@ -301,7 +301,6 @@ def test_scales_that_are_0_or_alone_count_for_nothing(factors: dict[str, float],
 OTHER_FAMILIES = {
     "cohere": ["model_type = 'cohere'", "layer_norm_eps = 1e-05"],
     "gpt_oss": ["model_type = 'gpt_oss'", "swiglu_limit = 7.0"],
-    "paligemma": ["model_type = 'paligemma'"],
     "deepseek_v3": ["kv_lora_rank = 512", "n_group = 8", "first_k_dense_replace = 3"],
 }
 

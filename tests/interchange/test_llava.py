@@ -24,10 +24,10 @@ from kempnerforge_torch.model.generate import generate
 from kempnerforge_torch.model.state import get_state, set_state
 from kempnerforge_torch.model.vlm import VLMWrapper, build_vlm_wrapper
 from shared_config.errors import UserError
-from shared_config.interchange.llava import from_llava, read_llava_config, save_llava
 from shared_config.interchange.llava_config import DEFAULTS, TEXT_DEFAULTS, TOWER, feature_blocks
 from shared_config.interchange.source import read_config, read_model
 from shared_config.interchange.weights import WeightsError, load_weights, save_weights
+from shared_config.interchange.with_images import from_image_model, read_image_config, save_image_model
 from shared_config.loader import load_config
 from shared_config.parity.validation import validation_tokens
 from shared_config.schema.job import JobConfig
@@ -92,7 +92,7 @@ def check(model: Any, folder: Path, positions: list[list[int]] | None) -> None:
     decoded = continuations(model, pixels, tokens[:, :PROMPT], in_prompt, NEW_TOKENS)
     logits = logits_of_text(model, pixels, tokens, places)
     (logits * torch.from_numpy(scales)).sum().backward()
-    wanted = from_llava(gradients(model), config)
+    wanted = from_image_model(gradients(model), config)
 
     ours = wrapper(config).double()
     set_state(ours, state)
@@ -150,7 +150,7 @@ def assert_back(
     model: Any, config: JobConfig, state: Named, folder: Path, pixels: np.ndarray, tokens: np.ndarray
 ) -> None:
     """Written here and read again: the same state here, and in transformers the same logits, to the bit."""
-    save_llava(folder, state, config)
+    save_image_model(folder, state, config)
     again = read_model(folder)
     assert again.config.model == config.model
     assert again.weights.keys() == state.keys()
@@ -273,7 +273,7 @@ def test_keys_left_out_mean_what_transformers_says(tmp_path: Path) -> None:
 
 
 def test_sections_follow_from_a_folder(tmp_path: Path) -> None:
-    found = read_llava_config(folder_with(tmp_path, projector_hidden_act="relu"))
+    found = read_image_config(folder_with(tmp_path, projector_hidden_act="relu"))
     assert found["vision_encoder"] == {"type": "clip", "path": str(tmp_path)}
     assert found["adapter"] == {"type": "mlp_2layer", "activation": "relu"}
     assert found["vlm"] == {"arch": "joint_decoder", "max_text_len": POSITIONS - 16, "image_token_id": 32000}

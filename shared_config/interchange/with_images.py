@@ -1,4 +1,5 @@
-"""LLaVAs in Hugging Face folders: config and weights of a `joint_decoder`, read and written.
+"""LLaVAs and PaliGemmas in Hugging Face folders: config and weights of a `joint_decoder`, read and written. Which of
+them a config is follows from ``vlm.prefix_lm``.
 
 Names of tensors are those of transformers 5 or 4; written are the latter, which both read.
 """
@@ -35,6 +36,14 @@ from shared_config.interchange.llava_config import (
     text_fields,
     tower_kind,
 )
+from shared_config.interchange.paligemma_config import (
+    PALIGEMMA_TEXTS,
+    is_paligemma,
+    paligemma_content,
+    paligemma_image_token,
+    paligemma_problems,
+    paligemma_text,
+)
 from shared_config.interchange.preprocessor import FILES
 from shared_config.interchange.reading import read_json
 from shared_config.interchange.states import Key, host_array, plain_state
@@ -54,21 +63,27 @@ TEXT = {
 """Start of a language model's name in the folder -> that of the same tensor in a folder of its own."""
 
 PROJECTORS = ("multi_modal_projector.", "model.multi_modal_projector.")
-LINEARS = {"linear_1": "proj1", "linear_2": "proj2"}
+LINEARS: Mapping[str, Mapping[str, str]] = {
+    "mlp_2layer": {"linear_1": "proj1", "linear_2": "proj2"},
+    "linear": {"linear": "proj"},
+}
+"""Names of a projector's maps there -> here, by type of adapter."""
+
 PARTS = ("vision_encoder.", "adapter.", "transformer.")
 TOWER = "vision_tower.vision_model."
 UNUSED_NORM = "post_layernorm"
 
 
-def is_llava_folder(folder: PathLike) -> bool:
-    """Whether a folder has the config.json of a LLaVA."""
+def is_image_folder(folder: PathLike) -> bool:
+    """Whether a folder has the config.json of a LLaVA or a PaliGemma."""
     try:
-        return is_llava(read_json(Path(folder) / CONFIG))
+        content = read_json(Path(folder) / CONFIG)
     except UserError:
         return False
+    return is_llava(content) or is_paligemma(content)
 
 
-def read_llava_config(folder: PathLike) -> dict[str, dict[str, object]]:
+def read_image_config(folder: PathLike) -> dict[str, dict[str, object]]:
     """The sections of a `JobConfig` that a folder's config.json describes.
 
     Raises:
@@ -77,12 +92,13 @@ def read_llava_config(folder: PathLike) -> dict[str, dict[str, object]]:
     """
     path = Path(folder) / CONFIG
     content = read_json(path)
-    problems = list(llava_problems(content))
+    has_prefix = is_paligemma(content)
+    problems = list((paligemma_problems if has_prefix else llava_problems)(content))
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
-    kind = tower_kind(content)
+    kind = "siglip2" if has_prefix else tower_kind(content)
     try:
-        model = text_fields(content)
+        model = (paligemma_text if has_prefix else text_fields)(content)
     except ConfigError as error:
         raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from error
     tokens, positions = read_tower(Path(folder), kind).num_tokens, model["max_seq_len"]
@@ -91,15 +107,17 @@ def read_llava_config(folder: PathLike) -> dict[str, dict[str, object]]:
         needed = f"more than the {tokens} tokens of an image"
         raise ConfigError([f"{path}: text_config.max_position_embeddings = {positions}: must be {needed}"])
     text = min(JointDecoderConfig().max_text_len, positions - tokens)
+    vlm: dict[str, object] = {"arch": "joint_decoder", "max_text_len": text, "image_token_id": _image_token(content)}
+    adapter = {"type": "mlp_2layer", "activation": setting(content, ACTIVATION)} if not has_prefix else {}
     return {
         "model": model,
-        "vlm": {"arch": "joint_decoder", "max_text_len": text, "image_token_id": setting(content, IMAGE_TOKEN)},
+        "vlm": {**vlm, "prefix_lm": True} if has_prefix else vlm,
         "vision_encoder": {"type": kind, "path": str(folder)},
-        "adapter": {"type": "mlp_2layer", "activation": setting(content, ACTIVATION)},
+        "adapter": adapter or {"type": "linear"},
     }
 
 
-def load_llava(path: PathLike, config: JobConfig) -> dict[str, np.ndarray]:
+def load_image_model(path: PathLike, config: JobConfig) -> dict[str, np.ndarray]:
     """The weights of a folder, by native names, in model order.
 
     Args:
@@ -108,12 +126,14 @@ def load_llava(path: PathLike, config: JobConfig) -> dict[str, np.ndarray]:
 
     Raises:
         UserError: a file that is missing or damaged.
-        WeightsError: as `from_llava`.
+        WeightsError: as `from_image_model`.
     """
-    return from_llava(load_weights(path), config, str(path))
+    return from_image_model(load_weights(path), config, str(path))
 
 
-def from_llava(there: Mapping[str, np.ndarray], config: JobConfig, source: str = "weights") -> dict[str, np.ndarray]:
+def from_image_model(
+    there: Mapping[str, np.ndarray], config: JobConfig, source: str = "weights"
+) -> dict[str, np.ndarray]:
     """A state under native names, in model order. What the tower has behind the layer of the features is left there.
 
     Raises:
@@ -123,20 +143,20 @@ def from_llava(there: Mapping[str, np.ndarray], config: JobConfig, source: str =
     extra = [f"{name}: unexpected" for name in there if not name.startswith(known)]
     if extra:
         raise WeightsError(source, extra)
-    tower = _tower(config)
+    tower, linears = _tower(config), LINEARS[_adapter(config).type]
     projector = {own: array for name, array in there.items() if (own := _projector_name(name))}
     check_tensors(projector, _projector_table(_adapter(config), tower.dim, config.model.dim), source)
     text = {own: array for name, array in there.items() if (own := _text_name(name))}
     parts: Mapping[str, Mapping[str, object]] = {
         PARTS[0]: select_tower_weights(there, tower, source),
-        PARTS[1]: {_linear_name(name, LINEARS): array for name, array in projector.items()},
+        PARTS[1]: {_linear_name(name, linears): array for name, array in projector.items()},
         PARTS[2]: from_huggingface(text, config.model),
     }
     state = {part + name: host_array(name, array) for part, own in parts.items() for name, array in own.items()}
     return {name: state[name] for name in job_table(config, tower)}
 
 
-def save_llava(
+def save_image_model(
     folder: PathLike,
     state: Mapping[Key, object],
     config: JobConfig,
@@ -150,11 +170,11 @@ def save_llava(
         options: those of `save_weights`.
 
     Raises:
-        ConfigError: as `llava_content`.
+        ConfigError: as `image_model_content`.
     """
-    content = llava_content(config)
+    content = image_model_content(config)
     ids = {} if tokenizer is None else special_ids(tokenizer)
-    files = save_weights(folder, to_llava(state, config), **options)
+    files = save_weights(folder, to_image_model(state, config), **options)
     files += [] if tokenizer is None else copy_tokenizer(tokenizer, Path(folder))
     files += _copy_preprocessor(Path(_encoder_path(config)), Path(folder))
     path = Path(folder) / CONFIG
@@ -163,25 +183,29 @@ def save_llava(
     return [*files, path]
 
 
-def llava_content(config: JobConfig) -> dict[str, object]:
+def image_model_content(config: JobConfig) -> dict[str, object]:
     """The content of config.json. The tower ends with the layer that features come from; without
     ``vlm.image_token_id`` the id of the image token is that of the folder that the tower is from.
 
     Raises:
-        ConfigError: naming every field that no LLaVA has.
+        ConfigError: naming every field that no LLaVA or PaliGemma has.
     """
     if problems := list(_not_expressed(config)):
         raise ConfigError(problems)
-    if (family := family_of(config.model)) not in TEXT_DEFAULTS:
-        raise ConfigError([f"model.family = {family!r}: must be {' or '.join(TEXT_DEFAULTS)}"])
     tower, encoder = _tower(config), config.vision_encoder
     assert encoder is not None
     assert config.vlm is not None
-    source = read_json(Path(encoder.path) / CONFIG)
+    texts = PALIGEMMA_TEXTS if config.vlm.has_prefix else tuple(TEXT_DEFAULTS)
+    if (family := family_of(config.model)) not in texts:
+        raise ConfigError([f"model.family = {family!r}: must be {' or '.join(texts)}"])
+    own = config.vlm.image_token
+    image_token = _image_token(read_json(Path(encoder.path) / CONFIG)) if own is None else own
+    if config.vlm.has_prefix:
+        return paligemma_content(config.model, _tower_content(config), image_token)
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": MODEL_TYPE,
-        "image_token_index": setting(source, IMAGE_TOKEN) if config.vlm.image_token is None else config.vlm.image_token,
+        IMAGE_TOKEN: image_token,
         "image_seq_length": tower.num_tokens,
         ACTIVATION: _adapter(config).activation,
         STRATEGY: "default" if tower.class_token and not tower.keep_class_token else "full",
@@ -189,24 +213,31 @@ def llava_content(config: JobConfig) -> dict[str, object]:
         "multimodal_projector_bias": True,
         "tie_word_embeddings": config.model.tie_embeddings,
         "text_config": config_to_huggingface(config.model),
-        "vision_config": {
-            "model_type": next(name for name, kind in TOWER_TYPES.items() if kind == encoder.type),
-            "hidden_size": tower.dim,
-            "intermediate_size": tower.ffn_hidden_dim,
-            "num_hidden_layers": tower.n_layers,
-            "num_attention_heads": tower.n_heads,
-            "image_size": tower.image_size,
-            "patch_size": tower.patch_size,
-            "num_channels": 3,
-            "hidden_act": tower.activation,
-            "layer_norm_eps": tower.norm_eps,
-            **({} if tower.class_token else {"vision_use_head": False}),
-        },
+        "vision_config": _tower_content(config),
     }
 
 
-def to_llava(state: Mapping[Key, object], config: JobConfig) -> dict[str, object]:
-    """The state under Hugging Face's names, with the norm after the tower that transformers has and does not use.
+def _tower_content(config: JobConfig) -> dict[str, object]:
+    tower, encoder = _tower(config), config.vision_encoder
+    assert encoder is not None
+    return {
+        "model_type": next(name for name, kind in TOWER_TYPES.items() if kind == encoder.type),
+        "hidden_size": tower.dim,
+        "intermediate_size": tower.ffn_hidden_dim,
+        "num_hidden_layers": tower.n_layers,
+        "num_attention_heads": tower.n_heads,
+        "image_size": tower.image_size,
+        "patch_size": tower.patch_size,
+        "num_channels": 3,
+        "hidden_act": tower.activation,
+        "layer_norm_eps": tower.norm_eps,
+        **({} if tower.class_token else {"vision_use_head": False}),
+    }
+
+
+def to_image_model(state: Mapping[Key, object], config: JobConfig) -> dict[str, object]:
+    """The state under Hugging Face's names, of a LLaVA with the norm after the tower that transformers has and does not
+    use.
 
     Raises:
         WeightsError: if the state isn't exactly what the config needs.
@@ -216,7 +247,7 @@ def to_llava(state: Mapping[Key, object], config: JobConfig) -> dict[str, object
     vision, adapter, text = (
         {name.removeprefix(part): array for name, array in native.items() if name.startswith(part)} for part in PARTS
     )
-    back = {ours: theirs for theirs, ours in LINEARS.items()}
+    back = {ours: theirs for theirs, ours in LINEARS[_adapter(config).type].items()}
     found: dict[str, object] = {
         f"language_model.{name}": array for name, array in to_huggingface(text, config.model).items()
     }
@@ -227,6 +258,9 @@ def to_llava(state: Mapping[Key, object], config: JobConfig) -> dict[str, object
         found[TOWER + hugging_face_name(name)] = (
             values.reshape(tower.dim, 3, tower.patch_size, tower.patch_size) if is_patch else values
         )
+    assert config.vlm is not None
+    if config.vlm.has_prefix:
+        return found
     norm = {"weight": np.ones(tower.dim, np.float32), "bias": np.zeros(tower.dim, np.float32)}
     return found | {f"{TOWER}{UNUSED_NORM}.{name}": values for name, values in norm.items()}
 
@@ -236,18 +270,27 @@ def _not_expressed(config: JobConfig) -> Iterator[str]:
     if config.vlm is None or config.vlm.arch != "joint_decoder" or encoder is None:
         yield f"vlm.arch = {None if config.vlm is None else config.vlm.arch!r}: must be 'joint_decoder'"
         return
+    has_prefix = config.vlm.has_prefix
+    name, needed = ("PaliGemma", "linear") if has_prefix else ("LLaVA", "mlp_2layer")
+    towers = ("siglip2",) if has_prefix else tuple(TOWER_TYPES.values())
     if config.video is not None:
-        yield "video: must be absent, as a LLaVA sees one picture"
-    if adapter.type != "mlp_2layer":
-        yield f"adapter.type = {adapter.type!r}: must be 'mlp_2layer'"
+        yield f"video: must be absent, as a {name} sees one picture"
+    if adapter.type != needed:
+        yield f"adapter.type = {adapter.type!r}: must be {needed!r}"
+    elif has_prefix:
+        pass
     elif adapter.hidden_dim not in (0, config.model.dim):
         yield f"adapter.hidden_dim = {adapter.hidden_dim}: must be 0 or model.dim = {config.model.dim}"
     elif adapter.activation not in PROJECTOR_ACTIVATIONS:
         yield f"adapter.activation = {adapter.activation!r}: must be one of {', '.join(PROJECTOR_ACTIVATIONS)}"
-    if encoder.type not in TOWER_TYPES.values():
-        yield f"vision_encoder.type = {encoder.type!r}: must be {' or '.join(TOWER_TYPES.values())}"
-    elif not is_llava_folder(encoder.path):
-        yield f"vision_encoder.path = {encoder.path!r}: must be the folder of a LLaVA, which names the image token"
+    if encoder.type not in towers:
+        yield f"vision_encoder.type = {encoder.type!r}: must be {' or '.join(towers)}"
+    elif not is_image_folder(encoder.path) or is_paligemma(read_json(Path(encoder.path) / CONFIG)) != has_prefix:
+        yield f"vision_encoder.path = {encoder.path!r}: must be the folder of a {name}, which names the image token"
+
+
+def _image_token(content: Mapping[str, object]) -> object:
+    return paligemma_image_token(content) if is_paligemma(content) else setting(content, IMAGE_TOKEN)
 
 
 def _tower(config: JobConfig) -> TowerConfig:
@@ -265,7 +308,7 @@ def _encoder_path(config: JobConfig) -> str:
 
 
 def _projector_table(adapter: AdapterConfig, in_dim: int, out_dim: int) -> ParameterTable:
-    back = {ours: theirs for theirs, ours in LINEARS.items()}
+    back = {ours: theirs for theirs, ours in LINEARS[adapter.type].items()}
     return {_linear_name(name, back): spec for name, spec in adapter_table(adapter, in_dim, out_dim).items()}
 
 
