@@ -365,6 +365,7 @@ def test_differences_say_where_and_how_much() -> None:
     empty = difference(np.zeros((0, 2)), np.zeros((0, 2)))
     assert dataclasses.astuple(empty) == (0, 0, 0, 0, (0, 0), 0, 0, 0)
     assert difference([1.0], [0.0]).relative_error == np.inf
+    assert refusal(lambda: difference(np.ones(2), 1j * np.ones(2))) == "dtype = complex128: must be a real dtype"
     assert refusal(lambda: difference(np.ones(2), np.ones(3))) == "shape = (2,): must be that of the truth, (3,)"
     assert refusal(lambda: as_float64(np.ones(2, complex))) == "dtype = complex128: must be a real dtype"
     assert allowed_error([3.0, np.inf, 4.0], 0.0, 10, 2.0**-8) == pytest.approx(4 * 2.0**-8 * 12.5**0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from shared_config.cli import main
 from shared_config.contract.activations import WIDENED, buffer_bytes, expert_rows, gathers_tokens
 from shared_config.contract.counts import count_parameters, flops_per_token, training_memory
 from shared_config.contract.labels import rows_of_logits
-from shared_config.contract.scale import HARDWARE, Cost, Hardware, cost_of, parse_hardware, transfer_seconds
+from shared_config.contract.scale import HARDWARE, Cost, Hardware, candidates, cost_of, parse_hardware, transfer_seconds
 from shared_config.contract.sharding import Layout, layout_of
 from shared_config.contract.traffic import Traffic, step_traffic
 from shared_config.errors import UserError
@@ -372,6 +373,30 @@ def test_what_is_held_is_what_the_table_of_memory_says(name: str, layout: Layout
     )
     memory = training_memory(job, layout.devices)
     assert cost_of(job, layout.devices, H100).memory.states == memory.parameters + memory.gradients + memory.optimizer
+
+
+@given(st.sampled_from(MODELS), layouts)
+def test_the_total_is_the_sum_of_the_parts(model: str, layout: Layout) -> None:
+    memory = cost(model, layout, micro_batches=4).memory
+    assert memory.total == sum(dataclasses.asdict(memory).values())
+
+
+@pytest.mark.parametrize("model", ["llama3_8b", "moe_small"])
+def test_layouts_that_are_tried_are_all_there_is_and_differ(model: str) -> None:
+    """By a loop over the sizes of every axis."""
+    job, devices, rows = load_config(model), 64, 128
+    tokens = rows * job.train.seq_len * job.train.batch_size
+    found = [layout_of(each.distributed, devices) for each in candidates(job, devices, tokens)]
+    powers = [1, 2, 4, 8, 16, 32, 64]
+    experts = [1] if model == "llama3_8b" else [ep for ep in (1, 8, 64, 128) if job.model.num_experts % ep == 0]
+    sizes = itertools.product([1, 8, 64], powers, [1, 2, 4, 8], [1, 2, 4, 8, 16], [1, 2], experts)
+    expected = {
+        Layout(dp_replicate=copies, dp_shard=shards, tp=tp, pp=pp, cp=cp, ep=ep)
+        for copies, shards, tp, pp, cp, ep in sizes
+        if copies * shards * ep * tp * pp * cp == devices
+    }
+    assert len(found) == len(set(found))
+    assert set(found) == expected
 
 
 def test_a_layout_s_costs_stand_beside_its_memory(capsys: pytest.CaptureFixture[str]) -> None:

@@ -334,6 +334,9 @@ def test_a_row_ends_with_any_of_several_ids(backend: Any, kind: Any) -> None:
     np.testing.assert_array_equal(continued(backend, model, PROMPTS, **options), truth)
     steps = list(generation(backend).stream(model, PROMPTS, NEW, pad_token_id=-7, **options))
     np.testing.assert_array_equal(np.stack(steps, axis=1), truth[:, (truth != -7).any(axis=0)])
+    others = [token for token in range(PLAIN.vocab_size) if token not in free][: 17 - len(stops)]
+    many = continued(backend, model, PROMPTS, **{**options, "eos_token_id": kind([*others, *stops])})
+    np.testing.assert_array_equal(many, truth, err_msg="one more than a power of two")
     none = continued(backend, model, PROMPTS, **{**options, "eos_token_id": kind([])})
     np.testing.assert_array_equal(none, free)
 

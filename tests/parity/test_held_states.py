@@ -211,3 +211,10 @@ def test_tokens_that_experts_took_are_counted_in_integers(backend: Torch, padded
     assert str(stats.expert_counts.dtype).removeprefix("torch.") == "int32"
     assert backend.numpy(stats.expert_counts).tolist() == [2, 2, 2]
     assert str(stats.dropped.dtype).removeprefix("torch.") == "int32"
+
+
+@on_both
+def test_rows_that_a_cache_keeps_are_a_list(backend: Torch) -> None:
+    cache = backend.module("model.attention").KVCache(2, 8, 1, 4)
+    with pytest.raises(ValueError, match=r"rows\.shape = \(1, 2\): must be \(2,\)"):
+        cache.reorder(backend.array(np.array([[1, 0]])))
