@@ -64,6 +64,7 @@ def decode(config: JobConfig, weights: Arrays, decoding: Decoding, *, device: st
             "seed": decoding.seed,
             "prefill_chunk": decoding.prefill_chunk,
             "pixel_values": pixels,
+            "image_positions": decoding.places,
             **decoding.sampling,
         }
         steps = stream(model, decoding.prompts, decoding.new_tokens, **options)
@@ -108,6 +109,7 @@ def _request(model: Any, decoding: Decoding, pixels: Any) -> Request:
         sampling,
         prefill_chunk=decoding.prefill_chunk,
         pixel_values=pixels,
+        image_positions=decoding.places,
     )
 
 
@@ -116,11 +118,12 @@ def _whole(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: jax.Array
     graphdef, params, buffers = split(model)
 
     @jax.jit
-    def run(params: Any, buffers: Any, inputs: tuple[Any, ...], prompts: dict[str, jax.Array]) -> jax.Array:
-        return merge(graphdef, params, buffers).run(*inputs, **prompts, limit_capacity=False).logits
+    def run(params: Any, buffers: Any, inputs: tuple[Any, ...], placed: dict[str, Any]) -> jax.Array:
+        return merge(graphdef, params, buffers).run(*inputs, **placed, limit_capacity=False).logits
 
-    prompts = {} if pixels is None else _prompts(model, decoding)
-    logits_BSV = run(params, buffers, (tokens_BS,) if pixels is None else (pixels, tokens_BS), prompts)
+    inputs = (tokens_BS,) if pixels is None else (pixels, tokens_BS)
+    placed = {} if pixels is None else {**_prompts(model, decoding), **decoding.placed(tokens_BS.shape[1])}
+    logits_BSV = run(params, buffers, inputs, placed)
     return np.take_along_axis(to_numpy(logits_BSV), positions_BN[..., None], axis=1)
 
 
@@ -131,20 +134,21 @@ def _prompts(model: Any, decoding: Decoding) -> dict[str, jax.Array]:
 
 
 def captured(
-    config: JobConfig, weights: Arrays, tokens: np.ndarray, pixels: np.ndarray | None, *, device: str | None
+    config: JobConfig, weights: Arrays, tokens: np.ndarray, images: Mapping[str, np.ndarray], *, device: str | None
 ) -> tuple[Arrays, Arrays]:
     """The outputs of every module; see `shared_config.parity.work.Backend`."""
     with jax.enable_x64(True), jax.default_device(find_device(device)):
         model = _model(config, weights, device)
         store = ActivationStore(model)
         inputs: tuple[Any, ...] = (jnp.asarray(tokens),)
-        if pixels is not None:
-            inputs = (jnp.asarray(pixels, jnp.float64), *inputs)
+        placed = {name: jnp.asarray(array) for name, array in images.items() if name != "pixel_values"}
+        if images:
+            inputs = (jnp.asarray(images["pixel_values"], jnp.float64), *inputs)
         store.enable()
-        model.run(*inputs)
+        model.run(*inputs, **placed)
         store.disable()
         stored = _flat({name: value for name, value in store.activations.items() if name != "transformer"})
-        if pixels is not None:
+        if images:
             return stored, {}
         extracted = extract_representations(model, list(tokens), activation_names(model))
         assert extracted is not None

@@ -90,7 +90,7 @@ def _forward(model: Any, request: Request, device: torch.device) -> dict[str, Te
     """
     config = request.config
     ids, labels = _ids(request).to(device), torch.from_numpy(np.int64(request.labels)).to(device)
-    images = {} if request.pixels is None else {"pixel_values": from_numpy(request.pixels).to(device, model.dtype)}
+    images = {} if request.pixels is None else {"pixel_values": _pixels(request).to(device, model.dtype)}
     if request.prompt_lengths is not None:
         images["token_type_ids"] = _token_types(request, ids)
     output = model(ids, **images, use_cache=False, output_hidden_states=True)
@@ -100,7 +100,7 @@ def _forward(model: Any, request: Request, device: torch.device) -> dict[str, Te
     layers = [f"{path}layers.{layer}" for layer in range(config.model.n_layers - 1)]
     embedded, *streams = output.hidden_states  # of the last layer it shows nothing
     logits = _rows(output.logits, [_before_next(places, ids.shape[1]) for places in texts])
-    tensors = {f"{FORWARD}/adapter": _rows(embedded, [(~row).nonzero()[:, 0] for row in is_text])} if images else {}
+    tensors = {f"{FORWARD}/adapter": _of_images(embedded, is_text, request)} if images else {}
     tensors[f"{FORWARD}/{path}token_embedding"] = _rows(embedded, texts)
     tensors |= {f"{FORWARD}/{name}": each for name, each in zip([*layers, f"{path}norm"], streams, strict=True)}
     tensors[logits_name(config)] = logits
@@ -110,16 +110,28 @@ def _forward(model: Any, request: Request, device: torch.device) -> dict[str, Te
 
 
 def _ids(request: Request) -> Tensor:
-    """The tokens (B, T), and the id of the image as many times as that has tokens, where it stands in each row: before
-    a prompt with attention in both directions.
+    """The tokens (B, T), and the id of an image as many times as that has tokens, where each stands in a row: before a
+    prompt with attention in both directions.
     """
     tokens, tower = torch.from_numpy(np.int64(request.tokens)), tower_of(request.config)
     places = request.image_positions if request.prompt_lengths is None else 0 * request.prompt_lengths
     if places is None or tower is None:
         return tokens
-    image = tokens.new_full((tower.num_tokens,), image_token(request.config) or 0)
-    rows = zip(tokens, places.tolist(), strict=True)
-    return torch.stack([torch.cat([text[:place], image, text[place:]]) for text, place in rows])
+    image, rows = image_token(request.config) or 0, zip(request.tokens, places, strict=True)
+    placed = [np.insert(text, np.repeat(own, tower.num_tokens), image) for text, own in rows]
+    return torch.from_numpy(np.int64(np.stack(placed)))
+
+
+def _pixels(request: Request) -> Tensor:
+    """Of all images, one after the other."""
+    assert request.pixels is not None
+    return from_numpy(request.pixels).flatten(0, -4)
+
+
+def _of_images(stream: Tensor, is_text: Tensor, request: Request) -> Tensor:
+    """Of (B, S, D) the positions of images, (B * N, n, D)."""
+    own = _rows(stream, [(~row).nonzero()[:, 0] for row in is_text])
+    return own.reshape(len(own) * request.images, -1, own.shape[-1])
 
 
 def _token_types(request: Request, ids: Tensor) -> Tensor:

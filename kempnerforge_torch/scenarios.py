@@ -62,6 +62,7 @@ def decode(config: JobConfig, weights: Arrays, decoding: Decoding, *, device: st
         "seed": decoding.seed,
         "prefill_chunk": decoding.prefill_chunk,
         "pixel_values": pixels,
+        "image_positions": decoding.places,
         **decoding.sampling,
     }
     steps = stream(model, decoding.prompts, decoding.new_tokens, **options)
@@ -100,17 +101,19 @@ def _request(model: Any, decoding: Decoding, pixels: Any) -> Request:
         sampling,
         prefill_chunk=decoding.prefill_chunk,
         pixel_values=pixels,
+        image_positions=decoding.places,
     )
 
 
 def _whole(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: torch.Tensor | None) -> np.ndarray:
     tokens_BS, positions_BN = decoding.followed_by(new_BN)
-    inputs: tuple[Any, ...] = (torch.from_numpy(tokens_BS).long().to(next(model.parameters()).device),)
-    prompts = {} if pixels is None else _prompts(model, decoding)
+    device = next(model.parameters()).device
+    inputs: tuple[Any, ...] = (torch.from_numpy(tokens_BS).long().to(device),)
+    placed = {name: torch.from_numpy(array).to(device) for name, array in decoding.placed(tokens_BS.shape[1]).items()}
+    placed |= {} if pixels is None else _prompts(model, decoding)
     with inference(model):
-        logits_BSV = model.run(
-            *(inputs if pixels is None else (pixels, *inputs)), **prompts, limit_capacity=False
-        ).logits
+        inputs = inputs if pixels is None else (pixels, *inputs)
+        logits_BSV = model.run(*inputs, **placed, limit_capacity=False).logits
     return np.take_along_axis(to_numpy(logits_BSV), positions_BN[..., None], axis=1)
 
 
@@ -121,20 +124,21 @@ def _prompts(model: Any, decoding: Decoding) -> dict[str, torch.Tensor]:
 
 
 def captured(
-    config: JobConfig, weights: Arrays, tokens: np.ndarray, pixels: np.ndarray | None, *, device: str | None
+    config: JobConfig, weights: Arrays, tokens: np.ndarray, images: Mapping[str, np.ndarray], *, device: str | None
 ) -> tuple[Arrays, Arrays]:
     """The outputs of every module; see `shared_config.parity.work.Backend`."""
     model, target = _model(config, weights, device), find_device(device)
     store = ActivationStore(model)
     inputs: tuple[Any, ...] = (torch.from_numpy(tokens).long().to(target),)
-    if pixels is not None:
-        inputs = (from_numpy(pixels).to(target, torch.float64), *inputs)
+    placed = {name: torch.from_numpy(array).to(target) for name, array in images.items() if name != "pixel_values"}
+    if images:
+        inputs = (from_numpy(images["pixel_values"]).to(target, torch.float64), *inputs)
     store.enable()
     with torch.no_grad():
-        model.run(*inputs)
+        model.run(*inputs, **placed)
     store.disable()
     stored = _flat({name: value for name, value in store.activations.items() if name != "transformer"})
-    if pixels is not None:
+    if images:
         return stored, {}
     extracted = extract_representations(model, list(tokens), activation_names(model))
     assert extracted is not None

@@ -13,6 +13,7 @@ from kempnerforge_jax.device import find_device, process_count
 from kempnerforge_jax.distributed.devices import Device
 from shared_config.contract.sharding import MESH_AXES, Layout, layout_of, refusals, unsupported
 from shared_config.errors import ConfigError, UserError
+from shared_config.interchange.vision import tower_of
 from shared_config.schema.job import JobConfig
 
 
@@ -37,7 +38,7 @@ def open_mesh(config: JobConfig, devices: Sequence[Device]) -> Mesh | None:
     layout = layout_of(config.distributed, len(devices))
     if len(devices) == 1:
         return None
-    if problems := [*refusals(config), *unsupported(config, "jax", devices[0].platform)]:
+    if problems := [*refusals(config), *unsupported(config, "jax", tower_of(config), devices[0].platform)]:
         raise ConfigError(problems)
     if problems := list(_torn_ranks(layout, devices)):
         raise ConfigError(problems)

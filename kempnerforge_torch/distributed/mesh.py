@@ -22,6 +22,7 @@ from shared_config.contract.sharding import (
     unsupported,
 )
 from shared_config.errors import ConfigError
+from shared_config.interchange.vision import tower_of
 from shared_config.schema.job import JobConfig
 
 
@@ -70,7 +71,7 @@ def open_mesh(config: JobConfig, device: torch.device) -> Mesh | None:
     layout = layout_of(config.distributed, processes)
     if processes == 1:
         return None
-    if problems := [*refusals(config), *unsupported(config, "torch")]:
+    if problems := [*refusals(config), *unsupported(config, "torch", tower_of(config))]:
         raise ConfigError(problems)
     names = tuple(axis for axis in MESH_AXES if layout.size(axis) > 1 or axis == "dp_shard")
     axes = init_device_mesh(device.type, tuple(layout.size(axis) for axis in names), mesh_dim_names=names)

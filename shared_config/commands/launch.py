@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from shared_config.contract.sharding import layout_of, refusals, unsupported
 from shared_config.errors import ConfigError, UserError
+from shared_config.interchange.vision import tower_of
 from shared_config.loader import load_config
 from shared_config.schema.base import shown
 
@@ -36,7 +37,7 @@ def check_layout(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """
     config = load_config(options.config, overrides)
     layout_of(config.distributed, options.nodes * options.gpus_per_node)
-    if problems := [*refusals(config), *unsupported(config, options.backend, "gpu")]:
+    if problems := [*refusals(config), *unsupported(config, options.backend, tower_of(config), "gpu")]:
         raise ConfigError(problems)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from shared_config.contract.sharding import has_axes, refusals, unsupported
 from shared_config.errors import ConfigError
+from shared_config.interchange.vision import tower_of
 from shared_config.loader import parse_overrides
 from shared_config.parity.layouts import described
 from shared_config.parity.plan import BACKENDS
@@ -64,7 +65,16 @@ def reasons_against(config: JobConfig, layout: DistributedConfig) -> list[str]:
     config = config.replace(distributed=layout, train=train)
     backends = [backend for backend in BACKENDS if has_axes(backend, layout)]
     found = [f"distributed.{line}" for line in layout.problems_on(layout.fewest_devices)]
-    return [*found, *refusals(config), *(line for backend in backends for line in unsupported(config, backend))]
+    tower = tower_of(config)
+    return [*found, *refusals(config), *(line for backend in backends for line in unsupported(config, backend, tower))]
+
+
+def layouts_left_out(config: JobConfig, device: str) -> dict[str, str]:
+    """The layouts that ``--full`` does not compare, with the reason."""
+    if device != "cpu":
+        return {"layouts": f"--device {device}: must be cpu, where their processes can run"}
+    against = {described(layout): reasons_against(config, layout) for layout in USUAL}
+    return {name: "; ".join(reasons) for name, reasons in against.items() if reasons}
 
 
 def without_layout(overrides: Sequence[str]) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from shared_config.commands.common import (
     in_transformers,
     writable_file,
 )
-from shared_config.commands.layouts import layouts_to_compare, on_one_device, without_layout
+from shared_config.commands.layouts import USUAL, layouts_left_out, layouts_to_compare, on_one_device, without_layout
 from shared_config.commands.processes import environment_of, living_pipe, reasons
 from shared_config.commands.show import readable_bytes
 from shared_config.commands.verdict import show_errors, show_findings, show_first_differences
@@ -40,7 +40,7 @@ from shared_config.parity.dtypes import DTYPES, dtypes_of
 from shared_config.parity.layouts import described
 from shared_config.parity.plan import BACKENDS, LAYOUTS_STAGE, TRANSFORMERS, Finding, Plan
 from shared_config.parity.report import write_report
-from shared_config.parity.scenarios import PARTS, resume_folder
+from shared_config.parity.scenarios import PARTS, left_out, resume_folder
 from shared_config.parity.shrink import shrink
 from shared_config.parity.transformers_check import rows
 from shared_config.schema.job import JobConfig
@@ -220,6 +220,14 @@ def judge(plan: Plan) -> list[Finding]:
     return [finding for check in plan.checks for finding in check.judge(plan)]
 
 
+def not_compared(plan: Plan) -> dict[str, str]:
+    """What a full validation has, and this one of a config not; with the reason."""
+    if not plan.full:
+        return {}
+    asked = any(layout not in USUAL for layout in plan.layouts)
+    return left_out(plan.config) | ({} if asked else layouts_left_out(plan.config, plan.device))
+
+
 def show(screen: Console, plan: Plan, findings: Sequence[Finding], seconds: float) -> bool:
     """Print the verdict; tell whether all is the same."""
     same = show_findings(screen, findings)
@@ -229,6 +237,8 @@ def show(screen: Console, plan: Plan, findings: Sequence[Finding], seconds: floa
         if not comparison.equal:
             screen.rule(name)
             show_first_differences(screen, comparison)
+    for name, reason in not_compared(plan).items():
+        screen.print(f"left out: {name}, {reason}", markup=False, highlight=False)
     for layout in plan.layouts:
         for backend in BACKENDS:
             if backend not in plan.backends_of(layout):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from shared_config.contract.parameters import EMBEDDING
 from shared_config.contract.specs import ParameterSpec
+from shared_config.contract.vision import TowerConfig
 from shared_config.errors import ConfigError
 from shared_config.schema.distributed import DistributedConfig
 from shared_config.schema.job import JobConfig
@@ -175,9 +176,12 @@ def has_axes(backend: str, layout: DistributedConfig) -> bool:
     return not any(getattr(layout, axis) > 1 and backend not in having for axis, having in SOME_BACKENDS.items())
 
 
-def unsupported(config: JobConfig, backend: str, platform: str = "cpu") -> list[str]:
+def unsupported(config: JobConfig, backend: str, tower: TowerConfig | None, platform: str = "cpu") -> list[str]:
     """Why a backend can't use a layout, in which a model could be trained, on the devices of a platform, as "cpu" or
     "gpu"; a line for each reason. (XLA can't divide cuDNN's attention where it has a part of the mesh.)
+
+    Args:
+        tower: the vision tower of the job, if it has one.
     """
     layout = config.distributed
     problems = [
@@ -185,8 +189,7 @@ def unsupported(config: JobConfig, backend: str, platform: str = "cpu") -> list[
         for axis, having in SOME_BACKENDS.items()
         if (size := getattr(layout, axis)) > 1 and backend not in having
     ]
-    tower = config.vision_encoder
-    if backend == "torch" and tower is not None and tower.type == "vit" and tower.n_heads % layout.tp:
+    if backend == "torch" and tower is not None and tower.n_heads % layout.tp:
         problems.append(
             f"distributed.tp = {layout.tp}: must divide vision_encoder.n_heads = {tower.n_heads} for backend torch"
         )

@@ -49,8 +49,8 @@ class Request:
         weights: float32, or as they were given, by name of the parameter table.
         origin: "validation", "init" or "given".
         tokens, labels: int32 (B, S).
-        pixels: float32 (B, 3, s, s) or (B, F, 3, s, s), of a vision-language model.
-        image_positions: int32 (B,), how many tokens stand before the image, where a token of prompts says so.
+        pixels: float32 (B, 3, s, s), (B, N, 3, s, s) or (B, F, 3, s, s), of a vision-language model.
+        image_positions: int32 (B,) or (B, N), how many tokens stand before an image, where a token of prompts says so.
         prompt_lengths: int32 (B,), how many are the prompt, where that has attention in both directions.
         selection: what to record.
         refeed: what the layers are given instead of their own inputs; None for a plain run.
@@ -69,6 +69,12 @@ class Request:
     selection: Selection = field(default_factory=Selection)
     refeed: Refeed | None = None
     routes: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        """N, how many images with a place each a row has."""
+        places = self.image_positions
+        return 1 if places is None or places.ndim == 1 else places.shape[1]
 
     def modules(self, names: Iterable[str]) -> list[str]:
         """Those of all modules whose outputs are recorded."""
@@ -227,11 +233,15 @@ def seeded_values(config: JobConfig, seed: int) -> Arrays:
 
 
 def cache_size(request: Request, num_image_tokens: int) -> tuple[int, int, int, int]:
-    """Batch, slots, key/value heads and their size of the caches that decode a request."""
+    """Batch, slots, key/value heads and their size of the caches that decode a request.
+
+    Args:
+        num_image_tokens: of an image or a clip.
+    """
     config = request.config
     heads = config.model.kv_heads if config.vlm is None else config.vlm.cached_kv_heads(config.model)
     batch, length = request.tokens.shape
-    return batch, num_image_tokens + length, heads, config.model.head_size
+    return batch, num_image_tokens * request.images + length, heads, config.model.head_size
 
 
 def can_decode(config: JobConfig) -> bool:

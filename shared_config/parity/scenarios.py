@@ -22,13 +22,13 @@ from shared_config.interchange import checkpoint
 from shared_config.interchange.checkpoint import TrainingState
 from shared_config.interchange.vision import tower_of
 from shared_config.parity.dtypes import narrow_dtypes, roundoffs_of
-from shared_config.parity.images import image_token
+from shared_config.parity.images import image_token, images_of, pixels
 from shared_config.parity.numerics import difference, perturbation_maxima
 from shared_config.parity.recording import DELTA_RUNS, delta_and_parts
 from shared_config.parity.request import WHOLE, Arrays, can_decode, make_request, request_meta
 from shared_config.parity.traces import DECODE, FORWARD, GRADIENT, LOSS, ROUTING, Trace, group_of
 from shared_config.parity.validation import drawn_tokens
-from shared_config.parity.work import Backend, Decoding, Trained, Work, scenario_batch, scenario_pixels, unpadded
+from shared_config.parity.work import Backend, Decoding, Trained, Work, scenario_batch, unpadded
 from shared_config.schema.job import JobConfig
 from shared_config.training.trainer import Batch
 
@@ -88,12 +88,19 @@ def record_scenario(
 
 def applicable(config: JobConfig) -> list[str]:
     """The scenarios that make sense for a config."""
-    left_out = [] if config.vlm is None else ["documents"]
-    if not can_decode(config):
-        left_out += ["generate", "ring"]
-    elif config.model.sliding_window is not None:
-        left_out += ["generate"]
-    return [name for name in SCENARIOS if name not in left_out]
+    return [name for name in SCENARIOS if name not in left_out(config)]
+
+
+def left_out(config: JobConfig) -> dict[str, str]:
+    """The other scenarios, with the reason."""
+    reasons = {}
+    if config.vlm is not None:
+        reasons["documents"] = f"vlm.arch = {config.vlm.arch!r}: rows with images are not packed from documents"
+        if not can_decode(config):
+            reasons |= dict.fromkeys(("generate", "ring"), f"vlm.arch = {config.vlm.arch!r}: can't generate")
+    if config.model.sliding_window is not None and can_decode(config):
+        reasons["generate"] = f"model.sliding_window = {config.model.sliding_window}: ring is what generates"
+    return reasons
 
 
 def scenario_config(config: JobConfig, name: str) -> JobConfig:
@@ -178,14 +185,23 @@ def _generate(backend: Backend, work: Work) -> Outcome:
     config = work.config
     draw = stream(work.seed, "scenario/prompts")
     prompts = [drawn_tokens(draw, config.model.vocab_size, length, image_token(config)) for length in PROMPTS]
-    decoding = Decoding(prompts, scenario_pixels(work, len(prompts)), seed=work.seed)
+    shown = pixels(config, len(prompts), work.seed)
+    places = None
+    if shown is not None and config.vlm is not None and config.vlm.places_image:
+        counts = [max(images_of(config) - row, 1) for row in range(len(prompts))]
+        rows = zip(prompts, counts, strict=True)
+        places = [sorted(draw.integers(0, len(prompt), count).tolist()) for prompt, count in rows]
+    decoding = Decoding(prompts, shown, places, seed=work.seed)
     found = backend.decode(config, work.weights, decoding, device=work.device)
     return {f"{DECODE}/{name}": array for name, array in found.items()}, {}
 
 
 def _captures(backend: Backend, work: Work) -> Outcome:
     request = make_request(work.config, dtype="float64", seed=work.seed)
-    stored, extracted = backend.captured(work.config, work.weights, request.tokens, request.pixels, device=work.device)
+    images = {"pixel_values": request.pixels, "image_positions": request.image_positions}
+    images["prompt_lengths"] = request.prompt_lengths
+    given = {name: array for name, array in images.items() if array is not None}
+    stored, extracted = backend.captured(work.config, work.weights, request.tokens, given, device=work.device)
     tensors = {f"{FORWARD}/{name}": array for name, array in stored.items()}
     return tensors | {f"extracted/{name}": array for name, array in extracted.items()}, {}
 

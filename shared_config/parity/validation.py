@@ -82,12 +82,13 @@ def validation_pixels(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return (drawn / 127.5 - 1).astype(np.float32)
 
 
-def validation_positions(batch_size: int, length: int, seed: int) -> np.ndarray:
-    """int32 (batch_size,): after how many of ``length`` tokens the image of each row stands, up to `LATEST`, others in
-    neighbouring rows.
+def validation_positions(batch_size: int, length: int, seed: int, images: int = 1) -> np.ndarray:
+    """int32 (batch_size,), or (batch_size, images) of several: after how many of ``length`` tokens the images of each
+    row stand, up to `LATEST`, in order, and others in neighbouring rows.
     """
     order = stream(seed, "validation/image positions").permutation(min(length, LATEST) + 1)
-    return np.resize(order, batch_size).astype(np.int32)
+    places = np.sort(np.resize(order, (batch_size, images)), axis=1).astype(np.int32)
+    return places if images > 1 else places[:, 0]
 
 
 def validation_prompts(batch_size: int, length: int, seed: int) -> np.ndarray:

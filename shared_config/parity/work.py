@@ -12,10 +12,9 @@ import numpy as np
 from shared_config.contract.initialise import stream
 from shared_config.contract.labels import IGNORED
 from shared_config.interchange.checkpoint import TrainingState
-from shared_config.interchange.vision import picture_format
-from shared_config.parity.images import image_positions, image_token, prompt_lengths
+from shared_config.parity.images import image_positions, image_token, pixels, prompt_lengths
 from shared_config.parity.request import Arrays, default_length
-from shared_config.parity.validation import drawn_tokens, validation_pixels
+from shared_config.parity.validation import drawn_tokens
 from shared_config.schema.job import JobConfig
 from shared_config.training.trainer import Batch
 
@@ -58,11 +57,13 @@ class Decoding:
 
     Attributes:
         prompts: int32 rows of any lengths.
-        pixels: float32 (B, [F,] 3, s, s); None without images.
+        pixels: float32 (B, [F,] 3, s, s) or (B, N, 3, s, s); None without images.
+        places: of each prompt, how many of its tokens stand before each of its images, N at most; None: they have none.
     """
 
     prompts: Sequence[np.ndarray]
     pixels: np.ndarray | None
+    places: Sequence[Sequence[int]] | None = None
     new_tokens: int = NEW_TOKENS
     prefill_chunk: int = PREFILL_CHUNK
     seed: int = 0
@@ -82,6 +83,16 @@ class Decoding:
     def prompt_lengths(self) -> np.ndarray:
         """int32 (B,)."""
         return np.array([len(prompt) for prompt in self.prompts], np.int32)
+
+    def placed(self, length: int) -> dict[str, np.ndarray]:
+        """What a forward of ``length`` tokens is told of images that have places of their own."""
+        if self.places is None:
+            return {}
+        counts = np.array([len(row) for row in self.places])
+        exists = np.arange(counts.max()) < counts[:, None]
+        positions = np.full(exists.shape, length, np.int32)
+        positions[exists] = np.concatenate(self.places)
+        return {"image_positions": positions, "frame_mask": exists}
 
 
 class Backend(Protocol):
@@ -111,10 +122,17 @@ class Backend(Protocol):
         ...
 
     def captured(
-        self, config: JobConfig, weights: Arrays, tokens: np.ndarray, pixels: np.ndarray | None, *, device: str | None
+        self,
+        config: JobConfig,
+        weights: Arrays,
+        tokens: np.ndarray,
+        images: Mapping[str, np.ndarray],
+        *,
+        device: str | None,
     ) -> tuple[Arrays, Arrays]:
         """The outputs of every module, as `ActivationStore` and `extract_representations` give them; the latter is
-        empty where there are images.
+        empty where there are images: ``pixel_values``, with ``image_positions`` or ``prompt_lengths`` where a trace
+        has them.
         """
         ...
 
@@ -164,15 +182,15 @@ def scenario_batch(
         starts, ends = np.array(REAL).T[..., None]
         real = (np.arange(length) >= starts) & (np.arange(length) < ends)
         batch |= {"text_mask": real, "labels": np.where(real, labels, np.int32(IGNORED))}
-    pixels = scenario_pixels(work, ROWS)
-    if pixels is not None:
-        batch["pixel_values"] = pixels
+    shown = pixels(config, ROWS, work.seed)
+    if shown is not None:
+        batch["pixel_values"] = shown
         places = image_positions(config, tokens.shape, work.seed)
         batch |= {} if places is None else {"image_positions": places}
         prompts = prompt_lengths(config, tokens.shape, work.seed)
         batch |= {} if prompts is None else {"prompt_lengths": prompts}
-        if padded and pixels.ndim == 5:
-            batch["frame_mask"] = np.arange(pixels.shape[1]) < np.array([[pixels.shape[1]], [1]])
+        if padded and shown.ndim == 5:
+            batch["frame_mask"] = np.arange(shown.shape[1]) < np.array([[shown.shape[1]], [1]])
     return batch
 
 
@@ -184,13 +202,3 @@ def unpadded(batch: Batch) -> dict[str, np.ndarray]:
     if pixels is not None and pixels.ndim == 5:
         mask["frame_mask"] = batch.get("frame_mask", np.ones(pixels.shape[:2], bool))
     return mask
-
-
-def scenario_pixels(work: Work, rows: int) -> np.ndarray | None:
-    """Drawn pixels for some rows; None for a text model."""
-    config = work.config
-    if config.vlm is None or config.vision_encoder is None:
-        return None
-    side = picture_format(config.vision_encoder, config.video).side
-    shape = (3, side, side) if config.video is None else (config.video.max_frames, 3, side, side)
-    return validation_pixels((rows, *shape), work.seed)

@@ -151,12 +151,12 @@ def take_steps(config: Any, count: int, step: Callable[[Sequence[Line]], Mapping
 
 def drawn(config: Any, number: int) -> dict[str, np.ndarray]:
     """The micro-batch of a number."""
-    from shared_config.parity.work import Work, scenario_pixels
+    from shared_config.parity.images import pixels as drawn_pixels
 
     rng, shape = np.random.default_rng(number), (config.train.batch_size, config.train.seq_len)
     tokens = "tokens" if config.vlm is None else "input_ids"
     batch = {name: rng.integers(0, config.model.vocab_size, shape, dtype=np.int32) for name in (tokens, "labels")}
-    pixels = scenario_pixels(Work(config, "float32", number, {}, False, None, None), shape[0])
+    pixels = drawn_pixels(config, shape[0], number)
     return batch if pixels is None else {**batch, "pixel_values": pixels.astype(np.float32)}
 
 

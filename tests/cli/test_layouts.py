@@ -15,7 +15,7 @@ from hypothesis import settings
 
 from shared_config.cli import main
 from shared_config.commands import validate
-from shared_config.commands.layouts import USUAL, layouts_to_compare
+from shared_config.commands.layouts import USUAL, layouts_left_out, layouts_to_compare
 from shared_config.contract.sharding import MESH_AXES
 from shared_config.errors import UserError
 from shared_config.interchange.toml import config_to_toml
@@ -25,9 +25,12 @@ from shared_config.parity.layout_checks import ALONE, config_of, most_held
 from shared_config.parity.layouts import CLIP, LAYOUT, MOST, described
 from shared_config.parity.plan import BACKENDS, CHECKS, LAYOUTS_STAGE, Plan
 from shared_config.parity.provenance import expected_meta, initial_hash
+from shared_config.parity.scenarios import SCENARIOS, applicable, left_out
 from shared_config.parity.shrink import shrink
 from shared_config.parity.traces import Trace, write_trace
+from shared_config.schema.architecture import VLMConfig
 from shared_config.schema.distributed import DistributedConfig
+from tests.interchange.llavas import llava_folder
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 TINY = (
@@ -66,6 +69,35 @@ def test_what_can_not_be_is_refused_before_anything_starts(
     arguments, said = REFUSED[name]
     assert main(["validate", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_heads_of_a_tower_in_a_folder_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(validate, "run_processes", lambda *_: pytest.fail("a process was started"))
+    folder = str(llava_folder(tmp_path))
+    said = "distributed.tp = 2: must divide vision_encoder.n_heads = 3 for backend torch"
+    assert main(["validate", folder, "--distributed.tp=2"]) == 2
+    assert said in capsys.readouterr().err
+    assert main(["launch", folder, "--backend=torch", "--slurm", "--gpus-per-node=2", "--distributed.tp=2"]) == 2
+    assert said in capsys.readouterr().err
+    assert not any(layout.tp > 1 for layout in usual(folder))
+    assert layouts_left_out(load_config(folder), "cpu")[TITLE] == said
+
+
+@pytest.mark.parametrize("name", ["debug", "debug_moe", *(f"debug_vlm_{arch}" for arch in VLMConfig.architectures())])
+def test_a_full_validation_compares_a_thing_or_says_why_not(name: str) -> None:
+    config = load_config(name)
+    against = layouts_left_out(config, "cpu")
+    assert set(map(described, usual(name))).isdisjoint(against)
+    assert {*map(described, usual(name)), *against} == set(map(described, USUAL))
+    assert set(applicable(config)).isdisjoint(left_out(config))
+    assert {*applicable(config), *left_out(config)} == set(SCENARIOS)
+    plan = Plan(config, Path(), full=True, layouts=usual(name))
+    assert validate.not_compared(plan) == left_out(config) | against
+    assert all(reason for reason in validate.not_compared(plan).values())
+    assert validate.not_compared(dataclasses.replace(plan, full=False)) == {}
+    assert layouts_left_out(config, "cuda").keys() == {"layouts"}
 
 
 def test_the_usual_layouts_are_those_that_a_model_allows() -> None:

@@ -17,10 +17,11 @@ from shared_config.interchange.checkpoint import TrainingState
 from shared_config.parity import full_checks
 from shared_config.parity import plan as planning
 from shared_config.parity.checks import outcome
+from shared_config.parity.images import pixels as pixels_of
 from shared_config.parity.plan import Finding, Plan
 from shared_config.parity.scenarios import applicable, record_scenario, scenario_config
 from shared_config.parity.traces import Trace
-from shared_config.parity.work import Decoding, Trained, Work, scenario_batch, scenario_pixels, unpadded
+from shared_config.parity.work import Decoding, Trained, Work, scenario_batch, unpadded
 from shared_config.schema.job import JobConfig
 from tests.config.test_validation_golden import CONFIGS, digest, digests, together
 from tests.golden import check_golden
@@ -81,9 +82,10 @@ class Fake:
         return {"streamed": tokens, "generated": generated, "cached": logits + self.off("cached"), "whole": logits}
 
     def captured(
-        self, config: JobConfig, weights: Any, tokens: Any, pixels: Any, *, device: str | None
+        self, config: JobConfig, weights: Any, tokens: Any, images: Any, *, device: str | None
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        self.note("captured", together(weights), digest(tokens), None if pixels is None else digest(pixels), device)
+        pixels = digest(images["pixel_values"]) if images else None
+        self.note("captured", together(weights), digest(tokens), pixels, device)
         stored = {name: array + self.off("captured") for name, array in FORWARD.items()}
         return stored | ({"own": np.ones(2)} if self.wrong == "own capture" else {}), {"norm": np.ones(3)}
 
@@ -132,7 +134,7 @@ def test_scenarios(tmp_path: Path) -> None:
         padded = scenario_batch(work(config), "y", padded=True)
         assert all(array is padded[mask] for mask, array in unpadded(padded).items())
         lines.append(digests(padded))
-        pixels = scenario_pixels(work(config), 3)
+        pixels = pixels_of(config, 3, work(config).seed)
         lines.append("none" if pixels is None else digest(pixels))
         lines.append(str(scenario_config(config, "ring").model.sliding_window))
     check_golden("scenarios.txt", "\n".join(lines) + "\n")

@@ -149,14 +149,19 @@ PARTS = (
 """A chat template that wants the content of messages as a list."""
 
 
-def llava_folder(folder: Path, template: str | None = PARTS, positions: int = 128) -> Path:
+def llava_folder(folder: Path, template: str | None = PARTS, positions: int = 128, heads: int = 3) -> Path:
     """A small LLaVA in float32 as transformers saves it, with a byte-level tokenizer that has a token for an image."""
     tokenizer_folder(folder, template)
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_special_tokens([IMAGE_TEXT])
     tokenizer.save(str(folder / "tokenizer.json"))
     tower = transformers.CLIPVisionConfig(
-        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, image_size=12, patch_size=6
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        image_size=12,
+        patch_size=6,
     )
     text = transformers.LlamaConfig(
         vocab_size=tokenizer.get_vocab_size() + 1,

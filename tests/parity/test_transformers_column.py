@@ -25,6 +25,7 @@ from shared_config.errors import UserError
 from shared_config.interchange.toml import config_to_toml
 from shared_config.loader import load_config
 from shared_config.parity.checks import outcome
+from shared_config.parity.images import images_of
 from shared_config.parity.plan import BACKENDS, CHECKS, TRANSFORMERS, Plan
 from shared_config.parity.traces import Trace, read_trace, write_trace
 from shared_config.parity.transformers_check import rows
@@ -54,8 +55,11 @@ def plan(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 @pytest.fixture(scope="module", params=["clip", *["siglip2"] * NIGHTLY])
 def llava_plan(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """Of a small LLaVA."""
-    return plan_of(llava_folder(request.param, tmp_path_factory.mktemp("llava")), tmp_path_factory.mktemp("results"))
+    """Of a small LLaVA, whose rows of text have two images."""
+    folder = llava_folder(request.param, tmp_path_factory.mktemp("llava"))
+    plan = plan_of(folder, tmp_path_factory.mktemp("results"), "--vlm.max_text_len=14")
+    assert images_of(plan.config) == 2
+    return plan
 
 
 def llava_folder(tower: str, folder: Path) -> Path:
@@ -71,8 +75,8 @@ def llava_folder(tower: str, folder: Path) -> Path:
     return saved(build_llava(config, seed=1).float(), folder)
 
 
-def plan_of(folder: Path, results: Path) -> Plan:
-    config = load_config(str(folder))
+def plan_of(folder: Path, results: Path, *overrides: str) -> Plan:
+    config = load_config(str(folder), overrides)
     weights = {name: np.asarray(value) for name, value in fitting_weights(folder, config, []).items()}
     plan = Plan(config, results, DTYPES, weights=folder, weights_hash=state_hash(weights), foreign=True)
     plan.config_file.write_text(config_to_toml(config))
