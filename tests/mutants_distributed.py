@@ -311,6 +311,11 @@ DISTRIBUTED_MUTANTS = (
         Case("dense", 4, {"tp": 2}, MUON),
     ),
     torch_bug(
+        "training.muon", "the matrices of shards of a stack that is split too",
+        "if all(axis < direction.ndim - 2", "if any(axis < direction.ndim - 2",
+        Case("sigmoid", 4, {"ep": 2, "tp": 2}, MUON),
+    ),
+    torch_bug(
         "distributed.vocabulary", "smoothing over a part of the vocabulary",
         "summed_over(wide_BSV.sum(dim=-1), group) / vocab_size", "wide_BSV.mean(dim=-1)",
         Case("dense", 4, {"tp": 2}, MUON),
