@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +246,40 @@ def test_rotary_layouts_are_proposed_up_to_the_most_heads(heads: int) -> None:
     a = {"q": drawn(4 * heads, 2)}
     b = transfer(a, make_map({"q": ("wq", f"interleave {heads}", "transpose")}))
     np.testing.assert_array_equal(transfer(a, propose_map(a, b).map)["wq"], b["wq"])
+
+
+@given(st.data(), st.integers(3, 5))
+def test_axes_in_any_order_are_proposed_from_values_and_from_shapes(data: st.DataObject, axes: int) -> None:
+    """As the kernels of convolutions have them. Axes of one length leave shapes a choice, which the probe settles."""
+    order = data.draw(st.permutations(range(axes)))
+    lengths = data.draw(st.lists(st.integers(2, 4), min_size=axes, max_size=axes))
+    a = {f"blocks.{n}.kernel": drawn(*lengths, seed=n) for n in range(2)}
+    b = {name.replace("kernel", "w"): value.transpose(order) for name, value in a.items()}
+    moved = transfer(a, propose_map(a, b).map)
+    assert all(np.array_equal(moved[name], b[name]) for name in b)
+    others = {name: drawn(*value.shape, seed=9) for name, value in b.items()}
+    orders = [
+        each
+        for each in itertools.permutations(range(axes))
+        if [lengths[x] for x in each] == [lengths[x] for x in order]
+    ]
+    if len(orders) > 1:
+        with pytest.raises(UserError, match="shapes leave a choice, which a probe would settle"):
+            propose_map(a, others)
+
+    def probe(names: Map) -> bool:
+        return all(np.array_equal(value, b[name]) for name, value in transfer(a, names).items())
+
+    found = propose_map(a, others, probe)
+    assert found.evidence == (("probe",) if len(orders) > 1 else ("shapes",))
+    assert probe(found.map)
+
+
+def test_kernels_of_convolutions_are_tried_with_channels_last_first() -> None:
+    a, tried = {"conv.weight": drawn(8, 8, 3, 3)}, []
+    with pytest.raises(UserError, match="of 4 maps that shapes allow the probe accepts none"):
+        propose_map(a, {"conv.kernel": drawn(3, 3, 8, 8, seed=9)}, lambda names: bool(tried.append(names)))
+    assert [str(op) for op in tried[0].weights[0].layout] == ["permute 2 3 1 0"]
 
 
 def test_tensors_of_the_same_values_are_not_told_apart_by_them() -> None:

@@ -20,6 +20,8 @@ from shared_config.parity.foreign.mapping import Map, Rule
 VALUES, SHAPES, PROBE = "values", "shapes", "probe"
 MOST_TRIALS = 720
 """Maps that a probe is asked about."""
+MOST_AXES = 5
+"""Of tensors whose axes may come in another order."""
 HEADS = 128
 """Most heads that a rotary layout is looked for with."""
 
@@ -198,8 +200,22 @@ def _right(rule: Rule) -> str:
 
 
 def _orientations(a: tuple[int, ...], b: tuple[int, ...]) -> list[tuple[Op, ...]]:
-    found: list[tuple[Op, ...]] = [()] if a == b else []
-    return [*found, (Op("transpose"),)] if len(a) == 2 and a[::-1] == b else found
+    """Every order of axes that makes one shape the other, the usual ones first: as it is, the last two exchanged, and
+    for convolutions from channels first to channels last and back.
+    """
+    if len(a) != len(b) or len(a) > MOST_AXES:
+        return [()] if a == b else []
+    axes = tuple(range(len(a)))
+    usual = [axes, (*axes[:-2], *axes[:-3:-1]), (*axes[2:], *axes[1::-1]), (*axes[:-3:-1], *axes[:-2])]
+    orders = dict.fromkeys([*usual, *itertools.permutations(axes)])
+    return [_turned(order) for order in orders if tuple(a[axis] for axis in order) == b]
+
+
+def _turned(order: tuple[int, ...]) -> tuple[Op, ...]:
+    axes = tuple(range(len(order)))
+    if order == axes:
+        return ()
+    return (Op("transpose"),) if order == (*axes[:-2], *axes[:-3:-1]) else (Op("permute", order),)
 
 
 def _layouts(a: tuple[int, ...], b: tuple[int, ...]) -> Iterator[tuple[Op, ...]]:
