@@ -46,7 +46,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         message = user_message(options.prompt, shown, config)
         prompt = conversation_ids(template_of(tokenizer, image_token_of(config)), [message])
     else:
-        prompt = encode_prompt(tokenizer, options.prompt, config.model.vocab_size)
+        prompt = encode_prompt(tokenizer, options.prompt, config)
     seen = asked(prompt, options, config)
     manner = manner_of(options, config, tokenizer)
     require_backend(options.backend)
@@ -65,15 +65,16 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, vocab_size: int) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, text: str, config: JobConfig) -> list[int]:
     """The ids of a prompt, without a start-of-text id if the model has none.
 
     Raises:
         UserError: nothing to begin with.
     """
-    prompt = tokenizer.encode_prompt(text)
-    if tokenizer.bos is not None and tokenizer.bos >= vocab_size:
-        prompt = [token for token in prompt if token != tokenizer.bos]
+    has_prefix = config.vlm is not None and config.vlm.has_prefix
+    prompt = tokenizer.encode_prefix(text) if has_prefix else tokenizer.encode_prompt(text)
+    if tokenizer.begin is not None and tokenizer.begin >= config.model.vocab_size:
+        prompt = [token for token in prompt if token != tokenizer.begin]
     if not prompt:
         raise UserError(f"--prompt = {text!r}: must not be empty, as the vocabulary has no token that begins a text")
     return prompt

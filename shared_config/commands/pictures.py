@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared_config.contract.image_token import without_image_tokens
+from shared_config.contract.image_token import check_first_image, without_image_tokens
 from shared_config.data.image_sources import read_pictures
 from shared_config.errors import UserError
 from shared_config.interchange.vision import picture_format, tokens_per_image
@@ -42,7 +42,7 @@ def image_token_of(config: JobConfig) -> int | None:
 
 def takes_several(config: JobConfig) -> bool:
     """Whether a prompt may have several pictures, each at its own place; those of a clip are one."""
-    return image_token_of(config) is not None and config.video is None
+    return config.vlm is not None and config.vlm.places_image and config.video is None
 
 
 def user_message(text: str, pictures: int, config: JobConfig) -> dict[str, object]:
@@ -74,6 +74,9 @@ def prompt_with(name: str, ids: Sequence[int], frames: np.ndarray | None, config
     """
     count = 0 if frames is None else 1 if config.video is not None else len(frames)
     text, places = without_image_tokens(name, np.asarray(ids), image_token_of(config), count)
+    has_prefix = config.vlm is not None and config.vlm.has_prefix
+    if has_prefix:
+        check_first_image(name, places, 1)
     stated = len(text) < len(ids)
     if stated and places[-1] == len(text):
         raise UserError(f"{name} ends with the id of the image, {ids[-1]}: must go on with text")
@@ -85,6 +88,6 @@ def prompt_with(name: str, ids: Sequence[int], frames: np.ndarray | None, config
     return Prompt(
         text.tolist(),
         numbers[None] if config.video is not None or len(frames) > 1 else numbers,
-        positions if stated else None,
+        positions if stated and not has_prefix else None,
         len(text) + tokens,
     )

@@ -250,7 +250,8 @@ def row_tokens(
     Raises:
         UserError: not an id for each image, or one that does not stand first in a prompt with such attention.
     """
-    before = [] if tokenizer.bos is None else [tokenizer.bos]
+    begin = tokenizer.begin if has_prefix else tokenizer.bos
+    before = [] if begin is None else [begin]
     after = [] if tokenizer.eos is None else [tokenizer.eos]
     prompt = prefix_text(prompt) if has_prefix else prompt
     asked, told = (tokenizer.encode_with_images(part, image_token).tolist() for part in (prompt, text))

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from shared_config.contract.image_token import prefix_text
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.reading import check_regular, read_json
 from shared_config.interchange.tokens import stop_ids, tokenizer_problem
@@ -56,6 +57,16 @@ class Tokenizer(Protocol):
     def encode_with_images(self, text: str, image_token: int | None) -> np.ndarray:
         """As `encode`, but the name of the token that stands for an image is this token."""
         return self.encode(text)
+
+    @property
+    def begin(self) -> int | None:
+        """The id that is named as the one that begins a text, also where the tokenizer itself puts none."""
+        return self.bos
+
+    def encode_prefix(self, text: str) -> list[int]:
+        """Ids of a prompt for models with ``vlm.prefix_lm``: of `prefix_text`, after ``begin``."""
+        ids = self.encode_prompt(prefix_text(text))
+        return ids if self.begin is None or ids[0] == self.begin else [self.begin, *ids]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text to be continued. Names of special tokens are these tokens, and what the tokenizer puts before
@@ -139,9 +150,14 @@ class HuggingFaceTokenizer(Tokenizer):
         self._byte_tokens = _byte_tokens(self._tokenizer)
         begins = eos is None and self._id(bos_name) in self._prefix
         self.bos = self._id(bos_name) if begins else None
+        self._begin = self._id(bos_name)
         self.eos = self._id(eos_name) if eos is None else eos
         ends = () if self.eos is None else (self.eos,)
         self.stops = tuple(dict.fromkeys((*ends, *stop_ids(self.folder))))
+
+    @property
+    def begin(self) -> int | None:
+        return self._begin
 
     def _id(self, name: str | None) -> int | None:
         return None if name is None else self._tokenizer.token_to_id(name)

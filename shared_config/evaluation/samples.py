@@ -45,7 +45,9 @@ class SampleLogger:
     def __init__(self, config: JobConfig, continued: Continue):
         self._config, self._continued = config, continued
         self._tokenizer = build_tokenizer(config.data.tokenizer, config.data.eos_id)
-        self._prompt = self._tokenizer.encode_prompt(config.eval.sample_prompt)
+        has_prefix = config.vlm is not None and config.vlm.has_prefix
+        encode = self._tokenizer.encode_prefix if has_prefix else self._tokenizer.encode_prompt
+        self._prompt = encode(config.eval.sample_prompt)
         positions, most = len(self._prompt) + config.eval.sample_tokens, config.model.max_seq_len
         if positions > most:
             raise UserError(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from hypothesis import strategies as st
+
+from tests.tokenizers import byte_level, save
 
 VOCABULARY, POSITIONS = 41, 64
 GEMMAS: dict[str, Any] = {"gemma": transformers.GemmaConfig, "gemma2": transformers.Gemma2Config}
@@ -113,3 +116,38 @@ def continuations(model: Any, pixels: np.ndarray, prompts: np.ndarray, count: in
         pad_token_id=0,
     )
     return out[:, given["input_ids"].shape[1] :].numpy()
+
+
+IMAGE_TEXT = "<image>"
+
+
+def paligemma_folder(folder: Path, post: bool = False) -> Path:
+    """A small PaliGemma in float32 as transformers saves it, with a byte-level tokenizer that has a token for an image.
+
+    Args:
+        post: the tokenizer itself puts the id that begins a text before it.
+    """
+    tokenizer = byte_level(post)
+    tokenizer.add_special_tokens([IMAGE_TEXT])
+    save(folder, tokenizer)
+    tower = transformers.SiglipVisionConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, image_size=12, patch_size=4,
+        vision_use_head=False,
+    )  # fmt: skip
+    text = transformers.GemmaConfig(
+        vocab_size=tokenizer.get_vocab_size() + 1, max_position_embeddings=128, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    config = transformers.PaliGemmaConfig(
+        vision_config=tower, text_config=text, projection_dim=32, hidden_size=32,
+        image_token_index=tokenizer.token_to_id(IMAGE_TEXT),
+    )  # fmt: skip
+    build(config, seed=1).float().save_pretrained(folder)
+    return folder
+
+
+def processor_of(folder: Path) -> Any:
+    """That of transformers, of a folder's tokenizer."""
+    pictures: Any = transformers.SiglipImageProcessorPil(size={"height": 12, "width": 12})
+    pictures.image_seq_length = 9
+    return transformers.PaliGemmaProcessor(pictures, transformers.PreTrainedTokenizerFast.from_pretrained(folder))

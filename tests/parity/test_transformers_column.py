@@ -16,6 +16,7 @@ import pytest
 import transformers
 from hypothesis import settings
 
+from kempnerforge_torch import huggingface
 from kempnerforge_torch.trace import record
 from shared_config.cli import main
 from shared_config.commands import backends
@@ -31,6 +32,7 @@ from shared_config.parity.traces import Trace, read_trace, write_trace
 from shared_config.parity.transformers_check import rows
 from tests.interchange.llavas import TOWERS
 from tests.interchange.llavas import build as build_llava
+from tests.interchange.paligemmas import paligemma_folder
 from tests.interchange.theirs import build, saved
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
@@ -124,6 +126,26 @@ def test_what_is_another_in_a_llava_is_seen(llava_plan: Plan, monkeypatch: pytes
 
     found = rows(with_changed(llava_plan, Path(), monkeypatch, change))
     assert [row.worst for row in found if row.dtype == "float64" and not row.ok] == [name]
+
+
+def test_a_paligemma_is_the_same_function_and_one_with_another_prefix_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = paligemma_folder(tmp_path / "model")
+    made = plan_of(folder, tmp_path)
+    found = rows(made)
+    assert len(found) == len(DTYPES) * len(("forward", "loss", "gradient"))
+    assert all(row.ok for row in found), [row for row in found if not row.ok]
+    weights = {name: np.asarray(value) for name, value in fitting_weights(folder, made.config, []).items()}
+    types = huggingface._token_types
+
+    def shorter(request: Any, ids: Any) -> Any:
+        return types(dataclasses.replace(request, prompt_lengths=request.prompt_lengths - 1), ids)
+
+    monkeypatch.setattr(huggingface, "_token_types", shorter)
+    wrong = huggingface.record(made.config, folder, weights, dtype="float64", device="cpu")
+    monkeypatch.setattr(type(made), "foreign_trace", lambda plan, dtype: wrong)
+    assert [row.group for row in rows(made) if row.dtype == "float64" and not row.ok] == ["forward", "loss", "gradient"]
 
 
 def test_it_is_the_same_function_to_rounding(plan: Plan) -> None:
