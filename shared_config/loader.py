@@ -17,7 +17,7 @@ from typing import Any
 
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.reading import MAX_TOML_BYTES, parse_toml, read_text
-from shared_config.interchange.source import read_config
+from shared_config.interchange.source import find_config, read_config
 from shared_config.interchange.toml import config_from_dict, parse_fields, with_tokenizer_beside
 from shared_config.schema.base import Section
 from shared_config.schema.job import JobConfig
@@ -69,10 +69,22 @@ def read_source(source: str) -> dict[str, object]:
         hint = f"did you mean {' or '.join(close)}?" if close else f"presets: {', '.join(preset_names())}"
         raise UserError(f"config = {source!r}: no preset of that name, nor a path to a .toml file or a folder; {hint}")
     try:
-        text = read_text(source, MAX_TOML_BYTES)
+        fields = parse_fields(read_text(source, MAX_TOML_BYTES), source)
+    except ConfigError:
+        raise
     except UserError as error:
-        raise UserError(f"config = {source!r}: can't be read: {error}") from None
-    return with_tokenizer_beside(parse_fields(text, source), Path(source).parent)
+        said = str(error).removeprefix(f"{source}: ")
+        raise UserError(f"config = {source!r}: {said}{_folder_hint(Path(source))}") from None
+    return with_tokenizer_beside(fields, Path(source).parent)
+
+
+def _folder_hint(file: Path) -> str:
+    """What to say of a file of a folder that knows its config, and is given in its place."""
+    try:
+        known = file.is_file() and find_config(file.parent) is not None
+    except UserError:
+        known = False
+    return f"; the folder that it is in, {str(file.parent)!r}, knows its config" if known else ""
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:

@@ -28,6 +28,8 @@ HARMLESS = ("show",)
 PARALLEL = ("train",)
 """Commands that handle several processes themselves."""
 DEBUG = "--debug"
+MAY_BE_EMPTY = frozenset(["prompt", "system", "separator", "stop", "only"])
+"""Arguments that are texts, or patterns, and no names."""
 LINE = 2000
 """Characters of a line of a message; the middle of a longer one is left out."""
 
@@ -94,6 +96,7 @@ def run(arguments: Sequence[str]) -> int:
     with ending_at_once():
         available = {chosen: line_of(chosen)} if chosen in NAMES else {}
     options = build_parser(helps(), available).parse_args(own)
+    check_given(options, own)
     if options.command not in (*HARMLESS, *PARALLEL):
         from shared_config.commands.processes import require_one_process
 
@@ -101,6 +104,19 @@ def run(arguments: Sequence[str]) -> int:
     with ending_at_once():
         do = run_of(options.command)
     return do(options, overrides)
+
+
+def check_given(options: argparse.Namespace, own: Sequence[str]) -> None:
+    """Refuse empty names: a path that is empty would be the folder in which the command runs.
+
+    Raises:
+        UserError: naming the argument.
+    """
+    for name, value in vars(options).items():
+        if name not in MAY_BE_EMPTY and "" in (value if isinstance(value, list) else [value]):
+            flag = f"--{name.replace('_', '-')}"
+            said = flag if any(argument.partition("=")[0] == flag for argument in own) else name
+            raise UserError(f"{said} = '': must not be empty")
 
 
 def check_texts(arguments: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shared_config.data.documents import refuse_unprepared
 from shared_config.data.jsonl import CONVERSATIONS, MAX_TEXT_BYTES, Row, is_json_lines, read_rows, refuse
 from shared_config.data.tokenizer import ByteTokenizer, Tokenizer
 from shared_config.errors import UserError
@@ -289,6 +290,7 @@ def _map_raw(file: Path, dtype: np.dtype) -> np.ndarray:
 
 
 def _text_corpus(title: str, root: Path, names: list[str], tokenizer: Tokenizer, heldout_fraction: float) -> Corpus:
+    refuse_unprepared(title, names)
     _check_size(title, root, names)
     held = [is_held_out(name, heldout_fraction) for name in names]
     if all(held) or not any(held):

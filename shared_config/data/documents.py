@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from shared_config.data.datasets_folder import data_files
 from shared_config.data.jsonl import SUFFIXES as JSON_LINES
-from shared_config.data.jsonl import parse_object, refuse, text_problem
+from shared_config.data.jsonl import parse_object, refuse, text_problem, type_name
 from shared_config.errors import UserError
 from shared_config.interchange.reading import check_regular, files_below, opened
 
@@ -71,6 +71,17 @@ def source_files(sources: Sequence[Path], follow_symlinks: bool = False) -> list
     for _, file in found:
         check_regular(file)
     return found
+
+
+def refuse_unprepared(title: str, names: Sequence[str]) -> None:
+    """Refuse to train on files that only `prepare` reads.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for name in names:
+        if Path(name).suffix.lower() in (*COMPRESSED, PARQUET, ARROW):
+            raise UserError(f"{title}: holds {name}: must be made into token files first, by kempnerforge prepare")
 
 
 def kind_of(file: Path) -> str:
@@ -131,7 +142,9 @@ def _of_json_lines(span: Span, text_field: str) -> Iterator[str]:
         text = fields.get(text_field)
         if not problem and not isinstance(text, str):
             has = ", ".join(map(repr, fields)) or "no fields"
-            problem = f"{text_field!r} must be text (see --text-field); has {has}"
+            known = text_field in fields
+            why = f", not {type_name(text)}" if known else f" (see --text-field); has {has}"
+            problem = f"{text_field!r} must be text{why}"
         problem = problem or text_problem(str(text))
         if problem:
             raise UserError(f"{_at(span.file, place)}: {problem}")

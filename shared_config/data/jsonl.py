@@ -120,7 +120,7 @@ def _parse(line: str, place: str, text_field: str) -> tuple[Row, str]:
 
 def _document(text: object, place: str, kind: str) -> tuple[Row, str]:
     if not isinstance(text, str):
-        return Row(place, kind), f"{kind!r} must be text, not {_type_name(text)}"
+        return Row(place, kind), f"{kind!r} must be text, not {type_name(text)}"
     return Row(place, kind, text), text_problem(text)
 
 
@@ -156,7 +156,7 @@ def _message_problem(index: int, message: object) -> str:
     if content is None and message.get("tool_calls"):
         return ""
     if not isinstance(content, str):
-        return f"message {index}: 'content' must be text, not {_type_name(content)}"
+        return f"message {index}: 'content' must be text, not {type_name(content)}"
     return text_problem(content)
 
 
@@ -169,6 +169,7 @@ def text_problem(text: str) -> str:
     return ""
 
 
-def _type_name(value: object) -> str:
+def type_name(value: object) -> str:
+    """What JSON calls a value, for messages."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")

@@ -142,7 +142,12 @@ def _describe(entry: ErrorDetails, prefix: str) -> Iterator[str]:
         yield f"{path}: required, but not given"
     else:
         message = entry["msg"].removeprefix("Value error, ")
-        yield f"{path} = {shown(entry['input'])}: {message.replace('Input should', 'must')}"
+        yield f"{path} = {shown(entry['input'])}: {_plain(message)}"
+
+
+def _plain(message: str) -> str:
+    """What pydantic allows, in the words of files and command lines, where several values are a list."""
+    return message.replace("Input should", "must").replace("a valid tuple", "a list, as ['a', 'b'] or [1, 2]")
 
 
 def shown(value: object) -> str:
