@@ -27,7 +27,12 @@ from shared_config.errors import UserError
 from shared_config.interchange.llava_config import DEFAULTS, TEXT_DEFAULTS, TOWER, feature_blocks
 from shared_config.interchange.source import read_config, read_model
 from shared_config.interchange.weights import WeightsError, load_weights, save_weights
-from shared_config.interchange.with_images import from_image_model, read_image_config, save_image_model
+from shared_config.interchange.with_images import (
+    from_image_model,
+    is_image_folder,
+    read_image_config,
+    save_image_model,
+)
 from shared_config.loader import load_config
 from shared_config.parity.validation import validation_tokens
 from shared_config.schema.job import JobConfig
@@ -294,3 +299,14 @@ def test_tensors_that_are_missing_or_too_many_are_named(tmp_path: Path) -> None:
     save_weights(tmp_path, {**whole, "image_newline": whole["multi_modal_projector.linear_2.bias"]})
     with pytest.raises(WeightsError, match="image_newline: unexpected"):
         read_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "sees"),
+    [(None, False), ("{", False), ("[]", False), ('{"model_type": "llama"}', False), ('{"model_type": "llava"}', True),
+     ('{"model_type": "paligemma"}', True)],
+)  # fmt: skip
+def test_a_folder_is_told_by_its_config(content: str | None, sees: bool, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    assert is_image_folder(tmp_path) == sees
