@@ -44,9 +44,14 @@ def read_image(file: Path, pixels: PixelRange) -> np.ndarray:
     except UndecodableError:
         raise
     except UserError as error:
-        raise UndecodableError(str(error)) from None
+        raise UndecodableError(_reason(file, error)) from None
     except Exception as error:  # Pillow's decoders raise all sorts of them
         raise UndecodableError(f"{type(error).__name__}: {error}") from error
+
+
+def _reason(file: Path, error: UserError) -> str:
+    """Why a file can't be read, without its name and the object that a library read it by."""
+    return str(error).removeprefix(f"{file}: ").partition(" <")[0]
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -167,7 +172,7 @@ def read_clip(
     except UndecodableError:
         raise
     except UserError as error:
-        raise UndecodableError(str(error)) from None
+        raise UndecodableError(_reason(file, error)) from None
     except Exception as error:  # FFmpeg's errors are many
         raise UndecodableError(f"{type(error).__name__}: {error}") from error
 

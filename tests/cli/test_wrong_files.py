@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,22 @@ def test_rows_whose_text_is_none(value: str, said: str, capsys: pytest.CaptureFi
     file.write_text(f'{{"text": {value}}}\n')
     message = refused(capsys, "prepare", str(file), "--tokenizer=bytes", f"--output={tmp_path / 'tokens'}")
     assert message == f"{file}, byte 0: 'text' must be text, not {said}"
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (Path.mkdir, "is a folder; must be a regular file"),
+        (lambda file: file.write_bytes(b"no picture"), "can't be read: cannot identify image file"),
+        (lambda file: None, "can't be read: No such file or directory"),
+    ],
+)
+def test_pictures_that_can_not_be_decoded(
+    make: Callable[[Path], object], why: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    make(file := tmp_path / "a.png")
+    line = ["generate", "debug_vlm_joint_decoder", "--backend=torch", "--prompt=a", f"--image={file}"]
+    assert refused(capsys, *line) == f"{file}: can't be decoded: {why}"
 
 
 def test_several_values_are_a_list(capsys: pytest.CaptureFixture[str]) -> None:
