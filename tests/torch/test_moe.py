@@ -17,7 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kempnerforge_torch.model import Transformer
-from kempnerforge_torch.model.grouped import GROUPED_MATMUL, grouped_matmul, grouped_outer, tiled_matmul, tiled_outer
+from kempnerforge_torch.model.grouped import (
+    GROUPED_MATMUL,
+    _dense,
+    grouped_matmul,
+    grouped_outer,
+    tiled_matmul,
+    tiled_outer,
+)
 from kempnerforge_torch.model.moe import MoEMLP, build_moe
 from kempnerforge_torch.model.router import SigmoidTopKRouter, TopKRouter, top_k_lowest_first
 from kempnerforge_torch.model.state import set_state
@@ -145,6 +152,19 @@ def test_operators_keep_torchs_rules_and_have_second_derivatives() -> None:
     product = lambda x, *matrices: grouped_matmul(x, matrices, ends_E)  # noqa: E731
     assert torch.autograd.gradcheck(product, (x_RD, *apart))
     assert torch.autograd.gradgradcheck(product, (x_RD, *apart))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_matrices_of_experts_are_not_copied_and_have_gradients_of_their_layout(packed: bool, turned: bool) -> None:
+    """As stacks, or one by one; from rows, or the transposed ones of linear layers."""
+    x_RD, ends_E = torch.randn(9, 3), torch.tensor([2, 5, 9], dtype=torch.int32)
+    w_EDF = torch.randn(3, 5, 3).transpose(1, 2) if turned else torch.randn(3, 3, 5)
+    assert _dense(w_EDF).data_ptr() == w_EDF.data_ptr()
+    assert _dense(w_EDF[:, :, ::2]).is_contiguous()
+    matrices = [w_EDF.requires_grad_()] if packed else [matrix.detach().requires_grad_() for matrix in w_EDF]
+    gradients = torch.autograd.grad(grouped_matmul(x_RD, matrices[0] if packed else matrices, ends_E).sum(), matrices)
+    assert [gradient.stride() for gradient in gradients] == [matrix.stride() for matrix in matrices]
 
 
 # State
