@@ -110,17 +110,18 @@ def _whole(model: Any, decoding: Decoding, new_BN: np.ndarray, pixels: torch.Ten
     device = next(model.parameters()).device
     inputs: tuple[Any, ...] = (torch.from_numpy(tokens_BS).long().to(device),)
     placed = {name: torch.from_numpy(array).to(device) for name, array in decoding.placed(tokens_BS.shape[1]).items()}
-    placed |= {} if pixels is None else _prompts(model, decoding)
+    placed |= {} if pixels is None else _prompts(model, decoding, device)
     with inference(model):
         inputs = inputs if pixels is None else (pixels, *inputs)
         logits_BSV = model.run(*inputs, **placed, limit_capacity=False).logits
     return np.take_along_axis(to_numpy(logits_BSV), positions_BN[..., None], axis=1)
 
 
-def _prompts(model: Any, decoding: Decoding) -> dict[str, torch.Tensor]:
+def _prompts(model: Any, decoding: Decoding, device: torch.device) -> dict[str, torch.Tensor]:
     """How much of the text is the prompt, if that has attention in both directions."""
     vlm = inner_transformer(model).vlm_config
-    return {"prompt_lengths": torch.from_numpy(decoding.prompt_lengths)} if vlm is not None and vlm.has_prefix else {}
+    lengths_B = torch.from_numpy(decoding.prompt_lengths).to(device)
+    return {"prompt_lengths": lengths_B} if vlm is not None and vlm.has_prefix else {}
 
 
 def captured(

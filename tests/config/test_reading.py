@@ -174,7 +174,10 @@ def test_a_link_made_later_is_masked_and_not_followed(tmp_path: Path) -> None:
     source = open_folder(tmp_path, PLAIN, None, 1e-12)
     (tmp_path / "1.png").unlink()
     (tmp_path / "1.png").symlink_to("/dev/zero")
-    assert not len(source.example(0, "train").frames)
+    example = source.example(0, "train")
+    assert example.exists is not None
+    assert not example.exists.any()
+    assert not example.frames.any()
     assert "link out of the folder" in source.undecodable["1.png"]
 
 
