@@ -117,7 +117,7 @@ class Taps:
         self._ended += [(new.grad_fn, (name, self._calls[name]))] if ends else []
         return new
 
-    def readers(self, leaves: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    def readers(self, leaves: Mapping[str, Shaped[Tensor, "..."]]) -> dict[str, list[str]]:
         """`Recorded.readers`, from the graph of the backward pass, which is there until it has run.
 
         Args:
