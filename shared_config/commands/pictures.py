@@ -46,8 +46,8 @@ def takes_several(config: JobConfig) -> bool:
 
 
 def user_message(text: str, pictures: int, config: JobConfig) -> dict[str, object]:
-    """A message for a chat template, whose pictures come first where ids stand for them."""
-    if not pictures or image_token_of(config) is None:
+    """A message for a chat template. Its pictures come first if ids say where they stand; others have one place."""
+    if not pictures or config.vlm is None or not config.vlm.places_image:
         return {"role": "user", "content": text}
     return {"role": "user", "content": [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]}
 

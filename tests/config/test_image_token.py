@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shared_config.cli import main
-from shared_config.commands.pictures import prompt_with
+from shared_config.commands.pictures import prompt_with, user_message
 from shared_config.contract.decoding import read_prompts
 from shared_config.contract.image_token import refuse_image_token, without_image_tokens
 from shared_config.data import open_data
 from shared_config.errors import UserError
 from shared_config.interchange.toml import config_to_toml
 from shared_config.interchange.vision import tokens_per_image
+from shared_config.loader import load_config
 from shared_config.parity.request import check_tokens, make_request
 from shared_config.parity.validation import drawn_tokens
 from tests.config.test_images import folder_of, job
@@ -187,6 +188,15 @@ def test_a_command_refuses_a_prompt_before_it_loads_a_model(
     asked = ["generate", str(tmp_path / "config.toml"), "--backend", "torch", "--prompt", prompt, *shown]
     assert main(asked) == 2
     assert re.search(said, capsys.readouterr().err)
+
+
+def test_messages_name_pictures_where_an_id_places_them() -> None:
+    prefix = job(vlm={"arch": "joint_decoder", "max_text_len": 48, "image_token_id": TOKEN, "prefix_lm": True})
+    for config in (prefix, job(), load_config("debug")):
+        assert user_message("x", 1, config) == {"role": "user", "content": "x"}
+    assert user_message("x", 0, seeing()) == {"role": "user", "content": "x"}
+    parts = [{"type": "image"}] * 2
+    assert user_message("x", 2, seeing()) == {"role": "user", "content": [*parts, {"type": "text", "text": "x"}]}
 
 
 def test_a_prompt_says_where_its_images_are() -> None:
