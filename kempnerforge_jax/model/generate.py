@@ -51,7 +51,7 @@ def generate(
         prompt_lengths: int (B,), how many tokens of each row of ``prompt_tokens`` count; all if None.
         seed: of the random numbers, the same in both backends; or a JAX key; None: a new one each time.
         uniforms: (B, N) numbers in [0, 1), in place of a seed.
-        prefill_chunk: maximum number of prompt tokens that are read at once.
+        prefill_chunk: maximum number of prompt tokens that are read at once; with ``vlm.prefix_lm`` all are.
         pixel_values: (B, 3, h, w) or (B, F, 3, h, w), what a `VLMWrapper` sees before each prompt; None: text alone.
         frame_mask: bool (B, F), False for frames that don't exist.
         image_positions: int (B,), how many tokens of each prompt stand before its image or clip, fewer than it has; or

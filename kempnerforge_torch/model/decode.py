@@ -4,6 +4,8 @@ An image goes into the caches first, or is read once where cross-attention looks
 but its last token and without the head; from there on every step reads one token of each row and draws the next, at
 static shapes, so that one program serves all positions.
 
+With a prefix LM image and prompt, which see each other, are read at once and whole, and then the last token once more.
+
 Shapes: B rows, S tokens of the longest prompt, N new tokens, V vocabulary, E ids that end a row.
 """
 
