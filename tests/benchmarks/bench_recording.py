@@ -5,7 +5,8 @@
 times, for a Llama of transformers in PyTorch and its port in JAX: a forward and backward pass; a recording that keeps
 the loss alone; one of statistics of every activation and gradient; and one of all values. No deltas, nothing compiled
 within the time; on a CPU seconds of the processor, as others may use it. Medians of alternating runs, also as shares of
-the pass. Recording the loss alone copies the model in PyTorch, and computes no gradients in JAX.
+the pass. Recording the loss alone copies the modules, but not the weights, in PyTorch, and computes
+no gradients in JAX.
 """
 
 from __future__ import annotations
