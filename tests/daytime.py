@@ -12,6 +12,7 @@ from collections.abc import Sequence
 HALF = (
     "tests/cli/test_bench.py::test_all_works_are_measured",
     "tests/cli/test_full.py::test_bugs_of_a_layout_are_named",
+    "tests/cli/test_full.py::test_each_row_names_the_bugs_that_reach_it",
     "tests/cli/test_planted.py::test_groups_that_nothing_else_depends_on",
     "tests/cli/test_processes.py::test_processes_that_a_library_joined_train_once",
     "tests/cli/test_trace.py::test_backends_are_within_rounding_in_other_dtypes",
@@ -46,6 +47,7 @@ HALF = (
     "tests/parity/test_generate.py::test_images_are_seen_as_in_the_full_forward",
     "tests/parity/test_held_states.py::test_dead_experts_are_counted_over_routers_and_micro_batches",
     "tests/parity/test_int8.py::test_int8_is_as_the_contract_says",
+    "tests/parity/test_kernels.py::test_other_choices_are_found",
     "tests/parity/test_length_mutants.py::test_every_mutant_is_killed",
     "tests/parity/test_lengths.py::test_600_positions_of_text_and_image",
     "tests/parity/test_lengths.py::test_positions_and_vocabularies",
@@ -58,6 +60,7 @@ HALF = (
     "tests/parity/test_padding.py::test_representations_do_not_depend_on_padding",
     "tests/parity/test_precision.py::test_decoding_is_as_exact",
     "tests/parity/test_precision.py::test_narrow_operations_are_those_that_may_be",
+    "tests/parity/test_precision.py::test_what_is_planted_is_found",
     "tests/parity/test_precision.py::test_rows_are_a_few_roundings_from_float64",
     "tests/parity/test_registration.py::test_a_router_balances_its_own_buffer",
     "tests/parity/test_registration.py::test_a_training_step_is_the_same_step",
@@ -95,7 +98,9 @@ QUARTER = (
 NIGHT = (
     "tests/cli/test_planted.py::test_gradients_of_jax_and_the_forward_of_torch",
     "tests/cli/test_train_images.py::test_validate",
+    "tests/jax/test_training.py::TestStep::test_scanned_and_recomputed_layers_change_nothing",
     "tests/jax/test_training.py::TestRun::test_killed_runs_end_in_the_same_bits",
+    "tests/mutation/test_mutation.py::test_a_failed_assertion_and_a_crash_kill_and_are_told_apart",
     "tests/parity/test_vlm_training.py::test_captions_are_learned_from_images",
 )
 """Without parameters, so that they would run as a whole."""

@@ -552,9 +552,9 @@ FACT_MUTANTS = (
     ),
     FactMutant(
         "contract.image_token",
-        "found[0] if found else 0",
-        "found[0] + 1 if found else 0",
-        f"{IMAGE_TOKEN}.test_an_id_says_where_the_image_is",
+        "[place - index for index, place in enumerate(found)]",
+        "[place - index + 1 for index, place in enumerate(found)]",
+        f"{IMAGE_TOKEN}.test_ids_say_where_images_are",
     ),
     FactMutant(LORA, "+ lora.scale * sum_OI", "+ sum_OI", BITS),
     FactMutant(LORA, "+ lora.scale * sum_OI", "+ 2 * lora.scale * sum_OI", BITS),
