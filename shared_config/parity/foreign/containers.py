@@ -70,7 +70,7 @@ def call_name(name: str, call: int) -> str:
 
 def in_pairs(array: np.ndarray) -> np.ndarray:
     """Complex numbers as pairs of real ones, along a last axis."""
-    return np.stack([array.real, array.imag], axis=-1)
+    return np.stack([np.real(array), np.imag(array)], axis=-1)
 
 
 def listed(value: object) -> object:
