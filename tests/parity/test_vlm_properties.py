@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -397,28 +398,26 @@ def test_seeded_weights_are_the_same_bits_in_both_backends() -> None:
         )
 
 
-@section
-class LateFusion(VLMConfig, arch="late_fusion_of_tests"):
-    """An architecture that is registered and not built in."""
-
-    arch: str = "late_fusion_of_tests"
-
-
 @pytest.fixture(autouse=True, scope="module")
-def registered_architecture() -> Any:
-    """One config class and one strategy per backend are all that a new architecture needs."""
+def late_fusion() -> Iterator[type[VLMConfig]]:
+    """An architecture that is not built in: one config class and one strategy per backend are all that it needs."""
+
+    @section
+    class LateFusion(VLMConfig, arch="late_fusion_of_tests"):
+        arch: str = "late_fusion_of_tests"
+
     with temporary():
         for registry, vlm in ((torch_registry, torch_vlm), (jax_registry, jax_vlm)):
             registry.register("modality_strategy", LateFusion().arch)(vlm.JointDecoderStrategy)
         jax_registry.register("adapter", "test_adapter")(
             lambda config, in_dim, out_dim, *, rngs: JaxLinearAdapter(in_dim, out_dim, rngs=rngs)
         )
-        yield
+        yield LateFusion
     VLMConfig.forget(LateFusion().arch)
 
 
-def test_an_architecture_is_added_by_registration(backend: Backend) -> None:
-    late = backend.build(MODEL, LateFusion(max_text_len=8))
+def test_an_architecture_is_added_by_registration(backend: Backend, late_fusion: type[VLMConfig]) -> None:
+    late = backend.build(MODEL, late_fusion(max_text_len=8))
     joint = ARCHS["joint_decoder"]
     weights = weights_of(MODEL, joint)
     backend.load(late, weights)
