@@ -368,7 +368,7 @@ ALL_CHECKS = tuple(
 def test_every_mutant_is_killed_and_the_unchanged_backend_raises_no_alarm(
     backend: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """Every second mutant, in JAX every 32nd, and the checks that kill these; all under HYPOTHESIS_PROFILE=nightly."""
+    """Every third mutant, in JAX every 40th, and the checks that kill these; all under HYPOTHESIS_PROFILE=nightly."""
     known = mutants_in(ALL_MUTANTS, backend)
     mutants = of_this_run(known, backend, every=40)
     alarms, survivors, accidents = in_a_process(survey, backend, mutants, len(mutants) == len(known))
