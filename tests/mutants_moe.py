@@ -124,8 +124,9 @@ MOE_MUTANTS = (
     both("model.router", "means of no tokens", "max(values.shape[axis], 1)", "values.shape[axis]"),
     Mutant(
         "model.dispatch", "rows hold tokens of others",
-        ("x_TD.index_select(0, assignment_R % max(x_TD.shape[0], 1))", "x_TD.index_select(0, assignment_R // top_k)"),
-        ("x_TD[assignment_R % max(x_TD.shape[0], 1)]", "x_TD[assignment_R // top_k]"),
+        ("x_TD.index_select(0, assignment_R % max(x_TD.shape[0], 1))",
+         "x_TD.index_select(0, assignment_R // (len(row_R) // x_TD.shape[0]))"),
+        ("x_TD[assignment_R % max(x_TD.shape[0], 1)]", "x_TD[assignment_R // (len(row_R) // x_TD.shape[0])]"),
     ),
     Mutant(
         "model.init", "packed experts drawn too wide",

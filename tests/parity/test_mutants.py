@@ -76,7 +76,8 @@ GROUPED = ModelConfig(
     norm_type="rmsnorm_1p", activation="geglu_tanh", attention_softcap=2.0, logit_softcap=1.5,
 )  # fmt: skip
 CENTRED = ModelConfig(
-    dim=24, n_layers=3, n_heads=3, vocab_size=13, ffn_hidden_dim=50, max_seq_len=16, norm_type="layernorm",
+    dim=24, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=13, ffn_hidden_dim=50, max_seq_len=16,
+    norm_type="layernorm",
     activation="gelu", tie_embeddings=True, qk_norm=True, qk_norm_over="width", norm_placement="after", mlp_bias=True,
     rope_scaling=RopeScaling(type="llama3", factor=8.0, original_max_seq_len=16), sliding_window=4,
     attention_pattern=("full", "window", "full_nope"), window_rope_theta=70.0, window_rope_scaled=False,
