@@ -108,12 +108,14 @@ def read_image_config(folder: PathLike) -> dict[str, dict[str, object]]:
         raise ConfigError([f"{path}: text_config.max_position_embeddings = {positions}: must be {needed}"])
     text = min(JointDecoderConfig().max_text_len, positions - tokens)
     vlm: dict[str, object] = {"arch": "joint_decoder", "max_text_len": text, "image_token_id": _image_token(content)}
-    adapter = {"type": "mlp_2layer", "activation": setting(content, ACTIVATION)} if not has_prefix else {}
+    adapter: dict[str, object] = {"type": "linear"}
+    if not has_prefix:
+        adapter = {"type": "mlp_2layer", "activation": setting(content, ACTIVATION)}
     return {
         "model": model,
         "vlm": {**vlm, "prefix_lm": True} if has_prefix else vlm,
         "vision_encoder": {"type": kind, "path": str(folder)},
-        "adapter": adapter or {"type": "linear"},
+        "adapter": adapter,
     }
 
 

@@ -36,6 +36,7 @@ from shared_config.interchange.with_images import (
 from shared_config.loader import load_config
 from shared_config.parity.validation import validation_tokens
 from shared_config.schema.job import JobConfig
+from tests.interchange.images_in_jax import check_jax
 from tests.interchange.llavas import (
     POSITIONS,
     TEXTS,
@@ -115,9 +116,10 @@ def check(model: Any, folder: Path, positions: list[list[int]] | None) -> None:
         check_jax(
             config,
             state,
-            images,
+            {**images, "prefill_chunk": 4},
             images_of(pixels, positions),
             tokens,
+            PROMPT,
             scales,
             logits.detach().numpy(),
             wanted,
@@ -173,45 +175,6 @@ def assert_back(
             logits_of_text(one, pixels, tokens, [[0], [3]][: len(tokens)]) for one in (there.eval(), model)
         ]
         assert torch.equal(*there_and_here)
-
-
-def check_jax(
-    config: JobConfig,
-    state: Named,
-    images: Mapping[str, Any],
-    in_text: Mapping[str, np.ndarray],
-    tokens: np.ndarray,
-    scales: np.ndarray,
-    logits: np.ndarray,
-    wanted: Named,
-    decoded: np.ndarray,
-) -> None:
-    """The same of the JAX model."""
-    import jax
-    import jax.numpy as jnp
-
-    from kempnerforge_jax.model import generate as jax_generate
-    from kempnerforge_jax.model import state as jax_state
-    from kempnerforge_jax.model.vlm import build_vlm_wrapper as build_jax
-
-    assert config.vision_encoder is not None
-    assert config.vlm is not None
-    with jax.enable_x64(True):
-        model = build_jax(config.model, config.vision_encoder, config.adapter, config.vlm, rngs=None)
-        jax_state.set_state(model, state)
-        graph, params, buffers = jax_state.split(model)
-
-        def loss(params: Any) -> tuple[Any, Any]:
-            whole = jax_state.merge(graph, params, buffers)
-            given: dict[str, Any] = {name: jnp.asarray(array) for name, array in in_text.items()}
-            found = whole.run(input_ids=jnp.asarray(tokens), **given).logits
-            return (found * scales).sum(), found
-
-        found_gradients, found = jax.jit(jax.grad(loss, has_aux=True))(params)
-        assert_close({"logits": np.asarray(found)}, {"logits": logits}, ALLOWED)
-        assert_close({name: np.asarray(found_gradients[name]) for name in wanted}, wanted, TOLD)
-        whole = jax_generate.generate(model, tokens[:, :PROMPT], NEW_TOKENS, temperature=0.0, prefill_chunk=4, **images)
-        assert np.array_equal(np.asarray(whole)[:, PROMPT:], decoded)
 
 
 # Settings

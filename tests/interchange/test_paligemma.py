@@ -34,6 +34,7 @@ from shared_config.interchange.with_images import (
 from shared_config.loader import load_config
 from shared_config.parity.validation import validation_tokens
 from shared_config.schema.job import JobConfig
+from tests.interchange.images_in_jax import check_jax
 from tests.interchange.paligemmas import (
     GEMMAS,
     POSITIONS,
@@ -100,7 +101,10 @@ def check(model: Any, folder: Path, prompts: list[int]) -> None:
     whole = generate(ours, tokens[:, :PROMPT], NEW_TOKENS, temperature=0.0, prefill_chunk=4, pixel_values=pixels)
     assert whole[:, PROMPT:].tolist() == decoded.tolist()
     if NIGHTLY:
-        check_jax(config, state, pixels, prompts, tokens, scales, logits.detach().numpy(), wanted, decoded)
+        images = {"pixel_values": pixels}
+        in_text = {**images, "prompt_lengths": np.array(prompts)}
+        found = logits.detach().numpy()
+        check_jax(config, state, images, in_text, tokens, PROMPT, scales, found, wanted, np.asarray(decoded))
 
 
 def wrapper(config: JobConfig) -> VLMWrapper:
@@ -129,45 +133,6 @@ def assert_back(
     with torch.no_grad():
         there_and_here = [logits_of_text(one, pixels, tokens, [2, 3]) for one in (there.eval(), model)]
         assert torch.equal(*there_and_here)
-
-
-def check_jax(
-    config: JobConfig,
-    state: Named,
-    pixels: np.ndarray,
-    prompts: list[int],
-    tokens: np.ndarray,
-    scales: np.ndarray,
-    logits: np.ndarray,
-    wanted: Named,
-    decoded: np.ndarray,
-) -> None:
-    """The same of the JAX model."""
-    import jax
-    import jax.numpy as jnp
-
-    from kempnerforge_jax.model import generate as jax_generate
-    from kempnerforge_jax.model import state as jax_state
-    from kempnerforge_jax.model.vlm import build_vlm_wrapper as build_jax
-
-    assert config.vision_encoder is not None
-    assert config.vlm is not None
-    with jax.enable_x64(True):
-        model = build_jax(config.model, config.vision_encoder, config.adapter, config.vlm, rngs=None)
-        jax_state.set_state(model, state)
-        graph, params, buffers = jax_state.split(model)
-        lengths = jnp.asarray(prompts)
-
-        def loss(params: Any) -> tuple[Any, Any]:
-            whole = jax_state.merge(graph, params, buffers)
-            found = whole.run(jnp.asarray(pixels), jnp.asarray(tokens), prompt_lengths=lengths).logits
-            return (found * scales).sum(), found
-
-        found_gradients, found = jax.jit(jax.grad(loss, has_aux=True))(params)
-        assert_close({"logits": np.asarray(found)}, {"logits": logits}, ALLOWED)
-        assert_close({name: np.asarray(found_gradients[name]) for name in wanted}, wanted, TOLD)
-        whole = jax_generate.generate(model, tokens[:, :PROMPT], NEW_TOKENS, temperature=0.0, pixel_values=pixels)
-        assert np.array_equal(np.asarray(whole)[:, PROMPT:], decoded)
 
 
 # Settings
