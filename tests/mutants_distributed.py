@@ -218,6 +218,11 @@ DISTRIBUTED_MUTANTS = (
         Case("limited", 4, {"ep": 2, "dp_replicate": 2}),
     ),
     torch_bug(
+        "distributed.fsdp", "experts are gathered inside their block",
+        "    part.register_forward_hook = block.", "    part.register_forward_hook = part.",
+        Case("limited", 4, {"ep": 2, "dp_replicate": 2}),
+    ),
+    torch_bug(
         "distributed.context_parallel", "keys of one part",
         "gathered(torch.stack([k_new, v_new]), 3, self.group)",
         "torch.cat([torch.stack([k_new, v_new])] * self.group.size(), 3)", CUT,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from shared_config.errors import ConfigError
 
 def shard_parameters(
     model: nn.Module,
-    blocks: Iterable[nn.Module],
+    blocks: Sequence[nn.Module],
     mesh: Mesh,
     table: ParameterTable,
     compute_dtype: torch.dtype,
@@ -37,7 +38,7 @@ def shard_parameters(
     rank's alone. So do experts' that no other rank holds: layers cast them.
 
     Args:
-        blocks: what is gathered together; the rest is gathered with the model.
+        blocks: what is gathered together, with their experts; the rest is gathered with the model.
         compute_dtype: of the arithmetic.
         dtype: of the parameters, once they have values, and of the sums of gradients.
     """
@@ -45,17 +46,24 @@ def shard_parameters(
     own = own_tensors(model)
     places = {id(tensor): fsdp_place(name, mesh, table) for name, tensor in own.items()}
     ignored = {tensor for tensor in own.values() if places[id(tensor)] is None}
-    layers = [layer for layer in model.modules() if isinstance(layer, MoEMLP) and mesh.layout.ep > 1]
+    spread = {
+        layer: block
+        for block in blocks
+        for layer in block.modules()
+        if isinstance(layer, MoEMLP) and mesh.layout.ep > 1
+    }
     if mesh.experts.size() == 1:
-        ignored |= {tensor for layer in layers for tensor in layer.parameters(recurse=False)}
-        layers = []
+        ignored |= {tensor for layer in spread for tensor in layer.parameters(recurse=False)}
+        spread = {}
     devices = mesh.copies_and_parts
     policy = MixedPrecisionPolicy(compute_dtype, dtype, cast_forward_inputs=False)
     unit = functools.partial(_unit, places=places, devices=devices, policy=policy, ignored=ignored)
-    for layer in layers:
+    for layer, block in spread.items():
         for part in layer.children():
-            unit(part)
-        unit(layer, devices=mesh.experts)
+            with _called_with(part, block):
+                unit(part)
+        with _called_with(layer, block):
+            unit(layer, devices=mesh.experts)
     for module in (*blocks, model):
         unit(module)
 
@@ -104,6 +112,17 @@ def _axis(name: str, mesh: Mesh, table: ParameterTable) -> int | None:
     ruled = ruled_axes(name, mesh, table).values()
     splits = placement(table[name], mesh.layout).splits
     return next((place for place, axes in enumerate(splits) if axes and place not in ruled), None)
+
+
+@contextlib.contextmanager
+def _called_with(part: Any, block: nn.Module) -> Iterator[None]:
+    """Within it, hooks for calls of a part of a block are for calls of the block: a compiled block has none inside."""
+    part.register_forward_pre_hook = block.register_forward_pre_hook
+    part.register_forward_hook = block.register_forward_hook
+    try:
+        yield
+    finally:
+        del part.register_forward_pre_hook, part.register_forward_hook
 
 
 def _unit(

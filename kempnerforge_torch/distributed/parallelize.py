@@ -53,7 +53,7 @@ def parallelize(
         spread_sequences(model, mesh, device)
     checkpoint_activations(model, config.train.activation_checkpointing)
     if config.train.compile_model and _can_compile(config, mesh):
-        in_one_program = mesh is None or mesh.layout.ep == 1 or (gathers and mesh.experts.size() == 1)
+        in_one_program = mesh is None or mesh.layout.ep == 1 or gathers
         compile_blocks(model, device, fullgraph=in_one_program)
     if mesh is not None:
         shard_parameters(model, list(blocks(model)), mesh, table, number, dtype)

@@ -245,6 +245,7 @@ def _differences(case: Case, truth: Found, count: int, folder: Path | None) -> l
     with patch.object(labels, "LOGITS_BYTES", LOGITS_BYTES):
         found = replace(steps(trainer, own), evaluated=evaluated)
     lines = [*_compare(found, truth), *_replicas(found.states[-1]), *_alone(trainer.mesh.axes)]
+    lines += [f"{path} is called with hooks, inside a block" for path in called_with_hooks(trainer.model)]
     lines += [] if case.exchanges else [f"the host waits: {place}" for place in dict.fromkeys(asked)]
     if not positions <= {own_positions(trainer)}:
         lines.append(f"norms see {positions} positions, not {own_positions(trainer)}")
@@ -255,6 +256,13 @@ def _differences(case: Case, truth: Found, count: int, folder: Path | None) -> l
     lines += _taken_over(trainer, truth.states[0])
     written = checkpoint.load(folder, processes=parallel.processes())
     return [*lines, *_bits(written.state, found.states[-1]), *_read_again(trainer, written.parts, found.states[-1])]
+
+
+def called_with_hooks(model: torch.nn.Module) -> list[str]:
+    """Parts of blocks, at which a compiled block would break."""
+    blocks = importlib.import_module("kempnerforge_torch.training.blocks").blocks(model)
+    parts = [(path, part) for block in blocks for path, part in block.named_modules() if path]
+    return [path for path, part in parts if part._forward_pre_hooks or part._forward_hooks]
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ BY_NIGHT = (
     Case("softmax", 2, {"tp": 2}, DOCUMENTS),
     Case("dense", 2, {"tp": 2}, {**DOCUMENTS, **WINDOW}),
     *(Case(model, 2, {"tp": 2}, COMPILED) for model in ("dense", "sigmoid")),
-    Case("sigmoid", 2, {"ep": 2}, COMPILED),
+    *(Case("sigmoid", ranks, {"ep": 2}, COMPILED) for ranks in (2, 4)),
     *(Case("dense", 2, layout, COMPUTED_AGAIN) for layout in ({}, {"tp": 2})),
     Case("dense", 2, {"tp": 2}, {"train": {"activation_checkpointing": "selective"}}),
     Case("dense", 4, {"tp": 4}, {"train": {"seq_len": 12}}),
