@@ -114,7 +114,9 @@ def _ids(request: Request) -> Tensor:
     prompt with attention in both directions.
     """
     tokens, tower = torch.from_numpy(np.int64(request.tokens)), tower_of(request.config)
-    places = request.image_positions if request.prompt_lengths is None else 0 * request.prompt_lengths
+    places = request.image_positions
+    if request.prompt_lengths is not None:
+        places = np.zeros((len(request.tokens), request.images), np.int32)
     if places is None or tower is None:
         return tokens
     image, rows = image_token(request.config) or 0, zip(request.tokens, places, strict=True)

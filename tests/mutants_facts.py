@@ -34,6 +34,7 @@ SHARDED = "contract.sharding"
 FLOPS = f"{COUNTS}.test_flops_are_those_of_the_operators_that_run_in_torch"
 IMAGES = "contract.flops"
 IMAGE_FLOPS = "parity.test_image_flops.test_flops_are_those_of_the_operators_that_run_in_torch"
+SEEN_KEYS = "parity.test_image_flops.test_what_a_mask_lets_through_is_counted"
 CROSSING = ("debug_vlm_cross_attention",)
 LAYOUT = f"{COUNTS}.test_memory_of_a_layout_is_that_of_its_parts"
 FAMILIES = "interchange.test_families"
@@ -209,6 +210,9 @@ FACT_MUTANTS = (
     FactMutant(COUNTED, "if not any(part in group.name for part in others)", "", FLOPS, ("debug_vlm_moma",)),
     FactMutant(IMAGES, "half * (q + k + (q or k) + v)", "half * 4", IMAGE_FLOPS, (*CROSSING, "all but adapter")),
     FactMutant(IMAGES, "self.image_tokens if reads_image else", "", IMAGE_FLOPS, (*CROSSING, "tower")),
+    FactMutant(IMAGES, "self._ahead(self.image_tokens + prompt, window)", "self._ahead(prompt, window)", SEEN_KEYS),
+    FactMutant(IMAGES, "(prefix - mean_visible_keys(prefix, window))", "(prefix - 1) / 2", SEEN_KEYS),
+    FactMutant(IMAGES, "job.frames_per_row if frames", "1 if frames", IMAGE_FLOPS, ("several", "nothing")),
     FactMutant(IMAGES, "every = vlm.layer_period(config)", "every = 1", IMAGE_FLOPS, (*CROSSING, "all but adapter")),
     FactMutant(IMAGES, "(1 + tensor.is_trained + reaches)", "3", IMAGE_FLOPS, ("debug_vlm_joint_decoder", "tower")),
     FactMutant(

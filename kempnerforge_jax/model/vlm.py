@@ -101,7 +101,8 @@ class VLMWrapper(Module):
 
         Args:
             pixel_values: (B, 3, h, w), or (B, F, 3, h, w) with at most ``frames_per_clip`` frames, or with any number
-                of images that have a place each; None for text alone.
+                of images that have a place each or, with ``vlm.prefix_lm``, stand one after the other; None for text
+                alone.
             input_ids: int (B, T).
             frame_mask: bool (B, F), False for frames that don't exist: nothing attends to them or routes them, and
                 their content doesn't matter. They keep their places: other frames and the text have the positions that
@@ -221,11 +222,13 @@ class VLMWrapper(Module):
     def _check_frames(
         self, pixel_values: Float[Array, "B ... 3 h w"], image_positions: Integer[Array, "B ..."] | None
     ) -> None:
-        """Check that there is room for the frames of a clip, or a place for each image."""
+        """Check that there is room for the frames of a clip, or a place for each image; a prefix has any number."""
         frames = pixel_values.shape[1] if pixel_values.ndim == 5 else 1
         most = self.frames_per_clip
         if image_positions is not None and image_positions.ndim > 1:
             check_shape("image_positions", image_positions, (len(pixel_values), frames))
+            most = frames
+        elif self._has_prefix and most == 1:
             most = frames
         if not 1 <= frames <= most:
             raise ValueError(f"pixel_values has {frames} frames: must have from 1 to {most}")

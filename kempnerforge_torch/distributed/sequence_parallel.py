@@ -42,7 +42,7 @@ def can_split_stream(model: nn.Module, config: JobConfig, mesh: Mesh) -> bool:
     """Whether every block of a model has a form for a part of the positions, and "tp" divides their number."""
     length = config.train.seq_len // mesh.layout.cp
     if isinstance(model, VLMWrapper):
-        length += model.num_image_tokens
+        length += config.data.max_images * model.num_image_tokens
     return length % mesh.layout.tp == 0 and all(isinstance(block, Blocks) for block in _blocks(model))
 
 

@@ -111,9 +111,8 @@ def tokens_of(batches: Sequence[Batch]) -> int:
 def step_flops(job: JobConfig, batches: Sequence[Batch]) -> float | None:
     """Of a training step: forward and backward, nothing twice, masked keys not counted; None where it is not known."""
     if job.vlm is not None:
-        pixels = batches[0]["pixel_values"]
-        frames = pixels.shape[1] if pixels.ndim == 5 else 1
-        return flops.step_flops(job, tokens_of(batches), tower_of(job), frames=frames)
+        prompts = [prompt for batch in batches for prompt in batch.get("prompt_lengths", np.zeros(1, int)).tolist()]
+        return flops.step_flops(job, tokens_of(batches), tower_of(job), prompts=prompts)
     model, length = job.model, job.train.seq_len
     pairs = sum(
         layers * visible_pairs(batch.get("doc_ids"), batch["tokens"].shape, window)

@@ -41,8 +41,8 @@ def image_token_of(config: JobConfig) -> int | None:
 
 
 def takes_several(config: JobConfig) -> bool:
-    """Whether a prompt may have several pictures, each at its own place; those of a clip are one."""
-    return config.vlm is not None and config.vlm.places_image and config.video is None
+    """Whether a prompt may have several pictures; those of a clip are one."""
+    return config.vlm is not None and config.vlm.takes_several and config.video is None
 
 
 def user_message(text: str, pictures: int, config: JobConfig) -> dict[str, object]:
@@ -73,8 +73,8 @@ def prompt_with(name: str, ids: Sequence[int], frames: np.ndarray | None, config
         UserError: not an id for each picture, or nothing after the last of them.
     """
     count = 0 if frames is None else 1 if config.video is not None else len(frames)
-    text, places = without_image_tokens(name, np.asarray(ids), image_token_of(config), count)
     has_prefix = config.vlm is not None and config.vlm.has_prefix
+    text, places = without_image_tokens(name, np.asarray(ids), image_token_of(config), count, has_prefix)
     if has_prefix:
         check_first_image(name, places, 1)
     stated = len(text) < len(ids)

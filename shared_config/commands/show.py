@@ -153,7 +153,8 @@ def image_flops_of(config: JobConfig) -> Iterator[tuple[str, int]]:
     if found is None:
         return
     rows, model = config.train.batch_size, found.model
-    yield f"FLOPs of {rows} rows with images, training", found.training
+    kind = "clips" if config.video is not None else f"{config.data.max_images} images each"
+    yield f"FLOPs of {rows} rows with {'images' if config.frames_per_row == 1 else kind}, training", found.training
     for name, part in (("vision encoder", found.tower), ("adapter", found.adapter), ("language model", model)):
         yield f"  {name}", part.training
 

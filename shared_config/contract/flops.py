@@ -10,6 +10,7 @@ stream.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -73,32 +74,45 @@ class ImageFlops:
 
 
 def step_flops(
-    job: JobConfig, tokens: int, tower: TowerConfig | None = None, *, frames: int | None = None, step: int = 0
+    job: JobConfig,
+    tokens: int,
+    tower: TowerConfig | None = None,
+    *,
+    frames: int | None = None,
+    step: int = 0,
+    prompts: Sequence[int] = (0,),
 ) -> float | None:
     """Of a training step with so many positions of text, of all ranks: forward and backward, nothing twice, masked keys
     not counted (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
 
     Args:
-        tower, frames, step: as for `micro_batch_flops`.
+        tower, frames, step, prompts: as for `micro_batch_flops`.
 
     Returns:
         None where they are not known.
     """
     if job.vlm is None:
         return float(flops_per_token(job.model, job.train.seq_len).training * tokens)
-    found = micro_batch_flops(job, tower, frames=frames, step=step)
+    found = micro_batch_flops(job, tower, frames=frames, step=step, prompts=prompts)
     return None if found is None else found.training * tokens / (job.train.batch_size * job.train.seq_len)
 
 
 def micro_batch_flops(
-    job: JobConfig, tower: TowerConfig | None = None, *, frames: int | None = None, step: int = 0
+    job: JobConfig,
+    tower: TowerConfig | None = None,
+    *,
+    frames: int | None = None,
+    step: int = 0,
+    prompts: Sequence[int] = (0,),
 ) -> ImageFlops | None:
     """Of a micro-batch of a job with images.
 
     Args:
         tower: of an encoder whose config does not describe it.
-        frames: F; None: one, or as many as a clip has at most.
+        frames: F; None: as many as a row, or a clip, has at most.
         step: of the optimiser, whose stage of ``freeze_schedule`` says what is trained.
+        prompts: tokens of the prompts of rows, of which the micro-batch has some, where image and prompt see each
+            other in both directions.
 
     Returns:
         None where a part has matrices that no formula here knows: low-rank adapters, and encoders, adapters,
@@ -112,7 +126,7 @@ def micro_batch_flops(
     if tower is None and encoder.type != "random":
         return None
     config = job.adapter or AdapterConfig()
-    frames = (1 if job.video is None else job.video.max_frames) if frames is None else frames
+    frames = job.frames_per_row if frames is None else frames
     tokens = encoder.known_num_tokens if tower is None else tower.num_tokens
     width = encoder.feature_dim if tower is None else tower.dim
     tables = {
@@ -131,7 +145,8 @@ def micro_batch_flops(
     seen = Needed() if tower is None else _tower(tower, own["vision_encoder"], pictures)
     joined = _adapter(config, own["adapter"], pictures, tokens, width, seen.reaches)
     image_tokens = frames * config.output_num_tokens(tokens) if tokens else 0
-    model = None if joined is None else _Language(job, image_tokens).needed(own["transformer"], joined.reaches)
+    language = _Language(job, image_tokens, Counter(prompts) if vlm.has_prefix else Counter())
+    model = None if joined is None else language.needed(own["transformer"], joined.reaches)
     return None if joined is None or model is None else ImageFlops(seen, joined, model)
 
 
@@ -179,10 +194,15 @@ def _adapter(
 
 @dataclass(frozen=True)
 class _Language:
-    """The language model of a job, which sees so many image tokens."""
+    """The language model of a job, which sees so many image tokens.
+
+    Attributes:
+        prompts: how many rows have a prompt of how many tokens, which sees the image and is seen by it.
+    """
 
     job: JobConfig
     image_tokens: int
+    prompts: Counter[int]
 
     def needed(self, tensors: Tensors, image: bool) -> Needed | None:
         """Of its tensors in model order; None where one of them is of no kind that is known.
@@ -203,7 +223,7 @@ class _Language:
         crossing = dict(_by_number(kinds.get("cross_attention_layers", [])))
         every = vlm.layer_period(config)
         for number, layer in _by_number(kinds["layers"]):
-            found = _layer(layer, self._rows, found, self._causal(config.layer_windows[number]))
+            found = _layer(layer, self._rows, found, self._within(config.layer_windows[number]))
             block = crossing.get((number + 1) // every - 1) if (number + 1) % every == 0 else None
             if block is not None:
                 found = _layer(block, self._rows_across, found, self._across(block), image)
@@ -217,11 +237,17 @@ class _Language:
         assert self.job.vlm is not None
         return self.job.vlm.residual_stream_image_tokens(self.image_tokens) + self.job.train.seq_len
 
-    def _causal(self, window: int | None) -> int:
+    def _within(self, window: int | None) -> int:
         """Forward operations of a layer's attention over the stream."""
         config, rows = self.job.model, self.job.train.batch_size
         pairs = rows * round(self._stream * mean_visible_keys(self._stream, window))
+        more = sum(count * self._ahead(self.image_tokens + prompt, window) for prompt, count in self.prompts.items())
+        pairs += round(rows * more / max(1, self.prompts.total()))
         return 4 * config.n_heads * config.head_size * pairs
+
+    def _ahead(self, prefix: int, window: int | None) -> float:
+        """Pairs of positions that see each other but for causality and a window."""
+        return prefix * (prefix - mean_visible_keys(prefix, window)) if prefix else 0
 
     def _across(self, block: Tensors) -> int:
         """Forward operations of the attention of text to image tokens."""

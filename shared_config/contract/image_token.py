@@ -34,20 +34,21 @@ def refuse_image_token(name: str, ids: np.ndarray, image_token: int | None) -> N
 
 
 def without_image_tokens(
-    name: str, ids: np.ndarray, image_token: int | None, images: int
+    name: str, ids: np.ndarray, image_token: int | None, images: int, are_first: bool = False
 ) -> tuple[np.ndarray, list[int]]:
     """A row (S,) without the ids that stand for its images, and how many of its ids stand before each of these. One
-    image for which no id stands is before all text.
+    image for which no id stands is before all text, as are several that have no other place.
 
     Args:
         image_token: None where no id stands for an image.
         images: how many the row has.
+        are_first: whether they can be nowhere else.
 
     Raises:
         UserError: not as many ids as images.
     """
     found = [] if image_token is None else np.flatnonzero(ids == image_token).tolist()
-    if image_token is None or (not found and images <= 1):
+    if image_token is None or (not found and (images <= 1 or are_first)):
         return ids, [0] * images
     if len(found) != images:
         held = f"holds {image_token} at {', '.join(map(str, found))}" if found else f"does not hold {image_token}"

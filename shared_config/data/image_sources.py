@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 METADATA = "metadata.jsonl"
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 SHAPES_VERSION = "shapes 1"
-SEVERAL = "neither a [video] section nor vlm.image_token_id"
+SEVERAL = "neither a [video] section nor vlm.image_token_id nor vlm.prefix_lm"
 """What may hold several pictures."""
 
 
@@ -152,12 +152,12 @@ def open_folder(
     heldout_fraction: float,
     *,
     follow_symlinks: bool = False,
-    several: bool = False,
+    most: int | None = None,
 ) -> Folder:
     """The rows of a folder, parted by a hash of what they show, so that adding rows moves none.
 
     Args:
-        several: whether a row may have several pictures that are no clip.
+        most: pictures that a row may have and that are no clip, as ``data.max_images`` says; None: only one.
         follow_symlinks: whether links may lead out of the folder.
 
     Raises:
@@ -172,7 +172,7 @@ def open_folder(
         raise UserError(f"{root / METADATA}: {problem}")
     rows, problems = [], []
     for number, line in lines(text):
-        row, problem = _parsed(line, several or video is not None)
+        row, problem = _parsed(line, most, video)
         problem = problem or _file_problem(root, row, follow_symlinks)
         rows.append(row)
         problems += [f"{root / METADATA}:{number}: {problem}"] if problem else []
@@ -199,6 +199,8 @@ def read_pictures(
         UserError: a file that can't be decoded, or more frames than the config has.
     """
     frames: list[np.ndarray] = []
+    if video is not None and len(files) > 1 and (clip := next(filter(_is_clip, files), None)):
+        raise UserError(f"{clip}: must stand alone, as the config has one clip; its frames may be given as pictures")
     for file in files:
         try:
             frames += _frames_of(file, pixels, video)
@@ -226,10 +228,14 @@ def _places(available: int, limit: int, rng: np.random.Generator | None) -> list
     return nearest_frames(range(available), np.linspace(0, available - 1, limit))
 
 
+def _is_clip(file: Path) -> bool:
+    return file.suffix.lower() in VIDEO_SUFFIXES
+
+
 def _frames_of(
     file: Path, pixels: PixelRange, video: VideoConfig | None, rng: np.random.Generator | None = None
 ) -> list[np.ndarray]:
-    if file.suffix.lower() not in VIDEO_SUFFIXES:
+    if not _is_clip(file):
         return [read_image(file, pixels)]
     return list(read_clip(file, pixels, video or VideoConfig(max_frames=1, min_frames=1), rng))
 
@@ -258,16 +264,16 @@ def row_tokens(
     ids = np.array([*before, *asked, *told, *after], np.int64)
     learned = np.arange(len(ids)) >= len(before) + len(asked)
     name = f"prompt {prompt!r} and text {text!r}"
-    kept, places = without_image_tokens(name, ids, image_token, images)
+    kept, places = without_image_tokens(name, ids, image_token, images, has_prefix)
     if has_prefix:
         check_first_image(name, places, len(before))
     return kept, learned if len(kept) == len(ids) else learned[ids != image_token], places
 
 
-def _parsed(line: str, several: bool) -> tuple[PictureRow, str]:
+def _parsed(line: str, most: int | None, video: VideoConfig | None) -> tuple[PictureRow, str]:
     """A row, and what is wrong with it."""
     row, problem = parse_object(line)
-    problem = problem or _row_problem(row, several)
+    problem = problem or _row_problem(row, most, video)
     return (row, "") if _is_usable(row, problem) else ({"text": ""}, problem)
 
 
@@ -276,7 +282,7 @@ def _is_usable(row: Mapping[str, object], problem: str) -> TypeGuard[PictureRow]
     return not problem
 
 
-def _row_problem(row: Mapping[str, object], several: bool) -> str:
+def _row_problem(row: Mapping[str, object], most: int | None, video: VideoConfig | None) -> str:
     text, prompt = row.get("text"), row.get("prompt", "")
     if not isinstance(text, str) or not isinstance(prompt, str):
         return "must be an object with a string 'text', and 'prompt' a string if there is one"
@@ -284,9 +290,18 @@ def _row_problem(row: Mapping[str, object], several: bool) -> str:
     names = [files] if isinstance(files, str) else files
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return "'file_name' must be a string or a list of strings"
-    if len(names) > 1 and not several:
-        return f"file_name = {files!r}: must be one picture, as the config has {SEVERAL}"
-    return text_problem(text) or text_problem(prompt)
+    return _number_problem(names, most, video) or text_problem(text) or text_problem(prompt)
+
+
+def _number_problem(names: Sequence[str], most: int | None, video: VideoConfig | None) -> str:
+    """What is wrong with how many pictures or clips a row has."""
+    said = f"file_name = {list(names)!r}"
+    if video is not None:
+        mixed = len(names) > 1 and any(_is_clip(Path(name)) for name in names)
+        return f"{said}: must be one clip, or pictures that are its frames; a row has one clip" if mixed else ""
+    if most is None:
+        return f"{said}: must be one picture, as the config has {SEVERAL}" if len(names) > 1 else ""
+    return f"{said}: {len(names)} pictures, must be at most data.max_images = {most}" if len(names) > most else ""
 
 
 def _file_problem(root: Path, row: PictureRow, follow_symlinks: bool) -> str:

@@ -7,7 +7,7 @@ A folder holds pictures and a ``metadata.jsonl`` (as Hugging Face's ImageFolder 
     {"file_name": "clips/3.mp4", "text": "a dog runs"}                        with a [video] section
     {"file_name": ["f/1.png", "f/2.png"], "text": "frames, in order"}         with a [video] section
     {"file_name": ["a.png", "b.png"], "prompt": "<image> or <image>? ", "text": "the first"}
-                                                  with vlm.image_token_id, the id of what stands for a picture
+                         with data.max_images of 2 or more, and vlm.image_token_id, the id of what stands for a picture
     {"text": "no picture at all"}
 
 What can't be decoded is counted, reported once, and masked: its row is trained as text alone.
@@ -17,7 +17,6 @@ Shapes: B rows of a batch on one rank, T text positions of a row, F frames, s pi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -40,6 +39,7 @@ class ImageTextData:
     Attributes:
         rows_per_batch: rows of a batch over all ranks.
         tokens_per_batch: text positions of a batch over all ranks.
+        prompts: tokens of the prompt of each row to train on.
         notes: what a user should know about the data, one line each.
     """
 
@@ -53,6 +53,7 @@ class ImageTextData:
         text_len: int,
         vocab_size: int,
         frames: int = 0,
+        images: int = 1,
         text_mask: bool = False,
         image_token: int | None = None,
         has_prefix: bool = False,
@@ -66,6 +67,7 @@ class ImageTextData:
         Args:
             pixels: how bytes become numbers.
             frames: F of clips; 0 for images, which have no axis of frames.
+            images: N, the most of a row that are no frames of a clip.
             text_mask: also give which text positions are real, so that no padding is sent to experts.
             image_token: the id that stands for an image in a row, once for each, and says where it is; None, or if it
                 is not in a row with one image: that stands before the text.
@@ -82,7 +84,7 @@ class ImageTextData:
                 f"model.vocab_size = {vocab_size}: must be at least that of the tokenizer, {tokenizer.vocab_size}"
             )
         self.source, self.tokenizer, self.pixels = source, tokenizer, pixels
-        self.image_token, self.has_prefix = image_token, has_prefix
+        self.image_token, self.has_prefix, self.images = image_token, has_prefix, images
         self.batch_size, self.text_len, self.frames, self.text_mask = batch_size, text_len, frames, text_mask
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.heldout_batch_size = heldout_batch_size or batch_size
@@ -91,23 +93,18 @@ class ImageTextData:
         self.tokens_per_batch = self.rows_per_batch * text_len
         self.notes: tuple[str, ...] = ()
         self._rows: dict[str, list[int]] = {"train": [], "heldout": []}
+        self.prompts: Sequence[int]
         if isinstance(source, Folder):
-            self._rows = self._check_labels(source)
+            self._rows, self.prompts = self._check_labels(source)
+        else:
+            self.prompts = [self._prompt_tokens({"text": " "}) or 0]
 
-    @functools.cached_property
-    def images(self) -> int:
-        """N, the most images of a row that have a place each; a clip is one."""
-        if not isinstance(self.source, Folder) or self.image_token is None or self.has_prefix:
-            return 1
-        rows = (row for rows in self.source.rows.values() for row in rows)
-        return max(1, *(images_of(row, self.source.video) for row in rows))
-
-    def _check_labels(self, folder: Folder) -> dict[str, list[int]]:
-        """The rows that have a label, by split: those whose prompt fills ``text_len`` have none."""
-        kept = {
-            split: [index for index, row in enumerate(rows) if self._has_label(row)]
-            for split, rows in folder.rows.items()
-        }
+    def _check_labels(self, folder: Folder) -> tuple[dict[str, list[int]], list[int]]:
+        """The rows that have a label, by split: those whose prompt fills ``text_len`` have none; and the tokens of the
+        prompts of those to train on.
+        """
+        prompts = {split: [self._prompt_tokens(row) for row in rows] for split, rows in folder.rows.items()}
+        kept = {split: [row for row, prompt in enumerate(own) if prompt is not None] for split, own in prompts.items()}
         every, left = (sum(map(len, parts.values())) for parts in (folder.rows, kept))
         if left < every:
             self.notes = (
@@ -119,13 +116,14 @@ class ImageTextData:
                 f"data.path = {folder.name!r}: none of its {len(folder.rows['train'])} rows to train on has a label "
                 f"within train.seq_len = {self.text_len}; the prompts are longer"
             )
-        return kept
+        return kept, [prompt for prompt in prompts["train"] if prompt is not None]
 
-    def _has_label(self, row: PictureRow) -> bool:
+    def _prompt_tokens(self, row: PictureRow) -> int | None:
+        """How many tokens of a row stand before what is learned; None: nothing is, within ``text_len``."""
         shown = 0 if not isinstance(self.source, Folder) else images_of(row, self.source.video)
         text = row["text"], row.get("prompt", "")
         _, learned, _ = row_tokens(*text, self.tokenizer, self.image_token, shown, self.has_prefix)
-        return bool(learned[1 : self.text_len + 1].any())
+        return int((~learned).sum()) if learned[1 : self.text_len + 1].any() else None
 
     @property
     def fingerprint(self) -> str:
@@ -181,7 +179,7 @@ class ImageTextData:
     def _collated(self, examples: Sequence[Example]) -> Batch:
         how = self.text_len, self.frames, self.image_token, self.images, self.has_prefix
         batch = collate(examples, self.tokenizer, self.pixels, *how)
-        if isinstance(self.source, Shapes) and self.frames == 0:
+        if isinstance(self.source, Shapes) and self.frames == 0 and self.images == 1:
             del batch["frame_mask"]  # all are there, and attention needs no mask
         if not self.text_mask:
             del batch["text_mask"]
@@ -207,6 +205,7 @@ def collate(
         input_ids, labels: int32 (B, T).
         text_mask: bool (B, T), True at real tokens.
         pixel_values: float32 (B, 3, s, s), or (B, F, 3, s, s) with ``frames``, or (B, N, 3, s, s) with ``images`` = N.
+            Where ``has_prefix``, those that a row does not have come first: text follows on the others.
         frame_mask: bool (B, 1), (B, F) or (B, N), True where there is a picture, and the row goes as far as its place.
         image_positions: int32 (B,), or (B, N) where N > 1, with ``image_token``: how many tokens stand before the
             picture; of pictures that a row does not have, all.
@@ -231,8 +230,10 @@ def collate(
         labels[row, :count] = np.where(learned[1:], ids[1:], IGNORED)
         text_mask[row, :count] = True
         within = np.resize(np.array(places) <= text_len, len(shown)) if places else exists
-        frame_mask[row, : len(shown)] = exists & within
-        pictures[row, : len(shown)] = np.where(exists[:, None, None, None], pixels.numbers(shown), 0)
+        first = several - len(shown) if has_prefix and not frames else 0
+        own = slice(first, first + len(shown))
+        frame_mask[row, own] = exists & within
+        pictures[row, own] = np.where(exists[:, None, None, None], pixels.numbers(shown), 0)
     standing = {} if image_token is None else {"image_positions": positions if images > 1 else positions[:, 0]}
     standing = {"prompt_lengths": prompts} if has_prefix else standing
     return {
@@ -252,6 +253,7 @@ def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) ->
         UserError: a folder that can't be read, or a vocabulary that is too small.
     """
     assert config.vision_encoder is not None
+    _check_room(config)
     pixels = picture_format(config.vision_encoder, config.video)
     source: Shapes | Folder
     if config.data.path:
@@ -261,13 +263,13 @@ def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) ->
             config.video,
             config.data.heldout_fraction,
             follow_symlinks=config.data.follow_symlinks,
-            several=config.vlm is not None and config.vlm.places_image,
+            most=config.data.max_images if config.vlm is not None and config.vlm.takes_several else None,
         )
     else:
         source = Shapes(pixels.side, config.video)
     tokenizer = build_tokenizer(config.data.tokenizer, config.data.eos_id)
     check_vocabulary(tokenizer, config.data.tokenizer, config.model.vocab_size)
-    data = ImageTextData(
+    return ImageTextData(
         source,
         tokenizer=tokenizer,
         pixels=pixels,
@@ -275,6 +277,7 @@ def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) ->
         text_len=config.train.seq_len,
         vocab_size=config.model.vocab_size,
         frames=config.video.max_frames if config.video is not None else 0,
+        images=config.data.max_images,
         text_mask=config.has_routers,
         image_token=None if config.vlm is None else config.vlm.image_token,
         has_prefix=config.vlm is not None and config.vlm.has_prefix,
@@ -284,17 +287,17 @@ def open_image_data(config: JobConfig, *, rank: int = 0, world_size: int = 1) ->
         heldout_batch_size=config.eval.batch_size,
         heldout_steps=config.eval.steps,
     )
-    _check_room(data, config)
-    return data
 
 
-def _check_room(data: ImageTextData, config: JobConfig) -> None:
-    """Refuse more images in a row than the residual stream has room for; for one the config answers."""
-    tokens = data.images * tokens_per_image(config)
-    if data.images > 1 and tokens + data.text_len > config.model.max_seq_len:
+def _check_room(config: JobConfig) -> None:
+    """Refuse rows longer than the residual stream."""
+    assert config.vlm is not None
+    tokens = config.vlm.residual_stream_image_tokens(config.frames_per_row * tokens_per_image(config))
+    if tokens + config.train.seq_len > config.model.max_seq_len:
+        field = "data.max_images" if config.video is None else "video.max_frames"
         raise UserError(
-            f"data.path = {data.source.name!r}: has a row with {data.images} images, of {tokens} positions; with "
-            f"train.seq_len = {data.text_len} must fit in model.max_seq_len = {config.model.max_seq_len}"
+            f"train.seq_len = {config.train.seq_len}: with {tokens} image tokens, of {field} = "
+            f"{config.frames_per_row}, must fit in model.max_seq_len = {config.model.max_seq_len}"
         )
 
 

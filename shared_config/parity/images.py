@@ -12,7 +12,7 @@ from shared_config.parity.validation import validation_pixels, validation_positi
 from shared_config.schema.job import JobConfig
 
 MOST = 2
-"""Images of a row, where they have places of their own."""
+"""Images of a row that may have several."""
 
 
 def image_token(config: JobConfig) -> int | None:
@@ -21,8 +21,8 @@ def image_token(config: JobConfig) -> int | None:
 
 
 def images_of(config: JobConfig) -> int:
-    """N: `MOST` images that an id places, if there is room for them beside the text; else one, or a clip."""
-    if config.vlm is None or config.video is not None or not config.vlm.places_image:
+    """N: `MOST` images where a row may have several, if there is room for them beside the text; else one, or a clip."""
+    if config.vlm is None or config.video is not None or not config.vlm.takes_several:
         return 1
     beside = MOST * tokens_per_image(config) + config.vlm.max_text_len
     return MOST if beside <= config.model.max_seq_len else 1

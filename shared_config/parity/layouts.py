@@ -18,7 +18,8 @@ from shared_config.contract.initialise import state_hash
 from shared_config.contract.sharding import layout_of
 from shared_config.contract.warm_start import without_warm_start
 from shared_config.interchange.checkpoint import TrainingState
-from shared_config.parity.request import make_request, request_meta
+from shared_config.parity.images import images_of
+from shared_config.parity.request import default_length, make_request, request_meta
 from shared_config.parity.scenarios import STATE, trained_tensors
 from shared_config.parity.traces import Trace
 from shared_config.parity.work import Trained, Work, scenario_batch
@@ -115,7 +116,7 @@ def record_layout(
     config = without_warm_start(config)
     request = make_request(config, dtype="float64", seed=seed, weights=weights)
     work = Work(config, "float64", seed, request.weights, False, None, None)
-    spread = backend.train(config, work.state, drawn_steps(work))
+    spread = backend.train(as_drawn(config), work.state, drawn_steps(work))
     extra = {"scenario": LAYOUT, "sizes": dict(spread.sizes), "held": list(spread.held)}
     extra["lr"] = sum(float(metrics["lr"]) for metrics in spread.trained.metrics)
     tensors = trained_tensors(spread.trained, config)
@@ -130,6 +131,12 @@ def record_layout(
         extra=extra,
     )
     return Trace(tensors, meta)
+
+
+def as_drawn(config: JobConfig) -> JobConfig:
+    """The config with the sizes of what is drawn: a layout divides the positions of rows as its config counts them."""
+    train, data = config.train.replace(seq_len=default_length(config)), config.data
+    return config.replace(train=train, data=data.replace(max_images=images_of(config)))
 
 
 def drawn_steps(work: Work) -> list[list[dict[str, np.ndarray]]]:

@@ -72,9 +72,8 @@ class Request:
 
     @property
     def images(self) -> int:
-        """N, how many images with a place each a row has."""
-        places = self.image_positions
-        return 1 if places is None or places.ndim == 1 else places.shape[1]
+        """N, how many images a row has; a clip is one."""
+        return 1 if self.pixels is None or self.pixels.ndim == 4 or self.config.video else self.pixels.shape[1]
 
     def modules(self, names: Iterable[str]) -> list[str]:
         """Those of all modules whose outputs are recorded."""

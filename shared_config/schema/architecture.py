@@ -103,6 +103,11 @@ class VLMConfig(Section):
         return False
 
     @property
+    def takes_several(self) -> bool:
+        """Whether a row may have several images."""
+        return self.places_image or self.has_prefix
+
+    @property
     def can_generate(self) -> bool:
         """Whether a model can take its tokens one after the other."""
         return not self.experts_choose

@@ -60,6 +60,8 @@ class DataConfig(Section):
     rows, over the sum of these (arXiv:2010.11934, section 3.1, has 1/temperature of 0.3 for languages).
     phases: weights from some steps on, as for annealing on the best sources.
     pack_documents: positions see only their own document (a ``doc_ids`` mask), and no loss crosses a boundary.
+    max_images: the most images of a row of an image-text folder, where the model takes several; a row with more is
+    refused, and one with fewer costs as much as one with so many.
     """
 
     path: str = ""
@@ -70,6 +72,7 @@ class DataConfig(Section):
     pack_documents: bool = False
     text_field: str = "text"
     follow_symlinks: bool = False
+    max_images: PositiveInt = 1
     sources: Items[Annotated[SourceConfig, NESTED]] = ()
     temperature: PositiveFloat = 1.0
     phases: Items[Annotated[PhaseConfig, NESTED]] = ()

@@ -56,6 +56,11 @@ class JobConfig(Section):
         return self.vlm is not None and self.vlm.experts_choose
 
     @property
+    def frames_per_row(self) -> int:
+        """The most pictures of a row: frames of its clip, or images."""
+        return self.data.max_images if self.video is None else self.video.max_frames
+
+    @property
     def has_routers(self) -> bool:
         """Whether there are experts of either kind."""
         return self.model.is_moe or self.experts_choose
@@ -104,6 +109,11 @@ class JobConfig(Section):
             )
 
     def _vision_problems(self) -> Iterator[str]:
+        if self.data.max_images > 1 and (self.vlm is None or not self.vlm.takes_several):
+            several = "vlm.image_token_id, which says where each of several stands, or vlm.prefix_lm"
+            yield f"data.max_images = {self.data.max_images}: must be 1 without {several}"
+        elif self.data.max_images > 1 and self.video is not None:
+            yield f"data.max_images = {self.data.max_images}: must be 1 with a [video] section, as a row has one clip"
         if self.vlm is None:
             for name in ("vision_encoder", "adapter", "video"):
                 if getattr(self, name) is not None:
@@ -127,9 +137,8 @@ class JobConfig(Section):
         image; checked again once it is loaded.
         """
         if self.vlm is not None:
-            frames = self.video.max_frames if self.video is not None else 1
             adapter = self.adapter or AdapterConfig()
-            yield from self.vlm.image_problems(self.model, adapter, num_tokens, feature_dim, frames)
+            yield from self.vlm.image_problems(self.model, adapter, num_tokens, feature_dim, self.frames_per_row)
 
     def validate(self, world_size: int = 1) -> None:
         """Check the parallel layout against the number of devices.

@@ -100,7 +100,7 @@ def run_training(
         config = config.replace(train=config.train.replace(grad_accum_steps=start.grad_accum_steps))
         data = data.in_steps_of(data.rows_per_batch * start.grad_accum_steps)
         tokens = data.tokens_per_batch * config.train.grad_accum_steps
-        speed = Speed.of(config, trainer.devices, tokens, getattr(data, "images", 1))  # text has no such number
+        speed = Speed.of(config, trainer.devices, tokens, getattr(data, "prompts", (0,)))  # rows of text say none
         display = Display(console, total=config.train.max_steps, done=start.step, speed=speed)
         profiler: Profiler | None = None
         with processes.agreed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,19 +43,19 @@ class Speed:
     least: tuple[tuple[int, float], ...] = ()
 
     @classmethod
-    def of(cls, config: JobConfig, devices: Devices, tokens: int, images: int = 1) -> Speed:
+    def of(cls, config: JobConfig, devices: Devices, tokens: int, prompts: Sequence[int] = (0,)) -> Speed:
         """That of a job whose steps have so many tokens. The peak is ``metrics.peak_tflops``, or that of the kind.
 
         Args:
-            images: pictures or clips of a row.
+            prompts: as for `micro_batch_flops`.
         """
         given = config.metrics.peak_tflops
         peak = peak_flops(devices.kind) if given is None else given * TERA
         if peak is None:
             return cls(tokens)
         starts = {0, *(stage.start_step for stage in config.vlm.freeze_schedule)} if config.vlm is not None else {0}
-        frames, tower = images * (1 if config.video is None else config.video.max_frames), tower_of(config)
-        flops = {start: step_flops(config, tokens, tower, frames=frames, step=start) for start in sorted(starts)}
+        tower = tower_of(config)
+        flops = {start: step_flops(config, tokens, tower, step=start, prompts=prompts) for start in sorted(starts)}
         known = [(start, each / (devices.count * peak)) for start, each in flops.items() if each is not None]
         return cls(tokens, tuple(known))
 

@@ -18,18 +18,21 @@ from shared_config.commands import validate
 from shared_config.commands.layouts import USUAL, layouts_left_out, layouts_to_compare
 from shared_config.contract.sharding import MESH_AXES
 from shared_config.errors import UserError
-from shared_config.interchange.toml import config_to_toml
+from shared_config.interchange.checkpoint import TrainingState
+from shared_config.interchange.toml import config_to_dict, config_to_toml
 from shared_config.loader import load_config, preset_names
 from shared_config.parity import plan as plan_module
 from shared_config.parity.layout_checks import ALONE, config_of, most_held
-from shared_config.parity.layouts import CLIP, LAYOUT, MOST, described
+from shared_config.parity.layouts import CLIP, LAYOUT, MOST, STEPS, Spread, described, record_layout
 from shared_config.parity.plan import BACKENDS, CHECKS, LAYOUTS_STAGE, Plan
 from shared_config.parity.provenance import expected_meta, initial_hash
 from shared_config.parity.scenarios import SCENARIOS, applicable, left_out
 from shared_config.parity.shrink import shrink
 from shared_config.parity.traces import Trace, write_trace
+from shared_config.parity.work import Trained
 from shared_config.schema.architecture import VLMConfig
 from shared_config.schema.distributed import DistributedConfig
+from shared_config.schema.job import JobConfig
 from tests.interchange.llavas import llava_folder
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
@@ -311,3 +314,31 @@ def leave(plan: Plan, backend: str, layout: DistributedConfig, place: int, chang
     if change is not None:
         change(tensors, meta)
     write_trace(plan.layout_file(backend, place), Trace(tensors, dataclasses.replace(expected, **meta)))
+
+
+@pytest.mark.parametrize("name", ["text", "past a window", "images", "prefix"])
+def test_a_layout_counts_the_positions_of_what_is_drawn(name: str, tmp_path: Path) -> None:
+    """A backend divides rows as long, and with as many images, as its config says."""
+    given = {
+        "text": ("debug", TINY),
+        "past a window": ("debug", (*TINY, "--model.sliding_window=25", "--model.max_seq_len=64")),
+        "images": (str(llava_folder(tmp_path)), ("--vlm.max_text_len=63",)),
+        "prefix": ("debug_vlm_joint_decoder", ("--vlm.prefix_lm=true",)),
+    }
+    config, seen = load_config(given[name][0], given[name][1]), []
+
+    class Backend:
+        NAME: str = "torch"
+
+        def train(self, config: JobConfig, state: TrainingState, steps: Any) -> Spread:
+            seen.extend((config, batch) for step in steps for batch in step)
+            numbers, held_out = [{"loss": 0.0, "lr": 0.0}] * STEPS, np.zeros((2, 0))
+            return Spread(Trained(numbers, [state, state], held_out), {}, "cpu", {}, [], {})
+
+    trace = record_layout(Backend(), config)
+    assert trace.meta.config_fields == config_to_dict(config)
+    for told, batch in seen:
+        assert told.train.seq_len == batch["labels"].shape[1]
+        pixels = batch.get("pixel_values")
+        assert told.data.max_images == (pixels.shape[1] if pixels is not None and pixels.ndim == 5 else 1)
+    assert {told.data.max_images for told, _ in seen} == {2 if name in ("images", "prefix") else 1}

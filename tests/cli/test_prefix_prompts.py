@@ -44,11 +44,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return made
 
 
-def theirs(processor: Any, folder: Path, prompt: str, suffix: str | None = None) -> dict[str, list[int]]:
-    """What the processor of transformers makes of a picture, a prompt and maybe what follows it, without padding."""
-    out = processor(
-        images=Image.open(folder / "dark.png"), text=f"{IMAGE_TEXT}{prompt}", suffix=suffix, return_tensors="np"
-    )
+def theirs(
+    processor: Any, folder: Path, prompt: str, suffix: str | None = None, count: int = 1
+) -> dict[str, list[int]]:
+    """What the processor of transformers makes of pictures, a prompt and maybe what follows it, without padding."""
+    pictures = [Image.open(folder / "dark.png")] * count
+    out = processor(images=[pictures], text=[IMAGE_TEXT * count + prompt], suffix=suffix, return_tensors="np")
     return {name: out[name][0].tolist() for name in ("input_ids", "token_type_ids", "labels")}
 
 
@@ -60,21 +61,22 @@ def test_a_prompt_is_that_of_the_processor(folder: Path, prompt: str) -> None:
 
 
 @settings(max_examples=25 if NIGHTLY else 3, deadline=None)
-@given(prompt=LETTERS, text=LETTERS, is_said=st.booleans())
-def test_a_row_is_that_of_the_processor(folder: Path, prompt: str, text: str, is_said: bool) -> None:
-    """Ids, length of the prompt, labels; whether the prompt begins with the id of the image or says nothing of it."""
-    vlm, frames = load_config(str(folder)).vlm, np.zeros((1, 12, 12, 3), np.uint8)
+@given(prompt=LETTERS, text=LETTERS, is_said=st.booleans(), count=st.integers(1, 3))
+def test_a_row_is_that_of_the_processor(folder: Path, prompt: str, text: str, is_said: bool, count: int) -> None:
+    """Ids, length of the prompt, labels; whether the prompt begins with the ids of images or says nothing of them."""
+    vlm, frames = load_config(str(folder)).vlm, np.zeros((count, 12, 12, 3), np.uint8)
     assert vlm is not None
-    example = Example(frames, text, f"{IMAGE_TEXT * is_said}{prompt}")
+    example = Example(frames, text, f"{IMAGE_TEXT * is_said * count}{prompt}")
     pixels, options = read_preprocessor("", "siglip2", 12), {"image_token": vlm.image_token, "has_prefix": True}
-    batch = collate([example], HuggingFaceTokenizer(folder), pixels, LENGTH, **options)
+    batch = collate([example], HuggingFaceTokenizer(folder), pixels, LENGTH, images=3, **options)
     assert "image_positions" not in batch
-    row = theirs(processor_of(folder), folder, prompt, text)
-    ids, labels = row["input_ids"][TOKENS:], row["labels"][TOKENS:]
-    count, short = min(len(ids) - 1, LENGTH), max(LENGTH - len(ids) + 1, 0)
-    assert batch["input_ids"][0].tolist() == [*ids[:count], *[0] * short]
-    assert batch["labels"][0].tolist() == [*labels[1 : count + 1], *[-100] * short]
-    assert batch["prompt_lengths"].tolist() == [min(row["token_type_ids"][TOKENS:].count(0), count)]
+    assert batch["frame_mask"].tolist() == [[False] * (3 - count) + [True] * count]
+    row = theirs(processor_of(folder), folder, prompt, text, count)
+    ids, types, labels = (row[name][count * TOKENS :] for name in ("input_ids", "token_type_ids", "labels"))
+    length, short = min(len(ids) - 1, LENGTH), max(LENGTH - len(ids) + 1, 0)
+    assert batch["input_ids"][0].tolist() == [*ids[:length], *[0] * short]
+    assert batch["labels"][0].tolist() == [*labels[1 : length + 1], *[-100] * short]
+    assert batch["prompt_lengths"].tolist() == [min(types.count(0), length)]
 
 
 def test_an_image_within_a_prompt_is_refused(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -88,8 +90,11 @@ def test_an_image_within_a_prompt_is_refused(folder: Path, capsys: pytest.Captur
     assert "holds the image at 2: must begin with it with vlm.prefix_lm = true" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("prompt", ["hello", f"{IMAGE_TEXT}hello"])
-def test_generate_asks_as_the_processor_does(folder: Path, prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("prompt", "count"), [("hello", 1), (f"{IMAGE_TEXT}hello", 1), ("hello", 2),
+                                               (f"{IMAGE_TEXT * 2}hello", 2)])  # fmt: skip
+def test_generate_asks_as_the_processor_does(
+    folder: Path, prompt: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[dict[str, Any]] = []
 
     def stream(model: object, prompts: list[list[int]], length: int, **options: Any) -> Iterator[np.ndarray]:
@@ -97,20 +102,23 @@ def test_generate_asks_as_the_processor_does(folder: Path, prompt: str, monkeypa
         return iter([np.array([269])])
 
     monkeypatch.setattr(kempnerforge_torch.model.generate, "stream", stream)
-    line = ["generate", str(folder), "--backend=torch", "--device=cpu", f"--image={folder}/dark.png"]
+    line = ["generate", str(folder), "--backend=torch", "--device=cpu", *[f"--image={folder}/dark.png"] * count]
     assert main([*line, f"--prompt={prompt}"]) == 0
-    assert calls[0]["prompt"] == theirs(processor_of(folder), folder, "hello")["input_ids"][TOKENS:]
+    ids = theirs(processor_of(folder), folder, "hello", count=count)["input_ids"]
+    assert calls[0]["prompt"] == ids[count * TOKENS :]
     assert calls[0]["image_positions"] is None
-    assert calls[0]["pixel_values"].shape == (1, 3, 12, 12)
+    assert calls[0]["pixel_values"].shape == ((1, 3, 12, 12) if count == 1 else (1, count, 3, 12, 12))
 
 
 @pytest.mark.skipif(not NIGHTLY, reason="compiles")
 def test_both_backends_train_and_what_they_learn_goes_back(folder: Path, tmp_path: Path) -> None:
-    rows = [{"file_name": "1.png", "prompt": f"what is {row}?", "text": f"answer {row}"} for row in range(12)]
+    rows: list[dict[str, Any]] = [
+        {"file_name": ["1.png"] * (row % 3), "prompt": f"what is {row}?", "text": f"answer {row}"} for row in range(12)
+    ]
     Image.open(folder / "dark.png").save(tmp_path / "1.png")
     (tmp_path / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     own = [f"--data.path={tmp_path}", "--train.max_steps=3", "--train.seq_len=32", "--train.batch_size=5"]
-    own += ["--train.mixed_precision=fp32", "--optimizer.lr=1e-3", "--device=cpu"]
+    own += ["--train.mixed_precision=fp32", "--data.max_images=2", "--optimizer.lr=1e-3", "--device=cpu"]
     losses = []
     for backend in ("torch", "jax"):
         run = tmp_path / backend

@@ -186,6 +186,11 @@ def test_flops_of_steps_with_images_are_those_of_their_parts() -> None:
     found = micro_batch_flops(clips, frames=3)
     assert found is not None
     assert step_flops(clips, batches_of(clips)) == found.training
+    prefix = load_config("debug_vlm_joint_decoder", ["--vlm.prefix_lm=true", "--train.batch_size=2"])
+    (batch,) = batches_of(prefix)
+    found = micro_batch_flops(prefix, prompts=[5, 9])
+    assert found is not None
+    assert step_flops(prefix, [{**batch, "prompt_lengths": np.array([5, 9])}]) == found.training
 
 
 def test_flops_of_experts_are_those_of_their_matrices() -> None:

@@ -19,7 +19,8 @@ from shared_config.commands.pictures import prompt_with, user_message
 from shared_config.contract.decoding import read_prompts
 from shared_config.contract.image_token import refuse_image_token, without_image_tokens
 from shared_config.data import open_data
-from shared_config.errors import UserError
+from shared_config.data.images import ImageTextData
+from shared_config.errors import ConfigError, UserError
 from shared_config.interchange.toml import config_to_toml
 from shared_config.interchange.vision import tokens_per_image
 from shared_config.loader import load_config
@@ -28,6 +29,7 @@ from shared_config.parity.validation import drawn_tokens
 from tests.config.test_images import folder_of, job
 
 TOKEN = ord("#")
+PREFIX: dict[str, Any] = {"arch": "joint_decoder", "max_text_len": 48, "prefix_lm": True}
 
 
 def seeing(**changes: Any) -> Any:
@@ -117,38 +119,48 @@ def test_rows_of_data_say_where_their_image_is(prompt: str, text: str, tmp_path:
     assert "image_positions" not in plain
 
 
+GREY = 128
+"""Of pixels that are 0, where there is no picture."""
+
+
+def brightness(pixels: np.ndarray) -> np.ndarray:
+    """That of each picture of one colour, (B, N)."""
+    return np.rint((pixels.mean(axis=(2, 3, 4)) + 1) * 127.5).astype(int)
+
+
 ROWS = st.lists(st.lists(st.integers(0, 40), max_size=4), min_size=1, max_size=3).filter(
     lambda rows: max(map(len, rows)) > 1
 )
 
 
 @settings(max_examples=10)
-@given(rows=ROWS)
-def test_rows_have_as_many_images_as_they_name(rows: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> None:
+@given(rows=ROWS, spare=st.integers(0, 1))
+def test_rows_have_as_many_images_as_they_name(
+    rows: list[list[int]], spare: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Each row is letters with a picture after some of them, which may be beyond what is trained on."""
     length = 24
     written = []
-    for row in rows:
+    for number, row in enumerate(rows):
         letters = [chr(97 + place % 26) + "#" * row.count(place) for place in range(40)]
-        names = [f"{index}.png" for index in range(len(row))]
+        names = [f"{(number + index) % 4}.png" for index in range(len(row))]
         written.append({"file_name": names, "text": "#" * row.count(40) + "".join(letters)})
     folder = pictured(tmp_path_factory.mktemp("rows"), written, 4)
-    data = open_data(
-        seeing(data={"path": str(folder), "heldout_fraction": 1e-9}, train={"seq_len": length, "batch_size": len(rows)})
-    )
-    batch, most = data.batch(0), max(map(len, rows))
+    most = max(map(len, rows)) + spare
+    given = {"path": str(folder), "heldout_fraction": 1e-9, "max_images": most}
+    batch = open_data(seeing(data=given, train={"seq_len": length, "batch_size": len(rows)})).batch(0)
     assert batch["pixel_values"].shape[:2] == batch["image_positions"].shape == (len(rows), most)
-    counts = batch["pixel_values"].any(axis=(2, 3, 4))
     wanted = []
-    for row in rows:
+    for number, row in enumerate(rows):
         places = sorted(1 if place == 40 else place + 2 for place in row)
-        shown = [place <= length and index != 1 for index, place in enumerate(places)]
+        pictures = [(number + index) % 4 for index in range(len(row))]
+        shown = [40 * picture if picture != 1 else GREY for picture in pictures]
+        exists = [place <= length and picture != 1 for place, picture in zip(places, pictures, strict=True)]
         behind = [length] * (most - len(row))
-        wanted.append(([min(place, length) for place in places] + behind, shown + [False] * len(behind)))
-        assert len(places) == len(row)
-    found = list(zip(batch["image_positions"].tolist(), batch["frame_mask"].tolist(), strict=True))
-    assert sorted(found) == sorted(wanted)
-    assert (counts | ~batch["frame_mask"]).all()
+        absent = [False] * len(behind), [GREY] * len(behind)
+        wanted.append(([min(place, length) for place in places] + behind, exists + absent[0], shown + absent[1]))
+    arrays = batch["image_positions"], batch["frame_mask"], brightness(batch["pixel_values"])
+    assert sorted(zip(*(array.tolist() for array in arrays), strict=True)) == sorted(wanted)
     assert batch["input_ids"][0].tolist() == [256, *(97 + place % 26 for place in range(length - 1))]
 
 
@@ -164,13 +176,79 @@ def test_rows_have_as_many_images_as_they_name(rows: list[list[int]], tmp_path_f
 def test_rows_with_other_numbers_of_images_are_refused(row: dict[str, Any], said: str, tmp_path: Path) -> None:
     folder = pictured(tmp_path, [*[{"text": "a cat"}] * 4, row], 3)
     with pytest.raises(UserError, match=said):
-        open_data(seeing(data={"path": str(folder)}))
+        open_data(seeing(data={"path": str(folder), "max_images": 2}))
+
+
+def test_rows_with_more_images_than_the_config_says_are_listed(tmp_path: Path) -> None:
+    rows = [{"file_name": [f"{index}.png" for index in range(count)], "text": "#" * count} for count in (1, 3, 2, 4)]
+    folder = pictured(tmp_path, rows, 4)
+    with pytest.raises(UserError) as refused:
+        open_data(seeing(data={"path": str(folder), "max_images": 2}))
+    said = [
+        f"{folder}/metadata.jsonl:{line}: file_name = {rows[line - 1]['file_name']}: {count} pictures, must be at most "
+        "data.max_images = 2"
+        for line, count in ((2, 3), (4, 4))
+    ]
+    assert str(refused.value).splitlines() == said
 
 
 def test_images_that_the_stream_has_no_room_for_are_refused(tmp_path: Path) -> None:
-    folder = pictured(tmp_path, [{"file_name": ["0.png"] * 30, "text": "#" * 30}], 1)
-    with pytest.raises(UserError, match=r"has a row with 30 images, of 120 positions; with train\.seq_len = 48 "):
-        open_data(seeing(data={"path": str(folder), "heldout_fraction": 1e-9}))
+    with pytest.raises(ConfigError, match=r"vlm\.max_text_len = 48: with 84 image tokens must fit in .* = 128"):
+        seeing(data={"max_images": 21})
+    config = seeing(data={"max_images": 20}, train={"seq_len": 49})
+    said = r"train\.seq_len = 49: with 80 image tokens, of data\.max_images = 20, must fit in model\.max_seq_len = 128"
+    with pytest.raises(UserError, match=said):
+        open_data(config)
+    open_data(config.replace(train=config.train.replace(seq_len=48)))
+    video = {"max_frames": 20, "min_frames": 1, "frame_size": 16}
+    with pytest.raises(UserError, match=r"train\.seq_len = 49: .* of video\.max_frames = 20, must fit"):
+        open_data(job(video=video, train={"seq_len": 49}))
+
+
+def test_drawn_pictures_leave_others_of_their_rows_out() -> None:
+    one, three = (open_data(seeing(data={"max_images": most})).batch(2) for most in (1, 3))
+    assert three["frame_mask"].tolist() == [[True, False, False]] * 4
+    np.testing.assert_array_equal(three["pixel_values"][:, 0], one["pixel_values"])
+    assert not three["pixel_values"][:, 1:].any()
+    assert three["image_positions"].tolist() == [[0, 48, 48]] * 4
+
+
+def test_several_images_are_refused_where_a_row_has_one() -> None:
+    several = {"max_images": 2}
+    for config, said in (
+        ({"vlm": {"arch": "mot", "max_text_len": 48}}, "must be 1 without vlm.image_token_id, .*, or vlm.prefix_lm"),
+        ({}, "must be 1 without vlm.image_token_id"),
+        ({"vlm": None, "vision_encoder": None}, "must be 1 without vlm.image_token_id"),
+        ({"vlm": PREFIX, "video": {"frame_size": 16}}, r"must be 1 with a \[video\] section, as a row has one clip"),
+    ):
+        with pytest.raises(ConfigError, match=f"^data.max_images = 2: {said}"):
+            job(data=several, **config)
+    for vlm in (PREFIX, {**PREFIX, "image_token_id": TOKEN}):
+        assert job(data=several, vlm=vlm).frames_per_row == 2
+
+
+@settings(max_examples=10)
+@given(counts=st.lists(st.integers(0, 3), min_size=1, max_size=3), named=st.booleans())
+def test_images_of_a_prefix_stand_next_to_its_text(
+    counts: list[int], named: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """In their order, after those that a row does not have; whether ids name them or not."""
+    names = [[f"{2 * index}.png" for index in range(count)] for count in counts]
+    rows = [{"file_name": own, "prompt": "#" * named * len(own) + "see", "text": f"{len(own)}"} for own in names]
+    folder = pictured(tmp_path_factory.mktemp("rows"), rows, 5)
+    data = {"path": str(folder), "heldout_fraction": 1e-9, "max_images": 3}
+    config = job(vlm={**PREFIX, "image_token_id": TOKEN}, data=data, train={"seq_len": 8, "batch_size": len(rows)})
+    opened = open_data(config)
+    batch = opened.batch(0)
+    shown = np.where(batch["frame_mask"], brightness(batch["pixel_values"]), -1).tolist()
+    texts = [chr(row[5]) for row in batch["input_ids"]]
+    wanted = [(str(count), [-1] * (3 - count) + [80 * index for index in range(count)]) for count in counts]
+    assert sorted(zip(texts, shown, strict=True)) == sorted(wanted)
+    assert batch["input_ids"][0, 1:5].tolist() == list(b"see\n")
+    assert batch["prompt_lengths"].tolist() == [5] * len(rows)
+    assert "image_positions" not in batch
+    assert isinstance(opened, ImageTextData)
+    assert opened.prompts == [5] * len(rows)
 
 
 @pytest.mark.parametrize(

@@ -288,12 +288,21 @@ def test_adding_rows_moves_none(tmp_path: Path) -> None:
             '{"file_name": ["a.png", "b.png"], "text": "x"}',
             r"must be one .* neither a \[video\] section nor vlm",
         ),
+        (
+            '{"file_name": ["a.mp4", "b.mp4"], "text": "clips"}',
+            r"'b\.mp4'\]: must be one clip, or pictures that",
+        ),
+        (
+            '{"file_name": ["a.png", "b.mp4"], "text": "clips"}',
+            r"'b\.mp4'\]: must be one clip, or pictures that",
+        ),
     ],
 )
 def test_lines_that_can_not_be_used_are_listed(line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n")
+    video = VideoConfig(frame_size=8) if "clips" in line else None
     with pytest.raises(UserError, match=rf"metadata\.jsonl:3: .*{message}"):
-        open_folder(tmp_path, PLAIN, None, 0.1)
+        open_folder(tmp_path, PLAIN, video, 0.1)
 
 
 def test_folders_without_rows_are_refused(tmp_path: Path) -> None:

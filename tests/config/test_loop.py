@@ -23,8 +23,9 @@ import pytest
 from rich.console import Console
 
 from shared_config.contract.counts import flops_per_token
+from shared_config.contract.flops import micro_batch_flops
 from shared_config.contract.schedule import scheduled_learning_rate
-from shared_config.data import Corpus, TextData, TokenStream
+from shared_config.data import Corpus, TextData, TokenStream, open_data
 from shared_config.errors import UserError
 from shared_config.interchange import checkpoint, run_layout, saving
 from shared_config.interchange.checkpoint import TrainingState
@@ -203,6 +204,26 @@ def test_records_and_lines_tell_shares_of_the_peak_and_memory(tmp_path: Path) ->
         assert record["peak_memory_bytes"] == 3 * 2**30 + 1000 + record["step"]
     assert re.search(r"step 12/12 .* tokens/s  MFU \d+\.\d%  peak 3\.0 GiB  0:00 left", text.getvalue())
     assert asked.count(2) == len(records) == 12, "once a step, with the signal"
+
+
+def test_shares_of_prefix_models_count_the_prompts_of_the_data(tmp_path: Path) -> None:
+    """Their data, drawn by code, have a prompt of two tokens: what begins a text, and the end of a line."""
+
+    class Counts(BigramTrainer):
+        def step(self, micro_batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+            self.updates += 1
+            assert (micro_batches[0]["prompt_lengths"] == 2).all()
+            return {"loss": 1.0, "lr": 0.1, "grad_norm": 1.0}
+
+    given = ["--vlm.prefix_lm=true", "--train.max_steps=2", "--eval.steps=0", "--metrics.peak_tflops=0.25"]
+    config = load_config("debug_vlm_joint_decoder", [*given, f"--checkpoint.dir={tmp_path}"])
+    run_training(config, trainer=Counts(config), data=open_data(config), console=None)
+    found, empty = (micro_batch_flops(config, prompts=[prompt]) for prompt in (2, 0))
+    assert found is not None
+    assert found != empty
+    each = found.training / (config.train.batch_size * config.train.seq_len)
+    for record in read_metrics(tmp_path / "metrics.jsonl"):
+        assert record["mfu"] == pytest.approx(record["tokens_per_second"] * each / (3 * 0.25e12), rel=1e-9)
 
 
 def test_losses_are_those_of_stepping_by_hand_to_the_last_digit(tmp_path: Path) -> None:

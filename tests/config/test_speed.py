@@ -90,7 +90,15 @@ def test_a_share_of_a_model_with_images_is_of_what_is_trained_at_the_step() -> N
         found = micro_batch_flops(config, step=start)
         assert found is not None
         assert speed.record(1e-3, step)["mfu"] == pytest.approx(2 * found.training / (2 * 989e12) / 1e-3, rel=1e-3)
-    assert Speed.of(config, Devices(1, "NVIDIA H200"), tokens, images=3).least > speed.least
+    several = load_config("debug_vlm_joint_decoder", ["--vlm.image_token_id=1", "--data.max_images=3"])
+    one = several.replace(data=several.data.replace(max_images=1))
+    more, less = (Speed.of(job, Devices(1, "NVIDIA H200"), tokens).least[0][1] for job in (several, one))
+    assert 1.5 * less < more < 3 * less
+    prefix = load_config("debug_vlm_joint_decoder", ["--vlm.prefix_lm=true"])
+    empty, asked = (
+        Speed.of(prefix, Devices(1, "NVIDIA H200"), tokens, prompts).least[0][1] for prompts in ([0], [0, 40])
+    )
+    assert less < empty < asked < 1.1 * empty
     strange = config.replace(vision_encoder=VisionEncoderConfig(type="siglip2", path="nowhere"))
     assert micro_batch_flops(strange) is None
 

@@ -8,6 +8,7 @@ import importlib
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,15 @@ import torch
 import torch.distributed as dist
 
 from kempnerforge_torch.distributed.ranks import local
+from kempnerforge_torch.distributed.sequence_parallel import can_split_stream
 from kempnerforge_torch.distributed.spawn import together
+from kempnerforge_torch.model.build import build_model
 from kempnerforge_torch.training.train import Trainer
+from shared_config.contract.sharding import layout_of
 from shared_config.data import open_data
 from shared_config.interchange.checkpoint import load
+from shared_config.loader import load_config
+from shared_config.schema.distributed import DistributedConfig
 from shared_config.training.loop import run_training
 from shared_config.training.metrics import read_metrics
 from shared_config.training.speed import resident_peak
@@ -129,3 +135,14 @@ def test_a_loss_of_one_rank_that_is_not_finite_ends_all(tmp_path: Path) -> None:
     ends = together(stop, RANKS, str(tmp_path), "loss")
     assert len(set(ends)) == 1
     assert "step 3: loss is nan; training stopped, there is no checkpoint" in ends[0]
+
+
+@pytest.mark.parametrize(("images", "length", "divides"), [(1, 3, True), (1, 2, False), (3, 2, False), (3, 1, True)])
+def test_the_stream_is_divided_by_all_images_of_a_row(images: int, length: int, divides: bool) -> None:
+    """Each has 9 positions, and 4 ranks have a part of the stream: of 12, 11, 29 and 28 positions."""
+    given = [f"--data.max_images={images}", f"--train.seq_len={length}", "--vlm.image_token_id=1"]
+    config = load_config("debug_vlm_joint_decoder", [*given, "--vision_encoder.image_size=24", "--model.n_layers=1"])
+    with torch.device("meta"):
+        model = build_model(config)
+    mesh: Any = SimpleNamespace(layout=layout_of(DistributedConfig(tp=4), 4))
+    assert can_split_stream(model, config, mesh) == divides

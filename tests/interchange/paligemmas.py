@@ -89,33 +89,32 @@ def image_tokens(config: Any) -> int:
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
 
 
-def with_image(config: Any, tokens: np.ndarray, prompts: Sequence[int]) -> dict[str, torch.Tensor]:
-    """The ids that transformers takes for an image before each row, of which so many tokens are the prompt."""
-    image = np.full((len(tokens), image_tokens(config)), config.image_token_index)
-    ids = np.concatenate([image, tokens], axis=1)
-    types = np.arange(ids.shape[1]) >= image.shape[1] + np.array(prompts)[:, None]
-    return {"input_ids": torch.from_numpy(ids), "token_type_ids": torch.from_numpy(types.astype(np.int64))}
+def of_row(config: Any, pixels: np.ndarray, tokens: np.ndarray, prompt: int) -> dict[str, torch.Tensor]:
+    """What transformers takes for the images (N, 3, h, w) and tokens (T,) of a row, of which so many are the prompt."""
+    image = np.full(len(pixels) * image_tokens(config), config.image_token_index)
+    ids = np.concatenate([image, tokens])[None]
+    types = np.arange(ids.shape[1])[None] >= len(image) + prompt
+    shown = {"pixel_values": torch.from_numpy(pixels)} if len(pixels) else {}
+    return {"input_ids": torch.from_numpy(ids), "token_type_ids": torch.from_numpy(types.astype(np.int64)), **shown}
 
 
-def logits_of_text(model: Any, pixels: np.ndarray, tokens: np.ndarray, prompts: Sequence[int]) -> torch.Tensor:
-    """(B, T, V) of transformers."""
-    given = with_image(model.config, tokens, prompts)
-    logits = model(**given, pixel_values=torch.from_numpy(pixels), use_cache=False).logits
-    return logits[:, image_tokens(model.config) :]
+def logits_of_text(
+    model: Any, pixels: Sequence[np.ndarray], tokens: np.ndarray, prompts: Sequence[int]
+) -> torch.Tensor:
+    """(B, T, V) of transformers, row by row."""
+    rows = [of_row(model.config, *row) for row in zip(pixels, tokens, prompts, strict=True)]
+    return torch.cat([model(**row, use_cache=False).logits[:, -tokens.shape[1] :] for row in rows])
 
 
-def continuations(model: Any, pixels: np.ndarray, prompts: np.ndarray, count: int) -> np.ndarray:
-    """Greedy, of transformers; prompts of one length."""
-    given = with_image(model.config, prompts, [prompts.shape[1]] * len(prompts))
-    out = model.generate(
-        **given,
-        pixel_values=torch.from_numpy(pixels),
-        attention_mask=torch.ones_like(given["input_ids"]),
-        max_new_tokens=count,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    return out[:, given["input_ids"].shape[1] :].numpy()
+def continuations(model: Any, pixels: Sequence[np.ndarray], prompts: np.ndarray, count: int) -> np.ndarray:
+    """Greedy, of transformers, row by row; prompts of one length."""
+    found = []
+    for images, prompt in zip(pixels, prompts, strict=True):
+        row = of_row(model.config, images, prompt, len(prompt))
+        mask = torch.ones_like(row["input_ids"])
+        out = model.generate(**row, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0)
+        found.append(out[0, mask.shape[1] :].numpy())
+    return np.stack(found)
 
 
 IMAGE_TEXT = "<image>"

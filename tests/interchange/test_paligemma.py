@@ -65,14 +65,16 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_paligemma_of_theirs_is_the_same_function_here(kind: str, data: st.DataObject) -> None:
     model = build(data.draw(drawn_paligemmas(kind)), seed=1)
     prompts = data.draw(st.sampled_from([[3, 6], [LENGTH, 1], [0, 4]]))
+    counts = data.draw(st.sampled_from([[3, 1], [1, 1], [2, 2], [0, 2]]))
     with tempfile.TemporaryDirectory() as folder:
-        check(model, Path(folder), prompts)
+        check(model, Path(folder), prompts, counts)
 
 
-def check(model: Any, folder: Path, prompts: list[int]) -> None:
+def check(model: Any, folder: Path, prompts: list[int], counts: list[int]) -> None:
     """
     Args:
         prompts: how many tokens of each row are its prompt.
+        counts: how many images each row has.
     """
     model.save_pretrained(folder / "theirs")
     source = read_model(folder / "theirs")
@@ -81,7 +83,8 @@ def check(model: Any, folder: Path, prompts: list[int]) -> None:
     assert config.vlm.has_prefix
     tokens = validation_tokens(VOCABULARY - 1, 2, LENGTH, seed=1)
     side = model.config.vision_config.image_size
-    pixels = np.random.default_rng(3).standard_normal((2, 3, side, side))
+    shown = np.random.default_rng(3).standard_normal((2, max(counts), 3, side, side))
+    pixels = [own[len(own) - count :] for own, count in zip(shown, counts, strict=True)]
     scales = np.random.default_rng(2).standard_normal((2, LENGTH, VOCABULARY))
     assert_back(model, config, state, folder / "back", pixels, tokens)
     decoded = continuations(model, pixels, tokens[:, :PROMPT], NEW_TOKENS)
@@ -93,18 +96,28 @@ def check(model: Any, folder: Path, prompts: list[int]) -> None:
     ours = wrapper(config).double()
     set_state(ours, state)
     assert ours.num_image_tokens == image_tokens(model.config)
-    found, _ = ours(torch.from_numpy(pixels), torch.from_numpy(tokens), prompt_lengths=torch.tensor(prompts))
+    images = images_of(shown, counts)
+    given: dict[str, Any] = {name: torch.from_numpy(array) for name, array in images.items()}
+    found, _ = ours(input_ids=torch.from_numpy(tokens), prompt_lengths=torch.tensor(prompts), **given)
     assert_close({"logits": found.detach().numpy()}, {"logits": logits.detach().numpy()}, ALLOWED)
     (found * torch.from_numpy(scales)).sum().backward()
     own = {name: each.grad for name, each in ours.named_parameters() if each.grad is not None}
     assert_close({name: own[name].numpy() for name in get_state(ours) if name in own}, wanted, TOLD)
-    whole = generate(ours, tokens[:, :PROMPT], NEW_TOKENS, temperature=0.0, prefill_chunk=4, pixel_values=pixels)
+    options: dict[str, Any] = {"temperature": 0.0, "prefill_chunk": 4, **images}
+    whole = generate(ours, tokens[:, :PROMPT], NEW_TOKENS, **options)
     assert whole[:, PROMPT:].tolist() == decoded.tolist()
     if NIGHTLY:
-        images = {"pixel_values": pixels}
         in_text = {**images, "prompt_lengths": np.array(prompts)}
         found = logits.detach().numpy()
         check_jax(config, state, images, in_text, tokens, PROMPT, scales, found, wanted, np.asarray(decoded))
+
+
+def images_of(shown: np.ndarray, counts: list[int]) -> dict[str, np.ndarray]:
+    """What our models take for the last so many of (B, N, 3, h, w) in each row."""
+    if counts == [1, 1]:
+        return {"pixel_values": shown[:, 0]}
+    exists = np.arange(shown.shape[1]) >= shown.shape[1] - np.array(counts)[:, None]
+    return {"pixel_values": shown, **({} if exists.all() else {"frame_mask": exists})}
 
 
 def wrapper(config: JobConfig) -> VLMWrapper:
@@ -114,7 +127,7 @@ def wrapper(config: JobConfig) -> VLMWrapper:
 
 
 def assert_back(
-    model: Any, config: JobConfig, state: Named, folder: Path, pixels: np.ndarray, tokens: np.ndarray
+    model: Any, config: JobConfig, state: Named, folder: Path, pixels: list[np.ndarray], tokens: np.ndarray
 ) -> None:
     """Written here and read again: the same state here, and in transformers the same logits, to the bit."""
     save_image_model(folder, state, config)

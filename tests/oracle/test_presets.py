@@ -321,6 +321,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "pack_documents": False,
         "text_field": "text",
         "follow_symlinks": False,
+        "max_images": 1,
         "sources": (),
         "temperature": 1.0,
         "phases": (),

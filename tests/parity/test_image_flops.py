@@ -12,20 +12,23 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hypothesis import settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kempnerforge_jax.model.state import merge, split
 from kempnerforge_jax.model.vlm import build_vlm_wrapper as build_in_jax
+from kempnerforge_torch.model.mask import Mask, dense_mask
 from kempnerforge_torch.model.vlm import build_vlm_wrapper
 from kempnerforge_torch.training.freeze import apply_freeze_specs
 from shared_config.contract import flops
 from shared_config.contract.counts import flops_per_token
-from shared_config.contract.flops import ImageFlops, micro_batch_flops
+from shared_config.contract.flops import ImageFlops, _Language, micro_batch_flops
 from shared_config.interchange.vision import tower_of
 from shared_config.loader import load_config, preset_names
 from shared_config.parity.shrink import shrink
+from shared_config.schema import JointDecoderConfig, VisionEncoderConfig
 from shared_config.schema.job import JobConfig
 from tests.parity.test_counts import ATTENTION, PRODUCTS, experts_as_products
 
@@ -59,18 +62,22 @@ VARIANTS = {name: (name, ()) for name in PRESETS} | {
         ("--model.num_experts=4", "--model.moe_top_k=2", "--model.moe_router=softmax_topk", *NARROW),
     ),
     "clips": ("debug_vlm_joint_decoder", ("--video.max_frames=2", "--video.min_frames=1", "--video.frame_size=32")),
+    "several": ("debug_vlm_joint_decoder", ("--vlm.image_token_id=1", "--data.max_images=3")),
+    "prefix": ("debug_vlm_joint_decoder", ("--vlm.prefix_lm=true", "--data.max_images=2", "--adapter.type=linear")),
     "tied": ("debug_vlm_cross_attention", ("--model.tie_embeddings=true", "--vlm.cross_attention_n_heads=2")),
 }  # fmt: skip
 CROSSED = [(v, f) for v in VARIANTS for f in FREEZE if (v, f) != ("tied", "all but the head")]
 BY_DAY = [("debug_vlm_joint_decoder", "tower"), ("debug_vlm_cross_attention", "tower and adapter"),
-          ("experts", "all but the last layer"), ("projected", "keys"), ("pooled", "all but adapter")]  # fmt: skip
+          ("experts", "all but the last layer"), ("projected", "keys"), ("pooled", "all but adapter"),
+          ("several", "nothing"), ("prefix", "tower")]  # fmt: skip
 
 
 def small(variant: str, frozen: str) -> JobConfig:
     preset, overrides = VARIANTS[variant]
-    given = [f"--vlm.freeze={FREEZE[frozen]}", "--train.compile_model=false", *overrides]
-    config = shrink(load_config(preset, given))
-    return config.replace(train=config.train.replace(batch_size=2, seq_len=7))
+    flags = [f"--vlm.freeze={FREEZE[frozen]}", "--train.compile_model=false", *overrides]
+    whole = load_config(preset, flags)
+    config = shrink(whole)
+    return config.replace(train=config.train.replace(batch_size=2, seq_len=7), data=whole.data)
 
 
 _experts_as_products = pytest.fixture(autouse=True)(experts_as_products)
@@ -84,10 +91,18 @@ def stated(config: JobConfig) -> ImageFlops:
     return found
 
 
-def batch_of(config: JobConfig, side: int) -> tuple[np.ndarray, np.ndarray]:
-    frames = () if config.video is None else (config.video.max_frames,)
-    pixels = np.random.default_rng(0).standard_normal((2, *frames, 3, side, side), np.float32)
-    return pixels, np.arange(14).reshape(2, 7) % config.model.vocab_size
+def batch_of(config: JobConfig, side: int) -> dict[str, np.ndarray]:
+    frames = () if config.video is None and config.data.max_images == 1 else (config.frames_per_row,)
+    assert config.vlm is not None
+    batch = {
+        "pixel_values": np.random.default_rng(0).standard_normal((2, *frames, 3, side, side), np.float32),
+        "input_ids": np.arange(14, dtype=np.int32).reshape(2, 7) % (config.model.vocab_size - 2) + 2,
+    }
+    if config.vlm.places_image:
+        batch["image_positions"] = np.array([[0, 2, 7], [3, 3, 4]])
+    if config.vlm.has_prefix:
+        batch["prompt_lengths"] = np.array([3, 0])
+    return batch
 
 
 @pytest.mark.parametrize(("variant", "frozen"), CROSSED if NIGHTLY else BY_DAY, ids=str)
@@ -95,16 +110,16 @@ def test_flops_are_those_of_the_operators_that_run_in_torch(variant: str, frozen
     config = small(variant, frozen)
     assert config.vlm is not None
     assert config.vision_encoder is not None
-    frames = 1 if config.video is None else config.video.max_frames
+    frames = config.video.max_frames if config.video else 1
     model = build_vlm_wrapper(config.model, config.vision_encoder, config.adapter, config.vlm, frames)
     model.init_weights_and_freqs(seed=1)
     apply_freeze_specs(model, config.vlm.freeze, config.vlm.module_patterns)
-    pixels, tokens = map(torch.from_numpy, batch_of(config, model.vision_encoder.image_size))
+    batch = {name: torch.from_numpy(each) for name, each in batch_of(config, model.vision_encoder.image_size).items()}
     counts = []
     with sdpa_kernel(SDPBackend.MATH):
         for backward in (False, True):
             with FlopCounterMode(display=False) as counter:
-                logits = model(pixels, tokens)[0]
+                logits = model(**batch)[0]
                 if backward:
                     logits.sum().backward()
             found = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
@@ -115,7 +130,7 @@ def test_flops_are_those_of_the_operators_that_run_in_torch(variant: str, frozen
     assert told.training == counts[1]
 
 
-@pytest.mark.parametrize("variant", PRESETS if NIGHTLY else ["debug_vlm_cross_attention"])
+@pytest.mark.parametrize("variant", [*PRESETS, "several", "prefix"] if NIGHTLY else ["debug_vlm_cross_attention"])
 @pytest.mark.parametrize("frozen", ["tower", "nothing"] if NIGHTLY else ["tower"])
 def test_flops_are_those_that_xla_counts(variant: str, frozen: str) -> None:
     """The program of loss and gradients, before it is optimised; what is no product adds some."""
@@ -131,16 +146,49 @@ def test_flops_are_those_that_xla_counts(variant: str, frozen: str) -> None:
     frozen_names = flops.frozen_names(parameters, config.vlm.freeze, config.vlm.module_patterns)
     trained = {name: value for name, value in parameters.items() if name not in frozen_names}
     rest = {name: value for name, value in parameters.items() if name in frozen_names}
-    pixels, tokens = batch_of(config, model.vision_encoder.image_size)
+    batch = batch_of(config, model.vision_encoder.image_size)
 
-    def loss(trained: Any, rest: Any, buffers: Any, pixels: Any, tokens: Any) -> Any:
-        return merge(graphdef, {**trained, **rest}, buffers)(pixels, tokens)[0].sum()
+    def loss(trained: Any, rest: Any, buffers: Any, batch: Any) -> Any:
+        return merge(graphdef, {**trained, **rest}, buffers)(**batch)[0].sum()
 
-    shapes = (jax.ShapeDtypeStruct(pixels.shape, pixels.dtype), jax.ShapeDtypeStruct(tokens.shape, np.int32))
-    lowered = jax.jit(jax.value_and_grad(loss)).lower(trained, rest, buffers, *shapes)
+    shapes = {name: jax.ShapeDtypeStruct(each.shape, each.dtype) for name, each in batch.items()}
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(trained, rest, buffers, shapes)
     analysis: Any = lowered.cost_analysis()
     told = stated(config).training
     assert told <= analysis["flops"] <= 1.12 * told
+
+
+@settings(max_examples=50 if NIGHTLY else 10, deadline=None)
+@given(
+    prompts=st.lists(st.integers(0, 7), min_size=1, max_size=4), images=st.integers(1, 3),
+    tokens=st.sampled_from([1, 4]), window=st.none() | st.integers(1, 24), prefix=st.booleans(),
+)  # fmt: skip
+def test_what_a_mask_lets_through_is_counted(
+    prompts: list[int], images: int, tokens: int, window: int | None, prefix: bool
+) -> None:
+    """Of each row, in a layer with a window and in one without: the keys that its queries see."""
+    config = small("prefix", "nothing")
+    assert config.vision_encoder is not None
+    model = config.model.replace(sliding_window=window, attention_pattern=("window", "full") if window else None)
+    config = config.replace(
+        model=model,
+        train=config.train.replace(batch_size=len(prompts)),
+        data=config.data.replace(max_images=images),
+        vision_encoder=VisionEncoderConfig(feature_dim=12, num_tokens=tokens),
+        vlm=JointDecoderConfig(max_text_len=7, image_token_id=1, prefix_lm=prefix),
+    )
+    seen, before = 0, images * tokens
+    for own in model.layer_windows:
+        lengths = torch.tensor(prompts) + before if prefix else None
+        mask = Mask(causal=True, window=own, prefix_lengths=lengths)
+        allowed = dense_mask(mask, before + 7, before + 7)
+        seen += int(allowed.expand(len(prompts), *allowed.shape[1:]).sum())
+    with mock.patch.object(_Language, "_within", return_value=0):
+        products = micro_batch_flops(config)
+    found = micro_batch_flops(config, prompts=prompts)
+    assert found is not None
+    assert products is not None
+    assert found.model.forward - products.model.forward == 4 * model.n_heads * model.head_size * seen
 
 
 @pytest.mark.parametrize("variant", ["debug_vlm_joint_decoder", "debug_vlm_mot", "debug_vlm_cross_attention"])

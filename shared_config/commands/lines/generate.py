@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE",
         help="what a [vlm] config looks at: a picture; with a [video] section also a clip, or several pictures as its "
-        "frames, in order; with vlm.image_token_id a picture for each of these in the prompt (default: drawn by code)",
+        "frames, in order; with vlm.image_token_id a picture for each of these in the prompt, with vlm.prefix_lm any "
+        "number (default: drawn by code)",
     )
     add_speaking(parser)
