@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = _status(sys.argv[1:])
     except KeyboardInterrupt:
         pass
+    except SystemExit as end:  # that of --help and --version
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
     finally:
         INTERRUPTS.at_once = status
     streams.flush()

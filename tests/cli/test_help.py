@@ -58,9 +58,11 @@ def test_help_and_version_import_next_to_nothing() -> None:
     assert imported - LIGHT == {"shared_config", *(f"commands.lines.{name}" for name in NAMES)}
 
 
-def test_help_is_there_at_once() -> None:
+def test_help_is_there_at_once_and_ends_well() -> None:
     """In seconds of the processor, the better of two."""
-    assert min(run_python("-m", "shared_config.cli", "validate", "--help").seconds for _ in range(2)) < SECONDS
+    done = [run_python("-m", "shared_config.cli", *line) for line in (["validate", "--help"], ["--version"])]
+    assert [each.returncode for each in done] == [0, 0]
+    assert min(each.seconds for each in done) < SECONDS
 
 
 def test_lines_say_what_stands_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
