@@ -22,6 +22,8 @@ from shared_config.parity.foreign.recorder import Store
 from shared_config.parity.summaries import LOW, NAN, NEGATIVE, PIECE, POSITIVE, ROWS, SKETCH_SIZE, Summary
 
 Key = TypeVar("Key")
+LOW_BITS = int(LOW)
+"""A number that compilers know."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def moments(tensor: Shaped[Tensor, "..."]) -> Float[Tensor, "M"]:
     reduced = _compiled() if device.type == "cuda" else _reduced
     first, times = summaries.starts(-(-tensor.numel() // PIECE))
     given = (torch.from_numpy(part).to(device, non_blocking=True) for part in (first, times))
-    return reduced(tensor.reshape(-1), _signs(device), *given)
+    rows = torch.arange(len(first) * ROWS, device=device)  # in int64 also where a compiler would find 32 bits enough
+    return reduced(tensor.reshape(-1), _signs(device), rows, *given)
 
 
 @functools.cache
@@ -99,7 +102,7 @@ def _signs(device: torch.device) -> Tensor:
     return torch.from_numpy(summaries.signs()).to(device)
 
 
-def _reduced(flat: Tensor, signs: Tensor, first: Tensor, times: Tensor) -> Tensor:
+def _reduced(flat: Tensor, signs: Tensor, rows: Tensor, first: Tensor, times: Tensor) -> Tensor:
     pieces = first.shape[0]
     shape = (pieces, ROWS, SKETCH_SIZE)
     x_GRC = pad(flat, (0, pieces * PIECE - flat.shape[0])).view(shape)
@@ -112,9 +115,9 @@ def _reduced(flat: Tensor, signs: Tensor, first: Tensor, times: Tensor) -> Tenso
     norm = largest * (known_GRC / largest).square().sum().sqrt()
     signed_GRC = signs.unfold(0, PIECE, 1)[first].view(shape) * times[:, None, None]
     columns_C = (known_GRC * signed_GRC).sum((0, 1))
-    key_GR = torch.arange(pieces * ROWS, device=flat.device).view(pieces, ROWS) * NAN & int(LOW)
+    key_GR = rows.view(pieces, ROWS) * NAN & LOW_BITS
     key_GR = (key_GR ^ (key_GR >> 15)) | 1
     kinds_GRC = torch.where(torch.isnan(x_GRC), NAN, torch.where(x_GRC > 0, POSITIVE, NEGATIVE))
     gaps_C = torch.where(finite_GRC, 0, kinds_GRC * key_GR[..., None]).sum((0, 1))
     scalars = torch.stack([low, high, known_GRC.sum(), norm, counted_GRC.sum().double()])
-    return torch.cat([scalars, columns_C, (gaps_C & int(LOW)).double()])
+    return torch.cat([scalars, columns_C, (gaps_C & LOW_BITS).double()])

@@ -26,8 +26,10 @@ from kempnerforge_torch.distributed.context_parallel import CrossEntropy
 from kempnerforge_torch.distributed.mesh import Mesh
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.training.terms import Terms, model_inputs
+from shared_config.contract.labels import loss_terms
 from shared_config.contract.sharding import stage_layers
 from shared_config.errors import ConfigError
+from shared_config.schema.job import JobConfig
 
 Batches = Sequence[Mapping[str, Shaped[Tensor, "B S"]]]
 """Tokens, labels and what else there is of each micro-batch, all of one shape."""
@@ -49,6 +51,16 @@ def keep_stage(model: nn.Module, mesh: Mesh) -> None:
         model.token_embedding = None
     if stage < stages - 1:
         model.norm = model.output_head = None
+
+
+def pipeline_of(
+    model: nn.Module, mesh: Mesh | None, config: JobConfig, dtype: torch.dtype, cross_entropy: CrossEntropy
+) -> Pipeline | None:
+    """The pipeline of a layout that has one; arguments as for `Pipeline`."""
+    if mesh is None or mesh.layout.pp == 1:
+        return None
+    assert isinstance(model, Transformer)
+    return Pipeline(model, mesh, dtype, cross_entropy, loss_terms(config.train))
 
 
 class Pipeline:

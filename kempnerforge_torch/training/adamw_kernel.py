@@ -22,8 +22,8 @@ except ImportError:
 else:
     HAS_TRITON, _LARGEST, _jit = True, tl.constexpr(torch.finfo(torch.float32).max), triton.jit
 
-BLOCK = 4096
-WARPS = 8
+BLOCK = 1024
+WARPS = 4
 
 
 def run_adamw(

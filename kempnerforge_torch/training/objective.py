@@ -32,8 +32,13 @@ class Objective(nn.Module):
         self.loss_terms = loss_terms(config.train)
         self.z_weight = config.model.moe_router_z_loss_weight
 
-    def forward(self, inputs: dict[str, Shaped[Tensor, "..."]], count: int, micro_batches: int) -> Terms:
-        """The terms of a micro-batch; gradients go to the leaves of the graph."""
+    def forward(self, inputs: dict[str, Shaped[Tensor, "..."]], count: int | Tensor, micro_batches: int) -> Terms:
+        """The terms of a micro-batch; gradients go to the leaves of the graph.
+
+        Args:
+            count: labels of the step that count, a number or a scalar array.
+            micro_batches: of the step.
+        """
         output = self.model(**model_inputs(inputs), factored_logits=True, return_stats=True)
         loss = self.cross_entropy(output.factors or output.logits, inputs["labels"], **self.loss_terms)[0] / count
         aux_loss, z_loss = (torch.as_tensor(term) / micro_batches for term in router_losses(output.stats))

@@ -18,12 +18,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from kempnerforge_torch.device import device_kind, find_device, peak_memory, process_count, to_device
-from kempnerforge_torch.distributed.context_parallel import CrossEntropy, own_part
+from kempnerforge_torch.distributed.context_parallel import own_part
 from kempnerforge_torch.distributed.fsdp import release
 from kempnerforge_torch.distributed.health import check_health
 from kempnerforge_torch.distributed.mesh import Mesh, open_mesh
 from kempnerforge_torch.distributed.parallelize import parallelize
-from kempnerforge_torch.distributed.pipeline import Pipeline
+from kempnerforge_torch.distributed.pipeline import pipeline_of
 from kempnerforge_torch.distributed.processes import joined, processes
 from kempnerforge_torch.distributed.ranks import Ranks, global_norm
 from kempnerforge_torch.distributed.states import host_copies, of_own_stage, own_parts
@@ -48,11 +48,12 @@ from kempnerforge_torch.training.optimizer import (
     set_optimizer_state,
 )
 from kempnerforge_torch.training.profile import profile, step_span
+from kempnerforge_torch.training.recorded import RecordedCalls, can_record
 from kempnerforge_torch.training.sampling import continued
 from kempnerforge_torch.training.scheduler import build_rates
 from kempnerforge_torch.training.terms import Terms, model_inputs, routing_metrics, summed, taken_metric
 from shared_config.contract.freeze import effective_freeze, moments_under, trained_parameters
-from shared_config.contract.labels import label_count, loss_terms
+from shared_config.contract.labels import label_count
 from shared_config.contract.lora import adapter_table, trained_with, with_adapters
 from shared_config.contract.schedule import Rates
 from shared_config.contract.specs import ParameterTable
@@ -149,7 +150,10 @@ class Trainer:
         fused = config.train.compile_model and self.device.type != "cpu"
         cross_entropy = functools.partial(self._cross_entropy, fused=fused)
         self._objective = Objective(self.model, config, cross_entropy)
-        self._pipeline = _pipeline(self.model, self.mesh, config, self.compute_dtype, cross_entropy)
+        self._pipeline = pipeline_of(self.model, self.mesh, config, self.compute_dtype, cross_entropy)
+        self._recorded: RecordedCalls | None = None
+        if can_record(config, self.device, is_alone=self.mesh is None):
+            self._recorded = RecordedCalls(self._micro_batch, self.model, self.masters, self.copies.current())
 
     def step(self, micro_batches: Sequence[Batch]) -> dict[str, Shaped[Tensor, "..."] | float]:
         """One update from the mean loss over all labels of the micro-batches.
@@ -249,12 +253,17 @@ class Trainer:
         """
         if self._pipeline is not None:
             return self._pipeline.differentiate([self._inputs(batch) for batch in micro_batches], count)
-        step, terms = {"count": count, "micro_batches": total}, []
+        self.copies.current()  # cast here, where nothing is recorded
+        is_only, terms = len(micro_batches) == 1, []
+        take = functools.partial(self._recorded, is_only=is_only) if self._recorded else self._micro_batch
         for batch in micro_batches:
-            terms.append(self._call(self._objective, "model.", {"inputs": self._inputs(batch), **step}))
-            if len(micro_batches) > 1:
+            terms.append(take(inputs=self._inputs(batch), count=count, micro_batches=total))
+            if not is_only:
                 self.copies.add_up()
         return terms
+
+    def _micro_batch(self, **step: Any) -> Terms:
+        return self._call(self._objective, "model.", step)
 
     def _losses(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
         """The summed cross entropy of each batch."""
@@ -338,13 +347,3 @@ def _build_model(
     model.init_weights_and_freqs(config.train.seed) if draws else model.init_freqs()
     init_adapters(model, config)
     return model.to(dtype), table
-
-
-def _pipeline(
-    model: nn.Module, mesh: Mesh | None, config: JobConfig, dtype: torch.dtype, cross_entropy: CrossEntropy
-) -> Pipeline | None:
-    """The pipeline of a layout that has one."""
-    if mesh is None or mesh.layout.pp == 1:
-        return None
-    assert isinstance(model, Transformer)
-    return Pipeline(model, mesh, dtype, cross_entropy, loss_terms(config.train))

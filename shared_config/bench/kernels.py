@@ -11,7 +11,7 @@ Event = Mapping[str, object]
 
 OTHER = "other"
 KINDS: Mapping[str, str] = {
-    "collectives": r"nccl|rccl|gloo|all[-_]?reduce|all[-_]?gather|reduce[-_]scatter|all[-_]?to[-_]?all|collective",
+    "collectives": r"nccl|rccl|gloo|all[-_]?reduce|all[-_]?gather|reduce[-_]scatter|all[-_]?to[-_]?all|collective[-_]",
     "attention": r"attention|attn|fmha|flash|sdpa|flex_",
     "matmul": r"gemm|gemv|nvjet|cublas|cutlass|xmma|matmul|\bmm\b|addmm|bmm|\blinear\b|grouped_mm|convolution|\bdot",
     "optimiser": r"adam|optimi[sz]er|multi_tensor|foreach|lerp",

@@ -143,6 +143,8 @@ NAMED = {
     "aten::copy_": "copies and casts",
     "ncclDevKernel_AllGather_RING_LL": "collectives",
     "all-reduce.3": "collectives",
+    "collective-permute.1": "collectives",
+    "void cutlass::device_kernel<cutlass::gemm::collective::CollectiveMma<GroupProblemShape>>": "matmul",
     "something": OTHER,
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import warnings
@@ -35,6 +34,7 @@ from shared_config.contract.parameters import parameter_table
 from shared_config.parity.validation import validation_weights
 from shared_config.registry import temporary
 from shared_config.schema.model import ModelConfig
+from tests.torch.waits import none_on_a_gpu
 
 VOCAB, EXPERTS = 31, 4
 CASES: dict[str, dict[str, Any]] = {
@@ -365,7 +365,7 @@ def test_grouped_products_on_the_gpu(dtype: str, width: int) -> None:
     x, w, y = (value.to(getattr(torch, dtype)) for value in (x, w, y))
     transposed = w.transpose(1, 2).contiguous().transpose(1, 2)
     roundoff = {"bfloat16": 2.0**-8, "float32": 2.0**-22, "float64": 2.0**-50}[dtype]
-    with no_sync():
+    with none_on_a_gpu():
         products = [grouped_matmul(x, w, ends), grouped_matmul(x, transposed, ends), tiled_matmul(x, w, ends)]
         outers = [grouped_outer(x, y, ends), tiled_outer(x, y, ends)]
     for found, truth in [*((p, product) for p in products), *((o, outer) for o in outers)]:
@@ -379,23 +379,11 @@ def test_no_host_sync_forward_and_backward(case: str, dtype: str) -> None:
     model = Transformer(config_of(case, dim=64, n_heads=4, ffn_hidden_dim=128)).to("cuda", getattr(torch, dtype))
     tokens = tokens_of().to("cuda")
     model(tokens).float().sum().backward()
-    with no_sync():
+    with none_on_a_gpu():
         loss = model(tokens).float().sum() + model.get_moe_aux_loss() + model.get_moe_router_z_loss()
         loss.backward()
         model.update_moe_bias()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-@contextlib.contextmanager
-def no_sync() -> Iterator[None]:
-    """Raise where the host waits for the GPU."""
-    torch.cuda.synchronize()
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            torch.cuda.set_sync_debug_mode("error")
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_layers_of_several_modalities_compile_into_one_graph() -> None:

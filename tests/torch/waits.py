@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -36,6 +37,18 @@ ON_THE_CPU_ALONE = {
     ("distributed/context_parallel.py", "own_part"): "likewise",
 }
 """Functions of the backend that ask, and why no device is waited for."""
+
+
+@contextmanager
+def none_on_a_gpu() -> Iterator[None]:
+    """Raise where the host waits for the GPU."""
+    torch.cuda.synchronize()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @contextmanager
