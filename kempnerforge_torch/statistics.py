@@ -22,8 +22,8 @@ from shared_config.parity.foreign.recorder import Store
 from shared_config.parity.summaries import LOW, NAN, NEGATIVE, PIECE, POSITIVE, ROWS, SKETCH_SIZE, Summary
 
 Key = TypeVar("Key")
-LOW_BITS = int(LOW)
-"""A number that compilers know."""
+_LOW = int(LOW)
+"""As a number that compilers know."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ def _reduced(flat: Tensor, signs: Tensor, rows: Tensor, first: Tensor, times: Te
     norm = largest * (known_GRC / largest).square().sum().sqrt()
     signed_GRC = signs.unfold(0, PIECE, 1)[first].view(shape) * times[:, None, None]
     columns_C = (known_GRC * signed_GRC).sum((0, 1))
-    key_GR = rows.view(pieces, ROWS) * NAN & LOW_BITS
+    key_GR = rows.view(pieces, ROWS) * NAN & _LOW
     key_GR = (key_GR ^ (key_GR >> 15)) | 1
     kinds_GRC = torch.where(torch.isnan(x_GRC), NAN, torch.where(x_GRC > 0, POSITIVE, NEGATIVE))
     gaps_C = torch.where(finite_GRC, 0, kinds_GRC * key_GR[..., None]).sum((0, 1))
     scalars = torch.stack([low, high, known_GRC.sum(), norm, counted_GRC.sum().double()])
-    return torch.cat([scalars, columns_C, (gaps_C & LOW_BITS).double()])
+    return torch.cat([scalars, columns_C, (gaps_C & _LOW).double()])

@@ -24,6 +24,7 @@ FILES = {
     "model/scan.py": "jax: stacks of layers bound compile time; torch compiles block by block",
     "model/stack.py": "jax: stacks of layers",
     "training/adamw_kernel.py": "torch: XLA makes kernels itself",
+    "training/recorded.py": "torch: a compiled step of JAX is one program",
     "training/fused_adamw.py": "torch: XLA fuses what a step does to a parameter",
     "observed.py": "torch: hooks show what is inside",
     "program.py": "jax: names inside of programs show what is inside",

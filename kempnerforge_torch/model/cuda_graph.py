@@ -1,4 +1,4 @@
-"""Decode steps on accelerators: compiled once, and replayed as a CUDA graph.
+"""What a GPU does again and again, recorded as a CUDA graph; decode steps, which are compiled once and then replayed.
 
 Shapes: B rows.
 """
@@ -6,18 +6,50 @@ Shapes: B rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 Step = Callable[[Int[Tensor, "B"], Float[Tensor, "B"] | None], Int[Tensor, "B"]]
 """The tokens (B,) to read and, where tokens are drawn, uniform numbers (B,), to the next tokens."""
 
+Result = TypeVar("Result")
 PROGRAMS = 128
 """Decode steps that a process may compile, beyond which torch raises an error; its own limit is 8."""
+
+
+def recorded(function: Callable[[], Result]) -> tuple[Result, torch.cuda.CUDAGraph]:
+    """What a function returns, and the graph that computes it anew, in the same places of memory: until it is replayed,
+    nothing has.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = function()
+    return result, graph
+
+
+def is_hooked(modules: Iterable[nn.Module]) -> bool:
+    """Whether what is called for one of some modules is more than its own forward and backward."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    anywhere = bool(nn.modules.module._has_any_global_hook())
+    return anywhere or any(getattr(module, kind) for module in modules for kind in kinds)
+
+
+def state_of_torch() -> Hashable:
+    """Settings of the process that what is recorded keeps to."""
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+    )
 
 
 @functools.lru_cache
@@ -66,6 +98,5 @@ class CudaGraphStep:
         self.tokens = tokens.clone()
         self.uniforms = tokens.new_zeros(()) if uniforms is None else uniforms.clone()
         with torch.cuda.device(tokens.device):
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.drawn = self._run(self.tokens, None if uniforms is None else self.uniforms)
+            run = functools.partial(self._run, self.tokens, None if uniforms is None else self.uniforms)
+            self.drawn, self.graph = recorded(run)

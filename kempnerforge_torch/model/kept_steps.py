@@ -19,7 +19,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from kempnerforge_torch.model.cuda_graph import CudaGraphStep, Step
+from kempnerforge_torch.model.cuda_graph import CudaGraphStep, Step, is_hooked, state_of_torch
 from kempnerforge_torch.model.decode_state import DecodeState
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.modality import ModalityContext
@@ -67,11 +67,11 @@ def recorded(
         settings: what else the step depends on.
         step_of: makes the step that is recorded; it depends on nothing but its arguments, the model and ``settings``.
     """
-    if _is_hooked(model):  # a replay calls no hooks
+    if is_hooked(model.modules()):  # a replay calls no hooks
         yield CudaGraphStep(step_of(caches, image))
         return
     kept = _kept_of(model)
-    key = (settings, _state_of_torch(), _structure(caches, image))
+    key = (settings, state_of_torch(), _structure(caches, image))
     found = kept.steps.pop(key, None)
     if found is None:
         found = _Recorded(CudaGraphStep(step_of(caches, image)), caches, image)
@@ -110,25 +110,6 @@ def _state_of(model: nn.Module) -> Hashable:
 
 def _facts(module: nn.Module) -> Hashable:
     return tuple((name, value) for name, value in vars(module).items() if isinstance(value, _FACTS))
-
-
-def _is_hooked(model: nn.Module) -> bool:
-    anywhere = bool(nn.modules.module._has_any_global_hook())
-    return anywhere or any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def _state_of_torch() -> Hashable:
-    """Settings of the process that a recorded step keeps to."""
-    return (
-        torch.get_float32_matmul_precision(),
-        torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
-        torch.backends.cuda.flash_sdp_enabled(),
-        torch.backends.cuda.mem_efficient_sdp_enabled(),
-        torch.backends.cuda.cudnn_sdp_enabled(),
-        torch.backends.cuda.math_sdp_enabled(),
-    )
 
 
 def _structure(caches: Sequence[KVCache], image: ModalityContext | None) -> Hashable:

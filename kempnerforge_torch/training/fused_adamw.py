@@ -98,7 +98,8 @@ class FusedStep:
         self._run(verdict, writes=True)
         states = [self._optimizer.state[parameter] for parameter in self._parameters]
         steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, verdict.to(torch.float32))  # pyright: ignore[reportPrivateImportUsage]
+        counts = [verdict.to(torch.float32)] * len(steps)  # a tensor alone would be read by the host
+        torch._foreach_add_(steps, counts)  # pyright: ignore[reportPrivateImportUsage]
         moments = [state[key] for state in states for key in ("exp_avg", "exp_avg_sq")]
         torch.autograd.graph.increment_version([*self._parameters, *moments])
 

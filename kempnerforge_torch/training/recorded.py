@@ -8,7 +8,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +16,15 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from kempnerforge_torch.device import to_device
+from kempnerforge_torch.model import cuda_graph
+from kempnerforge_torch.model.cuda_graph import is_hooked, state_of_torch
 from kempnerforge_torch.training.terms import Terms
 from shared_config.schema.job import JobConfig
 
-Result = TypeVar("Result")
 Inputs = Mapping[str, Shaped[Tensor, "..."]]
 COUNT = "count of labels"
+RECORDED = frozenset({"tokens", "labels", COUNT})
+"""Inputs of a call that may be recorded; for others, such as documents, kernels are found on the way."""
 WARM_UP = 2
 """Calls in a row that are alike, before such a call is recorded: they compile, and allocate what libraries need."""
 
@@ -29,16 +32,9 @@ _log = logging.getLogger(__name__)
 
 
 def can_record(config: JobConfig, device: torch.device, is_alone: bool) -> bool:
-    """Whether calls may be recorded: of compiled blocks, on one NVIDIA GPU."""
-    return device.type == "cuda" and torch.version.hip is None and is_alone and config.train.compile_model
-
-
-def cuda_graph(function: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
-    """What a function returns, and what computes it anew, in the same places of memory: until then nothing has."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = function()
-    return result, graph.replay
+    """Whether calls may be recorded: of compiled blocks of a dense text model, on one NVIDIA GPU."""
+    suits = config.train.compile_model and config.model.num_experts == 0 and config.vlm is None
+    return suits and is_alone and device.type == "cuda" and torch.version.hip is None
 
 
 def has_room(device: torch.device) -> bool:
@@ -63,7 +59,7 @@ class _Recording:
     inputs: Inputs
     terms: Terms
     gradients: Sequence[Tensor | None]
-    launch: Callable[[], None]
+    graph: torch.cuda.CUDAGraph
 
 
 class RecordedCalls:
@@ -104,8 +100,8 @@ class RecordedCalls:
         key = self._key(inputs, micro_batches)
         self._times, self._last = self._times + 1 if key == self._last else 0, key
         if self._recording is None or self._recording.key != key or self._has_hooks():
-            recorded = self._times >= WARM_UP and self._may_record and not self._has_hooks()
-            if not (recorded and self._record(key, inputs, micro_batches)):
+            suits = self._times >= WARM_UP and inputs.keys() <= RECORDED and not self._has_hooks()
+            if not (suits and self._may_record and self._record(key, inputs, micro_batches)):
                 return self._called(inputs, micro_batches)
         assert self._recording is not None
         return self._replay(self._recording, inputs, is_only)
@@ -118,12 +114,11 @@ class RecordedCalls:
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items())
         buffers = [buffer for module in self._modules for buffer in module._buffers.values() if buffer is not None]
         places = tuple(tensor.data_ptr() for tensor in (*self._leaves, *buffers))
-        return shapes, micro_batches, places, tuple(leaf.requires_grad for leaf in self._leaves)
+        return state_of_torch(), shapes, micro_batches, places, tuple(leaf.requires_grad for leaf in self._leaves)
 
     def _has_hooks(self) -> bool:
-        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         of_leaves = (leaf._backward_hooks or leaf._post_accumulate_grad_hooks for leaf in self._leaves)
-        return any(getattr(module, kind) for module in self._modules for kind in kinds) or any(of_leaves)
+        return is_hooked(self._modules) or any(of_leaves)
 
     def _record(self, key: tuple[object, ...], inputs: Inputs, micro_batches: int) -> bool:
         """Whether that worked."""
@@ -135,12 +130,12 @@ class RecordedCalls:
         own = {name: tensor.clone() for name, tensor in inputs.items()}
 
         try:
-            (terms, gradients), launch = cuda_graph(functools.partial(self._differentiated, own, micro_batches))
+            (terms, gradients), graph = cuda_graph.recorded(functools.partial(self._differentiated, own, micro_batches))
         except RuntimeError as error:
             _log.warning("training steps can't be recorded, their kernels are launched one by one: %s", error)
             self._may_record = False
             return False
-        self._recording = _Recording(key, own, terms, gradients, launch)
+        self._recording = _Recording(key, own, terms, gradients, graph)
         return True
 
     def _differentiated(self, inputs: Inputs, micro_batches: int) -> tuple[Terms, list[Tensor | None]]:
@@ -159,7 +154,7 @@ class RecordedCalls:
     def _replay(self, recording: _Recording, inputs: Inputs, is_only: bool) -> Terms:
         for name, tensor in recording.inputs.items():
             tensor.copy_(inputs[name])
-        recording.launch()
+        recording.graph.replay()
         for place, (leaf, gradient) in enumerate(zip(self._leaves, recording.gradients, strict=True)):
             if gradient is not None:
                 is_free = is_only or place < len(self._passing)

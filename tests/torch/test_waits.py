@@ -11,7 +11,9 @@ from hypothesis import settings
 from torch import nn
 
 from kempnerforge_torch.model import router
+from kempnerforge_torch.training import fused_adamw
 from kempnerforge_torch.training.train import Trainer
+from shared_config.contract.schedule import Rates
 from shared_config.data import open_data
 from shared_config.loader import load_config
 from tests.distributed.layouts import MODELS, VLM
@@ -44,6 +46,18 @@ def test_a_step_waits_for_nothing(model: str, train: dict[str, str]) -> None:
     with waits() as found:
         for seed in (0, 10):
             trainer.step(padded_batches(job, seed))
+    assert found == []
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_the_fused_update_waits_for_nothing(skips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does around its kernel."""
+    monkeypatch.setattr(fused_adamw, "run_adamw", lambda *given, **named: None)
+    trainer = Trainer(tiny_job({}), "cpu")
+    gradients = {master: torch.ones_like(master) for master in trainer.parameters.values()}
+    with waits() as found:
+        step = fused_adamw.FusedStep(trainer.optimizer, gradients, Rates(0.1, 0.1), torch.ones(()))
+        step.take(step.stays_finite() if skips else None)
     assert found == []
 
 
