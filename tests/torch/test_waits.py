@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from torch import nn
+from torch import Tensor, nn
 
 from kempnerforge_torch.model import router
 from kempnerforge_torch.training import fused_adamw
@@ -54,7 +54,7 @@ def test_the_fused_update_waits_for_nothing(skips: bool, monkeypatch: pytest.Mon
     """What it does around its kernel."""
     monkeypatch.setattr(fused_adamw, "run_adamw", lambda *given, **named: None)
     trainer = Trainer(tiny_job({}), "cpu")
-    gradients = {master: torch.ones_like(master) for master in trainer.parameters.values()}
+    gradients: dict[Tensor, Tensor] = {master: torch.ones_like(master) for master in trainer.parameters.values()}
     with waits() as found:
         step = fused_adamw.FusedStep(trainer.optimizer, gradients, Rates(0.1, 0.1), torch.ones(()))
         step.take(step.stays_finite() if skips else None)
