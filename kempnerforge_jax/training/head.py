@@ -44,7 +44,7 @@ def loss_in_chunks(
         ValueError: labels of another shape than the tokens; what ``cross_entropy`` raises.
     """
     check_shape("labels", labels_BS, logits.x.shape[:-1])
-    rows = rows_of_logits(labels_BS.size, vocabulary, logits.x.dtype.itemsize)
+    rows = rows_of_logits(labels_BS.size, logits.x.shape[-1], vocabulary, logits.x.dtype.itemsize)
     if rows == labels_BS.size:
         return cross_entropy(logits.whole(), labels_BS)
     x_ND, labels_N = logits.x.reshape(-1, logits.x.shape[-1]), labels_BS.reshape(-1)

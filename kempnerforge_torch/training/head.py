@@ -43,7 +43,7 @@ def loss_in_chunks(
         ValueError: labels of another shape than the tokens; what ``cross_entropy`` raises.
     """
     check_shape("labels", labels_BS, logits.x.shape[:-1])
-    rows = rows_of_logits(labels_BS.numel(), vocabulary, logits.x.element_size())
+    rows = rows_of_logits(labels_BS.numel(), logits.x.shape[-1], vocabulary, logits.x.element_size())
     if rows == labels_BS.numel():
         return cross_entropy(logits.whole(), labels_BS)
     x_ND, labels_N = logits.x.flatten(0, -2), labels_BS.flatten()

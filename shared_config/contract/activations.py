@@ -131,7 +131,8 @@ def widening_flops(job: JobConfig, layout: Layout, *, is_moe: bool) -> int:
 
 def logits_rows(job: JobConfig, layout: Layout) -> int:
     """Tokens of which a device has logits at a time."""
-    return rows_of_logits(tokens_of_device(job, layout), -(-job.model.vocab_size // layout.tp), compute_bytes(job))
+    vocabulary = -(-job.model.vocab_size // layout.tp)
+    return rows_of_logits(tokens_of_device(job, layout), job.model.dim, vocabulary, compute_bytes(job))
 
 
 def logits_bytes(job: JobConfig, layout: Layout) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from shared_config.contract.counts import FLOAT32
 from shared_config.schema.training import TrainConfig
 
 IGNORED = -100
@@ -26,13 +27,24 @@ def label_count(batches: Iterable[Mapping[str, np.ndarray]]) -> int:
     return sum(int(np.count_nonzero(batch["labels"] != IGNORED)) for batch in batches)
 
 
-def rows_of_logits(tokens: int, vocabulary: int, number: int) -> int:
-    """Of how many tokens the logits exist at a time: of all, or of a power of two, whose logits take `LOGITS_BYTES` or
-    come nearest to that.
+def rows_of_logits(tokens: int, width: int, vocabulary: int, number: int) -> int:
+    """Of how many tokens the logits exist at a time: of all where that takes less, or of a power of two, whose logits
+    take `LOGITS_BYTES` or come nearest to that.
 
     Args:
+        width: inputs of the head.
         vocabulary: logits of a token.
         number: bytes of a logit.
     """
+    if takes_less_whole(tokens, width, number):
+        return tokens
     fitting = LOGITS_BYTES / (vocabulary * number)
     return min(tokens, 2 ** max(0, round(math.log2(fitting))))
+
+
+def takes_less_whole(tokens: int, width: int, number: int) -> bool:
+    """Whether the logits of all tokens and their gradient take no more than what is there beside those of a chunk: the
+    gradient of the head's weight in at least float32, and then in the dtype of the weight. Each of these has as many
+    columns as there are logits of a token.
+    """
+    return 2 * number * tokens <= (max(number, FLOAT32) + number) * width

@@ -347,9 +347,9 @@ def test_the_memory_of_gathered_weights_and_logits_by_hand() -> None:
     block = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
     outside = 2 * 128256 * 4096 + 4096
     assert memory.gathered == 2 * (2 * block + outside) + (2 + 4) * outside
-    rows = rows_of_logits(8192, 128256, 2)
+    rows = rows_of_logits(8192, 4096, 128256, 2)
     assert memory.logits == 2 * 2 * rows * 128256 + 4 * 2 * min(rows * 128256, WIDENED)
-    rows = rows_of_logits(8192, 64128, 2)
+    rows = rows_of_logits(8192, 4096, 64128, 2)
     assert cost("llama3_8b", Layout(dp_shard=8, tp=2)).memory.logits == (2 * 2 + 4 * 3) * rows * 64128
 
 

@@ -18,8 +18,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from shared_config.contract import labels
-from tests.distributed.layouts import LOGITS_BYTES, MICRO_BATCHES, STEPS, Case, Found, _batches, _compare, steps
+from tests.distributed.layouts import MICRO_BATCHES, STEPS, Case, Found, _batches, _compare, chunks_of_logits, steps
 from tests.mutants import Mutant, planted
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +41,7 @@ def differences(case: Case, truth: Found, count: int = STEPS) -> list[str]:
 
     trainer = _trainer(case.job(case.layout), jax.devices()[: case.ranks])
     several = patch.object(importlib.import_module("kempnerforge_jax.distributed.expert_parallel"), "ALIGNED", 1)
-    with patch.object(labels, "LOGITS_BYTES", LOGITS_BYTES), several:
+    with chunks_of_logits(), several:
         return _compare(steps(trainer, _rows(case, count, case.shares), state), truth)
 
 

@@ -232,6 +232,14 @@ def differences(case: Case, truth: Found, count: int = STEPS, folder: Path | Non
         return _differences(case, truth, count, folder)
 
 
+@contextlib.contextmanager
+def chunks_of_logits() -> Iterator[None]:
+    """Within it, logits exist of about `LOGITS_BYTES` at a time."""
+    never = patch.object(labels, "takes_less_whole", lambda *_: False)
+    with patch.object(labels, "LOGITS_BYTES", LOGITS_BYTES), never:
+        yield
+
+
 def _differences(case: Case, truth: Found, count: int, folder: Path | None) -> list[str]:
     job = case.job(case.layout)
     trainer, data = _trainer(job), _batches(job)
@@ -242,7 +250,7 @@ def _differences(case: Case, truth: Found, count: int, folder: Path | None) -> l
     with positions_of_norms(trainer.model) as positions:
         assert _numbers(trainer.evaluate([])) == {"loss": 0.0, "tokens": 0.0}
         evaluated = _numbers(trainer.evaluate(held_out))
-    with patch.object(labels, "LOGITS_BYTES", LOGITS_BYTES):
+    with chunks_of_logits():
         found = replace(steps(trainer, own), evaluated=evaluated)
     lines = [*_compare(found, truth), *_replicas(found.states[-1]), *_alone(trainer.mesh.axes)]
     lines += [f"{path} is called with hooks, inside a block" for path in called_with_hooks(trainer.model)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import weakref
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +15,20 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kempnerforge_jax.training.objective as jax_objective
+import kempnerforge_torch.training.loss as torch_loss
 import kempnerforge_torch.training.objective as torch_objective
 import kempnerforge_torch.training.train as torch_training
 from kempnerforge_jax.model.build import build_model as build_jax
 from kempnerforge_torch.model.build import build_model as build_torch
+from kempnerforge_torch.model.embedding import FactoredLogits
 from kempnerforge_torch.training.loss import cross_entropy
+from shared_config.contract import labels as contract
 from shared_config.contract.labels import LOGITS_BYTES, rows_of_logits
 from shared_config.contract.parameters import parameter_table
 from shared_config.loader import load_config
@@ -65,15 +73,59 @@ def test_of_any_sizes(rows: int, divisor: float, smoothing: float, z: float, **d
             check_loss(backend, rows, *drawn(**drawn_sizes), divisor=divisor, smoothing=smoothing, z=z)
 
 
-@given(st.integers(1, 2**20), st.integers(1, 2**20), st.sampled_from([2, 4, 8]))
-def test_chunks_are_of_a_power_of_two_near_their_size(tokens: int, vocabulary: int, number: int) -> None:
-    rows = rows_of_logits(tokens, vocabulary, number)
+@given(st.integers(1, 2**20), st.integers(1, 2**14), st.integers(1, 2**20), st.sampled_from([2, 4, 8]))
+@example(1250, 1000, 2**20, 2)
+@example(1750, 1000, 2**20, 2)
+def test_chunks_are_of_a_power_of_two_near_their_size(tokens: int, width: int, vocabulary: int, number: int) -> None:
+    rows = rows_of_logits(tokens, width, vocabulary, number)
+    few = tokens / width <= {2: 1.5, 4: 1.0, 8: 1.0}[number]
+    assert not few or rows == tokens
     if rows < tokens:
         assert rows == 2 ** int(math.log2(rows))
         assert rows == 1 or rows * vocabulary * number <= math.sqrt(2) * LOGITS_BYTES
         assert rows * vocabulary * number >= LOGITS_BYTES / math.sqrt(2)
     else:
-        assert tokens * vocabulary * number <= math.sqrt(2) * LOGITS_BYTES
+        assert few or tokens * vocabulary * number <= math.sqrt(2) * LOGITS_BYTES
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes at a time of what PyTorch's operators give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {each.untyped_storage()._cdata for each in tree_leaves(args) if isinstance(each, torch.Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for each in (each for each in tree_leaves(out) if isinstance(each, torch.Tensor)):
+            storage = each.untyped_storage()
+            if storage._cdata not in given | self.held.keys():
+                self.held[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.held.pop, storage._cdata, None)
+        self.most = max(self.most, sum(self.held.values()))
+        return out
+
+
+@pytest.mark.parametrize("ratio", [6, 13, 17, 30])
+def test_logits_come_as_takes_less_memory(ratio: int) -> None:
+    """In bfloat16 in PyTorch, for ``ratio`` tenths of the width in tokens."""
+    size, width, vocabulary = 4, 64, 2048
+    tokens = width * ratio // 10
+    x, weight, labels = drawn(1, tokens, width, vocabulary, ignored=0.0, seed=0)
+    most = {}
+    for way in ("whole", "chunks", "chosen"):
+        own_x, own_weight = (torch.tensor(each, dtype=torch.bfloat16).requires_grad_() for each in (x, weight))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(patch.object(torch_loss, "CHUNK_ELEMENTS", size * vocabulary))
+            stack.enter_context(patch.object(contract, "LOGITS_BYTES", 2 * size * vocabulary))
+            if way != "chosen":
+                stack.enter_context(patch.object(contract, "takes_less_whole", lambda *_, way=way: way == "whole"))
+            peak = stack.enter_context(Peak())
+            cross_entropy(FactoredLogits(own_x, own_weight), torch.tensor(labels))[0].backward()
+        most[way] = peak.most
+    assert most["chosen"] == min(most.values()), most
 
 
 @on_both
