@@ -164,7 +164,9 @@ def _annotation(owner: Any, field: str, flag: str) -> Any:
     hints = typing.get_type_hints(owner)
     names = [entry.name for entry in dataclasses.fields(owner)]
     if field not in names:
-        close = difflib.get_close_matches(field, names, n=3) or fields_like(field)
+        close = fields_named(field) or difflib.get_close_matches(field, names, n=3) or fields_like(field)
+        rest = flag.partition(f"{field}.")[2]
+        close = [f"{name}.{rest}" if rest else name for name in close]
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
         raise ConfigError([f"--{flag}: unknown key; {hint}"])
     return hints[field]
@@ -181,12 +183,16 @@ def config_fields() -> list[str]:
     ]
 
 
+def fields_named(name: str) -> list[str]:
+    """Dotted fields of all sections whose own name is this one."""
+    return list(dict.fromkeys(field for field in config_fields() if field.partition(".")[2] == name))
+
+
 def fields_like(name: str) -> list[str]:
     """Dotted fields of all sections whose own name is this one, or else resembles it."""
-    own = {field: field.partition(".")[2] for field in config_fields()}
-    names = list(own.values())
-    close = [name] if name in names else difflib.get_close_matches(name, names, n=3)
-    return list(dict.fromkeys(field for wanted in close for field, last in own.items() if last == wanted))
+    names = [field.partition(".")[2] for field in config_fields()]
+    close = difflib.get_close_matches(name, dict.fromkeys(names), n=3)
+    return fields_named(name) or [field for wanted in close for field in fields_named(wanted)]
 
 
 def _section_of(annotation: Any, fields: dict[str, object], path: list[str]) -> Any:

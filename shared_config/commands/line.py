@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib.metadata
 import re
 import sys
@@ -203,14 +204,15 @@ def _sections(parser: Parser) -> list[str]:
 
 
 def _hint(message: str) -> str:
-    """The fields of a config that an unknown option may mean."""
-    found = re.search(r"unrecognized arguments: --(\w+)", message)
-    if found is None:
-        return ""
-    from shared_config.loader import fields_like
+    """The fields of a config that an unknown option may mean, or the choices that another word may."""
+    close: list[str] = []
+    if found := re.search(r"unrecognized arguments: --(\w+)", message):
+        from shared_config.loader import fields_like
 
-    close = fields_like(found[1])
-    return f"; did you mean {' or '.join(f'--{name}' for name in close)}?" if close else ""
+        close = [f"--{name}" for name in fields_like(found[1])]
+    elif found := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message):
+        close = difflib.get_close_matches(found[1], re.findall(r"[\w-]+", found[2]))
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
