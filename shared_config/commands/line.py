@@ -204,14 +204,14 @@ def _sections(parser: Parser) -> list[str]:
 
 
 def _hint(message: str) -> str:
-    """The fields of a config that an unknown option may mean, or the choices that another word may."""
+    """The fields of a config that an unknown option may mean, or the commands that another word may."""
     close: list[str] = []
     if found := re.search(r"unrecognized arguments: --(\w+)", message):
         from shared_config.loader import fields_like
 
         close = [f"--{name}" for name in fields_like(found[1])]
-    elif found := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message):
-        close = difflib.get_close_matches(found[1], re.findall(r"[\w-]+", found[2]))
+    elif found := re.search(r"argument COMMAND: invalid choice: '(\S+)'", message):
+        close = difflib.get_close_matches(found[1], NAMES)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 

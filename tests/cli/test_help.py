@@ -118,7 +118,6 @@ def test_help_of_a_command_gives_examples_that_it_understands(name: str, capsys:
         (["show", "debug", "--optimzer.lr", "1"], "unknown key; did you mean optimizer.lr?"),
         (["show", "debug", "--model.rope_skaling.factor", "1"], "unknown key; did you mean rope_scaling.factor"),
         (["trian", "debug"], "did you mean train"),
-        (["train", "debug", "--backend", "torhc"], "; did you mean torch?"),
         (["show", "debug", "--optimizer.wait_decay", "1"], "did you mean weight_decay"),
         (["show", "debug", "--train.batch_size_", "1"], "did you mean batch_size"),
     ],

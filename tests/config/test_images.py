@@ -19,7 +19,7 @@ from PIL import Image
 
 from shared_config import JobConfig, load_config
 from shared_config.data import open_data
-from shared_config.data.image_sources import Example, Folder, Shapes, open_folder
+from shared_config.data.image_sources import Example, Folder, Shapes, open_folder, read_pictures
 from shared_config.data.images import ImageTextData, collate, open_image_data, with_noise_seeds
 from shared_config.data.media import UndecodableError, drawn_frames, nearest_frames, read_clip, read_image, sample_times
 from shared_config.data.shapes import COLOURS, PLACES, caption_entropy, shape_clip, shape_image
@@ -466,6 +466,17 @@ def test_clips_in_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     shown = [source.example(index, "train").exists for index in range(3)]
     assert [each.tolist() for each in shown if each is not None] == [[True] * 3, [True] * 2, [False]]
     assert sorted(source.undecodable) == ["cut.mp4", "gone.png"]
+
+
+def test_a_clip_is_shown_alone(tmp_path: Path) -> None:
+    write_clip(tmp_path / "clip.mp4", frames=3)
+    Image.fromarray(solid("red")).save(tmp_path / "1.png")
+    video = VideoConfig(max_frames=8, min_frames=3, frame_size=8)
+    clip, picture = tmp_path / "clip.mp4", tmp_path / "1.png"
+    for files in ([clip, clip], [picture, clip]):
+        with pytest.raises(UserError, match=r"clip\.mp4: must stand alone, as the config has one clip"):
+            read_pictures(files, PLAIN, video)
+    assert [len(read_pictures(files, PLAIN, video)) for files in ([clip], [picture] * 5)] == [3, 5]
 
 
 def test_readers_say_why(tmp_path: Path) -> None:

@@ -207,6 +207,29 @@ def test_images_have_one_place(backend: Torch) -> None:
         generate(seeing_model(backend), PROMPTS, 1, pixel_values=PIXELS, image_positions=[0, 0, 0])
 
 
+@on_both
+def test_a_prefix_has_any_number_of_images(backend: Torch) -> None:
+    """A row whose first image does not exist is one that has the other alone; clips are as long as they are."""
+    small = SEEING.replace(num_experts=0)
+    parts, table = (small, VISION, ADAPTER, VLM), wrapper_table(small, VLM, ADAPTER, vit_tower(VISION), 12)
+    tokens, prompts = np.array([PROMPTS[0], PROMPTS[0][::-1]]), np.array([3, 5])
+
+    def logits(side: Torch, pixels: np.ndarray, rows: slice, *shown: np.ndarray) -> Any:
+        model = side.build(side.module("model.vlm").build_vlm_wrapper, *parts)
+        side.module("model.state").set_state(model, validation_weights(table, 3))
+        given = (pixels, tokens[rows], prompts[rows], *shown)
+        return side.run(lambda x, ids, n, *mask: model.run(x, ids, *mask, prompt_lengths=n).logits, *given)
+
+    both = logits(backend, PIXELS[:2], slice(2), np.array([[False, True], [True, True]]))
+    first, second = (logits(BACKENDS[0], PIXELS[row : row + 1, 1], slice(row, row + 1)) for row in (0, 1))
+    assert_same_function(both[:1], first, "the second image alone")
+    assert np.abs(both[1:] - second).max() > 1e-3
+    build = functools.partial(backend.build, backend.module("model.vlm").build_vlm_wrapper)
+    for model, count in ((build(*parts, FRAMES), 3), (build(*parts[:3], VLM.replace(prefix_lm=False)), 2)):
+        with pytest.raises(ValueError, match=f"pixel_values has {count} frames: must have from 1 to {count - 1}"):
+            model.context(backend.array(np.zeros((1, count, 3, 8, 8))), backend.array(tokens[:1]))
+
+
 def test_a_prefix_is_an_array_of_a_program() -> None:
     """One program serves prompts of any lengths."""
     side = BACKENDS[1]
