@@ -71,6 +71,20 @@ def test_prompts_are_of_any_vocabulary_and_the_same_for_everyone() -> None:
     assert 0 <= drawn.min() < 2**15 < drawn.max() < 100_000
 
 
+@pytest.mark.parametrize("frames", [2, 4])
+def test_frames_that_are_absent_are_those_of_the_second_row(frames: int) -> None:
+    video = [
+        "--video.frame_size=16",
+        f"--video.max_frames={frames}",
+        "--video.min_frames=1",
+        "--vision_encoder.image_size=16",
+    ]
+    config = load_config("debug_vlm_joint_decoder", video)
+    work = Work(config, "float64", 0, {}, deltas=False, device=None, runs=None)
+    mask = scenario_batch(work, "frames", padded=True)["frame_mask"]
+    np.testing.assert_array_equal(mask, [[True] * frames, [True] + [False] * (frames - 1)])
+
+
 def test_a_plan_knows_the_files_of_every_scenario(tmp_path: Path) -> None:
     plan = Plan(CONFIG, tmp_path)
     parts = sorted(int(name.partition("-")[2]) for name in SCENARIOS if name.startswith("resume-"))

@@ -206,6 +206,7 @@ def test_containers_repeated_calls_and_integers() -> None:
     assert trace.tensors["routing/router.1.indices"].dtype == np.int64
     assert set(trace.meta.deltas["float32"]) == set(trace.tensors)
     assert site_of("forward/once@in") == "the function itself"
+    assert site_of("forward/pick.pair@in.left") == "pick"
     assert site_of("cotangent/pick.pair.left") == "pick.pair.left"
     assert site_of("gradient/once.weight") == "once"
 
