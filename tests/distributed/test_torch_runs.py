@@ -67,6 +67,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """The run of one process that takes as many micro-batches."""
+    options = ["--train.grad_accum_steps=2", "--eval.steps=4", f"--checkpoint.dir={folder / 'alone'}"]
+    assert main(["train", str(folder / "job.toml"), "--backend=torch", "--device=cpu", "--quiet", *options]) == 0
+    return folder / "alone"
+
+
 def test_they_train_once_and_one_of_them_speaks(folder: Path) -> None:
     said = (folder / "said").read_text()
     assert said.count("checkpoint ") == len(list((folder / "run").glob("step_*"))) == 2
@@ -74,11 +82,9 @@ def test_they_train_once_and_one_of_them_speaks(folder: Path) -> None:
     assert metrics(folder / "run", "tokens") == [2 * 3 * 10] * STEPS
 
 
-def test_they_do_what_one_process_does_with_twice_the_micro_batches(folder: Path) -> None:
-    alone = ["--train.grad_accum_steps=2", "--eval.steps=4", f"--checkpoint.dir={folder / 'alone'}"]
-    assert main(["train", str(folder / "job.toml"), "--backend=torch", "--device=cpu", "--quiet", *alone]) == 0
+def test_they_do_what_one_process_does_with_twice_the_micro_batches(folder: Path, alone: Path) -> None:
     for name in ("loss", "grad_norm", "heldout_loss"):
-        found, truth = (metrics(folder / run, name) for run in ("run", "alone"))
+        found, truth = (metrics(run, name) for run in (folder / "run", alone))
         assert len(found) >= 1
         assert found == pytest.approx(truth, rel=1e-5 if name == "grad_norm" else 1e-6), name
     states = [checkpoint.load(folder / run) for run in ("run", "alone")]
@@ -86,12 +92,12 @@ def test_they_do_what_one_process_does_with_twice_the_micro_batches(folder: Path
     assert states[0].state.optimizer.keys() == states[1].state.optimizer.keys()
 
 
-def test_one_process_goes_on_where_they_stopped(folder: Path) -> None:
+def test_one_process_goes_on_where_they_stopped(folder: Path, alone: Path, tmp_path: Path) -> None:
     more = ["--backend=torch", "--device=cpu", "--quiet", f"--train.max_steps={STEPS + 2}", "--eval.steps=4"]
-    for run in ("run", "alone"):
-        place = f"--checkpoint.dir={folder / run}"
+    for run in (folder / "run", alone):
+        place = f"--checkpoint.dir={shutil.copytree(run, tmp_path / run.name)}"
         assert main(["train", str(folder / "job.toml"), *more, place, "--train.grad_accum_steps=2"]) == 0
-    found, truth = (metrics(folder / run, "loss") for run in ("run", "alone"))
+    found, truth = (metrics(tmp_path / run, "loss") for run in ("run", "alone"))
     assert len(found) == STEPS + 2
     assert found == pytest.approx(truth, rel=1e-6)
 
