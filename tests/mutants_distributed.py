@@ -130,7 +130,7 @@ DISTRIBUTED_MUTANTS = (
     ),
     torch_bug(
         "distributed.collectives", "positions of a summand not summed",
-        "return _scattered_rows(torch.cat(x.chunk(group.size(), axis)), group.size(), group.group_name)",
+        "return _scattered_rows(parts, ranks, group.group_name)",
         "return x.chunk(group.size(), axis)[group.rank()].contiguous()", SPLIT,
     ),
     torch_bug(
@@ -184,7 +184,7 @@ DISTRIBUTED_MUTANTS = (
     ),
     torch_bug(
         "distributed.collectives", "gradients of tokens that are gathered summed twice",
-        "return _scatter(dy.to(ctx.sums or dy.dtype), ctx.axis, ctx.group)",
+        "return _scatter(dy, ctx.axis, ctx.group, ctx.sums)",
         "return _sum(_scatter(dy, ctx.axis, ctx.group), ctx.group)", SPREAD,
     ),
     torch_bug(
@@ -233,7 +233,7 @@ DISTRIBUTED_MUTANTS = (
     ),
     torch_bug(
         "distributed.collectives", "gradients of keys and values not summed",
-        "return _scatter(dy.to(ctx.sums or dy.dtype), ctx.axis, ctx.group)",
+        "return _scatter(dy, ctx.axis, ctx.group, ctx.sums)",
         "return dy.chunk(ctx.group.size(), ctx.axis)[ctx.group.rank()].contiguous()", CUT,
     ),
     torch_bug(

@@ -36,7 +36,7 @@ def gathered(
     the sum of theirs.
 
     Args:
-        sums: the dtype of these sums; that of the gradients if None.
+        sums: the dtype of these sums; that of the gradients if None. What is sent has that of the gradients.
     """
     return _Gathered.apply(x, axis, group, sums)
 
@@ -116,7 +116,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        return _scatter(dy.to(ctx.sums or dy.dtype), ctx.axis, ctx.group).to(dy.dtype), None, None, None
+        return _scatter(dy, ctx.axis, ctx.group, ctx.sums), None, None, None
 
 
 class _GatheredAlike(_Gathered):
@@ -164,8 +164,13 @@ def _gather(x: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
     return torch.cat(_gathered_rows(x, group.size(), group.group_name).chunk(group.size()), axis)
 
 
-def _scatter(x: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
-    return _scattered_rows(torch.cat(x.chunk(group.size(), axis)), group.size(), group.group_name)
+def _scatter(x: Tensor, axis: int, group: dist.ProcessGroup, sums: torch.dtype | None = None) -> Tensor:
+    ranks, parts = group.size(), torch.cat(x.chunk(group.size(), axis))
+    if sums is None or sums == x.dtype:
+        return _scattered_rows(parts, ranks, group.group_name)
+    each = [parts.shape[0] // ranks] * ranks
+    summands = _exchanged_rows(parts, each, each, group.group_name)
+    return summands.unflatten(0, (ranks, -1)).sum(dim=0, dtype=sums).to(x.dtype)
 
 
 def _exchange(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:

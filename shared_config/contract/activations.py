@@ -55,12 +55,13 @@ def gathers_tokens(job: JobConfig, layout: Layout) -> bool:
     skip rows of no expert there.
 
     True: all tokens are gathered, and float32 sums of what each rank makes of them scattered; backward likewise the
-    gradients of results and tokens: (N - 1) T D 2 (b + 4) bytes leave a rank. False: rows of other ranks' experts are
-    exchanged: 4 k T D b (N - 1) / N bytes, but the host waits for their numbers, and then the device for the host.
+    gradients of results, and the summands of those of tokens, in their own dtype: (N - 1) T D (3 b + 4) bytes leave a
+    rank. False: rows of other ranks' experts are exchanged: 4 k T D b (N - 1) / N bytes, but the host waits for their
+    numbers, and then the device for the host.
     N ranks, T tokens of each, D model dim, k experts of a token, b bytes of a number.
     """
     number, numbers = compute_bytes(job), tokens_of_device(job, layout) * job.model.dim * (layout.ep - 1)
-    gathered, exchanged = 2 * (number + FLOAT32), 4 * job.model.moe_top_k * number / layout.ep
+    gathered, exchanged = 3 * number + FLOAT32, 4 * job.model.moe_top_k * number / layout.ep
     return numbers * (gathered - exchanged) <= GATHERED_MORE
 
 

@@ -6,8 +6,8 @@
     positions    of the stream, where tp divides them: gathered before attention and feed-forward parts, the sums of
                  these scattered, and the other way round backward, in place of sums but those within mixtures
     tokens       gathered along ep, with their routes, and sums of what experts make of them scattered; backward the
-                 gradients of results are gathered and those of tokens and of weights of routes scattered; or, as
-                 `gathers_tokens` says:
+                 gradients of results are gathered, sums of those of tokens and of weights of routes scattered,
+                 of tokens by an exchange of summands where these are narrow; or, as `gathers_tokens` says:
     rows         of tokens that go to experts on other devices and come back, forward and backward
     keys         and values of a block, gathered along cp, their gradients scattered; what routers measure
     boundary     between pipeline stages: the residual stream forward, its gradient backward
@@ -265,9 +265,12 @@ class _Step:
         all_tokens, kinds = layers * self.layout.ep * tokens, 2 + model.moe_gradient_scale
         routes = model.moe_top_k * (INDEX + (kinds - 1) * FLOAT32)
         gathered = all_tokens * (model.dim * number * (forward + 1) + routes * forward)
-        summed = all_tokens * FLOAT32 * (model.dim * (self.summed + 1) + model.moe_top_k)
+        wide = int(number >= FLOAT32)
+        summed = all_tokens * FLOAT32 * (model.dim * (self.summed + wide) + model.moe_top_k)
+        narrow = all_tokens * model.dim * number * (1 - wide)
         yield self.exchange("tokens of experts", "all-gather", ("ep",), layers * ((1 + kinds) * forward + 1), gathered)
-        yield self.exchange("sums of tokens", "reduce-scatter", ("ep",), layers * (self.summed + 2), summed)
+        yield self.exchange("sums of tokens", "reduce-scatter", ("ep",), layers * (self.summed + 1 + wide), summed)
+        yield self.exchange("gradients of tokens", "all-to-all", ("ep",), layers * (1 - wide), narrow)
 
     @property
     def summed(self) -> int:

@@ -49,10 +49,11 @@ BY_DAY = (
     case("dense", 4, {}, NARROW),
     case("dense", 4, {"tp": 2, "dp_replicate": 2}),
     case("softmax", 4, {"cp": 2, "tp": 2}, FULL),
-    case("sigmoid", 4, {"ep": 2}, FULL),
+    case("sigmoid", 4, {"ep": 2}, {**FULL, **NARROW}),
     stages({"pp": 2}, 2, 3),
 )
 BY_NIGHT = (
+    case("sigmoid", 4, {"ep": 2}, FULL),
     *(case(model, 2, {}) for model in ("dense", "sigmoid", "apart")),
     *(case("dense", 2, {"tp": 2}, train) for train in ({}, FULL, SELECTIVE, NARROW)),
     *(case("apart", 2, {"tp": 2}, train) for train in (FULL, {})),
