@@ -78,7 +78,7 @@ def test_keys_of_a_mapping_can_be_overridden_one_by_one() -> None:
     ("overrides", "expected"),
     [
         (["--model.dimm=3"], "--model.dimm: unknown key; did you mean dim?"),
-        (["--modle.dim=3"], "--modle.dim: unknown key; did you mean model?"),
+        (["--modle.dim=3"], "--modle.dim: unknown key; did you mean model.dim?"),
         (["--model.dim=abc"], "model.dim = 'abc': must be a valid integer"),
         (["--model.dim=1.5"], "model.dim = 1.5: must be a valid integer"),
         (["--train.compile_model=yes"], "train.compile_model = 'yes': must be a valid boolean"),
