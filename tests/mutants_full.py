@@ -36,8 +36,8 @@ REACHING = (
     Reaching(
         Mutant(
             "training.train", "micro-batches weigh the same",
-            ('{"inputs": self._inputs(batch), **step}',
-             '{"inputs": self._inputs(batch), **step, "count": max(total * label_count([batch]), 1)}'),
+            ("take(inputs=self._inputs(batch), count=count,",
+             "take(inputs=self._inputs(batch), count=max(total * label_count([batch]), 1),"),
             None,
         ),
         ("accumulation",), "accumulation", "gradient",

@@ -32,7 +32,9 @@ class Objective(nn.Module):
         self.loss_terms = loss_terms(config.train)
         self.z_weight = config.model.moe_router_z_loss_weight
 
-    def forward(self, inputs: dict[str, Shaped[Tensor, "..."]], count: int | Tensor, micro_batches: int) -> Terms:
+    def forward(
+        self, inputs: dict[str, Shaped[Tensor, "..."]], count: int | Shaped[Tensor, ""], micro_batches: int
+    ) -> Terms:
         """The terms of a micro-batch; gradients go to the leaves of the graph.
 
         Args:
