@@ -27,6 +27,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from shared_config.parity.operators import Mutation, mutations_of
 from tests.mutation.runs import ROOT, Reporter, copy_tree, prepare, run_tests
 from tests.mutation.selection import Record, choose, read_record, record
@@ -78,8 +80,8 @@ def plant(tree: Path, mutation: Mutation, recorded: Record, killers: Counter[str
             said = run_tests(tree, files, Reporter(names), 60 + 10 * sum(took for _, took in tests))
             if said.get("dies"):
                 said = run_tests(tree, files, Reporter(names), 60 + 10 * sum(took for _, took in tests))
-            while said.get("failure") and _passes_alone(tree, said["failure"]["test"]):
-                names.remove(said["failure"]["test"])
+            while said.get("failure") and not _tells(tree, said["failure"]["test"], mutation, source):
+                names = [name for name in names if not _is_of(name, said["failure"]["test"])]
                 said = run_tests(tree, files, Reporter(names), 60 + 10 * sum(took for _, took in tests))
             if said.get("hangs") or said.get("dies"):
                 return {"status": "hang" if "hangs" in said else "error", "tests": len(chosen)}
@@ -94,10 +96,30 @@ def plant(tree: Path, mutation: Mutation, recorded: Record, killers: Counter[str
     return {"status": "survived" if chosen else "not covered", "tests": len(chosen)}
 
 
+def _tells(tree: Path, test: str, mutation: Mutation, source: bytes) -> bool:
+    """Whether a test that failed among those of other files fails without them, and passes without the bug."""
+    if test not in _SOUND:
+        file, planted = tree / mutation.file, (tree / mutation.file).read_bytes()
+        file.write_bytes(source)
+        try:
+            _SOUND[test] = _passes_alone(tree, test)
+        finally:
+            file.write_bytes(planted)
+    return _SOUND[test] and not _passes_alone(tree, test)
+
+
+_SOUND: dict[str, bool] = {}
+"""Whether a test passes without any bug."""
+
+
+def _is_of(test: str, failed: str) -> bool:
+    """Whether a test is the one that failed, or of the file that could not be collected."""
+    return test == failed or test.startswith(f"{failed}::")
+
+
 def _passes_alone(tree: Path, test: str) -> bool:
-    """Whether a test that failed among those of other files passes without them: then it is they that made it fail."""
     said = run_tests(tree, [test.partition("::")[0]], Reporter([test]), 600)
-    return said.get("status") == 0 and not said["failure"]
+    return said.get("status") in (0, pytest.ExitCode.NO_TESTS_COLLECTED) and not said["failure"]
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

@@ -133,7 +133,8 @@ runs.LIBRARIES, runs.PACKAGES = (), ("shared_config",)
 runs.ROOT = selection.ROOT = __main__.ROOT = tree
 selection.FILE = tree / "record.json"
 runs.prepare(tree)
-recorded = selection.record(tree, ["tests/test_a.py", "tests/test_b.py", "tests/test_c.py"], 60)
+recorded = selection.record(tree, sorted(f"tests/{file.name}" for file in (tree / "tests").glob("test_*")), 60)
+(tree / "gone").touch()
 source = (tree / "shared_config/a.py").read_bytes()
 for mutation in mutations_of("shared_config/a.py", source):
     if mutation.after not in sys.argv[2:]:
@@ -187,10 +188,27 @@ test_a.spoilt = True
 def test_beside():
     a.h(2)
 """,
+    "tests/test_d.py": """
+from pathlib import Path
+from shared_config import a
+
+def test_of_what_is_gone():
+    a.h(2)
+    assert not Path("gone").exists()
+""",
+    "tests/test_e.py": """
+from pathlib import Path
+from shared_config import a
+assert not Path("gone").exists()
+
+def test_in_what_can_not_be_imported():
+    a.h(2)
+""",
 }
 
 
 def test_a_failed_assertion_and_a_crash_kill_and_are_told_apart(tmp_path: Path) -> None:
+    """What fails without a bug as well kills none."""
     for name, text in PROJECT.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
