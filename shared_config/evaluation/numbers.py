@@ -46,14 +46,21 @@ class Evaluation:
 
 
 def evaluation_batches(config: JobConfig, split: str, most: int | None = None) -> Iterator[Batch]:
-    """The batches of a job's data, held-out ones ("heldout") or "all", no more than ``most``.
+    """The batches of a job's data, held-out ones ("heldout") or "all", no more than ``most``. Of pictures drawn by
+    code, which have no end, there are ``eval.steps`` where ``most`` says nothing.
 
     Raises:
-        UserError: data that can't be used; all of a mixture, or of pictures.
+        UserError: data that can't be used, or of which nothing is held out; all of a mixture, or of pictures.
     """
-    data = open_data(config.replace(eval=config.eval.replace(steps=LARGEST)))
+    is_endless = config.vlm is not None and not config.data.path
+    steps = (most or config.eval.steps) if is_endless else LARGEST
+    data = open_data(config.replace(eval=config.eval.replace(interval=0, steps=steps)))
     if split == "heldout":
-        return itertools.islice(data.heldout(), most)
+        held = data.heldout()
+        if not held:
+            fraction = f"data.heldout_fraction = {config.data.heldout_fraction}"
+            raise UserError(f"data.path = {config.data.path!r}: holds nothing that is held out, by {fraction}")
+        return itertools.islice(held, most)
     if not isinstance(data, TextData | ConversationData):
         kind = "pictures" if config.vlm is not None else "a mixture"
         raise UserError(f"--split = 'all': must be 'heldout' with {kind}; all is read of one source of text")

@@ -18,6 +18,7 @@ from shared_config.errors import UserError
 from shared_config.evaluation.numbers import evaluate, evaluation_batches, text_bytes
 from shared_config.interchange import checkpoint
 from shared_config.interchange.toml import config_to_dict
+from shared_config.loader import load_config
 from tests.jobs import text_job
 
 WORDS = "naïve cats sat on the mat — twice. "
@@ -95,6 +96,18 @@ def test_every_id_but_the_first_of_a_stream_is_predicted_once(
     held = evaluate(job, trainer, evaluation_batches(job, "heldout"))
     assert held.tokens == length - split - 1
     assert len(list(evaluation_batches(job, "all", most))) <= most
+
+
+def test_pictures_without_end_are_as_many_as_evaluations_have(tmp_path: Path) -> None:
+    drawn = load_config("debug_vlm_mot", ["--eval.steps=3", "--eval.interval=2", "--train.batch_size=2"])
+    assert [len(list(evaluation_batches(drawn, "heldout", most))) for most in (None, 1, 5)] == [3, 1, 5]
+    (tmp_path / "metadata.jsonl").write_text("".join(f'{{"text": "{row}"}}\n' for row in range(40)))
+    few, many = (
+        drawn.replace(data=drawn.data.replace(path=str(tmp_path), heldout_fraction=part)) for part in (1e-9, 0.5)
+    )
+    assert len(list(evaluation_batches(many, "heldout"))) > 3
+    with pytest.raises(UserError, match=r"holds nothing that is held out, by data\.heldout_fraction = 1e-09"):
+        evaluation_batches(few, "heldout")
 
 
 def test_bytes_are_those_of_the_text() -> None:
