@@ -20,7 +20,7 @@ from kempnerforge_torch.model.state import from_numpy, to_numpy
 from kempnerforge_torch.model.wrappers import unwrapped
 from kempnerforge_torch.observed import Taps, Widening, copied, is_tensor, observed
 from kempnerforge_torch.optimizer_states import optimizer_state
-from kempnerforge_torch.statistics import Keeper, Kept, fetched
+from kempnerforge_torch.statistics import AddedToError, Keeper, Kept, fetched
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
 from shared_config.interchange.states import plain_name
@@ -153,6 +153,22 @@ class _Engine:
         self, dtype: str, weights: Arrays, inputs: Arrays, fed: Arrays, noise: Noise | None, store: Store
     ) -> Recorded:
         """Call it once; see `Engine.run`."""
+        try:
+            return self._run_once(dtype, weights, inputs, fed, noise, store, self._optimizer is None)
+        except AddedToError:
+            return self._run_once(dtype, weights, inputs, fed, noise, store, False)
+
+    def _run_once(
+        self,
+        dtype: str,
+        weights: Arrays,
+        inputs: Arrays,
+        fed: Arrays,
+        noise: Noise | None,
+        store: Store,
+        let_go: bool,
+    ) -> Recorded:
+        """`run`; of gradients of which a summary is kept nothing else is, if they may be let go."""
         options = self._options
         taps = Taps(options, fed, noise, store)
         call, parameters = self._callable(dtype, weights)
@@ -168,11 +184,12 @@ class _Engine:
                 return Recorded(_activations(taps))
             loss = self._loss_of(output)
             known = taps.readers({**parameters, **leaves}) if fed and not noise else {}
+            wanted = {name: own for name, own in {**parameters, **leaves}.items() if options.wants_gradient(name)}
+            early = Keeper(store).let_go(wanted) if let_go and not self._sharded else {}
             moved = noise or fed
             with observed(call, taps) if moved else contextlib.nullcontext(), visiting(taps.containers), taps.again():
                 torch.autograd.backward([loss, *taps.ends], [None, *taps.given])
-        wanted = {name: own for name, own in {**parameters, **leaves}.items() if options.wants_gradient(name)}
-        gradients = fetched(_gradients(wanted, store))
+        gradients = fetched(_gradients(wanted, early, store))
         if fed:
             activations, cotangents = _activations(taps), fetched(taps.cotangents)
             return Recorded(activations, cotangents, to_numpy(loss), gradients, readers=known)
@@ -284,11 +301,13 @@ def _activations(taps: Taps) -> list[tuple[str, np.ndarray | Summary]]:
     return [(name, values[place]) for place, (name, _) in enumerate(taps.found)]
 
 
-def _gradients(parameters: Mapping[str, Tensor], store: Store) -> dict[str, Kept]:
-    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    missing = {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in trained.items()}
-    keep = Keeper(store)
-    return {name: keep(gradient) for name, gradient in missing.items()}
+def _gradients(parameters: Mapping[str, Tensor], early: Mapping[str, Kept], store: Store) -> dict[str, Kept]:
+    """What is kept of gradients, of some of them already known; 0 of what nothing depends on."""
+    keep, trained = Keeper(store), {name: one for name, one in parameters.items() if one.requires_grad}
+    return {
+        name: early[name] if name in early else keep(torch.zeros_like(one) if one.grad is None else one.grad)
+        for name, one in trained.items()
+    }
 
 
 def _parameter(own: nn.Parameter, value: np.ndarray, dtype: str, copied: bool) -> nn.Parameter:

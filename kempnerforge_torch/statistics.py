@@ -6,6 +6,7 @@ Shapes: G pieces, R rows of a piece, C columns of the sketch, M moments.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -38,12 +39,16 @@ class Pending:
 Kept = np.ndarray | Summary | Pending
 
 
+class AddedToError(Exception):
+    """A gradient was added to after it was let go."""
+
+
 class Keeper:
     """Decides what is kept of one tensor after another."""
 
     def __init__(self, store: Store):
         self._store = store
-        self._last: tuple[Tensor, tuple[object, ...], Kept] | None = None
+        self._last: tuple[Callable[[], object], tuple[object, ...], Kept] | None = None
 
     def __call__(self, tensor: Shaped[Tensor, "..."]) -> Kept:
         """What is kept of a tensor, of a sharded one of all of it, whatever happens to it later.
@@ -54,42 +59,66 @@ class Keeper:
         if not (full.is_floating_point() and self._store.summarizes(full.nbytes)):
             return self._store(np.array(to_numpy(full)))
         if full.is_inference():  # nothing tells whether it was written to
-            return self._summary(full)
-        known, last = (full.data_ptr(), full._version, full.dtype, full.shape, full.stride()), self._last
-        if last is None or last[1] != known:
-            last = full, known, self._summary(full)  # held, so that no other tensor gets its memory
-            self._last = last
+            return _pending(full)
+        memory, last = full.untyped_storage(), self._last
+        known = full.data_ptr(), full._version, full.dtype, full.shape, full.stride()
+        if last is None or last[0]() is not memory or last[1] != known:
+            last = self._last = weakref.ref(memory), known, _pending(full)
         return last[2]
 
-    def _summary(self, tensor: Tensor) -> Kept:
-        if tensor.device.type == "cpu":
-            return self._store(to_numpy(tensor))
-        return Pending(moments(tensor), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    def let_go(self, leaves: Mapping[str, Tensor]) -> dict[str, Kept]:
+        """What is kept of gradients of which there is a summary, once they are known: they go as soon as they come.
+
+        Raises:
+            AddedToError: in the backward pass, where one comes in parts, as from a checkpoint that is reentrant.
+        """
+        found: dict[str, Kept] = {}
+
+        def known(leaf: Tensor, name: str) -> None:
+            if name in found:
+                raise AddedToError
+            found[name], leaf.grad = self(leaf.grad), None  # type: ignore[arg-type]
+
+        for name, leaf in leaves.items():
+            if leaf.requires_grad and self._store.summarizes(leaf.nbytes):
+                leaf.register_post_accumulate_grad_hook(functools.partial(known, name=name))
+        return found
+
+
+def _pending(tensor: Tensor) -> Pending:
+    return Pending(moments(tensor), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
 def fetched(found: Mapping[Key, Kept]) -> dict[Key, np.ndarray | Summary]:
     """The same on the host, where all moments go at once."""
-    pending = [value.moments for value in found.values() if isinstance(value, Pending)]
-    rows = iter(torch.stack([row.to(pending[0].device) for row in pending]).cpu().numpy() if pending else ())
-    return {
-        key: summaries.summary_of_moments(next(rows), value.shape, value.dtype) if isinstance(value, Pending) else value
-        for key, value in found.items()
+    pending = {id(value): value for value in found.values() if isinstance(value, Pending)}
+    first = next((value.moments.device for value in pending.values()), None)
+    rows = torch.stack([value.moments.to(first) for value in pending.values()]).cpu().numpy() if pending else ()
+    known = {
+        key: summaries.summary_of_moments(row, value.shape, value.dtype)
+        for (key, value), row in zip(pending.items(), rows, strict=True)
     }
+    return {key: known[id(value)] if isinstance(value, Pending) else value for key, value in found.items()}
 
 
 def moments(tensor: Shaped[Tensor, "..."]) -> Float[Tensor, "M"]:
     """What `shared_config.parity.summaries.moments` gives, on the tensor's device, without waiting for it.
 
-    Reductions are fused by the compiler on a GPU.
+    On a CPU the host's own function sees the tensor where it is.
     """
-    if not tensor.numel():
-        return torch.from_numpy(summaries.moments(np.empty(0))).to(tensor.device)
+    if tensor.device.type == "cpu":
+        return torch.from_numpy(summaries.moments(to_numpy(tensor)))
+    return reduced(tensor) if tensor.numel() else torch.from_numpy(summaries.moments(np.empty(0))).to(tensor.device)
+
+
+def reduced(tensor: Shaped[Tensor, "..."]) -> Float[Tensor, "M"]:
+    """`moments` of a tensor that is not empty, in operations of the device, which a GPU's compiler fuses."""
     device = tensor.device
-    reduced = _compiled() if device.type == "cuda" else _reduced
+    operations = _compiled() if device.type == "cuda" else _reduced
     first, times = summaries.starts(-(-tensor.numel() // PIECE))
     given = (torch.from_numpy(part).to(device, non_blocking=True) for part in (first, times))
     rows = torch.arange(len(first) * ROWS, device=device)  # in int64 also where a compiler would find 32 bits enough
-    return reduced(tensor.reshape(-1), _signs(device), rows, *given)
+    return operations(tensor.reshape(-1), _signs(device), rows, *given)
 
 
 @functools.cache

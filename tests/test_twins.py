@@ -193,10 +193,11 @@ DIFFERENCES = {
         "Parameters": "jax: what optimisers take; torch's hold theirs",
     },
     "statistics.py": {
-        **dict.fromkeys(("Description", "described", "kept", "put_out", "reduced"), "jax: a program puts out moments"),
+        **dict.fromkeys(("Description", "described", "kept", "put_out"), "jax: a program puts out moments"),
         **dict.fromkeys(("Keeper", "Kept", "Key", "Pending", "fetched"), "torch: tensors come one after another"),
-        "moments(array)": "jax: what its tensors are called",
-        "moments(tensor)": "torch: what its arrays are called",
+        "AddedToError": "torch: gradients come in parts",
+        **dict.fromkeys(("moments(array)", "reduced(array)"), "jax: what its tensors are called"),
+        **dict.fromkeys(("moments(tensor)", "reduced(tensor)"), "torch: what its arrays are called"),
     },
     "trace.py": {"Recorder(device)": "torch: models live on a device"},
     "training/averaging.py": {

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -32,6 +33,8 @@ SKETCH_SIZE = 1021
 """A prime, so that whatever the width of a matrix, a column of it spreads over all buckets."""
 ROWS = 64
 PIECE = ROWS * SKETCH_SIZE
+"""Values whose signs are next to each other."""
+BLOCK = 4 * PIECE
 """Values that are looked at together: they stay in a processor's cache."""
 SCALARS = 5
 MOMENTS = SCALARS + 2 * SKETCH_SIZE
@@ -39,7 +42,7 @@ NAN, POSITIVE, NEGATIVE = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
 """What a place counts in ``gaps`` that is NaN, or an infinity."""
 LOW = np.uint64(0xFFFFFFFF)
 SUMMED = 8
-"""Rows that are added up in the arithmetic of the values; the sums of these are added in float64."""
+"""Rows of a group: these are added up, and then the groups of a piece, in the arithmetic of the values."""
 MODERATE = 1e15
 """Beyond this, or its inverse, values of float32 are widened: so are their squares."""
 EXTREME = 1e100
@@ -118,27 +121,42 @@ def summary_of_moments(
 def moments(array: np.ndarray) -> np.ndarray:
     """float64 (`MOMENTS`,) of an array on the host, which is read once, in pieces; a sum may be infinite.
 
-    Values of float32 and narrower dtypes are added up in float32, up to 8 to a column of a piece, 1021 to another sum;
-    all other arithmetic is in float64. So moments are off by about a rounding of float32, or float64, of their norm.
+    Values of float32 and narrower dtypes are added up in float32: 8, and then 8 of these sums, to a column of a piece,
+    1021 to another sum. All other arithmetic is in float64. So moments are off by about a rounding of float32, or
+    float64, of their norm.
     """
     flat = np.ascontiguousarray(array).reshape(-1)
-    low, high, total, norm, count = np.inf, -np.inf, 0.0, 0.0, flat.size
-    columns, gaps = np.zeros(SKETCH_SIZE), np.zeros(SKETCH_SIZE, np.uint64)
-    for number, (start, sign) in enumerate(zip(*starts(-(-flat.size // PIECE)), strict=True)):
-        values = _plain(flat[number * PIECE : (number + 1) * PIECE])
-        least, most = float(values.min()), float(values.max())
+    found = np.zeros(MOMENTS)
+    low, high, total, norm, count, columns = (
+        np.inf,
+        -np.inf,
+        0.0,
+        0.0,
+        flat.size,
+        found[SCALARS : SCALARS + SKETCH_SIZE],
+    )
+    begins, times = (part.tolist() for part in starts(-(-flat.size // PIECE)))
+    for start, end in _blocks(flat.size):
+        values = _plain(flat[start:end])
+        least, most = float(np.minimum.reduce(values)), float(np.maximum.reduce(values))
         if not (math.isfinite(least) and math.isfinite(most)):
             finite = np.isfinite(values)
-            gaps += _gaps(values, finite, number * PIECE)
+            found[SCALARS + SKETCH_SIZE :] += _gaps(values, finite, start) & LOW
             least, most = (float(f(initial=i, where=finite)) for f, i in ((values.min, np.inf), (values.max, -np.inf)))
             count -= values.size - int(finite.sum())
             values = np.where(finite, values, values.dtype.type(0))
         low, high, largest = min(low, least), max(high, most), max(-least, most, 0.0)
-        rows = _rows(values if 1 / MODERATE < largest < MODERATE else values.astype(np.float64, copy=False))
-        total += float((rows @ _ones(rows.dtype)).sum(dtype=np.float64))
-        norm = math.hypot(norm, _norm(rows, largest))
-        columns += sign * _columns(rows, signs(rows.dtype)[start : start + rows.size])
-    return np.concatenate([[low, high, total, norm, count], columns, gaps & LOW])
+        values = values if 1 / MODERATE < largest < MODERATE else values.astype(np.float64, copy=False)
+        for rows in _rows(values):
+            total += float(np.add.reduce(rows @ _ones(rows.dtype)[: rows.shape[1]], dtype=np.float64))
+            norm = math.hypot(norm, _norm(rows, largest))
+        for number in range(start // PIECE, -(-end // PIECE)):
+            piece = values[number * PIECE - start : (number + 1) * PIECE - start]
+            _add_columns(columns, piece, begins[number], np.add if times[number] > 0 else np.subtract)
+    found[:SCALARS] = low, high, total, norm, count
+    if count < flat.size:
+        found[SCALARS + SKETCH_SIZE :] %= 2.0**32
+    return found
 
 
 @functools.cache
@@ -174,11 +192,17 @@ def _plain(piece: np.ndarray) -> np.ndarray:
     return piece.astype(wide, copy=False)
 
 
-def _rows(values: np.ndarray) -> np.ndarray:
-    """The same as rows (n, 1021), with zeros up to a multiple of `SUMMED` rows."""
-    missing = -values.size % (SUMMED * SKETCH_SIZE)
-    padded = np.concatenate([values, np.zeros(missing, values.dtype)]) if missing else values
-    return padded.reshape(-1, SKETCH_SIZE)
+def _blocks(size: int) -> list[tuple[int, int]]:
+    """Where each block of so many values begins and ends; the last has what is left as well."""
+    bounds = [*range(0, max(size - BLOCK, 0) + 1, BLOCK), size]
+    return list(itertools.pairwise(bounds)) if size else []
+
+
+def _rows(values: np.ndarray) -> list[np.ndarray]:
+    """The same as rows (n, 1021) and, where some are left, a shorter one (1, m)."""
+    rest = values.size % SKETCH_SIZE
+    whole, left = values[: values.size - rest].reshape(-1, SKETCH_SIZE), values[values.size - rest :].reshape(1, -1)
+    return [part for part in (whole, left) if part.size]
 
 
 @functools.cache
@@ -191,13 +215,22 @@ def _norm(rows: np.ndarray, largest: float) -> float:
         return 0.0
     scale = 1.0 if 1 / EXTREME < largest < EXTREME else largest
     scaled = rows if scale == 1.0 else rows / scale
-    return scale * math.sqrt(float(np.vecdot(scaled, scaled).sum(dtype=np.float64)))
+    return scale * math.sqrt(float(np.add.reduce(np.vecdot(scaled, scaled), dtype=np.float64)))
 
 
-def _columns(rows: np.ndarray, signed: np.ndarray) -> np.ndarray:
-    """Sums (1021,) of products in each column."""
-    values, own = (part.reshape(-1, SUMMED, SKETCH_SIZE) for part in (rows, signed))
-    return np.einsum("grc,grc->gc", values, own).sum(0, dtype=np.float64)
+def _add_columns(columns: np.ndarray, piece: np.ndarray, begin: int, add: np.ufunc) -> None:
+    """Add or subtract the sums of a piece, with signs from a place on: of groups of eight rows, of what is left."""
+    signed = signs(piece.dtype)[begin : begin + piece.size]
+    groups, whole = (piece.size - piece.size % of for of in (SUMMED * SKETCH_SIZE, SKETCH_SIZE))
+    for start, end, rows in (
+        (0, groups, SUMMED),
+        (groups, whole, (whole - groups) // SKETCH_SIZE),
+        (whole, piece.size, 1),
+    ):
+        if start < end:
+            shape = (-1, rows, min(SKETCH_SIZE, end - start))
+            sums = np.einsum("grc,grc->gc", piece[start:end].reshape(shape), signed[start:end].reshape(shape))
+            add(columns[: shape[2]], np.add.reduce(sums, 0), out=columns[: shape[2]])
 
 
 def _gaps(values: np.ndarray, finite: np.ndarray, start: int) -> np.ndarray:

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import kempnerforge_jax.parity as of_jax
 import kempnerforge_jax.statistics as in_jax
@@ -57,7 +58,7 @@ def test_moments_are_the_same_on_every_device(size: int, dtype: Any, seed: int, 
     with jax.enable_x64(dtype == "float64"):
         array = jnp.asarray(values)
         found = [np.asarray(jax.jit(f)(array)).view(np.float64) for f in (in_jax.moments, in_jax.reduced)]
-    for other in (in_torch.moments(from_numpy(values)).numpy(), *found):
+    for other in (in_torch.reduced(from_numpy(values)).numpy(), *found):
         assert_same_moments(other, expected, dtype)
     wide = values.astype(np.float64)
     finite = wide[np.isfinite(wide)]
@@ -92,7 +93,7 @@ def test_moments_of_extreme_values(scale: float, dtype: str) -> None:
     found = summarize(values)
     assert found.rms == pytest.approx(expected, rel=1e-12)
     assert np.linalg.norm(found.sketch / scale) == pytest.approx(expected / scale * 30000**0.5, rel=0.15)
-    assert in_torch.moments(torch.from_numpy(values))[3].item() / 30000**0.5 == pytest.approx(expected, rel=1e-12)
+    assert in_torch.reduced(torch.from_numpy(values))[3].item() / 30000**0.5 == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_sum_may_be_too_large() -> None:
@@ -150,10 +151,62 @@ def test_a_tensor_that_was_written_to_is_read_again() -> None:
     keep, tensor = in_torch.Keeper(Store(0)), torch.ones(9)
     before = keep(tensor)
     tensor.mul_(2)
-    after = keep(tensor)
-    assert isinstance(before, Summary)
-    assert isinstance(after, Summary)
-    assert (before.rms, after.rms) == (1.0, 2.0)
+    assert sizes(before, keep(tensor)) == [1.0, 2.0]
+
+
+def sizes(*kept: in_torch.Kept) -> list[float]:
+    """Root mean squares of what is summarised."""
+    found = in_torch.fetched(dict(enumerate(kept))).values()
+    return [value.rms for value in found if isinstance(value, Summary)]
+
+
+def test_memory_that_another_tensor_gets_is_read_again() -> None:
+    """Nothing is held for it: the address, shape and version may be the same."""
+    keep, memory = in_torch.Keeper(Store(0)), np.ones(300, np.float32)
+    before = keep(torch.from_numpy(memory))
+    memory *= 2
+    assert sizes(before, keep(torch.from_numpy(memory))) == [1.0, 2.0]
+
+
+class Checkpointed(nn.Module):
+    """One matrix, used in two parts that the backward pass computes again, each in a backward pass of its own."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant, self.inner = reentrant, Model()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = checkpoint(self.inner, x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_that_come_in_parts_are_summarised_whole(reentrant: bool) -> None:
+    name = "gradient/inner.outer.0.weight"
+    whole, kept = (of_torch.record(Checkpointed(reentrant), (X,), above=a, deltas=False).tensors for a in (None, 0))
+    expected, found = summarize(whole[name]), kept[name]
+    assert isinstance(found, Summary)
+    assert found.rms == pytest.approx(expected.rms, rel=1e-6)
+    np.testing.assert_allclose(found.sketch, expected.sketch, rtol=1e-4, atol=1e-5 * expected.rms)
+
+
+def test_gradients_are_let_go_once_there_are_statistics_of_them() -> None:
+    """No two of them are there at a time: a weight has none when that of the layer before it comes."""
+    model = nn.Sequential(*(nn.Linear(100, 100, bias=False) for _ in range(3)))
+    held: list[int] = []
+
+    def count(*_: object) -> None:
+        held.append(sum(leaf.grad is not None for leaf in leaves.values()))
+
+    leaves = dict(model.named_parameters())
+    found = in_torch.Keeper(Store(0)).let_go(leaves)
+    for layer in model:
+        layer.register_full_backward_hook(count)
+    model(torch.from_numpy(X).requires_grad_()).sum().backward()
+    assert list(found) == list(leaves)[::-1]
+    assert max(held) <= 1
+    assert not any(leaf.grad is not None for leaf in leaves.values())
 
 
 def test_tensors_of_inference_mode_are_read_each_time() -> None:
@@ -162,9 +215,7 @@ def test_tensors_of_inference_mode_are_read_each_time() -> None:
         tensor = torch.ones(9)
         before = keep(tensor)
         after = keep(tensor.mul_(2))
-    assert isinstance(before, Summary)
-    assert isinstance(after, Summary)
-    assert (before.rms, after.rms) == (1.0, 2.0)
+    assert sizes(before, after) == [1.0, 2.0]
 
 
 class Written(nn.Module):
@@ -210,20 +261,17 @@ def test_moments_of_several_devices_are_fetched() -> None:
 
 def test_devices_wait_for_nothing_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without values have all their moments computed; they go to the host once for each kind of result."""
-    in_torch.moments(torch.ones(1))  # what is kept of signs is a real tensor
+    in_torch.reduced(torch.ones(1))  # what is kept of signs is a real tensor
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert in_torch.moments(mode.from_tensor(torch.ones(5000))).shape == (MOMENTS,)
+        assert in_torch.reduced(mode.from_tensor(torch.ones(5000))).shape == (MOMENTS,)
     expected = statistics("torch")
-
-    def pending(_self: in_torch.Keeper, tensor: Tensor) -> in_torch.Pending:
-        return in_torch.Pending(in_torch.moments(tensor), tuple(tensor.shape), str(tensor.dtype)[6:])
 
     stacked: list[int] = []
     stack = torch.stack
-    monkeypatch.setattr(in_torch.Keeper, "_summary", pending)
+    monkeypatch.setattr(in_torch, "moments", in_torch.reduced)
     monkeypatch.setattr(torch, "stack", lambda rows, *args: stacked.append(len(rows)) or stack(rows, *args))
     found = statistics("torch")
-    gradients, activations, cotangents = 2, 3, 3
+    gradients, activations, cotangents = 2, 2, 2  # an activation of two modules is one
     assert [count for count in stacked if count not in (1, SCALARS)] == [gradients, activations, cotangents]
     for name, value in expected.tensors.items():
         other = found.tensors[name]
