@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from kempnerforge_torch.model.state import from_numpy, to_numpy
 from kempnerforge_torch.model.wrappers import unwrapped
@@ -39,6 +40,8 @@ Function = nn.Module | Callable[..., object]
 Loss = Callable[[object], Shaped[Tensor, "..."]]
 OptimizerOf = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
+_LISTED = 12
+"""Names that a message lists one by one."""
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -132,6 +135,7 @@ class _Engine:
         if batches and optimizer is None:
             raise UserError("batches: a run needs an optimizer")
         if isinstance(function, nn.Module):
+            _check_recordable(function)
             self._sharded = any(hasattr(parameter, "full_tensor") for parameter in function.parameters())
             own = {plain_name(name): parameter for name, parameter in function.named_parameters()}
             device = next((parameter.device for parameter in own.values()), torch.device("cpu"))
@@ -159,14 +163,7 @@ class _Engine:
             return self._run_once(dtype, weights, inputs, fed, noise, store, False)
 
     def _run_once(
-        self,
-        dtype: str,
-        weights: Arrays,
-        inputs: Arrays,
-        fed: Arrays,
-        noise: Noise | None,
-        store: Store,
-        let_go: bool,
+        self, dtype: str, weights: Arrays, inputs: Arrays, fed: Arrays, noise: Noise | None, store: Store, let_go: bool
     ) -> Recorded:
         """`run`; of gradients of which a summary is kept nothing else is, if they may be let go."""
         options = self._options
@@ -292,6 +289,25 @@ def _restoring(tensors: Iterable[Tensor]) -> Iterator[None]:
             tensor.copy_(value)
 
 
+def _check_recordable(module: nn.Module) -> None:
+    """Refuse a module that can't be watched or copied.
+
+    Raises:
+        UserError: naming the parts.
+    """
+    scripted = [name for name, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+    if scripted:
+        raise UserError(f"function: {scripted[0] or 'it'} is a program of torch.jit: give the module it was made of")
+    lazy = [name for name, own in module.named_parameters() if is_lazy(own)]
+    if lazy:
+        raise UserError(f"function: {', '.join(lazy)}: not initialised yet: call the module once before")
+    empty = [name for name, own in (*module.named_parameters(), *module.named_buffers()) if own.is_meta]
+    if empty:
+        raise UserError(
+            f"function: {', '.join(empty[:_LISTED])}: on the meta device, without values: load weights before"
+        )
+
+
 def _called(call: Any, arguments: Any) -> object:
     return listed(call(**arguments) if isinstance(arguments, Mapping) else call(*arguments))
 
@@ -311,9 +327,12 @@ def _gradients(parameters: Mapping[str, Tensor], early: Mapping[str, Kept], stor
 
 
 def _parameter(own: nn.Parameter, value: np.ndarray, dtype: str, copied: bool) -> nn.Parameter:
-    """With a value in a dtype, in place of a parameter of a module; if not ``copied``, maybe in its memory."""
+    """With a value in a dtype and its hooks, in place of a parameter; if not ``copied``, maybe in its memory."""
     wanted = DTYPES.get(dtype, own.dtype) if own.is_floating_point() else own.dtype
-    return nn.Parameter(from_numpy(value).to(own.device, wanted, copy=copied), own.requires_grad)
+    made = nn.Parameter(from_numpy(value).to(own.device, wanted, copy=copied), own.requires_grad)
+    for hook in (own._backward_hooks or {}).values():
+        made.register_hook(hook)
+    return made
 
 
 def _leaf(value: np.ndarray, dtype: str, device: torch.device) -> Tensor:

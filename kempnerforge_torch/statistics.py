@@ -51,11 +51,12 @@ class Keeper:
         self._last: tuple[Callable[[], object], tuple[object, ...], Kept] | None = None
 
     def __call__(self, tensor: Shaped[Tensor, "..."]) -> Kept:
-        """What is kept of a tensor, of a sharded one of all of it, whatever happens to it later.
+        """What is kept of a tensor, of a sharded or sparse one of all of it, whatever happens to it later.
 
         What a module and the last one within it put out is one tensor, which is summarised once.
         """
         full = whole(tensor.detach())
+        full = full if full.layout == torch.strided else full.to_dense()
         if not (full.is_floating_point() and self._store.summarizes(full.nbytes)):
             return self._store(np.array(to_numpy(full)))
         if full.is_inference():  # nothing tells whether it was written to

@@ -6,6 +6,7 @@ They stay as they were, also where they fail.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -197,6 +198,58 @@ def test_checkpointed_parts_have_the_deltas_of_others(names: tuple[str, ...], se
     assert compare_functions(a, b).equal
     deltas = a.meta.deltas["float32"]
     assert deltas == pytest.approx(b.meta.deltas["float32"], rel=1e-6, abs=1e-20)
+
+
+class Looked(nn.Module):
+    """Rows of a table, whose gradient may be a sparse tensor, times a weight."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(9, WIDTH, sparse=sparse), nn.Linear(WIDTH, 3)
+        self.load_state_dict({name: torch.ones_like(own) / 3 for name, own in self.state_dict().items()})
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.table(ids))
+
+
+@settings(max_examples=6)
+@given(ids=st.lists(st.integers(0, 8), min_size=1, max_size=6), above=st.sampled_from([None, 0]))
+def test_sparse_gradients_are_recorded_as_dense_ones(ids: list[int], above: int | None) -> None:
+    sparse, dense = (
+        of_torch.record(Looked(is_so), (torch.tensor(ids),), deltas=2, above=above) for is_so in (True, False)
+    )
+    assert list(sparse.tensors) == list(dense.tensors)
+    assert compare_functions(sparse, dense).equal
+    assert sparse.tensors["gradient/table.weight"].shape == (9, WIDTH)
+
+
+@settings(max_examples=6)
+@given(names=parts, factor=st.sampled_from([0.0, 0.5, -2.0]), above=st.sampled_from([None, 0]))
+def test_hooks_of_the_users_on_weights_change_what_is_recorded(names: Any, factor: float, above: int | None) -> None:
+    """A gradient that is masked or scaled is the one that an optimiser sees."""
+    model, x = built(("linear", *names))
+    before = of_torch.record(model, (x,), deltas=False, above=above).tensors["gradient/linear.bias"]
+    model.linear.bias.register_hook(lambda gradient: gradient * factor)
+    after = of_torch.record(model, (x,), deltas=False, above=above).tensors["gradient/linear.bias"]
+    assert model.linear.bias.grad is None
+    values = [one.sketch if isinstance(one, Summary) else one for one in (before, after)]
+    np.testing.assert_array_equal(values[1], values[0] * factor)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: nn.Sequential(nn.LazyLinear(4)), r"0\.weight, 0\.bias: not initialised yet: call the module once"),
+        (lambda: nn.Linear(4, 4, device="meta"), r"weight, bias: on the meta device, without values"),
+        (lambda: nn.Sequential(torch.jit.script(nn.Tanh())), r"0 is a program of torch\.jit: give the module"),
+    ],
+)
+def test_modules_that_can_not_be_watched_are_refused(made: Callable[[], nn.Module], message: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", (DeprecationWarning, UserWarning))
+        model = made()
+    with pytest.raises(UserError, match=f"function: {message}"):
+        of_torch.record(model, (torch.ones(2, 4),))
 
 
 def compiled(model: nn.Module) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -16,7 +17,7 @@ import optax
 import pytest
 import torch
 from flax import linen, nnx
-from hypothesis import settings
+from hypothesis import given, settings
 from jax.ad_checkpoint import checkpoint_name
 from torch import Tensor, nn
 
@@ -420,3 +421,26 @@ def test_what_can_not_be_asked_is_refused(module: Any, options: dict[str, Any], 
     with pytest.raises(UserError, match=said):
         module.record(function, (X,), **options)
     assert not list(tmp_path.iterdir())
+
+
+@settings(max_examples=6)
+@given(
+    letter=st.sampled_from("xyz"), place=st.integers(0, 5), section=st.sampled_from(["weights", "activations"]),
+    backend=st.sampled_from([of_torch, of_jax]),
+)  # fmt: skip
+def test_what_a_map_names_and_nothing_has_is_said(letter: str, place: int, section: str, backend: Any) -> None:
+    """A pattern with a letter too many; those that fit are not mentioned, nor any of a trace of parts."""
+
+    def function(weights: Any, x: Any) -> Any:
+        return backend.tap("second", backend.tap("first", x @ weights["matrix"]) * 2)
+
+    record = functools.partial(backend.record, function, (np.ones((2, 3), np.float32),), deltas=1)
+    weights = {"matrix": np.eye(3, dtype=np.float32)}
+    trace = record(weights=weights)
+    right = {"weights": {"matrix": "matrix"}, "activations": {"first": "first", "seco*": "seco*", "output": "output"}}
+    assert not any("map" in note for note in compare_functions(trace, trace, make_map(**right)).notes)
+    wrong = "matrix"[:place] + letter + "matrix"[place:]
+    names = make_map(**{**right, section: {**right[section], wrong: "other"}})
+    assert f"map: a has nothing that {wrong} names" in compare_functions(trace, trace, names).notes
+    some = record(weights=weights, only=["first"])
+    assert not any("map" in note for note in compare_functions(some, some, names).notes)

@@ -10,7 +10,7 @@ from shared_config.parity.align import execution_order, fed_hash
 from shared_config.parity.compare import compare_traces
 from shared_config.parity.foreign.causes import PLACES, cause_of
 from shared_config.parity.foreign.containers import ARGUMENT
-from shared_config.parity.foreign.mapping import Map
+from shared_config.parity.foreign.mapping import ACTIVATIONS, END, SECTION_OF, WEIGHTS, Map, matches
 from shared_config.parity.foreign.options import values_hash
 from shared_config.parity.foreign.recorder import FOREIGN
 from shared_config.parity.foreign.site import made_in
@@ -50,7 +50,7 @@ def compare_functions(
     _check_inputs(a, b, names)
     moved = a if names is None else names.apply_to_trace(a)
     moved, b, notes = _aligned(a, moved, b)
-    notes += _losses_note(a, b)
+    notes += (*_losses_note(a, b), *_unread_rules(a, names))
     if common:
         moved, b, left_out = _in_common(moved, b, labels or _labels(a, b))
         notes += left_out
@@ -96,6 +96,21 @@ def _losses_note(a: Trace, b: Trace) -> tuple[str, ...]:
         f"loss: a draws {of_a} towards random values, b {of_b}, so that gradients are of other losses: record b with "
         f"the map (names=, --map), or give both a loss",
     )
+
+
+def _unread_rules(a: Trace, names: Map | None) -> tuple[str, ...]:
+    """What a map names and a, of which all was kept, does not have: a pattern with a typing error moves nothing."""
+    if names is None or a.meta.selection:
+        return ()
+    unread: list[str] = []
+    for section in (WEIGHTS, ACTIVATIONS):
+        groups = [group for group, of in SECTION_OF.items() if of == section]
+        full = [name.partition("/")[2] for name in a.tensors if name.partition("/")[0] in groups]
+        own = {*full, *(END.sub("", name) for name in full)}
+        patterns = [pattern for rule in getattr(names, section) for pattern in rule.a]
+        unread += [one for one in patterns if own and not one.startswith(ARGUMENT) and not matches(one, own)]
+    more = f" and {len(unread) - LISTED} more" if len(unread) > LISTED else ""
+    return (f"map: a has nothing that {', '.join(unread[:LISTED])}{more} names",) if unread else ()
 
 
 def _aligned(original: Trace, a: Trace, b: Trace) -> tuple[Trace, Trace, tuple[str, ...]]:
