@@ -185,7 +185,7 @@ class Checkpointed(nn.Module):
 def test_gradients_that_come_in_parts_are_summarised_whole(reentrant: bool) -> None:
     name = "gradient/inner.outer.0.weight"
     whole, kept = (of_torch.record(Checkpointed(reentrant), (X,), above=a, deltas=False).tensors for a in (None, 0))
-    expected, found = summarize(whole[name]), kept[name]
+    expected, found = summarize(np.asarray(whole[name])), kept[name]
     assert isinstance(found, Summary)
     assert found.rms == pytest.approx(expected.rms, rel=1e-6)
     np.testing.assert_allclose(found.sketch, expected.sketch, rtol=1e-4, atol=1e-5 * expected.rms)
