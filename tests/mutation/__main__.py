@@ -34,6 +34,7 @@ from tests.mutation.runs import ROOT, Reporter, copy_tree, prepare, run_tests
 from tests.mutation.selection import Record, choose, read_record, record
 
 EQUIVALENT = Path(__file__).parent / "equivalent.toml"
+FINE = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 FOLDERS = {
     "torch": ("kempnerforge_torch/model", "kempnerforge_torch/training"),
     "jax": ("kempnerforge_jax/model", "kempnerforge_jax/training"),
@@ -75,25 +76,32 @@ def plant(tree: Path, mutation: Mutation, recorded: Record, killers: Counter[str
     file.write_bytes(mutation.apply(source))
     try:
         for tests in filter(None, rounds):
-            names = [name for name, _ in tests]
-            files = list(dict.fromkeys(name.partition("::")[0] for name in names))
-            said = run_tests(tree, files, Reporter(names), 60 + 10 * sum(took for _, took in tests))
-            if said.get("dies"):
-                said = run_tests(tree, files, Reporter(names), 60 + 10 * sum(took for _, took in tests))
+            said = _run(tree, tests)
             while said.get("failure") and not _tells(tree, said["failure"]["test"], mutation, source):
-                names = [name for name in names if not _is_of(name, said["failure"]["test"])]
-                said = run_tests(tree, files, Reporter(names), 60 + 10 * sum(took for _, took in tests))
+                tests = [test for test in tests if not _is_of(test[0], said["failure"]["test"])]
+                said = _run(tree, tests)
             if said.get("hangs") or said.get("dies"):
                 return {"status": "hang" if "hangs" in said else "error", "tests": len(chosen)}
             if said["failure"]:
                 killers[said["failure"]["test"]] += 1
                 return {"status": said["failure"]["kind"], "tests": len(chosen), **said["failure"]}
-            if said["status"]:
+            if said["status"] not in FINE:
                 return {"status": "error", "tests": len(chosen), "said": f"pytest ended with {said['status']}"}
     finally:
         file.write_bytes(source)
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     return {"status": "survived" if chosen else "not covered", "tests": len(chosen)}
+
+
+def _run(tree: Path, tests: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """What `run_tests` says of tests, with the seconds that each takes; once more if the process died."""
+    files = list(dict.fromkeys(name.partition("::")[0] for name, _ in tests))
+    said: dict[str, Any] = {"failure": {}, "status": 0}
+    for _ in range(2 if tests else 0):
+        said = run_tests(tree, files, Reporter([name for name, _ in tests]), 60 + 10 * sum(took for _, took in tests))
+        if not said.get("dies"):
+            break
+    return said
 
 
 def _tells(tree: Path, test: str, mutation: Mutation, source: bytes) -> bool:
@@ -119,7 +127,7 @@ def _is_of(test: str, failed: str) -> bool:
 
 def _passes_alone(tree: Path, test: str) -> bool:
     said = run_tests(tree, [test.partition("::")[0]], Reporter([test]), 600)
-    return said.get("status") in (0, pytest.ExitCode.NO_TESTS_COLLECTED) and not said["failure"]
+    return said.get("status") in FINE and not said["failure"]
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

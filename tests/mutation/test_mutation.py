@@ -135,6 +135,8 @@ selection.FILE = tree / "record.json"
 runs.prepare(tree)
 recorded = selection.record(tree, sorted(f"tests/{file.name}" for file in (tree / "tests").glob("test_*")), 60)
 (tree / "gone").touch()
+known = {"seconds": 0.1, "functions": ["shared_config/a.py:j"]}
+recorded["tests/test_d.py"]["tests"]["tests/test_d.py::test_of_before"] = known
 source = (tree / "shared_config/a.py").read_bytes()
 for mutation in mutations_of("shared_config/a.py", source):
     if mutation.after not in sys.argv[2:]:
@@ -154,6 +156,14 @@ def g(x):
 
 def h(x):
     return x * 7
+
+def i(x):
+    return x % 5  # i
+
+def j(x):
+    return x * 9  # j
+
+FIRST = [0][3 % 3]  # at import
 
 def k(x):
     return x * 3 # k
@@ -203,6 +213,7 @@ assert not Path("gone").exists()
 
 def test_in_what_can_not_be_imported():
     a.h(2)
+    a.i(2)
 """,
 }
 
@@ -217,6 +228,9 @@ def test_a_failed_assertion_and_a_crash_kill_and_are_told_apart(tmp_path: Path) 
         "return x # g": "error",
         "return x // 3 # g": "survived",
         "return x * 8": "survived",
+        "return x // 5 # i": "survived",
+        "return x * 10 # j": "survived",
+        "FIRST = [0][3 // 3] # at import": "error",
         "return x # k": "not covered",
     }
     command = [sys.executable, "-c", END_TO_END, str(tmp_path), *expected]
