@@ -67,7 +67,7 @@ class Keeper:
             last = self._last = weakref.ref(memory), known, _pending(full)
         return last[2]
 
-    def let_go(self, leaves: Mapping[str, Tensor]) -> dict[str, Kept]:
+    def let_go(self, leaves: Mapping[str, Shaped[Tensor, "..."]]) -> dict[str, Kept]:
         """What is kept of gradients of which there is a summary, once they are known: they go as soon as they come.
 
         Raises:

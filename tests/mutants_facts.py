@@ -367,7 +367,7 @@ FACT_MUTANTS = (
     ),
     FactMutant(SENT, "rows, times = tokens * model.moe_top_k", "rows, times = tokens", TOKENS),
     FactMutant(SENT, "(forward + 1) + routes * forward", "forward + routes * forward", TOKENS),
-    FactMutant(SENT, "(self.summed + 1) + model.moe_top_k", "(self.summed + 1)", TOKENS),
+    FactMutant(SENT, "(self.summed + wide) + model.moe_top_k", "(self.summed + wide)", TOKENS),
     FactMutant(
         SENT, '("pp",), sides, sides * size)', '("pp",), 1, size)', f"{ON_PAPER}_a_pipeline_idles_as_its_paper_says"
     ),

@@ -54,7 +54,9 @@ DIFFERENCES = {
         ("draw(temperature)", "draw(top_k)", "draw(top_p)"), "jax: arguments of a compiled step"
     ),
     "optimizer_states.py": {"optimizer_state(parameters)": "jax: a tree of arrays"},
-    "statistics.py": {"moments()": "jax: the halves of numbers, as programs without 64 bits put them out"},
+    "statistics.py": dict.fromkeys(
+        ("moments()", "reduced()"), "jax: the halves of numbers, as programs without 64 bits put them out"
+    ),
     "training/averaging.py": {"evaluated_weights(parameters)": "jax: name of a type"},
     "training/sampling.py": {"Writer.parameters()": "jax: name of a type"},
     "training/optimizer.py": {
