@@ -337,6 +337,16 @@ def test_of_ends_that_differ_where_others_follow_the_common_part_is_learned(tmp_
     assert learned_text(folder, ids, learned) == ["one</s>", "two</s>!"]
 
 
+def test_marks_that_belong_to_no_turn_leave_open_which_is_learned(tmp_path: Path) -> None:
+    """Unless all are."""
+    template = MARKED.replace("message['role'] == 'assistant'", "message['role'] == 'assistant' and loop.last")
+    folder = tokenizer_folder(tmp_path / "tokenizer", template)
+    chat, messages = ChatTemplate(folder), turns("a", "one", "b", "two")
+    assert learned_text(folder, *chat.encode(messages)) == ["two<|im_end|>"]
+    with pytest.raises(TemplateError, match="marks 1 turns as generated, and there are 2"):
+        chat.encode(messages, learned_from=2)
+
+
 def test_a_special_token_that_may_be_the_templates_own_or_the_texts_is_refused(tmp_path: Path) -> None:
     template = (
         "{% for message in messages %}{{ '<s>' if '<s>' in message['content'] }}{{ message['content'] }}{% endfor %}"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -211,6 +212,31 @@ def test_tokens_that_experts_took_are_counted_in_integers(backend: Torch, padded
     assert str(stats.expert_counts.dtype).removeprefix("torch.") == "int32"
     assert backend.numpy(stats.expert_counts).tolist() == [2, 2, 2]
     assert str(stats.dropped.dtype).removeprefix("torch.") == "int32"
+
+
+@on_both
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.ones((1, 4), np.float32), r"valid\.dtype = .*float"),
+        (np.ones((1, 3), bool), r"valid\.shape = \(1, 3\): must be \(1, 4\)"),
+    ],
+)
+def test_experts_choose_among_tokens_of_a_mask(backend: Torch, mask: np.ndarray, message: str) -> None:
+    layer = backend.build(backend.module("model.moma").ExpertChoiceMoE, 4, 6, 3, 0.5, dtype="float32")
+    with pytest.raises(ValueError, match=message):
+        layer(backend.array(np.ones((1, 4, 4), np.float32)), backend.array(mask))
+
+
+@on_both
+def test_capped_numbers_are_rounded_once(backend: Torch) -> None:
+    """Narrow ones as well; the functions of two libraries may part at a tie."""
+    capped = backend.module("model.softcap").soft_capped
+    given = np.random.default_rng(0).normal(0, 6, 4000).astype(ml_dtypes.bfloat16)
+    found = backend.run(lambda x: capped(x, 5.0), given)
+    expected = (np.float32(5) * np.tanh(given.astype(np.float32) / np.float32(5))).astype(ml_dtypes.bfloat16)
+    assert found.dtype == given.dtype
+    assert np.mean(found != expected) < 0.01
 
 
 @on_both

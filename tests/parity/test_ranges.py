@@ -28,6 +28,18 @@ def double_precision() -> Iterator[None]:
 
 
 @on_both
+def test_packed_experts_take_many_rows(backend: Torch) -> None:
+    forward = backend.module("model.experts").grouped_expert_forward_packed
+    weights = [np.array([[[1.0]], [[2.0]]])] * 2
+    found = backend.run(
+        lambda x, up, down: forward(x, [MANY - 1, 1], up, down, None, lambda hidden: hidden),
+        np.ones((MANY, 1)),
+        *weights,
+    )
+    assert found[[0, -2, -1], 0].tolist() == [1, 1, 4]
+
+
+@on_both
 @pytest.mark.parametrize("kind", ["SoftmaxTopKRouter", "SigmoidTopKRouter"])
 def test_routers_count_many_tokens(backend: Torch, kind: str) -> None:
     router = backend.build(getattr(backend.module("model.router"), kind), 1, 2, 1)

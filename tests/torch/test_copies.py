@@ -213,3 +213,24 @@ def test_a_fused_step_that_is_not_finite_is_left_out() -> None:
 
 def test_only_whole_float32_tensors_of_a_gpu_are_fused() -> None:
     assert not can_fuse(Trainer(narrow_job(), "cpu").optimizer)
+
+
+def test_tensors_of_other_kinds_are_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as parts of parameters."""
+
+    class OnAGpu(torch.nn.Parameter):
+        is_cuda = True
+
+    monkeypatch.setattr(fused_adamw, "HAS_TRITON", True)
+    optimizer = Trainer(narrow_job(), "cpu").optimizer
+    optimizer.param_groups[:] = [{"params": [OnAGpu(torch.ones(2))]}]
+    assert not can_fuse(optimizer)
+
+
+def test_a_gradient_may_lie_otherwise_than_its_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_adamw, "run_adamw", plain_kernel)
+    one, other = (drawn([(3, 5)], [False], [False], [1], seed=0) for _ in range(2))
+    gradients = {parameter: gradient.t().contiguous().t() for parameter, gradient in one.gradients.items()}
+    FusedStep(one.optimizer, gradients, RATES).take()
+    Step(other.optimizer, other.gradients, RATES, None).take(None)
+    assert_same_state(one, other)
