@@ -119,6 +119,7 @@ DIFFERENCES = {
         "with_fused(device)": "torch: arrays are made on a device",
     },
     "model/mask.py": {
+        "Mask.plain": "torch: whether SDPA's own causal form says all",
         "Segments": "jax: what its kernel takes; torch's has a type of its own",
         "Spans": "jax: of segments",
         "dense_mask(device)": "torch: arrays are made on a device",

@@ -144,19 +144,6 @@ class Mask:
             raise ValueError("prefix_lengths is given: must be None unless causal = True")
 
     @property
-    def plain(self) -> bool:
-        """Whether ``causal`` is the only fact."""
-        return (
-            self.window is None
-            and self.query_positions is None
-            and self.key_positions is None
-            and self.query_doc_ids is None
-            and self.key_valid is None
-            and self.prefix_lengths is None
-            and self.allowed is None
-        )
-
-    @property
     def of_keys_alone(self) -> bool:
         """Whether all queries see the same keys, whatever ``allowed`` says."""
         return not self.causal and self.window is None and self.query_doc_ids is None

@@ -229,6 +229,17 @@ def test_experts_choose_among_tokens_of_a_mask(backend: Torch, mask: np.ndarray,
 
 
 @on_both
+def test_matrices_of_experts_held_as_integers_are_given_wide(backend: Torch) -> None:
+    moe = backend.build(backend.module("model.moe").build_moe, 4, 8, 2, 1, packed_experts=True, dtype="float32")
+    before = backend.numpy(moe.expert_weights())
+    backend.module("model.int8").hold_int8(moe)
+    for name, held in backend.numpy(moe.expert_weights()).items():
+        assert held.dtype == np.float32
+        steps = np.abs(before[name]).max() / 127
+        np.testing.assert_allclose(held, before[name], atol=0.51 * steps, rtol=0)
+
+
+@on_both
 def test_capped_numbers_are_rounded_once(backend: Torch) -> None:
     """Narrow ones as well; the functions of two libraries may part at a tie."""
     capped = backend.module("model.softcap").soft_capped

@@ -91,6 +91,25 @@ def test_scores_that_underflow_are_divided_by_no_less_than_an_epsilon(backend: T
 
 
 @on_both
+@pytest.mark.parametrize("logit", [-46.0, -80.0])
+def test_experts_choose_by_scores_that_underflow(backend: Torch, logit: float) -> None:
+    choice = backend.module("model.expert_choice").ExpertChoiceMoE
+    moe = backend.build(choice, 1, 1, 2, 0.5, gumbel_noise=False)
+    state = backend.module("model.state")
+    state.set_state(moe, {**state.get_state(moe), "router.gate.weight": np.ones((2, 1))})
+    stats = backend.run(lambda x: moe(x, return_stats=True)[1], np.full((2, 1), logit))
+    share = np.exp(logit) / (2 * np.exp(logit) + SCORE_EPS)
+    np.testing.assert_allclose(stats.entropy, -2 * share * np.log(share), rtol=1e-9)
+
+
+@on_both
+def test_many_tokens_have_positions_of_their_own(backend: Torch) -> None:
+    cache = backend.module("model.kv_cache").KVCache(2, MANY + 1, 1, 2)
+    positions = backend.numpy(cache.state.positions(MANY))
+    np.testing.assert_array_equal(np.broadcast_to(positions, (2, MANY)), np.tile(np.arange(MANY), (2, 1)))
+
+
+@on_both
 def test_progress_of_training_is_a_share_of_its_steps(backend: Torch) -> None:
     progress = backend.module("model.router").training_progress
     assert [progress(step, 4) for step in (0, 1, 4, 5)] == [0.0, 0.25, 1.0, 1.0]
@@ -203,3 +222,11 @@ def test_caches_begin_empty_in_float32(backend: Torch) -> None:
     assert (backend.numpy(cache.lengths).tolist(), backend.numpy(cache.lengths).dtype) == ([0, 0], np.int32)
     assert (cache.slots, cache.max_seq_len, cache.seq_len, cache.image_tokens) == (5, 5, 0, 0)
     assert cache.sliding_window is cache.valid is cache.doc_ids is cache.oldest is None
+
+
+@on_both
+def test_more_tokens_may_be_asked_for_than_come(backend: Torch) -> None:
+    config = ModelConfig(dim=2, n_layers=1, n_heads=1, vocab_size=4, ffn_hidden_dim=1, max_seq_len=MANY + 8)
+    model = backend.build(backend.module("model.transformer").Transformer, config, dtype="float32")
+    found = backend.module("model.generate").generate(model, [[1, 2]], MANY, temperature=0.0, eos_token_id=[0, 1, 2, 3])
+    assert backend.numpy(found).shape == (1, 3)
