@@ -251,6 +251,15 @@ def test_capped_numbers_are_rounded_once(backend: Torch) -> None:
 
 
 @on_both
+@pytest.mark.parametrize(("longest", "slots"), [(11, 10), (10, 10), (9, 9), (6, 6)])
+def test_a_ring_is_held_where_it_is_smaller(backend: Torch, longest: int, slots: int) -> None:
+    module = backend.module("model.slots")
+    found = module.slots_for(longest, 8, 2)
+    assert isinstance(found, module.RingSlots if longest > slots else module.LinearSlots)
+    assert found.count == slots
+
+
+@on_both
 def test_rows_that_a_cache_keeps_are_a_list(backend: Torch) -> None:
     cache = backend.module("model.attention").KVCache(2, 8, 1, 4)
     with pytest.raises(ValueError, match=r"rows\.shape = \(1, 2\): must be \(2,\)"):

@@ -424,6 +424,8 @@ def check_prompts(backend: str) -> None:
     ):
         with refused(said):
             model.run(*given, **{argument: side.array(np.array(values, np.int32))})
+    with refused("frame_mask is given, pixel_values = None: the mask needs the images that it masks"):
+        causal.run(None, given[1], frame_mask=side.array(np.ones((3, 1), bool)))
     context = side.module("model.modality").ModalityContext
     for options, said in (
         (
