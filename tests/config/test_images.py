@@ -250,6 +250,19 @@ def test_folders_give_every_row_once_an_epoch(tmp_path: Path) -> None:
     assert all(batch["labels"].shape == (4, 48) for batch in heldout)
 
 
+def test_rows_whose_prompt_leaves_no_label_are_left_out(tmp_path: Path) -> None:
+    lines = [{"file_name": "a.png", "text": "yes", "prompt": "x" * length} for length in range(6, 22)]
+    folder = folder_of(tmp_path, lines)
+    Image.fromarray(np.zeros((5, 9, 3), np.uint8)).save(folder / "a.png")
+    config = job(data={"path": str(folder), "heldout_fraction": 1e-12}, train={"batch_size": 1, "seq_len": 16})
+    data = open_image_data(config)
+    batches = [data.batch(index) for index in range(len(data.prompts))]
+    assert all((batch["labels"] != -100).any() for batch in batches)
+    assert sorted(data.prompts) == list(range(7, 7 + len(batches)))
+    assert len(batches) == 10, "of 6 to 15 bytes, after which the last of 16 labels is learned"
+    assert f"{len(lines) - len(batches)} of {len(lines)} rows have no label" in data.notes[0]
+
+
 def test_what_can_not_be_decoded_is_counted_told_once_and_masked(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
