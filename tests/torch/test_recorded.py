@@ -212,6 +212,14 @@ def test_what_cannot_be_recorded_is_run(why: str, recorder: Recorder, monkeypatc
     assert recorder.launched == 0
 
 
+@pytest.mark.parametrize(("free", "has_room"), [(11, False), (12, True)])
+def test_twice_as_much_memory_as_calls_take_is_free(free: int, has_room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"empty_cache": None, "max_memory_allocated": 10, "memory_allocated": 4, "mem_get_info": (free, 99)}
+    for name, value in known.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *given, value=value: value)
+    assert recorded.has_room(torch.device("cuda")) is has_room
+
+
 def test_where_calls_are_recorded() -> None:
     compiled, plain = (tiny_job({}, train={"compile_model": value}) for value in (True, False))
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
