@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """Something given from outside (file, flag, value, installation) cannot be used; the message says what and why."""
+    """Something given from outside (file, flag, value, installation) cannot be used; the message says what and why.
+
+    Attributes:
+        shown_elsewhere: whether another process of the run shows the user what went wrong, so that this one is silent.
+    """
+
+    shown_elsewhere = False
 
 
 class ConfigError(UserError):

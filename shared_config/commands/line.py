@@ -9,6 +9,7 @@ import importlib.metadata
 import re
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -33,6 +34,8 @@ MAY_BE_EMPTY = frozenset(["prompt", "system", "separator", "stop", "only"])
 """Arguments that are texts, or patterns, and no names."""
 LINE = 2000
 """Characters of a line of a message; the middle of a longer one is left out."""
+SHOWING = 1.0
+"""Seconds that a process leaves another one to show an error before it ends: launchers end all when one does."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,6 +85,9 @@ def status_of(given: Sequence[str]) -> int:
             return INTERRUPTED
         if DEBUG in given:
             traceback.print_exc()
+        if isinstance(error, UserError) and error.shown_elsewhere:
+            time.sleep(SHOWING)
+            return USER_ERROR
         return _complain(message_of(error))
 
 

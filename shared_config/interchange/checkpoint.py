@@ -180,8 +180,11 @@ def begin(
     """
     folder = Path(folder)
     bad = first_nonfinite(state)
-    if processes.largest(int(bad is not None)):
-        raise NonFiniteError(folder / f"step_{state.step:08d}", bad or "a tensor of another process")
+    found, holder = processes.worst(int(bad is not None))
+    if found:
+        error = NonFiniteError(folder / f"step_{state.step:08d}", bad or "a tensor of another process")
+        error.shown_elsewhere = holder != processes.rank
+        raise error
     fields = {
         "format": FORMAT,
         "step": state.step,

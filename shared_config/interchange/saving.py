@@ -85,13 +85,14 @@ class Saving:
         """The checkpoint, once it is there; None as long as one of the processes writes.
 
         Raises:
-            UserError: it can't be written, by one of the processes. What was there before is still there.
+            UserError: it can't be written, by one of the processes, which says why. What was there before is still
+                there.
         """
-        status = self._processes.largest(self._status)
+        status, failed = self._processes.worst(self._status)
         if status == WRITING:
             return None
         if status == DONE:
-            status = self._by_the_first(self._publish)
+            status, failed = self._by_the_first(self._publish), 0
         if status == DONE:
             return self.final
         self._by_the_first(lambda: shutil.rmtree(self._aside, ignore_errors=True))
@@ -100,9 +101,9 @@ class Saving:
             self._by_the_first(lambda: make_space(self._folder, self._keep, self._milestones))
             self._begin()
             return None
-        if status == FULL:
+        if status == FULL and failed == self._processes.rank:
             raise no_space(self._folder, self._keep) from self._error
-        raise self._error or UserError(f"{self.final}: not written: another process of the run has failed")
+        raise self._processes.error_of(failed, self._error)
 
     def finish(self) -> Path:
         """The checkpoint; waits for it.

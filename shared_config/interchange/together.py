@@ -31,20 +31,34 @@ class Processes:
         """The largest of the numbers that all give, on each of them."""
         return self.largest_of([number])[0]
 
+    def worst(self, status: int) -> tuple[int, int]:
+        """The largest of the numbers that all give, 0 or more, and the first process that gives it; the same on all."""
+        found, behind = divmod(self.largest(status * self.count + self.count - 1 - self.rank), self.count)
+        return found, self.count - 1 - behind
+
+    def error_of(self, failed: int, own: Exception | None) -> Exception:
+        """What this process is to raise where another one, or this, has ``failed``: the user sees one error of all."""
+        if own is not None and failed == self.rank:
+            return own
+        error = UserError(f"process {failed} of the run has failed, and says why")
+        error.__cause__, error.shown_elsewhere = own, True
+        return error
+
     @contextmanager
     def agreed(self) -> Iterator[None]:
         """A part of the work that one process may fail in: all leave it together, or all continue.
 
         Raises:
-            UserError: another has failed.
+            UserError: another has failed, this one or not.
         """
         failure: Exception | None = None
         try:
             yield
         except Exception as error:
             failure = error
-        if self.largest(int(failure is not None)):
-            raise failure or UserError("another process of the run has failed")
+        status, failed = self.worst(int(failure is not None))
+        if status:
+            raise self.error_of(failed, failure)
 
 
 ALONE = Processes()

@@ -235,21 +235,24 @@ class _Run:
         problem = _problem(values)
         skips, limit = self.config.train.on_nonfinite == "skip", self.config.train.max_skipped_steps
         if problem and not skips:
-            raise TrainingDivergedError(self._divergence(problem))
+            raise self._divergence(problem)
         self.skipped += problem is not None
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if problem else 0
         if problem and self.skipped_in_a_row >= limit:
             in_a_row = f"train.max_skipped_steps = {limit} updates in a row were left out"
-            raise TrainingDivergedError(self._divergence(f"{problem}, {in_a_row}"))
+            raise self._divergence(f"{problem}, {in_a_row}")
         return {"skipped_steps": float(self.skipped)} if skips else {}
 
-    def _divergence(self, problem: str) -> str:
+    def _divergence(self, problem: str, shown_elsewhere: bool | None = None) -> TrainingDivergedError:
+        """What all processes raise; the first one shows it, if nothing else is given."""
         self._saved(wait=True)
         kept = f"the last checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint"
-        return (
+        error = TrainingDivergedError(
             f"step {self.step}: {problem}; training stopped, {kept}. "
             "A lower optimizer.lr, a longer scheduler.warmup_steps or a smaller train.grad_clip_norm may help"
         )
+        error.shown_elsewhere = not self.processes.is_main if shown_elsewhere is None else shown_elsewhere
+        return error
 
     def _settle(self, record: Record, stopped: int) -> None:
         """All that is due after a step. The record is on disk before the checkpoint that it precedes."""
@@ -309,7 +312,7 @@ class _Run:
             )
         except checkpoint.NonFiniteError as error:
             problem = f"{error.name} is not finite after the update, no checkpoint is written"
-            raise TrainingDivergedError(self._divergence(problem)) from None
+            raise self._divergence(problem, error.shown_elsewhere) from None
         self._saved(wait=not self.config.checkpoint.async_save)
 
     def _saved(self, wait: bool) -> None:

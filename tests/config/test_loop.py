@@ -540,8 +540,23 @@ def test_all_ranks_stop_at_the_step_that_they_agree_on(tmp_path: Path) -> None:
 
 def test_no_rank_goes_on_when_another_cannot_start(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    with pytest.raises(UserError, match="another process of the run has failed"):
-        train(config, Unused(config), processes=Processes(1, 2, lambda numbers: [1] * len(numbers)))
+    with pytest.raises(UserError, match="process 0 of the run has failed") as refusal:
+        train(config, Unused(config), processes=Processes(1, 2, lambda numbers: [3] * len(numbers)))
+    assert refusal.value.shown_elsewhere
+
+
+def test_what_all_ranks_find_is_shown_by_the_first(tmp_path: Path) -> None:
+    """A loss that is not finite is so for all."""
+
+    class Diverging(BigramTrainer):
+        def step(self, micro_batches: Sequence[Any]) -> dict[str, float]:
+            return {**super().step(micro_batches), "loss": math.nan}
+
+    for rank in range(2):
+        config = config_of(tmp_path / str(rank), "checkpoint.interval=0")
+        with pytest.raises(TrainingDivergedError, match="loss is nan") as refusal:
+            train(config, Diverging(config), processes=Processes(rank, 2))
+        assert refusal.value.shown_elsewhere == (rank > 0)
 
 
 # Checkpoints while training goes on

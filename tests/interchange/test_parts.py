@@ -186,10 +186,35 @@ def test_damage_is_seen_by_the_rank_that_checks_the_file(tmp_path: Path) -> None
         with own.agreed():
             checkpoint.load(tmp_path, processes=own)
 
-    found = sorted(map(str, together(2, load)))
-    assert [line.partition("; remove")[0] for line in found] == [
-        f"{file}: corrupt: its checksum does not match state.json", "another process of the run has failed"
-    ]  # fmt: skip
+    holder = list(checkpoint.read_state(file.parent / "state.json")["files"]).index(file.name) % 2
+    found = together(2, load)
+    assert str(found[holder]).partition("; remove")[0] == f"{file}: corrupt: its checksum does not match state.json"
+    assert_others_are_silent(found, holder)
+
+
+def test_where_several_fail_the_first_of_the_worst_speaks() -> None:
+    """And all know what that one gave."""
+    given = {0: 1, 1: 2, 2: 0, 3: 2}
+    assert together(4, lambda own: own.worst(given[own.rank])) == [(2, 1)] * 4
+    assert together(4, lambda own: own.worst(0)) == [(0, 0)] * 4
+
+    def fail(own: Processes) -> None:
+        with own.agreed():
+            if given[own.rank] == 2:
+                raise OSError(f"of {own.rank}")
+
+    found = together(4, fail)
+    assert str(found[1]) == "of 1"
+    assert_others_are_silent(found, 1)
+    assert [str(getattr(found[rank], "__cause__", "")) for rank in (0, 2, 3)] == ["None", "None", "of 3"]
+
+
+def assert_others_are_silent(found: Sequence[Any], failed: int) -> None:
+    """All ranks end, and only the one that has failed says why."""
+    assert not getattr(found[failed], "shown_elsewhere", False)
+    others = [error for rank, error in enumerate(found) if rank != failed]
+    assert [str(error) for error in others] == [f"process {failed} of the run has failed, and says why"] * len(others)
+    assert all(isinstance(error, UserError) and error.shown_elsewhere for error in others)
 
 
 @pytest.mark.parametrize("bug", ["missing", "twice", "moved"])
@@ -208,9 +233,7 @@ def test_parts_that_make_no_whole_are_not_published(bug: str, tmp_path: Path) ->
 
     found = save_together(tmp_path, 2, wrong)
     assert "the parts of 'table' are no whole (6, 4)" in str(found[0])
-    assert [str(error) for error in found[1:]] == [
-        f"{tmp_path / 'step_00000002'}: not written: another process of the run has failed"
-    ] * 2
+    assert_others_are_silent(found, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert_same(checkpoint.load(tmp_path).state, state_of(1))
 
@@ -247,21 +270,23 @@ def test_a_rank_that_fails_leaves_the_checkpoint_before(
     fail_on(rank, error, monkeypatch, times=9)
     found = save_together(tmp_path, 2, keep=1)
     assert str(error).rpartition("] ")[2] in str(found[rank])
-    assert all("another process of the run has failed" in str(other) for other in found if other is not found[rank])
+    assert_others_are_silent(found, rank)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
+@pytest.mark.parametrize("rank", range(RANKS))
 @pytest.mark.parametrize(("times", "left"), [(1, [2, 3]), (2, [2])])
 def test_a_full_disk_on_one_rank_gets_space_once(
-    times: int, left: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    times: int, left: list[int], rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (1, 2):
         save_together(tmp_path, step)
-    fail_on(1, OSError(errno.ENOSPC, "No space left on device"), monkeypatch, times)
+    fail_on(rank, OSError(errno.ENOSPC, "No space left on device"), monkeypatch, times)
     found = save_together(tmp_path, 3, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_0000000{step}" for step in left]
     if times == 2:
-        assert ["kept: step_00000002; free some space" in str(error) for error in found] == [True] * RANKS
+        assert "kept: step_00000002; free some space" in str(found[rank])
+        assert_others_are_silent(found, rank)
     assert_same(checkpoint.load(tmp_path).state, state_of(left[-1]))
 
 
@@ -288,6 +313,7 @@ def test_what_is_not_finite_on_one_rank_is_written_by_none(tmp_path: Path) -> No
     found = save_together(tmp_path, 1, bad)
     names = [error.name for error in found if isinstance(error, checkpoint.NonFiniteError)]
     assert names == ["a tensor of another process", "table", "a tensor of another process"]
+    assert [error.shown_elsewhere for error in found] == [True, False, True]
     assert list(tmp_path.iterdir()) == []
 
 
