@@ -10,9 +10,12 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from kempnerforge_torch.device import to_device
 
 try:
     import triton  # pyright: ignore[reportMissingImports]
@@ -56,8 +59,7 @@ def run_adamw(
         [*(tensor.data_ptr() for tensor in some), size, end - count]
         for some, size, end, count in zip(tensors, sizes, ends, blocks, strict=True)
     ]
-    table_T7 = torch.tensor(rows).to(device, non_blocking=True)
-    counts_T = torch.tensor(blocks).to(device, non_blocking=True)
+    table_T7, counts_T = to_device(np.array(rows), device), to_device(np.array(blocks), device)
     owners_G = torch.repeat_interleave(counts_T, output_size=ends[-1])
     if ends[-1]:
         launch: Any = _adamw

@@ -23,8 +23,8 @@ from shared_config.schema.job import JobConfig
 
 Inputs = Mapping[str, Shaped[Tensor, "..."]]
 COUNT = "count of labels"
-RECORDED = frozenset({"tokens", "labels", COUNT})
-"""Inputs of a call that may be recorded; for others, such as documents, kernels are found on the way."""
+RECORDED = frozenset({"tokens", "labels", "doc_ids", "text_mask", COUNT})
+"""Inputs of a call that may be recorded; not what differs from step to step without being a tensor, such as a seed."""
 WARM_UP = 2
 """Calls in a row that are alike, before such a call is recorded: they compile, and allocate what libraries need."""
 
@@ -32,8 +32,8 @@ _log = logging.getLogger(__name__)
 
 
 def can_record(config: JobConfig, device: torch.device, is_alone: bool) -> bool:
-    """Whether calls may be recorded: of compiled blocks of a dense text model, on one NVIDIA GPU."""
-    suits = config.train.compile_model and config.model.num_experts == 0 and config.vlm is None
+    """Whether calls may be recorded: of compiled blocks of a text model, on one NVIDIA GPU."""
+    suits = config.train.compile_model and config.vlm is None
     return suits and is_alone and device.type == "cuda" and torch.version.hip is None
 
 

@@ -20,15 +20,16 @@ from kempnerforge_torch.model import cuda_graph
 from kempnerforge_torch.model.state import to_numpy
 from kempnerforge_torch.training import recorded
 from kempnerforge_torch.training.train import Trainer
+from shared_config.loader import load_config
 from shared_config.schema.job import JobConfig
+from tests.distributed import layouts
 from tests.jobs import draw_batch, tiny_job
 
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "dense": {},
     "experts": {"num_experts": 4, "moe_top_k": 2, "moe_router": "sigmoid_topk"},
 }
-WITH_MASKS = recorded.RECORDED | {"text_mask"}
-KINDS = ("plain", "shorter", "fewer labels", "padded", "two", "two padded")
+KINDS = ("plain", "shorter", "fewer labels", "padded", "two", "two padded", "documents")
 
 
 @dataclasses.dataclass
@@ -77,7 +78,6 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     found = Recorder()
     monkeypatch.setattr(cuda_graph, "recorded", found)
     monkeypatch.setattr(recorded, "has_room", lambda device: True)
-    monkeypatch.setattr(recorded, "RECORDED", WITH_MASKS)
     return found
 
 
@@ -97,6 +97,9 @@ def batches_of(job: JobConfig, kind: str, seed: int) -> list[dict[str, np.ndarra
         real = np.ones_like(batches[0]["tokens"], dtype=bool)
         real[0, -2:] = False
         batches = [{**batch, "text_mask": real} for batch in batches]
+    if kind.endswith("documents"):
+        ends = np.random.default_rng(seed).random(batches[0]["tokens"].shape) < 0.3
+        batches = [{**batch, "doc_ids": np.cumsum(ends, axis=1, dtype=np.int32)} for batch in batches]
     return [{name: np.ascontiguousarray(array) for name, array in batch.items()} for batch in batches]
 
 
@@ -142,7 +145,6 @@ def test_kinds_may_change(runs: list[tuple[str, int]], optimizer: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_graph, "recorded", Recorder())
         patch.setattr(recorded, "has_room", lambda device: True)
-        patch.setattr(recorded, "RECORDED", WITH_MASKS)
         assert_same(run(trainer_of(job, True), kinds), run(trainer_of(job, False), kinds))
 
 
@@ -227,13 +229,12 @@ def test_where_calls_are_recorded() -> None:
     assert not recorded.can_record(compiled, gpu, is_alone=False)
     assert not recorded.can_record(compiled, cpu, is_alone=True)
     assert not recorded.can_record(plain, gpu, is_alone=True)
-    experts = tiny_job(dict(MODELS["experts"]), train={"compile_model": True})
-    assert not recorded.can_record(experts, gpu, is_alone=True)
+    images = load_config("debug_vlm_joint_decoder", ["--train.compile_model=true"])
+    assert not recorded.can_record(images, gpu, is_alone=True)
 
 
-def test_masks_are_not_recorded(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(cuda_graph, "recorded", recorder)
+def test_other_inputs_are_not_recorded(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "RECORDED", recorded.RECORDED - {"text_mask"})
     run(trainer_of(job_of("dense", "fp32"), True), ["padded"] * 4)
     assert recorder.recorded == 0
 
@@ -241,15 +242,15 @@ def test_masks_are_not_recorded(recorder: Recorder, monkeypatch: pytest.MonkeyPa
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("kind", ["plain", "two", "two padded"])
+@pytest.mark.parametrize("model", ["dense", "experts", "limited", "apart"])
+@pytest.mark.parametrize("kind", ["plain", "two padded", "two documents"])
 def test_steps_on_a_gpu(model: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By real graphs, as kernel by kernel, to the order of their sums."""
     graphs, real = [], cuda_graph.recorded
     monkeypatch.setattr(cuda_graph, "recorded", lambda function: graphs.append(1) or real(function))
-    monkeypatch.setattr(recorded, "RECORDED", WITH_MASKS)
     train = {"mixed_precision": "bf16", "compile_model": True}
-    job = tiny_job({**MODELS[model], "dim": 64, "ffn_hidden_dim": 96}, train=train, optimizer={"lr": 0.01})
+    sizes = {"dim": 64, "ffn_hidden_dim": 96}
+    job = tiny_job({**{**MODELS, **layouts.MODELS}[model], **sizes}, train=train, optimizer={"lr": 0.01})
     trainers = []
     for records in (True, False):
         monkeypatch.setattr(
