@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,13 @@ FILE = ROOT / ".cache" / "mutation" / "record.json"
 AT_ONCE = 2
 READERS = {"tests/test_twins.py": "kempnerforge_"}
 """Test files that read sources instead of entering functions, and which paths they read."""
-UNFIT = (
-    "tests.mutants",  # every change of a line is an error to lists of bugs in source text
-    "tests.mutation",
-    "send_signal",  # depends on what else the machine does
-    "benchmark",
+UNFIT = re.compile(
+    r"(?i)mutant|mutated_source|in_a_process"  # every change of a line is an error to lists of bugs in source text
+    r"|send_signal"  # depends on what else the machine does
 )
+"""What tests do that can't tell a bug."""
+NOT_OF_TREE = "tests/mutation/"
+"""Tests of this tool look at the tree that it is in."""
 
 
 def read_record() -> Record:
@@ -29,11 +32,9 @@ def read_record() -> Record:
 
 def record(tree: Path, files: Iterable[str], seconds: float) -> Record:
     """Run each test file in a process of its own, so that nothing is cached for it, and add to the record on disk."""
-    for file in files:
-        text = (tree / file).read_text(encoding="utf-8")
-        if any(word in text for word in UNFIT):
-            continue
-        said = run_tests(tree, [file], Recorder(tree), seconds)
+    for file in (file for file in files if not file.startswith(NOT_OF_TREE)):
+        unfit = unfit_tests((tree / file).read_text(encoding="utf-8"))
+        said = run_tests(tree, [file], Recorder(tree, unfit), seconds)
         print(file, len(said.get("tests", ())), "tests", flush=True)
         if "tests" not in said:
             print(said, (tree / "output.txt").read_text())
@@ -41,6 +42,20 @@ def record(tree: Path, files: Iterable[str], seconds: float) -> Record:
             FILE.parent.mkdir(parents=True, exist_ok=True)
             FILE.write_text(json.dumps({**read_record(), file: {key: said[key] for key in ("tests", "functions")}}))
     return read_record()
+
+
+def unfit_tests(source: str) -> frozenset[str]:
+    """Test functions of a file that, or what of the file they use, are `UNFIT`."""
+    bodies = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    names = {name: {each.id for each in ast.walk(body) if isinstance(each, ast.Name)} for name, body in bodies.items()}
+    used = {
+        name: names[name] | {each.arg for each in ast.walk(bodies[name].args) if isinstance(each, ast.arg)}
+        for name in bodies
+    }
+    unfit = {name for name, body in bodies.items() if UNFIT.search(name + ast.unparse(body))}
+    while further := {name for name in bodies if used[name] & unfit} - unfit:
+        unfit |= further
+    return frozenset(name for name in unfit if name.startswith("test"))
 
 
 def choose(recorded: Record, mutation: Mutation, killers: Mapping[str, int], seconds: float) -> list[tuple[str, float]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from shared_config.parity.operators import Mutation, mutations_of
 from tests.mutation.__main__ import draw, equivalents, table
 from tests.mutation.runs import ROOT
-from tests.mutation.selection import choose
+from tests.mutation.selection import choose, unfit_tests
 
 SOURCE = '''
 """Text of 3 < 4."""
@@ -237,3 +237,33 @@ def test_a_failed_assertion_and_a_crash_kill_and_are_told_apart(tmp_path: Path) 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert dict(line.split(" | ") for line in done.stdout.splitlines() if " | " in line) == expected
+
+
+LISTED = """
+from tests.mutants import BACKENDS, planted
+
+def survey(backend):
+    return not_killed(MUTANTS, backend)
+
+@pytest.fixture(scope="module")
+def found():
+    return {backend: survey(backend) for backend in BACKENDS}
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_permutation_is_one(backend):
+    assert check(backend)
+
+def test_of_a_list(backend):
+    assert not survey(backend)
+
+def test_of_a_fixture(found):
+    assert found
+
+def test_of_a_signal(process):
+    process.send_signal(2)
+"""
+
+
+def test_tests_of_bugs_in_source_text_are_left_out_and_others_of_their_files_are_not() -> None:
+    assert unfit_tests(LISTED) == {"test_of_a_list", "test_of_a_fixture", "test_of_a_signal"}
+    assert unfit_tests(LISTED.replace("not_killed(MUTANTS, backend)", "backend")) == {"test_of_a_signal"}
