@@ -179,7 +179,7 @@ class _Engine:
         if losses is not None:
             updated, losses = losses[1], losses[0]
         loss = to_numpy(found["loss"]) if self._options.backward else None
-        return Recorded(activations, cotangents, loss, ordered, updated, losses, known)
+        return Recorded(activations, cotangents, loss, ordered, updated, losses, known, program.others)
 
     def _is_wide(self, dtype: str) -> bool:
         arrays = [*self.weights.values(), *self.inputs.values()]
@@ -267,12 +267,14 @@ class _Program:
     Attributes:
         names: of what is recorded, in the order of execution.
         places: of those that have a gradient.
+        others: names of what is not asked for.
         descriptions: of all arrays that were recorded, by group.
     """
 
     def __init__(self, call: Any, options: Options, store: Store, loss_of: Any, step: Any):
         self.names: list[str] = []
         self.places: list[int] = []
+        self.others: list[str] = []
         self.descriptions: dict[str, Any] = {}
         self._call, self._options, self._store = call, options, store
         self._loss_of, self._step = loss_of, step
@@ -300,7 +302,7 @@ class _Program:
         def objective(varied: Parameters, shifts: list[Array] | None) -> tuple[Any, Any]:
             taps = Taps(self._options, fed, key, shifts)
             output = map_tensors(taps.visit, self._call({**varied, **fixed}, taps.visit), OUTPUT, is_array)
-            self.names, self.places = taps.names, taps.places
+            self.names, self.places, self.others = taps.names, taps.places, taps.others
             loss = self._loss_of(output) if self._options.backward else jnp.zeros(())
             return (loss, taps.ends), (taps.values, taps.given)
 

@@ -38,6 +38,7 @@ class Taps:
     Attributes:
         names, values: of what is recorded.
         places: of those that have a gradient.
+        others: names of what is not asked for.
         ends: values that others went on in place of, whose gradients are given.
         given: those gradients.
     """
@@ -52,6 +53,7 @@ class Taps:
         self.names: list[str] = []
         self.values: list[Array] = []
         self.places: list[int] = []
+        self.others: list[str] = []
         self.ends: list[Array] = []
         self.given: list[Array] = []
         self._options, self._fed, self._key, self._shifts = options, fed, key, shifts
@@ -75,6 +77,8 @@ class Taps:
                 array = array if self._shifts is None else array + self._shifts[len(self.places) - 1]
             self.names.append(name)
             self.values.append(own)
+        else:
+            self.others.append(name)
         if self._key is not None and is_floating(array):
             key = jax.random.fold_in(self._key[0], sum(self._calls.values()) + len(self._calls))
             array = array * (1 + self._key[1] * jax.random.uniform(key, array.shape, array.dtype, -1, 1))

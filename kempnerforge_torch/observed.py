@@ -29,6 +29,7 @@ class Taps:
     Attributes:
         found: names and what is kept.
         cotangents: gradients of those that have one, by their places.
+        others: names of what is not asked for.
         ends: tensors that others went on in place of, whose gradients are given.
         given: those gradients.
     """
@@ -36,6 +37,7 @@ class Taps:
     def __init__(self, options: Options, fed: Arrays, noise: Noise | None, store: Store):
         self.found: list[tuple[str, Kept]] = []
         self.cotangents: dict[int, Kept] = {}
+        self.others: list[str] = []
         self.ends: list[Tensor] = []
         self.given: list[Tensor] = []
         self._ended: list[tuple[Any, tuple[str, int]]] = []
@@ -94,6 +96,8 @@ class Taps:
         wanted = self._options.wants(name)
         if wanted:
             self.found.append((name, self._keep(tensor)))
+        else:
+            self.others.append(name)
         if fed is not None:
             check_fed(name, fed.shape, tensor.shape)
             tensor = self._fed_in_place_of(tensor, name, fed, fed_back(self._fed, name, call))

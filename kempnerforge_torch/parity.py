@@ -178,7 +178,7 @@ class _Engine:
             if self._is_compiled and not dtype and not noise and not fed:
                 self._replace_output(taps, arguments, store)
             if not options.backward:
-                return Recorded(_activations(taps))
+                return Recorded(_activations(taps), others=taps.others)
             loss = self._loss_of(output)
             known = taps.readers({**parameters, **leaves}) if fed and not noise else {}
             wanted = {name: own for name, own in {**parameters, **leaves}.items() if options.wants_gradient(name)}
@@ -189,12 +189,13 @@ class _Engine:
         gradients = fetched(_gradients(wanted, early, store))
         if fed:
             activations, cotangents = _activations(taps), fetched(taps.cotangents)
-            return Recorded(activations, cotangents, to_numpy(loss), gradients, readers=known)
+            return Recorded(activations, cotangents, to_numpy(loss), gradients, readers=known, others=taps.others)
         losses = self._run(call, parameters, dtype) if self._batches else None
         if losses is None and self._optimizer is not None:
             self._step(parameters)
         updated = {} if self._optimizer is None else _on_host(parameters)
-        return Recorded(_activations(taps), fetched(taps.cotangents), to_numpy(loss), gradients, updated, losses)
+        activations, cotangents = _activations(taps), fetched(taps.cotangents)
+        return Recorded(activations, cotangents, to_numpy(loss), gradients, updated, losses, others=taps.others)
 
     @property
     def _is_compiled(self) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +43,7 @@ class Spill:
     """Writes large arrays to files as they come.
 
     Attributes:
-        folder: of the files, beside the trace; what an earlier recording left there is removed.
+        folder: of the files, beside the trace.
     """
 
     def __init__(self, trace: PathLike, above: int):
@@ -49,8 +51,7 @@ class Spill:
             raise UserError(f"chunks = {above}: must be a number of bytes, 1 or more")
         self.trace, self.above = Path(trace), above
         self.folder = self.trace.with_name(self.trace.name + SUFFIX)
-        for file in self.folder.glob("[0-9]*.safetensors"):
-            file.unlink()
+        self._recording = secrets.token_hex(4)
         self._files: dict[int, str] = {}
         self._held: list[np.ndarray] = []
 
@@ -58,7 +59,7 @@ class Spill:
         """The same values, on disk if they are larger than the limit."""
         if array.nbytes <= self.above:
             return array
-        file = self.folder / f"{len(self._files):06}.safetensors"
+        file = self.folder / f"{self._recording}-{len(self._files):06}.safetensors"
         write_tensors(file, {VALUES: array})
         read = TensorFile(file).read(VALUES)
         self._files[id(read)] = f"{self.folder.name}/{file.name}"
@@ -68,6 +69,26 @@ class Spill:
     def files(self, tensors: Mapping[str, object]) -> dict[str, str]:
         """Those of the tensors that are on disk: name -> file relative to the folder of the trace."""
         return {name: self._files[id(tensor)] for name, tensor in tensors.items() if id(tensor) in self._files}
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within, the recording is made and its trace is written: then what earlier recordings left in the folder is
+        removed, or, if that fails, what this one has written, so that an earlier trace stays whole.
+        """
+        own = f"{self._recording}-*.safetensors"
+        try:
+            yield
+        except BaseException:
+            self._remove(self.folder.glob(own))
+            raise
+        self._remove(set(self.folder.glob("*.safetensors")) - set(self.folder.glob(own)))
+
+    def _remove(self, files: Iterable[Path]) -> None:
+        """Remove files, and the folder once it is empty."""
+        for file in files:
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
 
 def _checked(chunks: object, path: Path) -> dict[str, str]:

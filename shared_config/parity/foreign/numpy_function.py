@@ -72,6 +72,7 @@ class NumpyFunction:
     ) -> Recorded:
         """Call the function once; see `Engine.run`."""
         found: list[tuple[str, np.ndarray | Summary]] = []
+        others: list[str] = []
         calls: dict[str, int] = {}
         rng = None if noise is None else np.random.default_rng(noise.seed)
 
@@ -82,6 +83,8 @@ class NumpyFunction:
             call = calls[name] = calls.get(name, -1) + 1
             if self._options.wants(name):
                 found.append((name, store(np.array(array))))
+            else:
+                others.append(name)
             other = fed_to(fed, name, call)
             if other is not None:
                 check_fed(name, other.shape, array.shape)
@@ -98,7 +101,7 @@ class NumpyFunction:
             else:
                 output = listed(self._function(*first, *arguments))
             map_tensors(visit, output, OUTPUT, lambda value: _is_array(value) or isinstance(value, float))
-        return Recorded(found)
+        return Recorded(found, others=others)
 
 
 def _renamed(given: Any, values: Arrays, dtype: str) -> Any:

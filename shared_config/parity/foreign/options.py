@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -14,7 +15,7 @@ import numpy as np
 
 from shared_config.contract.initialise import stream
 from shared_config.errors import UserError
-from shared_config.parity.foreign.containers import call_name, in_pairs
+from shared_config.parity.foreign.containers import CALL, call_name, in_pairs
 from shared_config.parity.foreign.mapping import ACTIVATIONS, Map, matches
 from shared_config.parity.selection import RefedFields, Selection
 from shared_config.parity.tolerance import TOLERANCES
@@ -26,6 +27,8 @@ Value = TypeVar("Value")
 DTYPES = tuple(dtype for dtype in TOLERANCES if dtype != "fp8")
 """Arithmetics that a function can be asked to be recorded in."""
 EXACT = "float64"
+ONE_CALL = re.compile(rf"{CALL}(?:\d+|\*|\?|\[[^]]*\])")
+"""What numbers a call in a pattern."""
 DELTA_RUNS = 6
 """Runs with moved weights; with fewer, the delta of a scalar can come out far too small by chance."""
 
@@ -68,8 +71,15 @@ class Options:
                 raise UserError(f"{name} = {value}: must be 0 or more")
 
     def wants(self, name: str) -> bool:
-        """Whether an activation of this name, which may be one of several calls, is kept."""
-        return self.selection.wants(f"{FORWARD}/{name}") or self.selection.wants(f"{ROUTING}/{name}{ROUTES}")
+        """Whether an activation of this name, or its gradient, is kept of one call or of all."""
+        known = f"{FORWARD}/{name}", f"{COTANGENT}/{name}", f"{ROUTING}/{name}{ROUTES}"
+        return self._of_any_call.wants_any(known)
+
+    @functools.cached_property
+    def _of_any_call(self) -> Selection:
+        """`selection`, with patterns for some calls, as "norm@1", for all of them: how many there are is not known."""
+        only = self.selection.only
+        return dataclasses.replace(self.selection, only=(*only, *(ONE_CALL.sub("", pattern) for pattern in only)))
 
     def wants_gradient(self, name: str) -> bool:
         """Whether the gradient of a parameter or input of this name is kept."""
@@ -95,6 +105,8 @@ def make_options(
     Raises:
         UserError: a value that can't be, or a trace to feed that holds nothing to feed.
     """
+    if isinstance(only, str):
+        raise UserError(f"only = {only!r}: must be a list of patterns, as [{only!r}]")
     runs = DELTA_RUNS if deltas is True else int(deltas)
     kept, names = Selection(None, tuple(only)), names or Map()
     options = Options(dtype or "", backward, kept, above, runs, seed, names=names)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
@@ -16,7 +17,7 @@ from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
 from shared_config.interchange.weights import is_floating
 from shared_config.parity.chunks import Spill
-from shared_config.parity.foreign.containers import numbered
+from shared_config.parity.foreign.containers import ARGUMENT, numbered
 from shared_config.parity.foreign.options import EXACT, Arrays, Options, inputs_hash
 from shared_config.parity.foreign.site import READERS
 from shared_config.parity.numerics import UNIT_ROUNDOFF, as_float64, difference, perturb
@@ -92,6 +93,7 @@ class Recorded:
     Attributes:
         activations: names, as often as they occurred, and values, in the order of execution.
         cotangents: gradients of those that have one, by the place in ``activations``.
+        others: names of activations that were not asked for.
         loss: what was differentiated; None without a backward pass.
         gradients, updated: by parameter; ``updated`` after one step of an optimiser.
         losses: of each step of a short run.
@@ -106,6 +108,7 @@ class Recorded:
     updated: Tensors = field(default_factory=dict)
     losses: np.ndarray | None = None
     readers: Mapping[str, list[str]] = field(default_factory=dict)
+    others: Sequence[str] = ()
 
     def tensors(self) -> dict[str, np.ndarray | Summary]:
         """Every value by its name in a trace: activations in execution order, their gradients in the opposite one."""
@@ -174,14 +177,25 @@ def make_trace(engine: Engine, options: Options, path: PathLike | None = None, c
         chunks: bytes above which a tensor is written to a file of its own as soon as it is known; needs ``path``.
 
     Raises:
-        UserError: complex weights, or the file can't be written.
+        UserError: complex weights, a pattern that matches nothing, chunks without a path, or the file can't be written.
     """
+    if chunks is not None and path is None:
+        raise UserError(
+            f"chunks = {chunks}: needs path, beside which large tensors are written; leave it out, or give both"
+        )
     for name, value in engine.weights.items():
         if np.iscomplexobj(value):
             raise UserError(f"weights: {name}: dtype = {value.dtype}: must be real, as with a last axis of 2")
     spill = None if path is None or chunks is None else Spill(path, chunks)
+    with contextlib.nullcontext() if spill is None else spill.whole():
+        return _made(engine, options, path, spill)
+
+
+def _made(engine: Engine, options: Options, path: PathLike | None, spill: Spill | None) -> Trace:
+    """`make_trace`, with what takes large tensors."""
     store = Store(options.above, spill)
     recorded = engine.run(options.dtype, engine.weights, engine.inputs, options.fed, None, store)
+    options.selection.check(names_of(recorded, engine, options), 0)
     tensors = {name: tensor for name, tensor in recorded.tensors().items() if options.selection.wants(name)}
     dtype = options.dtype or dtype_of(engine.weights, engine.inputs)
     meta = TraceMeta(
@@ -208,6 +222,18 @@ def make_trace(engine: Engine, options: Options, path: PathLike | None = None, c
     if path is not None:
         write_trace(path, trace, None if spill is None else spill.files(tensors))
     return trace
+
+
+def names_of(recorded: Recorded, engine: Engine, options: Options) -> list[str]:
+    """Names of all that a run computed, whether it was asked for or not."""
+    found = dict.fromkeys(recorded.tensors())
+    others = numbered([*recorded.others])
+    found |= dict.fromkeys(f"{FORWARD}/{name}" for name in others)
+    if options.backward:
+        given = [*engine.weights, *(f"{ARGUMENT}{name}" for name in engine.inputs)]
+        found |= dict.fromkeys([f"{COTANGENT}/{name}" for name in others])
+        found |= dict.fromkeys(f"{GRADIENT}/{name}" for name in given)
+    return list(found)
 
 
 def dtype_of(weights: Arrays, inputs: Arrays) -> str:
