@@ -365,6 +365,28 @@ ALL_CHECKS = tuple(
 )
 
 
+SLOW_IN_JAX = frozenset(
+    f"check_{name}"
+    for name in (
+        "images", "stacks", "products", "moma", "no_tokens", "steps", "positions", "checkpointing", "rings", "wrappers",
+        "optimizer",
+    )
+)  # fmt: skip
+"""They run with all mutants, and what they check is checked by day too."""
+BY_DAY = [
+    (check, backend)
+    for check in ALL_CHECKS
+    for backend in BACKENDS
+    if backend == "torch" or check.__name__ not in SLOW_IN_JAX
+]
+
+
+@pytest.mark.parametrize(("check", "backend"), BY_DAY, ids=lambda each: getattr(each, "__name__", each))
+def test_unchanged_backends_pass(check: Check, backend: str) -> None:
+    with jax.enable_x64(True):
+        check(backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_mutant_is_killed_and_the_unchanged_backend_raises_no_alarm(
     backend: str, record_property: Callable[[str, object], None]
