@@ -14,6 +14,7 @@ from shared_config.errors import UserError
 from shared_config.parity import Map, Rule, make_map, mutate, parse_op, propose_map, read_map, transfer
 from shared_config.parity.foreign import layout
 from shared_config.parity.foreign.layout import NUMBERS
+from shared_config.parity.foreign.transfer import rules_of_inputs
 from shared_config.parity.traces import Trace, TraceMeta
 
 SHAPE = (8, 12)
@@ -164,6 +165,8 @@ def test_all_that_does_not_fit_is_said_at_once() -> None:
         ("[[weights]]\na = [1]\nb = 'x'", r"a = \[1\]: must be a pattern"),
         ("[[weights]]\na = 'x.*'\nb = ['y', 'z']", "can't be stacked in the same rule"),
         ("[[weights]]\na = 'x.*.*'\nb = 'y'", "same number of stars"),
+        ("[[weights]]\na = ['x.*', 'y']\nb = 'z'", "patterns of one side must have the same number of stars"),
+        ("[[weights]]\na = 'x'\nb = ['y', 'z.*']", "patterns of one side must have the same number of stars"),
         ("[[weights]]\na = ['x', 'y']\nb = ['z', 'w']", "must be a single pattern"),
         ("[[weights]]\na = 'x'\nb = 'y'\nlayout = 'turn'", "layout 'turn': must be one of"),
         ("[[weights]]\na = 'x'\nb = 'y'\nlayout = 'split'", "split takes 1 to 1 numbers"),
@@ -187,6 +190,18 @@ def test_what_rules_can_not_move_is_refused_by_name() -> None:
     ):
         with pytest.raises(UserError, match=said):
             transfer({"w": drawn(4, 4), "b": drawn(3)}, make_map(rule))
+
+
+@pytest.mark.parametrize(("a", "b"), [((), ("y",)), (("x",), ())])
+def test_a_rule_has_two_sides(a: tuple[str, ...], b: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="patterns of one side"):
+        Rule(a, b)
+
+
+def test_rules_of_inputs_name_nothing_else() -> None:
+    rules = [Rule(("input.0",), ("input.x",)), Rule(("weight",), ("w",)), Rule(("input.1", "weight"), ("w",))]
+    assert rules_of_inputs(Map(tuple(rules))).weights == (rules[0],)
+    assert rules_of_inputs(None).weights == ()
 
 
 def trace(**tensors: np.ndarray) -> Trace:

@@ -93,6 +93,14 @@ def test_the_work_of_a_stream_of_broken_bytes_grows_as_its_length(
     assert sum(decoded) < 100 * len(ids)
 
 
+@pytest.mark.parametrize("key", ["bos_token", "eos_token"])
+@pytest.mark.parametrize("value", [7, ["a"], {"content": 7}])
+def test_a_special_token_that_is_no_text_is_refused(key: str, value: object, tmp_path: Path) -> None:
+    folder = save(tmp_path / "own", byte_level(), **{key: value})
+    with pytest.raises(UserError, match=rf"{key} = .*: must be the text of a token"):
+        HuggingFaceTokenizer(folder)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("post", [True, False])
 @pytest.mark.parametrize("add_bos_token", [None, True, False])

@@ -106,11 +106,25 @@ def damaged(change: Any) -> dict[str, str]:
         (damaged(lambda content: {k: v for k, v in content.items() if k != "seed"}), "is damaged"),
         (damaged(lambda content: {**content, "order": ["a", "b"]}), "has no tensor 'b'"),
         (damaged(lambda content: {**content, "summaries": {"a": {}}}), "is damaged"),
+        (damaged(lambda content: {**content, "dtype": "float12"}), "dtype = 'float12': must be one of"),
+        *(
+            (
+                damaged(lambda content, dtype=dtype, name=name: {**content, "parts": {dtype: {name: 0}}}),
+                "a list of numbers",
+            )
+            for dtype, name in (("float12", "list"), ("float32", "square"), ("float32", "whole"))
+        ),
+        *(
+            ({**damaged(dict), "chunks": json.dumps({"a": "a.trace.chunks/1", "b": beside})}, "must name files of the")
+            for beside in ("../b", "/b", 1)
+        ),
     ],
 )
 def test_damage_inside_is_one_error(tmp_path, metadata, message):
     path = tmp_path / "a.trace"
-    write_tensors(path, {"a": np.ones(3)}, metadata)
+    parts = {"list": np.ones(3), "square": np.ones((3, 3)), "whole": np.ones(3, int)}
+    named = {f"{name}#parts.{dtype}": part for name, part in parts.items() for dtype in ("float12", "float32")}
+    write_tensors(path, {"a": np.ones(3), **named}, metadata)
     with pytest.raises(UserError, match=message) as caught:
         read_trace(path)
     assert str(path) in str(caught.value)

@@ -483,3 +483,29 @@ def test_saved_activations_get_the_suffix_of_their_format(backend: Any, tmp_path
         save({"norm": backend.array(FEATURES, "float32")}, tmp_path / name)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["done.npz", "plain.npz", "step.10.npz"]
     np.testing.assert_array_equal(read_activations(tmp_path / "plain.npz")["norm"], FEATURES.astype(np.float32))
+
+
+@on_both
+def test_a_run_of_experts_takes_what_a_call_takes(backend: Any) -> None:
+    layer = drawn(backend, backend.build(backend.module("model.moe").build_moe, 16, 24, 3, 1, capacity_factor=0.5))
+    valid, members = (RNG.random((2, 6)) < share for share in (0.8, 0.5))
+    given = {"members": backend.array(members & valid), "limit_capacity": True}
+    whole, few = (layer.run(backend.array(X), backend.array(valid), **options) for options in ({}, given))
+    y, stats = layer(backend.array(X), backend.array(valid), **given, return_stats=True)
+    np.testing.assert_array_equal(backend.numpy(few.x), backend.numpy(y))
+    np.testing.assert_array_equal(backend.numpy(few.stats.expert_counts), backend.numpy(stats.expert_counts))
+    assert np.abs(backend.numpy(few.x) - backend.numpy(whole.x)).max() > 1e-6
+
+
+@on_both
+def test_ids_of_modalities_are_checked(backend: Any) -> None:
+    layout, context = backend.module("model.layout"), backend.module("model.modality").ModalityContext
+    x, names = backend.array(X), ("image", "text")
+    for bad in (-1, 2):
+        ids = backend.array(np.where(np.arange(6) == 3, bad, np.ones((2, 6), np.int32)))
+        with pytest.raises(ValueError, match=f"modality_ids = {bad}: ids must be in"):
+            layout.layout_of(names, ids, x)
+        with pytest.raises(ValueError, match=f"modality_ids = {bad}: ids must be in"):
+            layout.stream_layout(names, context(inputs_embeds=x, modality_ids=ids), x)
+    with pytest.raises(ValueError, match="modality_ids is given: with kv_caches the image must come as prefix_embeds"):
+        layout.positions_after(None, context(inputs_embeds=x, modality_ids=ids), None)

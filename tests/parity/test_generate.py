@@ -216,6 +216,15 @@ def test_any_model_gives_the_same_tokens_in_both_backends_and_the_oracle(data: s
         np.testing.assert_array_equal(tokens, truth, err_msg=str(backend))
 
 
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_a_stream_takes_the_numbers_that_are_given(backend: Any) -> None:
+    config, prompts = ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=29, max_seq_len=16), [[3, 1], [4, 1]]
+    weights, uniforms = weights_of(config, 0), np.random.default_rng(1).random((2, NEW))
+    model, options = backend.model(config, weights), {"temperature": 3.0, "uniforms": uniforms}
+    steps = np.stack(list(generation(backend).stream(model, prompts, NEW, **options)), axis=1)
+    np.testing.assert_array_equal(steps, oracle_generate(weights, config, prompts, NEW, **options))
+
+
 @given(st.data())
 @settings(max_examples=settings().max_examples if settings().max_examples > 100 else 5)
 def test_float32_gives_the_most_probable_token_wherever_rounding_can_not_decide(data: st.DataObject) -> None:

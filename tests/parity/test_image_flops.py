@@ -64,12 +64,16 @@ VARIANTS = {name: (name, ()) for name in PRESETS} | {
     "clips": ("debug_vlm_joint_decoder", ("--video.max_frames=2", "--video.min_frames=1", "--video.frame_size=32")),
     "several": ("debug_vlm_joint_decoder", ("--vlm.image_token_id=1", "--data.max_images=3")),
     "prefix": ("debug_vlm_joint_decoder", ("--vlm.prefix_lm=true", "--data.max_images=2", "--adapter.type=linear")),
+    "every third": (
+        "debug_vlm_cross_attention",
+        ("--model.n_layers=6", "--vlm.cross_attention_every_n_layers=3"),
+    ),
     "tied": ("debug_vlm_cross_attention", ("--model.tie_embeddings=true", "--vlm.cross_attention_n_heads=2")),
 }  # fmt: skip
 CROSSED = [(v, f) for v in VARIANTS for f in FREEZE if (v, f) != ("tied", "all but the head")]
 BY_DAY = [("debug_vlm_joint_decoder", "tower"), ("debug_vlm_cross_attention", "tower and adapter"),
           ("experts", "all but the last layer"), ("projected", "keys"), ("pooled", "all but adapter"),
-          ("several", "nothing"), ("prefix", "tower")]  # fmt: skip
+          ("several", "nothing"), ("prefix", "tower"), ("every third", "nothing")]  # fmt: skip
 
 
 def small(variant: str, frozen: str) -> JobConfig:

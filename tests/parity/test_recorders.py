@@ -437,7 +437,10 @@ def test_what_a_map_names_and_nothing_has_is_said(letter: str, place: int, secti
     record = functools.partial(backend.record, function, (np.ones((2, 3), np.float32),), deltas=1)
     weights = {"matrix": np.eye(3, dtype=np.float32)}
     trace = record(weights=weights)
-    right = {"weights": {"matrix": "matrix"}, "activations": {"first": "first", "seco*": "seco*", "output": "output"}}
+    right = {
+        "weights": {"matrix": "matrix", "input.0": "input.0"},
+        "activations": {"first": "first", "seco*": "seco*", "output": "output"},
+    }
     assert not any("map" in note for note in compare_functions(trace, trace, make_map(**right)).notes)
     wrong = "matrix"[:place] + letter + "matrix"[place:]
     names = make_map(**{**right, section: {**right[section], wrong: "other"}})

@@ -16,6 +16,7 @@ import kempnerforge_torch.device as torch_device
 import kempnerforge_torch.training.train as torch_training
 from shared_config.contract.counts import count_parameters
 from shared_config.contract.peaks import peak_flops
+from shared_config.evaluation.samples import read_samples
 from shared_config.schema.job import JobConfig
 from shared_config.training.speed import Devices, resident_peak
 from tests.jobs import text_job
@@ -72,3 +73,13 @@ def test_a_run_on_a_gpu_has_records_of_it(backend: str, tmp_path: Path) -> None:
     assert moments_and_weights < most < torch.cuda.get_device_properties(0).total_memory
     assert ("mfu" in summary.metrics) == (peak_flops(torch.cuda.get_device_name()) is not None)
     assert 0 < summary.metrics.get("mfu", 0.5) < 1
+
+
+@pytest.mark.parametrize("backend", TRAINING)
+def test_a_run_takes_samples_with_its_held_out_losses(backend: str, tmp_path: Path) -> None:
+    sampled = {"sample_prompt": "the", "sample_tokens": 3, "steps": 1, "interval": 2}
+    job = text_job(tmp_path, eval=sampled, train={"max_steps": 4})
+    TRAINING[backend].train(job, device="cpu")
+    samples = read_samples(tmp_path / "run" / "samples.jsonl")
+    assert [sample.step for sample in samples] == [2, 4]
+    assert all(sample.text.startswith("the") for sample in samples)

@@ -234,3 +234,16 @@ def test_a_gradient_may_lie_otherwise_than_its_parameter(monkeypatch: pytest.Mon
     FusedStep(one.optimizer, gradients, RATES).take()
     Step(other.optimizer, other.gradients, RATES, None).take(None)
     assert_same_state(one, other)
+
+
+def test_corrections_of_moments_are_computed_in_float64() -> None:
+    """1 - b2^t cancels most of what float32 holds of it while t is small."""
+    counts = [*range(40), 999, 2**24]
+    places = [(1,)] * len(counts)
+    one = drawn(places, [True] * len(counts), [True] * len(counts), counts, seed=0)
+    one.optimizer.defaults["betas"] = betas = (0.9, 0.9999)
+    step = FusedStep(one.optimizer, one.gradients, RATES)
+    t = np.array(counts, np.float64) + 1
+    expected = np.stack([RATES.lr / (1 - betas[0] ** t), 1 / np.sqrt(1 - betas[1] ** t)], axis=1)
+    found = step._numbers(list(one.parameters.values()), RATES.lr)[:, 1:].numpy()
+    np.testing.assert_allclose(found, expected, rtol=2.0**-23)
