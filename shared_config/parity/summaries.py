@@ -34,8 +34,8 @@ SKETCH_SIZE = 1021
 ROWS = 64
 PIECE = ROWS * SKETCH_SIZE
 """Values whose signs are next to each other."""
-BLOCK = 4 * PIECE
-"""Values that are looked at together: they stay in a processor's cache."""
+BLOCK = 16 * PIECE
+"""Values that are looked at together: they stay in a processor's cache, and calls are few."""
 SCALARS = 5
 MOMENTS = SCALARS + 2 * SKETCH_SIZE
 NAN, POSITIVE, NEGATIVE = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
@@ -127,15 +127,8 @@ def moments(array: np.ndarray) -> np.ndarray:
     """
     flat = np.ascontiguousarray(array).reshape(-1)
     found = np.zeros(MOMENTS)
-    low, high, total, norm, count, columns = (
-        np.inf,
-        -np.inf,
-        0.0,
-        0.0,
-        flat.size,
-        found[SCALARS : SCALARS + SKETCH_SIZE],
-    )
-    begins, times = (part.tolist() for part in starts(-(-flat.size // PIECE)))
+    low, high, total, norm, count = np.inf, -np.inf, 0.0, 0.0, flat.size
+    begins, times = starts(-(-flat.size // PIECE))
     for start, end in _blocks(flat.size):
         values = _plain(flat[start:end])
         least, most = float(np.minimum.reduce(values)), float(np.maximum.reduce(values))
@@ -150,9 +143,8 @@ def moments(array: np.ndarray) -> np.ndarray:
         for rows in _rows(values):
             total += float(np.add.reduce(rows @ _ones(rows.dtype)[: rows.shape[1]], dtype=np.float64))
             norm = math.hypot(norm, _norm(rows, largest))
-        for number in range(start // PIECE, -(-end // PIECE)):
-            piece = values[number * PIECE - start : (number + 1) * PIECE - start]
-            _add_columns(columns, piece, begins[number], np.add if times[number] > 0 else np.subtract)
+        pieces = slice(start // PIECE, -(-end // PIECE))
+        found[SCALARS : SCALARS + SKETCH_SIZE] += _columns(values, begins[pieces], times[pieces])
     found[:SCALARS] = low, high, total, norm, count
     if count < flat.size:
         found[SCALARS + SKETCH_SIZE :] %= 2.0**32
@@ -218,19 +210,33 @@ def _norm(rows: np.ndarray, largest: float) -> float:
     return scale * math.sqrt(float(np.add.reduce(np.vecdot(scaled, scaled), dtype=np.float64)))
 
 
-def _add_columns(columns: np.ndarray, piece: np.ndarray, begin: int, add: np.ufunc) -> None:
-    """Add or subtract the sums of a piece, with signs from a place on: of groups of eight rows, of what is left."""
-    signed = signs(piece.dtype)[begin : begin + piece.size]
-    groups, whole = (piece.size - piece.size % of for of in (SUMMED * SKETCH_SIZE, SKETCH_SIZE))
+def _columns(values: np.ndarray, begins: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """float64 (1021,): signed sums of a block, by where the signs of each piece begin and what multiplies these."""
+    whole = values.size // PIECE
+    sums = np.empty((whole, ROWS // SUMMED, SKETCH_SIZE), values.dtype)
+    table, shape = signs(values.dtype), (ROWS // SUMMED, SUMMED, SKETCH_SIZE)
+    for number, begin in enumerate(begins[:whole].tolist()):
+        piece, signed = values[number * PIECE : (number + 1) * PIECE], table[begin : begin + PIECE]
+        np.einsum("grc,grc->gc", piece.reshape(shape), signed.reshape(shape), out=sums[number])
+    columns = times[:whole] @ np.add.reduce(sums, 1).astype(np.float64, copy=False)
+    if whole < begins.size:
+        left = values[whole * PIECE :]
+        _add_part(columns, left, table[begins[whole] : begins[whole] + left.size], times[whole])
+    return columns
+
+
+def _add_part(columns: np.ndarray, part: np.ndarray, signed: np.ndarray, times: float) -> None:
+    """Add the sums of a part of a piece: of groups of eight rows, of the rows left, of what is left of a row."""
+    groups, whole = (part.size - part.size % of for of in (SUMMED * SKETCH_SIZE, SKETCH_SIZE))
     for start, end, rows in (
         (0, groups, SUMMED),
         (groups, whole, (whole - groups) // SKETCH_SIZE),
-        (whole, piece.size, 1),
+        (whole, part.size, 1),
     ):
         if start < end:
             shape = (-1, rows, min(SKETCH_SIZE, end - start))
-            sums = np.einsum("grc,grc->gc", piece[start:end].reshape(shape), signed[start:end].reshape(shape))
-            add(columns[: shape[2]], np.add.reduce(sums, 0), out=columns[: shape[2]])
+            sums = np.einsum("grc,grc->gc", part[start:end].reshape(shape), signed[start:end].reshape(shape))
+            columns[: shape[2]] += times * np.add.reduce(sums, 0)
 
 
 def _gaps(values: np.ndarray, finite: np.ndarray, start: int) -> np.ndarray:

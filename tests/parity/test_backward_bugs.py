@@ -125,7 +125,7 @@ def test_the_command_finds_it_in_processes_of_their_own(place: int, bug: Bug, tm
     names_of().write(tmp_path / "names.toml")
     given = [str(tmp_path / name) for name in ("theirs.py:theirs", "ours.py:ours", "names.toml", "found.json")]
     options = ["--refeed", "--common", "--dtype", DTYPES[place % 2], "--map", given[2], "--json", given[3]]
-    done = run_python("-m", "shared_config.cli", "compare", *given[:2], *options, timeout=600)
+    done = run_python("-m", "shared_config.cli", "compare", *given[:2], *options, timeout=3600)
     assert done.returncode == 1, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert wrong_in(found["own inputs"]), "the bug is there without recorded inputs, too"

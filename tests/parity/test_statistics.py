@@ -29,7 +29,7 @@ from shared_config.loader import load_config
 from shared_config.parity import Trace, compare_functions, make_map, summaries
 from shared_config.parity.foreign.options import Options
 from shared_config.parity.foreign.recorder import Store
-from shared_config.parity.summaries import MOMENTS, PIECE, SCALARS, SKETCH_SIZE, Summary, summarize
+from shared_config.parity.summaries import BLOCK, MOMENTS, PIECE, SCALARS, SKETCH_SIZE, Summary, summarize
 
 DTYPES = ("float32", "float16", "float64", ml_dtypes.bfloat16)
 SIZES = (1, 1020, 1021, 5000, PIECE, PIECE + 1, 2 * PIECE + 1500)
@@ -60,12 +60,25 @@ def test_moments_are_the_same_on_every_device(size: int, dtype: Any, seed: int, 
         found = [np.asarray(jax.jit(f)(array)).view(np.float64) for f in (in_jax.moments, in_jax.reduced)]
     for other in (in_torch.reduced(from_numpy(values)).numpy(), *found):
         assert_same_moments(other, expected, dtype)
+    assert_same_moments(expected, np.concatenate([defined(values), expected[-1021:]]), dtype)
+
+
+@pytest.mark.parametrize("size", [BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + PIECE + 1500, 2 * BLOCK + 9000])
+@pytest.mark.parametrize("gaps", [False, True])
+def test_moments_of_several_blocks(size: int, gaps: bool) -> None:
+    values = drawn(size, "float32", size, gaps)
+    found = summaries.moments(values)
+    assert_same_moments(found, np.concatenate([defined(values), found[-1021:]]), "float32")
+
+
+def defined(values: np.ndarray) -> np.ndarray:
+    """Moments by their definition, without where gaps are."""
     wide = values.astype(np.float64)
     finite = wide[np.isfinite(wide)]
     norm = np.sqrt(np.sum(finite**2))
     scalars = finite.min(initial=np.inf), finite.max(initial=-np.inf), finite.sum(), norm, finite.size
-    columns = np.bincount(np.arange(size) % SKETCH_SIZE, np.where(np.isfinite(wide), wide, 0) * signs_of(size), 1021)
-    assert_same_moments(expected, np.concatenate([scalars, columns, expected[-1021:]]), dtype)
+    known, places = np.where(np.isfinite(wide), wide, 0), np.arange(values.size) % SKETCH_SIZE
+    return np.concatenate([scalars, np.bincount(places, known * signs_of(values.size), SKETCH_SIZE)])
 
 
 def assert_same_moments(found: np.ndarray, expected: np.ndarray, dtype: Any) -> None:
