@@ -136,6 +136,17 @@ def unpacked(numbers: np.ndarray, shape: tuple[int, ...]) -> PartErrors:
     )
 
 
+def only_scale(size: float, scale: float, delta: float, shape: tuple[int, ...]) -> np.ndarray:
+    """`PartErrors.packed` of a tensor of this shape of which no more than size and scale are known: each row and column
+    may hold all that moved.
+
+    Args:
+        delta: RMS of what moved.
+    """
+    lines = [np.full(count, delta * math.sqrt(math.prod(count))) for count in _shapes(shape)]
+    return PartErrors(size, scale, *lines).packed()
+
+
 def has_parts(shape: tuple[int, ...]) -> bool:
     """Whether a tensor has parts other than itself."""
     return math.prod(shape) > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -11,10 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared_config.errors import UserError
-from shared_config.parity import Map, Rule, make_map, mutate, parse_op, propose_map, read_map, transfer
+from shared_config.parity import (
+    Map,
+    Rule,
+    compare_functions,
+    make_map,
+    mutate,
+    parse_op,
+    propose_map,
+    read_map,
+    transfer,
+)
 from shared_config.parity.foreign import layout
 from shared_config.parity.foreign.layout import NUMBERS
 from shared_config.parity.foreign.transfer import rules_of_inputs
+from shared_config.parity.parts import part_errors
 from shared_config.parity.traces import Trace, TraceMeta
 
 SHAPE = (8, 12)
@@ -221,9 +233,39 @@ def test_rules_of_activations_hold_for_gradients_inputs_and_calls_and_those_of_w
     }  # fmt: skip
     assert moved.array("gradient/w").shape == (3, 2)
     assert set(moved.meta.deltas["float32"]) == {"forward/f", "cotangent/f", "gradient/w", "updated/w"}
-    assert set(moved.meta.parts["float32"]) == {"forward/f", "cotangent/f"}, (
-        "parts of what is laid out anew say nothing"
+    assert set(moved.meta.parts["float32"]) == {"forward/f", "cotangent/f", "gradient/w"}
+
+
+@pytest.mark.parametrize("op", ["interleave 4 axis=1", "transpose", "joined"])
+@pytest.mark.parametrize(("scale", "factor"), [(1.0, 1.0), (1.0, 1.02), (1e200, 1.0)])
+def test_a_factor_is_found_behind_a_layout(op: str, scale: float, factor: float) -> None:
+    """Rounding adds up to none: in a tensor that it moves by 1 %, a factor of 1.02 is still one."""
+    rng = np.random.default_rng(0)
+    values = {"forward/q": rng.standard_normal((64, 48)), "forward/r": rng.standard_normal((64, 48))}
+    if op == "joined":
+        names = Map(activations=(Rule(("q", "r"), ("f",), axis=1),))
+    else:
+        names = make_map(None, {"q": ("f", op), "r": "g"})
+    values = {name: scale * value for name, value in values.items()}
+    error = {name: value * 0.01 * rng.standard_normal(value.shape) for name, value in values.items()}
+    parts = {name: part_errors(error[name], value).packed() for name, value in values.items()}
+    meta = TraceMeta(
+        "torch",
+        "cpu",
+        "bfloat16",
+        0,
+        "",
+        deltas={"bfloat16": dict.fromkeys(values, 0.01 * scale)},
+        parts={"bfloat16": parts},
     )
+    a = Trace(values, meta)
+    moved = names.apply_to_trace(a)
+    noise = {name: 1 + 0.01 * rng.standard_normal(np.shape(value)) for name, value in moved.tensors.items()}
+    other = {name: np.asarray(value) * noise[name] * factor for name, value in moved.tensors.items()}
+    found = compare_functions(a, Trace(other, dataclasses.replace(meta, deltas={}, parts={})), names)
+    row = next(row for row in found.rows if row.name == "forward/f")
+    assert (row in found.failures) is (factor > 1), row
+    assert factor == 1 or (row.part is not None and row.part.label == "scale")
 
 
 SOURCE = {
