@@ -101,7 +101,10 @@ def fsdp_place(name: str, mesh: Mesh, table: ParameterTable) -> int | None:
     free = [place for place in range(len(table[name].shape)) if place not in ruled.values()]
     ranks = mesh.layout.size(*fsdp_axes(table[name]))
     if "ep" in ruled and ranks > 1:
-        raise ConfigError([f"distributed.dp_shard: its {ranks} ranks beside ep must divide an axis of {name}"])
+        held = f"{ranks} ranks hold the same experts"
+        raise ConfigError(
+            [f"distributed.ep = {mesh.layout.ep}: {held}, which must divide an axis of {name} {table[name].shape}"]
+        )
     return free[0] if free and ranks == 1 else None
 
 

@@ -37,7 +37,8 @@ AXES = (None, "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "experts
 def specs(draw: st.DrawFn) -> ParameterSpec:
     axes = tuple(draw(st.lists(st.sampled_from(AXES), min_size=1, max_size=3, unique=True)))
     shape = tuple(draw(st.integers(1, 24)) for _ in axes)
-    return ParameterSpec(shape, Constant(0.0), axes, is_buffer=draw(st.booleans()))
+    kind = draw(st.sampled_from(["is_buffer", "full_precision", "decay"]))
+    return ParameterSpec(shape, Constant(0.0), axes, **{kind: True})
 
 
 layouts = st.builds(Layout, **{axis: st.sampled_from((1, 2, 3, 4)) for axis in MESH_AXES})
@@ -78,10 +79,11 @@ def test_what_is_split_and_by_what(spec: ParameterSpec, layout: Layout) -> None:
     used = [axis for over in splits for axis in over]
     assert len(used) == len(set(used)), "no mesh axis splits a tensor twice"
     assert not {"pp", "dp_replicate"} & set(used)
-    assert ("tp" in used) == (layout.tp > 1 and not {"vocab", "heads", "kv_heads", "mlp"}.isdisjoint(spec.axes))
+    ruled = [place for place, axis in enumerate(spec.axes) if axis in ("vocab", "heads", "kv_heads", "mlp")]
+    by_tp = [place for place, over in enumerate(splits) if "tp" in over]
+    assert by_tp == (ruled[:1] if layout.tp > 1 else []), "of two axes that tp may split the first is"
     for axis, size, over in zip(spec.axes, spec.shape, splits, strict=True):
         assert not over or axis not in ("head_dim", "routes")
-        assert "tp" not in over or axis in ("vocab", "heads", "kv_heads", "mlp")
         assert (over == ("ep",)) == (layout.ep > 1 and axis == "experts")
         if {"dp_shard", "cp"} & set(over):
             assert size % layout.size(*over) == 0, "FSDP splits evenly"
@@ -129,6 +131,12 @@ def test_the_residual_width_is_what_fsdp_splits_first() -> None:
     assert placement(wide, Layout(dp_shard=4)).splits == ((), ("dp_shard",))
     assert placement(wide, Layout(dp_shard=16)).splits == (("dp_shard",), ())
     assert placement(wide, Layout(dp_shard=128)).splits == ((), ())
+
+
+@pytest.mark.parametrize("kind", ["is_buffer", "full_precision"])
+def test_fsdp_leaves_whole_what_each_device_needs(kind: str) -> None:
+    spec = ParameterSpec((8, 8), Constant(0.0), ("mlp", "embed"), **{kind: True})
+    assert placement(spec, Layout(dp_shard=4, tp=2)).splits == (("tp",), ())
 
 
 def test_mesh_axes_of_one_device_split_nothing() -> None:
@@ -202,6 +210,8 @@ def test_layouts_that_can_not_be(preset: str, layout: dict[str, int], changes: l
         ("debug_moe", {"ep": 2}, ["--model.moe_packed_experts=true"]),
         ("debug_moe", {"cp": 4}, ["--model.moe_capacity_factor=0"]),
         ("debug_vlm_mot", {"dp_shard": 8}, []),
+        ("debug", {"tp": 2}, ["--model.qk_norm=false", "--model.qk_norm_over=width"]),
+        ("debug_vlm_moma", {"tp": 2}, ["--model.ffn_hidden_dim=49"]),
     ],
 )
 def test_layouts_that_can_be(preset: str, layout: dict[str, int], changes: list[str]) -> None:

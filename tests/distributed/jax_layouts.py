@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from tests.distributed.layouts import MICRO_BATCHES, STEPS, Case, Found, _batches, _compare, chunks_of_logits, steps
+from tests.distributed.layouts import MICRO_BATCHES, STEPS, Case, Found, _compare, chunks_of_logits, steps
 from tests.mutants import Mutant, planted
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +40,7 @@ def differences(case: Case, truth: Found, count: int = STEPS) -> list[str]:
     import jax
 
     trainer = _trainer(case.job(case.layout), jax.devices()[: case.ranks])
+    case.prepare(trainer, state)
     several = patch.object(importlib.import_module("kempnerforge_jax.distributed.expert_parallel"), "ALIGNED", 1)
     with chunks_of_logits(), several:
         return _compare(steps(trainer, _rows(case, count, case.shares), state), truth)
@@ -49,7 +50,9 @@ def on_one_device(case: Case) -> Found:
     """What the layout has to do, with the micro-batches of all ranks."""
     import jax
 
-    return steps(_trainer(case.job({}), jax.devices()[:1]), _rows(case, STEPS, 1), state)
+    trainer = _trainer(case.job({}), jax.devices()[:1])
+    case.prepare(trainer, state)
+    return steps(trainer, _rows(case, STEPS, 1), state)
 
 
 def state(trainer: Any) -> Any:
@@ -59,7 +62,7 @@ def state(trainer: Any) -> Any:
 
 def _rows(case: Case, count: int, together: int) -> list[list[dict[str, np.ndarray]]]:
     """The micro-batches of each step, as many ``together`` as data ranks share one."""
-    data, number = _batches(case.job({})), MICRO_BATCHES * case.shares
+    data, number = case.batches(), MICRO_BATCHES * case.shares
     found = [[data(step * number + index) for index in range(number)] for step in range(count)]
     return [[_joined(batches[first : first + together]) for first in range(0, number, together)] for batches in found]
 

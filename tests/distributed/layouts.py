@@ -25,6 +25,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from shared_config.contract import activations, labels
 from shared_config.contract.labels import IGNORED
+from shared_config.contract.parameters import EMBEDDING
 from shared_config.data import open_data
 from shared_config.errors import ConfigError, UserError
 from shared_config.interchange import checkpoint
@@ -44,6 +45,8 @@ AGREED = 1e-10
 LOGITS_BYTES = 8 * 8 * 37
 """Of logits that exist at a time in the steps of a layout, about: those of 8 tokens of `MODELS`, or of 16 in two parts.
 """
+LARGE = 1e308
+"""An embedding that is not finite once it is scaled."""
 FLOORS = {"weights": 1e-3, "optimizer": 1e-6}
 """What a tensor's largest value is taken to be at least. The gradient of a key's bias is truly 0, and AdamW makes steps
 of its rounding: the floor of weights is about how far a step moves one.
@@ -100,6 +103,7 @@ class Case:
         layout: fields of ``[distributed]``.
         options: further fields of the job, by section.
         exchanges: whether rows are exchanged between ranks with different experts, however few bytes tokens are.
+        overflows: whether, in the first step, the last rank's last micro-batch does, by a token that no other has.
     """
 
     model: str
@@ -107,17 +111,19 @@ class Case:
     layout: Mapping[str, int]
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     exchanges: bool = False
+    overflows: bool = False
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {size}" for name, size in self.layout.items())
         options = "".join(f", {name} {value}" for part in self.options.values() for name, value in part.items())
-        return f"{self.model} on {self.ranks}: {sizes or 'fsdp'}{options}{', exchanged' * self.exchanges}"
+        marks = ", exchanged" * self.exchanges + ", overflows" * self.overflows
+        return f"{self.model} on {self.ranks}: {sizes or 'fsdp'}{options}{marks}"
 
     @property
     def key(self) -> str:
         """Names what one device does, whatever the layout."""
         options = [f"{part}.{name}={value}" for part, fields in self.options.items() for name, value in fields.items()]
-        return f"{self.model}-{self.shares}-{self.micro_batches}-{sorted(options)}"
+        return f"{self.model}-{self.shares}-{self.micro_batches}-{self.overflows}-{sorted(options)}"
 
     @property
     def shares(self) -> int:
@@ -135,6 +141,18 @@ class Case:
         most = -math.inf if self.exchanges else activations.GATHERED_MORE
         with patch.object(activations, "GATHERED_MORE", most):
             yield
+
+    def batches(self) -> Callable[[int], Mapping[str, np.ndarray]]:
+        """Micro-batches by number."""
+        data, last = _batches(self.job({})), self.micro_batches * self.shares - 1
+        return functools.partial(_with_token, data, self.job({}).model.vocab_size - 1, last) if self.overflows else data
+
+    def prepare(self, trainer: Any, state: Callable[[Any], TrainingState]) -> None:
+        """Give a trainer the weights that the case begins with."""
+        if self.overflows:
+            own = state(trainer)
+            next(own.weights[name] for name in own.weights if name.endswith(EMBEDDING))[-1] = LARGE
+            trainer.load_state(own)
 
     def job(self, layout: Mapping[str, int]) -> JobConfig:
         if self.model in MODELS:
@@ -216,9 +234,10 @@ def _one_of_them(
 def on_one_device(case: Case) -> Found:
     """What the layout has to do, with the micro-batches of all ranks."""
     job = case.job({})
-    data = _batches(job)
+    data = case.batches()
     count = case.micro_batches * case.shares
     trainer, batches = _trainer(job), [[data(step * count + index) for index in range(count)] for step in range(STEPS)]
+    case.prepare(trainer, whole_state)
     evaluated = _numbers(trainer.evaluate([data(index) for index in range(EVALUATED * case.shares)]))
     return replace(steps(trainer, batches), evaluated=evaluated)
 
@@ -242,7 +261,8 @@ def chunks_of_logits() -> Iterator[None]:
 
 def _differences(case: Case, truth: Found, count: int, folder: Path | None) -> list[str]:
     job = case.job(case.layout)
-    trainer, data = _trainer(job), _batches(job)
+    trainer, data = _trainer(job), case.batches()
+    case.prepare(trainer, whole_state)
     asked = [] if job.train.compile_model else noting_waits(trainer)
     rank, every = trainer.ranks.rank, case.micro_batches * case.shares
     own = [[data(step * every + index) for index in range(rank, every, case.shares)] for step in range(count)]
@@ -255,6 +275,8 @@ def _differences(case: Case, truth: Found, count: int, folder: Path | None) -> l
     lines = [*_compare(found, truth), *_replicas(found.states[-1]), *_alone(trainer.mesh.axes)]
     lines += [f"{path} is called with hooks, inside a block" for path in called_with_hooks(trainer.model)]
     lines += [] if case.exchanges else [f"the host waits: {place}" for place in dict.fromkeys(asked)]
+    copied = trainer.state()
+    lines += _bits(copied, found.states[-1]) if dist.get_rank() == 0 else list({**copied.weights, **copied.optimizer})
     if not positions <= {own_positions(trainer)}:
         lines.append(f"norms see {positions} positions, not {own_positions(trainer)}")
     if folder is None:
@@ -278,7 +300,8 @@ def positions_of_norms(model: torch.nn.Module) -> Iterator[set[int]]:
     """How many positions of a sequence the norms of blocks see, where these are not by modality and not compiled."""
     seen: set[int] = set()
     layers = importlib.import_module("kempnerforge_torch.model.vlm").inner_transformer(model).layers
-    norms = [block.mlp_norm for block in layers.children() if block._compiled_call_impl is None]
+    blocks = [block for block in layers.children() if block._compiled_call_impl is None]
+    norms = [block.mlp_post_norm if block.mlp_norm is None else block.mlp_norm for block in blocks]
     hooks = [norm.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].shape[1])) for norm in norms]
     try:
         yield seen
@@ -342,6 +365,16 @@ def _batches(job: JobConfig) -> Any:
     return functools.partial(_draw_documents if job.data.pack_documents else draw_batch, job)
 
 
+def _with_token(
+    data: Callable[[int], Mapping[str, np.ndarray]], token: int, last: int, number: int
+) -> Mapping[str, np.ndarray]:
+    """A micro-batch, which has a token if it is the ``last`` one of the first step."""
+    batch = data(number)
+    tokens = np.where(batch["tokens"] == token, 0, batch["tokens"])
+    tokens[0, 0] = token if number == last else tokens[0, 0]
+    return {**batch, "tokens": tokens}
+
+
 def _draw_documents(job: JobConfig, seed: int) -> dict[str, np.ndarray]:
     batch = draw_batch(job, seed)
     rng, (rows, length) = np.random.default_rng(seed), batch["tokens"].shape
@@ -374,7 +407,7 @@ def _compare_numbers(when: str, found: Mapping[str, float], truth: Mapping[str, 
     return [
         f"{when}: {name} = {found[name]}, not {value}"
         for name, value in truth.items()
-        if not np.isclose(found[name], value, rtol=AGREED, atol=AGREED)
+        if not np.isclose(found[name], value, rtol=AGREED, atol=AGREED, equal_nan=True)
     ]
 
 

@@ -1,5 +1,5 @@
 """JAX in each layout does what it does on one device: the same losses, gradients, steps, counts of experts and biases,
-in float64 to rounding. By day four layouts; many more under HYPOTHESIS_PROFILE=nightly.
+in float64 to rounding. By day five layouts; many more under HYPOTHESIS_PROFILE=nightly.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from tests.mutants_distributed import CUT_IN_JAX, JAX_MUTANTS, LORA, MUON, SCHED
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 NOISE = {"vlm": {"moma_gumbel_noise": "true"}}
 SCANNED = {"train": {"scan_layers": True}}
+OVERFLOWING = {"train": {"on_nonfinite": "skip"}, "model": {"embedding_scale": 2.5, "tie_embeddings": False}}
 WINDOW = {"model": {"sliding_window": 3}}
 OWN_MUON = {**MUON, "train": {**MUON["train"], **SCANNED["train"]}}
 BY_DAY = (
     Case("dense", 4, {"tp": 2}, OWN_MUON),
     Case("dense", 2, {"tp": 2}),
     Case("limited", 4, {"ep": 2}),
+    Case("softmax", 2, {"ep": 2}, OVERFLOWING, overflows=True),
     CUT_IN_JAX,
 )
 BY_NIGHT = (
@@ -43,6 +45,8 @@ BY_NIGHT = (
     *(Case("mixed", 4, {axis: 2}, SCANNED) for axis in ("tp", "cp")),
     Case("sigmoid", 4, {"cp": 2, "ep": 2}, WINDOW),
     Case("scaled", 4, {"cp": 2, "dp_replicate": 2}),
+    *(Case("dense", 2, layout, OVERFLOWING, overflows=True) for layout in ({}, {"tp": 2}, {"cp": 2})),
+    Case("limited", 4, {"dp_replicate": 2}, OVERFLOWING, overflows=True),
 )
 CASES = (*BY_DAY, *BY_NIGHT) if NIGHTLY else BY_DAY
 PLANTED = JAX_MUTANTS if NIGHTLY else JAX_MUTANTS[::10]

@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from kempnerforge_torch.distributed import parallelize, tensor_parallel
+from kempnerforge_torch.distributed import fsdp, parallelize, tensor_parallel
+from shared_config.contract.parameters import parameter_table
 from shared_config.contract.sharding import Layout
 from shared_config.errors import ConfigError
 from tests.distributed.layouts import Case, run_processes
-from tests.jobs import tiny_job
+from tests.jobs import EXPERTS, tiny_job
 from tests.mutants_distributed import ADAPTED, DISTRIBUTED_MUTANTS, FROZEN, LATER, LORA, MUON, SCHEDULE_FREE
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
@@ -25,6 +26,7 @@ DOCUMENTS = {"data": {"pack_documents": True}, **RECOMPUTED}
 COMPILED = {"train": {"compile_model": True}}
 COMPUTED_AGAIN = {"train": {"compile_model": True, "activation_checkpointing": "selective"}}
 WINDOW = {"model": {"sliding_window": 3}}
+OVERFLOWING = {**SKIPPING, "model": {"embedding_scale": 2.5, "tie_embeddings": False}}
 BY_DAY = (
     Case("softmax", 2, {}),
     Case("dense", 2, {}, SKIPPING),
@@ -33,12 +35,13 @@ BY_DAY = (
     Case("sigmoid", 2, {"tp": 2}, RECOMPUTED),
     Case("mot", 2, {"tp": 2}),
     Case("dense", 4, {"tp": 2}, MUON),
-    Case("sigmoid", 2, {"cp": 2}, DOCUMENTS),
+    Case("sigmoid", 2, {"cp": 2}, {**DOCUMENTS, "model": {"max_seq_len": 10}}),
     Case("sigmoid", 4, {"ep": 2, "tp": 2}),
     Case("limited", 4, {"ep": 2, "dp_replicate": 2}),
     Case("scaled", 2, {"ep": 2}),
     Case("staged", 2, {"pp": 2}, DOCUMENTS),
     Case("staged", 4, {"pp": 2, "tp": 2}),
+    Case("softmax", 2, {"ep": 2}, OVERFLOWING, overflows=True),
 )
 BY_NIGHT = (
     Case("dense", 4, {"dp_replicate": 2}, {**LORA, **RECOMPUTED}),
@@ -73,7 +76,7 @@ BY_NIGHT = (
     Case("sigmoid", 4, {"cp": 2, "tp": 2}, {"train": {"seq_len": 12}, "data": {"pack_documents": True}}),
     *(Case(model, 2, {"ep": 2}) for model in ("sigmoid", "limited")),
     Case("moma", 2, {"tp": 2}, NOISE),
-    Case("dense", 4, {}),
+    *(Case("dense", 4, {}, options) for options in ({}, {"model": {"vocab_size": 3, "dim": 9}})),
     Case("sigmoid", 4, {"ep": 2}),
     Case("dense", 4, {"tp": 2, "dp_replicate": 2}),
     *(Case(model, 2, {"cp": 2}) for model in ("dense", "softmax", "scaled", "apart")),
@@ -88,6 +91,10 @@ BY_NIGHT = (
     Case("staged", 4, {"pp": 2}, DOCUMENTS),
     Case("staged", 4, {"pp": 2, "cp": 2}, DOCUMENTS),
     Case("staged", 4, {"pp": 2, "dp_replicate": 2}),
+    *(Case("dense", 2, layout, OVERFLOWING, overflows=True) for layout in ({}, {"cp": 2}, {"dp_replicate": 2})),
+    Case("dense", 2, {}, {**OVERFLOWING, "optimizer": {"name": "muon"}}, overflows=True),
+    Case("sigmoid", 2, {"tp": 2}, OVERFLOWING, overflows=True),
+    *(Case("staged", ranks, {"pp": 2}, OVERFLOWING, overflows=True) for ranks in (2, 4)),
 )
 CASES = (*BY_DAY, *BY_NIGHT) if NIGHTLY else BY_DAY
 MUTANTS = DISTRIBUTED_MUTANTS if NIGHTLY else DISTRIBUTED_MUTANTS[::6]
@@ -143,11 +150,25 @@ def test_a_layout_that_can_not_be_is_refused(case: Case, said: str, found: dict[
     assert [line.partition(": ")[2] for line in found[str(case)] if said in line] == [said] * case.ranks
 
 
-def test_heads_that_only_a_module_knows_are_checked() -> None:
+@pytest.mark.parametrize(("dim", "place"), [(9, 1), (10, None)])
+def test_ranks_with_the_same_experts_must_divide_an_axis_of_these(dim: int, place: int | None) -> None:
+    mesh: Any = SimpleNamespace(layout=Layout(dp_shard=3, ep=2))
+    table = parameter_table(tiny_job({**EXPERTS, "num_experts": 4, "moe_frequency": 1, "dim": dim}).model)
+    if place is not None:
+        assert fsdp.fsdp_place("layers.0.mlp.gate_w", mesh, table) == place
+        return
+    with pytest.raises(ConfigError) as refusal:
+        fsdp.fsdp_place("layers.0.mlp.gate_w", mesh, table)
+    said = "3 ranks hold the same experts, which must divide an axis of layers.0.mlp.gate_w (4, 10, 32)"
+    assert str(refusal.value) == f"distributed.ep = 2: {said}"
+
+
+@pytest.mark.parametrize("name", ["n_heads", "n_kv_heads"])
+def test_heads_that_only_a_module_knows_are_checked(name: str) -> None:
     """As those of an encoder that is read from a folder."""
     tower: Any = torch.nn.Module()
-    tower.n_heads = 3
-    with pytest.raises(ConfigError, match=r"distributed\.tp = 2: must divide tower\.n_heads = 3"):
+    setattr(tower, name, 3)
+    with pytest.raises(ConfigError, match=rf"distributed\.tp = 2: must divide tower\.{name} = 3"):
         tensor_parallel._check_heads("tower", tower, 2)
 
 

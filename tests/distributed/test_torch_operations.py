@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from kempnerforge_torch.distributed.context_parallel import of_all_parts
 from kempnerforge_torch.distributed.ranks import local
 from kempnerforge_torch.distributed.sequence_parallel import can_split_stream
 from kempnerforge_torch.distributed.spawn import together
@@ -30,7 +32,7 @@ from shared_config.training.loop import run_training
 from shared_config.training.metrics import read_metrics
 from shared_config.training.speed import resident_peak
 from shared_config.training.trainer import TrainingDivergedError
-from tests.jobs import draw_batch, text_job, tiny_job
+from tests.jobs import EXPERTS, draw_batch, text_job, tiny_job
 
 RANKS = 2
 BALLAST = 2**28
@@ -59,14 +61,14 @@ def on_the_second(what: str, trainer: Trainer) -> None:
     changed._differentiate = spoiled
 
 
-def take(what: str, policy: str, stages: int) -> tuple[list[list[bool]], list[bool]]:
+def take(what: str, policy: str, sizes: dict[str, int]) -> tuple[list[list[bool]], list[bool]]:
     """What all ranks say of steps before, while and after something of one of them is spoiled: whether they were taken;
     and whether the weights of each have stayed what they were meanwhile.
     """
-    train = {"on_nonfinite": policy, "grad_accum_steps": stages}
-    job = tiny_job(DENSE, train=train, distributed={"pp": stages})
+    model = {**DENSE, **EXPERTS, "num_experts": 4} if "ep" in sizes else DENSE
+    job = tiny_job(model, train={"on_nonfinite": policy, "grad_accum_steps": 2}, distributed=sizes)
     trainer = Trainer(job, "cpu")
-    batches = [draw_batch(job, trainer.ranks.rank + index) for index in range(stages)]
+    batches = [draw_batch(job, trainer.ranks.rank + 2 * index) for index in range(2)]
     taken = [trainer.step(batches)]
     before = {name: local(tensor).detach().clone() for name, tensor in trainer.parameters.items()}
     on_the_second(what, trainer)
@@ -75,6 +77,28 @@ def take(what: str, policy: str, stages: int) -> tuple[list[list[bool]], list[bo
     found: list[Any] = [None] * RANKS
     dist.all_gather_object(found, ([bool(metrics["taken"]) for metrics in taken], stays))
     return [each for each, _ in found], [stay for _, stay in found]
+
+
+def losses(sizes: dict[str, int], lengths: Sequence[int]) -> list[float | str]:
+    """Those of batches of these lengths, of which the longest may be 10; or why there is none."""
+    job, found = tiny_job({**DENSE, "max_seq_len": 10}, train={"grad_accum_steps": 2}, distributed=sizes), []
+    trainer = Trainer(job, "cpu", dtype=torch.float64)
+    for length in lengths:
+        batch = draw_batch(tiny_job({"max_seq_len": length}, train={"seq_len": length}), 0)
+        try:
+            found.append(float(trainer.evaluate([batch])["loss"]))
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def labels_of_parts() -> tuple[float, int]:
+    """The sum, and the number of labels, that each of several ranks has of 1 and 2, and of 3 and 4."""
+    group = dist.group.WORLD
+    assert group is not None
+    own = torch.tensor(1 + 2 * group.rank()), torch.tensor(2 + 2 * group.rank())
+    total, count = of_all_parts(lambda *_, **__: own, group)(torch.zeros(()), torch.zeros(()))
+    return float(total), int(count)
 
 
 def stop(folder: str, event: str) -> list[Any]:
@@ -112,11 +136,34 @@ def stop(folder: str, event: str) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize(("what", "stages"), [("loss", 1), ("gradient", 1), ("moments", 1), ("moments", 2)])
-def test_an_update_that_one_rank_can_not_take_is_taken_by_none(what: str, stages: int) -> None:
-    taken, stays = together(take, RANKS, what, "skip", stages)
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_an_update_that_one_rank_can_not_take_is_taken_by_none(what: str) -> None:
+    taken, stays = together(take, RANKS, what, "skip", {})
     assert taken == [[True, False]] * RANKS
     assert stays == [True] * RANKS
+
+
+@pytest.mark.parametrize("sizes", [{}, {"pp": 2}, {"tp": 2}, {"cp": 2}, {"ep": 2}], ids=str)
+def test_moments_of_one_rank_that_would_overflow_let_none_take_the_update(sizes: dict[str, int]) -> None:
+    """Of which the losses and the norm of the gradients, which all have alike, say nothing."""
+    taken, stays = together(take, RANKS, "moments", "skip", sizes)
+    assert taken == [[True, False]] * RANKS
+    assert stays == [True] * RANKS
+
+
+def test_batches_of_any_length_follow_one_another() -> None:
+    """In stages, and in parts, as on one device."""
+    alone, staged, cut = (
+        together(losses, count, sizes, (10, 6, *more))
+        for count, sizes, more in ((1, {}, [12]), (RANKS, {"pp": 2}, []), (RANKS, {"cp": 2}, [12]))
+    )
+    assert staged == pytest.approx(alone[:2], rel=1e-12)
+    assert cut[:2] == pytest.approx(alone[:2], rel=1e-12)
+    assert cut[2] == alone[2] == "sequence length = 12: must be at most max_seq_len = 10"
+
+
+def test_losses_and_labels_are_those_of_all_parts() -> None:
+    assert together(labels_of_parts, RANKS) == (4.0, 6)
 
 
 def test_a_signal_to_one_stops_all_after_one_step_with_one_checkpoint(tmp_path: Path) -> None:
