@@ -94,6 +94,15 @@ def test_each_cause_is_named_and_no_other(name: str, dtype: str, seed: int) -> N
     assert cause(*traces(seed, dtype, right, wrong)) == kind
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+@pytest.mark.parametrize("name", CAUSES)
+@few
+@given(seed=st.integers(0, 99))
+def test_causes_do_not_depend_on_units(name: str, scale: float, seed: int) -> None:
+    kind, right, wrong = CAUSES[name]
+    assert cause(*traces(seed, "float32", *(lambda x, w, of=of: scale * of(x, w) for of in (right, wrong)))) == kind
+
+
 UNKNOWN: dict[str, tuple[Change, Change]] = {
     "another weight": (product, lambda x, w: x @ (w + 0.3 * np.cos(w))),
     "another function": (lambda x, w: x / (1 + np.exp(-x)), lambda x, w: x / (1 + np.exp(-1.702 * x))),

@@ -278,6 +278,7 @@ def test_a_share_of_the_peak_is_that_of_the_model_s_flops() -> None:
         (Layout(dp_shard=16), ("dp_shard",), "reduce-scatter", 15e9 / 50e9 + 5e-6 + 14 * 2e-6),
         (Layout(pp=2, tp=8), ("pp",), "send", 2e9 / 50e9 + 5e-6),
         (Layout(ep=8, tp=2), ("ep",), "all-to-all", 7e9 / 50e9 + 5e-6),
+        (Layout(ep=8, cp=2), ("ep",), "all-gather", 7e9 / 50e9 + 5e-6 + 6 * 2e-6),
     ],
 )
 def test_the_link_that_a_collective_needs(layout: Layout, axes: tuple[str, ...], kind: str, seconds: float) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kempnerforge_torch.training.optimizer import Step
 from shared_config.contract.schedule import Rates
@@ -274,6 +275,19 @@ def capability(major: int) -> Iterator[None]:
         yield
 
 
+class Operands(TorchDispatchMode):
+    """Notes the dtypes of the factors of products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[tuple[torch.dtype, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.bmm:
+            self.dtypes.add(tuple(factor.dtype for factor in args[:2]))
+        return func(*args, **kwargs or {})
+
+
 def check_offsets(backend: str) -> None:
     """torch's product over groups reads offsets on the device for aligned bfloat16 on Hopper; else tiles, or a loop.
 
@@ -307,6 +321,11 @@ def check_offsets(backend: str) -> None:
             factors = [((rows, width), (3, width, hidden)), ((width, rows), (rows, hidden))]
             assert taken == (factors if fits else [])
             assert all(call.kwargs.keys() == {"offs"} for call in kernel.call_args_list)
+        for device, hip, kept in (("cpu", None, F32), ("cuda:0", None, BF16), ("cuda:0", "6.3", F32)):
+            x, y = (torch.empty(shape, device=device, dtype=torch.bfloat16) for shape in ((2, 3, 4), (2, 4, 5)))
+            with mock.patch.object(torch.version, "hip", hip), Operands() as seen:
+                assert grouped._wide_product(x, y, torch.float32).dtype == torch.float32
+            assert seen.dtypes == {(getattr(torch, kept),) * 2}, (device, hip)
             assert all(call.kwargs["offs"] is ends for call in kernel.call_args_list)
             with mock.patch.object(grouped, "_grouped_matmul") as operator:
                 grouped.grouped_matmul(x, w.unbind(), ends)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -509,3 +510,10 @@ def test_ids_of_modalities_are_checked(backend: Any) -> None:
             layout.stream_layout(names, context(inputs_embeds=x, modality_ids=ids), x)
     with pytest.raises(ValueError, match="modality_ids is given: with kv_caches the image must come as prefix_embeds"):
         layout.positions_after(None, context(inputs_embeds=x, modality_ids=ids), None)
+
+
+@on_both
+def test_an_architecture_that_nobody_registered_is_named(backend: Any) -> None:
+    build = backend.module("model.transformer").build_architecture
+    with pytest.raises(KeyError, match=r"(?s)Unknown architecture: 'nowhere'.*mot"):
+        build(CONFIG, SimpleNamespace(arch="nowhere"))

@@ -431,14 +431,15 @@ def test_what_can_not_be_asked_is_refused(module: Any, options: dict[str, Any], 
 def test_what_a_map_names_and_nothing_has_is_said(letter: str, place: int, section: str, backend: Any) -> None:
     """A pattern with a letter too many; those that fit are not mentioned, nor any of a trace of parts."""
 
-    def function(weights: Any, x: Any) -> Any:
-        return backend.tap("second", backend.tap("first", x @ weights["matrix"]) * 2)
+    def function(weights: Any, x: Any, rows: Any) -> Any:
+        return backend.tap("second", backend.tap("first", x[rows] @ weights["matrix"]) * 2)
 
-    record = functools.partial(backend.record, function, (np.ones((2, 3), np.float32),), deltas=1)
+    inputs = np.ones((2, 3), np.float32), np.array([1, 0])
+    record = functools.partial(backend.record, function, inputs, deltas=1)
     weights = {"matrix": np.eye(3, dtype=np.float32)}
     trace = record(weights=weights)
     right = {
-        "weights": {"matrix": "matrix", "input.0": "input.0"},
+        "weights": {"matrix": "matrix", "input.1": "input.1"},
         "activations": {"first": "first", "seco*": "seco*", "output": "output"},
     }
     assert not any("map" in note for note in compare_functions(trace, trace, make_map(**right)).notes)

@@ -12,11 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 from kempnerforge_jax.model import adapter as jax_adapter
 from kempnerforge_jax.model import cross_attention as jax_cross_attention
 from kempnerforge_jax.model import noise as jax_noise
 from kempnerforge_jax.model import vision as jax_vision
+from kempnerforge_jax.model.state import get_state
 from kempnerforge_torch.model import adapter as torch_adapter
 from kempnerforge_torch.model import cross_attention as torch_cross_attention
 from kempnerforge_torch.model import noise as torch_noise
@@ -148,6 +150,15 @@ def test_adapters(config: AdapterConfig) -> None:
     built = component.torch()
     assert built(torch.from_numpy(x).float()).shape == expected
     assert built.output_num_tokens(9) == component.jax(rngs=None).output_num_tokens(9) == expected[1]
+
+
+@pytest.mark.parametrize("kind", ["mlp_2layer", "linear", "avgpool", "attentional_pool"])
+def test_adapters_of_jax_are_drawn_from_their_keys(kind: str) -> None:
+    config = AdapterConfig(type=kind, pool_heads=1)
+    first, again, other = (jax_adapter.build_adapter(config, 4, 6, rngs=nnx.Rngs(seed)) for seed in (1, 1, 2))
+    for name, value in get_state(first).items():
+        np.testing.assert_array_equal(value, get_state(again)[name])
+        assert name.endswith("bias") or np.mean(value != get_state(other)[name]) > 0.9, name
 
 
 @pytest.mark.parametrize("kind", ["mlp_2layer", "linear", "avgpool", "attentional_pool"])
