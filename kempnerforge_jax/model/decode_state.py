@@ -120,9 +120,8 @@ class DecodeState:
         check_ids("rows", rows, len(self.lengths))
         return wide(rows)
 
-    def reorder(self, rows: Integer[Array, "R"]) -> DecodeState:
-        """Replace the rows by these (R,); see `KVCache.reorder`."""
-        rows = self.checked_rows(rows)
+    def reorder(self, rows: Int[Array, "R"]) -> DecodeState:
+        """Replace the rows by these (R,), which are `checked_rows`; see `KVCache.reorder`."""
         exists_B = (rows >= 0) & (rows < len(self.lengths))
         old = {name: getattr(self, name) for name in ("valid", "doc_ids", "oldest")}
         new = {name: None if array is None else array[rows] for name, array in old.items()}

@@ -182,8 +182,8 @@ class KVCache:
             ValueError: rows that are not integers, or that don't exist. Inside jit this can't be seen; there such a row
                 is full from then on.
         """
-        state, rows = self.state.reorder(rows), self.state.checked_rows(rows)
-        return self._replace(k=self.k[rows], v=self.v[rows], state=state)
+        rows = self.state.checked_rows(rows)
+        return self._replace(k=self.k[rows], v=self.v[rows], state=self.state.reorder(rows))
 
     def mask(
         self,

@@ -121,9 +121,8 @@ class DecodeState:
         check_ids("rows", rows, len(self.lengths))
         return wide(rows)
 
-    def reorder(self, rows: Integer[Tensor, "R"]) -> None:
-        """Replace the rows by these (R,); see `KVCache.reorder`."""
-        rows = self.checked_rows(rows)
+    def reorder(self, rows: Int[Tensor, "R"]) -> None:
+        """Replace the rows by these (R,), which are `checked_rows`; see `KVCache.reorder`."""
         self._next_slots = None
         for name in ("lengths", "valid", "doc_ids", "oldest"):
             old = getattr(self, name)
