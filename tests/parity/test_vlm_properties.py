@@ -224,7 +224,15 @@ def test_mot_blocks_start_as_the_identity(backend: Backend) -> None:
     close(text, normed @ state["output_head.proj.weight"].T)
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "norm_type": "layernorm", "tie_embeddings": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"qk_norm": True, "norm_type": "layernorm", "tie_embeddings": True},
+        {"qk_norm": True, "norm_type": "rmsnorm_1p"},
+    ],
+    ids=str,
+)
 def test_mot_warm_start_equals_the_dense_model_on_text(backend: Backend, changes: dict[str, Any]) -> None:
     config = MODEL.replace(**changes)
     weights = draw({name: spec.shape for name, spec in parameter_table(config).items()}, 5)
@@ -452,7 +460,7 @@ def test_a_row_without_an_image_gets_nothing_from_it(kind: Any) -> None:
 def vlm_jobs(draw: st.DrawFn) -> tuple[ModelConfig, VLMConfig, AdapterConfig, int]:
     """Any vision-language config of a small size."""
     model = MODEL.replace(
-        norm_type=draw(st.sampled_from(["rmsnorm", "layernorm"])),
+        norm_type=draw(st.sampled_from(["rmsnorm", "layernorm", "rmsnorm_1p"])),
         activation=draw(st.sampled_from(["silu", "gelu"])),
         tie_embeddings=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
