@@ -517,3 +517,18 @@ def test_an_architecture_that_nobody_registered_is_named(backend: Any) -> None:
     build = backend.module("model.transformer").build_architecture
     with pytest.raises(KeyError, match=r"(?s)Unknown architecture: 'nowhere'.*mot"):
         build(CONFIG, SimpleNamespace(arch="nowhere"))
+
+
+@on_both
+def test_a_mask_may_be_what_it_allows(backend: Any) -> None:
+    attention, rng = backend.module("model.attention"), np.random.default_rng(4)
+    q, k, v = (rng.standard_normal((2, 3, length, 4)) for length in (5, 6, 6))
+    allowed = rng.random((2, 1, 5, 6)) < 0.6
+    allowed[..., 0] = True
+    scores = np.where(allowed, q @ k.swapaxes(2, 3) / 2, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    given = [*map(backend.array, (q, k, v)), backend.array(allowed)]
+    np.testing.assert_allclose(backend.numpy(attention.attend(*given)), weights @ v, rtol=1e-10, atol=1e-12)
+    found = backend.numpy(attention.attention_weights(given[0], given[1], given[3]))
+    np.testing.assert_allclose(found, weights, rtol=1e-10, atol=1e-12)
