@@ -532,3 +532,23 @@ def test_a_mask_may_be_what_it_allows(backend: Any) -> None:
     np.testing.assert_allclose(backend.numpy(attention.attend(*given)), weights @ v, rtol=1e-10, atol=1e-12)
     found = backend.numpy(attention.attention_weights(given[0], given[1], given[3]))
     np.testing.assert_allclose(found, weights, rtol=1e-10, atol=1e-12)
+
+
+@on_both
+def test_text_alone_is_masked_too(backend: Any) -> None:
+    wrapper = wrapper_of(backend, "joint_decoder")
+    ids, mask = np.array([[1, 2, 3, 4]] * 2), np.array([[False, True, True, True], [True] * 4])
+    context = wrapper.context(None, backend.array(ids), text_mask=backend.array(mask))
+    np.testing.assert_array_equal(backend.numpy(context.key_padding_mask), mask)
+    other = np.where(mask, ids, 9)
+    first, second, plain = (
+        backend.numpy(wrapper.run(None, backend.array(each), **options).logits)
+        for each, options in (
+            (ids, {"text_mask": backend.array(mask)}),
+            (other, {"text_mask": backend.array(mask)}),
+            (ids, {}),
+        )
+    )
+    np.testing.assert_array_equal(first[mask], second[mask])
+    np.testing.assert_array_equal(first[1], plain[1])
+    assert np.abs(first[0] - plain[0]).max() > 1e-3
