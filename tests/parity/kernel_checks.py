@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -244,6 +245,34 @@ def check_mosaic(backend: str) -> None:
             for platform in ("cuda", "cpu", "rocm", "tpu") if number == 0 else ():
                 text = traced.lower(lowering_platforms=(platform,)).as_text()
                 assert text.count(f"{MARK:e}") == (3 if platform == "cuda" else 0), platform
+
+
+def check_tiles_told(backend: str) -> None:
+    """Hopper's products are told their tiles, which they would else choose by themselves."""
+    mosaic, told = module("jax", "model.mosaic"), []
+
+    def product(*operands: Any, **options: Any) -> Any:
+        told.append(({name: value for name, value in options.items() if name != "group_sizes"}, options["group_sizes"]))
+        return operands[0]
+
+    library = "jax.experimental.pallas.ops.gpu"
+    stand_ins = {
+        f"{library}.{name}_mgpu": SimpleNamespace(**{name: product}) for name in ("ragged_dot", "transposed_ragged_dot")
+    }
+    x, w, sizes = np.zeros((256, 128)), np.zeros((3, 128, 768)), np.zeros(3)
+    with mock.patch.dict(sys.modules, stand_ins):
+        for factor, is_transposed in ((w, False), (w.swapaxes(1, 2), True), (np.zeros((3, 128, 512)), False)):
+            assert mosaic.mosaic_matmul.__wrapped__(x, factor, sizes, is_transposed) is x
+        mosaic.mosaic_outer.__wrapped__(x, np.zeros((256, 768)), sizes)
+    tiles = {"block_m": 128, "block_n": 128, "block_k": 64}
+    products = {**tiles, "max_concurrent_steps": 6}
+    assert [options for options, _ in told] == [
+        {**products, "grid_block_n": 2, "transpose_rhs": False},
+        {**products, "grid_block_n": 2, "transpose_rhs": True},
+        {**products, "grid_block_n": 4, "transpose_rhs": False},
+        {**tiles, "max_concurrent_steps": 4, "grid_block_n": 1},
+    ]
+    assert all(given is sizes for _, given in told)
 
 
 def check_ragged_precision(backend: str) -> None:
@@ -605,6 +634,36 @@ def check_fused_step(backend: str) -> None:
             torch.testing.assert_close(one.state()[name], expected, rtol=1e-6, atol=1e-6, msg=name)
 
 
+class Written(TorchDispatchMode):
+    """Notes the dtypes of the factors of products that are added, and what their sums are written to; adds none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[torch.dtype, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if "addmm" in str(func):
+            place = args[0] if func.overloadpacket is torch.ops.aten.addmm_ else kwargs.get("out")
+            self.calls.append((place, tuple(factor.dtype for factor in args[1:3])))
+            return args[0] if place is None else place
+        return func(*args, **kwargs)
+
+
+def check_added_products(backend: str) -> None:
+    """NVIDIA's products of narrow factors add to wide sums where these are; elsewhere the factors are cast."""
+    head = module("torch", "training.head")
+    with FakeTensorMode():
+        for device, hip, kept in (("cpu", None, F32), ("cuda:0", None, BF16), ("cuda:0", "6.3", F32)):
+            a, b = (torch.empty(shape, device=device, dtype=torch.bfloat16) for shape in ((3, 4), (4, 5)))
+            total = torch.empty(3, 5, device=device)
+            with mock.patch.object(torch.version, "hip", hip), Written() as seen:
+                head._add_product(total, a, b)
+            ((place, dtypes),) = seen.calls
+            assert place is total, (device, hip)
+            assert dtypes == (getattr(torch, kept),) * 2, (device, hip)
+
+
 KERNEL_CHECKS: dict[str, dict[str, tuple[Callable[[str], None], ...]]] = {
     "jax": {
         "model.attention": (check_fused_attention, check_told),
@@ -612,7 +671,7 @@ KERNEL_CHECKS: dict[str, dict[str, tuple[Callable[[str], None], ...]]] = {
         "model.fused": (check_fused_attention, check_told, check_segments, check_ways),
         "model.mask": (check_blocks,),
         "model.grouped": (check_platforms, check_mosaic, check_ragged_precision),
-        "model.mosaic": (check_mosaic,),
+        "model.mosaic": (check_mosaic, check_tiles_told),
     },
     "torch": {
         "model.attention": (check_dispatched_attention, check_paths),
@@ -626,6 +685,7 @@ KERNEL_CHECKS: dict[str, dict[str, tuple[Callable[[str], None], ...]]] = {
         "model.cuda_graph": (check_recorded_steps,),
         "model.kept_steps": (check_kept_steps,),
         "training.loss": (check_loss_by_device,),
+        "training.head": (check_added_products,),
         "training.optimizer": (check_optimizer_by_device,),
         "training.mixed_precision": (check_copies,),
         "training.fused_adamw": (check_fused_step,),
