@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from shared_config.parity import Trace, compare_functions
 from shared_config.parity.foreign.causes import CHECKS, PLACES, Cause, cause_of
+from shared_config.parity.numerics import UNIT_ROUNDOFF, rms
 from shared_config.parity.tolerance import tolerance_of
 from shared_config.parity.traces import TraceMeta
 
@@ -33,10 +34,9 @@ def traces(seed: int, dtype: str, right: Change, wrong: Change) -> tuple[Trace, 
     """Two recordings of a module that is given the same, with rounding of the dtype."""
     rng = np.random.default_rng(seed)
     given_x = rng.standard_normal(SHAPE) * rng.uniform(0.1, 2, (2, 40, 1))
-    unit = {"float32": 2.0**-24, "bfloat16": 2.0**-8}[dtype]
-    stored = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
+    unit, stored = UNIT_ROUNDOFF[dtype], ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     a, b = (f(given_x, weight(seed)) for f in (right, wrong))
-    delta = unit * float(np.sqrt(np.mean(a * a)))
+    delta = unit * rms(a)
     meta = TraceMeta("torch", "cpu", dtype, 0, "", deltas={dtype: {"forward/m": delta, "forward/x": delta}})
     plain = {"forward/x": given_x.astype(stored)}
     return Trace({**plain, "forward/m": a.astype(stored)}, meta), Trace({**plain, "forward/m": b.astype(stored)}, meta)
@@ -94,14 +94,16 @@ def test_each_cause_is_named_and_no_other(name: str, dtype: str, seed: int) -> N
     assert cause(*traces(seed, dtype, right, wrong)) == kind
 
 
-@pytest.mark.parametrize("scale", [1e-4, 1e4])
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [("float32", 1e-4), ("float32", 1e4), ("float64", 1e-300), ("float64", 1e300)]
+)
 @pytest.mark.parametrize("name", CAUSES)
 @few
 @given(seed=st.integers(0, 99))
-def test_causes_do_not_depend_on_units(name: str, scale: float, seed: int) -> None:
+def test_causes_do_not_depend_on_units(name: str, dtype: str, scale: float, seed: int) -> None:
     kind, right, wrong = CAUSES[name]
-    rounding = 1 + 2.0**-23 * np.random.default_rng(seed).uniform(-1, 1, SHAPE)
-    found = traces(seed, "float32", lambda x, w: scale * right(x, w), lambda x, w: scale * rounding * wrong(x, w))
+    rounding = 1 + 2 * UNIT_ROUNDOFF[dtype] * np.random.default_rng(seed).uniform(-1, 1, SHAPE)
+    found = traces(seed, dtype, lambda x, w: scale * right(x, w), lambda x, w: scale * rounding * wrong(x, w))
     assert cause(*found) == kind
 
 

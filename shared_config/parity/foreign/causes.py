@@ -76,11 +76,19 @@ def cause_of(row: Row, a: Trace, b: Trace, order: Sequence[str]) -> Cause | None
     if not (np.isfinite(whole_a).all() and np.isfinite(whole_b).all()) or not whole_a.size or whole_a.size > LARGEST:
         return None
     pair = Pair(whole_a, whole_b, row.limit, _given(row.name, a, b, order))
+    near_one = _near_one(pair)
     for check in CHECKS:
-        found = check(pair)
+        found = check(near_one)
         if found is not None:
             return found
     return narrow_dtype(pair, *(value.dtype.name for value in values))  # type: ignore[union-attr]
+
+
+def _near_one(pair: Pair) -> Pair:
+    """Both sides over a power of two, so that squares of their numbers neither overflow nor vanish."""
+    _, exponent = np.frexp(max(np.abs(pair.a).max(), np.abs(pair.b).max()))
+    a, b, limit = (np.ldexp(each, -exponent) for each in (pair.a, pair.b, pair.limit))
+    return Pair(a, b, float(limit), pair.given)
 
 
 def factor(pair: Pair) -> Cause | None:
