@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ CHUNKS = "chunks"
 VALUES = "values"
 """Name of the tensor in such a file."""
 SUFFIX = ".chunks"
+RECORDED = re.compile(r"((?P<recording>[0-9a-f]{8})-)?[0-9]{6,}\.safetensors")
+"""Names of such files; other files of their folder are somebody else's."""
 
 
 class TraceFile(TensorFile):
@@ -75,13 +78,17 @@ class Spill:
         """Within, the recording is made and its trace is written: then what earlier recordings left in the folder is
         removed, or, if that fails, what this one has written, so that an earlier trace stays whole.
         """
-        own = f"{self._recording}-*.safetensors"
         try:
             yield
         except BaseException:
-            self._remove(self.folder.glob(own))
+            self._remove(self._recorded(own=True))
             raise
-        self._remove(set(self.folder.glob("*.safetensors")) - set(self.folder.glob(own)))
+        self._remove(self._recorded(own=False))
+
+    def _recorded(self, *, own: bool) -> list[Path]:
+        """Files of this recording, or of others."""
+        names = {file: RECORDED.fullmatch(file.name) for file in self.folder.glob("*.safetensors")}
+        return [file for file, name in names.items() if name and (name["recording"] == self._recording) == own]
 
     def _remove(self, files: Iterable[Path]) -> None:
         """Remove files, and the folder once it is empty."""

@@ -130,8 +130,16 @@ def test_a_full_disk_leaves_what_was_there_before(
 
 
 def test_a_recording_without_large_tensors_removes_those_of_an_earlier_one(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
+    path, folder = tmp_path / "a.safetensors", tmp_path / "a.safetensors.chunks"
     recorded("torch", path=path, chunks=1)
+    (folder / "000000.safetensors").write_bytes(b"")
+    others = {folder / name for name in ("weights.safetensors", "7.safetensors", "12345678-000000")}
+    for other in others:
+        other.write_text("kept")
+    recorded("torch", path=path, chunks=10**6)
+    assert set(folder.iterdir()) == others
+    for other in others:
+        other.unlink()
     recorded("torch", path=path, chunks=10**6)
     assert list(tmp_path.iterdir()) == [path]
     assert list(read_trace(path).tensors) == list(recorded("torch").tensors)
