@@ -234,6 +234,9 @@ def test_rules_of_activations_hold_for_gradients_inputs_and_calls_and_those_of_w
     assert moved.array("gradient/w").shape == (3, 2)
     assert set(moved.meta.deltas["float32"]) == {"forward/f", "cotangent/f", "gradient/w", "updated/w"}
     assert set(moved.meta.parts["float32"]) == {"forward/f", "cotangent/f", "gradient/w"}
+    kept = make_map({"m.w": "w"}, {"m": "f"}).apply_to_trace(given).meta.parts["float32"]
+    for new, old in {"updated/w": "updated/m.w", "forward/f": "forward/m"}.items():
+        assert kept[new] is given.meta.parts["float32"][old]
 
 
 @pytest.mark.parametrize("op", ["interleave 4 axis=1", "transpose", "joined"])

@@ -27,7 +27,6 @@ of which one has channels last); those of activations for activations and their 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,10 +41,8 @@ from shared_config.interchange.files import PathLike, written_aside
 from shared_config.interchange.toml import read_fields
 from shared_config.parity.foreign.containers import CALL
 from shared_config.parity.foreign.layout import Op, parse_op
-from shared_config.parity.foreign.site import renamed_readers
-from shared_config.parity.numerics import rms
-from shared_config.parity.parts import has_parts, only_scale
-from shared_config.parity.traces import COTANGENT, FORWARD, GRADIENT, ROUTES, ROUTING, UPDATED, Summary, Trace, group_of
+from shared_config.parity.foreign.renamed import renamed_meta
+from shared_config.parity.traces import COTANGENT, FORWARD, GRADIENT, ROUTES, ROUTING, UPDATED, Summary, Trace
 
 Values = Mapping[str, np.ndarray | Summary]
 
@@ -155,7 +152,7 @@ class Map:
                 full = f"{group}/{name}".rstrip("/")
                 tensors[full] = tensor
                 renamed[full] = tuple(f"{group}/{source}".rstrip("/") for source in sources[name])
-        return Trace(tensors, _renamed_meta(trace, tensors, renamed))
+        return Trace(tensors, renamed_meta(trace, tensors, renamed))
 
     def write(self, path: PathLike) -> None:
         """Write the map as TOML, atomically.
@@ -308,38 +305,6 @@ def _laid_out(array: np.ndarray, layout: Sequence[Op]) -> np.ndarray:
     for op in layout:
         array = op.apply(array)
     return array
-
-
-def _renamed_meta(trace: Trace, tensors: Values, sources: Mapping[str, tuple[str, ...]]) -> Any:
-    """Deltas by the new names: the root of the mean of squares where several tensors became one."""
-    meta = trace.meta
-    deltas = {}
-    for dtype, own in meta.deltas.items():
-        known = {new: [own[name] for name in names if name in own] for new, names in sources.items()}
-        deltas[dtype] = {new: rms(found) for new, found in known.items() if found}
-    parts = {
-        dtype: {
-            new: own[names[0]] if tensors[new] is trace.tensors[names[0]] else scale
-            for new, names in sources.items()
-            if all(name in own for name in names)
-            and (scale := _scale_of(tensors[new], names, trace, own, deltas.get(dtype, {}).get(new))) is not None
-        }
-        for dtype, own in meta.parts.items()
-    }
-    return dataclasses.replace(meta, deltas=deltas, parts=parts, extra=renamed_readers(meta.extra, sources))
-
-
-def _scale_of(
-    tensor: np.ndarray | Summary, names: Sequence[str], trace: Trace, own: Mapping[str, np.ndarray], delta: float | None
-) -> np.ndarray | None:
-    """Deltas of parts of a tensor that holds exactly what others held: of several the largest scale bounds its own."""
-    shapes = [trace.tensors[name].shape for name in names]
-    sizes = [math.prod(shape) for shape in shapes]
-    of_step = group_of(names[0]) == UPDATED
-    if of_step or delta is None or sum(sizes) != math.prod(tensor.shape) or not has_parts(tensor.shape):
-        return None
-    size = math.hypot(*(math.sqrt(count / sum(sizes)) * own[name][0] for count, name in zip(sizes, names, strict=True)))
-    return only_scale(size, max(float(own[name][1]) for name in names), delta, tensor.shape)
 
 
 def _rule_of(a: str, b: str | Sequence[str]) -> Rule:
