@@ -26,7 +26,7 @@ from shared_config.parity import (
 from shared_config.parity.foreign import layout
 from shared_config.parity.foreign.layout import NUMBERS
 from shared_config.parity.foreign.transfer import rules_of_inputs
-from shared_config.parity.parts import part_errors
+from shared_config.parity.parts import part_errors, unpacked
 from shared_config.parity.traces import Trace, TraceMeta
 
 SHAPE = (8, 12)
@@ -237,6 +237,22 @@ def test_rules_of_activations_hold_for_gradients_inputs_and_calls_and_those_of_w
     kept = make_map({"m.w": "w"}, {"m": "f"}).apply_to_trace(given).meta.parts["float32"]
     for new, old in {"updated/w": "updated/m.w", "forward/f": "forward/m"}.items():
         assert kept[new] is given.meta.parts["float32"][old]
+
+
+@pytest.mark.parametrize("order", [("q", "r"), ("r", "q")])
+def test_of_several_the_largest_scale_bounds_that_of_what_they_become(order: tuple[str, str]) -> None:
+    values = {f"forward/{name}": drawn(6, 5) for name in order}
+    errors = {"forward/q": 0.1 * values["forward/q"], "forward/r": 1e-3 * values["forward/r"]}
+    parts = {name: part_errors(error, values[name]) for name, error in errors.items()}
+    meta = TraceMeta(
+        "torch", "cpu", "float32", 0, "", deltas={"float32": dict.fromkeys(values, 0.1)},
+        parts={"float32": {name: own.packed() for name, own in parts.items()}},
+    )  # fmt: skip
+    moved = Map(activations=(Rule(order, ("f",), axis=1),)).apply_to_trace(Trace(values, meta))
+    found = unpacked(moved.meta.parts["float32"]["forward/f"], (6, 10))
+    assert found.scale == parts["forward/q"].scale > parts["forward/r"].scale
+    sizes = [own.size for own in parts.values()]
+    assert found.size == pytest.approx(np.sqrt(np.mean(np.square(sizes))))
 
 
 @pytest.mark.parametrize("op", ["interleave 4 axis=1", "transpose", "joined"])
