@@ -175,7 +175,7 @@ def script(tmp_path: Path) -> Path:
         (["fine.py:made", "--inverse"], "--inverse: there is no --map to turn round"),
         (["fine.py:made", "--refeed", "given", "--inverse"], "--inverse: there is no --map to turn round"),
         (["fine.py:made", "--model.dim", "3"], "--model.dim: record takes no config"),
-        (["fine.py:made", "--only", "nothing*"], "only = 'nothing*': matches no tensor of fine.py:made"),
+        (["fine.py:made", "--only", "nothing*"], "only = 'nothing*': matches no tensor; names are as forward/output"),
     ],
 )
 def test_what_can_not_be_recorded_is_said(

@@ -313,7 +313,9 @@ def test_what_a_trace_says_of_itself(tmp_path: Path) -> None:
     for each in (CONFIGS["text"], vit, load_config("debug_vlm_moma", SMALL + DRAWN)):
         lines += [f"{initial_hash(each, 1)} {initial_hash(each, 2)}"]
     check_golden("provenance.txt", "\n".join(lines) + "\n")
-    warm = load_config("debug_vlm_moma", [*SMALL, *DRAWN, "--vlm.warm_start_path=weights"])
+    warm = load_config(
+        "debug_vlm_mot", [*SMALL, *DRAWN, "--vlm.mot_warm_start_from_text=true", "--vlm.mot_warm_start_path=weights"]
+    )
     assert initial_hash(warm, 1) is None
 
 

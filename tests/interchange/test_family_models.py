@@ -78,7 +78,7 @@ def check(model: Any, folder: Path) -> None:
 
 
 def assert_back(model: Any, config: ModelConfig, state: Named, files: Named, folder: Path, tokens: np.ndarray) -> None:
-    """Written here: the same files, and in transformers the same model, to the bit."""
+    """Written here: the same files, to the bit, and in transformers the same model."""
     save_huggingface(folder, state, config)
     written = load_weights(folder)
     assert written.keys() == files.keys()
@@ -92,7 +92,8 @@ def assert_back(model: Any, config: ModelConfig, state: Named, files: Named, fol
     assert type(again) is type(model)
     ids = torch.from_numpy(tokens).long()
     with torch.no_grad():
-        assert torch.equal(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+        there, here = (each(ids, use_cache=False).logits for each in (model, again))
+    torch.testing.assert_close(here, there, rtol=1e-11, atol=1e-13)  # sums depend on where in memory weights begin
 
 
 def their_forward(model: Any, tokens: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -145,7 +145,7 @@ def assert_back(
     assert there.config.image_token_index == model.config.image_token_index
     with torch.no_grad():
         there_and_here = [logits_of_text(one, pixels, tokens, [2, 3]) for one in (there.eval(), model)]
-        assert torch.equal(*there_and_here)
+    torch.testing.assert_close(*there_and_here, rtol=1e-11, atol=1e-13)  # sums depend on where in memory weights begin
 
 
 # Settings
