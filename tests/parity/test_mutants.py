@@ -369,7 +369,8 @@ SLOW_IN_JAX = frozenset(
     f"check_{name}"
     for name in (
         "images", "stacks", "products", "moma", "no_tokens", "steps", "positions", "checkpointing", "rings", "wrappers",
-        "optimizer", "models", "copies", "capacity", "mot_block", "caches", "prefixes", "mot_experts", "tiles", "layers",
+        "optimizer", "models", "copies", "capacity", "mot_block", "caches", "prefixes", "mot_experts", "tiles",
+        "layers",
     )
 )  # fmt: skip
 """They run with all mutants, and what they check is checked by day too."""
