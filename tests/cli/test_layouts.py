@@ -16,6 +16,7 @@ from hypothesis import settings
 from shared_config.cli import main
 from shared_config.commands import validate
 from shared_config.commands.layouts import USUAL, layouts_left_out, layouts_to_compare
+from shared_config.contract.initialise import state_hash
 from shared_config.contract.sharding import MESH_AXES
 from shared_config.errors import UserError
 from shared_config.interchange.checkpoint import TrainingState
@@ -318,7 +319,7 @@ def leave(plan: Plan, backend: str, layout: DistributedConfig, place: int, chang
 
 @pytest.mark.parametrize("name", ["text", "past a window", "images", "prefix"])
 def test_a_layout_counts_the_positions_of_what_is_drawn(name: str, tmp_path: Path) -> None:
-    """A backend divides rows as long, and with as many images, as its config says."""
+    """A backend divides rows as long, and with as many images, as its config says; it starts from float32."""
     given = {
         "text": ("debug", TINY),
         "past a window": ("debug", (*TINY, "--model.sliding_window=25", "--model.max_seq_len=64")),
@@ -333,9 +334,11 @@ def test_a_layout_counts_the_positions_of_what_is_drawn(name: str, tmp_path: Pat
         def train(self, config: JobConfig, state: TrainingState, steps: Any) -> Spread:
             seen.extend((config, batch) for step in steps for batch in step)
             numbers, held_out = [{"loss": 0.0, "lr": 0.0}] * STEPS, np.zeros((2, 0))
-            return Spread(Trained(numbers, [state, state], held_out), {}, "cpu", {}, [], {})
+            initial = {"w": np.array([1 / 3])}
+            return Spread(Trained(numbers, [state, state], held_out), initial, "cpu", {}, [], {})
 
     trace = record_layout(Backend(), config)
+    assert trace.meta.initial_hash == state_hash({"w": np.array([1 / 3], np.float32)})
     assert trace.meta.config_fields == config_to_dict(config)
     for told, batch in seen:
         assert told.train.seq_len == batch["labels"].shape[1]

@@ -304,17 +304,20 @@ def capability(major: int) -> Iterator[None]:
         yield
 
 
-class Operands(TorchDispatchMode):
-    """Notes the dtypes of the factors of products."""
+class Products(TorchDispatchMode):
+    """Notes what products are added to, None if to nothing, and the dtypes of their factors; adds none."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.dtypes: set[tuple[torch.dtype, ...]] = set()
+        self.calls: list[tuple[Any, tuple[torch.dtype, ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket is torch.ops.aten.bmm:
-            self.dtypes.add(tuple(factor.dtype for factor in args[:2]))
-        return func(*args, **kwargs or {})
+        kwargs, ops = kwargs or {}, torch.ops.aten
+        is_added = func.overloadpacket in (ops.addmm, ops.addmm_)
+        if is_added or func.overloadpacket is ops.bmm:
+            place = args[0] if func.overloadpacket is ops.addmm_ else kwargs.get("out")
+            self.calls.append((place, tuple(factor.dtype for factor in args[1 if is_added else 0 :][:2])))
+        return args[0] if is_added else func(*args, **kwargs)
 
 
 def check_offsets(backend: str) -> None:
@@ -352,9 +355,9 @@ def check_offsets(backend: str) -> None:
             assert all(call.kwargs.keys() == {"offs"} for call in kernel.call_args_list)
         for device, hip, kept in (("cpu", None, F32), ("cuda:0", None, BF16), ("cuda:0", "6.3", F32)):
             x, y = (torch.empty(shape, device=device, dtype=torch.bfloat16) for shape in ((2, 3, 4), (2, 4, 5)))
-            with mock.patch.object(torch.version, "hip", hip), Operands() as seen:
+            with mock.patch.object(torch.version, "hip", hip), Products() as seen:
                 assert grouped._wide_product(x, y, torch.float32).dtype == torch.float32
-            assert seen.dtypes == {(getattr(torch, kept),) * 2}, (device, hip)
+            assert seen.calls == [(None, (getattr(torch, kept),) * 2)], (device, hip)
             assert all(call.kwargs["offs"] is ends for call in kernel.call_args_list)
             with mock.patch.object(grouped, "_grouped_matmul") as operator:
                 grouped.grouped_matmul(x, w.unbind(), ends)
@@ -634,22 +637,6 @@ def check_fused_step(backend: str) -> None:
             torch.testing.assert_close(one.state()[name], expected, rtol=1e-6, atol=1e-6, msg=name)
 
 
-class Written(TorchDispatchMode):
-    """Notes the dtypes of the factors of products that are added, and what their sums are written to; adds none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[torch.dtype, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if "addmm" in str(func):
-            place = args[0] if func.overloadpacket is torch.ops.aten.addmm_ else kwargs.get("out")
-            self.calls.append((place, tuple(factor.dtype for factor in args[1:3])))
-            return args[0] if place is None else place
-        return func(*args, **kwargs)
-
-
 def check_added_products(backend: str) -> None:
     """NVIDIA's products of narrow factors add to wide sums where these are; elsewhere the factors are cast."""
     head = module("torch", "training.head")
@@ -657,7 +644,7 @@ def check_added_products(backend: str) -> None:
         for device, hip, kept in (("cpu", None, F32), ("cuda:0", None, BF16), ("cuda:0", "6.3", F32)):
             a, b = (torch.empty(shape, device=device, dtype=torch.bfloat16) for shape in ((3, 4), (4, 5)))
             total = torch.empty(3, 5, device=device)
-            with mock.patch.object(torch.version, "hip", hip), Written() as seen:
+            with mock.patch.object(torch.version, "hip", hip), Products() as seen:
                 head._add_product(total, a, b)
             ((place, dtypes),) = seen.calls
             assert place is total, (device, hip)

@@ -40,6 +40,17 @@ def test_packed_experts_take_many_rows(backend: Torch) -> None:
 
 
 @on_both
+@pytest.mark.parametrize("experts", [2**15 - 1, 2**15, MANY])
+def test_many_experts_have_numbers_of_their_own(backend: Torch, experts: int) -> None:
+    """Tokens that have none come after those of the last."""
+    plan = backend.module("model.dispatch").plan_dispatch
+    chosen, valid = np.array([[experts - 1], [0], [0], [experts - 1]]), np.array([True, False, True, True])
+    found = plan(backend.array(chosen), backend.array(valid), experts, capacity=1)
+    assert backend.numpy(found.assignment_R)[:2].tolist() == [2, 0]
+    assert backend.numpy(found.ends_E)[[0, 1, -2, -1]].tolist() == [1, 1, 1, 2]
+
+
+@on_both
 @pytest.mark.parametrize("kind", ["SoftmaxTopKRouter", "SigmoidTopKRouter"])
 def test_routers_count_many_tokens(backend: Torch, kind: str) -> None:
     router = backend.build(getattr(backend.module("model.router"), kind), 1, 2, 1)

@@ -125,7 +125,7 @@ def assert_same(found: Sequence[Mapping[str, np.ndarray]], expected: Sequence[Ma
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("kind", ["plain", "two padded"])
+@pytest.mark.parametrize("kind", ["plain", "two padded", "two documents"])
 def test_steps_are_the_same(model: str, precision: str, kind: str, recorder: Recorder) -> None:
     """To the bit; from the third on they are replayed."""
     job, kinds = job_of(model, precision), [kind] * 5
@@ -225,7 +225,9 @@ def test_twice_as_much_memory_as_calls_take_is_free(free: int, has_room: bool, m
 def test_where_calls_are_recorded() -> None:
     compiled, plain = (tiny_job({}, train={"compile_model": value}) for value in (True, False))
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    experts = tiny_job(dict(MODELS["experts"]), train={"compile_model": True})
     assert recorded.can_record(compiled, gpu, is_alone=True)
+    assert recorded.can_record(experts, gpu, is_alone=True)
     assert not recorded.can_record(compiled, gpu, is_alone=False)
     assert not recorded.can_record(compiled, cpu, is_alone=True)
     assert not recorded.can_record(plain, gpu, is_alone=True)

@@ -41,10 +41,8 @@ from shared_config.interchange.files import PathLike, written_aside
 from shared_config.interchange.toml import read_fields
 from shared_config.parity.foreign.containers import CALL
 from shared_config.parity.foreign.layout import Op, parse_op
-from shared_config.parity.foreign.renamed import renamed_meta
+from shared_config.parity.foreign.renamed import Values, renamed_meta
 from shared_config.parity.traces import COTANGENT, FORWARD, GRADIENT, ROUTES, ROUTING, UPDATED, Summary, Trace
-
-Values = Mapping[str, np.ndarray | Summary]
 
 WEIGHTS, ACTIVATIONS = "weights", "activations"
 SECTION_OF = {FORWARD: ACTIVATIONS, ROUTING: ACTIVATIONS, COTANGENT: ACTIVATIONS, GRADIENT: WEIGHTS, UPDATED: WEIGHTS}
