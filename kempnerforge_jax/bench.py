@@ -88,15 +88,15 @@ class Machine:
 
         return self._kept(jax.jit(jax.grad(total, argnums=(0, 1))), parameters, x_BSD)
 
-    def decoder(self, job: JobConfig, prompt: Sequence[int], new: int) -> Callable[[], object]:
-        """So many tokens after a prompt, in the dtype of the job's arithmetic."""
+    def decoder(self, job: JobConfig, prompts: Sequence[Sequence[int]], new: int) -> Callable[[], object]:
+        """So many tokens after each prompt, in the dtype of the job's arithmetic."""
         graphdef, parameters, buffers = split(load_model(job.model, None, self.device))
         dtype = _compute_dtype(job)
         model = merge(graphdef, {name: array.astype(dtype) for name, array in parameters.items()}, buffers)
 
         def decoded() -> object:
             with matmul_precision(job.train.matmul_precision):
-                return generate(model, [prompt], new, temperature=0.0)
+                return generate(model, prompts, new, temperature=0.0)
 
         return self._kept(decoded)
 

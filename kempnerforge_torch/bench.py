@@ -81,11 +81,11 @@ class Machine:
 
         return call
 
-    def decoder(self, job: JobConfig, prompt: Sequence[int], new: int) -> Callable[[], object]:
-        """So many tokens after a prompt, in the dtype of the job's arithmetic."""
+    def decoder(self, job: JobConfig, prompts: Sequence[Sequence[int]], new: int) -> Callable[[], object]:
+        """So many tokens after each prompt, in the dtype of the job's arithmetic."""
         model = load_model(job.model, None, self.device).to(_compute_dtype(job))
         compiled = job.train.compile_model
-        return lambda: generate(model, [prompt], new, temperature=0.0, compile=compiled)
+        return lambda: generate(model, prompts, new, temperature=0.0, compile=compiled)
 
     def held(
         self, job: JobConfig, batches: Sequence[Batch]
@@ -172,10 +172,10 @@ class Foreign(Machine):
 
         return precise
 
-    def decoder(self, job: JobConfig, prompt: Sequence[int], new: int) -> Callable[[], object]:
+    def decoder(self, job: JobConfig, prompts: Sequence[Sequence[int]], new: int) -> Callable[[], object]:
         """As `Machine.decoder`; `generate` with a static cache, which on a GPU compiles by itself."""
         model = self._model(job).to(_compute_dtype(job)).eval()
-        ids = torch.tensor([list(prompt)], device=self.device)
+        ids = torch.tensor([list(prompt) for prompt in prompts], device=self.device)
         options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         mask = torch.ones_like(ids)
         return lambda: model.generate(ids, attention_mask=mask, cache_implementation="static", **options)

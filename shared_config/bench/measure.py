@@ -73,8 +73,8 @@ class Machine(Protocol):
         """The first layer of experts, forward and backward, for the tokens of a micro-batch."""
         ...
 
-    def decoder(self, job: JobConfig, prompt: Sequence[int], new: int) -> Call:
-        """So many tokens after a prompt, in the dtype of the job's arithmetic."""
+    def decoder(self, job: JobConfig, prompts: Sequence[Sequence[int]], new: int) -> Call:
+        """So many tokens after each prompt, in the dtype of the job's arithmetic."""
         ...
 
     def held(self, job: JobConfig, batches: Sequence[Batch]) -> tuple[dict[str, int], Mapping[str, Call]]:
@@ -171,7 +171,7 @@ def call_of(machine: Machine, request: Request) -> tuple[Call, Callable[[Timing,
         each = Timing(timing.first / new, tuple(seconds / new for seconds in timing.each))
         return Line(work, of, each, 1, bytes=read, peak=peak)
 
-    return machine.decoder(job, ids, new), line
+    return machine.decoder(job, [ids], new), line
 
 
 def memory_of(machine: Machine, config: JobConfig) -> dict[str, int]:

@@ -32,6 +32,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.benchmarks.pool import repeated
+
 Line = dict[str, Any]
 WARM_UP = 3
 LARGE = ("--train.batch_size=4", "--train.seq_len=4096")
@@ -167,21 +169,14 @@ def work(backend: str, run: Run, steps: int) -> None:
     from shared_config.loader import load_config
 
     config = load_config(run.config, run.arguments)
-    pool = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32)
-
-    def repeated(name: str, spec: Any, seed: int) -> np.ndarray:
-        if not hasattr(spec.initializer, "std"):
-            return np.full(spec.shape, spec.initializer.value, np.float32)
-        return np.resize(pool * np.float32(spec.initializer.std), spec.shape)
-
-    found = {"torch": work_torch, "jax": work_jax}[backend](config, run, steps, repeated)
+    found = {"torch": work_torch, "jax": work_jax}[backend](config, run, steps)
     if found is not None:
         tokens = run.micro_batches * config.train.batch_size * config.train.seq_len
         flops = step_flops(config, tokens, tower_of(config))
         print(json.dumps({**found, "tokens/s": tokens / found["seconds"], "flops": flops}), flush=True)
 
 
-def work_torch(config: Any, run: Run, steps: int, initial_value: Callable[..., np.ndarray]) -> Line | None:
+def work_torch(config: Any, run: Run, steps: int) -> Line | None:
     import torch
     import torch.distributed as dist
 
@@ -189,7 +184,7 @@ def work_torch(config: Any, run: Run, steps: int, initial_value: Callable[..., n
     from kempnerforge_torch.distributed.processes import joined
     from kempnerforge_torch.training.train import Trainer
 
-    init.initial_value = initial_value
+    init.initial_value = repeated
     with joined(None) as device:
         trainer = Trainer(config, device)
         own = trainer.ranks
@@ -200,14 +195,14 @@ def work_torch(config: Any, run: Run, steps: int, initial_value: Callable[..., n
         return {**found, "GiB": memory / 2**30} if not dist.is_initialized() or dist.get_rank() == 0 else None
 
 
-def work_jax(config: Any, run: Run, steps: int, initial_value: Callable[..., np.ndarray]) -> Line:
+def work_jax(config: Any, run: Run, steps: int) -> Line:
     import jax
 
     import kempnerforge_jax.model.init as init
     from kempnerforge_jax.layouts import _joined
     from kempnerforge_jax.training.train import Trainer
 
-    init.initial_value = initial_value
+    init.initial_value = repeated
     devices = jax.devices()[: run.devices]
     trainer = Trainer(config, devices)
     ranks = 1 if trainer.mesh is None else trainer.mesh.layout.data_ranks
