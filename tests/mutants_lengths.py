@@ -34,8 +34,8 @@ LENGTH_MUTANTS = (
     ),
     Mutant(
         "model.decode_state", "a token beyond 256 takes the slot before its own",
-        ("slots.transpose(1, axis)[rows_B1, targets] =",
-         "slots.transpose(1, axis)[rows_B1, targets - (targets > 256).long()] ="),
+        ("slots[rows_B1[..., None], heads_K1, targets.unsqueeze(-2)] =",
+         "slots[rows_B1[..., None], heads_K1, (targets - (targets > 256).long()).unsqueeze(-2)] ="),
         ("ref = slots.at[rows_B1, targets] if", "ref = slots.at[rows_B1, targets - (targets > 256)] if"),
     ),
     Mutant(

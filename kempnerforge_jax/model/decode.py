@@ -102,7 +102,7 @@ def _read(model: Transformer, request: Request, parts: tuple[Any, State, State])
     heads = config.kv_heads if model.vlm_config is None else model.vlm_config.cached_kv_heads(config)
     shape = (rows, request.cache_length, heads, config.head_size)
     spare = max((size for _, size in request.chunks), default=1) - 1
-    caches = SharedCaches.of(new_caches(config.layer_windows, *shape, dtype, spare=spare))
+    caches = _empty_caches(tuple(config.layer_windows), shape, dtype, spare)
     read, ends_B = _compiled_prefill(graphdef), jnp.asarray(prompts.lengths - 1 + request.image_tokens)
     stream = None
     if request.image_within:
@@ -118,6 +118,14 @@ def _read(model: Transformer, request: Request, parts: tuple[Any, State, State])
             context = replace(context or NO_LOGITS, prefix_lengths=request.prefix_lengths)
         caches = read(params, buffers, caches, chunk, context, ends_B)
     return caches.each(), jnp.asarray(prompts.tokens[np.arange(rows), prompts.lengths - 1])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty_caches(
+    windows: tuple[int | None, ...], shape: tuple[int, ...], dtype: np.dtype[Any], spare: int
+) -> SharedCaches:
+    """Those of all layers in one program, as to make an array takes the host longer than the device."""
+    return SharedCaches.of(new_caches(windows, *shape, dtype, spare=spare))
 
 
 def _chunk(values: np.ndarray, start: int, size: int) -> np.ndarray:

@@ -173,7 +173,7 @@ def _step(
     tokens_B: Tensor,
     uniforms_B: Tensor | None,
 ) -> Tensor:
-    read = compiled(advance) if compile else advance
+    read = compiled(advance, vectors=tokens_B.is_cuda and len(tokens_B) == 1) if compile else advance
     logits_BV = read(model, tokens_B, caches, image)
     if uniforms_B is None:
         return greedy(logits_BV)

@@ -239,7 +239,11 @@ class DecodeState:
         stored = self.policy.stored(length)
         targets, new = self._slots_of_next(length, stored), new.narrow(axis, length - stored, stored)
         rows_B1 = torch.arange(slots.shape[0], device=slots.device)[:, None]
-        slots.transpose(1, axis)[rows_B1, targets] = new.transpose(1, axis).to(slots.dtype)
+        if axis == 1:
+            slots[rows_B1, targets] = new.to(slots.dtype)
+        else:  # through a view the compiler would write all slots anew
+            heads_K1 = torch.arange(slots.shape[1], device=slots.device)[:, None]
+            slots[rows_B1[..., None], heads_K1, targets.unsqueeze(-2)] = new.to(slots.dtype)
 
     def _slots_of_next(self, length: int, stored: int) -> Tensor:
         """Slots of those of the next ``length`` tokens that are stored, (S,) or (B, S)."""
