@@ -60,7 +60,7 @@ def compiled(function: Callable[..., Shaped[Tensor, "..."]], vectors: bool) -> C
         vectors: write products of vectors as sums, which on a GPU read weights nearer to the speed of memory than its
             libraries' products of matrices do.
     """
-    options = {"coordinate_descent_tuning": True} if vectors else None
+    options: Any = {"coordinate_descent_tuning": True} if vectors else None
     program = torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
     def call(*inputs: Any) -> Tensor:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 from kempnerforge_torch.model import cuda_graph, decode
 from kempnerforge_torch.model.cuda_graph import CudaGraphStep
 from kempnerforge_torch.model.generate import generate, stream
-from kempnerforge_torch.model.kv_cache import KVCache
+from kempnerforge_torch.model.kv_cache import KVCache, new_caches
 from kempnerforge_torch.model.linear import Linear
 from kempnerforge_torch.model.moe import MoEMLP
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import VLMWrapper, build_vlm_wrapper
+from shared_config.contract.decoding import SamplingConfig
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.vision import VisionEncoderConfig
@@ -194,7 +198,46 @@ def test_pipeline_stages_are_refused() -> None:
         generate(stage, PROMPTS, 2)
 
 
+def test_a_compiled_step_writes_new_slots_alone() -> None:
+    """It holds nothing else of the size of a cache, which is that of no other tensor."""
+    config = CONFIG.replace(num_experts=0, n_layers=1, moe_frequency=1, n_kv_heads=1)
+    model, tokens_B, caches = Transformer(config), torch.tensor([1, 2]), new_caches([None], 2, 61, 1, 8, static=True)
+    with torch.inference_mode():
+        _, (code, *_) = run_and_get_code(
+            cuda_graph.compiled(decode.advance, vectors=False), model, tokens_B, caches, None
+        )
+    shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", code)
+    assert shapes
+    assert caches[0].k.numel() not in [math.prod(int(size) for size in shape.split(",") if size) for shape in shapes]
+    assert caches[0].lengths.tolist() == [1, 1]
+    assert [int((cache_BKSh != 0).any(dim=(0, 1, 3)).sum()) for cache_BKSh in (caches[0].k, caches[0].v)] == [1, 1]
+
+
 # The GPU
+
+
+@pytest.mark.parametrize(("rows", "is_cuda"), [(1, True), (2, True), (1, False)])
+def test_single_vectors_on_a_gpu_are_multiplied_in_loops_that_the_compiler_writes(
+    rows: int, is_cuda: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tokens:
+        def __init__(self) -> None:
+            self.is_cuda = is_cuda
+
+        def __len__(self) -> int:
+            return rows
+
+    asked: list[Any] = []
+
+    def noting(function: Any, **options: Any) -> Any:
+        asked.append(options["options"])
+        return lambda *_: torch.eye(rows, 3)
+
+    monkeypatch.setattr(torch, "compile", noting)
+    monkeypatch.setattr(decode, "compiled", cuda_graph.compiled.__wrapped__)
+    tokens: Any = Tokens()
+    decode._step(Transformer(CONFIG), SamplingConfig(temperature=0.0), [], None, True, tokens, None)
+    assert asked == [{"coordinate_descent_tuning": True} if rows == 1 and is_cuda else None]
 
 
 @pytest.mark.parametrize("drawn", [False, True])
@@ -251,7 +294,7 @@ def seeing(arch: str, **changes: Any) -> tuple[VLMWrapper, dict[str, Any]]:
 
 @cuda
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("case", ["dense", "experts", "window", *ARCHITECTURES, "joint_decoder, window"])
+@pytest.mark.parametrize("case", ["dense", "one row", "experts", "window", *ARCHITECTURES, "joint_decoder, window"])
 def test_a_recorded_step_draws_what_the_cpu_draws(
     case: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,7 +313,7 @@ def test_a_recorded_step_draws_what_the_cpu_draws(
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     options: dict[str, Any] = {"temperature": temperature, "top_k": 7, "seed": 1, "prefill_chunk": 4}
-    prompts = [[1, 2, 3, 4, 5, 6], [4]]
+    prompts = [[1, 2, 3, 4, 5, 6], [4]][: 1 if case == "one row" else 2]
     expected = generate(model, prompts, 12, **options, **images)
     replays: list[int] = []
     replay = torch.cuda.CUDAGraph.replay
@@ -281,5 +324,6 @@ def test_a_recorded_step_draws_what_the_cpu_draws(
     assert torch.equal(generate(model, prompts, 12, compile=True, **options, **images).cpu(), expected)
     assert len(replays) == 11
     streamed = list(stream(model, prompts, 12, compile=True, **options, **images))
-    assert [int(tokens[1]) for tokens in streamed] == expected[1, 1:13].tolist()
+    assert [int(tokens[0]) for tokens in streamed] == expected[0, 6:].tolist()
+    assert [int(tokens[-1]) for tokens in streamed] == expected[-1, len(prompts[-1]) :][:12].tolist()
     assert len(replays) == 23
