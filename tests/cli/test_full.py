@@ -62,7 +62,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_row_names_the_bugs_that_reach_it(kept: Path, tmp_path: Path, backend: str) -> None:
-    """Every third bug, in JAX every eighth; all of them under HYPOTHESIS_PROFILE=nightly."""
+    """Every fifth bug, in JAX every eighth; all of them under HYPOTHESIS_PROFILE=nightly."""
     assert not in_a_process(
         survey,
         kept,

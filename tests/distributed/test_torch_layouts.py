@@ -29,21 +29,21 @@ WINDOW = {"model": {"sliding_window": 3}}
 OVERFLOWING = {**SKIPPING, "model": {"embedding_scale": 2.5, "tie_embeddings": False}}
 BY_DAY = (
     Case("softmax", 2, {}),
-    Case("dense", 2, {}, SKIPPING),
     ADAPTED,
     Case("moma", 2, {}, NOISE),
     Case("sigmoid", 2, {"tp": 2}, RECOMPUTED),
-    Case("mot", 2, {"tp": 2}),
     Case("dense", 4, {"tp": 2}, MUON),
     Case("sigmoid", 2, {"cp": 2}, {**DOCUMENTS, "model": {"max_seq_len": 10}}),
     Case("sigmoid", 4, {"ep": 2, "tp": 2}),
-    Case("limited", 4, {"ep": 2, "dp_replicate": 2}),
     Case("scaled", 2, {"ep": 2}),
     Case("staged", 2, {"pp": 2}, DOCUMENTS),
-    Case("staged", 4, {"pp": 2, "tp": 2}),
     Case("softmax", 2, {"ep": 2}, OVERFLOWING, overflows=True),
 )
 BY_NIGHT = (
+    Case("limited", 4, {"ep": 2, "dp_replicate": 2}),
+    Case("staged", 4, {"pp": 2, "tp": 2}),
+    Case("mot", 2, {"tp": 2}),
+    Case("dense", 2, {}, SKIPPING),
     Case("dense", 4, {"dp_replicate": 2}, {**LORA, **RECOMPUTED}),
     Case("dense", 2, {"cp": 2}, LORA),
     Case("softmax", 2, {"ep": 2}, LORA),

@@ -25,7 +25,7 @@ def test_kernels_are_those_of_the_table(backend: str, check: Callable[[str], Non
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_other_choices_are_found(backend: str, record_property: Callable[[str, object], None]) -> None:
-    """Every third mutant, in JAX every sixth; all of them under HYPOTHESIS_PROFILE=nightly."""
+    """Every fifth mutant, in JAX every sixth; all of them under HYPOTHESIS_PROFILE=nightly."""
     mutants = of_this_run(mutants_in(KERNEL_MUTANTS, backend), backend, every=6)
     count, left = len(mutants), in_a_process(survey, backend, mutants)
     record_property("figure", f"kernels of {backend}: {count - len(left)}/{count} killed")

@@ -96,7 +96,7 @@ CHECKS: dict[str, tuple[Callable[[str], object], ...]] = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_planted_is_found(backend: str, record_property: Callable[[str, object], None]) -> None:
-    """Every third mutant, in JAX every sixth; all of them under HYPOTHESIS_PROFILE=nightly."""
+    """Every fifth mutant, in JAX every sixth; all of them under HYPOTHESIS_PROFILE=nightly."""
     mutants = of_this_run(mutants_in(PRECISION_MUTANTS, backend), backend, every=6)
     count, left = len(mutants), in_a_process(survey, backend, mutants)
     record_property("figure", f"narrow mutants of {backend}: {count - len(left)}/{count} killed")
