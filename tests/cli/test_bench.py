@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 
 from shared_config.bench.measure import Request, measured
 from shared_config.bench.result import FOREIGN, OURS, Result
+from shared_config.bench.works import batches_of
 from shared_config.cli import main
 from shared_config.commands import backends, bench
 from shared_config.errors import UserError
 from shared_config.interchange.toml import config_to_toml
+from shared_config.loader import load_config
 from tests.jobs import EXPERTS, tiny_job
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
@@ -174,3 +177,37 @@ def test_kernels_of_a_trace_are_counted_once() -> None:
         as_trace(("gemm", 1, 7, 3.0), ("dot.1", 1, 8, 3.0), ("PjitFunction", 2, 7, 9.0), ("add", 1, 7, 1.0))
     )
     assert [(kernel.name, pytest.approx(kernel.seconds)) for kernel in found] == [("gemm", 3e-6), ("add", 1e-6)]
+
+
+def test_a_peak_counts_what_recorded_steps_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tensors are free in the eyes of the allocator, which counts what others hold."""
+    bench = importlib.import_module("kempnerforge_torch.bench")
+    called: list[str] = []
+    segments = [
+        {"segment_pool_id": (0, 0), "total_size": 64, "allocated_size": 8},
+        {"segment_pool_id": (0, 1), "total_size": 32, "allocated_size": 4},
+        {"segment_pool_id": (0, 2), "total_size": 16, "allocated_size": 16},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: called.append("reset"))
+    monkeypatch.setattr(bench, "peak_memory", lambda _: called.append("read") or 100)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: called.append("wait"))
+    machine = bench.Machine("cpu")
+    machine.device, machine.is_accelerator = torch.device("cuda"), True
+    assert machine.peak(lambda: called.append("call")) == 100 + 28
+    assert called == ["reset", "call", "wait", "read"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_peak_of_a_recorded_step_grows_with_its_tokens() -> None:
+    bench, peaks = importlib.import_module("kempnerforge_torch.bench"), []
+    for batch_size in ("2", "8"):
+        overrides = [f"--train.batch_size={batch_size}", "--train.seq_len=512", "--train.mixed_precision=bf16"]
+        job = load_config("debug", [*overrides, "--model.max_seq_len=512"])
+        machine = bench.Machine("cuda")
+        step = machine.step(job, batches_of(job))
+        for _ in range(5):
+            step()
+        peaks.append(machine.peak(step))
+    assert peaks[1] > 1.5 * peaks[0]
