@@ -33,6 +33,8 @@ from shared_config.interchange.huggingface_config import config_to_huggingface
 from shared_config.interchange.outputs import refuse_overwriting
 from shared_config.schema.job import JobConfig
 
+MEMORY_OF_JAX = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+"""Take memory of a GPU as it is needed, and nearly all; by itself JAX takes three quarters at once, and no more."""
 FOREIGN_WORKS = ("train", "window", "decode")
 """What the models of transformers do too."""
 
@@ -106,7 +108,7 @@ def result_of(backend: str, request: Request, folder: Path) -> Result:
     """
     asked, found = folder / "asked.json", folder / "found.json"
     asked.write_text(json.dumps(request.to_json()), encoding="utf-8")
-    environment = environment_of({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, platform_of(request))
+    environment = environment_of(MEMORY_OF_JAX, platform_of(request))
     lines = failures_of("shared_config.commands.measure", [backend, str(asked), str(found)], environment)
     if lines:
         raise UserError("\n".join(f"{request.work}, {backend}: {line}" for line in lines))

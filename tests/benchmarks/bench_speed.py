@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from shared_config.commands.bench import MEMORY_OF_JAX
 from tests.benchmarks.bench_scaling import SINGLE, limits
 from tests.benchmarks.pool import repeated
 
@@ -144,7 +145,7 @@ def measure(backend: str, run: Run, rounds: int, device: str) -> Line:
     """What a process of its own finds."""
     asked = json.dumps([backend, dataclasses.asdict(run), rounds, device])
     own = ["-m", "tests.benchmarks.bench_speed", "--worker", asked]
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment = {**MEMORY_OF_JAX, **os.environ}
     ended = subprocess.run([sys.executable, *own], env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in ended.stdout.splitlines() if line.startswith('{"first"')]
     about = {"backend": backend, "run": run.name}

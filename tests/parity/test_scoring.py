@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 
 from shared_config.contract.labels import IGNORED
@@ -33,3 +34,12 @@ def test_rows_are_scored_by_the_labels_that_count(backend: Torch) -> None:
     np.testing.assert_allclose(total, np.where(counts, chosen, 0).sum(axis=1), rtol=1e-6)
     assert is_greedy.tolist() == [True, True, False, False, True]
     assert total[4] == 0
+
+
+@on_both
+def test_what_bfloat16_models_find_is_summed_in_float32(backend: Torch) -> None:
+    config = tiny_job({"vocab_size": 40, "n_layers": 1}).model
+    tokens, labels = (RNG.integers(0, 40, (5, 6)) for _ in range(2))
+    model = backend.model(config, validation_weights(parameter_table(config), 0), dtype="bfloat16")
+    total, _ = backend.module("training.scoring").scores(model, tokens, labels)
+    assert (total.astype(ml_dtypes.bfloat16) != total).any()
