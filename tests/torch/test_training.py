@@ -15,6 +15,7 @@ from kempnerforge_torch.training.blocks import compile_blocks
 from kempnerforge_torch.training.loss import cross_entropy, mean_cross_entropy
 from kempnerforge_torch.training.mixed_precision import matmul_precision
 from kempnerforge_torch.training.optimizer import (
+    _initial_state,
     build_optimizer,
     clip_by_global_norm,
     get_optimizer_state,
@@ -165,6 +166,16 @@ class TestClipping:
 
 
 class TestOptimizer:
+    def test_steps_are_counted_in_float32_whatever_the_default(self):
+        weight = torch.zeros(3)
+        optimizer = torch.optim.AdamW([weight])
+        torch.set_default_dtype(torch.float64)
+        try:
+            state = _initial_state(weight, optimizer, ["exp_avg"])
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert {name: value.dtype for name, value in state.items()} == dict.fromkeys(state, torch.float32)
+
     def parameters(self) -> dict[str, torch.Tensor]:
         values = draw_gradients(seed=5)
         return {name: torch.nn.Parameter(torch.from_numpy(values[name])) for name in TABLE}
