@@ -43,7 +43,7 @@ OPTIMIZER_MUTANTS = (
            ("x_RC / (jnp.linalg.norm(x_RC, axis=(-2, -1), keepdims=True)", "x_RC / (jnp.linalg.norm(x_RC)")),
     both("training.muon", "the cubic forgotten", "(B * gram_RR + C", "(0 * gram_RR + C"),
     Mutant("training.schedule_free", "bias correction off by one",
-           ('int(state["step"])', '(int(state["step"]) + 1)'), ("** count))", "** (count + 1)))")),
+           (".double())", ".double().add(1))"), ("** count))", "** (count + 1)))")),
     Mutant("training.schedule_free", "decay at the newest weights",
            ('u.add_(y, alpha=group["weight_decay"])', 'u.add_(y + d, alpha=group["weight_decay"])'),
            ("rates.decay * y", "rates.decay * (y + d)")),

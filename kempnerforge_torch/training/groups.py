@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ Held = tuple[Float[Tensor, "..."], Float[Tensor, "..."], dict[str, Float[Tensor,
 """A parameter, its gradient, and what an optimiser keeps of it."""
 
 
-def with_gradients(optimizer: torch.optim.Optimizer, group: Group) -> Iterator[Held]:
+def with_gradients(optimizer: torch.optim.Optimizer, group: Group) -> list[Held]:
     """Each parameter of a group that has a gradient; in its state the step of now is counted."""
-    for parameter in group["params"]:
-        if parameter.grad is not None:
-            state = optimizer.state[parameter]
-            state["step"] += 1
-            yield parameter, parameter.grad, state
+    parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+    held = [(parameter, parameter.grad, optimizer.state[parameter]) for parameter in parameters]
+    if held:
+        torch._foreach_add_([state["step"] for _, _, state in held], 1)  # pyright: ignore[reportPrivateImportUsage]
+    return held

@@ -54,7 +54,7 @@ def build_optimizer(
             group["weight_decay"] = config.weight_decay if group[_DECAYS] else 0.0
         part = registry.get("optimizer", kind)(groups, config)
         for name, tensor in own.items():
-            part.state[tensor] = _initial_state(tensor, part, moments_of(config, name, table[name]))
+            part.state[tensor] = _initial_state(tensor, moments_of(config, name, table[name]))
         parts.append(part)
     optimizer = parts[0] if len(parts) == 1 else _Together(parts)
     optimizer.defaults[AVERAGE] = config.ema_decay
@@ -155,7 +155,7 @@ def stays_finite(optimizer: torch.optim.Optimizer, rates: Rates) -> Bool[Tensor,
         before = _snapshot(optimizer)
         set_rates(optimizer, rates)
         _step(optimizer)
-        is_finite = torch.stack([tensor.isfinite().all().to(before[0][1].device) for tensor, _ in before]).all()
+        is_finite = torch.stack([tensor.isfinite().all() for tensor, _ in before]).all()
         _restore(before, torch.zeros_like(is_finite))
         return is_finite
     finite = []
@@ -278,11 +278,10 @@ def _moments(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {_MOMENTS.get(key, key): value for key, value in state.items() if key != "step"}
 
 
-def _initial_state(tensor: Tensor, optimizer: torch.optim.Optimizer, moments: Sequence[str]) -> dict[str, Tensor]:
-    device = tensor.device if optimizer.defaults.get("fused") else torch.device("cpu")
+def _initial_state(tensor: Tensor, moments: Sequence[str]) -> dict[str, Tensor]:
     keys = {moment: key for key, moment in _MOMENTS.items()}
     zeros = {keys.get(moment, moment): torch.zeros_like(tensor, requires_grad=False) for moment in moments}
-    return {"step": torch.zeros((), dtype=torch.float32, device=device), **zeros}
+    return {"step": torch.zeros((), dtype=torch.float32, device=tensor.device), **zeros}
 
 
 def _snapshot(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
@@ -296,7 +295,7 @@ def _snapshot(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
 def _restore(before: list[tuple[Tensor, Tensor]], keep: Tensor) -> None:
     """Restore the saved value of each tensor, unless the bool scalar is true."""
     for tensor, saved in before:
-        tensor.copy_(torch.where(keep.to(tensor.device), tensor, saved))
+        tensor.copy_(torch.where(keep, tensor, saved))
 
 
 def _with_gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:

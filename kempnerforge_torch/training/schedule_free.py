@@ -13,11 +13,15 @@ c is a rate of each step: `shared_config.contract.schedule.average_share`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from kempnerforge_torch.distributed.ranks import local
 from kempnerforge_torch.registry import registry
-from kempnerforge_torch.training.groups import Group, with_gradients
+from kempnerforge_torch.training.groups import Group, Held, with_gradients
 from shared_config.schema.optimizer import OptimizerConfig
 
 
@@ -33,10 +37,16 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
         """One step with the gradients of the parameters."""
         for group in self.param_groups:
             (b1, b2), lr, c = group["betas"], group["lr"], group["average"]
-            for parameter, gradient, state in with_gradients(self, group):
+            held = with_gradients(self, group)
+            for (parameter, gradient, state), correction in zip(held, _corrections(held, b2), strict=True):
                 y, g, d, v = (local(tensor) for tensor in (parameter, gradient, state["d"], state["exp_avg_sq"]))
                 v.mul_(b2).addcmul_(g, g, value=1 - b2)
-                u = g / ((v / (1 - b2 ** int(state["step"]))).sqrt_().add_(group["eps"]))
+                u = g / ((v / correction).sqrt_().add_(group["eps"]))
                 u.add_(y, alpha=group["weight_decay"])
                 y.add_(d, alpha=c).sub_(u, alpha=lr * (1 - b1 * (1 - c)))
                 d.sub_(u, alpha=b1 * lr).mul_(1 - c)
+
+
+def _corrections(held: Sequence[Held], b2: float) -> Sequence[Float[Tensor, ""]]:
+    """1 - b2^t of each parameter, in float64, where the counts t are: the host does not wait for them."""
+    return (1 - b2 ** torch.stack([state["step"] for _, _, state in held]).double()).unbind() if held else ()

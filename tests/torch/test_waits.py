@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from kempnerforge_torch.model import router
 from kempnerforge_torch.training import fused_adamw
+from kempnerforge_torch.training.optimizer import Step, build_optimizer
 from kempnerforge_torch.training.train import Trainer
+from shared_config.contract.moments import optimizer_of
+from shared_config.contract.parameters import parameter_table
 from shared_config.contract.schedule import Rates
 from shared_config.data import open_data
 from shared_config.loader import load_config
@@ -59,6 +62,19 @@ def test_the_fused_update_waits_for_nothing(skips: bool, monkeypatch: pytest.Mon
         step = fused_adamw.FusedStep(trainer.optimizer, gradients, Rates(0.1, 0.1), torch.ones(()))
         step.take(step.stays_finite() if skips else None)
     assert found == []
+
+
+@pytest.mark.parametrize(("name", "average"), [("lion", 0.0), ("muon", 0.9), ("schedule_free_adamw", 0.0)])
+def test_an_update_that_may_be_skipped_waits_for_nothing(name: str, average: float) -> None:
+    """On a device that has no values to ask for."""
+    job = tiny_job({}, optimizer={"name": name, "ema_decay": average}, scheduler={"name": "constant"})
+    table = parameter_table(job.model)
+    own = [key for key, spec in table.items() if optimizer_of(job.optimizer, key, spec) == name]
+    parameters = {key: nn.Parameter(torch.empty(table[key].shape, device="meta")) for key in own}
+    optimizer = build_optimizer(parameters, table, job.optimizer)
+    gradients: dict[Tensor, Tensor] = {tensor: torch.empty_like(tensor) for tensor in parameters.values()}
+    step = Step(optimizer, gradients, Rates(0.1, 0.1), torch.empty((), device="meta"))
+    step.take(step.stays_finite())
 
 
 @pytest.mark.parametrize("arch", ["moma", "mot"] if NIGHTLY else ["moma"])

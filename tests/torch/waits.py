@@ -31,7 +31,6 @@ ON_THE_CPU_ALONE = {
     ("training/optimizer.py", "update"): "the CPU decides by itself whether to take a step",
     ("training/optimizer.py", "_step"): "of parameters on the CPU, AdamW's counts of updates are numbers",
     ("training/optimizer.py", "step"): "likewise, of several optimisers",
-    ("training/schedule_free.py", "step"): "its counts of updates are on the host, as of any that is not fused",
     ("distributed/pipeline.py", "_run"): "what the engine of torch asks is its own",
     ("distributed/ranks.py", "number"): "a number that hosts add up",
     ("distributed/mesh.py", "group"): "a mesh of ranks is the host's",
