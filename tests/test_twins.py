@@ -41,6 +41,7 @@ ENGINES = {
     "distributed/context_parallel.py": "both: torch puts methods in the place of others; JAX within a map over devices",
     "distributed/devices.py": "jax: type checkers know nothing of its devices",
     "distributed/expert_parallel.py": "both: torch has operators with gradients, or sends rows to where they belong",
+    "distributed/failures.py": "torch: the service that joins JAX's processes ends the others itself",
     "distributed/flops.py": "jax: programs that can be read",
     "distributed/fsdp.py": "both: FSDP2 gathers by hooks; JAX within a map over the data ranks",
     "distributed/health.py": "both: a process of torch has one device, those of JAX have all that they see",

@@ -95,7 +95,9 @@ def check_health(bench: Bench, seconds: float) -> None:
         if said is None:
             raise UserError(f"health check: rank 0 has not answered within {3 * seconds:g} s")
         if said:
-            raise UserError("health check: devices fail; rank 0 says which")
+            error = UserError("health check: devices fail; rank 0 says which")
+            error.shown_elsewhere = True
+            raise error
         return
     end = time.monotonic() + seconds
     told = {rank: bench.receive(rank, max(0.1, end - time.monotonic())) for rank in range(1, bench.processes)}

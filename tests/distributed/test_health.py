@@ -104,7 +104,7 @@ def test_a_command_ends_where_a_device_is_stuck(backend: str, tmp_path: Path) ->
     text = f"health check: rank 1 on {socket.gethostname()}, {device}: no product of matrices within 5 s"
     assert [status for _, status in ends] == [2, 2]
     assert f"kempnerforge: {text}\n" in ends[0][0]
-    assert f"kempnerforge: rank 1: {OTHERS}\n" in ends[1][0]
+    assert "kempnerforge: " not in ends[1][0]
     assert not (tmp_path / "run").exists()
 
 
