@@ -15,8 +15,12 @@ from tests.mutation.runs import ROOT, Recorder, run_tests
 Record = dict[str, dict[str, Any]]
 FILE = ROOT / ".cache" / "mutation" / "record.json"
 AT_ONCE = 2
-READERS = {"tests/test_twins.py": "kempnerforge_"}
-"""Test files that read sources instead of entering functions, and which paths they read."""
+READERS = {
+    "tests/test_twins.py": "kempnerforge_",
+    "tests/test_annotations.py": "",
+    "tests/config/test_settled.py": "shared_config/",
+}
+"""Test files that read sources or signatures instead of entering functions, and which paths they read."""
 UNFIT = re.compile(
     r"(?i)mutant|mutated_source|in_a_process"  # every change of a line is an error to lists of bugs in source text
     r"|send_signal"  # depends on what else the machine does

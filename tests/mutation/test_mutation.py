@@ -109,7 +109,9 @@ def test_tests_that_enter_the_function_are_chosen_each_file_in_turn() -> None:
 
 def test_tests_that_read_sources_see_every_function_of_them() -> None:
     record = {"tests/test_twins.py": recorded(("twins::1", 1.0, []), also=[])}
-    for file, chosen in (("kempnerforge_jax/model/a.py", [("twins::1", 1.0)]), ("shared_config/a.py", [])):
+    record["tests/config/test_settled.py"] = recorded(("settled::1", 1.0, []), also=[])
+    for file, name in (("kempnerforge_jax/model/a.py", "twins::1"), ("shared_config/a.py", "settled::1")):
+        chosen = [(name, 1.0)]
         assert choose(record, Mutation(file, "f", "", 0, 0, "", "", ""), {}, 100) == chosen
 
 

@@ -344,6 +344,20 @@ def test_experts_of_a_modality_see_its_tokens_alone(backend: Any) -> None:
     assert np.abs(apart - backend.numpy(out)).max() > 1e-3
 
 
+@on_both
+def test_padding_among_the_members_of_a_layer_takes_no_expert(backend: Any) -> None:
+    layer = drawn(backend, backend.build(backend.module("model.moe").build_moe, 16, 24, 3, 2))
+    real, members = RNG.random((2, 2, 6)) < 0.6
+    routed = real & members
+    assert 0 < routed.sum() < members.sum() < 12
+    output = layer.run(backend.array(X), backend.array(real), members=backend.array(members))
+    alone = layer.run(backend.array(X[routed][None]))
+    np.testing.assert_allclose(backend.numpy(output.x)[routed], backend.numpy(alone.x)[0], rtol=1e-10)
+    assert (backend.numpy(output.x)[~routed] == 0).all()
+    counts, expected = (backend.numpy(each.stats.expert_counts) for each in (output, alone))
+    np.testing.assert_array_equal(counts, expected)
+
+
 def test_torch_draws_noise_in_training_alone() -> None:
     router = BACKENDS[0].build(torch_moma.ExpertChoiceSigmoidRouter, 16, 3, 0.5)
     plain = BACKENDS[0].build(torch_moma.ExpertChoiceSigmoidRouter, 16, 3, 0.5, gumbel_noise=False)

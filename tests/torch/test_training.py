@@ -461,6 +461,16 @@ def test_compiled_blocks_compute_the_same():
     assert_all_same_function(compiled.state().weights, plain.state().weights)
 
 
+def test_blocks_are_compiled_as_one_program_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch):
+    model, asked = Trainer(tiny_job(EXPERTS), "cpu").model, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda _, **options: asked.append(options["fullgraph"]))
+    compile_blocks(model, torch.device("meta"))
+    compile_blocks(model, torch.device("meta"), fullgraph=False)
+    layers = len(asked) // 2
+    assert layers
+    assert asked == [True] * layers + [False] * layers
+
+
 def double(job: JobConfig) -> Trainer:
     return Trainer(job, dtype=torch.float64)
 
