@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 
 from shared_config.contract.parameters import parameter_table
 from shared_config.errors import UserError
@@ -388,6 +388,7 @@ def test_no_delta_lets_a_difference_of_five_times_pass(delta, name, dtype, facto
 
 
 @given(delta=FLOATS, share=st.sampled_from([0.6, 1.0]), dtype=st.sampled_from(["float32", "bfloat16"]))
+@example(delta=100.0, share=0.6, dtype="bfloat16")
 def test_no_delta_lets_most_routes_and_all_counts_differ(delta, share, dtype):
     routes = np.random.default_rng(0).integers(0, 8, (50, 2))
     moved = np.where(np.arange(50)[:, None] < share * 50, (routes + 1) % 8, routes)

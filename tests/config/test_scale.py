@@ -15,7 +15,16 @@ from shared_config.cli import main
 from shared_config.contract.activations import WIDENED, buffer_bytes, expert_rows, gathers_tokens
 from shared_config.contract.counts import count_parameters, flops_per_token, training_memory
 from shared_config.contract.labels import rows_of_logits
-from shared_config.contract.scale import HARDWARE, Cost, Hardware, candidates, cost_of, parse_hardware, transfer_seconds
+from shared_config.contract.scale import (
+    HARDWARE,
+    Cost,
+    Hardware,
+    candidates,
+    cost_of,
+    memory_of,
+    parse_hardware,
+    transfer_seconds,
+)
 from shared_config.contract.sharding import Layout, layout_of
 from shared_config.contract.traffic import Traffic, step_traffic
 from shared_config.errors import UserError
@@ -147,6 +156,20 @@ def test_what_recomputation_saves_and_costs(model: str) -> None:
     assert len({kept[0], kept[1], kept[3]}) == 3
     assert none.compute == selective.compute <= narrow.compute < full.compute < none.compute * 4 / 3
     assert (narrow.compute > selective.compute) == (kept[2] < kept[1])
+
+
+@pytest.mark.parametrize("mode", ["full", "none"])
+@pytest.mark.parametrize("width", [0.125, 2.0])
+def test_where_some_layers_are_mixtures_the_kind_that_keeps_most_counts(width: float, mode: str) -> None:
+    """Experts that are narrow or wide, beside dense layers."""
+    job = job_in("moe_small", Layout(), activation_checkpointing=mode)
+    model = job.model.replace(moe_expert_ffn_multiplier=width)
+    mixed, mixtures, dense = (
+        memory_of(job.replace(model=model.replace(**changes)), 1).activations
+        for changes in ({"moe_frequency": 2}, {}, {"num_experts": 0})
+    )
+    assert mixed == max(mixtures, dense)
+    assert (mixtures > dense) == (width == 2)
 
 
 def test_fsdp_moves_three_times_the_parameters() -> None:
