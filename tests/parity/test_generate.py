@@ -555,6 +555,17 @@ def test_a_single_token_may_follow_an_image_and_be_streamed(backend: Any, arch: 
     np.testing.assert_array_equal(np.stack(list(steps), axis=1), seen_and_continued(ARCHITECTURES[arch], True)[1:2])
 
 
+@on_both
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_after_an_image_as_much_is_read_as_a_prompt_has_tokens(backend: Any, arch: str) -> None:
+    model, request = seeing_model(backend, ARCHITECTURES[arch]), backend.module("model.request")
+    options = {"prompt_lengths": None, "uniforms": None, "image_positions": None, "frame_mask": SHOWN}
+    asked = request.make_request(
+        model, PROMPTS, NEW, SamplingConfig(temperature=0.0), prefill_chunk=1, pixel_values=PIXELS, **options
+    )
+    assert list(asked.chunks) == [(start, 1) for start in range(max(map(len, PROMPTS)) - 1)]
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_model_that_sees_may_be_given_text_alone(arch: str) -> None:
     model = seeing_model(BACKENDS[0], ARCHITECTURES[arch])
