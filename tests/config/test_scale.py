@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_config.cli import main
-from shared_config.contract.activations import WIDENED, buffer_bytes, expert_rows, gathers_tokens
+from shared_config.contract.activations import WIDENED, buffer_bytes, expert_rows, gathers_tokens, kept_bytes
 from shared_config.contract.counts import count_parameters, flops_per_token, training_memory
 from shared_config.contract.labels import rows_of_logits
 from shared_config.contract.scale import (
@@ -263,6 +263,22 @@ def test_experts_that_no_other_device_holds_are_copied() -> None:
     assert held[2] == held[5]
 
 
+@pytest.mark.parametrize(("factor", "numbers"), [(0.0, 5), (1.25, 7)])
+def test_what_ranks_that_share_experts_keep_more_of_a_token_by_hand(factor: float, numbers: int) -> None:
+    """The sums of the other's experts, and of each rank's choices their places: two of 16 experts, in bfloat16."""
+    alone, shared = (job_in("moe_small", Layout(dp_shard=count, ep=ep)) for count, ep in ((2, 1), (1, 2)))
+    kept, rows = [], []
+    for job in (alone, shared):
+        job = job.replace(model=job.model.replace(moe_capacity_factor=factor))
+        layout = layout_of(job.distributed, 2)
+        kept.append(kept_bytes(job, layout, is_moe=True, mode="none"))
+        rows.append(expert_rows(job, layout))
+    assert gathers_tokens(shared, layout_of(shared.distributed, 2))
+    of_a_row = 2 * (1024 + 2 * 2 * 2816)
+    of_a_token = 4 * (2 * 1024 + numbers * 2 * 2)
+    assert kept[1] - kept[0] - of_a_row * (rows[1] - rows[0]) == of_a_token * 4 * 2048
+
+
 def test_room_for_rows_of_experts_by_hand() -> None:
     job = load_config("moe_small")
     own = 8192 * 2
@@ -376,6 +392,8 @@ def test_the_memory_of_gathered_weights_and_logits_by_hand() -> None:
     assert memory.gathered == 2 * (2 * block + outside) + (2 + 4) * outside
     rows = rows_of_logits(8192, 4096, 128256, 2)
     assert memory.logits == 2 * 2 * rows * 128256 + 4 * 2 * min(rows * 128256, WIDENED)
+    alone = cost("llama3_8b", Layout(), mixed_precision="bf16").memory
+    assert alone.gathered == (2 + 4) * outside
     rows = rows_of_logits(8192, 4096, 64128, 2)
     assert cost("llama3_8b", Layout(dp_shard=8, tp=2)).memory.logits == (2 * 2 + 4 * 3) * rows * 64128
 
