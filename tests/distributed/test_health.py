@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -121,6 +122,14 @@ def as_torchrun(processes: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
         }
         for rank, each in enumerate(processes)
     ]
+
+
+@pytest.mark.parametrize("backend", MODULES)
+def test_products_are_computed_in_both_dtypes(backend: str) -> None:
+    """The second rounds what the first holds."""
+    bench = torch_health.Bench(torch.device("cpu"), 1.0) if backend == "torch" else jax_health.Bench(jax.devices()[:1])
+    a, one = np.full((1, 1), 1 + 2**-12, np.float32), np.ones((1, 1), np.float32)
+    assert [product.item() for product in bench.products(0, a, one)] == [1 + 2**-12, 1]
 
 
 @pytest.mark.parametrize("backend", MODULES)
