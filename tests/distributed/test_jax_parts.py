@@ -22,7 +22,6 @@ from kempnerforge_jax.distributed.expert_parallel import AXIS
 from kempnerforge_jax.distributed.flops import product_flops
 from kempnerforge_jax.distributed.health import Bench
 from kempnerforge_jax.model.build import build_model
-from kempnerforge_jax.training import train
 from kempnerforge_jax.training.muon import muon
 from shared_config.errors import ConfigError
 from shared_config.schema.optimizer import OptimizerConfig
@@ -80,15 +79,6 @@ def test_programs_of_several_processes_run_one_after_another(
     with processes.joined("cpu"):
         pass
     assert told == ({"jax_cpu_enable_async_dispatch": False} if has_joined or launch else {})
-
-
-def test_the_peak_of_a_process_is_that_of_its_fullest_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = {"a": 3, "b": 5, "c": None}
-    monkeypatch.setattr(train, "peak_memory", held.__getitem__)
-    of_all: Any = SimpleNamespace(_own_devices=["a", "b", "c"])
-    assert train.Trainer.peak_memory(of_all) == 5
-    of_all._own_devices = ["c"]
-    assert train.Trainer.peak_memory(of_all) is None
 
 
 def test_slices_are_of_tpus_whatever_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import pytest
 import torch
+from rich.console import Console
 
 import kempnerforge_jax.device as jax_device
 import kempnerforge_jax.training.train as jax_training
@@ -19,7 +20,7 @@ from shared_config.contract.peaks import peak_flops
 from shared_config.evaluation.samples import read_samples
 from shared_config.schema.job import JobConfig
 from shared_config.training.speed import Devices, resident_peak
-from tests.jobs import text_job
+from tests.jobs import text_job, tiny_job
 
 TRAINING = {"torch": torch_training, "jax": jax_training}
 
@@ -59,6 +60,26 @@ def test_devices_of_torch_say_what_they_held(monkeypatch: pytest.MonkeyPatch) ->
 def job_of(folder: Path) -> JobConfig:
     train, place = {"max_steps": 3, "health_check_seconds": 300}, {"dir": str(folder / "run")}
     return text_job(folder, train=train, checkpoint=place)
+
+
+@pytest.mark.parametrize("backend", TRAINING)
+def test_a_run_is_told_where_it_is_shown_and_what_was_overridden(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, told = TRAINING[backend], dict[str, Any]()
+    trainer = SimpleNamespace(ranks=SimpleNamespace(rank=0, own=range(1), count=1), devices=Devices(1, "cpu"))
+    monkeypatch.setattr(module, "Trainer", lambda *_, **__: trainer)
+    monkeypatch.setattr(module, "run_training", lambda *given, **named: told.update(named, given=given))
+    job, console = text_job(tmp_path), Console()
+    module.train(job, device="cpu", console=console, overridden=("train.max_steps",))
+    assert told["given"][:2] == (job, trainer)
+    assert (told["console"], told["overridden"]) == (console, ("train.max_steps",))
+
+
+@pytest.mark.parametrize("backend", TRAINING)
+def test_what_only_evaluates_has_no_moments(backend: str) -> None:
+    trainer = TRAINING[backend].Trainer(tiny_job({"n_layers": 1}), "cpu", draws=False, trains=False)
+    assert not trainer.optimizer_state if backend == "jax" else not trainer.optimizer.state
 
 
 @pytest.mark.gpu
