@@ -14,6 +14,7 @@ from kempnerforge_jax.model.expert_choice import ExpertChoiceSigmoidRouter
 from kempnerforge_jax.model.hooks import capture
 from kempnerforge_jax.model.modality import ModalityContext
 from kempnerforge_jax.model.state import get_state, merge, set_state, split
+from kempnerforge_jax.model.transformer import Transformer
 from kempnerforge_jax.model.vlm import VLMWrapper, build_vlm_wrapper, inner_transformer
 from shared_config.contract.vision import vit_tower, wrapper_table
 from shared_config.schema import (
@@ -195,3 +196,15 @@ def test_bfloat16_models_keep_their_routers_wide() -> None:
     assert logits.dtype == jnp.bfloat16
     assert activations["transformer.layers.0.mlp.experts.text.router.gate"].dtype == jnp.float32
     assert np.isfinite(logits.astype(jnp.float32)).all()
+
+
+def test_a_wrapper_hands_on_every_option_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = model_of("joint_decoder"), jnp.zeros((1, 2), jnp.int32)
+    options: Any = {name: name for name in ("kv_caches", "limit_capacity", "factored_logits", "scan_layers", "remat")}
+    monkeypatch.setattr(Transformer, "run", lambda _, given, **others: (given, others))
+    given, others = model.run(None, ids, **options)
+    assert given is ids
+    assert {name: value for name, value in others.items() if name != "modality"} == {
+        **options,
+        "allow_image_inputs": False,
+    }

@@ -25,6 +25,7 @@ import kempnerforge_jax.parity as of_jax
 import kempnerforge_torch.parity as of_torch
 from shared_config.errors import UserError
 from shared_config.parity import Trace, compare_functions, make_map, read_trace, record, tap
+from shared_config.parity.foreign.recorder import FINE, is_exact
 from shared_config.parity.foreign.site import site_of
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
@@ -448,3 +449,16 @@ def test_what_a_map_names_and_nothing_has_is_said(letter: str, place: int, secti
     assert f"map: a has nothing that {wrong} names" in compare_functions(trace, trace, names).notes
     some = record(weights=weights, only=["first"])
     assert not any("map" in note for note in compare_functions(some, some, names).notes)
+
+
+def test_what_rounds_on_its_way_forward_is_not_exact() -> None:
+    """Moves of weights by little and by more show it; what gradients do, says nothing."""
+    x, noise = RNG.standard_normal((2, 50))
+
+    def moved(size: float, dtype: type[np.floating[Any]]) -> dict[str, np.ndarray]:
+        y = ((x * (1 + size * noise)) ** 2).astype(dtype).astype(np.float64)
+        return {"forward/y": y, "gradient/w": RNG.standard_normal(50)}
+
+    for dtype, exact in ((np.float64, True), (np.float32, False)):
+        truth, fine, coarse = (moved(size, dtype) for size in (0, FINE, 2.0**-24))
+        assert is_exact(truth, fine, coarse, 2.0**-24) == exact

@@ -104,3 +104,17 @@ def test_a_run_takes_samples_with_its_held_out_losses(backend: str, tmp_path: Pa
     samples = read_samples(tmp_path / "run" / "samples.jsonl")
     assert [sample.step for sample in samples] == [2, 4]
     assert all(sample.text.startswith("the") for sample in samples)
+
+
+@pytest.mark.parametrize("backend", TRAINING)
+def test_a_run_is_told_what_the_command_line_sets(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all else that it is given."""
+    console, told = Console(quiet=True), {}
+    monkeypatch.setattr(TRAINING[backend], "run_training", lambda *parts, **options: told.update(options, parts=parts))
+    job = text_job(tmp_path)
+    TRAINING[backend].train(job, device="cpu", console=console, overridden=["optimizer.lr"])
+    assert told["overridden"] == ["optimizer.lr"]
+    assert told["console"] is console
+    assert told["parts"][0] is job

@@ -168,10 +168,9 @@ class TestClipping:
 class TestOptimizer:
     def test_steps_are_counted_in_float32_whatever_the_default(self):
         weight = torch.zeros(3)
-        optimizer = torch.optim.AdamW([weight])
         torch.set_default_dtype(torch.float64)
         try:
-            state = _initial_state(weight, optimizer, ["exp_avg"])
+            state = _initial_state(weight, ["exp_avg"])
         finally:
             torch.set_default_dtype(torch.float32)
         assert {name: value.dtype for name, value in state.items()} == dict.fromkeys(state, torch.float32)
