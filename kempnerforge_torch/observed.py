@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
 
 from kempnerforge_torch.model.state import from_numpy, to_numpy
@@ -53,6 +54,12 @@ class Taps:
     def know(self, arguments: object) -> None:
         """Take what the whole function is given for recorded."""
         self._shown.update({id(tensor): tensor for _, tensor in tensors_in(arguments, is_tensor)})
+
+    def know_aliases(self, arguments: object) -> None:
+        """Take for recorded what is recorded as another tensor of the same memory."""
+        places = {_place(tensor) for tensor in self._shown.values()}
+        given = [tensor for _, tensor in tensors_in(arguments, is_tensor) if isinstance(tensor, Tensor)]
+        self._shown.update({id(tensor): tensor for tensor in given if _place(tensor) in places})
 
     def containers(self, name: str, value: object) -> object:
         """`visit` for every tensor of a value."""
@@ -212,6 +219,9 @@ def observed(call: object, taps: Taps) -> Iterator[None]:
     modules = plain_modules(call) if isinstance(call, nn.Module) else {}
     with contextlib.ExitStack() as hooks:
         for name, module in modules.items():
+            if isinstance(module, FSDPModule):  # which hands on its arguments as other tensors
+                passed_on = module.register_forward_pre_hook(_known(taps), with_kwargs=True)
+                hooks.callback(passed_on.remove)
             if name:
                 before = module.register_forward_pre_hook(_before(name, taps), with_kwargs=True)
                 after = module.register_forward_hook(lambda _m, _a, output, name=name: taps.containers(name, output))
@@ -222,6 +232,17 @@ def observed(call: object, taps: Taps) -> Iterator[None]:
 
 def _is_inexact(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _known(taps: Taps) -> Callable[..., None]:
+    return lambda _module, args, kwargs: taps.know_aliases((args, kwargs))
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Of the elements in memory; of a sharded tensor, which has none of its own, the tensor itself."""
+    if hasattr(tensor, "full_tensor"):
+        return (id(tensor),)
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _before(name: str, taps: Taps) -> Callable[..., tuple[Any, Any]]:

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parameter import is_lazy
 
 from kempnerforge_torch.model.state import from_numpy, to_numpy
-from kempnerforge_torch.model.wrappers import unwrapped
+from kempnerforge_torch.model.wrappers import uncompiled, unwrapped
 from kempnerforge_torch.observed import Taps, Widening, copied, is_tensor, observed
 from kempnerforge_torch.optimizer_states import optimizer_state
 from kempnerforge_torch.statistics import AddedToError, Keeper, Kept, fetched
@@ -77,8 +78,9 @@ def record(
     Integers, as choices of routers, are compared exactly but for what rounding changes.
 
     The module stays as it is: a copy of it is run, without wrappers of compilation and data parallelism (a compiled
-    module is also called as it is, for "output"). One sharded by FSDP is run in place, with its own weights and dtype,
-    and has no deltas.
+    module is also called as it is, for "output"), and gradients are those of this process's inputs. One that
+    `fully_shard` shards is run in place by all its processes, uncompiled, with its own weights and dtype, and has no
+    deltas; its gradients are whole, and the means over the processes.
 
     Args:
         function: an `nn.Module`, or a function; of the latter weights come first, if there are some, and `tap` shows
@@ -136,6 +138,7 @@ class _Engine:
             raise UserError("batches: a run needs an optimizer")
         if isinstance(function, nn.Module):
             _check_recordable(function)
+            _reshard(function)
             self._sharded = any(hasattr(parameter, "full_tensor") for parameter in function.parameters())
             own = {plain_name(name): parameter for name, parameter in function.named_parameters()}
             device = next((parameter.device for parameter in own.values()), torch.device("cpu"))
@@ -157,6 +160,10 @@ class _Engine:
         self, dtype: str, weights: Arrays, inputs: Arrays, fed: Arrays, noise: Noise | None, store: Store
     ) -> Recorded:
         """Call it once; see `Engine.run`."""
+        if self._sharded:
+            assert isinstance(self._given, nn.Module)
+            with _left_as_it_is(self._given, self._optimizer is not None):
+                return self._run_once(dtype, weights, inputs, fed, noise, store, False)
         try:
             return self._run_once(dtype, weights, inputs, fed, noise, store, self._optimizer is None)
         except AddedToError:
@@ -175,14 +182,14 @@ class _Engine:
         with exact, torch.set_grad_enabled(options.backward):
             with observed(call, taps), visiting(taps.containers):
                 output = taps.containers(OUTPUT, _called(call, arguments))
-            if self._is_compiled and not dtype and not noise and not fed:
+            if self._is_compiled and not self._sharded and not dtype and not noise and not fed:
                 self._replace_output(taps, arguments, store)
             if not options.backward:
                 return Recorded(_activations(taps), others=taps.others)
             loss = self._loss_of(output)
             known = taps.readers({**parameters, **leaves}) if fed and not noise else {}
             wanted = {name: own for name, own in {**parameters, **leaves}.items() if options.wants_gradient(name)}
-            early = Keeper(store).let_go(wanted) if let_go and not self._sharded else {}
+            early = Keeper(store).let_go(wanted) if let_go else {}
             moved = noise or fed
             with observed(call, taps) if moved else contextlib.nullcontext(), visiting(taps.containers), taps.again():
                 torch.autograd.backward([loss, *taps.ends], [None, *taps.given])
@@ -219,8 +226,6 @@ class _Engine:
             tree = map_tensors(lambda *_: next(order), self._weights, "", is_tensor)
             return functools.partial(self._given, tree), values
         if self._sharded:
-            for parameter in self._given.parameters():
-                parameter.grad = None
             return self._given, {plain_name(name): own for name, own in self._given.named_parameters()}
         with unwrapped(self._given) as plain:
             given = {plain_name(name): own for name, own in plain.named_parameters()}
@@ -282,12 +287,39 @@ class _Engine:
 @contextlib.contextmanager
 def _restoring(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Context after which tensors hold what they held before it."""
-    before = [(tensor, tensor.clone()) for tensor in tensors]
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield
     finally:
-        for tensor, value in before:
-            tensor.copy_(value)
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def _left_as_it_is(module: nn.Module, trained: bool) -> Iterator[None]:
+    """Context for running a sharded module in place, uncompiled and without gradients of before.
+
+    Args:
+        trained: whether parameters change, too.
+    """
+    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
+    with uncompiled(module), _restoring([*module.buffers(), *(module.parameters() if trained else ())]):
+        for parameter, _ in gradients:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            _reshard(module)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+
+
+def _reshard(module: nn.Module) -> None:
+    """Let FSDP free what it gathered, which a forward pass alone leaves in place of the parameters."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _check_recordable(module: nn.Module) -> None:
@@ -299,6 +331,12 @@ def _check_recordable(module: nn.Module) -> None:
     scripted = [name for name, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)]
     if scripted:
         raise UserError(f"function: {scripted[0] or 'it'} is a program of torch.jit: give the module it was made of")
+    flat = [name for name, part in module.named_modules() if isinstance(part, FullyShardedDataParallel)]
+    if flat:
+        raise UserError(
+            f"function: {flat[0] or 'it'} is a FullyShardedDataParallel, whose parameters have lost their shapes: "
+            "shard it with fully_shard, or record it before it is wrapped"
+        )
     lazy = [name for name, own in module.named_parameters() if is_lazy(own)]
     if lazy:
         raise UserError(f"function: {', '.join(lazy)}: not initialised yet: call the module once before")
