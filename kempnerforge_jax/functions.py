@@ -144,7 +144,7 @@ def _call_modules(root: Any, inputs: Any) -> object:
     active: set[int] = {id(root)}
 
     def name_of(module: Any) -> str | None:
-        if id(module) not in names and id(module) not in active and not isinstance(module, nnx.Module):
+        if id(module) not in names and id(module) not in active:
             names.update(_marked(module, len(copies)))
             copies.append(module)  # as long as it is there, nothing else has its id
         return names.get(id(module))
@@ -181,7 +181,8 @@ def _marked(module: Any, number: int) -> dict[int, str]:
 
     A copy without arrays has none.
     """
-    arrays = [(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(module)[0] if is_array(leaf)]
+    tree = nnx.state(module, nnx.Param) if isinstance(module, nnx.Module) else module
+    arrays = [(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0] if is_array(leaf)]
     if not arrays:
         return {}
     path, first = arrays[0]

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.tree_util import GetAttrKey
 from jaxtyping import Shaped
 
 from shared_config.parity.foreign.containers import numbered
@@ -110,9 +111,9 @@ def unmarked(name: str, copies: Mapping[str, str]) -> str | None:
 
 
 def path_name(path: Sequence[object]) -> str:
-    """A path in a tree, or the name of a module of Haiku, with dots."""
-    parts = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path]
-    text = ".".join(str(part) for part in parts if part != "value")
+    """A path in a tree, or the name of a module of Haiku, with dots; without the value of a variable of NNX."""
+    path = path[:-1] if path[1:] and path[-1] == GetAttrKey("value") else path
+    text = ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
     return text.replace("/~/", ".").replace("/", ".").lstrip(".")
 
 

@@ -49,7 +49,7 @@ from shared_config.parity.tolerance import (
     scale_of,
     tolerance_of,
 )
-from shared_config.parity.traces import DECODE, FORWARD, Summary, Trace, group_of
+from shared_config.parity.traces import DECODE, FOREIGN, FORWARD, Summary, Trace, group_of
 
 DECODED_OUTPUTS = ("output_head", "transformer.output_head")
 """The activation that cached decoding computes again, of a text or a vision-language model: its delta is decode's."""
@@ -74,7 +74,7 @@ class Judge:
         self.truth = None if refed else truth
         self.dtype = coarser(a.meta.dtype, b.meta.dtype)
         reference = {**b.tensors, **a.tensors, **({} if truth is None else truth.tensors)}
-        self._scales = Scales(reference, a.meta.config_fields)
+        self._scales = Scales(reference, a.meta.config_fields, bool(a.meta.extra.get(FOREIGN)))
         self._deltas: dict[str, dict[str, float]] = {dtype: {} for dtype in TOLERANCES}
         self._parts: dict[str, dict[str, np.ndarray]] = {dtype: {} for dtype in TOLERANCES}
         for trace in (b, a, truth, *refed):  # with recorded inputs, rounding moves a layer by what it does there alone

@@ -18,8 +18,9 @@ rms, which is that of the truth's tensor:
 Loss and routing have means over all tokens: what rounding the weights does averages out in them, the rounding of the
 mean itself, 8 units in the last place, does not.
 
-An update is a parameter after a step, and its delta that of the step: what the rounding of the gradient moves. It is
-stored in at least float32, so its roundoff is at most that of float32.
+An update is a parameter after a step, and its delta that of the step: what the rounding of the gradient moves. Its
+roundoff is that of the dtype that it is stored in, for which our trainers have at least float32. The arithmetic of an
+optimiser of another library is allowed `FOREIGN_STEP` of the learning rate.
 
 Rows, columns and elements of a tensor, and its size as a whole (`compare.parts`), are held to their own deltas:
 
@@ -121,6 +122,13 @@ ELEMENT_OF_STEP = 4
 element whose gradient is nearly 0 by as much as the learning rate, which few runs see.
 """
 
+FOREIGN_STEP = 2.0**-14
+"""Error, relative to the largest step, of an optimiser that computes ``1 - beta2**step`` in float32, where few of the
+digits of 0.001 are left.
+"""
+FOREIGN_ROUNDOFFS = 16
+"""The same in roundoffs of the parameter's dtype, which counts where it is more."""
+
 ROUTE_SLACK = {"float64": 0, "float32": 0, "float16": 2, "bfloat16": 2, "fp8": 2}
 """Unequal choices that are allowed to a router even where none of the runs that deltas are measured by had one."""
 
@@ -160,9 +168,13 @@ def coarser(dtype_a: str, dtype_b: str) -> str:
 
 
 class Scales:
-    """Limits of the tensors of one reference trace, with what depends on how large they are."""
+    """Limits of the tensors of one reference trace, with what depends on how large they are.
 
-    def __init__(self, reference: Mapping[str, Tensor], config: Mapping[str, object]):
+    Args:
+        foreign: whether an optimiser of another library made the updates.
+    """
+
+    def __init__(self, reference: Mapping[str, Tensor], config: Mapping[str, object], foreign: bool = False):
         tensors = {name: tensor for name, tensor in reference.items() if group_of(name) == GRADIENT}
         self._gradients = {name: scale_of(tensor) for name, tensor in tensors.items()}
         self._cancellation = Cancellation(max(self._gradients.values(), default=0.0))
@@ -174,6 +186,8 @@ class Scales:
         self._routed = bool(self._places) or has_experts(config)
         self._kinked = has_kinks(config)
         self._lr = number_of(config, "optimizer", "lr", 0.0)
+        self._foreign = foreign
+        self._stored = {name: str(tensor.dtype) for name, tensor in reference.items() if group_of(name) == UPDATED}
         sizes = {name: math.prod(tensor.shape) for name, tensor in tensors.items()}
         norm = math.sqrt(sum(size * self._gradients[name] ** 2 for name, size in sizes.items()))
         self._step_of_gradient = self._lr * step_sensitivity(config, norm, sum(sizes.values()))
@@ -191,10 +205,13 @@ class Scales:
         """What is allowed to the parts of a tensor of this RMS; None where the whole says all there is to say.
 
         That is where it is 0 by mathematics; and gradients and steps of a model with an activation that has a kink: a
-        unit that rounding switches on or off gets another row.
+        unit that rounding switches on or off gets another row. So does a first step of Adam where the gradient of an
+        element is so small that a narrow dtype gives it another sign.
         """
         group = group_of(name)
         if group not in PARTS or self._vanishes(name, scale):
+            return None
+        if group == UPDATED and self._foreign and UNIT_ROUNDOFF[dtype] > UNIT_ROUNDOFF[STORED]:
             return None
         if group in (GRADIENT, UPDATED):
             gradient = self._gradients.get(f"{GRADIENT}/{name.partition('/')[2]}", math.inf)
@@ -268,8 +285,17 @@ class Scales:
         """Error relative to the tensor that is always allowed."""
         tolerance, roundoff = tolerance_of(group_of(name), dtype), UNIT_ROUNDOFF[dtype]
         if group_of(name) == UPDATED:
-            roundoff = min(roundoff, UNIT_ROUNDOFF[STORED])
+            roundoff = min(roundoff, self._stored_roundoff(name))
         return max(tolerance.relative, FLOOR_ROUNDOFFS * roundoff)
+
+    def _stored_roundoff(self, name: str) -> float:
+        """Of the dtype that a parameter has, at least that of float32."""
+        return max(UNIT_ROUNDOFF.get(self._stored.get(name, STORED), 0.0), UNIT_ROUNDOFF[STORED])
+
+    def _of_foreign_step(self, name: str, roundoff: float) -> float:
+        if not self._foreign or roundoff < UNIT_ROUNDOFF[STORED]:
+            return 0.0
+        return self._lr * max(FOREIGN_STEP, FOREIGN_ROUNDOFFS * self._stored_roundoff(name))
 
     def _noise(self, name: str, roundoff: float) -> float:
         group, _, path = name.partition("/")
@@ -279,7 +305,9 @@ class Scales:
         if group not in (GRADIENT, UPDATED) or gradient is None:
             return 0.0
         noise = self._cancellation.noise(gradient, roundoff)
-        return min(noise * self._step_of_gradient, self._lr / 4) if group == UPDATED else noise
+        if group == GRADIENT:
+            return noise
+        return max(min(noise * self._step_of_gradient, self._lr / 4), self._of_foreign_step(name, roundoff))
 
 
 def step_sensitivity(config: Mapping[str, object], norm: float, parameters: int) -> float:

@@ -72,6 +72,8 @@ FORMER_STEP = 0.03
 """Largest delta of an update of that format, relative to the learning rate."""
 ROUTES = ".indices"
 """End of the names of what routers chose."""
+FOREIGN = "foreign"
+"""Key of what a trace of any function says of itself in `TraceMeta.extra`."""
 META_KEY = "meta"
 SKETCH_SUFFIX = "#sketch"
 PARTS_SUFFIX = "#parts."

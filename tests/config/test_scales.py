@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from shared_config.errors import UserError
+from shared_config.parity.numerics import UNIT_ROUNDOFF
 from shared_config.parity.tolerance import Cancellation, Scales, coarser, scale_of, step_sensitivity
 from shared_config.parity.validation import MOMENT_STEPS
 
@@ -43,6 +45,28 @@ ROUTED = Scales({**TRACE, "routing/a.indices": np.zeros((5, 2), np.int32)}, CONF
 def test_largest_deltas(name: str, dtype: str, tensor: np.ndarray, dense: float, routed: float) -> None:
     assert DENSE.largest_delta(name, dtype, tensor) == pytest.approx(dense)
     assert ROUTED.largest_delta(name, dtype, tensor) == pytest.approx(routed)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "own", "foreign"),
+    [
+        ("float64", np.float64, 0.0, 0.0),
+        ("float32", np.float32, 0.0, 0.1 * 2**-14),
+        ("bfloat16", np.float32, 0.0, 0.1 * 2**-14),
+        ("bfloat16", ml_dtypes.bfloat16, 0.0, 0.1 * 16 * EPS16),
+    ],
+)
+def test_optimisers_of_other_libraries_round_their_own_steps(
+    dtype: str, stored: Any, own: float, foreign: float
+) -> None:
+    trace = {"gradient/w": np.ones((2, 3)), "updated/w": np.full((2, 3), 1e-3, stored)}
+    floor = {"float64": 1e-12, "float32": 4 * EPS32, "bfloat16": 4 * max(EPS32, UNIT_ROUNDOFF[np.dtype(stored).name])}
+    for flag, allowed in ((False, own), (True, foreign)):
+        scales = Scales(trace, {"optimizer": {"lr": 0.1}}, flag)
+        noise = Cancellation(1.0).noise(1.0, UNIT_ROUNDOFF[dtype]) * 0.1 * step_sensitivity({}, 6**0.5, 6)
+        expected = max(floor[dtype] * 1e-3, min(noise, 0.025), allowed)
+        assert scales.limit("updated/w", dtype, 1e-3, 0.0) == pytest.approx(expected)
+        assert (scales.part_limits("updated/w", dtype, 1e-3) is None) == (flag and dtype == "bfloat16")
 
 
 def test_units_that_rounding_switches_move_gradients_further() -> None:

@@ -1,4 +1,4 @@
-"""Modules of Equinox and Haiku, and of Linen: recorded by path, and bugs planted in ports to them are found there.
+"""Modules of Equinox and Haiku, of NNX and Linen: recorded by path, and bugs planted in ports to them are found there.
 
 With the real libraries where they are installed, as the extra for development has them.
 """
@@ -16,14 +16,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from flax import linen
+import torch
+from flax import linen, nnx
 from hypothesis import settings
 
 from kempnerforge_jax.parity import record, tap
 from shared_config.errors import UserError
 from shared_config.parity import Map, Trace, assert_same_function, compare_functions
 from shared_config.parity.foreign.named import recorded
+from shared_config.parity.foreign.site import made_in, site_of
 from tests.examples import small, small_in_torch
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
@@ -52,6 +55,25 @@ def test_a_port_is_the_same_by_the_paths_of_its_modules(library: str, dtype: str
     counts = {group: len(rows) for group, rows in found.groups.items()}
     assert counts == {"forward": 24, "loss": 1, "cotangent": 24, "gradient": len(small.weights())}
     assert all(row.delta for row in found.rows if row.name != "cotangent/output")
+
+
+@nightly
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_step_of_a_port_and_its_statistics_are_the_same(library: str, dtype: str) -> None:
+    module, names = port(library)
+    adamw = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+    a = small_in_torch.theirs(dtype=dtype, optimizer=adamw)
+    for above in (None, 0):
+        same: Any = optax.adamw(1e-2, weight_decay=0.1)
+        found = compare_functions(
+            a, module.ours(dtype=dtype, optimizer=same, deltas=False, above=above), names, common=True
+        )
+        assert found.equal, found.failures
+        assert len(found.groups["updated"]) == len(small.weights())
+    other: Any = optax.adamw(1e-2, weight_decay=0.3)
+    wrong = compare_functions(a, module.ours(dtype=dtype, optimizer=other, deltas=False), names, common=True)
+    assert {row.group for row in wrong.failures} == {"updated"}
 
 
 @nightly
@@ -105,7 +127,11 @@ def test_a_bug_in_a_port_is_found_forward_and_alone_where_recorded_inputs_are_gi
     assert alone.failures
     assert free.first_forward is not None
     assert free.first_forward.name == alone.failures[0].name or pattern == "output"
-    assert all(fnmatchcase(row.name, f"forward/{pattern}") for row in alone.failures), alone.failures
+    forward = [row for row in alone.failures if row.group == "forward"]
+    assert all(fnmatchcase(row.name, f"forward/{pattern}") for row in forward), forward
+    sites = {site_of(row.name) for row in forward}
+    for row in alone.failures:
+        assert sites & set(made_in(row.name, (alone.meta_a, alone.meta_b)).split(" or ")), row
 
 
 def layers_of(equinox: Any) -> tuple[type, type]:
@@ -205,6 +231,51 @@ def test_weights_that_a_function_of_haiku_can_not_have_are_refused() -> None:
         record(function, (X,), weights={"params": {}})
     with pytest.raises(UserError, match=r"weights: a\.b: several have this name"):
         record(lambda w, x: x * w["a"]["b"], (X,), weights={"a/b": X, "a": {"b": X}})
+
+
+class Transformed(nnx.Module):
+    """Layers of NNX, one of them with the name of what variables hold, each within another transformation."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.value, self.shared = nnx.Linear(6, 6, rngs=rngs), nnx.Linear(6, 6, rngs=rngs)
+        self.plain = nnx.List([nnx.Linear(6, 6, rngs=rngs) for _ in range(2)])
+        self.stack = nnx.vmap(lambda key: nnx.Linear(6, 6, rngs=nnx.Rngs(key)))(jax.random.split(jax.random.key(1), 3))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.plain:
+            x = layer(x)
+        x = nnx.remat(lambda layer, x: layer(x))(self.value, x)
+        x = nnx.jit(lambda layer, x: layer(jnp.tanh(layer(x))))(self.shared, x)
+        return nnx.scan(lambda x, layer: jnp.tanh(layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.stack)
+
+
+def transformed_by_hand(weights: Any, x: jax.Array) -> jax.Array:
+    """`Transformed` without any transformation."""
+
+    def layer(name: str, x: jax.Array, place: Any = slice(None)) -> jax.Array:
+        return tap(name, x @ weights[f"{name}.kernel"][place] + weights[f"{name}.bias"][place])
+
+    x = layer("value", layer("plain.1", layer("plain.0", x)))
+    x = layer("shared", jnp.tanh(layer("shared", x)))
+    for place in range(3):
+        x = jnp.tanh(layer("stack", x, place))
+    return x
+
+
+@pytest.mark.parametrize("dtype", ["float32", *(["float64", "bfloat16"] if NIGHTLY else [])])
+def test_modules_that_transformations_of_nnx_copy_keep_their_names(dtype: str) -> None:
+    model = Transformed()
+    own = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    weights = {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in own}
+    adamw: Any = optax.adamw(1e-2)
+    b = record(transformed_by_hand, (X,), weights=weights, dtype=dtype, optimizer=adamw, deltas=3)
+    for above in (None, 0):
+        a = record(model, (X,), dtype=dtype, optimizer=adamw, deltas=False, above=above)
+        found = compare_functions(a, b, common=True)
+        assert found.equal, found.failures
+        counts = {group: len(rows) for group, rows in found.groups.items()}
+        assert counts == {"forward": 9, "loss": 1, "cotangent": 9, "gradient": 11, "updated": 10}
 
 
 class Residual(linen.Module):

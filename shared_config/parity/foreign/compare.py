@@ -12,12 +12,11 @@ from shared_config.parity.foreign.causes import PLACES, cause_of
 from shared_config.parity.foreign.containers import ARGUMENT
 from shared_config.parity.foreign.mapping import ACTIVATIONS, END, SECTION_OF, WEIGHTS, Map, matches
 from shared_config.parity.foreign.options import values_hash
-from shared_config.parity.foreign.recorder import FOREIGN
 from shared_config.parity.foreign.site import made_in
 from shared_config.parity.foreign.transfer import rules_of_inputs
 from shared_config.parity.result import ONLY_A, ONLY_B, Comparison, Row
 from shared_config.parity.selection import RefedFields
-from shared_config.parity.traces import FORWARD, Trace, TraceMeta
+from shared_config.parity.traces import FOREIGN, FORWARD, Trace, TraceMeta
 
 LISTED = 12
 """Names of what only one side has that are listed one by one."""

@@ -26,6 +26,7 @@ from shared_config.parity.routes import is_routes, unequal_choices
 from shared_config.parity.tolerance import PARTS
 from shared_config.parity.traces import (
     COTANGENT,
+    FOREIGN,
     FORWARD,
     GRADIENT,
     LOSS,
@@ -41,8 +42,6 @@ from shared_config.parity.traces import (
     write_trace,
 )
 
-FOREIGN = "foreign"
-"""Key of what a trace of any function says of itself in `TraceMeta.extra`."""
 FINE = 2.0**-44
 """A move that float64 resolves, and no narrower dtype does."""
 LINEAR = 64.0
