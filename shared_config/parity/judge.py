@@ -49,12 +49,18 @@ from shared_config.parity.tolerance import (
     scale_of,
     tolerance_of,
 )
-from shared_config.parity.traces import DECODE, FOREIGN, FORWARD, Summary, Trace, group_of
+from shared_config.parity.traces import DECODE, FOREIGN, FORWARD, ZEROS, Summary, Trace, group_of
 
 DECODED_OUTPUTS = ("output_head", "transformer.output_head")
 """The activation that cached decoding computes again, of a text or a vision-language model: its delta is decode's."""
 
 _DECODED = tuple(f"{FORWARD}/{output}" for output in DECODED_OUTPUTS)
+
+
+def _zeros(a: Trace, b: Trace) -> set[str]:
+    """Gradients that are 0 in float64, as one of the traces says."""
+    known = (trace.meta.extra.get(ZEROS) for trace in (a, b))
+    return {str(name) for names in known if isinstance(names, list) for name in names}
 
 
 SLACK = 1 + 1e-6
@@ -74,7 +80,7 @@ class Judge:
         self.truth = None if refed else truth
         self.dtype = coarser(a.meta.dtype, b.meta.dtype)
         reference = {**b.tensors, **a.tensors, **({} if truth is None else truth.tensors)}
-        self._scales = Scales(reference, a.meta.config_fields, bool(a.meta.extra.get(FOREIGN)))
+        self._scales = Scales(reference, a.meta.config_fields, bool(a.meta.extra.get(FOREIGN)), _zeros(a, b))
         self._deltas: dict[str, dict[str, float]] = {dtype: {} for dtype in TOLERANCES}
         self._parts: dict[str, dict[str, np.ndarray]] = {dtype: {} for dtype in TOLERANCES}
         for trace in (b, a, truth, *refed):  # with recorded inputs, rounding moves a layer by what it does there alone

@@ -50,7 +50,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -172,9 +172,16 @@ class Scales:
 
     Args:
         foreign: whether an optimiser of another library made the updates.
+        zeros: names of gradients that are 0 by mathematics, if they are small enough: the reference may be noise.
     """
 
-    def __init__(self, reference: Mapping[str, Tensor], config: Mapping[str, object], foreign: bool = False):
+    def __init__(
+        self,
+        reference: Mapping[str, Tensor],
+        config: Mapping[str, object],
+        foreign: bool = False,
+        zeros: Collection[str] = (),
+    ):
         tensors = {name: tensor for name, tensor in reference.items() if group_of(name) == GRADIENT}
         self._gradients = {name: scale_of(tensor) for name, tensor in tensors.items()}
         self._cancellation = Cancellation(max(self._gradients.values(), default=0.0))
@@ -186,7 +193,7 @@ class Scales:
         self._routed = bool(self._places) or has_experts(config)
         self._kinked = has_kinks(config)
         self._lr = number_of(config, "optimizer", "lr", 0.0)
-        self._foreign = foreign
+        self._foreign, self._zeros = foreign, zeros
         self._stored = {name: str(tensor.dtype) for name, tensor in reference.items() if group_of(name) == UPDATED}
         sizes = {name: math.prod(tensor.shape) for name, tensor in tensors.items()}
         norm = math.sqrt(sum(size * self._gradients[name] ** 2 for name, size in sizes.items()))
@@ -214,8 +221,8 @@ class Scales:
         if group == UPDATED and self._foreign and UNIT_ROUNDOFF[dtype] > UNIT_ROUNDOFF[STORED]:
             return None
         if group in (GRADIENT, UPDATED):
-            gradient = self._gradients.get(f"{GRADIENT}/{name.partition('/')[2]}", math.inf)
-            if self._cancellation.vanishes(gradient) or self._switches(name, dtype):
+            gradient = self._gradient(name, UNIT_ROUNDOFF[dtype])
+            if gradient is None or self._cancellation.vanishes(gradient) or self._switches(name, dtype):
                 return None
         limits = PART_LIMITS[dtype][COLUMNS.get(group, FORWARD)]
         return dataclasses.replace(
@@ -288,6 +295,14 @@ class Scales:
             roundoff = min(roundoff, self._stored_roundoff(name))
         return max(tolerance.relative, FLOOR_ROUNDOFFS * roundoff)
 
+    def _gradient(self, name: str, roundoff: float) -> float | None:
+        """RMS of a parameter's gradient, 0 of one that vanishes but for rounding; None if there is none."""
+        name = f"{GRADIENT}/{name.partition('/')[2]}"
+        scale = self._gradients.get(name)
+        if scale is not None and name in self._zeros and scale <= self._cancellation.noise(0.0, roundoff):
+            return 0.0
+        return scale
+
     def _stored_roundoff(self, name: str) -> float:
         """Of the dtype that a parameter has, at least that of float32."""
         return max(UNIT_ROUNDOFF.get(self._stored.get(name, STORED), 0.0), UNIT_ROUNDOFF[STORED])
@@ -295,13 +310,15 @@ class Scales:
     def _of_foreign_step(self, name: str, roundoff: float) -> float:
         if not self._foreign or roundoff < UNIT_ROUNDOFF[STORED]:
             return 0.0
+        if self._gradient(name, roundoff) == 0:  # Adam divides noise by its size
+            return 2 * self._lr
         return self._lr * max(FOREIGN_STEP, FOREIGN_ROUNDOFFS * self._stored_roundoff(name))
 
     def _noise(self, name: str, roundoff: float) -> float:
-        group, _, path = name.partition("/")
+        group = group_of(name)
         if group == COTANGENT:
             return self._cotangents.noise(self._sizes.get(name, 0.0), roundoff)
-        gradient = self._gradients.get(f"{GRADIENT}/{path}")
+        gradient = self._gradient(name, roundoff)
         if group not in (GRADIENT, UPDATED) or gradient is None:
             return 0.0
         noise = self._cancellation.noise(gradient, roundoff)

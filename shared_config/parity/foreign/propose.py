@@ -123,10 +123,12 @@ def _moving(a: Family, b: Family, of_a: Weights, of_b: Weights) -> tuple[Op, ...
 
 
 def _joined(a: Weights, b: Weights) -> Iterator[Rule]:
-    """Neighbours of a that together are a tensor of b, to the bit, and the other way round."""
+    """Neighbours of a that together are a tensor of b, to the bit, and the other way round. What has another number of
+    axes, as the biases between weights, is passed over.
+    """
     for parts, wholes, swapped in ((a, b, False), (b, a, True)):
-        known = families(parts)
         for whole in families(wholes):
+            known = [one for one in families(parts) if _may_be_part(one, whole)]
             for start, count in itertools.product(range(len(known)), (2, 3)):
                 run = known[start : start + count]
                 rule = _join(run, whole, parts, wholes) if len(run) == count else None
@@ -134,9 +136,11 @@ def _joined(a: Weights, b: Weights) -> Iterator[Rule]:
                     yield rule.inverse() if swapped else rule
 
 
+def _may_be_part(part: Family, whole: Family) -> bool:
+    return len(part.names) == len(whole.names) and len(part.shape) == len(whole.shape)
+
+
 def _join(run: Sequence[Family], whole: Family, parts: Weights, wholes: Weights) -> Rule | None:
-    if any(len(family.names) != len(whole.names) or len(family.shape) != len(whole.shape) for family in run):
-        return None
     for transposed in (False, True) if len(whole.shape) == 2 else (False,):
         target = whole.shape[::-1] if transposed else whole.shape
         for axis in range(len(target)):

@@ -11,7 +11,7 @@ import numpy as np
 from shared_config.parity.foreign.site import renamed_readers
 from shared_config.parity.numerics import rms
 from shared_config.parity.parts import has_parts, only_scale
-from shared_config.parity.traces import UPDATED, Summary, Trace, TraceMeta, group_of
+from shared_config.parity.traces import UPDATED, ZEROS, Summary, Trace, TraceMeta, group_of
 
 Values = Mapping[str, np.ndarray | Summary]
 
@@ -37,7 +37,17 @@ def renamed_meta(trace: Trace, tensors: Values, sources: Mapping[str, tuple[str,
             if all(name in own for name in names)
         }
         parts[dtype] = {new: found for new, found in moved.items() if found is not None}
-    return dataclasses.replace(meta, deltas=deltas, parts=parts, extra=renamed_readers(meta.extra, sources))
+    return dataclasses.replace(
+        meta, deltas=deltas, parts=parts, extra=_renamed_zeros(renamed_readers(meta.extra, sources), sources)
+    )
+
+
+def _renamed_zeros(extra: dict[str, object], sources: Mapping[str, tuple[str, ...]]) -> dict[str, object]:
+    """What a trace says of itself, with the new names of gradients that are 0: all that they were made of is."""
+    known = extra.get(ZEROS)
+    if not isinstance(known, list):
+        return extra
+    return {**extra, ZEROS: [new for new, names in sources.items() if names and set(names) <= {*known}]}
 
 
 def _parts_of(
