@@ -8,19 +8,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parameter import is_lazy
 
 from kempnerforge_torch.model.state import from_numpy, to_numpy
-from kempnerforge_torch.model.wrappers import uncompiled, unwrapped
-from kempnerforge_torch.observed import Taps, Widening, copied, is_tensor, observed
+from kempnerforge_torch.model.wrappers import unwrapped
+from kempnerforge_torch.observed import Taps, Widening, copied, is_tensor, left_as_it_is, observed, reshard, restoring
 from kempnerforge_torch.optimizer_states import optimizer_state
 from kempnerforge_torch.statistics import AddedToError, Keeper, Kept, fetched
 from shared_config.errors import UserError
@@ -138,7 +138,7 @@ class _Engine:
             raise UserError("batches: a run needs an optimizer")
         if isinstance(function, nn.Module):
             _check_recordable(function)
-            _reshard(function)
+            reshard(function)
             self._sharded = any(hasattr(parameter, "full_tensor") for parameter in function.parameters())
             own = {plain_name(name): parameter for name, parameter in function.named_parameters()}
             device = next((parameter.device for parameter in own.values()), torch.device("cpu"))
@@ -162,7 +162,7 @@ class _Engine:
         """Call it once; see `Engine.run`."""
         if self._sharded:
             assert isinstance(self._given, nn.Module)
-            with _left_as_it_is(self._given, self._optimizer is not None):
+            with left_as_it_is(self._given, self._optimizer is not None):
                 return self._run_once(dtype, weights, inputs, fed, noise, store, False)
         try:
             return self._run_once(dtype, weights, inputs, fed, noise, store, self._optimizer is None)
@@ -210,7 +210,7 @@ class _Engine:
 
     def _replace_output(self, taps: Taps, arguments: Any, store: Store) -> None:
         """What the compiled program puts out, in place of what its source does."""
-        with torch.no_grad(), _restoring(self._given.buffers()):
+        with torch.no_grad(), restoring(self._given.buffers()):
             outputs = named_leaves(_called(self._given, arguments), OUTPUT, is_tensor)
         taps.found[:] = [
             (name, Keeper(store)(outputs[name]) if name in outputs else value) for name, value in taps.found
@@ -282,44 +282,6 @@ class _Engine:
             optimizer.step()
             losses.append(to_numpy(loss))
         return np.asarray(losses, np.float64)
-
-
-@contextlib.contextmanager
-def _restoring(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Context after which tensors hold what they held before it."""
-    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in before:
-                tensor.copy_(value)
-
-
-@contextlib.contextmanager
-def _left_as_it_is(module: nn.Module, trained: bool) -> Iterator[None]:
-    """Context for running a sharded module in place, uncompiled and without gradients of before.
-
-    Args:
-        trained: whether parameters change, too.
-    """
-    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
-    with uncompiled(module), _restoring([*module.buffers(), *(module.parameters() if trained else ())]):
-        for parameter, _ in gradients:
-            parameter.grad = None
-        try:
-            yield
-        finally:
-            _reshard(module)
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-
-
-def _reshard(module: nn.Module) -> None:
-    """Let FSDP free what it gathered, which a forward pass alone leaves in place of the parameters."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
 
 
 def _check_recordable(module: nn.Module) -> None:

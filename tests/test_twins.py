@@ -67,6 +67,7 @@ DIFFERENCES = {
         "Foreign": "torch: transformers has its models there",
         "NO_KERNELS": "jax: its profiler names no kernels on a CPU",
         "kernels_of": "jax: its profiler writes a file; torch's gives the events",
+        "kept_by_graphs": "torch: its allocator does not count what a CUDA graph holds between replays",
     },
     "device.py": {"to_device": "torch: memory has to be pinned for it; JAX copies by itself"},
     "model/architecture.py": {"Architecture.breaks_after": "jax: where a scan over layers must end"},

@@ -122,7 +122,7 @@ def _read(model: Transformer, request: Request, parts: tuple[Any, State, State])
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _empty_caches(
-    windows: tuple[int | None, ...], shape: tuple[int, ...], dtype: np.dtype[Any], spare: int
+    windows: tuple[int | None, ...], shape: tuple[int, int, int, int], dtype: np.dtype[Any], spare: int
 ) -> SharedCaches:
     """Those of all layers in one program, as to make an array takes the host longer than the device."""
     return SharedCaches.of(new_caches(windows, *shape, dtype, spare=spare))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shared_config.parity.numerics import UNIT_ROUNDOFF
@@ -37,3 +38,13 @@ class Cancellation:
         if self.vanishes(scale):
             return NOISE_ROUNDOFFS * roundoff * self.largest
         return min(NOISE_ROUNDOFFS * min(roundoff, UNIT_ROUNDOFF[STORED]) * self.largest, NOISE_OF_ITSELF * scale)
+
+
+def vanishing(sizes: Mapping[str, float]) -> list[str]:
+    """Gradients that are 0 by mathematics, as of the bias of keys, which a softmax does not see.
+
+    Args:
+        sizes: RMS of each by name, computed in float64.
+    """
+    known = Cancellation(max(sizes.values(), default=0.0))
+    return [name for name, size in sizes.items() if known.vanishes(size)]

@@ -10,6 +10,7 @@ import numpy as np
 
 from shared_config.parity.checks import findings_of, trace_command, unrecorded
 from shared_config.parity.compare import TOLERANCES, compare_traces
+from shared_config.parity.configs import learning_rate
 from shared_config.parity.dtypes import narrow_dtypes
 from shared_config.parity.images import image_token
 from shared_config.parity.numerics import as_float64, relative_error, rms
@@ -17,7 +18,6 @@ from shared_config.parity.plan import BACKENDS, LONG, TRUTH, Check, Finding, Pla
 from shared_config.parity.provenance import check_trace, expected_meta
 from shared_config.parity.request import logits_name
 from shared_config.parity.scenarios import PARTS, STATE, applicable, cached_and_whole, scenario_config
-from shared_config.parity.tolerance import learning_rate
 from shared_config.parity.traces import DECODE, FORWARD, LOSS, LOSSES, Trace, TraceMeta, group_of, read_trace
 from shared_config.parity.validation import validation_tokens
 from shared_config.schema.job import JobConfig

@@ -12,6 +12,7 @@ import numpy as np
 
 from shared_config.errors import UserError
 from shared_config.parity.align import execution_order
+from shared_config.parity.configs import experts_choose_tokens
 from shared_config.parity.measure import (
     all_finite,
     dtype_of,
@@ -45,7 +46,6 @@ from shared_config.parity.tolerance import (
     Scales,
     Tensor,
     coarser,
-    experts_choose_tokens,
     scale_of,
     tolerance_of,
 )

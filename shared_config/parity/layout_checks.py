@@ -35,6 +35,7 @@ from shared_config.interchange.toml import number_of
 from shared_config.interchange.vision import tower_of
 from shared_config.loader import load_config
 from shared_config.parity.checks import trace_command
+from shared_config.parity.configs import learning_rate
 from shared_config.parity.layouts import (
     CLIP,
     LAYOUT,
@@ -48,7 +49,7 @@ from shared_config.parity.numerics import UNIT_ROUNDOFF, as_float64
 from shared_config.parity.plan import BACKENDS, LAYOUTS_STAGE, Check, Finding, Plan, register
 from shared_config.parity.provenance import check_trace, expected_meta, initial_hash
 from shared_config.parity.scenarios import STATE
-from shared_config.parity.tolerance import Cancellation, learning_rate
+from shared_config.parity.tolerance import Cancellation
 from shared_config.parity.traces import GRADIENT, LOSS, ROUTING, Trace, group_of, read_trace
 from shared_config.schema.distributed import DistributedConfig
 from shared_config.schema.job import JobConfig

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shared_config.interchange.toml import number_of, section_of
+from shared_config.parity.configs import experts_choose_tokens, has_experts
 from shared_config.parity.measure import summary_of
 from shared_config.parity.numerics import as_float64
 from shared_config.parity.routes import is_routes, unequal_choices
-from shared_config.parity.tolerance import Tensor, experts_choose_tokens, has_experts
+from shared_config.parity.tolerance import Tensor
 from shared_config.parity.traces import DECODE, FORWARD, LOSS, ROUTING, Summary, Trace, group_of
 
 _MEANS = (LOSS, ROUTING)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from shared_config.errors import UserError
+from shared_config.parity.configs import step_sensitivity
 from shared_config.parity.numerics import UNIT_ROUNDOFF
-from shared_config.parity.tolerance import Cancellation, Scales, coarser, scale_of, step_sensitivity
+from shared_config.parity.tolerance import Cancellation, Scales, coarser, scale_of
 from shared_config.parity.validation import MOMENT_STEPS
 
 EPS32, EPS16 = 2.0**-24, 2.0**-8

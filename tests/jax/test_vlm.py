@@ -202,7 +202,8 @@ def test_a_wrapper_hands_on_every_option_of_a_run(monkeypatch: pytest.MonkeyPatc
     model, ids = model_of("joint_decoder"), jnp.zeros((1, 2), jnp.int32)
     options: Any = {name: name for name in ("kv_caches", "limit_capacity", "factored_logits", "scan_layers", "remat")}
     monkeypatch.setattr(Transformer, "run", lambda _, given, **others: (given, others))
-    given, others = model.run(None, ids, **options)
+    said: Any = model.run(None, ids, **options)
+    given, others = said
     assert given is ids
     assert {name: value for name, value in others.items() if name != "modality"} == {
         **options,

@@ -16,7 +16,7 @@ import tomli_w
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
 from shared_config.interchange.weights import is_floating
-from shared_config.parity.cancellation import Cancellation
+from shared_config.parity.cancellation import vanishing
 from shared_config.parity.chunks import Spill
 from shared_config.parity.foreign.containers import ARGUMENT, numbered
 from shared_config.parity.foreign.options import EXACT, Arrays, Options, inputs_hash
@@ -284,20 +284,9 @@ def _with_deltas(meta: TraceMeta, engine: Engine, options: Options, dtype: str) 
         parts[other] = {name: found[1:] for name, found in largest.items() if found.size > 1}
     coarse = UNIT_ROUNDOFF[dtypes[0]] if dtypes[0] != EXACT else 0.0
     exact = is_exact(truth, moved(FINE, 1), moved(2.0**-24, 1) if not coarse else first, coarse or 2.0**-24)
-    return dataclasses.replace(
-        meta, deltas=deltas, parts=parts, extra={**meta.extra, "exact": exact, ZEROS: zeros_of(truth)}
-    )
-
-
-def zeros_of(truth: Mapping[str, np.ndarray]) -> list[str]:
-    """Gradients that are 0 by mathematics, as of the bias of keys, which a softmax does not see.
-
-    Args:
-        truth: results in float64 by name.
-    """
     sizes = {name: rms(as_float64(value)) for name, value in truth.items() if group_of(name) == GRADIENT}
-    known = Cancellation(max(sizes.values(), default=0.0))
-    return [name for name, size in sizes.items() if known.vanishes(size)]
+    extra = {**meta.extra, "exact": exact, ZEROS: vanishing(sizes)}
+    return dataclasses.replace(meta, deltas=deltas, parts=parts, extra=extra)
 
 
 def is_exact(
