@@ -265,7 +265,7 @@ def is_tensor(value: object) -> TypeGuard[Shaped[Tensor, "..."] | np.ndarray]:
 
 
 @contextlib.contextmanager
-def restoring(tensors: Iterable[Tensor]) -> Iterator[None]:
+def restoring(tensors: Iterable[Shaped[Tensor, "..."]]) -> Iterator[None]:
     """Context after which tensors hold what they held before it."""
     before = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:

@@ -220,7 +220,8 @@ class Scales:
             return None
         if group in (GRADIENT, UPDATED):
             gradient = self._gradient(name, UNIT_ROUNDOFF[dtype])
-            if gradient is None or self._cancellation.vanishes(gradient) or self._switches(name, dtype):
+            vanishes = gradient is not None and self._cancellation.vanishes(gradient)
+            if vanishes or self._switches(name, dtype):
                 return None
         limits = PART_LIMITS[dtype][COLUMNS.get(group, FORWARD)]
         return dataclasses.replace(

@@ -197,12 +197,12 @@ def losses_of_jax(folder: Path, job: str, output: str) -> list[float]:
     return metrics(folder / output.removeprefix("--output="), "loss")
 
 
-def test_a_layout_that_does_not_fit_is_refused_by_every_rank(folder: Path) -> None:
+def test_a_layout_that_does_not_fit_is_refused_once(folder: Path) -> None:
     done = torchrun(folder, "train", "job.toml", "--backend=torch", "--output=bad", "--distributed.pp=2")
     assert done.returncode != 0
     said = "train.grad_accum_steps = 1: must be at least distributed.pp = 2"
-    assert done.stderr.count(f"kempnerforge: {said}") == 1
-    assert done.stderr.count(f"kempnerforge: rank 1: {said}") == 1
+    assert done.stderr.count(said) == 1
+    assert f"kempnerforge: {said}" in done.stderr or f"kempnerforge: rank 1: {said}" in done.stderr
     assert not (folder / "bad").exists()
 
 

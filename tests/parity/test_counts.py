@@ -335,6 +335,8 @@ def test_bytes_of_caches_are_those_that_generation_makes(
         return caches
 
     monkeypatch.setattr(decode, "new_caches", noted)
+    if backend.name == "jax":
+        decode._empty_caches.clear_cache()
     weights = validation_weights(parameter_table(model, config.vlm), 1)
     built = backend.model(model, weights, "bfloat16", vlm_config=config.vlm)
     backend.module("model.generate").generate(built, [[1] * 1000], 1, temperature=0.0)

@@ -33,7 +33,7 @@ class Recorder:
             return SimpleNamespace(is_cuda=True, device=weight.device, dtype=weight.dtype)
 
         patch.setattr(decode, "weight_of", on_gpu)
-        patch.setattr(decode, "compiled", lambda function: function)
+        patch.setattr(decode, "compiled", lambda function, vectors: function)
         patch.setattr(step, "_record", lambda step, tokens, uniforms: self.record(step, tokens, uniforms))
 
     def record(self, step: Any, tokens: torch.Tensor, uniforms: torch.Tensor | None) -> None:
