@@ -23,6 +23,8 @@ TIMEOUT = timedelta(minutes=10)
 PARTING = 1.5
 """Seconds for which a process that has failed waits to leave the others, before it says why and ends; more than
 `kempnerforge_torch.distributed.failures.LOOKING`."""
+SHOWING = 2 * PARTING + 1
+"""The same of one whose error another shows: a launcher ends the others with the first process that ends."""
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 """Type of device -> what carries its tensors, and those of the host; gloo alone for others."""
 
@@ -55,7 +57,7 @@ def joined(device: torch.device | str | None, timeout: timedelta = TIMEOUT) -> I
     except BaseException as error:
         is_shown = getattr(error, "shown_elsewhere", False)
         first = failures.leave() if is_shown else failures.tell()
-        _part(is_host=launch.rank == 0)
+        _part(is_host=launch.rank == 0, is_silent=is_shown or first not in (None, launch.rank))
         if first is None or not isinstance(error, Exception):
             raise
         raise Processes(launch.rank, launch.world_size).error_of(first, error)  # noqa: B904 (it has its cause)
@@ -85,13 +87,14 @@ def _init_group(place: torch.device, store: Store, launch: Launch, timeout: time
     dist.init_process_group(backend, None, timeout, rank=launch.rank, world_size=launch.world_size, store=own)
 
 
-def _part(is_host: bool) -> None:
+def _part(is_host: bool, is_silent: bool) -> None:
     """Leave the others after a failure. NCCL waits for what has been asked of it, which may never come.
 
-    ``is_host``: whether the store may end with this process, so that the others need time to read there.
+    Args:
+        is_host: whether the store may end with this process, so that the others need time to read there.
+        is_silent: whether another says what went wrong, which it needs time for.
     """
-    if is_host:
-        time.sleep(PARTING)
+    time.sleep(SHOWING if is_silent else PARTING if is_host else 0)
     if dist.is_initialized():
         leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
         leaving.start()
