@@ -56,13 +56,6 @@ DECODED_OUTPUTS = ("output_head", "transformer.output_head")
 
 _DECODED = tuple(f"{FORWARD}/{output}" for output in DECODED_OUTPUTS)
 
-
-def _zeros(a: Trace, b: Trace) -> set[str]:
-    """Gradients that are 0 in float64, as one of the traces says."""
-    known = (trace.meta.extra.get(ZEROS) for trace in (a, b))
-    return {str(name) for names in known if isinstance(names, list) for name in names}
-
-
 SLACK = 1 + 1e-6
 """For sums in another order."""
 
@@ -308,3 +301,9 @@ class Judge:
             )
         }
         return dataclasses.replace(row, **values)
+
+
+def _zeros(a: Trace, b: Trace) -> set[str]:
+    """Gradients that are 0 in float64, as one of the traces says."""
+    known = (trace.meta.extra.get(ZEROS) for trace in (a, b))
+    return {str(name) for names in known if isinstance(names, list) for name in names}

@@ -8,8 +8,6 @@ from types import ModuleType
 
 from tests.examples import llama_in_jax
 
-SOURCE = Path(llama_in_jax.__file__)
-
 
 @dataclass(frozen=True)
 class Bug:
@@ -28,15 +26,25 @@ class Bug:
 
     def planted(self) -> ModuleType:
         """The port with the bug."""
-        module = ModuleType(f"llama_with_{self.name.replace(' ', '_')}")
-        exec(compile(self.text(), self.name, "exec"), module.__dict__)
-        return module
+        return with_change(llama_in_jax, self.old, self.new)
 
     def text(self) -> str:
         """That of the port with the bug."""
-        source = SOURCE.read_text(encoding="utf-8")
-        assert source.count(self.old) == 1, f"{self.name}: its text must occur once"
-        return source.replace(self.old, self.new)
+        return changed_text(llama_in_jax, self.old, self.new)
+
+
+def with_change(port: ModuleType, old: str, new: str) -> ModuleType:
+    """A module with another text in place of one that it has once."""
+    module = ModuleType(f"{port.__name__} with {new!r}")
+    exec(compile(changed_text(port, old, new), module.__name__, "exec"), module.__dict__)
+    return module
+
+
+def changed_text(port: ModuleType, old: str, new: str) -> str:
+    """Of `with_change`."""
+    source = Path(str(port.__file__)).read_text(encoding="utf-8")
+    assert source.count(old) == 1, f"{old!r} must occur once"
+    return source.replace(old, new)
 
 
 ATTENTION, MLP, LAYER = ("layers.*.attention",), ("layers.*.mlp",), ("layers.*",)

@@ -24,7 +24,7 @@ from shared_config.parity.result import EQUAL, WITHIN, Comparison
 from tests.cli.processes import run_python
 from tests.examples import mixtral_in_jax
 from tests.parity import test_mixtral_bugs as of_mixtral
-from tests.parity.foreign_bugs import BACKWARD_BUGS, STOP, Bug
+from tests.parity.foreign_bugs import BACKWARD_BUGS, STOP, Bug, with_change
 from tests.parity.test_foreign_bugs import foreign, names_of, port
 
 pytestmark = pytest.mark.skipif(
@@ -108,7 +108,7 @@ def test_a_wrong_backward_pass_stands_alone_where_recorded_gradients_are_given(b
 def test_a_wrong_backward_pass_of_experts_stands_alone(bug: str, dtype: str) -> None:
     model, sizes, tokens, weights = of_mixtral.foreign()
     old, new, wrong = MIXTRAL_BUGS[bug]
-    module = of_mixtral.with_change(old, new)
+    module = with_change(mixtral_in_jax, old, new)
     feed_a = functools.partial(of_torch.record, model, {"input_ids": tokens}, dtype=dtype)
     feed_b = functools.partial(
         of_jax.record, lambda w, t: module.mixtral(w, t, sizes), (tokens,), weights=weights, dtype=dtype

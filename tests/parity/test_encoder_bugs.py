@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import re
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ import kempnerforge_torch.parity as of_torch
 from shared_config.parity import Map, Trace, compare_functions, propose_map, transfer
 from shared_config.parity.foreign.site import made_in, site_of
 from tests.examples import encoders_in_jax
+from tests.parity.foreign_bugs import with_change
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 nightly = pytest.mark.skipif(not NIGHTLY, reason="takes seconds: HYPOTHESIS_PROFILE=nightly")
@@ -95,14 +95,6 @@ def port(kind: str, module: ModuleType, **options: Any) -> Trace:
     return of_jax.record(function, pair(kind).arguments, weights=weights, names=pair(kind).names, **options)
 
 
-def planted(old: str, new: str) -> ModuleType:
-    source = Path(encoders_in_jax.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    module = ModuleType("planted")
-    exec(compile(source.replace(old, new), module.__name__, "exec"), module.__dict__)
-    return module
-
-
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_a_map_of_weights_is_found_from_their_values(kind: str) -> None:
     model, _, _, names = pair(kind)
@@ -145,7 +137,7 @@ def test_another_attention_may_leave_other_noise_of_a_gradient_that_is_0(kind: s
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_is_found_in_its_module_forward_and_alone_where_recorded_inputs_are_given(bug: str) -> None:
     kind, old, new, end = BUGS[bug]
-    names, a, module = pair(kind).names, original(kind, "float32"), planted(old, new)
+    names, a, module = pair(kind).names, original(kind, "float32"), with_change(encoders_in_jax, old, new)
     free = compare_functions(a, port(kind, module, dtype="float32", deltas=False), names, common=True)
     assert free.first_forward is not None
     assert without_number(free.first_forward.name).endswith(end)

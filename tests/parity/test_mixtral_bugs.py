@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import re
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +21,7 @@ from shared_config.parity import Trace, compare_functions, transfer
 from shared_config.parity.foreign.site import site_of
 from tests.examples import llama_in_jax, mixtral_in_jax
 from tests.examples.llama_in_jax import Sizes
+from tests.parity.foreign_bugs import with_change
 
 pytestmark = pytest.mark.skipif(
     settings.get_current_profile_name() != "nightly", reason="takes minutes: HYPOTHESIS_PROFILE=nightly"
@@ -83,15 +83,6 @@ def foreign(seed: int = 0, scale: float = 1.0, layers: int = 2) -> tuple[Mixtral
     return model, sizes, rng.integers(0, 37, (2, 9)), llama_in_jax.nested(moved, layers)
 
 
-def with_change(old: str, new: str) -> ModuleType:
-    """The port with another text."""
-    source = Path(mixtral_in_jax.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    module = ModuleType("changed")
-    exec(compile(source.replace(old, new), module.__name__, "exec"), module.__dict__)
-    return module
-
-
 @functools.cache
 def original(dtype: str) -> Trace:
     model, _, tokens, _ = foreign()
@@ -115,7 +106,7 @@ def module_of(name: str) -> str:
 def test_a_bug_is_found_in_its_module_forward_and_alone_where_recorded_inputs_are_given(bug: str, dtype: str) -> None:
     model, sizes, tokens, _ = foreign()
     old, new, site = BUGS[bug]
-    names, wrong = mixtral_in_jax.names(sizes, eager=True), port(with_change(old, new), dtype)
+    names, wrong = mixtral_in_jax.names(sizes, eager=True), port(with_change(mixtral_in_jax, old, new), dtype)
     found = compare_functions(original(dtype), wrong, names, common=True)
     assert found.first_forward is not None
     assert module_of(found.first_forward.name) == site
@@ -128,7 +119,9 @@ def test_a_bug_is_found_in_its_module_forward_and_alone_where_recorded_inputs_ar
 @pytest.mark.parametrize("change", SAME)
 def test_another_way_to_write_it_is_the_same(change: str, dtype: str) -> None:
     names = mixtral_in_jax.names(foreign()[1], eager=True)
-    found = compare_functions(original(dtype), port(with_change(*SAME[change]), dtype), names, common=True)
+    found = compare_functions(
+        original(dtype), port(with_change(mixtral_in_jax, *SAME[change]), dtype), names, common=True
+    )
     assert found.equal, found.failures
 
 

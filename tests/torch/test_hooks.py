@@ -145,7 +145,8 @@ def test_extraction_gives_the_outputs_of_every_sample(dtype: torch.dtype, tmp_pa
 
 def test_samples_go_where_the_model_is() -> None:
     model, seen = Transformer(CONFIG).to("meta"), []
-    model.layers["0"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].device.type))
+    assert model.token_embedding is not None
+    model.token_embedding.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].device.type))
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):  # has no values to give
         extract_representations(model, [TOKENS[0]], ["layers.0"])
     assert seen == ["meta"]
