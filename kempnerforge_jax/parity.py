@@ -151,6 +151,7 @@ class _Engine:
         given = weights if isinstance(function, nnx.Module) or is_callable_tree(function) else None
         shapes = {name: value.shape for name, value in own.items()}
         self.weights: Arrays = own if given is None else transfer(given, None, shapes)
+        self._arrays = dict(zip(names, (leaf for _, leaf in leaves), strict=True)) if given is None else self.weights
         self.inputs: Arrays = {name: np.asarray(array) for name, array in tensors_in(inputs, is_array)}
         self.device, self.drawn = jax.devices()[0].device_kind, list[str]()
         self._programs: dict[tuple[str, int | None], _Program] = {}
@@ -160,7 +161,10 @@ class _Engine:
     ) -> Recorded:
         """Call it once; see `Engine.run`."""
         with jax.enable_x64(dtype == EXACT or self._is_wide(dtype)):
-            values = {name: _cast(value, dtype) for name, value in weights.items()}
+            given = (
+                self._arrays if weights is self.weights else weights
+            )  # where they are, if they are the function's own
+            values = {name: _cast(value, dtype) for name, value in given.items()}
             arguments = {f"{ARGUMENT}{name}": _cast(value, dtype) for name, value in inputs.items()}
             taken = {name: jnp.asarray(value) for name, value in fed.items()}
             program = self._program(dtype, store, values, arguments)
@@ -168,7 +172,7 @@ class _Engine:
             found = program(values, arguments, taken, key)
             losses = self._run(dtype, values) if self._batches and not fed else None
             known = program.readers({**values, **arguments}, fed) if noise is None else {}
-        recorded = {group: found[group] for group in program.descriptions}
+        recorded = jax.device_get({group: found[group] for group in program.descriptions})
         held = jax.tree.map(lambda value, about: kept(value, about, store), recorded, program.descriptions)
         activations = list(zip(program.names, held["taps"], strict=True))
         places = program.places if self._options.backward else []

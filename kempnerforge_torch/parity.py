@@ -328,9 +328,13 @@ def _gradients(parameters: Mapping[str, Tensor], early: Mapping[str, Kept], stor
 
 
 def _parameter(own: nn.Parameter, value: np.ndarray, dtype: str, copied: bool) -> nn.Parameter:
-    """With a value in a dtype and its hooks, in place of a parameter; if not ``copied``, maybe in its memory."""
+    """With a value in a dtype and its hooks, in place of a parameter; if not ``copied``, the value is its own, and may
+    be used where it is.
+    """
     wanted = DTYPES.get(dtype, own.dtype) if own.is_floating_point() else own.dtype
-    made = nn.Parameter(from_numpy(value).to(own.device, wanted, copy=copied), own.requires_grad)
+    on_device = not copied and own.device.type != "cpu"
+    given = own.detach().clone() if on_device else from_numpy(value)
+    made = nn.Parameter(given.to(own.device, wanted, copy=copied), own.requires_grad)
     for hook in (own._backward_hooks or {}).values():
         made.register_hook(hook)
     return made

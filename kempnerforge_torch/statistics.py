@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kempnerforge_torch.model.state import to_numpy, whole
+from kempnerforge_torch.moments_kernel import DTYPES as KERNEL_DTYPES
+from kempnerforge_torch.moments_kernel import HAS_TRITON, run_moments
 from shared_config.parity import summaries
 from shared_config.parity.foreign.recorder import Store
 from shared_config.parity.summaries import LOW, NAN, NEGATIVE, PIECE, POSITIVE, ROWS, SKETCH_SIZE, Summary
@@ -113,13 +115,15 @@ def moments(tensor: Shaped[Tensor, "..."]) -> Float[Tensor, "M"]:
 
 
 def reduced(tensor: Shaped[Tensor, "..."]) -> Float[Tensor, "M"]:
-    """`moments` of a tensor that is not empty, in operations of the device, which a GPU's compiler fuses."""
-    device = tensor.device
+    """`moments` of a tensor that is not empty, in operations of the device; on an NVIDIA GPU in a kernel."""
+    device, flat = tensor.device, tensor.reshape(-1)
+    pieces = -(-flat.numel() // PIECE)
+    first, times = _starts(device, 1 << (pieces - 1).bit_length())
+    if device.type == "cuda" and HAS_TRITON and tensor.dtype in KERNEL_DTYPES:
+        return run_moments(flat, _narrow_signs(device), first, times)
+    rows = torch.arange(pieces * ROWS, device=device)  # in int64 also where a compiler would find 32 bits enough
     operations = _compiled() if device.type == "cuda" else _reduced
-    first, times = summaries.starts(-(-tensor.numel() // PIECE))
-    given = (torch.from_numpy(part).to(device, non_blocking=True) for part in (first, times))
-    rows = torch.arange(len(first) * ROWS, device=device)  # in int64 also where a compiler would find 32 bits enough
-    return operations(tensor.reshape(-1), _signs(device), rows, *given)
+    return operations(flat, _signs(device), rows, first[:pieces], times[:pieces])
 
 
 @functools.cache
@@ -130,6 +134,17 @@ def _compiled() -> Callable[..., Tensor]:
 @functools.cache
 def _signs(device: torch.device) -> Tensor:
     return torch.from_numpy(summaries.signs()).to(device)
+
+
+@functools.cache
+def _narrow_signs(device: torch.device) -> Tensor:
+    return _signs(device).to(torch.int8)
+
+
+@functools.cache
+def _starts(device: torch.device, pieces: int) -> tuple[Tensor, Tensor]:
+    first, times = summaries.starts(pieces)
+    return torch.from_numpy(first).to(device), torch.from_numpy(times).to(device)
 
 
 def _reduced(flat: Tensor, signs: Tensor, rows: Tensor, first: Tensor, times: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ from kempnerforge_jax.model.transformer import Transformer
 from shared_config.contract.decoding import bucket
 
 NO_LOGITS = ModalityContext(output_slice=slice(0, 0))
+STEPS_TOGETHER = 16
+"""Of which a GPU's host is told at once: between two of its loop it waits for the device to say whether to go on."""
 
 
 class _State(NamedTuple):
@@ -244,15 +246,26 @@ def _compiled_loop(graphdef: Any) -> Any:
             output_B, state, caches = _step(graphdef, params, buffers, caches, state, image, uniforms_B, options)
             return index + 1, new_BN.at[:, index].set(output_B), state, caches
 
-        def condition(carry: Any) -> jax.Array:
-            index, _, state, _ = carry
-            return (index < count) & ~state.done.all()
+        def steps(together: int, carry: Any) -> Any:
+            def condition(carry: Any) -> jax.Array:
+                index, _, state, _ = carry
+                return (index + together <= count) & ~state.done.all()
+
+            several = body if together == 1 else functools.partial(jax.lax.fori_loop, 0, together, lambda _, c: body(c))
+            return jax.lax.while_loop(condition, several, carry)
 
         carry = (jnp.zeros((), jnp.int32), new_BN, state, caches)
-        _, new_BN, _, caches = jax.lax.while_loop(condition, body, carry)
+        for together in _strides():
+            carry = steps(together, carry)
+        _, new_BN, _, caches = carry
         return new_BN, caches
 
     return jax.jit(loop, donate_argnames="caches")
+
+
+def _strides() -> tuple[int, ...]:
+    """How many steps a loop takes at a time, and the one after it, until all are taken."""
+    return (STEPS_TOGETHER, 1) if jax.default_backend() == "gpu" else (1,)
 
 
 def _step(

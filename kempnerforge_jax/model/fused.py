@@ -8,13 +8,16 @@ Shapes: B batch, H query heads, K key/value heads, S queries and keys, h head_di
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 from jax.typing import DTypeLike
@@ -26,6 +29,37 @@ SEGMENTS = (16, 128)
 """For how many of a sequence there are programs of the kernel. The more, the slower, whatever there is of them."""
 
 _Way = Callable[[Mask, Array, Array, Array], Array]
+
+
+_known: ContextVar[int | None] = ContextVar("known", default=None)
+
+
+@contextlib.contextmanager
+def of_segments(count: int | None) -> Iterator[None]:
+    """Context in which programs are traced for sequences of at most so many segments, one of `SEGMENTS`, that say all;
+    None: programs look at their sequences, for which the host waits in each layer.
+    """
+    token = _known.set(count)
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def segments_of(batches: Sequence[Mapping[str, np.ndarray]]) -> int | None:
+    """For how many segments programs may be traced that take these batches; None where they must look themselves.
+
+    Args:
+        batches: as the trainer takes them. Documents must be in one piece each, and nothing else may cut the rows.
+    """
+    if jax.default_backend() != "gpu" or any(set(batch) != {"tokens", "labels", "doc_ids"} for batch in batches):
+        return None
+    ids_RS = np.concatenate([batch["doc_ids"] for batch in batches])
+    pieces_R = 1 + (ids_RS[:, 1:] != ids_RS[:, :-1]).sum(1)
+    different_R = 1 + (np.diff(np.sort(ids_RS, axis=1), axis=1) != 0).sum(1)
+    if (pieces_R != different_R).any():
+        return None
+    return next((count for count in SEGMENTS if pieces_R.max() <= count), None)
 
 
 def has_kernel(mask: Mask, queries: int, keys: int, head_dim: int, dtype: DTypeLike) -> bool:
@@ -68,6 +102,8 @@ def fused_attention(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     if mask.fused is None:
         return _whole(factor, mask, q, k, v)
+    if (count := _known.get()) is not None:
+        return _packed(count, factor, mask, q, k, v)
     ways = (*(functools.partial(_packed, count, factor) for count in SEGMENTS), otherwise)
     return _by(mask.fused.way, ways, mask, q, k, v)
 

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from kempnerforge_jax.distributed.sharding import (
 )
 from kempnerforge_jax.distributed.states import host_copies, own_parts
 from kempnerforge_jax.model.build import build_model
+from kempnerforge_jax.model.fused import of_segments, segments_of
 from kempnerforge_jax.model.lora import add_adapters, init_adapters
 from kempnerforge_jax.model.state import State, merge, own_variables, set_state, split
 from kempnerforge_jax.model.transformer import Transformer
@@ -190,7 +191,8 @@ class Trainer:
             for rank, own in zip(self.ranks.own, self.ranks.divided(micro_batches), strict=True)
         ]
         with step_span(self.updates), matmul_precision(self.config.train.matmul_precision):
-            self.parameters, self.buffers, self.optimizer_state, metrics = compiled_step(self.recipe)(
+            segments = segments_of(micro_batches) if self.mesh is None else None
+            self.parameters, self.buffers, self.optimizer_state, metrics = compiled_step(self.recipe, segments)(
                 self.parameters,
                 self.buffers,
                 self.optimizer_state,
@@ -290,13 +292,18 @@ class Trainer:
 
 
 @functools.lru_cache(maxsize=8)
-def compiled_step(recipe: Recipe) -> _Step:
+def compiled_step(recipe: Recipe, segments: int | None = None) -> _Step:
     """A jitted ``(parameters, buffers, optimizer_state, batches, count, rates, progress)`` -> the first three, metrics.
 
     The first three are donated. ``batches`` are arrays (N, B, S) by name, ``count`` is the number of labels in all of
-    them, ``progress`` the share of the training that is done.
+    them, ``progress`` the share of the training that is done. ``segments``: see `of_segments`.
     """
-    return jax.jit(functools.partial(_step, recipe), donate_argnums=(0, 1, 2))
+
+    def step(*inputs: Any) -> Any:
+        with of_segments(segments):
+            return _step(recipe, *inputs)
+
+    return jax.jit(step, donate_argnums=(0, 1, 2))
 
 
 @functools.lru_cache(maxsize=8)

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kempnerforge_torch.model.cuda_graph import Step, compiled
-from kempnerforge_torch.model.kept_steps import recorded
+from kempnerforge_torch.model.kept_steps import Kept, kept_of
 from kempnerforge_torch.model.kv_cache import KVCache, new_caches
 from kempnerforge_torch.model.modality import ModalityContext, placed
 from kempnerforge_torch.model.request import Request, image_tokens, inference, weight_of
@@ -53,38 +53,50 @@ def steps(model: Transformer, request: Request, compile: bool) -> Iterator[Int[T
 
 def prefill(model: Transformer, request: Request) -> tuple[list[KVCache], Int[Tensor, "B"]]:
     """Caches that hold every prompt but for its last token, and these last tokens (B,)."""
-    config, weight, prompts, image = model.config, weight_of(model), request.prompts, request.image
-    rows, prefix = len(prompts.lengths), image_tokens(image)
+    with inference(model):
+        return _read(model, request, *_read_from(model, request))
+
+
+def _read_from(model: Transformer, request: Request) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts (B, S), their lengths (B,), and where they end in the stream but for their last token (B,)."""
+    device, prompts = weight_of(model).device, request.prompts
+    arrays = prompts.tokens, prompts.lengths, prompts.lengths - 1 + request.image_tokens
+    tokens_BS, lengths_B, ends_B = (torch.from_numpy(each).to(device).long() for each in arrays)
+    return tokens_BS, lengths_B, ends_B
+
+
+def _read(
+    model: Transformer, request: Request, tokens_BS: Tensor, lengths_B: Tensor, ends_B: Tensor
+) -> tuple[list[KVCache], Tensor]:
+    """`prefill` of a model in evaluation mode."""
+    config, weight, image = model.config, weight_of(model), request.image
+    prefix = image_tokens(image)
     heads = config.kv_heads if model.vlm_config is None else model.vlm_config.cached_kv_heads(config)
-    shape = (rows, request.cache_length, heads, config.head_size)
+    shape = (len(tokens_BS), request.cache_length, heads, config.head_size)
     spare = max((size for _, size in request.chunks), default=1) - 1
     caches = new_caches(config.layer_windows, *shape, weight.dtype, weight.device, spare=spare, static=True)
     states = list({id(cache.state): cache.state for cache in caches}.values())
     state = states[0]
-    tokens_BS = torch.from_numpy(prompts.tokens).to(weight.device).long()
-    lengths_B = torch.from_numpy(prompts.lengths).to(weight.device).long()
-    ends_B = torch.from_numpy(prompts.lengths - 1 + request.image_tokens).to(weight.device).long()
-    with inference(model):
-        stream = _stream(model, request, tokens_BS) if request.image_within else None
-        if prefix and stream is None:
-            model.run(tokens_BS[:, :0], modality=image, kv_caches=caches, allow_image_inputs=True)
-        modality = NO_LOGITS if image is None or prefix else replace(image, output_slice=NO_LOGITS.output_slice)
-        for start, size in request.chunks:
-            chunk, had_padding = _chunk(tokens_BS, start, size), state.valid is not None
-            if stream is not None:
-                chunk, modality = None, _within(stream, start, size)
-                had_padding = modality.key_padding_mask is not None
-            modality = replace(modality, prefix_lengths=request.prefix_lengths)
-            if config.is_moe:
-                read_B = ends_B if request.prefix_lengths is None else request.prefix_lengths
-                read_BS = state.positions(size) < read_B[:, None]
-                real_BS = modality.key_padding_mask if stream is not None else None
-                modality = replace(modality, key_padding_mask=read_BS if real_BS is None else read_BS & real_BS)
-            model.run(chunk, modality=modality, kv_caches=caches, allow_image_inputs=True)
-            for each in states:
-                each.truncate(ends_B)
-                if not had_padding:
-                    each.without_padding()
+    stream = _stream(model, request, tokens_BS) if request.image_within else None
+    if prefix and stream is None:
+        model.run(tokens_BS[:, :0], modality=image, kv_caches=caches, allow_image_inputs=True)
+    modality = NO_LOGITS if image is None or prefix else replace(image, output_slice=NO_LOGITS.output_slice)
+    for start, size in request.chunks:
+        chunk, had_padding = _chunk(tokens_BS, start, size), state.valid is not None
+        if stream is not None:
+            chunk, modality = None, _within(stream, start, size)
+            had_padding = modality.key_padding_mask is not None
+        modality = replace(modality, prefix_lengths=request.prefix_lengths)
+        if config.is_moe:
+            read_B = ends_B if request.prefix_lengths is None else request.prefix_lengths
+            read_BS = state.positions(size) < read_B[:, None]
+            real_BS = modality.key_padding_mask if stream is not None else None
+            modality = replace(modality, key_padding_mask=read_BS if real_BS is None else read_BS & real_BS)
+        model.run(chunk, modality=modality, kv_caches=caches, allow_image_inputs=True)
+        for each in states:
+            each.truncate(ends_B)
+            if not had_padding:
+                each.without_padding()
     return caches, tokens_BS.gather(1, lengths_B[:, None] - 1)[:, 0]
 
 
@@ -134,22 +146,33 @@ def _drawn(model: Transformer, request: Request, compile: bool) -> Iterator[Tens
     uniforms_BN = None
     if request.uniforms is not None:
         uniforms_BN = torch.from_numpy(request.uniforms).to(weight.device, wide(weight.dtype))
-    caches, tokens_B = prefill(model, request)
-    done_B = torch.zeros_like(tokens_B, dtype=torch.bool)
-    eos_ids = request.sampling.eos_token_ids
+    done_B, eos_ids = None, request.sampling.eos_token_ids
     eos_ids_E = torch.tensor(eos_ids, dtype=torch.int64, device=weight.device)
-    with _stepping(model, request, caches, compile) as step:
+    kept = kept_of(model) if compile and weight.is_cuda else None
+    with _filled(model, request, kept) as (caches, tokens_B), _stepping(model, request, caches, compile, kept) as step:
+        del caches  # a kept step has its own
         for index in range(request.max_new_tokens):
             tokens_B = step(tokens_B, None if uniforms_BN is None else uniforms_BN[:, index])
-            yield tokens_B.masked_fill(done_B, request.sampling.pad_token_id)
+            yield tokens_B if done_B is None else tokens_B.masked_fill(done_B, request.sampling.pad_token_id)
             if eos_ids:
-                done_B = done_B | torch.isin(tokens_B, eos_ids_E)
+                ends_B = torch.isin(tokens_B, eos_ids_E)
+                done_B = ends_B if done_B is None else done_B | ends_B
                 if bool(done_B.all()):
                     return
 
 
+def _filled(
+    model: Transformer, request: Request, kept: Kept | None
+) -> contextlib.AbstractContextManager[tuple[list[KVCache], Tensor]]:
+    """`prefill`, recorded where prompts are text alone and no cut of a ring must be checked by the host."""
+    inputs, read = _read_from(model, request), functools.partial(_read, model, request)
+    if kept is None or request.image is not None or request.prefix_lengths is not None or request.has_windows:
+        return contextlib.nullcontext(read(*inputs))
+    return kept.filled((request.cache_length, tuple(request.chunks)), inputs, read)
+
+
 def _stepping(
-    model: Transformer, request: Request, caches: list[KVCache], compile: bool
+    model: Transformer, request: Request, caches: list[KVCache], compile: bool, kept: Kept | None
 ) -> contextlib.AbstractContextManager[Step]:
     """A function that reads a token of each row and draws the next, recorded where it is compiled for a GPU."""
     sampling, is_greedy = request.sampling, request.uniforms is None
@@ -159,8 +182,8 @@ def _stepping(
     def step_of(caches: list[KVCache], image: ModalityContext | None) -> Step:
         return functools.partial(_step, model, sampling, caches, image, compile)
 
-    if compile and weight_of(model).is_cuda:
-        return recorded(model, caches, image, settings, step_of)
+    if kept is not None:
+        return kept.step(caches, image, settings, step_of)
     return contextlib.nullcontext(step_of(caches, image))
 
 

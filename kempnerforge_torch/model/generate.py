@@ -109,4 +109,4 @@ def stream(
         prompt_lengths=prompt_lengths, uniforms=uniforms, prefill_chunk=prefill_chunk, pixel_values=pixel_values,
         frame_mask=frame_mask, image_positions=image_positions,
     )  # fmt: skip
-    return (to_numpy(tokens_B) for tokens_B in steps(inner_transformer(model), request, compile))
+    return (to_numpy(tokens_B).copy() for tokens_B in steps(inner_transformer(model), request, compile))

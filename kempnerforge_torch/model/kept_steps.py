@@ -1,17 +1,20 @@
 """Recorded decode steps that are kept for the next call: of each model the last few, with the caches that they read and
-write. A call that asks for the same step fills these caches, and replays from its first token on.
+write. A call that asks for the same step fills these caches, and replays from its first token on. Prompts are read so,
+too: those of a shape run once, are recorded the second time, and replayed from then on.
 
-A recorded step reads the weights where they were: it is dropped once one of them lies elsewhere. What an optimiser or
+What is recorded reads the weights where they were: it is dropped once one of them lies elsewhere. What an optimiser or
 `load_state_dict` writes into them it reads as any other step does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from types import BuiltinFunctionType, FunctionType, NoneType
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,14 +22,14 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from kempnerforge_torch.model.cuda_graph import CudaGraphStep, Step, is_hooked, state_of_torch
+from kempnerforge_torch.model.cuda_graph import CudaGraphCall, CudaGraphStep, Step, is_hooked, state_of_torch
 from kempnerforge_torch.model.decode_state import DecodeState
 from kempnerforge_torch.model.kv_cache import KVCache
 from kempnerforge_torch.model.modality import ModalityContext
 from shared_config.schema.base import Section
 
 KEPT = 4
-"""Steps of a model."""
+"""Steps of a model, and as many shapes of prompts."""
 
 _FACTS = (bool, int, float, str, NoneType, torch.dtype, FunctionType, BuiltinFunctionType, Section)
 """What an attribute may be that a recorded step has taken in."""
@@ -35,6 +38,9 @@ _OF_A_STATE = ("lengths", "valid", "doc_ids", "oldest")
 
 StepOf = Callable[[list[KVCache], ModalityContext | None], Step]
 """The caches, and what is read of an image at every step, to a step."""
+
+Filled = tuple[list[KVCache], Shaped[Tensor, "B"]]
+"""Caches that hold prompts but for their last tokens, and these."""
 
 
 @dataclass
@@ -47,58 +53,78 @@ class _Recorded:
 
 
 @dataclass
-class _Kept:
-    """Steps of a model as it was, the last used one last."""
+class Kept:
+    """What is kept of a model as it was, the last used last."""
 
     model: Hashable
     steps: OrderedDict[Hashable, _Recorded] = field(default_factory=OrderedDict)
+    prompts: OrderedDict[Hashable, CudaGraphCall[Filled]] = field(default_factory=OrderedDict)
+
+    @contextlib.contextmanager
+    def step(
+        self, caches: list[KVCache], image: ModalityContext | None, settings: Hashable, step_of: StepOf
+    ) -> Iterator[Step]:
+        """A recorded step that goes on from these caches. While one call has it, no other does.
+
+        Args:
+            settings: what else the step depends on.
+            step_of: makes the step that is recorded; it depends on nothing but its arguments, the model and
+                ``settings``.
+        """
+        key = (settings, state_of_torch(), _structure(caches, image))
+        found = self.steps.pop(key, None)
+        if found is None:
+            found = _Recorded(CudaGraphStep(step_of(caches, image)), caches, image)
+        else:
+            torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+                _tensors(found.caches, found.image), _tensors(caches, image)
+            )
+            found.step.step = step_of(found.caches, found.image)
+        with contextlib.suppress(GeneratorExit):  # the caller wants no more tokens
+            yield found.step
+        found.step.step = None  # which holds the model
+        _put_back(self.steps, key, found)
+
+    @contextlib.contextmanager
+    def filled(
+        self, settings: Hashable, inputs: Sequence[Shaped[Tensor, "..."]], read: Callable[..., Filled]
+    ) -> Iterator[Filled]:
+        """What ``read`` makes of prompts. While one call has these caches, no other does.
+
+        Args:
+            settings: what else reading depends on.
+            inputs: tensors that ``read`` takes; it depends on nothing but them, the model and ``settings``.
+        """
+        key = (settings, state_of_torch(), *((each.shape, each.dtype) for each in inputs))
+        found = self.prompts.pop(key, None) or CudaGraphCall()
+        with contextlib.suppress(GeneratorExit):
+            yield found(read, inputs)
+        _put_back(self.prompts, key, found)
 
 
-_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+_Value = TypeVar("_Value")
+_kept: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
 
 
-@contextlib.contextmanager
-def recorded(
-    model: nn.Module, caches: list[KVCache], image: ModalityContext | None, settings: Hashable, step_of: StepOf
-) -> Iterator[Step]:
-    """A recorded step that goes on from these caches. While one call has it, no other does.
-
-    Args:
-        settings: what else the step depends on.
-        step_of: makes the step that is recorded; it depends on nothing but its arguments, the model and ``settings``.
-    """
+def kept_of(model: nn.Module) -> Kept:
+    """What is kept of a model as it is now."""
     if is_hooked(model.modules()):  # a replay calls no hooks
-        yield CudaGraphStep(step_of(caches, image))
-        return
-    kept = _kept_of(model)
-    key = (settings, state_of_torch(), _structure(caches, image))
-    found = kept.steps.pop(key, None)
-    if found is None:
-        found = _Recorded(CudaGraphStep(step_of(caches, image)), caches, image)
-    else:
-        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-            _tensors(found.caches, found.image), _tensors(caches, image)
-        )
-        found.step.step = step_of(found.caches, found.image)
-    with contextlib.suppress(GeneratorExit):  # the caller wants no more tokens
-        yield found.step
-    found.step.step = None  # which holds the model
-    if _kept.get(model) is kept:
-        kept.steps[key] = found
-        while len(kept.steps) > KEPT:
-            kept.steps.popitem(last=False)
+        return Kept(None)
+    state = _state_of(model)
+    if model not in _kept or _kept[model].model != state:
+        _kept[model] = Kept(state)
+    return _kept[model]
 
 
 def forget_steps(model: nn.Module) -> None:
-    """Free the memory of the recorded steps of a model."""
+    """Free the memory of what is recorded of a model."""
     _kept.pop(model, None)
 
 
-def _kept_of(model: nn.Module) -> _Kept:
-    state = _state_of(model)
-    if model not in _kept or _kept[model].model != state:
-        _kept[model] = _Kept(state)
-    return _kept[model]
+def _put_back(kept: OrderedDict[Hashable, _Value], key: Hashable, value: _Value) -> None:
+    kept[key] = value
+    while len(kept) > KEPT:
+        kept.popitem(last=False)
 
 
 def _state_of(model: nn.Module) -> Hashable:
@@ -109,7 +135,12 @@ def _state_of(model: nn.Module) -> Hashable:
 
 
 def _facts(module: nn.Module) -> Hashable:
-    return tuple((name, value) for name, value in vars(module).items() if isinstance(value, _FACTS))
+    return tuple((name, value) for name, value in vars(module).items() if _is_fact(type(value)))
+
+
+@functools.lru_cache
+def _is_fact(kind: type) -> bool:
+    return issubclass(kind, _FACTS)
 
 
 def _structure(caches: Sequence[KVCache], image: ModalityContext | None) -> Hashable:

@@ -52,7 +52,7 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     """Run compiled parts uncompiled while the context is open: compiled code ignores hooks that were added later."""
     with contextlib.ExitStack() as restoring:
         for module in list(model.modules()):
-            if hasattr(module, "dynamo_ctx") and "_orig_mod" in module._modules:
+            if "_orig_mod" in module._modules and hasattr(module, "dynamo_ctx"):
                 restoring.callback(module.__dict__.__setitem__, "forward", module.forward)
                 module.__dict__["forward"] = unwrap(module).__call__
             elif module._compiled_call_impl is not None:

@@ -16,6 +16,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +44,15 @@ def main() -> None:
     for name, default in (("width", 512), ("layers", 6), ("batch", 2), ("length", 256), ("runs", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu", help="of PyTorch; JAX takes its own")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--kinds", choices=KINDS, nargs="+", default=KINDS)
+    parser.add_argument("--backend", choices=["torch", "jax"], nargs="+", default=["torch", "jax"])
     options = parser.parse_args()
-    model = a_llama(options.width, options.layers).to(options.device)
+    model = a_llama(options.width, options.layers).to(options.device, getattr(torch, options.dtype))
     tokens = torch.randint(0, 2048, (options.batch, options.length), device=options.device)
-    for backend, ways in (("torch", in_torch(model, tokens)), ("jax", in_jax(model, tokens))):
+    for backend in options.backend:
+        ways = (in_torch if backend == "torch" else in_jax)(model, tokens)
+        ways = {name: way for name, way in ways.items() if name == PASS or name in options.kinds}
         times = medians(ways, options.runs, time.process_time if options.device == "cpu" else time.perf_counter)
         for name, seconds in times.items():
             print(f"{backend:6} {name:22} {seconds:7.3f} s  {seconds / times[PASS]:5.2f} of a pass", flush=True)
@@ -76,13 +82,16 @@ def medians(ways: Ways, runs: int, clock: Callable[[], float]) -> dict[str, floa
 def in_torch(model: LlamaForCausalLM, tokens: torch.Tensor) -> Ways:
     """The plain pass, and the recordings."""
 
+    def loss_of(output: Any) -> torch.Tensor:
+        return output["logits"].float().square().mean()
+
     def step() -> None:
         model.zero_grad()
-        model(input_ids=tokens).logits.float().square().mean().backward()
+        loss_of(model(input_ids=tokens)).backward()
         if tokens.is_cuda:
             torch.cuda.synchronize()
 
-    return {PASS: step, **recordings(of_torch, model, {"input_ids": tokens}, None)}
+    return {PASS: step, **recordings(of_torch, model, {"input_ids": tokens}, None, loss_of)}
 
 
 def in_jax(model: LlamaForCausalLM, tokens: torch.Tensor) -> Ways:
@@ -93,12 +102,16 @@ def in_jax(model: LlamaForCausalLM, tokens: torch.Tensor) -> Ways:
     weights = jax.tree.map(from_numpy, nested(flat, config.num_hidden_layers))
     ids = jnp.asarray(to_numpy(tokens.cpu()), jnp.int32)
     function = functools.partial(llama, sizes=sizes)
-    plain = jax.jit(jax.value_and_grad(lambda weights: jnp.square(function(weights, ids)).mean()))
+
+    def loss_of(output: jax.Array) -> jax.Array:
+        return jnp.square(output.astype(jnp.float32)).mean()
+
+    plain = jax.jit(jax.value_and_grad(lambda weights: loss_of(function(weights, ids))))
     step = lambda: jax.block_until_ready(plain(weights))  # noqa: E731
-    return {PASS: step, **recordings(of_jax, function, (ids,), weights)}
+    return {PASS: step, **recordings(of_jax, function, (ids,), weights, loss_of)}
 
 
-def recordings(backend: object, function: object, inputs: object, weights: object) -> Ways:
+def recordings(backend: object, function: object, inputs: object, weights: object, loss_of: object) -> Ways:
     """Runs of the recorder, by what is kept."""
     ways: Ways = {}
     for kind in KINDS:
@@ -106,7 +119,7 @@ def recordings(backend: object, function: object, inputs: object, weights: objec
             dtype=None, backward=True, only=("none",) if kind == LOSS else (), above=0 if kind == STATISTICS else None,
             deltas=False, seed=0, refeed=None, names=None,
         )  # fmt: skip
-        engine = backend._Engine(function, inputs, weights, None, None, (), options)  # type: ignore[attr-defined]
+        engine = backend._Engine(function, inputs, weights, loss_of, None, (), options)  # type: ignore[attr-defined]
         ways[kind] = functools.partial(engine.run, "", engine.weights, engine.inputs, {}, None, Store(options.above))
     return ways
 

@@ -53,9 +53,9 @@ def lowered_step(job: JobConfig, devices: Any) -> tuple[str, int]:
     trainer = train.Trainer(job, devices)
     found: list[Any] = []
 
-    def recording(recipe: Any) -> Any:
+    def recording(*about: Any) -> Any:
         def call(*arguments: Any) -> Any:
-            found.extend((compiled(recipe).lower(*arguments).as_text(), arguments))
+            found.extend((compiled(*about).lower(*arguments).as_text(), arguments))
             raise LoweredError
 
         return call

@@ -122,3 +122,41 @@ def test_all_of_a_cache_lies_where_it_is_told_to(window: int | None) -> None:
     cache = KVCache(2, 5, 1, 4, device=place, sliding_window=window)
     arrays = [cache.k, cache.v, cache.lengths, *(() if window is None else (cache.oldest,))]
     assert [array is not None and array.sharding for array in arrays] == [place] * len(arrays)
+
+
+@pytest.mark.parametrize("new", [1, 3, 4, 5, 11])
+@pytest.mark.parametrize("ends", [None, [0, 3, 5, 7, 11, 13, 17]])
+def test_steps_taken_together_draw_the_same(new: int, ends: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are taken at a time, and wherever a row ends within them."""
+    model, options = new_model(), {"temperature": 1.5, "eos_token_id": ends, "pad_token_id": 18}
+    for seed in range(4):
+        expected = np.asarray(generate(model, PROMPTS, new, seed=seed, **options))
+        with monkeypatch.context() as patch:
+            patch.setattr(decode, "_strides", lambda: (4, 1))
+            decode._compiled_loop.cache_clear()
+            assert np.array_equal(generate(model, PROMPTS, new, seed=seed, **options), expected)
+        decode._compiled_loop.cache_clear()
+
+
+@pytest.mark.parametrize(("new", "ends", "most"), [(5, None, 5), (9, None, 9), (3, None, 3), (9, list(range(19)), 4)])
+def test_no_step_is_taken_in_vain(new: int, ends: list[int] | None, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for those of the four in which the last row ends."""
+    taken, step = [], decode._step
+
+    def counted(*inputs: Any) -> Any:
+        jax.debug.callback(lambda: taken.append(1))
+        return step(*inputs)
+
+    monkeypatch.setattr(decode, "_step", counted)
+    monkeypatch.setattr(decode, "_strides", lambda: (4, 1))
+    decode._compiled_loop.cache_clear()
+    generate(new_model(), PROMPTS, new, seed=1, temperature=1.0, eos_token_id=ends)
+    jax.effects_barrier()
+    decode._compiled_loop.cache_clear()
+    assert len(taken) == most
+
+
+def test_a_gpu_is_asked_once_for_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decode._strides() == (1,)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert decode._strides() == (decode.STEPS_TOGETHER, 1)

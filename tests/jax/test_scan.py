@@ -100,9 +100,9 @@ def test_presets_that_ask_for_scans_get_them(preset: str, monkeypatch: pytest.Mo
     config = config.replace(model=config.model.replace(n_layers=9), train=config.train.replace(batch_size=1))
     compiled_step, programs = train.compiled_step, []
 
-    def traced_step(recipe: Any) -> Any:
+    def traced_step(*about: Any) -> Any:
         def step(*arguments: Any) -> Any:
-            programs.append(jax.make_jaxpr(compiled_step(recipe))(*arguments))
+            programs.append(jax.make_jaxpr(compiled_step(*about))(*arguments))
             return *arguments[:3], {}
 
         return step

@@ -579,16 +579,21 @@ def check_recorded_steps(backend: str) -> None:
 def check_decoding_by_device(backend: str) -> None:
     """Steps are recorded where they are compiled and the weights are on a GPU."""
     decode = module("torch", "model.decode")
-    request = SimpleNamespace(image_in_every_step=None, sampling=None, uniforms=None)
+    sampling = SimpleNamespace(eos_token_ids=(), pad_token_id=0)
+    request = SimpleNamespace(max_new_tokens=1, uniforms=None, sampling=sampling)
     for on_gpu in (True, False):
         for compiled in (True, False):
-            weight = SimpleNamespace(is_cuda=on_gpu)
+            weight, given = SimpleNamespace(is_cuda=on_gpu, device="cpu"), []
+            filled = contextlib.nullcontext(([], torch.zeros(1)))
+            step = contextlib.nullcontext(lambda tokens, uniforms: tokens)
             with (
                 mock.patch.object(decode, "weight_of", lambda _, weight=weight: weight),
-                mock.patch.object(decode, "recorded", return_value="recorded"),
+                mock.patch.object(decode, "kept_of", return_value="kept"),
+                mock.patch.object(decode, "_filled", lambda *about, g=given, f=filled: g.append(about[-1]) or f),
+                mock.patch.object(decode, "_stepping", lambda *about, g=given, s=step: g.append(about[-1]) or s),
             ):
-                stepping = decode._stepping(None, request, [], compiled)
-            assert (stepping == "recorded") == (on_gpu and compiled), (on_gpu, compiled)
+                list(decode._drawn(None, request, compiled))
+            assert given == ["kept" if on_gpu and compiled else None] * 2, (on_gpu, compiled)
 
 
 def check_kept_steps(backend: str) -> None:

@@ -22,6 +22,7 @@ import kempnerforge_jax.parity as of_jax
 import kempnerforge_jax.statistics as in_jax
 import kempnerforge_torch.parity as of_torch
 import kempnerforge_torch.statistics as in_torch
+from kempnerforge_jax.moments_kernel import run_moments
 from kempnerforge_torch.model.state import from_numpy
 from kempnerforge_torch.model.transformer import Transformer
 from shared_config.contract.parameters import parameter_table
@@ -61,6 +62,17 @@ def test_moments_are_the_same_on_every_device(size: int, dtype: Any, seed: int, 
     for other in (in_torch.reduced(from_numpy(values)).numpy(), *found):
         assert_same_moments(other, expected, dtype)
     assert_same_moments(expected, np.concatenate([defined(values), expected[-1021:]]), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
+@pytest.mark.parametrize("size", [1, 1021, 5000, PIECE + 1])
+def test_moments_by_the_kernel_of_jax(size: int, dtype: Any) -> None:
+    """As XLA runs it."""
+    with jax.enable_x64(True):
+        for gaps in (False, True):
+            values = drawn(size, dtype, 7, gaps)
+            found = np.asarray(run_moments(jnp.asarray(values), interpret=True))
+            assert_same_moments(found, summaries.moments(values), dtype)
 
 
 @pytest.mark.parametrize("size", [BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + PIECE + 1500, 2 * BLOCK + 9000])

@@ -24,8 +24,8 @@ class Recorder:
     """Plays CUDA graphs without a GPU, and counts what is recorded and replayed."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
-        self.recorded, self.replayed = 0, 0
-        decode, step = module("model.decode"), module("model.cuda_graph").CudaGraphStep
+        self.recorded, self.replayed, self.prompts, self.read_again = 0, 0, 0, 0
+        decode, cuda_graph = module("model.decode"), module("model.cuda_graph")
         weight_of = decode.weight_of
 
         def on_gpu(model: Any) -> Any:
@@ -34,7 +34,22 @@ class Recorder:
 
         patch.setattr(decode, "weight_of", on_gpu)
         patch.setattr(decode, "compiled", lambda function, vectors: function)
-        patch.setattr(step, "_record", lambda step, tokens, uniforms: self.record(step, tokens, uniforms))
+        patch.setattr(cuda_graph.CudaGraphStep, "_record", lambda step, *inputs: self.record(step, *inputs))
+        patch.setattr(cuda_graph.CudaGraphCall, "_record", lambda call, *about: self.record_prompts(call, *about))
+
+    def record_prompts(self, call: Any, function: Any, inputs: Any) -> None:
+        self.prompts += 1
+        call.inputs = [each.clone() for each in inputs]
+        read, (model, request) = function.func, function.args
+        held, call.result = as_it_is(model), function(*call.inputs)
+        spoil_tensors(call.result)
+
+        def replay() -> None:
+            self.read_again += 1
+            for place, new in zip(tensors(call.result), tensors(read(held, request, *call.inputs)), strict=True):
+                place.copy_(new)
+
+        call.graph = SimpleNamespace(replay=replay)
 
     def record(self, step: Any, tokens: torch.Tensor, uniforms: torch.Tensor | None) -> None:
         self.recorded += 1
@@ -72,12 +87,26 @@ def same_tokens(model: Any, prompts: Any = PROMPTS, new: int = 6, **options: Any
     assert torch.equal(generate(model, prompts, new, compile=True, **options), generate(model, prompts, new, **options))
 
 
+def tensors(filled: Any) -> list[torch.Tensor]:
+    """Of caches that hold prompts, and their last tokens."""
+    caches, tokens_B = filled
+    return [*module("model.kept_steps")._tensors(caches, None), tokens_B]
+
+
+def spoil_tensors(filled: Any) -> None:
+    """Fill them with what no later call may see."""
+    for each in tensors(filled):
+        each.fill_(torch.nan if each.is_floating_point() else 1)
+
+
 def spoil(model: Any) -> None:
-    """Fill the kept caches with what no later call may see."""
-    for each in module("model.kept_steps")._kept[model].steps.values():
-        for cache in each.caches:
-            cache.k.fill_(torch.nan)
-            cache.v.fill_(torch.nan)
+    """Fill all kept caches with what no later call may see."""
+    kept = module("model.kept_steps")._kept[model]
+    for each in kept.steps.values():
+        spoil_tensors((each.caches, each.caches[0].lengths))
+    for each in kept.prompts.values():
+        if hasattr(each, "result"):
+            spoil_tensors(each.result)
 
 
 def other_memory(model: Any) -> None:

@@ -9,6 +9,7 @@ import gc
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from kempnerforge_torch.model import kept_steps
 from kempnerforge_torch.model.cuda_graph import CudaGraphStep
 from kempnerforge_torch.model.generate import generate, stream
 from tests.torch.kept_checks import (
+    CONFIG,
     HAPPENINGS,
     PROMPTS,
     WINDOWS,
@@ -46,12 +48,48 @@ def test_a_second_call_replays_from_its_first_token_on(recorder: Recorder) -> No
     assert recorder.recorded == 3
 
 
+def test_prompts_of_one_shape_are_recorded_once(recorder: Recorder) -> None:
+    model = new_model()
+    same_tokens(model, PROMPTS, 6)
+    assert recorder.prompts == 0
+    same_tokens(model, [[3, 1, 4], [1, 5]], 6)
+    assert (recorder.prompts, recorder.read_again) == (1, 1)
+    same_tokens(model, [[2, 7], [1, 8, 2]], 6, temperature=0.5)
+    same_tokens(model, [[2, 7], [1, 8, 2]], 5, temperature=0.0)
+    assert (recorder.prompts, recorder.read_again) == (1, 3)
+    for change in ({"prompts": [[1, 2]] * 2}, {"new": 30}, {"prefill_chunk": 1}):
+        same_tokens(**{"model": model, "prompts": PROMPTS, "new": 6, **change})
+    assert (recorder.prompts, recorder.read_again) == (1, 3)
+
+
+@pytest.mark.parametrize("why", ["a window", "an image", "a hook"])
+def test_what_the_host_must_see_is_not_recorded(why: str, recorder: Recorder) -> None:
+    torch.manual_seed(5)
+    model, images = seeing("joint_decoder") if why == "an image" else (new_model(), {})
+    if why == "a window":
+        model = new_model(CONFIG.replace(**WINDOWS["one layer"]))
+    if why == "a hook":
+        model.norm.register_forward_hook(lambda *_: None)
+    drawn_anew(model.double())
+    for _ in range(3):
+        same_tokens(model, PROMPTS, 5, **images)
+    assert recorder.prompts == 0
+
+
+def test_tokens_of_a_stream_are_the_callers_own() -> None:
+    model, found = new_model(), []
+    for tokens in stream(model, PROMPTS, 6, seed=1):
+        found.append(tokens.tolist())
+        tokens[:] = 0
+    assert found == [each.tolist() for each in stream(model, PROMPTS, 6, seed=1)]
+
+
 def test_the_last_few_steps_are_kept(recorder: Recorder) -> None:
     model = new_model()
     for rows in (*range(1, kept_steps.KEPT + 2), 2, 3, 1):
         same_tokens(model, [[1, 2]] * rows, 3)
     assert recorder.recorded == kept_steps.KEPT + 2
-    assert len(kept_steps._kept[model].steps) == kept_steps.KEPT
+    assert len(kept_steps._kept[model].steps) == len(kept_steps._kept[model].prompts) == kept_steps.KEPT
     kept_steps.forget_steps(model)
     assert model not in kept_steps._kept
 
@@ -68,6 +106,19 @@ def test_streams_of_one_model_do_not_share_caches(recorder: Recorder) -> None:
     for tokens, prompts in zip(found, (PROMPTS, [[7, 8], [9]]), strict=True):
         assert tokens == [each.tolist() for each in stream(model, prompts, 6, **options)]
     assert recorder.recorded == 2
+
+
+def test_streams_that_share_a_shape_of_prompts_do_not_share_caches(recorder: Recorder) -> None:
+    """Also where the first goes on in the caches that recorded prompts were read into."""
+    model, options = new_model(), {"seed": 1, "temperature": 0.9}
+    for _ in range(2):
+        same_tokens(model, PROMPTS, temperature=0.0)
+    both = (PROMPTS, [[7, 8, 9], [9]])
+    streams = [stream(model, prompts, 6, compile=True, **options) for prompts in both]
+    found = list(zip(*(map(np.ndarray.tolist, each) for each in zip(*streams, strict=True)), strict=True))
+    for tokens, prompts in zip(found, both, strict=True):
+        assert list(tokens) == [each.tolist() for each in stream(model, prompts, 6, **options)]
+    assert recorder.prompts == 1
 
 
 def test_a_stream_that_is_left_gives_its_step_back(recorder: Recorder) -> None:

@@ -1,0 +1,121 @@
+"""The moments of `shared_config.parity.summaries` in one pass over an array on an NVIDIA GPU, by Pallas.
+
+Each program adds up some columns of some rows of 1021 values; XLA adds up what the programs found.
+
+Shapes: G pieces, P groups of rows, K blocks of columns, C columns of all blocks, M moments.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Float, Shaped
+
+from shared_config.parity import summaries
+from shared_config.parity.summaries import NAN, NEGATIVE, PIECE, POSITIVE, ROWS, SCALARS, SKETCH_SIZE
+
+MOST_GROUPS = 264
+"""Two for each multiprocessor of an H100, and each in four blocks of columns."""
+AT_A_TIME = 8
+"""Rows of a piece whose values are on their way at once."""
+BLOCK, BLOCKS = 256, 4
+"""Columns of a program, and how many programs have all of a row."""
+SPARE = 8
+"""Places for scalars."""
+
+
+@functools.partial(jax.jit, static_argnames="interpret")  # lowered once for all arrays of a shape
+def run_moments(flat: Shaped[Array, "_"], *, interpret: bool = False) -> Float[Array, "M"]:
+    """float64 (M,), of an array, float32 or narrower, that is not empty; where 64 bits are enabled.
+
+    Args:
+        interpret: whether to run the kernel in operations of XLA, on any device.
+    """
+    size = flat.size
+    rows = -(-size // SKETCH_SIZE)
+    rows_each = -(-rows // (MOST_GROUPS * AT_A_TIME)) * AT_A_TIME
+    groups = -(-rows // rows_each)
+    first, times = (jnp.asarray(part, jnp.int32) for part in summaries.starts(-(-size // PIECE)))
+    add_up: Any = pl.pallas_call(
+        functools.partial(_add_up, size, rows, rows_each),
+        grid=(groups, BLOCKS),
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 4,
+        out_specs=[
+            pl.BlockSpec((None, None, SPARE), lambda group, block: (group, block, 0)),
+            *[pl.BlockSpec((None, BLOCK), lambda group, block: (group, block))] * 2,
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((groups, BLOCKS, SPARE), jnp.float64),
+            jax.ShapeDtypeStruct((groups, BLOCKS * BLOCK), jnp.float64),
+            jax.ShapeDtypeStruct((groups, BLOCKS * BLOCK), jnp.uint32),
+        ],
+        compiler_params=triton.CompilerParams(num_warps=4),
+        interpret=interpret,
+    )
+    scalars_PKM, columns_PC, gaps_PC = add_up(flat, jnp.asarray(summaries.signs(np.int8)), first, times)
+    low, high, total, squares, missing = jnp.moveaxis(scalars_PKM[..., :SCALARS], -1, 0)
+    scalars = jnp.stack([low.min(), high.max(), total.sum(), jnp.sqrt(squares.sum()), size - missing.sum()])
+    gaps_C = gaps_PC.sum(0, dtype=jnp.uint32).astype(jnp.float64)
+    return jnp.concatenate([scalars, columns_PC.sum(0)[:SKETCH_SIZE], gaps_C[:SKETCH_SIZE]])
+
+
+def _add_up(
+    size: int, rows: int, rows_each: int,
+    flat: Any, signs: Any, first: Any, times: Any, scalars_of: Any, columns_of: Any, gaps_of: Any,
+) -> None:  # fmt: skip
+    """Of some columns of some rows: lowest and highest value, sum, sum of squares and how many are not finite; of each
+    column its signed sum, and its gaps. What is the same for a row is computed once, in 64 bits; all else in 32.
+    """
+    begin = pl.program_id(1) * BLOCK
+    column = begin + jnp.arange(BLOCK, dtype=jnp.int32)
+    start = pl.program_id(0) * rows_each
+    steps = (jnp.minimum(rows - start, rows_each) + AT_A_TIME - 1) // AT_A_TIME
+
+    def of_row(row: Array) -> tuple[Array, Array]:
+        place = row.astype(jnp.int64) * SKETCH_SIZE
+        there = column < jnp.minimum(size - place, SKETCH_SIZE).astype(jnp.int32)
+        return triton.load(flat.at[pl.ds(place + begin, BLOCK)], mask=there, other=0).astype(jnp.float32), there
+
+    def add(step: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        low, high, total, squares, signed, missing = sums
+        row = start + step * AT_A_TIME
+        turns = times[row // ROWS]
+        for each in range(AT_A_TIME):
+            value, there = of_row(row + each)
+            sign_at = first[row // ROWS] + (row % ROWS + each) * SKETCH_SIZE + begin
+            sign = triton.load(signs.at[pl.ds(sign_at, BLOCK)], mask=there, other=0).astype(jnp.int32)
+            counted = there & (jnp.abs(value) < jnp.inf)
+            wide = jnp.where(counted, value, 0).astype(jnp.float64)
+            low = jnp.minimum(low, jnp.where(counted, value, jnp.inf))
+            high = jnp.maximum(high, jnp.where(counted, value, -jnp.inf))
+            total, squares = total + wide, squares + wide * wide
+            signed = signed + jnp.where(sign * turns < 0, -wide, wide)
+            missing = missing + (there & ~counted).astype(jnp.int32)
+        return low, high, total, squares, signed, missing
+
+    def add_gaps(step: Array, gaps: Array) -> Array:
+        row = start + step
+        value, there = of_row(row)
+        key = row.astype(jnp.uint32) * jnp.uint32(NAN)
+        key = (key ^ (key >> 15)) | 1
+        kind = jnp.where(value > 0, jnp.uint32(POSITIVE), jnp.uint32(NEGATIVE))
+        kind = jnp.where(value == value, kind, jnp.uint32(NAN))
+        return gaps + jnp.where(there & ~(jnp.abs(value) < jnp.inf), kind * key, jnp.uint32(0))
+
+    low, high = (jnp.full((BLOCK,), bound, jnp.float32) for bound in (jnp.inf, -jnp.inf))
+    wide, narrow = jnp.zeros((BLOCK,), jnp.float64), jnp.zeros((BLOCK,), jnp.int32)
+    sums = lax.fori_loop(0, steps, add, (low, high, wide, wide, wide, narrow))
+    low, high, total, squares, signed, missing = sums
+    scalars = low.min(), high.max(), total.sum(), squares.sum(), missing.sum()
+    for place, scalar in enumerate(scalars):
+        scalars_of[place] = scalar.astype(jnp.float64)
+    triton.store(columns_of.at[pl.ds(0, BLOCK)], signed)
+    again = jnp.where(missing.sum() > 0, steps * AT_A_TIME, 0)
+    triton.store(gaps_of.at[pl.ds(0, BLOCK)], lax.fori_loop(0, again, add_gaps, jnp.zeros((BLOCK,), jnp.uint32)))
