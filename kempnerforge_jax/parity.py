@@ -19,7 +19,7 @@ from jaxtyping import Shaped
 from kempnerforge_jax.functions import Transformed, bare, is_callable_tree, taken_apart
 from kempnerforge_jax.model.state import to_numpy
 from kempnerforge_jax.optimizer_states import optimizer_state
-from kempnerforge_jax.program import evaluate, marked_names, path_name, readers, unmarked
+from kempnerforge_jax.program import Rounded, Visit, evaluate, marked_names, path_name, readers, unmarked
 from kempnerforge_jax.statistics import described, kept, put_out
 from kempnerforge_jax.taps import Taps, is_array, is_floating, tap
 from shared_config.errors import UserError
@@ -210,12 +210,12 @@ class _Engine:
         closed, shapes = jax.make_jaxpr(whole, return_shape=True)([*weights.values()], [*inputs.values()])
         treedef, copies = jax.tree.structure(shapes), marked_names(closed, order)
 
-        def call(values: Parameters, visit: Callable[[str, Array], Array]) -> object:
+        def call(values: Parameters, visit: Visit, rounded: Rounded | None = None) -> object:
             def named(name: str, value: Array) -> Array:
                 known = unmarked(name, copies)
                 return value if known is None else visit(known, value)
 
-            return jax.tree.unflatten(treedef, evaluate(closed, [values[name] for name in order], named))
+            return jax.tree.unflatten(treedef, evaluate(closed, [values[name] for name in order], named, rounded))
 
         return call
 
@@ -305,7 +305,8 @@ class _Program:
 
         def objective(varied: Parameters, shifts: list[Array] | None) -> tuple[Any, Any]:
             taps = Taps(self._options, fed, key, shifts)
-            output = map_tensors(taps.visit, self._call({**varied, **fixed}, taps.visit), OUTPUT, is_array)
+            called = self._call({**varied, **fixed}, taps.visit, None if key is None else taps.rounded)
+            output = map_tensors(taps.visit, called, OUTPUT, is_array)
             self.names, self.places, self.others = taps.names, taps.places, taps.others
             loss = self._loss_of(output) if self._options.backward else jnp.zeros(())
             return (loss, taps.ends), (taps.values, taps.given)

@@ -19,6 +19,8 @@ from shared_config.parity.foreign.containers import numbered
 from shared_config.parity.traces import COTANGENT
 
 Visit = Callable[[str, Shaped[jax.Array, "..."]], Shaped[jax.Array, "..."]]
+Slope = Callable[[Shaped[jax.Array, "..."]], Shaped[jax.Array, "..."]]
+Rounded = Callable[[Shaped[jax.Array, "..."]], Shaped[jax.Array, "..."]]
 
 NAME = "name"
 MARK = "?"
@@ -29,16 +31,31 @@ INLINED = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "re
 """Calls whose body stands in their place where it names something."""
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 """Calls with a derivative of their own: what they name is seen, and can't be replaced."""
+SLOPES: dict[str, Slope] = {
+    "tanh": lambda y: (1 - y) * (1 + y),
+    "logistic": lambda y: y * (1 - y),
+    "expm1": lambda y: 1 + y,
+}
+"""Operations whose results are subtracted from 1, in their derivatives at least, which are computed from the results:
+where these are nearly 1, rounding them leaves few digits of what remains.
+"""
 
 
 def evaluate(
-    program: ClosedJaxpr, arguments: Sequence[Shaped[jax.Array, "..."]], visit: Visit
+    program: ClosedJaxpr,
+    arguments: Sequence[Shaped[jax.Array, "..."]],
+    visit: Visit,
+    rounded: Rounded | None = None,
 ) -> list[Shaped[jax.Array, "..."]]:
     """What a program puts out, given flat arguments; each named value is what ``visit(name, value)`` makes of it.
 
     Loops that name something are unrolled. Branches and loops of unknown length run as they are, unseen.
+
+    Args:
+        rounded: makes of the result of one of `SLOPES` what goes on, and what its derivative is computed from; None
+            leaves it as it is.
     """
-    return _evaluated(program.jaxpr, program.consts, arguments, visit)
+    return _evaluated(program.jaxpr, program.consts, arguments, visit, rounded)
 
 
 def names_of(program: Jaxpr) -> Iterator[str]:
@@ -117,7 +134,9 @@ def path_name(path: Sequence[object]) -> str:
     return text.replace("/~/", ".").replace("/", ".").lstrip(".")
 
 
-def _evaluated(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], visit: Visit) -> list[Any]:
+def _evaluated(
+    jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], visit: Visit, rounded: Rounded | None
+) -> list[Any]:
     values: dict[Any, Any] = {}
 
     def read(atom: Any) -> Any:
@@ -127,22 +146,39 @@ def _evaluated(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], vi
     values.update(zip(jaxpr.invars, arguments, strict=True))
     for equation in jaxpr.eqns:
         given = [read(atom) for atom in equation.invars]
-        values.update(zip(equation.outvars, _outputs(equation, given, visit), strict=True))
+        values.update(zip(equation.outvars, _outputs(equation, given, visit, rounded), strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _outputs(equation: Any, given: list[Any], visit: Visit) -> list[Any]:
-    if equation.primitive.name == NAME:
+def _outputs(equation: Any, given: list[Any], visit: Visit, rounded: Rounded | None) -> list[Any]:
+    name, body = equation.primitive.name, _body(equation)
+    if name == NAME:
         return [visit(equation.params["name"], given[0])]
-    body = _body(equation)
-    if body is None or not any(True for _ in names_of(body.jaxpr)):
+    if name in SLOPES and rounded is not None:
+        return [_with_slope(given[0], rounded(*_bound(equation, given)), SLOPES[name])]
+    named = body is not None and any(True for _ in names_of(body.jaxpr))
+    if body is None or not (named or (rounded is not None and _has_slopes(body.jaxpr))):
         return _bound(equation, given)
-    if equation.primitive.name == "scan":
-        return _unrolled(equation, body, given, visit)
-    if equation.primitive.name in CUSTOM:
+    if name == "scan":
+        return (_unrolled if named else _scanned)(equation, body, given, visit, rounded)
+    if name in CUSTOM:
         evaluate(body, [jax.lax.stop_gradient(value) for value in given], visit)
         return _bound(equation, given)
-    return evaluate(body, given, visit)
+    return evaluate(body, given, visit, rounded)
+
+
+def _with_slope(given: Any, result: Any, slope: Slope) -> Any:
+    """The result, with the derivative that is computed from it."""
+    return passing(jax.lax.stop_gradient(slope(result)) * given, result)
+
+
+def _has_slopes(program: Jaxpr) -> bool:
+    """Whether `evaluate` sees one of `SLOPES`."""
+    for equation in program.eqns:
+        body = _body(equation)
+        if equation.primitive.name in SLOPES or (body is not None and _has_slopes(body.jaxpr)):
+            return True
+    return False
 
 
 def _bound(equation: Any, given: list[Any]) -> list[Any]:
@@ -154,17 +190,43 @@ def _bound(equation: Any, given: list[Any]) -> list[Any]:
     return list(found) if equation.primitive.multiple_results else [found]
 
 
-def _unrolled(equation: Any, body: ClosedJaxpr, given: list[Any], visit: Visit) -> list[Any]:
+def _unrolled(equation: Any, body: ClosedJaxpr, given: list[Any], visit: Visit, rounded: Rounded | None) -> list[Any]:
     """A scan, step by step."""
     length, fixed, carried = (equation.params[name] for name in ("length", "num_consts", "num_carry"))
     consts, carry, columns = given[:fixed], given[fixed : fixed + carried], given[fixed + carried :]
     order = range(length)[::-1] if equation.params["reverse"] else range(length)
     rows: dict[int, list[Any]] = {}
     for step in order:
-        found = evaluate(body, [*consts, *carry, *(column[step] for column in columns)], visit)
+        found = evaluate(body, [*consts, *carry, *(column[step] for column in columns)], visit, rounded)
         carry, rows[step] = found[:carried], found[carried:]
     stacked = [jnp.stack([rows[step][place] for step in range(length)]) for place in range(len(rows[0]))]
     return [*carry, *stacked]
+
+
+def _scanned(equation: Any, body: ClosedJaxpr, given: list[Any], visit: Visit, rounded: Rounded | None) -> list[Any]:
+    """A scan that names nothing, with one step for all."""
+    length, reverse, fixed, carried = (
+        equation.params[name] for name in ("length", "reverse", "num_consts", "num_carry")
+    )
+    consts, carry, columns = given[:fixed], given[fixed : fixed + carried], given[fixed + carried :]
+
+    def step(carry: list[Any], columns: list[Any]) -> tuple[list[Any], list[Any]]:
+        found = evaluate(body, [*consts, *carry, *columns], visit, rounded)
+        return found[:carried], found[carried:]
+
+    carry, stacked = jax.lax.scan(step, carry, columns, length, reverse)
+    return [*carry, *stacked]
+
+
+@jax.custom_jvp
+def passing(array: Shaped[jax.Array, "..."], value: Shaped[jax.Array, "..."]) -> Shaped[jax.Array, "..."]:
+    """The value, through which gradients go to the array."""
+    return value
+
+
+@passing.defjvp
+def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return primals[1], tangents[0]
 
 
 def _body(equation: Any) -> ClosedJaxpr | None:

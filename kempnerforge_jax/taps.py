@@ -11,6 +11,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Shaped
 
+from kempnerforge_jax.program import passing
 from shared_config.parity.foreign.containers import map_tensors
 from shared_config.parity.foreign.options import Options, check_fed, fed_back, fed_to
 
@@ -58,6 +59,7 @@ class Taps:
         self.given: list[Array] = []
         self._options, self._fed, self._key, self._shifts = options, fed, key, shifts
         self._calls: dict[str, int] = {}
+        self._results = 0
 
     def visit(self, name: str, array: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """Record an array, and give what goes on. Complex numbers are recorded as pairs of real ones, along a last
@@ -79,31 +81,29 @@ class Taps:
             self.values.append(own)
         else:
             self.others.append(name)
-        if self._key is not None and is_floating(array):
-            key = jax.random.fold_in(self._key[0], sum(self._calls.values()) + len(self._calls))
-            array = array * (1 + self._key[1] * jax.random.uniform(key, array.shape, array.dtype, -1, 1))
-        return array
+        return self._moved(array, sum(self._calls.values()) + len(self._calls)) if is_floating(array) else array
+
+    def rounded(self, result: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """A result that is not recorded, as rounding may leave it."""
+        assert self._key is not None
+        self._results += 1
+        return self._moved(result, 2**32 - self._results)
+
+    def _moved(self, array: Array, place: int) -> Array:
+        if self._key is None:
+            return array
+        key = jax.random.fold_in(self._key[0], place)
+        return array * (1 + self._key[1] * jax.random.uniform(key, array.shape, array.dtype, -1, 1))
 
     def _replaced(self, array: Array, fed: Array, gradient: Array | None) -> Array:
         """What goes on in place of an array; gradients beyond come from that of the other side, if it is known."""
         if not is_floating(array):
             return fed
         if gradient is None:
-            return _passing(array, fed)
+            return passing(array, fed)
         self.ends.append(array)
         self.given.append(gradient.astype(array.dtype))
         return fed
-
-
-@jax.custom_jvp
-def _passing(array: Array, value: Array) -> Array:
-    """The value, through which gradients go to the array."""
-    return value
-
-
-@_passing.defjvp
-def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    return primals[1], tangents[0]
 
 
 def is_floating(value: Shaped[Array, "..."] | np.ndarray) -> bool:

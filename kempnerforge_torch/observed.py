@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -22,6 +23,16 @@ from shared_config.parity.foreign.containers import INPUT, call_name, map_tensor
 from shared_config.parity.foreign.options import Arrays, Options, check_fed, fed_back, fed_to
 from shared_config.parity.foreign.recorder import Noise, Store
 from shared_config.parity.traces import COTANGENT, GRADIENT
+
+Slope = Callable[[Shaped[Tensor, "..."]], Shaped[Tensor, "..."]]
+SLOPES: dict[str, Slope] = {
+    "tanh": lambda y: (1 - y) * (1 + y),
+    "sigmoid": lambda y: y * (1 - y),
+    "expm1": lambda y: 1 + y,
+}
+"""Operations whose results are subtracted from 1, in their derivatives at least, which are computed from the results:
+where these are nearly 1, rounding them leaves few digits of what remains.
+"""
 
 
 class Taps:
@@ -143,6 +154,10 @@ class Taps:
                 found.setdefault(origin, []).append(names[end])
         return found
 
+    def rounding(self) -> contextlib.AbstractContextManager[object]:
+        """Within, results of `SLOPES` are moved before they go on, and their derivatives are computed from that."""
+        return contextlib.nullcontext() if self._noise is None else _Rounding(self._noise)
+
     def _moved(self, name: str, tensor: Tensor) -> Tensor:
         if self._noise is None or not tensor.is_floating_point() or (self._again and not self._moves.get(name)):
             return tensor
@@ -150,12 +165,16 @@ class Taps:
             self._generator.set_state(self._moves[name].pop())
         else:
             self._moves.setdefault(name, []).append(self._generator.get_state())
-        moves = torch.rand(tensor.shape, generator=self._generator, dtype=torch.float64) * 2 - 1
-        return tensor * (1 + self._noise.roundoff * moves).to(tensor)
+        return _times(tensor, self._noise, self._generator)
 
     def _differentiated(self, place: int, gradient: Shaped[Tensor, "..."]) -> None:
         """Keep the gradient of what was recorded, by its place."""
         self.cotangents[place] = self._keep(gradient)
+
+
+def _times(tensor: Tensor, noise: Noise, generator: torch.Generator) -> Tensor:
+    moves = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1
+    return tensor * (1 + noise.roundoff * moves).to(tensor)
 
 
 def _replaced(tensor: Tensor, value: Tensor, ends: bool) -> Tensor:
@@ -211,6 +230,28 @@ class Widening(TorchFunctionMode):
         wide = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
         named = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
         return func(*wide, **named)
+
+
+class _Rounding(TorchFunctionMode):
+    """Results of `SLOPES` are moved. The moves depend on the values alone: what activation checkpointing computes again
+    is moved as it was the first time.
+    """
+
+    def __init__(self, noise: Noise):
+        super().__init__()
+        self._noise = noise
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        slope = SLOPES.get(getattr(func, "__name__", ""))
+        if slope is None or kwargs or len(args) != 1 or not args[0].is_floating_point():
+            return func(*args, **(kwargs or {}))
+        with torch.no_grad():
+            result = func(*args)
+            key = zlib.crc32(copied(result).tobytes(), self._noise.seed)
+            moved = _times(result, self._noise, torch.Generator().manual_seed(key))
+        return _Passing.apply(slope(moved) * args[0], moved) if args[0].requires_grad else moved
 
 
 @contextlib.contextmanager

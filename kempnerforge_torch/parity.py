@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parameter import is_lazy
 
@@ -179,7 +180,7 @@ class _Engine:
         arguments, leaves = self._arguments(self._inputs, inputs, dtype)
         taps.know(arguments)
         exact = Widening() if dtype == EXACT else contextlib.nullcontext()
-        with exact, torch.set_grad_enabled(options.backward):
+        with exact, taps.rounding(), torch.set_grad_enabled(options.backward):
             with observed(call, taps), visiting(taps.containers):
                 output = taps.containers(OUTPUT, _called(call, arguments))
             if self._is_compiled and not self._sharded and not dtype and not noise and not fed:
@@ -192,7 +193,9 @@ class _Engine:
             early = Keeper(store).let_go(wanted) if let_go else {}
             moved = noise or fed
             with observed(call, taps) if moved else contextlib.nullcontext(), visiting(taps.containers), taps.again():
-                torch.autograd.backward([loss, *taps.ends], [None, *taps.given])
+                # by edges: of tensors, modes of torch are left, and what is computed again would not see them
+                edges = [get_gradient_edge(tensor) for tensor in (loss, *taps.ends)]
+                torch.autograd.backward(edges, [torch.ones_like(loss), *taps.given])
         gradients = fetched(_gradients(wanted, early, store))
         if fed:
             activations, cotangents = _activations(taps), fetched(taps.cotangents)

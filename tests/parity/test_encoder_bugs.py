@@ -112,7 +112,7 @@ def test_a_map_of_weights_is_found_from_their_values(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_a_correct_pair_raises_no_alarm(kind: str, dtype: str) -> None:
     names, a = pair(kind).names, original(kind, dtype)
-    for options in ({}, {"refeed": a}) if dtype == "float32" else ({},):
+    for options in ({}, {"refeed": a}):
         found = compare_functions(a, port(kind, encoders_in_jax, dtype=dtype, **options), names, common=True)
         assert found.equal, [(row.full_label, row.status, row.share) for row in found.failures]
         assert {row.status for row in found.rows} <= {"equal", "within"}

@@ -71,7 +71,8 @@ def test_a_step_of_a_port_and_its_statistics_are_the_same(library: str, dtype: s
         )
         assert found.equal, found.failures
         assert len(found.groups["updated"]) == len(small.weights())
-    other: Any = optax.adamw(1e-2, weight_decay=0.3)
+    decay = 0.3 if dtype == "float32" else 3.0  # of 2.5 roundoffs of a parameter in bfloat16, of which 4 are allowed
+    other: Any = optax.adamw(1e-2, weight_decay=decay)
     wrong = compare_functions(a, module.ours(dtype=dtype, optimizer=other, deltas=False), names, common=True)
     assert {row.group for row in wrong.failures} == {"updated"}
 

@@ -200,6 +200,29 @@ def test_checkpointed_parts_have_the_deltas_of_others(names: tuple[str, ...], se
     assert deltas == pytest.approx(b.meta.deltas["float32"], rel=1e-6, abs=1e-20)
 
 
+class Widened(nn.Module):
+    """Casts to float32 within what is computed again in the backward pass, or not."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.again, self.out = again, nn.Linear(WIDTH, 3)
+        self.load_state_dict({name: torch.ones_like(own) / 3 for name, own in self.state_dict().items()})
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.wide, x, use_reentrant=False) if self.again else self.wide(x)
+
+    def wide(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(x.float()).to(x.dtype))
+
+
+def test_casts_in_checkpointed_parts_are_to_float64_in_float64() -> None:
+    x = torch.linspace(-1, 1, 2 * WIDTH).reshape(2, WIDTH)
+    plain, again = (of_torch.record(Widened(again), (x,), dtype="bfloat16", deltas=2) for again in (False, True))
+    assert compare_functions(plain, again).equal
+    assert plain.meta.deltas == again.meta.deltas
+    assert again.meta.extra["exact"]
+
+
 class Looked(nn.Module):
     """Rows of a table, whose gradient may be a sparse tensor, times a weight."""
 
