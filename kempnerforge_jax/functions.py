@@ -13,7 +13,7 @@ import jax
 from flax import linen, nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from kempnerforge_jax.program import MARK, path_name
+from kempnerforge_jax.program import MARK, WITHIN, path_name
 from kempnerforge_jax.taps import is_array, is_inexact, named
 from shared_config.errors import UserError
 from shared_config.parity.foreign.containers import INPUT, listed, map_tensors, tensors_in
@@ -109,12 +109,37 @@ def _seen(function: Any, inputs: Any, *first: Any) -> object:
     haiku = sys.modules.get("haiku")
     if haiku is None:
         return _called(function, inputs, *first)
-    with haiku.intercept_methods(_interceptor(lambda module: path_name([module.module_name]), inputs)):
+    with haiku.intercept_methods(_interceptor(_names_in_haiku(haiku.get_params), inputs, haiku.get_params)):
         return _called(function, inputs, *first)
 
 
-def _interceptor(name_of: Callable[[Any], str], inputs: Any) -> Callable[..., object]:
-    """What Linen and Haiku let stand before each method: it names what modules put out, and what they are given."""
+def _names_in_haiku(parameters: Callable[[], Any]) -> Callable[[Any], str]:
+    """Module -> its name, with a mark of the transformed function that it is in: `program.marked_names` says where the
+    parameters of that come from, for those of a `layer_stack` are another function's.
+    """
+    marked: dict[int, tuple[int, Any]] = {}
+
+    def name_of(module: Any) -> str:
+        name = path_name([module.module_name])
+        path, first = next(iter(jax.tree_util.tree_flatten_with_path(parameters())[0]), ((), None))
+        if first is None:
+            return name
+        if id(first) not in marked:
+            marked[id(first)] = len(marked), first  # as long as it is there, nothing else has its id
+            checkpoint_name(first, f"{MARK}{marked[id(first)][0]}{MARK}{path_name(path)}")
+        return f"{MARK}{marked[id(first)][0]}{WITHIN}{name}"
+
+    return name_of
+
+
+def _interceptor(
+    name_of: Callable[[Any], str], inputs: Any, parameters: Callable[[], Any] = lambda: None
+) -> Callable[..., object]:
+    """What Linen and Haiku let stand before each method: it names what modules put out, and what they are given.
+
+    Args:
+        parameters: those that some modules put out as they are, which is not shown.
+    """
     shown: dict[int, Any] = {id(array): array for _, array in tensors_in(inputs, is_array)}
     active: set[int] = set()
 
@@ -125,7 +150,9 @@ def _interceptor(name_of: Callable[[Any], str], inputs: Any) -> Callable[..., ob
         active.add(own)
         try:
             args, kwargs = _shown_inputs(name, (args, kwargs), shown)
-            return _shown_output(name, following(*args, **kwargs), shown)
+            output, known = following(*args, **kwargs), {id(leaf) for leaf in jax.tree.leaves(parameters())}
+            put_out = [id(array) for _, array in tensors_in(output, is_array)]
+            return output if known.issuperset(put_out) else _shown_output(name, output, shown)
         finally:
             active.discard(own)
 

@@ -25,8 +25,10 @@ Rounded = Callable[[Shaped[jax.Array, "..."]], Shaped[jax.Array, "..."]]
 NAME = "name"
 MARK = "?"
 """Begins names within the copy of a module that a transformation made: "?3.linear" is the linear of the third copy, and
-"?3?linear.weight" names, before it is called, an array of it.
+"?3?linear.weight" names, before it is called, an array of it. "?3/linear" is the linear of a function that was
+transformed within another, as by a `layer_stack` of Haiku, and "linear" if nothing says where its parameters come from.
 """
+WITHIN = "/"
 INLINED = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
 """Calls whose body stands in their place where it names something."""
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
@@ -71,7 +73,7 @@ def marked_names(program: ClosedJaxpr, arguments: Sequence[str]) -> dict[str, st
     """Marks of copies of modules -> paths of the modules, of a program whose flat arguments have names.
 
     An array of a copy is an argument of the program, whichever jitted and rematerialised parts and scans lie between:
-    from its name the path follows.
+    from its name the path follows, which is "" where it is the name of the array within the copy.
     """
     found: dict[str, str] = {}
 
@@ -80,9 +82,8 @@ def marked_names(program: ClosedJaxpr, arguments: Sequence[str]) -> dict[str, st
             given = [None if isinstance(atom, Literal) else origins.get(atom) for atom in equation.invars]
             if equation.primitive.name == NAME:
                 _, mark, path = [*equation.params["name"].split(MARK), "", ""][:3]
-                end = f".{path}"
-                if path and given[0] is not None and given[0].endswith(end):
-                    found[f"{MARK}{mark}"] = given[0].removesuffix(end)
+                if path and given[0] is not None and f".{given[0]}".endswith(f".{path}"):
+                    found[f"{MARK}{mark}"] = given[0].removesuffix(path).rstrip(".")
             elif (body := _body(equation)) is not None:
                 walk(body.jaxpr, {own: name for own, name in zip(body.jaxpr.invars, given, strict=True) if name})
 
@@ -124,7 +125,10 @@ def unmarked(name: str, copies: Mapping[str, str]) -> str | None:
     found = re.match(rf"{re.escape(MARK)}\d+(?![{re.escape(MARK)}\d])", name)
     if not name.startswith(MARK):
         return name
-    return f"{copies[found[0]]}{name[found.end() :]}" if found and found[0] in copies else None
+    path, own = (copies.get(found[0], ""), name[found.end() :]) if found else ("", "")
+    if own.startswith(WITHIN):
+        return f"{path}.{own.removeprefix(WITHIN)}".lstrip(".")
+    return f"{path}{own}" if path else None
 
 
 def path_name(path: Sequence[object]) -> str:

@@ -22,9 +22,10 @@ import torch
 from flax import linen, nnx
 from hypothesis import settings
 
+import kempnerforge_torch.parity as of_torch
 from kempnerforge_jax.parity import record, tap
 from shared_config.errors import UserError
-from shared_config.parity import Map, Trace, assert_same_function, compare_functions
+from shared_config.parity import Map, Trace, assert_same_function, compare_functions, make_map, transfer
 from shared_config.parity.foreign.named import recorded
 from shared_config.parity.foreign.site import made_in, site_of
 from tests.examples import small, small_in_torch
@@ -189,6 +190,76 @@ def test_modules_that_transformations_of_equinox_copy_keep_their_names() -> None
     assert vars(cls)["__call__"].__get__(None, cls) == cls.__call__
     wrapped = record(equinox.filter_jit(model), (X,), deltas=False)
     assert list(wrapped.tensors) == list(record(model, (X,), deltas=False).tensors)
+
+
+class Stack(torch.nn.Module):
+    """Layers of two products, and a head, in PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            torch.nn.ModuleDict({"up": linear(6, 4), "down": linear(4, 6)}) for _ in "123"
+        )
+        self.head = linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            assert isinstance(layer, torch.nn.ModuleDict)
+            x = x + layer["down"](torch.nn.functional.silu(layer["up"](x)))
+        return self.head(x)
+
+
+def linear(inputs: int, outputs: int) -> torch.nn.Linear:
+    return torch.nn.Linear(inputs, outputs)
+
+
+def scanned(haiku: Any, act: Callable[[jax.Array], jax.Array], name: str | None) -> Any:
+    """The same in Haiku, a scan over stacked layers."""
+
+    def layer(x: jax.Array) -> jax.Array:
+        return x + haiku.Linear(6, name="down")(act(haiku.Linear(4, name="up")(x)))
+
+    def function(x: jax.Array) -> jax.Array:
+        return haiku.Linear(2, name="head")(haiku.layer_stack(3, name=name)(layer)(x))
+
+    return haiku.without_apply_rng(haiku.transform(function))
+
+
+@pytest.mark.parametrize("name", ["layers", pytest.param(None, marks=nightly)])
+def test_layers_of_a_stack_of_haiku_are_those_of_a_list_of_modules(name: str | None) -> None:
+    haiku = pytest.importorskip("haiku")
+    stem = name or "__layer_stack_no_per_layer"
+    kinds = {"weight": ("w", "transpose"), "bias": ("b",)}
+    own = {f"layers.*.{part}": f"{stem}.{part}" for part in ("up", "down")}
+    paths = {**own, "head": "head"}
+    weights = {f"{a}.{kind}": (f"{b}.{new}", *ops) for a, b in paths.items() for kind, (new, *ops) in kinds.items()}
+    names = make_map(weights, {a: f"{b}@*" for a, b in own.items()})
+    model = Stack()
+    moved = transfer(dict(model.named_parameters()), names)
+    tree = {
+        path.replace(".", "/"): {kind: moved[f"{path}.{kind}"] for kind in "wb"}
+        for path in dict.fromkeys(paths.values())
+    }
+    a = of_torch.record(model, (X,))
+    for refeed in (None, a):
+        b = record(scanned(haiku, jax.nn.silu, name), (X,), weights=tree, refeed=refeed, names=names)
+        found = compare_functions(a, b, names, common=True)
+        assert found.equal, found.failures
+        forward = [
+            f"{part}@{step}{end}" for step in range(3) for part, end in (("up", ""), ("down", "@in"), ("down", ""))
+        ]
+        inputs = [f"up@{step}@in" for step in (1, 2)]
+        assert {row.name for row in found.groups["forward"]} >= {f"forward/{stem}.{one}" for one in forward + inputs}
+        assert {row.name for row in found.groups["gradient"]} >= {
+            f"gradient/{stem}.{part}.{kind}" for part in ("up", "down") for kind in "wb"
+        }
+    bug = record(scanned(haiku, jnp.tanh, name), (X,), weights=tree, refeed=a, names=names)
+    wrong = compare_functions(a, bug, names, common=True)
+    assert wrong.first_forward is not None
+    assert wrong.first_forward.name == f"forward/{stem}.down@0@in"
+    assert {row.name for row in wrong.failures if row.group == "forward"} == {
+        f"forward/{stem}.down@{step}@in" for step in range(3)
+    }
 
 
 def normed(haiku: Any) -> Any:

@@ -19,9 +19,14 @@
     a = "model.layers.*.mlp"
     b = "layers.*.ffn"
 
-A star stands for any text without a dot. What no rule names keeps its name and layout. Rules of weights hold for
-parameters, their gradients and updates, and for what the two are called with, as ``input.0`` or ``input.NAME`` (images,
-of which one has channels last); those of activations for activations and their gradients.
+    [[activations]]                                      # layers of a, a scan over stacked ones in b
+    a = "model.layers.*.mlp"
+    b = "layers.ffn@*"
+
+A star stands for any text without a dot, behind "@" for the number of a time. What no rule names keeps its name and
+layout. Rules of weights hold for parameters, their gradients and updates, and for what the two are called with, as
+``input.0`` or ``input.NAME`` (images, of which one has channels last); those of activations for activations and their
+gradients.
 """
 
 from __future__ import annotations
@@ -199,7 +204,9 @@ def read_map(path: PathLike) -> Map:
 
 def matches(pattern: str, names: Iterable[str]) -> dict[tuple[str, ...], str]:
     """Names that fit a pattern, by what its stars stand for."""
-    regex = re.compile("([^.]+)".join(map(re.escape, pattern.split("*"))))
+    first, *others = pattern.split("*")
+    stars = (rf"([^.{CALL}]+)" if piece.endswith(CALL) else "([^.]+)" for piece in (first, *others))
+    regex = re.compile(re.escape(first) + "".join(map("".join, zip(stars, map(re.escape, others), strict=False))))
     found = {name: regex.fullmatch(name) for name in names}
     return {match.groups(): name for name, match in found.items() if match is not None}
 
@@ -210,16 +217,23 @@ def filled(pattern: str, stars: Sequence[str]) -> str:
 
 
 def with_ends(rules: Sequence[Rule], names: Iterable[str]) -> list[Rule]:
-    """The rules, also for inputs, repeated calls and choices of what they name; those that name these come first."""
+    """The rules, also for inputs, repeated calls and choices of what they name; those that name these come first, but
+    for the number of a time that a star stands for.
+    """
     ends = dict.fromkeys(END.search(name)[0] for name in names)  # type: ignore[index]
     given = [rule for rule in rules if any(CALL in pattern for pattern in (*rule.a, *rule.b))]
+    times = [rule for rule in given if all(one.partition(CALL)[2] in ("", "*") for one in (*rule.a, *rule.b))]
+    kinds = dict.fromkeys(re.sub(rf"{CALL}\d+", "", end) for end in ends)
     plain = [rule for rule in rules if rule not in given]
-    expanded = [
-        dataclasses.replace(rule, a=tuple(one + end for one in rule.a), b=tuple(one + end for one in rule.b))
-        for end in ends
-        for rule in plain
+    return [
+        *(rule for rule in given if rule not in times),
+        *(_with_end(rule, kind) for kind in kinds for rule in times),
+        *(_with_end(rule, end) for end in ends for rule in plain),
     ]
-    return [*given, *expanded]
+
+
+def _with_end(rule: Rule, end: str) -> Rule:
+    return dataclasses.replace(rule, a=tuple(one + end for one in rule.a), b=tuple(one + end for one in rule.b))
 
 
 def applied(
