@@ -17,18 +17,20 @@ import pytest
 
 from kempnerforge_jax.distributed.mesh import open_mesh
 from shared_config.errors import ConfigError
+from tests.distributed.speeds import check_speeds
 from tests.jobs import tiny_job
 
 ROOT = Path(__file__).parents[2]
 JOB = ("--train.max_steps=6", "--eval.steps=2", "--eval.interval=1", "--scheduler.name=constant", "--model.dim=32",
-       "--model.n_layers=2", "--model.n_heads=4", "--model.n_kv_heads=4", "--train.seq_len=24")  # fmt: skip
+       "--model.n_layers=2", "--model.n_heads=4", "--model.n_kv_heads=4", "--train.seq_len=24",
+       "--metrics.peak_tflops=1")  # fmt: skip
 
 
 def train(folder: Path, backend: str, devices: int, rows: int, *flags: str) -> "subprocess.CompletedProcess[str]":
     """A run with so many rows for each data rank."""
     given = os.environ.get("XLA_FLAGS", "")
     environment = {**os.environ, "XLA_FLAGS": f"{given} --xla_force_host_platform_device_count={devices}"}
-    command = [sys.executable, "-m", "shared_config.cli", "train", "debug", "--backend", backend, "--quiet"]
+    command = [sys.executable, "-m", "shared_config.cli", "train", "debug", "--backend", backend]
     options = [f"--checkpoint.dir={folder}", f"--train.batch_size={rows}", *JOB, *flags]
     return subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
@@ -40,10 +42,13 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_any_layout_and_backend_goes_on_with_the_same_losses(tmp_path: Path) -> None:
+    """And what it says of its speed is of all devices together."""
     alone, spread = tmp_path / "alone", tmp_path / "spread"
     assert train(alone, "jax", 1, 4).returncode == 0
-    assert train(spread, "jax", 4, 2, "--distributed.tp=2", "--train.max_steps=3").returncode == 0
-    assert train(spread, "jax", 2, 4, "--distributed.cp=2", "--train.max_steps=5").returncode == 0
+    for axis, devices, begun, steps in (("tp", 8, 0, 3), ("cp", 4, 3, 5)):
+        done = train(spread, "jax", devices, 8 // devices, f"--distributed.{axis}=2", f"--train.max_steps={steps}")
+        assert done.returncode == 0, done.stderr
+        check_speeds(spread, done.stdout + done.stderr, devices, begun)
     assert train(spread, "torch", 1, 4).returncode == 0
     assert losses(spread) == pytest.approx(losses(alone), abs=1e-5)
 

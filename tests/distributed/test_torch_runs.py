@@ -22,6 +22,7 @@ from shared_config.interchange import checkpoint
 from shared_config.interchange.run_layout import latest
 from shared_config.interchange.toml import config_from_toml, config_to_toml
 from tests.cli.processes import ROOT, Result, run_python
+from tests.distributed.speeds import check_speeds
 from tests.jobs import EXPERTS, text_job
 
 STEPS = 30
@@ -80,6 +81,17 @@ def test_they_train_once_and_one_of_them_speaks(folder: Path) -> None:
     assert said.count("checkpoint ") == len(list((folder / "run").glob("step_*"))) == 2
     assert said.count(f"step {STEPS}/{STEPS}") == 1
     assert metrics(folder / "run", "tokens") == [2 * 3 * 10] * STEPS
+
+
+def test_their_speed_is_that_of_both(folder: Path, tmp_path: Path) -> None:
+    """Of copies of a model, and of the two halves of one, which takes half as many tokens a micro-batch."""
+    check_speeds(folder / "run", (folder / "said").read_text(), 2)
+    sections = {"train": {"max_steps": 3, "grad_accum_steps": 2}, "eval": {"steps": 0}, "distributed": {"tp": 2}}
+    job = text_job(tmp_path, {"n_heads": 4}, **{**ENOUGH, **sections})
+    (tmp_path / "job.toml").write_text(config_to_toml(job))
+    done = torchrun(tmp_path, "train", "job.toml", "--backend=torch", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    check_speeds(tmp_path / "run", done.stdout + done.stderr, 2)
 
 
 def test_they_do_what_one_process_does_with_twice_the_micro_batches(folder: Path, alone: Path) -> None:
