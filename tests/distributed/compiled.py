@@ -33,7 +33,8 @@ class LoweredError(Exception):
 
 def job_of(case: str, folder: Path) -> JobConfig:
     model, layout = JOBS[case]
-    return text_job(folder, {**model, "n_layers": 3}, train={"scan_layers": True}, distributed=layout)
+    train = {"scan_layers": True, "grad_accum_steps": 2 if case == "experts" else 1}
+    return text_job(folder, {**model, "n_layers": 3}, train=train, distributed=layout)
 
 
 def run_devices(folder: Path) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def lowered_step(job: JobConfig, devices: Any) -> tuple[str, int]:
     compiled = train.compiled_step
     rows = joined(*(draw_batch(job, seed) for seed in range(trainer.mesh.layout.data_ranks if trainer.mesh else 1)))
     with mock.patch.object(train, "compiled_step", recording), contextlib.suppress(LoweredError):
-        trainer.step([rows])
+        trainer.step([rows] * job.train.grad_accum_steps)
     text, arguments = found
     leaves = [leaf for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.Array)]
     return text, sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
