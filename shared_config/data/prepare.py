@@ -118,7 +118,7 @@ def prepare(
             f"--tokenizer = {encoding.tokenizer!r}: names no token that begins or ends a document; --eos-id gives one"
         )
     files = source_files(sources, follow_symlinks)
-    plan = _plan(files, encoding, shard_bytes)
+    plan = _plan(files, shard_bytes)
     index = _index(tokenizer, encoding, files, plan)
     if (output / INDEX).exists():
         return _finished(output, index)
@@ -178,7 +178,7 @@ def _enclosed(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate([before, ids, after], dtype=np.uint32, casting="unsafe")
 
 
-def _plan(files: Sequence[tuple[str, Path]], encoding: Encoding, shard_bytes: int) -> list[tuple[Span, ...]]:
+def _plan(files: Sequence[tuple[str, Path]], shard_bytes: int) -> list[tuple[Span, ...]]:
     """What each shard holds."""
     shards: list[list[Span]] = []
     filled = shard_bytes

@@ -18,6 +18,7 @@ AT_ONCE = 2
 READERS = {
     "tests/test_twins.py": "kempnerforge_",
     "tests/test_annotations.py": "",
+    "tests/test_parameters.py": "",
     "tests/config/test_settled.py": "shared_config/",
 }
 """Test files that read sources or signatures instead of entering functions, and which paths they read."""

@@ -75,7 +75,7 @@ def cause_of(row: Row, a: Trace, b: Trace, order: Sequence[str]) -> Cause | None
     whole_a, whole_b = (as_float64(value) for value in values)  # type: ignore[arg-type]
     if not (np.isfinite(whole_a).all() and np.isfinite(whole_b).all()) or not whole_a.size or whole_a.size > LARGEST:
         return None
-    pair = Pair(whole_a, whole_b, row.limit, _given(row.name, a, b, order))
+    pair = Pair(whole_a, whole_b, row.limit, _given(row.name, a, order))
     near_one = _near_one(pair)
     for check in CHECKS:
         found = check(near_one)
@@ -248,8 +248,8 @@ def _orders(size: int, pair: Pair, axis: int) -> Iterator[tuple[str, np.ndarray]
             yield f"blocks {first} and {second} of {parts} are exchanged", order.ravel()
 
 
-def _given(name: str, a: Trace, b: Trace, order: Sequence[str]) -> np.ndarray | None:
-    """What a module was given: its recorded input, or what was put out before it, if both sides had the same."""
+def _given(name: str, a: Trace, order: Sequence[str]) -> np.ndarray | None:
+    """What a module of the first side was given: its recorded input, or else the last output of its shape before it."""
     if group_of(name) != FORWARD or INPUT in name:
         return None
     named = f"{name}{INPUT}"
