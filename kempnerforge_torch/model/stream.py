@@ -37,8 +37,6 @@ def check_inputs(
     if (tokens is None) == (modality.inputs_embeds is None):
         given = "neither is" if tokens is None else "both are"
         raise ValueError(f"tokens and modality.inputs_embeds: exactly one must be given, {given}")
-    if tokens is None and modality.prefix_embeds is not None:
-        raise ValueError("modality.prefix_embeds is given: it goes before tokens, which are not")
     if kv_caches is None:
         return
     for name in NOT_WITH_CACHES:

@@ -1,0 +1,91 @@
+"""Which inputs of a forward pass may be given together: every combination, by the rules of `ModalityContext`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.parity.backends import Torch, on_both
+
+SOURCES = ("inputs_embeds", "prefix_embeds", "image_features", "image_keys_values")
+FIELDS = (*SOURCES, "image_mask", "prefix_positions", "output_slice", "modality_ids")
+
+
+def refused_for(given: AbstractSet[str]) -> str:
+    """The field that an error must name, or "" where there is none."""
+    sources = [name for name in SOURCES if name in given]
+    if len(sources) > 1:
+        return f"{' and '.join(sources)} are given"
+    if "image_mask" in given and not {"image_features", "image_keys_values"} & given:
+        return "image_mask is given"
+    if "prefix_positions" in given and ("prefix_embeds" not in given or "output_slice" in given):
+        return "prefix_positions is given"
+    if "modality_ids" in given and not {"inputs_embeds", "prefix_embeds"} & given:
+        return "modality_ids is given"
+    return ""
+
+
+@on_both
+def test_what_has_no_meaning_together_is_refused(backend: Torch) -> None:
+    context = backend.module("model.modality").ModalityContext
+    for given in itertools.chain.from_iterable(itertools.combinations(FIELDS, size) for size in range(len(FIELDS))):
+        said = refused_for(set(given))
+        if said:
+            with pytest.raises(ValueError, match=f"^{said}"):
+                context(**dict.fromkeys(given, object()))
+        else:
+            made = context(**dict.fromkeys(given, object()))
+            assert made.reads_image == bool({"image_features", "image_keys_values"} & set(given))
+
+
+@on_both
+@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("tokens", [None, object()])
+@pytest.mark.parametrize("caches", [None, []])
+def test_a_forward_pass_has_one_input_and_beside_caches_no_image(
+    backend: Torch, embedded: bool, tokens: Any, caches: Any
+) -> None:
+    context, check = backend.module("model.modality").ModalityContext, backend.module("model.stream").check_inputs
+    beside: list[dict[str, Any]] = [{}, {"output_slice": slice(1)}, {"key_padding_mask": object()}]
+    beside += [{"modality_ids": object()}] if embedded else [{"prefix_embeds": object()}, {"image_features": object()}]
+    for fields in beside:
+        modality = context(**fields, **({"inputs_embeds": object()} if embedded else {}))
+        barred = {"output_slice", "modality_ids", "prefix_embeds", "image_features"} & fields.keys()
+        said = ""
+        if (tokens is None) != embedded:
+            said = f"exactly one must be given, {'neither is' if tokens is None else 'both are'}"
+        elif caches is not None and barred:
+            said = f"modality.{min(barred)} is given: not allowed together with kv_caches"
+        if said:
+            with pytest.raises(ValueError, match=said):
+                check(tokens, modality, caches)
+        else:
+            check(tokens, modality, caches)
+
+
+@on_both
+def test_batches_of_text_give_padding_as_a_context(backend: Torch) -> None:
+    """Those of images give the mask of the text by its name, and labels are given to no model."""
+    inputs = backend.module("training.terms").model_inputs
+    tokens, mask, labels, pixels = object(), object(), object(), object()
+    assert inputs({"tokens": tokens, "labels": labels}) == {"tokens": tokens}
+    padded = inputs({"tokens": tokens, "text_mask": mask, "labels": labels})
+    assert padded.keys() == {"tokens", "modality"}
+    assert padded["modality"].key_padding_mask is mask
+    pictures = {"pixel_values": pixels, "input_ids": tokens, "text_mask": mask}
+    assert inputs({**pictures, "labels": labels}) == pictures
+
+
+@on_both
+@pytest.mark.parametrize(("dtype", "size"), [("uint8", 300), ("int8", 200), ("int16", 40_000)])
+def test_narrow_ids_are_within_large_sizes(backend: Torch, dtype: str, size: int) -> None:
+    """A size that their type can't hold must not be wrapped to it."""
+    ids = np.array([0, 60, 127], dtype)
+    found = backend.run(
+        lambda x, ids: backend.module("model.checks").nan_outside(x, ids, size), np.ones((3, 2), np.float32), ids
+    )
+    assert np.array_equal(found, np.ones((3, 2)))
