@@ -18,7 +18,7 @@ from shared_config.interchange.tensors import TRACE
 from shared_config.parity.checks import describe, findings_of
 from shared_config.parity.compare import Comparison, Row, compare_traces
 from shared_config.parity.numerics import UNIT_ROUNDOFF, rms
-from shared_config.parity.parts import part_errors, unpacked
+from shared_config.parity.parts import PartLimits, part_errors, unpacked, worst_part
 from shared_config.parity.recording import delta_and_parts
 from shared_config.parity.report.page import report_page
 from shared_config.parity.traces import Trace, TraceMeta, read_trace, write_trace
@@ -120,6 +120,22 @@ def test_a_factor_on_a_whole_tensor_is_found_that_no_row_shows(group: str, dtype
         assert row.ok == ok
         assert row.part is not None
         assert (row.part.kind, row.part.label) == ("scale", "scale")
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=len)
+@pytest.mark.parametrize(("limits", "allowed"), [({"absolute": 0.3}, 0.3), ({"relative": 0.05}, 0.1)])
+def test_what_is_always_allowed_is_so_to_every_part(
+    limits: dict[str, float], allowed: float, shape: tuple[int, ...]
+) -> None:
+    """A share of the size of each, or one RMS: of numbers that are 2 or -2 the share is 0.1."""
+    reference = np.where(values(*shape) > 0, 2.0, -2.0)
+    delta = 1e-9
+    deltas = part_errors(np.full(shape, delta), reference)
+    for share, ok in ((0.98, True), (1.02, False)):
+        error = reference / 2 * allowed * share
+        part = worst_part(error, reference, deltas, delta, PartLimits(1.0, 1.0, 1.0, **limits))
+        assert (part.share <= 1) == ok
+        assert part.share == pytest.approx(share)
 
 
 def test_a_small_part_has_a_share_of_the_deltas_of_the_tensor() -> None:
