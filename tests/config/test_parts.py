@@ -125,7 +125,7 @@ def test_a_factor_on_a_whole_tensor_is_found_that_no_row_shows(group: str, dtype
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=len)
 @pytest.mark.parametrize(("limits", "allowed"), [({"absolute": 0.3}, 0.3), ({"relative": 0.05}, 0.1)])
 def test_what_is_always_allowed_is_so_to_every_part(
-    limits: dict[str, float], allowed: float, shape: tuple[int, ...]
+    limits: dict[str, Any], allowed: float, shape: tuple[int, ...]
 ) -> None:
     """A share of the size of each, or one RMS: of numbers that are 2 or -2 the share is 0.1."""
     reference = np.where(values(*shape) > 0, 2.0, -2.0)
