@@ -1,7 +1,8 @@
-"""What a program computes in bfloat16 or float16, operation by operation, and the rules that say where it may.
+"""What a program computes in bfloat16 or float16, or in integers of 8 or 16 bits, operation by operation, and the rules
+that say where it may.
 
-Data movement and what can't round (comparisons, extrema, signs) is free. All else that touches a narrow number needs a
-rule: the kind of operation, the function of the backend that asks for it, and on how many of its lines.
+Movement of narrow floats and what can't round (comparisons, extrema, signs) is free. All else that touches a narrow
+number needs a rule: the kind of operation, the function of the backend that asks for it, and on how many of its lines.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PRODUCT, ROUNDING, SUM, ELEMENTWISE, ACCUMULATION = "product", "rounding", "sum", "elementwise", "accumulation"
+INTEGER = "integer"
 ANYWHERE = "anywhere"
 
 
@@ -23,7 +25,7 @@ class Operation(NamedTuple):
 
     Attributes:
         kind: a product of matrices, a rounding to a narrow type, a sum along an axis, one by elements,
-            or a loop that adds to what it carries.
+            a loop that adds to what it carries, or anything that gives integers of 8 or 16 bits.
         name: of the primitive or operator.
         site: "model.norm:RMSNorm.forward", the innermost function of the backend; "" if there is none.
         line: of that function.

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from tests.parity.precision import ACCUMULATION, ELEMENTWISE, PRODUCT, ROUNDING, SUM, Operation, site_of
+from tests.parity.precision import ACCUMULATION, ELEMENTWISE, INTEGER, PRODUCT, ROUNDING, SUM, Operation, site_of
 
 NARROW = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+INTEGERS = (jnp.dtype(jnp.int8), jnp.dtype(jnp.int16), jnp.dtype(jnp.uint8), jnp.dtype(jnp.uint16))
 MOVEMENT = {
     "reshape", "transpose", "broadcast_in_dim", "slice", "dynamic_slice", "dynamic_update_slice", "concatenate",
     "gather", "select_n", "pad", "squeeze", "expand_dims", "rev", "copy", "copy_p", "scatter", "split", "stack",
@@ -131,6 +132,8 @@ def _kind(eqn: Any) -> str | None:
     """What kind of narrow operation an equation is; None if it rounds nothing to a narrow type."""
     name = eqn.primitive.name
     before, after = ([_dtype(variable) for variable in variables] for variables in (eqn.invars, eqn.outvars))
+    if any(dtype in INTEGERS for dtype in after):
+        return INTEGER
     if name == "reduce_precision":
         kept = jnp.finfo(after[0]).nmant
         return ROUNDING if eqn.params["mantissa_bits"] < kept else None

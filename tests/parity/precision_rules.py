@@ -5,7 +5,7 @@ Numbers are lines of a function. A line more, or another function, is an error u
 
 from __future__ import annotations
 
-from tests.parity.precision import ACCUMULATION, ANYWHERE, ELEMENTWISE, PRODUCT, ROUNDING, SUM, Rule
+from tests.parity.precision import ACCUMULATION, ANYWHERE, ELEMENTWISE, INTEGER, PRODUCT, ROUNDING, SUM, Rule
 
 PRODUCTS = "devices sum products of narrow factors in float32, and round a result once"
 RESIDUAL = "the residual stream is of the compute dtype: one rounding per sum of two"
@@ -17,6 +17,7 @@ GRADIENT = "the gradient of a narrow activation that the forward pass widens her
 COTANGENTS = "gradients of the few uses of one value are added in its dtype"
 LOSSLESS = "widened so that its gradient is summed in float32, and back: nothing is rounded"
 SCALED = "gradients that were found along with the loss take its scale in float32, and are rounded once"
+NUMBERS = "16 bits number the experts, of which there are as many at most"
 WIDE_INSIDE = "torch computes this in float32 inside, and rounds the result once"
 
 RULES: dict[str, tuple[Rule, ...]] = {
@@ -125,6 +126,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(ROUNDING, SCALED, {"training.head:loss_in_chunks": 1}, backward=True),
     ),
     "torch": (
+        Rule(INTEGER, NUMBERS, {"model.dispatch:_sorted": 2}),
+        Rule(INTEGER, "the bits of bfloat16 numbers, which NumPy lacks", {"model.state:from_numpy": 1}),
         Rule(
             PRODUCT,
             PRODUCTS,

@@ -15,9 +15,10 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.parity.precision import ELEMENTWISE, PRODUCT, ROUNDING, SUM, Operation, site_of
+from tests.parity.precision import ELEMENTWISE, INTEGER, PRODUCT, ROUNDING, SUM, Operation, site_of
 
 NARROW = (torch.bfloat16, torch.float16)
+INTEGERS = (torch.int8, torch.int16, torch.uint8, torch.uint16)
 MOVEMENT = {
     "view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "t", "permute", "expand", "slice", "select",
     "unbind", "split", "split_with_sizes", "cat", "stack", "clone", "detach", "alias", "index", "index_select",
@@ -76,6 +77,8 @@ class _Seeing(TorchDispatchMode):
         result = func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
         kind = _kind(name, given, _dtypes(result) or given[:1], args, kwargs)
+        if any(dtype in INTEGERS for dtype in _dtypes(result, numbers=True)):
+            kind = INTEGER
         if kind is not None:
             (path, line), is_gradient = _place()
             name = "add_any" if is_gradient and name.startswith("add") and kind == ELEMENTWISE else name

@@ -1,4 +1,6 @@
-"""Nothing that has to run in float32 runs in bfloat16, in any module and pass, and in the dtype of its inputs else."""
+"""Nothing that has to run in float32 runs in bfloat16, in any module and pass, and in the dtype of its inputs else; no
+integer is of less than 32 bits.
+"""
 
 from __future__ import annotations
 
