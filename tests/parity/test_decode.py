@@ -240,6 +240,22 @@ def test_overflow_inside_jit_is_nan_and_overwrites_nothing() -> None:
     assert_same_function(logits[1], truth, "the row that has room")
 
 
+@on_both
+def test_no_more_is_forgotten_than_a_ring_has_room_for(backend: Torch) -> None:
+    """Of the tokens seen since, spare + 1; what is seen again must not have been overwritten, in any row."""
+    cache = backend.module("model.kv_cache").KVCache(2, 16, 1, 1, sliding_window=3, spare=2)
+    keys = backend.array(np.zeros((2, 1, 8, 1), np.float32))
+    updated = cache.update(keys, keys)
+    cache = cache if backend.name == "torch" else updated[0]
+    for lengths in ([8, 4], [4, 8], [0, 0]):
+        with pytest.raises(ValueError, match=rf"^lengths = \[{lengths[0]}, {lengths[1]}\]: what they may see has been"):
+            cache.truncate(backend.array(np.array(lengths)))
+    if backend.name == "jax":  # where it can't be seen, the row is past its end
+        assert jax.jit(lambda lengths: cache.truncate(lengths).lengths)(np.array([5, 4])).tolist() == [5, 16]
+    cache = cache.truncate(backend.array(np.array([5, 8]))) or cache
+    assert backend.numpy(cache.lengths).tolist() == [5, 8]
+
+
 def in_chunks(model: Decoder, fed: Fed, sizes: Sequence[int], caches: Any) -> tuple[np.ndarray, Any]:
     """Logits of all tokens, fed chunk by chunk, and the caches after them."""
     parts, start = [], 0
