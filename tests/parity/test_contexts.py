@@ -89,3 +89,22 @@ def test_narrow_ids_are_within_large_sizes(backend: Torch, dtype: str, size: int
         lambda x, ids: backend.module("model.checks").nan_outside(x, ids, size), np.ones((3, 2), np.float32), ids
     )
     assert np.array_equal(found, np.ones((3, 2)))
+
+
+@on_both
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int64"])
+def test_narrow_lengths_of_a_prefix_are_within_a_long_stream(backend: Torch, dtype: str) -> None:
+    context, stream = backend.module("model.modality").ModalityContext, backend.module("model.stream")
+    x = backend.array(np.ones((2, 300, 1), np.float32))
+    lengths = backend.array(np.array([200, 0], dtype))
+    found = stream.with_whole_prefix(x, context(prefix_lengths=lengths), None, None)
+    assert np.array_equal(backend.numpy(found), np.ones((2, 300, 1)))
+
+
+@on_both
+def test_names_of_activations_may_come_one_by_one(backend: Torch) -> None:
+    check = backend.module("model.hooks").check_activation_names
+    assert check(["a", "b", "c"], iter(["c", "a"])) == ["c", "a"]
+    assert check(["a", "b"], None) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"^name = 'bb': no such module; did you mean 'b'\? Modules: a, b$"):
+        check(["a", "b"], iter(["a", "bb"]))
