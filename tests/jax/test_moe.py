@@ -13,7 +13,6 @@ from flax import nnx
 from jax.test_util import check_grads
 
 from kempnerforge_jax.model import Transformer
-from kempnerforge_jax.model.dispatch import Routes, experts_of, plan_dispatch
 from kempnerforge_jax.model.experts import apply_blockwise, apply_packed
 from kempnerforge_jax.model.grouped import grouped_matmul, grouped_outer
 from kempnerforge_jax.model.module import named_modules
@@ -344,12 +343,3 @@ def test_a_router_of_its_own_is_found_by_name() -> None:
     model(tokens_of())
     assert model.get_moe_aux_loss() == 2
     assert model.get_expert_counts()[1].tolist() == [18, 18, 0, 0]
-
-
-def test_the_expert_of_each_assignment() -> None:
-    """That which was chosen, if the token is there and the expert has room for it; else one more than there are."""
-    indices = np.array([[0, 2], [0, 1], [2, 0], [0, 1], [1, 2]])
-    valid = np.array([True, True, True, True, False])
-    plan = plan_dispatch(jnp.asarray(indices), jnp.asarray(valid), 3, capacity=2)
-    found = experts_of(Routes(jnp.ones(indices.shape), plan, None))
-    assert found.tolist() == [[0, 2], [0, 1], [2, 3], [3, 1], [3, 3]]

@@ -1,0 +1,110 @@
+"""Parts that a model only reaches compiled, on several devices or with images, each by itself in both backends."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from kempnerforge_jax.model import within_map
+from kempnerforge_torch.model.grouped import skips_rows
+from kempnerforge_torch.model.linear import _matrix_times_vector
+from tests.parity.backends import Torch, on_both
+
+
+@on_both
+def test_the_expert_of_each_assignment(backend: Torch) -> None:
+    """That which was chosen, if the token is there and the expert has room for it; else one more than there are."""
+    dispatch = backend.module("model.dispatch")
+    indices = np.array([[0, 2], [0, 1], [2, 0], [0, 1], [1, 2]])
+    valid = np.array([True, True, True, True, False])
+    plan = dispatch.plan_dispatch(backend.array(indices), backend.array(valid), 3, capacity=2)
+    weights = backend.array(np.ones(indices.shape, np.float32))
+    more = {"complete": False, "limit": 2} if backend.name == "torch" else {}
+    found = dispatch.experts_of(dispatch.Routes(weights, plan, None, **more))
+    assert backend.numpy(found).tolist() == [[0, 2], [0, 1], [2, 3], [3, 1], [3, 3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_vector_is_multiplied_in_at_least_float32(dtype: torch.dtype, has_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((7, 600), (600,), (7,)))
+    found = _matrix_times_vector(weight, x, bias if has_bias else None)
+    truth = weight.double() @ x.double() + (bias.double() if has_bias else 0)
+    assert found.dtype == dtype
+    if dtype == torch.bfloat16:
+        assert torch.equal(found, truth.to(dtype))
+    else:
+        torch.testing.assert_close(found.double(), truth, rtol=0, atol=600 * torch.finfo(dtype).eps)
+
+
+def test_a_cpu_skips_rows_of_no_group() -> None:
+    assert skips_rows(torch.device("cpu"), torch.float32)
+    assert not skips_rows(torch.device("meta"), torch.bfloat16)
+
+
+@on_both
+def test_masks_of_keys_alone_are_those_that_tell_queries_not_apart(backend: Torch) -> None:
+    build, ids = backend.module("model.mask").Mask, backend.array(np.zeros((1, 4), np.int32))
+    documents: dict[str, Any] = {"query_doc_ids": ids, "key_doc_ids": ids}
+    for causal, window, given in itertools.product((False, True), (None, 3), ({}, documents)):
+        alone = not causal and window is None and not given
+        assert build(causal=causal, window=window, **given).of_keys_alone == alone
+    real = backend.array(np.ones((1, 4), bool))
+    assert build(key_valid=real, allowed=real).of_keys_alone
+
+
+@on_both
+@pytest.mark.parametrize(("name", "takes"), [("JointDecoder", 3 * 5), ("CrossAttention", 0), ("MoT", 3 * 5)])
+def test_an_image_takes_the_positions_of_its_tokens_if_it_is_in_the_stream(
+    backend: Torch, name: str, takes: int
+) -> None:
+    strategy = getattr(backend.module("model.strategy"), f"{name}Strategy")
+    wrapper = SimpleNamespace(frames_per_clip=3, tokens_per_frame=5)
+    assert strategy.num_image_tokens(object.__new__(strategy), wrapper) == takes
+
+
+@on_both
+def test_padding_that_was_truncated_is_forgotten(backend: Torch) -> None:
+    cache = backend.module("model.kv_cache").KVCache(1, 8, 1, 1)
+    keys, real = backend.array(np.zeros((1, 1, 3, 1), np.float32)), backend.array(np.array([[True, True, False]]))
+    updated = cache.update(keys, keys, key_padding_mask=real)
+    cache = cache if backend.name == "torch" else updated[0]
+    cache = cache.truncate(backend.array(np.array([2]))) or cache
+    assert backend.numpy(cache.valid)[0, :3].tolist() == [True, True, False]
+    cache = cache.without_padding() or cache
+    assert cache.valid is None
+    assert backend.numpy(cache.lengths).tolist() == [2]
+
+
+def test_what_holds_within_a_map_over_devices_ends_with_it() -> None:
+    routes: Any = SimpleNamespace(plan=SimpleNamespace(ends_E=jnp.zeros(4)))
+    x, cache = jnp.ones((2, 3)), object()
+
+    def routed(x: Any, given: Any) -> Any:
+        assert given is routes
+        return x + 1
+
+    def found(held: int) -> tuple[float, object, float]:
+        y = within_map.of_all(routed, x, routes, held)
+        return float(y[0, 0]), within_map.read_besides(), float(within_map.measured(x, 2)[0, 0])
+
+    outside = (2.0, None, 1.0)
+    assert found(2) == found(4) == outside
+    with (
+        within_map.gathering(lambda routed, x, routes, held: 10 * routed(x, routes) + held),
+        within_map.reading(cache),  # type: ignore[arg-type]
+        within_map.measuring(lambda tokens, batch_size: tokens + batch_size),
+    ):
+        assert found(2) == (22.0, cache, 3.0)
+        assert found(4) == (2.0, cache, 3.0), "who holds all of them asks no others"
+    for enter in (within_map.gathering, within_map.reading, within_map.measuring):
+        with pytest.raises(KeyError), enter(lambda *_: None):  # type: ignore[operator]
+            raise KeyError
+    assert found(2) == outside
