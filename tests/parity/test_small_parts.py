@@ -108,3 +108,25 @@ def test_what_holds_within_a_map_over_devices_ends_with_it() -> None:
         with pytest.raises(KeyError), enter(lambda *_: None):  # type: ignore[operator]
             raise KeyError
     assert found(2) == outside
+
+
+@on_both
+def test_rows_of_no_expert_may_be_left_out(backend: Torch) -> None:
+    """What they would hold counts as 0, and to their tokens no gradient flows."""
+    dispatch = backend.module("model.dispatch")
+    indices = np.array([[0, 3], [2, 1], [3, 0], [1, 2], [2, 3]])
+    valid = np.array([True, False, True, True, True])
+    plan = dispatch.plan_dispatch(backend.array(indices), backend.array(valid), 4)
+    held = int(plan.ends_E[-1])
+    assert held == 8
+    rng = np.random.default_rng(0)
+    x, rows, weights = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 3), (held, 3), (5, 2)))
+    more = {"complete": False, "limit": None} if backend.name == "torch" else {}
+    routes = dispatch.Routes(backend.array(weights), plan._replace(assignment_R=plan.assignment_R[:held]), None, **more)
+    places = backend.numpy(plan.row_R).reshape(2, 5).T
+    kept = np.append(rows, np.zeros((2, 3), np.float32), axis=0)[places]
+    found = backend.numpy(dispatch.combine(backend.array(rows), routes))
+    np.testing.assert_allclose(found, (kept * weights[..., None]).sum(axis=1), rtol=1e-6)
+    np.testing.assert_array_equal(backend.numpy(dispatch.dispatch(backend.array(x), routes)).shape, (held, 3))
+    (gradient,) = backend.gradients(lambda x: dispatch.dispatch(x, routes) * backend.array(rows), x)
+    np.testing.assert_allclose(gradient, kept.sum(axis=1), rtol=1e-6)

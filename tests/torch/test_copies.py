@@ -247,3 +247,18 @@ def test_corrections_of_moments_are_computed_in_float64() -> None:
     expected = np.stack([RATES.lr / (1 - betas[0] ** t), 1 / np.sqrt(1 - betas[1] ** t)], axis=1)
     found = step._numbers(list(one.parameters.values()), RATES.lr)[:, 1:].numpy()
     np.testing.assert_allclose(found, expected, rtol=2.0**-23)
+
+
+def test_what_decay_leaves_is_computed_in_float64() -> None:
+    """1 - lr * decay, for each parameter with its own decay, is rounded once."""
+    decays = [0.0, 0.3, 1e-3, 1 / 3, 0.77]
+    one = drawn([(1,)] * len(decays), [True] * len(decays), [True] * len(decays), [1] * len(decays), seed=0)
+    step, tensors = FusedStep(one.optimizer, one.gradients, RATES), list(one.parameters.values())
+    first = one.optimizer.param_groups[0]
+    one.optimizer.param_groups[:] = [
+        {**first, "params": [tensor], "weight_decay": decay} for tensor, decay in zip(tensors, decays, strict=True)
+    ]
+    for lr in (0.37, 1e-4, 1 / 7):
+        found = step._numbers(tensors, lr)[:, 0].numpy()
+        assert found.dtype == np.float32
+        assert found.tolist() == (1 - lr * np.array(decays)).astype(np.float32).tolist()
