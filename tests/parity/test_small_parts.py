@@ -14,6 +14,7 @@ import torch
 from kempnerforge_jax.model import within_map
 from kempnerforge_torch.model.grouped import skips_rows
 from kempnerforge_torch.model.linear import _matrix_times_vector
+from shared_config.schema.model import ModelConfig
 from tests.parity.backends import Torch, on_both
 
 
@@ -130,3 +131,19 @@ def test_rows_of_no_expert_may_be_left_out(backend: Torch) -> None:
     np.testing.assert_array_equal(backend.numpy(dispatch.dispatch(backend.array(x), routes)).shape, (held, 3))
     (gradient,) = backend.gradients(lambda x: dispatch.dispatch(x, routes) * backend.array(rows), x)
     np.testing.assert_allclose(gradient, kept.sum(axis=1), rtol=1e-6)
+
+
+@on_both
+def test_routers_count_the_tokens_of_cached_passes_too(backend: Torch) -> None:
+    config = ModelConfig(
+        dim=4, n_layers=2, n_heads=1, vocab_size=11, ffn_hidden_dim=4, max_seq_len=8, num_experts=2, moe_top_k=1,
+        moe_frequency=2,
+    )  # fmt: skip
+    model = backend.build(backend.module("model.transformer").Transformer, config, dtype="float32")
+    caches = [backend.module("model.kv_cache").KVCache(2, 8, 1, 4, static=True) for _ in range(2)]
+
+    def counts(tokens: Any) -> Any:
+        return {layer: own.expert_counts for layer, own in model.run(tokens, kv_caches=caches).stats.items()}
+
+    found = backend.run(counts, np.arange(14, dtype=np.int32).reshape(2, 7) % 11)
+    assert {layer: int(counts_E.sum()) for layer, counts_E in found.items()} == {1: 14}

@@ -251,14 +251,14 @@ def test_corrections_of_moments_are_computed_in_float64() -> None:
 
 def test_what_decay_leaves_is_computed_in_float64() -> None:
     """1 - lr * decay, for each parameter with its own decay, is rounded once."""
-    decays = [0.0, 0.3, 1e-3, 1 / 3, 0.77]
+    decays = np.linspace(0, 1, 60).tolist()
     one = drawn([(1,)] * len(decays), [True] * len(decays), [True] * len(decays), [1] * len(decays), seed=0)
     step, tensors = FusedStep(one.optimizer, one.gradients, RATES), list(one.parameters.values())
     first = one.optimizer.param_groups[0]
     one.optimizer.param_groups[:] = [
         {**first, "params": [tensor], "weight_decay": decay} for tensor, decay in zip(tensors, decays, strict=True)
     ]
-    for lr in (0.37, 1e-4, 1 / 7):
+    for lr in (0.97, 1e-4, 1 / 7):
         found = step._numbers(tensors, lr)[:, 0].numpy()
         assert found.dtype == np.float32
         assert found.tolist() == (1 - lr * np.array(decays)).astype(np.float32).tolist()
