@@ -15,13 +15,16 @@ from kempnerforge_jax.model.adapter import AttentionalPoolAdapter, LinearAdapter
 from kempnerforge_jax.model.build import build_model
 from kempnerforge_jax.model.cross_attention import CrossAttentionBlock
 from kempnerforge_jax.model.embedding import TokenEmbedding
+from kempnerforge_jax.model.mlp import build_mlp
 from kempnerforge_jax.model.module import named_variables
 from kempnerforge_jax.model.moe import build_moe
 from kempnerforge_jax.model.mot import MoTAttention
 from kempnerforge_jax.model.norm import LayerNorm
 from kempnerforge_jax.model.vision import VisionTower, build_vision_encoder
+from kempnerforge_jax.registry import registry
 from kempnerforge_jax.training import train
 from shared_config.contract.vision import vit_tower
+from shared_config.registry import temporary
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.vision import VisionEncoderConfig
 from tests.jobs import tiny_job
@@ -63,6 +66,21 @@ def test_layers_begin_in_float32_with_all_its_bits(kind: str) -> None:
             assert (value != value.astype(jnp.bfloat16)).mean() > 0.9, name
 
 
+def built_mlp(activation: str) -> Any:
+    return lambda rngs: build_mlp(16, 16, activation, rngs=rngs)
+
+
+def squared(rngs: nnx.Rngs) -> nnx.Module:
+    """A layer with an activation that was registered alone."""
+    with temporary():
+        registry.register("activation", "test_squared")(jnp.square)
+        return build_mlp(16, 16, "test_squared", rngs=rngs)
+
+
+BUILT |= {f"built MLP, {activation}": built_mlp(activation) for activation in ("silu", "geglu_tanh", "gelu")}
+BUILT |= {"built MLP of one's own": squared}
+
+
 @pytest.mark.parametrize("kind", BUILT)
 def test_what_is_drawn_is_what_the_given_generator_draws(kind: str) -> None:
     """The same again of the same key; of another key, other values wherever they are drawn."""
@@ -70,6 +88,7 @@ def test_what_is_drawn_is_what_the_given_generator_draws(kind: str) -> None:
         {name: np.asarray(variable.get_value()) for name, variable in named_variables(BUILT[kind](nnx.Rngs(seed)))}
         for seed in (0, 0, 1)
     )
+    assert any(np.unique(value).size > 1 for value in first.values()) or kind == "norm"
     for name, value in first.items():
         np.testing.assert_array_equal(value, again[name])
         is_drawn = np.unique(value).size > 1 and "rope." not in name
