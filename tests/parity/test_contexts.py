@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Set as AbstractSet
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -108,3 +109,28 @@ def test_names_of_activations_may_come_one_by_one(backend: Torch) -> None:
     assert check(["a", "b"], None) == ["a", "b"]
     with pytest.raises(ValueError, match=r"^name = 'bb': no such module; did you mean 'b'\? Modules: a, b$"):
         check(["a", "b"], iter(["a", "bb"]))
+
+
+@on_both
+@pytest.mark.parametrize("cached", [False, True])
+def test_every_fact_of_new_tokens_reaches_their_mask(backend: Torch, cached: bool) -> None:
+    """That of a cache, or else the mask itself, is told all facts by their names."""
+    given = {
+        "doc_ids": backend.array(np.array([[0, 1, 1]])),
+        "key_padding_mask": backend.array(np.array([[True, True, False]])),
+        "sliding_window": 2,
+        "prefix_lengths": backend.array(np.array([1], np.int32)),
+    }
+    told: dict[str, object] = {}
+    cache = SimpleNamespace(mask=lambda length, **facts: told.update(facts, length=length)) if cached else None
+    mask = backend.module("model.attention").self_attention_mask(3, kv_cache=cache, **given)
+    if cached:
+        assert told.keys() == {"length", *given}
+        assert told["length"] == 3
+        assert all(told[name] is value for name, value in given.items())
+    else:
+        assert mask.causal
+        assert mask.window == 2
+        assert mask.query_doc_ids is mask.key_doc_ids is given["doc_ids"]
+        assert mask.key_valid is given["key_padding_mask"]
+        assert mask.prefix_lengths is given["prefix_lengths"]

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from kempnerforge_torch.model.build import build_model
 from kempnerforge_torch.training import blocks
-from shared_config.contract.activations import kept_bytes, tokens_of_device
+from kempnerforge_torch.training.loss import CHUNK_ELEMENTS
+from shared_config.contract.activations import WIDENED, kept_bytes, tokens_of_device
 from shared_config.contract.sharding import Layout
 from shared_config.schema.job import JobConfig
 from tests.distributed.layouts import DENSE, SIGMOID, SOFTMAX, UNGATED
@@ -89,3 +90,7 @@ def test_a_layer_keeps_what_the_model_of_costs_says(model: str, precision: str) 
             two[1][mode] - one[1][mode],
         )
         assert said <= products <= MOST * said
+
+
+def test_the_loss_widens_as_many_logits_at_a_time_as_the_contract_says() -> None:
+    assert CHUNK_ELEMENTS == WIDENED
