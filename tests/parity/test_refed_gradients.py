@@ -7,6 +7,7 @@ Shapes: N numbers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -158,3 +159,23 @@ def test_modules_that_are_computed_again_are_given_the_same_values_again() -> No
     assert any(name.startswith("gradient/layers.0") for name in once.tensors)
     for name in once.tensors:
         np.testing.assert_array_equal(again.array(name), once.array(name), err_msg=name)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_small_gradient_that_is_stopped_is_no_noise(stopped: bool) -> None:
+    """Also where only the recording that stops it says how far rounding goes: its own never moves."""
+    rng = np.random.default_rng(0)
+    x, *drawn = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 6), (6, 4), (6, 4)))
+    weights = {"large": drawn[0], "small": drawn[1]}
+
+    def function(weights: Any, x: jax.Array, stopped: bool) -> jax.Array:
+        small = jax.lax.stop_gradient(weights["small"]) if stopped else weights["small"]
+        return x @ weights["large"] + 0.02 * (x @ small)
+
+    a, b = (
+        of_jax.record(
+            functools.partial(function, stopped=stops), (x,), weights=weights, dtype="bfloat16", deltas=2 * measured
+        )
+        for stops, measured in ((False, False), (stopped, True))
+    )
+    assert [row.name for row in compare_functions(a, b).failures] == ["gradient/small"] * stopped

@@ -285,7 +285,8 @@ def _with_deltas(meta: TraceMeta, engine: Engine, options: Options, dtype: str) 
     coarse = UNIT_ROUNDOFF[dtypes[0]] if dtypes[0] != EXACT else 0.0
     exact = is_exact(truth, moved(FINE, 1), moved(2.0**-24, 1) if not coarse else first, coarse or 2.0**-24)
     sizes = {name: rms(as_float64(value)) for name, value in truth.items() if group_of(name) == GRADIENT}
-    extra = {**meta.extra, "exact": exact, ZEROS: vanishing(sizes)}
+    zeros = [name for name in vanishing(sizes) if sizes[name] or any(found[name] for found in deltas.values())]
+    extra = {**meta.extra, "exact": exact, ZEROS: zeros}  # what never moves is no sum that cancels: nothing reaches it
     return dataclasses.replace(meta, deltas=deltas, parts=parts, extra=extra)
 
 
