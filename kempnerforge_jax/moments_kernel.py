@@ -1,13 +1,17 @@
-"""The moments of `shared_config.parity.summaries` in one pass over an array on an NVIDIA GPU, by Pallas.
+"""The moments of `shared_config.parity.summaries` in one pass over an array on an NVIDIA GPU, by Pallas and Triton.
 
-Each program adds up some columns of some rows of 1021 values; XLA adds up what the programs found.
+Each program adds up some columns of some rows of 1021 values; XLA adds up what the programs found. Versions of JAX that
+will drop Triton have no kernel, and those that say so are silenced: there are other ways to the same.
 
 Shapes: G pieces, P groups of rows, K blocks of columns, C columns of all blocks, M moments.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,11 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Float, Shaped
 
 from shared_config.parity import summaries
 from shared_config.parity.summaries import NAN, NEGATIVE, PIECE, POSITIVE, ROWS, SCALARS, SKETCH_SIZE
+
+try:
+    from jax.experimental.pallas import triton
+except ImportError:
+    HAS_TRITON = False
+else:
+    HAS_TRITON = True
 
 MOST_GROUPS = 264
 """Two for each multiprocessor of an H100, and each in four blocks of columns."""
@@ -29,6 +39,14 @@ BLOCK, BLOCKS = 256, 4
 """Columns of a program, and how many programs have all of a row."""
 SPARE = 8
 """Places for scalars."""
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Context for compiling programs with the kernel: nothing is said of the future of Triton in JAX."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+        yield
 
 
 @functools.partial(jax.jit, static_argnames="interpret")  # lowered once for all arrays of a shape

@@ -20,7 +20,7 @@ from kempnerforge_jax.functions import Transformed, bare, is_callable_tree, take
 from kempnerforge_jax.model.state import to_numpy
 from kempnerforge_jax.optimizer_states import optimizer_state
 from kempnerforge_jax.program import Rounded, Visit, evaluate, marked_names, path_name, readers, unmarked
-from kempnerforge_jax.statistics import described, kept, put_out
+from kempnerforge_jax.statistics import compiling, described, kept, put_out
 from kempnerforge_jax.taps import Taps, is_array, is_floating, tap
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
@@ -285,7 +285,8 @@ class _Program:
         self._compiled = jax.jit(self._recorded)
 
     def __call__(self, weights: Parameters, inputs: Parameters, fed: Parameters, key: Any) -> dict[str, Any]:
-        return self._compiled(weights, inputs, fed, key)
+        with compiling():
+            return self._compiled(weights, inputs, fed, key)
 
     def readers(self, given: Parameters, fed: Arrays) -> dict[str, list[str]]:
         """`Recorded.readers`."""

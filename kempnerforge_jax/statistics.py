@@ -5,6 +5,7 @@ Shapes: G pieces, R rows of a piece, C columns of the sketch, N halves of moment
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,8 +78,8 @@ def reduced(array: Shaped[Array, "..."]) -> Shaped[Array, "N"]:
     """`moments` of an array that is not empty, in operations of the device; on an NVIDIA GPU in a kernel."""
     with jax.enable_x64(True):
         flat = array.reshape(-1)
-        if array.dtype.name in KERNEL_DTYPES and _is_nvidia():
-            from kempnerforge_jax.moments_kernel import run_moments  # takes a while
+        if array.dtype.name in KERNEL_DTYPES and _has_kernel():
+            from kempnerforge_jax.moments_kernel import run_moments
 
             found = run_moments(flat)
         else:
@@ -86,8 +87,22 @@ def reduced(array: Shaped[Array, "..."]) -> Shaped[Array, "N"]:
         return jax.lax.bitcast_convert_type(found, jnp.uint32).reshape(-1)
 
 
-def _is_nvidia() -> bool:
-    return jax.default_backend() == "gpu" and "cuda" in jax.local_devices()[0].client.platform_version
+def compiling() -> contextlib.AbstractContextManager[None]:
+    """Context for compiling programs that put out moments."""
+    if not _has_kernel():
+        return contextlib.nullcontext()
+    from kempnerforge_jax.moments_kernel import quietly
+
+    return quietly()
+
+
+def _has_kernel() -> bool:
+    """Whether this process has an NVIDIA GPU, and JAX the compiler: only then is it imported, which takes a while."""
+    if jax.default_backend() != "gpu" or "cuda" not in jax.local_devices()[0].client.platform_version:
+        return False
+    from kempnerforge_jax.moments_kernel import HAS_TRITON
+
+    return HAS_TRITON
 
 
 def _reduced(flat: Array, signs: Array) -> Array:

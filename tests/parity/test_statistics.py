@@ -269,7 +269,7 @@ def test_of_a_tensor_that_was_written_to_no_gradient_is_recorded(above: int | No
 def test_moments_on_a_gpu(size: int, dtype: Any) -> None:
     values = drawn(size, dtype, 0, gaps=size > 3)
     expected = summaries.moments(values)
-    with jax.enable_x64(dtype == "float64"):
+    with jax.enable_x64(dtype == "float64"), in_jax.compiling():
         in_jax_there = np.asarray(jax.jit(in_jax.moments)(jnp.asarray(values))).view(np.float64)
     for found in (in_torch.moments(from_numpy(values).cuda()).cpu().numpy(), in_jax_there):
         assert_same_moments(found, expected, dtype)
