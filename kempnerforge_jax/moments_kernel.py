@@ -31,6 +31,8 @@ except ImportError:
 else:
     HAS_TRITON = True
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""Whose squares are numbers of float64."""
 MOST_GROUPS = 264
 """Two for each multiprocessor of an H100, and each in four blocks of columns."""
 AT_A_TIME = 8
@@ -51,7 +53,7 @@ def quietly() -> Iterator[None]:
 
 @functools.partial(jax.jit, static_argnames="interpret")  # lowered once for all arrays of a shape
 def run_moments(flat: Shaped[Array, "_"], *, interpret: bool = False) -> Float[Array, "M"]:
-    """float64 (M,), of an array, float32 or narrower, that is not empty; where 64 bits are enabled.
+    """float64 (M,), of an array of one of `DTYPES` that is not empty; where 64 bits are enabled.
 
     Args:
         interpret: whether to run the kernel in operations of XLA, on any device.

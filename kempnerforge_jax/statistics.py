@@ -16,13 +16,12 @@ from jax import Array
 from jax.experimental.buffer_callback import buffer_callback
 from jaxtyping import Shaped
 
+from kempnerforge_jax.moments_kernel import DTYPES as KERNEL_DTYPES
+from kempnerforge_jax.moments_kernel import HAS_TRITON, quietly, run_moments
 from kempnerforge_jax.taps import is_floating
 from shared_config.parity import summaries
 from shared_config.parity.foreign.recorder import Store
 from shared_config.parity.summaries import MOMENTS, NAN, NEGATIVE, PIECE, POSITIVE, ROWS, SKETCH_SIZE, Summary
-
-KERNEL_DTYPES = ("float32", "bfloat16", "float16")
-"""Whose squares are numbers of float64."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,6 @@ def reduced(array: Shaped[Array, "..."]) -> Shaped[Array, "N"]:
     with jax.enable_x64(True):
         flat = array.reshape(-1)
         if array.dtype.name in KERNEL_DTYPES and _has_kernel():
-            from kempnerforge_jax.moments_kernel import run_moments
-
             found = run_moments(flat)
         else:
             found = _reduced(flat, jnp.asarray(summaries.signs(np.int8)))
@@ -89,20 +86,13 @@ def reduced(array: Shaped[Array, "..."]) -> Shaped[Array, "N"]:
 
 def compiling() -> contextlib.AbstractContextManager[None]:
     """Context for compiling programs that put out moments."""
-    if not _has_kernel():
-        return contextlib.nullcontext()
-    from kempnerforge_jax.moments_kernel import quietly
-
-    return quietly()
+    return quietly() if _has_kernel() else contextlib.nullcontext()
 
 
 def _has_kernel() -> bool:
-    """Whether this process has an NVIDIA GPU, and JAX the compiler: only then is it imported, which takes a while."""
-    if jax.default_backend() != "gpu" or "cuda" not in jax.local_devices()[0].client.platform_version:
-        return False
-    from kempnerforge_jax.moments_kernel import HAS_TRITON
-
-    return HAS_TRITON
+    """Whether this process has an NVIDIA GPU, and JAX the compiler."""
+    on_gpu = jax.default_backend() == "gpu" and "cuda" in jax.local_devices()[0].client.platform_version
+    return on_gpu and HAS_TRITON
 
 
 def _reduced(flat: Array, signs: Array) -> Array:

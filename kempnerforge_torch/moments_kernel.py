@@ -3,7 +3,7 @@ which torch for CPUs comes.
 
 Each program adds up some columns of some rows of 1021 values; a second kernel adds up what the programs found.
 
-Shapes: G pieces, P groups of rows, K blocks of columns, M moments.
+Shapes: G pieces, W signs, P groups of rows, K blocks of columns, M moments.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Int8, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from shared_config.parity.summaries import MOMENTS, NAN, NEGATIVE, POSITIVE, ROWS, SCALARS, SKETCH_SIZE
@@ -40,13 +40,13 @@ TILE, TOGETHER = 32, 128
 
 
 def run_moments(
-    flat: Shaped[Tensor, "_"], signs: Int8[Tensor, "_"], first: Int[Tensor, "G"], times: Float[Tensor, "G"]
+    flat: Shaped[Tensor, "_"], signs: Int[Tensor, "W"], first: Int[Tensor, "G"], times: Float[Tensor, "G"]
 ) -> Float[Tensor, "M"]:
     """float64 (M,), of a tensor that is not empty.
 
     Args:
         flat: of one of `DTYPES`, contiguous.
-        signs: int8, those of `summaries.signs`.
+        signs: int8 (W,), those of `summaries.signs`.
         first, times: int64 and float64, those of `summaries.starts` for as many pieces as there are, or more.
     """
     size = flat.numel()

@@ -331,12 +331,9 @@ def _gradients(parameters: Mapping[str, Tensor], early: Mapping[str, Kept], stor
 
 
 def _parameter(own: nn.Parameter, value: np.ndarray, dtype: str, copied: bool) -> nn.Parameter:
-    """With a value in a dtype and its hooks, in place of a parameter; if not ``copied``, the value is its own, and may
-    be used where it is.
-    """
+    """With a value in a dtype and its hooks, in place of a parameter; if not ``copied``, its own, maybe where it is."""
     wanted = DTYPES.get(dtype, own.dtype) if own.is_floating_point() else own.dtype
-    on_device = not copied and own.device.type != "cpu"
-    given = own.detach().clone() if on_device else from_numpy(value)
+    given = from_numpy(value) if copied or own.device.type == "cpu" else own.detach().clone()
     made = nn.Parameter(given.to(own.device, wanted, copy=copied), own.requires_grad)
     for hook in (own._backward_hooks or {}).values():
         made.register_hook(hook)
@@ -345,9 +342,8 @@ def _parameter(own: nn.Parameter, value: np.ndarray, dtype: str, copied: bool) -
 
 def _leaf(value: np.ndarray, dtype: str, device: torch.device) -> Tensor:
     tensor = from_numpy(value).to(device, copy=True)
-    if not tensor.is_floating_point():
-        return tensor
-    return tensor.to(DTYPES.get(dtype, tensor.dtype)).requires_grad_()
+    is_trained = tensor.is_floating_point()
+    return tensor.to(DTYPES.get(dtype, tensor.dtype)).requires_grad_() if is_trained else tensor
 
 
 def _on_host(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -60,11 +60,11 @@ UNREAD = {
             "model/fp8.py": ("_Linear.setup_context",),
             "model/grouped.py": ("_", "_save_matmul", "_save_outer"),
             "model/linear.py": ("_LookUp.setup_context",),
-            "observed.py": ("Widening.__torch_function__", "_Passing.forward"),
+            "observed.py": ("Widening.__torch_function__", "_Passing.forward", "_Rounding.__torch_function__"),
+            "program.py": ("passing",),
             "schema/architecture.py": (
                 "_AnyArchitecture.__get_pydantic_core_schema__", "_AnyArchitecture.__get_pydantic_json_schema__",
             ),
-            "taps.py": ("_passing",),
             "training/blocks.py": ("_keeps_products",),
             "training/head.py": ("_sum_backward",),
             "training/lion.py": ("Lion.step",),

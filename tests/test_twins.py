@@ -95,6 +95,7 @@ DIFFERENCES = {
         "apply_blockwise": "jax: its kernels pay for rows of no group, of which a loop leaves most out",
     },
     "model/decode.py": {
+        "STEPS_TOGETHER": "jax: torch's loop runs on the host",
         "decode_all(compile)": "torch: JAX always compiles",
         "steps(compile)": "torch: JAX always compiles",
     },
@@ -114,7 +115,7 @@ DIFFERENCES = {
     },
     "model/fp8.py": {"has_units": "torch: XLA knows what a device can do"},
     "model/fused.py": {
-        "SEGMENTS": "jax: shapes are static",
+        **dict.fromkeys(("SEGMENTS", "of_segments", "segments_of"), "jax: shapes are static"),
         "fused_attention(softcap)": "torch: the kernel of JAX has no soft caps",
         "fused_attention(otherwise)": "jax: what its kernel can't do is known as the program runs",
         "has_kernel(device)": "torch: JAX has a default device",
@@ -199,6 +200,7 @@ DIFFERENCES = {
         **dict.fromkeys(("Description", "described", "kept", "put_out"), "jax: a program puts out moments"),
         **dict.fromkeys(("Keeper", "Kept", "Key", "Pending", "fetched"), "torch: tensors come one after another"),
         "AddedToError": "torch: gradients come in parts",
+        "compiling": "jax: programs are compiled when they are first called",
         **dict.fromkeys(("moments(array)", "reduced(array)"), "jax: what its tensors are called"),
         **dict.fromkeys(("moments(tensor)", "reduced(tensor)"), "torch: what its arrays are called"),
     },
@@ -277,6 +279,13 @@ DIFFERENCES = {
         "ScheduleFreeAdamW": "torch: an optimiser is a class",
         "ScheduleFreeState": "jax: the state is a value",
         "schedule_free_adamw": "jax: an optimiser is a transformation",
+    },
+    "moments_kernel.py": {
+        "quietly": "jax: Triton is to leave it",
+        "run_moments(first)": "torch: what kernels read is kept for all tensors; in JAX it is part of the program",
+        "run_moments(interpret)": "jax: torch's kernel is interpreted where the environment says so",
+        "run_moments(signs)": "torch: as first",
+        "run_moments(times)": "torch: as first",
     },
     "training/terms.py": {
         "summed": "torch: sums on the host; in JAX part of the compiled step",

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -298,12 +298,7 @@ def compiled_step(recipe: Recipe, segments: int | None = None) -> _Step:
     The first three are donated. ``batches`` are arrays (N, B, S) by name, ``count`` is the number of labels in all of
     them, ``progress`` the share of the training that is done. ``segments``: see `of_segments`.
     """
-
-    def step(*inputs: Any) -> Any:
-        with of_segments(segments):
-            return _step(recipe, *inputs)
-
-    return jax.jit(step, donate_argnums=(0, 1, 2))
+    return jax.jit(functools.partial(_step, recipe, segments), donate_argnums=(0, 1, 2))
 
 
 @functools.lru_cache(maxsize=8)
@@ -314,6 +309,7 @@ def compiled_evaluation(recipe: Recipe) -> _Evaluation:
 
 def _step(
     recipe: Recipe,
+    segments: int | None,
     parameters: State,
     buffers: State,
     optimizer_state: OptimizerState,
@@ -322,7 +318,8 @@ def _step(
     rates: Rates,
     progress: jax.Array,
 ) -> tuple[State, State, OptimizerState, dict[str, jax.Array]]:
-    gradients, total = gradients_of(recipe, parameters, buffers, batches, count)
+    with of_segments(segments):
+        gradients, total = gradients_of(recipe, parameters, buffers, batches, count)
     gradients, norm = clip_by_global_norm(gradients, recipe.train.grad_clip_norm)
     optimizer = build_optimizer(gradients, dict(recipe.table), recipe.optimizer)
     trained = {name: parameters[name] for name in gradients}

@@ -344,8 +344,6 @@ def _is_floating(value: np.ndarray | Summary) -> bool:
 def _versions(packages: Iterable[str]) -> dict[str, str]:
     found = {"numpy": np.__version__}
     for package in packages:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
