@@ -66,19 +66,9 @@ def run_moments(
             SKETCH_SIZE, ROWS, NAN, POSITIVE, NEGATIVE, BLOCK, BLOCKS, SPARE, AT_A_TIME,
         )  # fmt: skip
         finish[(2 * BLOCKS * BLOCK // TILE + 1,)](
-            scalars_PK,
-            columns_P,
-            found,
-            size,
-            groups,
-            SKETCH_SIZE,
-            SCALARS,
-            BLOCKS * BLOCK,
-            BLOCKS,
-            SPARE,
-            TILE,
-            TOGETHER,
-        )
+            scalars_PK, columns_P, found, size, groups,
+            SKETCH_SIZE, SCALARS, BLOCKS * BLOCK, BLOCKS, SPARE, TILE, TOGETHER,
+        )  # fmt: skip
     return found
 
 

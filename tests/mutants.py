@@ -344,7 +344,7 @@ MUTANTS = (
     ),
     Mutant(
         "model.decode", "row goes on after its end",
-        ("yield tokens_B.masked_fill(done_B, request.sampling.pad_token_id)", "yield tokens_B"),
+        ("else tokens_B.masked_fill(done_B, request.sampling.pad_token_id)", "else tokens_B"),
         ("output_B = jnp.where(state.done, options.pad_token_id, drawn_B)", "output_B = drawn_B"),
     ),
     both("model.decode", "cached position off by one", "prompts.lengths - 1 + request", "prompts.lengths + request"),

@@ -108,7 +108,7 @@ MOE_MUTANTS = (
     ),
     Mutant(
         "model.decode", "padding of prompts routed",
-        ("            if config.is_moe:\n", "            if False:\n"),
+        ("        if config.is_moe:\n", "        if False:\n"),
         ("if model.config.is_moe and length:", "if False:"),
     ),
     Mutant(

@@ -298,7 +298,7 @@ def compiled_step(recipe: Recipe, segments: int | None = None) -> _Step:
     The first three are donated. ``batches`` are arrays (N, B, S) by name, ``count`` is the number of labels in all of
     them, ``progress`` the share of the training that is done. ``segments``: see `of_segments`.
     """
-    return jax.jit(functools.partial(_step, recipe, segments), donate_argnums=(0, 1, 2))
+    return jax.jit(functools.partial(_step, recipe, segments=segments), donate_argnums=(0, 1, 2))
 
 
 @functools.lru_cache(maxsize=8)
@@ -309,7 +309,6 @@ def compiled_evaluation(recipe: Recipe) -> _Evaluation:
 
 def _step(
     recipe: Recipe,
-    segments: int | None,
     parameters: State,
     buffers: State,
     optimizer_state: OptimizerState,
@@ -317,6 +316,7 @@ def _step(
     count: jax.Array,
     rates: Rates,
     progress: jax.Array,
+    segments: int | None = None,
 ) -> tuple[State, State, OptimizerState, dict[str, jax.Array]]:
     with of_segments(segments):
         gradients, total = gradients_of(recipe, parameters, buffers, batches, count)

@@ -164,9 +164,10 @@ def _drawn(model: Transformer, request: Request, compile: bool) -> Iterator[Tens
 def _filled(
     model: Transformer, request: Request, kept: Kept | None
 ) -> contextlib.AbstractContextManager[tuple[list[KVCache], Tensor]]:
-    """`prefill`, recorded where prompts are text alone and no cut of a ring must be checked by the host."""
+    """`prefill`, recorded where a dense model is given text alone, and no cut of a ring must be checked by the host."""
     inputs, read = _read_from(model, request), functools.partial(_read, model, request)
-    if kept is None or request.image is not None or request.prefix_lengths is not None or request.has_windows:
+    is_plain = request.image is None and request.prefix_lengths is None and not request.has_windows
+    if kept is None or model.config.is_moe or not is_plain:
         return contextlib.nullcontext(read(*inputs))
     return kept.filled((request.cache_length, tuple(request.chunks)), inputs, read)
 

@@ -123,7 +123,7 @@ def test_a_step_in_bfloat16_is_told_its_numbers_in_float32(monkeypatch: pytest.M
         told.append((count, *rates, progress))
         return *arguments[:3], {}
 
-    monkeypatch.setattr(train, "compiled_step", lambda _recipe: step)
+    monkeypatch.setattr(train, "compiled_step", lambda *_: step)
     batch = {"tokens": np.zeros((1, 300), np.int32), "labels": np.where(np.arange(300) < 257, 1, -100)[None]}
     rates = [trainer.rates(place) for place in range(3)]
     found = [trainer.step([batch]) for _ in rates]

@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_map_only
 
 from shared_config.contract.schedule import Rates
 from shared_config.contract.specs import Constant, ParameterSpec
+from shared_config.parity import summaries
+from shared_config.parity.summaries import PIECE
 from shared_config.schema.model import ModelConfig
 from shared_config.schema.optimizer import OptimizerConfig
 from tests.mutants import BACKENDS, in_a_process, mutants_in, not_killed
@@ -177,7 +179,7 @@ def gradient_of(backend: str, grouped: Any) -> Callable[..., Any]:
 
 
 def check_decoding(backend: str) -> None:
-    """Tokens of recorded steps are those of eager ones, each step drawn with its own numbers."""
+    """Tokens of recorded steps, and prompts, are those of eager ones, each step drawn with its own numbers."""
     if backend == "jax":
         return
     transformer, generate = module(backend, "model.transformer"), module(backend, "model.generate")
@@ -187,9 +189,12 @@ def check_decoding(backend: str) -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     options: dict[str, Any] = {"temperature": 0.9, "top_k": 7, "seed": 1}
-    expected = list(generate.stream(model, [[1, 2, 3], [4]], 9, **options))
-    found = list(generate.stream(model.to(DEVICE), [[1, 2, 3], [4]], 9, compile=True, **options))
-    assert [row.tolist() for row in found] == [row.tolist() for row in expected]
+    calls = ([[1, 2, 3], [4]], [[5, 6], [7, 8, 9]], [[10, 11, 12], [13, 14]])  # of one shape: run, recorded, replayed
+    expected = [np.stack(list(generate.stream(model, prompts, 9, **options))) for prompts in calls]
+    model = model.to(DEVICE)
+    for prompts, tokens in zip(calls, expected, strict=True):
+        found = list(generate.stream(model, prompts, 9, compile=True, **options))
+        np.testing.assert_array_equal(np.stack(found), tokens)
 
 
 def check_loss(backend: str) -> None:
@@ -268,12 +273,30 @@ def check_update(backend: str) -> None:
         assert bool((parameter != 1).all()) == finite
 
 
+def check_moments(backend: str) -> None:
+    """The kernel gives what the host does, of several rows and pieces, with and without gaps."""
+    kernel, rng = module(backend, "moments_kernel"), np.random.default_rng(0)
+    for size in (5000, 3 * PIECE + 500):
+        values = rng.standard_normal(size).astype(np.float32)
+        for gaps in ((), (np.nan, np.inf, -np.inf)):
+            values[[1, 1500, size - 1][: len(gaps)]] = gaps
+            expected = summaries.moments(values)
+            if backend == "torch":
+                given = (values, summaries.signs(np.int8), *summaries.starts(-(-size // PIECE)))
+                found = kernel.run_moments(*(torch.from_numpy(each).to(DEVICE) for each in given)).cpu().numpy()
+            else:
+                with kernel.quietly(), jax.enable_x64(True):
+                    found = np.asarray(kernel.run_moments(jax.numpy.asarray(values)))
+            np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * expected[3])
+
+
 CHECKS: dict[str, tuple[Callable[[str], None], ...]] = {
     "model.grouped": (check_groups,),
     "model.mosaic": (check_groups,),
     "model.attention": (check_long_attention, lambda backend: check_parts(backend, ["attend", "attend to some"])),
     "model.fused": (check_long_attention, check_fused),
     "model.cuda_graph": (check_decoding,),
+    "moments_kernel": (check_moments,),
     "training.loss": (check_loss,),
     "training.head": (check_head_gradients, check_head_memory),
     "training.optimizer": (check_update,),

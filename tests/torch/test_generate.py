@@ -237,7 +237,8 @@ def test_single_vectors_on_a_gpu_are_multiplied_in_loops_that_the_compiler_write
     monkeypatch.setattr(decode, "compiled", cuda_graph.compiled.__wrapped__)
     tokens: Any = Tokens()
     decode._step(Transformer(CONFIG), SamplingConfig(temperature=0.0), [], None, True, tokens, None)
-    assert asked == [{"coordinate_descent_tuning": True} if rows == 1 and is_cuda else None]
+    options = {"coordinate_descent_tuning": True, "combo_kernels": True}
+    assert asked == [options if rows == 1 and is_cuda else None]
 
 
 @pytest.mark.parametrize("drawn", [False, True])

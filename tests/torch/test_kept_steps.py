@@ -62,12 +62,14 @@ def test_prompts_of_one_shape_are_recorded_once(recorder: Recorder) -> None:
     assert (recorder.prompts, recorder.read_again) == (1, 3)
 
 
-@pytest.mark.parametrize("why", ["a window", "an image", "a hook"])
+@pytest.mark.parametrize("why", ["a window", "an image", "a hook", "experts"])
 def test_what_the_host_must_see_is_not_recorded(why: str, recorder: Recorder) -> None:
     torch.manual_seed(5)
     model, images = seeing("joint_decoder") if why == "an image" else (new_model(), {})
     if why == "a window":
         model = new_model(CONFIG.replace(**WINDOWS["one layer"]))
+    if why == "experts":
+        model = new_model(CONFIG.replace(num_experts=2, moe_top_k=1))
     if why == "a hook":
         model.norm.register_forward_hook(lambda *_: None)
     drawn_anew(model.double())
