@@ -65,7 +65,8 @@ def test_prompts_of_one_shape_are_recorded_once(recorder: Recorder) -> None:
 @pytest.mark.parametrize("why", ["a window", "an image", "a hook", "experts"])
 def test_what_the_host_must_see_is_not_recorded(why: str, recorder: Recorder) -> None:
     torch.manual_seed(5)
-    model, images = seeing("joint_decoder") if why == "an image" else (new_model(), {})
+    given: tuple[Any, dict[str, Any]] = seeing("joint_decoder") if why == "an image" else (new_model(), {})
+    model, images = given
     if why == "a window":
         model = new_model(CONFIG.replace(**WINDOWS["one layer"]))
     if why == "experts":
