@@ -150,7 +150,6 @@ def _drawn(model: Transformer, request: Request, compile: bool) -> Iterator[Tens
     eos_ids_E = torch.tensor(eos_ids, dtype=torch.int64, device=weight.device)
     kept = kept_of(model) if compile and weight.is_cuda else None
     with _filled(model, request, kept) as (caches, tokens_B), _stepping(model, request, caches, compile, kept) as step:
-        del caches  # a kept step has its own
         for index in range(request.max_new_tokens):
             tokens_B = step(tokens_B, None if uniforms_BN is None else uniforms_BN[:, index])
             yield tokens_B if done_B is None else tokens_B.masked_fill(done_B, request.sampling.pad_token_id)

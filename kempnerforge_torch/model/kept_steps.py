@@ -9,6 +9,7 @@ What is recorded reads the weights where they were: it is dropped once one of th
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -64,7 +65,8 @@ class Kept:
     def step(
         self, caches: list[KVCache], image: ModalityContext | None, settings: Hashable, step_of: StepOf
     ) -> Iterator[Step]:
-        """A recorded step that goes on from these caches. While one call has it, no other does.
+        """A recorded step that goes on from these caches, in others: recorded prompts are read into these again. While
+        one call has it, no other does.
 
         Args:
             settings: what else the step depends on.
@@ -74,6 +76,7 @@ class Kept:
         key = (settings, state_of_torch(), _structure(caches, image))
         found = self.steps.pop(key, None)
         if found is None:
+            caches = copy.deepcopy(caches)
             found = _Recorded(CudaGraphStep(step_of(caches, image)), caches, image)
         else:
             torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]

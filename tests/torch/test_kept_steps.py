@@ -124,6 +124,20 @@ def test_streams_that_share_a_shape_of_prompts_do_not_share_caches(recorder: Rec
     assert recorder.prompts == 1
 
 
+def test_steps_have_caches_of_their_own(recorder: Recorder) -> None:
+    """A step that was first used after recorded prompts goes on from others, while those are read again."""
+    model, options = new_model(), {"seed": 1, "temperature": 0.9}
+    for temperature in (0.0, 0.0, 0.9):
+        same_tokens(model, PROMPTS, temperature=temperature)
+    longer = [[5, 6, 7, 8], [9]]
+    expected = [each.tolist() for each in stream(model, longer, 6, **options)]
+    going_on = stream(model, longer, 6, compile=True, **options)
+    found = [next(going_on).tolist()]
+    same_tokens(model, PROMPTS, temperature=0.0)
+    assert found + [each.tolist() for each in going_on] == expected
+    assert (recorder.recorded, recorder.prompts) == (2, 1)
+
+
 def test_a_stream_that_is_left_gives_its_step_back(recorder: Recorder) -> None:
     model = new_model()
     same_tokens(model)
