@@ -2,6 +2,7 @@
 
     python -m tests.mutation --record                                   which tests enter which functions: once, slow
     python -m tests.mutation --folder shared_config --sample 100 --seed 7
+    python -m tests.mutation --folder torch jax --workers 16            both at once, 16 mutants at a time
     python -m tests.mutation --folder torch --again results.jsonl       survivors of a sample once more
 
 Each mutant runs in a process of its own, with the tests that enter its function (``selection``), until one fails. Any
@@ -22,18 +23,22 @@ import tempfile
 import time
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shared_config.parity.operators import Mutation, mutations_of
-from tests.mutation.runs import ROOT, Reporter, copy_tree, prepare, run_tests
-from tests.mutation.selection import Record, choose, read_record, record
+from tests.mutation.runs import ROOT, Reporter, copy_tree, run_tests
+from tests.mutation.selection import NOT_OF_TREE, Record, choose, keep_record, read_record, record_of
+from tests.mutation.workers import each
 
 EQUIVALENT = Path(__file__).parent / "equivalent.toml"
+FOLDER = ROOT / ".cache" / "mutation"
+SURVIVED = ("survived", "not covered")
 FINE = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 FOLDERS = {
     "torch": ("kempnerforge_torch/model", "kempnerforge_torch/training"),
@@ -143,53 +148,79 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--folder", choices=FOLDERS, default="shared_config")
-    parser.add_argument("--sample", type=int, default=100)
+    parser.add_argument("--folder", choices=FOLDERS, nargs="+", default=["shared_config"])
+    parser.add_argument("--sample", type=int, default=100, help="of each folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=120, help="of a processor, for the tests of a mutant")
+    parser.add_argument("--workers", type=int, default=1, help="runs of tests beside each other")
     parser.add_argument("--record", nargs="*", metavar="TEST_FILE", help="record these files, or all")
     parser.add_argument("--again", type=Path, metavar="RESULTS", help="plant survivors of an earlier sample again")
     arguments = parser.parse_args()
-    name = f"{arguments.folder}-{arguments.seed}.jsonl"
-    results_file = ROOT / ".cache" / "mutation" / (f"again-{name}" if arguments.again else name)
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-        tree = copy_tree(Path(folder).resolve())
-        mutations = [] if arguments.record is not None else all_mutations(arguments.folder)
-        prepare(tree)
+        tree = copy_tree(Path(folder).resolve() / "tree")
         if arguments.record is not None:
-            every = sorted(str(file.relative_to(tree)) for file in tree.glob("tests/**/test_*.py"))
-            record(tree, arguments.record or every, 3600)
+            record_all(tree, arguments.record, arguments.workers)
             return 0
-        if arguments.again:
-            earlier = [json.loads(line) for line in arguments.again.read_text().splitlines()]
-            left = [result for result in earlier if result["status"] in ("survived", "not covered")]
-            wanted = {tuple(result[part] for part in ("file", "function", "before", "after")) for result in left}
-            drawn = [mutation for mutation in mutations if mutation.key in wanted]
-        else:
-            drawn = draw(mutations, arguments.sample, arguments.seed)
-        results = run_all(tree, drawn, results_file, arguments.seconds)
+        drawn = [mutation for name in arguments.folder for mutation in wanted(name, arguments)]
+        again = "again-" if arguments.again else ""
+        results_file = FOLDER / f"{again}{'-'.join(arguments.folder)}-{arguments.seed}.jsonl"
+        results = plant_all(tree, drawn, results_file, arguments.seconds, arguments.workers)
     print(table(results))
-    return int(any(result["status"] in ("survived", "not covered") for result in results))
+    return int(any(result["status"] in SURVIVED for result in results))
 
 
-def run_all(tree: Path, drawn: Sequence[Mutation], results_file: Path, seconds: float) -> list[dict[str, Any]]:
+def record_all(tree: Path, files: Sequence[str], workers: int) -> None:
+    """Add these test files, or all, to the record; those that took longest last time come first."""
+    earlier = read_record()
+    took = {file: sum(test["seconds"] for test in about["tests"].values()) for file, about in earlier.items()}
+    every = sorted(str(file.relative_to(tree)) for file in tree.glob("tests/**/test_*.py"))
+    asked = [file for file in files or every if not file.startswith(NOT_OF_TREE)]
+    for said in each(record_of, sorted(asked, key=lambda file: -took.get(file, 0)), tree, workers):
+        keep_record(*said)
+
+
+def wanted(folder: str, arguments: argparse.Namespace) -> list[Mutation]:
+    """The sample of a folder, or what survived of an earlier one."""
+    mutations = all_mutations(folder)
+    if not arguments.again:
+        return draw(mutations, arguments.sample, arguments.seed)
+    earlier = [json.loads(line) for line in arguments.again.read_text().splitlines()]
+    left = [result for result in earlier if result["status"] in SURVIVED]
+    keys = {tuple(result[part] for part in ("file", "function", "before", "after")) for result in left}
+    return [mutation for mutation in mutations if mutation.key in keys]
+
+
+def plant_all(
+    tree: Path, drawn: Sequence[Mutation], results_file: Path, seconds: float, workers: int
+) -> list[dict[str, Any]]:
     """Results of all, each written as soon as it is known."""
-    known, recorded, killers, results = equivalents(), read_record(), Counter(), []
+    taken, results = partial(result_of, equivalents(), read_record(), Counter(), seconds), []
     results_file.parent.mkdir(parents=True, exist_ok=True)
     with results_file.open("w", encoding="utf-8") as file:
-        for mutation in drawn:
-            start = time.monotonic()
-            said = (
-                {"status": "equivalent", "reason": known[mutation.key]}
-                if mutation.key in known
-                else plant(tree, mutation, recorded, killers, seconds)
-            )
-            took = round(time.monotonic() - start, 1)
-            results.append({**asdict(mutation), **said, "took": took})
-            file.write(json.dumps(results[-1]) + "\n")
+        for result in each(taken, drawn, tree, workers):
+            results.append(result)
+            file.write(json.dumps(result) + "\n")
             file.flush()
-            print(f"{said['status']:11} {took:6} {' | '.join(mutation.key)}", flush=True)
+            key = (result[part] for part in ("file", "function", "before", "after"))
+            print(f"{result['status']:11} {result['took']:6} {' | '.join(key)}", flush=True)
     return results
+
+
+def result_of(
+    known: Mapping[tuple[str, str, str, str], str],
+    recorded: Record,
+    killers: Counter[str],
+    seconds: float,
+    tree: Path,
+    mutation: Mutation,
+) -> dict[str, Any]:
+    """What a mutation is, how the tests took it, and how long."""
+    start = time.monotonic()
+    if mutation.key in known:
+        said: dict[str, Any] = {"status": "equivalent", "reason": known[mutation.key]}
+    else:
+        said = plant(tree, mutation, recorded, killers, seconds)
+    return {**asdict(mutation), **said, "took": round(time.monotonic() - start, 1)}
 
 
 if __name__ == "__main__":

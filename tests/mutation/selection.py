@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,24 @@ def read_record() -> Record:
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
-def record(tree: Path, files: Iterable[str], seconds: float) -> Record:
-    """Run each test file in a process of its own, so that nothing is cached for it, and add to the record on disk."""
-    for file in (file for file in files if not file.startswith(NOT_OF_TREE)):
-        unfit = unfit_tests((tree / file).read_text(encoding="utf-8"))
-        said = run_tests(tree, [file], Recorder(tree, unfit), seconds)
-        print(file, len(said.get("tests", ())), "tests", flush=True)
-        if "tests" not in said:
-            print(said, (tree / "output.txt").read_text())
-        if "tests" in said:
-            FILE.parent.mkdir(parents=True, exist_ok=True)
-            FILE.write_text(json.dumps({**read_record(), file: {key: said[key] for key in ("tests", "functions")}}))
-    return read_record()
+def record_of(tree: Path, file: str, seconds: float = 3600) -> tuple[str, dict[str, Any]]:
+    """A test file, and what its tests enter, run in a process of its own, so that nothing is cached for it."""
+    unfit = unfit_tests((tree / file).read_text(encoding="utf-8"))
+    said = run_tests(tree, [file], Recorder(tree, unfit), seconds)
+    print(file, len(said.get("tests", ())), "tests", flush=True)
+    if "tests" not in said:
+        print(said, (tree / "output.txt").read_text())
+    return file, said
+
+
+def keep_record(file: str, said: Mapping[str, Any]) -> Record:
+    """What is on disk, with this added if there were tests."""
+    known = read_record()
+    if "tests" in said:
+        known[file] = {key: said[key] for key in ("tests", "functions")}
+        FILE.parent.mkdir(parents=True, exist_ok=True)
+        FILE.write_text(json.dumps(known))
+    return known
 
 
 def unfit_tests(source: str) -> frozenset[str]:

@@ -135,7 +135,8 @@ runs.LIBRARIES, runs.PACKAGES = (), ("shared_config",)
 runs.ROOT = selection.ROOT = __main__.ROOT = tree
 selection.FILE = tree / "record.json"
 runs.prepare(tree)
-recorded = selection.record(tree, sorted(f"tests/{file.name}" for file in (tree / "tests").glob("test_*")), 60)
+for file in sorted((tree / "tests").glob("test_*")):
+    recorded = selection.keep_record(*selection.record_of(tree, f"tests/{file.name}", 60))
 (tree / "gone").touch()
 known = {"seconds": 0.1, "functions": ["shared_config/a.py:j"]}
 recorded["tests/test_d.py"]["tests"]["tests/test_d.py::test_of_before"] = known
