@@ -42,6 +42,7 @@ EVENTS = {
     "whom the other does not hear": "Trainer.step = broken if is_unlucky else lambda *_: signal.pause()",
     "before it joins": "if is_unlucky: processes._own_device = broken",
 }
+BROKEN = "a file: broken"
 BOUND = 30.0
 """Seconds from the end of the one that fails to the end of the other; 6 of them where the machine is idle."""
 
@@ -162,19 +163,27 @@ def test_what_follows_from_a_failure_is_not_shown(monkeypatch: pytest.MonkeyPatc
     ("event", "unlucky"), [(event, rank) for event in EVENTS for rank in (0, 1)] if NIGHTLY else [("a stage", 1)]
 )
 def test_all_end_and_one_error_is_shown(event: str, unlucky: int, tmp_path: Path) -> None:
-    job = text_job(tmp_path, train={"max_steps": 4, "grad_accum_steps": 2}, distributed={"pp": 2})
-    (tmp_path / "job.toml").write_text(config_to_toml(job))
+    assert ended_by(event, unlucky, tmp_path, "cpu") == ([2, 2], ["kempnerforge: " + "rank 1: " * unlucky + BROKEN])
+
+
+def ended_by(event: str, unlucky: int, folder: Path, device: str) -> tuple[list[int], list[str]]:
+    """With which status two processes end, the unlucky one first, and the errors that they show."""
+    job = text_job(folder, train={"max_steps": 4, "grad_accum_steps": 2}, distributed={"pp": 2})
+    (folder / "job.toml").write_text(config_to_toml(job))
     program = PROGRAM.format(event=EVENTS[event])
-    command = [sys.executable, "-c", program, str(unlucky), "train", "job.toml", "--backend=torch", "--device=cpu"]
+    command = [sys.executable, "-c", program, str(unlucky), "train", "job.toml", "--backend=torch"]
     started = [
-        subprocess.Popen(command, env=each, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*command, f"--device={device}"],
+            env=each, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
         for each in environments_of("torch", 2)
-    ]
+    ]  # fmt: skip
+    both = [started[unlucky], started[1 - unlucky]]
     try:
-        said = [started[unlucky].communicate(timeout=600)[0], started[1 - unlucky].communicate(timeout=BOUND)[0]]
+        said = [process.communicate(timeout=seconds)[0] for process, seconds in zip(both, (600, BOUND), strict=True)]
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [2, 2]
     lines = [line for text in said for line in text.splitlines() if line.startswith("kempnerforge: ")]
-    assert lines == ["kempnerforge: " + "rank 1: " * unlucky + "a file: broken"]
+    return [process.returncode for process in both], lines

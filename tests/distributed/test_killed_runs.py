@@ -59,9 +59,12 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def environments_of(backend: str, processes: int) -> Sequence[Mapping[str, str]]:
+def environments_of(backend: str, processes: int, device: str = "cpu") -> Sequence[Mapping[str, str]]:
     """Variables of processes of torch as torchrun sets them, or of JAX with a device each."""
     found = environments(1, processes)
+    if backend == "jax" and device != "cpu":
+        platforms = {"JAX_PLATFORMS": f"{device},cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        return [{**each, **platforms, "CUDA_VISIBLE_DEVICES": str(rank)} for rank, each in enumerate(found)]
     if backend == "jax":
         return found
     port = found[0]["JAX_COORDINATOR_ADDRESS"].rpartition(":")[2]
@@ -70,17 +73,17 @@ def environments_of(backend: str, processes: int) -> Sequence[Mapping[str, str]]
 
 
 def run_unlucky(
-    folder: Path, run: Path, backend: str, event: str, *, moment: int, unlucky: int, processes: int = 2
+    folder: Path, run: Path, backend: str, event: str, *, moment: int, unlucky: int, device: str = "cpu"
 ) -> list[tuple[int, str]]:
-    """The status of each process, and what it said. As they run, every checkpoint that can be seen is whole."""
+    """The status and words of each of two processes. As they run, every checkpoint that can be seen is whole."""
     program = UNLUCKY.format(backend=backend, rank=RANK[backend], moment=moment, unlucky=unlucky, event=event)
-    options = ["--checkpoint.interval=1", f"--train.grad_accum_steps={4 // processes}", f"--output={run}"]
+    options = ["--checkpoint.interval=1", "--train.grad_accum_steps=2", f"--output={run}"]
     command = [sys.executable, "-c", program, "train", str(folder / "job.toml"), f"--backend={backend}", *options]
     started = [
         subprocess.Popen(
-            [*command, "--device=cpu"], env=each, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*command, f"--device={device}"], env=each, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        for each in environments_of(backend, processes)
+        for each in environments_of(backend, 2, device)
     ]
     while any(process.poll() is None for process in started):
         for path in run.glob("step_*"):

@@ -25,7 +25,7 @@ _OWN: dict[str, Any] = {}
 """What a process works with."""
 
 
-def _begin(work: Callable[[Path, Task], Answer], tree: Path, started: Any) -> None:
+def _begin(work: Callable[[Path, Any], Any], tree: Path, started: Any) -> None:
     with started.get_lock():
         started.value += 1
         own = tree.with_name(f"{tree.name}-{started.value}")
@@ -34,5 +34,5 @@ def _begin(work: Callable[[Path, Task], Answer], tree: Path, started: Any) -> No
     _OWN.update(work=work, tree=own)
 
 
-def _do(task: Task) -> Answer:
+def _do(task: Any) -> Any:
     return _OWN["work"](_OWN["tree"], task)
