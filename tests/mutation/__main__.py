@@ -33,7 +33,7 @@ import pytest
 
 from shared_config.parity.operators import Mutation, mutations_of
 from tests.mutation.runs import ROOT, Reporter, copy_tree, run_tests
-from tests.mutation.selection import NOT_OF_TREE, Record, choose, keep_record, read_record, record_of
+from tests.mutation.selection import NOT_OF_TREE, Record, choose, read_record, record
 from tests.mutation.workers import each
 
 EQUIVALENT = Path(__file__).parent / "equivalent.toml"
@@ -175,8 +175,12 @@ def record_all(tree: Path, files: Sequence[str], workers: int) -> None:
     took = {file: sum(test["seconds"] for test in about["tests"].values()) for file, about in earlier.items()}
     every = sorted(str(file.relative_to(tree)) for file in tree.glob("tests/**/test_*.py"))
     asked = [file for file in files or every if not file.startswith(NOT_OF_TREE)]
-    for said in each(record_of, sorted(asked, key=lambda file: -took.get(file, 0)), tree, workers):
-        keep_record(*said)
+    for line in each(_recorded, sorted(asked, key=lambda file: -took.get(file, 0)), tree, workers):
+        print(line, flush=True)
+
+
+def _recorded(tree: Path, file: str) -> str:
+    return f"{file} {record(tree, file)} tests"
 
 
 def wanted(folder: str, arguments: argparse.Namespace) -> list[Mutation]:

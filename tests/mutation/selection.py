@@ -13,7 +13,7 @@ from shared_config.parity.operators import Mutation
 from tests.mutation.runs import ROOT, Recorder, run_tests
 
 Record = dict[str, dict[str, Any]]
-FILE = ROOT / ".cache" / "mutation" / "record.json"
+FOLDER = ROOT / ".cache" / "mutation" / "record"
 AT_ONCE = 2
 READERS = {
     "tests/test_twins.py": "kempnerforge_",
@@ -32,27 +32,26 @@ NOT_OF_TREE = "tests/mutation/"
 
 
 def read_record() -> Record:
-    return json.loads(FILE.read_text()) if FILE.exists() else {}
+    """All test files that were ever recorded."""
+    every = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
+    return {about.pop("file"): about for about in every}
 
 
-def record_of(tree: Path, file: str, seconds: float = 3600) -> tuple[str, dict[str, Any]]:
-    """A test file, and what its tests enter, run in a process of its own, so that nothing is cached for it."""
+def record(tree: Path, file: str, seconds: float = 3600) -> int:
+    """Run a test file in a process of its own, so that nothing is cached for it, and keep what its tests enter.
+
+    Returns:
+        How many tests that are.
+    """
     unfit = unfit_tests((tree / file).read_text(encoding="utf-8"))
     said = run_tests(tree, [file], Recorder(tree, unfit), seconds)
-    print(file, len(said.get("tests", ())), "tests", flush=True)
     if "tests" not in said:
-        print(said, (tree / "output.txt").read_text())
-    return file, said
-
-
-def keep_record(file: str, said: Mapping[str, Any]) -> Record:
-    """What is on disk, with this added if there were tests."""
-    known = read_record()
-    if "tests" in said:
-        known[file] = {key: said[key] for key in ("tests", "functions")}
-        FILE.parent.mkdir(parents=True, exist_ok=True)
-        FILE.write_text(json.dumps(known))
-    return known
+        print(file, said, (tree / "output.txt").read_text(), flush=True)
+        return 0
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    about = {"file": file, "tests": said["tests"], "functions": said["functions"]}
+    (FOLDER / f"{file.replace('/', '.')}.json").write_text(json.dumps(about), encoding="utf-8")
+    return len(about["tests"])
 
 
 def unfit_tests(source: str) -> frozenset[str]:

@@ -133,10 +133,11 @@ from shared_config.parity.operators import mutations_of
 tree = Path(sys.argv[1])
 runs.LIBRARIES, runs.PACKAGES = (), ("shared_config",)
 runs.ROOT = selection.ROOT = __main__.ROOT = tree
-selection.FILE = tree / "record.json"
+selection.FOLDER = tree / "record"
 runs.prepare(tree)
 for file in sorted((tree / "tests").glob("test_*")):
-    recorded = selection.keep_record(*selection.record_of(tree, f"tests/{file.name}", 60))
+    selection.record(tree, f"tests/{file.name}", 60)
+recorded = selection.read_record()
 (tree / "gone").touch()
 known = {"seconds": 0.1, "functions": ["shared_config/a.py:j"]}
 recorded["tests/test_d.py"]["tests"]["tests/test_d.py::test_of_before"] = known
