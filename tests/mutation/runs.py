@@ -45,7 +45,7 @@ def copy_tree(folder: Path) -> Path:
 def prepare(tree: Path) -> None:
     """Make this process one whose forks find the project in ``tree``, and write neither byte code nor programs."""
     os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
-    os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1e9")
     sys.dont_write_bytecode = True
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
     os.chdir(tree)
