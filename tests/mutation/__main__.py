@@ -162,6 +162,7 @@ def main() -> int:
             record_all(tree, arguments.record, arguments.workers)
             return 0
         drawn = [mutation for name in arguments.folder for mutation in wanted(name, arguments)]
+        random.Random(arguments.seed).shuffle(drawn)  # so that the first few are a sample, too
         again = "again-" if arguments.again else ""
         results_file = FOLDER / f"{again}{'-'.join(arguments.folder)}-{arguments.seed}.jsonl"
         results = plant_all(tree, drawn, results_file, arguments.seconds, arguments.workers)
