@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -104,10 +105,20 @@ def record(
     )
     check_tensors(request.weights, job_table(config, tower_of(config)))
     target = find_device(device)
-    with jax.default_device(target), matmul_precision(config.train.matmul_precision):
+
+    def decode(recorder: Recorder) -> Arrays:
+        with jax.default_device(target), matmul_precision(config.train.matmul_precision):  # they are a thread's own
+            return recorder.decode(request.weights) if request.decodes else {}
+
+    with (
+        jax.default_device(target),
+        matmul_precision(config.train.matmul_precision),
+        ThreadPoolExecutor(max_workers=1) as beside,
+    ):
         recorder = Recorder(request)
+        decoded = beside.submit(decode, recorder)  # compiling takes most of the time, and one core
         recording = recorder.run(request.weights)
-        recording.decoded |= recorder.decode(request.weights) if request.decodes else {}
+        recording.decoded |= decoded.result()
         exact = recorder if dtype == EXACT else Recorder(dataclasses.replace(request, dtype=EXACT))
         return make_trace(
             request,
@@ -172,7 +183,7 @@ class Recorder:
         wanted = self.request.kept(DECODE, decode_chunks(self.request))
         with self._bits():
             masters = self._masters(weights)
-            return {name: to_numpy(self._decode(masters, tokens, chunks)) for name, chunks in wanted.items()}
+            return {name: self._decode(masters, tokens, chunks) for name, chunks in wanted.items()}
 
     def _bits(self) -> contextlib.AbstractContextManager[None]:
         return jax.enable_x64(self.request.dtype == EXACT)
@@ -231,7 +242,7 @@ class Recorder:
         """The logits where experts take any number of assignments, as in cached decoding."""
         return self._model(masters).run(*self._inputs(tokens), **self._places(), limit_capacity=False).logits
 
-    def _decode(self, masters: Tensors, tokens: np.ndarray, chunks: Sequence[int]) -> jax.Array:
+    def _decode(self, masters: Tensors, tokens: np.ndarray, chunks: Sequence[int]) -> np.ndarray:
         size = cache_size(self.request, self._image_tokens)
         caches = [KVCache(*size, self.compute_dtype) for _ in range(self.config.model.n_layers)]
         pieces = []
@@ -239,7 +250,7 @@ class Recorder:
             with_image = not (self._image_tokens and index)
             logits, caches = self._compiled_chunk(masters, piece, caches, with_image)
             pieces.append(logits)
-        return jnp.concatenate(pieces, axis=1)
+        return np.concatenate([to_numpy(piece) for piece in pieces], axis=1)
 
     def _chunk(
         self, masters: Tensors, tokens: jax.Array, caches: list[KVCache], with_image: bool
