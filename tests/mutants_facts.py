@@ -330,7 +330,9 @@ FACT_MUTANTS = (
     FactMutant("contract.bias_schedule", "(1.0 + xp.cos(", "(1.0 - xp.cos(", SCHEDULES),
     FactMutant("contract.bias_schedule", "WARMUP_SHARE = 0.1", "WARMUP_SHARE = 0.2", SCHEDULES),
     FactMutant("contract.bias_schedule", "if max_steps > 0 else 1.0", "if max_steps > 0 else 0.0", SCHEDULES),
-    FactMutant("contract.capacity", "max(1, -(-tokens * top_k * exact", "max(1, (tokens * top_k * exact", CAPACITY),
+    FactMutant(
+        "contract.capacity", "max(1, -(-tokens * top_k * numerator", "max(1, (tokens * top_k * numerator", CAPACITY
+    ),
     FactMutant(
         "contract.capacity", "        return None\n", "        return max(1, tokens // num_experts)\n", CAPACITY
     ),

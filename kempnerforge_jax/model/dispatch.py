@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from shared_config.contract.capacity import capacity, token_capacities
+from shared_config.contract.capacity import Share, capacity, token_capacities
 
 
 class Dispatch(NamedTuple):
@@ -51,10 +51,10 @@ class Routes(NamedTuple):
 
 
 def layer_capacity(
-    tokens: int, members_T: Bool[Array, "T"] | None, top_k: int, num_experts: int, factor: float
+    tokens: int, members_T: Bool[Array, "T"] | None, top_k: int, num_experts: int, factor: Share | None
 ) -> int | Int[Array, "..."] | None:
     """`capacity` for all tokens, or for those that are True in ``members_T``: then an array, as their number is."""
-    if members_T is None or factor == 0:
+    if members_T is None or factor is None:
         return capacity(tokens, top_k, num_experts, factor)
     return jnp.asarray(token_capacities(tokens, top_k, num_experts, factor))[members_T.sum(dtype=jnp.int32)]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
-from shared_config.contract.capacity import capacity, token_capacities
+from shared_config.contract.capacity import Share, capacity, token_capacities
 
 
 class Dispatch(NamedTuple):
@@ -50,10 +50,10 @@ class Routes(NamedTuple):
 
 
 def layer_capacity(
-    tokens: int, members_T: Bool[Tensor, "T"] | None, top_k: int, num_experts: int, factor: float
+    tokens: int, members_T: Bool[Tensor, "T"] | None, top_k: int, num_experts: int, factor: Share | None
 ) -> int | Int[Tensor, "..."] | None:
     """`capacity` for all tokens, or for those that are True in ``members_T``: then an array, as their number is."""
-    if members_T is None or factor == 0:
+    if members_T is None or factor is None:
         return capacity(tokens, top_k, num_experts, factor)
     table = torch.tensor(_capacities(tokens, top_k, num_experts, factor), device=members_T.device)
     return table.index_select(0, members_T.sum().reshape(1))
@@ -185,7 +185,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 @torch.compiler.assume_constant_result
-def _capacities(tokens: int, top_k: int, num_experts: int, factor: float) -> list[int]:
+def _capacities(tokens: int, top_k: int, num_experts: int, factor: Share) -> list[int]:
     return token_capacities(tokens, top_k, num_experts, factor).tolist()
 
 

@@ -36,6 +36,7 @@ from kempnerforge_torch.model.linear import Linear, matrix
 from kempnerforge_torch.model.mlp import ACTIVATIONS, GATES, GEGLUMLP, StandardMLP, SwiGLUMLP, build_mlp
 from kempnerforge_torch.model.router import TopKRouter, build_router
 from kempnerforge_torch.model.stats import MoEOutput, MoEStats, RouterStats, StatsGetters, keep_stats
+from shared_config.contract.capacity import capacity_share
 from shared_config.schema.model import ModelConfig
 
 PROJECTIONS = ("gate", "up", "down")
@@ -79,6 +80,7 @@ class MoEMLP(StatsGetters):
             )
         self.num_experts = len(experts)
         self.capacity_factor = capacity_factor
+        self.capacity_share = capacity_share(capacity_factor)
         self.gradient_scale = gradient_scale
         self.packed_experts = packed_experts
         self.router = router
@@ -124,7 +126,7 @@ class MoEMLP(StatsGetters):
         check_ids("indices of the router", indices_Tk)
         weights_Tk = nan_outside(weights_Tk, indices_Tk, self.num_experts)
         indices_Tk = indices_Tk.clamp(0, self.num_experts - 1)
-        factor = self.capacity_factor if limit_capacity else 0.0
+        factor = self.capacity_share if limit_capacity else None
         capacity = layer_capacity(x_TD.shape[0], members_T, indices_Tk.shape[1], self.num_experts, factor)
         plan = plan_dispatch(indices_Tk, valid_T, self.num_experts, capacity)
         factors_Tk = None

@@ -22,7 +22,7 @@ RMSNorm. Compiled blocks keep less than "none".
 
 from __future__ import annotations
 
-from shared_config.contract.capacity import capacity
+from shared_config.contract.capacity import capacity, capacity_share
 from shared_config.contract.counts import BFLOAT16, FLOAT32
 from shared_config.contract.labels import rows_of_logits
 from shared_config.contract.sharding import Layout
@@ -73,7 +73,7 @@ def expert_rows(job: JobConfig, layout: Layout) -> int:
     own = tokens * model.moe_top_k
     if layout.ep == 1 or not gathers_tokens(job, layout):
         return own
-    limit = capacity(tokens, model.moe_top_k, model.num_experts, model.moe_capacity_factor)
+    limit = capacity(tokens, model.moe_top_k, model.num_experts, capacity_share(model.moe_capacity_factor))
     return min(own * layout.ep, model.num_experts * (own if limit is None else limit))
 
 

@@ -46,22 +46,24 @@ def choice_capacity(tokens: Count, share: Share) -> Count:
     return n * (number // d) + (n * (number % d) + d - 1) // d
 
 
-def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int | None:
-    """Assignments that an expert takes: max(1, ceil(tokens k / E * factor)), exact on the decimal digits of the factor.
+def capacity_share(factor: float) -> Share | None:
+    """The decimal digits of a factor as a fraction; None, no limit, for factor 0."""
+    return Fraction(str(factor)).as_integer_ratio() if factor else None
 
-    None, no limit, for factor 0.
-    """
-    if factor == 0:
+
+def capacity(tokens: int, top_k: int, num_experts: int, factor: Share | None) -> int | None:
+    """Assignments that an expert takes, by `capacity_share`: max(1, ceil(tokens k / E * factor)); None: any number."""
+    if factor is None:
         return None
-    exact = Fraction(str(factor))
-    return max(1, -(-tokens * top_k * exact.numerator // (num_experts * exact.denominator)))
+    numerator, denominator = factor
+    return max(1, -(-tokens * top_k * numerator // (num_experts * denominator)))
 
 
-def token_capacities(most: int, top_k: int, num_experts: int, factor: float) -> np.ndarray:
+def token_capacities(most: int, top_k: int, num_experts: int, factor: Share) -> np.ndarray:
     """The capacity for 0, 1, ..., ``most`` tokens that choose k experts each: int32 (most + 1,).
 
     max(1, ceil(tokens k / E * factor)), at most ``most``; to be looked up where the number of tokens is an array.
     """
-    share = Fraction(str(factor)) * top_k / num_experts
+    share = Fraction(*factor) * top_k / num_experts
     tokens = np.arange(most + 1, dtype=object)
     return np.clip(-(-tokens * share.numerator // share.denominator), 1, max(most, 1)).astype(np.int32)

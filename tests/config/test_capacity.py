@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shared_config.contract import capacity as contract
-from shared_config.contract.capacity import choice_capacity, choice_share, token_capacities
+from shared_config.contract.capacity import capacity_share, choice_capacity, choice_share, token_capacities
 from tests.oracle.moe import capacity
 
 
@@ -37,7 +37,9 @@ def test_a_table_of_capacities_holds_those_of_each_number_of_tokens(
     most: int, top_k: int, experts: int, factor: float
 ) -> None:
     """More than there are tokens is as many as there are, so that 32 bits hold it."""
-    table = token_capacities(most, top_k, experts, factor)
+    share = capacity_share(factor)
+    assert share is not None
+    table = token_capacities(most, top_k, experts, share)
     exact = [capacity(tokens, top_k, experts, factor) for tokens in range(most + 1)]
     assert table.dtype == np.int32
     assert table.tolist() == [min(room or 0, max(most, 1)) for room in exact]
@@ -46,6 +48,9 @@ def test_a_table_of_capacities_holds_those_of_each_number_of_tokens(
 @given(tokens=st.integers(0, 10**6), top_k=st.integers(1, 8), experts=st.integers(1, 256))
 @example(tokens=3, top_k=1, experts=2)
 def test_the_capacity_of_a_layer_is_exact(tokens: int, top_k: int, experts: int) -> None:
-    assert contract.capacity(tokens, top_k, experts, 0.0) is None
+    assert contract.capacity_share(0.0) is None
+    assert contract.capacity(tokens, top_k, experts, None) is None
     for factor in (0.1, 0.7, 1.0, 1.1, 1.25, 1e-9):
-        assert contract.capacity(tokens, top_k, experts, factor) == capacity(tokens, top_k, experts, factor)
+        assert contract.capacity(tokens, top_k, experts, contract.capacity_share(factor)) == capacity(
+            tokens, top_k, experts, factor
+        )

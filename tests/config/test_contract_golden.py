@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from shared_config.contract.capacity import choice_capacity, choice_share, token_capacities
+from shared_config.contract.capacity import capacity_share, choice_capacity, choice_share, token_capacities
 from shared_config.contract.counts import (
     count_active_parameters,
     count_parameters,
@@ -267,7 +267,9 @@ def test_rotations_and_rates() -> None:
         )
     lines += [refused(lambda factor=factor: choice_share(4, factor)) for factor in (-0.1, 1.1)]
     for most, k, experts, factor in ((9, 2, 4, 1.0), (9, 1, 8, 1.25), (5, 2, 3, 0.1), (0, 1, 2, 1.0), (6, 4, 4, 2.0)):
-        capacities = token_capacities(most, k, experts, factor)
+        share = capacity_share(factor)
+        assert share is not None
+        capacities = token_capacities(most, k, experts, share)
         lines.append(f"{most} {k} {experts} {factor} {capacities.dtype} {capacities.tolist()}")
     written("rotations_and_rates.txt", lines)
 

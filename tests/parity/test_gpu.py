@@ -35,11 +35,14 @@ from tests.tolerance import relative_error
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"),  # in a thread where it is the first
 ]
 GPU_PARTS = tuple(name for name in PARTS if not name.startswith("looped"))
 DEVICE = "cuda"
 ROUNDINGS = 8.0
 """Of bfloat16: fused kernels round in between, gradients of 600 keys 5 times on a CPU."""
+CAPPED_ROUNDINGS = 16.0
+"""Of scores that are capped: that a kernel takes the gradient by the rounded output alone makes 11, in float64."""
 LONG = ((1, 4, 600, 64), (1, 2, 600, 64), (1, 2, 600, 64))
 ENDS = np.array([0, 300, 300, 421, 650], np.int32)
 VOCAB = 19
@@ -69,14 +72,14 @@ def check_parts(backend: str, parts: Sequence[str] = GPU_PARTS) -> None:
         compare(backend, name, PARTS[name], PARTS[name].inputs())
 
 
-def compare(backend: str, name: str, part: Part, inputs: list[np.ndarray]) -> None:
+def compare(backend: str, name: str, part: Part, inputs: list[np.ndarray], roundings: float = ROUNDINGS) -> None:
     """A part in bfloat16 on the GPU against itself in float64 on the CPU."""
     if (backend, name) not in TRUTHS:
         TRUTHS[backend, name] = evaluate(SIDES[backend], part, inputs, "float64", "cpu")
     truth = TRUTHS[backend, name]
     found = evaluate(ON_GPU[backend], part, inputs, "bfloat16", DEVICE)
     for place, (value, exact) in enumerate(zip(found, truth, strict=True)):
-        allowed = ROUNDINGS if value.dtype == ml_dtypes.bfloat16 else WIDE_ROUNDINGS
+        allowed = roundings if value.dtype == ml_dtypes.bfloat16 else WIDE_ROUNDINGS
         error = worst_row(value, exact, is_gradient=place > 0)
         assert error <= allowed, f"{name}, {place}: {error:.2f} roundings of {value.dtype}, {allowed} allowed"
 
@@ -127,7 +130,8 @@ def check_masks(
 
         kv_shape = (2, 2, keys, head_dim)
         part = Part(build, ((2, 4, queries, head_dim), kv_shape, kv_shape), 2.0)
-        compare(backend, f"{name}, heads of {head_dim}, soft cap {softcap}", part, part.inputs())
+        allowed = ROUNDINGS if softcap is None else CAPPED_ROUNDINGS
+        compare(backend, f"{name}, heads of {head_dim}, soft cap {softcap}", part, part.inputs(), allowed)
 
 
 def check_fused(backend: str) -> None:

@@ -53,6 +53,11 @@ compiles = pytest.mark.filterwarnings(  # torch's own, while it compiles
     "ignore:.*script_method:DeprecationWarning",
     "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning",
 )
+NUMBERS: dict[str, Any] = {
+    "norm_eps": 1e-3, "rope_theta": 50.0, "window_rope_theta": 90.0, "attention_scale": 0.4, "embedding_scale": 2.5,
+    "residual_scale": 0.7, "logit_divisor": 3.0, "attention_softcap": 2.0, "logit_softcap": 1.5,
+    "moe_capacity_factor": 0.8, "moe_routed_scaling": 1.5,
+}  # fmt: skip
 each_case = pytest.mark.parametrize("case", sorted(CASES))
 
 
@@ -122,6 +127,19 @@ def test_compiled_model_is_the_same_function(case: str) -> None:
     assert_close(gradients_of(model), expected)
     assert_close(model.get_expert_counts(), counts)
     assert set(counts) == {1}
+
+
+@compiles
+@pytest.mark.parametrize("as_a_whole", [True, False])
+def test_models_that_differ_in_every_number_compile_after_each_other(as_a_whole: bool) -> None:
+    """For the compiler a number that was another one before is a variable."""
+    for factor in (1.0, 1.1, 1.3):
+        numbers = {name: value * factor for name, value in NUMBERS.items()}
+        model = model_of(n_layers=2, sliding_window=3, attention_pattern=("full", "window"), **numbers)
+        expected = model(tokens_of())
+        for module in [model] if as_a_whole else model.layers.values():
+            module.compile(fullgraph=True, backend="eager")
+        torch.testing.assert_close(model(tokens_of()), expected)
 
 
 def test_nothing_on_the_way_depends_on_data() -> None:
