@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Float, Shaped
 
 from shared_config.parity import summaries
-from shared_config.parity.summaries import NAN, NEGATIVE, PIECE, POSITIVE, ROWS, SCALARS, SKETCH_SIZE
+from shared_config.parity.summaries import MODERATE, NAN, NEGATIVE, PIECE, POSITIVE, ROWS, SCALARS, SKETCH_SIZE
 
 try:
     from jax.experimental.pallas import triton
@@ -91,7 +91,8 @@ def _add_up(
     flat: Any, signs: Any, first: Any, times: Any, scalars_of: Any, columns_of: Any, gaps_of: Any,
 ) -> None:  # fmt: skip
     """Of some columns of some rows: lowest and highest value, sum, sum of squares and how many are not finite; of each
-    column its signed sum, and its gaps. What is the same for a row is computed once, in 64 bits; all else in 32.
+    column its signed sum, and its gaps. A few rows are added up in 32 bits, and all of those in 64; where the largest
+    value is not moderate all are, as its square may not be a number of 32.
     """
     begin = pl.program_id(1) * BLOCK
     column = begin + jnp.arange(BLOCK, dtype=jnp.int32)
@@ -103,22 +104,34 @@ def _add_up(
         there = column < jnp.minimum(size - place, SKETCH_SIZE).astype(jnp.int32)
         return triton.load(flat.at[pl.ds(place + begin, BLOCK)], mask=there, other=0).astype(jnp.float32), there
 
+    def signs_of(row: Array, each: int, there: Array) -> Array:
+        sign_at = first[row // ROWS] + (row % ROWS + each) * SKETCH_SIZE + begin
+        return triton.load(signs.at[pl.ds(sign_at, BLOCK)], mask=there, other=0)
+
     def add(step: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         low, high, total, squares, signed, missing = sums
         row = start + step * AT_A_TIME
-        turns = times[row // ROWS]
+        some = some_squares = some_signed = jnp.zeros((BLOCK,), jnp.float32)
         for each in range(AT_A_TIME):
             value, there = of_row(row + each)
-            sign_at = first[row // ROWS] + (row % ROWS + each) * SKETCH_SIZE + begin
-            sign = triton.load(signs.at[pl.ds(sign_at, BLOCK)], mask=there, other=0).astype(jnp.int32)
             counted = there & (jnp.abs(value) < jnp.inf)
-            wide = jnp.where(counted, value, 0).astype(jnp.float64)
+            known = jnp.where(counted, value, 0)
             low = jnp.minimum(low, jnp.where(counted, value, jnp.inf))
             high = jnp.maximum(high, jnp.where(counted, value, -jnp.inf))
-            total, squares = total + wide, squares + wide * wide
-            signed = signed + jnp.where(sign * turns < 0, -wide, wide)
+            some, some_squares = some + known, some_squares + known * known
+            negative = signs_of(row, each, there).astype(jnp.int32) < 0
+            some_signed = some_signed + jnp.where(negative, -known, known)
             missing = missing + (there & ~counted).astype(jnp.int32)
-        return low, high, total, squares, signed, missing
+        total, squares = total + some.astype(jnp.float64), squares + some_squares.astype(jnp.float64)
+        return low, high, total, squares, signed + some_signed.astype(jnp.float64) * times[row // ROWS], missing
+
+    def add_in_64_bits(step: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        total, squares, signed = sums
+        row = start + step
+        value, there = of_row(row)
+        known = jnp.where(jnp.abs(value) < jnp.inf, value, 0).astype(jnp.float64)
+        sign = signs_of(row, 0, there).astype(jnp.float64) * times[row // ROWS]
+        return total + known, squares + known * known, signed + known * sign
 
     def add_gaps(step: Array, gaps: Array) -> Array:
         row = start + step
@@ -133,7 +146,13 @@ def _add_up(
     wide, narrow = jnp.zeros((BLOCK,), jnp.float64), jnp.zeros((BLOCK,), jnp.int32)
     sums = lax.fori_loop(0, steps, add, (low, high, wide, wide, wide, narrow))
     low, high, total, squares, signed, missing = sums
-    scalars = low.min(), high.max(), total.sum(), squares.sum(), missing.sum()
+    lowest, highest = low.min(), high.max()
+    largest = jnp.maximum(highest, -lowest)
+    is_extreme = (largest >= MODERATE) | ((largest > 0) & (largest <= 1 / MODERATE))
+    sums = jax.tree.map(lambda known: jnp.where(is_extreme, 0, known), (total, squares, signed))
+    again = jnp.where(is_extreme, steps * AT_A_TIME, 0)
+    total, squares, signed = lax.fori_loop(0, again, add_in_64_bits, sums)
+    scalars = lowest, highest, total.sum(), squares.sum(), missing.sum()
     for place, scalar in enumerate(scalars):
         scalars_of[place] = scalar.astype(jnp.float64)
     triton.store(columns_of.at[pl.ds(0, BLOCK)], signed)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from shared_config.parity.summaries import MOMENTS, NAN, NEGATIVE, POSITIVE, ROWS, SCALARS, SKETCH_SIZE
+from shared_config.parity.summaries import MODERATE, MOMENTS, NAN, NEGATIVE, POSITIVE, ROWS, SCALARS, SKETCH_SIZE
 
 try:
     import triton  # pyright: ignore[reportMissingImports]
@@ -63,7 +63,7 @@ def run_moments(
     with torch.cuda.device(flat.device) if flat.is_cuda else contextlib.nullcontext():
         add_up[(groups, BLOCKS)](
             flat, signs, first, times, scalars_PK, columns_P, size, rows, rows_each,
-            SKETCH_SIZE, ROWS, NAN, POSITIVE, NEGATIVE, BLOCK, BLOCKS, SPARE, AT_A_TIME,
+            SKETCH_SIZE, ROWS, NAN, POSITIVE, NEGATIVE, MODERATE, BLOCK, BLOCKS, SPARE, AT_A_TIME,
         )  # fmt: skip
         finish[(2 * BLOCKS * BLOCK // TILE + 1,)](
             scalars_PK, columns_P, found, size, groups,
@@ -76,10 +76,11 @@ def run_moments(
 def _add_up(
     flat, signs, first, times, scalars, columns, size, rows, rows_each,
     width: tl.constexpr, piece: tl.constexpr, nan: tl.constexpr, positive: tl.constexpr, negative: tl.constexpr,
-    block: tl.constexpr, blocks: tl.constexpr, spare: tl.constexpr, together: tl.constexpr,
+    moderate: tl.constexpr, block: tl.constexpr, blocks: tl.constexpr, spare: tl.constexpr, together: tl.constexpr,
 ):  # fmt: skip
     """Of some columns of some rows: lowest and highest value, sum, sum of squares and how many are not finite; of each
-    column its signed sum, and its gaps. What is the same for a row is computed once, in 64 bits; all else in 32.
+    column its signed sum, and its gaps. A few rows are added up in 32 bits, and all of those in 64; where the largest
+    value is not moderate all are, as its square may not be a number of 32.
     """
     column = tl.program_id(1) * block + tl.arange(0, block)
     low = tl.full([block], float("inf"), tl.float32)
@@ -93,21 +94,40 @@ def _add_up(
     for step in range(steps):
         row = start + step * together
         own_signs = signs + tl.load(first + row // piece) + row % piece * width
-        turns = tl.load(times + row // piece).to(tl.float32)
+        some = tl.zeros([block], tl.float32)
+        some_squares = tl.zeros([block], tl.float32)
+        some_signed = tl.zeros([block], tl.float32)
         for each in tl.static_range(together):
             value, there = _row(flat, row + each, column, size, width)
-            sign = tl.load(own_signs + each * width + column, mask=there, other=0).to(tl.float32) * turns
+            sign = tl.load(own_signs + each * width + column, mask=there, other=0)
             counted = there & (tl.abs(value) < float("inf"))
-            wide = tl.where(counted, value, 0.0).to(tl.float64)
+            known = tl.where(counted, value, 0.0)
             low = tl.minimum(low, tl.where(counted, value, float("inf")))
             high = tl.maximum(high, tl.where(counted, value, float("-inf")))
-            total += wide
-            squares += wide * wide
-            signed += tl.where(sign < 0, -wide, wide)
+            some += known
+            some_squares += known * known
+            some_signed += tl.where(sign < 0, -known, known)
             missing += (there & (counted == 0)).to(tl.int32)
+        total += some.to(tl.float64)
+        squares += some_squares.to(tl.float64)
+        signed += some_signed.to(tl.float64) * tl.load(times + row // piece)
+    lowest, highest = tl.min(low, axis=0), tl.max(high, axis=0)
+    largest = tl.maximum(highest, -lowest)
+    if (largest >= moderate) | ((largest > 0) & (largest <= 1 / moderate)):
+        total, squares, signed = tl.zeros_like(total), tl.zeros_like(squares), tl.zeros_like(signed)
+        for step in range(steps * together):
+            row = start + step
+            turns = tl.load(times + row // piece)
+            value, there = _row(flat, row, column, size, width)
+            sign_at = tl.load(first + row // piece) + row % piece * width + column
+            sign = tl.load(signs + sign_at, mask=there, other=0).to(tl.float64) * turns
+            known = tl.where(tl.abs(value) < float("inf"), value, 0.0).to(tl.float64)
+            total += known
+            squares += known * known
+            signed += known * sign
     own = scalars + (tl.program_id(0) * blocks + tl.program_id(1)) * spare
-    tl.store(own, tl.min(low, axis=0).to(tl.float64))
-    tl.store(own + 1, tl.max(high, axis=0).to(tl.float64))
+    tl.store(own, lowest.to(tl.float64))
+    tl.store(own + 1, highest.to(tl.float64))
     tl.store(own + 2, tl.sum(total, axis=0))
     tl.store(own + 3, tl.sum(squares, axis=0))
     gaps_in_all = tl.sum(missing, axis=0)

@@ -278,10 +278,10 @@ def check_update(backend: str) -> None:
 
 
 def check_moments(backend: str) -> None:
-    """The kernel gives what the host does, of several rows and pieces, with and without gaps."""
+    """The kernel gives what the host does, of several rows and pieces, small and large, with and without gaps."""
     kernel, rng = module(backend, "moments_kernel"), np.random.default_rng(0)
-    for size in (5000, 3 * PIECE + 500):
-        values = rng.standard_normal(size).astype(np.float32)
+    for size, factor in ((5000, 1.0), (3 * PIECE + 500, 1.0), (3000, 1e30)):
+        values = (factor * rng.standard_normal(size)).astype(np.float32)
         for gaps in ((), (np.nan, np.inf, -np.inf)):
             values[[1, 1500, size - 1][: len(gaps)]] = gaps
             expected = summaries.moments(values)
