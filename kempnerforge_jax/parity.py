@@ -20,7 +20,7 @@ from kempnerforge_jax.functions import Transformed, bare, is_callable_tree, take
 from kempnerforge_jax.model.state import to_numpy
 from kempnerforge_jax.optimizer_states import optimizer_state
 from kempnerforge_jax.program import Rounded, Visit, evaluate, marked_names, path_name, readers, unmarked
-from kempnerforge_jax.statistics import compiling, described, kept, put_out
+from kempnerforge_jax.statistics import PutOut, compiling, described, kept, put_out
 from kempnerforge_jax.taps import Taps, is_array, is_floating, tap
 from shared_config.errors import UserError
 from shared_config.interchange.files import PathLike
@@ -172,8 +172,8 @@ class _Engine:
             found = program(values, arguments, taken, key)
             losses = self._run(dtype, values) if self._batches and not fed else None
             known = program.readers({**values, **arguments}, fed) if noise is None else {}
-        recorded = jax.device_get({group: found[group] for group in program.descriptions})
-        held = jax.tree.map(lambda value, about: kept(value, about, store), recorded, program.descriptions)
+        descriptions, groups = jax.tree.flatten(program.descriptions)
+        held = jax.tree.unflatten(groups, kept(found["recorded"], descriptions, store))
         activations = list(zip(program.names, held["taps"], strict=True))
         places = program.places if self._options.backward else []
         cotangents, gradients = dict(zip(places, held["cotangents"], strict=True)), held["gradients"]
@@ -313,7 +313,8 @@ class _Program:
             return (loss, taps.ends), (taps.values, taps.given)
 
         if not self._options.backward:
-            return {"loss": None, "updated": {}, **self._put_out(objective(varied, None)[1][0], [], {})}
+            values = objective(varied, None)[1][0]
+            return {"loss": None, "updated": {}, "recorded": self._put_out(values, [], {})}
         shapes = jax.eval_shape(lambda values: objective(values, None)[1][0], varied)
         shifts = [jnp.zeros(shapes[place].shape, shapes[place].dtype) for place in self.places]
         (loss, _), pull, (values, given) = jax.vjp(objective, varied, shifts, has_aux=True)
@@ -321,13 +322,13 @@ class _Program:
         own = {} if fed else {name: value for name, value in varied.items() if name in weights}
         updated = self._step(own, {name: gradients[name] for name in own})
         wanted = {name: own for name, own in gradients.items() if self._options.wants_gradient(name)}
-        return {"loss": loss, "updated": updated, **self._put_out(values, cotangents, wanted)}
+        return {"loss": loss, "updated": updated, "recorded": self._put_out(values, cotangents, wanted)}
 
-    def _put_out(self, values: list[Array], cotangents: list[Array], gradients: Parameters) -> dict[str, Any]:
+    def _put_out(self, values: list[Array], cotangents: list[Array], gradients: Parameters) -> PutOut:
         """What is recorded, and only the moments of arrays of which a summary is kept."""
         recorded = {"taps": values, "cotangents": cotangents, "gradients": gradients}
         self.descriptions = jax.tree.map(lambda array: described(array, self._store), recorded)
-        return jax.tree.map(put_out, recorded, self.descriptions)
+        return put_out(jax.tree.leaves(recorded), jax.tree.leaves(self.descriptions))
 
 
 def _marked(name: str, array: Array) -> Array:

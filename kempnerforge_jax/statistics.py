@@ -1,13 +1,14 @@
 """What a recording keeps of arrays, and their moments, computed where they are.
 
-Shapes: G pieces, R rows of a piece, C columns of the sketch, N halves of moments.
+Shapes: K arrays, G pieces, R rows of a piece, C columns of the sketch, N halves of moments.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,17 +44,30 @@ def described(array: Shaped[Array, "..."], store: Store) -> Description:
     return Description(array.shape, array.dtype.name, summarized)
 
 
-def put_out(array: Shaped[Array, "..."], description: Description) -> Shaped[Array, "..."]:
-    """What leaves the program: the array, or its `moments`."""
-    return moments(array) if description.summarized else array
+class PutOut(NamedTuple):
+    """What leaves a program of arrays that are recorded: of some the `moments`, in one array; others as they are."""
+
+    moments: Shaped[Array, "K N"] | None
+    whole: list[Shaped[Array, "..."]]
 
 
-def kept(found: Shaped[Array, "..."], description: Description, store: Store) -> np.ndarray | Summary:
-    """What a recording keeps of what a program has put out."""
-    if description.summarized:
-        numbers = np.asarray(found).view(np.float64)
-        return summaries.summary_of_moments(numbers, description.shape, description.dtype)
-    return store(np.asarray(found))
+def put_out(arrays: Sequence[Shaped[Array, "..."]], descriptions: Sequence[Description]) -> PutOut:
+    """Of arrays, by their descriptions."""
+    pairs = [*zip(arrays, descriptions, strict=True)]
+    rows = [moments(array) for array, about in pairs if about.summarized]
+    return PutOut(jnp.stack(rows) if rows else None, [array for array, about in pairs if not about.summarized])
+
+
+def kept(found: PutOut, descriptions: Iterable[Description], store: Store) -> list[np.ndarray | Summary]:
+    """What a recording keeps of what a program has put out, in the order of the descriptions."""
+    halves, whole = jax.device_get(found)
+    rows, arrays = iter(() if halves is None else halves.view(np.float64)), iter(whole)
+    return [
+        summaries.summary_of_moments(next(rows), about.shape, about.dtype)
+        if about.summarized
+        else store(np.asarray(next(arrays)))
+        for about in descriptions
+    ]
 
 
 def moments(array: Shaped[Array, "..."]) -> Shaped[Array, "N"]:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
 
-from kempnerforge_torch.model.state import from_numpy, to_numpy
-from kempnerforge_torch.model.wrappers import plain_modules, uncompiled
+from kempnerforge_torch.copies import copied
+from kempnerforge_torch.model.state import from_numpy
+from kempnerforge_torch.model.wrappers import plain_modules
 from kempnerforge_torch.statistics import Keeper, Kept
 from shared_config.parity.foreign.containers import INPUT, call_name, map_tensors, tensors_in
 from shared_config.parity.foreign.options import Arrays, Options, check_fed, fed_back, fed_to
@@ -294,50 +295,6 @@ def _before(name: str, taps: Taps) -> Callable[..., tuple[Any, Any]]:
     return show
 
 
-def copied(tensor: Shaped[Tensor, "..."]) -> np.ndarray:
-    """The values on the host, all of them where they are sharded, whatever happens to the tensor."""
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
-    return np.array(to_numpy(whole.detach()))
-
-
 def is_tensor(value: object) -> TypeGuard[Shaped[Tensor, "..."] | np.ndarray]:
     """Whether a value is a tensor, or an array that becomes one."""
     return isinstance(value, Tensor | np.ndarray)
-
-
-@contextlib.contextmanager
-def restoring(tensors: Iterable[Shaped[Tensor, "..."]]) -> Iterator[None]:
-    """Context after which tensors hold what they held before it."""
-    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in before:
-                tensor.copy_(value)
-
-
-@contextlib.contextmanager
-def left_as_it_is(module: nn.Module, trained: bool) -> Iterator[None]:
-    """Context for running a sharded module in place, uncompiled and without gradients of before.
-
-    Args:
-        trained: whether parameters change, too.
-    """
-    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
-    with uncompiled(module), restoring([*module.buffers(), *(module.parameters() if trained else ())]):
-        for parameter, _ in gradients:
-            parameter.grad = None
-        try:
-            yield
-        finally:
-            reshard(module)
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-
-
-def reshard(module: nn.Module) -> None:
-    """Let FSDP free what it gathered, which a forward pass alone leaves in place of the parameters."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from kempnerforge_torch.observed import copied
+from kempnerforge_torch.copies import copied
 from shared_config.parity.foreign.states import KINDS
 
 

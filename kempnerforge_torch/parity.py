@@ -6,7 +6,6 @@ trace = record(model, (tokens,), dtype="float32", path="torch.safetensors")
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,9 +18,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parameter import is_lazy
 
+from kempnerforge_torch.copies import copied, deep_copied, left_as_it_is, reshard, restoring
 from kempnerforge_torch.model.state import from_numpy, to_numpy
 from kempnerforge_torch.model.wrappers import unwrapped
-from kempnerforge_torch.observed import Taps, Widening, copied, is_tensor, left_as_it_is, observed, reshard, restoring
+from kempnerforge_torch.observed import Taps, Widening, is_tensor, observed
 from kempnerforge_torch.optimizer_states import optimizer_state
 from kempnerforge_torch.statistics import AddedToError, Keeper, Kept, fetched
 from shared_config.errors import UserError
@@ -234,7 +234,7 @@ class _Engine:
             given = {plain_name(name): own for name, own in plain.named_parameters()}
             copied = not (self._once and weights is self.weights)
             parameters = {name: _parameter(own, weights[name], dtype, copied) for name, own in given.items()}
-            module = copy.deepcopy(plain, {id(own): parameters[name] for name, own in given.items()})
+            module = deep_copied(plain, {id(own): parameters[name] for name, own in given.items()})
         for buffer in module.buffers() if dtype == EXACT else ():
             buffer.data = buffer.data.double() if buffer.is_floating_point() else buffer.data
         return module, parameters

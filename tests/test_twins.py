@@ -27,6 +27,7 @@ FILES = {
     "training/recorded.py": "torch: a compiled step of JAX is one program",
     "training/fused_adamw.py": "torch: XLA fuses what a step does to a parameter",
     "observed.py": "torch: hooks show what is inside",
+    "copies.py": "torch: modules change as they run",
     "program.py": "jax: names inside of programs show what is inside",
     "taps.py": "jax: names inside of programs show what is inside",
     "training/groups.py": "torch: an optimiser holds its parameters, by groups",
@@ -197,7 +198,7 @@ DIFFERENCES = {
         "Parameters": "jax: what optimisers take; torch's hold theirs",
     },
     "statistics.py": {
-        **dict.fromkeys(("Description", "described", "kept", "put_out"), "jax: a program puts out moments"),
+        **dict.fromkeys(("Description", "PutOut", "described", "kept", "put_out"), "jax: a program puts out moments"),
         **dict.fromkeys(("Keeper", "Kept", "Key", "Pending", "fetched"), "torch: tensors come one after another"),
         "AddedToError": "torch: gradients come in parts",
         "compiling": "jax: programs are compiled when they are first called",

@@ -100,9 +100,9 @@ def summary_of_moments(
         found: float64 (`MOMENTS`,).
         digest: `Summary.hash`.
     """
-    low, high, total, norm, count = (float(value) for value in found[:SCALARS])
-    columns, gaps = found[SCALARS:].reshape(2, SKETCH_SIZE)
-    nonfinite = int(np.prod(shape, dtype=np.int64)) - int(count)
+    low, high, total, norm, count = found[:SCALARS].tolist()
+    columns, gaps = found[SCALARS : SCALARS + SKETCH_SIZE], found[SCALARS + SKETCH_SIZE :]
+    nonfinite = math.prod(shape) - int(count)
     return Summary(
         shape=tuple(shape),
         dtype=dtype,
