@@ -1,4 +1,4 @@
-"""Real processes for tests of the command, optionally without some packages."""
+"""Real processes for tests of the command, optionally without some packages; and a stand-in for those of `validate`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from shared_config.cli import main
+from shared_config.interchange.toml import config_to_toml
+from shared_config.parity.plan import Plan
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -93,6 +97,14 @@ def run_python(
             check=False,
         )
         return Result(ended.returncode, ended.stdout, ended.stderr, _seconds_of_children() - before)
+
+
+def in_this_process(plan: Plan, stage: int = 0) -> None:
+    """What `validate.run_processes` does, without processes of its own, which import for longer than they compute."""
+    plan.config_file.write_text(config_to_toml(plan.config), encoding="utf-8")
+    for backend in plan.processes:
+        for job in plan.jobs(backend, stage):
+            assert main(job) == 0, job
 
 
 def _seconds_of_children() -> float:

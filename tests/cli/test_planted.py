@@ -12,7 +12,10 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import settings
 
-from tests.cli.processes import Changes, Result, run_python
+from shared_config.cli import main
+from shared_config.commands import validate as command
+from shared_config.parity import checks
+from tests.cli.processes import Changes, Result, in_this_process, run_python
 
 CONFIG = ["debug", "--model.dim=16", "--model.n_layers=2", "--model.ffn_hidden_dim=24", "--model.max_seq_len=32"]
 TRAINING = ["--train.batch_size=2", "--train.seq_len=16"]
@@ -130,13 +133,17 @@ def test_gradients_of_jax_and_the_forward_of_torch() -> None:
     assert result.returncode == 1
 
 
-def test_one_backend_in_both_processes_is_no_agreement() -> None:
-    changes = {"shared_config.parity.checks": [('"--backend", backend, "--seed"', '"--backend", "torch", "--seed"')]}
-    result = validate(["--dtypes=float64", "--steps=0"], changes)
-    assert result.returncode == 2
-    assert "agree" not in result.stdout
-    assert "jax-float64.safetensors: is not the trace that was asked for" in result.stderr
-    assert "backend = 'torch': was to be 'jax'" in result.stderr
+def test_one_backend_in_both_processes_is_no_agreement(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = checks.trace_command
+    monkeypatch.setattr(checks, "trace_command", lambda plan, _, *overrides: asked(plan, "torch", *overrides))
+    monkeypatch.setattr(command, "run_processes", in_this_process)
+    assert main(["validate", *CONFIG, *TRAINING, "--dtypes=float64", "--steps=0"]) == 2
+    said = capsys.readouterr()
+    assert "agree" not in said.out
+    assert "jax-float64.safetensors: is not the trace that was asked for" in said.err
+    assert "backend = 'torch': was to be 'jax'" in said.err
 
 
 @pytest.mark.skipif(not NIGHTLY, reason="three validations: HYPOTHESIS_PROFILE=nightly")

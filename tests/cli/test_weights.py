@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from shared_config.cli import main
+from shared_config.commands import validate
 from shared_config.contract.initialise import initial_values, state_hash
 from shared_config.contract.vision import job_table
 from shared_config.interchange import checkpoint
@@ -21,6 +22,7 @@ from shared_config.interchange.weights import load_weights, save_weights
 from shared_config.loader import load_config
 from shared_config.parity.traces import read_trace
 from shared_config.schema.job import JobConfig
+from tests.cli.processes import in_this_process
 
 BACKENDS = ("torch", "jax")
 KINDS = ("native", "run", "huggingface")
@@ -154,7 +156,10 @@ def test_a_folder_stands_for_its_config_and_its_weights(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_show_and_validate_take_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_show_and_validate_take_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(validate, "run_processes", in_this_process)
     folder = write(kind, tmp_path / "folder")
     assert main(["show", str(folder)]) == 0
     assert "dim = 16" in capsys.readouterr().out
@@ -352,12 +357,15 @@ def test_training_does_not_write_among_what_is_no_run(
     assert snapshot(output) == before
 
 
-def test_validate_keeps_its_files_in_a_folder_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    validate = ["validate", "debug", "--dtypes=float64", "--steps=1", f"--keep={tmp_path / 'kept'}", *TINY, *SHORT]
-    assert main(validate) == 0
-    assert main(validate) == 0
+def test_validate_keeps_its_files_in_a_folder_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validate, "run_processes", in_this_process)
+    line = ["validate", "debug", "--dtypes=float64", "--steps=1", f"--keep={tmp_path / 'kept'}", *TINY, *SHORT]
+    assert main(line) == 0
+    assert main(line) == 0
     (tmp_path / "kept" / "model.safetensors").write_bytes(b"mine")
-    assert main(validate) == 2
+    assert main(line) == 2
     assert "model.safetensors" in capsys.readouterr().err
     assert (tmp_path / "kept" / "model.safetensors").read_bytes() == b"mine"
 

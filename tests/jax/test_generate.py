@@ -129,13 +129,16 @@ def test_all_of_a_cache_lies_where_it_is_told_to(window: int | None) -> None:
 def test_steps_taken_together_draw_the_same(new: int, ends: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many are taken at a time, and wherever a row ends within them."""
     model, options = new_model(), {"temperature": 1.5, "eos_token_id": ends, "pad_token_id": 18}
-    for seed in range(4):
-        expected = np.asarray(generate(model, PROMPTS, new, seed=seed, **options))
-        with monkeypatch.context() as patch:
-            patch.setattr(decode, "_strides", lambda: (4, 1))
-            decode._compiled_loop.cache_clear()
-            assert np.array_equal(generate(model, PROMPTS, new, seed=seed, **options), expected)
-        decode._compiled_loop.cache_clear()
+
+    def drawn() -> list[np.ndarray]:
+        return [np.asarray(generate(model, PROMPTS, new, seed=seed, **options)) for seed in range(4)]
+
+    expected = drawn()
+    monkeypatch.setattr(decode, "_strides", lambda: (4, 1))
+    decode._compiled_loop.cache_clear()
+    found = drawn()
+    decode._compiled_loop.cache_clear()
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(("new", "ends", "most"), [(5, None, 5), (9, None, 9), (3, None, 3), (9, list(range(19)), 4)])
