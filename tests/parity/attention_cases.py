@@ -122,6 +122,9 @@ KINDS = {
     "a prefix, in a window": Kind(causal(prefix, lambda keys: keys // 9), None, is_fused=False),
     "a padded prefix": Kind(causal(padded_prefix), None, is_fused=False),
     "the end of a prefix": Kind(causal(prefix), None, queries=lambda keys: keys - keys // 2, is_fused=False),
+    "queries from before the first key": Kind(
+        causal(nothing, third), None, queries=lambda keys: keys + keys // 3, is_fused=False
+    ),
 }
 
 
