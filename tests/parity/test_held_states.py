@@ -11,6 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from shared_config.contract.noise import image_noise
 from shared_config.contract.parameters import parameter_table
@@ -229,14 +230,21 @@ def test_experts_choose_among_tokens_of_a_mask(backend: Torch, mask: np.ndarray,
 
 
 @on_both
-def test_matrices_of_experts_held_as_integers_are_given_wide(backend: Torch) -> None:
-    moe = backend.build(backend.module("model.moe").build_moe, 4, 8, 2, 1, packed_experts=True, dtype="float32")
+@pytest.mark.parametrize("packed", [True, False])
+def test_matrices_of_experts_held_as_integers_are_given_wide(backend: Torch, packed: bool) -> None:
+    """Whole numbers of steps, unless a narrow dtype is asked for."""
+    config = MODEL.replace(n_layers=1, num_experts=3, moe_packed_experts=packed)
+    model = backend.model(config, weights_of(config), dtype="float32")
+    moe = model.layers["0"].mlp
     before = backend.numpy(moe.expert_weights())
-    backend.module("model.int8").hold_int8(moe)
+    backend.module("model.int8").hold_int8(model)
+    narrow = backend.numpy(moe.expert_weights(torch.bfloat16 if backend.name == "torch" else "bfloat16"))
     for name, held in backend.numpy(moe.expert_weights()).items():
-        assert held.dtype == np.float32
-        steps = np.abs(before[name]).max() / 127
-        np.testing.assert_allclose(held, before[name], atol=0.51 * steps, rtol=0)
+        steps = held / (np.abs(before[name]).max(axis=1, keepdims=True) / 127)
+        np.testing.assert_allclose(steps, np.rint(steps), atol=1e-4, rtol=0)
+        np.testing.assert_allclose(held, before[name], atol=0.51 * np.abs(before[name]).max() / 127, rtol=0)
+        np.testing.assert_array_equal(narrow[name], held.astype(ml_dtypes.bfloat16))
+        assert (held.dtype, narrow[name].dtype) == (np.float32, ml_dtypes.bfloat16)
 
 
 @on_both
