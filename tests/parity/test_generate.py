@@ -5,8 +5,10 @@ forward whatever is appended and forgotten.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import ml_dtypes
@@ -214,6 +216,20 @@ def test_any_model_gives_the_same_tokens_in_both_backends_and_the_oracle(data: s
     for backend in BACKENDS:
         tokens = continued(backend, backend.model(config, weights), prompts, prefill_chunk=4, **options)
         np.testing.assert_array_equal(tokens, truth, err_msg=str(backend))
+
+
+@on_both
+@pytest.mark.parametrize("name", ["generate", "stream"])
+def test_all_that_is_given_is_asked_for(backend: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, model, asked = generation(backend), model_of(backend, PLAIN), Mock(side_effect=LookupError)
+    drawn = {"temperature": 0.5, "top_k": 3, "top_p": 0.7, "eos_token_id": 5, "pad_token_id": 2, "seed": 9}
+    parameters = inspect.signature(getattr(module, name)).parameters.values()
+    options = {each.name for each in parameters if each.kind == each.KEYWORD_ONLY} - drawn.keys() - {"compile"}
+    given = {option: f"the {option}" for option in options}
+    monkeypatch.setattr(module, "make_request", asked)
+    with pytest.raises(LookupError):
+        getattr(module, name)(model, PROMPTS, NEW, **drawn, **given)
+    asked.assert_called_once_with(model, PROMPTS, NEW, SamplingConfig(**drawn), **given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
