@@ -17,7 +17,7 @@ import kempnerforge_torch.training.train as torch_training
 from shared_config.data import open_text_data
 from shared_config.schema.job import JobConfig
 from shared_config.training.metrics import read_metrics
-from tests.jobs import EXPERTS, draw_batch, last_checkpoint, text_job, tiny_job
+from tests.jobs import EXPERTS, IGNORED, draw_batch, last_checkpoint, text_job, tiny_job
 from tests.parity.head_checks import chunks_of
 from tests.tolerance import assert_all_same_function
 
@@ -58,6 +58,22 @@ def test_float64_steps_are_the_same(model: dict[str, Any]):
             state = trainer.state()
             results.append({**result, **state.weights, **state.optimizer})
     assert_all_same_function(*results)
+
+
+@pytest.mark.parametrize("backend", TRAINING)
+def test_a_loss_is_a_mean_over_labels_however_few_they_are(backend: str) -> None:
+    trainer, batch = TRAINING[backend].Trainer(tiny_job()), draw_batch(tiny_job(), 0)
+    places = np.arange(batch["labels"].size).reshape(batch["labels"].shape)
+    neither, first, second, both = (
+        {**batch, "labels": np.where(np.isin(places, some), batch["labels"], IGNORED)}
+        for some in ((), (4,), (17,), (4, 17))
+    )
+    held = [trainer.evaluate([each]) for each in (neither, first, second, both)]
+    assert [each["tokens"] for each in held] == [0, 1, 1, 2]
+    of_neither, of_first, of_second, of_both = (float(each["loss"]) for each in held)
+    assert of_neither == 0
+    assert of_both == pytest.approx((of_first + of_second) / 2, rel=1e-5)
+    assert float(trainer.step([first, neither])["loss"]) == pytest.approx(of_first, rel=1e-5)
 
 
 def test_losses_of_fifty_float32_steps_are_the_same(tmp_path: Path):
