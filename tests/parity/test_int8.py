@@ -15,6 +15,7 @@ from shared_config.contract.int8 import is_int8, quantised
 from shared_config.parity.numerics import difference
 from tests.mutants import BACKENDS, Mutant, in_a_process, mutants_in, not_killed
 from tests.mutants_int8 import INT8_MUTANTS
+from tests.parity.fp8_checks import SIDES, small_job
 from tests.parity.int8_checks import (
     INT8_CHECKS,
     NIGHTLY,
@@ -24,6 +25,7 @@ from tests.parity.int8_checks import (
     held_names,
     logits_of,
     steps_of,
+    stood_for,
     weights_of,
 )
 
@@ -96,6 +98,19 @@ def test_logits_are_as_near_as_half_a_step_brings_them(kind: str) -> None:
         }
         deltas.append(difference(logits_of("torch", kind, moved, int8=False), truth).rms_error)
     assert difference(logits_of("torch", kind, weights, int8=True), truth).rms_error <= K * max(deltas)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_are_those_of_the_numbers_that_codes_stand_for(backend: str) -> None:
+    weights, job = weights_of("dense"), small_job("dense", precision="fp32")
+    names = held_names(list(weights))
+    exact = {name: stood_for(weight) if name in names else weight for name, weight in weights.items()}
+    tokens = []
+    for name, held, dtype in ((backend, weights, "int8"), ("torch", exact, "float32")):
+        model = SIDES[name].module("model.build").load_model(job, held, "cpu", weights_dtype=dtype)
+        generate = SIDES[name].module("model.generate").generate
+        tokens.append(np.asarray(generate(model, [[1, 2, 3], [4, 5, 6]], 3, temperature=0.0)))
+    np.testing.assert_array_equal(*tokens)
 
 
 @pytest.mark.parametrize(("name", "held"), [
