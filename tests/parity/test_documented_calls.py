@@ -66,9 +66,12 @@ def test_a_window_may_be_given_with_a_call(backend: Any, kind: str) -> None:
         backend.module("model.state").set_state(adapter, {name: _varied(w) for name, w in weights.items()})
     x = backend.array(FEATURES)
     assert [a.output_num_tokens(num_input_tokens=16) for a in (small, large)] == [4, 1]
-    assert small(x).shape == (2, 4, 8)
-    np.testing.assert_allclose(backend.numpy(small(x, pool_window=4)), backend.numpy(large(x)), rtol=1e-12)
-    np.testing.assert_array_equal(backend.numpy(small(x, pool_window=None)), backend.numpy(small(x)))
+    found, wide, none, truth = backend.call(
+        lambda x: (small(x), small(x, pool_window=4), small(x, pool_window=None), large(x)), x
+    )
+    assert found.shape == (2, 4, 8)
+    np.testing.assert_allclose(backend.numpy(wide), backend.numpy(truth), rtol=1e-12)
+    np.testing.assert_array_equal(backend.numpy(none), backend.numpy(found))
 
 
 @on_both
@@ -142,21 +145,25 @@ def test_a_block_gives_a_tensor_and_run_its_stats_too(backend: Any, experts: int
     block = drawn(backend, backend.build(backend.module("model.transformer").TransformerBlock, config, layer_idx=0))
     rope_cos, rope_sin = rope_of(backend, 6)
     x, doc_ids = backend.array(X), backend.array(np.array([[0, 0, 0, 1, 1, 1]] * 2))
-    out = block(x, rope_cos, rope_sin, doc_ids=doc_ids)
+    out = backend.call(block, x, rope_cos, rope_sin, doc_ids=doc_ids)
     assert out.shape == X.shape
-    output = block.run(x, rope_cos, rope_sin, doc_ids=doc_ids)
+    output = backend.call(block.run, x, rope_cos, rope_sin, doc_ids=doc_ids)
     np.testing.assert_array_equal(backend.numpy(output.x), backend.numpy(out))
     assert (output.stats is None) == (experts == 0)
-    assert experts == 0 or int(output.stats.expert_counts.sum()) == 2 * X.shape[0] * X.shape[1]
-    changed = backend.numpy(block(moved(backend, X, 2), rope_cos, rope_sin, doc_ids=doc_ids)) != backend.numpy(out)
+    assert experts == 0 or backend.numpy(output.stats.expert_counts).sum() == 2 * X.shape[0] * X.shape[1]
+    other = backend.call(block, moved(backend, X, 2), rope_cos, rope_sin, doc_ids=doc_ids)
+    changed = backend.numpy(other) != backend.numpy(out)
     np.testing.assert_array_equal(changed.any(axis=(0, 2)), [False, False, True, False, False, False])
     cache = backend.module("model.attention").KVCache(2, 8, 2, 4, out.dtype, **_place(backend))
-    first = block(x[:, :4], rope_cos[:4], rope_sin[:4], kv_cache=cache)
-    first, cache = (first, cache) if backend.name == "torch" else first
-    rest = block(x[:, 4:], rope_cos[4:], rope_sin[4:], kv_cache=cache)
-    rest = rest if backend.name == "torch" else rest[0]
-    whole = np.concatenate([backend.numpy(first), backend.numpy(rest)], axis=1)
-    np.testing.assert_allclose(whole, backend.numpy(block(x, rope_cos, rope_sin)), rtol=1e-9, atol=1e-12)
+
+    def in_two(x: Any, rope_cos: Any, rope_sin: Any, cache: Any) -> Any:
+        first = block(x[:, :4], rope_cos[:4], rope_sin[:4], kv_cache=cache)
+        first, cache = (first, cache) if backend.name == "torch" else first
+        rest = block(x[:, 4:], rope_cos[4:], rope_sin[4:], kv_cache=cache)
+        return first, rest if backend.name == "torch" else rest[0], block(x, rope_cos, rope_sin)
+
+    first, rest, truth = map(backend.numpy, backend.call(in_two, x, rope_cos, rope_sin, cache))
+    np.testing.assert_allclose(np.concatenate([first, rest], axis=1), truth, rtol=1e-9, atol=1e-12)
 
 
 def _place(backend: Any) -> dict[str, Any]:
@@ -184,22 +191,21 @@ def test_streams_of_modalities_attend_as_one_sequence(backend: Any) -> None:
     rope = {"image": tuple(rows[:2] for rows in tables), "text": tuple(rows[2:] for rows in tables)}
     real = backend.array(np.array([[True] * 6, [False, True, True, True, False, True]]))
     for mask in (None, real):
-        out = attention(streams, rope, key_padding_mask=mask)
+        out = backend.call(attention, streams, rope, key_padding_mask=mask)
         assert {name: part.shape for name, part in out.items()} == {"image": (2, 2, 16), "text": (2, 4, 16)}
-        truth = backend.numpy(joint(backend.array(X), *tables, key_padding_mask=mask))
+        truth = backend.numpy(backend.call(joint, backend.array(X), *tables, key_padding_mask=mask))
         found = np.concatenate([backend.numpy(out[name]) for name in ("image", "text")], axis=1)
         np.testing.assert_allclose(found, truth, rtol=1e-10, atol=1e-13)
-    alone = attention({"text": streams["text"]}, rope)
-    np.testing.assert_allclose(
-        backend.numpy(alone["text"]), backend.numpy(joint(streams["text"], *rope["text"])), rtol=1e-10, atol=1e-13
-    )
+    alone = backend.call(attention, {"text": streams["text"]}, rope)
+    truth = backend.call(joint, streams["text"], *rope["text"])
+    np.testing.assert_allclose(backend.numpy(alone["text"]), backend.numpy(truth), rtol=1e-10, atol=1e-13)
     later = {**streams, "text": moved(backend, X[:, 2:], 3)}
     for is_causal in (True, False):
-        before, after = (attention(given, rope, is_causal=is_causal) for given in (streams, later))
+        before, after = (backend.call(attention, given, rope, is_causal=is_causal) for given in (streams, later))
         same = np.array_equal(backend.numpy(before["image"]), backend.numpy(after["image"]))
         assert same == is_causal
     hidden = backend.array(np.arange(6)[None] < np.array([[5], [5]]))
-    before, after = (attention(given, rope, False, hidden) for given in (streams, later))
+    before, after = (backend.call(attention, given, rope, False, hidden) for given in (streams, later))
     np.testing.assert_array_equal(backend.numpy(before["image"]), backend.numpy(after["image"]))
     for wrong in ({"sound": streams["text"]}, {}, streams["text"]):
         with pytest.raises(ValueError, match="streams"):
@@ -214,19 +220,19 @@ def test_a_block_of_streams_starts_as_the_identity(backend: Any) -> None:
         block = backend.module("model.mot").MoTBlock(layer_config, ("image", "text"), 0, **_rngs(backend))
         block.to(**{"dtype": torch.float64} if backend.name == "torch" else {"dtype": "float64"})
         if not layer_config.is_moe:
-            for name, part in block(streams, rope).items():
+            for name, part in backend.call(block, streams, rope).items():
                 np.testing.assert_array_equal(backend.numpy(part), backend.numpy(streams[name]))
         drawn(backend, block)
-        out, output = block(streams, rope), block.run(streams, rope)
+        out, output = (backend.call(call, streams, rope) for call in (block, block.run))
         for name, part in streams.items():
             assert out[name].shape == part.shape
             assert np.abs(backend.numpy(out[name]) - backend.numpy(part)).max() > 0.1
             np.testing.assert_array_equal(backend.numpy(output.x[name]), backend.numpy(out[name]))
         assert (output.stats is None) == (not layer_config.is_moe)
         if layer_config.is_moe:
-            counts = {name: int(stats.expert_counts.sum()) for name, stats in output.stats.items()}
+            counts = {name: backend.numpy(stats.expert_counts).sum() for name, stats in output.stats.items()}
             assert counts == {"image": 2 * 2 * 2, "text": 2 * 4 * 2}
-        later = block({**streams, "text": moved(backend, X[:, 2:], 0)}, rope)
+        later = backend.call(block, {**streams, "text": moved(backend, X[:, 2:], 0)}, rope)
         np.testing.assert_array_equal(backend.numpy(later["image"]), backend.numpy(out["image"]))
 
 
@@ -242,15 +248,18 @@ def test_rows_that_are_sorted_by_expert_are_multiplied_in_groups(
     moe, mlp = backend.module("model.moe"), backend.module("model.mlp")
     experts = [drawn(backend, backend.build(mlp.build_mlp, 16, 24, activation), seed=i) for i in range(3)]
     rows, ends = backend.array(X.reshape(-1, 16)), [0, *np.cumsum(counts)]
-    parts = [expert(rows[ends[place] : ends[place + 1]]) for place, expert in enumerate(experts) if counts[place]]
-    truth = np.concatenate([backend.numpy(part) for part in parts])
+    parts = backend.run(lambda rows: [expert(rows) for expert in experts], X.reshape(-1, 16))
+    truth = np.concatenate([part[ends[place] : ends[place + 1]] for place, part in enumerate(parts)])
     assert (truth != 0).any(axis=1).all()
-    found = moe.grouped_expert_forward(x_sorted=rows, tokens_per_expert=counts, experts=experts)
+    found = backend.call(
+        lambda rows: moe.grouped_expert_forward(x_sorted=rows, tokens_per_expert=counts, experts=experts), rows
+    )
     np.testing.assert_allclose(backend.numpy(found), truth, rtol=1e-10, atol=1e-13)
     held = [backend.numpy(backend.module("model.state").get_state(expert)) for expert in experts]
     packed = {name: backend.array(np.stack([one[name].T for one in held])) for name in held[0]}
     up_w, down_w, gate_w = (packed.get(f"{name}_proj.weight") for name in ("up", "down", "gate"))
-    found = moe.grouped_expert_forward_packed(rows, counts, up_w, down_w, gate_w, mlp.ACTIVATIONS[activation])
+    act = mlp.ACTIVATIONS[activation]
+    found = backend.call(moe.grouped_expert_forward_packed, rows, counts, up_w, down_w, gate_w, act)
     np.testing.assert_allclose(backend.numpy(found), truth, rtol=1e-10, atol=1e-13)
     for wrong in ([5, 7], [5, 0, 6], [5, -1, 8]):
         with pytest.raises(ValueError, match="tokens_per_expert"):
@@ -263,7 +272,7 @@ def test_experts_choose_their_best_tokens(backend: Any) -> None:
     router = drawn(backend, backend.build(moma.ExpertChoiceSigmoidRouter, 16, 3, capacity_factor=0.25))
     router = router.eval() if backend.name == "torch" else router
     x = backend.array(tokens)
-    weights, chosen = (backend.numpy(part) for part in router(x=x))
+    weights, chosen = (backend.numpy(part) for part in backend.call(router, x=x))
     logits = tokens @ backend.numpy(backend.module("model.state").get_state(router))["gate.weight"].T
     best = np.argsort(-logits, axis=0, kind="stable")[:3]
     np.testing.assert_array_equal(chosen, best)
@@ -275,14 +284,15 @@ def test_experts_choose_their_best_tokens(backend: Any) -> None:
     out = backend.numpy(layer(x))
     assert backend.numpy(layer.expert_counts).tolist() == [3, 3, 3]
     np.testing.assert_array_equal(backend.numpy(layer(backend.array(X))).reshape(-1, 16), out)
-    weights, chosen = (backend.numpy(part) for part in layer.router(x))
+    weights, chosen = (backend.numpy(part) for part in backend.call(layer.router, x))
     taken = np.isin(np.arange(len(tokens)), chosen)
     np.testing.assert_array_equal((out != 0).any(axis=1), taken)
     expert = next(iter(layer.experts)) if backend.name == "torch" else layer.experts["0"]
+    given = backend.numpy(backend.call(expert, x))
     only = [t for t in chosen[:, 0] if (chosen == t).sum() == 1]
     for token in only:
         place = int(np.flatnonzero(chosen[:, 0] == token)[0])
-        np.testing.assert_allclose(out[token], weights[place, 0] * backend.numpy(expert(x))[token], rtol=1e-10)
+        np.testing.assert_allclose(out[token], weights[place, 0] * given[token], rtol=1e-10)
     assert only
 
 
@@ -318,28 +328,29 @@ def test_experts_of_a_modality_see_its_tokens_alone(backend: Any) -> None:
     arguments = (CONFIG, ("image", "text"), {"image": 2, "text": 3}, {"image": 0.5, "text": 1 / 3})
     layer = drawn(backend, backend.build(moma.MoMaFFN, *arguments, gumbel_noise=False))
     modality_ids, real = backend.array(ids), np.array([[True] * 5 + [False], [True] * 6])
-    out = backend.numpy(layer(backend.array(X), modality_ids))
+    out = backend.numpy(backend.call(layer, backend.array(X), modality_ids))
     for index, name in enumerate(("image", "text")):
-        alone = backend.numpy(layer._experts(name)(backend.array(X[ids == index])))
+        alone = backend.numpy(backend.call(layer._experts(name), backend.array(X[ids == index])))
         np.testing.assert_allclose(out[ids == index], alone, rtol=1e-10, atol=1e-13)
-    masked = backend.numpy(layer(backend.array(X), modality_ids, key_padding_mask=backend.array(real)))
+    masked = backend.numpy(backend.call(layer, backend.array(X), modality_ids, key_padding_mask=backend.array(real)))
     assert (masked[~real] == 0).all()
-    alone = backend.numpy(layer._experts("text")(backend.array(X[(ids == 1) & real])))
+    alone = backend.numpy(backend.call(layer._experts("text"), backend.array(X[(ids == 1) & real])))
     np.testing.assert_allclose(masked[(ids == 1) & real], alone, rtol=1e-10, atol=1e-13)
     with pytest.raises(ValueError, match="modality_ids"):
         layer(backend.array(X))
 
     block = drawn(backend, backend.build(moma.MoMaBlock, *arguments, gumbel_noise=False, layer_idx=1))
     rope = rope_of(backend, 6)
-    out = block(backend.array(X), *rope, modality_ids, doc_ids=backend.array(np.zeros((2, 6), np.int64)))
-    output = block.run(backend.array(X), *rope, modality_ids=modality_ids)
+    one_document = backend.array(np.zeros((2, 6), np.int64))
+    out = backend.call(block, backend.array(X), *rope, modality_ids, doc_ids=one_document)
+    output = backend.call(block.run, backend.array(X), *rope, modality_ids=modality_ids)
     np.testing.assert_allclose(backend.numpy(output.x), backend.numpy(out), rtol=1e-12)
     counts = {name: backend.numpy(stats.expert_counts).tolist() for name, stats in output.stats.items()}
     assert counts == {"image": [2, 2], "text": [3, 3, 3]}
     documents = backend.array(np.array([[0, 0, 1, 1, 1, 2]] * 2))
     mask = backend.module("model.mask").Mask(causal=True, query_doc_ids=documents, key_doc_ids=documents)
-    apart = backend.numpy(block(backend.array(X), *rope, modality_ids, doc_ids=documents))
-    masked = backend.numpy(block(backend.array(X), *rope, modality_ids, mask=mask))
+    apart = backend.numpy(backend.call(block, backend.array(X), *rope, modality_ids, doc_ids=documents))
+    masked = backend.numpy(backend.call(block, backend.array(X), *rope, modality_ids, mask=mask))
     np.testing.assert_allclose(apart, masked, rtol=1e-10, atol=1e-13)
     assert np.abs(apart - backend.numpy(out)).max() > 1e-3
 
@@ -350,8 +361,8 @@ def test_padding_among_the_members_of_a_layer_takes_no_expert(backend: Any) -> N
     real, members = RNG.random((2, 2, 6)) < 0.6
     routed = real & members
     assert 0 < routed.sum() < members.sum() < 12
-    output = layer.run(backend.array(X), backend.array(real), members=backend.array(members))
-    alone = layer.run(backend.array(X[routed][None]))
+    output = backend.call(layer.run, backend.array(X), backend.array(real), members=backend.array(members))
+    alone = backend.call(layer.run, backend.array(X[routed][None]))
     np.testing.assert_allclose(backend.numpy(output.x)[routed], backend.numpy(alone.x)[0], rtol=1e-10)
     assert (backend.numpy(output.x)[~routed] == 0).all()
     counts, expected = (backend.numpy(each.stats.expert_counts) for each in (output, alone))
@@ -404,8 +415,15 @@ def test_strategies_prepare_pixels_for_the_transformer(backend: Any, arch: str) 
     assert wrapper.transformer.num_image_tokens == in_stream
     pixel_values, input_ids = backend.array(CLIPS), backend.array(TEXT)
     frame_mask = backend.array(np.array([[True, False, True], [True, True, True]]))
-    image = strategy.prepare(wrapper=wrapper, pixel_values=pixel_values, input_ids=input_ids, frame_mask=frame_mask)
-    embeds, mask = (backend.numpy(part) for part in wrapper.encode_images(pixel_values, frame_mask))
+    image = backend.call(
+        lambda pixel_values, input_ids, frame_mask: strategy.prepare(
+            wrapper=wrapper, pixel_values=pixel_values, input_ids=input_ids, frame_mask=frame_mask
+        ),
+        pixel_values,
+        input_ids,
+        frame_mask,
+    )
+    embeds, mask = (backend.numpy(part) for part in backend.call(wrapper.encode_images, pixel_values, frame_mask))
     held = image.image_features if arch == "cross_attention" else image.prefix_embeds
     np.testing.assert_array_equal(backend.numpy(held), embeds)
     np.testing.assert_array_equal(mask, [[True, False, True], [True] * 3])
@@ -419,9 +437,14 @@ def test_strategies_prepare_pixels_for_the_transformer(backend: Any, arch: str) 
         assert image.output_slice == slice(3, None)
     labels = backend.array(TEXT)
     wrapper = wrapper.eval() if backend.name == "torch" else wrapper
-    logits, given = wrapper(pixel_values, input_ids, labels, frame_mask)
-    assert given is labels
-    direct = wrapper.transformer(input_ids, modality=image)
+
+    def called(pixel_values: Any, input_ids: Any, labels: Any, frame_mask: Any) -> Any:
+        logits, given = wrapper(pixel_values, input_ids, labels, frame_mask)
+        assert given is labels
+        return logits
+
+    logits = backend.call(called, pixel_values, input_ids, labels, frame_mask)
+    direct = backend.call(wrapper.transformer, input_ids, modality=image)
     np.testing.assert_array_equal(backend.numpy(logits), backend.numpy(direct))
 
 
@@ -463,8 +486,8 @@ def test_a_strategy_of_a_user_is_a_subclass_and_a_name(backend: Any, last_token:
     assert isinstance(wrapper.strategy, LastTokenStrategy)
     pixel_values, input_ids = backend.array(CLIPS), backend.array(TEXT)
     for text_mask in (None, backend.array(np.array([[True] * 3 + [False], [True] * 4]))):
-        found = wrapper.run(pixel_values, input_ids, text_mask=text_mask).logits
-        last = joint.run(pixel_values[:, -1:], input_ids, text_mask=text_mask).logits
+        found = backend.call(wrapper.run, pixel_values, input_ids, text_mask=text_mask).logits
+        last = backend.call(joint.run, backend.array(CLIPS[:, -1:]), input_ids, text_mask=text_mask).logits
         np.testing.assert_allclose(backend.numpy(found), backend.numpy(last), rtol=1e-9, atol=1e-12)
 
 
@@ -505,8 +528,8 @@ def test_a_run_of_experts_takes_what_a_call_takes(backend: Any) -> None:
     layer = drawn(backend, backend.build(backend.module("model.moe").build_moe, 16, 24, 3, 1, capacity_factor=0.5))
     valid, members = (RNG.random((2, 6)) < share for share in (0.8, 0.5))
     given = {"members": backend.array(members & valid), "limit_capacity": True}
-    whole, few = (layer.run(backend.array(X), backend.array(valid), **options) for options in ({}, given))
-    y, stats = layer(backend.array(X), backend.array(valid), **given, return_stats=True)
+    whole, few = (backend.call(layer.run, backend.array(X), backend.array(valid), **options) for options in ({}, given))
+    y, stats = backend.call(layer, backend.array(X), backend.array(valid), **given, return_stats=True)
     np.testing.assert_array_equal(backend.numpy(few.x), backend.numpy(y))
     np.testing.assert_array_equal(backend.numpy(few.stats.expert_counts), backend.numpy(stats.expert_counts))
     assert np.abs(backend.numpy(few.x) - backend.numpy(whole.x)).max() > 1e-6
@@ -543,8 +566,10 @@ def test_a_mask_may_be_what_it_allows(backend: Any) -> None:
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     given = [*map(backend.array, (q, k, v)), backend.array(allowed)]
-    np.testing.assert_allclose(backend.numpy(attention.attend(*given)), weights @ v, rtol=1e-10, atol=1e-12)
-    found = backend.numpy(attention.attention_weights(given[0], given[1], given[3]))
+    np.testing.assert_allclose(
+        backend.numpy(backend.call(attention.attend, *given)), weights @ v, rtol=1e-10, atol=1e-12
+    )
+    found = backend.numpy(backend.call(attention.attention_weights, given[0], given[1], given[3]))
     np.testing.assert_allclose(found, weights, rtol=1e-10, atol=1e-12)
 
 
@@ -556,7 +581,7 @@ def test_text_alone_is_masked_too(backend: Any) -> None:
     np.testing.assert_array_equal(backend.numpy(context.key_padding_mask), mask)
     other = np.where(mask, ids, 9)
     first, second, plain = (
-        backend.numpy(wrapper.run(None, backend.array(each), **options).logits)
+        backend.numpy(backend.call(wrapper.run, None, backend.array(each), **options).logits)
         for each, options in (
             (ids, {"text_mask": backend.array(mask)}),
             (other, {"text_mask": backend.array(mask)}),
