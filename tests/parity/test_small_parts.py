@@ -149,3 +149,41 @@ def test_routers_count_the_tokens_of_cached_passes_too(backend: Torch) -> None:
     tokens = backend.array(np.arange(14, dtype=np.int32).reshape(2, 7) % 11)
     found = (counts if backend.name == "torch" else jax.jit(counts))(tokens, caches)
     assert {layer: int(counts_E.sum()) for layer, counts_E in found.items()} == {1: 14}
+
+
+@on_both
+def test_means_are_over_what_counts_however_little_that_is(backend: Torch) -> None:
+    """Of rows in which none, one, two, or all tokens are real."""
+    router, loss = backend.module("model.router"), backend.module("training.loss")
+    rng, real_BS = np.random.default_rng(0), np.arange(5) < np.array([[0], [1], [2], [5]])
+    shares_BSE, logits_BSV = (rng.dirichlet(np.ones(3), (4, 5)).astype(np.float32) for _ in "ab")
+    labels_BS = rng.integers(0, 3, real_BS.shape)
+    chosen_BSE = np.eye(3, dtype=bool)[labels_BS] & real_BS[..., None]
+    bias_BE, ema_BE = (rng.random((4, 3), np.float32) for _ in "ab")
+
+    def run(shares: Any, chosen: Any, real: Any, counts: Any, bias: Any, ema: Any, logits: Any, labels: Any) -> Any:
+        return (
+            router.masked_mean(shares, real, axis=1),
+            router.balance_losses(shares, chosen, real),
+            router.updated_bias(bias, ema, counts, 0.1, 0.9),
+            [loss.mean_cross_entropy(logits[row : row + 1], labels[row : row + 1]) for row in range(4)],
+        )
+
+    given = (bias_BE, ema_BE, logits_BSV, np.where(real_BS, labels_BS, -100))
+    means, losses, (biases, emas), entropies = backend.run(
+        run, shares_BSE, chosen_BSE, real_BS, chosen_BSE.sum(1, dtype=np.int32), *given
+    )
+    for row, real in enumerate(real_BS):
+        mean, share, ema, bias, entropy = np.zeros(3), np.zeros(3), ema_BE[row], bias_BE[row], 0.0
+        if real.any():
+            mean, share = shares_BSE[row, real].mean(axis=0), chosen_BSE[row, real].mean(axis=0)
+            ema = 0.9 * ema + 0.1 * share
+            bias = bias + 0.1 * (1 / 3 - ema)
+            own = logits_BSV[row, real]
+            entropy = (np.log(np.exp(own).sum(1)) - own[np.arange(real.sum()), labels_BS[row, real]]).mean()
+        for found, expected in zip(
+            (means[row], losses[row], emas[row], biases[row], entropies[row]),
+            (mean, 3 * (share * mean).sum(), ema, bias, entropy),
+            strict=True,
+        ):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
