@@ -187,3 +187,17 @@ def test_means_are_over_what_counts_however_little_that_is(backend: Torch) -> No
             strict=True,
         ):
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@on_both
+def test_the_entropy_of_experts_that_choose_is_a_mean_over_real_tokens(backend: Torch) -> None:
+    layer = backend.build(backend.module("model.moma").ExpertChoiceMoE, 4, 6, 3, 0.5, dtype="float32")
+    x, real_BT = np.random.default_rng(0).standard_normal((3, 4), np.float32), np.tri(4, 3, -1, dtype=bool)
+
+    def run(x: Any, real: Any) -> Any:
+        return [layer.run(x, one).stats.entropy for one in real], [
+            layer.run(x[t : t + 1]).stats.entropy for t in range(3)
+        ]
+
+    found, each_T = backend.run(run, x, real_BT)
+    np.testing.assert_allclose(found, [0.0, *np.cumsum(each_T) / np.arange(1, 4)], rtol=1e-5)
