@@ -336,7 +336,7 @@ CUT_IN_JAX = Case(
     "sigmoid", 2, {"cp": 2},
     {"data": {"pack_documents": True}, "train": {"activation_checkpointing": "full", "scan_layers": True}},
 )  # fmt: skip
-HELD = Case("limited", 4, {"ep": 2})
+HELD = Case("limited", 4, {"ep": 2}, {"model": {"n_layers": 1}})
 JAX_MUTANTS = (
     jax_bug(
         "distributed.fsdp", "gradients of copies not summed",

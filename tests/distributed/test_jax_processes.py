@@ -16,10 +16,12 @@ from tests.mutants_distributed import PROCESS_MUTANTS
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
 NOISE = {"vlm": {"moma_gumbel_noise": "true"}}
-BY_DAY: dict[int, tuple[Check, ...]] = {2: (*CHECKS, Case("sigmoid", 4, {"ep": 2}))}
+ONE_LAYER = {"model": {"n_layers": 1}}
+BY_DAY: dict[int, tuple[Check, ...]] = {2: (*CHECKS, Case("sigmoid", 4, {"ep": 2}, ONE_LAYER))}
 BY_NIGHT: dict[int, tuple[Check, ...]] = {
     2: (
         *BY_DAY[2],
+        Case("sigmoid", 4, {"ep": 2}),
         *(Case("dense", 4, layout) for layout in ({}, {"tp": 2}, {"tp": 4}, {"dp_replicate": 2})),
         Case("dense", 4, {"cp": 4}, {"train": {"seq_len": 12}}),
         Case("moma", 4, {}, NOISE),
