@@ -118,32 +118,43 @@ def test_the_public_surface_is_what_it_says() -> None:
 @given(st.data())
 def test_strategies_draw_what_they_say(data: st.DataObject) -> None:
     heads, shape = data.draw(draw.heads()), data.draw(draw.shapes(3))
-    assert heads.heads % heads.kv_heads == 0
+    assert divmod(heads.heads, heads.kv_heads) in [(1, 0), (2, 0), (3, 0)]
+    assert heads.kv_heads in (1, 2, 3)
     assert heads.head_dim % 2 == 0
     assert len(set(shape)) == 3
+    assert 2 <= min(shape) <= max(shape) <= 12
     length = data.draw(draw.lengths(edges=True))
-    assert 8 <= length <= 257
-    assert sum(data.draw(draw.chunkings(length))) == length
-    assert data.draw(draw.masks(2, 8)).shape == (2, 8)
-    documents = data.draw(draw.documents(2, 8))
-    assert (np.diff(documents, axis=1) >= 0).all()
-    values = data.draw(draw.arrays(shape))
+    assert length in (*range(8, 25), *draw.EDGES)
+    pieces = data.draw(draw.chunkings(length))
+    assert sum(pieces) == length
+    assert min(pieces) >= 1
+    values, ties, tokens = (
+        data.draw(each) for each in (draw.arrays(shape), draw.ties((16, 16)), draw.tokens(16, 16, 5))
+    )
     np.testing.assert_array_equal(values.view(np.uint32) & 0xFFFF, 0)
-    assert set(data.draw(draw.ties((16, 16))).flat) == {0, 1, 2}
-    assert set(data.draw(draw.tokens(16, 16, 5)).flat) == {0, 1, 2, 3, 4}
+    assert set(ties.flat) == {0, 1, 2}
+    assert set(tokens.flat) == {0, 1, 2, 3, 4}
+    masks, documents = data.draw(draw.masks(2, 8)), data.draw(draw.documents(2, 8))
+    assert masks.shape == documents.shape == (2, 8)
+    assert set(np.diff(documents, axis=1, prepend=0).flat) <= {0, 1}
     table = {"norm.weight": (9,), "norm.bias": (9,), "w": (40, 90), "b": (7,)}
     found = data.draw(draw.weights(table))
     assert {name: value.shape for name, value in found.items()} == table
     assert 0.5 <= found["norm.weight"].min() <= found["norm.weight"].max() <= 1.5
     assert abs(found["w"].std() * 90**0.5 - 1) < 0.1
-    assert np.abs(found["b"]).min() >= 0.1
-    assert np.abs(found["norm.bias"]).min() >= 0.1
+    for bias in (found["b"], found["norm.bias"]):
+        assert 0.1 <= np.abs(bias).min() < np.abs(bias).max() <= 1
+    dtypes = [each.dtype.name for each in (values, ties, tokens, masks, documents, *found.values())]
+    assert dtypes == ["float32", "float32", "int32", "bool", "int32", *["float32"] * 4]
 
 
-def test_masks_and_lengths_reach_the_cases_that_matter() -> None:
+def test_strategies_reach_the_cases_that_matter() -> None:
     assert not find(draw.masks(1, 4), lambda mask: not mask.any()).any()
     assert find(draw.lengths(edges=True), lambda length: length > 128) == 129
     assert find(draw.chunkings(4), lambda pieces: len(pieces) == 4) == (1, 1, 1, 1)
+    assert find(draw.heads(), lambda heads: heads.heads == 9) == (9, 3, 4)
+    assert find(draw.heads(), lambda heads: heads.head_dim == 10) == (1, 1, 10)
+    assert sorted(find(draw.shapes(), lambda shape: max(shape) - min(shape) == 10)) == [2, 12]
 
 
 def sums(tokens: np.ndarray) -> np.ndarray:
@@ -178,22 +189,28 @@ def test_a_cache_is_the_full_function_however_it_is_fed() -> None:
             run_state_machine_as_test(draw.cache_machine(sums, start, wrong), settings=few)
 
 
-def test_a_cache_is_filled_and_not_given_more() -> None:
-    kept, given = set(), set()
+@pytest.mark.parametrize("filled", range(7))
+def test_a_cache_is_filled_and_not_given_more(filled: int) -> None:
+    kept, given = [0], [0]
 
     def full(tokens: np.ndarray) -> np.ndarray:
-        kept.add(tokens.shape[1])
+        kept.append(tokens.shape[1])
         return sums(tokens)
 
     def append(cache: np.ndarray, tokens: np.ndarray) -> Any:
         cache = np.concatenate([cache, tokens], axis=1)
-        given.add(cache.shape[1])
+        given.append(cache.shape[1])
         return sums(cache)[:, -tokens.shape[1] :], cache
 
-    machine = draw.cache_machine(full, lambda batch: np.zeros((batch, 0)), append, longest=6)
-    few = settings(max_examples=15, stateful_step_count=8, phases=[Phase.generate], deadline=None)
-    run_state_machine_as_test(machine, settings=few)
-    assert max(kept) == max(given) == 6
+    machine: Any = draw.cache_machine(full, lambda batch: np.zeros((batch, 0)), append, longest=6)()
+    tokens = np.ones((2, 5), np.int32)
+    for count in [1] * filled:
+        machine.append_some(tokens, count)
+    machine.branch(tokens[:, :2])
+    assert kept[-1] == filled
+    assert given[-1] == (filled + 2 if filled + 2 <= 6 else filled)
+    machine.append_some(tokens, 5)
+    assert kept[-1] == given[-1] == min(filled + 5, 6)
 
 
 def clipped(x: float, low: float = 0.0) -> float:
