@@ -50,6 +50,10 @@ BYTES_A_PARAMETER = 160
 """Peak of one process: masters, gradients, updates and moments in float64, and what the deltas are measured from."""
 BYTES_A_RANK = 64
 """Of the same, of each further process of a layout: what it is given, and what it puts together."""
+SMALL = 10_000_000
+"""Parameters of a model whose programs JAX takes longer to compile than to run."""
+COMPILED_QUICKLY = "--xla_backend_optimization_level=0"
+"""How JAX compiles them on a CPU, unless `XLA_FLAGS` says otherwise."""
 MEMORY_INFO = Path("/proc/meminfo")
 
 
@@ -209,9 +213,12 @@ def _environment(plan: Plan, stage: int) -> dict[str, str]:
     chosen, own = {"OMP_NUM_THREADS": str(threads)}, {}
     if plan.device == "cpu":
         chosen["JAX_PLATFORMS"] = "cpu"
+        is_small = count_parameters(plan.config.model, plan.config.vlm) < SMALL
+        chosen["XLA_FLAGS"] = COMPILED_QUICKLY if is_small else ""
     if stage == LAYOUTS_STAGE:
-        flag = f"--xla_force_host_platform_device_count={plan.devices}"
-        own |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}"}
+        flags = os.environ.get("XLA_FLAGS", chosen.get("XLA_FLAGS", ""))
+        devices = f"--xla_force_host_platform_device_count={plan.devices}"
+        own |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} {devices}"}
     return environment_of(chosen, own)
 
 

@@ -273,6 +273,23 @@ def test_dtypes_always_include_the_truth() -> None:
         validate.read_dtypes("fp8", CONFIG)
 
 
+def test_small_models_are_compiled_quickly_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a variable says otherwise; large ones, and those of other devices, as JAX does by itself."""
+    small, large = (Plan(load_config(name), tmp_path) for name in ("debug", "llama_125m"))
+    ways = [small, large, dataclasses.replace(small, device="cuda")]
+    stages = (0, plan.LAYOUTS_STAGE)
+
+    def flags() -> list[list[str]]:
+        return [[validate._environment(way, stage).get("XLA_FLAGS", "") for stage in stages] for way in ways]
+
+    devices = f"--xla_force_host_platform_device_count={small.devices}"
+    quick = validate.COMPILED_QUICKLY
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert flags() == [[quick, f"{quick} {devices}"], ["", f" {devices}"], ["", f" {devices}"]]
+    monkeypatch.setenv("XLA_FLAGS", "--own")
+    assert flags() == [["--own", f"--own {devices}"]] * 3
+
+
 def test_free_memory_is_read() -> None:
     assert 2**26 < validate.available_memory() < 2**50
 
