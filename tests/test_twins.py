@@ -163,6 +163,7 @@ DIFFERENCES = {
         "assign": "torch: tensors are written to, sharded ones too",
         "held_dtype": "jax: has 64 bits only where it is told so",
         "like": "jax: an array is made as another lies, torch's are written to",
+        "on_device": "jax: a cast there is a program of its own for each shape",
         "merge": "jax: flat dicts cross jit, modules don't",
         "own_tensors": "torch: tensors, which are their own variables",
         "own_variables": "jax: variables, which hold arrays",

@@ -18,9 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from kempnerforge_jax.model.state import own_variables
+from kempnerforge_jax.model.state import on_device, own_variables
 from kempnerforge_jax.model.wrappers import unwrap
 from shared_config.contract.initialise import initial_value
 from shared_config.contract.lora import is_adapter
@@ -77,8 +78,8 @@ def _key(rngs: nnx.Rngs | None) -> jax.Array:
 
 def _initial(name: str, spec: ParameterSpec, dtype: Any, seed: int | None, key: jax.Array) -> jax.Array:
     if isinstance(spec.initializer, Constant):
-        return jnp.full(spec.shape, spec.initializer.value, dtype)
+        return on_device(np.full(spec.shape, spec.initializer.value, dtype), dtype)
     if seed is not None:
-        return jnp.asarray(initial_value(name, spec, seed), dtype)
+        return on_device(initial_value(name, spec, seed), dtype)
     values = jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), spec.shape, jnp.float32)
     return (spec.initializer.std * values).astype(dtype)

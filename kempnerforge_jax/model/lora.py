@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kempnerforge_jax.model.linear import Linear
-from kempnerforge_jax.model.state import own_variables
+from kempnerforge_jax.model.state import on_device, own_variables
 from kempnerforge_jax.model.wrappers import plain_modules
 from shared_config.contract.initialise import initial_value
 from shared_config.contract.lora import A, B, adapted_modules, adapter_table
@@ -38,4 +38,4 @@ def init_adapters(model: nnx.Module, config: JobConfig) -> None:
     own = own_variables(model)
     for name, spec in adapter_table(config).items():
         dtype = own[name].get_value().dtype
-        own[name].set_value(jnp.asarray(initial_value(name, spec, config.train.seed), dtype))
+        own[name].set_value(on_device(initial_value(name, spec, config.train.seed), dtype))

@@ -119,7 +119,9 @@ def like(own: Shaped[Array, "..."], value: object) -> Shaped[Array, "..."]:
     """
     sharding = None if isinstance(own, Tracer) else getattr(own, "sharding", None)
     if sharding is None or not (isinstance(own, jax.ShapeDtypeStruct) or own.committed):
-        return jnp.asarray(value if isinstance(value, jax.Array) else host_array("value", value), own.dtype)
+        if isinstance(value, jax.Array):
+            return value.astype(own.dtype)
+        return on_device(host_array("value", value), own.dtype)
     if isinstance(value, jax.Array):
         return jax.device_put(value.astype(own.dtype), sharding)
     values = value if isinstance(value, Parts) else host_array("value", value)
@@ -141,7 +143,13 @@ def from_numpy(array: np.ndarray, dtype: DTypeLike | None = None) -> Shaped[Arra
     held = held_dtype(kept)
     if held != kept and array.size and (array.max() > np.iinfo(held).max or array.min() < np.iinfo(held).min):
         raise ValueError(f"values up to {array.max()}: must fit {held}, unless jax_enable_x64 is set")
-    return jnp.asarray(array, held)
+    return on_device(array, held)
+
+
+def on_device(array: np.ndarray, dtype: DTypeLike) -> Shaped[Array, "..."]:
+    """The values in a dtype that JAX holds, cast on the host: `jnp.asarray` compiles a program for each shape."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return jax.device_put(array.astype(dtype, copy=False))
 
 
 def held_dtype(dtype: DTypeLike) -> np.dtype:

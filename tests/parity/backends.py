@@ -81,9 +81,9 @@ class Jax(Torch):
 
     def model(self, config: ModelConfig, weights: Mapping[str, Any], dtype: str = "float64", **options: Any) -> Any:
         transformer = self.module("model.transformer").Transformer
-        model = nnx.eval_shape(lambda: transformer(config, rngs=None, **options))
+        model = nnx.eval_shape(lambda: transformer(config, rngs=None, **options).to(dtype))
         model.init_weights_and_freqs(seed=0)
-        self.module("model.state").set_state(model.to(dtype), weights)
+        self.module("model.state").set_state(model, weights)
         return model
 
     def run(self, function: Callable[..., Any], *values: Any) -> Any:
