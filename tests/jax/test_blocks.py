@@ -25,7 +25,7 @@ KEPT = {"none": WIDENING, "full": [], "narrow": ATTENTION, "selective": [*ATTENT
 
 
 def loss(parameters: dict[str, jax.Array], mode: str) -> jax.Array:
-    graphdef, _, buffers = split(Transformer(CONFIG, rngs=nnx.Rngs(0)))
+    graphdef, _, buffers = split(Transformer(CONFIG, rngs=None))
     model = merge(graphdef, parameters, buffers)
     return model.run(jnp.ones((3, 7), jnp.int32), remat=REMATERIALISATION[mode]).logits.sum()
 

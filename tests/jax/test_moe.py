@@ -215,7 +215,7 @@ def test_buffers_stay_in_at_least_float32() -> None:
     router.update_bias(jnp.array([8, 0, 0, 0]))
     before = np.asarray(router.expert_bias.get_value())
     layer.to(jnp.bfloat16)
-    assert layer(jnp.ones((1, 3, 8), jnp.bfloat16)).dtype == jnp.bfloat16
+    assert jax.eval_shape(layer, jnp.ones((1, 3, 8), jnp.bfloat16)).dtype == jnp.bfloat16
     assert router.expert_bias.get_value().dtype == router.expert_ema.get_value().dtype == jnp.float32
     np.testing.assert_array_equal(router.expert_bias.get_value(), before)
     with jax.enable_x64(True):

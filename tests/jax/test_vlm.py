@@ -135,7 +135,7 @@ def test_abstract_models_are_initialised_throughout(name: str) -> None:
     for key, value in get_state(expected).items():
         np.testing.assert_array_equal(get_state(model)[key], value, err_msg=key)
     seed = jnp.int32(3)
-    got, truth = (each.run(CLIPS, TEXT, noise_seed=seed).logits for each in (model, expected))
+    got, truth = (jax.jit(each.run)(CLIPS, TEXT, noise_seed=seed).logits for each in (model, expected))
     np.testing.assert_array_equal(got, truth)
 
 
@@ -191,8 +191,14 @@ def test_experts_choose_by_rank_and_skip_what_is_not_valid() -> None:
 
 def test_bfloat16_models_keep_their_routers_wide() -> None:
     model = model_of("moma").to(jnp.bfloat16)
-    with capture(model, ["transformer.layers.0.mlp.experts.text.router.gate"]) as activations:
-        logits, _ = model(CLIPS.astype(jnp.bfloat16), TEXT)
+
+    @jax.jit
+    def run(pixels: jax.Array) -> Any:
+        with capture(model, ["transformer.layers.0.mlp.experts.text.router.gate"]) as activations:
+            logits, _ = model(pixels, TEXT)
+        return dict(activations), logits
+
+    activations, logits = run(CLIPS.astype(jnp.bfloat16))
     assert logits.dtype == jnp.bfloat16
     assert activations["transformer.layers.0.mlp.experts.text.router.gate"].dtype == jnp.float32
     assert np.isfinite(logits.astype(jnp.float32)).all()

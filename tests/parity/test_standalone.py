@@ -47,7 +47,7 @@ def in_two_calls(backend: Torch, layer: Any, first: tuple[Any, ...], second: tup
     outputs = []
     for arguments, places in ((first, slice(0, cut)), (second, slice(cut, None))):
         given = {"doc_ids": backend.array(DOCUMENTS[:, places]), "key_padding_mask": backend.array(REAL[:, places])}
-        output = layer(*arguments, kv_cache=cache, **given)
+        output = backend.call(layer, *arguments, kv_cache=cache, **given)
         output, cache = (output, cache) if backend.name == "torch" else output
         outputs.append(backend.numpy(output))
     return outputs
@@ -57,7 +57,7 @@ def in_two_calls(backend: Torch, layer: Any, first: tuple[Any, ...], second: tup
 def test_a_cache_is_told_of_documents_and_padding(backend: Torch) -> None:
     layer = drawn(backend, backend.build(backend.module("model.block").TransformerBlock, EXPERTS, 0))
     x, marks = backend.array(X), {"doc_ids": backend.array(DOCUMENTS), "key_padding_mask": backend.array(REAL)}
-    whole = backend.numpy(layer(x, *rope_of(backend, 0, 6), **marks))
+    whole = backend.numpy(backend.call(layer, x, *rope_of(backend, 0, 6), **marks))
     calls = ((x[:, :3], *rope_of(backend, 0, 3)), (x[:, 3:], *rope_of(backend, 3, 6)))
     found = np.concatenate(in_two_calls(backend, layer, *calls, 3), axis=1)
     np.testing.assert_allclose(found, whole, rtol=1e-10, atol=1e-12)
@@ -69,7 +69,7 @@ def test_a_cache_is_told_of_documents_and_padding_of_modalities(backend: Torch) 
     image, text, later = (backend.array(X[:, places]) for places in (slice(0, 2), slice(2, None), slice(3, None)))
     marks = {"doc_ids": backend.array(DOCUMENTS), "key_padding_mask": backend.array(REAL)}
     rope = {"image": rope_of(backend, 0, 2), "text": rope_of(backend, 0, 4)}
-    whole = backend.numpy(layer({"image": image, "text": text}, rope, **marks))
+    whole = backend.numpy(backend.call(layer, {"image": image, "text": text}, rope, **marks))
     first = {"image": image, "text": text[:, :1]}, {"image": rope["image"], "text": rope_of(backend, 0, 1)}
     found, rest = in_two_calls(backend, layer, first, ({"text": later}, {"text": rope_of(backend, 1, 4)}), 3)
     np.testing.assert_allclose(found["image"], whole["image"], rtol=1e-10, atol=1e-12)
