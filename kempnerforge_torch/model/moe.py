@@ -70,7 +70,7 @@ class MoEMLP(StatsGetters):
         shared_expert_gate: Linear | None = None,
     ):
         super().__init__()
-        if capacity_factor < 0:
+        if not 0 <= capacity_factor < float("inf"):
             raise ValueError(f"capacity_factor = {capacity_factor}: must be positive, or 0 for no limit")
         self.activation = _common_activation(experts)
         if packed_experts and self.activation is None:
@@ -79,7 +79,6 @@ class MoEMLP(StatsGetters):
                 f"packed_experts = True: must be False for experts of type {kind}, which has other weights"
             )
         self.num_experts = len(experts)
-        self.capacity_factor = capacity_factor
         self.capacity_share = capacity_share(capacity_factor)
         self.gradient_scale = gradient_scale
         self.packed_experts = packed_experts
@@ -91,6 +90,12 @@ class MoEMLP(StatsGetters):
             self.experts = nn.ModuleList(experts)
         self.shared_expert = shared_expert
         self.shared_expert_gate = shared_expert_gate
+
+    @property
+    def capacity_factor(self) -> float:
+        """As it was given, and stays: a compiled program holds it. 0: no limit."""
+        numerator, denominator = self.capacity_share or (0, 1)
+        return numerator / denominator
 
     def forward(
         self,

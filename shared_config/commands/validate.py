@@ -51,9 +51,9 @@ BYTES_A_PARAMETER = 160
 BYTES_A_RANK = 64
 """Of the same, of each further process of a layout: what it is given, and what it puts together."""
 SMALL = 10_000_000
-"""Parameters of a model whose programs JAX takes longer to compile than to run."""
+"""Models of fewer parameters are compiled quickly on a CPU: compilation is most of what JAX takes for `debug`."""
 COMPILED_QUICKLY = "--xla_backend_optimization_level=0"
-"""How JAX compiles them on a CPU, unless `XLA_FLAGS` says otherwise."""
+"""What JAX is told then, unless `XLA_FLAGS` says otherwise."""
 MEMORY_INFO = Path("/proc/meminfo")
 
 
@@ -213,8 +213,8 @@ def _environment(plan: Plan, stage: int) -> dict[str, str]:
     chosen, own = {"OMP_NUM_THREADS": str(threads)}, {}
     if plan.device == "cpu":
         chosen["JAX_PLATFORMS"] = "cpu"
-        is_small = count_parameters(plan.config.model, plan.config.vlm) < SMALL
-        chosen["XLA_FLAGS"] = COMPILED_QUICKLY if is_small else ""
+        if count_parameters(plan.config.model, plan.config.vlm) < SMALL:
+            chosen["XLA_FLAGS"] = COMPILED_QUICKLY
     if stage == LAYOUTS_STAGE:
         flags = os.environ.get("XLA_FLAGS", chosen.get("XLA_FLAGS", ""))
         devices = f"--xla_force_host_platform_device_count={plan.devices}"

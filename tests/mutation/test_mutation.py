@@ -135,8 +135,7 @@ runs.LIBRARIES, runs.PACKAGES = (), ("shared_config",)
 runs.ROOT = selection.ROOT = __main__.ROOT = tree
 selection.FOLDER = tree / "record"
 runs.prepare(tree)
-for file in sorted((tree / "tests").glob("test_*")):
-    selection.record(tree, f"tests/{file.name}", 60)
+__main__.record_all(tree, [], 2)
 recorded = selection.read_record()
 (tree / "gone").touch()
 known = {"seconds": 0.1, "functions": ["shared_config/a.py:j"]}

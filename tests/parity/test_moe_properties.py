@@ -381,6 +381,8 @@ def test_what_cannot_be_built_is_refused_by_name(backend: str) -> None:
         ({"top_k": 6}, "top_k = 6: must be from 1 to num_experts = 5"),
         ({"top_k": 0}, "top_k = 0"),
         ({"capacity_factor": -1.0}, "capacity_factor = -1.0"),
+        ({"capacity_factor": float("nan")}, "capacity_factor = nan"),
+        ({"capacity_factor": float("inf")}, "capacity_factor = inf"),
         (
             {"router_type": "sigmoid_topk", "bias_schedule": "linear"},
             "bias_schedule = 'linear': must be one of constant",

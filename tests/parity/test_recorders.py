@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -393,6 +394,29 @@ def test_weights_stay_as_they_are_where_a_module_or_a_step_changes_its_own(
     if deltas:
         same = of_torch.record(model, (X,), deltas=deltas, optimizer=functools.partial(torch.optim.SGD, lr=0.0))
         assert trace.meta.deltas["float32"]["forward/output"] == same.meta.deltas["float32"]["forward/output"]
+
+
+class Noting(nn.Linear):
+    """Notes what it is given in containers of every kind, two of which are one."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 3)
+        self.shapes: list[int] = []
+        self.same, self.by_name = self.shapes, dict[str, int]()
+        self.kinds, self.ordered = set[str](), OrderedDict[str, int]()
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        assert self.same is self.shapes
+        self.shapes.append(x.ndim)
+        self.by_name["x"] = self.ordered["x"] = len(self.same)
+        self.kinds.add("x")
+        return super().forward(x)
+
+
+def test_what_a_module_notes_as_it_is_recorded_is_not_noted_in_it() -> None:
+    model = Noting()
+    of_torch.record(nn.Sequential(model), (X,), deltas=False)
+    assert not any((model.shapes, model.by_name, model.kinds, model.ordered))
 
 
 def test_weights_are_taken_by_name_and_others_are_refused() -> None:

@@ -113,8 +113,12 @@ def test_what_no_layer_can_have_is_refused_as_it_is_built(backend: Torch, name: 
 def test_whole_shares_and_room_for_more_choices_than_an_even_split_are_fine(backend: Torch) -> None:
     """Experts that choose may take all tokens; those that are chosen may have room for more than their part."""
     assert layer("moma.ExpertChoiceSigmoidRouter", 8, 2, 1.0)(backend).share == (1, 1)
-    options: dict[str, Any] = {"capacity_factor": 1.25}
-    assert layer("moe.build_moe", 8, 8, 2, 1, **options)(backend).capacity_factor == 1.25
+    for factor in (0.0, 0.07, 1 / 3, 1.25, 1e18):
+        options: dict[str, Any] = {"capacity_factor": factor}
+        experts = layer("moe.build_moe", 8, 8, 2, 1, **options)(backend)
+        assert experts.capacity_factor == factor
+        with pytest.raises(AttributeError, match="capacity_factor"):
+            experts.capacity_factor = 2.0
 
 
 @on_both
