@@ -18,6 +18,7 @@ from kempnerforge_torch.model.build import load_model
 from kempnerforge_torch.model.generate import generate
 from kempnerforge_torch.model.state import own_tensors
 from kempnerforge_torch.model.vlm import inner_transformer
+from kempnerforge_torch.programs import compile_module
 from kempnerforge_torch.training.mixed_precision import matmul_precision
 from kempnerforge_torch.training.train import Trainer
 from shared_config.bench.kernels import Kernel
@@ -71,7 +72,7 @@ class Machine:
             if not name.startswith("router."):
                 parameter.data = parameter.data.to(dtype)
         if job.train.compile_model and self.is_accelerator:
-            layer.compile(fullgraph=True)
+            compile_module(layer)
         x_BSD = torch.randn(job.train.batch_size, job.train.seq_len, job.model.dim, device=self.device)
         x_BSD = x_BSD.to(dtype).requires_grad_()
         wanted = [x_BSD, *layer.parameters()]

@@ -86,6 +86,8 @@ class Taps:
             new = [isinstance(t, Tensor) and _is_inexact(t) and id(t) not in self._shown for t in tensors]
             self._new.setdefault(name, []).append(new)
         chosen = {id(tensor) for tensor, is_new in zip(tensors, new, strict=False) if is_new}
+        if not chosen:
+            return value
         return map_tensors(self.visit, value, name, lambda value: is_tensor(value) and id(value) in chosen)
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import linecache
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -370,6 +371,7 @@ def planted(mutant: Mutant | None, backend: str) -> Iterator[None]:
     finally:
         if finder is not None:
             sys.meta_path.remove(finder)
+            linecache.clearcache()
         _removed(package)
         sys.modules.update(real)
         for name, module in real.items():
@@ -445,6 +447,7 @@ class _MutatedLoader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> object:  # type: ignore[override]
         source = mutated_source(Path(self.path).read_text(encoding="utf-8"), self.text, self.replacement, fullname)
+        linecache.cache[self.path] = len(source), None, source.splitlines(keepends=True), self.path  # for Triton
         return compile(source, self.path, "exec")
 
 

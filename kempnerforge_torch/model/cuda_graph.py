@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from kempnerforge_torch.programs import for_many_inputs
+
 Step = Callable[[Int[Tensor, "B"], Float[Tensor, "B"] | None], Int[Tensor, "B"]]
 """The tokens (B,) to read and, where tokens are drawn, uniform numbers (B,), to the next tokens."""
 
 Result = TypeVar("Result")
-PROGRAMS = 128
-"""Decode steps that a process may compile, beyond which torch raises an error; its own limit is 8."""
 
 
 def recorded(function: Callable[[], Result]) -> tuple[Result, torch.cuda.CUDAGraph]:
@@ -61,13 +61,7 @@ def compiled(function: Callable[..., Shaped[Tensor, "..."]], vectors: bool) -> C
             speed of memory than its libraries' products of matrices do.
     """
     options: Any = {"coordinate_descent_tuning": True, "combo_kernels": True} if vectors else None
-    program = torch.compile(function, fullgraph=True, dynamic=False, options=options)
-
-    def call(*inputs: Any) -> Tensor:
-        with torch._dynamo.config.patch(recompile_limit=PROGRAMS):  # pyright: ignore[reportPrivateImportUsage]
-            return program(*inputs)
-
-    return call
+    return for_many_inputs(torch.compile(function, fullgraph=True, dynamic=False, options=options))
 
 
 class CudaGraphStep:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from kempnerforge_torch.model.mask import Mask, Tokens, sees
+from kempnerforge_torch.programs import for_many_inputs
 
 
 def has_kernel(
@@ -107,4 +108,4 @@ def _compiled(function: Callable[..., object]) -> Callable[..., object]:
 
 @functools.cache
 def _program(function: Callable[..., object]) -> Callable[..., object]:
-    return torch.compile(function, fullgraph=True)
+    return for_many_inputs(torch.compile(function, fullgraph=True))

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from kempnerforge_torch.model.grouped import GROUPED_MATMUL
 from kempnerforge_torch.model.vlm import inner_transformer
+from kempnerforge_torch.programs import compile_module
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def compile_blocks(
         _log.warning("train.compile_model: no C++ compiler (%s) on this machine; the model runs uncompiled", compiler)
         return
     for block in blocks(model):
-        block.compile(fullgraph=fullgraph, backend=backend)
+        compile_module(block, backend=backend, fullgraph=fullgraph)
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

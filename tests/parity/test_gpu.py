@@ -318,7 +318,6 @@ def test_parts_are_a_few_roundings_from_float64(part: str, backend: str) -> None
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_masks_agree_with_dense_ones(kind: str, softcap: float | None, backend: str) -> None:
-    torch.compiler.reset()
     check_masks(backend, [kind], softcap=softcap)
 
 

@@ -7,6 +7,7 @@ matters.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -470,6 +471,18 @@ def test_only_an_assertion_kills() -> None:
         ((crashes, asserts), KILLED),
     ):
         assert verdict(mutant, "torch", checks) == expected
+
+
+def test_compilers_that_read_source_text_read_the_bug() -> None:
+    mutant = Mutant("model.norm", "", ("wide - wide.mean(dim=-1, keepdim=True)", "wide"), None)
+
+    def text() -> str:
+        return inspect.getsource(importlib.import_module("kempnerforge_torch.model.norm").LayerNorm.forward)
+
+    right = text()
+    with planted(mutant, "torch"):
+        wrong = text()
+    assert wrong == right.replace(*mutant.torch or ()) != right == text()
 
 
 def test_neither_backend_has_fewer_mutants() -> None:

@@ -460,6 +460,17 @@ def test_compiled_blocks_compute_the_same():
     assert_all_same_function(compiled.state().weights, plain.state().weights)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_more_models_of_a_process_compile_than_the_compiler_allows_by_itself():
+    torch.compiler.reset()
+    for width in (16, 32, 48, 64):
+        model = Trainer(tiny_job({"dim": width, "ffn_hidden_dim": width}), "cpu").model
+        compile_blocks(model, torch.device("cpu"), backend="eager")
+        model(torch.zeros((1, 3), dtype=torch.int64))
+    assert torch._dynamo.config.recompile_limit == 2
+
+
 def test_blocks_are_compiled_as_one_program_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch):
     model, asked = Trainer(tiny_job(EXPERTS), "cpu").model, []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda _, **options: asked.append(options["fullgraph"]))

@@ -79,6 +79,8 @@ def listed(value: object) -> object:
 
 
 def _parts(value: object) -> list[tuple[Any, Any]]:
+    if value is None or isinstance(value, bool | int | float | str):
+        return []
     if isinstance(value, Mapping):
         return list(value.items())
     if isinstance(value, tuple) and (fields := getattr(value, "_fields", None)) is not None:
