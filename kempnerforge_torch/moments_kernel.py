@@ -35,7 +35,7 @@ BLOCK, BLOCKS = 256, 4
 """Columns of a program, and how many programs have all of a row."""
 SPARE = 8
 """Places for scalars."""
-TILE, TOGETHER = 32, 128
+TILE, TOGETHER = 16, 128
 """Columns and groups that the second kernel adds up at a time."""
 
 

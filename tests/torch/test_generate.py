@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import nn
 from torch._inductor.utils import run_and_get_code
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kempnerforge_torch.model import cuda_graph, decode
 from kempnerforge_torch.model.cuda_graph import CudaGraphStep
 from kempnerforge_torch.model.generate import generate, stream
 from kempnerforge_torch.model.kv_cache import KVCache, new_caches
-from kempnerforge_torch.model.linear import Linear
+from kempnerforge_torch.model.linear import Linear, linear
 from kempnerforge_torch.model.moe import MoEMLP
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import VLMWrapper, build_vlm_wrapper
@@ -239,6 +240,30 @@ def test_single_vectors_on_a_gpu_are_multiplied_in_loops_that_the_compiler_write
     decode._step(Transformer(CONFIG), SamplingConfig(temperature=0.0), [], None, True, tokens, None)
     options = {"coordinate_descent_tuning": True, "combo_kernels": True}
     assert asked == [options if rows == 1 and is_cuda else None]
+
+
+@pytest.mark.parametrize(("rows", "trained", "held"), [(1, False, True), (1, True, False), (2, False, False)])
+def test_a_single_vector_is_not_computed_anew_for_each_output(
+    rows: int, trained: bool, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler fuses what makes a vector into the loop that multiplies it, unless it is looked at by strides."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    vectors = torch.empty((rows, 1, 8), device="meta", requires_grad=trained)
+    with Operators() as operators:
+        linear(vectors, torch.empty((5, 8), device="meta"))
+    assert ("as_strided" in operators.names) == held
+
+
+class Operators(TorchDispatchMode):
+    """Notes what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("drawn", [False, True])
