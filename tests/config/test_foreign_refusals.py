@@ -95,6 +95,10 @@ def test_two_that_are_compared_had_one_input_and_have_something_in_common() -> N
         compare_functions(plain, renamed(plain, "mine"), common=True)
 
 
+def test_seeds_of_what_was_drawn_may_differ() -> None:
+    assert compare_functions(of(seed=0), of(seed=1)).equal
+
+
 def test_what_one_side_alone_has_is_named_with_the_side() -> None:
     both = of()
     more = Trace({**both.tensors, f"{FORWARD}/extra": X}, both.meta)

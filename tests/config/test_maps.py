@@ -290,7 +290,7 @@ def test_a_factor_is_found_behind_a_layout(op: str, scale: float, factor: float)
 SOURCE = {
     f"layers.{n}.{k}": s for n in range(2) for k, s in {"q": (8, 6), "k": (8, 6), "gate": (5, 6), "up": (5, 6)}.items()
 }
-SOURCE |= {"embed": (11, 6), "norm": (6,), "square": (6, 6)}
+SOURCE |= {"embed": (11, 6), "norm": (6,), "square": (6, 6), "first": (6, 10), "second": (15, 7)}
 TARGET_RULES = make_map(
     {
         "layers.*.q": ("blocks.*.wq", "interleave 2", "transpose"),
@@ -298,6 +298,8 @@ TARGET_RULES = make_map(
         "embed": "table",
         "norm": "scale",
         "square": ("turned", "transpose"),
+        "first": ("of_heads", "transpose", "split 5 axis=0"),
+        "second": ("to_heads", "transpose", "split 3 axis=1"),
     }
 )
 FUSED = Rule(("layers.*.gate", "layers.*.up"), ("blocks.*.gate_up",), (parse_op("transpose"),))

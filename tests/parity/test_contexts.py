@@ -44,6 +44,38 @@ def test_what_has_no_meaning_together_is_refused(backend: Torch) -> None:
 
 
 @on_both
+def test_masks_of_text_follow_its_images(backend: Torch) -> None:
+    """One image, or two in any order, each after so many of a row's text tokens."""
+    modality = backend.module("model.modality")
+    text_mask = np.array([[True, False, True, True], [False, True, True, False], [True, True, False, True]])
+    image_mask = np.array([[True, False, True, False], [False, False, True, True], [True, True, True, False]])
+    for positions in (np.array([0, 2, 4]), np.array([[1, 3], [4, 0], [2, 2]])):
+        expected, size = [], 4 // positions.reshape(3, -1).shape[1]
+        for image, text, places in zip(image_mask, text_mask, positions.reshape(3, -1), strict=True):
+            row = [(place, part, image[size * part :][:size]) for part, place in enumerate(places)]
+            row += [(place, len(places) + place, text[place : place + 1]) for place in range(4)]
+            expected.append(np.concatenate([part for *_, part in sorted(row, key=lambda each: each[:2])]))
+        context = modality.ModalityContext(
+            prefix_embeds=backend.array(np.zeros((3, 4, 2), np.float32)),
+            key_padding_mask=backend.array(np.concatenate([image_mask, text_mask], axis=1)),
+        )
+        found = modality.with_positions(context, backend.array(positions.astype(np.int32)))
+        np.testing.assert_array_equal(backend.numpy(found.key_padding_mask), expected)
+
+
+@on_both
+def test_a_layout_knows_the_image_it_begins_with(backend: Torch) -> None:
+    layout, names = backend.module("model.layout").Layout, ("image", "text")
+    for spans, image in (
+        ((("image", 0, 3), ("text", 3, 5)), 3),
+        ((("text", 0, 2), ("image", 2, 5)), 0),
+        ((("text", 0, 4),), 0),
+        (None, 0),
+    ):
+        assert layout(names, spans=spans).image_tokens == image
+
+
+@on_both
 @pytest.mark.parametrize("embedded", [False, True])
 @pytest.mark.parametrize("tokens", [None, object()])
 @pytest.mark.parametrize("caches", [None, []])

@@ -199,6 +199,13 @@ def test_prompts_are_read_as_a_whole(backend: Torch, with_image: bool) -> None:
 
 
 @on_both
+def test_prompts_of_text_alone_have_lengths(backend: Torch) -> None:
+    lengths, ids = (backend.array(np.array(values, np.int32)) for values in ([2, 0], [[3, 1, 4], [1, 5, 9]]))
+    context = seeing_model(backend).context(None, ids, prompt_lengths=lengths)
+    assert backend.numpy(context.prefix_lengths).tolist() == [2, 0]
+
+
+@on_both
 def test_images_have_one_place(backend: Torch) -> None:
     generate = backend.module("model.generate").generate
     with pytest.raises(

@@ -227,6 +227,19 @@ def test_tensors_of_other_kinds_are_not_fused(monkeypatch: pytest.MonkeyPatch) -
     assert not can_fuse(optimizer)
 
 
+def test_steps_are_fused_on_gpus_of_nvidia_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnAGpu(torch.nn.Parameter):
+        is_cuda = True
+
+    monkeypatch.setattr(fused_adamw, "HAS_TRITON", True)
+    optimizer = Trainer(narrow_job(), "cpu").optimizer
+    optimizer.param_groups[:] = [{"params": [OnAGpu(torch.ones(2))]}]
+    monkeypatch.setattr(torch.nn, "Parameter", OnAGpu)
+    for hip in (None, "7.0"):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert can_fuse(optimizer) == (hip is None)
+
+
 def test_a_gradient_may_lie_otherwise_than_its_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_adamw, "run_adamw", plain_kernel)
     one, other = (drawn([(3, 5)], [False], [False], [1], seed=0) for _ in range(2))

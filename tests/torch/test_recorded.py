@@ -185,7 +185,7 @@ def test_tensors_elsewhere_are_recorded_anew(where: str, recorder: Recorder) -> 
     assert (recorder.recorded, recorder.launched) == (2, 3)
 
 
-@pytest.mark.parametrize("where", ["module", "leaf"])
+@pytest.mark.parametrize("where", ["module", "leaf", "accumulated"])
 def test_hooks_are_called(where: str, recorder: Recorder) -> None:
     trainer, seen = trainer_of(job_of("dense", "fp32"), True), []
     run(trainer, ["plain"] * 3)
@@ -193,7 +193,9 @@ def test_hooks_are_called(where: str, recorder: Recorder) -> None:
     if where == "module":
         trainer.model.layers["0"].register_forward_hook(lambda *given: seen.append(1))  # pyright: ignore
     else:
-        trainer.masters["layers.0.mlp.up_proj.weight"].register_hook(lambda gradient: seen.append(1))
+        leaf = trainer.masters["layers.0.mlp.up_proj.weight"]
+        register = leaf.register_hook if where == "leaf" else leaf.register_post_accumulate_grad_hook
+        register(lambda *given: seen.append(1))  # pyright: ignore
     run(trainer, ["plain"] * 3)
     assert len(seen) == 3
     assert recorder.launched == launched
