@@ -197,6 +197,16 @@ def test_stacked_routers_move_their_biases_together() -> None:
     assert_close({name: moved[name] for name in expected}, expected, 1e-6)
 
 
+@pytest.mark.parametrize("layers", [(), (1,), (1, 3)])
+def test_stacked_routers_move_where_the_counts_of_all_are_given(layers: tuple[int, ...]) -> None:
+    model = merge(*split(model_of(), scan_layers=True))
+    before = {name: np.array(value) for name, value in get_state(model).items() if "expert_bias" in name}
+    model.update_moe_bias({layer: jnp.arange(EXPERTS) for layer in layers})
+    assert before
+    for name, value in before.items():
+        assert np.array_equal(get_state(model)[name], value) == (len(layers) < 2), name
+
+
 # State
 
 

@@ -582,6 +582,19 @@ def test_after_an_image_as_much_is_read_as_a_prompt_has_tokens(backend: Any, arc
     assert list(asked.chunks) == [(start, 1) for start in range(max(map(len, PROMPTS)) - 1)]
 
 
+@on_both
+def test_frames_that_are_not_there_stay_unseen_however_the_text_is_read(backend: Any) -> None:
+    model, request = seeing_model(backend, ARCHITECTURES["joint_decoder"]), backend.module("model.request")
+    images = {"pixel_values": PIXELS, "frame_mask": SHOWN, "prefill_chunk": 2}
+    asked = request.make_request(model, PROMPTS, 2, SamplingConfig(temperature=0.0), **images)
+    caches, _ = backend.module("model.decode").prefill(model.transformer, asked)
+    image = np.repeat(SHOWN, 4, axis=1)
+    valid = backend.numpy(caches[0].state.valid)
+    np.testing.assert_array_equal(valid[:, : image.shape[1]], image)
+    for row, prompt in zip(valid[:, image.shape[1] :], PROMPTS, strict=True):
+        assert row[: len(prompt) - 1].all()
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_model_that_sees_may_be_given_text_alone(arch: str) -> None:
     model = seeing_model(BACKENDS[0], ARCHITECTURES[arch])
