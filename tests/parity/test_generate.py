@@ -327,6 +327,14 @@ def test_generators_and_keys_are_seeds_too() -> None:
         assert (once != other).any()
 
 
+def test_numbers_of_a_key_are_no_narrower_than_scores() -> None:
+    """Of bfloat16 there would be 256 of them, and zeros among these."""
+    sample = BACKENDS[1].module("model.sampling").sample
+    logits = jax.numpy.asarray(np.random.default_rng(0).standard_normal((64, 37)), "bfloat16")
+    narrow, wide = (sample(each, key=jax_key(3)) for each in (logits, logits.astype("float32")))
+    np.testing.assert_array_equal(narrow, wide)
+
+
 @on_both
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_row_that_has_ended_is_padding(backend: Any, streamed: bool) -> None:

@@ -18,7 +18,7 @@ from shared_config.loader import load_config
 from shared_config.parity.images import image_positions, images_of, pixels
 from shared_config.parity.scenarios import applicable, cached_and_whole, record_scenario
 from shared_config.parity.traces import DECODE, FORWARD, group_of
-from shared_config.parity.validation import LATEST, validation_positions
+from shared_config.parity.validation import LATEST, validation_positions, validation_prompts
 from shared_config.parity.work import Decoding
 from shared_config.schema.job import JobConfig
 from tests.cli.processes import run_python
@@ -45,6 +45,15 @@ def test_drawn_places_are_in_order_and_others_in_each_row(rows: int, length: int
     assert by_row.max() <= min(length, LATEST)
     if rows * images <= min(length, LATEST) + 1:
         assert len(set(by_row.ravel().tolist())) == rows * images
+
+
+@given(st.integers(1, 12), st.integers(0, 20), st.integers(0, 99))
+def test_drawn_prompts_are_short_and_differ(rows: int, length: int, seed: int) -> None:
+    prompts, most = validation_prompts(rows, length, seed), min(length, LATEST)
+    assert prompts.shape == (rows,)
+    assert prompts.dtype == np.int32
+    assert set(prompts.tolist()) <= set(range(most + 1))
+    assert len(set(prompts.tolist())) == min(rows, most + 1)
 
 
 def test_rows_have_as_many_images_as_there_is_room_for(config: JobConfig) -> None:

@@ -54,6 +54,18 @@ def in_two_calls(backend: Torch, layer: Any, first: tuple[Any, ...], second: tup
 
 
 @on_both
+def test_a_router_by_itself_keeps_what_its_documented_calls_measure(backend: Torch) -> None:
+    router = backend.build(backend.module("model.router").SoftmaxTopKRouter, 8, 3, 2)
+    x, other = backend.array(X[0]), backend.array(X[1])
+    stats = router.run(x).stats
+    assert router.expert_counts.tolist() == [0, 0, 0]
+    router(x)
+    router.run(other)
+    assert router.expert_counts.tolist() == stats.expert_counts.tolist()
+    np.testing.assert_array_equal(backend.numpy(router.aux_loss), backend.numpy(stats.aux_loss))
+
+
+@on_both
 def test_a_cache_is_told_of_documents_and_padding(backend: Torch) -> None:
     layer = drawn(backend, backend.build(backend.module("model.block").TransformerBlock, EXPERTS, 0))
     x, marks = backend.array(X), {"doc_ids": backend.array(DOCUMENTS), "key_padding_mask": backend.array(REAL)}
