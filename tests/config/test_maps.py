@@ -396,6 +396,16 @@ def test_shapes_decide_where_they_can_and_a_probe_where_they_can_not() -> None:
         propose_map({"w": drawn(3, 2)}, {"v": drawn(2, 3, seed=9)}, lambda _: False)
 
 
+def test_stacks_of_one_shape_are_told_apart_by_how_many_layers_they_have() -> None:
+    a = {f"{name}.{n}.w": drawn(3, 5, seed=n) for name, count in (("encoder", 2), ("decoder", 3)) for n in range(count)}
+    b = {f"{name}.{n}.k": drawn(3, 5, seed=9) for name, count in (("left", 3), ("right", 2)) for n in range(count)}
+    found = propose_map(a, b)
+    assert set(found.evidence) == {"shapes"}
+    moved = transfer(a, found.map)
+    for name, own in (("left", "decoder"), ("right", "encoder")):
+        np.testing.assert_array_equal(moved[f"{name}.1.k"], a[f"{own}.1.w"])
+
+
 @pytest.mark.skipif(settings.get_current_profile_name() != "nightly", reason="takes a minute")
 def test_these_tests_find_bugs_that_a_machine_plants_in_layouts() -> None:
     def check() -> None:
