@@ -23,6 +23,7 @@ FILES = {
     "model/mosaic.py": "jax: torch has its kernel for products over groups behind one public function",
     "model/scan.py": "jax: stacks of layers bound compile time; torch compiles block by block",
     "model/stack.py": "jax: stacks of layers",
+    "programs.py": "torch: its compiler limits how many programs a function has",
     "training/adamw_kernel.py": "torch: XLA makes kernels itself",
     "training/recorded.py": "torch: a compiled step of JAX is one program",
     "training/fused_adamw.py": "torch: XLA fuses what a step does to a parameter",
