@@ -20,7 +20,8 @@ which all modules that a process compiles share.
 def compile_module(module: nn.Module, *, backend: str = "inductor", fullgraph: bool = True) -> None:
     """Compile a module in place, as it is first called, for `PROGRAMS` kinds of input."""
     module.compile(fullgraph=fullgraph, backend=backend)
-    module._compiled_call_impl = for_many_inputs(module._compiled_call_impl)  # pyright: ignore[reportPrivateUsage]
+    assert module._compiled_call_impl is not None
+    module._compiled_call_impl = for_many_inputs(module._compiled_call_impl)
 
 
 def for_many_inputs(program: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

@@ -405,11 +405,11 @@ def mutants_in(mutants: Iterable[Mutant], backend: str) -> list[Mutant]:
 
 
 def of_this_run(bugs: Sequence[Bug], backend: str, every: int) -> Sequence[Bug]:
-    """Every fifth that is planted in PyTorch. Of JAX, which compiles anew for each of them, fewer. All under
+    """Every eighth that is planted in PyTorch. Of JAX, which compiles anew for each of them, fewer. All under
     HYPOTHESIS_PROFILE=nightly.
     """
     is_nightly = settings.get_current_profile_name() == "nightly"
-    return bugs if is_nightly else bugs[:: 5 if backend == "torch" else every]
+    return bugs if is_nightly else bugs[:: 8 if backend == "torch" else every]
 
 
 def not_killed(mutants: Iterable[Mutant], backend: str, checks: Mapping[str, Sequence[Check]]) -> dict[str, str]:

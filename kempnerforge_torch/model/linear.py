@@ -84,8 +84,7 @@ def linear(
 
     Compiled on a CPU, a single vector is multiplied by elementwise products and their sum, which the compiler fuses
     into one loop. That reads the matrix up to twice as fast as the libraries' matrix products, which are made for many
-    vectors; uncompiled it would be slower. On a GPU the compiler may write such a loop by itself, and what makes the
-    vector into it, anew for each output: a strided view makes it keep the vector.
+    vectors; uncompiled it would be slower.
 
     Args:
         fp8: compute the product in FP8, if it is of bfloat16 and its sizes fit.
@@ -93,10 +92,8 @@ def linear(
     if fp8 and x.dtype == torch.bfloat16 and fits(x.numel() // weight.shape[1], *weight.shape):
         y = fp8_linear(x, weight)
         return y if bias is None else y + bias
-    if not torch.compiler.is_compiling() or x.numel() != weight.shape[1]:
+    if not torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() != weight.shape[1]:
         return F.linear(x, weight, bias)
-    if x.device.type != "cpu":
-        return F.linear(x if x.requires_grad else x.as_strided(x.shape, x.stride()), weight, bias)
     return _matrix_times_vector(weight, x.reshape(-1), bias).reshape(*x.shape[:-1], weight.shape[0])
 
 

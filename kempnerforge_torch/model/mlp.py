@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class SwiGLUMLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """(..., D) -> (..., D)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_kept(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
 @registry.register("mlp", "geglu_tanh")
@@ -50,7 +51,7 @@ class GEGLUMLP(SwiGLUMLP):
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """(..., D) -> (..., D)."""
-        return self.down_proj(GATES["geglu_tanh"](self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_kept(GATES["geglu_tanh"](self.gate_proj(x)) * self.up_proj(x)))
 
 
 class StandardMLP(nn.Module):
@@ -83,3 +84,13 @@ def build_mlp(dim: int, hidden_dim: int, activation: str = "silu", *, bias: bool
     if activation in ACTIVATIONS and not registry.has("mlp", activation):
         return StandardMLP(dim, hidden_dim, activation, bias=bias)
     return registry.get("mlp", activation, "activation")(dim, hidden_dim, **({"bias": True} if bias else {}))
+
+
+def _kept(product: Float[Tensor, "... F"]) -> Float[Tensor, "... F"]:
+    """The same, which a compiler for GPUs writes to memory: of a single vector it would else compute this product anew
+    for each output of the next. A view by strides makes it do so.
+    """
+    is_vector = product.numel() == product.shape[-1] and product.device.type != "cpu"
+    if not (is_vector and torch.compiler.is_compiling()) or product.requires_grad:
+        return product
+    return product.as_strided(product.shape, product.stride())

@@ -35,7 +35,7 @@ from shared_config.schema.job import JobConfig
 from shared_config.schema.vlm import VLMConfig
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"
-EXAMPLES = 1000 if NIGHTLY else 120
+EXAMPLES = 1000 if NIGHTLY else 80
 SEED = 3
 IMAGE_SIDE = 8
 

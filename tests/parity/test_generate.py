@@ -200,7 +200,7 @@ def jax_key(seed: int) -> jax.Array:
 
 
 @given(st.data())
-@settings(max_examples=settings().max_examples if settings().max_examples > 100 else 12)
+@settings(max_examples=settings().max_examples if settings().max_examples > 100 else 8)
 def test_any_model_gives_the_same_tokens_in_both_backends_and_the_oracle(data: st.DataObject) -> None:
     config = data.draw(model_configs(experts=True, moe_capacity_factor=0.0))
     ids = st.integers(0, config.vocab_size - 1)

@@ -38,7 +38,7 @@ from shared_config.schema.model import ModelConfig
 from tests.jobs import EXPERTS, draw_batch, tiny_job
 from tests.parity.backends import BACKENDS, Torch, on_both
 from tests.parity.head_checks import check_head, check_loss, chunks_of, drawn
-from tests.parity.test_no_pairs import shapes_in, shapes_seen
+from tests.parity.test_no_pairs import arrays_in, shapes_seen
 from tests.parity.test_vlm_training import ARCHS, SMALL
 from tests.tolerance import assert_all_same_function, relative_error
 
@@ -212,7 +212,7 @@ def shapes_of_jax(job: JobConfig) -> list[tuple[int, ...]]:
     count = jax.ShapeDtypeStruct((), jnp.float32)
     step = jax.make_jaxpr(functools.partial(jax_objective.gradients_of, recipe))(*arrays, batches, count)
     evaluation = jax.make_jaxpr(functools.partial(jax_objective.summed_loss, recipe))(*arrays, batches)
-    return [shape for program in (step, evaluation) for shape in shapes_in(program.jaxpr)]
+    return [array.shape for program in (step, evaluation) for array in arrays_in(program.jaxpr)]
 
 
 SHAPES = {"torch": shapes_of_torch, "jax": shapes_of_jax}

@@ -19,7 +19,8 @@ from kempnerforge_torch.model import cuda_graph, decode
 from kempnerforge_torch.model.cuda_graph import CudaGraphStep
 from kempnerforge_torch.model.generate import generate, stream
 from kempnerforge_torch.model.kv_cache import KVCache, new_caches
-from kempnerforge_torch.model.linear import Linear, linear
+from kempnerforge_torch.model.linear import Linear
+from kempnerforge_torch.model.mlp import build_mlp
 from kempnerforge_torch.model.moe import MoEMLP
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import VLMWrapper, build_vlm_wrapper
@@ -242,15 +243,16 @@ def test_single_vectors_on_a_gpu_are_multiplied_in_loops_that_the_compiler_write
     assert asked == [options if rows == 1 and is_cuda else None]
 
 
+@pytest.mark.parametrize("activation", ["silu", "geglu_tanh"])
 @pytest.mark.parametrize(("rows", "trained", "held"), [(1, False, True), (1, True, False), (2, False, False)])
-def test_a_single_vector_is_not_computed_anew_for_each_output(
-    rows: int, trained: bool, held: bool, monkeypatch: pytest.MonkeyPatch
+def test_gated_vectors_are_not_computed_anew_for_each_output(
+    activation: str, rows: int, trained: bool, held: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The compiler fuses what makes a vector into the loop that multiplies it, unless it is looked at by strides."""
+    layer = build_mlp(8, 12, activation).to("meta").requires_grad_(trained)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    vectors = torch.empty((rows, 1, 8), device="meta", requires_grad=trained)
     with Operators() as operators:
-        linear(vectors, torch.empty((5, 8), device="meta"))
+        layer(torch.empty((rows, 1, 8), device="meta"))
     assert ("as_strided" in operators.names) == held
 
 

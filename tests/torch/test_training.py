@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kempnerforge_torch.model.vlm import inner_transformer
+from kempnerforge_torch.training import blocks
 from kempnerforge_torch.training import loss as loss_module
 from kempnerforge_torch.training.blocks import compile_blocks
 from kempnerforge_torch.training.loss import cross_entropy, mean_cross_entropy
@@ -473,7 +474,7 @@ def test_more_models_of_a_process_compile_than_the_compiler_allows_by_itself():
 
 def test_blocks_are_compiled_as_one_program_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch):
     model, asked = Trainer(tiny_job(EXPERTS), "cpu").model, []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda _, **options: asked.append(options["fullgraph"]))
+    monkeypatch.setattr(blocks, "compile_module", lambda _, **options: asked.append(options["fullgraph"]))
     compile_blocks(model, torch.device("meta"))
     compile_blocks(model, torch.device("meta"), fullgraph=False)
     layers = len(asked) // 2
