@@ -29,8 +29,6 @@ def for_many_inputs(program: Callable[Arguments, Result]) -> Callable[Arguments,
 
     @functools.wraps(program)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if torch.compiler.is_compiling():
-            return program(*args, **kwargs)
         with torch._dynamo.config.patch(recompile_limit=PROGRAMS):  # pyright: ignore[reportPrivateImportUsage]
             return program(*args, **kwargs)
 

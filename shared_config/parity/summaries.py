@@ -141,7 +141,7 @@ def moments(array: np.ndarray) -> np.ndarray:
         low, high, largest = min(low, least), max(high, most), max(-least, most, 0.0)
         values = values if 1 / MODERATE < largest < MODERATE else values.astype(np.float64, copy=False)
         for rows in _rows(values):
-            total += float(np.add.reduce(rows @ _ones(rows.dtype)[: rows.shape[1]], dtype=np.float64))
+            total += float(np.add.reduce(np.vecdot(rows, _ones(rows.dtype)[: rows.shape[1]]), dtype=np.float64))
             norm = math.hypot(norm, _norm(rows, largest))
         pieces = slice(start // PIECE, -(-end // PIECE))
         found[SCALARS : SCALARS + SKETCH_SIZE] += _columns(values, begins[pieces], times[pieces])
@@ -218,7 +218,7 @@ def _columns(values: np.ndarray, begins: np.ndarray, times: np.ndarray) -> np.nd
     for number, begin in enumerate(begins[:whole].tolist()):
         piece, signed = values[number * PIECE : (number + 1) * PIECE], table[begin : begin + PIECE]
         np.einsum("grc,grc->gc", piece.reshape(shape), signed.reshape(shape), out=sums[number])
-    columns = times[:whole] @ np.add.reduce(sums, 1).astype(np.float64, copy=False)
+    columns = np.einsum("p,pc->c", times[:whole], np.add.reduce(sums, 1))
     if whole < begins.size:
         left = values[whole * PIECE :]
         _add_part(columns, left, table[begins[whole] : begins[whole] + left.size], times[whole])

@@ -4,9 +4,9 @@
 
 times, for a Llama of transformers in PyTorch and its port in JAX: a forward and backward pass; a recording that keeps
 the loss alone; one of statistics of every activation and gradient; and one of all values. No deltas, nothing compiled
-within the time; on a CPU seconds of the processor, as others may use it. Medians of alternating runs, also as shares of
-the pass. Recording the loss alone copies the modules, but not the weights, in PyTorch, and computes
-no gradients in JAX.
+within the time; on a CPU seconds of the processor, as others may use it, but with ``--wall`` those of the wall, which
+tell how several threads fare. Medians of alternating runs, also as shares of the pass. Recording the loss alone copies
+the modules, but not the weights, in PyTorch, and computes no gradients in JAX.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu", help="of PyTorch; JAX takes its own")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--wall", action="store_true", help="seconds of the wall also on a CPU")
     parser.add_argument("--kinds", choices=KINDS, nargs="+", default=KINDS)
     parser.add_argument("--backend", choices=["torch", "jax"], nargs="+", default=["torch", "jax"])
     options = parser.parse_args()
@@ -53,7 +54,8 @@ def main() -> None:
     for backend in options.backend:
         ways = (in_torch if backend == "torch" else in_jax)(model, tokens)
         ways = {name: way for name, way in ways.items() if name == PASS or name in options.kinds}
-        times = medians(ways, options.runs, time.process_time if options.device == "cpu" else time.perf_counter)
+        of_processor = options.device == "cpu" and not options.wall
+        times = medians(ways, options.runs, time.process_time if of_processor else time.perf_counter)
         for name, seconds in times.items():
             print(f"{backend:6} {name:22} {seconds:7.3f} s  {seconds / times[PASS]:5.2f} of a pass", flush=True)
 

@@ -1,5 +1,5 @@
-"""No tensor of a training path has an entry for each pair of a query and a key, beyond 1,024 positions; and no integer
-is so narrow that it could not count them.
+"""No tensor of a training path has an entry for each pair of a query and a key, beyond 1,024 positions; and in
+JAX no integer is so narrow that it could not count them.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -346,3 +349,32 @@ def test_statistics_of_a_model_of_32_layers_are_small(tmp_path: Path) -> None:
     assert path.stat().st_size < SMALL_BYTES
     entry = 8 * 1021 + 700
     assert path.stat().st_size < entry * len(trace.tensors)
+
+
+BUSY = """
+import pathlib, threading, time
+import numpy as np
+from shared_config.parity import summaries
+
+def of_others():
+    ticks = {task.name: task.joinpath("stat").read_text().rpartition(")")[2].split() for task in TASKS.iterdir()}
+    return sum(int(ticks[name][11]) for name in ticks if name != str(threading.get_native_id()))
+
+TASKS = pathlib.Path("/proc/self/task")
+values = np.ones(5 * summaries.BLOCK, np.float32)
+time.sleep(0.3)
+before = of_others()
+for _ in range(20):
+    summaries.moments(values)
+print(len(list(TASKS.iterdir())), of_others() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.cpu_count() == 1, reason="reads what Linux says of each thread")
+def test_moments_leave_other_cores_alone() -> None:
+    """On which the model runs: threads of a library of matrix products would wait for those of the framework."""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
+    ran = subprocess.run([sys.executable, "-c", BUSY], env=environment, capture_output=True, text=True, check=True)
+    threads, ticks = map(int, ran.stdout.split())
+    assert threads > 1
+    assert ticks <= 1

@@ -215,29 +215,30 @@ def test_only_whole_float32_tensors_of_a_gpu_are_fused() -> None:
     assert not can_fuse(Trainer(narrow_job(), "cpu").optimizer)
 
 
-def test_tensors_of_other_kinds_are_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+class OnAGpu(torch.nn.Parameter):
+    is_cuda = True
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.optim.Optimizer:
+    monkeypatch.setattr(fused_adamw, "HAS_TRITON", True)
+    optimizer = Trainer(narrow_job(), "cpu").optimizer
+    optimizer.param_groups[:] = [{"params": [OnAGpu(torch.ones(2))]}]
+    return optimizer
+
+
+def test_tensors_of_other_kinds_are_not_fused(on_a_gpu: torch.optim.Optimizer) -> None:
     """Such as parts of parameters."""
-
-    class OnAGpu(torch.nn.Parameter):
-        is_cuda = True
-
-    monkeypatch.setattr(fused_adamw, "HAS_TRITON", True)
-    optimizer = Trainer(narrow_job(), "cpu").optimizer
-    optimizer.param_groups[:] = [{"params": [OnAGpu(torch.ones(2))]}]
-    assert not can_fuse(optimizer)
+    assert not can_fuse(on_a_gpu)
 
 
-def test_steps_are_fused_on_gpus_of_nvidia_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnAGpu(torch.nn.Parameter):
-        is_cuda = True
-
-    monkeypatch.setattr(fused_adamw, "HAS_TRITON", True)
-    optimizer = Trainer(narrow_job(), "cpu").optimizer
-    optimizer.param_groups[:] = [{"params": [OnAGpu(torch.ones(2))]}]
+@pytest.mark.parametrize("hip", [None, "7.0"])
+def test_steps_are_fused_on_gpus_of_nvidia_alone(
+    hip: str | None, on_a_gpu: torch.optim.Optimizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.nn, "Parameter", OnAGpu)
-    for hip in (None, "7.0"):
-        monkeypatch.setattr(torch.version, "hip", hip)
-        assert can_fuse(optimizer) == (hip is None)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert can_fuse(on_a_gpu) == (hip is None)
 
 
 def test_a_gradient_may_lie_otherwise_than_its_parameter(monkeypatch: pytest.MonkeyPatch) -> None:

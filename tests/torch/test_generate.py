@@ -15,7 +15,7 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kempnerforge_torch.model import cuda_graph, decode
+from kempnerforge_torch.model import cuda_graph, decode, fused
 from kempnerforge_torch.model.cuda_graph import CudaGraphStep
 from kempnerforge_torch.model.generate import generate, stream
 from kempnerforge_torch.model.kv_cache import KVCache, new_caches
@@ -24,6 +24,7 @@ from kempnerforge_torch.model.mlp import build_mlp
 from kempnerforge_torch.model.moe import MoEMLP
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.model.vlm import VLMWrapper, build_vlm_wrapper
+from kempnerforge_torch.programs import PROGRAMS
 from shared_config.contract.decoding import SamplingConfig
 from shared_config.schema.adapter import AdapterConfig
 from shared_config.schema.model import ModelConfig
@@ -241,6 +242,14 @@ def test_single_vectors_on_a_gpu_are_multiplied_in_loops_that_the_compiler_write
     decode._step(Transformer(CONFIG), SamplingConfig(temperature=0.0), [], None, True, tokens, None)
     options = {"coordinate_descent_tuning": True, "combo_kernels": True}
     assert asked == [options if rows == 1 and is_cuda else None]
+
+
+@pytest.mark.parametrize("program", [lambda f: cuda_graph.compiled.__wrapped__(f, True), fused._program.__wrapped__])
+def test_a_process_may_compile_many_programs(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    limit = torch._dynamo.config.recompile_limit
+    assert program(lambda: torch._dynamo.config.recompile_limit)() == PROGRAMS > limit
+    assert torch._dynamo.config.recompile_limit == limit
 
 
 @pytest.mark.parametrize("activation", ["silu", "geglu_tanh"])
