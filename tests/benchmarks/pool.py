@@ -19,3 +19,10 @@ def repeated(name: str, spec: Any, seed: int) -> np.ndarray:
     if not hasattr(spec.initializer, "std"):
         return np.full(spec.shape, spec.initializer.value, np.float32)
     return np.resize(drawn() * np.float32(spec.initializer.std), spec.shape)
+
+
+def perturbed(name: str, spec: Any, seed: int) -> np.ndarray:
+    """The same, each off by up to a rounding of float32."""
+    values = repeated(name, spec, seed)
+    off = np.random.default_rng(1).uniform(-1, 1, 1 << 20) * np.finfo(np.float32).eps
+    return (values * (1 + np.resize(off, values.shape))).astype(np.float32)
