@@ -176,7 +176,7 @@ class Taps:
 
 
 def _times(tensor: Tensor, noise: Noise, generator: torch.Generator) -> Tensor:
-    moves = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1
+    moves = torch.rand(tensor.shape, generator=generator, dtype=torch.float64, device=generator.device) * 2 - 1
     return tensor * (1 + noise.roundoff * moves).to(tensor)
 
 

@@ -170,7 +170,7 @@ def _scatter(x: Tensor, axis: int, group: dist.ProcessGroup, sums: torch.dtype |
         return _scattered_rows(parts, ranks, group.group_name)
     each = [parts.shape[0] // ranks] * ranks
     summands = _exchanged_rows(parts, each, each, group.group_name)
-    return summands.unflatten(0, (ranks, -1)).sum(dim=0, dtype=sums).to(x.dtype)
+    return torch.unflatten(summands, 0, (ranks, -1)).sum(dim=0, dtype=sums).to(x.dtype)
 
 
 def _exchange(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:

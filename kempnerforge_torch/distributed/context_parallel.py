@@ -139,7 +139,7 @@ def _measure_all_parts(router: TopKRouter, group: dist.ProcessGroup) -> None:
         logits_TE: Tensor, scores_TE: Tensor, indices_Tk: Tensor, valid_T: Tensor | None, batch_size: int
     ) -> Any:
         def whole(tokens: Shaped[Tensor, "T ..."]) -> Shaped[Tensor, "_ ..."]:
-            return gathered_alike(tokens.unflatten(0, (batch_size, -1)), 1, group).flatten(0, 1)
+            return gathered_alike(torch.unflatten(tokens, 0, (batch_size, -1)), 1, group).flatten(0, 1)
 
         valid = None if valid_T is None else whole(valid_T)
         return measure(whole(logits_TE), whole(scores_TE), whole(indices_Tk), valid, batch_size)

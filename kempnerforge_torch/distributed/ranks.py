@@ -42,7 +42,7 @@ class Ranks:
 
     def number(self, number: int) -> int:
         """The sum of a number of the host."""
-        return int(self.sums(torch.tensor(number)))
+        return int(self.sums(torch.tensor(number, device="cpu")))
 
     def sums(self, tree: Tree) -> Tree:
         """The sum of each tensor of a tree; the same bits on every rank. Those of one dtype, on one device, are sent

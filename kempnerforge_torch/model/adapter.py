@@ -148,7 +148,7 @@ class AttentionalPoolAdapter(VisionAdapter):
 
     def _heads_first(self, x: Tensor) -> Tensor:
         """(B, M, C, F) -> (B * M, H, C, h)."""
-        return x.flatten(0, 1).unflatten(-1, (self.pool_heads, -1)).transpose(1, 2)
+        return torch.unflatten(x.flatten(0, 1), -1, (self.pool_heads, -1)).transpose(1, 2)
 
 
 registry.register("adapter", "mlp_2layer")(
@@ -192,7 +192,7 @@ def windows(x: Float[Tensor, "B N F"], window: int) -> tuple[Float[Tensor, "B M 
     pooled_token_count(x.shape[1], window)
     side = math.isqrt(x.shape[1])
     padding = -side % window
-    grid = F.pad(x.unflatten(1, (side, side)), (0, 0, 0, padding, 0, padding))
+    grid = F.pad(torch.unflatten(x, 1, (side, side)), (0, 0, 0, padding, 0, padding))
     inside = torch.arange(side + padding, device=x.device) < side
     real = _to_windows((inside[:, None] & inside)[None, :, :, None], window)
     return _to_windows(grid, window), real[0, :, :, 0]
@@ -200,7 +200,7 @@ def windows(x: Float[Tensor, "B N F"], window: int) -> tuple[Float[Tensor, "B M 
 
 def _to_windows(grid: Tensor, window: int) -> Tensor:
     """(B, rows * window, columns * window, F) -> (B, rows * columns, window * window, F)."""
-    split = grid.unflatten(2, (-1, window)).unflatten(1, (-1, window))
+    split = torch.unflatten(torch.unflatten(grid, 2, (-1, window)), 1, (-1, window))
     return split.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 

@@ -150,8 +150,8 @@ class Attention(nn.Module):
     def _heads(self, x_BSX: Tensor, norm: nn.Module | None) -> Tensor:
         """(B, S, H h) -> (B, S, H, h), normalised if there is a norm: as a whole, or head by head."""
         if norm is not None and self.qk_norm_over == "width":
-            return norm(x_BSX).unflatten(-1, (-1, self.head_dim))
-        x_BSHh = x_BSX.unflatten(-1, (-1, self.head_dim))
+            return torch.unflatten(norm(x_BSX), -1, (-1, self.head_dim))
+        x_BSHh = torch.unflatten(x_BSX, -1, (-1, self.head_dim))
         return x_BSHh if norm is None else norm(x_BSHh)
 
 
@@ -227,7 +227,7 @@ def _attend_plainly(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float | None, softcap: float | None
 ) -> Tensor:
     weights_BHSM = attention_weights(q, k, mask, scale=scale, softcap=softcap).to(v.dtype)
-    weights_BKGSM = weights_BHSM.unflatten(1, (k.shape[1], -1))
+    weights_BKGSM = torch.unflatten(weights_BHSM, 1, (k.shape[1], -1))
     return torch.einsum("bkgsm,bkmh->bkgsh", weights_BKGSM, v).flatten(1, 2)
 
 
@@ -244,7 +244,7 @@ def attention_weights(
     dtype = torch.promote_types(q.dtype, torch.float32)
     dense = with_dense(as_mask(mask), length, keys, q.device).dense
     assert dense is not None
-    q_BKGSh = q.to(dtype).unflatten(1, (k.shape[1], -1))
+    q_BKGSh = torch.unflatten(q.to(dtype), 1, (k.shape[1], -1))
     scores_BHSM = torch.einsum("bkgsh,bkmh->bkgsm", q_BKGSh, k.to(dtype)).reshape(batch, heads, length, keys)
     scores_BHSM = soft_capped(scores_BHSM * (channels**-0.5 if scale is None else scale), softcap)
     scores_BHSM = scores_BHSM.masked_fill(~dense.allowed, -torch.inf)

@@ -77,7 +77,7 @@ class CrossAttention(nn.Module):
         return self._heads_first(self.k_proj(image_features)), self._heads_first(self.v_proj(image_features))
 
     def _heads_first(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return torch.unflatten(x, -1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class CrossAttentionBlock(nn.Module):

@@ -37,7 +37,8 @@ def decode_all(model: Transformer, request: Request, compile: bool) -> Int[Tenso
     """The new tokens: int64 (B, up to N), on the model's device unless none are asked for."""
     with inference(model):
         new = list(_drawn(model, request, compile))
-    return torch.stack(new, dim=1) if new else torch.zeros((len(request.prompts.lengths), 0), dtype=torch.int64)
+    nothing = torch.zeros((len(request.prompts.lengths), 0), dtype=torch.int64, device="cpu")
+    return torch.stack(new, dim=1) if new else nothing
 
 
 def steps(model: Transformer, request: Request, compile: bool) -> Iterator[Int[Tensor, "B"]]:

@@ -153,7 +153,7 @@ class MoMaFFN(nn.Module):
         dtype = torch.promote_types(x_BSD.dtype, torch.float32)
         group = self.modalities.index(name)
         noise_TE = gumbel_noise(seed, self.layer_idx, group, batch * length, router.num_experts, dtype)
-        return noise_TE.unflatten(0, (batch, length))
+        return torch.unflatten(noise_TE, 0, (batch, length))
 
 
 class MoMaBlock(nn.Module):

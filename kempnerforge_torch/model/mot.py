@@ -138,7 +138,7 @@ class MoTAttention(nn.Module):
 
     def _heads(self, kind: str, name: str, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, H or K, h), by one modality's weights; K is common to all modalities."""
-        x_BSKh = self.get_submodule(f"{kind}_proj.{name}")(x).unflatten(-1, (-1, self.head_dim))
+        x_BSKh = torch.unflatten(self.get_submodule(f"{kind}_proj.{name}")(x), -1, (-1, self.head_dim))
         if kind != "v" and self.q_norm is not None:
             x_BSKh = self.get_submodule(f"{kind}_norm.{name}")(x_BSKh)
         copies = 1 if kind == "q" else self.n_kv_heads // self.kv_heads[name]

@@ -50,7 +50,7 @@ def image_noise(
     odd = 2 * (bits >> 24) - 255
     finite_B = pixels.to(torch.float32).isfinite().flatten(1).all(dim=1)
     noise = (odd.to(torch.float32) / FEATURE_SCALE).masked_fill(~finite_B[:, None], torch.nan)
-    return noise.unflatten(1, (num_tokens, feature_dim)).to(pixels.dtype)
+    return torch.unflatten(noise, 1, (num_tokens, feature_dim)).to(pixels.dtype)
 
 
 def fold(state: Integer[Tensor, "..."], index: Integer[Tensor, "..."] | int) -> Integer[Tensor, "..."]:

@@ -100,7 +100,7 @@ class VisionAttention(nn.Module):
     def forward(self, x: Float[Tensor, "B N F"]) -> Float[Tensor, "B N F"]:
         """(B, N, F) -> (B, N, F)."""
         q_BHNh, k_BHNh, v_BHNh = (
-            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            torch.unflatten(project(x), -1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         return self.o_proj(attend(q_BHNh, k_BHNh, v_BHNh, FULL).transpose(1, 2).flatten(2))
@@ -223,7 +223,7 @@ def patches(pixels: Float[Tensor, "B 3 h w"], side: int) -> Float[Tensor, "B N P
     """
     rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
     whole = pixels[:, :, : rows * side, : columns * side]
-    squares = whole.unflatten(3, (columns, side)).unflatten(2, (rows, side))
+    squares = torch.unflatten(torch.unflatten(whole, 3, (columns, side)), 2, (rows, side))
     return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 

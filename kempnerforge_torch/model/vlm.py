@@ -278,7 +278,7 @@ class VLMWrapper(nn.Module):
         features = self.vision_encoder(frames_BF3hw.flatten(0, 1))
         assert self.transformer.token_embedding is not None
         embeds = self.adapter(features.to(self.transformer.token_embedding.embedding.weight.dtype))
-        embeds_BFnD = embeds.unflatten(0, (batch, frames))
+        embeds_BFnD = torch.unflatten(embeds, 0, (batch, frames))
         if frame_mask is None:
             return embeds_BFnD.flatten(1, 2), None
         mask_BFn = frame_mask[:, :, None].expand(embeds_BFnD.shape[:3])

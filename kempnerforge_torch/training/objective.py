@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
@@ -43,7 +42,8 @@ class Objective(nn.Module):
         """
         output = self.model(**model_inputs(inputs), factored_logits=True, return_stats=True)
         loss = self.cross_entropy(output.factors or output.logits, inputs["labels"], **self.loss_terms)[0] / count
-        aux_loss, z_loss = (torch.as_tensor(term) / micro_batches for term in router_losses(output.stats))
+        terms = (term if isinstance(term, Tensor) else loss.new_full((), term) for term in router_losses(output.stats))
+        aux_loss, z_loss = (term / micro_batches for term in terms)
         (loss + self.aux_weight * aux_loss + self.z_weight * z_loss).backward()
         entropies = [router.entropy / micro_batches for router in router_stats(output.stats)]
         entropy = sum(entropies) / max(len(entropies), 1)

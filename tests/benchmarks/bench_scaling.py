@@ -66,7 +66,7 @@ TOWER = (
 """As large as SigLIP's so400m, which is only in a folder."""
 Agreeing = Mapping[str, tuple[str, tuple[str, ...]]]
 """A config and overrides for each kind of model."""
-SHORT = ("--model.n_layers=2", "--train.batch_size=1", "--train.seq_len=1024")
+SHORT = ("--model.n_layers=2", "--train.batch_size=1", "--train.seq_len=1024", "--optimizer.lr=3e-5")
 AGREEING: Mapping[str, Agreeing] = {
     "agree": {"dense": ("debug", ()), "experts": ("debug_moe", ())},
     "curves": {
