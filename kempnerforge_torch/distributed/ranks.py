@@ -22,6 +22,8 @@ from kempnerforge_torch.distributed.mesh import Mesh
 from shared_config.interchange.parts import Box
 
 Tree = TypeVar("Tree")
+READ = 1 << 15
+"""Values whose squares torch may add up on a CPU, where it does so one after another in their own dtype."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +115,17 @@ def global_norm(tensors: Sequence[Float[Tensor, "..."]], stages: int = 1) -> Flo
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Of each tensor, in at least float32; those of one dtype are read in one pass."""
+    """Of each tensor or each part of it, in at least float32; those of one dtype are read in one pass."""
     wide = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
-    alike = [[tensor for tensor in tensors if tensor.dtype == dtype] for dtype in {each.dtype: 0 for each in tensors}]
+    parts = [part for tensor in tensors for part in _parts(tensor)]
+    alike = [[part for part in parts if part.dtype == dtype] for dtype in {each.dtype: 0 for each in tensors}]
     norms = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
     return [norm for some in alike for norm in norms(some, 2.0, dtype=wide)]
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    """Of which torch gives the norm to a rounding or two."""
+    return tensor.reshape(-1).split(READ) if tensor.device.type == "cpu" else (tensor,)
 
 
 def _holders(tensor: Tensor, stages: int) -> int:

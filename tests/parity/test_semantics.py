@@ -377,6 +377,17 @@ def test_the_norm_of_bfloat16_gradients_is_summed_in_float32(backend: Torch) -> 
 
 
 @on_both
+@pytest.mark.parametrize("shape", [(1 << 15,), (2, (1 << 15) + 1), (1000, 3000)])
+def test_the_norm_of_large_gradients_is_that_of_float64(backend: Torch, shape: tuple[int, ...]) -> None:
+    """However many values are added up: squares added one after another in float32 are soon too small to count."""
+    clip = backend.module("training.optimizer").clip_by_global_norm
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    _, norm = clip({"a": backend.array(values), "b": backend.array(values[:1].T.copy().T)}, 0.0)
+    exact = math.hypot(*(np.linalg.norm(part.astype(np.float64).ravel()) for part in (values, values[:1])))
+    assert backend.numpy(norm) == pytest.approx(exact, rel=5e-7)
+
+
+@on_both
 def test_the_first_update_has_the_first_rate_of_the_warm_up(backend: Torch) -> None:
     step = first_step(backend.name)
     assert step.metrics["lr"] == 0.01 / 4
