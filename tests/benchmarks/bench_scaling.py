@@ -65,13 +65,15 @@ TOWER = (
 )  # fmt: skip
 """As large as SigLIP's so400m, which is only in a folder."""
 Agreeing = Mapping[str, tuple[str, tuple[str, ...]]]
-"""A config and overrides for each kind of model."""
+"""A config and overrides for each kind of model. Wide experts have no balancing bias: it moves in steps of one size, so
+that one token of another expert sends others elsewhere.
+"""
 SHORT = ("--model.n_layers=2", "--train.batch_size=1", "--train.seq_len=1024", "--optimizer.lr=3e-5")
 AGREEING: Mapping[str, Agreeing] = {
     "agree": {"dense": ("debug", ()), "experts": ("debug_moe", ())},
     "curves": {
         "dense": ("llama3_8b", SHORT),
-        "experts": ("moe_small", SHORT),
+        "experts": ("moe_small", (*SHORT, "--model.moe_router=softmax_topk")),
         "images": ("vlm_8b_joint_decoder", (*SHORT, *TOWER)),
     },
 }
