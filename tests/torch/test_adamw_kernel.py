@@ -100,9 +100,7 @@ def test_gradients_that_start_anywhere_are_read() -> None:
 
 
 @on_gpu
-@pytest.mark.filterwarnings(
-    "ignore:.*should not be instantiated:DeprecationWarning", "ignore:TensorFloat32:UserWarning"
-)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("model", [{}, EXPERTS])
 def test_trainers_on_a_gpu_take_fused_steps(model: dict[str, Any], compiled: bool) -> None:

@@ -244,7 +244,6 @@ def test_other_inputs_are_not_recorded(recorder: Recorder, monkeypatch: pytest.M
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("model", ["dense", "experts", "limited", "apart"])
 @pytest.mark.parametrize("kind", ["plain", "two padded", "two documents"])
