@@ -342,7 +342,8 @@ def parted(line: Line, alike: Sequence[Line]) -> tuple[float, float]:
 def curves(lines: Sequence[Line]) -> str:
     """The losses of every fifth step."""
     measured = [line for line in lines if "failed" not in line]
-    rows = [f"{'losses of step':52} " + " ".join(f"{step:>9}" for step in range(1, len(measured[0]["losses"]) + 1, 5))]
+    longest = max((len(line["losses"]) for line in measured), default=0)
+    rows = [f"{'losses of step':52} " + " ".join(f"{step:>9}" for step in range(1, longest + 1, 5))]
     for line in measured:
         title = f"{line['backend']:5} {line['run']}"
         rows.append(f"{title:52} " + " ".join(f"{loss:9.6f}" for loss in line["losses"][::5]))

@@ -112,6 +112,8 @@ def test_the_table_tells_scaling_share_and_how_far_losses_are_off() -> None:
 
 
 def test_losses_of_every_fifth_step() -> None:
-    rows = curves([line("torch", 1, [float(step) for step in range(8)])]).splitlines()
+    failed = {"backend": "jax", "name": "a", "run": "a x4", "failed": "out of memory"}
+    assert curves([failed]).split() == ["losses", "of", "step"]
+    rows = curves([failed, line("torch", 1, [float(step) for step in range(8)])]).splitlines()
     assert rows[0].split() == ["losses", "of", "step", "1", "6"]
     assert rows[1].split() == ["torch", "a", "x1", "0.000000", "5.000000"]
