@@ -87,8 +87,8 @@ def build_mlp(dim: int, hidden_dim: int, activation: str = "silu", *, bias: bool
 
 
 def _kept(product: Float[Tensor, "... F"]) -> Float[Tensor, "... F"]:
-    """The product unchanged. Compiled for a GPU, that of a single vector is written to memory: the compiler would else
-    compute it anew for each output of the layer that reads it. A strided view makes it do so.
+    """The product unchanged. Compiled for a GPU, that of a single vector is written to memory, by a strided view: the
+    compiler would otherwise compute it anew for each output of the layer that reads it.
     """
     is_vector = product.numel() == product.shape[-1] and product.device.type != "cpu"
     if not (is_vector and torch.compiler.is_compiling()) or product.requires_grad:

@@ -65,9 +65,7 @@ TOWER = (
 )  # fmt: skip
 """As large as SigLIP's so400m, which is only in a folder."""
 Agreeing = Mapping[str, tuple[str, tuple[str, ...]]]
-"""A config and overrides for each kind of model. Wide experts have no balancing bias: it moves in steps of one size, so
-that one token of another expert sends others elsewhere.
-"""
+"""A config and overrides for each kind of model."""
 SHORT = ("--model.n_layers=2", "--train.batch_size=1", "--train.seq_len=1024", "--optimizer.lr=3e-5")
 AGREEING: Mapping[str, Agreeing] = {
     "agree": {"dense": ("debug", ()), "experts": ("debug_moe", ())},
@@ -77,6 +75,9 @@ AGREEING: Mapping[str, Agreeing] = {
         "images": ("vlm_8b_joint_decoder", (*SHORT, *TOWER)),
     },
 }
+"""Wide experts have no balancing bias: it moves in steps of one size, so that one token that goes to another expert
+moves others.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,7 +365,7 @@ def main() -> None:
         "--together", type=int, default=0, metavar="GPUS", help="measure runs beside each other on these"
     )
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other fields of the configs of depth"
+        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other fields of all configs but those of curves"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

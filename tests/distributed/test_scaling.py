@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from shared_config.contract.parameters import parameter_table
 from shared_config.contract.sharding import refusals, unsupported
 from shared_config.interchange.vision import tower_of
 from shared_config.loader import load_config
 from tests.benchmarks import bench_scaling
-from tests.benchmarks.bench_scaling import WHAT, Run, curves, data_ranks, runs_of, spread, table
+from tests.benchmarks.bench_scaling import WHAT, Run, curves, data_ranks, measure, runs_of, spread, table
+from tests.benchmarks.pool import perturbed, repeated
 
 DEVICES = (1, 2, 4, 8)
 
@@ -23,9 +27,8 @@ DEVICES = (1, 2, 4, 8)
 @pytest.mark.parametrize("what", WHAT)
 @pytest.mark.parametrize("recomputation", ["full", "selective"])
 def test_every_run_is_a_layout_that_its_backends_train_in_on_gpus(what: str, recomputation: str) -> None:
-    devices = DEVICES[1:] if what == "dense" else DEVICES
-    runs = list(runs_of(what, devices, (recomputation,)))
-    assert {run.devices for run in runs} == set(devices)
+    runs = list(runs_of(what, DEVICES, (recomputation,)))
+    assert {run.devices for run in runs} == set(DEVICES)
     for run in runs:
         config = load_config(run.config, run.arguments)
         assert [*config.distributed.problems_on(run.devices), *refusals(config)] == []
@@ -86,6 +89,28 @@ def test_one_at_a_time_sees_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_scaling, "measure", lambda *arguments: {"of": arguments})
     run = Run("a", "debug", 2, {})
     assert list(spread([("jax", run)], 3, 0)) == [{"of": ("jax", run, 3)}]
+
+
+@pytest.mark.parametrize(("gpus", "seen"), [((2, 5), "2,5"), ((), None)])
+def test_a_run_sees_its_own_gpus(gpus: Sequence[int], seen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    environments = []
+
+    def ran(command: Sequence[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+        environments.append(env)
+        return subprocess.CompletedProcess(command, 1, "", "no such GPU")
+
+    monkeypatch.setattr(subprocess, "run", ran)
+    assert measure("torch", Run("a", "debug", 2, {}), 1, gpus)["failed"] == "no such GPU"
+    assert [env.get("CUDA_VISIBLE_DEVICES") for env in environments] == [seen]
+
+
+def test_perturbed_values_are_off_by_roundings() -> None:
+    for spec in parameter_table(load_config("debug").model).values():
+        values, off = repeated("", spec, 0), perturbed("", spec, 0)
+        assert off.dtype == np.float32
+        assert (off != values).any() or not values.any()
+        np.testing.assert_allclose(off, values, rtol=2 * float(np.finfo(np.float32).eps))
 
 
 def line(backend: str, devices: int, losses: Sequence[float], **others: Any) -> dict[str, Any]:

@@ -472,14 +472,6 @@ def test_more_models_of_a_process_compile_than_the_compiler_allows_by_itself():
     assert torch._dynamo.config.recompile_limit == 2
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_a_model_of_compiled_blocks_compiles_as_a_whole():
-    model, tokens = Trainer(tiny_job(), "cpu").model, torch.zeros((1, 3), dtype=torch.int64)
-    expected = model(tokens)
-    compile_blocks(model, torch.device("cpu"), backend="eager")
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(tokens), expected)
-
-
 def test_blocks_are_compiled_as_one_program_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch):
     model, asked = Trainer(tiny_job(EXPERTS), "cpu").model, []
     monkeypatch.setattr(blocks, "compile_module", lambda _, **options: asked.append(options["fullgraph"]))
