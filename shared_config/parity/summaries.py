@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -119,34 +119,23 @@ def summary_of_moments(
 
 @np.errstate(over="ignore", invalid="ignore")
 def moments(array: np.ndarray) -> np.ndarray:
-    """float64 (`MOMENTS`,) of an array on the host, which is read once, in pieces; a sum may be infinite.
+    """float64 (`MOMENTS`,) of an array on the host, which is read in blocks; a sum may be infinite.
 
     Values of float32 and narrower dtypes are added up in float32: 8, and then 8 of these sums, to a column of a piece,
-    1021 to another sum. All other arithmetic is in float64. So moments are off by about a rounding of float32, or
-    float64, of their norm.
+    at most 1021 to another sum. All other arithmetic is in float64. So moments are off by about a rounding of float32,
+    or float64, of their norm.
+
+    Where Numba is installed a compiled loop reads the values of an array that is at least a piece, once. Smaller ones,
+    and blocks in which a value is not finite or all are tiny, are read by NumPy, in five passes.
     """
     flat = np.ascontiguousarray(array).reshape(-1)
-    found = np.zeros(MOMENTS)
-    low, high, total, norm, count = np.inf, -np.inf, 0.0, 0.0, flat.size
     begins, times = starts(-(-flat.size // PIECE))
-    for start, end in _blocks(flat.size):
-        values = _plain(flat[start:end])
-        least, most = float(np.minimum.reduce(values)), float(np.maximum.reduce(values))
-        if not (math.isfinite(least) and math.isfinite(most)):
-            finite = np.isfinite(values)
-            found[SCALARS + SKETCH_SIZE :] += _gaps(values, finite, start) & LOW
-            least, most = (float(f(initial=i, where=finite)) for f, i in ((values.min, np.inf), (values.max, -np.inf)))
-            count -= values.size - int(finite.sum())
-            values = np.where(finite, values, values.dtype.type(0))
-        low, high, largest = min(low, least), max(high, most), max(-least, most, 0.0)
-        values = values if 1 / MODERATE < largest < MODERATE else values.astype(np.float64, copy=False)
-        for rows in _rows(values):
-            total += float(np.add.reduce(np.vecdot(rows, _ones(rows.dtype)[: rows.shape[1]]), dtype=np.float64))
-            norm = math.hypot(norm, _norm(rows, largest))
+    found = _vector(np.inf, -np.inf, 0.0, 0.0, 0)
+    for number, (start, end) in enumerate(_blocks(flat.size)):
         pieces = slice(start // PIECE, -(-end // PIECE))
-        found[SCALARS : SCALARS + SKETCH_SIZE] += _columns(values, begins[pieces], times[pieces])
-    found[:SCALARS] = low, high, total, norm, count
-    if count < flat.size:
+        of_block = _of_block(_plain(flat[start:end]), begins[pieces], times[pieces], start)
+        found = _of_both(found, of_block) if number else of_block
+    if found[4] < flat.size:
         found[SCALARS + SKETCH_SIZE :] %= 2.0**32
     return found
 
@@ -174,6 +163,62 @@ def tensors_hash(tensors: Mapping[str, np.ndarray | Summary]) -> str:
     """SHA-256 of names, dtypes, shapes and bytes, whatever the order; the same of tensors and of hashed summaries."""
     hashes = {name: tensor.hash if isinstance(tensor, Summary) else _hash(tensor) for name, tensor in tensors.items()}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def _vector(low: float, high: float, total: float, norm: float, count: int) -> np.ndarray:
+    """Moments with so much in the first places, and nothing in the columns and gaps."""
+    found = np.zeros(MOMENTS)
+    found[:SCALARS] = low, high, total, norm, count
+    return found
+
+
+def _of_both(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The moments of two blocks together; gaps are not reduced."""
+    found = first + second
+    found[0], found[1], found[3] = min(first[0], second[0]), max(first[1], second[1]), math.hypot(first[3], second[3])
+    return found
+
+
+@functools.cache
+def _loop() -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None:
+    """That of `moments_loop`, where Numba is installed, works with the NumPy that is, and compiles."""
+    try:
+        from shared_config.parity.moments_loop import add_up
+    except ImportError:
+        return None
+    return add_up
+
+
+def _of_block(values: np.ndarray, begins: np.ndarray, times: np.ndarray, start: int) -> np.ndarray:
+    """Moments of a block that starts at a place; gaps are not reduced."""
+    if values.size >= PIECE and (loop := _loop()) is not None:
+        found = loop(values, signs(values.dtype), begins, times)
+        low, high, norm = found[0], found[1], found[3]
+        if math.isfinite(norm) and max(-low, high) > 1 / MODERATE:
+            return found
+    return _read(values, begins, times, start)
+
+
+def _read(values: np.ndarray, begins: np.ndarray, times: np.ndarray, start: int) -> np.ndarray:
+    """Moments of a block by NumPy; gaps are not reduced."""
+    low, high, count, gaps = float(np.minimum.reduce(values)), float(np.maximum.reduce(values)), values.size, None
+    if not (math.isfinite(low) and math.isfinite(high)):
+        finite = np.isfinite(values)
+        gaps = _gaps(values, finite, start) & LOW
+        low, high = (float(f(initial=i, where=finite)) for f, i in ((values.min, np.inf), (values.max, -np.inf)))
+        count = int(finite.sum())
+        values = np.where(finite, values, values.dtype.type(0))
+    largest = max(-low, high, 0.0)
+    values = values if 1 / MODERATE < largest < MODERATE else values.astype(np.float64, copy=False)
+    total, norm = 0.0, 0.0
+    for rows in _rows(values):
+        total += float(np.add.reduce(np.vecdot(rows, _ones(rows.dtype)[: rows.shape[1]]), dtype=np.float64))
+        norm = math.hypot(norm, _norm(rows, largest))
+    found = _vector(low, high, total, norm, count)
+    found[SCALARS : SCALARS + SKETCH_SIZE] = _columns(values, begins, times)
+    if gaps is not None:
+        found[SCALARS + SKETCH_SIZE :] = gaps
+    return found
 
 
 def _plain(piece: np.ndarray) -> np.ndarray:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import numba
 import numpy as np
 import pytest
 import torch
@@ -31,13 +37,14 @@ from kempnerforge_torch.model.state import from_numpy
 from kempnerforge_torch.model.transformer import Transformer
 from shared_config.contract.parameters import parameter_table
 from shared_config.loader import load_config
-from shared_config.parity import Trace, compare_functions, make_map, summaries
+from shared_config.parity import Trace, compare_functions, make_map, moments_loop, summaries
 from shared_config.parity.foreign.options import Options
 from shared_config.parity.foreign.recorder import Store
-from shared_config.parity.summaries import BLOCK, MOMENTS, PIECE, SCALARS, SKETCH_SIZE, Summary, summarize
+from shared_config.parity.summaries import BLOCK, MOMENTS, PIECE, SCALARS, SKETCH_SIZE, SUMMED, Summary, summarize
 
 DTYPES = ("float32", "float16", "float64", ml_dtypes.bfloat16)
-SIZES = (1, 1020, 1021, 5000, PIECE, PIECE + 1, 2 * PIECE + 1500)
+ROWS_READ = SUMMED * SKETCH_SIZE
+SIZES = (1, 1020, 1021, 5000, PIECE, PIECE + 1, PIECE + ROWS_READ, PIECE + ROWS_READ + 2000, 2 * PIECE + 1500)
 SMALL_BYTES = 15 * 10**6
 """As README says."""
 X = np.random.default_rng(2).standard_normal((30, 100)).astype(np.float32)
@@ -53,6 +60,11 @@ def drawn(size: int, dtype: Any, seed: int, gaps: bool) -> np.ndarray:
     return values.astype(dtype)
 
 
+def by_numpy() -> contextlib.AbstractContextManager[object]:
+    """Context in which there is no compiled loop."""
+    return mock.patch.object(summaries, "_loop", return_value=None)
+
+
 @settings(max_examples=12)
 @given(
     size=st.sampled_from(SIZES), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99), gaps=st.booleans(),
@@ -60,6 +72,8 @@ def drawn(size: int, dtype: Any, seed: int, gaps: bool) -> np.ndarray:
 def test_moments_are_the_same_on_every_device(size: int, dtype: Any, seed: int, gaps: bool) -> None:
     values = drawn(size, dtype, seed, gaps)
     expected = summaries.moments(values)
+    with by_numpy():
+        assert_same_moments(summaries.moments(values), expected, dtype)
     with jax.enable_x64(dtype == "float64"):
         array = jnp.asarray(values)
         found = [np.asarray(jax.jit(f)(array)).view(np.float64) for f in (in_jax.moments, in_jax.reduced)]
@@ -82,10 +96,124 @@ def test_moments_by_the_kernel_of_jax(size: int, dtype: Any) -> None:
 
 @pytest.mark.parametrize("size", [BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + PIECE + 1500, 2 * BLOCK + 9000])
 @pytest.mark.parametrize("gaps", [False, True])
-def test_moments_of_several_blocks(size: int, gaps: bool) -> None:
+@pytest.mark.parametrize("way", [contextlib.nullcontext, by_numpy])
+def test_moments_of_several_blocks(size: int, gaps: bool, way: Callable[[], Any]) -> None:
     values = drawn(size, "float32", size, gaps)
-    found = summaries.moments(values)
+    with way():
+        found = summaries.moments(values)
     assert_same_moments(found, np.concatenate([defined(values), found[-1021:]]), "float32")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "power"),
+    [("float32", power) for power in (-100, -40, -24, -20, -16, -14, 0, 14, 16, 20, 37, 100)]
+    + [("float64", power) for power in (-300, -160, -100, -16, 0, 16, 100, 160, 300)],
+)
+@settings(max_examples=6)
+@given(
+    size=st.one_of(st.integers(PIECE, PIECE + 3 * ROWS_READ), st.integers(PIECE, 3 * PIECE)),
+    seed=st.integers(0, 99),
+    kind=st.sampled_from(["plain", "negative", "positive", "equal", "zeros", "one", "not a number", "infinite"]),
+    offset=st.integers(0, 1),
+    readonly=st.booleans(),
+)
+def test_the_compiled_loop_finds_what_numpy_finds(
+    dtype: str, power: int, size: int, seed: int, kind: str, offset: int, readonly: bool
+) -> None:
+    """Whatever the values, where they begin in memory, and whether they may be written to."""
+    values = values_of_kind(kind, size, seed)
+    with np.errstate(over="ignore", under="ignore"):
+        scaled = (values * 10.0**power).astype(dtype)
+    memory = np.zeros(scaled.nbytes + 8, np.uint8)
+    places = memory[offset : offset + scaled.nbytes].view(dtype)
+    places[:] = scaled
+    places.flags.writeable = not readonly
+    found = summaries.moments(places)
+    with by_numpy():
+        expected = summaries.moments(scaled)
+    assert_same_moments(found, expected, dtype)
+    assert found[4] == np.isfinite(scaled).sum()
+
+
+def values_of_kind(kind: str, size: int, seed: int) -> np.ndarray:
+    """float64 of size about 1 (size,)."""
+    rng = np.random.default_rng(seed)
+    values, place = rng.standard_normal(size), rng.integers(size)
+    match kind:
+        case "positive":
+            return np.abs(values)
+        case "negative":
+            return -np.abs(values)
+        case "equal" | "zeros":
+            return np.full(size, float(kind == "equal"))
+        case "one":
+            return np.where(np.arange(size) == place, 1.0, 0.0)
+        case "not a number" | "infinite":
+            values[place] = np.nan if kind == "not a number" else rng.choice([np.inf, -np.inf])
+    return values
+
+
+WITHOUT = """
+import sys
+if {blocked}:
+    sys.modules["numba"] = None
+import numpy as np
+from shared_config.parity import summaries
+print(summaries._loop() is not None, "shared_config.parity.moments_loop" in sys.modules)
+print(summaries.moments(np.arange(100000, dtype=np.float32))[:5].tolist())
+"""
+
+
+@pytest.mark.parametrize(
+    ("blocked", "disabled", "loop"), [(False, "0", True), (True, "0", False), (False, "1", False)]
+)  # fmt: skip
+def test_without_numba_or_its_compiler_numpy_finds_the_same(blocked: bool, disabled: str, loop: bool) -> None:
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": disabled}
+    program = WITHOUT.format(blocked=blocked)
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    known, found = ran.stdout.splitlines()
+    assert known.split()[0] == str(loop)
+    total, norm = 4999950000.0, np.sqrt(np.sum(np.arange(100000.0) ** 2))
+    assert json.loads(found) == pytest.approx([0, 99999, total, norm, 100000], rel=2e-7)
+
+
+def test_a_loop_that_can_not_be_kept_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(function: Any, **options: Any) -> Any:
+        if options.pop("cache", False):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(function, **options)
+
+    real = numba.njit
+    monkeypatch.setattr(numba, "njit", nowhere)
+    function = moments_loop.compiled(doubled)
+    values = np.ones(3)
+    function(values)
+    assert values.tolist() == [2, 2, 2]
+    assert function.nopython_signatures  # type: ignore[attr-defined]
+
+
+def doubled(values: np.ndarray) -> None:
+    """In place."""
+    for place in range(values.size):
+        values[place] *= 2
+
+
+def test_the_compiled_loop_is_several_times_as_fast() -> None:
+    """It is not where a processor's vectors aren't used, which no result tells."""
+    values = -np.abs(drawn(4 * PIECE, "float32", 0, False))
+    alone, together = [], []
+    for _ in range(10):
+        with by_numpy():
+            alone.append(seconds_of(values))
+        together.append(seconds_of(values))
+    assert min(together) < min(alone) / 2
+
+
+def seconds_of(values: np.ndarray) -> float:
+    """Of the processor, in which the moments of values are found."""
+    start = time.process_time()
+    summaries.moments(values)
+    return time.process_time() - start
 
 
 def defined(values: np.ndarray) -> np.ndarray:
@@ -356,12 +484,16 @@ import pathlib, threading, time
 import numpy as np
 from shared_config.parity import summaries
 
+if {by_numpy}:
+    summaries._loop = lambda: None
+
 def of_others():
-    ticks = {task.name: task.joinpath("stat").read_text().rpartition(")")[2].split() for task in TASKS.iterdir()}
+    ticks = {{task.name: task.joinpath("stat").read_text().rpartition(")")[2].split() for task in TASKS.iterdir()}}
     return sum(int(ticks[name][11]) for name in ticks if name != str(threading.get_native_id()))
 
 TASKS = pathlib.Path("/proc/self/task")
 values = np.ones(5 * summaries.BLOCK, np.float32)
+summaries.moments(values)
 time.sleep(0.3)
 before = of_others()
 for _ in range(20):
@@ -373,10 +505,12 @@ print(len(list(TASKS.iterdir())), of_others() - before)
 @pytest.mark.skipif(
     sys.platform != "linux" or len(os.sched_getaffinity(0)) == 1, reason="reads what Linux says of threads on two cores"
 )
-def test_moments_leave_other_cores_alone() -> None:
+@pytest.mark.parametrize("by_numpy", [False, True])
+def test_moments_leave_other_cores_alone(by_numpy: bool) -> None:
     """On which the model runs: threads of a library of matrix products would wait for those of the framework."""
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
-    ran = subprocess.run([sys.executable, "-c", BUSY], env=environment, capture_output=True, text=True, check=True)
+    program = BUSY.format(by_numpy=by_numpy)
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     threads, ticks = map(int, ran.stdout.split())
     assert threads > 1
     assert ticks <= 1
