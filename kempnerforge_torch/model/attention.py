@@ -207,7 +207,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, sdpa_backend: str, s
     if not _is_argument(mask, length, keys):
         mask = with_dense(mask, length, keys, q.device)
     allowed, empty = (None, None) if mask.dense is None else (mask.dense.allowed, mask.dense.empty)
-    causal = True if mask.causal and allowed is None and length > 1 else False  # noqa: SIM210 (a symbolic length)
+    # numbers may be symbolic, and so may be what compares them
+    causal = True if mask.causal and allowed is None and length > 1 else False  # noqa: SIM210
+    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210
     if q.device.type == "cpu" and keys < _CPU_KERNEL_KEYS:
         sdpa_backend = "math"
     with _sdpa(sdpa_backend):
@@ -218,7 +220,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, sdpa_backend: str, s
             attn_mask=allowed,
             is_causal=causal,
             scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
+            enable_gqa=grouped,
         )
     return out_BHSh if empty is None else out_BHSh.masked_fill(empty, 0)
 

@@ -185,7 +185,7 @@ def measure(backend: str, run: Run, steps: int, gpus: Sequence[int] = ()) -> Lin
     about = {"backend": backend, "name": run.name, "run": run.described()}
     about |= {"devices": run.devices, "micro_batches": run.micro_batches, "perturbed": run.perturbed}
     if not lines:
-        return {**about, "failed": (ended.stderr or ended.stdout)[-1500:]}
+        return {**about, "failed": (ended.stderr or ended.stdout)[-6000:]}
     return {**about, **json.loads(lines[0])}
 
 

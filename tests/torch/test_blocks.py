@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from kempnerforge_torch.model.attention import attend
 from kempnerforge_torch.model.grouped import GROUPED_MATMUL
+from kempnerforge_torch.model.mask import Dense, Mask
 from kempnerforge_torch.model.transformer import Transformer
 from kempnerforge_torch.training.blocks import checkpoint_activations
 from shared_config.schema.model import ModelConfig
@@ -128,3 +131,24 @@ def computed_again(config: ModelConfig, mode: str, operation: Any) -> Counter[in
         found.append(Counter(calls.widths))
     found[0].subtract(found[1])
     return found[0]
+
+
+@pytest.mark.parametrize("mask", [Mask(causal=True), Mask(dense=Dense(torch.ones(7, 7).tril(2).bool(), None))])
+def test_one_program_computes_attention_again_for_any_number_of_heads(mask: Mask) -> None:
+    """As compilers make it of an encoder and a decoder: the numbers are symbols of the program."""
+    programs = {False: recomputed, True: torch.compile(recomputed, backend="eager", fullgraph=True, dynamic=True)}
+    for heads, kv_heads in ((2, 2), (4, 2), (6, 3), (5, 5)):
+        torch.manual_seed(heads)
+        q, k, v = (torch.randn(2, number, 7, 4) for number in (heads, kv_heads, kv_heads))
+        found = []
+        for program in programs.values():
+            given = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+            out = program(*given, mask)
+            out.square().sum().backward()
+            found.append([out, *(tensor.grad for tensor in given)])
+        torch.testing.assert_close(*found)
+
+
+def recomputed(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attention that keeps its arguments alone."""
+    return checkpoint(attend, q, k, v, mask, use_reentrant=False)
