@@ -34,8 +34,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -282,7 +283,9 @@ def limits() -> Line:
 
 
 def spread(runs: Sequence[tuple[str, Run]], steps: int, gpus: int) -> Iterator[Line]:
-    """Measure each run of a backend, as many beside each other as there are GPUs for; 0: one at a time."""
+    """Measure each run of a backend, as many beside each other as there are GPUs for; 0: one at a time. Lines are in
+    the order of the runs, as soon as they are known and another run has begun.
+    """
     if not gpus:
         yield from (measure(backend, run, steps) for backend, run in runs)
         return
@@ -297,12 +300,14 @@ def spread(runs: Sequence[tuple[str, Run]], steps: int, gpus: int) -> Iterator[L
                 changed.notify()
 
     with ThreadPoolExecutor(gpus) as pool:
-        begun = []
+        begun = deque[Future[Line]]()
         for backend, run in runs:
             with changed:
                 changed.wait_for(lambda needed=run.devices: len(free) >= needed)
                 own = [free.pop() for _ in range(run.devices)]
             begun.append(pool.submit(on, own, backend, run))
+            while begun and begun[0].done():
+                yield begun.popleft().result()
         yield from (line.result() for line in begun)
 
 

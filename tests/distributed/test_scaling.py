@@ -85,6 +85,22 @@ def test_runs_beside_each_other_have_gpus_of_their_own(devices: list[int], gpus:
     assert busy == set()
 
 
+def test_lines_are_known_before_the_last_run_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that not all is lost where time runs out."""
+    begun: list[str] = []
+
+    def measured(backend: str, run: Run, steps: int, own: Sequence[int]) -> dict[str, Any]:
+        begun.append(run.name)
+        time.sleep(0.02)
+        return {"run": run.name}
+
+    monkeypatch.setattr(bench_scaling, "measure", measured)
+    lines = spread([("torch", Run(str(place), "debug", 1, {})) for place in range(8)], 1, 1)
+    assert next(lines) == {"run": "0"}
+    assert len(begun) < 5
+    assert [line["run"] for line in lines] == begun[1:] == [str(place) for place in range(1, 8)]
+
+
 def test_one_at_a_time_sees_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_scaling, "measure", lambda *arguments: {"of": arguments})
     run = Run("a", "debug", 2, {})
