@@ -45,7 +45,9 @@ DIFFERENCES = {
     "model/noise.py": {
         "mix(x)": "torch: of integers of Python too, whose hash is one",
         "mix()": "torch: of integers of Python too, whose hash is one",
-        "fold(index)": "jax: whatever becomes an array",
+        **dict.fromkeys(
+            ("fold(index)", "routing_bits(layer)", "gumbel_noise(layer)"), "jax: whatever becomes an array"
+        ),
     },
     "model/router.py": dict.fromkeys(
         ("SigmoidTopKRouter.update_bias(progress)", "updated_bias(rate)"), "jax: arguments of a compiled step"

@@ -148,9 +148,9 @@ DIFFERENCES = {
         "ModalityContext.tree_unflatten": "jax: pytree",
     },
     "model/moma.py": {
-        "MoMaFFN.layer": "jax: an array, so that stacked layers keep their number",
-        "MoMaFFN.layer_idx": "torch: a number will do",
-        "MoMaFFN.set_layer": "jax: sets that array",
+        "MoMaFFN.layer_idx": "torch: what the tensor is set to",
+        "MoMaFFN.reset": "torch: sets the tensor",
+        "MoMaFFN.set_layer": "jax: sets the array",
     },
     "model/mot.py": {
         "MoTAttention.kv_heads": "torch: kept for the views of each modality",

@@ -36,6 +36,8 @@ __all__ = ["ExpertChoiceMoE", "ExpertChoiceSigmoidRouter", "MoMaArchitecture", "
 class MoMaFFN(nn.Module):
     """A mixture of experts of each modality, ``experts`` by its name. A modality with no tokens costs nothing."""
 
+    layer: Integer[Tensor, ""]
+
     def __init__(
         self,
         config: ModelConfig,
@@ -56,6 +58,7 @@ class MoMaFFN(nn.Module):
         self.modalities = tuple(modalities)
         self.gumbel_noise = gumbel_noise
         self.layer_idx = layer_idx
+        self.register_buffer("layer", torch.tensor(layer_idx), persistent=False)
         mixtures: dict[str, nn.Module] = {
             name: ExpertChoiceMoE(
                 config.dim,
@@ -68,6 +71,10 @@ class MoMaFFN(nn.Module):
             for name in self.modalities
         }
         self.experts = nn.ModuleDict(mixtures)
+
+    def reset(self) -> None:
+        """Set the layer's number (after `to_empty`): a tensor, nothing static, so that layers have one program."""
+        self.layer.fill_(self.layer_idx)
 
     def forward(
         self,
@@ -152,7 +159,7 @@ class MoMaFFN(nn.Module):
         router = self._experts(name).router
         dtype = torch.promote_types(x_BSD.dtype, torch.float32)
         group = self.modalities.index(name)
-        noise_TE = gumbel_noise(seed, self.layer_idx, group, batch * length, router.num_experts, dtype)
+        noise_TE = gumbel_noise(seed, self.layer, group, batch * length, router.num_experts, dtype)
         return torch.unflatten(noise_TE, 0, (batch, length))
 
 

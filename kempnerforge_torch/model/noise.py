@@ -65,7 +65,7 @@ def uniforms(bits: Integer[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def routing_bits(
-    seed: Integer[Tensor, ""], layer: int, group: int, tokens: int, experts: int
+    seed: Integer[Tensor, ""], layer: Integer[Tensor, ""] | int, group: int, tokens: int, experts: int
 ) -> Integer[Tensor, "T E"]:
     """A hash for every pair of token and expert of one router: (T, E).
 
@@ -78,7 +78,12 @@ def routing_bits(
 
 
 def gumbel_noise(
-    seed: Integer[Tensor, ""], layer: int, group: int, tokens: int, experts: int, dtype: torch.dtype
+    seed: Integer[Tensor, ""],
+    layer: Integer[Tensor, ""] | int,
+    group: int,
+    tokens: int,
+    experts: int,
+    dtype: torch.dtype,
 ) -> Float[Tensor, "T E"]:
     """-log(-log(u)): (T, E) in ``dtype``."""
     return -(-uniforms(routing_bits(seed, layer, group, tokens, experts)).to(dtype).log()).log()

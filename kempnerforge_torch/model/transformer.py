@@ -77,11 +77,10 @@ class Transformer(ModelGetters):
         init_weights(self, self.config, seed)
 
     def init_freqs(self) -> None:
-        """Set what no state holds, rotary tables and the tie, e.g. after `to_empty`."""
+        """Set what no state holds, rotary tables, numbers of layers and the tie, e.g. after `to_empty`."""
         self._tie()
-        for rope in (self.rope, self.window_rope):
-            if rope is not None:
-                rope.reset()
+        for _, module in self._having("reset"):
+            module.reset()
 
     def forward(
         self,

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from kempnerforge_torch.model.expert_choice import ExpertChoiceSigmoidRouter
 from kempnerforge_torch.model.hooks import capture
 from kempnerforge_torch.model.state import set_state
 from kempnerforge_torch.model.vlm import VLMWrapper, build_vlm_wrapper, inner_transformer
+from kempnerforge_torch.training.blocks import compile_blocks
 from shared_config.contract.vision import vit_tower, wrapper_table
 from shared_config.schema import (
     AdapterConfig,
@@ -101,6 +103,20 @@ def test_compiles_block_by_block(name: str) -> None:
         torch.testing.assert_close(twin.get_parameter(key).grad, parameter.grad, msg=key)
 
 
+@compiles
+@pytest.mark.parametrize("name", CASES)
+def test_layers_share_their_programs(name: str) -> None:
+    """However many there are: compiling each takes as long as the first."""
+    programs = []
+    for n_layers in (4, 8):
+        torch._dynamo.reset()
+        model, counter = model_of(name, n_layers), CompileCounter()
+        compile_blocks(model, torch.device("cpu"), backend=counter)  # type: ignore[arg-type]
+        model.run(CLIPS, TEXT, FRAMES, noise_seed=torch.tensor(1)).logits.square().sum().backward()
+        programs.append(counter.frame_count)
+    assert 0 < programs[0] == programs[1]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_meta_device_model_is_initialised_throughout(name: str) -> None:
     model_config, vlm, adapter = CASES[name]
@@ -110,12 +126,13 @@ def test_meta_device_model_is_initialised_throughout(name: str) -> None:
     model.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():
-                tensor.fill_(torch.nan)
+            tensor.fill_(torch.nan if tensor.is_floating_point() else -7)
     model.init_weights_and_freqs(seed=2)
     expected = build_vlm_wrapper(model_config, VISION, adapter, vlm, frames_per_clip=2)
     expected.init_weights_and_freqs(seed=2)
     for (key, tensor), other in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        torch.testing.assert_close(tensor, other, rtol=0, atol=0, msg=key)
+    for (key, tensor), other in zip(model.named_buffers(), expected.buffers(), strict=True):
         torch.testing.assert_close(tensor, other, rtol=0, atol=0, msg=key)
     assert torch.isfinite(model(CLIPS, TEXT)[0]).all()
 
