@@ -58,7 +58,7 @@ class MoMaFFN(nn.Module):
         self.modalities = tuple(modalities)
         self.gumbel_noise = gumbel_noise
         self.layer_idx = layer_idx
-        self.register_buffer("layer", torch.tensor(layer_idx), persistent=False)
+        self.register_buffer("layer", torch.tensor(layer_idx, dtype=torch.int32), persistent=False)
         mixtures: dict[str, nn.Module] = {
             name: ExpertChoiceMoE(
                 config.dim,

@@ -55,7 +55,7 @@ def image_noise(
 
 def fold(state: Integer[Tensor, "..."], index: Integer[Tensor, "..."] | int) -> Integer[Tensor, "..."]:
     """A new hash from a hash and an integer, elementwise."""
-    index = torch.as_tensor(index, device=state.device)
+    index = torch.as_tensor(index, dtype=torch.int64, device=state.device)
     return mix(state ^ mix((index + SALTS[0]) & MASK))
 
 

@@ -69,13 +69,13 @@ def without_values(backend: Torch, name: str, dtype: str = "float32") -> Any:
 
 
 def filled_with_nan(backend: Torch, model: Any) -> Any:
-    """Parameters, buffers and tables."""
+    """Parameters, buffers and tables; integers are some other number."""
     if backend.name == "jax":
         for _, variable in named_variables(model):
             variable.set_value(jnp.full_like(variable.get_value(), jnp.nan))
     else:
         for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data.fill_(torch.nan)
+            tensor.data.fill_(torch.nan if tensor.is_floating_point() else -7)
     return model
 
 

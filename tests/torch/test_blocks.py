@@ -143,7 +143,7 @@ def test_one_program_computes_attention_again_for_any_number_of_heads(mask: Mask
         found = []
         for program in programs.values():
             given = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-            out = program(*given, mask)
+            out = program(given[0], given[1], given[2], mask)
             out.square().sum().backward()
             found.append([out, *(tensor.grad for tensor in given)])
         torch.testing.assert_close(*found)
