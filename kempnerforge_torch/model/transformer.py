@@ -77,7 +77,9 @@ class Transformer(ModelGetters):
         init_weights(self, self.config, seed)
 
     def init_freqs(self) -> None:
-        """Set what no state holds, rotary tables, numbers of layers and the tie, e.g. after `to_empty`."""
+        """Set what no state holds, e.g. after `to_empty`: the tie, and what modules ``reset``: rotary tables and the
+        numbers of layers.
+        """
         self._tie()
         for _, module in self._having("reset"):
             module.reset()

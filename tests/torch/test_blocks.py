@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +17,7 @@ from kempnerforge_torch.model.attention import attend
 from kempnerforge_torch.model.grouped import GROUPED_MATMUL
 from kempnerforge_torch.model.mask import Dense, Mask
 from kempnerforge_torch.model.transformer import Transformer
-from kempnerforge_torch.training.blocks import checkpoint_activations
+from kempnerforge_torch.training.blocks import checkpoint_activations, compile_blocks
 from shared_config.schema.model import ModelConfig
 
 WIDTHS = {"q": 40, "k": 10, "v": 10, "o": 40, "gate": 56, "up": 56, "down": 40}
@@ -136,12 +137,12 @@ def computed_again(config: ModelConfig, mode: str, operation: Any) -> Counter[in
 @pytest.mark.parametrize("mask", [Mask(causal=True), Mask(dense=Dense(torch.ones(7, 7).tril(2).bool(), None))])
 def test_one_program_computes_attention_again_for_any_number_of_heads(mask: Mask) -> None:
     """As compilers make it of an encoder and a decoder: the numbers are symbols of the program."""
-    programs = {False: recomputed, True: torch.compile(recomputed, backend="eager", fullgraph=True, dynamic=True)}
+    compiled = torch.compile(recomputed, backend="eager", fullgraph=True, dynamic=True)
     for heads, kv_heads in ((2, 2), (4, 2), (6, 3), (5, 5)):
         torch.manual_seed(heads)
         q, k, v = (torch.randn(2, number, 7, 4) for number in (heads, kv_heads, kv_heads))
         found = []
-        for program in programs.values():
+        for program in (recomputed, compiled):
             given = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
             out = program(given[0], given[1], given[2], mask)
             out.square().sum().backward()
@@ -152,3 +153,25 @@ def test_one_program_computes_attention_again_for_any_number_of_heads(mask: Mask
 def recomputed(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Attention that keeps its arguments alone."""
     return checkpoint(attend, q, k, v, mask, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_experts": 3},
+        {"num_experts": 3, "moe_packed_experts": True, "moe_router": "sigmoid_topk"},
+        {"num_experts": 3, "moe_frequency": 2},
+        {"sliding_window": 4, "attention_pattern": ("window", "full_nope")},
+    ],
+)
+def test_layers_share_their_programs(fields: dict[str, Any]) -> None:
+    """However many there are: compiling each takes as long as those of every kind."""
+    programs = []
+    for n_layers in (4, 8):
+        torch._dynamo.reset()
+        model, counter = Transformer(CONFIG.replace(n_layers=n_layers, **fields)), CompileCounter()
+        compile_blocks(model, torch.device("cpu"), backend=counter)  # type: ignore[arg-type]
+        model(torch.zeros((2, 7), dtype=torch.int64)).square().sum().backward()
+        programs.append(counter.frame_count)
+    assert 0 < programs[0] == programs[1]
